@@ -1,0 +1,20 @@
+FROM python:3.12-slim
+
+RUN useradd --create-home --uid 10001 mqserve
+
+WORKDIR /src
+COPY pyproject.toml README.md LICENSE ./
+COPY mqserve mqserve
+COPY broker broker
+COPY proxy proxy
+COPY replicas replicas
+COPY controller controller
+RUN pip install --no-cache-dir . && rm -rf build
+
+USER mqserve
+WORKDIR /home/mqserve
+
+# A stop drains first: see stop_grace_period in compose.yaml.
+STOPSIGNAL SIGTERM
+ENTRYPOINT ["mqserve"]
+CMD ["--help"]

@@ -1,0 +1,45 @@
+# make demo    serve the example in the foreground, until Ctrl-C
+# make test    check the code, then run the tests on private RabbitMQ and Redis servers
+# make check   formatting, lint, types
+# make format  format the code and mend what ruff can mend
+# make bench   measure against the peers
+# make clean   remove what the tools left behind (.venv stays)
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check format bench clean
+.DELETE_ON_ERROR:
+
+# `exec`: the Ctrl-C is the server's, which drains and ends with status 0
+demo: .venv/.installed-examples
+	@exec $(BIN)/mqserve run examples/digits.py
+
+test: check
+	$(BIN)/python -m tests.run_tests
+
+check: .venv/.installed-dev
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+format: .venv/.installed-dev
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+bench: .venv/.installed-dev
+	$(BIN)/python benchmarks/run.py
+
+clean:
+	rm -rf build dist *.egg-info .coverage .coverage.* htmlcov .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+# One stamp per extra (examples, dev): a demo need not wait for the test tools.
+.venv/.installed-%: pyproject.toml | $(BIN)/python
+	@echo "Installing mqserve[$*] into .venv"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("mqserve needs Python 3.11 or newer, and $(PYTHON) is %d.%d: name another one, e.g. make PYTHON=python3.12" % sys.version_info[:2])'
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }

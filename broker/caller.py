@@ -1,0 +1,269 @@
+"""Sends requests and waits for their results: one inbox, one reader and one timer for the whole process."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from .envelope import Envelope, Header, Meta, mint_id
+from .errors import BadEnvelope, BrokerUnavailable, MQServeError, StoreUnavailable, TooLarge
+from .queue import Queue
+from .results import Result, late_result, note_of, read_note
+from .store import Record, Store
+from .store_keys import StoreKeys
+
+logger = logging.getLogger(__name__)
+
+INLINE_BODY_BYTES = 1024 * 1024  # a larger body goes to the store and travels by reference
+MAX_BODY_BYTES = 64 * 1024 * 1024
+REPUBLISH_BUDGET_S = 3.0  # how long a broker that is away is waited for
+_REPUBLISH_EVERY_S = 0.2
+_EXPIRY_BUDGET_S = 0.5
+_READ_AT_ONCE = 500
+_POLL_EVERY_S = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """A request under way: its id and the future of its Result. Only sending fails the future; user errors are results."""
+
+    id: str
+    future: asyncio.Future[Result]
+
+
+class Caller:
+    """One per process that sends requests. `run` must be running for any result to arrive; it owns every task in here."""
+
+    def __init__(self, queue: Queue, store: Store, keys: StoreKeys, process_id: str) -> None:
+        self._queue = queue
+        self._store = store
+        self._keys = keys
+        self._inbox = keys.inbox(process_id)
+        self._waiting: dict[str, asyncio.Future[Result]] = {}
+        self._deadlines: list[tuple[int, str]] = []  # a heap in store ms; entries of answered requests are skipped
+        self._timer: asyncio.TimerHandle | None = None
+        self._strangers: dict[str, asyncio.Future[Result]] = {}  # requests of other processes whose results are wanted here
+        self._polling = False
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __repr__(self) -> str:
+        return f"<Caller {self._inbox}, {len(self._waiting)} waiting>"
+
+    async def run(self) -> None:
+        """Reads the inbox until cancelled."""
+        try:
+            await self._store.read_inbox(self._inbox, self._on_notes, self._read_again)
+        finally:
+            if self._timer is not None:
+                self._timer.cancel()
+            for task in self._tasks:
+                task.cancel()
+
+    def send(
+        self, backend: str, body: bytes, content_type: str, meta: Meta, *, origin: str, timeout_s: float, future_id: str = ""
+    ) -> Ticket:
+        """The request is on its way when this returns; the future ends by `timeout_s` (plus at most a second), in a Result.
+
+        The future fails with Overloaded, NotRouted or BrokerUnavailable when the broker did not take the message.
+        Raises TooLarge for more than 64 MiB of body or 64 KiB of head.
+        """
+        if len(body) > MAX_BODY_BYTES:
+            raise TooLarge(f"the body has {len(body)} bytes and the limit is {MAX_BODY_BYTES}: send less, or a reference to it")
+        timeout_ms = max(1, int(timeout_s * 1000))
+        header = Header(origin=origin, inbox=self._inbox, deadline=self._store.now_ms() + timeout_ms, meta=meta)
+        ticket = self._wait_for(future_id or mint_id(), header.deadline)
+        envelope = Envelope(ticket.id, body, content_type, header, expiration_ms=timeout_ms)
+        try:
+            if len(body) > INLINE_BODY_BYTES:
+                self._start(self._send_by_reference(backend, envelope, timeout_ms))
+            else:
+                self._publish(backend, envelope, asyncio.get_running_loop().time() + REPUBLISH_BUDGET_S)
+        except MQServeError:
+            del self._waiting[ticket.id]
+            raise
+        return ticket
+
+    async def result(self, future_id: str, timeout_s: float | None) -> Result:
+        """The result of any id, whoever sent it. Raises TimeoutError; that ends this wait, not the request."""
+        future = self._waiting.get(future_id)
+        if future is None:
+            if (found := await self.peek(future_id)) is not None:
+                return found
+            future = self._strangers.setdefault(future_id, asyncio.get_running_loop().create_future())
+            if not self._polling:
+                self._polling = True
+                self._start(self._poll_strangers())
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await asyncio.shield(future)
+        except TimeoutError:
+            self._strangers.pop(future_id, None)
+            raise
+
+    async def _poll_strangers(self) -> None:
+        """Results of requests that other processes sent have no place in our inbox: one poll for all of them."""
+        try:
+            while self._strangers:
+                await asyncio.sleep(_POLL_EVERY_S)
+                await self._read_by_key(list(self._strangers))
+        finally:
+            self._polling = False
+
+    async def peek(self, future_id: str) -> Result | None:
+        """The result if it stands in the store."""
+        raw = await self._store.get(self._keys.future(future_id))
+        return None if raw is None else await self._whole(Result.from_bytes(raw))
+
+    def _wait_for(self, future_id: str, deadline_ms: int) -> Ticket:
+        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        self._waiting[future_id] = future
+        heapq.heappush(self._deadlines, (deadline_ms, future_id))
+        if self._deadlines[0][1] == future_id:
+            self._set_timer()
+        return Ticket(future_id, future)
+
+    # Sending.
+
+    def _publish(self, backend: str, envelope: Envelope, give_up_at: float) -> None:
+        def settled(error: MQServeError | None) -> None:
+            if error is None:
+                return
+            loop = asyncio.get_running_loop()
+            if isinstance(error, BrokerUnavailable) and loop.time() < give_up_at and envelope.id in self._waiting:
+                again = replace(envelope, header=_again(envelope.header)) if error.maybe_sent else envelope
+                loop.call_later(_REPUBLISH_EVERY_S, self._publish, backend, again, give_up_at)
+            else:
+                self._fail(envelope.id, error)
+
+        self._queue.publish(backend, envelope, settled)
+
+    async def _send_by_reference(self, backend: str, envelope: Envelope, timeout_ms: int) -> None:
+        key = self._keys.body(envelope.id)
+        try:
+            await self._store.set(key, envelope.body, ttl_ms=timeout_ms + 60_000)
+            header = Header(origin=envelope.header.origin, inbox=self._inbox, deadline=envelope.header.deadline, ref=key, meta=envelope.header.meta)
+            self._publish(
+                backend, replace(envelope, body=b"", header=header), asyncio.get_running_loop().time() + REPUBLISH_BUDGET_S
+            )
+        except MQServeError as error:
+            self._fail(envelope.id, error)
+
+    def _fail(self, future_id: str, error: MQServeError) -> None:
+        future = self._take(future_id)
+        if future is not None and not future.done():
+            future.set_exception(error)
+
+    def _take(self, future_id: str) -> asyncio.Future[Result] | None:
+        return self._waiting.pop(future_id, None) or self._strangers.pop(future_id, None)
+
+    # Results.
+
+    def _on_notes(self, raw_notes: list[bytes]) -> None:
+        for raw in raw_notes:
+            note = read_note(raw)
+            if note is None or note.id not in self._waiting:
+                continue
+            if note.payload:
+                self._resolve(note.id, note.payload)
+            else:
+                self._start(self._read_by_key([note.id]))
+
+    def _resolve(self, future_id: str, raw: bytes) -> None:
+        try:
+            result = Result.from_bytes(raw)
+        except BadEnvelope as error:
+            return self._fail(future_id, error)
+        if result.ref:
+            self._start(self._resolve_by_reference(future_id, result))
+        else:
+            self._set(future_id, result)
+
+    def _set(self, future_id: str, result: Result) -> None:
+        future = self._take(future_id)
+        if future is not None and not future.done():
+            future.set_result(result)
+
+    def _read_again(self) -> None:
+        """Notes may have been lost: the keys are the truth."""
+        if self._waiting:
+            self._start(self._read_by_key(list(self._waiting)))
+
+    async def _read_by_key(self, future_ids: list[str]) -> None:
+        for start in range(0, len(future_ids), _READ_AT_ONCE):
+            some = future_ids[start : start + _READ_AT_ONCE]
+            try:
+                found = await self._store.get_many([self._keys.future(future_id) for future_id in some])
+            except StoreUnavailable as error:
+                logger.warning("cannot read %d results yet: %s", len(some), error)
+                return
+            for future_id, raw in zip(some, found, strict=True):
+                if raw is not None:
+                    self._resolve(future_id, raw)
+
+    async def _resolve_by_reference(self, future_id: str, result: Result) -> None:
+        try:
+            self._set(future_id, await self._whole(result))
+        except MQServeError as error:
+            self._fail(future_id, error)
+
+    async def _whole(self, result: Result) -> Result:
+        if not result.ref:
+            return result
+        body = await self._store.get(result.ref)
+        if body is None:
+            raise StoreUnavailable("the body of the result is gone from the store: results are kept for ten minutes")
+        return Result(
+            status=result.status, backend=result.backend, attempt=result.attempt, content_type=result.content_type,
+            headers=result.headers, body=body,
+        )
+
+    # Deadlines: one timer for the earliest.
+
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        delay_s = max(0, self._deadlines[0][0] - self._store.now_ms()) / 1000
+        self._timer = asyncio.get_running_loop().call_later(delay_s + 0.001, self._expire)
+
+    def _expire(self) -> None:
+        now_ms = self._store.now_ms()
+        late: list[str] = []
+        while self._deadlines and (self._deadlines[0][0] <= now_ms or self._deadlines[0][1] not in self._waiting):
+            _, future_id = heapq.heappop(self._deadlines)
+            if future_id in self._waiting:
+                late.append(future_id)
+        if late:
+            self._start(self._record_late(late))
+        if self._deadlines:
+            self._set_timer()
+
+    async def _record_late(self, late: list[str]) -> None:
+        """Each one's result is its lateness, unless a replica was first; whoever waits is told within `_EXPIRY_BUDGET_S`."""
+        started: Iterable[bytes | None] = [None] * len(late)
+        try:
+            async with asyncio.timeout(_EXPIRY_BUDGET_S):
+                started = await self._store.get_many([self._keys.start(future_id) for future_id in late])
+                results = [late_result("run" if mark else "queue") for mark in started]
+                records = [
+                    self._store.record(Record(self._keys.future(future_id), raw, "", note_of(future_id, raw), 0))
+                    for future_id, raw in zip(late, (result.to_bytes() for result in results), strict=True)
+                ]
+                first = await asyncio.gather(*records)
+                await self._read_by_key([future_id for future_id, fresh in zip(late, first, strict=True) if not fresh])
+        except (TimeoutError, StoreUnavailable):
+            pass  # it is late all the same, and the one who waits must hear so
+        for future_id, mark in zip(late, started, strict=True):
+            self._set(future_id, late_result("run" if mark else "queue"))
+
+    def _start(self, work: object) -> None:
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)  # type: ignore[arg-type]
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _again(header: Header) -> Header:
+    return Header(origin=header.origin, inbox=header.inbox, deadline=header.deadline, ref=header.ref, again=True, meta=header.meta)
+

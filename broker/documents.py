@@ -1,0 +1,52 @@
+"""Following documents in the store: level-triggered, so that a lost message costs only time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from typing import TypeVar
+
+from .errors import StoreUnavailable
+from .store import Store
+
+T = TypeVar("T")
+
+_LOOK_AGAIN_S = 0.25
+READ_AGAIN_S = 2.0  # a hint may be lost: the document is read this often anyway
+
+
+async def follow(store: Store, *keys: str) -> AsyncIterator[list[bytes | None]]:
+    """The documents now, and again after every change of one of them; while the store is away, nothing: keep the last good ones."""
+    changed = store.watch()
+    last: list[bytes | None] | None = None
+    try:
+        while True:
+            changed.clear()
+            with suppress(StoreUnavailable):
+                documents = await store.get_many(keys)
+                if documents != last:
+                    last = documents
+                    yield documents
+            with suppress(TimeoutError):
+                async with asyncio.timeout(READ_AGAIN_S):
+                    await changed.wait()
+    finally:
+        store.unwatch(changed)
+
+
+
+async def until(store: Store, look: Callable[[], Awaitable[T | None]], budget_s: float) -> T:
+    """What `look` finds, looking again at every change. Raises TimeoutError after `budget_s`, and whatever `look` raises."""
+    changed = store.watch()
+    try:
+        async with asyncio.timeout(budget_s):
+            while True:
+                changed.clear()
+                if (found := await look()) is not None:
+                    return found
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_LOOK_AGAIN_S):
+                        await changed.wait()
+    finally:
+        store.unwatch(changed)

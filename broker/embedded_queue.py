@@ -1,0 +1,194 @@
+"""The queue in memory: per-backend queues with priorities, a length limit, prefetch and dead letters, on one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from .envelope import Envelope
+from .errors import BrokerUnavailable, MQServeError, NotRouted, Overloaded, QueueMismatch
+from .queue import Delivery, Settled
+from .queue_names import DEAD_LETTER_LIMIT
+
+MAX_PRIORITY = 4  # x-max-priority of the real queue: higher ones count as this
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    envelope: Envelope
+    reason: str
+
+
+class EmbeddedDelivery:
+    """Implements `Delivery`."""
+
+    __slots__ = ("_consumption", "_envelope", "_lane", "redelivered")
+
+    def __init__(self, envelope: Envelope, lane: _Lane, consumption: EmbeddedConsumption, redelivered: bool) -> None:
+        self._envelope = envelope
+        self._lane = lane
+        self._consumption = consumption
+        self.redelivered = redelivered
+
+    def envelope(self) -> Envelope:
+        return self._envelope
+
+    def ack(self) -> None:
+        self._consumption._settle()
+
+    def requeue(self) -> None:
+        self._lane.put_back(self._envelope)
+        self._consumption._settle()
+
+
+class EmbeddedConsumption:
+    """Implements `Consumption`."""
+
+    def __init__(self, lane: _Lane, prefetch: int, on_delivery: Callable[[Delivery], None]) -> None:
+        self._lane = lane
+        self._prefetch = prefetch
+        self._on_delivery = on_delivery
+        self._unsettled = 0
+        self._active = True
+
+    def __repr__(self) -> str:
+        return f"<EmbeddedConsumption of {self._lane!r}, {self._unsettled} of {self._prefetch} unsettled>"
+
+    def set_prefetch(self, prefetch: int) -> None:
+        self._prefetch = prefetch
+        self._lane.wake()
+
+    async def cancel(self) -> None:
+        self._active = False
+        if self in self._lane.consumers:
+            self._lane.consumers.remove(self)
+
+    @property
+    def wants_more(self) -> bool:
+        return self._active and self._unsettled < self._prefetch
+
+    def take(self, envelope: Envelope, redelivered: bool) -> None:
+        self._unsettled += 1
+        self._on_delivery(EmbeddedDelivery(envelope, self._lane, self, redelivered))
+
+    def _settle(self) -> None:
+        self._unsettled -= 1
+        self._lane.wake()
+
+
+@dataclass(eq=False)
+class _Lane:
+    """One generation of one backend's queue."""
+
+    name: str
+    max_length: int | None
+    levels: list[deque[tuple[Envelope, bool]]] = field(default_factory=lambda: [deque() for _ in range(MAX_PRIORITY + 1)])
+    consumers: list[EmbeddedConsumption] = field(default_factory=list)
+    _turns: itertools.count[int] = field(default_factory=itertools.count)
+    _waking: bool = False
+
+    def __repr__(self) -> str:
+        return f"<{self.name}: {len(self)} waiting>"
+
+    def __len__(self) -> int:
+        return sum(map(len, self.levels))
+
+    def put(self, envelope: Envelope) -> MQServeError | None:
+        if self.max_length is not None and len(self) >= self.max_length and not any(c.wants_more for c in self.consumers):
+            return Overloaded(f"{self.name} holds {self.max_length} waiting requests, its limit (max_queued_requests): try again later")
+        self.levels[min(envelope.priority, MAX_PRIORITY)].append((envelope, False))
+        self.wake()
+        return None
+
+    def put_back(self, envelope: Envelope) -> None:
+        self.levels[min(envelope.priority, MAX_PRIORITY)].appendleft((envelope, True))
+        self.wake()
+
+    def wake(self) -> None:
+        """Deliveries go out once per loop turn, together."""
+        if not self._waking:
+            self._waking = True
+            asyncio.get_running_loop().call_soon(self._deliver)
+
+    def _deliver(self) -> None:
+        self._waking = False
+        for level in reversed(self.levels):
+            while level:
+                ready = [consumer for consumer in self.consumers if consumer.wants_more]
+                if not ready:
+                    return
+                ready[next(self._turns) % len(ready)].take(*level.popleft())
+
+
+class EmbeddedQueue:
+    """Implements `Queue`."""
+
+    def __init__(self) -> None:
+        self._lanes: dict[tuple[str, int], _Lane] = {}
+        self._bindings: dict[str, list[_Lane]] = {}
+        self.dead_letters: dict[str, deque[DeadLetter]] = {}
+
+    def __repr__(self) -> str:
+        return f"<EmbeddedQueue {list(self._lanes.values())}>"
+
+    @property
+    def connected(self) -> bool:
+        return True
+
+    def publish(self, backend: str, envelope: Envelope, settled: Settled) -> None:
+        lanes = self._bindings.get(backend)
+        if not lanes:
+            return settled(NotRouted(f"no queue is bound to {backend!r}: is the backend deployed?"))
+        refusals = [lane.put(envelope) for lane in lanes]
+        settled(next((refusal for refusal in refusals if refusal), None))
+
+    def reply(self, envelope: Envelope, reply_to: str, settled: Settled) -> None:
+        settled(None)  # an AMQP queue: the embedded form has none
+
+    def dead_letter(self, backend: str, delivery: Delivery, reason: str, settled: Settled) -> None:
+        letters = self.dead_letters.setdefault(backend, deque(maxlen=DEAD_LETTER_LIMIT))
+        letters.append(DeadLetter(delivery.envelope(), reason))
+        settled(None)
+
+    async def consume(
+        self, backend: str, generation: int, prefetch: int, on_delivery: Callable[[Delivery], None]
+    ) -> EmbeddedConsumption:
+        lane = self._lanes.get((backend, generation))
+        if lane is None:
+            raise BrokerUnavailable(f"there is no generation {generation} of the queue of {backend!r}")
+        consumption = EmbeddedConsumption(lane, prefetch, on_delivery)
+        lane.consumers.append(consumption)
+        lane.wake()
+        return consumption
+
+    async def declare(self, backend: str, generation: int, max_length: int | None) -> None:
+        lane = self._lanes.setdefault((backend, generation), _Lane(f"{backend}.{generation}", max_length))
+        if lane.max_length != max_length:
+            raise QueueMismatch(f"generation {generation} of the queue of {backend!r} exists with other arguments")
+        bound = self._bindings.setdefault(backend, [])
+        if lane not in bound:
+            bound.append(lane)
+
+    async def unbind(self, backend: str, generation: int) -> None:
+        lane = self._lanes.get((backend, generation))
+        if lane in (bound := self._bindings.get(backend, [])):
+            bound.remove(lane)
+
+    async def depth(self, backend: str, generation: int) -> int | None:
+        lane = self._lanes.get((backend, generation))
+        return None if lane is None else len(lane)
+
+    async def delete(self, backend: str, generation: int, *, only_if_empty: bool) -> bool:
+        lane = self._lanes.get((backend, generation))
+        if lane is not None and only_if_empty and (len(lane) or lane.consumers):
+            return False
+        await self.unbind(backend, generation)
+        self._lanes.pop((backend, generation), None)
+        return True
+
+    async def close(self) -> None:
+        self._lanes.clear()
+        self._bindings.clear()

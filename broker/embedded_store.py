@@ -1,0 +1,116 @@
+"""The store in memory: one process, one event loop, the same promises as far as one process can keep them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+
+from .store import Record
+from .store_keys import RESULT_TTL_S
+
+_SWEEP_EVERY_S = 30.0
+
+
+class EmbeddedStore:
+    """Implements `Store`. Expired keys are gone for every reader at once, and from memory with the next sweep."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, tuple[bytes, float]] = {}  # value, monotonic expiry (inf for none)
+        self._hashes: dict[str, dict[str, bytes]] = {}
+        self._readers: dict[str, Callable[[list[bytes]], None]] = {}
+        self._watchers: set[asyncio.Event] = set()
+        self._next_sweep = 0.0
+
+    def __repr__(self) -> str:
+        return f"<EmbeddedStore {len(self._values)} keys>"
+
+    @property
+    def connected(self) -> bool:
+        return True
+
+    def now_ms(self) -> int:
+        return int(time.time() * 1000)
+
+    def record(self, record: Record) -> asyncio.Future[bool]:
+        done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        fresh = self._write(record.key, record.value, RESULT_TTL_S * 1000, only_new=True)
+        if fresh and (reader := self._readers.get(record.inbox)):
+            reader([record.note])
+        done.set_result(fresh)
+        return done
+
+    def mark(self, key: str, ttl_ms: int) -> None:
+        self._write(key, b"1", ttl_ms)
+
+    async def get(self, key: str) -> bytes | None:
+        return self._read(key)
+
+    async def get_many(self, keys: Sequence[str]) -> list[bytes | None]:
+        return [self._read(key) for key in keys]
+
+    async def set(self, key: str, value: bytes, *, ttl_ms: int | None = None, only_new: bool = False) -> bool:
+        return self._write(key, value, ttl_ms, only_new=only_new)
+
+    async def replace(self, key: str, old: bytes | None, new: bytes | None) -> bool:
+        if self._read(key) != old:
+            return False
+        if new is None:
+            self._values.pop(key, None)
+        else:
+            self._write(key, new, None)
+        await self.announce()
+        return True
+
+    async def delete(self, *keys: str) -> None:
+        for key in keys:
+            self._values.pop(key, None)
+            self._hashes.pop(key, None)
+
+    async def put_field(self, key: str, field: str, value: bytes) -> None:
+        self._hashes.setdefault(key, {})[field] = value
+
+    async def drop_fields(self, key: str, *fields: str) -> None:
+        for field in fields:
+            self._hashes.get(key, {}).pop(field, None)
+
+    async def fields(self, key: str) -> dict[str, bytes]:
+        return dict(self._hashes.get(key, {}))
+
+    def watch(self) -> asyncio.Event:
+        event = asyncio.Event()
+        self._watchers.add(event)
+        return event
+
+    def unwatch(self, event: asyncio.Event) -> None:
+        self._watchers.discard(event)
+
+    async def announce(self) -> None:
+        for event in self._watchers:
+            event.set()
+
+    async def read_inbox(self, inbox: str, on_notes: Callable[[list[bytes]], None], on_gap: Callable[[], None]) -> None:
+        self._readers[inbox] = on_notes
+        on_gap()
+        try:
+            await asyncio.get_running_loop().create_future()  # until cancelled: `record` calls the reader itself
+        finally:
+            del self._readers[inbox]
+
+    async def close(self) -> None:
+        self._values.clear()
+        self._hashes.clear()
+
+    def _read(self, key: str) -> bytes | None:
+        value, expiry = self._values.get(key, (None, 0.0))
+        return value if expiry > time.monotonic() else None
+
+    def _write(self, key: str, value: bytes, ttl_ms: int | None, *, only_new: bool = False) -> bool:
+        now = time.monotonic()
+        if only_new and key in self._values and self._values[key][1] > now:
+            return False
+        self._values[key] = (value, now + ttl_ms / 1000 if ttl_ms is not None else float("inf"))
+        if now > self._next_sweep:
+            self._next_sweep = now + _SWEEP_EVERY_S
+            self._values = {name: kept for name, kept in self._values.items() if kept[1] > now}
+        return True

@@ -1,0 +1,159 @@
+"""The request on its way to a replica, and both directions of its AMQP form."""
+
+from __future__ import annotations
+
+import secrets
+import struct
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import msgspec
+
+from .errors import BadEnvelope, TooLarge
+
+VERSION = 1
+MAX_HEAD_BYTES = 64 * 1024  # request line and headers: a content header must fit one frame (128 KiB), or it kills the connection
+MINTED_ID_LENGTH = 32
+
+Pairs = tuple[tuple[bytes, bytes], ...]
+
+
+class Meta(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a caller tells the user's code beside the body, in HTTP's own terms.
+
+    `params` are (name, convertor, matched text): converted by that convertor wherever they are needed, so they are exact.
+    """
+
+    method: str = "GET"
+    path: str = ""
+    query: bytes = b""
+    headers: Pairs = ()
+    params: tuple[tuple[str, str, str], ...] = ()
+    route: str = ""
+    endpoint: str = ""
+    call: str = ""  # a method of the user's class, empty for __call__
+    http_version: str = "1.1"
+    scheme: str = "http"
+    client: tuple[str, int] | None = None
+    server: tuple[str, int | None] | None = None
+
+
+class Header(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Our one AMQP header, `mq`. Direct publishers send none of it, so every field has a default."""
+
+    v: int = VERSION
+    origin: str = ""  # "http" or "handle": what the answer must look like; empty for a direct publisher
+    inbox: str = ""
+    deadline: int = 0  # store time in ms, 0 for none; an int, since pamqp packs header floats in 32 bits, a minute off
+    ref: str = ""  # the body lies in the store under this key
+    again: bool = False  # published before, and perhaps delivered: look for a result first
+    meta: Meta = Meta()
+
+
+NO_HEADER = Header()
+_encode = msgspec.msgpack.Encoder().encode
+_decode_header = msgspec.msgpack.Decoder(Header).decode
+
+
+def mint_id() -> str:
+    """128 random bits as 32 hex digits: unguessable, so that knowing an id is the right to read its result."""
+    return secrets.token_hex(16)
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """One request; `id` is empty for fire and forget."""
+
+    id: str
+    body: bytes
+    content_type: str
+    header: Header = NO_HEADER
+    reply_to: str = ""
+    correlation_id: str = ""
+    priority: int = 0
+    expiration_ms: int = 0
+    persistent: bool = field(default=False, repr=False)
+    status: int = 0  # of a reply only: HTTP's number for the outcome, in the header `mq-status`
+
+    @property
+    def minted(self) -> bool:
+        """Whether the id is one of ours (and so unique for ever) rather than a caller's own key."""
+        return bool(self.header.origin) and len(self.id) == MINTED_ID_LENGTH
+
+    def future_id(self, backend: str) -> str:
+        """Where the result stands: a minted id needs nothing else, a caller's own key is scoped to the backend."""
+        return self.id if self.minted or not self.id else f"{backend}/{self.id}"
+
+    def to_amqp(self) -> bytes:
+        """The property flags and list of an AMQP content header, packed by hand.
+
+        pamqp's generic encoder takes longer for this than all the rest of a publish. Raises TooLarge over the head limit.
+        """
+        header = _encode(self.header)
+        if len(header) > MAX_HEAD_BYTES + 4096:
+            raise TooLarge(f"the request's head takes {len(header)} bytes, more than {MAX_HEAD_BYTES}: send less in headers and URL", status=431)
+        flags = _CONTENT_TYPE | _HEADERS | _DELIVERY_MODE
+        table = b"\x02mqx" + struct.pack(">I", len(header)) + header
+        if self.status:
+            table = b"\x09mq-statusI" + struct.pack(">i", self.status)
+        parts = [_short(self.content_type), struct.pack(">I", len(table)), table, b"\x02" if self.persistent else b"\x01"]
+        if self.priority:
+            flags |= _PRIORITY
+            parts.append(bytes((self.priority,)))
+        if self.correlation_id:
+            flags |= _CORRELATION_ID
+            parts.append(_short(self.correlation_id))
+        if self.reply_to:
+            flags |= _REPLY_TO
+            parts.append(_short(self.reply_to))
+        if self.expiration_ms:
+            flags |= _EXPIRATION
+            parts.append(_short(str(self.expiration_ms)))
+        if self.id:
+            flags |= _MESSAGE_ID
+            parts.append(_short(self.id))
+        return struct.pack(">H", flags) + b"".join(parts)
+
+    @classmethod
+    def from_amqp(cls, properties: Any, body: bytes) -> Self:
+        """From pamqp's `Basic.Properties`. Raises BadEnvelope when the header does not parse or has another version."""
+        headers = properties.headers or {}
+        return cls(
+            id=properties.message_id or "",
+            body=body,
+            content_type=properties.content_type or "application/octet-stream",
+            header=_parse_header(headers["mq"]) if "mq" in headers else NO_HEADER,
+            reply_to=properties.reply_to or "",
+            correlation_id=properties.correlation_id or "",
+            priority=properties.priority or 0,
+            expiration_ms=_milliseconds(properties.expiration),
+            persistent=properties.delivery_mode == 2,
+        )
+
+
+_CONTENT_TYPE, _HEADERS, _DELIVERY_MODE, _PRIORITY = 1 << 15, 1 << 13, 1 << 12, 1 << 11
+_CORRELATION_ID, _REPLY_TO, _EXPIRATION, _MESSAGE_ID = 1 << 10, 1 << 9, 1 << 8, 1 << 7
+
+
+def _short(text: str) -> bytes:
+    """AMQP's shortstr: at most 255 bytes."""
+    raw = text.encode()
+    if len(raw) > 255:
+        raise BadEnvelope(f"{raw[:40]!r}… has {len(raw)} bytes, and an AMQP property holds 255")
+    return bytes((len(raw),)) + raw
+
+
+def _parse_header(raw: object) -> Header:
+    if not isinstance(raw, bytes | bytearray):
+        raise BadEnvelope(f"the mq header is a {type(raw).__name__}, not bytes: leave it out, or see docs/protocol.md")
+    try:
+        header = _decode_header(raw)
+    except msgspec.MsgspecError as error:
+        raise BadEnvelope(f"the mq header does not parse ({error}): leave it out, or see docs/protocol.md") from error
+    if header.v != VERSION:
+        raise BadEnvelope(f"the mq header has version {header.v}, and this replica reads {VERSION}: update it, or send the older form")
+    return header
+
+
+def _milliseconds(expiration: str | None) -> int:
+    return int(expiration) if expiration and expiration.isdigit() else 0

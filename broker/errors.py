@@ -1,0 +1,112 @@
+"""One family of errors. A subclass exists only where a caller acts differently.
+
+MQServeError
+├── BadEnvelope            these bytes will never parse: dead-letter them, do not retry
+│   └── BadSignature       … or were not signed by a key of this instance
+├── NotEncodable           a value that cannot travel (also a TypeError)
+├── BrokerUnavailable      RabbitMQ is not there; `maybe_sent` says whether a publish may have arrived
+├── StoreUnavailable       Redis is not there
+├── QueueMismatch          a queue of that name exists with other arguments
+├── NotRouted              no queue is bound to that backend
+├── Overloaded             the backend's queue is full; try again after `retry_after_s`
+├── TooLarge               a body or a head above the limit
+├── RequestTimeout         no result within the request's time (also a TimeoutError)
+├── Cancelled              the caller gave the request up
+├── RemoteError            user code failed over there, and its exception could not travel
+├── BackendFailed          a backend whose replicas do not get ready
+├── InstanceError          no instance, a second one, or one that was shut down
+├── BadValue               (also a ValueError)
+├── BadType                (also a TypeError)
+└── UnknownEndpoint        (also a KeyError)
+"""
+
+
+class MQServeError(Exception):
+    """Everything we raise on purpose."""
+
+
+class BadEnvelope(MQServeError):
+    """The bytes will never parse: dead-letter them, do not retry."""
+
+
+class BadSignature(BadEnvelope):
+    """The bytes may be anybody's: nothing of them was decoded."""
+
+
+class NotEncodable(MQServeError, TypeError):
+    """A value that neither MessagePack nor a signed pickle may carry."""
+
+
+class BrokerUnavailable(MQServeError):
+    """The broker did not take the message; with `maybe_sent`, it may have taken it and could not say so."""
+
+    def __init__(self, message: str, *, maybe_sent: bool = False) -> None:
+        super().__init__(message)
+        self.maybe_sent = maybe_sent
+
+
+class StoreUnavailable(MQServeError):
+    """The store did not answer within our budget."""
+
+
+class QueueMismatch(MQServeError):
+    """A queue of that name exists with other arguments, and arguments are frozen: make a new generation."""
+
+
+class NotRouted(MQServeError):
+    """No queue is bound to the backend's name."""
+
+
+class Overloaded(MQServeError):
+    """The backend's queue is full."""
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class TooLarge(MQServeError):
+    """More bytes than the limit, refused before they were published; `status` is 413 or 431."""
+
+    def __init__(self, message: str, *, status: int = 413) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class RequestTimeout(MQServeError, TimeoutError):
+    """The request's time is spent; `phase` is where: `queue` or `run`."""
+
+    def __init__(self, message: str, *, phase: str = "queue") -> None:
+        super().__init__(message)
+        self.phase = phase
+
+
+class Cancelled(MQServeError):
+    """The caller gave the request up before it had a result."""
+
+
+class RemoteError(MQServeError):
+    """User code raised something that could not be brought here; the remote traceback is a note on it."""
+
+
+class BackendFailed(MQServeError):
+    """The replicas of a backend do not get ready; the message carries their own reason."""
+
+
+class InstanceError(MQServeError):
+    """No instance to act on, one too many, or one that was shut down."""
+
+
+class BadValue(MQServeError, ValueError):
+    """A value that the system refuses."""
+
+
+class BadType(MQServeError, TypeError):
+    """An argument of the wrong type."""
+
+
+class UnknownEndpoint(MQServeError, KeyError):
+    """No endpoint of that name."""
+
+    def __str__(self) -> str:  # KeyError would print the repr
+        return str(self.args[0])

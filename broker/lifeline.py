@@ -1,0 +1,42 @@
+"""How a process of ours learns that it is to stop: a signal, or its parent's end of a pipe closing (a parent that was killed)."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Coroutine, Mapping
+from typing import Any
+
+import uvloop
+
+PIPE_VARIABLE = "MQSERVE_LIFELINE_FD"
+
+
+def run(main: Coroutine[Any, Any, int]) -> int:
+    """Runs a process's main coroutine on uvloop; the exit code."""
+    return uvloop.run(main)
+
+
+class Stop(asyncio.Event):
+    """Set once, to end. `orphaned`: the parent was killed, so there is no time to lose."""
+
+    orphaned = False
+
+
+def stop_event(env: Mapping[str, str] = os.environ) -> Stop:
+    """Set by SIGTERM, SIGINT, or the end of the parent. Call it on the running loop of the main thread."""
+    stop = Stop()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    if fd := env.get(PIPE_VARIABLE):
+        loop.add_reader(int(fd), _on_pipe, int(fd), stop)
+    return stop
+
+
+def _on_pipe(fd: int, stop: Stop) -> None:
+    """The parent never writes: readable means closed."""
+    asyncio.get_running_loop().remove_reader(fd)
+    stop.orphaned = True
+    stop.set()

@@ -1,0 +1,64 @@
+"""A member's own field among the beats: how the controller sees nodes, proxies and replicas without dialling any of them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+
+from .errors import StoreUnavailable
+from .store import Store
+
+logger = logging.getLogger(__name__)
+
+
+class Presence:
+    """Writes `beat()` into the field every `every_s`, and at once after `tell`."""
+
+    def __init__(self, store: Store, key: str, field: str, beat: Callable[[], bytes], every_s: float) -> None:
+        self._store = store
+        self._key = key
+        self._field = field
+        self._beat = beat
+        self._every_s = every_s
+        self._now = asyncio.Event()
+
+    def __repr__(self) -> str:
+        return f"<Presence {self._field}>"
+
+    def tell(self) -> None:
+        """Something changed that others wait for."""
+        self._now.set()
+
+    async def beat_forever(self) -> None:
+        while True:
+            await self.beat()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._every_s):
+                    await self._now.wait()
+
+    async def beat(self) -> bool:
+        """Whether the store took it."""
+        urgent = self._now.is_set()
+        self._now.clear()
+        try:
+            await self._store.put_field(self._key, self._field, self._beat())
+            if urgent:
+                await self._store.announce()
+        except StoreUnavailable as error:
+            logger.warning("cannot report %s: %s", self._field, error)
+            return False
+        return True
+
+    async def leave(self, *, with_last_words: bool) -> None:
+        """The field goes, or, after a failure, stays for the operator to read."""
+        self._now.set()
+        if with_last_words:
+            await self.beat()
+            return
+        try:
+            await self._store.drop_fields(self._key, self._field)
+            await self._store.announce()
+        except StoreUnavailable as error:
+            logger.warning("cannot report the end of %s: %s", self._field, error)

@@ -1,0 +1,89 @@
+"""The queue: what RabbitMQ does for us, as an interface with two implementations (`rabbitmq.py`, `embedded_queue.py`).
+
+Nothing here awaits per message: a publish is told its fate by a callback, a delivery is handed over by one, and acks are
+joined into one write per loop turn. All of it belongs to one event loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from .envelope import Envelope
+from .errors import MQServeError
+
+Settled = Callable[[MQServeError | None], None]
+"""Called once: with None when the broker has taken the message, else with what went wrong
+(Overloaded, NotRouted, BrokerUnavailable)."""
+
+
+class Delivery(Protocol):
+    """One message in a replica's hands; it ends in exactly one of `ack` and `requeue`."""
+
+    @property
+    def redelivered(self) -> bool: ...
+
+    def envelope(self) -> Envelope:
+        """Raises BadEnvelope for bytes that will never parse."""
+        ...
+
+    def ack(self) -> None:
+        """Settled for good. On a connection that died in between nothing happens, and the broker delivers it again."""
+        ...
+
+    def requeue(self) -> None:
+        """Back to the queue, at its old place as far as possible."""
+        ...
+
+
+class Consumption(Protocol):
+    """One consumer of one queue, restored by itself after the connection was lost."""
+
+    def set_prefetch(self, prefetch: int) -> None:
+        """At most this many unsettled deliveries from now on; takes effect soon."""
+        ...
+
+    async def cancel(self) -> None:
+        """No delivery follows; the ones in hand can still be settled. Idempotent."""
+        ...
+
+
+class Queue(Protocol):
+    """One process's way to the broker."""
+
+    @property
+    def connected(self) -> bool: ...
+
+    def publish(self, backend: str, envelope: Envelope, settled: Settled) -> None:
+        """To the backend's queue. Raises TooLarge before anything is sent."""
+        ...
+
+    def reply(self, envelope: Envelope, reply_to: str, settled: Settled) -> None:
+        """To a caller's own AMQP queue; a queue that is gone is no error."""
+        ...
+
+    def dead_letter(self, backend: str, delivery: Delivery, reason: str, settled: Settled) -> None:
+        """The message as it came to the backend's dead letters, with the reason. Ack the delivery once it is settled."""
+        ...
+
+    async def consume(self, backend: str, generation: int, prefetch: int, on_delivery: Callable[[Delivery], None]) -> Consumption:
+        """Returns once the broker sends deliveries; raises BrokerUnavailable after our budget."""
+        ...
+
+    async def declare(self, backend: str, generation: int, max_length: int | None) -> None:
+        """The generation's queue and the dead letters exist and are bound after this. Idempotent."""
+        ...
+
+    async def unbind(self, backend: str, generation: int) -> None:
+        """Nothing new arrives in this generation. Idempotent."""
+        ...
+
+    async def depth(self, backend: str, generation: int) -> int | None:
+        """The number of ready messages, None when there is no such queue."""
+        ...
+
+    async def delete(self, backend: str, generation: int, *, only_if_empty: bool) -> bool:
+        """Whether the queue is gone."""
+        ...
+
+    async def close(self) -> None: ...

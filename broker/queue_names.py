@@ -1,0 +1,56 @@
+"""Every exchange, queue and routing key on the broker, in one place.
+
+| name                          | kind                     | declared by | written by            | read by   |
+|-------------------------------|--------------------------|-------------|-----------------------|-----------|
+| `{ns}.requests`               | direct exchange, durable | controller  | proxies, handles, all | -         |
+| `{ns}.backend.{name}.{gen}`   | classic queue, durable   | controller  | -                     | replicas  |
+| `{ns}.dead`                   | direct exchange, durable | controller  | replicas              | -         |
+| `{ns}.dead.{name}`            | classic queue, durable   | controller  | -                     | operators |
+
+The routing key is the backend's name on both exchanges.
+"""
+
+from __future__ import annotations
+
+import re
+
+from .errors import BadValue
+
+_NAMESPACE = re.compile(r"[a-z0-9-]{1,40}")
+_NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,100}")
+
+DEAD_LETTER_LIMIT = 10_000
+DEAD_LETTER_TTL_MS = 7 * 24 * 3600 * 1000
+
+
+def check_namespace(namespace: str) -> str:
+    if not _NAMESPACE.fullmatch(namespace):
+        raise BadValue(f"{namespace!r} is no namespace: use 1 to 40 of a-z, 0-9 and -, such as 'mqserve'")
+    return namespace
+
+
+def check_name(name: str, what: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise BadValue(f"{name!r} is no name for {what}: use 1 to 100 letters, digits and _ . : / -")
+    return name
+
+
+def requests_exchange(namespace: str) -> str:
+    return f"{namespace}.requests"
+
+
+def backend_queue(namespace: str, backend: str, generation: int) -> str:
+    return f"{namespace}.backend.{backend}.{generation}"
+
+
+def dead_exchange(namespace: str) -> str:
+    return f"{namespace}.dead"
+
+
+def dead_queue(namespace: str, backend: str) -> str:
+    return f"{namespace}.dead.{backend}"
+
+
+def is_ours(namespace: str, queue: str) -> bool:
+    """Whether a queue belongs to the instance: a `reply_to` may never name one of these."""
+    return queue.startswith(f"{namespace}.")

@@ -1,0 +1,285 @@
+"""The store on Redis 7: results in one script call per flush, one blocking reader, budgets of our own on every call.
+
+redis-py's defaults suit no request: one GET on a frozen server takes 58.9 s. Commands get one connection pool with short
+timeouts; the blocking reader and the subscription get clients of their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import redis.asyncio as redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import NoScriptError, RedisError
+
+from .backoff import delays
+from .errors import StoreUnavailable
+from .rabbitmq import masked
+from .store import Record
+from .store_keys import INBOX_TTL_S, RESULT_TTL_S, StoreKeys
+
+logger = logging.getLogger(__name__)
+
+CONNECT_BUDGET_S = 5.0
+CALL_BUDGET_S = 3.0
+BLOCK_S = 5.0
+INBOX_BATCH = 256
+FLUSH_BATCH = 128
+_CLOCK_EVERY_S = 30.0
+_HERE = Path(__file__).parent
+_FAILURES = (RedisError, OSError, TimeoutError)
+T = TypeVar("T")
+
+
+@asynccontextmanager
+async def open_redis(url: str, namespace: str) -> AsyncIterator[RedisStore]:
+    """Connected on entry, or StoreUnavailable within CONNECT_BUDGET_S; closed on exit."""
+    store = RedisStore(url, namespace)
+    try:
+        await store.connect()
+        yield store
+    finally:
+        await store.close()
+
+
+class RedisStore:
+    """Implements `Store`; made by `open_redis`."""
+
+    def __init__(self, url: str, namespace: str) -> None:
+        self._url = url
+        self._channel = StoreKeys(namespace).changed
+        once = Retry(NoBackoff(), 1)
+        self._commands = redis.Redis.from_pool(
+            redis.BlockingConnectionPool.from_url(
+                url, max_connections=16, timeout=2, socket_timeout=2, socket_connect_timeout=2, retry=once
+            )
+        )
+        self._blocking = redis.Redis.from_url(url, socket_timeout=None, socket_connect_timeout=2, retry=Retry(NoBackoff(), 0))
+        self._scripts = {name: (_HERE / f"{name}.lua").read_text() for name in ("record", "replace")}
+        self._digests: dict[str, str] = {}
+        self._offset_ms = 0.0
+        self._connected = False
+        self._buffer: list[tuple[Record, asyncio.Future[bool]]] = []
+        self._marks: list[tuple[str, int]] = []
+        self._flusher: asyncio.Task[None] | None = None
+        self._watchers: set[asyncio.Event] = set()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def __repr__(self) -> str:
+        return f"<RedisStore {masked(self._url)}, {'up' if self._connected else 'down'}, {len(self._buffer)} to write>"
+
+    async def connect(self) -> None:
+        try:
+            async with asyncio.timeout(CONNECT_BUDGET_S):
+                for name, text in self._scripts.items():
+                    self._digests[name] = await self._commands.script_load(text)
+                await self._measure_clock()
+        except _FAILURES as error:
+            raise StoreUnavailable(
+                f"no connection to Redis at {masked(self._url)} within {CONNECT_BUDGET_S:g} s ({error or type(error).__name__}); "
+                "is it running, and is MQSERVE_STORE_URL right?"
+            ) from error
+        self._connected = True
+        self._tasks.append(asyncio.create_task(self._keep_clock(), name="keep the store's clock"))
+
+    @property
+    def connected(self) -> bool:
+        return self._connected
+
+    def now_ms(self) -> int:
+        return int(time.time() * 1000 + self._offset_ms)
+
+    # Results: collected in this turn, written by one script call.
+
+    def record(self, record: Record) -> asyncio.Future[bool]:
+        done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._buffer.append((record, done))
+        self._flush_soon()
+        return done
+
+    def mark(self, key: str, ttl_ms: int) -> None:
+        self._marks.append((key, max(1, ttl_ms)))
+        self._flush_soon()
+
+    def _flush_soon(self) -> None:
+        if self._flusher is None or self._flusher.done():
+            self._flusher = asyncio.create_task(self._flush(), name="write results")
+
+    async def _flush(self) -> None:
+        """Until nothing is left: what gathers while one call is under way rides in the next."""
+        pauses = delays(first_s=0.02, cap_s=1.0)
+        while self._buffer or self._marks:
+            batch, self._buffer = self._buffer[:FLUSH_BATCH], self._buffer[FLUSH_BATCH:]
+            try:
+                await self._write_marks()
+                if batch:
+                    self._tell(batch, await self._write(batch))
+                pauses = delays(first_s=0.02, cap_s=1.0)
+            except StoreUnavailable as error:
+                self._buffer = self._give_up_late(batch, error) + self._buffer
+                await asyncio.sleep(next(pauses))
+
+    async def _write(self, batch: list[tuple[Record, asyncio.Future[bool]]]) -> list[int]:
+        keys: list[str] = []
+        values: list[bytes | int] = [RESULT_TTL_S * 1000, INBOX_TTL_S * 1000]
+        for record, _ in batch:
+            keys += (record.key, record.inbox)
+            values += (record.value, record.note)
+        return await self._call(lambda: self._script("record", keys, values))
+
+    async def _write_marks(self) -> None:
+        marks, self._marks = self._marks, []
+        if marks:
+            pipeline = self._commands.pipeline(transaction=False)
+            for key, ttl_ms in marks:
+                pipeline.set(key, b"1", px=ttl_ms)
+            await self._call(pipeline.execute)
+
+    @staticmethod
+    def _tell(batch: list[tuple[Record, asyncio.Future[bool]]], written: list[int]) -> None:
+        for (_, done), fresh in zip(batch, written, strict=True):
+            if not done.done():
+                done.set_result(bool(fresh))
+
+    def _give_up_late(
+        self, batch: list[tuple[Record, asyncio.Future[bool]]], error: StoreUnavailable
+    ) -> list[tuple[Record, asyncio.Future[bool]]]:
+        """What is still worth another try; the others are told, so that their messages go back to the queue."""
+        now_ms = self.now_ms()
+        for record, done in batch:
+            if record.deadline_ms <= now_ms and not done.done():
+                done.set_exception(error)
+        return [(record, done) for record, done in batch if not done.done()]
+
+    # Documents and plain keys.
+
+    async def get(self, key: str) -> bytes | None:
+        return await self._call(lambda: self._commands.get(key))
+
+    async def get_many(self, keys: Sequence[str]) -> list[bytes | None]:
+        return await self._call(lambda: self._commands.mget(keys)) if keys else []
+
+    async def set(self, key: str, value: bytes, *, ttl_ms: int | None = None, only_new: bool = False) -> bool:
+        return bool(await self._call(lambda: self._commands.set(key, value, px=ttl_ms, nx=only_new)))
+
+    async def replace(self, key: str, old: bytes | None, new: bytes | None) -> bool:
+        values = [old or b"", new or b"", str(int(old is not None)), str(int(new is not None)), self._channel]
+        return bool(await self._call(lambda: self._script("replace", [key], values)))
+
+    async def delete(self, *keys: str) -> None:
+        if keys:
+            await self._call(lambda: self._commands.delete(*keys))
+
+    async def put_field(self, key: str, field: str, value: bytes) -> None:
+        await self._call(lambda: self._commands.hset(key, field, value))  # type: ignore[arg-type]
+
+    async def drop_fields(self, key: str, *fields: str) -> None:
+        if fields:
+            await self._call(lambda: self._commands.hdel(key, *fields))
+
+    async def fields(self, key: str) -> dict[str, bytes]:
+        found: dict[bytes, bytes] = await self._call(lambda: self._commands.hgetall(key))
+        return {field.decode(): value for field, value in found.items()}
+
+    # Changes of documents: the message is a hint, the document is the truth.
+
+    def watch(self) -> asyncio.Event:
+        event = asyncio.Event()
+        self._watchers.add(event)
+        if len(self._watchers) == 1 and not any(task.get_name() == "listen" for task in self._tasks):
+            self._tasks.append(asyncio.create_task(self._listen(), name="listen"))
+        return event
+
+    def unwatch(self, event: asyncio.Event) -> None:
+        self._watchers.discard(event)
+
+    async def announce(self) -> None:
+        await self._call(lambda: self._commands.publish(self._channel, b""))
+
+    async def _listen(self) -> None:
+        """A lost connection resubscribes silently and loses what came in between: so the subscribe message wakes everyone too."""
+        pauses = delays()
+        while True:
+            try:
+                async with self._blocking.pubsub() as pubsub:
+                    await pubsub.subscribe(self._channel)
+                    while True:
+                        message = await pubsub.get_message(timeout=BLOCK_S)
+                        if message is not None:
+                            pauses = delays()
+                            self._wake_watchers()
+            except _FAILURES:
+                await asyncio.sleep(next(pauses))
+
+    def _wake_watchers(self) -> None:
+        for event in self._watchers:
+            event.set()
+
+    # The inbox of this process.
+
+    async def read_inbox(self, inbox: str, on_notes: Callable[[list[bytes]], None], on_gap: Callable[[], None]) -> None:
+        pauses = delays()
+        while True:
+            try:
+                async with asyncio.timeout(CALL_BUDGET_S):
+                    await self._blocking.ping()
+                on_gap()
+                pauses = delays()
+                while True:
+                    async with asyncio.timeout(BLOCK_S + CALL_BUDGET_S):
+                        popped: Any = await self._blocking.blmpop(BLOCK_S, 1, inbox, direction="LEFT", count=INBOX_BATCH)
+                    if popped:
+                        on_notes(popped[1])
+            except _FAILURES as error:
+                # Entries popped for the broken connection are lost; their results are not: `on_gap` has them read by key.
+                logger.warning("lost the inbox at %s (%s); reconnecting", masked(self._url), error or type(error).__name__)
+                self._connected = False
+                await asyncio.sleep(next(pauses))
+
+    async def close(self) -> None:
+        if self._flusher is not None and not self._flusher.done():
+            with suppress(TimeoutError, asyncio.CancelledError):
+                async with asyncio.timeout(CALL_BUDGET_S):
+                    await asyncio.shield(self._flusher)
+            self._tasks.append(self._flusher)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for client in (self._commands, self._blocking):
+            with suppress(Exception):
+                await client.aclose()
+
+    async def _call(self, call: Callable[[], Awaitable[T]]) -> T:
+        try:
+            async with asyncio.timeout(CALL_BUDGET_S):
+                result = await call()
+        except _FAILURES as error:
+            self._connected = False
+            raise StoreUnavailable(f"Redis at {masked(self._url)} did not answer ({error or type(error).__name__})") from error
+        self._connected = True
+        return result
+
+    async def _script(self, name: str, keys: Sequence[str], values: Sequence[Any]) -> Any:
+        try:
+            return await self._commands.evalsha(self._digests[name], len(keys), *keys, *values)  # type: ignore[misc]
+        except NoScriptError:  # the server was restarted
+            return await self._commands.eval(self._scripts[name], len(keys), *keys, *values)  # type: ignore[misc]
+
+    async def _measure_clock(self) -> None:
+        before = time.time()
+        seconds, microseconds = await self._commands.time()
+        self._offset_ms = (seconds + microseconds / 1e6 - (before + time.time()) / 2) * 1000
+
+    async def _keep_clock(self) -> None:
+        while True:
+            await asyncio.sleep(_CLOCK_EVERY_S)
+            with suppress(*_FAILURES):
+                async with asyncio.timeout(CALL_BUDGET_S):
+                    await self._measure_clock()

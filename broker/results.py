@@ -1,0 +1,88 @@
+"""What stands in the store when a request is done, and the note that tells the waiting process."""
+
+from __future__ import annotations
+
+import msgspec
+
+from .envelope import Pairs
+from .errors import BadEnvelope
+
+VERSION = 1
+INLINE_BYTES = 64 * 1024  # a result up to this size rides in the inbox entry; a larger one is read by its key
+RESULT_KIND = 0
+
+
+class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
+    """An exception in plain data; `sealed` is the signed pickle of the object itself, where there was a key for it."""
+
+    type: str
+    message: str
+    traceback: str = ""
+    sealed: bytes = b""
+
+
+class Result(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One outcome. `status` is HTTP's number for it, whoever asked: 200 and its kin, 422, 500, 502, 504."""
+
+    v: int = VERSION
+    status: int = 200
+    backend: str = ""
+    attempt: int = 1
+    content_type: str = "application/octet-stream"
+    headers: Pairs = ()
+    body: bytes = b""
+    ref: str = ""  # the body lies in the store under this key
+    error: ErrorInfo | None = None
+
+    def to_bytes(self) -> bytes:
+        return _encode(self)
+
+    @classmethod
+    def from_bytes(cls, raw: bytes) -> Result:
+        """Raises BadEnvelope for what is no result of ours."""
+        try:
+            result = _decode_result(raw)
+        except msgspec.MsgspecError as error:
+            raise BadEnvelope(f"the stored result does not parse ({error})") from error
+        if result.v != VERSION:
+            raise BadEnvelope(f"the stored result has version {result.v}, and this process reads {VERSION}: update it")
+        return result
+
+
+class Note(msgspec.Struct, frozen=True, array_like=True):
+    """An inbox entry `[v, id, kind, seq, payload]`. Kind 0 is the whole result, or empty: read the key. Others are to come."""
+
+    v: int
+    id: str
+    kind: int
+    seq: int
+    payload: bytes
+
+    def to_bytes(self) -> bytes:
+        return _encode(self)
+
+
+def late_result(phase: str) -> Result:
+    """The outcome of a request whose time was spent in `phase`: `queue` or `run`."""
+    where = "was still waiting in the queue" if phase == "queue" else "was still running"
+    message = f"the request {where} when its time was spent ({phase}): allow it more (request_timeout_s), or add replicas"
+    return Result(status=504, error=ErrorInfo(type="mqserve.RequestTimeout", message=message))
+
+
+def note_of(future_id: str, result: bytes) -> bytes:
+    """The inbox entry that announces a recorded result."""
+    return Note(1, future_id, RESULT_KIND, 0, result if len(result) <= INLINE_BYTES else b"").to_bytes()
+
+
+def read_note(raw: bytes) -> Note | None:
+    """The entry, or None for one of a version or kind that this process does not know."""
+    try:
+        note = _decode_note(raw)
+    except msgspec.MsgspecError:
+        return None
+    return note if note.v == 1 and note.kind == RESULT_KIND else None
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode_result = msgspec.msgpack.Decoder(Result).decode
+_decode_note = msgspec.msgpack.Decoder(Note).decode

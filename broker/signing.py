@@ -1,0 +1,79 @@
+"""Seals: bytes that only a holder of the instance's secret key can have made.
+
+A sealed thing is MessagePack `[1, key id, expiry, mac, payload]`. The mac covers the version, the key id, the namespace,
+what the bytes are for and for whom, the content type, the expiry and the SHA-256 of the payload; it is compared in
+constant time and before anything is decoded. The shape follows what Celery's `auth` serializer leaves out (it signs only the body).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
+
+from .errors import BadSignature, BadValue
+
+MIN_KEY_BYTES = 32
+
+Purpose = Literal["code", "request", "result", "state"]
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What sealed bytes are good for; a seal made for one claim opens under no other."""
+
+    purpose: Purpose
+    backend: str = ""
+    id: str = ""
+    content_type: str = ""
+
+
+class Signer:
+    """Seals with the first key, opens with any: that is how a key is rotated."""
+
+    def __init__(self, keys: Sequence[bytes], namespace: str) -> None:
+        for key in keys:
+            if len(key) < MIN_KEY_BYTES:
+                raise BadValue(
+                    f"MQSERVE_SECRET_KEY has {len(key)} bytes, and {MIN_KEY_BYTES} is the least that protects anything: "
+                    "make one with `openssl rand -hex 32`"
+                )
+        self._keys = {hashlib.sha256(b"mqserve key id" + key).hexdigest()[:8]: key for key in keys}
+        self._current = next(iter(self._keys), "")
+        self._namespace = namespace
+
+    def __bool__(self) -> bool:
+        return bool(self._keys)
+
+    def __repr__(self) -> str:
+        return f"<Signer of {self._namespace} with {len(self._keys)} keys>"
+
+    def seal(self, payload: bytes, claim: Claim, expires_ms: int = 0) -> bytes:
+        """Sealed bytes; `expires_ms` is store time, 0 for never. Raises BadSignature without a key."""
+        if not self._keys:
+            raise BadSignature("nothing can be signed: MQSERVE_SECRET_KEY is not set")
+        mac = self._mac(self._current, payload, claim, expires_ms)
+        return msgspec.msgpack.encode([1, self._current, expires_ms, mac, payload])
+
+    def open(self, sealed: bytes, claim: Claim, now_ms: int = 0) -> bytes:
+        """The payload. Raises BadSignature unless one of our keys sealed it for exactly this claim and it is not expired."""
+        try:
+            version, key_id, expires_ms, mac, payload = msgspec.msgpack.decode(sealed, type=tuple[int, str, int, bytes, bytes])
+        except msgspec.MsgspecError as error:
+            raise BadSignature(f"not a sealed value ({error})") from error
+        if version != 1 or key_id not in self._keys:
+            raise BadSignature("sealed by a key that this instance does not hold: do all processes share MQSERVE_SECRET_KEY?")
+        if not hmac.compare_digest(mac, self._mac(key_id, payload, claim, expires_ms)):
+            raise BadSignature(f"the seal does not fit: the bytes were not signed as {claim.purpose} for {claim.backend or 'this instance'}")
+        if expires_ms and now_ms > expires_ms:
+            raise BadSignature("the seal has expired")
+        return payload
+
+    def _mac(self, key_id: str, payload: bytes, claim: Claim, expires_ms: int) -> bytes:
+        digest = hashlib.sha256(payload).digest()
+        signed = [1, key_id, self._namespace, claim.purpose, claim.backend, claim.id, claim.content_type, expires_ms, digest]
+        return hmac.digest(self._keys[key_id], msgspec.msgpack.encode(signed), "sha256")

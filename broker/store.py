@@ -1,0 +1,77 @@
+"""The store: what Redis does for us, as an interface with two implementations (`redis_store.py`, `embedded_store.py`)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A result to be written once, with the note for the process that waits for it (`inbox` empty: nobody)."""
+
+    key: str
+    value: bytes
+    inbox: str
+    note: bytes
+    deadline_ms: int  # store time; until then the write is tried again
+
+
+class Store(Protocol):
+    """One process's way to the store. Every call ends within our own budget, in StoreUnavailable if need be."""
+
+    @property
+    def connected(self) -> bool: ...
+
+    def now_ms(self) -> int:
+        """Store time, from the last offset measured; it goes on while the store is away."""
+        ...
+
+    def record(self, record: Record) -> asyncio.Future[bool]:
+        """Written with the others of this loop turn: True when ours is the first result, False when one stood there already.
+
+        The future fails with StoreUnavailable when the store stays away past the record's deadline.
+        """
+        ...
+
+    def mark(self, key: str, ttl_ms: int) -> None:
+        """Sets a marker with the next write of results; nobody waits for it and it may be lost."""
+        ...
+
+    async def get(self, key: str) -> bytes | None: ...
+
+    async def get_many(self, keys: Sequence[str]) -> list[bytes | None]: ...
+
+    async def set(self, key: str, value: bytes, *, ttl_ms: int | None = None, only_new: bool = False) -> bool:
+        """Whether it was written: False only with `only_new`, where the key was taken."""
+        ...
+
+    async def replace(self, key: str, old: bytes | None, new: bytes | None) -> bool:
+        """Compare and set (`None`: absent): whether `old` stood there and `new` does now. Watchers of the document are woken."""
+        ...
+
+    async def delete(self, *keys: str) -> None: ...
+
+    async def put_field(self, key: str, field: str, value: bytes) -> None: ...
+
+    async def drop_fields(self, key: str, *fields: str) -> None: ...
+
+    async def fields(self, key: str) -> dict[str, bytes]: ...
+
+    def watch(self) -> asyncio.Event:
+        """An event of the caller's own, set whenever a document may have changed, and after every reconnect."""
+        ...
+
+    def unwatch(self, event: asyncio.Event) -> None: ...
+
+    async def announce(self) -> None:
+        """Wakes all watchers, in every process."""
+        ...
+
+    async def read_inbox(self, inbox: str, on_notes: Callable[[list[bytes]], None], on_gap: Callable[[], None]) -> None:
+        """Runs until cancelled: hands over what arrives, and calls `on_gap` whenever something may have been missed."""
+        ...
+
+    async def close(self) -> None: ...

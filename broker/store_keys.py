@@ -1,0 +1,55 @@
+"""Every key in the store, in one place. `<ns>` is the namespace; the braces are literal hash tags.
+
+| key                          | type   | writer               | reader            | expiry                    |
+|------------------------------|--------|----------------------|-------------------|---------------------------|
+| `mqserve:<ns>:future:{id}`   | string | replica, or the one who finds it expired; once | whoever waits | RESULT_TTL_S |
+| `mqserve:<ns>:start:{id}`    | string | replica, of runs that last | the waiting process | the request's deadline |
+| `mqserve:<ns>:body:{id}`     | string | sender: a body by reference | replica      | the request's deadline + 60 s |
+| `mqserve:<ns>:inbox:<pid>`   | list   | replicas             | that process      | INBOX_TTL_S, renewed by each write |
+| `mqserve:<ns>:code:<sha256>` | string | clients              | replicas, proxies | none: deleted with the instance |
+| `mqserve:<ns>:desired`       | string | clients, by compare-and-set | all        | none                      |
+| `mqserve:<ns>:observed`      | string | leading controller   | all               | none                      |
+| `mqserve:<ns>:instance`      | string | starter, controller  | starters, clients | none: it is a lease       |
+| `mqserve:<ns>:leader`        | string | controllers          | controllers       | LEADER_TTL_S              |
+| `mqserve:<ns>:beats`         | hash   | nodes, proxies, replicas: one field each | controller | fields dropped by the leader |
+| `mqserve:<ns>:changed`       | pub/sub channel | whoever wrote a document | watchers | -                     |
+
+`job:` and `stream:` with the `{id}` tag are reserved.
+"""
+
+from __future__ import annotations
+
+RESULT_TTL_S = 600
+INBOX_TTL_S = 120
+LEADER_TTL_S = 8
+
+
+class StoreKeys:
+    """The keys of one namespace."""
+
+    def __init__(self, namespace: str) -> None:
+        self._root = f"mqserve:{namespace}"
+        self.desired = f"{self._root}:desired"
+        self.observed = f"{self._root}:observed"
+        self.instance = f"{self._root}:instance"
+        self.leader = f"{self._root}:leader"
+        self.beats = f"{self._root}:beats"
+        self.changed = f"{self._root}:changed"
+
+    def __repr__(self) -> str:
+        return f"<StoreKeys {self._root}>"
+
+    def future(self, future_id: str) -> str:
+        return f"{self._root}:future:{{{future_id}}}"
+
+    def start(self, future_id: str) -> str:
+        return f"{self._root}:start:{{{future_id}}}"
+
+    def body(self, future_id: str) -> str:
+        return f"{self._root}:body:{{{future_id}}}"
+
+    def inbox(self, process_id: str) -> str:
+        return f"{self._root}:inbox:{process_id}"
+
+    def code(self, sha256: str) -> str:
+        return f"{self._root}:code:{sha256}"

@@ -1,0 +1,187 @@
+"""Changes of the desired document: pure functions that validate, and one way to commit them.
+
+A change that returns was made and is durable in the store. A change that raises StoreUnavailable may have been made: the
+operation id inside the document lets the same call recognise itself when it is tried again.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pydantic
+from starlette.convertors import CONVERTOR_TYPES
+from starlette.routing import compile_path
+
+from ..broker.errors import BadType, BadValue, InstanceError, StoreUnavailable
+from ..broker.queue_names import check_name
+from ..broker.store import Store
+from ..broker.store_keys import StoreKeys
+from .state import Backend, BackendConfig, Desired, Endpoint
+
+Change = Callable[[Desired], Desired]
+
+_TRIES = 50
+_KEPT_OPERATIONS = 64
+_QUEUE_ARGUMENTS = ("max_queued_requests",)  # frozen in the queue: a change of one makes a new generation
+
+
+async def commit(store: Store, keys: StoreKeys, instance: str, change: Change) -> Desired:
+    """Applies `change` by compare-and-set. Raises whatever the change raises, and InstanceError when the instance is another."""
+    operation = secrets.token_hex(8)
+    for attempt in range(_TRIES):
+        try:
+            raw = await store.get(keys.desired)
+            current = Desired.from_bytes(raw)
+            if operation in current.operations:
+                return current
+            if raw is None or current.instance != instance:
+                raise InstanceError("the instance has been shut down, or another one runs under its namespace: start or connect again")
+            wanted = change(current)
+            new = msgspec.structs.replace(
+                wanted, version=current.version + 1, operations=(*current.operations, operation)[-_KEPT_OPERATIONS:]
+            )
+            if await store.replace(keys.desired, raw, new.to_bytes()):
+                return new
+        except StoreUnavailable:
+            if attempt >= 2:
+                raise
+    raise StoreUnavailable(f"the desired state changed under us {_TRIES} times in a row: too many clients deploy at once, try again")
+
+
+def create_backend(backend: Backend) -> Change:
+    def change(desired: Desired) -> Desired:
+        if backend.name in desired.backends:
+            raise BadValue(f"there is a backend {backend.name!r} already: choose another name, or change it with update_backend")
+        return msgspec.structs.replace(desired, backends={**desired.backends, backend.name: backend})
+
+    check_name(backend.name, "a backend")
+    return change
+
+
+def update_backend(name: str, code: str, code_name: str) -> Change:
+    """New code for all replicas."""
+
+    def change(desired: Desired) -> Desired:
+        backend = find_backend(desired, name)
+        new = msgspec.structs.replace(backend, code=code, code_name=code_name, version=backend.version + 1)
+        return msgspec.structs.replace(desired, backends={**desired.backends, name: new})
+
+    return change
+
+
+def update_backend_config(name: str, config: BackendConfig | dict[str, Any]) -> Change:
+    """Only what is set changes."""
+    options = _config_options(config)
+
+    def change(desired: Desired) -> Desired:
+        backend = find_backend(desired, name)
+        settings = parse_config({**backend.settings, **options}).model_dump(exclude_unset=True)
+        old, new = backend.config, BackendConfig.model_validate(settings)
+        frozen_changed = any(getattr(old, argument) != getattr(new, argument) for argument in _QUEUE_ARGUMENTS)
+        updated = msgspec.structs.replace(backend, settings=settings, generation=backend.generation + int(frozen_changed))
+        return msgspec.structs.replace(desired, backends={**desired.backends, name: updated})
+
+    return change
+
+
+def delete_backend(name: str) -> Change:
+    """Silently nothing for an unknown name, as in the seed."""
+
+    def change(desired: Desired) -> Desired:
+        for endpoint in desired.endpoints.values():
+            if name in endpoint.traffic or name in endpoint.shadows:
+                raise BadValue(
+                    f"backend {name!r} is used by endpoint {endpoint.name!r}: delete that endpoint or take the backend out of its traffic first"
+                )
+        return msgspec.structs.replace(desired, backends={key: kept for key, kept in desired.backends.items() if key != name})
+
+    return change
+
+
+def create_endpoint(endpoint: Endpoint) -> Change:
+    def change(desired: Desired) -> Desired:
+        for backend in endpoint.traffic:
+            find_backend(desired, backend)
+        if endpoint.name in desired.endpoints:
+            raise BadValue(f"there is an endpoint {endpoint.name!r} already: choose another name, or delete_endpoint first")
+        for other in desired.endpoints.values():
+            if endpoint.route is not None and other.route == endpoint.route:
+                raise BadValue(f"route {endpoint.route!r} belongs to endpoint {other.name!r}: choose another, or delete that endpoint")
+        return msgspec.structs.replace(desired, endpoints={**desired.endpoints, endpoint.name: endpoint})
+
+    check_name(endpoint.name, "an endpoint")
+    return change
+
+
+def delete_endpoint(name: str) -> Change:
+    """Silently nothing for an unknown name, as in the seed."""
+
+    def change(desired: Desired) -> Desired:
+        return msgspec.structs.replace(desired, endpoints={key: kept for key, kept in desired.endpoints.items() if key != name})
+
+    return change
+
+
+def register_convertor(name: str, code: str) -> Change:
+    def change(desired: Desired) -> Desired:
+        return msgspec.structs.replace(desired, convertors={**desired.convertors, name: code})
+
+    return change
+
+
+def find_backend(desired: Desired, name: str) -> Backend:
+    if name not in desired.backends:
+        known = ", ".join(sorted(desired.backends)) or "none yet"
+        raise BadValue(f"there is no backend {name!r} (known: {known}): create it with create_backend first")
+    return desired.backends[name]
+
+
+def parse_config(config: BackendConfig | dict[str, Any] | None) -> BackendConfig:
+    """Raises BadType for another type and BadValue, naming the field, for a bad or unknown setting."""
+    try:
+        return BackendConfig.model_validate(_config_options(config or {}))
+    except pydantic.ValidationError as error:
+        raise BadValue(f"bad backend config: {_sentence(error)}") from error
+
+
+def parse_endpoint(name: str, backend: object, route: object, methods: object) -> Endpoint:
+    """Raises BadType as the seed does, and BadValue for a route that does not parse."""
+    if not isinstance(backend, str):
+        raise BadType(f"endpoint {name!r} needs the name of its backend as a str: create_endpoint({name!r}, backend='…')")
+    if route is not None and not (isinstance(route, str) and route.startswith("/")):
+        raise BadType(f"route {route!r} of endpoint {name!r} must be None or a str that starts with '/', such as '/{name}'")
+    if not isinstance(methods, list | tuple) or not methods or not all(isinstance(method, str) for method in methods):
+        raise BadType(f"methods of endpoint {name!r} must be a list of names such as ['GET', 'POST'], not {methods!r}")
+    if route is not None:
+        _check_route(route)
+    return Endpoint(name, route, tuple(method.upper() for method in methods), {backend: 1.0})
+
+
+def _check_route(route: str) -> None:
+    if route == "/-" or route.startswith("/-/"):
+        raise BadValue(f"route {route!r} lies under '/-/', which belongs to the system: choose another")
+    try:
+        compile_path(route)
+    except AssertionError as error:
+        raise BadValue(f"route {route!r} does not parse ({error}): convertors are {', '.join(sorted(CONVERTOR_TYPES))}") from error
+    except ValueError as error:
+        raise BadValue(f"route {route!r} does not parse ({error}): name each parameter once, as in '/{{user_id:int}}'") from error
+
+
+def _config_options(config: object) -> dict[str, Any]:
+    if isinstance(config, BackendConfig):
+        return config.model_dump(exclude_unset=True)
+    if isinstance(config, dict):
+        return config
+    raise BadType(f"config must be a dict or a BackendConfig, not {type(config).__name__}")
+
+
+def _sentence(error: pydantic.ValidationError) -> str:
+    first = error.errors()[0]
+    field = ".".join(map(str, first["loc"]))
+    if first["type"] == "extra_forbidden":
+        return f"there is no setting {field!r}; there are {', '.join(BackendConfig.model_fields)}"
+    return f"{field}: {first['msg'].lower()}, not {first.get('input')!r}"

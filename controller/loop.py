@@ -1,0 +1,286 @@
+"""The reconcile loop: read what is wanted and what is seen, decide in `plan`, declare queues, write what is assigned.
+
+Guarantees. What a client committed is durable in the store before anything acts on it. The loop is level-triggered: it
+may be killed anywhere and another controller goes on from the documents. Traffic does not pass through it and goes on
+without it; only replacing and scaling wait. A controller that lost the lead writes nothing: its epoch is behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections import defaultdict
+from contextlib import suppress
+
+import msgspec
+
+from ..broker.errors import MQServeError, QueueMismatch
+from ..broker.queue import Queue
+from ..broker.store import Store
+from ..broker.store_keys import StoreKeys
+from . import lease, plan
+from .restarts import Restarts
+from .state import Beat, Desired, Observed, read_beats
+
+logger = logging.getLogger(__name__)
+
+TICK_S = 1.0
+FORGET_BEATS_AFTER_S = 60.0
+SHUTDOWN_BUDGET_S = 30.0
+
+
+class Controller:
+    """One of possibly several; only the leading one acts."""
+
+    def __init__(self, store: Store, keys: StoreKeys, queue: Queue, controller_id: str) -> None:
+        self._store = store
+        self._keys = keys
+        self._queue = queue
+        self._leader = lease.Leader(store, keys, controller_id)
+        self._restarts: dict[str, Restarts] = defaultdict(Restarts)
+        self._declared: set[tuple[str, int, int | None]] = set()
+        self._unbound: set[tuple[str, int]] = set()
+        self._desired: Desired | None = None
+        self._codes: dict[str, bytes] = {}
+        self._raw_observed: bytes | None = None
+
+    def __repr__(self) -> str:
+        return f"<Controller {self._leader!r}>"
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Until `stop` is set or the instance was shut down."""
+        changed = self._store.watch()
+        try:
+            while not stop.is_set():
+                changed.clear()
+                try:
+                    if await self._leader.lead() and await self._tick():
+                        return
+                except MQServeError as error:
+                    logger.warning("the controller waits: %s", error)
+                await _first_of(changed, stop, TICK_S)
+        finally:
+            self._store.unwatch(changed)
+
+    async def _tick(self) -> bool:
+        """One comparison; True when the instance is shut down and cleared."""
+        desired = await self._read_desired()
+        if desired is None:
+            return False
+        await lease.renew_instance(self._store, self._keys, desired.instance)
+        self._raw_observed = await self._store.get(self._keys.observed)
+        observed = Observed.from_bytes(self._raw_observed)
+        if observed.epoch > self._leader.epoch:
+            return False
+        beats = read_beats(await self._store.fields(self._keys.beats))
+        new = self._place(desired, observed, beats)
+        new = await self._keep_queues(desired, new, beats)
+        await self._write(observed, new)
+        await self._forget_silent(new, beats)
+        return desired.closing and await self._is_down(new, beats)
+
+    async def _read_desired(self) -> Desired | None:
+        """The document; if the store lost it, our copy is written back under a higher epoch, code included."""
+        raw = await self._store.get(self._keys.desired)
+        if raw is not None:
+            self._desired = desired = Desired.from_bytes(raw)
+            await self._keep_codes(desired)
+            return desired
+        if self._desired is None or self._desired.closing:
+            return None
+        logger.warning("the store lost its data: writing the desired state back")
+        restored = msgspec.structs.replace(self._desired, epoch=self._desired.epoch + 1)
+        for sha256, code in self._codes.items():
+            await self._store.set(self._keys.code(sha256), code)
+        owner = lease.InstanceLease(restored.instance, "restored by its controller", True, self._store.now_ms())
+        await self._store.set(self._keys.instance, msgspec.json.encode(owner), only_new=True)
+        await self._store.replace(self._keys.desired, None, restored.to_bytes())
+        return None
+
+    async def _keep_codes(self, desired: Desired) -> None:
+        wanted = {*(backend.code for backend in desired.backends.values()), *desired.convertors.values(), desired.http.middlewares} - {""}
+        self._codes = {sha256: code for sha256, code in self._codes.items() if sha256 in wanted}
+        for sha256 in wanted - set(self._codes):
+            if code := await self._store.get(self._keys.code(sha256)):
+                self._codes[sha256] = code
+
+    # Replicas and proxies.
+
+    def _place(self, desired: Desired, observed: Observed, beats: dict[str, Beat]) -> Observed:
+        now, now_ms = time.monotonic(), self._store.now_ms()
+        nodes = plan.living(beats, "node", now_ms)
+        replicas = plan.living(beats, "replica", now_ms)
+        ready = {replica_id for replica_id, beat in replicas.items() if beat.state == "ready"}
+        ended = plan.ended_replicas(observed.replicas, beats, now_ms)
+        for replica_id, how in ended.items():
+            self._count_death(observed.replicas[replica_id].backend, beats.get(f"replica:{replica_id}"), how, now)
+        assigned = {replica_id: assignment for replica_id, assignment in observed.replicas.items() if replica_id not in ended}
+        for replica_id in ready & set(assigned):
+            self._restarts[assigned[replica_id].backend].got_ready()
+        if desired.closing:  # proxies first: what they still wait for needs the replicas
+            proxies = [beat for beat in plan.living(beats, "proxy", now_ms).values() if not beat.external]
+            placed = assigned if proxies else {}
+        else:
+            may_start = lambda name: self._restarts[name].not_before <= now  # noqa: E731
+            placed = plan.place_replicas(desired, assigned, ready - set(ended), nodes, may_start, _new_replica_id)
+        placed = plan.of_backends(placed, {*desired.backends, *observed.queues})
+        return msgspec.structs.replace(
+            observed,
+            epoch=self._leader.epoch,
+            seen=(desired.epoch, desired.version),
+            replicas=placed,
+            proxies=() if desired.closing else plan.place_proxies(desired, nodes),
+            problems=self._problems(desired, beats, bool(nodes)),
+            down_since=_down_since(desired, observed, placed, replicas, now_ms, self._restarts),
+        )
+
+    def _count_death(self, backend: str, last_beat: Beat | None, how: str, now: float) -> None:
+        restarts = self._restarts[backend]
+        if last_beat is not None and last_beat.state in ("ready", "draining"):
+            logger.warning("a replica of %s died (%s); replacing it", backend, how)
+            restarts.died_ready(now)
+        else:
+            reason = last_beat.error if last_beat is not None and last_beat.error else how
+            restarts.died_early(now, reason)
+            logger.warning(
+                "a replica of %s died before it was ready; the next try is in %.1f s: %s", backend, restarts.not_before - now, reason
+            )
+
+    def _problems(self, desired: Desired, beats: dict[str, Beat], any_node: bool) -> dict[str, str]:
+        problems = {name: self._restarts[name].reason for name in desired.backends if self._restarts[name].reason}
+        if not any_node:
+            problems.update({name: "no node is there to run it: start one with `mqserve node`" for name in desired.backends})
+        for beat in beats.values():
+            if beat.kind == "proxy" and beat.state == "failed":
+                problems[f"proxy on {beat.node or beat.host}"] = beat.error
+        return problems
+
+    # Queues.
+
+    async def _keep_queues(self, desired: Desired, observed: Observed, beats: dict[str, Beat]) -> Observed:
+        """Declares current generations, moves old ones from `queues` to `retiring` once they are empty, and deletes those."""
+        queues = {name: list(generations) for name, generations in observed.queues.items()}
+        retiring = {name: list(generations) for name, generations in observed.retiring.items()}
+        for name, backend in () if desired.closing else desired.backends.items():
+            if await self._declare(name, backend.generation, backend.config.max_queued_requests):
+                generations = [kept for kept in queues.get(name, []) if kept != backend.generation]
+                queues[name] = [*generations, backend.generation]
+        for name in list(queues):
+            current = desired.backends[name].generation if name in desired.backends and not desired.closing else 0
+            for generation in [kept for kept in queues[name] if kept != current]:
+                if await self._is_drained(name, generation, observed, beats):
+                    queues[name].remove(generation)
+                    retiring.setdefault(name, []).append(generation)
+        for name in list(retiring):
+            for generation in list(retiring[name]):
+                if _is_held(name, generation, beats, self._store.now_ms()):
+                    continue
+                keep_content = name in desired.backends and not desired.closing
+                if await self._queue.delete(name, generation, only_if_empty=keep_content):
+                    self._declared = {known for known in self._declared if known[:2] != (name, generation)}
+                else:  # a replica died and its messages came back
+                    queues.setdefault(name, []).insert(0, generation)
+                retiring[name].remove(generation)
+        return msgspec.structs.replace(
+            observed,
+            queues={name: tuple(generations) for name, generations in queues.items() if generations},
+            retiring={name: tuple(generations) for name, generations in retiring.items() if generations},
+        )
+
+    async def _declare(self, name: str, generation: int, max_length: int | None) -> bool:
+        if (name, generation, max_length) in self._declared:
+            return True
+        try:
+            await self._queue.declare(name, generation, max_length)
+        except QueueMismatch as error:
+            # A queue of an earlier instance, with other arguments: a new generation, and the old one is drained like any other.
+            logger.warning("%s; making a new generation", error)
+            await self._next_generation(name, generation)
+            return False
+        self._declared.add((name, generation, max_length))
+        self._unbound.discard((name, generation))
+        return True
+
+    async def _next_generation(self, name: str, generation: int) -> None:
+        raw = await self._store.get(self._keys.desired)
+        desired = Desired.from_bytes(raw)
+        if (backend := desired.backends.get(name)) is not None and backend.generation == generation:
+            newer = msgspec.structs.replace(backend, generation=generation + 1)
+            updated = msgspec.structs.replace(desired, version=desired.version + 1, backends={**desired.backends, name: newer})
+            await self._store.replace(self._keys.desired, raw, updated.to_bytes())
+
+    async def _is_drained(self, name: str, generation: int, observed: Observed, beats: dict[str, Beat]) -> bool:
+        """Nothing new arrives and nothing waits there; without a ready replica nobody would ever empty it."""
+        if (name, generation) not in self._unbound:
+            await self._queue.unbind(name, generation)
+            self._unbound.add((name, generation))
+        if not await self._queue.depth(name, generation):
+            return True
+        return not any(
+            beat.state == "ready" and beat.backend == name for beat in plan.living(beats, "replica", self._store.now_ms()).values()
+        )
+
+    # Writing.
+
+    async def _write(self, old: Observed, new: Observed) -> None:
+        if msgspec.structs.replace(new, version=old.version) == old:
+            return
+        new = msgspec.structs.replace(new, version=old.version + 1)
+        if not await self._store.replace(self._keys.observed, self._raw_observed, new.to_bytes()):
+            logger.warning("another controller wrote the observed state: comparing again")
+
+    async def _forget_silent(self, observed: Observed, beats: dict[str, Beat]) -> None:
+        """Fields of members that are long gone; a failed replica's words stay as long as its backend has the problem."""
+        now_ms = self._store.now_ms()
+        old = [
+            field
+            for field, beat in beats.items()
+            if (beat.kind == "replica" and not beat.external and beat.id not in observed.replicas and now_ms - beat.at > 10_000)
+            or now_ms - beat.at > FORGET_BEATS_AFTER_S * 1000
+        ]
+        await self._store.drop_fields(self._keys.beats, *old)
+
+    async def _is_down(self, observed: Observed, beats: dict[str, Beat]) -> bool:
+        """Whether the instance that is closing has nothing left; then its documents go too."""
+        now_ms = self._store.now_ms()
+        children = [beat for kind in ("replica", "proxy") for beat in plan.living(beats, kind, now_ms).values() if not beat.external]
+        if children or observed.queues or observed.retiring:
+            return False
+        await lease.forget(self._store, self._keys)
+        return True
+
+
+def _is_held(name: str, generation: int, beats: dict[str, Beat], now_ms: int) -> bool:
+    return any(beat.backend == name and generation in beat.generations for beat in plan.living(beats, "replica", now_ms).values())
+
+
+def _down_since(
+    desired: Desired, observed: Observed, placed: plan.Replicas, replicas: dict[str, Beat], now_ms: int, restarts: dict[str, Restarts]
+) -> dict[str, int]:
+    """Backends without a replica that is ready or on its way, with the store time since when."""
+    down: dict[str, int] = {}
+    for name in desired.backends:
+        ready = any(beat.backend == name and beat.state == "ready" for beat in replicas.values())
+        starting = any(assignment.backend == name for assignment in placed.values()) and not restarts[name].early_deaths
+        if not ready and not starting:
+            down[name] = observed.down_since.get(name, now_ms)
+    return down
+
+
+def _new_replica_id(backend: str) -> str:
+    return f"{backend}#{secrets.token_hex(3)}"
+
+
+async def _first_of(changed: asyncio.Event, stop: asyncio.Event, timeout_s: float) -> None:
+    waits = [asyncio.create_task(changed.wait()), asyncio.create_task(stop.wait())]
+    try:
+        await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
+        with suppress(asyncio.CancelledError):
+            await asyncio.gather(*waits, return_exceptions=True)
+
+

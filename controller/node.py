@@ -1,0 +1,212 @@
+"""One machine's agent: says what it has, and runs the replicas and the proxy that the controller assigns to it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+import socket
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Protocol
+
+from ..broker.documents import follow
+from ..broker.errors import StoreUnavailable
+from ..broker.lifeline import Stop
+from ..broker.presence import Presence
+from ..broker.store import Store
+from ..broker.store_keys import StoreKeys
+from .restarts import Restarts
+from .state import BEAT_EVERY_S, Beat, Desired, Observed, read_beats
+
+logger = logging.getLogger(__name__)
+
+SILENT_CHILD_AFTER_S = 20.0  # a replica whose I/O loop is silent for this long is killed
+STOP_MARGIN_S = 5.0  # beyond its own drain time, then it is killed
+PARENT_GONE_S = 6.0  # what children get when the node's own parent is gone
+_CHECK_EVERY_S = 2.0
+
+
+class Child(Protocol):
+    """A replica or proxy that this node started."""
+
+    @property
+    def pid(self) -> int: ...
+
+    async def wait(self) -> str:
+        """How it ended: empty for well, else words for an operator."""
+        ...
+
+    def stop(self) -> None:
+        """Drain and end."""
+        ...
+
+    def kill(self) -> None: ...
+
+
+class Launcher(Protocol):
+    """Starts children: as processes, or inside this one."""
+
+    def replica(self, backend: str, replica_id: str, node: str) -> Child: ...
+
+    def proxy(self, proxy_id: str, host: str, port: int, node: str) -> Child: ...
+
+
+@dataclass(frozen=True, slots=True)
+class NodeOptions:
+    """`http_host` and `http_port` override the instance's, since two nodes may share a machine."""
+
+    node_id: str
+    http_host: str | None = None
+    http_port: int | None = None
+    takes_proxy: bool = True
+    num_cpus: float | None = None
+
+
+@dataclass(eq=False, slots=True)
+class _Running:
+    child: Child
+    watching: asyncio.Task[None]
+    grace_s: float
+    stopping: bool = False
+
+
+class Node:
+    """Owns its children: none survives it."""
+
+    def __init__(self, options: NodeOptions, store: Store, keys: StoreKeys, launcher: Launcher) -> None:
+        self._options = options
+        self._store = store
+        self._keys = keys
+        self._launcher = launcher
+        self._replicas: dict[str, _Running] = {}
+        self._proxy: _Running | None = None
+        self._proxy_wanted = False
+        self._proxy_restarts = Restarts()
+        self._desired = Desired()
+        self._ended: dict[str, str] = {}
+        self._stoppers: set[asyncio.Task[None]] = set()
+        field = f"node:{options.node_id}"
+        self._presence = Presence(store, keys.beats, field, lambda: self._beat().to_bytes(), BEAT_EVERY_S)
+
+    def __repr__(self) -> str:
+        return f"<Node {self._options.node_id}, {len(self._replicas)} replicas, {'a' if self._proxy else 'no'} proxy>"
+
+    async def run(self, stop: Stop) -> None:
+        """Until `stop` is set; then every child is drained, and killed if it does not end."""
+        async with asyncio.TaskGroup() as tasks:
+            working = [tasks.create_task(work) for work in (self._presence.beat_forever(), self._follow(), self._check_children())]
+            await stop.wait()
+            for task in working[1:]:
+                task.cancel()
+            await self._stop_all(PARENT_GONE_S if stop.orphaned else math.inf)
+            working[0].cancel()
+        await self._presence.leave(with_last_words=False)
+
+    async def _follow(self) -> None:
+        async for raw_desired, raw_observed in follow(self._store, self._keys.desired, self._keys.observed):
+            if raw_observed is None:
+                continue
+            self._desired = Desired.from_bytes(raw_desired)
+            observed = Observed.from_bytes(raw_observed)
+            mine = {name: assigned.backend for name, assigned in observed.replicas.items() if assigned.node == self._options.node_id}
+            self._reconcile_replicas(mine)
+            self._reconcile_proxy(wanted=self._options.node_id in observed.proxies)
+
+    def _reconcile_replicas(self, mine: Mapping[str, str]) -> None:
+        self._ended = {replica_id: how for replica_id, how in self._ended.items() if replica_id in mine}
+        for replica_id, running in list(self._replicas.items()):
+            if replica_id not in mine:
+                self._stop(running)
+        for replica_id, backend in mine.items():
+            if replica_id not in self._replicas and replica_id not in self._ended:
+                self._start_replica(replica_id, backend)
+
+    def _start_replica(self, replica_id: str, backend: str) -> None:
+        child = self._launcher.replica(backend, replica_id, self._options.node_id)
+        found = self._desired.backends.get(backend)
+        grace_s = (found.config.graceful_shutdown_timeout_s if found else 0) + STOP_MARGIN_S
+        watching = asyncio.create_task(self._watch_replica(replica_id, child))
+        self._replicas[replica_id] = _Running(child, watching, grace_s)
+
+    async def _watch_replica(self, replica_id: str, child: Child) -> None:
+        how = await child.wait()
+        running = self._replicas.pop(replica_id, None)
+        if running is not None and not running.stopping:
+            self._ended[replica_id] = how or "ended by itself"
+            self._presence.tell()
+
+    def _reconcile_proxy(self, *, wanted: bool) -> None:
+        self._proxy_wanted = wanted
+        if self._proxy is not None and not wanted:
+            self._stop(self._proxy)
+        if self._proxy is None and wanted and time.monotonic() >= self._proxy_restarts.not_before:
+            http, options = self._desired.http, self._options
+            host = options.http_host or http.host
+            port = http.port if options.http_port is None else options.http_port
+            child = self._launcher.proxy(f"proxy-{options.node_id}", host, port, options.node_id)
+            self._proxy = _Running(child, asyncio.create_task(self._watch_proxy(child)), STOP_MARGIN_S + 15)
+
+    async def _watch_proxy(self, child: Child) -> None:
+        started = time.monotonic()
+        how = await child.wait()
+        stopping = self._proxy is not None and self._proxy.stopping
+        self._proxy = None
+        if stopping:
+            return
+        logger.warning("the proxy of node %s ended (%s)", self._options.node_id, how or "by itself")
+        if time.monotonic() - started > 5:
+            self._proxy_restarts.died_ready(time.monotonic())
+        else:
+            self._proxy_restarts.died_early(time.monotonic(), how)
+        await asyncio.sleep(max(0.0, self._proxy_restarts.not_before - time.monotonic()))
+        self._reconcile_proxy(wanted=self._proxy_wanted)
+
+    def _stop(self, running: _Running) -> None:
+        if running.stopping:
+            return
+        running.stopping = True
+        running.child.stop()
+        task = asyncio.create_task(_kill_late(running))
+        self._stoppers.add(task)
+        task.add_done_callback(self._stoppers.discard)
+
+    async def _stop_all(self, at_most_s: float) -> None:
+        for running in self._all():
+            running.grace_s = min(running.grace_s, at_most_s)
+            self._stop(running)
+        while self._stoppers:
+            await asyncio.gather(*self._stoppers)
+
+    def _all(self) -> Iterable[_Running]:
+        return [*self._replicas.values(), *([self._proxy] if self._proxy else [])]
+
+    async def _check_children(self) -> None:
+        """Kills replicas whose I/O loop is silent while the store takes our own beats."""
+        while True:
+            await asyncio.sleep(_CHECK_EVERY_S)
+            with suppress(StoreUnavailable):
+                beats = read_beats(await self._store.fields(self._keys.beats))
+                mine = beats.get(f"node:{self._options.node_id}")
+                for replica_id, running in self._replicas.items():
+                    beat = beats.get(f"replica:{replica_id}")
+                    if mine and beat and mine.at - beat.at > SILENT_CHILD_AFTER_S * 1000:
+                        logger.error("%s has been silent for %d s: killing it", replica_id, (mine.at - beat.at) // 1000)
+                        running.child.kill()
+
+    def _beat(self) -> Beat:
+        options = self._options
+        return Beat(
+            kind="node", id=options.node_id, at=self._store.now_ms(), pid=os.getpid(), host=socket.gethostname(), ended=self._ended,
+            takes_proxy=options.takes_proxy, num_cpus=options.num_cpus or os.cpu_count() or 1, running=len(self._replicas),
+        )  # fmt: skip
+
+
+async def _kill_late(running: _Running) -> None:
+    done, _ = await asyncio.wait([running.watching], timeout=running.grace_s)
+    if not done:
+        running.child.kill()
+        await asyncio.wait([running.watching], timeout=STOP_MARGIN_S)

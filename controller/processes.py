@@ -1,0 +1,102 @@
+"""Children as processes: started by command line, each in a session of its own, each holding a pipe to its parent."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import sysconfig
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+
+from ..broker.lifeline import PIPE_VARIABLE
+from ..broker.settings import Settings
+
+
+class Process:
+    """One child process. Implements `Child`; the pipe's other end lives as long as this process does."""
+
+    def __init__(self, arguments: Sequence[str], settings: Settings, *, detached: bool = False) -> None:
+        self._arguments = arguments
+        environment = {**os.environ, **settings.to_env(), "PYTHONPATH": _import_path()}
+        environment.pop(PIPE_VARIABLE, None)
+        reading = self._writing = -1
+        if not detached:
+            reading, self._writing = os.pipe()
+            environment[PIPE_VARIABLE] = str(reading)
+        try:
+            self._popen = subprocess.Popen(
+                [sys.executable, "-m", "mqserve", *arguments], env=environment, pass_fds=() if detached else (reading,),
+                start_new_session=True, stdin=subprocess.DEVNULL,
+            )  # fmt: skip
+        finally:
+            if reading >= 0:
+                os.close(reading)
+
+    def __repr__(self) -> str:
+        return f"<Process {self.pid} mqserve {' '.join(self._arguments)}, {self._popen.returncode}>"
+
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._popen.poll()
+
+    async def wait(self) -> str:
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[int] = loop.create_future()
+
+        def tell(code: int) -> None:
+            if not ended.done():
+                ended.set_result(code)
+
+        def reap() -> None:
+            code = self._popen.wait()
+            with suppress(RuntimeError):  # the loop may be gone by then
+                loop.call_soon_threadsafe(tell, code)
+
+        threading.Thread(target=reap, name=f"wait for {self.pid}", daemon=True).start()
+        code = await ended
+        if self._writing >= 0:
+            os.close(self._writing)
+            self._writing = -1
+        if code < 0:
+            return f"killed by {signal.Signals(-code).name}"
+        return f"exit code {code}" if code else ""
+
+    def stop(self) -> None:
+        if self._popen.returncode is None:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        """The child and whatever it started: the session is its own."""
+        if self._popen.returncode is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+
+
+class ProcessLauncher:
+    """Implements `Launcher`."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    def replica(self, backend: str, replica_id: str, node: str) -> Process:
+        return Process(["replica", backend, "--replica-id", replica_id, "--node-id", node], self._settings)
+
+    def proxy(self, proxy_id: str, host: str, port: int, node: str) -> Process:
+        return Process(["proxy", "--host", host, "--port", str(port), "--proxy-id", proxy_id, "--node-id", node], self._settings)
+
+
+def _import_path() -> str:
+    """What this process can import, its children can: the folder of the user's file is on `sys.path` only here."""
+    own = {sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    own |= {path for path in sys.path if path.endswith((".zip", "lib-dynload"))}
+    wanted = [path for path in [*sys.path, *os.environ.get("PYTHONPATH", "").split(os.pathsep)] if path and path not in own]
+    return os.pathsep.join(dict.fromkeys(wanted))

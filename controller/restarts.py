@@ -1,0 +1,38 @@
+"""When a dead replica may be replaced: at once if it had been ready, with growing pauses if it never was."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+FIRST_PAUSE_S = 0.5
+LONGEST_PAUSE_S = 60.0
+AT_ONCE_LIMIT = 20  # replacements at once within AT_ONCE_WINDOW_S; beyond that even a ready one waits
+AT_ONCE_WINDOW_S = 30.0
+
+
+@dataclass
+class Restarts:
+    """One backend's record; times are monotonic seconds."""
+
+    early_deaths: int = 0
+    not_before: float = 0.0
+    reason: str = ""
+    _at_once: deque[float] = field(default_factory=deque)
+
+    def died_early(self, now: float, reason: str) -> None:
+        self.not_before = now + min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**self.early_deaths)
+        self.early_deaths += 1
+        self.reason = reason
+
+    def died_ready(self, now: float) -> None:
+        while self._at_once and self._at_once[0] < now - AT_ONCE_WINDOW_S:
+            self._at_once.popleft()
+        self._at_once.append(now)
+        if len(self._at_once) > AT_ONCE_LIMIT:
+            self.not_before = now + FIRST_PAUSE_S
+            self.reason = f"{len(self._at_once)} ready replicas died within {AT_ONCE_WINDOW_S:g} s: see their logs"
+
+    def got_ready(self) -> None:
+        self.early_deaths = 0
+        self.reason = ""

@@ -1,0 +1,188 @@
+"""The state model: what is wanted (written by clients) and what is seen (written by the leading controller).
+
+Both are JSON documents in the store, so that an operator can read them with `redis-cli get`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import msgspec
+from pydantic import BaseModel, ConfigDict, Field
+
+MAX_REQUEST_TIMEOUT_S = 25 * 60  # below RabbitMQ's consumer_timeout of 30 minutes
+
+SYNC_CONCURRENCY = 8  # max_concurrent_queries of a plain handler, as in the seed
+ASYNC_CONCURRENCY = 100
+
+
+class BackendConfig(BaseModel):
+    """What a backend's user may turn while it serves. Unknown keys are refused, and assignment is validated.
+
+    num_replicas: copies of the backend.
+    max_concurrent_queries: requests that one replica holds at a time; default 8 for a plain handler, 100 for an async one.
+    sync_threads: how many plain calls a replica runs at once; 1, since models are rarely thread-safe.
+    request_timeout_s: seconds from the request's arrival to its answer, at most 25 minutes.
+    max_queued_requests: waiting requests beyond which callers are told 429; None for no limit. Changing it makes a new queue.
+    graceful_shutdown_timeout_s: seconds a stopping replica has for what it is running.
+    start_timeout_s: seconds a new replica has to get ready.
+    """
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+    num_replicas: Annotated[int, Field(gt=0)] = 1
+    max_concurrent_queries: Annotated[int, Field(gt=0)] | None = None
+    sync_threads: Annotated[int, Field(gt=0)] = 1
+    request_timeout_s: Annotated[float, Field(gt=0, le=MAX_REQUEST_TIMEOUT_S)] = 60.0
+    max_queued_requests: Annotated[int, Field(gt=0)] | None = None
+    graceful_shutdown_timeout_s: Annotated[float, Field(ge=0)] = 20.0
+    start_timeout_s: Annotated[float, Field(gt=0)] = 120.0
+
+    def concurrency(self, is_async: bool) -> int:
+        """Requests that one replica holds at most."""
+        return self.max_concurrent_queries or (ASYNC_CONCURRENCY if is_async else max(SYNC_CONCURRENCY, 2 * self.sync_threads))
+
+
+class Backend(msgspec.Struct, frozen=True):
+    """A named implementation. `version` grows with its code, `generation` with its queue's frozen arguments."""
+
+    name: str
+    code: str  # sha256 of the code in the store
+    code_name: str
+    settings: dict[str, Any] = {}
+    actor_options: dict[str, Any] = {}
+    version: int = 1
+    generation: int = 1
+
+    @property
+    def config(self) -> BackendConfig:
+        return BackendConfig.model_validate(self.settings)
+
+
+class Endpoint(msgspec.Struct, frozen=True):
+    """A named target of traffic. `route` None: reachable by handle only."""
+
+    name: str
+    route: str | None
+    methods: tuple[str, ...]
+    traffic: dict[str, float]
+    shadows: dict[str, float] = {}
+
+
+class HttpOptions(msgspec.Struct, frozen=True):
+    """Where proxies listen and on which nodes. `middlewares` is the sha256 of their code, empty for none."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    location: str = "HeadOnly"  # or EveryNode, NoServer
+    middlewares: str = ""
+    debug: bool = False
+
+
+class Desired(msgspec.Struct, frozen=True):
+    """What the users want. Versions order as (epoch, version)."""
+
+    epoch: int = 1
+    version: int = 0
+    instance: str = ""
+    head_node: str = ""  # the node that started the instance: the one of HeadOnly
+    http: HttpOptions = HttpOptions()
+    backends: dict[str, Backend] = {}
+    endpoints: dict[str, Endpoint] = {}
+    convertors: dict[str, str] = {}  # name -> sha256 of its code
+    closing: bool = False  # the instance is being shut down
+    operations: tuple[str, ...] = ()  # the last operation ids, so that a retry recognises itself
+
+    def to_bytes(self) -> bytes:
+        return msgspec.json.encode(self)
+
+    @classmethod
+    def from_bytes(cls, raw: bytes | None) -> Desired:
+        return cls() if raw is None else msgspec.json.decode(raw, type=cls)
+
+
+class Assignment(msgspec.Struct, frozen=True):
+    """A replica that a node is to run."""
+
+    backend: str
+    node: str
+    version: int
+
+
+class Observed(msgspec.Struct, frozen=True):
+    """What the leading controller decided and saw; nodes and replicas act on it, under its epoch."""
+
+    epoch: int = 0
+    version: int = 0
+    seen: tuple[int, int] = (0, 0)  # (epoch, version) of the desired document this follows
+    queues: dict[str, tuple[int, ...]] = {}  # generations that replicas take from, the current one last
+    retiring: dict[str, tuple[int, ...]] = {}  # generations that nobody takes from any more, about to be deleted
+    replicas: dict[str, Assignment] = {}
+    proxies: tuple[str, ...] = ()  # nodes that are to run one
+    problems: dict[str, str] = {}  # backend (or "proxy on <node>") -> why it is not as wanted
+    down_since: dict[str, int] = {}  # backend -> store ms since which no replica has been ready or starting
+
+    def to_bytes(self) -> bytes:
+        return msgspec.json.encode(self)
+
+    @classmethod
+    def from_bytes(cls, raw: bytes | None) -> Observed:
+        return cls() if raw is None else msgspec.json.decode(raw, type=cls)
+
+
+class Beat(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a node, a proxy or a replica says of itself, every BEAT_EVERY_S and at each change."""
+
+    kind: str  # node, proxy, replica
+    id: str
+    at: int  # store ms
+    pid: int = 0
+    host: str = ""
+    state: str = "ready"  # starting, ready, draining, failed
+    error: str = ""
+    node: str = ""
+    external: bool = False
+    backend: str = ""
+    version: int = 0
+    generations: tuple[int, ...] = ()  # queues whose messages this replica takes or still holds
+    url: str = ""
+    follows: tuple[int, int] = (0, 0)  # a proxy's (epoch, version) of the desired document
+    ended: dict[str, str] = {}  # a node's children that ended by themselves -> how
+    takes_proxy: bool = False  # a node on which a proxy may run
+    num_cpus: float = 0
+    running: int = 0
+    served: int = 0
+
+    @property
+    def field(self) -> str:
+        return f"{self.kind}:{self.id}"
+
+    def to_bytes(self) -> bytes:
+        return msgspec.json.encode(self)
+
+
+BEAT_EVERY_S = 1.0
+SILENT_AFTER_S = 6.0  # a member that has not beaten for this long is gone
+
+
+def read_beats(fields: Mapping[str, bytes]) -> dict[str, Beat]:
+    """By field; what does not parse (another version's) is left out."""
+    beats: dict[str, Beat] = {}
+    for field, raw in fields.items():
+        try:
+            beats[field] = msgspec.json.decode(raw, type=Beat)
+        except msgspec.MsgspecError:
+            continue
+    return beats
+
+
+def choose_backend(traffic: Mapping[str, float], value: float) -> str:
+    """The backend for `value` in [0, 1): names sorted, the first whose cumulative weight exceeds it, as in the seed."""
+    total = 0.0
+    names = sorted(name for name, weight in traffic.items() if weight > 0)
+    for name in names:
+        total += traffic[name]
+        if value < total:
+            return name
+    return names[-1]

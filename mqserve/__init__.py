@@ -1,0 +1,86 @@
+"""mqserve: serve Python functions and models from a message queue.
+
+    import mqserve as serve
+
+    @serve.endpoint("/hello/{name}")
+    def hello(request):
+        return f"Hello, {request.path_params['name']}!"
+
+and `mqserve run hello.py`. See docs/ for the rest.
+"""
+
+from .api import (
+    connect,
+    create_backend,
+    create_endpoint,
+    delete_backend,
+    delete_endpoint,
+    future,
+    get_backend_config,
+    get_handle,
+    list_backends,
+    list_endpoints,
+    register_convertor,
+    shutdown,
+    start,
+    update_backend,
+    update_backend_config,
+)
+from .broker.errors import (
+    BackendFailed,
+    BrokerUnavailable,
+    InstanceError,
+    MQServeError,
+    NotEncodable,
+    Overloaded,
+    RemoteError,
+    RequestTimeout,
+    StoreUnavailable,
+    UnknownEndpoint,
+)
+from .client import Client
+from .controller.state import BackendConfig
+from .declared import endpoint
+from .futures import Future, get, wait
+from .handle import AsyncHandle, Handle
+from .replicas.requests import Request, ServeRequest
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AsyncHandle",
+    "BackendConfig",
+    "BackendFailed",
+    "BrokerUnavailable",
+    "Client",
+    "Future",
+    "Handle",
+    "InstanceError",
+    "MQServeError",
+    "NotEncodable",
+    "Overloaded",
+    "RemoteError",
+    "Request",
+    "RequestTimeout",
+    "ServeRequest",
+    "StoreUnavailable",
+    "UnknownEndpoint",
+    "connect",
+    "create_backend",
+    "create_endpoint",
+    "delete_backend",
+    "delete_endpoint",
+    "endpoint",
+    "future",
+    "get",
+    "get_backend_config",
+    "get_handle",
+    "list_backends",
+    "list_endpoints",
+    "register_convertor",
+    "shutdown",
+    "start",
+    "update_backend",
+    "update_backend_config",
+    "wait",
+]

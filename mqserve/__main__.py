@@ -1,0 +1,5 @@
+"""`python -m mqserve`."""
+
+from .cli import main
+
+main()

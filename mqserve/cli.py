@@ -1,0 +1,225 @@
+"""The command line. Every flag is also an environment variable; URLs and keys are only that, so that no process list shows them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import sys
+from collections.abc import Callable, Coroutine
+from functools import wraps
+from typing import Any
+
+import click
+
+from . import __version__
+from .broker.errors import MQServeError
+from .broker.lifeline import run as run_loop
+from .broker.settings import Settings
+from .instance import LOCATIONS
+
+FAILED = 1
+
+
+def main() -> None:
+    """The console script."""
+    cli(prog_name="mqserve", auto_envvar_prefix=None)
+
+
+def _one_sentence(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Our own errors end a command with their sentence rather than a traceback."""
+
+    @wraps(command)
+    def run(*args: Any, **options: Any) -> None:
+        try:
+            sys.exit(command(*args, **options) or 0)
+        except MQServeError as error:
+            click.echo(f"Error: {error}", err=True)
+            sys.exit(FAILED)
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+    return run
+
+
+def _settings(namespace: str | None) -> Settings:
+    return Settings.read(namespace=namespace)
+
+
+def _distributed(namespace: str | None, command: str) -> Settings:
+    settings = _settings(namespace)
+    if settings.embedded:
+        raise MQServeError(
+            f"`mqserve {command}` joins other processes over RabbitMQ and Redis: set MQSERVE_BROKER_URL (amqp://…) and MQSERVE_STORE_URL (redis://…)"
+        )
+    return settings
+
+
+namespace_option = click.option("--namespace", envvar="MQSERVE_NAMESPACE", metavar="NAME", help="The instance's name on broker and store [mqserve].")
+http_options = [
+    click.option("--host", envvar="MQSERVE_HTTP_HOST", default="127.0.0.1", show_default=True, help="Where proxies listen."),
+    click.option("--port", envvar="MQSERVE_HTTP_PORT", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 for any free one."),
+    click.option(
+        "--location", envvar="MQSERVE_HTTP_LOCATION", type=click.Choice(LOCATIONS), default="HeadOnly", show_default=True,
+        help="Which nodes run a proxy.",
+    ),
+    click.option("--debug", is_flag=True, envvar="MQSERVE_DEBUG", help="Show tracebacks in HTTP answers."),
+]  # fmt: skip
+
+
+def _with(options: list[Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="mqserve")
+@click.option("-v", "--verbose", is_flag=True, envvar="MQSERVE_VERBOSE", help="Log what happens, not only what goes wrong.")
+def cli(verbose: bool) -> None:
+    """Serve Python functions and models from a message queue."""
+    _log(verbose)
+
+
+@cli.command()
+@click.argument("target", metavar="FILE | MODULE[:ATTRIBUTE]")
+@namespace_option
+@_with(http_options)
+@_one_sentence
+def run(target: str, namespace: str | None, host: str, port: int, location: str, debug: bool) -> int:
+    """Start an instance, deploy what FILE declares, serve until Ctrl-C."""
+    from .run import run_until_stopped
+
+    http = {"host": host, "port": port, "location": location, "debug": debug}
+    return run_until_stopped(target, _settings(namespace), http)
+
+
+@cli.command()
+@namespace_option
+@_with(http_options)
+@click.option("--no-node", is_flag=True, help="Run no node here: only the controller.")
+@_one_sentence
+def start(namespace: str | None, host: str, port: int, location: str, debug: bool, no_node: bool) -> int:
+    """Start a detached instance: it runs until `mqserve shutdown`."""
+    from .instance import StartOptions, parse_http_options
+    from .session import open_client
+
+    http, _ = parse_http_options({"host": host, "port": port, "location": location, "debug": debug})
+    settings = _distributed(namespace, "start")
+    open_client(settings, StartOptions(http, detached=True, with_node=not no_node))
+    where = f", HTTP on http://{host}:{port}" if location != "NoServer" and not no_node else ""
+    click.echo(f"Instance {settings.namespace!r} runs{where}. End it with `mqserve shutdown`.")
+    sys.stdout.flush()
+    os._exit(0)  # the instance lives on in its own processes; nothing here is to be undone
+
+
+@cli.command()
+@namespace_option
+@_one_sentence
+def shutdown(namespace: str | None) -> int:
+    """End the running instance: drain, then clear."""
+    from .session import open_client
+
+    settings = _distributed(namespace, "shutdown")
+    client = open_client(settings, None)
+    click.echo(f"Draining {settings.namespace!r} …")
+    client.shutdown()
+    click.echo("Done.")
+    return 0
+
+
+@cli.command()
+@namespace_option
+@_one_sentence
+def status(namespace: str | None) -> int:
+    """Show nodes, proxies, backends and replicas, and what is wrong with them."""
+    from .status import show_status
+
+    return run_loop(show_status(_distributed(namespace, "status")))
+
+
+@cli.command()
+@namespace_option
+@click.option("--node-id", envvar="MQSERVE_NODE_ID", help="Its name; two nodes may share a machine [host name and process id].")
+@click.option("--http-host", envvar="MQSERVE_HTTP_HOST", help="Where this node's proxy listens [the instance's].")
+@click.option("--http-port", envvar="MQSERVE_HTTP_PORT", type=click.IntRange(0, 65535), help="Its port [the instance's].")
+@click.option("--no-proxy", is_flag=True, help="Never run a proxy here.")
+@click.option("--num-cpus", envvar="MQSERVE_NUM_CPUS", type=float, help="What this node offers [what the machine has].")
+@_one_sentence
+def node(
+    namespace: str | None, node_id: str | None, http_host: str | None, http_port: int | None, no_proxy: bool, num_cpus: float | None
+) -> int:
+    """Run an agent: the replicas and the proxy that the controller assigns to it."""
+    from .controller.node import NodeOptions
+    from .roles import run_node
+
+    options = NodeOptions(node_id or _own_id("node"), http_host, http_port, not no_proxy, num_cpus)
+    return run_loop(run_node(_distributed(namespace, "node"), options))
+
+
+@cli.command()
+@namespace_option
+@_one_sentence
+def controller(namespace: str | None) -> int:
+    """Run a controller; it starts a detached instance where there is none."""
+    from .roles import run_controller
+
+    return run_loop(run_controller(_distributed(namespace, "controller"), _own_id("controller")))
+
+
+@cli.command()
+@namespace_option
+@_with(http_options[:2] + http_options[3:])
+@click.option("--proxy-id", hidden=True)
+@click.option("--node-id", hidden=True, default="")
+@_one_sentence
+def proxy(namespace: str | None, host: str, port: int, debug: bool, proxy_id: str | None, node_id: str) -> int:
+    """Run one HTTP proxy by hand: configured and shown, not counted."""
+    from .proxy.main import ProxyOptions
+    from .proxy.main import main as run_proxy
+
+    options = ProxyOptions(proxy_id or _own_id("proxy"), host, port, node_id, external=proxy_id is None, debug=debug)
+    return run_loop(run_proxy(_distributed(namespace, "proxy"), options))
+
+
+@cli.command()
+@click.argument("backend")
+@namespace_option
+@click.option("--replica-id", hidden=True)
+@click.option("--node-id", hidden=True, default="")
+@_one_sentence
+def replica(backend: str, namespace: str | None, replica_id: str | None, node_id: str) -> int:
+    """Run one replica of BACKEND by hand: configured and shown, not counted."""
+    from .replicas.main import ReplicaOptions
+    from .replicas.main import main as run_replica
+
+    options = ReplicaOptions(backend, replica_id or f"{backend}#{secrets.token_hex(3)}", node_id, external=replica_id is None)
+    return _leave_now(run_replica(_distributed(namespace, "replica"), options))
+
+
+def _leave_now(role: Coroutine[Any, Any, int]) -> int:
+    """Ends the process with the role: a user's thread that is still running must not keep it."""
+    code = run_loop(role)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _own_id(role: str) -> str:
+    return f"{role}-{socket.gethostname()}-{os.getpid()}"
+
+
+def _log(verbose: bool) -> None:
+    level = logging.INFO if verbose else logging.WARNING
+    logging.basicConfig(level=level, format=f"%(asctime)s [{os.getpid()}] %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    # Their records of a lost connection are errors with tracebacks, though we recover; at DEBUG they print payloads.
+    for name in ("aio_pika", "aiormq"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    if verbose:
+        os.environ["MQSERVE_VERBOSE"] = "1"  # for the children

@@ -1,0 +1,355 @@
+"""The client: one process's way to act on an instance. Every function of `mqserve` is a method here."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Literal, TypeVar, overload
+
+from starlette.convertors import register_url_convertor
+
+from .broker import code
+from .broker.caller import Caller
+from .broker.codecs import encode_value
+from .broker.documents import follow, until
+from .broker.envelope import Meta, mint_id
+from .broker.errors import BackendFailed, BadType, BadValue, InstanceError, MQServeError, UnknownEndpoint
+from .broker.results import Result
+from .broker.signing import Claim
+from .controller import desired as changes
+from .controller.state import Backend, BackendConfig, Desired, Observed, choose_backend, read_beats
+from .declared import Declaration
+from .futures import Future, get, read_result, wait
+from .handle import AsyncHandle, Handle
+from .links import Links
+from .runtime import Runtime
+
+logger = logging.getLogger(__name__)
+
+ROUTE_BUDGET_S = 30.0
+DELETE_BUDGET_S = 60.0
+READY_MARGIN_S = 15.0
+T = TypeVar("T")
+
+
+class Client:
+    """Made by `serve.start` and `serve.connect`. Its methods may be called from any thread; each waits for what it promises."""
+
+    def __init__(self, runtime: Runtime, links: Links, instance: str, end: Callable[[], None]) -> None:
+        self._runtime = runtime
+        self._links = links
+        self._instance = instance
+        self._end = end
+        self._signer = links.settings.signer
+        self._caller = Caller(links.queue, links.store, links.keys, links.process_id)
+        self._desired = Desired()
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"<Client of {self._links.settings.namespace!r}{', shut down' if self._closed else ''}>"
+
+    def __reduce__(self) -> Any:
+        raise InstanceError("a Client cannot be sent to another process: call serve.connect() there")
+
+    async def run(self) -> None:
+        """Reads results and follows the desired document until cancelled; for whoever made the client."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._caller.run())
+            async for (raw,) in follow(self._links.store, self._links.keys.desired):
+                if raw is not None:
+                    self._desired = Desired.from_bytes(raw)
+
+    # Backends.
+
+    def create_backend(
+        self,
+        backend_tag: str,
+        func_or_class: Any,
+        *init_args: Any,
+        actor_options: dict[str, Any] | None = None,
+        ray_actor_options: dict[str, Any] | None = None,
+        config: BackendConfig | dict[str, Any] | None = None,
+    ) -> None:
+        """Deploys a function, a class or an import string; returns once all replicas are ready.
+
+        Raises BadValue for a name that is taken, a bad config, or arguments for a function; BadType for what is no function or
+        class; NotEncodable for code that cannot travel; BackendFailed with the remote traceback when a replica does not get
+        ready, and then nothing stays registered.
+        """
+        options = _actor_options(actor_options, ray_actor_options)
+        _check_target(backend_tag, func_or_class, init_args)
+        parsed = changes.parse_config(config)
+        changes.check_name(backend_tag, "a backend")
+        packed = code.pack(func_or_class, init_args, self._signer)
+        self._call(self._create_backend(backend_tag, packed, parsed, options))
+
+    async def _create_backend(self, name: str, packed: code.Code, config: BackendConfig, options: dict[str, Any]) -> None:
+        sha256 = await code.save(self._links.store, self._links.keys, packed)
+        backend = Backend(name, sha256, packed.name, config.model_dump(exclude_unset=True), options)
+        await self._commit(changes.create_backend(backend))
+        try:
+            await self._until_ready(backend)
+        except BaseException:
+            await self._commit(changes.delete_backend(name))
+            raise
+
+    def update_backend(
+        self, backend_tag: str, func_or_class: Any, *init_args: Any, actor_options: dict[str, Any] | None = None
+    ) -> None:
+        """Rolls out new code: new replicas first, then the old ones drain.
+
+        Raises BackendFailed when the new version does not get ready; the old one serves on.
+        """
+        _actor_options(actor_options, None)
+        _check_target(backend_tag, func_or_class, init_args)
+        packed = code.pack(func_or_class, init_args, self._signer)
+        self._call(self._update_backend(backend_tag, packed))
+
+    async def _update_backend(self, name: str, packed: code.Code) -> None:
+        old = changes.find_backend(await self._read_desired(), name)
+        sha256 = await code.save(self._links.store, self._links.keys, packed)
+        committed = await self._commit(changes.update_backend(name, sha256, packed.name))
+        try:
+            await self._until_ready(committed.backends[name])
+        except BackendFailed:
+            await self._commit(changes.update_backend(name, old.code, old.code_name))
+            raise
+
+    def update_backend_config(self, backend_tag: str, config_options: BackendConfig | dict[str, Any]) -> None:
+        """Changes only what is set, live; returns once as many replicas as wanted are ready."""
+        self._call(self._update_backend_config(backend_tag, config_options))
+
+    async def _update_backend_config(self, name: str, config: BackendConfig | dict[str, Any]) -> None:
+        committed = await self._commit(changes.update_backend_config(name, config))
+        await self._until_ready(committed.backends[name])
+
+    def get_backend_config(self, backend_tag: str) -> BackendConfig:
+        """Raises BadValue for an unknown backend."""
+        return changes.find_backend(self._call(self._read_desired()), backend_tag).config
+
+    def list_backends(self) -> dict[str, BackendConfig]:
+        return {name: backend.config for name, backend in self._call(self._read_desired()).backends.items()}
+
+    def delete_backend(self, backend_tag: str) -> None:
+        """Drains its queue and its replicas; returns when both are gone. Raises BadValue while an endpoint uses it."""
+        self._call(self._delete_backend(backend_tag))
+
+    async def _delete_backend(self, name: str) -> None:
+        await self._commit(changes.delete_backend(name))
+
+        async def is_gone() -> bool | None:
+            observed = Observed.from_bytes(await self._links.store.get(self._links.keys.observed))
+            held = {*observed.queues, *observed.retiring, *(assignment.backend for assignment in observed.replicas.values())}
+            return None if name in held else True
+
+        await self._until(is_gone, DELETE_BUDGET_S, f"backend {name!r} is not gone yet: its replicas are still draining")
+
+    # Endpoints.
+
+    def create_endpoint(
+        self, endpoint_name: str, *, backend: str | None = None, route: str | None = None, methods: Sequence[str] = ("GET",)
+    ) -> None:
+        """Sends traffic of a name, and of an HTTP route if there is one, to a backend; returns when all live proxies know it.
+
+        Raises BadType and BadValue as the seed does: for a missing backend name, a bad route or method, what is taken or unknown.
+        """
+        endpoint = changes.parse_endpoint(endpoint_name, backend, route, methods)
+        self._call(self._commit_to_proxies(changes.create_endpoint(endpoint)))
+
+    def list_endpoints(self) -> dict[str, dict[str, Any]]:
+        """`{name: {"route", "methods", "traffic", "shadows"}}`."""
+        return {
+            name: {
+                "route": endpoint.route,
+                "methods": list(endpoint.methods),
+                "traffic": dict(endpoint.traffic),
+                "shadows": dict(endpoint.shadows),
+            }
+            for name, endpoint in self._call(self._read_desired()).endpoints.items()
+        }
+
+    def delete_endpoint(self, endpoint: str) -> None:
+        """Its backends stay; returns when all live proxies know it."""
+        self._call(self._commit_to_proxies(changes.delete_endpoint(endpoint)))
+
+    def register_convertor(self, name: str, convertor: Any) -> None:
+        """A path convertor (a Starlette `Convertor` class or its import string) for routes: `{value:name}`."""
+        packed = code.pack(convertor, (), self._signer)
+        register_url_convertor(name, (code.load_import_string(convertor) if isinstance(convertor, str) else convertor)())
+        self._call(self._register_convertor(name, packed))
+
+    async def _register_convertor(self, name: str, packed: code.Code) -> None:
+        await self._commit_to_proxies(changes.register_convertor(name, await code.save(self._links.store, self._links.keys, packed)))
+
+    # Requests.
+
+    @overload
+    def get_handle(self, endpoint_name: str, *, missing_ok: bool = False) -> Handle: ...
+    @overload
+    def get_handle(self, endpoint_name: str, sync: Literal[True], missing_ok: bool = False) -> Handle: ...
+    @overload
+    def get_handle(self, endpoint_name: str, sync: Literal[False], missing_ok: bool = False) -> AsyncHandle: ...
+
+    def get_handle(self, endpoint_name: str, sync: bool = True, missing_ok: bool = False) -> Handle | AsyncHandle:
+        """A caller of the endpoint. Raises UnknownEndpoint unless `missing_ok`; then requests fail until it exists."""
+        if endpoint_name not in self._desired.endpoints:
+            self._desired = self._call(self._read_desired())
+            if endpoint_name not in self._desired.endpoints and not missing_ok:
+                raise UnknownEndpoint(f"Endpoint '{endpoint_name}' does not exist.")
+        return Handle(endpoint_name, self._send) if sync else AsyncHandle(endpoint_name, self._send)
+
+    def future(self, future_id: str, backend: str | None = None) -> Future:
+        """The future of a request that anybody sent: a minted id by itself, a publisher's own `message_id` with its backend."""
+        key = future_id if backend is None or len(future_id) == 32 else f"{backend}/{future_id}"
+        pending = self._submit(self._caller.result(key, timeout_s=None))
+        return Future(future_id, pending, lambda result: read_result(result, key, self._signer, backend))
+
+    def get(self, refs: Future | Sequence[Future], timeout: float | None = None) -> Any:
+        return get(refs, timeout)
+
+    def wait(self, refs: Sequence[Future], *, num_returns: int = 1, timeout: float | None = None) -> tuple[list[Future], list[Future]]:
+        return wait(refs, num_returns=num_returns, timeout=timeout)
+
+    def _send(self, endpoint_name: str, meta: Meta, data: Any, arguments: dict[str, Any]) -> Future:
+        """Encodes here, in the caller's thread, and publishes over there."""
+        self._check_open()
+        endpoint = self._desired.endpoints.get(endpoint_name)
+        if endpoint is None:
+            raise UnknownEndpoint(f"Endpoint '{endpoint_name}' does not exist.")
+        backend = choose_backend(endpoint.traffic, random.random())
+        timeout_s = self._desired.backends[backend].config.request_timeout_s
+        future_id = mint_id()
+        content_type, body = encode_value([data, arguments], self._signer, Claim("request", backend, future_id))
+        pending: concurrent.futures.Future[Result] = concurrent.futures.Future()
+
+        def send() -> None:
+            try:
+                ticket = self._caller.send(backend, body, content_type, meta, origin="handle", timeout_s=timeout_s, future_id=future_id)
+            except MQServeError as error:
+                pending.set_exception(error)
+            else:
+                ticket.future.add_done_callback(lambda done: _pass_on(done, pending))
+
+        self._runtime.post(send)
+        return Future(future_id, pending, lambda result: read_result(result, future_id, self._signer))
+
+    # The instance.
+
+    def deploy(self, declaration: Declaration) -> None:
+        """What `@serve.endpoint` recorded: a backend and an endpoint of one name."""
+        self.create_backend(
+            declaration.name, declaration.target, actor_options=declaration.actor_options, config=declaration.config
+        )
+        self.create_endpoint(declaration.name, backend=declaration.name, route=declaration.route, methods=declaration.methods)
+
+    def http_url(self) -> str:
+        """Where the instance's first live proxy listens, such as "http://127.0.0.1:8000"; empty without one."""
+        beats = read_beats(self._call(self._links.store.fields(self._links.keys.beats))).values()
+        return next((beat.url for beat in sorted(beats, key=lambda beat: beat.id) if beat.kind == "proxy" and beat.state == "ready"), "")
+
+    def shutdown(self) -> None:
+        """Ends the instance: proxies and replicas drain, queues and documents go. Idempotent; later calls raise InstanceError."""
+        if not self._closed:
+            self._closed = True
+            self._end()
+
+    # Waiting.
+
+    def _call(self, work: Any) -> Any:
+        self._check_open(work)
+        return self._runtime.call(work)
+
+    def _submit(self, work: Any) -> concurrent.futures.Future[Any]:
+        self._check_open(work)
+        return self._runtime.submit(work)
+
+    def _check_open(self, work: Any = None) -> None:
+        if self._closed:
+            if work is not None:
+                work.close()
+            raise InstanceError("Client has already been shut down.")
+
+    async def _commit(self, change: changes.Change) -> Desired:
+        self._desired = await changes.commit(self._links.store, self._links.keys, self._instance, change)
+        return self._desired
+
+    async def _commit_to_proxies(self, change: changes.Change) -> None:
+        committed = await self._commit(change)
+        version = (committed.epoch, committed.version)
+
+        async def is_followed() -> bool | None:
+            beats = read_beats(await self._links.store.fields(self._links.keys.beats)).values()
+            now_ms = self._links.store.now_ms()
+            proxies = [beat for beat in beats if beat.kind == "proxy" and beat.state == "ready" and now_ms - beat.at < 5000]
+            return True if all(proxy.follows >= version for proxy in proxies) else None
+
+        await self._until(is_followed, ROUTE_BUDGET_S, "the change is stored, but not all proxies follow it yet: see `mqserve status`")
+
+    async def _read_desired(self) -> Desired:
+        raw = await self._links.store.get(self._links.keys.desired)
+        if raw is None:
+            raise InstanceError("the instance has been shut down: start or connect again")
+        return Desired.from_bytes(raw)
+
+    async def _until_ready(self, backend: Backend) -> None:
+        """As many replicas of this version as wanted. Raises BackendFailed with the first failure's own words."""
+        config = backend.config
+
+        async def is_ready() -> bool | None:
+            beats = read_beats(await self._links.store.fields(self._links.keys.beats)).values()
+            mine = [beat for beat in beats if beat.kind == "replica" and beat.backend == backend.name and beat.version == backend.version]
+            for beat in mine:
+                if beat.state == "failed":
+                    raise BackendFailed(beat.error)
+            ready = [beat for beat in mine if beat.state == "ready" and not beat.external]
+            return True if len(ready) >= config.num_replicas else None
+
+        late = f"backend {backend.name!r} was not ready within {config.start_timeout_s + READY_MARGIN_S:g} s"
+        await self._until(is_ready, config.start_timeout_s + READY_MARGIN_S, late)
+
+    async def _until(self, look: Callable[[], Awaitable[bool | None]], budget_s: float, late: str) -> None:
+        try:
+            await until(self._links.store, look, budget_s)
+        except TimeoutError:
+            observed = Observed.from_bytes(await self._links.store.get(self._links.keys.observed))
+            why = "; ".join(f"{name}: {problem}" for name, problem in observed.problems.items())
+            raise BackendFailed(f"{late} ({why or 'no reason was reported: is the controller alive?'})") from None
+
+
+def _pass_on(done: asyncio.Future[Result], pending: concurrent.futures.Future[Result]) -> None:
+    if not pending.set_running_or_notify_cancel():
+        return
+    if done.cancelled():
+        pending.set_exception(InstanceError("the client was shut down before the result arrived"))
+    elif (error := done.exception()) is not None:
+        pending.set_exception(error)
+    else:
+        pending.set_result(done.result())
+
+
+def _actor_options(options: dict[str, Any] | None, seed_options: dict[str, Any] | None) -> dict[str, Any]:
+    """`ray_actor_options` is an alias. No resource is placed yet, so none is accepted and then ignored."""
+    chosen = options if options is not None else seed_options
+    if chosen is None:
+        return {}
+    if not isinstance(chosen, dict):
+        raise BadType(f"actor_options must be a dict, not {type(chosen).__name__}")
+    if chosen:
+        raise BadValue(f"actor_options {', '.join(map(repr, chosen))} cannot be had in this version: leave them out")
+    return chosen
+
+
+def _check_target(name: object, target: Any, init_args: tuple[Any, ...]) -> None:
+    if not isinstance(name, str):
+        raise BadType(f"a backend's name must be a str, not {type(name).__name__}")
+    is_function = callable(target) and hasattr(target, "__code__")
+    if not (isinstance(target, str | type) or is_function):
+        raise BadType(
+            f"backend {name!r} needs a function, a class or an import string 'pkg.mod:attr', not a {type(target).__name__}: "
+            "wrap it in a function, or give its class and constructor arguments"
+        )
+    if is_function and init_args:
+        raise BadValue(f"backend {name!r} is a function, which takes no constructor arguments: use a class, or leave them out")

@@ -1,0 +1,114 @@
+"""A future: the result to come of one request, awaitable here, readable anywhere by its id."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import pickle
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+from .broker.codecs import decode_value
+from .broker.errors import BadSignature, BadValue, Cancelled, MQServeError, RemoteError, RequestTimeout
+from .broker.results import ErrorInfo, Result
+from .broker.signing import Claim, Signer
+
+WAIT_LIMIT_S = 25 * 60  # no request lives longer
+
+
+class Future:
+    """Made by a handle or by `serve.future`. `await` it in a coroutine, or call `result()` anywhere else."""
+
+    def __init__(self, future_id: str, pending: concurrent.futures.Future[Result], read: Callable[[Result], Any]) -> None:
+        self.id = future_id
+        self._pending = pending
+        self._read = read
+
+    def __repr__(self) -> str:
+        return f"<Future {self.id} {'done' if self.done() else 'pending'}>"
+
+    def result(self, timeout: float | None = None) -> Any:
+        """The value, in at most `timeout` seconds. Raises TimeoutError, and what the handler raised: as its own type where that could
+        travel (the remote traceback is a note on it), else RemoteError."""
+        try:
+            return self._read(self._pending.result(WAIT_LIMIT_S if timeout is None else timeout))
+        except concurrent.futures.CancelledError:
+            raise Cancelled(f"request {self.id} was cancelled by its caller") from None
+        except concurrent.futures.TimeoutError as error:
+            if isinstance(error, MQServeError):
+                raise
+            raise TimeoutError(f"request {self.id} has no result yet after {timeout:g} s; it goes on: wait again, or raise the timeout") from None
+
+    def done(self) -> bool:
+        return self._pending.done()
+
+    def cancel(self) -> bool:
+        """Gives up waiting; whether there was anything to give up."""
+        return self._pending.cancel()
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self._wait().__await__()
+
+    async def _wait(self) -> Any:
+        try:
+            return self._read(await asyncio.wrap_future(self._pending))
+        except asyncio.CancelledError:
+            if self._pending.cancelled() and not _is_cancelling():
+                raise Cancelled(f"request {self.id} was cancelled by its caller") from None
+            raise
+
+
+def get(refs: Future | Sequence[Future], timeout: float | None = None) -> Any:
+    """The value of a future, or the list of values of several, in at most `timeout` seconds altogether; as `ray.get`."""
+    if isinstance(refs, Future):
+        return refs.result(timeout)
+    wait(refs, num_returns=len(refs), timeout=timeout)
+    return [ref.result(0 if timeout is not None else None) for ref in refs]
+
+
+def wait(refs: Sequence[Future], *, num_returns: int = 1, timeout: float | None = None) -> tuple[list[Future], list[Future]]:
+    """(done, not done), both in the order of `refs`, once `num_returns` are done or `timeout` seconds have passed; as `ray.wait`."""
+    if not 0 < num_returns <= len(refs):
+        raise BadValue(f"num_returns must lie between 1 and the number of futures ({len(refs)}), not {num_returns}")
+    pending = {ref._pending for ref in refs}
+    left = num_returns
+    try:
+        for _ in concurrent.futures.as_completed(pending, timeout):
+            left -= 1
+            if left <= 0:
+                break
+    except concurrent.futures.TimeoutError:
+        pass
+    done = [ref for ref in refs if ref.done()]
+    return done, [ref for ref in refs if ref not in done]
+
+
+def read_result(result: Result, future_id: str, signer: Signer, backend: str | None = None) -> Any:
+    """The value of a result, or its error raised. `backend`: whose answer it must be."""
+    if backend is not None and result.backend and result.backend != backend:
+        raise BadValue(f"the result {future_id!r} is the answer of backend {result.backend!r}, not of {backend!r}")
+    if result.error is not None:
+        raise _exception(result.error, result, future_id, signer)
+    return decode_value(result.body, result.content_type, signer, Claim("result", result.backend, future_id))
+
+
+def _exception(error: ErrorInfo, result: Result, future_id: str, signer: Signer) -> BaseException:
+    if result.status == 504:
+        return RequestTimeout(error.message, phase="run" if "(run)" in error.message else "queue")
+    exception: BaseException = RemoteError(f"{error.type}: {error.message}")
+    if error.sealed:
+        try:
+            opened = pickle.loads(signer.open(error.sealed, Claim("result", result.backend, future_id, "exception")))
+            exception = opened if isinstance(opened, BaseException) else exception
+        except BadSignature as refused:
+            exception.add_note(f"its own object was not opened: {refused}")
+        except Exception as failed:
+            exception.add_note(f"its own object could not be opened here: {type(failed).__name__}: {failed}")
+    if error.traceback:
+        exception.add_note(f"Remote traceback, of backend {result.backend!r}:\n{error.traceback.rstrip()}")
+    return exception
+
+
+def _is_cancelling() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

@@ -1,0 +1,180 @@
+"""Starting and ending an instance: its lease, its controller, its first node; as tasks or as processes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import msgspec
+
+from .broker import code
+from .broker.documents import until
+from .broker.errors import BadType, BadValue, InstanceError, MQServeError
+from .broker.lifeline import Stop
+from .controller import lease
+from .controller.loop import Controller
+from .controller.node import Child, Node, NodeOptions
+from .controller.processes import Process
+from .controller.state import Desired, HttpOptions, Observed, read_beats
+from .links import EmbeddedLauncher, Links
+from .proxy.main import bind
+
+START_BUDGET_S = 30.0
+SHUTDOWN_BUDGET_S = 45.0
+LOCATIONS = ("HeadOnly", "EveryNode", "NoServer")
+
+
+@dataclass(frozen=True, slots=True)
+class StartOptions:
+    """What `serve.start` was told."""
+
+    http: HttpOptions = HttpOptions()
+    middlewares: tuple[object, ...] = ()
+    detached: bool = False
+    with_node: bool = True
+    node_id: str = ""
+
+
+def parse_http_options(options: object) -> tuple[HttpOptions, tuple[object, ...]]:
+    """(options, middlewares). Raises BadType or BadValue with what is wrong."""
+    if options is None:
+        options = {}
+    if not isinstance(options, dict):
+        raise BadType(f"http_options must be a dict such as {{'port': 8000}}, not {type(options).__name__}")
+    known = {"host", "port", "location", "middlewares", "debug"}
+    if unknown := set(options) - known:
+        raise BadValue(f"http_options has no {', '.join(sorted(map(str, unknown)))}: there are {', '.join(sorted(known))}")
+    host, port = options.get("host", "127.0.0.1"), options.get("port", 8000)
+    location = options.get("location", "HeadOnly")
+    if host is None or location is None:
+        host, location = host or "127.0.0.1", "NoServer"
+    if location not in LOCATIONS:
+        raise BadValue(f"http_options location {location!r} must be one of {', '.join(LOCATIONS)} or None")
+    if not isinstance(port, int) or not 0 <= port <= 65535:
+        raise BadValue(f"http_options port {port!r} must be a whole number from 0 (any free one) to 65535")
+    return HttpOptions(host, port, location, debug=bool(options.get("debug", False))), tuple(options.get("middlewares") or ())
+
+
+@asynccontextmanager
+async def running_instance(links: Links, options: StartOptions) -> AsyncIterator[str]:
+    """A live instance, with its id; shut down on exit unless detached."""
+    if links.settings.embedded and options.detached:
+        raise InstanceError("a detached instance needs a broker and a store that outlive this process: set MQSERVE_BROKER_URL and MQSERVE_STORE_URL")
+    http = options.http
+    if http.location != "NoServer" and options.with_node:
+        bind(http.host, http.port).close()  # said here, in one sentence, rather than by a child
+    if options.middlewares:
+        packed = code.pack(list(options.middlewares), (), links.settings.signer)
+        http = msgspec.structs.replace(http, middlewares=await code.save(links.store, links.keys, packed))
+    node_id = options.node_id or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
+    held = await lease.claim_instance(links.store, links.keys, node_id if options.with_node else "", http, detached=options.detached)
+    members = _Members(links, node_id, options)
+    try:
+        members.start()
+        await _until_up(links, http, node_id if options.with_node else "", members)
+        yield held.id
+    finally:
+        if not options.detached:
+            await shut_down(links, held.id)
+            await members.end()
+
+
+class _Members:
+    """The controller and the first node, as tasks or as processes."""
+
+    def __init__(self, links: Links, node_id: str, options: StartOptions) -> None:
+        self._links = links
+        self._node_id = node_id
+        self._options = options
+        self._processes: list[Process] = []
+        self._stop = Stop()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        if self._links.settings.embedded:
+            links = self._links
+            controller = Controller(links.store, links.keys, links.queue, links.process_id)
+            node = Node(NodeOptions(self._node_id), links.store, links.keys, EmbeddedLauncher(links))
+            self._tasks = [asyncio.create_task(controller.run(self._stop)), asyncio.create_task(node.run(self._stop))]
+            return
+        detached = self._options.detached
+        self._processes.append(Process(["controller"], self._links.settings, detached=detached))
+        if self._options.with_node:
+            self._processes.append(Process(["node", "--node-id", self._node_id], self._links.settings, detached=detached))
+
+    def check(self) -> None:
+        """Raises InstanceError when a member ended."""
+        for process in self._processes:
+            if process.returncode is not None:
+                raise InstanceError(f"{process!r} ended at once: see its log above")
+        for task in self._tasks:
+            if task.done():
+                raise InstanceError("the controller or the node ended at once") from task.exception()
+
+    async def end(self) -> None:
+        self._stop.set()
+        for process in self._processes:
+            process.stop()
+        waits = [asyncio.create_task(_ended(process)) for process in self._processes] + self._tasks
+        if waits:
+            await asyncio.wait(waits, timeout=SHUTDOWN_BUDGET_S)
+        for process in self._processes:
+            process.kill()
+
+
+async def _ended(child: Child) -> None:
+    await child.wait()
+
+
+async def shut_down(links: Links, instance: str) -> None:
+    """The instance drains and is cleared: marks the desired document and waits for the controller to have done it."""
+
+    async def is_cleared() -> bool | None:
+        raw = await links.store.get(links.keys.desired)
+        desired = Desired.from_bytes(raw)
+        if raw is None or desired.instance != instance:
+            return True
+        if not desired.closing:
+            closing = msgspec.structs.replace(desired, closing=True, version=desired.version + 1)
+            await links.store.replace(links.keys.desired, raw, closing.to_bytes())
+        return None
+
+    try:
+        await until(links.store, is_cleared, SHUTDOWN_BUDGET_S)
+    except (TimeoutError, MQServeError):
+        await _clear(links, instance)
+
+
+async def _clear(links: Links, instance: str) -> None:
+    """Without a controller nobody else would: the documents go, what still runs drains by itself."""
+    try:
+        if Desired.from_bytes(await links.store.get(links.keys.desired)).instance == instance:
+            await lease.forget(links.store, links.keys)
+    except MQServeError:
+        pass  # the lease lapses
+
+
+async def _until_up(links: Links, http: HttpOptions, head_node: str, members: _Members) -> None:
+    """The controller leads, the node is there and its proxy serves. Raises InstanceError with the reason why not."""
+    wants_proxy = bool(head_node) and http.location != "NoServer"
+
+    async def is_up() -> bool | None:
+        members.check()
+        beats = read_beats(await links.store.fields(links.keys.beats))
+        observed = Observed.from_bytes(await links.store.get(links.keys.observed))
+        proxy = beats.get(f"proxy:proxy-{head_node}")
+        if proxy is not None and proxy.state == "failed":
+            raise InstanceError(proxy.error)
+        node_is_there = not head_node or f"node:{head_node}" in beats
+        proxy_serves = not wants_proxy or (proxy is not None and proxy.state == "ready")
+        return True if observed.epoch and node_is_there and proxy_serves else None
+
+    try:
+        await until(links.store, is_up, START_BUDGET_S)
+    except TimeoutError:
+        raise InstanceError(f"the instance was not up within {START_BUDGET_S:g} s: see the log above, and `mqserve status`") from None

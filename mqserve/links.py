@@ -1,0 +1,101 @@
+"""The one place that chooses between the embedded and the distributed form: which queue, which store, which launcher."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, nullcontext
+from dataclasses import dataclass
+
+from .broker.embedded_queue import EmbeddedQueue
+from .broker.embedded_store import EmbeddedStore
+from .broker.errors import MQServeError
+from .broker.lifeline import Stop
+from .broker.queue import Queue
+from .broker.rabbitmq import open_rabbitmq
+from .broker.redis_store import open_redis
+from .broker.settings import Settings
+from .broker.store import Store
+from .broker.store_keys import StoreKeys
+from .proxy.main import Proxy, ProxyOptions
+from .replicas.main import Replica, ReplicaOptions
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Links:
+    """One process's ways to the broker and the store."""
+
+    settings: Settings
+    queue: Queue
+    store: Store
+    keys: StoreKeys
+    process_id: str
+
+
+@asynccontextmanager
+async def open_links(settings: Settings, role: str) -> AsyncIterator[Links]:
+    """Connected, or BrokerUnavailable or StoreUnavailable within ten seconds; closed on exit."""
+    process_id = f"{role}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+    keys = StoreKeys(settings.namespace)
+    if settings.embedded:
+        yield Links(settings, EmbeddedQueue(), EmbeddedStore(), keys, process_id)
+        return
+    async with (
+        open_redis(settings.store_url, settings.namespace) as store,
+        open_rabbitmq(settings.broker_url, settings.namespace, process_id) as queue,
+    ):
+        yield Links(settings, queue, store, keys, process_id)
+
+
+class TaskChild:
+    """A replica or proxy inside this process. Implements `Child`; what cannot be killed is abandoned."""
+
+    def __init__(self, run: asyncio.Task[None], stop: Stop) -> None:
+        self._run = run
+        self._stop = stop
+
+    def __repr__(self) -> str:
+        return f"<TaskChild {self._run.get_name()}>"
+
+    @property
+    def pid(self) -> int:
+        return os.getpid()
+
+    async def wait(self) -> str:
+        await asyncio.wait([self._run])
+        if self._run.cancelled():
+            return "abandoned"
+        error = self._run.exception()
+        if error is not None and not isinstance(error, MQServeError):
+            logger.error("%s ended", self._run.get_name(), exc_info=error)
+        return str(error) if error is not None else ""
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def kill(self) -> None:
+        self._run.cancel()
+
+
+class EmbeddedLauncher:
+    """Implements `Launcher`: children share this process's queue and store, each replica has a thread of its own."""
+
+    def __init__(self, links: Links) -> None:
+        self._links = links
+
+    def replica(self, backend: str, replica_id: str, node: str) -> TaskChild:
+        replica = Replica(self._links.settings, ReplicaOptions(backend, replica_id, node), self._links.store)
+        stop = Stop()
+        run = replica.run(lambda: nullcontext(self._links.queue), stop)
+        return TaskChild(asyncio.create_task(run, name=replica_id), stop)
+
+    def proxy(self, proxy_id: str, host: str, port: int, node: str) -> TaskChild:
+        proxy = Proxy(self._links.settings, ProxyOptions(proxy_id, host, port, node), self._links.store)
+        stop = Stop()
+        return TaskChild(asyncio.create_task(proxy.run(self._links.queue, stop), name=proxy_id), stop)

@@ -1,0 +1,43 @@
+"""Controller and node as processes of their own."""
+
+from __future__ import annotations
+
+from .broker.errors import InstanceError
+from .broker.lifeline import Stop, stop_event
+from .broker.settings import Settings
+from .controller import lease
+from .controller.loop import Controller
+from .controller.node import Node, NodeOptions
+from .controller.processes import ProcessLauncher
+from .controller.state import HttpOptions
+from .links import Links, open_links
+
+
+async def run_controller(settings: Settings, controller_id: str) -> int:
+    """Until it is stopped or the instance is shut down; the exit code."""
+    stop = stop_event()
+    async with open_links(settings, "controller") as links:
+        await _join_or_start(links)
+        await Controller(links.store, links.keys, links.queue, controller_id).run(stop)
+        if stop.orphaned:
+            await _release(links)
+    return 0
+
+
+async def run_node(settings: Settings, options: NodeOptions) -> int:
+    stop: Stop = stop_event()
+    async with open_links(settings, "node") as links:
+        await Node(options, links.store, links.keys, ProcessLauncher(settings)).run(stop)
+    return 0
+
+
+async def _join_or_start(links: Links) -> None:
+    try:
+        await lease.read_instance(links.store, links.keys)
+    except InstanceError:
+        await lease.claim_instance(links.store, links.keys, "", HttpOptions(location="NoServer"), detached=True)
+
+
+async def _release(links: Links) -> None:
+    """The starter was killed: the namespace is free at once, and the queues keep what was accepted."""
+    await lease.forget(links.store, links.keys)

@@ -1,0 +1,81 @@
+"""The thread on which everything of this process that waits lives, so that the user's program can do as it likes."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import threading
+from collections import deque
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import uvloop
+
+from .broker.errors import InstanceError
+
+T = TypeVar("T")
+
+
+class Runtime:
+    """An event loop in a daemon thread. `start` before use, `stop` once."""
+
+    def __init__(self) -> None:
+        self._loop = uvloop.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="mqserve", daemon=True)
+        self._posted: deque[Callable[[], None]] = deque()
+        self._woken = False
+
+    def __repr__(self) -> str:
+        return f"<Runtime {'running' if self._thread.is_alive() else 'stopped'}>"
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        """Runs `work` over there. Raises InstanceError once stopped."""
+        if self._loop.is_closed():
+            work.close()
+            raise InstanceError("Client has already been shut down.")
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def call(self, work: Coroutine[Any, Any, T]) -> T:
+        """Runs `work` over there and waits for it here. Raises what it raises; Ctrl-C here cancels it there."""
+        future = self.submit(work)
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            future.cancel()
+            raise
+
+    def post(self, callback: Callable[[], None]) -> None:
+        """Runs `callback` over there, soon; many of them cost one wake-up. Raises InstanceError once stopped."""
+        self._posted.append(callback)
+        if not self._woken:
+            self._woken = True
+            try:
+                self._loop.call_soon_threadsafe(self._run_posted)
+            except RuntimeError as error:
+                raise InstanceError("Client has already been shut down.") from error
+
+    def _run_posted(self) -> None:
+        self._woken = False
+        while self._posted:
+            self._posted.popleft()()
+
+    def stop(self) -> None:
+        if self._loop.is_closed():
+            return
+
+        async def cancel_rest() -> None:
+            rest = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+            for task in rest:
+                task.cancel()
+            await asyncio.wait(rest, timeout=5) if rest else None
+
+        with suppress(Exception):
+            asyncio.run_coroutine_threadsafe(cancel_rest(), self._loop).result(timeout=6)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=5)
+        if not self._thread.is_alive():
+            self._loop.close()

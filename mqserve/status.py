@@ -1,0 +1,78 @@
+"""`mqserve status`: what runs, where, since when, and what is wrong, as a table for people."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from .broker.rabbitmq import masked
+from .broker.settings import Settings
+from .controller import lease
+from .controller.state import SILENT_AFTER_S, Beat, Desired, Observed, read_beats
+from .links import Links, open_links
+
+
+async def show_status(settings: Settings, console: Console | None = None) -> int:
+    """Prints; the exit code is 0 while an instance runs. Raises InstanceError when none does."""
+    console = console or Console()
+    async with open_links(settings, "status") as links:
+        held = await lease.read_instance(links.store, links.keys)
+        desired = Desired.from_bytes(await links.store.get(links.keys.desired))
+        observed = Observed.from_bytes(await links.store.get(links.keys.observed))
+        beats = list(read_beats(await links.store.fields(links.keys.beats)).values())
+        now_ms = links.store.now_ms()
+        age_s = (now_ms - held.at) / 1000
+        controller = "[green]alive[/]" if age_s < lease.LAPSED_AFTER_S else f"[red]silent for {age_s:.0f} s[/]"
+        console.print(f"Instance [bold]{settings.namespace}[/], {'detached' if held.detached else 'started by ' + held.owner}")
+        console.print(f"Controller {controller}, broker {masked(settings.broker_url)}, store {masked(settings.store_url)}\n")
+        console.print(_members(beats, now_ms))
+        console.print(await _backends(links, desired, observed, beats, now_ms))
+        console.print(_endpoints(desired))
+        for name, problem in observed.problems.items():
+            console.print(f"[red]{name}[/]: {problem}", highlight=False, markup=True)
+    return 0
+
+
+def _members(beats: list[Beat], now_ms: int) -> Table:
+    table = _table("Nodes, proxies and replicas", "kind", "id", "state", "where", "running", "served", "last beat")
+    for beat in sorted(beats, key=lambda beat: (("node", "proxy", "replica").index(beat.kind), beat.id)):
+        age_s = (now_ms - beat.at) / 1000
+        state = beat.state if age_s < SILENT_AFTER_S or beat.state == "failed" else "gone"
+        where = beat.url or (f"on {beat.node}" if beat.node else f"{beat.host}, process {beat.pid}")
+        name = f"{beat.id} (external)" if beat.external else beat.id
+        counts = (str(beat.running), str(beat.served)) if beat.kind == "replica" else ("", "")
+        table.add_row(beat.kind, name, _colored(state), where, *counts, f"{max(0.0, age_s):.0f} s ago")
+    return table
+
+
+async def _backends(links: Links, desired: Desired, observed: Observed, beats: list[Beat], now_ms: int) -> Table:
+    table = _table("Backends", "backend", "code", "ready", "wanted", "waiting", "state")
+    for name, backend in desired.backends.items():
+        mine = [beat for beat in beats if beat.kind == "replica" and beat.backend == name]
+        ready = sum(beat.state == "ready" and now_ms - beat.at < SILENT_AFTER_S * 1000 for beat in mine)
+        depths = [await links.queue.depth(name, generation) or 0 for generation in observed.queues.get(name, ())]
+        wanted = backend.config.num_replicas
+        state = "failing" if name in observed.problems else "ready" if ready >= wanted else "starting"
+        table.add_row(name, f"{backend.code_name} (version {backend.version})", str(ready), str(wanted), str(sum(depths)), _colored(state))
+    return table
+
+
+def _endpoints(desired: Desired) -> Table:
+    table = _table("Endpoints", "endpoint", "route", "methods", "traffic")
+    for name, endpoint in desired.endpoints.items():
+        traffic = ", ".join(f"{backend} {weight:.0%}" for backend, weight in endpoint.traffic.items())
+        table.add_row(name, endpoint.route or "(handles only)", " ".join(endpoint.methods), traffic)
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for column in columns:
+        numeric = column in ("ready", "wanted", "waiting", "running", "served")
+        table.add_column(column, justify="right" if numeric else "left", header_style="dim", no_wrap=not numeric and column in ("kind", "state"))
+    return table
+
+
+def _colored(state: str) -> str:
+    color = {"ready": "green", "starting": "yellow", "draining": "yellow"}.get(state, "red")
+    return f"[{color}]{state}[/]"

@@ -1,0 +1,1 @@
+"""HTTP in, envelope out; future in, HTTP out."""

@@ -1,0 +1,148 @@
+"""The proxy as an ASGI app: match, publish, await the result, answer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from ..broker.caller import MAX_BODY_BYTES, Caller
+from ..broker.envelope import MAX_HEAD_BYTES, Meta, mint_id
+from ..broker.errors import MQServeError, TooLarge
+from .responses import Reply, from_error, from_result, json_reply, problem
+from .routes import NotAllowed, RouteTable, Target
+
+Scope = dict[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+CALL_METHOD_HEADER = b"x-serve-call-method"
+
+
+class ProxyApp:
+    """Reads `routes` anew for each request: whoever follows the desired document replaces it."""
+
+    def __init__(self, caller: Caller, routes: RouteTable, readiness: Callable[[], tuple[bool, dict[str, Any]]], *, debug: bool = False) -> None:
+        self._caller = caller
+        self.routes = routes
+        self._readiness = readiness
+        self._debug = debug
+
+    def __repr__(self) -> str:
+        return f"<ProxyApp {self.routes!r}>"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        path: str = scope["path"]
+        if path.startswith("/-/"):
+            reply = self._system(path)
+        else:
+            target = self.routes.match(scope)
+            if isinstance(target, Target):
+                reply = await self._serve(target, scope, receive)
+            else:
+                reply = _not_served(target, scope)
+        status, headers, body = reply
+        headers.append((b"content-length", str(len(body)).encode()))
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
+
+    async def _serve(self, target: Target, scope: Scope, receive: Receive) -> Reply:
+        request_id = ""
+        try:
+            _check_head(scope)
+            body = await _read_body(scope, receive)
+            content_type, call = _read_headers(scope["headers"])
+            backend = self.routes.backend_for(target)
+            ticket = self._caller.send(
+                backend, body, content_type, _meta(scope, target, call), origin="http", timeout_s=self.routes.timeouts_s[backend]
+            )
+            request_id = ticket.id
+            return from_result(await ticket.future, request_id, debug=self._debug)
+        except MQServeError as error:
+            return from_error(error, request_id or mint_id())
+        except asyncio.CancelledError:
+            raise
+
+    def _system(self, path: str) -> Reply:
+        match path:
+            case "/-/routes":
+                return json_reply(self.routes.listing)
+            case "/-/healthz":
+                return json_reply({"status": "ok"})
+            case "/-/readyz":
+                ready, facts = self._readiness()
+                return json_reply({"ready": ready, **facts}, 200 if ready else 503)
+            case _:
+                return problem(404, f"System path {path} not found. There are /-/routes, /-/healthz and /-/readyz.", mint_id())
+
+
+def _not_served(refused: NotAllowed | None, scope: Scope) -> Reply:
+    if refused is None:
+        host = _host(scope)
+        detail = f"Path {scope['path']} not found. Please ping http://{host}/-/routes for routing table."
+        return problem(404, detail, mint_id())
+    methods = list(refused.methods)
+    detail = f"Methods {scope['method']} not allowed. Available HTTP methods are {methods}."
+    return problem(405, detail, mint_id(), headers=((b"allow", ", ".join(methods).encode()),))
+
+
+def _check_head(scope: Scope) -> None:
+    """Before anything is published: an AMQP content header must fit one frame, and a larger one kills the whole connection."""
+    size = len(scope["raw_path"] or b"") + len(scope["query_string"]) + sum([len(name) + len(value) + 4 for name, value in scope["headers"]])
+    if size > MAX_HEAD_BYTES:
+        raise TooLarge(f"the request line and headers take {size} bytes and the limit is {MAX_HEAD_BYTES}: send less, or send it in the body", status=431)
+
+
+async def _read_body(scope: Scope, receive: Receive) -> bytes:
+    message = await receive()
+    body: bytes = message.get("body", b"")
+    if not message.get("more_body"):
+        return body
+    chunks, size = [body], len(body)
+    while message.get("more_body"):
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise asyncio.CancelledError
+        chunks.append(message.get("body", b""))
+        size += len(chunks[-1])
+        if size > MAX_BODY_BYTES:
+            raise TooLarge(f"the body has more than {MAX_BODY_BYTES} bytes, the limit: send less, or a reference to it")
+    return b"".join(chunks)
+
+
+def _read_headers(headers: list[tuple[bytes, bytes]]) -> tuple[str, str]:
+    """(content type, method to call)."""
+    content_type, call = b"application/octet-stream", b""
+    for name, value in headers:
+        if name == b"content-type":
+            content_type = value
+        elif name == CALL_METHOD_HEADER:
+            call = value
+    return content_type.decode("latin-1")[:255], call.decode("latin-1")
+
+
+def _meta(scope: Scope, target: Target, call: str) -> Meta:
+    return Meta(
+        method=scope["method"],
+        path=scope["path"],
+        query=scope["query_string"],
+        headers=tuple(scope["headers"]),
+        params=target.params,
+        route=target.pattern,
+        endpoint=target.endpoint.name,
+        call=call,
+        http_version=scope["http_version"],
+        scheme=scope["scheme"],
+        client=scope["client"],
+        server=scope["server"],
+    )
+
+
+def _host(scope: Scope) -> str:
+    for name, value in scope["headers"]:
+        if name == b"host":
+            return str(value.decode("latin-1"))[:255]
+    return "{}:{}".format(*scope["server"]) if scope["server"] else "..."

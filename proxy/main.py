@@ -1,0 +1,206 @@
+"""The life of a proxy: bind, open broker and store, follow the routes, serve, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import uvicorn
+from starlette.convertors import register_url_convertor
+from starlette.middleware import Middleware
+
+from ..broker import code
+from ..broker.caller import Caller
+from ..broker.documents import follow
+from ..broker.errors import BadValue, MQServeError
+from ..broker.lifeline import Stop, stop_event
+from ..broker.presence import Presence
+from ..broker.queue import Queue
+from ..broker.rabbitmq import open_rabbitmq
+from ..broker.redis_store import open_redis
+from ..broker.settings import Settings
+from ..broker.store import Store
+from ..broker.store_keys import StoreKeys
+from ..controller.state import BEAT_EVERY_S, Beat, Desired
+from .app import ProxyApp
+from .routes import RouteTable
+
+logger = logging.getLogger(__name__)
+
+FAILED_EXIT = 3
+DRAIN_S = 20
+
+
+@dataclass(frozen=True, slots=True)
+class ProxyOptions:
+    """Which proxy this is and where it listens. External: started by hand, and so neither counted nor stopped."""
+
+    proxy_id: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    node: str = ""
+    external: bool = False
+    debug: bool = False
+
+
+async def main(settings: Settings, options: ProxyOptions) -> int:
+    """A proxy as a process; the exit code."""
+    stop = stop_event()
+    async with open_redis(settings.store_url, settings.namespace) as store:
+        proxy = Proxy(settings, options, store)
+        async with open_rabbitmq(settings.broker_url, settings.namespace, options.proxy_id) as queue:
+            try:
+                await proxy.run(queue, stop)
+            except MQServeError as error:
+                logger.error("%s: %s", options.proxy_id, error)
+                return FAILED_EXIT
+    return 0
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket nobody else has. Raises BadValue with what to do when the address cannot be had."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.socket(family)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+            listener.listen(2048)
+        except BaseException:
+            listener.close()
+            raise
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise BadValue(f"cannot listen on {host}:{port} ({reason}): choose another --port, or end the program that has it") from error
+    return listener
+
+
+class Proxy:
+    """One HTTP server, in a process of its own or inside the embedded form."""
+
+    def __init__(self, settings: Settings, options: ProxyOptions, store: Store) -> None:
+        self._settings = settings
+        self._options = options
+        self._store = store
+        self._keys = StoreKeys(settings.namespace)
+        self._state = "starting"
+        self._error = ""
+        field = f"proxy:{options.proxy_id}"
+        self._presence = Presence(store, self._keys.beats, field, lambda: self._beat().to_bytes(), BEAT_EVERY_S)
+        self._app: ProxyApp | None = None
+        self._address: tuple[str, int] = (options.host, options.port)
+
+    def __repr__(self) -> str:
+        return f"<Proxy {self._options.proxy_id} {self._state} on {self.url}>"
+
+    @property
+    def url(self) -> str:
+        host, port = self._address
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    async def run(self, queue: Queue, stop: Stop) -> None:
+        """Serves until `stop` is set, then drains. Raises BadValue when it cannot listen; the reason stands in the store too."""
+        caller = Caller(queue, self._store, self._keys, self._options.proxy_id)
+        async with asyncio.TaskGroup() as tasks:
+            beating = tasks.create_task(self._presence.beat_forever())
+            try:
+                listener = bind(self._options.host, self._options.port)
+                self._address = (self._options.host, listener.getsockname()[1])
+                reading = tasks.create_task(caller.run())
+                await self._serve(listener, caller, queue, stop)
+                reading.cancel()
+            except MQServeError as error:
+                self._state, self._error = "failed", str(error)
+                raise
+            finally:
+                beating.cancel()
+                await self._presence.leave(with_last_words=self._state == "failed")
+
+    async def _serve(self, listener: socket.socket, caller: Caller, queue: Queue, stop: Stop) -> None:
+        desired = await self._first_desired()
+        app = self._app = ProxyApp(
+            caller, await self._table(desired), lambda: self._readiness(queue), debug=self._options.debug or desired.http.debug
+        )
+        server = _Server(_uvicorn_config(await self._with_middlewares(app, desired)))
+        async with asyncio.TaskGroup() as tasks:
+            following = tasks.create_task(self._follow(app))
+            serving = tasks.create_task(server.serve(sockets=[listener]))
+            while not server.started and not serving.done():
+                await asyncio.sleep(0.005)
+            self._say("ready")
+            await stop.wait()
+            self._say("draining")
+            server.should_exit = True
+            await serving
+            following.cancel()
+
+    async def _follow(self, app: ProxyApp) -> None:
+        """The routes as they change; the last good ones while the store or the controller is away."""
+        async for (raw,) in follow(self._store, self._keys.desired):
+            if raw is None:
+                continue
+            try:
+                app.routes = await self._table(Desired.from_bytes(raw))
+            except Exception:
+                logger.exception("cannot follow the new routes; serving the old ones")
+            else:
+                self._presence.tell()
+
+    async def _first_desired(self) -> Desired:
+        return Desired.from_bytes(await self._store.get(self._keys.desired))
+
+    async def _table(self, desired: Desired) -> RouteTable:
+        for name, sha256 in desired.convertors.items():
+            convertor, _ = await code.load(self._store, self._keys, sha256, self._settings.signer)
+            register_url_convertor(name, convertor())
+        return RouteTable(desired)
+
+    async def _with_middlewares(self, app: ProxyApp, desired: Desired) -> Any:
+        """The app inside the instance's middlewares, the first outermost."""
+        if not desired.http.middlewares:
+            return app
+        middlewares, _ = await code.load(self._store, self._keys, desired.http.middlewares, self._settings.signer)
+        wrapped: Any = app
+        for middleware in reversed(middlewares):
+            if isinstance(middleware, str):
+                middleware = Middleware(code.load_import_string(middleware))
+            wrapped = middleware.cls(wrapped, *middleware.args, **middleware.kwargs)
+        return wrapped
+
+    def _readiness(self, queue: Queue) -> tuple[bool, dict[str, Any]]:
+        """Red only when requests cannot be answered."""
+        facts = {"broker": queue.connected, "store": self._store.connected}
+        return all(facts.values()), facts
+
+    def _say(self, state: str) -> None:
+        self._state = state
+        self._presence.tell()
+
+    def _beat(self) -> Beat:
+        options = self._options
+        return Beat(
+            kind="proxy", id=options.proxy_id, at=self._store.now_ms(), pid=os.getpid(), host=socket.gethostname(), state=self._state,
+            error=self._error, node=options.node, external=options.external, url=self.url,
+            follows=self._app.routes.version if self._app else (0, 0),
+        )  # fmt: skip
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, but signals are ours."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _uvicorn_config(app: Any) -> uvicorn.Config:
+    return uvicorn.Config(
+        app, http="httptools", ws="none", lifespan="off", access_log=False, log_config=None, timeout_graceful_shutdown=DRAIN_S,
+        server_header=False, date_header=True,
+    )  # fmt: skip

@@ -1,0 +1,95 @@
+"""One request through the user's code: an envelope in, a Result out; nothing here raises, and nothing here waits for a broker."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.responses import StreamingResponse
+
+from ..broker.codecs import decode_plain, decode_value
+from ..broker.envelope import Envelope
+from ..broker.errors import BadEnvelope, BadType
+from ..broker.results import Result
+from ..broker.signing import Claim, Signer
+from .handler import Handler, Method
+from .replies import collect_stream, error_result, plain_result, value_result
+from .requests import BadBody, Request, ServeRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """What it takes to run requests of one backend in one replica."""
+
+    backend: str
+    handler: Handler
+    signer: Signer
+
+    def method(self, envelope: Envelope) -> Method | Result:
+        """What is to run, or the result of there being no such method."""
+        try:
+            return self.handler.method(envelope.header.meta.call)
+        except Exception as error:
+            return self._failed(error, envelope)
+
+    def run(self, method: Method, envelope: Envelope) -> Result:
+        """A plain call; for the worker's thread."""
+        try:
+            value = method.function(self.request(envelope))
+            if isinstance(value, StreamingResponse):
+                with ThreadPoolExecutor(1) as other:  # this thread has a running loop
+                    value = other.submit(asyncio.run, collect_stream(value)).result()
+            return self._result(value, envelope)
+        except Exception as error:
+            return self._failed(error, envelope)
+
+    async def run_async(self, method: Method, envelope: Envelope) -> Result:
+        """An async call, or a plain one that returned an awaitable; for the worker's loop."""
+        try:
+            value = method.function(self.request(envelope))
+            if inspect.isawaitable(value):
+                value = await value
+            if isinstance(value, StreamingResponse):
+                value = await collect_stream(value)
+            return self._result(value, envelope)
+        except Exception as error:
+            return self._failed(error, envelope)
+
+    def request(self, envelope: Envelope) -> Request | ServeRequest:
+        meta = envelope.header.meta
+        if envelope.header.origin == "http":
+            return Request(meta, envelope.body, envelope.content_type)
+        return ServeRequest(meta, lambda: self._content(envelope), b"" if envelope.header.origin else envelope.body)
+
+    def _content(self, envelope: Envelope) -> tuple[Any, dict[str, Any]]:
+        """(data, keyword arguments)."""
+        try:
+            claim = Claim("request", self.backend, envelope.id)
+            content = decode_value(envelope.body, envelope.content_type, self.signer, claim)
+        except BadEnvelope as error:
+            raise BadBody(str(error)) from error
+        if envelope.header.origin != "handle":
+            return content, {}
+        data, arguments = content
+        return data, arguments
+
+    def _result(self, value: Any, envelope: Envelope) -> Result:
+        if inspect.isawaitable(value) or inspect.isgenerator(value) or inspect.isasyncgen(value):
+            raise BadType(
+                f"the handler returned a {type(value).__name__}, which is no result: write `async def` and await it, or return a list"
+            )
+        if envelope.header.origin == "handle":
+            return value_result(value, self.backend, envelope.id, self.signer)
+        return plain_result(value, self.backend)
+
+    def _failed(self, error: Exception, envelope: Envelope) -> Result:
+        return error_result(error, self.backend, envelope.future_id(self.backend), self.signer)
+
+
+def check_direct(envelope: Envelope) -> None:
+    """Raises BadEnvelope for a direct publisher's body that is not what it says it is, before any slot is spent on it."""
+    if not envelope.header.origin:
+        decode_plain(envelope.body, envelope.content_type)

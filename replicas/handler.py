@@ -1,0 +1,76 @@
+"""The user's code, found and made: a function as it is, a class constructed with its arguments."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..broker.errors import BadType
+
+RESERVED_METHODS = frozenset({"reconfigure", "check_health"})
+
+
+class NoSuchMethod(BadType):
+    """The caller named a method that the backend does not offer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """What one call runs."""
+
+    function: Callable[..., Any]
+    is_async: bool
+
+
+class Handler:
+    """A deployed function or instance; looks its methods up once."""
+
+    def __init__(self, target: Any, *, is_function: bool) -> None:
+        self._target = target
+        self._is_function = is_function
+        self._methods: dict[str, Method] = {}
+        self.is_async = is_async_callable(target)
+
+    def __repr__(self) -> str:
+        return f"<Handler of {self._target!r}>"
+
+    def method(self, call: str) -> Method:
+        """By name, empty for `__call__`: a public method of the user's own class. Raises NoSuchMethod."""
+        found = self._methods.get(call)
+        if found is None:
+            function = self._find(call)
+            found = self._methods[call] = Method(function, is_async_callable(function))
+        return found
+
+    def _find(self, call: str) -> Callable[..., Any]:
+        if call in ("", "__call__"):
+            if not callable(self._target):
+                raise NoSuchMethod(f"{type(self._target).__name__} has no __call__: name a method, or give the class one")
+            return self._target  # type: ignore[no-any-return]
+        offered = [] if self._is_function else _public_methods(type(self._target))
+        if call not in offered:
+            raise NoSuchMethod(f"the backend has no method {call!r} to call (it offers {', '.join(['__call__', *offered])})")
+        return getattr(self._target, call)  # type: ignore[no-any-return]
+
+
+def make_handler(target: Any, args: list[Any]) -> Handler:
+    """Constructs a class. Raises whatever the user's constructor raises."""
+    if inspect.isclass(target):
+        return Handler(target(*args), is_function=False)
+    return Handler(target, is_function=True)
+
+
+def is_async_callable(target: Any) -> bool:
+    return inspect.iscoroutinefunction(target) or (
+        not inspect.isroutine(target) and inspect.iscoroutinefunction(getattr(target, "__call__", None))  # noqa: B004
+    )
+
+
+def _public_methods(kind: type) -> list[str]:
+    return [
+        name
+        for name in dir(kind)
+        if not name.startswith("_") and name not in RESERVED_METHODS and inspect.isroutine(inspect.getattr_static(kind, name))
+    ]

@@ -1,0 +1,26 @@
+"""How many deliveries a replica holds: enough never to be idle, too few for a request to wait behind a busy sibling."""
+
+from __future__ import annotations
+
+LOOKAHEAD_S = 0.002
+_WEIGHT = 0.1
+
+
+def slots(limit: int, *, is_async: bool, sync_threads: int) -> int:
+    """Calls that can run at once."""
+    return limit if is_async else min(limit, sync_threads)
+
+
+def prefetch(slots: int, limit: int, run_s: float) -> int:
+    """Slots, plus what runs within LOOKAHEAD_S at `run_s` seconds a call (0: not known yet), up to `limit`.
+
+    Rounded down to a power of two above the slots, since each change costs a consumer.
+    """
+    if run_s <= 0 or limit <= slots:
+        return slots
+    ahead = int(LOOKAHEAD_S / run_s) * slots
+    return min(limit, slots + (1 << (ahead.bit_length() - 1) if ahead else 0))
+
+
+def moving_average(average_s: float, sample_s: float) -> float:
+    return sample_s if average_s == 0 else average_s + _WEIGHT * (sample_s - average_s)

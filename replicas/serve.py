@@ -1,0 +1,277 @@
+"""Every delivery is settled once: answered, dead-lettered or requeued. In order: store the result, tell who waits, ack."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import msgspec
+
+from ..broker import queue_names
+from ..broker.codecs import JSON
+from ..broker.envelope import NO_HEADER, Envelope
+from ..broker.errors import BadEnvelope, MQServeError, StoreUnavailable
+from ..broker.queue import Consumption, Delivery, Queue
+from ..broker.results import ErrorInfo, Result, late_result, note_of
+from ..broker.store import Record, Store
+from ..broker.store_keys import RESULT_TTL_S, StoreKeys
+from ..controller.state import BackendConfig
+from .execute import check_direct
+from .prefetch import prefetch, slots
+from .worker import Job, Worker
+
+logger = logging.getLogger(__name__)
+
+INLINE_RESULT_BYTES = 1024 * 1024  # a larger body stands under a key of its own
+UNLIMITED_MS = 60_000  # how long the result of a request without a deadline is tried to be stored
+_TUNE_EVERY_S = 0.25
+_LONG_RUN_S = 0.4
+
+
+class Server:
+    """One replica's consumers, the requests in its hands, and its worker. Lives on one I/O loop."""
+
+    def __init__(
+        self, namespace: str, backend: str, queue: Queue, store: Store, worker: Worker, config: BackendConfig, *, is_async: bool
+    ) -> None:
+        self._namespace = namespace
+        self._backend = backend
+        self._queue = queue
+        self._store = store
+        self._keys = StoreKeys(namespace)
+        self._worker = worker
+        self.config = config
+        self._is_async = is_async
+        self._consumptions: dict[int, Consumption] = {}
+        self._in_hand: dict[int, set[Delivery]] = {}  # by generation
+        self._jobs: set[Job] = set()
+        self._marked: set[str] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._draining = False
+        self.served = 0
+
+    def __repr__(self) -> str:
+        return f"<Server of {self._backend}, generations {self.generations}, {self.running} in hand>"
+
+    @property
+    def running(self) -> int:
+        return sum(map(len, self._in_hand.values()))
+
+    @property
+    def generations(self) -> tuple[int, ...]:
+        """The queues it takes from, or still holds messages of."""
+        return tuple(sorted({*self._consumptions, *(generation for generation, held in self._in_hand.items() if held)}))
+
+    async def take_from(self, generations: tuple[int, ...]) -> None:
+        """Consumes exactly these generations of the queue from now on. Raises BrokerUnavailable."""
+        for generation in generations:
+            if generation not in self._consumptions and not self._draining:
+                self._consumptions[generation] = await self._queue.consume(
+                    self._backend, generation, self._prefetch(), partial(self._on_delivery, generation)
+                )
+        for generation in [kept for kept in self._consumptions if kept not in generations]:
+            await self._consumptions.pop(generation).cancel()
+
+    async def tune_forever(self) -> None:
+        """Follows the measured run time with the prefetch, and marks runs that last, so that a timeout can say `run`."""
+        while True:
+            await asyncio.sleep(_TUNE_EVERY_S)
+            for consumption in self._consumptions.values():
+                consumption.set_prefetch(self._prefetch())
+            self._mark_long_runs()
+
+    async def drain(self, at_most_s: float) -> None:
+        """Takes nothing new, gives back what has not started, and finishes the rest within the graceful shutdown timeout or `at_most_s`."""
+        self._draining = True
+        cancelled = [consumption.cancel() for consumption in self._consumptions.values()]
+        for job in self._worker.withdraw():
+            self._give_back(job)
+        await asyncio.gather(*cancelled)
+        until = time.monotonic() + min(at_most_s, self.config.graceful_shutdown_timeout_s)
+        while self.running and time.monotonic() < until:
+            await asyncio.sleep(0.01)
+        for job in list(self._jobs):
+            logger.warning("giving back request %s of %s: still running after the graceful shutdown timeout", job.envelope.id, self._backend)
+            self._give_back(job)
+        self._consumptions.clear()
+
+    def _prefetch(self) -> int:
+        limit = self.config.concurrency(self._is_async)
+        can_run = slots(limit, is_async=self._is_async, sync_threads=self.config.sync_threads)
+        return prefetch(can_run, limit, self._worker.run_s)
+
+    def _mark_long_runs(self) -> None:
+        now, now_ms = time.monotonic(), self._store.now_ms()
+        for job in self._jobs:
+            deadline = job.envelope.header.deadline
+            if deadline and job.started and now - job.started > _LONG_RUN_S and job.envelope.id not in self._marked:
+                self._marked.add(job.envelope.id)
+                self._store.mark(self._keys.start(job.envelope.id), deadline - now_ms + 5000)
+
+    # Taking.
+
+    def _on_delivery(self, generation: int, delivery: Delivery) -> None:
+        if self._draining:
+            return delivery.requeue()
+        self._in_hand.setdefault(generation, set()).add(delivery)
+        try:
+            envelope = delivery.envelope()
+            if envelope.reply_to and queue_names.is_ours(self._namespace, envelope.reply_to):
+                raise BadEnvelope(f"reply_to names {envelope.reply_to!r}, a queue of this instance: name a queue of your own")
+        except BadEnvelope as error:
+            return self._dead_letter(generation, delivery, error)
+        job = Job(envelope, (generation, delivery))
+        header = envelope.header
+        if header.deadline and header.deadline <= self._store.now_ms():
+            self._finish(job, late_result("queue"))
+        elif delivery.redelivered or header.again or header.ref or not envelope.minted:
+            self._start(self._admit(job))
+        else:
+            self._run(job)  # a first delivery of an id of ours: nobody can have run it, so the store is not asked
+
+    async def _admit(self, job: Job) -> None:
+        """The requests that may have been run before, or whose body is elsewhere or a stranger's: looked at first."""
+        generation, delivery = job.tag
+        envelope = job.envelope
+        try:
+            if envelope.header.ref:
+                body = await self._store.get(envelope.header.ref)
+                if body is None:
+                    raise BadEnvelope("the body is gone from the store: it is kept until the request's deadline")
+                job.envelope = envelope = replace(envelope, body=body)
+            check_direct(envelope)
+            if (future_id := envelope.future_id(self._backend)) and (raw := await self._store.get(self._keys.future(future_id))):
+                return await self._answer_again(job, raw)
+        except BadEnvelope as error:
+            self._refuse(job, error)
+        except StoreUnavailable as error:
+            logger.warning("giving back a request of %s: %s", self._backend, error)
+            self._give_back(job)
+        else:
+            if self._draining:
+                self._give_back(job)
+            else:
+                self._run(job)
+
+    def _run(self, job: Job) -> None:
+        self._jobs.add(job)
+        self._worker.submit(job)
+
+    # Settling.
+
+    def on_done(self, job: Job, result: Result) -> None:
+        """From the worker; a job that was given back in between is the next replica's."""
+        if job in self._jobs:
+            self._jobs.discard(job)
+            self._marked.discard(job.envelope.id)
+            self.served += 1
+            self._finish(job, result)
+
+    def _finish(self, job: Job, result: Result) -> None:
+        """Stores, tells, acks."""
+        envelope = job.envelope
+        if envelope.reply_to or len(result.body) > INLINE_RESULT_BYTES:
+            self._start(self._finish_slowly(job, result))
+        elif envelope.id:
+            self._record(job, result).add_done_callback(partial(self._recorded, job))
+        else:
+            self._ack(job)
+
+    def _record(self, job: Job, result: Result) -> asyncio.Future[bool]:
+        envelope = job.envelope
+        future_id = envelope.future_id(self._backend)
+        raw = result.to_bytes()
+        deadline_ms = envelope.header.deadline or self._store.now_ms() + UNLIMITED_MS
+        return self._store.record(Record(self._keys.future(future_id), raw, envelope.header.inbox, note_of(future_id, raw), deadline_ms))
+
+    def _recorded(self, job: Job, done: asyncio.Future[bool]) -> None:
+        if done.cancelled() or (error := done.exception()) is None:
+            self._ack(job)
+        else:
+            logger.warning("giving back a finished request of %s: its result could not be stored (%s)", self._backend, error)
+            self._give_back(job)
+
+    async def _finish_slowly(self, job: Job, result: Result) -> None:
+        """Large results and AMQP replies, which take more than one step."""
+        envelope = job.envelope
+        try:
+            if envelope.id and len(result.body) > INLINE_RESULT_BYTES:
+                key = self._keys.body(f"{envelope.future_id(self._backend)}.result")
+                await self._store.set(key, result.body, ttl_ms=RESULT_TTL_S * 1000)
+                await self._record(job, msgspec.structs.replace(result, body=b"", ref=key))
+            elif envelope.id:
+                await self._record(job, result)
+            if envelope.reply_to:
+                await self._reply(envelope, result)
+        except MQServeError as error:
+            logger.warning("giving back a finished request of %s: %s", self._backend, error)
+            self._give_back(job)
+        else:
+            self._ack(job)
+
+    async def _reply(self, envelope: Envelope, result: Result) -> None:
+        """A plain AMQP reply, as every RPC tutorial teaches."""
+        settled: asyncio.Future[MQServeError | None] = asyncio.get_running_loop().create_future()
+        reply = Envelope(envelope.id, _reply_body(result), JSON if result.error else result.content_type, NO_HEADER)
+        self._queue.reply(
+            replace(reply, correlation_id=envelope.correlation_id, status=result.status),
+            envelope.reply_to,
+            lambda error: settled.done() or settled.set_result(error),
+        )
+        if error := await settled:
+            raise error
+
+    async def _answer_again(self, job: Job, raw: bytes) -> None:
+        """It has a result already: whoever asks by AMQP gets that one, and nothing runs."""
+        if job.envelope.reply_to:
+            await self._reply(job.envelope, Result.from_bytes(raw))
+        self._ack(job)
+
+    def _refuse(self, job: Job, error: BadEnvelope) -> None:
+        """Bytes that will never parse: set aside for operators, and whoever waits is told."""
+        generation, delivery = job.tag
+        if job.envelope.id:
+            info = ErrorInfo(type="mqserve.BadEnvelope", message=str(error))
+            self._record(job, Result(status=422, backend=self._backend, error=info)).add_done_callback(lambda done: done.exception())
+        self._dead_letter(generation, delivery, error)
+
+    def _dead_letter(self, generation: int, delivery: Delivery, error: BadEnvelope) -> None:
+        def settled(failure: MQServeError | None) -> None:
+            if failure is None:
+                delivery.ack()
+            else:
+                logger.warning("cannot dead-letter a message of %s yet: %s", self._backend, failure)
+                delivery.requeue()
+            self._in_hand[generation].discard(delivery)
+
+        logger.warning("a message of %s goes to the dead letters: %s", self._backend, error)
+        self._queue.dead_letter(self._backend, delivery, str(error), settled)
+
+    def _ack(self, job: Job) -> None:
+        generation, delivery = job.tag
+        if delivery in self._in_hand[generation]:
+            self._in_hand[generation].discard(delivery)
+            delivery.ack()
+
+    def _give_back(self, job: Job) -> None:
+        generation, delivery = job.tag
+        self._jobs.discard(job)
+        if delivery in self._in_hand[generation]:
+            self._in_hand[generation].discard(delivery)
+            delivery.requeue()
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _reply_body(result: Result) -> bytes:
+    if result.error is None:
+        return result.body
+    return msgspec.json.encode({"error": {"type": result.error.type, "message": result.error.message}})

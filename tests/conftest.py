@@ -1,0 +1,117 @@
+"""What every test may ask for: the URLs of real servers, the servers themselves, and a namespace of its own."""
+
+import os
+import re
+import uuid
+from collections.abc import Callable, Iterator
+from typing import NoReturn, TypeVar
+
+import pytest
+
+from tests.servers import HOW_TO_INSTALL, PrivateRabbitMQ, PrivateRedis, PrivateServer, ServerMissing
+
+Server = TypeVar("Server", bound=PrivateServer)
+
+GIVEN_BROKER_URL = os.environ.get("MQSERVE_TEST_BROKER_URL", "")
+GIVEN_STORE_URL = os.environ.get("MQSERVE_TEST_STORE_URL", "")
+GIVEN_SERVERS = bool(GIVEN_BROKER_URL or GIVEN_STORE_URL)
+
+# The servers themselves are asked for by tests that stop, kill or freeze them; the URLs by tests that use them.
+BREAKING_FIXTURES = {"broker_server", "store_server"}
+SERVER_FIXTURES = {"broker_url", "store_url", *BREAKING_FIXTURES}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if bool(GIVEN_BROKER_URL) != bool(GIVEN_STORE_URL):
+        raise pytest.UsageError(
+            "set both MQSERVE_TEST_BROKER_URL and MQSERVE_TEST_STORE_URL, or neither for private servers"
+        )
+    for name in [name for name in os.environ if name.startswith("MQSERVE_") and not name.startswith("MQSERVE_TEST_")]:
+        del os.environ[name]  # the settings of the person who runs the tests are not what the tests specify
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects by marker
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the quick tests first: those without servers, those with, those that break them."""
+    for item in items:
+        if BREAKING_FIXTURES & set(fixtures_of(item)):
+            item.add_marker(pytest.mark.breaks_servers)
+    items.sort(key=lambda item: (breaks_servers(item), bool(SERVER_FIXTURES & set(fixtures_of(item)))))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if GIVEN_SERVERS and breaks_servers(item):
+        refuse("this test stops, kills or freezes servers, which need to be private: unset MQSERVE_TEST_*_URL")
+
+
+def breaks_servers(item: pytest.Item) -> bool:
+    return item.get_closest_marker("breaks_servers") is not None
+
+
+def fixtures_of(item: pytest.Item) -> list[str]:
+    return item.fixturenames if isinstance(item, pytest.Function) else []
+
+
+def refuse(reason: str) -> NoReturn:
+    """Skip at home, fail in CI: there a test that did not run must not look like one that passed."""
+    if os.environ.get("CI"):
+        pytest.fail(reason, pytrace=False)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def broker_url(request: pytest.FixtureRequest) -> str:
+    """A RabbitMQ that answers."""
+    return GIVEN_BROKER_URL or str(request.getfixturevalue("session_broker").url)
+
+
+@pytest.fixture(scope="session")
+def store_url(request: pytest.FixtureRequest) -> str:
+    """A Redis that answers."""
+    return GIVEN_STORE_URL or str(request.getfixturevalue("session_store").url)
+
+
+@pytest.fixture
+def broker_server(session_broker: PrivateRabbitMQ) -> Iterator[PrivateRabbitMQ]:
+    """The RabbitMQ behind `broker_url`, to stop, kill or freeze: it is mended for the next test."""
+    yield session_broker
+    session_broker.mend()
+
+
+@pytest.fixture
+def store_server(session_store: PrivateRedis) -> Iterator[PrivateRedis]:
+    """The Redis behind `store_url`, to stop, kill or freeze: it is mended for the next test."""
+    yield session_store
+    session_store.mend()
+
+
+@pytest.fixture(scope="session")
+def session_broker() -> Iterator[PrivateRabbitMQ]:
+    yield from running(PrivateRabbitMQ)
+
+
+@pytest.fixture(scope="session")
+def session_store() -> Iterator[PrivateRedis]:
+    yield from running(PrivateRedis)
+
+
+def running(make: Callable[[], Server]) -> Iterator[Server]:
+    try:
+        server = make().start()
+    except ServerMissing as missing:
+        refuse(f"{missing}.\n{HOW_TO_INSTALL}")
+    with server:
+        yield server
+
+
+@pytest.fixture
+def namespace(request: pytest.FixtureRequest) -> str:
+    """A namespace no other test has, with the test's name in it: it shows in queues, keys and logs."""
+    words = re.sub(r"[^a-z0-9]+", "-", request.node.name.removeprefix("test_").lower())
+    return f"{words[:27].strip('-')}-{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """Tests marked `anyio` run on asyncio, as we do."""
+    return "asyncio"
