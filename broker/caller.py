@@ -144,10 +144,10 @@ class Caller:
         key = self._keys.body(envelope.id)
         try:
             await self._store.set(key, envelope.body, ttl_ms=timeout_ms + 60_000)
-            header = Header(origin=envelope.header.origin, inbox=self._inbox, deadline=envelope.header.deadline, ref=key, meta=envelope.header.meta)
-            self._publish(
-                backend, replace(envelope, body=b"", header=header), asyncio.get_running_loop().time() + REPUBLISH_BUDGET_S
+            header = Header(
+                origin=envelope.header.origin, inbox=self._inbox, deadline=envelope.header.deadline, ref=key, meta=envelope.header.meta
             )
+            self._publish(backend, replace(envelope, body=b"", header=header), asyncio.get_running_loop().time() + REPUBLISH_BUDGET_S)
         except MQServeError as error:
             self._fail(envelope.id, error)
 
@@ -216,8 +216,12 @@ class Caller:
         if body is None:
             raise StoreUnavailable("the body of the result is gone from the store: results are kept for ten minutes")
         return Result(
-            status=result.status, backend=result.backend, attempt=result.attempt, content_type=result.content_type,
-            headers=result.headers, body=body,
+            status=result.status,
+            backend=result.backend,
+            attempt=result.attempt,
+            content_type=result.content_type,
+            headers=result.headers,
+            body=body,
         )
 
     # Deadlines: one timer for the earliest.
@@ -266,4 +270,3 @@ class Caller:
 
 def _again(header: Header) -> Header:
     return Header(origin=header.origin, inbox=header.inbox, deadline=header.deadline, ref=header.ref, again=True, meta=header.meta)
-

@@ -35,7 +35,6 @@ async def follow(store: Store, *keys: str) -> AsyncIterator[list[bytes | None]]:
         store.unwatch(changed)
 
 
-
 async def until(store: Store, look: Callable[[], Awaitable[T | None]], budget_s: float) -> T:
     """What `look` finds, looking again at every change. Raises TimeoutError after `budget_s`, and whatever `look` raises."""
     changed = store.watch()

@@ -153,9 +153,7 @@ class EmbeddedQueue:
         letters.append(DeadLetter(delivery.envelope(), reason))
         settled(None)
 
-    async def consume(
-        self, backend: str, generation: int, prefetch: int, on_delivery: Callable[[Delivery], None]
-    ) -> EmbeddedConsumption:
+    async def consume(self, backend: str, generation: int, prefetch: int, on_delivery: Callable[[Delivery], None]) -> EmbeddedConsumption:
         lane = self._lanes.get((backend, generation))
         if lane is None:
             raise BrokerUnavailable(f"there is no generation {generation} of the queue of {backend!r}")

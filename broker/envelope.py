@@ -91,7 +91,9 @@ class Envelope:
         """
         header = _encode(self.header)
         if len(header) > MAX_HEAD_BYTES + 4096:
-            raise TooLarge(f"the request's head takes {len(header)} bytes, more than {MAX_HEAD_BYTES}: send less in headers and URL", status=431)
+            raise TooLarge(
+                f"the request's head takes {len(header)} bytes, more than {MAX_HEAD_BYTES}: send less in headers and URL", status=431
+            )
         flags = _CONTENT_TYPE | _HEADERS | _DELIVERY_MODE
         table = b"\x02mqx" + struct.pack(">I", len(header)) + header
         if self.status:

@@ -41,7 +41,7 @@ class JoinedChannel:
         # Consuming: the broker's tags in order of delivery, and those whose ack is due
         self._held: dict[int, None] = {}
         self._finished: set[int] = set()
-        channel._on_confirm_frame = self._on_confirm  # type: ignore[method-assign]
+        channel._on_confirm_frame = self._on_confirm  # type: ignore[method-assign,assignment]
         channel._on_return_frame = self._on_return  # type: ignore[method-assign]
         channel._on_deliver_frame = self._on_deliver  # type: ignore[method-assign]
         self._closed = channel.closing

@@ -287,9 +287,7 @@ class RabbitQueue:
             return settled(BrokerUnavailable(f"no connection to RabbitMQ ({self._publishing!r})"))
         self._channel.publish(exchange, key, properties, body, message_id, settled)
 
-    async def consume(
-        self, backend: str, generation: int, prefetch: int, on_delivery: Callable[[Delivery], None]
-    ) -> RabbitConsumption:
+    async def consume(self, backend: str, generation: int, prefetch: int, on_delivery: Callable[[Delivery], None]) -> RabbitConsumption:
         queue = queue_names.backend_queue(self._namespace, backend, generation)
         consumption = RabbitConsumption(self._consuming, queue, prefetch, on_delivery)
         self._consumptions.append(consumption)

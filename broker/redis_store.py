@@ -161,10 +161,12 @@ class RedisStore:
     # Documents and plain keys.
 
     async def get(self, key: str) -> bytes | None:
-        return await self._call(lambda: self._commands.get(key))
+        found: Any = await self._call(lambda: self._commands.get(key))
+        return found  # type: ignore[no-any-return]
 
     async def get_many(self, keys: Sequence[str]) -> list[bytes | None]:
-        return await self._call(lambda: self._commands.mget(keys)) if keys else []
+        found: Any = await self._call(lambda: self._commands.mget(keys)) if keys else []
+        return found  # type: ignore[no-any-return]
 
     async def set(self, key: str, value: bytes, *, ttl_ms: int | None = None, only_new: bool = False) -> bool:
         return bool(await self._call(lambda: self._commands.set(key, value, px=ttl_ms, nx=only_new)))
@@ -185,7 +187,7 @@ class RedisStore:
             await self._call(lambda: self._commands.hdel(key, *fields))
 
     async def fields(self, key: str) -> dict[str, bytes]:
-        found: dict[bytes, bytes] = await self._call(lambda: self._commands.hgetall(key))
+        found: dict[Any, Any] = await self._call(lambda: self._commands.hgetall(key))
         return {field.decode(): value for field, value in found.items()}
 
     # Changes of documents: the message is a hint, the document is the truth.

@@ -75,7 +75,9 @@ def read_secret(env: Mapping[str, str], name: str) -> str:
     try:
         return Path(path).read_text().strip()
     except OSError as error:
-        raise BadValue(f"{PREFIX}{name}_FILE names {path!r}, which cannot be read ({error.strerror}): mend the path or its rights") from error
+        raise BadValue(
+            f"{PREFIX}{name}_FILE names {path!r}, which cannot be read ({error.strerror}): mend the path or its rights"
+        ) from error
 
 
 def _check_scheme(url: str, schemes: tuple[str, ...], name: str) -> None:

@@ -68,7 +68,9 @@ class Signer:
         if version != 1 or key_id not in self._keys:
             raise BadSignature("sealed by a key that this instance does not hold: do all processes share MQSERVE_SECRET_KEY?")
         if not hmac.compare_digest(mac, self._mac(key_id, payload, claim, expires_ms)):
-            raise BadSignature(f"the seal does not fit: the bytes were not signed as {claim.purpose} for {claim.backend or 'this instance'}")
+            raise BadSignature(
+                f"the seal does not fit: the bytes were not signed as {claim.purpose} for {claim.backend or 'this instance'}"
+            )
         if expires_ms and now_ms > expires_ms:
             raise BadSignature("the seal has expired")
         return payload

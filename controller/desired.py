@@ -94,7 +94,8 @@ def delete_backend(name: str) -> Change:
         for endpoint in desired.endpoints.values():
             if name in endpoint.traffic or name in endpoint.shadows:
                 raise BadValue(
-                    f"backend {name!r} is used by endpoint {endpoint.name!r}: delete that endpoint or take the backend out of its traffic first"
+                    f"backend {name!r} is used by endpoint {endpoint.name!r}: "
+                    "delete that endpoint or take the backend out of its traffic first"
                 )
         return msgspec.structs.replace(desired, backends={key: kept for key, kept in desired.backends.items() if key != name})
 

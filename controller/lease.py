@@ -83,9 +83,7 @@ async def forget(store: Store, keys: StoreKeys) -> None:
     """All of an instance's documents; results of its requests stay until they expire."""
     desired = Desired.from_bytes(await store.get(keys.desired))
     hashes = {*desired.convertors.values(), *(backend.code for backend in desired.backends.values()), desired.http.middlewares} - {""}
-    await store.delete(
-        keys.desired, keys.observed, keys.beats, keys.leader, keys.instance, *(keys.code(sha256) for sha256 in hashes)
-    )
+    await store.delete(keys.desired, keys.observed, keys.beats, keys.leader, keys.instance, *(keys.code(sha256) for sha256 in hashes))
     await store.announce()
 
 

@@ -282,5 +282,3 @@ async def _first_of(changed: asyncio.Event, stop: asyncio.Event, timeout_s: floa
             wait.cancel()
         with suppress(asyncio.CancelledError):
             await asyncio.gather(*waits, return_exceptions=True)
-
-

@@ -117,9 +117,7 @@ def delete_backend(backend_tag: str) -> None:
     current().delete_backend(backend_tag)
 
 
-def create_endpoint(
-    endpoint_name: str, *, backend: str | None = None, route: str | None = None, methods: Sequence[str] = ("GET",)
-) -> None:
+def create_endpoint(endpoint_name: str, *, backend: str | None = None, route: str | None = None, methods: Sequence[str] = ("GET",)) -> None:
     """See `Client.create_endpoint`."""
     current().create_endpoint(endpoint_name, backend=backend, route=route, methods=methods)
 

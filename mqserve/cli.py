@@ -51,12 +51,15 @@ def _distributed(namespace: str | None, command: str) -> Settings:
     settings = _settings(namespace)
     if settings.embedded:
         raise MQServeError(
-            f"`mqserve {command}` joins other processes over RabbitMQ and Redis: set MQSERVE_BROKER_URL (amqp://…) and MQSERVE_STORE_URL (redis://…)"
+            f"`mqserve {command}` joins other processes over RabbitMQ and Redis: "
+            "set MQSERVE_BROKER_URL (amqp://…) and MQSERVE_STORE_URL (redis://…)"
         )
     return settings
 
 
-namespace_option = click.option("--namespace", envvar="MQSERVE_NAMESPACE", metavar="NAME", help="The instance's name on broker and store [mqserve].")
+namespace_option = click.option(
+    "--namespace", envvar="MQSERVE_NAMESPACE", metavar="NAME", help="The instance's name on broker and store [mqserve]."
+)
 http_options = [
     click.option("--host", envvar="MQSERVE_HTTP_HOST", default="127.0.0.1", show_default=True, help="Where proxies listen."),
     click.option("--port", envvar="MQSERVE_HTTP_PORT", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 for any free one."),

@@ -17,6 +17,7 @@ from .broker.codecs import encode_value
 from .broker.documents import follow, until
 from .broker.envelope import Meta, mint_id
 from .broker.errors import BackendFailed, BadType, BadValue, InstanceError, MQServeError, UnknownEndpoint
+from .broker.queue_names import check_name
 from .broker.results import Result
 from .broker.signing import Claim
 from .controller import desired as changes
@@ -82,7 +83,7 @@ class Client:
         options = _actor_options(actor_options, ray_actor_options)
         _check_target(backend_tag, func_or_class, init_args)
         parsed = changes.parse_config(config)
-        changes.check_name(backend_tag, "a backend")
+        check_name(backend_tag, "a backend")
         packed = code.pack(func_or_class, init_args, self._signer)
         self._call(self._create_backend(backend_tag, packed, parsed, options))
 
@@ -96,9 +97,7 @@ class Client:
             await self._commit(changes.delete_backend(name))
             raise
 
-    def update_backend(
-        self, backend_tag: str, func_or_class: Any, *init_args: Any, actor_options: dict[str, Any] | None = None
-    ) -> None:
+    def update_backend(self, backend_tag: str, func_or_class: Any, *init_args: Any, actor_options: dict[str, Any] | None = None) -> None:
         """Rolls out new code: new replicas first, then the old ones drain.
 
         Raises BackendFailed when the new version does not get ready; the old one serves on.
@@ -240,9 +239,7 @@ class Client:
 
     def deploy(self, declaration: Declaration) -> None:
         """What `@serve.endpoint` recorded: a backend and an endpoint of one name."""
-        self.create_backend(
-            declaration.name, declaration.target, actor_options=declaration.actor_options, config=declaration.config
-        )
+        self.create_backend(declaration.name, declaration.target, actor_options=declaration.actor_options, config=declaration.config)
         self.create_endpoint(declaration.name, backend=declaration.name, route=declaration.route, methods=declaration.methods)
 
     def http_url(self) -> str:

@@ -46,7 +46,7 @@ def endpoint(
     parsed = parse_config(config)
 
     def declare(target: T) -> T:
-        chosen = name or getattr(target, "__name__", type(target).__name__)
+        chosen = name or str(getattr(target, "__name__", type(target).__name__))
         parse_endpoint(chosen, chosen, route, list(methods))
         if chosen in _declarations and _declarations[chosen].target is not target:
             raise BadValue(f"two endpoints are named {chosen!r}: give one of them another name=")

@@ -37,7 +37,9 @@ class Future:
         except concurrent.futures.TimeoutError as error:
             if isinstance(error, MQServeError):
                 raise
-            raise TimeoutError(f"request {self.id} has no result yet after {timeout:g} s; it goes on: wait again, or raise the timeout") from None
+            raise TimeoutError(
+                f"request {self.id} has no result yet after {timeout:g} s; it goes on: wait again, or raise the timeout"
+            ) from None
 
     def done(self) -> bool:
         return self._pending.done()

@@ -33,7 +33,7 @@ LOCATIONS = ("HeadOnly", "EveryNode", "NoServer")
 class StartOptions:
     """What `serve.start` was told."""
 
-    http: HttpOptions = HttpOptions()
+    http: HttpOptions
     middlewares: tuple[object, ...] = ()
     detached: bool = False
     with_node: bool = True
@@ -64,7 +64,9 @@ def parse_http_options(options: object) -> tuple[HttpOptions, tuple[object, ...]
 async def running_instance(links: Links, options: StartOptions) -> AsyncIterator[str]:
     """A live instance, with its id; shut down on exit unless detached."""
     if links.settings.embedded and options.detached:
-        raise InstanceError("a detached instance needs a broker and a store that outlive this process: set MQSERVE_BROKER_URL and MQSERVE_STORE_URL")
+        raise InstanceError(
+            "a detached instance needs a broker and a store that outlive this process: set MQSERVE_BROKER_URL and MQSERVE_STORE_URL"
+        )
     http = options.http
     if http.location != "NoServer" and options.with_node:
         bind(http.host, http.port).close()  # said here, in one sentence, rather than by a child

@@ -37,7 +37,9 @@ def run_until_stopped(target: str, settings: Settings, http: dict[str, Any]) -> 
             for declaration in find_declarations():
                 _deploy(client, declaration)
             if not client.list_endpoints():
-                raise BadValue(f"{target} declares nothing to serve: decorate a function with @serve.endpoint('/path'), or call serve.create_backend")
+                raise BadValue(
+                    f"{target} declares nothing to serve: decorate a function with @serve.endpoint('/path'), or call serve.create_backend"
+                )
             _announce(client, settings)
             while not stopped.wait(0.2):
                 pass
@@ -70,13 +72,13 @@ def _prepare(target: str) -> Any:
     if path.suffix == ".py" or path.exists():
         if not path.is_file():
             raise BadValue(f"there is no file {target}: give the path of a Python file, or a module as package.module:attribute")
-        return lambda: (_execute(path), take_declarations())[1]
+        return lambda: _execute(path)
     if "/" in target or not target.replace(":", ".").replace(".", "").isidentifier():
         raise BadValue(f"there is no file {target}: give the path of a Python file, or a module as package.module:attribute")
     return lambda: _import(target)
 
 
-def _execute(path: Path) -> None:
+def _execute(path: Path) -> list[Declaration]:
     """As `python FILE` would: under the name __main__, with its folder first on the path."""
     module = ModuleType("__main__")
     module.__file__ = str(path)
@@ -88,6 +90,7 @@ def _execute(path: Path) -> None:
         raise
     except (Exception, SystemExit) as error:
         raise BadValue(_does_not_import(str(path), error)) from error
+    return take_declarations()
 
 
 def _import(target: str) -> list[Declaration]:

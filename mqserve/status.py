@@ -69,7 +69,9 @@ def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for column in columns:
         numeric = column in ("ready", "wanted", "waiting", "running", "served")
-        table.add_column(column, justify="right" if numeric else "left", header_style="dim", no_wrap=not numeric and column in ("kind", "state"))
+        table.add_column(
+            column, justify="right" if numeric else "left", header_style="dim", no_wrap=not numeric and column in ("kind", "state")
+        )
     return table
 
 

@@ -23,7 +23,9 @@ CALL_METHOD_HEADER = b"x-serve-call-method"
 class ProxyApp:
     """Reads `routes` anew for each request: whoever follows the desired document replaces it."""
 
-    def __init__(self, caller: Caller, routes: RouteTable, readiness: Callable[[], tuple[bool, dict[str, Any]]], *, debug: bool = False) -> None:
+    def __init__(
+        self, caller: Caller, routes: RouteTable, readiness: Callable[[], tuple[bool, dict[str, Any]]], *, debug: bool = False
+    ) -> None:
         self._caller = caller
         self.routes = routes
         self._readiness = readiness
@@ -91,9 +93,14 @@ def _not_served(refused: NotAllowed | None, scope: Scope) -> Reply:
 
 def _check_head(scope: Scope) -> None:
     """Before anything is published: an AMQP content header must fit one frame, and a larger one kills the whole connection."""
-    size = len(scope["raw_path"] or b"") + len(scope["query_string"]) + sum([len(name) + len(value) + 4 for name, value in scope["headers"]])
+    size = (
+        len(scope["raw_path"] or b"") + len(scope["query_string"]) + sum([len(name) + len(value) + 4 for name, value in scope["headers"]])
+    )
     if size > MAX_HEAD_BYTES:
-        raise TooLarge(f"the request line and headers take {size} bytes and the limit is {MAX_HEAD_BYTES}: send less, or send it in the body", status=431)
+        raise TooLarge(
+            f"the request line and headers take {size} bytes and the limit is {MAX_HEAD_BYTES}: send less, or send it in the body",
+            status=431,
+        )
 
 
 async def _read_body(scope: Scope, receive: Receive) -> bytes:

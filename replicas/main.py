@@ -89,7 +89,9 @@ class Replica:
         async with asyncio.TaskGroup() as tasks:
             beating = tasks.create_task(self._presence.beat_forever())
             try:
-                handler = await self._construct(worker, backend)  # before the broker: a constructor that holds the GIL must not cost us the connection
+                handler = await self._construct(
+                    worker, backend
+                )  # before the broker: a constructor that holds the GIL must not cost us the connection
                 async with open_queue() as queue:
                     await self._serve(queue, worker, handler, stop)
             except BackendFailed as error:
@@ -121,7 +123,9 @@ class Replica:
         backend = desired.backends.get(self._options.backend)
         if backend is None:
             known = ", ".join(sorted(desired.backends)) or "none"
-            raise BadValue(f"there is no backend {self._options.backend!r} in {self._settings.namespace!r} (known: {known}): create it first")
+            raise BadValue(
+                f"there is no backend {self._options.backend!r} in {self._settings.namespace!r} (known: {known}): create it first"
+            )
         for name, sha256 in desired.convertors.items():
             convertor, _ = await code.load(self._store, self._keys, sha256, self._settings.signer)
             register_url_convertor(name, convertor())

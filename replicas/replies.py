@@ -38,7 +38,9 @@ def plain_result(value: object, backend: str) -> Result:
     try:
         return Result(backend=backend, content_type=JSON, body=_encode_json(value))
     except (TypeError, ValueError, msgspec.MsgspecError, RecursionError) as error:
-        raise NotEncodable(f"the handler returned a {type(value).__name__} that is no JSON ({error}): return plain data or a Response") from error
+        raise NotEncodable(
+            f"the handler returned a {type(value).__name__} that is no JSON ({error}): return plain data or a Response"
+        ) from error
 
 
 def error_result(error: BaseException, backend: str, future_id: str, signer: Signer) -> Result:
@@ -121,4 +123,3 @@ def _seal_exception(error: BaseException, backend: str, future_id: str, signer: 
         return signer.seal(cloudpickle.dumps(error.with_traceback(None)), Claim("result", backend, future_id, "exception"))
     except Exception:
         return b""  # type, message and traceback travel all the same
-

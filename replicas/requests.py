@@ -124,5 +124,3 @@ def _decode(body: bytes, content_type: str) -> Any:
         return decode_plain(body, content_type)
     except (BadEnvelope, msgspec.MsgspecError) as error:
         raise BadBody(str(error)) from error
-
-

@@ -96,7 +96,9 @@ class Server:
         while self.running and time.monotonic() < until:
             await asyncio.sleep(0.01)
         for job in list(self._jobs):
-            logger.warning("giving back request %s of %s: still running after the graceful shutdown timeout", job.envelope.id, self._backend)
+            logger.warning(
+                "giving back request %s of %s: still running after the graceful shutdown timeout", job.envelope.id, self._backend
+            )
             self._give_back(job)
         self._consumptions.clear()
 
@@ -136,7 +138,6 @@ class Server:
 
     async def _admit(self, job: Job) -> None:
         """The requests that may have been run before, or whose body is elsewhere or a stranger's: looked at first."""
-        generation, delivery = job.tag
         envelope = job.envelope
         try:
             if envelope.header.ref:
@@ -221,7 +222,7 @@ class Server:
         self._queue.reply(
             replace(reply, correlation_id=envelope.correlation_id, status=result.status),
             envelope.reply_to,
-            lambda error: settled.done() or settled.set_result(error),
+            settled.set_result,
         )
         if error := await settled:
             raise error

@@ -23,9 +23,7 @@ SERVER_FIXTURES = {"broker_url", "store_url", *BREAKING_FIXTURES}
 
 def pytest_configure(config: pytest.Config) -> None:
     if bool(GIVEN_BROKER_URL) != bool(GIVEN_STORE_URL):
-        raise pytest.UsageError(
-            "set both MQSERVE_TEST_BROKER_URL and MQSERVE_TEST_STORE_URL, or neither for private servers"
-        )
+        raise pytest.UsageError("set both MQSERVE_TEST_BROKER_URL and MQSERVE_TEST_STORE_URL, or neither for private servers")
     for name in [name for name in os.environ if name.startswith("MQSERVE_") and not name.startswith("MQSERVE_TEST_")]:
         del os.environ[name]  # the settings of the person who runs the tests are not what the tests specify
 

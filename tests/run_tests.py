@@ -43,9 +43,7 @@ def ensure_servers() -> None:
     missing = missing_servers()
     if missing and (root := become_root()) is not None and shutil.which("apt-get"):
         print(f"{', '.join(missing)}: installing with apt-get, without starting any service", flush=True)
-        packages = [
-            program for program in ("rabbitmq-server", "redis-server") if any(program in line for line in missing)
-        ]
+        packages = [program for program in ("rabbitmq-server", "redis-server") if any(program in line for line in missing)]
         subprocess.run([*root, "/bin/sh", "-ec", APT_INSTALL, "install", *packages], check=False)
         missing = missing_servers()
     if missing:

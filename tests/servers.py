@@ -130,9 +130,7 @@ class PrivateServer(ABC):
     def __enter__(self) -> Self:
         return self.start()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
     @abstractmethod
@@ -165,9 +163,7 @@ class PrivateServer(ABC):
         deadline = time.monotonic() + START_DEADLINE_S
         while True:
             if not self.running:
-                raise ServerFailed(
-                    f"{self.name} ended with status {self._processes[-1].returncode}:\n{self._log_tail()}"
-                )
+                raise ServerFailed(f"{self.name} ended with status {self._processes[-1].returncode}:\n{self._log_tail()}")
             if self._answers():
                 return
             if time.monotonic() > deadline:
@@ -246,9 +242,7 @@ class PrivateRabbitMQ(PrivateServer):
         for name, content in CONFIGURATION.items():
             (folder / name).write_text(content)
         # Started by us and in the foreground, or Erlang would start one that nobody owns.
-        self._spawn(
-            find_epmd(), "-port", str(self._epmd_port), "-address", "127.0.0.1", folder=folder, env=self._env(folder)
-        )
+        self._spawn(find_epmd(), "-port", str(self._epmd_port), "-address", "127.0.0.1", folder=folder, env=self._env(folder))
         self._spawn(find_rabbitmq(), folder=folder, env=self._env(folder))
 
     def _env(self, folder: Path) -> dict[str, str]:
@@ -304,9 +298,7 @@ def find_rabbitmq() -> Path:
 
 
 def find_epmd() -> Path:
-    return _first_program(
-        "epmd", "/usr/lib/erlang/bin", "/usr/lib*/erlang/erts-*/bin", "/usr/local/lib/erlang/erts-*/bin"
-    )
+    return _first_program("epmd", "/usr/lib/erlang/bin", "/usr/lib*/erlang/erts-*/bin", "/usr/local/lib/erlang/erts-*/bin")
 
 
 def missing_servers() -> list[str]:

@@ -34,9 +34,7 @@ def test_every_package_folder_goes_into_the_wheel() -> None:
 @pytest.mark.parametrize("part", PARTS)
 def test_no_module_imports_a_folder_by_its_bare_name(part: str) -> None:
     """It works from the root, and makes a second copy of every class. Ruff bans it everywhere but here."""
-    imported = {
-        (file.name, name.split(".")[0]) for file in (ROOT / part).rglob("*.py") for name in absolute_imports(file)
-    }
+    imported = {(file.name, name.split(".")[0]) for file in (ROOT / part).rglob("*.py") for name in absolute_imports(file)}
     assert not {(file, name) for file, name in imported if name in PARTS}
 
 
