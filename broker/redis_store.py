@@ -180,7 +180,7 @@ class RedisStore:
             await self._call(lambda: self._commands.delete(*keys))
 
     async def put_field(self, key: str, field: str, value: bytes) -> None:
-        await self._call(lambda: self._commands.hset(key, field, value))  # type: ignore[arg-type]
+        await self._call(lambda: self._commands.hset(key, field, value))
 
     async def drop_fields(self, key: str, *fields: str) -> None:
         if fields:
@@ -270,9 +270,9 @@ class RedisStore:
 
     async def _script(self, name: str, keys: Sequence[str], values: Sequence[Any]) -> Any:
         try:
-            return await self._commands.evalsha(self._digests[name], len(keys), *keys, *values)  # type: ignore[misc]
+            return await self._commands.evalsha(self._digests[name], len(keys), *keys, *values)
         except NoScriptError:  # the server was restarted
-            return await self._commands.eval(self._scripts[name], len(keys), *keys, *values)  # type: ignore[misc]
+            return await self._commands.eval(self._scripts[name], len(keys), *keys, *values)
 
     async def _measure_clock(self) -> None:
         before = time.time()

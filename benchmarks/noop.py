@@ -1,0 +1,13 @@
+"""Handlers that do nothing, so that what is measured is the way to them."""
+
+import mqserve as serve
+
+
+@serve.endpoint("/noop")
+def noop(request: serve.Request) -> str:
+    return "ok"
+
+
+@serve.endpoint("/async_noop")
+async def async_noop(request: serve.Request) -> str:
+    return "ok"
