@@ -86,6 +86,10 @@ class Caller:
             raise
         return ticket
 
+    def now_ms(self) -> int:
+        """Store time."""
+        return self._store.now_ms()
+
     async def result(self, future_id: str, timeout_s: float | None) -> Result:
         """The result of any id, whoever sent it. Raises TimeoutError; that ends this wait, not the request."""
         future = self._waiting.get(future_id)

@@ -8,6 +8,7 @@ MQServeError
 ├── StoreUnavailable       Redis is not there
 ├── QueueMismatch          a queue of that name exists with other arguments
 ├── NotRouted              no queue is bound to that backend
+├── NoReplica              a backend without a replica for so long that waiting is no use
 ├── Overloaded             the backend's queue is full; try again after `retry_after_s`
 ├── TooLarge               a body or a head above the limit
 ├── RequestTimeout         no result within the request's time (also a TimeoutError)
@@ -55,6 +56,10 @@ class QueueMismatch(MQServeError):
 
 class NotRouted(MQServeError):
     """No queue is bound to the backend's name."""
+
+
+class NoReplica(MQServeError):
+    """The backend has had no replica for so long that waiting is no use."""
 
 
 class Overloaded(MQServeError):

@@ -66,8 +66,22 @@ def update_backend(name: str, code: str, code_name: str) -> Change:
 
     def change(desired: Desired) -> Desired:
         backend = find_backend(desired, name)
-        new = msgspec.structs.replace(backend, code=code, code_name=code_name, version=backend.version + 1)
+        newer = backend.latest + 1
+        new = msgspec.structs.replace(backend, code=code, code_name=code_name, version=newer, latest=newer)
         return msgspec.structs.replace(desired, backends={**desired.backends, name: new})
+
+    return change
+
+
+def roll_back(failed: Backend, to: Backend) -> Change:
+    """The code and version of `to` again, unless somebody deployed another one meanwhile."""
+
+    def change(desired: Desired) -> Desired:
+        backend = find_backend(desired, failed.name)
+        if backend.version != failed.version:
+            return desired
+        old = msgspec.structs.replace(backend, code=to.code, code_name=to.code_name, version=to.version)
+        return msgspec.structs.replace(desired, backends={**desired.backends, failed.name: old})
 
     return change
 

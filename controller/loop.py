@@ -22,7 +22,7 @@ from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
 from . import lease, plan
 from .restarts import Restarts
-from .state import Beat, Desired, Observed, read_beats
+from .state import Assignment, Beat, Desired, Observed, read_beats
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,8 @@ class Controller:
         self._keys = keys
         self._queue = queue
         self._leader = lease.Leader(store, keys, controller_id)
-        self._restarts: dict[str, Restarts] = defaultdict(Restarts)
+        self._restarts: dict[tuple[str, int], Restarts] = defaultdict(Restarts)  # by backend and version
+        self._were_ready: set[str] = set()
         self._declared: set[tuple[str, int, int | None]] = set()
         self._unbound: set[tuple[str, int]] = set()
         self._desired: Desired | None = None
@@ -115,15 +116,20 @@ class Controller:
         ready = {replica_id for replica_id, beat in replicas.items() if beat.state == "ready"}
         ended = plan.ended_replicas(observed.replicas, beats, now_ms)
         for replica_id, how in ended.items():
-            self._count_death(observed.replicas[replica_id].backend, beats.get(f"replica:{replica_id}"), how, now)
+            self._count_death(observed.replicas[replica_id], beats.get(f"replica:{replica_id}"), how, now)
         assigned = {replica_id: assignment for replica_id, assignment in observed.replicas.items() if replica_id not in ended}
-        for replica_id in ready & set(assigned):
-            self._restarts[assigned[replica_id].backend].got_ready()
+        for replica_id in ready & set(assigned) - self._were_ready:
+            self._restarts[assigned[replica_id].backend, assigned[replica_id].version].got_ready()
+        self._were_ready = ready
+        self._restarts = defaultdict(Restarts, {key: kept for key, kept in self._restarts.items() if key[0] in desired.backends})
         if desired.closing:  # proxies first: what they still wait for needs the replicas
             proxies = [beat for beat in plan.living(beats, "proxy", now_ms).values() if not beat.external]
             placed = assigned if proxies else {}
         else:
-            may_start = lambda name: self._restarts[name].not_before <= now  # noqa: E731
+
+            def may_start(name: str) -> bool:
+                return self._restarts[name, desired.backends[name].version].not_before <= now
+
             placed = plan.place_replicas(desired, assigned, ready - set(ended), nodes, may_start, _new_replica_id)
         placed = plan.of_backends(placed, {*desired.backends, *observed.queues})
         return msgspec.structs.replace(
@@ -133,11 +139,12 @@ class Controller:
             replicas=placed,
             proxies=() if desired.closing else plan.place_proxies(desired, nodes),
             problems=self._problems(desired, beats, bool(nodes)),
-            down_since=_down_since(desired, observed, placed, replicas, now_ms, self._restarts),
+            down_since=self._down_since(desired, observed, placed, replicas, now_ms),
         )
 
-    def _count_death(self, backend: str, last_beat: Beat | None, how: str, now: float) -> None:
-        restarts = self._restarts[backend]
+    def _count_death(self, assignment: Assignment, last_beat: Beat | None, how: str, now: float) -> None:
+        backend = assignment.backend
+        restarts = self._restarts[backend, assignment.version]
         if last_beat is not None and last_beat.state in ("ready", "draining"):
             logger.warning("a replica of %s died (%s); replacing it", backend, how)
             restarts.died_ready(now)
@@ -149,13 +156,26 @@ class Controller:
             )
 
     def _problems(self, desired: Desired, beats: dict[str, Beat], any_node: bool) -> dict[str, str]:
-        problems = {name: self._restarts[name].reason for name in desired.backends if self._restarts[name].reason}
+        reasons = {name: self._restarts[name, backend.version].reason for name, backend in desired.backends.items()}
+        problems = {name: reason for name, reason in reasons.items() if reason}
         if not any_node:
             problems.update({name: "no node is there to run it: start one with `mqserve node`" for name in desired.backends})
         for beat in beats.values():
             if beat.kind == "proxy" and beat.state == "failed":
                 problems[f"proxy on {beat.node or beat.host}"] = beat.error
         return problems
+
+    def _down_since(
+        self, desired: Desired, observed: Observed, placed: plan.Replicas, replicas: dict[str, Beat], now_ms: int
+    ) -> dict[str, int]:
+        """Backends without a replica that is ready or on its way, with the store time since when."""
+        down: dict[str, int] = {}
+        for name, backend in desired.backends.items():
+            is_ready = any(beat.backend == name and beat.state == "ready" for beat in replicas.values())
+            is_placed = any(assignment.backend == name for assignment in placed.values())
+            if not is_ready and not (is_placed and not self._restarts[name, backend.version].early_deaths):
+                down[name] = observed.down_since.get(name, now_ms)
+        return down
 
     # Queues.
 
@@ -254,19 +274,6 @@ class Controller:
 
 def _is_held(name: str, generation: int, beats: dict[str, Beat], now_ms: int) -> bool:
     return any(beat.backend == name and generation in beat.generations for beat in plan.living(beats, "replica", now_ms).values())
-
-
-def _down_since(
-    desired: Desired, observed: Observed, placed: plan.Replicas, replicas: dict[str, Beat], now_ms: int, restarts: dict[str, Restarts]
-) -> dict[str, int]:
-    """Backends without a replica that is ready or on its way, with the store time since when."""
-    down: dict[str, int] = {}
-    for name in desired.backends:
-        ready = any(beat.backend == name and beat.state == "ready" for beat in replicas.values())
-        starting = any(assignment.backend == name for assignment in placed.values()) and not restarts[name].early_deaths
-        if not ready and not starting:
-            down[name] = observed.down_since.get(name, now_ms)
-    return down
 
 
 def _new_replica_id(backend: str) -> str:

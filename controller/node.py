@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 SILENT_CHILD_AFTER_S = 20.0  # a replica whose I/O loop is silent for this long is killed
 STOP_MARGIN_S = 5.0  # beyond its own drain time, then it is killed
 PARENT_GONE_S = 6.0  # what children get when the node's own parent is gone
-_CHECK_EVERY_S = 2.0
+_CHECK_EVERY_S = 1.0
 
 
 class Child(Protocol):
@@ -89,6 +89,7 @@ class Node:
         self._desired = Desired()
         self._ended: dict[str, str] = {}
         self._stoppers: set[asyncio.Task[None]] = set()
+        self._tasks = asyncio.TaskGroup()  # entered by `run`: it owns whoever watches a child
         field = f"node:{options.node_id}"
         self._presence = Presence(store, keys.beats, field, lambda: self._beat().to_bytes(), BEAT_EVERY_S)
 
@@ -97,7 +98,8 @@ class Node:
 
     async def run(self, stop: Stop) -> None:
         """Until `stop` is set; then every child is drained, and killed if it does not end."""
-        async with asyncio.TaskGroup() as tasks:
+        async with asyncio.TaskGroup() as self._tasks:
+            tasks = self._tasks
             working = [tasks.create_task(work) for work in (self._presence.beat_forever(), self._follow(), self._check_children())]
             await stop.wait()
             for task in working[1:]:
@@ -126,10 +128,15 @@ class Node:
                 self._start_replica(replica_id, backend)
 
     def _start_replica(self, replica_id: str, backend: str) -> None:
-        child = self._launcher.replica(backend, replica_id, self._options.node_id)
+        try:
+            child = self._launcher.replica(backend, replica_id, self._options.node_id)
+        except OSError as error:
+            self._ended[replica_id] = f"the node cannot start processes ({error})"
+            self._presence.tell()
+            return
         found = self._desired.backends.get(backend)
         grace_s = (found.config.graceful_shutdown_timeout_s if found else 0) + STOP_MARGIN_S
-        watching = asyncio.create_task(self._watch_replica(replica_id, child))
+        watching = self._tasks.create_task(self._watch_replica(replica_id, child))
         self._replicas[replica_id] = _Running(child, watching, grace_s)
 
     async def _watch_replica(self, replica_id: str, child: Child) -> None:
@@ -148,7 +155,7 @@ class Node:
             host = options.http_host or http.host
             port = http.port if options.http_port is None else options.http_port
             child = self._launcher.proxy(f"proxy-{options.node_id}", host, port, options.node_id)
-            self._proxy = _Running(child, asyncio.create_task(self._watch_proxy(child)), STOP_MARGIN_S + 15)
+            self._proxy = _Running(child, self._tasks.create_task(self._watch_proxy(child)), STOP_MARGIN_S + 15)
 
     async def _watch_proxy(self, child: Child) -> None:
         started = time.monotonic()
@@ -162,19 +169,19 @@ class Node:
             self._proxy_restarts.died_ready(time.monotonic())
         else:
             self._proxy_restarts.died_early(time.monotonic(), how)
-        await asyncio.sleep(max(0.0, self._proxy_restarts.not_before - time.monotonic()))
-        self._reconcile_proxy(wanted=self._proxy_wanted)
+        self._reconcile_proxy(wanted=self._proxy_wanted)  # later, from `_check_children`, if it has to wait
 
     def _stop(self, running: _Running) -> None:
         if running.stopping:
             return
         running.stopping = True
         running.child.stop()
-        task = asyncio.create_task(_kill_late(running))
+        task = self._tasks.create_task(_kill_late(running))
         self._stoppers.add(task)
         task.add_done_callback(self._stoppers.discard)
 
     async def _stop_all(self, at_most_s: float) -> None:
+        self._proxy_wanted = False
         for running in self._all():
             running.grace_s = min(running.grace_s, at_most_s)
             self._stop(running)
@@ -185,9 +192,10 @@ class Node:
         return [*self._replicas.values(), *([self._proxy] if self._proxy else [])]
 
     async def _check_children(self) -> None:
-        """Kills replicas whose I/O loop is silent while the store takes our own beats."""
+        """Kills replicas whose I/O loop is silent while the store takes our own beats; starts a proxy whose pause is over."""
         while True:
             await asyncio.sleep(_CHECK_EVERY_S)
+            self._reconcile_proxy(wanted=self._proxy_wanted)
             with suppress(StoreUnavailable):
                 beats = read_beats(await self._store.fields(self._keys.beats))
                 mine = beats.get(f"node:{self._options.node_id}")

@@ -53,6 +53,7 @@ class Backend(msgspec.Struct, frozen=True):
     settings: dict[str, Any] = {}
     actor_options: dict[str, Any] = {}
     version: int = 1
+    latest: int = 1  # the highest version there was: a version that failed is rolled back, and its number not used again
     generation: int = 1
 
     @property

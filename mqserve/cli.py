@@ -62,7 +62,9 @@ namespace_option = click.option(
 )
 http_options = [
     click.option("--host", envvar="MQSERVE_HTTP_HOST", default="127.0.0.1", show_default=True, help="Where proxies listen."),
-    click.option("--port", envvar="MQSERVE_HTTP_PORT", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 for any free one."),
+    click.option(
+        "--port", envvar="MQSERVE_HTTP_PORT", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 for any free one."
+    ),
     click.option(
         "--location", envvar="MQSERVE_HTTP_LOCATION", type=click.Choice(LOCATIONS), default="HeadOnly", show_default=True,
         help="Which nodes run a proxy.",

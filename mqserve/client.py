@@ -90,11 +90,11 @@ class Client:
     async def _create_backend(self, name: str, packed: code.Code, config: BackendConfig, options: dict[str, Any]) -> None:
         sha256 = await code.save(self._links.store, self._links.keys, packed)
         backend = Backend(name, sha256, packed.name, config.model_dump(exclude_unset=True), options)
-        await self._commit(changes.create_backend(backend))
+        committed = await self._commit(changes.create_backend(backend))
         try:
-            await self._until_ready(backend)
+            await self._until_ready(committed, name)
         except BaseException:
-            await self._commit(changes.delete_backend(name))
+            await self._delete_backend(name)
             raise
 
     def update_backend(self, backend_tag: str, func_or_class: Any, *init_args: Any, actor_options: dict[str, Any] | None = None) -> None:
@@ -112,9 +112,9 @@ class Client:
         sha256 = await code.save(self._links.store, self._links.keys, packed)
         committed = await self._commit(changes.update_backend(name, sha256, packed.name))
         try:
-            await self._until_ready(committed.backends[name])
+            await self._until_ready(committed, name)
         except BackendFailed:
-            await self._commit(changes.update_backend(name, old.code, old.code_name))
+            await self._commit(changes.roll_back(committed.backends[name], old))
             raise
 
     def update_backend_config(self, backend_tag: str, config_options: BackendConfig | dict[str, Any]) -> None:
@@ -123,7 +123,7 @@ class Client:
 
     async def _update_backend_config(self, name: str, config: BackendConfig | dict[str, Any]) -> None:
         committed = await self._commit(changes.update_backend_config(name, config))
-        await self._until_ready(committed.backends[name])
+        await self._until_ready(committed, name)
 
     def get_backend_config(self, backend_tag: str) -> BackendConfig:
         """Raises BadValue for an unknown backend."""
@@ -291,17 +291,22 @@ class Client:
             raise InstanceError("the instance has been shut down: start or connect again")
         return Desired.from_bytes(raw)
 
-    async def _until_ready(self, backend: Backend) -> None:
-        """As many replicas of this version as wanted. Raises BackendFailed with the first failure's own words."""
+    async def _until_ready(self, committed: Desired, name: str) -> None:
+        """As many assigned replicas of this version as wanted. Raises BackendFailed with the first failure's own words."""
+        backend, seen = committed.backends[name], (committed.epoch, committed.version)
         config = backend.config
+        since_ms = self._links.store.now_ms()
 
         async def is_ready() -> bool | None:
+            observed = Observed.from_bytes(await self._links.store.get(self._links.keys.observed))
             beats = read_beats(await self._links.store.fields(self._links.keys.beats)).values()
             mine = [beat for beat in beats if beat.kind == "replica" and beat.backend == backend.name and beat.version == backend.version]
             for beat in mine:
-                if beat.state == "failed":
+                if beat.state == "failed" and beat.at >= since_ms:
                     raise BackendFailed(beat.error)
-            ready = [beat for beat in mine if beat.state == "ready" and not beat.external]
+            if observed.seen >= seen and (problem := observed.problems.get(backend.name)):
+                raise BackendFailed(f"backend {backend.name!r} does not get ready: {problem}")
+            ready = [beat for beat in mine if beat.state == "ready" and beat.id in observed.replicas]
             return True if len(ready) >= config.num_replicas else None
 
         late = f"backend {backend.name!r} was not ready within {config.start_timeout_s + READY_MARGIN_S:g} s"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import logging
 from contextlib import AsyncExitStack, suppress
 
 from .broker.settings import Settings
@@ -12,6 +13,8 @@ from .controller import lease
 from .instance import StartOptions, running_instance, shut_down
 from .links import open_links
 from .runtime import Runtime
+
+logger = logging.getLogger(__name__)
 
 
 def open_client(settings: Settings, options: StartOptions | None) -> Client:
@@ -50,6 +53,7 @@ class _Session:
                 self._stack.push_async_callback(shut_down, links, instance)
             client = Client(self._runtime, links, instance, self._end)
             reading = asyncio.create_task(client.run(), name="read results")
+            reading.add_done_callback(_tell_failure)
             self._stack.push_async_callback(_cancel, reading)
             return client
         except BaseException:
@@ -61,6 +65,11 @@ class _Session:
             self._runtime.call(self._stack.aclose())
         finally:
             self._runtime.stop()
+
+
+def _tell_failure(reading: asyncio.Task[None]) -> None:
+    if not reading.cancelled() and (error := reading.exception()) is not None:
+        logger.error("the client reads no results any more: that is a bug in mqserve, please report it", exc_info=error)
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

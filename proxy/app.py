@@ -8,7 +8,7 @@ from typing import Any
 
 from ..broker.caller import MAX_BODY_BYTES, Caller
 from ..broker.envelope import MAX_HEAD_BYTES, Meta, mint_id
-from ..broker.errors import MQServeError, TooLarge
+from ..broker.errors import MQServeError, NoReplica, TooLarge
 from .responses import Reply, from_error, from_result, json_reply, problem
 from .routes import NotAllowed, RouteTable, Target
 
@@ -18,6 +18,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 CALL_METHOD_HEADER = b"x-serve-call-method"
+DOWN_AFTER_MS = 10_000
 
 
 class ProxyApp:
@@ -58,6 +59,8 @@ class ProxyApp:
             body = await _read_body(scope, receive)
             content_type, call = _read_headers(scope["headers"])
             backend = self.routes.backend_for(target)
+            if self.routes.down_since:
+                self._check_up(backend)
             ticket = self._caller.send(
                 backend, body, content_type, _meta(scope, target, call), origin="http", timeout_s=self.routes.timeouts_s[backend]
             )
@@ -65,8 +68,14 @@ class ProxyApp:
             return from_result(await ticket.future, request_id, debug=self._debug)
         except MQServeError as error:
             return from_error(error, request_id or mint_id())
-        except asyncio.CancelledError:
-            raise
+
+    def _check_up(self, backend: str) -> None:
+        """A backend that is only restarting is worth waiting for; one without any replica for so long is not."""
+        down_since = self.routes.down_since.get(backend)
+        if down_since is not None and self._caller.now_ms() - down_since > DOWN_AFTER_MS:
+            raise NoReplica(
+                f"backend {backend!r} has had no replica ready for {DOWN_AFTER_MS // 1000} s and none is starting: see `mqserve status`"
+            )
 
     def _system(self, path: str) -> Reply:
         match path:

@@ -27,7 +27,7 @@ from ..broker.redis_store import open_redis
 from ..broker.settings import Settings
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
-from ..controller.state import BEAT_EVERY_S, Beat, Desired
+from ..controller.state import BEAT_EVERY_S, Beat, Desired, Observed
 from .app import ProxyApp
 from .routes import RouteTable
 
@@ -125,7 +125,7 @@ class Proxy:
     async def _serve(self, listener: socket.socket, caller: Caller, queue: Queue, stop: Stop) -> None:
         desired = await self._first_desired()
         app = self._app = ProxyApp(
-            caller, await self._table(desired), lambda: self._readiness(queue), debug=self._options.debug or desired.http.debug
+            caller, await self._table(desired, Observed()), lambda: self._readiness(queue), debug=self._options.debug or desired.http.debug
         )
         server = _Server(_uvicorn_config(await self._with_middlewares(app, desired)))
         async with asyncio.TaskGroup() as tasks:
@@ -142,11 +142,11 @@ class Proxy:
 
     async def _follow(self, app: ProxyApp) -> None:
         """The routes as they change; the last good ones while the store or the controller is away."""
-        async for (raw,) in follow(self._store, self._keys.desired):
-            if raw is None:
+        async for raw_desired, raw_observed in follow(self._store, self._keys.desired, self._keys.observed):
+            if raw_desired is None:
                 continue
             try:
-                app.routes = await self._table(Desired.from_bytes(raw))
+                app.routes = await self._table(Desired.from_bytes(raw_desired), Observed.from_bytes(raw_observed))
             except Exception:
                 logger.exception("cannot follow the new routes; serving the old ones")
             else:
@@ -155,11 +155,11 @@ class Proxy:
     async def _first_desired(self) -> Desired:
         return Desired.from_bytes(await self._store.get(self._keys.desired))
 
-    async def _table(self, desired: Desired) -> RouteTable:
+    async def _table(self, desired: Desired, observed: Observed) -> RouteTable:
         for name, sha256 in desired.convertors.items():
             convertor, _ = await code.load(self._store, self._keys, sha256, self._settings.signer)
             register_url_convertor(name, convertor())
-        return RouteTable(desired)
+        return RouteTable(desired, observed)
 
     async def _with_middlewares(self, app: ProxyApp, desired: Desired) -> Any:
         """The app inside the instance's middlewares, the first outermost."""

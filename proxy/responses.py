@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from ..broker.envelope import Pairs
-from ..broker.errors import BrokerUnavailable, MQServeError, NotRouted, Overloaded, StoreUnavailable, TooLarge
+from ..broker.errors import BrokerUnavailable, MQServeError, NoReplica, NotRouted, Overloaded, StoreUnavailable, TooLarge
 from ..broker.results import Result
 
 Reply = tuple[int, list[tuple[bytes, bytes]], bytes]
@@ -37,7 +37,7 @@ def from_error(error: MQServeError, request_id: str) -> Reply:
             return problem(429, str(error), request_id, retry_after_s=error.retry_after_s)
         case TooLarge():
             return problem(error.status, str(error), request_id)
-        case BrokerUnavailable() | StoreUnavailable() | NotRouted():
+        case BrokerUnavailable() | StoreUnavailable() | NotRouted() | NoReplica():
             return problem(503, str(error), request_id, retry_after_s=1)
         case _:
             return problem(500, str(error), request_id)

@@ -9,7 +9,7 @@ from typing import Any
 from starlette.convertors import CONVERTOR_TYPES
 from starlette.routing import Match, Route
 
-from ..controller.state import Backend, Desired, Endpoint, choose_backend
+from ..controller.state import Backend, Desired, Endpoint, Observed, choose_backend
 
 Params = tuple[tuple[str, str, str], ...]
 
@@ -33,10 +33,11 @@ class NotAllowed:
 class RouteTable:
     """One version of the routes; replaced whole when the document changes. Literal paths win over patterns, then the older wins."""
 
-    def __init__(self, desired: Desired) -> None:
+    def __init__(self, desired: Desired, observed: Observed) -> None:
         self.version = (desired.epoch, desired.version)
         self.backends: dict[str, Backend] = desired.backends
         self.timeouts_s = {name: backend.config.request_timeout_s for name, backend in desired.backends.items()}
+        self.down_since = observed.down_since  # backend -> store ms since which no replica has been ready or starting
         self._literal: dict[str, tuple[Route, Target]] = {}
         self._patterns: list[tuple[Route, Endpoint, dict[str, str]]] = []
         self.listing: dict[str, list[Any]] = {}

@@ -44,7 +44,7 @@ class Worker:
         self._on_done = on_done
         self._io = asyncio.get_running_loop()
         self._loop = uvloop.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
+        self._thread = threading.Thread(target=self._run_loop, name=name, daemon=True)
         self._pool = ThreadPoolExecutor(sync_threads, thread_name_prefix=name) if sync_threads > 1 else None
         self._free_threads = sync_threads
         self._execution: Execution | None = None
@@ -96,6 +96,12 @@ class Worker:
             self._loop.close()
 
     # In the worker's thread.
+
+    def _run_loop(self) -> None:
+        try:
+            self._loop.run_forever()
+        finally:
+            self._loop.close()
 
     def _take(self) -> None:
         self._woken = False
