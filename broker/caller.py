@@ -8,6 +8,8 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+import msgspec
+
 from .envelope import Envelope, Header, Meta, mint_id
 from .errors import BadEnvelope, BrokerUnavailable, MQServeError, StoreUnavailable, TooLarge
 from .queue import Queue
@@ -85,6 +87,18 @@ class Caller:
             del self._waiting[ticket.id]
             raise
         return ticket
+
+    def send_shadow(
+        self, backend: str, body: bytes, content_type: str, meta: Meta, *, origin: str, timeout_s: float, shadow_id: str = ""
+    ) -> None:
+        """A copy of a request: its own id, no future, and whatever becomes of it is nobody's concern."""
+        timeout_ms = max(1, int(timeout_s * 1000))
+        header = Header(origin=origin, deadline=self._store.now_ms() + timeout_ms, shadow=True, meta=meta)
+        envelope = Envelope(shadow_id or mint_id(), body, content_type, header, expiration_ms=timeout_ms)
+        if len(body) > INLINE_BODY_BYTES:
+            self._start(self._send_by_reference(backend, envelope, timeout_ms))
+        else:
+            self._queue.publish(backend, envelope, _nobody_waits)
 
     def now_ms(self) -> int:
         """Store time."""
@@ -272,5 +286,9 @@ class Caller:
         task.add_done_callback(self._tasks.discard)
 
 
+def _nobody_waits(error: MQServeError | None) -> None:
+    """A shadow that cannot be published is not missed."""
+
+
 def _again(header: Header) -> Header:
-    return Header(origin=header.origin, inbox=header.inbox, deadline=header.deadline, ref=header.ref, again=True, meta=header.meta)
+    return msgspec.structs.replace(header, again=True)

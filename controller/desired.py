@@ -140,6 +140,60 @@ def delete_endpoint(name: str) -> Change:
     return change
 
 
+def set_traffic(name: str, traffic: object) -> Change:
+    """New weights; unlike in the seed, the shadows stay."""
+    weights = parse_traffic(traffic)
+
+    def change(desired: Desired) -> Desired:
+        endpoint = find_endpoint(desired, name)
+        for backend in weights:
+            find_backend(desired, backend)
+        return _with_endpoint(desired, msgspec.structs.replace(endpoint, traffic=weights))
+
+    return change
+
+
+def shadow_traffic(name: str, backend: str, proportion: object) -> Change:
+    """A share of the requests is copied to `backend`; 0 ends it."""
+    if isinstance(proportion, bool) or not isinstance(proportion, int | float) or not 0 <= proportion <= 1:
+        raise BadType(f"the proportion of shadow traffic must be a number from 0 to 1, not {proportion!r}")
+
+    def change(desired: Desired) -> Desired:
+        endpoint = find_endpoint(desired, name)
+        find_backend(desired, backend)
+        shadows = {key: kept for key, kept in endpoint.shadows.items() if key != backend}
+        if proportion:
+            shadows[backend] = float(proportion)
+        return _with_endpoint(desired, msgspec.structs.replace(endpoint, shadows=shadows))
+
+    return change
+
+
+def parse_traffic(traffic: object) -> dict[str, float]:
+    """Raises BadType for what is no dict of numbers, BadValue for weights below 0 or that do not sum to 1 (within 1e-5, as the seed)."""
+    if not isinstance(traffic, dict):
+        raise BadType(f"traffic must be a dict such as {{'new': 0.1, 'old': 0.9}}, not {type(traffic).__name__}")
+    for backend, weight in traffic.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise BadType(f"the weight of backend {backend!r} must be a number, not {weight!r}")
+        if not weight >= 0:
+            raise BadValue(f"the weight of backend {backend!r} is {weight}: weights are 0 or more")
+    if abs(sum(traffic.values()) - 1) > 1e-5:
+        raise BadValue(f"the weights {traffic} sum to {sum(traffic.values()):g}: they must sum to 1")
+    return {str(backend): float(weight) for backend, weight in traffic.items()}
+
+
+def find_endpoint(desired: Desired, name: str) -> Endpoint:
+    if name not in desired.endpoints:
+        known = ", ".join(sorted(desired.endpoints)) or "none yet"
+        raise BadValue(f"there is no endpoint {name!r} (known: {known}): create it with create_endpoint first")
+    return desired.endpoints[name]
+
+
+def _with_endpoint(desired: Desired, endpoint: Endpoint) -> Desired:
+    return msgspec.structs.replace(desired, endpoints={**desired.endpoints, endpoint.name: endpoint})
+
+
 def register_convertor(name: str, code: str) -> Change:
     def change(desired: Desired) -> Desired:
         return msgspec.structs.replace(desired, convertors={**desired.convertors, name: code})

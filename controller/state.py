@@ -5,8 +5,10 @@ Both are JSON documents in the store, so that an operator can read them with `re
 
 from __future__ import annotations
 
+import hashlib
+import random
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field
@@ -21,27 +23,46 @@ class BackendConfig(BaseModel):
     """What a backend's user may turn while it serves. Unknown keys are refused, and assignment is validated.
 
     num_replicas: copies of the backend.
-    max_concurrent_queries: requests that one replica holds at a time; default 8 for a plain handler, 100 for an async one.
+    max_batch_size: requests that an `accept_batch` handler gets at most in one call; 1 when None.
+    batch_wait_timeout: seconds that a batch waits to be full; 0 takes what is there.
+    max_concurrent_queries: requests that one replica holds at a time; default 8 for a plain handler, twice the batch size for
+        one with `max_batch_size`, 100 for an async one.
     sync_threads: how many plain calls a replica runs at once; 1, since models are rarely thread-safe.
     request_timeout_s: seconds from the request's arrival to its answer, at most 25 minutes.
     max_queued_requests: waiting requests beyond which callers are told 429; None for no limit. Changing it makes a new queue.
     graceful_shutdown_timeout_s: seconds a stopping replica has for what it is running.
     start_timeout_s: seconds a new replica has to get ready.
+    delivery: "at_least_once", or "at_most_once": never run twice; a request whose replica died is answered 502.
+    user_config: given to the class's `reconfigure` after construction and at each change of it.
+    health_check_period_s, health_check_timeout_s: how often the class's `check_health` is called, and how long it may take;
+        a replica that fails it three times in a row is replaced.
+    max_surge: replicas that may run beyond num_replicas while new code is rolled out.
     """
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
     num_replicas: Annotated[int, Field(gt=0)] = 1
+    max_batch_size: Annotated[int, Field(gt=0)] | None = None
+    batch_wait_timeout: Annotated[float, Field(ge=0)] = 0.0
     max_concurrent_queries: Annotated[int, Field(gt=0)] | None = None
     sync_threads: Annotated[int, Field(gt=0)] = 1
     request_timeout_s: Annotated[float, Field(gt=0, le=MAX_REQUEST_TIMEOUT_S)] = 60.0
     max_queued_requests: Annotated[int, Field(gt=0)] | None = None
     graceful_shutdown_timeout_s: Annotated[float, Field(ge=0)] = 20.0
     start_timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    delivery: Literal["at_least_once", "at_most_once"] = "at_least_once"
+    user_config: Any = None
+    health_check_period_s: Annotated[float, Field(gt=0)] = 10.0
+    health_check_timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    max_surge: Annotated[int, Field(gt=0)] = 1
 
     def concurrency(self, is_async: bool) -> int:
-        """Requests that one replica holds at most."""
-        return self.max_concurrent_queries or (ASYNC_CONCURRENCY if is_async else max(SYNC_CONCURRENCY, 2 * self.sync_threads))
+        """Requests that one replica holds at most, whoever sent them; recomputed whenever a part of it changes."""
+        if self.max_concurrent_queries is not None:
+            return self.max_concurrent_queries
+        if self.max_batch_size is not None and (self.batch_wait_timeout > 0 or not is_async):
+            return 2 * self.max_batch_size
+        return ASYNC_CONCURRENCY if is_async else max(SYNC_CONCURRENCY, 2 * self.sync_threads)
 
 
 class Backend(msgspec.Struct, frozen=True):
@@ -176,6 +197,31 @@ def read_beats(fields: Mapping[str, bytes]) -> dict[str, Beat]:
         except msgspec.MsgspecError:
             continue
     return beats
+
+
+class Choice(NamedTuple):
+    """Where one request goes, and where its copies go."""
+
+    backend: str
+    shadows: list[str]
+
+
+def choose(endpoint: Endpoint, shard_key: str) -> Choice:
+    """By chance, or by the shard key: then the same everywhere, for as long as the traffic does not change.
+
+    Unlike the seed, which uses one draw for both, a shadow's draw is its own: its sample is not tied to one side of a split.
+    """
+    if len(endpoint.traffic) == 1 and not endpoint.shadows:
+        return Choice(next(iter(endpoint.traffic)), [])
+    backend = choose_backend(endpoint.traffic, _draw(shard_key, ""))
+    return Choice(backend, [name for name, part in endpoint.shadows.items() if _draw(shard_key, name) < part])
+
+
+def _draw(shard_key: str, purpose: str) -> float:
+    """A number in [0, 1)."""
+    if not shard_key:
+        return random.random()
+    return int.from_bytes(hashlib.sha256(f"{purpose}\0{shard_key}".encode() if purpose else shard_key.encode()).digest()[:8]) / 2**64
 
 
 def choose_backend(traffic: Mapping[str, float], value: float) -> str:

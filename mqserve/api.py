@@ -132,6 +132,16 @@ def delete_endpoint(endpoint: str) -> None:
     current().delete_endpoint(endpoint)
 
 
+def set_traffic(endpoint_name: str, traffic_policy_dictionary: dict[str, float]) -> None:
+    """See `Client.set_traffic`."""
+    current().set_traffic(endpoint_name, traffic_policy_dictionary)
+
+
+def shadow_traffic(endpoint_name: str, backend_tag: str, proportion: float) -> None:
+    """See `Client.shadow_traffic`."""
+    current().shadow_traffic(endpoint_name, backend_tag, proportion)
+
+
 def register_convertor(name: str, convertor: Any) -> None:
     """See `Client.register_convertor`."""
     current().register_convertor(name, convertor)

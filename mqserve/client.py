@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import logging
-import random
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Literal, TypeVar, overload
 
@@ -13,20 +11,17 @@ from starlette.convertors import register_url_convertor
 
 from .broker import code
 from .broker.caller import Caller
-from .broker.codecs import encode_value
 from .broker.documents import follow, until
-from .broker.envelope import Meta, mint_id
-from .broker.errors import BackendFailed, BadType, BadValue, InstanceError, MQServeError, UnknownEndpoint
+from .broker.errors import BackendFailed, BadType, BadValue, InstanceError, UnknownEndpoint
 from .broker.queue_names import check_name
-from .broker.results import Result
-from .broker.signing import Claim
 from .controller import desired as changes
-from .controller.state import Backend, BackendConfig, Desired, Observed, choose_backend, read_beats
+from .controller.state import Backend, BackendConfig, Desired, Observed, read_beats
 from .declared import Declaration
-from .futures import Future, get, read_result, wait
+from .futures import Future, get, wait
 from .handle import AsyncHandle, Handle
 from .links import Links
 from .runtime import Runtime
+from .sender import Sender
 
 logger = logging.getLogger(__name__)
 
@@ -46,14 +41,23 @@ class Client:
         self._end = end
         self._signer = links.settings.signer
         self._caller = Caller(links.queue, links.store, links.keys, links.process_id)
-        self._desired = Desired()
+        self._sender = Sender(runtime, links, self._caller)
         self._closed = False
 
     def __repr__(self) -> str:
         return f"<Client of {self._links.settings.namespace!r}{', shut down' if self._closed else ''}>"
 
     def __reduce__(self) -> Any:
-        raise InstanceError("a Client cannot be sent to another process: call serve.connect() there")
+        """Arrives as the client of the instance that is current there."""
+        from .api import connect
+
+        return connect, ()
+
+    @property
+    def sender(self) -> Sender:
+        """For handles. Raises InstanceError once shut down."""
+        self._check_open()
+        return self._sender
 
     async def run(self) -> None:
         """Reads results and follows the desired document until cancelled; for whoever made the client."""
@@ -61,7 +65,7 @@ class Client:
             tasks.create_task(self._caller.run())
             async for (raw,) in follow(self._links.store, self._links.keys.desired):
                 if raw is not None:
-                    self._desired = Desired.from_bytes(raw)
+                    self._sender.desired = Desired.from_bytes(raw)
 
     # Backends.
 
@@ -174,6 +178,17 @@ class Client:
         """Its backends stay; returns when all live proxies know it."""
         self._call(self._commit_to_proxies(changes.delete_endpoint(endpoint)))
 
+    def set_traffic(self, endpoint_name: str, traffic_policy_dictionary: dict[str, float]) -> None:
+        """Splits the endpoint's requests over backends by weight (they sum to 1); returns when all live proxies follow. Shadows stay.
+
+        Raises BadValue for an unknown endpoint or backend, a negative weight or another sum; BadType for what is no dict of numbers.
+        """
+        self._call(self._commit_to_proxies(changes.set_traffic(endpoint_name, traffic_policy_dictionary)))
+
+    def shadow_traffic(self, endpoint_name: str, backend_tag: str, proportion: float) -> None:
+        """Copies a share (0 to 1) of the endpoint's requests to a backend whose answers nobody sees; 0 ends it."""
+        self._call(self._commit_to_proxies(changes.shadow_traffic(endpoint_name, backend_tag, proportion)))
+
     def register_convertor(self, name: str, convertor: Any) -> None:
         """A path convertor (a Starlette `Convertor` class or its import string) for routes: `{value:name}`."""
         packed = code.pack(convertor, (), self._signer)
@@ -193,47 +208,23 @@ class Client:
     def get_handle(self, endpoint_name: str, sync: Literal[False], missing_ok: bool = False) -> AsyncHandle: ...
 
     def get_handle(self, endpoint_name: str, sync: bool = True, missing_ok: bool = False) -> Handle | AsyncHandle:
-        """A caller of the endpoint. Raises UnknownEndpoint unless `missing_ok`; then requests fail until it exists."""
-        if endpoint_name not in self._desired.endpoints:
-            self._desired = self._call(self._read_desired())
-            if endpoint_name not in self._desired.endpoints and not missing_ok:
+        """A caller of the endpoint. Raises UnknownEndpoint unless `missing_ok`; then requests wait for it to be created."""
+        if endpoint_name not in self._sender.desired.endpoints:
+            self._sender.desired = self._call(self._read_desired())
+            if endpoint_name not in self._sender.desired.endpoints and not missing_ok:
                 raise UnknownEndpoint(f"Endpoint '{endpoint_name}' does not exist.")
-        return Handle(endpoint_name, self._send) if sync else AsyncHandle(endpoint_name, self._send)
+        kind = Handle if sync else AsyncHandle
+        return kind(endpoint_name, lambda: self.sender, missing_ok=missing_ok)
 
     def future(self, future_id: str, backend: str | None = None) -> Future:
         """The future of a request that anybody sent: a minted id by itself, a publisher's own `message_id` with its backend."""
-        key = future_id if backend is None or len(future_id) == 32 else f"{backend}/{future_id}"
-        pending = self._submit(self._caller.result(key, timeout_s=None))
-        return Future(future_id, pending, lambda result: read_result(result, key, self._signer, backend))
+        return self.sender.future(future_id, backend)
 
     def get(self, refs: Future | Sequence[Future], timeout: float | None = None) -> Any:
         return get(refs, timeout)
 
     def wait(self, refs: Sequence[Future], *, num_returns: int = 1, timeout: float | None = None) -> tuple[list[Future], list[Future]]:
         return wait(refs, num_returns=num_returns, timeout=timeout)
-
-    def _send(self, endpoint_name: str, meta: Meta, data: Any, arguments: dict[str, Any]) -> Future:
-        """Encodes here, in the caller's thread, and publishes over there."""
-        self._check_open()
-        endpoint = self._desired.endpoints.get(endpoint_name)
-        if endpoint is None:
-            raise UnknownEndpoint(f"Endpoint '{endpoint_name}' does not exist.")
-        backend = choose_backend(endpoint.traffic, random.random())
-        timeout_s = self._desired.backends[backend].config.request_timeout_s
-        future_id = mint_id()
-        content_type, body = encode_value([data, arguments], self._signer, Claim("request", backend, future_id))
-        pending: concurrent.futures.Future[Result] = concurrent.futures.Future()
-
-        def send() -> None:
-            try:
-                ticket = self._caller.send(backend, body, content_type, meta, origin="handle", timeout_s=timeout_s, future_id=future_id)
-            except MQServeError as error:
-                pending.set_exception(error)
-            else:
-                ticket.future.add_done_callback(lambda done: _pass_on(done, pending))
-
-        self._runtime.post(send)
-        return Future(future_id, pending, lambda result: read_result(result, future_id, self._signer))
 
     # The instance.
 
@@ -259,10 +250,6 @@ class Client:
         self._check_open(work)
         return self._runtime.call(work)
 
-    def _submit(self, work: Any) -> concurrent.futures.Future[Any]:
-        self._check_open(work)
-        return self._runtime.submit(work)
-
     def _check_open(self, work: Any = None) -> None:
         if self._closed:
             if work is not None:
@@ -270,8 +257,8 @@ class Client:
             raise InstanceError("Client has already been shut down.")
 
     async def _commit(self, change: changes.Change) -> Desired:
-        self._desired = await changes.commit(self._links.store, self._links.keys, self._instance, change)
-        return self._desired
+        self._sender.desired = await changes.commit(self._links.store, self._links.keys, self._instance, change)
+        return self._sender.desired
 
     async def _commit_to_proxies(self, change: changes.Change) -> None:
         committed = await self._commit(change)
@@ -319,17 +306,6 @@ class Client:
             observed = Observed.from_bytes(await self._links.store.get(self._links.keys.observed))
             why = "; ".join(f"{name}: {problem}" for name, problem in observed.problems.items())
             raise BackendFailed(f"{late} ({why or 'no reason was reported: is the controller alive?'})") from None
-
-
-def _pass_on(done: asyncio.Future[Result], pending: concurrent.futures.Future[Result]) -> None:
-    if not pending.set_running_or_notify_cancel():
-        return
-    if done.cancelled():
-        pending.set_exception(InstanceError("the client was shut down before the result arrived"))
-    elif (error := done.exception()) is not None:
-        pending.set_exception(error)
-    else:
-        pending.set_result(done.result())
 
 
 def _actor_options(options: dict[str, Any] | None, seed_options: dict[str, Any] | None) -> dict[str, Any]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from .broker.envelope import Meta
 from .broker.errors import BadType
 from .futures import Future
 
-Send = Callable[[str, Meta, Any, dict[str, Any]], Future]
-"""(endpoint, meta, data, keyword arguments) -> its future."""
+if TYPE_CHECKING:
+    from .sender import Sender
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,43 +19,57 @@ class HandleOptions:
     """What `options()` sets; each handle has its own."""
 
     method_name: str = "__call__"
+    shard_key: str | None = None
     http_method: str = "GET"
     http_headers: Mapping[str, str] = field(default_factory=dict)
 
 
 class _BaseHandle:
-    """Clean for each `get_handle`; `options` makes another one and leaves this as it is."""
+    """Clean for each `get_handle`; `options` makes another one and leaves this as it is. Pickles: it finds its instance again
+    where it arrives."""
 
-    def __init__(self, endpoint: str, send: Send, options: HandleOptions | None = None) -> None:
+    def __init__(
+        self, endpoint: str, find_sender: Callable[[], Sender], options: HandleOptions | None = None, *, missing_ok: bool = False
+    ) -> None:
         self._endpoint = endpoint
-        self._send_request = send
+        self._find_sender = find_sender
         self._options = options or HandleOptions()
+        self._missing_ok = missing_ok
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(endpoint={self._endpoint!r})"
 
+    def __reduce__(self) -> Any:
+        return _arrive, (type(self), self._endpoint, self._options, self._missing_ok)
+
     def options(self, **options: Any) -> Self:
-        """A handle with these set: method_name, http_method, http_headers. Later ones override earlier ones."""
+        """A handle with these set: method_name, shard_key, http_method, http_headers. Later ones override earlier ones."""
         try:
             merged = replace(self._options, **options)
         except TypeError:
             known = ", ".join(HandleOptions.__dataclass_fields__)
             raise BadType(f"a handle has no option {', '.join(options)}: there are {known}") from None
-        return type(self)(self._endpoint, self._send_request, merged)
+        return type(self)(self._endpoint, self._find_sender, merged, missing_ok=self._missing_ok)
 
     def _send(self, data: Any, arguments: dict[str, Any]) -> Future:
         options = self._options
-        headers = tuple((name.lower().encode(), value.encode()) for name, value in options.http_headers.items())
+        headers = {name.lower(): value for name, value in options.http_headers.items()}
         call = "" if options.method_name == "__call__" else options.method_name
-        meta = Meta(method=options.http_method.upper(), headers=headers, endpoint=self._endpoint, call=call)
-        return self._send_request(self._endpoint, meta, data, arguments)
+        if call:
+            headers["x-serve-call-method"] = call
+        if options.shard_key is not None:
+            headers["x-serve-shard-key"] = options.shard_key
+        pairs = tuple((name.encode(), value.encode()) for name, value in headers.items())
+        meta = Meta(method=options.http_method.upper(), headers=pairs, endpoint=self._endpoint, call=call)
+        return self._find_sender().send(meta, options.shard_key or "", data, arguments, wait_for_endpoint=self._missing_ok)
 
 
 class Handle(_BaseHandle):
     """For plain code, in any thread: `ref = handle.remote(x)`, then `serve.get(ref)` or `ref.result()`."""
 
     def remote(self, data: Any = None, **arguments: Any) -> Future:
-        """A future at once. The handler sees `data` as `request.data`, and the keyword arguments as `request.query_params`.
+        """A future at once. The handler sees `data` as `request.data`, and the keyword arguments as `request.query_params`; a future
+        among them is resolved first.
 
         Raises NotEncodable for what cannot travel. What happens to the request later is told by the future.
         """
@@ -68,3 +82,10 @@ class AsyncHandle(_BaseHandle):
     async def remote(self, data: Any = None, **arguments: Any) -> Future:
         """As `Handle.remote`."""
         return self._send(data, arguments)
+
+
+def _arrive(kind: type[_BaseHandle], endpoint: str, options: HandleOptions, missing_ok: bool) -> _BaseHandle:
+    """A handle in another process acts on the instance that is current there when it is used."""
+    from .api import current
+
+    return kind(endpoint, lambda: current().sender, options, missing_ok=missing_ok)

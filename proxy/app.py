@@ -9,6 +9,7 @@ from typing import Any
 from ..broker.caller import MAX_BODY_BYTES, Caller
 from ..broker.envelope import MAX_HEAD_BYTES, Meta, mint_id
 from ..broker.errors import MQServeError, NoReplica, TooLarge
+from ..controller.state import choose
 from .responses import Reply, from_error, from_result, json_reply, problem
 from .routes import NotAllowed, RouteTable, Target
 
@@ -18,6 +19,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 CALL_METHOD_HEADER = b"x-serve-call-method"
+SHARD_KEY_HEADER = b"x-serve-shard-key"
 DOWN_AFTER_MS = 10_000
 
 
@@ -57,14 +59,15 @@ class ProxyApp:
         try:
             _check_head(scope)
             body = await _read_body(scope, receive)
-            content_type, call = _read_headers(scope["headers"])
-            backend = self.routes.backend_for(target)
+            content_type, call, shard_key = _read_headers(scope["headers"])
+            backend, shadows = choose(target.endpoint, shard_key)
             if self.routes.down_since:
                 self._check_up(backend)
-            ticket = self._caller.send(
-                backend, body, content_type, _meta(scope, target, call), origin="http", timeout_s=self.routes.timeouts_s[backend]
-            )
+            meta = _meta(scope, target, call)
+            ticket = self._caller.send(backend, body, content_type, meta, origin="http", timeout_s=self.routes.timeouts_s[backend])
             request_id = ticket.id
+            for shadow in shadows:
+                self._caller.send_shadow(shadow, body, content_type, meta, origin="http", timeout_s=self.routes.timeouts_s[shadow])
             return from_result(await ticket.future, request_id, debug=self._debug)
         except MQServeError as error:
             return from_error(error, request_id or mint_id())
@@ -129,15 +132,17 @@ async def _read_body(scope: Scope, receive: Receive) -> bytes:
     return b"".join(chunks)
 
 
-def _read_headers(headers: list[tuple[bytes, bytes]]) -> tuple[str, str]:
-    """(content type, method to call)."""
-    content_type, call = b"application/octet-stream", b""
+def _read_headers(headers: list[tuple[bytes, bytes]]) -> tuple[str, str, str]:
+    """(content type, method to call, shard key)."""
+    content_type, call, shard_key = b"application/octet-stream", b"", b""
     for name, value in headers:
         if name == b"content-type":
             content_type = value
         elif name == CALL_METHOD_HEADER:
             call = value
-    return content_type.decode("latin-1")[:255], call.decode("latin-1")
+        elif name == SHARD_KEY_HEADER:
+            shard_key = value
+    return content_type.decode("latin-1")[:255], call.decode("latin-1"), shard_key.decode("latin-1")
 
 
 def _meta(scope: Scope, target: Target, call: str) -> Meta:

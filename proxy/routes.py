@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
 from typing import Any
 
 from starlette.convertors import CONVERTOR_TYPES
 from starlette.routing import Match, Route
 
-from ..controller.state import Backend, Desired, Endpoint, Observed, choose_backend
+from ..controller.state import Backend, Desired, Endpoint, Observed
 
 Params = tuple[tuple[str, str, str], ...]
 
@@ -65,12 +64,6 @@ class RouteTable:
             if match is Match.PARTIAL:
                 refused = refused or NotAllowed(endpoint.methods)
         return refused
-
-    def backend_for(self, target: Target) -> str:
-        traffic = target.endpoint.traffic
-        if len(traffic) == 1:
-            return next(iter(traffic))
-        return choose_backend(traffic, random.random())
 
     def _add(self, endpoint: Endpoint, path: str) -> None:
         route = Route(path, endpoint=_never_called, methods=list(endpoint.methods))

@@ -176,7 +176,9 @@ class Server:
     def _finish(self, job: Job, result: Result) -> None:
         """Stores, tells, acks."""
         envelope = job.envelope
-        if envelope.reply_to or len(result.body) > INLINE_RESULT_BYTES:
+        if envelope.header.shadow:
+            self._ack(job)
+        elif envelope.reply_to or len(result.body) > INLINE_RESULT_BYTES:
             self._start(self._finish_slowly(job, result))
         elif envelope.id:
             self._record(job, result).add_done_callback(partial(self._recorded, job))
