@@ -95,8 +95,29 @@ def update_backend_config(name: str, config: BackendConfig | dict[str, Any]) -> 
         settings = parse_config({**backend.settings, **options}).model_dump(exclude_unset=True)
         old, new = backend.config, BackendConfig.model_validate(settings)
         frozen_changed = any(getattr(old, argument) != getattr(new, argument) for argument in _QUEUE_ARGUMENTS)
-        updated = msgspec.structs.replace(backend, settings=settings, generation=backend.generation + int(frozen_changed))
+        updated = msgspec.structs.replace(
+            backend,
+            settings=settings,
+            generation=backend.generation + int(frozen_changed),
+            config_version=backend.config_version + 1,
+        )
         return msgspec.structs.replace(desired, backends={**desired.backends, name: updated})
+
+    return change
+
+
+def restore_user_config(refused: Backend, user_config: Any) -> Change:
+    """The last good one, unless somebody set another meanwhile."""
+
+    def change(desired: Desired) -> Desired:
+        backend = find_backend(desired, refused.name)
+        if backend.config_version != refused.config_version:
+            return desired
+        settings = {key: kept for key, kept in backend.settings.items() if key != "user_config"}
+        if user_config is not None:
+            settings["user_config"] = user_config
+        restored = msgspec.structs.replace(backend, settings=settings, config_version=backend.config_version + 1)
+        return msgspec.structs.replace(desired, backends={**desired.backends, refused.name: restored})
 
     return change
 
@@ -211,9 +232,16 @@ def find_backend(desired: Desired, name: str) -> Backend:
 def parse_config(config: BackendConfig | dict[str, Any] | None) -> BackendConfig:
     """Raises BadType for another type and BadValue, naming the field, for a bad or unknown setting."""
     try:
-        return BackendConfig.model_validate(_config_options(config or {}))
+        parsed = BackendConfig.model_validate(_config_options({} if config is None else config))
     except pydantic.ValidationError as error:
         raise BadValue(f"bad backend config: {_sentence(error)}") from error
+    try:
+        exact = msgspec.json.decode(msgspec.json.encode(parsed.user_config)) == parsed.user_config
+    except (TypeError, msgspec.MsgspecError):
+        exact = False
+    if not exact:
+        raise BadValue("user_config must be plain data (None, bool, numbers, str, lists, str-keyed dicts): it is kept as JSON")
+    return parsed
 
 
 def parse_endpoint(name: str, backend: object, route: object, methods: object) -> Endpoint:

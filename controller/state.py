@@ -76,6 +76,7 @@ class Backend(msgspec.Struct, frozen=True):
     version: int = 1
     latest: int = 1  # the highest version there was: a version that failed is rolled back, and its number not used again
     generation: int = 1
+    config_version: int = 1
 
     @property
     def config(self) -> BackendConfig:
@@ -169,7 +170,8 @@ class Beat(msgspec.Struct, frozen=True, omit_defaults=True):
     version: int = 0
     generations: tuple[int, ...] = ()  # queues whose messages this replica takes or still holds
     url: str = ""
-    follows: tuple[int, int] = (0, 0)  # a proxy's (epoch, version) of the desired document
+    follows: tuple[int, int] = (0, 0)  # a proxy's (epoch, version) of the desired document; a replica's (0, config version)
+    refused: str = ""  # why a replica's code refused that config
     ended: dict[str, str] = {}  # a node's children that ended by themselves -> how
     takes_proxy: bool = False  # a node on which a proxy may run
     num_cpus: float = 0

@@ -45,6 +45,8 @@ from .controller.state import BackendConfig
 from .declared import endpoint
 from .futures import Future, get, wait
 from .handle import AsyncHandle, Handle
+from .replicas.batching import accept_batch, batch
+from .replicas.context import ReplicaContext, get_current_backend_tag, get_current_replica_tag, get_replica_context
 from .replicas.requests import Request, ServeRequest
 
 __version__ = "0.1.0"
@@ -62,11 +64,14 @@ __all__ = [
     "NotEncodable",
     "Overloaded",
     "RemoteError",
+    "ReplicaContext",
     "Request",
     "RequestTimeout",
     "ServeRequest",
     "StoreUnavailable",
     "UnknownEndpoint",
+    "accept_batch",
+    "batch",
     "connect",
     "create_backend",
     "create_endpoint",
@@ -76,7 +81,10 @@ __all__ = [
     "future",
     "get",
     "get_backend_config",
+    "get_current_backend_tag",
+    "get_current_replica_tag",
     "get_handle",
+    "get_replica_context",
     "list_backends",
     "list_endpoints",
     "register_convertor",

@@ -20,6 +20,7 @@ from .declared import Declaration
 from .futures import Future, get, wait
 from .handle import AsyncHandle, Handle
 from .links import Links
+from .replicas.batching import accepts_batch
 from .runtime import Runtime
 from .sender import Sender
 
@@ -87,6 +88,7 @@ class Client:
         options = _actor_options(actor_options, ray_actor_options)
         _check_target(backend_tag, func_or_class, init_args)
         parsed = changes.parse_config(config)
+        _check_fits(backend_tag, func_or_class, parsed)
         check_name(backend_tag, "a backend")
         packed = code.pack(func_or_class, init_args, self._signer)
         self._call(self._create_backend(backend_tag, packed, parsed, options))
@@ -122,12 +124,20 @@ class Client:
             raise
 
     def update_backend_config(self, backend_tag: str, config_options: BackendConfig | dict[str, Any]) -> None:
-        """Changes only what is set, live; returns once as many replicas as wanted are ready."""
+        """Changes only what is set, live; returns once as many replicas as wanted are ready and follow it.
+
+        Raises BackendFailed when the code refuses a new `user_config`; then the last good one is back.
+        """
         self._call(self._update_backend_config(backend_tag, config_options))
 
     async def _update_backend_config(self, name: str, config: BackendConfig | dict[str, Any]) -> None:
+        before = changes.find_backend(await self._read_desired(), name)
         committed = await self._commit(changes.update_backend_config(name, config))
-        await self._until_ready(committed, name)
+        try:
+            await self._until_ready(committed, name)
+        except BackendFailed:
+            await self._commit(changes.restore_user_config(committed.backends[name], before.config.user_config))
+            raise
 
     def get_backend_config(self, backend_tag: str) -> BackendConfig:
         """Raises BadValue for an unknown backend."""
@@ -293,7 +303,14 @@ class Client:
                     raise BackendFailed(beat.error)
             if observed.seen >= seen and (problem := observed.problems.get(backend.name)):
                 raise BackendFailed(f"backend {backend.name!r} does not get ready: {problem}")
-            ready = [beat for beat in mine if beat.state == "ready" and beat.id in observed.replicas]
+            for beat in mine:
+                if beat.refused and beat.follows[1] >= backend.config_version:
+                    raise BackendFailed(beat.refused)
+            ready = [
+                beat
+                for beat in mine
+                if beat.state == "ready" and beat.id in observed.replicas and beat.follows[1] >= backend.config_version
+            ]
             return True if len(ready) >= config.num_replicas else None
 
         late = f"backend {backend.name!r} was not ready within {config.start_timeout_s + READY_MARGIN_S:g} s"
@@ -331,3 +348,13 @@ def _check_target(name: object, target: Any, init_args: tuple[Any, ...]) -> None
         )
     if is_function and init_args:
         raise BadValue(f"backend {name!r} is a function, which takes no constructor arguments: use a class, or leave them out")
+
+
+def _check_fits(name: str, target: Any, config: BackendConfig) -> None:
+    """What can be said before anything is sent; code named by an import string is checked where it is imported."""
+    if isinstance(target, str):
+        return
+    if (config.max_batch_size or 1) > 1 and not accepts_batch(target):
+        raise BadValue(f"backend {name!r} has a max_batch_size but takes no batches: decorate it with @serve.accept_batch")
+    if config.user_config is not None and not (isinstance(target, type) and hasattr(target, "reconfigure")):
+        raise BadValue(f"backend {name!r} has a user_config but no reconfigure(user_config) to take it: use a class that has one")

@@ -15,6 +15,7 @@ from ..broker.envelope import Envelope
 from ..broker.errors import BadEnvelope, BadType
 from ..broker.results import Result
 from ..broker.signing import Claim, Signer
+from .batching import split_results
 from .handler import Handler, Method
 from .replies import collect_stream, error_result, plain_result, value_result
 from .requests import BadBody, Request, ServeRequest
@@ -57,6 +58,31 @@ class Execution:
             return self._result(value, envelope)
         except Exception as error:
             return self._failed(error, envelope)
+
+    def run_batch(self, method: Method, envelopes: list[Envelope]) -> list[Result]:
+        """One plain call for all of them."""
+        try:
+            values = split_results(method.function([self.request(envelope) for envelope in envelopes]), len(envelopes))
+        except Exception as error:
+            return [self._failed(error, envelope) for envelope in envelopes]
+        return self._results(values, envelopes)
+
+    async def run_batch_async(self, method: Method, envelopes: list[Envelope]) -> list[Result]:
+        """One async call for all of them."""
+        try:
+            values = split_results(await method.function([self.request(envelope) for envelope in envelopes]), len(envelopes))
+        except Exception as error:
+            return [self._failed(error, envelope) for envelope in envelopes]
+        return self._results(values, envelopes)
+
+    def _results(self, values: list[Any], envelopes: list[Envelope]) -> list[Result]:
+        results: list[Result] = []
+        for value, envelope in zip(values, envelopes, strict=True):
+            try:
+                results.append(self._result(value, envelope))
+            except Exception as error:
+                results.append(self._failed(error, envelope))
+        return results
 
     def request(self, envelope: Envelope) -> Request | ServeRequest:
         meta = envelope.header.meta

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..broker.errors import BadType
+from .batching import accepts_batch
 
 RESERVED_METHODS = frozenset({"reconfigure", "check_health"})
 
@@ -22,6 +23,7 @@ class Method:
 
     function: Callable[..., Any]
     is_async: bool
+    accepts_batch: bool
 
 
 class Handler:
@@ -32,16 +34,22 @@ class Handler:
         self._is_function = is_function
         self._methods: dict[str, Method] = {}
         self.is_async = is_async_callable(target)
+        self.accepts_batch = accepts_batch(target)
 
     def __repr__(self) -> str:
         return f"<Handler of {self._target!r}>"
+
+    def hook(self, name: str) -> Callable[..., Any] | None:
+        """One of the methods that only we call: `reconfigure`, `check_health`."""
+        found = None if self._is_function else getattr(self._target, name, None)
+        return found if callable(found) else None
 
     def method(self, call: str) -> Method:
         """By name, empty for `__call__`: a public method of the user's own class. Raises NoSuchMethod."""
         found = self._methods.get(call)
         if found is None:
             function = self._find(call)
-            found = self._methods[call] = Method(function, is_async_callable(function))
+            found = self._methods[call] = Method(function, is_async_callable(function), accepts_batch(function))
         return found
 
     def _find(self, call: str) -> Callable[..., Any]:

@@ -7,16 +7,13 @@ import logging
 import math
 import os
 import socket
-import traceback
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
-from starlette.convertors import register_url_convertor
-
-from ..broker import code
+from ..broker.backoff import delays
 from ..broker.documents import follow
-from ..broker.errors import BackendFailed, BadValue, MQServeError
+from ..broker.errors import BackendFailed, MQServeError
 from ..broker.lifeline import Stop, stop_event
 from ..broker.presence import Presence
 from ..broker.queue import Queue
@@ -27,8 +24,11 @@ from ..broker.settings import Settings
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
 from ..controller.state import BEAT_EVERY_S, Backend, Beat, Desired, Observed
+from .configuring import Configuring
+from .context import ReplicaContext, enter_context
 from .execute import Execution
-from .handler import Handler, make_handler
+from .handler import Handler
+from .loading import construct, read_backend
 from .serve import Server
 from .worker import Job, Worker
 
@@ -51,6 +51,7 @@ class ReplicaOptions:
 async def main(settings: Settings, options: ReplicaOptions) -> int:
     """A replica as a process; the exit code."""
     stop = stop_event()
+    enter_context(ReplicaContext(options.backend, options.replica_id), whole_process=True)
     async with open_redis(settings.store_url, settings.namespace) as store:
         replica = Replica(settings, options, store)
         try:
@@ -73,6 +74,7 @@ class Replica:
         self._error = ""
         self._backend: Backend | None = None
         self._server: Server | None = None
+        self._configuring: Configuring | None = None
         field = f"replica:{options.replica_id}"
         self._presence = Presence(store, self._keys.beats, field, lambda: self._beat().to_bytes(), BEAT_EVERY_S)
 
@@ -84,74 +86,45 @@ class Replica:
 
         Raises BackendFailed with the reason when the code cannot be loaded or constructed; the reason stands in the store too.
         """
-        self._backend = backend = await self._read_backend()
-        worker = Worker(self._options.replica_id, backend.config.sync_threads, self._on_done)
+        self._backend = backend = await read_backend(self._store, self._keys, self._settings, self._options.backend)
+        context = ReplicaContext(backend.name, self._options.replica_id)
+        worker = Worker(context, backend.config, self._on_done)
         async with asyncio.TaskGroup() as tasks:
             beating = tasks.create_task(self._presence.beat_forever())
             try:
-                handler = await self._construct(
-                    worker, backend
-                )  # before the broker: a constructor that holds the GIL must not cost us the connection
+                # Before the broker: a constructor that holds the GIL must not cost us the connection.
+                handler = await construct(self._store, self._keys, self._settings, worker, backend)
+                self._configuring = configuring = Configuring(worker, handler)
+                await configuring.apply(backend)
                 async with open_queue() as queue:
-                    await self._serve(queue, worker, handler, stop)
-            except BackendFailed as error:
-                self._state, self._error = "failed", str(error)
-                raise
+                    await self._serve(queue, worker, handler, configuring, stop)
+            except* BackendFailed as group:
+                self._state, self._error = "failed", str(first_of(group))
+                raise first_of(group) from None
             finally:
                 worker.stop()
                 beating.cancel()
                 await self._presence.leave(with_last_words=self._state == "failed")
 
-    async def _serve(self, queue: Queue, worker: Worker, handler: Handler, stop: Stop) -> None:
+    async def _serve(self, queue: Queue, worker: Worker, handler: Handler, configuring: Configuring, stop: Stop) -> None:
         assert self._backend is not None
-        execution = Execution(self._backend.name, handler, self._settings.signer)
-        worker.serve(execution)
-        self._server = server = Server(
-            self._settings.namespace, self._backend.name, queue, self._store, worker, self._backend.config, is_async=handler.is_async
-        )
+        backend = self._backend
+        worker.serve(Execution(backend.name, handler, self._settings.signer))
+        self._server = server = Server(self._settings.namespace, backend.name, queue, self._store, worker, backend.config, handler)
         async with asyncio.TaskGroup() as tasks:
-            following = tasks.create_task(self._follow(server, stop))
+            minding = [
+                tasks.create_task(self._follow(server, configuring, stop)),
+                tasks.create_task(configuring.check_health_forever(backend)),
+            ]
             tuning = tasks.create_task(server.tune_forever())
             await stop.wait()
             self._say("draining")
-            following.cancel()
+            for task in minding:
+                task.cancel()
             await server.drain(ORPHAN_DRAIN_S if stop.orphaned else math.inf)
             tuning.cancel()
 
-    async def _read_backend(self) -> Backend:
-        desired = Desired.from_bytes(await self._store.get(self._keys.desired))
-        backend = desired.backends.get(self._options.backend)
-        if backend is None:
-            known = ", ".join(sorted(desired.backends)) or "none"
-            raise BadValue(
-                f"there is no backend {self._options.backend!r} in {self._settings.namespace!r} (known: {known}): create it first"
-            )
-        for name, sha256 in desired.convertors.items():
-            convertor, _ = await code.load(self._store, self._keys, sha256, self._settings.signer)
-            register_url_convertor(name, convertor())
-        return backend
-
-    async def _construct(self, worker: Worker, backend: Backend) -> Handler:
-        raw = await self._store.get(self._keys.code(backend.code))
-
-        def construct() -> Handler:
-            if raw is None:
-                raise BadValue(f"the code of {backend.name} is not in the store: deploy it again")
-            target, args = code.unpack(raw, backend.code, self._settings.signer)
-            return make_handler(target, args)
-
-        try:
-            async with asyncio.timeout(backend.config.start_timeout_s):
-                return await worker.call(construct)
-        except TimeoutError:
-            raise BackendFailed(
-                f"backend {backend.name!r} ({backend.code_name}) was not constructed within its start_timeout_s of "
-                f"{backend.config.start_timeout_s:g} s: raise it, or do less in the constructor"
-            ) from None
-        except Exception as error:
-            raise BackendFailed(_construction_failed(backend, error)) from error
-
-    async def _follow(self, server: Server, stop: Stop) -> None:
+    async def _follow(self, server: Server, configuring: Configuring, stop: Stop) -> None:
         """Takes new configuration and new generations of the queue as they come; ends when the replica is not wanted any more."""
         async for raw_desired, raw_observed in follow(self._store, self._keys.desired, self._keys.observed):
             desired, observed = Desired.from_bytes(raw_desired), Observed.from_bytes(raw_observed)
@@ -161,14 +134,25 @@ class Replica:
                 stop.set()
                 return
             if name in desired.backends:
-                server.config = desired.backends[name].config
+                server.configure(desired.backends[name].config)
+                await self._reconfigure(configuring, desired.backends[name])
             if generations := observed.queues.get(name, ()):
-                try:
-                    await server.take_from(generations)
-                except MQServeError as error:
-                    logger.warning("%s cannot take from its queue yet: %s", self._options.replica_id, error)
-                else:
-                    self._say("ready")
+                await self._take_from(server, generations)
+                self._say("ready")
+
+    async def _reconfigure(self, configuring: Configuring, backend: Backend) -> None:
+        try:
+            await configuring.apply(backend)
+        except BackendFailed as error:
+            logger.warning("%s keeps its last good user_config: %s", self._options.replica_id, error)
+
+    async def _take_from(self, server: Server, generations: tuple[int, ...]) -> None:
+        for pause_s in delays():
+            try:
+                return await server.take_from(generations)
+            except MQServeError as error:
+                logger.warning("%s cannot take from its queue yet: %s", self._options.replica_id, error)
+                await asyncio.sleep(pause_s)
 
     def _is_wanted(self, observed: Observed) -> bool:
         if self._options.external:
@@ -184,15 +168,20 @@ class Replica:
         self._presence.tell()
 
     def _beat(self) -> Beat:
-        options, server = self._options, self._server
+        options, server, configuring = self._options, self._server, self._configuring
         return Beat(
             kind="replica", id=options.replica_id, at=self._store.now_ms(), pid=os.getpid(), host=socket.gethostname(), state=self._state,
             error=self._error, node=options.node, external=options.external, backend=options.backend,
             version=self._backend.version if self._backend else 0, generations=server.generations if server else (),
+            follows=(0, configuring.version if configuring else 0), refused=configuring.refused if configuring else "",
             running=server.running if server else 0, served=server.served if server else 0,
         )  # fmt: skip
 
 
-def _construction_failed(backend: Backend, error: Exception) -> str:
-    told = "".join(traceback.format_exception(error)).strip()
-    return f"backend {backend.name!r} ({backend.code_name}) cannot be constructed: {type(error).__name__}: {error}\n{told}"
+def first_of(group: BaseExceptionGroup[BackendFailed]) -> BackendFailed:
+    """One failure is reason enough."""
+    found: BaseException = group
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    assert isinstance(found, BackendFailed)
+    return found

@@ -6,8 +6,10 @@ LOOKAHEAD_S = 0.002
 _WEIGHT = 0.1
 
 
-def slots(limit: int, *, is_async: bool, sync_threads: int) -> int:
-    """Calls that can run at once."""
+def slots(limit: int, *, is_async: bool, sync_threads: int, batch_size: int) -> int:
+    """Requests that can run at once, or while the next batch gathers. `batch_size` 0: no batches."""
+    if batch_size:
+        return min(limit, 2 * batch_size * sync_threads)
     return limit if is_async else min(limit, sync_threads)
 
 

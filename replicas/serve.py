@@ -22,6 +22,7 @@ from ..broker.store import Record, Store
 from ..broker.store_keys import RESULT_TTL_S, StoreKeys
 from ..controller.state import BackendConfig
 from .execute import check_direct
+from .handler import Handler
 from .prefetch import prefetch, slots
 from .worker import Job, Worker
 
@@ -37,7 +38,7 @@ class Server:
     """One replica's consumers, the requests in its hands, and its worker. Lives on one I/O loop."""
 
     def __init__(
-        self, namespace: str, backend: str, queue: Queue, store: Store, worker: Worker, config: BackendConfig, *, is_async: bool
+        self, namespace: str, backend: str, queue: Queue, store: Store, worker: Worker, config: BackendConfig, handler: Handler
     ) -> None:
         self._namespace = namespace
         self._backend = backend
@@ -45,8 +46,8 @@ class Server:
         self._store = store
         self._keys = StoreKeys(namespace)
         self._worker = worker
-        self.config = config
-        self._is_async = is_async
+        self._config = config
+        self._handler = handler
         self._consumptions: dict[int, Consumption] = {}
         self._in_hand: dict[int, set[Delivery]] = {}  # by generation
         self._jobs: set[Job] = set()
@@ -66,6 +67,11 @@ class Server:
     def generations(self) -> tuple[int, ...]:
         """The queues it takes from, or still holds messages of."""
         return tuple(sorted({*self._consumptions, *(generation for generation, held in self._in_hand.items() if held)}))
+
+    def configure(self, config: BackendConfig) -> None:
+        """Applies from the next request on."""
+        self._config = config
+        self._worker.configure(config)
 
     async def take_from(self, generations: tuple[int, ...]) -> None:
         """Consumes exactly these generations of the queue from now on. Raises BrokerUnavailable."""
@@ -92,7 +98,7 @@ class Server:
         for job in self._worker.withdraw():
             self._give_back(job)
         await asyncio.gather(*cancelled)
-        until = time.monotonic() + min(at_most_s, self.config.graceful_shutdown_timeout_s)
+        until = time.monotonic() + min(at_most_s, self._config.graceful_shutdown_timeout_s)
         while self.running and time.monotonic() < until:
             await asyncio.sleep(0.01)
         for job in list(self._jobs):
@@ -103,8 +109,10 @@ class Server:
         self._consumptions.clear()
 
     def _prefetch(self) -> int:
-        limit = self.config.concurrency(self._is_async)
-        can_run = slots(limit, is_async=self._is_async, sync_threads=self.config.sync_threads)
+        config, is_async = self._config, self._handler.is_async
+        limit = config.concurrency(is_async)
+        batch_size = (config.max_batch_size or 1) if self._handler.accepts_batch else 0
+        can_run = slots(limit, is_async=is_async, sync_threads=config.sync_threads, batch_size=batch_size)
         return prefetch(can_run, limit, self._worker.run_s)
 
     def _mark_long_runs(self) -> None:

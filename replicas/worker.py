@@ -3,15 +3,17 @@
 Jobs go in and results come out through two deques; each side wakes the other once per turn, however many there are.
 Plain calls run on the worker's own thread one at a time, in the thread that made the handler (models and CUDA contexts
 like that), or with `sync_threads` > 1 on a pool of that many. Async calls run concurrently on the worker's loop.
+Handlers that accept batches get what has gathered: a full batch at once, a smaller one when its wait is over.
 """
 
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -20,6 +22,8 @@ import uvloop
 
 from ..broker.envelope import Envelope
 from ..broker.results import Result
+from ..controller.state import BackendConfig
+from .context import ReplicaContext, enter_context
 from .execute import Execution
 from .handler import Method
 from .prefetch import moving_average
@@ -34,42 +38,55 @@ class Job:
     envelope: Envelope
     tag: Any
     started: float = 0.0  # monotonic; 0 until it runs
-    task: asyncio.Task[None] | None = None
+    batch_size: int = 1
 
 
 class Worker:
     """Owned by one I/O loop, on which `on_done(job, result)` is called."""
 
-    def __init__(self, name: str, sync_threads: int, on_done: Callable[[Job, Result], None]) -> None:
+    def __init__(self, context: ReplicaContext, config: BackendConfig, on_done: Callable[[Job, Result], None]) -> None:
+        self._context = context
+        self._config = config
         self._on_done = on_done
         self._io = asyncio.get_running_loop()
         self._loop = uvloop.new_event_loop()
-        self._thread = threading.Thread(target=self._run_loop, name=name, daemon=True)
-        self._pool = ThreadPoolExecutor(sync_threads, thread_name_prefix=name) if sync_threads > 1 else None
-        self._free_threads = sync_threads
+        self._thread = threading.Thread(target=self._run_loop, name=context.replica_tag, daemon=True)
+        self._pool = self._new_pool(config.sync_threads)
+        self._free_threads = config.sync_threads
         self._execution: Execution | None = None
         self._jobs: deque[Job] = deque()
         self._woken = False
+        self._gathering: list[tuple[Job, Method]] = []
+        self._batch_timer: asyncio.TimerHandle | None = None
         self._results: deque[tuple[Job, Result]] = deque()
         self._io_woken = False
         self._tasks: set[asyncio.Task[None]] = set()
         self.run_s = 0.0  # moving average of plain calls
+        self.in_plain_call = False
 
     def __repr__(self) -> str:
         return f"<Worker {self._thread.name}, {len(self._jobs)} waiting>"
 
-    async def call(self, function: Callable[[], T]) -> T:
-        """Runs `function` in the worker's thread (importing and constructing are user code too)."""
+    async def call(self, function: Callable[[], Any]) -> Any:
+        """Runs `function` in the worker's thread, and awaits what it returns if that is awaitable (importing, constructing and
+        reconfiguring are user code too)."""
         if not self._thread.is_alive():
             self._thread.start()
 
-        async def run() -> T:
-            return function()
+        async def run() -> Any:
+            value = function()
+            return await value if inspect.isawaitable(value) else value
 
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(run(), self._loop))
 
     def serve(self, execution: Execution) -> None:
         self._execution = execution
+
+    def configure(self, config: BackendConfig) -> None:
+        """Batch size and wait apply from the next round, threads at once."""
+        if config != self._config:
+            before, self._config = self._config, config
+            self._loop.call_soon_threadsafe(self._resize, config.sync_threads - before.sync_threads)
 
     def submit(self, job: Job) -> None:
         self._jobs.append(job)
@@ -95,9 +112,15 @@ class Worker:
         else:
             self._loop.close()
 
+    def _new_pool(self, threads: int) -> ThreadPoolExecutor | None:
+        if threads <= 1:
+            return None
+        return ThreadPoolExecutor(threads, self._context.replica_tag, initializer=enter_context, initargs=(self._context,))
+
     # In the worker's thread.
 
     def _run_loop(self) -> None:
+        enter_context(self._context)
         try:
             self._loop.run_forever()
         finally:
@@ -105,62 +128,112 @@ class Worker:
 
     def _take(self) -> None:
         self._woken = False
-        while self._jobs and self._free_threads:
+        while self._jobs and self._free_threads > 0:
             try:
                 job = self._jobs.popleft()
             except IndexError:  # withdrawn in between
                 return
             self._start(job)
+        if self._gathering and self._config.batch_wait_timeout == 0:
+            self._run_gathered()
 
     def _start(self, job: Job) -> None:
         assert self._execution is not None
-        job.started = time.monotonic()
         method = self._execution.method(job.envelope)
         if isinstance(method, Result):
-            self._put(job, method)
-        elif method.is_async:
-            self._run_task(job, self._run_async(job, method))
+            self._put([job], [method])
+        elif method.accepts_batch:
+            self._gather(job, method)
+        else:
+            self._run([job], method)
+
+    # Batches.
+
+    def _gather(self, job: Job, method: Method) -> None:
+        self._gathering.append((job, method))
+        if len(self._gathering) >= (self._config.max_batch_size or 1):
+            self._run_gathered()
+        elif self._batch_timer is None and self._config.batch_wait_timeout > 0:
+            self._batch_timer = self._loop.call_later(self._config.batch_wait_timeout, self._run_gathered)
+
+    def _run_gathered(self) -> None:
+        """One call for each method among them."""
+        if self._batch_timer is not None:
+            self._batch_timer.cancel()
+            self._batch_timer = None
+        gathered, self._gathering = self._gathering, []
+        groups: dict[Method, list[Job]] = {}
+        for job, method in gathered:
+            groups.setdefault(method, []).append(job)
+        for method, jobs in groups.items():
+            self._run(jobs, method)
+
+    # Calls: of one job, or of a batch.
+
+    def _run(self, jobs: Sequence[Job], method: Method) -> None:
+        now = time.monotonic()
+        for job in jobs:
+            job.started = now
+            job.batch_size = len(jobs)
+        if method.is_async:
+            self._run_task(self._run_async(jobs, method))
         elif self._pool is None:
-            self._run_plain(job, method)
+            self._run_plain(jobs, method)
         else:
             self._free_threads -= 1
-            self._pool.submit(self._run_pooled, job, method)
+            self._pool.submit(self._run_pooled, jobs, method)
 
-    def _run_plain(self, job: Job, method: Method) -> None:
-        assert self._execution is not None
-        result = self._execution.run(method, job.envelope)
-        self._measure(time.monotonic() - job.started)
-        self._put(job, result)
+    def _run_plain(self, jobs: Sequence[Job], method: Method) -> None:
+        self.in_plain_call = True
+        results = self._execute(jobs, method)
+        self.in_plain_call = False
+        self._measure(jobs)
+        self._put(jobs, results)
 
-    def _run_pooled(self, job: Job, method: Method) -> None:
-        assert self._execution is not None
-        job.started = time.monotonic()
-        result = self._execution.run(method, job.envelope)
-        self._loop.call_soon_threadsafe(self._thread_is_free, job, result)
+    def _run_pooled(self, jobs: Sequence[Job], method: Method) -> None:
+        results = self._execute(jobs, method)
+        self._loop.call_soon_threadsafe(self._thread_is_free, jobs, results)
 
-    def _thread_is_free(self, job: Job, result: Result) -> None:
+    def _thread_is_free(self, jobs: Sequence[Job], results: Sequence[Result]) -> None:
         self._free_threads += 1
-        self._measure(time.monotonic() - job.started)
-        self._put(job, result)
+        self._measure(jobs)
+        self._put(jobs, results)
         self._take()
 
-    async def _run_async(self, job: Job, method: Method) -> None:
+    def _execute(self, jobs: Sequence[Job], method: Method) -> list[Result]:
         assert self._execution is not None
-        self._put(job, await self._execution.run_async(method, job.envelope))
+        if method.accepts_batch:
+            return self._execution.run_batch(method, [job.envelope for job in jobs])
+        return [self._execution.run(method, jobs[0].envelope)]
 
-    def _run_task(self, job: Job, work: Coroutine[Any, Any, None]) -> None:
-        job.task = self._loop.create_task(work)
-        self._tasks.add(job.task)
-        job.task.add_done_callback(self._tasks.discard)
+    async def _run_async(self, jobs: Sequence[Job], method: Method) -> None:
+        assert self._execution is not None
+        if method.accepts_batch:
+            self._put(jobs, await self._execution.run_batch_async(method, [job.envelope for job in jobs]))
+        else:
+            self._put(jobs, [await self._execution.run_async(method, jobs[0].envelope)])
 
-    def _measure(self, run_s: float) -> None:
-        self.run_s = moving_average(self.run_s, run_s)
+    def _run_task(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
-    def _put(self, job: Job, result: Result) -> None:
-        self._results.append((job, result))
+    def _measure(self, jobs: Sequence[Job]) -> None:
+        self.run_s = moving_average(self.run_s, time.monotonic() - jobs[0].started)
+
+    def _put(self, jobs: Sequence[Job], results: Sequence[Result]) -> None:
+        self._results.extend(zip(jobs, results, strict=True))
         if not self._io_woken:
             self._io_woken = True
             self._io.call_soon_threadsafe(self._hand_over)
+
+    def _resize(self, more_threads: int) -> None:
+        if more_threads:
+            if self._pool is not None:
+                self._pool.shutdown(wait=False)  # what it runs it finishes
+            self._pool = self._new_pool(self._config.sync_threads)
+            self._free_threads += more_threads
+        self._take()
 
     def _finish(self) -> None:
         for task in self._tasks:

@@ -1,0 +1,164 @@
+"""Batches, in two ways: `accept_batch` marks a handler that takes a list, `batch` makes an async method of single items take lists."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import weakref
+from collections.abc import Awaitable, Callable, Sequence
+from functools import wraps
+from typing import Any, TypeVar
+
+from ..broker.errors import BadType, BadValue
+
+T = TypeVar("T", bound=Callable[..., Any])
+
+_MARK = "_mqserve_accepts_batch"
+
+
+class BadBatch(BadValue):
+    """A batch handler's result does not fit its requests; every member is told."""
+
+
+def accept_batch(target: T) -> T:
+    """Marks a function, a method or a class (its `__call__`): it gets a list of requests, and returns as many results in their order.
+
+    Without `max_batch_size` in the config the lists have one request each.
+    """
+    marked: Any = target.__call__ if inspect.isclass(target) else target
+    if not callable(marked):
+        raise BadType(f"@serve.accept_batch marks a function, a method or a class with __call__, not {target!r}")
+    setattr(marked, _MARK, True)
+    return target
+
+
+def accepts_batch(target: Any) -> bool:
+    """Of a function, a bound method, a class or an instance."""
+    if getattr(target, _MARK, False):
+        return True
+    return not inspect.isroutine(target) and bool(getattr(getattr(target, "__call__", None), _MARK, False))  # noqa: B004
+
+
+def split_results(value: Any, expected: int) -> list[Any]:
+    """One result for each request. Raises BadBatch for what is not ordered or of another length."""
+    if isinstance(value, str | bytes | dict | set | frozenset) or not hasattr(value, "__iter__"):
+        raise BadBatch(
+            f"a batch handler returned a {type(value).__name__}: return an ordered iterable, such as a list, with one result per request"
+        )
+    results = list(value)
+    if len(results) != expected:
+        raise BadBatch(
+            f"the handler doesn't preserve batch size: it got {expected} requests and returned {len(results)} results; return one for each"
+        )
+    return results
+
+
+def batch(function: Callable[..., Awaitable[Any]] | None = None, *, max_batch_size: int = 10, batch_wait_timeout_s: float = 0.0) -> Any:
+    """Lets an `async def` that takes a list be called with single items: callers that come together share one call.
+
+    A batch goes off when it is full, or `batch_wait_timeout_s` after its first item. Live-tunable on the decorated function:
+    `set_max_batch_size`, `set_batch_wait_timeout_s`. Raises BadType for what is not async, BadValue for a bad size or wait.
+    """
+    _check(max_batch_size, batch_wait_timeout_s)
+
+    def decorate(function: Callable[..., Awaitable[Any]]) -> Any:
+        if not inspect.iscoroutinefunction(function):
+            raise BadType("@serve.batch decorates an `async def` that takes a list and returns a list")
+        tuning = _Tuning(max_batch_size, batch_wait_timeout_s)
+        gatherers: weakref.WeakKeyDictionary[Any, _Gatherer] = weakref.WeakKeyDictionary()
+        own: list[_Gatherer] = []
+
+        def gatherer(owner: Sequence[Any]) -> _Gatherer:
+            if not owner:
+                if not own:
+                    own.append(_Gatherer(function, tuning))
+                return own[0]
+            if owner[0] not in gatherers:
+                reference = weakref.ref(owner[0])
+                gatherers[owner[0]] = _Gatherer(lambda items: function(reference(), items), tuning)
+            return gatherers[owner[0]]
+
+        is_method = next(iter(inspect.signature(function).parameters), "") == "self"
+
+        @wraps(function)
+        async def call(*arguments: Any, **named: Any) -> Any:
+            expected = 2 if is_method else 1
+            if named or len(arguments) != expected:
+                raise BadValue("a @serve.batch function is called with exactly one positional argument: the item")
+            return await gatherer(arguments[:-1]).add(arguments[-1])
+
+        call.set_max_batch_size = tuning.set_size  # type: ignore[attr-defined]
+        call.set_batch_wait_timeout_s = tuning.set_wait  # type: ignore[attr-defined]
+        return call
+
+    return decorate if function is None else decorate(function)
+
+
+class _Tuning:
+    def __init__(self, size: int, wait_s: float) -> None:
+        self.size = size
+        self.wait_s = wait_s
+
+    def set_size(self, size: int) -> None:
+        _check(size, self.wait_s)
+        self.size = size
+
+    def set_wait(self, wait_s: float) -> None:
+        _check(self.size, wait_s)
+        self.wait_s = wait_s
+
+
+class _Gatherer:
+    """The items of one function or instance that wait for their batch; of one event loop."""
+
+    def __init__(self, call: Callable[[list[Any]], Awaitable[Any]], tuning: _Tuning) -> None:
+        self._call = call
+        self._tuning = tuning
+        self._waiting: list[tuple[Any, asyncio.Future[Any]]] = []
+        self._timer: asyncio.Handle | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def add(self, item: Any) -> Any:
+        loop = asyncio.get_running_loop()
+        result: asyncio.Future[Any] = loop.create_future()
+        self._waiting.append((item, result))
+        if len(self._waiting) >= self._tuning.size:
+            self._go()
+        elif self._timer is None:
+            wait_s = self._tuning.wait_s
+            self._timer = loop.call_later(wait_s, self._go) if wait_s > 0 else loop.call_soon(self._go)
+        return await result
+
+    def _go(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        members, self._waiting = self._waiting, []
+        task = asyncio.get_running_loop().create_task(self._run(members))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run(self, members: list[tuple[Any, asyncio.Future[Any]]]) -> None:
+        try:
+            results = split_results(await self._call([item for item, _ in members]), len(members))
+        except BaseException as error:
+            for _, result in members:
+                if not result.done():
+                    result.set_exception(error)
+            if not isinstance(error, Exception):
+                raise
+            return
+        for (_, result), value in zip(members, results, strict=True):
+            if not result.done():
+                result.set_result(value)
+
+
+def _check(size: object, wait_s: object) -> None:
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise BadType(f"max_batch_size must be a whole number, not {size!r}")
+    if size < 1:
+        raise BadValue(f"max_batch_size must be 1 or more, not {size}")
+    if isinstance(wait_s, bool) or not isinstance(wait_s, int | float):
+        raise BadType(f"batch_wait_timeout_s must be a number of seconds, not {wait_s!r}")
+    if wait_s < 0:
+        raise BadValue(f"batch_wait_timeout_s must be 0 or more, not {wait_s}")

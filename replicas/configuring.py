@@ -1,0 +1,81 @@
+"""What a replica's user code is told beside requests: `reconfigure` at each change of its config, `check_health` now and then."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from ..broker.errors import BackendFailed
+from ..controller.state import Backend
+from .handler import Handler
+from .loading import failure
+from .worker import Worker
+
+logger = logging.getLogger(__name__)
+
+FAILURES_TOLERATED = 3  # in a row; then the replica is replaced
+RECONFIGURE_BUDGET_S = 60.0
+
+
+class Configuring:
+    """One replica's user config: what the code has been told last, and what it refused."""
+
+    def __init__(self, worker: Worker, handler: Handler) -> None:
+        self._worker = worker
+        self._handler = handler
+        self._told: Any = None
+        self.version = 0  # the config version followed
+        self.refused = ""  # why the last one was refused, empty if it was not
+
+    def __repr__(self) -> str:
+        return f"<Configuring at {self.version}{', refused' if self.refused else ''}>"
+
+    async def apply(self, backend: Backend) -> None:
+        """Calls `reconfigure` if the user config changed, and only then. Raises BackendFailed when the code refuses it, or is not
+        healthy afterwards; the last good one is told again."""
+        if backend.config_version == self.version:
+            return
+        wanted = backend.config.user_config
+        if wanted != self._told:
+            try:
+                await self._tell(backend, wanted)
+            except BackendFailed as error:
+                if self._told is not None:
+                    await self._tell(backend, self._told)
+                self.version, self.refused = backend.config_version, str(error)
+                raise
+            self._told = wanted
+        self.version, self.refused = backend.config_version, ""
+
+    async def check_health_forever(self, backend: Backend) -> None:
+        """Raises BackendFailed once the user's check has failed three times in a row; returns at once where there is none."""
+        check = self._handler.hook("check_health")
+        failures = 0
+        while check is not None:
+            await asyncio.sleep(backend.config.health_check_period_s)
+            if self._worker.in_plain_call:
+                continue  # the thread is the request's; a long call is no illness
+            try:
+                async with asyncio.timeout(backend.config.health_check_timeout_s):
+                    await self._worker.call(check)
+                failures = 0
+            except Exception as error:
+                failures += 1
+                logger.warning("check_health of %s failed (%d in a row): %s", backend.name, failures, error or type(error).__name__)
+                if failures >= FAILURES_TOLERATED:
+                    raise BackendFailed(failure(backend, f"is not healthy ({failures} checks failed)", error)) from error
+
+    async def _tell(self, backend: Backend, user_config: Any) -> None:
+        reconfigure, check = self._handler.hook("reconfigure"), self._handler.hook("check_health")
+        if reconfigure is None:
+            raise BackendFailed(
+                f"backend {backend.name!r} has a user_config but no reconfigure(user_config) to take it: give its class one"
+            )
+        try:
+            async with asyncio.timeout(RECONFIGURE_BUDGET_S):
+                await self._worker.call(lambda: reconfigure(user_config))
+                if check is not None:
+                    await self._worker.call(check)
+        except Exception as error:
+            raise BackendFailed(failure(backend, "refuses its user_config", error)) from error
