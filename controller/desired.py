@@ -19,6 +19,7 @@ from ..broker.errors import BadType, BadValue, InstanceError, StoreUnavailable
 from ..broker.queue_names import check_name
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
+from .resources import ActorOptions
 from .state import Backend, BackendConfig, Desired, Endpoint
 
 Change = Callable[[Desired], Desired]
@@ -61,26 +62,36 @@ def create_backend(backend: Backend) -> Change:
     return change
 
 
-def update_backend(name: str, code: str, code_name: str) -> Change:
-    """New code for all replicas."""
+def update_backend(name: str, code: str, code_name: str, options: ActorOptions | None) -> Change:
+    """New code (and with `options` new resources) for all replicas."""
 
     def change(desired: Desired) -> Desired:
         backend = find_backend(desired, name)
         newer = backend.latest + 1
-        new = msgspec.structs.replace(backend, code=code, code_name=code_name, version=newer, latest=newer)
+        new = msgspec.structs.replace(
+            backend,
+            code=code,
+            code_name=code_name,
+            options=backend.options if options is None else options,
+            version=newer,
+            latest=newer,
+            rolled_back="",
+        )
         return msgspec.structs.replace(desired, backends={**desired.backends, name: new})
 
     return change
 
 
-def roll_back(failed: Backend, to: Backend) -> Change:
+def roll_back(failed: Backend, to: Backend, reason: str) -> Change:
     """The code and version of `to` again, unless somebody deployed another one meanwhile."""
 
     def change(desired: Desired) -> Desired:
         backend = find_backend(desired, failed.name)
         if backend.version != failed.version:
             return desired
-        old = msgspec.structs.replace(backend, code=to.code, code_name=to.code_name, version=to.version)
+        old = msgspec.structs.replace(
+            backend, code=to.code, code_name=to.code_name, options=to.options, version=to.version, rolled_back=reason
+        )
         return msgspec.structs.replace(desired, backends={**desired.backends, failed.name: old})
 
     return change

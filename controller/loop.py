@@ -124,21 +124,24 @@ class Controller:
         self._restarts = defaultdict(Restarts, {key: kept for key, kept in self._restarts.items() if key[0] in desired.backends})
         if desired.closing:  # proxies first: what they still wait for needs the replicas
             proxies = [beat for beat in plan.living(beats, "proxy", now_ms).values() if not beat.external]
-            placed = assigned if proxies else {}
+            placement = plan.Placement(assigned if proxies else {}, {})
         else:
 
             def may_start(name: str) -> bool:
                 return self._restarts[name, desired.backends[name].version].not_before <= now
 
-            placed = plan.place_replicas(desired, assigned, ready - set(ended), nodes, may_start, _new_replica_id)
-        placed = plan.of_backends(placed, {*desired.backends, *observed.queues})
+            still_draining = {replica_id: kept for replica_id, kept in observed.draining.items() if replica_id in replicas}
+            placement = plan.place_replicas(desired, assigned, still_draining, ready - set(ended), nodes, may_start, _new_replica_id)
+        placed = plan.of_backends(placement.replicas, {*desired.backends, *observed.queues})
+        leaving = {**observed.draining, **assigned}
         return msgspec.structs.replace(
             observed,
             epoch=self._leader.epoch,
             seen=(desired.epoch, desired.version),
             replicas=placed,
+            draining={name: kept for name, kept in leaving.items() if name not in placed and name in replicas},
             proxies=() if desired.closing else plan.place_proxies(desired, nodes),
-            problems=self._problems(desired, beats, bool(nodes)),
+            problems=self._problems(desired, beats, placement.unplaced),
             down_since=self._down_since(desired, observed, placed, replicas, now_ms),
         )
 
@@ -155,11 +158,9 @@ class Controller:
                 "a replica of %s died before it was ready; the next try is in %.1f s: %s", backend, restarts.not_before - now, reason
             )
 
-    def _problems(self, desired: Desired, beats: dict[str, Beat], any_node: bool) -> dict[str, str]:
+    def _problems(self, desired: Desired, beats: dict[str, Beat], unplaced: dict[str, str]) -> dict[str, str]:
         reasons = {name: self._restarts[name, backend.version].reason for name, backend in desired.backends.items()}
-        problems = {name: reason for name, reason in reasons.items() if reason}
-        if not any_node:
-            problems.update({name: "no node is there to run it: start one with `mqserve node`" for name in desired.backends})
+        problems = {name: reason for name, reason in reasons.items() if reason} | unplaced
         for beat in beats.values():
             if beat.kind == "proxy" and beat.state == "failed":
                 problems[f"proxy on {beat.node or beat.host}"] = beat.error

@@ -10,17 +10,20 @@ import socket
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from ..broker.documents import follow
-from ..broker.errors import StoreUnavailable
+from ..broker.errors import BackendFailed, StoreUnavailable
 from ..broker.lifeline import Stop
 from ..broker.presence import Presence
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
+from .environments import find_python
+from .machine import replica_environment
+from .resources import ActorOptions, Capacity
 from .restarts import Restarts
-from .state import BEAT_EVERY_S, Beat, Desired, Observed, read_beats
+from .state import BEAT_EVERY_S, Assignment, Beat, Desired, Observed, read_beats
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +50,18 @@ class Child(Protocol):
     def kill(self) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What keeps a replica to its part of the node: variables of its environment, and its interpreter."""
+
+    environment: Mapping[str, str]
+    python: str
+
+
 class Launcher(Protocol):
     """Starts children: as processes, or inside this one."""
 
-    def replica(self, backend: str, replica_id: str, node: str) -> Child: ...
+    def replica(self, backend: str, replica_id: str, node: str, share: Share) -> Child: ...
 
     def proxy(self, proxy_id: str, host: str, port: int, node: str) -> Child: ...
 
@@ -63,7 +74,7 @@ class NodeOptions:
     http_host: str | None = None
     http_port: int | None = None
     takes_proxy: bool = True
-    num_cpus: float | None = None
+    capacity: Capacity = field(default_factory=Capacity)
 
 
 @dataclass(eq=False, slots=True)
@@ -83,6 +94,7 @@ class Node:
         self._keys = keys
         self._launcher = launcher
         self._replicas: dict[str, _Running] = {}
+        self._preparing: dict[str, asyncio.Task[None]] = {}
         self._proxy: _Running | None = None
         self._proxy_wanted = False
         self._proxy_restarts = Restarts()
@@ -114,30 +126,36 @@ class Node:
                 continue
             self._desired = Desired.from_bytes(raw_desired)
             observed = Observed.from_bytes(raw_observed)
-            mine = {name: assigned.backend for name, assigned in observed.replicas.items() if assigned.node == self._options.node_id}
+            mine = {name: assigned for name, assigned in observed.replicas.items() if assigned.node == self._options.node_id}
             self._reconcile_replicas(mine)
             self._reconcile_proxy(wanted=self._options.node_id in observed.proxies)
 
-    def _reconcile_replicas(self, mine: Mapping[str, str]) -> None:
+    def _reconcile_replicas(self, mine: Mapping[str, Assignment]) -> None:
         self._ended = {replica_id: how for replica_id, how in self._ended.items() if replica_id in mine}
         for replica_id, running in list(self._replicas.items()):
             if replica_id not in mine:
                 self._stop(running)
-        for replica_id, backend in mine.items():
-            if replica_id not in self._replicas and replica_id not in self._ended:
-                self._start_replica(replica_id, backend)
+        self._preparing = {replica_id: task for replica_id, task in self._preparing.items() if not task.done()}
+        for replica_id, assignment in mine.items():
+            if replica_id not in self._replicas and replica_id not in self._ended and replica_id not in self._preparing:
+                self._preparing[replica_id] = self._tasks.create_task(self._start_replica(replica_id, assignment))
+        for replica_id in set(self._preparing) - set(mine):
+            self._preparing[replica_id].cancel()
 
-    def _start_replica(self, replica_id: str, backend: str) -> None:
+    async def _start_replica(self, replica_id: str, assignment: Assignment) -> None:
+        """Its interpreter first, which may have to be built."""
+        backend = self._desired.backends.get(assignment.backend)
+        options = backend.options if backend is not None else ActorOptions()
+        variables = replica_environment(assignment.demand, self._options.capacity, assignment.gpus, os.environ)
         try:
-            child = self._launcher.replica(backend, replica_id, self._options.node_id)
-        except OSError as error:
-            self._ended[replica_id] = f"the node cannot start processes ({error})"
+            share = Share(variables, await find_python(options))
+            child = self._launcher.replica(assignment.backend, replica_id, self._options.node_id, share)
+        except (BackendFailed, OSError) as error:
+            self._ended[replica_id] = str(error)
             self._presence.tell()
             return
-        found = self._desired.backends.get(backend)
-        grace_s = (found.config.graceful_shutdown_timeout_s if found else 0) + STOP_MARGIN_S
-        watching = self._tasks.create_task(self._watch_replica(replica_id, child))
-        self._replicas[replica_id] = _Running(child, watching, grace_s)
+        grace_s = (backend.config.graceful_shutdown_timeout_s if backend is not None else 0) + STOP_MARGIN_S
+        self._replicas[replica_id] = _Running(child, self._tasks.create_task(self._watch_replica(replica_id, child)), grace_s)
 
     async def _watch_replica(self, replica_id: str, child: Child) -> None:
         how = await child.wait()
@@ -182,6 +200,8 @@ class Node:
 
     async def _stop_all(self, at_most_s: float) -> None:
         self._proxy_wanted = False
+        for preparing in self._preparing.values():
+            preparing.cancel()
         for running in self._all():
             running.grace_s = min(running.grace_s, at_most_s)
             self._stop(running)
@@ -209,7 +229,7 @@ class Node:
         options = self._options
         return Beat(
             kind="node", id=options.node_id, at=self._store.now_ms(), pid=os.getpid(), host=socket.gethostname(), ended=self._ended,
-            takes_proxy=options.takes_proxy, num_cpus=options.num_cpus or os.cpu_count() or 1, running=len(self._replicas),
+            takes_proxy=options.takes_proxy, capacity=options.capacity, running=len(self._replicas),
         )  # fmt: skip
 
 

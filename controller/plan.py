@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
-from .state import SILENT_AFTER_S, Assignment, Beat, Desired
+from .resources import Room
+from .state import SILENT_AFTER_S, Assignment, Backend, Beat, Desired
 
 Replicas = dict[str, Assignment]
+
+
+class Placement(NamedTuple):
+    """Who runs what from now on, and which backends find no room, with the reason."""
+
+    replicas: Replicas
+    unplaced: dict[str, str]
 
 
 def living(beats: Mapping[str, Beat], kind: str, now_ms: int) -> dict[str, Beat]:
@@ -35,37 +44,97 @@ def ended_replicas(assigned: Mapping[str, Assignment], beats: Mapping[str, Beat]
 def place_replicas(
     desired: Desired,
     assigned: Mapping[str, Assignment],
+    draining: Mapping[str, Assignment],
     ready: Iterable[str],
-    nodes: Iterable[str],
+    nodes: Mapping[str, Beat],
     may_start: Callable[[str], bool],
     new_id: Callable[[str], str],
-) -> Replicas:
-    """The assignment from now on.
+) -> Placement:
+    """The assignment from now on; `draining` ones still take their room. Backends that are gone from `desired` keep theirs: see
+    `of_backends`."""
+    board = _Board(assigned, draining, nodes, frozenset(ready), new_id)
+    unplaced: dict[str, str] = {}
+    for backend in desired.backends.values():
+        reason = _place_backend(backend, board, may_start(backend.name))
+        if reason:
+            unplaced[backend.name] = reason
+    return Placement(board.replicas, unplaced)
 
-    New versions start beside old ones and an old one goes for each new one that is ready, so a version that does not get
-    ready stops there and the old ones serve on. Backends that are gone from `desired` keep theirs: see `of_backends`.
+
+def _place_backend(backend: Backend, board: _Board, may_start: bool) -> str:
+    """One backend's step; the reason when it finds no room.
+
+    A new version starts beside the old one, at most `max_surge` beyond what is wanted, and an old replica goes for each new
+    one that is ready: so a version that does not get ready stops there, and the old one serves on. Where there is no room
+    for a surge, one old replica drains first, if two or more serve.
     """
-    replicas = dict(assigned)
-    ready = set(ready)
-    load = Counter({node: 0 for node in nodes})
-    load.update(assignment.node for assignment in replicas.values() if assignment.node in load)
-    for name, backend in desired.backends.items():
-        wanted = backend.config.num_replicas
-        mine = [replica_id for replica_id, assignment in replicas.items() if assignment.backend == name]
-        current = [replica_id for replica_id in mine if replicas[replica_id].version == backend.version]
-        old = [replica_id for replica_id in mine if replica_id not in current]
-        while len(current) < wanted and load and may_start(name):
-            node = min(load, key=lambda node: (load[node], node))
-            load[node] += 1
-            replica_id = new_id(name)
-            replicas[replica_id] = Assignment(name, node, backend.version)
-            current.append(replica_id)
-        surplus = sorted(current, key=lambda replica_id: replica_id not in ready)[wanted:]
-        replaced = sorted(old, key=lambda replica_id: replica_id in ready)
-        still_needed = max(0, wanted - len([replica_id for replica_id in current if replica_id in ready]))
-        for replica_id in [*surplus, *replaced[: max(0, len(old) - still_needed)]]:
-            del replicas[replica_id]
-    return replicas
+    wanted = backend.config.num_replicas
+    current, old = board.versions(backend)
+    surplus = sorted(current, key=lambda replica_id: replica_id not in board.ready)[wanted:]
+    ready_now = [replica_id for replica_id in current if replica_id in board.ready]
+    still_needed = max(0, wanted - len(ready_now))
+    spare = sorted(old, key=lambda replica_id: replica_id in board.ready)[: max(0, len(old) - still_needed)]
+    board.drop([*surplus, *spare])
+    current, old = board.versions(backend)
+    reason = ""
+    while may_start and not reason and len(current) < wanted and (not old or len(current) + len(old) < wanted + backend.config.max_surge):
+        reason = board.start(backend)
+        current, old = board.versions(backend)
+    serving = [replica_id for replica_id in old if replica_id in board.ready]
+    if reason and not board.is_starting(current) and len(serving) + len(ready_now) >= 2 and serving:
+        board.drop(serving[:1])  # the next comparison finds its room
+        return ""
+    return reason
+
+
+class _Board:
+    """The assignment being made, with what is left on each node."""
+
+    def __init__(
+        self,
+        assigned: Mapping[str, Assignment],
+        draining: Mapping[str, Assignment],
+        nodes: Mapping[str, Beat],
+        ready: frozenset[str],
+        new_id: Callable[[str], str],
+    ) -> None:
+        self.replicas = dict(assigned)
+        self.ready = ready
+        self._new_id = new_id
+        self._rooms = {node: Room(beat.capacity) for node, beat in nodes.items()}
+        self._load = Counter({node: 0 for node in nodes})
+        for assignment in [*assigned.values(), *draining.values()]:
+            if assignment.node in self._rooms:
+                self._load[assignment.node] += 1
+                self._rooms[assignment.node].take(assignment.demand, assignment.gpus)
+
+    def versions(self, backend: Backend) -> tuple[list[str], list[str]]:
+        """Its replicas of the current version, and the older ones."""
+        mine = [replica_id for replica_id, assignment in self.replicas.items() if assignment.backend == backend.name]
+        current = [replica_id for replica_id in mine if self.replicas[replica_id].version == backend.version]
+        return current, [replica_id for replica_id in mine if replica_id not in current]
+
+    def is_starting(self, replica_ids: Iterable[str]) -> bool:
+        return any(replica_id not in self.ready for replica_id in replica_ids)
+
+    def start(self, backend: Backend) -> str:
+        """On the node with the fewest replicas of those with room; a replica is never split. The reason where none has."""
+        demand = backend.options.demand
+        fitting = {node: gpus for node, room in self._rooms.items() if (gpus := room.fit(demand)) is not None}
+        if not fitting:
+            if not self._rooms:
+                return "no node is there to run it: start one with `mqserve node`"
+            return f"Cannot scale backend {backend.name!r}: a replica needs {demand}, and no node has that much left"
+        node = min(fitting, key=lambda node: (self._load[node], node))
+        self._load[node] += 1
+        self._rooms[node].take(demand, fitting[node])
+        self.replicas[self._new_id(backend.name)] = Assignment(backend.name, node, backend.version, demand, fitting[node])
+        return ""
+
+    def drop(self, replica_ids: Iterable[str]) -> None:
+        """Their room is free only once they are gone, at a later comparison."""
+        for replica_id in replica_ids:
+            del self.replicas[replica_id]
 
 
 def of_backends(replicas: Replicas, names: Iterable[str]) -> Replicas:

@@ -9,19 +9,28 @@ import subprocess
 import sys
 import sysconfig
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from ..broker.lifeline import PIPE_VARIABLE
 from ..broker.settings import Settings
+from .node import Share
 
 
 class Process:
     """One child process. Implements `Child`; the pipe's other end lives as long as this process does."""
 
-    def __init__(self, arguments: Sequence[str], settings: Settings, *, detached: bool = False) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        settings: Settings,
+        *,
+        detached: bool = False,
+        python: str = sys.executable,
+        variables: Mapping[str, str] = {},
+    ) -> None:
         self._arguments = arguments
-        environment = {**os.environ, **settings.to_env(), "PYTHONPATH": _import_path()}
+        environment = {**os.environ, **settings.to_env(), **variables, "PYTHONPATH": _import_path()}
         environment.pop(PIPE_VARIABLE, None)
         reading = self._writing = -1
         if not detached:
@@ -29,7 +38,7 @@ class Process:
             environment[PIPE_VARIABLE] = str(reading)
         try:
             self._popen = subprocess.Popen(
-                [sys.executable, "-m", "mqserve", *arguments], env=environment, pass_fds=() if detached else (reading,),
+                [python, "-m", "mqserve", *arguments], env=environment, pass_fds=() if detached else (reading,),
                 start_new_session=True, stdin=subprocess.DEVNULL,
             )  # fmt: skip
         finally:
@@ -87,8 +96,9 @@ class ProcessLauncher:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
 
-    def replica(self, backend: str, replica_id: str, node: str) -> Process:
-        return Process(["replica", backend, "--replica-id", replica_id, "--node-id", node], self._settings)
+    def replica(self, backend: str, replica_id: str, node: str, share: Share) -> Process:
+        arguments = ["replica", backend, "--replica-id", replica_id, "--node-id", node]
+        return Process(arguments, self._settings, python=share.python, variables=share.environment)
 
     def proxy(self, proxy_id: str, host: str, port: int, node: str) -> Process:
         return Process(["proxy", "--host", host, "--port", str(port), "--proxy-id", proxy_id, "--node-id", node], self._settings)

@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field
 
+from .resources import ActorOptions, Capacity, Demand
+
 MAX_REQUEST_TIMEOUT_S = 25 * 60  # below RabbitMQ's consumer_timeout of 30 minutes
 
 SYNC_CONCURRENCY = 8  # max_concurrent_queries of a plain handler, as in the seed
@@ -72,11 +74,12 @@ class Backend(msgspec.Struct, frozen=True):
     code: str  # sha256 of the code in the store
     code_name: str
     settings: dict[str, Any] = {}
-    actor_options: dict[str, Any] = {}
+    options: ActorOptions = ActorOptions()
     version: int = 1
     latest: int = 1  # the highest version there was: a version that failed is rolled back, and its number not used again
     generation: int = 1
     config_version: int = 1
+    rolled_back: str = ""  # why the last roll-out of code was undone
 
     @property
     def config(self) -> BackendConfig:
@@ -131,6 +134,8 @@ class Assignment(msgspec.Struct, frozen=True):
     backend: str
     node: str
     version: int
+    demand: Demand = Demand()
+    gpus: tuple[int, ...] = ()  # positions among the node's devices
 
 
 class Observed(msgspec.Struct, frozen=True):
@@ -142,6 +147,7 @@ class Observed(msgspec.Struct, frozen=True):
     queues: dict[str, tuple[int, ...]] = {}  # generations that replicas take from, the current one last
     retiring: dict[str, tuple[int, ...]] = {}  # generations that nobody takes from any more, about to be deleted
     replicas: dict[str, Assignment] = {}
+    draining: dict[str, Assignment] = {}  # no longer assigned, and not gone yet: they still take their room
     proxies: tuple[str, ...] = ()  # nodes that are to run one
     problems: dict[str, str] = {}  # backend (or "proxy on <node>") -> why it is not as wanted
     down_since: dict[str, int] = {}  # backend -> store ms since which no replica has been ready or starting
@@ -174,7 +180,7 @@ class Beat(msgspec.Struct, frozen=True, omit_defaults=True):
     refused: str = ""  # why a replica's code refused that config
     ended: dict[str, str] = {}  # a node's children that ended by themselves -> how
     takes_proxy: bool = False  # a node on which a proxy may run
-    num_cpus: float = 0
+    capacity: Capacity = Capacity()
     running: int = 0
     served: int = 0
 

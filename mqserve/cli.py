@@ -154,15 +154,27 @@ def status(namespace: str | None) -> int:
 @click.option("--http-port", envvar="MQSERVE_HTTP_PORT", type=click.IntRange(0, 65535), help="Its port [the instance's].")
 @click.option("--no-proxy", is_flag=True, help="Never run a proxy here.")
 @click.option("--num-cpus", envvar="MQSERVE_NUM_CPUS", type=float, help="What this node offers [what the machine has].")
+@click.option("--num-gpus", envvar="MQSERVE_NUM_GPUS", type=int, help="GPUs it offers [those it sees].")
+@click.option("--resources", envvar="MQSERVE_RESOURCES", default="{}", help="What else it offers, as JSON: '{\"tpu\": 1}'.")
 @_one_sentence
 def node(
-    namespace: str | None, node_id: str | None, http_host: str | None, http_port: int | None, no_proxy: bool, num_cpus: float | None
+    namespace: str | None,
+    node_id: str | None,
+    http_host: str | None,
+    http_port: int | None,
+    no_proxy: bool,
+    num_cpus: float | None,
+    num_gpus: int | None,
+    resources: str,
 ) -> int:
     """Run an agent: the replicas and the proxy that the controller assigns to it."""
+    from .controller.machine import measure_node
     from .controller.node import NodeOptions
+    from .controller.resources import parse_node_resources
     from .roles import run_node
 
-    options = NodeOptions(node_id or _own_id("node"), http_host, http_port, not no_proxy, num_cpus)
+    capacity = measure_node(num_cpus, num_gpus, parse_node_resources(resources))
+    options = NodeOptions(node_id or _own_id("node"), http_host, http_port, not no_proxy, capacity)
     return run_loop(run_node(_distributed(namespace, "node"), options))
 
 

@@ -15,6 +15,7 @@ from .broker.documents import follow, until
 from .broker.errors import BackendFailed, BadType, BadValue, InstanceError, UnknownEndpoint
 from .broker.queue_names import check_name
 from .controller import desired as changes
+from .controller.resources import ActorOptions, parse_actor_options
 from .controller.state import Backend, BackendConfig, Desired, Observed, read_beats
 from .declared import Declaration
 from .futures import Future, get, wait
@@ -85,7 +86,7 @@ class Client:
         class; NotEncodable for code that cannot travel; BackendFailed with the remote traceback when a replica does not get
         ready, and then nothing stays registered.
         """
-        options = _actor_options(actor_options, ray_actor_options)
+        options = _actor_options(actor_options, ray_actor_options, embedded=self._links.settings.embedded)
         _check_target(backend_tag, func_or_class, init_args)
         parsed = changes.parse_config(config)
         _check_fits(backend_tag, func_or_class, parsed)
@@ -93,7 +94,7 @@ class Client:
         packed = code.pack(func_or_class, init_args, self._signer)
         self._call(self._create_backend(backend_tag, packed, parsed, options))
 
-    async def _create_backend(self, name: str, packed: code.Code, config: BackendConfig, options: dict[str, Any]) -> None:
+    async def _create_backend(self, name: str, packed: code.Code, config: BackendConfig, options: ActorOptions) -> None:
         sha256 = await code.save(self._links.store, self._links.keys, packed)
         backend = Backend(name, sha256, packed.name, config.model_dump(exclude_unset=True), options)
         committed = await self._commit(changes.create_backend(backend))
@@ -108,19 +109,19 @@ class Client:
 
         Raises BackendFailed when the new version does not get ready; the old one serves on.
         """
-        _actor_options(actor_options, None)
+        options = None if actor_options is None else _actor_options(actor_options, None, embedded=self._links.settings.embedded)
         _check_target(backend_tag, func_or_class, init_args)
         packed = code.pack(func_or_class, init_args, self._signer)
-        self._call(self._update_backend(backend_tag, packed))
+        self._call(self._update_backend(backend_tag, packed, options))
 
-    async def _update_backend(self, name: str, packed: code.Code) -> None:
+    async def _update_backend(self, name: str, packed: code.Code, options: ActorOptions | None) -> None:
         old = changes.find_backend(await self._read_desired(), name)
         sha256 = await code.save(self._links.store, self._links.keys, packed)
-        committed = await self._commit(changes.update_backend(name, sha256, packed.name))
+        committed = await self._commit(changes.update_backend(name, sha256, packed.name, options))
         try:
             await self._until_ready(committed, name)
-        except BackendFailed:
-            await self._commit(changes.roll_back(committed.backends[name], old))
+        except BackendFailed as error:
+            await self._commit(changes.roll_back(committed.backends[name], old, str(error)))
             raise
 
     def update_backend_config(self, backend_tag: str, config_options: BackendConfig | dict[str, Any]) -> None:
@@ -325,16 +326,17 @@ class Client:
             raise BackendFailed(f"{late} ({why or 'no reason was reported: is the controller alive?'})") from None
 
 
-def _actor_options(options: dict[str, Any] | None, seed_options: dict[str, Any] | None) -> dict[str, Any]:
-    """`ray_actor_options` is an alias. No resource is placed yet, so none is accepted and then ignored."""
-    chosen = options if options is not None else seed_options
-    if chosen is None:
-        return {}
-    if not isinstance(chosen, dict):
-        raise BadType(f"actor_options must be a dict, not {type(chosen).__name__}")
-    if chosen:
-        raise BadValue(f"actor_options {', '.join(map(repr, chosen))} cannot be had in this version: leave them out")
-    return chosen
+def _actor_options(options: dict[str, Any] | None, seed_options: dict[str, Any] | None, *, embedded: bool) -> ActorOptions:
+    """`ray_actor_options` is an alias. Raises BadValue for what one process cannot give its replicas."""
+    parsed = parse_actor_options(options if options is not None else seed_options)
+    refused = {"num_gpus": parsed.demand.num_gpus, "python": parsed.python, "pip": parsed.pip}
+    if embedded and any(refused.values()):
+        names = ", ".join(name for name, value in refused.items() if value)
+        raise BadValue(
+            f"actor_options {names} cannot be had in the embedded form, where all replicas share one process: "
+            "set MQSERVE_BROKER_URL and MQSERVE_STORE_URL"
+        )
+    return parsed
 
 
 def _check_target(name: object, target: Any, init_args: tuple[Any, ...]) -> None:

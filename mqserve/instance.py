@@ -18,6 +18,7 @@ from .broker.errors import BadType, BadValue, InstanceError, MQServeError
 from .broker.lifeline import Stop
 from .controller import lease
 from .controller.loop import Controller
+from .controller.machine import measure_node
 from .controller.node import Child, Node, NodeOptions
 from .controller.processes import Process
 from .controller.state import Desired, HttpOptions, Observed, read_beats
@@ -101,7 +102,7 @@ class _Members:
         if self._links.settings.embedded:
             links = self._links
             controller = Controller(links.store, links.keys, links.queue, links.process_id)
-            node = Node(NodeOptions(self._node_id), links.store, links.keys, EmbeddedLauncher(links))
+            node = Node(NodeOptions(self._node_id, capacity=measure_node(None, None, {})), links.store, links.keys, EmbeddedLauncher(links))
             self._tasks = [asyncio.create_task(controller.run(self._stop)), asyncio.create_task(node.run(self._stop))]
             return
         detached = self._options.detached

@@ -21,6 +21,7 @@ from .broker.redis_store import open_redis
 from .broker.settings import Settings
 from .broker.store import Store
 from .broker.store_keys import StoreKeys
+from .controller.node import Share
 from .proxy.main import Proxy, ProxyOptions
 from .replicas.main import Replica, ReplicaOptions
 
@@ -89,7 +90,7 @@ class EmbeddedLauncher:
     def __init__(self, links: Links) -> None:
         self._links = links
 
-    def replica(self, backend: str, replica_id: str, node: str) -> TaskChild:
+    def replica(self, backend: str, replica_id: str, node: str, share: Share) -> TaskChild:
         replica = Replica(self._links.settings, ReplicaOptions(backend, replica_id, node), self._links.store)
         stop = Stop()
         run = replica.run(lambda: nullcontext(self._links.queue), stop)

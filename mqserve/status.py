@@ -28,7 +28,8 @@ async def show_status(settings: Settings, console: Console | None = None) -> int
         console.print(_members(beats, now_ms))
         console.print(await _backends(links, desired, observed, beats, now_ms))
         console.print(_endpoints(desired))
-        for name, problem in observed.problems.items():
+        undone = {name: f"the last roll-out was undone: {b.rolled_back}" for name, b in desired.backends.items() if b.rolled_back}
+        for name, problem in [*undone.items(), *observed.problems.items()]:
             console.print(f"[red]{name}[/]: {problem}", highlight=False, markup=True)
     return 0
 
