@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from ..broker.lifeline import PIPE_VARIABLE
-from ..broker.settings import Settings
+from ..broker.settings import PREFIX, Settings
 
 
 class Process:
@@ -21,8 +21,9 @@ class Process:
 
     def __init__(self, arguments: Sequence[str], settings: Settings, *, detached: bool = False) -> None:
         self._arguments = arguments
-        environment = {**os.environ, **settings.to_env(), "PYTHONPATH": _import_path()}
-        environment.pop(PIPE_VARIABLE, None)
+        # What a flag said must not be unsaid by a variable that only the parent was meant to read.
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX) or name == "MQSERVE_VERBOSE"}
+        environment = {**inherited, **settings.to_env(), "PYTHONPATH": _import_path()}
         reading = self._writing = -1
         if not detached:
             reading, self._writing = os.pipe()

@@ -15,7 +15,7 @@ from .broker import code
 from .broker.caller import Caller
 from .broker.codecs import encode_value
 from .broker.documents import follow, until
-from .broker.envelope import Meta, mint_id
+from .broker.envelope import MINTED_ID_LENGTH, Meta, mint_id
 from .broker.errors import BackendFailed, BadType, BadValue, InstanceError, MQServeError, UnknownEndpoint
 from .broker.queue_names import check_name
 from .broker.results import Result
@@ -183,6 +183,14 @@ class Client:
     async def _register_convertor(self, name: str, packed: code.Code) -> None:
         await self._commit_to_proxies(changes.register_convertor(name, await code.save(self._links.store, self._links.keys, packed)))
 
+    def set_middlewares(self, middlewares: Sequence[Any]) -> None:
+        """Wraps all proxies in these, the first outermost: Starlette `Middleware` objects, or import strings of middleware classes."""
+        self._call(self._set_middlewares(code.pack(list(middlewares), (), self._signer) if middlewares else None))
+
+    async def _set_middlewares(self, packed: code.Code | None) -> None:
+        sha256 = await code.save(self._links.store, self._links.keys, packed) if packed is not None else ""
+        await self._commit_to_proxies(changes.set_middlewares(sha256))
+
     # Requests.
 
     @overload
@@ -201,10 +209,18 @@ class Client:
         return Handle(endpoint_name, self._send) if sync else AsyncHandle(endpoint_name, self._send)
 
     def future(self, future_id: str, backend: str | None = None) -> Future:
-        """The future of a request that anybody sent: a minted id by itself, a publisher's own `message_id` with its backend."""
-        key = future_id if backend is None or len(future_id) == 32 else f"{backend}/{future_id}"
-        pending = self._submit(self._caller.result(key, timeout_s=None))
-        return Future(future_id, pending, lambda result: read_result(result, key, self._signer, backend))
+        """The future of a request that anybody sent: a minted id by itself, a publisher's own `message_id` with its `backend`."""
+        keys = [future_id] if backend is None else [f"{backend}/{future_id}"]
+        if backend is not None and len(future_id) == MINTED_ID_LENGTH:
+            keys.append(future_id)  # it may be either
+        found: list[str] = []
+
+        async def find() -> Result:
+            key, result = await self._caller.first_result(keys)
+            found.append(key)
+            return result
+
+        return Future(future_id, self._submit(find()), lambda result: read_result(result, found[0], self._signer, backend))
 
     def get(self, refs: Future | Sequence[Future], timeout: float | None = None) -> Any:
         return get(refs, timeout)
