@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import heapq
 import logging
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -48,6 +49,7 @@ class Caller:
         self._deadlines: list[tuple[int, str]] = []  # a heap in store ms; entries of answered requests are skipped
         self._timer: asyncio.TimerHandle | None = None
         self._strangers: dict[str, asyncio.Future[Result]] = {}  # requests of other processes whose results are wanted here
+        self._listeners: Counter[str] = Counter()  # the last one who stops waiting for a stranger's request ends its polling
         self._polling = False
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -114,12 +116,26 @@ class Caller:
             if not self._polling:
                 self._polling = True
                 self._start(self._poll_strangers())
+        self._listeners[future_id] += 1
         try:
             async with asyncio.timeout(timeout_s):
                 return await asyncio.shield(future)
-        except TimeoutError:
-            self._strangers.pop(future_id, None)
-            raise
+        finally:
+            self._listeners[future_id] -= 1
+            if not self._listeners[future_id]:
+                del self._listeners[future_id]
+                self._strangers.pop(future_id, None)
+
+    async def first_result(self, future_ids: Sequence[str]) -> tuple[str, Result]:
+        """(id, result) of whichever of these has one first."""
+        waits = {asyncio.create_task(self.result(future_id, None)): future_id for future_id in future_ids}
+        try:
+            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            first = done.pop()
+            return waits[first], first.result()
+        finally:
+            for wait in waits:
+                wait.cancel()
 
     async def _poll_strangers(self) -> None:
         """Results of requests that other processes sent have no place in our inbox: one poll for all of them."""

@@ -126,7 +126,7 @@ def _installed_name(target: object) -> str:
     if not isinstance(target, Callable) or not hasattr(target, "__qualname__"):  # type: ignore[arg-type]
         return ""
     module = sys.modules.get(getattr(target, "__module__", "") or "")
-    if module is None or not _is_installed(module) or "<" in target.__qualname__:
+    if module is None or module.__name__ == "__main__" or not _is_installed(module) or "<" in target.__qualname__:
         return ""
     return f"{module.__name__}:{target.__qualname__}" if _found_at(module, target) else ""
 

@@ -30,11 +30,17 @@ def encode_value(value: object, signer: Signer, claim: Claim, expires_ms: int = 
 
     Raises NotEncodable when it needs a pickle and there is no key to seal it, or cannot be pickled.
     """
-    if _round_trips(value):
-        return MSGPACK, _msgpack.encode(value)
+    odd = ""
+    try:
+        if _round_trips(value):
+            return MSGPACK, _msgpack.encode(value)
+    except UnicodeEncodeError:
+        odd = "str that UTF-8 cannot write"
+    except RecursionError:
+        odd = "list or dict nested too deeply"
     if not signer:
         raise NotEncodable(
-            f"a value with a {_odd_type(value)} in it travels only as a signed pickle, and there is no key: set MQSERVE_SECRET_KEY, "
+            f"a value with a {odd or _odd_type(value)} in it travels only as a signed pickle, and there is no key: set MQSERVE_SECRET_KEY, "
             "or send None, bool, int, float, str, bytes, lists and str-keyed dicts"
         )
     try:

@@ -23,6 +23,8 @@ from .queue import Settled
 
 _FRAME_END = b"\xce"
 _FULL_QUEUE_RETRY_S = 0.001
+_Message = tuple[str, str, str]  # exchange, routing key, message id
+_NO_MESSAGE: _Message = ("", "", "")
 
 
 class JoinedChannel:
@@ -34,10 +36,10 @@ class JoinedChannel:
         self._loop = asyncio.get_running_loop()
         self._out: list[bytes] = []
         self._flushing = False
-        # Publishing: our tag -> (message id, whom to tell)
+        # Publishing: our tag -> (the message, whom to tell); a return names no tag, so the message is told by where it was sent
         self._next_tag = 1
-        self._unconfirmed: dict[int, tuple[str, Settled]] = {}
-        self._returned: set[str] = set()
+        self._unconfirmed: dict[int, tuple[_Message, Settled]] = {}
+        self._returned: list[_Message] = []
         # Consuming: the broker's tags in order of delivery, and those whose ack is due
         self._held: dict[int, None] = {}
         self._finished: set[int] = set()
@@ -66,7 +68,7 @@ class JoinedChannel:
         """Joins this turn's write; `properties` is the packed flags and list of the content header."""
         if not self.is_open:
             return settled(BrokerUnavailable("the channel to RabbitMQ is closed"))
-        self._unconfirmed[self._next_tag] = (message_id, settled)
+        self._unconfirmed[self._next_tag] = ((exchange, routing_key, message_id), settled)
         self._next_tag += 1
         number = self._channel.number
         self._out.append(_publish_frame(exchange, routing_key, number))
@@ -129,7 +131,8 @@ class JoinedChannel:
     async def _on_return(self, frame: commands.Basic.Return) -> None:
         header = await self._channel._Channel__get_content_header()  # type: ignore[attr-defined]
         await self._channel._read_content(frame, header)
-        self._returned.add(header.properties.message_id or "")  # its confirm follows, and settles it
+        message = (frame.exchange or "", frame.routing_key or "", header.properties.message_id or "")
+        self._returned.append(message)  # its confirm follows, and settles it
 
     async def _on_confirm(self, frame: commands.Basic.Ack | commands.Basic.Nack) -> None:
         refused = isinstance(frame, commands.Basic.Nack)
@@ -142,12 +145,12 @@ class JoinedChannel:
                     break
                 tags.append(waiting)
         for confirmed in tags:
-            message_id, settled = self._unconfirmed.pop(confirmed, ("", _nobody))
+            message, settled = self._unconfirmed.pop(confirmed, (_NO_MESSAGE, _nobody))
             error: MQServeError | None = None
             if refused:
                 error = Overloaded("the backend's queue is full (max_queued_requests): try again later")
-            elif self._returned and message_id in self._returned:
-                self._returned.discard(message_id)
+            elif self._returned and message in self._returned:
+                self._returned.remove(message)
                 error = NotRouted("no queue is bound to that backend: is it deployed?")
             settled(error)
 

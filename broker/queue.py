@@ -40,7 +40,7 @@ class Consumption(Protocol):
     """One consumer of one queue, restored by itself after the connection was lost."""
 
     def set_prefetch(self, prefetch: int) -> None:
-        """At most this many unsettled deliveries from now on; takes effect soon."""
+        """At most this many unsettled deliveries from now on, beside those held at the change; takes effect soon."""
         ...
 
     async def cancel(self) -> None:

@@ -44,10 +44,11 @@ def masked(url: str) -> str:
 
 @asynccontextmanager
 async def open_rabbitmq(url: str, namespace: str, process_id: str) -> AsyncIterator[RabbitQueue]:
-    """Connected on entry, or BrokerUnavailable within CONNECT_BUDGET_S; closed on exit."""
+    """Connected and able to publish on entry, or BrokerUnavailable within CONNECT_BUDGET_S + OPERATION_BUDGET_S; closed on exit."""
     queue = RabbitQueue(url, namespace, process_id)
     try:
         await queue._publishing.up(CONNECT_BUDGET_S)
+        await queue._ready_to_publish()
         yield queue
     finally:
         await queue.close()
@@ -260,6 +261,7 @@ class RabbitQueue:
         self._consuming = _Link(url, f"mqserve {namespace} {process_id} consuming")
         self._consumptions: list[RabbitConsumption] = []
         self._channel: JoinedChannel | None = None
+        self._opened = asyncio.Event()
         self._opener: asyncio.Task[None] = asyncio.create_task(self._keep_channel(), name="keep the publishing channel open")
 
     def __repr__(self) -> str:
@@ -290,8 +292,12 @@ class RabbitQueue:
     async def consume(self, backend: str, generation: int, prefetch: int, on_delivery: Callable[[Delivery], None]) -> RabbitConsumption:
         queue = queue_names.backend_queue(self._namespace, backend, generation)
         consumption = RabbitConsumption(self._consuming, queue, prefetch, on_delivery)
+        try:
+            await consumption.started()
+        except BaseException:
+            await consumption.close()  # or it would come to consume one day, unknown to anybody
+            raise
         self._consumptions.append(consumption)
-        await consumption.started()
         return consumption
 
     async def declare(self, backend: str, generation: int, max_length: int | None) -> None:
@@ -355,6 +361,13 @@ class RabbitQueue:
             return False
         return True
 
+    async def _ready_to_publish(self) -> None:
+        try:
+            async with asyncio.timeout(OPERATION_BUDGET_S):
+                await self._opened.wait()
+        except TimeoutError:
+            raise BrokerUnavailable(f"RabbitMQ opened no channel within {OPERATION_BUDGET_S:g} s: {self._publishing!r}") from None
+
     async def close(self) -> None:
         for consumption in self._consumptions:
             await consumption.close()
@@ -368,6 +381,7 @@ class RabbitQueue:
             try:
                 connection = await self._publishing.up()
                 self._channel = JoinedChannel(await _open_channel(connection, confirms=True))
+                self._opened.set()
                 pauses = delays()
                 await self._channel.wait_closed()
             except (Exception, asyncio.CancelledError) as error:

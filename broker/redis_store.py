@@ -232,6 +232,7 @@ class RedisStore:
             try:
                 async with asyncio.timeout(CALL_BUDGET_S):
                     await self._blocking.ping()
+                self._connected = True
                 on_gap()
                 pauses = delays()
                 while True:

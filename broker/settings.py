@@ -74,10 +74,9 @@ def read_secret(env: Mapping[str, str], name: str) -> str:
         return ""
     try:
         return Path(path).read_text().strip()
-    except OSError as error:
-        raise BadValue(
-            f"{PREFIX}{name}_FILE names {path!r}, which cannot be read ({error.strerror}): mend the path or its rights"
-        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise BadValue(f"{PREFIX}{name}_FILE names {path!r}, which cannot be read ({reason}): mend the path or its rights") from None
 
 
 def _check_scheme(url: str, schemes: tuple[str, ...], name: str) -> None:

@@ -5,6 +5,7 @@
 | `mqserve:<ns>:future:{id}`   | string | replica, or the one who finds it expired; once | whoever waits | RESULT_TTL_S |
 | `mqserve:<ns>:start:{id}`    | string | replica, of runs that last | the waiting process | the request's deadline |
 | `mqserve:<ns>:body:{id}`     | string | sender: a body by reference | replica      | the request's deadline + 60 s |
+| `mqserve:<ns>:body:{id.result}` | string | replica: a large result | whoever waits | RESULT_TTL_S          |
 | `mqserve:<ns>:inbox:<pid>`   | list   | replicas             | that process      | INBOX_TTL_S, renewed by each write |
 | `mqserve:<ns>:code:<sha256>` | string | clients              | replicas, proxies | none: deleted with the instance |
 | `mqserve:<ns>:desired`       | string | clients, by compare-and-set | all        | none                      |

@@ -233,6 +233,13 @@ def register_convertor(name: str, code: str) -> Change:
     return change
 
 
+def set_middlewares(code: str) -> Change:
+    def change(desired: Desired) -> Desired:
+        return msgspec.structs.replace(desired, http=msgspec.structs.replace(desired.http, middlewares=code))
+
+    return change
+
+
 def find_backend(desired: Desired, name: str) -> Backend:
     if name not in desired.backends:
         known = ", ".join(sorted(desired.backends)) or "none yet"

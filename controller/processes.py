@@ -13,8 +13,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from ..broker.lifeline import PIPE_VARIABLE
-from ..broker.settings import Settings
+from ..broker.settings import PREFIX, Settings
 from .node import Share
+
+# Nothing else is inherited: what a flag said must not be unsaid by a variable that only the parent was meant to read.
+_INHERITED = {PREFIX + name for name in ("VERBOSE", "ENVIRONMENTS", "NUM_CPUS", "NUM_GPUS", "RESOURCES")}
 
 
 class Process:
@@ -30,8 +33,8 @@ class Process:
         variables: Mapping[str, str] = {},
     ) -> None:
         self._arguments = arguments
-        environment = {**os.environ, **settings.to_env(), **variables, "PYTHONPATH": _import_path()}
-        environment.pop(PIPE_VARIABLE, None)
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX) or name in _INHERITED}
+        environment = {**inherited, **settings.to_env(), **variables, "PYTHONPATH": _import_path()}
         reading = self._writing = -1
         if not detached:
             reading, self._writing = os.pipe()

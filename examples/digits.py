@@ -28,9 +28,11 @@ class Digits:
     def __call__(self, request: serve.Request) -> dict | JSONResponse:
         image_id = request.path_params["image_id"]
         if request.method == "POST":
-            pixels = np.asarray(request.data, dtype=float)
-            if pixels.shape != (64,):
-                return JSONResponse({"detail": f"send a JSON list of 64 pixel values, not {pixels.shape}"}, status_code=422)
+            try:
+                pixels = np.asarray(request.data, dtype=float).reshape(64)
+            except (TypeError, ValueError):
+                wanted = "send 64 pixel values as a JSON list, with -H 'content-type: application/json'"
+                return JSONResponse({"detail": wanted}, status_code=422)
         elif image_id < len(self.images):
             pixels = self.images[image_id]
         else:

@@ -42,13 +42,28 @@ def start(
     with _lock:
         if _current is not None and not _current._closed:
             if _is_under_run:
-                return _current
+                return _join_run(_current, detached, http_options)
             raise InstanceError("this process has an instance already: use it, or call serve.shutdown() first")
         http, middlewares = parse_http_options(http_options)
         settings = Settings.read(broker_url=broker_url, store_url=store_url, namespace=namespace)
         options = StartOptions(http, middlewares, detached, with_node, node_id)
         _current = open_client(settings, options)
         return _current
+
+
+def _join_run(client: Client, detached: bool, http_options: dict[str, Any] | None) -> Client:
+    """`serve.start` in a file under `mqserve run`: middlewares apply, the rest was decided on the command line."""
+    _, middlewares = parse_http_options(http_options)
+    if others := sorted(set(http_options or {}) - {"middlewares"}):
+        raise InstanceError(
+            f"the instance of `mqserve run` is up already, so http_options {', '.join(others)} come too late: "
+            "give them as flags (--host, --port, --location, --debug), or start this file with `python`"
+        )
+    if detached:
+        raise InstanceError("the instance of `mqserve run` ends with it: for a detached one use `mqserve start`, then connect()")
+    if middlewares:
+        client.set_middlewares(middlewares)
+    return client
 
 
 def connect(*, broker_url: str | None = None, store_url: str | None = None, namespace: str | None = None) -> Client:

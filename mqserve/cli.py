@@ -106,7 +106,7 @@ def run(target: str, namespace: str | None, host: str, port: int, location: str,
 @cli.command()
 @namespace_option
 @_with(http_options)
-@click.option("--no-node", is_flag=True, help="Run no node here: only the controller.")
+@click.option("--no-node", is_flag=True, envvar="MQSERVE_NO_NODE", help="Run no node here: only the controller.")
 @_one_sentence
 def start(namespace: str | None, host: str, port: int, location: str, debug: bool, no_node: bool) -> int:
     """Start a detached instance: it runs until `mqserve shutdown`."""
@@ -152,7 +152,7 @@ def status(namespace: str | None) -> int:
 @click.option("--node-id", envvar="MQSERVE_NODE_ID", help="Its name; two nodes may share a machine [host name and process id].")
 @click.option("--http-host", envvar="MQSERVE_HTTP_HOST", help="Where this node's proxy listens [the instance's].")
 @click.option("--http-port", envvar="MQSERVE_HTTP_PORT", type=click.IntRange(0, 65535), help="Its port [the instance's].")
-@click.option("--no-proxy", is_flag=True, help="Never run a proxy here.")
+@click.option("--no-proxy", is_flag=True, envvar="MQSERVE_NO_PROXY", help="Never run a proxy here.")
 @click.option("--num-cpus", envvar="MQSERVE_NUM_CPUS", type=float, help="What this node offers [what the machine has].")
 @click.option("--num-gpus", envvar="MQSERVE_NUM_GPUS", type=int, help="GPUs it offers [those it sees].")
 @click.option("--resources", envvar="MQSERVE_RESOURCES", default="{}", help="What else it offers, as JSON: '{\"tpu\": 1}'.")

@@ -209,6 +209,14 @@ class Client:
     async def _register_convertor(self, name: str, packed: code.Code) -> None:
         await self._commit_to_proxies(changes.register_convertor(name, await code.save(self._links.store, self._links.keys, packed)))
 
+    def set_middlewares(self, middlewares: Sequence[Any]) -> None:
+        """Wraps all proxies in these, the first outermost: Starlette `Middleware` objects, or import strings of middleware classes."""
+        self._call(self._set_middlewares(code.pack(list(middlewares), (), self._signer) if middlewares else None))
+
+    async def _set_middlewares(self, packed: code.Code | None) -> None:
+        sha256 = await code.save(self._links.store, self._links.keys, packed) if packed is not None else ""
+        await self._commit_to_proxies(changes.set_middlewares(sha256))
+
     # Requests.
 
     @overload
@@ -228,7 +236,7 @@ class Client:
         return kind(endpoint_name, lambda: self.sender, missing_ok=missing_ok)
 
     def future(self, future_id: str, backend: str | None = None) -> Future:
-        """The future of a request that anybody sent: a minted id by itself, a publisher's own `message_id` with its backend."""
+        """The future of a request that anybody sent: a minted id by itself, a publisher's own `message_id` with its `backend`."""
         return self.sender.future(future_id, backend)
 
     def get(self, refs: Future | Sequence[Future], timeout: float | None = None) -> Any:

@@ -91,6 +91,8 @@ def read_result(result: Result, future_id: str, signer: Signer, backend: str | N
         raise BadValue(f"the result {future_id!r} is the answer of backend {result.backend!r}, not of {backend!r}")
     if result.error is not None:
         raise _exception(result.error, result, future_id, signer)
+    if result.content_type == "text/plain":  # without a charset: the handler returned bytes, or None
+        return result.body or None
     return decode_value(result.body, result.content_type, signer, Claim("result", result.backend, future_id))
 
 

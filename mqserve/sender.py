@@ -10,7 +10,7 @@ from typing import Any
 from .broker.caller import Caller
 from .broker.codecs import encode_value
 from .broker.documents import until
-from .broker.envelope import Meta, mint_id
+from .broker.envelope import MINTED_ID_LENGTH, Meta, mint_id
 from .broker.errors import InstanceError, MQServeError, UnknownEndpoint
 from .broker.results import Result
 from .broker.signing import Claim
@@ -112,9 +112,17 @@ class Sender:
 
     def future(self, future_id: str, backend: str | None) -> Future:
         """See `Client.future`."""
-        key = future_id if backend is None or len(future_id) == 32 else f"{backend}/{future_id}"
-        pending = self._runtime.submit(self._caller.result(key, timeout_s=None))
-        return Future(future_id, pending, lambda result: read_result(result, key, self._signer, backend))
+        keys = [future_id] if backend is None else [f"{backend}/{future_id}"]
+        if backend is not None and len(future_id) == MINTED_ID_LENGTH:
+            keys.append(future_id)  # it may be either
+        found: list[str] = []
+
+        async def find() -> Result:
+            key, result = await self._caller.first_result(keys)
+            found.append(key)
+            return result
+
+        return Future(future_id, self._runtime.submit(find()), lambda result: read_result(result, found[0], self._signer, backend))
 
 
 async def _resolved(value: Any) -> Any:

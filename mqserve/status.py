@@ -71,7 +71,11 @@ def _table(title: str, *columns: str) -> Table:
     for column in columns:
         numeric = column in ("ready", "wanted", "waiting", "running", "served")
         table.add_column(
-            column, justify="right" if numeric else "left", header_style="dim", no_wrap=not numeric and column in ("kind", "state")
+            column,
+            justify="right" if numeric else "left",
+            header_style="dim",
+            no_wrap=column in ("kind", "state", "last beat"),
+            overflow="fold",  # an id or a URL that is cut is of no use
         )
     return table
 

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +94,8 @@ class Proxy:
         field = f"proxy:{options.proxy_id}"
         self._presence = Presence(store, self._keys.beats, field, lambda: self._beat().to_bytes(), BEAT_EVERY_S)
         self._app: ProxyApp | None = None
+        self._outer = _Outermost()
+        self._middlewares = ""
         self._address: tuple[str, int] = (options.host, options.port)
 
     def __repr__(self) -> str:
@@ -127,7 +129,8 @@ class Proxy:
         app = self._app = ProxyApp(
             caller, await self._table(desired, Observed()), lambda: self._readiness(queue), debug=self._options.debug or desired.http.debug
         )
-        server = _Server(_uvicorn_config(await self._with_middlewares(app, desired)))
+        self._outer.app = await self._with_middlewares(app, desired)
+        server = _Server(_uvicorn_config(self._outer))
         async with asyncio.TaskGroup() as tasks:
             following = tasks.create_task(self._follow(app))
             serving = tasks.create_task(server.serve(sockets=[listener]))
@@ -146,7 +149,10 @@ class Proxy:
             if raw_desired is None:
                 continue
             try:
-                app.routes = await self._table(Desired.from_bytes(raw_desired), Observed.from_bytes(raw_observed))
+                desired = Desired.from_bytes(raw_desired)
+                app.routes = await self._table(desired, Observed.from_bytes(raw_observed))
+                if desired.http.middlewares != self._middlewares:
+                    self._outer.app = await self._with_middlewares(app, desired)
             except Exception:
                 logger.exception("cannot follow the new routes; serving the old ones")
             else:
@@ -163,6 +169,7 @@ class Proxy:
 
     async def _with_middlewares(self, app: ProxyApp, desired: Desired) -> Any:
         """The app inside the instance's middlewares, the first outermost."""
+        self._middlewares = desired.http.middlewares
         if not desired.http.middlewares:
             return app
         middlewares, _ = await code.load(self._store, self._keys, desired.http.middlewares, self._settings.signer)
@@ -191,6 +198,17 @@ class Proxy:
         )  # fmt: skip
 
 
+class _Outermost:
+    """What uvicorn calls: the app inside the middlewares of the moment."""
+
+    def __init__(self) -> None:
+        self.app: Any = None
+
+    def __call__(self, scope: Any, receive: Any, send: Any) -> Awaitable[None]:
+        called: Awaitable[None] = self.app(scope, receive, send)
+        return called
+
+
 class _Server(uvicorn.Server):
     """uvicorn, but signals are ours."""
 
@@ -201,6 +219,7 @@ class _Server(uvicorn.Server):
 
 def _uvicorn_config(app: Any) -> uvicorn.Config:
     return uvicorn.Config(
-        app, http="httptools", ws="none", lifespan="off", access_log=False, log_config=None, timeout_graceful_shutdown=DRAIN_S,
+        app, interface="asgi3",
+        http="httptools", ws="none", lifespan="off", access_log=False, log_config=None, timeout_graceful_shutdown=DRAIN_S,
         server_header=False, date_header=True,
     )  # fmt: skip

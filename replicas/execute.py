@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from .batching import split_results
 from .handler import Handler, Method
 from .replies import collect_stream, error_result, plain_result, value_result
 from .requests import BadBody, Request, ServeRequest
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +115,10 @@ class Execution:
         return plain_result(value, self.backend)
 
     def _failed(self, error: Exception, envelope: Envelope) -> Result:
-        return error_result(error, self.backend, envelope.future_id(self.backend), self.signer)
+        result = error_result(error, self.backend, envelope.future_id(self.backend), self.signer)
+        if result.status == 500:
+            logger.error("request %s of %s failed", envelope.id or "without an id", self.backend, exc_info=error)
+        return result
 
 
 def check_direct(envelope: Envelope) -> None:

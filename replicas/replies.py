@@ -46,9 +46,8 @@ def plain_result(value: object, backend: str) -> Result:
 def error_result(error: BaseException, backend: str, future_id: str, signer: Signer) -> Result:
     """An exception of the user's is a result too."""
     status = 422 if isinstance(error, BadBody) else 404 if isinstance(error, NoSuchMethod) else 500
-    kind = type(error)
     info = ErrorInfo(
-        type=kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}",
+        type=_public_name(type(error)),
         message=_message(error),
         traceback="".join(traceback.format_exception(error)),
         sealed=_seal_exception(error, backend, future_id, signer),
@@ -107,6 +106,14 @@ _encoder = msgspec.json.Encoder(enc_hook=_json_hook)
 
 def _encode_json(value: object) -> bytes:
     return _encoder.encode(_bytes_as_text(value) if isinstance(value, dict | list | tuple) else value)
+
+
+def _public_name(kind: type[BaseException]) -> str:
+    """What clients in other languages may match on: our own errors without the module they happen to live in."""
+    if kind.__module__ == "builtins":
+        return kind.__qualname__
+    package = kind.__module__.partition(".")[0]
+    return f"{package if package == 'mqserve' else kind.__module__}.{kind.__qualname__}"
 
 
 def _message(error: BaseException) -> str:

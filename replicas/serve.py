@@ -131,8 +131,7 @@ class Server:
         self._in_hand.setdefault(generation, set()).add(delivery)
         try:
             envelope = delivery.envelope()
-            if envelope.reply_to and queue_names.is_ours(self._namespace, envelope.reply_to):
-                raise BadEnvelope(f"reply_to names {envelope.reply_to!r}, a queue of this instance: name a queue of your own")
+            self._check_names(envelope)
         except BadEnvelope as error:
             return self._dead_letter(generation, delivery, error)
         job = Job(envelope, (generation, delivery))
@@ -143,6 +142,16 @@ class Server:
             self._start(self._admit(job))
         else:
             self._run(job)  # a first delivery of an id of ours: nobody can have run it, so the store is not asked
+
+    def _check_names(self, envelope: Envelope) -> None:
+        """A message may be anybody's: it names no queue of ours to reply to, and no keys but an inbox and its own body."""
+        header = envelope.header
+        if envelope.reply_to and queue_names.is_ours(self._namespace, envelope.reply_to):
+            raise BadEnvelope(f"reply_to names {envelope.reply_to!r}, a queue of this instance: name a queue of your own")
+        if header.inbox and not header.inbox.startswith(self._keys.inbox("")):
+            raise BadEnvelope(f"the mq header's inbox names {header.inbox!r}, which is none")
+        if header.ref and header.ref != self._keys.body(envelope.id):
+            raise BadEnvelope(f"the mq header's ref names {header.ref!r}, which is not this message's body")
 
     async def _admit(self, job: Job) -> None:
         """The requests that may have been run before, or whose body is elsewhere or a stranger's: looked at first."""
@@ -157,7 +166,7 @@ class Server:
             if (future_id := envelope.future_id(self._backend)) and (raw := await self._store.get(self._keys.future(future_id))):
                 return await self._answer_again(job, raw)
         except BadEnvelope as error:
-            self._refuse(job, error)
+            await self._refuse(job, error)
         except StoreUnavailable as error:
             logger.warning("giving back a request of %s: %s", self._backend, error)
             self._give_back(job)
@@ -214,11 +223,11 @@ class Server:
             if envelope.id and len(result.body) > INLINE_RESULT_BYTES:
                 key = self._keys.body(f"{envelope.future_id(self._backend)}.result")
                 await self._store.set(key, result.body, ttl_ms=RESULT_TTL_S * 1000)
-                await self._record(job, msgspec.structs.replace(result, body=b"", ref=key))
-            elif envelope.id:
-                await self._record(job, result)
+                first = await self._record(job, msgspec.structs.replace(result, body=b"", ref=key))
+            else:
+                first = not envelope.id or await self._record(job, result)
             if envelope.reply_to:
-                await self._reply(envelope, result)
+                await self._reply(envelope, result if first else await self._stored(envelope, result))
         except MQServeError as error:
             logger.warning("giving back a finished request of %s: %s", self._backend, error)
             self._give_back(job)
@@ -240,15 +249,30 @@ class Server:
     async def _answer_again(self, job: Job, raw: bytes) -> None:
         """It has a result already: whoever asks by AMQP gets that one, and nothing runs."""
         if job.envelope.reply_to:
-            await self._reply(job.envelope, Result.from_bytes(raw))
+            await self._reply(job.envelope, await self._whole(Result.from_bytes(raw)))
         self._ack(job)
 
-    def _refuse(self, job: Job, error: BadEnvelope) -> None:
-        """Bytes that will never parse: set aside for operators, and whoever waits is told."""
+    async def _stored(self, envelope: Envelope, ours: Result) -> Result:
+        """Another run of the same request was first, and its result is the one that counts."""
+        raw = await self._store.get(self._keys.future(envelope.future_id(self._backend)))
+        return ours if raw is None else await self._whole(Result.from_bytes(raw))
+
+    async def _whole(self, result: Result) -> Result:
+        if not result.ref:
+            return result
+        return msgspec.structs.replace(result, body=await self._store.get(result.ref) or b"", ref="")
+
+    async def _refuse(self, job: Job, error: BadEnvelope) -> None:
+        """Bytes that will never parse: whoever waits is told, and they are set aside for operators."""
         generation, delivery = job.tag
-        if job.envelope.id:
-            info = ErrorInfo(type="mqserve.BadEnvelope", message=str(error))
-            self._record(job, Result(status=422, backend=self._backend, error=info)).add_done_callback(lambda done: done.exception())
+        refusal = Result(status=422, backend=self._backend, error=ErrorInfo(type="mqserve.BadEnvelope", message=str(error)))
+        try:
+            if job.envelope.id:
+                await self._record(job, refusal)
+            if job.envelope.reply_to:
+                await self._reply(job.envelope, refusal)
+        except MQServeError as failure:
+            logger.warning("cannot tell the sender of a refused message of %s: %s", self._backend, failure)
         self._dead_letter(generation, delivery, error)
 
     def _dead_letter(self, generation: int, delivery: Delivery, error: BadEnvelope) -> None:

@@ -1,13 +1,14 @@
 """What every test may ask for: the URLs of real servers, the servers themselves, and a namespace of its own."""
 
 import os
-import re
-import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import pytest
 
+import mqserve as serve
+from tests.instances import FORMS, SECRET_KEY, CommandLine, Deploy, new_namespace, started
 from tests.servers import HOW_TO_INSTALL, PrivateRabbitMQ, PrivateRedis, PrivateServer, ServerMissing
 
 Server = TypeVar("Server", bound=PrivateServer)
@@ -105,8 +106,58 @@ def running(make: Callable[[], Server]) -> Iterator[Server]:
 @pytest.fixture
 def namespace(request: pytest.FixtureRequest) -> str:
     """A namespace no other test has, with the test's name in it: it shows in queues, keys and logs."""
-    words = re.sub(r"[^a-z0-9]+", "-", request.node.name.removeprefix("test_").lower())
-    return f"{words[:27].strip('-')}-{uuid.uuid4().hex[:12]}"
+    return new_namespace(request.node.name.removeprefix("test_"))
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def form(request: pytest.FixtureRequest) -> str:
+    """Both forms in turn; a module's `distributed_only` tests have one."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def client(form: str, request: pytest.FixtureRequest) -> Iterator[serve.Client]:
+    """An instance that the tests of a module share, on a free port; its `HTTP_OPTIONS` are the module's, if it has any."""
+    options = getattr(request.module, "HTTP_OPTIONS", {})
+    urls = {name: request.getfixturevalue(name) for name in ("broker_url", "store_url")} if form == "distributed" else {}
+    with started(**urls, namespace=new_namespace(request.module.__name__.rpartition("test_")[2]), **options) as client:
+        yield client
+
+
+@pytest.fixture
+def url(client: serve.Client) -> str:
+    """Where the instance's proxy listens."""
+    return client.http_url()
+
+
+@pytest.fixture
+def deploy(client: serve.Client) -> Iterator[Deploy]:
+    """Deploys to the module's instance, until the end of the test."""
+    deploy = Deploy(client)
+    yield deploy
+    deploy.undo()
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Iterator[CommandLine]:
+    """The command line of somebody who has set nothing, in an empty folder."""
+    shell = CommandLine(tmp_path)
+    yield shell
+    shell.close()
+
+
+@pytest.fixture
+def distributed_shell(tmp_path: Path, broker_url: str, store_url: str, namespace: str) -> Iterator[CommandLine]:
+    """The command line of somebody whose environment names a broker, a store, a key and a namespace."""
+    shell = CommandLine(
+        tmp_path,
+        MQSERVE_BROKER_URL=broker_url,
+        MQSERVE_STORE_URL=store_url,
+        MQSERVE_SECRET_KEY=SECRET_KEY,
+        MQSERVE_NAMESPACE=namespace,
+    )
+    yield shell
+    shell.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,285 @@
+"""A request and its result, over both forms, with a replica of a few lines."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from mqserve.broker.caller import Caller, Ticket
+from mqserve.broker.embedded_queue import EmbeddedQueue
+from mqserve.broker.embedded_store import EmbeddedStore
+from mqserve.broker.envelope import Envelope, Header, Meta, mint_id
+from mqserve.broker.errors import BrokerUnavailable, NotRouted, Overloaded, TooLarge
+from mqserve.broker.queue import Delivery, Queue, Settled
+from mqserve.broker.results import INLINE_BYTES, Result, note_of
+from mqserve.broker.store import Record, Store
+from mqserve.broker.store_keys import StoreKeys
+from tests.broker.traffic import Hands, until
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_a_request_is_answered(caller: Caller, replica: "EchoReplica") -> None:
+    ticket = send(caller, b"hello")
+    result = await answer(ticket)
+    assert (result.status, result.body) == (200, b"hello")
+    assert repr(caller).endswith("0 waiting>")
+
+
+async def test_many_requests_get_each_its_own_answer(caller: Caller, replica: "EchoReplica") -> None:
+    bodies = [b"%d" % number for number in range(300)]
+    results = await asyncio.gather(*(answer(send(caller, body)) for body in bodies))
+    assert [result.body for result in results] == bodies
+    assert repr(caller).endswith("0 waiting>")
+
+
+async def test_a_large_result_is_read_by_its_key(caller: Caller, replica: "EchoReplica") -> None:
+    body = b"x" * (INLINE_BYTES + 1)
+    assert (await answer(send(caller, body))).body == body
+
+
+async def test_a_body_of_2_mib_travels_by_reference(caller: Caller, queue: Queue, store: Store) -> None:
+    body = b"x" * (2 * 1024 * 1024)
+    hands = await consumed(queue)
+    ticket = send(caller, body)
+    await hands.hold(1)
+    envelope = hands.held[0].envelope()
+    assert envelope.body == b""
+    assert envelope.header.origin == "http"
+    assert await store.get(envelope.header.ref) == body
+    hands.ack_all()
+    ticket.future.cancel()
+
+
+async def test_a_result_with_its_body_by_reference_comes_whole(caller: Caller, queue: Queue, store: Store, keys: StoreKeys) -> None:
+    hands = await consumed(queue)
+    ticket = send(caller)
+    await hands.hold(1)
+    await store.set(keys.body("large"), b"whole")
+    await recorded(store, keys, hands.held[0].envelope(), Result(status=201, ref=keys.body("large")))
+    result = await answer(ticket)
+    assert (result.status, result.body, result.ref) == (201, b"whole", "")
+
+
+async def test_the_replica_sees_what_the_caller_meant(caller: Caller, queue: Queue, keys: StoreKeys) -> None:
+    hands = await consumed(queue)
+    meta = Meta(path="/a", query=b"b=c", headers=((b"x", b"y"),))
+    ticket = caller.send("b", b"body", "text/plain", meta, origin="handle", timeout_s=10)
+    await hands.hold(1)
+    envelope = hands.held[0].envelope()
+    assert (envelope.id, envelope.body, envelope.content_type, envelope.header.meta) == (ticket.id, b"body", "text/plain", meta)
+    assert (envelope.header.origin, envelope.header.inbox) == ("handle", keys.inbox("test"))
+    assert envelope.minted
+    ticket.future.cancel()
+
+
+async def test_an_unanswered_request_is_a_504_by_its_deadline_and_recorded(
+    caller: Caller, queue: Queue, store: Store, keys: StoreKeys
+) -> None:
+    await queue.declare("b", 1, None)
+    begun = time.monotonic()
+    ticket = send(caller, timeout_s=0.2)
+    result = await answer(ticket)
+    assert 0.19 < time.monotonic() - begun < 1.2
+    assert result.status == 504
+    assert result.error is not None and "(queue)" in result.error.message
+    recorded_result = await store.get(keys.future(ticket.id))
+    assert recorded_result is not None and Result.from_bytes(recorded_result) == result
+    assert repr(caller).endswith("0 waiting>")
+
+
+async def test_a_request_that_was_started_is_said_to_have_run_out_of_time_running(
+    caller: Caller, queue: Queue, store: Store, keys: StoreKeys
+) -> None:
+    await queue.declare("b", 1, None)
+    ticket = send(caller, timeout_s=0.2)
+    await store.set(keys.start(ticket.id), b"1")
+    result = await answer(ticket)
+    assert result.error is not None and "(run)" in result.error.message
+
+
+async def test_deadlines_come_in_their_own_order(caller: Caller, queue: Queue) -> None:
+    await queue.declare("b", 1, None)
+    last, first, second = (send(caller, timeout_s=timeout_s).future for timeout_s in (0.3, 0.1, 0.2))
+    late: list[object] = []
+    for future in (last, first, second):
+        future.add_done_callback(late.append)
+    await until(lambda: len(late) == 3)
+    assert late == [first, second, last]
+
+
+async def test_a_result_recorded_first_beats_the_deadline(caller: Caller, queue: Queue, store: Store, keys: StoreKeys) -> None:
+    await queue.declare("b", 1, None)
+    ticket = send(caller, timeout_s=0.2)
+    untold = Envelope(ticket.id, b"", "text/plain", Header(origin="http"))
+    await recorded(store, keys, untold, Result(body=b"just in time"))
+    assert (await answer(ticket)).body == b"just in time"
+
+
+async def test_a_request_for_an_unknown_backend_fails(caller: Caller, queue: Queue) -> None:
+    await queue.declare("b", 1, None)
+    with pytest.raises(NotRouted):
+        await answer(send(caller, backend="unknown"))
+    assert repr(caller).endswith("0 waiting>")
+
+
+async def test_a_request_for_a_full_backend_fails(caller: Caller, queue: Queue) -> None:
+    await queue.declare("b", 1, max_length=1)
+    kept, refused = send(caller), send(caller)
+    with pytest.raises(Overloaded):
+        await answer(refused)
+    assert repr(caller).endswith("1 waiting>")
+    kept.future.cancel()
+
+
+@pytest.mark.parametrize(("body", "headers", "status"), [(b"x" * (64 * 1024 * 1024 + 1), b"", 413), (b"", b"x" * 200_000, 431)])
+async def test_what_is_too_large_is_refused_at_once_and_not_waited_for(caller: Caller, body: bytes, headers: bytes, status: int) -> None:
+    with pytest.raises(TooLarge) as refusal:
+        caller.send("b", body, "text/plain", Meta(headers=((b"h", headers),)), origin="http", timeout_s=1)
+    assert refusal.value.status == status
+    assert repr(caller).endswith("0 waiting>")
+
+
+async def test_the_result_of_a_strangers_request_can_be_waited_for(caller: Caller, store: Store, keys: StoreKeys) -> None:
+    stranger = Envelope(mint_id(), b"", "text/plain")
+    waiting = asyncio.create_task(caller.result(stranger.id, timeout_s=10))
+    await recorded(store, keys, stranger, Result(body=b"theirs"))
+    assert (await waiting).body == b"theirs"
+    assert (await caller.result(stranger.id, timeout_s=0)).body == b"theirs"
+
+
+async def test_waiting_for_a_result_that_does_not_come_ends_in_time(caller: Caller) -> None:
+    with pytest.raises(TimeoutError):
+        await caller.result(mint_id(), timeout_s=0.05)
+
+
+async def test_one_who_stops_waiting_for_a_stranger_takes_nothing_from_the_others(caller: Caller, store: Store, keys: StoreKeys) -> None:
+    stranger = Envelope(mint_id(), b"", "text/plain")
+    patient = asyncio.create_task(caller.result(stranger.id, timeout_s=10))
+    with pytest.raises(TimeoutError):
+        await caller.result(stranger.id, timeout_s=0.05)
+    await recorded(store, keys, stranger, Result(body=b"theirs"))
+    async with asyncio.timeout(5):
+        assert (await patient).body == b"theirs"
+
+
+async def test_a_cancelled_wait_for_a_stranger_leaves_no_task_behind(caller: Caller) -> None:
+    before = asyncio.all_tasks()
+    waiting = asyncio.create_task(caller.result(mint_id(), timeout_s=None))
+    await until(lambda: len(asyncio.all_tasks() - before) == 2)
+    waiting.cancel()
+    await until(lambda: asyncio.all_tasks() <= before)
+
+
+async def test_a_wait_that_ends_does_not_end_the_request(caller: Caller, queue: Queue, store: Store, keys: StoreKeys) -> None:
+    hands = await consumed(queue)
+    ticket = send(caller)
+    with pytest.raises(TimeoutError):
+        await caller.result(ticket.id, timeout_s=0.05)
+    await hands.hold(1)
+    await recorded(store, keys, hands.held[0].envelope(), Result(body=b"in the end"))
+    assert (await answer(ticket)).body == b"in the end"
+
+
+async def test_a_result_that_stood_before_the_inbox_was_read_is_found(queue: Queue, store: Store, keys: StoreKeys) -> None:
+    hands = await consumed(queue)
+    caller = Caller(queue, store, keys, "late reader")
+    ticket = send(caller)
+    await hands.hold(1)
+    untold = Envelope(ticket.id, b"", "text/plain")
+    await recorded(store, keys, untold, Result(body=b"early"))
+    async with running(caller):
+        assert (await answer(ticket)).body == b"early"
+
+
+@pytest.mark.parametrize("maybe_sent", [False, True])
+async def test_a_request_is_published_again_when_the_broker_was_away(maybe_sent: bool, keys: StoreKeys) -> None:
+    queue, store = QueueThatIsAway(for_publishes=2, maybe_sent=maybe_sent), EmbeddedStore()
+    hands = await consumed(queue)
+    async with running(Caller(queue, store, keys, "test")) as caller:
+        ticket = send(caller)
+        await hands.hold(1)
+        assert hands.held[0].envelope().header.again is maybe_sent
+        ticket.future.cancel()
+
+
+async def test_a_request_fails_when_the_broker_stays_away(keys: StoreKeys) -> None:
+    queue = QueueThatIsAway(for_publishes=1000, maybe_sent=False)
+    async with running(Caller(queue, EmbeddedStore(), keys, "test")) as caller:
+        with pytest.raises(BrokerUnavailable):
+            await answer(send(caller))
+
+
+def send(caller: Caller, body: bytes = b"", backend: str = "b", timeout_s: float = 10) -> Ticket:
+    return caller.send(backend, body, "application/octet-stream", Meta(), origin="http", timeout_s=timeout_s)
+
+
+async def answer(ticket: Ticket) -> Result:
+    async with asyncio.timeout(10):
+        return await ticket.future
+
+
+async def recorded(store: Store, keys: StoreKeys, envelope: Envelope, result: Result) -> None:
+    """The result of the request stands in the store, and its inbox, if it names one, has been told."""
+    raw = result.to_bytes()
+    await store.record(Record(keys.future(envelope.id), raw, envelope.header.inbox, note_of(envelope.id, raw), store.now_ms() + 10_000))
+
+
+async def consumed(queue: Queue) -> Hands:
+    hands = Hands()
+    await queue.declare("b", 1, None)
+    await queue.consume("b", 1, 10, hands)
+    return hands
+
+
+@asynccontextmanager
+async def running(caller: Caller) -> AsyncIterator[Caller]:
+    reader = asyncio.create_task(caller.run())
+    try:
+        yield caller
+    finally:
+        reader.cancel()
+        await asyncio.gather(reader, return_exceptions=True)
+
+
+class EchoReplica:
+    """Answers every request with its own body."""
+
+    def __init__(self, store: Store, keys: StoreKeys) -> None:
+        self._store = store
+        self._keys = keys
+
+    def __call__(self, delivery: Delivery) -> None:
+        envelope = delivery.envelope()
+        raw = Result(body=envelope.body).to_bytes()
+        record = Record(self._keys.future(envelope.id), raw, envelope.header.inbox, note_of(envelope.id, raw), envelope.header.deadline)
+        self._store.record(record).add_done_callback(lambda _: delivery.ack())
+
+
+class QueueThatIsAway(EmbeddedQueue):
+    """For the first so many publishes."""
+
+    def __init__(self, for_publishes: int, *, maybe_sent: bool) -> None:
+        super().__init__()
+        self._refusals = [BrokerUnavailable("away", maybe_sent=maybe_sent) for _ in range(for_publishes)]
+
+    def publish(self, backend: str, envelope: Envelope, settled: Settled) -> None:
+        if self._refusals:
+            return settled(self._refusals.pop())
+        super().publish(backend, envelope, settled)
+
+
+@pytest.fixture
+async def caller(queue: Queue, store: Store, keys: StoreKeys) -> AsyncIterator[Caller]:
+    async with running(Caller(queue, store, keys, "test")) as caller:
+        yield caller
+
+
+@pytest.fixture
+async def replica(queue: Queue, store: Store, keys: StoreKeys) -> EchoReplica:
+    replica = EchoReplica(store, keys)
+    await queue.declare("b", 1, None)
+    await queue.consume("b", 1, 10, replica)
+    return replica

@@ -1,0 +1,200 @@
+"""Code travels by name where every machine has it, else by value and sealed, and arrives as it left."""
+
+import hashlib
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import msgspec
+import pytest
+import starlette.requests
+
+from mqserve.broker.code import load, load_import_string, pack, save, unpack
+from mqserve.broker.errors import BadEnvelope, BadSignature, BadValue, NotEncodable
+from mqserve.broker.signing import Claim, Signer
+from mqserve.broker.store import Store
+from mqserve.broker.store_keys import StoreKeys
+
+NO_SIGNER = Signer([], "ns")
+USER_CODE = """
+from dataclasses import dataclass
+
+GREETING = "Hello"
+
+def helper(name):
+    return f"{GREETING}, {name}!"
+
+def hello(name):
+    return helper(name)
+
+@dataclass
+class Greeter:
+    greeting: str
+
+    def __call__(self, name):
+        return f"{self.greeting}, {name}!"
+
+    class Inner:
+        pass
+"""
+
+
+def test_a_function_of_the_main_file_arrives_by_value_in_a_process_without_that_file(
+    main_module: ModuleType, signer: Signer, namespace: str, tmp_path: Path
+) -> None:
+    code = pack(main_module.hello, (), signer)
+    assert (code.name, code.target) == ("hello", "")
+    script = (
+        "import sys; from mqserve.broker.code import unpack; from mqserve.broker.signing import Signer\n"
+        "raw = open(sys.argv[1], 'rb').read()\n"
+        "target, args = unpack(raw, sys.argv[2], Signer([b'k' * 32], sys.argv[3]))\n"
+        "print(target('there'), args)"
+    )
+    (tmp_path / "code").write_bytes(code.to_bytes())
+    command = [sys.executable, "-c", script, str(tmp_path / "code"), code.sha256, namespace]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "Hello, there! []\n"
+
+
+def test_code_run_as_main_goes_by_value_even_from_an_installed_file(
+    main_module: ModuleType, signer: Signer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = Path(sysconfig.get_paths()["purelib"], "package", "__main__.py")
+    monkeypatch.setattr(main_module, "__file__", str(installed), raising=False)
+    assert pack(main_module.hello, (), signer).sealed
+
+
+def test_code_of_a_users_own_module_arrives_without_it(user_module: ModuleType, signer: Signer) -> None:
+    code = pack(user_module.Greeter, ("Hi",), signer)
+    del sys.modules[user_module.__name__]
+    target, args = unpack(code.to_bytes(), code.sha256, signer)
+    assert target(*args)("there") == "Hi, there!"
+
+
+def test_a_closure_and_an_object_arrive_by_value(signer: Signer) -> None:
+    suffix = "!"
+    for target in (lambda name: name + suffix, Shout("!")):
+        code = pack(target, (), signer)
+        arrived, _ = unpack(code.to_bytes(), code.sha256, signer)
+        assert arrived("hi") == "hi!"
+
+
+@pytest.mark.parametrize("target", [starlette.requests.Request, starlette.requests.Request.body])
+def test_code_of_an_installed_package_goes_by_name_and_without_a_key(target: Any) -> None:
+    code = pack(target, (), NO_SIGNER)
+    assert (code.target, code.sealed) == (f"starlette.requests:{target.__qualname__}", b"")
+    assert unpack(code.to_bytes(), code.sha256, NO_SIGNER) == (target, [])
+
+
+def test_an_installed_name_that_leads_elsewhere_goes_by_value(signer: Signer, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = starlette.requests.cookie_parser
+    monkeypatch.setattr(starlette.requests, "cookie_parser", lambda text: {"replaced": text})
+    assert pack(original, (), signer).sealed
+
+
+@pytest.mark.parametrize("name", ["{}:Greeter", "{}.Greeter", "{}:Greeter.Inner"])
+def test_an_import_string_goes_as_it_is_and_is_found_in_either_spelling(user_module: ModuleType, name: str) -> None:
+    target = name.format(user_module.__name__)
+    code = pack(target, (1, "two"), NO_SIGNER)
+    assert (code.name, code.target) == (target, target)
+    found, args = unpack(code.to_bytes(), code.sha256, NO_SIGNER)
+    assert found.__qualname__ == target.rpartition(":")[2].removeprefix(f"{user_module.__name__}.")
+    assert args == [1, "two"]
+
+
+@pytest.mark.parametrize("target", ["", "word", ":attribute", "module:", ".attribute"])
+def test_an_import_string_that_names_nothing_is_refused_with_the_right_form(target: str) -> None:
+    with pytest.raises(BadValue, match=r"package\.module:attribute"):
+        pack(target, (), NO_SIGNER)
+
+
+def test_a_missing_attribute_or_module_is_an_import_error_that_names_it(user_module: ModuleType) -> None:
+    with pytest.raises(ImportError, match="'nothing'"):
+        load_import_string(f"{user_module.__name__}:Greeter.nothing")
+    with pytest.raises(ImportError, match="no_such_module"):
+        load_import_string("no_such_module:attribute")
+
+
+def test_without_a_key_code_by_value_is_refused_and_both_ways_out_are_named(user_module: ModuleType) -> None:
+    with pytest.raises(NotEncodable, match=r"hello .*MQSERVE_SECRET_KEY.*'package\.module:hello'"):
+        pack(user_module.hello, (), NO_SIGNER)
+
+
+def test_without_a_key_arguments_that_need_a_pickle_are_refused() -> None:
+    with pytest.raises(NotEncodable, match="complex"):
+        pack("package.module:attribute", (1j,), NO_SIGNER)
+
+
+def test_code_that_does_not_pickle_is_refused_with_the_way_out(signer: Signer) -> None:
+    generator = (number for number in range(3))
+    with pytest.raises(NotEncodable, match="keep such objects out of globals and closures"):
+        pack(lambda: next(generator), (), signer)
+
+
+def test_changed_bytes_are_refused(user_module: ModuleType, signer: Signer) -> None:
+    code = pack(user_module.hello, (), signer)
+    with pytest.raises(BadSignature, match="hash"):
+        unpack(code.to_bytes() + b"\x00", code.sha256, signer)
+
+
+def test_code_sealed_by_another_key_is_refused_even_under_its_right_hash(user_module: ModuleType, signer: Signer, namespace: str) -> None:
+    foreign = pack(user_module.hello, (), Signer([b"x" * 32], namespace))
+    with pytest.raises(BadSignature):
+        unpack(foreign.to_bytes(), foreign.sha256, signer)
+    forged = msgspec.structs.replace(foreign, sealed=signer.seal(b"any", Claim("result")))
+    with pytest.raises(BadSignature):
+        unpack(forged.to_bytes(), forged.sha256, signer)
+
+
+def test_bytes_that_are_no_code_are_refused(signer: Signer) -> None:
+    raw = b"\xc1"
+    with pytest.raises(BadEnvelope):
+        unpack(raw, hashlib.sha256(raw).hexdigest(), signer)
+
+
+def test_the_same_code_has_the_same_hash_and_other_arguments_another() -> None:
+    one, same, other = (pack("pkg.mod:f", args, NO_SIGNER) for args in ((1,), (1,), (2,)))
+    assert one.sha256 == same.sha256 != other.sha256
+
+
+@pytest.mark.anyio
+async def test_code_is_kept_in_the_store_under_its_hash(store: Store, keys: StoreKeys, signer: Signer, user_module: ModuleType) -> None:
+    sha256 = await save(store, keys, pack(user_module.Greeter, ("Hi",), signer))
+    target, args = await load(store, keys, sha256, signer)
+    assert target(*args)("there") == "Hi, there!"
+
+
+@pytest.mark.anyio
+async def test_code_that_is_not_in_the_store_is_said_to_be_missing(store: Store, keys: StoreKeys, signer: Signer) -> None:
+    with pytest.raises(BadValue, match="deploy it again"):
+        await load(store, keys, "0" * 64, signer)
+
+
+class Shout:
+    def __init__(self, suffix: str) -> None:
+        self._suffix = suffix
+
+    def __call__(self, name: str) -> str:
+        return name + self._suffix
+
+
+@pytest.fixture
+def main_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """User code executed as `__main__`, as `mqserve run` does it."""
+    module = ModuleType("__main__")
+    monkeypatch.setitem(sys.modules, "__main__", module)
+    exec(USER_CODE, module.__dict__)
+    return module
+
+
+@pytest.fixture
+def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """User code in a file of its own, importable and not installed."""
+    name = "the_users_greetings"
+    (tmp_path / f"{name}.py").write_text(USER_CODE)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield __import__(name)
+    sys.modules.pop(name, None)

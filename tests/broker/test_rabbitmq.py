@@ -1,0 +1,220 @@
+"""What only the queue on RabbitMQ goes through: losses, reconnects, strangers."""
+
+import asyncio
+import time
+from typing import Any
+
+import pika
+import pytest
+
+from mqserve.broker.envelope import Envelope, Header
+from mqserve.broker.errors import BadEnvelope, BrokerUnavailable
+from mqserve.broker.queue_names import dead_queue, requests_exchange
+from mqserve.broker.rabbitmq import masked, open_rabbitmq
+from tests.broker.relay import relayed
+from tests.broker.traffic import AckingHands, Hands, accepted, accepted_at_last, depth_is, publish, text, until
+from tests.servers import PrivateRabbitMQ, free_port
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_a_broker_that_is_not_there_is_said_in_time_and_without_the_password(namespace: str) -> None:
+    begun = time.monotonic()
+    with pytest.raises(BrokerUnavailable) as refusal:
+        async with open_rabbitmq(f"amqp://user:hunter2@127.0.0.1:{free_port()}/", namespace, "test"):
+            pass
+    assert time.monotonic() - begun < 10
+    assert "hunter2" not in str(refusal.value)
+    assert "user:***@127.0.0.1" in str(refusal.value)
+    assert "MQSERVE_BROKER_URL" in str(refusal.value)
+
+
+def test_a_url_without_a_password_is_shown_as_it_is() -> None:
+    assert masked("amqp://somewhere:5672/vhost") == "amqp://somewhere:5672/vhost"
+
+
+async def test_an_opened_queue_publishes_at_once(broker_url: str, namespace: str) -> None:
+    async with open_rabbitmq(broker_url, namespace, "controller") as queue:
+        await queue.declare("b", 1, None)
+    async with open_rabbitmq(broker_url, namespace, "proxy") as queue:
+        assert queue.connected
+        assert await publish(queue, text("a")) is None
+
+
+async def test_a_publish_pending_when_the_connection_is_lost_may_have_been_sent(broker_url: str, namespace: str) -> None:
+    async with relayed(broker_url) as relay, open_rabbitmq(relay.url, namespace, "test") as queue:
+        await queue.declare("b", 1, None)
+        relay.hold_answers()
+        pending = [publish(queue, text(body)) for body in "ab"]
+        async with open_rabbitmq(broker_url, namespace, "witness") as witness:
+            await depth_is(witness, 2)
+            relay.cut()
+            fates = await asyncio.gather(*pending)
+        assert [isinstance(fate, BrokerUnavailable) and fate.maybe_sent for fate in fates] == [True, True]
+
+
+async def test_a_publish_without_a_connection_was_not_sent(broker_url: str, namespace: str) -> None:
+    async with relayed(broker_url) as relay, open_rabbitmq(relay.url, namespace, "test") as queue:
+        await queue.declare("b", 1, None)
+        relay.cut()
+        await until(lambda: not queue.connected)
+        fate = await publish(queue, text("a"))
+        assert isinstance(fate, BrokerUnavailable)
+        assert not fate.maybe_sent
+
+
+async def test_a_consumer_comes_back_when_the_broker_closes_its_connections(broker_server: PrivateRabbitMQ, namespace: str) -> None:
+    async with open_rabbitmq(broker_server.url, namespace, "test") as queue:
+        await queue.declare("b", 1, None)
+        hands = Hands()
+        await queue.consume("b", 1, 10, hands)
+        await accepted(queue, text("held over the loss"))
+        await hands.hold(1)
+        await asyncio.to_thread(broker_server.ctl, "close_all_connections", "test")
+        await until(lambda: len(hands) == 2)
+        lost, again = hands.held
+        assert again.redelivered
+        lost.ack()
+        again.ack()
+        await accepted_at_last(queue, text("after it"))
+        await until(lambda: hands.bodies == ["held over the loss", "held over the loss", "after it"])
+
+
+async def test_a_consumer_of_a_deleted_queue_does_not_keep_the_others_down(broker_url: str, namespace: str) -> None:
+    async with relayed(broker_url) as relay, open_rabbitmq(relay.url, namespace, "test") as queue:
+        hands = AckingHands()
+        for backend in "ab":
+            await queue.declare(backend, 1, None)
+            await queue.consume(backend, 1, 10, hands)
+        await queue.delete("a", 1, only_if_empty=False)
+        await accepted(queue, text("before the loss"), backend="b")
+        await until(lambda: hands.seen == ["before the loss"])
+        relay.cut()
+        await accepted_at_last(queue, text("after the loss"), backend="b")
+        await until(lambda: hands.seen[-1] == "after the loss")
+
+
+async def test_a_consumer_comes_back_when_its_queue_does(broker_url: str, namespace: str) -> None:
+    async with open_rabbitmq(broker_url, namespace, "test") as queue:
+        hands = AckingHands()
+        await queue.declare("b", 1, None)
+        await queue.consume("b", 1, 10, hands)
+        await queue.delete("b", 1, only_if_empty=False)
+        await queue.declare("b", 1, None)
+        await accepted(queue, text("a"))
+        await until(lambda: hands.seen == ["a"])
+
+
+async def test_messages_survive_a_restart_of_the_broker_when_they_are_persistent(broker_server: PrivateRabbitMQ, namespace: str) -> None:
+    async with open_rabbitmq(broker_server.url, namespace, "test") as queue:
+        hands = AckingHands()
+        await queue.declare("b", 1, None)
+        await accepted(queue, text("job", persistent=True))
+        await asyncio.to_thread(broker_server.kill)
+        await asyncio.to_thread(broker_server.start)
+        await until(lambda: queue.connected)
+        await queue.consume("b", 1, 10, hands)
+        await until(lambda: hands.seen == ["job"])
+
+
+async def test_nothing_is_left_unacked_after_many_acks_out_of_order(broker_url: str, namespace: str) -> None:
+    async with open_rabbitmq(broker_url, namespace, "test") as queue:
+        await queue.declare("b", 1, None)
+        hands = Hands()
+        consumption = await queue.consume("b", 1, 500, hands)
+        await accepted(queue, *(text(str(number)) for number in range(500)))
+        await hands.hold(500)
+        kept = hands.held.pop(100)
+        for delivery in hands.held[::2] + hands.held[1::2]:
+            delivery.ack()
+        kept.requeue()
+        await consumption.cancel()
+        await depth_is(queue, 1)  # unacked ones would come back with the channel
+        witness = Hands()
+        await queue.consume("b", 1, 500, witness)
+        await witness.hold(1)
+        assert witness.bodies == ["100"]
+
+
+async def test_a_consumer_of_a_queue_that_is_not_there_is_refused_and_leaves_nothing_behind(broker_url: str, namespace: str) -> None:
+    async with open_rabbitmq(broker_url, namespace, "test") as queue:
+        with pytest.raises(BrokerUnavailable, match="did not let us consume"):
+            await queue.consume("b", 1, 1, Hands())
+        assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("consume ")]
+
+
+async def test_a_stranger_needs_only_a_routing_key_a_content_type_and_a_body(broker_url: str, namespace: str) -> None:
+    async with open_rabbitmq(broker_url, namespace, "test") as queue:
+        await queue.declare("b", 1, None)
+        hands = Hands()
+        await queue.consume("b", 1, 1, hands)
+        properties = pika.BasicProperties(content_type="application/json")
+        await asyncio.to_thread(publish_as_a_stranger, broker_url, requests_exchange(namespace), properties)
+        await hands.hold(1)
+        assert hands.held[0].envelope() == Envelope("", b"{}", "application/json")
+
+
+async def test_a_header_that_does_not_parse_is_a_bad_envelope_with_its_dead_letter(broker_url: str, namespace: str) -> None:
+    async with open_rabbitmq(broker_url, namespace, "test") as queue:
+        await queue.declare("b", 1, None)
+        hands = Hands()
+        await queue.consume("b", 1, 1, hands)
+        properties = pika.BasicProperties(headers={"mq": "text", "theirs": 1}, message_id="m", expiration="60000")
+        await asyncio.to_thread(publish_as_a_stranger, broker_url, requests_exchange(namespace), properties)
+        await hands.hold(1)
+        with pytest.raises(BadEnvelope):
+            hands.held[0].envelope()
+        fate: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        queue.dead_letter("b", hands.held[0], "bad", fate.set_result)
+        assert await fate is None
+        letter, body = await asyncio.to_thread(get_one, broker_url, dead_queue(namespace, "b"))
+        assert body == b"{}"
+        assert letter.message_id == "m"
+        assert letter.expiration is None
+        assert letter.headers.items() >= {"mq": "text", "theirs": 1, "mq-reason": "bad", "mq-backend": "b"}.items()
+
+
+async def test_a_reply_comes_to_the_callers_own_queue_with_its_status(broker_url: str, namespace: str) -> None:
+    async with open_rabbitmq(broker_url, namespace, "test") as queue:
+        inbox = f"{namespace}-replies"
+        await asyncio.to_thread(declare_for_a_minute, broker_url, inbox)
+        fate: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        queue.reply(Envelope("m", b"answer", "text/plain", correlation_id="c", status=422), inbox, fate.set_result)
+        assert await fate is None
+        reply, body = await asyncio.to_thread(get_one, broker_url, inbox)
+        assert (body, reply.correlation_id, reply.content_type, reply.headers["mq-status"]) == (b"answer", "c", "text/plain", 422)
+
+
+async def test_a_reply_to_a_queue_that_is_gone_is_no_error(broker_url: str, namespace: str) -> None:
+    async with open_rabbitmq(broker_url, namespace, "test") as queue:
+        fate: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        queue.reply(Envelope("m", b"", "text/plain"), f"{namespace}-gone", fate.set_result)
+        assert await fate is None
+
+
+async def test_an_expired_message_is_never_delivered(broker_url: str, namespace: str) -> None:
+    async with open_rabbitmq(broker_url, namespace, "test") as queue:
+        await queue.declare("b", 1, None)
+        await accepted(queue, text("late", expiration_ms=1))
+        await depth_is(queue, 0)
+        await accepted(queue, text("in time", header=Header()))
+        hands = AckingHands()
+        await queue.consume("b", 1, 1, hands)
+        await until(lambda: hands.seen)
+        assert hands.seen == ["in time"]
+
+
+def publish_as_a_stranger(url: str, exchange: str, properties: pika.BasicProperties) -> None:
+    with pika.BlockingConnection(pika.URLParameters(url)) as connection:
+        connection.channel().basic_publish(exchange, "b", b"{}", properties)
+
+
+def declare_for_a_minute(url: str, queue: str) -> None:
+    with pika.BlockingConnection(pika.URLParameters(url)) as connection:
+        connection.channel().queue_declare(queue, arguments={"x-expires": 60_000})
+
+
+def get_one(url: str, queue: str) -> tuple[Any, bytes]:
+    with pika.BlockingConnection(pika.URLParameters(url)) as connection:
+        _, properties, body = connection.channel().basic_get(queue, auto_ack=True)
+        return properties, body

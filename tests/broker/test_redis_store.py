@@ -1,0 +1,101 @@
+"""What only the store on Redis goes through: losses, freezes, restarts."""
+
+import asyncio
+import time
+
+import pytest
+import redis
+
+from mqserve.broker.errors import StoreUnavailable
+from mqserve.broker.redis_store import RedisStore, open_redis
+from mqserve.broker.store import Record
+from mqserve.broker.store_keys import StoreKeys
+from tests.broker.traffic import until
+from tests.servers import PrivateRedis, free_port
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_a_store_that_is_not_there_is_said_in_time_and_without_the_password(namespace: str) -> None:
+    url = f"redis://user:hunter2@127.0.0.1:{free_port()}/0"
+    begun = time.monotonic()
+    with pytest.raises(StoreUnavailable) as refusal:
+        async with open_redis(url, namespace):
+            pass
+    assert time.monotonic() - begun < 10
+    assert "hunter2" not in str(refusal.value)
+    assert "user:***@127.0.0.1" in str(refusal.value)
+    assert "MQSERVE_STORE_URL" in str(refusal.value)
+
+
+async def test_the_state_of_a_store_shows_no_password(namespace: str) -> None:
+    assert "hunter2" not in repr(RedisStore("redis://:hunter2@somewhere/0", namespace))
+
+
+async def test_a_result_recorded_while_the_store_is_frozen_is_written_after_it(
+    store_server: PrivateRedis, namespace: str, keys: StoreKeys
+) -> None:
+    async with open_redis(store_server.url, namespace) as store:
+        store_server.freeze()
+        written = store.record(Record(keys.future("f"), b"result", "", b"", deadline_ms=store.now_ms() + 60_000))
+        await until(lambda: not store.connected)
+        store_server.thaw()
+        await written
+        assert await store.get(keys.future("f")) == b"result"
+
+
+async def test_a_result_whose_time_is_spent_is_given_up_while_the_store_is_frozen(
+    store_server: PrivateRedis, namespace: str, keys: StoreKeys
+) -> None:
+    async with open_redis(store_server.url, namespace) as store:
+        store_server.freeze()
+        with pytest.raises(StoreUnavailable):
+            await store.record(Record(keys.future("f"), b"result", "", b"", deadline_ms=store.now_ms()))
+
+
+async def test_a_call_to_a_frozen_store_ends_within_its_budget(store_server: PrivateRedis, namespace: str, keys: StoreKeys) -> None:
+    async with open_redis(store_server.url, namespace) as store:
+        store_server.freeze()
+        begun = time.monotonic()
+        with pytest.raises(StoreUnavailable):
+            await store.get(keys.desired)
+        assert time.monotonic() - begun < 5
+
+
+async def test_scripts_are_known_again_after_a_restart(store_server: PrivateRedis, namespace: str, keys: StoreKeys) -> None:
+    async with open_redis(store_server.url, namespace) as store:
+        await asyncio.to_thread(store_server.stop)
+        await asyncio.to_thread(store_server.start)
+        assert await store.record(Record(keys.future("f"), b"result", "", b"", deadline_ms=store.now_ms() + 10_000))
+        assert await store.replace(keys.desired, None, b"new")
+
+
+async def test_an_inbox_reader_goes_on_after_its_connection_was_killed(store_server: PrivateRedis, namespace: str, keys: StoreKeys) -> None:
+    notes: list[bytes] = []
+    gaps: list[float] = []
+    inbox = keys.inbox("p")
+    async with open_redis(store_server.url, namespace) as store:
+        reader = asyncio.create_task(store.read_inbox(inbox, notes.extend, lambda: gaps.append(time.monotonic())))
+        await until(lambda: len(gaps) == 1)
+        kill_all_connections(store_server)
+        await until(lambda: len(gaps) == 2)
+        assert store.connected
+        await store.record(Record(keys.future("f"), b"result", inbox, b"note", deadline_ms=store.now_ms() + 10_000))
+        await until(lambda: notes == [b"note"])
+        reader.cancel()
+        await asyncio.gather(reader, return_exceptions=True)
+
+
+async def test_watchers_are_woken_when_their_subscription_comes_back(store_server: PrivateRedis, namespace: str) -> None:
+    async with open_redis(store_server.url, namespace) as store:
+        changed = store.watch()
+        await until(changed.is_set)
+        changed.clear()
+        kill_all_connections(store_server)
+        await until(changed.is_set)
+
+
+def kill_all_connections(server: PrivateRedis) -> None:
+    with redis.Redis.from_url(server.url) as client:
+        for kind in ("normal", "pubsub"):
+            client.execute_command("CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes")

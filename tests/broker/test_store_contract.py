@@ -1,0 +1,204 @@
+"""What both stores promise: the same tests on the one in memory and on Redis."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from mqserve.broker.store import Record, Store
+from mqserve.broker.store_keys import StoreKeys
+from tests.broker.traffic import until
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_a_result_is_recorded_once(store: Store, keys: StoreKeys) -> None:
+    key = keys.future("f")
+    assert await store.record(result(key, b"first"))
+    assert not await store.record(result(key, b"second"))
+    assert await store.get(key) == b"first"
+
+
+async def test_of_two_results_in_one_turn_the_first_stands(store: Store, keys: StoreKeys) -> None:
+    key = keys.future("f")
+    first, second = await asyncio.gather(store.record(result(key, b"first")), store.record(result(key, b"second")))
+    assert (first, second) == (True, False)
+    assert await store.get(key) == b"first"
+
+
+async def test_a_thousand_results_of_one_turn_all_stand(store: Store, keys: StoreKeys) -> None:
+    names = [keys.future(str(number)) for number in range(1000)]
+    assert all(await asyncio.gather(*(store.record(result(name, name.encode())) for name in names)))
+    assert await store.get_many(names) == [name.encode() for name in names]
+
+
+async def test_only_the_first_result_is_told_to_the_inbox(store: Store, keys: StoreKeys) -> None:
+    inbox = keys.inbox("p")
+    async with reading(store, inbox) as notes:
+        await store.record(result(keys.future("f"), b"first", inbox, b"note of the first"))
+        await store.record(result(keys.future("f"), b"second", inbox, b"note of the second"))
+        await store.record(result(keys.future("g"), b"other", inbox, b"note of the other"))
+        await until(lambda: b"note of the other" in notes)
+    assert notes == [b"note of the first", b"note of the other"]
+
+
+async def test_an_inbox_reader_gets_no_notes_of_others(store: Store, keys: StoreKeys) -> None:
+    async with reading(store, keys.inbox("p")) as notes:
+        await store.record(result(keys.future("f"), b"1", keys.inbox("q"), b"for q"))
+        await store.record(result(keys.future("g"), b"2", keys.inbox("p"), b"for p"))
+        await until(lambda: notes)
+    assert notes == [b"for p"]
+
+
+async def test_a_marker_rides_with_the_next_result(store: Store, keys: StoreKeys) -> None:
+    store.mark(keys.start("f"), 60_000)
+    await store.record(result(keys.future("f"), b"result"))
+    assert await store.get(keys.start("f")) == b"1"
+
+
+async def test_a_value_is_there_until_it_is_deleted(store: Store, keys: StoreKeys) -> None:
+    assert await store.get(keys.desired) is None
+    assert await store.set(keys.desired, b"\x00\xff")
+    assert await store.get(keys.desired) == b"\x00\xff"
+    await store.delete(keys.desired, keys.observed)
+    assert await store.get(keys.desired) is None
+
+
+async def test_many_values_come_in_the_order_asked(store: Store, keys: StoreKeys) -> None:
+    await store.set(keys.desired, b"d")
+    await store.set(keys.leader, b"l")
+    assert await store.get_many([keys.leader, keys.observed, keys.desired]) == [b"l", None, b"d"]
+    assert await store.get_many([]) == []
+
+
+async def test_only_new_leaves_a_taken_key_alone(store: Store, keys: StoreKeys) -> None:
+    assert await store.set(keys.leader, b"mine", only_new=True)
+    assert not await store.set(keys.leader, b"yours", only_new=True)
+    assert await store.get(keys.leader) == b"mine"
+
+
+async def test_a_value_expires_and_its_key_is_new_again(store: Store, keys: StoreKeys) -> None:
+    await store.set(keys.leader, b"mine", ttl_ms=50)
+    await until(lambda: store.set(keys.leader, b"yours", only_new=True), budget_s=5)
+    assert await store.get(keys.leader) == b"yours"
+
+
+async def test_setting_without_expiry_takes_the_expiry_away(store: Store, keys: StoreKeys) -> None:
+    await store.set(keys.leader, b"short", ttl_ms=50)
+    await store.set(keys.leader, b"long")
+    await store.set(keys.desired, b"witness", ttl_ms=60)
+    await until(lambda: store.set(keys.desired, b"", only_new=True), budget_s=5)
+    assert await store.get(keys.leader) == b"long"
+
+
+@pytest.mark.parametrize(
+    ("before", "old", "new", "replaced"),
+    [
+        (b"a", b"a", b"b", True),
+        (b"a", b"x", b"b", False),
+        (b"a", None, b"b", False),
+        (b"a", b"a", None, True),
+        (b"a", b"", b"b", False),
+        (None, None, b"b", True),
+        (None, b"a", b"b", False),
+        (None, b"", b"b", False),
+        (b"", None, b"b", False),
+        (b"", b"", b"b", True),
+    ],
+)
+async def test_a_value_is_replaced_only_when_it_is_the_expected_one(
+    store: Store, keys: StoreKeys, before: bytes | None, old: bytes | None, new: bytes | None, replaced: bool
+) -> None:
+    if before is not None:
+        await store.set(keys.desired, before)
+    assert await store.replace(keys.desired, old, new) is replaced
+    assert await store.get(keys.desired) == (new if replaced else before)
+
+
+async def test_of_many_who_replace_the_same_value_one_succeeds(store: Store, keys: StoreKeys) -> None:
+    await store.set(keys.desired, b"old")
+    won = await asyncio.gather(*(store.replace(keys.desired, b"old", b"new %d" % number) for number in range(10)))
+    assert sum(won) == 1
+    assert await store.get(keys.desired) == b"new %d" % won.index(True)
+
+
+async def test_fields_are_put_read_and_dropped_one_by_one(store: Store, keys: StoreKeys) -> None:
+    assert await store.fields(keys.beats) == {}
+    await store.put_field(keys.beats, "node ä", b"1")
+    await store.put_field(keys.beats, "proxy", b"1")
+    await store.put_field(keys.beats, "proxy", b"2")
+    assert await store.fields(keys.beats) == {"node ä": b"1", "proxy": b"2"}
+    await store.drop_fields(keys.beats, "node ä", "unknown")
+    await store.drop_fields(keys.beats)
+    assert await store.fields(keys.beats) == {"proxy": b"2"}
+    await store.delete(keys.beats)
+    assert await store.fields(keys.beats) == {}
+
+
+async def test_every_watcher_is_woken_by_an_announcement(store: Store) -> None:
+    async with watching(store) as one, watching(store) as other:
+        await store.announce()
+        await all_set(one, other)
+
+
+async def test_watchers_are_woken_by_a_replacement(store: Store, keys: StoreKeys) -> None:
+    async with watching(store) as changed:
+        await store.replace(keys.desired, None, b"new")
+        await all_set(changed)
+
+
+async def test_one_who_no_longer_watches_is_not_woken(store: Store) -> None:
+    async with watching(store) as witness:
+        async with watching(store) as gone:
+            pass
+        gone.clear()
+        await store.announce()
+        await all_set(witness)
+        assert not gone.is_set()
+
+
+async def test_store_time_is_close_to_ours_on_one_machine(store: Store) -> None:
+    assert abs(store.now_ms() - time.time() * 1000) < 250
+
+
+async def test_a_store_in_use_is_connected(store: Store, keys: StoreKeys) -> None:
+    await store.get(keys.desired)
+    assert store.connected
+
+
+def result(key: str, value: bytes, inbox: str = "", note: bytes = b"") -> Record:
+    return Record(key, value, inbox, note, deadline_ms=0)
+
+
+@asynccontextmanager
+async def reading(store: Store, inbox: str) -> AsyncIterator[list[bytes]]:
+    """The notes as they arrive at a reader that has begun."""
+    notes: list[bytes] = []
+    begun = asyncio.Event()
+    reader = asyncio.create_task(store.read_inbox(inbox, notes.extend, begun.set))
+    try:
+        await begun.wait()
+        yield notes
+    finally:
+        reader.cancel()
+        await asyncio.gather(reader, return_exceptions=True)
+
+
+@asynccontextmanager
+async def watching(store: Store) -> AsyncIterator[asyncio.Event]:
+    """An event of ours, unset, that announcements reach."""
+    changed = store.watch()
+    try:
+        await store.announce()
+        await all_set(changed)  # by the announcement, or by a subscription that came later than it
+        changed.clear()
+        yield changed
+    finally:
+        store.unwatch(changed)
+
+
+async def all_set(*events: asyncio.Event) -> None:
+    async with asyncio.timeout(5):
+        await asyncio.gather(*(event.wait() for event in events))

@@ -1,0 +1,340 @@
+"""README.md and docs/, held to the code: every example runs, and every name in them exists, as every name that exists is in them.
+
+A fenced block is `text` (shown, not run), has a name (```python test=handle) that a test below runs it by, or stands under a comment
+`<!-- not run: reason -->` and in NOT_RUN.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import httpx
+import msgspec
+import pytest
+
+from mqserve.broker import queue_names
+from mqserve.broker.envelope import Header, Meta
+from mqserve.broker.results import ErrorInfo, Result
+from mqserve.broker.settings import Settings
+from mqserve.broker.store_keys import RESULT_TTL_S, StoreKeys
+from mqserve.cli import cli
+from mqserve.controller.state import BackendConfig
+from tests.instances import SECRET_KEY, CommandLine, new_namespace
+from tests.servers import free_port
+
+ROOT = Path(__file__).parent.parent
+README, PROTOCOL = ROOT / "README.md", ROOT / "docs" / "protocol.md"
+DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = {document: document.read_text() for document in DOCUMENTS}
+EVERYTHING = "\n".join(TEXT.values())
+CODE = "\n".join(
+    path.read_text() for part in ("mqserve", "broker", "proxy", "replicas", "controller") for path in (ROOT / part).glob("*.py")
+)
+
+SCRIPTS = ("handle", "face")  # Python that needs nothing
+WALKTHROUGHS = {"hello": "", "digits": "examples/digits.py"}  # shell that serves, or asks what serves this file
+OVER_AMQP = ("orders.py", "pika", "redis", "future", "publish")
+RUN = {"hello.py", "distributed", "amqplib", *SCRIPTS, *WALKTHROUGHS, *OVER_AMQP}
+NOT_RUN = {"make demo\nmake test\n"}
+
+DOUBLE = '\n\n@serve.endpoint(None, name="double")\ndef double(request):\n    return request.data * 2\n'  # for README's `publish`
+
+
+class Block(NamedTuple):
+    document: Path
+    language: str
+    name: str
+    reason: str  # for not being run
+    text: str
+
+
+def fenced_blocks() -> Iterator[Block]:
+    for document, text in TEXT.items():
+        for reason, language, name, content in re.findall(
+            r"^(?:<!-- not run: (.+?) -->\n)?```(\w*)(?: test=(\S+))?\n(.*?)^```$", text, re.MULTILINE | re.DOTALL
+        ):
+            yield Block(document, language, name, reason, content)
+
+
+BLOCKS = list(fenced_blocks())
+NAMED = {block.name: block.text for block in BLOCKS if block.name}
+SHELL_LINES = [line for block in BLOCKS if block.language == "sh" for line in block.text.splitlines()]
+
+
+def printed_by(script: str) -> list[str]:
+    """What the comments behind its prints say, in no particular order."""
+    return sorted(re.findall(r"^ *(?:console\.log|print)\(.*\);?  ?# (.+)$", script, re.MULTILINE))
+
+
+def code_of(line: str) -> str:
+    return line.partition("    #")[0].strip()
+
+
+def shown_after(line: str) -> str:
+    """The answer in the comment behind a command, as a regular expression; … stands for anything."""
+    return re.escape(line.partition("#")[2].strip()).replace("…", ".*")
+
+
+# The examples.
+
+
+def test_every_example_is_run_or_says_why_not() -> None:
+    assert len(re.findall("^```", EVERYTHING, re.MULTILINE)) == 2 * len(BLOCKS), "a fence that is not closed, or not understood"
+    assert {block.text for block in BLOCKS if block.reason} == NOT_RUN
+    assert {block.name for block in BLOCKS if block.language != "text" and not block.reason} == RUN
+
+
+def test_the_hello_of_the_readme_is_the_one_that_ships() -> None:
+    assert NAMED["hello.py"] == (ROOT / "examples" / "hello.py").read_text()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_python_example_prints_what_its_comments_say(name: str, tmp_path: Path) -> None:
+    script = tmp_path / f"{name}.py"
+    script.write_text(NAMED[name])
+    done = CommandLine(tmp_path, PYTHONPATH=str(ROOT)).python(f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')")
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == printed_by(NAMED[name])
+
+
+@pytest.mark.parametrize("name", WALKTHROUGHS)
+def test_a_walkthrough_answers_what_it_shows(name: str, shell: CommandLine) -> None:
+    port = str(free_port())
+    if file := WALKTHROUGHS[name]:
+        shell.start("run", str(ROOT / file), "--port", port).wait_for("Serving on")
+    for line in NAMED[name].splitlines():
+        words = shlex.split(code_of(line).replace("8000", port).replace("examples/", f"{ROOT}/examples/"))
+        if words[0] == "mqserve":
+            shell.start(*words[1:]).wait_for("Serving on")
+        else:
+            assert re.fullmatch(shown_after(line), curl(words)), line
+
+
+def curl(words: list[str]) -> str:
+    """As much of curl as the pages use, since a fresh machine need not have it."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("url")
+    parser.add_argument("-d", dest="data")
+    parser.add_argument("-H", dest="header", default="accept: */*")
+    assert words[0] == "curl", words
+    wanted = parser.parse_args(words[1:])
+    name, _, value = wanted.header.partition(": ")
+    return httpx.request("POST" if wanted.data else "GET", wanted.url, content=wanted.data, headers={name: value}, timeout=30).text
+
+
+def test_make_demo_serves_what_the_readme_asks() -> None:
+    assert f"mqserve run {WALKTHROUGHS['digits']}" in (ROOT / "Makefile").read_text()
+
+
+# The examples over AMQP: one instance for all of them, under a namespace of its own.
+
+
+@pytest.fixture(scope="module")
+def orders(broker_url: str, store_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
+    """The protocol's `orders.py`, served."""
+    shell = CommandLine(
+        tmp_path_factory.mktemp("orders"),
+        MQSERVE_BROKER_URL=broker_url,
+        MQSERVE_STORE_URL=store_url,
+        MQSERVE_SECRET_KEY=SECRET_KEY,
+        MQSERVE_NAMESPACE=new_namespace("docs"),
+    )
+    try:
+        file = shell.file("orders.py", NAMED["orders.py"] + DOUBLE)
+        shell.start("run", file, "--port", str(free_port())).wait_for("Serving on")
+        yield shell
+    finally:
+        shell.close()
+
+
+def runs_as_shown(name: str, shell: CommandLine) -> None:
+    """The example under the shell's namespace rather than the default one."""
+    namespace = shell.env["MQSERVE_NAMESPACE"]
+    script = NAMED[name].replace("mqserve.requests", f"{namespace}.requests").replace("mqserve:mqserve:", f"mqserve:{namespace}:")
+    done = shell.python(script)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == printed_by(script)
+
+
+def test_the_pika_example_gets_its_answer(orders: CommandLine) -> None:
+    runs_as_shown("pika", orders)
+
+
+@pytest.mark.parametrize("name", ["redis", "future"])
+def test_the_result_can_be_read_later_by_the_publishers_key(name: str, orders: CommandLine) -> None:
+    runs_as_shown("pika", orders)  # once more does no harm: it has a message_id
+    runs_as_shown(name, orders)
+
+
+def test_the_readmes_published_message_is_served(orders: CommandLine) -> None:
+    runs_as_shown("publish", orders)
+    read = orders.python("import mqserve as s; s.connect(); print(s.future('job-17', backend='double').result(timeout=30))")
+    assert read.stdout == "42\n", read.stderr
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="there is no node here to parse it")
+def test_the_node_example_parses(tmp_path: Path) -> None:
+    (tmp_path / "example.js").write_text(NAMED["amqplib"])
+    parsed = subprocess.run(["node", "--check", "example.js"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert parsed.returncode == 0, parsed.stderr
+
+
+# The command line.
+
+
+@pytest.mark.parametrize("line", [line for line in SHELL_LINES if line.startswith("mqserve ")])
+def test_a_command_that_is_shown_parses(line: str) -> None:
+    _, name, *arguments = shlex.split(code_of(line))
+    cli.commands[name].make_context(name, arguments)  # raises click's own error, with its sentence
+
+
+def test_other_commands_that_are_shown_are_known() -> None:
+    variables = [line.partition("=")[0].removeprefix("export ") for line in SHELL_LINES if line.startswith("export ")]
+    assert set(variables) <= known_variables()
+    targets = [line.removeprefix("make ") for line in SHELL_LINES if line.startswith("make ")]
+    assert all(re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE) for target in targets)
+    assert {line.split()[0] for line in SHELL_LINES} == {"make", "curl", "mqserve", "export"}
+
+
+def test_the_table_of_commands_is_complete() -> None:
+    assert [row[0].split()[1].strip("`") for row in table(README, "command")] == sorted(cli.commands, key=readme_order)
+
+
+def readme_order(command: str) -> int:
+    return TEXT[README].index(f"| `mqserve {command}")
+
+
+def test_every_command_in_the_text_exists() -> None:
+    mentioned = set(re.findall(r"`mqserve (?:-v )?([a-z]+)", EVERYTHING))
+    assert mentioned <= set(cli.commands)
+
+
+def test_every_flag_is_in_the_text_and_the_other_way_round() -> None:
+    commands: list[click.Command] = [cli, *cli.commands.values()]
+    options = [option for command in commands for option in command.params if isinstance(option, click.Option) and not option.hidden]
+    mentioned = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", " ".join([*inline_code(), *map(code_of, SHELL_LINES)])))
+    elsewhere = {"--build", "--wait", "--check", "--help", "-d", "-hex"}  # of docker, node, curl, openssl; click's own
+    missing = [option.opts for option in options if not mentioned & set(option.opts)]
+    assert not missing
+    assert mentioned - elsewhere <= {name for option in options for name in option.opts}
+
+
+def inline_code() -> list[str]:
+    return re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", EVERYTHING, flags=re.MULTILINE | re.DOTALL))
+
+
+# Settings.
+
+
+def known_variables() -> set[str]:
+    """What the code reads, tests included; `read_secret` is told names without their prefix."""
+    spelled = set(re.findall(r"MQSERVE_[A-Z_]*[A-Z]", CODE + (ROOT / "tests" / "conftest.py").read_text()))
+    return {name for name in spelled if not name.endswith(("_TEST", "_FILE"))} | {"MQSERVE_SECRET_KEY_PREVIOUS"}
+
+
+def test_every_variable_is_in_the_text_and_the_other_way_round() -> None:
+    mentioned = set(re.findall(r"MQSERVE_[A-Z_]*[A-Z]", EVERYTHING))
+    files = {name for name in mentioned if name.endswith("_FILE")}
+    assert mentioned - files == known_variables()
+
+
+@pytest.mark.parametrize("name", ["MQSERVE_BROKER_URL", "MQSERVE_STORE_URL", "MQSERVE_SECRET_KEY", "MQSERVE_SECRET_KEY_PREVIOUS"])
+def test_urls_and_keys_can_be_named_by_file(name: str, tmp_path: Path) -> None:
+    values = {"MQSERVE_BROKER_URL": "amqp://b", "MQSERVE_STORE_URL": "redis://s", "MQSERVE_SECRET_KEY": SECRET_KEY}
+    values["MQSERVE_SECRET_KEY_PREVIOUS"] = f"the one before {SECRET_KEY}"
+    (tmp_path / "secret").write_text(values.pop(name) + "\n")
+    by_file = Settings.read({**values, f"{name}_FILE": str(tmp_path / "secret")})
+    assert by_file.to_env()[name] == (tmp_path / "secret").read_text().strip()
+
+
+def test_the_table_of_backend_settings_is_complete_with_its_defaults() -> None:
+    documented = {row[0].strip("`"): row[1].strip("`") for row in table(README, "`BackendConfig`")}
+    assert documented == {name: str(field.default) for name, field in BackendConfig.model_fields.items()}
+
+
+# The protocol.
+
+
+@pytest.mark.parametrize(("heading", "kind"), [("## The result in Redis", Result), ("## The `mq` header", Header)])
+def test_a_map_on_the_wire_is_described_field_by_field(heading: str, kind: type[Any]) -> None:
+    section = TEXT[PROTOCOL].partition(f"{heading}\n")[2]
+    documented = {row[0].strip("`"): row[2].strip("`") for row in rows(section.splitlines(), "field")}
+    assert documented == {field.name: as_written(field.default) for field in msgspec.structs.fields(kind)}
+
+
+def as_written(default: object) -> str:
+    """A default in the protocol's words, which know no Python."""
+    if default == b"":
+        return "empty"
+    return {"": '""', "()": "[]", "None": "nil", "False": "false"}.get(str(default), "{}" if default == Meta() else str(default))
+
+
+@pytest.mark.parametrize("kind", [Meta, ErrorInfo])
+def test_every_field_of_a_nested_map_is_described(kind: type[Any]) -> None:
+    assert not [field.name for field in msgspec.structs.fields(kind) if f"`{field.name}`" not in TEXT[PROTOCOL]]
+
+
+def test_names_and_numbers_of_the_protocol_are_the_codes() -> None:
+    ns, backend = "<ns>", "<backend>"
+    names = [
+        StoreKeys(ns).future(f"{backend}/<message_id>"),
+        f"`{queue_names.requests_exchange(ns)}`",
+        f"`{queue_names.backend_queue(ns, backend, 0)}`".replace("0", "<n>"),
+        f"`{queue_names.dead_exchange(ns)}`",
+        f"`{queue_names.dead_queue(ns, backend)}`",
+        f"{queue_names.DEAD_LETTER_LIMIT:,} messages",
+        f"for {RESULT_TTL_S} s",
+    ]
+    assert not [name for name in names if name not in TEXT[PROTOCOL]]
+    assert queue_names.DEAD_LETTER_TTL_MS == 7 * 24 * 3600 * 1000, "the protocol says seven days"
+
+
+def test_every_header_of_ours_is_described() -> None:
+    headers = set(
+        re.findall(r"\bmq-[a-z-]+[a-z]", (ROOT / "broker" / "rabbitmq.py").read_text() + (ROOT / "broker" / "envelope.py").read_text())
+    )
+    assert headers == set(re.findall(r"`(mq-[a-z-]+)`", TEXT[PROTOCOL]))
+
+
+# The pages themselves.
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_leads_somewhere(document: Path) -> None:
+    targets = [target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", TEXT[document]) if "://" not in target]
+    assert not [target for target in targets if not (document.parent / target).exists()]
+
+
+def test_the_readme_stays_short() -> None:
+    assert len(TEXT[README].splitlines()) < 240
+
+
+def table(document: Path, first_heading: str) -> list[list[str]]:
+    return rows(TEXT[document].splitlines(), first_heading)
+
+
+def rows(lines: Iterable[str], first_heading: str) -> list[list[str]]:
+    """The cells of the first table whose first column is headed so."""
+    found: list[list[str]] = []
+    inside = False
+    for line in lines:
+        if inside and not line.startswith("|"):
+            break
+        inside = inside or line.startswith(f"| {first_heading} |")
+        if inside:
+            found.append([cell.strip() for cell in line.strip("|").split(" | ")])
+    assert found, f"no table headed {first_heading!r}"
+    return [[cell.strip() for cell in row] for row in found[2:]]
+
+
+def test_no_setting_is_listed_twice() -> None:
+    assert max(Counter(row[0] for row in table(README, "variable")).values()) == 1

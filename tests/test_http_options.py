@@ -1,0 +1,81 @@
+"""What `http_options` change for an HTTP client, in both forms."""
+
+import httpx
+import pytest
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import mqserve as serve
+from tests.instances import Deploy, started
+
+
+class Stamp:
+    """A middleware of the user's own: signs every answer."""
+
+    def __init__(self, app: ASGIApp, name: str) -> None:
+        self.app = app
+        self.name = name
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def stamped(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"x-stamp", self.name.encode())]
+            await send(message)
+
+        await self.app(scope, receive, stamped)
+
+
+HTTP_OPTIONS = {
+    "debug": True,
+    "middlewares": [
+        Middleware(CORSMiddleware, allow_origins=["https://example.org"], allow_methods=["GET"]),
+        Middleware(Stamp, name="first"),
+        Middleware(Stamp, name="second"),
+    ],
+}
+
+
+def hello(request: serve.Request) -> str:
+    return "hello"
+
+
+def test_debug_shows_the_traceback_of_a_users_exception(deploy: Deploy) -> None:
+    def fail(request: serve.Request) -> None:
+        raise LookupError("no such digit")
+
+    response = httpx.get(deploy.at(fail))
+    assert (response.status_code, response.headers["content-type"]) == (500, "application/problem+json")
+    assert "LookupError: no such digit" in response.json()["detail"] and "Traceback" in response.json()["detail"]
+
+
+def test_a_cors_middleware_answers_a_preflight(deploy: Deploy) -> None:
+    asked = {"origin": "https://example.org", "access-control-request-method": "GET"}
+    response = httpx.options(deploy.at(hello), headers=asked)
+    assert (response.status_code, response.headers["access-control-allow-origin"]) == (200, "https://example.org")
+
+
+def test_a_cors_middleware_marks_what_an_origin_may_read(deploy: Deploy) -> None:
+    url = deploy.at(hello)
+    allowed = httpx.get(url, headers={"origin": "https://example.org"})
+    foreign = httpx.get(url, headers={"origin": "https://example.com"})
+    assert allowed.headers["access-control-allow-origin"] == "https://example.org"
+    assert "access-control-allow-origin" not in foreign.headers
+
+
+def test_middlewares_wrap_one_another_the_first_outermost_and_the_system_paths_too(url: str) -> None:
+    response = httpx.get(f"{url}/-/healthz")
+    assert response.headers.get_list("x-stamp") == ["second", "first"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"port": 70_000}, "port 70000 must be a whole number"),
+        ({"location": "Everywhere"}, "must be one of HeadOnly, EveryNode, NoServer or None"),
+        ({"prot": 1}, "http_options has no prot"),
+    ],
+)
+def test_a_bad_option_gets_a_sentence_and_starts_nothing(options: dict[str, object], words: str) -> None:
+    with pytest.raises(serve.MQServeError, match=words), started(**options):
+        pass
