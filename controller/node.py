@@ -21,6 +21,7 @@ from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
 from .environments import find_python
 from .machine import replica_environment
+from .node_metrics import FOLDER_VARIABLE, NodeMetrics
 from .resources import ActorOptions, Capacity
 from .restarts import Restarts
 from .state import BEAT_EVERY_S, Assignment, Beat, Desired, Observed, read_beats
@@ -75,6 +76,7 @@ class NodeOptions:
     http_port: int | None = None
     takes_proxy: bool = True
     capacity: Capacity = field(default_factory=Capacity)
+    metrics: NodeMetrics | None = None  # None: the proxy of this process shows them
 
 
 @dataclass(eq=False, slots=True)
@@ -147,6 +149,8 @@ class Node:
         backend = self._desired.backends.get(assignment.backend)
         options = backend.options if backend is not None else ActorOptions()
         variables = replica_environment(assignment.demand, self._options.capacity, assignment.gpus, os.environ)
+        if self._options.metrics is not None:
+            variables[FOLDER_VARIABLE] = self._options.metrics.folder
         try:
             share = Share(variables, await find_python(options))
             child = self._launcher.replica(assignment.backend, replica_id, self._options.node_id, share)
@@ -159,6 +163,8 @@ class Node:
 
     async def _watch_replica(self, replica_id: str, child: Child) -> None:
         how = await child.wait()
+        if self._options.metrics is not None:
+            self._options.metrics.forget(child.pid)
         running = self._replicas.pop(replica_id, None)
         if running is not None and not running.stopping:
             self._ended[replica_id] = how or "ended by itself"
@@ -230,6 +236,7 @@ class Node:
         return Beat(
             kind="node", id=options.node_id, at=self._store.now_ms(), pid=os.getpid(), host=socket.gethostname(), ended=self._ended,
             takes_proxy=options.takes_proxy, capacity=options.capacity, running=len(self._replicas),
+            url=options.metrics.url if options.metrics else "",
         )  # fmt: skip
 
 

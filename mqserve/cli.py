@@ -156,6 +156,10 @@ def status(namespace: str | None) -> int:
 @click.option("--num-cpus", envvar="MQSERVE_NUM_CPUS", type=float, help="What this node offers [what the machine has].")
 @click.option("--num-gpus", envvar="MQSERVE_NUM_GPUS", type=int, help="GPUs it offers [those it sees].")
 @click.option("--resources", envvar="MQSERVE_RESOURCES", default="{}", help="What else it offers, as JSON: '{\"tpu\": 1}'.")
+@click.option(
+    "--metrics-host", envvar="MQSERVE_METRICS_HOST", default="127.0.0.1", show_default=True, help="Where its metrics page listens."
+)
+@click.option("--metrics-port", envvar="MQSERVE_METRICS_PORT", type=click.IntRange(0, 65535), default=0, help="Its port [any free one].")
 @_one_sentence
 def node(
     namespace: str | None,
@@ -166,6 +170,8 @@ def node(
     num_cpus: float | None,
     num_gpus: int | None,
     resources: str,
+    metrics_host: str,
+    metrics_port: int,
 ) -> int:
     """Run an agent: the replicas and the proxy that the controller assigns to it."""
     from .controller.machine import measure_node
@@ -175,7 +181,7 @@ def node(
 
     capacity = measure_node(num_cpus, num_gpus, parse_node_resources(resources))
     options = NodeOptions(node_id or _own_id("node"), http_host, http_port, not no_proxy, capacity)
-    return run_loop(run_node(_distributed(namespace, "node"), options))
+    return run_loop(run_node(_distributed(namespace, "node"), options, metrics_host, metrics_port))
 
 
 @cli.command()

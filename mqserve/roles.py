@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from .broker.errors import InstanceError
 from .broker.lifeline import Stop, stop_event
 from .broker.settings import Settings
 from .controller import lease
 from .controller.loop import Controller
 from .controller.node import Node, NodeOptions
+from .controller.node_metrics import serve_metrics
 from .controller.processes import ProcessLauncher
 from .controller.state import HttpOptions
 from .links import Links, open_links
@@ -24,10 +27,13 @@ async def run_controller(settings: Settings, controller_id: str) -> int:
     return 0
 
 
-async def run_node(settings: Settings, options: NodeOptions) -> int:
+async def run_node(settings: Settings, options: NodeOptions, metrics_host: str, metrics_port: int) -> int:
+    """Until it is stopped; the exit code."""
     stop: Stop = stop_event()
     async with open_links(settings, "node") as links:
-        await Node(options, links.store, links.keys, ProcessLauncher(settings)).run(stop)
+        with serve_metrics(metrics_host, metrics_port) as metrics:
+            options = replace(options, metrics=metrics)
+            await Node(options, links.store, links.keys, ProcessLauncher(settings)).run(stop)
     return 0
 
 

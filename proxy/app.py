@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from ..broker.caller import MAX_BODY_BYTES, Caller
 from ..broker.envelope import MAX_HEAD_BYTES, Meta, mint_id
 from ..broker.errors import MQServeError, NoReplica, TooLarge
 from ..controller.state import choose
+from . import metrics
 from .responses import Reply, from_error, from_result, json_reply, problem
 from .routes import NotAllowed, RouteTable, Target
 
@@ -46,13 +48,22 @@ class ProxyApp:
         else:
             target = self.routes.match(scope)
             if isinstance(target, Target):
-                reply = await self._serve(target, scope, receive)
+                reply = await self._count(target, scope, receive)
             else:
                 reply = _not_served(target, scope)
         status, headers, body = reply
         headers.append((b"content-length", str(len(body)).encode()))
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
+
+    async def _count(self, target: Target, scope: Scope, receive: Receive) -> Reply:
+        """Serves, and measures it."""
+        began = time.monotonic()
+        reply = await self._serve(target, scope, receive)
+        metrics.http_requests.labels(target.pattern).inc()
+        metrics.http_responses.labels(target.pattern, str(reply[0])).inc()
+        metrics.http_latency_ms.labels(target.pattern).observe((time.monotonic() - began) * 1000)
+        return reply
 
     async def _serve(self, target: Target, scope: Scope, receive: Receive) -> Reply:
         request_id = ""
@@ -66,9 +77,11 @@ class ProxyApp:
             meta = _meta(scope, target, call)
             ticket = self._caller.send(backend, body, content_type, meta, origin="http", timeout_s=self.routes.timeouts_s[backend])
             request_id = ticket.id
+            metrics.router_requests.labels(target.endpoint.name).inc()
             for shadow in shadows:
                 self._caller.send_shadow(shadow, body, content_type, meta, origin="http", timeout_s=self.routes.timeouts_s[shadow])
-            return from_result(await ticket.future, request_id, debug=self._debug)
+            with metrics.queued_queries.labels(backend, target.endpoint.name).track_inprogress():
+                return from_result(await ticket.future, request_id, debug=self._debug)
         except MQServeError as error:
             return from_error(error, request_id or mint_id())
 
@@ -86,11 +99,13 @@ class ProxyApp:
                 return json_reply(self.routes.listing)
             case "/-/healthz":
                 return json_reply({"status": "ok"})
+            case "/-/metrics":
+                return 200, [(b"content-type", metrics.CONTENT_TYPE)], metrics.exposition()
             case "/-/readyz":
                 ready, facts = self._readiness()
                 return json_reply({"ready": ready, **facts}, 200 if ready else 503)
             case _:
-                return problem(404, f"System path {path} not found. There are /-/routes, /-/healthz and /-/readyz.", mint_id())
+                return problem(404, f"System path {path} not found. There are /-/routes, /-/healthz, /-/readyz and /-/metrics.", mint_id())
 
 
 def _not_served(refused: NotAllowed | None, scope: Scope) -> Reply:

@@ -29,6 +29,7 @@ from .context import ReplicaContext, enter_context
 from .execute import Execution
 from .handler import Handler
 from .loading import construct, read_backend
+from .metrics import ReplicaMetrics
 from .serve import Server
 from .worker import Job, Worker
 
@@ -110,7 +111,9 @@ class Replica:
         assert self._backend is not None
         backend = self._backend
         worker.serve(Execution(backend.name, handler, self._settings.signer))
-        self._server = server = Server(self._settings.namespace, backend.name, queue, self._store, worker, backend.config, handler)
+        metrics = ReplicaMetrics(backend.name, self._options.replica_id)
+        self._server = server = Server(self._settings.namespace, backend.name, queue, self._store, worker, backend.config, handler, metrics)
+        metrics.ready()
         async with asyncio.TaskGroup() as tasks:
             minding = [
                 tasks.create_task(self._follow(server, configuring, stop)),

@@ -23,6 +23,7 @@ from ..broker.store_keys import RESULT_TTL_S, StoreKeys
 from ..controller.state import BackendConfig
 from .execute import check_direct
 from .handler import Handler
+from .metrics import ReplicaMetrics
 from .prefetch import prefetch, slots
 from .worker import Job, Worker
 
@@ -38,7 +39,15 @@ class Server:
     """One replica's consumers, the requests in its hands, and its worker. Lives on one I/O loop."""
 
     def __init__(
-        self, namespace: str, backend: str, queue: Queue, store: Store, worker: Worker, config: BackendConfig, handler: Handler
+        self,
+        namespace: str,
+        backend: str,
+        queue: Queue,
+        store: Store,
+        worker: Worker,
+        config: BackendConfig,
+        handler: Handler,
+        metrics: ReplicaMetrics,
     ) -> None:
         self._namespace = namespace
         self._backend = backend
@@ -48,6 +57,7 @@ class Server:
         self._worker = worker
         self._config = config
         self._handler = handler
+        self._metrics = metrics
         self._consumptions: dict[int, Consumption] = {}
         self._in_hand: dict[int, set[Delivery]] = {}  # by generation
         self._jobs: set[Job] = set()
@@ -90,6 +100,8 @@ class Server:
             for consumption in self._consumptions.values():
                 consumption.set_prefetch(self._prefetch())
             self._mark_long_runs()
+            processing = sum(1 for job in self._jobs if job.started)
+            self._metrics.holds(self.running - processing, processing)
 
     async def drain(self, at_most_s: float) -> None:
         """Takes nothing new, gives back what has not started, and finishes the rest within the graceful shutdown timeout or `at_most_s`."""
@@ -188,6 +200,7 @@ class Server:
             self._jobs.discard(job)
             self._marked.discard(job.envelope.id)
             self.served += 1
+            self._metrics.done(job.envelope, result, self._store.now_ms(), job.run_s, job.batch_size)
             self._finish(job, result)
 
     def _finish(self, job: Job, result: Result) -> None:

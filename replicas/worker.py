@@ -38,6 +38,7 @@ class Job:
     envelope: Envelope
     tag: Any
     started: float = 0.0  # monotonic; 0 until it runs
+    run_s: float = 0.0
     batch_size: int = 1
 
 
@@ -222,6 +223,9 @@ class Worker:
         self.run_s = moving_average(self.run_s, time.monotonic() - jobs[0].started)
 
     def _put(self, jobs: Sequence[Job], results: Sequence[Result]) -> None:
+        now = time.monotonic()
+        for job in jobs:
+            job.run_s = now - job.started if job.started else 0.0
         self._results.extend(zip(jobs, results, strict=True))
         if not self._io_woken:
             self._io_woken = True
