@@ -67,7 +67,16 @@ class Caller:
                 task.cancel()
 
     def send(
-        self, backend: str, body: bytes, content_type: str, meta: Meta, *, origin: str, timeout_s: float, future_id: str = ""
+        self,
+        backend: str,
+        body: bytes,
+        content_type: str,
+        meta: Meta,
+        *,
+        origin: str,
+        timeout_s: float,
+        future_id: str = "",
+        at_most_once: bool = False,
     ) -> Ticket:
         """The request is on its way when this returns; the future ends by `timeout_s` (plus at most a second), in a Result.
 
@@ -77,7 +86,7 @@ class Caller:
         if len(body) > MAX_BODY_BYTES:
             raise TooLarge(f"the body has {len(body)} bytes and the limit is {MAX_BODY_BYTES}: send less, or a reference to it")
         timeout_ms = max(1, int(timeout_s * 1000))
-        header = Header(origin=origin, inbox=self._inbox, deadline=self._store.now_ms() + timeout_ms, meta=meta)
+        header = Header(origin=origin, inbox=self._inbox, deadline=self._store.now_ms() + timeout_ms, meta=meta, once=at_most_once)
         ticket = self._wait_for(future_id or mint_id(), header.deadline)
         envelope = Envelope(ticket.id, body, content_type, header, expiration_ms=timeout_ms)
         try:
@@ -166,7 +175,8 @@ class Caller:
             if error is None:
                 return
             loop = asyncio.get_running_loop()
-            if isinstance(error, BrokerUnavailable) and loop.time() < give_up_at and envelope.id in self._waiting:
+            uncertain = isinstance(error, BrokerUnavailable) and error.maybe_sent and envelope.header.once
+            if isinstance(error, BrokerUnavailable) and not uncertain and loop.time() < give_up_at and envelope.id in self._waiting:
                 again = replace(envelope, header=_again(envelope.header)) if error.maybe_sent else envelope
                 loop.call_later(_REPUBLISH_EVERY_S, self._publish, backend, again, give_up_at)
             else:

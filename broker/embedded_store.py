@@ -62,6 +62,11 @@ class EmbeddedStore:
         await self.announce()
         return True
 
+    async def increment(self, key: str, ttl_ms: int) -> int:
+        count = int(self._read(key) or 0) + 1
+        self._write(key, str(count).encode(), ttl_ms)
+        return count
+
     async def delete(self, *keys: str) -> None:
         for key in keys:
             self._values.pop(key, None)

@@ -47,6 +47,7 @@ class Header(msgspec.Struct, frozen=True, omit_defaults=True):
     deadline: int = 0  # store time in ms, 0 for none; an int, since pamqp packs header floats in 32 bits, a minute off
     ref: str = ""  # the body lies in the store under this key
     shadow: bool = False  # a copy: nobody waits for it, and its result is not kept
+    once: bool = False  # never published twice, for a backend that delivers at most once
     again: bool = False  # published before, and perhaps delivered: look for a result first
     meta: Meta = Meta()
 

@@ -175,6 +175,11 @@ class RedisStore:
         values = [old or b"", new or b"", str(int(old is not None)), str(int(new is not None)), self._channel]
         return bool(await self._call(lambda: self._script("replace", [key], values)))
 
+    async def increment(self, key: str, ttl_ms: int) -> int:
+        pipeline = self._commands.pipeline(transaction=False).incr(key).pexpire(key, ttl_ms)
+        count: int = (await self._call(pipeline.execute))[0]
+        return count
+
     async def delete(self, *keys: str) -> None:
         if keys:
             await self._call(lambda: self._commands.delete(*keys))

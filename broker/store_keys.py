@@ -4,6 +4,7 @@
 |------------------------------|--------|----------------------|-------------------|---------------------------|
 | `mqserve:<ns>:future:{id}`   | string | replica, or the one who finds it expired; once | whoever waits | RESULT_TTL_S |
 | `mqserve:<ns>:start:{id}`    | string | replica, of runs that last | the waiting process | the request's deadline |
+| `mqserve:<ns>:attempts:{id}`, `redeliveries:{id}` | counter | replica, on redelivery | replica | one day          |
 | `mqserve:<ns>:body:{id}`     | string | sender: a body by reference | replica      | the request's deadline + 60 s |
 | `mqserve:<ns>:body:{id.result}` | string | replica: a large result | whoever waits | RESULT_TTL_S          |
 | `mqserve:<ns>:inbox:<pid>`   | list   | replicas             | that process      | INBOX_TTL_S, renewed by each write |
@@ -45,6 +46,12 @@ class StoreKeys:
 
     def start(self, future_id: str) -> str:
         return f"{self._root}:start:{{{future_id}}}"
+
+    def attempts(self, future_id: str) -> str:
+        return f"{self._root}:attempts:{{{future_id}}}"
+
+    def redeliveries(self, future_id: str) -> str:
+        return f"{self._root}:redeliveries:{{{future_id}}}"
 
     def body(self, future_id: str) -> str:
         return f"{self._root}:body:{{{future_id}}}"

@@ -56,7 +56,8 @@ def create_backend(backend: Backend) -> Change:
     def change(desired: Desired) -> Desired:
         if backend.name in desired.backends:
             raise BadValue(f"there is a backend {backend.name!r} already: choose another name, or change it with update_backend")
-        return msgspec.structs.replace(desired, backends={**desired.backends, backend.name: backend})
+        forced = tuple(name for name in desired.forced if name != backend.name)
+        return msgspec.structs.replace(desired, backends={**desired.backends, backend.name: backend}, forced=forced)
 
     check_name(backend.name, "a backend")
     return change
@@ -133,8 +134,8 @@ def restore_user_config(refused: Backend, user_config: Any) -> Change:
     return change
 
 
-def delete_backend(name: str) -> Change:
-    """Silently nothing for an unknown name, as in the seed."""
+def delete_backend(name: str, *, force: bool = False) -> Change:
+    """Silently nothing for an unknown name, as in the seed; with `force`, what waits or runs is dropped."""
 
     def change(desired: Desired) -> Desired:
         for endpoint in desired.endpoints.values():
@@ -143,7 +144,9 @@ def delete_backend(name: str) -> Change:
                     f"backend {name!r} is used by endpoint {endpoint.name!r}: "
                     "delete that endpoint or take the backend out of its traffic first"
                 )
-        return msgspec.structs.replace(desired, backends={key: kept for key, kept in desired.backends.items() if key != name})
+        forced = (*desired.forced, name) if force and name in desired.backends else desired.forced
+        backends = {key: kept for key, kept in desired.backends.items() if key != name}
+        return msgspec.structs.replace(desired, backends=backends, forced=forced)
 
     return change
 

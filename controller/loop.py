@@ -191,12 +191,12 @@ class Controller:
         for name in list(queues):
             current = desired.backends[name].generation if name in desired.backends and not desired.closing else 0
             for generation in [kept for kept in queues[name] if kept != current]:
-                if await self._is_drained(name, generation, observed, beats):
+                if await self._is_drained(name, generation, beats) or name in desired.forced:
                     queues[name].remove(generation)
                     retiring.setdefault(name, []).append(generation)
         for name in list(retiring):
             for generation in list(retiring[name]):
-                if _is_held(name, generation, beats, self._store.now_ms()):
+                if name not in desired.forced and _is_held(name, generation, beats, self._store.now_ms()):
                     continue
                 keep_content = name in desired.backends and not desired.closing
                 if await self._queue.delete(name, generation, only_if_empty=keep_content):
@@ -232,7 +232,7 @@ class Controller:
             updated = msgspec.structs.replace(desired, version=desired.version + 1, backends={**desired.backends, name: newer})
             await self._store.replace(self._keys.desired, raw, updated.to_bytes())
 
-    async def _is_drained(self, name: str, generation: int, observed: Observed, beats: dict[str, Beat]) -> bool:
+    async def _is_drained(self, name: str, generation: int, beats: dict[str, Beat]) -> bool:
         """Nothing new arrives and nothing waits there; without a ready replica nobody would ever empty it."""
         if (name, generation) not in self._unbound:
             await self._queue.unbind(name, generation)

@@ -84,6 +84,7 @@ class _Running:
     child: Child
     watching: asyncio.Task[None]
     grace_s: float
+    backend: str = ""
     stopping: bool = False
 
 
@@ -136,7 +137,7 @@ class Node:
         self._ended = {replica_id: how for replica_id, how in self._ended.items() if replica_id in mine}
         for replica_id, running in list(self._replicas.items()):
             if replica_id not in mine:
-                self._stop(running)
+                self._stop(running, at_once=running.backend in self._desired.forced)
         self._preparing = {replica_id: task for replica_id, task in self._preparing.items() if not task.done()}
         for replica_id, assignment in mine.items():
             if replica_id not in self._replicas and replica_id not in self._ended and replica_id not in self._preparing:
@@ -159,7 +160,9 @@ class Node:
             self._presence.tell()
             return
         grace_s = (backend.config.graceful_shutdown_timeout_s if backend is not None else 0) + STOP_MARGIN_S
-        self._replicas[replica_id] = _Running(child, self._tasks.create_task(self._watch_replica(replica_id, child)), grace_s)
+        self._replicas[replica_id] = _Running(
+            child, self._tasks.create_task(self._watch_replica(replica_id, child)), grace_s, assignment.backend
+        )
 
     async def _watch_replica(self, replica_id: str, child: Child) -> None:
         how = await child.wait()
@@ -195,11 +198,14 @@ class Node:
             self._proxy_restarts.died_early(time.monotonic(), how)
         self._reconcile_proxy(wanted=self._proxy_wanted)  # later, from `_check_children`, if it has to wait
 
-    def _stop(self, running: _Running) -> None:
+    def _stop(self, running: _Running, *, at_once: bool = False) -> None:
         if running.stopping:
             return
         running.stopping = True
-        running.child.stop()
+        if at_once:
+            running.child.kill()
+        else:
+            running.child.stop()
         task = self._tasks.create_task(_kill_late(running))
         self._stoppers.add(task)
         task.add_done_callback(self._stoppers.discard)

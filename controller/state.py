@@ -35,6 +35,7 @@ class BackendConfig(BaseModel):
     graceful_shutdown_timeout_s: seconds a stopping replica has for what it is running.
     start_timeout_s: seconds a new replica has to get ready.
     delivery: "at_least_once", or "at_most_once": never run twice; a request whose replica died is answered 502.
+    max_attempts: runs of one request that may end with their replica; after that it goes to the dead letters and is answered 500.
     user_config: given to the class's `reconfigure` after construction and at each change of it.
     health_check_period_s, health_check_timeout_s: how often the class's `check_health` is called, and how long it may take;
         a replica that fails it three times in a row is replaced.
@@ -53,6 +54,7 @@ class BackendConfig(BaseModel):
     graceful_shutdown_timeout_s: Annotated[float, Field(ge=0)] = 20.0
     start_timeout_s: Annotated[float, Field(gt=0)] = 120.0
     delivery: Literal["at_least_once", "at_most_once"] = "at_least_once"
+    max_attempts: Annotated[int, Field(gt=0)] = 3
     user_config: Any = None
     health_check_period_s: Annotated[float, Field(gt=0)] = 10.0
     health_check_timeout_s: Annotated[float, Field(gt=0)] = 30.0
@@ -117,6 +119,7 @@ class Desired(msgspec.Struct, frozen=True):
     backends: dict[str, Backend] = {}
     endpoints: dict[str, Endpoint] = {}
     convertors: dict[str, str] = {}  # name -> sha256 of its code
+    forced: tuple[str, ...] = ()  # backends deleted by force: neither their queues nor their replicas drain
     closing: bool = False  # the instance is being shut down
     operations: tuple[str, ...] = ()  # the last operation ids, so that a retry recognises itself
 

@@ -127,9 +127,9 @@ def list_backends() -> dict[str, BackendConfig]:
     return current().list_backends()
 
 
-def delete_backend(backend_tag: str) -> None:
+def delete_backend(backend_tag: str, force: bool = False) -> None:
     """See `Client.delete_backend`."""
-    current().delete_backend(backend_tag)
+    current().delete_backend(backend_tag, force)
 
 
 def create_endpoint(endpoint_name: str, *, backend: str | None = None, route: str | None = None, methods: Sequence[str] = ("GET",)) -> None:

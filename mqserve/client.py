@@ -147,12 +147,15 @@ class Client:
     def list_backends(self) -> dict[str, BackendConfig]:
         return {name: backend.config for name, backend in self._call(self._read_desired()).backends.items()}
 
-    def delete_backend(self, backend_tag: str) -> None:
-        """Drains its queue and its replicas; returns when both are gone. Raises BadValue while an endpoint uses it."""
-        self._call(self._delete_backend(backend_tag))
+    def delete_backend(self, backend_tag: str, force: bool = False) -> None:
+        """Drains its queue and its replicas; returns when both are gone. `force`: what waits or runs is dropped.
 
-    async def _delete_backend(self, name: str) -> None:
-        await self._commit(changes.delete_backend(name))
+        Raises BadValue while an endpoint uses it.
+        """
+        self._call(self._delete_backend(backend_tag, force=force))
+
+    async def _delete_backend(self, name: str, *, force: bool = False) -> None:
+        await self._commit(changes.delete_backend(name, force=force))
 
         async def is_gone() -> bool | None:
             observed = Observed.from_bytes(await self._links.store.get(self._links.keys.observed))

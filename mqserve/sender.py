@@ -67,11 +67,20 @@ class Sender:
         self, desired: Desired, backend: str, meta: Meta, content: list[Any], future_id: str, pending: concurrent.futures.Future[Result]
     ) -> Callable[[], None]:
         content_type, body = encode_value(content, self._signer, Claim("request", backend, future_id))
-        timeout_s = desired.backends[backend].config.request_timeout_s
+        config = desired.backends[backend].config
 
         def send() -> None:
             try:
-                ticket = self._caller.send(backend, body, content_type, meta, origin="handle", timeout_s=timeout_s, future_id=future_id)
+                ticket = self._caller.send(
+                    backend,
+                    body,
+                    content_type,
+                    meta,
+                    origin="handle",
+                    timeout_s=config.request_timeout_s,
+                    future_id=future_id,
+                    at_most_once=config.delivery == "at_most_once",
+                )
             except MQServeError as error:
                 pending.set_exception(error)
             else:

@@ -75,7 +75,15 @@ class ProxyApp:
             if self.routes.down_since:
                 self._check_up(backend)
             meta = _meta(scope, target, call)
-            ticket = self._caller.send(backend, body, content_type, meta, origin="http", timeout_s=self.routes.timeouts_s[backend])
+            ticket = self._caller.send(
+                backend,
+                body,
+                content_type,
+                meta,
+                origin="http",
+                timeout_s=self.routes.timeouts_s[backend],
+                at_most_once=backend in self.routes.at_most_once,
+            )
             request_id = ticket.id
             metrics.router_requests.labels(target.endpoint.name).inc()
             for shadow in shadows:

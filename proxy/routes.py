@@ -36,6 +36,7 @@ class RouteTable:
         self.version = (desired.epoch, desired.version)
         self.backends: dict[str, Backend] = desired.backends
         self.timeouts_s = {name: backend.config.request_timeout_s for name, backend in desired.backends.items()}
+        self.at_most_once = {name for name, backend in desired.backends.items() if backend.config.delivery == "at_most_once"}
         self.down_since = observed.down_since  # backend -> store ms since which no replica has been ready or starting
         self._literal: dict[str, tuple[Route, Target]] = {}
         self._patterns: list[tuple[Route, Endpoint, dict[str, str]]] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections.abc import Coroutine
@@ -12,7 +13,6 @@ from typing import Any
 
 import msgspec
 
-from ..broker import queue_names
 from ..broker.codecs import JSON
 from ..broker.envelope import NO_HEADER, Envelope
 from ..broker.errors import BadEnvelope, MQServeError, StoreUnavailable
@@ -21,7 +21,7 @@ from ..broker.results import ErrorInfo, Result, late_result, note_of
 from ..broker.store import Record, Store
 from ..broker.store_keys import RESULT_TTL_S, StoreKeys
 from ..controller.state import BackendConfig
-from .execute import check_direct
+from .admission import Admission, Poison
 from .handler import Handler
 from .metrics import ReplicaMetrics
 from .prefetch import prefetch, slots
@@ -31,8 +31,9 @@ logger = logging.getLogger(__name__)
 
 INLINE_RESULT_BYTES = 1024 * 1024  # a larger body stands under a key of its own
 UNLIMITED_MS = 60_000  # how long the result of a request without a deadline is tried to be stored
-_TUNE_EVERY_S = 0.25
-_LONG_RUN_S = 0.4
+_MARK_EVERY_S = 0.05
+_LONG_RUN_S = 0.04
+_TUNE_EVERY_TURNS = 5
 
 
 class Server:
@@ -54,6 +55,7 @@ class Server:
         self._queue = queue
         self._store = store
         self._keys = StoreKeys(namespace)
+        self._admission = Admission(namespace, backend, store)
         self._worker = worker
         self._config = config
         self._handler = handler
@@ -94,12 +96,15 @@ class Server:
             await self._consumptions.pop(generation).cancel()
 
     async def tune_forever(self) -> None:
-        """Follows the measured run time with the prefetch, and marks runs that last, so that a timeout can say `run`."""
-        while True:
-            await asyncio.sleep(_TUNE_EVERY_S)
+        """Follows the measured run time with the prefetch, and marks runs that last: so that a timeout can say `run`, and a replica's
+        death is blamed on what it ran."""
+        for turn in itertools.count():
+            await asyncio.sleep(_MARK_EVERY_S)
+            self._mark_long_runs()
+            if turn % _TUNE_EVERY_TURNS:
+                continue
             for consumption in self._consumptions.values():
                 consumption.set_prefetch(self._prefetch())
-            self._mark_long_runs()
             processing = sum(1 for job in self._jobs if job.started)
             self._metrics.holds(self.running - processing, processing)
 
@@ -130,10 +135,11 @@ class Server:
     def _mark_long_runs(self) -> None:
         now, now_ms = time.monotonic(), self._store.now_ms()
         for job in self._jobs:
-            deadline = job.envelope.header.deadline
-            if deadline and job.started and now - job.started > _LONG_RUN_S and job.envelope.id not in self._marked:
-                self._marked.add(job.envelope.id)
-                self._store.mark(self._keys.start(job.envelope.id), deadline - now_ms + 5000)
+            envelope = job.envelope
+            if envelope.id and job.started and now - job.started > _LONG_RUN_S and envelope.id not in self._marked:
+                self._marked.add(envelope.id)
+                ttl_ms = (envelope.header.deadline or now_ms + UNLIMITED_MS) - now_ms + 5000
+                self._store.mark(self._keys.start(envelope.future_id(self._backend)), ttl_ms)
 
     # Taking.
 
@@ -143,49 +149,35 @@ class Server:
         self._in_hand.setdefault(generation, set()).add(delivery)
         try:
             envelope = delivery.envelope()
-            self._check_names(envelope)
+            self._admission.check_names(envelope)
         except BadEnvelope as error:
             return self._dead_letter(generation, delivery, error)
         job = Job(envelope, (generation, delivery))
         header = envelope.header
         if header.deadline and header.deadline <= self._store.now_ms():
             self._finish(job, late_result("queue"))
-        elif delivery.redelivered or header.again or header.ref or not envelope.minted:
+        elif delivery.redelivered or header.again or header.ref or not envelope.minted or self._config.delivery == "at_most_once":
             self._start(self._admit(job))
         else:
             self._run(job)  # a first delivery of an id of ours: nobody can have run it, so the store is not asked
 
-    def _check_names(self, envelope: Envelope) -> None:
-        """A message may be anybody's: it names no queue of ours to reply to, and no keys but an inbox and its own body."""
-        header = envelope.header
-        if envelope.reply_to and queue_names.is_ours(self._namespace, envelope.reply_to):
-            raise BadEnvelope(f"reply_to names {envelope.reply_to!r}, a queue of this instance: name a queue of your own")
-        if header.inbox and not header.inbox.startswith(self._keys.inbox("")):
-            raise BadEnvelope(f"the mq header's inbox names {header.inbox!r}, which is none")
-        if header.ref and header.ref != self._keys.body(envelope.id):
-            raise BadEnvelope(f"the mq header's ref names {header.ref!r}, which is not this message's body")
-
     async def _admit(self, job: Job) -> None:
-        """The requests that may have been run before, or whose body is elsewhere or a stranger's: looked at first."""
-        envelope = job.envelope
+        """Looked at before it runs."""
+        _, delivery = job.tag
         try:
-            if envelope.header.ref:
-                body = await self._store.get(envelope.header.ref)
-                if body is None:
-                    raise BadEnvelope("the body is gone from the store: it is kept until the request's deadline")
-                job.envelope = envelope = replace(envelope, body=body)
-            check_direct(envelope)
-            if (future_id := envelope.future_id(self._backend)) and (raw := await self._store.get(self._keys.future(future_id))):
-                return await self._answer_again(job, raw)
+            admitted = await self._admission.admit(job.envelope, self._config, redelivered=delivery.redelivered)
         except BadEnvelope as error:
             await self._refuse(job, error)
         except StoreUnavailable as error:
             logger.warning("giving back a request of %s: %s", self._backend, error)
             self._give_back(job)
         else:
-            if self._draining:
+            if isinstance(admitted, Result):
+                self._finish(job, admitted)
+            elif self._draining:
                 self._give_back(job)
             else:
+                job.envelope, job.attempt = admitted
                 self._run(job)
 
     def _run(self, job: Job) -> None:
@@ -218,7 +210,7 @@ class Server:
     def _record(self, job: Job, result: Result) -> asyncio.Future[bool]:
         envelope = job.envelope
         future_id = envelope.future_id(self._backend)
-        raw = result.to_bytes()
+        raw = (result if job.attempt == 1 else msgspec.structs.replace(result, attempt=job.attempt)).to_bytes()
         deadline_ms = envelope.header.deadline or self._store.now_ms() + UNLIMITED_MS
         return self._store.record(Record(self._keys.future(future_id), raw, envelope.header.inbox, note_of(future_id, raw), deadline_ms))
 
@@ -240,7 +232,7 @@ class Server:
             else:
                 first = not envelope.id or await self._record(job, result)
             if envelope.reply_to:
-                await self._reply(envelope, result if first else await self._stored(envelope, result))
+                await self._reply(envelope, result if first else await self._admission.stored(envelope, result))
         except MQServeError as error:
             logger.warning("giving back a finished request of %s: %s", self._backend, error)
             self._give_back(job)
@@ -259,26 +251,11 @@ class Server:
         if error := await settled:
             raise error
 
-    async def _answer_again(self, job: Job, raw: bytes) -> None:
-        """It has a result already: whoever asks by AMQP gets that one, and nothing runs."""
-        if job.envelope.reply_to:
-            await self._reply(job.envelope, await self._whole(Result.from_bytes(raw)))
-        self._ack(job)
-
-    async def _stored(self, envelope: Envelope, ours: Result) -> Result:
-        """Another run of the same request was first, and its result is the one that counts."""
-        raw = await self._store.get(self._keys.future(envelope.future_id(self._backend)))
-        return ours if raw is None else await self._whole(Result.from_bytes(raw))
-
-    async def _whole(self, result: Result) -> Result:
-        if not result.ref:
-            return result
-        return msgspec.structs.replace(result, body=await self._store.get(result.ref) or b"", ref="")
-
     async def _refuse(self, job: Job, error: BadEnvelope) -> None:
         """Bytes that will never parse: whoever waits is told, and they are set aside for operators."""
         generation, delivery = job.tag
-        refusal = Result(status=422, backend=self._backend, error=ErrorInfo(type="mqserve.BadEnvelope", message=str(error)))
+        status = 500 if isinstance(error, Poison) else 422
+        refusal = Result(status=status, backend=self._backend, error=ErrorInfo(type=f"mqserve.{type(error).__name__}", message=str(error)))
         try:
             if job.envelope.id:
                 await self._record(job, refusal)

@@ -39,6 +39,7 @@ class Job:
     tag: Any
     started: float = 0.0  # monotonic; 0 until it runs
     run_s: float = 0.0
+    attempt: int = 1
     batch_size: int = 1
 
 

@@ -1,0 +1,112 @@
+"""Whether a request is to run that may have been run before, whose body is elsewhere, or that is a stranger's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import msgspec
+
+from ..broker import queue_names
+from ..broker.envelope import Envelope
+from ..broker.errors import BadEnvelope
+from ..broker.results import ErrorInfo, Result
+from ..broker.store import Store
+from ..broker.store_keys import StoreKeys
+from ..controller.state import BackendConfig
+from .execute import check_direct
+
+MAX_REDELIVERIES = 20  # whatever happened to them
+_COUNTERS_TTL_MS = 24 * 3600 * 1000
+
+
+class Poison(BadEnvelope):
+    """A message that has cost too many replicas: set aside."""
+
+
+class Admitted(NamedTuple):
+    """A request that is to run, with its body, and the number of this run."""
+
+    envelope: Envelope
+    attempt: int
+
+
+class Admission:
+    """One backend's checks; only requests that need one come here."""
+
+    def __init__(self, namespace: str, backend: str, store: Store) -> None:
+        self._namespace = namespace
+        self._backend = backend
+        self._store = store
+        self._keys = StoreKeys(namespace)
+
+    def __repr__(self) -> str:
+        return f"<Admission of {self._backend}>"
+
+    def check_names(self, envelope: Envelope) -> None:
+        """A message may be anybody's: it names no queue of ours to reply to, and no keys but an inbox and its own body."""
+        header = envelope.header
+        if envelope.reply_to and queue_names.is_ours(self._namespace, envelope.reply_to):
+            raise BadEnvelope(f"reply_to names {envelope.reply_to!r}, a queue of this instance: name a queue of your own")
+        if header.inbox and not header.inbox.startswith(self._keys.inbox("")):
+            raise BadEnvelope(f"the mq header's inbox names {header.inbox!r}, which is none")
+        if header.ref and not header.shadow and header.ref != self._keys.body(envelope.id):
+            raise BadEnvelope(f"the mq header's ref names {header.ref!r}, which is not this message's body")
+
+    async def admit(self, envelope: Envelope, config: BackendConfig, *, redelivered: bool) -> Admitted | Result:
+        """What is to run, or the result that stands in its place. Raises BadEnvelope (Poison among them) for what is to be set aside,
+        StoreUnavailable when it cannot be told."""
+        if envelope.header.ref:
+            envelope = replace(envelope, body=await self._body(envelope.header.ref))
+        check_direct(envelope)
+        future_id = envelope.future_id(self._backend)
+        once = config.delivery == "at_most_once"
+        if not future_id:
+            if once and redelivered:
+                raise Poison("it was delivered before and has no id, so nobody can tell whether it ran (delivery is at_most_once)")
+            return Admitted(envelope, 1)
+        if (raw := await self._store.get(self._keys.future(future_id))) is not None:
+            return await self.whole(Result.from_bytes(raw))
+        if once:
+            return Admitted(envelope, 1) if await self._mark_start(future_id) else _lost(self._backend)
+        attempt = await self._count(future_id, config.max_attempts) if redelivered else 1
+        return Admitted(envelope, attempt)
+
+    async def whole(self, result: Result) -> Result:
+        """With its body, wherever that stands."""
+        return msgspec.structs.replace(result, body=await self._store.get(result.ref) or b"", ref="") if result.ref else result
+
+    async def stored(self, envelope: Envelope, ours: Result) -> Result:
+        """The result that counts, where another run of the same request was first."""
+        raw = await self._store.get(self._keys.future(envelope.future_id(self._backend)))
+        return ours if raw is None else await self.whole(Result.from_bytes(raw))
+
+    async def _body(self, key: str) -> bytes:
+        body = await self._store.get(key)
+        if body is None:
+            raise BadEnvelope("the body is gone from the store: it is kept until the request's deadline")
+        return body
+
+    async def _mark_start(self, future_id: str) -> bool:
+        return await self._store.set(self._keys.start(future_id), b"1", ttl_ms=_COUNTERS_TTL_MS, only_new=True)
+
+    async def _count(self, future_id: str, max_attempts: int) -> int:
+        """The number of the run to come. An attempt is a run that was started (it left a mark) and left no result."""
+        start = self._keys.start(future_id)
+        attempts_key = self._keys.attempts(future_id)
+        if await self._store.get(start) is not None:
+            attempts = await self._store.increment(attempts_key, _COUNTERS_TTL_MS)
+            await self._store.delete(start)
+        else:
+            attempts = int(await self._store.get(attempts_key) or 0)
+        redeliveries = await self._store.increment(self._keys.redeliveries(future_id), _COUNTERS_TTL_MS)
+        if attempts >= max_attempts:
+            raise Poison(f"{attempts} runs of it were started and left no result (max_attempts): the replicas that ran it died")
+        if redeliveries >= MAX_REDELIVERIES:
+            raise Poison(f"it was delivered {redeliveries} times again and never finished")
+        return attempts + 1
+
+
+def _lost(backend: str) -> Result:
+    message = "the replica that started this request was lost, and it is never run twice (delivery is at_most_once)"
+    return Result(status=502, backend=backend, error=ErrorInfo(type="mqserve.ReplicaLost", message=message))
