@@ -176,7 +176,9 @@ class RedisStore:
         return bool(await self._call(lambda: self._script("replace", [key], values)))
 
     async def increment(self, key: str, ttl_ms: int) -> int:
-        pipeline = self._commands.pipeline(transaction=False).incr(key).pexpire(key, ttl_ms)
+        pipeline = self._commands.pipeline(transaction=False)
+        pipeline.incr(key)
+        pipeline.pexpire(key, ttl_ms)
         count: int = (await self._call(pipeline.execute))[0]
         return count
 
