@@ -21,7 +21,7 @@ from redis.exceptions import NoScriptError, RedisError
 
 from .backoff import delays
 from .errors import StoreUnavailable
-from .rabbitmq import masked
+from .settings import masked
 from .store import Record
 from .store_keys import INBOX_TTL_S, RESULT_TTL_S, StoreKeys
 

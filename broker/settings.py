@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
+from yarl import URL
+
 from .errors import BadValue
 from .queue_names import check_namespace
 from .signing import MIN_KEY_BYTES, Signer
@@ -77,6 +79,12 @@ def read_secret(env: Mapping[str, str], name: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise BadValue(f"{PREFIX}{name}_FILE names {path!r}, which cannot be read ({reason}): mend the path or its rights") from None
+
+
+def masked(url: str) -> str:
+    """The URL as it may be shown: without its password."""
+    parsed = URL(url)
+    return str(parsed.with_password("***")) if parsed.password else str(parsed)
 
 
 def _check_scheme(url: str, schemes: tuple[str, ...], name: str) -> None:

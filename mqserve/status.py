@@ -5,8 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from .broker.rabbitmq import masked
-from .broker.settings import Settings
+from .broker.settings import Settings, masked
 from .controller import lease
 from .controller.state import SILENT_AFTER_S, Beat, Desired, Observed, read_beats
 from .links import Links, open_links

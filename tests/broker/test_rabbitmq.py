@@ -10,7 +10,8 @@ import pytest
 from mqserve.broker.envelope import Envelope, Header
 from mqserve.broker.errors import BadEnvelope, BrokerUnavailable
 from mqserve.broker.queue_names import dead_queue, requests_exchange
-from mqserve.broker.rabbitmq import masked, open_rabbitmq
+from mqserve.broker.rabbitmq import open_rabbitmq
+from mqserve.broker.settings import masked
 from tests.broker.relay import relayed
 from tests.broker.traffic import AckingHands, Hands, accepted, accepted_at_last, depth_is, publish, text, until
 from tests.servers import PrivateRabbitMQ, free_port

@@ -1,0 +1,102 @@
+"""One AMQP connection that is kept up, and channels on it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import suppress
+
+import aio_pika
+import aiormq
+from aio_pika.abc import AbstractConnection
+
+from .backoff import delays
+from .errors import BrokerUnavailable
+from .settings import masked
+
+logger = logging.getLogger(__name__)
+
+CONNECT_BUDGET_S = 5.0
+OPERATION_BUDGET_S = 5.0
+HEARTBEAT_S = 10
+
+
+class Link:
+    """One connection, kept up. Whoever needs it awaits `up`; nobody dials but `_keep`."""
+
+    def __init__(self, url: str, name: str) -> None:
+        self._url = url
+        self._name = name
+        self._up = asyncio.Event()
+        self._last_error: BaseException | None = None
+        self.connection: AbstractConnection | None = None
+        self._keeper: asyncio.Task[None] | None = None
+
+    def __repr__(self) -> str:
+        return f"<link {self._name} to {masked(self._url)}, {'up' if self.is_up else 'down'}>"
+
+    @property
+    def is_up(self) -> bool:
+        return self._up.is_set()
+
+    async def up(self, budget_s: float = OPERATION_BUDGET_S) -> AbstractConnection:
+        """The open connection; dials on first use. Raises BrokerUnavailable after `budget_s`."""
+        if self._keeper is None:
+            self._keeper = asyncio.create_task(self._keep(), name=f"keep {self._name} connected")
+        try:
+            async with asyncio.timeout(budget_s):
+                await self._up.wait()
+        except TimeoutError:
+            reason = f": {self._last_error}" if self._last_error else ""
+            raise BrokerUnavailable(
+                f"no connection to RabbitMQ at {masked(self._url)} within {budget_s:g} s{reason}; is it running, "
+                "and is MQSERVE_BROKER_URL right?"
+            ) from self._last_error
+        assert self.connection is not None
+        return self.connection
+
+    async def _keep(self) -> None:
+        pauses = delays()
+        while True:
+            try:
+                async with asyncio.timeout(CONNECT_BUDGET_S):
+                    self.connection = await aio_pika.connect(
+                        self._url, heartbeat=HEARTBEAT_S, client_properties={"connection_name": self._name}
+                    )
+            except (Exception, asyncio.CancelledError) as error:
+                if isinstance(error, asyncio.CancelledError) and really_cancelled():
+                    raise
+                self._last_error = error
+                await asyncio.sleep(next(pauses))
+                continue
+            closed = asyncio.Event()
+            self.connection.close_callbacks.add(lambda *_, closed=closed: closed.set())
+            pauses = delays()
+            self._last_error = None
+            self._up.set()
+            await closed.wait()
+            self._up.clear()
+            logger.warning("lost the connection to RabbitMQ at %s (%s); reconnecting", masked(self._url), self._name)
+            await asyncio.sleep(next(pauses))
+
+    async def close(self) -> None:
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.gather(self._keeper, return_exceptions=True)
+        if self.connection is not None:
+            with suppress(Exception, asyncio.CancelledError):
+                async with asyncio.timeout(2):
+                    await self.connection.close()
+
+
+def really_cancelled() -> bool:
+    """aiormq reports a stuck connection by a bare CancelledError; only our own cancellation counts as one."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+async def open_channel(connection: AbstractConnection, *, confirms: bool) -> aiormq.channel.Channel:
+    async with asyncio.timeout(OPERATION_BUDGET_S):
+        channel = await connection.transport.connection.channel(publisher_confirms=confirms, frame_buffer_size=256)  # type: ignore[union-attr]
+    assert isinstance(channel, aiormq.channel.Channel)
+    return channel

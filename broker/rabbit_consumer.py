@@ -1,0 +1,156 @@
+"""Consuming from RabbitMQ: deliveries, and a consumer that restores itself, alone, after any loss."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+
+from aio_pika.abc import AbstractConnection
+from pamqp.commands import Basic
+
+from .amqp_link import OPERATION_BUDGET_S, Link, open_channel, really_cancelled
+from .backoff import delays
+from .envelope import Envelope
+from .errors import BrokerUnavailable
+from .joined_channel import JoinedChannel
+from .queue import Delivery
+
+logger = logging.getLogger(__name__)
+
+
+class RabbitDelivery:
+    """Implements `Delivery`."""
+
+    __slots__ = ("_channel", "_tag", "body", "properties", "redelivered")
+
+    def __init__(self, channel: JoinedChannel, frame: Basic.Deliver, properties: Basic.Properties, body: bytes) -> None:
+        self._channel = channel
+        self._tag = frame.delivery_tag or 0
+        self.redelivered = bool(frame.redelivered)
+        self.properties = properties
+        self.body = body
+
+    def envelope(self) -> Envelope:
+        return Envelope.from_amqp(self.properties, self.body)
+
+    def ack(self) -> None:
+        self._channel.ack(self._tag)
+
+    def requeue(self) -> None:
+        self._channel.requeue(self._tag)
+
+
+class RabbitConsumption:
+    """Implements `Consumption`: one consumer, which comes back by itself after any loss, alone."""
+
+    def __init__(self, link: Link, queue: str, prefetch: int, on_delivery: Callable[[Delivery], None]) -> None:
+        self._link = link
+        self._queue = queue
+        self._prefetch = prefetch
+        self._on_delivery = on_delivery
+        self._consuming = asyncio.Event()
+        self._changed = asyncio.Event()
+        self.cancelled = False
+        self._channel: JoinedChannel | None = None
+        self._task = asyncio.create_task(self._keep(), name=f"consume {queue}")
+
+    def __repr__(self) -> str:
+        return f"<RabbitConsumption of {self._queue}, prefetch {self._prefetch}, {self._channel}>"
+
+    async def started(self) -> None:
+        try:
+            async with asyncio.timeout(OPERATION_BUDGET_S):
+                await self._consuming.wait()
+        except TimeoutError:
+            raise BrokerUnavailable(f"RabbitMQ did not let us consume {self._queue} within {OPERATION_BUDGET_S:g} s") from None
+
+    def set_prefetch(self, prefetch: int) -> None:
+        if prefetch != self._prefetch:
+            self._prefetch = prefetch
+            self._changed.set()
+
+    async def cancel(self) -> None:
+        self.cancelled = True
+        self._changed.set()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(OPERATION_BUDGET_S):
+                while self._consuming.is_set():
+                    await asyncio.sleep(0.005)
+
+    async def close(self) -> None:
+        self.cancelled = True
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _keep(self) -> None:
+        pauses = delays()
+        while not self.cancelled:
+            try:
+                connection = await self._link.up()
+                await self._consume(connection)
+                pauses = delays()
+            except (Exception, asyncio.CancelledError) as error:
+                if isinstance(error, asyncio.CancelledError) and really_cancelled():
+                    raise
+                logger.warning("cannot consume %s (%s); trying again", self._queue, error or type(error).__name__)
+            finally:
+                self._consuming.clear()
+            if not self.cancelled:
+                await asyncio.sleep(next(pauses))
+
+    async def _consume(self, connection: AbstractConnection) -> None:
+        """Until the channel is lost, or, once cancelled, until every delivery in hand is settled."""
+        raw = await open_channel(connection, confirms=False)
+        channel = self._channel = JoinedChannel(raw, self._hand_over)
+        lost = asyncio.Event()
+        raw.on_consumer_cancel_callbacks.add(lambda _: lost.set())
+        closing = asyncio.create_task(channel.wait_closed())
+        closing.add_done_callback(lambda _: lost.set())
+        consumer_tag = ""
+        try:
+            while not self.cancelled and not lost.is_set():
+                self._changed.clear()
+                # A live qos change does not reach a running consumer: start a second one, then cancel the first.
+                async with asyncio.timeout(OPERATION_BUDGET_S):
+                    await raw.basic_qos(prefetch_count=self._prefetch)
+                    started = await raw.basic_consume(self._queue, _unused_callback)
+                    if consumer_tag:
+                        await raw.basic_cancel(consumer_tag)
+                consumer_tag = started.consumer_tag or ""
+                self._consuming.set()
+                await _first_of(self._changed, lost)
+            if self.cancelled and not lost.is_set():
+                async with asyncio.timeout(OPERATION_BUDGET_S):
+                    await raw.basic_cancel(consumer_tag)
+                self._consuming.clear()
+                while channel.held and not lost.is_set():
+                    await asyncio.sleep(0.01)
+                await asyncio.sleep(0)  # the last acks leave with this turn
+        finally:
+            closing.cancel()
+            with suppress(Exception, asyncio.CancelledError):
+                async with asyncio.timeout(1):
+                    await raw.close()
+
+    def _hand_over(self, frame: Basic.Deliver, properties: Basic.Properties, body: bytes) -> None:
+        assert self._channel is not None
+        delivery = RabbitDelivery(self._channel, frame, properties, body)
+        if self.cancelled:
+            delivery.requeue()
+        else:
+            self._on_delivery(delivery)
+
+
+async def _first_of(*events: asyncio.Event) -> None:
+    waits = [asyncio.create_task(event.wait()) for event in events]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
+
+
+async def _unused_callback(message: object) -> None:
+    """aiormq wants one; `JoinedChannel` takes every delivery before it gets here."""
