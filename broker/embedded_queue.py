@@ -139,7 +139,7 @@ class EmbeddedQueue:
         return True
 
     def publish(self, backend: str, envelope: Envelope, settled: Settled) -> None:
-        envelope.to_amqp()  # refuses what RabbitMQ could not carry
+        envelope.check_head()
         lanes = self._bindings.get(backend)
         if not lanes:
             return settled(NotRouted(f"no queue is bound to {backend!r}: is the backend deployed?"))

@@ -86,6 +86,13 @@ class Envelope:
         """Where the result stands: a minted id needs nothing else, a caller's own key is scoped to the backend."""
         return self.id if self.minted or not self.id else f"{backend}/{self.id}"
 
+    def check_head(self) -> None:
+        """Raises TooLarge for what no broker could carry."""
+        meta = self.header.meta
+        size = len(meta.path) + len(meta.query) + sum([len(name) + len(value) + 4 for name, value in meta.headers])
+        if size > MAX_HEAD_BYTES:
+            raise TooLarge(f"the request's head takes {size} bytes, more than {MAX_HEAD_BYTES}: send less in headers and URL", status=431)
+
     def to_amqp(self) -> bytes:
         """The property flags and list of an AMQP content header, packed by hand.
 

@@ -11,7 +11,7 @@ from ..broker.caller import MAX_BODY_BYTES, Caller
 from ..broker.envelope import MAX_HEAD_BYTES, Meta, mint_id
 from ..broker.errors import MQServeError, NoReplica, TooLarge
 from ..controller.state import choose
-from . import metrics
+from .metrics import CONTENT_TYPE, ProxyMetrics
 from .responses import Reply, from_error, from_result, json_reply, problem
 from .routes import NotAllowed, RouteTable, Target
 
@@ -35,6 +35,7 @@ class ProxyApp:
         self.routes = routes
         self._readiness = readiness
         self._debug = debug
+        self._metrics = ProxyMetrics()
 
     def __repr__(self) -> str:
         return f"<ProxyApp {self.routes!r}>"
@@ -60,9 +61,7 @@ class ProxyApp:
         """Serves, and measures it."""
         began = time.monotonic()
         reply = await self._serve(target, scope, receive)
-        metrics.http_requests.labels(target.pattern).inc()
-        metrics.http_responses.labels(target.pattern, str(reply[0])).inc()
-        metrics.http_latency_ms.labels(target.pattern).observe((time.monotonic() - began) * 1000)
+        self._metrics.route(target.pattern).answered(reply[0], (time.monotonic() - began) * 1000)
         return reply
 
     async def _serve(self, target: Target, scope: Scope, receive: Receive) -> Reply:
@@ -85,11 +84,15 @@ class ProxyApp:
                 at_most_once=backend in self.routes.at_most_once,
             )
             request_id = ticket.id
-            metrics.router_requests.labels(target.endpoint.name).inc()
+            self._metrics.sent[target.endpoint.name] += 1
             for shadow in shadows:
                 self._caller.send_shadow(shadow, body, content_type, meta, origin="http", timeout_s=self.routes.timeouts_s[shadow])
-            with metrics.queued_queries.labels(backend, target.endpoint.name).track_inprogress():
+            waiting = (backend, target.endpoint.name)
+            self._metrics.waiting[waiting] += 1
+            try:
                 return from_result(await ticket.future, request_id, debug=self._debug)
+            finally:
+                self._metrics.waiting[waiting] -= 1
         except MQServeError as error:
             return from_error(error, request_id or mint_id())
 
@@ -108,7 +111,7 @@ class ProxyApp:
             case "/-/healthz":
                 return json_reply({"status": "ok"})
             case "/-/metrics":
-                return 200, [(b"content-type", metrics.CONTENT_TYPE)], metrics.exposition()
+                return 200, [(b"content-type", CONTENT_TYPE)], self._metrics.exposition()
             case "/-/readyz":
                 ready, facts = self._readiness()
                 return json_reply({"ready": ready, **facts}, 200 if ready else 503)

@@ -65,19 +65,7 @@ def batch(function: Callable[..., Awaitable[Any]] | None = None, *, max_batch_si
         if not inspect.iscoroutinefunction(function):
             raise BadType("@serve.batch decorates an `async def` that takes a list and returns a list")
         tuning = _Tuning(max_batch_size, batch_wait_timeout_s)
-        gatherers: weakref.WeakKeyDictionary[Any, _Gatherer] = weakref.WeakKeyDictionary()
-        own: list[_Gatherer] = []
-
-        def gatherer(owner: Sequence[Any]) -> _Gatherer:
-            if not owner:
-                if not own:
-                    own.append(_Gatherer(function, tuning))
-                return own[0]
-            if owner[0] not in gatherers:
-                reference = weakref.ref(owner[0])
-                gatherers[owner[0]] = _Gatherer(lambda items: function(reference(), items), tuning)
-            return gatherers[owner[0]]
-
+        gatherers = _Gatherers(function, tuning)
         is_method = next(iter(inspect.signature(function).parameters), "") == "self"
 
         @wraps(function)
@@ -85,7 +73,7 @@ def batch(function: Callable[..., Awaitable[Any]] | None = None, *, max_batch_si
             expected = 2 if is_method else 1
             if named or len(arguments) != expected:
                 raise BadValue("a @serve.batch function is called with exactly one positional argument: the item")
-            return await gatherer(arguments[:-1]).add(arguments[-1])
+            return await gatherers.of(arguments[:-1]).add(arguments[-1])
 
         call.set_max_batch_size = tuning.set_size  # type: ignore[attr-defined]
         call.set_batch_wait_timeout_s = tuning.set_wait  # type: ignore[attr-defined]
@@ -106,6 +94,27 @@ class _Tuning:
     def set_wait(self, wait_s: float) -> None:
         _check(self.size, wait_s)
         self.wait_s = wait_s
+
+
+class _Gatherers:
+    """One decorated function's: of its own, or one for each instance it is a method of. Travels with the code, and arrives empty."""
+
+    def __init__(self, function: Callable[..., Awaitable[Any]], tuning: _Tuning) -> None:
+        self._function = function
+        self._tuning = tuning
+        self._of_function = _Gatherer(function, tuning)
+        self._of_instances: weakref.WeakKeyDictionary[Any, _Gatherer] = weakref.WeakKeyDictionary()
+
+    def __reduce__(self) -> Any:
+        return _Gatherers, (self._function, self._tuning)
+
+    def of(self, owner: Sequence[Any]) -> _Gatherer:
+        if not owner:
+            return self._of_function
+        if owner[0] not in self._of_instances:
+            function, reference = self._function, weakref.ref(owner[0])  # no stronger, or the instance would keep itself
+            self._of_instances[owner[0]] = _Gatherer(lambda items: function(reference(), items), self._tuning)
+        return self._of_instances[owner[0]]
 
 
 class _Gatherer:

@@ -1,6 +1,13 @@
-"""What a replica counts; names and labels as in the seed, with its `ray_serve_` prefix replaced. Shadows count as any request."""
+"""What a replica counts; names and labels as in the seed, with its `ray_serve_` prefix replaced. Shadows count as any request.
+
+Requests are counted in plain numbers and handed to prometheus_client a few times a second: observing three histograms for
+each would cost more than the rest of settling it.
+"""
 
 from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter as Counts
 
 from prometheus_client import Counter, Gauge, Histogram
 
@@ -8,7 +15,7 @@ from ..broker.envelope import Envelope
 from ..broker.results import Result
 
 LATENCY_BUCKETS_MS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
-_BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
+BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 _BACKEND, _REPLICA = ["backend"], ["backend", "replica"]
 
 _requests = Counter("mqserve_backend_request_counter", "Requests answered.", _BACKEND)
@@ -18,7 +25,7 @@ _queuing_ms = Histogram("mqserve_backend_queuing_latency_ms", "From sending to t
 _processing_ms = Histogram(
     "mqserve_backend_processing_latency_ms", "Run time of the user's code.", [*_REPLICA, "batch_size"], buckets=LATENCY_BUCKETS_MS
 )
-_batch_size = Histogram("mqserve_backend_batch_size", "Requests in one call.", _REPLICA, buckets=_BATCH_BUCKETS)
+_batch_size = Histogram("mqserve_backend_batch_size", "Requests in one call.", _REPLICA, buckets=BATCH_BUCKETS)
 _queued = Gauge("mqserve_replica_queued_queries", "Requests held that do not run yet.", _REPLICA, multiprocess_mode="livesum")
 _processing = Gauge("mqserve_replica_processing_queries", "Requests that run now.", _REPLICA, multiprocess_mode="livesum")
 
@@ -28,13 +35,10 @@ class ReplicaMetrics:
 
     def __init__(self, backend: str, replica_id: str) -> None:
         self._labels = (backend, replica_id)
-        self._requests = _requests.labels(backend)
-        self._errors = _errors.labels(backend)
-        self._queuing_ms = _queuing_ms.labels(*self._labels)
-        self._batch_size = _batch_size.labels(*self._labels)
-        self._queued = _queued.labels(*self._labels)
-        self._processing = _processing.labels(*self._labels)
-        self._processing_ms = {1: _processing_ms.labels(*self._labels, "1")}
+        self._answered = self._failed = 0
+        self._queuing = _Gathered(_queuing_ms.labels(*self._labels), LATENCY_BUCKETS_MS)
+        self._batch_sizes = _Gathered(_batch_size.labels(*self._labels), BATCH_BUCKETS)
+        self._processing: dict[int, _Gathered] = {}
 
     def __repr__(self) -> str:
         return f"<ReplicaMetrics of {self._labels[1]}>"
@@ -44,18 +48,48 @@ class ReplicaMetrics:
 
     def done(self, envelope: Envelope, result: Result, now_ms: int, run_s: float, batch_size: int) -> None:
         if result.error is None:
-            self._requests.inc()
+            self._answered += 1
         else:
-            self._errors.inc()
+            self._failed += 1
         if envelope.header.deadline and envelope.expiration_ms:
             sent_ms = envelope.header.deadline - envelope.expiration_ms
-            self._queuing_ms.observe(max(0.0, now_ms - sent_ms - run_s * 1000))
-        if batch_size not in self._processing_ms:
-            self._processing_ms[batch_size] = _processing_ms.labels(*self._labels, str(batch_size))
-        self._processing_ms[batch_size].observe(run_s * 1000)
-        self._batch_size.observe(batch_size)
+            self._queuing.add(max(0.0, now_ms - sent_ms - run_s * 1000))
+        processing = self._processing.get(batch_size)
+        if processing is None:
+            child = _processing_ms.labels(*self._labels, str(batch_size))
+            processing = self._processing[batch_size] = _Gathered(child, LATENCY_BUCKETS_MS)
+        processing.add(run_s * 1000)
+        self._batch_sizes.add(batch_size)
 
-    def holds(self, queued: int, processing: int) -> None:
-        """Sampled now and then, rather than at each request."""
-        self._queued.set(queued)
-        self._processing.set(processing)
+    def hand_over(self, queued: int, processing: int) -> None:
+        """What was counted since the last call, and what is held now."""
+        _requests.labels(self._labels[0]).inc(self._answered)
+        _errors.labels(self._labels[0]).inc(self._failed)
+        self._answered = self._failed = 0
+        for gathered in (self._queuing, self._batch_sizes, *self._processing.values()):
+            gathered.hand_over()
+        _queued.labels(*self._labels).set(queued)
+        _processing.labels(*self._labels).set(processing)
+
+
+class _Gathered:
+    """Observations of one histogram on their way. It has no bulk `observe`, so this adds to its buckets (private names of
+    prometheus_client, held by tests/test_replica_metrics.py)."""
+
+    def __init__(self, histogram: Histogram, bounds: tuple[int, ...]) -> None:
+        self._histogram = histogram
+        self._bounds = bounds
+        self._counts: Counts[int] = Counts()
+        self._sum = 0.0
+
+    def add(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def hand_over(self) -> None:
+        if self._counts:
+            counts, self._counts = self._counts, Counts()
+            self._histogram._sum.inc(self._sum)
+            self._sum = 0.0
+            for position, count in counts.items():
+                self._histogram._buckets[position].inc(count)

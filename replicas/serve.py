@@ -106,7 +106,7 @@ class Server:
             for consumption in self._consumptions.values():
                 consumption.set_prefetch(self._prefetch())
             processing = sum(1 for job in self._jobs if job.started)
-            self._metrics.holds(self.running - processing, processing)
+            self._metrics.hand_over(self.running - processing, processing)
 
     async def drain(self, at_most_s: float) -> None:
         """Takes nothing new, gives back what has not started, and finishes the rest within the graceful shutdown timeout or `at_most_s`."""
@@ -124,6 +124,7 @@ class Server:
             )
             self._give_back(job)
         self._consumptions.clear()
+        self._metrics.hand_over(0, 0)
 
     def _prefetch(self) -> int:
         config, is_async = self._config, self._handler.is_async

@@ -28,6 +28,7 @@ from .execute import Execution
 from .handler import Method
 from .prefetch import moving_average
 
+_TURN_S = 0.01  # then the loop's other work has its turn: async calls, health checks
 T = TypeVar("T")
 
 
@@ -129,13 +130,17 @@ class Worker:
             self._loop.close()
 
     def _take(self) -> None:
-        self._woken = False
-        while self._jobs and self._free_threads > 0:
+        until = time.monotonic() + _TURN_S
+        while self._jobs and self._free_threads > 0 and time.monotonic() < until:
             try:
                 job = self._jobs.popleft()
             except IndexError:  # withdrawn in between
-                return
+                break
             self._start(job)
+        self._woken = False  # only now: while this runs, whoever submits need not wake it
+        if self._jobs and self._free_threads > 0:
+            self._woken = True
+            self._loop.call_soon(self._take)
         if self._gathering and self._config.batch_wait_timeout == 0:
             self._run_gathered()
 
