@@ -188,9 +188,7 @@ class Caller:
         key = self._keys.body(envelope.id)
         try:
             await self._store.set(key, envelope.body, ttl_ms=timeout_ms + 60_000)
-            header = Header(
-                origin=envelope.header.origin, inbox=self._inbox, deadline=envelope.header.deadline, ref=key, meta=envelope.header.meta
-            )
+            header = msgspec.structs.replace(envelope.header, ref=key)
             self._publish(backend, replace(envelope, body=b"", header=header), asyncio.get_running_loop().time() + REPUBLISH_BUDGET_S)
         except MQServeError as error:
             self._fail(envelope.id, error)

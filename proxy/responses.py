@@ -66,7 +66,7 @@ def _explain(result: Result, *, debug: bool) -> str:
     assert result.error is not None
     if debug and result.error.traceback:
         return result.error.traceback
-    if result.status == 500:
+    if result.status == 500 and result.error.traceback:  # without one it is our own sentence, of a request that was set aside
         return f"the handler raised {result.error.type}; the traceback is in the replica's log (or here, with --debug)"
     return result.error.message
 
