@@ -116,7 +116,7 @@ class _Lane:
     def _deliver(self) -> None:
         self._waking = False
         for level in reversed(self.levels):
-            while level:
+            for _ in range(len(level)):  # a draining consumer gives back at once: that waits for the next turn, or we would never end
                 ready = [consumer for consumer in self.consumers if consumer.wants_more]
                 if not ready:
                     return
