@@ -7,10 +7,12 @@ A fenced block is `text` (shown, not run), has a name (```python test=handle) th
 from __future__ import annotations
 
 import argparse
+import builtins
 import re
 import shlex
 import shutil
 import subprocess
+import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,7 +22,9 @@ import click
 import httpx
 import msgspec
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
+import mqserve as serve
 from mqserve.broker import queue_names
 from mqserve.broker.envelope import Header, Meta
 from mqserve.broker.results import ErrorInfo, Result
@@ -28,12 +32,15 @@ from mqserve.broker.settings import Settings
 from mqserve.broker.store_keys import RESULT_TTL_S, StoreKeys
 from mqserve.cli import cli
 from mqserve.controller.state import BackendConfig
-from tests.instances import SECRET_KEY, CommandLine, new_namespace
+from mqserve.instance import LOCATIONS
+from tests.instances import SECRET_KEY, CommandLine, new_namespace, started, wait_until
 from tests.servers import free_port
 
 ROOT = Path(__file__).parent.parent
 README, PROTOCOL = ROOT / "README.md", ROOT / "docs" / "protocol.md"
-DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
+FROM_RAY, MONITORING = ROOT / "docs" / "from-ray-serve.md", ROOT / "docs" / "guide" / "monitoring.md"
+GUIDE = sorted(page for page in (ROOT / "docs" / "guide").glob("*.md") if page.name != "README.md")
+DOCUMENTS = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 TEXT = {document: document.read_text() for document in DOCUMENTS}
 EVERYTHING = "\n".join(TEXT.values())
 CODE = "\n".join(
@@ -43,7 +50,10 @@ CODE = "\n".join(
 SCRIPTS = ("handle", "face")  # Python that needs nothing
 WALKTHROUGHS = {"hello": "", "digits": "examples/digits.py"}  # shell that serves, or asks what serves this file
 OVER_AMQP = ("orders.py", "pika", "redis", "future", "publish")
-RUN = {"hello.py", "distributed", "amqplib", *SCRIPTS, *WALKTHROUGHS, *OVER_AMQP}
+ON_SERVERS = ("delivery", "dependency-management", "resources")  # of the guide: these need RabbitMQ and Redis
+IN_ONE_PROCESS = [page.stem for page in GUIDE if page.stem not in ON_SERVERS]
+BESIDE = ("shop_metrics.py",)  # imported by a page's program
+RUN = {"hello.py", "distributed", "amqplib", *SCRIPTS, *WALKTHROUGHS, *OVER_AMQP, *IN_ONE_PROCESS, *ON_SERVERS, *BESIDE}
 NOT_RUN = {"make demo\nmake test\n"}
 
 DOUBLE = '\n\n@serve.endpoint(None, name="double")\ndef double(request):\n    return request.data * 2\n'  # for README's `publish`
@@ -97,13 +107,48 @@ def test_the_hello_of_the_readme_is_the_one_that_ships() -> None:
     assert NAMED["hello.py"] == (ROOT / "examples" / "hello.py").read_text()
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", [*SCRIPTS, *IN_ONE_PROCESS])
 def test_a_python_example_prints_what_its_comments_say(name: str, tmp_path: Path) -> None:
-    script = tmp_path / f"{name}.py"
-    script.write_text(NAMED[name])
-    done = CommandLine(tmp_path, PYTHONPATH=str(ROOT)).python(f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')")
+    prints_what_it_says(name, CommandLine(tmp_path, PYTHONPATH=str(ROOT)))
+
+
+@pytest.mark.parametrize("name", ON_SERVERS)
+def test_a_guide_example_on_servers_prints_what_its_comments_say(name: str, distributed_shell: CommandLine, index_folder: Path) -> None:
+    from_folder = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(index_folder), "UV_NO_INDEX": "1", "UV_FIND_LINKS": str(index_folder)}
+    environments = str(distributed_shell.folder / "environments")
+    prints_what_it_says(
+        name, distributed_shell.with_variables(**from_folder, MQSERVE_ENVIRONMENTS=environments, PYTHONPATH=str(ROOT)), deadline_s=180
+    )
+
+
+def prints_what_it_says(name: str, shell: CommandLine, deadline_s: float = 60) -> None:
+    for file in BESIDE:
+        shell.file(file, NAMED[file])
+    script = NAMED[name].replace('"mqserve.', f'"{shell.env.get("MQSERVE_NAMESPACE", "mqserve")}.')  # a queue's name
+    shell.file("example.py", script)
+    done = shell.python("import runpy; runpy.run_path('example.py', run_name='__main__')", deadline_s=deadline_s)
     assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.splitlines()) == printed_by(NAMED[name])
+    assert sorted(done.stdout.splitlines()) == printed_by(NAMED[name]), done.stderr
+
+
+@pytest.fixture
+def index_folder(tmp_path: Path) -> Path:
+    """Stands in for PyPI: a humanize that knows as much as the guide asks of it."""
+    info = "humanize-4.99.dist-info"
+    with zipfile.ZipFile(tmp_path / "humanize-4.99-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("humanize.py", "def intcomma(number):\n    return f'{number:,}'\n")
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: humanize\nVersion: 4.99\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: a test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", f"humanize.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n")
+    return tmp_path
+
+
+def test_every_page_of_the_guide_has_a_program_and_is_in_its_index() -> None:
+    assert GUIDE, "there is no guide"
+    programs = {block.document: block.name for block in BLOCKS if block.document in GUIDE and block.name not in BESIDE}
+    assert programs == {page: page.stem for page in GUIDE}
+    linked = re.findall(r"^\| \[.+?\]\((.+?)\)", TEXT[ROOT / "docs" / "guide" / "README.md"], re.MULTILINE)
+    assert sorted(linked) == [page.name for page in GUIDE]
 
 
 @pytest.mark.parametrize("name", WALKTHROUGHS)
@@ -223,6 +268,7 @@ def test_every_flag_is_in_the_text_and_the_other_way_round() -> None:
     options = [option for command in commands for option in command.params if isinstance(option, click.Option) and not option.hidden]
     mentioned = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", " ".join([*inline_code(), *map(code_of, SHELL_LINES)])))
     elsewhere = {"--build", "--wait", "--check", "--help", "-d", "-hex"}  # of docker, node, curl, openssl; click's own
+    elsewhere |= {"-a", "--http-location", "--head", "--address", "--metrics-export-port"}  # of Ray
     missing = [option.opts for option in options if not mentioned & set(option.opts)]
     assert not missing
     assert mentioned - elsewhere <= {name for option in options for name in option.opts}
@@ -259,6 +305,64 @@ def test_urls_and_keys_can_be_named_by_file(name: str, tmp_path: Path) -> None:
 def test_the_table_of_backend_settings_is_complete_with_its_defaults() -> None:
     documented = {row[0].strip("`"): row[1].strip("`") for row in table(README, "`BackendConfig`")}
     assert documented == {name: str(field.default) for name, field in BackendConfig.model_fields.items()}
+
+
+# Ray Serve's names, and metrics.
+
+SEED_NAMES = """start connect shutdown create_backend update_backend_config get_backend_config list_backends delete_backend create_endpoint
+    list_endpoints delete_endpoint set_traffic shadow_traffic get_handle accept_batch batch get_replica_context get_current_backend_tag
+    get_current_replica_tag BackendConfig HTTPOptions CondaEnv ImportedBackend Client ServeRequest RayServeHandle RayServeSyncHandle
+    ReplicaContext ray_actor_options http_host http_port http_middlewares http_options detached missing_ok sync method_name shard_key
+    http_method http_headers num_replicas max_batch_size batch_wait_timeout max_concurrent_queries user_config
+    experimental_graceful_shutdown_wait_loop_s experimental_graceful_shutdown_timeout_s internal_metadata num_cpus num_gpus memory
+    object_store_memory resources lifetime max_restarts placement_group X-SERVE-CALL-METHOD X-SERVE-SHARD-KEY /-/routes HeadOnly EveryNode
+    NoServer SERVE_LOG_DEBUG RAY_PDB RayServeException RayTaskError RayActorError serve_num_http_requests serve_num_router_requests
+    serve_backend_queued_queries serve_handle_request_counter serve_backend_request_counter serve_backend_error_counter
+    serve_backend_replica_starts serve_backend_queuing_latency_ms serve_backend_processing_latency_ms serve_replica_queued_queries
+    serve_replica_processing_queries num_error_endpoint_requests num_error_backend_requests"""
+
+
+def test_every_name_of_ray_serve_is_mapped() -> None:
+    assert not [name for name in SEED_NAMES.split() if not re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", TEXT[FROM_RAY])]
+
+
+def test_what_ray_serves_names_are_mapped_to_exists() -> None:
+    """The middle column of each table: our own names only."""
+    middle = [re.split(r" *\| *", line)[2] for line in TEXT[FROM_RAY].splitlines() if line.startswith("| ")]
+    known = {f"serve.{name}" for name in serve.__all__} | {f"mqserve {command}" for command in cli.commands}
+    known |= {*BackendConfig.model_fields, *LOCATIONS, *known_variables(), *documented_metrics(), *vars(builtins)}
+    known |= {"X-SERVE-CALL-METHOD", "X-SERVE-SHARD-KEY", "/-/routes", "/api/{user_id:int}"}
+    assert not set(re.findall(r"`([^`]+)`", " ".join(middle))) - known
+
+
+def test_every_public_name_is_in_the_docs_and_the_other_way_round() -> None:
+    mentioned = set(re.findall(r"(?<![\w./-])serve\.(\w+)", EVERYTHING.replace("serve.deployment", ""))) - {"HTTPOptions"}
+    assert mentioned <= {*serve.__all__, "__version__"}
+    assert not [name for name in serve.__all__ if not re.search(rf"\b{name}\b", EVERYTHING)]
+
+
+def documented_metrics() -> dict[str, set[str]]:
+    return {row[0].strip("`"): set(re.findall(r"`(\w+)`", row[1])) for row in table(MONITORING, "metric")}
+
+
+def test_the_table_of_metrics_is_what_the_pages_show() -> None:
+    """In the embedded form one page has all of them."""
+    with started() as client:
+        client.create_backend("measured", lambda request: "once")
+        client.create_endpoint("measured", backend="measured", route="/measured")
+        assert httpx.get(f"{client.http_url()}/measured").text == "once"
+        shown = wait_until(lambda: len(found := metrics_at(f"{client.http_url()}/-/metrics")) >= len(documented_metrics()) and found)
+    assert shown == documented_metrics()
+
+
+def metrics_at(url: str) -> dict[str, set[str]]:
+    """Ours, with their labels; a histogram by its own name."""
+    shown: dict[str, set[str]] = {}
+    for family in text_string_to_metric_families(httpx.get(url).text):
+        for sample in family.samples:
+            if family.name.startswith("mqserve_") and not sample.name.endswith(("_bucket", "_sum", "_created")):
+                shown[sample.name.removesuffix("_count")] = set(sample.labels)
+    return shown
 
 
 # The protocol.
@@ -308,7 +412,7 @@ def test_every_header_of_ours_is_described() -> None:
 # The pages themselves.
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_link_leads_somewhere(document: Path) -> None:
     targets = [target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", TEXT[document]) if "://" not in target]
     assert not [target for target in targets if not (document.parent / target).exists()]
