@@ -164,7 +164,7 @@ def find_backend(desired: Desired, name: str) -> Backend:
 def parse_config(config: BackendConfig | dict[str, Any] | None) -> BackendConfig:
     """Raises BadType for another type and BadValue, naming the field, for a bad or unknown setting."""
     try:
-        return BackendConfig.model_validate(_config_options(config or {}))
+        return BackendConfig.model_validate(_config_options({} if config is None else config))
     except pydantic.ValidationError as error:
         raise BadValue(f"bad backend config: {_sentence(error)}") from error
 

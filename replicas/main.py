@@ -86,6 +86,7 @@ class Replica:
         """
         self._backend = backend = await self._read_backend()
         worker = Worker(self._options.replica_id, backend.config.sync_threads, self._on_done)
+        failure: MQServeError | None = None  # raised outside the group, which would wrap it
         async with asyncio.TaskGroup() as tasks:
             beating = tasks.create_task(self._presence.beat_forever())
             try:
@@ -96,11 +97,15 @@ class Replica:
                     await self._serve(queue, worker, handler, stop)
             except BackendFailed as error:
                 self._state, self._error = "failed", str(error)
-                raise
+                failure = error
+            except MQServeError as error:
+                failure = error
             finally:
                 worker.stop()
-                beating.cancel()
                 await self._presence.leave(with_last_words=self._state == "failed")
+                beating.cancel()
+        if failure is not None:
+            raise failure
 
     async def _serve(self, queue: Queue, worker: Worker, handler: Handler, stop: Stop) -> None:
         assert self._backend is not None
