@@ -23,6 +23,8 @@ class Presence:
         self._beat = beat
         self._every_s = every_s
         self._now = asyncio.Event()
+        self._writing = asyncio.Lock()  # one write at a time, or an older one may land last
+        self._left = False
 
     def __repr__(self) -> str:
         return f"<Presence {self._field}>"
@@ -40,6 +42,10 @@ class Presence:
 
     async def beat(self) -> bool:
         """Whether the store took it."""
+        async with self._writing:
+            return not self._left and await self._write()
+
+    async def _write(self) -> bool:
         urgent = self._now.is_set()
         self._now.clear()
         try:
@@ -52,13 +58,16 @@ class Presence:
         return True
 
     async def leave(self, *, with_last_words: bool) -> None:
-        """The field goes, or, after a failure, stays for the operator to read."""
-        self._now.set()
-        if with_last_words:
-            await self.beat()
-            return
-        try:
-            await self._store.drop_fields(self._key, self._field)
-            await self._store.announce()
-        except StoreUnavailable as error:
-            logger.warning("cannot report the end of %s: %s", self._field, error)
+        """The field goes, or, after a failure, stays for the operator to read. Call it before `beat_forever` is cancelled: a write
+        that is cancelled under way may still land, after this one."""
+        async with self._writing:
+            self._left = True
+            self._now.set()
+            if with_last_words:
+                await self._write()
+                return
+            try:
+                await self._store.drop_fields(self._key, self._field)
+                await self._store.announce()
+            except StoreUnavailable as error:
+                logger.warning("cannot report the end of %s: %s", self._field, error)

@@ -83,7 +83,8 @@ class Queue(Protocol):
         ...
 
     async def delete(self, backend: str, generation: int, *, only_if_empty: bool) -> bool:
-        """Whether the queue is gone."""
+        """Whether the queue is gone. Without `only_if_empty` the backend is gone too: its dead letters stay for operators, an empty
+        queue of them does not."""
         ...
 
     async def close(self) -> None: ...

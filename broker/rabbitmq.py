@@ -153,7 +153,17 @@ class RabbitQueue:
             return True
         except aiormq.exceptions.ChannelPreconditionFailed:
             return False
+        if not only_if_empty:
+            await self._delete_empty_dead_letters(backend)
         return True
+
+    async def _delete_empty_dead_letters(self, backend: str) -> None:
+        async def delete(channel: AbstractChannel) -> None:
+            dead_letters = await channel.get_queue(queue_names.dead_queue(self._namespace, backend), ensure=False)
+            await dead_letters.delete(if_unused=True, if_empty=True)
+
+        with suppress(aiormq.exceptions.ChannelNotFoundEntity, aiormq.exceptions.ChannelPreconditionFailed):
+            await self._on_own_channel(delete)
 
     async def _ready_to_publish(self) -> None:
         try:

@@ -21,13 +21,14 @@ from ..broker.queue import Queue
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
 from . import lease, plan
-from .restarts import Restarts
+from .restarts import ENDED_WELL, Restarts
 from .state import Assignment, Beat, Desired, Observed, read_beats
 
 logger = logging.getLogger(__name__)
 
 TICK_S = 1.0
 FORGET_BEATS_AFTER_S = 60.0
+SETTLE_S = 3.0  # after the store lost its data
 SHUTDOWN_BUDGET_S = 30.0
 
 
@@ -46,6 +47,8 @@ class Controller:
         self._desired: Desired | None = None
         self._codes: dict[str, bytes] = {}
         self._raw_observed: bytes | None = None
+        self._observed: Observed | None = None  # as we wrote it last
+        self._settled_at = 0.0  # monotonic; until then nobody is missed
 
     def __repr__(self) -> str:
         return f"<Controller {self._leader!r}>"
@@ -71,6 +74,8 @@ class Controller:
         if desired is None:
             return False
         await lease.renew_instance(self._store, self._keys, desired.instance)
+        if time.monotonic() < self._settled_at:
+            return False
         self._raw_observed = await self._store.get(self._keys.observed)
         observed = Observed.from_bytes(self._raw_observed)
         if observed.epoch > self._leader.epoch:
@@ -97,6 +102,10 @@ class Controller:
             await self._store.set(self._keys.code(sha256), code)
         owner = lease.InstanceLease(restored.instance, "restored by its controller", True, self._store.now_ms())
         await self._store.set(self._keys.instance, msgspec.json.encode(owner), only_new=True)
+        # What is assigned comes back too, and the members get time to beat again: a loss of data must stop nothing that runs.
+        self._settled_at = time.monotonic() + SETTLE_S
+        if self._observed is not None:
+            await self._store.replace(self._keys.observed, None, self._observed.to_bytes())
         await self._store.replace(self._keys.desired, None, restored.to_bytes())
         return None
 
@@ -148,7 +157,7 @@ class Controller:
     def _count_death(self, assignment: Assignment, last_beat: Beat | None, how: str, now: float) -> None:
         backend = assignment.backend
         restarts = self._restarts[backend, assignment.version]
-        if last_beat is not None and last_beat.state in ("ready", "draining"):
+        if how == ENDED_WELL or (last_beat is not None and last_beat.state in ("ready", "draining")):
             logger.warning("a replica of %s died (%s); replacing it", backend, how)
             restarts.died_ready(now)
         else:
@@ -249,7 +258,9 @@ class Controller:
         if msgspec.structs.replace(new, version=old.version) == old:
             return
         new = msgspec.structs.replace(new, version=old.version + 1)
-        if not await self._store.replace(self._keys.observed, self._raw_observed, new.to_bytes()):
+        if await self._store.replace(self._keys.observed, self._raw_observed, new.to_bytes()):
+            self._observed = new
+        else:
             logger.warning("another controller wrote the observed state: comparing again")
 
     async def _forget_silent(self, observed: Observed, beats: dict[str, Beat]) -> None:

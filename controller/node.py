@@ -23,7 +23,7 @@ from .environments import find_python
 from .machine import replica_environment
 from .node_metrics import FOLDER_VARIABLE, NodeMetrics
 from .resources import ActorOptions, Capacity
-from .restarts import Restarts
+from .restarts import ENDED_WELL, Restarts
 from .state import BEAT_EVERY_S, Assignment, Beat, Desired, Observed, read_beats
 
 logger = logging.getLogger(__name__)
@@ -120,8 +120,8 @@ class Node:
             for task in working[1:]:
                 task.cancel()
             await self._stop_all(PARENT_GONE_S if stop.orphaned else math.inf)
+            await self._presence.leave(with_last_words=False)
             working[0].cancel()
-        await self._presence.leave(with_last_words=False)
 
     async def _follow(self) -> None:
         async for raw_desired, raw_observed in follow(self._store, self._keys.desired, self._keys.observed):
@@ -170,7 +170,7 @@ class Node:
             self._options.metrics.forget(child.pid)
         running = self._replicas.pop(replica_id, None)
         if running is not None and not running.stopping:
-            self._ended[replica_id] = how or "ended by itself"
+            self._ended[replica_id] = how or ENDED_WELL
             self._presence.tell()
 
     def _reconcile_proxy(self, *, wanted: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+ENDED_WELL = "ended by itself"  # drained, as a replica does when somebody sends it SIGTERM: no failure of its code
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 60.0
 AT_ONCE_LIMIT = 20  # replacements at once within AT_ONCE_WINDOW_S; beyond that even a ready one waits

@@ -45,7 +45,10 @@ class Sender:
         awaited = [value for value in (data, *arguments.values()) if isinstance(value, Future)]
         is_missing = meta.endpoint not in self.desired.endpoints
         if is_missing and not wait_for_endpoint:
-            raise UnknownEndpoint(f"Endpoint '{meta.endpoint}' does not exist.")
+            # Another process may have made it just now: a handle that arrived by pickle is quicker than the document.
+            if not self._runtime.call(self._is_there(meta.endpoint)):
+                raise UnknownEndpoint(f"Endpoint '{meta.endpoint}' does not exist.")
+            is_missing = False
         if awaited or is_missing:
             self._runtime.submit(self._send_later(meta, shard_key, data, arguments, future_id, pending))
         else:
@@ -109,13 +112,13 @@ class Sender:
             if not pending.done():
                 pending.set_exception(error)
 
-    async def _until_there(self, endpoint: str) -> None:
-        async def is_there() -> bool | None:
-            self.desired = Desired.from_bytes(await self._links.store.get(self._links.keys.desired))
-            return True if endpoint in self.desired.endpoints else None
+    async def _is_there(self, endpoint: str) -> bool | None:
+        self.desired = Desired.from_bytes(await self._links.store.get(self._links.keys.desired))
+        return True if endpoint in self.desired.endpoints else None
 
+    async def _until_there(self, endpoint: str) -> None:
         try:
-            await until(self._links.store, is_there, APPEAR_BUDGET_S)
+            await until(self._links.store, lambda: self._is_there(endpoint), APPEAR_BUDGET_S)
         except TimeoutError:
             raise UnknownEndpoint(f"Endpoint '{endpoint}' does not exist, and did not appear within {APPEAR_BUDGET_S:g} s.") from None
 

@@ -10,10 +10,12 @@ from .controller import lease
 from .controller.state import SILENT_AFTER_S, Beat, Desired, Observed, read_beats
 from .links import Links, open_links
 
+PIPE_WIDTH = 240
+
 
 async def show_status(settings: Settings, console: Console | None = None) -> int:
     """Prints; the exit code is 0 while an instance runs. Raises InstanceError when none does."""
-    console = console or Console()
+    console = console or _console()
     async with open_links(settings, "status") as links:
         held = await lease.read_instance(links.store, links.keys)
         desired = Desired.from_bytes(await links.store.get(links.keys.desired))
@@ -31,6 +33,12 @@ async def show_status(settings: Settings, console: Console | None = None) -> int
         for name, problem in [*undone.items(), *observed.problems.items()]:
             console.print(f"[red]{name}[/]: {problem}", highlight=False, markup=True)
     return 0
+
+
+def _console() -> Console:
+    """As wide as the terminal; in a pipe wide enough for one line a row, since `grep` reads lines."""
+    console = Console()
+    return console if console.is_terminal else Console(width=PIPE_WIDTH)
 
 
 def _members(beats: list[Beat], now_ms: int) -> Table:

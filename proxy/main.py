@@ -109,6 +109,7 @@ class Proxy:
     async def run(self, queue: Queue, stop: Stop) -> None:
         """Serves until `stop` is set, then drains. Raises BadValue when it cannot listen; the reason stands in the store too."""
         caller = Caller(queue, self._store, self._keys, self._options.proxy_id)
+        failure: MQServeError | None = None  # raised outside the group, which would wrap it
         async with asyncio.TaskGroup() as tasks:
             beating = tasks.create_task(self._presence.beat_forever())
             try:
@@ -119,10 +120,12 @@ class Proxy:
                 reading.cancel()
             except MQServeError as error:
                 self._state, self._error = "failed", str(error)
-                raise
+                failure = error
             finally:
-                beating.cancel()
                 await self._presence.leave(with_last_words=self._state == "failed")
+                beating.cancel()
+        if failure is not None:
+            raise failure
 
     async def _serve(self, listener: socket.socket, caller: Caller, queue: Queue, stop: Stop) -> None:
         desired = await self._first_desired()

@@ -90,6 +90,7 @@ class Replica:
         self._backend = backend = await read_backend(self._store, self._keys, self._settings, self._options.backend)
         context = ReplicaContext(backend.name, self._options.replica_id)
         worker = Worker(context, backend.config, self._on_done)
+        failure: MQServeError | None = None  # raised outside the group, which would wrap it
         async with asyncio.TaskGroup() as tasks:
             beating = tasks.create_task(self._presence.beat_forever())
             try:
@@ -99,13 +100,16 @@ class Replica:
                 await configuring.apply(backend)
                 async with open_queue() as queue:
                     await self._serve(queue, worker, handler, configuring, stop)
-            except* BackendFailed as group:
-                self._state, self._error = "failed", str(first_of(group))
-                raise first_of(group) from None
+            except* MQServeError as group:
+                failure = first_of(group)
+                if isinstance(failure, BackendFailed):
+                    self._state, self._error = "failed", str(failure)
             finally:
                 worker.stop()
-                beating.cancel()
                 await self._presence.leave(with_last_words=self._state == "failed")
+                beating.cancel()
+        if failure is not None:
+            raise failure
 
     async def _serve(self, queue: Queue, worker: Worker, handler: Handler, configuring: Configuring, stop: Stop) -> None:
         assert self._backend is not None
@@ -181,10 +185,10 @@ class Replica:
         )  # fmt: skip
 
 
-def first_of(group: BaseExceptionGroup[BackendFailed]) -> BackendFailed:
+def first_of(group: BaseExceptionGroup[MQServeError]) -> MQServeError:
     """One failure is reason enough."""
     found: BaseException = group
     while isinstance(found, BaseExceptionGroup):
         found = found.exceptions[0]
-    assert isinstance(found, BackendFailed)
+    assert isinstance(found, MQServeError)
     return found

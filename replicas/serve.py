@@ -126,6 +126,17 @@ class Server:
         self._consumptions.clear()
         self._metrics.hand_over(0, 0)
 
+    async def abandon(self) -> None:
+        """As if the process had died: nothing new is taken, and what is in its hands goes back. Nothing is left to do after `drain`."""
+        self._draining = True
+        self._worker.withdraw()
+        self._jobs.clear()
+        await asyncio.gather(*[consumption.cancel() for consumption in self._consumptions.values()])
+        self._consumptions.clear()
+        for held in self._in_hand.values():
+            while held:
+                held.pop().requeue()
+
     def _prefetch(self) -> int:
         config, is_async = self._config, self._handler.is_async
         limit = config.concurrency(is_async)

@@ -116,11 +116,17 @@ def form(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def client(form: str, request: pytest.FixtureRequest) -> Iterator[serve.Client]:
+def shared_namespace(form: str, request: pytest.FixtureRequest) -> str:
+    """The namespace of the module's instance."""
+    return new_namespace(request.module.__name__.rpartition("test_")[2])
+
+
+@pytest.fixture(scope="module")
+def client(form: str, shared_namespace: str, request: pytest.FixtureRequest) -> Iterator[serve.Client]:
     """An instance that the tests of a module share, on a free port; its `HTTP_OPTIONS` are the module's, if it has any."""
     options = getattr(request.module, "HTTP_OPTIONS", {})
     urls = {name: request.getfixturevalue(name) for name in ("broker_url", "store_url")} if form == "distributed" else {}
-    with started(**urls, namespace=new_namespace(request.module.__name__.rpartition("test_")[2]), **options) as client:
+    with started(**urls, namespace=shared_namespace, **options) as client:
         yield client
 
 
@@ -136,6 +142,18 @@ def deploy(client: serve.Client) -> Iterator[Deploy]:
     deploy = Deploy(client)
     yield deploy
     deploy.undo()
+
+
+@pytest.fixture(scope="module")
+def environment(client: serve.Client, shared_namespace: str, broker_url: str, store_url: str) -> dict[str, str]:
+    """The environment in which another process joins the module's distributed instance."""
+    return {
+        **os.environ,
+        "MQSERVE_BROKER_URL": broker_url,
+        "MQSERVE_STORE_URL": store_url,
+        "MQSERVE_SECRET_KEY": SECRET_KEY,
+        "MQSERVE_NAMESPACE": shared_namespace,
+    }
 
 
 @pytest.fixture

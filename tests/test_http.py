@@ -1,7 +1,7 @@
 """What an HTTP client sees, in both forms: paths, bodies, answers, refusals."""
 
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,7 @@ async def letters() -> AsyncIterator[str]:
         yield letter
 
 
-ANSWERS = {
+ANSWERS: dict[str, Callable[[], Any]] = {
     "none": lambda: None,
     "bytes": lambda: b"\x00\xff",
     "text": lambda: "grüße",

@@ -1,13 +1,12 @@
 """What `http_options` change for an HTTP client, in both forms."""
 
 import httpx
-import pytest
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import mqserve as serve
-from tests.instances import Deploy, started
+from tests.instances import Deploy
 
 
 class Stamp:
@@ -66,16 +65,3 @@ def test_a_cors_middleware_marks_what_an_origin_may_read(deploy: Deploy) -> None
 def test_middlewares_wrap_one_another_the_first_outermost_and_the_system_paths_too(url: str) -> None:
     response = httpx.get(f"{url}/-/healthz")
     assert response.headers.get_list("x-stamp") == ["second", "first"]
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"port": 70_000}, "port 70000 must be a whole number"),
-        ({"location": "Everywhere"}, "must be one of HeadOnly, EveryNode, NoServer or None"),
-        ({"prot": 1}, "http_options has no prot"),
-    ],
-)
-def test_a_bad_option_gets_a_sentence_and_starts_nothing(options: dict[str, object], words: str) -> None:
-    with pytest.raises(serve.MQServeError, match=words), started(**options):
-        pass

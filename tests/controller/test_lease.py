@@ -1,0 +1,181 @@
+"""Leases: one instance per namespace, one leading controller per instance, and what happens when the store forgets."""
+
+import asyncio
+import os
+import time
+from collections.abc import Coroutine
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+import redis
+
+from mqserve.broker.embedded_store import EmbeddedStore
+from mqserve.broker.errors import InstanceError
+from mqserve.broker.store_keys import LEADER_TTL_S, StoreKeys
+from mqserve.controller.lease import (
+    LAPSED_AFTER_S,
+    InstanceLease,
+    Leader,
+    Leadership,
+    claim_instance,
+    forget,
+    read_instance,
+    renew_instance,
+)
+from mqserve.controller.state import Desired, HttpOptions
+from tests.instances import Deploy, started, wait_until
+from tests.servers import PrivateRabbitMQ, PrivateRedis
+
+KEYS = StoreKeys("tests")
+HTTP = HttpOptions()
+
+
+def run(main: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(main)
+
+
+async def lapse(store: EmbeddedStore) -> None:
+    """As if its owner had been silent for long."""
+    held = await read_instance(store, KEYS)
+    old = msgspec.structs.replace(held, at=store.now_ms() - int(LAPSED_AFTER_S * 1000) - 1000)
+    await store.set(KEYS.instance, msgspec.json.encode(old))
+
+
+def test_a_claimed_namespace_has_an_empty_document() -> None:
+    async def main() -> None:
+        store = EmbeddedStore()
+        held = await claim_instance(store, KEYS, "n1", HTTP, detached=False)
+        desired = Desired.from_bytes(await store.get(KEYS.desired))
+        assert (await read_instance(store, KEYS)).id == held.id == desired.instance
+        assert (desired.head_node, desired.backends) == ("n1", {})
+
+    run(main())
+
+
+def test_a_namespace_without_an_instance_says_how_to_start_one() -> None:
+    async def main() -> None:
+        with pytest.raises(InstanceError, match="no instance runs under this namespace: start one"):
+            await read_instance(EmbeddedStore(), KEYS)
+
+    run(main())
+
+
+def test_a_live_instance_is_not_taken_over() -> None:
+    async def main() -> None:
+        store = EmbeddedStore()
+        held = await claim_instance(store, KEYS, "n1", HTTP, detached=False)
+
+        async def beat() -> None:
+            while True:
+                await asyncio.sleep(0.01)
+                await renew_instance(store, KEYS, held.id)
+
+        beating = asyncio.create_task(beat())
+        with pytest.raises(InstanceError, match="runs under this namespace already"):
+            await claim_instance(store, KEYS, "n2", HTTP, detached=False)
+        beating.cancel()
+
+    run(main())
+
+
+def test_a_lapsed_instance_is_cleared() -> None:
+    async def main() -> None:
+        store = EmbeddedStore()
+        old = await claim_instance(store, KEYS, "n1", HTTP, detached=False)
+        await lapse(store)
+        new = await claim_instance(store, KEYS, "n2", HTTP, detached=False)
+        desired = Desired.from_bytes(await store.get(KEYS.desired))
+        assert new.id != old.id and (desired.instance, desired.head_node) == (new.id, "n2")
+
+    run(main())
+
+
+def test_a_lapsed_detached_instance_is_taken_over_as_it_is() -> None:
+    async def main() -> None:
+        store = EmbeddedStore()
+        old = await claim_instance(store, KEYS, "n1", HTTP, detached=True)
+        document = await store.get(KEYS.desired)
+        await lapse(store)
+        new = await claim_instance(store, KEYS, "n2", HTTP, detached=True)
+        assert new.id == old.id and await store.get(KEYS.desired) == document
+
+    run(main())
+
+
+def test_another_instances_lease_is_not_renewed() -> None:
+    async def main() -> None:
+        store = EmbeddedStore()
+        await claim_instance(store, KEYS, "n1", HTTP, detached=False)
+        await lapse(store)
+        before = await store.get(KEYS.instance)
+        await renew_instance(store, KEYS, "another")
+        assert await store.get(KEYS.instance) == before
+
+    run(main())
+
+
+def test_a_forgotten_instance_leaves_nothing() -> None:
+    async def main() -> None:
+        store = EmbeddedStore()
+        await claim_instance(store, KEYS, "n1", HTTP, detached=False)
+        await forget(store, KEYS)
+        assert await store.get_many([KEYS.instance, KEYS.desired, KEYS.observed, KEYS.leader]) == [None] * 4
+
+    run(main())
+
+
+def tell_pid(request: object) -> int:
+    return os.getpid()
+
+
+# Leading.
+
+
+def test_one_controller_leads_and_another_waits() -> None:
+    async def main() -> None:
+        store = EmbeddedStore()
+        first, second = Leader(store, KEYS, "first"), Leader(store, KEYS, "second")
+        assert [await first.lead(), await second.lead(), await first.lead()] == [True, False, True]
+        assert first.epoch == 1
+
+    run(main())
+
+
+def test_a_lapsed_lead_passes_on_under_a_higher_epoch_and_the_old_leader_notices() -> None:
+    async def main() -> None:
+        store = EmbeddedStore()
+        first, second = Leader(store, KEYS, "first"), Leader(store, KEYS, "second")
+        assert await first.lead()
+        long_ago = store.now_ms() - LEADER_TTL_S * 1000 - 1000
+        await store.set(KEYS.leader, msgspec.json.encode(Leadership("first", first.epoch, long_ago)))
+        assert await second.lead() and second.epoch == 2
+        assert not await first.lead()
+
+    run(main())
+
+
+def test_the_leader_writes_everything_back_when_the_store_lost_its_data(
+    broker_server: PrivateRabbitMQ, store_server: PrivateRedis, namespace: str
+) -> None:
+    """FLUSHALL amid a running instance: routes, code and lease come back under the next epoch, and it serves on."""
+    with (
+        started(broker_url=broker_server.url, store_url=store_server.url, namespace=namespace) as client,
+        redis.Redis.from_url(store_server.url) as store,
+    ):
+        keys = StoreKeys(namespace)
+        deploy = Deploy(client)
+        url = deploy.at(tell_pid)
+        pid = httpx.get(url, timeout=30).json()
+        before = Desired.from_bytes(store.get(keys.desired))
+        store.flushall()
+        wait_until(lambda: store.get(keys.desired) is not None)
+        after = Desired.from_bytes(store.get(keys.desired))
+        assert (after.epoch, after.backends, after.endpoints) == (before.epoch + 1, before.backends, before.endpoints)
+        assert store.exists(*(keys.code(backend.code) for backend in after.backends.values()))
+        wait_until(lambda: store.get(keys.instance) is not None)
+        lease = msgspec.json.decode(store.get(keys.instance), type=InstanceLease)
+        assert lease.id == after.instance and lease.at > time.time() * 1000 - 60_000
+        assert httpx.get(url, timeout=30).json() == pid, "a loss of data must stop nothing that runs"
+        assert httpx.get(deploy.at(lambda request: "made later"), timeout=30).text == "made later"

@@ -1,0 +1,45 @@
+"""Starting an instance from Python: what is refused, and what one process may have."""
+
+from typing import Any
+
+import pytest
+
+import mqserve as serve
+from tests.instances import started
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"port": 70_000}, "port 70000 must be a whole number"),
+        ({"location": "Everywhere"}, "must be one of HeadOnly, EveryNode, NoServer or None"),
+        ({"prot": 1}, "http_options has no prot"),
+    ],
+)
+def test_a_bad_option_gets_a_sentence_and_starts_nothing(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(serve.MQServeError, match=words), started(**options):
+        pass
+
+
+def test_a_second_instance_in_one_process_is_refused() -> None:
+    with started(), pytest.raises(serve.InstanceError, match="this process has an instance already"):
+        serve.start()
+
+
+def test_an_instance_may_follow_another() -> None:
+    for _ in range(2):
+        with started() as client:
+            assert client.list_backends() == {}
+
+
+def test_a_client_that_was_shut_down_says_so() -> None:
+    with started() as client:
+        pass
+    client.shutdown()
+    with pytest.raises(serve.InstanceError, match="has already been shut down"):
+        client.list_backends()
+
+
+def test_an_embedded_instance_of_another_process_cannot_be_joined() -> None:
+    with pytest.raises(serve.InstanceError, match="there is no instance in this process"):
+        serve.connect()
