@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import inspect
 import weakref
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, cast, overload
 
 from ..broker.errors import BadType, BadValue
 
@@ -53,7 +53,28 @@ def split_results(value: Any, expected: int) -> list[Any]:
     return results
 
 
-def batch(function: Callable[..., Awaitable[Any]] | None = None, *, max_batch_size: int = 10, batch_wait_timeout_s: float = 0.0) -> Any:
+class Batched(Protocol):
+    """What `batch` makes of a function: called with one item, and tuned while it runs."""
+
+    def __call__(self, *item: Any) -> Coroutine[Any, Any, Any]: ...
+
+    def set_max_batch_size(self, size: int) -> None: ...
+
+    def set_batch_wait_timeout_s(self, wait_s: float) -> None: ...
+
+
+TakesList = Callable[..., Coroutine[Any, Any, Any]]
+
+
+@overload
+def batch(function: TakesList) -> Batched: ...
+@overload
+def batch(*, max_batch_size: int = 10, batch_wait_timeout_s: float = 0.0) -> Callable[[TakesList], Batched]: ...
+
+
+def batch(
+    function: TakesList | None = None, *, max_batch_size: int = 10, batch_wait_timeout_s: float = 0.0
+) -> Batched | Callable[[TakesList], Batched]:
     """Lets an `async def` that takes a list be called with single items: callers that come together share one call.
 
     A batch goes off when it is full, or `batch_wait_timeout_s` after its first item. Live-tunable on the decorated function:
@@ -61,7 +82,7 @@ def batch(function: Callable[..., Awaitable[Any]] | None = None, *, max_batch_si
     """
     _check(max_batch_size, batch_wait_timeout_s)
 
-    def decorate(function: Callable[..., Awaitable[Any]]) -> Any:
+    def decorate(function: TakesList) -> Batched:
         if not inspect.iscoroutinefunction(function):
             raise BadType("@serve.batch decorates an `async def` that takes a list and returns a list")
         tuning = _Tuning(max_batch_size, batch_wait_timeout_s)
@@ -77,7 +98,7 @@ def batch(function: Callable[..., Awaitable[Any]] | None = None, *, max_batch_si
 
         call.set_max_batch_size = tuning.set_size  # type: ignore[attr-defined]
         call.set_batch_wait_timeout_s = tuning.set_wait  # type: ignore[attr-defined]
-        return call
+        return cast(Batched, call)
 
     return decorate if function is None else decorate(function)
 
