@@ -267,8 +267,6 @@ class RedisStore:
                 await client.aclose()
 
     async def _call(self, call: Callable[[], Awaitable[T]]) -> T:
-        task = asyncio.current_task()
-        cancellations = task.cancelling() if task is not None else 0
         try:
             async with asyncio.timeout(CALL_BUDGET_S):
                 result = await _heeding_cancellation(call)
@@ -276,9 +274,6 @@ class RedisStore:
             self._connected = False
             raise StoreUnavailable(f"Redis at {masked(self._url)} did not answer ({error or type(error).__name__})") from error
         self._connected = True
-        if task is not None and task.cancelling() > cancellations:
-            # redis-py sends under asyncio.wait_for, which before Python 3.12 swallows a cancellation that meets its end.
-            raise asyncio.CancelledError
         return result
 
     async def _script(self, name: str, keys: Sequence[str], values: Sequence[Any]) -> Any:

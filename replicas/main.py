@@ -118,18 +118,21 @@ class Replica:
         metrics = ReplicaMetrics(backend.name, self._options.replica_id)
         self._server = server = Server(self._settings.namespace, backend.name, queue, self._store, worker, backend.config, handler, metrics)
         metrics.ready()
-        async with asyncio.TaskGroup() as tasks:
-            minding = [
-                tasks.create_task(self._follow(server, configuring, stop)),
-                tasks.create_task(configuring.check_health_forever(backend)),
-            ]
-            tuning = tasks.create_task(server.tune_forever())
-            await stop.wait()
-            self._say("draining")
-            for task in minding:
-                task.cancel()
-            await server.drain(ORPHAN_DRAIN_S if stop.orphaned else math.inf)
-            tuning.cancel()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                minding = [
+                    tasks.create_task(self._follow(server, configuring, stop)),
+                    tasks.create_task(configuring.check_health_forever(backend)),
+                ]
+                tuning = tasks.create_task(server.tune_forever())
+                await stop.wait()
+                self._say("draining")
+                for task in minding:
+                    task.cancel()
+                await server.drain(ORPHAN_DRAIN_S if stop.orphaned else math.inf)
+                tuning.cancel()
+        finally:
+            await server.abandon()  # a process's end does that; in the embedded form nobody else would
 
     async def _follow(self, server: Server, configuring: Configuring, stop: Stop) -> None:
         """Takes new configuration and new generations of the queue as they come; ends when the replica is not wanted any more."""
