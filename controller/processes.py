@@ -17,7 +17,7 @@ from ..broker.settings import PREFIX, Settings
 from .node import Share
 
 # Nothing else is inherited: what a flag said must not be unsaid by a variable that only the parent was meant to read.
-_INHERITED = {PREFIX + name for name in ("VERBOSE", "ENVIRONMENTS", "NUM_CPUS", "NUM_GPUS", "RESOURCES")}
+_INHERITED = {PREFIX + name for name in ("VERBOSE", "ENVIRONMENTS", "NUM_CPUS", "NUM_GPUS", "RESOURCES", "METRICS_HOST", "METRICS_PORT")}
 
 
 class Process:

@@ -107,9 +107,15 @@ def create_backend(
     )
 
 
-def update_backend(backend_tag: str, func_or_class: Any, *init_args: Any, actor_options: dict[str, Any] | None = None) -> None:
+def update_backend(
+    backend_tag: str,
+    func_or_class: Any,
+    *init_args: Any,
+    actor_options: dict[str, Any] | None = None,
+    ray_actor_options: dict[str, Any] | None = None,
+) -> None:
     """See `Client.update_backend`."""
-    current().update_backend(backend_tag, func_or_class, *init_args, actor_options=actor_options)
+    current().update_backend(backend_tag, func_or_class, *init_args, actor_options=actor_options, ray_actor_options=ray_actor_options)
 
 
 def update_backend_config(backend_tag: str, config_options: BackendConfig | dict[str, Any]) -> None:

@@ -88,12 +88,21 @@ class Client:
         packed = code.pack(func_or_class, init_args, self._signer)
         self._call(self._deployments.create_backend(backend_tag, packed, parsed, options))
 
-    def update_backend(self, backend_tag: str, func_or_class: Any, *init_args: Any, actor_options: dict[str, Any] | None = None) -> None:
+    def update_backend(
+        self,
+        backend_tag: str,
+        func_or_class: Any,
+        *init_args: Any,
+        actor_options: dict[str, Any] | None = None,
+        ray_actor_options: dict[str, Any] | None = None,
+    ) -> None:
         """Rolls out new code: new replicas first, then the old ones drain.
 
         Raises BackendFailed when the new version does not get ready; the old one serves on.
         """
-        options = None if actor_options is None else read_actor_options(actor_options, None, embedded=self._links.settings.embedded)
+        options = None
+        if actor_options is not None or ray_actor_options is not None:
+            options = read_actor_options(actor_options, ray_actor_options, embedded=self._links.settings.embedded)
         check_target(backend_tag, func_or_class, init_args)
         packed = code.pack(func_or_class, init_args, self._signer)
         self._call(self._deployments.update_backend(backend_tag, packed, options))

@@ -69,6 +69,7 @@ def _endpoints(desired: Desired) -> Table:
     table = _table("Endpoints", "endpoint", "route", "methods", "traffic")
     for name, endpoint in desired.endpoints.items():
         traffic = ", ".join(f"{backend} {weight:.0%}" for backend, weight in endpoint.traffic.items())
+        traffic += "".join(f", shadow {backend} {part:.0%}" for backend, part in endpoint.shadows.items())
         table.add_row(name, endpoint.route or "(handles only)", " ".join(endpoint.methods), traffic)
     return table
 
