@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 from collections.abc import Coroutine, Mapping
 from typing import Any
 
 import uvloop
 
+ORPHAN_BUDGET_S = 9.0  # what a process has to end after its parent
 PIPE_VARIABLE = "MQSERVE_LIFELINE_FD"
 
 
@@ -39,4 +41,7 @@ def _on_pipe(fd: int, stop: Stop) -> None:
     """The parent never writes: readable means closed."""
     asyncio.get_running_loop().remove_reader(fd)
     stop.orphaned = True
+    last_resort = threading.Timer(ORPHAN_BUDGET_S, os._exit, (1,))
+    last_resort.daemon = True
+    last_resort.start()  # nobody is left who would kill it, whatever keeps it from ending
     stop.set()

@@ -122,7 +122,8 @@ class Deployments:
                 for beat in mine
                 if beat.state == "ready" and beat.id in observed.replicas and beat.follows[1] >= backend.config_version
             ]
-            return True if len(ready) >= config.num_replicas else None
+            has_its_queue = backend.generation <= max(observed.queues.get(backend.name, (0,)))  # the old one is unbound with that
+            return True if has_its_queue and len(ready) >= config.num_replicas else None
 
         late = f"backend {backend.name!r} was not ready within {config.start_timeout_s + READY_MARGIN_S:g} s"
         await self._until(is_ready, config.start_timeout_s + READY_MARGIN_S, late)
