@@ -68,7 +68,12 @@ class EmbeddedConsumption:
 
     @property
     def wants_more(self) -> bool:
-        return self._active and self._unsettled < self._prefetch
+        return self.room > 0
+
+    @property
+    def room(self) -> int:
+        """How many it takes before it settles one; what waits beyond that counts against the queue's limit."""
+        return max(0, self._prefetch - self._unsettled) if self._active else 0
 
     def take(self, envelope: Envelope, redelivered: bool) -> None:
         self._unsettled += 1
@@ -97,7 +102,7 @@ class _Lane:
         return sum(map(len, self.levels))
 
     def put(self, envelope: Envelope) -> MQServeError | None:
-        if self.max_length is not None and len(self) >= self.max_length and not any(c.wants_more for c in self.consumers):
+        if self.max_length is not None and len(self) >= self.max_length + sum(consumer.room for consumer in self.consumers):
             return Overloaded(f"{self.name} holds {self.max_length} waiting requests, its limit (max_queued_requests): try again later")
         self.levels[min(envelope.priority, MAX_PRIORITY)].append((envelope, False))
         self.wake()

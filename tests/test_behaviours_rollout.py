@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import pytest
 
 import mqserve as serve
 from tests.gates import Gate
-from tests.instances import CommandLine, Deploy, new_name, started, wait_until
+from tests.instances import Deploy, wait_until
 from tests.tallies import Tally
 
 
@@ -174,51 +174,3 @@ def test_requests_of_the_old_version_that_run_are_finished(client: serve.Client,
 def test_an_unknown_backend_cannot_be_updated(client: serve.Client) -> None:
     with pytest.raises(ValueError, match="nobody"):
         client.update_backend("nobody", says("new"))
-
-
-# On a node with little room, and as an operator sees it: distributed.
-
-
-@pytest.fixture
-def small(distributed_shell: CommandLine, broker_url: str, store_url: str, namespace: str) -> Iterator[serve.Client]:
-    """An instance whose one node has two CPUs to give."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MQSERVE_NUM_CPUS", "2")
-        with started(broker_url=broker_url, store_url=store_url, namespace=namespace) as client:
-            yield client
-
-
-def test_without_room_for_a_surge_one_old_replica_drains_first(small: serve.Client, tmp_path: Path) -> None:
-    name = new_name("b")
-    small.create_backend(name, says("old"), actor_options={"num_cpus": 1}, config={"num_replicas": 2})
-    small.create_endpoint(name, backend=name)
-    asking = Asking(small, name)
-    small.update_backend(name, says("new"))
-    assert set(serve.get([small.get_handle(name).remote() for _ in range(10)], timeout=30)) == {"new"}
-    assert set(asking.stop()) <= {"old", "new"}
-
-
-def test_without_room_a_single_replica_stays_and_the_reason_is_said(small: serve.Client, distributed_shell: CommandLine) -> None:
-    name = new_name("b")
-    small.create_backend(name, says("old"), actor_options={"num_cpus": 2})
-    small.create_endpoint(name, backend=name)
-    with pytest.raises(serve.BackendFailed, match="Cannot scale backend"):
-        small.update_backend(name, says("new"))
-    assert small.get_handle(name).remote().result(30) == "old"
-    status = distributed_shell.run("status")
-    assert "the last roll-out was undone" in status.stdout and "Cannot scale backend" in status.stdout, status.stdout
-
-
-def test_status_says_why_a_version_failed(small: serve.Client, distributed_shell: CommandLine) -> None:
-    class Broken:
-        def __init__(self) -> None:
-            raise LookupError("no model file")
-
-        def __call__(self, request: Any) -> None:
-            return None
-
-    small.create_backend("b", says("old"))
-    with pytest.raises(serve.BackendFailed, match="no model file"):
-        small.update_backend("b", Broken)
-    status = distributed_shell.run("status")
-    assert status.returncode == 0 and "no model file" in status.stdout, status.stdout
