@@ -364,7 +364,7 @@ def test_zero_wait_batches_what_comes_in_the_same_turn() -> None:
         return [item * 2 for item in items]
 
     async def main() -> list[int]:
-        return await asyncio.gather(*(double(number) for number in range(15)))
+        return list(await asyncio.gather(*(double(number) for number in range(15))))
 
     assert asyncio.run(main()) == [number * 2 for number in range(15)]
     assert seen == [10, 5]
@@ -381,7 +381,7 @@ def test_each_instance_gathers_its_own_items() -> None:
 
     async def main() -> list[str]:
         a, b = Model("a"), Model("b")
-        return await asyncio.gather(a.predict(1), b.predict(1), a.predict(2), b.predict(2))
+        return list(await asyncio.gather(a.predict(1), b.predict(1), a.predict(2), b.predict(2)))
 
     assert asyncio.run(main()) == ["a1", "b1", "a2", "b2"]
 
