@@ -80,8 +80,10 @@ def _place_backend(backend: Backend, board: _Board, may_start: bool) -> str:
     while may_start and not reason and len(current) < wanted and (not old or len(current) + len(old) < wanted + backend.config.max_surge):
         reason = board.start(backend)
         current, old = board.versions(backend)
+    if reason and (board.is_draining(backend) or (old and board.is_starting(current))):
+        return ""  # a step of the roll-out is under way, and makes room for the next: that is no problem to report
     serving = [replica_id for replica_id in old if replica_id in board.ready]
-    if reason and not board.is_starting(current) and len(serving) + len(ready_now) >= 2 and serving:
+    if reason and len(serving) + len(ready_now) >= 2 and serving:
         board.drop(serving[:1])  # the next comparison finds its room
         return ""
     return reason
@@ -100,6 +102,7 @@ class _Board:
     ) -> None:
         self.replicas = dict(assigned)
         self.ready = ready
+        self._draining = draining
         self._new_id = new_id
         self._rooms = {node: Room(beat.capacity) for node, beat in nodes.items()}
         self._load = Counter({node: 0 for node in nodes})
@@ -116,6 +119,9 @@ class _Board:
 
     def is_starting(self, replica_ids: Iterable[str]) -> bool:
         return any(replica_id not in self.ready for replica_id in replica_ids)
+
+    def is_draining(self, backend: Backend) -> bool:
+        return any(assignment.backend == backend.name for assignment in self._draining.values())
 
     def start(self, backend: Backend) -> str:
         """On the node with the fewest replicas of those with room; a replica is never split. The reason where none has."""
