@@ -188,6 +188,7 @@ class Client:
 
     def get_handle(self, endpoint_name: str, sync: bool = True, missing_ok: bool = False) -> Handle | AsyncHandle:
         """A caller of the endpoint. Raises UnknownEndpoint unless `missing_ok`; then requests wait for it to be created."""
+        self._check_open()
         if endpoint_name not in self._sender.desired.endpoints:
             self._sender.desired = self._call(self._deployments.read_desired())
             if endpoint_name not in self._sender.desired.endpoints and not missing_ok:
