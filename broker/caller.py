@@ -65,6 +65,8 @@ class Caller:
                 self._timer.cancel()
             for task in self._tasks:
                 task.cancel()
+            for future in [*self._waiting.values(), *self._strangers.values()]:
+                future.cancel()
 
     def send(
         self,

@@ -36,16 +36,28 @@ async def follow(store: Store, *keys: str) -> AsyncIterator[list[bytes | None]]:
 
 
 async def until(store: Store, look: Callable[[], Awaitable[T | None]], budget_s: float) -> T:
-    """What `look` finds, looking again at every change. Raises TimeoutError after `budget_s`, and whatever `look` raises."""
+    """What `look` finds, looking again at every change. A store that is away is asked again, it may come back.
+
+    Raises TimeoutError after `budget_s` (StoreUnavailable if the store was away to the end), and whatever else `look` raises.
+    """
     changed = store.watch()
+    away: StoreUnavailable | None = None
     try:
         async with asyncio.timeout(budget_s):
             while True:
                 changed.clear()
-                if (found := await look()) is not None:
-                    return found
+                try:
+                    if (found := await look()) is not None:
+                        return found
+                    away = None
+                except StoreUnavailable as error:
+                    away = error
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_LOOK_AGAIN_S):
                         await changed.wait()
+    except TimeoutError:
+        if away is not None:
+            raise away from None
+        raise
     finally:
         store.unwatch(changed)

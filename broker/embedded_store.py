@@ -16,6 +16,7 @@ class EmbeddedStore:
     """Implements `Store`. Expired keys are gone for every reader at once, and from memory with the next sweep."""
 
     def __init__(self) -> None:
+        self._epoch = time.time() - time.monotonic()  # read once: a step of the wall clock must not move deadlines
         self._values: dict[str, tuple[bytes, float]] = {}  # value, monotonic expiry (inf for none)
         self._hashes: dict[str, dict[str, bytes]] = {}
         self._readers: dict[str, Callable[[list[bytes]], None]] = {}
@@ -30,7 +31,7 @@ class EmbeddedStore:
         return True
 
     def now_ms(self) -> int:
-        return int(time.time() * 1000)
+        return int((self._epoch + time.monotonic()) * 1000)
 
     def record(self, record: Record) -> asyncio.Future[bool]:
         done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -25,9 +26,15 @@ class Presence:
         self._now = asyncio.Event()
         self._writing = asyncio.Lock()  # one write at a time, or an older one may land last
         self._left = False
+        self._steady_since = time.monotonic()
 
     def __repr__(self) -> str:
         return f"<Presence {self._field}>"
+
+    @property
+    def steady_s(self) -> float:
+        """For how long every beat has landed."""
+        return time.monotonic() - self._steady_since
 
     def tell(self) -> None:
         """Something changed that others wait for."""
@@ -54,6 +61,7 @@ class Presence:
                 await self._store.announce()
         except StoreUnavailable as error:
             logger.warning("cannot report %s: %s", self._field, error)
+            self._steady_since = time.monotonic()
             return False
         return True
 

@@ -94,7 +94,7 @@ class RedisStore:
         return self._connected
 
     def now_ms(self) -> int:
-        return int(time.time() * 1000 + self._offset_ms)
+        return int(time.monotonic() * 1000 + self._offset_ms)
 
     # Results: collected in this turn, written by one script call.
 
@@ -283,9 +283,9 @@ class RedisStore:
             return await self._commands.eval(self._scripts[name], len(keys), *keys, *values)
 
     async def _measure_clock(self) -> None:
-        before = time.time()
+        before = time.monotonic()
         seconds, microseconds = await _heeding_cancellation(self._commands.time)
-        self._offset_ms = (seconds + microseconds / 1e6 - (before + time.time()) / 2) * 1000
+        self._offset_ms = (seconds + microseconds / 1e6 - (before + time.monotonic()) / 2) * 1000
 
     async def _keep_clock(self) -> None:
         while True:

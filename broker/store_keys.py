@@ -5,6 +5,7 @@
 | `mqserve:<ns>:future:{id}`   | string | replica, or the one who finds it expired; once | whoever waits | RESULT_TTL_S |
 | `mqserve:<ns>:start:{id}`    | string | replica, of runs that last | the waiting process | the request's deadline |
 | `mqserve:<ns>:attempts:{id}`, `redeliveries:{id}` | counter | replica, on redelivery | replica | one day          |
+| `mqserve:<ns>:claim:{id}`    | string | replica, after a change of the queue's generation | replica | one day          |
 | `mqserve:<ns>:body:{id}`     | string | sender: a body by reference | replica      | the request's deadline + 60 s |
 | `mqserve:<ns>:body:{id.result}` | string | replica: a large result | whoever waits | RESULT_TTL_S          |
 | `mqserve:<ns>:inbox:<pid>`   | list   | replicas             | that process      | INBOX_TTL_S, renewed by each write |
@@ -12,7 +13,7 @@
 | `mqserve:<ns>:desired`       | string | clients, by compare-and-set | all        | none                      |
 | `mqserve:<ns>:observed`      | string | leading controller   | all               | none                      |
 | `mqserve:<ns>:instance`      | string | starter, controller  | starters, clients | none: it is a lease       |
-| `mqserve:<ns>:leader`        | string | controllers          | controllers       | LEADER_TTL_S              |
+| `mqserve:<ns>:leader`        | string | controllers          | controllers       | none: lapses after LEADER_TTL_S |
 | `mqserve:<ns>:beats`         | hash   | nodes, proxies, replicas: one field each | controller | fields dropped by the leader |
 | `mqserve:<ns>:changed`       | pub/sub channel | whoever wrote a document | watchers | -                     |
 
@@ -46,6 +47,9 @@ class StoreKeys:
 
     def start(self, future_id: str) -> str:
         return f"{self._root}:start:{{{future_id}}}"
+
+    def claim(self, future_id: str) -> str:
+        return f"{self._root}:claim:{{{future_id}}}"
 
     def attempts(self, future_id: str) -> str:
         return f"{self._root}:attempts:{{{future_id}}}"

@@ -51,7 +51,7 @@ def overlay_folder(requirements: Sequence[str]) -> Path:
 def _check(python: str) -> None:
     if not os.access(python, os.X_OK):
         raise BackendFailed(f"actor_options python {python!r} is no interpreter on this node: install it there, or mend the path")
-    told = subprocess.run([python, "-c", "import mqserve"], capture_output=True, text=True, timeout=CHECK_BUDGET_S, check=False)
+    told = _call([python, "-c", "import mqserve"], CHECK_BUDGET_S, f"the interpreter {python!r} does not run")
     if told.returncode:
         last = (told.stderr.strip().splitlines() or ["no reason was given"])[-1]
         raise BackendFailed(f"the interpreter {python!r} cannot import mqserve ({last}): install mqserve in that environment too")
@@ -90,13 +90,17 @@ def _install(folder: Path, python: Path, requirements: Sequence[str]) -> None:
 
 
 def _run(command: Sequence[str]) -> None:
-    try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_BUDGET_S, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise BackendFailed(f"the Python environment cannot be built: {error}") from error
+    told = _call(command, BUILD_BUDGET_S, "the Python environment cannot be built")
     if told.returncode:
         reason = "\n".join((told.stderr or told.stdout).strip().splitlines()[-8:])
         raise BackendFailed(f"the Python environment cannot be built: `{' '.join(command[-4:])}` said\n{reason}")
+
+
+def _call(command: Sequence[str], budget_s: float, otherwise: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=budget_s, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BackendFailed(f"{otherwise}: {error}") from error
 
 
 @contextmanager

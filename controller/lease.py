@@ -54,10 +54,10 @@ async def claim_instance(store: Store, keys: StoreKeys, head_node: str, http: Ht
             lease = msgspec.structs.replace(old, owner=_owner(), at=store.now_ms())
             await _write(store, keys, raw, lease)
             return lease
-        await forget(store, keys)
-        raw = None
     lease = InstanceLease(secrets.token_hex(8), _owner(), detached, store.now_ms())
-    await _write(store, keys, raw, lease)
+    await _write(store, keys, raw, lease)  # first: of two starters who see one lapsed lease, one clears and the other is refused
+    if raw is not None:
+        await _forget_documents(store, keys)
     await store.replace(keys.desired, None, Desired(instance=lease.id, head_node=head_node, http=http).to_bytes())
     return lease
 
@@ -79,11 +79,19 @@ async def renew_instance(store: Store, keys: StoreKeys, instance: str) -> None:
         await store.set(keys.instance, msgspec.json.encode(msgspec.structs.replace(lease, at=store.now_ms())))
 
 
-async def forget(store: Store, keys: StoreKeys) -> None:
-    """All of an instance's documents; results of its requests stay until they expire."""
+async def forget(store: Store, keys: StoreKeys, instance: str) -> None:
+    """All documents of this instance, and of no later one; results of its requests stay until they expire."""
+    raw = await store.get(keys.instance)
+    if raw is not None and msgspec.json.decode(raw, type=InstanceLease).id != instance:
+        return
+    if raw is None or await store.replace(keys.instance, raw, None):
+        await _forget_documents(store, keys)
+
+
+async def _forget_documents(store: Store, keys: StoreKeys) -> None:
     desired = Desired.from_bytes(await store.get(keys.desired))
     hashes = {*desired.convertors.values(), *(backend.code for backend in desired.backends.values()), desired.http.middlewares} - {""}
-    await store.delete(keys.desired, keys.observed, keys.beats, keys.leader, keys.instance, *(keys.code(sha256) for sha256 in hashes))
+    await store.delete(keys.desired, keys.observed, keys.beats, keys.leader, *(keys.code(sha256) for sha256 in hashes))
     await store.announce()
 
 

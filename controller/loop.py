@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
 import time
 from collections import defaultdict
@@ -16,7 +17,7 @@ from contextlib import suppress
 
 import msgspec
 
-from ..broker.errors import MQServeError, QueueMismatch
+from ..broker.errors import BrokerUnavailable, MQServeError, QueueMismatch
 from ..broker.queue import Queue
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
@@ -28,8 +29,9 @@ logger = logging.getLogger(__name__)
 
 TICK_S = 1.0
 FORGET_BEATS_AFTER_S = 60.0
-SETTLE_S = 3.0  # after the store lost its data
-SHUTDOWN_BUDGET_S = 30.0
+SETTLE_S = 3.0  # after the store lost its data or was away: the members get this long to beat again
+AWAY_AFTER_S = 4.0  # a comparison that comes this late says nothing of the members, whose beats could not land either
+DECLARE_AGAIN_S = 15.0  # a broker may come back empty
 
 
 class Controller:
@@ -42,12 +44,14 @@ class Controller:
         self._leader = lease.Leader(store, keys, controller_id)
         self._restarts: dict[tuple[str, int], Restarts] = defaultdict(Restarts)  # by backend and version
         self._were_ready: set[str] = set()
-        self._declared: set[tuple[str, int, int | None]] = set()
+        self._counted: set[str] = set()  # deaths of replicas that the observed document still names
+        self._declared: dict[tuple[str, int, int | None], float] = {}  # when, in monotonic seconds
         self._unbound: set[tuple[str, int]] = set()
         self._desired: Desired | None = None
         self._codes: dict[str, bytes] = {}
         self._raw_observed: bytes | None = None
         self._observed: Observed | None = None  # as we wrote it last
+        self._compared_at = math.inf  # monotonic
         self._settled_at = 0.0  # monotonic; until then nobody is missed
 
     def __repr__(self) -> str:
@@ -70,10 +74,14 @@ class Controller:
 
     async def _tick(self) -> bool:
         """One comparison; True when the instance is shut down and cleared."""
+        before = self._compared_at
         desired = await self._read_desired()
         if desired is None:
             return False
         await lease.renew_instance(self._store, self._keys, desired.instance)
+        now, self._compared_at = time.monotonic(), time.monotonic()
+        if now - before > AWAY_AFTER_S:
+            self._settled_at = now + SETTLE_S
         if time.monotonic() < self._settled_at:
             return False
         self._raw_observed = await self._store.get(self._keys.observed)
@@ -82,7 +90,10 @@ class Controller:
             return False
         beats = read_beats(await self._store.fields(self._keys.beats))
         new = self._place(desired, observed, beats)
-        new = await self._keep_queues(desired, new, beats)
+        try:
+            new = await self._keep_queues(desired, new, beats)
+        except BrokerUnavailable as error:
+            logger.warning("the queues wait: %s", error)  # replicas and proxies do not
         await self._write(observed, new)
         await self._forget_silent(new, beats)
         return desired.closing and await self._is_down(new, beats)
@@ -125,7 +136,9 @@ class Controller:
         ready = {replica_id for replica_id, beat in replicas.items() if beat.state == "ready"}
         ended = plan.ended_replicas(observed.replicas, beats, now_ms)
         for replica_id, how in ended.items():
-            self._count_death(observed.replicas[replica_id], beats.get(f"replica:{replica_id}"), how, now)
+            if replica_id not in self._counted:  # an assignment that could not be written is compared again
+                self._count_death(observed.replicas[replica_id], beats.get(f"replica:{replica_id}"), how, now)
+        self._counted = set(ended)
         assigned = {replica_id: assignment for replica_id, assignment in observed.replicas.items() if replica_id not in ended}
         for replica_id in ready & set(assigned) - self._were_ready:
             self._restarts[assigned[replica_id].backend, assigned[replica_id].version].got_ready()
@@ -209,7 +222,7 @@ class Controller:
                     continue
                 keep_content = name in desired.backends and not desired.closing
                 if await self._queue.delete(name, generation, only_if_empty=keep_content):
-                    self._declared = {known for known in self._declared if known[:2] != (name, generation)}
+                    self._declared = {known: at for known, at in self._declared.items() if known[:2] != (name, generation)}
                 else:  # a replica died and its messages came back
                     queues.setdefault(name, []).insert(0, generation)
                 retiring[name].remove(generation)
@@ -220,7 +233,7 @@ class Controller:
         )
 
     async def _declare(self, name: str, generation: int, max_length: int | None) -> bool:
-        if (name, generation, max_length) in self._declared:
+        if time.monotonic() - self._declared.get((name, generation, max_length), -math.inf) < DECLARE_AGAIN_S:
             return True
         try:
             await self._queue.declare(name, generation, max_length)
@@ -229,7 +242,7 @@ class Controller:
             logger.warning("%s; making a new generation", error)
             await self._next_generation(name, generation)
             return False
-        self._declared.add((name, generation, max_length))
+        self._declared[name, generation, max_length] = time.monotonic()
         self._unbound.discard((name, generation))
         return True
 
@@ -280,7 +293,7 @@ class Controller:
         children = [beat for kind in ("replica", "proxy") for beat in plan.living(beats, kind, now_ms).values() if not beat.external]
         if children or observed.queues or observed.retiring:
             return False
-        await lease.forget(self._store, self._keys)
+        await lease.forget(self._store, self._keys, self._desired.instance if self._desired else "")
         return True
 
 

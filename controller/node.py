@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 SILENT_CHILD_AFTER_S = 20.0  # a replica whose I/O loop is silent for this long is killed
 STOP_MARGIN_S = 5.0  # beyond its own drain time, then it is killed
 PARENT_GONE_S = 6.0  # what children get when the node's own parent is gone
+PROXY_DRAIN_S = 20.0  # what a proxy gives its open requests
 _CHECK_EVERY_S = 1.0
 
 
@@ -182,7 +183,7 @@ class Node:
             host = options.http_host or http.host
             port = http.port if options.http_port is None else options.http_port
             child = self._launcher.proxy(f"proxy-{options.node_id}", host, port, options.node_id)
-            self._proxy = _Running(child, self._tasks.create_task(self._watch_proxy(child)), STOP_MARGIN_S + 15)
+            self._proxy = _Running(child, self._tasks.create_task(self._watch_proxy(child)), STOP_MARGIN_S + PROXY_DRAIN_S)
 
     async def _watch_proxy(self, child: Child) -> None:
         started = time.monotonic()
@@ -231,6 +232,8 @@ class Node:
             with suppress(StoreUnavailable):
                 beats = read_beats(await self._store.fields(self._keys.beats))
                 mine = beats.get(f"node:{self._options.node_id}")
+                if self._presence.steady_s < SILENT_CHILD_AFTER_S:
+                    continue  # the store was away: their beats could not land either
                 for replica_id, running in self._replicas.items():
                     beat = beats.get(f"replica:{replica_id}")
                     if mine and beat and mine.at - beat.at > SILENT_CHILD_AFTER_S * 1000:

@@ -22,7 +22,7 @@ class Restarts:
     _at_once: deque[float] = field(default_factory=deque)
 
     def died_early(self, now: float, reason: str) -> None:
-        self.not_before = now + min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**self.early_deaths)
+        self.not_before = now + min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(self.early_deaths, 10))
         self.early_deaths += 1
         self.reason = reason
 

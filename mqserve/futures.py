@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 from .broker.codecs import decode_value
-from .broker.errors import BadSignature, BadValue, Cancelled, MQServeError, RemoteError, RequestTimeout
+from .broker.errors import BadSignature, BadValue, Cancelled, RemoteError, RequestTimeout
 from .broker.results import ErrorInfo, Result
 from .broker.signing import Claim, Signer
 
@@ -30,16 +30,15 @@ class Future:
     def result(self, timeout: float | None = None) -> Any:
         """The value, in at most `timeout` seconds. Raises TimeoutError, and what the handler raised: as its own type where that could
         travel (the remote traceback is a note on it), else RemoteError."""
+        limit_s = WAIT_LIMIT_S if timeout is None else timeout
+        done, _ = concurrent.futures.wait([self._pending], limit_s)
+        if not done:
+            raise TimeoutError(f"request {self.id} has no result yet after {limit_s:g} s; it goes on: wait again, or raise the timeout")
         try:
-            return self._read(self._pending.result(WAIT_LIMIT_S if timeout is None else timeout))
+            result = self._pending.result()
         except concurrent.futures.CancelledError:
             raise Cancelled(f"request {self.id} was cancelled by its caller") from None
-        except concurrent.futures.TimeoutError as error:
-            if isinstance(error, MQServeError):
-                raise
-            raise TimeoutError(
-                f"request {self.id} has no result yet after {timeout:g} s; it goes on: wait again, or raise the timeout"
-            ) from None
+        return self._read(result)
 
     def done(self) -> bool:
         return self._pending.done()
@@ -64,6 +63,8 @@ def get(refs: Future | Sequence[Future], timeout: float | None = None) -> Any:
     """The value of a future, or the list of values of several, in at most `timeout` seconds altogether; as `ray.get`."""
     if isinstance(refs, Future):
         return refs.result(timeout)
+    if not refs:
+        return []
     wait(refs, num_returns=len(refs), timeout=timeout)
     return [ref.result(0 if timeout is not None else None) for ref in refs]
 

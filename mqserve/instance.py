@@ -77,12 +77,14 @@ async def running_instance(links: Links, options: StartOptions) -> AsyncIterator
     node_id = options.node_id or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
     held = await lease.claim_instance(links.store, links.keys, node_id if options.with_node else "", http, detached=options.detached)
     members = _Members(links, node_id, options)
+    is_up = False
     try:
         members.start()
         await _until_up(links, http, node_id if options.with_node else "", members)
+        is_up = True
         yield held.id
     finally:
-        if not options.detached:
+        if not (options.detached and is_up):
             await shut_down(links, held.id)
             await members.end()
 
@@ -157,7 +159,7 @@ async def _clear(links: Links, instance: str) -> None:
     """Without a controller nobody else would: the documents go, what still runs drains by itself."""
     try:
         if Desired.from_bytes(await links.store.get(links.keys.desired)).instance == instance:
-            await lease.forget(links.store, links.keys)
+            await lease.forget(links.store, links.keys, instance)
     except MQServeError:
         pass  # the lease lapses
 

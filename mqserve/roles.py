@@ -20,10 +20,10 @@ async def run_controller(settings: Settings, controller_id: str) -> int:
     """Until it is stopped or the instance is shut down; the exit code."""
     stop = stop_event()
     async with open_links(settings, "controller") as links:
-        await _join_or_start(links)
+        held = await _join_or_start(links)
         await Controller(links.store, links.keys, links.queue, controller_id).run(stop)
-        if stop.orphaned:
-            await _release(links)
+        if stop.orphaned:  # the starter was killed: the namespace is free at once, and the queues keep what was accepted
+            await lease.forget(links.store, links.keys, held.id)
     return 0
 
 
@@ -37,13 +37,8 @@ async def run_node(settings: Settings, options: NodeOptions, metrics_host: str, 
     return 0
 
 
-async def _join_or_start(links: Links) -> None:
+async def _join_or_start(links: Links) -> lease.InstanceLease:
     try:
-        await lease.read_instance(links.store, links.keys)
+        return await lease.read_instance(links.store, links.keys)
     except InstanceError:
-        await lease.claim_instance(links.store, links.keys, "", HttpOptions(location="NoServer"), detached=True)
-
-
-async def _release(links: Links) -> None:
-    """The starter was killed: the namespace is free at once, and the queues keep what was accepted."""
-    await lease.forget(links.store, links.keys)
+        return await lease.claim_instance(links.store, links.keys, "", HttpOptions(location="NoServer"), detached=True)

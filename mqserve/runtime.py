@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Coroutine
@@ -14,6 +15,7 @@ import uvloop
 
 from .broker.errors import InstanceError
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -61,7 +63,10 @@ class Runtime:
     def _run_posted(self) -> None:
         self._woken = False
         while self._posted:
-            self._posted.popleft()()
+            try:
+                self._posted.popleft()()
+            except Exception:
+                logger.exception("a posted callback failed: that is a bug in mqserve, please report it")
 
     def stop(self) -> None:
         if self._loop.is_closed():

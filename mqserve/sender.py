@@ -15,7 +15,7 @@ from .broker.errors import InstanceError, MQServeError, UnknownEndpoint
 from .broker.results import Result
 from .broker.signing import Claim
 from .controller.state import Desired, choose
-from .futures import Future, read_result
+from .futures import WAIT_LIMIT_S, Future, read_result
 from .links import Links
 from .runtime import Runtime
 
@@ -130,7 +130,8 @@ class Sender:
         found: list[str] = []
 
         async def find() -> Result:
-            key, result = await self._caller.first_result(keys)
+            async with asyncio.timeout(WAIT_LIMIT_S):
+                key, result = await self._caller.first_result(keys)
             found.append(key)
             return result
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import logging
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 
 from .broker.settings import Settings
 from .client import Client
@@ -41,10 +41,12 @@ class _Session:
         self._settings = settings
         self._options = options
         self._stack = AsyncExitStack()
+        self._reading: asyncio.Task[None] | None = None
 
     async def enter(self) -> Client:
         try:
             links = await self._stack.enter_async_context(open_links(self._settings, "client"))
+            self._stack.push_async_callback(self._stop_reading)  # after the instance has drained: its last answers are read
             if self._options is None:
                 instance = (await lease.read_instance(links.store, links.keys)).id
             else:
@@ -52,13 +54,17 @@ class _Session:
             if self._options is None or self._options.detached:
                 self._stack.push_async_callback(shut_down, links, instance)
             client = Client(self._runtime, links, instance, self._end)
-            reading = asyncio.create_task(client.run(), name="read results")
-            reading.add_done_callback(_tell_failure)
-            self._stack.push_async_callback(_cancel, reading)
+            self._reading = asyncio.create_task(client.run(), name="read results")
+            self._reading.add_done_callback(_tell_failure)
             return client
         except BaseException:
             await self._stack.aclose()
             raise
+
+    async def _stop_reading(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
+            await asyncio.gather(self._reading, return_exceptions=True)
 
     def _end(self) -> None:
         try:
@@ -70,9 +76,3 @@ class _Session:
 def _tell_failure(reading: asyncio.Task[None]) -> None:
     if not reading.cancelled() and (error := reading.exception()) is not None:
         logger.error("the client reads no results any more: that is a bug in mqserve, please report it", exc_info=error)
-
-
-async def _cancel(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    with suppress(asyncio.CancelledError):
-        await asyncio.gather(task, return_exceptions=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .broker.settings import Settings, masked
@@ -31,7 +32,7 @@ async def show_status(settings: Settings, console: Console | None = None) -> int
         console.print(_endpoints(desired))
         undone = {name: f"the last roll-out was undone: {b.rolled_back}" for name, b in desired.backends.items() if b.rolled_back}
         for name, problem in [*undone.items(), *observed.problems.items()]:
-            console.print(f"[red]{name}[/]: {problem}", highlight=False, markup=True)
+            console.print(f"[red]{escape(name)}[/]: {escape(problem)}", highlight=False)
     return 0
 
 

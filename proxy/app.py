@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -23,6 +22,10 @@ Send = Callable[[Message], Awaitable[None]]
 CALL_METHOD_HEADER = b"x-serve-call-method"
 SHARD_KEY_HEADER = b"x-serve-shard-key"
 DOWN_AFTER_MS = 10_000
+
+
+class BadBodyEnd(MQServeError):
+    """Nobody is left to read the answer."""
 
 
 class ProxyApp:
@@ -66,12 +69,13 @@ class ProxyApp:
 
     async def _serve(self, target: Target, scope: Scope, receive: Receive) -> Reply:
         request_id = ""
+        routes = self.routes  # one version for the whole request, whatever changes while its body comes in
         try:
             _check_head(scope)
             body = await _read_body(scope, receive)
             content_type, call, shard_key = _read_headers(scope["headers"])
             backend, shadows = choose(target.endpoint, shard_key)
-            if self.routes.down_since:
+            if routes.down_since:
                 self._check_up(backend)
             meta = _meta(scope, target, call)
             ticket = self._caller.send(
@@ -80,13 +84,13 @@ class ProxyApp:
                 content_type,
                 meta,
                 origin="http",
-                timeout_s=self.routes.timeouts_s[backend],
-                at_most_once=backend in self.routes.at_most_once,
+                timeout_s=routes.timeouts_s[backend],
+                at_most_once=backend in routes.at_most_once,
             )
             request_id = ticket.id
             self._metrics.sent[target.endpoint.name] += 1
             for shadow in shadows:
-                self._caller.send_shadow(shadow, body, content_type, meta, origin="http", timeout_s=self.routes.timeouts_s[shadow])
+                self._caller.send_shadow(shadow, body, content_type, meta, origin="http", timeout_s=routes.timeouts_s[shadow])
             waiting = (backend, target.endpoint.name)
             self._metrics.waiting[waiting] += 1
             try:
@@ -142,20 +146,25 @@ def _check_head(scope: Scope) -> None:
 
 
 async def _read_body(scope: Scope, receive: Receive) -> bytes:
-    message = await receive()
+    message = await _next_part(receive)
     body: bytes = message.get("body", b"")
     if not message.get("more_body"):
         return body
     chunks, size = [body], len(body)
     while message.get("more_body"):
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise asyncio.CancelledError
+        message = await _next_part(receive)
         chunks.append(message.get("body", b""))
         size += len(chunks[-1])
         if size > MAX_BODY_BYTES:
             raise TooLarge(f"the body has more than {MAX_BODY_BYTES} bytes, the limit: send less, or a reference to it")
     return b"".join(chunks)
+
+
+async def _next_part(receive: Receive) -> Message:
+    message = await receive()
+    if message["type"] == "http.disconnect":
+        raise BadBodyEnd("the client went away before its request was complete")
+    return message
 
 
 def _read_headers(headers: list[tuple[bytes, bytes]]) -> tuple[str, str, str]:

@@ -16,6 +16,7 @@ from starlette.convertors import register_url_convertor
 from starlette.middleware import Middleware
 
 from ..broker import code
+from ..broker.backoff import delays
 from ..broker.caller import Caller
 from ..broker.documents import follow
 from ..broker.errors import BadValue, MQServeError
@@ -111,19 +112,18 @@ class Proxy:
         caller = Caller(queue, self._store, self._keys, self._options.proxy_id)
         failure: MQServeError | None = None  # raised outside the group, which would wrap it
         async with asyncio.TaskGroup() as tasks:
-            beating = tasks.create_task(self._presence.beat_forever())
+            beating, reading = tasks.create_task(self._presence.beat_forever()), tasks.create_task(caller.run())
             try:
-                listener = bind(self._options.host, self._options.port)
-                self._address = (self._options.host, listener.getsockname()[1])
-                reading = tasks.create_task(caller.run())
-                await self._serve(listener, caller, queue, stop)
-                reading.cancel()
+                with bind(self._options.host, self._options.port) as listener:
+                    self._address = (self._options.host, listener.getsockname()[1])
+                    await self._serve(listener, caller, queue, stop)
             except MQServeError as error:
                 self._state, self._error = "failed", str(error)
                 failure = error
             finally:
                 await self._presence.leave(with_last_words=self._state == "failed")
                 beating.cancel()
+                reading.cancel()
         if failure is not None:
             raise failure
 
@@ -132,7 +132,7 @@ class Proxy:
         app = self._app = ProxyApp(
             caller, await self._table(desired, Observed()), lambda: self._readiness(queue), debug=self._options.debug or desired.http.debug
         )
-        self._outer.app = await self._with_middlewares(app, desired)
+        self._outer.app, self._middlewares = await self._with_middlewares(app, desired), desired.http.middlewares
         server = _Server(_uvicorn_config(self._outer))
         async with asyncio.TaskGroup() as tasks:
             following = tasks.create_task(self._follow(app))
@@ -151,15 +151,22 @@ class Proxy:
         async for raw_desired, raw_observed in follow(self._store, self._keys.desired, self._keys.observed):
             if raw_desired is None:
                 continue
-            try:
-                desired = Desired.from_bytes(raw_desired)
-                app.routes = await self._table(desired, Observed.from_bytes(raw_observed))
-                if desired.http.middlewares != self._middlewares:
-                    self._outer.app = await self._with_middlewares(app, desired)
-            except Exception:
-                logger.exception("cannot follow the new routes; serving the old ones")
-            else:
-                self._presence.tell()
+            for pause_s in delays():
+                try:
+                    await self._take_over(app, Desired.from_bytes(raw_desired), Observed.from_bytes(raw_observed))
+                    break
+                except Exception:
+                    logger.exception("cannot follow the new routes yet; serving the old ones")
+                    await asyncio.sleep(pause_s)
+
+    async def _take_over(self, app: ProxyApp, desired: Desired, observed: Observed) -> None:
+        """All of it or nothing: whoever waits for this version must find its middlewares too."""
+        table = await self._table(desired, observed)
+        outer = self._outer.app
+        if desired.http.middlewares != self._middlewares:
+            outer = await self._with_middlewares(app, desired)
+        app.routes, self._outer.app, self._middlewares = table, outer, desired.http.middlewares
+        self._presence.tell()
 
     async def _first_desired(self) -> Desired:
         return Desired.from_bytes(await self._store.get(self._keys.desired))
@@ -172,7 +179,6 @@ class Proxy:
 
     async def _with_middlewares(self, app: ProxyApp, desired: Desired) -> Any:
         """The app inside the instance's middlewares, the first outermost."""
-        self._middlewares = desired.http.middlewares
         if not desired.http.middlewares:
             return app
         middlewares, _ = await code.load(self._store, self._keys, desired.http.middlewares, self._settings.signer)

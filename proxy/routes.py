@@ -8,7 +8,7 @@ from typing import Any
 from starlette.convertors import CONVERTOR_TYPES
 from starlette.routing import Match, Route
 
-from ..controller.state import Backend, Desired, Endpoint, Observed
+from ..controller.state import Desired, Endpoint, Observed
 
 Params = tuple[tuple[str, str, str], ...]
 
@@ -34,7 +34,6 @@ class RouteTable:
 
     def __init__(self, desired: Desired, observed: Observed) -> None:
         self.version = (desired.epoch, desired.version)
-        self.backends: dict[str, Backend] = desired.backends
         self.timeouts_s = {name: backend.config.request_timeout_s for name, backend in desired.backends.items()}
         self.at_most_once = {name for name, backend in desired.backends.items() if backend.config.delivery == "at_most_once"}
         self.down_since = observed.down_since  # backend -> store ms since which no replica has been ready or starting

@@ -50,12 +50,16 @@ class Admission:
             raise BadEnvelope(f"reply_to names {envelope.reply_to!r}, a queue of this instance: name a queue of your own")
         if header.inbox and not header.inbox.startswith(self._keys.inbox("")):
             raise BadEnvelope(f"the mq header's inbox names {header.inbox!r}, which is none")
-        if header.ref and not header.shadow and header.ref != self._keys.body(envelope.id):
+        if header.ref and header.ref != self._keys.body(envelope.id):
             raise BadEnvelope(f"the mq header's ref names {header.ref!r}, which is not this message's body")
 
-    async def admit(self, envelope: Envelope, config: BackendConfig, *, redelivered: bool) -> Admitted | Result:
-        """What is to run, or the result that stands in its place. Raises BadEnvelope (Poison among them) for what is to be set aside,
-        StoreUnavailable when it cannot be told."""
+    async def admit(
+        self, envelope: Envelope, config: BackendConfig, *, redelivered: bool, check_copies: bool = False
+    ) -> Admitted | Result | None:
+        """What is to run, or the result that stands in its place, or None for a copy of a request that another one runs.
+
+        Raises BadEnvelope (Poison among them) for what is to be set aside, StoreUnavailable when it cannot be told.
+        """
         if envelope.header.ref:
             envelope = replace(envelope, body=await self._body(envelope.header.ref))
         check_direct(envelope)
@@ -67,6 +71,8 @@ class Admission:
             return Admitted(envelope, 1)
         if (raw := await self._store.get(self._keys.future(future_id))) is not None:
             return await self.whole(Result.from_bytes(raw))
+        if check_copies and not redelivered and not await self._claim(future_id):
+            return None
         if once:
             return Admitted(envelope, 1) if await self._mark_start(future_id) else _lost(self._backend)
         attempt = await self._count(future_id, config.max_attempts) if redelivered else 1
@@ -86,6 +92,12 @@ class Admission:
         if body is None:
             raise BadEnvelope("the body is gone from the store: it is kept until the request's deadline")
         return body
+
+    async def _claim(self, future_id: str) -> bool:
+        """Whether this delivery is the one of its copies that runs."""
+        if await self._store.get(self._keys.start(future_id)) is not None:
+            return False
+        return await self._store.set(self._keys.claim(future_id), b"1", ttl_ms=_COUNTERS_TTL_MS, only_new=True)
 
     async def _mark_start(self, future_id: str) -> bool:
         return await self._store.set(self._keys.start(future_id), b"1", ttl_ms=_COUNTERS_TTL_MS, only_new=True)

@@ -124,7 +124,7 @@ class _Gatherers:
         self._function = function
         self._tuning = tuning
         self._of_function = _Gatherer(function, tuning)
-        self._of_instances: weakref.WeakKeyDictionary[Any, _Gatherer] = weakref.WeakKeyDictionary()
+        self._of_instances: dict[int, _Gatherer] = {}  # by identity: an instance may not be hashable
 
     def __reduce__(self) -> Any:
         return _Gatherers, (self._function, self._tuning)
@@ -132,10 +132,12 @@ class _Gatherers:
     def of(self, owner: Sequence[Any]) -> _Gatherer:
         if not owner:
             return self._of_function
-        if owner[0] not in self._of_instances:
-            function, reference = self._function, weakref.ref(owner[0])  # no stronger, or the instance would keep itself
-            self._of_instances[owner[0]] = _Gatherer(lambda items: function(reference(), items), self._tuning)
-        return self._of_instances[owner[0]]
+        instance = owner[0]
+        if id(instance) not in self._of_instances:
+            function, reference = self._function, weakref.ref(instance)  # no stronger, or the instance would keep itself
+            self._of_instances[id(instance)] = _Gatherer(lambda items: function(reference(), items), self._tuning)
+            weakref.finalize(instance, self._of_instances.pop, id(instance), None)
+        return self._of_instances[id(instance)]
 
 
 class _Gatherer:

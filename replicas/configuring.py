@@ -41,9 +41,9 @@ class Configuring:
             try:
                 await self._tell(backend, wanted)
             except BackendFailed as error:
+                self.version, self.refused = backend.config_version, str(error)
                 if self._told is not None:
                     await self._tell(backend, self._told)
-                self.version, self.refused = backend.config_version, str(error)
                 raise
             self._told = wanted
         self.version, self.refused = backend.config_version, ""

@@ -47,7 +47,8 @@ class Execution:
                 with ThreadPoolExecutor(1) as other:  # this thread has a running loop
                     value = other.submit(asyncio.run, collect_stream(value)).result()
             return self._result(value, envelope)
-        except Exception as error:
+        except BaseException as error:
+            _raise_if_stopped(error)
             return self._failed(error, envelope)
 
     async def run_async(self, method: Method, envelope: Envelope) -> Result:
@@ -59,14 +60,16 @@ class Execution:
             if isinstance(value, StreamingResponse):
                 value = await collect_stream(value)
             return self._result(value, envelope)
-        except Exception as error:
+        except BaseException as error:
+            _raise_if_stopped(error)
             return self._failed(error, envelope)
 
     def run_batch(self, method: Method, envelopes: list[Envelope]) -> list[Result]:
         """One plain call for all of them."""
         try:
             values = split_results(method.function([self.request(envelope) for envelope in envelopes]), len(envelopes))
-        except Exception as error:
+        except BaseException as error:
+            _raise_if_stopped(error)
             return [self._failed(error, envelope) for envelope in envelopes]
         return self._results(values, envelopes)
 
@@ -74,7 +77,8 @@ class Execution:
         """One async call for all of them."""
         try:
             values = split_results(await method.function([self.request(envelope) for envelope in envelopes]), len(envelopes))
-        except Exception as error:
+        except BaseException as error:
+            _raise_if_stopped(error)
             return [self._failed(error, envelope) for envelope in envelopes]
         return self._results(values, envelopes)
 
@@ -114,11 +118,23 @@ class Execution:
             return value_result(value, self.backend, envelope.id, self.signer)
         return plain_result(value, self.backend)
 
-    def _failed(self, error: Exception, envelope: Envelope) -> Result:
+    def _failed(self, error: BaseException, envelope: Envelope) -> Result:
         result = error_result(error, self.backend, envelope.future_id(self.backend), self.signer)
         if result.status == 500:
             logger.error("request %s of %s failed", envelope.id or "without an id", self.backend, exc_info=error)
         return result
+
+
+def _raise_if_stopped(error: BaseException) -> None:
+    """Whatever user code raises is its request's result, `sys.exit()` too; only the worker's own end is not."""
+    if not isinstance(error, asyncio.CancelledError):
+        return
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # a thread of the pool
+        return
+    if task is not None and task.cancelling():
+        raise error
 
 
 def check_direct(envelope: Envelope) -> None:

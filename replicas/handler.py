@@ -17,7 +17,7 @@ class NoSuchMethod(BadType):
     """The caller named a method that the backend does not offer."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # told apart by identity: a user's instance inside may not be hashable
 class Method:
     """What one call runs."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import random
 import time
 from collections.abc import Coroutine
 from dataclasses import replace
@@ -29,7 +30,11 @@ from .worker import Job, Worker
 
 logger = logging.getLogger(__name__)
 
+NOTHING = Envelope("", b"", "")  # of a message that could not be read
+
+MAX_REPLY_BYTES = 8 * 1024 * 1024  # RabbitMQ 4.x takes 16 MiB, and closes the channel above it
 INLINE_RESULT_BYTES = 1024 * 1024  # a larger body stands under a key of its own
+GIVE_BACK_AFTER_S = 0.5
 UNLIMITED_MS = 60_000  # how long the result of a request without a deadline is tried to be stored
 _MARK_EVERY_S = 0.05
 _LONG_RUN_S = 0.04
@@ -66,6 +71,7 @@ class Server:
         self._marked: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._draining = False
+        self._copies_until = 0.0  # monotonic
         self.served = 0
 
     def __repr__(self) -> str:
@@ -85,8 +91,15 @@ class Server:
         self._config = config
         self._worker.configure(config)
 
+    @property
+    def _checks_all(self) -> bool:
+        return self._config.delivery == "at_most_once" or time.monotonic() < self._copies_until
+
     async def take_from(self, generations: tuple[int, ...]) -> None:
         """Consumes exactly these generations of the queue from now on. Raises BrokerUnavailable."""
+        if generations and generations[-1] > 1 and generations[-1] not in self._consumptions:
+            # While the binding moved, a message may have gone into both queues: until all of those are over, each is checked.
+            self._copies_until = time.monotonic() + self._config.request_timeout_s
         for generation in generations:
             if generation not in self._consumptions and not self._draining:
                 self._consumptions[generation] = await self._queue.consume(
@@ -168,7 +181,7 @@ class Server:
         header = envelope.header
         if header.deadline and header.deadline <= self._store.now_ms():
             self._finish(job, late_result("queue"))
-        elif delivery.redelivered or header.again or header.ref or not envelope.minted or self._config.delivery == "at_most_once":
+        elif delivery.redelivered or header.again or header.ref or not envelope.minted or self._checks_all:
             self._start(self._admit(job))
         else:
             self._run(job)  # a first delivery of an id of ours: nobody can have run it, so the store is not asked
@@ -177,14 +190,17 @@ class Server:
         """Looked at before it runs."""
         _, delivery = job.tag
         try:
-            admitted = await self._admission.admit(job.envelope, self._config, redelivered=delivery.redelivered)
+            check_copies = time.monotonic() < self._copies_until
+            admitted = await self._admission.admit(job.envelope, self._config, redelivered=delivery.redelivered, check_copies=check_copies)
         except BadEnvelope as error:
             await self._refuse(job, error)
-        except StoreUnavailable as error:
+        except MQServeError as error:
             logger.warning("giving back a request of %s: %s", self._backend, error)
-            self._give_back(job)
+            self._give_back_later(job)
         else:
-            if isinstance(admitted, Result):
+            if admitted is None:
+                self._ack(job)
+            elif isinstance(admitted, Result):
                 self._finish(job, admitted)
             elif self._draining:
                 self._give_back(job)
@@ -231,7 +247,7 @@ class Server:
             self._ack(job)
         else:
             logger.warning("giving back a finished request of %s: its result could not be stored (%s)", self._backend, error)
-            self._give_back(job)
+            self._give_back_later(job)
 
     async def _finish_slowly(self, job: Job, result: Result) -> None:
         """Large results and AMQP replies, which take more than one step."""
@@ -247,13 +263,21 @@ class Server:
                 await self._reply(envelope, result if first else await self._admission.stored(envelope, result))
         except MQServeError as error:
             logger.warning("giving back a finished request of %s: %s", self._backend, error)
-            self._give_back(job)
+            self._give_back_later(job)
         else:
             self._ack(job)
 
     async def _reply(self, envelope: Envelope, result: Result) -> None:
         """A plain AMQP reply, as every RPC tutorial teaches."""
         settled: asyncio.Future[MQServeError | None] = asyncio.get_running_loop().create_future()
+        if len(result.body) > MAX_REPLY_BYTES:
+            where = (
+                f"read it under {envelope.id!r} in the store"
+                if envelope.id
+                else "send the request with a message_id and read it in the store"
+            )
+            message = f"the result has {len(result.body)} bytes, and a reply carries {MAX_REPLY_BYTES}: {where}"
+            result = Result(status=500, backend=self._backend, error=ErrorInfo(type="mqserve.TooLarge", message=message))
         reply = Envelope(envelope.id, _reply_body(result), JSON if result.error else result.content_type, NO_HEADER)
         self._queue.reply(
             replace(reply, correlation_id=envelope.correlation_id, status=result.status),
@@ -283,7 +307,7 @@ class Server:
                 delivery.ack()
             else:
                 logger.warning("cannot dead-letter a message of %s yet: %s", self._backend, failure)
-                delivery.requeue()
+                return self._give_back_later(Job(NOTHING, (generation, delivery)))
             self._in_hand[generation].discard(delivery)
 
         logger.warning("a message of %s goes to the dead letters: %s", self._backend, error)
@@ -296,8 +320,27 @@ class Server:
             delivery.ack()
 
     def _give_back(self, job: Job) -> None:
-        generation, delivery = job.tag
+        """To the queue; one that never ran takes its at-most-once mark away first."""
         self._jobs.discard(job)
+        if self._config.delivery == "at_most_once" and not job.started and job.envelope.id:
+            self._start(self._unmark_and_requeue(job))
+        else:
+            self._requeue(job)
+
+    async def _unmark_and_requeue(self, job: Job) -> None:
+        try:
+            await self._store.delete(self._keys.start(job.envelope.future_id(self._backend)))
+        except StoreUnavailable as error:
+            logger.warning("a request of %s that never ran may be answered as lost: %s", self._backend, error)
+        self._requeue(job)
+
+    def _give_back_later(self, job: Job) -> None:
+        """After a failure of broker or store: at once, it would come round again at full speed. Its slot stays taken meanwhile."""
+        self._jobs.discard(job)
+        asyncio.get_running_loop().call_later(GIVE_BACK_AFTER_S * (0.5 + random.random()), self._requeue, job)
+
+    def _requeue(self, job: Job) -> None:
+        generation, delivery = job.tag
         if delivery in self._in_hand[generation]:
             self._in_hand[generation].discard(delivery)
             delivery.requeue()

@@ -8,7 +8,7 @@ import pytest
 
 from mqserve.broker.documents import READ_AGAIN_S, follow, until
 from mqserve.broker.embedded_store import EmbeddedStore
-from mqserve.broker.errors import StoreUnavailable
+from mqserve.broker.errors import BackendFailed, StoreUnavailable
 from mqserve.broker.store import Store
 from mqserve.broker.store_keys import StoreKeys
 
@@ -71,10 +71,30 @@ async def test_looking_in_vain_ends_with_the_budget(store: Store, keys: StoreKey
 
 async def test_what_the_look_raises_ends_the_looking(store: Store) -> None:
     async def look() -> None:
+        raise BackendFailed("no")
+
+    with pytest.raises(BackendFailed, match="no"):
+        await until(store, look, budget_s=10)
+
+
+async def test_a_store_that_is_away_is_asked_again(store: Store) -> None:
+    answers = iter([StoreUnavailable("away"), None, "found"])
+
+    async def look() -> str | None:
+        answer = next(answers)
+        if isinstance(answer, StoreUnavailable):
+            raise answer
+        return answer
+
+    assert await until(store, look, budget_s=10) == "found"
+
+
+async def test_a_store_that_stays_away_is_named(store: Store) -> None:
+    async def look() -> None:
         raise StoreUnavailable("gone")
 
     with pytest.raises(StoreUnavailable, match="gone"):
-        await until(store, look, budget_s=10)
+        await until(store, look, budget_s=0.05)
 
 
 class StoreThatGoesAway(EmbeddedStore):

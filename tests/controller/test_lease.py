@@ -119,8 +119,10 @@ def test_another_instances_lease_is_not_renewed() -> None:
 def test_a_forgotten_instance_leaves_nothing() -> None:
     async def main() -> None:
         store = EmbeddedStore()
-        await claim_instance(store, KEYS, "n1", HTTP, detached=False)
-        await forget(store, KEYS)
+        held = await claim_instance(store, KEYS, "n1", HTTP, detached=False)
+        await forget(store, KEYS, "another")
+        assert await store.get(KEYS.instance) is not None  # a later one is not theirs to clear
+        await forget(store, KEYS, held.id)
         assert await store.get_many([KEYS.instance, KEYS.desired, KEYS.observed, KEYS.leader]) == [None] * 4
 
     run(main())

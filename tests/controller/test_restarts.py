@@ -42,3 +42,10 @@ def test_deaths_long_ago_slow_nothing_down() -> None:
         restarts.died_ready(now=100.0)
     restarts.died_ready(now=101.0 + AT_ONCE_WINDOW_S)
     assert restarts.not_before == 0.0
+
+
+def test_a_backend_that_never_gets_ready_is_tried_for_ever() -> None:
+    restarts = Restarts()
+    for _ in range(2000):
+        restarts.died_early(now=0.0, reason="no")
+    assert restarts.not_before == LONGEST_PAUSE_S
