@@ -154,15 +154,22 @@ def status(namespace: str | None) -> int:
 @click.option("--http-port", envvar="MQSERVE_HTTP_PORT", type=click.IntRange(0, 65535), help="Its port [the instance's].")
 @click.option("--no-proxy", is_flag=True, envvar="MQSERVE_NO_PROXY", help="Never run a proxy here.")
 @click.option("--num-cpus", envvar="MQSERVE_NUM_CPUS", type=float, help="What this node offers [what the machine has].")
+@click.option("--ends-with-instance", is_flag=True, hidden=True)
 @_one_sentence
 def node(
-    namespace: str | None, node_id: str | None, http_host: str | None, http_port: int | None, no_proxy: bool, num_cpus: float | None
+    namespace: str | None,
+    node_id: str | None,
+    http_host: str | None,
+    http_port: int | None,
+    no_proxy: bool,
+    num_cpus: float | None,
+    ends_with_instance: bool,
 ) -> int:
     """Run an agent: the replicas and the proxy that the controller assigns to it."""
     from .controller.node import NodeOptions
     from .roles import run_node
 
-    options = NodeOptions(node_id or _own_id("node"), http_host, http_port, not no_proxy, num_cpus)
+    options = NodeOptions(node_id or _own_id("node"), http_host, http_port, not no_proxy, num_cpus, ends_with_instance)
     return run_loop(run_node(_distributed(namespace, "node"), options))
 
 
