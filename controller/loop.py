@@ -298,7 +298,10 @@ class Controller:
 
 
 def _is_held(name: str, generation: int, beats: dict[str, Beat], now_ms: int) -> bool:
-    return any(beat.backend == name and generation in beat.generations for beat in plan.living(beats, "replica", now_ms).values())
+    """By a replica that lives: the last beat of a killed one still looks fresh for a while, but its node knows better."""
+    ended = {replica_id for node in plan.living(beats, "node", now_ms).values() for replica_id in node.ended}
+    living = plan.living(beats, "replica", now_ms).values()
+    return any(beat.backend == name and generation in beat.generations and beat.id not in ended for beat in living)
 
 
 def _new_replica_id(backend: str) -> str:

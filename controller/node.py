@@ -70,7 +70,10 @@ class Launcher(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class NodeOptions:
-    """`http_host` and `http_port` override the instance's, since two nodes may share a machine."""
+    """`http_host` and `http_port` override the instance's, since two nodes may share a machine.
+
+    `ends_with_instance`: a detached starter's own node, which nobody else would end; others wait for the next instance.
+    """
 
     node_id: str
     http_host: str | None = None
@@ -78,6 +81,7 @@ class NodeOptions:
     takes_proxy: bool = True
     capacity: Capacity = field(default_factory=Capacity)
     metrics: NodeMetrics | None = None  # None: the proxy of this process shows them
+    ends_with_instance: bool = False
 
 
 @dataclass(eq=False, slots=True)
@@ -116,7 +120,7 @@ class Node:
         """Until `stop` is set; then every child is drained, and killed if it does not end."""
         async with asyncio.TaskGroup() as self._tasks:
             tasks = self._tasks
-            working = [tasks.create_task(work) for work in (self._presence.beat_forever(), self._follow(), self._check_children())]
+            working = [tasks.create_task(work) for work in (self._presence.beat_forever(), self._follow(stop), self._check_children())]
             await stop.wait()
             for task in working[1:]:
                 task.cancel()
@@ -124,8 +128,11 @@ class Node:
             await self._presence.leave(with_last_words=False)
             working[0].cancel()
 
-    async def _follow(self) -> None:
+    async def _follow(self, stop: Stop) -> None:
         async for raw_desired, raw_observed in follow(self._store, self._keys.desired, self._keys.observed):
+            if raw_desired is None and self._desired.closing and self._options.ends_with_instance:
+                stop.set()
+                return
             if raw_observed is None:
                 continue
             self._desired = Desired.from_bytes(raw_desired)

@@ -11,6 +11,8 @@ import sysconfig
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
+from typing import IO
 
 from ..broker.lifeline import PIPE_VARIABLE
 from ..broker.settings import PREFIX, Settings
@@ -39,12 +41,15 @@ class Process:
         if not detached:
             reading, self._writing = os.pipe()
             environment[PIPE_VARIABLE] = str(reading)
+        output = _detached_output(settings.namespace) if detached else None
         try:
             self._popen = subprocess.Popen(
                 [python, "-m", "mqserve", *arguments], env=environment, pass_fds=() if detached else (reading,),
-                start_new_session=True, stdin=subprocess.DEVNULL,
+                start_new_session=True, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
             )  # fmt: skip
         finally:
+            if output is not None and not isinstance(output, int):
+                output.close()
             if reading >= 0:
                 os.close(reading)
 
@@ -105,6 +110,20 @@ class ProcessLauncher:
 
     def proxy(self, proxy_id: str, host: str, port: int, node: str) -> Process:
         return Process(["proxy", "--host", host, "--port", str(port), "--proxy-id", proxy_id, "--node-id", node], self._settings)
+
+
+def _detached_output(namespace: str) -> IO[bytes] | int:
+    """Where an instance without a terminal says what goes wrong. Its starter's own output would never end for whoever reads it."""
+    path = detached_log(namespace)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("ab")
+    except OSError:
+        return subprocess.DEVNULL
+
+
+def detached_log(namespace: str) -> Path:
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "mqserve" / f"{namespace}.log"
 
 
 def _import_path() -> str:

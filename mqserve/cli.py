@@ -110,6 +110,7 @@ def run(target: str, namespace: str | None, host: str, port: int, location: str,
 @_one_sentence
 def start(namespace: str | None, host: str, port: int, location: str, debug: bool, no_node: bool) -> int:
     """Start a detached instance: it runs until `mqserve shutdown`."""
+    from .controller.processes import detached_log
     from .instance import StartOptions, parse_http_options
     from .session import open_client
 
@@ -117,7 +118,9 @@ def start(namespace: str | None, host: str, port: int, location: str, debug: boo
     settings = _distributed(namespace, "start")
     open_client(settings, StartOptions(http, detached=True, with_node=not no_node))
     where = f", HTTP on http://{host}:{port}" if location != "NoServer" and not no_node else ""
-    click.echo(f"Instance {settings.namespace!r} runs{where}. End it with `mqserve shutdown`.")
+    click.echo(
+        f"Instance {settings.namespace!r} runs{where}. End it with `mqserve shutdown`; its log is {detached_log(settings.namespace)}."
+    )
     sys.stdout.flush()
     os._exit(0)  # the instance lives on in its own processes; nothing here is to be undone
 
@@ -160,6 +163,7 @@ def status(namespace: str | None) -> int:
     "--metrics-host", envvar="MQSERVE_METRICS_HOST", default="127.0.0.1", show_default=True, help="Where its metrics page listens."
 )
 @click.option("--metrics-port", envvar="MQSERVE_METRICS_PORT", type=click.IntRange(0, 65535), default=0, help="Its port [any free one].")
+@click.option("--ends-with-instance", is_flag=True, hidden=True)
 @_one_sentence
 def node(
     namespace: str | None,
@@ -172,6 +176,7 @@ def node(
     resources: str,
     metrics_host: str,
     metrics_port: int,
+    ends_with_instance: bool,
 ) -> int:
     """Run an agent: the replicas and the proxy that the controller assigns to it."""
     from .controller.machine import measure_node
@@ -180,7 +185,7 @@ def node(
     from .roles import run_node
 
     capacity = measure_node(num_cpus, num_gpus, parse_node_resources(resources))
-    options = NodeOptions(node_id or _own_id("node"), http_host, http_port, not no_proxy, capacity)
+    options = NodeOptions(node_id or _own_id("node"), http_host, http_port, not no_proxy, capacity, ends_with_instance=ends_with_instance)
     return run_loop(run_node(_distributed(namespace, "node"), options, metrics_host, metrics_port))
 
 

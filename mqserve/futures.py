@@ -31,14 +31,17 @@ class Future:
         """The value, in at most `timeout` seconds. Raises TimeoutError, and what the handler raised: as its own type where that could
         travel (the remote traceback is a note on it), else RemoteError."""
         limit_s = WAIT_LIMIT_S if timeout is None else timeout
-        done, _ = concurrent.futures.wait([self._pending], limit_s)
-        if not done:
-            raise TimeoutError(f"request {self.id} has no result yet after {limit_s:g} s; it goes on: wait again, or raise the timeout")
         try:
-            result = self._pending.result()
+            result = self._pending.result(limit_s)
         except concurrent.futures.CancelledError:
             raise Cancelled(f"request {self.id} was cancelled by its caller") from None
-        return self._read(result)
+        except concurrent.futures.TimeoutError:
+            if self._pending.done():
+                raise  # the request's own error, rather than the end of this wait
+            raise TimeoutError(
+                f"request {self.id} has no result yet after {limit_s:g} s; it goes on: wait again, or raise the timeout"
+            ) from None
+        return self._read(result)  # outside: what it raises is the handler's
 
     def done(self) -> bool:
         return self._pending.done()

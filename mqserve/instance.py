@@ -110,7 +110,9 @@ class _Members:
         detached = self._options.detached
         self._processes.append(Process(["controller"], self._links.settings, detached=detached))
         if self._options.with_node:
-            self._processes.append(Process(["node", "--node-id", self._node_id], self._links.settings, detached=detached))
+            end = ["--ends-with-instance"] if detached else []
+            command = ["node", "--node-id", self._node_id, *end]
+            self._processes.append(Process(command, self._links.settings, detached=detached))
 
     def check(self) -> None:
         """Raises InstanceError when a member ended."""

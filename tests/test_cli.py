@@ -294,6 +294,8 @@ def test_a_detached_instance_is_started_shown_used_and_shut_down(distributed_she
         assert f"Instance {namespace}, detached" in status.stdout and "Controller alive" in status.stdout
         assert "***" in status.stdout or ":guest@" not in status.stdout
         rows = [line.split() for line in status.stdout.splitlines()]
+        members = [process for process in psutil.process_iter() if namespace in environment_of(process)]
+        assert len(members) == 5  # controller, node, proxy, two replicas
         assert sorted(row[0] for row in rows if row and row[0] in ("node", "proxy", "replica")) == ["node", "proxy", "replica", "replica"]
         assert any(row[:1] == ["greeter"] and row[-4:] == ["2", "2", "0", "ready"] for row in rows), status.stdout
         assert any(row[:3] == ["greet", "/greet", "GET"] for row in rows), status.stdout
@@ -302,6 +304,14 @@ def test_a_detached_instance_is_started_shown_used_and_shut_down(distributed_she
     assert (ended.returncode, ended.stdout.splitlines()[-1]) == (0, "Done.")
     assert not answers(f"http://127.0.0.1:{port}/-/healthz")
     assert_refused(shell, "status", says="no instance runs under this namespace: start one")
+    wait_until(lambda: not any(is_alive(process) for process in members), told=lambda: members)
+
+
+def environment_of(process: psutil.Process) -> str:
+    try:
+        return process.environ().get("MQSERVE_NAMESPACE", "")
+    except psutil.Error:
+        return ""
 
 
 def test_a_starter_without_a_node_leaves_the_running_to_others(distributed_shell: CommandLine) -> None:

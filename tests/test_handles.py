@@ -242,9 +242,9 @@ def test_an_unknown_endpoint_is_a_key_error_with_a_sentence(client: serve.Client
 def test_a_missing_endpoint_may_be_made_later(client: serve.Client, tools: str) -> None:
     name = f"later-{uuid.uuid4().hex[:8]}"
     handle = serve.get_handle(name, missing_ok=True)
-    with pytest.raises(serve.UnknownEndpoint):
-        handle.remote(1)
+    early = handle.remote(0)  # waits for its endpoint
     client.create_endpoint(name, backend=tools)
+    assert early.result(timeout=30) == 0
     assert handle.remote(1).result(timeout=30) == 1
     client.delete_endpoint(name)
 

@@ -96,7 +96,7 @@ def test_a_change_that_cannot_be_is_refused_with_a_sentence(change: Callable[[],
         (("a", "/e", "GET"), BadType, "must be a list of names"),
         (("a", "/e", []), BadType, "must be a list of names"),
         (("a", "/-/mine", ["GET"]), BadValue, "belongs to the system"),
-        (("a", "/{a:integer}", ["GET"]), BadValue, "convertors are float, int"),
+        (("a", "/{a:integer}", ["GET"]), BadValue, "convertors are float.* int, path"),
         (("a", "/{a}/{a}", ["GET"]), BadValue, "name each parameter once"),
     ],
 )
