@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -235,7 +236,8 @@ class Worker:
         self._results.extend(zip(jobs, results, strict=True))
         if not self._io_woken:
             self._io_woken = True
-            self._io.call_soon_threadsafe(self._hand_over)
+            with suppress(RuntimeError):  # a call that was left to its thread may outlive the loop it would report to
+                self._io.call_soon_threadsafe(self._hand_over)
 
     def _resize(self, more_threads: int) -> None:
         if more_threads:

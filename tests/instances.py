@@ -8,6 +8,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -98,7 +99,8 @@ class Deploy:
     def undo(self) -> None:
         for name in self._names:
             self.client.delete_endpoint(name)
-            self.client.delete_backend(name)
+        with ThreadPoolExecutor() as threads:  # each waits for its replicas to drain
+            list(threads.map(self.client.delete_backend, self._names))
 
 
 class Program:
