@@ -1,5 +1,6 @@
 # make demo    serve the example in the foreground, until Ctrl-C
 # make test    check the code, then run the tests on private RabbitMQ and Redis servers
+# make test-long  the seed's behaviours on real servers, and what is measured: `make test` has their embedded form
 # make check   formatting, lint, types
 # make format  format the code and mend what ruff can mend
 # make bench   measure against the peers
@@ -8,7 +9,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test test-long check format bench clean
 .DELETE_ON_ERROR:
 
 # `exec`: the Ctrl-C is the server's, which drains and ends with status 0
@@ -16,7 +17,10 @@ demo: .venv/.installed-examples
 	@exec $(BIN)/mqserve run examples/digits.py
 
 test: check
-	$(BIN)/python -m tests.run_tests
+	$(BIN)/python -m tests.run_tests -m 'not long'
+
+test-long: .venv/.installed-dev
+	$(BIN)/python -m tests.run_tests -m long
 
 check: .venv/.installed-dev
 	$(BIN)/ruff format --check

@@ -19,6 +19,7 @@ GIVEN_SERVERS = bool(GIVEN_BROKER_URL or GIVEN_STORE_URL)
 
 # The servers themselves are asked for by tests that stop, kill or freeze them; the URLs by tests that use them.
 BREAKING_FIXTURES = {"broker_server", "store_server"}
+LONG = ("test_behaviours_", "test_must_hold")  # but for their embedded form
 SERVER_FIXTURES = {"broker_url", "store_url", *BREAKING_FIXTURES}
 
 
@@ -35,6 +36,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if BREAKING_FIXTURES & set(fixtures_of(item)):
             item.add_marker(pytest.mark.breaks_servers)
+        if item.path.name.startswith(LONG) and ("distributed" in item.name or SERVER_FIXTURES & set(fixtures_of(item))):
+            item.add_marker(pytest.mark.long)
     items.sort(key=lambda item: (breaks_servers(item), bool(SERVER_FIXTURES & set(fixtures_of(item)))))
 
 
