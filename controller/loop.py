@@ -137,7 +137,8 @@ class Controller:
         ended = plan.ended_replicas(observed.replicas, beats, now_ms)
         for replica_id, how in ended.items():
             if replica_id not in self._counted:  # an assignment that could not be written is compared again
-                self._count_death(observed.replicas[replica_id], beats.get(f"replica:{replica_id}"), how, now)
+                was_ready = how == ENDED_WELL or replica_id in self._were_ready
+                self._count_death(observed.replicas[replica_id], beats.get(f"replica:{replica_id}"), how, now, was_ready=was_ready)
         self._counted = set(ended)
         assigned = {replica_id: assignment for replica_id, assignment in observed.replicas.items() if replica_id not in ended}
         for replica_id in ready & set(assigned) - self._were_ready:
@@ -167,12 +168,14 @@ class Controller:
             down_since=self._down_since(desired, observed, placed, replicas, now_ms),
         )
 
-    def _count_death(self, assignment: Assignment, last_beat: Beat | None, how: str, now: float) -> None:
+    def _count_death(self, assignment: Assignment, last_beat: Beat | None, how: str, now: float, *, was_ready: bool) -> None:
         backend = assignment.backend
         restarts = self._restarts[backend, assignment.version]
-        if how == ENDED_WELL or (last_beat is not None and last_beat.state in ("ready", "draining")):
-            logger.warning("a replica of %s died (%s); replacing it", backend, how)
+        if was_ready or (last_beat is not None and last_beat.state in ("ready", "draining")):
+            why = last_beat.error if last_beat is not None and last_beat.error else how  # a failed health check has words of its own
+            logger.warning("a replica of %s died (%s); replacing it", backend, why)
             restarts.died_ready(now)
+            restarts.reason = restarts.reason or (why if why != how else "")
         else:
             reason = last_beat.error if last_beat is not None and last_beat.error else how
             restarts.died_early(now, reason)

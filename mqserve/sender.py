@@ -59,7 +59,10 @@ class Sender:
         self, meta: Meta, shard_key: str, data: Any, arguments: dict[str, Any], future_id: str, pending: concurrent.futures.Future[Result]
     ) -> None:
         desired = self.desired
-        backend, shadows = choose(desired.endpoints[meta.endpoint], shard_key)
+        endpoint = desired.endpoints.get(meta.endpoint)
+        if endpoint is None:  # deleted while its arguments were awaited
+            raise UnknownEndpoint(f"Endpoint '{meta.endpoint}' does not exist.")
+        backend, shadows = choose(endpoint, shard_key)
         send = self._prepare(desired, backend, meta, [data, arguments], future_id, pending)
         copies = [self._prepare_shadow(desired, shadow, meta, [data, arguments]) for shadow in shadows]
         self._runtime.post(send)
