@@ -47,7 +47,7 @@ def endpoint(
 
     def declare(target: T) -> T:
         chosen = name or str(getattr(target, "__name__", type(target).__name__))
-        parse_endpoint(chosen, chosen, route, list(methods))
+        parse_endpoint(chosen, chosen, route, methods)
         if chosen in _declarations and _declarations[chosen].target is not target:
             raise BadValue(f"two endpoints are named {chosen!r}: give one of them another name=")
         _declarations[chosen] = Declaration(chosen, target, route, list(methods), parsed, actor_options)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 from .broker.codecs import decode_value
-from .broker.errors import BadSignature, BadValue, Cancelled, RemoteError, RequestTimeout
+from .broker.errors import BadSignature, BadType, BadValue, Cancelled, RemoteError, RequestTimeout
 from .broker.results import ErrorInfo, Result
 from .broker.signing import Claim, Signer
 
@@ -66,6 +66,11 @@ def get(refs: Future | Sequence[Future], timeout: float | None = None) -> Any:
     """The value of a future, or the list of values of several, in at most `timeout` seconds altogether; as `ray.get`."""
     if isinstance(refs, Future):
         return refs.result(timeout)
+    if not isinstance(refs, list | tuple) or not all(isinstance(ref, Future) for ref in refs):
+        raise BadType(
+            f"get() takes a future or a list of them, not {refs!r}: await what an async handle's remote() returns, "
+            "and make a future of an id with serve.future(id)"
+        )
     if not refs:
         return []
     wait(refs, num_returns=len(refs), timeout=timeout)

@@ -126,7 +126,10 @@ def _message(error: BaseException) -> str:
 def _seal_exception(error: BaseException, backend: str, future_id: str, signer: Signer) -> bytes:
     if not signer:
         return b""
+    frames = error.__traceback__
     try:
         return signer.seal(cloudpickle.dumps(error.with_traceback(None)), Claim("result", backend, future_id, "exception"))
     except Exception:
         return b""  # type, message and traceback travel all the same
+    finally:
+        error.__traceback__ = frames  # the log wants it

@@ -83,3 +83,23 @@ def test_nesting_beyond_reason_is_refused_like_any_bad_body() -> None:
 
 def test_nothing_waited_for_is_nothing() -> None:
     assert serve.get([]) == []
+
+
+def test_the_log_of_a_failed_request_names_the_users_line(client: serve.Client, caplog: pytest.LogCaptureFixture) -> None:
+    def broken(request: serve.ServeRequest) -> None:
+        raise ValueError("no such row")
+
+    with pytest.raises(ValueError, match="no such row"):
+        deploy(client, "broken", broken).remote().result(10)
+    assert "test_hostile_handlers.py" in caplog.text and "no such row" in caplog.text
+
+
+@pytest.mark.parametrize("wrong", ["an id", 5, ["an id"]])
+def test_what_is_no_future_is_told_what_to_do(wrong: object) -> None:
+    with pytest.raises(TypeError, match=r"serve.future\(id\)"):
+        serve.get(wrong)  # type: ignore[arg-type]
+
+
+def test_methods_in_one_string_are_refused_where_they_are_written() -> None:
+    with pytest.raises(TypeError, match="must be a list of names"):
+        serve.endpoint("/one", methods="GET")(lambda request: None)
