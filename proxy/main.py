@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import socket
@@ -78,7 +79,9 @@ def bind(host: str, port: int) -> socket.socket:
             raise
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise BadValue(f"cannot listen on {host}:{port} ({reason}): choose another --port, or end the program that has it") from error
+        is_host = isinstance(error, socket.gaierror) or getattr(error, "errno", None) == errno.EADDRNOTAVAIL
+        mend = "give a --host that this machine has" if is_host else "choose another --port, or end the program that has it"
+        raise BadValue(f"cannot listen on {host}:{port} ({reason}): {mend}") from error
     return listener
 
 
