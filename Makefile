@@ -1,6 +1,8 @@
 # make demo    serve the example in the foreground, until Ctrl-C
 # make test    check the code, then run the tests on private RabbitMQ and Redis servers
 # make test-long  the seed's behaviours on real servers, and what is measured: `make test` has their embedded form
+# make test-faults  each row of docs/reliability.md: processes and servers killed, frozen, cut off, filled
+# make soak    steady load and random faults, five minutes (SECONDS=60 for one): prints what was injected and what came of it
 # make check   formatting, lint, types
 # make format  format the code and mend what ruff can mend
 # make bench   measure against the peers
@@ -9,7 +11,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-long check format bench clean
+.PHONY: demo test test-long test-faults soak check format bench clean
 .DELETE_ON_ERROR:
 
 # `exec`: the Ctrl-C is the server's, which drains and ends with status 0
@@ -17,10 +19,17 @@ demo: .venv/.installed-examples
 	@exec $(BIN)/mqserve run examples/digits.py
 
 test: check
-	$(BIN)/python -m tests.run_tests -m 'not long'
+	$(BIN)/python -m tests.run_tests -m 'not long and not faults'
 
 test-long: .venv/.installed-dev
 	$(BIN)/python -m tests.run_tests -m long
+
+test-faults: .venv/.installed-dev
+	$(BIN)/python -m tests.run_tests -m faults
+
+SECONDS ?= 300
+soak: .venv/.installed-dev
+	$(BIN)/python -m tests.faults.soak --seconds $(SECONDS)
 
 check: .venv/.installed-dev
 	$(BIN)/ruff format --check
