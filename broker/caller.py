@@ -107,7 +107,7 @@ class Caller:
         self.held.take(len(body))
         ticket = self._wait_for(future_id or mint_id(), backend, header.deadline)
         envelope = Envelope(ticket.id, body, content_type, header, expiration_ms=timeout_ms)
-        give_up_at = asyncio.get_running_loop().time() + REPUBLISH_BUDGET_S
+        give_up_at = asyncio.get_running_loop().time() + REPUBLISH_BUDGET_S - self._queue.down_s
         try:
             if len(body) > INLINE_BODY_BYTES:
                 self._start(self._send_by_reference(envelope, timeout_ms, lambda small: self._publish(backend, small, give_up_at)))

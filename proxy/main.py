@@ -195,7 +195,7 @@ class Proxy:
 
     def _readiness(self, queue: Queue) -> tuple[bool, dict[str, Any]]:
         """Red only when requests cannot be answered."""
-        facts = {"broker": queue.connected, "store": self._store.connected}
+        facts = {"broker": queue.down_s == 0, "store": self._store.connected}
         return all(facts.values()), facts
 
     def _say(self, state: str) -> None:

@@ -212,8 +212,8 @@ class Server:
             self._finish(job, late_result("queue"))
         elif self._cancellations and self._cancellations.names(envelope, envelope.future_id(self._backend)):
             self._finish(job, CANCELLED)
-        elif delivery.redelivered and self._runs_here(envelope):
-            self._give_back_later(job)  # its connection was lost, and not its run: the result settles it
+        elif (delivery.redelivered or header.again) and self._runs_here(envelope):
+            self._give_back_later(job)  # a connection was lost, and not its run: the result settles it
         elif delivery.redelivered or header.again or header.ref or not envelope.minted or self._checks_all:
             self._start(self._admit(job))
         else:
@@ -256,7 +256,8 @@ class Server:
         if job in self._jobs:
             self._jobs.discard(job)
             self.served += 1
-            result = job.given_up or result
+            if job.unwanted:  # whoever waited has been told so, and hears the same from the store
+                result = job.given_up or late_result("run")
             self._metrics.done(job.envelope, result, self._store.now_ms(), job.run_s, len(job.batch) or 1)
             if job.suspect and not job.envelope.id:
                 self._start(self._admission.forget(job.envelope))
