@@ -177,7 +177,7 @@ def _read_headers(headers: list[tuple[bytes, bytes]]) -> tuple[str, str, str]:
             call = value
         elif name == SHARD_KEY_HEADER:
             shard_key = value
-    return content_type.decode("latin-1")[:255], call.decode("latin-1"), shard_key.decode("latin-1")
+    return content_type.decode("ascii", "ignore")[:255], call.decode("latin-1"), shard_key.decode("latin-1")
 
 
 def _meta(scope: Scope, target: Target, call: str) -> Meta:
