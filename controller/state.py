@@ -234,7 +234,7 @@ def decode_document(raw: bytes, kind: type[T], what: str) -> T:
         return msgspec.json.decode(raw, type=kind)
     except UNPARSABLE as error:
         raise BadEnvelope(
-            f"the {what} in the store does not parse ({error}): docs/design.md says who writes it, and what becomes of it when it is deleted"
+            f"the {what} in the store does not parse ({error}): mend it, or delete it for its controller to write it anew"
         ) from error
 
 
