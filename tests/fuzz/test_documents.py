@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,11 @@ def _replaced(value: Any, place: tuple[Any, ...], by: Any) -> Any:
     return value
 
 
+def new_id() -> Callable[[str], str]:
+    numbers = count()
+    return lambda name: f"{name}#{next(numbers)}"
+
+
 def read_desired(raw: bytes) -> Desired | None:
     """If it is read, then everybody can live with it."""
     try:
@@ -67,7 +73,7 @@ def read_desired(raw: bytes) -> Desired | None:
     beats = {"n": Beat("node", "n", 1000, capacity=Capacity(num_cpus=1))}
     few = all(backend.config.num_replicas < 100 for backend in desired.backends.values())
     if few:
-        place_replicas(desired, {}, {}, [], beats, lambda _: True, lambda name: f"{name}#1")
+        place_replicas(desired, {}, {}, [], beats, lambda _: True, new_id())
     place_proxies(desired, beats)
     return desired
 
@@ -79,7 +85,7 @@ def read_observed(raw: bytes) -> Observed | None:
         assert "the observed state in the store" in str(refused)
         return None
     beats = {"n": Beat("node", "n", 1000, capacity=Capacity(1, ("0",)))}
-    place_replicas(DESIRED, observed.replicas, observed.draining, [], beats, lambda _: True, lambda name: f"{name}#2")
+    place_replicas(DESIRED, observed.replicas, observed.draining, [], beats, lambda _: True, new_id())
     RouteTable(DESIRED, observed)
     assert observed.to_bytes()
     return observed

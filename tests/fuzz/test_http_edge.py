@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import mqserve as serve
@@ -16,6 +16,8 @@ from tests.fuzz.material import cases, mutated
 from tests.instances import started
 
 SILENCE_S = 0.2  # a server that says nothing for so long waits for more: then it is told that no more comes
+AFTERWARDS_S = 0.03  # answers come in one piece
+EXAMPLES = settings(max_examples=settings.default.max_examples * 2 // 3 if settings.default else 100)
 STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-5][0-9][0-9]) [^\r\n]*")
 HEADER_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+: [^\r\n\0]*")
 
@@ -55,6 +57,7 @@ def exchange(url: str, request: bytes) -> bytes:
             connection.sendall(request)
             while part := connection.recv(65536):
                 received += part
+                connection.settimeout(AFTERWARDS_S)
         except TimeoutError:
             connection.settimeout(30)
             connection.shutdown(socket.SHUT_WR)
@@ -107,6 +110,7 @@ def test_the_requests_to_be_mutated_are_served(edge_url: str, request_bytes: byt
     assert [status for status in answered if status >= 200] == [200]
 
 
+@EXAMPLES
 @given(request=st.sampled_from(REQUESTS).flatmap(mutated) | st.binary(min_size=1, max_size=300))
 @example(request=b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200))  # the beginning of TLS
 @example(request=b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
@@ -143,6 +147,7 @@ names = st.sampled_from(
 )
 
 
+@EXAMPLES
 @given(
     method=st.sampled_from(["GET", "POST", "HEAD", "DELETE", "OPTIONS", "PATCH", "TRACE", "PROPFIND"]),
     target=targets,

@@ -165,7 +165,7 @@ def test_one_bad_request_does_not_fail_the_batch_it_is_in(channel: BlockingChann
     assert answered == {"batch-0": 422, "batch-1": 200, "batch-2": 422, "batch-3": 200}
 
 
-@pytest.mark.parametrize("broken", [b"{", b"\xff", b"[" * 5000, b'{"version": -1}'], ids=["truncated", "not UTF-8", "deep", "below zero"])
+@pytest.mark.parametrize("broken", [b"\xff", b"[" * 5000], ids=["not UTF-8", "deep"])
 @pytest.mark.parametrize("document", ["desired", "observed", "instance", "leader"])
 def test_a_broken_document_is_survived_by_all_who_read_it(
     client: serve.Client, store: redis.Redis, environment: dict[str, str], survivor: str, document: str, broken: bytes
