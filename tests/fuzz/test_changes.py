@@ -82,10 +82,13 @@ def test_an_amount_that_no_machine_has_is_refused(amount: float) -> None:
             parse_actor_options(options)
 
 
-def test_a_user_config_without_end_is_refused() -> None:
+def test_a_user_config_that_json_cannot_keep_is_refused() -> None:
     cycle: list[Any] = []
     cycle.append(cycle)
-    for value in (cycle, "\ud800", {"a": 10**30}, float("nan"), {1: 2}, object()):
+    deep: list[Any] = []
+    for _ in range(5000):
+        deep = [deep]
+    for value in (cycle, deep, "\ud800", float("nan"), {1: 2}, object()):
         with pytest.raises(BadValue, match="user_config"):
             changes.parse_config({"user_config": value})
 

@@ -17,7 +17,7 @@ from tests.instances import started
 
 SILENCE_S = 0.2  # a server that says nothing for so long waits for more: then it is told that no more comes
 AFTERWARDS_S = 0.03  # answers come in one piece
-EXAMPLES = settings(max_examples=settings.default.max_examples * 2 // 3 if settings.default else 100)
+EXAMPLES = settings(max_examples=settings.default.max_examples // 2 if settings.default else 100)
 STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-5][0-9][0-9]) [^\r\n]*")
 HEADER_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+: [^\r\n\0]*")
 
