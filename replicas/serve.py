@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from ..broker.codecs import JSON
+from ..broker.dead_letters import Death
 from ..broker.envelope import NO_HEADER, Envelope
 from ..broker.errors import BadEnvelope, MQServeError, StoreUnavailable
 from ..broker.queue import Consumption, Delivery, Queue
@@ -311,7 +312,7 @@ class Server:
             self._in_hand[generation].discard(delivery)
 
         logger.warning("a message of %s goes to the dead letters: %s", self._backend, error)
-        self._queue.dead_letter(self._backend, delivery, str(error), settled)
+        self._queue.dead_letter(self._backend, delivery, Death(str(error), died_at_ms=self._store.now_ms()), settled)
 
     def _ack(self, job: Job) -> None:
         generation, delivery = job.tag
