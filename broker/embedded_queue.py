@@ -127,16 +127,17 @@ class _Lane:
 class EmbeddedDeadLetters:
     """Implements `DeadLetters`."""
 
-    def __init__(self, letters: deque[DeadLetter], waiting: int) -> None:
+    def __init__(self, letters: deque[DeadLetter], at_most: int | None) -> None:
         self._letters = letters
-        self.waiting = waiting
+        self._at_most = at_most
+        self.waiting = len(letters)
         self._held: list[DeadLetter] = []
 
     def __repr__(self) -> str:
         return f"<EmbeddedDeadLetters {len(self._held)} held>"
 
     async def __aiter__(self) -> AsyncIterator[DeadLetter]:
-        for _ in range(self.waiting):
+        for _ in range(self.waiting if self._at_most is None else min(self._at_most, self.waiting)):
             if not self._letters:
                 return
             self._held.append(letter := self._letters.popleft())
@@ -189,7 +190,7 @@ class EmbeddedQueue:
         letters = self._dead.get(backend)
         if letters is None:
             raise UnknownBackend(f"there is no backend {backend!r}, and there are no dead letters of one")
-        taken = EmbeddedDeadLetters(letters, len(letters) if at_most is None else min(at_most, len(letters)))
+        taken = EmbeddedDeadLetters(letters, at_most)
         try:
             yield taken
         finally:

@@ -55,7 +55,7 @@ class DeadLetters(Protocol):
 
     @property
     def waiting(self) -> int:
-        """How many there were at the beginning, without those in other hands. No more than these are taken."""
+        """How many there were at the beginning, without those in other hands: what dies later is not taken."""
         ...
 
     def __aiter__(self) -> AsyncIterator[DeadLetter]:

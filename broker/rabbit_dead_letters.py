@@ -23,8 +23,8 @@ async def open_dead_letters(link: Link, queue: str, backend: str, at_most: int |
     try:
         channel = await open_channel(await link.up(), confirms=False)
         try:
-            letters = RabbitDeadLetters(channel, queue, backend)
-            await letters.begin(at_most)
+            letters = RabbitDeadLetters(channel, queue, backend, at_most)
+            await letters.begin()
             yield letters
             await letters.look()  # acks have no answer of their own, but this one comes after they were read
         finally:
@@ -48,10 +48,11 @@ class RabbitDeadLetters:
     hands counts as unused and empty: it would be deleted with its backend, messages and all.
     """
 
-    def __init__(self, channel: aiormq.abc.AbstractChannel, queue: str, backend: str) -> None:
+    def __init__(self, channel: aiormq.abc.AbstractChannel, queue: str, backend: str, at_most: int | None) -> None:
         self._channel = channel
         self._queue = queue
         self._backend = backend
+        self._at_most = at_most
         self._consumed: asyncio.Queue[DeliveredMessage] = asyncio.Queue()
         self._tags: dict[int, int] = {}  # id() of a letter -> delivery tag
         self.waiting = 0
@@ -59,9 +60,8 @@ class RabbitDeadLetters:
     def __repr__(self) -> str:
         return f"<RabbitDeadLetters of {self._queue}, {self.waiting} at the beginning>"
 
-    async def begin(self, at_most: int | None) -> None:
-        count = await self.look()
-        self.waiting = count if at_most is None else min(at_most, count)
+    async def begin(self) -> None:
+        self.waiting = await self.look()
         await self._channel.basic_qos(prefetch_count=1, timeout=OPERATION_BUDGET_S)
         await self._channel.basic_consume(self._queue, self._consumed.put, timeout=OPERATION_BUDGET_S)
 
@@ -76,7 +76,7 @@ class RabbitDeadLetters:
         with suppress(TimeoutError):
             async with asyncio.timeout(_FIRST_BUDGET_S):
                 first = await self._consumed.get()
-        for _ in range(1, self.waiting):
+        for _ in range(1, self.waiting if self._at_most is None else min(self._at_most, self.waiting)):
             message = await self._channel.basic_get(self._queue, timeout=OPERATION_BUDGET_S)
             if isinstance(message.delivery, Basic.GetEmpty):
                 break
