@@ -51,7 +51,7 @@ class Consumption(Protocol):
 
 
 class DeadLetters(Protocol):
-    """The dead letters of one backend in this process's hands: what it does not remove goes back when it lets go, or dies."""
+    """The dead letters of one backend in this process's hands: what it does not remove is back a moment after it lets go, or dies."""
 
     @property
     def waiting(self) -> int:
