@@ -31,6 +31,7 @@ from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
 from ..controller.state import BEAT_EVERY_S, Beat, Desired, Observed
 from .app import ProxyApp
+from .edge import EdgeProtocol
 from .routes import RouteTable
 
 logger = logging.getLogger(__name__)
@@ -232,6 +233,6 @@ class _Server(uvicorn.Server):
 def _uvicorn_config(app: Any) -> uvicorn.Config:
     return uvicorn.Config(
         app, interface="asgi3",
-        http="httptools", ws="none", lifespan="off", access_log=False, log_config=None, timeout_graceful_shutdown=DRAIN_S,
+        http=EdgeProtocol, ws="none", lifespan="off", access_log=False, log_config=None, timeout_graceful_shutdown=DRAIN_S,
         server_header=False, date_header=True,
     )  # fmt: skip
