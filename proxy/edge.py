@@ -33,6 +33,9 @@ _OURS = b"x-mqserve-"  # inside the instance only: nobody may send them in
 _WATCHED = HOP_BY_HOP | {b"host", b"content-length", b"expect"}
 _HOST = re.compile(rb"[\w.~%!$&'()*+,;=:\[\]-]*", re.ASCII)
 _ABSOLUTE = re.compile(rb"https?://([^/?#]*)(/[^#]*)?", re.IGNORECASE)
+_END_TO_END = frozenset(  # what rights depend on: a client must not have a header removed that a server in front has set
+    b"host origin authorization cookie forwarded via x-real-ip x-forwarded-for x-forwarded-host x-forwarded-proto".split()
+)
 _NAMES_NOTHING = (b"", b"keep-alive", b"close", b"Keep-Alive")
 
 
@@ -74,7 +77,7 @@ class EdgeProtocol(HttpToolsProtocol):
         self._connection = b""
         self._chunked = False
 
-    def connection_made(self, transport: BaseTransport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: BaseTransport) -> None:
         super().connection_made(cast(Transport, transport))
         self._expect_within(self.head_timeout_s)
 
@@ -127,7 +130,7 @@ class EdgeProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._check_head()
         if self._connection not in _NAMES_NOTHING:
-            named = {name.strip().lower() for name in self._connection.split(b",")}
+            named = {name.strip().lower() for name in self._connection.split(b",")} - _END_TO_END
             self.headers[:] = [(name, value) for name, value in self.headers if name not in named]
         if self.parser.should_upgrade():
             self._again = True
@@ -179,7 +182,9 @@ class EdgeProtocol(HttpToolsProtocol):
                 return True
             case b"content-length":
                 if int(value) > MAX_BODY_BYTES:  # digits only: the parser has seen to it
-                    raise Refused(413, f"the body has {value.decode()} bytes and the limit is {MAX_BODY_BYTES}: send less, or a reference to it")
+                    raise Refused(
+                        413, f"the body has {value.decode()} bytes and the limit is {MAX_BODY_BYTES}: send less, or a reference to it"
+                    )
                 return True
             case b"expect":
                 self.expect_100_continue = value.lower() == b"100-continue"
@@ -237,7 +242,12 @@ class EdgeProtocol(HttpToolsProtocol):
                 self._expect_within(self.head_timeout_s)
             self._loose_bytes += size
             if self._loose_bytes > MAX_LOOSE_BYTES:
-                self._refuse(Refused(431, f"the request line and headers take more than {MAX_HEAD_BYTES} bytes, the limit: send less, or send it in the body"))
+                self._refuse(
+                    Refused(
+                        431,
+                        f"the request line and headers take more than {MAX_HEAD_BYTES} bytes, the limit: send less, or send it in the body",
+                    )
+                )
 
     def _expect_within(self, seconds: float) -> None:
         self._due = self.loop.time() + seconds

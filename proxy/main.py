@@ -134,7 +134,11 @@ class Proxy:
     async def _serve(self, listener: socket.socket, caller: Caller, queue: Queue, stop: Stop) -> None:
         desired = await self._first_desired()
         app = self._app = ProxyApp(
-            caller, await self._table(desired, Observed()), lambda: self._readiness(queue), debug=self._options.debug or desired.http.debug
+            caller,
+            await self._table(desired, Observed()),
+            lambda: self._readiness(queue),
+            debug=self._options.debug or desired.http.debug,
+            admin_token=self._settings.admin_token,
         )
         self._outer.app, self._middlewares = await self._with_middlewares(app, desired), desired.http.middlewares
         server = _Server(_uvicorn_config(self._outer))

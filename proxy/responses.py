@@ -20,12 +20,14 @@ Reply = tuple[int, list[tuple[bytes, bytes]], bytes]
 """Status, headers without content-length, body."""
 
 HOP_BY_HOP = frozenset(
-    b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding upgrade http2-settings".split()
+    b"connection keep-alive proxy-connection proxy-authenticate proxy-authorization te trailer transfer-encoding "
+    b"upgrade http2-settings".split()
 )
 NO_BODY = frozenset((204, 205, 304))
 
 _NOT_THEIRS = HOP_BY_HOP | {b"content-length"}
 _NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_CONTENT_TYPE = re.compile(r"[\t\x20-\x7e\xa0-\xff]*")
 _VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
 
 
@@ -83,9 +85,8 @@ def _explain(result: Result, *, debug: bool) -> str:
 
 
 def _content_type(result: Result) -> bytes:
-    content_type = result.content_type.encode("latin-1", "replace") if result.content_type.isascii() else b"\0"
-    if _VALUE.fullmatch(content_type):
-        return content_type
+    if _CONTENT_TYPE.fullmatch(result.content_type):
+        return result.content_type.encode("latin-1")
     logger.warning("%s answered with a content type that HTTP cannot carry, %.100r: sent as bytes", result.backend, result.content_type)
     return b"application/octet-stream"
 
