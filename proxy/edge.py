@@ -11,7 +11,6 @@ import logging
 import re
 from asyncio import BaseTransport, Transport
 from asyncio.events import TimerHandle
-from enum import Enum
 from typing import Any, cast
 
 import httptools
@@ -28,6 +27,8 @@ BODY_TIMEOUT_S = 60.0
 LINGER_S = 5.0  # to a client that is still sending: closed at once, the kernel would reset the connection and the answer be lost
 MAX_HEADERS = 200
 MAX_LOOSE_BYTES = MAX_HEAD_BYTES + 4096  # the app, which tells the exact size, refuses first where it can
+
+_NOTHING, _HEAD, _BODY = range(3)  # what of a request has been begun; an Enum's members take longer to look up, five times a request
 
 _OURS = b"x-mqserve-"  # inside the instance only: nobody may send them in
 _WATCHED = HOP_BY_HOP | {b"host", b"content-length", b"expect"}
@@ -48,14 +49,6 @@ class Refused(Exception):
         self.detail = detail
 
 
-class Phase(Enum):
-    """What of a request has been read."""
-
-    NOTHING = "nothing"
-    HEAD = "a part of its head"
-    BODY = "its head"
-
-
 class EdgeProtocol(HttpToolsProtocol):
     """One connection. Its own state is about the request that is being read; `cycle` and `pipeline` are those being answered."""
 
@@ -65,7 +58,7 @@ class EdgeProtocol(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._phase = Phase.NOTHING
+        self._phase = _NOTHING
         self._advanced = False  # whether the last bytes brought a whole head, some body or an end
         self._loose_bytes = 0  # that came in since, and that the parser may have to keep
         self._due = 0.0  # loop time by which it must advance; 0 for never
@@ -112,16 +105,19 @@ class EdgeProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._phase = Phase.HEAD
+        self._phase = _HEAD
         self._host = None
         self._connection = b""
         self._chunked = False
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._phase is Phase.BODY:
+        if self._phase is _BODY:
             return  # a trailer: whoever sends one late must not change what was checked
         name, value = name.lower(), value.rstrip(b" \t")
-        if (name in _WATCHED and not self._take(name, value)) or name.startswith(_OURS):
+        if name in _WATCHED:
+            if not self._take(name, value):
+                return
+        elif name[:10] == _OURS:
             return
         self.headers.append((name, value))
         if len(self.headers) > MAX_HEADERS:
@@ -136,7 +132,7 @@ class EdgeProtocol(HttpToolsProtocol):
             self._again = True
             return
         super().on_headers_complete()
-        self._phase, self._advanced = Phase.BODY, True
+        self._phase, self._advanced = _BODY, True
 
     def on_body(self, body: bytes) -> None:
         super().on_body(body)
@@ -146,7 +142,7 @@ class EdgeProtocol(HttpToolsProtocol):
         if self._again:
             return
         super().on_message_complete()
-        self._phase, self._advanced = Phase.NOTHING, True
+        self._phase, self._advanced = _NOTHING, True
 
     def _feed(self, data: bytes) -> None:
         rest: bytes | memoryview = data
@@ -180,6 +176,8 @@ class EdgeProtocol(HttpToolsProtocol):
                     raise Refused(400, "there must be one Host header, with a host name and perhaps a port")
                 self._host = value
                 return True
+            case b"connection":
+                self._connection = b"%b,%b" % (self._connection, value) if self._connection else value
             case b"content-length":
                 if int(value) > MAX_BODY_BYTES:  # digits only: the parser has seen to it
                     raise Refused(
@@ -193,8 +191,6 @@ class EdgeProtocol(HttpToolsProtocol):
                 if value.lower() != b"chunked":
                     raise Refused(501, "the only transfer coding here is chunked: send the body as it is")
                 self._chunked = True
-            case b"connection":
-                self._connection = b"%b,%b" % (self._connection, value) if self._connection else value
         return False
 
     def _check_head(self) -> None:
@@ -231,14 +227,14 @@ class EdgeProtocol(HttpToolsProtocol):
         if self._advanced:
             self._advanced = False
             self._loose_bytes = 0
-            if self._phase is Phase.NOTHING:
+            if self._phase is _NOTHING:
                 self._due = 0.0
             else:
-                self._expect_within(self.body_timeout_s if self._phase is Phase.BODY else self.head_timeout_s)
-        elif self._phase is Phase.BODY and self.cycle.response_complete:
+                self._expect_within(self.body_timeout_s if self._phase is _BODY else self.head_timeout_s)
+        elif self._phase is _BODY and self.cycle.response_complete:
             pass  # a body that nobody wants any more is discarded, until `_due`
         else:
-            if self._phase is not Phase.BODY and not self._loose_bytes:
+            if self._phase is not _BODY and not self._loose_bytes:
                 self._expect_within(self.head_timeout_s)
             self._loose_bytes += size
             if self._loose_bytes > MAX_LOOSE_BYTES:
@@ -265,10 +261,10 @@ class EdgeProtocol(HttpToolsProtocol):
             self._expect_within(self.body_timeout_s)
         elif self._due > self.loop.time():
             self._timer = self.loop.call_at(self._due, self._look_at_the_clock)
-        elif self._refusal or not (self._loose_bytes or self._phase is not Phase.NOTHING):
+        elif self._refusal or not (self._loose_bytes or self._phase is not _NOTHING):
             self.transport.close()  # it lingered, or nothing ever came
         else:
-            what, seconds = ("more of the body", self.body_timeout_s) if self._phase is Phase.BODY else ("the head", self.head_timeout_s)
+            what, seconds = ("more of the body", self.body_timeout_s) if self._phase is _BODY else ("the head", self.head_timeout_s)
             self._refuse(Refused(408, f"{what} has not come within {seconds:g} s: send the request without a pause"))
 
     # Answers.
@@ -282,7 +278,7 @@ class EdgeProtocol(HttpToolsProtocol):
             self._say_refusal()
             return
         super().on_response_complete()
-        if self._phase is Phase.BODY and self.cycle.response_complete:
+        if self._phase is _BODY and self.cycle.response_complete:
             self._expect_within(self.linger_s)  # answered before its body was in
 
     def _refuse(self, refused: Refused) -> None:
@@ -292,7 +288,7 @@ class EdgeProtocol(HttpToolsProtocol):
         headers = [*self.server_state.default_headers, *headers, (b"content-length", b"%d" % len(body)), (b"connection", b"close")]
         self._refusal = b"".join([STATUS_LINE[status], *(b"%b: %b\r\n" % pair for pair in headers), b"\r\n", body])
         self._due = 0.0
-        if self._phase is Phase.BODY:  # then it is `cycle` that is refused
+        if self._phase is _BODY:  # then it is `cycle` that is refused
             if self.cycle.response_started:
                 return self.transport.close()  # it has an answer, or half of one
             self._give_up(self.cycle)
