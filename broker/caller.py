@@ -156,6 +156,7 @@ class Caller:
         deadline_ms = self._store.now_ms() + int(_CANCEL_BUDGET_S * 1000)
         if not await self._store.record(Record(self._keys.future(future_id), raw, "", note_of(future_id, raw), deadline_ms)):
             return False
+        self._fail(future_id, Cancelled(f"request {future_id} was cancelled"))
         await self._store.append_log(self._keys.cancelled, word_of_request(future_id))
         return True
 
