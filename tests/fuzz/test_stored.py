@@ -31,7 +31,7 @@ CONTENT_TYPES = st.sampled_from([JSON, "application/problem+json", MSGPACK, TEXT
 
 results = st.builds(
     Result,
-    status=st.integers(100, 599),
+    status=st.integers(200, 599),
     backend=good_text,
     attempt=st.integers(1, 9),
     content_type=good_text,
