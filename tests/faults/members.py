@@ -1,5 +1,7 @@
 """Who takes part in an instance, as its documents in the store say."""
 
+from typing import Any
+
 import msgspec
 import redis
 
@@ -12,7 +14,7 @@ class Members:
     """Read anew at each call."""
 
     def __init__(self, store_url: str, namespace: str) -> None:
-        self._store: "redis.Redis[bytes]" = redis.Redis.from_url(store_url)
+        self._store: Any = redis.Redis.from_url(store_url)  # its types cannot tell bytes from str
         self._keys = StoreKeys(namespace)
 
     def beats(self, kind: str, backend: str = "", state: str = "ready") -> list[Beat]:

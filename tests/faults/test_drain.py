@@ -16,7 +16,7 @@ import mqserve as serve
 from tests.faults.load import Load
 from tests.faults.members import Members
 from tests.gates import Gate
-from tests.instances import CommandLine, Deploy, distributed_only, wait_until
+from tests.instances import CommandLine, Deploy, distributed_only, new_name, wait_until
 
 pytestmark = distributed_only
 
@@ -36,10 +36,10 @@ def says(word: str) -> Callable[[Any], str]:
     return say
 
 
-def name_in(url: str, members: Members) -> str:
-    """The backend behind the URL: the only one with replicas."""
-    (name,) = {beat.backend for beat in members.beats("replica")}
-    return name
+def serving(deploy: Deploy, target: Any, **config: Any) -> tuple[str, str]:
+    """(name, URL) of a backend of the test's own."""
+    route = f"/{new_name('r')}"
+    return deploy(target, route=route, **config), f"{deploy.url}{route}"
 
 
 def is_gone(pid: int) -> bool:
@@ -47,38 +47,37 @@ def is_gone(pid: int) -> bool:
 
 
 def test_every_replica_is_told_to_end_one_after_another(deploy: Deploy, members: Members) -> None:
-    url = deploy.at(says("served"), num_replicas=3)
-    first = wait_until(lambda: members.pids("replica"))
+    name, url = serving(deploy, says("served"), num_replicas=3)
+    first = wait_until(lambda: members.pids("replica", name))
     with Load(url) as load:
         for pid in first:
             os.kill(pid, signal.SIGTERM)
-            wait_until(lambda pid=pid: is_gone(pid) and len(members.pids("replica") - {pid}) == 3)  # type: ignore[misc]
-    assert not load.failed and not first & members.pids("replica")
+            wait_until(lambda pid=pid: is_gone(pid) and len(members.pids("replica", name) - {pid}) == 3)  # type: ignore[misc]
+    assert not load.failed and not first & members.pids("replica", name)
 
 
 def test_every_replica_is_replaced_by_new_code(client: serve.Client, deploy: Deploy, members: Members) -> None:
-    url = deploy.at(says("old"), num_replicas=3)
+    name, url = serving(deploy, says("old"), num_replicas=3)
     with Load(url) as load:
-        client.update_backend(name_in(url, members), says("new"))
-        wait_until(lambda: not members.beats("replica", state="draining"))
+        client.update_backend(name, says("new"))
+        wait_until(lambda: not members.beats("replica", name, "draining"))
     assert not load.failed and load.texts == {"old", "new"}
 
 
 def test_replicas_are_fewer(client: serve.Client, deploy: Deploy, members: Members) -> None:
-    url = deploy.at(says("served"), num_replicas=4)
+    name, url = serving(deploy, says("served"), num_replicas=4)
     with Load(url) as load:
-        client.update_backend_config(name_in(url, members), {"num_replicas": 1})
-        wait_until(lambda: len(members.pids("replica")) == 1)
+        client.update_backend_config(name, {"num_replicas": 1})
+        wait_until(lambda: len(members.pids("replica", name)) == 1)
     assert not load.failed
 
 
 def test_the_queue_gets_another_limit(client: serve.Client, deploy: Deploy, members: Members) -> None:
-    url = deploy.at(says("served"), num_replicas=2)
-    name = name_in(url, members)
+    name, url = serving(deploy, says("served"), num_replicas=2)
     with Load(url) as load:
         for limit in (500, 1000):
             client.update_backend_config(name, {"max_queued_requests": limit})
-        wait_until(lambda: members.observed().queues == {name: (3,)} and not members.observed().retiring)
+        wait_until(lambda: members.observed().queues.get(name) == (3,) and name not in members.observed().retiring)
     assert not load.failed
 
 
@@ -127,8 +126,7 @@ def test_nobody_is_refused_while_a_killed_proxy_is_replaced(deploy: Deploy, memb
 def test_the_controller_is_replaced(
     client: serve.Client, deploy: Deploy, members: Members, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    url = deploy.at(says("served"))
-    name = name_in(url, members)
+    name, url = serving(deploy, says("served"))
     shell = CommandLine(tmp_path, **{key: value for key, value in environment.items() if key.startswith("MQSERVE_")})
     first, epoch = members.leader()
     with Load(url) as load:
@@ -137,7 +135,7 @@ def test_the_controller_is_replaced(
         os.kill(first, signal.SIGTERM)
         wait_until(lambda: members.leader()[0] == other.pid and members.leader()[1] > epoch)
         client.update_backend_config(name, {"num_replicas": 3})
-    assert not load.failed and len(members.pids("replica")) == 3
+    assert not load.failed and len(members.pids("replica", name)) == 3
     # It stays the instance's controller, for the tests after this one, and ends with it.
 
 
@@ -167,13 +165,12 @@ def never_gets_ready() -> type:
 def test_a_bad_new_version_stops_the_roll_out(
     client: serve.Client, deploy: Deploy, members: Members, bad: Callable[[], type], reason: str
 ) -> None:
-    url = deploy.at(says("old"), num_replicas=2, start_timeout_s=5)
-    name = name_in(url, members)
-    old = members.pids("replica")
+    name, url = serving(deploy, says("old"), num_replicas=2, start_timeout_s=5)
+    old = members.pids("replica", name)
     with Load(url) as load:
         with pytest.raises(serve.BackendFailed, match=reason):
             client.update_backend(name, bad())
-        assert members.pids("replica") >= old
+        assert members.pids("replica", name) >= old
     assert not load.failed and load.texts == {"old"}
 
 
@@ -187,8 +184,7 @@ def test_the_request_of_a_replica_that_is_killed_after_its_grace_is_answered_by_
             gate.pass_through(str(os.getpid()))
         return "old"
 
-    url = deploy.at(old, num_replicas=2, graceful_shutdown_timeout_s=0.5)
-    name = name_in(url, members)
+    name, url = serving(deploy, old, num_replicas=2, graceful_shutdown_timeout_s=0.5)
     with ThreadPoolExecutor(1) as background:
         slow = background.submit(httpx.get, url, params={"slow": ""}, timeout=60)
         wait_until(lambda: gate.came == 1)
