@@ -16,6 +16,7 @@
 | `mqserve:<ns>:leader`        | string | controllers          | controllers       | none: lapses after LEADER_TTL_S |
 | `mqserve:<ns>:ended`         | string | whoever clears an instance: its id | controllers | ENDED_TTL_S  |
 | `mqserve:<ns>:beats`         | hash   | nodes, proxies, replicas: one field each | controller | fields dropped by the leader |
+| `mqserve:<ns>:cancelled`     | stream | senders, nodes, controller | replicas    | LOG_TTL_S, renewed by each write |
 | `mqserve:<ns>:changed`       | pub/sub channel | whoever wrote a document | watchers | -                     |
 
 `job:` and `stream:` with the `{id}` tag are reserved.
@@ -27,6 +28,8 @@ RESULT_TTL_S = 600
 INBOX_TTL_S = 120
 LEADER_TTL_S = 6
 ENDED_TTL_S = 24 * 3600
+LOG_TTL_S = 30 * 60
+LOG_LENGTH = 10_000
 
 
 class StoreKeys:
@@ -40,6 +43,7 @@ class StoreKeys:
         self.leader = f"{self._root}:leader"
         self.ended = f"{self._root}:ended"
         self.beats = f"{self._root}:beats"
+        self.cancelled = f"{self._root}:cancelled"
         self.changed = f"{self._root}:changed"
 
     def __repr__(self) -> str:

@@ -8,6 +8,7 @@ leader looks at its own clock (`Leader.hold`), which says earlier than anybody e
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import os
 import secrets
@@ -16,10 +17,12 @@ import time
 
 import msgspec
 
-from ..broker.errors import InstanceError, MQServeError
+from ..broker.errors import BadEnvelope, InstanceError, MQServeError
 from ..broker.store import Guard, Store
 from ..broker.store_keys import ENDED_TTL_S, LEADER_TTL_S, StoreKeys
-from .state import Desired, HttpOptions
+from .state import Count, Desired, HttpOptions, decode_document
+
+logger = logging.getLogger(__name__)
 
 LAPSED_AFTER_S = 10.0  # longer than a change of leaders takes
 LEADS_FOR_S = LEADER_TTL_S - 1.5  # by the leader's own clock; others wait for LEADER_TTL_S
@@ -37,15 +40,15 @@ class InstanceLease(msgspec.Struct, frozen=True):
     id: str
     owner: str
     detached: bool
-    at: int
+    at: Count
 
 
 class Leadership(msgspec.Struct, frozen=True):
     """Who leads, under which epoch; a later leader has a higher one."""
 
     controller: str
-    epoch: int
-    at: int
+    epoch: Count
+    at: Count
 
 
 async def claim_instance(store: Store, keys: StoreKeys, head_node: str, http: HttpOptions, *, detached: bool) -> InstanceLease:
@@ -56,7 +59,7 @@ async def claim_instance(store: Store, keys: StoreKeys, head_node: str, http: Ht
     """
     raw = await store.get(keys.instance)
     if raw is not None:
-        old = msgspec.json.decode(raw, type=InstanceLease)
+        old = _decode_lease(raw)
         if await _is_alive(store, keys, old):
             raise InstanceError(
                 f"an instance runs under this namespace already (started by {old.owner}): join it with serve.connect(), end it with "
@@ -80,7 +83,7 @@ async def read_instance(store: Store, keys: StoreKeys) -> InstanceLease:
     raw = await store.get(keys.instance)
     if raw is None or await store.get(keys.desired) is None:
         raise InstanceError("no instance runs under this namespace: start one with `mqserve start`, `mqserve run` or serve.start()")
-    return msgspec.json.decode(raw, type=InstanceLease)
+    return _decode_lease(raw)
 
 
 async def renew_instance(store: Store, keys: StoreKeys, instance: str, guard: Guard) -> bool:
@@ -88,7 +91,11 @@ async def renew_instance(store: Store, keys: StoreKeys, instance: str, guard: Gu
     raw = await store.get(keys.instance)
     if raw is None:
         return True
-    lease = msgspec.json.decode(raw, type=InstanceLease)
+    try:
+        lease = _decode_lease(raw)
+    except BadEnvelope as error:
+        logger.warning("%s; writing it anew", error)
+        lease = InstanceLease(instance, "restored by its controller", True, 0)
     if lease.id != instance:
         return True
     renewed = msgspec.json.encode(msgspec.structs.replace(lease, at=store.now_ms()))
@@ -102,7 +109,7 @@ async def forget(store: Store, keys: StoreKeys, instance: str, guard: Guard | No
     """
     while True:
         raw = await store.get(keys.instance)
-        if raw is not None and msgspec.json.decode(raw, type=InstanceLease).id != instance:
+        if raw is not None and _decode_lease(raw).id != instance:
             return True
         await store.set(keys.ended, instance.encode(), ttl_ms=ENDED_TTL_S * 1000)
         if raw is None or await store.replace(keys.instance, raw, None, guard=guard):
@@ -114,12 +121,16 @@ async def forget(store: Store, keys: StoreKeys, instance: str, guard: Guard | No
 
 
 async def has_ended(store: Store, keys: StoreKeys, instance: str) -> bool:
-    """Whether it was cleared on purpose: a store that lost its data knows nothing of that."""
-    return await store.get(keys.ended) == instance.encode()
+    """Whether it was cleared on purpose, or for another one: a store that lost its data knows nothing of that."""
+    raw, ended = await store.get_many([keys.instance, keys.ended])
+    return ended == instance.encode() or (raw is not None and _decode_lease(raw).id != instance)
 
 
 async def _forget_documents(store: Store, keys: StoreKeys, guard: Guard) -> None:
-    desired = Desired.from_bytes(await store.get(keys.desired))
+    try:
+        desired = Desired.from_bytes(await store.get(keys.desired))
+    except BadEnvelope:
+        desired = Desired()  # the code it named stays behind; nobody can tell which that was
     hashes = {*desired.convertors.values(), *(backend.code for backend in desired.backends.values()), desired.http.middlewares} - {""}
     await store.delete(keys.desired, keys.observed, keys.beats, keys.leader, *(keys.code(sha256) for sha256 in hashes), guard=guard)
     await store.announce()
@@ -159,7 +170,7 @@ class Leader:
         """Takes or renews the lead; False while another one has it."""
         began, now_ms = time.monotonic(), self._store.now_ms()
         raw = await self._store.get(self._keys.leader)
-        current = msgspec.json.decode(raw, type=Leadership) if raw else None
+        current = _decode_leadership(raw) if raw else None
         is_mine = current is not None and current.controller == self._name
         if current is not None and is_mine and current.epoch > self._above:
             new = msgspec.structs.replace(current, at=now_ms)
@@ -205,10 +216,23 @@ async def _is_alive(store: Store, keys: StoreKeys, lease: InstanceLease) -> bool
         raw = await store.get(keys.instance)
         if raw is None:
             return False
-        now = msgspec.json.decode(raw, type=InstanceLease)
+        now = _decode_lease(raw)
         if now.at != lease.at or now.id != lease.id:
             return True
     return False
+
+
+def _decode_lease(raw: bytes) -> InstanceLease:
+    return decode_document(raw, InstanceLease, "instance's lease")
+
+
+def _decode_leadership(raw: bytes) -> Leadership | None:
+    """None, so that the next controller takes the lead, for what does not parse."""
+    try:
+        return decode_document(raw, Leadership, "lead of the controllers")
+    except BadEnvelope as error:
+        logger.warning("%s; taking it", error)
+        return None
 
 
 async def _write(store: Store, keys: StoreKeys, old: bytes | None, lease: InstanceLease) -> None:

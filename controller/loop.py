@@ -20,7 +20,7 @@ from typing import TypeVar
 
 import msgspec
 
-from ..broker.errors import BrokerUnavailable, MQServeError, QueueMismatch
+from ..broker.errors import BadEnvelope, BrokerUnavailable, MQServeError, QueueMismatch
 from ..broker.queue import Queue
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
@@ -62,6 +62,7 @@ class Controller:
         self._declared: dict[tuple[str, int, int | None], float] = {}  # when, in monotonic seconds
         self._unbound: set[tuple[str, int]] = set()
         self._raw_observed: bytes | None = None
+        self._observed_is_broken = False
 
     def __repr__(self) -> str:
         return f"<Controller {self._leader!r}>"
@@ -108,12 +109,27 @@ class Controller:
         raw, self._raw_observed = await self._store.get_many([self._keys.desired, self._keys.observed])
         if raw is None:
             return None
-        self._desired = desired = Desired.from_bytes(raw)
-        await self._keep_codes(desired)
-        if self._raw_observed is not None:
+        try:
+            self._desired = Desired.from_bytes(raw)
+        except BadEnvelope as error:
+            if self._desired is None:
+                raise
+            logger.warning("%s; going on with the last good one, which is written back when the key is deleted", error)
+        await self._keep_codes(self._desired)
+        self._read_observed()
+        return self._desired
+
+    def _read_observed(self) -> None:
+        """The last good one stays where it is broken: then the leader writes it again."""
+        self._observed_is_broken = False
+        if self._raw_observed is None:
+            return
+        try:
             self._observed = Observed.from_bytes(self._raw_observed)
             self._leader.outrank(self._observed.epoch)
-        return desired
+        except BadEnvelope as error:
+            logger.warning("%s; the leader writes it anew", error)
+            self._observed_is_broken = True
 
     async def _tick(self, desired: Desired) -> bool:
         """One comparison; True when the instance is shut down and cleared."""
@@ -121,7 +137,7 @@ class Controller:
             raise lease.NotLeading("the instance's lease was not renewed: another controller leads")
         if time.monotonic() < self._settled_at:
             return False
-        observed = Observed.from_bytes(self._raw_observed)
+        observed = Observed() if self._raw_observed is None else self._observed or Observed()
         if observed.epoch > self._leader.epoch:
             return False  # the next claim is above it
         beats = read_beats(await self._store.fields(self._keys.beats))
@@ -135,11 +151,9 @@ class Controller:
         return desired.closing and await self._is_down(new, beats)
 
     async def _write_back(self) -> None:
-        """The store lost its data: our copy, under a higher epoch, code included; unless it was cleared for another instance."""
+        """The store lost its data: our copy, under a higher epoch, code included."""
         known, claim = self._desired, self._leader.claim
-        raw = await self._store.get(self._keys.instance)
-        is_anothers = raw is not None and known is not None and msgspec.json.decode(raw, type=lease.InstanceLease).id != known.instance
-        if known is None or known.closing or is_anothers:
+        if known is None or known.closing:
             return
         logger.warning("the store lost its data: writing the desired state back")
         restored = msgspec.structs.replace(known, epoch=known.epoch + 1)
@@ -314,7 +328,7 @@ class Controller:
     # Writing.
 
     async def _write(self, old: Observed, new: Observed) -> None:
-        if msgspec.structs.replace(new, version=old.version) == old:
+        if msgspec.structs.replace(new, version=old.version) == old and not self._observed_is_broken:
             return
         new = msgspec.structs.replace(new, version=old.version + 1)
         if not await self._store.replace(self._keys.observed, self._raw_observed, new.to_bytes(), guard=self._leader.claim):

@@ -20,7 +20,6 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from ..broker import code
 from ..broker.backoff import delays
 from ..broker.caller import Caller
-from ..broker.documents import follow
 from ..broker.errors import MQServeError
 from ..broker.lifeline import Stop, stop_event
 from ..broker.listener import bind
@@ -31,7 +30,7 @@ from ..broker.redis_store import open_redis
 from ..broker.settings import Settings
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
-from ..controller.state import BEAT_EVERY_S, Beat, Desired, Observed
+from ..controller.state import BEAT_EVERY_S, Beat, Desired, Observed, follow_state
 from .app import ProxyApp
 from .routes import RouteTable
 
@@ -129,7 +128,7 @@ class Proxy:
         self._outer.app, self._middlewares = await self._with_middlewares(app, desired), desired.http.middlewares
         server = _Server(_uvicorn_config(self._outer))
         async with asyncio.TaskGroup() as tasks:
-            following = tasks.create_task(self._follow(app))
+            minding = [tasks.create_task(self._follow(app)), tasks.create_task(app.departures.watch_forever())]
             serving = tasks.create_task(server.serve(sockets=[listener]))
             while not server.started and not serving.done():
                 await asyncio.sleep(0.005)
@@ -139,20 +138,24 @@ class Proxy:
             await server.last_answers()
             server.should_exit = True
             await serving
-            following.cancel()
+            for task in minding:
+                task.cancel()
 
     async def _follow(self, app: ProxyApp) -> None:
         """The routes as they change; the last good ones while the store or the controller is away."""
-        async for raw_desired, raw_observed in follow(self._store, self._keys.desired, self._keys.observed):
-            if raw_desired is None:
+        async for desired, observed in follow_state(self._store, self._keys):
+            if desired is None:
                 continue
             for pause_s in delays():
                 try:
-                    await self._take_over(app, Desired.from_bytes(raw_desired), Observed.from_bytes(raw_observed))
+                    await self._take_over(app, desired, observed or Observed())
                     break
                 except Exception:
                     logger.exception("cannot follow the new routes yet; serving the old ones")
                     await asyncio.sleep(pause_s)
+                    with contextlib.suppress(MQServeError):  # this version may never work: a later one mends it
+                        if raw := await self._store.get(self._keys.desired):
+                            desired = Desired.from_bytes(raw)
 
     async def _take_over(self, app: ProxyApp, desired: Desired, observed: Observed) -> None:
         """All of it or nothing: whoever waits for this version must find its middlewares too."""
@@ -186,7 +189,7 @@ class Proxy:
 
     def _readiness(self, queue: Queue) -> tuple[bool, dict[str, Any]]:
         """Red only when requests cannot be answered."""
-        facts = {"broker": queue.connected, "store": self._store.connected}
+        facts = {"broker": queue.down_s == 0, "store": self._store.connected}
         return all(facts.values()), facts
 
     def _say(self, state: str) -> None:

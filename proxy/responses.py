@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import math
-from http import HTTPStatus
+from http.client import responses
 from typing import Any
 
 import msgspec
 
 from ..broker.envelope import Pairs
-from ..broker.errors import BrokerUnavailable, MQServeError, NoReplica, NotRouted, Overloaded, StoreUnavailable, TooLarge
+from ..broker.errors import (
+    BadValue,
+    BrokerUnavailable,
+    Cancelled,
+    MQServeError,
+    NoReplica,
+    NotRouted,
+    Overloaded,
+    StoreUnavailable,
+    TooLarge,
+)
 from ..broker.results import Result
 
 Reply = tuple[int, list[tuple[bytes, bytes]], bytes]
@@ -23,9 +33,7 @@ _HOP_BY_HOP = frozenset(
 def from_result(result: Result, request_id: str, *, debug: bool) -> Reply:
     if result.error is not None:
         return problem(result.status, _explain(result, debug=debug), request_id)
-    headers = [(b"content-type", result.content_type.encode("latin-1"))]
-    if result.headers:
-        headers += _safe(result.headers)
+    headers = _safe(((b"content-type", result.content_type.encode("latin-1", "replace")), *result.headers))
     headers.append((b"x-request-id", request_id.encode()))
     return result.status, headers, result.body
 
@@ -37,6 +45,10 @@ def from_error(error: MQServeError, request_id: str) -> Reply:
             return problem(429, str(error), request_id, retry_after_s=error.retry_after_s)
         case TooLarge():
             return problem(error.status, str(error), request_id)
+        case BadValue():
+            return problem(400, str(error), request_id)
+        case Cancelled():
+            return problem(499, str(error), request_id)
         case BrokerUnavailable() | StoreUnavailable() | NotRouted() | NoReplica():
             return problem(503, str(error), request_id, retry_after_s=1)
         case _:
@@ -47,7 +59,7 @@ def problem(status: int, detail: str, request_id: str, *, retry_after_s: float |
     """RFC 9457, with the request's id."""
     body: dict[str, Any] = {
         "type": "about:blank",
-        "title": HTTPStatus(status).phrase,
+        "title": "Client Closed Request" if status == 499 else responses.get(status, "Error"),  # 499 is nginx's
         "status": status,
         "detail": detail,
         "request_id": request_id,
