@@ -187,9 +187,10 @@ class Leader:
         return True
 
     async def hold(self) -> None:
-        """Leads on, under the same epoch, for long enough to do what comes next. Raises NotLeading."""
+        """Leads on, for long enough to do what comes next. Raises NotLeading, also where nobody took over while we were frozen: what
+        comes next was decided before that."""
         epoch = self.epoch
-        if self.leads_for_s < LEADS_FOR_S - RENEWED_EVERY_S:
+        if self.still_leads() and self.leads_for_s < LEADS_FOR_S - RENEWED_EVERY_S:
             await self.lead()
         if not self.still_leads() or self.epoch != epoch:
             raise NotLeading("another controller took over")
