@@ -18,6 +18,7 @@ MQServeError
 ├── InstanceError          no instance, a second one, or one that was shut down
 ├── BadValue               (also a ValueError)
 ├── BadType                (also a TypeError)
+├── UnknownBackend         neither a backend of that name nor dead letters of one
 └── UnknownEndpoint        (also a KeyError)
 """
 
@@ -113,6 +114,10 @@ class BadValue(MQServeError, ValueError):
 
 class BadType(MQServeError, TypeError):
     """An argument of the wrong type."""
+
+
+class UnknownBackend(MQServeError):
+    """Neither a backend of that name nor dead letters of one."""
 
 
 class UnknownEndpoint(MQServeError, KeyError):

@@ -12,6 +12,7 @@ import sysconfig
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -112,7 +113,8 @@ class ProcessLauncher:
 
     def replica(self, backend: str, replica_id: str, node: str, share: Share) -> Process:
         arguments = ["replica", backend, "--replica-id", replica_id, "--node-id", node]
-        return Process(arguments, self._settings, python=share.python, variables=share.environment)
+        settings = replace(self._settings, admin_token="")  # of no use to a replica, and the user's code reads its environment
+        return Process(arguments, settings, python=share.python, variables=share.environment)
 
     def proxy(self, proxy_id: str, host: str, port: int, node: str) -> Process:
         arguments = ["proxy", "--host", host, "--port", str(port), "--proxy-id", proxy_id, "--node-id", node]

@@ -32,6 +32,7 @@ from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
 from ..controller.state import BEAT_EVERY_S, Beat, Desired, Observed, follow_state
 from .app import ProxyApp
+from .edge import EdgeProtocol
 from .routes import RouteTable
 
 logger = logging.getLogger(__name__)
@@ -123,7 +124,11 @@ class Proxy:
     async def _serve(self, listener: socket.socket, caller: Caller, queue: Queue, stop: Stop) -> None:
         desired = await self._first_desired()
         app = self._app = ProxyApp(
-            caller, await self._table(desired, Observed()), lambda: self._readiness(queue), debug=self._options.debug or desired.http.debug
+            caller,
+            await self._table(desired, Observed()),
+            lambda: self._readiness(queue),
+            debug=self._options.debug or desired.http.debug,
+            admin_token=self._settings.admin_token,
         )
         self._outer.app, self._middlewares = await self._with_middlewares(app, desired), desired.http.middlewares
         server = _Server(_uvicorn_config(self._outer))
@@ -242,6 +247,6 @@ class _Server(uvicorn.Server):
 def _uvicorn_config(app: Any) -> uvicorn.Config:
     return uvicorn.Config(
         app, interface="asgi3",
-        http="httptools", ws="none", lifespan="off", access_log=False, log_config=None, timeout_graceful_shutdown=DRAIN_S,
+        http=EdgeProtocol, ws="none", lifespan="off", access_log=False, log_config=None, timeout_graceful_shutdown=DRAIN_S,
         server_header=False, date_header=True,
     )  # fmt: skip

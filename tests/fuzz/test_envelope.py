@@ -11,9 +11,9 @@ from pamqp import frame
 from pamqp.commands import Basic
 from pamqp.header import ContentHeader
 
+from mqserve.broker.dead_letters import Death, dead_letter_to_amqp
 from mqserve.broker.envelope import NO_HEADER, Envelope, Header, Meta
 from mqserve.broker.errors import BadEnvelope, TooLarge
-from mqserve.broker.rabbitmq import MAX_PROPERTIES_BYTES, _pack
 from tests.fuzz.material import any_text, anything, bytes_like, cases, good_text, plain
 
 FRAME_BYTES = 128 * 1024
@@ -61,8 +61,8 @@ def accept(properties: bytes) -> Envelope | None:
     """The envelope, or None where it is refused; and it can be set aside, whatever it is."""
     header = delivered(properties)
     assert header.body_size == 5 and header.properties is not None
-    dead = _pack(header.properties, {**(header.properties.headers or {}), "mq-reason": "a sentence"})
-    assert len(dead) <= MAX_PROPERTIES_BYTES and (delivered(dead).properties.headers or {})["mq-reason"] == "a sentence"
+    dead = dead_letter_to_amqp("b", header.properties, Death("a sentence"))
+    assert len(dead) < FRAME_BYTES and (delivered(dead).properties.headers or {})["mq-reason"] == "a sentence"
     try:
         return Envelope.from_amqp(delivered(properties).properties, b"12345")
     except BadEnvelope as refused:
