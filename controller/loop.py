@@ -20,6 +20,7 @@ from typing import TypeVar
 
 import msgspec
 
+from ..broker.cancellations import word_of_proxy
 from ..broker.errors import BadEnvelope, BrokerUnavailable, MQServeError, QueueMismatch
 from ..broker.queue import Queue
 from ..broker.store import Store
@@ -33,6 +34,7 @@ T = TypeVar("T")
 
 TICK_S = 1.0
 FORGET_BEATS_AFTER_S = 60.0
+LOST_PROXY_AFTER_S = 20.0  # without a beat; one whose node saw it end is known at once
 SETTLE_S = 3.0  # after the store lost its data or was away: the members get this long to beat again
 AWAY_AFTER_S = 4.0  # a look at the store that comes this late says nothing of the members, whose beats could not land either
 DECLARE_AGAIN_S = 15.0  # a broker may come back empty
@@ -338,14 +340,18 @@ class Controller:
     async def _forget_silent(self, observed: Observed, beats: dict[str, Beat]) -> None:
         """Fields of members that are long gone; a failed replica's words stay as long as its backend has the problem."""
         now_ms = self._store.now_ms()
+        lost = {beat.id for beat in beats.values() if beat.kind == "proxy" and now_ms - beat.at > LOST_PROXY_AFTER_S * 1000}
         old = [
             field
             for field, beat in beats.items()
-            if (beat.kind == "replica" and not beat.external and beat.id not in observed.replicas and now_ms - beat.at > 10_000)
+            if (beat.kind == "proxy" and beat.id in lost)
+            or (beat.kind == "replica" and not beat.external and beat.id not in observed.replicas and now_ms - beat.at > 10_000)
             or now_ms - beat.at > FORGET_BEATS_AFTER_S * 1000
         ]
         if old:
             await self._leader.hold()
+            if lost:  # their clients are gone with them: first the word, since it is said as long as there is a beat
+                await self._store.append_log(self._keys.cancelled, *(word_of_proxy(self._keys.inbox(name)) for name in lost))
             await self._store.drop_fields(self._keys.beats, *old)
 
     async def _is_down(self, observed: Observed, beats: dict[str, Beat]) -> bool:

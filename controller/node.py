@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from ..broker.cancellations import word_of_proxy
 from ..broker.errors import BackendFailed, StoreUnavailable
 from ..broker.lifeline import Stop
 from ..broker.presence import Presence
@@ -111,6 +112,7 @@ class Node:
         self._preparing: dict[str, asyncio.Task[None]] = {}
         self._proxies: dict[str, _Running] = {}  # one, and those that drain
         self._dead_proxies: set[str] = set()  # whose last beats are to go
+        self._told_of: set[str] = set()  # of these, what the replicas know
         self._proxy_wanted = False
         self._proxy_restarts = Restarts()
         self._desired = Desired()
@@ -217,12 +219,18 @@ class Node:
         await self._forget_dead_proxies()
 
     async def _forget_dead_proxies(self) -> None:
-        """Their beats, which say that they live; the words of one that failed stay until the next is started."""
+        """Their requests, whose clients are gone. And their beats, which say that they live; the words of one that failed stay until the
+        next is started."""
+        if untold := self._dead_proxies - self._told_of:
+            with suppress(StoreUnavailable):
+                await self._store.append_log(self._keys.cancelled, *(word_of_proxy(self._keys.inbox(name)) for name in untold))
+                self._told_of |= untold
         if self._proxies or not self._proxy_wanted:
-            dead = set(self._dead_proxies)
+            dead = self._dead_proxies & self._told_of
             with suppress(StoreUnavailable):
                 await self._store.drop_fields(self._keys.beats, *(f"proxy:{proxy_id}" for proxy_id in dead))
                 self._dead_proxies -= dead
+                self._told_of -= dead
 
     def _stop(self, running: _Running, *, at_once: bool = False) -> None:
         if running.stopping:
