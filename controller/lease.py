@@ -129,6 +129,12 @@ class Leader:
         self._mine, self.epoch = encoded, new.epoch
         return True
 
+    async def resign(self) -> None:
+        """Gives up the lead, if it is ours: the next one need not wait for it to lapse, and nothing of it stays in the store."""
+        if self._mine is not None:
+            await self._store.replace(self._keys.leader, self._mine, None)
+            self._mine = None
+
 
 async def _is_alive(store: Store, keys: StoreKeys, lease: InstanceLease) -> bool:
     if store.now_ms() - lease.at > LAPSED_AFTER_S * 1000:

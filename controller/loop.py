@@ -69,6 +69,8 @@ class Controller:
                 except MQServeError as error:
                     logger.warning("the controller waits: %s", error)
                 await _first_of(changed, stop, TICK_S)
+            with suppress(MQServeError):  # then it lapses
+                await self._leader.resign()
         finally:
             self._store.unwatch(changed)
 

@@ -4,6 +4,7 @@ Reads commands from its input, one per line: `load RATE SECONDS SEED`, `shutdown
 """
 
 import json
+import logging
 import random
 import sys
 import threading
@@ -27,6 +28,8 @@ _printing = threading.Lock()
 
 
 def main() -> None:
+    for name in ("aio_pika", "aiormq"):  # they log each lost connection as an error, with a traceback
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     client = serve.connect()
     tally = Tally(Path(sys.argv[1]))
     with ThreadPoolExecutor() as threads:

@@ -77,7 +77,8 @@ class Load:
         if way in ("get", "post"):
             proxy = self._chance.choice(list(self._cluster.urls))
             return self._call(self._ledger.send(Entry(number, way, backend, time.monotonic(), proxy=proxy)))
-        entry = Entry(number, way, backend, time.monotonic(), key=f"{backend}/soak-{number}", persistent=not durability)
+        kind = " ".join([way, *durability])
+        entry = Entry(number, kind, backend, time.monotonic(), key=f"{backend}/soak-{number}", persistent=not durability)
         return self._direct.publish(self._ledger.send(entry), reply=way == "publish")
 
     async def _call(self, entry: Entry) -> None:
@@ -125,8 +126,10 @@ class DirectPublisher:
                     channel = await connection.channel(on_return_raises=True)
                     replies = await channel.declare_queue(self._replies, durable=True)
                     await replies.consume(self._on_reply, no_ack=True)
+                    closed = asyncio.Event()
+                    connection.close_callbacks.add(lambda *_, closed=closed: closed.set())
                     self._exchange = await channel.get_exchange(f"{self._cluster.namespace}.requests", ensure=False)
-                    await connection.closed()
+                    await closed.wait()
             except (Exception, asyncio.CancelledError) as error:
                 if was_cancelled(error):
                     raise

@@ -5,7 +5,9 @@ Ends with a table of what was injected and what became of each request, and with
 
 import argparse
 import asyncio
+import logging
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -153,12 +155,13 @@ async def _look_for_leaks(cluster: Cluster, baseline: dict[str, set[int]]) -> li
 async def _shut_down(cluster: Cluster, client: Client) -> list[str]:
     """Ends the instance, then its processes: nothing of it stays but results."""
     client.tell("shutdown")
-    await client.until("down", SHUTDOWN_S)
     for member in cluster.members:
         member.is_meant_to_end = True
+    await client.until("down", SHUTDOWN_S)
+    found = await leaks.until_quiet(lambda: _first_end(cluster))
+    for member in cluster.members:
         if not member.program.ended:
-            member.program.signal(15)
-    found = []
+            member.program.signal(signal.SIGTERM)
     for member in cluster.members:
         await cluster.wait_ended(member)
         if code := member.program.wait():
@@ -170,6 +173,11 @@ async def _shut_down(cluster: Cluster, client: Client) -> list[str]:
         return left + [f"key {key} outlived the shutdown" for key in standing if await cluster.redis.exists(key)]
 
     return found + await leaks.until_quiet(check)
+
+
+async def _first_end(cluster: Cluster) -> list[str]:
+    ended = [member for member in cluster.controllers if member.program.ended]
+    return [] if ended else ["the leading controller did not end with the instance"]
 
 
 async def _tell(outcome: Outcome, chaos: Chaos, console: Console) -> None:
@@ -194,7 +202,7 @@ def report(outcome: Outcome, console: Console) -> None:
 
     by_kind: defaultdict[str, list[Entry]] = defaultdict(list)
     for entry in outcome.ledger.entries.values():
-        by_kind[f"{entry.kind} {entry.backend}"].append(entry)
+        by_kind[entry.kind].append(entry)
     ended = Table("requests", "sent", *End, "ran twice", title="What became of them")
     for kind, entries in [*sorted(by_kind.items()), ("all", list(outcome.ledger.entries.values()))]:
         ends = Counter(entry.end for entry in entries)
@@ -224,7 +232,9 @@ def main() -> int:
     given = parser.parse_args()
     faults = max(1, round(given.seconds / 15)) if given.faults is None else given.faults
     options = Options(given.seconds, given.rate, faults, given.seed if given.seed is not None else random.randrange(10_000))
-    console = Console(soft_wrap=True)
+    for name in ("aio_pika", "aiormq"):  # they log each lost connection as an error, with a traceback
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    console = Console(width=140, soft_wrap=True)
     console.print(f"seed {options.seed}: {options.faults} faults in {options.seconds:g} s, {options.rate:g} requests per second")
     with tempfile.TemporaryDirectory(prefix="mqserve-soak-") as folder:
         outcome = asyncio.run(soak(options, Path(folder), console))
