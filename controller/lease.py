@@ -130,9 +130,10 @@ class Leader:
         return True
 
     async def resign(self) -> None:
-        """Gives up the lead, if it is ours: the next one need not wait for it to lapse, and nothing of it stays in the store."""
+        """Gives up the lead, if it is ours: it has lapsed at once. It is not deleted, since the next one's epoch must be higher."""
         if self._mine is not None:
-            await self._store.replace(self._keys.leader, self._mine, None)
+            lapsed = msgspec.json.encode(Leadership(self._controller, self.epoch, 0))
+            await self._store.replace(self._keys.leader, self._mine, lapsed)
             self._mine = None
 
 

@@ -64,7 +64,9 @@ class Controller:
             while not stop.is_set():
                 changed.clear()
                 try:
-                    if await self._leader.lead() and await self._tick():
+                    if not await self._has_something_to_lead() or not await self._leader.lead():
+                        self._desired = None  # a copy from when it led is an old one
+                    elif await self._tick():
                         return
                 except MQServeError as error:
                     logger.warning("the controller waits: %s", error)
@@ -73,6 +75,10 @@ class Controller:
                 await self._leader.resign()
         finally:
             self._store.unwatch(changed)
+
+    async def _has_something_to_lead(self) -> bool:
+        """If the store lost its data, only the controller that has the copy may lead: another one would keep it from writing it back."""
+        return self._desired is not None or await self._store.get(self._keys.desired) is not None
 
     async def _tick(self) -> bool:
         """One comparison; True when the instance is shut down and cleared."""

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 import redis
 
+from mqserve.broker.embedded_queue import EmbeddedQueue
 from mqserve.broker.embedded_store import EmbeddedStore
 from mqserve.broker.errors import InstanceError
 from mqserve.broker.store_keys import LEADER_TTL_S, StoreKeys
@@ -24,6 +25,7 @@ from mqserve.controller.lease import (
     read_instance,
     renew_instance,
 )
+from mqserve.controller.loop import Controller
 from mqserve.controller.state import Desired, HttpOptions
 from tests.instances import Deploy, started, wait_until
 from tests.servers import PrivateRabbitMQ, PrivateRedis
@@ -154,6 +156,37 @@ def test_a_lapsed_lead_passes_on_under_a_higher_epoch_and_the_old_leader_notices
         await store.set(KEYS.leader, msgspec.json.encode(Leadership("first", first.epoch, long_ago)))
         assert await second.lead() and second.epoch == 2
         assert not await first.lead()
+
+    run(main())
+
+
+def test_a_leader_that_resigns_is_followed_at_once_under_a_higher_epoch() -> None:
+    async def main() -> None:
+        store = EmbeddedStore()
+        first, second = Leader(store, KEYS, "first"), Leader(store, KEYS, "second")
+        assert await first.lead() and not await second.lead()
+        await second.resign()  # of what it does not have
+        assert not await second.lead()
+        await first.resign()
+        assert await second.lead() and second.epoch == 2
+
+    run(main())
+
+
+def test_a_controller_without_a_copy_does_not_take_the_lead_of_a_store_that_lost_its_data() -> None:
+    """Or the one that has the copy, and would write it back, could not."""
+
+    async def main() -> None:
+        store, stop = EmbeddedStore(), asyncio.Event()
+        standby = asyncio.create_task(Controller(store, KEYS, EmbeddedQueue(), "standby").run(stop))
+        await asyncio.sleep(0.05)
+        assert await store.get(KEYS.leader) is None
+        await store.set(KEYS.desired, Desired().to_bytes())
+        await store.announce()
+        while await store.get(KEYS.leader) is None:
+            await asyncio.sleep(0.01)
+        stop.set()
+        await standby
 
     run(main())
 
