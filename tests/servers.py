@@ -200,6 +200,11 @@ class PrivateRedis(PrivateServer):
     def url(self) -> str:
         return f"redis://127.0.0.1:{self.port}/0"
 
+    def forget(self) -> None:
+        """Of a server that does not run: it will come back empty, `appendonly` or not."""
+        if self._folder is not None and not self.running:
+            shutil.rmtree(self._folder / "appendonlydir", ignore_errors=True)
+
     def _launch(self, folder: Path) -> None:
         options = {
             "--port": str(self.port),

@@ -6,7 +6,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,6 +33,7 @@ class Kind(NamedTuple):
     allows: frozenset[str] = NOTHING
     is_server: bool = False
     drains: bool = False
+    forgets: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +44,11 @@ class Due:
     kind: str
 
 
-def plan(chance: random.Random, count: int, seconds: float) -> list[Due]:
+def plan(chance: random.Random, count: int, seconds: float, among: Sequence[str]) -> list[Due]:
     """Each kind once before any comes twice; spread over the load, but for its beginning and its end."""
     kinds: list[str] = []
     while len(kinds) < count:
-        kinds += chance.sample(list(KINDS), len(KINDS))
+        kinds += chance.sample(among, len(among))
     span = seconds - FIRST_AFTER_S - LAST_BEFORE_S
     return [Due(FIRST_AFTER_S + (turn + chance.random() * 0.5) * span / count, kind) for turn, kind in enumerate(kinds[:count])]
 
@@ -73,7 +74,7 @@ class Chaos:
                 if kind.is_server:
                     await server_whole.wait()
                     server_whole.clear()
-                fault = Fault(due.kind, allows=kind.allows, drains=kind.drains, began=time.monotonic())
+                fault = Fault(due.kind, allows=kind.allows, drains=kind.drains, forgets=kind.forgets, began=time.monotonic())
                 self.faults.append(fault)
                 await kind.act(self, fault)
                 fault.mended = time.monotonic()
@@ -178,6 +179,13 @@ class Chaos:
     async def crash_store(self, fault: Fault) -> None:
         await self._restart(self.cluster.store, self.cluster.store.kill)
 
+    async def empty_store(self, fault: Fault) -> None:
+        def end() -> None:
+            self.cluster.store.kill()
+            self.cluster.store.forget()
+
+        await self._restart(self.cluster.store, end)
+
     async def freeze_store(self, fault: Fault) -> None:
         await self._freeze(self.cluster.store)
 
@@ -209,6 +217,7 @@ KINDS = {
     "freeze RabbitMQ": Kind(Chaos.freeze_broker, UNAVAILABLE, is_server=True),
     "restart Redis": Kind(Chaos.restart_store, UNAVAILABLE, is_server=True),
     "kill -9 Redis": Kind(Chaos.crash_store, UNAVAILABLE, is_server=True),
+    "restart Redis without data": Kind(Chaos.empty_store, UNAVAILABLE | {"forgotten"}, is_server=True, forgets=True),
     "freeze Redis": Kind(Chaos.freeze_store, UNAVAILABLE, is_server=True),
 }
 

@@ -16,7 +16,7 @@ class End(StrEnum):
     USER_ERROR = "user error"  # of the backend that raises
     EXPIRED = "expired"  # 504: its time was spent
     FAILED = "failed"  # another status, or no connection
-    DROPPED = "dropped"  # a transient message, published directly, that the broker forgot when it was restarted
+    DROPPED = "dropped"  # of a direct publish: a transient message that a restarted broker forgot, or a result that an emptied store did
     HANGING = "hanging"
     LOST = "lost"
 
@@ -25,7 +25,7 @@ class End(StrEnum):
 class Fault:
     """One thing that was broken, in monotonic seconds; `recovered` is infinite until it is, or for ever.
 
-    `allows`: what a request may say of it; `after_s` > 0: only requests sent later than this before the beginning.
+    `allows`: what a request may say of it.
     """
 
     kind: str
@@ -33,6 +33,7 @@ class Fault:
     allows: frozenset[str] = frozenset()
     proxy: str = ""  # only requests that went by this proxy
     drains: bool = False  # what was there before it began must not be hurt
+    forgets: bool = False  # the results that stood in the store are gone
     began: float = 0.0
     mended: float = 0.0
     recovered: float = float("inf")

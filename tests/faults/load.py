@@ -50,8 +50,9 @@ class Load:
         self._ledger = ledger
         self._chance = chance
         self._numbers = itertools.count(1)
+        # Idle connections end before uvicorn ends them, at 5 s: a request must not meet that.
         self._http = httpx.AsyncClient(
-            timeout=REQUEST_TIMEOUT_S + GRACE_S, limits=httpx.Limits(max_connections=None, max_keepalive_connections=20)
+            timeout=REQUEST_TIMEOUT_S + GRACE_S, limits=httpx.Limits(max_connections=None, max_keepalive_connections=20, keepalive_expiry=2)
         )
         self._direct = DirectPublisher(cluster, ledger)
 

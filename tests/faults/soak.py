@@ -21,7 +21,7 @@ from rich.table import Table
 
 from tests.faults import leaks
 from tests.faults.backends import REPLICAS, word_in_refusal
-from tests.faults.chaos import Chaos, plan, recovery_s
+from tests.faults.chaos import KINDS, Chaos, plan, recovery_s
 from tests.faults.cluster import Client, Cluster, running_cluster
 from tests.faults.ledger import End, Entry, Fault, Ledger, judge, runs_of, told
 from tests.faults.load import HANDLE_SHARE, Load, follow_client, read_results
@@ -40,6 +40,7 @@ class Options:
     rate: float = 60
     faults: int = 20
     seed: int = 1
+    only: tuple[str, ...] = tuple(KINDS)
 
 
 @dataclass(slots=True)
@@ -96,24 +97,32 @@ async def _load(options: Options, cluster: Cluster, client: Client, outcome: Out
         async with asyncio.TaskGroup() as working:
             working.create_task(load.run(options.rate * (1 - HANDLE_SHARE), options.seconds))
             working.create_task(follow_client(client, ledger))
-            working.create_task(chaos.run(plan(chance, options.faults, options.seconds)))
-        await _collect(ledger)
+            working.create_task(chaos.run(plan(chance, options.faults, options.seconds, options.only)))
+        await _collect(ledger, chaos.faults)
         for task in minding:
             task.cancel()
     outcome.findings += chaos.findings
 
 
-async def _collect(ledger: Ledger) -> None:
-    """Waits for the results of direct publishes; what has none then is lost, or dropped where it was transient."""
-    until = time.monotonic() + COLLECT_S
-    while (waiting := [entry for entry in ledger.entries.values() if entry.end is None]) and time.monotonic() < until:
-        if not any(entry.persistent or not entry.accepted for entry in waiting) and time.monotonic() > until - COLLECT_S + 20:
+async def _collect(ledger: Ledger, faults: list[Fault]) -> None:
+    """Waits for the results of direct publishes; what has none then is lost, or dropped where that may be."""
+
+    def may_be_forgotten(entry: Entry) -> bool:
+        return any(fault.forgets and entry.sent <= fault.mended for fault in faults)
+
+    began = time.monotonic()
+    while waiting := [entry for entry in ledger.entries.values() if entry.end is None]:
+        is_sure = any(entry.persistent and not may_be_forgotten(entry) for entry in waiting)
+        if time.monotonic() > began + (COLLECT_S if is_sure else COLLECT_S / 3):
             break
         await asyncio.sleep(0.5)
     for entry in waiting:
-        if entry.end is None:
-            end, detail = (End.LOST, "") if entry.persistent or not entry.accepted else (End.DROPPED, "dropped")
-            ledger.end(entry, end, time.monotonic(), detail)
+        if may_be_forgotten(entry):
+            ledger.end(entry, End.DROPPED, time.monotonic(), "forgotten")
+        elif entry.persistent:
+            ledger.end(entry, End.LOST, time.monotonic())
+        else:
+            ledger.end(entry, End.DROPPED, time.monotonic(), "dropped")
 
 
 async def _compare_with_store(cluster: Cluster, outcome: Outcome) -> list[str]:
@@ -125,6 +134,8 @@ async def _compare_with_store(cluster: Cluster, outcome: Outcome) -> list[str]:
             was_away = any("Redis" in fault.kind and fault.overlaps(entry.sent, entry.ended) for fault in outcome.faults)
             if result is not None and result.get("status", 200) != 504 and not was_away:
                 found.append(f"{told(entry)}, and its result is another: {str(result)[:200]}")
+        elif result is None and any(fault.forgets and entry.sent <= fault.mended for fault in outcome.faults):
+            continue
         elif result is None:
             found.append(f"{told(entry)}, and its result is gone from the store")
         else:
@@ -229,9 +240,13 @@ def main() -> int:
     parser.add_argument("--rate", type=float, default=60, help="requests per second in total [60]")
     parser.add_argument("--faults", type=int, help="how many [one in 15 seconds]")
     parser.add_argument("--seed", type=int, help="of load and faults [random]")
+    parser.add_argument(
+        "--only", action="append", choices=list(KINDS), metavar="FAULT", help=f"one of: {', '.join(KINDS)}; may be repeated"
+    )
     given = parser.parse_args()
     faults = max(1, round(given.seconds / 15)) if given.faults is None else given.faults
-    options = Options(given.seconds, given.rate, faults, given.seed if given.seed is not None else random.randrange(10_000))
+    seed = random.randrange(10_000) if given.seed is None else given.seed
+    options = Options(given.seconds, given.rate, faults, seed, tuple(given.only or KINDS))
     for name in ("aio_pika", "aiormq"):  # they log each lost connection as an error, with a traceback
         logging.getLogger(name).setLevel(logging.CRITICAL)
     console = Console(width=140, soft_wrap=True)

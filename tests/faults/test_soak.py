@@ -10,7 +10,7 @@ from rich.console import Console
 from tests.faults.ledger import End
 from tests.faults.soak import Options, report, soak
 
-SHORT = Options(seconds=45, rate=40, faults=4, seed=3)
+SHORT = Options(seconds=45, rate=40, faults=4, seed=3, only=("kill -9 a replica", "kill -9 a proxy", "restart RabbitMQ", "restart Redis"))
 
 
 def test_under_load_and_faults_nothing_accepted_is_lost_and_nothing_is_left_behind(tmp_path: Path) -> None:
