@@ -1,9 +1,12 @@
-"""The soak's ledger finds what it is there to find."""
+"""The soak finds what it is there to find: in its ledger and in the logs."""
 
+import random
 from dataclasses import replace
 
 import pytest
 
+from tests.faults.chaos import KINDS, plan
+from tests.faults.leaks import in_logs
 from tests.faults.ledger import End, Entry, Fault, Ledger, judge, runs_of
 
 ANSWERED = Entry(7, "get", "quick", sent=100.0, proxy="a", end=End.ANSWERED, ended=100.1, words={"w"})
@@ -69,3 +72,18 @@ def test_a_second_end_is_a_finding() -> None:
 
 def test_runs_are_read_by_number() -> None:
     assert runs_of(["7 100 w", "8 100 x", "7 101 v"]) == {7: ["w", "v"], 8: ["x"]}
+
+
+def test_a_log_may_hold_the_handlers_tracebacks_and_no_others() -> None:
+    traceback = '10:00:00 [7] ERROR x: request failed\nTraceback (most recent call last):\n  File "a.py", line 1, in f\n    g()\n'
+    assert in_logs([("node", traceback + "tests.faults.backends.Refused: 7 w\n10:00:01 [7] WARNING y: later\n")]) == []
+    (found,) = in_logs([("node", traceback + "KeyError: 'x'\n10:00:01 [7] WARNING y: later\n")])
+    assert found.startswith("node: Traceback") and found.endswith("KeyError: 'x'")
+    assert in_logs([("node", "10:00:00 [7] ERROR asyncio: Task was destroyed but it is pending!\n")])
+
+
+def test_the_same_seed_breaks_the_same_things_and_each_kind_before_any_again() -> None:
+    first, again = (plan(random.Random(7), len(KINDS), 300, list(KINDS)) for _ in range(2))
+    assert first == again
+    assert {due.kind for due in first} == set(KINDS)
+    assert [due.at_s for due in first] == sorted(due.at_s for due in first) and first[-1].at_s < 300
