@@ -140,8 +140,8 @@ class EmbeddedQueue:
         return f"<EmbeddedQueue {list(self._lanes.values())}>"
 
     @property
-    def connected(self) -> bool:
-        return True
+    def down_s(self) -> float:
+        return 0.0
 
     def publish(self, backend: str, envelope: Envelope, settled: Settled) -> None:
         envelope.check_head()

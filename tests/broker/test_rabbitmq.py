@@ -38,7 +38,7 @@ async def test_an_opened_queue_publishes_at_once(broker_url: str, namespace: str
     async with open_rabbitmq(broker_url, namespace, "controller") as queue:
         await queue.declare("b", 1, None)
     async with open_rabbitmq(broker_url, namespace, "proxy") as queue:
-        assert queue.connected
+        assert queue.down_s == 0
         assert await publish(queue, text("a")) is None
 
 
@@ -58,7 +58,7 @@ async def test_a_publish_without_a_connection_was_not_sent(broker_url: str, name
     async with relayed(broker_url) as relay, open_rabbitmq(relay.url, namespace, "test") as queue:
         await queue.declare("b", 1, None)
         relay.cut()
-        await until(lambda: not queue.connected)
+        await until(lambda: queue.down_s > 0)
         fate = await publish(queue, text("a"))
         assert isinstance(fate, BrokerUnavailable)
         assert not fate.maybe_sent
@@ -113,7 +113,7 @@ async def test_messages_survive_a_restart_of_the_broker_when_they_are_persistent
         await accepted(queue, text("job", persistent=True))
         await asyncio.to_thread(broker_server.kill)
         await asyncio.to_thread(broker_server.start)
-        await until(lambda: queue.connected)
+        await until(lambda: queue.down_s == 0)
         await queue.consume("b", 1, 10, hands)
         await until(lambda: hands.seen == ["job"])
 
