@@ -26,8 +26,8 @@ class HeldBytes:
         """Raises Overloaded beyond the limit; a single body always fits."""
         if self.held and self.held + size > self._limit:
             raise Overloaded(
-                f"this process holds {self.held} bytes of requests that are still on their way to the broker, and {self._limit} is its "
-                "limit: try again later, or run more proxies",
+                f"{self.held} bytes of requests are on their way here, and {self._limit} is what this process holds: try again later, "
+                "or run more proxies",
                 retry_after_s=MIN_RETRY_S * (1 + random.random()),
             )
         self.held += size
