@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import psutil
 
 from mqserve.broker import queue_names
-from mqserve.broker.store_keys import RESULT_TTL_S
+from mqserve.broker.store_keys import INBOX_TTL_S, LOG_TTL_S, RESULT_TTL_S
 from tests.faults.backends import BACKENDS, REPLICAS
 from tests.faults.cluster import Cluster
 
 QUIET_S = 45.0
-STORE_CONNECTIONS = 16 + 3  # of one process at most: its pool, its reader, its subscription, and one being replaced
+STORE_CONNECTIONS = 16 + 4  # of one process at most: its pool, its readers, its subscription, and one being replaced
 DAY_S = 24 * 3600
 
 # What follows `mqserve:<ns>:` -> how long it lives at most; None: no expiry. From broker/store_keys.py.
@@ -23,7 +23,8 @@ KEYS: Mapping[str, float | None] = {
     r"future:\{.+\}": RESULT_TTL_S,
     r"start:\{.+\}": DAY_S,
     r"(attempts|redeliveries|claim):\{.+\}": DAY_S,
-    r"inbox:.+": 120,
+    r"inbox:.+": INBOX_TTL_S,
+    r"cancelled": LOG_TTL_S,
     r"code:[0-9a-f]{64}": None,
     r"desired|observed|instance|leader|beats": None,
 }
