@@ -69,7 +69,6 @@ class Cluster:
         self.nodes = [Member(f"node-{number}", ("node", "--node-id", f"node-{number}", "--no-proxy")) for number in (1, 2)]
         self.proxies = [Member(name, ("proxy", "--port", str(port))) for name, port in ports.items()]
         self.findings: list[str] = []
-        self.excused_ends = 0
 
     @property
     def members(self) -> list[Member]:
@@ -106,8 +105,6 @@ class Cluster:
                 if member.runs and member.program.ended and not member.is_meant_to_end:
                     if time.monotonic() - member.started > YOUNG_S:
                         self.findings.append(f"{member.name} ended by itself: {member.program!r}\n{member.program.output[-2000:]}")
-                    else:
-                        self.excused_ends += 1
                     await asyncio.sleep(1)
                     self.start_member(member)
 

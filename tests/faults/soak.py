@@ -26,6 +26,7 @@ from tests.faults.cluster import Client, Cluster, running_cluster
 from tests.faults.ledger import End, Entry, Fault, Ledger, judge, runs_of, told
 from tests.faults.load import HANDLE_SHARE, Load, follow_client, read_results
 from tests.instances import new_namespace
+from tests.run_tests import ensure_servers
 
 DEPLOY_S = 90.0
 COLLECT_S = 60.0  # what direct publishes get to be answered after the load
@@ -249,6 +250,7 @@ def main() -> int:
     options = Options(given.seconds, given.rate, faults, seed, tuple(given.only or KINDS))
     for name in ("aio_pika", "aiormq"):  # they log each lost connection as an error, with a traceback
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    ensure_servers()
     console = Console(width=140, soft_wrap=True)
     console.print(f"seed {options.seed}: {options.faults} faults in {options.seconds:g} s, {options.rate:g} requests per second")
     with tempfile.TemporaryDirectory(prefix="mqserve-soak-") as folder:
