@@ -21,6 +21,11 @@ MQServeError
 └── UnknownEndpoint        (also a KeyError)
 """
 
+import msgspec
+
+UNPARSABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for bytes that are not what they ought to be: text that is not UTF-8 and deep nesting it leaves to Python."""
+
 
 class MQServeError(Exception):
     """Everything we raise on purpose."""

@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 STALLED_AFTER_S = 3.0  # without a confirm, though something waits for one
 _PROBE_EVERY_S = 1.0
 _PROBE = Envelope("", b"", "text/plain").to_amqp()
+MAX_PROPERTIES_BYTES = 128 * 1024 - 64  # of one frame, by RabbitMQ's default: a larger one ends the connection
 T = TypeVar("T")
 
 
@@ -276,8 +277,9 @@ def _pack(properties: Basic.Properties, headers: dict[str, Any]) -> bytes:
     properties.headers = headers
     properties.expiration = None  # a dead letter outlives the request
     properties.delivery_mode = 2
-    try:
-        return ContentHeader(0, 0, properties).marshal()[12:]
-    except Exception:
-        properties.headers = {key: value for key, value in headers.items() if key.startswith("mq-")}
-        return ContentHeader(0, 0, properties).marshal()[12:]
+    with suppress(Exception):
+        packed = ContentHeader(0, 0, properties).marshal()[12:]
+        if len(packed) <= MAX_PROPERTIES_BYTES:
+            return packed
+    properties.headers = {key: value for key, value in headers.items() if key.startswith("mq-")}
+    return ContentHeader(0, 0, properties).marshal()[12:]
