@@ -9,6 +9,7 @@ from contextlib import suppress
 import aio_pika
 import aiormq
 from aio_pika.abc import AbstractConnection
+from aio_pika.connection import make_url
 
 from .backoff import delays
 from .errors import BrokerUnavailable
@@ -63,18 +64,12 @@ class Link:
         if connection is self.connection and self.is_up:
             self._up.clear()
             self._lost.set()
-            ending = asyncio.create_task(_end(connection), name=f"end {self._name}")
-            self._ending.add(ending)
-            ending.add_done_callback(self._ending.discard)
 
     async def _keep(self) -> None:
         pauses = delays()
         while True:
             try:
-                async with asyncio.timeout(CONNECT_BUDGET_S):
-                    self.connection = await aio_pika.connect(
-                        self._url, heartbeat=HEARTBEAT_S, client_properties={"connection_name": self._name}
-                    )
+                self.connection = await self._dial()
             except (Exception, asyncio.CancelledError) as error:
                 if isinstance(error, asyncio.CancelledError) and really_cancelled():
                     raise
@@ -89,7 +84,22 @@ class Link:
             await lost.wait()
             self._up.clear()
             logger.warning("lost the connection to RabbitMQ at %s (%s); reconnecting", masked(self._url), self._name)
+            ending = asyncio.create_task(_end(self.connection), name=f"end {self._name}")
+            self._ending.add(ending)
+            ending.add_done_callback(self._ending.discard)
             await asyncio.sleep(next(pauses))
+
+    async def _dial(self) -> AbstractConnection:
+        """An open connection. One that fails is ended here: else its `__del__` does that, in whatever thread collects it."""
+        url = make_url(self._url, heartbeat=HEARTBEAT_S)
+        connection = aio_pika.Connection(url, heartbeat=HEARTBEAT_S, client_properties={"connection_name": self._name})
+        try:
+            async with asyncio.timeout(CONNECT_BUDGET_S):
+                await connection.connect()
+        except BaseException:
+            await _end(connection)
+            raise
+        return connection
 
     async def close(self) -> None:
         if self._keeper is not None:

@@ -8,6 +8,7 @@ import inspect
 import pickle
 import sys
 import sysconfig
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from .store import Store
 from .store_keys import StoreKeys
 
 _CLAIM = Claim("code")
+_packing = threading.RLock()  # what cloudpickle is told of a module is one for all threads, and two may deploy from one module
 
 
 class Code(msgspec.Struct, frozen=True):
@@ -153,8 +155,9 @@ def _by_value(target: object) -> Iterator[None]:
     if module is None or module.__name__ == "__main__" or _is_installed(module) or module.__name__ not in sys.modules:
         yield
         return
-    cloudpickle.register_pickle_by_value(module)
-    try:
-        yield
-    finally:
-        cloudpickle.unregister_pickle_by_value(module)
+    with _packing:
+        cloudpickle.register_pickle_by_value(module)
+        try:
+            yield
+        finally:
+            cloudpickle.unregister_pickle_by_value(module)

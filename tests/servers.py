@@ -185,20 +185,32 @@ class PrivateServer(ABC):
 
 
 class PrivateRedis(PrivateServer):
-    """Keeps nothing on disk: it comes back empty from `stop()` and `kill()`, and as it was from `freeze()`."""
+    """Keeps nothing on disk, unless `appendonly`: it comes back empty from `stop()` and `kill()`, and as it was from `freeze()`.
+
+    With `appendonly` it comes back with all that it confirmed: each write is in the kernel's hands before it is answered.
+    """
 
     name = "Redis"
+
+    def __init__(self, *, appendonly: bool = False) -> None:
+        super().__init__()
+        self._appendonly = appendonly
 
     @property
     def url(self) -> str:
         return f"redis://127.0.0.1:{self.port}/0"
+
+    def forget(self) -> None:
+        """Of a server that does not run: it will come back empty, `appendonly` or not."""
+        if self._folder is not None and not self.running:
+            shutil.rmtree(self._folder / "appendonlydir", ignore_errors=True)
 
     def _launch(self, folder: Path) -> None:
         options = {
             "--port": str(self.port),
             "--bind": "127.0.0.1",
             "--save": "",
-            "--appendonly": "no",
+            "--appendonly": "yes" if self._appendonly else "no",
             "--dir": str(folder),
         }
         self._spawn(find_redis(), *(word for option in options.items() for word in option), folder=folder)

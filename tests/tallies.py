@@ -19,6 +19,10 @@ class Tally:
         return len(self.lines)
 
     @property
+    def path(self) -> Path:
+        return self._path
+
+    @property
     def lines(self) -> list[str]:
         return self._path.read_text().splitlines()
 

@@ -4,7 +4,9 @@ import hashlib
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -179,6 +181,21 @@ class Shout:
 
     def __call__(self, name: str) -> str:
         return name + self._suffix
+
+
+def test_several_threads_pack_code_of_one_module_at_a_time(user_module: ModuleType, signer: Signer) -> None:
+    class SlowToPickle:
+        def __reduce__(self) -> Any:
+            time.sleep(0.05)
+            return str, ("Hello",)
+
+    user_module.GREETING = SlowToPickle()  # type: ignore[attr-defined]
+    with ThreadPoolExecutor() as threads:
+        codes = list(threads.map(lambda _: pack(user_module.hello, (), signer), range(4)))
+    sys.modules.pop(user_module.__name__)  # what went by reference would not arrive
+    for code in codes:
+        target, _ = unpack(code.to_bytes(), code.sha256, signer)
+        assert target("there") == "Hello, there!"
 
 
 @pytest.fixture

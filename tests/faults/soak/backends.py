@@ -1,0 +1,127 @@
+"""What the soak serves: every run marks its number in a tally, and answers with a word that no other run says."""
+
+import asyncio
+import os
+import time
+from typing import Any, NamedTuple
+
+import mqserve as serve
+from tests.tallies import Tally
+
+REQUEST_TIMEOUT_S = 15.0
+BIG_BYTES = 200_000
+PROBE = 0  # the number of requests that only ask whether anybody answers: they are in no tally
+
+
+class Refused(Exception):
+    """What one of the backends raises, always."""
+
+
+class Backend(NamedTuple):
+    target: Any
+    replicas: int
+    route: str
+    config: dict[str, Any]
+
+
+class Quick:
+    """Plain code, 5 ms."""
+
+    def __init__(self, tally: Tally) -> None:
+        self._tally = tally
+
+    def __call__(self, request: Any) -> dict[str, Any]:
+        number, word = begin(request, self._tally)
+        time.sleep(0.005)
+        return answer(number, word)
+
+
+class Patient:
+    """Async code that waits for 50 ms."""
+
+    def __init__(self, tally: Tally) -> None:
+        self._tally = tally
+
+    async def __call__(self, request: Any) -> dict[str, Any]:
+        number, word = begin(request, self._tally)
+        await asyncio.sleep(0.05)
+        return answer(number, word)
+
+
+class Batched:
+    """Up to eight at a time."""
+
+    def __init__(self, tally: Tally) -> None:
+        self._tally = tally
+
+    @serve.accept_batch
+    def __call__(self, requests: list[Any]) -> list[dict[str, Any]]:
+        begun = [begin(request, self._tally) for request in requests]
+        time.sleep(0.005)
+        return [answer(number, word) for number, word in begun]
+
+
+class Raising:
+    def __init__(self, tally: Tally) -> None:
+        self._tally = tally
+
+    def __call__(self, request: Any) -> None:
+        number, word = begin(request, self._tally)
+        raise Refused(f"{number} {word}")
+
+
+class Big:
+    """Bodies that neither ride in an inbox entry nor fit one frame."""
+
+    def __init__(self, tally: Tally) -> None:
+        self._tally = tally
+
+    def __call__(self, request: Any) -> dict[str, Any]:
+        number, word = begin(request, self._tally)
+        return {**answer(number, word), "fill": request.data["fill"]}
+
+
+BACKENDS = {
+    "quick": Backend(Quick, 3, "/quick/{number:int}", {}),
+    "patient": Backend(Patient, 2, "/patient/{number:int}", {}),
+    "batched": Backend(Batched, 2, "/batched", {"max_batch_size": 8, "batch_wait_timeout": 0.01}),
+    "raising": Backend(Raising, 2, "/raising", {}),
+    "big": Backend(Big, 2, "/big", {}),
+}
+REPLICAS = sum(backend.replicas for backend in BACKENDS.values())
+
+
+def begin(request: Any, tally: Tally) -> tuple[int, str]:
+    """The number of the request and the word of this run, in the tally before anything else happens."""
+    number = request.path_params["number"] if "number" in request.path_params else request.data["number"]
+    word = os.urandom(6).hex()
+    if number != PROBE:
+        tally.note(f"{number} {os.getpid()} {word}")
+    return number, word
+
+
+def answer(number: int, word: str) -> dict[str, Any]:
+    return {"number": number, "square": number * number, "word": word}
+
+
+def body_of(backend: str, number: int) -> dict[str, Any]:
+    """What to send."""
+    return {"number": number, "fill": "x" * BIG_BYTES} if backend == "big" else {"number": number}
+
+
+def word_in(backend: str, number: int, value: Any) -> str:
+    """The word of the run that gave this answer. Raises ValueError for what is no answer to this number."""
+    right = (
+        {**answer(number, value["word"]), **({"fill": "x" * BIG_BYTES} if backend == "big" else {})} if isinstance(value, dict) else None
+    )
+    if value != right:
+        raise ValueError(f"{str(value)[:200]} is no answer of {backend} to {number}")
+    return str(value["word"])
+
+
+def word_in_refusal(number: int, message: str) -> str:
+    """The word of the run that raised. Raises ValueError for what is not about this number."""
+    said, _, word = message.partition(" ")
+    if said != str(number) or not word:
+        raise ValueError(f"{message[:200]!r} is no refusal of {number}")
+    return word

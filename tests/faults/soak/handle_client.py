@@ -1,0 +1,103 @@
+"""The soak's own client, a process of its own: deploys the backends, calls them by handle, shuts the instance down.
+
+Reads commands from its input, one per line: `load RATE SECONDS SEED`, `shutdown`. Writes one JSON object per line, of what it did.
+"""
+
+import json
+import logging
+import random
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import mqserve as serve
+from mqserve.broker.errors import BrokerUnavailable, MQServeError, NoReplica, NotRouted, Overloaded, RequestTimeout, StoreUnavailable
+from tests.faults.soak.backends import BACKENDS, REQUEST_TIMEOUT_S
+from tests.faults.soak.ledger import End
+from tests.tallies import Tally
+
+FIRST_NUMBER = 1_000_000  # the numbers below are the soak's
+GRACE_S = 2.0
+WAITERS = 400
+UNAVAILABLE = (BrokerUnavailable, StoreUnavailable, NoReplica, NotRouted)
+
+_printing = threading.Lock()
+
+
+def main() -> None:
+    for name in ("aio_pika", "aiormq"):  # they log each lost connection as an error, with a traceback
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    client = serve.connect()
+    tally = Tally(Path(sys.argv[1]))
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(lambda name: deploy(client, name, tally), BACKENDS))
+    say(event="deployed", tally=str(tally.path))
+    for line in sys.stdin:
+        match line.split():
+            case ["load", rate, seconds, seed]:
+                load(client, float(rate), float(seconds), int(seed))
+                say(event="loaded")
+            case ["shutdown"]:
+                client.shutdown()
+                say(event="down")
+                return
+
+
+def deploy(client: serve.Client, name: str, tally: Tally) -> None:
+    backend = BACKENDS[name]
+    client.create_backend(
+        name, backend.target, tally, config={"num_replicas": backend.replicas, "request_timeout_s": REQUEST_TIMEOUT_S, **backend.config}
+    )
+    client.create_endpoint(name, backend=name, route=backend.route, methods=("GET", "POST"))
+
+
+def load(client: serve.Client, rate: float, seconds: float, seed: int) -> None:
+    chance = random.Random(seed)
+    names = [name for name in BACKENDS if name != "big"]
+    handles = {name: client.get_handle(name) for name in names}
+    until, due, number = time.monotonic() + seconds, time.monotonic(), FIRST_NUMBER
+    with ThreadPoolExecutor(WAITERS) as waiters:
+        while (due := due + chance.expovariate(rate)) < until:
+            time.sleep(max(0, due - time.monotonic()))
+            number += 1
+            name = chance.choice(names)
+            sent = time.monotonic()
+            future = handles[name].remote({"number": number})
+            say(event="sent", number=number, backend=name, at=sent, key=future.id)
+            if chance.random() < 0.25:
+                future = client.future(future.id)  # as another part of the program would read it
+            waiters.submit(wait_for, future, number, sent)
+
+
+def wait_for(future: serve.Future, number: int, sent: float) -> None:
+    end, detail, value = End.ANSWERED, "", None
+    try:
+        value = future.result(max(0.0, sent + REQUEST_TIMEOUT_S + GRACE_S - time.monotonic()))
+    except RequestTimeout:
+        end, detail = End.EXPIRED, "504"
+    except Overloaded:
+        end, detail = End.FAILED, "429"
+    except UNAVAILABLE:
+        end, detail = End.FAILED, "503"
+    except TimeoutError:
+        end = End.HANGING
+    except MQServeError as error:
+        end, detail = End.FAILED, repr(error)
+    except Exception as error:  # by name: the code went by value, and so is another class
+        if type(error).__name__ == "Refused":
+            end, value = End.USER_ERROR, str(error)
+        else:
+            end, detail = End.FAILED, repr(error)
+    say(event="end", number=number, end=end, detail=detail, value=value, at=time.monotonic())
+
+
+def say(**what: Any) -> None:
+    with _printing:
+        print(json.dumps(what), flush=True)
+
+
+if __name__ == "__main__":
+    main()
