@@ -9,9 +9,11 @@ from contextlib import suppress
 import aio_pika
 import aiormq
 from aio_pika.abc import AbstractConnection
+from yarl import URL
 
 from .backoff import delays
 from .errors import BrokerUnavailable
+from .refusals import broker_refusal
 from .settings import masked
 
 logger = logging.getLogger(__name__)
@@ -49,7 +51,8 @@ class Link:
         except TimeoutError:
             reason = f": {self._last_error}" if self._last_error else ""
             raise BrokerUnavailable(
-                f"no connection to RabbitMQ at {masked(self._url)} within {budget_s:g} s{reason}; is it running, "
+                broker_refusal(self._last_error, self._url)
+                or f"no connection to RabbitMQ at {masked(self._url)} within {budget_s:g} s{reason}; is it running, "
                 "and is MQSERVE_BROKER_URL right?"
             ) from self._last_error
         assert self.connection is not None
@@ -87,6 +90,12 @@ class Link:
             with suppress(Exception, asyncio.CancelledError):
                 async with asyncio.timeout(2):
                     await self.connection.close()
+
+
+def user_of(url: str) -> str:
+    """Whom RabbitMQ takes the connection for: empty where a certificate says it rather than the URL."""
+    parsed = URL(url)
+    return "" if parsed.query.get("auth", "plain").lower() != "plain" else parsed.user or "guest"
 
 
 def really_cancelled() -> bool:

@@ -20,13 +20,14 @@ from pamqp.commands import Basic
 from pamqp.header import ContentHeader
 
 from . import queue_names
-from .amqp_link import CONNECT_BUDGET_S, OPERATION_BUDGET_S, Link, open_channel, really_cancelled
+from .amqp_link import CONNECT_BUDGET_S, OPERATION_BUDGET_S, Link, open_channel, really_cancelled, user_of
 from .backoff import delays
 from .envelope import Envelope
 from .errors import BrokerUnavailable, MQServeError, QueueMismatch
 from .joined_channel import JoinedChannel
 from .queue import Delivery, Settled
 from .rabbit_consumer import RabbitConsumption, RabbitDelivery
+from .refusals import broker_refusal
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class RabbitQueue:
     def __init__(self, url: str, namespace: str, process_id: str) -> None:
         self._namespace = namespace
         self._requests = queue_names.requests_exchange(namespace)
+        self._user = user_of(url)
         self._publishing = Link(url, f"mqserve {namespace} {process_id} publishing")
         self._consuming = Link(url, f"mqserve {namespace} {process_id} consuming")
         self._consumptions: list[RabbitConsumption] = []
@@ -66,15 +68,17 @@ class RabbitQueue:
         return self._channel is not None and self._channel.is_open
 
     def publish(self, backend: str, envelope: Envelope, settled: Settled) -> None:
-        self._publish(self._requests, backend, envelope.to_amqp(), envelope.body, envelope.id, settled)
+        self._publish(self._requests, backend, envelope.to_amqp(self._user), envelope.body, envelope.id, settled)
 
     def reply(self, envelope: Envelope, reply_to: str, settled: Settled) -> None:
-        self._publish("", reply_to, envelope.to_amqp(), envelope.body, envelope.id, settled)
+        self._publish("", reply_to, envelope.to_amqp(self._user), envelope.body, envelope.id, settled)
 
     def dead_letter(self, backend: str, delivery: Delivery, reason: str, settled: Settled) -> None:
         assert isinstance(delivery, RabbitDelivery)
         properties = delivery.properties
         headers = {**(properties.headers or {}), "mq-reason": reason[:2000], "mq-backend": backend, "mq-died-at": int(time.time() * 1000)}
+        if properties.user_id:
+            headers["mq-user"] = properties.user_id
         packed = _pack(properties, headers)
         self._publish(queue_names.dead_exchange(self._namespace), backend, packed, delivery.body, properties.message_id or "", settled)
 
@@ -211,13 +215,17 @@ class RabbitQueue:
         except (Exception, asyncio.CancelledError) as error:
             if isinstance(error, asyncio.CancelledError) and really_cancelled():
                 raise
-            raise BrokerUnavailable(f"RabbitMQ did not answer ({error or type(error).__name__}): {self._publishing!r}") from error
+            refusal = broker_refusal(error)
+            raise BrokerUnavailable(
+                refusal or f"RabbitMQ did not answer ({error or type(error).__name__}): {self._publishing!r}"
+            ) from error
 
 
 def _pack(properties: Basic.Properties, headers: dict[str, Any]) -> bytes:
     """A stranger's properties with our headers, as flags and list; without its headers if they cannot be written again."""
     properties.headers = headers
     properties.expiration = None  # a dead letter outlives the request
+    properties.user_id = None  # not ours: the broker would close the channel
     properties.delivery_mode = 2
     try:
         return ContentHeader(0, 0, properties).marshal()[12:]

@@ -1,13 +1,14 @@
 -- Results of one flush: each is written once, and only the first writer tells the waiting process.
--- KEYS: future key, inbox key, ... in pairs (an inbox of "" tells nobody)
--- ARGV: result TTL in ms, inbox TTL in ms, then result, note, ... in pairs
+-- KEYS: future keys. ARGV: result TTL in ms, inbox TTL in ms, then result, note, inbox key, ... in threes (an inbox of "" tells nobody).
+-- The inboxes are no KEYS, since for these Redis wants the right to read, too: a replica may write to an inbox and not read it.
 -- Returns 1 for each result that was written, 0 for each that stood there already.
 local written = {}
-for i = 1, #KEYS, 2 do
-  if redis.call('SET', KEYS[i], ARGV[i + 2], 'NX', 'PX', ARGV[1]) then
-    if KEYS[i + 1] ~= '' then
-      redis.call('RPUSH', KEYS[i + 1], ARGV[i + 3])
-      redis.call('PEXPIRE', KEYS[i + 1], ARGV[2])
+for i = 1, #KEYS do
+  local result, note, inbox = ARGV[3 * i], ARGV[3 * i + 1], ARGV[3 * i + 2]
+  if redis.call('SET', KEYS[i], result, 'NX', 'PX', ARGV[1]) then
+    if inbox ~= '' then
+      redis.call('RPUSH', inbox, note)
+      redis.call('PEXPIRE', inbox, ARGV[2])
     end
     written[#written + 1] = 1
   else

@@ -20,6 +20,7 @@ from .node import Share
 
 # Nothing else is inherited: what a flag said must not be unsaid by a variable that only the parent was meant to read.
 _INHERITED = {PREFIX + name for name in ("VERBOSE", "ENVIRONMENTS", "NUM_CPUS", "NUM_GPUS", "RESOURCES", "METRICS_HOST", "METRICS_PORT")}
+_INHERITED.add("MQSERVE_INSECURE")
 
 
 class Process:
@@ -106,10 +107,11 @@ class ProcessLauncher:
 
     def replica(self, backend: str, replica_id: str, node: str, share: Share) -> Process:
         arguments = ["replica", backend, "--replica-id", replica_id, "--node-id", node]
-        return Process(arguments, self._settings, python=share.python, variables=share.environment)
+        return Process(arguments, self._settings.for_replica(), python=share.python, variables=share.environment)
 
     def proxy(self, proxy_id: str, host: str, port: int, node: str) -> Process:
-        return Process(["proxy", "--host", host, "--port", str(port), "--proxy-id", proxy_id, "--node-id", node], self._settings)
+        arguments = ["proxy", "--host", host, "--port", str(port), "--proxy-id", proxy_id, "--node-id", node]
+        return Process(arguments, self._settings.for_proxy())
 
 
 def _detached_output(namespace: str) -> IO[bytes] | int:

@@ -30,6 +30,7 @@ from .execute import Execution
 from .handler import Handler
 from .loading import construct, read_backend
 from .metrics import ReplicaMetrics
+from .senders import Senders
 from .serve import Server
 from .worker import Job, Worker
 
@@ -116,7 +117,9 @@ class Replica:
         backend = self._backend
         worker.serve(Execution(backend.name, handler, self._settings.signer))
         metrics = ReplicaMetrics(backend.name, self._options.replica_id)
-        self._server = server = Server(self._settings.namespace, backend.name, queue, self._store, worker, backend.config, handler, metrics)
+        self._server = server = Server(
+            self._settings.namespace, backend.name, queue, self._store, worker, backend.config, handler, metrics, Senders(self._settings)
+        )
         metrics.ready()
         try:
             async with asyncio.TaskGroup() as tasks:

@@ -26,6 +26,7 @@ from .admission import Admission, Poison
 from .handler import Handler
 from .metrics import ReplicaMetrics
 from .prefetch import prefetch, slots
+from .senders import Senders
 from .worker import Job, Worker
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class Server:
         config: BackendConfig,
         handler: Handler,
         metrics: ReplicaMetrics,
+        senders: Senders,
     ) -> None:
         self._namespace = namespace
         self._backend = backend
@@ -65,6 +67,7 @@ class Server:
         self._config = config
         self._handler = handler
         self._metrics = metrics
+        self._senders = senders
         self._consumptions: dict[int, Consumption] = {}
         self._in_hand: dict[int, set[Delivery]] = {}  # by generation
         self._jobs: set[Job] = set()
@@ -178,6 +181,10 @@ class Server:
         except BadEnvelope as error:
             return self._dead_letter(generation, delivery, error)
         job = Job(envelope, (generation, delivery))
+        try:
+            self._senders.check(envelope)
+        except BadEnvelope as error:
+            return self._start(self._refuse(job, error))
         header = envelope.header
         if header.deadline and header.deadline <= self._store.now_ms():
             self._finish(job, late_result("queue"))
