@@ -33,6 +33,8 @@ class Link:
         self._last_error: BaseException | None = None
         self.connection: AbstractConnection | None = None
         self._keeper: asyncio.Task[None] | None = None
+        for library in map(logging.getLogger, ("aio_pika", "aiormq")):
+            library.setLevel(max(library.level, logging.INFO))  # at DEBUG they log payloads, headers and logins
 
     def __repr__(self) -> str:
         return f"<link {self._name} to {masked(self._url)}, {'up' if self.is_up else 'down'}>"

@@ -86,7 +86,7 @@ class Envelope:
     expiration_ms: int = 0
     persistent: bool = field(default=False, repr=False)
     status: int = 0  # of a reply only: HTTP's number for the outcome, in the header `mq-status`
-    user_id: str = ""  # of a delivery only: RabbitMQ takes no other than the one who sent it
+    user_id: str = field(default="", compare=False)  # of a delivery only, and no part of the request: RabbitMQ vouches for it
 
     @property
     def minted(self) -> bool:

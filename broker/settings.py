@@ -61,11 +61,21 @@ class Settings:
         keys = tuple(key.encode() for name in ("SECRET_KEY", "SECRET_KEY_PREVIOUS") if (key := read_secret(env, name)))
         if not broker and not keys:
             keys = (os.urandom(MIN_KEY_BYTES),)  # one process: nobody else needs to know it
+
+        def url(name: str) -> str:
+            return _checked(read_secret(env, name.removeprefix(PREFIX)), name, env)
+
         settings = cls(
-            check_namespace(namespace or env.get(PREFIX + "NAMESPACE") or "mqserve"), broker, store, keys,
-            *(_checked(read_secret(env, name.removeprefix(PREFIX)), name, env) for name in _OF_CHILDREN),
+            check_namespace(namespace or env.get(PREFIX + "NAMESPACE") or "mqserve"),
+            broker,
+            store,
+            keys,
+            replica_broker_url=url("MQSERVE_REPLICA_BROKER_URL"),
+            replica_store_url=url("MQSERVE_REPLICA_STORE_URL"),
+            proxy_broker_url=url("MQSERVE_PROXY_BROKER_URL"),
+            proxy_store_url=url("MQSERVE_PROXY_STORE_URL"),
             trusted_users=tuple(user.strip() for user in env.get("MQSERVE_TRUSTED_USERS", "").split(",") if user.strip()),
-        )  # fmt: skip
+        )
         _ = settings.signer  # a key that is too short is said now, not at the first request
         return settings
 
@@ -88,14 +98,14 @@ class Settings:
         env = {PREFIX + "NAMESPACE": self.namespace, PREFIX + "BROKER_URL": self.broker_url, PREFIX + "STORE_URL": self.store_url}
         for name, key in zip(("SECRET_KEY", "SECRET_KEY_PREVIOUS"), self.secret_keys, strict=False):
             env[PREFIX + name] = key.decode()
-        urls = (self.replica_broker_url, self.replica_store_url, self.proxy_broker_url, self.proxy_store_url)
-        env |= {name: url for name, url in zip(_OF_CHILDREN, urls, strict=True) if url}
-        if self.trusted_users:
-            env["MQSERVE_TRUSTED_USERS"] = ",".join(self.trusted_users)
-        return env
-
-
-_OF_CHILDREN = ("MQSERVE_REPLICA_BROKER_URL", "MQSERVE_REPLICA_STORE_URL", "MQSERVE_PROXY_BROKER_URL", "MQSERVE_PROXY_STORE_URL")
+        of_children = {
+            "MQSERVE_REPLICA_BROKER_URL": self.replica_broker_url,
+            "MQSERVE_REPLICA_STORE_URL": self.replica_store_url,
+            "MQSERVE_PROXY_BROKER_URL": self.proxy_broker_url,
+            "MQSERVE_PROXY_STORE_URL": self.proxy_store_url,
+            "MQSERVE_TRUSTED_USERS": ",".join(self.trusted_users),
+        }
+        return env | {name: value for name, value in of_children.items() if value}
 
 
 def read_secret(env: Mapping[str, str], name: str) -> str:

@@ -87,7 +87,8 @@ def test_compose_holds_no_secret() -> None:
         if secret.search(name) and not re.fullmatch(r"\$\{\w+:\?[^}]+\}", value)
     ]
     passwords_in_urls = re.findall(r"://[^/@\s]*:(?!\$\{)[^/@\s]+@", COMPOSE_TEXT)
-    assert not literals and not passwords_in_urls
+    passwords_of_users = re.findall(r'"password": "(?!\$\{)|user \S+ on (?!>\$\{)', COMPOSE_TEXT)
+    assert not literals and not passwords_in_urls and not passwords_of_users
 
 
 def test_the_example_environment_defines_what_compose_asks_for() -> None:

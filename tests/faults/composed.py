@@ -67,7 +67,7 @@ class Composed:
             if flag in command:
                 self.ports[service] = free_port()
                 command[command.index(flag) + 1] = str(self.ports[service])
-        self.programs[service] = CommandLine(self.folder, **variables).start(*command)
+        self.programs[service] = CommandLine(self.folder, **variables, MQSERVE_VERBOSE="1").start(*command)
         return self.programs[service]
 
     def _located(self, value: str) -> str:
