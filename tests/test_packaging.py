@@ -91,6 +91,16 @@ def test_compose_holds_no_secret() -> None:
     assert not literals and not passwords_in_urls and not passwords_of_users
 
 
+def test_every_dollar_is_one_that_compose_reads() -> None:
+    assert not re.findall(r"\$.{0,20}", re.sub(r"\$\$|\$\{\w+:\?[^}]+\}", "", COMPOSE_TEXT))
+
+
+def test_every_config_is_inside_the_file_and_mounted() -> None:
+    configs: dict[str, dict[str, str]] = yaml.safe_load(COMPOSE_TEXT)["configs"]
+    mounted = {config["source"] for service in SERVICES.values() for config in service.get("configs", ())}
+    assert mounted == {name for name, config in configs.items() if config["content"]}
+
+
 def test_the_example_environment_defines_what_compose_asks_for() -> None:
     asked = set(re.findall(r"(?<!\$)\$\{(\w+)", COMPOSE_TEXT))
     defined = set(re.findall(r"^(\w+)=", (ROOT / ".env.example").read_text(), re.MULTILINE))

@@ -201,7 +201,7 @@ def test_user_code_finds_no_credentials_but_its_own(composed: Composed, url: str
     assert not [name for name, value in found.items() if any(password in value for password in others)]
     assert set(found) == {
         *("MQSERVE_BROKER_URL", "MQSERVE_STORE_URL", "MQSERVE_SECRET_KEY", "MQSERVE_NAMESPACE", "MQSERVE_TRUSTED_USERS"),
-        "MQSERVE_LIFELINE_FD",
+        *("MQSERVE_LIFELINE_FD", "MQSERVE_VERBOSE"),
     }
 
 
@@ -401,7 +401,7 @@ import logging
 logging.basicConfig(level=logging.DEBUG)
 import mqserve as serve
 client = serve.connect()
-print(repr(client), vars(client), vars(client._links))
+print(client, vars(client), client._links)
 print(serve.get_handle("double").remote("the request's own content").result(timeout=20))
 """
 
@@ -426,3 +426,10 @@ def test_no_secret_shows_in_any_output_status_or_process_list(composed: Composed
     shown += [" ".join(process.cmdline()) for process in processes]
     assert all("***" in text for text in shown[:1]), "they speak of URLs"
     assert not {name for name, secret in composed.env.items() for text in shown if secret in text}
+
+
+def test_last_of_all_an_operator_ends_the_instance_by_the_controllers_user(composed: Composed) -> None:
+    ended = composed.shell("controller").run("shutdown")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert composed.programs["controller"].wait() == 0
+    assert composed.shell("controller").run("status").returncode == 1
