@@ -45,7 +45,7 @@ def broker_refusal(error: BaseException | None, url: str = "") -> str:
     if "Login was refused" in text:
         user = URL(url).user or "guest"
         return f"RabbitMQ refuses the login of user {user!r}: does it exist, and is the URL's password the one it was given? {_MEND}"
-    if found := re.search(r"(?:(\w+) )?access to (\w+) '(.+)' (?:in vhost '(.+)' )?refused for user '(.+?)'", text):
-        kind, what, name, _, user = found.groups()
+    if found := re.search(r"(?:(\w+) )?access to (\w+) '(.+?)' (?:in vhost '.+?' )?refused for user '(.+?)'", text):
+        kind, what, name, user = found.groups()
         return f"RabbitMQ does not let user {user!r} do this: it lacks {kind or 'a right of'} access to {what} {name!r}. {_MEND}"
     return ""
