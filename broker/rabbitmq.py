@@ -77,8 +77,7 @@ class RabbitQueue:
         assert isinstance(delivery, RabbitDelivery)
         properties = delivery.properties
         headers = {**(properties.headers or {}), "mq-reason": reason[:2000], "mq-backend": backend, "mq-died-at": int(time.time() * 1000)}
-        if properties.user_id:
-            headers["mq-user"] = properties.user_id
+        headers["mq-user"] = properties.user_id or ""  # always: a stranger's own header of that name must not pass for it
         packed = _pack(properties, headers)
         self._publish(queue_names.dead_exchange(self._namespace), backend, packed, delivery.body, properties.message_id or "", settled)
 
