@@ -105,7 +105,8 @@ def _rabbitmq_hash(password: str) -> str:
 _CONNECTING = ("ping", "select", "time", "script|load")  # auth and hello need no right
 _DOCUMENTS = ("get", "mget", "subscribe", "unsubscribe", "publish")
 _BEATING = ("hset", "hdel")
-_CALLING = ("set", "evalsha", "eval", "blmpop", "xadd")  # sends requests, waits for results, says that it waits no more
+_TELLING = ("xadd", "pexpire")  # that somebody waits no more
+_CALLING = ("set", "evalsha", "eval", "blmpop", *_TELLING)  # sends requests, waits for results
 
 
 def store_rights(namespace: str) -> dict[str, StoreRights]:
@@ -124,10 +125,10 @@ def store_rights(namespace: str) -> dict[str, StoreRights]:
         return StoreRights(frozenset(reads), frozenset(writes), commands)
 
     everything = {f"mqserve:{namespace}:*"}
-    counting = ("incr", "incrby", "pexpire", "del")
+    counting = ("incr", "incrby", "del")
     return {
         "controller": rights(everything, everything, (*calls, *_BEATING, *counting, "hgetall", "rpush", "xread")),
-        "node": rights({*documents, keys.beats}, {keys.beats, cancelled}, _CONNECTING + _DOCUMENTS + _BEATING + ("hgetall", "xadd")),
+        "node": rights({*documents, keys.beats}, {keys.beats, cancelled}, _CONNECTING + _DOCUMENTS + _BEATING + _TELLING + ("hgetall",)),
         "proxy": rights(
             {*documents, *results, *inbox("proxy"), keys.start("*"), keys.code("*")},
             {*results, *inbox("proxy"), keys.beats, cancelled},
