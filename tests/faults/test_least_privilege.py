@@ -76,6 +76,8 @@ def composed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Composed]:
             wait_until(lambda: instance.shell("controller").run("status").returncode == 0)
             for service in ("proxy-1", "proxy-2", "worker"):
                 instance.start(service)
+            members = ["worker", *(f":{instance.ports[service]}" for service in ("proxy-1", "proxy-2"))]
+            wait_until(lambda: all(member in instance.shell("controller").run("status").stdout for member in members))
             deployed = instance.shell("client").python(DEPLOY)
             assert deployed.returncode == 0, deployed.stderr + instance.outputs()
             yield instance
