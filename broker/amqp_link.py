@@ -10,9 +10,11 @@ import aio_pika
 import aiormq
 from aio_pika.abc import AbstractConnection
 from aio_pika.connection import make_url
+from yarl import URL
 
 from .backoff import delays
 from .errors import BrokerUnavailable
+from .refusals import broker_refusal
 from .settings import masked
 
 logger = logging.getLogger(__name__)
@@ -35,6 +37,8 @@ class Link:
         self._keeper: asyncio.Task[None] | None = None
         self._lost = asyncio.Event()
         self._ending: set[asyncio.Task[None]] = set()
+        for library in map(logging.getLogger, ("aio_pika", "aiormq")):
+            library.setLevel(max(library.level, logging.INFO))  # at DEBUG they log payloads, headers and logins
 
     def __repr__(self) -> str:
         return f"<link {self._name} to {masked(self._url)}, {'up' if self.is_up else 'down'}>"
@@ -53,7 +57,8 @@ class Link:
         except TimeoutError:
             reason = f": {self._last_error}" if self._last_error else ""
             raise BrokerUnavailable(
-                f"no connection to RabbitMQ at {masked(self._url)} within {budget_s:g} s{reason}; is it running, "
+                broker_refusal(self._last_error, self._url)
+                or f"no connection to RabbitMQ at {masked(self._url)} within {budget_s:g} s{reason}; is it running, "
                 "and is MQSERVE_BROKER_URL right?"
             ) from self._last_error
         assert self.connection is not None
@@ -114,6 +119,12 @@ async def _end(connection: AbstractConnection) -> None:
     with suppress(Exception, asyncio.CancelledError):
         async with asyncio.timeout(_END_BUDGET_S):
             await connection.close()
+
+
+def user_of(url: str) -> str:
+    """Whom RabbitMQ takes the connection for: empty where a certificate says it rather than the URL."""
+    parsed = URL(url)
+    return "" if parsed.query.get("auth", "plain").lower() != "plain" else parsed.user or "guest"
 
 
 def really_cancelled() -> bool:

@@ -24,7 +24,7 @@ MAX_REASON = 2000  # characters
 MAX_TRACEBACK_BYTES = 16 * 1024
 MAX_ATTEMPTS_KEPT = 100
 _MAX_HEAD_BYTES = 120 * 1024  # a content header must fit one frame (128 KiB), or it kills the connection
-_OURS = ("mq-reason", "mq-traceback", "mq-attempts", "mq-backend", "mq-died-at")
+_OURS = ("mq-reason", "mq-traceback", "mq-attempts", "mq-backend", "mq-died-at", "mq-user")
 
 
 class Attempt(msgspec.Struct, frozen=True):
@@ -113,9 +113,11 @@ class DeadLetter:
         properties = _with_headers(self.properties, {**headers, "mq": bytearray(msgspec.msgpack.encode(fields))})
         return DeadLetter(self.backend, self.death, properties, self.body)
 
-    def to_amqp(self) -> bytes:
-        """The property flags and list of the message, without those of its death."""
-        return _pack(self.properties)
+    def to_amqp(self, user: str = "") -> bytes:
+        """The property flags and list of the message, without those of its death; `user` vouches for it now."""
+        properties = copy.copy(self.properties)
+        properties.user_id = user or None
+        return _pack(properties)
 
 
 def digest_of(backend: str, body: bytes) -> str:
@@ -126,6 +128,7 @@ def digest_of(backend: str, body: bytes) -> str:
 def dead_letter_to_amqp(backend: str, properties: Basic.Properties, death: Death) -> bytes:
     """The property flags and list of a dead letter: a stranger's headers go where they do not fit or cannot be written again."""
     ours = death.to_headers(backend)
+    ours["mq-user"] = properties.user_id or ""  # always: a stranger's own header of that name must not pass for it
     theirs: dict[str, Any] = {name: value for name, value in (properties.headers or {}).items() if name != "CC"}  # or it goes there too
     for kept in (theirs, {name: value for name, value in theirs.items() if name == "mq"}):
         with suppress(Exception):

@@ -96,6 +96,7 @@ class Envelope:
     expiration_ms: int = 0
     persistent: bool = field(default=False, repr=False)
     status: int = 0  # of a reply only: HTTP's number for the outcome, in the header `mq-status`
+    user_id: str = field(default="", compare=False)  # of a delivery only, and no part of the request: RabbitMQ vouches for it
 
     @property
     def minted(self) -> bool:
@@ -113,8 +114,8 @@ class Envelope:
         if size > MAX_HEAD_BYTES:
             raise TooLarge(f"the request's head takes {size} bytes, more than {MAX_HEAD_BYTES}: send less in headers and URL", status=431)
 
-    def to_amqp(self) -> bytes:
-        """The property flags and list of an AMQP content header, packed by hand.
+    def to_amqp(self, user_id: str = "") -> bytes:
+        """The property flags and list of an AMQP content header, packed by hand. `user_id` is the connection's user.
 
         pamqp's generic encoder takes longer for this than all the rest of a publish. Raises TooLarge over the head limit, and
         BadEnvelope for what AMQP has no room for.
@@ -147,6 +148,9 @@ class Envelope:
         if self.id:
             flags |= _MESSAGE_ID
             parts.append(_short(self.id))
+        if user_id:
+            flags |= _USER_ID
+            parts.append(_short(user_id))
         return struct.pack(">H", flags) + b"".join(parts)
 
     @classmethod
@@ -165,11 +169,12 @@ class Envelope:
             priority=properties.priority or 0,
             expiration_ms=_milliseconds(properties.expiration),
             persistent=properties.delivery_mode == 2,
+            user_id=properties.user_id or "",
         )
 
 
 _CONTENT_TYPE, _HEADERS, _DELIVERY_MODE, _PRIORITY = 1 << 15, 1 << 13, 1 << 12, 1 << 11
-_CORRELATION_ID, _REPLY_TO, _EXPIRATION, _MESSAGE_ID = 1 << 10, 1 << 9, 1 << 8, 1 << 7
+_CORRELATION_ID, _REPLY_TO, _EXPIRATION, _MESSAGE_ID, _USER_ID = 1 << 10, 1 << 9, 1 << 8, 1 << 7, 1 << 4
 
 
 def _short(text: str) -> bytes:

@@ -20,6 +20,7 @@ from pamqp.frame import marshal
 
 from .errors import BrokerUnavailable, MQServeError, NotRouted, Overloaded
 from .queue import Settled
+from .refusals import broker_refusal
 
 _FRAME_END = b"\xce"
 _FULL_QUEUE_RETRY_S = 0.001
@@ -169,8 +170,10 @@ class JoinedChannel:
 
     def _fail_unconfirmed(self, closed: asyncio.Future[Any]) -> None:
         unconfirmed, self._unconfirmed = self._unconfirmed, {}
+        refusal = "" if closed.cancelled() else broker_refusal(closed.exception())
+        why = refusal or "the connection to RabbitMQ was lost before it confirmed the message"
         for _, settled in unconfirmed.values():
-            settled(BrokerUnavailable("the connection to RabbitMQ was lost before it confirmed the message", maybe_sent=True))
+            settled(BrokerUnavailable(why, maybe_sent=True))
 
 
 def _nobody(error: MQServeError | None) -> None:

@@ -17,6 +17,7 @@ from .envelope import Envelope
 from .errors import BrokerUnavailable
 from .joined_channel import JoinedChannel
 from .queue import Delivery
+from .refusals import broker_refusal
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class RabbitConsumption:
         self._consuming = asyncio.Event()
         self._changed = asyncio.Event()
         self.cancelled = False
+        self._refusal = ""
         self._channel: JoinedChannel | None = None
         self._task = asyncio.create_task(self._keep(), name=f"consume {queue}")
 
@@ -67,7 +69,8 @@ class RabbitConsumption:
             async with asyncio.timeout(OPERATION_BUDGET_S):
                 await self._consuming.wait()
         except TimeoutError:
-            raise BrokerUnavailable(f"RabbitMQ did not let us consume {self._queue} within {OPERATION_BUDGET_S:g} s") from None
+            why = self._refusal or f"RabbitMQ did not let us consume {self._queue} within {OPERATION_BUDGET_S:g} s"
+            raise BrokerUnavailable(why) from None
 
     def set_prefetch(self, prefetch: int) -> None:
         if prefetch != self._prefetch:
@@ -97,7 +100,8 @@ class RabbitConsumption:
             except (Exception, asyncio.CancelledError) as error:
                 if isinstance(error, asyncio.CancelledError) and really_cancelled():
                     raise
-                logger.warning("cannot consume %s (%s); trying again", self._queue, error or type(error).__name__)
+                self._refusal = broker_refusal(error)
+                logger.warning("cannot consume %s (%s); trying again", self._queue, self._refusal or error or type(error).__name__)
             finally:
                 self._consuming.clear()
             if not self.cancelled:

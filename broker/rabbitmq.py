@@ -19,7 +19,7 @@ import aiormq
 from aio_pika.abc import AbstractChannel, AbstractConnection
 
 from . import queue_names
-from .amqp_link import CONNECT_BUDGET_S, OPERATION_BUDGET_S, Link, open_channel, really_cancelled
+from .amqp_link import CONNECT_BUDGET_S, OPERATION_BUDGET_S, Link, open_channel, really_cancelled, user_of
 from .backoff import delays
 from .dead_letters import DeadLetter, Death, dead_letter_to_amqp
 from .envelope import Envelope
@@ -28,6 +28,7 @@ from .joined_channel import JoinedChannel
 from .queue import Delivery, Settled
 from .rabbit_consumer import RabbitConsumption, RabbitDelivery
 from .rabbit_dead_letters import RabbitDeadLetters, open_dead_letters
+from .refusals import broker_refusal
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class RabbitQueue:
     def __init__(self, url: str, namespace: str, process_id: str) -> None:
         self._namespace = namespace
         self._requests = queue_names.requests_exchange(namespace)
+        self._user = user_of(url)
         self._publishing = Link(url, f"mqserve {namespace} {process_id} publishing")
         self._consuming = Link(url, f"mqserve {namespace} {process_id} consuming")
         self._consumptions: list[RabbitConsumption] = []
@@ -74,11 +76,11 @@ class RabbitQueue:
         return time.monotonic() - self._down_since
 
     def publish(self, backend: str, envelope: Envelope, settled: Settled) -> None:
-        self._publish(self._requests, backend, envelope.to_amqp(), envelope.body, envelope.id, settled)
+        self._publish(self._requests, backend, envelope.to_amqp(self._user), envelope.body, envelope.id, settled)
         self._has_exchange = True
 
     def reply(self, envelope: Envelope, reply_to: str, settled: Settled) -> None:
-        self._publish("", reply_to, envelope.to_amqp(), envelope.body, envelope.id, settled)
+        self._publish("", reply_to, envelope.to_amqp(self._user), envelope.body, envelope.id, settled)
 
     def dead_letter(self, backend: str, delivery: Delivery, death: Death, settled: Settled) -> None:
         assert isinstance(delivery, RabbitDelivery)
@@ -90,7 +92,7 @@ class RabbitQueue:
         return open_dead_letters(self._consuming, queue_names.dead_queue(self._namespace, backend), backend, at_most)
 
     def republish(self, letter: DeadLetter, settled: Settled) -> None:
-        self._publish(self._requests, letter.backend, letter.to_amqp(), letter.body, letter.id, settled)
+        self._publish(self._requests, letter.backend, letter.to_amqp(self._user), letter.body, letter.id, settled)
 
     def _publish(self, exchange: str, key: str, properties: bytes, body: bytes, message_id: str, settled: Settled) -> None:
         if self._channel is None:
@@ -268,7 +270,10 @@ class RabbitQueue:
         except (Exception, asyncio.CancelledError) as error:
             if isinstance(error, asyncio.CancelledError) and really_cancelled():
                 raise
-            raise BrokerUnavailable(f"RabbitMQ did not answer ({error or type(error).__name__}): {self._publishing!r}") from error
+            refusal = broker_refusal(error)
+            raise BrokerUnavailable(
+                refusal or f"RabbitMQ did not answer ({error or type(error).__name__}): {self._publishing!r}"
+            ) from error
 
 
 def _tell(taken: asyncio.Future[MQServeError | None], error: MQServeError | None) -> None:

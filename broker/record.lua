@@ -1,6 +1,6 @@
 -- Results of one flush: each is written once, and only the first writer tells the waiting process.
--- KEYS: future key, inbox key, ... in pairs (an inbox of "" tells nobody)
--- ARGV: result TTL in ms, inbox TTL in ms, then result, note, ... in pairs
+-- KEYS: future keys. ARGV: result TTL in ms, inbox TTL in ms, then result, note, inbox key, ... in threes (an inbox of "" tells nobody).
+-- The inboxes are no KEYS, since for these Redis wants the right to read, too: a replica may write to an inbox and not read it.
 -- Returns 1 for each result that stands there now, 0 for each in whose place another one stood already.
 local function tell(inbox, note)
   if inbox ~= '' then
@@ -10,13 +10,14 @@ local function tell(inbox, note)
 end
 
 local written = {}
-for i = 1, #KEYS, 2 do
-  if redis.call('SET', KEYS[i], ARGV[i + 2], 'NX', 'PX', ARGV[1]) then
-    tell(KEYS[i + 1], ARGV[i + 3])
+for i = 1, #KEYS do
+  local result, note, inbox = ARGV[3 * i], ARGV[3 * i + 1], ARGV[3 * i + 2]
+  if redis.call('SET', KEYS[i], result, 'NX', 'PX', ARGV[1]) then
+    tell(inbox, note)
     written[#written + 1] = 1
-  elseif redis.call('GET', KEYS[i]) == ARGV[i + 2] then
+  elseif redis.call('GET', KEYS[i]) == result then
     -- Ours, of a call that was sent twice since its answer was lost; or another's who found the same (cancelled, late).
-    tell(KEYS[i + 1], ARGV[i + 3])
+    tell(inbox, note)
     written[#written + 1] = 1
   else
     written[#written + 1] = 0

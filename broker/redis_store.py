@@ -21,6 +21,7 @@ from redis.exceptions import NoScriptError, RedisError
 
 from .backoff import delays
 from .errors import StoreUnavailable
+from .refusals import ExplainedRedis, store_refusal
 from .settings import masked
 from .store import Guard, Record
 from .store_keys import INBOX_TTL_S, LOG_LENGTH, LOG_TTL_S, RESULT_TTL_S, StoreKeys
@@ -57,12 +58,12 @@ class RedisStore:
         self._url = url
         self._channel = StoreKeys(namespace).changed
         once = Retry(NoBackoff(), 1)
-        self._commands = redis.Redis.from_pool(
+        self._commands = ExplainedRedis.from_pool(
             redis.BlockingConnectionPool.from_url(
                 url, max_connections=16, timeout=2, socket_timeout=2, socket_connect_timeout=2, retry=once
             )
         )
-        self._blocking = redis.Redis.from_url(url, socket_timeout=None, socket_connect_timeout=2, retry=Retry(NoBackoff(), 0))
+        self._blocking = ExplainedRedis.from_url(url, socket_timeout=None, socket_connect_timeout=2, retry=Retry(NoBackoff(), 0))
         self._scripts = {name: (_HERE / f"{name}.lua").read_text() for name in ("record", "replace", "delete")}
         self._digests: dict[str, str] = {}
         self._offset_ms = 0.0
@@ -84,7 +85,8 @@ class RedisStore:
                 await self._measure_clock()
         except _FAILURES as error:
             raise StoreUnavailable(
-                f"no connection to Redis at {masked(self._url)} within {CONNECT_BUDGET_S:g} s ({error or type(error).__name__}); "
+                store_refusal(error, self._url)
+                or f"no connection to Redis at {masked(self._url)} within {CONNECT_BUDGET_S:g} s ({error or type(error).__name__}); "
                 "is it running, and is MQSERVE_STORE_URL right?"
             ) from error
         self._connected = True
@@ -129,10 +131,10 @@ class RedisStore:
 
     async def _write(self, batch: list[tuple[Record, asyncio.Future[bool]]]) -> list[int]:
         keys: list[str] = []
-        values: list[bytes | int] = [RESULT_TTL_S * 1000, INBOX_TTL_S * 1000]
+        values: list[bytes | str | int] = [RESULT_TTL_S * 1000, INBOX_TTL_S * 1000]
         for record, _ in batch:
-            keys += (record.key, record.inbox)
-            values += (record.value, record.note)
+            keys.append(record.key)
+            values += (record.value, record.note, record.inbox)
         return await self._call(lambda: self._script("record", keys, values))
 
     async def _write_marks(self) -> None:
@@ -231,7 +233,9 @@ class RedisStore:
                         if message is not None:
                             pauses = delays()
                             self._wake_watchers()
-            except _FAILURES:
+            except _FAILURES as error:
+                if refusal := store_refusal(error, self._url):
+                    logger.warning("cannot hear of changes, and looks for them every few seconds: %s", refusal)
                 await asyncio.sleep(next(pauses))
 
     def _wake_watchers(self) -> None:
@@ -256,7 +260,8 @@ class RedisStore:
                         on_notes(popped[1])
             except _FAILURES as error:
                 # Entries popped for the broken connection are lost; their results are not: `on_gap` has them read by key.
-                logger.warning("lost the inbox at %s (%s); reconnecting", masked(self._url), error or type(error).__name__)
+                why = store_refusal(error, self._url) or error or type(error).__name__
+                logger.warning("lost the inbox at %s (%s); reconnecting", masked(self._url), why)
                 self._connected = False
                 await asyncio.sleep(next(pauses))
 
@@ -303,7 +308,8 @@ class RedisStore:
                 result = await _heeding_cancellation(call)
         except _FAILURES as error:
             self._connected = False
-            raise StoreUnavailable(f"Redis at {masked(self._url)} did not answer ({error or type(error).__name__})") from error
+            refusal = store_refusal(error, self._url)
+            raise StoreUnavailable(refusal or f"Redis at {masked(self._url)} did not answer ({error or type(error).__name__})") from error
         self._connected = True
         return result
 

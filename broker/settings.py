@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
@@ -13,6 +13,7 @@ from yarl import URL
 from .errors import BadValue
 from .queue_names import check_namespace
 from .signing import MIN_KEY_BYTES, Signer
+from .tls import secured
 
 PREFIX = "MQSERVE_"
 MIN_TOKEN_LENGTH = 16
@@ -27,6 +28,11 @@ class Settings:
     store_url: str = field(default="", repr=False)
     secret_keys: tuple[bytes, ...] = field(default=(), repr=False)
     admin_token: str = field(default="", repr=False)  # opens the system paths of a proxy to other machines
+    replica_broker_url: str = field(default="", repr=False)  # these four: what a node hands to its children instead of its own
+    replica_store_url: str = field(default="", repr=False)
+    proxy_broker_url: str = field(default="", repr=False)
+    proxy_store_url: str = field(default="", repr=False)
+    trusted_users: tuple[str, ...] = ()  # of RabbitMQ, whose sealed pickles replicas open; empty: any user's
 
     @property
     def embedded(self) -> bool:
@@ -52,24 +58,58 @@ class Settings:
         if bool(broker) != bool(store):
             there, missing = ("MQSERVE_BROKER_URL", "MQSERVE_STORE_URL") if broker else ("MQSERVE_STORE_URL", "MQSERVE_BROKER_URL")
             raise BadValue(f"{there} is set and {missing} is not: set both for the distributed form, or none for the embedded one")
-        _check_scheme(broker, ("amqp://", "amqps://"), "MQSERVE_BROKER_URL")
-        _check_scheme(store, ("redis://", "rediss://"), "MQSERVE_STORE_URL")
+        broker = _checked(broker, "MQSERVE_BROKER_URL", env)
+        store = _checked(store, "MQSERVE_STORE_URL", env)
         keys = tuple(key.encode() for name in ("SECRET_KEY", "SECRET_KEY_PREVIOUS") if (key := read_secret(env, name)))
         if not broker and not keys:
             keys = (os.urandom(MIN_KEY_BYTES),)  # one process: nobody else needs to know it
-        token = _check_token(read_secret(env, "ADMIN_TOKEN"))
-        settings = cls(check_namespace(namespace or env.get(PREFIX + "NAMESPACE") or "mqserve"), broker, store, keys, token)
+
+        def url(name: str) -> str:
+            return _checked(read_secret(env, name.removeprefix(PREFIX)), name, env)
+
+        settings = cls(
+            check_namespace(namespace or env.get(PREFIX + "NAMESPACE") or "mqserve"),
+            broker,
+            store,
+            keys,
+            admin_token=_check_token(read_secret(env, "ADMIN_TOKEN")),
+            replica_broker_url=url("MQSERVE_REPLICA_BROKER_URL"),
+            replica_store_url=url("MQSERVE_REPLICA_STORE_URL"),
+            proxy_broker_url=url("MQSERVE_PROXY_BROKER_URL"),
+            proxy_store_url=url("MQSERVE_PROXY_STORE_URL"),
+            trusted_users=tuple(user.strip() for user in env.get("MQSERVE_TRUSTED_USERS", "").split(",") if user.strip()),
+        )
         _ = settings.signer  # a key that is too short is said now, not at the first request
         return settings
+
+    def for_replica(self) -> Self:
+        """What a node's replica is told: nothing of the node's own rights where it has others, nor of a proxy's."""
+        return replace(self._for_child(self.replica_broker_url, self.replica_store_url), admin_token="")
+
+    def for_proxy(self) -> Self:
+        """What a node's proxy is told."""
+        return self._for_child(self.proxy_broker_url, self.proxy_store_url)
+
+    def _for_child(self, broker_url: str, store_url: str) -> Self:
+        return replace(
+            self, broker_url=broker_url or self.broker_url, store_url=store_url or self.store_url,
+            replica_broker_url="", replica_store_url="", proxy_broker_url="", proxy_store_url="",
+        )  # fmt: skip
 
     def to_env(self) -> dict[str, str]:
         """For a child process: URLs and keys go by environment, never by argument."""
         env = {PREFIX + "NAMESPACE": self.namespace, PREFIX + "BROKER_URL": self.broker_url, PREFIX + "STORE_URL": self.store_url}
         for name, key in zip(("SECRET_KEY", "SECRET_KEY_PREVIOUS"), self.secret_keys, strict=False):
             env[PREFIX + name] = key.decode()
-        if self.admin_token:
-            env[PREFIX + "ADMIN_TOKEN"] = self.admin_token
-        return env
+        others = {
+            "MQSERVE_ADMIN_TOKEN": self.admin_token,
+            "MQSERVE_REPLICA_BROKER_URL": self.replica_broker_url,
+            "MQSERVE_REPLICA_STORE_URL": self.replica_store_url,
+            "MQSERVE_PROXY_BROKER_URL": self.proxy_broker_url,
+            "MQSERVE_PROXY_STORE_URL": self.proxy_store_url,
+            "MQSERVE_TRUSTED_USERS": ",".join(self.trusted_users),
+        }
+        return env | {name: value for name, value in others.items() if value}
 
 
 def read_secret(env: Mapping[str, str], name: str) -> str:
@@ -87,8 +127,8 @@ def read_secret(env: Mapping[str, str], name: str) -> str:
 
 
 def masked(url: str) -> str:
-    """The URL as it may be shown: without its password."""
-    parsed = URL(url)
+    """The URL as it may be shown: without its password, and without a query, which may hold another one."""
+    parsed = URL(url).with_query(None)
     return str(parsed.with_password("***")) if parsed.password else str(parsed)
 
 
@@ -100,7 +140,26 @@ def _check_token(token: str) -> str:
     return token
 
 
-def _check_scheme(url: str, schemes: tuple[str, ...], name: str) -> None:
-    if url and not url.startswith(schemes):
+def _checked(url: str, name: str, env: Mapping[str, str]) -> str:
+    """The URL, fit for its client. Raises BadValue without showing it: it holds a password."""
+    if not url:
+        return url
+    schemes = ("amqp://", "amqps://") if "BROKER" in name else ("redis://", "rediss://")
+    if not url.startswith(schemes):
         shown = url.partition("://")[0] if "://" in url else "no scheme"
         raise BadValue(f"{name} has {shown}, and needs {' or '.join(schemes)}: for example {schemes[0]}localhost")
+    try:
+        _ = URL(url).port
+    except ValueError:
+        raise BadValue(
+            f"{name} does not parse as a URL (it is not shown, for the password in it): write {schemes[0]}user:password@host:port, "
+            "with %2F for / and %40 for @ in the password"
+        ) from None
+    return secured(url, name, _ca_file(env), insecure=env.get("MQSERVE_INSECURE") == "1")
+
+
+def _ca_file(env: Mapping[str, str]) -> str:
+    path = env.get("MQSERVE_CA_FILE", "")
+    if path and not os.access(path, os.R_OK):
+        raise BadValue(f"MQSERVE_CA_FILE names {path!r}, which cannot be read: it has to hold the certificates that are trusted, as PEM")
+    return path

@@ -12,7 +12,6 @@ import sysconfig
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -24,6 +23,7 @@ from .node import Share
 
 # Nothing else is inherited: what a flag said must not be unsaid by a variable that only the parent was meant to read.
 _INHERITED = {PREFIX + name for name in ("VERBOSE", "ENVIRONMENTS", "NUM_CPUS", "NUM_GPUS", "RESOURCES", "METRICS_HOST", "METRICS_PORT")}
+_INHERITED.add("MQSERVE_INSECURE")
 
 
 class Process:
@@ -113,16 +113,15 @@ class ProcessLauncher:
 
     def replica(self, backend: str, replica_id: str, node: str, share: Share) -> Process:
         arguments = ["replica", backend, "--replica-id", replica_id, "--node-id", node]
-        settings = replace(self._settings, admin_token="")  # of no use to a replica, and the user's code reads its environment
-        return Process(arguments, settings, python=share.python, variables=share.environment)
+        return Process(arguments, self._settings.for_replica(), python=share.python, variables=share.environment)
 
     def proxy(self, proxy_id: str, host: str, port: int, node: str) -> Process:
         arguments = ["proxy", "--host", host, "--port", str(port), "--proxy-id", proxy_id, "--node-id", node]
         listener = self._listen(host, port)
         if listener is None:  # it fails at the same, and says why where failed proxies do
-            return Process(arguments, self._settings)
+            return Process(arguments, self._settings.for_proxy())
         fd = listener.fileno()
-        return Process([*arguments, "--fd", str(fd)], self._settings, hands_on=(fd,))
+        return Process([*arguments, "--fd", str(fd)], self._settings.for_proxy(), hands_on=(fd,))
 
     def stop_listening(self) -> None:
         if self._listener is not None:

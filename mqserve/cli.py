@@ -17,8 +17,10 @@ import click
 from . import __version__
 from .broker.errors import MQServeError
 from .broker.lifeline import run as run_loop
+from .broker.queue_names import check_namespace
 from .broker.settings import Settings
 from .instance import LOCATIONS
+from .setup import FORMATS, print_setup
 
 FAILED = 1
 
@@ -294,6 +296,23 @@ def replica(backend: str, namespace: str | None, replica_id: str | None, node_id
 
     options = ReplicaOptions(backend, replica_id or f"{backend}#{secrets.token_hex(3)}", node_id, external=replica_id is None)
     return _leave_now(run_replica(_distributed(namespace, "replica"), options))
+
+
+@cli.command()
+@namespace_option
+@click.option("--print", "is_print", is_flag=True, help="Print it; mqserve itself changes no server's users.")
+@click.option(
+    "--format", "what", type=click.Choice(FORMATS), default="commands", show_default=True,
+    help="Lines for a shell, definitions for RabbitMQ, or an ACL file for Redis.",
+)  # fmt: skip
+@click.option("--vhost", default="/", show_default=True, help="RabbitMQ's virtual host.")
+@_one_sentence
+def setup(namespace: str | None, is_print: bool, what: str, vhost: str) -> int:
+    """Show the users and rights that RabbitMQ and Redis should have for an instance."""
+    if not is_print:
+        raise MQServeError("mqserve changes no server's users: say `mqserve setup --print`, and run what that prints")
+    click.echo(print_setup(check_namespace(namespace or "mqserve"), what, vhost, os.environ))
+    return 0
 
 
 def _leave_now(role: Coroutine[Any, Any, int]) -> int:

@@ -6,7 +6,9 @@ from dataclasses import replace
 
 from .broker.errors import InstanceError
 from .broker.lifeline import Stop, stop_event
+from .broker.redis_store import open_redis
 from .broker.settings import Settings
+from .broker.store_keys import StoreKeys
 from .controller import lease
 from .controller.loop import Controller
 from .controller.node import Node, NodeOptions
@@ -28,12 +30,12 @@ async def run_controller(settings: Settings, controller_id: str) -> int:
 
 
 async def run_node(settings: Settings, options: NodeOptions, metrics_host: str, metrics_port: int) -> int:
-    """Until it is stopped; the exit code."""
+    """Until it is stopped; the exit code. It needs the store only: a node takes and sends no messages."""
     stop: Stop = stop_event()
-    async with open_links(settings, "node") as links:
+    async with open_redis(settings.store_url, settings.namespace) as store:
         with serve_metrics(metrics_host, metrics_port) as metrics:
             options = replace(options, metrics=metrics)
-            await Node(options, links.store, links.keys, ProcessLauncher(settings)).run(stop)
+            await Node(options, store, StoreKeys(settings.namespace), ProcessLauncher(settings)).run(stop)
     return 0
 
 

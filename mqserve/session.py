@@ -12,6 +12,7 @@ from .client import Client
 from .controller import lease
 from .instance import StartOptions, running_instance, shut_down
 from .links import open_links
+from .replicas.context import in_replica_process
 from .runtime import Runtime
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class _Session:
 
     async def enter(self) -> Client:
         try:
-            links = await self._stack.enter_async_context(open_links(self._settings, "client"))
+            links = await self._stack.enter_async_context(open_links(self._settings, "replica" if in_replica_process() else "client"))
             self._stack.push_async_callback(self._stop_reading)  # after the instance has drained: its last answers are read
             if self._options is None:
                 instance = (await lease.read_instance(links.store, links.keys)).id

@@ -51,6 +51,11 @@ def get_replica_context() -> ReplicaContext:
     return context
 
 
+def in_replica_process() -> bool:
+    """Whether this process is a replica, in whichever thread."""
+    return bool(_process)
+
+
 def get_current_backend_tag() -> str:
     return get_replica_context().backend_tag
 

@@ -29,6 +29,7 @@ from .execute import Execution
 from .handler import Handler
 from .loading import construct, read_backend
 from .metrics import ReplicaMetrics
+from .senders import Senders
 from .serve import Server
 from .worker import Job, Worker
 
@@ -116,7 +117,15 @@ class Replica:
         worker.serve(Execution(backend.name, handler, self._settings.signer))
         metrics = ReplicaMetrics(backend.name, self._options.replica_id)
         self._server = server = Server(
-            self._settings.namespace, backend, queue, self._store, worker, handler, metrics, self._options.replica_id
+            self._settings.namespace,
+            backend,
+            queue,
+            self._store,
+            worker,
+            handler,
+            metrics,
+            self._options.replica_id,
+            Senders(self._settings),
         )
         metrics.ready()
         try:

@@ -28,6 +28,7 @@ from .admission import Admission, Poison
 from .handler import Handler
 from .metrics import ReplicaMetrics
 from .prefetch import prefetch, slots
+from .senders import Senders
 from .worker import Job, Worker
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ class Server:
         handler: Handler,
         metrics: ReplicaMetrics,
         replica_id: str,
+        senders: Senders,
     ) -> None:
         self._namespace = namespace
         self._backend = backend.name
@@ -67,6 +69,7 @@ class Server:
         self._config = backend.config
         self._handler = handler
         self._metrics = metrics
+        self._senders = senders
         self._consumptions: dict[int, Consumption] = {}
         self._in_hand: dict[int, set[Delivery]] = {}  # by generation
         self._jobs: set[Job] = set()
@@ -209,6 +212,10 @@ class Server:
         header = envelope.header
         left_s = (header.deadline - self._store.now_ms()) / 1000 if header.deadline else MAX_REQUEST_TIMEOUT_S
         job = Job(envelope, (generation, delivery), time.monotonic() + left_s)
+        try:
+            self._senders.check(envelope)
+        except BadEnvelope as error:
+            return self._start(self._refuse(job, error))
         if left_s <= 0:
             self._finish(job, late_result("queue"))
         elif self._cancellations and self._cancellations.names(envelope, envelope.future_id(self._backend)):

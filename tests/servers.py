@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from glob import glob
 from pathlib import Path
 from types import TracebackType
-from typing import ClassVar, Self
+from typing import ClassVar, NamedTuple, Self
 
 START_DEADLINE_S = 60.0
 STOP_DEADLINE_S = 30.0
@@ -40,6 +40,14 @@ class ServerFailed(Exception):
     """The server did not start; the message ends with the tail of its log."""
 
 
+class Certificates(NamedTuple):
+    """PEM files of a server that also listens for TLS."""
+
+    authority: Path
+    certificate: Path
+    key: Path
+
+
 class PrivateServer(ABC):
     """One server; its port and its data stay the same over `stop()` or `kill()` and another `start()`.
 
@@ -48,8 +56,10 @@ class PrivateServer(ABC):
 
     name: ClassVar[str]
 
-    def __init__(self) -> None:
+    def __init__(self, tls: Certificates | None = None) -> None:
         self.port = free_port()
+        self.tls_port = free_port()
+        self._tls = tls
         self._folder: Path | None = None
         self._processes: list[subprocess.Popen[bytes]] = []  # the server itself is the last one
         self._watcher: subprocess.Popen[bytes] | None = None
@@ -192,8 +202,9 @@ class PrivateRedis(PrivateServer):
 
     name = "Redis"
 
-    def __init__(self, *, appendonly: bool = False) -> None:
-        super().__init__()
+    def __init__(self, tls: Certificates | None = None, acl: str = "", *, appendonly: bool = False) -> None:
+        super().__init__(tls)
+        self._acl = acl  # the content of an aclfile
         self._appendonly = appendonly
 
     @property
@@ -205,6 +216,10 @@ class PrivateRedis(PrivateServer):
         if self._folder is not None and not self.running:
             shutil.rmtree(self._folder / "appendonlydir", ignore_errors=True)
 
+    @property
+    def tls_url(self) -> str:
+        return f"rediss://127.0.0.1:{self.tls_port}/0"
+
     def _launch(self, folder: Path) -> None:
         options = {
             "--port": str(self.port),
@@ -213,11 +228,18 @@ class PrivateRedis(PrivateServer):
             "--appendonly": "yes" if self._appendonly else "no",
             "--dir": str(folder),
         }
+        if self._acl:
+            (folder / "users.acl").write_text(self._acl)
+            options["--aclfile"] = str(folder / "users.acl")
+        if self._tls is not None:
+            files = {"ca-cert": self._tls.authority, "cert": self._tls.certificate, "key": self._tls.key}
+            options |= {"--tls-port": str(self.tls_port), "--tls-auth-clients": "no"}
+            options |= {f"--tls-{kind}-file": str(path) for kind, path in files.items()}
         self._spawn(find_redis(), *(word for option in options.items() for word in option), folder=folder)
 
     def _greet(self, connection: socket.socket) -> bool:
         connection.sendall(b"PING\r\n")
-        return connection.recv(64).startswith(b"+PONG")
+        return connection.recv(64).startswith((b"+PONG", b"-NOAUTH"))
 
 
 class PrivateRabbitMQ(PrivateServer):
@@ -225,14 +247,18 @@ class PrivateRabbitMQ(PrivateServer):
 
     name = "RabbitMQ"
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, tls: Certificates | None = None) -> None:
+        super().__init__(tls)
         self._epmd_port = free_port()
         self._distribution_port = free_port()
 
     @property
     def url(self) -> str:
         return f"amqp://guest:guest@127.0.0.1:{self.port}/"
+
+    @property
+    def tls_url(self) -> str:
+        return f"amqps://guest:guest@127.0.0.1:{self.tls_port}/"
 
     def ctl(self, *arguments: str) -> str:
         """What `rabbitmqctl` prints, e.g. for `ctl("set_vm_memory_high_watermark", "0.0001")`."""
@@ -253,6 +279,12 @@ class PrivateRabbitMQ(PrivateServer):
     def _launch(self, folder: Path) -> None:
         for name, content in CONFIGURATION.items():
             (folder / name).write_text(content)
+        if self._tls is not None:
+            lines = [f"listeners.ssl.default = 127.0.0.1:{self.tls_port}"]
+            files = {"cacertfile": self._tls.authority, "certfile": self._tls.certificate, "keyfile": self._tls.key}
+            lines += [f"ssl_options.{kind} = {path}" for kind, path in files.items()]
+            with (folder / "rabbitmq.conf").open("a") as conf:
+                conf.writelines(f"{line}\n" for line in lines)
         # Started by us and in the foreground, or Erlang would start one that nobody owns.
         self._spawn(find_epmd(), "-port", str(self._epmd_port), "-address", "127.0.0.1", folder=folder, env=self._env(folder))
         self._spawn(find_rabbitmq(), folder=folder, env=self._env(folder))

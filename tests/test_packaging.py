@@ -87,7 +87,18 @@ def test_compose_holds_no_secret() -> None:
         if secret.search(name) and not re.fullmatch(r"\$\{\w+:\?[^}]+\}", value)
     ]
     passwords_in_urls = re.findall(r"://[^/@\s]*:(?!\$\{)[^/@\s]+@", COMPOSE_TEXT)
-    assert not literals and not passwords_in_urls
+    passwords_of_users = re.findall(r'"password": "(?!\$\{)|user \S+ on (?!>\$\{)', COMPOSE_TEXT)
+    assert not literals and not passwords_in_urls and not passwords_of_users
+
+
+def test_every_dollar_is_one_that_compose_reads() -> None:
+    assert not re.findall(r"\$.{0,20}", re.sub(r"\$\$|\$\{\w+:\?[^}]+\}", "", COMPOSE_TEXT))
+
+
+def test_every_config_is_inside_the_file_and_mounted() -> None:
+    configs: dict[str, dict[str, str]] = yaml.safe_load(COMPOSE_TEXT)["configs"]
+    mounted = {config["source"] for service in SERVICES.values() for config in service.get("configs", ())}
+    assert mounted == {name for name, config in configs.items() if config["content"]}
 
 
 def test_the_example_environment_defines_what_compose_asks_for() -> None:

@@ -108,6 +108,15 @@ def test_a_property_longer_than_amqp_allows_is_refused() -> None:
         Envelope("ü" * 128, b"", "").to_amqp()
 
 
+def test_the_senders_user_travels_as_amqps_own_property() -> None:
+    envelope = Envelope("i", b"", "text/plain", reply_to="r", correlation_id="c", priority=1, expiration_ms=5)
+    header = ContentHeader()
+    header.unmarshal(b"\x00\x3c" + bytes(10) + envelope.to_amqp("the proxy"))
+    assert isinstance(header.properties, Basic.Properties)
+    read = Envelope.from_amqp(header.properties, b"")
+    assert (read, read.user_id) == (envelope, "the proxy")
+
+
 def test_minted_ids_are_128_bits_and_never_the_same() -> None:
     ids = {mint_id() for _ in range(1000)}
     assert len(ids) == 1000

@@ -6,6 +6,7 @@ from typing import Any
 
 import pika
 import pytest
+from yarl import URL
 
 from mqserve.broker.dead_letters import Death
 from mqserve.broker.envelope import Envelope, Header
@@ -161,7 +162,8 @@ async def test_a_header_that_does_not_parse_is_a_bad_envelope_with_its_dead_lett
         await queue.declare("b", 1, None)
         hands = Hands()
         await queue.consume("b", 1, 1, hands)
-        properties = pika.BasicProperties(headers={"mq": "text", "theirs": 1}, message_id="m", expiration="60000")
+        user = URL(broker_url).user
+        properties = pika.BasicProperties(headers={"mq": "text", "theirs": 1}, message_id="m", expiration="60000", user_id=user)
         await asyncio.to_thread(publish_as_a_stranger, broker_url, requests_exchange(namespace), properties)
         await hands.hold(1)
         with pytest.raises(BadEnvelope):
@@ -172,8 +174,9 @@ async def test_a_header_that_does_not_parse_is_a_bad_envelope_with_its_dead_lett
         letter, body = await asyncio.to_thread(get_one, broker_url, dead_queue(namespace, "b"))
         assert body == b"{}"
         assert letter.message_id == "m"
-        assert letter.expiration is None
-        assert letter.headers.items() >= {"mq": "text", "theirs": 1, "mq-reason": "bad", "mq-backend": "b"}.items()
+        assert (letter.expiration, letter.user_id) == (None, None)
+        expected = {"mq": "text", "theirs": 1, "mq-reason": "bad", "mq-backend": "b", "mq-user": user}
+        assert letter.headers.items() >= expected.items()
 
 
 async def test_a_reply_comes_to_the_callers_own_queue_with_its_status(broker_url: str, namespace: str) -> None:

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from mqserve.broker.errors import BadValue
-from mqserve.broker.settings import Settings
+from mqserve.broker.settings import Settings, masked
 
 URLS = {"MQSERVE_BROKER_URL": "amqp://user:hunter2@broker", "MQSERVE_STORE_URL": "redis://:hunter2@store"}
+KINDS = {"BROKER": "amqp", "STORE": "redis"}
 KEY, OTHER_KEY = "k" * 32, "o" * 32
 
 
@@ -100,3 +101,87 @@ def test_no_secret_shows_in_the_state() -> None:
     assert OTHER_KEY not in shown
     assert "hunter2" not in shown
     assert KEY not in shown
+
+
+# What a node's children are told.
+
+ROLES = {f"MQSERVE_{role}_{kind}_URL": f"{scheme}://{role.lower()}:pw@h" for role in ("REPLICA", "PROXY") for kind, scheme in KINDS.items()}
+
+
+def test_a_child_is_told_its_own_credentials_and_nobody_elses() -> None:
+    settings = Settings.read({**URLS, **ROLES, "MQSERVE_SECRET_KEY": KEY})
+    for child, role in ((settings.for_replica(), "replica"), (settings.for_proxy(), "proxy")):
+        told = child.to_env()
+        assert (told["MQSERVE_BROKER_URL"], told["MQSERVE_STORE_URL"]) == (f"amqp://{role}:pw@h", f"redis://{role}:pw@h")
+        assert not [name for name in told if name in ROLES]
+        assert "hunter2" not in str(told)
+
+
+def test_without_credentials_of_its_own_a_child_is_told_the_nodes() -> None:
+    child = Settings.read({**URLS, "MQSERVE_REPLICA_STORE_URL": ROLES["MQSERVE_REPLICA_STORE_URL"]}).for_replica()
+    assert (child.broker_url, child.store_url) == (URLS["MQSERVE_BROKER_URL"], ROLES["MQSERVE_REPLICA_STORE_URL"])
+
+
+def test_a_node_process_is_told_what_its_children_are_to_get() -> None:
+    settings = Settings.read({**URLS, **ROLES, "MQSERVE_TRUSTED_USERS": "one, two,"})
+    assert settings.trusted_users == ("one", "two")
+    assert Settings.read(settings.to_env()) == settings
+
+
+@pytest.mark.parametrize("name", ROLES)
+def test_a_childs_url_may_come_from_a_file(name: str, tmp_path: Path) -> None:
+    (tmp_path / "url").write_text(ROLES[name] + "\n")
+    assert Settings.read({**URLS, f"{name}_FILE": str(tmp_path / "url")}) == Settings.read({**URLS, name: ROLES[name]})
+
+
+# TLS, and URLs that are wrong.
+
+
+@pytest.mark.parametrize(
+    ("name", "url"),
+    [
+        ("MQSERVE_BROKER_URL", "amqps://u:hunter2@h/?no_verify_ssl=1"),
+        ("MQSERVE_BROKER_URL", "amqps://u:hunter2@h/?no_verify_ssl=yes"),
+        ("MQSERVE_STORE_URL", "rediss://u:hunter2@h/0?ssl_cert_reqs=none"),
+        ("MQSERVE_STORE_URL", "rediss://u:hunter2@h/0?ssl_cert_reqs=optional"),
+        ("MQSERVE_STORE_URL", "rediss://u:hunter2@h/0?ssl_check_hostname=False"),
+        ("MQSERVE_PROXY_STORE_URL", "rediss://u:hunter2@h/0?ssl_cert_reqs=none"),
+    ],
+)
+def test_a_url_that_turns_verification_off_is_refused_unless_one_insists(name: str, url: str) -> None:
+    with pytest.raises(BadValue, match=f"{name} says .*MQSERVE_CA_FILE.*MQSERVE_INSECURE=1") as refusal:
+        Settings.read({**URLS, name: url})
+    assert "hunter2" not in str(refusal.value)
+    assert url in Settings.read({**URLS, name: url, "MQSERVE_INSECURE": "1"}).to_env().values()
+
+
+def test_the_authority_goes_into_the_urls_of_tls_that_name_none(tmp_path: Path) -> None:
+    authority = tmp_path / "ca.pem"
+    authority.write_text("")
+    urls = {"MQSERVE_BROKER_URL": "amqps://h/v?heartbeat=5", "MQSERVE_STORE_URL": "rediss://h/0", "MQSERVE_CA_FILE": str(authority)}
+    settings = Settings.read(urls)
+    assert settings.broker_url == f"amqps://h/v?heartbeat=5&cafile={authority}"
+    assert settings.store_url == f"rediss://h/0?ssl_ca_certs={authority}"
+    assert Settings.read(settings.to_env()) == settings
+    plain = Settings.read({**URLS, "MQSERVE_CA_FILE": str(authority)})
+    assert (plain.broker_url, plain.store_url) == tuple(URLS.values())
+    own = Settings.read({**urls, "MQSERVE_STORE_URL": "rediss://h/0?ssl_ca_certs=/own.pem"})
+    assert own.store_url == "rediss://h/0?ssl_ca_certs=/own.pem"
+
+
+def test_an_authority_that_cannot_be_read_is_named() -> None:
+    with pytest.raises(BadValue, match=r"MQSERVE_CA_FILE names '/nowhere\.pem'"):
+        Settings.read({**URLS, "MQSERVE_CA_FILE": "/nowhere.pem"})
+
+
+@pytest.mark.parametrize("name", URLS)
+def test_a_password_that_breaks_its_url_is_not_shown(name: str) -> None:
+    broken = URLS[name].replace("hunter2", "hunter2/and#more")
+    with pytest.raises(BadValue, match=f"{name} does not parse.*%2F") as refusal:
+        Settings.read({**URLS, name: broken})
+    assert "hunter2" not in str(refusal.value)
+    assert refusal.value.__cause__ is None
+
+
+def test_a_url_is_shown_without_its_secrets() -> None:
+    assert masked("rediss://u:hunter2@h/0?password=hunter2") == "rediss://u:***@h/0"

@@ -1,0 +1,437 @@
+"""The users and rights of compose.yaml on real servers: an instance lives with them, and each role is refused what is not its own."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import pika
+import pika.exceptions
+import psutil
+import pytest
+import redis
+
+from mqserve.setup import acl_rules, broker_rights
+from tests.conftest import running
+from tests.faults.composed import ROLES, Composed, configured, dot_env
+from tests.instances import wait_until
+from tests.servers import PrivateRabbitMQ, PrivateRedis
+
+DEPLOY = """
+import os
+import time
+import mqserve as serve
+
+client = serve.connect()
+
+
+def double(request):
+    return request.data * 2
+
+
+def relay(request):
+    return len(serve.get_handle("members").remote({"a", "b"}).result(timeout=20))
+
+
+def members(request):
+    return request.data | {"c"}
+
+
+def slow(request):
+    time.sleep(3)
+
+
+def environment(request):
+    return {name: value for name, value in os.environ.items() if name.startswith("MQSERVE_")}
+
+
+def fail(request):
+    raise ValueError("on purpose")
+
+
+for target in (double, relay, members, slow, environment, fail):
+    config = {"request_timeout_s": 1} if target is slow else {}
+    client.create_backend(target.__name__, target, config=config)
+    client.create_endpoint(target.__name__, backend=target.__name__, route=f"/{target.__name__}", methods=["GET", "POST"])
+print("deployed", client.http_url())
+"""
+
+
+@pytest.fixture(scope="module")
+def composed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Composed]:
+    """The services of compose.yaml, with six endpoints deployed by the client's user."""
+    env, folder = dot_env(), tmp_path_factory.mktemp("composed")
+    (folder / "definitions.json").write_text(configured("rabbitmq-users", env))
+    server = contextmanager(running)
+    with server(PrivateRabbitMQ) as broker, server(lambda: PrivateRedis(acl=configured("redis-users", env))) as store:
+        broker.ctl("import_definitions", str(folder / "definitions.json"))
+        broker.ctl("delete_user", "guest")
+        instance = Composed(folder, broker, store, env)
+        try:
+            instance.start("controller")
+            wait_until(lambda: instance.shell("controller").run("status").returncode == 0)
+            for service in ("proxy-1", "proxy-2", "worker"):
+                instance.start(service)
+            members = ["worker", *(f":{instance.ports[service]}" for service in ("proxy-1", "proxy-2"))]
+            wait_until(lambda: all(member in instance.shell("controller").run("status").stdout for member in members))
+            deployed = instance.shell("client").python(DEPLOY)
+            assert deployed.returncode == 0, deployed.stderr + instance.outputs()
+            yield instance
+        finally:
+            instance.close()
+
+
+@pytest.fixture
+def url(composed: Composed) -> str:
+    return f"http://127.0.0.1:{composed.ports['proxy-1']}"
+
+
+# What `mqserve setup` says is what compose.yaml has.
+
+
+def test_compose_gives_rabbitmqs_users_the_rights_that_setup_shows() -> None:
+    definitions = json.loads(configured("rabbitmq-users", dot_env()))
+    found = {entry.pop("user"): entry for entry in definitions["permissions"]}
+    assert found == {f"mqserve-{role}": {"vhost": "/", **rights._asdict()} for role, rights in broker_rights("mqserve").items()}
+    assert {user["name"] for user in definitions["users"]} == set(found)
+    assert not [user["name"] for user in definitions["users"] if user["tags"]]
+
+
+def test_compose_gives_redis_users_the_rules_that_setup_shows() -> None:
+    env = dot_env()
+    first, *users = configured("redis-users", env).splitlines()
+    assert first == "user default off"
+    assert users == [
+        " ".join(["user", f"mqserve-{role}", "on", f">{env[f'MQSERVE_{role.upper()}_PASSWORD']}", *acl_rules("mqserve", role)])
+        for role in ROLES
+    ]
+
+
+# The instance lives with them.
+
+
+def test_http_is_served_by_every_proxy(composed: Composed) -> None:
+    for service in ("proxy-1", "proxy-2"):
+        assert httpx.post(f"http://127.0.0.1:{composed.ports[service]}/double", json=21, timeout=30).text == "42"
+
+
+def test_bodies_and_results_beyond_a_megabyte_are_served(url: str) -> None:
+    assert httpx.post(f"{url}/double", content="x" * 1_500_000, headers={"content-type": "text/plain"}, timeout=30).text == "x" * 3_000_000
+
+
+def test_a_late_request_is_told_where_its_time_went(url: str) -> None:
+    answer = httpx.get(f"{url}/slow", timeout=30)
+    assert answer.status_code == 504
+    assert "running" in answer.text
+
+
+def test_a_replica_calls_another_backend_with_a_pickled_object(url: str) -> None:
+    assert httpx.get(f"{url}/relay", timeout=30).text == "3"
+
+
+def test_a_client_calls_by_handle_and_reads_results_by_id(composed: Composed) -> None:
+    script = """
+import mqserve as serve
+ref = serve.get_handle("members").remote({1})
+print(sorted(map(str, ref.result(timeout=20))), len(serve.future(ref.id).result(timeout=20)))
+try:
+    serve.get_handle("fail").remote(1).result(timeout=20)
+except ValueError as error:
+    print(error)
+"""
+    done = composed.shell("client").python(script)
+    assert done.stdout == "['1', 'c'] 2\non purpose\n", done.stderr
+
+
+def test_a_direct_publisher_gets_its_reply_and_its_dead_letter(composed: Composed) -> None:
+    composed.broker.ctl("add_user", "publisher", "secret")
+    composed.broker.ctl("set_permissions", "publisher", r"^answers$", r"^mqserve\.requests$", r"^answers$")
+    parameters = pika.URLParameters(f"amqp://publisher:secret@127.0.0.1:{composed.broker.port}/")
+    with pika.BlockingConnection(parameters) as connection:
+        channel = connection.channel()
+        channel.queue_declare("answers", exclusive=True)
+        for body in (b"21", b"{"):
+            properties = pika.BasicProperties(
+                content_type="application/json", reply_to="answers", correlation_id=body.decode(), user_id="publisher"
+            )
+            channel.basic_publish("mqserve.requests", "double", body, properties)
+        answers = {}
+        for method, properties, body in channel.consume("answers", auto_ack=True, inactivity_timeout=20):
+            assert method is not None, composed.outputs()
+            answers[properties.correlation_id] = (properties.headers["mq-status"], body)
+            if len(answers) == 2:
+                break
+    assert answers["21"] == (200, b"42")
+    assert answers["{"][0] == 422
+    wait_until(lambda: "mqserve.dead.double\t1" in composed.broker.ctl("list_queues", "name", "messages"))
+
+
+def test_a_backend_comes_changes_and_goes_by_the_clients_user(composed: Composed) -> None:
+    script = """
+import mqserve as serve
+client = serve.connect()
+client.create_backend("passing", lambda request: "one")
+client.create_endpoint("passing", backend="passing")
+client.update_backend("passing", lambda request: "two")
+client.update_backend_config("passing", {"max_queued_requests": 5})
+print(client.get_handle("passing").remote().result(timeout=20))
+client.delete_endpoint("passing")
+client.delete_backend("passing")
+"""
+    done = composed.shell("client").python(script)
+    assert done.stdout == "two\n", done.stderr
+
+
+def test_an_operator_sees_the_instance_by_the_controllers_user(composed: Composed) -> None:
+    shown = composed.shell("controller").run("status").stdout
+    assert all(name in shown for name in ("worker", "proxy-", "double#", "/relay"))
+
+
+def test_nobody_was_refused_anything(composed: Composed) -> None:
+    assert "setup --print" not in composed.outputs()
+    assert "NOPERM" not in composed.outputs()
+
+
+def test_user_code_finds_no_credentials_but_its_own(composed: Composed, url: str) -> None:
+    found = httpx.get(f"{url}/environment", timeout=30).json()
+    assert composed.env["MQSERVE_REPLICA_PASSWORD"] in found["MQSERVE_STORE_URL"]
+    others = [composed.env[f"MQSERVE_{role.upper()}_PASSWORD"] for role in ROLES if role != "replica"]
+    assert not [name for name, value in found.items() if any(password in value for password in others)]
+    assert set(found) == {
+        *("MQSERVE_BROKER_URL", "MQSERVE_STORE_URL", "MQSERVE_SECRET_KEY", "MQSERVE_NAMESPACE", "MQSERVE_TRUSTED_USERS"),
+        *("MQSERVE_LIFELINE_FD", "MQSERVE_VERBOSE"),
+    }
+
+
+# What each role is refused: RabbitMQ.
+
+QUEUE = "mqserve.backend.double.1"
+
+
+def publish(exchange: str, key: str = "double") -> Callable[[Any], object]:
+    def act(channel: Any) -> None:
+        channel.confirm_delivery()
+        channel.basic_publish(exchange, key, b"1")
+
+    return act
+
+
+BROKER_ACTS: dict[str, Callable[[Any], object]] = {
+    "consume a backend's queue": lambda channel: channel.basic_consume(QUEUE, print),
+    "consume dead letters": lambda channel: channel.basic_consume("mqserve.dead.double", print),
+    "publish straight to a queue": publish("", QUEUE),
+    "publish to the dead letters": publish("mqserve.dead"),
+    "publish to another exchange": publish("amq.direct"),
+    "declare a queue": lambda channel: channel.queue_declare("mqserve.backend.mine.1", durable=True),
+    "bind a queue": lambda channel: channel.queue_bind(QUEUE, "mqserve.requests", "another"),
+    "delete a queue": lambda channel: channel.queue_delete(QUEUE),
+    "purge a queue": lambda channel: channel.queue_purge(QUEUE),
+    "delete an exchange": lambda channel: channel.exchange_delete("mqserve.requests"),
+    "declare a foreign queue": lambda channel: channel.queue_declare("foreign"),
+}
+ALLOWED = {  # of these; publishing a request is what everybody may
+    "replica": {"consume a backend's queue", "publish straight to a queue", "publish to the dead letters", "purge a queue"},
+    "proxy": set[str](),
+    "client": set[str](),
+}
+BROKER_REFUSALS = [(role, act) for role, allowed in ALLOWED.items() for act in BROKER_ACTS if act not in allowed]
+BROKER_REFUSALS += [("controller", "publish straight to a queue"), ("controller", "publish to another exchange")]
+BROKER_REFUSALS += [("controller", "declare a foreign queue")]
+
+
+@pytest.mark.parametrize(("role", "act"), BROKER_REFUSALS)
+def test_rabbitmq_refuses_a_role(composed: Composed, role: str, act: str) -> None:
+    with pika.BlockingConnection(pika.URLParameters(composed.url("amqp", role))) as connection:
+        with pytest.raises(pika.exceptions.ChannelClosedByBroker) as refusal:
+            BROKER_ACTS[act](connection.channel())
+        assert refusal.value.reply_code == 403, refusal.value
+
+
+@pytest.mark.parametrize("url", ["node's", "guest's"])
+def test_rabbitmq_does_not_know_a_node_nor_guest(composed: Composed, url: str) -> None:
+    address = composed.url("amqp", "node") if url == "node's" else composed.broker.url
+    with pytest.raises(pika.exceptions.ProbableAuthenticationError):
+        pika.BlockingConnection(pika.URLParameters(address))
+
+
+def test_rabbitmq_takes_no_message_in_anothers_name(composed: Composed) -> None:
+    with pika.BlockingConnection(pika.URLParameters(composed.url("amqp", "proxy"))) as connection:
+        channel = connection.channel()
+        channel.confirm_delivery()
+        with pytest.raises(pika.exceptions.ChannelClosedByBroker, match="user_id"):
+            channel.basic_publish("mqserve.requests", "double", b"1", pika.BasicProperties(user_id="mqserve-client"))
+
+
+# What each role is refused: Redis.
+
+ROOT_KEY = "mqserve:mqserve"
+OF_NOBODY = ["KEYS *", "SCAN 0", "CONFIG GET *", "FLUSHALL", "FLUSHDB", "DEBUG SLEEP 0", "ACL LIST", "CLIENT LIST", "MONITOR", "SHUTDOWN"]
+OF_NOBODY += ["GET mqserve:other:desired", "SET elsewhere 1", "PUBLISH elsewhere x", "MODULE LIST", "SLAVEOF NO ONE", "SAVE", "RENAME a b"]
+OF_CONTROLLER = [f"SET {ROOT_KEY}:{name} x" for name in ("observed", "leader", "instance")]
+STORE_REFUSALS: dict[str, list[str]] = {
+    "controller": [],
+    "node": [
+        *(f"GET {ROOT_KEY}:{name}" for name in ("future:{x}", "code:x", "body:{x}", "instance", "inbox:client-x")),
+        *(f"SET {ROOT_KEY}:{name} x" for name in ("desired", "code:x", "future:{x}")),
+        *OF_CONTROLLER,
+    ],
+    "proxy": [
+        *(f"SET {ROOT_KEY}:{name} x" for name in ("desired", "code:x", "attempts:{x}")),
+        *(f"GET {ROOT_KEY}:{name}" for name in ("instance", "claim:{x}", "leader")),
+        f"BLMPOP 1 1 {ROOT_KEY}:inbox:client-x LEFT",
+        f"HGETALL {ROOT_KEY}:beats",
+        f"DEL {ROOT_KEY}:future:{{x}}",
+        *OF_CONTROLLER,
+    ],
+    "replica": [
+        *(f"SET {ROOT_KEY}:{name} x" for name in ("desired", "code:x")),
+        *(f"BLMPOP 1 1 {ROOT_KEY}:inbox:{whose}-x LEFT" for whose in ("client", "proxy")),
+        f"HGETALL {ROOT_KEY}:beats",
+        f"DEL {ROOT_KEY}:desired",
+        *OF_CONTROLLER,
+    ],
+    "client": [
+        *(f"SET {ROOT_KEY}:{name} x" for name in ("start:{x}", "claim:{x}")),
+        *(f"GET {ROOT_KEY}:{name}" for name in ("code:x", "leader")),
+        f"BLMPOP 1 1 {ROOT_KEY}:inbox:proxy-x LEFT",
+        f"HSET {ROOT_KEY}:beats a b",
+        f"DEL {ROOT_KEY}:desired",
+        *OF_CONTROLLER,
+    ],
+}
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_redis_refuses_a_role_what_is_not_its_own(composed: Composed, role: str) -> None:
+    with redis.Redis.from_url(composed.url("redis", role)) as store:
+        for command in OF_NOBODY + STORE_REFUSALS[role]:
+            with pytest.raises(redis.exceptions.ResponseError, match=r"no permissions|DEBUG command not allowed"):
+                print(role, command, store.execute_command(*command.split(" ")))
+
+
+@pytest.mark.parametrize("role", ["proxy", "replica", "client"])
+def test_a_script_is_no_way_round(composed: Composed, role: str) -> None:
+    with redis.Redis.from_url(composed.url("redis", role)) as store:
+        for call in (f"'SET', '{ROOT_KEY}:leader', 'x'", "'KEYS', '*'", "'FLUSHALL'"):
+            with pytest.raises(redis.exceptions.ResponseError, match=r"can't (access|run)"):
+                store.eval(f"return redis.call({call})", 0)
+
+
+def test_redis_lets_nobody_in_without_a_name(composed: Composed) -> None:
+    with redis.Redis.from_url(composed.store.url) as store, pytest.raises(redis.exceptions.AuthenticationError):
+        store.ping()
+
+
+# Who lacks rights is told so, by name.
+
+
+def test_a_store_users_lacking_right_is_said_with_the_user_the_command_and_the_mend(composed: Composed) -> None:
+    failed = composed.shell("proxy").run("status")
+    assert failed.returncode == 1
+    assert all(word in failed.stderr for word in ("'mqserve-proxy'", f"GET {ROOT_KEY}:instance", "mqserve setup --print")), failed.stderr
+
+
+def test_a_broker_users_lacking_right_is_said_with_the_user_the_queue_and_the_mend(composed: Composed) -> None:
+    shell = composed.shell("replica").with_variables(MQSERVE_BROKER_URL=composed.url("amqp", "proxy"))
+    with shell.start("replica", "double") as program:
+        line = program.wait_for("setup --print")
+    assert all(word in line for word in ("'mqserve-proxy'", f"access to queue '{QUEUE}'.")), line
+
+
+def test_a_publish_that_is_refused_is_said_at_the_caller(composed: Composed) -> None:
+    composed.broker.ctl("add_user", "nobody", "secret")
+    composed.broker.ctl("set_permissions", "nobody", "^$", "^$", "^$")
+    shell = composed.shell("client").with_variables(MQSERVE_BROKER_URL=f"amqp://nobody:secret@127.0.0.1:{composed.broker.port}/")
+    failed = shell.python("import mqserve as serve; serve.get_handle('double').remote(1).result(timeout=20)")
+    last = failed.stderr.strip().splitlines()[-1]
+    assert all(word in last for word in ("'nobody'", "access to exchange 'mqserve.requests'.", "mqserve setup --print")), failed.stderr
+
+
+@pytest.mark.parametrize(("kind", "variable"), [("amqp", "MQSERVE_BROKER_URL"), ("redis", "MQSERVE_STORE_URL")])
+def test_a_wrong_password_is_said_and_not_shown(composed: Composed, kind: str, variable: str) -> None:
+    wrong = composed.url(kind, "controller").replace(composed.env["MQSERVE_CONTROLLER_PASSWORD"], "hunter2")
+    failed = composed.shell("controller").with_variables(**{variable: wrong}).run("status")
+    assert failed.returncode == 1
+    assert "refuses the login of user 'mqserve-controller'" in failed.stderr
+    assert "hunter2" not in failed.stderr
+
+
+# Pickles: sealed, and by a user that is named and trusted.
+
+
+def send_pickle(composed: Composed, role: str, user_id: str | None) -> tuple[int, bytes]:
+    """The reply to a message that says it holds a pickle of a handle's."""
+    composed.broker.ctl("set_permissions", f"mqserve-{role}", "^answers-", r"^mqserve\.requests$", "^answers-")
+    try:
+        with pika.BlockingConnection(pika.URLParameters(composed.url("amqp", role))) as connection:
+            channel = connection.channel()
+            answers = channel.queue_declare(f"answers-{os.urandom(4).hex()}", exclusive=True).method.queue
+            header = b"\x81\xa6origin\xa6handle"  # {"origin": "handle"}
+            properties = pika.BasicProperties(
+                content_type="application/x-python-pickle", reply_to=answers, user_id=user_id, headers={"mq": header}
+            )
+            channel.basic_publish("mqserve.requests", "members", b"cos\nsystem\n(S'false'\ntR.", properties)
+            for method, properties, body in channel.consume(answers, auto_ack=True, inactivity_timeout=20):
+                assert method is not None, composed.outputs()
+                return properties.headers["mq-status"], body
+        raise AssertionError("unreachable")
+    finally:
+        rights = broker_rights("mqserve")[role]
+        composed.broker.ctl("set_permissions", f"mqserve-{role}", *rights)
+
+
+@pytest.mark.parametrize(
+    ("role", "user_id", "why"),
+    [("client", None, "user_id"), ("proxy", "mqserve-proxy", "MQSERVE_TRUSTED_USERS"), ("client", "mqserve-client", "sealed")],
+    ids=["without a name", "by one who is not trusted", "trusted, but not sealed"],
+)
+def test_a_pickle_is_refused(composed: Composed, role: str, user_id: str | None, why: str) -> None:
+    status, body = send_pickle(composed, role, user_id)
+    assert status == 422
+    assert why in json.loads(body)["error"]["message"]
+
+
+# Secrets show nowhere.
+
+
+DEBUGGING = """
+import logging
+logging.basicConfig(level=logging.DEBUG)
+import mqserve as serve
+client = serve.connect()
+print(client, vars(client), client._links)
+print(serve.get_handle("double").remote("the request's own content").result(timeout=20))
+"""
+
+
+def test_no_secret_shows_in_any_output_status_or_process_list(composed: Composed, url: str) -> None:
+    httpx.get(f"{url}/fail", timeout=30)
+    composed.broker.ctl("close_all_connections", "to hear what they say of it")
+    composed.store.freeze()
+    wait_until(lambda: "did not answer" in composed.outputs())
+    composed.store.thaw()
+    wait_until(lambda: httpx.post(f"{url}/double", json=21, timeout=30).text == "42")
+    shown = [composed.outputs()]
+    for role in ROLES:
+        done = composed.shell(role).run("-v", "status")  # but for the controller's, it fails
+        shown += [done.stdout, done.stderr]
+    done = composed.shell("client").python(DEBUGGING)
+    assert done.returncode == 0, done.stderr
+    assert "DEBUG:aiormq" not in done.stderr
+    shown += [done.stdout, done.stderr]
+    processes = [process for program in composed.programs.values() for process in (psutil.Process(program.pid), *program.descendants())]
+    assert len(processes) > len(composed.programs), "the replicas are among them"
+    shown += [" ".join(process.cmdline()) for process in processes]
+    assert all("***" in text for text in shown[:1]), "they speak of URLs"
+    assert not {name for name, secret in composed.env.items() for text in shown if secret in text}
+
+
+def test_last_of_all_an_operator_ends_the_instance_by_the_controllers_user(composed: Composed) -> None:
+    ended = composed.shell("controller").run("shutdown")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert composed.programs["controller"].wait() == 0
+    assert composed.shell("controller").run("status").returncode == 1

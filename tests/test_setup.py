@@ -1,0 +1,72 @@
+"""`mqserve setup --print`: users and rights for the two servers, and no password that nobody chose."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+
+import pytest
+
+from mqserve.broker import queue_names
+from mqserve.setup import ROLES, acl_rules, broker_rights
+from tests.instances import CommandLine
+
+PASSWORDS = {f"MQSERVE_{role.upper()}_PASSWORD": f"the secret of {role}" for role in ROLES}
+
+
+def test_the_lines_for_a_shell_hold_no_password_and_every_role(shell: CommandLine) -> None:
+    printed = shell.with_variables(**PASSWORDS).run("setup", "--print", "--namespace", "shop").stdout
+    assert "the secret" not in printed
+    assert {role for role in ROLES if f"redis-cli -x ACL SETUSER shop-{role} reset on" in printed} == set(ROLES)
+    assert set(re.findall(r"rabbitmqctl add_user shop-(\w+)", printed)) == set(ROLES) - {"node"}
+    assert all(f'"${{{name}:?}}"' in printed for name in PASSWORDS)
+
+
+def test_the_definitions_hold_hashes_of_the_passwords_from_the_environment(shell: CommandLine) -> None:
+    printed = shell.with_variables(**PASSWORDS).run("setup", "--print", "--format", "definitions", "--vhost", "serving").stdout
+    definitions = json.loads(printed)
+    assert definitions["vhosts"] == [{"name": "serving"}]
+    assert {entry["vhost"] for entry in definitions["permissions"]} == {"serving"}
+    for user in definitions["users"]:
+        salted = base64.b64decode(user["password_hash"])
+        password = PASSWORDS[f"MQSERVE_{user['name'].removeprefix('mqserve-').upper()}_PASSWORD"]
+        assert salted[4:] == hashlib.sha256(salted[:4] + password.encode()).digest()
+
+
+def test_the_acl_file_holds_hashes_of_the_passwords_from_the_environment(shell: CommandLine) -> None:
+    first, *lines = shell.with_variables(**PASSWORDS).run("setup", "--print", "--format", "acl").stdout.splitlines()
+    assert first == "user default off"
+    for role, line in zip(ROLES, lines, strict=True):
+        digest = hashlib.sha256(f"the secret of {role}".encode()).hexdigest()
+        assert line.startswith(f"user mqserve-{role} on #{digest} ")
+
+
+@pytest.mark.parametrize("kind", ["definitions", "acl"])
+def test_a_missing_password_is_named_and_not_made_up(shell: CommandLine, kind: str) -> None:
+    some = {name: value for name, value in PASSWORDS.items() if "PROXY" not in name}
+    failed = shell.with_variables(**some).run("setup", "--print", "--format", kind)
+    assert (failed.returncode, failed.stdout) == (1, "")
+    assert "MQSERVE_PROXY_PASSWORD not set" in failed.stderr
+
+
+def test_setup_changes_nothing_and_says_so(shell: CommandLine) -> None:
+    failed = shell.run("setup")
+    assert failed.returncode == 1
+    assert "mqserve setup --print" in failed.stderr
+
+
+def test_rights_end_at_the_namespace() -> None:
+    for rights in broker_rights("a-b").values():
+        for pattern in rights:
+            assert not re.search(pattern, queue_names.backend_queue("a-bc", "x", 1))
+            assert not re.search(pattern, "a-bxrequests")
+    for role in ROLES:
+        assert all(rule.partition("~")[2].startswith("mqserve:a-b:") for rule in acl_rules("a-b", role) if "~" in rule)
+
+
+def test_no_role_has_a_command_that_shows_or_changes_the_server() -> None:
+    granted = {rule for role in ROLES for rule in acl_rules("n", role) if rule.startswith("+")}
+    assert not granted & {"+keys", "+scan", "+config", "+flushall", "+flushdb", "+debug", "+acl", "+client", "+shutdown", "+monitor"}
+    assert not [rule for rule in granted if rule.startswith("+@")]
