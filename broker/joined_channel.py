@@ -48,6 +48,7 @@ class JoinedChannel:
         channel._on_confirm_frame = self._on_confirm  # type: ignore[method-assign,assignment]
         channel._on_return_frame = self._on_return  # type: ignore[method-assign]
         channel._on_deliver_frame = self._on_deliver  # type: ignore[method-assign]
+        self._refusal = ""  # why the broker closed it, where that was a right we lack
         self._closed = channel.closing
         self._closed.add_done_callback(self._fail_unconfirmed)
 
@@ -78,7 +79,7 @@ class JoinedChannel:
     def publish(self, exchange: str, routing_key: str, properties: bytes, body: bytes, message_id: str, settled: Settled) -> None:
         """Joins this turn's write; `properties` is the packed flags and list of the content header."""
         if not self.is_open:
-            return settled(BrokerUnavailable("the channel to RabbitMQ is closed"))
+            return settled(BrokerUnavailable(self._refusal or "the channel to RabbitMQ is closed"))
         if not self._unconfirmed:
             self._confirmed_at = self._loop.time()
         self._unconfirmed[self._next_tag] = ((exchange, routing_key, message_id), settled)
@@ -170,8 +171,9 @@ class JoinedChannel:
 
     def _fail_unconfirmed(self, closed: asyncio.Future[Any]) -> None:
         unconfirmed, self._unconfirmed = self._unconfirmed, {}
-        refusal = "" if closed.cancelled() else broker_refusal(closed.exception())
-        why = refusal or "the connection to RabbitMQ was lost before it confirmed the message"
+        if closed.done() and not closed.cancelled():
+            self._refusal = broker_refusal(closed.exception())
+        why = self._refusal or "the connection to RabbitMQ was lost before it confirmed the message"
         for _, settled in unconfirmed.values():
             settled(BrokerUnavailable(why, maybe_sent=True))
 
