@@ -8,6 +8,7 @@ from typing import NoReturn, TypeVar
 import pytest
 
 import mqserve as serve
+from tests.faults.wire import Wire
 from tests.instances import FORMS, SECRET_KEY, CommandLine, Deploy, new_namespace, started
 from tests.servers import HOW_TO_INSTALL, PrivateRabbitMQ, PrivateRedis, PrivateServer, ServerMissing
 
@@ -87,6 +88,20 @@ def store_server(session_store: PrivateRedis) -> Iterator[PrivateRedis]:
     """The Redis behind `store_url`, to stop, kill or freeze: it is mended for the next test."""
     yield session_store
     session_store.mend()
+
+
+@pytest.fixture
+def broker_wire(broker_url: str) -> Iterator[Wire]:
+    """A way to the RabbitMQ, to slow down, hold still, cut."""
+    with Wire(broker_url) as wire:
+        yield wire
+
+
+@pytest.fixture
+def store_wire(store_url: str) -> Iterator[Wire]:
+    """A way to the Redis, to slow down, hold still, cut."""
+    with Wire(store_url) as wire:
+        yield wire
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,9 @@ from collections.abc import Mapping
 from glob import glob
 from pathlib import Path
 from types import TracebackType
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
+
+import redis
 
 START_DEADLINE_S = 60.0
 STOP_DEADLINE_S = 30.0
@@ -122,6 +124,14 @@ class PrivateServer(ABC):
         self.thaw()
         self.start()
 
+    def restart(self, *, with_data: bool = True, kindly: bool = True) -> None:
+        """Stop (or kill) it and start it again, with what it had written or with an empty disk."""
+        self.stop() if kindly else self.kill()
+        if not with_data and self._folder is not None:
+            shutil.rmtree(self._folder)
+            self._folder.mkdir()
+        self.start()
+
     def close(self) -> None:
         """End the server and remove all it wrote."""
         self.stop()
@@ -185,9 +195,13 @@ class PrivateServer(ABC):
 
 
 class PrivateRedis(PrivateServer):
-    """Keeps nothing on disk: it comes back empty from `stop()` and `kill()`, and as it was from `freeze()`."""
+    """Keeps nothing on disk unless it `keeps_data`: it comes back empty from `stop()` and `kill()`, and as it was from `freeze()`."""
 
     name = "Redis"
+
+    def __init__(self, *, keeps_data: bool = False) -> None:
+        super().__init__()
+        self._keeps_data = keeps_data
 
     @property
     def url(self) -> str:
@@ -198,10 +212,28 @@ class PrivateRedis(PrivateServer):
             "--port": str(self.port),
             "--bind": "127.0.0.1",
             "--save": "",
-            "--appendonly": "no",
+            "--appendonly": "yes" if self._keeps_data else "no",
+            "--appendfsync": "always",
             "--dir": str(folder),
         }
         self._spawn(find_redis(), *(word for option in options.items() for word in option), folder=folder)
+
+    def say(self, *words: object) -> Any:
+        """What the server answers to a command, e.g. `say("CONFIG", "SET", "maxmemory", "5mb")`."""
+        with redis.Redis.from_url(self.url, socket_timeout=10) as client:
+            return client.execute_command(*words)
+
+    def limit_memory(self, limit: str = "0", policy: str = "noeviction") -> None:
+        """`"1"` is too little for any write; `"0"` takes the limit away."""
+        self.say("CONFIG", "SET", "maxmemory-policy", policy)
+        self.say("CONFIG", "SET", "maxmemory", limit)
+
+    def mend(self) -> None:
+        was_running = self.running
+        super().mend()
+        if was_running:
+            self.limit_memory()
+            self.say("CONFIG", "SET", "maxclients", "10000")
 
     def _greet(self, connection: socket.socket) -> bool:
         connection.sendall(b"PING\r\n")
@@ -217,6 +249,7 @@ class PrivateRabbitMQ(PrivateServer):
         super().__init__()
         self._epmd_port = free_port()
         self._distribution_port = free_port()
+        self._alarmed = False
 
     @property
     def url(self) -> str:
@@ -237,6 +270,25 @@ class PrivateRabbitMQ(PrivateServer):
         if result.returncode:
             raise ServerFailed(f"rabbitmqctl {' '.join(arguments)}: {result.stdout}{result.stderr}")
         return result.stdout
+
+    def alarm(self, kind: str) -> None:
+        """The server finds itself short of `memory` or `disk`, and reads no publishing connection any more, until `calm`."""
+        if kind == "memory":
+            self.ctl("set_vm_memory_high_watermark", "0.0000001")
+        else:
+            self.ctl("set_disk_free_limit", "9999GB")
+        self._alarmed = True
+
+    def calm(self) -> None:
+        """Ends both alarms."""
+        self.ctl("set_vm_memory_high_watermark", "0.4")
+        self.ctl("set_disk_free_limit", "50MB")
+        self._alarmed = False
+
+    def mend(self) -> None:
+        super().mend()
+        if self._alarmed:
+            self.calm()
 
     def _launch(self, folder: Path) -> None:
         for name, content in CONFIGURATION.items():
