@@ -1,5 +1,6 @@
 """What every test may ask for: the URLs of real servers, the servers themselves, and a namespace of its own."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,6 +43,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.path.name.startswith(LONG) and ("distributed" in item.name or SERVER_FIXTURES & set(fixtures_of(item))):
             item.add_marker(pytest.mark.long)
     items.sort(key=lambda item: (breaks_servers(item), bool(SERVER_FIXTURES & set(fixtures_of(item)))))
+
+
+def pytest_sessionfinish() -> None:
+    gc.collect()  # CPython 3.11 cannot parse a module while asyncio's leftovers are finalized, and plugins import some at the end
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -174,6 +179,14 @@ def environment(client: serve.Client, shared_namespace: str, broker_url: str, st
         "MQSERVE_SECRET_KEY": SECRET_KEY,
         "MQSERVE_NAMESPACE": shared_namespace,
     }
+
+
+@pytest.fixture
+def joining(tmp_path: Path, environment: dict[str, str]) -> Iterator[CommandLine]:
+    """The command line of somebody who joins the module's distributed instance."""
+    shell = CommandLine(tmp_path, **environment)
+    yield shell
+    shell.close()
 
 
 @pytest.fixture
