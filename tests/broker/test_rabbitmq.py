@@ -81,43 +81,6 @@ async def test_a_consumer_comes_back_when_the_broker_closes_its_connections(brok
         await until(lambda: hands.bodies == ["held over the loss", "held over the loss", "after it"])
 
 
-async def test_a_consumer_of_a_deleted_queue_does_not_keep_the_others_down(broker_wire: Wire, namespace: str) -> None:
-    async with open_rabbitmq(broker_wire.url, namespace, "test") as queue:
-        hands = AckingHands()
-        for backend in "ab":
-            await queue.declare(backend, 1, None)
-            await queue.consume(backend, 1, 10, hands)
-        await queue.delete("a", 1, only_if_empty=False)
-        await accepted(queue, text("before the loss"), backend="b")
-        await until(lambda: hands.seen == ["before the loss"])
-        broker_wire.reset()
-        await accepted_at_last(queue, text("after the loss"), backend="b")
-        await until(lambda: hands.seen[-1] == "after the loss")
-
-
-async def test_a_consumer_comes_back_when_its_queue_does(broker_url: str, namespace: str) -> None:
-    async with open_rabbitmq(broker_url, namespace, "test") as queue:
-        hands = AckingHands()
-        await queue.declare("b", 1, None)
-        await queue.consume("b", 1, 10, hands)
-        await queue.delete("b", 1, only_if_empty=False)
-        await queue.declare("b", 1, None)
-        await accepted(queue, text("a"))
-        await until(lambda: hands.seen == ["a"])
-
-
-async def test_messages_survive_a_restart_of_the_broker_when_they_are_persistent(broker_server: PrivateRabbitMQ, namespace: str) -> None:
-    async with open_rabbitmq(broker_server.url, namespace, "test") as queue:
-        hands = AckingHands()
-        await queue.declare("b", 1, None)
-        await accepted(queue, text("job", persistent=True))
-        await asyncio.to_thread(broker_server.kill)
-        await asyncio.to_thread(broker_server.start)
-        await until(lambda: queue.connected)
-        await queue.consume("b", 1, 10, hands)
-        await until(lambda: hands.seen == ["job"])
-
-
 async def test_nothing_is_left_unacked_after_many_acks_out_of_order(broker_url: str, namespace: str) -> None:
     async with open_rabbitmq(broker_url, namespace, "test") as queue:
         await queue.declare("b", 1, None)

@@ -21,6 +21,12 @@ def stored_result(environment: dict[str, str], request_id: str) -> Any:
         return msgspec.msgpack.decode(store.get(f"mqserve:{environment['MQSERVE_NAMESPACE']}:future:{{{request_id}}}"))
 
 
+def is_marked(environment: dict[str, str], request_id: str) -> bool:
+    """Whether a run of it was seen to last."""
+    with redis.Redis.from_url(environment["MQSERVE_STORE_URL"]) as store:
+        return bool(store.exists(f"mqserve:{environment['MQSERVE_NAMESPACE']}:start:{{{request_id}}}"))
+
+
 def dead_letter(broker_url: str, namespace: str, backend: str) -> dict[str, Any]:
     """The headers of the next one, taken off its queue."""
     with pika.BlockingConnection(pika.URLParameters(broker_url)) as connection:

@@ -6,6 +6,8 @@ Distributed, where a process can die alone.
 import ctypes
 import faulthandler
 import os
+import pickle
+import re
 import signal
 import sys
 import time
@@ -22,9 +24,10 @@ import pytest
 
 import mqserve as serve
 from mqserve.broker.amqp_link import HEARTBEAT_S
+from mqserve.controller.node import SILENT_CHILD_AFTER_S
 from tests.faults.crash_points import command
 from tests.faults.netns import machine
-from tests.faults.servers_say import dead_letter, messages_of, stored_result
+from tests.faults.servers_say import dead_letter, is_marked, messages_of, stored_result
 from tests.faults.wire import Wire
 from tests.gates import Gate
 from tests.instances import ROOT, CommandLine, Deploy, Program, distributed_only, new_name, wait_until
@@ -50,7 +53,7 @@ def test_row_01_at_least_once_runs_again_what_a_killed_replica_was_running(
 ) -> None:
     tally, gate = Tally(tmp_path), Gate(tmp_path)
     ref = client.get_handle(deploy(dying(tally, gate))).remote()
-    wait_until(lambda: gate.came == 1)
+    wait_until(lambda: is_marked(environment, ref.id))  # a run so short that it has no mark yet is not counted
     os.kill(int(tally.lines[0]), signal.SIGKILL)
     wait_until(lambda: gate.came == 2)
     gate.open()
@@ -316,13 +319,87 @@ def test_row_19_a_slow_replica_gets_what_it_can_do_and_other_routes_do_not_wait(
             return self.pause_s
 
     url, other = deploy.at(Work, num_replicas=2), deploy.at(lambda request: "fast")
-    began = time.monotonic()
+    fast = 0
     with ThreadPoolExecutor(50) as threads, httpx.Client(timeout=60, limits=httpx.Limits(max_connections=60)) as pool:
         asked = [threads.submit(pool.get, url) for _ in range(50)]
         while not all(future.done() for future in asked):
-            asked_at = time.monotonic()
             assert pool.get(other).text == "fast"
-            assert time.monotonic() - asked_at < 1, "a fast route waited for a slow one"
+            fast += 1
         spread = Counter(future.result().json() for future in asked)
-    assert spread[1.0] <= 4, spread
-    assert time.monotonic() - began < 10
+    assert spread[1.0] <= 5, spread
+    assert fast > 10, "a fast route waited for a slow one"
+
+
+# Blocking. All at once, since each takes longer than a silent replica is tolerated.
+
+SLEEP_S = 1.6 * SILENT_CHILD_AFTER_S
+TOLD_AFTER_S = 8
+
+
+class Rotten:
+    """Its pickle holds the GIL for years: the hash of a tuple in a tuple in a tuple is computed anew at each level."""
+
+    def __reduce__(self) -> Any:
+        nested: Any = ()
+        for _ in range(64):
+            nested = (nested, nested)
+        return frozenset, ([nested],)
+
+
+def ask_while(url: str, alive: Callable[[], bool]) -> list[int]:
+    """The statuses of requests sent now and then as long as it lives."""
+    with ThreadPoolExecutor(40) as threads:
+        asked = []
+
+        def ask() -> bool:
+            asked.append(threads.submit(httpx.get, url, timeout=60))
+            time.sleep(0.5)
+            return not alive()
+
+        wait_until(ask, deadline_s=3 * SILENT_CHILD_AFTER_S)
+        return [future.result().status_code for future in asked]
+
+
+def test_row_18_code_that_blocks_costs_nobody_else_and_a_replica_that_cannot_breathe_is_replaced(deploy: Deploy, tmp_path: Path) -> None:
+    gates = {name: Gate(tmp_path) for name in ("sleep", "regex", "pickle")}
+    for gate in gates.values():
+        gate.open()
+    rotten = pickle.dumps(Rotten())
+
+    async def sleep(request: Any) -> int:
+        if request.method == "POST":
+            gates["sleep"].pass_through(str(os.getpid()))
+            time.sleep(SLEEP_S)  # noqa: ASYNC251 -- what this is about
+        return os.getpid()
+
+    def regex(request: Any) -> int:
+        if request.method == "POST":
+            gates["regex"].pass_through(str(os.getpid()))
+            re.match("(a|a)*b", "a" * 64)
+        return os.getpid()
+
+    def unpickle(request: Any) -> int:
+        if request.method == "POST":
+            gates["pickle"].pass_through(str(os.getpid()))
+            pickle.loads(rotten)
+        return os.getpid()
+
+    urls = {
+        "sleep": deploy.at(sleep),
+        "regex": deploy.at(regex, num_replicas=2, request_timeout_s=TOLD_AFTER_S),
+        "pickle": deploy.at(unpickle, num_replicas=2, request_timeout_s=TOLD_AFTER_S),
+    }
+    with ThreadPoolExecutor(6) as threads:
+        blocking = {name: threads.submit(httpx.post, url, timeout=90) for name, url in urls.items()}
+        pids = {name: int(wait_until(lambda gate=gate: gate.names)[0]) for name, gate in gates.items()}  # type: ignore[misc]
+        others = {
+            name: threads.submit(ask_while, urls[name], lambda pid=pids[name]: psutil.pid_exists(pid))  # type: ignore[misc]
+            for name in ("regex", "pickle")
+        }
+        assert blocking["regex"].result().status_code == blocking["pickle"].result().status_code == 504
+        for name in ("regex", "pickle"):
+            statuses = Counter(others[name].result())
+            assert statuses[200] >= 10 and set(statuses) <= {200, 504}, (name, statuses)
+            assert {httpx.get(urls[name], timeout=30).status_code for _ in range(10)} == {200}
+        assert blocking["sleep"].result().json() == pids["sleep"] == httpx.get(urls["sleep"], timeout=30).json()
+    assert [gate.came for gate in gates.values()] == [1, 1, 1], "what blocks was run again"

@@ -1,0 +1,57 @@
+"""Requests without a pause while something happens to the system."""
+
+import threading
+import time
+from collections import Counter
+from types import TracebackType
+from typing import Self
+
+import httpx
+
+from tests.instances import wait_until
+
+
+class Load:
+    """A few clients, each of which sends its next request when the last one has ended, while the block runs."""
+
+    def __init__(self, url: str, clients: int = 4, timeout_s: float = 60) -> None:
+        self._url = url
+        self._timeout_s = timeout_s
+        self._ended = threading.Event()
+        self._threads = [threading.Thread(target=self._ask, daemon=True) for _ in range(clients)]
+        self.responses: list[httpx.Response] = []
+        self.failures: list[httpx.TransportError] = []  # no HTTP answer at all
+        self.slowest_s = 0.0
+
+    def __repr__(self) -> str:
+        return f"<Load of {len(self.responses)}: {dict(Counter(self.statuses))}, slowest {self.slowest_s:.2f} s, {self.failures[:3]}>"
+
+    @property
+    def statuses(self) -> list[int]:
+        return [response.status_code for response in self.responses]
+
+    def wait_for(self, more: int) -> None:
+        """Until so many more requests were answered."""
+        enough = len(self.responses) + more
+        wait_until(lambda: len(self.responses) >= enough, told=lambda: self)
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._ended.set()
+        for thread in self._threads:
+            thread.join(self._timeout_s + 10)
+
+    def _ask(self) -> None:
+        with httpx.Client(timeout=self._timeout_s) as pool:
+            while not self._ended.is_set():
+                began = time.monotonic()
+                try:
+                    self.responses.append(pool.get(self._url))
+                except httpx.TransportError as failure:
+                    self.failures.append(failure)
+                self.slowest_s = max(self.slowest_s, time.monotonic() - began)
+                time.sleep(0.01)  # enough to see every fault, and no benchmark
