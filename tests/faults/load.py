@@ -1,10 +1,12 @@
-"""Requests without a pause while something happens to the system."""
+"""Requests while something happens to the system: without a pause, or evenly paced."""
 
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import httpx
 
@@ -55,3 +57,21 @@ class Load:
                     self.failures.append(failure)
                 self.slowest_s = max(self.slowest_s, time.monotonic() - began)
                 time.sleep(0.01)  # enough to see every fault, and no benchmark
+
+
+def paced(ask: Callable[[], Any], rate: float, stop: Callable[[], bool], threads: int = 8) -> list[Any]:
+    """What so many asks a second return, evenly paced whatever each of them takes (as long as the threads suffice)."""
+    turn = iter(range(10**9))
+    began, lock = time.monotonic(), threading.Lock()
+
+    def work() -> list[Any]:
+        found = []
+        while not stop():
+            with lock:
+                due = began + next(turn) / rate
+            time.sleep(max(0.0, due - time.monotonic()))
+            found.append(ask())
+        return found
+
+    with ThreadPoolExecutor(threads) as pool:
+        return [answer for future in [pool.submit(work) for _ in range(threads)] for answer in future.result()]

@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+import pickle
+import random
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -10,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pika
 import pytest
 
 from mqserve.broker.rabbitmq import open_rabbitmq
+from mqserve.broker.signing import Claim, Signer
 from tests.broker.traffic import AckingHands, accepted, accepted_at_last, text, until
 from tests.faults.load import Load
 from tests.faults.servers_say import messages_of
@@ -178,3 +182,50 @@ def test_row_28_a_queue_that_was_replaced_under_us_degrades_its_own_backend_only
             wait_until(lambda degraded=degraded: httpx.get(degraded, timeout=30).status_code == 200)  # type: ignore[misc]
         load.wait_for(10)
     assert set(load.statuses) == {200}, load
+
+
+KINDS_OF_RUBBISH: dict[str, Callable[[random.Random], tuple[pika.BasicProperties, bytes]]] = {
+    "random bytes": lambda chance: (pika.BasicProperties(content_type="application/json"), b"\xff" + chance.randbytes(50)),
+    "a random header": lambda chance: (pika.BasicProperties(headers={"mq": b"\xc1" + chance.randbytes(20)}), b"{}"),
+    "another version": lambda chance: (
+        pika.BasicProperties(headers={"mq": msgspec.msgpack.encode({"v": chance.randrange(2, 1000)})}),
+        b"{}",
+    ),
+    "another key's seal": lambda chance: (
+        pika.BasicProperties(content_type="application/x-python-pickle", message_id="theirs"),
+        Signer([chance.randbytes(32)], "theirs").seal(pickle.dumps(Opened()), Claim("request", "b", "theirs")),
+    ),
+}
+
+
+class Opened:
+    """Whoever unpickles it leaves a trace."""
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (TRACE,)
+
+
+TRACE = f"/tmp/mqserve-opened-{uuid.uuid4().hex}"
+
+
+@distributed_only
+def test_row_29_rubbish_of_every_kind_is_set_aside_unopened_and_the_replica_lives(
+    deploy: Deploy, broker_server: PrivateRabbitMQ, shared_namespace: str
+) -> None:
+    url, name = deploy.named(lambda request: (request.data, os.getpid())[1])
+    pid, chance, each = httpx.get(url, timeout=30).json(), random.Random(29), 25
+    with pika.BlockingConnection(pika.URLParameters(broker_server.url)) as connection:
+        channel = connection.channel()
+        for make in KINDS_OF_RUBBISH.values():
+            for _ in range(each):
+                properties, body = make(chance)
+                channel.basic_publish(f"{shared_namespace}.requests", name, body, properties)
+        reasons = []
+        for _, properties, _ in channel.consume(f"{shared_namespace}.dead.{name}", auto_ack=True, inactivity_timeout=30):
+            reasons.append(properties.headers["mq-reason"] if properties else "nothing more came")
+            if len(reasons) == each * len(KINDS_OF_RUBBISH) or not properties:
+                break
+    assert len(reasons) == each * len(KINDS_OF_RUBBISH) and all(reasons), reasons[-3:]
+    wait_until(lambda: messages_of(broker_server, name) == 0)
+    assert not os.path.exists(TRACE)
+    assert httpx.get(url, timeout=30).json() == pid

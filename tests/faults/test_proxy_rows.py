@@ -5,6 +5,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -239,3 +240,27 @@ def test_row_27_a_server_that_takes_no_more_connections_stops_nobody_who_has_one
         (kept,) = before
         wait_until(lambda: httpx.get(url, timeout=30).json() != kept)
     assert set(load.statuses) == {200} and not load.failures, load
+
+
+# Late.
+
+
+def test_row_21_what_waits_past_its_deadline_never_starts_and_each_caller_is_told_once_in_time(deploy: Deploy, tmp_path: Path) -> None:
+    gate, timeout_s = Gate(tmp_path), 3
+
+    def work(request: Any) -> str:
+        gate.pass_through()
+        return "late"
+
+    def ask(url: str) -> tuple[int, float]:
+        began = time.monotonic()
+        return httpx.get(url, timeout=60).status_code, time.monotonic() - began
+
+    url = deploy.at(work, request_timeout_s=timeout_s)
+    with ThreadPoolExecutor(20) as threads:
+        answered = list(threads.map(ask, [url] * 20))
+    assert {status for status, _ in answered} == {504}
+    assert all(timeout_s - 0.1 < took_s < timeout_s + 1 for _, took_s in answered), answered
+    gate.open()
+    assert httpx.get(url, timeout=30).text == "late"
+    assert gate.came == 2, "late work was done"
