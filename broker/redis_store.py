@@ -34,7 +34,7 @@ INBOX_BATCH = 256
 FLUSH_BATCH = 128
 _CLOCK_EVERY_S = 30.0
 _HERE = Path(__file__).parent
-_FAILURES = (RedisError, OSError, TimeoutError)
+_FAILURES = (RedisError, OSError, TimeoutError, RuntimeError)  # the last is uvloop's, of a write to a connection that was just lost
 T = TypeVar("T")
 
 
