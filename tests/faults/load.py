@@ -48,7 +48,8 @@ class Load:
             thread.join(self._timeout_s + 10)
 
     def _ask(self) -> None:
-        with httpx.Client(timeout=self._timeout_s) as pool:
+        limits = httpx.Limits(keepalive_expiry=1)  # below the server's, which else may close one that is just used
+        with httpx.Client(timeout=self._timeout_s, limits=limits) as pool:
             while not self._ended.is_set():
                 began = time.monotonic()
                 try:

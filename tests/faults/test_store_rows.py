@@ -134,7 +134,7 @@ def test_row_10_after_a_failover_of_redis_every_request_has_ended_in_time_and_th
 ) -> None:
     """The last of the module: its instance stays on the new primary."""
     second_store.say("REPLICAOF", "127.0.0.1", own_store.port)
-    wait_until(lambda: "master_link_status:up" in second_store.say("INFO", "replication").decode())
+    wait_until(lambda: second_store.say("INFO", "replication")["master_link_status"] == "up")
     url, name = deploy.named(lambda request: os.getpid(), request_timeout_s=8)
     with Load(url) as load:
         load.wait_for(20)

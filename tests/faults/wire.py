@@ -134,6 +134,7 @@ class Wire:
             await pair.ended.wait()
         finally:
             passing.cancel()
+            await asyncio.gather(passing, return_exceptions=True)
             self._pairs.discard(pair)
             pair.finish()
 
@@ -187,6 +188,8 @@ class Direction:
                     await delivering
         except OSError:
             end()
+        except RuntimeError:
+            pass  # the half that was closed: what is still said there is lost
         finally:
             delivering.cancel()
 
