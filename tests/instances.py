@@ -100,11 +100,11 @@ class Deploy:
         name = self(target, *init_args, route=f"/{route}", **config)
         return f"{self.url}/{route}", name
 
-    def undo(self) -> None:
+    def undo(self, *, force: bool = False) -> None:
         for name in self._names:
             self.client.delete_endpoint(name)
-        with ThreadPoolExecutor() as threads:  # each waits for its replicas to drain
-            list(threads.map(self.client.delete_backend, self._names))
+        with ThreadPoolExecutor() as threads:  # each waits for its replicas to drain, but for `force`
+            list(threads.map(lambda name: self.client.delete_backend(name, force=force), self._names))
 
 
 class Program:

@@ -14,6 +14,7 @@ import httpx
 import pika
 import psutil
 import pytest
+import redis
 
 import mqserve as serve
 from mqserve.broker.caller import MAX_BODY_BYTES
@@ -217,14 +218,16 @@ def test_row_27_a_proxy_without_file_descriptors_keeps_the_connections_it_has_an
 def crowded(request: pytest.FixtureRequest, broker_server: PrivateRabbitMQ, store_server: PrivateRedis) -> Iterator[Callable[[bool], None]]:
     """Told True, a server takes no connection beyond those it has; told False, it does."""
 
-    def limit(yes: bool) -> None:
-        if request.param == "RabbitMQ":
-            broker_server.ctl("set_vhost_limits", "-p", "/", '{"max-connections": 1}' if yes else "{}")
-        else:
-            store_server.say("CONFIG", "SET", "maxclients", "1" if yes else "10000")
+    with redis.Redis.from_url(store_server.url, single_connection_client=True) as store:  # one of those that it has
 
-    yield limit
-    limit(False)
+        def limit(yes: bool) -> None:
+            if request.param == "RabbitMQ":
+                broker_server.ctl("set_vhost_limits", "-p", "/", '{"max-connections": 1}' if yes else "{}")
+            else:
+                store.config_set("maxclients", 1 if yes else 10_000)
+
+        yield limit
+        limit(False)
 
 
 def test_row_27_a_server_that_takes_no_more_connections_stops_nobody_who_has_one(deploy: Deploy, crowded: Callable[[bool], None]) -> None:
