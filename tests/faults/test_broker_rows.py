@@ -67,9 +67,9 @@ async def test_row_05_messages_survive_a_restart_of_the_broker_when_they_are_per
         await accepted(queue, text("job", persistent=True))
         await asyncio.to_thread(broker_server.kill)
         await asyncio.to_thread(broker_server.start)
-        await until(lambda: queue.connected)
+        await accepted_at_last(queue, text("after it"))
         await queue.consume("b", 1, 10, hands)
-        await until(lambda: hands.seen == ["job"])
+        await until(lambda: hands.seen == ["job", "after it"])
 
 
 # An instance on it.

@@ -95,14 +95,15 @@ def test_row_14_a_proxy_cut_off_from_one_server_ends_each_request_in_time_and_ot
     deploy: Deploy, wired: CommandLine, broker_wire: Wire, store_wire: Wire, server: str
 ) -> None:
     wire = broker_wire if server == "broker" else store_wire
-    proxy, url = OtherProxy(wired), deploy.at(well, request_timeout_s=4)
+    timeout_s = 2
+    proxy, url = OtherProxy(wired), deploy.at(well, request_timeout_s=timeout_s)
     cut_off = proxy.at(deploy, url)
     with Load(url) as others:
         wire.blackhole()
         with Load(cut_off) as load:
-            load.wait_for(6)
+            load.wait_for(4)
         assert set(load.statuses) <= {503, 504} and not load.failures, load
-        assert load.slowest_s < 4 + 1 + 1, load
+        assert load.slowest_s < timeout_s + 1 + 1, load
         wire.mend()
         wait_until(lambda: httpx.get(cut_off, timeout=30).status_code == 200)
     assert set(others.statuses) == {200} and not others.failures, others
