@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 CONNECT_BUDGET_S = 5.0
 OPERATION_BUDGET_S = 5.0
 HEARTBEAT_S = 10
+_END_BUDGET_S = 2.0
 
 
 class Link:
@@ -31,6 +32,8 @@ class Link:
         self._last_error: BaseException | None = None
         self.connection: AbstractConnection | None = None
         self._keeper: asyncio.Task[None] | None = None
+        self._lost = asyncio.Event()
+        self._ending: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
         return f"<link {self._name} to {masked(self._url)}, {'up' if self.is_up else 'down'}>"
@@ -55,6 +58,15 @@ class Link:
         assert self.connection is not None
         return self.connection
 
+    def abandon(self, connection: AbstractConnection) -> None:
+        """It hangs: another one is dialled at once, and this one is left to end by itself."""
+        if connection is self.connection and self.is_up:
+            self._up.clear()
+            self._lost.set()
+            ending = asyncio.create_task(_end(connection), name=f"end {self._name}")
+            self._ending.add(ending)
+            ending.add_done_callback(self._ending.discard)
+
     async def _keep(self) -> None:
         pauses = delays()
         while True:
@@ -69,12 +81,12 @@ class Link:
                 self._last_error = error
                 await asyncio.sleep(next(pauses))
                 continue
-            closed = asyncio.Event()
-            self.connection.close_callbacks.add(lambda *_, closed=closed: closed.set())
+            lost = self._lost = asyncio.Event()
+            self.connection.close_callbacks.add(lambda *_, lost=lost: lost.set())
             pauses = delays()
             self._last_error = None
             self._up.set()
-            await closed.wait()
+            await lost.wait()
             self._up.clear()
             logger.warning("lost the connection to RabbitMQ at %s (%s); reconnecting", masked(self._url), self._name)
             await asyncio.sleep(next(pauses))
@@ -84,9 +96,14 @@ class Link:
             self._keeper.cancel()
             await asyncio.gather(self._keeper, return_exceptions=True)
         if self.connection is not None:
-            with suppress(Exception, asyncio.CancelledError):
-                async with asyncio.timeout(2):
-                    await self.connection.close()
+            await _end(self.connection)
+        await asyncio.gather(*self._ending)
+
+
+async def _end(connection: AbstractConnection) -> None:
+    with suppress(Exception, asyncio.CancelledError):
+        async with asyncio.timeout(_END_BUDGET_S):
+            await connection.close()
 
 
 def really_cancelled() -> bool:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import asyncio
 import heapq
 import logging
-from collections import Counter
-from collections.abc import Iterable, Sequence
+import random
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import msgspec
 
+from .cancellations import CANCELLED, word_of_request
 from .envelope import Envelope, Header, Meta, mint_id
-from .errors import BadEnvelope, BrokerUnavailable, MQServeError, StoreUnavailable, TooLarge
+from .errors import BadEnvelope, BrokerUnavailable, Cancelled, MQServeError, Overloaded, StoreUnavailable, TooLarge
+from .overload import HeldBytes, Pace
 from .queue import Queue
 from .results import Result, late_result, note_of, read_note
 from .store import Record, Store
@@ -23,7 +28,8 @@ logger = logging.getLogger(__name__)
 INLINE_BODY_BYTES = 1024 * 1024  # a larger body goes to the store and travels by reference
 MAX_BODY_BYTES = 64 * 1024 * 1024
 REPUBLISH_BUDGET_S = 3.0  # how long a broker that is away is waited for
-_REPUBLISH_EVERY_S = 0.2
+_REPUBLISH_EVERY_S = 0.2  # on the average
+_CANCEL_BUDGET_S = 5.0
 _EXPIRY_BUDGET_S = 0.5
 _READ_AT_ONCE = 500
 _POLL_EVERY_S = 0.05
@@ -37,6 +43,13 @@ class Ticket:
     future: asyncio.Future[Result]
 
 
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    future: asyncio.Future[Result]
+    pace: Pace
+    sent_at: float  # monotonic
+
+
 class Caller:
     """One per process that sends requests. `run` must be running for any result to arrive; it owns every task in here."""
 
@@ -45,7 +58,9 @@ class Caller:
         self._store = store
         self._keys = keys
         self._inbox = keys.inbox(process_id)
-        self._waiting: dict[str, asyncio.Future[Result]] = {}
+        self._waiting: dict[str, _Waiting] = {}
+        self._paces: defaultdict[str, Pace] = defaultdict(Pace)  # by backend
+        self.held = HeldBytes()
         self._deadlines: list[tuple[int, str]] = []  # a heap in store ms; entries of answered requests are skipped
         self._timer: asyncio.TimerHandle | None = None
         self._strangers: dict[str, asyncio.Future[Result]] = {}  # requests of other processes whose results are wanted here
@@ -65,7 +80,7 @@ class Caller:
                 self._timer.cancel()
             for task in self._tasks:
                 task.cancel()
-            for future in [*self._waiting.values(), *self._strangers.values()]:
+            for future in [*(waiting.future for waiting in self._waiting.values()), *self._strangers.values()]:
                 future.cancel()
 
     def send(
@@ -82,22 +97,25 @@ class Caller:
     ) -> Ticket:
         """The request is on its way when this returns; the future ends by `timeout_s` (plus at most a second), in a Result.
 
-        The future fails with Overloaded, NotRouted or BrokerUnavailable when the broker did not take the message.
-        Raises TooLarge for more than 64 MiB of body or 64 KiB of head.
+        The future fails with Overloaded, NotRouted or BrokerUnavailable when the broker did not take the message, and with Cancelled.
+        Raises TooLarge for more than 64 MiB of body or 64 KiB of head, Overloaded when this process holds too much already.
         """
         if len(body) > MAX_BODY_BYTES:
             raise TooLarge(f"the body has {len(body)} bytes and the limit is {MAX_BODY_BYTES}: send less, or a reference to it")
         timeout_ms = max(1, int(timeout_s * 1000))
         header = Header(origin=origin, inbox=self._inbox, deadline=self._store.now_ms() + timeout_ms, meta=meta, once=at_most_once)
-        ticket = self._wait_for(future_id or mint_id(), header.deadline)
+        self.held.take(len(body))
+        ticket = self._wait_for(future_id or mint_id(), backend, header.deadline)
         envelope = Envelope(ticket.id, body, content_type, header, expiration_ms=timeout_ms)
+        give_up_at = asyncio.get_running_loop().time() + REPUBLISH_BUDGET_S - self._queue.down_s
         try:
             if len(body) > INLINE_BODY_BYTES:
-                self._start(self._send_by_reference(backend, envelope, timeout_ms))
+                self._start(self._send_by_reference(envelope, timeout_ms, lambda small: self._publish(backend, small, give_up_at)))
             else:
-                self._publish(backend, envelope, asyncio.get_running_loop().time() + REPUBLISH_BUDGET_S)
+                self._publish(backend, envelope, give_up_at)
         except MQServeError:
-            del self._waiting[ticket.id]
+            self._take(ticket.id)
+            self.held.give(len(body))
             raise
         return ticket
 
@@ -108,10 +126,47 @@ class Caller:
         timeout_ms = max(1, int(timeout_s * 1000))
         header = Header(origin=origin, deadline=self._store.now_ms() + timeout_ms, shadow=True, meta=meta)
         envelope = Envelope(shadow_id or mint_id(), body, content_type, header, expiration_ms=timeout_ms)
+        try:
+            self.held.take(len(body))
+        except Overloaded:
+            return
+
+        def settled(error: MQServeError | None) -> None:
+            self.held.give(len(body))
+
         if len(body) > INLINE_BODY_BYTES:
-            self._start(self._send_by_reference(backend, envelope, timeout_ms))
+            publish = partial(self._queue.publish, backend, settled=_nobody_waits)
+            self._start(self._send_by_reference(envelope, timeout_ms, publish))
         else:
-            self._queue.publish(backend, envelope, _nobody_waits)
+            self._queue.publish(backend, envelope, settled)
+
+    def cancel(self, future_id: str) -> None:
+        """Whoever waits here is told at once, and the replicas soon."""
+        self._fail(future_id, Cancelled(f"request {future_id} was cancelled by its caller"))
+        self._start(self._cancel_quietly(future_id))
+
+    async def cancel_everywhere(self, future_id: str) -> bool:
+        """Records that the request is cancelled, and tells every replica. False for one that has its result already.
+
+        Raises StoreUnavailable.
+        """
+        raw = CANCELLED.to_bytes()
+        deadline_ms = self._store.now_ms() + int(_CANCEL_BUDGET_S * 1000)
+        if not await self._store.record(Record(self._keys.future(future_id), raw, "", note_of(future_id, raw), deadline_ms)):
+            return False
+        await self._store.append_log(self._keys.cancelled, word_of_request(future_id))
+        return True
+
+    async def _cancel_quietly(self, future_id: str) -> None:
+        try:
+            await self.cancel_everywhere(future_id)
+        except StoreUnavailable as error:
+            logger.warning("request %s runs to its end or its deadline, though it was cancelled: %s", future_id, error)
+
+    @property
+    def connected(self) -> bool:
+        """Whether results can be read."""
+        return self._store.connected
 
     def now_ms(self) -> int:
         """Store time."""
@@ -119,8 +174,10 @@ class Caller:
 
     async def result(self, future_id: str, timeout_s: float | None) -> Result:
         """The result of any id, whoever sent it. Raises TimeoutError; that ends this wait, not the request."""
-        future = self._waiting.get(future_id)
-        if future is None:
+        waiting = self._waiting.get(future_id)
+        if waiting is not None:
+            future = waiting.future
+        else:
             if (found := await self.peek(future_id)) is not None:
                 return found
             future = self._strangers.setdefault(future_id, asyncio.get_running_loop().create_future())
@@ -162,9 +219,11 @@ class Caller:
         raw = await self._store.get(self._keys.future(future_id))
         return None if raw is None else await self._whole(Result.from_bytes(raw))
 
-    def _wait_for(self, future_id: str, deadline_ms: int) -> Ticket:
+    def _wait_for(self, future_id: str, backend: str, deadline_ms: int) -> Ticket:
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        self._waiting[future_id] = future
+        pace, now = self._paces[backend], time.monotonic()
+        pace.sent(now)
+        self._waiting[future_id] = _Waiting(future, pace, now)
         heapq.heappush(self._deadlines, (deadline_ms, future_id))
         if self._deadlines[0][1] == future_id:
             self._set_timer()
@@ -175,33 +234,43 @@ class Caller:
     def _publish(self, backend: str, envelope: Envelope, give_up_at: float) -> None:
         def settled(error: MQServeError | None) -> None:
             if error is None:
-                return
+                return self.held.give(len(envelope.body))
             loop = asyncio.get_running_loop()
             uncertain = isinstance(error, BrokerUnavailable) and error.maybe_sent and envelope.header.once
             if isinstance(error, BrokerUnavailable) and not uncertain and loop.time() < give_up_at and envelope.id in self._waiting:
                 again = replace(envelope, header=_again(envelope.header)) if error.maybe_sent else envelope
-                loop.call_later(_REPUBLISH_EVERY_S, self._publish, backend, again, give_up_at)
-            else:
-                self._fail(envelope.id, error)
+                loop.call_later(_REPUBLISH_EVERY_S * random.uniform(0.5, 1.5), self._publish, backend, again, give_up_at)
+                return
+            self.held.give(len(envelope.body))
+            if isinstance(error, Overloaded):
+                left_s = (envelope.header.deadline - self._store.now_ms()) / 1000
+                error = Overloaded(str(error), retry_after_s=self._paces[backend].retry_after_s(left_s))
+            self._fail(envelope.id, error)
 
         self._queue.publish(backend, envelope, settled)
 
-    async def _send_by_reference(self, backend: str, envelope: Envelope, timeout_ms: int) -> None:
+    async def _send_by_reference(self, envelope: Envelope, timeout_ms: int, publish: Callable[[Envelope], None]) -> None:
         key = self._keys.body(envelope.id)
         try:
             await self._store.set(key, envelope.body, ttl_ms=timeout_ms + 60_000)
             header = msgspec.structs.replace(envelope.header, ref=key)
-            self._publish(backend, replace(envelope, body=b"", header=header), asyncio.get_running_loop().time() + REPUBLISH_BUDGET_S)
+            publish(replace(envelope, body=b"", header=header))
         except MQServeError as error:
             self._fail(envelope.id, error)
+        finally:
+            self.held.give(len(envelope.body))
 
     def _fail(self, future_id: str, error: MQServeError) -> None:
         future = self._take(future_id)
         if future is not None and not future.done():
             future.set_exception(error)
 
-    def _take(self, future_id: str) -> asyncio.Future[Result] | None:
-        return self._waiting.pop(future_id, None) or self._strangers.pop(future_id, None)
+    def _take(self, future_id: str, *, answered: bool = False) -> asyncio.Future[Result] | None:
+        waiting = self._waiting.pop(future_id, None)
+        if waiting is None:
+            return self._strangers.pop(future_id, None)
+        waiting.pace.ended(waiting.sent_at, time.monotonic(), answered=answered)
+        return waiting.future
 
     # Results.
 
@@ -226,7 +295,7 @@ class Caller:
             self._set(future_id, result)
 
     def _set(self, future_id: str, result: Result) -> None:
-        future = self._take(future_id)
+        future = self._take(future_id, answered=result.status != 504)
         if future is not None and not future.done():
             future.set_result(result)
 

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 
 from .envelope import Envelope
 from .errors import BrokerUnavailable, MQServeError, NotRouted, Overloaded, QueueMismatch
+from .overload import HeldBytes
 from .queue import Delivery, Settled
 from .queue_names import DEAD_LETTER_LIMIT
 
+MAX_WAITING_BYTES = 256 * 1024 * 1024  # of all queues together: here they are this process's own memory
 MAX_PRIORITY = 4  # x-max-priority of the real queue: higher ones count as this
 
 
@@ -90,6 +92,7 @@ class _Lane:
 
     name: str
     max_length: int | None
+    held: HeldBytes
     levels: list[deque[tuple[Envelope, bool]]] = field(default_factory=lambda: [deque() for _ in range(MAX_PRIORITY + 1)])
     consumers: list[EmbeddedConsumption] = field(default_factory=list)
     _turns: itertools.count[int] = field(default_factory=itertools.count)
@@ -104,13 +107,24 @@ class _Lane:
     def put(self, envelope: Envelope) -> MQServeError | None:
         if self.max_length is not None and len(self) >= self.max_length + sum(consumer.room for consumer in self.consumers):
             return Overloaded(f"{self.name} holds {self.max_length} waiting requests, its limit (max_queued_requests): try again later")
+        try:
+            self.held.take(len(envelope.body))
+        except Overloaded as error:
+            return error
         self.levels[min(envelope.priority, MAX_PRIORITY)].append((envelope, False))
         self.wake()
         return None
 
     def put_back(self, envelope: Envelope) -> None:
+        self.held.held += len(envelope.body)  # it was taken once
         self.levels[min(envelope.priority, MAX_PRIORITY)].appendleft((envelope, True))
         self.wake()
+
+    def drop(self) -> None:
+        """All that waits."""
+        self.held.give(sum(len(envelope.body) for level in self.levels for envelope, _ in level))
+        for level in self.levels:
+            level.clear()
 
     def wake(self) -> None:
         """Deliveries go out once per loop turn, together."""
@@ -125,7 +139,9 @@ class _Lane:
                 ready = [consumer for consumer in self.consumers if consumer.wants_more]
                 if not ready:
                     return
-                ready[next(self._turns) % len(ready)].take(*level.popleft())
+                envelope, redelivered = level.popleft()
+                self.held.give(len(envelope.body))
+                ready[next(self._turns) % len(ready)].take(envelope, redelivered)
 
 
 class EmbeddedQueue:
@@ -134,14 +150,15 @@ class EmbeddedQueue:
     def __init__(self) -> None:
         self._lanes: dict[tuple[str, int], _Lane] = {}
         self._bindings: dict[str, list[_Lane]] = {}
+        self._held = HeldBytes(MAX_WAITING_BYTES)
         self.dead_letters: dict[str, deque[DeadLetter]] = {}
 
     def __repr__(self) -> str:
         return f"<EmbeddedQueue {list(self._lanes.values())}>"
 
     @property
-    def connected(self) -> bool:
-        return True
+    def down_s(self) -> float:
+        return 0.0
 
     def publish(self, backend: str, envelope: Envelope, settled: Settled) -> None:
         envelope.check_head()
@@ -169,7 +186,7 @@ class EmbeddedQueue:
         return consumption
 
     async def declare(self, backend: str, generation: int, max_length: int | None) -> None:
-        lane = self._lanes.setdefault((backend, generation), _Lane(f"{backend}.{generation}", max_length))
+        lane = self._lanes.setdefault((backend, generation), _Lane(f"{backend}.{generation}", max_length, self._held))
         if lane.max_length != max_length:
             raise QueueMismatch(f"generation {generation} of the queue of {backend!r} exists with other arguments")
         bound = self._bindings.setdefault(backend, [])
@@ -190,7 +207,8 @@ class EmbeddedQueue:
         if lane is not None and only_if_empty and (len(lane) or lane.consumers):
             return False
         await self.unbind(backend, generation)
-        self._lanes.pop((backend, generation), None)
+        if (gone := self._lanes.pop((backend, generation), None)) is not None:
+            gone.drop()
         return True
 
     async def close(self) -> None:

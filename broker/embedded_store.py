@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 
 from .store import Record
-from .store_keys import RESULT_TTL_S
+from .store_keys import LOG_LENGTH, RESULT_TTL_S
 
 _SWEEP_EVERY_S = 30.0
 
@@ -20,6 +21,8 @@ class EmbeddedStore:
         self._values: dict[str, tuple[bytes, float]] = {}  # value, monotonic expiry (inf for none)
         self._hashes: dict[str, dict[str, bytes]] = {}
         self._readers: dict[str, Callable[[list[bytes]], None]] = {}
+        self._logs: dict[str, deque[bytes]] = {}
+        self._log_readers: dict[str, list[Callable[[list[bytes]], None]]] = {}
         self._watchers: set[asyncio.Event] = set()
         self._next_sweep = 0.0
 
@@ -36,13 +39,14 @@ class EmbeddedStore:
     def record(self, record: Record) -> asyncio.Future[bool]:
         done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         fresh = self._write(record.key, record.value, RESULT_TTL_S * 1000, only_new=True)
+        fresh = fresh or self._read(record.key) == record.value
         if fresh and (reader := self._readers.get(record.inbox)):
             reader([record.note])
         done.set_result(fresh)
         return done
 
-    def mark(self, key: str, ttl_ms: int) -> None:
-        self._write(key, b"1", ttl_ms)
+    def mark(self, key: str, value: bytes, ttl_ms: int) -> None:
+        self._write(key, value, ttl_ms)
 
     async def get(self, key: str) -> bytes | None:
         return self._read(key)
@@ -102,6 +106,21 @@ class EmbeddedStore:
             await asyncio.get_running_loop().create_future()  # until cancelled: `record` calls the reader itself
         finally:
             del self._readers[inbox]
+
+    async def append_log(self, key: str, *entries: bytes) -> None:
+        log = self._logs.setdefault(key, deque(maxlen=LOG_LENGTH))
+        log.extend(entries)
+        for reader in self._log_readers.get(key, ()):
+            reader(list(entries))
+
+    async def read_log(self, key: str, on_entries: Callable[[list[bytes]], None]) -> None:
+        on_entries(list(self._logs.get(key, ())))
+        readers = self._log_readers.setdefault(key, [])
+        readers.append(on_entries)
+        try:
+            await asyncio.get_running_loop().create_future()  # until cancelled: `append_log` calls the readers itself
+        finally:
+            readers.remove(on_entries)
 
     async def close(self) -> None:
         self._values.clear()

@@ -39,6 +39,7 @@ class JoinedChannel:
         # Publishing: our tag -> (the message, whom to tell); a return names no tag, so the message is told by where it was sent
         self._next_tag = 1
         self._unconfirmed: dict[int, tuple[_Message, Settled]] = {}
+        self._confirmed_at = 0.0  # the last confirm, or the first publish since all were confirmed; in the loop's time
         self._returned: list[_Message] = []
         # Consuming: the broker's tags in order of delivery, and those whose ack is due
         self._held: dict[int, None] = {}
@@ -61,6 +62,15 @@ class JoinedChannel:
         """Deliveries neither acked nor requeued."""
         return len(self._held)
 
+    @property
+    def stalled_s(self) -> float:
+        """For how long the broker has confirmed nothing although something waits for it."""
+        return self._loop.time() - self._confirmed_at if self._unconfirmed else 0.0
+
+    def give_up(self) -> None:
+        """Tells whoever waits for a confirm that none will come."""
+        self._fail_unconfirmed(self._closed)
+
     async def wait_closed(self) -> None:
         await asyncio.wait([self._closed])
 
@@ -68,6 +78,8 @@ class JoinedChannel:
         """Joins this turn's write; `properties` is the packed flags and list of the content header."""
         if not self.is_open:
             return settled(BrokerUnavailable("the channel to RabbitMQ is closed"))
+        if not self._unconfirmed:
+            self._confirmed_at = self._loop.time()
         self._unconfirmed[self._next_tag] = ((exchange, routing_key, message_id), settled)
         self._next_tag += 1
         number = self._channel.number
@@ -136,6 +148,7 @@ class JoinedChannel:
 
     async def _on_confirm(self, frame: commands.Basic.Ack | commands.Basic.Nack) -> None:
         refused = isinstance(frame, commands.Basic.Nack)
+        self._confirmed_at = self._loop.time()
         tag = frame.delivery_tag or 0
         tags = [tag]
         if frame.multiple:

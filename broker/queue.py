@@ -52,7 +52,9 @@ class Queue(Protocol):
     """One process's way to the broker."""
 
     @property
-    def connected(self) -> bool: ...
+    def down_s(self) -> float:
+        """For how long the broker has taken no messages; 0 while it does."""
+        ...
 
     def publish(self, backend: str, envelope: Envelope, settled: Settled) -> None:
         """To the backend's queue. Raises TooLarge before anything is sent."""

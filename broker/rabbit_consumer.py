@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from aio_pika.abc import AbstractConnection
+from aiormq.channel import Channel
 from pamqp.commands import Basic
 
 from .amqp_link import OPERATION_BUDGET_S, Link, open_channel, really_cancelled
@@ -18,6 +19,8 @@ from .joined_channel import JoinedChannel
 from .queue import Delivery
 
 logger = logging.getLogger(__name__)
+
+ASK_EVERY_S = 5.0  # whether the broker is still there, where it sends nothing by itself
 
 
 class RabbitDelivery:
@@ -120,7 +123,7 @@ class RabbitConsumption:
                         await raw.basic_cancel(consumer_tag)
                 consumer_tag = started.consumer_tag or ""
                 self._consuming.set()
-                await _first_of(self._changed, lost)
+                await self._watch(connection, raw, lost)
             if self.cancelled and not lost.is_set():
                 async with asyncio.timeout(OPERATION_BUDGET_S):
                     await raw.basic_cancel(consumer_tag)
@@ -134,6 +137,19 @@ class RabbitConsumption:
                 async with asyncio.timeout(1):
                     await raw.close()
 
+    async def _watch(self, connection: AbstractConnection, raw: Channel, lost: asyncio.Event) -> None:
+        """Until the prefetch changes or the channel is lost; a broker that does not answer any more would be noticed by its heartbeats
+        only after half a minute."""
+        while not self._changed.is_set() and not lost.is_set():
+            if await _first_of(self._changed, lost, timeout_s=ASK_EVERY_S):
+                return
+            try:
+                async with asyncio.timeout(OPERATION_BUDGET_S):
+                    await raw.basic_qos(prefetch_count=self._prefetch)
+            except TimeoutError:
+                self._link.abandon(connection)
+                raise BrokerUnavailable(f"RabbitMQ did not answer within {OPERATION_BUDGET_S:g} s") from None
+
     def _hand_over(self, frame: Basic.Deliver, properties: Basic.Properties, body: bytes) -> None:
         assert self._channel is not None
         delivery = RabbitDelivery(self._channel, frame, properties, body)
@@ -143,10 +159,12 @@ class RabbitConsumption:
             self._on_delivery(delivery)
 
 
-async def _first_of(*events: asyncio.Event) -> None:
+async def _first_of(*events: asyncio.Event, timeout_s: float) -> bool:
+    """Whether one of them came in time."""
     waits = [asyncio.create_task(event.wait()) for event in events]
     try:
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        return bool(done)
     finally:
         for wait in waits:
             wait.cancel()

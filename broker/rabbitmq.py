@@ -12,10 +12,11 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Any, TypeVar
 
 import aiormq
-from aio_pika.abc import AbstractChannel
+from aio_pika.abc import AbstractChannel, AbstractConnection
 from pamqp.commands import Basic
 from pamqp.header import ContentHeader
 
@@ -30,6 +31,9 @@ from .rabbit_consumer import RabbitConsumption, RabbitDelivery
 
 logger = logging.getLogger(__name__)
 
+STALLED_AFTER_S = 3.0  # without a confirm, though something waits for one
+_PROBE_EVERY_S = 1.0
+_PROBE = Envelope("", b"", "text/plain").to_amqp()
 T = TypeVar("T")
 
 
@@ -55,18 +59,23 @@ class RabbitQueue:
         self._consuming = Link(url, f"mqserve {namespace} {process_id} consuming")
         self._consumptions: list[RabbitConsumption] = []
         self._channel: JoinedChannel | None = None
+        self._down_since = time.monotonic()
         self._opened = asyncio.Event()
+        self._has_exchange = False  # a publish to it was confirmed: so it can be probed by one
         self._opener: asyncio.Task[None] = asyncio.create_task(self._keep_channel(), name="keep the publishing channel open")
 
     def __repr__(self) -> str:
         return f"<RabbitQueue {self._publishing!r}, {self._channel!r}>"
 
     @property
-    def connected(self) -> bool:
-        return self._channel is not None and self._channel.is_open
+    def down_s(self) -> float:
+        if self._channel is not None and self._channel.is_open:
+            return 0.0
+        return time.monotonic() - self._down_since
 
     def publish(self, backend: str, envelope: Envelope, settled: Settled) -> None:
         self._publish(self._requests, backend, envelope.to_amqp(), envelope.body, envelope.id, settled)
+        self._has_exchange = True
 
     def reply(self, envelope: Envelope, reply_to: str, settled: Settled) -> None:
         self._publish("", reply_to, envelope.to_amqp(), envelope.body, envelope.id, settled)
@@ -184,15 +193,58 @@ class RabbitQueue:
         while True:
             try:
                 connection = await self._publishing.up()
-                self._channel = JoinedChannel(await open_channel(connection, confirms=True))
+                raw = await open_channel(connection, confirms=True)
+                channel = JoinedChannel(raw)
+                await self._probe(raw, channel)
+                await self._probe(raw, channel)  # with an alarm, the broker still reads the first message of a connection
+                self._channel = channel
                 self._opened.set()
                 pauses = delays()
-                await self._channel.wait_closed()
+                await self._watch(connection, raw, channel)
             except (Exception, asyncio.CancelledError) as error:
                 if isinstance(error, asyncio.CancelledError) and really_cancelled():
                     raise
                 logger.warning("cannot publish (%s); trying again", error or type(error).__name__)
+                if isinstance(error, TimeoutError):
+                    self._publishing.abandon(connection)
             await asyncio.sleep(next(pauses))
+
+    async def _watch(self, connection: AbstractConnection, raw: aiormq.channel.Channel, channel: JoinedChannel) -> None:
+        """Until the channel is lost, or the broker confirms nothing any more (it hangs, or has an alarm): then whoever waits for a confirm
+        is told, and nobody else has to wait in vain."""
+        closed = asyncio.create_task(channel.wait_closed())
+        try:
+            while True:
+                await asyncio.wait([closed], timeout=_PROBE_EVERY_S)
+                if closed.done():
+                    self._down_since = time.monotonic()
+                    return
+                await self._probe(raw, channel)
+        except TimeoutError:
+            self._channel = None
+            self._down_since = time.monotonic() - STALLED_AFTER_S
+            self._publishing.abandon(connection)
+            channel.give_up()
+            raise BrokerUnavailable(f"RabbitMQ has confirmed nothing for {STALLED_AFTER_S:g} s") from None
+        finally:
+            closed.cancel()
+
+    async def _probe(self, raw: aiormq.channel.Channel, channel: JoinedChannel) -> None:
+        """Raises TimeoutError for a broker that does not take messages. An alarm shows only where something is published: to nobody, and
+        over an exchange that is sure to exist, since a missing one closes the channel."""
+        if channel.stalled_s:
+            if channel.stalled_s > STALLED_AFTER_S:
+                raise TimeoutError
+            return
+        async with asyncio.timeout(STALLED_AFTER_S):
+            if not self._has_exchange:
+                await raw.basic_qos(prefetch_count=0)
+                return
+            taken: asyncio.Future[MQServeError | None] = asyncio.get_running_loop().create_future()
+            channel.publish(self._requests, "", _PROBE, b"", "", partial(_tell, taken))
+            if isinstance(error := await taken, BrokerUnavailable):
+                self._has_exchange = False
+                raise error
 
     async def _on_own_channel(self, act: Callable[[AbstractChannel], Awaitable[T]]) -> T:
         """Topology goes over a channel of its own, since whatever fails closes it. One error for all of RabbitMQ's silences."""
@@ -212,6 +264,11 @@ class RabbitQueue:
             if isinstance(error, asyncio.CancelledError) and really_cancelled():
                 raise
             raise BrokerUnavailable(f"RabbitMQ did not answer ({error or type(error).__name__}): {self._publishing!r}") from error
+
+
+def _tell(taken: asyncio.Future[MQServeError | None], error: MQServeError | None) -> None:
+    if not taken.done():  # nobody may wait for it any more
+        taken.set_result(error)
 
 
 def _pack(properties: Basic.Properties, headers: dict[str, Any]) -> bytes:

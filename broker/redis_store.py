@@ -23,7 +23,7 @@ from .backoff import delays
 from .errors import StoreUnavailable
 from .settings import masked
 from .store import Record
-from .store_keys import INBOX_TTL_S, RESULT_TTL_S, StoreKeys
+from .store_keys import INBOX_TTL_S, LOG_LENGTH, LOG_TTL_S, RESULT_TTL_S, StoreKeys
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ CALL_BUDGET_S = 3.0
 BLOCK_S = 5.0
 INBOX_BATCH = 256
 FLUSH_BATCH = 128
+LOG_BATCH = 1000
 _CLOCK_EVERY_S = 30.0
 _HERE = Path(__file__).parent
 _FAILURES = (RedisError, OSError, TimeoutError, RuntimeError)  # the last is uvloop's, of a write to a connection that was just lost
@@ -67,7 +68,7 @@ class RedisStore:
         self._offset_ms = 0.0
         self._connected = False
         self._buffer: list[tuple[Record, asyncio.Future[bool]]] = []
-        self._marks: list[tuple[str, int]] = []
+        self._marks: list[tuple[str, bytes, int]] = []
         self._flusher: asyncio.Task[None] | None = None
         self._watchers: set[asyncio.Event] = set()
         self._tasks: list[asyncio.Task[None]] = []
@@ -104,8 +105,8 @@ class RedisStore:
         self._flush_soon()
         return done
 
-    def mark(self, key: str, ttl_ms: int) -> None:
-        self._marks.append((key, max(1, ttl_ms)))
+    def mark(self, key: str, value: bytes, ttl_ms: int) -> None:
+        self._marks.append((key, value, max(1, ttl_ms)))
         self._flush_soon()
 
     def _flush_soon(self) -> None:
@@ -138,8 +139,8 @@ class RedisStore:
         marks, self._marks = self._marks, []
         if marks:
             pipeline = self._commands.pipeline(transaction=False)
-            for key, ttl_ms in marks:
-                pipeline.set(key, b"1", px=ttl_ms)
+            for key, value, ttl_ms in marks:
+                pipeline.set(key, value, px=ttl_ms)
             await self._call(pipeline.execute)
 
     @staticmethod
@@ -251,6 +252,30 @@ class RedisStore:
                 # Entries popped for the broken connection are lost; their results are not: `on_gap` has them read by key.
                 logger.warning("lost the inbox at %s (%s); reconnecting", masked(self._url), error or type(error).__name__)
                 self._connected = False
+                await asyncio.sleep(next(pauses))
+
+    # Logs: what every process is to hear.
+
+    async def append_log(self, key: str, *entries: bytes) -> None:
+        pipeline = self._commands.pipeline(transaction=False)
+        for entry in entries:
+            pipeline.xadd(key, {b"e": entry}, maxlen=LOG_LENGTH, approximate=True)
+        pipeline.pexpire(key, LOG_TTL_S * 1000)
+        await self._call(pipeline.execute)
+
+    async def read_log(self, key: str, on_entries: Callable[[list[bytes]], None]) -> None:
+        last: bytes | str = "0"
+        pauses = delays()
+        while True:
+            try:
+                async with asyncio.timeout(BLOCK_S + CALL_BUDGET_S):
+                    found: Any = await self._blocking.xread({key: last}, count=LOG_BATCH, block=int(BLOCK_S * 1000))
+                pauses = delays()
+                for _, entries in found:
+                    last = entries[-1][0]
+                    on_entries([fields[b"e"] for _, fields in entries if b"e" in fields])
+            except _FAILURES as error:
+                logger.warning("lost the log at %s (%s); reconnecting", masked(self._url), error or type(error).__name__)
                 await asyncio.sleep(next(pauses))
 
     async def close(self) -> None:

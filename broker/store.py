@@ -30,13 +30,14 @@ class Store(Protocol):
         ...
 
     def record(self, record: Record) -> asyncio.Future[bool]:
-        """Written with the others of this loop turn: True when ours is the first result, False when one stood there already.
+        """Written with the others of this loop turn: True when ours is the first result (or the same as the first), False when another
+        one stood there already.
 
         The future fails with StoreUnavailable when the store stays away past the record's deadline.
         """
         ...
 
-    def mark(self, key: str, ttl_ms: int) -> None:
+    def mark(self, key: str, value: bytes, ttl_ms: int) -> None:
         """Sets a marker with the next write of results; nobody waits for it and it may be lost."""
         ...
 
@@ -76,6 +77,14 @@ class Store(Protocol):
 
     async def read_inbox(self, inbox: str, on_notes: Callable[[list[bytes]], None], on_gap: Callable[[], None]) -> None:
         """Runs until cancelled: hands over what arrives, and calls `on_gap` whenever something may have been missed."""
+        ...
+
+    async def append_log(self, key: str, *entries: bytes) -> None:
+        """To a log that every process reads; its last LOG_LENGTH entries are kept, for as long as a request may live."""
+        ...
+
+    async def read_log(self, key: str, on_entries: Callable[[list[bytes]], None]) -> None:
+        """Runs until cancelled: hands over what is kept of the log, and then what is appended."""
         ...
 
     async def close(self) -> None: ...

@@ -31,6 +31,7 @@ from .api import (
 from .broker.errors import (
     BackendFailed,
     BrokerUnavailable,
+    Cancelled,
     InstanceError,
     MQServeError,
     NotEncodable,
@@ -46,7 +47,7 @@ from .declared import endpoint
 from .futures import Future, get, wait
 from .handle import AsyncHandle, Handle
 from .replicas.batching import accept_batch, batch
-from .replicas.context import ReplicaContext, get_current_backend_tag, get_current_replica_tag, get_replica_context
+from .replicas.context import ReplicaContext, cancelled, get_current_backend_tag, get_current_replica_tag, get_replica_context
 from .replicas.requests import Request, ServeRequest
 
 __version__ = "0.1.0"
@@ -56,6 +57,7 @@ __all__ = [
     "BackendConfig",
     "BackendFailed",
     "BrokerUnavailable",
+    "Cancelled",
     "Client",
     "Future",
     "Handle",
@@ -72,6 +74,7 @@ __all__ = [
     "UnknownEndpoint",
     "accept_batch",
     "batch",
+    "cancelled",
     "connect",
     "create_backend",
     "create_endpoint",

@@ -19,10 +19,18 @@ WAIT_LIMIT_S = 25 * 60  # no request lives longer
 class Future:
     """Made by a handle or by `serve.future`. `await` it in a coroutine, or call `result()` anywhere else."""
 
-    def __init__(self, future_id: str, pending: concurrent.futures.Future[Result], read: Callable[[Result], Any]) -> None:
+    def __init__(
+        self,
+        future_id: str,
+        pending: concurrent.futures.Future[Result],
+        read: Callable[[Result], Any],
+        *,
+        on_cancel: Callable[[], None] | None = None,
+    ) -> None:
         self.id = future_id
         self._pending = pending
         self._read = read
+        self._on_cancel = on_cancel  # beside what hangs on `pending` itself
 
     def __repr__(self) -> str:
         return f"<Future {self.id} {'done' if self.done() else 'pending'}>"
@@ -47,8 +55,12 @@ class Future:
         return self._pending.done()
 
     def cancel(self) -> bool:
-        """Gives up waiting; whether there was anything to give up."""
-        return self._pending.cancel()
+        """Nobody wants the result any more, here or elsewhere: a request that waits will not start, an async call is cancelled, a plain one
+        may ask `serve.cancelled()`. Whether there was anything to give up."""
+        cancelled = self._pending.cancel()
+        if cancelled and self._on_cancel is not None:
+            self._on_cancel()
+        return cancelled
 
     def __await__(self) -> Generator[Any, None, Any]:
         return self._wait().__await__()
@@ -106,6 +118,8 @@ def read_result(result: Result, future_id: str, signer: Signer, backend: str | N
 
 
 def _exception(error: ErrorInfo, result: Result, future_id: str, signer: Signer) -> BaseException:
+    if result.status == 499:
+        return Cancelled(error.message)
     if result.status == 504:
         return RequestTimeout(error.message, phase="run" if "(run)" in error.message else "queue")
     exception: BaseException = RemoteError(f"{error.type}: {error.message}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from .broker.envelope import Meta
-from .broker.errors import BadType
+from .broker.errors import BadType, BadValue
 from .futures import Future
 
 if TYPE_CHECKING:
@@ -22,6 +23,12 @@ class HandleOptions:
     shard_key: str | None = None
     http_method: str = "GET"
     http_headers: Mapping[str, str] = field(default_factory=dict)
+    request_timeout_s: float | None = None
+
+    def __post_init__(self) -> None:
+        timeout_s = self.request_timeout_s
+        if timeout_s is not None and not (isinstance(timeout_s, int | float) and 0 < timeout_s < math.inf):
+            raise BadValue(f"request_timeout_s must be a number of seconds above 0, not {timeout_s!r}")
 
 
 class _BaseHandle:
@@ -43,7 +50,8 @@ class _BaseHandle:
         return _arrive, (type(self), self._endpoint, self._options, self._missing_ok)
 
     def options(self, **options: Any) -> Self:
-        """A handle with these set: method_name, shard_key, http_method, http_headers. Later ones override earlier ones."""
+        """A handle with these set: method_name, shard_key, http_method, http_headers, request_timeout_s (which may only shorten the
+        backend's). Later ones override earlier ones. Raises BadType for another name, BadValue for a bad timeout."""
         try:
             merged = replace(self._options, **options)
         except TypeError:
@@ -61,7 +69,9 @@ class _BaseHandle:
             headers["x-serve-shard-key"] = options.shard_key
         pairs = tuple((name.encode(), value.encode()) for name, value in headers.items())
         meta = Meta(method=options.http_method.upper(), headers=pairs, endpoint=self._endpoint, call=call)
-        return self._find_sender().send(meta, options.shard_key or "", data, arguments, wait_for_endpoint=self._missing_ok)
+        return self._find_sender().send(
+            meta, options.shard_key or "", data, arguments, wait_for_endpoint=self._missing_ok, timeout_s=options.request_timeout_s
+        )
 
 
 class Handle(_BaseHandle):

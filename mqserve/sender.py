@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import math
+import time
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from .broker.caller import Caller
@@ -17,9 +22,23 @@ from .broker.signing import Claim
 from .controller.state import Desired, choose
 from .futures import WAIT_LIMIT_S, Future, read_result
 from .links import Links
+from .replicas.context import deadline
 from .runtime import Runtime
 
 APPEAR_BUDGET_S = 60.0  # how long a handle made with missing_ok waits for its endpoint
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One call of `remote`."""
+
+    id: str
+    meta: Meta
+    shard_key: str
+    data: Any
+    arguments: dict[str, Any]
+    within_s: float
+    pending: concurrent.futures.Future[Result]
 
 
 class Sender:
@@ -35,13 +54,23 @@ class Sender:
     def __repr__(self) -> str:
         return f"<Sender with {len(self.desired.endpoints)} endpoints>"
 
-    def send(self, meta: Meta, shard_key: str, data: Any, arguments: dict[str, Any], *, wait_for_endpoint: bool) -> Future:
+    def send(
+        self,
+        meta: Meta,
+        shard_key: str,
+        data: Any,
+        arguments: dict[str, Any],
+        *,
+        wait_for_endpoint: bool,
+        timeout_s: float | None = None,
+    ) -> Future:
         """A future at once. Futures among the arguments are resolved before the request is sent.
 
+        It has the backend's `request_timeout_s`, or less: `timeout_s`, and in a handler what is left to the request that is running.
         Raises UnknownEndpoint and NotEncodable; whatever happens later is the future's.
         """
-        future_id = mint_id()
-        pending: concurrent.futures.Future[Result] = concurrent.futures.Future()
+        call = _Call(mint_id(), meta, shard_key, data, arguments, min(timeout_s or math.inf, _left_s()), concurrent.futures.Future())
+        call.pending.add_done_callback(lambda done: self._cancel([call.id]) if done.cancelled() else None)
         awaited = [value for value in (data, *arguments.values()) if isinstance(value, Future)]
         is_missing = meta.endpoint not in self.desired.endpoints
         if is_missing and not wait_for_endpoint:
@@ -50,70 +79,70 @@ class Sender:
                 raise UnknownEndpoint(f"Endpoint '{meta.endpoint}' does not exist.")
             is_missing = False
         if awaited or is_missing:
-            self._runtime.submit(self._send_later(meta, shard_key, data, arguments, future_id, pending))
+            self._runtime.submit(self._send_later(call))
         else:
-            self._send_now(meta, shard_key, data, arguments, future_id, pending)
-        return Future(future_id, pending, lambda result: read_result(result, future_id, self._signer))
+            self._send_now(call)
+        return Future(call.id, call.pending, lambda result: read_result(result, call.id, self._signer))
 
-    def _send_now(
-        self, meta: Meta, shard_key: str, data: Any, arguments: dict[str, Any], future_id: str, pending: concurrent.futures.Future[Result]
-    ) -> None:
+    def _send_now(self, call: _Call) -> None:
         desired = self.desired
-        endpoint = desired.endpoints.get(meta.endpoint)
+        endpoint = desired.endpoints.get(call.meta.endpoint)
         if endpoint is None:  # deleted while its arguments were awaited
-            raise UnknownEndpoint(f"Endpoint '{meta.endpoint}' does not exist.")
-        backend, shadows = choose(endpoint, shard_key)
-        send = self._prepare(desired, backend, meta, [data, arguments], future_id, pending)
-        copies = [self._prepare_shadow(desired, shadow, meta, [data, arguments]) for shadow in shadows]
+            raise UnknownEndpoint(f"Endpoint '{call.meta.endpoint}' does not exist.")
+        backend, shadows = choose(endpoint, call.shard_key)
+        send = self._prepare(desired, backend, call)
+        copies = [self._prepare_shadow(desired, shadow, call) for shadow in shadows]
         self._runtime.post(send)
         for copy in copies:
             self._runtime.post(copy)
 
-    def _prepare(
-        self, desired: Desired, backend: str, meta: Meta, content: list[Any], future_id: str, pending: concurrent.futures.Future[Result]
-    ) -> Callable[[], None]:
-        content_type, body = encode_value(content, self._signer, Claim("request", backend, future_id))
+    def _prepare(self, desired: Desired, backend: str, call: _Call) -> Callable[[], None]:
+        content_type, body = encode_value([call.data, call.arguments], self._signer, Claim("request", backend, call.id))
         config = desired.backends[backend].config
 
         def send() -> None:
+            if call.pending.cancelled():
+                return
             try:
                 ticket = self._caller.send(
                     backend,
                     body,
                     content_type,
-                    meta,
+                    call.meta,
                     origin="handle",
-                    timeout_s=config.request_timeout_s,
-                    future_id=future_id,
+                    timeout_s=min(config.request_timeout_s, call.within_s),
+                    future_id=call.id,
                     at_most_once=config.delivery == "at_most_once",
                 )
             except MQServeError as error:
-                pending.set_exception(error)
+                _fail(call.pending, error)
             else:
-                ticket.future.add_done_callback(lambda done: _pass_on(done, pending))
+                ticket.future.add_done_callback(lambda done: _pass_on(done, call.pending))
 
         return send
 
-    def _prepare_shadow(self, desired: Desired, backend: str, meta: Meta, content: list[Any]) -> Callable[[], None]:
+    def _prepare_shadow(self, desired: Desired, backend: str, call: _Call) -> Callable[[], None]:
         shadow_id = mint_id()  # a seal is good for one id and one backend, so each copy has its own
-        content_type, body = encode_value(content, self._signer, Claim("request", backend, shadow_id))
+        content_type, body = encode_value([call.data, call.arguments], self._signer, Claim("request", backend, shadow_id))
         timeout_s = desired.backends[backend].config.request_timeout_s
         return lambda: self._caller.send_shadow(
-            backend, body, content_type, meta, origin="handle", timeout_s=timeout_s, shadow_id=shadow_id
+            backend, body, content_type, call.meta, origin="handle", timeout_s=timeout_s, shadow_id=shadow_id
         )
 
-    async def _send_later(
-        self, meta: Meta, shard_key: str, data: Any, arguments: dict[str, Any], future_id: str, pending: concurrent.futures.Future[Result]
-    ) -> None:
+    async def _send_later(self, call: _Call) -> None:
         try:
-            if meta.endpoint not in self.desired.endpoints:
-                await self._until_there(meta.endpoint)
-            data = await _resolved(data)
-            arguments = {name: await _resolved(value) for name, value in arguments.items()}
-            await asyncio.to_thread(self._send_now, meta, shard_key, data, arguments, future_id, pending)
+            if call.meta.endpoint not in self.desired.endpoints:
+                await self._until_there(call.meta.endpoint)
+            data = await _resolved(call.data)
+            arguments = {name: await _resolved(value) for name, value in call.arguments.items()}
+            await asyncio.to_thread(self._send_now, replace(call, data=data, arguments=arguments))
         except Exception as error:
-            if not pending.done():
-                pending.set_exception(error)
+            _fail(call.pending, error)
+
+    def _cancel(self, future_ids: list[str]) -> None:
+        with suppress(InstanceError):  # shut down: nobody is left to tell
+            for future_id in future_ids:
+                self._runtime.post(partial(self._caller.cancel, future_id))
 
     async def _is_there(self, endpoint: str) -> bool | None:
         self.desired = Desired.from_bytes(await self._links.store.get(self._links.keys.desired))
@@ -138,7 +167,23 @@ class Sender:
             found.append(key)
             return result
 
-        return Future(future_id, self._runtime.submit(find()), lambda result: read_result(result, found[0], self._signer, backend))
+        pending = self._runtime.submit(find())
+        return Future(
+            future_id,
+            pending,
+            lambda result: read_result(result, found[0], self._signer, backend),
+            on_cancel=lambda: self._cancel(keys),
+        )
+
+
+def _left_s() -> float:
+    """To the request in whose handler this runs, if it does."""
+    return max(0.001, deadline() - time.monotonic())
+
+
+def _fail(pending: concurrent.futures.Future[Result], error: BaseException) -> None:
+    if pending.set_running_or_notify_cancel():
+        pending.set_exception(error)
 
 
 async def _resolved(value: Any) -> Any:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from ..broker.caller import MAX_BODY_BYTES, Caller
 from ..broker.envelope import MAX_HEAD_BYTES, Meta, mint_id
-from ..broker.errors import MQServeError, NoReplica, TooLarge
+from ..broker.errors import BadValue, MQServeError, NoReplica, StoreUnavailable, TooLarge
+from ..broker.overload import HeldBytes
 from ..controller.state import choose
+from .departures import Departures
 from .metrics import CONTENT_TYPE, ProxyMetrics
 from .responses import Reply, from_error, from_result, json_reply, problem
 from .routes import NotAllowed, RouteTable, Target
@@ -21,6 +24,7 @@ Send = Callable[[Message], Awaitable[None]]
 
 CALL_METHOD_HEADER = b"x-serve-call-method"
 SHARD_KEY_HEADER = b"x-serve-shard-key"
+TIMEOUT_HEADER = b"x-request-timeout-seconds"
 DOWN_AFTER_MS = 10_000
 
 
@@ -39,6 +43,7 @@ class ProxyApp:
         self._readiness = readiness
         self._debug = debug
         self._metrics = ProxyMetrics()
+        self.departures = Departures(caller.cancel)
 
     def __repr__(self) -> str:
         return f"<ProxyApp {self.routes!r}>"
@@ -72,11 +77,10 @@ class ProxyApp:
         routes = self.routes  # one version for the whole request, whatever changes while its body comes in
         try:
             _check_head(scope)
-            body = await _read_body(scope, receive)
-            content_type, call, shard_key = _read_headers(scope["headers"])
+            content_type, call, shard_key, timeout_s = _read_headers(scope["headers"])
             backend, shadows = choose(target.endpoint, shard_key)
-            if routes.down_since:
-                self._check_up(backend)
+            self._check_up(backend)
+            body = await _read_body(scope, receive, self._caller.held)
             meta = _meta(scope, target, call)
             ticket = self._caller.send(
                 backend,
@@ -84,24 +88,31 @@ class ProxyApp:
                 content_type,
                 meta,
                 origin="http",
-                timeout_s=routes.timeouts_s[backend],
+                timeout_s=min(timeout_s, routes.timeouts_s[backend]),
                 at_most_once=backend in routes.at_most_once,
             )
             request_id = ticket.id
             self._metrics.sent[target.endpoint.name] += 1
             for shadow in shadows:
                 self._caller.send_shadow(shadow, body, content_type, meta, origin="http", timeout_s=routes.timeouts_s[shadow])
+            del body  # it is the queue's now: what waits for an answer holds none
             waiting = (backend, target.endpoint.name)
             self._metrics.waiting[waiting] += 1
+            self.departures.expect(request_id, receive)
             try:
                 return from_result(await ticket.future, request_id, debug=self._debug)
             finally:
+                self.departures.forget(request_id)
                 self._metrics.waiting[waiting] -= 1
         except MQServeError as error:
             return from_error(error, request_id or mint_id())
 
     def _check_up(self, backend: str) -> None:
-        """A backend that is only restarting is worth waiting for; one without any replica for so long is not."""
+        """Whether waiting is of any use: a backend that only restarts is worth it, one without any replica for so long is not."""
+        if not self._caller.connected:
+            raise StoreUnavailable("the store does not answer, so no result could be read: try again later")
+        if not self.routes.down_since:
+            return
         down_since = self.routes.down_since.get(backend)
         if down_since is not None and self._caller.now_ms() - down_since > DOWN_AFTER_MS:
             raise NoReplica(
@@ -145,19 +156,27 @@ def _check_head(scope: Scope) -> None:
         )
 
 
-async def _read_body(scope: Scope, receive: Receive) -> bytes:
+async def _read_body(scope: Scope, receive: Receive, held: HeldBytes) -> bytes:
+    """What is read of it counts as held until it is whole; then its sending does."""
     message = await _next_part(receive)
     body: bytes = message.get("body", b"")
     if not message.get("more_body"):
         return body
-    chunks, size = [body], len(body)
-    while message.get("more_body"):
-        message = await _next_part(receive)
-        chunks.append(message.get("body", b""))
-        size += len(chunks[-1])
-        if size > MAX_BODY_BYTES:
-            raise TooLarge(f"the body has more than {MAX_BODY_BYTES} bytes, the limit: send less, or a reference to it")
-    return b"".join(chunks)
+    chunks, size = [body], 0
+    try:
+        held.take(len(body))
+        size = len(body)
+        while message.get("more_body"):
+            message = await _next_part(receive)
+            body = message.get("body", b"")
+            held.take(len(body))
+            size += len(body)
+            chunks.append(body)
+            if size > MAX_BODY_BYTES:
+                raise TooLarge(f"the body has more than {MAX_BODY_BYTES} bytes, the limit: send less, or a reference to it")
+        return b"".join(chunks)
+    finally:
+        held.give(size)
 
 
 async def _next_part(receive: Receive) -> Message:
@@ -167,9 +186,9 @@ async def _next_part(receive: Receive) -> Message:
     return message
 
 
-def _read_headers(headers: list[tuple[bytes, bytes]]) -> tuple[str, str, str]:
-    """(content type, method to call, shard key)."""
-    content_type, call, shard_key = b"application/octet-stream", b"", b""
+def _read_headers(headers: list[tuple[bytes, bytes]]) -> tuple[str, str, str, float]:
+    """(content type, method to call, shard key, seconds that the client allows). Raises BadValue for a bad number of them."""
+    content_type, call, shard_key, timeout = b"application/octet-stream", b"", b"", b""
     for name, value in headers:
         if name == b"content-type":
             content_type = value
@@ -177,7 +196,20 @@ def _read_headers(headers: list[tuple[bytes, bytes]]) -> tuple[str, str, str]:
             call = value
         elif name == SHARD_KEY_HEADER:
             shard_key = value
-    return content_type.decode("latin-1")[:255], call.decode("latin-1"), shard_key.decode("latin-1")
+        elif name == TIMEOUT_HEADER:
+            timeout = value
+    timeout_s = _read_timeout(timeout) if timeout else math.inf
+    return content_type.decode("latin-1")[:255], call.decode("latin-1"), shard_key.decode("latin-1"), timeout_s
+
+
+def _read_timeout(value: bytes) -> float:
+    try:
+        timeout_s = float(value)
+    except ValueError:
+        timeout_s = math.nan
+    if not 0 < timeout_s < math.inf:
+        raise BadValue("X-Request-Timeout-Seconds must be a number of seconds above 0, such as 2.5: the backend's own limit is the highest")
+    return timeout_s
 
 
 def _meta(scope: Scope, target: Target, call: str) -> Meta:

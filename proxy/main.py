@@ -138,7 +138,7 @@ class Proxy:
         self._outer.app, self._middlewares = await self._with_middlewares(app, desired), desired.http.middlewares
         server = _Server(_uvicorn_config(self._outer))
         async with asyncio.TaskGroup() as tasks:
-            following = tasks.create_task(self._follow(app))
+            minding = [tasks.create_task(self._follow(app)), tasks.create_task(app.departures.watch_forever())]
             serving = tasks.create_task(server.serve(sockets=[listener]))
             while not server.started and not serving.done():
                 await asyncio.sleep(0.005)
@@ -147,7 +147,8 @@ class Proxy:
             self._say("draining")
             server.should_exit = True
             await serving
-            following.cancel()
+            for task in minding:
+                task.cancel()
 
     async def _follow(self, app: ProxyApp) -> None:
         """The routes as they change; the last good ones while the store or the controller is away."""
@@ -194,7 +195,7 @@ class Proxy:
 
     def _readiness(self, queue: Queue) -> tuple[bool, dict[str, Any]]:
         """Red only when requests cannot be answered."""
-        facts = {"broker": queue.connected, "store": self._store.connected}
+        facts = {"broker": queue.down_s == 0, "store": self._store.connected}
         return all(facts.values()), facts
 
     def _say(self, state: str) -> None:

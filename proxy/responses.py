@@ -9,7 +9,17 @@ from typing import Any
 import msgspec
 
 from ..broker.envelope import Pairs
-from ..broker.errors import BrokerUnavailable, MQServeError, NoReplica, NotRouted, Overloaded, StoreUnavailable, TooLarge
+from ..broker.errors import (
+    BadValue,
+    BrokerUnavailable,
+    Cancelled,
+    MQServeError,
+    NoReplica,
+    NotRouted,
+    Overloaded,
+    StoreUnavailable,
+    TooLarge,
+)
 from ..broker.results import Result
 
 Reply = tuple[int, list[tuple[bytes, bytes]], bytes]
@@ -37,6 +47,10 @@ def from_error(error: MQServeError, request_id: str) -> Reply:
             return problem(429, str(error), request_id, retry_after_s=error.retry_after_s)
         case TooLarge():
             return problem(error.status, str(error), request_id)
+        case BadValue():
+            return problem(400, str(error), request_id)
+        case Cancelled():
+            return problem(499, str(error), request_id)
         case BrokerUnavailable() | StoreUnavailable() | NotRouted() | NoReplica():
             return problem(503, str(error), request_id, retry_after_s=1)
         case _:
@@ -47,7 +61,7 @@ def problem(status: int, detail: str, request_id: str, *, retry_after_s: float |
     """RFC 9457, with the request's id."""
     body: dict[str, Any] = {
         "type": "about:blank",
-        "title": HTTPStatus(status).phrase,
+        "title": "Client Closed Request" if status == 499 else HTTPStatus(status).phrase,  # nginx's number; nobody is left to read it
         "status": status,
         "detail": detail,
         "request_id": request_id,

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -9,7 +13,7 @@ import msgspec
 
 from ..broker import queue_names
 from ..broker.envelope import Envelope
-from ..broker.errors import BadEnvelope
+from ..broker.errors import BadEnvelope, StoreUnavailable
 from ..broker.results import ErrorInfo, Result
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
@@ -20,8 +24,20 @@ MAX_REDELIVERIES = 20  # whatever happened to them
 _COUNTERS_TTL_MS = 24 * 3600 * 1000
 
 
+class Attempt(msgspec.Struct, frozen=True):
+    """A run that was started; `ended` is empty as long as it may be under way."""
+
+    replica: str
+    started_ms: int
+    ended: str = ""
+
+
 class Poison(BadEnvelope):
-    """A message that has cost too many replicas: set aside."""
+    """A message that has cost too many replicas: set aside, with the history of its runs."""
+
+    def __init__(self, message: str, attempts: Sequence[Attempt] = ()) -> None:
+        super().__init__(message)
+        self.attempts = tuple(attempts)
 
 
 class Admitted(NamedTuple):
@@ -34,10 +50,11 @@ class Admitted(NamedTuple):
 class Admission:
     """One backend's checks; only requests that need one come here."""
 
-    def __init__(self, namespace: str, backend: str, store: Store) -> None:
+    def __init__(self, namespace: str, backend: str, store: Store, replica_id: str) -> None:
         self._namespace = namespace
         self._backend = backend
         self._store = store
+        self._replica_id = replica_id
         self._keys = StoreKeys(namespace)
 
     def __repr__(self) -> str:
@@ -68,15 +85,42 @@ class Admission:
         if not future_id:
             if once and redelivered:
                 raise Poison("it was delivered before and has no id, so nobody can tell whether it ran (delivery is at_most_once)")
-            return Admitted(envelope, 1)
+            return Admitted(envelope, await self._count(self._name(envelope), config.max_attempts, math.inf) if redelivered else 1)
         if (raw := await self._store.get(self._keys.future(future_id))) is not None:
             return await self.whole(Result.from_bytes(raw))
         if check_copies and not redelivered and not await self._claim(future_id):
             return None
         if once:
             return Admitted(envelope, 1) if await self._mark_start(future_id) else _lost(self._backend)
-        attempt = await self._count(future_id, config.max_attempts) if redelivered else 1
+        attempt = await self._count(future_id, config.max_attempts, MAX_REDELIVERIES) if redelivered else 1
         return Admitted(envelope, attempt)
+
+    def mark_soon(self, envelope: Envelope) -> None:
+        """That a run is under way, with the next write of results."""
+        now_ms = self._store.now_ms()
+        ttl_ms = envelope.header.deadline - now_ms + 5000 if envelope.header.deadline else _COUNTERS_TTL_MS
+        self._store.mark(self._keys.start(self._name(envelope)), self._mark(), ttl_ms)
+
+    async def mark(self, envelope: Envelope) -> None:
+        """That a run is about to start, at once. Raises StoreUnavailable."""
+        await self._store.set(self._keys.start(self._name(envelope)), self._mark(), ttl_ms=_COUNTERS_TTL_MS)
+
+    async def unmark(self, envelope: Envelope) -> None:
+        """The run did not take place, or was ended in order. Raises StoreUnavailable."""
+        await self._store.delete(self._keys.start(self._name(envelope)))
+
+    async def forget(self, envelope: Envelope) -> None:
+        """What is known of a message without an id, once it was run to its end: its like may come again."""
+        name = self._name(envelope)
+        with suppress(StoreUnavailable):
+            await self._store.delete(self._keys.start(name), self._keys.attempts(name))
+
+    def _name(self, envelope: Envelope) -> str:
+        """What its runs are counted under: where its result stands, or, without an id, what it says."""
+        return envelope.future_id(self._backend) or hashlib.sha256(self._backend.encode() + b"\0" + envelope.body).hexdigest()[:32]
+
+    def _mark(self) -> bytes:
+        return msgspec.json.encode(Attempt(self._replica_id, self._store.now_ms()))
 
     async def whole(self, result: Result) -> Result:
         """With its body, wherever that stands."""
@@ -100,23 +144,42 @@ class Admission:
         return await self._store.set(self._keys.claim(future_id), b"1", ttl_ms=_COUNTERS_TTL_MS, only_new=True)
 
     async def _mark_start(self, future_id: str) -> bool:
-        return await self._store.set(self._keys.start(future_id), b"1", ttl_ms=_COUNTERS_TTL_MS, only_new=True)
+        return await self._store.set(self._keys.start(future_id), self._mark(), ttl_ms=_COUNTERS_TTL_MS, only_new=True)
 
-    async def _count(self, future_id: str, max_attempts: int) -> int:
-        """The number of the run to come. An attempt is a run that was started (it left a mark) and left no result."""
-        start = self._keys.start(future_id)
-        attempts_key = self._keys.attempts(future_id)
-        if await self._store.get(start) is not None:
-            attempts = await self._store.increment(attempts_key, _COUNTERS_TTL_MS)
+    async def _count(self, name: str, max_attempts: int, max_redeliveries: float) -> int:
+        """The number of the run to come. An attempt is a run that was started (it left a mark) and left no result.
+
+        Messages without an id that say the same share a name, so that their redeliveries tell nothing of any one of them.
+        """
+        start, attempts_key = self._keys.start(name), self._keys.attempts(name)
+        raw_mark, raw_attempts = await self._store.get_many([start, attempts_key])
+        attempts = _read_attempts(raw_attempts)
+        if raw_mark is not None:
+            attempts.append(msgspec.structs.replace(_read_mark(raw_mark), ended="its replica was lost before there was a result"))
+            await self._store.set(attempts_key, msgspec.json.encode(attempts), ttl_ms=_COUNTERS_TTL_MS)
             await self._store.delete(start)
-        else:
-            attempts = int(await self._store.get(attempts_key) or 0)
-        redeliveries = await self._store.increment(self._keys.redeliveries(future_id), _COUNTERS_TTL_MS)
-        if attempts >= max_attempts:
-            raise Poison(f"{attempts} runs of it were started and left no result (max_attempts): the replicas that ran it died")
-        if redeliveries >= MAX_REDELIVERIES:
-            raise Poison(f"it was delivered {redeliveries} times again and never finished")
-        return attempts + 1
+        redeliveries = await self._store.increment(self._keys.redeliveries(name), _COUNTERS_TTL_MS)
+        if len(attempts) >= max_attempts:
+            raise Poison(
+                f"{len(attempts)} runs of it were started and left no result (max_attempts): the replicas that ran it died", attempts
+            )
+        if redeliveries >= max_redeliveries:
+            raise Poison(f"it was delivered {redeliveries} times again and never finished", attempts)
+        return len(attempts) + 1
+
+
+def _read_mark(raw: bytes) -> Attempt:
+    try:
+        return msgspec.json.decode(raw, type=Attempt)
+    except msgspec.MsgspecError:  # another version's
+        return Attempt("", 0)
+
+
+def _read_attempts(raw: bytes | None) -> list[Attempt]:
+    try:
+        return msgspec.json.decode(raw, type=list[Attempt]) if raw else []
+    except msgspec.MsgspecError:
+        return []
 
 
 def _lost(backend: str) -> Result:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import threading
+from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Protocol
 
 from ..broker.errors import InstanceError
 
@@ -15,6 +19,18 @@ class ReplicaContext:
     backend_tag: str
     replica_tag: str
 
+
+class Request(Protocol):
+    """A request under way, as far as this module knows it."""
+
+    @property
+    def unwanted(self) -> bool: ...
+
+    @property
+    def deadline(self) -> float: ...
+
+
+running_jobs: ContextVar[Sequence[Request]] = ContextVar("running_jobs", default=())  # of the call that runs here
 
 _here = threading.local()
 _process: list[ReplicaContext] = []  # of a replica that is a process of its own: for threads that user code starts
@@ -41,3 +57,16 @@ def get_current_backend_tag() -> str:
 
 def get_current_replica_tag() -> str:
     return get_replica_context().replica_tag
+
+
+def cancelled() -> bool:
+    """Whether nobody wants what runs here any more: its caller has cancelled it or gone away, or its time is spent (in a batch: of all
+    of them). For plain code, which cannot be stopped from outside: ask it now and then in a long call, and return. False where no
+    request runs."""
+    jobs = running_jobs.get()
+    return bool(jobs) and all(job.unwanted for job in jobs)
+
+
+def deadline() -> float:
+    """In monotonic seconds, of what runs here: the latest of a batch; infinite where no request runs or it has none."""
+    return max((job.deadline for job in running_jobs.get()), default=math.inf)

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
@@ -89,7 +89,7 @@ class Replica:
         """
         self._backend = backend = await read_backend(self._store, self._keys, self._settings, self._options.backend)
         context = ReplicaContext(backend.name, self._options.replica_id)
-        worker = Worker(context, backend.config, self._on_done)
+        worker = Worker(context, backend.config, self._on_done, self._on_suspect)
         failure: MQServeError | None = None  # raised outside the group, which would wrap it
         async with asyncio.TaskGroup() as tasks:
             beating = tasks.create_task(self._presence.beat_forever())
@@ -116,7 +116,9 @@ class Replica:
         backend = self._backend
         worker.serve(Execution(backend.name, handler, self._settings.signer))
         metrics = ReplicaMetrics(backend.name, self._options.replica_id)
-        self._server = server = Server(self._settings.namespace, backend.name, queue, self._store, worker, backend.config, handler, metrics)
+        self._server = server = Server(
+            self._settings.namespace, backend, queue, self._store, worker, handler, metrics, self._options.replica_id
+        )
         metrics.ready()
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -124,13 +126,14 @@ class Replica:
                     tasks.create_task(self._follow(server, configuring, stop)),
                     tasks.create_task(configuring.check_health_forever(backend)),
                 ]
-                tuning = tasks.create_task(server.tune_forever())
+                to_the_end = [tasks.create_task(server.tune_forever()), tasks.create_task(server.listen())]
                 await stop.wait()
                 self._say("draining")
                 for task in minding:
                     task.cancel()
                 await server.drain(ORPHAN_DRAIN_S if stop.orphaned else math.inf)
-                tuning.cancel()
+                for task in to_the_end:
+                    task.cancel()
         finally:
             await server.abandon()  # a process's end does that; in the embedded form nobody else would
 
@@ -172,6 +175,10 @@ class Replica:
     def _on_done(self, job: Job, result: Result) -> None:
         assert self._server is not None
         self._server.on_done(job, result)
+
+    async def _on_suspect(self, jobs: Sequence[Job]) -> None:
+        assert self._server is not None
+        await self._server.mark_suspects(jobs)
 
     def _say(self, state: str) -> None:
         self._state = state

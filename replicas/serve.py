@@ -7,13 +7,14 @@ import itertools
 import logging
 import random
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import msgspec
 
+from ..broker.cancellations import CANCELLED, Cancellations
 from ..broker.codecs import JSON
 from ..broker.envelope import NO_HEADER, Envelope
 from ..broker.errors import BadEnvelope, MQServeError, StoreUnavailable
@@ -21,7 +22,7 @@ from ..broker.queue import Consumption, Delivery, Queue
 from ..broker.results import ErrorInfo, Result, late_result, note_of
 from ..broker.store import Record, Store
 from ..broker.store_keys import RESULT_TTL_S, StoreKeys
-from ..controller.state import BackendConfig
+from ..controller.state import MAX_REQUEST_TIMEOUT_S, Backend, BackendConfig
 from .admission import Admission, Poison
 from .handler import Handler
 from .metrics import ReplicaMetrics
@@ -47,28 +48,28 @@ class Server:
     def __init__(
         self,
         namespace: str,
-        backend: str,
+        backend: Backend,
         queue: Queue,
         store: Store,
         worker: Worker,
-        config: BackendConfig,
         handler: Handler,
         metrics: ReplicaMetrics,
+        replica_id: str,
     ) -> None:
         self._namespace = namespace
-        self._backend = backend
+        self._backend = backend.name
         self._queue = queue
         self._store = store
         self._keys = StoreKeys(namespace)
-        self._admission = Admission(namespace, backend, store)
+        self._admission = Admission(namespace, backend.name, store, replica_id)
         self._worker = worker
-        self._config = config
+        self._config = backend.config
         self._handler = handler
         self._metrics = metrics
         self._consumptions: dict[int, Consumption] = {}
         self._in_hand: dict[int, set[Delivery]] = {}  # by generation
         self._jobs: set[Job] = set()
-        self._marked: set[str] = set()
+        self._cancellations = Cancellations(store, self._keys, self._give_up_cancelled)
         self._tasks: set[asyncio.Task[None]] = set()
         self._draining = False
         self._copies_until = 0.0  # monotonic
@@ -109,10 +110,11 @@ class Server:
             await self._consumptions.pop(generation).cancel()
 
     async def tune_forever(self) -> None:
-        """Follows the measured run time with the prefetch, and marks runs that last: so that a timeout can say `run`, and a replica's
-        death is blamed on what it ran."""
+        """Gives up what is late; marks runs that last, so that a timeout can say `run`, and a replica's death is blamed on what it ran;
+        follows the measured run time with the prefetch."""
         for turn in itertools.count():
             await asyncio.sleep(_MARK_EVERY_S)
+            self._give_up_late()
             self._mark_long_runs()
             if turn % _TUNE_EVERY_TURNS:
                 continue
@@ -120,6 +122,10 @@ class Server:
                 consumption.set_prefetch(self._prefetch())
             processing = sum(1 for job in self._jobs if job.started)
             self._metrics.hand_over(self.running - processing, processing)
+
+    async def listen(self) -> None:
+        """Hears of cancelled requests, until cancelled itself."""
+        await self._cancellations.listen()
 
     async def drain(self, at_most_s: float) -> None:
         """Takes nothing new, gives back what has not started, and finishes the rest within the graceful shutdown timeout or `at_most_s`."""
@@ -158,13 +164,35 @@ class Server:
         return prefetch(can_run, limit, self._worker.run_s)
 
     def _mark_long_runs(self) -> None:
-        now, now_ms = time.monotonic(), self._store.now_ms()
+        now = time.monotonic()
         for job in self._jobs:
-            envelope = job.envelope
-            if envelope.id and job.started and now - job.started > _LONG_RUN_S and envelope.id not in self._marked:
-                self._marked.add(envelope.id)
-                ttl_ms = (envelope.header.deadline or now_ms + UNLIMITED_MS) - now_ms + 5000
-                self._store.mark(self._keys.start(envelope.future_id(self._backend)), ttl_ms)
+            if job.started and not job.marked and now - job.started > _LONG_RUN_S:
+                job.marked = True
+                self._admission.mark_soon(job.envelope)
+
+    async def mark_suspects(self, jobs: Sequence[Job]) -> None:
+        """Before a run of what was delivered before: whether it kills its replica at once must be known afterwards."""
+        for job in jobs:
+            if job.suspect and not job.marked:
+                job.marked = True
+                await self._admission.mark(job.envelope)
+
+    # Giving up.
+
+    def _give_up_late(self) -> None:
+        now = time.monotonic()
+        for job in [job for job in self._jobs if job.deadline <= now and job.given_up is None]:
+            self._give_up(job, late_result("run" if job.started else "queue"))
+
+    def _give_up_cancelled(self) -> None:
+        for job in [job for job in self._jobs if self._cancellations.names(job.envelope, job.envelope.future_id(self._backend))]:
+            self._give_up(job, CANCELLED)
+
+    def _give_up(self, job: Job, result: Result) -> None:
+        """Whoever waits is told now; the slot is free when the call has ended."""
+        if job.started and job.envelope.id and job.given_up is None:
+            self._record(job, result).add_done_callback(_recorded_or_not)
+        self._worker.give_up(job, result)
 
     # Taking.
 
@@ -177,10 +205,15 @@ class Server:
             self._admission.check_names(envelope)
         except BadEnvelope as error:
             return self._dead_letter(generation, delivery, error)
-        job = Job(envelope, (generation, delivery))
         header = envelope.header
-        if header.deadline and header.deadline <= self._store.now_ms():
+        left_s = (header.deadline - self._store.now_ms()) / 1000 if header.deadline else MAX_REQUEST_TIMEOUT_S
+        job = Job(envelope, (generation, delivery), time.monotonic() + left_s)
+        if left_s <= 0:
             self._finish(job, late_result("queue"))
+        elif self._cancellations and self._cancellations.names(envelope, envelope.future_id(self._backend)):
+            self._finish(job, CANCELLED)
+        elif (delivery.redelivered or header.again) and self._runs_here(envelope):
+            self._give_back_later(job)  # a connection was lost, and not its run: the result settles it
         elif delivery.redelivered or header.again or header.ref or not envelope.minted or self._checks_all:
             self._start(self._admit(job))
         else:
@@ -206,7 +239,11 @@ class Server:
                 self._give_back(job)
             else:
                 job.envelope, job.attempt = admitted
+                job.suspect = delivery.redelivered
                 self._run(job)
+
+    def _runs_here(self, envelope: Envelope) -> bool:
+        return bool(envelope.id) and any(job.envelope.id == envelope.id for job in self._jobs)
 
     def _run(self, job: Job) -> None:
         self._jobs.add(job)
@@ -218,9 +255,12 @@ class Server:
         """From the worker; a job that was given back in between is the next replica's."""
         if job in self._jobs:
             self._jobs.discard(job)
-            self._marked.discard(job.envelope.id)
             self.served += 1
-            self._metrics.done(job.envelope, result, self._store.now_ms(), job.run_s, job.batch_size)
+            if job.unwanted:  # whoever waited has been told so, and hears the same from the store
+                result = job.given_up or late_result("run")
+            self._metrics.done(job.envelope, result, self._store.now_ms(), job.run_s, len(job.batch) or 1)
+            if job.suspect and not job.envelope.id:
+                self._start(self._admission.forget(job.envelope))
             self._finish(job, result)
 
     def _finish(self, job: Job, result: Result) -> None:
@@ -320,18 +360,19 @@ class Server:
             delivery.ack()
 
     def _give_back(self, job: Job) -> None:
-        """To the queue; one that never ran takes its at-most-once mark away first."""
+        """To the queue. Its mark goes first, where that would blame it for a death that none was, or for a run that never began."""
         self._jobs.discard(job)
-        if self._config.delivery == "at_most_once" and not job.started and job.envelope.id:
+        once = self._config.delivery == "at_most_once"
+        if (once and not job.started and job.envelope.id) or (not once and job.marked):
             self._start(self._unmark_and_requeue(job))
         else:
             self._requeue(job)
 
     async def _unmark_and_requeue(self, job: Job) -> None:
         try:
-            await self._store.delete(self._keys.start(job.envelope.future_id(self._backend)))
+            await self._admission.unmark(job.envelope)
         except StoreUnavailable as error:
-            logger.warning("a request of %s that never ran may be answered as lost: %s", self._backend, error)
+            logger.warning("a request of %s keeps a mark of a run that did not end in a death: %s", self._backend, error)
         self._requeue(job)
 
     def _give_back_later(self, job: Job) -> None:
@@ -349,6 +390,12 @@ class Server:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _recorded_or_not(done: asyncio.Future[bool]) -> None:
+    """The end of the run records it again, and gives the message back if that fails."""
+    if not done.cancelled():
+        done.exception()
 
 
 def _reply_body(result: Result) -> bytes:

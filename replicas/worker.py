@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
+import math
 import threading
 import time
 from collections import deque
@@ -22,13 +24,16 @@ from typing import Any, TypeVar
 import uvloop
 
 from ..broker.envelope import Envelope
-from ..broker.results import Result
+from ..broker.results import Result, late_result
 from ..controller.state import BackendConfig
-from .context import ReplicaContext, enter_context
+from .context import ReplicaContext, enter_context, running_jobs
 from .execute import Execution
 from .handler import Method
 from .prefetch import moving_average
 
+logger = logging.getLogger(__name__)
+
+_MARK_BUDGET_S = 5.0  # of the owner, for the mark of a suspect
 _TURN_S = 0.01  # then the loop's other work has its turn: async calls, health checks
 T = TypeVar("T")
 
@@ -39,19 +44,35 @@ class Job:
 
     envelope: Envelope
     tag: Any
+    deadline: float = math.inf  # monotonic
+    attempt: int = 1
+    suspect: bool = False  # delivered before: the owner is told when it starts, and leaves a mark
+    marked: bool = False  # the owner's: a start mark stands in the store
     started: float = 0.0  # monotonic; 0 until it runs
     run_s: float = 0.0
-    attempt: int = 1
-    batch_size: int = 1
+    batch: Sequence[Job] = ()  # all of its call, where that is of several
+    given_up: Result | None = None  # what stands in its result's place: it was cancelled, or its time is spent
+    task: asyncio.Task[None] | None = None  # of an async call
+
+    @property
+    def unwanted(self) -> bool:
+        return self.given_up is not None or time.monotonic() >= self.deadline
 
 
 class Worker:
-    """Owned by one I/O loop, on which `on_done(job, result)` is called."""
+    """Owned by one I/O loop, on which `on_done(job, result)` is called, and `on_suspect(jobs)` is awaited before such a run starts."""
 
-    def __init__(self, context: ReplicaContext, config: BackendConfig, on_done: Callable[[Job, Result], None]) -> None:
+    def __init__(
+        self,
+        context: ReplicaContext,
+        config: BackendConfig,
+        on_done: Callable[[Job, Result], None],
+        on_suspect: Callable[[Sequence[Job]], Coroutine[Any, Any, None]],
+    ) -> None:
         self._context = context
         self._config = config
         self._on_done = on_done
+        self._on_suspect = on_suspect
         self._io = asyncio.get_running_loop()
         self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._run_loop, name=context.replica_tag, daemon=True)
@@ -107,6 +128,18 @@ class Worker:
             except IndexError:
                 return withdrawn[::-1]
 
+    def give_up(self, job: Job, result: Result) -> None:
+        """Nobody wants it any more. One that waits is done at once; an async call is cancelled, a plain one may ask `serve.cancelled()`."""
+        if job.given_up is not None:
+            return
+        job.given_up = result
+        if job.started:
+            self._loop.call_soon_threadsafe(self._cancel_call, job)
+        else:
+            with suppress(ValueError):  # it started in between, or gathers in a batch: either looks for itself
+                self._jobs.remove(job)
+                self._on_done(job, result)
+
     def stop(self) -> None:
         """Returns at once: user code that is still running is left to its daemon thread."""
         if self._pool is not None:
@@ -147,6 +180,8 @@ class Worker:
 
     def _start(self, job: Job) -> None:
         assert self._execution is not None
+        if job.unwanted:
+            return self._put([job], [_unwanted_result(job)])
         method = self._execution.method(job.envelope)
         if isinstance(method, Result):
             self._put([job], [method])
@@ -172,6 +207,9 @@ class Worker:
         gathered, self._gathering = self._gathering, []
         groups: dict[Method, list[Job]] = {}
         for job, method in gathered:
+            if job.unwanted:
+                self._put([job], [_unwanted_result(job)])
+                continue
             groups.setdefault(method, []).append(job)
         for method, jobs in groups.items():
             self._run(jobs, method)
@@ -182,9 +220,10 @@ class Worker:
         now = time.monotonic()
         for job in jobs:
             job.started = now
-            job.batch_size = len(jobs)
+            if len(jobs) > 1:
+                job.batch = jobs
         if method.is_async:
-            self._run_task(self._run_async(jobs, method))
+            self._run_task(jobs, self._run_async(jobs, method))
         elif self._pool is None:
             self._run_plain(jobs, method)
         else:
@@ -210,21 +249,54 @@ class Worker:
 
     def _execute(self, jobs: Sequence[Job], method: Method) -> list[Result]:
         assert self._execution is not None
+        running_jobs.set(jobs)
+        if any(job.suspect for job in jobs):
+            self._announce(jobs)
         if method.accepts_batch:
             return self._execution.run_batch(method, [job.envelope for job in jobs])
         return [self._execution.run(method, jobs[0].envelope)]
 
     async def _run_async(self, jobs: Sequence[Job], method: Method) -> None:
         assert self._execution is not None
-        if method.accepts_batch:
-            self._put(jobs, await self._execution.run_batch_async(method, [job.envelope for job in jobs]))
-        else:
-            self._put(jobs, [await self._execution.run_async(method, jobs[0].envelope)])
+        running_jobs.set(jobs)
+        try:
+            if any(job.suspect for job in jobs):
+                await self._announce_async(jobs)
+            if method.accepts_batch:
+                results = await self._execution.run_batch_async(method, [job.envelope for job in jobs])
+            else:
+                results = [await self._execution.run_async(method, jobs[0].envelope)]
+        except asyncio.CancelledError:
+            if not all(job.given_up for job in jobs):
+                raise  # the worker's own end
+            results = [_unwanted_result(job) for job in jobs]
+        self._put(jobs, results)
 
-    def _run_task(self, work: Coroutine[Any, Any, None]) -> None:
+    def _run_task(self, jobs: Sequence[Job], work: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(work)
+        for job in jobs:
+            job.task = task
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def _cancel_call(self, job: Job) -> None:
+        """A batch's call goes on as long as one of its members is wanted."""
+        task = job.task
+        if task is not None and all(other.given_up for other in job.batch):
+            task.cancel()
+
+    def _announce(self, jobs: Sequence[Job]) -> None:
+        try:
+            asyncio.run_coroutine_threadsafe(self._on_suspect(jobs), self._io).result(_MARK_BUDGET_S)
+        except Exception as error:
+            logger.warning("a request that was delivered before runs without a mark: %s", error or type(error).__name__)
+
+    async def _announce_async(self, jobs: Sequence[Job]) -> None:
+        try:
+            async with asyncio.timeout(_MARK_BUDGET_S):
+                await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._on_suspect(jobs), self._io))
+        except Exception as error:
+            logger.warning("a request that was delivered before runs without a mark: %s", error or type(error).__name__)
 
     def _measure(self, jobs: Sequence[Job]) -> None:
         self.run_s = moving_average(self.run_s, time.monotonic() - jobs[0].started)
@@ -258,3 +330,7 @@ class Worker:
         self._io_woken = False
         while self._results:
             self._on_done(*self._results.popleft())
+
+
+def _unwanted_result(job: Job) -> Result:
+    return job.given_up or late_result("run" if job.started else "queue")

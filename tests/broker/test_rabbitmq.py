@@ -38,7 +38,7 @@ async def test_an_opened_queue_publishes_at_once(broker_url: str, namespace: str
     async with open_rabbitmq(broker_url, namespace, "controller") as queue:
         await queue.declare("b", 1, None)
     async with open_rabbitmq(broker_url, namespace, "proxy") as queue:
-        assert queue.connected
+        assert queue.down_s == 0
         assert await publish(queue, text("a")) is None
 
 
@@ -58,7 +58,7 @@ async def test_a_publish_without_a_connection_was_not_sent(broker_wire: Wire, na
     async with open_rabbitmq(broker_wire.url, namespace, "test") as queue:
         await queue.declare("b", 1, None)
         broker_wire.reset()
-        await until(lambda: not queue.connected)
+        await until(lambda: queue.down_s > 0)
         fate = await publish(queue, text("a"))
         assert isinstance(fate, BrokerUnavailable)
         assert not fate.maybe_sent

@@ -53,7 +53,7 @@ async def test_an_inbox_reader_gets_no_notes_of_others(store: Store, keys: Store
 
 
 async def test_a_marker_rides_with_the_next_result(store: Store, keys: StoreKeys) -> None:
-    store.mark(keys.start("f"), 60_000)
+    store.mark(keys.start("f"), b"1", 60_000)
     await store.record(result(keys.future("f"), b"result"))
     assert await store.get(keys.start("f")) == b"1"
 

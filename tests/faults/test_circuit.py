@@ -1,0 +1,86 @@
+"""A broker that takes nothing is noticed by our own budget, whatever keeps it, and noticed again when it does."""
+
+import asyncio
+import time
+
+import pytest
+
+from mqserve.broker.caller import Caller
+from mqserve.broker.envelope import Envelope, Meta
+from mqserve.broker.errors import BrokerUnavailable, MQServeError
+from mqserve.broker.rabbitmq import RabbitQueue, open_rabbitmq
+from mqserve.broker.redis_store import open_redis
+from mqserve.broker.store_keys import StoreKeys
+from tests.broker.traffic import until
+from tests.servers import PrivateRabbitMQ, PrivateRedis
+
+pytestmark = [pytest.mark.anyio]
+
+
+async def published(queue: RabbitQueue) -> MQServeError | None:
+    fate: asyncio.Future[MQServeError | None] = asyncio.get_running_loop().create_future()
+    queue.publish("b", Envelope("", b"x", "text/plain"), fate.set_result)
+    return await fate
+
+
+async def test_a_frozen_broker_is_down_within_five_seconds_and_up_again_by_itself(broker_server: PrivateRabbitMQ, namespace: str) -> None:
+    async with open_rabbitmq(broker_server.url, namespace, "test") as queue:
+        await queue.declare("b", 1, None)
+        assert await published(queue) is None
+        broker_server.freeze()
+        frozen = time.monotonic()
+        under_way = asyncio.create_task(published(queue))
+        await until(lambda: queue.down_s > 0)
+        assert time.monotonic() - frozen < 5
+        error = await under_way
+        assert isinstance(error, BrokerUnavailable) and error.maybe_sent
+        error = await published(queue)  # at once: nothing is sent
+        assert isinstance(error, BrokerUnavailable) and not error.maybe_sent
+        broker_server.thaw()
+        await until(lambda: queue.down_s == 0)
+        assert await published(queue) is None
+
+
+async def test_a_broker_with_a_memory_alarm_is_down_until_the_alarm_is_over(broker_server: PrivateRabbitMQ, namespace: str) -> None:
+    async with open_rabbitmq(broker_server.url, namespace, "test") as queue:
+        await queue.declare("b", 1, None)
+        assert await published(queue) is None
+        watermark = "0.4"
+        try:
+            await asyncio.to_thread(broker_server.ctl, "set_vm_memory_high_watermark", "0.0000001")
+            await until(lambda: queue.down_s > 0)
+            for _ in range(30):  # it stays so, though connections can be opened
+                await asyncio.sleep(0.1)
+                assert queue.down_s > 0
+        finally:
+            await asyncio.to_thread(broker_server.ctl, "set_vm_memory_high_watermark", watermark)
+        await until(lambda: queue.down_s == 0)
+        assert await published(queue) is None
+
+
+async def test_consumers_go_on_while_an_alarm_keeps_publishers_out(broker_server: PrivateRabbitMQ, namespace: str) -> None:
+    async with open_rabbitmq(broker_server.url, namespace, "test") as queue:
+        await queue.declare("b", 1, None)
+        for _ in range(20):
+            assert await published(queue) is None
+        await asyncio.to_thread(broker_server.ctl, "set_vm_memory_high_watermark", "0.0000001")
+        try:
+            taken: list[bytes] = []
+            await queue.consume("b", 1, 5, lambda delivery: (taken.append(delivery.envelope().body), delivery.ack())[0])  # type: ignore[func-returns-value]
+            await until(lambda: len(taken) == 20)
+        finally:
+            await asyncio.to_thread(broker_server.ctl, "set_vm_memory_high_watermark", "0.4")
+
+
+async def test_a_request_to_a_broker_that_has_been_away_for_a_while_fails_at_once(
+    broker_server: PrivateRabbitMQ, store_server: PrivateRedis, namespace: str
+) -> None:
+    async with open_rabbitmq(broker_server.url, namespace, "test") as queue, open_redis(store_server.url, namespace) as store:
+        caller = Caller(queue, store, StoreKeys(namespace), "test")
+        broker_server.kill()
+        await until(lambda: queue.down_s > 3)
+        before = time.monotonic()
+        ticket = caller.send("b", b"", "text/plain", Meta(), origin="http", timeout_s=60)
+        with pytest.raises(BrokerUnavailable):
+            await ticket.future
+        assert time.monotonic() - before < 1

@@ -1,0 +1,252 @@
+"""Requests that nobody wants any more: cancelled by their future, left by their client, or out of time."""
+
+import asyncio
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+import mqserve as serve
+from tests.gates import Gate
+from tests.instances import Deploy, wait_until
+from tests.tallies import Tally
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Gate:
+    return Gate(tmp_path)
+
+
+@pytest.fixture
+def tally(tmp_path: Path) -> Tally:
+    return Tally(tmp_path)
+
+
+def plain(gate: Gate, tally: Tally) -> Callable[[Any], str]:
+    """Passes the gate, unless its request is cancelled: then it notes that."""
+
+    def handler(request: Any) -> str:
+        tally.note(f"start {request.data}")
+        while not gate._open_file.exists():
+            if serve.cancelled():
+                tally.note(f"heard {request.data}")
+                return "nobody reads this"
+            time.sleep(0.005)
+        return "done"
+
+    return handler
+
+
+def asynchronous(gate: Gate, tally: Tally) -> Callable[[Any], Any]:
+    async def handler(request: Any) -> str:
+        tally.note(f"start {request.data}")
+        try:
+            await gate.pass_through_async()
+        except asyncio.CancelledError:
+            tally.note(f"heard {request.data}")
+            raise
+        return "done"
+
+    return handler
+
+
+HANDLERS = pytest.mark.parametrize("kind", [plain, asynchronous])
+
+
+@HANDLERS
+def test_a_running_call_hears_that_its_future_was_cancelled(
+    kind: Any, client: serve.Client, deploy: Deploy, gate: Gate, tally: Tally
+) -> None:
+    ref = client.get_handle(deploy(kind(gate, tally))).remote(1)
+    wait_until(lambda: "start 1" in tally.lines)
+    assert ref.cancel()
+    wait_until(lambda: "heard 1" in tally.lines)
+    with pytest.raises(serve.Cancelled):
+        ref.result(5)
+
+
+def test_a_cancelled_request_that_waits_never_starts(client: serve.Client, deploy: Deploy, gate: Gate, tally: Tally) -> None:
+    handle = client.get_handle(deploy(plain(gate, tally)))
+    first = handle.remote(1)
+    wait_until(lambda: "start 1" in tally.lines)
+    waiting = [handle.remote(number) for number in range(2, 30)]
+    for ref in waiting[:-1]:
+        assert ref.cancel()
+    time.sleep(0.2)  # a head start for the cancellations: they travel beside the requests
+    gate.open()
+    assert first.result(10) == "done" and waiting[-1].result(10) == "done"
+    assert tally.lines == ["start 1", "start 29"]
+
+
+@HANDLERS
+def test_a_cancelled_call_leaves_its_slot_to_the_next(kind: Any, client: serve.Client, deploy: Deploy, gate: Gate, tally: Tally) -> None:
+    handle = client.get_handle(deploy(kind(gate, tally), max_concurrent_queries=1))
+    for number in range(5):
+        ref = handle.remote(number)
+        wait_until(lambda number=number: f"start {number}" in tally.lines)  # type: ignore[misc]
+        assert ref.cancel()
+    gate.open()
+    assert handle.remote("last").result(10) == "done"
+
+
+def test_what_has_its_result_cannot_be_cancelled(client: serve.Client, deploy: Deploy) -> None:
+    ref = client.get_handle(deploy(lambda request: "done")).remote()
+    assert ref.result(10) == "done" and not ref.cancel()
+    assert client.future(ref.id).result(5) == "done"
+
+
+def test_a_future_made_of_an_id_cancels_the_request_too(client: serve.Client, deploy: Deploy, gate: Gate, tally: Tally) -> None:
+    ref = client.get_handle(deploy(plain(gate, tally))).remote(1)
+    wait_until(lambda: "start 1" in tally.lines)
+    assert client.future(ref.id).cancel()
+    with pytest.raises(serve.Cancelled):
+        ref.result(10)
+    wait_until(lambda: "heard 1" in tally.lines)
+
+
+def test_an_awaited_future_takes_its_request_with_it(client: serve.Client, deploy: Deploy, gate: Gate, tally: Tally) -> None:
+    async def call() -> None:
+        ref = await client.get_handle(deploy(plain(gate, tally)), sync=False).remote(1)
+        await asyncio.to_thread(wait_until, lambda: "start 1" in tally.lines)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await ref
+
+    asyncio.run(call())
+    wait_until(lambda: "heard 1" in tally.lines)
+
+
+def test_a_batch_runs_on_as_long_as_one_of_it_is_wanted(client: serve.Client, deploy: Deploy, gate: Gate, tally: Tally) -> None:
+    @serve.accept_batch
+    async def handler(requests: list[Any]) -> list[str]:
+        tally.note(f"start {len(requests)}")
+        try:
+            await gate.pass_through_async()
+        except asyncio.CancelledError:
+            tally.note("heard")
+            raise
+        return ["done"] * len(requests)
+
+    handle = client.get_handle(deploy(handler, max_batch_size=2, batch_wait_timeout=10))
+    first, second = handle.remote(), handle.remote()
+    wait_until(lambda: "start 2" in tally.lines)
+    assert first.cancel()
+    time.sleep(0.2)
+    gate.open()
+    assert second.result(10) == "done" and "heard" not in tally.lines
+
+
+@HANDLERS
+def test_a_running_call_hears_that_its_http_client_has_gone(kind: Any, deploy: Deploy, gate: Gate, tally: Tally) -> None:
+    gone = open_request(deploy.at(kind(gate, tally)))
+    wait_until(lambda: "start 1" in tally.lines)
+    gone.close()
+    wait_until(lambda: "heard 1" in tally.lines)
+
+
+def test_what_waits_for_an_http_client_that_has_gone_never_starts(deploy: Deploy, gate: Gate, tally: Tally) -> None:
+    url = deploy.at(plain(gate, tally))
+    kept = open_request(url)
+    wait_until(lambda: "start 1" in tally.lines)
+    for _ in range(10):
+        gone = open_request(url)
+        time.sleep(0.02)
+        gone.close()
+    time.sleep(0.5)  # a proxy looks for clients that have gone after a tenth of a second
+    gate.open()
+    assert kept.recv(12) == b"HTTP/1.1 200"
+    kept.close()
+    assert httpx.post(url, json=2).text == "done"
+    assert tally.lines == ["start 1", "start 2"]
+
+
+def test_a_call_that_outlives_its_time_is_ended(client: serve.Client, deploy: Deploy, gate: Gate, tally: Tally) -> None:
+    name = deploy(asynchronous(gate, tally), request_timeout_s=0.5)
+    with pytest.raises(serve.RequestTimeout) as late:
+        client.get_handle(name).remote(1).result(10)
+    assert late.value.phase == "run"
+    wait_until(lambda: "heard 1" in tally.lines)
+
+
+def test_plain_code_can_ask_whether_its_time_is_spent(client: serve.Client, deploy: Deploy, gate: Gate, tally: Tally) -> None:
+    name = deploy(plain(gate, tally), request_timeout_s=0.5)
+    with pytest.raises(serve.RequestTimeout):
+        client.get_handle(name).remote(1).result(10)
+    wait_until(lambda: "heard 1" in tally.lines)
+
+
+def test_nothing_is_cancelled_where_no_request_runs() -> None:
+    assert not serve.cancelled()
+
+
+# Time per request.
+
+
+def test_a_header_shortens_the_time_of_one_request(deploy: Deploy, gate: Gate, tally: Tally) -> None:
+    url = deploy.at(plain(gate, tally))
+    answer = httpx.post(url, json=1, headers={"X-Request-Timeout-Seconds": "0.3"}, timeout=20)
+    assert (answer.status_code, "(run)" in answer.json()["detail"]) == (504, True)
+    assert answer.elapsed.total_seconds() < 10
+
+
+def test_the_504_of_a_request_that_never_ran_says_queue(deploy: Deploy, gate: Gate, tally: Tally) -> None:
+    url = deploy.at(plain(gate, tally))
+    running = open_request(url)
+    wait_until(lambda: "start 1" in tally.lines)
+    answer = httpx.post(url, json=2, headers={"X-Request-Timeout-Seconds": "0.3"}, timeout=20)
+    assert (answer.status_code, "(queue)" in answer.json()["detail"]) == (504, True)
+    gate.open()
+    running.close()
+    assert httpx.post(url, json=3, timeout=20).text == "done"
+    assert "start 2" not in tally.lines
+
+
+def test_a_header_cannot_lengthen_the_backends_time(deploy: Deploy, gate: Gate, tally: Tally) -> None:
+    url = deploy.at(plain(gate, tally), request_timeout_s=0.3)
+    assert httpx.post(url, json=1, headers={"X-Request-Timeout-Seconds": "600"}, timeout=20).status_code == 504
+
+
+@pytest.mark.parametrize("value", ["soon", "0", "-1", "nan", "inf", ""])
+def test_a_header_that_is_no_time_is_refused(deploy: Deploy, value: str) -> None:
+    answer = httpx.get(deploy.at(lambda request: "done"), headers={"X-Request-Timeout-Seconds": value})
+    assert answer.status_code == (400 if value else 200)
+
+
+def test_a_handle_has_an_option_for_the_time(client: serve.Client, deploy: Deploy, gate: Gate, tally: Tally) -> None:
+    handle = client.get_handle(deploy(plain(gate, tally))).options(request_timeout_s=0.3)
+    with pytest.raises(serve.RequestTimeout):
+        handle.remote(1).result(10)
+
+
+@pytest.mark.parametrize("value", [0, -1, "soon", float("nan"), float("inf")])
+def test_an_option_that_is_no_time_is_refused(client: serve.Client, deploy: Deploy, value: Any) -> None:
+    with pytest.raises(ValueError, match="request_timeout_s"):
+        client.get_handle(deploy(lambda request: 1)).options(request_timeout_s=value)
+
+
+def test_a_call_inside_a_handler_has_no_more_time_than_the_handlers_own(
+    client: serve.Client, deploy: Deploy, gate: Gate, tally: Tally
+) -> None:
+    inner = deploy(asynchronous(gate, tally))
+
+    async def outer(request: Any) -> Any:
+        handle = serve.get_handle(inner, sync=False)
+        return await (await handle.remote("inner"))
+
+    name = deploy(outer, request_timeout_s=0.6)
+    with pytest.raises(serve.RequestTimeout):
+        client.get_handle(name).remote(1).result(10)
+    wait_until(lambda: "heard inner" in tally.lines)
+
+
+def open_request(url: str) -> socket.socket:
+    """A POST of the number 1 whose answer nobody has read yet."""
+    parts = urlsplit(url)
+    connection = socket.create_connection((parts.hostname, parts.port), timeout=20)
+    connection.sendall(f"POST {parts.path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 1\r\n\r\n1".encode())
+    return connection
