@@ -13,6 +13,8 @@ from contextlib import contextmanager
 
 import pytest
 
+from tests.conftest import refuse
+
 _numbers = itertools.count(1)
 
 
@@ -38,7 +40,7 @@ class Machine:
 
 @contextmanager
 def machine() -> Iterator[Machine]:
-    """Skips the test where that takes rights we do not have."""
+    """Skips the test for anybody but root."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("network namespaces need root and iproute2")
     number, process = next(_numbers), os.getpid()
@@ -47,7 +49,7 @@ def machine() -> Iterator[Machine]:
     try:
         ip("netns", "add", name)
     except subprocess.CalledProcessError as error:  # root of a container that may not
-        pytest.skip(f"no network namespaces here: {error.stderr}")
+        refuse(f"no network namespaces here: {error.stderr}")
     try:
         ip("link", "add", ours, "type", "veth", "peer", "name", theirs)
         ip("link", "set", theirs, "netns", name)
