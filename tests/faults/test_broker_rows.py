@@ -1,6 +1,5 @@
 """Rows of docs/reliability.md in which RabbitMQ fails: it restarts, takes a consumer's queue or channel away, is changed under us."""
 
-import asyncio
 import os
 import pickle
 import random
@@ -55,21 +54,6 @@ async def test_row_25_a_consumer_comes_back_when_its_queue_does(broker_url: str,
         await queue.declare("b", 1, None)
         await accepted(queue, text("a"))
         await until(lambda: hands.seen == ["a"])
-
-
-@pytest.mark.anyio
-async def test_row_05_messages_survive_a_restart_of_the_broker_when_they_are_persistent(
-    broker_server: PrivateRabbitMQ, namespace: str
-) -> None:
-    async with open_rabbitmq(broker_server.url, namespace, "test") as queue:
-        hands = AckingHands()
-        await queue.declare("b", 1, None)
-        await accepted(queue, text("job", persistent=True))
-        await asyncio.to_thread(broker_server.kill)
-        await asyncio.to_thread(broker_server.start)
-        await accepted_at_last(queue, text("after it"))
-        await queue.consume("b", 1, 10, hands)
-        await until(lambda: hands.seen == ["job", "after it"])
 
 
 # An instance on it.

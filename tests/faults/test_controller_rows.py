@@ -28,6 +28,7 @@ class Parts:
         port = free_port()
         proxy = shell.start("proxy", "--port", str(port))
         wait_until(lambda: answers(f"http://127.0.0.1:{port}/-/readyz"), told=lambda: proxy.output)
+        wait_until(lambda: shell.run("status").returncode == 0, told=lambda: self.controller.output)
         self.client = serve.connect()
 
     def replicas(self, backend: str) -> set[int]:
