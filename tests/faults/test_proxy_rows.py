@@ -109,6 +109,20 @@ def test_row_14_a_proxy_cut_off_from_one_server_ends_each_request_in_time_and_ot
     assert set(others.statuses) == {200} and not others.failures, others
 
 
+def test_row_14_a_replica_that_cannot_store_stops_taking_requests_and_gives_back_what_it_has(
+    deploy: Deploy, joining: CommandLine, store_wire: Wire
+) -> None:
+    url, name = deploy.named(lambda request: os.getpid(), request_timeout_s=30)
+    replica = joining.with_variables(MQSERVE_STORE_URL=store_wire.url).start("replica", name)
+    wait_until(lambda: httpx.get(url, timeout=30).json() == replica.pid, told=lambda: replica.output)
+    with Load(url) as load:
+        store_wire.blackhole()
+        wait_until(lambda: len(load.responses) > 200 and replica.pid not in {response.json() for response in load.responses[-100:]})
+    assert set(load.statuses) == {200} and not load.failures, load
+    store_wire.mend()
+    wait_until(lambda: httpx.get(url, timeout=30).json() == replica.pid, told=lambda: replica.output)
+
+
 # Clocks.
 
 
