@@ -18,7 +18,7 @@ import cloudpickle
 import msgspec
 
 from .codecs import decode_value, encode_value
-from .errors import BadEnvelope, BadSignature, BadValue, NotEncodable
+from .errors import UNPARSABLE, BadEnvelope, BadSignature, BadValue, NotEncodable
 from .signing import Claim, Signer
 from .store import Store
 from .store_keys import StoreKeys
@@ -78,7 +78,7 @@ def unpack(raw: bytes, sha256: str, signer: Signer) -> tuple[Any, list[Any]]:
         raise BadSignature("the code in the store is not the code that was deployed: its hash differs")
     try:
         code = msgspec.msgpack.decode(raw, type=Code)
-    except msgspec.MsgspecError as error:
+    except UNPARSABLE as error:
         raise BadEnvelope(f"the code in the store does not parse ({error})") from error
     target = pickle.loads(signer.open(code.sealed, _CLAIM)) if code.sealed else load_import_string(code.target)
     return target, decode_value(code.args, code.args_type, signer, _CLAIM)

@@ -8,7 +8,7 @@ from typing import Any
 import cloudpickle
 import msgspec
 
-from .errors import BadEnvelope, NotEncodable
+from .errors import UNPARSABLE, BadEnvelope, NotEncodable
 from .signing import Claim, Signer
 
 JSON = "application/json"
@@ -67,7 +67,7 @@ def decode_plain(body: bytes, content_type: str) -> Any:
             return msgspec.msgpack.decode(body) if body else None
         if kind.startswith("text/"):
             return body.decode()
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except UNPARSABLE as error:
         raise BadEnvelope(f"the body does not parse as {kind} ({error})") from error
     if kind == PICKLE:
         raise BadEnvelope("a pickle from a stranger is never opened: send JSON, MessagePack, text or bytes")

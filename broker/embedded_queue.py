@@ -5,23 +5,19 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+from .dead_letters import DeadLetter, Death, dead_letter_to_amqp, read_properties
 from .envelope import Envelope
-from .errors import BrokerUnavailable, MQServeError, NotRouted, Overloaded, QueueMismatch
+from .errors import BrokerUnavailable, MQServeError, NotRouted, Overloaded, QueueMismatch, UnknownBackend
 from .overload import HeldBytes
 from .queue import Delivery, Settled
 from .queue_names import DEAD_LETTER_LIMIT
 
 MAX_WAITING_BYTES = 256 * 1024 * 1024  # of all queues together: here they are this process's own memory
 MAX_PRIORITY = 4  # x-max-priority of the real queue: higher ones count as this
-
-
-@dataclass(frozen=True, slots=True)
-class DeadLetter:
-    envelope: Envelope
-    reason: str
 
 
 class EmbeddedDelivery:
@@ -144,6 +140,34 @@ class _Lane:
                 ready[next(self._turns) % len(ready)].take(envelope, redelivered)
 
 
+class EmbeddedDeadLetters:
+    """Implements `DeadLetters`."""
+
+    def __init__(self, letters: deque[DeadLetter], at_most: int | None) -> None:
+        self._letters = letters
+        self._at_most = at_most
+        self.waiting = len(letters)
+        self._held: list[DeadLetter] = []
+
+    def __repr__(self) -> str:
+        return f"<EmbeddedDeadLetters {len(self._held)} held>"
+
+    async def __aiter__(self) -> AsyncIterator[DeadLetter]:
+        for _ in range(self.waiting if self._at_most is None else min(self._at_most, self.waiting)):
+            if not self._letters:
+                return
+            self._held.append(letter := self._letters.popleft())
+            yield letter
+
+    async def remove(self, letter: DeadLetter) -> None:
+        self._held = [held for held in self._held if held is not letter]
+
+    def put_back(self) -> None:
+        """The oldest go where there is no room for all."""
+        room = DEAD_LETTER_LIMIT - len(self._letters)
+        self._letters.extendleft(self._held[: -room - 1 : -1])
+
+
 class EmbeddedQueue:
     """Implements `Queue`."""
 
@@ -151,7 +175,7 @@ class EmbeddedQueue:
         self._lanes: dict[tuple[str, int], _Lane] = {}
         self._bindings: dict[str, list[_Lane]] = {}
         self._held = HeldBytes(MAX_WAITING_BYTES)
-        self.dead_letters: dict[str, deque[DeadLetter]] = {}
+        self._dead: dict[str, deque[DeadLetter]] = {}
 
     def __repr__(self) -> str:
         return f"<EmbeddedQueue {list(self._lanes.values())}>"
@@ -171,10 +195,28 @@ class EmbeddedQueue:
     def reply(self, envelope: Envelope, reply_to: str, settled: Settled) -> None:
         settled(None)  # an AMQP queue: the embedded form has none
 
-    def dead_letter(self, backend: str, delivery: Delivery, reason: str, settled: Settled) -> None:
-        letters = self.dead_letters.setdefault(backend, deque(maxlen=DEAD_LETTER_LIMIT))
-        letters.append(DeadLetter(delivery.envelope(), reason))
+    def dead_letter(self, backend: str, delivery: Delivery, death: Death, settled: Settled) -> None:
+        envelope = delivery.envelope()
+        packed = dead_letter_to_amqp(backend, read_properties(envelope.to_amqp()), death)
+        letters = self._dead.setdefault(backend, deque(maxlen=DEAD_LETTER_LIMIT))
+        letters.append(DeadLetter.from_amqp(backend, read_properties(packed), envelope.body))
         settled(None)
+
+    @asynccontextmanager
+    async def dead_letters(self, backend: str, at_most: int | None = None) -> AsyncIterator[EmbeddedDeadLetters]:
+        letters = self._dead.get(backend)
+        if letters is None:
+            raise UnknownBackend(f"there is no backend {backend!r}, and there are no dead letters of one")
+        taken = EmbeddedDeadLetters(letters, at_most)
+        try:
+            yield taken
+        finally:
+            taken.put_back()
+            if letters:
+                self._dead[backend] = letters  # it may have been deleted meanwhile, as an empty one is
+
+    def republish(self, letter: DeadLetter, settled: Settled) -> None:
+        self.publish(letter.backend, letter.envelope(), settled)
 
     async def consume(self, backend: str, generation: int, prefetch: int, on_delivery: Callable[[Delivery], None]) -> EmbeddedConsumption:
         lane = self._lanes.get((backend, generation))
@@ -189,6 +231,7 @@ class EmbeddedQueue:
         lane = self._lanes.setdefault((backend, generation), _Lane(f"{backend}.{generation}", max_length, self._held))
         if lane.max_length != max_length:
             raise QueueMismatch(f"generation {generation} of the queue of {backend!r} exists with other arguments")
+        self._dead.setdefault(backend, deque(maxlen=DEAD_LETTER_LIMIT))
         bound = self._bindings.setdefault(backend, [])
         if lane not in bound:
             bound.append(lane)
@@ -209,6 +252,8 @@ class EmbeddedQueue:
         await self.unbind(backend, generation)
         if (gone := self._lanes.pop((backend, generation), None)) is not None:
             gone.drop()
+        if not only_if_empty and not self._dead.get(backend):
+            self._dead.pop(backend, None)
         return True
 
     async def close(self) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import struct
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import msgspec
 
-from .errors import BadEnvelope, TooLarge
+from .errors import UNPARSABLE, BadEnvelope, TooLarge
+from .strange_properties import UnreadableProperties
 
 VERSION = 1
 MAX_HEAD_BYTES = 64 * 1024  # request line and headers: a content header must fit one frame (128 KiB), or it kills the connection
@@ -44,7 +45,9 @@ class Header(msgspec.Struct, frozen=True, omit_defaults=True):
     v: int = VERSION
     origin: str = ""  # "http" or "handle": what the answer must look like; empty for a direct publisher
     inbox: str = ""
-    deadline: int = 0  # store time in ms, 0 for none; an int, since pamqp packs header floats in 32 bits, a minute off
+    deadline: Annotated[int, msgspec.Meta(ge=0, le=2**62)] = (
+        0  # store time in ms, 0 for none; an int, since pamqp packs header floats in 32 bits, a minute off
+    )
     ref: str = ""  # the body lies in the store under this key
     shadow: bool = False  # a copy: nobody waits for it, and its result is not kept
     once: bool = False  # never published twice, for a backend that delivers at most once
@@ -106,9 +109,13 @@ class Envelope:
     def to_amqp(self) -> bytes:
         """The property flags and list of an AMQP content header, packed by hand.
 
-        pamqp's generic encoder takes longer for this than all the rest of a publish. Raises TooLarge over the head limit.
+        pamqp's generic encoder takes longer for this than all the rest of a publish. Raises TooLarge over the head limit, and
+        BadEnvelope for what AMQP has no room for.
         """
-        header = _encode(self.header)
+        try:
+            header = _encode(self.header)
+        except (UnicodeEncodeError, OverflowError) as error:
+            raise BadEnvelope(f"what goes along with the body cannot be written ({error})") from error
         if len(header) > MAX_HEAD_BYTES + 4096:
             raise TooLarge(
                 f"the request's head takes {len(header)} bytes, more than {MAX_HEAD_BYTES}: send less in headers and URL", status=431
@@ -138,6 +145,8 @@ class Envelope:
     @classmethod
     def from_amqp(cls, properties: Any, body: bytes) -> Self:
         """From pamqp's `Basic.Properties`. Raises BadEnvelope when the header does not parse or has another version."""
+        if isinstance(properties, UnreadableProperties):
+            raise BadEnvelope(f"its AMQP properties cannot be read ({properties.why}): write strings in UTF-8, and times as times")
         headers = properties.headers or {}
         return cls(
             id=properties.message_id or "",
@@ -157,8 +166,11 @@ _CORRELATION_ID, _REPLY_TO, _EXPIRATION, _MESSAGE_ID = 1 << 10, 1 << 9, 1 << 8, 
 
 
 def _short(text: str) -> bytes:
-    """AMQP's shortstr: at most 255 bytes."""
-    raw = text.encode()
+    """AMQP's shortstr: at most 255 bytes of UTF-8."""
+    try:
+        raw = text.encode()
+    except UnicodeEncodeError as error:
+        raise BadEnvelope(f"{text[:40]!r} is no text that AMQP can carry ({error})") from error
     if len(raw) > 255:
         raise BadEnvelope(f"{raw[:40]!r}… has {len(raw)} bytes, and an AMQP property holds 255")
     return bytes((len(raw),)) + raw
@@ -169,7 +181,7 @@ def _parse_header(raw: object) -> Header:
         raise BadEnvelope(f"the mq header is a {type(raw).__name__}, not bytes: leave it out, or see docs/protocol.md")
     try:
         header = _decode_header(raw)
-    except msgspec.MsgspecError as error:
+    except UNPARSABLE as error:
         raise BadEnvelope(f"the mq header does not parse ({error}): leave it out, or see docs/protocol.md") from error
     if header.v != VERSION:
         raise BadEnvelope(f"the mq header has version {header.v}, and this replica reads {VERSION}: update it, or send the older form")
@@ -177,4 +189,4 @@ def _parse_header(raw: object) -> Header:
 
 
 def _milliseconds(expiration: str | None) -> int:
-    return int(expiration) if expiration and expiration.isdigit() else 0
+    return int(expiration) if expiration and expiration.isascii() and expiration.isdigit() else 0

@@ -18,8 +18,14 @@ MQServeError
 ├── InstanceError          no instance, a second one, or one that was shut down
 ├── BadValue               (also a ValueError)
 ├── BadType                (also a TypeError)
+├── UnknownBackend         neither a backend of that name nor dead letters of one
 └── UnknownEndpoint        (also a KeyError)
 """
+
+import msgspec
+
+UNPARSABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for bytes that are not what they ought to be: text that is not UTF-8 and deep nesting it leaves to Python."""
 
 
 class MQServeError(Exception):
@@ -108,6 +114,10 @@ class BadValue(MQServeError, ValueError):
 
 class BadType(MQServeError, TypeError):
     """An argument of the wrong type."""
+
+
+class UnknownBackend(MQServeError):
+    """Neither a backend of that name nor dead letters of one."""
 
 
 class UnknownEndpoint(MQServeError, KeyError):

@@ -6,9 +6,11 @@ joined into one write per loop turn. All of it belongs to one event loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
+from .dead_letters import DeadLetter, Death
 from .envelope import Envelope
 from .errors import MQServeError
 
@@ -48,6 +50,23 @@ class Consumption(Protocol):
         ...
 
 
+class DeadLetters(Protocol):
+    """The dead letters of one backend in this process's hands: what it does not remove is back a moment after it lets go, or dies."""
+
+    @property
+    def waiting(self) -> int:
+        """How many there were at the beginning, without those in other hands: what dies later is not taken."""
+        ...
+
+    def __aiter__(self) -> AsyncIterator[DeadLetter]:
+        """Each once, in the order of their deaths but for one. To be gone through once."""
+        ...
+
+    async def remove(self, letter: DeadLetter) -> None:
+        """For good, at the latest when the context ends without an error."""
+        ...
+
+
 class Queue(Protocol):
     """One process's way to the broker."""
 
@@ -64,8 +83,16 @@ class Queue(Protocol):
         """To a caller's own AMQP queue; a queue that is gone is no error."""
         ...
 
-    def dead_letter(self, backend: str, delivery: Delivery, reason: str, settled: Settled) -> None:
-        """The message as it came to the backend's dead letters, with the reason. Ack the delivery once it is settled."""
+    def dead_letter(self, backend: str, delivery: Delivery, death: Death, settled: Settled) -> None:
+        """The message as it came to the backend's dead letters, with what it died of. Ack the delivery once it is settled."""
+        ...
+
+    def dead_letters(self, backend: str, at_most: int | None = None) -> AbstractAsyncContextManager[DeadLetters]:
+        """Takes them into this process's hands, one by one. Raises UnknownBackend where there never were any."""
+        ...
+
+    def republish(self, letter: DeadLetter, settled: Settled) -> None:
+        """The message of a dead letter to its backend's queue; the letter stays until it is removed."""
         ...
 
     async def consume(self, backend: str, generation: int, prefetch: int, on_delivery: Callable[[Delivery], None]) -> Consumption:

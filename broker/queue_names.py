@@ -30,7 +30,7 @@ def check_namespace(namespace: str) -> str:
 
 
 def check_name(name: str, what: str) -> str:
-    if not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise BadValue(f"{name!r} is no name for {what}: use 1 to 100 letters, digits and _ . : / -")
     return name
 

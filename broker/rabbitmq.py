@@ -11,23 +11,23 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
 
 import aiormq
 from aio_pika.abc import AbstractChannel, AbstractConnection
-from pamqp.commands import Basic
-from pamqp.header import ContentHeader
 
 from . import queue_names
 from .amqp_link import CONNECT_BUDGET_S, OPERATION_BUDGET_S, Link, open_channel, really_cancelled
 from .backoff import delays
+from .dead_letters import DeadLetter, Death, dead_letter_to_amqp
 from .envelope import Envelope
 from .errors import BrokerUnavailable, MQServeError, QueueMismatch
 from .joined_channel import JoinedChannel
 from .queue import Delivery, Settled
 from .rabbit_consumer import RabbitConsumption, RabbitDelivery
+from .rabbit_dead_letters import RabbitDeadLetters, open_dead_letters
 
 logger = logging.getLogger(__name__)
 
@@ -80,12 +80,17 @@ class RabbitQueue:
     def reply(self, envelope: Envelope, reply_to: str, settled: Settled) -> None:
         self._publish("", reply_to, envelope.to_amqp(), envelope.body, envelope.id, settled)
 
-    def dead_letter(self, backend: str, delivery: Delivery, reason: str, settled: Settled) -> None:
+    def dead_letter(self, backend: str, delivery: Delivery, death: Death, settled: Settled) -> None:
         assert isinstance(delivery, RabbitDelivery)
-        properties = delivery.properties
-        headers = {**(properties.headers or {}), "mq-reason": reason[:2000], "mq-backend": backend, "mq-died-at": int(time.time() * 1000)}
-        packed = _pack(properties, headers)
-        self._publish(queue_names.dead_exchange(self._namespace), backend, packed, delivery.body, properties.message_id or "", settled)
+        packed = dead_letter_to_amqp(backend, delivery.properties, death)
+        message_id = delivery.properties.message_id or ""
+        self._publish(queue_names.dead_exchange(self._namespace), backend, packed, delivery.body, message_id, settled)
+
+    def dead_letters(self, backend: str, at_most: int | None = None) -> AbstractAsyncContextManager[RabbitDeadLetters]:
+        return open_dead_letters(self._consuming, queue_names.dead_queue(self._namespace, backend), backend, at_most)
+
+    def republish(self, letter: DeadLetter, settled: Settled) -> None:
+        self._publish(self._requests, letter.backend, letter.to_amqp(), letter.body, letter.id, settled)
 
     def _publish(self, exchange: str, key: str, properties: bytes, body: bytes, message_id: str, settled: Settled) -> None:
         if self._channel is None:
@@ -269,15 +274,3 @@ class RabbitQueue:
 def _tell(taken: asyncio.Future[MQServeError | None], error: MQServeError | None) -> None:
     if not taken.done():  # nobody may wait for it any more
         taken.set_result(error)
-
-
-def _pack(properties: Basic.Properties, headers: dict[str, Any]) -> bytes:
-    """A stranger's properties with our headers, as flags and list; without its headers if they cannot be written again."""
-    properties.headers = headers
-    properties.expiration = None  # a dead letter outlives the request
-    properties.delivery_mode = 2
-    try:
-        return ContentHeader(0, 0, properties).marshal()[12:]
-    except Exception:
-        properties.headers = {key: value for key, value in headers.items() if key.startswith("mq-")}
-        return ContentHeader(0, 0, properties).marshal()[12:]

@@ -196,7 +196,7 @@ class RedisStore:
 
     async def fields(self, key: str) -> dict[str, bytes]:
         found: dict[Any, Any] = await self._call(lambda: self._commands.hgetall(key))
-        return {field.decode(): value for field, value in found.items()}
+        return {field.decode(errors="replace"): value for field, value in found.items()}
 
     # Changes of documents: the message is a hint, the document is the truth.
 

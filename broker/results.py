@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
 from .envelope import Pairs
-from .errors import BadEnvelope
+from .errors import UNPARSABLE, BadEnvelope
 
 VERSION = 1
 INLINE_BYTES = 64 * 1024  # a result up to this size rides in the inbox entry; a larger one is read by its key
@@ -25,7 +27,7 @@ class Result(msgspec.Struct, frozen=True, omit_defaults=True):
     """One outcome. `status` is HTTP's number for it, whoever asked: 200 and its kin, 422, 500, 502, 504."""
 
     v: int = VERSION
-    status: int = 200
+    status: Annotated[int, msgspec.Meta(ge=100, le=599)] = 200
     backend: str = ""
     attempt: int = 1
     content_type: str = "application/octet-stream"
@@ -42,7 +44,7 @@ class Result(msgspec.Struct, frozen=True, omit_defaults=True):
         """Raises BadEnvelope for what is no result of ours."""
         try:
             result = _decode_result(raw)
-        except msgspec.MsgspecError as error:
+        except UNPARSABLE as error:
             raise BadEnvelope(f"the stored result does not parse ({error})") from error
         if result.v != VERSION:
             raise BadEnvelope(f"the stored result has version {result.v}, and this process reads {VERSION}: update it")
@@ -78,7 +80,7 @@ def read_note(raw: bytes) -> Note | None:
     """The entry, or None for one of a version or kind that this process does not know."""
     try:
         note = _decode_note(raw)
-    except msgspec.MsgspecError:
+    except UNPARSABLE:
         return None
     return note if note.v == 1 and note.kind == RESULT_KIND else None
 

@@ -15,7 +15,7 @@ from typing import Literal
 
 import msgspec
 
-from .errors import BadSignature, BadValue
+from .errors import UNPARSABLE, BadSignature, BadValue
 
 MIN_KEY_BYTES = 32
 
@@ -63,7 +63,7 @@ class Signer:
         """The payload. Raises BadSignature unless one of our keys sealed it for exactly this claim and it is not expired."""
         try:
             version, key_id, expires_ms, mac, payload = msgspec.msgpack.decode(sealed, type=tuple[int, str, int, bytes, bytes])
-        except msgspec.MsgspecError as error:
+        except UNPARSABLE as error:
             raise BadSignature(f"not a sealed value ({error})") from error
         if version != 1 or key_id not in self._keys:
             raise BadSignature("sealed by a key that this instance does not hold: do all processes share MQSERVE_SECRET_KEY?")

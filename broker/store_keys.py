@@ -61,6 +61,10 @@ class StoreKeys:
     def redeliveries(self, future_id: str) -> str:
         return f"{self._root}:redeliveries:{{{future_id}}}"
 
+    def of_runs(self, future_id: str) -> tuple[str, ...]:
+        """All that is kept of a request's runs, the result included: without them it runs as if it never had."""
+        return tuple(key(future_id) for key in (self.future, self.start, self.claim, self.attempts, self.redeliveries))
+
     def body(self, future_id: str) -> str:
         return f"{self._root}:body:{{{future_id}}}"
 

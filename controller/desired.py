@@ -6,6 +6,7 @@ operation id inside the document lets the same call recognise itself when it is 
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ import pydantic
 from starlette.convertors import CONVERTOR_TYPES
 from starlette.routing import compile_path
 
-from ..broker.errors import BadType, BadValue, InstanceError, StoreUnavailable
+from ..broker.errors import BadEnvelope, BadType, BadValue, InstanceError, StoreUnavailable
 from ..broker.queue_names import check_name
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
@@ -44,12 +45,22 @@ async def commit(store: Store, keys: StoreKeys, instance: str, change: Change) -
             new = msgspec.structs.replace(
                 wanted, version=current.version + 1, operations=(*current.operations, operation)[-_KEPT_OPERATIONS:]
             )
-            if await store.replace(keys.desired, raw, new.to_bytes()):
+            if await store.replace(keys.desired, raw, encode(new)):
                 return new
         except StoreUnavailable:
             if attempt >= 2:
                 raise
     raise StoreUnavailable(f"the desired state changed under us {_TRIES} times in a row: too many clients deploy at once, try again")
+
+
+def encode(desired: Desired) -> bytes:
+    """The document. Raises BadValue rather than to write what nobody could read again."""
+    try:
+        raw = desired.to_bytes()
+        Desired.from_bytes(raw)
+    except (BadEnvelope, UnicodeEncodeError, RecursionError) as error:
+        raise BadValue(f"the change cannot be kept as JSON: {error}") from error
+    return raw
 
 
 def create_backend(backend: Backend) -> Change:
@@ -137,6 +148,9 @@ def restore_user_config(refused: Backend, user_config: Any) -> Change:
 def delete_backend(name: str, *, force: bool = False) -> Change:
     """Silently nothing for an unknown name, as in the seed; with `force`, what waits or runs is dropped."""
 
+    if not isinstance(name, str):
+        raise BadType(f"delete_backend takes the name of a backend, not {name!r}")
+
     def change(desired: Desired) -> Desired:
         for endpoint in desired.endpoints.values():
             if name in endpoint.traffic or name in endpoint.shadows:
@@ -209,17 +223,19 @@ def parse_traffic(traffic: object) -> dict[str, float]:
     if not isinstance(traffic, dict):
         raise BadType(f"traffic must be a dict such as {{'new': 0.1, 'old': 0.9}}, not {type(traffic).__name__}")
     for backend, weight in traffic.items():
+        if not isinstance(backend, str):
+            raise BadType(f"traffic goes to backends by name, and {backend!r} is no str")
         if isinstance(weight, bool) or not isinstance(weight, int | float):
             raise BadType(f"the weight of backend {backend!r} must be a number, not {weight!r}")
-        if not weight >= 0:
-            raise BadValue(f"the weight of backend {backend!r} is {weight}: weights are 0 or more")
+        if not 0 <= weight < 2:
+            raise BadValue(f"the weight of backend {backend!r} is {weight}: weights are 0 or more, and sum to 1")
     if abs(sum(traffic.values()) - 1) > 1e-5:
         raise BadValue(f"the weights {traffic} sum to {sum(traffic.values()):g}: they must sum to 1")
-    return {str(backend): float(weight) for backend, weight in traffic.items()}
+    return {backend: float(weight) for backend, weight in traffic.items()}
 
 
 def find_endpoint(desired: Desired, name: str) -> Endpoint:
-    if name not in desired.endpoints:
+    if not isinstance(name, str) or name not in desired.endpoints:
         known = ", ".join(sorted(desired.endpoints)) or "none yet"
         raise BadValue(f"there is no endpoint {name!r} (known: {known}): create it with create_endpoint first")
     return desired.endpoints[name]
@@ -230,6 +246,9 @@ def _with_endpoint(desired: Desired, endpoint: Endpoint) -> Desired:
 
 
 def register_convertor(name: str, code: str) -> Change:
+    if not isinstance(name, str) or not name.isidentifier():
+        raise BadValue(f"{name!r} is no name for a convertor: it is to stand in a route, such as 'upper' in '/{{word:upper}}'")
+
     def change(desired: Desired) -> Desired:
         return msgspec.structs.replace(desired, convertors={**desired.convertors, name: code})
 
@@ -244,7 +263,7 @@ def set_middlewares(code: str) -> Change:
 
 
 def find_backend(desired: Desired, name: str) -> Backend:
-    if name not in desired.backends:
+    if not isinstance(name, str) or name not in desired.backends:
         known = ", ".join(sorted(desired.backends)) or "none yet"
         raise BadValue(f"there is no backend {name!r} (known: {known}): create it with create_backend first")
     return desired.backends[name]
@@ -258,7 +277,7 @@ def parse_config(config: BackendConfig | dict[str, Any] | None) -> BackendConfig
         raise BadValue(f"bad backend config: {_sentence(error)}") from error
     try:
         exact = msgspec.json.decode(msgspec.json.encode(parsed.user_config)) == parsed.user_config
-    except (TypeError, msgspec.MsgspecError):
+    except Exception:  # cycles, surrogates, numbers without end, and whatever a stranger's == may raise
         exact = False
     if not exact:
         raise BadValue("user_config must be plain data (None, bool, numbers, str, lists, str-keyed dicts): it is kept as JSON")
@@ -273,6 +292,9 @@ def parse_endpoint(name: str, backend: object, route: object, methods: object) -
         raise BadType(f"route {route!r} of endpoint {name!r} must be None or a str that starts with '/', such as '/{name}'")
     if not isinstance(methods, list | tuple) or not methods or not all(isinstance(method, str) for method in methods):
         raise BadType(f"methods of endpoint {name!r} must be a list of names such as ['GET', 'POST'], not {methods!r}")
+    for method in methods:
+        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", method):
+            raise BadValue(f"{method!r} is no HTTP method: methods of endpoint {name!r} are names such as 'GET'")
     if route is not None:
         _check_route(route)
     return Endpoint(name, route, tuple(method.upper() for method in methods), {backend: 1.0})

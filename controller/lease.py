@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import secrets
 import socket
 
 import msgspec
 
-from ..broker.errors import InstanceError
+from ..broker.errors import BadEnvelope, InstanceError
 from ..broker.store import Store
 from ..broker.store_keys import LEADER_TTL_S, StoreKeys
-from .state import Desired, HttpOptions
+from .state import Count, Desired, HttpOptions, decode_document
+
+logger = logging.getLogger(__name__)
 
 LAPSED_AFTER_S = 8.0
 WATCHED_FOR_S = 3.5  # a lease that looks alive must beat within this, or its owner was killed a moment ago
@@ -24,15 +27,15 @@ class InstanceLease(msgspec.Struct, frozen=True):
     id: str
     owner: str
     detached: bool
-    at: int
+    at: Count
 
 
 class Leadership(msgspec.Struct, frozen=True):
     """Who leads, under which epoch; a later leader has a higher one."""
 
     controller: str
-    epoch: int
-    at: int
+    epoch: Count
+    at: Count
 
 
 async def claim_instance(store: Store, keys: StoreKeys, head_node: str, http: HttpOptions, *, detached: bool) -> InstanceLease:
@@ -43,7 +46,7 @@ async def claim_instance(store: Store, keys: StoreKeys, head_node: str, http: Ht
     """
     raw = await store.get(keys.instance)
     if raw is not None:
-        old = msgspec.json.decode(raw, type=InstanceLease)
+        old = _decode_lease(raw)
         if await _is_alive(store, keys, old):
             raise InstanceError(
                 f"an instance runs under this namespace already (started by {old.owner}): join it with serve.connect(), end it with "
@@ -67,14 +70,18 @@ async def read_instance(store: Store, keys: StoreKeys) -> InstanceLease:
     raw = await store.get(keys.instance)
     if raw is None or await store.get(keys.desired) is None:
         raise InstanceError("no instance runs under this namespace: start one with `mqserve start`, `mqserve run` or serve.start()")
-    return msgspec.json.decode(raw, type=InstanceLease)
+    return _decode_lease(raw)
 
 
 async def renew_instance(store: Store, keys: StoreKeys, instance: str) -> None:
     raw = await store.get(keys.instance)
     if raw is None:
         return
-    lease = msgspec.json.decode(raw, type=InstanceLease)
+    try:
+        lease = _decode_lease(raw)
+    except BadEnvelope as error:
+        logger.warning("%s; writing it anew", error)
+        lease = InstanceLease(instance, "restored by its controller", True, 0)
     if lease.id == instance:
         await store.set(keys.instance, msgspec.json.encode(msgspec.structs.replace(lease, at=store.now_ms())))
 
@@ -82,14 +89,17 @@ async def renew_instance(store: Store, keys: StoreKeys, instance: str) -> None:
 async def forget(store: Store, keys: StoreKeys, instance: str) -> None:
     """All documents of this instance, and of no later one; results of its requests stay until they expire."""
     raw = await store.get(keys.instance)
-    if raw is not None and msgspec.json.decode(raw, type=InstanceLease).id != instance:
+    if raw is not None and _decode_lease(raw).id != instance:
         return
     if raw is None or await store.replace(keys.instance, raw, None):
         await _forget_documents(store, keys)
 
 
 async def _forget_documents(store: Store, keys: StoreKeys) -> None:
-    desired = Desired.from_bytes(await store.get(keys.desired))
+    try:
+        desired = Desired.from_bytes(await store.get(keys.desired))
+    except BadEnvelope:
+        desired = Desired()  # the code it named stays behind; nobody can tell which that was
     hashes = {*desired.convertors.values(), *(backend.code for backend in desired.backends.values()), desired.http.middlewares} - {""}
     await store.delete(keys.desired, keys.observed, keys.beats, keys.leader, *(keys.code(sha256) for sha256 in hashes))
     await store.announce()
@@ -112,7 +122,7 @@ class Leader:
         """Takes or renews the lead; False while another one has it."""
         now_ms = self._store.now_ms()
         raw = await self._store.get(self._keys.leader)
-        current = msgspec.json.decode(raw, type=Leadership) if raw else None
+        current = _decode_leadership(raw) if raw else None
         if raw is not None and raw == self._mine and current is not None:
             new = msgspec.structs.replace(current, at=now_ms)
         elif current is None or now_ms - current.at > LEADER_TTL_S * 1000:
@@ -139,10 +149,23 @@ async def _is_alive(store: Store, keys: StoreKeys, lease: InstanceLease) -> bool
         raw = await store.get(keys.instance)
         if raw is None:
             return False
-        now = msgspec.json.decode(raw, type=InstanceLease)
+        now = _decode_lease(raw)
         if now.at != lease.at or now.id != lease.id:
             return True
     return False
+
+
+def _decode_lease(raw: bytes) -> InstanceLease:
+    return decode_document(raw, InstanceLease, "instance's lease")
+
+
+def _decode_leadership(raw: bytes) -> Leadership | None:
+    """None, so that the next controller takes the lead, for what does not parse."""
+    try:
+        return decode_document(raw, Leadership, "lead of the controllers")
+    except BadEnvelope as error:
+        logger.warning("%s; taking it", error)
+        return None
 
 
 async def _write(store: Store, keys: StoreKeys, old: bytes | None, lease: InstanceLease) -> None:

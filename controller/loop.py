@@ -17,7 +17,7 @@ from contextlib import suppress
 
 import msgspec
 
-from ..broker.errors import BrokerUnavailable, MQServeError, QueueMismatch
+from ..broker.errors import BadEnvelope, BrokerUnavailable, MQServeError, QueueMismatch
 from ..broker.queue import Queue
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
@@ -51,6 +51,7 @@ class Controller:
         self._codes: dict[str, bytes] = {}
         self._raw_observed: bytes | None = None
         self._observed: Observed | None = None  # as we wrote it last
+        self._observed_is_broken = False
         self._compared_at = math.inf  # monotonic
         self._settled_at = 0.0  # monotonic; until then nobody is missed
 
@@ -84,8 +85,7 @@ class Controller:
             self._settled_at = now + SETTLE_S
         if time.monotonic() < self._settled_at:
             return False
-        self._raw_observed = await self._store.get(self._keys.observed)
-        observed = Observed.from_bytes(self._raw_observed)
+        observed = await self._read_observed()
         if observed.epoch > self._leader.epoch:
             return False
         beats = read_beats(await self._store.fields(self._keys.beats))
@@ -102,9 +102,14 @@ class Controller:
         """The document; if the store lost it, our copy is written back under a higher epoch, code included."""
         raw = await self._store.get(self._keys.desired)
         if raw is not None:
-            self._desired = desired = Desired.from_bytes(raw)
-            await self._keep_codes(desired)
-            return desired
+            try:
+                self._desired = Desired.from_bytes(raw)
+            except BadEnvelope as error:
+                if self._desired is None:
+                    raise
+                logger.warning("%s; going on with the last good one, which is written back when the key is deleted", error)
+            await self._keep_codes(self._desired)
+            return self._desired
         if self._desired is None or self._desired.closing:
             return None
         logger.warning("the store lost its data: writing the desired state back")
@@ -119,6 +124,16 @@ class Controller:
             await self._store.replace(self._keys.observed, None, self._observed.to_bytes())
         await self._store.replace(self._keys.desired, None, restored.to_bytes())
         return None
+
+    async def _read_observed(self) -> Observed:
+        """The document, or as we wrote it last where it is broken: then it is written again."""
+        self._raw_observed = await self._store.get(self._keys.observed)
+        try:
+            observed, self._observed_is_broken = Observed.from_bytes(self._raw_observed), False
+        except BadEnvelope as error:
+            logger.warning("%s; writing it anew", error)
+            observed, self._observed_is_broken = self._observed or Observed(), True
+        return observed
 
     async def _keep_codes(self, desired: Desired) -> None:
         wanted = {*(backend.code for backend in desired.backends.values()), *desired.convertors.values(), desired.http.middlewares} - {""}
@@ -271,7 +286,7 @@ class Controller:
     # Writing.
 
     async def _write(self, old: Observed, new: Observed) -> None:
-        if msgspec.structs.replace(new, version=old.version) == old:
+        if msgspec.structs.replace(new, version=old.version) == old and not self._observed_is_broken:
             return
         new = msgspec.structs.replace(new, version=old.version + 1)
         if await self._store.replace(self._keys.observed, self._raw_observed, new.to_bytes()):

@@ -13,7 +13,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ..broker.documents import follow
 from ..broker.errors import BackendFailed, StoreUnavailable
 from ..broker.lifeline import Stop
 from ..broker.presence import Presence
@@ -24,7 +23,7 @@ from .machine import replica_environment
 from .node_metrics import FOLDER_VARIABLE, NodeMetrics
 from .resources import ActorOptions, Capacity
 from .restarts import ENDED_WELL, Restarts
-from .state import BEAT_EVERY_S, Assignment, Beat, Desired, Observed, read_beats
+from .state import BEAT_EVERY_S, Assignment, Beat, Desired, follow_state, read_beats
 
 logger = logging.getLogger(__name__)
 
@@ -129,14 +128,13 @@ class Node:
             working[0].cancel()
 
     async def _follow(self, stop: Stop) -> None:
-        async for raw_desired, raw_observed in follow(self._store, self._keys.desired, self._keys.observed):
-            if raw_desired is None and self._desired.closing and self._options.ends_with_instance:
+        async for desired, observed in follow_state(self._store, self._keys):
+            if desired is None and self._desired.closing and self._options.ends_with_instance:
                 stop.set()
                 return
-            if raw_observed is None:
+            if observed is None:
                 continue
-            self._desired = Desired.from_bytes(raw_desired)
-            observed = Observed.from_bytes(raw_observed)
+            self._desired = desired or Desired()
             mine = {name: assigned for name, assigned in observed.replicas.items() if assigned.node == self._options.node_id}
             self._reconcile_replicas(mine)
             self._reconcile_proxy(wanted=self._options.node_id in observed.proxies)

@@ -118,6 +118,8 @@ def _amount(name: str, value: Any) -> float:
         raise BadType(f"{name} must be a number, not {value!r}")
     if value < 0:
         raise BadValue(f"{name} is {value}, and cannot be negative")
+    if not value <= 2**53:
+        raise BadValue(f"{name} is {value}: no machine has that")
     return value
 
 

@@ -6,16 +6,27 @@ Both are JSON documents in the store, so that an operator can read them with `re
 from __future__ import annotations
 
 import hashlib
+import logging
 import random
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+from collections.abc import AsyncIterator, Mapping
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import msgspec
+import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..broker.documents import follow
+from ..broker.errors import UNPARSABLE, BadEnvelope
+from ..broker.store import Store
+from ..broker.store_keys import StoreKeys
 from .resources import ActorOptions, Capacity, Demand
 
 MAX_REQUEST_TIMEOUT_S = 25 * 60  # below RabbitMQ's consumer_timeout of 30 minutes
+
+Whole = Annotated[int, Field(gt=0, lt=2**31)]  # of a config
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]  # of a document
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 SYNC_CONCURRENCY = 8  # max_concurrent_queries of a plain handler, as in the seed
 ASYNC_CONCURRENCY = 100
@@ -42,23 +53,23 @@ class BackendConfig(BaseModel):
     max_surge: replicas that may run beyond num_replicas while new code is rolled out.
     """
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)  # JSON has neither
 
-    num_replicas: Annotated[int, Field(gt=0)] = 1
-    max_batch_size: Annotated[int, Field(gt=0)] | None = None
+    num_replicas: Whole = 1
+    max_batch_size: Whole | None = None
     batch_wait_timeout: Annotated[float, Field(ge=0)] = 0.0
-    max_concurrent_queries: Annotated[int, Field(gt=0)] | None = None
-    sync_threads: Annotated[int, Field(gt=0)] = 1
+    max_concurrent_queries: Whole | None = None
+    sync_threads: Whole = 1
     request_timeout_s: Annotated[float, Field(gt=0, le=MAX_REQUEST_TIMEOUT_S)] = 60.0
-    max_queued_requests: Annotated[int, Field(gt=0)] | None = None
+    max_queued_requests: Whole | None = None
     graceful_shutdown_timeout_s: Annotated[float, Field(ge=0)] = 20.0
     start_timeout_s: Annotated[float, Field(gt=0)] = 120.0
     delivery: Literal["at_least_once", "at_most_once"] = "at_least_once"
-    max_attempts: Annotated[int, Field(gt=0)] = 3
+    max_attempts: Whole = 3
     user_config: Any = None
     health_check_period_s: Annotated[float, Field(gt=0)] = 10.0
     health_check_timeout_s: Annotated[float, Field(gt=0)] = 30.0
-    max_surge: Annotated[int, Field(gt=0)] = 1
+    max_surge: Whole = 1
 
     def concurrency(self, is_async: bool) -> int:
         """Requests that one replica holds at most, whoever sent them; recomputed whenever a part of it changes."""
@@ -77,10 +88,10 @@ class Backend(msgspec.Struct, frozen=True):
     code_name: str
     settings: dict[str, Any] = {}
     options: ActorOptions = ActorOptions()
-    version: int = 1
-    latest: int = 1  # the highest version there was: a version that failed is rolled back, and its number not used again
-    generation: int = 1
-    config_version: int = 1
+    version: Count = 1
+    latest: Count = 1  # the highest version there was: a version that failed is rolled back, and its number not used again
+    generation: Count = 1
+    config_version: Count = 1
     rolled_back: str = ""  # why the last roll-out of code was undone
 
     @property
@@ -111,8 +122,8 @@ class HttpOptions(msgspec.Struct, frozen=True):
 class Desired(msgspec.Struct, frozen=True):
     """What the users want. Versions order as (epoch, version)."""
 
-    epoch: int = 1
-    version: int = 0
+    epoch: Count = 1
+    version: Count = 0
     instance: str = ""
     head_node: str = ""  # the node that started the instance: the one of HeadOnly
     http: HttpOptions = HttpOptions()
@@ -128,7 +139,13 @@ class Desired(msgspec.Struct, frozen=True):
 
     @classmethod
     def from_bytes(cls, raw: bytes | None) -> Desired:
-        return cls() if raw is None else msgspec.json.decode(raw, type=cls)
+        """Raises BadEnvelope for what is no such document, or one that contradicts itself."""
+        if raw is None:
+            return cls()
+        desired = decode_document(raw, cls, "desired state")
+        if wrong := _contradiction(desired):
+            raise BadEnvelope(f"the desired state in the store contradicts itself: {wrong}")
+        return desired
 
 
 class Assignment(msgspec.Struct, frozen=True):
@@ -136,31 +153,32 @@ class Assignment(msgspec.Struct, frozen=True):
 
     backend: str
     node: str
-    version: int
+    version: Count
     demand: Demand = Demand()
-    gpus: tuple[int, ...] = ()  # positions among the node's devices
+    gpus: tuple[Count, ...] = ()  # positions among the node's devices
 
 
 class Observed(msgspec.Struct, frozen=True):
     """What the leading controller decided and saw; nodes and replicas act on it, under its epoch."""
 
-    epoch: int = 0
-    version: int = 0
-    seen: tuple[int, int] = (0, 0)  # (epoch, version) of the desired document this follows
-    queues: dict[str, tuple[int, ...]] = {}  # generations that replicas take from, the current one last
-    retiring: dict[str, tuple[int, ...]] = {}  # generations that nobody takes from any more, about to be deleted
+    epoch: Count = 0
+    version: Count = 0
+    seen: tuple[Count, Count] = (0, 0)  # (epoch, version) of the desired document this follows
+    queues: dict[str, tuple[Count, ...]] = {}  # generations that replicas take from, the current one last
+    retiring: dict[str, tuple[Count, ...]] = {}  # generations that nobody takes from any more, about to be deleted
     replicas: dict[str, Assignment] = {}
     draining: dict[str, Assignment] = {}  # no longer assigned, and not gone yet: they still take their room
     proxies: tuple[str, ...] = ()  # nodes that are to run one
     problems: dict[str, str] = {}  # backend (or "proxy on <node>") -> why it is not as wanted
-    down_since: dict[str, int] = {}  # backend -> store ms since which no replica has been ready or starting
+    down_since: dict[str, Count] = {}  # backend -> store ms since which no replica has been ready or starting
 
     def to_bytes(self) -> bytes:
         return msgspec.json.encode(self)
 
     @classmethod
     def from_bytes(cls, raw: bytes | None) -> Observed:
-        return cls() if raw is None else msgspec.json.decode(raw, type=cls)
+        """Raises BadEnvelope for what is no such document."""
+        return cls() if raw is None else decode_document(raw, cls, "observed state")
 
 
 class Beat(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -168,24 +186,24 @@ class Beat(msgspec.Struct, frozen=True, omit_defaults=True):
 
     kind: str  # node, proxy, replica
     id: str
-    at: int  # store ms
-    pid: int = 0
+    at: Count  # store ms
+    pid: Count = 0
     host: str = ""
     state: str = "ready"  # starting, ready, draining, failed
     error: str = ""
     node: str = ""
     external: bool = False
     backend: str = ""
-    version: int = 0
-    generations: tuple[int, ...] = ()  # queues whose messages this replica takes or still holds
+    version: Count = 0
+    generations: tuple[Count, ...] = ()  # queues whose messages this replica takes or still holds
     url: str = ""
-    follows: tuple[int, int] = (0, 0)  # a proxy's (epoch, version) of the desired document; a replica's (0, config version)
+    follows: tuple[Count, Count] = (0, 0)  # a proxy's (epoch, version) of the desired document; a replica's (0, config version)
     refused: str = ""  # why a replica's code refused that config
     ended: dict[str, str] = {}  # a node's children that ended by themselves -> how
     takes_proxy: bool = False  # a node on which a proxy may run
     capacity: Capacity = Capacity()
-    running: int = 0
-    served: int = 0
+    running: Count = 0
+    served: Count = 0
 
     @property
     def field(self) -> str:
@@ -205,9 +223,51 @@ def read_beats(fields: Mapping[str, bytes]) -> dict[str, Beat]:
     for field, raw in fields.items():
         try:
             beats[field] = msgspec.json.decode(raw, type=Beat)
-        except msgspec.MsgspecError:
+        except UNPARSABLE:
             continue
     return beats
+
+
+def decode_document(raw: bytes, kind: type[T], what: str) -> T:
+    """Raises BadEnvelope with a sentence for an operator."""
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    except UNPARSABLE as error:
+        raise BadEnvelope(
+            f"the {what} in the store does not parse ({error}): mend it, or delete it for its controller to write it anew"
+        ) from error
+
+
+def _contradiction(desired: Desired) -> str:
+    """What the readers of the document could not live with, in words."""
+    for name, backend in desired.backends.items():
+        try:
+            _ = backend.config
+        except pydantic.ValidationError as error:
+            return f"backend {name!r} has a bad config ({error.errors()[0]['msg']})"
+    for name, endpoint in desired.endpoints.items():
+        if missing := {*endpoint.traffic, *endpoint.shadows} - set(desired.backends):
+            return f"endpoint {name!r} sends to {min(missing)!r}, which is no backend"
+        if min(endpoint.traffic.values(), default=0) < 0 or not 0.999 < sum(endpoint.traffic.values()) < 1.001:
+            return f"the weights of endpoint {name!r} are not 0 or more, and 1 altogether"
+    named: list[tuple[str, Any]] = [*desired.backends.items(), *desired.endpoints.items()]
+    return next((f"{name!r} is called {thing.name!r} inside" for name, thing in named if thing.name != name), "")
+
+
+async def follow_state(store: Store, keys: StoreKeys) -> AsyncIterator[tuple[Desired | None, Observed | None]]:
+    """Both documents now, and after every change; of one that is broken the last good one, and a sentence in the log."""
+    desired: Desired | None = None
+    observed: Observed | None = None
+    async for raw_desired, raw_observed in follow(store, keys.desired, keys.observed):
+        try:
+            desired = None if raw_desired is None else Desired.from_bytes(raw_desired)
+        except BadEnvelope as error:
+            logger.warning("%s; going on with the last good one", error)
+        try:
+            observed = None if raw_observed is None else Observed.from_bytes(raw_observed)
+        except BadEnvelope as error:
+            logger.warning("%s; going on with the last good one", error)
+        yield desired, observed
 
 
 class Choice(NamedTuple):

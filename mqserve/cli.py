@@ -1,4 +1,5 @@
-"""The command line. Every flag is also an environment variable; URLs and keys are only that, so that no process list shows them."""
+"""The command line. What sets up a process is a flag and an environment variable; URLs and keys are only the latter, so that no
+process list shows them."""
 
 from __future__ import annotations
 
@@ -148,6 +149,70 @@ def status(namespace: str | None) -> int:
     from .status import show_status
 
     return run_loop(show_status(_distributed(namespace, "status")))
+
+
+@cli.group()
+def dead() -> None:
+    """Look at messages that were set aside, try them again, drop them."""
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="For scripts: one JSON object a line.")
+selection_options = [
+    click.argument("backend"),
+    click.argument("ids", nargs=-1, metavar="[ID]..."),
+    click.option("--all", "everything", is_flag=True, help="Every dead letter of the backend."),
+    click.option("--yes", is_flag=True, help="Without asking, where --all means more than 10."),
+]
+
+
+@dead.command("list")
+@click.argument("backend")
+@namespace_option
+@click.option("--limit", type=click.IntRange(1), default=100, show_default=True, help="How many, the oldest first.")
+@json_option
+@_one_sentence
+def list_dead(backend: str, namespace: str | None, limit: int, as_json: bool) -> int:
+    """List the dead letters of BACKEND."""
+    from . import dead
+
+    return run_loop(dead.list_dead(_distributed(namespace, "dead list"), backend, limit, as_json=as_json))
+
+
+@dead.command("show")
+@click.argument("backend")
+@click.argument("message_id", metavar="ID")
+@namespace_option
+@json_option
+@_one_sentence
+def show_dead(backend: str, message_id: str, namespace: str | None, as_json: bool) -> int:
+    """Show all that is known of one dead letter."""
+    from . import dead
+
+    return run_loop(dead.show_dead(_distributed(namespace, "dead show"), backend, message_id, as_json=as_json))
+
+
+@dead.command("retry")
+@_with(selection_options)
+@namespace_option
+@_one_sentence
+def retry_dead(backend: str, ids: tuple[str, ...], everything: bool, yes: bool, namespace: str | None) -> int:
+    """Send dead letters to BACKEND again, under their ids and as if they had never run."""
+    from . import dead
+
+    selection = dead.Selection.read(ids, everything)
+    return run_loop(dead.retry_dead(_distributed(namespace, "dead retry"), backend, selection, yes=yes))
+
+
+@dead.command("drop")
+@_with(selection_options)
+@namespace_option
+@_one_sentence
+def drop_dead(backend: str, ids: tuple[str, ...], everything: bool, yes: bool, namespace: str | None) -> int:
+    """Drop dead letters of BACKEND for good."""
+    from . import dead
+
+    selection = dead.Selection.read(ids, everything)
+    return run_loop(dead.drop_dead(_distributed(namespace, "dead drop"), backend, selection, yes=yes))
 
 
 @cli.command()

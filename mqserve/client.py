@@ -10,12 +10,11 @@ from starlette.convertors import register_url_convertor
 
 from .broker import code
 from .broker.caller import Caller
-from .broker.documents import follow
 from .broker.errors import InstanceError, UnknownEndpoint
 from .broker.queue_names import check_name
 from .controller import desired as changes
 from .controller.plan import living
-from .controller.state import BackendConfig, Desired, read_beats
+from .controller.state import BackendConfig, Desired, follow_state, read_beats
 from .declared import Declaration
 from .deployments import Deployments, check_fits, check_target, read_actor_options
 from .futures import Future, get, wait
@@ -57,9 +56,9 @@ class Client:
         """Reads results and follows the desired document until cancelled; for whoever made the client."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._caller.run())
-            async for (raw,) in follow(self._links.store, self._links.keys.desired):
-                if raw is not None:
-                    self._follow(Desired.from_bytes(raw))
+            async for desired, _ in follow_state(self._links.store, self._links.keys):
+                if desired is not None:
+                    self._follow(desired)
 
     def _follow(self, desired: Desired) -> None:
         self._sender.desired = desired

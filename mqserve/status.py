@@ -16,7 +16,7 @@ PIPE_WIDTH = 240
 
 async def show_status(settings: Settings, console: Console | None = None) -> int:
     """Prints; the exit code is 0 while an instance runs. Raises InstanceError when none does."""
-    console = console or _console()
+    console = console or make_console()
     async with open_links(settings, "status") as links:
         held = await lease.read_instance(links.store, links.keys)
         desired = Desired.from_bytes(await links.store.get(links.keys.desired))
@@ -36,14 +36,14 @@ async def show_status(settings: Settings, console: Console | None = None) -> int
     return 0
 
 
-def _console() -> Console:
+def make_console() -> Console:
     """As wide as the terminal; in a pipe wide enough for one line a row, since `grep` reads lines."""
     console = Console()
     return console if console.is_terminal else Console(width=PIPE_WIDTH)
 
 
 def _members(beats: list[Beat], now_ms: int) -> Table:
-    table = _table("Nodes, proxies and replicas", "kind", "id", "state", "where", "running", "served", "last beat")
+    table = make_table("Nodes, proxies and replicas", "kind", "id", "state", "where", "running", "served", "last beat")
     for beat in sorted(beats, key=lambda beat: (("node", "proxy", "replica").index(beat.kind), beat.id)):
         age_s = (now_ms - beat.at) / 1000
         state = beat.state if age_s < SILENT_AFTER_S or beat.state == "failed" else "gone"
@@ -55,7 +55,7 @@ def _members(beats: list[Beat], now_ms: int) -> Table:
 
 
 async def _backends(links: Links, desired: Desired, observed: Observed, beats: list[Beat], now_ms: int) -> Table:
-    table = _table("Backends", "backend", "code", "ready", "wanted", "waiting", "state")
+    table = make_table("Backends", "backend", "code", "ready", "wanted", "waiting", "state")
     for name, backend in desired.backends.items():
         mine = [beat for beat in beats if beat.kind == "replica" and beat.backend == name]
         ready = sum(beat.state == "ready" and now_ms - beat.at < SILENT_AFTER_S * 1000 for beat in mine)
@@ -67,7 +67,7 @@ async def _backends(links: Links, desired: Desired, observed: Observed, beats: l
 
 
 def _endpoints(desired: Desired) -> Table:
-    table = _table("Endpoints", "endpoint", "route", "methods", "traffic")
+    table = make_table("Endpoints", "endpoint", "route", "methods", "traffic")
     for name, endpoint in desired.endpoints.items():
         traffic = ", ".join(f"{backend} {weight:.0%}" for backend, weight in endpoint.traffic.items())
         traffic += "".join(f", shadow {backend} {part:.0%}" for backend, part in endpoint.shadows.items())
@@ -75,7 +75,7 @@ def _endpoints(desired: Desired) -> Table:
     return table
 
 
-def _table(title: str, *columns: str) -> Table:
+def make_table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for column in columns:
         numeric = column in ("ready", "wanted", "waiting", "running", "served")

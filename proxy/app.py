@@ -199,7 +199,7 @@ def _read_headers(headers: list[tuple[bytes, bytes]]) -> tuple[str, str, str, fl
         elif name == TIMEOUT_HEADER:
             timeout = value
     timeout_s = _read_timeout(timeout) if timeout else math.inf
-    return content_type.decode("latin-1")[:255], call.decode("latin-1"), shard_key.decode("latin-1"), timeout_s
+    return content_type.decode("ascii", "ignore")[:255], call.decode("latin-1"), shard_key.decode("latin-1"), timeout_s
 
 
 def _read_timeout(value: bytes) -> float:

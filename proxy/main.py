@@ -19,7 +19,6 @@ from starlette.middleware import Middleware
 from ..broker import code
 from ..broker.backoff import delays
 from ..broker.caller import Caller
-from ..broker.documents import follow
 from ..broker.errors import BadValue, MQServeError
 from ..broker.lifeline import Stop, stop_event
 from ..broker.presence import Presence
@@ -29,7 +28,7 @@ from ..broker.redis_store import open_redis
 from ..broker.settings import Settings
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
-from ..controller.state import BEAT_EVERY_S, Beat, Desired, Observed
+from ..controller.state import BEAT_EVERY_S, Beat, Desired, Observed, follow_state
 from .app import ProxyApp
 from .routes import RouteTable
 
@@ -152,16 +151,19 @@ class Proxy:
 
     async def _follow(self, app: ProxyApp) -> None:
         """The routes as they change; the last good ones while the store or the controller is away."""
-        async for raw_desired, raw_observed in follow(self._store, self._keys.desired, self._keys.observed):
-            if raw_desired is None:
+        async for desired, observed in follow_state(self._store, self._keys):
+            if desired is None:
                 continue
             for pause_s in delays():
                 try:
-                    await self._take_over(app, Desired.from_bytes(raw_desired), Observed.from_bytes(raw_observed))
+                    await self._take_over(app, desired, observed or Observed())
                     break
                 except Exception:
                     logger.exception("cannot follow the new routes yet; serving the old ones")
                     await asyncio.sleep(pause_s)
+                    with contextlib.suppress(MQServeError):  # this version may never work: a later one mends it
+                        if raw := await self._store.get(self._keys.desired):
+                            desired = Desired.from_bytes(raw)
 
     async def _take_over(self, app: ProxyApp, desired: Desired, observed: Observed) -> None:
         """All of it or nothing: whoever waits for this version must find its middlewares too."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from http import HTTPStatus
+from http.client import responses
 from typing import Any
 
 import msgspec
@@ -33,9 +33,7 @@ _HOP_BY_HOP = frozenset(
 def from_result(result: Result, request_id: str, *, debug: bool) -> Reply:
     if result.error is not None:
         return problem(result.status, _explain(result, debug=debug), request_id)
-    headers = [(b"content-type", result.content_type.encode("latin-1"))]
-    if result.headers:
-        headers += _safe(result.headers)
+    headers = _safe(((b"content-type", result.content_type.encode("latin-1", "replace")), *result.headers))
     headers.append((b"x-request-id", request_id.encode()))
     return result.status, headers, result.body
 
@@ -61,7 +59,7 @@ def problem(status: int, detail: str, request_id: str, *, retry_after_s: float |
     """RFC 9457, with the request's id."""
     body: dict[str, Any] = {
         "type": "about:blank",
-        "title": "Client Closed Request" if status == 499 else HTTPStatus(status).phrase,  # nginx's number; nobody is left to read it
+        "title": "Client Closed Request" if status == 499 else responses.get(status, "Error"),  # 499 is nginx's
         "status": status,
         "detail": detail,
         "request_id": request_id,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from contextlib import suppress
@@ -12,6 +11,7 @@ from typing import NamedTuple
 import msgspec
 
 from ..broker import queue_names
+from ..broker.dead_letters import Attempt, digest_of
 from ..broker.envelope import Envelope
 from ..broker.errors import BadEnvelope, StoreUnavailable
 from ..broker.results import ErrorInfo, Result
@@ -22,14 +22,6 @@ from .execute import check_direct
 
 MAX_REDELIVERIES = 20  # whatever happened to them
 _COUNTERS_TTL_MS = 24 * 3600 * 1000
-
-
-class Attempt(msgspec.Struct, frozen=True):
-    """A run that was started; `ended` is empty as long as it may be under way."""
-
-    replica: str
-    started_ms: int
-    ended: str = ""
 
 
 class Poison(BadEnvelope):
@@ -117,7 +109,7 @@ class Admission:
 
     def _name(self, envelope: Envelope) -> str:
         """What its runs are counted under: where its result stands, or, without an id, what it says."""
-        return envelope.future_id(self._backend) or hashlib.sha256(self._backend.encode() + b"\0" + envelope.body).hexdigest()[:32]
+        return envelope.future_id(self._backend) or digest_of(self._backend, envelope.body)
 
     def _mark(self) -> bytes:
         return msgspec.json.encode(Attempt(self._replica_id, self._store.now_ms()))

@@ -20,7 +20,7 @@ from ..broker.signing import Claim, Signer
 from .batching import split_results
 from .handler import Handler, Method
 from .replies import collect_stream, error_result, plain_result, value_result
-from .requests import BadBody, Request, ServeRequest
+from .requests import BadBody, Request, ServeRequest, convert_params
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ class Execution:
     def method(self, envelope: Envelope) -> Method | Result:
         """What is to run, or the result of there being no such method."""
         try:
+            convert_params(envelope.header.meta)  # here, or one that does not convert would fail the batch it is in
             return self.handler.method(envelope.header.meta.call)
         except Exception as error:
             return self._failed(error, envelope)
@@ -107,8 +108,9 @@ class Execution:
             raise BadBody(str(error)) from error
         if envelope.header.origin != "handle":
             return content, {}
-        data, arguments = content
-        return data, arguments
+        if not (isinstance(content, list) and len(content) == 2 and isinstance(content[1], dict)):
+            raise BadBody("the mq header says that a handle sent this, and the body is none of a handle's: leave the header out")
+        return content[0], content[1]
 
     def _result(self, value: Any, envelope: Envelope) -> Result:
         if inspect.isawaitable(value) or inspect.isgenerator(value) or inspect.isasyncgen(value):

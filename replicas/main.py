@@ -12,7 +12,6 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
 from ..broker.backoff import delays
-from ..broker.documents import follow
 from ..broker.errors import BackendFailed, MQServeError
 from ..broker.lifeline import Stop, stop_event
 from ..broker.presence import Presence
@@ -23,7 +22,7 @@ from ..broker.results import Result
 from ..broker.settings import Settings
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
-from ..controller.state import BEAT_EVERY_S, Backend, Beat, Desired, Observed
+from ..controller.state import BEAT_EVERY_S, Backend, Beat, Desired, Observed, follow_state
 from .configuring import Configuring
 from .context import ReplicaContext, enter_context
 from .execute import Execution
@@ -140,8 +139,8 @@ class Replica:
 
     async def _follow(self, server: Server, configuring: Configuring, stop: Stop) -> None:
         """Takes new configuration and new generations of the queue as they come; ends when the replica is not wanted any more."""
-        async for raw_desired, raw_observed in follow(self._store, self._keys.desired, self._keys.observed):
-            desired, observed = Desired.from_bytes(raw_desired), Observed.from_bytes(raw_observed)
+        async for read_desired, read_observed in follow_state(self._store, self._keys):
+            desired, observed = read_desired or Desired(), read_observed or Observed()
             name = self._options.backend
             if observed.epoch and not self._is_wanted(observed):
                 logger.info("%s is not wanted any more", self._options.replica_id)

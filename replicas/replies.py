@@ -48,8 +48,8 @@ def error_result(error: BaseException, backend: str, future_id: str, signer: Sig
     status = 422 if isinstance(error, BadBody) else 404 if isinstance(error, NoSuchMethod) else 500
     info = ErrorInfo(
         type=_public_name(type(error)),
-        message=_message(error),
-        traceback="".join(traceback.format_exception(error)),
+        message=_writable(_message(error)),
+        traceback=_writable("".join(traceback.format_exception(error))),
         sealed=_seal_exception(error, backend, future_id, signer),
     )
     return Result(status=status, backend=backend, error=info)
@@ -72,6 +72,11 @@ async def collect_stream(response: StreamingResponse) -> Response:
 def _response_result(response: Response, backend: str) -> Result:
     headers = tuple((name, value) for name, value in response.raw_headers if name not in (b"content-length", b"content-type"))
     content_type = response.headers.get("content-type", "")
+    if not 100 <= response.status_code <= 599 or len(content_type.encode()) > 255:
+        raise NotEncodable(
+            f"the handler returned a Response that cannot travel, with status {response.status_code} (100 to 599) and a content type of "
+            f"{len(content_type.encode())} bytes (255 at most)"
+        )
     return Result(
         status=response.status_code, backend=backend, content_type=content_type or BYTES, headers=headers, body=bytes(response.body)
     )
@@ -121,6 +126,11 @@ def _message(error: BaseException) -> str:
         return str(error)
     except Exception:  # a user's __str__ may do anything
         return "(its message cannot be shown)"
+
+
+def _writable(text: str) -> str:
+    """With escapes for what UTF-8 cannot write, such as the name of a file that was not UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _seal_exception(error: BaseException, backend: str, future_id: str, signer: Signer) -> bytes:

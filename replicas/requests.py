@@ -12,7 +12,7 @@ from starlette.requests import Request as StarletteRequest
 
 from ..broker.codecs import decode_plain
 from ..broker.envelope import Meta
-from ..broker.errors import BadEnvelope, BadType
+from ..broker.errors import UNPARSABLE, BadEnvelope, BadType
 
 
 class BadBody(BadEnvelope):
@@ -96,7 +96,10 @@ class _Arguments(dict[str, Any]):
 
 def convert_params(meta: Meta) -> dict[str, Any]:
     """The typed path parameters; the text was matched by the same convertor in the proxy."""
-    return {name: CONVERTOR_TYPES[convertor].convert(text) for name, convertor, text in meta.params}
+    try:
+        return {name: CONVERTOR_TYPES[convertor].convert(text) for name, convertor, text in meta.params}
+    except Exception as error:  # a convertor may be anybody's, and so may an mq header
+        raise BadBody(f"the path parameters do not convert ({type(error).__name__}: {error})") from error
 
 
 def _scope(meta: Meta) -> dict[str, Any]:
@@ -122,5 +125,5 @@ def _decode(body: bytes, content_type: str) -> Any:
         if content_type == "application/json":
             return msgspec.json.decode(body)
         return decode_plain(body, content_type)
-    except (BadEnvelope, msgspec.MsgspecError) as error:
+    except (BadEnvelope, *UNPARSABLE) as error:
         raise BadBody(str(error)) from error

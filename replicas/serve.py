@@ -16,6 +16,7 @@ import msgspec
 
 from ..broker.cancellations import CANCELLED, Cancellations
 from ..broker.codecs import JSON
+from ..broker.dead_letters import Death
 from ..broker.envelope import NO_HEADER, Envelope
 from ..broker.errors import BadEnvelope, MQServeError, StoreUnavailable
 from ..broker.queue import Consumption, Delivery, Queue
@@ -394,7 +395,9 @@ class Server:
             self._in_hand[generation].discard(delivery)
 
         logger.warning("a message of %s goes to the dead letters: %s", self._backend, error)
-        self._queue.dead_letter(self._backend, delivery, str(error), settled)
+        attempts = error.attempts if isinstance(error, Poison) else ()
+        death = Death(str(error), attempts=attempts, died_at_ms=self._store.now_ms())
+        self._queue.dead_letter(self._backend, delivery, death, settled)
 
     def _ack(self, job: Job) -> None:
         generation, delivery = job.tag

@@ -239,9 +239,9 @@ def test_a_detached_start_needs_a_broker(shell: CommandLine) -> None:
     assert "a detached instance needs a broker and a store that outlive this process" in ended.stderr
 
 
-@pytest.mark.parametrize("command", ["node", "proxy", "controller", "status", "shutdown"])
+@pytest.mark.parametrize("command", ["node", "proxy", "controller", "status", "shutdown", "dead list b"])
 def test_commands_that_join_others_need_a_broker(shell: CommandLine, command: str) -> None:
-    assert_refused(shell, command, says="joins other processes over RabbitMQ and Redis: set MQSERVE_BROKER_URL")
+    assert_refused(shell, *command.split(), says="joins other processes over RabbitMQ and Redis: set MQSERVE_BROKER_URL")
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import mqserve as serve
 from mqserve.broker import queue_names
+from mqserve.broker.dead_letters import Attempt
 from mqserve.broker.envelope import Header, Meta
 from mqserve.broker.results import ErrorInfo, Result
 from mqserve.broker.settings import Settings
@@ -50,7 +51,7 @@ CODE = "\n".join(
 SCRIPTS = ("handle", "face")  # Python that needs nothing
 WALKTHROUGHS = {"hello": "", "digits": "examples/digits.py"}  # shell that serves, or asks what serves this file
 OVER_AMQP = ("orders.py", "pika", "redis", "future", "publish")
-ON_SERVERS = ("delivery", "dependency-management", "resources")  # of the guide: these need RabbitMQ and Redis
+ON_SERVERS = ("dead-letters", "delivery", "dependency-management", "resources")  # of the guide: these need RabbitMQ and Redis
 IN_ONE_PROCESS = [page.stem for page in GUIDE if page.stem not in ON_SERVERS]
 BESIDE = ("shop_metrics.py",)  # imported by a page's program
 RUN = {"hello.py", "distributed", "amqplib", *SCRIPTS, *WALKTHROUGHS, *OVER_AMQP, *IN_ONE_PROCESS, *ON_SERVERS, *BESIDE}
@@ -264,14 +265,22 @@ def test_every_command_in_the_text_exists() -> None:
 
 
 def test_every_flag_is_in_the_text_and_the_other_way_round() -> None:
-    commands: list[click.Command] = [cli, *cli.commands.values()]
-    options = [option for command in commands for option in command.params if isinstance(option, click.Option) and not option.hidden]
+    options = [
+        option for command in commands_of(cli) for option in command.params if isinstance(option, click.Option) and not option.hidden
+    ]
     mentioned = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", " ".join([*inline_code(), *map(code_of, SHELL_LINES)])))
     elsewhere = {"--build", "--wait", "--check", "--help", "-d", "-hex"}  # of docker, node, curl, openssl; click's own
     elsewhere |= {"-a", "--http-location", "--head", "--address", "--metrics-export-port"}  # of Ray
     missing = [option.opts for option in options if not mentioned & set(option.opts)]
     assert not missing
     assert mentioned - elsewhere <= {name for option in options for name in option.opts}
+
+
+def commands_of(command: click.Command) -> Iterator[click.Command]:
+    yield command
+    if isinstance(command, click.Group):
+        for inner in command.commands.values():
+            yield from commands_of(inner)
 
 
 def inline_code() -> list[str]:
@@ -382,7 +391,7 @@ def as_written(default: object) -> str:
     return {"": '""', "()": "[]", "None": "nil", "False": "false"}.get(str(default), "{}" if default == Meta() else str(default))
 
 
-@pytest.mark.parametrize("kind", [Meta, ErrorInfo])
+@pytest.mark.parametrize("kind", [Meta, ErrorInfo, Attempt])
 def test_every_field_of_a_nested_map_is_described(kind: type[Any]) -> None:
     assert not [field.name for field in msgspec.structs.fields(kind) if f"`{field.name}`" not in TEXT[PROTOCOL]]
 
@@ -404,7 +413,7 @@ def test_names_and_numbers_of_the_protocol_are_the_codes() -> None:
 
 def test_every_header_of_ours_is_described() -> None:
     headers = set(
-        re.findall(r"\bmq-[a-z-]+[a-z]", (ROOT / "broker" / "rabbitmq.py").read_text() + (ROOT / "broker" / "envelope.py").read_text())
+        re.findall(r"\bmq-[a-z-]+[a-z]", (ROOT / "broker" / "dead_letters.py").read_text() + (ROOT / "broker" / "envelope.py").read_text())
     )
     assert headers == set(re.findall(r"`(mq-[a-z-]+)`", TEXT[PROTOCOL]))
 

@@ -1,21 +1,18 @@
 """What both queues promise: the same tests on the one in memory and on RabbitMQ."""
 
 import asyncio
-from collections.abc import Callable
+import dataclasses
 
-import pika
 import pytest
+from msgspec.structs import replace
 
-from mqserve.broker.embedded_queue import EmbeddedQueue
+from mqserve.broker.dead_letters import Attempt, DeadLetter, Death, digest_of
 from mqserve.broker.envelope import Envelope, Header, Meta
-from mqserve.broker.errors import NotRouted, Overloaded, QueueMismatch, TooLarge
+from mqserve.broker.errors import NotRouted, Overloaded, QueueMismatch, TooLarge, UnknownBackend
 from mqserve.broker.queue import Queue
-from mqserve.broker.queue_names import dead_queue
 from tests.broker.traffic import AckingHands, Hands, accepted, depth_is, publish, text, until
 
 pytestmark = pytest.mark.anyio
-
-ReadDeadLetter = Callable[[], tuple[bytes, str]]
 
 
 async def test_a_message_arrives_as_it_was_published(queue: Queue) -> None:
@@ -157,14 +154,114 @@ async def test_a_cancelled_consumer_gets_nothing_more_and_settles_what_it_holds(
     assert sorted(successor.bodies) == ["b", "c"]
 
 
-async def test_a_dead_letter_keeps_its_body_and_its_reason(queue: Queue, read_dead_letter: ReadDeadLetter) -> None:
+DEATH = Death("it never parses", "Traceback …", (Attempt("b#1", 1_700_000_000_123, "it was killed"),), died_at_ms=1_700_000_001_000)
+
+
+async def test_a_dead_letter_is_the_message_as_it_came_and_what_it_died_of(queue: Queue) -> None:
+    header = Header(origin="http", inbox="in", deadline=1_700_000_000_123, meta=Meta(path="/π"))
+    sent = Envelope("an id", b"\x00\xffbody", "text/x", header, reply_to="r", correlation_id="c", priority=2, expiration_ms=60_000)
+    await dead(queue, sent)
+    (letter,) = await read(queue, 1)
+    assert letter.death == DEATH
+    assert (letter.backend, letter.id, letter.name) == ("b", "an id", "an id")
+    assert letter.envelope() == dataclasses.replace(sent, expiration_ms=0, persistent=True)
+
+
+async def test_a_dead_letter_without_an_id_is_named_by_backend_and_body(queue: Queue) -> None:
+    await dead(queue, Envelope("", b"body", "text/plain"))
+    (letter,) = await read(queue, 1)
+    assert (letter.id, letter.name) == ("", digest_of("b", b"body"))
+
+
+async def test_a_death_that_tells_too_much_is_cut_to_what_a_message_carries(queue: Queue) -> None:
+    attempts = tuple(Attempt(f"b#{number}", number, "it was killed") for number in range(1000))
+    await dead(queue, text("poison"), of=Death("why " * 100_000, "frame\n" * 100_000 + "the error", attempts))
+    (letter,) = await read(queue, 1)
+    assert letter.death.reason.startswith("why why")
+    assert letter.death.traceback.endswith("the error")
+    assert letter.death.attempts[-1] == attempts[-1]
+    assert letter.envelope() == text("poison", persistent=True)
+
+
+async def test_dead_letters_that_are_not_removed_are_there_again(queue: Queue) -> None:
+    await dead(queue, *map(text, "abcd"))
+    async with queue.dead_letters("b") as letters:
+        assert letters.waiting == 4
+        async for letter in letters:
+            if letter.body == b"c":
+                await letters.remove(letter)
+    assert sorted(letter.body for letter in await read(queue, 3)) == [b"a", b"b", b"d"]
+
+
+async def test_dead_letters_in_hand_go_back_when_an_error_ends_the_reading(queue: Queue) -> None:
+    await dead(queue, *map(text, "abc"))
+    with pytest.raises(LookupError):
+        async with queue.dead_letters("b") as letters:
+            async for _ in letters:
+                raise LookupError
+    assert await read(queue, 3)
+
+
+async def test_no_more_dead_letters_are_taken_than_asked(queue: Queue) -> None:
+    await dead(queue, *map(text, "abc"))
+    async with queue.dead_letters("b", at_most=2) as letters:
+        assert letters.waiting == 3
+        assert len([letter async for letter in letters]) == 2
+    assert await read(queue, 3)
+
+
+async def test_two_who_read_dead_letters_do_not_get_the_same(queue: Queue) -> None:
+    await dead(queue, *map(text, "abcd"))
+    async with queue.dead_letters("b", at_most=2) as mine, queue.dead_letters("b") as others:
+        bodies = [letter.body async for letter in mine] + [letter.body async for letter in others]
+    assert len(bodies) == len(set(bodies))
+    assert await read(queue, 4)
+
+
+async def test_what_dies_while_dead_letters_are_read_is_left_for_the_next_time(queue: Queue) -> None:
+    await dead(queue, text("a"))
+    seen = []
+    async with queue.dead_letters("b") as letters:
+        async for letter in letters:
+            seen.append(letter.body)
+            await letters.remove(letter)
+            await dead(queue, text("a"))
+    assert seen == [b"a"]
+    assert await read(queue, 1)
+
+
+async def test_dead_letters_in_hand_survive_the_deletion_of_their_backend(queue: Queue) -> None:
+    await dead(queue, text("a"))
+    async with queue.dead_letters("b") as letters:
+        assert len([letter async for letter in letters]) == 1
+        await queue.delete("b", 1, only_if_empty=False)
+    assert await read(queue, 1)
+
+
+async def test_dead_letters_of_an_unknown_backend_are_an_error_and_of_a_healthy_one_none(queue: Queue) -> None:
+    with pytest.raises(UnknownBackend, match="'b'"):
+        await read(queue, 0)
+    await queue.declare("b", 1, None)
+    assert await read(queue, 0) == []
+    await queue.delete("b", 1, only_if_empty=False)
+    with pytest.raises(UnknownBackend):
+        await read(queue, 0)
+
+
+async def test_a_dead_letter_is_published_again_under_its_id_with_its_properties(queue: Queue) -> None:
+    header = Header(origin="http", inbox="in", deadline=1, meta=Meta(path="/π"))
+    sent = Envelope("an id", b"body", "text/x", header, reply_to="r", correlation_id="c", priority=2, expiration_ms=60_000)
+    await dead(queue, sent)
     hands = await consumed(queue)
-    await accepted(queue, text("poison"))
+    async with queue.dead_letters("b") as letters:
+        async for letter in letters:
+            fate = asyncio.get_running_loop().create_future()
+            queue.republish(letter.renewed(deadline_ms=77), fate.set_result)
+            assert await fate is None
     await hands.hold(1)
-    fate = asyncio.get_running_loop().create_future()
-    queue.dead_letter("b", hands.held[0], "it never parses", fate.set_result)
-    assert await fate is None
-    assert await asyncio.to_thread(read_dead_letter) == (b"poison", "it never parses")
+    renewed = replace(header, inbox="", deadline=77, again=True)
+    assert hands.held[0].envelope() == dataclasses.replace(sent, header=renewed, expiration_ms=0, persistent=True)
+    assert await read(queue, 1), "it stays until it is removed"
 
 
 async def test_a_new_generation_takes_over_and_the_old_one_drains(queue: Queue) -> None:
@@ -240,18 +337,29 @@ async def consumed(queue: Queue, prefetch: int = 10) -> Hands:
     return hands
 
 
-@pytest.fixture
-def read_dead_letter(form: str, queue: Queue, namespace: str, request: pytest.FixtureRequest) -> ReadDeadLetter:
-    """The oldest dead letter of `b`: its body and reason, from RabbitMQ as an operator would read it."""
+async def dead(queue: Queue, *envelopes: Envelope, of: Death = DEATH) -> None:
+    """Each goes to the dead letters of `b`, in order."""
+    hands = Hands()
+    await queue.declare("b", 1, None)
+    consumption = await queue.consume("b", 1, 10, hands)
+    for envelope in envelopes:
+        await accepted(queue, envelope)
+        await hands.hold(1)
+        fate = asyncio.get_running_loop().create_future()
+        queue.dead_letter("b", hands.held[0], of, fate.set_result)
+        assert await fate is None
+        hands.ack_all()
+    await consumption.cancel()
 
-    def embedded() -> tuple[bytes, str]:
-        assert isinstance(queue, EmbeddedQueue)
-        letter = queue.dead_letters["b"].popleft()
-        return letter.envelope.body, letter.reason
 
-    def distributed() -> tuple[bytes, str]:
-        with pika.BlockingConnection(pika.URLParameters(request.getfixturevalue("broker_url"))) as connection:
-            _, properties, body = connection.channel().basic_get(dead_queue(namespace, "b"), auto_ack=True)
-            return body, properties.headers["mq-reason"]
+async def read(queue: Queue, count: int) -> list[DeadLetter]:
+    """All dead letters of `b`, which are so many, left where they are. What somebody lets go is back a moment later."""
+    found: list[DeadLetter] = []
 
-    return embedded if form == "embedded" else distributed
+    async def all_there() -> bool:
+        async with queue.dead_letters("b") as letters:
+            found[:] = [letter async for letter in letters]
+        return len(found) == count
+
+    await until(all_there)
+    return found

@@ -7,6 +7,7 @@ from typing import Any
 import pika
 import pytest
 
+from mqserve.broker.dead_letters import Death
 from mqserve.broker.envelope import Envelope, Header
 from mqserve.broker.errors import BadEnvelope, BrokerUnavailable
 from mqserve.broker.queue_names import dead_queue, requests_exchange
@@ -129,7 +130,7 @@ async def test_a_header_that_does_not_parse_is_a_bad_envelope_with_its_dead_lett
         with pytest.raises(BadEnvelope):
             hands.held[0].envelope()
         fate: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        queue.dead_letter("b", hands.held[0], "bad", fate.set_result)
+        queue.dead_letter("b", hands.held[0], Death("bad"), fate.set_result)
         assert await fate is None
         letter, body = await asyncio.to_thread(get_one, broker_url, dead_queue(namespace, "b"))
         assert body == b"{}"

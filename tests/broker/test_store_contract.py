@@ -202,3 +202,32 @@ async def watching(store: Store) -> AsyncIterator[asyncio.Event]:
 async def all_set(*events: asyncio.Event) -> None:
     async with asyncio.timeout(5):
         await asyncio.gather(*(event.wait() for event in events))
+
+
+async def test_the_same_result_twice_is_told_twice_and_stands_once(store: Store, keys: StoreKeys) -> None:
+    inbox = keys.inbox("p")
+    async with reading(store, inbox) as notes:
+        assert await store.record(result(keys.future("f"), b"cancelled"))  # by somebody who knows no inbox
+        assert await store.record(result(keys.future("f"), b"cancelled", inbox, b"note"))
+        await until(lambda: notes == [b"note"])
+
+
+async def test_a_log_is_read_from_its_beginning_and_then_as_it_grows(store: Store, keys: StoreKeys) -> None:
+    await store.append_log(keys.cancelled, b"1", b"2")
+    read: list[bytes] = []
+    reader = asyncio.create_task(store.read_log(keys.cancelled, read.extend))
+    await until(lambda: read == [b"1", b"2"])
+    await store.append_log(keys.cancelled, b"3")
+    await until(lambda: read == [b"1", b"2", b"3"])
+    reader.cancel()
+    await asyncio.wait([reader])
+
+
+async def test_everybody_reads_all_of_a_log(store: Store, keys: StoreKeys) -> None:
+    reads: list[list[bytes]] = [[], [], []]
+    readers = [asyncio.create_task(store.read_log(keys.cancelled, read.extend)) for read in reads]
+    await store.append_log(keys.cancelled, b"1")
+    await until(lambda: all(read == [b"1"] for read in reads))
+    for reader in readers:
+        reader.cancel()
+    await asyncio.wait(readers)

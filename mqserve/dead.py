@@ -1,0 +1,270 @@
+"""`mqserve dead`: what was set aside, for people to look at, to try again and to drop. Nothing here opens a pickle."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.text import Text
+
+from .broker.dead_letters import DeadLetter
+from .broker.errors import BadEnvelope, BadValue, BrokerUnavailable, MQServeError, UnknownBackend
+from .broker.queue import DeadLetters
+from .broker.queue_names import check_name
+from .broker.settings import Settings
+from .controller.state import Desired
+from .links import Links, open_links
+from .status import make_console, make_table
+
+ASK_ABOVE = 10
+PREVIEW_BYTES = 1000
+CONFIRM_BUDGET_S = 10.0
+_BODY_KEPT_MS = 60_000  # beyond the deadline, as its sender keeps it
+
+
+class Selection(NamedTuple):
+    """Which dead letters a command is about."""
+
+    names: frozenset[str]
+    everything: bool
+
+    @classmethod
+    def read(cls, names: tuple[str, ...], everything: bool) -> Selection:
+        """Raises BadValue for both, and for neither."""
+        if bool(names) == everything:
+            raise BadValue("say which: their ids, as `mqserve dead list` shows them, or --all")
+        return cls(frozenset(names), everything)
+
+    def name_of(self, letter: DeadLetter) -> str:
+        """What it was selected by, empty when it was not. An odd id goes by what is shown of it, too."""
+        if self.everything:
+            return letter.name
+        return next((name for name in (letter.name, _shown(letter.name)) if name in self.names), "")
+
+
+async def list_dead(settings: Settings, backend: str, limit: int, *, as_json: bool, console: Console | None = None) -> int:
+    """Prints a table, or a line of JSON for each. Raises UnknownBackend."""
+    console = console or make_console()
+    async with _dead_letters(settings, backend, limit) as (_, letters):
+        waiting = letters.waiting
+        facts = [_facts(letter) async for letter in letters]
+    facts.sort(key=lambda fact: fact["died_at_ms"])
+    if as_json:
+        return _print_json(console, facts)
+    if not facts:
+        return _print(console, _none(backend))
+    title = f"Dead letters of {backend}" + (f", {len(facts)} of {waiting}" if waiting > len(facts) else "")
+    table = make_table(title, "id", "died at", "attempts", "reason")
+    for fact in facts:
+        columns = (fact["id"], _when(fact["died_at_ms"]), str(len(fact["attempts"])), fact["reason"])
+        table.add_row(*(Text(_shown(column)) for column in columns))
+    console.print(table)
+    return 0
+
+
+async def show_dead(settings: Settings, backend: str, name: str, *, as_json: bool, console: Console | None = None) -> int:
+    """Prints all that is known of one; of each, where several go by that name. Raises UnknownBackend, BadValue for an unknown id."""
+    console = console or make_console()
+    selection = Selection.read((name,), False)
+    async with _dead_letters(settings, backend) as (links, letters):
+        found = [await _all_facts(links, letter) async for letter in letters if selection.name_of(letter)]
+    if not found:
+        raise BadValue(_no_such(backend, name))
+    if as_json:
+        return _print_json(console, found)
+    for fact in found:
+        for key, value in fact.items():
+            _print_fact(console, key, value)
+        console.print()
+    return 0
+
+
+async def retry_dead(settings: Settings, backend: str, selection: Selection, *, yes: bool, console: Console | None = None) -> int:
+    """Each is published again under its id, as if it had never run, and then removed; prints how many.
+
+    A retry that is killed in between leaves the letter too, so it may run once more; nothing is lost. Raises UnknownBackend,
+    BadValue for an unknown id and for too many, and what the broker says of the first message that it does not take.
+    """
+    async with _dead_letters(settings, backend) as (links, letters):
+        desired = Desired.from_bytes(await links.store.get(links.keys.desired))
+        if backend not in desired.backends:
+            raise UnknownBackend(f"there is no backend {backend!r} to run them: deploy it first; dead letters are kept for seven days")
+        timeout_ms = int(desired.backends[backend].config.request_timeout_s * 1000)
+        retry = partial(_retry, links, timeout_ms, set())
+        told = await _settle(backend, letters, selection, retry, "retry", "retried", yes)
+    return _print(console, told)
+
+
+async def drop_dead(settings: Settings, backend: str, selection: Selection, *, yes: bool, console: Console | None = None) -> int:
+    """Each is removed for good; prints how many. Raises UnknownBackend, BadValue for an unknown id and for too many."""
+
+    async def drop(letter: DeadLetter) -> None:
+        pass
+
+    async with _dead_letters(settings, backend) as (_, letters):
+        told = await _settle(backend, letters, selection, drop, "drop", "dropped", yes)
+    return _print(console, told)
+
+
+@asynccontextmanager
+async def _dead_letters(settings: Settings, backend: str, at_most: int | None = None) -> AsyncIterator[tuple[Links, DeadLetters]]:
+    check_name(backend, "a backend")
+    async with open_links(settings, "dead") as links, links.queue.dead_letters(backend, at_most) as letters:
+        yield links, letters
+
+
+async def _settle(
+    backend: str,
+    letters: DeadLetters,
+    selection: Selection,
+    act: Callable[[DeadLetter], Awaitable[None]],
+    verb: str,
+    done: str,
+    yes: bool,
+) -> str:
+    if selection.everything and letters.waiting > ASK_ABOVE and not yes:
+        raise BadValue(f"backend {backend!r} has {letters.waiting} dead letters: add --yes to {verb} them all")
+    seen: list[str] = []
+    kept: list[str] = []
+    try:
+        async for letter in letters:
+            if name := selection.name_of(letter):
+                try:
+                    await act(letter)
+                except _Keep as reason:
+                    kept.append(f"{_shown(name)} stays: {reason}")
+                else:
+                    await letters.remove(letter)
+                seen.append(name)
+    except MQServeError as error:
+        raise MQServeError(f"{error}; {done} before that: {len(seen) - len(kept)}, and the rest are dead letters as before") from error
+    missing = [_no_such(backend, _shown(name)) for name in sorted(selection.names.difference(seen))]
+    if kept or missing:
+        raise MQServeError("; ".join([f"{done}: {len(seen) - len(kept)}", *kept, *missing]))
+    return f"{len(seen)} {done}." if seen else _none(backend)
+
+
+class _Keep(Exception):
+    """Why a letter cannot be settled, though others can."""
+
+
+async def _retry(links: Links, timeout_ms: int, forgotten: set[str], letter: DeadLetter) -> None:
+    letter = letter.renewed(links.store.now_ms() + timeout_ms)
+    future_id = letter.name
+    try:
+        envelope = letter.envelope()
+    except BadEnvelope:
+        pass  # it left no result, and a replica of another version may read it
+    else:
+        future_id = envelope.future_id(letter.backend) or letter.name
+        if envelope.header.ref and envelope.header.ref == links.keys.body(letter.id):  # what else it names, no replica reads either
+            await _keep_body(links, envelope.header.ref, timeout_ms)
+    if future_id not in forgotten:  # of two with one id the second finds the first one's result
+        await links.store.delete(*links.keys.of_runs(future_id))
+        forgotten.add(future_id)
+    await _published(links, letter)
+
+
+async def _keep_body(links: Links, key: str, timeout_ms: int) -> None:
+    body = await links.store.get(key)
+    if body is None:
+        raise _Keep("its body, of more than 1 MiB, was kept in the store until its deadline and is gone, so nothing can run it: drop it")
+    await links.store.set(key, body, ttl_ms=timeout_ms + _BODY_KEPT_MS)
+
+
+async def _published(links: Links, letter: DeadLetter) -> None:
+    fate: asyncio.Future[MQServeError | None] = asyncio.get_running_loop().create_future()
+
+    def settled(error: MQServeError | None) -> None:
+        if not fate.done():
+            fate.set_result(error)
+
+    links.queue.republish(letter, settled)
+    try:
+        async with asyncio.timeout(CONFIRM_BUDGET_S):
+            error = await fate
+    except TimeoutError:
+        raise BrokerUnavailable(f"RabbitMQ did not confirm a message within {CONFIRM_BUDGET_S:g} s", maybe_sent=True) from None
+    if error is not None:
+        raise error
+
+
+def _facts(letter: DeadLetter) -> dict[str, Any]:
+    attempts = [{"replica": run.replica, "started_ms": run.started_ms, "ended": run.ended} for run in letter.death.attempts]
+    return {"id": letter.name, "died_at_ms": letter.death.died_at_ms, "reason": letter.death.reason, "attempts": attempts}
+
+
+async def _all_facts(links: Links, letter: DeadLetter) -> dict[str, Any]:
+    """Of an HTTP request's headers nothing: they hold cookies and keys."""
+    properties, body = letter.properties, letter.body
+    facts = _facts(letter) | {"backend": letter.backend, "traceback": letter.death.traceback}
+    names = ("content_type", "content_encoding", "reply_to", "correlation_id", "priority", "message_type", "app_id", "timestamp")
+    facts |= {name: str(value) for name in names if (value := getattr(properties, name))}
+    facts["headers"] = {str(name): str(value) for name, value in (properties.headers or {}).items() if name != "mq"}
+    try:
+        header = letter.envelope().header
+    except BadEnvelope as error:
+        facts["mq"] = str(error)
+    else:
+        meta = header.meta
+        facts["sent_by"] = {"http": "HTTP", "handle": "a handle"}.get(header.origin, "an AMQP client")
+        if header.origin == "http":
+            facts["request"] = f"{meta.method} {meta.path}" + (f"?{meta.query.decode(errors='replace')}" if meta.query else "")
+        facts |= {name: value for name, value in (("endpoint", meta.endpoint), ("method", meta.call)) if value}
+        if header.ref == links.keys.body(letter.id):
+            stored = await links.store.get(header.ref)
+            facts["body_in_store"] = stored is not None
+            body = stored or b""
+    facts |= {"body_bytes": len(body), "body": body[:PREVIEW_BYTES].decode(errors="backslashreplace")}
+    return facts
+
+
+def _print(console: Console | None, sentence: str) -> int:
+    (console or make_console()).print(sentence, highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def _print_json(console: Console, facts: list[dict[str, Any]]) -> int:
+    for fact in facts:
+        console.file.write(json.dumps(fact) + "\n")
+    return 0
+
+
+def _print_fact(console: Console, key: str, value: Any) -> None:
+    name = key.removesuffix("_ms").replace("_", " ")
+    if key == "died_at_ms":
+        value = _when(value)
+    elif key == "attempts":
+        value = "\n".join(f"{_when(run['started_ms'])}  {_shown(run['replica'])}: {_shown(run['ended'])}" for run in value)
+    elif key == "headers":
+        value = "\n".join(f"{_shown(header)}: {_shown(text)}" for header, text in value.items())
+    if value not in ("", None):
+        lines = [_shown(line) for line in str(value).splitlines()]
+        shown = lines[0] if len(lines) == 1 else "".join(f"\n    {line}" for line in lines)
+        console.print(Text.assemble((f"{name}: ", "dim"), shown), highlight=False, soft_wrap=True)
+
+
+def _when(store_ms: int) -> str:
+    try:
+        return f"{datetime.fromtimestamp(store_ms / 1000, UTC):%Y-%m-%d %H:%M:%S} UTC"
+    except (OverflowError, ValueError, OSError):
+        return "at no time there is"
+
+
+def _shown(text: str) -> str:
+    """One line that moves no cursor: a message may be anybody's, and a terminal obeys what it reads."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+
+
+def _none(backend: str) -> str:
+    return f"Backend {backend!r} has no dead letters, but for any that another command has in its hands."
+
+
+def _no_such(backend: str, name: str) -> str:
+    return f"backend {backend!r} has no dead letter {name!r}: look with `mqserve dead list`, unless another command has it in its hands"
