@@ -140,8 +140,8 @@ class Wire:
 
     async def _close(self) -> None:
         self._listener.close()
-        for task in self._tasks:
-            task.cancel()
+        for pair in list(self._pairs):
+            pair.reset()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
