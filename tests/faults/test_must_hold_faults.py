@@ -73,7 +73,7 @@ def test_100_requests_to_a_frozen_redis_end_each_by_its_own_deadline_plus_a_seco
         store_server.freeze()
         answers = list(threads.map(ask, range(100)))
         store_server.thaw()
-    print(sorted(round(took_s, 1) for _, took_s in answers))
     assert {status for status, _ in answers} <= {503, 504}, answers
-    assert max(took_s for _, took_s in answers) < timeout_s + 1, answers
+    slowest = sorted((round(took_s, 2) for _, took_s in answers), reverse=True)
+    assert slowest[0] < timeout_s + 1, slowest
     wait_until(lambda: httpx.get(url, timeout=30).status_code == 200)
