@@ -44,8 +44,9 @@ class Parts:
 
 
 @pytest.fixture
-def wired(distributed_shell: CommandLine, broker_wire: Wire, store_wire: Wire) -> CommandLine:
-    return distributed_shell.with_variables(MQSERVE_BROKER_URL=broker_wire.url, MQSERVE_STORE_URL=store_wire.url)
+def wired(distributed_shell: CommandLine, broker_wire: Wire, store_wire: Wire) -> Iterator[CommandLine]:
+    yield distributed_shell.with_variables(MQSERVE_BROKER_URL=broker_wire.url, MQSERVE_STORE_URL=store_wire.url)
+    distributed_shell.close()  # before the wires are: who can say goodbye ends sooner
 
 
 @pytest.fixture

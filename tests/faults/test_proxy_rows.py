@@ -51,9 +51,10 @@ class OtherProxy:
 
 
 @pytest.fixture
-def wired(joining: CommandLine, broker_wire: Wire, store_wire: Wire) -> CommandLine:
+def wired(joining: CommandLine, broker_wire: Wire, store_wire: Wire) -> Iterator[CommandLine]:
     """A command line whose servers are at the end of wires."""
-    return joining.with_variables(MQSERVE_BROKER_URL=broker_wire.url, MQSERVE_STORE_URL=store_wire.url)
+    yield joining.with_variables(MQSERVE_BROKER_URL=broker_wire.url, MQSERVE_STORE_URL=store_wire.url)
+    joining.close()  # before the wires are: who can say goodbye ends sooner
 
 
 # Partitions.
@@ -110,10 +111,10 @@ def test_row_14_a_proxy_cut_off_from_one_server_ends_each_request_in_time_and_ot
 
 
 def test_row_14_a_replica_that_cannot_store_stops_taking_requests_and_gives_back_what_it_has(
-    deploy: Deploy, joining: CommandLine, store_wire: Wire
+    deploy: Deploy, wired: CommandLine, store_wire: Wire
 ) -> None:
     url, name = deploy.named(lambda request: os.getpid(), request_timeout_s=30)
-    replica = joining.with_variables(MQSERVE_STORE_URL=store_wire.url).start("replica", name)
+    replica = wired.start("replica", name)
     wait_until(lambda: httpx.get(url, timeout=30).json() == replica.pid, told=lambda: replica.output)
     with Load(url) as load:
         store_wire.blackhole()

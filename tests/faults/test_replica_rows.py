@@ -236,3 +236,4 @@ def test_row_17_a_request_whose_ack_is_lost_with_the_connection_is_not_run_again
     broker_wire.mend()
     wait_until(lambda: messages_of(broker_server, name) == 0)
     assert gate.came == 2
+    replica.kill()
