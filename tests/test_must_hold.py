@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 import mqserve as serve
-from tests.faults.load import paced
+from tests.faults.crowd import paced
 from tests.instances import Deploy, distributed_only, new_name, wait_until
 
 RATE = 200

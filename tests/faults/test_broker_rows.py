@@ -18,7 +18,7 @@ import pytest
 from mqserve.broker.rabbitmq import open_rabbitmq
 from mqserve.broker.signing import Claim, Signer
 from tests.broker.traffic import AckingHands, accepted, accepted_at_last, text, until
-from tests.faults.load import Load
+from tests.faults.crowd import Crowd
 from tests.faults.servers_say import messages_of
 from tests.faults.wire import Wire
 from tests.gates import Gate
@@ -85,7 +85,7 @@ def test_row_05_a_restart_of_the_broker_loses_no_confirmed_message_and_every_cal
     wanted = {f"job {number}" for number in range(50)}
     publish_persistently(broker_server.url, shared_namespace, jobs, wanted)
     wait_until(lambda: gate.came == 1)
-    with Load(url) as load:
+    with Crowd(url) as load:
         load.wait_for(20)
         restart(broker_server)
         answering_again = time.monotonic()
@@ -154,7 +154,7 @@ def test_row_28_a_queue_that_was_replaced_under_us_degrades_its_own_backend_only
     url, name = deploy.named(lambda request: "mine", request_timeout_s=3)
     deleted_url, deleted = deploy.named(lambda request: "mine", request_timeout_s=3)
     other = deploy.at(lambda request: "other")
-    with Load(other) as load:
+    with Crowd(other) as load:
         load.wait_for(10)
         with pika.BlockingConnection(pika.URLParameters(broker_url)) as connection:
             channel = connection.channel()

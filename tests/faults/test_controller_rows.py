@@ -11,7 +11,7 @@ import pytest
 
 import mqserve as serve
 from tests.faults.crash_points import command
-from tests.faults.load import Load
+from tests.faults.crowd import Crowd
 from tests.faults.wire import Wire
 from tests.instances import ROOT, SECRET_KEY, CommandLine, Program, answers, wait_until
 from tests.servers import free_port
@@ -78,7 +78,7 @@ def test_row_12_controllers_that_are_killed_in_each_phase_stop_no_traffic_and_th
     def ended(controller: Program) -> bool:
         return controller.ended
 
-    with Load(f"{client.http_url()}/b") as load, ThreadPoolExecutor(2) as background:
+    with Crowd(f"{client.http_url()}/b") as load, ThreadPoolExecutor(2) as background:
         load.wait_for(20)
         parts.controller.kill()
         scaled = background.submit(client.update_backend_config, "b", {"num_replicas": 3})
@@ -102,7 +102,7 @@ def test_row_14_a_controller_that_is_cut_off_from_everything_stops_no_traffic_an
     client.create_backend("b", well, config={"num_replicas": 2})
     client.create_endpoint("b", backend="b", route="/b")
     first = parts.replicas("b")
-    with Load(f"{client.http_url()}/b") as load, ThreadPoolExecutor(1) as background:
+    with Crowd(f"{client.http_url()}/b") as load, ThreadPoolExecutor(1) as background:
         broker_wire.blackhole()
         store_wire.blackhole()
         lost = first.copy().pop()

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import psutil
 
-from tests.faults.load import paced
+from tests.faults.crowd import paced
 from tests.instances import Deploy, distributed_only, wait_until
 from tests.servers import PrivateRedis
 

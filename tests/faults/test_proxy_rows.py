@@ -20,7 +20,7 @@ import mqserve as serve
 from mqserve.broker.caller import MAX_BODY_BYTES
 from mqserve.replicas.serve import MAX_REPLY_BYTES
 from tests.faults import skewed_clock
-from tests.faults.load import Load
+from tests.faults.crowd import Crowd
 from tests.faults.wire import Wire
 from tests.gates import Gate
 from tests.instances import ROOT, CommandLine, Deploy, answers, distributed_only, wait_until
@@ -66,7 +66,7 @@ def test_row_14_connections_of_a_proxy_that_end_in_any_way_fail_no_request(
     deploy: Deploy, wired: CommandLine, broker_wire: Wire, store_wire: Wire
 ) -> None:
     proxy = OtherProxy(wired)
-    with Load(proxy.at(deploy, deploy.at(well))) as load:
+    with Crowd(proxy.at(deploy, deploy.at(well))) as load:
         for end in ENDINGS:
             for wire in (broker_wire, store_wire):
                 load.wait_for(20)
@@ -81,7 +81,7 @@ def test_row_14_connections_of_a_replica_that_end_in_any_way_fail_no_request(
     url, name = deploy.named(lambda request: os.getpid())
     replica = wired.start("replica", name)
     wait_until(lambda: httpx.get(url, timeout=30).json() == replica.pid, told=lambda: replica.output)
-    with Load(url) as load:
+    with Crowd(url) as load:
         for end in ENDINGS:
             for wire in (broker_wire, store_wire):
                 load.wait_for(20)
@@ -99,9 +99,9 @@ def test_row_14_a_proxy_cut_off_from_one_server_ends_each_request_in_time_and_ot
     timeout_s = 2
     proxy, url = OtherProxy(wired), deploy.at(well, request_timeout_s=timeout_s)
     cut_off = proxy.at(deploy, url)
-    with Load(url) as others:
+    with Crowd(url) as others:
         wire.blackhole()
-        with Load(cut_off) as load:
+        with Crowd(cut_off) as load:
             load.wait_for(4)
         assert set(load.statuses) <= {503, 504} and not load.failures, load
         assert load.slowest_s < timeout_s + 1 + 1, load
@@ -116,7 +116,7 @@ def test_row_14_a_replica_that_cannot_store_stops_taking_requests_and_gives_back
     url, name = deploy.named(lambda request: os.getpid(), request_timeout_s=30)
     replica = wired.start("replica", name)
     wait_until(lambda: httpx.get(url, timeout=30).json() == replica.pid, told=lambda: replica.output)
-    with Load(url) as load:
+    with Crowd(url) as load:
         store_wire.blackhole()
         wait_until(lambda: len(load.responses) > 200 and replica.pid not in {response.json() for response in load.responses[-100:]})
     assert set(load.statuses) == {200} and not load.failures, load
@@ -142,7 +142,7 @@ def test_row_15_processes_whose_clocks_jump_by_minutes_serve_and_keep_their_dead
     proxy = OtherProxy(joining, *skewed_clock.command(300))
     url = proxy.at(deploy, url)
     wait_until(lambda: httpx.get(url, timeout=30).json() == replica.pid, told=lambda: replica.output)
-    with Load(url) as load:
+    with Crowd(url) as load:
         began = time.monotonic()
         wait_until(lambda: time.monotonic() - began > 2.5 * skewed_clock.JUMPS_EVERY_S)
     assert set(load.statuses) == {200} and not load.failures, load
@@ -248,7 +248,7 @@ def crowded(request: pytest.FixtureRequest, broker_server: PrivateRabbitMQ, stor
 
 def test_row_27_a_server_that_takes_no_more_connections_stops_nobody_who_has_one(deploy: Deploy, crowded: Callable[[bool], None]) -> None:
     url = deploy.at(lambda request: os.getpid(), num_replicas=2)
-    with Load(url) as load:
+    with Crowd(url) as load:
         load.wait_for(200)
         before = {response.json() for response in load.responses}
         crowded(True)

@@ -18,7 +18,7 @@ import pytest
 
 import mqserve as serve
 from tests.conftest import running
-from tests.faults.load import Load
+from tests.faults.crowd import Crowd
 from tests.faults.servers_say import messages_of
 from tests.faults.wire import Wire
 from tests.gates import Gate
@@ -100,7 +100,7 @@ def test_row_07_a_restart_of_redis_fails_nothing_that_runs_and_the_configuration
 
 
 def test_row_07_traffic_goes_on_over_a_restart_of_redis(deploy: Deploy, own_store: PrivateRedis) -> None:
-    with Load(deploy.at(lambda request: "well", request_timeout_s=10)) as load:
+    with Crowd(deploy.at(lambda request: "well", request_timeout_s=10)) as load:
         load.wait_for(20)
         own_store.restart(with_data=False)
         load.wait_for(40)
@@ -136,7 +136,7 @@ def test_row_10_after_a_failover_of_redis_every_request_has_ended_in_time_and_th
     second_store.say("REPLICAOF", "127.0.0.1", own_store.port)
     wait_until(lambda: second_store.say("INFO", "replication")["master_link_status"] == "up")
     url, name = deploy.named(lambda request: os.getpid(), request_timeout_s=8)
-    with Load(url) as load:
+    with Crowd(url) as load:
         load.wait_for(20)
         own_store.kill()
         second_store.say("REPLICAOF", "NO", "ONE")

@@ -13,7 +13,7 @@ import httpx
 from tests.instances import wait_until
 
 
-class Load:
+class Crowd:
     """A few clients, each of which sends its next request when the last one has ended, while the block runs."""
 
     def __init__(self, url: str, clients: int = 4, timeout_s: float = 60) -> None:
@@ -26,7 +26,9 @@ class Load:
         self.slowest_s = 0.0
 
     def __repr__(self) -> str:
-        return f"<Load of {len(self.responses)}: {dict(Counter(self.statuses))}, slowest {self.slowest_s:.2f} s, {self.failures[:3]}>"
+        return (
+            f"<Crowd, answered {len(self.responses)}: {dict(Counter(self.statuses))}, slowest {self.slowest_s:.2f} s, {self.failures[:3]}>"
+        )
 
     @property
     def statuses(self) -> list[int]:
