@@ -32,7 +32,8 @@ REPUBLISH_BUDGET_S = 3.0  # how long a broker that is away is waited for
 _REPUBLISH_EVERY_S = 0.2  # on the average
 _CANCEL_BUDGET_S = 5.0
 _EXPIRY_BUDGET_S = 0.5
-_READ_AT_ONCE = 500
+_READ_AT_ONCE = 100
+_FAILED_KEPT = 1000
 _POLL_EVERY_S = 0.05
 
 
@@ -61,6 +62,7 @@ class Caller:
         self._inbox = keys.inbox(process_id)
         self._waiting: dict[str, _Waiting] = {}
         self._paces: defaultdict[str, Pace] = defaultdict(Pace)  # by backend
+        self._failed: dict[str, MQServeError] = {}  # the last requests that were never sent, or cancelled: no result will come
         self.held = HeldBytes()
         self._deadlines: list[tuple[int, str]] = []  # a heap in store ms; entries of answered requests are skipped
         self._timer: asyncio.TimerHandle | None = None
@@ -155,6 +157,7 @@ class Caller:
         deadline_ms = self._store.now_ms() + int(_CANCEL_BUDGET_S * 1000)
         if not await self._store.record(Record(self._keys.future(future_id), raw, "", note_of(future_id, raw), deadline_ms)):
             return False
+        self._fail(future_id, Cancelled(f"request {future_id} was cancelled"))
         await self._store.append_log(self._keys.cancelled, word_of_request(future_id))
         return True
 
@@ -174,13 +177,16 @@ class Caller:
         return self._store.now_ms()
 
     async def result(self, future_id: str, timeout_s: float | None) -> Result:
-        """The result of any id, whoever sent it. Raises TimeoutError; that ends this wait, not the request."""
+        """The result of any id, whoever sent it. Raises TimeoutError, which ends this wait and not the request, and what kept a request of
+        this process from being sent."""
         waiting = self._waiting.get(future_id)
         if waiting is not None:
             future = waiting.future
         else:
             if (found := await self.peek(future_id)) is not None:
                 return found
+            if (failed := self._failed.get(future_id)) is not None:
+                raise failed
             future = self._strangers.setdefault(future_id, asyncio.get_running_loop().create_future())
             if not self._polling:
                 self._polling = True
@@ -265,6 +271,9 @@ class Caller:
         future = self._take(future_id)
         if future is not None and not future.done():
             future.set_exception(error)
+            self._failed[future_id] = error
+            if len(self._failed) > _FAILED_KEPT:
+                del self._failed[next(iter(self._failed))]
 
     def _take(self, future_id: str, *, answered: bool = False) -> asyncio.Future[Result] | None:
         waiting = self._waiting.pop(future_id, None)

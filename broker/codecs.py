@@ -25,7 +25,7 @@ def media_type(content_type: str) -> str:
     return content_type.partition(";")[0].strip().lower()
 
 
-def encode_value(value: object, signer: Signer, claim: Claim, expires_ms: int = 0) -> tuple[str, bytes]:
+def encode_value(value: object, signer: Signer, claim: Claim) -> tuple[str, bytes]:
     """(content type, bytes) that `decode_value` turns back into an equal value of the same types.
 
     Raises NotEncodable when it needs a pickle and there is no key to seal it, or cannot be pickled.
@@ -47,13 +47,13 @@ def encode_value(value: object, signer: Signer, claim: Claim, expires_ms: int = 
         payload = cloudpickle.dumps(value)
     except Exception as error:
         raise NotEncodable(f"a value of type {_name(type(value))} cannot travel: it does not pickle ({error})") from error
-    return PICKLE, signer.seal(payload, _with_type(claim), expires_ms)
+    return PICKLE, signer.seal(payload, _with_type(claim))
 
 
-def decode_value(body: bytes, content_type: str, signer: Signer, claim: Claim, now_ms: int = 0) -> Any:
+def decode_value(body: bytes, content_type: str, signer: Signer, claim: Claim) -> Any:
     """The value. Raises BadEnvelope for bytes that do not parse and BadSignature before a foreign pickle is opened."""
     if media_type(content_type) == PICKLE:
-        return pickle.loads(signer.open(body, _with_type(claim), now_ms))
+        return pickle.loads(signer.open(body, _with_type(claim)))
     return decode_plain(body, content_type)
 
 

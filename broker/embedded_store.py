@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from .store import Record
+from .store import Guard, Record
 from .store_keys import LOG_LENGTH, RESULT_TTL_S
 
 _SWEEP_EVERY_S = 30.0
@@ -57,14 +57,15 @@ class EmbeddedStore:
     async def set(self, key: str, value: bytes, *, ttl_ms: int | None = None, only_new: bool = False) -> bool:
         return self._write(key, value, ttl_ms, only_new=only_new)
 
-    async def replace(self, key: str, old: bytes | None, new: bytes | None) -> bool:
-        if self._read(key) != old:
+    async def replace(self, key: str, old: bytes | None, new: bytes | None, *, guard: Guard | None = None, quiet: bool = False) -> bool:
+        if self._read(key) != old or not self._holds(guard):
             return False
         if new is None:
             self._values.pop(key, None)
         else:
             self._write(key, new, None)
-        await self.announce()
+        if not quiet:
+            await self.announce()
         return True
 
     async def increment(self, key: str, ttl_ms: int) -> int:
@@ -72,10 +73,13 @@ class EmbeddedStore:
         self._write(key, str(count).encode(), ttl_ms)
         return count
 
-    async def delete(self, *keys: str) -> None:
+    async def delete(self, *keys: str, guard: Guard | None = None) -> bool:
+        if not self._holds(guard):
+            return False
         for key in keys:
             self._values.pop(key, None)
             self._hashes.pop(key, None)
+        return True
 
     async def put_field(self, key: str, field: str, value: bytes) -> None:
         self._hashes.setdefault(key, {})[field] = value
@@ -129,6 +133,9 @@ class EmbeddedStore:
     def _read(self, key: str) -> bytes | None:
         value, expiry = self._values.get(key, (None, 0.0))
         return value if expiry > time.monotonic() else None
+
+    def _holds(self, guard: Guard | None) -> bool:
+        return guard is None or self._read(guard[0]) == guard[1]
 
     def _write(self, key: str, value: bytes, ttl_ms: int | None, *, only_new: bool = False) -> bool:
         now = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import struct
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Self
@@ -70,6 +71,12 @@ def mint_id() -> str:
         return page[:32]
 
 
+def is_minted(text: str) -> bool:
+    """Whether it may be an id of `mint_id`."""
+    return _MINTED.fullmatch(text) is not None
+
+
+_MINTED = re.compile(f"[0-9a-f]{{{MINTED_ID_LENGTH}}}")
 _MINTED_AT_ONCE = 64
 _minted: list[str] = []
 os.register_at_fork(after_in_child=_minted.clear)  # a forked child must not mint its parent's ids

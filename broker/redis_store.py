@@ -23,7 +23,7 @@ from redis.exceptions import NoScriptError, RedisError
 from .backoff import delays
 from .errors import StoreUnavailable
 from .settings import masked
-from .store import Record
+from .store import Guard, Record
 from .store_keys import INBOX_TTL_S, LOG_LENGTH, LOG_TTL_S, RESULT_TTL_S, StoreKeys
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class RedisStore:
             )
         )
         self._blocking = redis.Redis.from_url(url, socket_timeout=None, socket_connect_timeout=2, retry=Retry(NoBackoff(), 0))
-        self._scripts = {name: (_HERE / f"{name}.lua").read_text() for name in ("record", "replace")}
+        self._scripts = {name: (_HERE / f"{name}.lua").read_text() for name in ("record", "replace", "delete")}
         self._digests: dict[str, str] = {}
         self._offset_ms = 0.0
         self._down_since = -math.inf  # monotonic; inf while it answers
@@ -175,9 +175,11 @@ class RedisStore:
     async def set(self, key: str, value: bytes, *, ttl_ms: int | None = None, only_new: bool = False) -> bool:
         return bool(await self._call(lambda: self._commands.set(key, value, px=ttl_ms, nx=only_new)))
 
-    async def replace(self, key: str, old: bytes | None, new: bytes | None) -> bool:
-        values = [old or b"", new or b"", str(int(old is not None)), str(int(new is not None)), self._channel]
-        return bool(await self._call(lambda: self._script("replace", [key], values)))
+    async def replace(self, key: str, old: bytes | None, new: bytes | None, *, guard: Guard | None = None, quiet: bool = False) -> bool:
+        keys, values = [key], [*_optional(old), *_optional(new), "" if quiet else self._channel]
+        if guard is not None:
+            keys, values = [key, guard[0]], [*values, *_optional(guard[1])]
+        return bool(await self._call(lambda: self._script("replace", keys, values)))
 
     async def increment(self, key: str, ttl_ms: int) -> int:
         pipeline = self._commands.pipeline(transaction=False)
@@ -186,9 +188,13 @@ class RedisStore:
         count: int = (await self._call(pipeline.execute))[0]
         return count
 
-    async def delete(self, *keys: str) -> None:
+    async def delete(self, *keys: str, guard: Guard | None = None) -> bool:
+        if guard is not None:
+            guarded, values = [guard[0], *keys], _optional(guard[1])
+            return bool(await self._call(lambda: self._script("delete", guarded, values)))
         if keys:
             await self._call(lambda: self._commands.delete(*keys))
+        return True
 
     async def put_field(self, key: str, field: str, value: bytes) -> None:
         await self._call(lambda: self._commands.hset(key, field, value))
@@ -322,6 +328,11 @@ class RedisStore:
             with suppress(*_FAILURES):
                 async with asyncio.timeout(CALL_BUDGET_S):
                     await self._measure_clock()
+
+
+def _optional(value: bytes | None) -> tuple[str, bytes]:
+    """For scripts, whose arguments cannot be absent."""
+    return ("0", b"") if value is None else ("1", value)
 
 
 async def _heeding_cancellation(call: Callable[[], Awaitable[T]]) -> T:

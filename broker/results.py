@@ -27,7 +27,7 @@ class Result(msgspec.Struct, frozen=True, omit_defaults=True):
     """One outcome. `status` is HTTP's number for it, whoever asked: 200 and its kin, 422, 500, 502, 504."""
 
     v: int = VERSION
-    status: Annotated[int, msgspec.Meta(ge=100, le=599)] = 200
+    status: Annotated[int, msgspec.Meta(ge=200, le=599)] = 200
     backend: str = ""
     attempt: int = 1
     content_type: str = "application/octet-stream"

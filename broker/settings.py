@@ -15,6 +15,7 @@ from .queue_names import check_namespace
 from .signing import MIN_KEY_BYTES, Signer
 
 PREFIX = "MQSERVE_"
+MIN_TOKEN_LENGTH = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,7 @@ class Settings:
     broker_url: str = field(default="", repr=False)
     store_url: str = field(default="", repr=False)
     secret_keys: tuple[bytes, ...] = field(default=(), repr=False)
+    admin_token: str = field(default="", repr=False)  # opens the system paths of a proxy to other machines
 
     @property
     def embedded(self) -> bool:
@@ -44,7 +46,7 @@ class Settings:
         broker_url: str | None = None,
         store_url: str | None = None,
     ) -> Self:
-        """Raises BadValue for one of the two URLs without the other, a bad namespace, a short key or an unreadable file."""
+        """Raises BadValue for one of the two URLs without the other, a bad namespace, a short key or token, or an unreadable file."""
         broker = broker_url if broker_url is not None else read_secret(env, "BROKER_URL")
         store = store_url if store_url is not None else read_secret(env, "STORE_URL")
         if bool(broker) != bool(store):
@@ -55,7 +57,8 @@ class Settings:
         keys = tuple(key.encode() for name in ("SECRET_KEY", "SECRET_KEY_PREVIOUS") if (key := read_secret(env, name)))
         if not broker and not keys:
             keys = (os.urandom(MIN_KEY_BYTES),)  # one process: nobody else needs to know it
-        settings = cls(check_namespace(namespace or env.get(PREFIX + "NAMESPACE") or "mqserve"), broker, store, keys)
+        token = _check_token(read_secret(env, "ADMIN_TOKEN"))
+        settings = cls(check_namespace(namespace or env.get(PREFIX + "NAMESPACE") or "mqserve"), broker, store, keys, token)
         _ = settings.signer  # a key that is too short is said now, not at the first request
         return settings
 
@@ -64,6 +67,8 @@ class Settings:
         env = {PREFIX + "NAMESPACE": self.namespace, PREFIX + "BROKER_URL": self.broker_url, PREFIX + "STORE_URL": self.store_url}
         for name, key in zip(("SECRET_KEY", "SECRET_KEY_PREVIOUS"), self.secret_keys, strict=False):
             env[PREFIX + name] = key.decode()
+        if self.admin_token:
+            env[PREFIX + "ADMIN_TOKEN"] = self.admin_token
         return env
 
 
@@ -85,6 +90,14 @@ def masked(url: str) -> str:
     """The URL as it may be shown: without its password."""
     parsed = URL(url)
     return str(parsed.with_password("***")) if parsed.password else str(parsed)
+
+
+def _check_token(token: str) -> str:
+    if token and not (len(token) >= MIN_TOKEN_LENGTH and token.isascii() and token.isprintable() and " " not in token):
+        raise BadValue(
+            f"MQSERVE_ADMIN_TOKEN needs at least {MIN_TOKEN_LENGTH} ASCII characters without spaces: make one with `openssl rand -hex 32`"
+        )
+    return token
 
 
 def _check_scheme(url: str, schemes: tuple[str, ...], name: str) -> None:

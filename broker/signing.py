@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,7 +20,11 @@ from .errors import UNPARSABLE, BadSignature, BadValue
 
 MIN_KEY_BYTES = 32
 
-Purpose = Literal["code", "request", "result", "state"]
+Purpose = Literal["code", "request", "result"]
+
+_DAY_MS = 24 * 3600 * 1000
+# By the clock on the wall, so in days: a request may stand among the dead letters for seven of them, a result is kept for minutes.
+LIFETIMES_MS = {"code": 0, "request": 8 * _DAY_MS, "result": _DAY_MS}  # 0: for ever
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +40,7 @@ class Claim:
 class Signer:
     """Seals with the first key, opens with any: that is how a key is rotated."""
 
-    def __init__(self, keys: Sequence[bytes], namespace: str) -> None:
+    def __init__(self, keys: Sequence[bytes], namespace: str, clock: Callable[[], float] = time.time) -> None:
         for key in keys:
             if len(key) < MIN_KEY_BYTES:
                 raise BadValue(
@@ -45,6 +50,7 @@ class Signer:
         self._keys = {hashlib.sha256(b"mqserve key id" + key).hexdigest()[:8]: key for key in keys}
         self._current = next(iter(self._keys), "")
         self._namespace = namespace
+        self._clock = clock
 
     def __bool__(self) -> bool:
         return bool(self._keys)
@@ -52,14 +58,16 @@ class Signer:
     def __repr__(self) -> str:
         return f"<Signer of {self._namespace} with {len(self._keys)} keys>"
 
-    def seal(self, payload: bytes, claim: Claim, expires_ms: int = 0) -> bytes:
-        """Sealed bytes; `expires_ms` is store time, 0 for never. Raises BadSignature without a key."""
+    def seal(self, payload: bytes, claim: Claim) -> bytes:
+        """Sealed bytes, good for as long as their purpose has. Raises BadSignature without a key."""
         if not self._keys:
             raise BadSignature("nothing can be signed: MQSERVE_SECRET_KEY is not set")
+        lifetime_ms = LIFETIMES_MS[claim.purpose]
+        expires_ms = int(self._clock() * 1000) + lifetime_ms if lifetime_ms else 0
         mac = self._mac(self._current, payload, claim, expires_ms)
         return msgspec.msgpack.encode([1, self._current, expires_ms, mac, payload])
 
-    def open(self, sealed: bytes, claim: Claim, now_ms: int = 0) -> bytes:
+    def open(self, sealed: bytes, claim: Claim) -> bytes:
         """The payload. Raises BadSignature unless one of our keys sealed it for exactly this claim and it is not expired."""
         try:
             version, key_id, expires_ms, mac, payload = msgspec.msgpack.decode(sealed, type=tuple[int, str, int, bytes, bytes])
@@ -71,8 +79,8 @@ class Signer:
             raise BadSignature(
                 f"the seal does not fit: the bytes were not signed as {claim.purpose} for {claim.backend or 'this instance'}"
             )
-        if expires_ms and now_ms > expires_ms:
-            raise BadSignature("the seal has expired")
+        if expires_ms and self._clock() * 1000 > expires_ms:
+            raise BadSignature(f"the seal has expired: a {claim.purpose} is good for {LIFETIMES_MS[claim.purpose] // _DAY_MS} days")
         return payload
 
     def _mac(self, key_id: str, payload: bytes, claim: Claim, expires_ms: int) -> bytes:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+Guard = tuple[str, bytes | None]  # what must stand at a key (`None`: nothing) for a write to happen, in the same step
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -49,16 +51,19 @@ class Store(Protocol):
         """Whether it was written: False only with `only_new`, where the key was taken."""
         ...
 
-    async def replace(self, key: str, old: bytes | None, new: bytes | None) -> bool:
-        """Compare and set (`None`: absent): whether `old` stood there and `new` does now. Watchers of the document are woken."""
+    async def replace(self, key: str, old: bytes | None, new: bytes | None, *, guard: Guard | None = None, quiet: bool = False) -> bool:
+        """Compare and set (`None`: absent): whether `old` stood there, and the guard's value at its key, and `new` does now.
+
+        Watchers of the document are woken, unless it is done quietly.
+        """
         ...
 
     async def increment(self, key: str, ttl_ms: int) -> int:
         """The counter after adding one."""
         ...
 
-    async def delete(self, *keys: str) -> None:
-        """All at once: nobody sees some of them gone and others not."""
+    async def delete(self, *keys: str, guard: Guard | None = None) -> bool:
+        """All at once: nobody sees some of them gone and others not. False only where the guard's value does not stand at its key."""
         ...
 
     async def put_field(self, key: str, field: str, value: bytes) -> None: ...

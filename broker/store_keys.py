@@ -14,6 +14,7 @@
 | `mqserve:<ns>:observed`      | string | leading controller   | all               | none                      |
 | `mqserve:<ns>:instance`      | string | starter, controller  | starters, clients | none: it is a lease       |
 | `mqserve:<ns>:leader`        | string | controllers          | controllers       | none: lapses after LEADER_TTL_S |
+| `mqserve:<ns>:ended`         | string | whoever clears an instance: its id | controllers | ENDED_TTL_S  |
 | `mqserve:<ns>:beats`         | hash   | nodes, proxies, replicas: one field each | controller | fields dropped by the leader |
 | `mqserve:<ns>:cancelled`     | stream | senders, nodes, controller | replicas    | LOG_TTL_S, renewed by each write |
 | `mqserve:<ns>:changed`       | pub/sub channel | whoever wrote a document | watchers | -                     |
@@ -25,7 +26,8 @@ from __future__ import annotations
 
 RESULT_TTL_S = 600
 INBOX_TTL_S = 120
-LEADER_TTL_S = 8
+LEADER_TTL_S = 6
+ENDED_TTL_S = 24 * 3600
 LOG_TTL_S = 30 * 60
 LOG_LENGTH = 10_000
 
@@ -39,6 +41,7 @@ class StoreKeys:
         self.observed = f"{self._root}:observed"
         self.instance = f"{self._root}:instance"
         self.leader = f"{self._root}:leader"
+        self.ended = f"{self._root}:ended"
         self.beats = f"{self._root}:beats"
         self.cancelled = f"{self._root}:cancelled"
         self.changed = f"{self._root}:changed"

@@ -1,24 +1,37 @@
-"""Leases: one instance per namespace, one leading controller per instance. A lease that does not beat any more has lapsed."""
+"""Leases: one instance per namespace, one leading controller per instance. A lease that does not beat any more has lapsed.
+
+Whoever leads may be frozen between any two steps and wake up after another took over. So every write of a leader to the
+store is made under its claim, in one step with a look at the lease (`Leader.claim`); and before what cannot be made so, a
+leader looks at its own clock (`Leader.hold`), which says earlier than anybody else's that its time is over.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import secrets
 import socket
+import time
 
 import msgspec
 
-from ..broker.errors import BadEnvelope, InstanceError
-from ..broker.store import Store
-from ..broker.store_keys import LEADER_TTL_S, StoreKeys
+from ..broker.errors import BadEnvelope, InstanceError, MQServeError
+from ..broker.store import Guard, Store
+from ..broker.store_keys import ENDED_TTL_S, LEADER_TTL_S, StoreKeys
 from .state import Count, Desired, HttpOptions, decode_document
 
 logger = logging.getLogger(__name__)
 
-LAPSED_AFTER_S = 8.0
+LAPSED_AFTER_S = 10.0  # longer than a change of leaders takes
+LEADS_FOR_S = LEADER_TTL_S - 1.5  # by the leader's own clock; others wait for LEADER_TTL_S
+RENEWED_EVERY_S = 1.0
 WATCHED_FOR_S = 3.5  # a lease that looks alive must beat within this, or its owner was killed a moment ago
+
+
+class NotLeading(MQServeError):
+    """Another controller leads, or may by now: what was to be done is not ours to do."""
 
 
 class InstanceLease(msgspec.Struct, frozen=True):
@@ -59,9 +72,9 @@ async def claim_instance(store: Store, keys: StoreKeys, head_node: str, http: Ht
             return lease
     lease = InstanceLease(secrets.token_hex(8), _owner(), detached, store.now_ms())
     await _write(store, keys, raw, lease)  # first: of two starters who see one lapsed lease, one clears and the other is refused
-    if raw is not None:
-        await _forget_documents(store, keys)
-    await store.replace(keys.desired, None, Desired(instance=lease.id, head_node=head_node, http=http).to_bytes())
+    await _forget_documents(store, keys, (keys.instance, msgspec.json.encode(lease)))
+    if not await store.replace(keys.desired, None, Desired(instance=lease.id, head_node=head_node, http=http).to_bytes()):
+        raise _started_meanwhile()
     return lease
 
 
@@ -73,35 +86,53 @@ async def read_instance(store: Store, keys: StoreKeys) -> InstanceLease:
     return _decode_lease(raw)
 
 
-async def renew_instance(store: Store, keys: StoreKeys, instance: str) -> None:
+async def renew_instance(store: Store, keys: StoreKeys, instance: str, guard: Guard) -> bool:
+    """False where it was refused; a lease of another instance, or none, is none of ours to renew."""
     raw = await store.get(keys.instance)
     if raw is None:
-        return
+        return True
     try:
         lease = _decode_lease(raw)
     except BadEnvelope as error:
         logger.warning("%s; writing it anew", error)
         lease = InstanceLease(instance, "restored by its controller", True, 0)
-    if lease.id == instance:
-        await store.set(keys.instance, msgspec.json.encode(msgspec.structs.replace(lease, at=store.now_ms())))
+    if lease.id != instance:
+        return True
+    renewed = msgspec.json.encode(msgspec.structs.replace(lease, at=store.now_ms()))
+    return await store.replace(keys.instance, raw, renewed, guard=guard, quiet=True)
 
 
-async def forget(store: Store, keys: StoreKeys, instance: str) -> None:
-    """All documents of this instance, and of no later one; results of its requests stay until they expire."""
-    raw = await store.get(keys.instance)
-    if raw is not None and _decode_lease(raw).id != instance:
-        return
-    if raw is None or await store.replace(keys.instance, raw, None):
-        await _forget_documents(store, keys)
+async def forget(store: Store, keys: StoreKeys, instance: str, guard: Guard | None = None) -> bool:
+    """All documents of this instance, and of no later one; results of its requests stay until they expire.
+
+    False where the guard refused it. Whoever dies halfway leaves what the next one clears.
+    """
+    while True:
+        raw = await store.get(keys.instance)
+        if raw is not None and _decode_lease(raw).id != instance:
+            return True
+        await store.set(keys.ended, instance.encode(), ttl_ms=ENDED_TTL_S * 1000)
+        if raw is None or await store.replace(keys.instance, raw, None, guard=guard):
+            break
+        if guard is not None:
+            return False
+    await _forget_documents(store, keys, (keys.instance, None))
+    return True
 
 
-async def _forget_documents(store: Store, keys: StoreKeys) -> None:
+async def has_ended(store: Store, keys: StoreKeys, instance: str) -> bool:
+    """Whether it was cleared on purpose, or for another one: a store that lost its data knows nothing of that."""
+    raw, ended = await store.get_many([keys.instance, keys.ended])
+    return ended == instance.encode() or (raw is not None and _decode_lease(raw).id != instance)
+
+
+async def _forget_documents(store: Store, keys: StoreKeys, guard: Guard) -> None:
     try:
         desired = Desired.from_bytes(await store.get(keys.desired))
     except BadEnvelope:
         desired = Desired()  # the code it named stays behind; nobody can tell which that was
     hashes = {*desired.convertors.values(), *(backend.code for backend in desired.backends.values()), desired.http.middlewares} - {""}
-    await store.delete(keys.desired, keys.observed, keys.beats, keys.leader, *(keys.code(sha256) for sha256 in hashes))
+    await store.delete(keys.desired, keys.observed, keys.beats, keys.leader, *(keys.code(sha256) for sha256 in hashes), guard=guard)
     await store.announce()
 
 
@@ -111,33 +142,70 @@ class Leader:
     def __init__(self, store: Store, keys: StoreKeys, controller: str) -> None:
         self._store = store
         self._keys = keys
-        self._controller = controller
+        self._name = f"{controller}#{secrets.token_hex(3)}"  # a container that is restarted has the id of its last life
         self._mine: bytes | None = None
+        self._renewed_at = -math.inf  # monotonic, from before the write
+        self._above = 0
         self.epoch = 0
 
     def __repr__(self) -> str:
-        return f"<Leader {self._controller}, epoch {self.epoch}, {'leading' if self._mine else 'waiting'}>"
+        return f"<Leader {self._name}, epoch {self.epoch}, {'leading' if self._mine else 'waiting'}>"
+
+    @property
+    def claim(self) -> Guard:
+        """What makes a write refuse itself once another leads. Raises NotLeading."""
+        if self._mine is None:
+            raise NotLeading("another controller leads")
+        return self._keys.leader, self._mine
+
+    @property
+    def leads_for_s(self) -> float:
+        """How long from now, by our own clock; it runs on while we are frozen."""
+        return self._renewed_at + LEADS_FOR_S - time.monotonic() if self._mine is not None else 0.0
+
+    def still_leads(self) -> bool:
+        return self.leads_for_s > 0
 
     async def lead(self) -> bool:
         """Takes or renews the lead; False while another one has it."""
-        now_ms = self._store.now_ms()
+        began, now_ms = time.monotonic(), self._store.now_ms()
         raw = await self._store.get(self._keys.leader)
         current = _decode_leadership(raw) if raw else None
-        if raw is not None and raw == self._mine and current is not None:
+        is_mine = current is not None and current.controller == self._name
+        if current is not None and is_mine and current.epoch > self._above:
             new = msgspec.structs.replace(current, at=now_ms)
-        elif current is None or now_ms - current.at > LEADER_TTL_S * 1000:
-            new = Leadership(self._controller, max(self.epoch, current.epoch if current else 0) + 1, now_ms)
+        elif current is None or is_mine or now_ms - current.at > LEADER_TTL_S * 1000:
+            new = Leadership(self._name, max(self.epoch, self._above, current.epoch if current else 0) + 1, now_ms)
         else:
             self._mine = None
             return False
         encoded = msgspec.json.encode(new)
-        # Not `replace`: renewing wakes nobody, and this beats every second. Only a change of hands must compare.
-        if raw is not None and raw == self._mine:
-            await self._store.set(self._keys.leader, encoded)
-        elif not await self._store.replace(self._keys.leader, raw, encoded):
+        if not await self._store.replace(self._keys.leader, raw, encoded, quiet=True):
+            self._mine = None
             return False
-        self._mine, self.epoch = encoded, new.epoch
+        self._mine, self._renewed_at, self.epoch = encoded, began, new.epoch
         return True
+
+    async def hold(self) -> None:
+        """Leads on, for long enough to do what comes next. Raises NotLeading, also where nobody took over while we were frozen: what
+        comes next was decided before that."""
+        epoch = self.epoch
+        if self.still_leads() and self.leads_for_s < LEADS_FOR_S - RENEWED_EVERY_S:
+            await self.lead()
+        if not self.still_leads() or self.epoch != epoch:
+            raise NotLeading("another controller took over")
+
+    def outrank(self, epoch: int) -> None:
+        """The next claim is above this epoch, which somebody else had."""
+        if epoch > self.epoch:
+            self._above = max(self._above, epoch)
+
+    async def release(self, *, for_good: bool = False) -> None:
+        """At a graceful end: whoever waits leads at once, above our epoch. `for_good`: with the instance, nothing is left to lead."""
+        mine, self._mine = self._mine, None
+        if mine is not None:
+            lapsed = None if for_good else msgspec.json.encode(Leadership(self._name, self.epoch, 0))
+            await self._store.replace(self._keys.leader, mine, lapsed)
 
 
 async def _is_alive(store: Store, keys: StoreKeys, lease: InstanceLease) -> bool:
@@ -170,7 +238,11 @@ def _decode_leadership(raw: bytes) -> Leadership | None:
 
 async def _write(store: Store, keys: StoreKeys, old: bytes | None, lease: InstanceLease) -> None:
     if not await store.replace(keys.instance, old, msgspec.json.encode(lease)):
-        raise InstanceError("another process started an instance under this namespace at the same moment: join it with serve.connect()")
+        raise _started_meanwhile()
+
+
+def _started_meanwhile() -> InstanceError:
+    return InstanceError("another process started an instance under this namespace at the same moment: join it with serve.connect()")
 
 
 def _owner() -> str:

@@ -2,7 +2,7 @@
 
 Guarantees. What a client committed is durable in the store before anything acts on it. The loop is level-triggered: it
 may be killed anywhere and another controller goes on from the documents. Traffic does not pass through it and goes on
-without it; only replacing and scaling wait. A controller that lost the lead writes nothing: its epoch is behind.
+without it; only replacing and scaling wait. A controller that lost the lead writes nothing: the store refuses it.
 """
 
 from __future__ import annotations
@@ -13,10 +13,14 @@ import math
 import secrets
 import time
 from collections import defaultdict
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
+from typing import TypeVar
 
 import msgspec
 
+from ..broker.cancellations import word_of_proxy
 from ..broker.errors import BadEnvelope, BrokerUnavailable, MQServeError, QueueMismatch
 from ..broker.queue import Queue
 from ..broker.store import Store
@@ -26,11 +30,13 @@ from .restarts import ENDED_WELL, Restarts
 from .state import Assignment, Beat, Desired, Observed, read_beats
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 TICK_S = 1.0
 FORGET_BEATS_AFTER_S = 60.0
+LOST_PROXY_AFTER_S = 20.0  # without a beat; one whose node saw it end is known at once
 SETTLE_S = 3.0  # after the store lost its data or was away: the members get this long to beat again
-AWAY_AFTER_S = 4.0  # a comparison that comes this late says nothing of the members, whose beats could not land either
+AWAY_AFTER_S = 4.0  # a look at the store that comes this late says nothing of the members, whose beats could not land either
 DECLARE_AGAIN_S = 15.0  # a broker may come back empty
 
 
@@ -42,52 +48,100 @@ class Controller:
         self._keys = keys
         self._queue = queue
         self._leader = lease.Leader(store, keys, controller_id)
+        self._desired: Desired | None = None  # the last one seen: what a store that lost its data gets back, from whoever leads then
+        self._observed: Observed | None = None
+        self._codes: dict[str, bytes] = {}
+        self._looked_at = math.inf  # at the store, monotonic
+        self._settled_at = 0.0  # monotonic; until then nobody is missed
+        self._begin(0)
+
+    def _begin(self, epoch: int) -> None:
+        """What a leader remembers from one comparison to the next; of what happened while another led it knows nothing."""
+        self._epoch = epoch
         self._restarts: dict[tuple[str, int], Restarts] = defaultdict(Restarts)  # by backend and version
         self._were_ready: set[str] = set()
         self._counted: set[str] = set()  # deaths of replicas that the observed document still names
         self._declared: dict[tuple[str, int, int | None], float] = {}  # when, in monotonic seconds
         self._unbound: set[tuple[str, int]] = set()
-        self._desired: Desired | None = None
-        self._codes: dict[str, bytes] = {}
         self._raw_observed: bytes | None = None
-        self._observed: Observed | None = None  # as we wrote it last
         self._observed_is_broken = False
-        self._compared_at = math.inf  # monotonic
-        self._settled_at = 0.0  # monotonic; until then nobody is missed
 
     def __repr__(self) -> str:
         return f"<Controller {self._leader!r}>"
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Until `stop` is set or the instance was shut down."""
+        """Until `stop` is set or the instance was shut down. Then another one leads at once."""
         changed = self._store.watch()
         try:
             while not stop.is_set():
                 changed.clear()
                 try:
-                    if await self._leader.lead() and await self._tick():
+                    if await self._turn():
                         return
                 except MQServeError as error:
                     logger.warning("the controller waits: %s", error)
                 await _first_of(changed, stop, TICK_S)
         finally:
             self._store.unwatch(changed)
+            with suppress(MQServeError):
+                await self._leader.release()
 
-    async def _tick(self) -> bool:
-        """One comparison; True when the instance is shut down and cleared."""
-        before = self._compared_at
-        desired = await self._read_desired()
-        if desired is None:
-            return False
-        await lease.renew_instance(self._store, self._keys, desired.instance)
-        now, self._compared_at = time.monotonic(), time.monotonic()
-        if now - before > AWAY_AFTER_S:
+    async def _turn(self) -> bool:
+        """True when the instance is shut down and cleared."""
+        leads = await self._leader.lead()
+        now = time.monotonic()
+        if now - self._looked_at > AWAY_AFTER_S:
             self._settled_at = now + SETTLE_S
+        self._looked_at = now
+        if leads and self._leader.epoch != self._epoch:
+            logger.info("leading, under epoch %d", self._leader.epoch)
+            self._begin(self._leader.epoch)
+        desired = await self._read_documents()
+        if desired is None:
+            if self._desired is not None and await lease.has_ended(self._store, self._keys, self._desired.instance):
+                await self._leader.release(for_good=True)
+                return True
+            if leads:
+                await self._write_back()
+            return False
+        return leads and await self._tick(desired)
+
+    async def _read_documents(self) -> Desired | None:
+        """Whoever waits reads them too: it may be the one who has to write them back."""
+        raw, self._raw_observed = await self._store.get_many([self._keys.desired, self._keys.observed])
+        if raw is None:
+            return None
+        try:
+            self._desired = Desired.from_bytes(raw)
+        except BadEnvelope as error:
+            if self._desired is None:
+                raise
+            logger.warning("%s; going on with the last good one, which is written back when the key is deleted", error)
+        await self._keep_codes(self._desired)
+        self._read_observed()
+        return self._desired
+
+    def _read_observed(self) -> None:
+        """The last good one stays where it is broken: then the leader writes it again."""
+        self._observed_is_broken = False
+        if self._raw_observed is None:
+            return
+        try:
+            self._observed = Observed.from_bytes(self._raw_observed)
+            self._leader.outrank(self._observed.epoch)
+        except BadEnvelope as error:
+            logger.warning("%s; the leader writes it anew", error)
+            self._observed_is_broken = True
+
+    async def _tick(self, desired: Desired) -> bool:
+        """One comparison; True when the instance is shut down and cleared."""
+        if not await lease.renew_instance(self._store, self._keys, desired.instance, self._leader.claim):
+            raise lease.NotLeading("the instance's lease was not renewed: another controller leads")
         if time.monotonic() < self._settled_at:
             return False
-        observed = await self._read_observed()
+        observed = Observed() if self._raw_observed is None else self._observed or Observed()
         if observed.epoch > self._leader.epoch:
-            return False
+            return False  # the next claim is above it
         beats = read_beats(await self._store.fields(self._keys.beats))
         new = self._place(desired, observed, beats)
         try:
@@ -98,42 +152,22 @@ class Controller:
         await self._forget_silent(new, beats)
         return desired.closing and await self._is_down(new, beats)
 
-    async def _read_desired(self) -> Desired | None:
-        """The document; if the store lost it, our copy is written back under a higher epoch, code included."""
-        raw = await self._store.get(self._keys.desired)
-        if raw is not None:
-            try:
-                self._desired = Desired.from_bytes(raw)
-            except BadEnvelope as error:
-                if self._desired is None:
-                    raise
-                logger.warning("%s; going on with the last good one, which is written back when the key is deleted", error)
-            await self._keep_codes(self._desired)
-            return self._desired
-        if self._desired is None or self._desired.closing:
-            return None
+    async def _write_back(self) -> None:
+        """The store lost its data: our copy, under a higher epoch, code included."""
+        known, claim = self._desired, self._leader.claim
+        if known is None or known.closing:
+            return
         logger.warning("the store lost its data: writing the desired state back")
-        restored = msgspec.structs.replace(self._desired, epoch=self._desired.epoch + 1)
+        restored = msgspec.structs.replace(known, epoch=known.epoch + 1)
         for sha256, code in self._codes.items():
-            await self._store.set(self._keys.code(sha256), code)
+            await self._store.replace(self._keys.code(sha256), None, code, guard=claim, quiet=True)
         owner = lease.InstanceLease(restored.instance, "restored by its controller", True, self._store.now_ms())
-        await self._store.set(self._keys.instance, msgspec.json.encode(owner), only_new=True)
+        await self._store.replace(self._keys.instance, None, msgspec.json.encode(owner), guard=claim, quiet=True)
         # What is assigned comes back too, and the members get time to beat again: a loss of data must stop nothing that runs.
         self._settled_at = time.monotonic() + SETTLE_S
         if self._observed is not None:
-            await self._store.replace(self._keys.observed, None, self._observed.to_bytes())
-        await self._store.replace(self._keys.desired, None, restored.to_bytes())
-        return None
-
-    async def _read_observed(self) -> Observed:
-        """The document, or as we wrote it last where it is broken: then it is written again."""
-        self._raw_observed = await self._store.get(self._keys.observed)
-        try:
-            observed, self._observed_is_broken = Observed.from_bytes(self._raw_observed), False
-        except BadEnvelope as error:
-            logger.warning("%s; writing it anew", error)
-            observed, self._observed_is_broken = self._observed or Observed(), True
-        return observed
+            await self._store.replace(self._keys.observed, None, self._observed.to_bytes(), guard=claim)
+        await self._store.replace(self._keys.desired, None, restored.to_bytes(), guard=claim)
 
     async def _keep_codes(self, desired: Desired) -> None:
         wanted = {*(backend.code for backend in desired.backends.values()), *desired.convertors.values(), desired.http.middlewares} - {""}
@@ -239,7 +273,8 @@ class Controller:
                 if name not in desired.forced and _is_held(name, generation, beats, self._store.now_ms()):
                     continue
                 keep_content = name in desired.backends and not desired.closing
-                if await self._queue.delete(name, generation, only_if_empty=keep_content):
+                delete = partial(self._queue.delete, name, generation, only_if_empty=keep_content)
+                if await self._while_leading(delete):
                     self._declared = {known: at for known, at in self._declared.items() if known[:2] != (name, generation)}
                 else:  # a replica died and its messages came back
                     queues.setdefault(name, []).insert(0, generation)
@@ -254,7 +289,7 @@ class Controller:
         if time.monotonic() - self._declared.get((name, generation, max_length), -math.inf) < DECLARE_AGAIN_S:
             return True
         try:
-            await self._queue.declare(name, generation, max_length)
+            await self._while_leading(lambda: self._queue.declare(name, generation, max_length))
         except QueueMismatch as error:
             # A queue of an earlier instance, with other arguments: a new generation, and the old one is drained like any other.
             logger.warning("%s; making a new generation", error)
@@ -270,18 +305,27 @@ class Controller:
         if (backend := desired.backends.get(name)) is not None and backend.generation == generation:
             newer = msgspec.structs.replace(backend, generation=generation + 1)
             updated = msgspec.structs.replace(desired, version=desired.version + 1, backends={**desired.backends, name: newer})
-            await self._store.replace(self._keys.desired, raw, updated.to_bytes())
+            await self._store.replace(self._keys.desired, raw, updated.to_bytes(), guard=self._leader.claim)
 
     async def _is_drained(self, name: str, generation: int, beats: dict[str, Beat]) -> bool:
         """Nothing new arrives and nothing waits there; without a ready replica nobody would ever empty it."""
         if (name, generation) not in self._unbound:
-            await self._queue.unbind(name, generation)
+            await self._while_leading(lambda: self._queue.unbind(name, generation))
             self._unbound.add((name, generation))
-        if not await self._queue.depth(name, generation):
+        if not await self._while_leading(lambda: self._queue.depth(name, generation)):
             return True
         return not any(
             beat.state == "ready" and beat.backend == name for beat in plan.living(beats, "replica", self._store.now_ms()).values()
         )
+
+    async def _while_leading(self, act: Callable[[], Awaitable[T]]) -> T:
+        """The broker cannot fence us: so only while we lead by our own clock, and no longer. What we do there may be done twice."""
+        await self._leader.hold()
+        try:
+            async with asyncio.timeout(self._leader.leads_for_s):
+                return await act()
+        except TimeoutError:
+            raise BrokerUnavailable("RabbitMQ took longer than this controller's lease lasts") from None
 
     # Writing.
 
@@ -289,21 +333,26 @@ class Controller:
         if msgspec.structs.replace(new, version=old.version) == old and not self._observed_is_broken:
             return
         new = msgspec.structs.replace(new, version=old.version + 1)
-        if await self._store.replace(self._keys.observed, self._raw_observed, new.to_bytes()):
-            self._observed = new
-        else:
-            logger.warning("another controller wrote the observed state: comparing again")
+        if not await self._store.replace(self._keys.observed, self._raw_observed, new.to_bytes(), guard=self._leader.claim):
+            raise lease.NotLeading(f"the observed state of epoch {new.epoch} was refused: another controller leads, or wrote it meanwhile")
+        self._observed = new
 
     async def _forget_silent(self, observed: Observed, beats: dict[str, Beat]) -> None:
         """Fields of members that are long gone; a failed replica's words stay as long as its backend has the problem."""
         now_ms = self._store.now_ms()
+        lost = {beat.id for beat in beats.values() if beat.kind == "proxy" and now_ms - beat.at > LOST_PROXY_AFTER_S * 1000}
         old = [
             field
             for field, beat in beats.items()
-            if (beat.kind == "replica" and not beat.external and beat.id not in observed.replicas and now_ms - beat.at > 10_000)
+            if (beat.kind == "proxy" and beat.id in lost)
+            or (beat.kind == "replica" and not beat.external and beat.id not in observed.replicas and now_ms - beat.at > 10_000)
             or now_ms - beat.at > FORGET_BEATS_AFTER_S * 1000
         ]
-        await self._store.drop_fields(self._keys.beats, *old)
+        if old:
+            await self._leader.hold()
+            if lost:  # their clients are gone with them: first the word, since it is said as long as there is a beat
+                await self._store.append_log(self._keys.cancelled, *(word_of_proxy(self._keys.inbox(name)) for name in lost))
+            await self._store.drop_fields(self._keys.beats, *old)
 
     async def _is_down(self, observed: Observed, beats: dict[str, Beat]) -> bool:
         """Whether the instance that is closing has nothing left; then its documents go too."""
@@ -311,8 +360,7 @@ class Controller:
         children = [beat for kind in ("replica", "proxy") for beat in plan.living(beats, kind, now_ms).values() if not beat.external]
         if children or observed.queues or observed.retiring:
             return False
-        await lease.forget(self._store, self._keys, self._desired.instance if self._desired else "")
-        return True
+        return await lease.forget(self._store, self._keys, self._desired.instance if self._desired else "", self._leader.claim)
 
 
 def _is_held(name: str, generation: int, beats: dict[str, Beat], now_ms: int) -> bool:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 import os
+import secrets
 import socket
 import time
 from collections.abc import Iterable, Mapping
@@ -13,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from ..broker.cancellations import word_of_proxy
 from ..broker.errors import BackendFailed, StoreUnavailable
 from ..broker.lifeline import Stop
 from ..broker.presence import Presence
@@ -64,7 +66,13 @@ class Launcher(Protocol):
 
     def replica(self, backend: str, replica_id: str, node: str, share: Share) -> Child: ...
 
-    def proxy(self, proxy_id: str, host: str, port: int, node: str) -> Child: ...
+    def proxy(self, proxy_id: str, host: str, port: int, node: str) -> Child:
+        """Beside those that still drain, if need be."""
+        ...
+
+    def stop_listening(self) -> None:
+        """No proxy is to come: what connects from now on is refused, once the last one drains."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +110,9 @@ class Node:
         self._launcher = launcher
         self._replicas: dict[str, _Running] = {}
         self._preparing: dict[str, asyncio.Task[None]] = {}
-        self._proxy: _Running | None = None
+        self._proxies: dict[str, _Running] = {}  # one, and those that drain
+        self._dead_proxies: set[str] = set()  # whose last beats are to go
+        self._told_of: set[str] = set()  # of these, what the replicas know
         self._proxy_wanted = False
         self._proxy_restarts = Restarts()
         self._desired = Desired()
@@ -113,7 +123,7 @@ class Node:
         self._presence = Presence(store, keys.beats, field, lambda: self._beat().to_bytes(), BEAT_EVERY_S)
 
     def __repr__(self) -> str:
-        return f"<Node {self._options.node_id}, {len(self._replicas)} replicas, {'a' if self._proxy else 'no'} proxy>"
+        return f"<Node {self._options.node_id}, {len(self._replicas)} replicas, {len(self._proxies)} proxies>"
 
     async def run(self, stop: Stop) -> None:
         """Until `stop` is set; then every child is drained, and killed if it does not end."""
@@ -181,28 +191,46 @@ class Node:
 
     def _reconcile_proxy(self, *, wanted: bool) -> None:
         self._proxy_wanted = wanted
-        if self._proxy is not None and not wanted:
-            self._stop(self._proxy)
-        if self._proxy is None and wanted and time.monotonic() >= self._proxy_restarts.not_before:
+        if not wanted:
+            self._launcher.stop_listening()
+            for running in self._proxies.values():
+                self._stop(running)
+        elif all(running.stopping for running in self._proxies.values()) and time.monotonic() >= self._proxy_restarts.not_before:
             http, options = self._desired.http, self._options
             host = options.http_host or http.host
             port = http.port if options.http_port is None else options.http_port
-            child = self._launcher.proxy(f"proxy-{options.node_id}", host, port, options.node_id)
-            self._proxy = _Running(child, self._tasks.create_task(self._watch_proxy(child)), STOP_MARGIN_S + PROXY_DRAIN_S)
+            proxy_id = f"proxy-{options.node_id}#{secrets.token_hex(3)}"  # its own: what is on its way to a dead one is not for the next
+            child = self._launcher.proxy(proxy_id, host, port, options.node_id)
+            watching = self._tasks.create_task(self._watch_proxy(proxy_id, child))
+            self._proxies[proxy_id] = _Running(child, watching, STOP_MARGIN_S + PROXY_DRAIN_S)
 
-    async def _watch_proxy(self, child: Child) -> None:
+    async def _watch_proxy(self, proxy_id: str, child: Child) -> None:
         started = time.monotonic()
         how = await child.wait()
-        stopping = self._proxy is not None and self._proxy.stopping
-        self._proxy = None
-        if stopping:
-            return
-        logger.warning("the proxy of node %s ended (%s)", self._options.node_id, how or "by itself")
-        if time.monotonic() - started > 5:
-            self._proxy_restarts.died_ready(time.monotonic())
-        else:
-            self._proxy_restarts.died_early(time.monotonic(), how)
-        self._reconcile_proxy(wanted=self._proxy_wanted)  # later, from `_check_children`, if it has to wait
+        running = self._proxies.pop(proxy_id)
+        if not running.stopping:
+            logger.warning("the proxy of node %s ended (%s)", self._options.node_id, how or "by itself")
+            if time.monotonic() - started > 5:
+                self._proxy_restarts.died_ready(time.monotonic())
+            else:
+                self._proxy_restarts.died_early(time.monotonic(), how)
+            self._reconcile_proxy(wanted=self._proxy_wanted)  # later, from `_check_children`, if it has to wait
+        self._dead_proxies.add(proxy_id)
+        await self._forget_dead_proxies()
+
+    async def _forget_dead_proxies(self) -> None:
+        """Their requests, whose clients are gone. And their beats, which say that they live; the words of one that failed stay until the
+        next is started."""
+        if untold := self._dead_proxies - self._told_of:
+            with suppress(StoreUnavailable):
+                await self._store.append_log(self._keys.cancelled, *(word_of_proxy(self._keys.inbox(name)) for name in untold))
+                self._told_of |= untold
+        if self._proxies or not self._proxy_wanted:
+            dead = self._dead_proxies & self._told_of
+            with suppress(StoreUnavailable):
+                await self._store.drop_fields(self._keys.beats, *(f"proxy:{proxy_id}" for proxy_id in dead))
+                self._dead_proxies -= dead
+                self._told_of -= dead
 
     def _stop(self, running: _Running, *, at_once: bool = False) -> None:
         if running.stopping:
@@ -218,6 +246,7 @@ class Node:
 
     async def _stop_all(self, at_most_s: float) -> None:
         self._proxy_wanted = False
+        self._launcher.stop_listening()
         for preparing in self._preparing.values():
             preparing.cancel()
         for running in self._all():
@@ -227,23 +256,43 @@ class Node:
             await asyncio.gather(*self._stoppers)
 
     def _all(self) -> Iterable[_Running]:
-        return [*self._replicas.values(), *([self._proxy] if self._proxy else [])]
+        return [*self._replicas.values(), *self._proxies.values()]
 
     async def _check_children(self) -> None:
-        """Kills replicas whose I/O loop is silent while the store takes our own beats; starts a proxy whose pause is over."""
-        while True:
-            await asyncio.sleep(_CHECK_EVERY_S)
-            self._reconcile_proxy(wanted=self._proxy_wanted)
-            with suppress(StoreUnavailable):
-                beats = read_beats(await self._store.fields(self._keys.beats))
-                mine = beats.get(f"node:{self._options.node_id}")
-                if self._presence.steady_s < SILENT_CHILD_AFTER_S:
-                    continue  # the store was away: their beats could not land either
-                for replica_id, running in self._replicas.items():
-                    beat = beats.get(f"replica:{replica_id}")
-                    if mine and beat and mine.at - beat.at > SILENT_CHILD_AFTER_S * 1000:
-                        logger.error("%s has been silent for %d s: killing it", replica_id, (mine.at - beat.at) // 1000)
-                        running.child.kill()
+        """Starts a proxy whose pause is over, or beside one that drains; kills replicas whose I/O loop is silent while the store takes
+        our own beats."""
+        changed = self._store.watch()
+        try:
+            while True:
+                changed.clear()
+                self._reconcile_proxy(wanted=self._proxy_wanted)
+                with suppress(StoreUnavailable):
+                    await self._forget_dead_proxies()
+                    beats = read_beats(await self._store.fields(self._keys.beats))
+                    self._follow_draining_proxies(beats)
+                    self._kill_silent_replicas(beats)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_CHECK_EVERY_S):
+                        await changed.wait()
+        finally:
+            self._store.unwatch(changed)
+
+    def _follow_draining_proxies(self, beats: Mapping[str, Beat]) -> None:
+        """One that somebody told to end says so in its beat: the next one takes over the socket now, not after it."""
+        for proxy_id, running in self._proxies.items():
+            if not running.stopping and (beat := beats.get(f"proxy:{proxy_id}")) and beat.state == "draining":
+                self._stop(running)
+        self._reconcile_proxy(wanted=self._proxy_wanted)
+
+    def _kill_silent_replicas(self, beats: Mapping[str, Beat]) -> None:
+        mine = beats.get(f"node:{self._options.node_id}")
+        if mine is None or self._presence.steady_s < SILENT_CHILD_AFTER_S:
+            return  # the store was away: their beats could not land either
+        for replica_id, running in self._replicas.items():
+            beat = beats.get(f"replica:{replica_id}")
+            if beat and mine.at - beat.at > SILENT_CHILD_AFTER_S * 1000:
+                logger.error("%s has been silent for %d s: killing it", replica_id, (mine.at - beat.at) // 1000)
+                running.child.kill()
 
     def _beat(self) -> Beat:
         options = self._options

@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import sysconfig
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
+from ..broker.errors import BadValue
 from ..broker.lifeline import PIPE_VARIABLE
+from ..broker.listener import bind
 from ..broker.settings import PREFIX, Settings
 from .node import Share
 
@@ -33,6 +37,7 @@ class Process:
         detached: bool = False,
         python: str = sys.executable,
         variables: Mapping[str, str] = {},
+        hands_on: Sequence[int] = (),
     ) -> None:
         self._arguments = arguments
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX) or name in _INHERITED}
@@ -44,7 +49,7 @@ class Process:
         output = _detached_output(settings.namespace) if detached else None
         try:
             self._popen = subprocess.Popen(
-                [python, "-m", "mqserve", *arguments], env=environment, pass_fds=() if detached else (reading,),
+                [python, "-m", "mqserve", *arguments], env=environment, pass_fds=(*hands_on, *(() if detached else (reading,))),
                 start_new_session=True, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
             )  # fmt: skip
         finally:
@@ -99,17 +104,37 @@ class Process:
 
 
 class ProcessLauncher:
-    """Implements `Launcher`."""
+    """Implements `Launcher`. Holds the socket on which its proxies listen: while one follows another, connections wait in it."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._listener: socket.socket | None = None
+        self._address = ("", 0)
 
     def replica(self, backend: str, replica_id: str, node: str, share: Share) -> Process:
         arguments = ["replica", backend, "--replica-id", replica_id, "--node-id", node]
-        return Process(arguments, self._settings, python=share.python, variables=share.environment)
+        settings = replace(self._settings, admin_token="")  # of no use to a replica, and the user's code reads its environment
+        return Process(arguments, settings, python=share.python, variables=share.environment)
 
     def proxy(self, proxy_id: str, host: str, port: int, node: str) -> Process:
-        return Process(["proxy", "--host", host, "--port", str(port), "--proxy-id", proxy_id, "--node-id", node], self._settings)
+        arguments = ["proxy", "--host", host, "--port", str(port), "--proxy-id", proxy_id, "--node-id", node]
+        listener = self._listen(host, port)
+        if listener is None:  # it fails at the same, and says why where failed proxies do
+            return Process(arguments, self._settings)
+        fd = listener.fileno()
+        return Process([*arguments, "--fd", str(fd)], self._settings, hands_on=(fd,))
+
+    def stop_listening(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+
+    def _listen(self, host: str, port: int) -> socket.socket | None:
+        if self._listener is None or self._address != (host, port):
+            self.stop_listening()
+            with suppress(BadValue):
+                self._listener, self._address = bind(host, port), (host, port)
+        return self._listener
 
 
 def _detached_output(namespace: str) -> IO[bytes] | int:

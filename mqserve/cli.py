@@ -269,13 +269,15 @@ def controller(namespace: str | None) -> int:
 @_with(http_options[:2] + http_options[3:])
 @click.option("--proxy-id", hidden=True)
 @click.option("--node-id", hidden=True, default="")
+@click.option("--fd", hidden=True, type=int)
 @_one_sentence
-def proxy(namespace: str | None, host: str, port: int, debug: bool, proxy_id: str | None, node_id: str) -> int:
+def proxy(namespace: str | None, host: str, port: int, debug: bool, proxy_id: str | None, node_id: str, fd: int | None) -> int:
     """Run one HTTP proxy by hand: configured and shown, not counted."""
     from .proxy.main import ProxyOptions
     from .proxy.main import main as run_proxy
 
-    options = ProxyOptions(proxy_id or _own_id("proxy"), host, port, node_id, external=proxy_id is None, debug=debug)
+    own_id = proxy_id or f"{_own_id('proxy')}#{secrets.token_hex(3)}"  # a restarted container may have its host name and number again
+    options = ProxyOptions(own_id, host, port, node_id, external=proxy_id is None, debug=debug, fd=fd)
     return run_loop(run_proxy(_distributed(namespace, "proxy"), options))
 
 

@@ -16,6 +16,7 @@ from .broker import code
 from .broker.documents import until
 from .broker.errors import BadType, BadValue, InstanceError, MQServeError
 from .broker.lifeline import Stop
+from .broker.listener import bind
 from .controller import lease
 from .controller.loop import Controller
 from .controller.machine import measure_node
@@ -23,7 +24,6 @@ from .controller.node import Child, Node, NodeOptions
 from .controller.processes import Process
 from .controller.state import Desired, HttpOptions, Observed, read_beats
 from .links import EmbeddedLauncher, Links
-from .proxy.main import bind
 
 START_BUDGET_S = 30.0
 SHUTDOWN_BUDGET_S = 45.0
@@ -174,11 +174,12 @@ async def _until_up(links: Links, http: HttpOptions, head_node: str, members: _M
         members.check()
         beats = read_beats(await links.store.fields(links.keys.beats))
         observed = Observed.from_bytes(await links.store.get(links.keys.observed))
-        proxy = beats.get(f"proxy:proxy-{head_node}")
-        if proxy is not None and proxy.state == "failed":
-            raise InstanceError(proxy.error)
+        proxies = [beat for beat in beats.values() if beat.kind == "proxy" and beat.node == head_node] if wants_proxy else []
+        for proxy in proxies:
+            if proxy.state == "failed":
+                raise InstanceError(proxy.error)
         node_is_there = not head_node or f"node:{head_node}" in beats
-        proxy_serves = not wants_proxy or (proxy is not None and proxy.state == "ready")
+        proxy_serves = not wants_proxy or any(proxy.state == "ready" for proxy in proxies)
         return True if observed.epoch and node_is_there and proxy_serves else None
 
     try:

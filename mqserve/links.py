@@ -100,3 +100,6 @@ class EmbeddedLauncher:
         proxy = Proxy(self._links.settings, ProxyOptions(proxy_id, host, port, node), self._links.store)
         stop = Stop()
         return TaskChild(asyncio.create_task(proxy.run(self._links.queue, stop), name=proxy_id), stop)
+
+    def stop_listening(self) -> None:
+        """A proxy in here binds its own socket: one that ends takes the others with it."""

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from ..broker.caller import MAX_BODY_BYTES, Caller
-from ..broker.envelope import MAX_HEAD_BYTES, Meta, mint_id
+from ..broker.envelope import MAX_HEAD_BYTES, Meta, is_minted, mint_id
 from ..broker.errors import BadValue, MQServeError, NoReplica, StoreUnavailable, TooLarge
 from ..broker.overload import HeldBytes
 from ..controller.state import choose
@@ -16,6 +16,7 @@ from .departures import Departures
 from .metrics import CONTENT_TYPE, ProxyMetrics
 from .responses import Reply, from_error, from_result, json_reply, problem
 from .routes import NotAllowed, RouteTable, Target
+from .system import SystemPath, SystemPaths
 
 Scope = dict[str, Any]
 Message = MutableMapping[str, Any]
@@ -36,14 +37,25 @@ class ProxyApp:
     """Reads `routes` anew for each request: whoever follows the desired document replaces it."""
 
     def __init__(
-        self, caller: Caller, routes: RouteTable, readiness: Callable[[], tuple[bool, dict[str, Any]]], *, debug: bool = False
-    ) -> None:
+        self, caller: Caller, routes: RouteTable, readiness: Callable[[], tuple[bool, dict[str, Any]]],
+        *, debug: bool = False, admin_token: str = "",
+    ) -> None:  # fmt: skip
         self._caller = caller
         self.routes = routes
         self._readiness = readiness
         self._debug = debug
         self._metrics = ProxyMetrics()
         self.departures = Departures(caller.cancel)
+        self._system = SystemPaths(
+            {
+                "/-/routes": SystemPath(self._routes_listing),
+                "/-/healthz": SystemPath(self._healthz, open=True),
+                "/-/readyz": SystemPath(self._readyz, open=True),
+                "/-/metrics": SystemPath(self._metrics_page),
+                "/-/futures/": SystemPath(self._cancel, ("DELETE",), open=True),  # knowing the id is the right to it
+            },
+            admin_token,
+        )
 
     def __repr__(self) -> str:
         return f"<ProxyApp {self.routes!r}>"
@@ -53,7 +65,7 @@ class ProxyApp:
             return
         path: str = scope["path"]
         if path.startswith("/-/"):
-            reply = self._system(path)
+            reply = await self._system.answer(scope)
         else:
             target = self.routes.match(scope)
             if isinstance(target, Target):
@@ -61,7 +73,8 @@ class ProxyApp:
             else:
                 reply = _not_served(target, scope)
         status, headers, body = reply
-        headers.append((b"content-length", str(len(body)).encode()))
+        if status not in (204, 304):
+            headers.append((b"content-length", str(len(body)).encode()))
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
 
@@ -119,19 +132,27 @@ class ProxyApp:
                 f"backend {backend!r} has had no replica ready for {DOWN_AFTER_MS // 1000} s and none is starting: see `mqserve status`"
             )
 
-    def _system(self, path: str) -> Reply:
-        match path:
-            case "/-/routes":
-                return json_reply(self.routes.listing)
-            case "/-/healthz":
-                return json_reply({"status": "ok"})
-            case "/-/metrics":
-                return 200, [(b"content-type", CONTENT_TYPE)], self._metrics.exposition()
-            case "/-/readyz":
-                ready, facts = self._readiness()
-                return json_reply({"ready": ready, **facts}, 200 if ready else 503)
-            case _:
-                return problem(404, f"System path {path} not found. There are /-/routes, /-/healthz, /-/readyz and /-/metrics.", mint_id())
+    async def _routes_listing(self, scope: Scope) -> Reply:
+        return json_reply(self.routes.listing)
+
+    async def _healthz(self, scope: Scope) -> Reply:
+        return json_reply({"status": "ok"})
+
+    async def _readyz(self, scope: Scope) -> Reply:
+        ready, facts = self._readiness()
+        return json_reply({"ready": ready, **facts}, 200 if ready else 503)
+
+    async def _cancel(self, scope: Scope) -> Reply:
+        future_id = scope["path"].removeprefix("/-/futures/")
+        if not is_minted(future_id):
+            return problem(404, "That is no request's id: it is what X-Request-ID or a handle's future says, 32 hex digits.", mint_id())
+        try:
+            return json_reply({"id": future_id, "cancelled": await self._caller.cancel_everywhere(future_id)})
+        except MQServeError as error:
+            return from_error(error, future_id)
+
+    async def _metrics_page(self, scope: Scope) -> Reply:
+        return 200, [(b"content-type", CONTENT_TYPE)], self._metrics.exposition()
 
 
 def _not_served(refused: NotAllowed | None, scope: Scope) -> Reply:

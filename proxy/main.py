@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
 import os
 import socket
+import time
 from collections.abc import Awaitable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +15,14 @@ from typing import Any
 import uvicorn
 from starlette.convertors import register_url_convertor
 from starlette.middleware import Middleware
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ..broker import code
 from ..broker.backoff import delays
 from ..broker.caller import Caller
-from ..broker.errors import BadValue, MQServeError
+from ..broker.errors import MQServeError
 from ..broker.lifeline import Stop, stop_event
+from ..broker.listener import bind
 from ..broker.presence import Presence
 from ..broker.queue import Queue
 from ..broker.rabbitmq import open_rabbitmq
@@ -30,17 +32,22 @@ from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
 from ..controller.state import BEAT_EVERY_S, Beat, Desired, Observed, follow_state
 from .app import ProxyApp
+from .edge import EdgeProtocol
 from .routes import RouteTable
 
 logger = logging.getLogger(__name__)
 
 FAILED_EXIT = 3
 DRAIN_S = 20
+LAST_ANSWERS_S = 2.0  # a connection that is idle this long when a proxy ends is closed
 
 
 @dataclass(frozen=True, slots=True)
 class ProxyOptions:
-    """Which proxy this is and where it listens. External: started by hand, and so neither counted nor stopped."""
+    """Which proxy this is and where it listens. External: started by hand, and so neither counted nor stopped.
+
+    `fd`: the listening socket of the node, which stays open while one proxy follows another; without it the proxy binds its own.
+    """
 
     proxy_id: str
     host: str = "127.0.0.1"
@@ -48,6 +55,7 @@ class ProxyOptions:
     node: str = ""
     external: bool = False
     debug: bool = False
+    fd: int | None = None
 
 
 async def main(settings: Settings, options: ProxyOptions) -> int:
@@ -62,26 +70,6 @@ async def main(settings: Settings, options: ProxyOptions) -> int:
                 logger.error("%s: %s", options.proxy_id, error)
                 return FAILED_EXIT
     return 0
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket nobody else has. Raises BadValue with what to do when the address cannot be had."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.socket(family)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((host, port))
-            listener.listen(2048)
-        except BaseException:
-            listener.close()
-            raise
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        is_host = isinstance(error, socket.gaierror) or getattr(error, "errno", None) == errno.EADDRNOTAVAIL
-        mend = "give a --host that this machine has" if is_host else "choose another --port, or end the program that has it"
-        raise BadValue(f"cannot listen on {host}:{port} ({reason}): {mend}") from error
-    return listener
 
 
 class Proxy:
@@ -116,7 +104,7 @@ class Proxy:
         async with asyncio.TaskGroup() as tasks:
             beating, reading = tasks.create_task(self._presence.beat_forever()), tasks.create_task(caller.run())
             try:
-                with bind(self._options.host, self._options.port) as listener:
+                with self._listener() as listener:
                     self._address = (self._options.host, listener.getsockname()[1])
                     await self._serve(listener, caller, queue, stop)
             except MQServeError as error:
@@ -129,10 +117,18 @@ class Proxy:
         if failure is not None:
             raise failure
 
+    def _listener(self) -> socket.socket:
+        options = self._options
+        return bind(options.host, options.port) if options.fd is None else socket.socket(fileno=options.fd)
+
     async def _serve(self, listener: socket.socket, caller: Caller, queue: Queue, stop: Stop) -> None:
         desired = await self._first_desired()
         app = self._app = ProxyApp(
-            caller, await self._table(desired, Observed()), lambda: self._readiness(queue), debug=self._options.debug or desired.http.debug
+            caller,
+            await self._table(desired, Observed()),
+            lambda: self._readiness(queue),
+            debug=self._options.debug or desired.http.debug,
+            admin_token=self._settings.admin_token,
         )
         self._outer.app, self._middlewares = await self._with_middlewares(app, desired), desired.http.middlewares
         server = _Server(_uvicorn_config(self._outer))
@@ -144,6 +140,7 @@ class Proxy:
             self._say("ready")
             await stop.wait()
             self._say("draining")
+            await server.last_answers()
             server.should_exit = True
             await serving
             for task in minding:
@@ -225,16 +222,31 @@ class _Outermost:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, but signals are ours."""
+    """uvicorn, but signals are ours, and so is how an end begins."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
+    async def last_answers(self) -> None:
+        """Takes no connection more. On those that are open each answer says that it is the last: a client that is not told so may send
+        its next request just when we close. Until none is open, at most LAST_ANSWERS_S; what still runs then is uvicorn's to finish."""
+        close = (b"connection", b"close")
+        for listening in self.servers:
+            listening.close()
+        self.config.encoded_headers.append(close)  # from which uvicorn makes the default headers every second
+        self.server_state.default_headers = [*self.server_state.default_headers, close]
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, HttpToolsProtocol) and connection.cycle and not connection.cycle.response_complete:
+                connection.shutdown()  # of a busy one: its answer says so
+        until = time.monotonic() + LAST_ANSWERS_S
+        while self.server_state.connections and time.monotonic() < until:
+            await asyncio.sleep(0.02)
+
 
 def _uvicorn_config(app: Any) -> uvicorn.Config:
     return uvicorn.Config(
         app, interface="asgi3",
-        http="httptools", ws="none", lifespan="off", access_log=False, log_config=None, timeout_graceful_shutdown=DRAIN_S,
+        http=EdgeProtocol, ws="none", lifespan="off", access_log=False, log_config=None, timeout_graceful_shutdown=DRAIN_S,
         server_header=False, date_header=True,
     )  # fmt: skip

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import re
 from http.client import responses
 from typing import Any
 
@@ -22,20 +24,31 @@ from ..broker.errors import (
 )
 from ..broker.results import Result
 
+logger = logging.getLogger(__name__)
+
 Reply = tuple[int, list[tuple[bytes, bytes]], bytes]
 """Status, headers without content-length, body."""
 
-_HOP_BY_HOP = frozenset(
-    (b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"te", b"trailer", b"transfer-encoding", b"upgrade")
+HOP_BY_HOP = frozenset(
+    b"connection keep-alive proxy-connection proxy-authenticate proxy-authorization te trailer transfer-encoding "
+    b"upgrade http2-settings".split()
 )
+NO_BODY = frozenset((204, 205, 304))
+
+_NOT_THEIRS = HOP_BY_HOP | {b"content-length"}
+_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_CONTENT_TYPE = re.compile(r"[\t\x20-\x7e\xa0-\xff]*")
+_VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
 
 
 def from_result(result: Result, request_id: str, *, debug: bool) -> Reply:
     if result.error is not None:
         return problem(result.status, _explain(result, debug=debug), request_id)
-    headers = _safe(((b"content-type", result.content_type.encode("latin-1", "replace")), *result.headers))
+    headers = [(b"content-type", _content_type(result))]
+    if result.headers:
+        headers += _safe(result)
     headers.append((b"x-request-id", request_id.encode()))
-    return result.status, headers, result.body
+    return result.status, headers, b"" if result.status in NO_BODY else result.body
 
 
 def from_error(error: MQServeError, request_id: str) -> Reply:
@@ -83,10 +96,22 @@ def _explain(result: Result, *, debug: bool) -> str:
     return result.error.message
 
 
-def _safe(headers: Pairs) -> list[tuple[bytes, bytes]]:
-    """What user code may set: nothing that splits the response or speaks of the connection."""
-    return [
-        (name, value)
-        for name, value in headers
-        if name.lower() not in _HOP_BY_HOP and not any(bad in name + value for bad in (b"\r", b"\n", b"\0"))
-    ]
+def _content_type(result: Result) -> bytes:
+    if _CONTENT_TYPE.fullmatch(result.content_type):
+        return result.content_type.encode("latin-1")
+    logger.warning("%s answered with a content type that HTTP cannot carry, %.100r: sent as bytes", result.backend, result.content_type)
+    return b"application/octet-stream"
+
+
+def _safe(result: Result) -> list[tuple[bytes, bytes]]:
+    """What user code may set: nothing that splits the response, and nothing about its length or the connection.
+
+    One that HTTP cannot carry is left out and the log says so: the answer itself is no worse for it.
+    """
+    headers: list[tuple[bytes, bytes]] = []
+    for name, value in result.headers:
+        if not _NAME.fullmatch(name) or not _VALUE.fullmatch(value):
+            logger.warning("%s answered with a header that HTTP cannot carry, %.100r: left out", result.backend, name)
+        elif name.lower() not in _NOT_THEIRS:
+            headers.append((name, value))
+    return headers

@@ -72,11 +72,12 @@ async def collect_stream(response: StreamingResponse) -> Response:
 def _response_result(response: Response, backend: str) -> Result:
     headers = tuple((name, value) for name, value in response.raw_headers if name not in (b"content-length", b"content-type"))
     content_type = response.headers.get("content-type", "")
-    if not 100 <= response.status_code <= 599 or len(content_type.encode()) > 255:
-        raise NotEncodable(
-            f"the handler returned a Response that cannot travel, with status {response.status_code} (100 to 599) and a content type of "
+    if not 200 <= response.status_code <= 599 or len(content_type.encode()) > 255:
+        message = (
+            f"the handler returned a Response that is no answer, with status {response.status_code} (200 to 599) and a content type of "
             f"{len(content_type.encode())} bytes (255 at most)"
         )
+        return Result(status=500, backend=backend, error=ErrorInfo(type="mqserve.NotEncodable", message=message))
     return Result(
         status=response.status_code, backend=backend, content_type=content_type or BYTES, headers=headers, body=bytes(response.body)
     )

@@ -141,6 +141,28 @@ def test_a_batch_runs_on_as_long_as_one_of_it_is_wanted(client: serve.Client, de
     assert second.result(10) == "done" and "heard" not in tally.lines
 
 
+def test_a_request_is_cancelled_over_http_by_its_id(client: serve.Client, deploy: Deploy, gate: Gate, tally: Tally) -> None:
+    ref = client.get_handle(deploy(plain(gate, tally))).remote(1)
+    wait_until(lambda: "start 1" in tally.lines)
+    url = f"{client.http_url()}/-/futures/{ref.id}"
+    assert httpx.delete(url).json() == {"id": ref.id, "cancelled": True}
+    with pytest.raises(serve.Cancelled):
+        ref.result(10)
+    wait_until(lambda: "heard 1" in tally.lines)
+    assert httpx.delete(url).json()["cancelled"]  # it is, whoever asked first
+
+
+def test_a_request_that_is_done_is_not_cancelled_over_http(client: serve.Client, deploy: Deploy) -> None:
+    ref = client.get_handle(deploy(lambda request: "done")).remote()
+    assert ref.result(10) == "done"
+    assert httpx.delete(f"{client.http_url()}/-/futures/{ref.id}").json() == {"id": ref.id, "cancelled": False}
+
+
+@pytest.mark.parametrize("name", ["", "x", "0" * 31, "0" * 33, "G" * 32, "../desired"])
+def test_what_is_no_id_cannot_be_cancelled(client: serve.Client, name: str) -> None:
+    assert httpx.delete(f"{client.http_url()}/-/futures/{name}").status_code in (404, 405)
+
+
 @HANDLERS
 def test_a_running_call_hears_that_its_http_client_has_gone(kind: Any, deploy: Deploy, gate: Gate, tally: Tally) -> None:
     gone = open_request(deploy.at(kind(gate, tally)))

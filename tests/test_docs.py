@@ -302,10 +302,13 @@ def test_every_variable_is_in_the_text_and_the_other_way_round() -> None:
     assert mentioned - files == known_variables()
 
 
-@pytest.mark.parametrize("name", ["MQSERVE_BROKER_URL", "MQSERVE_STORE_URL", "MQSERVE_SECRET_KEY", "MQSERVE_SECRET_KEY_PREVIOUS"])
+@pytest.mark.parametrize(
+    "name",
+    ["MQSERVE_BROKER_URL", "MQSERVE_STORE_URL", "MQSERVE_SECRET_KEY", "MQSERVE_SECRET_KEY_PREVIOUS", "MQSERVE_ADMIN_TOKEN"],
+)
 def test_urls_and_keys_can_be_named_by_file(name: str, tmp_path: Path) -> None:
     values = {"MQSERVE_BROKER_URL": "amqp://b", "MQSERVE_STORE_URL": "redis://s", "MQSERVE_SECRET_KEY": SECRET_KEY}
-    values["MQSERVE_SECRET_KEY_PREVIOUS"] = f"the one before {SECRET_KEY}"
+    values |= {"MQSERVE_SECRET_KEY_PREVIOUS": f"the one before {SECRET_KEY}", "MQSERVE_ADMIN_TOKEN": "a-token-of-the-tests"}
     (tmp_path / "secret").write_text(values.pop(name) + "\n")
     by_file = Settings.read({**values, f"{name}_FILE": str(tmp_path / "secret")})
     assert by_file.to_env()[name] == (tmp_path / "secret").read_text().strip()

@@ -35,6 +35,15 @@ async def test_many_requests_get_each_its_own_answer(caller: Caller, replica: "E
     assert repr(caller).endswith("0 waiting>")
 
 
+async def test_the_result_of_a_request_that_was_never_sent_is_not_waited_for(caller: Caller, queue: Queue) -> None:
+    await queue.declare("another", 1, None)
+    ticket = send(caller)
+    with pytest.raises(NotRouted):
+        await ticket.future
+    with pytest.raises(NotRouted):
+        await caller.result(ticket.id, 30)
+
+
 async def test_a_large_result_is_read_by_its_key(caller: Caller, replica: "EchoReplica") -> None:
     body = b"x" * (INLINE_BYTES + 1)
     assert (await answer(send(caller, body))).body == body

@@ -84,11 +84,19 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | No
 
 
 def test_a_child_reads_the_same_settings_from_its_environment() -> None:
-    settings = Settings.read({**URLS, "MQSERVE_SECRET_KEY": KEY, "MQSERVE_SECRET_KEY_PREVIOUS": OTHER_KEY}, namespace="ours")
+    keys = {"MQSERVE_SECRET_KEY": KEY, "MQSERVE_SECRET_KEY_PREVIOUS": OTHER_KEY, "MQSERVE_ADMIN_TOKEN": "a-token-of-the-tests"}
+    settings = Settings.read({**URLS, **keys}, namespace="ours")
     assert Settings.read(settings.to_env()) == settings
 
 
+@pytest.mark.parametrize("token", ["x" * 15, "sixteen and spaces", "ünicode" * 3, "a\nbreak" * 3])
+def test_an_admin_token_that_can_be_guessed_or_not_be_sent_is_refused(token: str) -> None:
+    with pytest.raises(BadValue, match="MQSERVE_ADMIN_TOKEN needs at least 16"):
+        Settings.read({"MQSERVE_ADMIN_TOKEN": token})
+
+
 def test_no_secret_shows_in_the_state() -> None:
-    shown = repr(Settings.read({**URLS, "MQSERVE_SECRET_KEY": KEY}))
+    shown = repr(Settings.read({**URLS, "MQSERVE_SECRET_KEY": KEY, "MQSERVE_ADMIN_TOKEN": OTHER_KEY}))
+    assert OTHER_KEY not in shown
     assert "hunter2" not in shown
     assert KEY not in shown

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from mqserve.broker.errors import BadSignature, BadValue
-from mqserve.broker.signing import Claim, Signer
+from mqserve.broker.signing import Claim, Purpose, Signer
 
 OLD, NEW = b"o" * 32, b"n" * 32
 CLAIM = Claim("request", "b", "id", "application/x")
@@ -37,16 +37,29 @@ def test_a_seal_of_another_namespace_is_refused() -> None:
         Signer([NEW], "one").open(Signer([NEW], "other").seal(b"payload", CLAIM), CLAIM)
 
 
-def test_a_seal_holds_until_its_expiry(signer: Signer) -> None:
-    sealed = signer.seal(b"payload", CLAIM, expires_ms=1000)
-    assert signer.open(sealed, CLAIM, now_ms=1000) == b"payload"
+@pytest.mark.parametrize(("purpose", "days"), [("request", 8), ("result", 1)])
+def test_a_seal_holds_until_its_expiry(purpose: Purpose, days: int) -> None:
+    now = [1_000_000.0]
+    signer, claim = Signer([NEW], "ns", clock=lambda: now[0]), replace(CLAIM, purpose=purpose)
+    sealed = signer.seal(b"payload", claim)
+    now[0] += days * 24 * 3600
+    assert signer.open(sealed, claim) == b"payload"
+    now[0] += 1
     with pytest.raises(BadSignature, match="expired"):
-        signer.open(sealed, CLAIM, now_ms=1001)
+        signer.open(sealed, claim)
+
+
+def test_code_does_not_expire() -> None:
+    now = [1_000_000.0]
+    signer, claim = Signer([NEW], "ns", clock=lambda: now[0]), replace(CLAIM, purpose="code")
+    sealed = signer.seal(b"payload", claim)
+    now[0] += 10 * 365 * 24 * 3600
+    assert signer.open(sealed, claim) == b"payload"
 
 
 @pytest.mark.parametrize(("place", "value"), list(enumerate([2, "00000000", 9999, b"m" * 32, b"other payload"])))
 def test_a_change_of_any_part_breaks_the_seal(signer: Signer, place: int, value: object) -> None:
-    parts = msgspec.msgpack.decode(signer.seal(b"payload", CLAIM, expires_ms=1000))
+    parts = msgspec.msgpack.decode(signer.seal(b"payload", CLAIM))
     parts[place] = value
     with pytest.raises(BadSignature):
         signer.open(msgspec.msgpack.encode(parts), CLAIM)

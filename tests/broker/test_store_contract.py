@@ -124,6 +124,32 @@ async def test_of_many_who_replace_the_same_value_one_succeeds(store: Store, key
     assert await store.get(keys.desired) == b"new %d" % won.index(True)
 
 
+@pytest.mark.parametrize(("guard", "holds"), [(b"mine", True), (b"another's", False), (b"", False), (None, False)])
+async def test_a_guarded_write_happens_only_while_the_guard_holds(store: Store, keys: StoreKeys, guard: bytes | None, holds: bool) -> None:
+    await store.set(keys.leader, b"mine")
+    assert await store.replace(keys.observed, None, b"new", guard=(keys.leader, guard)) is holds
+    assert await store.get(keys.observed) == (b"new" if holds else None)
+    await store.set(keys.observed, b"old")
+    await store.put_field(keys.beats, "node", b"1")
+    assert await store.delete(keys.observed, keys.beats, guard=(keys.leader, guard)) is holds
+    assert (await store.get(keys.observed), await store.fields(keys.beats)) == ((None, {}) if holds else (b"old", {"node": b"1"}))
+
+
+async def test_a_guard_may_be_that_nothing_stands_there(store: Store, keys: StoreKeys) -> None:
+    nothing = (keys.leader, None)
+    assert await store.replace(keys.observed, None, b"new", guard=nothing) and await store.delete(keys.observed, guard=nothing)
+    await store.set(keys.leader, b"")
+    assert not await store.replace(keys.observed, None, b"new", guard=nothing) and not await store.delete(keys.desired, guard=nothing)
+
+
+async def test_a_quiet_replacement_wakes_nobody(store: Store, keys: StoreKeys) -> None:
+    async with watching(store) as changed:
+        assert await store.replace(keys.desired, None, b"new", quiet=True)
+        assert await store.get(keys.desired) == b"new"
+        await asyncio.sleep(0.1)  # a message would be here by then
+        assert not changed.is_set()
+
+
 async def test_fields_are_put_read_and_dropped_one_by_one(store: Store, keys: StoreKeys) -> None:
     assert await store.fields(keys.beats) == {}
     await store.put_field(keys.beats, "node ä", b"1")

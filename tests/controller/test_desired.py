@@ -154,8 +154,8 @@ class ForgetfulStore(EmbeddedStore):
 
     lost = False
 
-    async def replace(self, key: str, old: bytes | None, new: bytes | None) -> bool:
-        done = await super().replace(key, old, new)
+    async def replace(self, key: str, old: bytes | None, new: bytes | None, **how: Any) -> bool:
+        done = await super().replace(key, old, new, **how)
         if not self.lost:
             self.lost = True
             raise StoreUnavailable("the connection was lost")

@@ -13,12 +13,10 @@ import redis
 
 from mqserve.broker.embedded_store import EmbeddedStore
 from mqserve.broker.errors import InstanceError
-from mqserve.broker.store_keys import LEADER_TTL_S, StoreKeys
+from mqserve.broker.store_keys import StoreKeys
 from mqserve.controller.lease import (
     LAPSED_AFTER_S,
     InstanceLease,
-    Leader,
-    Leadership,
     claim_instance,
     forget,
     read_instance,
@@ -30,6 +28,7 @@ from tests.servers import PrivateRabbitMQ, PrivateRedis
 
 KEYS = StoreKeys("tests")
 HTTP = HttpOptions()
+NO_GUARD = ("nothing stands here", None)
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
@@ -70,7 +69,7 @@ def test_a_live_instance_is_not_taken_over() -> None:
         async def beat() -> None:
             while True:
                 await asyncio.sleep(0.01)
-                await renew_instance(store, KEYS, held.id)
+                await renew_instance(store, KEYS, held.id, NO_GUARD)
 
         beating = asyncio.create_task(beat())
         with pytest.raises(InstanceError, match="runs under this namespace already"):
@@ -110,7 +109,7 @@ def test_another_instances_lease_is_not_renewed() -> None:
         await claim_instance(store, KEYS, "n1", HTTP, detached=False)
         await lapse(store)
         before = await store.get(KEYS.instance)
-        await renew_instance(store, KEYS, "another")
+        assert await renew_instance(store, KEYS, "another", NO_GUARD)
         assert await store.get(KEYS.instance) == before
 
     run(main())
@@ -130,32 +129,6 @@ def test_a_forgotten_instance_leaves_nothing() -> None:
 
 def tell_pid(request: object) -> int:
     return os.getpid()
-
-
-# Leading.
-
-
-def test_one_controller_leads_and_another_waits() -> None:
-    async def main() -> None:
-        store = EmbeddedStore()
-        first, second = Leader(store, KEYS, "first"), Leader(store, KEYS, "second")
-        assert [await first.lead(), await second.lead(), await first.lead()] == [True, False, True]
-        assert first.epoch == 1
-
-    run(main())
-
-
-def test_a_lapsed_lead_passes_on_under_a_higher_epoch_and_the_old_leader_notices() -> None:
-    async def main() -> None:
-        store = EmbeddedStore()
-        first, second = Leader(store, KEYS, "first"), Leader(store, KEYS, "second")
-        assert await first.lead()
-        long_ago = store.now_ms() - LEADER_TTL_S * 1000 - 1000
-        await store.set(KEYS.leader, msgspec.json.encode(Leadership("first", first.epoch, long_ago)))
-        assert await second.lead() and second.epoch == 2
-        assert not await first.lead()
-
-    run(main())
 
 
 def test_the_leader_writes_everything_back_when_the_store_lost_its_data(

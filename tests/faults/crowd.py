@@ -27,7 +27,7 @@ class Crowd:
 
     def __repr__(self) -> str:
         return (
-            f"<Crowd, answered {len(self.responses)}: {dict(Counter(self.statuses))}, slowest {self.slowest_s:.2f} s, {self.failures[:3]}>"
+            f"<Crowd, {len(self.responses)} answered: {dict(Counter(self.statuses))}, slowest {self.slowest_s:.1f} s, {self.failures[:3]}>"
         )
 
     @property

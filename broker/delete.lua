@@ -1,0 +1,9 @@
+-- Delete while a guard holds. KEYS: guard key, then what is to go. ARGV: '1' and the guard's value, or '0' and '' for absent.
+local current = redis.call('GET', KEYS[1])
+if ARGV[1] == '1' then
+  if current ~= ARGV[2] then return 0 end
+elseif current then
+  return 0
+end
+redis.call('DEL', unpack(KEYS, 2))
+return 1

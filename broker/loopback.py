@@ -1,0 +1,20 @@
+"""Whether an address or a Host header is of this machine and of no network."""
+
+from __future__ import annotations
+
+import ipaddress
+
+
+def is_loopback(address: str) -> bool:
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    mapped = getattr(ip, "ipv4_mapped", None)  # what an IPv4 peer is called where the listener speaks IPv6
+    return (mapped or ip).is_loopback
+
+
+def names_loopback(host_header: str) -> bool:
+    """Whatever the port. A name that only resolves to this machine does not count: a page elsewhere may own it (DNS rebinding)."""
+    host = host_header[1:].partition("]")[0] if host_header.startswith("[") else host_header.partition(":")[0]
+    return host.lower() == "localhost" or is_loopback(host)

@@ -1,0 +1,312 @@
+"""The strict edge: what stands between a socket and the app.
+
+llhttp, under uvicorn, refuses most of what is malformed. Here is the rest: bounds and timeouts while a request comes in, framing
+that two servers could read in two ways, and headers that concern the connection only. What is refused is told as a problem, and
+the connection closed, since nobody knows where the next request would begin.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from asyncio import BaseTransport, Transport
+from asyncio.events import TimerHandle
+from typing import Any, cast
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+
+from ..broker.caller import MAX_BODY_BYTES
+from ..broker.envelope import MAX_HEAD_BYTES, mint_id
+from .responses import HOP_BY_HOP, problem
+
+logger = logging.getLogger(__name__)
+
+HEAD_TIMEOUT_S = 10.0
+BODY_TIMEOUT_S = 60.0
+LINGER_S = 5.0  # to a client that is still sending: closed at once, the kernel would reset the connection and the answer be lost
+MAX_HEADERS = 200
+MAX_LOOSE_BYTES = MAX_HEAD_BYTES + 4096  # the app, which tells the exact size, refuses first where it can
+
+_NOTHING, _HEAD, _BODY = range(3)  # what of a request has been begun; an Enum's members take longer to look up, five times a request
+
+_OURS = b"x-mqserve-"  # inside the instance only: nobody may send them in
+_WATCHED = HOP_BY_HOP | {b"host", b"content-length", b"expect"}
+_HOST = re.compile(rb"[\w.~%!$&'()*+,;=:\[\]-]*", re.ASCII)
+_ABSOLUTE = re.compile(rb"https?://([^/?#]*)(/[^#]*)?", re.IGNORECASE)
+_END_TO_END = frozenset(  # what rights depend on: a client must not have a header removed that a server in front has set
+    b"host origin authorization cookie forwarded via x-real-ip x-forwarded-for x-forwarded-host x-forwarded-proto".split()
+)
+_NAMES_NOTHING = (b"", b"keep-alive", b"close", b"Keep-Alive")
+
+
+class Refused(Exception):
+    """Raised while a request is read; `status` and `detail` are the answer."""
+
+    def __init__(self, status: int, detail: str) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.detail = detail
+
+
+class EdgeProtocol(HttpToolsProtocol):
+    """One connection. Its own state is about the request that is being read; `cycle` and `pipeline` are those being answered."""
+
+    head_timeout_s = HEAD_TIMEOUT_S
+    body_timeout_s = BODY_TIMEOUT_S
+    linger_s = LINGER_S
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._phase = _NOTHING
+        self._advanced = False  # whether the last bytes brought a whole head, some body or an end
+        self._loose_bytes = 0  # that came in since, and that the parser may have to keep
+        self._due = 0.0  # loop time by which it must advance; 0 for never
+        self._timer: TimerHandle | None = None  # set for `_due` or earlier, so that most requests need not touch it
+        self._answering: RequestResponseCycle | None = None
+        self._refusal = b""
+        self._again = False
+        self._host: bytes | None = None
+        self._connection = b""
+        self._chunked = False
+
+    def connection_made(self, transport: BaseTransport) -> None:
+        super().connection_made(cast(Transport, transport))
+        self._expect_within(self.head_timeout_s)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._answering is not None and not self._answering.response_complete:  # not `cycle` where requests are pipelined
+            self._give_up(self._answering)
+        self.pipeline.clear()
+
+    def data_received(self, data: bytes) -> None:
+        self._unset_keepalive_if_required()
+        if self._refusal:
+            return
+        try:
+            self._feed(data)
+        except httptools.HttpParserError as error:
+            cause = error.__context__
+            self._refuse(cause if isinstance(cause, Refused) else Refused(400, f"this is not HTTP/1.1 as RFC 9112 has it ({error})"))
+        else:
+            self._watch(len(data))
+
+    def shutdown(self) -> None:
+        if self._refusal and self._due:  # said, and lingering
+            self.transport.close()
+        else:
+            super().shutdown()
+
+    # What the parser finds.
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._phase = _HEAD
+        self._host = None
+        self._connection = b""
+        self._chunked = False
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._phase is _BODY:
+            return  # a trailer: whoever sends one late must not change what was checked
+        name, value = name.lower(), value.rstrip(b" \t")
+        if name in _WATCHED:
+            if not self._take(name, value):
+                return
+        elif name[:10] == _OURS:
+            return
+        self.headers.append((name, value))
+        if len(self.headers) > MAX_HEADERS:
+            raise Refused(431, f"the request has more than {MAX_HEADERS} header lines: send fewer")
+
+    def on_headers_complete(self) -> None:
+        self._check_head()
+        if self._connection not in _NAMES_NOTHING:
+            named = {name.strip().lower() for name in self._connection.split(b",")} - _END_TO_END
+            self.headers[:] = [(name, value) for name, value in self.headers if name not in named]
+        if self.parser.should_upgrade():
+            self._again = True
+            return
+        super().on_headers_complete()
+        self._phase, self._advanced = _BODY, True
+
+    def on_body(self, body: bytes) -> None:
+        super().on_body(body)
+        self._advanced = not self.cycle.response_complete
+
+    def on_message_complete(self) -> None:
+        if self._again:
+            return
+        super().on_message_complete()
+        self._phase, self._advanced = _NOTHING, True
+
+    def _feed(self, data: bytes) -> None:
+        rest: bytes | memoryview = data
+        while rest:
+            try:
+                return self.parser.feed_data(rest)
+            except httptools.HttpParserUpgrade as offer:
+                # The parser takes an `Upgrade` for the end of HTTP and the body for something else. We never change protocols, and
+                # h2c is offered by many a client with every request, so the head is read again without the offer.
+                rest = memoryview(rest)[offer.args[0] :]
+                head = self._head_without_upgrade()
+                self._again = False
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does: it is ignored
+                self.parser.feed_data(head)
+
+    def _head_without_upgrade(self) -> bytes:
+        headers = list(self.headers)
+        if self._chunked:
+            headers.append((b"transfer-encoding", b"chunked"))
+        if not self.parser.should_keep_alive():
+            headers.append((b"connection", b"close"))
+        line = b"%b %b HTTP/%b\r\n" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        return b"".join([line, *(b"%b: %b\r\n" % pair for pair in headers), b"\r\n"])
+
+    def _take(self, name: bytes, value: bytes) -> bool:
+        """Notes a header that this edge acts on; whether it is for the app too."""
+        match name:
+            case b"host":
+                if self._host is not None or not _HOST.fullmatch(value):
+                    raise Refused(400, "there must be one Host header, with a host name and perhaps a port")
+                self._host = value
+                return True
+            case b"connection":
+                self._connection = b"%b,%b" % (self._connection, value) if self._connection else value
+            case b"content-length":
+                if int(value) > MAX_BODY_BYTES:  # digits only: the parser has seen to it
+                    raise Refused(
+                        413, f"the body has {value.decode()} bytes and the limit is {MAX_BODY_BYTES}: send less, or a reference to it"
+                    )
+                return True
+            case b"expect":
+                self.expect_100_continue = value.lower() == b"100-continue"
+                return True
+            case b"transfer-encoding":
+                if value.lower() != b"chunked":
+                    raise Refused(501, "the only transfer coding here is chunked: send the body as it is")
+                self._chunked = True
+        return False
+
+    def _check_head(self) -> None:
+        version = self.parser.get_http_version()
+        if version == "1.1":
+            if self._host is None:
+                raise Refused(400, "there must be one Host header, with a host name and perhaps a port")
+        elif version != "1.0":
+            raise Refused(505, f"this is HTTP/1.1, and the request says {version}")
+        elif self._chunked:
+            raise Refused(400, "HTTP/1.0 has no chunked bodies: send a Content-Length")
+        if self.parser.should_upgrade() and self.parser.get_method() == b"CONNECT":
+            raise Refused(501, "there are no tunnels here")
+        if self.url[:1] != b"/":
+            self.url = self._origin_form()
+        if b"#" in self.url:
+            raise Refused(400, "a request target has no fragment: leave out what follows the #, or write %23")
+        if len(self.url) > 0xFFFF:  # all that httptools can parse
+            raise Refused(431, f"the request target has {len(self.url)} bytes: send less, or send it in the body")
+
+    def _origin_form(self) -> bytes:
+        """`http://host/path`, which every server must take, only where it says the same as the Host header."""
+        if self.url == b"*" and self.parser.get_method() == b"OPTIONS":
+            return self.url
+        absolute = _ABSOLUTE.fullmatch(self.url)
+        if absolute is None or absolute[1].lower() != (self._host or b"").lower():
+            raise Refused(400, "the request target must be a path, or a URL of the host that the Host header names")
+        return absolute[2] or b"/"
+
+    # Bounds of time and memory.
+
+    def _watch(self, size: int) -> None:
+        """After `size` more bytes: what has begun must go on, and what the parser keeps must not grow for ever."""
+        if self._advanced:
+            self._advanced = False
+            self._loose_bytes = 0
+            if self._phase is _NOTHING:
+                self._due = 0.0
+            else:
+                self._expect_within(self.body_timeout_s if self._phase is _BODY else self.head_timeout_s)
+        elif self._phase is _BODY and self.cycle.response_complete:
+            pass  # a body that nobody wants any more is discarded, until `_due`
+        else:
+            if self._phase is not _BODY and not self._loose_bytes:
+                self._expect_within(self.head_timeout_s)
+            self._loose_bytes += size
+            if self._loose_bytes > MAX_LOOSE_BYTES:
+                self._refuse(
+                    Refused(
+                        431,
+                        f"the request line and headers take more than {MAX_HEAD_BYTES} bytes, the limit: send less, or send it in the body",
+                    )
+                )
+
+    def _expect_within(self, seconds: float) -> None:
+        self._due = self.loop.time() + seconds
+        if self._timer is not None and self._timer.when() > self._due:
+            self._timer.cancel()
+            self._timer = None
+        if self._timer is None:
+            self._timer = self.loop.call_at(self._due, self._look_at_the_clock)
+
+    def _look_at_the_clock(self) -> None:
+        self._timer = None
+        if not self._due or self.transport.is_closing():
+            return
+        if self.flow.read_paused:  # by us: requests before this one are being answered
+            self._expect_within(self.body_timeout_s)
+        elif self._due > self.loop.time():
+            self._timer = self.loop.call_at(self._due, self._look_at_the_clock)
+        elif self._refusal or not (self._loose_bytes or self._phase is not _NOTHING):
+            self.transport.close()  # it lingered, or nothing ever came
+        else:
+            what, seconds = ("more of the body", self.body_timeout_s) if self._phase is _BODY else ("the head", self.head_timeout_s)
+            self._refuse(Refused(408, f"{what} has not come within {seconds:g} s: send the request without a pause"))
+
+    # Answers.
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._answering = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def on_response_complete(self) -> None:
+        if self._refusal and not self.pipeline:
+            self._say_refusal()
+            return
+        super().on_response_complete()
+        if self._phase is _BODY and self.cycle.response_complete:
+            self._expect_within(self.linger_s)  # answered before its body was in
+
+    def _refuse(self, refused: Refused) -> None:
+        """Says so after what is still to be answered, and closes; what comes in from here on is discarded."""
+        logger.info("refused a request of %s with %d: %s", self.client, refused.status, refused.detail)
+        status, headers, body = problem(refused.status, refused.detail, mint_id())
+        headers = [*self.server_state.default_headers, *headers, (b"content-length", b"%d" % len(body)), (b"connection", b"close")]
+        self._refusal = b"".join([STATUS_LINE[status], *(b"%b: %b\r\n" % pair for pair in headers), b"\r\n", body])
+        self._due = 0.0
+        if self._phase is _BODY:  # then it is `cycle` that is refused
+            if self.cycle.response_started:
+                return self.transport.close()  # it has an answer, or half of one
+            self._give_up(self.cycle)
+            if self.pipeline and self.pipeline[0][0] is self.cycle:
+                self.pipeline.popleft()
+        if self._answering is None or self._answering.response_complete:
+            self._say_refusal()
+
+    def _say_refusal(self) -> None:
+        if self.transport.is_closing():
+            return
+        self.transport.write(self._refusal)
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.flow.resume_reading()
+        self._expect_within(self.linger_s)
+
+    def _give_up(self, cycle: RequestResponseCycle) -> None:
+        """Whoever reads its body or waits with it is told that the client is gone."""
+        cycle.disconnected = cycle.response_complete = True
+        cycle.message_event.set()

@@ -1,0 +1,285 @@
+"""Leading: one controller at a time, its writes refused once another leads, and what a waiting one is ready for. On both stores."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+
+from mqserve.broker.embedded_queue import EmbeddedQueue
+from mqserve.broker.embedded_store import EmbeddedStore
+from mqserve.broker.errors import StoreUnavailable
+from mqserve.broker.lifeline import Stop
+from mqserve.broker.store import Store
+from mqserve.broker.store_keys import LEADER_TTL_S, StoreKeys
+from mqserve.controller.lease import Leader, Leadership, NotLeading, claim_instance, forget, has_ended, renew_instance
+from mqserve.controller.loop import Controller
+from mqserve.controller.state import Desired, HttpOptions, Observed
+
+pytestmark = pytest.mark.anyio
+
+HTTP = HttpOptions(location="NoServer")
+
+
+class Between:
+    """A store on whose side something happens before, or after, the next compare-and-set."""
+
+    def __init__(self, store: Store, *, before: Callable[[], Awaitable[Any]] | None = None, after: Exception | None = None) -> None:
+        self._store = store
+        self._before = before
+        self._after = after
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    async def replace(self, *what: Any, **how: Any) -> bool:
+        before, after, self._before, self._after = self._before, self._after, None, None
+        if before is not None:
+            await before()
+        done = await self._store.replace(*what, **how)
+        if after is not None:
+            raise after
+        return done
+
+
+async def lapse(store: Store, keys: StoreKeys) -> None:
+    """As if the leader had been silent for long."""
+    raw = await store.get(keys.leader)
+    assert raw is not None
+    held = msgspec.json.decode(raw, type=Leadership)
+    old = msgspec.structs.replace(held, at=store.now_ms() - LEADER_TTL_S * 1000 - 1000)
+    assert await store.replace(keys.leader, raw, msgspec.json.encode(old))
+
+
+async def leader_of(store: Store, keys: StoreKeys) -> tuple[str, int]:
+    raw = await store.get(keys.leader)
+    if raw is None:
+        return "", 0
+    held = msgspec.json.decode(raw, type=Leadership)
+    return held.controller.partition("#")[0], held.epoch
+
+
+async def until(condition: Callable[[], Awaitable[bool]], budget_s: float = 20) -> None:
+    async with asyncio.timeout(budget_s):
+        while not await condition():
+            await asyncio.sleep(0.02)
+
+
+async def test_one_controller_leads_and_another_waits(store: Store, keys: StoreKeys) -> None:
+    first, second = Leader(store, keys, "first"), Leader(store, keys, "second")
+    assert [await first.lead(), await second.lead(), await first.lead()] == [True, False, True]
+    assert (first.epoch, first.still_leads(), second.still_leads()) == (1, True, False)
+    with pytest.raises(NotLeading):
+        _ = second.claim
+
+
+async def test_a_lapsed_lead_passes_on_under_a_higher_epoch_and_the_old_leader_notices(store: Store, keys: StoreKeys) -> None:
+    first, second = Leader(store, keys, "first"), Leader(store, keys, "second")
+    assert await first.lead()
+    await lapse(store, keys)
+    assert await second.lead() and second.epoch == 2
+    assert not await first.lead() and not first.still_leads()
+
+
+async def test_a_leader_frozen_amid_its_renewal_does_not_take_the_lead_back(store: Store, keys: StoreKeys) -> None:
+    second = Leader(store, keys, "second")
+
+    async def freeze() -> None:
+        await lapse(store, keys)
+        assert await second.lead()
+
+    between = Between(store)
+    first = Leader(between, keys, "first")
+    assert await first.lead()
+    between._before = freeze
+    assert not await first.lead()
+    assert await leader_of(store, keys) == ("second", 2)
+
+
+async def test_every_write_of_a_leader_that_was_frozen_is_refused(store: Store, keys: StoreKeys) -> None:
+    held = await claim_instance(store, keys, "", HTTP, detached=True)
+    first, second = Leader(store, keys, "first"), Leader(store, keys, "second")
+    assert await first.lead()
+    claim = first.claim
+    assert await store.replace(keys.observed, None, b"{}", guard=claim)
+    await lapse(store, keys)
+    assert await second.lead()
+    before = await store.get_many([keys.instance, keys.desired, keys.observed, keys.leader])
+    assert not await store.replace(keys.observed, b"{}", b"[]", guard=claim)
+    assert not await renew_instance(store, keys, held.id, claim)
+    assert not await forget(store, keys, held.id, claim)
+    await first.release()
+    assert await store.get_many([keys.instance, keys.desired, keys.observed, keys.leader]) == before
+
+
+async def test_a_leader_stops_by_its_own_clock_before_another_may_take_over(
+    store: Store, keys: StoreKeys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr("mqserve.controller.lease.time", SimpleNamespace(monotonic=lambda: clock.now))
+    leader = Leader(store, keys, "first")
+    assert await leader.lead()
+    clock.now += LEADER_TTL_S - 2
+    assert leader.still_leads()
+    await leader.hold()  # which renews it
+    clock.now += LEADER_TTL_S - 2
+    assert leader.still_leads()
+    clock.now += 1
+    assert not leader.still_leads()
+    with pytest.raises(NotLeading):
+        await leader.hold()  # nobody took over, but what it was about to do was decided long ago
+    assert await leader.lead() and leader.epoch == 1
+    await leader.hold()
+
+
+async def test_a_released_lead_is_taken_at_once(store: Store, keys: StoreKeys) -> None:
+    first, second = Leader(store, keys, "first"), Leader(store, keys, "second")
+    assert await first.lead() and not await second.lead()
+    await first.release()
+    assert await second.lead()
+    assert await leader_of(store, keys) == ("second", 2)
+    await first.release()
+    assert await leader_of(store, keys) == ("second", 2)
+
+
+async def test_a_claim_whose_answer_was_lost_is_recognised(store: Store, keys: StoreKeys) -> None:
+    leader = Leader(Between(store, after=StoreUnavailable("the connection was lost")), keys, "first")
+    with pytest.raises(StoreUnavailable):
+        await leader.lead()
+    assert await leader.lead() and leader.epoch == 1
+
+
+async def test_a_restarted_controller_of_the_same_name_is_another_one(store: Store, keys: StoreKeys) -> None:
+    assert await Leader(store, keys, "controller-host-1").lead()
+    assert not await Leader(store, keys, "controller-host-1").lead()
+
+
+async def test_a_leader_that_finds_a_higher_epoch_goes_above_it(store: Store, keys: StoreKeys) -> None:
+    leader = Leader(store, keys, "first")
+    assert await leader.lead()
+    leader.outrank(7)
+    assert await leader.lead() and leader.epoch == 8
+
+
+async def test_one_who_clears_halfway_harms_no_later_instance(store: Store, keys: StoreKeys) -> None:
+    """Frozen between the lease and the documents: by then they are another instance's."""
+    old = await claim_instance(store, keys, "", HTTP, detached=True)
+    frozen = Between(store)
+
+    async def start_anew() -> None:
+        assert await store.replace(keys.instance, await store.get(keys.instance), None)  # as the frozen one did before
+        await claim_instance(store, keys, "n2", HTTP, detached=True)
+
+    frozen._before = start_anew
+    await forget(frozen, keys, old.id)
+    assert Desired.from_bytes(await store.get(keys.desired)).head_node == "n2"
+    assert await store.get(keys.instance) is not None
+
+
+# Controllers, as tasks of one process.
+
+
+class Running:
+    """Controllers of one instance, by name."""
+
+    def __init__(self, store: Store, keys: StoreKeys) -> None:
+        self._store = store
+        self._keys = keys
+        self.stops: dict[str, Stop] = {}
+        self.tasks: dict[str, asyncio.Task[None]] = {}
+
+    def start(self, name: str) -> None:
+        self.stops[name] = Stop()
+        controller = Controller(self._store, self._keys, EmbeddedQueue(), name)
+        self.tasks[name] = asyncio.create_task(controller.run(self.stops[name]))
+
+    async def leads(self, name: str) -> None:
+        async def is_leading() -> bool:
+            raw = await self._store.get(self._keys.observed)
+            return (await leader_of(self._store, self._keys))[0] == name and Observed.from_bytes(raw).epoch > 0
+
+        await until(is_leading)
+
+
+@asynccontextmanager
+async def controllers(store: Store, keys: StoreKeys) -> AsyncIterator[Running]:
+    """None, to begin with; none is left at the end."""
+    running = Running(store, keys)
+    try:
+        yield running
+    finally:
+        for stop in running.stops.values():
+            stop.set()
+        await asyncio.gather(*running.tasks.values(), return_exceptions=True)
+
+
+async def test_a_controller_that_ends_gracefully_hands_over_at_once(store: Store, keys: StoreKeys) -> None:
+    await claim_instance(store, keys, "", HTTP, detached=True)
+    async with controllers(store, keys) as running:
+        running.start("first")
+        await running.leads("first")
+        running.start("second")
+        await asyncio.sleep(0.1)
+        began = asyncio.get_running_loop().time()
+        running.stops["first"].set()
+        await running.tasks["first"]
+        await running.leads("second")
+        assert asyncio.get_running_loop().time() - began < LEADER_TTL_S - 1
+        assert Observed.from_bytes(await store.get(keys.observed)).epoch in (1, 2)
+
+
+async def test_all_controllers_end_with_the_instance(store: Store, keys: StoreKeys) -> None:
+    held = await claim_instance(store, keys, "", HTTP, detached=True)
+    async with controllers(store, keys) as running:
+        for name in ("first", "second", "third"):
+            running.start(name)
+        await until(lambda: exists(store, keys.observed))
+        raw = await store.get(keys.desired)
+        closing = msgspec.structs.replace(Desired.from_bytes(raw), closing=True, version=1)
+        assert await store.replace(keys.desired, raw, closing.to_bytes())
+        async with asyncio.timeout(20):
+            await asyncio.gather(*running.tasks.values())
+        assert await store.get_many([keys.instance, keys.desired, keys.observed, keys.leader]) == [None] * 4
+        assert await has_ended(store, keys, held.id)
+
+
+async def test_one_who_did_not_see_the_end_does_not_bring_the_instance_back() -> None:
+    """As a controller does that is frozen while the instance is shut down: its copy of the documents says nothing of that."""
+    store, keys = EmbeddedStore(), StoreKeys("tests")
+    held = await claim_instance(store, keys, "", HTTP, detached=True)
+    async with controllers(store, keys) as running:
+        running.start("frozen")
+        await running.leads("frozen")
+        await forget(store, keys, held.id)
+        async with asyncio.timeout(20):
+            await running.tasks["frozen"]
+        assert await store.get(keys.desired) is None
+
+
+async def test_one_who_only_waited_writes_back_what_the_store_lost() -> None:
+    store, keys = EmbeddedStore(), StoreKeys("tests")
+    held = await claim_instance(store, keys, "n1", HTTP, detached=True)
+    async with controllers(store, keys) as running:
+        running.start("first")
+        await running.leads("first")
+        running.start("second")
+        await asyncio.sleep(0.2)
+        running.stops["first"].set()
+        await store.close()  # which forgets everything
+        await running.tasks["first"]
+        await until(lambda: exists(store, keys.desired))
+        restored = Desired.from_bytes(await store.get(keys.desired))
+        assert (restored.instance, restored.head_node, restored.epoch) == (held.id, "n1", 2)
+        before = Observed.from_bytes(await store.get(keys.observed)).epoch
+
+        async def is_above() -> bool:
+            return Observed.from_bytes(await store.get(keys.observed)).epoch > before
+
+        await until(is_above)  # its own epoch was none: it goes above the one it wrote back
+
+
+async def exists(store: Store, key: str) -> bool:
+    return await store.get(key) is not None

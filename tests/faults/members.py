@@ -1,0 +1,44 @@
+"""Who takes part in an instance, as its documents in the store say."""
+
+from typing import Any
+
+import msgspec
+import redis
+
+from mqserve.broker.store_keys import StoreKeys
+from mqserve.controller.lease import Leadership
+from mqserve.controller.state import SILENT_AFTER_S, Beat, Observed, read_beats
+
+
+class Members:
+    """Read anew at each call."""
+
+    def __init__(self, store_url: str, namespace: str) -> None:
+        self._store: Any = redis.Redis.from_url(store_url)  # its types cannot tell bytes from str
+        self._keys = StoreKeys(namespace)
+
+    def beats(self, kind: str, backend: str = "", state: str = "ready") -> list[Beat]:
+        """Those that live and are in that state."""
+        fields = {field.decode(): raw for field, raw in self._store.hgetall(self._keys.beats).items()}
+        seconds, microseconds = self._store.time()
+        since = seconds * 1000 + microseconds // 1000 - SILENT_AFTER_S * 1000
+        found = read_beats(fields).values()
+        return [beat for beat in found if (beat.kind, beat.state) == (kind, state) and beat.at > since and backend in ("", beat.backend)]
+
+    def pids(self, kind: str, backend: str = "") -> set[int]:
+        return {beat.pid for beat in self.beats(kind, backend)}
+
+    def observed(self) -> Observed:
+        return Observed.from_bytes(self._store.get(self._keys.observed))
+
+    def leader(self) -> tuple[int, int]:
+        """(process id, epoch) of the controller that leads; zeros when none does."""
+        raw = self._store.get(self._keys.leader)
+        held = msgspec.json.decode(raw, type=Leadership) if raw else Leadership("-0#", 0, 0)
+        seconds, _ = self._store.time()
+        if held.at < (seconds - 8) * 1000:
+            return 0, 0
+        return int(held.controller.partition("#")[0].rpartition("-")[2]), held.epoch
+
+    def close(self) -> None:
+        self._store.close()
