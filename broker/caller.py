@@ -8,9 +8,10 @@ import logging
 import random
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import msgspec
 
@@ -368,26 +369,31 @@ class Caller:
 
     async def _record_late(self, late: list[str]) -> None:
         """Each one's result is its lateness, unless a replica was first; whoever waits is told within `_EXPIRY_BUDGET_S`."""
-        started: Iterable[bytes | None] = [None] * len(late)
-        try:
-            async with asyncio.timeout(_EXPIRY_BUDGET_S):
-                started = await self._store.get_many([self._keys.start(future_id) for future_id in late])
-                results = [late_result("run" if mark else "queue") for mark in started]
-                records = [
-                    self._store.record(Record(self._keys.future(future_id), raw, "", note_of(future_id, raw), 0))
-                    for future_id, raw in zip(late, (result.to_bytes() for result in results), strict=True)
-                ]
-                first = await asyncio.gather(*records)
-                await self._read_by_key([future_id for future_id, fresh in zip(late, first, strict=True) if not fresh])
-        except (TimeoutError, StoreUnavailable):
-            pass  # it is late all the same, and the one who waits must hear so
-        for future_id, mark in zip(late, started, strict=True):
-            self._set(future_id, late_result("run" if mark else "queue"))
+        marks: dict[str, bytes | None] = {}
+        recording = self._start(self._record_lateness(late, marks))
+        # Not waited for beyond its time, nor for its cancellation: a call to a store that hangs may not heed that before its own budget.
+        await asyncio.wait([recording], timeout=_EXPIRY_BUDGET_S)
+        recording.cancel()
+        for future_id in late:
+            self._set(future_id, late_result("run" if marks.get(future_id) else "queue"))
 
-    def _start(self, work: object) -> None:
-        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)  # type: ignore[arg-type]
+    async def _record_lateness(self, late: list[str], marks: dict[str, bytes | None]) -> None:
+        try:
+            marks.update(zip(late, await self._store.get_many([self._keys.start(future_id) for future_id in late]), strict=True))
+            records: list[asyncio.Future[bool]] = []
+            for future_id, mark in marks.items():
+                raw = late_result("run" if mark else "queue").to_bytes()
+                records.append(self._store.record(Record(self._keys.future(future_id), raw, "", note_of(future_id, raw), 0)))
+            first = await asyncio.gather(*records)
+            await self._read_by_key([future_id for future_id, fresh in zip(late, first, strict=True) if not fresh])
+        except StoreUnavailable:
+            pass  # they are late all the same, and those who wait must hear so
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
 
 def _nobody_waits(error: MQServeError | None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -31,12 +32,13 @@ logger = logging.getLogger(__name__)
 CONNECT_BUDGET_S = 5.0
 CALL_BUDGET_S = 3.0
 BLOCK_S = 5.0
+RECONNECT_S = 1.0
 INBOX_BATCH = 256
 FLUSH_BATCH = 128
 LOG_BATCH = 1000
 _CLOCK_EVERY_S = 30.0
 _HERE = Path(__file__).parent
-_FAILURES = (RedisError, OSError, TimeoutError)
+_FAILURES = (RedisError, OSError, TimeoutError, RuntimeError)  # the last is uvloop's, of a write to a connection that was just lost
 T = TypeVar("T")
 
 
@@ -67,7 +69,7 @@ class RedisStore:
         self._scripts = {name: (_HERE / f"{name}.lua").read_text() for name in ("record", "replace", "delete")}
         self._digests: dict[str, str] = {}
         self._offset_ms = 0.0
-        self._connected = False
+        self._down_since = -math.inf  # monotonic; inf while it answers
         self._buffer: list[tuple[Record, asyncio.Future[bool]]] = []
         self._marks: list[tuple[str, bytes, int]] = []
         self._flusher: asyncio.Task[None] | None = None
@@ -75,7 +77,7 @@ class RedisStore:
         self._tasks: list[asyncio.Task[None]] = []
 
     def __repr__(self) -> str:
-        return f"<RedisStore {masked(self._url)}, {'up' if self._connected else 'down'}, {len(self._buffer)} to write>"
+        return f"<RedisStore {masked(self._url)}, {'up' if self.connected else 'down'}, {len(self._buffer)} to write>"
 
     async def connect(self) -> None:
         try:
@@ -89,12 +91,13 @@ class RedisStore:
                 or f"no connection to Redis at {masked(self._url)} within {CONNECT_BUDGET_S:g} s ({error or type(error).__name__}); "
                 "is it running, and is MQSERVE_STORE_URL right?"
             ) from error
-        self._connected = True
+        self._down_since = math.inf
         self._tasks.append(asyncio.create_task(self._keep_clock(), name="keep the store's clock"))
 
     @property
     def connected(self) -> bool:
-        return self._connected
+        """Not once it has been away for longer than a lost connection takes to come back."""
+        return time.monotonic() - self._down_since < RECONNECT_S
 
     def now_ms(self) -> int:
         return int(time.monotonic() * 1000 + self._offset_ms)
@@ -250,7 +253,7 @@ class RedisStore:
             try:
                 async with asyncio.timeout(CALL_BUDGET_S):
                     await self._blocking.ping()
-                self._connected = True
+                self._down_since = math.inf
                 on_gap()
                 pauses = delays()
                 while True:
@@ -262,7 +265,7 @@ class RedisStore:
                 # Entries popped for the broken connection are lost; their results are not: `on_gap` has them read by key.
                 why = store_refusal(error, self._url) or error or type(error).__name__
                 logger.warning("lost the inbox at %s (%s); reconnecting", masked(self._url), why)
-                self._connected = False
+                self._down_since = min(self._down_since, time.monotonic())
                 await asyncio.sleep(next(pauses))
 
     # Logs: what every process is to hear.
@@ -303,14 +306,15 @@ class RedisStore:
                 await client.aclose()
 
     async def _call(self, call: Callable[[], Awaitable[T]]) -> T:
+        began = time.monotonic()
         try:
             async with asyncio.timeout(CALL_BUDGET_S):
                 result = await _heeding_cancellation(call)
         except _FAILURES as error:
-            self._connected = False
+            self._down_since = min(self._down_since, began)
             refusal = store_refusal(error, self._url)
             raise StoreUnavailable(refusal or f"Redis at {masked(self._url)} did not answer ({error or type(error).__name__})") from error
-        self._connected = True
+        self._down_since = math.inf
         return result
 
     async def _script(self, name: str, keys: Sequence[str], values: Sequence[Any]) -> Any:

@@ -13,6 +13,7 @@ from .broker.caller import Caller
 from .broker.errors import InstanceError, UnknownEndpoint
 from .broker.queue_names import check_name
 from .controller import desired as changes
+from .controller.plan import living
 from .controller.state import BackendConfig, Desired, follow_state, read_beats
 from .declared import Declaration
 from .deployments import Deployments, check_fits, check_target, read_actor_options
@@ -213,9 +214,10 @@ class Client:
         self.create_endpoint(declaration.name, backend=declaration.name, route=declaration.route, methods=declaration.methods)
 
     def http_url(self) -> str:
-        """Where the instance's first live proxy listens, such as "http://127.0.0.1:8000"; empty without one."""
-        beats = read_beats(self._call(self._links.store.fields(self._links.keys.beats))).values()
-        return next((beat.url for beat in sorted(beats, key=lambda beat: beat.id) if beat.kind == "proxy" and beat.state == "ready"), "")
+        """Where the first live proxy listens, the instance's own before external ones: "http://127.0.0.1:8000"; empty without one."""
+        beats = read_beats(self._call(self._links.store.fields(self._links.keys.beats)))
+        proxies = living(beats, "proxy", self._links.store.now_ms()).values()
+        return next((beat.url for beat in sorted(proxies, key=lambda beat: (beat.external, beat.id)) if beat.state == "ready"), "")
 
     def shutdown(self) -> None:
         """Ends the instance: proxies and replicas drain, queues and documents go. Idempotent; later calls raise InstanceError."""

@@ -127,7 +127,9 @@ def store_rights(namespace: str) -> dict[str, StoreRights]:
     counting = ("incr", "incrby", "del")
     return {
         "controller": rights(everything, everything, (*calls, *_BEATING, *counting, "hgetall", "rpush", "xread")),
-        "node": rights({*documents, keys.beats}, {keys.beats, keys.cancelled}, _CONNECTING + _DOCUMENTS + _BEATING + _TELLING + ("hgetall",)),
+        "node": rights(
+            {*documents, keys.beats}, {keys.beats, keys.cancelled}, _CONNECTING + _DOCUMENTS + _BEATING + _TELLING + ("hgetall",)
+        ),
         "proxy": rights(
             {*documents, *results, *inbox("proxy"), keys.start("*"), keys.code("*")},
             {*results, *inbox("proxy"), keys.beats, keys.cancelled},

@@ -11,10 +11,11 @@ from typing import Any
 
 from starlette.responses import StreamingResponse
 
+from ..broker.caller import MAX_BODY_BYTES
 from ..broker.codecs import decode_plain, decode_value
 from ..broker.envelope import Envelope
 from ..broker.errors import BadEnvelope, BadType
-from ..broker.results import Result
+from ..broker.results import ErrorInfo, Result
 from ..broker.signing import Claim, Signer
 from .batching import split_results
 from .handler import Handler, Method
@@ -117,8 +118,13 @@ class Execution:
                 f"the handler returned a {type(value).__name__}, which is no result: write `async def` and await it, or return a list"
             )
         if envelope.header.origin == "handle":
-            return value_result(value, self.backend, envelope.id, self.signer)
-        return plain_result(value, self.backend)
+            result = value_result(value, self.backend, envelope.id, self.signer)
+        else:
+            result = plain_result(value, self.backend)
+        if len(result.body) <= MAX_BODY_BYTES:
+            return result
+        message = f"the result has {len(result.body)} bytes and the limit is {MAX_BODY_BYTES}: return less, or a reference to it"
+        return Result(status=500, backend=self.backend, error=ErrorInfo(type="mqserve.TooLarge", message=message))
 
     def _failed(self, error: BaseException, envelope: Envelope) -> Result:
         result = error_result(error, self.backend, envelope.future_id(self.backend), self.signer)

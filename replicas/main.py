@@ -133,6 +133,7 @@ class Replica:
                 minding = [
                     tasks.create_task(self._follow(server, configuring, stop)),
                     tasks.create_task(configuring.check_health_forever(backend)),
+                    tasks.create_task(server.mind_the_store_forever()),
                 ]
                 to_the_end = [tasks.create_task(server.tune_forever()), tasks.create_task(server.listen())]
                 await stop.wait()

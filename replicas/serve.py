@@ -42,6 +42,8 @@ UNLIMITED_MS = 60_000  # how long the result of a request without a deadline is 
 _MARK_EVERY_S = 0.05
 _LONG_RUN_S = 0.04
 _TUNE_EVERY_TURNS = 5
+STORE_AWAY_S = 3.0
+_MIND_EVERY_S = 0.25
 
 
 class Server:
@@ -76,6 +78,9 @@ class Server:
         self._cancellations = Cancellations(store, self._keys, self._give_up_cancelled)
         self._tasks: set[asyncio.Task[None]] = set()
         self._draining = False
+        self._paused = False
+        self._wanted: tuple[int, ...] = ()  # generations, once it is not paused any more
+        self._unrecorded: set[Job] = set()  # finished, and their results not stored yet
         self._copies_until = 0.0  # monotonic
         self.served = 0
 
@@ -102,6 +107,9 @@ class Server:
 
     async def take_from(self, generations: tuple[int, ...]) -> None:
         """Consumes exactly these generations of the queue from now on. Raises BrokerUnavailable."""
+        self._wanted = generations
+        if self._paused:
+            return
         if generations and generations[-1] > 1 and generations[-1] not in self._consumptions:
             # While the binding moved, a message may have gone into both queues: until all of those are over, each is checked.
             self._copies_until = time.monotonic() + self._config.request_timeout_s
@@ -126,6 +134,39 @@ class Server:
                 consumption.set_prefetch(self._prefetch())
             processing = sum(1 for job in self._jobs if job.started)
             self._metrics.hand_over(self.running - processing, processing)
+
+    async def mind_the_store_forever(self) -> None:
+        """Without the store for a while it takes nothing, and gives back what it cannot store: others may reach it.
+
+        The results are kept and tried to be stored all the same, so that what comes round again is found answered.
+        """
+        last_seen = time.monotonic()
+        while True:
+            await asyncio.sleep(_MIND_EVERY_S)
+            if self._store.connected:
+                last_seen = time.monotonic()
+            if self._paused:
+                await self._stay_paused_or_resume()
+            elif time.monotonic() - last_seen > STORE_AWAY_S:
+                logger.warning("a replica of %s takes no requests until it reaches the store again", self._backend)
+                self._paused = True
+                cancelled = [consumption.cancel() for consumption in self._consumptions.values()]
+                self._consumptions.clear()
+                for job in self._worker.withdraw():
+                    self._give_back(job)
+                await asyncio.gather(*cancelled)
+
+    async def _stay_paused_or_resume(self) -> None:
+        if self._config.delivery != "at_most_once":  # there nobody else may run it
+            for job in self._unrecorded:
+                self._requeue(job)
+        if self._store.connected and not self._unrecorded:
+            self._paused = False
+            try:
+                await self.take_from(self._wanted)
+            except MQServeError as error:
+                logger.warning("a replica of %s cannot take requests again yet: %s", self._backend, error)
+                self._paused = True
 
     async def listen(self) -> None:
         """Hears of cancelled requests, until cancelled itself."""
@@ -201,7 +242,7 @@ class Server:
     # Taking.
 
     def _on_delivery(self, generation: int, delivery: Delivery) -> None:
-        if self._draining:
+        if self._draining or self._paused:
             return delivery.requeue()
         self._in_hand.setdefault(generation, set()).add(delivery)
         try:
@@ -279,6 +320,7 @@ class Server:
         elif envelope.reply_to or len(result.body) > INLINE_RESULT_BYTES:
             self._start(self._finish_slowly(job, result))
         elif envelope.id:
+            self._unrecorded.add(job)
             self._record(job, result).add_done_callback(partial(self._recorded, job))
         else:
             self._ack(job)
@@ -291,6 +333,7 @@ class Server:
         return self._store.record(Record(self._keys.future(future_id), raw, envelope.header.inbox, note_of(future_id, raw), deadline_ms))
 
     def _recorded(self, job: Job, done: asyncio.Future[bool]) -> None:
+        self._unrecorded.discard(job)
         if done.cancelled() or (error := done.exception()) is None:
             self._ack(job)
         else:

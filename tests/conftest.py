@@ -1,5 +1,6 @@
 """What every test may ask for: the URLs of real servers, the servers themselves, and a namespace of its own."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import NoReturn, TypeVar
 import pytest
 
 import mqserve as serve
+from tests.faults.wire import Wire
 from tests.instances import FORMS, SECRET_KEY, CommandLine, Deploy, new_namespace, started
 from tests.servers import HOW_TO_INSTALL, PrivateRabbitMQ, PrivateRedis, PrivateServer, ServerMissing
 
@@ -41,6 +43,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.path.name.startswith(LONG) and ("distributed" in item.name or SERVER_FIXTURES & set(fixtures_of(item))):
             item.add_marker(pytest.mark.long)
     items.sort(key=lambda item: (breaks_servers(item), bool(SERVER_FIXTURES & set(fixtures_of(item)))))
+
+
+def pytest_sessionfinish() -> None:
+    gc.collect()  # CPython 3.11 cannot parse a module while asyncio's leftovers are finalized, and plugins import some at the end
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -87,6 +93,20 @@ def store_server(session_store: PrivateRedis) -> Iterator[PrivateRedis]:
     """The Redis behind `store_url`, to stop, kill or freeze: it is mended for the next test."""
     yield session_store
     session_store.mend()
+
+
+@pytest.fixture
+def broker_wire(broker_url: str) -> Iterator[Wire]:
+    """A way to the RabbitMQ, to slow down, hold still, cut."""
+    with Wire(broker_url) as wire:
+        yield wire
+
+
+@pytest.fixture
+def store_wire(store_url: str) -> Iterator[Wire]:
+    """A way to the Redis, to slow down, hold still, cut."""
+    with Wire(store_url) as wire:
+        yield wire
 
 
 @pytest.fixture(scope="session")
@@ -159,6 +179,14 @@ def environment(client: serve.Client, shared_namespace: str, broker_url: str, st
         "MQSERVE_SECRET_KEY": SECRET_KEY,
         "MQSERVE_NAMESPACE": shared_namespace,
     }
+
+
+@pytest.fixture
+def joining(tmp_path: Path, environment: dict[str, str]) -> Iterator[CommandLine]:
+    """The command line of somebody who joins the module's distributed instance."""
+    shell = CommandLine(tmp_path, **environment)
+    yield shell
+    shell.close()
 
 
 @pytest.fixture

@@ -92,15 +92,19 @@ class Deploy:
 
     def at(self, target: Any, *init_args: Any, **config: Any) -> str:
         """The URL of a route of its own."""
-        name = new_name("r")
-        self(target, *init_args, route=f"/{name}", **config)
-        return f"{self.url}/{name}"
+        return self.named(target, *init_args, **config)[0]
 
-    def undo(self) -> None:
+    def named(self, target: Any, *init_args: Any, **config: Any) -> tuple[str, str]:
+        """The URL of a route of its own, and the backend's name."""
+        route = new_name("r")
+        name = self(target, *init_args, route=f"/{route}", **config)
+        return f"{self.url}/{route}", name
+
+    def undo(self, *, force: bool = False) -> None:
         for name in self._names:
             self.client.delete_endpoint(name)
-        with ThreadPoolExecutor() as threads:  # each waits for its replicas to drain
-            list(threads.map(self.client.delete_backend, self._names))
+        with ThreadPoolExecutor() as threads:  # each waits for its replicas to drain, but for `force`
+            list(threads.map(lambda name: self.client.delete_backend(name, force=force), self._names))
 
 
 class Program:
@@ -153,6 +157,10 @@ class Program:
         except subprocess.TimeoutExpired:
             pytest.fail(f"{self!r} has not ended within {deadline_s:g} s:\n{self.output}")
 
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
+        self._process.wait()
+
     def close(self) -> None:
         if not self.ended:
             self.signal(signal.SIGTERM)
@@ -185,7 +193,11 @@ class CommandLine:
 
     def start(self, *arguments: str) -> Program:
         """A running command; it is ended with the test."""
-        program = Program([sys.executable, "-m", "mqserve", *arguments], self.folder, self.env)
+        return self.start_program([sys.executable, "-m", "mqserve", *arguments])
+
+    def start_program(self, command: list[str], cwd: Path | None = None) -> Program:
+        """Any program, in this environment."""
+        program = Program(command, self.folder, self.env, cwd)
         self._programs.append(program)
         return program
 

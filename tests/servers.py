@@ -17,7 +17,9 @@ from collections.abc import Mapping
 from glob import glob
 from pathlib import Path
 from types import TracebackType
-from typing import ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
+
+import redis
 
 START_DEADLINE_S = 60.0
 STOP_DEADLINE_S = 30.0
@@ -132,6 +134,14 @@ class PrivateServer(ABC):
         self.thaw()
         self.start()
 
+    def restart(self, *, with_data: bool = True, kindly: bool = True) -> None:
+        """Stop (or kill) it and start it again, with what it had written or with an empty disk."""
+        self.stop() if kindly else self.kill()
+        if not with_data and self._folder is not None:
+            shutil.rmtree(self._folder)
+            self._folder.mkdir()
+        self.start()
+
     def close(self) -> None:
         """End the server and remove all it wrote."""
         self.stop()
@@ -195,24 +205,24 @@ class PrivateServer(ABC):
 
 
 class PrivateRedis(PrivateServer):
-    """Keeps nothing on disk, unless `appendonly`: it comes back empty from `stop()` and `kill()`, and as it was from `freeze()`.
+    """Keeps nothing on disk, unless it `keeps_data`: it comes back empty from `stop()` and `kill()`, and as it was from `freeze()`.
 
-    With `appendonly` it comes back with all that it confirmed: each write is in the kernel's hands before it is answered.
+    With its data it comes back with all that it confirmed: each write is in the kernel's hands before it is answered.
     """
 
     name = "Redis"
 
-    def __init__(self, tls: Certificates | None = None, acl: str = "", *, appendonly: bool = False) -> None:
+    def __init__(self, tls: Certificates | None = None, acl: str = "", *, keeps_data: bool = False) -> None:
         super().__init__(tls)
         self._acl = acl  # the content of an aclfile
-        self._appendonly = appendonly
+        self._keeps_data = keeps_data
 
     @property
     def url(self) -> str:
         return f"redis://127.0.0.1:{self.port}/0"
 
     def forget(self) -> None:
-        """Of a server that does not run: it will come back empty, `appendonly` or not."""
+        """Of a server that does not run: it will come back empty, whatever it keeps."""
         if self._folder is not None and not self.running:
             shutil.rmtree(self._folder / "appendonlydir", ignore_errors=True)
 
@@ -225,7 +235,7 @@ class PrivateRedis(PrivateServer):
             "--port": str(self.port),
             "--bind": "127.0.0.1",
             "--save": "",
-            "--appendonly": "yes" if self._appendonly else "no",
+            "--appendonly": "yes" if self._keeps_data else "no",
             "--dir": str(folder),
         }
         if self._acl:
@@ -236,6 +246,23 @@ class PrivateRedis(PrivateServer):
             options |= {"--tls-port": str(self.tls_port), "--tls-auth-clients": "no"}
             options |= {f"--tls-{kind}-file": str(path) for kind, path in files.items()}
         self._spawn(find_redis(), *(word for option in options.items() for word in option), folder=folder)
+
+    def say(self, *words: object) -> Any:
+        """What the server answers to a command, e.g. `say("CONFIG", "SET", "maxmemory", "5mb")`."""
+        with redis.Redis.from_url(self.url, socket_timeout=10) as client:
+            return client.execute_command(*words)
+
+    def limit_memory(self, limit: str = "0", policy: str = "noeviction") -> None:
+        """`"1"` is too little for any write; `"0"` takes the limit away."""
+        self.say("CONFIG", "SET", "maxmemory-policy", policy)
+        self.say("CONFIG", "SET", "maxmemory", limit)
+
+    def mend(self) -> None:
+        was_running = self.running
+        super().mend()
+        if was_running:
+            self.limit_memory()
+            self.say("CONFIG", "SET", "maxclients", "10000")
 
     def _greet(self, connection: socket.socket) -> bool:
         connection.sendall(b"PING\r\n")
@@ -251,6 +278,7 @@ class PrivateRabbitMQ(PrivateServer):
         super().__init__(tls)
         self._epmd_port = free_port()
         self._distribution_port = free_port()
+        self._alarmed = False
 
     @property
     def url(self) -> str:
@@ -275,6 +303,25 @@ class PrivateRabbitMQ(PrivateServer):
         if result.returncode:
             raise ServerFailed(f"rabbitmqctl {' '.join(arguments)}: {result.stdout}{result.stderr}")
         return result.stdout
+
+    def alarm(self, kind: str) -> None:
+        """The server finds itself short of `memory` or `disk`, and reads no publishing connection any more, until `calm`."""
+        if kind == "memory":
+            self.ctl("set_vm_memory_high_watermark", "0.0000001")
+        else:
+            self.ctl("set_disk_free_limit", "9999GB")
+        self._alarmed = True
+
+    def calm(self) -> None:
+        """Ends both alarms."""
+        self.ctl("set_vm_memory_high_watermark", "0.4")
+        self.ctl("set_disk_free_limit", "50MB")
+        self._alarmed = False
+
+    def mend(self) -> None:
+        super().mend()
+        if self._alarmed:
+            self.calm()
 
     def _launch(self, folder: Path) -> None:
         for name, content in CONFIGURATION.items():

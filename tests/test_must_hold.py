@@ -13,27 +13,10 @@ import httpx
 import pytest
 
 import mqserve as serve
+from tests.faults.crowd import paced
 from tests.instances import Deploy, distributed_only, new_name, wait_until
 
 RATE = 200
-
-
-def paced(ask: Callable[[], Any], rate: float, stop: Callable[[], bool], threads: int = 8) -> list[Any]:
-    """What so many asks a second return, evenly paced whatever each of them takes (as long as the threads suffice)."""
-    turn = iter(range(10**9))
-    began, lock = time.monotonic(), threading.Lock()
-
-    def work() -> list[Any]:
-        found = []
-        while not stop():
-            with lock:
-                due = began + next(turn) / rate
-            time.sleep(max(0.0, due - time.monotonic()))
-            found.append(ask())
-        return found
-
-    with ThreadPoolExecutor(threads) as pool:
-        return [answer for future in [pool.submit(work) for _ in range(threads)] for answer in future.result()]
 
 
 def says(word: str) -> Callable[[Any], str]:

@@ -14,8 +14,8 @@ from mqserve.broker.errors import BadEnvelope, BrokerUnavailable
 from mqserve.broker.queue_names import dead_queue, requests_exchange
 from mqserve.broker.rabbitmq import open_rabbitmq
 from mqserve.broker.settings import masked
-from tests.broker.relay import relayed
 from tests.broker.traffic import AckingHands, Hands, accepted, accepted_at_last, depth_is, publish, text, until
+from tests.faults.wire import Wire
 from tests.servers import PrivateRabbitMQ, free_port
 
 pytestmark = pytest.mark.anyio
@@ -44,22 +44,22 @@ async def test_an_opened_queue_publishes_at_once(broker_url: str, namespace: str
         assert await publish(queue, text("a")) is None
 
 
-async def test_a_publish_pending_when_the_connection_is_lost_may_have_been_sent(broker_url: str, namespace: str) -> None:
-    async with relayed(broker_url) as relay, open_rabbitmq(relay.url, namespace, "test") as queue:
+async def test_a_publish_pending_when_the_connection_is_lost_may_have_been_sent(broker_wire: Wire, broker_url: str, namespace: str) -> None:
+    async with open_rabbitmq(broker_wire.url, namespace, "test") as queue:
         await queue.declare("b", 1, None)
-        relay.hold_answers()
+        broker_wire.hold_answers()
         pending = [publish(queue, text(body)) for body in "ab"]
         async with open_rabbitmq(broker_url, namespace, "witness") as witness:
             await depth_is(witness, 2)
-            relay.cut()
+            broker_wire.reset()
             fates = await asyncio.gather(*pending)
         assert [isinstance(fate, BrokerUnavailable) and fate.maybe_sent for fate in fates] == [True, True]
 
 
-async def test_a_publish_without_a_connection_was_not_sent(broker_url: str, namespace: str) -> None:
-    async with relayed(broker_url) as relay, open_rabbitmq(relay.url, namespace, "test") as queue:
+async def test_a_publish_without_a_connection_was_not_sent(broker_wire: Wire, namespace: str) -> None:
+    async with open_rabbitmq(broker_wire.url, namespace, "test") as queue:
         await queue.declare("b", 1, None)
-        relay.cut()
+        broker_wire.reset()
         await until(lambda: queue.down_s > 0)
         fate = await publish(queue, text("a"))
         assert isinstance(fate, BrokerUnavailable)
@@ -81,43 +81,6 @@ async def test_a_consumer_comes_back_when_the_broker_closes_its_connections(brok
         again.ack()
         await accepted_at_last(queue, text("after it"))
         await until(lambda: hands.bodies == ["held over the loss", "held over the loss", "after it"])
-
-
-async def test_a_consumer_of_a_deleted_queue_does_not_keep_the_others_down(broker_url: str, namespace: str) -> None:
-    async with relayed(broker_url) as relay, open_rabbitmq(relay.url, namespace, "test") as queue:
-        hands = AckingHands()
-        for backend in "ab":
-            await queue.declare(backend, 1, None)
-            await queue.consume(backend, 1, 10, hands)
-        await queue.delete("a", 1, only_if_empty=False)
-        await accepted(queue, text("before the loss"), backend="b")
-        await until(lambda: hands.seen == ["before the loss"])
-        relay.cut()
-        await accepted_at_last(queue, text("after the loss"), backend="b")
-        await until(lambda: hands.seen[-1] == "after the loss")
-
-
-async def test_a_consumer_comes_back_when_its_queue_does(broker_url: str, namespace: str) -> None:
-    async with open_rabbitmq(broker_url, namespace, "test") as queue:
-        hands = AckingHands()
-        await queue.declare("b", 1, None)
-        await queue.consume("b", 1, 10, hands)
-        await queue.delete("b", 1, only_if_empty=False)
-        await queue.declare("b", 1, None)
-        await accepted(queue, text("a"))
-        await until(lambda: hands.seen == ["a"])
-
-
-async def test_messages_survive_a_restart_of_the_broker_when_they_are_persistent(broker_server: PrivateRabbitMQ, namespace: str) -> None:
-    async with open_rabbitmq(broker_server.url, namespace, "test") as queue:
-        hands = AckingHands()
-        await queue.declare("b", 1, None)
-        await accepted(queue, text("job", persistent=True))
-        await asyncio.to_thread(broker_server.kill)
-        await asyncio.to_thread(broker_server.start)
-        await until(lambda: queue.down_s == 0)
-        await queue.consume("b", 1, 10, hands)
-        await until(lambda: hands.seen == ["job"])
 
 
 async def test_nothing_is_left_unacked_after_many_acks_out_of_order(broker_url: str, namespace: str) -> None:

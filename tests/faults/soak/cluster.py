@@ -51,7 +51,7 @@ class Cluster:
     def __init__(self, folder: Path, namespace: str) -> None:
         self.namespace = namespace
         self.broker = PrivateRabbitMQ()
-        self.store = PrivateRedis(appendonly=True)
+        self.store = PrivateRedis(keeps_data=True)
         self.keys = StoreKeys(namespace)
         self.redis = redis.Redis.from_url(self.store.url, socket_timeout=2, socket_connect_timeout=2)
         self.shell = CommandLine(

@@ -1,0 +1,34 @@
+"""What stands in the servers, read without our own code."""
+
+from typing import Any
+
+import msgspec
+import pika
+import redis
+
+from tests.servers import PrivateRabbitMQ
+
+
+def messages_of(broker: PrivateRabbitMQ, backend: str) -> int:
+    """In a backend's queue: waiting, or with a replica and not acked."""
+    rows = [line.split() for line in broker.ctl("list_queues", "name", "messages").splitlines()]
+    return sum(int(row[1]) for row in rows if f".backend.{backend}." in row[0])
+
+
+def stored_result(environment: dict[str, str], request_id: str) -> Any:
+    """The map that the protocol describes."""
+    with redis.Redis.from_url(environment["MQSERVE_STORE_URL"]) as store:
+        return msgspec.msgpack.decode(store.get(f"mqserve:{environment['MQSERVE_NAMESPACE']}:future:{{{request_id}}}"))
+
+
+def is_marked(environment: dict[str, str], request_id: str) -> bool:
+    """Whether a run of it was seen to last."""
+    with redis.Redis.from_url(environment["MQSERVE_STORE_URL"]) as store:
+        return bool(store.exists(f"mqserve:{environment['MQSERVE_NAMESPACE']}:start:{{{request_id}}}"))
+
+
+def dead_letter(broker_url: str, namespace: str, backend: str) -> dict[str, Any]:
+    """The headers of the next one, taken off its queue."""
+    with pika.BlockingConnection(pika.URLParameters(broker_url)) as connection:
+        _, properties, _ = next(connection.channel().consume(f"{namespace}.dead.{backend}", auto_ack=True, inactivity_timeout=30))
+        return dict(properties.headers)
