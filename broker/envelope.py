@@ -95,6 +95,7 @@ class Envelope:
     priority: int = 0
     expiration_ms: int = 0
     persistent: bool = field(default=False, repr=False)
+    attempt: int = field(default=1, compare=False)  # the number of this run; not on the wire, the store counts them
     status: int = 0  # of a reply only: HTTP's number for the outcome, in the header `mq-status`
     user_id: str = field(default="", compare=False)  # of a delivery only, and no part of the request: RabbitMQ vouches for it
 

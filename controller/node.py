@@ -216,6 +216,8 @@ class Node:
                 self._proxy_restarts.died_early(time.monotonic(), how)
             self._reconcile_proxy(wanted=self._proxy_wanted)  # later, from `_check_children`, if it has to wait
         self._dead_proxies.add(proxy_id)
+        if not how:  # it has drained: nobody's request is left
+            self._told_of.add(proxy_id)
         await self._forget_dead_proxies()
 
     async def _forget_dead_proxies(self) -> None:

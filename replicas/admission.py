@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import NamedTuple
 
 import msgspec
 
@@ -30,13 +29,6 @@ class Poison(BadEnvelope):
     def __init__(self, message: str, attempts: Sequence[Attempt] = ()) -> None:
         super().__init__(message)
         self.attempts = tuple(attempts)
-
-
-class Admitted(NamedTuple):
-    """A request that is to run, with its body, and the number of this run."""
-
-    envelope: Envelope
-    attempt: int
 
 
 class Admission:
@@ -64,8 +56,9 @@ class Admission:
 
     async def admit(
         self, envelope: Envelope, config: BackendConfig, *, redelivered: bool, check_copies: bool = False
-    ) -> Admitted | Result | None:
-        """What is to run, or the result that stands in its place, or None for a copy of a request that another one runs.
+    ) -> Envelope | Result | None:
+        """What is to run, with its body and the number of this run; or the result that stands in its place; or None for a copy of what
+        another one runs.
 
         Raises BadEnvelope (Poison among them) for what is to be set aside, StoreUnavailable when it cannot be told.
         """
@@ -77,15 +70,18 @@ class Admission:
         if not future_id:
             if once and redelivered:
                 raise Poison("it was delivered before and has no id, so nobody can tell whether it ran (delivery is at_most_once)")
-            return Admitted(envelope, await self._count(self._name(envelope), config.max_attempts, math.inf) if redelivered else 1)
+            if not redelivered:
+                return envelope
+            return replace(envelope, attempt=await self._count(self._name(envelope), config.max_attempts, math.inf))
         if (raw := await self._store.get(self._keys.future(future_id))) is not None:
             return await self.whole(Result.from_bytes(raw))
         if check_copies and not redelivered and not await self._claim(future_id):
             return None
         if once:
-            return Admitted(envelope, 1) if await self._mark_start(future_id) else _lost(self._backend)
-        attempt = await self._count(future_id, config.max_attempts, MAX_REDELIVERIES) if redelivered else 1
-        return Admitted(envelope, attempt)
+            return envelope if await self._mark_start(future_id) else _lost(self._backend)
+        if not redelivered:
+            return envelope
+        return replace(envelope, attempt=await self._count(future_id, config.max_attempts, MAX_REDELIVERIES))
 
     def mark_soon(self, envelope: Envelope) -> None:
         """That a run is under way, with the next write of results."""

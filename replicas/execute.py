@@ -94,10 +94,9 @@ class Execution:
         return results
 
     def request(self, envelope: Envelope) -> Request | ServeRequest:
-        meta = envelope.header.meta
         if envelope.header.origin == "http":
-            return Request(meta, envelope.body, envelope.content_type)
-        return ServeRequest(meta, lambda: self._content(envelope), b"" if envelope.header.origin else envelope.body)
+            return Request(envelope)
+        return ServeRequest(envelope, lambda: self._content(envelope))
 
     def _content(self, envelope: Envelope) -> tuple[Any, dict[str, Any]]:
         """(data, keyword arguments)."""

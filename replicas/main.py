@@ -29,7 +29,6 @@ from .execute import Execution
 from .handler import Handler
 from .loading import construct, read_backend
 from .metrics import ReplicaMetrics
-from .senders import Senders
 from .serve import Server
 from .worker import Job, Worker
 
@@ -116,17 +115,8 @@ class Replica:
         backend = self._backend
         worker.serve(Execution(backend.name, handler, self._settings.signer))
         metrics = ReplicaMetrics(backend.name, self._options.replica_id)
-        self._server = server = Server(
-            self._settings.namespace,
-            backend,
-            queue,
-            self._store,
-            worker,
-            handler,
-            metrics,
-            self._options.replica_id,
-            Senders(self._settings),
-        )
+        server = Server(self._settings, backend, queue, self._store, worker, handler, metrics, self._options.replica_id)
+        self._server = server
         metrics.ready()
         try:
             async with asyncio.TaskGroup() as tasks:

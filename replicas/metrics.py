@@ -20,6 +20,7 @@ _BACKEND, _REPLICA = ["backend"], ["backend", "replica"]
 
 _requests = Counter("mqserve_backend_request_counter", "Requests answered.", _BACKEND)
 _errors = Counter("mqserve_backend_error_counter", "Requests whose handler raised.", _BACKEND)
+_dropped = Counter("mqserve_backend_dropped", "Requests not run.", [*_BACKEND, "reason"])
 _starts = Counter("mqserve_backend_replica_starts", "Replicas that got ready.", _REPLICA)
 _queuing_ms = Histogram("mqserve_backend_queuing_latency_ms", "From sending to the start of the run.", _REPLICA, buckets=LATENCY_BUCKETS_MS)
 _processing_ms = Histogram(
@@ -36,6 +37,7 @@ class ReplicaMetrics:
     def __init__(self, backend: str, replica_id: str) -> None:
         self._labels = (backend, replica_id)
         self._answered = self._failed = 0
+        self.dropped: Counts[str] = Counts()  # by reason: late, cancelled, dead letter
         self._queuing = _Gathered(_queuing_ms.labels(*self._labels), LATENCY_BUCKETS_MS)
         self._batch_sizes = _Gathered(_batch_size.labels(*self._labels), BATCH_BUCKETS)
         self._processing: dict[int, _Gathered] = {}
@@ -66,6 +68,9 @@ class ReplicaMetrics:
         _requests.labels(self._labels[0]).inc(self._answered)
         _errors.labels(self._labels[0]).inc(self._failed)
         self._answered = self._failed = 0
+        for reason, count in self.dropped.items():
+            _dropped.labels(self._labels[0], reason).inc(count)
+        self.dropped.clear()
         for gathered in (self._queuing, self._batch_sizes, *self._processing.values()):
             gathered.hand_over()
         _queued.labels(*self._labels).set(queued)

@@ -11,7 +11,7 @@ from starlette.datastructures import Headers
 from starlette.requests import Request as StarletteRequest
 
 from ..broker.codecs import decode_plain
-from ..broker.envelope import Meta
+from ..broker.envelope import Envelope, Meta
 from ..broker.errors import UNPARSABLE, BadEnvelope, BadType
 
 
@@ -20,13 +20,17 @@ class BadBody(BadEnvelope):
 
 
 class Request(StarletteRequest):
-    """An HTTP request; `path_params` are typed by the route's convertors, and `.data` needs no await."""
+    """An HTTP request; `path_params` are typed by the route's convertors, and `.data` needs no await.
 
-    def __init__(self, meta: Meta, body: bytes, content_type: str) -> None:
-        self._meta = meta
-        self._content_type = content_type
-        super().__init__(_scope(meta))
-        self._body = body  # Starlette reads it from here rather than from the network
+    `id` is the same in every run of the request, `attempt` the number of this run.
+    """
+
+    def __init__(self, envelope: Envelope) -> None:
+        self._content_type = envelope.content_type
+        super().__init__(_scope(envelope.header.meta))
+        self._body = envelope.body  # Starlette reads it from here rather than from the network
+        self.id = envelope.id
+        self.attempt = envelope.attempt
 
     @property
     def data(self) -> Any:
@@ -39,12 +43,18 @@ class Request(StarletteRequest):
 
 
 class ServeRequest:
-    """A request of a handle or of a direct publisher, in the shape of a web request."""
+    """A request of a handle or of a direct publisher, in the shape of a web request.
 
-    def __init__(self, meta: Meta, load: Callable[[], tuple[Any, dict[str, Any]]], body: bytes) -> None:
+    `id` is the same in every run of the request (empty for a message without one), `attempt` the number of this run.
+    """
+
+    def __init__(self, envelope: Envelope, load: Callable[[], tuple[Any, dict[str, Any]]]) -> None:
+        meta = envelope.header.meta
         self._load = load
         self._loaded: tuple[Any, dict[str, Any]] | None = None
-        self._raw = body
+        self._raw = b"" if envelope.header.origin else envelope.body
+        self.id = envelope.id
+        self.attempt = envelope.attempt
         self.method = meta.method
         self.headers = Headers(raw=list(meta.headers))
         self.path_params: dict[str, Any] = convert_params(meta)

@@ -18,9 +18,10 @@ from ..broker.cancellations import CANCELLED, Cancellations
 from ..broker.codecs import JSON
 from ..broker.dead_letters import Death
 from ..broker.envelope import NO_HEADER, Envelope
-from ..broker.errors import BadEnvelope, MQServeError, StoreUnavailable
+from ..broker.errors import BackendFailed, BadEnvelope, MQServeError, StoreUnavailable
 from ..broker.queue import Consumption, Delivery, Queue
 from ..broker.results import ErrorInfo, Result, late_result, note_of
+from ..broker.settings import Settings
 from ..broker.store import Record, Store
 from ..broker.store_keys import RESULT_TTL_S, StoreKeys
 from ..controller.state import MAX_REQUEST_TIMEOUT_S, Backend, BackendConfig
@@ -43,6 +44,7 @@ _MARK_EVERY_S = 0.05
 _LONG_RUN_S = 0.04
 _TUNE_EVERY_TURNS = 5
 STORE_AWAY_S = 3.0
+STUCK_AFTER_S = 10.0
 _MIND_EVERY_S = 0.25
 
 
@@ -51,7 +53,7 @@ class Server:
 
     def __init__(
         self,
-        namespace: str,
+        settings: Settings,
         backend: Backend,
         queue: Queue,
         store: Store,
@@ -59,19 +61,18 @@ class Server:
         handler: Handler,
         metrics: ReplicaMetrics,
         replica_id: str,
-        senders: Senders,
     ) -> None:
-        self._namespace = namespace
+        self._may_end = not settings.embedded  # by itself, since its node starts another
         self._backend = backend.name
         self._queue = queue
         self._store = store
-        self._keys = StoreKeys(namespace)
-        self._admission = Admission(namespace, backend.name, store, replica_id)
+        self._keys = StoreKeys(settings.namespace)
+        self._admission = Admission(settings.namespace, backend.name, store, replica_id)
         self._worker = worker
         self._config = backend.config
         self._handler = handler
         self._metrics = metrics
-        self._senders = senders
+        self._senders = Senders(settings)
         self._consumptions: dict[int, Consumption] = {}
         self._in_hand: dict[int, set[Delivery]] = {}  # by generation
         self._jobs: set[Job] = set()
@@ -127,6 +128,7 @@ class Server:
         for turn in itertools.count():
             await asyncio.sleep(_MARK_EVERY_S)
             self._give_up_late()
+            self._check_stuck()
             self._mark_long_runs()
             if turn % _TUNE_EVERY_TURNS:
                 continue
@@ -229,6 +231,18 @@ class Server:
         for job in [job for job in self._jobs if job.deadline <= now and job.given_up is None]:
             self._give_up(job, late_result("run" if job.started else "queue"))
 
+    def _check_stuck(self) -> None:
+        """Raises BackendFailed for a call that goes on and on after its time: nothing else can end it, and its slot is lost."""
+        if not self._may_end:
+            return
+        stuck_since = time.monotonic() - STUCK_AFTER_S
+        for job in self._jobs:
+            if job.started and job.deadline < stuck_since and job.task is None:  # an async one is cancelled
+                raise BackendFailed(
+                    f"a call of backend {self._backend!r} goes on {STUCK_AFTER_S:g} s after its request's time was spent, and "
+                    "ends its replica: ask serve.cancelled() in it, or raise request_timeout_s"
+                )
+
     def _give_up_cancelled(self) -> None:
         for job in [job for job in self._jobs if self._cancellations.names(job.envelope, job.envelope.future_id(self._backend))]:
             self._give_up(job, CANCELLED)
@@ -258,9 +272,9 @@ class Server:
         except BadEnvelope as error:
             return self._start(self._refuse(job, error))
         if left_s <= 0:
-            self._finish(job, late_result("queue"))
+            self._drop(job, late_result("queue"))
         elif self._cancellations and self._cancellations.names(envelope, envelope.future_id(self._backend)):
-            self._finish(job, CANCELLED)
+            self._drop(job, CANCELLED)
         elif (delivery.redelivered or header.again) and self._runs_here(envelope):
             self._give_back_later(job)  # a connection was lost, and not its run: the result settles it
         elif delivery.redelivered or header.again or header.ref or not envelope.minted or self._checks_all:
@@ -287,7 +301,7 @@ class Server:
             elif self._draining:
                 self._give_back(job)
             else:
-                job.envelope, job.attempt = admitted
+                job.envelope = admitted
                 job.suspect = delivery.redelivered
                 self._run(job)
 
@@ -298,12 +312,19 @@ class Server:
         self._jobs.add(job)
         self._worker.submit(job)
 
+    def _drop(self, job: Job, result: Result) -> None:
+        """It is not run any more."""
+        self._metrics.dropped["cancelled" if result is CANCELLED else "late"] += 1
+        self._finish(job, result)
+
     # Settling.
 
     def on_done(self, job: Job, result: Result) -> None:
         """From the worker; a job that was given back in between is the next replica's."""
         if job in self._jobs:
             self._jobs.discard(job)
+            if job.given_up and not job.started:
+                return self._drop(job, job.given_up)
             self.served += 1
             if job.unwanted:  # whoever waited has been told so, and hears the same from the store
                 result = job.given_up or late_result("run")
@@ -328,7 +349,7 @@ class Server:
     def _record(self, job: Job, result: Result) -> asyncio.Future[bool]:
         envelope = job.envelope
         future_id = envelope.future_id(self._backend)
-        raw = (result if job.attempt == 1 else msgspec.structs.replace(result, attempt=job.attempt)).to_bytes()
+        raw = (result if envelope.attempt == 1 else msgspec.structs.replace(result, attempt=envelope.attempt)).to_bytes()
         deadline_ms = envelope.header.deadline or self._store.now_ms() + UNLIMITED_MS
         return self._store.record(Record(self._keys.future(future_id), raw, envelope.header.inbox, note_of(future_id, raw), deadline_ms))
 
@@ -402,6 +423,7 @@ class Server:
             self._in_hand[generation].discard(delivery)
 
         logger.warning("a message of %s goes to the dead letters: %s", self._backend, error)
+        self._metrics.dropped["dead letter"] += 1
         attempts = error.attempts if isinstance(error, Poison) else ()
         death = Death(str(error), attempts=attempts, died_at_ms=self._store.now_ms())
         self._queue.dead_letter(self._backend, delivery, death, settled)

@@ -45,7 +45,6 @@ class Job:
     envelope: Envelope
     tag: Any
     deadline: float = math.inf  # monotonic
-    attempt: int = 1
     suspect: bool = False  # delivered before: the owner is told when it starts, and leaves a mark
     marked: bool = False  # the owner's: a start mark stands in the store
     started: float = 0.0  # monotonic; 0 until it runs

@@ -193,3 +193,33 @@ def test_row_18_code_that_blocks_costs_nobody_else_and_a_replica_that_cannot_bre
             assert {httpx.get(urls[name], timeout=30).status_code for _ in range(10)} == {200}
         assert blocking["sleep"].result().json() == pids["sleep"] == httpx.get(urls["sleep"], timeout=30).json()
     assert [gate.came for gate in gates.values()] == [1, 1, 1], "what blocks was run again"
+
+
+def test_row_16_a_call_that_never_ends_costs_its_replica_and_not_the_backend(client: serve.Client, deploy: Deploy, tmp_path: Path) -> None:
+    def handler(request: Any) -> str:
+        while request.data == "endless":
+            time.sleep(0.01)
+        return f"{os.getpid()}"
+
+    handle = client.get_handle(deploy(handler, request_timeout_s=1))
+    with pytest.raises(serve.RequestTimeout):
+        handle.remote("endless").result(20)
+
+    def is_served() -> bool:
+        try:
+            return bool(handle.remote("hello").result(20))
+        except serve.RequestTimeout:
+            return False
+
+    wait_until(is_served, 60)
+
+
+def test_row_03_user_code_is_told_the_requests_id_and_the_number_of_its_run(client: serve.Client, deploy: Deploy, tmp_path: Path) -> None:
+    def handler(request: Any) -> list[Any]:
+        if request.attempt == 1:
+            time.sleep(0.3)  # for its mark to be written
+            os._exit(1)
+        return [request.id, request.attempt]
+
+    ref = client.get_handle(deploy(handler)).remote()
+    assert ref.result(60) == [ref.id, 2]

@@ -27,7 +27,7 @@ REQUESTS = [
     b"POST /echo HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
     b"GET /item/12/3.5 HTTP/1.1\r\nhost: x\r\nx-serve-call-method: \r\nx-serve-shard-key: me\r\n\r\n",
     b"HEAD /files/a/b%2Fc HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n",
-    b"GET /-/routes HTTP/1.1\r\nhost: x\r\n\r\n",
+    b"GET /-/routes HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n",
     b"POST /echo HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 2\r\n\r\n{}",
     b"GET /echo HTTP/1.1\r\nhost: x\r\nupgrade: websocket\r\nconnection: upgrade\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
 ]
