@@ -13,7 +13,7 @@ from aio_pika.connection import make_url
 from yarl import URL
 
 from .backoff import delays
-from .errors import BrokerUnavailable
+from .errors import BrokerUnavailable, words_of
 from .refusals import broker_refusal
 from .settings import masked
 
@@ -55,7 +55,7 @@ class Link:
             async with asyncio.timeout(budget_s):
                 await self._up.wait()
         except TimeoutError:
-            reason = f": {self._last_error}" if self._last_error else ""
+            reason = f": {words_of(self._last_error)}" if self._last_error else ""
             raise BrokerUnavailable(
                 broker_refusal(self._last_error, self._url)
                 or f"no connection to RabbitMQ at {masked(self._url)} within {budget_s:g} s{reason}; is it running, "

@@ -125,3 +125,8 @@ class UnknownEndpoint(MQServeError, KeyError):
 
     def __str__(self) -> str:  # KeyError would print the repr
         return str(self.args[0])
+
+
+def words_of(error: BaseException | None) -> str:
+    """For a log line or a sentence: an error may have nothing to say but its name."""
+    return str(error) or type(error).__name__

@@ -14,7 +14,7 @@ from pamqp.commands import Basic
 from .amqp_link import OPERATION_BUDGET_S, Link, open_channel, really_cancelled
 from .backoff import delays
 from .envelope import Envelope
-from .errors import BrokerUnavailable
+from .errors import BrokerUnavailable, words_of
 from .joined_channel import JoinedChannel
 from .queue import Delivery
 from .refusals import broker_refusal
@@ -101,7 +101,7 @@ class RabbitConsumption:
                 if isinstance(error, asyncio.CancelledError) and really_cancelled():
                     raise
                 self._refusal = broker_refusal(error)
-                logger.warning("cannot consume %s (%s); trying again", self._queue, self._refusal or error or type(error).__name__)
+                logger.warning("cannot consume %s (%s); trying again", self._queue, self._refusal or words_of(error))
             finally:
                 self._consuming.clear()
             if not self.cancelled:

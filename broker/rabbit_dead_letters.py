@@ -12,7 +12,7 @@ from pamqp.commands import Basic
 
 from .amqp_link import OPERATION_BUDGET_S, Link, open_channel, really_cancelled
 from .dead_letters import DeadLetter
-from .errors import BrokerUnavailable, UnknownBackend
+from .errors import BrokerUnavailable, UnknownBackend, words_of
 
 _FIRST_BUDGET_S = 1.0  # other hands may have been faster
 _FAILURES = (aiormq.exceptions.AMQPError, aiormq.exceptions.ChannelInvalidStateError, OSError, TimeoutError)
@@ -36,7 +36,7 @@ async def open_dead_letters(link: Link, queue: str, backend: str, at_most: int |
         if isinstance(error, asyncio.CancelledError) and really_cancelled():
             raise
         raise BrokerUnavailable(
-            f"RabbitMQ did not answer ({error or type(error).__name__}): what was to be removed may still be among the dead letters of "
+            f"RabbitMQ did not answer ({words_of(error)}): what was to be removed may still be among the dead letters of "
             f"{backend!r}, look again"
         ) from error
 

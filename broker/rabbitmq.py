@@ -23,7 +23,7 @@ from .amqp_link import CONNECT_BUDGET_S, OPERATION_BUDGET_S, Link, open_channel,
 from .backoff import delays
 from .dead_letters import DeadLetter, Death, dead_letter_to_amqp
 from .envelope import Envelope
-from .errors import BrokerUnavailable, MQServeError, QueueMismatch
+from .errors import BrokerUnavailable, MQServeError, QueueMismatch, words_of
 from .joined_channel import JoinedChannel
 from .queue import Delivery, Settled
 from .rabbit_consumer import RabbitConsumption, RabbitDelivery
@@ -211,7 +211,7 @@ class RabbitQueue:
             except (Exception, asyncio.CancelledError) as error:
                 if isinstance(error, asyncio.CancelledError) and really_cancelled():
                     raise
-                logger.warning("cannot publish (%s); trying again", error or type(error).__name__)
+                logger.warning("cannot publish (%s); trying again", words_of(error))
                 if isinstance(error, TimeoutError):
                     self._publishing.abandon(connection)
             await asyncio.sleep(next(pauses))
@@ -271,9 +271,7 @@ class RabbitQueue:
             if isinstance(error, asyncio.CancelledError) and really_cancelled():
                 raise
             refusal = broker_refusal(error)
-            raise BrokerUnavailable(
-                refusal or f"RabbitMQ did not answer ({error or type(error).__name__}): {self._publishing!r}"
-            ) from error
+            raise BrokerUnavailable(refusal or f"RabbitMQ did not answer ({words_of(error)}): {self._publishing!r}") from error
 
 
 def _tell(taken: asyncio.Future[MQServeError | None], error: MQServeError | None) -> None:

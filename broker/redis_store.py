@@ -21,7 +21,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, RedisError
 
 from .backoff import delays
-from .errors import StoreUnavailable
+from .errors import StoreUnavailable, words_of
 from .refusals import ExplainedRedis, store_refusal
 from .settings import masked
 from .store import Guard, Record
@@ -88,7 +88,7 @@ class RedisStore:
         except _FAILURES as error:
             raise StoreUnavailable(
                 store_refusal(error, self._url)
-                or f"no connection to Redis at {masked(self._url)} within {CONNECT_BUDGET_S:g} s ({error or type(error).__name__}); "
+                or f"no connection to Redis at {masked(self._url)} within {CONNECT_BUDGET_S:g} s ({words_of(error)}); "
                 "is it running, and is MQSERVE_STORE_URL right?"
             ) from error
         self._down_since = math.inf
@@ -263,7 +263,7 @@ class RedisStore:
                         on_notes(popped[1])
             except _FAILURES as error:
                 # Entries popped for the broken connection are lost; their results are not: `on_gap` has them read by key.
-                why = store_refusal(error, self._url) or error or type(error).__name__
+                why = store_refusal(error, self._url) or words_of(error)
                 logger.warning("lost the inbox at %s (%s); reconnecting", masked(self._url), why)
                 self._down_since = min(self._down_since, time.monotonic())
                 await asyncio.sleep(next(pauses))
@@ -289,7 +289,7 @@ class RedisStore:
                     last = entries[-1][0]
                     on_entries([fields[b"e"] for _, fields in entries if b"e" in fields])
             except _FAILURES as error:
-                logger.warning("lost the log at %s (%s); reconnecting", masked(self._url), error or type(error).__name__)
+                logger.warning("lost the log at %s (%s); reconnecting", masked(self._url), words_of(error))
                 await asyncio.sleep(next(pauses))
 
     async def close(self) -> None:
@@ -313,7 +313,7 @@ class RedisStore:
         except _FAILURES as error:
             self._down_since = min(self._down_since, began)
             refusal = store_refusal(error, self._url)
-            raise StoreUnavailable(refusal or f"Redis at {masked(self._url)} did not answer ({error or type(error).__name__})") from error
+            raise StoreUnavailable(refusal or f"Redis at {masked(self._url)} did not answer ({words_of(error)})") from error
         self._down_since = math.inf
         return result
 

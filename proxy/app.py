@@ -118,7 +118,7 @@ class ProxyApp:
                 self.departures.forget(request_id)
                 self._metrics.waiting[waiting] -= 1
         except MQServeError as error:
-            return from_error(error, request_id or mint_id())
+            return from_error(error, request_id or mint_id(), debug=self._debug)
 
     def _check_up(self, backend: str) -> None:
         """Whether waiting is of any use: a backend that only restarts is worth it, one without any replica for so long is not."""

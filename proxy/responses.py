@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 import re
 from http.client import responses
 from typing import Any
@@ -33,6 +34,7 @@ HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-connection proxy-authenticate proxy-authorization te trailer transfer-encoding "
     b"upgrade http2-settings".split()
 )
+_AWAY_RETRY_S = (0.5, 3.0)  # in whole seconds upwards, and not all at once
 NO_BODY = frozenset((204, 205, 304))
 
 _NOT_THEIRS = HOP_BY_HOP | {b"content-length"}
@@ -51,8 +53,8 @@ def from_result(result: Result, request_id: str, *, debug: bool) -> Reply:
     return result.status, headers, b"" if result.status in NO_BODY else result.body
 
 
-def from_error(error: MQServeError, request_id: str) -> Reply:
-    """What kept a request from being sent, or its result from being read."""
+def from_error(error: MQServeError, request_id: str, *, debug: bool = False) -> Reply:
+    """What kept a request from being sent, or its result from being read. Addresses and users of our servers are in the log only."""
     match error:
         case Overloaded():
             return problem(429, str(error), request_id, retry_after_s=error.retry_after_s)
@@ -62,8 +64,13 @@ def from_error(error: MQServeError, request_id: str) -> Reply:
             return problem(400, str(error), request_id)
         case Cancelled():
             return problem(499, str(error), request_id)
-        case BrokerUnavailable() | StoreUnavailable() | NotRouted() | NoReplica():
-            return problem(503, str(error), request_id, retry_after_s=1)
+        case BrokerUnavailable() | StoreUnavailable():
+            what = "the message broker" if isinstance(error, BrokerUnavailable) else "the store of results"
+            logger.info("request %s is answered 503: %s", request_id, error)
+            detail = str(error) if debug else f"{what} is away: try again later"
+            return problem(503, detail, request_id, retry_after_s=random.uniform(*_AWAY_RETRY_S))
+        case NotRouted() | NoReplica():
+            return problem(503, str(error), request_id, retry_after_s=random.uniform(*_AWAY_RETRY_S))
         case _:
             return problem(500, str(error), request_id)
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from typing import Any
 
-from ..broker.errors import BackendFailed
+from ..broker.errors import BackendFailed, words_of
 from ..controller.state import Backend
 from .handler import Handler
 from .loading import failure
@@ -62,7 +62,7 @@ class Configuring:
                 failures = 0
             except Exception as error:
                 failures += 1
-                logger.warning("check_health of %s failed (%d in a row): %s", backend.name, failures, error or type(error).__name__)
+                logger.warning("check_health of %s failed (%d in a row): %s", backend.name, failures, words_of(error))
                 if failures >= FAILURES_TOLERATED:
                     raise BackendFailed(failure(backend, f"is not healthy ({failures} checks failed)", error)) from error
 

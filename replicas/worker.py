@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 import uvloop
 
 from ..broker.envelope import Envelope
+from ..broker.errors import words_of
 from ..broker.results import Result, late_result
 from ..controller.state import BackendConfig
 from .context import ReplicaContext, enter_context, running_jobs
@@ -288,14 +289,14 @@ class Worker:
         try:
             asyncio.run_coroutine_threadsafe(self._on_suspect(jobs), self._io).result(_MARK_BUDGET_S)
         except Exception as error:
-            logger.warning("a request that was delivered before runs without a mark: %s", error or type(error).__name__)
+            logger.warning("a request that was delivered before runs without a mark: %s", words_of(error))
 
     async def _announce_async(self, jobs: Sequence[Job]) -> None:
         try:
             async with asyncio.timeout(_MARK_BUDGET_S):
                 await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._on_suspect(jobs), self._io))
         except Exception as error:
-            logger.warning("a request that was delivered before runs without a mark: %s", error or type(error).__name__)
+            logger.warning("a request that was delivered before runs without a mark: %s", words_of(error))
 
     def _measure(self, jobs: Sequence[Job]) -> None:
         self.run_s = moving_average(self.run_s, time.monotonic() - jobs[0].started)
