@@ -37,7 +37,7 @@ class ReplicaMetrics:
     def __init__(self, backend: str, replica_id: str) -> None:
         self._labels = (backend, replica_id)
         self._answered = self._failed = 0
-        self.dropped: Counts[str] = Counts()  # by reason: late, cancelled, dead letter
+        self.dropped: Counts[str] = Counts(dict.fromkeys(("late", "cancelled", "dead letter"), 0))  # all of them show, from the start
         self._queuing = _Gathered(_queuing_ms.labels(*self._labels), LATENCY_BUCKETS_MS)
         self._batch_sizes = _Gathered(_batch_size.labels(*self._labels), BATCH_BUCKETS)
         self._processing: dict[int, _Gathered] = {}
@@ -70,7 +70,7 @@ class ReplicaMetrics:
         self._answered = self._failed = 0
         for reason, count in self.dropped.items():
             _dropped.labels(self._labels[0], reason).inc(count)
-        self.dropped.clear()
+            self.dropped[reason] = 0
         for gathered in (self._queuing, self._batch_sizes, *self._processing.values()):
             gathered.hand_over()
         _queued.labels(*self._labels).set(queued)
