@@ -232,6 +232,9 @@ class Caller:
         pace.sent(now)
         self._waiting[future_id] = _Waiting(future, pace, now)
         heapq.heappush(self._deadlines, (deadline_ms, future_id))
+        if len(self._deadlines) > 2 * len(self._waiting) + 1000:  # most are of answered requests
+            self._deadlines = [entry for entry in self._deadlines if entry[1] in self._waiting]
+            heapq.heapify(self._deadlines)
         if self._deadlines[0][1] == future_id:
             self._set_timer()
         return Ticket(future_id, future)
@@ -239,6 +242,9 @@ class Caller:
     # Sending.
 
     def _publish(self, backend: str, envelope: Envelope, give_up_at: float) -> None:
+        if envelope.id not in self._waiting:  # cancelled or late since the last try
+            return self.held.give(len(envelope.body))
+
         def settled(error: MQServeError | None) -> None:
             if error is None:
                 return self.held.give(len(envelope.body))

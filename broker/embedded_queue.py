@@ -93,6 +93,7 @@ class _Lane:
     consumers: list[EmbeddedConsumption] = field(default_factory=list)
     _turns: itertools.count[int] = field(default_factory=itertools.count)
     _waking: bool = False
+    is_gone: bool = False
 
     def __repr__(self) -> str:
         return f"<{self.name}: {len(self)} waiting>"
@@ -112,12 +113,15 @@ class _Lane:
         return None
 
     def put_back(self, envelope: Envelope) -> None:
-        self.held.held += len(envelope.body)  # it was taken once
+        if self.is_gone:  # as on RabbitMQ, it goes with its queue
+            return
+        self.held.take_back(len(envelope.body))
         self.levels[min(envelope.priority, MAX_PRIORITY)].appendleft((envelope, True))
         self.wake()
 
     def drop(self) -> None:
-        """All that waits."""
+        """All that waits, and what would come back."""
+        self.is_gone = True
         self.held.give(sum(len(envelope.body) for level in self.levels for envelope, _ in level))
         for level in self.levels:
             level.clear()

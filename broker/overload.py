@@ -32,6 +32,10 @@ class HeldBytes:
             )
         self.held += size
 
+    def take_back(self, size: int) -> None:
+        """What was taken once is not refused."""
+        self.held += size
+
     def give(self, size: int) -> None:
         self.held -= size
 

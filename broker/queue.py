@@ -6,6 +6,7 @@ joined into one write per loop turn. All of it belongs to one event loop.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
@@ -17,6 +18,16 @@ from .errors import MQServeError
 Settled = Callable[[MQServeError | None], None]
 """Called once: with None when the broker has taken the message, else with what went wrong
 (Overloaded, NotRouted, BrokerUnavailable)."""
+
+
+def telling(fate: asyncio.Future[MQServeError | None]) -> Settled:
+    """Settles a future that somebody awaits, or has stopped awaiting."""
+
+    def settled(error: MQServeError | None) -> None:
+        if not fate.done():
+            fate.set_result(error)
+
+    return settled
 
 
 class Delivery(Protocol):

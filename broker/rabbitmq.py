@@ -12,7 +12,6 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
-from functools import partial
 from typing import Any, TypeVar
 
 import aiormq
@@ -25,7 +24,7 @@ from .dead_letters import DeadLetter, Death, dead_letter_to_amqp
 from .envelope import Envelope
 from .errors import BrokerUnavailable, MQServeError, QueueMismatch, words_of
 from .joined_channel import JoinedChannel
-from .queue import Delivery, Settled
+from .queue import Delivery, Settled, telling
 from .rabbit_consumer import RabbitConsumption, RabbitDelivery
 from .rabbit_dead_letters import RabbitDeadLetters, open_dead_letters
 from .refusals import broker_refusal
@@ -63,7 +62,7 @@ class RabbitQueue:
         self._channel: JoinedChannel | None = None
         self._down_since = time.monotonic()
         self._opened = asyncio.Event()
-        self._has_exchange = False  # a publish to it was confirmed: so it can be probed by one
+        self._has_exchange = False  # something was published to it, and no probe has found it missing since
         self._opener: asyncio.Task[None] = asyncio.create_task(self._keep_channel(), name="keep the publishing channel open")
 
     def __repr__(self) -> str:
@@ -233,6 +232,9 @@ class RabbitQueue:
             self._publishing.abandon(connection)
             channel.give_up()
             raise BrokerUnavailable(f"RabbitMQ has confirmed nothing for {STALLED_AFTER_S:g} s") from None
+        except BrokerUnavailable:  # the channel was lost under the probe
+            self._down_since = time.monotonic()
+            raise
         finally:
             closed.cancel()
 
@@ -248,7 +250,7 @@ class RabbitQueue:
                 await raw.basic_qos(prefetch_count=0)
                 return
             taken: asyncio.Future[MQServeError | None] = asyncio.get_running_loop().create_future()
-            channel.publish(self._requests, "", _PROBE, b"", "", partial(_tell, taken))
+            channel.publish(self._requests, "", _PROBE, b"", "", telling(taken))
             if isinstance(error := await taken, BrokerUnavailable):
                 self._has_exchange = False
                 raise error
@@ -272,8 +274,3 @@ class RabbitQueue:
                 raise
             refusal = broker_refusal(error)
             raise BrokerUnavailable(refusal or f"RabbitMQ did not answer ({words_of(error)}): {self._publishing!r}") from error
-
-
-def _tell(taken: asyncio.Future[MQServeError | None], error: MQServeError | None) -> None:
-    if not taken.done():  # nobody may wait for it any more
-        taken.set_result(error)

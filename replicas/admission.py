@@ -20,6 +20,7 @@ from ..controller.state import BackendConfig
 from .execute import check_direct
 
 MAX_REDELIVERIES = 20  # whatever happened to them
+_AFTER_DEADLINE_MS = 60_000
 _COUNTERS_TTL_MS = 24 * 3600 * 1000
 
 
@@ -78,20 +79,18 @@ class Admission:
         if check_copies and not redelivered and not await self._claim(future_id):
             return None
         if once:
-            return envelope if await self._mark_start(future_id) else _lost(self._backend)
+            return envelope if await self._mark_start(envelope) else _lost(self._backend)
         if not redelivered:
             return envelope
         return replace(envelope, attempt=await self._count(future_id, config.max_attempts, MAX_REDELIVERIES))
 
     def mark_soon(self, envelope: Envelope) -> None:
         """That a run is under way, with the next write of results."""
-        now_ms = self._store.now_ms()
-        ttl_ms = envelope.header.deadline - now_ms + 5000 if envelope.header.deadline else _COUNTERS_TTL_MS
-        self._store.mark(self._keys.start(self._name(envelope)), self._mark(), ttl_ms)
+        self._store.mark(self._keys.start(self._name(envelope)), self._mark(), self._mark_ttl_ms(envelope))
 
     async def mark(self, envelope: Envelope) -> None:
         """That a run is about to start, at once. Raises StoreUnavailable."""
-        await self._store.set(self._keys.start(self._name(envelope)), self._mark(), ttl_ms=_COUNTERS_TTL_MS)
+        await self._store.set(self._keys.start(self._name(envelope)), self._mark(), ttl_ms=self._mark_ttl_ms(envelope))
 
     async def unmark(self, envelope: Envelope) -> None:
         """The run did not take place, or was ended in order. Raises StoreUnavailable."""
@@ -106,6 +105,11 @@ class Admission:
     def _name(self, envelope: Envelope) -> str:
         """What its runs are counted under: where its result stands, or, without an id, what it says."""
         return envelope.future_id(self._backend) or digest_of(self._backend, envelope.body)
+
+    def _mark_ttl_ms(self, envelope: Envelope) -> int:
+        """Past its deadline a request is not run again in any case."""
+        deadline_ms = envelope.header.deadline
+        return max(1, deadline_ms - self._store.now_ms() + _AFTER_DEADLINE_MS) if deadline_ms else _COUNTERS_TTL_MS
 
     def _mark(self) -> bytes:
         return msgspec.json.encode(Attempt(self._replica_id, self._store.now_ms()))
@@ -131,8 +135,9 @@ class Admission:
             return False
         return await self._store.set(self._keys.claim(future_id), b"1", ttl_ms=_COUNTERS_TTL_MS, only_new=True)
 
-    async def _mark_start(self, future_id: str) -> bool:
-        return await self._store.set(self._keys.start(future_id), self._mark(), ttl_ms=_COUNTERS_TTL_MS, only_new=True)
+    async def _mark_start(self, envelope: Envelope) -> bool:
+        key = self._keys.start(self._name(envelope))
+        return await self._store.set(key, self._mark(), ttl_ms=self._mark_ttl_ms(envelope), only_new=True)
 
     async def _count(self, name: str, max_attempts: int, max_redeliveries: float) -> int:
         """The number of the run to come. An attempt is a run that was started (it left a mark) and left no result.
@@ -142,8 +147,9 @@ class Admission:
         start, attempts_key = self._keys.start(name), self._keys.attempts(name)
         raw_mark, raw_attempts = await self._store.get_many([start, attempts_key])
         attempts = _read_attempts(raw_attempts)
-        if raw_mark is not None:
-            attempts.append(msgspec.structs.replace(_read_mark(raw_mark), ended="its replica was lost before there was a result"))
+        mark = _read_mark(raw_mark) if raw_mark is not None else None
+        if mark is not None and mark.replica != self._replica_id:  # ours is of a run that lives, or was ended in order
+            attempts.append(msgspec.structs.replace(mark, ended="its replica was lost before there was a result"))
             await self._store.set(attempts_key, msgspec.json.encode(attempts), ttl_ms=_COUNTERS_TTL_MS)
             await self._store.delete(start)
         redeliveries = await self._store.increment(self._keys.redeliveries(name), _COUNTERS_TTL_MS)

@@ -89,7 +89,8 @@ class Execution:
         for value, envelope in zip(values, envelopes, strict=True):
             try:
                 results.append(self._result(value, envelope))
-            except Exception as error:
+            except BaseException as error:
+                _raise_if_stopped(error)
                 results.append(self._failed(error, envelope))
         return results
 

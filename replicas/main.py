@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
-from ..broker.backoff import delays
 from ..broker.errors import BackendFailed, MQServeError
 from ..broker.lifeline import Stop, stop_event
 from ..broker.presence import Presence
@@ -123,7 +122,7 @@ class Replica:
                 minding = [
                     tasks.create_task(self._follow(server, configuring, stop)),
                     tasks.create_task(configuring.check_health_forever(backend)),
-                    tasks.create_task(server.mind_the_store_forever()),
+                    tasks.create_task(server.keep_taking_forever(lambda: self._say("ready"))),
                 ]
                 to_the_end = [tasks.create_task(server.tune_forever()), tasks.create_task(server.listen())]
                 await stop.wait()
@@ -149,22 +148,13 @@ class Replica:
                 server.configure(desired.backends[name].config)
                 await self._reconfigure(configuring, desired.backends[name])
             if generations := observed.queues.get(name, ()):
-                await self._take_from(server, generations)
-                self._say("ready")
+                server.want(generations)
 
     async def _reconfigure(self, configuring: Configuring, backend: Backend) -> None:
         try:
             await configuring.apply(backend)
         except BackendFailed as error:
             logger.warning("%s keeps its last good user_config: %s", self._options.replica_id, error)
-
-    async def _take_from(self, server: Server, generations: tuple[int, ...]) -> None:
-        for pause_s in delays():
-            try:
-                return await server.take_from(generations)
-            except MQServeError as error:
-                logger.warning("%s cannot take from its queue yet: %s", self._options.replica_id, error)
-                await asyncio.sleep(pause_s)
 
     def _is_wanted(self, observed: Observed) -> bool:
         if self._options.external:

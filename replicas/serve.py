@@ -7,7 +7,7 @@ import itertools
 import logging
 import random
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from ..broker.codecs import JSON
 from ..broker.dead_letters import Death
 from ..broker.envelope import NO_HEADER, Envelope
 from ..broker.errors import BackendFailed, BadEnvelope, MQServeError, StoreUnavailable
-from ..broker.queue import Consumption, Delivery, Queue
+from ..broker.queue import Delivery, Queue, telling
 from ..broker.results import ErrorInfo, Result, late_result, note_of
 from ..broker.settings import Settings
 from ..broker.store import Record, Store
@@ -30,6 +30,7 @@ from .handler import Handler
 from .metrics import ReplicaMetrics
 from .prefetch import prefetch, slots
 from .senders import Senders
+from .taking import Taking
 from .worker import Job, Worker
 
 logger = logging.getLogger(__name__)
@@ -43,9 +44,8 @@ UNLIMITED_MS = 60_000  # how long the result of a request without a deadline is 
 _MARK_EVERY_S = 0.05
 _LONG_RUN_S = 0.04
 _TUNE_EVERY_TURNS = 5
-STORE_AWAY_S = 3.0
 STUCK_AFTER_S = 10.0
-_MIND_EVERY_S = 0.25
+_LAST_STEPS_S = 5.0
 
 
 class Server:
@@ -73,16 +73,13 @@ class Server:
         self._handler = handler
         self._metrics = metrics
         self._senders = Senders(settings)
-        self._consumptions: dict[int, Consumption] = {}
         self._in_hand: dict[int, set[Delivery]] = {}  # by generation
         self._jobs: set[Job] = set()
         self._cancellations = Cancellations(store, self._keys, self._give_up_cancelled)
         self._tasks: set[asyncio.Task[None]] = set()
         self._draining = False
-        self._paused = False
-        self._wanted: tuple[int, ...] = ()  # generations, once it is not paused any more
+        self._taking = Taking(backend.name, queue, store, self._prefetch, self._on_delivery, self._settle_unstored)
         self._unrecorded: set[Job] = set()  # finished, and their results not stored yet
-        self._copies_until = 0.0  # monotonic
         self.served = 0
 
     def __repr__(self) -> str:
@@ -95,7 +92,7 @@ class Server:
     @property
     def generations(self) -> tuple[int, ...]:
         """The queues it takes from, or still holds messages of."""
-        return tuple(sorted({*self._consumptions, *(generation for generation, held in self._in_hand.items() if held)}))
+        return tuple(sorted({*self._taking.generations, *(generation for generation, held in self._in_hand.items() if held)}))
 
     def configure(self, config: BackendConfig) -> None:
         """Applies from the next request on."""
@@ -104,23 +101,20 @@ class Server:
 
     @property
     def _checks_all(self) -> bool:
-        return self._config.delivery == "at_most_once" or time.monotonic() < self._copies_until
+        return self._config.delivery == "at_most_once" or self._may_be_copies
 
-    async def take_from(self, generations: tuple[int, ...]) -> None:
-        """Consumes exactly these generations of the queue from now on. Raises BrokerUnavailable."""
-        self._wanted = generations
-        if self._paused:
-            return
-        if generations and generations[-1] > 1 and generations[-1] not in self._consumptions:
-            # While the binding moved, a message may have gone into both queues: until all of those are over, each is checked.
-            self._copies_until = time.monotonic() + self._config.request_timeout_s
-        for generation in generations:
-            if generation not in self._consumptions and not self._draining:
-                self._consumptions[generation] = await self._queue.consume(
-                    self._backend, generation, self._prefetch(), partial(self._on_delivery, generation)
-                )
-        for generation in [kept for kept in self._consumptions if kept not in generations]:
-            await self._consumptions.pop(generation).cancel()
+    @property
+    def _may_be_copies(self) -> bool:
+        """While the binding moved to a later generation, a message may have gone into both queues: until all of those are over."""
+        return time.monotonic() < self._taking.moved_at + self._config.request_timeout_s
+
+    def want(self, generations: tuple[int, ...]) -> None:
+        """Takes from exactly these generations of the queue from now on."""
+        self._taking.want(generations)
+
+    async def keep_taking_forever(self, on_taken: Callable[[], None]) -> None:
+        """See `Taking.keep_forever`."""
+        await self._taking.keep_forever(on_taken)
 
     async def tune_forever(self) -> None:
         """Gives up what is late; marks runs that last, so that a timeout can say `run`, and a replica's death is blamed on what it ran;
@@ -132,43 +126,21 @@ class Server:
             self._mark_long_runs()
             if turn % _TUNE_EVERY_TURNS:
                 continue
-            for consumption in self._consumptions.values():
-                consumption.set_prefetch(self._prefetch())
+            self._taking.tune()
             processing = sum(1 for job in self._jobs if job.started)
             self._metrics.hand_over(self.running - processing, processing)
 
-    async def mind_the_store_forever(self) -> None:
-        """Without the store for a while it takes nothing, and gives back what it cannot store: others may reach it.
+    def _settle_unstored(self) -> bool:
+        """While the store is away: what has its answer and cannot store it goes back, since others may reach it; whether nothing is left.
 
         The results are kept and tried to be stored all the same, so that what comes round again is found answered.
         """
-        last_seen = time.monotonic()
-        while True:
-            await asyncio.sleep(_MIND_EVERY_S)
-            if self._store.connected:
-                last_seen = time.monotonic()
-            if self._paused:
-                await self._stay_paused_or_resume()
-            elif time.monotonic() - last_seen > STORE_AWAY_S:
-                logger.warning("a replica of %s takes no requests until it reaches the store again", self._backend)
-                self._paused = True
-                cancelled = [consumption.cancel() for consumption in self._consumptions.values()]
-                self._consumptions.clear()
-                for job in self._worker.withdraw():
-                    self._give_back(job)
-                await asyncio.gather(*cancelled)
-
-    async def _stay_paused_or_resume(self) -> None:
+        for job in self._worker.withdraw():
+            self._give_back(job)
         if self._config.delivery != "at_most_once":  # there nobody else may run it
             for job in self._unrecorded:
                 self._requeue(job)
-        if self._store.connected and not self._unrecorded:
-            self._paused = False
-            try:
-                await self.take_from(self._wanted)
-            except MQServeError as error:
-                logger.warning("a replica of %s cannot take requests again yet: %s", self._backend, error)
-                self._paused = True
+        return not self._unrecorded
 
     async def listen(self) -> None:
         """Hears of cancelled requests, until cancelled itself."""
@@ -177,10 +149,9 @@ class Server:
     async def drain(self, at_most_s: float) -> None:
         """Takes nothing new, gives back what has not started, and finishes the rest within the graceful shutdown timeout or `at_most_s`."""
         self._draining = True
-        cancelled = [consumption.cancel() for consumption in self._consumptions.values()]
         for job in self._worker.withdraw():
             self._give_back(job)
-        await asyncio.gather(*cancelled)
+        await self._taking.stop()
         until = time.monotonic() + min(at_most_s, self._config.graceful_shutdown_timeout_s)
         while self.running and time.monotonic() < until:
             await asyncio.sleep(0.01)
@@ -188,8 +159,12 @@ class Server:
             logger.warning(
                 "giving back request %s of %s: still running after the graceful shutdown timeout", job.envelope.id, self._backend
             )
-            self._give_back(job)
-        self._consumptions.clear()
+            if self._config.delivery == "at_most_once":  # its mark stays: it may yet start, in a batch that gathers
+                self._requeue(job)
+            else:
+                self._give_back(job)
+        if self._tasks:  # marks that are taken away, before anybody else takes the requests
+            await asyncio.wait(self._tasks, timeout=_LAST_STEPS_S)
         self._metrics.hand_over(0, 0)
 
     async def abandon(self) -> None:
@@ -197,8 +172,9 @@ class Server:
         self._draining = True
         self._worker.withdraw()
         self._jobs.clear()
-        await asyncio.gather(*[consumption.cancel() for consumption in self._consumptions.values()])
-        self._consumptions.clear()
+        await self._taking.stop()
+        for task in self._tasks:
+            task.cancel()
         for held in self._in_hand.values():
             while held:
                 held.pop().requeue()
@@ -232,15 +208,15 @@ class Server:
             self._give_up(job, late_result("run" if job.started else "queue"))
 
     def _check_stuck(self) -> None:
-        """Raises BackendFailed for a call that goes on and on after its time: nothing else can end it, and its slot is lost."""
+        """Raises BackendFailed for a call that nobody wants and that goes on after the backend's own time: nothing else can end it."""
         if not self._may_end:
             return
-        stuck_since = time.monotonic() - STUCK_AFTER_S
+        stuck_since = time.monotonic() - self._config.request_timeout_s - STUCK_AFTER_S  # no client's own clock: it must not end replicas
         for job in self._jobs:
-            if job.started and job.deadline < stuck_since and job.task is None:  # an async one is cancelled
+            if job.started and job.started < stuck_since and all(member.unwanted for member in job.batch or (job,)):
                 raise BackendFailed(
-                    f"a call of backend {self._backend!r} goes on {STUCK_AFTER_S:g} s after its request's time was spent, and "
-                    "ends its replica: ask serve.cancelled() in it, or raise request_timeout_s"
+                    f"a call of backend {self._backend!r} goes on {STUCK_AFTER_S:g} s after request_timeout_s "
+                    f"({self._config.request_timeout_s:g} s), and ends its replica: ask serve.cancelled() in it, or allow more"
                 )
 
     def _give_up_cancelled(self) -> None:
@@ -249,21 +225,21 @@ class Server:
 
     def _give_up(self, job: Job, result: Result) -> None:
         """Whoever waits is told now; the slot is free when the call has ended."""
-        if job.started and job.envelope.id and job.given_up is None:
+        if job.started and _is_kept(job.envelope) and job.given_up is None:
             self._record(job, result).add_done_callback(_recorded_or_not)
         self._worker.give_up(job, result)
 
     # Taking.
 
     def _on_delivery(self, generation: int, delivery: Delivery) -> None:
-        if self._draining or self._paused:
+        if self._draining or self._taking.paused:
             return delivery.requeue()
         self._in_hand.setdefault(generation, set()).add(delivery)
         try:
             envelope = delivery.envelope()
             self._admission.check_names(envelope)
         except BadEnvelope as error:
-            return self._dead_letter(generation, delivery, error)
+            return self._start(self._refuse(Job(NOTHING, (generation, delivery)), error))
         header = envelope.header
         left_s = (header.deadline - self._store.now_ms()) / 1000 if header.deadline else MAX_REQUEST_TIMEOUT_S
         job = Job(envelope, (generation, delivery), time.monotonic() + left_s)
@@ -286,8 +262,9 @@ class Server:
         """Looked at before it runs."""
         _, delivery = job.tag
         try:
-            check_copies = time.monotonic() < self._copies_until
-            admitted = await self._admission.admit(job.envelope, self._config, redelivered=delivery.redelivered, check_copies=check_copies)
+            admitted = await self._admission.admit(
+                job.envelope, self._config, redelivered=delivery.redelivered, check_copies=self._may_be_copies
+            )
         except BadEnvelope as error:
             await self._refuse(job, error)
         except MQServeError as error:
@@ -323,13 +300,13 @@ class Server:
         """From the worker; a job that was given back in between is the next replica's."""
         if job in self._jobs:
             self._jobs.discard(job)
-            if job.given_up and not job.started:
-                return self._drop(job, job.given_up)
+            if job.unwanted and not job.started:
+                return self._drop(job, job.given_up or late_result("queue"))
             self.served += 1
             if job.unwanted:  # whoever waited has been told so, and hears the same from the store
                 result = job.given_up or late_result("run")
             self._metrics.done(job.envelope, result, self._store.now_ms(), job.run_s, len(job.batch) or 1)
-            if job.suspect and not job.envelope.id:
+            if (job.suspect or job.marked) and not job.envelope.id:
                 self._start(self._admission.forget(job.envelope))
             self._finish(job, result)
 
@@ -340,7 +317,7 @@ class Server:
             self._ack(job)
         elif envelope.reply_to or len(result.body) > INLINE_RESULT_BYTES:
             self._start(self._finish_slowly(job, result))
-        elif envelope.id:
+        elif _is_kept(envelope):
             self._unrecorded.add(job)
             self._record(job, result).add_done_callback(partial(self._recorded, job))
         else:
@@ -355,11 +332,11 @@ class Server:
 
     def _recorded(self, job: Job, done: asyncio.Future[bool]) -> None:
         self._unrecorded.discard(job)
-        if done.cancelled() or (error := done.exception()) is None:
-            self._ack(job)
-        else:
-            logger.warning("giving back a finished request of %s: its result could not be stored (%s)", self._backend, error)
-            self._give_back_later(job)
+        error = StoreUnavailable("the store was closed") if done.cancelled() else done.exception()
+        if error is None:
+            return self._ack(job)
+        logger.warning("giving back a finished request of %s: its result could not be stored (%s)", self._backend, error)
+        self._give_back_unstored(job)
 
     async def _finish_slowly(self, job: Job, result: Result) -> None:
         """Large results and AMQP replies, which take more than one step."""
@@ -375,7 +352,7 @@ class Server:
                 await self._reply(envelope, result if first else await self._admission.stored(envelope, result))
         except MQServeError as error:
             logger.warning("giving back a finished request of %s: %s", self._backend, error)
-            self._give_back_later(job)
+            self._give_back_unstored(job)
         else:
             self._ack(job)
 
@@ -394,39 +371,38 @@ class Server:
         self._queue.reply(
             replace(reply, correlation_id=envelope.correlation_id, status=result.status),
             envelope.reply_to,
-            settled.set_result,
+            telling(settled),
         )
         if error := await settled:
             raise error
 
     async def _refuse(self, job: Job, error: BadEnvelope) -> None:
-        """Bytes that will never parse: whoever waits is told, and they are set aside for operators."""
-        generation, delivery = job.tag
+        """Bytes that will never parse, or poison: set aside for operators, and then whoever waits is told. Not the other way round: what
+        has a result is acked when it comes round again."""
+        _, delivery = job.tag
+        if failure := await self._set_aside(delivery, error):
+            logger.warning("cannot dead-letter a message of %s yet: %s", self._backend, failure)
+            return self._give_back_later(job)
         status = 500 if isinstance(error, Poison) else 422
         refusal = Result(status=status, backend=self._backend, error=ErrorInfo(type=f"mqserve.{type(error).__name__}", message=str(error)))
         try:
-            if job.envelope.id:
+            if _is_kept(job.envelope):
                 await self._record(job, refusal)
             if job.envelope.reply_to:
                 await self._reply(job.envelope, refusal)
         except MQServeError as failure:
             logger.warning("cannot tell the sender of a refused message of %s: %s", self._backend, failure)
-        self._dead_letter(generation, delivery, error)
+        self._ack(job)
 
-    def _dead_letter(self, generation: int, delivery: Delivery, error: BadEnvelope) -> None:
-        def settled(failure: MQServeError | None) -> None:
-            if failure is None:
-                delivery.ack()
-            else:
-                logger.warning("cannot dead-letter a message of %s yet: %s", self._backend, failure)
-                return self._give_back_later(Job(NOTHING, (generation, delivery)))
-            self._in_hand[generation].discard(delivery)
-
+    async def _set_aside(self, delivery: Delivery, error: BadEnvelope) -> MQServeError | None:
+        """To the dead letters; what kept it from there."""
+        settled: asyncio.Future[MQServeError | None] = asyncio.get_running_loop().create_future()
         logger.warning("a message of %s goes to the dead letters: %s", self._backend, error)
         self._metrics.dropped["dead letter"] += 1
         attempts = error.attempts if isinstance(error, Poison) else ()
         death = Death(str(error), attempts=attempts, died_at_ms=self._store.now_ms())
-        self._queue.dead_letter(self._backend, delivery, death, settled)
+        self._queue.dead_letter(self._backend, delivery, death, telling(settled))
+        return await settled
 
     def _ack(self, job: Job) -> None:
         generation, delivery = job.tag
@@ -444,11 +420,20 @@ class Server:
             self._requeue(job)
 
     async def _unmark_and_requeue(self, job: Job) -> None:
+        await self._unmark(job)
+        self._requeue(job)
+
+    async def _unmark(self, job: Job) -> None:
         try:
             await self._admission.unmark(job.envelope)
         except StoreUnavailable as error:
             logger.warning("a request of %s keeps a mark of a run that did not end in a death: %s", self._backend, error)
-        self._requeue(job)
+
+    def _give_back_unstored(self, job: Job) -> None:
+        """It ran to its end: no death, whatever becomes of its result. Delivered at most once, it keeps its mark, and counts as lost."""
+        if job.marked and self._config.delivery != "at_most_once":
+            self._start(self._unmark(job))
+        self._give_back_later(job)
 
     def _give_back_later(self, job: Job) -> None:
         """After a failure of broker or store: at once, it would come round again at full speed. Its slot stays taken meanwhile."""
@@ -465,6 +450,11 @@ class Server:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _is_kept(envelope: Envelope) -> bool:
+    """Whether its result has a place to stand: fire and forget has none, and a shadow's is nobody's."""
+    return bool(envelope.id) and not envelope.header.shadow
 
 
 def _recorded_or_not(done: asyncio.Future[bool]) -> None:

@@ -222,7 +222,9 @@ class Worker:
             job.started = now
             if len(jobs) > 1:
                 job.batch = jobs
-        if method.is_async:
+        if all(job.given_up for job in jobs):  # in between; from here on `started` says that the call must be told
+            self._put(jobs, [_unwanted_result(job) for job in jobs])
+        elif method.is_async:
             self._run_task(jobs, self._run_async(jobs, method))
         elif self._pool is None:
             self._run_plain(jobs, method)
@@ -283,7 +285,7 @@ class Worker:
         """A batch's call goes on as long as one of its members is wanted."""
         task = job.task
         if task is not None and all(other.given_up for other in job.batch):
-            task.cancel()
+            self._loop.call_soon(task.cancel)  # a turn later: one that is cancelled before its first step never says that it ended
 
     def _announce(self, jobs: Sequence[Job]) -> None:
         try:

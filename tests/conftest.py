@@ -10,7 +10,7 @@ import pytest
 
 import mqserve as serve
 from tests.faults.wire import Wire
-from tests.instances import FORMS, SECRET_KEY, CommandLine, Deploy, new_namespace, started
+from tests.instances import FORMS, ROOT, SECRET_KEY, CommandLine, Deploy, new_namespace, started
 from tests.servers import HOW_TO_INSTALL, PrivateRabbitMQ, PrivateRedis, PrivateServer, ServerMissing
 
 Server = TypeVar("Server", bound=PrivateServer)
@@ -178,6 +178,7 @@ def environment(client: serve.Client, shared_namespace: str, broker_url: str, st
         "MQSERVE_STORE_URL": store_url,
         "MQSERVE_SECRET_KEY": SECRET_KEY,
         "MQSERVE_NAMESPACE": shared_namespace,
+        "PYTHONPATH": str(ROOT),  # handlers of the tests may use their gates and tallies
     }
 
 
@@ -206,6 +207,7 @@ def distributed_shell(tmp_path: Path, broker_url: str, store_url: str, namespace
         MQSERVE_STORE_URL=store_url,
         MQSERVE_SECRET_KEY=SECRET_KEY,
         MQSERVE_NAMESPACE=namespace,
+        PYTHONPATH=str(ROOT),
     )
     yield shell
     shell.close()

@@ -32,3 +32,9 @@ def dead_letter(broker_url: str, namespace: str, backend: str) -> dict[str, Any]
     with pika.BlockingConnection(pika.URLParameters(broker_url)) as connection:
         _, properties, _ = next(connection.channel().consume(f"{namespace}.dead.{backend}", auto_ack=True, inactivity_timeout=30))
         return dict(properties.headers)
+
+
+def words_said(environment: dict[str, str]) -> int:
+    """How many cancellations every replica has been told of."""
+    with redis.Redis.from_url(environment["MQSERVE_STORE_URL"]) as store:
+        return int(store.xlen(f"mqserve:{environment['MQSERVE_NAMESPACE']}:cancelled"))

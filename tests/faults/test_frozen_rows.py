@@ -112,6 +112,7 @@ def test_row_24_under_an_alarm_requests_are_refused_at_once_and_the_queue_drains
         asked = [threads.submit(httpx.post, url, timeout=90) for _ in range(SOME_REQUESTS)]
         wait_until(lambda: messages_of(broker_server, name) == SOME_REQUESTS)
         broker_server.alarm(short_of)
+        wait_until(lambda: not is_ready(deploy))  # a request before that is still read, or told after a few seconds
         refused_at_once(url)
         gate.open()
         assert [future.result().status_code for future in asked] == [200] * SOME_REQUESTS
