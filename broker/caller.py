@@ -59,7 +59,7 @@ class Caller:
         self._queue = queue
         self._store = store
         self._keys = keys
-        self._inbox = keys.inbox(process_id)
+        self.inbox = keys.inbox(process_id)
         self._waiting: dict[str, _Waiting] = {}
         self._paces: defaultdict[str, Pace] = defaultdict(Pace)  # by backend
         self._failed: dict[str, MQServeError] = {}  # the last requests that were never sent, or cancelled: no result will come
@@ -72,12 +72,17 @@ class Caller:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
-        return f"<Caller {self._inbox}, {len(self._waiting)} waiting>"
+        return f"<Caller {self.inbox}, {len(self._waiting)} waiting>"
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a request of this process has no result yet."""
+        return bool(self._waiting)
 
     async def run(self) -> None:
         """Reads the inbox until cancelled."""
         try:
-            await self._store.read_inbox(self._inbox, self._on_notes, self._read_again)
+            await self._store.read_inbox(self.inbox, self._on_notes, self._read_again)
         finally:
             if self._timer is not None:
                 self._timer.cancel()
@@ -106,7 +111,7 @@ class Caller:
         if len(body) > MAX_BODY_BYTES:
             raise TooLarge(f"the body has {len(body)} bytes and the limit is {MAX_BODY_BYTES}: send less, or a reference to it")
         timeout_ms = max(1, int(timeout_s * 1000))
-        header = Header(origin=origin, inbox=self._inbox, deadline=self._store.now_ms() + timeout_ms, meta=meta, once=at_most_once)
+        header = Header(origin=origin, inbox=self.inbox, deadline=self._store.now_ms() + timeout_ms, meta=meta, once=at_most_once)
         self.held.take(len(body))
         ticket = self._wait_for(future_id or mint_id(), backend, header.deadline)
         envelope = Envelope(ticket.id, body, content_type, header, expiration_ms=timeout_ms)

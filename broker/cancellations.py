@@ -41,7 +41,7 @@ def word_of_proxy(inbox: str) -> bytes:
 
 
 class Cancellations:
-    """What a replica has heard. `on_word` is called after each batch of words."""
+    """What a replica has heard, or a proxy that listens for its own name. `on_word` is called after each batch of words."""
 
     def __init__(self, store: Store, keys: StoreKeys, on_word: Callable[[], None]) -> None:
         self._store = store
@@ -54,6 +54,10 @@ class Cancellations:
 
     def __bool__(self) -> bool:
         return bool(self._heard)
+
+    def has(self, name: str) -> bool:
+        """A future id, or the inbox of a proxy."""
+        return name in self._heard
 
     async def listen(self) -> None:
         """Until cancelled."""

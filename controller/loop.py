@@ -340,7 +340,11 @@ class Controller:
     async def _forget_silent(self, observed: Observed, beats: dict[str, Beat]) -> None:
         """Fields of members that are long gone; a failed replica's words stay as long as its backend has the problem."""
         now_ms = self._store.now_ms()
-        lost = {beat.id for beat in beats.values() if beat.kind == "proxy" and now_ms - beat.at > LOST_PROXY_AFTER_S * 1000}
+        lost = {
+            beat.id
+            for beat in beats.values()
+            if beat.kind == "proxy" and beat.state != "failed" and now_ms - beat.at > LOST_PROXY_AFTER_S * 1000
+        }
         old = [
             field
             for field, beat in beats.items()

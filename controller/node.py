@@ -25,14 +25,13 @@ from .machine import replica_environment
 from .node_metrics import FOLDER_VARIABLE, NodeMetrics
 from .resources import ActorOptions, Capacity
 from .restarts import ENDED_WELL, Restarts
-from .state import BEAT_EVERY_S, Assignment, Beat, Desired, follow_state, read_beats
+from .state import BEAT_EVERY_S, PROXY_DRAIN_S, Assignment, Beat, Desired, follow_state, read_beats
 
 logger = logging.getLogger(__name__)
 
 SILENT_CHILD_AFTER_S = 20.0  # a replica whose I/O loop is silent for this long is killed
 STOP_MARGIN_S = 5.0  # beyond its own drain time, then it is killed
 PARENT_GONE_S = 6.0  # what children get when the node's own parent is gone
-PROXY_DRAIN_S = 20.0  # what a proxy gives its open requests
 _CHECK_EVERY_S = 1.0
 
 
@@ -200,7 +199,11 @@ class Node:
             host = options.http_host or http.host
             port = http.port if options.http_port is None else options.http_port
             proxy_id = f"proxy-{options.node_id}#{secrets.token_hex(3)}"  # its own: what is on its way to a dead one is not for the next
-            child = self._launcher.proxy(proxy_id, host, port, options.node_id)
+            try:
+                child = self._launcher.proxy(proxy_id, host, port, options.node_id)
+            except OSError as error:  # no file descriptors, no processes: the replicas are not to go with it
+                logger.error("cannot start the proxy of node %s: %s", options.node_id, error)
+                return self._proxy_restarts.died_early(time.monotonic(), str(error))
             watching = self._tasks.create_task(self._watch_proxy(proxy_id, child))
             self._proxies[proxy_id] = _Running(child, watching, STOP_MARGIN_S + PROXY_DRAIN_S)
 

@@ -52,6 +52,10 @@ class Process:
                 [python, "-m", "mqserve", *arguments], env=environment, pass_fds=(*hands_on, *(() if detached else (reading,))),
                 start_new_session=True, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
             )  # fmt: skip
+        except BaseException:
+            if self._writing >= 0:
+                os.close(self._writing)
+            raise
         finally:
             if output is not None and not isinstance(output, int):
                 output.close()

@@ -214,6 +214,7 @@ class Beat(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 BEAT_EVERY_S = 1.0
+PROXY_DRAIN_S = 20  # what a proxy gives its open requests when it ends
 SILENT_AFTER_S = 6.0  # a member that has not beaten for this long is gone
 
 

@@ -156,16 +156,16 @@ class _Keep(Exception):
 
 async def _retry(links: Links, timeout_ms: int, forgotten: set[str], letter: DeadLetter) -> None:
     letter = letter.renewed(links.store.now_ms() + timeout_ms)
-    future_id = letter.name
+    future_id = ""
     try:
         envelope = letter.envelope()
     except BadEnvelope:
-        pass  # it left no result, and a replica of another version may read it
+        pass  # it left no result (its id is not to name another's), and a replica of another version may read it
     else:
         future_id = envelope.future_id(letter.backend) or letter.name
         if envelope.header.ref and envelope.header.ref == links.keys.body(letter.id):  # what else it names, no replica reads either
             await _keep_body(links, envelope.header.ref, timeout_ms)
-    if future_id not in forgotten:  # of two with one id the second finds the first one's result
+    if future_id and future_id not in forgotten:  # of two with one id the second finds the first one's result
         await links.store.delete(*links.keys.of_runs(future_id))
         forgotten.add(future_id)
     await _published(links, letter)

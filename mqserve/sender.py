@@ -136,6 +136,9 @@ class Sender:
             data = await _resolved(call.data)
             arguments = {name: await _resolved(value) for name, value in call.arguments.items()}
             await asyncio.to_thread(self._send_now, replace(call, data=data, arguments=arguments))
+        except asyncio.CancelledError:
+            _fail(call.pending, InstanceError("the client was shut down before the request was sent"))
+            raise
         except Exception as error:
             _fail(call.pending, error)
 

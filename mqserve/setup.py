@@ -131,9 +131,9 @@ def store_rights(namespace: str) -> dict[str, StoreRights]:
             {*documents, keys.beats}, {keys.beats, keys.cancelled}, _CONNECTING + _DOCUMENTS + _BEATING + _TELLING + ("hgetall",)
         ),
         "proxy": rights(
-            {*documents, *results, *inbox("proxy"), keys.start("*"), keys.code("*")},
+            {*documents, *results, *inbox("proxy"), keys.start("*"), keys.code("*"), keys.cancelled},
             {*results, *inbox("proxy"), keys.beats, keys.cancelled},
-            calls + _BEATING,
+            (*calls, *_BEATING, "xread"),
         ),
         # A replica's own handles send and wait; the inboxes of others it only writes to.
         "replica": rights(

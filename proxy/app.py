@@ -9,7 +9,7 @@ from typing import Any
 
 from ..broker.caller import MAX_BODY_BYTES, Caller
 from ..broker.envelope import MAX_HEAD_BYTES, Meta, is_minted, mint_id
-from ..broker.errors import BadValue, MQServeError, NoReplica, StoreUnavailable, TooLarge
+from ..broker.errors import BadValue, Cancelled, MQServeError, NoReplica, StoreUnavailable, TooLarge
 from ..broker.overload import HeldBytes
 from ..controller.state import choose
 from .departures import Departures
@@ -27,10 +27,6 @@ CALL_METHOD_HEADER = b"x-serve-call-method"
 SHARD_KEY_HEADER = b"x-serve-shard-key"
 TIMEOUT_HEADER = b"x-request-timeout-seconds"
 DOWN_AFTER_MS = 10_000
-
-
-class BadBodyEnd(MQServeError):
-    """Nobody is left to read the answer."""
 
 
 class ProxyApp:
@@ -203,7 +199,7 @@ async def _read_body(scope: Scope, receive: Receive, held: HeldBytes) -> bytes:
 async def _next_part(receive: Receive) -> Message:
     message = await receive()
     if message["type"] == "http.disconnect":
-        raise BadBodyEnd("the client went away before its request was complete")
+        raise Cancelled("the client went away before its request was complete")
     return message
 
 

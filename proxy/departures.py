@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
+
+from ..broker.errors import words_of
+
+logger = logging.getLogger(__name__)
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
@@ -44,7 +49,11 @@ class Departures:
                     self._watching[request_id] = tasks.create_task(self._watch(request_id, receive))
 
     async def _watch(self, request_id: str, receive: Receive) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
+        try:
+            while (await receive())["type"] != "http.disconnect":
+                await asyncio.sleep(_LOOK_EVERY_S)  # a middleware may hand out the body again and again
+        except Exception as error:  # a middleware's own: the request goes on unwatched
+            logger.warning("cannot tell whether the client of request %s goes away: %s", request_id, words_of(error))
+            return
         self._watching.pop(request_id, None)
         self._on_departure(request_id)

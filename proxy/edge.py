@@ -34,8 +34,9 @@ _OURS = b"x-mqserve-"  # inside the instance only: nobody may send them in
 _WATCHED = HOP_BY_HOP | {b"host", b"content-length", b"expect"}
 _HOST = re.compile(rb"[\w.~%!$&'()*+,;=:\[\]-]*", re.ASCII)
 _ABSOLUTE = re.compile(rb"https?://([^/?#]*)(/[^#]*)?", re.IGNORECASE)
-_END_TO_END = frozenset(  # what rights depend on: a client must not have a header removed that a server in front has set
-    b"host origin authorization cookie forwarded via x-real-ip x-forwarded-for x-forwarded-host x-forwarded-proto".split()
+# What rights depend on (a client must not have a header removed that a server in front has set), and where the request ends.
+_END_TO_END = frozenset(
+    b"content-length host origin authorization cookie forwarded via x-real-ip x-forwarded-for x-forwarded-host x-forwarded-proto".split()
 )
 _NAMES_NOTHING = (b"", b"keep-alive", b"close", b"Keep-Alive")
 
@@ -63,6 +64,7 @@ class EdgeProtocol(HttpToolsProtocol):
         self._loose_bytes = 0  # that came in since, and that the parser may have to keep
         self._due = 0.0  # loop time by which it must advance; 0 for never
         self._timer: TimerHandle | None = None  # set for `_due` or earlier, so that most requests need not touch it
+        self._flushing: TimerHandle | None = None  # looks after an answer that the client does not take
         self._answering: RequestResponseCycle | None = None
         self._refusal = b""
         self._again = False
@@ -76,6 +78,8 @@ class EdgeProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        if self._flushing is not None:
+            self._flushing.cancel()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -228,7 +232,10 @@ class EdgeProtocol(HttpToolsProtocol):
             self._advanced = False
             self._loose_bytes = 0
             if self._phase is _NOTHING:
-                self._due = 0.0
+                if self.cycle.response_complete:  # answered before its body was in, which took uvicorn's own timer away
+                    self._expect_within(self.linger_s)
+                else:
+                    self._due = 0.0
             else:
                 self._expect_within(self.body_timeout_s if self._phase is _BODY else self.head_timeout_s)
         elif self._phase is _BODY and self.cycle.response_complete:
@@ -278,8 +285,18 @@ class EdgeProtocol(HttpToolsProtocol):
             self._say_refusal()
             return
         super().on_response_complete()
+        if left := self.transport.get_write_buffer_size():
+            self._flushing = self.loop.call_later(self.body_timeout_s, self._look_at_the_flush, left)
         if self._phase is _BODY and self.cycle.response_complete:
             self._expect_within(self.linger_s)  # answered before its body was in
+
+    def _look_at_the_flush(self, before: int) -> None:
+        """A client that does not read its answer must not keep it in our memory, nor hold up a drain."""
+        left = self.transport.get_write_buffer_size()
+        if left >= before:
+            self.transport.abort()
+        elif left:
+            self._flushing = self.loop.call_later(self.body_timeout_s, self._look_at_the_flush, left)
 
     def _refuse(self, refused: Refused) -> None:
         """Says so after what is still to be answered, and closes; what comes in from here on is discarded."""

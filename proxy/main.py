@@ -20,6 +20,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from ..broker import code
 from ..broker.backoff import delays
 from ..broker.caller import Caller
+from ..broker.cancellations import Cancellations, word_of_proxy
 from ..broker.errors import MQServeError
 from ..broker.lifeline import Stop, stop_event
 from ..broker.listener import bind
@@ -30,7 +31,7 @@ from ..broker.redis_store import open_redis
 from ..broker.settings import Settings
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
-from ..controller.state import BEAT_EVERY_S, Beat, Desired, Observed, follow_state
+from ..controller.state import BEAT_EVERY_S, PROXY_DRAIN_S, Beat, Desired, Observed, follow_state
 from .app import ProxyApp
 from .edge import EdgeProtocol
 from .routes import RouteTable
@@ -38,7 +39,6 @@ from .routes import RouteTable
 logger = logging.getLogger(__name__)
 
 FAILED_EXIT = 3
-DRAIN_S = 20
 LAST_ANSWERS_S = 2.0  # a connection that is idle this long when a proxy ends is closed
 
 
@@ -111,11 +111,24 @@ class Proxy:
                 self._state, self._error = "failed", str(error)
                 failure = error
             finally:
+                await self._tell_of_the_rest(caller)
                 await self._presence.leave(with_last_words=self._state == "failed")
                 beating.cancel()
                 reading.cancel()
         if failure is not None:
             raise failure
+
+    async def _tell_of_the_rest(self, caller: Caller) -> None:
+        """Requests that its end cuts off: their clients are gone."""
+        if caller.is_waiting:
+            with contextlib.suppress(MQServeError):
+                await self._store.append_log(self._keys.cancelled, word_of_proxy(caller.inbox))
+
+    def _give_up(self, heard: Cancellations, caller: Caller, stop: Stop) -> None:
+        """It was frozen or cut off for so long that the controller told the replicas so: another one is to be started in its place."""
+        if heard.has(caller.inbox) and not stop.is_set():
+            logger.error("%s was silent for too long and its requests are not run any more: ending", self._options.proxy_id)
+            stop.set()
 
     def _listener(self) -> socket.socket:
         options = self._options
@@ -133,7 +146,8 @@ class Proxy:
         self._outer.app, self._middlewares = await self._with_middlewares(app, desired), desired.http.middlewares
         server = _Server(_uvicorn_config(self._outer))
         async with asyncio.TaskGroup() as tasks:
-            minding = [tasks.create_task(self._follow(app)), tasks.create_task(app.departures.watch_forever())]
+            heard = Cancellations(self._store, self._keys, lambda: self._give_up(heard, caller, stop))
+            minding = [tasks.create_task(work) for work in (self._follow(app), app.departures.watch_forever(), heard.listen())]
             serving = tasks.create_task(server.serve(sockets=[listener]))
             while not server.started and not serving.done():
                 await asyncio.sleep(0.005)
@@ -247,6 +261,6 @@ class _Server(uvicorn.Server):
 def _uvicorn_config(app: Any) -> uvicorn.Config:
     return uvicorn.Config(
         app, interface="asgi3",
-        http=EdgeProtocol, ws="none", lifespan="off", access_log=False, log_config=None, timeout_graceful_shutdown=DRAIN_S,
+        http=EdgeProtocol, ws="none", lifespan="off", access_log=False, log_config=None, timeout_graceful_shutdown=PROXY_DRAIN_S,
         server_header=False, date_header=True,
     )  # fmt: skip

@@ -644,3 +644,13 @@ def test_a_loopback_name_is_one_that_nobody_else_can_own(host: str) -> None:
 @pytest.mark.parametrize("host", ["", "example.org", "localhost.", "a.localhost", "0.0.0.0", "[::]", "127.0.0.1.nip.io", "10.0.0.1"])
 def test_any_other_name_is_none(host: str) -> None:
     assert not names_loopback(host)
+
+
+def test_a_header_that_ends_the_request_is_not_removed_by_naming_it(odd: str) -> None:
+    """With an upgrade offered the head is read twice, and both times it must end at the same place."""
+    inner = b"GET /-/routes HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    head = b"POST %b HTTP/1.1\r\nHost: x\r\nConnection: upgrade, content-length\r\nUpgrade: h2c\r\nContent-Length: %d\r\n\r\n"
+    with wire(odd) as connection:
+        connection.send(head % (httpx.URL(odd).raw_path, len(inner)) + inner)
+        connection.send(b"GET %b?status=201 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n" % httpx.URL(odd).raw_path)
+        assert [answer.status for answer in connection.answers()] == [200, 201]
