@@ -74,6 +74,10 @@ class Caller:
     def __repr__(self) -> str:
         return f"<Caller {self.inbox}, {len(self._waiting)} waiting>"
 
+    def waits_for(self, future_id: str) -> bool:
+        """Whether it is a request of this process that has no result yet."""
+        return future_id in self._waiting
+
     @property
     def is_waiting(self) -> bool:
         """Whether a request of this process has no result yet."""

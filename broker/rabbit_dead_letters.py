@@ -13,6 +13,7 @@ from pamqp.commands import Basic
 from .amqp_link import OPERATION_BUDGET_S, Link, open_channel, really_cancelled
 from .dead_letters import DeadLetter
 from .errors import BrokerUnavailable, UnknownBackend, words_of
+from .refusals import broker_refusal
 
 _FIRST_BUDGET_S = 1.0  # other hands may have been faster
 _FAILURES = (aiormq.exceptions.AMQPError, aiormq.exceptions.ChannelInvalidStateError, OSError, TimeoutError)
@@ -36,7 +37,8 @@ async def open_dead_letters(link: Link, queue: str, backend: str, at_most: int |
         if isinstance(error, asyncio.CancelledError) and really_cancelled():
             raise
         raise BrokerUnavailable(
-            f"RabbitMQ did not answer ({words_of(error)}): what was to be removed may still be among the dead letters of "
+            broker_refusal(error)
+            or f"RabbitMQ did not answer ({words_of(error)}): what was to be removed may still be among the dead letters of "
             f"{backend!r}, look again"
         ) from error
 
@@ -85,7 +87,8 @@ class RabbitDeadLetters:
             yield self._letter(first)  # last, since once it is removed the consumer takes another
 
     async def remove(self, letter: DeadLetter) -> None:
-        await self._channel.basic_ack(self._tags.pop(id(letter)))
+        async with asyncio.timeout(OPERATION_BUDGET_S):
+            await self._channel.basic_ack(self._tags.pop(id(letter)))
 
     def _letter(self, message: DeliveredMessage) -> DeadLetter:
         letter = DeadLetter.from_amqp(self._backend, message.header.properties, message.body)

@@ -19,7 +19,7 @@ from .declared import Declaration
 from .deployments import Deployments, check_fits, check_target, read_actor_options
 from .futures import Future, get, wait
 from .handle import AsyncHandle, Handle
-from .links import Links
+from .links import Links, instance_has_ended
 from .runtime import Runtime
 from .sender import Sender
 
@@ -35,7 +35,9 @@ class Client:
         self._caller = Caller(links.queue, links.store, links.keys, links.process_id)
         self._sender = Sender(runtime, links, self._caller)
         self._deployments = Deployments(links, instance, self._follow)
+        self._instance = instance
         self._closed = False
+        self.has_ended = False  # somebody shut the instance down
 
     def __repr__(self) -> str:
         return f"<Client of {self._links.settings.namespace!r}{', shut down' if self._closed else ''}>"
@@ -59,6 +61,8 @@ class Client:
             async for desired, _ in follow_state(self._links.store, self._links.keys):
                 if desired is not None:
                     self._follow(desired)
+                else:
+                    self.has_ended = await instance_has_ended(self._links, self._instance)
 
     def _follow(self, desired: Desired) -> None:
         self._sender.desired = desired

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import secrets
 import socket
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -22,8 +24,11 @@ from .controller.loop import Controller
 from .controller.machine import measure_node
 from .controller.node import Child, Node, NodeOptions
 from .controller.processes import Process
+from .controller.restarts import Restarts
 from .controller.state import Desired, HttpOptions, Observed, read_beats
-from .links import EmbeddedLauncher, Links
+from .links import EmbeddedLauncher, Links, instance_has_ended
+
+logger = logging.getLogger(__name__)
 
 START_BUDGET_S = 30.0
 SHUTDOWN_BUDGET_S = 45.0
@@ -82,6 +87,7 @@ async def running_instance(links: Links, options: StartOptions) -> AsyncIterator
         members.start()
         await _until_up(links, http, node_id if options.with_node else "", members)
         is_up = True
+        members.watch(held.id)
         yield held.id
     finally:
         if not (options.detached and is_up):
@@ -97,6 +103,7 @@ class _Members:
         self._node_id = node_id
         self._options = options
         self._processes: list[Process] = []
+        self._watching: list[asyncio.Task[None]] = []
         self._stop = Stop()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -107,12 +114,28 @@ class _Members:
             node = Node(NodeOptions(self._node_id, capacity=measure_node(None, None, {})), links.store, links.keys, EmbeddedLauncher(links))
             self._tasks = [asyncio.create_task(controller.run(self._stop)), asyncio.create_task(node.run(self._stop))]
             return
-        detached = self._options.detached
-        self._processes.append(Process(["controller"], self._links.settings, detached=detached))
-        if self._options.with_node:
-            end = ["--ends-with-instance"] if detached else []
-            command = ["node", "--node-id", self._node_id, *end]
-            self._processes.append(Process(command, self._links.settings, detached=detached))
+        self._processes = [Process(command, self._links.settings, detached=self._options.detached) for command in self._commands()]
+
+    def _commands(self) -> list[list[str]]:
+        end = ["--ends-with-instance"] if self._options.detached else []
+        node = [["node", "--node-id", self._node_id, *end]] if self._options.with_node else []
+        return [["controller"], *node]
+
+    def watch(self, instance: str) -> None:
+        """Starts again whichever of its processes dies, as long as there is the instance; a detached one's are on their own."""
+        if not self._options.detached:
+            self._watching = [asyncio.create_task(self._keep(place, instance)) for place in range(len(self._processes))]
+
+    async def _keep(self, place: int, instance: str) -> None:
+        restarts, command = Restarts(), self._commands()[place]
+        while True:
+            how = await self._processes[place].wait()
+            if not how and await instance_has_ended(self._links, instance):
+                return
+            logger.warning("the %s ended (%s): starting another", command[0], how or "by itself")
+            restarts.died_early(time.monotonic(), how)
+            await asyncio.sleep(max(0.0, restarts.not_before - time.monotonic()))
+            self._processes[place] = Process(command, self._links.settings)
 
     def check(self) -> None:
         """Raises InstanceError when a member ended."""
@@ -125,6 +148,9 @@ class _Members:
 
     async def end(self) -> None:
         self._stop.set()
+        for watching in self._watching:
+            watching.cancel()
+        await asyncio.gather(*self._watching, return_exceptions=True)
         for process in self._processes:
             process.stop()
         waits = [asyncio.create_task(_ended(process)) for process in self._processes] + self._tasks

@@ -21,6 +21,7 @@ from .broker.redis_store import open_redis
 from .broker.settings import Settings
 from .broker.store import Store
 from .broker.store_keys import StoreKeys
+from .controller import lease
 from .controller.node import Share
 from .proxy.main import Proxy, ProxyOptions
 from .replicas.main import Replica, ReplicaOptions
@@ -52,6 +53,14 @@ async def open_links(settings: Settings, role: str) -> AsyncIterator[Links]:
         open_rabbitmq(settings.broker_url, settings.namespace, process_id) as queue,
     ):
         yield Links(settings, queue, store, keys, process_id)
+
+
+async def instance_has_ended(links: Links, instance: str) -> bool:
+    """Whether somebody shut it down; a store that is away does not end it."""
+    try:
+        return await lease.has_ended(links.store, links.keys, instance)
+    except MQServeError:
+        return False
 
 
 class TaskChild:

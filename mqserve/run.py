@@ -41,9 +41,9 @@ def run_until_stopped(target: str, settings: Settings, http: dict[str, Any]) -> 
                     f"{target} declares nothing to serve: decorate a function with @serve.endpoint('/path'), or call serve.create_backend"
                 )
             _announce(client, settings)
-            while not stopped.wait(0.2):
+            while not stopped.wait(0.2) and not client.has_ended:
                 pass
-            click.echo("\nDraining …", err=True)
+            click.echo("The instance was shut down." if client.has_ended else "\nDraining …", err=True)
         finally:
             client.shutdown()
     return 0

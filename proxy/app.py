@@ -16,7 +16,7 @@ from .departures import Departures
 from .metrics import CONTENT_TYPE, ProxyMetrics
 from .responses import Reply, from_error, from_result, json_reply, problem
 from .routes import NotAllowed, RouteTable, Target
-from .system import SystemPath, SystemPaths
+from .system import SystemPath, SystemPaths, forbidden
 
 Scope = dict[str, Any]
 Message = MutableMapping[str, Any]
@@ -142,6 +142,9 @@ class ProxyApp:
         future_id = scope["path"].removeprefix("/-/futures/")
         if not is_minted(future_id):
             return problem(404, "That is no request's id: it is what X-Request-ID or a handle's future says, 32 hex digits.", mint_id())
+        if not (self._caller.waits_for(future_id) or self._system.trusts(scope)):
+            # An id that this proxy does not know leaves traces in the store: not for anybody to make up.
+            return forbidden("The request of another process")
         try:
             return json_reply({"id": future_id, "cancelled": await self._caller.cancel_everywhere(future_id)})
         except MQServeError as error:
@@ -205,7 +208,7 @@ async def _next_part(receive: Receive) -> Message:
 
 def _read_headers(headers: list[tuple[bytes, bytes]]) -> tuple[str, str, str, float]:
     """(content type, method to call, shard key, seconds that the client allows). Raises BadValue for a bad number of them."""
-    content_type, call, shard_key, timeout = b"application/octet-stream", b"", b"", b""
+    content_type, call, shard_key, timeout_s = b"application/octet-stream", b"", b"", math.inf
     for name, value in headers:
         if name == b"content-type":
             content_type = value
@@ -214,8 +217,7 @@ def _read_headers(headers: list[tuple[bytes, bytes]]) -> tuple[str, str, str, fl
         elif name == SHARD_KEY_HEADER:
             shard_key = value
         elif name == TIMEOUT_HEADER:
-            timeout = value
-    timeout_s = _read_timeout(timeout) if timeout else math.inf
+            timeout_s = min(timeout_s, _read_timeout(value))
     return content_type.decode("ascii", "ignore")[:255], call.decode("latin-1"), shard_key.decode("latin-1"), timeout_s
 
 

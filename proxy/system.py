@@ -45,18 +45,26 @@ class SystemPaths:
         if scope["method"] not in system_path.methods:
             allowed = ", ".join(system_path.methods)
             return problem(405, f"{path} takes {allowed}.", mint_id(), headers=((b"allow", allowed.encode()),))
-        if not (system_path.open or _is_local(scope) or self._has_token(scope)):
-            return problem(
-                403,
-                f"{path} is answered to this machine only (by a loopback address, in the Host header too), or with the header "
-                "'Authorization: Bearer …' and the proxy's MQSERVE_ADMIN_TOKEN in it.",
-                mint_id(),
-            )
+        if not (system_path.open or self.trusts(scope)):
+            return forbidden(path)
         return await system_path.answer(scope)
+
+    def trusts(self, scope: Scope) -> bool:
+        """Whether whoever asks is this machine, or has the token."""
+        return _is_local(scope) or self._has_token(scope)
 
     def _has_token(self, scope: Scope) -> bool:
         scheme, _, token = _header(scope, b"authorization").partition(b" ")
         return bool(self._token) and scheme.lower() == b"bearer" and hmac.compare_digest(token.strip(), self._token)
+
+
+def forbidden(path: str) -> Reply:
+    return problem(
+        403,
+        f"{path} is answered to this machine only (by a loopback address, in the Host header too), or with the header "
+        "'Authorization: Bearer …' and the proxy's MQSERVE_ADMIN_TOKEN in it.",
+        mint_id(),
+    )
 
 
 def _is_local(scope: Scope) -> bool:
