@@ -8,16 +8,14 @@ import logging
 import random
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import msgspec
 
 from ..broker.cancellations import CANCELLED, Cancellations
-from ..broker.codecs import JSON
 from ..broker.dead_letters import Death
-from ..broker.envelope import NO_HEADER, Envelope
+from ..broker.envelope import Envelope
 from ..broker.errors import BackendFailed, BadEnvelope, MQServeError, StoreUnavailable
 from ..broker.queue import Delivery, Queue, telling
 from ..broker.results import ErrorInfo, Result, late_result, note_of
@@ -26,6 +24,7 @@ from ..broker.store import Record, Store
 from ..broker.store_keys import RESULT_TTL_S, StoreKeys
 from ..controller.state import MAX_REQUEST_TIMEOUT_S, Backend, BackendConfig
 from .admission import Admission, Poison
+from .amqp_replies import send_reply
 from .handler import Handler
 from .metrics import ReplicaMetrics
 from .prefetch import prefetch, slots
@@ -37,7 +36,6 @@ logger = logging.getLogger(__name__)
 
 NOTHING = Envelope("", b"", "")  # of a message that could not be read
 
-MAX_REPLY_BYTES = 8 * 1024 * 1024  # RabbitMQ 4.x takes 16 MiB, and closes the channel above it
 INLINE_RESULT_BYTES = 1024 * 1024  # a larger body stands under a key of its own
 GIVE_BACK_AFTER_S = 0.5
 UNLIMITED_MS = 60_000  # how long the result of a request without a deadline is tried to be stored
@@ -349,32 +347,13 @@ class Server:
             else:
                 first = not envelope.id or await self._record(job, result)
             if envelope.reply_to:
-                await self._reply(envelope, result if first else await self._admission.stored(envelope, result))
+                result = result if first else await self._admission.stored(envelope, result)
+                await send_reply(self._queue, self._backend, envelope, result)
         except MQServeError as error:
             logger.warning("giving back a finished request of %s: %s", self._backend, error)
             self._give_back_unstored(job)
         else:
             self._ack(job)
-
-    async def _reply(self, envelope: Envelope, result: Result) -> None:
-        """A plain AMQP reply, as every RPC tutorial teaches."""
-        settled: asyncio.Future[MQServeError | None] = asyncio.get_running_loop().create_future()
-        if len(result.body) > MAX_REPLY_BYTES:
-            where = (
-                f"read it under {envelope.id!r} in the store"
-                if envelope.id
-                else "send the request with a message_id and read it in the store"
-            )
-            message = f"the result has {len(result.body)} bytes, and a reply carries {MAX_REPLY_BYTES}: {where}"
-            result = Result(status=500, backend=self._backend, error=ErrorInfo(type="mqserve.TooLarge", message=message))
-        reply = Envelope(envelope.id, _reply_body(result), JSON if result.error else result.content_type, NO_HEADER)
-        self._queue.reply(
-            replace(reply, correlation_id=envelope.correlation_id, status=result.status),
-            envelope.reply_to,
-            telling(settled),
-        )
-        if error := await settled:
-            raise error
 
     async def _refuse(self, job: Job, error: BadEnvelope) -> None:
         """Bytes that will never parse, or poison: set aside for operators, and then whoever waits is told. Not the other way round: what
@@ -389,7 +368,7 @@ class Server:
             if _is_kept(job.envelope):
                 await self._record(job, refusal)
             if job.envelope.reply_to:
-                await self._reply(job.envelope, refusal)
+                await send_reply(self._queue, self._backend, job.envelope, refusal)
         except MQServeError as failure:
             logger.warning("cannot tell the sender of a refused message of %s: %s", self._backend, failure)
         self._ack(job)
@@ -461,9 +440,3 @@ def _recorded_or_not(done: asyncio.Future[bool]) -> None:
     """The end of the run records it again, and gives the message back if that fails."""
     if not done.cancelled():
         done.exception()
-
-
-def _reply_body(result: Result) -> bytes:
-    if result.error is None:
-        return result.body
-    return msgspec.json.encode({"error": {"type": result.error.type, "message": result.error.message}})

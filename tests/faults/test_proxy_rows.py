@@ -18,7 +18,7 @@ import redis
 
 import mqserve as serve
 from mqserve.broker.caller import MAX_BODY_BYTES
-from mqserve.replicas.serve import MAX_REPLY_BYTES
+from mqserve.replicas.amqp_replies import MAX_REPLY_BYTES
 from tests.faults import skewed_clock
 from tests.faults.crowd import Crowd
 from tests.faults.wire import Wire
