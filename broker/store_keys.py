@@ -3,8 +3,9 @@
 | key                          | type   | writer               | reader            | expiry                    |
 |------------------------------|--------|----------------------|-------------------|---------------------------|
 | `mqserve:<ns>:future:{id}`   | string | replica, or the one who finds it expired; once | whoever waits | RESULT_TTL_S |
-| `mqserve:<ns>:start:{id}`    | string | replica, of runs that last | the waiting process | the request's deadline |
-| `mqserve:<ns>:attempts:{id}`, `redeliveries:{id}` | counter | replica, on redelivery | replica | one day          |
+| `mqserve:<ns>:start:{id}`    | string | replica, of runs that last or repeat | waiting process, replicas | deadline + 60 s, or one day |
+| `mqserve:<ns>:attempts:{id}` | string, a JSON list | replica, on redelivery | replica          | one day                   |
+| `mqserve:<ns>:redeliveries:{id}` | counter | replica, on redelivery | replica              | one day                   |
 | `mqserve:<ns>:claim:{id}`    | string | replica, after a change of the queue's generation | replica | one day          |
 | `mqserve:<ns>:body:{id}`     | string | sender: a body by reference | replica      | the request's deadline + 60 s |
 | `mqserve:<ns>:body:{id.result}` | string | replica: a large result | whoever waits | RESULT_TTL_S          |
