@@ -42,6 +42,17 @@ _FAILURES = (RedisError, OSError, TimeoutError, RuntimeError)  # the last is uvl
 T = TypeVar("T")
 
 
+class _Pool(redis.BlockingConnectionPool):
+    """The last connection given back is the next one used: where that is one that could not be opened, since the server takes no more, an
+    open one beneath it would never be used again. So it goes to the bottom."""
+
+    async def release(self, connection: Any) -> None:
+        await super().release(connection)
+        kept = self._available_connections
+        if kept and kept[-1] is connection and not connection.is_connected:
+            kept.insert(0, kept.pop())
+
+
 @asynccontextmanager
 async def open_redis(url: str, namespace: str) -> AsyncIterator[RedisStore]:
     """Connected on entry, or StoreUnavailable within CONNECT_BUDGET_S; closed on exit."""
@@ -61,9 +72,7 @@ class RedisStore:
         self._channel = StoreKeys(namespace).changed
         once = Retry(NoBackoff(), 1)
         self._commands = ExplainedRedis.from_pool(
-            redis.BlockingConnectionPool.from_url(
-                url, max_connections=16, timeout=2, socket_timeout=2, socket_connect_timeout=2, retry=once
-            )
+            _Pool.from_url(url, max_connections=16, timeout=2, socket_timeout=2, socket_connect_timeout=2, retry=once)
         )
         self._blocking = ExplainedRedis.from_url(url, socket_timeout=None, socket_connect_timeout=2, retry=Retry(NoBackoff(), 0))
         self._scripts = {name: (_HERE / f"{name}.lua").read_text() for name in ("record", "replace", "delete")}

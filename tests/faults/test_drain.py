@@ -52,7 +52,10 @@ def serving(deploy: Deploy, target: Any, **config: Any) -> tuple[str, str]:
 
 
 def is_gone(pid: int) -> bool:
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def test_every_replica_is_told_to_end_one_after_another(deploy: Deploy, members: Members) -> None:

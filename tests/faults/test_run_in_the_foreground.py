@@ -1,6 +1,7 @@
 """`mqserve run` keeps its instance: what dies of it is started again, and it ends when the instance does."""
 
 import signal
+from contextlib import suppress
 
 import httpx
 import psutil
@@ -9,15 +10,21 @@ from tests.instances import CommandLine, Program, wait_until
 from tests.test_cli import run_hello
 
 
-def process_of(program: Program, role: str) -> psutil.Process:
-    return next(child for child in program.descendants() if child.cmdline()[3:4] == [role])
+def processes_of(program: Program, role: str) -> list[psutil.Process]:
+    found = []
+    for child in program.descendants():
+        with suppress(psutil.NoSuchProcess):  # a zombie, or gone in between
+            if child.cmdline()[3:4] == [role]:
+                found.append(child)
+    return found
 
 
 def test_a_killed_controller_of_a_run_is_started_again(distributed_shell: CommandLine) -> None:
     program, url = run_hello(distributed_shell)
-    process_of(program, "controller").kill()
-    process_of(program, "replica").kill()
-    wait_until(lambda: any(child.cmdline()[3:4] == ["replica"] for child in program.descendants()), 60)
+    for role in ("controller", "replica"):
+        (process,) = processes_of(program, role)
+        process.kill()
+    wait_until(lambda: processes_of(program, "replica"), 60)
     wait_until(lambda: httpx.get(f"{url}/hello/you", timeout=60).status_code == 200, 60)
     program.signal(signal.SIGINT)
     assert program.wait(60) == 0
