@@ -80,8 +80,9 @@ class Taking:
                 logger.warning("a replica of %s takes no requests until it reaches the store again", self._backend)
                 self.paused = True
                 await self.stop()
-            if self.paused:
-                self.paused = not (self._settle() and self._store.connected)
+            if self.paused and self._settle() and self._store.connected:
+                logger.warning("a replica of %s reaches the store again and takes requests", self._backend)
+                self.paused = False
             if self.paused or now < not_before or set(self._wanted) == set(self._consumptions):
                 continue
             try:
@@ -90,7 +91,7 @@ class Taking:
                 on_taken()
             except MQServeError as error:
                 logger.warning("a replica of %s cannot take from its queue yet: %s", self._backend, error)
-                not_before = now + next(pauses)
+                not_before = time.monotonic() + next(pauses)
 
     async def _take(self, generations: tuple[int, ...]) -> None:
         """Raises BrokerUnavailable; what it has by then it keeps."""
