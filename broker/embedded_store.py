@@ -126,6 +126,9 @@ class EmbeddedStore:
         finally:
             readers.remove(on_entries)
 
+    async def concern(self) -> str:
+        return ""
+
     async def close(self) -> None:
         self._values.clear()
         self._hashes.clear()

@@ -301,6 +301,16 @@ class RedisStore:
                 logger.warning("lost the log at %s (%s); reconnecting", masked(self._url), words_of(error))
                 await asyncio.sleep(next(pauses))
 
+    async def concern(self) -> str:
+        try:
+            memory: Any = await self._call(lambda: self._commands.info("memory"))
+        except StoreUnavailable:
+            return ""
+        policy = memory.get("maxmemory_policy", "noeviction")
+        if policy == "noeviction" or not memory.get("maxmemory"):
+            return ""
+        return f"Redis forgets answers and configuration when it is full (maxmemory-policy {policy}): set maxmemory-policy to noeviction"
+
     async def close(self) -> None:
         if self._flusher is not None and not self._flusher.done():
             with suppress(TimeoutError, asyncio.CancelledError):

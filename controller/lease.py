@@ -35,12 +35,13 @@ class NotLeading(MQServeError):
 
 
 class InstanceLease(msgspec.Struct, frozen=True):
-    """Who runs the instance. `at` is store ms, renewed by the leading controller."""
+    """Who runs the instance. `at` is store ms, renewed by the leading controller, which names itself."""
 
     id: str
     owner: str
     detached: bool
     at: Count
+    leader: str = ""
 
 
 class Leadership(msgspec.Struct, frozen=True):
@@ -86,7 +87,7 @@ async def read_instance(store: Store, keys: StoreKeys) -> InstanceLease:
     return _decode_lease(raw)
 
 
-async def renew_instance(store: Store, keys: StoreKeys, instance: str, guard: Guard) -> bool:
+async def renew_instance(store: Store, keys: StoreKeys, instance: str, leader: str, guard: Guard) -> bool:
     """False where it was refused; a lease of another instance, or none, is none of ours to renew."""
     raw = await store.get(keys.instance)
     if raw is None:
@@ -98,7 +99,7 @@ async def renew_instance(store: Store, keys: StoreKeys, instance: str, guard: Gu
         lease = InstanceLease(instance, "restored by its controller", True, 0)
     if lease.id != instance:
         return True
-    renewed = msgspec.json.encode(msgspec.structs.replace(lease, at=store.now_ms()))
+    renewed = msgspec.json.encode(msgspec.structs.replace(lease, at=store.now_ms(), leader=leader))
     return await store.replace(keys.instance, raw, renewed, guard=guard, quiet=True)
 
 
@@ -142,14 +143,14 @@ class Leader:
     def __init__(self, store: Store, keys: StoreKeys, controller: str) -> None:
         self._store = store
         self._keys = keys
-        self._name = f"{controller}#{secrets.token_hex(3)}"  # a container that is restarted has the id of its last life
+        self.name = f"{controller}#{secrets.token_hex(3)}"  # a container that is restarted has the id of its last life
         self._mine: bytes | None = None
         self._renewed_at = -math.inf  # monotonic, from before the write
         self._above = 0
         self.epoch = 0
 
     def __repr__(self) -> str:
-        return f"<Leader {self._name}, epoch {self.epoch}, {'leading' if self._mine else 'waiting'}>"
+        return f"<Leader {self.name}, epoch {self.epoch}, {'leading' if self._mine else 'waiting'}>"
 
     @property
     def claim(self) -> Guard:
@@ -171,11 +172,11 @@ class Leader:
         began, now_ms = time.monotonic(), self._store.now_ms()
         raw = await self._store.get(self._keys.leader)
         current = _decode_leadership(raw) if raw else None
-        is_mine = current is not None and current.controller == self._name
+        is_mine = current is not None and current.controller == self.name
         if current is not None and is_mine and current.epoch > self._above:
             new = msgspec.structs.replace(current, at=now_ms)
         elif current is None or is_mine or now_ms - current.at > LEADER_TTL_S * 1000:
-            new = Leadership(self._name, max(self.epoch, self._above, current.epoch if current else 0) + 1, now_ms)
+            new = Leadership(self.name, max(self.epoch, self._above, current.epoch if current else 0) + 1, now_ms)
         else:
             self._mine = None
             return False
@@ -204,7 +205,7 @@ class Leader:
         """At a graceful end: whoever waits leads at once, above our epoch. `for_good`: with the instance, nothing is left to lead."""
         mine, self._mine = self._mine, None
         if mine is not None:
-            lapsed = None if for_good else msgspec.json.encode(Leadership(self._name, self.epoch, 0))
+            lapsed = None if for_good else msgspec.json.encode(Leadership(self.name, self.epoch, 0))
             await self._store.replace(self._keys.leader, mine, lapsed)
 
 

@@ -34,9 +34,11 @@ T = TypeVar("T")
 
 TICK_S = 1.0
 FORGET_BEATS_AFTER_S = 60.0
-LOST_PROXY_AFTER_S = 20.0  # without a beat; one whose node saw it end is known at once
+LOST_PROXY_AFTER_S = 25.0  # without a beat: its node, which kills it after 20 s, is gone too, or it has none
 SETTLE_S = 3.0  # after the store lost its data or was away: the members get this long to beat again
 AWAY_AFTER_S = 4.0  # a look at the store that comes this late says nothing of the members, whose beats could not land either
+NODE_GRACE_S = 10.0  # a node that starts beside its controller, or was late for once, is no reason to give a backend up
+ASK_STORE_EVERY_S = 60.0  # whether it is set up to keep what it is given
 DECLARE_AGAIN_S = 15.0  # a broker may come back empty
 
 
@@ -53,6 +55,8 @@ class Controller:
         self._codes: dict[str, bytes] = {}
         self._looked_at = math.inf  # at the store, monotonic
         self._settled_at = 0.0  # monotonic; until then nobody is missed
+        self._concern = ""  # the store's own
+        self._asked_at = -math.inf  # for it, monotonic
         self._begin(0)
 
     def _begin(self, epoch: int) -> None:
@@ -63,6 +67,7 @@ class Controller:
         self._counted: set[str] = set()  # deaths of replicas that the observed document still names
         self._declared: dict[tuple[str, int, int | None], float] = {}  # when, in monotonic seconds
         self._unbound: set[tuple[str, int]] = set()
+        self._had_node_at = time.monotonic()
         self._raw_observed: bytes | None = None
         self._observed_is_broken = False
 
@@ -135,7 +140,7 @@ class Controller:
 
     async def _tick(self, desired: Desired) -> bool:
         """One comparison; True when the instance is shut down and cleared."""
-        if not await lease.renew_instance(self._store, self._keys, desired.instance, self._leader.claim):
+        if not await lease.renew_instance(self._store, self._keys, desired.instance, self._leader.name, self._leader.claim):
             raise lease.NotLeading("the instance's lease was not renewed: another controller leads")
         if time.monotonic() < self._settled_at:
             return False
@@ -143,6 +148,7 @@ class Controller:
         if observed.epoch > self._leader.epoch:
             return False  # the next claim is above it
         beats = read_beats(await self._store.fields(self._keys.beats))
+        await self._ask_store()
         new = self._place(desired, observed, beats)
         try:
             new = await self._keep_queues(desired, new, beats)
@@ -151,6 +157,13 @@ class Controller:
         await self._write(observed, new)
         await self._forget_silent(new, beats)
         return desired.closing and await self._is_down(new, beats)
+
+    async def _ask_store(self) -> None:
+        if time.monotonic() - self._asked_at < ASK_STORE_EVERY_S:
+            return
+        self._asked_at, before, self._concern = time.monotonic(), self._concern, await self._store.concern()
+        if self._concern and self._concern != before:
+            logger.warning("%s", self._concern)
 
     async def _write_back(self) -> None:
         """The store lost its data: our copy, under a higher epoch, code included."""
@@ -183,6 +196,8 @@ class Controller:
         nodes = plan.living(beats, "node", now_ms)
         replicas = plan.living(beats, "replica", now_ms)
         ready = {replica_id for replica_id, beat in replicas.items() if beat.state == "ready"}
+        if nodes:
+            self._had_node_at = now
         ended = plan.ended_replicas(observed.replicas, beats, now_ms)
         for replica_id, how in ended.items():
             if replica_id not in self._counted:  # an assignment that could not be written is compared again
@@ -206,6 +221,7 @@ class Controller:
             placement = plan.place_replicas(desired, assigned, still_draining, ready - set(ended), nodes, may_start, _new_replica_id)
         placed = plan.of_backends(placement.replicas, {*desired.backends, *observed.queues})
         leaving = {**observed.draining, **assigned}
+        may_yet_come = not nodes and now - self._had_node_at < NODE_GRACE_S
         return msgspec.structs.replace(
             observed,
             epoch=self._leader.epoch,
@@ -213,7 +229,7 @@ class Controller:
             replicas=placed,
             draining={name: kept for name, kept in leaving.items() if name not in placed and name in replicas},
             proxies=() if desired.closing else plan.place_proxies(desired, nodes),
-            problems=self._problems(desired, beats, placement.unplaced),
+            problems=self._problems(desired, beats, {} if may_yet_come else placement.unplaced),
             down_since=self._down_since(desired, observed, placed, replicas, now_ms),
         )
 
@@ -238,6 +254,8 @@ class Controller:
         for beat in beats.values():
             if beat.kind == "proxy" and beat.state == "failed":
                 problems[f"proxy on {beat.node or beat.host}"] = beat.error
+        if self._concern:
+            problems["the store"] = self._concern
         return problems
 
     def _down_since(

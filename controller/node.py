@@ -29,7 +29,7 @@ from .state import BEAT_EVERY_S, PROXY_DRAIN_S, Assignment, Beat, Desired, follo
 
 logger = logging.getLogger(__name__)
 
-SILENT_CHILD_AFTER_S = 20.0  # a replica whose I/O loop is silent for this long is killed
+SILENT_CHILD_AFTER_S = 20.0  # a replica or proxy whose I/O loop is silent for this long is killed
 STOP_MARGIN_S = 5.0  # beyond its own drain time, then it is killed
 PARENT_GONE_S = 6.0  # what children get when the node's own parent is gone
 _CHECK_EVERY_S = 1.0
@@ -264,7 +264,7 @@ class Node:
         return [*self._replicas.values(), *self._proxies.values()]
 
     async def _check_children(self) -> None:
-        """Starts a proxy whose pause is over, or beside one that drains; kills replicas whose I/O loop is silent while the store takes
+        """Starts a proxy whose pause is over, or beside one that drains; kills children whose I/O loop is silent while the store takes
         our own beats."""
         changed = self._store.watch()
         try:
@@ -275,7 +275,7 @@ class Node:
                     await self._forget_dead_proxies()
                     beats = read_beats(await self._store.fields(self._keys.beats))
                     self._follow_draining_proxies(beats)
-                    self._kill_silent_replicas(beats)
+                    self._kill_silent(beats)
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_CHECK_EVERY_S):
                         await changed.wait()
@@ -289,15 +289,16 @@ class Node:
                 self._stop(running)
         self._reconcile_proxy(wanted=self._proxy_wanted)
 
-    def _kill_silent_replicas(self, beats: Mapping[str, Beat]) -> None:
+    def _kill_silent(self, beats: Mapping[str, Beat]) -> None:
         mine = beats.get(f"node:{self._options.node_id}")
         if mine is None or self._presence.steady_s < SILENT_CHILD_AFTER_S:
             return  # the store was away: their beats could not land either
-        for replica_id, running in self._replicas.items():
-            beat = beats.get(f"replica:{replica_id}")
-            if beat and mine.at - beat.at > SILENT_CHILD_AFTER_S * 1000:
-                logger.error("%s has been silent for %d s: killing it", replica_id, (mine.at - beat.at) // 1000)
-                running.child.kill()
+        for kind, children in (("replica", self._replicas), ("proxy", self._proxies)):
+            for name, running in children.items():
+                beat = beats.get(f"{kind}:{name}")
+                if beat and mine.at - beat.at > SILENT_CHILD_AFTER_S * 1000:
+                    logger.error("%s has been silent for %d s: killing it", name, (mine.at - beat.at) // 1000)
+                    running.child.kill()
 
     def _beat(self) -> Beat:
         options = self._options

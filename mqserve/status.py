@@ -15,7 +15,7 @@ PIPE_WIDTH = 240
 
 
 async def show_status(settings: Settings, console: Console | None = None) -> int:
-    """Prints; the exit code is 0 while an instance runs. Raises InstanceError when none does."""
+    """Prints; the exit code is 1 for an instance without a controller that leads it. Raises InstanceError when there is none."""
     console = console or make_console()
     async with open_links(settings, "status") as links:
         held = await lease.read_instance(links.store, links.keys)
@@ -24,16 +24,23 @@ async def show_status(settings: Settings, console: Console | None = None) -> int
         beats = list(read_beats(await links.store.fields(links.keys.beats)).values())
         now_ms = links.store.now_ms()
         age_s = (now_ms - held.at) / 1000
-        controller = "[green]alive[/]" if age_s < lease.LAPSED_AFTER_S else f"[red]silent for {age_s:.0f} s[/]"
+        is_led = age_s < lease.LAPSED_AFTER_S
         console.print(f"Instance [bold]{settings.namespace}[/], {'detached' if held.detached else 'started by ' + held.owner}")
-        console.print(f"Controller {controller}, broker {masked(settings.broker_url)}, store {masked(settings.store_url)}\n")
+        console.print(f"Controller {_leader(held, age_s)}", highlight=False, soft_wrap=True)
+        console.print(f"Broker {masked(settings.broker_url)}, store {masked(settings.store_url)}\n")
         console.print(_members(beats, now_ms))
         console.print(await _backends(links, desired, observed, beats, now_ms))
         console.print(_endpoints(desired))
         undone = {name: f"the last roll-out was undone: {b.rolled_back}" for name, b in desired.backends.items() if b.rolled_back}
         for name, problem in [*undone.items(), *observed.problems.items()]:
             console.print(f"[red]{escape(name)}[/]: {escape(problem)}", highlight=False)
-    return 0
+    return 0 if is_led else 1
+
+
+def _leader(held: lease.InstanceLease, age_s: float) -> str:
+    if age_s >= lease.LAPSED_AFTER_S:
+        return f"[red]missing[/] for {age_s:.0f} s: traffic goes on, nothing is replaced or scaled; start one with `mqserve controller`"
+    return f"[green]{escape(held.leader)}[/] leads" if held.leader else "[yellow]starting[/]"
 
 
 def make_console() -> Console:

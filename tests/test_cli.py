@@ -3,6 +3,8 @@
 import re
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -130,6 +132,34 @@ def test_ctrl_c_leaves_no_queue_and_only_results_that_expire(
     assert all(ttl > 0 for ttl in left.values()), left
     assert not queue_exists(broker_url, f"{namespace}.backend.hello.1")
     assert not queue_exists(broker_url, f"{namespace}.dead.hello")
+
+
+SLOW = """
+import time
+import mqserve as serve
+
+@serve.endpoint("/slow")
+def slow(request):
+    print("it runs", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_ctrl_c_ends_at_once_what_the_first_would_wait_for(either_shell: CommandLine) -> None:
+    program = either_shell.start("run", either_shell.file("slow.py", SLOW), "--port", "0")
+    found = re.search(r"http://\S+", program.wait_for("Ctrl-C stops"))
+    assert found
+    with ThreadPoolExecutor(1) as background, suppress(httpx.TransportError):
+        asked = background.submit(httpx.get, f"{found[0]}/slow", timeout=30)
+        program.wait_for("it runs")
+        children = program.descendants()
+        program.signal(signal.SIGINT)
+        program.wait_for("Draining")
+        program.signal(signal.SIGINT)
+        assert program.wait(5) == 130
+        asked.result()
+    assert "Ending at once" in program.output and "Traceback" not in program.output, program.output
+    wait_until(lambda: not any(is_alive(child) for child in children), deadline_s=15, told=lambda: children)
 
 
 def queue_exists(broker_url: str, name: str) -> bool:
@@ -291,7 +321,7 @@ def test_a_detached_instance_is_started_shown_used_and_shut_down(distributed_she
 
         status = shell.run("status")
         assert status.returncode == 0
-        assert f"Instance {namespace}, detached" in status.stdout and "Controller alive" in status.stdout
+        assert f"Instance {namespace}, detached" in status.stdout and " leads" in status.stdout
         assert "***" in status.stdout or ":guest@" not in status.stdout
         rows = [line.split() for line in status.stdout.splitlines()]
         members = [process for process in psutil.process_iter() if namespace in environment_of(process)]

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 
 import httpx
@@ -127,3 +128,24 @@ def test_a_killed_proxy_comes_back(distributed_shell: CommandLine, app: str, por
 def is_proxy_on(process: psutil.Process, port: int) -> bool:
     command = process.info["cmdline"] or []
     return "proxy" in command and str(port) in command
+
+
+CREATE = "import mqserve as serve; client = serve.connect(); client.create_backend('b', 'math:sqrt'); print(client.list_backends())"
+
+
+def test_a_backend_waits_for_a_node_that_is_starting(distributed_shell: CommandLine) -> None:
+    distributed_shell.start("controller")
+    wait_until(lambda: distributed_shell.run("status").returncode == 0)
+    creating = distributed_shell.start_program([sys.executable, "-c", CREATE])
+    wait_until(lambda: "b " in distributed_shell.run("status").stdout or creating.ended)
+    distributed_shell.start("node")
+    assert creating.wait() == 0 and "'b'" in creating.output, creating.output
+
+
+@pytest.mark.long
+def test_a_backend_that_no_node_comes_to_run_is_given_up_with_the_reason(distributed_shell: CommandLine) -> None:
+    distributed_shell.start("controller")
+    wait_until(lambda: distributed_shell.run("status").returncode == 0)
+    refused = distributed_shell.python(CREATE)
+    assert refused.returncode == 1 and "no node is there to run it: start one with `mqserve node`" in refused.stderr
+    assert "'b'" not in distributed_shell.run("status").stdout

@@ -99,3 +99,13 @@ def kill_all_connections(server: PrivateRedis) -> None:
     with redis.Redis.from_url(server.url) as client:
         for kind in ("normal", "pubsub"):
             client.execute_command("CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes")
+
+
+@pytest.mark.parametrize(("policy", "says"), [("allkeys-lru", "set maxmemory-policy to noeviction"), ("noeviction", "")])
+async def test_a_store_that_would_forget_when_it_is_full_is_a_concern(
+    store_server: PrivateRedis, namespace: str, policy: str, says: str
+) -> None:
+    store_server.limit_memory("100mb", policy)
+    async with open_redis(store_server.url, namespace) as store:
+        concern = await store.concern()
+        assert concern.endswith(says) and bool(concern) == bool(says)

@@ -109,7 +109,7 @@ async def test_every_write_of_a_leader_that_was_frozen_is_refused(store: Store, 
     assert await second.lead()
     before = await store.get_many([keys.instance, keys.desired, keys.observed, keys.leader])
     assert not await store.replace(keys.observed, b"{}", b"[]", guard=claim)
-    assert not await renew_instance(store, keys, held.id, claim)
+    assert not await renew_instance(store, keys, held.id, "a", claim)
     assert not await forget(store, keys, held.id, claim)
     await first.release()
     assert await store.get_many([keys.instance, keys.desired, keys.observed, keys.leader]) == before
@@ -279,6 +279,19 @@ async def test_one_who_only_waited_writes_back_what_the_store_lost() -> None:
             return Observed.from_bytes(await store.get(keys.observed)).epoch > before
 
         await until(is_above)  # its own epoch was none: it goes above the one it wrote back
+
+
+async def test_the_leader_reports_a_store_that_is_set_up_to_forget() -> None:
+    class Forgetful(EmbeddedStore):
+        async def concern(self) -> str:
+            return "it evicts"
+
+    store, keys = Forgetful(), StoreKeys("tests")
+    await claim_instance(store, keys, "", HTTP, detached=True)
+    async with controllers(store, keys) as running:
+        running.start("first")
+        await running.leads("first")
+        assert Observed.from_bytes(await store.get(keys.observed)).problems == {"the store": "it evicts"}
 
 
 async def exists(store: Store, key: str) -> bool:

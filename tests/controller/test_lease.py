@@ -69,7 +69,7 @@ def test_a_live_instance_is_not_taken_over() -> None:
         async def beat() -> None:
             while True:
                 await asyncio.sleep(0.01)
-                await renew_instance(store, KEYS, held.id, NO_GUARD)
+                await renew_instance(store, KEYS, held.id, "a", NO_GUARD)
 
         beating = asyncio.create_task(beat())
         with pytest.raises(InstanceError, match="runs under this namespace already"):
@@ -109,7 +109,7 @@ def test_another_instances_lease_is_not_renewed() -> None:
         await claim_instance(store, KEYS, "n1", HTTP, detached=False)
         await lapse(store)
         before = await store.get(KEYS.instance)
-        assert await renew_instance(store, KEYS, "another", NO_GUARD)
+        assert await renew_instance(store, KEYS, "another", "a", NO_GUARD)
         assert await store.get(KEYS.instance) == before
 
     run(main())

@@ -135,6 +135,14 @@ def test_nobody_is_refused_while_a_killed_proxy_is_replaced(deploy: Deploy, memb
     wait_until(lambda: (pids := members.pids("proxy")) and old not in pids, 4)  # before its last beat would count as silence
 
 
+def test_who_connects_while_the_proxy_hangs_is_answered_by_the_next_one(deploy: Deploy, members: Members) -> None:
+    url = deploy.at(says("served"))
+    (old,) = wait_until(lambda: members.pids("proxy"))
+    os.kill(old, signal.SIGSTOP)
+    assert httpx.get(url, timeout=90).status_code == 200
+    assert is_gone(old)
+
+
 def test_the_controller_is_replaced(
     client: serve.Client,
     deploy: Deploy,

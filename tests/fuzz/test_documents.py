@@ -133,7 +133,7 @@ def check_leases(run: Callable[[Any], Any], raw: bytes) -> None:
             assert await lease.read_instance(store, KEYS)
         except MQServeError as refused:
             assert "the instance's lease in the store does not parse" in str(refused)
-            await lease.renew_instance(store, KEYS, "i", (KEYS.leader, None))
+            await lease.renew_instance(store, KEYS, "i", "a", (KEYS.leader, None))
             assert (await lease.read_instance(store, KEYS)).id == "i"  # its controller writes it anew
         await store.set(KEYS.leader, raw)
         leader = lease.Leader(store, KEYS, "c")
