@@ -2,6 +2,7 @@
 # make test    check the code, then run the tests on private RabbitMQ and Redis servers
 # make test-long  the seed's behaviours on real servers, and what is measured: `make test` has their embedded form
 # make test-faults  each row of docs/reliability.md: processes and servers killed, frozen, cut off, filled
+# make test-newer  everything on RabbitMQ 4 and Redis 8, in a folder of their own (as root on Debian, half an hour; TESTS=tests/broker for less)
 # make fuzz    bytes that nobody would think of, for as long as it takes: `make test` has a short form of it
 # make soak    steady load and random faults, five minutes (SECONDS=60 for one): prints what was injected and what came of it
 # make check   formatting, lint, types
@@ -12,7 +13,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-long test-faults fuzz soak check format bench clean
+.PHONY: demo test test-long test-faults test-newer fuzz soak check format bench clean
 .DELETE_ON_ERROR:
 
 # `exec`: the Ctrl-C is the server's, which drains and ends with status 0
@@ -27,6 +28,10 @@ test-long: .venv/.installed-dev
 
 test-faults: .venv/.installed-dev
 	$(BIN)/python -m tests.run_tests -m faults -o faulthandler_timeout=300
+
+test-newer: .venv/.installed-dev
+	$(BIN)/python -m tests.newer_servers .servers
+	MQSERVE_TEST_SERVERS=$(CURDIR)/.servers/bin $(BIN)/python -m tests.run_tests $(TESTS)
 
 fuzz: .venv/.installed-dev
 	HYPOTHESIS_PROFILE=long $(BIN)/python -m tests.run_tests tests/fuzz

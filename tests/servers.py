@@ -404,8 +404,10 @@ def missing_servers() -> list[str]:
 
 
 def _first_program(name: str, *folders: str) -> Path:
-    """The program in the first of the folders that has it, else on PATH or among the administrator's programs."""
-    for folder in folders:
+    """The program in the folder that MQSERVE_TEST_SERVERS names, for other versions than the machine's; else in the first of the folders
+    that has it, on PATH, or among the administrator's programs."""
+    named = os.environ.get("MQSERVE_TEST_SERVERS")
+    for folder in (*([named] if named else []), *folders):
         for path in glob(f"{folder}/{name}"):
             if os.access(path, os.X_OK):
                 return Path(path)
