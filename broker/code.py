@@ -18,6 +18,7 @@ from typing import Any
 import cloudpickle
 import msgspec
 
+from . import pickling
 from .codecs import decode_value, encode_value
 from .errors import UNPARSABLE, BadEnvelope, BadSignature, BadValue, NotEncodable
 from .signing import Claim, Signer
@@ -65,7 +66,7 @@ def pack(target: object, args: tuple[Any, ...], signer: Signer) -> Code:
         )
     try:
         with _by_value(target):
-            payload = cloudpickle.dumps(target)
+            payload = pickling.dumps(target)
     except Exception as error:
         raise NotEncodable(
             f"{name} cannot travel to its replicas: it does not pickle ({error}); keep such objects out of globals and closures, "

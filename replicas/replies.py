@@ -6,11 +6,11 @@ import traceback
 from collections.abc import AsyncIterable, Iterable
 from typing import Any
 
-import cloudpickle
 import msgspec
 import pydantic
 from starlette.responses import Response, StreamingResponse
 
+from ..broker import pickling
 from ..broker.codecs import BYTES, JSON, TEXT, encode_value
 from ..broker.errors import NotEncodable
 from ..broker.results import ErrorInfo, Result
@@ -139,7 +139,7 @@ def _seal_exception(error: BaseException, backend: str, future_id: str, signer: 
         return b""
     frames = error.__traceback__
     try:
-        return signer.seal(cloudpickle.dumps(error.with_traceback(None)), Claim("result", backend, future_id, "exception"))
+        return signer.seal(pickling.dumps(error.with_traceback(None)), Claim("result", backend, future_id, "exception"))
     except Exception:
         return b""  # type, message and traceback travel all the same
     finally:

@@ -215,3 +215,16 @@ def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mod
     monkeypatch.syspath_prepend(tmp_path)
     yield __import__(name)
     sys.modules.pop(name, None)
+
+
+def test_code_that_travels_by_value_keeps_the_name_of_its_file(signer: Signer) -> None:
+    """Tracebacks and logs are to say the user's line, whatever cloudpickle thinks of file names."""
+
+    def outer() -> Any:
+        def inner() -> None: ...
+
+        return inner
+
+    packed = pack(outer, (), signer)
+    arrived, _ = unpack(packed.to_bytes(), packed.sha256, signer)
+    assert arrived.__code__.co_filename == arrived().__code__.co_filename == __file__
