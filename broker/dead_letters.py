@@ -28,11 +28,15 @@ _OURS = ("mq-reason", "mq-traceback", "mq-attempts", "mq-backend", "mq-died-at",
 
 
 class Attempt(msgspec.Struct, frozen=True):
-    """A run that left no result: in which replica, since when (store ms), and how that ended (empty: it may be under way)."""
+    """A run that left no result: in which replica, since when (store ms), and how that ended (empty: it may be under way).
+
+    `run` names it, so that no two are the same.
+    """
 
     replica: str
     started_ms: int
     ended: str = ""
+    run: str = ""
 
 
 class Death(msgspec.Struct, frozen=True):

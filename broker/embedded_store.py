@@ -48,14 +48,23 @@ class EmbeddedStore:
     def mark(self, key: str, value: bytes, ttl_ms: int) -> None:
         self._write(key, value, ttl_ms)
 
+    def drop_soon(self, key: str) -> None:
+        self._values.pop(key, None)
+
     async def get(self, key: str) -> bytes | None:
         return self._read(key)
+
+    async def get_large(self, key: str) -> bytes | None:
+        return self._read(key)
+
+    async def set_large(self, key: str, value: bytes, *, ttl_ms: int) -> None:
+        self._write(key, value, ttl_ms)
 
     async def get_many(self, keys: Sequence[str]) -> list[bytes | None]:
         return [self._read(key) for key in keys]
 
     async def set(self, key: str, value: bytes, *, ttl_ms: int | None = None, only_new: bool = False) -> bool:
-        return self._write(key, value, ttl_ms, only_new=only_new)
+        return self._write(key, value, ttl_ms, only_new=only_new) or self._read(key) == value
 
     async def replace(self, key: str, old: bytes | None, new: bytes | None, *, guard: Guard | None = None, quiet: bool = False) -> bool:
         if self._read(key) != old or not self._holds(guard):

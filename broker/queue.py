@@ -13,21 +13,27 @@ from typing import Protocol
 
 from .dead_letters import DeadLetter, Death
 from .envelope import Envelope
-from .errors import MQServeError
+from .errors import BrokerUnavailable, MQServeError
 
 Settled = Callable[[MQServeError | None], None]
 """Called once: with None when the broker has taken the message, else with what went wrong
 (Overloaded, NotRouted, BrokerUnavailable)."""
 
 
-def telling(fate: asyncio.Future[MQServeError | None]) -> Settled:
-    """Settles a future that somebody awaits, or has stopped awaiting."""
+async def fate_of(publish: Callable[[Settled], None], budget_s: float) -> MQServeError | None:
+    """Publishes, and waits for what becomes of it: None when the broker has taken it. Late is BrokerUnavailable, too."""
+    fate: asyncio.Future[MQServeError | None] = asyncio.get_running_loop().create_future()
 
     def settled(error: MQServeError | None) -> None:
         if not fate.done():
             fate.set_result(error)
 
-    return settled
+    publish(settled)
+    try:
+        async with asyncio.timeout(budget_s):
+            return await fate
+    except TimeoutError:
+        return BrokerUnavailable(f"RabbitMQ did not confirm a message within {budget_s:g} s", maybe_sent=True)
 
 
 class Delivery(Protocol):

@@ -43,12 +43,23 @@ class Store(Protocol):
         """Sets a marker with the next write of results; nobody waits for it and it may be lost."""
         ...
 
+    def drop_soon(self, key: str) -> None:
+        """Deletes a key with the next write of results; nobody waits for it and it may be lost: the key has an expiry of its own."""
+        ...
+
     async def get(self, key: str) -> bytes | None: ...
+
+    async def get_large(self, key: str) -> bytes | None:
+        """Of what may take longer than a moment to arrive: a body that travels by reference."""
+        ...
+
+    async def set_large(self, key: str, value: bytes, *, ttl_ms: int) -> None: ...
 
     async def get_many(self, keys: Sequence[str]) -> list[bytes | None]: ...
 
     async def set(self, key: str, value: bytes, *, ttl_ms: int | None = None, only_new: bool = False) -> bool:
-        """Whether it was written: False only with `only_new`, where the key was taken."""
+        """Whether it stands there now: False only with `only_new`, where another value did. So a value that is to be told from somebody
+        else's has to be like no other."""
         ...
 
     async def replace(self, key: str, old: bytes | None, new: bytes | None, *, guard: Guard | None = None, quiet: bool = False) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -32,6 +33,10 @@ class Poison(BadEnvelope):
         self.attempts = tuple(attempts)
 
 
+class LostBody(BadEnvelope):
+    """The body was to be in the store, and is not: nobody's fault who sent or runs it."""
+
+
 class Admission:
     """One backend's checks; only requests that need one come here."""
 
@@ -56,51 +61,66 @@ class Admission:
             raise BadEnvelope(f"the mq header's ref names {header.ref!r}, which is not this message's body")
 
     async def admit(
-        self, envelope: Envelope, config: BackendConfig, *, redelivered: bool, check_copies: bool = False
+        self, envelope: Envelope, config: BackendConfig, mark: bytes, *, redelivered: bool, check_copies: bool = False
     ) -> Envelope | Result | None:
         """What is to run, with its body and the number of this run; or the result that stands in its place; or None for a copy of what
-        another one runs.
+        another one runs. Delivered at most once, it is marked as started with `mark`.
 
         Raises BadEnvelope (Poison among them) for what is to be set aside, StoreUnavailable when it cannot be told.
         """
-        if envelope.header.ref:
-            envelope = replace(envelope, body=await self._body(envelope.header.ref))
-        check_direct(envelope)
         future_id = envelope.future_id(self._backend)
         once = config.delivery == "at_most_once"
         if not future_id:
             if once and redelivered:
                 raise Poison("it was delivered before and has no id, so nobody can tell whether it ran (delivery is at_most_once)")
-            if not redelivered:
-                return envelope
-            return replace(envelope, attempt=await self._count(self._name(envelope), config.max_attempts, math.inf))
+            if redelivered:
+                envelope = replace(envelope, attempt=await self._count(self._name(envelope), config.max_attempts, math.inf))
+            return await self._ready(envelope)
         if (raw := await self._store.get(self._keys.future(future_id))) is not None:
-            return await self.whole(Result.from_bytes(raw))
-        if check_copies and not redelivered and not await self._claim(future_id):
+            return await self._whole(self._ours(raw))
+        if check_copies and not redelivered and not await self._claim(future_id, config):
             return None
         if once:
-            return envelope if await self._mark_start(envelope) else _lost(self._backend)
-        if not redelivered:
-            return envelope
-        return replace(envelope, attempt=await self._count(future_id, config.max_attempts, MAX_REDELIVERIES))
+            if not await self._mark_start(envelope, mark):
+                return _lost(self._backend)
+        elif redelivered:
+            envelope = replace(envelope, attempt=await self._count(future_id, config.max_attempts, MAX_REDELIVERIES))
+        return await self._ready(envelope)
 
-    def mark_soon(self, envelope: Envelope) -> None:
+    async def _ready(self, envelope: Envelope) -> Envelope:
+        """With its body, which is what it says it is. After its runs were counted: what this does with a body may end the replica."""
+        if key := envelope.header.ref:
+            body = await self._store.get_large(key)
+            if body is None:
+                raise LostBody("its body is gone from the store, where it is kept until the request's deadline: send it again")
+            envelope = replace(envelope, body=body)
+        check_direct(envelope)
+        return envelope
+
+    def new_mark(self) -> bytes:
+        """Says that a run of this replica has started; no two are alike, so that each takes only its own away."""
+        return msgspec.json.encode(Attempt(self._replica_id, self._store.now_ms(), run=secrets.token_hex(8)))
+
+    def mark_soon(self, envelope: Envelope, mark: bytes) -> None:
         """That a run is under way, with the next write of results."""
-        self._store.mark(self._keys.start(self._name(envelope)), self._mark(), self._mark_ttl_ms(envelope))
+        self._store.mark(self._keys.start(self._name(envelope)), mark, self._mark_ttl_ms(envelope))
 
-    async def mark(self, envelope: Envelope) -> None:
+    async def mark(self, envelope: Envelope, mark: bytes) -> None:
         """That a run is about to start, at once. Raises StoreUnavailable."""
-        await self._store.set(self._keys.start(self._name(envelope)), self._mark(), ttl_ms=self._mark_ttl_ms(envelope))
+        await self._store.set(self._keys.start(self._name(envelope)), mark, ttl_ms=self._mark_ttl_ms(envelope))
 
-    async def unmark(self, envelope: Envelope) -> None:
-        """The run did not take place, or was ended in order. Raises StoreUnavailable."""
-        await self._store.delete(self._keys.start(self._name(envelope)))
+    async def unmark(self, envelope: Envelope, mark: bytes) -> None:
+        """The run did not take place, or was ended in order; another's mark stays. Raises StoreUnavailable."""
+        await self._store.replace(self._keys.start(self._name(envelope)), mark, None, quiet=True)
 
     async def forget(self, envelope: Envelope) -> None:
-        """What is known of a message without an id, once it was run to its end: its like may come again."""
+        """What is known of the runs of a message without an id, or with its sender's own, once it was answered: its like may come again."""
         name = self._name(envelope)
+        keys = [self._keys.start(name), self._keys.attempts(name)]
+        if envelope.id:
+            keys.append(self._keys.redeliveries(name))
         with suppress(StoreUnavailable):
-            await self._store.delete(self._keys.start(name), self._keys.attempts(name))
+            await self._store.delete(*keys)
 
     def _name(self, envelope: Envelope) -> str:
         """What its runs are counted under: where its result stands, or, without an id, what it says."""
@@ -111,33 +131,38 @@ class Admission:
         deadline_ms = envelope.header.deadline
         return max(1, deadline_ms - self._store.now_ms() + _AFTER_DEADLINE_MS) if deadline_ms else _COUNTERS_TTL_MS
 
-    def _mark(self) -> bytes:
-        return msgspec.json.encode(Attempt(self._replica_id, self._store.now_ms()))
-
-    async def whole(self, result: Result) -> Result:
-        """With its body, wherever that stands."""
-        return msgspec.structs.replace(result, body=await self._store.get(result.ref) or b"", ref="") if result.ref else result
-
     async def stored(self, envelope: Envelope, ours: Result) -> Result:
         """The result that counts, where another run of the same request was first."""
         raw = await self._store.get(self._keys.future(envelope.future_id(self._backend)))
-        return ours if raw is None else await self.whole(Result.from_bytes(raw))
+        return ours if raw is None else await self._whole(Result.from_bytes(raw))
 
-    async def _body(self, key: str) -> bytes:
-        body = await self._store.get(key)
+    def _ours(self, raw: bytes) -> Result:
+        """Raises BadEnvelope for another backend's: names may hold a slash, and so may a caller's own id."""
+        result = Result.from_bytes(raw)
+        if result.backend not in ("", self._backend):
+            raise BadEnvelope(f"under its id stands a result of backend {result.backend!r}: use another message_id")
+        return result
+
+    async def _whole(self, result: Result) -> Result:
+        """With its body, wherever that stands."""
+        if not result.ref:
+            return result
+        body = await self._store.get_large(result.ref)
         if body is None:
-            raise BadEnvelope("the body is gone from the store: it is kept until the request's deadline")
-        return body
+            gone = ErrorInfo(type="mqserve.LostBody", message="the body of the result is gone from the store: send the request again")
+            return Result(status=500, backend=self._backend, error=gone)
+        return msgspec.structs.replace(result, body=body, ref="")
 
-    async def _claim(self, future_id: str) -> bool:
+    async def _claim(self, future_id: str, config: BackendConfig) -> bool:
         """Whether this delivery is the one of its copies that runs."""
         if await self._store.get(self._keys.start(future_id)) is not None:
             return False
-        return await self._store.set(self._keys.claim(future_id), b"1", ttl_ms=_COUNTERS_TTL_MS, only_new=True)
+        ttl_ms = int(config.request_timeout_s * 1000) + _AFTER_DEADLINE_MS  # copies are gone by then
+        return await self._store.set(self._keys.claim(future_id), secrets.token_bytes(16), ttl_ms=ttl_ms, only_new=True)
 
-    async def _mark_start(self, envelope: Envelope) -> bool:
+    async def _mark_start(self, envelope: Envelope, mark: bytes) -> bool:
         key = self._keys.start(self._name(envelope))
-        return await self._store.set(key, self._mark(), ttl_ms=self._mark_ttl_ms(envelope), only_new=True)
+        return await self._store.set(key, mark, ttl_ms=self._mark_ttl_ms(envelope), only_new=True)
 
     async def _count(self, name: str, max_attempts: int, max_redeliveries: float) -> int:
         """The number of the run to come. An attempt is a run that was started (it left a mark) and left no result.

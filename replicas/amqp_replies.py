@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-import asyncio
+import logging
+from functools import partial
 
 import msgspec
 
 from ..broker.codecs import JSON
 from ..broker.envelope import NO_HEADER, Envelope
-from ..broker.errors import MQServeError
-from ..broker.queue import Queue, telling
+from ..broker.errors import Overloaded
+from ..broker.queue import Queue, fate_of
 from ..broker.results import ErrorInfo, Result
+
+logger = logging.getLogger(__name__)
 
 MAX_REPLY_BYTES = 8 * 1024 * 1024  # RabbitMQ 4.x takes 16 MiB, and closes the channel above it
 
 
-async def send_reply(queue: Queue, backend: str, request: Envelope, result: Result) -> None:
-    """Returns once the broker has taken it; a queue of the caller's that is gone is no error. Raises BrokerUnavailable."""
-    settled: asyncio.Future[MQServeError | None] = asyncio.get_running_loop().create_future()
-    queue.reply(_reply(backend, request, result), request.reply_to, telling(settled))
-    if error := await settled:
+async def send_reply(queue: Queue, backend: str, request: Envelope, result: Result, budget_s: float) -> None:
+    """Returns once the broker has taken it. A queue of the caller's that is gone or full is no error: no other try would end otherwise.
+
+    Raises BrokerUnavailable.
+    """
+    error = await fate_of(partial(queue.reply, _reply(backend, request, result), request.reply_to), budget_s)
+    if isinstance(error, Overloaded):
+        logger.warning("a reply of %s is dropped: the caller's queue %r takes no more", backend, request.reply_to)
+    elif error is not None:
         raise error
 
 

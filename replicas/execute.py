@@ -12,7 +12,7 @@ from typing import Any
 from starlette.responses import StreamingResponse
 
 from ..broker.caller import MAX_BODY_BYTES
-from ..broker.codecs import decode_plain, decode_value
+from ..broker.codecs import check_plain, decode_value
 from ..broker.envelope import Envelope
 from ..broker.errors import BadEnvelope, BadType
 from ..broker.results import ErrorInfo, Result
@@ -148,4 +148,4 @@ def _raise_if_stopped(error: BaseException) -> None:
 def check_direct(envelope: Envelope) -> None:
     """Raises BadEnvelope for a direct publisher's body that is not what it says it is, before any slot is spent on it."""
     if not envelope.header.origin:
-        decode_plain(envelope.body, envelope.content_type)
+        check_plain(envelope.body, envelope.content_type)

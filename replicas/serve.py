@@ -1,34 +1,28 @@
-"""Every delivery is settled once: answered, dead-lettered or requeued. In order: store the result, tell who waits, ack."""
+"""What a replica takes from its queues, what of that it runs, and what it gives up; `settling.py` ends each."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
 import logging
-import random
 import time
-from collections.abc import Callable, Coroutine, Sequence
-from functools import partial
-from typing import Any
-
-import msgspec
+from collections.abc import Callable, Sequence
 
 from ..broker.cancellations import CANCELLED, Cancellations
-from ..broker.dead_letters import Death
 from ..broker.envelope import Envelope
-from ..broker.errors import BackendFailed, BadEnvelope, MQServeError, StoreUnavailable
-from ..broker.queue import Delivery, Queue, telling
-from ..broker.results import ErrorInfo, Result, late_result, note_of
+from ..broker.errors import BackendFailed, BadEnvelope, MQServeError
+from ..broker.queue import Delivery, Queue
+from ..broker.results import Result, late_result
 from ..broker.settings import Settings
-from ..broker.store import Record, Store
-from ..broker.store_keys import RESULT_TTL_S, StoreKeys
+from ..broker.store import Store
+from ..broker.store_keys import StoreKeys
 from ..controller.state import MAX_REQUEST_TIMEOUT_S, Backend, BackendConfig
-from .admission import Admission, Poison
-from .amqp_replies import send_reply
+from .admission import Admission
 from .handler import Handler
 from .metrics import ReplicaMetrics
 from .prefetch import prefetch, slots
 from .senders import Senders
+from .settling import Settling, is_kept
 from .taking import Taking
 from .worker import Job, Worker
 
@@ -36,14 +30,10 @@ logger = logging.getLogger(__name__)
 
 NOTHING = Envelope("", b"", "")  # of a message that could not be read
 
-INLINE_RESULT_BYTES = 1024 * 1024  # a larger body stands under a key of its own
-GIVE_BACK_AFTER_S = 0.5
-UNLIMITED_MS = 60_000  # how long the result of a request without a deadline is tried to be stored
 _MARK_EVERY_S = 0.05
 _LONG_RUN_S = 0.04
 _TUNE_EVERY_TURNS = 5
 STUCK_AFTER_S = 10.0
-_LAST_STEPS_S = 5.0
 
 
 class Server:
@@ -62,44 +52,43 @@ class Server:
     ) -> None:
         self._may_end = not settings.embedded  # by itself, since its node starts another
         self._backend = backend.name
-        self._queue = queue
         self._store = store
-        self._keys = StoreKeys(settings.namespace)
+        keys = StoreKeys(settings.namespace)
         self._admission = Admission(settings.namespace, backend.name, store, replica_id)
+        self._settling = Settling(backend.name, queue, store, keys, self._admission, metrics)
         self._worker = worker
-        self._config = backend.config
         self._handler = handler
         self._metrics = metrics
         self._senders = Senders(settings)
-        self._in_hand: dict[int, set[Delivery]] = {}  # by generation
         self._jobs: set[Job] = set()
-        self._cancellations = Cancellations(store, self._keys, self._give_up_cancelled)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._cancellations = Cancellations(store, keys, self._give_up_cancelled)
         self._draining = False
         self._taking = Taking(backend.name, queue, store, self._prefetch, self._on_delivery, self._settle_unstored)
-        self._unrecorded: set[Job] = set()  # finished, and their results not stored yet
         self.served = 0
+        self._config = backend.config
+        self._settling.at_most_once = self._config.delivery == "at_most_once"
 
     def __repr__(self) -> str:
         return f"<Server of {self._backend}, generations {self.generations}, {self.running} in hand>"
 
     @property
     def running(self) -> int:
-        return sum(map(len, self._in_hand.values()))
+        return self._settling.held
 
     @property
     def generations(self) -> tuple[int, ...]:
         """The queues it takes from, or still holds messages of."""
-        return tuple(sorted({*self._taking.generations, *(generation for generation, held in self._in_hand.items() if held)}))
+        return tuple(sorted({*self._taking.generations, *self._settling.generations}))
 
     def configure(self, config: BackendConfig) -> None:
         """Applies from the next request on."""
         self._config = config
+        self._settling.at_most_once = config.delivery == "at_most_once"
         self._worker.configure(config)
 
     @property
     def _checks_all(self) -> bool:
-        return self._config.delivery == "at_most_once" or self._may_be_copies
+        return self._settling.at_most_once or self._may_be_copies
 
     @property
     def _may_be_copies(self) -> bool:
@@ -129,16 +118,10 @@ class Server:
             self._metrics.hand_over(self.running - processing, processing)
 
     def _settle_unstored(self) -> bool:
-        """While the store is away: what has its answer and cannot store it goes back, since others may reach it; whether nothing is left.
-
-        The results are kept and tried to be stored all the same, so that what comes round again is found answered.
-        """
+        """While the store is away: what does not run goes back, and what cannot store its answer; whether nothing is left."""
         for job in self._worker.withdraw():
             self._give_back(job)
-        if self._config.delivery != "at_most_once":  # there nobody else may run it
-            for job in self._unrecorded:
-                self._requeue(job)
-        return not self._unrecorded
+        return self._settling.give_back_unstored()
 
     async def listen(self) -> None:
         """Hears of cancelled requests, until cancelled itself."""
@@ -157,12 +140,9 @@ class Server:
             logger.warning(
                 "giving back request %s of %s: still running after the graceful shutdown timeout", job.envelope.id, self._backend
             )
-            if self._config.delivery == "at_most_once":  # its mark stays: it may yet start, in a batch that gathers
-                self._requeue(job)
-            else:
-                self._give_back(job)
-        if self._tasks:  # marks that are taken away, before anybody else takes the requests
-            await asyncio.wait(self._tasks, timeout=_LAST_STEPS_S)
+            # Delivered at most once, its mark stays: it may yet start, in a batch that gathers.
+            self._give_back(job, mark_stays=self._settling.at_most_once)
+        await self._settling.last_steps()
         self._metrics.hand_over(0, 0)
 
     async def abandon(self) -> None:
@@ -171,11 +151,7 @@ class Server:
         self._worker.withdraw()
         self._jobs.clear()
         await self._taking.stop()
-        for task in self._tasks:
-            task.cancel()
-        for held in self._in_hand.values():
-            while held:
-                held.pop().requeue()
+        self._settling.abandon()
 
     def _prefetch(self) -> int:
         config, is_async = self._config, self._handler.is_async
@@ -187,16 +163,16 @@ class Server:
     def _mark_long_runs(self) -> None:
         now = time.monotonic()
         for job in self._jobs:
-            if job.started and not job.marked and now - job.started > _LONG_RUN_S:
-                job.marked = True
-                self._admission.mark_soon(job.envelope)
+            if job.started and not job.mark and now - job.started > _LONG_RUN_S:
+                job.mark = self._admission.new_mark()
+                self._admission.mark_soon(job.envelope, job.mark)
 
     async def mark_suspects(self, jobs: Sequence[Job]) -> None:
         """Before a run of what was delivered before: whether it kills its replica at once must be known afterwards."""
         for job in jobs:
-            if job.suspect and not job.marked:
-                job.marked = True
-                await self._admission.mark(job.envelope)
+            if job.suspect and not job.mark:
+                job.mark = self._admission.new_mark()
+                await self._admission.mark(job.envelope, job.mark)
 
     # Giving up.
 
@@ -223,8 +199,8 @@ class Server:
 
     def _give_up(self, job: Job, result: Result) -> None:
         """Whoever waits is told now; the slot is free when the call has ended."""
-        if job.started and _is_kept(job.envelope) and job.given_up is None:
-            self._record(job, result).add_done_callback(_recorded_or_not)
+        if job.started and is_kept(job.envelope) and job.given_up is None:
+            self._settling.record(job, result).add_done_callback(_recorded_or_not)
         self._worker.give_up(job, result)
 
     # Taking.
@@ -232,53 +208,62 @@ class Server:
     def _on_delivery(self, generation: int, delivery: Delivery) -> None:
         if self._draining or self._taking.paused:
             return delivery.requeue()
-        self._in_hand.setdefault(generation, set()).add(delivery)
+        self._settling.hold(generation, delivery)
         try:
             envelope = delivery.envelope()
             self._admission.check_names(envelope)
         except BadEnvelope as error:
-            return self._start(self._refuse(Job(NOTHING, (generation, delivery)), error))
+            return self._settling.start(self._settling.refuse(Job(NOTHING, (generation, delivery)), error))
         header = envelope.header
-        left_s = (header.deadline - self._store.now_ms()) / 1000 if header.deadline else MAX_REQUEST_TIMEOUT_S
+        left_s = float(MAX_REQUEST_TIMEOUT_S)  # whatever a sender says: longer would be more than RabbitMQ waits for an ack
+        if header.deadline:
+            left_s = min(left_s, (header.deadline - self._store.now_ms()) / 1000)
         job = Job(envelope, (generation, delivery), time.monotonic() + left_s)
         try:
             self._senders.check(envelope)
         except BadEnvelope as error:
-            return self._start(self._refuse(job, error))
+            return self._settling.start(self._settling.refuse(job, error))
         if left_s <= 0:
             self._drop(job, late_result("queue"))
-        elif self._cancellations and self._cancellations.names(envelope, envelope.future_id(self._backend)):
+        elif self._is_cancelled(envelope):
             self._drop(job, CANCELLED)
         elif (delivery.redelivered or header.again) and self._runs_here(envelope):
-            self._give_back_later(job)  # a connection was lost, and not its run: the result settles it
+            self._settling.give_back(job, later=True)  # a connection was lost, and not its run: the result settles it
         elif delivery.redelivered or header.again or header.ref or not envelope.minted or self._checks_all:
-            self._start(self._admit(job))
+            self._settling.start(self._admit(job))
         else:
             self._run(job)  # a first delivery of an id of ours: nobody can have run it, so the store is not asked
 
     async def _admit(self, job: Job) -> None:
         """Looked at before it runs."""
         _, delivery = job.tag
+        if self._settling.at_most_once:
+            job.mark = self._admission.new_mark()
         try:
             admitted = await self._admission.admit(
-                job.envelope, self._config, redelivered=delivery.redelivered, check_copies=self._may_be_copies
+                job.envelope, self._config, job.mark, redelivered=delivery.redelivered, check_copies=self._may_be_copies
             )
         except BadEnvelope as error:
-            await self._refuse(job, error)
+            await self._settling.refuse(job, error)
         except MQServeError as error:
             logger.warning("giving back a request of %s: %s", self._backend, error)
-            self._give_back_later(job)
+            self._settling.give_back(job, later=True)
         else:
             if admitted is None:
-                self._ack(job)
+                self._settling.ack(job)
             elif isinstance(admitted, Result):
-                self._finish(job, admitted)
+                self._settling.answer(job, admitted)
             elif self._draining:
-                self._give_back(job)
+                self._settling.give_back(job)
+            elif self._is_cancelled(admitted):  # meanwhile
+                self._drop(job, CANCELLED)
             else:
                 job.envelope = admitted
                 job.suspect = delivery.redelivered
                 self._run(job)
+
+    def _is_cancelled(self, envelope: Envelope) -> bool:
+        return bool(self._cancellations) and self._cancellations.names(envelope, envelope.future_id(self._backend))
 
     def _runs_here(self, envelope: Envelope) -> bool:
         return bool(envelope.id) and any(job.envelope.id == envelope.id for job in self._jobs)
@@ -290,9 +275,11 @@ class Server:
     def _drop(self, job: Job, result: Result) -> None:
         """It is not run any more."""
         self._metrics.dropped["cancelled" if result is CANCELLED else "late"] += 1
-        self._finish(job, result)
+        self._settling.answer(job, result)
 
-    # Settling.
+    def _give_back(self, job: Job, *, mark_stays: bool = False) -> None:
+        self._jobs.discard(job)
+        self._settling.give_back(job, mark_stays=mark_stays)
 
     def on_done(self, job: Job, result: Result) -> None:
         """From the worker; a job that was given back in between is the next replica's."""
@@ -304,136 +291,7 @@ class Server:
             if job.unwanted:  # whoever waited has been told so, and hears the same from the store
                 result = job.given_up or late_result("run")
             self._metrics.done(job.envelope, result, self._store.now_ms(), job.run_s, len(job.batch) or 1)
-            if (job.suspect or job.marked) and not job.envelope.id:
-                self._start(self._admission.forget(job.envelope))
-            self._finish(job, result)
-
-    def _finish(self, job: Job, result: Result) -> None:
-        """Stores, tells, acks."""
-        envelope = job.envelope
-        if envelope.header.shadow:
-            self._ack(job)
-        elif envelope.reply_to or len(result.body) > INLINE_RESULT_BYTES:
-            self._start(self._finish_slowly(job, result))
-        elif _is_kept(envelope):
-            self._unrecorded.add(job)
-            self._record(job, result).add_done_callback(partial(self._recorded, job))
-        else:
-            self._ack(job)
-
-    def _record(self, job: Job, result: Result) -> asyncio.Future[bool]:
-        envelope = job.envelope
-        future_id = envelope.future_id(self._backend)
-        raw = (result if envelope.attempt == 1 else msgspec.structs.replace(result, attempt=envelope.attempt)).to_bytes()
-        deadline_ms = envelope.header.deadline or self._store.now_ms() + UNLIMITED_MS
-        return self._store.record(Record(self._keys.future(future_id), raw, envelope.header.inbox, note_of(future_id, raw), deadline_ms))
-
-    def _recorded(self, job: Job, done: asyncio.Future[bool]) -> None:
-        self._unrecorded.discard(job)
-        error = StoreUnavailable("the store was closed") if done.cancelled() else done.exception()
-        if error is None:
-            return self._ack(job)
-        logger.warning("giving back a finished request of %s: its result could not be stored (%s)", self._backend, error)
-        self._give_back_unstored(job)
-
-    async def _finish_slowly(self, job: Job, result: Result) -> None:
-        """Large results and AMQP replies, which take more than one step."""
-        envelope = job.envelope
-        try:
-            if envelope.id and len(result.body) > INLINE_RESULT_BYTES:
-                key = self._keys.body(f"{envelope.future_id(self._backend)}.result")
-                await self._store.set(key, result.body, ttl_ms=RESULT_TTL_S * 1000)
-                first = await self._record(job, msgspec.structs.replace(result, body=b"", ref=key))
-            else:
-                first = not envelope.id or await self._record(job, result)
-            if envelope.reply_to:
-                result = result if first else await self._admission.stored(envelope, result)
-                await send_reply(self._queue, self._backend, envelope, result)
-        except MQServeError as error:
-            logger.warning("giving back a finished request of %s: %s", self._backend, error)
-            self._give_back_unstored(job)
-        else:
-            self._ack(job)
-
-    async def _refuse(self, job: Job, error: BadEnvelope) -> None:
-        """Bytes that will never parse, or poison: set aside for operators, and then whoever waits is told. Not the other way round: what
-        has a result is acked when it comes round again."""
-        _, delivery = job.tag
-        if failure := await self._set_aside(delivery, error):
-            logger.warning("cannot dead-letter a message of %s yet: %s", self._backend, failure)
-            return self._give_back_later(job)
-        status = 500 if isinstance(error, Poison) else 422
-        refusal = Result(status=status, backend=self._backend, error=ErrorInfo(type=f"mqserve.{type(error).__name__}", message=str(error)))
-        try:
-            if _is_kept(job.envelope):
-                await self._record(job, refusal)
-            if job.envelope.reply_to:
-                await send_reply(self._queue, self._backend, job.envelope, refusal)
-        except MQServeError as failure:
-            logger.warning("cannot tell the sender of a refused message of %s: %s", self._backend, failure)
-        self._ack(job)
-
-    async def _set_aside(self, delivery: Delivery, error: BadEnvelope) -> MQServeError | None:
-        """To the dead letters; what kept it from there."""
-        settled: asyncio.Future[MQServeError | None] = asyncio.get_running_loop().create_future()
-        logger.warning("a message of %s goes to the dead letters: %s", self._backend, error)
-        self._metrics.dropped["dead letter"] += 1
-        attempts = error.attempts if isinstance(error, Poison) else ()
-        death = Death(str(error), attempts=attempts, died_at_ms=self._store.now_ms())
-        self._queue.dead_letter(self._backend, delivery, death, telling(settled))
-        return await settled
-
-    def _ack(self, job: Job) -> None:
-        generation, delivery = job.tag
-        if delivery in self._in_hand[generation]:
-            self._in_hand[generation].discard(delivery)
-            delivery.ack()
-
-    def _give_back(self, job: Job) -> None:
-        """To the queue. Its mark goes first, where that would blame it for a death that none was, or for a run that never began."""
-        self._jobs.discard(job)
-        once = self._config.delivery == "at_most_once"
-        if (once and not job.started and job.envelope.id) or (not once and job.marked):
-            self._start(self._unmark_and_requeue(job))
-        else:
-            self._requeue(job)
-
-    async def _unmark_and_requeue(self, job: Job) -> None:
-        await self._unmark(job)
-        self._requeue(job)
-
-    async def _unmark(self, job: Job) -> None:
-        try:
-            await self._admission.unmark(job.envelope)
-        except StoreUnavailable as error:
-            logger.warning("a request of %s keeps a mark of a run that did not end in a death: %s", self._backend, error)
-
-    def _give_back_unstored(self, job: Job) -> None:
-        """It ran to its end: no death, whatever becomes of its result. Delivered at most once, it keeps its mark, and counts as lost."""
-        if job.marked and self._config.delivery != "at_most_once":
-            self._start(self._unmark(job))
-        self._give_back_later(job)
-
-    def _give_back_later(self, job: Job) -> None:
-        """After a failure of broker or store: at once, it would come round again at full speed. Its slot stays taken meanwhile."""
-        self._jobs.discard(job)
-        asyncio.get_running_loop().call_later(GIVE_BACK_AFTER_S * (0.5 + random.random()), self._requeue, job)
-
-    def _requeue(self, job: Job) -> None:
-        generation, delivery = job.tag
-        if delivery in self._in_hand[generation]:
-            self._in_hand[generation].discard(delivery)
-            delivery.requeue()
-
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-
-def _is_kept(envelope: Envelope) -> bool:
-    """Whether its result has a place to stand: fire and forget has none, and a shadow's is nobody's."""
-    return bool(envelope.id) and not envelope.header.shadow
+            self._settling.answer(job, result)
 
 
 def _recorded_or_not(done: asyncio.Future[bool]) -> None:

@@ -47,7 +47,7 @@ class Job:
     tag: Any
     deadline: float = math.inf  # monotonic
     suspect: bool = False  # delivered before: the owner is told when it starts, and leaves a mark
-    marked: bool = False  # the owner's: a start mark stands in the store
+    mark: bytes = b""  # the owner's: the start mark that stands in the store, or may
     started: float = 0.0  # monotonic; 0 until it runs
     run_s: float = 0.0
     batch: Sequence[Job] = ()  # all of its call, where that is of several

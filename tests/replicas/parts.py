@@ -1,0 +1,100 @@
+"""A replica's server without a worker: what would run is kept for the test to look at, and to end."""
+
+import asyncio
+from typing import Any, cast
+
+from mqserve.broker.embedded_queue import EmbeddedQueue
+from mqserve.broker.embedded_store import EmbeddedStore
+from mqserve.broker.envelope import Envelope, Header
+from mqserve.broker.results import Result
+from mqserve.broker.settings import Settings
+from mqserve.controller.state import Backend
+from mqserve.replicas.handler import Handler
+from mqserve.replicas.metrics import ReplicaMetrics
+from mqserve.replicas.serve import Server
+from mqserve.replicas.worker import Job, Worker
+from tests.broker.traffic import publish, until
+
+MINTED = "a" * 32
+
+
+class IdleWorker:
+    """Runs nothing: `jobs` are what it was given."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Job] = []
+        self.run_s = 0.0
+
+    def submit(self, job: Job) -> None:
+        self.jobs.append(job)
+
+    def withdraw(self) -> list[Job]:
+        withdrawn, self.jobs = self.jobs, []
+        return withdrawn
+
+    def give_up(self, job: Job, result: Result) -> None:
+        job.given_up = result
+
+    def configure(self, config: object) -> None:
+        pass
+
+
+class Serving:
+    """A server that takes from generation 1 of backend `b`. Use as a context manager on a running loop."""
+
+    def __init__(self, queue: EmbeddedQueue | None = None, store: EmbeddedStore | None = None, **config: Any) -> None:
+        self.queue = queue or EmbeddedQueue()
+        self.store = store or EmbeddedStore()
+        self.worker = IdleWorker()
+        backend = Backend("b", "", "b", config)
+        self.server = Server(
+            Settings.read({}, namespace="tests"), backend, self.queue, self.store, cast(Worker, self.worker),
+            Handler(lambda request: None, is_function=True), ReplicaMetrics("b", "b#1"), "b#1",
+        )  # fmt: skip
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> "Serving":
+        await self.queue.declare("b", 1, None)
+        self.server.want((1,))
+        self._tasks = [asyncio.create_task(work) for work in (self.server.keep_taking_forever(lambda: None), self.server.listen())]
+        await until(lambda: self.server.generations)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.server.abandon()
+
+    async def send(self, envelope: Envelope) -> None:
+        assert await publish(self.queue, envelope) is None
+
+    async def taken(self) -> Job:
+        """The only request that is to run."""
+        await until(lambda: self.worker.jobs)
+        (job,) = self.worker.jobs
+        return job
+
+    def end(self, job: Job, result: Result) -> None:
+        """As the worker does when the user's code has returned."""
+        self.worker.jobs.remove(job)
+        job.started = job.started or 1.0
+        self.server.on_done(job, result)
+
+    async def settled(self) -> None:
+        """Nothing waits in the queue, and nothing is held."""
+
+        async def is_settled() -> bool:
+            return not await self.queue.depth("b", 1) and not self.server.running
+
+        await until(is_settled)
+
+
+def request(body: bytes = b"x", **fields: Any) -> Envelope:
+    """Of a direct publisher, with an id of its own."""
+    return Envelope(**{"id": "order-17", "body": body, "content_type": "text/plain", **fields})
+
+
+def minted(**header: Any) -> Envelope:
+    """Of a handle."""
+    return Envelope(MINTED, b"x", "text/plain", Header(origin="handle", **header))

@@ -1,0 +1,237 @@
+"""What becomes of a delivery when broker or store fail at the wrong moment: it is run once, answered once, and held against nobody."""
+
+import asyncio
+import tracemalloc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from mqserve.broker.cancellations import word_of_request
+from mqserve.broker.codecs import check_plain
+from mqserve.broker.embedded_queue import EmbeddedQueue
+from mqserve.broker.embedded_store import EmbeddedStore
+from mqserve.broker.envelope import Envelope, Header
+from mqserve.broker.errors import BrokerUnavailable, MQServeError, Overloaded, StoreUnavailable
+from mqserve.broker.queue import Settled
+from mqserve.broker.results import Result
+from mqserve.broker.store_keys import StoreKeys
+from mqserve.replicas.settling import INLINE_RESULT_BYTES
+from tests.broker.traffic import until
+from tests.replicas.parts import MINTED, Serving, minted, request
+
+pytestmark = pytest.mark.anyio
+
+LARGE = b"x" * (INLINE_RESULT_BYTES + 1)
+
+
+class QueueThatRefusesReplies(EmbeddedQueue):
+    """For the first so many."""
+
+    def __init__(self, times: int, make_error: Callable[[], MQServeError]) -> None:
+        super().__init__()
+        self._times = times
+        self._make_error = make_error
+        self.replies: list[Envelope] = []
+
+    def reply(self, envelope: Envelope, reply_to: str, settled: Settled) -> None:
+        if self._times > 0:
+            self._times -= 1
+            return settled(self._make_error())
+        self.replies.append(envelope)
+        settled(None)
+
+
+class StoreThatIsAway(EmbeddedStore):
+    """For the first so many calls of a kind."""
+
+    def __init__(self, kind: str, times: int, *, does_it: bool = False) -> None:
+        super().__init__()
+        self._kind, self._times, self._does_it = kind, times, does_it
+
+    async def _maybe(self, kind: str, call: Any) -> Any:
+        if kind == self._kind and self._times > 0:
+            self._times -= 1
+            if self._does_it:
+                await call
+            else:
+                call.close()
+            raise StoreUnavailable("away")
+        return await call
+
+    async def get(self, key: str) -> bytes | None:
+        return await self._maybe("get", super().get(key))  # type: ignore[no-any-return]
+
+    async def set(self, key: str, value: bytes, **how: Any) -> bool:
+        return await self._maybe("set", super().set(key, value, **how))  # type: ignore[no-any-return]
+
+    async def set_large(self, key: str, value: bytes, *, ttl_ms: int) -> None:
+        await self._maybe("set_large", super().set_large(key, value, ttl_ms=ttl_ms))
+
+
+# Replies.
+
+
+@pytest.mark.parametrize("message_id", ["", "order-17"])
+async def test_a_reply_that_the_callers_full_queue_refuses_is_dropped_and_the_request_not_run_again(message_id: str) -> None:
+    queue = QueueThatRefusesReplies(1, lambda: Overloaded("full"))
+    async with Serving(queue) as serving:
+        await serving.send(request(id=message_id, reply_to="caller"))
+        serving.end(await serving.taken(), Result(body=b"done"))
+        await serving.settled()
+        assert not serving.worker.jobs and not queue.replies and await queue.depth("b", 1) == 0
+
+
+async def test_a_reply_that_cannot_be_sent_for_a_while_is_sent_later_and_the_request_not_run_again() -> None:
+    queue = QueueThatRefusesReplies(3, lambda: BrokerUnavailable("an alarm"))
+    async with Serving(queue) as serving:
+        await serving.send(request(id="", reply_to="caller"))
+        serving.end(await serving.taken(), Result(body=b"done"))
+        await serving.settled()
+        assert [reply.body for reply in queue.replies] == [b"done"]
+        assert not serving.worker.jobs and await queue.depth("b", 1) == 0
+
+
+# Results.
+
+
+async def test_a_large_result_is_kept_until_the_store_takes_it_and_the_request_not_run_again(keys: StoreKeys) -> None:
+    store = StoreThatIsAway("set_large", 3)
+    async with Serving(store=store) as serving:
+        await serving.send(minted())
+        serving.end(await serving.taken(), Result(body=LARGE))
+        await serving.settled()
+        raw = await store.get(keys.future(MINTED))
+        assert raw is not None and await store.get(Result.from_bytes(raw).ref) == LARGE
+        assert not serving.worker.jobs
+
+
+async def test_a_body_that_travelled_by_reference_goes_with_its_answer(keys: StoreKeys) -> None:
+    async with Serving() as serving:
+        await serving.store.set(keys.body(MINTED), b"large")
+        await serving.send(minted(ref=keys.body(MINTED)))
+        job = await serving.taken()
+        assert job.envelope.body == b"large" == await serving.store.get(keys.body(MINTED))
+        serving.end(job, Result())
+        await serving.settled()
+        assert await serving.store.get(keys.body(MINTED)) is None
+
+
+async def test_an_answered_request_that_comes_again_needs_no_body(keys: StoreKeys) -> None:
+    async with Serving() as serving:
+        await serving.store.set(keys.future(MINTED), Result(backend="b").to_bytes())
+        await serving.send(minted(ref=keys.body(MINTED), again=True))
+        await serving.settled()
+        assert not serving.worker.jobs
+
+
+async def test_a_body_that_is_lost_is_nobodys_bad_request(keys: StoreKeys) -> None:
+    async with Serving() as serving:
+        await serving.send(minted(ref=keys.body(MINTED)))
+        await serving.settled()
+        raw = await serving.store.get(keys.future(MINTED))
+        assert raw is not None and Result.from_bytes(raw).status == 500
+
+
+async def test_a_result_whose_body_is_lost_is_an_error_and_not_an_empty_answer(keys: StoreKeys) -> None:
+    queue = QueueThatRefusesReplies(0, lambda: Overloaded(""))
+    async with Serving(queue) as serving:
+        await serving.store.set(keys.future("b/order-17"), Result(backend="b", ref=keys.body("b/order-17.result")).to_bytes())
+        await serving.send(request(reply_to="caller"))
+        await serving.settled()
+        assert [reply.status for reply in queue.replies] == [500]
+
+
+async def test_a_result_of_another_backend_is_not_taken_for_an_answer(keys: StoreKeys) -> None:
+    """Names may hold a slash: `order-17` of backend `b` and `17` of a backend `b/order` are not the same, though these may be."""
+    async with Serving() as serving:
+        await serving.store.set(keys.future("b/order-17"), Result(backend="b/order").to_bytes())
+        await serving.send(request())
+        await serving.settled()
+        async with serving.queue.dead_letters("b") as letters:
+            assert [letter.id async for letter in letters] == ["order-17"]
+
+
+# Marks.
+
+
+async def test_a_callers_own_id_can_be_used_again_though_its_run_was_marked(keys: StoreKeys) -> None:
+    async with Serving() as serving:
+        await serving.send(request())
+        job = await serving.taken()
+        job.started, job.mark = 1.0, b"a mark"
+        await serving.store.set(keys.start("b/order-17"), b"a mark")
+        serving.end(job, Result())
+        await serving.settled()
+
+        async def is_forgotten() -> bool:
+            return await serving.store.get(keys.start("b/order-17")) is None
+
+        await until(is_forgotten)
+
+
+async def test_a_mark_whose_answer_was_lost_is_taken_away_before_the_request_goes_back(keys: StoreKeys) -> None:
+    store = StoreThatIsAway("set", 1, does_it=True)
+    async with Serving(store=store, delivery="at_most_once") as serving:
+        await serving.send(request())
+        serving.end(await serving.taken(), Result(body=b"done"))  # the second time
+        await serving.settled()
+        raw = await store.get(keys.future("b/order-17"))
+        assert raw is not None and (Result.from_bytes(raw).status, Result.from_bytes(raw).body) == (200, b"done")
+
+
+async def test_a_run_of_another_replica_is_not_unmarked(keys: StoreKeys) -> None:
+    async with Serving(store=StoreThatIsAway("get", 1), delivery="at_most_once") as serving:
+        await serving.store.set(keys.start("b/order-17"), b"another's mark")
+        await serving.send(request())
+        await serving.settled()
+        raw = await serving.store.get(keys.future("b/order-17"))
+        assert raw is not None and Result.from_bytes(raw).status == 502
+        assert await serving.store.get(keys.start("b/order-17")) == b"another's mark"
+
+
+# Deadlines and cancellation.
+
+
+async def test_no_sender_may_have_a_request_run_longer_than_rabbitmq_waits_for_its_ack() -> None:
+    async with Serving() as serving:
+        hours = 3 * 3600 * 1000
+        await serving.send(request(header=Header(deadline=serving.store.now_ms() + hours)))
+        job = await serving.taken()
+        assert job.deadline - asyncio.get_running_loop().time() < 26 * 60
+
+
+async def test_a_request_that_is_cancelled_while_it_is_looked_up_does_not_run(keys: StoreKeys) -> None:
+    asked, go_on = asyncio.Event(), asyncio.Event()
+
+    class SlowStore(EmbeddedStore):
+        async def get(self, key: str) -> bytes | None:
+            if key == keys.future(MINTED):
+                asked.set()
+                await go_on.wait()
+            return await super().get(key)
+
+    async with Serving(store=SlowStore()) as serving:
+        await serving.send(minted(again=True))
+        await asked.wait()
+        await serving.store.append_log(keys.cancelled, word_of_request(MINTED))
+        await until(lambda: bool(serving.server._cancellations))
+        go_on.set()
+        await serving.settled()
+        assert not serving.worker.jobs
+
+
+# What is only looked at.
+
+
+async def test_looking_whether_a_body_parses_makes_nothing_of_it() -> None:
+    """Four MiB of empty maps would be hundreds of MiB of dicts."""
+    count = 4 * 1024 * 1024
+    body = b"\xdd" + count.to_bytes(4) + b"\x80" * count
+    tracemalloc.start()
+    try:
+        check_plain(body, "application/msgpack")
+        check_plain(b"[" + b"{}," * (count // 4) + b"{}]", "application/json")
+        assert tracemalloc.get_traced_memory()[1] < 3 * count
+    finally:
+        tracemalloc.stop()
