@@ -9,12 +9,14 @@ import random
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import msgspec
 
+from .backoff import delays
 from .cancellations import CANCELLED, word_of_request
 from .envelope import Envelope, Header, Meta, mint_id
 from .errors import BadEnvelope, BrokerUnavailable, Cancelled, MQServeError, Overloaded, StoreUnavailable, TooLarge
@@ -69,6 +71,8 @@ class Caller:
         self._strangers: dict[str, asyncio.Future[Result]] = {}  # requests of other processes whose results are wanted here
         self._listeners: Counter[str] = Counter()  # the last one who stops waiting for a stranger's request ends its polling
         self._polling = False
+        self._to_read: dict[str, None] = {}  # by key, in order of arrival: their notes may be lost, or hold no result
+        self._reading = False
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
@@ -226,7 +230,8 @@ class Caller:
         try:
             while self._strangers:
                 await asyncio.sleep(_POLL_EVERY_S)
-                await self._read_by_key(list(self._strangers))
+                with suppress(StoreUnavailable):
+                    await self._read_by_key(list(self._strangers))
         finally:
             self._polling = False
 
@@ -264,6 +269,8 @@ class Caller:
                 loop.call_later(_REPUBLISH_EVERY_S * random.uniform(0.5, 1.5), self._publish, backend, again, give_up_at)
                 return
             self.held.give(len(envelope.body))
+            if envelope.header.ref and not (isinstance(error, BrokerUnavailable) and error.maybe_sent):
+                self._store.drop_soon(envelope.header.ref)  # nobody will ask for it
             if isinstance(error, Overloaded):
                 left_s = (envelope.header.deadline - self._store.now_ms()) / 1000
                 error = Overloaded(str(error), retry_after_s=self._paces[backend].retry_after_s(left_s))
@@ -274,7 +281,7 @@ class Caller:
     async def _send_by_reference(self, envelope: Envelope, timeout_ms: int, publish: Callable[[Envelope], None]) -> None:
         key = self._keys.body(envelope.id)
         try:
-            await self._store.set(key, envelope.body, ttl_ms=timeout_ms + 60_000)
+            await self._store.set_large(key, envelope.body, ttl_ms=timeout_ms + 60_000)
             header = msgspec.structs.replace(envelope.header, ref=key)
             publish(replace(envelope, body=b"", header=header))
         except MQServeError as error:
@@ -307,7 +314,7 @@ class Caller:
             if note.payload:
                 self._resolve(note.id, note.payload)
             else:
-                self._start(self._read_by_key([note.id]))
+                self._read_soon([note.id])
 
     def _resolve(self, future_id: str, raw: bytes) -> None:
         try:
@@ -326,41 +333,61 @@ class Caller:
 
     def _read_again(self) -> None:
         """Notes may have been lost: the keys are the truth."""
-        if self._waiting:
-            self._start(self._read_by_key(list(self._waiting)))
+        self._read_soon(list(self._waiting))
 
-    async def _read_by_key(self, future_ids: list[str]) -> None:
+    def _read_soon(self, future_ids: Sequence[str]) -> None:
+        self._to_read.update(dict.fromkeys(future_ids))
+        if self._to_read and not self._reading:
+            self._reading = True
+            self._start(self._read_until_read())
+
+    async def _read_until_read(self) -> None:
+        """No note comes twice: what cannot be read now is read later, as long as somebody waits for it."""
+        pauses = delays()
+        try:
+            while wanted := [future_id for future_id in self._to_read if future_id in self._waiting][:_READ_AT_ONCE]:
+                try:
+                    await self._read_by_key(wanted)
+                except StoreUnavailable as error:
+                    logger.warning("cannot read %d results yet: %s", len(self._to_read), error)
+                    await asyncio.sleep(next(pauses))
+                else:
+                    pauses = delays()
+                    for future_id in wanted:
+                        self._to_read.pop(future_id, None)
+        finally:
+            self._reading = False
+            self._to_read.clear()
+
+    async def _read_by_key(self, future_ids: Sequence[str]) -> None:
+        """Resolves those that have a result. Raises StoreUnavailable."""
         for start in range(0, len(future_ids), _READ_AT_ONCE):
             some = future_ids[start : start + _READ_AT_ONCE]
-            try:
-                found = await self._store.get_many([self._keys.future(future_id) for future_id in some])
-            except StoreUnavailable as error:
-                logger.warning("cannot read %d results yet: %s", len(some), error)
-                return
+            found = await self._store.get_many([self._keys.future(future_id) for future_id in some])
             for future_id, raw in zip(some, found, strict=True):
                 if raw is not None:
                     self._resolve(future_id, raw)
 
     async def _resolve_by_reference(self, future_id: str, result: Result) -> None:
-        try:
-            self._set(future_id, await self._whole(result))
-        except MQServeError as error:
-            self._fail(future_id, error)
+        for pause_s in delays():
+            try:
+                return self._set(future_id, await self._whole(result))
+            except StoreUnavailable as error:
+                if future_id not in self._waiting and future_id not in self._strangers:
+                    return
+                logger.warning("cannot read the result of request %s yet: %s", future_id, error)
+            except MQServeError as error:
+                return self._fail(future_id, error)
+            await asyncio.sleep(pause_s)
 
     async def _whole(self, result: Result) -> Result:
+        """With its body, wherever that stands. Raises StoreUnavailable, and MQServeError for one that is gone."""
         if not result.ref:
             return result
-        body = await self._store.get(result.ref)
+        body = await self._store.get_large(result.ref)
         if body is None:
-            raise StoreUnavailable("the body of the result is gone from the store: results are kept for ten minutes")
-        return Result(
-            status=result.status,
-            backend=result.backend,
-            attempt=result.attempt,
-            content_type=result.content_type,
-            headers=result.headers,
-            body=body,
-        )
+            raise MQServeError("the body of the result is gone from the store: results are kept for ten minutes")
+        return msgspec.structs.replace(result, body=body, ref="")
 
     # Deadlines: one timer for the earliest.
 
@@ -386,9 +413,7 @@ class Caller:
         """Each one's result is its lateness, unless a replica was first; whoever waits is told within `_EXPIRY_BUDGET_S`."""
         marks: dict[str, bytes | None] = {}
         recording = self._start(self._record_lateness(late, marks))
-        # Not waited for beyond its time, nor for its cancellation: a call to a store that hangs may not heed that before its own budget.
-        await asyncio.wait([recording], timeout=_EXPIRY_BUDGET_S)
-        recording.cancel()
+        await asyncio.wait([recording], timeout=_EXPIRY_BUDGET_S)  # it goes on beyond that: others may read what became of them
         for future_id in late:
             self._set(future_id, late_result("run" if marks.get(future_id) else "queue"))
 

@@ -6,14 +6,15 @@ a proxy that died, whose clients are gone. Other kinds and versions are left out
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import msgspec
 
-from .envelope import Envelope
+from .envelope import Envelope, is_minted
 from .results import ErrorInfo, Result
 from .store import Store
-from .store_keys import StoreKeys
+from .store_keys import RESULT_TTL_S, StoreKeys
 
 VERSION = 1
 REQUEST, PROXY = "request", "proxy"
@@ -47,7 +48,7 @@ class Cancellations:
         self._store = store
         self._log = keys.cancelled
         self._on_word = on_word
-        self._heard: dict[str, None] = {}  # ids and inboxes, in order of arrival: the oldest is forgotten first
+        self._heard: dict[str, float] = {}  # ids and inboxes, with when; in order of arrival: the oldest is forgotten first
 
     def __repr__(self) -> str:
         return f"<Cancellations, {len(self._heard)} heard>"
@@ -56,8 +57,11 @@ class Cancellations:
         return bool(self._heard)
 
     def has(self, name: str) -> bool:
-        """A future id, or the inbox of a proxy."""
-        return name in self._heard
+        """A future id, or the inbox of a proxy. A caller's own id may be used again, once its result has expired."""
+        heard_at = self._heard.get(name)
+        if heard_at is None:
+            return False
+        return "/" not in name or is_minted(name) or time.monotonic() - heard_at < RESULT_TTL_S
 
     async def listen(self) -> None:
         """Until cancelled."""
@@ -66,7 +70,7 @@ class Cancellations:
     def names(self, envelope: Envelope, future_id: str) -> bool:
         """Whether nobody wants this request any more. What a handle sent may be read by others, so only a proxy's go with it."""
         header = envelope.header
-        return future_id in self._heard or (header.origin == "http" and header.inbox in self._heard)
+        return self.has(future_id) or (header.origin == "http" and header.inbox in self._heard)
 
     def _on_entries(self, entries: list[bytes]) -> None:
         for raw in entries:
@@ -75,7 +79,8 @@ class Cancellations:
             except msgspec.MsgspecError:
                 continue
             if word.v == VERSION and word.kind in (REQUEST, PROXY):
-                self._heard[word.name] = None
+                self._heard.pop(word.name, None)
+                self._heard[word.name] = time.monotonic()
         while len(self._heard) > KEPT:
             del self._heard[next(iter(self._heard))]
         self._on_word()

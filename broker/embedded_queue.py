@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from .dead_letters import DeadLetter, Death, dead_letter_to_amqp, read_properties
 from .envelope import Envelope
@@ -82,6 +85,14 @@ class EmbeddedConsumption:
         self._lane.wake()
 
 
+class _Waiting(NamedTuple):
+    """`expires` is monotonic; what came back has none, and is looked at when it is taken."""
+
+    envelope: Envelope
+    redelivered: bool
+    expires: float
+
+
 @dataclass(eq=False)
 class _Lane:
     """One generation of one backend's queue."""
@@ -89,7 +100,7 @@ class _Lane:
     name: str
     max_length: int | None
     held: HeldBytes
-    levels: list[deque[tuple[Envelope, bool]]] = field(default_factory=lambda: [deque() for _ in range(MAX_PRIORITY + 1)])
+    levels: list[deque[_Waiting]] = field(default_factory=lambda: [deque() for _ in range(MAX_PRIORITY + 1)])
     consumers: list[EmbeddedConsumption] = field(default_factory=list)
     _turns: itertools.count[int] = field(default_factory=itertools.count)
     _waking: bool = False
@@ -102,27 +113,36 @@ class _Lane:
         return sum(map(len, self.levels))
 
     def put(self, envelope: Envelope) -> MQServeError | None:
+        self._drop_late()
         if self.max_length is not None and len(self) >= self.max_length + sum(consumer.room for consumer in self.consumers):
             return Overloaded(f"{self.name} holds {self.max_length} waiting requests, its limit (max_queued_requests): try again later")
         try:
             self.held.take(len(envelope.body))
         except Overloaded as error:
             return error
-        self.levels[min(envelope.priority, MAX_PRIORITY)].append((envelope, False))
+        expires = time.monotonic() + envelope.expiration_ms / 1000 if envelope.expiration_ms else math.inf
+        self.levels[min(envelope.priority, MAX_PRIORITY)].append(_Waiting(envelope, False, expires))
         self.wake()
         return None
+
+    def _drop_late(self) -> None:
+        """What nobody waits for any more takes nobody's place: from the heads, as RabbitMQ does."""
+        now = time.monotonic()
+        for level in self.levels:
+            while level and level[0].expires <= now:
+                self.held.give(len(level.popleft().envelope.body))
 
     def put_back(self, envelope: Envelope) -> None:
         if self.is_gone:  # as on RabbitMQ, it goes with its queue
             return
         self.held.take_back(len(envelope.body))
-        self.levels[min(envelope.priority, MAX_PRIORITY)].appendleft((envelope, True))
+        self.levels[min(envelope.priority, MAX_PRIORITY)].appendleft(_Waiting(envelope, True, math.inf))
         self.wake()
 
     def drop(self) -> None:
         """All that waits, and what would come back."""
         self.is_gone = True
-        self.held.give(sum(len(envelope.body) for level in self.levels for envelope, _ in level))
+        self.held.give(sum(len(envelope.body) for level in self.levels for envelope, _, _ in level))
         for level in self.levels:
             level.clear()
 
@@ -139,7 +159,7 @@ class _Lane:
                 ready = [consumer for consumer in self.consumers if consumer.wants_more]
                 if not ready:
                     return
-                envelope, redelivered = level.popleft()
+                envelope, redelivered, _ = level.popleft()
                 self.held.give(len(envelope.body))
                 ready[next(self._turns) % len(ready)].take(envelope, redelivered)
 

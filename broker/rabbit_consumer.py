@@ -11,7 +11,7 @@ from aio_pika.abc import AbstractConnection
 from aiormq.channel import Channel
 from pamqp.commands import Basic
 
-from .amqp_link import OPERATION_BUDGET_S, Link, open_channel, really_cancelled
+from .amqp_link import LONGEST_PAUSE_S, OPERATION_BUDGET_S, Link, open_channel, really_cancelled
 from .backoff import delays
 from .envelope import Envelope
 from .errors import BrokerUnavailable, words_of
@@ -91,15 +91,17 @@ class RabbitConsumption:
         await asyncio.gather(self._task, return_exceptions=True)
 
     async def _keep(self) -> None:
-        pauses = delays()
+        pauses = delays(cap_s=LONGEST_PAUSE_S)
         while not self.cancelled:
             try:
-                connection = await self._link.up()
+                connection = await self._link.up()  # whose own lateness is no TimeoutError
                 await self._consume(connection)
-                pauses = delays()
+                pauses = delays(cap_s=LONGEST_PAUSE_S)
             except (Exception, asyncio.CancelledError) as error:
                 if isinstance(error, asyncio.CancelledError) and really_cancelled():
                     raise
+                if isinstance(error, TimeoutError):
+                    self._link.abandon(connection)
                 self._refusal = broker_refusal(error)
                 logger.warning("cannot consume %s (%s); trying again", self._queue, self._refusal or words_of(error))
             finally:

@@ -15,7 +15,7 @@ from .dead_letters import DeadLetter
 from .errors import BrokerUnavailable, UnknownBackend, words_of
 from .refusals import broker_refusal
 
-_FIRST_BUDGET_S = 1.0  # other hands may have been faster
+_FIRST_BUDGET_S = 5.0  # other hands may have been faster
 _FAILURES = (aiormq.exceptions.AMQPError, aiormq.exceptions.ChannelInvalidStateError, OSError, TimeoutError)
 
 

@@ -10,28 +10,30 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import aiormq
-from aio_pika.abc import AbstractChannel, AbstractConnection
+from aio_pika.abc import AbstractConnection
 
 from . import queue_names
-from .amqp_link import CONNECT_BUDGET_S, OPERATION_BUDGET_S, Link, open_channel, really_cancelled, user_of
+from .amqp_link import CONNECT_BUDGET_S, LONGEST_PAUSE_S, OPERATION_BUDGET_S, Link, open_channel, really_cancelled, user_of
 from .backoff import delays
 from .dead_letters import DeadLetter, Death, dead_letter_to_amqp
 from .envelope import Envelope
-from .errors import BrokerUnavailable, MQServeError, QueueMismatch, words_of
+from .errors import BrokerUnavailable, words_of
 from .joined_channel import JoinedChannel
-from .queue import Delivery, Settled, telling
+from .queue import Delivery, Settled, fate_of
 from .rabbit_consumer import RabbitConsumption, RabbitDelivery
 from .rabbit_dead_letters import RabbitDeadLetters, open_dead_letters
-from .refusals import broker_refusal
+from .rabbit_topology import RabbitTopology
 
 logger = logging.getLogger(__name__)
 
 STALLED_AFTER_S = 3.0  # without a confirm, though something waits for one
+_SECOND_LOOK_S = 0.1
 _PROBE_EVERY_S = 1.0
 _PROBE = Envelope("", b"", "text/plain").to_amqp()
 T = TypeVar("T")
@@ -58,6 +60,7 @@ class RabbitQueue:
         self._user = user_of(url)
         self._publishing = Link(url, f"mqserve {namespace} {process_id} publishing")
         self._consuming = Link(url, f"mqserve {namespace} {process_id} consuming")
+        self._topology = RabbitTopology(self._publishing, namespace)
         self._consumptions: list[RabbitConsumption] = []
         self._channel: JoinedChannel | None = None
         self._down_since = time.monotonic()
@@ -110,75 +113,16 @@ class RabbitQueue:
         return consumption
 
     async def declare(self, backend: str, generation: int, max_length: int | None) -> None:
-        arguments: dict[str, Any] = {"x-max-priority": 4, "x-overflow": "reject-publish"}
-        if max_length is not None:
-            arguments["x-max-length"] = max_length
-        dead_arguments: dict[str, Any] = {
-            "x-max-length": queue_names.DEAD_LETTER_LIMIT,
-            "x-message-ttl": queue_names.DEAD_LETTER_TTL_MS,
-        }
-
-        async def declare(channel: AbstractChannel) -> None:
-            dead = await channel.declare_exchange(queue_names.dead_exchange(self._namespace), "direct", durable=True)
-            name = queue_names.dead_queue(self._namespace, backend)
-            dead_letters = await channel.declare_queue(name, durable=True, arguments=dead_arguments)
-            await dead_letters.bind(dead, backend)
-            requests = await channel.declare_exchange(self._requests, "direct", durable=True)
-            name = queue_names.backend_queue(self._namespace, backend, generation)
-            queue = await channel.declare_queue(name, durable=True, arguments=arguments)
-            await queue.bind(requests, backend)
-
-        try:
-            await self._on_own_channel(declare)
-        except aiormq.exceptions.ChannelPreconditionFailed as error:
-            raise QueueMismatch(f"generation {generation} of the queue of {backend!r} exists with other arguments") from error
+        await self._topology.declare(backend, generation, max_length)
 
     async def unbind(self, backend: str, generation: int) -> None:
-        name = queue_names.backend_queue(self._namespace, backend, generation)
-
-        async def unbind(channel: AbstractChannel) -> None:
-            queue = await channel.get_queue(name, ensure=False)
-            await queue.unbind(self._requests, backend)
-
-        with suppress(aiormq.exceptions.ChannelNotFoundEntity):
-            await self._on_own_channel(unbind)
+        await self._topology.unbind(backend, generation)
 
     async def depth(self, backend: str, generation: int) -> int | None:
-        name = queue_names.backend_queue(self._namespace, backend, generation)
-
-        async def depth(channel: AbstractChannel) -> int | None:
-            queue = await channel.declare_queue(name, passive=True)
-            return queue.declaration_result.message_count
-
-        try:
-            return await self._on_own_channel(depth)
-        except aiormq.exceptions.ChannelNotFoundEntity:
-            return None
+        return await self._topology.depth(backend, generation)
 
     async def delete(self, backend: str, generation: int, *, only_if_empty: bool) -> bool:
-        name = queue_names.backend_queue(self._namespace, backend, generation)
-
-        async def delete(channel: AbstractChannel) -> None:
-            queue = await channel.get_queue(name, ensure=False)
-            await queue.delete(if_unused=only_if_empty, if_empty=only_if_empty)
-
-        try:
-            await self._on_own_channel(delete)
-        except aiormq.exceptions.ChannelNotFoundEntity:
-            return True
-        except aiormq.exceptions.ChannelPreconditionFailed:
-            return False
-        if not only_if_empty:
-            await self._delete_empty_dead_letters(backend)
-        return True
-
-    async def _delete_empty_dead_letters(self, backend: str) -> None:
-        async def delete(channel: AbstractChannel) -> None:
-            dead_letters = await channel.get_queue(queue_names.dead_queue(self._namespace, backend), ensure=False)
-            await dead_letters.delete(if_unused=True, if_empty=True)
-
-        with suppress(aiormq.exceptions.ChannelNotFoundEntity, aiormq.exceptions.ChannelPreconditionFailed):
-            await self._on_own_channel(delete)
+        return await self._topology.delete(backend, generation, only_if_empty=only_if_empty)
 
     async def _ready_to_publish(self) -> None:
         try:
@@ -195,7 +139,7 @@ class RabbitQueue:
         await asyncio.gather(self._publishing.close(), self._consuming.close())
 
     async def _keep_channel(self) -> None:
-        pauses = delays()
+        pauses = delays(cap_s=LONGEST_PAUSE_S)
         while True:
             try:
                 connection = await self._publishing.up()
@@ -205,7 +149,7 @@ class RabbitQueue:
                 await self._probe(raw, channel)  # with an alarm, the broker still reads the first message of a connection
                 self._channel = channel
                 self._opened.set()
-                pauses = delays()
+                pauses = delays(cap_s=LONGEST_PAUSE_S)
                 await self._watch(connection, raw, channel)
             except (Exception, asyncio.CancelledError) as error:
                 if isinstance(error, asyncio.CancelledError) and really_cancelled():
@@ -243,34 +187,26 @@ class RabbitQueue:
         over an exchange that is sure to exist, since a missing one closes the channel."""
         if channel.stalled_s:
             if channel.stalled_s > STALLED_AFTER_S:
-                raise TimeoutError
+                await asyncio.sleep(_SECOND_LOOK_S)
+                if channel.stalled_s > STALLED_AFTER_S:
+                    raise TimeoutError
             return
-        async with asyncio.timeout(STALLED_AFTER_S):
-            if not self._has_exchange:
-                await raw.basic_qos(prefetch_count=0)
-                return
-            taken: asyncio.Future[MQServeError | None] = asyncio.get_running_loop().create_future()
-            channel.publish(self._requests, "", _PROBE, b"", "", telling(taken))
-            if isinstance(error := await taken, BrokerUnavailable):
-                self._has_exchange = False
-                raise error
+        if not self._has_exchange:
+            await _in_time(raw.basic_qos(prefetch_count=0))
+            return
+        publish = partial(channel.publish, self._requests, "", _PROBE, b"", "")
+        if isinstance(error := await _in_time(fate_of(publish, OPERATION_BUDGET_S)), BrokerUnavailable):
+            self._has_exchange = False
+            raise error
 
-    async def _on_own_channel(self, act: Callable[[AbstractChannel], Awaitable[T]]) -> T:
-        """Topology goes over a channel of its own, since whatever fails closes it. One error for all of RabbitMQ's silences."""
-        try:
-            connection = await self._publishing.up()
-            async with asyncio.timeout(OPERATION_BUDGET_S):
-                channel = connection.channel()
-                try:
-                    await channel.initialize()
-                    return await act(channel)
-                finally:
-                    with suppress(Exception):
-                        await channel.close()
-        except (aiormq.exceptions.ChannelNotFoundEntity, aiormq.exceptions.ChannelPreconditionFailed, MQServeError):
-            raise
-        except (Exception, asyncio.CancelledError) as error:
-            if isinstance(error, asyncio.CancelledError) and really_cancelled():
-                raise
-            refusal = broker_refusal(error)
-            raise BrokerUnavailable(refusal or f"RabbitMQ did not answer ({words_of(error)}): {self._publishing!r}") from error
+
+async def _in_time(asking: Coroutine[Any, Any, T]) -> T:
+    """The broker's answer. Raises TimeoutError, unless it was this process that stood still: what came in meanwhile is read first."""
+    asked = asyncio.ensure_future(asking)
+    try:
+        for budget_s in (STALLED_AFTER_S, _SECOND_LOOK_S):
+            if (await asyncio.wait([asked], timeout=budget_s))[0]:
+                return asked.result()
+        raise TimeoutError
+    finally:
+        asked.cancel()

@@ -32,11 +32,16 @@ logger = logging.getLogger(__name__)
 CONNECT_BUDGET_S = 5.0
 CALL_BUDGET_S = 3.0
 BLOCK_S = 5.0
-RECONNECT_S = 1.0
+RECONNECT_S = 2.9  # a little less than CALL_BUDGET_S: of a server that hangs, the first call that fails says so
 INBOX_BATCH = 256
 FLUSH_BATCH = 128
+FLUSH_BYTES = 4 * 1024 * 1024  # or one large result: a call that takes longer than its budget is sent again and again
+LARGE_BUDGET_S = 30.0  # of a body that travels by reference; whoever waits for it has a deadline of his own
 LOG_BATCH = 1000
 _CLOCK_EVERY_S = 30.0
+_CLOCK_TRIES = 3  # at the beginning, for a sample that is as good as _CLOCK_GOOD_S
+_CLOCK_GOOD_S = 0.05
+_CLOCK_DRIFT = 0.001  # what two clocks may differ in a second; they differ by less
 _HERE = Path(__file__).parent
 _FAILURES = (RedisError, OSError, TimeoutError, RuntimeError)  # the last is uvloop's, of a write to a connection that was just lost
 T = TypeVar("T")
@@ -74,13 +79,19 @@ class RedisStore:
         self._commands = ExplainedRedis.from_pool(
             _Pool.from_url(url, max_connections=16, timeout=2, socket_timeout=2, socket_connect_timeout=2, retry=once)
         )
-        self._blocking = ExplainedRedis.from_url(url, socket_timeout=None, socket_connect_timeout=2, retry=Retry(NoBackoff(), 0))
+        never = Retry(NoBackoff(), 0)
+        self._large = ExplainedRedis.from_pool(
+            _Pool.from_url(url, max_connections=8, timeout=2, socket_timeout=LARGE_BUDGET_S, socket_connect_timeout=2, retry=never)
+        )
+        self._blocking = ExplainedRedis.from_url(url, socket_timeout=None, socket_connect_timeout=2, retry=never)
         self._scripts = {name: (_HERE / f"{name}.lua").read_text() for name in ("record", "replace", "delete")}
         self._digests: dict[str, str] = {}
         self._offset_ms = 0.0
+        self._offset_error_s = math.inf  # at most, when it was measured
+        self._offset_measured_at = 0.0  # monotonic
         self._down_since = -math.inf  # monotonic; inf while it answers
         self._buffer: list[tuple[Record, asyncio.Future[bool]]] = []
-        self._marks: list[tuple[str, bytes, int]] = []
+        self._marks: list[tuple[str, bytes, int]] = []  # key, value, TTL in ms; a TTL of 0: the key goes
         self._flusher: asyncio.Task[None] | None = None
         self._watchers: set[asyncio.Event] = set()
         self._tasks: list[asyncio.Task[None]] = []
@@ -93,7 +104,9 @@ class RedisStore:
             async with asyncio.timeout(CONNECT_BUDGET_S):
                 for name, text in self._scripts.items():
                     self._digests[name] = await self._commands.script_load(text)
-                await self._measure_clock()
+                for _ in range(_CLOCK_TRIES):
+                    if self._offset_error_s > _CLOCK_GOOD_S:
+                        await self._measure_clock()
         except _FAILURES as error:
             raise StoreUnavailable(
                 store_refusal(error, self._url)
@@ -123,6 +136,10 @@ class RedisStore:
         self._marks.append((key, value, max(1, ttl_ms)))
         self._flush_soon()
 
+    def drop_soon(self, key: str) -> None:
+        self._marks.append((key, b"", 0))
+        self._flush_soon()
+
     def _flush_soon(self) -> None:
         if self._flusher is None or self._flusher.done():
             self._flusher = asyncio.create_task(self._flush(), name="write results")
@@ -131,7 +148,7 @@ class RedisStore:
         """Until nothing is left: what gathers while one call is under way rides in the next."""
         pauses = delays(first_s=0.02, cap_s=1.0)
         while self._buffer or self._marks:
-            batch, self._buffer = self._buffer[:FLUSH_BATCH], self._buffer[FLUSH_BATCH:]
+            batch = self._next_batch()
             try:
                 await self._write_marks()
                 if batch:
@@ -140,6 +157,16 @@ class RedisStore:
             except StoreUnavailable as error:
                 self._buffer = self._give_up_late(batch, error) + self._buffer
                 await asyncio.sleep(next(pauses))
+
+    def _next_batch(self) -> list[tuple[Record, asyncio.Future[bool]]]:
+        count = size = 0
+        for record, _ in self._buffer[:FLUSH_BATCH]:
+            size += len(record.value) + len(record.note)
+            if count and size > FLUSH_BYTES:
+                break
+            count += 1
+        batch, self._buffer = self._buffer[:count], self._buffer[count:]
+        return batch
 
     async def _write(self, batch: list[tuple[Record, asyncio.Future[bool]]]) -> list[int]:
         keys: list[str] = []
@@ -154,7 +181,10 @@ class RedisStore:
         if marks:
             pipeline = self._commands.pipeline(transaction=False)
             for key, value, ttl_ms in marks:
-                pipeline.set(key, value, px=ttl_ms)
+                if ttl_ms:
+                    pipeline.set(key, value, px=ttl_ms)
+                else:
+                    pipeline.pexpire(key, 0)  # which deletes it; whoever may not DEL what he likes may do this
             await self._call(pipeline.execute)
 
     @staticmethod
@@ -179,12 +209,22 @@ class RedisStore:
         found: Any = await self._call(lambda: self._commands.get(key))
         return found  # type: ignore[no-any-return]
 
+    async def get_large(self, key: str) -> bytes | None:
+        found: Any = await self._call(lambda: self._large.get(key), LARGE_BUDGET_S)
+        return found  # type: ignore[no-any-return]
+
+    async def set_large(self, key: str, value: bytes, *, ttl_ms: int) -> None:
+        await self._call(lambda: self._large.set(key, value, px=ttl_ms), LARGE_BUDGET_S)
+
     async def get_many(self, keys: Sequence[str]) -> list[bytes | None]:
         found: Any = await self._call(lambda: self._commands.mget(keys)) if keys else []
         return found  # type: ignore[no-any-return]
 
     async def set(self, key: str, value: bytes, *, ttl_ms: int | None = None, only_new: bool = False) -> bool:
-        return bool(await self._call(lambda: self._commands.set(key, value, px=ttl_ms, nx=only_new)))
+        written = bool(await self._call(lambda: self._commands.set(key, value, px=ttl_ms, nx=only_new)))
+        if only_new and not written:  # the client may have sent it twice, since the first answer was lost
+            return await self.get(key) == value
+        return written
 
     async def replace(self, key: str, old: bytes | None, new: bytes | None, *, guard: Guard | None = None, quiet: bool = False) -> bool:
         keys, values = [key], [*_optional(old), *_optional(new), "" if quiet else self._channel]
@@ -320,17 +360,17 @@ class RedisStore:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for client in (self._commands, self._blocking):
+        for client in (self._commands, self._large, self._blocking):
             with suppress(Exception):
                 await client.aclose()
 
-    async def _call(self, call: Callable[[], Awaitable[T]]) -> T:
+    async def _call(self, call: Callable[[], Awaitable[T]], budget_s: float = CALL_BUDGET_S) -> T:
         began = time.monotonic()
         try:
-            async with asyncio.timeout(CALL_BUDGET_S):
+            async with asyncio.timeout(budget_s):
                 result = await _heeding_cancellation(call)
         except _FAILURES as error:
-            self._down_since = min(self._down_since, began)
+            self._down_since = min(self._down_since, max(began, time.monotonic() - CALL_BUDGET_S))
             refusal = store_refusal(error, self._url)
             raise StoreUnavailable(refusal or f"Redis at {masked(self._url)} did not answer ({words_of(error)})") from error
         self._down_since = math.inf
@@ -343,9 +383,14 @@ class RedisStore:
             return await self._commands.eval(self._scripts[name], len(keys), *keys, *values)
 
     async def _measure_clock(self) -> None:
+        """A sample is off by at most half of its round trip: one that says less than what we have already is not taken."""
         before = time.monotonic()
         seconds, microseconds = await _heeding_cancellation(self._commands.time)
-        self._offset_ms = (seconds + microseconds / 1e6 - (before + time.monotonic()) / 2) * 1000
+        after = time.monotonic()
+        error_s = (after - before) / 2
+        if error_s <= self._offset_error_s + (after - self._offset_measured_at) * _CLOCK_DRIFT:
+            self._offset_ms = (seconds + microseconds / 1e6 - (before + after) / 2) * 1000
+            self._offset_error_s, self._offset_measured_at = error_s, after
 
     async def _keep_clock(self) -> None:
         while True:

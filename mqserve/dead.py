@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -14,8 +13,8 @@ from rich.console import Console
 from rich.text import Text
 
 from .broker.dead_letters import DeadLetter
-from .broker.errors import BadEnvelope, BadValue, BrokerUnavailable, MQServeError, UnknownBackend
-from .broker.queue import DeadLetters
+from .broker.errors import BadEnvelope, BadValue, MQServeError, UnknownBackend
+from .broker.queue import DeadLetters, fate_of
 from .broker.queue_names import check_name
 from .broker.settings import Settings
 from .controller.state import Desired
@@ -168,31 +167,15 @@ async def _retry(links: Links, timeout_ms: int, forgotten: set[str], letter: Dea
     if future_id and future_id not in forgotten:  # of two with one id the second finds the first one's result
         await links.store.delete(*links.keys.of_runs(future_id))
         forgotten.add(future_id)
-    await _published(links, letter)
+    if error := await fate_of(partial(links.queue.republish, letter), CONFIRM_BUDGET_S):
+        raise error
 
 
 async def _keep_body(links: Links, key: str, timeout_ms: int) -> None:
-    body = await links.store.get(key)
+    body = await links.store.get_large(key)
     if body is None:
         raise _Keep("its body, of more than 1 MiB, was kept in the store until its deadline and is gone, so nothing can run it: drop it")
-    await links.store.set(key, body, ttl_ms=timeout_ms + _BODY_KEPT_MS)
-
-
-async def _published(links: Links, letter: DeadLetter) -> None:
-    fate: asyncio.Future[MQServeError | None] = asyncio.get_running_loop().create_future()
-
-    def settled(error: MQServeError | None) -> None:
-        if not fate.done():
-            fate.set_result(error)
-
-    links.queue.republish(letter, settled)
-    try:
-        async with asyncio.timeout(CONFIRM_BUDGET_S):
-            error = await fate
-    except TimeoutError:
-        raise BrokerUnavailable(f"RabbitMQ did not confirm a message within {CONFIRM_BUDGET_S:g} s", maybe_sent=True) from None
-    if error is not None:
-        raise error
+    await links.store.set_large(key, body, ttl_ms=timeout_ms + _BODY_KEPT_MS)
 
 
 def _facts(letter: DeadLetter) -> dict[str, Any]:
@@ -218,7 +201,7 @@ async def _all_facts(links: Links, letter: DeadLetter) -> dict[str, Any]:
             facts["request"] = f"{meta.method} {meta.path}" + (f"?{meta.query.decode(errors='replace')}" if meta.query else "")
         facts |= {name: value for name, value in (("endpoint", meta.endpoint), ("method", meta.call)) if value}
         if header.ref == links.keys.body(letter.id):
-            stored = await links.store.get(header.ref)
+            stored = await links.store.get_large(header.ref)
             facts["body_in_store"] = stored is not None
             body = stored or b""
     facts |= {"body_bytes": len(body), "body": body[:PREVIEW_BYTES].decode(errors="backslashreplace")}

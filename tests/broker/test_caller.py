@@ -2,21 +2,21 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
 
-from mqserve.broker.caller import Caller, Ticket
+from mqserve.broker.caller import INLINE_BODY_BYTES, Caller, Ticket
 from mqserve.broker.embedded_queue import EmbeddedQueue
 from mqserve.broker.embedded_store import EmbeddedStore
 from mqserve.broker.envelope import Envelope, Header, Meta, mint_id
-from mqserve.broker.errors import BrokerUnavailable, NotRouted, Overloaded, TooLarge
+from mqserve.broker.errors import BrokerUnavailable, NotRouted, Overloaded, StoreUnavailable, TooLarge
 from mqserve.broker.queue import Delivery, Queue, Settled
 from mqserve.broker.results import INLINE_BYTES, Result, note_of
 from mqserve.broker.store import Record, Store
 from mqserve.broker.store_keys import StoreKeys
-from tests.broker.traffic import Hands, until
+from tests.broker.traffic import Hands, accepted, until
 
 pytestmark = pytest.mark.anyio
 
@@ -292,3 +292,54 @@ async def replica(queue: Queue, store: Store, keys: StoreKeys) -> EchoReplica:
     await queue.declare("b", 1, None)
     await queue.consume("b", 1, 10, replica)
     return replica
+
+
+class StoreThatCannotBeRead(EmbeddedStore):
+    """For the first so many times, once `times` is set."""
+
+    times = 0
+
+    def _fails(self) -> None:
+        if self.times > 0:
+            self.times -= 1
+            raise StoreUnavailable("away")
+
+    async def get_many(self, keys: Sequence[str]) -> list[bytes | None]:
+        self._fails()
+        return await super().get_many(keys)
+
+    async def get_large(self, key: str) -> bytes | None:
+        self._fails()
+        return await super().get_large(key)
+
+
+@pytest.mark.parametrize("ref", ["", "large"])
+async def test_a_result_that_cannot_be_read_at_once_is_read_later(ref: str) -> None:
+    """Its note does not come again, so whoever waits would wait to his deadline."""
+    queue, store, keys = EmbeddedQueue(), StoreThatCannotBeRead(), StoreKeys("tests")
+    body = b"x" * (INLINE_BYTES + 1)
+    async with running(Caller(queue, store, keys, "test")) as caller:
+        hands = await consumed(queue)
+        ticket = send(caller, timeout_s=60)
+        await hands.hold(1)
+        if ref:
+            await store.set(keys.body(ref), body)
+        store.times = 3
+        await recorded(store, keys, hands.held[0].envelope(), Result(ref=keys.body(ref)) if ref else Result(body=body))
+        async with asyncio.timeout(10):
+            assert (await ticket.future).body == body
+
+
+async def test_the_body_of_a_request_that_the_queue_refuses_does_not_stay(
+    caller: Caller, queue: Queue, store: Store, keys: StoreKeys
+) -> None:
+    await queue.declare("b", 1, max_length=1)
+    await accepted(queue, Envelope("first", b"", "text/plain"))
+    ticket = caller.send("b", b"x" * (INLINE_BODY_BYTES + 1), "text/plain", Meta(), origin="handle", timeout_s=30)
+    with pytest.raises(Overloaded):
+        await ticket.future
+
+    async def is_gone() -> bool:
+        return await store.get(keys.body(ticket.id)) is None
+
+    await until(is_gone)

@@ -2,13 +2,15 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 
 import pytest
 
 from mqserve.broker.cancellations import KEPT, Cancellations, word_of_proxy, word_of_request
+from mqserve.broker.embedded_store import EmbeddedStore
 from mqserve.broker.envelope import Envelope, Header
 from mqserve.broker.store import Store
-from mqserve.broker.store_keys import StoreKeys
+from mqserve.broker.store_keys import RESULT_TTL_S, StoreKeys
 from tests.broker.traffic import until
 
 pytestmark = pytest.mark.anyio
@@ -65,3 +67,17 @@ async def test_the_oldest_are_forgotten_first(store: Store, keys: StoreKeys, hea
         await store.append_log(keys.cancelled, *(word_of_request(str(number)) for number in range(start, min(start + 5000, KEPT + 1))))
         await until(lambda start=start: heard.names(request(), str(min(start + 4999, KEPT))))  # type: ignore[misc]
     assert not heard.names(request(), "0") and heard.names(request(), "1")
+
+
+async def test_a_callers_own_id_can_be_used_again_once_its_result_has_expired(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr("mqserve.broker.cancellations.time", SimpleNamespace(monotonic=lambda: clock.now))
+    store, keys = EmbeddedStore(), StoreKeys("tests")
+    heard = Cancellations(store, keys, lambda: None)
+    listening = asyncio.create_task(heard.listen())
+    await store.append_log(keys.cancelled, word_of_request("b/order-17"), word_of_request(MINTED))
+    await until(lambda: heard.has("b/order-17") and heard.has(MINTED))
+    clock.now += RESULT_TTL_S + 1
+    assert not heard.has("b/order-17") and heard.has(MINTED)
+    listening.cancel()
+    await asyncio.wait([listening])

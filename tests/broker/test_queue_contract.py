@@ -363,3 +363,13 @@ async def read(queue: Queue, count: int) -> list[DeadLetter]:
 
     await until(all_there)
     return found
+
+
+async def test_what_has_expired_takes_nobodys_place(queue: Queue) -> None:
+    await queue.declare("b", 1, max_length=1)
+    await accepted(queue, text("soon late", expiration_ms=50))
+    await until(lambda: _is_taken(queue, text("next")))
+
+
+async def _is_taken(queue: Queue, envelope: Envelope) -> bool:
+    return await publish(queue, envelope) is None

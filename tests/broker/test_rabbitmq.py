@@ -10,8 +10,8 @@ from yarl import URL
 
 from mqserve.broker.dead_letters import Death
 from mqserve.broker.envelope import Envelope, Header
-from mqserve.broker.errors import BadEnvelope, BrokerUnavailable
-from mqserve.broker.queue_names import dead_queue, requests_exchange
+from mqserve.broker.errors import BadEnvelope, BrokerUnavailable, MQServeError, QueueMismatch
+from mqserve.broker.queue_names import backend_queue, dead_queue, requests_exchange
 from mqserve.broker.rabbitmq import open_rabbitmq
 from mqserve.broker.settings import masked
 from tests.broker.traffic import AckingHands, Hands, accepted, accepted_at_last, depth_is, publish, text, until
@@ -186,3 +186,45 @@ def get_one(url: str, queue: str) -> tuple[Any, bytes]:
     with pika.BlockingConnection(pika.URLParameters(url)) as connection:
         _, properties, body = connection.channel().basic_get(queue, auto_ack=True)
         return properties, body
+
+
+async def test_queues_are_classic_whatever_the_virtual_host_makes_by_default(broker_server: PrivateRabbitMQ, namespace: str) -> None:
+    """Quorum queues know no priorities, and some hosts of RabbitMQ make them unless they are told not to."""
+    await asyncio.to_thread(broker_server.ctl, "add_vhost", namespace, "--default-queue-type", "quorum")
+    await asyncio.to_thread(broker_server.ctl, "set_permissions", "-p", namespace, "guest", ".*", ".*", ".*")
+    try:
+        async with open_rabbitmq(f"{broker_server.url}{namespace}", namespace, "test") as queue:
+            await queue.declare("b", 1, None)
+            assert await publish(queue, text("a")) is None
+    finally:
+        await asyncio.to_thread(broker_server.ctl, "delete_vhost", namespace)
+
+
+async def test_a_queue_that_was_declared_without_its_type_is_the_same(broker_url: str, namespace: str) -> None:
+    arguments = {"x-max-priority": 4, "x-overflow": "reject-publish"}
+    with pika.BlockingConnection(pika.URLParameters(broker_url)) as connection:
+        connection.channel().queue_declare(backend_queue(namespace, "b", 1), durable=True, arguments=arguments)
+    async with open_rabbitmq(broker_url, namespace, "test") as queue:
+        await queue.declare("b", 1, None)
+        with pytest.raises(QueueMismatch):
+            await queue.declare("b", 1, 10)
+
+
+async def test_dead_letters_of_another_make_are_no_reason_for_a_new_generation(broker_url: str, namespace: str) -> None:
+    with pika.BlockingConnection(pika.URLParameters(broker_url)) as connection:
+        connection.channel().queue_declare(dead_queue(namespace, "b"), durable=True)
+    async with open_rabbitmq(broker_url, namespace, "test") as queue:
+        with pytest.raises(MQServeError, match=r"not as we make it.*delete it") as refusal:
+            await queue.declare("b", 1, None)
+        assert not isinstance(refusal.value, QueueMismatch | BrokerUnavailable)
+
+
+async def test_an_end_is_not_kept_waiting_by_a_broker_that_takes_nothing(broker_wire: Wire, namespace: str) -> None:
+    async with open_rabbitmq(broker_wire.url, namespace, "test") as queue:
+        await queue.declare("b", 1, None)
+        broker_wire.blackhole()
+        fates = [publish(queue, Envelope("", b"x" * 1024 * 1024, "text/plain")) for _ in range(50)]  # more than any buffer on the way
+        await asyncio.sleep(0.1)  # for the first of it to be on its way
+        begun = time.monotonic()
+    assert time.monotonic() - begun < 20
+    assert all(isinstance(fate, BrokerUnavailable) for fate in await asyncio.gather(*fates))

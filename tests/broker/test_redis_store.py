@@ -7,10 +7,11 @@ import pytest
 import redis
 
 from mqserve.broker.errors import StoreUnavailable
-from mqserve.broker.redis_store import RedisStore, open_redis
+from mqserve.broker.redis_store import FLUSH_BYTES, RedisStore, open_redis
 from mqserve.broker.store import Record
 from mqserve.broker.store_keys import StoreKeys
 from tests.broker.traffic import until
+from tests.faults.wire import Wire
 from tests.servers import PrivateRedis, free_port
 
 pytestmark = pytest.mark.anyio
@@ -109,3 +110,36 @@ async def test_a_store_that_would_forget_when_it_is_full_is_a_concern(
     async with open_redis(store_server.url, namespace) as store:
         concern = await store.concern()
         assert concern.endswith(says) and bool(concern) == bool(says)
+
+
+async def test_large_results_are_written_in_calls_of_a_bounded_size(store_server: PrivateRedis, namespace: str, keys: StoreKeys) -> None:
+    """One call with all of them would take longer than its time on a slow link, and be sent again and again."""
+    count, megabyte = 12, b"x" * 1024 * 1024
+    async with open_redis(store_server.url, namespace) as store:
+        store_server.say("CONFIG", "RESETSTAT")
+        deadline_ms = store.now_ms() + 60_000
+        assert all(await asyncio.gather(*(store.record(Record(keys.future(str(n)), megabyte, "", b"", deadline_ms)) for n in range(count))))
+        said = store_server.say("INFO", "commandstats")
+        text = said if isinstance(said, str) else repr(said)
+        calls = int(text.split("cmdstat_evalsha")[1].split("calls")[1].lstrip("'=: ").split(",")[0])
+        assert calls >= count * len(megabyte) / FLUSH_BYTES
+
+
+async def test_a_look_at_the_clock_that_takes_long_is_not_believed(
+    store_wire: Wire, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mqserve.broker.redis_store._CLOCK_EVERY_S", 0.3)
+    async with open_redis(store_wire.url, namespace) as store:
+
+        def offset_ms() -> float:
+            return store.now_ms() - time.monotonic() * 1000
+
+        before = offset_ms()
+        store_wire.hold_answers()
+        await asyncio.sleep(1.2)  # so long, and only on its way back: half of that is what the look would be off by
+        store_wire.mend()
+        seen = []
+        for _ in range(50):  # until after the next look
+            seen.append(abs(offset_ms() - before))
+            await asyncio.sleep(0.01)
+        assert max(seen) < 200

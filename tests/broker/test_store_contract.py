@@ -257,3 +257,20 @@ async def test_everybody_reads_all_of_a_log(store: Store, keys: StoreKeys) -> No
     for reader in readers:
         reader.cancel()
     await asyncio.wait(readers)
+
+
+async def test_a_new_value_that_is_sent_twice_is_still_the_senders(store: Store, keys: StoreKeys) -> None:
+    """As a client does that did not hear the first answer."""
+    assert await store.set(keys.leader, b"mine", only_new=True)
+    assert await store.set(keys.leader, b"mine", only_new=True)
+
+
+async def test_a_key_can_be_dropped_with_the_next_write(store: Store, keys: StoreKeys) -> None:
+    await store.set_large(keys.body("f"), b"body", ttl_ms=60_000)
+    assert await store.get_large(keys.body("f")) == b"body"
+    store.drop_soon(keys.body("f"))
+
+    async def is_gone() -> bool:
+        return await store.get_large(keys.body("f")) is None
+
+    await until(is_gone)

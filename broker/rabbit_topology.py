@@ -1,0 +1,144 @@
+"""Exchanges, queues and bindings on RabbitMQ: what only the controller declares, and what it asks of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import aiormq
+from aio_pika.abc import AbstractChannel
+
+from . import queue_names
+from .amqp_link import OPERATION_BUDGET_S, Link, really_cancelled
+from .errors import BrokerUnavailable, MQServeError, QueueMismatch, words_of
+from .refusals import broker_refusal
+
+T = TypeVar("T")
+
+# Said though it is the default: a virtual host may have another one, and quorum queues know no priorities.
+_CLASSIC = {"x-queue-type": "classic"}
+
+
+class RabbitTopology:
+    """The topology half of `Queue`, over a link that others publish on."""
+
+    def __init__(self, link: Link, namespace: str) -> None:
+        self._link = link
+        self._namespace = namespace
+        self._requests = queue_names.requests_exchange(namespace)
+
+    def __repr__(self) -> str:
+        return f"<RabbitTopology of {self._namespace!r}>"
+
+    async def declare(self, backend: str, generation: int, max_length: int | None) -> None:
+        await self._declare_dead_letters(backend)
+        arguments: dict[str, Any] = {**_CLASSIC, "x-max-priority": 4, "x-overflow": "reject-publish"}
+        if max_length is not None:
+            arguments["x-max-length"] = max_length
+
+        async def declare(channel: AbstractChannel) -> None:
+            requests = await channel.declare_exchange(self._requests, "direct", durable=True)
+            name = queue_names.backend_queue(self._namespace, backend, generation)
+            queue = await channel.declare_queue(name, durable=True, arguments=arguments)
+            await queue.bind(requests, backend)
+
+        try:
+            await self._on_own_channel(declare)
+        except aiormq.exceptions.ChannelPreconditionFailed as error:
+            if "exchange" in str(error):
+                raise _foreign(error) from error
+            raise QueueMismatch(f"generation {generation} of the queue of {backend!r} exists with other arguments") from error
+
+    async def _declare_dead_letters(self, backend: str) -> None:
+        arguments: dict[str, Any] = {
+            **_CLASSIC,
+            "x-max-length": queue_names.DEAD_LETTER_LIMIT,
+            "x-message-ttl": queue_names.DEAD_LETTER_TTL_MS,
+        }
+
+        async def declare(channel: AbstractChannel) -> None:
+            dead = await channel.declare_exchange(queue_names.dead_exchange(self._namespace), "direct", durable=True)
+            name = queue_names.dead_queue(self._namespace, backend)
+            dead_letters = await channel.declare_queue(name, durable=True, arguments=arguments)
+            await dead_letters.bind(dead, backend)
+
+        try:
+            await self._on_own_channel(declare)
+        except aiormq.exceptions.ChannelPreconditionFailed as error:
+            raise _foreign(error) from error
+
+    async def unbind(self, backend: str, generation: int) -> None:
+        name = queue_names.backend_queue(self._namespace, backend, generation)
+
+        async def unbind(channel: AbstractChannel) -> None:
+            queue = await channel.get_queue(name, ensure=False)
+            await queue.unbind(self._requests, backend)
+
+        with suppress(aiormq.exceptions.ChannelNotFoundEntity):
+            await self._on_own_channel(unbind)
+
+    async def depth(self, backend: str, generation: int) -> int | None:
+        name = queue_names.backend_queue(self._namespace, backend, generation)
+
+        async def depth(channel: AbstractChannel) -> int | None:
+            queue = await channel.declare_queue(name, passive=True)
+            return queue.declaration_result.message_count
+
+        try:
+            return await self._on_own_channel(depth)
+        except aiormq.exceptions.ChannelNotFoundEntity:
+            return None
+
+    async def delete(self, backend: str, generation: int, *, only_if_empty: bool) -> bool:
+        name = queue_names.backend_queue(self._namespace, backend, generation)
+
+        async def delete(channel: AbstractChannel) -> None:
+            queue = await channel.get_queue(name, ensure=False)
+            await queue.delete(if_unused=only_if_empty, if_empty=only_if_empty)
+
+        try:
+            await self._on_own_channel(delete)
+        except aiormq.exceptions.ChannelNotFoundEntity:
+            return True
+        except aiormq.exceptions.ChannelPreconditionFailed:
+            return False
+        if not only_if_empty:
+            await self._delete_empty_dead_letters(backend)
+        return True
+
+    async def _delete_empty_dead_letters(self, backend: str) -> None:
+        async def delete(channel: AbstractChannel) -> None:
+            dead_letters = await channel.get_queue(queue_names.dead_queue(self._namespace, backend), ensure=False)
+            await dead_letters.delete(if_unused=True, if_empty=True)
+
+        with suppress(aiormq.exceptions.ChannelNotFoundEntity, aiormq.exceptions.ChannelPreconditionFailed):
+            await self._on_own_channel(delete)
+
+    async def _on_own_channel(self, act: Callable[[AbstractChannel], Awaitable[T]]) -> T:
+        """Topology goes over a channel of its own, since whatever fails closes it. One error for all of RabbitMQ's silences."""
+        try:
+            connection = await self._link.up()
+            async with asyncio.timeout(OPERATION_BUDGET_S):
+                channel = connection.channel()
+                try:
+                    await channel.initialize()
+                    return await act(channel)
+                finally:
+                    with suppress(Exception):
+                        await channel.close()
+        except (aiormq.exceptions.ChannelNotFoundEntity, aiormq.exceptions.ChannelPreconditionFailed, MQServeError):
+            raise
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and really_cancelled():
+                raise
+            refusal = broker_refusal(error)
+            raise BrokerUnavailable(refusal or f"RabbitMQ did not answer ({words_of(error)}): {self._link!r}") from error
+
+
+def _foreign(error: Exception) -> MQServeError:
+    return MQServeError(
+        f"RabbitMQ has an exchange or a queue under a name of ours that is not as we make it ({words_of(error)}): "
+        "empty what is in it, delete it, and it is made again"
+    )
