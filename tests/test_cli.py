@@ -289,6 +289,37 @@ def test_bad_settings_get_a_sentence(shell: CommandLine, variables: dict[str, st
     assert_refused(shell.with_variables(**variables), "run", "hello.py", "--port", "0", says=says)
 
 
+ENDS_BESIDE_A_STUCK_THREAD = """
+import threading, time
+from mqserve.broker.errors import BackendFailed
+from mqserve.cli import main
+from mqserve.replicas import main as replicas
+
+async def end(settings, options):
+    threading.Thread(target=time.sleep, args=(600,)).start()
+    raise ERROR
+
+replicas.main = end
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        ("BackendFailed('no luck')", r"\AError: no luck\n\Z"),
+        ("ExceptionGroup('tasks', [ExceptionGroup('tasks', [BackendFailed('no luck')])])", r"\AError: no luck\n\Z"),
+        ("ExceptionGroup('tasks', [BackendFailed('no luck'), RuntimeError('a bug')])", r"Traceback.*no luck.*a bug"),
+        ("RuntimeError('a bug')", r"Traceback.*RuntimeError: a bug\n\Z"),
+    ],
+    ids=["ours", "ours-in-groups", "more-than-ours", "a-bug"],
+)
+def test_a_replica_that_fails_ends_whatever_its_threads_do_and_says_why(shell: CommandLine, error: str, says: str) -> None:
+    joins = shell.with_variables(MQSERVE_BROKER_URL="amqp://nowhere", MQSERVE_STORE_URL="redis://nowhere")
+    ended = joins.python(ENDS_BESIDE_A_STUCK_THREAD.replace("ERROR", error), "replica", "b", deadline_s=30)
+    assert ended.returncode == 1 and re.search(says, ended.stderr, re.DOTALL), ended.stderr
+
+
 def test_code_by_value_needs_a_key(distributed_shell: CommandLine) -> None:
     distributed_shell.env.pop("MQSERVE_SECRET_KEY")
     distributed_shell.file("hello.py", HELLO)
