@@ -82,7 +82,9 @@ async def _backends(links: Links, desired: Desired, observed: Observed, beats: l
         depths = [await links.queue.depth(name, generation) or 0 for generation in observed.queues.get(name, ())]
         wanted = backend.config.num_replicas
         state = "failing" if name in observed.problems else "ready" if ready >= wanted else "starting"
-        _add_row(table, name, f"{backend.code_name} (version {backend.version})", str(ready), str(wanted), str(sum(depths)), _colored(state))
+        _add_row(
+            table, name, f"{backend.code_name} (version {backend.version})", str(ready), str(wanted), str(sum(depths)), _colored(state)
+        )
     return table
 
 

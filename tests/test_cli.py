@@ -15,6 +15,7 @@ import pytest
 import redis
 
 import mqserve as serve
+from tests.faults.wire import Wire
 from tests.instances import ROOT, SECRET_KEY, CommandLine, Program, answers, wait_until
 from tests.servers import free_port
 
@@ -160,6 +161,41 @@ def test_a_second_ctrl_c_ends_at_once_what_the_first_would_wait_for(either_shell
         asked.result()
     assert "Ending at once" in program.output and "Traceback" not in program.output, program.output
     wait_until(lambda: not any(is_alive(child) for child in children), deadline_s=15, told=lambda: children)
+
+
+NEVER_READY = """
+import time
+import mqserve as serve
+
+@serve.endpoint("/never", graceful_shutdown_timeout_s=0)
+class Never:
+    def __init__(self):
+        print("it constructs", flush=True)
+        time.sleep(60)
+"""
+
+
+def test_the_first_ctrl_c_interrupts_a_deployment_and_the_instance_ends_in_order(
+    either_shell: CommandLine, broker_url: str, namespace: str
+) -> None:
+    program = either_shell.start("run", either_shell.file("never.py", NEVER_READY), "--port", "0")
+    program.wait_for("it constructs")
+    children = program.descendants()
+    program.signal(signal.SIGINT)
+    assert program.wait() == 130
+    assert "Traceback" not in program.output, program.output
+    assert not any(is_alive(child) for child in children)
+    assert not queue_exists(broker_url, f"{namespace}.backend.Never.1")
+
+
+def test_the_first_sigterm_interrupts_a_start(distributed_shell: CommandLine, broker_wire: Wire) -> None:
+    broker_wire.blackhole()
+    shell = distributed_shell.with_variables(MQSERVE_BROKER_URL=broker_wire.url)
+    program = shell.start("run", shell.file("hello.py", HELLO), "--port", "0")
+    wait_until(lambda: broker_wire.connections)
+    program.signal(signal.SIGTERM)
+    assert program.wait() == 130
+    assert "Traceback" not in program.output, program.output
 
 
 def queue_exists(broker_url: str, name: str) -> bool:

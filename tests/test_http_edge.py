@@ -699,7 +699,9 @@ def test_a_loopback_name_is_one_that_nobody_else_can_own(host: str) -> None:
 IMITATIONS = ["[::1].evil", "[::1]evil:80", "[::1", "::1]", "127.0.0.1:80.evil", "localhost:evil", "[127.0.0.1][evil]"]
 
 
-@pytest.mark.parametrize("host", ["", "example.org", "localhost.", "a.localhost", "0.0.0.0", "[::]", "127.0.0.1.nip.io", "10.0.0.1", *IMITATIONS])
+@pytest.mark.parametrize(
+    "host", ["", "example.org", "localhost.", "a.localhost", "0.0.0.0", "[::]", "127.0.0.1.nip.io", "10.0.0.1", *IMITATIONS]
+)
 def test_any_other_name_is_none(host: str) -> None:
     assert not names_loopback(host)
 

@@ -43,7 +43,9 @@ def say(store_url: str, shared_namespace: str) -> Iterator[Any]:
         store.hdel(keys.beats, *fields)
 
 
-async def test_names_with_brackets_are_shown_as_they_are(client: serve.Client, deploy: Deploy, environment: dict[str, str], say: Any) -> None:
+async def test_names_with_brackets_are_shown_as_they_are(
+    client: serve.Client, deploy: Deploy, environment: dict[str, str], say: Any
+) -> None:
     name, route = new_name("e"), f"/{new_name('x')}[/y]"
     client.create_endpoint(name, backend=deploy(lambda request: "well"), route=route)
     try:
