@@ -1,5 +1,6 @@
 """`mqserve status` shows what there is, whatever it is called."""
 
+import asyncio
 from collections.abc import Iterator
 from io import StringIO
 from typing import Any
@@ -9,15 +10,15 @@ import redis
 from rich.console import Console
 
 import mqserve as serve
+from mqserve.broker.redis_store import open_redis
 from mqserve.broker.settings import Settings
 from mqserve.broker.store_keys import StoreKeys
-from mqserve.controller.state import Beat
+from mqserve.controller import desired as changes
+from mqserve.controller.state import Beat, Desired
 from mqserve.status import show_status
-from tests.instances import Deploy, distributed_only, new_name
+from tests.instances import DEADLINE_S, Deploy, distributed_only, new_name
 
 pytestmark = [distributed_only, pytest.mark.anyio]
-
-HTTP_OPTIONS = {"location": "NoServer"}
 
 
 async def shown(environment: dict[str, str]) -> str:
@@ -63,4 +64,16 @@ async def test_a_member_of_a_kind_that_this_version_does_not_know_is_shown_last(
     say("gardener", "of-another-version")
     members, _, _ = (await shown(environment)).partition("Backends")
     kinds = [line.split()[0] for line in members.splitlines() if line.rstrip().endswith("s ago")]
-    assert kinds == ["node", "replica", "gardener"], members
+    assert kinds == ["node", "proxy", "replica", "gardener"], members
+
+
+async def test_a_proxy_that_cannot_follow_is_shown_with_its_reason_until_it_can(
+    client: serve.Client, environment: dict[str, str], shared_namespace: str, store_url: str
+) -> None:
+    words, keys = "the code of-nobody is not in the store", StoreKeys(shared_namespace)
+    async with open_redis(store_url, shared_namespace) as store, asyncio.timeout(DEADLINE_S):
+        instance = Desired.from_bytes(await store.get(keys.desired)).instance
+        for middlewares, is_shown in (("of-nobody", True), ("", False)):
+            await changes.commit(store, keys, instance, changes.set_middlewares(middlewares))
+            while (words in await shown(environment)) is not is_shown:
+                pass
