@@ -34,7 +34,7 @@ async def show_status(settings: Settings, console: Console | None = None) -> int
         console.print(await _backends(links, desired, observed, beats, now_ms))
         console.print(_endpoints(desired))
         living = [beat for beat in beats if beat.state != "failed" and now_ms - beat.at < SILENT_AFTER_S * 1000]
-        waiting = {beat.id: words for beat in living if (words := beat.refused)}
+        waiting = {beat.id: words for beat in living if (words := beat.refused or beat.error)}
         undone = {name: f"the last roll-out was undone: {b.rolled_back}" for name, b in desired.backends.items() if b.rolled_back}
         for name, problem in [*undone.items(), *waiting.items(), *observed.problems.items()]:
             _print(console, Text.assemble((name, "red"), f": {problem}"))

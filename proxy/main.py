@@ -63,7 +63,7 @@ async def main(settings: Settings, options: ProxyOptions) -> int:
     stop = stop_event()
     async with open_redis(settings.store_url, settings.namespace) as store:
         proxy = Proxy(settings, options, store)
-        async with open_rabbitmq(settings.broker_url, settings.namespace, options.proxy_id) as queue:
+        async with open_rabbitmq(settings.broker_url, settings.namespace, options.proxy_id, may_be_away=True) as queue:
             try:
                 await proxy.run(queue, stop)
             except MQServeError as error:
@@ -84,6 +84,7 @@ class Proxy:
         self._error = ""
         field = f"proxy:{options.proxy_id}"
         self._presence = Presence(store, self._keys.beats, field, lambda: self._beat().to_bytes(), BEAT_EVERY_S)
+        self._queue: Queue | None = None
         self._app: ProxyApp | None = None
         self._outer = _Outermost()
         self._middlewares = ""
@@ -103,6 +104,7 @@ class Proxy:
 
         Raises BadValue when it cannot listen and BackendFailed when it cannot make what it is to serve; the reason stands in the store too.
         """
+        self._queue = queue
         caller = Caller(queue, self._store, self._keys, self._options.proxy_id)
         failure: MQServeError | None = None  # raised outside the group, which would wrap it
         async with asyncio.TaskGroup() as tasks:
@@ -233,9 +235,10 @@ class Proxy:
 
     def _beat(self) -> Beat:
         options = self._options
+        error = self._error or (self._queue.why_down if self._queue else "")
         return Beat(
             kind="proxy", id=options.proxy_id, at=self._store.now_ms(), pid=os.getpid(), host=socket.gethostname(), state=self._state,
-            error=self._error, node=options.node, external=options.external, url=self.url,
+            error=error, node=options.node, external=options.external, url=self.url,
             follows=self._app.routes.version if self._app else (0, 0), refuses=self._refuses, refused=self._refused,
         )  # fmt: skip
 
