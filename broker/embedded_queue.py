@@ -208,6 +208,10 @@ class EmbeddedQueue:
     def down_s(self) -> float:
         return 0.0
 
+    @property
+    def why_down(self) -> str:
+        return ""
+
     def publish(self, backend: str, envelope: Envelope, settled: Settled) -> None:
         envelope.check_head()
         lanes = self._bindings.get(backend)

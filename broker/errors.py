@@ -14,7 +14,7 @@ MQServeError
 ├── RequestTimeout         no result within the request's time (also a TimeoutError)
 ├── Cancelled              the caller gave the request up
 ├── RemoteError            user code failed over there, and its exception could not travel
-├── BackendFailed          a backend whose replicas do not get ready
+├── BackendFailed          replicas of a backend do not get ready, or proxies cannot make what they are to serve
 ├── InstanceError          no instance, a second one, or one that was shut down
 ├── BadValue               (also a ValueError)
 ├── BadType                (also a TypeError)
@@ -101,7 +101,7 @@ class RemoteError(MQServeError):
 
 
 class BackendFailed(MQServeError):
-    """The replicas of a backend do not get ready; the message carries their own reason."""
+    """The replicas of a backend do not get ready, or a proxy cannot follow; the message carries their own reason."""
 
 
 class InstanceError(MQServeError):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ipaddress
+import re
+
+_HOST = re.compile(r"(?:\[([^\[\]]*)\]|([^:\[\]]*))(?::\d*)?")  # an address in brackets or a name, and perhaps a port: nothing else
 
 
 def is_loopback(address: str) -> bool:
@@ -16,5 +19,6 @@ def is_loopback(address: str) -> bool:
 
 def names_loopback(host_header: str) -> bool:
     """Whatever the port. A name that only resolves to this machine does not count: a page elsewhere may own it (DNS rebinding)."""
-    host = host_header[1:].partition("]")[0] if host_header.startswith("[") else host_header.partition(":")[0]
+    found = _HOST.fullmatch(host_header)
+    host = (found[1] or found[2]) if found else ""
     return host.lower() == "localhost" or is_loopback(host)

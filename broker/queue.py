@@ -92,6 +92,11 @@ class Queue(Protocol):
         """For how long the broker has taken no messages; 0 while it does."""
         ...
 
+    @property
+    def why_down(self) -> str:
+        """For operators, as far as it is known; empty while the broker takes messages."""
+        ...
+
     def publish(self, backend: str, envelope: Envelope, settled: Settled) -> None:
         """To the backend's queue. Raises TooLarge before anything is sent."""
         ...

@@ -40,12 +40,21 @@ T = TypeVar("T")
 
 
 @asynccontextmanager
-async def open_rabbitmq(url: str, namespace: str, process_id: str) -> AsyncIterator[RabbitQueue]:
-    """Connected and able to publish on entry, or BrokerUnavailable within CONNECT_BUDGET_S + OPERATION_BUDGET_S; closed on exit."""
+async def open_rabbitmq(url: str, namespace: str, process_id: str, *, may_be_away: bool = False) -> AsyncIterator[RabbitQueue]:
+    """Connected and able to publish on entry, or BrokerUnavailable within CONNECT_BUDGET_S + OPERATION_BUDGET_S; closed on exit.
+
+    With `may_be_away`, for members that serve as soon as they can, it goes on without after that time, and is connected once RabbitMQ
+    is there. They wait at first all the same: one that takes another's place must not refuse what that one would have taken.
+    """
     queue = RabbitQueue(url, namespace, process_id)
     try:
-        await queue._publishing.up(CONNECT_BUDGET_S)
-        await queue._ready_to_publish()
+        try:
+            await queue._publishing.up(CONNECT_BUDGET_S)
+            await queue._ready_to_publish()
+        except BrokerUnavailable as error:
+            if not may_be_away:
+                raise
+            logger.warning("%s goes on without RabbitMQ until it is there: %s", process_id, error)
         yield queue
     finally:
         await queue.close()
@@ -64,6 +73,7 @@ class RabbitQueue:
         self._consumptions: list[RabbitConsumption] = []
         self._channel: JoinedChannel | None = None
         self._down_since = time.monotonic()
+        self.why_down = ""
         self._opened = asyncio.Event()
         self._has_exchange = False  # something was published to it, and no probe has found it missing since
         self._opener: asyncio.Task[None] = asyncio.create_task(self._keep_channel(), name="keep the publishing channel open")
@@ -147,14 +157,15 @@ class RabbitQueue:
                 channel = JoinedChannel(raw)
                 await self._probe(raw, channel)
                 await self._probe(raw, channel)  # with an alarm, the broker still reads the first message of a connection
-                self._channel = channel
+                self._channel, self.why_down = channel, ""
                 self._opened.set()
                 pauses = delays(cap_s=LONGEST_PAUSE_S)
                 await self._watch(connection, raw, channel)
             except (Exception, asyncio.CancelledError) as error:
                 if isinstance(error, asyncio.CancelledError) and really_cancelled():
                     raise
-                logger.warning("cannot publish (%s); trying again", words_of(error))
+                self.why_down = words_of(error)
+                logger.warning("cannot publish (%s); trying again", self.why_down)
                 if isinstance(error, TimeoutError):
                     self._publishing.abandon(connection)
             await asyncio.sleep(next(pauses))

@@ -198,7 +198,8 @@ class Beat(msgspec.Struct, frozen=True, omit_defaults=True):
     generations: tuple[Count, ...] = ()  # queues whose messages this replica takes or still holds
     url: str = ""
     follows: tuple[Count, Count] = (0, 0)  # a proxy's (epoch, version) of the desired document; a replica's (0, config version)
-    refused: str = ""  # why a replica's code refused that config
+    refuses: tuple[Count, Count] = (0, 0)  # the (epoch, version) of the desired document that a proxy cannot follow
+    refused: str = ""  # why; of a replica, why its code refused the config it follows
     ended: dict[str, str] = {}  # a node's children that ended by themselves -> how
     takes_proxy: bool = False  # a node on which a proxy may run
     capacity: Capacity = Capacity()

@@ -8,9 +8,10 @@ import os
 import secrets
 import socket
 import sys
+import traceback
 from collections.abc import Callable, Coroutine
 from functools import wraps
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -35,15 +36,28 @@ def _one_sentence(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(command)
     def run(*args: Any, **options: Any) -> None:
-        try:
-            sys.exit(command(*args, **options) or 0)
-        except MQServeError as error:
-            click.echo(f"Error: {error}", err=True)
-            sys.exit(FAILED)
-        except KeyboardInterrupt:
-            sys.exit(130)
+        sys.exit(_exit_code(lambda: command(*args, **options)))
 
     return run
+
+
+def _exit_code(command: Callable[[], int | None]) -> int:
+    try:
+        return command() or 0
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if (ours := _ours(error)) is None:
+            raise
+        click.echo(f"Error: {ours}", err=True)
+        return FAILED
+
+
+def _ours(error: BaseException) -> MQServeError | None:
+    """The one error of ours that this is, perhaps in the groups of the tasks it went through."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error if isinstance(error, MQServeError) else None
 
 
 def _settings(namespace: str | None) -> Settings:
@@ -295,7 +309,7 @@ def replica(backend: str, namespace: str | None, replica_id: str | None, node_id
     from .replicas.main import main as run_replica
 
     options = ReplicaOptions(backend, replica_id or f"{backend}#{secrets.token_hex(3)}", node_id, external=replica_id is None)
-    return _leave_now(run_replica(_distributed(namespace, "replica"), options))
+    _leave_now(run_replica(_distributed(namespace, "replica"), options))
 
 
 @cli.command()
@@ -315,13 +329,18 @@ def setup(namespace: str | None, is_print: bool, what: str, vhost: str) -> int:
     return 0
 
 
-def _leave_now(role: Coroutine[Any, Any, int]) -> int:
-    """Ends the process with the role: a user's thread that is still running must not keep it."""
-    code = run_loop(role)
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+def _leave_now(role: Coroutine[Any, Any, int]) -> NoReturn:
+    """Ends the process with the role, however that ends: a user's thread that is still running must not keep it."""
+    code = FAILED
+    try:
+        code = _exit_code(lambda: run_loop(role))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _own_id(role: str) -> str:

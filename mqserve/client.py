@@ -172,13 +172,20 @@ class Client:
         self._call(self._deployments.commit_to_proxies(changes.shadow_traffic(endpoint_name, backend_tag, proportion)))
 
     def register_convertor(self, name: str, convertor: Any) -> None:
-        """A path convertor (a Starlette `Convertor` class or its import string) for routes: `{value:name}`."""
+        """A path convertor (a Starlette `Convertor` class or its import string) for routes: `{value:name}`.
+
+        Raises BackendFailed when a proxy cannot make it; then the last good one is back.
+        """
         packed = code.pack(convertor, (), self._signer)
-        register_url_convertor(name, (code.load_import_string(convertor) if isinstance(convertor, str) else convertor)())
+        made = (code.load_import_string(convertor) if isinstance(convertor, str) else convertor)()
         self._call(self._deployments.register_convertor(name, packed))
+        register_url_convertor(name, made)
 
     def set_middlewares(self, middlewares: Sequence[Any]) -> None:
-        """Wraps all proxies in these, the first outermost: Starlette `Middleware` objects, or import strings of middleware classes."""
+        """Wraps all proxies in these, the first outermost: Starlette `Middleware` objects, or import strings of middleware classes.
+
+        Raises BackendFailed when a proxy cannot make them; then the last good ones are back.
+        """
         self._call(self._deployments.set_middlewares(code.pack(list(middlewares), (), self._signer) if middlewares else None))
 
     # Requests.

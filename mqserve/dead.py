@@ -184,7 +184,7 @@ def _facts(letter: DeadLetter) -> dict[str, Any]:
 
 
 async def _all_facts(links: Links, letter: DeadLetter) -> dict[str, Any]:
-    """Of an HTTP request's headers nothing: they hold cookies and keys."""
+    """Of an HTTP request's headers nothing, and of its query the size: they hold cookies and keys."""
     properties, body = letter.properties, letter.body
     facts = _facts(letter) | {"backend": letter.backend, "traceback": letter.death.traceback}
     names = ("content_type", "content_encoding", "reply_to", "correlation_id", "priority", "message_type", "app_id", "timestamp")
@@ -198,7 +198,9 @@ async def _all_facts(links: Links, letter: DeadLetter) -> dict[str, Any]:
         meta = header.meta
         facts["sent_by"] = {"http": "HTTP", "handle": "a handle"}.get(header.origin, "an AMQP client")
         if header.origin == "http":
-            facts["request"] = f"{meta.method} {meta.path}" + (f"?{meta.query.decode(errors='replace')}" if meta.query else "")
+            facts["request"] = f"{meta.method} {meta.path}"
+            if meta.query:
+                facts["query_bytes"] = len(meta.query)
         facts |= {name: value for name, value in (("endpoint", meta.endpoint), ("method", meta.call)) if value}
         if header.ref == links.keys.body(letter.id):
             stored = await links.store.get_large(header.ref)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import msgspec
+
 from .broker import code
 from .broker.documents import until
 from .broker.errors import BackendFailed, BadType, BadValue, InstanceError
@@ -70,28 +72,39 @@ class Deployments:
         await self._until(is_gone, DELETE_BUDGET_S, f"backend {name!r} is not gone yet: its replicas are still draining")
 
     async def register_convertor(self, name: str, packed: code.Code) -> None:
-        await self.commit_to_proxies(changes.register_convertor(name, await code.save(self._links.store, self._links.keys, packed)))
+        sha256 = await code.save(self._links.store, self._links.keys, packed)
+        before = (await self.read_desired()).convertors.get(name, "")
+        await self.commit_to_proxies(changes.register_convertor(name, sha256), undo=_restore_convertor(name, sha256, before))
 
     async def set_middlewares(self, packed: code.Code | None) -> None:
         sha256 = await code.save(self._links.store, self._links.keys, packed) if packed is not None else ""
-        await self.commit_to_proxies(changes.set_middlewares(sha256))
+        before = (await self.read_desired()).http.middlewares
+        await self.commit_to_proxies(changes.set_middlewares(sha256), undo=_restore_middlewares(sha256, before))
 
     async def _commit(self, change: changes.Change) -> Desired:
         committed = await changes.commit(self._links.store, self._links.keys, self._instance, change)
         self._on_commit(committed)
         return committed
 
-    async def commit_to_proxies(self, change: changes.Change) -> None:
+    async def commit_to_proxies(self, change: changes.Change, *, undo: changes.Change | None = None) -> None:
+        """Returns once all live proxies follow. Raises BackendFailed with the words of one that cannot, after `undo` if there is one."""
         committed = await self._commit(change)
         version = (committed.epoch, committed.version)
+        refused = ""
 
-        async def is_followed() -> bool | None:
+        async def is_answered() -> bool | None:
+            nonlocal refused
             beats = read_beats(await self._links.store.fields(self._links.keys.beats)).values()
             now_ms = self._links.store.now_ms()
             proxies = [beat for beat in beats if beat.kind == "proxy" and beat.state == "ready" and now_ms - beat.at < 5000]
-            return True if all(proxy.follows >= version for proxy in proxies) else None
+            refused = next((proxy.refused for proxy in proxies if proxy.refuses == version), "")
+            return True if refused or all(proxy.follows >= version for proxy in proxies) else None
 
-        await self._until(is_followed, ROUTE_BUDGET_S, "the change is stored, but not all proxies follow it yet: see `mqserve status`")
+        await self._until(is_answered, ROUTE_BUDGET_S, "the change is stored, but not all proxies follow it yet: see `mqserve status`")
+        if refused:
+            if undo is not None:
+                await self._commit(undo)
+            raise BackendFailed(f"a proxy cannot follow the change, which is {'undone' if undo else 'stored'}: {refused}")
 
     async def read_desired(self) -> Desired:
         raw = await self._links.store.get(self._links.keys.desired)
@@ -135,6 +148,27 @@ class Deployments:
             observed = Observed.from_bytes(await self._links.store.get(self._links.keys.observed))
             why = "; ".join(f"{name}: {problem}" for name, problem in observed.problems.items())
             raise BackendFailed(f"{late} ({why or 'no reason was reported: is the controller alive?'})") from None
+
+
+def _restore_middlewares(refused: str, before: str) -> changes.Change:
+    """The last good ones, unless somebody set others meanwhile."""
+
+    def change(desired: Desired) -> Desired:
+        return changes.set_middlewares(before)(desired) if desired.http.middlewares == refused else desired
+
+    return change
+
+
+def _restore_convertor(name: str, refused: str, before: str) -> changes.Change:
+    """The last good one, or none, unless somebody registered another meanwhile."""
+
+    def change(desired: Desired) -> Desired:
+        if desired.convertors.get(name) != refused:
+            return desired
+        others = {kept: sha256 for kept, sha256 in desired.convertors.items() if kept != name}
+        return msgspec.structs.replace(desired, convertors={**others, name: before} if before else others)
+
+    return change
 
 
 def read_actor_options(options: dict[str, Any] | None, seed_options: dict[str, Any] | None, *, embedded: bool) -> ActorOptions:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -25,12 +24,13 @@ from .declared import Declaration, take_declarations
 from .instance import StartOptions, parse_http_options
 from .session import open_client
 
+_DRAINING = "\nDraining …"
+
 
 def run_until_stopped(target: str, settings: Settings, http: dict[str, Any]) -> int:
     """Loads first, so that a file that does not import starts nothing; the exit code."""
     parsed, _ = parse_http_options(http)
-    stopped = threading.Event()
-    with _stopping_on_signals(stopped):
+    with _signals() as signals:
         find_declarations = _prepare(target)
         client = open_client(settings, StartOptions(parsed))
         try:
@@ -42,27 +42,41 @@ def run_until_stopped(target: str, settings: Settings, http: dict[str, Any]) -> 
                     f"{target} declares nothing to serve: decorate a function with @serve.endpoint('/path'), or call serve.create_backend"
                 )
             _announce(client, settings)
-            while not stopped.wait(0.2) and not client.has_ended:
-                pass
-            click.echo("The instance was shut down." if client.has_ended else "\nDraining …", err=True)
+            signals.interrupt = False
+            while not signals.came and not client.has_ended:
+                time.sleep(0.2)
+            click.echo("The instance was shut down." if client.has_ended else _DRAINING, err=True)
+        except KeyboardInterrupt:
+            click.echo(_DRAINING, err=True)
+            raise
         finally:
             client.shutdown()
     return 0
 
 
-@contextmanager
-def _stopping_on_signals(stopped: threading.Event) -> Iterator[None]:
-    """SIGINT and SIGTERM set `stopped`; a second one ends this process at once, and with it, by their lifelines, those it started."""
+class _Signals:
+    """SIGINT and SIGTERM. The first one interrupts what goes on, or, once that is not asked for, only shows in `came`; a second one ends
+    this process at once, and with it, by their lifelines, those it started."""
 
-    def stop(number: int, frame: object) -> None:
-        if stopped.is_set():
+    def __init__(self) -> None:
+        self.came = False
+        self.interrupt = True  # what is being started and deployed: it may take minutes
+
+    def take(self, number: int, frame: object) -> None:
+        if self.came:
             os.write(2, b"\nEnding at once: what was under way is dropped, and what still runs here ends within seconds.\n")
             os._exit(128 + number)
-        stopped.set()
+        self.came = True
+        if self.interrupt:
+            raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+
+@contextmanager
+def _signals() -> Iterator[_Signals]:
+    signals = _Signals()
+    before = {number: signal.signal(number, signals.take) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

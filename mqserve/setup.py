@@ -180,6 +180,8 @@ def acl_file(namespace: str, passwords: Mapping[str, str]) -> str:
 def commands(namespace: str, vhost: str) -> str:
     """No password is printed: the shell that runs the lines has them in its environment, and hands them on by pipes."""
     lines = [f"# Each password is read from MQSERVE_<ROLE>_PASSWORD of the shell that runs this. RabbitMQ, virtual host {vhost}:"]
+    if vhost != "/":  # which every RabbitMQ has
+        lines.append(shlex.join(["rabbitmqctl", "add_vhost", vhost]))
     for role, rights in broker_rights(namespace).items():
         user = user_of(namespace, role)
         lines.append(f"printf %s {_password(role)} | rabbitmqctl add_user {user}")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from .broker.settings import Settings, masked
 from .controller import lease
@@ -12,6 +12,7 @@ from .controller.state import SILENT_AFTER_S, Beat, Desired, Observed, read_beat
 from .links import Links, open_links
 
 PIPE_WIDTH = 240
+_KINDS = ("node", "proxy", "replica")
 
 
 async def show_status(settings: Settings, console: Console | None = None) -> int:
@@ -25,22 +26,31 @@ async def show_status(settings: Settings, console: Console | None = None) -> int
         now_ms = links.store.now_ms()
         age_s = (now_ms - held.at) / 1000
         is_led = age_s < lease.LAPSED_AFTER_S
-        console.print(f"Instance [bold]{settings.namespace}[/], {'detached' if held.detached else 'started by ' + held.owner}")
-        console.print(f"Controller {_leader(held, age_s)}", highlight=False, soft_wrap=True)
-        console.print(f"Broker {masked(settings.broker_url)}, store {masked(settings.store_url)}\n")
+        owner = "detached" if held.detached else f"started by {held.owner}"
+        _print(console, Text.assemble("Instance ", (settings.namespace, "bold"), f", {owner}"))
+        _print(console, Text.assemble("Controller ", *_leader(held, age_s)))
+        _print(console, Text(f"Broker {masked(settings.broker_url)}, store {masked(settings.store_url)}\n"))
         console.print(_members(beats, now_ms))
         console.print(await _backends(links, desired, observed, beats, now_ms))
         console.print(_endpoints(desired))
+        living = [beat for beat in beats if beat.state != "failed" and now_ms - beat.at < SILENT_AFTER_S * 1000]
+        waiting = {beat.id: words for beat in living if (words := beat.refused or beat.error)}
         undone = {name: f"the last roll-out was undone: {b.rolled_back}" for name, b in desired.backends.items() if b.rolled_back}
-        for name, problem in [*undone.items(), *observed.problems.items()]:
-            console.print(f"[red]{escape(name)}[/]: {escape(problem)}", highlight=False)
+        for name, problem in [*undone.items(), *waiting.items(), *observed.problems.items()]:
+            _print(console, Text.assemble((name, "red"), f": {problem}"))
     return 0 if is_led else 1
 
 
-def _leader(held: lease.InstanceLease, age_s: float) -> str:
+def _print(console: Console, line: Text) -> None:
+    """Of texts, here and in the tables: names, routes and URLs may have brackets, which would be taken for markup."""
+    console.print(line, soft_wrap=True)
+
+
+def _leader(held: lease.InstanceLease, age_s: float) -> tuple[str | tuple[str, str], ...]:
     if age_s >= lease.LAPSED_AFTER_S:
-        return f"[red]missing[/] for {age_s:.0f} s: traffic goes on, nothing is replaced or scaled; start one with `mqserve controller`"
-    return f"[green]{escape(held.leader)}[/] leads" if held.leader else "[yellow]starting[/]"
+        missing = f" for {age_s:.0f} s: traffic goes on, nothing is replaced or scaled; start one with `mqserve controller`"
+        return ("missing", "red"), missing
+    return ((held.leader, "green"), " leads") if held.leader else (("starting", "yellow"),)
 
 
 def make_console() -> Console:
@@ -51,14 +61,19 @@ def make_console() -> Console:
 
 def _members(beats: list[Beat], now_ms: int) -> Table:
     table = make_table("Nodes, proxies and replicas", "kind", "id", "state", "where", "running", "served", "last beat")
-    for beat in sorted(beats, key=lambda beat: (("node", "proxy", "replica").index(beat.kind), beat.id)):
+    for beat in sorted(beats, key=_place):
         age_s = (now_ms - beat.at) / 1000
         state = beat.state if age_s < SILENT_AFTER_S or beat.state == "failed" else "gone"
         where = beat.url or (f"on {beat.node}" if beat.node else f"{beat.host}, process {beat.pid}")
         name = f"{beat.id} (external)" if beat.external else beat.id
         counts = (str(beat.running), str(beat.served)) if beat.kind == "replica" else ("", "")
-        table.add_row(beat.kind, name, _colored(state), where, *counts, f"{max(0.0, age_s):.0f} s ago")
+        _add_row(table, beat.kind, name, _colored(state), where, *counts, f"{max(0.0, age_s):.0f} s ago")
     return table
+
+
+def _place(beat: Beat) -> tuple[int, str, str]:
+    """Among the members; another version's may be of a kind that this one does not know."""
+    return _KINDS.index(beat.kind) if beat.kind in _KINDS else len(_KINDS), beat.kind, beat.id
 
 
 async def _backends(links: Links, desired: Desired, observed: Observed, beats: list[Beat], now_ms: int) -> Table:
@@ -69,7 +84,9 @@ async def _backends(links: Links, desired: Desired, observed: Observed, beats: l
         depths = [await links.queue.depth(name, generation) or 0 for generation in observed.queues.get(name, ())]
         wanted = backend.config.num_replicas
         state = "failing" if name in observed.problems else "ready" if ready >= wanted else "starting"
-        table.add_row(name, f"{backend.code_name} (version {backend.version})", str(ready), str(wanted), str(sum(depths)), _colored(state))
+        _add_row(
+            table, name, f"{backend.code_name} (version {backend.version})", str(ready), str(wanted), str(sum(depths)), _colored(state)
+        )
     return table
 
 
@@ -78,7 +95,7 @@ def _endpoints(desired: Desired) -> Table:
     for name, endpoint in desired.endpoints.items():
         traffic = ", ".join(f"{backend} {weight:.0%}" for backend, weight in endpoint.traffic.items())
         traffic += "".join(f", shadow {backend} {part:.0%}" for backend, part in endpoint.shadows.items())
-        table.add_row(name, endpoint.route or "(handles only)", " ".join(endpoint.methods), traffic)
+        _add_row(table, name, endpoint.route or "(handles only)", " ".join(endpoint.methods), traffic)
     return table
 
 
@@ -96,6 +113,9 @@ def make_table(title: str, *columns: str) -> Table:
     return table
 
 
-def _colored(state: str) -> str:
-    color = {"ready": "green", "starting": "yellow", "draining": "yellow"}.get(state, "red")
-    return f"[{color}]{state}[/]"
+def _add_row(table: Table, *cells: str | Text) -> None:
+    table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in cells))
+
+
+def _colored(state: str) -> Text:
+    return Text(state, {"ready": "green", "starting": "yellow", "draining": "yellow"}.get(state, "red"))

@@ -61,7 +61,8 @@ class ProxyApp:
             return
         path: str = scope["path"]
         if path.startswith("/-/"):
-            reply = await self._system.answer(scope)
+            # Written otherwise (`/%2D/…`) it passes by a server in front that lets nobody at `/-/`.
+            reply = await self._system.answer(scope) if (scope["raw_path"] or b"").startswith(b"/-/") else _not_served(None, scope)
         else:
             target = self.routes.match(scope)
             if isinstance(target, Target):

@@ -26,6 +26,7 @@ HEAD_TIMEOUT_S = 10.0
 BODY_TIMEOUT_S = 60.0
 LINGER_S = 5.0  # to a client that is still sending: closed at once, the kernel would reset the connection and the answer be lost
 MAX_HEADERS = 200
+MAX_PIPELINED = 16  # requests that wait behind the one being answered: one read can bring thousands, each far larger here than there
 MAX_LOOSE_BYTES = MAX_HEAD_BYTES + 4096  # the app, which tells the exact size, refuses first where it can
 
 _NOTHING, _HEAD, _BODY = range(3)  # what of a request has been begun; an Enum's members take longer to look up, five times a request
@@ -135,6 +136,8 @@ class EdgeProtocol(HttpToolsProtocol):
         if self.parser.should_upgrade():
             self._again = True
             return
+        if len(self.pipeline) >= MAX_PIPELINED:
+            raise Refused(429, f"{MAX_PIPELINED} requests of this connection wait for their answers already: read those, then send more")
         super().on_headers_complete()
         self._phase, self._advanced = _BODY, True
 
@@ -285,6 +288,9 @@ class EdgeProtocol(HttpToolsProtocol):
             self._say_refusal()
             return
         super().on_response_complete()
+        if self._flushing is not None:
+            self._flushing.cancel()  # it would take this answer's bytes for those of an earlier one, and that for untaken
+            self._flushing = None
         if left := self.transport.get_write_buffer_size():
             self._flushing = self.loop.call_later(self.body_timeout_s, self._look_at_the_flush, left)
         if self._phase is _BODY and self.cycle.response_complete:

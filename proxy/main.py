@@ -21,7 +21,7 @@ from ..broker import code
 from ..broker.backoff import delays
 from ..broker.caller import Caller
 from ..broker.cancellations import Cancellations, word_of_proxy
-from ..broker.errors import MQServeError
+from ..broker.errors import BackendFailed, MQServeError, StoreUnavailable
 from ..broker.lifeline import Stop, stop_event
 from ..broker.listener import bind
 from ..broker.presence import Presence
@@ -63,7 +63,7 @@ async def main(settings: Settings, options: ProxyOptions) -> int:
     stop = stop_event()
     async with open_redis(settings.store_url, settings.namespace) as store:
         proxy = Proxy(settings, options, store)
-        async with open_rabbitmq(settings.broker_url, settings.namespace, options.proxy_id) as queue:
+        async with open_rabbitmq(settings.broker_url, settings.namespace, options.proxy_id, may_be_away=True) as queue:
             try:
                 await proxy.run(queue, stop)
             except MQServeError as error:
@@ -84,9 +84,11 @@ class Proxy:
         self._error = ""
         field = f"proxy:{options.proxy_id}"
         self._presence = Presence(store, self._keys.beats, field, lambda: self._beat().to_bytes(), BEAT_EVERY_S)
+        self._queue: Queue | None = None
         self._app: ProxyApp | None = None
         self._outer = _Outermost()
         self._middlewares = ""
+        self._refuses, self._refused = (0, 0), ""  # a version that cannot be followed, and why
         self._address: tuple[str, int] = (options.host, options.port)
 
     def __repr__(self) -> str:
@@ -98,7 +100,11 @@ class Proxy:
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
     async def run(self, queue: Queue, stop: Stop) -> None:
-        """Serves until `stop` is set, then drains. Raises BadValue when it cannot listen; the reason stands in the store too."""
+        """Serves until `stop` is set, then drains.
+
+        Raises BadValue when it cannot listen and BackendFailed when it cannot make what it is to serve; the reason stands in the store too.
+        """
+        self._queue = queue
         caller = Caller(queue, self._store, self._keys, self._options.proxy_id)
         failure: MQServeError | None = None  # raised outside the group, which would wrap it
         async with asyncio.TaskGroup() as tasks:
@@ -135,15 +141,7 @@ class Proxy:
         return bind(options.host, options.port) if options.fd is None else socket.socket(fileno=options.fd)
 
     async def _serve(self, listener: socket.socket, caller: Caller, queue: Queue, stop: Stop) -> None:
-        desired = await self._first_desired()
-        app = self._app = ProxyApp(
-            caller,
-            await self._table(desired, Observed()),
-            lambda: self._readiness(queue),
-            debug=self._options.debug or desired.http.debug,
-            admin_token=self._settings.admin_token,
-        )
-        self._outer.app, self._middlewares = await self._with_middlewares(app, desired), desired.http.middlewares
+        app = await self._first_app(caller, queue)
         server = _Server(_uvicorn_config(self._outer))
         async with asyncio.TaskGroup() as tasks:
             heard = Cancellations(self._store, self._keys, lambda: self._give_up(heard, caller, stop))
@@ -160,6 +158,21 @@ class Proxy:
             for task in minding:
                 task.cancel()
 
+    async def _first_app(self, caller: Caller, queue: Queue) -> ProxyApp:
+        try:
+            desired = Desired.from_bytes(await self._store.get(self._keys.desired))
+            app = self._app = ProxyApp(
+                caller,
+                await self._table(desired, Observed()),
+                lambda: self._readiness(queue),
+                debug=self._options.debug or desired.http.debug,
+                admin_token=self._settings.admin_token,
+            )
+            self._outer.app, self._middlewares = await self._with_middlewares(app, desired), desired.http.middlewares
+        except Exception as error:  # users' own code may raise anything
+            raise BackendFailed(_why(error)) from error
+        return app
+
     async def _follow(self, app: ProxyApp) -> None:
         """The routes as they change; the last good ones while the store or the controller is away."""
         async for desired, observed in follow_state(self._store, self._keys):
@@ -169,8 +182,10 @@ class Proxy:
                 try:
                     await self._take_over(app, desired, observed or Observed())
                     break
-                except Exception:
+                except Exception as error:
                     logger.exception("cannot follow the new routes yet; serving the old ones")
+                    if not isinstance(error, StoreUnavailable):
+                        self._refuse(desired, error)
                     await asyncio.sleep(pause_s)
                     with contextlib.suppress(MQServeError):  # this version may never work: a later one mends it
                         if raw := await self._store.get(self._keys.desired):
@@ -183,10 +198,13 @@ class Proxy:
         if desired.http.middlewares != self._middlewares:
             outer = await self._with_middlewares(app, desired)
         app.routes, self._outer.app, self._middlewares = table, outer, desired.http.middlewares
+        self._refuses, self._refused = (0, 0), ""
         self._presence.tell()
 
-    async def _first_desired(self) -> Desired:
-        return Desired.from_bytes(await self._store.get(self._keys.desired))
+    def _refuse(self, desired: Desired, error: Exception) -> None:
+        """Whoever committed this version waits for it, and may undo it."""
+        self._refuses, self._refused = (desired.epoch, desired.version), _why(error)
+        self._presence.tell()
 
     async def _table(self, desired: Desired, observed: Observed) -> RouteTable:
         for name, sha256 in desired.convertors.items():
@@ -217,11 +235,19 @@ class Proxy:
 
     def _beat(self) -> Beat:
         options = self._options
+        error = self._error or (self._queue.why_down if self._queue else "")
         return Beat(
             kind="proxy", id=options.proxy_id, at=self._store.now_ms(), pid=os.getpid(), host=socket.gethostname(), state=self._state,
-            error=self._error, node=options.node, external=options.external, url=self.url,
-            follows=self._app.routes.version if self._app else (0, 0),
+            error=error, node=options.node, external=options.external, url=self.url,
+            follows=self._app.routes.version if self._app else (0, 0), refuses=self._refuses, refused=self._refused,
         )  # fmt: skip
+
+
+def _why(error: Exception) -> str:
+    """What a proxy cannot make of a version, in a sentence; ours are sentences already."""
+    if isinstance(error, MQServeError):
+        return str(error)
+    return f"middlewares, convertors or routes cannot be made ({type(error).__name__}: {error}): mend or replace them"
 
 
 class _Outermost:

@@ -54,7 +54,7 @@ async def main(settings: Settings, options: ReplicaOptions) -> int:
     async with open_redis(settings.store_url, settings.namespace) as store:
         replica = Replica(settings, options, store)
         try:
-            await replica.run(lambda: open_rabbitmq(settings.broker_url, settings.namespace, options.replica_id), stop)
+            await replica.run(lambda: open_rabbitmq(settings.broker_url, settings.namespace, options.replica_id, may_be_away=True), stop)
         except MQServeError as error:
             logger.error("%s: %s", options.replica_id, error)
             return FAILED_EXIT
@@ -72,6 +72,7 @@ class Replica:
         self._state = "starting"
         self._error = ""
         self._backend: Backend | None = None
+        self._queue: Queue | None = None
         self._server: Server | None = None
         self._configuring: Configuring | None = None
         field = f"replica:{options.replica_id}"
@@ -96,8 +97,8 @@ class Replica:
                 handler = await construct(self._store, self._keys, self._settings, worker, backend)
                 self._configuring = configuring = Configuring(worker, handler)
                 await configuring.apply(backend)
-                async with open_queue() as queue:
-                    await self._serve(queue, worker, handler, configuring, stop)
+                async with open_queue() as self._queue:
+                    await self._serve(self._queue, worker, handler, configuring, stop)
             except* MQServeError as group:
                 failure = first_of(group)
                 if isinstance(failure, BackendFailed):
@@ -175,9 +176,10 @@ class Replica:
 
     def _beat(self) -> Beat:
         options, server, configuring = self._options, self._server, self._configuring
+        error = self._error or (self._queue.why_down if self._queue and self._state == "starting" else "")
         return Beat(
             kind="replica", id=options.replica_id, at=self._store.now_ms(), pid=os.getpid(), host=socket.gethostname(), state=self._state,
-            error=self._error, node=options.node, external=options.external, backend=options.backend,
+            error=error, node=options.node, external=options.external, backend=options.backend,
             version=self._backend.version if self._backend else 0, generations=server.generations if server else (),
             follows=(0, configuring.version if configuring else 0), refused=configuring.refused if configuring else "",
             running=server.running if server else 0, served=server.served if server else 0,

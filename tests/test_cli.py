@@ -15,6 +15,7 @@ import pytest
 import redis
 
 import mqserve as serve
+from tests.faults.wire import Wire
 from tests.instances import ROOT, SECRET_KEY, CommandLine, Program, answers, wait_until
 from tests.servers import free_port
 
@@ -162,6 +163,41 @@ def test_a_second_ctrl_c_ends_at_once_what_the_first_would_wait_for(either_shell
     wait_until(lambda: not any(is_alive(child) for child in children), deadline_s=15, told=lambda: children)
 
 
+NEVER_READY = """
+import time
+import mqserve as serve
+
+@serve.endpoint("/never", graceful_shutdown_timeout_s=0)
+class Never:
+    def __init__(self):
+        print("it constructs", flush=True)
+        time.sleep(60)
+"""
+
+
+def test_the_first_ctrl_c_interrupts_a_deployment_and_the_instance_ends_in_order(
+    either_shell: CommandLine, broker_url: str, namespace: str
+) -> None:
+    program = either_shell.start("run", either_shell.file("never.py", NEVER_READY), "--port", "0")
+    program.wait_for("it constructs")
+    children = program.descendants()
+    program.signal(signal.SIGINT)
+    assert program.wait() == 130
+    assert "Traceback" not in program.output, program.output
+    assert not any(is_alive(child) for child in children)
+    assert not queue_exists(broker_url, f"{namespace}.backend.Never.1")
+
+
+def test_the_first_sigterm_interrupts_a_start(distributed_shell: CommandLine, broker_wire: Wire) -> None:
+    broker_wire.blackhole()
+    shell = distributed_shell.with_variables(MQSERVE_BROKER_URL=broker_wire.url)
+    program = shell.start("run", shell.file("hello.py", HELLO), "--port", "0")
+    wait_until(lambda: broker_wire.connections)
+    program.signal(signal.SIGTERM)
+    assert program.wait() == 130
+    assert "Traceback" not in program.output, program.output
+
+
 def queue_exists(broker_url: str, name: str) -> bool:
     connection = pika.BlockingConnection(pika.URLParameters(broker_url))
     try:
@@ -287,6 +323,37 @@ def test_commands_that_join_others_need_a_broker(shell: CommandLine, command: st
 def test_bad_settings_get_a_sentence(shell: CommandLine, variables: dict[str, str], says: str) -> None:
     shell.file("hello.py", HELLO)
     assert_refused(shell.with_variables(**variables), "run", "hello.py", "--port", "0", says=says)
+
+
+ENDS_BESIDE_A_STUCK_THREAD = """
+import threading, time
+from mqserve.broker.errors import BackendFailed
+from mqserve.cli import main
+from mqserve.replicas import main as replicas
+
+async def end(settings, options):
+    threading.Thread(target=time.sleep, args=(600,)).start()
+    raise ERROR
+
+replicas.main = end
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        ("BackendFailed('no luck')", r"\AError: no luck\n\Z"),
+        ("ExceptionGroup('tasks', [ExceptionGroup('tasks', [BackendFailed('no luck')])])", r"\AError: no luck\n\Z"),
+        ("ExceptionGroup('tasks', [BackendFailed('no luck'), RuntimeError('a bug')])", r"Traceback.*no luck.*a bug"),
+        ("RuntimeError('a bug')", r"Traceback.*RuntimeError: a bug\n\Z"),
+    ],
+    ids=["ours", "ours-in-groups", "more-than-ours", "a-bug"],
+)
+def test_a_replica_that_fails_ends_whatever_its_threads_do_and_says_why(shell: CommandLine, error: str, says: str) -> None:
+    joins = shell.with_variables(MQSERVE_BROKER_URL="amqp://nowhere", MQSERVE_STORE_URL="redis://nowhere")
+    ended = joins.python(ENDS_BESIDE_A_STUCK_THREAD.replace("ERROR", error), "replica", "b", deadline_s=30)
+    assert ended.returncode == 1 and re.search(says, ended.stderr, re.DOTALL), ended.stderr
 
 
 def test_code_by_value_needs_a_key(distributed_shell: CommandLine) -> None:

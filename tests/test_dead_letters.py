@@ -150,6 +150,17 @@ def test_all_that_a_death_left_is_shown_and_no_pickle_opened(deploy: Deploy, dea
     assert not mark.exists()
 
 
+def test_the_query_of_an_http_request_is_counted_and_not_shown(deploy: Deploy, dead: Dead, bury: Send, tmp_path: Path) -> None:
+    backend = deploy(doubling(Tally(tmp_path)))
+    meta = {"method": "POST", "path": "/pay", "query": b"token=secret"}
+    bury(backend, b"1", headers={"mq": msgspec.msgpack.encode({"v": 1, "origin": "http", "meta": meta})}, message_id="paid")
+    shown, printed = dead("show", backend, "paid"), dead("show", backend, "paid", "--json")
+    (facts,) = lines_of(printed)
+    assert (facts["request"], facts["query_bytes"]) == ("POST /pay", 12)
+    assert "request: POST /pay\nquery bytes: 12\n" in shown.stdout
+    assert "secret" not in shown.stdout + printed.stdout
+
+
 def test_many_are_not_touched_without_a_yes_and_can_be_listed_in_part(
     deploy: Deploy, dead: Dead, bury: Send, letters: Count, tmp_path: Path
 ) -> None:

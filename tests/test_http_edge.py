@@ -21,7 +21,7 @@ import mqserve as serve
 from mqserve.broker.caller import MAX_BODY_BYTES
 from mqserve.broker.loopback import names_loopback
 from mqserve.controller.node_metrics import serve_metrics
-from mqserve.proxy.edge import MAX_HEADERS, EdgeProtocol
+from mqserve.proxy.edge import MAX_HEADERS, MAX_PIPELINED, EdgeProtocol
 from mqserve.proxy.system import SystemPath, SystemPaths
 from tests.instances import Deploy, distributed_only, wait_until
 
@@ -378,12 +378,15 @@ class Hasty(EdgeProtocol):
 
 
 class Echo:
-    """An app that reads the body and answers with it, but answers `/early` at once."""
+    """An app that reads the body and answers with it, but answers `/early` at once, `/held` when it may and `/large/…` with so much."""
 
     def __init__(self) -> None:
         self.left: list[str] = []  # by clients that went away
+        self.may_answer = threading.Event()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        while scope["path"] == "/held" and not self.may_answer.is_set():
+            await asyncio.sleep(0.01)
         body, more = b"", scope["path"] != "/early"
         while more:
             message = await receive()
@@ -391,6 +394,8 @@ class Echo:
                 self.left.append(scope["path"])
                 return
             body, more = body + message["body"], message["more_body"]
+        if scope["path"].startswith("/large/"):
+            body = bytes(int(scope["path"].removeprefix("/large/")))
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
         await send({"type": "http.response.body", "body": body})
 
@@ -496,6 +501,23 @@ def test_a_body_that_nobody_reads_does_not_keep_the_connection(hasty: Edge) -> N
                 time.sleep(0.01)
 
 
+def test_a_client_that_takes_each_answer_in_its_time_gets_all_of_them(hasty: Edge) -> None:
+    with wire(hasty.url) as connection:
+        for size in (2**24, 2**25):  # what is left of the second is more than what was left of the first
+            connection.send(b"GET /large/%d HTTP/1.1\r\nHost: x\r\n\r\n" % size)
+            time.sleep(Hasty.body_timeout_s * 0.75)
+            answer = connection.answer()
+            assert answer is not None and len(answer.body) == size
+
+
+def test_a_client_that_does_not_take_its_answer_is_given_up(hasty: Edge) -> None:
+    with wire(hasty.url) as connection:
+        connection.send(b"GET /large/%d HTTP/1.1\r\nHost: x\r\n\r\n" % 2**25)
+        time.sleep(Hasty.body_timeout_s * 1.25)
+        answer = connection.answer()
+    assert answer is not None and len(answer.body) < 2**25
+
+
 ENDLESS = {
     "value": (b"GET / HTTP/1.1\r\nHost: x\r\nX: ", b"a"),
     "name": (b"GET / HTTP/1.1\r\nHost: x\r\n", b"a"),
@@ -531,6 +553,32 @@ def test_what_never_ends_is_a_431_and_takes_no_memory(patient: Edge, kind: str) 
     finally:
         tracemalloc.stop()
     assert_refused(refused, 431)
+    assert held < 4 * 1024 * 1024
+
+
+def test_more_pipelined_requests_than_may_wait_are_a_429_after_the_answers_of_the_others(patient: Edge) -> None:
+    patient.app.may_answer.clear()
+    one = b"GET /held HTTP/1.1\r\nHost: x\r\n\r\n"
+    with wire(patient.url) as connection:
+        connection.send(one * (1 + MAX_PIPELINED + 1))
+        patient.app.may_answer.set()
+        *served, refused = connection.answers()
+    assert [answer.status for answer in served] == [200] * (1 + MAX_PIPELINED)
+    assert_refused(refused, 429)
+
+
+def test_requests_that_are_pipelined_without_end_take_no_memory(patient: Edge) -> None:
+    piece = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 2000
+    tracemalloc.start()
+    try:
+        with wire(patient.url) as connection:
+            for _ in range(15):
+                connection.send(piece)
+            *_, refused = connection.answers()
+            held = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert_refused(refused, 429)
     assert held < 4 * 1024 * 1024
 
 
@@ -603,7 +651,7 @@ def test_without_a_token_set_none_is_right() -> None:
         assert asyncio.run(closed.answer(scope))[0] == 403
 
 
-@pytest.mark.parametrize("path", ["/-/routes", "/-/metrics", "/%2D/routes"])
+@pytest.mark.parametrize("path", ["/-/routes", "/-/metrics"])
 def test_what_a_proxy_reveals_is_for_this_machine_or_the_token(url: str, path: str, admin_token: str) -> None:
     assert httpx.get(url + path).status_code == 200
     refused = httpx.get(url + path, headers={"host": "example.org"})
@@ -611,6 +659,13 @@ def test_what_a_proxy_reveals_is_for_this_machine_or_the_token(url: str, path: s
     assert "MQSERVE_ADMIN_TOKEN" in refused.json()["detail"] and admin_token not in refused.text
     assert httpx.get(url + path, headers={"host": "example.org", "authorization": f"Bearer {admin_token}"}).status_code == 200
     assert httpx.get(url + path, headers={"host": "example.org", "authorization": "Bearer another"}).status_code == 403
+
+
+@pytest.mark.parametrize("path", ["/%2D/routes", "/%2d/metrics", "/-%2Froutes", "/-%2Fhealthz"])
+def test_a_system_path_that_a_server_in_front_would_not_know_is_none(url: str, path: str) -> None:
+    answer = ask(url, b"GET %b HTTP/1.1\r\nHost: localhost\r\n\r\n" % path.encode())
+    assert (answer.status, answer.header("content-type")) == (404, "application/problem+json")
+    assert "for routing table" in answer.json()["detail"]
 
 
 @pytest.mark.parametrize("path", ["/-/healthz", "/-/readyz"])
@@ -641,7 +696,12 @@ def test_a_loopback_name_is_one_that_nobody_else_can_own(host: str) -> None:
     assert names_loopback(host)
 
 
-@pytest.mark.parametrize("host", ["", "example.org", "localhost.", "a.localhost", "0.0.0.0", "[::]", "127.0.0.1.nip.io", "10.0.0.1"])
+IMITATIONS = ["[::1].evil", "[::1]evil:80", "[::1", "::1]", "127.0.0.1:80.evil", "localhost:evil", "[127.0.0.1][evil]"]
+
+
+@pytest.mark.parametrize(
+    "host", ["", "example.org", "localhost.", "a.localhost", "0.0.0.0", "[::]", "127.0.0.1.nip.io", "10.0.0.1", *IMITATIONS]
+)
 def test_any_other_name_is_none(host: str) -> None:
     assert not names_loopback(host)
 

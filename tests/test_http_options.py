@@ -1,12 +1,17 @@
 """What `http_options` change for an HTTP client, in both forms."""
 
+import time
+from pathlib import Path
+
 import httpx
+import pytest
+from starlette.convertors import Convertor
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import mqserve as serve
-from tests.instances import Deploy
+from tests.instances import Deploy, new_name
 
 
 class Stamp:
@@ -65,3 +70,43 @@ def test_a_cors_middleware_marks_what_an_origin_may_read(deploy: Deploy) -> None
 def test_middlewares_wrap_one_another_the_first_outermost_and_the_system_paths_too(url: str) -> None:
     response = httpx.get(f"{url}/-/healthz")
     assert response.headers.get_list("x-stamp") == ["second", "first"]
+
+
+class Unmakable(Stamp):
+    def __init__(self, app: ASGIApp) -> None:
+        raise LookupError("no such directory of users")
+
+
+@pytest.mark.parametrize(
+    ("unmakable", "says"),
+    [("no.such:Middleware", "No module named 'no'"), (Middleware(Unmakable), "LookupError: no such directory of users")],
+    ids=["no-module", "raises"],
+)
+def test_middlewares_that_cannot_be_made_are_undone_and_said_at_once(
+    client: serve.Client, deploy: Deploy, unmakable: object, says: str
+) -> None:
+    began = time.monotonic()
+    with pytest.raises(serve.BackendFailed, match=rf"which is undone: .*{says}"):
+        client.set_middlewares([unmakable])
+    assert time.monotonic() - began < 15, "long before proxies that say nothing are given up"
+    assert httpx.get(deploy.at(hello)).headers.get_list("x-stamp") == ["second", "first"], "the proxies follow later routes"
+
+
+def test_a_convertor_that_a_proxy_cannot_make_is_undone_and_said(client: serve.Client, deploy: Deploy, tmp_path: Path) -> None:
+    made, name = tmp_path / "made", new_name("c").replace("-", "_")
+
+    class MadeOnce(Convertor[str]):
+        """Here, and nowhere else."""
+
+        regex = "[a-z]+"
+
+        def __init__(self) -> None:
+            if made.exists():
+                raise LookupError("made once already")
+            made.touch()
+
+    with pytest.raises(serve.BackendFailed, match=r"which is undone: .*made once already"):
+        client.register_convertor(name, MadeOnce)
+    with pytest.raises(ValueError, match="does not parse"):
+        client.create_endpoint(new_name("e"), backend="any", route=f"/{{x:{name}}}")
+    assert httpx.get(deploy.at(hello)).text == "hello"

@@ -24,6 +24,14 @@ def test_the_lines_for_a_shell_hold_no_password_and_every_role(shell: CommandLin
     assert all(f'"${{{name}:?}}"' in printed for name in PASSWORDS)
 
 
+def test_a_virtual_host_of_its_own_is_made_before_rights_in_it_are_given(shell: CommandLine) -> None:
+    lines = shell.run("setup", "--print", "--vhost", "my shop").stdout.splitlines()
+    made = lines.index("rabbitmqctl add_vhost 'my shop'")
+    given = [place for place, line in enumerate(lines) if "set_permissions --vhost 'my shop'" in line]
+    assert given and made < min(given)
+    assert "add_vhost" not in shell.run("setup", "--print").stdout
+
+
 def test_the_definitions_hold_hashes_of_the_passwords_from_the_environment(shell: CommandLine) -> None:
     printed = shell.with_variables(**PASSWORDS).run("setup", "--print", "--format", "definitions", "--vhost", "serving").stdout
     definitions = json.loads(printed)

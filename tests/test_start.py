@@ -26,6 +26,19 @@ def test_a_second_instance_in_one_process_is_refused() -> None:
         serve.start()
 
 
+def start_with_middlewares_that_are_not_there(**where: str) -> None:
+    with pytest.raises(serve.InstanceError, match="No module named 'no'"), started(**where, middlewares=["no.such:Middleware"]):
+        pass
+
+
+def test_middlewares_that_cannot_be_made_start_nothing_and_are_said() -> None:
+    start_with_middlewares_that_are_not_there()
+
+
+def test_middlewares_that_another_process_cannot_make_start_nothing_and_are_said(broker_url: str, store_url: str) -> None:
+    start_with_middlewares_that_are_not_there(broker_url=broker_url, store_url=store_url)
+
+
 def test_an_instance_may_follow_another() -> None:
     for _ in range(2):
         with started() as client:

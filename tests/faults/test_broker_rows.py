@@ -14,6 +14,7 @@ import httpx
 import msgspec
 import pika
 import pytest
+from yarl import URL
 
 from mqserve.broker.rabbitmq import open_rabbitmq
 from mqserve.broker.signing import Claim, Signer
@@ -22,8 +23,8 @@ from tests.faults.crowd import Crowd
 from tests.faults.servers_say import messages_of
 from tests.faults.wire import Wire
 from tests.gates import Gate
-from tests.instances import Deploy, distributed_only, wait_until
-from tests.servers import PrivateRabbitMQ
+from tests.instances import CommandLine, Deploy, answers, distributed_only, wait_until
+from tests.servers import PrivateRabbitMQ, free_port
 from tests.tallies import Tally
 
 # The queue by itself.
@@ -123,6 +124,60 @@ def set_patience(broker: PrivateRabbitMQ, consumer_timeout_ms: int, looks_every_
     for name, value in (("consumer_timeout", consumer_timeout_ms), ("channel_tick_interval", looks_every_ms)):
         broker.ctl("eval", f"application:set_env(rabbit, {name}, {value}).")
     broker.ctl("close_all_connections", "patience")
+
+
+@pytest.fixture
+def cut_off(joining: CommandLine, broker_wire: Wire) -> Iterator[CommandLine]:
+    """The command line of somebody whose RabbitMQ is away; `broker_wire.mend` brings it back."""
+    broker_wire.refuse()
+    shell = joining.with_variables(MQSERVE_BROKER_URL=broker_wire.url)
+    yield shell
+    shell.close()
+
+
+@distributed_only
+def test_row_05_a_proxy_that_starts_without_the_broker_refuses_and_says_why_and_serves_once_it_is_there(
+    deploy: Deploy, cut_off: CommandLine, joining: CommandLine, broker_wire: Wire
+) -> None:
+    port = free_port()
+    url, mine = deploy.at(lambda request: "well"), f"http://127.0.0.1:{port}"
+    proxy = cut_off.start("proxy", "--port", str(port))
+    wait_until(lambda: answers(f"{mine}/-/healthz"), told=lambda: proxy.output)
+    red, refused = httpx.get(f"{mine}/-/readyz"), httpx.get(url.replace(deploy.url, mine), timeout=30)
+    assert (red.status_code, red.json()["broker"]) == (503, False)
+    assert (refused.status_code, refused.json()["detail"]) == (503, "the message broker is away: try again later")
+    assert "goes on without RabbitMQ" in proxy.output and "no connection to RabbitMQ" in proxy.output
+    wait_until(lambda: "no connection to RabbitMQ" in joining.run("status").stdout)
+    broker_wire.mend()
+    wait_until(lambda: answers(f"{mine}/-/readyz"), told=lambda: proxy.output)
+    assert httpx.get(url.replace(deploy.url, mine), timeout=30).text == "well"
+    wait_until(lambda: "no connection to RabbitMQ" not in joining.run("status").stdout)
+
+
+@distributed_only
+def test_row_05_a_replica_that_starts_without_the_broker_says_why_it_waits_and_takes_once_it_is_there(
+    deploy: Deploy, cut_off: CommandLine, joining: CommandLine, broker_wire: Wire
+) -> None:
+    url, name = deploy.named(lambda request: os.getpid())
+    replica = cut_off.start("replica", name)
+    replica.wait_for("goes on without RabbitMQ")
+    wait_until(lambda: "no connection to RabbitMQ" in (shown := joining.run("status").stdout) and "starting" in shown)
+    broker_wire.mend()
+    wait_until(lambda: httpx.get(url, timeout=30).json() == replica.pid, told=lambda: replica.output)
+    assert "no connection to RabbitMQ" not in joining.run("status").stdout
+
+
+@distributed_only
+@pytest.mark.parametrize("role", ["proxy", "replica"])
+def test_a_member_whose_password_is_wrong_says_so_and_goes_on_asking(
+    deploy: Deploy, joining: CommandLine, broker_url: str, role: str
+) -> None:
+    wrong = str(URL(broker_url).with_user("nobody").with_password("hunter2"))
+    arguments = ["proxy", "--port", "0"] if role == "proxy" else ["replica", deploy(lambda request: "well")]
+    program = joining.with_variables(MQSERVE_BROKER_URL=wrong).start(*arguments)
+    program.wait_for("goes on without RabbitMQ until it is there: RabbitMQ refuses the login of user 'nobody'")
+    program.wait_for("cannot publish (RabbitMQ refuses the login of user 'nobody'")
+    assert "hunter2" not in program.output and not program.ended
 
 
 @distributed_only
