@@ -1,30 +1,28 @@
-"""Sends requests and waits for their results: one inbox, one reader and one timer for the whole process."""
+"""Sends requests: bodies, deadlines, tries again, copies, and cancels them; `waits.py` waits for their results."""
 
 from __future__ import annotations
 
 import asyncio
-import heapq
 import logging
 import random
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Coroutine, Sequence
-from contextlib import suppress
+from collections import defaultdict
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import msgspec
 
-from .backoff import delays
 from .cancellations import CANCELLED, word_of_request
 from .envelope import Envelope, Header, Meta, mint_id
-from .errors import BadEnvelope, BrokerUnavailable, Cancelled, MQServeError, Overloaded, StoreUnavailable, TooLarge
+from .errors import BrokerUnavailable, Cancelled, MQServeError, Overloaded, StoreUnavailable, TooLarge
 from .overload import HeldBytes, Pace
 from .queue import Queue
-from .results import Result, late_result, note_of, read_note
+from .results import Result, note_of
 from .store import Record, Store
 from .store_keys import StoreKeys
+from .waits import Waits
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +31,6 @@ MAX_BODY_BYTES = 64 * 1024 * 1024
 REPUBLISH_BUDGET_S = 3.0  # how long a broker that is away is waited for
 _REPUBLISH_EVERY_S = 0.2  # on the average
 _CANCEL_BUDGET_S = 5.0
-_EXPIRY_BUDGET_S = 0.5
-_READ_AT_ONCE = 100
-_FAILED_KEPT = 1000
-_POLL_EVERY_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +41,6 @@ class Ticket:
     future: asyncio.Future[Result]
 
 
-@dataclass(frozen=True, slots=True)
-class _Waiting:
-    future: asyncio.Future[Result]
-    pace: Pace
-    sent_at: float  # monotonic
-
-
 class Caller:
     """One per process that sends requests. `run` must be running for any result to arrive; it owns every task in here."""
 
@@ -61,43 +48,21 @@ class Caller:
         self._queue = queue
         self._store = store
         self._keys = keys
-        self.inbox = keys.inbox(process_id)
-        self._waiting: dict[str, _Waiting] = {}
-        self._paces: defaultdict[str, Pace] = defaultdict(Pace)  # by backend
-        self._failed: dict[str, MQServeError] = {}  # the last requests that were never sent, or cancelled: no result will come
+        self.waits = Waits(store, keys, process_id)
         self.held = HeldBytes()
-        self._deadlines: list[tuple[int, str]] = []  # a heap in store ms; entries of answered requests are skipped
-        self._timer: asyncio.TimerHandle | None = None
-        self._strangers: dict[str, asyncio.Future[Result]] = {}  # requests of other processes whose results are wanted here
-        self._listeners: Counter[str] = Counter()  # the last one who stops waiting for a stranger's request ends its polling
-        self._polling = False
-        self._to_read: dict[str, None] = {}  # by key, in order of arrival: their notes may be lost, or hold no result
-        self._reading = False
+        self._paces: defaultdict[str, Pace] = defaultdict(Pace)  # by backend
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
-        return f"<Caller {self.inbox}, {len(self._waiting)} waiting>"
-
-    def waits_for(self, future_id: str) -> bool:
-        """Whether it is a request of this process that has no result yet."""
-        return future_id in self._waiting
-
-    @property
-    def is_waiting(self) -> bool:
-        """Whether a request of this process has no result yet."""
-        return bool(self._waiting)
+        return f"<Caller {self.waits.inbox}, {len(self.waits)} waiting>"
 
     async def run(self) -> None:
-        """Reads the inbox until cancelled."""
+        """Reads results until cancelled."""
         try:
-            await self._store.read_inbox(self.inbox, self._on_notes, self._read_again)
+            await self.waits.run()
         finally:
-            if self._timer is not None:
-                self._timer.cancel()
             for task in self._tasks:
                 task.cancel()
-            for future in [*(waiting.future for waiting in self._waiting.values()), *self._strangers.values()]:
-                future.cancel()
 
     def send(
         self,
@@ -119,7 +84,7 @@ class Caller:
         if len(body) > MAX_BODY_BYTES:
             raise TooLarge(f"the body has {len(body)} bytes and the limit is {MAX_BODY_BYTES}: send less, or a reference to it")
         timeout_ms = max(1, int(timeout_s * 1000))
-        header = Header(origin=origin, inbox=self.inbox, deadline=self._store.now_ms() + timeout_ms, meta=meta, once=at_most_once)
+        header = Header(origin=origin, inbox=self.waits.inbox, deadline=self._store.now_ms() + timeout_ms, meta=meta, once=at_most_once)
         self.held.take(len(body))
         ticket = self._wait_for(future_id or mint_id(), backend, header.deadline)
         envelope = Envelope(ticket.id, body, content_type, header, expiration_ms=timeout_ms)
@@ -130,7 +95,7 @@ class Caller:
             else:
                 self._publish(backend, envelope, give_up_at)
         except MQServeError:
-            self._take(ticket.id)
+            self.waits.drop(ticket.id)
             self.held.give(len(body))
             raise
         return ticket
@@ -158,7 +123,7 @@ class Caller:
 
     def cancel(self, future_id: str) -> None:
         """Whoever waits here is told at once, and the replicas soon."""
-        self._fail(future_id, Cancelled(f"request {future_id} was cancelled by its caller"))
+        self.waits.fail(future_id, Cancelled(f"request {future_id} was cancelled by its caller"))
         self._start(self._cancel_quietly(future_id))
 
     async def cancel_everywhere(self, future_id: str) -> bool:
@@ -170,7 +135,7 @@ class Caller:
         deadline_ms = self._store.now_ms() + int(_CANCEL_BUDGET_S * 1000)
         if not await self._store.record(Record(self._keys.future(future_id), raw, "", note_of(future_id, raw), deadline_ms)):
             return False
-        self._fail(future_id, Cancelled(f"request {future_id} was cancelled"))
+        self.waits.fail(future_id, Cancelled(f"request {future_id} was cancelled"))
         await self._store.append_log(self._keys.cancelled, word_of_request(future_id))
         return True
 
@@ -189,74 +154,16 @@ class Caller:
         """Store time."""
         return self._store.now_ms()
 
-    async def result(self, future_id: str, timeout_s: float | None) -> Result:
-        """The result of any id, whoever sent it. Raises TimeoutError, which ends this wait and not the request, and what kept a request of
-        this process from being sent."""
-        waiting = self._waiting.get(future_id)
-        if waiting is not None:
-            future = waiting.future
-        else:
-            if (found := await self.peek(future_id)) is not None:
-                return found
-            if (failed := self._failed.get(future_id)) is not None:
-                raise failed
-            future = self._strangers.setdefault(future_id, asyncio.get_running_loop().create_future())
-            if not self._polling:
-                self._polling = True
-                self._start(self._poll_strangers())
-        self._listeners[future_id] += 1
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await asyncio.shield(future)
-        finally:
-            self._listeners[future_id] -= 1
-            if not self._listeners[future_id]:
-                del self._listeners[future_id]
-                self._strangers.pop(future_id, None)
-
-    async def first_result(self, future_ids: Sequence[str]) -> tuple[str, Result]:
-        """(id, result) of whichever of these has one first."""
-        waits = {asyncio.create_task(self.result(future_id, None)): future_id for future_id in future_ids}
-        try:
-            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            first = done.pop()
-            return waits[first], first.result()
-        finally:
-            for wait in waits:
-                wait.cancel()
-
-    async def _poll_strangers(self) -> None:
-        """Results of requests that other processes sent have no place in our inbox: one poll for all of them."""
-        try:
-            while self._strangers:
-                await asyncio.sleep(_POLL_EVERY_S)
-                with suppress(StoreUnavailable):
-                    await self._read_by_key(list(self._strangers))
-        finally:
-            self._polling = False
-
-    async def peek(self, future_id: str) -> Result | None:
-        """The result if it stands in the store."""
-        raw = await self._store.get(self._keys.future(future_id))
-        return None if raw is None else await self._whole(Result.from_bytes(raw))
-
     def _wait_for(self, future_id: str, backend: str, deadline_ms: int) -> Ticket:
-        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        pace, now = self._paces[backend], time.monotonic()
-        pace.sent(now)
-        self._waiting[future_id] = _Waiting(future, pace, now)
-        heapq.heappush(self._deadlines, (deadline_ms, future_id))
-        if len(self._deadlines) > 2 * len(self._waiting) + 1000:  # most are of answered requests
-            self._deadlines = [entry for entry in self._deadlines if entry[1] in self._waiting]
-            heapq.heapify(self._deadlines)
-        if self._deadlines[0][1] == future_id:
-            self._set_timer()
+        pace, sent_at = self._paces[backend], time.monotonic()
+        pace.sent(sent_at)
+        future = self.waits.add(future_id, deadline_ms, lambda answered: pace.ended(sent_at, time.monotonic(), answered=answered))
         return Ticket(future_id, future)
 
     # Sending.
 
     def _publish(self, backend: str, envelope: Envelope, give_up_at: float) -> None:
-        if envelope.id not in self._waiting:  # cancelled or late since the last try
+        if envelope.id not in self.waits:  # cancelled or late since the last try
             return self.held.give(len(envelope.body))
 
         def settled(error: MQServeError | None) -> None:
@@ -264,7 +171,7 @@ class Caller:
                 return self.held.give(len(envelope.body))
             loop = asyncio.get_running_loop()
             uncertain = isinstance(error, BrokerUnavailable) and error.maybe_sent and envelope.header.once
-            if isinstance(error, BrokerUnavailable) and not uncertain and loop.time() < give_up_at and envelope.id in self._waiting:
+            if isinstance(error, BrokerUnavailable) and not uncertain and loop.time() < give_up_at and envelope.id in self.waits:
                 again = replace(envelope, header=_again(envelope.header)) if error.maybe_sent else envelope
                 loop.call_later(_REPUBLISH_EVERY_S * random.uniform(0.5, 1.5), self._publish, backend, again, give_up_at)
                 return
@@ -274,7 +181,7 @@ class Caller:
             if isinstance(error, Overloaded):
                 left_s = (envelope.header.deadline - self._store.now_ms()) / 1000
                 error = Overloaded(str(error), retry_after_s=self._paces[backend].retry_after_s(left_s))
-            self._fail(envelope.id, error)
+            self.waits.fail(envelope.id, error)
 
         self._queue.publish(backend, envelope, settled)
 
@@ -285,149 +192,9 @@ class Caller:
             header = msgspec.structs.replace(envelope.header, ref=key)
             publish(replace(envelope, body=b"", header=header))
         except MQServeError as error:
-            self._fail(envelope.id, error)
+            self.waits.fail(envelope.id, error)
         finally:
             self.held.give(len(envelope.body))
-
-    def _fail(self, future_id: str, error: MQServeError) -> None:
-        future = self._take(future_id)
-        if future is not None and not future.done():
-            future.set_exception(error)
-            self._failed[future_id] = error
-            if len(self._failed) > _FAILED_KEPT:
-                del self._failed[next(iter(self._failed))]
-
-    def _take(self, future_id: str, *, answered: bool = False) -> asyncio.Future[Result] | None:
-        waiting = self._waiting.pop(future_id, None)
-        if waiting is None:
-            return self._strangers.pop(future_id, None)
-        waiting.pace.ended(waiting.sent_at, time.monotonic(), answered=answered)
-        return waiting.future
-
-    # Results.
-
-    def _on_notes(self, raw_notes: list[bytes]) -> None:
-        for raw in raw_notes:
-            note = read_note(raw)
-            if note is None or note.id not in self._waiting:
-                continue
-            if note.payload:
-                self._resolve(note.id, note.payload)
-            else:
-                self._read_soon([note.id])
-
-    def _resolve(self, future_id: str, raw: bytes) -> None:
-        try:
-            result = Result.from_bytes(raw)
-        except BadEnvelope as error:
-            return self._fail(future_id, error)
-        if result.ref:
-            self._start(self._resolve_by_reference(future_id, result))
-        else:
-            self._set(future_id, result)
-
-    def _set(self, future_id: str, result: Result) -> None:
-        future = self._take(future_id, answered=result.status != 504)
-        if future is not None and not future.done():
-            future.set_result(result)
-
-    def _read_again(self) -> None:
-        """Notes may have been lost: the keys are the truth."""
-        self._read_soon(list(self._waiting))
-
-    def _read_soon(self, future_ids: Sequence[str]) -> None:
-        self._to_read.update(dict.fromkeys(future_ids))
-        if self._to_read and not self._reading:
-            self._reading = True
-            self._start(self._read_until_read())
-
-    async def _read_until_read(self) -> None:
-        """No note comes twice: what cannot be read now is read later, as long as somebody waits for it."""
-        pauses = delays()
-        try:
-            while wanted := [future_id for future_id in self._to_read if future_id in self._waiting][:_READ_AT_ONCE]:
-                try:
-                    await self._read_by_key(wanted)
-                except StoreUnavailable as error:
-                    logger.warning("cannot read %d results yet: %s", len(self._to_read), error)
-                    await asyncio.sleep(next(pauses))
-                else:
-                    pauses = delays()
-                    for future_id in wanted:
-                        self._to_read.pop(future_id, None)
-        finally:
-            self._reading = False
-            self._to_read.clear()
-
-    async def _read_by_key(self, future_ids: Sequence[str]) -> None:
-        """Resolves those that have a result. Raises StoreUnavailable."""
-        for start in range(0, len(future_ids), _READ_AT_ONCE):
-            some = future_ids[start : start + _READ_AT_ONCE]
-            found = await self._store.get_many([self._keys.future(future_id) for future_id in some])
-            for future_id, raw in zip(some, found, strict=True):
-                if raw is not None:
-                    self._resolve(future_id, raw)
-
-    async def _resolve_by_reference(self, future_id: str, result: Result) -> None:
-        for pause_s in delays():
-            try:
-                return self._set(future_id, await self._whole(result))
-            except StoreUnavailable as error:
-                if future_id not in self._waiting and future_id not in self._strangers:
-                    return
-                logger.warning("cannot read the result of request %s yet: %s", future_id, error)
-            except MQServeError as error:
-                return self._fail(future_id, error)
-            await asyncio.sleep(pause_s)
-
-    async def _whole(self, result: Result) -> Result:
-        """With its body, wherever that stands. Raises StoreUnavailable, and MQServeError for one that is gone."""
-        if not result.ref:
-            return result
-        body = await self._store.get_large(result.ref)
-        if body is None:
-            raise MQServeError("the body of the result is gone from the store: results are kept for ten minutes")
-        return msgspec.structs.replace(result, body=body, ref="")
-
-    # Deadlines: one timer for the earliest.
-
-    def _set_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        delay_s = max(0, self._deadlines[0][0] - self._store.now_ms()) / 1000
-        self._timer = asyncio.get_running_loop().call_later(delay_s + 0.001, self._expire)
-
-    def _expire(self) -> None:
-        now_ms = self._store.now_ms()
-        late: list[str] = []
-        while self._deadlines and (self._deadlines[0][0] <= now_ms or self._deadlines[0][1] not in self._waiting):
-            _, future_id = heapq.heappop(self._deadlines)
-            if future_id in self._waiting:
-                late.append(future_id)
-        if late:
-            self._start(self._record_late(late))
-        if self._deadlines:
-            self._set_timer()
-
-    async def _record_late(self, late: list[str]) -> None:
-        """Each one's result is its lateness, unless a replica was first; whoever waits is told within `_EXPIRY_BUDGET_S`."""
-        marks: dict[str, bytes | None] = {}
-        recording = self._start(self._record_lateness(late, marks))
-        await asyncio.wait([recording], timeout=_EXPIRY_BUDGET_S)  # it goes on beyond that: others may read what became of them
-        for future_id in late:
-            self._set(future_id, late_result("run" if marks.get(future_id) else "queue"))
-
-    async def _record_lateness(self, late: list[str], marks: dict[str, bytes | None]) -> None:
-        try:
-            marks.update(zip(late, await self._store.get_many([self._keys.start(future_id) for future_id in late]), strict=True))
-            records: list[asyncio.Future[bool]] = []
-            for future_id, mark in marks.items():
-                raw = late_result("run" if mark else "queue").to_bytes()
-                records.append(self._store.record(Record(self._keys.future(future_id), raw, "", note_of(future_id, raw), 0)))
-            first = await asyncio.gather(*records)
-            await self._read_by_key([future_id for future_id, fresh in zip(late, first, strict=True) if not fresh])
-        except StoreUnavailable:
-            pass  # they are late all the same, and those who wait must hear so
 
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)

@@ -166,7 +166,7 @@ class Sender:
 
         async def find() -> Result:
             async with asyncio.timeout(WAIT_LIMIT_S):
-                key, result = await self._caller.first_result(keys)
+                key, result = await self._caller.waits.first_result(keys)
             found.append(key)
             return result
 

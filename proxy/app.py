@@ -143,7 +143,7 @@ class ProxyApp:
         future_id = scope["path"].removeprefix("/-/futures/")
         if not is_minted(future_id):
             return problem(404, "That is no request's id: it is what X-Request-ID or a handle's future says, 32 hex digits.", mint_id())
-        if not (self._caller.waits_for(future_id) or self._system.trusts(scope)):
+        if not (future_id in self._caller.waits or self._system.trusts(scope)):
             # An id that this proxy does not know leaves traces in the store: not for anybody to make up.
             return forbidden("The request of another process")
         try:

@@ -126,13 +126,13 @@ class Proxy:
 
     async def _tell_of_the_rest(self, caller: Caller) -> None:
         """Requests that its end cuts off: their clients are gone."""
-        if caller.is_waiting:
+        if caller.waits:
             with contextlib.suppress(MQServeError):
-                await self._store.append_log(self._keys.cancelled, word_of_proxy(caller.inbox))
+                await self._store.append_log(self._keys.cancelled, word_of_proxy(caller.waits.inbox))
 
     def _give_up(self, heard: Cancellations, caller: Caller, stop: Stop) -> None:
         """It was frozen or cut off for so long that the controller told the replicas so: another one is to be started in its place."""
-        if heard.has(caller.inbox) and not stop.is_set():
+        if heard.has(caller.waits.inbox) and not stop.is_set():
             logger.error("%s was silent for too long and its requests are not run any more: ending", self._options.proxy_id)
             stop.set()
 
