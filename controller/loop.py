@@ -43,17 +43,21 @@ DECLARE_AGAIN_S = 15.0  # a broker may come back empty
 
 
 class Controller:
-    """One of possibly several; only the leading one acts."""
+    """One of possibly several of an instance; only the leading one acts."""
 
-    def __init__(self, store: Store, keys: StoreKeys, queue: Queue, controller_id: str) -> None:
+    def __init__(self, store: Store, keys: StoreKeys, queue: Queue, controller_id: str, instance: str) -> None:
         self._store = store
         self._keys = keys
         self._queue = queue
+        self._instance = instance
         self._leader = lease.Leader(store, keys, controller_id)
         self._desired: Desired | None = None  # the last one seen: what a store that lost its data gets back, from whoever leads then
         self._observed: Observed | None = None
         self._codes: dict[str, bytes] = {}
-        self._looked_at = math.inf  # at the store, monotonic
+        self._is_anothers = False  # the document in the store: our instance was cleared while we slept
+        self._raw_desired: bytes | None = None
+        self._raw_observed: bytes | None = None
+        self._looked_at = -math.inf  # at the store, monotonic
         self._settled_at = 0.0  # monotonic; until then nobody is missed
         self._concern = ""  # the store's own
         self._asked_at = -math.inf  # for it, monotonic
@@ -68,8 +72,6 @@ class Controller:
         self._declared: dict[tuple[str, int, int | None], float] = {}  # when, in monotonic seconds
         self._unbound: set[tuple[str, int]] = set()
         self._had_node_at = time.monotonic()
-        self._raw_observed: bytes | None = None
-        self._observed_is_broken = False
 
     def __repr__(self) -> str:
         return f"<Controller {self._leader!r}>"
@@ -92,59 +94,84 @@ class Controller:
                 await self._leader.release()
 
     async def _turn(self) -> bool:
-        """True when the instance is shut down and cleared."""
+        """True when the instance is shut down and cleared, or another one is there by now."""
         leads = await self._leader.lead()
-        now = time.monotonic()
-        if now - self._looked_at > AWAY_AFTER_S:
-            self._settled_at = now + SETTLE_S
-        self._looked_at = now
         if leads and self._leader.epoch != self._epoch:
             logger.info("leading, under epoch %d", self._leader.epoch)
             self._begin(self._leader.epoch)
-        desired = await self._read_documents()
-        if desired is None:
-            if self._desired is not None and await lease.has_ended(self._store, self._keys, self._desired.instance):
-                await self._leader.release(for_good=True)
-                return True
+        await self._read_documents()
+        self._note_look()
+        if self._is_anothers or (self._raw_desired is None and await lease.has_ended(self._store, self._keys, self._instance)):
+            await self._leader.release(for_good=True)
+            return True
+        if self._desired is None:
+            return False
+        if self._desired_is_behind or self._observed_is_behind:
             if leads:
                 await self._write_back()
             return False
-        return leads and await self._tick(desired)
+        return leads and await self._tick(self._desired)
 
-    async def _read_documents(self) -> Desired | None:
+    def _note_look(self) -> None:
+        """After the store was away nobody is missed for a while. The first look of a process may be the first one after that."""
+        now = time.monotonic()
+        is_late = now - self._looked_at > AWAY_AFTER_S
+        if is_late and self._observed is not None and (self._observed.replicas or self._observed.proxies):
+            self._settled_at = now + SETTLE_S
+        self._looked_at = now
+
+    async def _read_documents(self) -> None:
         """Whoever waits reads them too: it may be the one who has to write them back."""
-        raw, self._raw_observed = await self._store.get_many([self._keys.desired, self._keys.observed])
-        if raw is None:
-            return None
-        try:
-            self._desired = Desired.from_bytes(raw)
-        except BadEnvelope as error:
-            if self._desired is None:
-                raise
-            logger.warning("%s; going on with the last good one, which is written back when the key is deleted", error)
-        await self._keep_codes(self._desired)
+        self._raw_desired, self._raw_observed = await self._store.get_many([self._keys.desired, self._keys.observed])
+        self._read_desired()
+        if self._is_anothers:
+            return
         self._read_observed()
-        return self._desired
+        if self._desired is not None:
+            await self._keep_codes(self._desired)
 
-    def _read_observed(self) -> None:
-        """The last good one stays where it is broken: then the leader writes it again."""
-        self._observed_is_broken = False
-        if self._raw_observed is None:
+    def _read_desired(self) -> None:
+        """What we know stays where the store has nothing, something broken, or less: a copy from before it failed."""
+        known = self._desired
+        self._desired_is_behind = known is not None and self._raw_desired is None
+        if self._raw_desired is None:
             return
         try:
-            self._observed = Observed.from_bytes(self._raw_observed)
-            self._leader.outrank(self._observed.epoch)
+            found = Desired.from_bytes(self._raw_desired)
         except BadEnvelope as error:
-            logger.warning("%s; the leader writes it anew", error)
-            self._observed_is_broken = True
+            if known is None:
+                raise
+            logger.warning("%s; going on with the last good one, which is written back when the key is deleted", error)
+            return
+        self._is_anothers = found.instance != self._instance
+        self._desired_is_behind = known is not None and _order(found) < _order(known)
+        if not self._is_anothers and not self._desired_is_behind:
+            self._desired = found
+
+    def _read_observed(self) -> None:
+        """As with the desired one; but a broken one the leader writes again."""
+        known = self._observed
+        self._observed_is_broken = False
+        self._observed_is_behind = known is not None and self._raw_observed is None
+        if self._raw_observed is not None:
+            try:
+                found = Observed.from_bytes(self._raw_observed)
+                self._observed_is_behind = known is not None and _order(found) < _order(known)
+                if not self._observed_is_behind:
+                    self._observed = found
+            except BadEnvelope as error:
+                logger.warning("%s; the leader writes it anew", error)
+                self._observed_is_broken = True
+        if self._observed is not None:
+            self._leader.outrank(self._observed.epoch)
 
     async def _tick(self, desired: Desired) -> bool:
         """One comparison; True when the instance is shut down and cleared."""
-        if not await lease.renew_instance(self._store, self._keys, desired.instance, self._leader.name, self._leader.claim):
+        if not await lease.renew_instance(self._store, self._keys, self._instance, self._leader.name, self._leader.claim):
             raise lease.NotLeading("the instance's lease was not renewed: another controller leads")
         if time.monotonic() < self._settled_at:
             return False
-        observed = Observed() if self._raw_observed is None else self._observed or Observed()
+        observed = self._observed or Observed()
         if observed.epoch > self._leader.epoch:
             return False  # the next claim is above it
         beats = read_beats(await self._store.fields(self._keys.beats))
@@ -166,21 +193,23 @@ class Controller:
             logger.warning("%s", self._concern)
 
     async def _write_back(self) -> None:
-        """The store lost its data: our copy, under a higher epoch, code included."""
+        """The store lost its data, or the last of it: our copy, the desired state under a higher epoch, code included."""
         known, claim = self._desired, self._leader.claim
-        if known is None or known.closing:
+        if known is None or (known.closing and self._raw_desired is None):
             return
-        logger.warning("the store lost its data: writing the desired state back")
-        restored = msgspec.structs.replace(known, epoch=known.epoch + 1)
+        logger.warning("the store lost data: writing back what is not there any more")
         for sha256, code in self._codes.items():
             await self._store.replace(self._keys.code(sha256), None, code, guard=claim, quiet=True)
-        owner = lease.InstanceLease(restored.instance, "restored by its controller", True, self._store.now_ms())
+        owner = lease.InstanceLease(known.instance, "restored by its controller", True, self._store.now_ms())
         await self._store.replace(self._keys.instance, None, msgspec.json.encode(owner), guard=claim, quiet=True)
         # What is assigned comes back too, and the members get time to beat again: a loss of data must stop nothing that runs.
         self._settled_at = time.monotonic() + SETTLE_S
-        if self._observed is not None:
-            await self._store.replace(self._keys.observed, None, self._observed.to_bytes(), guard=claim)
-        await self._store.replace(self._keys.desired, None, restored.to_bytes(), guard=claim)
+        if self._observed is not None and self._observed_is_behind:
+            newer = msgspec.structs.replace(self._observed, version=self._observed.version + 1)
+            await self._store.replace(self._keys.observed, self._raw_observed, newer.to_bytes(), guard=claim)
+        if self._desired_is_behind:
+            restored = msgspec.structs.replace(known, epoch=known.epoch + 1)
+            await self._store.replace(self._keys.desired, self._raw_desired, restored.to_bytes(), guard=claim)
 
     async def _keep_codes(self, desired: Desired) -> None:
         wanted = {*(backend.code for backend in desired.backends.values()), *desired.convertors.values(), desired.http.middlewares} - {""}
@@ -382,7 +411,11 @@ class Controller:
         children = [beat for kind in ("replica", "proxy") for beat in plan.living(beats, kind, now_ms).values() if not beat.external]
         if children or observed.queues or observed.retiring:
             return False
-        return await lease.forget(self._store, self._keys, self._desired.instance if self._desired else "", self._leader.claim)
+        return await lease.forget(self._store, self._keys, self._instance, self._leader.claim)
+
+
+def _order(document: Desired | Observed) -> tuple[int, int]:
+    return document.epoch, document.version
 
 
 def _is_held(name: str, generation: int, beats: dict[str, Beat], now_ms: int) -> bool:

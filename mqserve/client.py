@@ -59,10 +59,10 @@ class Client:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._caller.run())
             async for desired, _ in follow_state(self._links.store, self._links.keys):
-                if desired is not None:
+                if desired is not None and desired.instance == self._instance:
                     self._follow(desired)
-                else:
-                    self.has_ended = await instance_has_ended(self._links, self._instance)
+                else:  # nothing, or another's, which came while this process was suspended
+                    self.has_ended = desired is not None or await instance_has_ended(self._links, self._instance)
 
     def _follow(self, desired: Desired) -> None:
         self._sender.desired = desired

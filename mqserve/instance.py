@@ -81,13 +81,13 @@ async def running_instance(links: Links, options: StartOptions) -> AsyncIterator
         http = msgspec.structs.replace(http, middlewares=await code.save(links.store, links.keys, packed))
     node_id = options.node_id or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
     held = await lease.claim_instance(links.store, links.keys, node_id if options.with_node else "", http, detached=options.detached)
-    members = _Members(links, node_id, options)
+    members = _Members(links, held.id, node_id, options)
     is_up = False
     try:
         members.start()
         await _until_up(links, http, node_id if options.with_node else "", members)
         is_up = True
-        members.watch(held.id)
+        members.watch()
         yield held.id
     finally:
         if not (options.detached and is_up):
@@ -98,8 +98,9 @@ async def running_instance(links: Links, options: StartOptions) -> AsyncIterator
 class _Members:
     """The controller and the first node, as tasks or as processes."""
 
-    def __init__(self, links: Links, node_id: str, options: StartOptions) -> None:
+    def __init__(self, links: Links, instance: str, node_id: str, options: StartOptions) -> None:
         self._links = links
+        self._instance = instance
         self._node_id = node_id
         self._options = options
         self._processes: list[Process] = []
@@ -110,7 +111,7 @@ class _Members:
     def start(self) -> None:
         if self._links.settings.embedded:
             links = self._links
-            controller = Controller(links.store, links.keys, links.queue, links.process_id)
+            controller = Controller(links.store, links.keys, links.queue, links.process_id, self._instance)
             node = Node(NodeOptions(self._node_id, capacity=measure_node(None, None, {})), links.store, links.keys, EmbeddedLauncher(links))
             self._tasks = [asyncio.create_task(controller.run(self._stop)), asyncio.create_task(node.run(self._stop))]
             return
@@ -121,16 +122,16 @@ class _Members:
         node = [["node", "--node-id", self._node_id, *end]] if self._options.with_node else []
         return [["controller"], *node]
 
-    def watch(self, instance: str) -> None:
+    def watch(self) -> None:
         """Starts again whichever of its processes dies, as long as there is the instance; a detached one's are on their own."""
         if not self._options.detached:
-            self._watching = [asyncio.create_task(self._keep(place, instance)) for place in range(len(self._processes))]
+            self._watching = [asyncio.create_task(self._keep(place)) for place in range(len(self._processes))]
 
-    async def _keep(self, place: int, instance: str) -> None:
+    async def _keep(self, place: int) -> None:
         restarts, command = Restarts(), self._commands()[place]
         while True:
             how = await self._processes[place].wait()
-            if not how and await instance_has_ended(self._links, instance):
+            if not how and await instance_has_ended(self._links, self._instance):
                 return
             logger.warning("the %s ended (%s): starting another", command[0], how or "by itself")
             restarts.died_early(time.monotonic(), how)

@@ -28,7 +28,7 @@ async def run_controller(settings: Settings, controller_id: str) -> int:
     stop = stop_event()
     async with open_links(settings, "controller") as links:
         held = await join_or_start(links)
-        await Controller(links.store, links.keys, links.queue, controller_id).run(stop)
+        await Controller(links.store, links.keys, links.queue, controller_id, held.id).run(stop)
         if stop.orphaned:  # the starter was killed: the namespace is free at once, and the queues keep what was accepted
             await lease.forget(links.store, links.keys, held.id)
     return 0

@@ -15,9 +15,20 @@ from mqserve.broker.errors import StoreUnavailable
 from mqserve.broker.lifeline import Stop
 from mqserve.broker.store import Store
 from mqserve.broker.store_keys import LEADER_TTL_S, StoreKeys
-from mqserve.controller.lease import Leader, Leadership, NotLeading, claim_instance, forget, has_ended, renew_instance
-from mqserve.controller.loop import Controller
-from mqserve.controller.state import Desired, HttpOptions, Observed
+from mqserve.controller.desired import commit, register_convertor
+from mqserve.controller.lease import (
+    InstanceLease,
+    Leader,
+    Leadership,
+    NotLeading,
+    claim_instance,
+    forget,
+    has_ended,
+    read_instance,
+    renew_instance,
+)
+from mqserve.controller.loop import SETTLE_S, Controller
+from mqserve.controller.state import Assignment, Beat, Desired, HttpOptions, Observed
 
 pytestmark = pytest.mark.anyio
 
@@ -185,15 +196,16 @@ async def test_one_who_clears_halfway_harms_no_later_instance(store: Store, keys
 class Running:
     """Controllers of one instance, by name."""
 
-    def __init__(self, store: Store, keys: StoreKeys) -> None:
+    def __init__(self, store: Store, keys: StoreKeys, instance: str) -> None:
         self._store = store
         self._keys = keys
+        self._instance = instance
         self.stops: dict[str, Stop] = {}
         self.tasks: dict[str, asyncio.Task[None]] = {}
 
     def start(self, name: str) -> None:
         self.stops[name] = Stop()
-        controller = Controller(self._store, self._keys, EmbeddedQueue(), name)
+        controller = Controller(self._store, self._keys, EmbeddedQueue(), name, self._instance)
         self.tasks[name] = asyncio.create_task(controller.run(self.stops[name]))
 
     async def leads(self, name: str) -> None:
@@ -206,8 +218,8 @@ class Running:
 
 @asynccontextmanager
 async def controllers(store: Store, keys: StoreKeys) -> AsyncIterator[Running]:
-    """None, to begin with; none is left at the end."""
-    running = Running(store, keys)
+    """Of the instance there is: none, to begin with, and none is left at the end."""
+    running = Running(store, keys, (await read_instance(store, keys)).id)
     try:
         yield running
     finally:
@@ -259,6 +271,21 @@ async def test_one_who_did_not_see_the_end_does_not_bring_the_instance_back() ->
         assert await store.get(keys.desired) is None
 
 
+async def test_one_who_wakes_up_among_the_documents_of_another_instance_ends_and_touches_nothing() -> None:
+    store, keys = EmbeddedStore(), StoreKeys("tests")
+    await claim_instance(store, keys, "", HTTP, detached=True)
+    async with controllers(store, keys) as running:
+        running.start("suspended")
+        await running.leads("suspended")
+        theirs = [msgspec.json.encode(InstanceLease("another", "stranger", False, 1)), Desired(instance="another").to_bytes()]
+        await store.delete(keys.observed)
+        for key, document in zip((keys.instance, keys.desired), theirs, strict=True):
+            await store.set(key, document)
+        async with asyncio.timeout(20):
+            await running.tasks["suspended"]
+        assert await store.get_many([keys.instance, keys.desired, keys.observed]) == [*theirs, None]
+
+
 async def test_one_who_only_waited_writes_back_what_the_store_lost() -> None:
     store, keys = EmbeddedStore(), StoreKeys("tests")
     held = await claim_instance(store, keys, "n1", HTTP, detached=True)
@@ -279,6 +306,68 @@ async def test_one_who_only_waited_writes_back_what_the_store_lost() -> None:
             return Observed.from_bytes(await store.get(keys.observed)).epoch > before
 
         await until(is_above)  # its own epoch was none: it goes above the one it wrote back
+
+
+async def follows(store: Store, keys: StoreKeys, version: int) -> None:
+    async def has_seen() -> bool:
+        return Observed.from_bytes(await store.get(keys.observed)).seen >= (1, version)
+
+    await until(has_seen)
+
+
+async def test_what_was_deployed_stands_although_the_store_comes_back_with_an_older_copy() -> None:
+    store, keys = EmbeddedStore(), StoreKeys("tests")
+    held = await claim_instance(store, keys, "", HTTP, detached=True)
+    async with controllers(store, keys) as running:
+        running.start("first")
+        await follows(store, keys, 0)
+        older = await store.get_many([keys.desired, keys.observed])
+        await commit(store, keys, held.id, register_convertor("hex", "sha"))
+        await follows(store, keys, 1)
+        before = Observed.from_bytes(await store.get(keys.observed))
+        for key, document in zip((keys.desired, keys.observed), older, strict=True):
+            await store.set(key, document or b"")
+        await store.announce()
+
+        async def is_back() -> bool:
+            return Desired.from_bytes(await store.get(keys.desired)).epoch == 2
+
+        await until(is_back)
+        assert Desired.from_bytes(await store.get(keys.desired)).convertors == {"hex": "sha"}
+        observed = Observed.from_bytes(await store.get(keys.observed))
+        assert observed.seen >= before.seen and (observed.epoch, observed.version) > (before.epoch, before.version)
+
+
+async def test_a_controller_that_starts_after_an_outage_gives_the_members_time_to_beat() -> None:
+    """It finds what was assigned, and no beat that is not as old as the outage."""
+    store, keys = EmbeddedStore(), StoreKeys("tests")
+    await claim_instance(store, keys, "n", HttpOptions(), detached=True)
+    assigned = Observed(epoch=7, replicas={"b#1": Assignment("b", "n", 1)}, queues={"b": (1,)}, proxies=("n",))
+    await store.set(keys.observed, assigned.to_bytes())
+    async with controllers(store, keys) as running:
+        running.start("first")
+
+        async def leads() -> bool:
+            return await leader_of(store, keys) == ("first", 8)  # above what it found
+
+        await until(leads)
+        await store.put_field(keys.beats, "node:n", Beat("node", "n", store.now_ms() + 60_000, takes_proxy=True).to_bytes())
+
+        async def compared() -> bool:
+            return Observed.from_bytes(await store.get(keys.observed)).epoch == 8
+
+        await until(compared)
+        observed = Observed.from_bytes(await store.get(keys.observed))
+        assert observed.draining == {} and observed.proxies == ("n",)
+
+
+async def test_a_new_instance_does_not_wait_for_anybody() -> None:
+    store, keys = EmbeddedStore(), StoreKeys("tests")
+    await claim_instance(store, keys, "n", HttpOptions(), detached=True)
+    async with controllers(store, keys) as running:
+        running.start("first")
+        async with asyncio.timeout(SETTLE_S / 2):
+            await follows(store, keys, 0)
 
 
 async def test_the_leader_reports_a_store_that_is_set_up_to_forget() -> None:
