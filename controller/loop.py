@@ -72,6 +72,7 @@ class Controller:
         self._declared: dict[tuple[str, int, int | None], float] = {}  # when, in monotonic seconds
         self._unbound: set[tuple[str, int]] = set()
         self._had_node_at = time.monotonic()
+        self._renewed_at = -math.inf  # the instance's lease, monotonic
 
     def __repr__(self) -> str:
         return f"<Controller {self._leader!r}>"
@@ -167,8 +168,7 @@ class Controller:
 
     async def _tick(self, desired: Desired) -> bool:
         """One comparison; True when the instance is shut down and cleared."""
-        if not await lease.renew_instance(self._store, self._keys, self._instance, self._leader.name, self._leader.claim):
-            raise lease.NotLeading("the instance's lease was not renewed: another controller leads")
+        await self._renew_instance()
         if time.monotonic() < self._settled_at:
             return False
         observed = self._observed or Observed()
@@ -184,6 +184,15 @@ class Controller:
         await self._write(observed, new)
         await self._forget_silent(new, beats)
         return desired.closing and await self._is_down(new, beats)
+
+    async def _renew_instance(self) -> None:
+        """When it is due. A comparison may take longer than a lease lasts, so whatever takes long in it asks for this, too."""
+        began = time.monotonic()
+        if began - self._renewed_at < lease.RENEWED_EVERY_S:
+            return
+        if not await lease.renew_instance(self._store, self._keys, self._instance, self._leader.name, self._leader.claim):
+            raise lease.NotLeading("the instance's lease was not renewed: another controller leads")
+        self._renewed_at = began
 
     async def _ask_store(self) -> None:
         if time.monotonic() - self._asked_at < ASK_STORE_EVERY_S:
@@ -368,6 +377,7 @@ class Controller:
     async def _while_leading(self, act: Callable[[], Awaitable[T]]) -> T:
         """The broker cannot fence us: so only while we lead by our own clock, and no longer. What we do there may be done twice."""
         await self._leader.hold()
+        await self._renew_instance()
         try:
             async with asyncio.timeout(self._leader.leads_for_s):
                 return await act()

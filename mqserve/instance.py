@@ -80,19 +80,23 @@ async def running_instance(links: Links, options: StartOptions) -> AsyncIterator
         packed = code.pack(list(options.middlewares), (), links.settings.signer)
         http = msgspec.structs.replace(http, middlewares=await code.save(links.store, links.keys, packed))
     node_id = options.node_id or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
-    held = await lease.claim_instance(links.store, links.keys, node_id if options.with_node else "", http, detached=options.detached)
-    members = _Members(links, held.id, node_id, options)
+    head_node = node_id if options.with_node else ""
+    claim = await lease.claim_instance(links.store, links.keys, head_node, http, detached=options.detached)
+    members = _Members(links, claim.id, node_id, options)
     is_up = False
     try:
         members.start()
-        await _until_up(links, http, node_id if options.with_node else "", members)
+        await _until_up(links, http, head_node, members)
         is_up = True
         members.watch()
-        yield held.id
+        yield claim.id
     finally:
         if not (options.detached and is_up):
-            await shut_down(links, held.id)
-            await members.end()
+            try:
+                if not claim.taken_over:  # what others have deployed there is not ours to clear
+                    await shut_down(links, claim.id)
+            finally:
+                await members.end()
 
 
 class _Members:
@@ -200,14 +204,16 @@ async def _until_up(links: Links, http: HttpOptions, head_node: str, members: _M
     async def is_up() -> bool | None:
         members.check()
         beats = read_beats(await links.store.fields(links.keys.beats))
-        observed = Observed.from_bytes(await links.store.get(links.keys.observed))
+        raw_desired, raw_observed = await links.store.get_many([links.keys.desired, links.keys.observed])
+        desired, observed = Desired.from_bytes(raw_desired), Observed.from_bytes(raw_observed)
+        is_led = observed.seen >= (desired.epoch, desired.version)  # by the new controller: of an instance taken over there is an old state
         proxies = [beat for beat in beats.values() if beat.kind == "proxy" and beat.node == head_node] if wants_proxy else []
         for proxy in proxies:
             if proxy.state == "failed":
                 raise InstanceError(proxy.error)
         node_is_there = not head_node or f"node:{head_node}" in beats
         proxy_serves = not wants_proxy or any(proxy.state == "ready" for proxy in proxies)
-        return True if observed.epoch and node_is_there and proxy_serves else None
+        return True if is_led and node_is_there and proxy_serves else None
 
     try:
         await until(links.store, is_up, START_BUDGET_S)

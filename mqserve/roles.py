@@ -17,7 +17,6 @@ from .controller.loop import Controller
 from .controller.node import Node, NodeOptions
 from .controller.node_metrics import serve_metrics
 from .controller.processes import ProcessLauncher
-from .controller.state import HttpOptions
 from .links import Links, open_links
 
 JOIN_TRIES = 3
@@ -27,10 +26,10 @@ async def run_controller(settings: Settings, controller_id: str) -> int:
     """Until it is stopped or the instance is shut down; the exit code."""
     stop = stop_event()
     async with open_links(settings, "controller") as links:
-        held = await join_or_start(links)
-        await Controller(links.store, links.keys, links.queue, controller_id, held.id).run(stop)
+        instance = await join_or_start(links)
+        await Controller(links.store, links.keys, links.queue, controller_id, instance).run(stop)
         if stop.orphaned:  # the starter was killed: the namespace is free at once, and the queues keep what was accepted
-            await lease.forget(links.store, links.keys, held.id)
+            await lease.forget(links.store, links.keys, instance)
     return 0
 
 
@@ -44,8 +43,8 @@ async def run_node(settings: Settings, options: NodeOptions, metrics_host: str, 
     return 0
 
 
-async def join_or_start(links: Links) -> lease.InstanceLease:
-    """The running instance, or a detached one of ours where there is none.
+async def join_or_start(links: Links) -> str:
+    """The id of the running instance, or a detached one of ours where there is none.
 
     An empty namespace is watched first: it may be that of an instance whose store lost its data, which its controller is about to write
     back, or one that somebody starts at this moment. Raises InstanceError where neither comes of it.
@@ -55,14 +54,14 @@ async def join_or_start(links: Links) -> lease.InstanceLease:
         with suppress(TimeoutError):
             return await until(links.store, partial(_find_instance, links), lease.WATCHED_FOR_S)
         try:
-            return await lease.claim_instance(links.store, links.keys, "", HttpOptions(location="NoServer"), detached=True)
+            return (await lease.claim_instance(links.store, links.keys, "", None, detached=True)).id
         except InstanceError:
             tries_left -= 1
             if not tries_left:
                 raise  # else another one was quicker: its documents come in a moment
 
 
-async def _find_instance(links: Links) -> lease.InstanceLease | None:
+async def _find_instance(links: Links) -> str | None:
     with suppress(InstanceError):
-        return await lease.read_instance(links.store, links.keys)
+        return (await lease.read_instance(links.store, links.keys)).id
     return None

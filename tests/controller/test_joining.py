@@ -40,11 +40,11 @@ async def test_a_controller_that_starts_while_the_configuration_is_lost_waits_un
         await running.leads("first")
         await store.close()  # which forgets everything
         joined = await join_or_start(links_to(store))
-    assert joined.id == old.id
+    assert joined == old.id
     assert Desired.from_bytes(await store.get(KEYS.desired)).head_node == "n1"
 
 
 async def test_of_two_controllers_that_start_at_once_one_joins_the_other() -> None:
     store = Slow()
     one, other = await asyncio.gather(join_or_start(links_to(store)), join_or_start(links_to(store)))
-    assert one.id == other.id == (await read_instance(store, KEYS)).id
+    assert one == other == (await read_instance(store, KEYS)).id

@@ -13,9 +13,10 @@ from mqserve.broker.embedded_queue import EmbeddedQueue
 from mqserve.broker.embedded_store import EmbeddedStore
 from mqserve.broker.errors import StoreUnavailable
 from mqserve.broker.lifeline import Stop
+from mqserve.broker.queue import Queue
 from mqserve.broker.store import Store
 from mqserve.broker.store_keys import LEADER_TTL_S, StoreKeys
-from mqserve.controller.desired import commit, register_convertor
+from mqserve.controller.desired import commit, create_backend, register_convertor
 from mqserve.controller.lease import (
     InstanceLease,
     Leader,
@@ -28,7 +29,7 @@ from mqserve.controller.lease import (
     renew_instance,
 )
 from mqserve.controller.loop import SETTLE_S, Controller
-from mqserve.controller.state import Assignment, Beat, Desired, HttpOptions, Observed
+from mqserve.controller.state import Assignment, Backend, Beat, Desired, HttpOptions, Observed
 
 pytestmark = pytest.mark.anyio
 
@@ -203,9 +204,9 @@ class Running:
         self.stops: dict[str, Stop] = {}
         self.tasks: dict[str, asyncio.Task[None]] = {}
 
-    def start(self, name: str) -> None:
+    def start(self, name: str, queue: Queue | None = None) -> None:
         self.stops[name] = Stop()
-        controller = Controller(self._store, self._keys, EmbeddedQueue(), name, self._instance)
+        controller = Controller(self._store, self._keys, queue or EmbeddedQueue(), name, self._instance)
         self.tasks[name] = asyncio.create_task(controller.run(self.stops[name]))
 
     async def leads(self, name: str) -> None:
@@ -368,6 +369,28 @@ async def test_a_new_instance_does_not_wait_for_anybody() -> None:
         running.start("first")
         async with asyncio.timeout(SETTLE_S / 2):
             await follows(store, keys, 0)
+
+
+class SlowQueue(EmbeddedQueue):
+    """Declares as slowly as a RabbitMQ that has much to do."""
+
+    async def declare(self, backend: str, generation: int, max_length: int | None) -> None:
+        await asyncio.sleep(0.25)
+        await super().declare(backend, generation, max_length)
+
+
+async def test_the_instance_lives_on_while_its_leader_declares_for_long() -> None:
+    store, keys = EmbeddedStore(), StoreKeys("tests")
+    held = await claim_instance(store, keys, "", HTTP, detached=True)
+    for number in range(16):
+        await commit(store, keys, held.id, create_backend(Backend(f"b{number}", "sha", "b")))
+    beats = {(await read_instance(store, keys)).at}
+    async with controllers(store, keys) as running:
+        running.start("first", SlowQueue())
+        while await store.get(keys.observed) is None:
+            beats.add((await read_instance(store, keys)).at)
+            await asyncio.sleep(0.05)
+    assert len(beats) >= 4, "one tick of four seconds"
 
 
 async def test_the_leader_reports_a_store_that_is_set_up_to_forget() -> None:
