@@ -315,6 +315,8 @@ class Controller:
         queues = {name: list(generations) for name, generations in observed.queues.items()}
         retiring = {name: list(generations) for name, generations in observed.retiring.items()}
         for name, backend in () if desired.closing else desired.backends.items():
+            if backend.generation in retiring.get(name, []):  # of a backend that was deleted, and is there again
+                retiring[name].remove(backend.generation)
             if await self._declare(name, backend.generation, backend.config.max_queued_requests):
                 generations = [kept for kept in queues.get(name, []) if kept != backend.generation]
                 queues[name] = [*generations, backend.generation]
@@ -331,7 +333,7 @@ class Controller:
                 keep_content = name in desired.backends and not desired.closing
                 delete = partial(self._queue.delete, name, generation, only_if_empty=keep_content)
                 if await self._while_leading(delete):
-                    self._declared = {known: at for known, at in self._declared.items() if known[:2] != (name, generation)}
+                    self._forget_declared(name, generation)
                 else:  # a replica died and its messages came back
                     queues.setdefault(name, []).insert(0, generation)
                 retiring[name].remove(generation)
@@ -355,6 +357,10 @@ class Controller:
         self._unbound.discard((name, generation))
         return True
 
+    def _forget_declared(self, name: str, generation: int) -> None:
+        """A backend that is created again wants its queue bound again."""
+        self._declared = {known: at for known, at in self._declared.items() if known[:2] != (name, generation)}
+
     async def _next_generation(self, name: str, generation: int) -> None:
         raw = await self._store.get(self._keys.desired)
         desired = Desired.from_bytes(raw)
@@ -366,6 +372,7 @@ class Controller:
     async def _is_drained(self, name: str, generation: int, beats: dict[str, Beat]) -> bool:
         """Nothing new arrives and nothing waits there; without a ready replica nobody would ever empty it."""
         if (name, generation) not in self._unbound:
+            self._forget_declared(name, generation)
             await self._while_leading(lambda: self._queue.unbind(name, generation))
             self._unbound.add((name, generation))
         if not await self._while_leading(lambda: self._queue.depth(name, generation)):
