@@ -117,6 +117,13 @@ async def read_instance(store: Store, keys: StoreKeys) -> InstanceLease:
     return _decode_lease(raw)
 
 
+async def beats(store: Store, keys: StoreKeys, instance: str) -> bool:
+    """Whether a controller leads this instance: watched for a while, unless it is long gone."""
+    raw = await store.get(keys.instance)
+    lease = _decode_lease(raw) if raw is not None else None
+    return lease is not None and lease.id == instance and await _is_alive(store, keys, lease)
+
+
 async def renew_instance(store: Store, keys: StoreKeys, instance: str, leader: str, guard: Guard) -> bool:
     """Writes it anew where it is broken or was deleted. False where it was refused; another instance's is none of ours to renew, nor is
     that of one which has ended."""

@@ -224,7 +224,10 @@ class Client:
         return next((beat.url for beat in sorted(proxies, key=lambda beat: (beat.external, beat.id)) if beat.state == "ready"), "")
 
     def shutdown(self) -> None:
-        """Ends the instance: proxies and replicas drain, queues and documents go. Idempotent; later calls raise InstanceError."""
+        """Ends the instance: proxies and replicas drain, queues and documents go. Idempotent; later calls raise InstanceError.
+
+        Whoever joined the instance is told by an InstanceError where it still drains after all the time that its replicas may take.
+        """
         if not self._closed:
             self._closed = True
             self._end()

@@ -95,6 +95,8 @@ async def running_instance(links: Links, options: StartOptions) -> AsyncIterator
             try:
                 if not claim.taken_over:  # what others have deployed there is not ours to clear
                     await shut_down(links, claim.id)
+            except MQServeError as error:
+                logger.error("the instance was not cleared, which the next start under its namespace does: %s", error)
             finally:
                 await members.end()
 
@@ -170,7 +172,16 @@ async def _ended(child: Child) -> None:
 
 
 async def shut_down(links: Links, instance: str) -> None:
-    """The instance drains and is cleared: marks the desired document and waits for the controller to have done it."""
+    """The instance drains and is cleared: marks the desired document and waits for the controller to have done it.
+
+    Where none leads it is cleared here, and what still runs drains by itself. Raises InstanceError for one that still drains when all its
+    replicas' time is over, and StoreUnavailable.
+    """
+
+    async def read_budget_s() -> float:
+        desired = Desired.from_bytes(await links.store.get(links.keys.desired))
+        drains_s = [backend.config.graceful_shutdown_timeout_s for backend in desired.backends.values()]
+        return SHUTDOWN_BUDGET_S + max(drains_s, default=0.0)
 
     async def is_cleared() -> bool | None:
         raw = await links.store.get(links.keys.desired)
@@ -182,19 +193,16 @@ async def shut_down(links: Links, instance: str) -> None:
             await links.store.replace(links.keys.desired, raw, closing.to_bytes())
         return None
 
+    budget_s = await until(links.store, read_budget_s, SHUTDOWN_BUDGET_S)
     try:
-        await until(links.store, is_cleared, SHUTDOWN_BUDGET_S)
-    except (TimeoutError, MQServeError):
-        await _clear(links, instance)
-
-
-async def _clear(links: Links, instance: str) -> None:
-    """Without a controller nobody else would: the documents go, what still runs drains by itself."""
-    try:
-        if Desired.from_bytes(await links.store.get(links.keys.desired)).instance == instance:
-            await lease.forget(links.store, links.keys, instance)
-    except MQServeError:
-        pass  # the lease lapses
+        await until(links.store, is_cleared, budget_s)
+    except TimeoutError:
+        if await lease.beats(links.store, links.keys, instance):
+            raise InstanceError(
+                f"the instance still drains after {budget_s:g} s, and its controller goes on with that: look with `mqserve status`, "
+                "and drop what keeps it with delete_backend(…, force=True)"
+            ) from None
+        await lease.forget(links.store, links.keys, instance)
 
 
 async def _until_up(links: Links, http: HttpOptions, head_node: str, members: _Members) -> None:

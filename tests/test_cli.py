@@ -6,6 +6,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pika
@@ -15,6 +16,7 @@ import pytest
 import redis
 
 import mqserve as serve
+from mqserve.broker.store_keys import StoreKeys
 from tests.instances import ROOT, SECRET_KEY, CommandLine, Program, answers, wait_until
 from tests.servers import free_port
 
@@ -364,6 +366,17 @@ def test_a_detached_instance_whose_machine_died_is_started_again_with_what_was_d
         wait_until(lambda: answers(f"http://127.0.0.1:{ports[1]}/e"))
     finally:
         assert shell.run("shutdown", deadline_s=90).returncode == 0
+
+
+def test_a_shutdown_that_fails_says_so(distributed_shell: CommandLine, store_url: str, namespace: str) -> None:
+    assert distributed_shell.start("start", "--no-node").wait() == 0
+    key = StoreKeys(namespace).desired
+    with redis.Redis.from_url(store_url) as store:
+        good: Any = store.get(key)
+        store.set(key, "no document")
+        assert_refused(distributed_shell, "shutdown", says="the desired state in the store does not parse")
+        store.set(key, good)
+    assert distributed_shell.run("shutdown").stdout.splitlines()[-1] == "Done."
 
 
 def test_a_starter_without_a_node_leaves_the_running_to_others(distributed_shell: CommandLine) -> None:
