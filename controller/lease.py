@@ -170,9 +170,8 @@ async def _forget_documents(store: Store, keys: StoreKeys, guard: Guard) -> None
     try:
         desired = Desired.from_bytes(await store.get(keys.desired))
     except BadEnvelope:
-        desired = Desired()  # the code it named stays behind; nobody can tell which that was
-    hashes = {*desired.convertors.values(), *(backend.code for backend in desired.backends.values()), desired.http.middlewares} - {""}
-    await store.delete(keys.desired, keys.observed, keys.beats, keys.leader, *(keys.code(sha256) for sha256 in hashes), guard=guard)
+        desired = Desired()  # the code it named stays behind: nobody can tell which that was
+    await store.delete(keys.desired, keys.observed, keys.beats, keys.leader, *map(keys.code, desired.codes), guard=guard)
     await store.announce()
 
 

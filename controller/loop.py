@@ -24,7 +24,7 @@ from ..broker.cancellations import word_of_proxy
 from ..broker.errors import BadEnvelope, BrokerUnavailable, MQServeError, QueueMismatch
 from ..broker.queue import Queue
 from ..broker.store import Store
-from ..broker.store_keys import StoreKeys
+from ..broker.store_keys import CODE_TTL_S, StoreKeys
 from . import lease, plan
 from .restarts import ENDED_WELL, Restarts
 from .state import Assignment, Beat, Desired, Observed, read_beats
@@ -73,6 +73,7 @@ class Controller:
         self._unbound: set[tuple[str, int]] = set()
         self._had_node_at = time.monotonic()
         self._renewed_at = -math.inf  # the instance's lease, monotonic
+        self._kept: frozenset[str] = frozenset()  # hashes of code that does not expire
 
     def __repr__(self) -> str:
         return f"<Controller {self._leader!r}>"
@@ -129,7 +130,7 @@ class Controller:
             return
         self._read_observed()
         if self._desired is not None:
-            await self._keep_codes(self._desired)
+            await self._read_codes(self._desired)
 
     def _read_desired(self) -> None:
         """What we know stays where the store has nothing, something broken, or less: a copy from before it failed."""
@@ -169,6 +170,7 @@ class Controller:
     async def _tick(self, desired: Desired) -> bool:
         """One comparison; True when the instance is shut down and cleared."""
         await self._renew_instance()
+        await self._keep_codes(desired)
         if time.monotonic() < self._settled_at:
             return False
         observed = self._observed or Observed()
@@ -207,6 +209,7 @@ class Controller:
         if known is None or (known.closing and self._raw_desired is None):
             return
         logger.warning("the store lost data: writing back what is not there any more")
+        self._kept = frozenset()  # the copy may be one from before we kept it
         for sha256, code in self._codes.items():
             await self._store.replace(self._keys.code(sha256), None, code, guard=claim, quiet=True)
         owner = lease.InstanceLease(known.instance, "restored by its controller", True, self._store.now_ms())
@@ -220,12 +223,18 @@ class Controller:
             restored = msgspec.structs.replace(known, epoch=known.epoch + 1)
             await self._store.replace(self._keys.desired, self._raw_desired, restored.to_bytes(), guard=claim)
 
-    async def _keep_codes(self, desired: Desired) -> None:
-        wanted = {*(backend.code for backend in desired.backends.values()), *desired.convertors.values(), desired.http.middlewares} - {""}
-        self._codes = {sha256: code for sha256, code in self._codes.items() if sha256 in wanted}
-        for sha256 in wanted - set(self._codes):
+    async def _read_codes(self, desired: Desired) -> None:
+        self._codes = {sha256: code for sha256, code in self._codes.items() if sha256 in desired.codes}
+        for sha256 in desired.codes - set(self._codes):
             if code := await self._store.get(self._keys.code(sha256)):
                 self._codes[sha256] = code
+
+    async def _keep_codes(self, desired: Desired) -> None:
+        """As long as they are named: a client's deploy may fail before that, and its roll-back may name the old one again after it."""
+        for sha256 in desired.codes ^ self._kept:
+            await self._leader.hold()
+            await self._store.expire(self._keys.code(sha256), None if sha256 in desired.codes else CODE_TTL_S * 1000)
+        self._kept = desired.codes
 
     # Replicas and proxies.
 

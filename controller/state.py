@@ -134,6 +134,11 @@ class Desired(msgspec.Struct, frozen=True):
     closing: bool = False  # the instance is being shut down
     operations: tuple[str, ...] = ()  # the last operation ids, so that a retry recognises itself
 
+    @property
+    def codes(self) -> frozenset[str]:
+        """The hashes of all code it names."""
+        return frozenset({*(backend.code for backend in self.backends.values()), *self.convertors.values(), self.http.middlewares} - {""})
+
     def to_bytes(self) -> bytes:
         return msgspec.json.encode(self)
 

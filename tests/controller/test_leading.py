@@ -15,8 +15,8 @@ from mqserve.broker.errors import StoreUnavailable
 from mqserve.broker.lifeline import Stop
 from mqserve.broker.queue import Queue
 from mqserve.broker.store import Store
-from mqserve.broker.store_keys import LEADER_TTL_S, StoreKeys
-from mqserve.controller.desired import commit, create_backend, register_convertor
+from mqserve.broker.store_keys import CODE_TTL_S, LEADER_TTL_S, StoreKeys
+from mqserve.controller.desired import commit, create_backend, delete_backend, register_convertor, update_backend
 from mqserve.controller.lease import (
     InstanceLease,
     Leader,
@@ -369,6 +369,36 @@ async def test_a_new_instance_does_not_wait_for_anybody() -> None:
         running.start("first")
         async with asyncio.timeout(SETTLE_S / 2):
             await follows(store, keys, 0)
+
+
+class Expiring(EmbeddedStore):
+    """Tells what was said of the time that keys have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: dict[str, int | None] = {}
+
+    async def expire(self, key: str, ttl_ms: int | None) -> None:
+        self.told[key] = ttl_ms
+        await super().expire(key, ttl_ms)
+
+
+async def test_code_is_kept_while_the_document_names_it_and_goes_by_itself_afterwards() -> None:
+    store, keys = Expiring(), StoreKeys("tests")
+    held = await claim_instance(store, keys, "", HTTP, detached=True)
+    async with controllers(store, keys) as running:
+        running.start("first")
+        for version, (change, told) in enumerate(
+            [
+                (create_backend(Backend("b", "old", "b")), {keys.code("old"): None}),
+                (update_backend("b", "new", "b", None), {keys.code("old"): CODE_TTL_S * 1000, keys.code("new"): None}),
+                (delete_backend("b"), {keys.code("old"): CODE_TTL_S * 1000, keys.code("new"): CODE_TTL_S * 1000}),
+            ],
+            start=1,
+        ):
+            await commit(store, keys, held.id, change)
+            await follows(store, keys, version)
+            assert store.told == told
 
 
 class SlowQueue(EmbeddedQueue):
