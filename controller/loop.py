@@ -21,13 +21,13 @@ from typing import TypeVar
 import msgspec
 
 from ..broker.cancellations import word_of_proxy
-from ..broker.errors import BadEnvelope, BrokerUnavailable, MQServeError, QueueMismatch
+from ..broker.errors import BadEnvelope, BrokerUnavailable, MQServeError, QueueMismatch, StoreUnavailable
 from ..broker.queue import Queue
 from ..broker.store import Store
 from ..broker.store_keys import CODE_TTL_S, StoreKeys
 from . import lease, plan
 from .restarts import ENDED_WELL, Restarts
-from .state import Assignment, Beat, Desired, Observed, read_beats
+from .state import Assignment, Backend, Beat, Desired, Observed, read_beats
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -40,6 +40,7 @@ AWAY_AFTER_S = 4.0  # a look at the store that comes this late says nothing of t
 NODE_GRACE_S = 10.0  # a node that starts beside its controller, or was late for once, is no reason to give a backend up
 ASK_STORE_EVERY_S = 60.0  # whether it is set up to keep what it is given
 DECLARE_AGAIN_S = 15.0  # a broker may come back empty
+REPORTED_REFUSALS = 3  # in a row: queues that an earlier instance left behind cost one or two, and are no problem to report
 
 
 class Controller:
@@ -71,6 +72,8 @@ class Controller:
         self._counted: set[str] = set()  # deaths of replicas that the observed document still names
         self._declared: dict[tuple[str, int, int | None], float] = {}  # when, in monotonic seconds
         self._unbound: set[tuple[str, int]] = set()
+        self._refusals: dict[str, Restarts] = defaultdict(Restarts)  # of declarations, by backend
+        self._mismatched: dict[str, list[int]] = defaultdict(list)  # generations by backend, until there is a better one
         self._had_node_at = time.monotonic()
         self._renewed_at = -math.inf  # the instance's lease, monotonic
         self._kept: frozenset[str] = frozenset()  # hashes of code that does not expire
@@ -326,9 +329,9 @@ class Controller:
         for name, backend in () if desired.closing else desired.backends.items():
             if backend.generation in retiring.get(name, []):  # of a backend that was deleted, and is there again
                 retiring[name].remove(backend.generation)
-            if await self._declare(name, backend.generation, backend.config.max_queued_requests):
-                generations = [kept for kept in queues.get(name, []) if kept != backend.generation]
-                queues[name] = [*generations, backend.generation]
+            if await self._try_to_declare(name, backend):
+                older = [*queues.get(name, ()), *self._mismatched.pop(name, ())]
+                queues[name] = [*(kept for kept in dict.fromkeys(older) if kept != backend.generation), backend.generation]
         for name in list(queues):
             current = desired.backends[name].generation if name in desired.backends and not desired.closing else 0
             for generation in [kept for kept in queues[name] if kept != current]:
@@ -346,25 +349,41 @@ class Controller:
                 else:  # a replica died and its messages came back
                     queues.setdefault(name, []).insert(0, generation)
                 retiring[name].remove(generation)
+        self._refusals = defaultdict(Restarts, {name: kept for name, kept in self._refusals.items() if name in desired.backends})
+        refused = {name: kept.reason for name, kept in self._refusals.items() if kept.early_deaths >= REPORTED_REFUSALS}
         return msgspec.structs.replace(
             observed,
+            problems=observed.problems | refused,
             queues={name: tuple(generations) for name, generations in queues.items() if generations},
             retiring={name: tuple(generations) for name, generations in retiring.items() if generations},
         )
 
-    async def _declare(self, name: str, generation: int, max_length: int | None) -> bool:
-        if time.monotonic() - self._declared.get((name, generation, max_length), -math.inf) < DECLARE_AGAIN_S:
-            return True
-        try:
-            await self._while_leading(lambda: self._queue.declare(name, generation, max_length))
-        except QueueMismatch as error:
-            # A queue of an earlier instance, with other arguments: a new generation, and the old one is drained like any other.
-            logger.warning("%s; making a new generation", error)
-            await self._next_generation(name, generation)
+    async def _try_to_declare(self, name: str, backend: Backend) -> bool:
+        """Whether the current generation is there. A refused one is tried again after growing pauses, and keeps no other one waiting."""
+        refusals = self._refusals[name]
+        if time.monotonic() < refusals.not_before:
             return False
+        try:
+            await self._declare(name, backend.generation, backend.config.max_queued_requests)
+        except (BrokerUnavailable, StoreUnavailable, lease.NotLeading):
+            raise
+        except MQServeError as error:
+            refusals.died_early(time.monotonic(), str(error))
+            logger.warning("the queue of %s was refused, and is tried again: %s", name, error)
+            if isinstance(error, QueueMismatch):
+                # One of an earlier instance, with other arguments: a new generation, and the old one is drained like any other.
+                self._mismatched[name].append(backend.generation)
+                await self._next_generation(name, backend.generation)
+            return False
+        refusals.got_ready()
+        return True
+
+    async def _declare(self, name: str, generation: int, max_length: int | None) -> None:
+        if time.monotonic() - self._declared.get((name, generation, max_length), -math.inf) < DECLARE_AGAIN_S:
+            return
+        await self._while_leading(lambda: self._queue.declare(name, generation, max_length))
         self._declared[name, generation, max_length] = time.monotonic()
         self._unbound.discard((name, generation))
-        return True
 
     def _forget_declared(self, name: str, generation: int) -> None:
         """A backend that is created again wants its queue bound again."""

@@ -7,6 +7,7 @@ import pytest
 
 from mqserve.broker.embedded_queue import EmbeddedQueue
 from mqserve.broker.embedded_store import EmbeddedStore
+from mqserve.broker.errors import MQServeError, QueueMismatch
 from mqserve.broker.store_keys import StoreKeys
 from mqserve.controller.desired import Change, commit, create_backend, delete_backend
 from mqserve.controller.lease import claim_instance
@@ -89,3 +90,55 @@ async def test_the_queue_of_a_backend_that_was_deleted_and_is_there_again_is_its
         await ticks(instance, 3)
         observed = await instance.observed()
         assert (observed.queues, observed.retiring, queue.deleted) == ({"b": (1,)}, {}, [])
+
+
+class Refusing(EmbeddedQueue):
+    """A broker that will not have one backend's queue, whatever its generation."""
+
+    def __init__(self, error: MQServeError) -> None:
+        super().__init__()
+        self.error = error
+        self.asked = 0
+
+    async def declare(self, backend: str, generation: int, max_length: int | None) -> None:
+        if backend == "bad":
+            self.asked += 1
+            raise self.error
+        await super().declare(backend, generation, max_length)
+
+
+@pytest.mark.parametrize(
+    "error", [QueueMismatch("it is of another kind"), MQServeError("it is of another kind")], ids=["mismatch", "other"]
+)
+async def test_a_queue_that_is_always_refused_is_a_problem_of_its_backend_and_of_no_other(error: MQServeError) -> None:
+    queue = Refusing(error)
+    async with led(queue) as instance:
+        await instance.change(create_backend(Backend("bad", "sha", "bad")))
+        await instance.change(create_backend(B))
+        assert (await instance.observed()).queues == {"b": (1,)}
+
+        async def is_reported() -> bool:
+            return "of another kind" in (await instance.observed()).problems.get("bad", "")
+
+        await until(is_reported)
+        asked = queue.asked
+        await ticks(instance, 30)
+        assert queue.asked <= asked + 1, "it is asked again after a pause"
+        assert (await instance.desired()).backends["bad"].generation <= 1 + queue.asked
+
+
+async def test_what_waits_in_a_queue_of_an_earlier_instance_with_other_arguments_is_taken_by_the_new_replicas() -> None:
+    queue = EmbeddedQueue()
+    await queue.declare("b", 1, 5)
+    assert await publish(queue, text("left behind")) is None
+    async with led(queue) as instance:
+        replica = Beat("replica", "b#new", instance.store.now_ms() + 600_000, backend="b", generations=(1, 2))
+        await instance.says(replica)
+        await instance.change(create_backend(B))
+
+        async def is_followed() -> bool:
+            return (await instance.observed()).queues == {"b": (1, 2)}
+
+        await until(is_followed)
+        await publish(queue, text("new"))
+        assert [await queue.depth("b", generation) for generation in (1, 2)] == [1, 1]
