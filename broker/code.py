@@ -23,7 +23,7 @@ from .codecs import decode_value, encode_value
 from .errors import UNPARSABLE, BadEnvelope, BadSignature, BadValue, NotEncodable
 from .signing import Claim, Signer
 from .store import Store
-from .store_keys import StoreKeys
+from .store_keys import CODE_TTL_S, StoreKeys
 
 _CLAIM = Claim("code")
 _packing = threading.RLock()  # what cloudpickle is told of a module is one for all threads, and two may deploy from one module
@@ -88,8 +88,8 @@ def unpack(raw: bytes, sha256: str, signer: Signer) -> tuple[Any, list[Any]]:
 
 
 async def save(store: Store, keys: StoreKeys, code: Code) -> str:
-    """Kept under its hash; returns the hash."""
-    await store.set(keys.code(code.sha256), code.to_bytes())
+    """Kept under its hash for a while, and for as long as the desired document names it; returns the hash."""
+    await store.set(keys.code(code.sha256), code.to_bytes(), ttl_ms=CODE_TTL_S * 1000, only_new=True)  # it may be there, and for good
     return code.sha256
 
 

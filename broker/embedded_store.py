@@ -90,6 +90,10 @@ class EmbeddedStore:
             self._hashes.pop(key, None)
         return True
 
+    async def expire(self, key: str, ttl_ms: int | None) -> None:
+        if (value := self._read(key)) is not None:
+            self._write(key, value, ttl_ms)
+
     async def put_field(self, key: str, field: str, value: bytes) -> None:
         self._hashes.setdefault(key, {})[field] = value
 

@@ -247,6 +247,9 @@ class RedisStore:
             await self._call(lambda: self._commands.delete(*keys))
         return True
 
+    async def expire(self, key: str, ttl_ms: int | None) -> None:
+        await self._call(lambda: self._commands.persist(key) if ttl_ms is None else self._commands.pexpire(key, ttl_ms))
+
     async def put_field(self, key: str, field: str, value: bytes) -> None:
         await self._call(lambda: self._commands.hset(key, field, value))
 

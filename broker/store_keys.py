@@ -10,7 +10,7 @@
 | `mqserve:<ns>:body:{id}`     | string | sender: a body by reference | replica      | the request's deadline + 60 s |
 | `mqserve:<ns>:body:{id.result}` | string | replica: a large result | whoever waits | RESULT_TTL_S          |
 | `mqserve:<ns>:inbox:<pid>`   | list   | replicas             | that process      | INBOX_TTL_S, renewed by each write |
-| `mqserve:<ns>:code:<sha256>` | string | clients              | replicas, proxies | none: deleted with the instance |
+| `mqserve:<ns>:code:<sha256>` | string | clients              | replicas, proxies | CODE_TTL_S; none while it is deployed: the leader |
 | `mqserve:<ns>:desired`       | string | clients, by compare-and-set | all        | none                      |
 | `mqserve:<ns>:observed`      | string | leading controller   | all               | none                      |
 | `mqserve:<ns>:instance`      | string | starter, controller  | starters, clients | none: it is a lease       |
@@ -27,6 +27,7 @@ from __future__ import annotations
 
 RESULT_TTL_S = 600
 INBOX_TTL_S = 120
+CODE_TTL_S = 3600  # time for a deploy to be committed, or to be rolled back
 LEADER_TTL_S = 6
 ENDED_TTL_S = 24 * 3600
 LOG_TTL_S = 30 * 60

@@ -68,7 +68,8 @@ def create_backend(backend: Backend) -> Change:
         if backend.name in desired.backends:
             raise BadValue(f"there is a backend {backend.name!r} already: choose another name, or change it with update_backend")
         forced = tuple(name for name in desired.forced if name != backend.name)
-        return msgspec.structs.replace(desired, backends={**desired.backends, backend.name: backend}, forced=forced)
+        new = msgspec.structs.replace(backend, version=desired.version + 1)
+        return msgspec.structs.replace(desired, backends={**desired.backends, backend.name: new}, forced=forced)
 
     check_name(backend.name, "a backend")
     return change
@@ -79,14 +80,12 @@ def update_backend(name: str, code: str, code_name: str, options: ActorOptions |
 
     def change(desired: Desired) -> Desired:
         backend = find_backend(desired, name)
-        newer = backend.latest + 1
         new = msgspec.structs.replace(
             backend,
             code=code,
             code_name=code_name,
             options=backend.options if options is None else options,
-            version=newer,
-            latest=newer,
+            version=desired.version + 1,
             rolled_back="",
         )
         return msgspec.structs.replace(desired, backends={**desired.backends, name: new})

@@ -14,6 +14,7 @@ import os
 import secrets
 import socket
 import time
+from typing import NamedTuple
 
 import msgspec
 
@@ -44,6 +45,13 @@ class InstanceLease(msgspec.Struct, frozen=True):
     leader: str = ""
 
 
+class Claim(NamedTuple):
+    """The instance that a starter has, and whether it was there before."""
+
+    id: str
+    taken_over: bool
+
+
 class Leadership(msgspec.Struct, frozen=True):
     """Who leads, under which epoch; a later leader has a higher one."""
 
@@ -52,10 +60,11 @@ class Leadership(msgspec.Struct, frozen=True):
     at: Count
 
 
-async def claim_instance(store: Store, keys: StoreKeys, head_node: str, http: HttpOptions, *, detached: bool) -> InstanceLease:
-    """The namespace is ours after this, with an empty desired document.
+async def claim_instance(store: Store, keys: StoreKeys, head_node: str, http: HttpOptions | None, *, detached: bool) -> Claim:
+    """The namespace is ours after this.
 
-    A lapsed instance is cleared (its queues stay, with the requests in them), a lapsed detached one is taken over as it is.
+    A lapsed instance is cleared (its queues stay, with the requests in them). A lapsed detached one is taken over by a detached start, with
+    all that is deployed: `head_node` and `http` are the new ones then, unless `http` is None, of a starter that has no opinion of either.
     Raises InstanceError for a live one.
     """
     raw = await store.get(keys.instance)
@@ -67,16 +76,37 @@ async def claim_instance(store: Store, keys: StoreKeys, head_node: str, http: Ht
                 "`mqserve shutdown`, or choose another namespace (MQSERVE_NAMESPACE)"
             )
         raw = await store.get(keys.instance)
-        if old.detached and detached:
-            lease = msgspec.structs.replace(old, owner=_owner(), at=store.now_ms())
-            await _write(store, keys, raw, lease)
-            return lease
+        if old.detached and detached and _is_left(old.id, await store.get(keys.desired)):
+            await _write(store, keys, raw, msgspec.structs.replace(old, owner=_owner(), at=store.now_ms()))
+            if http is not None:
+                await _take_over(store, keys, old.id, head_node, http)
+            return Claim(old.id, taken_over=True)
     lease = InstanceLease(secrets.token_hex(8), _owner(), detached, store.now_ms())
     await _write(store, keys, raw, lease)  # first: of two starters who see one lapsed lease, one clears and the other is refused
     await _forget_documents(store, keys, (keys.instance, msgspec.json.encode(lease)))
-    if not await store.replace(keys.desired, None, Desired(instance=lease.id, head_node=head_node, http=http).to_bytes()):
+    desired = Desired(instance=lease.id, head_node=head_node, http=http or HttpOptions(location="NoServer"))
+    if not await store.replace(keys.desired, None, desired.to_bytes()):
         raise _started_meanwhile()
-    return lease
+    return Claim(lease.id, taken_over=False)
+
+
+def _is_left(instance: str, raw: bytes | None) -> bool:
+    """Whether a document of the instance is there to be taken over, and not about to go."""
+    desired = Desired.from_bytes(raw)
+    return raw is not None and desired.instance == instance and not desired.closing
+
+
+async def _take_over(store: Store, keys: StoreKeys, instance: str, head_node: str, http: HttpOptions) -> None:
+    """The old head node is gone, and with it the only one that HeadOnly lets run a proxy."""
+    while True:
+        raw = await store.get(keys.desired)
+        if not _is_left(instance, raw):
+            raise InstanceError("the instance was shut down while it was taken over: start again")
+        old = Desired.from_bytes(raw)
+        new_http = msgspec.structs.replace(http, middlewares=http.middlewares or old.http.middlewares)
+        new = msgspec.structs.replace(old, head_node=head_node, http=new_http, version=old.version + 1)
+        if await store.replace(keys.desired, raw, new.to_bytes()):
+            return
 
 
 async def read_instance(store: Store, keys: StoreKeys) -> InstanceLease:
@@ -87,16 +117,25 @@ async def read_instance(store: Store, keys: StoreKeys) -> InstanceLease:
     return _decode_lease(raw)
 
 
-async def renew_instance(store: Store, keys: StoreKeys, instance: str, leader: str, guard: Guard) -> bool:
-    """False where it was refused; a lease of another instance, or none, is none of ours to renew."""
+async def beats(store: Store, keys: StoreKeys, instance: str) -> bool:
+    """Whether a controller leads this instance: watched for a while, unless it is long gone."""
     raw = await store.get(keys.instance)
-    if raw is None:
+    lease = _decode_lease(raw) if raw is not None else None
+    return lease is not None and lease.id == instance and await _is_alive(store, keys, lease)
+
+
+async def renew_instance(store: Store, keys: StoreKeys, instance: str, leader: str, guard: Guard) -> bool:
+    """Writes it anew where it is broken or was deleted. False where it was refused; another instance's is none of ours to renew, nor is
+    that of one which has ended."""
+    raw, ended = await store.get_many([keys.instance, keys.ended])
+    if raw is None and ended == instance.encode():
         return True
+    restored = InstanceLease(instance, "restored by its controller", True, 0)
     try:
-        lease = _decode_lease(raw)
+        lease = restored if raw is None else _decode_lease(raw)
     except BadEnvelope as error:
         logger.warning("%s; writing it anew", error)
-        lease = InstanceLease(instance, "restored by its controller", True, 0)
+        lease = restored
     if lease.id != instance:
         return True
     renewed = msgspec.json.encode(msgspec.structs.replace(lease, at=store.now_ms(), leader=leader))
@@ -131,9 +170,8 @@ async def _forget_documents(store: Store, keys: StoreKeys, guard: Guard) -> None
     try:
         desired = Desired.from_bytes(await store.get(keys.desired))
     except BadEnvelope:
-        desired = Desired()  # the code it named stays behind; nobody can tell which that was
-    hashes = {*desired.convertors.values(), *(backend.code for backend in desired.backends.values()), desired.http.middlewares} - {""}
-    await store.delete(keys.desired, keys.observed, keys.beats, keys.leader, *(keys.code(sha256) for sha256 in hashes), guard=guard)
+        desired = Desired()  # the code it named stays behind: nobody can tell which that was
+    await store.delete(keys.desired, keys.observed, keys.beats, keys.leader, *map(keys.code, desired.codes), guard=guard)
     await store.announce()
 
 

@@ -21,13 +21,13 @@ from typing import TypeVar
 import msgspec
 
 from ..broker.cancellations import word_of_proxy
-from ..broker.errors import BadEnvelope, BrokerUnavailable, MQServeError, QueueMismatch
+from ..broker.errors import BadEnvelope, BrokerUnavailable, MQServeError, QueueMismatch, StoreUnavailable
 from ..broker.queue import Queue
 from ..broker.store import Store
-from ..broker.store_keys import StoreKeys
+from ..broker.store_keys import CODE_TTL_S, StoreKeys
 from . import lease, plan
 from .restarts import ENDED_WELL, Restarts
-from .state import Assignment, Beat, Desired, Observed, read_beats
+from .state import Assignment, Backend, Beat, Desired, Observed, read_beats
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -40,20 +40,25 @@ AWAY_AFTER_S = 4.0  # a look at the store that comes this late says nothing of t
 NODE_GRACE_S = 10.0  # a node that starts beside its controller, or was late for once, is no reason to give a backend up
 ASK_STORE_EVERY_S = 60.0  # whether it is set up to keep what it is given
 DECLARE_AGAIN_S = 15.0  # a broker may come back empty
+REPORTED_REFUSALS = 3  # in a row: queues that an earlier instance left behind cost one or two, and are no problem to report
 
 
 class Controller:
-    """One of possibly several; only the leading one acts."""
+    """One of possibly several of an instance; only the leading one acts."""
 
-    def __init__(self, store: Store, keys: StoreKeys, queue: Queue, controller_id: str) -> None:
+    def __init__(self, store: Store, keys: StoreKeys, queue: Queue, controller_id: str, instance: str) -> None:
         self._store = store
         self._keys = keys
         self._queue = queue
+        self._instance = instance
         self._leader = lease.Leader(store, keys, controller_id)
         self._desired: Desired | None = None  # the last one seen: what a store that lost its data gets back, from whoever leads then
         self._observed: Observed | None = None
         self._codes: dict[str, bytes] = {}
-        self._looked_at = math.inf  # at the store, monotonic
+        self._is_anothers = False  # the document in the store: our instance was cleared while we slept
+        self._raw_desired: bytes | None = None
+        self._raw_observed: bytes | None = None
+        self._looked_at = -math.inf  # at the store, monotonic
         self._settled_at = 0.0  # monotonic; until then nobody is missed
         self._concern = ""  # the store's own
         self._asked_at = -math.inf  # for it, monotonic
@@ -67,9 +72,11 @@ class Controller:
         self._counted: set[str] = set()  # deaths of replicas that the observed document still names
         self._declared: dict[tuple[str, int, int | None], float] = {}  # when, in monotonic seconds
         self._unbound: set[tuple[str, int]] = set()
+        self._refusals: dict[str, Restarts] = defaultdict(Restarts)  # of declarations, by backend
+        self._mismatched: dict[str, list[int]] = defaultdict(list)  # generations by backend, until there is a better one
         self._had_node_at = time.monotonic()
-        self._raw_observed: bytes | None = None
-        self._observed_is_broken = False
+        self._renewed_at = -math.inf  # the instance's lease, monotonic
+        self._kept: frozenset[str] = frozenset()  # hashes of code that does not expire
 
     def __repr__(self) -> str:
         return f"<Controller {self._leader!r}>"
@@ -92,59 +99,84 @@ class Controller:
                 await self._leader.release()
 
     async def _turn(self) -> bool:
-        """True when the instance is shut down and cleared."""
+        """True when the instance is shut down and cleared, or another one is there by now."""
         leads = await self._leader.lead()
-        now = time.monotonic()
-        if now - self._looked_at > AWAY_AFTER_S:
-            self._settled_at = now + SETTLE_S
-        self._looked_at = now
         if leads and self._leader.epoch != self._epoch:
             logger.info("leading, under epoch %d", self._leader.epoch)
             self._begin(self._leader.epoch)
-        desired = await self._read_documents()
-        if desired is None:
-            if self._desired is not None and await lease.has_ended(self._store, self._keys, self._desired.instance):
-                await self._leader.release(for_good=True)
-                return True
+        await self._read_documents()
+        self._note_look()
+        if self._is_anothers or (self._raw_desired is None and await lease.has_ended(self._store, self._keys, self._instance)):
+            await self._leader.release(for_good=True)
+            return True
+        if self._desired is None:
+            return False
+        if self._desired_is_behind or self._observed_is_behind:
             if leads:
                 await self._write_back()
             return False
-        return leads and await self._tick(desired)
+        return leads and await self._tick(self._desired)
 
-    async def _read_documents(self) -> Desired | None:
+    def _note_look(self) -> None:
+        """After the store was away nobody is missed for a while. The first look of a process may be the first one after that."""
+        now = time.monotonic()
+        is_late = now - self._looked_at > AWAY_AFTER_S
+        if is_late and self._observed is not None and (self._observed.replicas or self._observed.proxies):
+            self._settled_at = now + SETTLE_S
+        self._looked_at = now
+
+    async def _read_documents(self) -> None:
         """Whoever waits reads them too: it may be the one who has to write them back."""
-        raw, self._raw_observed = await self._store.get_many([self._keys.desired, self._keys.observed])
-        if raw is None:
-            return None
-        try:
-            self._desired = Desired.from_bytes(raw)
-        except BadEnvelope as error:
-            if self._desired is None:
-                raise
-            logger.warning("%s; going on with the last good one, which is written back when the key is deleted", error)
-        await self._keep_codes(self._desired)
+        self._raw_desired, self._raw_observed = await self._store.get_many([self._keys.desired, self._keys.observed])
+        self._read_desired()
+        if self._is_anothers:
+            return
         self._read_observed()
-        return self._desired
+        if self._desired is not None:
+            await self._read_codes(self._desired)
 
-    def _read_observed(self) -> None:
-        """The last good one stays where it is broken: then the leader writes it again."""
-        self._observed_is_broken = False
-        if self._raw_observed is None:
+    def _read_desired(self) -> None:
+        """What we know stays where the store has nothing, something broken, or less: a copy from before it failed."""
+        known = self._desired
+        self._desired_is_behind = known is not None and self._raw_desired is None
+        if self._raw_desired is None:
             return
         try:
-            self._observed = Observed.from_bytes(self._raw_observed)
-            self._leader.outrank(self._observed.epoch)
+            found = Desired.from_bytes(self._raw_desired)
         except BadEnvelope as error:
-            logger.warning("%s; the leader writes it anew", error)
-            self._observed_is_broken = True
+            if known is None:
+                raise
+            logger.warning("%s; going on with the last good one, which is written back when the key is deleted", error)
+            return
+        self._is_anothers = found.instance != self._instance
+        self._desired_is_behind = known is not None and _order(found) < _order(known)
+        if not self._is_anothers and not self._desired_is_behind:
+            self._desired = found
+
+    def _read_observed(self) -> None:
+        """As with the desired one; but a broken one the leader writes again."""
+        known = self._observed
+        self._observed_is_broken = False
+        self._observed_is_behind = known is not None and self._raw_observed is None
+        if self._raw_observed is not None:
+            try:
+                found = Observed.from_bytes(self._raw_observed)
+                self._observed_is_behind = known is not None and _order(found) < _order(known)
+                if not self._observed_is_behind:
+                    self._observed = found
+            except BadEnvelope as error:
+                logger.warning("%s; the leader writes it anew", error)
+                self._observed_is_broken = True
+        if self._observed is not None:
+            self._leader.outrank(self._observed.epoch)
 
     async def _tick(self, desired: Desired) -> bool:
         """One comparison; True when the instance is shut down and cleared."""
-        if not await lease.renew_instance(self._store, self._keys, desired.instance, self._leader.name, self._leader.claim):
-            raise lease.NotLeading("the instance's lease was not renewed: another controller leads")
+        await self._renew_instance()
+        await self._keep_codes(desired)
         if time.monotonic() < self._settled_at:
             return False
-        observed = Observed() if self._raw_observed is None else self._observed or Observed()
+        observed = self._observed or Observed()
         if observed.epoch > self._leader.epoch:
             return False  # the next claim is above it
         beats = read_beats(await self._store.fields(self._keys.beats))
@@ -158,6 +190,15 @@ class Controller:
         await self._forget_silent(new, beats)
         return desired.closing and await self._is_down(new, beats)
 
+    async def _renew_instance(self) -> None:
+        """When it is due. A comparison may take longer than a lease lasts, so whatever takes long in it asks for this, too."""
+        began = time.monotonic()
+        if began - self._renewed_at < lease.RENEWED_EVERY_S:
+            return
+        if not await lease.renew_instance(self._store, self._keys, self._instance, self._leader.name, self._leader.claim):
+            raise lease.NotLeading("the instance's lease was not renewed: another controller leads")
+        self._renewed_at = began
+
     async def _ask_store(self) -> None:
         if time.monotonic() - self._asked_at < ASK_STORE_EVERY_S:
             return
@@ -166,28 +207,37 @@ class Controller:
             logger.warning("%s", self._concern)
 
     async def _write_back(self) -> None:
-        """The store lost its data: our copy, under a higher epoch, code included."""
+        """The store lost its data, or the last of it: our copy, the desired state under a higher epoch, code included."""
         known, claim = self._desired, self._leader.claim
-        if known is None or known.closing:
+        if known is None or (known.closing and self._raw_desired is None):
             return
-        logger.warning("the store lost its data: writing the desired state back")
-        restored = msgspec.structs.replace(known, epoch=known.epoch + 1)
+        logger.warning("the store lost data: writing back what is not there any more")
+        self._kept = frozenset()  # the copy may be one from before we kept it
         for sha256, code in self._codes.items():
             await self._store.replace(self._keys.code(sha256), None, code, guard=claim, quiet=True)
-        owner = lease.InstanceLease(restored.instance, "restored by its controller", True, self._store.now_ms())
+        owner = lease.InstanceLease(known.instance, "restored by its controller", True, self._store.now_ms())
         await self._store.replace(self._keys.instance, None, msgspec.json.encode(owner), guard=claim, quiet=True)
         # What is assigned comes back too, and the members get time to beat again: a loss of data must stop nothing that runs.
         self._settled_at = time.monotonic() + SETTLE_S
-        if self._observed is not None:
-            await self._store.replace(self._keys.observed, None, self._observed.to_bytes(), guard=claim)
-        await self._store.replace(self._keys.desired, None, restored.to_bytes(), guard=claim)
+        if self._observed is not None and self._observed_is_behind:
+            newer = msgspec.structs.replace(self._observed, version=self._observed.version + 1)
+            await self._store.replace(self._keys.observed, self._raw_observed, newer.to_bytes(), guard=claim)
+        if self._desired_is_behind:
+            restored = msgspec.structs.replace(known, epoch=known.epoch + 1)
+            await self._store.replace(self._keys.desired, self._raw_desired, restored.to_bytes(), guard=claim)
 
-    async def _keep_codes(self, desired: Desired) -> None:
-        wanted = {*(backend.code for backend in desired.backends.values()), *desired.convertors.values(), desired.http.middlewares} - {""}
-        self._codes = {sha256: code for sha256, code in self._codes.items() if sha256 in wanted}
-        for sha256 in wanted - set(self._codes):
+    async def _read_codes(self, desired: Desired) -> None:
+        self._codes = {sha256: code for sha256, code in self._codes.items() if sha256 in desired.codes}
+        for sha256 in desired.codes - set(self._codes):
             if code := await self._store.get(self._keys.code(sha256)):
                 self._codes[sha256] = code
+
+    async def _keep_codes(self, desired: Desired) -> None:
+        """As long as they are named: a client's deploy may fail before that, and its roll-back may name the old one again after it."""
+        for sha256 in desired.codes ^ self._kept:
+            await self._leader.hold()
+            await self._store.expire(self._keys.code(sha256), None if sha256 in desired.codes else CODE_TTL_S * 1000)
+        self._kept = desired.codes
 
     # Replicas and proxies.
 
@@ -277,9 +327,11 @@ class Controller:
         queues = {name: list(generations) for name, generations in observed.queues.items()}
         retiring = {name: list(generations) for name, generations in observed.retiring.items()}
         for name, backend in () if desired.closing else desired.backends.items():
-            if await self._declare(name, backend.generation, backend.config.max_queued_requests):
-                generations = [kept for kept in queues.get(name, []) if kept != backend.generation]
-                queues[name] = [*generations, backend.generation]
+            if backend.generation in retiring.get(name, []):  # of a backend that was deleted, and is there again
+                retiring[name].remove(backend.generation)
+            if await self._try_to_declare(name, backend):
+                older = [*queues.get(name, ()), *self._mismatched.pop(name, ())]
+                queues[name] = [*(kept for kept in dict.fromkeys(older) if kept != backend.generation), backend.generation]
         for name in list(queues):
             current = desired.backends[name].generation if name in desired.backends and not desired.closing else 0
             for generation in [kept for kept in queues[name] if kept != current]:
@@ -293,29 +345,49 @@ class Controller:
                 keep_content = name in desired.backends and not desired.closing
                 delete = partial(self._queue.delete, name, generation, only_if_empty=keep_content)
                 if await self._while_leading(delete):
-                    self._declared = {known: at for known, at in self._declared.items() if known[:2] != (name, generation)}
+                    self._forget_declared(name, generation)
                 else:  # a replica died and its messages came back
                     queues.setdefault(name, []).insert(0, generation)
                 retiring[name].remove(generation)
+        self._refusals = defaultdict(Restarts, {name: kept for name, kept in self._refusals.items() if name in desired.backends})
+        refused = {name: kept.reason for name, kept in self._refusals.items() if kept.early_deaths >= REPORTED_REFUSALS}
         return msgspec.structs.replace(
             observed,
+            problems=observed.problems | refused,
             queues={name: tuple(generations) for name, generations in queues.items() if generations},
             retiring={name: tuple(generations) for name, generations in retiring.items() if generations},
         )
 
-    async def _declare(self, name: str, generation: int, max_length: int | None) -> bool:
-        if time.monotonic() - self._declared.get((name, generation, max_length), -math.inf) < DECLARE_AGAIN_S:
-            return True
-        try:
-            await self._while_leading(lambda: self._queue.declare(name, generation, max_length))
-        except QueueMismatch as error:
-            # A queue of an earlier instance, with other arguments: a new generation, and the old one is drained like any other.
-            logger.warning("%s; making a new generation", error)
-            await self._next_generation(name, generation)
+    async def _try_to_declare(self, name: str, backend: Backend) -> bool:
+        """Whether the current generation is there. A refused one is tried again after growing pauses, and keeps no other one waiting."""
+        refusals = self._refusals[name]
+        if time.monotonic() < refusals.not_before:
             return False
+        try:
+            await self._declare(name, backend.generation, backend.config.max_queued_requests)
+        except (BrokerUnavailable, StoreUnavailable, lease.NotLeading):
+            raise
+        except MQServeError as error:
+            refusals.died_early(time.monotonic(), str(error))
+            logger.warning("the queue of %s was refused, and is tried again: %s", name, error)
+            if isinstance(error, QueueMismatch):
+                # One of an earlier instance, with other arguments: a new generation, and the old one is drained like any other.
+                self._mismatched[name].append(backend.generation)
+                await self._next_generation(name, backend.generation)
+            return False
+        refusals.got_ready()
+        return True
+
+    async def _declare(self, name: str, generation: int, max_length: int | None) -> None:
+        if time.monotonic() - self._declared.get((name, generation, max_length), -math.inf) < DECLARE_AGAIN_S:
+            return
+        await self._while_leading(lambda: self._queue.declare(name, generation, max_length))
         self._declared[name, generation, max_length] = time.monotonic()
         self._unbound.discard((name, generation))
-        return True
+
+    def _forget_declared(self, name: str, generation: int) -> None:
+        """A backend that is created again wants its queue bound again."""
+        self._declared = {known: at for known, at in self._declared.items() if known[:2] != (name, generation)}
 
     async def _next_generation(self, name: str, generation: int) -> None:
         raw = await self._store.get(self._keys.desired)
@@ -328,6 +400,7 @@ class Controller:
     async def _is_drained(self, name: str, generation: int, beats: dict[str, Beat]) -> bool:
         """Nothing new arrives and nothing waits there; without a ready replica nobody would ever empty it."""
         if (name, generation) not in self._unbound:
+            self._forget_declared(name, generation)
             await self._while_leading(lambda: self._queue.unbind(name, generation))
             self._unbound.add((name, generation))
         if not await self._while_leading(lambda: self._queue.depth(name, generation)):
@@ -339,6 +412,7 @@ class Controller:
     async def _while_leading(self, act: Callable[[], Awaitable[T]]) -> T:
         """The broker cannot fence us: so only while we lead by our own clock, and no longer. What we do there may be done twice."""
         await self._leader.hold()
+        await self._renew_instance()
         try:
             async with asyncio.timeout(self._leader.leads_for_s):
                 return await act()
@@ -382,7 +456,11 @@ class Controller:
         children = [beat for kind in ("replica", "proxy") for beat in plan.living(beats, kind, now_ms).values() if not beat.external]
         if children or observed.queues or observed.retiring:
             return False
-        return await lease.forget(self._store, self._keys, self._desired.instance if self._desired else "", self._leader.claim)
+        return await lease.forget(self._store, self._keys, self._instance, self._leader.claim)
+
+
+def _order(document: Desired | Observed) -> tuple[int, int]:
+    return document.epoch, document.version
 
 
 def _is_held(name: str, generation: int, beats: dict[str, Beat], now_ms: int) -> bool:

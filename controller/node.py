@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from ..broker.cancellations import word_of_proxy
-from ..broker.errors import BackendFailed, StoreUnavailable
+from ..broker.errors import StoreUnavailable, words_of
 from ..broker.lifeline import Stop
 from ..broker.presence import Presence
 from ..broker.store import Store
@@ -25,7 +25,7 @@ from .machine import replica_environment
 from .node_metrics import FOLDER_VARIABLE, NodeMetrics
 from .resources import ActorOptions, Capacity
 from .restarts import ENDED_WELL, Restarts
-from .state import BEAT_EVERY_S, PROXY_DRAIN_S, Assignment, Beat, Desired, follow_state, read_beats
+from .state import BEAT_EVERY_S, PROXY_DRAIN_S, Assignment, BackendConfig, Beat, Desired, Observed, follow_state, read_beats
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +95,7 @@ class _Running:
     child: Child
     watching: asyncio.Task[None]
     grace_s: float
+    heard_at: int  # its last beat, store ms; at first when that should be there
     backend: str = ""
     stopping: bool = False
 
@@ -138,9 +139,11 @@ class Node:
 
     async def _follow(self, stop: Stop) -> None:
         async for desired, observed in follow_state(self._store, self._keys):
-            if desired is None and self._desired.closing and self._options.ends_with_instance:
-                stop.set()
-                return
+            if desired is None and self._desired.closing:  # the instance was cleared, by whomever: nothing of it is to run on
+                if self._options.ends_with_instance:
+                    stop.set()
+                    return
+                observed = Observed()
             if observed is None:
                 continue
             self._desired = desired or Desired()
@@ -164,19 +167,22 @@ class Node:
         """Its interpreter first, which may have to be built."""
         backend = self._desired.backends.get(assignment.backend)
         options = backend.options if backend is not None else ActorOptions()
-        variables = replica_environment(assignment.demand, self._options.capacity, assignment.gpus, os.environ)
-        if self._options.metrics is not None:
-            variables[FOLDER_VARIABLE] = self._options.metrics.folder
+        config = backend.config if backend is not None else BackendConfig()
         try:
+            variables = replica_environment(assignment.demand, self._options.capacity, assignment.gpus, os.environ)
+            if self._options.metrics is not None:
+                variables[FOLDER_VARIABLE] = self._options.metrics.folder
             share = Share(variables, await find_python(options))
             child = self._launcher.replica(assignment.backend, replica_id, self._options.node_id, share)
-        except (BackendFailed, OSError) as error:
-            self._ended[replica_id] = str(error)
+        except Exception as error:  # whatever is wrong with one assignment, the other replicas are not to go with it
+            logger.warning("cannot start %s: %s", replica_id, words_of(error))
+            self._ended[replica_id] = words_of(error)
             self._presence.tell()
             return
-        grace_s = (backend.config.graceful_shutdown_timeout_s if backend is not None else 0) + STOP_MARGIN_S
+        watching = self._tasks.create_task(self._watch_replica(replica_id, child))
+        first_beat_by = self._store.now_ms() + int(config.start_timeout_s * 1000)
         self._replicas[replica_id] = _Running(
-            child, self._tasks.create_task(self._watch_replica(replica_id, child)), grace_s, assignment.backend
+            child, watching, config.graceful_shutdown_timeout_s + STOP_MARGIN_S, first_beat_by, assignment.backend
         )
 
     async def _watch_replica(self, replica_id: str, child: Child) -> None:
@@ -201,11 +207,11 @@ class Node:
             proxy_id = f"proxy-{options.node_id}#{secrets.token_hex(3)}"  # its own: what is on its way to a dead one is not for the next
             try:
                 child = self._launcher.proxy(proxy_id, host, port, options.node_id)
-            except OSError as error:  # no file descriptors, no processes: the replicas are not to go with it
-                logger.error("cannot start the proxy of node %s: %s", options.node_id, error)
-                return self._proxy_restarts.died_early(time.monotonic(), str(error))
+            except Exception as error:  # no file descriptors, no processes, a host that is none: the replicas are not to go with it
+                logger.error("cannot start the proxy of node %s: %s", options.node_id, words_of(error))
+                return self._proxy_restarts.died_early(time.monotonic(), words_of(error))
             watching = self._tasks.create_task(self._watch_proxy(proxy_id, child))
-            self._proxies[proxy_id] = _Running(child, watching, STOP_MARGIN_S + PROXY_DRAIN_S)
+            self._proxies[proxy_id] = _Running(child, watching, STOP_MARGIN_S + PROXY_DRAIN_S, self._store.now_ms())
 
     async def _watch_proxy(self, proxy_id: str, child: Child) -> None:
         started = time.monotonic()
@@ -295,9 +301,10 @@ class Node:
             return  # the store was away: their beats could not land either
         for kind, children in (("replica", self._replicas), ("proxy", self._proxies)):
             for name, running in children.items():
-                beat = beats.get(f"{kind}:{name}")
-                if beat and mine.at - beat.at > SILENT_CHILD_AFTER_S * 1000:
-                    logger.error("%s has been silent for %d s: killing it", name, (mine.at - beat.at) // 1000)
+                if beat := beats.get(f"{kind}:{name}"):  # the controller drops one that is old
+                    running.heard_at = beat.at
+                if mine.at - running.heard_at > SILENT_CHILD_AFTER_S * 1000:
+                    logger.error("%s has been silent for %d s: killing it", name, (mine.at - running.heard_at) // 1000)
                     running.child.kill()
 
     def _beat(self) -> Beat:

@@ -82,7 +82,7 @@ class Process:
                 ended.set_result(code)
 
         def reap() -> None:
-            code = self._popen.wait()
+            code = self._reap()
             with suppress(RuntimeError):  # the loop may be gone by then
                 loop.call_soon_threadsafe(tell, code)
 
@@ -91,9 +91,14 @@ class Process:
         if self._writing >= 0:
             os.close(self._writing)
             self._writing = -1
-        if code < 0:
-            return f"killed by {signal.Signals(-code).name}"
-        return f"exit code {code}" if code else ""
+        return _how_it_ended(code)
+
+    def _reap(self) -> int:
+        """Its exit code. Whatever it started and left behind in its session is killed first: until it is reaped its number is its own."""
+        with suppress(ChildProcessError, ProcessLookupError, PermissionError):  # the first: somebody polled meanwhile
+            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+            os.killpg(self.pid, signal.SIGKILL)
+        return self._popen.wait()
 
     def stop(self) -> None:
         if self._popen.returncode is None:
@@ -105,6 +110,15 @@ class Process:
         if self._popen.returncode is None:
             with suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
+
+
+def _how_it_ended(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}" if code else ""
+    try:
+        return f"killed by {signal.Signals(-code).name}"
+    except ValueError:  # a real-time signal has no name
+        return f"killed by signal {-code}"
 
 
 class ProcessLauncher:

@@ -126,10 +126,17 @@ def _amount(name: str, value: Any) -> float:
 def _python(value: Any) -> str:
     if not isinstance(value, str):
         raise BadType(f"python must be the path of an interpreter, not {value!r}")
-    return value
+    return _without_nul("python", value)
 
 
 def _pip(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list | tuple) or not all(isinstance(requirement, str) for requirement in value):
         raise BadType(f"pip must be a list of requirements such as ['scikit-learn==1.5.*'], not {value!r}")
-    return tuple(value)
+    return tuple(_without_nul("a requirement of pip", requirement) for requirement in value)
+
+
+def _without_nul(what: str, text: str) -> str:
+    """No argument of a process holds one."""
+    if "\0" in text:
+        raise BadValue(f"{what} is {text!r}, and cannot hold a NUL: leave it out")
+    return text

@@ -81,7 +81,8 @@ class BackendConfig(BaseModel):
 
 
 class Backend(msgspec.Struct, frozen=True):
-    """A named implementation. `version` grows with its code, `generation` with its queue's frozen arguments."""
+    """A named implementation. `version` is that of the document that brought its code: none is used twice, also where one that failed is
+    rolled back, or where the name is used again. `generation` grows with its queue's frozen arguments."""
 
     name: str
     code: str  # sha256 of the code in the store
@@ -89,7 +90,6 @@ class Backend(msgspec.Struct, frozen=True):
     settings: dict[str, Any] = {}
     options: ActorOptions = ActorOptions()
     version: Count = 1
-    latest: Count = 1  # the highest version there was: a version that failed is rolled back, and its number not used again
     generation: Count = 1
     config_version: Count = 1
     rolled_back: str = ""  # why the last roll-out of code was undone
@@ -133,6 +133,11 @@ class Desired(msgspec.Struct, frozen=True):
     forced: tuple[str, ...] = ()  # backends deleted by force: neither their queues nor their replicas drain
     closing: bool = False  # the instance is being shut down
     operations: tuple[str, ...] = ()  # the last operation ids, so that a retry recognises itself
+
+    @property
+    def codes(self) -> frozenset[str]:
+        """The hashes of all code it names."""
+        return frozenset({*(backend.code for backend in self.backends.values()), *self.convertors.values(), self.http.middlewares} - {""})
 
     def to_bytes(self) -> bytes:
         return msgspec.json.encode(self)

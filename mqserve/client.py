@@ -59,10 +59,10 @@ class Client:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._caller.run())
             async for desired, _ in follow_state(self._links.store, self._links.keys):
-                if desired is not None:
+                if desired is not None and desired.instance == self._instance:
                     self._follow(desired)
-                else:
-                    self.has_ended = await instance_has_ended(self._links, self._instance)
+                else:  # nothing, or another's, which came while this process was suspended
+                    self.has_ended = desired is not None or await instance_has_ended(self._links, self._instance)
 
     def _follow(self, desired: Desired) -> None:
         self._sender.desired = desired
@@ -231,7 +231,10 @@ class Client:
         return next((beat.url for beat in sorted(proxies, key=lambda beat: (beat.external, beat.id)) if beat.state == "ready"), "")
 
     def shutdown(self) -> None:
-        """Ends the instance: proxies and replicas drain, queues and documents go. Idempotent; later calls raise InstanceError."""
+        """Ends the instance: proxies and replicas drain, queues and documents go. Idempotent; later calls raise InstanceError.
+
+        Whoever joined the instance is told by an InstanceError where it still drains after all the time that its replicas may take.
+        """
         if not self._closed:
             self._closed = True
             self._end()

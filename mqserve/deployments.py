@@ -136,7 +136,8 @@ class Deployments:
                 if beat.state == "ready" and beat.id in observed.replicas and beat.follows[1] >= backend.config_version
             ]
             has_its_queue = backend.generation <= max(observed.queues.get(backend.name, (0,)))  # the old one is unbound with that
-            return True if has_its_queue and len(ready) >= config.num_replicas else None
+            takes_old_code = any(other.backend == name and other.version < backend.version for other in observed.replicas.values())
+            return True if has_its_queue and not takes_old_code and len(ready) >= config.num_replicas else None
 
         late = f"backend {backend.name!r} was not ready within {config.start_timeout_s + READY_MARGIN_S:g} s"
         await self._until(is_ready, config.start_timeout_s + READY_MARGIN_S, late)

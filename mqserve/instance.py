@@ -80,26 +80,33 @@ async def running_instance(links: Links, options: StartOptions) -> AsyncIterator
         packed = code.pack(list(options.middlewares), (), links.settings.signer)
         http = msgspec.structs.replace(http, middlewares=await code.save(links.store, links.keys, packed))
     node_id = options.node_id or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
-    held = await lease.claim_instance(links.store, links.keys, node_id if options.with_node else "", http, detached=options.detached)
-    members = _Members(links, node_id, options)
+    head_node = node_id if options.with_node else ""
+    claim = await lease.claim_instance(links.store, links.keys, head_node, http, detached=options.detached)
+    members = _Members(links, claim.id, node_id, options)
     is_up = False
     try:
         members.start()
-        await _until_up(links, http, node_id if options.with_node else "", members)
+        await _until_up(links, http, head_node, members)
         is_up = True
-        members.watch(held.id)
-        yield held.id
+        members.watch()
+        yield claim.id
     finally:
         if not (options.detached and is_up):
-            await shut_down(links, held.id)
-            await members.end()
+            try:
+                if not claim.taken_over:  # what others have deployed there is not ours to clear
+                    await shut_down(links, claim.id)
+            except MQServeError as error:
+                logger.error("the instance was not cleared, which the next start under its namespace does: %s", error)
+            finally:
+                await members.end()
 
 
 class _Members:
     """The controller and the first node, as tasks or as processes."""
 
-    def __init__(self, links: Links, node_id: str, options: StartOptions) -> None:
+    def __init__(self, links: Links, instance: str, node_id: str, options: StartOptions) -> None:
         self._links = links
+        self._instance = instance
         self._node_id = node_id
         self._options = options
         self._processes: list[Process] = []
@@ -110,7 +117,7 @@ class _Members:
     def start(self) -> None:
         if self._links.settings.embedded:
             links = self._links
-            controller = Controller(links.store, links.keys, links.queue, links.process_id)
+            controller = Controller(links.store, links.keys, links.queue, links.process_id, self._instance)
             node = Node(NodeOptions(self._node_id, capacity=measure_node(None, None, {})), links.store, links.keys, EmbeddedLauncher(links))
             self._tasks = [asyncio.create_task(controller.run(self._stop)), asyncio.create_task(node.run(self._stop))]
             return
@@ -121,16 +128,16 @@ class _Members:
         node = [["node", "--node-id", self._node_id, *end]] if self._options.with_node else []
         return [["controller"], *node]
 
-    def watch(self, instance: str) -> None:
+    def watch(self) -> None:
         """Starts again whichever of its processes dies, as long as there is the instance; a detached one's are on their own."""
         if not self._options.detached:
-            self._watching = [asyncio.create_task(self._keep(place, instance)) for place in range(len(self._processes))]
+            self._watching = [asyncio.create_task(self._keep(place)) for place in range(len(self._processes))]
 
-    async def _keep(self, place: int, instance: str) -> None:
+    async def _keep(self, place: int) -> None:
         restarts, command = Restarts(), self._commands()[place]
         while True:
             how = await self._processes[place].wait()
-            if not how and await instance_has_ended(self._links, instance):
+            if not how and await instance_has_ended(self._links, self._instance):
                 return
             logger.warning("the %s ended (%s): starting another", command[0], how or "by itself")
             restarts.died_early(time.monotonic(), how)
@@ -165,7 +172,16 @@ async def _ended(child: Child) -> None:
 
 
 async def shut_down(links: Links, instance: str) -> None:
-    """The instance drains and is cleared: marks the desired document and waits for the controller to have done it."""
+    """The instance drains and is cleared: marks the desired document and waits for the controller to have done it.
+
+    Where none leads it is cleared here, and what still runs drains by itself. Raises InstanceError for one that still drains when all its
+    replicas' time is over, and StoreUnavailable.
+    """
+
+    async def read_budget_s() -> float:
+        desired = Desired.from_bytes(await links.store.get(links.keys.desired))
+        drains_s = [backend.config.graceful_shutdown_timeout_s for backend in desired.backends.values()]
+        return SHUTDOWN_BUDGET_S + max(drains_s, default=0.0)
 
     async def is_cleared() -> bool | None:
         raw = await links.store.get(links.keys.desired)
@@ -177,19 +193,16 @@ async def shut_down(links: Links, instance: str) -> None:
             await links.store.replace(links.keys.desired, raw, closing.to_bytes())
         return None
 
+    budget_s = await until(links.store, read_budget_s, SHUTDOWN_BUDGET_S)
     try:
-        await until(links.store, is_cleared, SHUTDOWN_BUDGET_S)
-    except (TimeoutError, MQServeError):
-        await _clear(links, instance)
-
-
-async def _clear(links: Links, instance: str) -> None:
-    """Without a controller nobody else would: the documents go, what still runs drains by itself."""
-    try:
-        if Desired.from_bytes(await links.store.get(links.keys.desired)).instance == instance:
-            await lease.forget(links.store, links.keys, instance)
-    except MQServeError:
-        pass  # the lease lapses
+        await until(links.store, is_cleared, budget_s)
+    except TimeoutError:
+        if await lease.beats(links.store, links.keys, instance):
+            raise InstanceError(
+                f"the instance still drains after {budget_s:g} s, and its controller goes on with that: look with `mqserve status`, "
+                "and drop what keeps it with delete_backend(…, force=True)"
+            ) from None
+        await lease.forget(links.store, links.keys, instance)
 
 
 async def _until_up(links: Links, http: HttpOptions, head_node: str, members: _Members) -> None:
@@ -199,14 +212,16 @@ async def _until_up(links: Links, http: HttpOptions, head_node: str, members: _M
     async def is_up() -> bool | None:
         members.check()
         beats = read_beats(await links.store.fields(links.keys.beats))
-        observed = Observed.from_bytes(await links.store.get(links.keys.observed))
+        raw_desired, raw_observed = await links.store.get_many([links.keys.desired, links.keys.observed])
+        desired, observed = Desired.from_bytes(raw_desired), Observed.from_bytes(raw_observed)
+        is_led = observed.seen >= (desired.epoch, desired.version)  # by the new controller: of an instance taken over there is an old state
         proxies = [beat for beat in beats.values() if beat.kind == "proxy" and beat.node == head_node] if wants_proxy else []
         for proxy in proxies:
             if proxy.state == "failed":
                 raise InstanceError(proxy.error)
         node_is_there = not head_node or f"node:{head_node}" in beats
         proxy_serves = not wants_proxy or any(proxy.state == "ready" for proxy in proxies)
-        return True if observed.epoch and node_is_there and proxy_serves else None
+        return True if is_led and node_is_there and proxy_serves else None
 
     try:
         await until(links.store, is_up, START_BUDGET_S)

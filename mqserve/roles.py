@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
+from .broker.documents import until
 from .broker.errors import InstanceError
 from .broker.lifeline import Stop, stop_event
 from .broker.redis_store import open_redis
@@ -14,18 +17,19 @@ from .controller.loop import Controller
 from .controller.node import Node, NodeOptions
 from .controller.node_metrics import serve_metrics
 from .controller.processes import ProcessLauncher
-from .controller.state import HttpOptions
 from .links import Links, open_links
+
+JOIN_TRIES = 3
 
 
 async def run_controller(settings: Settings, controller_id: str) -> int:
     """Until it is stopped or the instance is shut down; the exit code."""
     stop = stop_event()
     async with open_links(settings, "controller") as links:
-        held = await _join_or_start(links)
-        await Controller(links.store, links.keys, links.queue, controller_id).run(stop)
+        instance = await join_or_start(links)
+        await Controller(links.store, links.keys, links.queue, controller_id, instance).run(stop)
         if stop.orphaned:  # the starter was killed: the namespace is free at once, and the queues keep what was accepted
-            await lease.forget(links.store, links.keys, held.id)
+            await lease.forget(links.store, links.keys, instance)
     return 0
 
 
@@ -39,8 +43,25 @@ async def run_node(settings: Settings, options: NodeOptions, metrics_host: str, 
     return 0
 
 
-async def _join_or_start(links: Links) -> lease.InstanceLease:
-    try:
-        return await lease.read_instance(links.store, links.keys)
-    except InstanceError:
-        return await lease.claim_instance(links.store, links.keys, "", HttpOptions(location="NoServer"), detached=True)
+async def join_or_start(links: Links) -> str:
+    """The id of the running instance, or a detached one of ours where there is none.
+
+    An empty namespace is watched first: it may be that of an instance whose store lost its data, which its controller is about to write
+    back, or one that somebody starts at this moment. Raises InstanceError where neither comes of it.
+    """
+    tries_left = JOIN_TRIES
+    while True:
+        with suppress(TimeoutError):
+            return await until(links.store, partial(_find_instance, links), lease.WATCHED_FOR_S)
+        try:
+            return (await lease.claim_instance(links.store, links.keys, "", None, detached=True)).id
+        except InstanceError:
+            tries_left -= 1
+            if not tries_left:
+                raise  # else another one was quicker: its documents come in a moment
+
+
+async def _find_instance(links: Links) -> str | None:
+    with suppress(InstanceError):
+        return (await lease.read_instance(links.store, links.keys)).id
+    return None

@@ -126,7 +126,7 @@ def store_rights(namespace: str) -> dict[str, StoreRights]:
     everything = {f"mqserve:{namespace}:*"}
     counting = ("incr", "incrby", "del")
     return {
-        "controller": rights(everything, everything, (*calls, *_BEATING, *counting, "hgetall", "info", "rpush", "xread")),
+        "controller": rights(everything, everything, (*calls, *_BEATING, *counting, "hgetall", "info", "persist", "rpush", "xread")),
         "node": rights(
             {*documents, keys.beats}, {keys.beats, keys.cancelled}, _CONNECTING + _DOCUMENTS + _BEATING + _TELLING + ("hgetall",)
         ),

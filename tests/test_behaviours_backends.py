@@ -1,5 +1,6 @@
 """Creating, listing and deleting backends, and what a handler may be and return; in both forms."""
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 import mqserve as serve
 from tests.gates import Gate
-from tests.instances import Deploy, new_name
+from tests.instances import Deploy, new_name, wait_until
 
 
 class Adder:
@@ -136,6 +137,32 @@ def test_a_backend_in_traffic_or_shadow_cannot_be_deleted_and_is_gone_afterwards
     assert client.get_handle(other).remote(1).result(30) == 2, "the name has new code"
     client.set_traffic(other, {other: 1.0})
     client.delete_backend(name)
+
+
+def test_a_name_that_is_used_again_while_old_replicas_drain_has_the_new_code(client: serve.Client, deploy: Deploy, tmp_path: Path) -> None:
+    gate, name = Gate(tmp_path), new_name("b")
+
+    def old(request: Any) -> str:
+        gate.pass_through()
+        return "old"
+
+    client.create_backend(name, old)
+    client.create_endpoint(name, backend=name)
+    handle = client.get_handle(name)
+    held = handle.remote()
+    wait_until(lambda: gate.came == 1)
+    client.delete_endpoint(name)
+    with ThreadPoolExecutor(1) as background:
+        deleting = background.submit(client.delete_backend, name)
+        wait_until(lambda: name not in client.list_backends())
+        client.create_backend(name, hello)
+        client.create_endpoint(name, backend=name)
+        assert serve.get([handle.remote() for _ in range(5)], timeout=30) == ["hello"] * 5
+        gate.open()
+        assert held.result(30) == "old"
+        client.delete_endpoint(name)
+        client.delete_backend(name)
+        deleting.result(60)
 
 
 def test_deleting_what_is_not_there_is_nothing(client: serve.Client) -> None:

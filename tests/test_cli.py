@@ -6,6 +6,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pika
@@ -15,6 +16,7 @@ import pytest
 import redis
 
 import mqserve as serve
+from mqserve.broker.store_keys import StoreKeys
 from tests.faults.wire import Wire
 from tests.instances import ROOT, SECRET_KEY, CommandLine, Program, answers, wait_until
 from tests.servers import free_port
@@ -409,6 +411,39 @@ def environment_of(process: psutil.Process) -> str:
         return process.environ().get("MQSERVE_NAMESPACE", "")
     except psutil.Error:
         return ""
+
+
+def test_a_detached_instance_whose_machine_died_is_started_again_with_what_was_deployed(
+    distributed_shell: CommandLine, namespace: str
+) -> None:
+    shell, ports = distributed_shell, (free_port(), free_port())
+    assert shell.start("start", "--port", str(ports[0])).wait() == 0
+    try:
+        deployed = shell.python(
+            "import mqserve as serve\n"
+            "serve.connect()\n"
+            "serve.create_backend('b', lambda request: 'hello')\n"
+            "serve.create_endpoint('e', backend='b', route='/e')\n"
+        )
+        assert deployed.returncode == 0, deployed.stderr
+        for process in [process for process in psutil.process_iter() if namespace in environment_of(process)]:
+            process.kill()
+        begun = shell.start("start", "--port", str(ports[1]))
+        assert begun.wait(60) == 0, begun.output
+        wait_until(lambda: answers(f"http://127.0.0.1:{ports[1]}/e"))
+    finally:
+        assert shell.run("shutdown", deadline_s=90).returncode == 0
+
+
+def test_a_shutdown_that_fails_says_so(distributed_shell: CommandLine, store_url: str, namespace: str) -> None:
+    assert distributed_shell.start("start", "--no-node").wait() == 0
+    key = StoreKeys(namespace).desired
+    with redis.Redis.from_url(store_url) as store:
+        good: Any = store.get(key)
+        store.set(key, "no document")
+        assert_refused(distributed_shell, "shutdown", says="the desired state in the store does not parse")
+        store.set(key, good)
+    assert distributed_shell.run("shutdown").stdout.splitlines()[-1] == "Done."
 
 
 def test_a_starter_without_a_node_leaves_the_running_to_others(distributed_shell: CommandLine) -> None:

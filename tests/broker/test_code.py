@@ -1,5 +1,6 @@
 """Code travels by name where every machine has it, else by value and sealed, and arrives as it left."""
 
+import asyncio
 import hashlib
 import subprocess
 import sys
@@ -167,6 +168,22 @@ async def test_code_is_kept_in_the_store_under_its_hash(store: Store, keys: Stor
     sha256 = await save(store, keys, pack(user_module.Greeter, ("Hi",), signer))
     target, args = await load(store, keys, sha256, signer)
     assert target(*args)("there") == "Hi, there!"
+
+
+@pytest.mark.anyio
+async def test_code_that_nobody_keeps_goes_and_what_is_kept_is_left_alone(
+    store: Store, keys: StoreKeys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mqserve.broker.code.CODE_TTL_S", 1)
+    kept, left = pack("pkg.mod:kept", (), NO_SIGNER), pack("pkg.mod:left", (), NO_SIGNER)
+    await save(store, keys, kept)
+    await store.expire(keys.code(kept.sha256), None)
+    await save(store, keys, kept)  # deployed again
+    await save(store, keys, left)
+    async with asyncio.timeout(10):
+        while await store.get(keys.code(left.sha256)):
+            await asyncio.sleep(0.05)
+    assert await store.get(keys.code(kept.sha256)) == kept.to_bytes()
 
 
 @pytest.mark.anyio

@@ -93,6 +93,21 @@ async def test_setting_without_expiry_takes_the_expiry_away(store: Store, keys: 
     assert await store.get(keys.leader) == b"long"
 
 
+async def test_a_value_may_be_given_an_expiry_later_and_lose_it_again(store: Store, keys: StoreKeys) -> None:
+    await store.set(keys.leader, b"kept", ttl_ms=50)
+    await store.expire(keys.leader, None)
+    await store.set(keys.observed, b"to go")
+    await store.expire(keys.observed, 60)
+    await until(lambda: store.set(keys.observed, b"", only_new=True), budget_s=5)
+    assert await store.get(keys.leader) == b"kept"
+
+
+async def test_an_expiry_of_nothing_is_nothing(store: Store, keys: StoreKeys) -> None:
+    await store.expire(keys.desired, None)
+    await store.expire(keys.desired, 1000)
+    assert await store.get(keys.desired) is None
+
+
 @pytest.mark.parametrize(
     ("before", "old", "new", "replaced"),
     [

@@ -42,9 +42,13 @@ def test_deleting_what_is_not_there_changes_nothing() -> None:
     assert delete_backend("b")(delete_endpoint("x")(Desired(backends={"a": A}))) == Desired(backends={"a": A})
 
 
-def test_new_code_is_a_new_version() -> None:
-    backend = update_backend("a", "sha2", "module:b", None)(Desired(backends={"a": A})).backends["a"]
-    assert (backend.code, backend.code_name, backend.version, backend.generation) == ("sha2", "module:b", 2, 1)
+def test_new_code_has_the_version_of_the_document_that_brings_it() -> None:
+    backend = update_backend("a", "sha2", "module:b", None)(Desired(version=7, backends={"a": A})).backends["a"]
+    assert (backend.code, backend.code_name, backend.version, backend.generation) == ("sha2", "module:b", 8, 1)
+
+
+def test_a_name_that_is_used_again_has_a_version_that_nobody_had() -> None:
+    assert create_backend(A)(Desired(version=7)).backends["a"].version == 8
 
 
 def test_a_configuration_change_merges() -> None:

@@ -13,11 +13,23 @@ from mqserve.broker.embedded_queue import EmbeddedQueue
 from mqserve.broker.embedded_store import EmbeddedStore
 from mqserve.broker.errors import StoreUnavailable
 from mqserve.broker.lifeline import Stop
+from mqserve.broker.queue import Queue
 from mqserve.broker.store import Store
-from mqserve.broker.store_keys import LEADER_TTL_S, StoreKeys
-from mqserve.controller.lease import Leader, Leadership, NotLeading, claim_instance, forget, has_ended, renew_instance
-from mqserve.controller.loop import Controller
-from mqserve.controller.state import Desired, HttpOptions, Observed
+from mqserve.broker.store_keys import CODE_TTL_S, LEADER_TTL_S, StoreKeys
+from mqserve.controller.desired import commit, create_backend, delete_backend, register_convertor, update_backend
+from mqserve.controller.lease import (
+    InstanceLease,
+    Leader,
+    Leadership,
+    NotLeading,
+    claim_instance,
+    forget,
+    has_ended,
+    read_instance,
+    renew_instance,
+)
+from mqserve.controller.loop import SETTLE_S, Controller
+from mqserve.controller.state import Assignment, Backend, Beat, Desired, HttpOptions, Observed
 
 pytestmark = pytest.mark.anyio
 
@@ -185,15 +197,16 @@ async def test_one_who_clears_halfway_harms_no_later_instance(store: Store, keys
 class Running:
     """Controllers of one instance, by name."""
 
-    def __init__(self, store: Store, keys: StoreKeys) -> None:
+    def __init__(self, store: Store, keys: StoreKeys, instance: str) -> None:
         self._store = store
         self._keys = keys
+        self._instance = instance
         self.stops: dict[str, Stop] = {}
         self.tasks: dict[str, asyncio.Task[None]] = {}
 
-    def start(self, name: str) -> None:
+    def start(self, name: str, queue: Queue | None = None) -> None:
         self.stops[name] = Stop()
-        controller = Controller(self._store, self._keys, EmbeddedQueue(), name)
+        controller = Controller(self._store, self._keys, queue or EmbeddedQueue(), name, self._instance)
         self.tasks[name] = asyncio.create_task(controller.run(self.stops[name]))
 
     async def leads(self, name: str) -> None:
@@ -206,8 +219,8 @@ class Running:
 
 @asynccontextmanager
 async def controllers(store: Store, keys: StoreKeys) -> AsyncIterator[Running]:
-    """None, to begin with; none is left at the end."""
-    running = Running(store, keys)
+    """Of the instance there is: none, to begin with, and none is left at the end."""
+    running = Running(store, keys, (await read_instance(store, keys)).id)
     try:
         yield running
     finally:
@@ -259,6 +272,21 @@ async def test_one_who_did_not_see_the_end_does_not_bring_the_instance_back() ->
         assert await store.get(keys.desired) is None
 
 
+async def test_one_who_wakes_up_among_the_documents_of_another_instance_ends_and_touches_nothing() -> None:
+    store, keys = EmbeddedStore(), StoreKeys("tests")
+    await claim_instance(store, keys, "", HTTP, detached=True)
+    async with controllers(store, keys) as running:
+        running.start("suspended")
+        await running.leads("suspended")
+        theirs = [msgspec.json.encode(InstanceLease("another", "stranger", False, 1)), Desired(instance="another").to_bytes()]
+        await store.delete(keys.observed)
+        for key, document in zip((keys.instance, keys.desired), theirs, strict=True):
+            await store.set(key, document)
+        async with asyncio.timeout(20):
+            await running.tasks["suspended"]
+        assert await store.get_many([keys.instance, keys.desired, keys.observed]) == [*theirs, None]
+
+
 async def test_one_who_only_waited_writes_back_what_the_store_lost() -> None:
     store, keys = EmbeddedStore(), StoreKeys("tests")
     held = await claim_instance(store, keys, "n1", HTTP, detached=True)
@@ -279,6 +307,120 @@ async def test_one_who_only_waited_writes_back_what_the_store_lost() -> None:
             return Observed.from_bytes(await store.get(keys.observed)).epoch > before
 
         await until(is_above)  # its own epoch was none: it goes above the one it wrote back
+
+
+async def follows(store: Store, keys: StoreKeys, version: int) -> None:
+    async def has_seen() -> bool:
+        return Observed.from_bytes(await store.get(keys.observed)).seen >= (1, version)
+
+    await until(has_seen)
+
+
+async def test_what_was_deployed_stands_although_the_store_comes_back_with_an_older_copy() -> None:
+    store, keys = EmbeddedStore(), StoreKeys("tests")
+    held = await claim_instance(store, keys, "", HTTP, detached=True)
+    async with controllers(store, keys) as running:
+        running.start("first")
+        await follows(store, keys, 0)
+        older = await store.get_many([keys.desired, keys.observed])
+        await commit(store, keys, held.id, register_convertor("hex", "sha"))
+        await follows(store, keys, 1)
+        before = Observed.from_bytes(await store.get(keys.observed))
+        for key, document in zip((keys.desired, keys.observed), older, strict=True):
+            await store.set(key, document or b"")
+        await store.announce()
+
+        async def is_back() -> bool:
+            return Desired.from_bytes(await store.get(keys.desired)).epoch == 2
+
+        await until(is_back)
+        assert Desired.from_bytes(await store.get(keys.desired)).convertors == {"hex": "sha"}
+        observed = Observed.from_bytes(await store.get(keys.observed))
+        assert observed.seen >= before.seen and (observed.epoch, observed.version) > (before.epoch, before.version)
+
+
+async def test_a_controller_that_starts_after_an_outage_gives_the_members_time_to_beat() -> None:
+    """It finds what was assigned, and no beat that is not as old as the outage."""
+    store, keys = EmbeddedStore(), StoreKeys("tests")
+    await claim_instance(store, keys, "n", HttpOptions(), detached=True)
+    assigned = Observed(epoch=7, replicas={"b#1": Assignment("b", "n", 1)}, queues={"b": (1,)}, proxies=("n",))
+    await store.set(keys.observed, assigned.to_bytes())
+    async with controllers(store, keys) as running:
+        running.start("first")
+
+        async def leads() -> bool:
+            return await leader_of(store, keys) == ("first", 8)  # above what it found
+
+        await until(leads)
+        await store.put_field(keys.beats, "node:n", Beat("node", "n", store.now_ms() + 60_000, takes_proxy=True).to_bytes())
+
+        async def compared() -> bool:
+            return Observed.from_bytes(await store.get(keys.observed)).epoch == 8
+
+        await until(compared)
+        observed = Observed.from_bytes(await store.get(keys.observed))
+        assert observed.draining == {} and observed.proxies == ("n",)
+
+
+async def test_a_new_instance_does_not_wait_for_anybody() -> None:
+    store, keys = EmbeddedStore(), StoreKeys("tests")
+    await claim_instance(store, keys, "n", HttpOptions(), detached=True)
+    async with controllers(store, keys) as running:
+        running.start("first")
+        async with asyncio.timeout(SETTLE_S / 2):
+            await follows(store, keys, 0)
+
+
+class Expiring(EmbeddedStore):
+    """Tells what was said of the time that keys have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: dict[str, int | None] = {}
+
+    async def expire(self, key: str, ttl_ms: int | None) -> None:
+        self.told[key] = ttl_ms
+        await super().expire(key, ttl_ms)
+
+
+async def test_code_is_kept_while_the_document_names_it_and_goes_by_itself_afterwards() -> None:
+    store, keys = Expiring(), StoreKeys("tests")
+    held = await claim_instance(store, keys, "", HTTP, detached=True)
+    async with controllers(store, keys) as running:
+        running.start("first")
+        for version, (change, told) in enumerate(
+            [
+                (create_backend(Backend("b", "old", "b")), {keys.code("old"): None}),
+                (update_backend("b", "new", "b", None), {keys.code("old"): CODE_TTL_S * 1000, keys.code("new"): None}),
+                (delete_backend("b"), {keys.code("old"): CODE_TTL_S * 1000, keys.code("new"): CODE_TTL_S * 1000}),
+            ],
+            start=1,
+        ):
+            await commit(store, keys, held.id, change)
+            await follows(store, keys, version)
+            assert store.told == told
+
+
+class SlowQueue(EmbeddedQueue):
+    """Declares as slowly as a RabbitMQ that has much to do."""
+
+    async def declare(self, backend: str, generation: int, max_length: int | None) -> None:
+        await asyncio.sleep(0.25)
+        await super().declare(backend, generation, max_length)
+
+
+async def test_the_instance_lives_on_while_its_leader_declares_for_long() -> None:
+    store, keys = EmbeddedStore(), StoreKeys("tests")
+    held = await claim_instance(store, keys, "", HTTP, detached=True)
+    for number in range(16):
+        await commit(store, keys, held.id, create_backend(Backend(f"b{number}", "sha", "b")))
+    beats = {(await read_instance(store, keys)).at}
+    async with controllers(store, keys) as running:
+        running.start("first", SlowQueue())
+        while await store.get(keys.observed) is None:
+            beats.add((await read_instance(store, keys)).at)
+            await asyncio.sleep(0.05)
+    assert len(beats) >= 4, "one tick of four seconds"
 
 
 async def test_the_leader_reports_a_store_that_is_set_up_to_forget() -> None:

@@ -22,7 +22,7 @@ from mqserve.controller.lease import (
     read_instance,
     renew_instance,
 )
-from mqserve.controller.state import Desired, HttpOptions
+from mqserve.controller.state import Backend, Desired, HttpOptions
 from tests.instances import Deploy, started, wait_until
 from tests.servers import PrivateRabbitMQ, PrivateRedis
 
@@ -91,14 +91,72 @@ def test_a_lapsed_instance_is_cleared() -> None:
     run(main())
 
 
-def test_a_lapsed_detached_instance_is_taken_over_as_it_is() -> None:
+DEPLOYED = {"backends": {"b": Backend("b", "sha", "b")}, "http": HttpOptions(port=1, middlewares="theirs")}
+
+
+async def leave_behind(store: EmbeddedStore, **changes: Any) -> str:
+    """A detached instance whose processes are gone; its id."""
+    old = await claim_instance(store, KEYS, "n1", HTTP, detached=True)
+    desired = msgspec.structs.replace(Desired.from_bytes(await store.get(KEYS.desired)), version=7, **changes)
+    await store.set(KEYS.desired, desired.to_bytes())
+    await lapse(store)
+    return old.id
+
+
+@pytest.mark.parametrize(("middlewares", "then"), [("", "theirs"), ("mine", "mine")])
+def test_a_lapsed_detached_instance_is_taken_over_with_what_is_deployed_by_a_new_head_node(middlewares: str, then: str) -> None:
     async def main() -> None:
         store = EmbeddedStore()
-        old = await claim_instance(store, KEYS, "n1", HTTP, detached=True)
+        instance = await leave_behind(store, **DEPLOYED)
+        claim = await claim_instance(store, KEYS, "n2", HttpOptions(port=2, middlewares=middlewares), detached=True)
+        desired = Desired.from_bytes(await store.get(KEYS.desired))
+        assert claim == (instance, True)
+        assert (desired.head_node, desired.http, desired.version) == ("n2", HttpOptions(port=2, middlewares=then), 8)
+        assert desired.backends == DEPLOYED["backends"]
+
+    run(main())
+
+
+def test_a_controller_that_takes_over_has_no_opinion_of_head_node_and_http() -> None:
+    async def main() -> None:
+        store = EmbeddedStore()
+        instance = await leave_behind(store, **DEPLOYED)
         document = await store.get(KEYS.desired)
-        await lapse(store)
-        new = await claim_instance(store, KEYS, "n2", HTTP, detached=True)
-        assert new.id == old.id and await store.get(KEYS.desired) == document
+        assert await claim_instance(store, KEYS, "", None, detached=True) == (instance, True)
+        assert await store.get(KEYS.desired) == document
+
+    run(main())
+
+
+def test_an_instance_that_was_left_amid_its_end_is_not_taken_over() -> None:
+    async def main() -> None:
+        store = EmbeddedStore()
+        instance = await leave_behind(store, closing=True)
+        claim = await claim_instance(store, KEYS, "n2", HTTP, detached=True)
+        assert claim.id != instance and not claim.taken_over
+        assert not Desired.from_bytes(await store.get(KEYS.desired)).closing
+
+    run(main())
+
+
+def test_a_lease_that_was_deleted_is_written_anew() -> None:
+    async def main() -> None:
+        store = EmbeddedStore()
+        held = await claim_instance(store, KEYS, "n1", HTTP, detached=True)
+        await store.delete(KEYS.instance)
+        assert await renew_instance(store, KEYS, held.id, "a", NO_GUARD)
+        assert (await read_instance(store, KEYS)).id == held.id
+
+    run(main())
+
+
+def test_the_lease_of_an_instance_that_has_ended_is_not_written_anew() -> None:
+    async def main() -> None:
+        store = EmbeddedStore()
+        held = await claim_instance(store, KEYS, "n1", HTTP, detached=True)
+        await forget(store, KEYS, held.id)
+        assert await renew_instance(store, KEYS, held.id, "a", NO_GUARD)
+        assert await store.get(KEYS.instance) is None
 
     run(main())
 

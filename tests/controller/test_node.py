@@ -10,7 +10,8 @@ from mqserve.broker.embedded_store import EmbeddedStore
 from mqserve.broker.lifeline import Stop
 from mqserve.broker.store_keys import StoreKeys
 from mqserve.controller.node import Node, NodeOptions, Share
-from mqserve.controller.state import Beat, Desired, Observed
+from mqserve.controller.resources import Demand
+from mqserve.controller.state import Assignment, Backend, Beat, Desired, Observed, read_beats
 
 pytestmark = pytest.mark.anyio
 
@@ -30,6 +31,10 @@ class Child:
     async def wait(self) -> str:
         return await asyncio.shield(self._ended)
 
+    @property
+    def has_ended(self) -> bool:
+        return self._ended.done()
+
     def end(self, how: str = "") -> None:
         if not self._ended.done():
             self._ended.set_result(how)
@@ -44,10 +49,14 @@ class Child:
 class Launcher:
     def __init__(self) -> None:
         self.proxies: list[Child] = []
+        self.replicas: list[Child] = []
         self.is_listening = False
 
     def replica(self, backend: str, replica_id: str, node: str, share: Share) -> Child:
-        return Child(replica_id)
+        if backend == "refused":
+            raise ValueError("embedded null byte")  # as subprocess says it
+        self.replicas.append(Child(replica_id))
+        return self.replicas[-1]
 
     def proxy(self, proxy_id: str, host: str, port: int, node: str) -> Child:
         self.is_listening = True
@@ -76,8 +85,8 @@ async def running_node(store: EmbeddedStore, launcher: Launcher) -> AsyncIterato
         yield
     finally:
         stop.set()
-        for proxy in launcher.proxies:
-            proxy.end()
+        for child in [*launcher.proxies, *launcher.replicas]:
+            child.end()
         await node
 
 
@@ -121,3 +130,74 @@ async def test_a_node_without_a_proxy_does_not_listen() -> None:
         assert await store.replace(KEYS.observed, await store.get(KEYS.observed), Observed(epoch=1, version=1).to_bytes())
         await until(lambda: not launcher.is_listening)
         assert launcher.proxies[0].told and len(launcher.proxies) == 1
+
+
+async def replace_observed(store: EmbeddedStore, observed: Observed) -> None:
+    assert await store.replace(KEYS.observed, await store.get(KEYS.observed), observed.to_bytes())
+
+
+async def test_an_assignment_that_cannot_be_started_is_said_to_have_ended_and_the_others_run() -> None:
+    store, launcher = EmbeddedStore(), Launcher()
+    async with running_node(store, launcher):
+        bad = {"refused#1": Assignment("refused", "n", 1), "gone#1": Assignment("gone", "n", 1, Demand(num_gpus=1), gpus=(7,))}
+        await replace_observed(store, Observed(epoch=1, version=1, proxies=("n",), replicas={**bad, "b#1": Assignment("b", "n", 1)}))
+        await until(lambda: launcher.replicas)
+
+        async def ended() -> dict[str, str]:
+            return read_beats(await store.fields(KEYS.beats))["node:n"].ended
+
+        async with asyncio.timeout(20):
+            while set(said := await ended()) != set(bad):
+                await asyncio.sleep(0.02)
+        assert said["refused#1"] == "embedded null byte"
+        assert [replica.name for replica in launcher.replicas] == ["b#1"] and not launcher.proxies[0].told
+
+
+async def test_what_runs_of_an_instance_that_was_cleared_ends_on_a_node_that_stays() -> None:
+    store, launcher = EmbeddedStore(), Launcher()
+    async with running_node(store, launcher):
+        await replace_observed(store, Observed(epoch=1, version=1, proxies=("n",), replicas={"b#1": Assignment("b", "n", 1)}))
+        await until(lambda: launcher.replicas)
+        assert await store.replace(KEYS.desired, await store.get(KEYS.desired), Desired(version=1, closing=True).to_bytes())
+        await asyncio.sleep(0.1)
+        assert not launcher.replicas[0].told, "its controller says when"
+        await store.delete(KEYS.desired, KEYS.observed)
+        await store.announce()
+        await until(lambda: launcher.replicas[0].told and launcher.proxies[0].told)
+
+
+async def test_documents_that_are_lost_stop_nothing() -> None:
+    store, launcher = EmbeddedStore(), Launcher()
+    async with running_node(store, launcher):
+        await store.delete(KEYS.desired, KEYS.observed)
+        await store.announce()
+        await asyncio.sleep(0.2)
+        assert not launcher.proxies[0].told
+
+
+@pytest.mark.parametrize("first_beats", [False, True])
+async def test_a_child_that_hangs_is_killed_whether_or_not_its_beat_is_there(monkeypatch: pytest.MonkeyPatch, first_beats: bool) -> None:
+    monkeypatch.setattr("mqserve.controller.node.SILENT_CHILD_AFTER_S", 0.5)
+    store, launcher = EmbeddedStore(), Launcher()
+    async with running_node(store, launcher):
+        (hung,) = launcher.proxies
+        if first_beats:
+            await says(store, hung, "ready")
+            await asyncio.sleep(0.1)
+            await store.drop_fields(KEYS.beats, f"proxy:{hung.name}")
+        await until(lambda: len(launcher.proxies) == 2)
+        assert await hung.wait() == "killed"
+
+
+async def test_a_replica_that_starts_may_be_silent_for_its_start_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mqserve.controller.node.SILENT_CHILD_AFTER_S", 0.5)
+    store, launcher = EmbeddedStore(), Launcher()
+    async with running_node(store, launcher):
+        backends = {name: Backend(name, "sha", name, {"start_timeout_s": timeout_s}) for name, timeout_s in (("hasty", 0.1), ("slow", 60))}
+        assert await store.replace(KEYS.desired, await store.get(KEYS.desired), Desired(version=1, backends=backends).to_bytes())
+        assigned = {f"{name}#1": Assignment(name, "n", 1) for name in backends}
+        await replace_observed(store, Observed(epoch=1, version=1, replicas=assigned))
+        await until(lambda: len(launcher.replicas) == 2)
+        hasty, slow = sorted(launcher.replicas, key=lambda replica: replica.name)
+        await until(lambda: hasty.has_ended)
+        assert not slow.has_ended

@@ -1,0 +1,144 @@
+"""What the leader does to the queues of backends that come, go, and come again."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from mqserve.broker.embedded_queue import EmbeddedQueue
+from mqserve.broker.embedded_store import EmbeddedStore
+from mqserve.broker.errors import MQServeError, QueueMismatch
+from mqserve.broker.store_keys import StoreKeys
+from mqserve.controller.desired import Change, commit, create_backend, delete_backend
+from mqserve.controller.lease import claim_instance
+from mqserve.controller.state import Backend, Beat, Desired, Observed
+from tests.broker.traffic import publish, text
+from tests.controller.test_leading import HTTP, controllers, until
+
+pytestmark = pytest.mark.anyio
+
+KEYS = StoreKeys("tests")
+B = Backend("b", "sha", "b")
+
+
+class Recording(EmbeddedQueue):
+    """Tells what it was asked to delete."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deleted: list[tuple[str, int]] = []
+
+    async def delete(self, backend: str, generation: int, *, only_if_empty: bool) -> bool:
+        self.deleted.append((backend, generation))
+        return await super().delete(backend, generation, only_if_empty=only_if_empty)
+
+
+class Led:
+    """An instance with a controller, in memory."""
+
+    def __init__(self, store: EmbeddedStore, instance: str) -> None:
+        self.store = store
+        self._instance = instance
+
+    async def change(self, change: Change) -> Desired:
+        """Once the controller has followed it."""
+        committed = await commit(self.store, KEYS, self._instance, change)
+
+        async def is_followed() -> bool:
+            return (await self.observed()).seen >= (committed.epoch, committed.version)
+
+        await until(is_followed)
+        return committed
+
+    async def observed(self) -> Observed:
+        return Observed.from_bytes(await self.store.get(KEYS.observed))
+
+    async def desired(self) -> Desired:
+        return Desired.from_bytes(await self.store.get(KEYS.desired))
+
+    async def says(self, replica: Beat) -> None:
+        await self.store.put_field(KEYS.beats, replica.field, replica.to_bytes())
+
+
+@asynccontextmanager
+async def led(queue: EmbeddedQueue) -> AsyncIterator[Led]:
+    store = EmbeddedStore()
+    held = await claim_instance(store, KEYS, "", HTTP, detached=True)
+    async with controllers(store, KEYS) as running:
+        running.start("first", queue)
+        yield Led(store, held.id)
+
+
+async def ticks(led: Led, count: int) -> None:
+    """So many comparisons later."""
+    for _ in range(count):
+        await led.change(lambda desired: desired)
+
+
+async def test_the_queue_of_a_backend_that_was_deleted_and_is_there_again_is_its_queue() -> None:
+    """An old replica still holds it, so that it was unbound and not deleted yet."""
+    queue = Recording()
+    async with led(queue) as instance:
+        await instance.change(create_backend(B))
+        replica = Beat("replica", "b#old", instance.store.now_ms() + 600_000, state="draining", backend="b", generations=(1,))
+        await instance.says(replica)
+        await instance.change(delete_backend("b"))
+        assert (await instance.observed()).retiring == {"b": (1,)}
+        await instance.change(create_backend(B))
+        assert await publish(queue, text("hello")) is None, "nothing is bound to it"
+        await instance.store.drop_fields(KEYS.beats, replica.field)
+        await ticks(instance, 3)
+        observed = await instance.observed()
+        assert (observed.queues, observed.retiring, queue.deleted) == ({"b": (1,)}, {}, [])
+
+
+class Refusing(EmbeddedQueue):
+    """A broker that will not have one backend's queue, whatever its generation."""
+
+    def __init__(self, error: MQServeError) -> None:
+        super().__init__()
+        self.error = error
+        self.asked = 0
+
+    async def declare(self, backend: str, generation: int, max_length: int | None) -> None:
+        if backend == "bad":
+            self.asked += 1
+            raise self.error
+        await super().declare(backend, generation, max_length)
+
+
+@pytest.mark.parametrize(
+    "error", [QueueMismatch("it is of another kind"), MQServeError("it is of another kind")], ids=["mismatch", "other"]
+)
+async def test_a_queue_that_is_always_refused_is_a_problem_of_its_backend_and_of_no_other(error: MQServeError) -> None:
+    queue = Refusing(error)
+    async with led(queue) as instance:
+        await instance.change(create_backend(Backend("bad", "sha", "bad")))
+        await instance.change(create_backend(B))
+        assert (await instance.observed()).queues == {"b": (1,)}
+
+        async def is_reported() -> bool:
+            return "of another kind" in (await instance.observed()).problems.get("bad", "")
+
+        await until(is_reported)
+        asked = queue.asked
+        await ticks(instance, 30)
+        assert queue.asked <= asked + 1, "it is asked again after a pause"
+        assert (await instance.desired()).backends["bad"].generation <= 1 + queue.asked
+
+
+async def test_what_waits_in_a_queue_of_an_earlier_instance_with_other_arguments_is_taken_by_the_new_replicas() -> None:
+    queue = EmbeddedQueue()
+    await queue.declare("b", 1, 5)
+    assert await publish(queue, text("left behind")) is None
+    async with led(queue) as instance:
+        replica = Beat("replica", "b#new", instance.store.now_ms() + 600_000, backend="b", generations=(1, 2))
+        await instance.says(replica)
+        await instance.change(create_backend(B))
+
+        async def is_followed() -> bool:
+            return (await instance.observed()).queues == {"b": (1, 2)}
+
+        await until(is_followed)
+        await publish(queue, text("new"))
+        assert [await queue.depth("b", generation) for generation in (1, 2)] == [1, 1]

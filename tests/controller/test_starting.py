@@ -1,0 +1,33 @@
+"""Starting over an instance that is there: what fails of it ends alone."""
+
+from typing import Any
+
+import pytest
+
+from mqserve.broker.embedded_queue import EmbeddedQueue
+from mqserve.broker.embedded_store import EmbeddedStore
+from mqserve.broker.errors import InstanceError
+from mqserve.broker.settings import Settings
+from mqserve.controller.lease import read_instance
+from mqserve.controller.state import Desired, HttpOptions
+from mqserve.instance import StartOptions, running_instance
+from mqserve.links import Links
+from tests.controller.test_lease import DEPLOYED, KEYS, leave_behind
+from tests.servers import free_port
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_a_start_that_fails_leaves_the_instance_it_took_over_as_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    """Its controller finds no server where its settings say."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    store, nowhere = EmbeddedStore(), free_port()
+    settings = Settings.read(broker_url=f"amqp://127.0.0.1:{nowhere}", store_url=f"redis://127.0.0.1:{nowhere}")
+    instance = await leave_behind(store, **DEPLOYED)
+    links = Links(settings, EmbeddedQueue(), store, KEYS, "test")
+    with pytest.raises(InstanceError, match="ended at once"):
+        async with running_instance(links, StartOptions(HttpOptions(port=free_port()), detached=True)):
+            pass
+    desired = Desired.from_bytes(await store.get(KEYS.desired))
+    assert (await read_instance(store, KEYS)).id == desired.instance == instance
+    assert desired.backends == DEPLOYED["backends"] and not desired.closing
