@@ -23,7 +23,7 @@ from tests.servers import free_port
 
 ROOT = Path(__file__).parent.parent
 SECRET_KEY = "the key of the tests, at least 32 bytes"
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 
 FORMS = ("embedded", "distributed")
 distributed_only = pytest.mark.parametrize("form", ["distributed"], indirect=True)
