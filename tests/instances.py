@@ -220,6 +220,13 @@ class CommandLine:
             program.close()
 
 
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def answers(url: str) -> bool:
     try:
         return httpx.get(url, timeout=5).status_code == 200

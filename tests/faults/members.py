@@ -7,7 +7,7 @@ import redis
 
 from mqserve.broker.store_keys import StoreKeys
 from mqserve.controller.lease import Leadership
-from mqserve.controller.state import SILENT_AFTER_S, Beat, Observed, read_beats
+from mqserve.controller.state import SILENT_AFTER_S, Beat, Desired, Observed, read_beats
 
 
 class Members:
@@ -30,6 +30,12 @@ class Members:
 
     def observed(self) -> Observed:
         return Observed.from_bytes(self._store.get(self._keys.observed))
+
+    def compared(self) -> Desired:
+        """What is wanted, once a leader has compared it with what is seen; until then nothing."""
+        raw = self._store.get(self._keys.desired)
+        desired = Desired.from_bytes(raw) if raw else Desired()
+        return desired if self.observed().seen == (desired.epoch, desired.version) else Desired()
 
     def leader(self) -> tuple[int, int]:
         """(process id, epoch) of the controller that leads; zeros when none does."""
