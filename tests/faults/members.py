@@ -19,11 +19,15 @@ class Members:
 
     def beats(self, kind: str, backend: str = "", state: str = "ready") -> list[Beat]:
         """Those that live and are in that state."""
-        fields = {field.decode(): raw for field, raw in self._store.hgetall(self._keys.beats).items()}
         seconds, microseconds = self._store.time()
         since = seconds * 1000 + microseconds // 1000 - SILENT_AFTER_S * 1000
-        found = read_beats(fields).values()
+        found = self.last_beats()
         return [beat for beat in found if (beat.kind, beat.state) == (kind, state) and beat.at > since and backend in ("", beat.backend)]
+
+    def last_beats(self) -> list[Beat]:
+        """Of everybody that is not forgotten, however long ago they were."""
+        fields = {field.decode(): raw for field, raw in self._store.hgetall(self._keys.beats).items()}
+        return list(read_beats(fields).values())
 
     def pids(self, kind: str, backend: str = "") -> set[int]:
         return {beat.pid for beat in self.beats(kind, backend)}
