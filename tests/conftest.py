@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if BREAKING_FIXTURES & set(fixtures_of(item)):
             item.add_marker(pytest.mark.breaks_servers)
-        if "faults" in item.path.parts:
+        if "faults" in item.path.parts and item.get_closest_marker("long") is None:
             item.add_marker(pytest.mark.faults)
         if item.path.name.startswith(LONG) and ("distributed" in item.name or SERVER_FIXTURES & set(fixtures_of(item))):
             item.add_marker(pytest.mark.long)

@@ -29,6 +29,11 @@ class Members:
         fields = {field.decode(): raw for field, raw in self._store.hgetall(self._keys.beats).items()}
         return list(read_beats(fields).values())
 
+    def age(self, pid: int, by_s: float) -> None:
+        """As if this process, which is dead, had beaten its last so much longer ago."""
+        (beat,) = [beat for beat in self.last_beats() if beat.pid == pid]
+        self._store.hset(self._keys.beats, beat.field, msgspec.structs.replace(beat, at=beat.at - int(by_s * 1000)).to_bytes())
+
     def pids(self, kind: str, backend: str = "") -> set[int]:
         return {beat.pid for beat in self.beats(kind, backend)}
 
@@ -48,7 +53,17 @@ class Members:
         seconds, _ = self._store.time()
         if held.at < (seconds - 8) * 1000:
             return 0, 0
-        return int(held.controller.partition("#")[0].rpartition("-")[2]), held.epoch
+        return _pid_of(held), held.epoch
+
+    def has_let_go(self, pid: int) -> bool:
+        """Whether this controller gave the lead up, or another has it: a lead that lapsed says until when it was held."""
+        raw = self._store.get(self._keys.leader)
+        held = msgspec.json.decode(raw, type=Leadership) if raw else None
+        return held is None or held.at == 0 or _pid_of(held) != pid
 
     def close(self) -> None:
         self._store.close()
+
+
+def _pid_of(held: Leadership) -> int:
+    return int(held.controller.partition("#")[0].rpartition("-")[2])
