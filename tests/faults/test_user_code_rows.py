@@ -122,7 +122,7 @@ def test_row_19_a_slow_replica_gets_what_it_can_do_and_other_routes_do_not_wait(
 
 # Blocking. All at once, since each takes longer than a silent replica is tolerated.
 
-SLEEP_S = 1.6 * SILENT_CHILD_AFTER_S
+SLEEP_S = 1.2 * SILENT_CHILD_AFTER_S
 TOLD_AFTER_S = 8
 
 
