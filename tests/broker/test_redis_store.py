@@ -59,7 +59,7 @@ async def test_a_call_to_a_frozen_store_ends_within_its_budget(store_server: Pri
         begun = time.monotonic()
         with pytest.raises(StoreUnavailable):
             await store.get(keys.desired)
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < 15
 
 
 async def test_scripts_are_known_again_after_a_restart(store_server: PrivateRedis, namespace: str, keys: StoreKeys) -> None:
