@@ -16,7 +16,8 @@ from tests.servers import PrivateRedis, free_port
 pytestmark = pytest.mark.anyio
 
 
-async def test_a_store_that_is_not_there_is_said_in_time_and_without_the_password(namespace: str) -> None:
+async def test_a_store_that_is_not_there_is_said_in_time_and_without_the_password(namespace: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mqserve.broker.redis_store.CONNECT_BUDGET_S", 1.0)
     url = f"redis://user:hunter2@127.0.0.1:{free_port()}/0"
     begun = time.monotonic()
     with pytest.raises(StoreUnavailable) as refusal:

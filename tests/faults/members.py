@@ -30,7 +30,7 @@ class Members:
         return list(read_beats(fields).values())
 
     def age(self, pid: int, by_s: float) -> None:
-        """As if this process, which is dead, had beaten its last so much longer ago."""
+        """As if this process, which does not beat any more, had beaten its last so much longer ago."""
         (beat,) = [beat for beat in self.last_beats() if beat.pid == pid]
         self._store.hset(self._keys.beats, beat.field, msgspec.structs.replace(beat, at=beat.at - int(by_s * 1000)).to_bytes())
 

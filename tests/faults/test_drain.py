@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 import mqserve as serve
+from mqserve.controller.node import SILENT_CHILD_AFTER_S
 from tests.faults.load import Load
 from tests.faults.members import Members
 from tests.gates import Gate
@@ -140,6 +141,8 @@ def test_who_connects_while_the_proxy_hangs_is_answered_by_the_next_one(deploy: 
     url = deploy.at(says("served"))
     (old,) = wait_until(lambda: members.pids("proxy"))
     os.kill(old, signal.SIGSTOP)
+    wait_until(lambda: psutil.Process(old).status() == psutil.STATUS_STOPPED)
+    members.age(old, SILENT_CHILD_AFTER_S + 1)  # its node gives it so long, and then kills it
     assert httpx.get(url, timeout=90).status_code == 200
     assert is_gone(old)
 

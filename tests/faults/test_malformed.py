@@ -1,5 +1,6 @@
 """A publisher gone mad: tens of thousands of malformed messages, and the replica neither ends nor grows nor opens a pickle."""
 
+import faulthandler
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,7 @@ def channel(broker_url: str) -> Iterator[BlockingChannel]:
 def test_malformed_messages_leave_the_replica_as_it_was(
     channel: BlockingChannel, store_url: str, environment: dict[str, str], deploy: Deploy, tmp_path: Path, messages: int
 ) -> None:
+    faulthandler.cancel_dump_traceback_later()  # of 120 s for one test: each part of this one has as many
     namespace, mark = environment["MQSERVE_NAMESPACE"], tmp_path / "opened"
     backend = deploy(read_all)
     stranger = Stranger(channel, f"{namespace}.requests", bomb(mark))
