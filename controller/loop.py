@@ -37,7 +37,7 @@ FORGET_BEATS_AFTER_S = 60.0
 LOST_PROXY_AFTER_S = 25.0  # without a beat: its node, which kills it after 20 s, is gone too, or it has none
 SETTLE_S = 3.0  # after the store lost its data or was away: the members get this long to beat again
 AWAY_AFTER_S = 4.0  # a look at the store that comes this late says nothing of the members, whose beats could not land either
-NODE_GRACE_S = 10.0  # a node that starts beside its controller, or was late for once, is no reason to give a backend up
+NODE_GRACE_S = 20.0  # a node that starts beside its controller, or was late for once, is no reason to give a backend up
 ASK_STORE_EVERY_S = 60.0  # whether it is set up to keep what it is given
 DECLARE_AGAIN_S = 15.0  # a broker may come back empty
 REPORTED_REFUSALS = 3  # in a row: queues that an earlier instance left behind cost one or two, and are no problem to report
@@ -246,7 +246,7 @@ class Controller:
         nodes = plan.living(beats, "node", now_ms)
         replicas = plan.living(beats, "replica", now_ms)
         ready = {replica_id for replica_id, beat in replicas.items() if beat.state == "ready"}
-        if nodes:
+        if nodes or not desired.backends:
             self._had_node_at = now
         ended = plan.ended_replicas(observed.replicas, beats, now_ms)
         for replica_id, how in ended.items():

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
+import httpx
 import pytest
 
 import mqserve as serve
@@ -17,6 +18,7 @@ Server = TypeVar("Server", bound=PrivateServer)
 
 GIVEN_BROKER_URL = os.environ.get("MQSERVE_TEST_BROKER_URL", "")
 GIVEN_STORE_URL = os.environ.get("MQSERVE_TEST_STORE_URL", "")
+HTTP_TIMEOUT_S = 30.0
 GIVEN_SERVERS = bool(GIVEN_BROKER_URL or GIVEN_STORE_URL)
 
 # The servers themselves are asked for by tests that stop, kill or freeze them; the URLs by tests that use them.
@@ -30,6 +32,9 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("set both MQSERVE_TEST_BROKER_URL and MQSERVE_TEST_STORE_URL, or neither for private servers")
     for name in [name for name in os.environ if name.startswith("MQSERVE_") and not name.startswith("MQSERVE_TEST_")]:
         del os.environ[name]  # the settings of the person who runs the tests are not what the tests specify
+    # httpx's default is 5 s, which a busy machine can take: a test that says nothing of time is not about time. One object, shared by all.
+    default = httpx._config.DEFAULT_TIMEOUT_CONFIG
+    default.connect = default.read = default.write = default.pool = HTTP_TIMEOUT_S
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects by marker
@@ -38,7 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if BREAKING_FIXTURES & set(fixtures_of(item)):
             item.add_marker(pytest.mark.breaks_servers)
-        if "faults" in item.path.parts:
+        if "faults" in item.path.parts and item.get_closest_marker("long") is None:
             item.add_marker(pytest.mark.faults)
         if item.path.name.startswith(LONG) and ("distributed" in item.name or SERVER_FIXTURES & set(fixtures_of(item))):
             item.add_marker(pytest.mark.long)

@@ -278,7 +278,7 @@ class PrivateRabbitMQ(PrivateServer):
         super().__init__(tls)
         self._epmd_port = free_port()
         self._distribution_port = free_port()
-        self._alarmed = False
+        self._alarms: set[str] = set()
 
     @property
     def url(self) -> str:
@@ -304,24 +304,41 @@ class PrivateRabbitMQ(PrivateServer):
             raise ServerFailed(f"rabbitmqctl {' '.join(arguments)}: {result.stdout}{result.stderr}")
         return result.stdout
 
+    def eval(self, expression: str) -> str:
+        """What an Erlang expression comes to in the server: by erl_call, or by rabbitmqctl, which takes seconds."""
+        if (erl_call := find_erl_call()) is not None and self._folder is not None:
+            cookie = (self._folder / ".erlang.cookie").read_text()
+            result = subprocess.run(
+                [erl_call, "-c", cookie, "-sname", f"mqserve-{self.port}@localhost", "-e"],
+                env=self._env(self._folder),
+                input=f"{expression}.\n",
+                capture_output=True,
+                text=True,
+                timeout=START_DEADLINE_S,
+            )
+            if result.returncode == 0 and result.stdout.startswith("{ok, "):
+                return result.stdout.removeprefix("{ok, ").removesuffix("}")
+        return self.ctl("eval", f"{expression}.").strip()
+
     def alarm(self, kind: str) -> None:
         """The server finds itself short of `memory` or `disk`, and reads no publishing connection any more, until `calm`."""
         if kind == "memory":
             self.ctl("set_vm_memory_high_watermark", "0.0000001")
         else:
             self.ctl("set_disk_free_limit", "9999GB")
-        self._alarmed = True
+        self._alarms.add(kind)
 
     def calm(self) -> None:
-        """Ends both alarms."""
-        self.ctl("set_vm_memory_high_watermark", "0.4")
-        self.ctl("set_disk_free_limit", "50MB")
-        self._alarmed = False
+        """Ends the alarms."""
+        if "memory" in self._alarms:
+            self.ctl("set_vm_memory_high_watermark", "0.4")
+        if "disk" in self._alarms:
+            self.ctl("set_disk_free_limit", "50MB")
+        self._alarms.clear()
 
     def mend(self) -> None:
         super().mend()
-        if self._alarmed:
-            self.calm()
+        self.calm()
 
     def _launch(self, folder: Path) -> None:
         for name, content in CONFIGURATION.items():
@@ -388,8 +405,19 @@ def find_rabbitmq() -> Path:
     )
 
 
+ERLANGS = ("/usr/lib/erlang/bin", "/usr/lib*/erlang/erts-*/bin", "/usr/local/lib/erlang/erts-*/bin")
+
+
 def find_epmd() -> Path:
-    return _first_program("epmd", "/usr/lib/erlang/bin", "/usr/lib*/erlang/erts-*/bin", "/usr/local/lib/erlang/erts-*/bin")
+    return _first_program("epmd", *ERLANGS)
+
+
+def find_erl_call() -> Path | None:
+    """Not in every package of Erlang."""
+    try:
+        return _first_program("erl_call", *ERLANGS)
+    except ServerMissing:
+        return None
 
 
 def missing_servers() -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import mqserve as serve
-from tests.instances import new_name, started, wait_until
+from tests.instances import new_name, started
 
 
 @pytest.fixture(scope="module")
@@ -122,4 +122,3 @@ def test_an_interpreter_that_will_not_do_is_said_at_create(instance: serve.Clien
     with pytest.raises(serve.BackendFailed, match=words):
         instance.create_backend(name, tell_color, actor_options={"python": python})
     assert name not in instance.list_backends()
-    wait_until(lambda: name not in instance.list_backends())

@@ -258,9 +258,9 @@ def test_a_healthy_replica_is_kept_however_long_a_call_takes(deploy: Deploy, cli
                 time.sleep(request.data)
             return serve.get_current_replica_tag()
 
-    handle = client.get_handle(deploy(Busy, health_check_period_s=0.05, health_check_timeout_s=0.1))
+    handle = client.get_handle(deploy(Busy, health_check_period_s=0.05, health_check_timeout_s=0.5))
     tag = handle.remote().result(30)
-    assert handle.remote(1.0).result(30) == tag
+    assert handle.remote(2.5).result(30) == tag, "three checks waited for the call"
     before = len(checks)
     wait_until(lambda: len(checks) > before + 3)
     assert handle.remote().result(30) == tag

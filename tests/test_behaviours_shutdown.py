@@ -68,7 +68,7 @@ def test_deleting_by_force_waits_for_nothing(client: serve.Client, tmp_path: Pat
     gate = Gate(tmp_path)
     name, refs = busy(client, gate, 10, request_timeout_s=5)
     with ThreadPoolExecutor(1) as background:
-        background.submit(client.delete_backend, name, force=True).result(15)
+        background.submit(client.delete_backend, name, force=True).result(60)
     assert name not in client.list_backends()
     for ref in refs:
         with pytest.raises(serve.MQServeError):

@@ -1,5 +1,6 @@
 """How an endpoint's requests are split over backends, copied to shadows, and tied to one backend by a key; in both forms."""
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -151,23 +152,25 @@ def test_a_backend_of_weight_zero_gets_nothing_and_cannot_be_deleted(
 
 def test_traffic_changes_under_load_fail_no_request(client: serve.Client, words: dict[str, str], endpoint: Endpoint, url: str) -> None:
     name = endpoint(words["ape"])
-    stop = time.monotonic() + 3
+    ended = threading.Event()
 
     def ask() -> list[int]:
         with httpx.Client(timeout=30) as http:
             statuses = []
-            while time.monotonic() < stop:
+            while not ended.is_set():
                 statuses.append(http.get(f"{url}/{name}").status_code)
             return statuses
 
     with ThreadPoolExecutor(4) as threads:
         asking = [threads.submit(ask) for _ in range(4)]
-        turn = 0
-        while time.monotonic() < stop:
-            turn += 1
-            client.set_traffic(name, {words[WORDS[turn % 5]]: 0.75, words[WORDS[(turn + 2) % 5]]: 0.25})
+        try:
+            for turn in range(10):
+                client.set_traffic(name, {words[WORDS[turn % 5]]: 0.75, words[WORDS[(turn + 2) % 5]]: 0.25})
+                time.sleep(0.2)
+        finally:
+            ended.set()
         statuses = Counter(status for future in asking for status in future.result())
-    assert turn > 5 and set(statuses) == {200}, (turn, statuses)
+    assert set(statuses) == {200}, statuses
 
 
 # Shard keys.
@@ -256,9 +259,9 @@ def test_shadows_of_a_half_and_a_tenth_get_about_that(
         client.shadow_traffic(name, deploy(noting(tally)), proportion)
     handle = client.get_handle(name)
     assert set(serve.get([handle.remote(n=number) for number in range(300)], timeout=60)) == {"ape"}
-    wait_until(lambda: len(all_of_it) == 300)
-    assert 100 < len(half) < 200, "300 fair throws leave this range once in ten million times"
-    assert 2 < len(tenth) < 80
+    wait_until(lambda: len(all_of_it) == 300 and len(half) > 100 and len(tenth) > 2, told=lambda: (half, tenth, all_of_it))
+    assert len(half) < 200, "300 fair throws leave this range once in ten million times"
+    assert len(tenth) < 80
     client.delete_endpoint(name)
 
 
@@ -330,7 +333,7 @@ def test_a_shadow_that_raises_or_hangs_changes_nothing_for_the_caller(
     started = time.monotonic()
     assert answers(url, name, 20) == {"ape": 20}
     assert set(serve.get([handle.remote() for _ in range(20)], timeout=30)) == {"ape"}
-    assert time.monotonic() - started < 5, "the primary waited for a shadow"
+    assert time.monotonic() - started < 30, "the primary waited for a shadow: the 40 would take at least 100 s"
     wait_until(lambda: len(tally) >= 41)
     client.delete_endpoint(name)
     client.delete_endpoint(hanging)

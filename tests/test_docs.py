@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import builtins
+import faulthandler
 import re
 import shlex
 import shutil
@@ -115,6 +116,7 @@ def test_a_python_example_prints_what_its_comments_say(name: str, tmp_path: Path
 
 @pytest.mark.parametrize("name", ON_SERVERS)
 def test_a_guide_example_on_servers_prints_what_its_comments_say(name: str, distributed_shell: CommandLine, index_folder: Path) -> None:
+    faulthandler.cancel_dump_traceback_later()  # of 120 s for one test: this one may build an environment, and has a deadline of its own
     from_folder = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(index_folder), "UV_NO_INDEX": "1", "UV_FIND_LINKS": str(index_folder)}
     environments = str(distributed_shell.folder / "environments")
     prints_what_it_says(

@@ -9,7 +9,8 @@ import httpx
 import psutil
 import pytest
 
-from tests.instances import CommandLine, answers, wait_until
+from tests.faults.members import Members
+from tests.instances import CommandLine, answers, is_alive, wait_until
 from tests.servers import free_port
 
 APP = """
@@ -85,7 +86,7 @@ def test_a_killed_node_takes_its_proxy_with_it(
     wait_until(lambda: answers(healthy["second"]))
     children = second.descendants()
     second.signal(signal.SIGKILL)
-    wait_until(lambda: not any(child.is_running() for child in children), deadline_s=10)
+    wait_until(lambda: not any(is_alive(child) for child in children), deadline_s=25, told=lambda: children)  # their last resort is 9 s
     assert not answers(healthy["second"]) and answers(healthy["first"])
 
 
@@ -108,20 +109,25 @@ def test_an_external_replica_serves_and_is_not_counted(distributed_shell: Comman
     start(distributed_shell, app, ports[0], "HeadOnly")
     external = distributed_shell.start("replica", "pid")
     url = f"http://127.0.0.1:{ports[0]}/pid"
-    wait_until(lambda: httpx.get(url, timeout=30).json() == external.pid)
-    wait_until(lambda: httpx.get(url, timeout=30).json() != external.pid)  # the counted one is there still
+    wait_until(lambda: answer_of(url) == external.pid)
+    wait_until(lambda: answer_of(url) != external.pid)  # the counted one is there still
     replicas = [line for line in distributed_shell.run("status").stdout.splitlines() if line.startswith("replica")]
     assert len(replicas) == 2 and sum("(external)" in line for line in replicas) == 1
     external.signal(signal.SIGTERM)
     assert external.wait() == 0
-    assert httpx.get(url, timeout=30).json() != external.pid
+    assert answer_of(url) != external.pid
+
+
+def answer_of(url: str) -> int:
+    """The process that served it; a refusal is none."""
+    return int(httpx.get(url, timeout=30).raise_for_status().json())
 
 
 def test_a_killed_proxy_comes_back(distributed_shell: CommandLine, app: str, ports: tuple[int, int], healthy: dict[str, str]) -> None:
     start(distributed_shell, app, ports[0], "HeadOnly")
     (proxy,) = [process for process in psutil.process_iter(["cmdline"]) if is_proxy_on(process, ports[0])]
     os.kill(proxy.pid, signal.SIGKILL)
-    wait_until(lambda: not proxy.is_running() or proxy.status() == psutil.STATUS_ZOMBIE)
+    wait_until(lambda: not is_alive(proxy))
     wait_until(lambda: answers(healthy["first"]))
 
 
@@ -133,11 +139,18 @@ def is_proxy_on(process: psutil.Process, port: int) -> bool:
 CREATE = "import mqserve as serve; client = serve.connect(); client.create_backend('b', 'math:sqrt'); print(client.list_backends())"
 
 
-def test_a_backend_waits_for_a_node_that_is_starting(distributed_shell: CommandLine) -> None:
+@pytest.fixture
+def members(store_url: str, namespace: str) -> Iterator[Members]:
+    members = Members(store_url, namespace)
+    yield members
+    members.close()
+
+
+def test_a_backend_waits_for_a_node_that_is_starting(distributed_shell: CommandLine, members: Members) -> None:
     distributed_shell.start("controller")
-    wait_until(lambda: distributed_shell.run("status").returncode == 0)
+    wait_until(lambda: members.leader()[0])
     creating = distributed_shell.start_program([sys.executable, "-c", CREATE])
-    wait_until(lambda: "b " in distributed_shell.run("status").stdout or creating.ended)
+    wait_until(lambda: "b" in members.compared().backends or creating.ended, told=lambda: creating.output)
     distributed_shell.start("node")
     assert creating.wait() == 0 and "'b'" in creating.output, creating.output
 

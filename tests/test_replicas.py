@@ -201,7 +201,7 @@ def test_a_killed_replica_is_replaced(deploy: Deploy) -> None:
     url = deploy.at(tell_pid)
     (old,) = pids_of(url)
     os.kill(old, signal.SIGKILL)
-    assert httpx.get(url, timeout=30).json() != old
+    assert httpx.get(url, timeout=30).raise_for_status().json() != old
 
 
 @distributed_only
@@ -226,7 +226,7 @@ def test_replicas_that_die_before_they_are_ready_wait_longer_each_time_and_say_w
     wait_until(lambda: "LookupError: the model file is not there" in shell.run("status").stdout, told=lambda: shell.run("status").stdout)
     assert "failing" in shell.run("status").stdout
     broken.unlink()
-    assert httpx.get(url, timeout=30).json() != old
+    assert httpx.get(url, timeout=30).raise_for_status().json() != old
 
 
 # Draining.
@@ -261,7 +261,7 @@ def test_a_replica_that_was_drained_is_replaced_at_once(deploy: Deploy) -> None:
     (old,) = pids_of(url)
     os.kill(old, signal.SIGTERM)
     wait_until(lambda: not psutil.pid_exists(old))
-    assert httpx.get(url, timeout=30).json() != old
+    assert httpx.get(url, timeout=30).raise_for_status().json() != old
 
 
 # Changing.

@@ -91,7 +91,7 @@ async def test_an_unanswered_request_is_a_504_by_its_deadline_and_recorded(
     begun = time.monotonic()
     ticket = send(caller, timeout_s=0.2)
     result = await answer(ticket)
-    assert 0.19 < time.monotonic() - begun < 1.2
+    assert 0.19 < time.monotonic() - begun < 8
     assert result.status == 504
     assert result.error is not None and "(queue)" in result.error.message
     recorded_result = await store.get(keys.future(ticket.id))
@@ -103,15 +103,15 @@ async def test_a_request_that_was_started_is_said_to_have_run_out_of_time_runnin
     caller: Caller, queue: Queue, store: Store, keys: StoreKeys
 ) -> None:
     await queue.declare("b", 1, None)
-    ticket = send(caller, timeout_s=0.2)
-    await store.set(keys.start(ticket.id), b"1")
-    result = await answer(ticket)
+    future_id = mint_id()
+    await store.set(keys.start(future_id), b"1")
+    result = await answer(send(caller, timeout_s=0.2, future_id=future_id))
     assert result.error is not None and "(run)" in result.error.message
 
 
 async def test_deadlines_come_in_their_own_order(caller: Caller, queue: Queue) -> None:
     await queue.declare("b", 1, None)
-    last, first, second = (send(caller, timeout_s=timeout_s).future for timeout_s in (0.3, 0.1, 0.2))
+    last, first, second = (send(caller, timeout_s=timeout_s).future for timeout_s in (1.2, 0.2, 0.7))
     late: list[object] = []
     for future in (last, first, second):
         future.add_done_callback(late.append)
@@ -121,7 +121,7 @@ async def test_deadlines_come_in_their_own_order(caller: Caller, queue: Queue) -
 
 async def test_a_result_recorded_first_beats_the_deadline(caller: Caller, queue: Queue, store: Store, keys: StoreKeys) -> None:
     await queue.declare("b", 1, None)
-    ticket = send(caller, timeout_s=0.2)
+    ticket = send(caller, timeout_s=2)
     untold = Envelope(ticket.id, b"", "text/plain", Header(origin="http"))
     await recorded(store, keys, untold, Result(body=b"just in time"))
     assert (await answer(ticket)).body == b"just in time"
@@ -221,8 +221,8 @@ async def test_a_request_fails_when_the_broker_stays_away(keys: StoreKeys) -> No
             await answer(send(caller))
 
 
-def send(caller: Caller, body: bytes = b"", backend: str = "b", timeout_s: float = 10) -> Ticket:
-    return caller.send(backend, body, "application/octet-stream", Meta(), origin="http", timeout_s=timeout_s)
+def send(caller: Caller, body: bytes = b"", backend: str = "b", timeout_s: float = 10, future_id: str = "") -> Ticket:
+    return caller.send(backend, body, "application/octet-stream", Meta(), origin="http", timeout_s=timeout_s, future_id=future_id)
 
 
 async def answer(ticket: Ticket) -> Result:

@@ -21,7 +21,8 @@ from tests.servers import PrivateRabbitMQ, free_port
 pytestmark = pytest.mark.anyio
 
 
-async def test_a_broker_that_is_not_there_is_said_in_time_and_without_the_password(namespace: str) -> None:
+async def test_a_broker_that_is_not_there_is_said_in_time_and_without_the_password(namespace: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mqserve.broker.rabbitmq.CONNECT_BUDGET_S", 1.0)
     begun = time.monotonic()
     with pytest.raises(BrokerUnavailable) as refusal:
         async with open_rabbitmq(f"amqp://user:hunter2@127.0.0.1:{free_port()}/", namespace, "test"):
@@ -102,7 +103,10 @@ async def test_nothing_is_left_unacked_after_many_acks_out_of_order(broker_url: 
         assert witness.bodies == ["100"]
 
 
-async def test_a_consumer_of_a_queue_that_is_not_there_is_refused_and_leaves_nothing_behind(broker_url: str, namespace: str) -> None:
+async def test_a_consumer_of_a_queue_that_is_not_there_is_refused_and_leaves_nothing_behind(
+    broker_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mqserve.broker.rabbit_consumer.OPERATION_BUDGET_S", 1.0)
     async with open_rabbitmq(broker_url, namespace, "test") as queue:
         with pytest.raises(BrokerUnavailable, match="did not let us consume"):
             await queue.consume("b", 1, 1, Hands())

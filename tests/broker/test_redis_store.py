@@ -17,7 +17,8 @@ from tests.servers import PrivateRedis, free_port
 pytestmark = pytest.mark.anyio
 
 
-async def test_a_store_that_is_not_there_is_said_in_time_and_without_the_password(namespace: str) -> None:
+async def test_a_store_that_is_not_there_is_said_in_time_and_without_the_password(namespace: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mqserve.broker.redis_store.CONNECT_BUDGET_S", 1.0)
     url = f"redis://user:hunter2@127.0.0.1:{free_port()}/0"
     begun = time.monotonic()
     with pytest.raises(StoreUnavailable) as refusal:
@@ -60,7 +61,7 @@ async def test_a_call_to_a_frozen_store_ends_within_its_budget(store_server: Pri
         begun = time.monotonic()
         with pytest.raises(StoreUnavailable):
             await store.get(keys.desired)
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < 15
 
 
 async def test_scripts_are_known_again_after_a_restart(store_server: PrivateRedis, namespace: str, keys: StoreKeys) -> None:

@@ -11,8 +11,9 @@ from tests.servers import PrivateRabbitMQ
 
 def messages_of(broker: PrivateRabbitMQ, backend: str) -> int:
     """In a backend's queue: waiting, or with a replica and not acked."""
-    rows = [line.split() for line in broker.ctl("list_queues", "name", "messages").splitlines()]
-    return sum(int(row[1]) for row in rows if f".backend.{backend}." in row[0])
+    queues = 'rabbit_amqqueue:info_all(<<"/">>, [name, messages])'
+    is_its_own = f'string:find(element(4, proplists:get_value(name, Queue)), <<".backend.{backend}.">>) =/= nomatch'
+    return int(broker.eval(f"lists:sum([proplists:get_value(messages, Queue) || Queue <- {queues}, {is_its_own}])"))
 
 
 def stored_result(environment: dict[str, str], request_id: str) -> Any:

@@ -12,6 +12,7 @@ from mqserve.broker.rabbitmq import RabbitQueue, open_rabbitmq
 from mqserve.broker.redis_store import open_redis
 from mqserve.broker.store_keys import StoreKeys
 from tests.broker.traffic import until
+from tests.instances import NOISE_S
 from tests.servers import PrivateRabbitMQ, PrivateRedis
 
 pytestmark = [pytest.mark.anyio]
@@ -31,7 +32,7 @@ async def test_a_frozen_broker_is_down_within_five_seconds_and_up_again_by_itsel
         frozen = time.monotonic()
         under_way = asyncio.create_task(published(queue))
         await until(lambda: queue.down_s > 0)
-        assert time.monotonic() - frozen < 5
+        assert time.monotonic() - frozen < 5 + NOISE_S
         error = await under_way
         assert isinstance(error, BrokerUnavailable) and error.maybe_sent
         error = await published(queue)  # at once: nothing is sent
@@ -65,9 +66,11 @@ async def test_consumers_go_on_while_an_alarm_keeps_publishers_out(broker_server
             assert await published(queue) is None
         await asyncio.to_thread(broker_server.ctl, "set_vm_memory_high_watermark", "0.0000001")
         try:
+            await until(lambda: queue.down_s > 0)
             taken: list[bytes] = []
             await queue.consume("b", 1, 5, lambda delivery: (taken.append(delivery.envelope().body), delivery.ack())[0])  # type: ignore[func-returns-value]
             await until(lambda: len(taken) == 20)
+            assert queue.down_s > 0
         finally:
             await asyncio.to_thread(broker_server.ctl, "set_vm_memory_high_watermark", "0.4")
 
@@ -83,4 +86,4 @@ async def test_a_request_to_a_broker_that_has_been_away_for_a_while_fails_at_onc
         ticket = caller.send("b", b"", "text/plain", Meta(), origin="http", timeout_s=60)
         with pytest.raises(BrokerUnavailable):
             await ticket.future
-        assert time.monotonic() - before < 1
+        assert time.monotonic() - before < 10, "its own time is 60 s"

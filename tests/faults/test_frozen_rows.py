@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from tests.faults.crowd import Crowd
 from tests.faults.servers_say import messages_of
 from tests.faults.wire import Wire
 from tests.gates import Gate
-from tests.instances import CommandLine, Deploy, answers, distributed_only, wait_until
-from tests.servers import PrivateRabbitMQ, PrivateRedis, PrivateServer
+from tests.instances import NOISE_S, CommandLine, Deploy, answers, distributed_only, wait_until
+from tests.servers import PrivateRabbitMQ, PrivateRedis, PrivateServer, free_port
 
 pytestmark = distributed_only
 
@@ -31,7 +32,7 @@ def refused_at_once(url: str) -> None:
     began = time.monotonic()
     response = httpx.get(url, timeout=60)
     assert response.status_code == 503 and "retry-after" in response.headers, response.text
-    assert time.monotonic() - began < NOTICED_WITHIN_S
+    assert time.monotonic() - began < NOTICED_WITHIN_S + NOISE_S
 
 
 def is_noticed_and_over_by_itself(deploy: Deploy, server: PrivateServer) -> None:
@@ -40,7 +41,7 @@ def is_noticed_and_over_by_itself(deploy: Deploy, server: PrivateServer) -> None
     pid = httpx.get(url, timeout=30).json()
     server.freeze()
     try:
-        wait_until(lambda: not is_ready(deploy), NOTICED_WITHIN_S + 1)
+        wait_until(lambda: not is_ready(deploy), NOTICED_WITHIN_S + NOISE_S)
         for _ in range(3):
             refused_at_once(url)
     finally:
@@ -67,7 +68,7 @@ def test_row_06_requests_under_way_while_the_broker_freezes_end_in_time_and_are_
         broker_server.thaw()
         wait_until(lambda: load.statuses[-10:] == [200] * 10, told=lambda: load)
     assert set(load.statuses) <= {200, 503, 504} and not load.failures, load
-    assert load.slowest_s < 8 + 1 + 1, load
+    assert load.slowest_s < 8 + NOISE_S, load
 
 
 def test_row_08_a_frozen_redis_is_noticed_in_seconds_and_requests_are_refused_until_it_goes_on(
@@ -86,14 +87,13 @@ def test_row_08_a_slow_redis_makes_requests_slow_and_fails_none(deploy: Deploy, 
 
 
 @pytest.fixture
-def wired_proxy(joining: CommandLine, store_wire: Wire) -> str:
+def wired_proxy(joining: CommandLine, store_wire: Wire) -> Iterator[str]:
     """The URL of a proxy whose Redis is at the end of a wire."""
-    from tests.servers import free_port
-
     port = free_port()
     proxy = joining.with_variables(MQSERVE_STORE_URL=store_wire.url).start("proxy", "--port", str(port))
     wait_until(lambda: answers(f"http://127.0.0.1:{port}/-/readyz"), told=lambda: proxy.output)
-    return f"http://127.0.0.1:{port}"
+    yield f"http://127.0.0.1:{port}"
+    joining.close()  # before the wire is: who can say goodbye ends sooner
 
 
 @pytest.mark.parametrize("short_of", ["memory", "disk"])

@@ -13,6 +13,7 @@ import pytest
 
 import mqserve as serve
 from mqserve.broker.overload import MAX_HELD_BYTES
+from tests.broker.traffic import until
 from tests.gates import Gate
 from tests.instances import Deploy, new_namespace, started, wait_until
 from tests.servers import PrivateRabbitMQ, PrivateRedis
@@ -28,9 +29,15 @@ def client(session_broker: PrivateRabbitMQ, session_store: PrivateRedis) -> Iter
 
 def proxy_of(client: serve.Client) -> psutil.Process:
     children = psutil.Process(os.getpid()).children(recursive=True)
-    return next(
-        child for child in children if "--proxy-id" in child.cmdline() and str(client.http_url().rpartition(":")[2]) in child.cmdline()
-    )
+    (proxy,) = [child for child in children if {"--proxy-id", client.http_url().rpartition(":")[2]} <= set(command_of(child))]
+    return proxy
+
+
+def command_of(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:  # it has just ended
+        return []
 
 
 async def burst(url: str, requests: int, body: bytes) -> list[int]:
@@ -59,8 +66,7 @@ def test_row_23_a_full_queue_is_said_at_once_and_nothing_accepted_is_lost(client
     async def overflow() -> list[httpx.Response]:
         async with httpx.AsyncClient(timeout=60, limits=httpx.Limits(max_connections=100)) as http:
             sending = [asyncio.create_task(http.post(url, content=b"x")) for _ in range(100)]
-            while sum(task.done() for task in sending) < 89:
-                await asyncio.sleep(0.05)
+            await until(lambda: sum(task.done() for task in sending) >= 89, 60)
             gate.open()
             return await asyncio.gather(*sending)
 
@@ -72,7 +78,7 @@ def test_row_23_a_full_queue_is_said_at_once_and_nothing_accepted_is_lost(client
 
 def test_the_time_to_come_back_follows_what_the_backend_takes(client: serve.Client, deploy: Deploy) -> None:
     def handler(request: Any) -> str:
-        time.sleep(4)
+        time.sleep(2)
         return "done"
 
     url = deploy.at(handler, max_queued_requests=1, max_concurrent_queries=1)
@@ -83,7 +89,7 @@ def test_the_time_to_come_back_follows_what_the_backend_takes(client: serve.Clie
             return await asyncio.gather(*[http.post(url, content=b"x") for _ in range(10)])
 
     refused = [answer for answer in asyncio.run(overflow()) if answer.status_code == 429]
-    assert refused and all(3 <= int(answer.headers["retry-after"]) <= 10 for answer in refused)
+    assert refused and all(2 <= int(answer.headers["retry-after"]) <= 10 for answer in refused)
 
 
 def test_a_burst_of_large_bodies_on_a_hanging_broker_is_bounded(

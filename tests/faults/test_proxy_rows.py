@@ -23,7 +23,7 @@ from tests.faults import skewed_clock
 from tests.faults.crowd import Crowd
 from tests.faults.wire import Wire
 from tests.gates import Gate
-from tests.instances import ROOT, CommandLine, Deploy, answers, distributed_only, wait_until
+from tests.instances import NOISE_S, ROOT, CommandLine, Deploy, answers, distributed_only, wait_until
 from tests.servers import PrivateRabbitMQ, PrivateRedis, free_port
 
 pytestmark = distributed_only
@@ -104,7 +104,7 @@ def test_row_14_a_proxy_cut_off_from_one_server_ends_each_request_in_time_and_ot
         with Crowd(cut_off) as load:
             load.wait_for(4)
         assert set(load.statuses) <= {503, 504} and not load.failures, load
-        assert load.slowest_s < timeout_s + 1 + 1, load
+        assert load.slowest_s < timeout_s + NOISE_S, load
         wire.mend()
         wait_until(lambda: httpx.get(cut_off, timeout=30).status_code == 200)
     assert set(others.statuses) == {200} and not others.failures, others
@@ -149,7 +149,7 @@ def test_row_15_processes_whose_clocks_jump_by_minutes_serve_and_keep_their_dead
     assert {response.json() for response in load.responses} > {replica.pid}
     began = time.monotonic()
     assert httpx.post(url, timeout=30).status_code == 504
-    assert 2.9 < time.monotonic() - began < 3 + 1 + 1
+    assert 2.9 < time.monotonic() - began < 3 + NOISE_S
     gate.open()
 
 
@@ -257,7 +257,7 @@ def test_row_27_a_server_that_takes_no_more_connections_stops_nobody_who_has_one
         load.wait_for(200)
         crowded(False)
         (kept,) = before
-        wait_until(lambda: httpx.get(url, timeout=30).json() != kept)
+        wait_until(lambda: httpx.get(url, timeout=30).raise_for_status().json() != kept)
     assert set(load.statuses) == {200} and not load.failures, load
 
 
@@ -265,7 +265,7 @@ def test_row_27_a_server_that_takes_no_more_connections_stops_nobody_who_has_one
 
 
 def test_row_21_what_waits_past_its_deadline_never_starts_and_each_caller_is_told_once_in_time(deploy: Deploy, tmp_path: Path) -> None:
-    gate, timeout_s = Gate(tmp_path), 3
+    gate, timeout_s = Gate(tmp_path), 5
 
     def work(request: Any) -> str:
         gate.pass_through()
@@ -280,7 +280,7 @@ def test_row_21_what_waits_past_its_deadline_never_starts_and_each_caller_is_tol
 
         answered = list(threads.map(ask, range(20)))
     assert {status for status, _ in answered} == {504}
-    assert all(timeout_s - 0.1 < took_s < timeout_s + 1 for _, took_s in answered), answered
+    assert all(timeout_s - 0.1 < took_s < timeout_s + NOISE_S for _, took_s in answered), answered
     gate.open()
     assert httpx.get(url, timeout=30).text == "late"
     assert gate.came == 2, "late work was done"

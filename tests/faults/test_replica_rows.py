@@ -152,10 +152,10 @@ def asked_until_both_run(threads: ThreadPoolExecutor, url: str, gate: Gate) -> l
 
     def both_run() -> bool:
         asked.append(threads.submit(httpx.post, url, timeout=90))
-        time.sleep(0.2)
+        time.sleep(0.5)
         return len(set(gate.names)) == 2
 
-    wait_until(both_run, deadline_s=7)
+    wait_until(both_run, deadline_s=19)  # as many as there are threads
     return asked
 
 

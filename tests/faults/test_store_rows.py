@@ -17,17 +17,16 @@ import httpx
 import pytest
 
 import mqserve as serve
+from mqserve.controller.loop import SETTLE_S
 from tests.conftest import running
 from tests.faults.crowd import Crowd
 from tests.faults.servers_say import messages_of
 from tests.faults.wire import Wire
 from tests.gates import Gate
-from tests.instances import Deploy, distributed_only, started, wait_until
+from tests.instances import NOISE_S, Deploy, distributed_only, started, wait_until
 from tests.servers import PrivateRabbitMQ, PrivateRedis
 
 pytestmark = [distributed_only, pytest.mark.breaks_servers]
-
-BACK_WITHIN_S = 10.0
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +93,12 @@ def test_row_07_a_restart_of_redis_fails_nothing_that_runs_and_the_configuration
     assert gate.came == 4, "one ran twice"
     wait_until(lambda: own_store.say("GET", f"mqserve:{shared_namespace}:desired"))
     assert epoch(own_store, shared_namespace) == epoch_before + (not with_data)
-    assert httpx.get(url, timeout=30).json() == pid, "a replica was replaced, though nothing was wrong with it"
+    has_settled = time.monotonic() + 2 * SETTLE_S
+    while time.monotonic() < has_settled:  # nobody is missed before; then they are looked at
+        assert httpx.get(url, timeout=30).json() == pid, "a replica was replaced, though nothing was wrong with it"
+        time.sleep(0.1)
     os.kill(pid, signal.SIGKILL)  # the next one needs the code
-    assert httpx.get(url, timeout=30).json() != pid
+    assert httpx.get(url, timeout=60).raise_for_status().json() != pid
 
 
 def test_row_07_traffic_goes_on_over_a_restart_of_redis(deploy: Deploy, own_store: PrivateRedis) -> None:
@@ -133,6 +135,7 @@ def test_row_10_after_a_failover_of_redis_every_request_has_ended_in_time_and_th
     client: serve.Client, deploy: Deploy, own_store: PrivateRedis, second_store: PrivateRedis, wire: Wire
 ) -> None:
     """The last of the module: its instance stays on the new primary."""
+    own_store.say("CONFIG", "SET", "repl-diskless-sync-delay", 0)  # by default it waits 5 s for more copies to come
     second_store.say("REPLICAOF", "127.0.0.1", own_store.port)
     wait_until(lambda: second_store.say("INFO", "replication")["master_link_status"] == "up")
     url, name = deploy.named(lambda request: os.getpid(), request_timeout_s=8)
@@ -147,6 +150,6 @@ def test_row_10_after_a_failover_of_redis_every_request_has_ended_in_time_and_th
         own_store.say("REPLICAOF", "127.0.0.1", second_store.port)
         client.update_backend_config(name, {"num_replicas": 2})
         load.wait_for(40)
-    assert load.slowest_s < 8 + 1 + 1, load
+    assert load.slowest_s < 8 + NOISE_S, load
     assert set(load.statuses) <= {200, 503, 504} and not load.failures, load
     assert set(load.statuses[-20:]) == {200}, load

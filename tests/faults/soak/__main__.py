@@ -29,6 +29,7 @@ from tests.instances import new_namespace
 from tests.run_tests import ensure_servers
 
 DEPLOY_S = 90.0
+SETTLE_S = 60.0
 COLLECT_S = 60.0  # what direct publishes get to be answered after the load
 SHUTDOWN_S = 60.0
 TELL_EVERY_S = 5.0
@@ -81,7 +82,10 @@ def _lines(path: Path) -> list[str]:
 async def _settled(cluster: Cluster) -> dict[str, set[int]]:
     """The connections of each role, once all processes have theirs."""
     before: dict[str, set[int]] = {}
+    until = time.monotonic() + SETTLE_S
     while (now := leaks.broker_baseline(cluster)) != before or any(0 in counts for role, counts in now.items() if role != "node"):
+        if time.monotonic() > until:
+            raise TimeoutError(f"after {SETTLE_S:g} s these are the connections of each role: {now}")
         before = now
         await asyncio.sleep(1)
     return now

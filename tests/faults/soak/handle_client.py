@@ -20,7 +20,7 @@ from tests.faults.soak.ledger import End
 from tests.tallies import Tally
 
 FIRST_NUMBER = 1_000_000  # the numbers below are the soak's
-GRACE_S = 2.0
+GRACE_S = 10.0
 WAITERS = 400
 UNAVAILABLE = (BrokerUnavailable, StoreUnavailable, NoReplica, NotRouted)
 
