@@ -188,7 +188,7 @@ class Caller:
     async def _send_by_reference(self, envelope: Envelope, timeout_ms: int, publish: Callable[[Envelope], None]) -> None:
         key = self._keys.body(envelope.id)
         try:
-            await self._store.set_large(key, envelope.body, ttl_ms=timeout_ms + 60_000)
+            await self._store.set(key, envelope.body, ttl_ms=timeout_ms + 60_000)
             header = msgspec.structs.replace(envelope.header, ref=key)
             publish(replace(envelope, body=b"", header=header))
         except MQServeError as error:

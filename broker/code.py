@@ -94,7 +94,7 @@ async def save(store: Store, keys: StoreKeys, code: Code) -> str:
 
 
 async def load(store: Store, keys: StoreKeys, sha256: str, signer: Signer) -> tuple[Any, list[Any]]:
-    raw = await store.get(keys.code(sha256))
+    raw = await store.get_large(keys.code(sha256))
     if raw is None:
         raise BadValue(f"the code {sha256[:12]} is not in the store: deploy it again")
     return unpack(raw, sha256, signer)

@@ -57,9 +57,6 @@ class EmbeddedStore:
     async def get_large(self, key: str) -> bytes | None:
         return self._read(key)
 
-    async def set_large(self, key: str, value: bytes, *, ttl_ms: int) -> None:
-        self._write(key, value, ttl_ms)
-
     async def get_many(self, keys: Sequence[str]) -> list[bytes | None]:
         return [self._read(key) for key in keys]
 

@@ -36,7 +36,8 @@ RECONNECT_S = 2.9  # a little less than CALL_BUDGET_S: of a server that hangs, t
 INBOX_BATCH = 256
 FLUSH_BATCH = 128
 FLUSH_BYTES = 4 * 1024 * 1024  # or one large result: a call that takes longer than its budget is sent again and again
-LARGE_BUDGET_S = 30.0  # of a body that travels by reference; whoever waits for it has a deadline of his own
+LARGE_BYTES = 1024 * 1024
+LARGE_BUDGET_S = 30.0  # for what has more: bodies that travel by reference, and code. Whoever waits for it has a deadline of his own
 LOG_BATCH = 1000
 _CLOCK_EVERY_S = 30.0
 _CLOCK_TRIES = 3  # at the beginning, for a sample that is as good as _CLOCK_GOOD_S
@@ -213,17 +214,15 @@ class RedisStore:
         found: Any = await self._call(lambda: self._large.get(key), LARGE_BUDGET_S)
         return found  # type: ignore[no-any-return]
 
-    async def set_large(self, key: str, value: bytes, *, ttl_ms: int) -> None:
-        await self._call(lambda: self._large.set(key, value, px=ttl_ms), LARGE_BUDGET_S)
-
     async def get_many(self, keys: Sequence[str]) -> list[bytes | None]:
         found: Any = await self._call(lambda: self._commands.mget(keys)) if keys else []
         return found  # type: ignore[no-any-return]
 
     async def set(self, key: str, value: bytes, *, ttl_ms: int | None = None, only_new: bool = False) -> bool:
-        written = bool(await self._call(lambda: self._commands.set(key, value, px=ttl_ms, nx=only_new)))
+        client, budget_s = (self._large, LARGE_BUDGET_S) if len(value) > LARGE_BYTES else (self._commands, CALL_BUDGET_S)
+        written = bool(await self._call(lambda: client.set(key, value, px=ttl_ms, nx=only_new), budget_s))
         if only_new and not written:  # the client may have sent it twice, since the first answer was lost
-            return await self.get(key) == value
+            return await self.get_large(key) == value
         return written
 
     async def replace(self, key: str, old: bytes | None, new: bytes | None, *, guard: Guard | None = None, quiet: bool = False) -> bool:

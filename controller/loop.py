@@ -214,7 +214,7 @@ class Controller:
         logger.warning("the store lost data: writing back what is not there any more")
         self._kept = frozenset()  # the copy may be one from before we kept it
         for sha256, code in self._codes.items():
-            await self._store.replace(self._keys.code(sha256), None, code, guard=claim, quiet=True)
+            await self._store.set(self._keys.code(sha256), code, only_new=True)  # unfenced: under a hash there is only one value
         owner = lease.InstanceLease(known.instance, "restored by its controller", True, self._store.now_ms())
         await self._store.replace(self._keys.instance, None, msgspec.json.encode(owner), guard=claim, quiet=True)
         # What is assigned comes back too, and the members get time to beat again: a loss of data must stop nothing that runs.
@@ -229,7 +229,7 @@ class Controller:
     async def _read_codes(self, desired: Desired) -> None:
         self._codes = {sha256: code for sha256, code in self._codes.items() if sha256 in desired.codes}
         for sha256 in desired.codes - set(self._codes):
-            if code := await self._store.get(self._keys.code(sha256)):
+            if code := await self._store.get_large(self._keys.code(sha256)):
                 self._codes[sha256] = code
 
     async def _keep_codes(self, desired: Desired) -> None:

@@ -175,7 +175,7 @@ async def _keep_body(links: Links, key: str, timeout_ms: int) -> None:
     body = await links.store.get_large(key)
     if body is None:
         raise _Keep("its body, of more than 1 MiB, was kept in the store until its deadline and is gone, so nothing can run it: drop it")
-    await links.store.set_large(key, body, ttl_ms=timeout_ms + _BODY_KEPT_MS)
+    await links.store.set(key, body, ttl_ms=timeout_ms + _BODY_KEPT_MS)
 
 
 def _facts(letter: DeadLetter) -> dict[str, Any]:

@@ -32,7 +32,7 @@ async def read_backend(store: Store, keys: StoreKeys, settings: Settings, name: 
 
 async def construct(store: Store, keys: StoreKeys, settings: Settings, worker: Worker, backend: Backend) -> Handler:
     """In the worker's thread, under the backend's start timeout. Raises BackendFailed with the user's traceback."""
-    raw = await store.get(keys.code(backend.code))
+    raw = await store.get_large(keys.code(backend.code))
 
     def make() -> Handler:
         if raw is None:

@@ -281,7 +281,7 @@ async def test_a_new_value_that_is_sent_twice_is_still_the_senders(store: Store,
 
 
 async def test_a_key_can_be_dropped_with_the_next_write(store: Store, keys: StoreKeys) -> None:
-    await store.set_large(keys.body("f"), b"body", ttl_ms=60_000)
+    await store.set(keys.body("f"), b"body", ttl_ms=60_000)
     assert await store.get_large(keys.body("f")) == b"body"
     store.drop_soon(keys.body("f"))
 

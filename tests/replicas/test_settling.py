@@ -65,9 +65,6 @@ class StoreThatIsAway(EmbeddedStore):
     async def set(self, key: str, value: bytes, **how: Any) -> bool:
         return await self._maybe("set", super().set(key, value, **how))  # type: ignore[no-any-return]
 
-    async def set_large(self, key: str, value: bytes, *, ttl_ms: int) -> None:
-        await self._maybe("set_large", super().set_large(key, value, ttl_ms=ttl_ms))
-
 
 # Replies.
 
@@ -96,7 +93,7 @@ async def test_a_reply_that_cannot_be_sent_for_a_while_is_sent_later_and_the_req
 
 
 async def test_a_large_result_is_kept_until_the_store_takes_it_and_the_request_not_run_again(keys: StoreKeys) -> None:
-    store = StoreThatIsAway("set_large", 3)
+    store = StoreThatIsAway("set", 3)
     async with Serving(store=store) as serving:
         await serving.send(minted())
         serving.end(await serving.taken(), Result(body=LARGE))
