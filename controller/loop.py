@@ -15,19 +15,19 @@ import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from functools import partial
 from typing import TypeVar
 
 import msgspec
 
 from ..broker.cancellations import word_of_proxy
-from ..broker.errors import BadEnvelope, BrokerUnavailable, MQServeError, QueueMismatch, StoreUnavailable
+from ..broker.errors import BadEnvelope, BrokerUnavailable, MQServeError
 from ..broker.queue import Queue
 from ..broker.store import Store
 from ..broker.store_keys import CODE_TTL_S, StoreKeys
 from . import lease, plan
+from .queues import Queues
 from .restarts import ENDED_WELL, Restarts
-from .state import Assignment, Backend, Beat, Desired, Observed, read_beats
+from .state import Assignment, Beat, Desired, Observed, read_beats
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -39,8 +39,6 @@ SETTLE_S = 3.0  # after the store lost its data or was away: the members get thi
 AWAY_AFTER_S = 4.0  # a look at the store that comes this late says nothing of the members, whose beats could not land either
 NODE_GRACE_S = 20.0  # a node that starts beside its controller, or was late for once, is no reason to give a backend up
 ASK_STORE_EVERY_S = 60.0  # whether it is set up to keep what it is given
-DECLARE_AGAIN_S = 15.0  # a broker may come back empty
-REPORTED_REFUSALS = 3  # in a row: queues that an earlier instance left behind cost one or two, and are no problem to report
 
 
 class Controller:
@@ -70,10 +68,7 @@ class Controller:
         self._restarts: dict[tuple[str, int], Restarts] = defaultdict(Restarts)  # by backend and version
         self._were_ready: set[str] = set()
         self._counted: set[str] = set()  # deaths of replicas that the observed document still names
-        self._declared: dict[tuple[str, int, int | None], float] = {}  # when, in monotonic seconds
-        self._unbound: set[tuple[str, int]] = set()
-        self._refusals: dict[str, Restarts] = defaultdict(Restarts)  # of declarations, by backend
-        self._mismatched: dict[str, list[int]] = defaultdict(list)  # generations by backend, until there is a better one
+        self._queues = Queues(self._queue, self._while_leading, self._next_generation)
         self._had_node_at = time.monotonic()
         self._renewed_at = -math.inf  # the instance's lease, monotonic
         self._kept: frozenset[str] = frozenset()  # hashes of code that does not expire
@@ -183,7 +178,7 @@ class Controller:
         await self._ask_store()
         new = self._place(desired, observed, beats)
         try:
-            new = await self._keep_queues(desired, new, beats)
+            new = await self._queues.keep(desired, new, beats, self._store.now_ms())
         except BrokerUnavailable as error:
             logger.warning("the queues wait: %s", error)  # replicas and proxies do not
         await self._write(observed, new)
@@ -322,73 +317,6 @@ class Controller:
 
     # Queues.
 
-    async def _keep_queues(self, desired: Desired, observed: Observed, beats: dict[str, Beat]) -> Observed:
-        """Declares current generations, moves old ones from `queues` to `retiring` once they are empty, and deletes those."""
-        queues = {name: list(generations) for name, generations in observed.queues.items()}
-        retiring = {name: list(generations) for name, generations in observed.retiring.items()}
-        for name, backend in () if desired.closing else desired.backends.items():
-            if backend.generation in retiring.get(name, []):  # of a backend that was deleted, and is there again
-                retiring[name].remove(backend.generation)
-            if await self._try_to_declare(name, backend):
-                older = [*queues.get(name, ()), *self._mismatched.pop(name, ())]
-                queues[name] = [*(kept for kept in dict.fromkeys(older) if kept != backend.generation), backend.generation]
-        for name in list(queues):
-            current = desired.backends[name].generation if name in desired.backends and not desired.closing else 0
-            for generation in [kept for kept in queues[name] if kept != current]:
-                if await self._is_drained(name, generation, beats) or name in desired.forced:
-                    queues[name].remove(generation)
-                    retiring.setdefault(name, []).append(generation)
-        for name in list(retiring):
-            for generation in list(retiring[name]):
-                if name not in desired.forced and _is_held(name, generation, beats, self._store.now_ms()):
-                    continue
-                keep_content = name in desired.backends and not desired.closing
-                delete = partial(self._queue.delete, name, generation, only_if_empty=keep_content)
-                if await self._while_leading(delete):
-                    self._forget_declared(name, generation)
-                else:  # a replica died and its messages came back
-                    queues.setdefault(name, []).insert(0, generation)
-                retiring[name].remove(generation)
-        self._refusals = defaultdict(Restarts, {name: kept for name, kept in self._refusals.items() if name in desired.backends})
-        refused = {name: kept.reason for name, kept in self._refusals.items() if kept.early_deaths >= REPORTED_REFUSALS}
-        return msgspec.structs.replace(
-            observed,
-            problems=observed.problems | refused,
-            queues={name: tuple(generations) for name, generations in queues.items() if generations},
-            retiring={name: tuple(generations) for name, generations in retiring.items() if generations},
-        )
-
-    async def _try_to_declare(self, name: str, backend: Backend) -> bool:
-        """Whether the current generation is there. A refused one is tried again after growing pauses, and keeps no other one waiting."""
-        refusals = self._refusals[name]
-        if time.monotonic() < refusals.not_before:
-            return False
-        try:
-            await self._declare(name, backend.generation, backend.config.max_queued_requests)
-        except (BrokerUnavailable, StoreUnavailable, lease.NotLeading):
-            raise
-        except MQServeError as error:
-            refusals.died_early(time.monotonic(), str(error))
-            logger.warning("the queue of %s was refused, and is tried again: %s", name, error)
-            if isinstance(error, QueueMismatch):
-                # One of an earlier instance, with other arguments: a new generation, and the old one is drained like any other.
-                self._mismatched[name].append(backend.generation)
-                await self._next_generation(name, backend.generation)
-            return False
-        refusals.got_ready()
-        return True
-
-    async def _declare(self, name: str, generation: int, max_length: int | None) -> None:
-        if time.monotonic() - self._declared.get((name, generation, max_length), -math.inf) < DECLARE_AGAIN_S:
-            return
-        await self._while_leading(lambda: self._queue.declare(name, generation, max_length))
-        self._declared[name, generation, max_length] = time.monotonic()
-        self._unbound.discard((name, generation))
-
-    def _forget_declared(self, name: str, generation: int) -> None:
-        """A backend that is created again wants its queue bound again."""
-        self._declared = {known: at for known, at in self._declared.items() if known[:2] != (name, generation)}
-
     async def _next_generation(self, name: str, generation: int) -> None:
         raw = await self._store.get(self._keys.desired)
         desired = Desired.from_bytes(raw)
@@ -396,18 +324,6 @@ class Controller:
             newer = msgspec.structs.replace(backend, generation=generation + 1)
             updated = msgspec.structs.replace(desired, version=desired.version + 1, backends={**desired.backends, name: newer})
             await self._store.replace(self._keys.desired, raw, updated.to_bytes(), guard=self._leader.claim)
-
-    async def _is_drained(self, name: str, generation: int, beats: dict[str, Beat]) -> bool:
-        """Nothing new arrives and nothing waits there; without a ready replica nobody would ever empty it."""
-        if (name, generation) not in self._unbound:
-            self._forget_declared(name, generation)
-            await self._while_leading(lambda: self._queue.unbind(name, generation))
-            self._unbound.add((name, generation))
-        if not await self._while_leading(lambda: self._queue.depth(name, generation)):
-            return True
-        return not any(
-            beat.state == "ready" and beat.backend == name for beat in plan.living(beats, "replica", self._store.now_ms()).values()
-        )
 
     async def _while_leading(self, act: Callable[[], Awaitable[T]]) -> T:
         """The broker cannot fence us: so only while we lead by our own clock, and no longer. What we do there may be done twice."""
@@ -461,13 +377,6 @@ class Controller:
 
 def _order(document: Desired | Observed) -> tuple[int, int]:
     return document.epoch, document.version
-
-
-def _is_held(name: str, generation: int, beats: dict[str, Beat], now_ms: int) -> bool:
-    """By a replica that lives: the last beat of a killed one still looks fresh for a while, but its node knows better."""
-    ended = {replica_id for node in plan.living(beats, "node", now_ms).values() for replica_id in node.ended}
-    living = plan.living(beats, "replica", now_ms).values()
-    return any(beat.backend == name and generation in beat.generations and beat.id not in ended for beat in living)
 
 
 def _new_replica_id(backend: str) -> str:

@@ -1,0 +1,132 @@
+"""The queues of the backends: the current generation is declared, older ones are drained and deleted once nobody holds them."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from typing import Protocol, TypeVar
+
+import msgspec
+
+from ..broker.errors import BrokerUnavailable, MQServeError, QueueMismatch, StoreUnavailable
+from ..broker.queue import Queue
+from . import lease, plan
+from .restarts import Restarts
+from .state import Backend, Beat, Desired, Observed
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+DECLARE_AGAIN_S = 15.0  # a broker may come back empty
+REPORTED_REFUSALS = 3  # in a row: queues that an earlier instance left behind cost one or two, and are no problem to report
+
+
+class WhileLeading(Protocol):
+    """Runs what the broker cannot fence, for as long as its leader leads. Raises NotLeading."""
+
+    async def __call__(self, act: Callable[[], Awaitable[T]]) -> T: ...
+
+
+class Queues:
+    """What one leader remembers of them from one comparison to the next. `next_generation(name, generation)` makes one in the desired
+    document, where a queue of the current one cannot be had."""
+
+    def __init__(self, queue: Queue, while_leading: WhileLeading, next_generation: Callable[[str, int], Awaitable[None]]) -> None:
+        self._queue = queue
+        self._while_leading = while_leading
+        self._next_generation = next_generation
+        self._declared: dict[tuple[str, int, int | None], float] = {}  # when, in monotonic seconds
+        self._unbound: set[tuple[str, int]] = set()
+        self._refusals: dict[str, Restarts] = defaultdict(Restarts)  # of declarations, by backend
+        self._mismatched: dict[str, list[int]] = defaultdict(list)  # generations by backend, until there is a better one
+
+    def __repr__(self) -> str:
+        return f"<Queues, {len(self._declared)} declared>"
+
+    async def keep(self, desired: Desired, observed: Observed, beats: Mapping[str, Beat], now_ms: int) -> Observed:
+        """Declares current generations, moves old ones from `queues` to `retiring` once they are empty, and deletes those."""
+        queues = {name: list(generations) for name, generations in observed.queues.items()}
+        retiring = {name: list(generations) for name, generations in observed.retiring.items()}
+        for name, backend in () if desired.closing else desired.backends.items():
+            if backend.generation in retiring.get(name, []):  # of a backend that was deleted, and is there again
+                retiring[name].remove(backend.generation)
+            if await self._try_to_declare(name, backend):
+                older = [*queues.get(name, ()), *self._mismatched.pop(name, ())]
+                queues[name] = [*(kept for kept in dict.fromkeys(older) if kept != backend.generation), backend.generation]
+        for name in list(queues):
+            current = desired.backends[name].generation if name in desired.backends and not desired.closing else 0
+            for generation in [kept for kept in queues[name] if kept != current]:
+                if await self._is_drained(name, generation, beats, now_ms) or name in desired.forced:
+                    queues[name].remove(generation)
+                    retiring.setdefault(name, []).append(generation)
+        for name in list(retiring):
+            for generation in list(retiring[name]):
+                if name not in desired.forced and _is_held(name, generation, beats, now_ms):
+                    continue
+                keep_content = name in desired.backends and not desired.closing
+                delete = partial(self._queue.delete, name, generation, only_if_empty=keep_content)
+                if await self._while_leading(delete):
+                    self._forget_declared(name, generation)
+                else:  # a replica died and its messages came back
+                    queues.setdefault(name, []).insert(0, generation)
+                retiring[name].remove(generation)
+        self._refusals = defaultdict(Restarts, {name: kept for name, kept in self._refusals.items() if name in desired.backends})
+        refused = {name: kept.reason for name, kept in self._refusals.items() if kept.early_deaths >= REPORTED_REFUSALS}
+        return msgspec.structs.replace(
+            observed,
+            problems=observed.problems | refused,
+            queues={name: tuple(generations) for name, generations in queues.items() if generations},
+            retiring={name: tuple(generations) for name, generations in retiring.items() if generations},
+        )
+
+    async def _try_to_declare(self, name: str, backend: Backend) -> bool:
+        """Whether the current generation is there. A refused one is tried again after growing pauses, and keeps no other one waiting."""
+        refusals = self._refusals[name]
+        if time.monotonic() < refusals.not_before:
+            return False
+        try:
+            await self._declare(name, backend.generation, backend.config.max_queued_requests)
+        except (BrokerUnavailable, StoreUnavailable, lease.NotLeading):
+            raise
+        except MQServeError as error:
+            refusals.died_early(time.monotonic(), str(error))
+            logger.warning("the queue of %s was refused, and is tried again: %s", name, error)
+            if isinstance(error, QueueMismatch):
+                # One of an earlier instance, with other arguments: a new generation, and the old one is drained like any other.
+                self._mismatched[name].append(backend.generation)
+                await self._next_generation(name, backend.generation)
+            return False
+        refusals.got_ready()
+        return True
+
+    async def _declare(self, name: str, generation: int, max_length: int | None) -> None:
+        if time.monotonic() - self._declared.get((name, generation, max_length), -math.inf) < DECLARE_AGAIN_S:
+            return
+        await self._while_leading(lambda: self._queue.declare(name, generation, max_length))
+        self._declared[name, generation, max_length] = time.monotonic()
+        self._unbound.discard((name, generation))
+
+    def _forget_declared(self, name: str, generation: int) -> None:
+        """A backend that is created again wants its queue bound again."""
+        self._declared = {known: at for known, at in self._declared.items() if known[:2] != (name, generation)}
+
+    async def _is_drained(self, name: str, generation: int, beats: Mapping[str, Beat], now_ms: int) -> bool:
+        """Nothing new arrives and nothing waits there; without a ready replica nobody would ever empty it."""
+        if (name, generation) not in self._unbound:
+            self._forget_declared(name, generation)
+            await self._while_leading(lambda: self._queue.unbind(name, generation))
+            self._unbound.add((name, generation))
+        if not await self._while_leading(lambda: self._queue.depth(name, generation)):
+            return True
+        return not any(beat.state == "ready" and beat.backend == name for beat in plan.living(beats, "replica", now_ms).values())
+
+
+def _is_held(name: str, generation: int, beats: Mapping[str, Beat], now_ms: int) -> bool:
+    """By a replica that lives: the last beat of a killed one still looks fresh for a while, but its node knows better."""
+    ended = {replica_id for node in plan.living(beats, "node", now_ms).values() for replica_id in node.ended}
+    living = plan.living(beats, "replica", now_ms).values()
+    return any(beat.backend == name and generation in beat.generations and beat.id not in ended for beat in living)
