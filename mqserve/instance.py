@@ -8,9 +8,10 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 
@@ -134,15 +135,13 @@ class _Members:
             self._watching = [asyncio.create_task(self._keep(place)) for place in range(len(self._processes))]
 
     async def _keep(self, place: int) -> None:
-        restarts, command = Restarts(), self._commands()[place]
-        while True:
-            how = await self._processes[place].wait()
-            if not how and await instance_has_ended(self._links, self._instance):
-                return
-            logger.warning("the %s ended (%s): starting another", command[0], how or "by itself")
-            restarts.died_early(time.monotonic(), how)
-            await asyncio.sleep(max(0.0, restarts.not_before - time.monotonic()))
+        command = self._commands()[place]
+
+        def start() -> Child:
             self._processes[place] = Process(command, self._links.settings)
+            return self._processes[place]
+
+        await keep_running(command[0], self._processes[place], start, partial(instance_has_ended, self._links, self._instance))
 
     def check(self) -> None:
         """Raises InstanceError when a member ended."""
@@ -165,6 +164,29 @@ class _Members:
             await asyncio.wait(waits, timeout=SHUTDOWN_BUDGET_S)
         for process in self._processes:
             process.kill()
+
+
+async def keep_running(role: str, child: Child, start: Callable[[], Child], is_over: Callable[[], Awaitable[bool]]) -> None:
+    """Until it ends well and all is over. One that lived for a while is started again at once, others after growing pauses."""
+    restarts = Restarts()
+    while True:
+        started = time.monotonic()
+        how = await child.wait()
+        if not how and await is_over():
+            return
+        logger.warning("the %s ended (%s): starting another", role, how or "by itself")
+        restarts.died(time.monotonic(), how, lived_s=time.monotonic() - started)
+        child = await _start_again(role, start, restarts)
+
+
+async def _start_again(role: str, start: Callable[[], Child], restarts: Restarts) -> Child:
+    while True:
+        await asyncio.sleep(max(0.0, restarts.not_before - time.monotonic()))
+        try:
+            return start()
+        except OSError as error:  # no file descriptors, no processes: there may be some later
+            logger.error("cannot start the %s again: %s", role, error)
+            restarts.died_early(time.monotonic(), str(error))
 
 
 async def _ended(child: Child) -> None:
