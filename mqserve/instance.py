@@ -24,7 +24,7 @@ from .controller import lease
 from .controller.loop import Controller
 from .controller.machine import measure_node
 from .controller.node import Child, Node, NodeOptions
-from .controller.processes import Process
+from .controller.processes import Process, detached_log
 from .controller.restarts import Restarts
 from .controller.state import Desired, HttpOptions, Observed, read_beats
 from .links import EmbeddedLauncher, Links, instance_has_ended
@@ -60,11 +60,16 @@ def parse_http_options(options: object) -> tuple[HttpOptions, tuple[object, ...]
     location = options.get("location", "HeadOnly")
     if host is None or location is None:
         host, location = host or "127.0.0.1", "NoServer"
+    if not isinstance(host, str) or "\0" in host:
+        raise BadType(f"http_options host must be a name or an address such as '127.0.0.1', not {host!r}")
     if location not in LOCATIONS:
         raise BadValue(f"http_options location {location!r} must be one of {', '.join(LOCATIONS)} or None")
     if not isinstance(port, int) or not 0 <= port <= 65535:
         raise BadValue(f"http_options port {port!r} must be a whole number from 0 (any free one) to 65535")
-    return HttpOptions(host, port, location, debug=bool(options.get("debug", False))), tuple(options.get("middlewares") or ())
+    middlewares = options.get("middlewares") or ()
+    if not isinstance(middlewares, list | tuple):
+        raise BadType(f"http_options middlewares must be a list, the first one outermost, not {middlewares!r}")
+    return HttpOptions(host, port, location, debug=bool(options.get("debug", False))), tuple(middlewares)
 
 
 @asynccontextmanager
@@ -143,11 +148,16 @@ class _Members:
 
         await keep_running(command[0], self._processes[place], start, partial(instance_has_ended, self._links, self._instance))
 
+    @property
+    def log(self) -> str:
+        """Where it stands what they said."""
+        return str(detached_log(self._links.settings.namespace)) if self._options.detached else "the log above"
+
     def check(self) -> None:
         """Raises InstanceError when a member ended."""
         for process in self._processes:
             if process.returncode is not None:
-                raise InstanceError(f"{process!r} ended at once: see its log above")
+                raise InstanceError(f"{process!r} ended at once: see {self.log}")
         for task in self._tasks:
             if task.done():
                 raise InstanceError("the controller or the node ended at once") from task.exception()
@@ -248,4 +258,4 @@ async def _until_up(links: Links, http: HttpOptions, head_node: str, members: _M
     try:
         await until(links.store, is_up, START_BUDGET_S)
     except TimeoutError:
-        raise InstanceError(f"the instance was not up within {START_BUDGET_S:g} s: see the log above, and `mqserve status`") from None
+        raise InstanceError(f"the instance was not up within {START_BUDGET_S:g} s: see {members.log}, and `mqserve status`") from None
