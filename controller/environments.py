@@ -11,13 +11,16 @@ import fcntl
 import hashlib
 import logging
 import os
+import re
 import shutil
-import subprocess
+import signal
 import sys
 import sysconfig
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from asyncio.subprocess import PIPE, STDOUT
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 from ..broker.errors import BackendFailed
 from .resources import ActorOptions
@@ -26,15 +29,16 @@ logger = logging.getLogger(__name__)
 
 BUILD_BUDGET_S = 15 * 60.0
 CHECK_BUDGET_S = 60.0
+_ASK_AGAIN_S = 0.2
 
 
 async def find_python(options: ActorOptions) -> str:
     """The interpreter for the replica. Raises BackendFailed, with the installer's own words, when it cannot be had."""
     if options.python:
-        await asyncio.to_thread(_check, options.python)
+        await _check(options.python)
         return options.python
     if options.pip:
-        return await asyncio.to_thread(_build, options.pip)
+        return await _build(options.pip)
     return sys.executable
 
 
@@ -48,40 +52,53 @@ def overlay_folder(requirements: Sequence[str]) -> Path:
     return Path(root) / hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def _check(python: str) -> None:
+async def _check(python: str) -> None:
     if not os.access(python, os.X_OK):
         raise BackendFailed(f"actor_options python {python!r} is no interpreter on this node: install it there, or mend the path")
-    told = _call([python, "-c", "import mqserve"], CHECK_BUDGET_S, f"the interpreter {python!r} does not run")
-    if told.returncode:
-        last = (told.stderr.strip().splitlines() or ["no reason was given"])[-1]
+    code, said = await _call([python, "-c", "import mqserve"], CHECK_BUDGET_S, f"the interpreter {python!r} does not run")
+    if code:
+        last = (said.splitlines() or ["no reason was given"])[-1]
         raise BackendFailed(f"the interpreter {python!r} cannot import mqserve ({last}): install mqserve in that environment too")
 
 
-def _build(requirements: Sequence[str]) -> str:
+async def _build(requirements: Sequence[str]) -> str:
     folder = overlay_folder(requirements)
     python, done = folder / "bin" / "python", folder / ".complete"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.with_suffix(".lock")):
+    async with _locked(folder.with_suffix(".lock")):
         if not done.exists():
-            logger.warning("building a Python environment with %s", ", ".join(requirements))
-            shutil.rmtree(folder, ignore_errors=True)
+            logger.warning("building a Python environment with %s", ", ".join(map(_name_of, requirements)))
+            await _remove(folder)
             try:
-                _install(folder, python, requirements)
-            except BackendFailed:
-                shutil.rmtree(folder, ignore_errors=True)
+                await _install(folder, python, requirements)
+            except BaseException:
+                await _remove(folder)
                 raise
             done.touch()
     return str(python)
 
 
-def _install(folder: Path, python: Path, requirements: Sequence[str]) -> None:
+async def _remove(folder: Path) -> None:
+    await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+
+
+def _name_of(requirement: str) -> str:
+    """As it may be shown: the URL of one may hold a password."""
+    named = re.match(r"[A-Za-z0-9][A-Za-z0-9._-]*(?![A-Za-z0-9._+-]*:/)", requirement.strip())
+    return named[0] if named else "a package by its place"
+
+
+async def _install(folder: Path, python: Path, requirements: Sequence[str]) -> None:
     uv = shutil.which("uv")
-    if uv:
-        _run([uv, "venv", "--quiet", "--python", sys.executable, str(folder)])
-        _run([uv, "pip", "install", "--quiet", "--python", str(python), *requirements])
-    else:
-        _run([sys.executable, "-m", "venv", str(folder)])
-        _run([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements])
+    with NamedTemporaryFile("w", prefix="mqserve-", suffix=".txt") as file:  # not as arguments, which every process list shows
+        file.write("\n".join(requirements) + "\n")
+        file.flush()
+        if uv:
+            await _run([uv, "venv", "--quiet", "--python", sys.executable, str(folder)])
+            await _run([uv, "pip", "install", "--quiet", "--python", str(python), "-r", file.name])
+        else:
+            await _run([sys.executable, "-m", "venv", str(folder)])
+            await _run([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", file.name])
     # addsitedir rather than a bare path: what is installed there as editable has .pth files of its own.
     places = [sysconfig.get_paths()[name] for name in ("purelib", "platlib")]
     lines = [f"import site; site.addsitedir({place!r})" for place in dict.fromkeys(places)]
@@ -89,23 +106,39 @@ def _install(folder: Path, python: Path, requirements: Sequence[str]) -> None:
     (folder / "lib" / version / "site-packages" / "_mqserve_node.pth").write_text("\n".join(lines) + "\n")
 
 
-def _run(command: Sequence[str]) -> None:
-    told = _call(command, BUILD_BUDGET_S, "the Python environment cannot be built")
-    if told.returncode:
-        reason = "\n".join((told.stderr or told.stdout).strip().splitlines()[-8:])
-        raise BackendFailed(f"the Python environment cannot be built: `{' '.join(command[-4:])}` said\n{reason}")
+async def _run(command: Sequence[str]) -> None:
+    code, said = await _call(command, BUILD_BUDGET_S, "the Python environment cannot be built")
+    if code:
+        reason = re.sub(r"://[^/@\s]+@", "://***@", "\n".join(said.splitlines()[-8:]))
+        raise BackendFailed(f"the Python environment cannot be built: `{' '.join(command[:4])} …` said\n{reason}")
 
 
-def _call(command: Sequence[str], budget_s: float, otherwise: str) -> subprocess.CompletedProcess[str]:
+async def _call(command: Sequence[str], budget_s: float, otherwise: str) -> tuple[int, str]:
+    """(exit code, what it said). Nothing of it is left when it returns, also where it is cancelled."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=budget_s, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
+        process = await asyncio.create_subprocess_exec(*command, stdout=PIPE, stderr=STDOUT, start_new_session=True)
+    except OSError as error:
         raise BackendFailed(f"{otherwise}: {error}") from error
+    try:
+        async with asyncio.timeout(budget_s):
+            said, _ = await process.communicate()
+        return process.returncode or 0, said.decode(errors="replace").strip()
+    except TimeoutError:
+        raise BackendFailed(f"{otherwise}: `{command[0]}` took longer than {budget_s:g} s") from None
+    finally:
+        if process.returncode is None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            await process.wait()
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One builder per node and content."""
+@asynccontextmanager
+async def _locked(path: Path) -> AsyncIterator[None]:
+    """One builder per node and content. Asked for again and again, since who waits in a thread cannot be told to end."""
     with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        while True:
+            with suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            await asyncio.sleep(_ASK_AGAIN_S)
         yield

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import psutil
 
-from .resources import Capacity, Demand
+from .resources import Capacity, Demand, check_amount
 
 
 def measure_node(num_cpus: float | None, num_gpus: int | None, resources: Mapping[str, float]) -> Capacity:
-    """What this machine has, or what the operator says it has."""
+    """What this machine has, or what the operator says it has. Raises BadValue for what no machine has."""
+    for flag, amount in (("--num-cpus", num_cpus), ("--num-gpus", num_gpus)):
+        if amount is not None:
+            check_amount(flag, amount)
     gpus = _gpus() if num_gpus is None else tuple(str(position) for position in range(num_gpus))
     return Capacity(num_cpus if num_cpus is not None else os.cpu_count() or 1, gpus, psutil.virtual_memory().total, dict(resources))
 

@@ -219,10 +219,7 @@ class Node:
         running = self._proxies.pop(proxy_id)
         if not running.stopping:
             logger.warning("the proxy of node %s ended (%s)", self._options.node_id, how or "by itself")
-            if time.monotonic() - started > 5:
-                self._proxy_restarts.died_ready(time.monotonic())
-            else:
-                self._proxy_restarts.died_early(time.monotonic(), how)
+            self._proxy_restarts.died(time.monotonic(), how, lived_s=time.monotonic() - started)
             self._reconcile_proxy(wanted=self._proxy_wanted)  # later, from `_check_children`, if it has to wait
         self._dead_proxies.add(proxy_id)
         if not how:  # it has drained: nobody's request is left

@@ -90,17 +90,17 @@ def parse_actor_options(options: object) -> ActorOptions:
             raise BadValue(f"actor_options may not set {key!r}: replicas are named and restarted by the controller")
         if key not in (*Demand.__struct_fields__, "python", "pip"):
             raise BadValue(f"actor_options has no {key!r}: there are num_cpus, num_gpus, memory, resources, python and pip")
-    num_gpus = _amount("num_gpus", options.get("num_gpus", 0))
+    num_gpus = check_amount("num_gpus", options.get("num_gpus", 0))
     if num_gpus > 1 and num_gpus != int(num_gpus):
         raise BadValue(f"num_gpus is {num_gpus:g}: above 1 it must be whole, since a replica gets whole devices or a part of one")
     named = options.get("resources", {})
     if not isinstance(named, dict):
         raise BadType(f"resources must be a dict such as {{'tpu': 1}}, not {type(named).__name__}")
     demand = Demand(
-        num_cpus=_amount("num_cpus", options.get("num_cpus", 0)),
+        num_cpus=check_amount("num_cpus", options.get("num_cpus", 0)),
         num_gpus=num_gpus,
-        memory=int(_amount("memory", options.get("memory", 0))),
-        resources={str(name): _amount(f"resources[{name!r}]", amount) for name, amount in named.items()},
+        memory=int(check_amount("memory", options.get("memory", 0))),
+        resources={str(name): check_amount(f"resources[{name!r}]", amount) for name, amount in named.items()},
     )
     return ActorOptions(demand, _python(options.get("python", "")), _pip(options.get("pip", ())))
 
@@ -108,12 +108,14 @@ def parse_actor_options(options: object) -> ActorOptions:
 def parse_node_resources(text: str) -> dict[str, float]:
     """Of `--resources`. Raises BadValue for what is no JSON object of numbers."""
     try:
-        return msgspec.json.decode(text, type=dict[str, float])
+        named = msgspec.json.decode(text, type=dict[str, float])
     except msgspec.MsgspecError as error:
         raise BadValue(f"--resources must be a JSON object of numbers such as '{{\"tpu\": 1}}', not {text!r} ({error})") from error
+    return {name: check_amount(f"--resources {name!r}", amount) for name, amount in named.items()}
 
 
-def _amount(name: str, value: Any) -> float:
+def check_amount(name: str, value: Any) -> float:
+    """Raises BadType for what is no number, BadValue for one below 0 or without end."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadType(f"{name} must be a number, not {value!r}")
     if value < 0:

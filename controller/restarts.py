@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 ENDED_WELL = "ended by itself"  # drained, as a replica does when somebody sends it SIGTERM: no failure of its code
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 60.0
+READY_AFTER_S = 5.0
 AT_ONCE_LIMIT = 20  # replacements at once within AT_ONCE_WINDOW_S; beyond that even a ready one waits
 AT_ONCE_WINDOW_S = 30.0
 
 
 @dataclass
 class Restarts:
-    """One backend's record; times are monotonic seconds."""
+    """One record of deaths; times are monotonic seconds."""
 
     early_deaths: int = 0
     not_before: float = 0.0
@@ -25,6 +26,14 @@ class Restarts:
         self.not_before = now + min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(self.early_deaths, 10))
         self.early_deaths += 1
         self.reason = reason
+
+    def died(self, now: float, reason: str, *, lived_s: float) -> None:
+        """Of one that does not say when it is ready: whoever lived for a while had been."""
+        if lived_s > READY_AFTER_S:
+            self.got_ready()
+            self.died_ready(now)
+        else:
+            self.died_early(now, reason)
 
     def died_ready(self, now: float) -> None:
         while self._at_once and self._at_once[0] < now - AT_ONCE_WINDOW_S:

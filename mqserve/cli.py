@@ -133,8 +133,8 @@ def start(namespace: str | None, host: str, port: int, location: str, debug: boo
 
     http, _ = parse_http_options({"host": host, "port": port, "location": location, "debug": debug})
     settings = _distributed(namespace, "start")
-    open_client(settings, StartOptions(http, detached=True, with_node=not no_node))
-    where = f", HTTP on http://{host}:{port}" if location != "NoServer" and not no_node else ""
+    url = open_client(settings, StartOptions(http, detached=True, with_node=not no_node)).http_url()
+    where = f", HTTP on {url}" if url else ""
     click.echo(
         f"Instance {settings.namespace!r} runs{where}. End it with `mqserve shutdown`; its log is {detached_log(settings.namespace)}."
     )

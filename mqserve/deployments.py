@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -9,12 +10,14 @@ import msgspec
 
 from .broker import code
 from .broker.documents import until
-from .broker.errors import BackendFailed, BadType, BadValue, InstanceError
+from .broker.errors import BackendFailed, BadType, BadValue, InstanceError, MQServeError
 from .controller import desired as changes
 from .controller.resources import ActorOptions, parse_actor_options
 from .controller.state import Backend, BackendConfig, Desired, Observed, read_beats
 from .links import Links
 from .replicas.batching import accepts_batch
+
+logger = logging.getLogger(__name__)
 
 ROUTE_BUDGET_S = 30.0
 DELETE_BUDGET_S = 60.0
@@ -39,17 +42,25 @@ class Deployments:
         try:
             await self._until_ready(committed, name)
         except BaseException:
-            await self.delete_backend(name)
+            try:
+                await self.delete_backend(name)
+            except MQServeError as error:  # the reason why it did not get ready says more
+                logger.warning("backend %s, which did not get ready, could not be deleted: %s", name, error)
             raise
 
     async def update_backend(self, name: str, packed: code.Code, options: ActorOptions | None) -> None:
-        old = changes.find_backend(await self.read_desired(), name)
         sha256 = await code.save(self._links.store, self._links.keys, packed)
-        committed = await self._commit(changes.update_backend(name, sha256, packed.name, options))
+        before: list[Backend] = []  # what each try replaces: a roll-back goes to the last one, and not past what others deployed meanwhile
+
+        def change(desired: Desired) -> Desired:
+            before.append(changes.find_backend(desired, name))
+            return changes.update_backend(name, sha256, packed.name, options)(desired)
+
+        committed = await self._commit(change)
         try:
             await self._until_ready(committed, name)
         except BackendFailed as error:
-            await self._commit(changes.roll_back(committed.backends[name], old, str(error)))
+            await self._commit(changes.roll_back(committed.backends[name], before[-1], str(error)))
             raise
 
     async def update_backend_config(self, name: str, config: BackendConfig | dict[str, Any]) -> None:

@@ -8,9 +8,10 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 
@@ -23,7 +24,7 @@ from .controller import lease
 from .controller.loop import Controller
 from .controller.machine import measure_node
 from .controller.node import Child, Node, NodeOptions
-from .controller.processes import Process
+from .controller.processes import Process, detached_log
 from .controller.restarts import Restarts
 from .controller.state import Desired, HttpOptions, Observed, read_beats
 from .links import EmbeddedLauncher, Links, instance_has_ended
@@ -59,11 +60,16 @@ def parse_http_options(options: object) -> tuple[HttpOptions, tuple[object, ...]
     location = options.get("location", "HeadOnly")
     if host is None or location is None:
         host, location = host or "127.0.0.1", "NoServer"
+    if not isinstance(host, str) or "\0" in host:
+        raise BadType(f"http_options host must be a name or an address such as '127.0.0.1', not {host!r}")
     if location not in LOCATIONS:
         raise BadValue(f"http_options location {location!r} must be one of {', '.join(LOCATIONS)} or None")
     if not isinstance(port, int) or not 0 <= port <= 65535:
         raise BadValue(f"http_options port {port!r} must be a whole number from 0 (any free one) to 65535")
-    return HttpOptions(host, port, location, debug=bool(options.get("debug", False))), tuple(options.get("middlewares") or ())
+    middlewares = options.get("middlewares") or ()
+    if not isinstance(middlewares, list | tuple):
+        raise BadType(f"http_options middlewares must be a list, the first one outermost, not {middlewares!r}")
+    return HttpOptions(host, port, location, debug=bool(options.get("debug", False))), tuple(middlewares)
 
 
 @asynccontextmanager
@@ -134,21 +140,24 @@ class _Members:
             self._watching = [asyncio.create_task(self._keep(place)) for place in range(len(self._processes))]
 
     async def _keep(self, place: int) -> None:
-        restarts, command = Restarts(), self._commands()[place]
-        while True:
-            how = await self._processes[place].wait()
-            if not how and await instance_has_ended(self._links, self._instance):
-                return
-            logger.warning("the %s ended (%s): starting another", command[0], how or "by itself")
-            restarts.died_early(time.monotonic(), how)
-            await asyncio.sleep(max(0.0, restarts.not_before - time.monotonic()))
+        command = self._commands()[place]
+
+        def start() -> Child:
             self._processes[place] = Process(command, self._links.settings)
+            return self._processes[place]
+
+        await keep_running(command[0], self._processes[place], start, partial(instance_has_ended, self._links, self._instance))
+
+    @property
+    def log(self) -> str:
+        """Where it stands what they said."""
+        return str(detached_log(self._links.settings.namespace)) if self._options.detached else "the log above"
 
     def check(self) -> None:
         """Raises InstanceError when a member ended."""
         for process in self._processes:
             if process.returncode is not None:
-                raise InstanceError(f"{process!r} ended at once: see its log above")
+                raise InstanceError(f"{process!r} ended at once: see {self.log}")
         for task in self._tasks:
             if task.done():
                 raise InstanceError("the controller or the node ended at once") from task.exception()
@@ -165,6 +174,29 @@ class _Members:
             await asyncio.wait(waits, timeout=SHUTDOWN_BUDGET_S)
         for process in self._processes:
             process.kill()
+
+
+async def keep_running(role: str, child: Child, start: Callable[[], Child], is_over: Callable[[], Awaitable[bool]]) -> None:
+    """Until it ends well and all is over. One that lived for a while is started again at once, others after growing pauses."""
+    restarts = Restarts()
+    while True:
+        started = time.monotonic()
+        how = await child.wait()
+        if not how and await is_over():
+            return
+        logger.warning("the %s ended (%s): starting another", role, how or "by itself")
+        restarts.died(time.monotonic(), how, lived_s=time.monotonic() - started)
+        child = await _start_again(role, start, restarts)
+
+
+async def _start_again(role: str, start: Callable[[], Child], restarts: Restarts) -> Child:
+    while True:
+        await asyncio.sleep(max(0.0, restarts.not_before - time.monotonic()))
+        try:
+            return start()
+        except OSError as error:  # no file descriptors, no processes: there may be some later
+            logger.error("cannot start the %s again: %s", role, error)
+            restarts.died_early(time.monotonic(), str(error))
 
 
 async def _ended(child: Child) -> None:
@@ -226,4 +258,4 @@ async def _until_up(links: Links, http: HttpOptions, head_node: str, members: _M
     try:
         await until(links.store, is_up, START_BUDGET_S)
     except TimeoutError:
-        raise InstanceError(f"the instance was not up within {START_BUDGET_S:g} s: see the log above, and `mqserve status`") from None
+        raise InstanceError(f"the instance was not up within {START_BUDGET_S:g} s: see {members.log}, and `mqserve status`") from None

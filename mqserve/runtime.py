@@ -18,6 +18,9 @@ from .broker.errors import InstanceError
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
+ORDERLY_END_S = 100.0  # as long as a shutdown may take of an instance to which nobody has deployed yet
+FORCED_END_S = 6.0
+
 
 class Runtime:
     """An event loop in a daemon thread. `start` before use, `stop` once."""
@@ -27,6 +30,7 @@ class Runtime:
         self._thread = threading.Thread(target=self._loop.run_forever, name="mqserve", daemon=True)
         self._posted: deque[Callable[[], None]] = deque()
         self._woken = False
+        self._gave_up = False  # Ctrl-C came while work was waited for
 
     def __repr__(self) -> str:
         return f"<Runtime {'running' if self._thread.is_alive() else 'stopped'}>"
@@ -47,6 +51,7 @@ class Runtime:
         try:
             return future.result()
         except KeyboardInterrupt:
+            self._gave_up = True
             future.cancel()
             raise
 
@@ -69,18 +74,33 @@ class Runtime:
                 logger.exception("a posted callback failed: that is a bug in mqserve, please report it")
 
     def stop(self) -> None:
+        """What was cancelled (a start, by Ctrl-C) ends in good order first; another Ctrl-C cuts that short."""
         if self._loop.is_closed():
             return
+        try:
+            if self._gave_up:
+                self._finish(_end_of_cancelled(), ORDERLY_END_S)
+        finally:
+            self._finish(_cancel_all(), FORCED_END_S)
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(timeout=5)
+            if not self._thread.is_alive():
+                self._loop.close()
 
-        async def cancel_rest() -> None:
-            rest = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-            for task in rest:
-                task.cancel()
-            await asyncio.wait(rest, timeout=5) if rest else None
-
+    def _finish(self, work: Coroutine[Any, Any, None], budget_s: float) -> None:
         with suppress(Exception):
-            asyncio.run_coroutine_threadsafe(cancel_rest(), self._loop).result(timeout=6)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(timeout=5)
-        if not self._thread.is_alive():
-            self._loop.close()
+            asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout=budget_s)
+
+
+async def _end_of_cancelled() -> None:
+    ending = [task for task in asyncio.all_tasks() if task.cancelling() and task is not asyncio.current_task()]
+    if ending:
+        await asyncio.wait(ending)
+
+
+async def _cancel_all() -> None:
+    rest = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    for task in rest:
+        task.cancel()
+    if rest:
+        await asyncio.wait(rest)

@@ -299,6 +299,10 @@ def test_a_server_that_is_down_is_named_in_time_without_its_password(distributed
     assert "topsecret" not in told
 
 
+def test_a_node_that_says_it_has_what_no_machine_has_gets_a_sentence(shell: CommandLine) -> None:
+    assert_refused(shell, "node", "--num-cpus", "nan", says="--num-cpus is nan: no machine has that")
+
+
 def test_a_detached_start_needs_a_broker(shell: CommandLine) -> None:
     assert_refused(shell, "start", says="set MQSERVE_BROKER_URL")
     ended = shell.python("import mqserve; mqserve.start(detached=True)")
@@ -431,6 +435,16 @@ def test_a_detached_instance_whose_machine_died_is_started_again_with_what_was_d
         wait_until(lambda: answers(f"http://127.0.0.1:{ports[1]}/e"))
     finally:
         assert shell.run("shutdown", deadline_s=90).returncode == 0
+
+
+def test_a_detached_start_on_any_free_port_says_which(distributed_shell: CommandLine) -> None:
+    begun = distributed_shell.start("start", "--port", "0")
+    assert begun.wait() == 0
+    try:
+        found = re.search(r"http://[\w.]+:\d+", begun.output)
+        assert found and answers(f"{found[0]}/-/healthz"), begun.output
+    finally:
+        assert distributed_shell.run("shutdown").returncode == 0
 
 
 def test_a_shutdown_that_fails_says_so(distributed_shell: CommandLine, store_url: str, namespace: str) -> None:

@@ -1,82 +1,54 @@
-"""A change that a proxy refuses is undone, but not what somebody else did meanwhile. The proxy is one that only beats."""
+"""What a deploy undoes that did not get ready. The controller is a document of the test's."""
 
-import asyncio
-from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
 
-from mqserve.broker.code import Code, pack
+from mqserve.broker.code import Code
 from mqserve.broker.embedded_queue import EmbeddedQueue
 from mqserve.broker.embedded_store import EmbeddedStore
 from mqserve.broker.errors import BackendFailed
 from mqserve.broker.settings import Settings
 from mqserve.broker.store_keys import StoreKeys
-from mqserve.controller import desired as changes
-from mqserve.controller.state import Beat, Desired, HttpOptions
+from mqserve.controller.desired import commit, update_backend
+from mqserve.controller.resources import ActorOptions
+from mqserve.controller.state import Backend, BackendConfig, Desired, Observed
 from mqserve.deployments import Deployments
 from mqserve.links import Links
 
 pytestmark = pytest.mark.anyio
 
-BEFORE = Desired(instance="i", version=1, http=HttpOptions(middlewares="before"), convertors={"hex": "before"})
-CODE = pack("some.module:thing", (), Settings.read({}).signer)
-
-Refused = Callable[[Deployments, Code], Coroutine[Any, Any, None]]
-CHANGES: dict[str, tuple[Refused, changes.Change]] = {
-    "middlewares": (lambda deployments, code: deployments.set_middlewares(code), changes.set_middlewares("others")),
-    "convertor": (lambda deployments, code: deployments.register_convertor("hex", code), changes.register_convertor("hex", "others")),
-    "first-convertor": (lambda deployments, code: deployments.register_convertor("new", code), changes.register_convertor("new", "others")),
-}
+KEYS = StoreKeys("tests")
+FAILING = Observed(epoch=1, seen=(9, 9), queues={"b": (1,)}, problems={"b": "no model"})
 
 
-class Instance:
-    """Its documents, and a proxy that refuses what comes after BEFORE; `meanwhile` is what somebody commits in the moment before."""
+class Meanwhile(EmbeddedStore):
+    """While one client saves its code, another deploys good code."""
 
-    def __init__(self) -> None:
-        settings = Settings.read({})
-        self.store, self.keys = EmbeddedStore(), StoreKeys(settings.namespace)
-        self.deployments = Deployments(Links(settings, EmbeddedQueue(), self.store, self.keys, "test"), "i", lambda desired: None)
-
-    async def desired(self) -> Desired:
-        return Desired.from_bytes(await self.store.get(self.keys.desired))
-
-    async def refuse(self, meanwhile: changes.Change | None) -> None:
-        await self.store.set(self.keys.desired, BEFORE.to_bytes())
-        await self._beat(follows=(1, 1))
-        while (desired := await self.desired()).version == 1:
-            await asyncio.sleep(0)
-        if meanwhile is not None:
-            await changes.commit(self.store, self.keys, "i", meanwhile)
-        await self._beat(follows=(1, 1), refuses=(desired.epoch, desired.version), refused="it cannot be made")
-
-    async def _beat(self, **facts: Any) -> None:
-        beat = Beat("proxy", "p", self.store.now_ms(), **facts)
-        await self.store.put_field(self.keys.beats, beat.field, beat.to_bytes())
-        await self.store.announce()
+    async def set(self, key: str, value: bytes, **how: Any) -> bool:
+        if key.startswith(KEYS.code("")):
+            await commit(self, KEYS, "i", update_backend("b", "good", "good", None))
+        return await super().set(key, value, **how)
 
 
-async def refused(change: Refused, meanwhile: changes.Change | None) -> Desired:
-    """The document that is left."""
-    instance = Instance()
-    async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(instance.refuse(meanwhile))
-        await asyncio.sleep(0)
-        with pytest.raises(BackendFailed, match="it cannot be made"):
-            await change(instance.deployments, CODE)
-    return await instance.desired()
+def deployments(store: EmbeddedStore) -> Deployments:
+    return Deployments(Links(Settings.read(), EmbeddedQueue(), store, KEYS, "test"), "i", lambda desired: None)
 
 
-@pytest.mark.parametrize("kind", CHANGES)
-async def test_what_a_proxy_refuses_is_undone(kind: str) -> None:
-    change, _ = CHANGES[kind]
-    left = await refused(change, None)
-    assert (left.http, left.convertors, left.version) == (BEFORE.http, BEFORE.convertors, 3)
+async def test_an_update_that_fails_is_rolled_back_to_what_it_replaced_and_not_past_that() -> None:
+    store = Meanwhile()
+    await store.set(KEYS.desired, Desired(instance="i", version=1, backends={"b": Backend("b", "first", "first")}).to_bytes())
+    await store.set(KEYS.observed, FAILING.to_bytes())
+    with pytest.raises(BackendFailed, match="no model"):
+        await deployments(store).update_backend("b", Code("bad", target="m:bad"), None)
+    assert Desired.from_bytes(await store.get(KEYS.desired)).backends["b"].code == "good"
 
 
-@pytest.mark.parametrize("kind", CHANGES)
-async def test_what_somebody_set_meanwhile_is_not_undone(kind: str) -> None:
-    change, meanwhile = CHANGES[kind]
-    left = await refused(change, meanwhile)
-    expected = meanwhile(BEFORE)
-    assert (left.http, left.convertors) == (expected.http, expected.convertors)
+async def test_a_backend_that_fails_says_why_although_it_cannot_be_deleted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mqserve.deployments.DELETE_BUDGET_S", 0.1)
+    store = EmbeddedStore()
+    await store.set(KEYS.desired, Desired(instance="i").to_bytes())
+    await store.set(KEYS.observed, FAILING.to_bytes())
+    with pytest.raises(BackendFailed, match="does not get ready: no model"):
+        await deployments(store).create_backend("b", Code("bad", target="m:bad"), BackendConfig(), ActorOptions())
+    assert Desired.from_bytes(await store.get(KEYS.desired)).backends == {}

@@ -14,6 +14,8 @@ from tests.instances import started
         ({"port": 70_000}, "port 70000 must be a whole number"),
         ({"location": "Everywhere"}, "must be one of HeadOnly, EveryNode, NoServer or None"),
         ({"prot": 1}, "http_options has no prot"),
+        ({"host": 7}, "host must be a name or an address"),
+        ({"middlewares": "shop:Stamp"}, "middlewares must be a list"),
     ],
 )
 def test_a_bad_option_gets_a_sentence_and_starts_nothing(options: dict[str, Any], words: str) -> None:

@@ -49,3 +49,14 @@ def test_a_backend_that_never_gets_ready_is_tried_for_ever() -> None:
     for _ in range(2000):
         restarts.died_early(now=0.0, reason="no")
     assert restarts.not_before == LONGEST_PAUSE_S
+
+
+def test_early_deaths_of_one_who_lived_since_are_forgotten() -> None:
+    restarts = Restarts()
+    for _ in range(5):
+        restarts.died(now=100.0, reason="no store", lived_s=1)
+    assert restarts.not_before == 100.0 + 16 * FIRST_PAUSE_S
+    restarts.died(now=10_000.0, reason="killed", lived_s=9_000)
+    assert restarts.not_before < 10_000.0, "at once"
+    restarts.died(now=20_000.0, reason="no store", lived_s=1)
+    assert restarts.not_before == 20_000.0 + FIRST_PAUSE_S

@@ -25,7 +25,7 @@ async def test_a_start_that_fails_leaves_the_instance_it_took_over_as_it_is(monk
     settings = Settings.read(broker_url=f"amqp://127.0.0.1:{nowhere}", store_url=f"redis://127.0.0.1:{nowhere}")
     instance = await leave_behind(store, **DEPLOYED)
     links = Links(settings, EmbeddedQueue(), store, KEYS, "test")
-    with pytest.raises(InstanceError, match="ended at once"):
+    with pytest.raises(InstanceError, match=f"ended at once: see {tmp_path}"):
         async with running_instance(links, StartOptions(HttpOptions(port=free_port()), detached=True)):
             pass
     desired = Desired.from_bytes(await store.get(KEYS.desired))

@@ -1,0 +1,50 @@
+"""The thread on which a client lives: what it does with work that is given up."""
+
+import asyncio
+import signal
+import threading
+
+import pytest
+
+from mqserve.runtime import Runtime
+from tests.instances import wait_until
+
+
+def test_work_that_ctrl_c_gives_up_ends_in_good_order_before_the_runtime_stops() -> None:
+    steps: list[str] = []
+
+    async def work() -> None:
+        try:
+            steps.append("begun")
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0.5)  # a shutdown takes its time
+            steps.append("ended")
+
+    def press_ctrl_c() -> None:
+        wait_until(lambda: steps)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    runtime = Runtime()
+    runtime.start()
+    threading.Thread(target=press_ctrl_c).start()
+    with pytest.raises(KeyboardInterrupt):
+        runtime.call(work())
+    runtime.stop()
+    assert steps == ["begun", "ended"]
+
+
+def test_what_nobody_has_cancelled_does_not_keep_a_runtime_from_stopping() -> None:
+    ended = threading.Event()
+
+    async def forever() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+
+    runtime = Runtime()
+    runtime.start()
+    runtime.submit(forever())
+    runtime.stop()
+    assert ended.wait(1)
