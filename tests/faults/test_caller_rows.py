@@ -3,13 +3,12 @@
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 import redis
 
 import mqserve as serve
@@ -32,13 +31,6 @@ def behind(gate: Gate) -> Callable[[Any], str]:
         return "passed"
 
     return work
-
-
-@pytest.fixture
-def members(client: serve.Client, store_url: str, shared_namespace: str) -> Iterator[Members]:
-    members = Members(store_url, shared_namespace)
-    yield members
-    members.close()
 
 
 def test_row_11_what_a_killed_proxy_had_queued_never_starts_and_nothing_of_it_stays(

@@ -31,13 +31,6 @@ def later_controllers() -> Iterator[list[Program]]:
     assert [program.wait() for program in programs] == [0] * len(programs)
 
 
-@pytest.fixture
-def members(client: serve.Client, store_url: str, shared_namespace: str) -> Iterator[Members]:
-    members = Members(store_url, shared_namespace)
-    yield members
-    members.close()
-
-
 def says(word: str) -> Callable[[Any], str]:
     def say(request: Any) -> str:
         time.sleep(0.005)

@@ -8,14 +8,11 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
-import pytest
 
-import mqserve as serve
 from tests.faults.crowd import paced
 from tests.faults.members import Members
 from tests.instances import Deploy, distributed_only, wait_until
@@ -26,13 +23,6 @@ pytestmark = distributed_only
 RATE = 100
 KILLED_FOR_S = 30.0
 FEWEST_KILLED = 10  # where they take long to start
-
-
-@pytest.fixture
-def members(client: serve.Client, store_url: str, shared_namespace: str) -> Iterator[Members]:
-    members = Members(store_url, shared_namespace)
-    yield members
-    members.close()
 
 
 def test_a_replica_killed_every_second_for_30_s_at_100_requests_a_second_fails_none(deploy: Deploy, members: Members) -> None:

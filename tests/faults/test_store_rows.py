@@ -123,6 +123,7 @@ def test_row_09_results_wait_until_a_full_redis_has_room_and_no_replica_is_misse
         full_until = time.monotonic() + 8  # longer than a silent member is believed to live
         while time.monotonic() < full_until:
             assert messages_of(broker_server, name) == 4, "acked, and the result is nowhere"
+            time.sleep(0.2)
         assert not any(future.done() for future in asked)
         own_store.limit_memory()
         assert [future.result().status_code for future in asked] == [200] * 4
