@@ -19,6 +19,7 @@ from .declared import Declaration
 from .deployments import Deployments, check_fits, check_target, read_actor_options
 from .futures import Future, get, wait
 from .handle import AsyncHandle, Handle
+from .instance import parse_middlewares
 from .links import Links, instance_has_ended
 from .runtime import Runtime
 from .sender import Sender
@@ -186,7 +187,8 @@ class Client:
 
         Raises BackendFailed when a proxy cannot make them; then the last good ones are back.
         """
-        self._call(self._deployments.set_middlewares(code.pack(list(middlewares), (), self._signer) if middlewares else None))
+        parsed = parse_middlewares(middlewares)
+        self._call(self._deployments.set_middlewares(code.pack(list(parsed), (), self._signer) if parsed else None))
 
     # Requests.
 

@@ -66,10 +66,16 @@ def parse_http_options(options: object) -> tuple[HttpOptions, tuple[object, ...]
         raise BadValue(f"http_options location {location!r} must be one of {', '.join(LOCATIONS)} or None")
     if not isinstance(port, int) or not 0 <= port <= 65535:
         raise BadValue(f"http_options port {port!r} must be a whole number from 0 (any free one) to 65535")
-    middlewares = options.get("middlewares") or ()
+    return HttpOptions(host, port, location, debug=bool(options.get("debug", False))), parse_middlewares(options.get("middlewares"))
+
+
+def parse_middlewares(middlewares: object) -> tuple[object, ...]:
+    """Raises BadType for what is no list: of a str it would be the letters."""
+    if middlewares is None:
+        return ()
     if not isinstance(middlewares, list | tuple):
-        raise BadType(f"http_options middlewares must be a list, the first one outermost, not {middlewares!r}")
-    return HttpOptions(host, port, location, debug=bool(options.get("debug", False))), tuple(middlewares)
+        raise BadType(f"middlewares must be a list, the first one outermost, not {middlewares!r}")
+    return tuple(middlewares)
 
 
 @asynccontextmanager

@@ -110,3 +110,8 @@ def test_a_convertor_that_a_proxy_cannot_make_is_undone_and_said(client: serve.C
     with pytest.raises(ValueError, match="does not parse"):
         client.create_endpoint(new_name("e"), backend="any", route=f"/{{x:{name}}}")
     assert httpx.get(deploy.at(hello)).text == "hello"
+
+
+def test_middlewares_are_a_list_and_not_the_letters_of_a_name(client: serve.Client) -> None:
+    with pytest.raises(TypeError, match="middlewares must be a list"):
+        client.set_middlewares("shop:Stamp")
