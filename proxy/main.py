@@ -39,6 +39,7 @@ from .routes import RouteTable
 logger = logging.getLogger(__name__)
 
 FAILED_EXIT = 3
+KEEP_ALIVE_S = 75  # longer than servers in front keep theirs (60 s is usual): else they send just when we close, and tell of a bad gateway
 LAST_ANSWERS_S = 2.0  # a connection that is idle this long when a proxy ends is closed
 
 
@@ -287,6 +288,6 @@ class _Server(uvicorn.Server):
 def _uvicorn_config(app: Any) -> uvicorn.Config:
     return uvicorn.Config(
         app, interface="asgi3",
-        http=EdgeProtocol, ws="none", lifespan="off", access_log=False, log_config=None, timeout_graceful_shutdown=PROXY_DRAIN_S,
-        server_header=False, date_header=True,
+        http=EdgeProtocol, ws="none", lifespan="off", access_log=False, log_config=None,
+        timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=PROXY_DRAIN_S, server_header=False, date_header=True,
     )  # fmt: skip

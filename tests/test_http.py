@@ -1,5 +1,6 @@
 """What an HTTP client sees, in both forms: paths, bodies, answers, refusals."""
 
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -524,3 +525,17 @@ def test_an_id_nobody_sent_has_no_result(client: serve.Client) -> None:
     with pytest.raises(TimeoutError, match="no result yet"):
         ref.result(timeout=0.2)
     ref.cancel()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("form", ["embedded"], indirect=True)
+def test_a_connection_is_kept_for_longer_than_servers_in_front_keep_theirs(url: str) -> None:
+    """They use one again just when we close it, otherwise, and their clients hear of a bad gateway."""
+    ports = []
+    with httpx.Client(limits=httpx.Limits(keepalive_expiry=60)) as client:
+        for pause_s in (6, 0):  # more than uvicorn's own patience
+            with client.stream("GET", f"{url}/-/healthz") as response:
+                ports.append(response.extensions["network_stream"].get_extra_info("client_addr")[1])
+                response.read()
+            time.sleep(pause_s)
+    assert ports[0] == ports[1]
