@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+from typing import Any
 
 import aio_pika
 import aiormq
@@ -117,10 +119,22 @@ class Link:
 
 async def _end(connection: AbstractConnection) -> None:
     """Not waited for beyond its time, nor for its cancellation: with bytes that the broker does not take, aio-pika's `close` heeds none."""
+    raw: Any = connection.transport.connection if connection.transport is not None else None
     closing = asyncio.ensure_future(connection.close())
-    await asyncio.wait([closing], timeout=_END_BUDGET_S)
-    closing.cancel()
     closing.add_done_callback(_never_mind)
+    try:
+        if not (await asyncio.wait([closing], timeout=_END_BUDGET_S))[0] and raw is not None:
+            _cut(raw)
+            await asyncio.wait([closing], timeout=_END_BUDGET_S)
+    finally:
+        closing.cancel()
+
+
+def _cut(connection: Any) -> None:
+    """aiormq would try for half a minute to have its last bytes taken. It aborts where it finds that the peer hangs, so it is told so. The
+    names are private: aiormq is pinned, and a test of how long an end takes fails when one of them moves."""
+    connection._Connection__last_frame_time = -math.inf
+    connection._writer_task.cancel()
 
 
 def _never_mind(closing: asyncio.Future[None]) -> None:

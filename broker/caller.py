@@ -176,7 +176,8 @@ class Caller:
                 loop.call_later(_REPUBLISH_EVERY_S * random.uniform(0.5, 1.5), self._publish, backend, again, give_up_at)
                 return
             self.held.give(len(envelope.body))
-            if envelope.header.ref and not (isinstance(error, BrokerUnavailable) and error.maybe_sent):
+            is_queued = envelope.header.again or (isinstance(error, BrokerUnavailable) and error.maybe_sent)  # perhaps
+            if envelope.header.ref and not is_queued:
                 self._store.drop_soon(envelope.header.ref)  # nobody will ask for it
             if isinstance(error, Overloaded):
                 left_s = (envelope.header.deadline - self._store.now_ms()) / 1000

@@ -89,7 +89,7 @@ def unpack(raw: bytes, sha256: str, signer: Signer) -> tuple[Any, list[Any]]:
 
 async def save(store: Store, keys: StoreKeys, code: Code) -> str:
     """Kept under its hash for a while, and for as long as the desired document names it; returns the hash."""
-    await store.set(keys.code(code.sha256), code.to_bytes(), ttl_ms=CODE_TTL_S * 1000, only_new=True)  # it may be there, and for good
+    await store.set_default(keys.code(code.sha256), code.to_bytes(), ttl_ms=CODE_TTL_S * 1000)
     return code.sha256
 
 

@@ -63,6 +63,11 @@ class EmbeddedStore:
     async def set(self, key: str, value: bytes, *, ttl_ms: int | None = None, only_new: bool = False) -> bool:
         return self._write(key, value, ttl_ms, only_new=only_new) or self._read(key) == value
 
+    async def set_default(self, key: str, value: bytes, *, ttl_ms: int) -> None:
+        if not self._write(key, value, ttl_ms, only_new=True):
+            value, expiry = self._values[key]
+            self._values[key] = (value, max(expiry, time.monotonic() + ttl_ms / 1000))
+
     async def replace(self, key: str, old: bytes | None, new: bytes | None, *, guard: Guard | None = None, quiet: bool = False) -> bool:
         if self._read(key) != old or not self._holds(guard):
             return False

@@ -13,6 +13,8 @@ from .store import Store
 
 logger = logging.getLogger(__name__)
 
+LATE_S = 4.0  # beyond this a beat says that its process stood still
+
 
 class Presence:
     """Writes `beat()` into the field every `every_s`, and at once after `tell`."""
@@ -33,7 +35,7 @@ class Presence:
 
     @property
     def steady_s(self) -> float:
-        """For how long every beat has landed."""
+        """For how long every beat has landed, and was made in time: who stood still himself cannot tell who else does."""
         return time.monotonic() - self._steady_since
 
     def tell(self) -> None:
@@ -41,7 +43,11 @@ class Presence:
         self._now.set()
 
     async def beat_forever(self) -> None:
+        last = time.monotonic()
         while True:
+            if time.monotonic() - last > self._every_s + LATE_S:
+                self._steady_since = time.monotonic()
+            last = time.monotonic()
             await self.beat()
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._every_s):

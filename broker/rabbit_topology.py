@@ -47,7 +47,7 @@ class RabbitTopology:
         try:
             await self._on_own_channel(declare)
         except aiormq.exceptions.ChannelPreconditionFailed as error:
-            if "exchange" in str(error):
+            if " for exchange '" in str(error):  # no name of ours holds a space or a quote
                 raise _foreign(error) from error
             raise QueueMismatch(f"generation {generation} of the queue of {backend!r} exists with other arguments") from error
 

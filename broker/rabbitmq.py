@@ -146,6 +146,8 @@ class RabbitQueue:
             await consumption.close()
         self._opener.cancel()
         await asyncio.gather(self._opener, return_exceptions=True)
+        if self._channel is not None:
+            self._channel.give_up()  # whoever waits for a confirm: none will be heard
         await asyncio.gather(self._publishing.close(), self._consuming.close())
 
     async def _keep_channel(self) -> None:

@@ -81,9 +81,8 @@ class RedisStore:
             _Pool.from_url(url, max_connections=16, timeout=2, socket_timeout=2, socket_connect_timeout=2, retry=once)
         )
         never = Retry(NoBackoff(), 0)
-        self._large = ExplainedRedis.from_pool(
-            _Pool.from_url(url, max_connections=8, timeout=2, socket_timeout=LARGE_BUDGET_S, socket_connect_timeout=2, retry=never)
-        )
+        patient = {"timeout": LARGE_BUDGET_S, "socket_timeout": LARGE_BUDGET_S, "socket_connect_timeout": 2}
+        self._large = ExplainedRedis.from_pool(_Pool.from_url(url, max_connections=8, retry=never, **patient))
         self._blocking = ExplainedRedis.from_url(url, socket_timeout=None, socket_connect_timeout=2, retry=never)
         self._scripts = {name: (_HERE / f"{name}.lua").read_text() for name in ("record", "replace", "delete")}
         self._digests: dict[str, str] = {}
@@ -219,11 +218,19 @@ class RedisStore:
         return found  # type: ignore[no-any-return]
 
     async def set(self, key: str, value: bytes, *, ttl_ms: int | None = None, only_new: bool = False) -> bool:
-        client, budget_s = (self._large, LARGE_BUDGET_S) if len(value) > LARGE_BYTES else (self._commands, CALL_BUDGET_S)
-        written = bool(await self._call(lambda: client.set(key, value, px=ttl_ms, nx=only_new), budget_s))
+        written = await self._set(key, value, ttl_ms, only_new=only_new)
         if only_new and not written:  # the client may have sent it twice, since the first answer was lost
             return await self.get_large(key) == value
         return written
+
+    async def _set(self, key: str, value: bytes, ttl_ms: int | None, *, only_new: bool) -> bool:
+        client, budget_s = (self._large, LARGE_BUDGET_S) if len(value) > LARGE_BYTES else (self._commands, CALL_BUDGET_S)
+        return bool(await self._call(lambda: client.set(key, value, px=ttl_ms, nx=only_new), budget_s))
+
+    async def set_default(self, key: str, value: bytes, *, ttl_ms: int) -> None:
+        """Reads nothing: a client may write code, and not read it."""
+        if not await self._set(key, value, ttl_ms, only_new=True):
+            await self._call(lambda: self._commands.pexpire(key, ttl_ms, gt=True))  # a key without expiry has the longest one
 
     async def replace(self, key: str, old: bytes | None, new: bytes | None, *, guard: Guard | None = None, quiet: bool = False) -> bool:
         keys, values = [key], [*_optional(old), *_optional(new), "" if quiet else self._channel]

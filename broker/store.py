@@ -60,6 +60,10 @@ class Store(Protocol):
         else's has to be like no other."""
         ...
 
+    async def set_default(self, key: str, value: bytes, *, ttl_ms: int) -> None:
+        """Writes it where nothing stands, else puts the expiry of what does off: for a key that can have one value only."""
+        ...
+
     async def replace(self, key: str, old: bytes | None, new: bytes | None, *, guard: Guard | None = None, quiet: bool = False) -> bool:
         """Compare and set (`None`: absent): whether `old` stood there, and the guard's value at its key, and `new` does now.
 

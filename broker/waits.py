@@ -49,6 +49,7 @@ class Waits:
         self._polling = False
         self._to_read: dict[str, None] = {}  # by key, in order of arrival: their notes may be lost, or hold no result
         self._reading = False
+        self._fetching: set[str] = set()  # results whose bodies are on their way
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
@@ -77,6 +78,7 @@ class Waits:
     def add(self, future_id: str, deadline_ms: int, on_end: Callable[[bool], None]) -> asyncio.Future[Result]:
         """For a request of this process. Ends by its deadline (plus at most a second); `on_end` is told then whether it was answered."""
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        self._failed.pop(future_id, None)  # of an id that is used again
         self._waiting[future_id] = _Waiting(future, on_end)
         heapq.heappush(self._deadlines, (deadline_ms, future_id))
         if len(self._deadlines) > 2 * len(self._waiting) + 1000:  # most are of answered requests
@@ -172,7 +174,9 @@ class Waits:
         except BadEnvelope as error:
             return self.fail(future_id, error)
         if result.ref:
-            self._start(self._resolve_by_reference(future_id, result))
+            if future_id not in self._fetching:  # it may be read by its key again meanwhile
+                self._fetching.add(future_id)
+                self._start(self._resolve_by_reference(future_id, result))
         else:
             self._set(future_id, result)
 
@@ -219,16 +223,19 @@ class Waits:
                     self._resolve(future_id, raw)
 
     async def _resolve_by_reference(self, future_id: str, result: Result) -> None:
-        for pause_s in delays():
-            try:
-                return self._set(future_id, await self._whole(result))
-            except StoreUnavailable as error:
-                if future_id not in self._waiting and future_id not in self._strangers:
-                    return
-                logger.warning("cannot read the result of request %s yet: %s", future_id, error)
-            except MQServeError as error:
-                return self.fail(future_id, error)
-            await asyncio.sleep(pause_s)
+        try:
+            for pause_s in delays():
+                try:
+                    return self._set(future_id, await self._whole(result))
+                except StoreUnavailable as error:
+                    if future_id not in self._waiting and future_id not in self._strangers:
+                        return
+                    logger.warning("cannot read the result of request %s yet: %s", future_id, error)
+                except MQServeError as error:
+                    return self.fail(future_id, error)
+                await asyncio.sleep(pause_s)
+        finally:
+            self._fetching.discard(future_id)
 
     async def _whole(self, result: Result) -> Result:
         """With its body, wherever that stands. Raises StoreUnavailable, and MQServeError for one that is gone."""

@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 LAPSED_AFTER_S = 10.0  # longer than a change of leaders takes
 LEADS_FOR_S = LEADER_TTL_S - 1.5  # by the leader's own clock; others wait for LEADER_TTL_S
 RENEWED_EVERY_S = 1.0
-WATCHED_FOR_S = 3.5  # a lease that looks alive must beat within this, or its owner was killed a moment ago
+WATCHED_FOR_S = LEADS_FOR_S + 2 * RENEWED_EVERY_S  # a lease that looks alive must beat within this: its leader may hang on the broker
+JOIN_WATCH_S = 3.5  # an empty namespace may be one whose leader is about to write its documents back
 
 
 class NotLeading(MQServeError):
@@ -46,10 +47,10 @@ class InstanceLease(msgspec.Struct, frozen=True):
 
 
 class Claim(NamedTuple):
-    """The instance that a starter has, and whether it was there before."""
+    """The instance that a starter has, and its document as it was found where it was there before."""
 
     id: str
-    taken_over: bool
+    found: Desired | None = None
 
 
 class Leadership(msgspec.Struct, frozen=True):
@@ -76,18 +77,18 @@ async def claim_instance(store: Store, keys: StoreKeys, head_node: str, http: Ht
                 "`mqserve shutdown`, or choose another namespace (MQSERVE_NAMESPACE)"
             )
         raw = await store.get(keys.instance)
+        if raw is not None and _decode_lease(raw) != old:
+            raise _started_meanwhile()
         if old.detached and detached and _is_left(old.id, await store.get(keys.desired)):
             await _write(store, keys, raw, msgspec.structs.replace(old, owner=_owner(), at=store.now_ms()))
-            if http is not None:
-                await _take_over(store, keys, old.id, head_node, http)
-            return Claim(old.id, taken_over=True)
+            return Claim(old.id, await _take_over(store, keys, old.id, head_node, http))
     lease = InstanceLease(secrets.token_hex(8), _owner(), detached, store.now_ms())
     await _write(store, keys, raw, lease)  # first: of two starters who see one lapsed lease, one clears and the other is refused
     await _forget_documents(store, keys, (keys.instance, msgspec.json.encode(lease)))
     desired = Desired(instance=lease.id, head_node=head_node, http=http or HttpOptions(location="NoServer"))
     if not await store.replace(keys.desired, None, desired.to_bytes()):
         raise _started_meanwhile()
-    return Claim(lease.id, taken_over=False)
+    return Claim(lease.id)
 
 
 def _is_left(instance: str, raw: bytes | None) -> bool:
@@ -96,17 +97,28 @@ def _is_left(instance: str, raw: bytes | None) -> bool:
     return raw is not None and desired.instance == instance and not desired.closing
 
 
-async def _take_over(store: Store, keys: StoreKeys, instance: str, head_node: str, http: HttpOptions) -> None:
-    """The old head node is gone, and with it the only one that HeadOnly lets run a proxy."""
+async def _take_over(store: Store, keys: StoreKeys, instance: str, head_node: str, http: HttpOptions | None) -> Desired:
+    """The old head node is gone, and with it the only one that HeadOnly lets run a proxy. Returns the document as it was."""
     while True:
         raw = await store.get(keys.desired)
         if not _is_left(instance, raw):
             raise InstanceError("the instance was shut down while it was taken over: start again")
         old = Desired.from_bytes(raw)
+        if http is None:
+            return old
         new_http = msgspec.structs.replace(http, middlewares=http.middlewares or old.http.middlewares)
         new = msgspec.structs.replace(old, head_node=head_node, http=new_http, version=old.version + 1)
         if await store.replace(keys.desired, raw, new.to_bytes()):
-            return
+            return old
+
+
+async def give_back(store: Store, keys: StoreKeys, claim: Claim, head_node: str) -> None:
+    """After a start that failed: whoever starts next finds the instance as it was, unless somebody else has it by then."""
+    raw = await store.get(keys.desired)
+    if claim.found is None or not _is_left(claim.id, raw) or (current := Desired.from_bytes(raw)).head_node != head_node:
+        return
+    old = msgspec.structs.replace(current, head_node=claim.found.head_node, http=claim.found.http, version=current.version + 1)
+    await store.replace(keys.desired, raw, old.to_bytes())
 
 
 async def read_instance(store: Store, keys: StoreKeys) -> InstanceLease:

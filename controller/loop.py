@@ -53,6 +53,7 @@ class Controller:
         self._desired: Desired | None = None  # the last one seen: what a store that lost its data gets back, from whoever leads then
         self._observed: Observed | None = None
         self._codes: dict[str, bytes] = {}
+        self._desired_is_behind = self._observed_is_behind = self._observed_is_broken = False  # in the store, compared with ours
         self._is_anothers = False  # the document in the store: our instance was cleared while we slept
         self._raw_desired: bytes | None = None
         self._raw_observed: bytes | None = None
@@ -204,7 +205,7 @@ class Controller:
     async def _write_back(self) -> None:
         """The store lost its data, or the last of it: our copy, the desired state under a higher epoch, code included."""
         known, claim = self._desired, self._leader.claim
-        if known is None or (known.closing and self._raw_desired is None):
+        if known is None:
             return
         logger.warning("the store lost data: writing back what is not there any more")
         self._kept = frozenset()  # the copy may be one from before we kept it

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 DECLARE_AGAIN_S = 15.0  # a broker may come back empty
+LOOKED_FOR = 3  # generations before the current one, of which the last leader may have known
 REPORTED_REFUSALS = 3  # in a row: queues that an earlier instance left behind cost one or two, and are no problem to report
 
 
@@ -42,7 +43,7 @@ class Queues:
         self._declared: dict[tuple[str, int, int | None], float] = {}  # when, in monotonic seconds
         self._unbound: set[tuple[str, int]] = set()
         self._refusals: dict[str, Restarts] = defaultdict(Restarts)  # of declarations, by backend
-        self._mismatched: dict[str, list[int]] = defaultdict(list)  # generations by backend, until there is a better one
+        self._left_behind: dict[str, set[int]] = {}  # generations by backend, until the observed document has them, or they are gone
 
     def __repr__(self) -> str:
         return f"<Queues, {len(self._declared)} declared>"
@@ -51,11 +52,12 @@ class Queues:
         """Declares current generations, moves old ones from `queues` to `retiring` once they are empty, and deletes those."""
         queues = {name: list(generations) for name, generations in observed.queues.items()}
         retiring = {name: list(generations) for name, generations in observed.retiring.items()}
+        self._find_left_behind(desired, observed)
         for name, backend in () if desired.closing else desired.backends.items():
-            if backend.generation in retiring.get(name, []):  # of a backend that was deleted, and is there again
-                retiring[name].remove(backend.generation)
             if await self._try_to_declare(name, backend):
-                older = [*queues.get(name, ()), *self._mismatched.pop(name, ())]
+                if backend.generation in retiring.get(name, []):  # of a backend that was deleted, and is there again
+                    retiring[name].remove(backend.generation)
+                older = [*queues.get(name, ()), *sorted(self._left_behind[name])]
                 queues[name] = [*(kept for kept in dict.fromkeys(older) if kept != backend.generation), backend.generation]
         for name in list(queues):
             current = desired.backends[name].generation if name in desired.backends and not desired.closing else 0
@@ -71,6 +73,7 @@ class Queues:
                 delete = partial(self._queue.delete, name, generation, only_if_empty=keep_content)
                 if await self._while_leading(delete):
                     self._forget_declared(name, generation)
+                    self._left_behind.get(name, set()).discard(generation)
                 else:  # a replica died and its messages came back
                     queues.setdefault(name, []).insert(0, generation)
                 retiring[name].remove(generation)
@@ -82,6 +85,14 @@ class Queues:
             queues={name: tuple(generations) for name, generations in queues.items() if generations},
             retiring={name: tuple(generations) for name, generations in retiring.items() if generations},
         )
+
+    def _find_left_behind(self, desired: Desired, observed: Observed) -> None:
+        """Queues that the document does not name: of an earlier instance, with other arguments, or of a leader that could not write."""
+        self._left_behind = {
+            name: self._left_behind.get(name, set(range(max(1, backend.generation - LOOKED_FOR), backend.generation)))
+            - {*observed.queues.get(name, ()), *observed.retiring.get(name, ())}
+            for name, backend in desired.backends.items()
+        }
 
     async def _try_to_declare(self, name: str, backend: Backend) -> bool:
         """Whether the current generation is there. A refused one is tried again after growing pauses, and keeps no other one waiting."""
@@ -97,7 +108,7 @@ class Queues:
             logger.warning("the queue of %s was refused, and is tried again: %s", name, error)
             if isinstance(error, QueueMismatch):
                 # One of an earlier instance, with other arguments: a new generation, and the old one is drained like any other.
-                self._mismatched[name].append(backend.generation)
+                self._left_behind[name].add(backend.generation)
                 await self._next_generation(name, backend.generation)
             return False
         refusals.got_ready()

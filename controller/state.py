@@ -63,7 +63,7 @@ class BackendConfig(BaseModel):
     request_timeout_s: Annotated[float, Field(gt=0, le=MAX_REQUEST_TIMEOUT_S)] = 60.0
     max_queued_requests: Whole | None = None
     graceful_shutdown_timeout_s: Annotated[float, Field(ge=0)] = 20.0
-    start_timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    start_timeout_s: Annotated[float, Field(gt=0, le=45 * 60)] = 120.0  # code that is rolled back to is kept for an hour
     delivery: Literal["at_least_once", "at_most_once"] = "at_least_once"
     max_attempts: Whole = 3
     user_config: Any = None

@@ -108,7 +108,7 @@ class Deployments:
             beats = read_beats(await self._links.store.fields(self._links.keys.beats)).values()
             now_ms = self._links.store.now_ms()
             proxies = [beat for beat in beats if beat.kind == "proxy" and beat.state == "ready" and now_ms - beat.at < 5000]
-            refused = next((proxy.refused for proxy in proxies if proxy.refuses == version), "")
+            refused = next((proxy.refused for proxy in proxies if proxy.refuses >= version), "")
             return True if refused or all(proxy.follows >= version for proxy in proxies) else None
 
         await self._until(is_answered, ROUTE_BUDGET_S, "the change is stored, but not all proxies follow it yet: see `mqserve status`")
@@ -158,7 +158,9 @@ class Deployments:
             await until(self._links.store, look, budget_s)
         except TimeoutError:
             observed = Observed.from_bytes(await self._links.store.get(self._links.keys.observed))
-            why = "; ".join(f"{name}: {problem}" for name, problem in observed.problems.items())
+            beats = read_beats(await self._links.store.fields(self._links.keys.beats)).values()
+            told = {beat.id: beat.error for beat in beats if beat.kind == "replica" and beat.error}
+            why = "; ".join(f"{name}: {problem}" for name, problem in {**told, **observed.problems}.items())
             raise BackendFailed(f"{late} ({why or 'no reason was reported: is the controller alive?'})") from None
 
 

@@ -105,8 +105,10 @@ async def running_instance(links: Links, options: StartOptions) -> AsyncIterator
     finally:
         if not (options.detached and is_up):
             try:
-                if not claim.taken_over:  # what others have deployed there is not ours to clear
+                if claim.found is None:
                     await shut_down(links, claim.id)
+                else:  # what others have deployed there is not ours to clear
+                    await lease.give_back(links.store, links.keys, claim, head_node)
             except MQServeError as error:
                 logger.error("the instance was not cleared, which the next start under its namespace does: %s", error)
             finally:

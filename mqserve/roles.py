@@ -52,7 +52,7 @@ async def join_or_start(links: Links) -> str:
     tries_left = JOIN_TRIES
     while True:
         with suppress(TimeoutError):
-            return await until(links.store, partial(_find_instance, links), lease.WATCHED_FOR_S)
+            return await until(links.store, partial(_find_instance, links), lease.JOIN_WATCH_S)
         try:
             return (await lease.claim_instance(links.store, links.keys, "", None, detached=True)).id
         except InstanceError:

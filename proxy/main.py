@@ -127,7 +127,7 @@ class Proxy:
 
     async def _tell_of_the_rest(self, caller: Caller) -> None:
         """Requests that its end cuts off: their clients are gone."""
-        if caller.waits:
+        if len(caller.waits):
             with contextlib.suppress(MQServeError):
                 await self._store.append_log(self._keys.cancelled, word_of_proxy(caller.waits.inbox))
 

@@ -66,7 +66,7 @@ class Server:
         self._taking = Taking(backend.name, queue, store, self._prefetch, self._on_delivery, self._settle_unstored)
         self.served = 0
         self._config = backend.config
-        self._settling.at_most_once = self._config.delivery == "at_most_once"
+        self._settling.configure(backend.config)
 
     def __repr__(self) -> str:
         return f"<Server of {self._backend}, generations {self.generations}, {self.running} in hand>"
@@ -83,7 +83,7 @@ class Server:
     def configure(self, config: BackendConfig) -> None:
         """Applies from the next request on."""
         self._config = config
-        self._settling.at_most_once = config.delivery == "at_most_once"
+        self._settling.configure(config)
         self._worker.configure(config)
 
     @property
@@ -250,7 +250,7 @@ class Server:
             self._settling.give_back(job, later=True)
         else:
             if admitted is None:
-                self._settling.ack(job)
+                self._settling.ack(job, body_stays=True)  # it is the other copy's, too
             elif isinstance(admitted, Result):
                 self._settling.answer(job, admitted)
             elif self._draining:

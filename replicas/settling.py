@@ -14,11 +14,13 @@ import msgspec
 
 from ..broker.backoff import delays
 from ..broker.dead_letters import Death
+from ..broker.envelope import Envelope
 from ..broker.errors import BadEnvelope, BrokerUnavailable, MQServeError, StoreUnavailable
 from ..broker.queue import Delivery, Queue, fate_of
 from ..broker.results import ErrorInfo, Result, note_of
 from ..broker.store import Record, Store
 from ..broker.store_keys import RESULT_TTL_S, StoreKeys
+from ..controller.state import BackendConfig
 from .admission import Admission, LostBody, Poison
 from .amqp_replies import send_reply
 from .metrics import ReplicaMetrics
@@ -47,7 +49,7 @@ class Settling:
         self._held: dict[int, set[Delivery]] = {}  # by generation
         self._unstored: set[Job] = set()  # finished, and their results not stored yet
         self._tasks: set[asyncio.Task[None]] = set()
-        self.at_most_once = False  # as the backend's config says
+        self.at_most_once = False
 
     def __repr__(self) -> str:
         return f"<Settling of {self._backend}, {self.held} held, {len(self._unstored)} to be stored>"
@@ -61,6 +63,9 @@ class Settling:
     def generations(self) -> set[int]:
         """The queues whose messages are held."""
         return {generation for generation, held in self._held.items() if held}
+
+    def configure(self, config: BackendConfig) -> None:
+        self.at_most_once = config.delivery == "at_most_once"
 
     def hold(self, generation: int, delivery: Delivery) -> None:
         self._held.setdefault(generation, set()).add(delivery)
@@ -239,7 +244,7 @@ class Settling:
                 held.pop().requeue()
 
 
-def is_kept(envelope: Any) -> bool:
+def is_kept(envelope: Envelope) -> bool:
     """Whether its result has a place to stand: fire and forget has none, and a shadow's is nobody's."""
     return bool(envelope.id) and not envelope.header.shadow
 

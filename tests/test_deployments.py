@@ -1,7 +1,5 @@
 """What a deploy undoes that did not get ready. The controller is a document of the test's."""
 
-from typing import Any
-
 import pytest
 
 from mqserve.broker.code import Code
@@ -25,10 +23,9 @@ FAILING = Observed(epoch=1, seen=(9, 9), queues={"b": (1,)}, problems={"b": "no 
 class Meanwhile(EmbeddedStore):
     """While one client saves its code, another deploys good code."""
 
-    async def set(self, key: str, value: bytes, **how: Any) -> bool:
-        if key.startswith(KEYS.code("")):
-            await commit(self, KEYS, "i", update_backend("b", "good", "good", None))
-        return await super().set(key, value, **how)
+    async def set_default(self, key: str, value: bytes, *, ttl_ms: int) -> None:
+        await commit(self, KEYS, "i", update_backend("b", "good", "good", None))
+        await super().set_default(key, value, ttl_ms=ttl_ms)
 
 
 def deployments(store: EmbeddedStore) -> Deployments:

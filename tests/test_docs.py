@@ -114,6 +114,7 @@ def test_a_python_example_prints_what_its_comments_say(name: str, tmp_path: Path
     prints_what_it_says(name, CommandLine(tmp_path, PYTHONPATH=str(ROOT)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ON_SERVERS)
 def test_a_guide_example_on_servers_prints_what_its_comments_say(name: str, distributed_shell: CommandLine, index_folder: Path) -> None:
     faulthandler.cancel_dump_traceback_later()  # of 120 s for one test: this one may build an environment, and has a deadline of its own

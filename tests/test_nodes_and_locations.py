@@ -51,6 +51,7 @@ def proxies_of(shell: CommandLine) -> list[str]:
     return [line for line in shell.run("status").stdout.splitlines() if line.startswith("proxy") and "ready" in line]
 
 
+@pytest.mark.long
 def test_head_only_gives_one_proxy_however_many_nodes(
     distributed_shell: CommandLine, app: str, ports: tuple[int, int], healthy: dict[str, str]
 ) -> None:
@@ -78,6 +79,7 @@ def test_every_node_gives_each_node_a_proxy_as_nodes_come_and_go(
     wait_until(lambda: answers(healthy["second"]))
 
 
+@pytest.mark.long
 def test_a_killed_node_takes_its_proxy_with_it(
     distributed_shell: CommandLine, app: str, ports: tuple[int, int], healthy: dict[str, str]
 ) -> None:
@@ -90,6 +92,7 @@ def test_a_killed_node_takes_its_proxy_with_it(
     assert not answers(healthy["second"]) and answers(healthy["first"])
 
 
+@pytest.mark.long
 def test_no_server_gives_no_proxy_and_an_external_one_serves_uncounted(
     distributed_shell: CommandLine, app: str, ports: tuple[int, int], healthy: dict[str, str]
 ) -> None:
@@ -105,6 +108,7 @@ def test_no_server_gives_no_proxy_and_an_external_one_serves_uncounted(
     wait_until(lambda: not proxies_of(distributed_shell))
 
 
+@pytest.mark.long
 def test_an_external_replica_serves_and_is_not_counted(distributed_shell: CommandLine, app: str, ports: tuple[int, int]) -> None:
     start(distributed_shell, app, ports[0], "HeadOnly")
     external = distributed_shell.start("replica", "pid")

@@ -48,6 +48,7 @@ class Instance:
             await asyncio.sleep(0)
         if meanwhile is not None:
             await changes.commit(self.store, self.keys, "i", meanwhile)
+            desired = await self.desired()  # the proxy reads both at once
         await self._beat(follows=(1, 1), refuses=(desired.epoch, desired.version), refused="it cannot be made")
 
     async def _beat(self, **facts: Any) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import signal
 import threading
+from collections.abc import Iterator
 
 import pytest
 
@@ -10,6 +11,15 @@ from mqserve.runtime import Runtime
 from tests.instances import wait_until
 
 
+@pytest.fixture
+def interrupted_by_ctrl_c() -> Iterator[None]:
+    """A shell has programs in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupted_by_ctrl_c")
 def test_work_that_ctrl_c_gives_up_ends_in_good_order_before_the_runtime_stops() -> None:
     steps: list[str] = []
 

@@ -343,3 +343,24 @@ async def test_the_body_of_a_request_that_the_queue_refuses_does_not_stay(
         return await store.get(keys.body(ticket.id)) is None
 
     await until(is_gone)
+
+
+async def test_the_body_of_a_strangers_result_is_fetched_once() -> None:
+    """Strangers' results are looked for again and again, and a large body may take its time."""
+
+    class SlowStore(EmbeddedStore):
+        fetched = 0
+
+        async def get_large(self, key: str) -> bytes | None:
+            self.fetched += 1
+            await asyncio.sleep(0.5)
+            return await super().get_large(key)
+
+    queue, store, keys = EmbeddedQueue(), SlowStore(), StoreKeys("tests")
+    async with running(Caller(queue, store, keys, "test")) as caller:
+        stranger = mint_id()
+        waiting = asyncio.create_task(caller.waits.result(stranger, timeout_s=30))
+        await until(lambda: caller.waits._strangers)
+        await store.set(keys.body("large"), b"whole")
+        await store.set(keys.future(stranger), Result(ref=keys.body("large")).to_bytes())
+        assert (await waiting).body == b"whole" and store.fetched == 1

@@ -289,3 +289,18 @@ async def test_a_key_can_be_dropped_with_the_next_write(store: Store, keys: Stor
         return await store.get_large(keys.body("f")) is None
 
     await until(is_gone)
+
+
+async def test_what_can_have_one_value_only_is_written_once_and_its_expiry_put_off(store: Store, keys: StoreKeys) -> None:
+    await store.set_default(keys.code("a"), b"code", ttl_ms=100)
+    await store.set_default(keys.code("a"), b"code", ttl_ms=60_000)
+    await store.set(keys.leader, b"witness", ttl_ms=150)
+    await store.set_default(keys.code("b"), b"code", ttl_ms=100)
+    await store.expire(keys.code("b"), None)
+    await store.set_default(keys.code("b"), b"code", ttl_ms=100)  # which has no end by now, and gets none
+
+    async def is_late() -> bool:
+        return await store.get(keys.leader) is None
+
+    await until(is_late)
+    assert await store.get_many([keys.code("a"), keys.code("b")]) == [b"code", b"code"]

@@ -111,7 +111,7 @@ def test_a_lapsed_detached_instance_is_taken_over_with_what_is_deployed_by_a_new
         instance = await leave_behind(store, **DEPLOYED)
         claim = await claim_instance(store, KEYS, "n2", HttpOptions(port=2, middlewares=middlewares), detached=True)
         desired = Desired.from_bytes(await store.get(KEYS.desired))
-        assert claim == (instance, True)
+        assert claim.id == instance and claim.found is not None and claim.found.version == 7
         assert (desired.head_node, desired.http, desired.version) == ("n2", HttpOptions(port=2, middlewares=then), 8)
         assert desired.backends == DEPLOYED["backends"]
 
@@ -123,7 +123,8 @@ def test_a_controller_that_takes_over_has_no_opinion_of_head_node_and_http() -> 
         store = EmbeddedStore()
         instance = await leave_behind(store, **DEPLOYED)
         document = await store.get(KEYS.desired)
-        assert await claim_instance(store, KEYS, "", None, detached=True) == (instance, True)
+        claim = await claim_instance(store, KEYS, "", None, detached=True)
+        assert claim.id == instance and claim.found is not None
         assert await store.get(KEYS.desired) == document
 
     run(main())
@@ -134,7 +135,7 @@ def test_an_instance_that_was_left_amid_its_end_is_not_taken_over() -> None:
         store = EmbeddedStore()
         instance = await leave_behind(store, closing=True)
         claim = await claim_instance(store, KEYS, "n2", HTTP, detached=True)
-        assert claim.id != instance and not claim.taken_over
+        assert claim.id != instance and claim.found is None
         assert not Desired.from_bytes(await store.get(KEYS.desired)).closing
 
     run(main())
@@ -216,3 +217,27 @@ def test_the_leader_writes_everything_back_when_the_store_lost_its_data(
             assert httpx.get(url, timeout=30).json() == pid, "a loss of data must stop nothing that runs"
             time.sleep(0.1)
         assert httpx.get(deploy.at(lambda request: "made later"), timeout=30).text == "made later"
+
+
+def test_of_two_who_start_over_one_lapsed_lease_one_is_refused() -> None:
+    class Meanwhile(EmbeddedStore):
+        """Between one starter's two looks at the lease another one takes it."""
+
+        looks = 0
+
+        async def get(self, key: str) -> bytes | None:
+            if key == KEYS.instance:
+                self.looks += 1
+                if self.looks == 2:
+                    await claim_instance(self, KEYS, "n2", HTTP, detached=True)
+            return await super().get(key)
+
+    async def main() -> None:
+        store = Meanwhile()
+        await leave_behind(store, **DEPLOYED)
+        store.looks = 0
+        with pytest.raises(InstanceError, match="at the same moment"):
+            await claim_instance(store, KEYS, "n3", HTTP, detached=True)
+        assert Desired.from_bytes(await store.get(KEYS.desired)).head_node == "n2"
+
+    run(main())

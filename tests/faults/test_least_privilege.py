@@ -57,6 +57,8 @@ for target in (double, relay, members, slow, environment, fail):
     config = {"request_timeout_s": 3} if target is slow else {}
     client.create_backend(target.__name__, target, config=config)
     client.create_endpoint(target.__name__, backend=target.__name__, route=f"/{target.__name__}", methods=["GET", "POST"])
+client.create_backend("double-again", double)  # whose code is there already
+client.delete_backend("double-again")
 print("deployed", client.http_url())
 """
 

@@ -40,9 +40,17 @@ class IdleWorker:
 
 
 class Serving:
-    """A server that takes from generation 1 of backend `b`. Use as a context manager on a running loop."""
+    """A server that takes from some generations of backend `b`. Use as a context manager on a running loop."""
 
-    def __init__(self, queue: EmbeddedQueue | None = None, store: EmbeddedStore | None = None, **config: Any) -> None:
+    def __init__(
+        self,
+        queue: EmbeddedQueue | None = None,
+        store: EmbeddedStore | None = None,
+        *,
+        generations: tuple[int, ...] = (1,),
+        **config: Any,
+    ) -> None:
+        self._generations = generations
         self.queue = queue or EmbeddedQueue()
         self.store = store or EmbeddedStore()
         self.worker = IdleWorker()
@@ -54,10 +62,11 @@ class Serving:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> "Serving":
-        await self.queue.declare("b", 1, None)
-        self.server.want((1,))
+        for generation in self._generations:
+            await self.queue.declare("b", generation, None)
+        self.server.want(self._generations)
         self._tasks = [asyncio.create_task(work) for work in (self.server.keep_taking_forever(lambda: None), self.server.listen())]
-        await until(lambda: self.server.generations)
+        await until(lambda: self.server.generations == self._generations)
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -17,7 +17,7 @@ from mqserve.broker.queue import Settled
 from mqserve.broker.results import Result
 from mqserve.broker.store_keys import StoreKeys
 from mqserve.replicas.settling import INLINE_RESULT_BYTES
-from tests.broker.traffic import until
+from tests.broker.traffic import publish, until
 from tests.replicas.parts import MINTED, Serving, minted, request
 
 pytestmark = pytest.mark.anyio
@@ -232,3 +232,13 @@ async def test_looking_whether_a_body_parses_makes_nothing_of_it() -> None:
         assert tracemalloc.get_traced_memory()[1] < 3 * count
     finally:
         tracemalloc.stop()
+
+
+async def test_a_copy_that_is_not_run_leaves_the_body_to_the_one_that_is(keys: StoreKeys) -> None:
+    """While the binding moves to a new generation a message may lie in both queues."""
+    async with Serving(generations=(1, 2)) as serving:
+        await serving.store.set(keys.body(MINTED), b"large")
+        assert await publish(serving.queue, minted(ref=keys.body(MINTED))) is None  # to both
+        job = await serving.taken()
+        await until(lambda: serving.server.running == 1)  # the other one is settled
+        assert job.envelope.body == b"large" == await serving.store.get(keys.body(MINTED))
