@@ -67,7 +67,8 @@ class Note(msgspec.Struct, frozen=True, array_like=True):
 def late_result(phase: str) -> Result:
     """The outcome of a request whose time was spent in `phase`: `queue` or `run`."""
     where = "was still waiting in the queue" if phase == "queue" else "was still running"
-    message = f"the request {where} when its time was spent ({phase}): allow it more (request_timeout_s), or add replicas"
+    mend = "allow it more (its own timeout, and the backend's request_timeout_s), or add replicas"
+    message = f"the request {where} when its time was spent ({phase}): {mend}"
     return Result(status=504, error=ErrorInfo(type="mqserve.RequestTimeout", message=message))
 
 

@@ -302,6 +302,10 @@ def parse_endpoint(name: str, backend: object, route: object, methods: object) -
 def _check_route(route: str) -> None:
     if route == "/-" or route.startswith("/-/"):
         raise BadValue(f"route {route!r} lies under '/-/', which belongs to the system: choose another")
+    if rest := re.search(r"[{}?#]", re.sub(r"{[a-zA-Z_][a-zA-Z0-9_]*(:[a-zA-Z_][a-zA-Z0-9_]*)?}", "", route)):
+        raise BadValue(
+            f"route {route!r} has a {rest[0]!r} that is no part of a parameter: write parameters as '{{name}}' or '{{name:int}}'"
+        )
     try:
         compile_path(route)
     except AssertionError as error:

@@ -68,14 +68,9 @@ async def claim_instance(store: Store, keys: StoreKeys, head_node: str, http: Ht
     all that is deployed: `head_node` and `http` are the new ones then, unless `http` is None, of a starter that has no opinion of either.
     Raises InstanceError for a live one.
     """
-    raw = await store.get(keys.instance)
-    if raw is not None:
-        old = _decode_lease(raw)
-        if await _is_alive(store, keys, old):
-            raise InstanceError(
-                f"an instance runs under this namespace already (started by {old.owner}): join it with serve.connect(), end it with "
-                "`mqserve shutdown`, or choose another namespace (MQSERVE_NAMESPACE)"
-            )
+    old = await check_free(store, keys)
+    raw = None
+    if old is not None:
         raw = await store.get(keys.instance)
         if raw is not None and _decode_lease(raw) != old:
             raise _started_meanwhile()
@@ -89,6 +84,18 @@ async def claim_instance(store: Store, keys: StoreKeys, head_node: str, http: Ht
     if not await store.replace(keys.desired, None, desired.to_bytes()):
         raise _started_meanwhile()
     return Claim(lease.id)
+
+
+async def check_free(store: Store, keys: StoreKeys) -> InstanceLease | None:
+    """The lapsed lease that stands there, if one does. Raises InstanceError for a live one."""
+    raw = await store.get(keys.instance)
+    old = _decode_lease(raw) if raw is not None else None
+    if old is not None and await _is_alive(store, keys, old):
+        raise InstanceError(
+            f"an instance runs under this namespace already (started by {old.owner}): join it with serve.connect(), end it with "
+            "`mqserve shutdown`, or choose another namespace (MQSERVE_NAMESPACE)"
+        )
+    return old
 
 
 def _is_left(instance: str, raw: bytes | None) -> bool:

@@ -58,6 +58,7 @@ class Controller:
         self._raw_desired: bytes | None = None
         self._raw_observed: bytes | None = None
         self._looked_at = -math.inf  # at the store, monotonic
+        self._is_first_look = True
         self._settled_at = 0.0  # monotonic; until then nobody is missed
         self._concern = ""  # the store's own
         self._asked_at = -math.inf  # for it, monotonic
@@ -100,6 +101,9 @@ class Controller:
         if leads and self._leader.epoch != self._epoch:
             logger.info("leading, under epoch %d", self._leader.epoch)
             self._begin(self._leader.epoch)
+        elif not leads and self._is_first_look:
+            logger.info("another controller leads: waiting to take over")
+        self._is_first_look = False
         await self._read_documents()
         self._note_look()
         if self._is_anothers or (self._raw_desired is None and await lease.has_ended(self._store, self._keys, self._instance)):

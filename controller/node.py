@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from ..broker.cancellations import word_of_proxy
-from ..broker.errors import StoreUnavailable, words_of
+from ..broker.errors import InstanceError, StoreUnavailable, words_of
 from ..broker.lifeline import Stop
 from ..broker.presence import Presence
 from ..broker.store import Store
@@ -25,14 +25,16 @@ from .machine import replica_environment
 from .node_metrics import FOLDER_VARIABLE, NodeMetrics
 from .resources import ActorOptions, Capacity
 from .restarts import ENDED_WELL, Restarts
-from .state import BEAT_EVERY_S, PROXY_DRAIN_S, Assignment, BackendConfig, Beat, Desired, Observed, follow_state, read_beats
+from .state import BEAT_EVERY_S, PROXY_DRAIN_S, SILENT_AFTER_S, Assignment, BackendConfig, Beat, Desired, Observed, follow_state, read_beats
 
 logger = logging.getLogger(__name__)
 
 SILENT_CHILD_AFTER_S = 20.0  # a replica or proxy whose I/O loop is silent for this long is killed
 STOP_MARGIN_S = 5.0  # beyond its own drain time, then it is killed
 PARENT_GONE_S = 6.0  # what children get when the node's own parent is gone
+NAME_WATCHED_FOR_S = 3.0
 _CHECK_EVERY_S = 1.0
+_LOOK_EVERY_S = 0.1
 
 
 class Child(Protocol):
@@ -98,6 +100,24 @@ class _Running:
     heard_at: int  # its last beat, store ms; at first when that should be there
     backend: str = ""
     stopping: bool = False
+
+
+async def check_name_is_free(store: Store, keys: StoreKeys, node_id: str) -> None:
+    """Raises InstanceError where a node of that name beats: each would run all that is assigned to both."""
+
+    async def last_beat() -> Beat | None:
+        return read_beats(await store.fields(keys.beats)).get(f"node:{node_id}")
+
+    first = await last_beat()
+    if first is None or store.now_ms() - first.at > SILENT_AFTER_S * 1000:
+        return
+    until = time.monotonic() + NAME_WATCHED_FOR_S
+    while time.monotonic() < until:  # it may be that of one which was killed a moment ago
+        await asyncio.sleep(_LOOK_EVERY_S)
+        if (beat := await last_beat()) is not None and beat.at != first.at:
+            raise InstanceError(
+                f"a node {node_id!r} runs already ({beat.host}, process {beat.pid}): choose another --node-id, or end that one"
+            )
 
 
 class Node:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -207,8 +208,20 @@ def check_target(name: object, target: Any, init_args: tuple[Any, ...]) -> None:
             f"backend {name!r} needs a function, a class or an import string 'pkg.mod:attr', not a {type(target).__name__}: "
             "wrap it in a function, or give its class and constructor arguments"
         )
+    if is_function and not _takes_one(target):
+        raise BadValue(f"backend {name!r} is a function that takes no request: give it one parameter, such as def handler(request)")
     if is_function and init_args:
         raise BadValue(f"backend {name!r} is a function, which takes no constructor arguments: use a class, or leave them out")
+
+
+def _takes_one(function: Any) -> bool:
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError:
+        return False
+    except ValueError:  # it has none to look at
+        return True
+    return True
 
 
 def check_fits(name: str, target: Any, config: BackendConfig) -> None:

@@ -87,7 +87,11 @@ async def running_instance(links: Links, options: StartOptions) -> AsyncIterator
         )
     http = options.http
     if http.location != "NoServer" and options.with_node:
-        bind(http.host, http.port).close()  # said here, in one sentence, rather than by a child
+        try:
+            bind(http.host, http.port).close()  # said here, in one sentence, rather than by a child
+        except BadValue:
+            await lease.check_free(links.store, links.keys)  # else that is the reason: its proxy has the port
+            raise
     if options.middlewares:
         packed = code.pack(list(options.middlewares), (), links.settings.signer)
         http = msgspec.structs.replace(http, middlewares=await code.save(links.store, links.keys, packed))

@@ -14,7 +14,7 @@ from .broker.settings import Settings
 from .broker.store_keys import StoreKeys
 from .controller import lease
 from .controller.loop import Controller
-from .controller.node import Node, NodeOptions
+from .controller.node import Node, NodeOptions, check_name_is_free
 from .controller.node_metrics import serve_metrics
 from .controller.processes import ProcessLauncher
 from .links import Links, open_links
@@ -38,8 +38,9 @@ async def run_node(settings: Settings, options: NodeOptions, metrics_host: str, 
     stop: Stop = stop_event()
     async with open_redis(settings.store_url, settings.namespace) as store:
         with serve_metrics(metrics_host, metrics_port) as metrics:
-            options = replace(options, metrics=metrics)
-            await Node(options, store, StoreKeys(settings.namespace), ProcessLauncher(settings)).run(stop)
+            options, keys = replace(options, metrics=metrics), StoreKeys(settings.namespace)
+            await check_name_is_free(store, keys, options.node_id)
+            await Node(options, store, keys, ProcessLauncher(settings)).run(stop)
     return 0
 
 

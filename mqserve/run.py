@@ -24,7 +24,7 @@ from .declared import Declaration, take_declarations
 from .instance import StartOptions, parse_http_options
 from .session import open_client
 
-_DRAINING = "\nDraining …"
+_DRAINING = "\nDraining … (once more to end at once)"
 
 
 def run_until_stopped(target: str, settings: Settings, http: dict[str, Any]) -> int:

@@ -135,5 +135,7 @@ def _decode(body: bytes, content_type: str) -> Any:
         if content_type == "application/json":
             return msgspec.json.decode(body)
         return decode_plain(body, content_type)
-    except (BadEnvelope, *UNPARSABLE) as error:
+    except BadEnvelope as error:
         raise BadBody(str(error)) from error
+    except UNPARSABLE as error:
+        raise BadBody(f"the body does not parse as {content_type} ({error}): send what its Content-Type says") from error

@@ -42,7 +42,7 @@ def test_a_name_or_a_route_that_is_taken_is_refused(client: serve.Client, deploy
     assert f"{route}-other" not in httpx.get(f"{deploy.url}/-/routes").json()
 
 
-@pytest.mark.parametrize("route", ["/-/mine", "/{a}/{a}", "/{a:color}"])
+@pytest.mark.parametrize("route", ["/-/mine", "/{a}/{a}", "/{a:color}", "/{a", "/{1a}", "/{a :int}", "/a?b=1"])
 def test_a_route_that_cannot_be_served_is_refused(client: serve.Client, deploy: Deploy, route: str) -> None:
     with pytest.raises(ValueError, match="route"):
         client.create_endpoint(new_name("e"), backend=deploy(hello), route=route)

@@ -252,6 +252,26 @@ def test_a_second_start_of_a_live_namespace_is_refused(distributed_shell: Comman
     assert_refused(distributed_shell, "run", "hello.py", "--port", "0", says="an instance runs under this namespace already")
 
 
+def test_a_second_start_on_the_same_port_hears_of_the_instance_and_not_of_the_port(distributed_shell: CommandLine) -> None:
+    _, url = run_hello(distributed_shell)
+    port = url.rpartition(":")[2]
+    assert_refused(distributed_shell, "run", "hello.py", "--port", port, says="an instance runs under this namespace already")
+
+
+def test_a_second_node_of_one_name_is_refused(distributed_shell: CommandLine) -> None:
+    distributed_shell.start("controller")
+    wait_until(lambda: distributed_shell.run("status").returncode == 0)
+    distributed_shell.start("node", "--node-id", "twin", "--no-proxy")
+    wait_until(lambda: " twin " in distributed_shell.run("status").stdout)
+    assert_refused(distributed_shell, "node", "--node-id", "twin", says="a node 'twin' runs already .*choose another --node-id")
+
+
+def test_a_virtual_host_that_is_not_there_gets_a_sentence(distributed_shell: CommandLine, broker_url: str) -> None:
+    shell = distributed_shell.with_variables(MQSERVE_BROKER_URL=f"{broker_url}nowhere")
+    shell.file("hello.py", HELLO)
+    assert_refused(shell, "run", "hello.py", "--port", "0", says="RabbitMQ does not open virtual host 'nowhere' for user .*add_vhost")
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -264,6 +284,7 @@ def test_a_second_start_of_a_live_namespace_is_refused(distributed_shell: Comman
         ("@serve.endpoint('hello')\ndef hello(request): ...", "route 'hello' of endpoint 'hello' must be .* starts with '/'"),
         ("@serve.endpoint('/{a:integer}')\ndef hello(request): ...", "route '/{a:integer}' does not parse.*int"),
         ("@serve.endpoint('/a', num_replica=2)\ndef hello(request): ...", "there is no setting 'num_replica'; there are num_replicas"),
+        ("@serve.endpoint('/a')\ndef hello(): ...", "backend 'hello' is a function that takes no request: give it one parameter"),
         ("import not_installed", "app.py does not import .*No module named 'not_installed'"),
         ("def hello(:", "app.py does not import: invalid syntax in line 2"),
         ("pass", "app.py declares nothing to serve: decorate"),
