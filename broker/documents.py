@@ -16,8 +16,9 @@ _LOOK_AGAIN_S = 0.25
 READ_AGAIN_S = 2.0  # a hint may be lost: the document is read this often anyway
 
 
-async def follow(store: Store, *keys: str) -> AsyncIterator[list[bytes | None]]:
-    """The documents now, and again after every change of one of them; while the store is away, nothing: keep the last good ones."""
+async def follow(store: Store, *keys: str, again: Callable[[], bool] = lambda: False) -> AsyncIterator[list[bytes | None]]:
+    """The documents now, and after every change of one of them, and as long as `again` says so every few seconds; while the store is away,
+    nothing: keep the last good ones."""
     changed = store.watch()
     last: list[bytes | None] | None = None
     try:
@@ -25,7 +26,7 @@ async def follow(store: Store, *keys: str) -> AsyncIterator[list[bytes | None]]:
             changed.clear()
             with suppress(StoreUnavailable):
                 documents = await store.get_many(keys)
-                if documents != last:
+                if documents != last or again():
                     last = documents
                     yield documents
             with suppress(TimeoutError):

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import random
+import time
 from collections.abc import AsyncIterator, Mapping
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 
 import msgspec
 import pydantic
@@ -261,20 +263,64 @@ def _contradiction(desired: Desired) -> str:
     return next((f"{name!r} is called {thing.name!r} inside" for name, thing in named if thing.name != name), "")
 
 
+D = TypeVar("D", Desired, Observed)
+DOUBTED_FOR_S = 15.0  # longer than a change of leaders takes
+
+
+class _Latest(Generic[D]):
+    """The last good version of a document, and no older one at first: that is a copy from before the store failed, which whoever leads
+    replaces. What is still there after DOUBTED_FOR_S is believed."""
+
+    def __init__(self, kind: type[D]) -> None:
+        self._kind: type[D] = kind
+        self._doubted_since = math.inf  # monotonic
+        self.value: D | None = None
+
+    @property
+    def doubts(self) -> bool:
+        return self._doubted_since < math.inf
+
+    def take(self, raw: bytes | None) -> None:
+        try:
+            found = None if raw is None else self._kind.from_bytes(raw)
+        except BadEnvelope as error:
+            logger.warning("%s; going on with the last good one", error)
+            return
+        if self.value is not None and found is not None and (found.epoch, found.version) < (self.value.epoch, self.value.version):
+            self._doubted_since = min(self._doubted_since, time.monotonic())
+            if time.monotonic() - self._doubted_since < DOUBTED_FOR_S:
+                return
+        self._doubted_since = math.inf
+        self.value = found
+
+    def forget(self) -> None:
+        self._doubted_since = math.inf
+        self.value = None
+
+
 async def follow_state(store: Store, keys: StoreKeys) -> AsyncIterator[tuple[Desired | None, Observed | None]]:
-    """Both documents now, and after every change; of one that is broken the last good one, and a sentence in the log."""
-    desired: Desired | None = None
-    observed: Observed | None = None
-    async for raw_desired, raw_observed in follow(store, keys.desired, keys.observed):
-        try:
-            desired = None if raw_desired is None else Desired.from_bytes(raw_desired)
-        except BadEnvelope as error:
-            logger.warning("%s; going on with the last good one", error)
-        try:
-            observed = None if raw_observed is None else Observed.from_bytes(raw_observed)
-        except BadEnvelope as error:
-            logger.warning("%s; going on with the last good one", error)
-        yield desired, observed
+    """Both documents now, and after every change; of one that is broken, or older than what was there, the last good one."""
+    desired, observed = _Latest(Desired), _Latest(Observed)
+    instance = ""
+    async for raw_desired, raw_observed in follow(store, keys.desired, keys.observed, again=lambda: desired.doubts or observed.doubts):
+        if raw_desired is not None and (found := _instance_of(raw_desired)) not in ("", instance):
+            instance = found
+            desired.forget()
+            observed.forget()
+        desired.take(raw_desired)
+        observed.take(raw_observed)
+        yield desired.value, observed.value
+
+
+class _Named(msgspec.Struct):
+    instance: str = ""
+
+
+def _instance_of(raw: bytes) -> str:
+    try:
+        return msgspec.json.decode(raw, type=_Named).instance
+    except UNPARSABLE:
+        return ""
 
 
 class Choice(NamedTuple):
