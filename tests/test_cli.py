@@ -61,9 +61,9 @@ def test_run_prints_its_url_and_a_curl_that_works(either_shell: CommandLine) -> 
     assert httpx.get(curl.removeprefix("curl "), timeout=30).text.startswith("Hello, you!")
 
 
-def test_the_embedded_form_answers_its_first_request_within_two_seconds(shell: CommandLine) -> None:
+def test_the_embedded_form_answers_its_first_request_soon(shell: CommandLine) -> None:
     took_s: list[float] = []
-    while len(took_s) < 3 and min(took_s, default=5) >= 5:  # the promise is 2 s, on a machine that does nothing else
+    while len(took_s) < 3 and min(took_s, default=5) >= 5:  # 2 s, on a machine that does nothing else
         port = free_port()
         started = time.monotonic()
         with shell.start("run", str(ROOT / "examples" / "hello.py"), "--port", str(port)):
@@ -316,7 +316,7 @@ def test_a_server_that_is_down_is_named_in_time_without_its_password(distributed
     told = assert_refused(
         shell, "run", "hello.py", "--port", "0", says=f"no connection to .*{scheme}://me:\\*\\*\\*@127.0.0.1:{port}.*{down}"
     )
-    assert time.monotonic() - started < 20, "the promise is 10 s"
+    assert time.monotonic() - started < 20, "10 s, and what Python takes to start"
     assert "topsecret" not in told
 
 

@@ -55,7 +55,7 @@ async def test_a_result_whose_time_is_spent_is_given_up_while_the_store_is_froze
             await store.record(Record(keys.future("f"), b"result", "", b"", deadline_ms=store.now_ms()))
 
 
-async def test_a_call_to_a_frozen_store_ends_within_its_budget(store_server: PrivateRedis, namespace: str, keys: StoreKeys) -> None:
+async def test_a_call_to_a_frozen_store_ends_in_seconds(store_server: PrivateRedis, namespace: str, keys: StoreKeys) -> None:
     async with open_redis(store_server.url, namespace) as store:
         store_server.freeze()
         begun = time.monotonic()
