@@ -94,7 +94,11 @@ class RabbitConsumption:
         pauses = delays(cap_s=LONGEST_PAUSE_S)
         while not self.cancelled:
             try:
-                connection = await self._link.up()  # whose own lateness is no TimeoutError
+                connection = await self._link.up()
+            except BrokerUnavailable as error:  # after a wait, so no pause is due
+                logger.warning("cannot consume %s (%s); trying again", self._queue, error)
+                continue
+            try:
                 await self._consume(connection)
                 pauses = delays(cap_s=LONGEST_PAUSE_S)
             except (Exception, asyncio.CancelledError) as error:

@@ -155,6 +155,11 @@ class RabbitQueue:
         while True:
             try:
                 connection = await self._publishing.up()
+            except BrokerUnavailable as error:  # after a wait, so no pause is due: what is back is to be used at once
+                self.why_down = words_of(error)
+                logger.warning("cannot publish (%s); trying again", self.why_down)
+                continue
+            try:
                 raw = await open_channel(connection, confirms=True)
                 channel = JoinedChannel(raw)
                 await self._probe(raw, channel)

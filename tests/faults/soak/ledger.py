@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 LATE_REDELIVERY_S = 5.0
+REDIAL_S = 4.0  # a handle's process dials for itself, and may do so later than the proxies by which a recovery is told
 
 
 class End(StrEnum):
@@ -42,7 +43,8 @@ class Fault:
         return since <= self.recovered and until >= self.began
 
     def excuses(self, entry: "Entry", detail: str) -> bool:
-        if detail not in self.allows or not self.overlaps(entry.sent, entry.ended):
+        since = entry.sent - (REDIAL_S if entry.kind == "handle" else 0)
+        if detail not in self.allows or not self.overlaps(since, entry.ended):
             return False
         if self.drains and entry.sent < self.began - 0.2:
             return False
