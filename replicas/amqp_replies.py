@@ -9,7 +9,7 @@ import msgspec
 
 from ..broker.codecs import JSON
 from ..broker.envelope import NO_HEADER, Envelope
-from ..broker.errors import Overloaded
+from ..broker.errors import BadEnvelope, Overloaded
 from ..broker.queue import Queue, fate_of
 from ..broker.results import ErrorInfo, Result
 
@@ -19,13 +19,19 @@ MAX_REPLY_BYTES = 8 * 1024 * 1024  # RabbitMQ 4.x takes 16 MiB, and closes the c
 
 
 async def send_reply(queue: Queue, backend: str, request: Envelope, result: Result, budget_s: float) -> None:
-    """Returns once the broker has taken it. A queue of the caller's that is gone or full is no error: no other try would end otherwise.
+    """Returns once the broker has taken it. A queue of the caller's that is gone or full is no error, nor is an answer that AMQP cannot
+    carry (a content type of 300 bytes): no other try would end otherwise.
 
     Raises BrokerUnavailable.
     """
-    error = await fate_of(partial(queue.reply, _reply(backend, request, result), request.reply_to), budget_s)
+    try:
+        error = await fate_of(partial(queue.reply, _reply(backend, request, result), request.reply_to), budget_s)
+    except BadEnvelope as bad:
+        error = bad
     if isinstance(error, Overloaded):
-        logger.warning("a reply of %s is dropped: the caller's queue %r takes no more", backend, request.reply_to)
+        logger.warning("a reply of %s is dropped: the caller's queue %r is full, give it room or a consumer", backend, request.reply_to)
+    elif isinstance(error, BadEnvelope):
+        logger.warning("a reply of %s is dropped: AMQP cannot carry what the handler returned (%s)", backend, error)
     elif error is not None:
         raise error
 

@@ -79,6 +79,20 @@ async def test_a_reply_that_the_callers_full_queue_refuses_is_dropped_and_the_re
         assert not serving.worker.jobs and not queue.replies and await queue.depth("b", 1) == 0
 
 
+async def test_an_answer_that_amqp_cannot_carry_is_dropped_and_the_request_not_run_again() -> None:
+    class PackingQueue(EmbeddedQueue):
+        def reply(self, envelope: Envelope, reply_to: str, settled: Settled) -> None:
+            envelope.to_amqp()
+            settled(None)
+
+    queue = PackingQueue()
+    async with Serving(queue) as serving:
+        await serving.send(request(id="", reply_to="caller"))
+        serving.end(await serving.taken(), Result(content_type="x" * 300))
+        await serving.settled()
+        assert not serving.worker.jobs and await queue.depth("b", 1) == 0
+
+
 async def test_a_reply_that_cannot_be_sent_for_a_while_is_sent_later_and_the_request_not_run_again() -> None:
     queue = QueueThatRefusesReplies(3, lambda: BrokerUnavailable("an alarm"))
     async with Serving(queue) as serving:
