@@ -8,12 +8,13 @@
 # make check   formatting, lint, types
 # make format  format the code and mend what ruff can mend
 # make bench   measure against the peers
+# make compare  is a request dearer than at an earlier revision? (BASE=main~5 for another than the last commit)
 # make clean   remove what the tools left behind (.venv stays)
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-long test-faults test-newer fuzz soak check format bench clean
+.PHONY: demo test test-long test-faults test-newer fuzz soak check format bench compare clean
 .DELETE_ON_ERROR:
 
 # `exec`: the Ctrl-C is the server's, which drains and ends with status 0
@@ -51,6 +52,10 @@ format: .venv/.installed-dev
 
 bench: .venv/.installed-dev
 	$(BIN)/python benchmarks/run.py
+
+BASE ?= HEAD
+compare: .venv/.installed-dev
+	$(BIN)/python benchmarks/compare.py $(BASE)
 
 clean:
 	rm -rf build dist *.egg-info .coverage .coverage.* htmlcov .pytest_cache .mypy_cache .ruff_cache
