@@ -32,7 +32,7 @@ def encode_value(value: object, signer: Signer, claim: Claim) -> tuple[str, byte
     """
     odd = ""
     try:
-        if _round_trips(value):
+        if is_plain(value):
             return MSGPACK, _msgpack.encode(value)
     except UnicodeEncodeError:
         odd = "str that UTF-8 cannot write"
@@ -99,28 +99,29 @@ def _with_type(claim: Claim) -> Claim:
 _ATOMS = frozenset({type(None), bool, float, str, bytes})
 
 
-def _round_trips(value: object) -> bool:
+def is_plain(value: object) -> bool:
+    """Whether MessagePack brings it back equal, and of the same types. Raises RecursionError for a value that is nested too deeply."""
     kind = type(value)
     if kind in _ATOMS:
         return True
     if kind is int:
         return -(2**63) <= value < 2**64  # type: ignore[operator]
     if kind is list:
-        return all(map(_round_trips, value))  # type: ignore[call-overload]
+        return all(map(is_plain, value))  # type: ignore[call-overload]
     if kind is dict:
-        return all(type(key) is str and _round_trips(item) for key, item in value.items())  # type: ignore[attr-defined]
+        return all(type(key) is str and is_plain(item) for key, item in value.items())  # type: ignore[attr-defined]
     return False
 
 
 def _odd_type(value: object) -> str:
     """The type that keeps `value` from being plain data, named for the reader of an error."""
     if type(value) is list:
-        return next(_odd_type(item) for item in value if not _round_trips(item))
+        return next(_odd_type(item) for item in value if not is_plain(item))
     if type(value) is dict:
         for key, item in value.items():
             if type(key) is not str:
                 return f"dict key of type {_name(type(key))}"
-            if not _round_trips(item):
+            if not is_plain(item):
                 return _odd_type(item)
     return "int beyond 64 bits" if type(value) is int else _name(type(value))
 

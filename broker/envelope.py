@@ -28,6 +28,7 @@ class Meta(msgspec.Struct, frozen=True, omit_defaults=True):
 
     method: str = "GET"
     path: str = ""
+    raw_path: bytes = b""  # as it stood in the request line; empty where that is `path`, without percent-encoding
     query: bytes = b""
     headers: Pairs = ()
     params: tuple[tuple[str, str, str], ...] = ()
@@ -38,6 +39,8 @@ class Meta(msgspec.Struct, frozen=True, omit_defaults=True):
     scheme: str = "http"
     client: tuple[str, int] | None = None
     server: tuple[str, int | None] | None = None
+    state: dict[str, Any] | None = None  # of `request.state`: what middlewares in the proxy set to plain data
+    lost_state: dict[str, str] | None = None  # name -> type of what they set to something else
 
 
 class Header(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -129,11 +132,14 @@ class Envelope:
             raise TooLarge(
                 f"the request's head takes {len(header)} bytes, more than {MAX_HEAD_BYTES}: send less in headers and URL", status=431
             )
-        flags = _CONTENT_TYPE | _HEADERS | _DELIVERY_MODE
+        flags = _HEADERS | _DELIVERY_MODE
         table = b"\x02mqx" + struct.pack(">I", len(header)) + header
         if self.status:
             table = b"\x09mq-statusI" + struct.pack(">i", self.status)
-        parts = [_short(self.content_type), struct.pack(">I", len(table)), table, b"\x02" if self.persistent else b"\x01"]
+        parts = [struct.pack(">I", len(table)), table, b"\x02" if self.persistent else b"\x01"]
+        if self.content_type:
+            flags |= _CONTENT_TYPE
+            parts.insert(0, _short(self.content_type))
         if self.priority:
             flags |= _PRIORITY
             parts.append(bytes((self.priority,)))

@@ -1,4 +1,5 @@
-"""One family of errors. A subclass exists only where a caller acts differently.
+"""One family of errors. A subclass exists only where a caller acts differently. `status` is HTTP's number for each: what a web client
+hears of it, also where a handler lets it pass.
 
 MQServeError
 ├── BadEnvelope            these bytes will never parse: dead-letter them, do not retry
@@ -31,6 +32,8 @@ UNPARSABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 class MQServeError(Exception):
     """Everything we raise on purpose."""
 
+    status = 500
+
 
 class BadEnvelope(MQServeError):
     """The bytes will never parse: dead-letter them, do not retry."""
@@ -47,6 +50,8 @@ class NotEncodable(MQServeError, TypeError):
 class BrokerUnavailable(MQServeError):
     """The broker did not take the message; with `maybe_sent`, it may have taken it and could not say so."""
 
+    status = 503
+
     def __init__(self, message: str, *, maybe_sent: bool = False) -> None:
         super().__init__(message)
         self.maybe_sent = maybe_sent
@@ -54,6 +59,8 @@ class BrokerUnavailable(MQServeError):
 
 class StoreUnavailable(MQServeError):
     """The store did not answer within our budget."""
+
+    status = 503
 
 
 class QueueMismatch(MQServeError):
@@ -63,13 +70,19 @@ class QueueMismatch(MQServeError):
 class NotRouted(MQServeError):
     """No queue is bound to the backend's name."""
 
+    status = 503
+
 
 class NoReplica(MQServeError):
     """The backend has had no replica for so long that waiting is no use."""
 
+    status = 503
+
 
 class Overloaded(MQServeError):
     """The backend's queue is full."""
+
+    status = 429
 
     def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
@@ -87,6 +100,8 @@ class TooLarge(MQServeError):
 class RequestTimeout(MQServeError, TimeoutError):
     """The request's time is spent; `phase` is where: `queue` or `run`."""
 
+    status = 504
+
     def __init__(self, message: str, *, phase: str = "queue") -> None:
         super().__init__(message)
         self.phase = phase
@@ -94,6 +109,8 @@ class RequestTimeout(MQServeError, TimeoutError):
 
 class Cancelled(MQServeError):
     """The caller gave the request up before it had a result."""
+
+    status = 499
 
 
 class RemoteError(MQServeError):
@@ -125,6 +142,17 @@ class UnknownEndpoint(MQServeError, KeyError):
 
     def __str__(self) -> str:  # KeyError would print the repr
         return str(self.args[0])
+
+
+def public_words(error: MQServeError) -> str:
+    """For web clients: addresses and users of our servers are for the log only."""
+    match error:
+        case BrokerUnavailable():
+            return "the message broker is away: try again later"
+        case StoreUnavailable():
+            return "the store of results is away: try again later"
+        case _:
+            return str(error)
 
 
 def words_of(error: BaseException | None) -> str:

@@ -15,12 +15,14 @@ RESULT_KIND = 0
 
 
 class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
-    """An exception in plain data; `sealed` is the signed pickle of the object itself, where there was a key for it."""
+    """An exception in plain data. `sealed` is the signed pickle of the object itself, where there was a key for it and it is not too
+    large; `members` is a JSON object with what a web client is told beside the message."""
 
     type: str
     message: str
     traceback: str = ""
     sealed: bytes = b""
+    members: bytes = b""
 
 
 class Result(msgspec.Struct, frozen=True, omit_defaults=True):

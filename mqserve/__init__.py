@@ -9,6 +9,8 @@
 and `mqserve run hello.py`. See docs/ for the rest.
 """
 
+from starlette.exceptions import HTTPException
+
 from .api import (
     connect,
     create_backend,
@@ -60,6 +62,7 @@ __all__ = [
     "Cancelled",
     "Client",
     "Future",
+    "HTTPException",
     "Handle",
     "InstanceError",
     "MQServeError",

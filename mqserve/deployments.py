@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -17,6 +16,7 @@ from .controller.resources import ActorOptions, parse_actor_options
 from .controller.state import Backend, BackendConfig, Desired, Observed, read_beats
 from .links import Links
 from .replicas.batching import accepts_batch
+from .replicas.handler import make_method
 
 logger = logging.getLogger(__name__)
 
@@ -208,20 +208,17 @@ def check_target(name: object, target: Any, init_args: tuple[Any, ...]) -> None:
             f"backend {name!r} needs a function, a class or an import string 'pkg.mod:attr', not a {type(target).__name__}: "
             "wrap it in a function, or give its class and constructor arguments"
         )
-    if is_function and not _takes_one(target):
-        raise BadValue(f"backend {name!r} is a function that takes no request: give it one parameter, such as def handler(request)")
+    if is_function:
+        _check_signature(name, target)
     if is_function and init_args:
         raise BadValue(f"backend {name!r} is a function, which takes no constructor arguments: use a class, or leave them out")
 
 
-def _takes_one(function: Any) -> bool:
+def _check_signature(name: str, function: Any) -> None:
     try:
-        inspect.signature(function).bind(None)
-    except TypeError:
-        return False
-    except ValueError:  # it has none to look at
-        return True
-    return True
+        make_method(function)
+    except BadType as error:
+        raise BadValue(f"backend {name!r} cannot be called: {error}") from error
 
 
 def check_fits(name: str, target: Any, config: BackendConfig) -> None:

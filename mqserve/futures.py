@@ -10,8 +10,11 @@ from typing import Any
 
 from .broker.codecs import decode_value
 from .broker.errors import BadSignature, BadType, BadValue, Cancelled, RemoteError, RequestTimeout
+from .broker.failures import add_note, describe
 from .broker.results import ErrorInfo, Result
 from .broker.signing import Claim, Signer
+
+_OTHERS_OWN = (concurrent.futures.CancelledError, StopIteration, StopAsyncIteration)
 
 WAIT_LIMIT_S = 25 * 60  # no request lives longer
 
@@ -126,14 +129,20 @@ def _exception(error: ErrorInfo, result: Result, future_id: str, signer: Signer)
     if error.sealed:
         try:
             opened = pickle.loads(signer.open(error.sealed, Claim("result", result.backend, future_id, "exception")))
-            exception = opened if isinstance(opened, BaseException) else exception
+            exception = opened if _may_be_raised_here(opened) else exception
         except BadSignature as refused:
             exception.add_note(f"its own object was not opened: {refused}")
-        except Exception as failed:
-            exception.add_note(f"its own object could not be opened here: {type(failed).__name__}: {failed}")
+        except BaseException as failed:  # of its class's own making
+            exception.add_note(f"its own object could not be opened here: {describe(failed).words}")
     if error.traceback:
-        exception.add_note(f"Remote traceback, of backend {result.backend!r}:\n{error.traceback.rstrip()}")
+        add_note(exception, f"Remote traceback, of backend {result.backend!r}:\n{error.traceback.rstrip()}")
     return exception
+
+
+def _may_be_raised_here(opened: object) -> bool:
+    """Not what would end the caller's program, or count as the caller's own cancellation or end of an iteration: that happened to somebody
+    else. Asked of the type, since an object can say that it is of another class."""
+    return issubclass(type(opened), Exception) and not issubclass(type(opened), _OTHERS_OWN)
 
 
 def _is_cancelling() -> bool:

@@ -77,7 +77,7 @@ class _BaseHandle:
 class Handle(_BaseHandle):
     """For plain code, in any thread: `ref = handle.remote(x)`, then `serve.get(ref)` or `ref.result()`."""
 
-    def remote(self, data: Any = None, **arguments: Any) -> Future:
+    def remote(self, data: Any = None, /, **arguments: Any) -> Future:
         """A future at once. The handler sees `data` as `request.data`, and the keyword arguments as `request.query_params`; a future
         among them is resolved first.
 
@@ -89,7 +89,7 @@ class Handle(_BaseHandle):
 class AsyncHandle(_BaseHandle):
     """For coroutines: `ref = await handle.remote(x)`, then `await ref`."""
 
-    async def remote(self, data: Any = None, **arguments: Any) -> Future:
+    async def remote(self, data: Any = None, /, **arguments: Any) -> Future:
         """As `Handle.remote`."""
         return self._send(data, arguments)
 

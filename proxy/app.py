@@ -8,8 +8,10 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from ..broker.caller import MAX_BODY_BYTES, Caller
+from ..broker.codecs import is_plain
 from ..broker.envelope import MAX_HEAD_BYTES, Meta, is_minted, mint_id
 from ..broker.errors import BadValue, Cancelled, MQServeError, NoReplica, StoreUnavailable, TooLarge
+from ..broker.failures import name_of
 from ..broker.overload import HeldBytes
 from ..controller.state import choose
 from .departures import Departures
@@ -70,7 +72,7 @@ class ProxyApp:
             else:
                 reply = _not_served(target, scope)
         status, headers, body = reply
-        if status not in (204, 304):
+        if status not in (204, 304) and not (scope["method"] == "HEAD" and any(name == b"content-length" for name, _ in headers)):
             headers.append((b"content-length", str(len(body)).encode()))
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
@@ -110,7 +112,7 @@ class ProxyApp:
             self._metrics.waiting[waiting] += 1
             self.departures.expect(request_id, receive)
             try:
-                return from_result(await ticket.future, request_id, debug=self._debug)
+                return from_result(await ticket.future, request_id, debug=self._debug, to_head=scope["method"] == "HEAD")
             finally:
                 self.departures.forget(request_id)
                 self._metrics.waiting[waiting] -= 1
@@ -233,9 +235,13 @@ def _read_timeout(value: bytes) -> float:
 
 
 def _meta(scope: Scope, target: Target, call: str) -> Meta:
+    raw_path: bytes = scope["raw_path"] or b""
+    state: dict[str, Any] | None = scope.get("state")
+    travelling, lost = _travelling(state) if state else (None, None)
     return Meta(
         method=scope["method"],
         path=scope["path"],
+        raw_path=raw_path if b"%" in raw_path else b"",
         query=scope["query_string"],
         headers=tuple(scope["headers"]),
         params=target.params,
@@ -246,7 +252,23 @@ def _meta(scope: Scope, target: Target, call: str) -> Meta:
         scheme=scope["scheme"],
         client=scope["client"],
         server=scope["server"],
+        state=travelling,
+        lost_state=lost,
     )
+
+
+def _travelling(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """What middlewares set on `request.state`: what is plain data, and of the rest the types, for whoever asks for it in a replica."""
+    named = {name: value for name, value in state.items() if isinstance(name, str)}
+    plain = {name: value for name, value in named.items() if _is_plain(value)}
+    return plain, {name: name_of(type(value)) for name, value in named.items() if name not in plain}
+
+
+def _is_plain(value: object) -> bool:
+    try:
+        return is_plain(value)
+    except RecursionError:
+        return False
 
 
 def _host(scope: Scope) -> str:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from ..broker.errors import words_of
+from ..broker.failures import LEAVING, message_of
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +52,8 @@ class Departures:
         try:
             while (await receive())["type"] != "http.disconnect":
                 await asyncio.sleep(_LOOK_EVERY_S)  # a middleware may hand out the body again and again
-        except Exception as error:  # a middleware's own: the request goes on unwatched
-            logger.warning("cannot tell whether the client of request %s goes away: %s", request_id, words_of(error))
+        except (Exception, *LEAVING) as error:  # a middleware's own: the request goes on unwatched
+            logger.warning("cannot tell whether the client of request %s goes away: %s", request_id, message_of(error))
             return
         self._watching.pop(request_id, None)
         self._on_departure(request_id)

@@ -22,6 +22,7 @@ from ..broker.backoff import delays
 from ..broker.caller import Caller
 from ..broker.cancellations import Cancellations, word_of_proxy
 from ..broker.errors import BackendFailed, MQServeError, StoreUnavailable
+from ..broker.failures import LEAVING, describe
 from ..broker.lifeline import Stop, stop_event
 from ..broker.listener import bind
 from ..broker.presence import Presence
@@ -170,7 +171,7 @@ class Proxy:
                 admin_token=self._settings.admin_token,
             )
             self._outer.app, self._middlewares = await self._with_middlewares(app, desired), desired.http.middlewares
-        except Exception as error:  # users' own code may raise anything
+        except (Exception, *LEAVING) as error:  # users' own code may raise anything
             raise BackendFailed(_why(error)) from error
         return app
 
@@ -183,7 +184,7 @@ class Proxy:
                 try:
                     await self._take_over(app, desired, observed or Observed())
                     break
-                except Exception as error:
+                except (Exception, *LEAVING) as error:
                     logger.exception("cannot follow the new routes yet; serving the old ones")
                     if not isinstance(error, StoreUnavailable):
                         self._refuse(desired, error)
@@ -202,7 +203,7 @@ class Proxy:
         self._refuses, self._refused = (0, 0), ""
         self._presence.tell()
 
-    def _refuse(self, desired: Desired, error: Exception) -> None:
+    def _refuse(self, desired: Desired, error: BaseException) -> None:
         """Whoever committed this version waits for it, and may undo it."""
         self._refuses, self._refused = (desired.epoch, desired.version), _why(error)
         self._presence.tell()
@@ -244,11 +245,11 @@ class Proxy:
         )  # fmt: skip
 
 
-def _why(error: Exception) -> str:
+def _why(error: BaseException) -> str:
     """What a proxy cannot make of a version, in a sentence; ours are sentences already."""
     if isinstance(error, MQServeError):
         return str(error)
-    return f"middlewares, convertors or routes cannot be made ({type(error).__name__}: {error}): mend or replace them"
+    return f"middlewares, convertors or routes cannot be made ({describe(error).words}): mend or replace them"
 
 
 class _Outermost:

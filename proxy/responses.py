@@ -6,23 +6,13 @@ import logging
 import math
 import random
 import re
+from collections.abc import Iterable, Mapping
 from http.client import responses
 from typing import Any
 
 import msgspec
 
-from ..broker.envelope import Pairs
-from ..broker.errors import (
-    BadValue,
-    BrokerUnavailable,
-    Cancelled,
-    MQServeError,
-    NoReplica,
-    NotRouted,
-    Overloaded,
-    StoreUnavailable,
-    TooLarge,
-)
+from ..broker.errors import UNPARSABLE, BadValue, MQServeError, Overloaded, public_words
 from ..broker.results import Result
 
 logger = logging.getLogger(__name__)
@@ -36,58 +26,71 @@ HOP_BY_HOP = frozenset(
 )
 _AWAY_RETRY_S = (0.5, 3.0)  # in whole seconds upwards, and not all at once
 NO_BODY = frozenset((204, 205, 304))
+NO_MEMBERS: Mapping[str, Any] = {}
 
 _NOT_THEIRS = HOP_BY_HOP | {b"content-length"}
+_LENGTH = re.compile(rb"[0-9]{1,18}")
 _NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _CONTENT_TYPE = re.compile(r"[\t\x20-\x7e\xa0-\xff]*")
 _VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
 
 
-def from_result(result: Result, request_id: str, *, debug: bool) -> Reply:
+def from_result(result: Result, request_id: str, *, debug: bool, to_head: bool = False) -> Reply:
+    """`to_head`: the answer to a HEAD request, which may say how long the one to GET would be."""
     if result.error is not None:
-        return problem(result.status, _explain(result, debug=debug), request_id)
-    headers = [(b"content-type", _content_type(result))]
+        members = _members(result.error.members) if result.error.members else NO_MEMBERS
+        return problem(result.status, _explain(result, debug=debug), request_id, headers=_safe(result), members=members)
+    headers = [(b"content-type", _content_type(result))] if result.content_type else []
     if result.headers:
         headers += _safe(result)
+        if to_head:
+            headers += [(name, value) for name, value in result.headers if name == b"content-length" and _LENGTH.fullmatch(value)][:1]
     headers.append((b"x-request-id", request_id.encode()))
     return result.status, headers, b"" if result.status in NO_BODY else result.body
 
 
 def from_error(error: MQServeError, request_id: str, *, debug: bool = False) -> Reply:
     """What kept a request from being sent, or its result from being read. Addresses and users of our servers are in the log only."""
-    match error:
-        case Overloaded():
-            return problem(429, str(error), request_id, retry_after_s=error.retry_after_s)
-        case TooLarge():
-            return problem(error.status, str(error), request_id)
-        case BadValue():
-            return problem(400, str(error), request_id)
-        case Cancelled():
-            return problem(499, str(error), request_id)
-        case BrokerUnavailable() | StoreUnavailable():
-            what = "the message broker" if isinstance(error, BrokerUnavailable) else "the store of results"
-            logger.info("request %s is answered 503: %s", request_id, error)
-            detail = str(error) if debug else f"{what} is away: try again later"
-            return problem(503, detail, request_id, retry_after_s=random.uniform(*_AWAY_RETRY_S))
-        case NotRouted() | NoReplica():
-            return problem(503, str(error), request_id, retry_after_s=random.uniform(*_AWAY_RETRY_S))
-        case _:
-            return problem(500, str(error), request_id)
+    status = 400 if isinstance(error, BadValue) else error.status
+    detail = str(error) if debug else public_words(error)
+    retry_after_s: float | None = None
+    if isinstance(error, Overloaded):
+        retry_after_s = error.retry_after_s
+    elif status == 503:
+        logger.info("request %s is answered 503: %s", request_id, error)
+        retry_after_s = random.uniform(*_AWAY_RETRY_S)
+    return problem(status, detail, request_id, retry_after_s=retry_after_s)
 
 
-def problem(status: int, detail: str, request_id: str, *, retry_after_s: float | None = None, headers: Pairs = ()) -> Reply:
-    """RFC 9457, with the request's id."""
+def problem(
+    status: int,
+    detail: str,
+    request_id: str,
+    *,
+    retry_after_s: float | None = None,
+    headers: Iterable[tuple[bytes, bytes]] = (),
+    members: Mapping[str, Any] = NO_MEMBERS,
+) -> Reply:
+    """RFC 9457, with the request's id; `members` stand beside ours, or in their place."""
     body: dict[str, Any] = {
         "type": "about:blank",
         "title": "Client Closed Request" if status == 499 else responses.get(status, "Error"),  # 499 is nginx's
         "status": status,
         "detail": detail,
         "request_id": request_id,
+        **members,
     }
     found = [(b"content-type", b"application/problem+json"), (b"x-request-id", request_id.encode()), *headers]
     if retry_after_s is not None:
         found.append((b"retry-after", str(math.ceil(retry_after_s)).encode()))
     return status, found, msgspec.json.encode(body)
+
+
+def _members(raw: bytes) -> Mapping[str, Any]:
+    try:
+        return msgspec.json.decode(raw, type=dict[str, Any])
+    except UNPARSABLE:
+        return NO_MEMBERS
 
 
 def json_reply(value: object, status: int = 200) -> Reply:
@@ -96,9 +99,9 @@ def json_reply(value: object, status: int = 200) -> Reply:
 
 def _explain(result: Result, *, debug: bool) -> str:
     assert result.error is not None
-    if debug and result.error.traceback:
-        return result.error.traceback
-    if result.status == 500 and result.error.traceback:  # without one it is our own sentence, of a request that was set aside
+    if result.status == 500 and result.error.traceback:  # without one it is a sentence for the client: the handler's, or ours
+        if debug:
+            return result.error.traceback
         return f"the handler raised {result.error.type}; the traceback is in the replica's log (or here, with --debug)"
     return result.error.message
 

@@ -21,20 +21,26 @@ class BadBatch(BadValue):
 
 
 def accept_batch(target: T) -> T:
-    """Marks a function, a method or a class (its `__call__`): it gets a list of requests, and returns as many results in their order.
+    """Marks a function, a method or a class: it gets a list of requests, and returns as many results in their order.
 
-    Without `max_batch_size` in the config the lists have one request each.
+    Of a class it marks `__call__`, or, where there is none, all methods. Without `max_batch_size` in the config the lists have one
+    request each.
     """
-    marked: Any = target.__call__ if inspect.isclass(target) else target
-    if not callable(marked):
-        raise BadType(f"@serve.accept_batch marks a function, a method or a class with __call__, not {target!r}")
+    if not callable(target):
+        raise BadType(f"@serve.accept_batch marks a function, a method or a class, not {target!r}")
+    marked: Any = _own_call(target) if inspect.isclass(target) else target
     setattr(marked, _MARK, True)
     return target
 
 
+def _own_call(kind: type) -> Any:
+    """The class's `__call__`, or the class itself where it defines none: `kind.__call__` would be that of its metaclass."""
+    return next((vars(base)["__call__"] for base in kind.__mro__ if "__call__" in vars(base)), kind)
+
+
 def accepts_batch(target: Any) -> bool:
     """Of a function, a bound method, a class or an instance."""
-    if getattr(target, _MARK, False):
+    if getattr(target, _MARK, False) or getattr(type(getattr(target, "__self__", None)), _MARK, False):
         return True
     return not inspect.isroutine(target) and bool(getattr(getattr(target, "__call__", None), _MARK, False))  # noqa: B004
 
@@ -173,12 +179,14 @@ class _Gatherer:
     async def _run(self, members: list[tuple[Any, asyncio.Future[Any]]]) -> None:
         try:
             results = split_results(await self._call([item for item, _ in members]), len(members))
-        except BaseException as error:
+        except asyncio.CancelledError:
+            for _, result in members:
+                result.cancel()
+            raise
+        except BaseException as error:  # sys.exit() too: it is the members', and not to end the loop that they share
             for _, result in members:
                 if not result.done():
                     result.set_exception(error)
-            if not isinstance(error, Exception):
-                raise
             return
         for (_, result), value in zip(members, results, strict=True):
             if not result.done():
@@ -186,7 +194,7 @@ class _Gatherer:
 
 
 def _check(size: object, wait_s: object) -> None:
-    if isinstance(size, bool) or not isinstance(size, int):
+    if isinstance(size, bool) or not (isinstance(size, int) or (isinstance(size, float) and size.is_integer())):
         raise BadType(f"max_batch_size must be a whole number, not {size!r}")
     if size < 1:
         raise BadValue(f"max_batch_size must be 1 or more, not {size}")

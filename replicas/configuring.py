@@ -6,11 +6,12 @@ import asyncio
 import logging
 from typing import Any
 
-from ..broker.errors import BackendFailed, words_of
+from ..broker.errors import BackendFailed
+from ..broker.failures import describe
 from ..controller.state import Backend
 from .handler import Handler
-from .loading import failure
-from .worker import Worker
+from .loading import told
+from .worker import Raised, Worker
 
 logger = logging.getLogger(__name__)
 
@@ -60,11 +61,12 @@ class Configuring:
                 async with asyncio.timeout(backend.config.health_check_timeout_s):
                     await self._worker.call(check)
                 failures = 0
-            except Exception as error:
+            except (Raised, TimeoutError) as error:
                 failures += 1
-                logger.warning("check_health of %s failed (%d in a row): %s", backend.name, failures, words_of(error))
+                failure = error.failure if isinstance(error, Raised) else describe(TimeoutError("it took too long"))
+                logger.warning("check_health of %s failed (%d in a row): %s", backend.name, failures, failure.words)
                 if failures >= FAILURES_TOLERATED:
-                    raise BackendFailed(failure(backend, f"is not healthy ({failures} checks failed)", error)) from error
+                    raise BackendFailed(told(backend, f"is not healthy ({failures} checks failed)", failure)) from None
 
     async def _tell(self, backend: Backend, user_config: Any) -> None:
         reconfigure, check = self._handler.hook("reconfigure"), self._handler.hook("check_health")
@@ -77,5 +79,7 @@ class Configuring:
                 await self._worker.call(lambda: reconfigure(user_config))
                 if check is not None:
                     await self._worker.call(check)
-        except Exception as error:
-            raise BackendFailed(failure(backend, "refuses its user_config", error)) from error
+        except Raised as raised:
+            raise BackendFailed(told(backend, "refuses its user_config", raised.failure)) from None
+        except TimeoutError:
+            raise BackendFailed(f"backend {backend.name!r} did not take its user_config within {RECONFIGURE_BUDGET_S:g} s") from None

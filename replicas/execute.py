@@ -1,28 +1,38 @@
-"""One request through the user's code: an envelope in, a Result out; nothing here raises, and nothing here waits for a broker."""
+"""One request through the user's code: a job in, a Result out; nothing here raises, and nothing here waits for a broker.
+
+Whatever user code raises is its request's result, `sys.exit()` too, and so is whatever is raised by what it returned.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import inspect
 import logging
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from starlette.responses import StreamingResponse
+from starlette.responses import Response
 
 from ..broker.caller import MAX_BODY_BYTES
 from ..broker.codecs import check_plain, decode_value
 from ..broker.envelope import Envelope
 from ..broker.errors import BadEnvelope, BadType
+from ..broker.failures import traceback_of
 from ..broker.results import ErrorInfo, Result
 from ..broker.signing import Claim, Signer
 from .batching import split_results
+from .collect import Collected, is_whole
+from .error_results import error_result
 from .handler import Handler, Method
-from .replies import collect_stream, error_result, plain_result, value_result
-from .requests import BadBody, Request, ServeRequest, convert_params
+from .job import Job
+from .replies import plain_result, value_result
+from .requests import BadBody, Receiver, Request, ServeRequest, convert_params, http_scope
 
 logger = logging.getLogger(__name__)
+
+Answer = Result | Response
+"""A Response that has to be run for its result is `respond`'s."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,71 +43,95 @@ class Execution:
     handler: Handler
     signer: Signer
 
-    def method(self, envelope: Envelope) -> Method | Result:
+    def method(self, job: Job) -> Method | Result:
         """What is to run, or the result of there being no such method."""
         try:
-            convert_params(envelope.header.meta)  # here, or one that does not convert would fail the batch it is in
-            return self.handler.method(envelope.header.meta.call)
-        except Exception as error:
-            return self._failed(error, envelope)
-
-    def run(self, method: Method, envelope: Envelope) -> Result:
-        """A plain call; for the worker's thread."""
-        try:
-            value = method.function(self.request(envelope))
-            if isinstance(value, StreamingResponse):
-                with ThreadPoolExecutor(1) as other:  # this thread has a running loop
-                    value = other.submit(asyncio.run, collect_stream(value)).result()
-            return self._result(value, envelope)
+            meta = job.envelope.header.meta
+            convert_params(meta)  # here, or one that does not convert would fail the batch it is in
+            return self.handler.method(meta.call)
         except BaseException as error:
-            _raise_if_stopped(error)
-            return self._failed(error, envelope)
+            return self.failed(error, job)
 
-    async def run_async(self, method: Method, envelope: Envelope) -> Result:
-        """An async call, or a plain one that returned an awaitable; for the worker's loop."""
+    # One request.
+
+    def run(self, method: Method, job: Job) -> Answer:
+        """A plain call; for the worker's thread, or one of its pool."""
         try:
-            value = method.function(self.request(envelope))
+            return self._answer(self._call(method, job), job)
+        except BaseException as error:
+            return self.failed(error, job)
+
+    async def run_async(self, method: Method, job: Job) -> Answer:
+        """An async call; for a task of the worker's loop. Raises CancelledError where the task is cancelled, and nothing else."""
+        try:
+            value = self._call(method, job)
             if inspect.isawaitable(value):
                 value = await value
-            if isinstance(value, StreamingResponse):
-                value = await collect_stream(value)
-            return self._result(value, envelope)
+            return self._answer(value, job)
         except BaseException as error:
-            _raise_if_stopped(error)
-            return self._failed(error, envelope)
+            _raise_if_cancelled(error)
+            return self.failed(error, job)
 
-    def run_batch(self, method: Method, envelopes: list[Envelope]) -> list[Result]:
+    async def respond(self, response: Response, job: Job, answer: Callable[[Result], None]) -> None:
+        """Runs a response as the ASGI app it is; `answer` gets its result as soon as it is whole. What goes on after that (its background
+        task) is nobody's to wait for. Raises CancelledError where the task is cancelled, and nothing else."""
+        collected = Collected(lambda whole: answer(self._whole(whole, job)))
+        try:
+            await response(http_scope(job.envelope.header.meta), Receiver(job), collected.send)
+            if not collected.is_whole:
+                raise BadType(f"the handler returned a {type(response).__name__} that ended before its answer did: {collected!r}")
+        except BaseException as error:
+            _raise_if_cancelled(error)
+            if collected.is_too_large:
+                answer(self._too_large())
+            elif collected.is_whole:
+                logger.error("after the answer to request %s of %s\n%s", job.envelope.id, self.backend, traceback_of(error).rstrip())
+            else:
+                answer(self.failed(error, job))
+
+    # A batch.
+
+    def run_batch(self, method: Method, jobs: Sequence[Job]) -> list[Answer]:
         """One plain call for all of them."""
         try:
-            values = split_results(method.function([self.request(envelope) for envelope in envelopes]), len(envelopes))
+            values = split_results(method.function([self.request(job) for job in jobs]), len(jobs))
         except BaseException as error:
-            _raise_if_stopped(error)
-            return [self._failed(error, envelope) for envelope in envelopes]
-        return self._results(values, envelopes)
+            return [self.failed(error, job) for job in jobs]
+        return self._answers(values, jobs)
 
-    async def run_batch_async(self, method: Method, envelopes: list[Envelope]) -> list[Result]:
-        """One async call for all of them."""
+    async def run_batch_async(self, method: Method, jobs: Sequence[Job]) -> list[Answer]:
+        """One async call for all of them. Raises as `run_async` does."""
         try:
-            values = split_results(await method.function([self.request(envelope) for envelope in envelopes]), len(envelopes))
+            values = split_results(await method.function([self.request(job) for job in jobs]), len(jobs))
         except BaseException as error:
-            _raise_if_stopped(error)
-            return [self._failed(error, envelope) for envelope in envelopes]
-        return self._results(values, envelopes)
+            _raise_if_cancelled(error)
+            return [self.failed(error, job) for job in jobs]
+        return self._answers(values, jobs)
 
-    def _results(self, values: list[Any], envelopes: list[Envelope]) -> list[Result]:
-        results: list[Result] = []
-        for value, envelope in zip(values, envelopes, strict=True):
+    def _answers(self, values: list[Any], jobs: Sequence[Job]) -> list[Answer]:
+        answers: list[Answer] = []
+        for value, job in zip(values, jobs, strict=True):
             try:
-                results.append(self._result(value, envelope))
+                answers.append(self._answer(value, job))
             except BaseException as error:
-                _raise_if_stopped(error)
-                results.append(self._failed(error, envelope))
-        return results
+                answers.append(self.failed(error, job))
+        return answers
 
-    def request(self, envelope: Envelope) -> Request | ServeRequest:
-        if envelope.header.origin == "http":
-            return Request(envelope)
-        return ServeRequest(envelope, lambda: self._content(envelope))
+    # In: the request.
+
+    def _call(self, method: Method, job: Job) -> Any:
+        if method.takes_request:
+            return method.function(self.request(job))
+        if job.envelope.header.origin == "handle" and self._content(job.envelope) not in ((None, {}), ([None, {}])):
+            raise BadType("this handler has no parameter for a request, and remote() was given something to send: leave that out")
+        return method.function()
+
+    def request(self, job: Job) -> Request | ServeRequest:
+        if job.envelope.header.origin == "http":
+            job.request = Request(job)
+        else:
+            job.request = ServeRequest(job, lambda: self._content(job.envelope))
+        return job.request
 
     def _content(self, envelope: Envelope) -> tuple[Any, dict[str, Any]]:
         """(data, keyword arguments)."""
@@ -112,6 +146,19 @@ class Execution:
             raise BadBody("the mq header says that a handle sent this, and the body is none of a handle's: leave the header out")
         return content[0], content[1]
 
+    # Out: the answer.
+
+    def _answer(self, value: Any, job: Job) -> Answer:
+        if isinstance(value, Response) and not is_whole(value):
+            return value
+        return self._result(value, job.envelope)
+
+    def _whole(self, response: Response, job: Job) -> Result:
+        try:
+            return self._result(response, job.envelope)
+        except BaseException as error:
+            return self.failed(error, job)
+
     def _result(self, value: Any, envelope: Envelope) -> Result:
         if inspect.isawaitable(value) or inspect.isgenerator(value) or inspect.isasyncgen(value):
             raise BadType(
@@ -121,28 +168,38 @@ class Execution:
             result = value_result(value, self.backend, envelope.id, self.signer)
         else:
             result = plain_result(value, self.backend)
-        if len(result.body) <= MAX_BODY_BYTES:
-            return result
-        message = f"the result has {len(result.body)} bytes and the limit is {MAX_BODY_BYTES}: return less, or a reference to it"
+        return result if len(result.body) <= MAX_BODY_BYTES else self._too_large()
+
+    def _too_large(self) -> Result:
+        message = f"the result has more than {MAX_BODY_BYTES} bytes, which is the limit: return less, or a reference to it"
         return Result(status=500, backend=self.backend, error=ErrorInfo(type="mqserve.TooLarge", message=message))
 
-    def _failed(self, error: BaseException, envelope: Envelope) -> Result:
-        result = error_result(error, self.backend, envelope.future_id(self.backend), self.signer)
-        if result.status == 500:
-            logger.error("request %s of %s failed", envelope.id or "without an id", self.backend, exc_info=error)
+    def failed(self, error: BaseException, job: Job) -> Result:
+        """Raises nothing, whatever the exception is. Its words are in the log only where nobody else is told them."""
+        envelope = job.envelope
+        result = error_result(error, self.backend, envelope.future_id(self.backend), self.signer, lambda: _brought(job.request))
+        if result.status == 500 and result.error is not None and result.error.traceback:
+            logger.error("request %s of %s failed\n%s", envelope.id or "without an id", self.backend, result.error.traceback.rstrip())
         return result
 
 
-def _raise_if_stopped(error: BaseException) -> None:
-    """Whatever user code raises is its request's result, `sys.exit()` too; only the worker's own end is not."""
-    if not isinstance(error, asyncio.CancelledError):
-        return
+def _brought(request: object) -> Mapping[str, Any]:
+    """What the caller of the request is answerable for, by the name it goes by."""
+    if not isinstance(request, Request | ServeRequest):
+        return {}
     try:
+        body = request.data
+    except BadBody:
+        body = request.raw
+    return {"body": body, "query": dict(request.query_params), "path": dict(request.path_params)}
+
+
+def _raise_if_cancelled(error: BaseException) -> None:
+    """A task that the worker cancels ends as cancelled; a CancelledError of the handler's own making is its result."""
+    if issubclass(type(error), asyncio.CancelledError):  # isinstance would ask the exception for its `__class__`
         task = asyncio.current_task()
-    except RuntimeError:  # a thread of the pool
-        return
-    if task is not None and task.cancelling():
-        raise error
+        if task is not None and task.cancelling():
+            raise error
 
 
 def check_direct(envelope: Envelope) -> None:

@@ -16,6 +16,8 @@ RESERVED_METHODS = frozenset({"reconfigure", "check_health"})
 class NoSuchMethod(BadType):
     """The caller named a method that the backend does not offer."""
 
+    status = 404
+
 
 @dataclass(frozen=True, slots=True, eq=False)  # told apart by identity: a user's instance inside may not be hashable
 class Method:
@@ -24,6 +26,7 @@ class Method:
     function: Callable[..., Any]
     is_async: bool
     accepts_batch: bool
+    takes_request: bool
 
 
 class Handler:
@@ -35,21 +38,21 @@ class Handler:
         self._methods: dict[str, Method] = {}
         self.is_async = is_async_callable(target)
         self.accepts_batch = accepts_batch(target)
+        self._hooks = {} if is_function else {name: getattr(target, name, None) for name in RESERVED_METHODS}
 
     def __repr__(self) -> str:
-        return f"<Handler of {self._target!r}>"
+        return f"<Handler of {type(self._target).__name__}>"
 
     def hook(self, name: str) -> Callable[..., Any] | None:
         """One of the methods that only we call: `reconfigure`, `check_health`."""
-        found = None if self._is_function else getattr(self._target, name, None)
+        found = self._hooks.get(name)
         return found if callable(found) else None
 
     def method(self, call: str) -> Method:
         """By name, empty for `__call__`: a public method of the user's own class. Raises NoSuchMethod."""
         found = self._methods.get(call)
         if found is None:
-            function = self._find(call)
-            found = self._methods[call] = Method(function, is_async_callable(function), accepts_batch(function))
+            found = self._methods[call] = make_method(self._find(call))
         return found
 
     def _find(self, call: str) -> Callable[..., Any]:
@@ -64,10 +67,36 @@ class Handler:
 
 
 def make_handler(target: Any, args: list[Any]) -> Handler:
-    """Constructs a class. Raises whatever the user's constructor raises."""
+    """Constructs a class. Raises whatever the user's constructor raises, and BadType for a function that no request can be given to."""
     if inspect.isclass(target):
         return Handler(target(*args), is_function=False)
+    make_method(target)
     return Handler(target, is_function=True)
+
+
+def make_method(function: Callable[..., Any]) -> Method:
+    """Raises BadType for a signature that fits no request."""
+    in_batches = accepts_batch(function)
+    takes_request = is_given_the_request(function)
+    if in_batches and not takes_request:
+        raise BadType("a handler of batches needs a parameter for the list of requests: def handler(requests)")
+    return Method(function, is_async_callable(function), in_batches, takes_request)
+
+
+def is_given_the_request(function: Callable[..., Any]) -> bool:
+    """Whether it is called with the request: not where it has no parameter for it. One whose signature cannot be read is taken for one
+    with a parameter. Raises BadType where it needs more than the request."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return True
+    for arguments, is_given in (((None,), True), ((), False)):
+        try:
+            signature.bind(*arguments)
+        except TypeError:
+            continue
+        return is_given
+    raise BadType(f"a handler is called with the request alone, and {signature} needs more: give the other parameters defaults")
 
 
 def is_async_callable(target: Any) -> bool:

@@ -3,35 +3,45 @@
 from __future__ import annotations
 
 import asyncio
-import traceback
 
 from starlette.convertors import register_url_convertor
 
 from ..broker import code
-from ..broker.errors import BackendFailed, BadValue
+from ..broker.errors import BackendFailed, BadValue, StoreUnavailable
+from ..broker.failures import LEAVING, Failure, describe
 from ..broker.settings import Settings
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
 from ..controller.state import Backend, Desired
 from .handler import Handler, make_handler
-from .worker import Worker
+from .worker import Raised, Worker
 
 
-async def read_backend(store: Store, keys: StoreKeys, settings: Settings, name: str) -> Backend:
-    """The backend as it is wanted now, with the instance's convertors registered. Raises BadValue when there is none of that name."""
+async def read_backend(store: Store, keys: StoreKeys, namespace: str, name: str) -> tuple[Backend, dict[str, str]]:
+    """The backend as it is wanted now, and the instance's convertors: name -> hash of their code. Raises BadValue when there is no such
+    backend."""
     desired = Desired.from_bytes(await store.get(keys.desired))
-    backend = desired.backends.get(name)
-    if backend is None:
+    if name not in desired.backends:
         known = ", ".join(sorted(desired.backends)) or "none"
-        raise BadValue(f"there is no backend {name!r} in {settings.namespace!r} (known: {known}): create it first")
-    for convertor_name, sha256 in desired.convertors.items():
-        convertor, _ = await code.load(store, keys, sha256, settings.signer)
-        register_url_convertor(convertor_name, convertor())
-    return backend
+        raise BadValue(f"there is no backend {name!r} in {namespace!r} (known: {known}): create it first")
+    return desired.backends[name], desired.convertors
+
+
+async def register_convertors(store: Store, keys: StoreKeys, settings: Settings, convertors: dict[str, str]) -> None:
+    """Raises BackendFailed for one that cannot be made."""
+    for convertor_name, sha256 in convertors.items():
+        try:
+            convertor, _ = await code.load(store, keys, sha256, settings.signer)
+            register_url_convertor(convertor_name, convertor())
+        except StoreUnavailable:
+            raise
+        except (Exception, *LEAVING) as error:
+            raise BackendFailed(f"convertor {convertor_name!r} cannot be made ({describe(error).words}): register it again") from error
 
 
 async def construct(store: Store, keys: StoreKeys, settings: Settings, worker: Worker, backend: Backend) -> Handler:
-    """In the worker's thread, under the backend's start timeout. Raises BackendFailed with the user's traceback."""
+    """In the worker's thread, under the backend's start timeout. Raises BackendFailed with the user's traceback, or the words of its
+    `sys.exit()`."""
     raw = await store.get_large(keys.code(backend.code))
 
     def make() -> Handler:
@@ -48,14 +58,13 @@ async def construct(store: Store, keys: StoreKeys, settings: Settings, worker: W
             f"backend {backend.name!r} ({backend.code_name}) was not constructed within its start_timeout_s of "
             f"{backend.config.start_timeout_s:g} s: raise it, or do less in the constructor"
         ) from None
-    except Exception as error:
-        raise BackendFailed(failure(backend, "cannot be constructed", error)) from error
+    except Raised as raised:
+        raise BackendFailed(told(backend, "cannot be constructed", raised.failure)) from None
     if (backend.config.max_batch_size or 1) > 1 and not handler.accepts_batch:
         raise BackendFailed(f"backend {backend.name!r} has a max_batch_size but takes no batches: decorate it with @serve.accept_batch")
     return handler
 
 
-def failure(backend: Backend, what: str, error: BaseException) -> str:
+def told(backend: Backend, what: str, failure: Failure) -> str:
     """A sentence for operators, with the traceback of the user's code."""
-    told = "".join(traceback.format_exception(error)).strip()
-    return f"backend {backend.name!r} ({backend.code_name}) {what}: {type(error).__name__}: {error}\n{told}"
+    return f"backend {backend.name!r} ({backend.code_name}) {what}: {failure.words}\n{failure.traceback}".rstrip()

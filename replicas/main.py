@@ -26,10 +26,11 @@ from .configuring import Configuring
 from .context import ReplicaContext, enter_context
 from .execute import Execution
 from .handler import Handler
-from .loading import construct, read_backend
+from .job import Job
+from .loading import construct, read_backend, register_convertors
 from .metrics import ReplicaMetrics
 from .serve import Server
-from .worker import Job, Worker
+from .worker import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -86,13 +87,15 @@ class Replica:
 
         Raises BackendFailed with the reason when the code cannot be loaded or constructed; the reason stands in the store too.
         """
-        self._backend = backend = await read_backend(self._store, self._keys, self._settings, self._options.backend)
+        backend, convertors = await read_backend(self._store, self._keys, self._settings.namespace, self._options.backend)
+        self._backend = backend
         context = ReplicaContext(backend.name, self._options.replica_id)
         worker = Worker(context, backend.config, self._on_done, self._on_suspect)
         failure: MQServeError | None = None  # raised outside the group, which would wrap it
         async with asyncio.TaskGroup() as tasks:
             beating = tasks.create_task(self._presence.beat_forever())
             try:
+                await register_convertors(self._store, self._keys, self._settings, convertors)
                 # Before the broker: a constructor that holds the GIL must not cost us the connection.
                 handler = await construct(self._store, self._keys, self._settings, worker, backend)
                 self._configuring = configuring = Configuring(worker, handler)
@@ -123,6 +126,7 @@ class Replica:
                 minding = [
                     tasks.create_task(self._follow(server, configuring, stop)),
                     tasks.create_task(configuring.check_health_forever(backend)),
+                    tasks.create_task(_stop_with(worker, stop)),
                     tasks.create_task(server.keep_taking_forever(lambda: self._say("ready"))),
                 ]
                 to_the_end = [tasks.create_task(server.tune_forever()), tasks.create_task(server.listen())]
@@ -135,6 +139,7 @@ class Replica:
                     task.cancel()
         finally:
             await server.abandon()  # a process's end does that; in the embedded form nobody else would
+        worker.check()
 
     async def _follow(self, server: Server, configuring: Configuring, stop: Stop) -> None:
         """Takes new configuration and new generations of the queue as they come; ends when the replica is not wanted any more."""
@@ -184,6 +189,12 @@ class Replica:
             follows=(0, configuring.version if configuring else 0), refused=configuring.refused if configuring else "",
             running=server.running if server else 0, served=server.served if server else 0,
         )  # fmt: skip
+
+
+async def _stop_with(worker: Worker, stop: Stop) -> None:
+    """The replica drains once user code has ended the worker's loop: what runs beside that is still to be answered."""
+    await worker.failed.wait()
+    stop.set()
 
 
 def first_of(group: BaseExceptionGroup[MQServeError]) -> MQServeError:

@@ -2,44 +2,125 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
 from starlette.convertors import CONVERTOR_TYPES
-from starlette.datastructures import Headers
+from starlette.datastructures import FormData, Headers, State
 from starlette.requests import Request as StarletteRequest
 
-from ..broker.codecs import decode_plain
-from ..broker.envelope import Envelope, Meta
+from ..broker.codecs import JSON, decode_plain, media_type
+from ..broker.envelope import Meta
 from ..broker.errors import UNPARSABLE, BadEnvelope, BadType
+from .forms import FORMS, BadForm, as_dict, parse_form
+from .job import Job
+
+_LOOK_EVERY_S = 0.05  # whether nobody wants a request any more, while user code waits for its client to leave
+
+_UNREAD: Any = object()
 
 
 class BadBody(BadEnvelope):
     """The caller's body does not parse as what it says it is: 422, unless the handler catches this."""
 
+    status = 422
+
 
 class Request(StarletteRequest):
     """An HTTP request; `path_params` are typed by the route's convertors, and `.data` needs no await.
 
-    `id` is the same in every run of the request, `attempt` the number of this run.
+    `id` is the same in every run of the request, `attempt` the number of this run. `state` holds what middlewares in the proxy set, as
+    far as that is plain data.
     """
 
-    def __init__(self, envelope: Envelope) -> None:
+    def __init__(self, job: Job) -> None:
+        envelope = job.envelope
         self._content_type = envelope.content_type
-        super().__init__(_scope(envelope.header.meta))
-        self._body = envelope.body  # Starlette reads it from here rather than from the network
+        super().__init__(http_scope(envelope.header.meta), Receiver(job))
+        self._job = job
+        self._body = envelope.body  # Starlette reads it from here rather than by `receive`
+        self._data: Any = _UNREAD
         self.id = envelope.id
         self.attempt = envelope.attempt
 
     @property
     def data(self) -> Any:
-        """The body by its content type: JSON or MessagePack decoded, text as str, other bytes as they are. Raises BadBody."""
-        return _decode(self._body, self._content_type)
+        """The body by its content type: JSON or MessagePack decoded, a form as a dict (of a field that came several times the list), text
+        as str, other bytes as they are; None for an empty body of JSON, MessagePack or a form. Raises BadBody."""
+        if self._data is _UNREAD:
+            self._data = self._decode()
+        return self._data
+
+    @property
+    def state(self) -> Any:
+        if not hasattr(self, "_state"):
+            self._state = TravelledState(self.scope["state"], self._job.envelope.header.meta.lost_state or {})
+        return self._state
+
+    @property
+    def raw(self) -> bytes:
+        """The body as it came."""
+        return self._body
 
     async def json(self) -> Any:
         """As Starlette's; raises BadBody for malformed JSON."""
-        return _decode(self._body, "application/json")
+        return _decode_json(self._body)
+
+    async def is_disconnected(self) -> bool:
+        """Whether nobody wants the answer any more: the client has gone, somebody cancelled the request, or its time is spent."""
+        return self._job.unwanted
+
+    def _decode(self) -> Any:
+        kind = media_type(self._content_type)
+        if kind in FORMS:
+            return as_dict(self._parse_form()) if self._body else None
+        return _decode(self._body, self._content_type)
+
+    async def _get_form(self, **limits: Any) -> FormData:
+        """Starlette's `form()` and its context manager end up here."""
+        if self._form is None:
+            self._form = self._parse_form(**limits)
+        return self._form
+
+    def _parse_form(self, **limits: Any) -> FormData:
+        try:
+            return parse_form(self.headers, self._body, **limits)
+        except BadForm as error:
+            raise BadBody(f"the form does not parse ({error}): send what its Content-Type says") from error
+
+
+class TravelledState(State):
+    """What middlewares in the proxy set on `request.state`. What is no plain data did not travel, and says so when it is asked for."""
+
+    def __init__(self, state: dict[str, Any], lost: Mapping[str, str]) -> None:
+        super().__init__(state)
+        object.__setattr__(self, "_lost", lost)  # name -> type
+
+    def __getattr__(self, name: str) -> Any:
+        lost: Mapping[str, str] = object.__getattribute__(self, "_lost")
+        if name in lost and name not in self._state:
+            raise AttributeError(
+                f"a middleware in the proxy set state.{name} to a {lost[name]}, which does not travel to a replica: set plain data there"
+            )
+        return super().__getattr__(name)
+
+
+class Receiver:
+    """ASGI's `receive` of a request that is here as a whole: its body, and then the client's leaving."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._is_read = False
+
+    async def __call__(self) -> dict[str, Any]:
+        if not self._is_read:
+            self._is_read = True
+            return {"type": "http.request", "body": self._job.envelope.body, "more_body": False}
+        while not self._job.unwanted:
+            await asyncio.sleep(_LOOK_EVERY_S)
+        return {"type": "http.disconnect"}
 
 
 class ServeRequest:
@@ -48,7 +129,8 @@ class ServeRequest:
     `id` is the same in every run of the request (empty for a message without one), `attempt` the number of this run.
     """
 
-    def __init__(self, envelope: Envelope, load: Callable[[], tuple[Any, dict[str, Any]]]) -> None:
+    def __init__(self, job: Job, load: Callable[[], tuple[Any, dict[str, Any]]]) -> None:
+        envelope = job.envelope
         meta = envelope.header.meta
         self._load = load
         self._loaded: tuple[Any, dict[str, Any]] | None = None
@@ -68,6 +150,11 @@ class ServeRequest:
         return self._content()[0]
 
     @property
+    def raw(self) -> bytes:
+        """A direct publisher's body as it came; empty for a handle's object."""
+        return self._raw
+
+    @property
     def query_params(self) -> Mapping[str, Any]:
         """The keyword arguments of `remote`, as they were; with `getlist` and `multi_items` as a web request has them."""
         return _Arguments(self._content()[1])
@@ -79,7 +166,7 @@ class ServeRequest:
     async def json(self) -> Any:
         """The object itself; text and bytes are parsed first."""
         if isinstance(self.data, str | bytes):
-            return _decode(self.data.encode() if isinstance(self.data, str) else self.data, "application/json")
+            return _decode_json(self.data.encode() if isinstance(self.data, str) else self.data)
         return self.data
 
     async def form(self) -> dict[str, Any]:
@@ -112,30 +199,35 @@ def convert_params(meta: Meta) -> dict[str, Any]:
         raise BadBody(f"the path parameters do not convert ({type(error).__name__}: {error})") from error
 
 
-def _scope(meta: Meta) -> dict[str, Any]:
+def http_scope(meta: Meta) -> dict[str, Any]:
+    """ASGI's, as the proxy had it."""
     return {
         "type": "http",
-        "asgi": {"version": "3.0"},
+        "asgi": {"version": "3.0", "spec_version": "2.4"},
         "http_version": meta.http_version,
         "method": meta.method,
         "scheme": meta.scheme,
         "path": meta.path,
-        "raw_path": meta.path.encode(),
+        "raw_path": meta.raw_path or meta.path.encode(),
         "root_path": "",
         "query_string": meta.query,
         "headers": list(meta.headers),
         "path_params": convert_params(meta) if meta.params else {},
         "client": meta.client,
         "server": meta.server,
+        "state": dict(meta.state or {}),
     }
 
 
 def _decode(body: bytes, content_type: str) -> Any:
     try:
-        if content_type == "application/json":
-            return msgspec.json.decode(body)
         return decode_plain(body, content_type)
     except BadEnvelope as error:
         raise BadBody(str(error)) from error
+
+
+def _decode_json(body: bytes) -> Any:
+    try:
+        return msgspec.json.decode(body)
     except UNPARSABLE as error:
-        raise BadBody(f"the body does not parse as {content_type} ({error}): send what its Content-Type says") from error
+        raise BadBody(f"the body does not parse as {JSON} ({error}): send JSON") from error

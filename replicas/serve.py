@@ -19,12 +19,13 @@ from ..broker.store_keys import StoreKeys
 from ..controller.state import MAX_REQUEST_TIMEOUT_S, Backend, BackendConfig
 from .admission import Admission
 from .handler import Handler
+from .job import Job
 from .metrics import ReplicaMetrics
 from .prefetch import prefetch, slots
 from .senders import Senders
 from .settling import Settling, is_kept
 from .taking import Taking
-from .worker import Job, Worker
+from .worker import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +135,7 @@ class Server:
             self._give_back(job)
         await self._taking.stop()
         until = time.monotonic() + min(at_most_s, self._config.graceful_shutdown_timeout_s)
-        while self.running and time.monotonic() < until:
+        while (self.running or self._worker.responding) and time.monotonic() < until:
             await asyncio.sleep(0.01)
         for job in list(self._jobs):
             logger.warning(
@@ -286,10 +287,10 @@ class Server:
         if job in self._jobs:
             self._jobs.discard(job)
             if job.unwanted and not job.started:
-                return self._drop(job, job.given_up or late_result("queue"))
+                return self._drop(job, job.unwanted_result)
             self.served += 1
             if job.unwanted:  # whoever waited has been told so, and hears the same from the store
-                result = job.given_up or late_result("run")
+                result = job.unwanted_result
             self._metrics.done(job.envelope, result, self._store.now_ms(), job.run_s, len(job.batch) or 1)
             self._settling.answer(job, result)
 

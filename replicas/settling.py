@@ -23,8 +23,8 @@ from ..broker.store_keys import RESULT_TTL_S, StoreKeys
 from ..controller.state import BackendConfig
 from .admission import Admission, LostBody, Poison
 from .amqp_replies import send_reply
+from .job import Job
 from .metrics import ReplicaMetrics
-from .worker import Job
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

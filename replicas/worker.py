@@ -2,34 +2,41 @@
 
 Jobs go in and results come out through two deques; each side wakes the other once per turn, however many there are.
 Plain calls run on the worker's own thread one at a time, in the thread that made the handler (models and CUDA contexts
-like that), or with `sync_threads` > 1 on a pool of that many. Async calls run concurrently on the worker's loop.
-Handlers that accept batches get what has gathered: a full batch at once, a smaller one when its wait is over.
+like that), or with `sync_threads` > 1 on a pool of that many; no loop counts as running around them, so `asyncio.run`
+works. Async calls run concurrently on the worker's loop. Handlers that accept batches get what has gathered: a full batch
+at once, a smaller one when its wait is over.
+
+Nothing that user code raises gets out of a call (`execute.py`). What ends the loop all the same, such as `sys.exit()` in a
+task that a handler left behind, ends the replica: `failed` says so.
 """
 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import inspect
 import logging
-import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from contextvars import Context, copy_context
 from typing import Any, TypeVar
 
 import uvloop
+from starlette.responses import Response
 
-from ..broker.envelope import Envelope
-from ..broker.errors import words_of
-from ..broker.results import Result, late_result
+from ..broker.errors import BackendFailed, words_of
+from ..broker.failures import Failure, describe, traceback_of
+from ..broker.results import Result
 from ..controller.state import BackendConfig
+from .call_contexts import CallContexts
 from .context import ReplicaContext, enter_context, running_jobs
-from .execute import Execution
+from .execute import Answer, Execution
 from .handler import Method
+from .job import Job
 from .prefetch import moving_average
 
 logger = logging.getLogger(__name__)
@@ -39,24 +46,12 @@ _TURN_S = 0.01  # then the loop's other work has its turn: async calls, health c
 T = TypeVar("T")
 
 
-@dataclass(slots=True, eq=False)
-class Job:
-    """One request in the worker; `tag` is the owner's and not touched here."""
+class Raised(Exception):
+    """User code raised outside a request; `failure` is what, in plain data."""
 
-    envelope: Envelope
-    tag: Any
-    deadline: float = math.inf  # monotonic
-    suspect: bool = False  # delivered before: the owner is told when it starts, and leaves a mark
-    mark: bytes = b""  # the owner's: the start mark that stands in the store, or may
-    started: float = 0.0  # monotonic; 0 until it runs
-    run_s: float = 0.0
-    batch: Sequence[Job] = ()  # all of its call, where that is of several
-    given_up: Result | None = None  # what stands in its result's place: it was cancelled, or its time is spent
-    task: asyncio.Task[None] | None = None  # of an async call
-
-    @property
-    def unwanted(self) -> bool:
-        return self.given_up is not None or time.monotonic() >= self.deadline
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.words)
+        self.failure = failure
 
 
 class Worker:
@@ -75,7 +70,9 @@ class Worker:
         self._on_suspect = on_suspect
         self._io = asyncio.get_running_loop()
         self._loop = uvloop.new_event_loop()
+        self._loop.set_exception_handler(_log_unhandled)
         self._thread = threading.Thread(target=self._run_loop, name=context.replica_tag, daemon=True)
+        self._contexts = CallContexts()
         self._pool = self._new_pool(config.sync_threads)
         self._free_threads = config.sync_threads
         self._execution: Execution | None = None
@@ -86,23 +83,33 @@ class Worker:
         self._results: deque[tuple[Job, Result]] = deque()
         self._io_woken = False
         self._tasks: set[asyncio.Task[None]] = set()
+        self._is_ending = False
         self.run_s = 0.0  # moving average of plain calls
         self.in_plain_call = False
+        self.responding = 0  # responses that are being run, or have something to do after they were answered
+        self.failed = asyncio.Event()  # user code has ended the loop, outside any request
+        self._failure = Failure("", "", "")
 
     def __repr__(self) -> str:
         return f"<Worker {self._thread.name}, {len(self._jobs)} waiting>"
 
     async def call(self, function: Callable[[], Any]) -> Any:
-        """Runs `function` in the worker's thread, and awaits what it returns if that is awaitable (importing, constructing and
-        reconfiguring are user code too)."""
+        """Runs `function` in the worker's thread and in construction's context, and awaits what it returns if that is awaitable
+        (importing, constructing and reconfiguring are user code too). Raises Raised, whatever was raised over there."""
         if not self._thread.is_alive():
             self._thread.start()
+        pending: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        self._loop.call_soon_threadsafe(self._call, function, pending)
+        outcome = await asyncio.wrap_future(pending)
+        if isinstance(outcome, Failure):
+            raise Raised(outcome)
+        return outcome
 
-        async def run() -> Any:
-            value = function()
-            return await value if inspect.isawaitable(value) else value
-
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(run(), self._loop))
+    def check(self) -> None:
+        """Raises BackendFailed once user code has ended the worker's loop, which was to outlive it."""
+        if self.failed.is_set():
+            failure = self._failure
+            raise BackendFailed(f"user code ended its replica, outside any request: {failure.words}\n{failure.traceback}".rstrip())
 
     def serve(self, execution: Execution) -> None:
         self._execution = execution
@@ -142,6 +149,7 @@ class Worker:
 
     def stop(self) -> None:
         """Returns at once: user code that is still running is left to its daemon thread."""
+        self._is_ending = True
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
         if self._thread.is_alive():
@@ -157,34 +165,70 @@ class Worker:
     # In the worker's thread.
 
     def _run_loop(self) -> None:
+        """A task of the user's that ends with SystemExit or KeyboardInterrupt ends the loop, and one may stop it; what runs beside it is
+        still to be answered, so the loop goes on until it is told to end."""
         enter_context(self._context)
         try:
-            self._loop.run_forever()
+            while not self._is_ending and not self._loop.is_closed():
+                try:
+                    self._loop.run_forever()
+                except BaseException as error:
+                    with suppress(RuntimeError):  # the I/O loop may be gone by then
+                        self._io.call_soon_threadsafe(self._fail, describe(error))
         finally:
             self._loop.close()
 
+    def _call(self, function: Callable[[], Any], pending: concurrent.futures.Future[Any]) -> None:
+        try:
+            value = self._without_loop(self._contexts.run_own, function)
+            is_awaitable = inspect.isawaitable(value)
+        except BaseException as error:
+            return _resolve(pending, describe(error))
+        if not is_awaitable:
+            return _resolve(pending, value)
+        task = self._run_task(self._await(value, pending), self._contexts.own)
+        pending.add_done_callback(lambda done: self._loop.call_soon_threadsafe(task.cancel) if done.cancelled() else None)
+
+    async def _await(self, value: Any, pending: concurrent.futures.Future[Any]) -> None:
+        try:
+            _resolve(pending, await value)
+        except BaseException as error:
+            _resolve(pending, describe(error))
+        finally:
+            self._contexts.note_changes()
+
     def _take(self) -> None:
         until = time.monotonic() + _TURN_S
-        while self._jobs and self._free_threads > 0 and time.monotonic() < until:
-            try:
-                job = self._jobs.popleft()
-            except IndexError:  # withdrawn in between
-                break
+        try:
+            while self._jobs and self._free_threads > 0 and time.monotonic() < until:
+                try:
+                    job = self._jobs.popleft()
+                except IndexError:  # withdrawn in between
+                    break
+                self._start_safely(job)
+        finally:
+            self._woken = False  # only now: while this runs, whoever submits need not wake it
+            if self._jobs and self._free_threads > 0:
+                self._woken = True
+                self._loop.call_soon(self._take)
+            if self._gathering and self._config.batch_wait_timeout == 0:
+                self._run_gathered()
+
+    def _start_safely(self, job: Job) -> None:
+        """The turn goes on whatever becomes of one of its jobs."""
+        assert self._execution is not None
+        try:
             self._start(job)
-        self._woken = False  # only now: while this runs, whoever submits need not wake it
-        if self._jobs and self._free_threads > 0:
-            self._woken = True
-            self._loop.call_soon(self._take)
-        if self._gathering and self._config.batch_wait_timeout == 0:
-            self._run_gathered()
+        except BaseException as error:
+            self._put(job, self._execution.failed(error, job))
 
     def _start(self, job: Job) -> None:
         assert self._execution is not None
         if job.unwanted:
-            return self._put([job], [_unwanted_result(job)])
-        method = self._execution.method(job.envelope)
+            return self._put(job, job.unwanted_result)
+        method = self._execution.method(job)
         if isinstance(method, Result):
-            self._put([job], [method])
+            self._put(job, method)
         elif method.accepts_batch:
             self._gather(job, method)
         else:
@@ -208,7 +252,7 @@ class Worker:
         groups: dict[Method, list[Job]] = {}
         for job, method in gathered:
             if job.unwanted:
-                self._put([job], [_unwanted_result(job)])
+                self._put(job, job.unwanted_result)
                 continue
             groups.setdefault(method, []).append(job)
         for method, jobs in groups.items():
@@ -223,68 +267,100 @@ class Worker:
             if len(jobs) > 1:
                 job.batch = jobs
         if all(job.given_up for job in jobs):  # in between; from here on `started` says that the call must be told
-            self._put(jobs, [_unwanted_result(job) for job in jobs])
-        elif method.is_async:
-            self._run_task(jobs, self._run_async(jobs, method))
+            for job in jobs:
+                self._put(job, job.unwanted_result)
+            return
+        context = self._contexts.new()
+        if method.is_async:
+            self._run_task(self._run_async(jobs, method), context, jobs)
         elif self._pool is None:
-            self._run_plain(jobs, method)
+            self._run_plain(jobs, method, context)
         else:
+            self._pool.submit(self._run_pooled, jobs, method, context)
             self._free_threads -= 1
-            self._pool.submit(self._run_pooled, jobs, method)
 
-    def _run_plain(self, jobs: Sequence[Job], method: Method) -> None:
+    def _run_plain(self, jobs: Sequence[Job], method: Method, context: Context) -> None:
         self.in_plain_call = True
-        results = self._execute(jobs, method)
+        answers = self._without_loop(context.run, self._execute, jobs, method)
         self.in_plain_call = False
         self._measure(jobs)
-        self._put(jobs, results)
+        self._deliver(jobs, answers, context)
 
-    def _run_pooled(self, jobs: Sequence[Job], method: Method) -> None:
-        results = self._execute(jobs, method)
-        self._loop.call_soon_threadsafe(self._thread_is_free, jobs, results)
+    def _run_pooled(self, jobs: Sequence[Job], method: Method, context: Context) -> None:
+        answers = context.run(self._execute, jobs, method)
+        self._loop.call_soon_threadsafe(self._thread_is_free, jobs, answers, context)
 
-    def _thread_is_free(self, jobs: Sequence[Job], results: Sequence[Result]) -> None:
+    def _thread_is_free(self, jobs: Sequence[Job], answers: Sequence[Answer], context: Context) -> None:
         self._free_threads += 1
         self._measure(jobs)
-        self._put(jobs, results)
+        self._deliver(jobs, answers, context)
         self._take()
 
-    def _execute(self, jobs: Sequence[Job], method: Method) -> list[Result]:
+    def _execute(self, jobs: Sequence[Job], method: Method) -> list[Answer]:
         assert self._execution is not None
-        running_jobs.set(jobs)
-        if any(job.suspect for job in jobs):
-            self._announce(jobs)
-        if method.accepts_batch:
-            return self._execution.run_batch(method, [job.envelope for job in jobs])
-        return [self._execution.run(method, jobs[0].envelope)]
+        try:
+            running_jobs.set(jobs)
+            if any(job.suspect for job in jobs):
+                self._announce(jobs)
+            if method.accepts_batch:
+                return self._execution.run_batch(method, jobs)
+            return [self._execution.run(method, jobs[0])]
+        except BaseException as error:
+            return [self._execution.failed(error, job) for job in jobs]
 
     async def _run_async(self, jobs: Sequence[Job], method: Method) -> None:
         assert self._execution is not None
-        running_jobs.set(jobs)
         try:
+            running_jobs.set(jobs)
             if any(job.suspect for job in jobs):
                 await self._announce_async(jobs)
             if method.accepts_batch:
-                results = await self._execution.run_batch_async(method, [job.envelope for job in jobs])
+                answers = await self._execution.run_batch_async(method, jobs)
             else:
-                results = [await self._execution.run_async(method, jobs[0].envelope)]
-        except asyncio.CancelledError:
-            if not all(job.given_up for job in jobs):
-                raise  # the worker's own end
-            results = [_unwanted_result(job) for job in jobs]
-        self._put(jobs, results)
+                answers = [await self._execution.run_async(method, jobs[0])]
+        except asyncio.CancelledError as error:
+            return self._cancelled(jobs, error)
+        self._deliver(jobs, answers)
 
-    def _run_task(self, jobs: Sequence[Job], work: Coroutine[Any, Any, None]) -> None:
-        task = self._loop.create_task(work)
+    def _deliver(self, jobs: Sequence[Job], answers: Sequence[Answer], context: Context | None = None) -> None:
+        """What a call came to; `context`: that of a plain one. A response that has to be run for its result is run on the loop."""
+        for job, answer in zip(jobs, answers, strict=True):
+            if isinstance(answer, Response):
+                self._run_task(self._respond(job, answer), copy_context() if context is None else context, [job])
+            else:
+                self._put(job, answer)
+
+    async def _respond(self, job: Job, response: Response) -> None:
+        assert self._execution is not None
+        self.responding += 1
+        try:
+            await self._execution.respond(response, job, lambda result: self._put(job, result))
+        except asyncio.CancelledError as error:
+            self._cancelled([job], error)
+        finally:
+            self.responding -= 1
+
+    def _cancelled(self, jobs: Sequence[Job], error: asyncio.CancelledError) -> None:
+        """The task was: since nobody wants its jobs, by the handler itself, or at the worker's own end, when jobs are given back."""
+        assert self._execution is not None
+        for job in jobs:
+            if job.given_up is not None:
+                self._put(job, job.given_up)
+            elif not self._is_ending:
+                self._put(job, self._execution.failed(error, job))
+
+    def _run_task(self, work: Coroutine[Any, Any, None], context: Context, jobs: Sequence[Job] = ()) -> asyncio.Task[None]:
+        task = self._loop.create_task(work, context=context)
         for job in jobs:
             job.task = task
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     def _cancel_call(self, job: Job) -> None:
         """A batch's call goes on as long as one of its members is wanted."""
         task = job.task
-        if task is not None and all(other.given_up for other in job.batch):
+        if task is not None and all(other.given_up for other in job.batch if other.task is task):
             self._loop.call_soon(task.cancel)  # a turn later: one that is cancelled before its first step never says that it ended
 
     def _announce(self, jobs: Sequence[Job]) -> None:
@@ -303,11 +379,18 @@ class Worker:
     def _measure(self, jobs: Sequence[Job]) -> None:
         self.run_s = moving_average(self.run_s, time.monotonic() - jobs[0].started)
 
-    def _put(self, jobs: Sequence[Job], results: Sequence[Result]) -> None:
-        now = time.monotonic()
-        for job in jobs:
-            job.run_s = now - job.started if job.started else 0.0
-        self._results.extend(zip(jobs, results, strict=True))
+    def _without_loop(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Plain code has no running loop around it: what it calls may run one of its own."""
+        asyncio._set_running_loop(None)
+        try:
+            return function(*arguments)
+        finally:
+            asyncio._set_running_loop(self._loop)
+
+    def _put(self, job: Job, result: Result) -> None:
+        job.run_s = time.monotonic() - job.started if job.started else 0.0
+        job.request = None  # it knows the job, too
+        self._results.append((job, result))
         if not self._io_woken:
             self._io_woken = True
             with suppress(RuntimeError):  # a call that was left to its thread may outlive the loop it would report to
@@ -333,6 +416,19 @@ class Worker:
         while self._results:
             self._on_done(*self._results.popleft())
 
+    def _fail(self, failure: Failure) -> None:
+        if not self.failed.is_set():
+            self._failure = failure
+            self.failed.set()
 
-def _unwanted_result(job: Job) -> Result:
-    return job.given_up or late_result("run" if job.started else "queue")
+
+def _log_unhandled(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """What nobody awaited: the default handler would ask the exception for its own words."""
+    error = context.get("exception")
+    told = traceback_of(error).rstrip() if error is not None else ""
+    logger.error("user code, outside any request: %s\n%s", context.get("message", "an error"), told)
+
+
+def _resolve(pending: concurrent.futures.Future[Any], outcome: Any) -> None:
+    with suppress(concurrent.futures.InvalidStateError):  # nobody waits for it any more
+        pending.set_result(outcome)

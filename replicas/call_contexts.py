@@ -1,0 +1,44 @@
+"""The contexts in which user code is called: construction's own, and a copy of it for each request.
+
+A context variable that one request sets (a user, a tenant, a trace id) is not seen by the next one, and what construction
+set is there in all of them. Values are not copied, only which variable has which: a list in a context variable is shared, as
+anything global is. The decimal context is the one exception, since code that sets its precision changes it in place.
+"""
+
+from __future__ import annotations
+
+import decimal
+from collections.abc import Callable
+from contextvars import Context
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class CallContexts:
+    """Of one replica; construction runs in `own`, and so do the hooks that change what it made."""
+
+    def __init__(self) -> None:
+        self.own = Context()
+        self._decimal: decimal.Context | None = None
+
+    def __repr__(self) -> str:
+        return f"<CallContexts with {len(self.own)} variables>"
+
+    def run_own(self, function: Callable[[], T]) -> T:
+        """In construction's context."""
+        try:
+            return self.own.run(function)
+        finally:
+            self.note_changes()
+
+    def note_changes(self) -> None:
+        """After something ran in construction's context: has a decimal context been set there?"""
+        self._decimal = next((value for value in self.own.values() if isinstance(value, decimal.Context)), None)
+
+    def new(self) -> Context:
+        """For one request."""
+        context = self.own.copy()
+        if self._decimal is not None:
+            context.run(decimal.setcontext, self._decimal.copy())
+        return context

@@ -1,0 +1,109 @@
+"""An exception of the user's is a result too: whichever it is, there is one, and it is of a bounded size.
+
+What a web client hears: `HTTPException` (Starlette's, and so FastAPI's) with its status, headers and detail; 422 where the request's
+own data did not validate; the status of an error of ours that the handler let pass; and 500 for everything else.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from typing import NamedTuple
+
+import msgspec
+from starlette.exceptions import HTTPException
+
+from ..broker import pickling
+from ..broker.envelope import MAX_HEAD_BYTES, Pairs
+from ..broker.errors import MQServeError, Overloaded, public_words
+from ..broker.failures import MAX_MESSAGE, describe, name_of, writable
+from ..broker.results import ErrorInfo, Result
+from ..broker.signing import Claim, Signer
+from .validation import Data, find_invalid
+
+logger = logging.getLogger(__name__)
+
+MAX_SEALED_BYTES = 64 * 1024  # of the exception itself; one that holds a body has type, message and traceback travel alone
+MAX_MEMBERS_BYTES = 16 * 1024
+_AWAY_RETRY_S = (0.5, 3.0)  # in whole seconds upwards, and not all at once
+
+
+class Told(NamedTuple):
+    """What a web client hears of an exception."""
+
+    status: int = 500
+    message: str = ""  # empty: the exception's own
+    is_meant: bool = False  # the handler says it to the client: nobody needs its traceback
+    headers: Pairs = ()
+    members: bytes = b""  # of the problem: a JSON object
+
+
+def error_result(error: BaseException, backend: str, future_id: str, signer: Signer, data: Data) -> Result:
+    """Raises nothing, whatever the exception's own methods do."""
+    failure = describe(error)
+    told = _told(error, data)
+    info = ErrorInfo(
+        type=failure.type,
+        message=told.message or failure.message,
+        traceback="" if told.is_meant else failure.traceback,
+        sealed=_sealed(error, backend, future_id, signer),
+        members=told.members,
+    )
+    return Result(status=told.status, backend=backend, headers=told.headers, error=info)
+
+
+def _told(error: BaseException, data: Data) -> Told:
+    try:
+        kind = type(error)  # rather than isinstance, which asks the exception for its `__class__`
+        if issubclass(kind, HTTPException):
+            return _of_http(error)  # type: ignore[arg-type]
+        if issubclass(kind, MQServeError):
+            return _of_ours(error)  # type: ignore[arg-type]
+        if invalid := find_invalid(error, data):
+            first = invalid[0]
+            where = ".".join(map(str, first.loc))
+            more = f" (and {len(invalid) - 1} more)" if len(invalid) > 1 else ""
+            members = _members({"errors": [one._asdict() for one in invalid]})
+            return Told(422, writable(f"{where}: {first.msg}{more}", MAX_MESSAGE), members=members)
+    except BaseException as failed:
+        logger.warning("a %s cannot be told to a web client but as a 500 (%s)", name_of(type(error)), describe(failed).words)
+    return Told()
+
+
+def _of_http(error: HTTPException) -> Told:
+    if not 200 <= error.status_code <= 599:
+        return Told(500, f"the handler raised an HTTPException with status {error.status_code!r}, and there are 200 to 599")
+    headers = tuple((name.encode("latin-1"), value.encode("latin-1")) for name, value in (error.headers or {}).items())
+    if sum(len(name) + len(value) for name, value in headers) > MAX_HEAD_BYTES:
+        return Told(500, f"the handler raised an HTTPException with more than {MAX_HEAD_BYTES} bytes of headers: send less")
+    detail: object = error.detail
+    if isinstance(detail, str):
+        return Told(int(error.status_code), writable(detail, MAX_MESSAGE), True, headers)
+    return Told(int(error.status_code), writable(repr(detail), MAX_MESSAGE), True, headers, _members({"detail": detail}))
+
+
+def _of_ours(error: MQServeError) -> Told:
+    retry_after_s = error.retry_after_s if isinstance(error, Overloaded) else random.uniform(*_AWAY_RETRY_S) if error.status == 503 else 0
+    headers = ((b"retry-after", b"%d" % math.ceil(retry_after_s)),) if retry_after_s else ()
+    return Told(error.status, writable(public_words(error), MAX_MESSAGE), headers=headers)
+
+
+def _members(members: dict[str, object]) -> bytes:
+    """Nothing where they are too many, or no JSON."""
+    try:
+        encoded = msgspec.json.encode(members)
+    except (TypeError, ValueError, RecursionError):
+        return b""
+    return encoded if len(encoded) <= MAX_MEMBERS_BYTES else b""
+
+
+def _sealed(error: BaseException, backend: str, future_id: str, signer: Signer) -> bytes:
+    """The exception itself, for a handle; type, message and traceback travel all the same."""
+    if not signer:
+        return b""
+    try:
+        pickled = pickling.dumps(error)
+        return signer.seal(pickled, Claim("result", backend, future_id, "exception")) if len(pickled) <= MAX_SEALED_BYTES else b""
+    except BaseException:
+        return b""

@@ -1,0 +1,83 @@
+"""Forms by Starlette's parsers, without an await: the body is here as a whole, so nothing has to be waited for."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Coroutine
+from io import BytesIO
+from typing import Any, TypeVar
+
+from starlette.datastructures import FormData, Headers
+from starlette.formparsers import FormParser, MultiPartException, MultiPartParser
+
+from ..broker.codecs import media_type
+
+MULTIPART, URLENCODED = "multipart/form-data", "application/x-www-form-urlencoded"
+FORMS = (MULTIPART, URLENCODED)
+
+T = TypeVar("T")
+
+
+class BadForm(Exception):
+    """It is no form, or has more fields, files or bytes in a field than are allowed."""
+
+
+class _File(BytesIO):
+    """In memory, as the body is: needs no closing, and no thread to be read in."""
+
+    _rolled = False  # what Starlette's UploadFile asks of a file to know that
+
+
+class _Parser(MultiPartParser):
+    """Starlette's own spools larger files to disk, in a thread: the only thing that it would ever wait for."""
+
+    spool_max_size = 0  # without end
+
+    def on_headers_finished(self) -> None:
+        super().on_headers_finished()
+        if (upload := self._current_part.file) is not None:
+            upload.file.close()
+            upload.file = _File()
+
+
+def parse_form(headers: Headers, body: bytes, **limits: Any) -> FormData:
+    """Fields, and files as `UploadFile`, whose `.file` can be read without an await. `limits` are those of Starlette's `form()`.
+
+    Empty for a body of another type. Raises BadForm.
+    """
+    kind = media_type(headers.get("content-type", ""))
+    if kind == URLENCODED:
+        limits.pop("max_files", None)
+        parser: FormParser | MultiPartParser = FormParser(headers, _whole(body), **limits)
+    elif kind == MULTIPART:
+        parser = _Parser(headers, _whole(body), **limits)
+    else:
+        return FormData()
+    try:
+        return _run(parser.parse())
+    except MultiPartException as error:
+        raise BadForm(error.message) from error
+    except (ValueError, LookupError) as error:  # the parser's own, of an empty boundary for example
+        raise BadForm(str(error)) from error
+
+
+def as_dict(form: FormData) -> dict[str, Any]:
+    """Of a field that came several times the list of its values."""
+    found: dict[str, Any] = {}
+    for name in form:
+        values = form.getlist(name)
+        found[name] = values[0] if len(values) == 1 else values
+    return found
+
+
+async def _whole(body: bytes) -> AsyncGenerator[bytes, None]:
+    yield body
+
+
+def _run(parsing: Coroutine[Any, Any, T]) -> T:
+    """A coroutine that never waits, to its end."""
+    try:
+        parsing.send(None)
+    except StopIteration as done:
+        return done.value  # type: ignore[no-any-return]
+    parsing.close()
+    raise AssertionError("Starlette's form parser waits for something: it is to have all that it needs in memory")

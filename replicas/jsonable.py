@@ -1,0 +1,123 @@
+"""Results to JSON by one rule, wherever a value stands: as `json.dumps` would with hooks for what it does not know.
+
+Subclasses go as their base type, sets as lists, keys as text. Bytes are UTF-8 text, as in the seed. Numbers that JSON does not
+have (NaN, infinity) are null. Dates and times are ISO 8601, whosever they are.
+"""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import enum
+import uuid
+from collections import deque
+from collections.abc import ItemsView, KeysView, Mapping, Set, ValuesView
+from typing import Any
+
+import msgspec
+import pydantic
+
+from ..broker.codecs import is_plain
+
+_LISTS = (list, tuple, Set, deque, range, KeysView, ValuesView, ItemsView)
+_TIMES = (datetime.datetime, datetime.date, datetime.time)
+_LEFT = (bytes, bytearray, memoryview, *_TIMES)  # of a dataclass: for the rules here rather than for msgspec's
+_encode = msgspec.json.Encoder().encode
+
+
+def to_json(value: object) -> bytes:
+    """Raises TypeError for what has no JSON, ValueError for bytes that are not UTF-8, RecursionError for what is nested too deeply."""
+    if not is_plain(value) or _has_bytes(value):
+        value = _plain(value)
+    return _encode(value)
+
+
+def _has_bytes(value: object) -> bool:
+    """Of what is plain: MessagePack has bytes, JSON does not."""
+    if type(value) is dict:
+        return any(map(_has_bytes, value.values()))
+    if type(value) is list:
+        return any(map(_has_bytes, value))
+    return type(value) is bytes
+
+
+def _plain(value: Any) -> Any:
+    """In None, bool, int, float, str, lists and dicts."""
+    match value:
+        case None | bool():
+            return value
+        case enum.Enum():
+            return _plain(value.value)
+        case str():
+            return str.__str__(value)
+        case int():
+            return int.__int__(value)
+        case float():
+            return float.__float__(value)
+        case bytes() | bytearray() | memoryview():
+            return _text(value)
+        case dict() | Mapping():
+            return {_key(key): _plain(item) for key, item in value.items()}
+        case _ if isinstance(value, _LISTS):
+            return [_plain(item) for item in value]
+        case _ if isinstance(value, _TIMES):
+            return value.isoformat().replace("+00:00", "Z") if value == value else None  # pandas' NaT is a datetime, too
+        case decimal.Decimal() | uuid.UUID():
+            return str(value)
+        case _:
+            return _plain_object(value)
+
+
+def _plain_object(value: Any) -> Any:
+    if isinstance(value, pydantic.BaseModel):
+        return _plain(value.model_dump(mode="json"))
+    if type(value).__module__.partition(".")[0] == "numpy" and hasattr(value, "dtype"):
+        return _from_numpy(value)
+    if hasattr(value, "tolist"):  # torch, array.array: without importing either
+        return _plain(value.tolist())
+    if hasattr(value, "item"):
+        return _plain(value.item())
+    if isinstance(value, BaseException):
+        return str(value)
+    return _from_msgspec(value)
+
+
+def _from_msgspec(value: Any) -> Any:
+    """Dataclasses, attrs classes, Structs, timedeltas: msgspec knows them; what is in them goes by the rules here."""
+
+    def unknown(inner: Any) -> Any:
+        if inner is value:
+            raise TypeError(f"there is no JSON for {type(value).__qualname__}")
+        return _plain(inner)
+
+    return _plain(msgspec.to_builtins(value, builtin_types=_LEFT, enc_hook=unknown))
+
+
+def _from_numpy(value: Any) -> Any:
+    """An array or a scalar. Numbers may be many, and need no second look; times finer than Python's would come as bare ints."""
+    match value.dtype.kind:
+        case "b" | "i" | "u" | "f":
+            return value.tolist()
+        case "M":
+            return _plain(value.astype("datetime64[us]").tolist())
+        case "m":
+            return _plain(value.astype("timedelta64[us]").tolist())
+        case _:
+            return _plain(value.tolist())
+
+
+def _key(key: Any) -> str:
+    """As `json.dumps` has it: true, null, 1; and of what has a text, that."""
+    plain = _plain(key)
+    if plain is None or isinstance(plain, bool | int | float):
+        return _encode(plain).decode()
+    if not isinstance(plain, str):
+        raise TypeError(f"there is no JSON for a key of type {type(key).__qualname__}")
+    return plain
+
+
+def _text(value: bytes | bytearray | memoryview) -> str:
+    try:
+        return bytes(value).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"bytes inside JSON are UTF-8 text, and these are not ({error}): return them alone, or as base64") from error
