@@ -23,7 +23,14 @@ GIVEN_SERVERS = bool(GIVEN_BROKER_URL or GIVEN_STORE_URL)
 
 # The servers themselves are asked for by tests that stop, kill or freeze them; the URLs by tests that use them.
 BREAKING_FIXTURES = {"broker_server", "store_server"}
-LONG = ("test_behaviours_", "test_must_hold", "test_http_edge", "test_dead_letters", "test_cli")  # but for their embedded form
+LONG = (
+    "test_exceptions",
+    "test_behaviours_",
+    "test_must_hold",
+    "test_http_edge",
+    "test_dead_letters",
+    "test_cli",
+)  # but for their embedded form
 SERVER_FIXTURES = {"broker_url", "store_url", *BREAKING_FIXTURES}
 
 

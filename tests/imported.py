@@ -1,6 +1,16 @@
-"""What tests deploy by its import string."""
+"""What tests deploy by its import string, and what handlers import since it does not travel."""
 
+from contextvars import ContextVar
 from typing import Any
+
+import msgspec
+
+COLOR: ContextVar[str] = ContextVar("COLOR", default="none")
+
+
+class OrderStruct(msgspec.Struct):
+    pieces: int
+    items: list[dict[str, float]] = []
 
 
 class Threshold:

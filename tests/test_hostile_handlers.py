@@ -35,7 +35,7 @@ def test_a_handler_that_exits_fails_its_request_and_the_next_one_is_served(clien
         return "still here"
 
     handle = deploy(client, f"leave-{threads}", leave, sync_threads=threads)
-    with pytest.raises(SystemExit):
+    with pytest.raises(serve.RemoteError, match="SystemExit: 3"):
         handle.remote("leave").result(10)
     assert serve.get([handle.remote("stay") for _ in range(4)], timeout=10) == ["still here"] * 4
 
@@ -46,7 +46,7 @@ def test_a_cancellation_of_the_handlers_own_is_its_requests_failure(client: serv
         task.cancel()
         await task
 
-    with pytest.raises(asyncio.CancelledError):
+    with pytest.raises(serve.RemoteError, match="CancelledError"):
         deploy(client, "cancelled", cancelled).remote().result(10)
 
 

@@ -10,9 +10,10 @@ from mqserve.broker.results import Result
 from mqserve.broker.settings import Settings
 from mqserve.controller.state import Backend
 from mqserve.replicas.handler import Handler
+from mqserve.replicas.job import Job
 from mqserve.replicas.metrics import ReplicaMetrics
 from mqserve.replicas.serve import Server
-from mqserve.replicas.worker import Job, Worker
+from mqserve.replicas.worker import Worker
 from tests.broker.traffic import publish, until
 
 MINTED = "a" * 32
@@ -24,6 +25,7 @@ class IdleWorker:
     def __init__(self) -> None:
         self.jobs: list[Job] = []
         self.run_s = 0.0
+        self.responding = 0
 
     def submit(self, job: Job) -> None:
         self.jobs.append(job)
