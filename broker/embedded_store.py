@@ -68,13 +68,15 @@ class EmbeddedStore:
             value, expiry = self._values[key]
             self._values[key] = (value, max(expiry, time.monotonic() + ttl_ms / 1000))
 
-    async def replace(self, key: str, old: bytes | None, new: bytes | None, *, guard: Guard | None = None, quiet: bool = False) -> bool:
+    async def replace(
+        self, key: str, old: bytes | None, new: bytes | None, *, ttl_ms: int = 0, guard: Guard | None = None, quiet: bool = False
+    ) -> bool:
         if self._read(key) != old or not self._holds(guard):
             return False
         if new is None:
             self._values.pop(key, None)
         else:
-            self._write(key, new, None)
+            self._write(key, new, ttl_ms or None)
         if not quiet:
             await self.announce()
         return True

@@ -63,7 +63,7 @@ class Consumption(Protocol):
         ...
 
     async def cancel(self) -> None:
-        """No delivery follows; the ones in hand can still be settled. Idempotent."""
+        """Once it returns no delivery follows; the ones in hand can still be settled. Idempotent."""
         ...
 
 

@@ -162,11 +162,7 @@ class RabbitConsumption:
 
     def _hand_over(self, frame: Basic.Deliver, properties: Basic.Properties, body: bytes) -> None:
         assert self._channel is not None
-        delivery = RabbitDelivery(self._channel, frame, properties, body)
-        if self.cancelled:
-            delivery.requeue()
-        else:
-            self._on_delivery(delivery)
+        self._on_delivery(RabbitDelivery(self._channel, frame, properties, body))
 
 
 async def _first_of(*events: asyncio.Event, timeout_s: float) -> bool:

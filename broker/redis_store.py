@@ -232,8 +232,11 @@ class RedisStore:
         if not await self._set(key, value, ttl_ms, only_new=True):
             await self._call(lambda: self._commands.pexpire(key, ttl_ms, gt=True))  # a key without expiry has the longest one
 
-    async def replace(self, key: str, old: bytes | None, new: bytes | None, *, guard: Guard | None = None, quiet: bool = False) -> bool:
-        keys, values = [key], [*_optional(old), *_optional(new), "" if quiet else self._channel]
+    async def replace(
+        self, key: str, old: bytes | None, new: bytes | None, *, ttl_ms: int = 0, guard: Guard | None = None, quiet: bool = False
+    ) -> bool:
+        keys: list[str] = [key]
+        values: list[Any] = [*_optional(old), *_optional(new), ttl_ms, "" if quiet else self._channel]
         if guard is not None:
             keys, values = [key, guard[0]], [*values, *_optional(guard[1])]
         return bool(await self._call(lambda: self._script("replace", keys, values)))

@@ -1,13 +1,20 @@
 -- Compare and set, in one step with a look at a guard.
 -- KEYS: key, guard key (or none)
--- ARGV: expected, new, channel to announce on ('' for nobody), guard's value; values in pairs ('1' value, or '0' '' for absent)
+-- ARGV: expected, new, TTL of the new one in ms (0 for none), channel to announce on ('' for nobody), guard's value; values in pairs
+-- ('1' value, or '0' '' for absent)
 local function holds(key, there, value)
   local current = redis.call('GET', key)
   if there == '1' then return current == value end
   return not current
 end
-if KEYS[2] and not holds(KEYS[2], ARGV[6], ARGV[7]) then return 0 end
+if KEYS[2] and not holds(KEYS[2], ARGV[7], ARGV[8]) then return 0 end
 if not holds(KEYS[1], ARGV[1], ARGV[2]) then return 0 end
-if ARGV[3] == '1' then redis.call('SET', KEYS[1], ARGV[4]) else redis.call('DEL', KEYS[1]) end
-if ARGV[5] ~= '' then redis.call('PUBLISH', ARGV[5], KEYS[1]) end
+if ARGV[3] ~= '1' then
+  redis.call('DEL', KEYS[1])
+elseif ARGV[5] ~= '0' then
+  redis.call('SET', KEYS[1], ARGV[4], 'PX', ARGV[5])
+else
+  redis.call('SET', KEYS[1], ARGV[4])
+end
+if ARGV[6] ~= '' then redis.call('PUBLISH', ARGV[6], KEYS[1]) end
 return 1

@@ -64,8 +64,11 @@ class Store(Protocol):
         """Writes it where nothing stands, else puts the expiry of what does off: for a key that can have one value only."""
         ...
 
-    async def replace(self, key: str, old: bytes | None, new: bytes | None, *, guard: Guard | None = None, quiet: bool = False) -> bool:
-        """Compare and set (`None`: absent): whether `old` stood there, and the guard's value at its key, and `new` does now.
+    async def replace(
+        self, key: str, old: bytes | None, new: bytes | None, *, ttl_ms: int = 0, guard: Guard | None = None, quiet: bool = False
+    ) -> bool:
+        """Compare and set (`None`: absent): whether `old` stood there, and the guard's value at its key, and `new` does now; for `ttl_ms`,
+        or for ever.
 
         Watchers of the document are woken, unless it is done quietly.
         """

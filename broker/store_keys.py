@@ -3,7 +3,7 @@
 | key                          | type   | writer               | reader            | expiry                    |
 |------------------------------|--------|----------------------|-------------------|---------------------------|
 | `mqserve:<ns>:future:{id}`   | string | replica, or the one who finds it expired; once | whoever waits | RESULT_TTL_S |
-| `mqserve:<ns>:start:{id}`    | string | replica, of runs that last or repeat | waiting process, replicas | deadline + 60 s, or one day |
+| `mqserve:<ns>:start:{id}`    | string | replica; empty: not started | waiting process, replicas | deadline + 60 s, or one day |
 | `mqserve:<ns>:attempts:{id}` | string, a JSON list | replica, on redelivery | replica          | one day                   |
 | `mqserve:<ns>:redeliveries:{id}` | counter | replica, on redelivery | replica              | one day                   |
 | `mqserve:<ns>:claim:{id}`    | string | replica, after a change of the queue's generation | replica | one day          |

@@ -19,12 +19,13 @@ from .broker.queue_names import check_name
 from .broker.settings import Settings
 from .controller.state import Desired
 from .links import Links, open_links
+from .replicas.admission import NOT_STARTED
 from .status import make_console, make_table
 
 ASK_ABOVE = 10
 PREVIEW_BYTES = 1000
 CONFIRM_BUDGET_S = 10.0
-_BODY_KEPT_MS = 60_000  # beyond the deadline, as its sender keeps it
+_BODY_KEPT_MS = 60_000  # beyond the deadline, as its sender keeps it; and as a replica keeps a mark
 
 
 class Selection(NamedTuple):
@@ -94,8 +95,9 @@ async def retry_dead(settings: Settings, backend: str, selection: Selection, *, 
         desired = Desired.from_bytes(await links.store.get(links.keys.desired))
         if backend not in desired.backends:
             raise UnknownBackend(f"there is no backend {backend!r} to run them: deploy it first; dead letters are kept for seven days")
-        timeout_ms = int(desired.backends[backend].config.request_timeout_s * 1000)
-        retry = partial(_retry, links, timeout_ms, set())
+        config = desired.backends[backend].config
+        timeout_ms = int(config.request_timeout_s * 1000)
+        retry = partial(_retry, links, timeout_ms, config.delivery == "at_most_once", set())
         told = await _settle(backend, letters, selection, retry, "retry", "retried", yes)
     return _print(console, told)
 
@@ -153,7 +155,7 @@ class _Keep(Exception):
     """Why a letter cannot be settled, though others can."""
 
 
-async def _retry(links: Links, timeout_ms: int, forgotten: set[str], letter: DeadLetter) -> None:
+async def _retry(links: Links, timeout_ms: int, once: bool, forgotten: set[str], letter: DeadLetter) -> None:
     letter = letter.renewed(links.store.now_ms() + timeout_ms)
     future_id = ""
     try:
@@ -166,6 +168,8 @@ async def _retry(links: Links, timeout_ms: int, forgotten: set[str], letter: Dea
             await _keep_body(links, envelope.header.ref, timeout_ms)
     if future_id and future_id not in forgotten:  # of two with one id the second finds the first one's result
         await links.store.delete(*links.keys.of_runs(future_id))
+        if once:  # else a replica would take it for one that was started
+            await links.store.set(links.keys.start(future_id), NOT_STARTED, ttl_ms=timeout_ms + _BODY_KEPT_MS)
         forgotten.add(future_id)
     if error := await fate_of(partial(links.queue.republish, letter), CONFIRM_BUDGET_S):
         raise error

@@ -33,6 +33,10 @@ class Poison(BadEnvelope):
         self.attempts = tuple(attempts)
 
 
+NOT_STARTED = b""
+"""Stands in place of a start mark: whoever had the request gave it back before it ran."""
+
+
 class LostBody(BadEnvelope):
     """The body was to be in the store, and is not: nobody's fault who sent or runs it."""
 
@@ -81,7 +85,7 @@ class Admission:
         if check_copies and not redelivered and not await self._claim(future_id, config):
             return None
         if once:
-            if not await self._mark_start(envelope, mark):
+            if not await self._may_start(envelope, mark, came_before=redelivered or envelope.header.again):
                 return _lost(self._backend)
         elif redelivered:
             envelope = replace(envelope, attempt=await self._count(future_id, config.max_attempts, MAX_REDELIVERIES))
@@ -112,6 +116,15 @@ class Admission:
     async def unmark(self, envelope: Envelope, mark: bytes) -> None:
         """The run did not take place, or was ended in order; another's mark stays. Raises StoreUnavailable."""
         await self._store.replace(self._keys.start(self._name(envelope)), mark, None, quiet=True)
+
+    async def give_back(self, envelope: Envelope, mark: bytes, *, came_before: bool) -> None:
+        """Leaves word that it was not started, of a request that is delivered at most once: without it nobody would run it again. Of one
+        that came before and was not admitted, nobody here can say so. Raises StoreUnavailable."""
+        key, ttl_ms = self._keys.start(self._name(envelope)), self._mark_ttl_ms(envelope)
+        if mark and await self._store.replace(key, mark, NOT_STARTED, ttl_ms=ttl_ms, quiet=True):
+            return
+        if not came_before:
+            await self._store.set(key, NOT_STARTED, ttl_ms=ttl_ms, only_new=True)
 
     async def forget(self, envelope: Envelope) -> None:
         """What is known of the runs of a message without an id, or with its sender's own, once it was answered: its like may come again."""
@@ -155,14 +168,18 @@ class Admission:
 
     async def _claim(self, future_id: str, config: BackendConfig) -> bool:
         """Whether this delivery is the one of its copies that runs."""
-        if await self._store.get(self._keys.start(future_id)) is not None:
+        if await self._store.get(self._keys.start(future_id)):
             return False
         ttl_ms = int(config.request_timeout_s * 1000) + _AFTER_DEADLINE_MS  # copies are gone by then
         return await self._store.set(self._keys.claim(future_id), secrets.token_bytes(16), ttl_ms=ttl_ms, only_new=True)
 
-    async def _mark_start(self, envelope: Envelope, mark: bytes) -> bool:
-        key = self._keys.start(self._name(envelope))
-        return await self._store.set(key, mark, ttl_ms=self._mark_ttl_ms(envelope), only_new=True)
+    async def _may_start(self, envelope: Envelope, mark: bytes, *, came_before: bool) -> bool:
+        """Whether this is its first run, for certain; it is marked as started then. A mark may be lost with the store's data, so what came
+        before needs a word of the one who had it. May be asked again, after an answer that was lost."""
+        key, ttl_ms = self._keys.start(self._name(envelope)), self._mark_ttl_ms(envelope)
+        if not came_before and await self._store.set(key, mark, ttl_ms=ttl_ms, only_new=True):
+            return True
+        return await self._store.replace(key, NOT_STARTED, mark, ttl_ms=ttl_ms, quiet=True) or await self._store.get(key) == mark
 
     async def _count(self, name: str, max_attempts: int, max_redeliveries: float) -> int:
         """The number of the run to come. An attempt is a run that was started (it left a mark) and left no result.
@@ -172,7 +189,7 @@ class Admission:
         start, attempts_key = self._keys.start(name), self._keys.attempts(name)
         raw_mark, raw_attempts = await self._store.get_many([start, attempts_key])
         attempts = _read_attempts(raw_attempts)
-        mark = _read_mark(raw_mark) if raw_mark is not None else None
+        mark = _read_mark(raw_mark) if raw_mark else None
         if mark is not None and mark.replica != self._replica_id:  # ours is of a run that lives, or was ended in order
             attempts.append(msgspec.structs.replace(mark, ended="its replica was lost before there was a result"))
             await self._store.set(attempts_key, msgspec.json.encode(attempts), ttl_ms=_COUNTERS_TTL_MS)
@@ -202,5 +219,5 @@ def _read_attempts(raw: bytes | None) -> list[Attempt]:
 
 
 def _lost(backend: str) -> Result:
-    message = "the replica that started this request was lost, and it is never run twice (delivery is at_most_once)"
+    message = "the replica that had this request was lost, and may have started it: it is never run twice (delivery is at_most_once)"
     return Result(status=502, backend=backend, error=ErrorInfo(type="mqserve.ReplicaLost", message=message))

@@ -13,12 +13,12 @@ def slots(limit: int, *, is_async: bool, sync_threads: int, batch_size: int) -> 
     return limit if is_async else min(limit, sync_threads)
 
 
-def prefetch(slots: int, limit: int, run_s: float) -> int:
+def prefetch(slots: int, limit: int, run_s: float, *, may_look_ahead: bool = True) -> int:
     """Slots, plus what runs within LOOKAHEAD_S at `run_s` seconds a call (0: not known yet), up to `limit`.
 
     Rounded down to a power of two above the slots, since each change costs a consumer.
     """
-    if run_s <= 0 or limit <= slots:
+    if run_s <= 0 or limit <= slots or not may_look_ahead:
         return slots
     ahead = int(LOOKAHEAD_S / run_s) * slots
     return min(limit, slots + (1 << (ahead.bit_length() - 1) if ahead else 0))

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
+from ..broker.backoff import delays
 from ..broker.cancellations import CANCELLED, Cancellations
 from ..broker.envelope import Envelope
 from ..broker.errors import BackendFailed, BadEnvelope, MQServeError
@@ -119,9 +120,11 @@ class Server:
             self._metrics.hand_over(self.running - processing, processing)
 
     def _settle_unstored(self) -> bool:
-        """While the store is away: what does not run goes back, and what cannot store its answer; whether nothing is left."""
-        for job in self._worker.withdraw():
-            self._give_back(job)
+        """While the store is away: what does not run goes back, and what cannot store its answer; whether nothing is left. Delivered at
+        most once, the former stays: nobody could leave word that it was not started."""
+        if not self._settling.at_most_once:
+            for job in self._worker.withdraw():
+                self._give_back(job)
         return self._settling.give_back_unstored()
 
     async def listen(self) -> None:
@@ -159,7 +162,7 @@ class Server:
         limit = config.concurrency(is_async)
         batch_size = (config.max_batch_size or 1) if self._handler.accepts_batch else 0
         can_run = slots(limit, is_async=is_async, sync_threads=config.sync_threads, batch_size=batch_size)
-        return prefetch(can_run, limit, self._worker.run_s)
+        return prefetch(can_run, limit, self._worker.run_s, may_look_ahead=not self._settling.at_most_once)
 
     def _mark_long_runs(self) -> None:
         now = time.monotonic()
@@ -207,7 +210,7 @@ class Server:
     # Taking.
 
     def _on_delivery(self, generation: int, delivery: Delivery) -> None:
-        if self._draining or self._taking.paused:
+        if self._turns_away and not self._settling.at_most_once:
             return delivery.requeue()
         self._settling.hold(generation, delivery)
         try:
@@ -220,6 +223,8 @@ class Server:
         if header.deadline:
             left_s = min(left_s, (header.deadline - self._store.now_ms()) / 1000)
         job = Job(envelope, (generation, delivery), time.monotonic() + left_s)
+        if self._draining:
+            return self._settling.give_back(job)
         try:
             self._senders.check(envelope)
         except BadEnvelope as error:
@@ -229,39 +234,53 @@ class Server:
         elif self._is_cancelled(envelope):
             self._drop(job, CANCELLED)
         elif (delivery.redelivered or header.again) and self._runs_here(envelope):
-            self._settling.give_back(job, later=True)  # a connection was lost, and not its run: the result settles it
+            self._settling.give_back(job, later=True, mark_stays=True)  # a connection was lost, and not its run: the result settles it
         elif delivery.redelivered or header.again or header.ref or not envelope.minted or self._checks_all:
             self._settling.start(self._admit(job))
         else:
             self._run(job)  # a first delivery of an id of ours: nobody can have run it, so the store is not asked
 
+    @property
+    def _turns_away(self) -> bool:
+        return self._draining or self._taking.paused
+
     async def _admit(self, job: Job) -> None:
         """Looked at before it runs."""
-        _, delivery = job.tag
         if self._settling.at_most_once:
             job.mark = self._admission.new_mark()
-        try:
-            admitted = await self._admission.admit(
-                job.envelope, self._config, job.mark, redelivered=delivery.redelivered, check_copies=self._may_be_copies
-            )
-        except BadEnvelope as error:
-            await self._settling.refuse(job, error)
-        except MQServeError as error:
-            logger.warning("giving back a request of %s: %s", self._backend, error)
-            self._settling.give_back(job, later=True)
+        for pause_s in delays():
+            try:
+                return self._admitted(job, await self._ask(job))
+            except BadEnvelope as error:
+                return await self._settling.refuse(job, error)
+            except MQServeError as error:
+                if not self._settling.at_most_once or self._draining:
+                    logger.warning("giving back a request of %s: %s", self._backend, error)
+                    return self._settling.give_back(job, later=True)
+            if job.unwanted:
+                return self._drop(job, job.unwanted_result)
+            await asyncio.sleep(pause_s)  # nobody could leave word that it was not started, so nobody else would run it
+
+    async def _ask(self, job: Job) -> Envelope | Result | None:
+        _, delivery = job.tag
+        return await self._admission.admit(
+            job.envelope, self._config, job.mark, redelivered=delivery.redelivered, check_copies=self._may_be_copies
+        )
+
+    def _admitted(self, job: Job, admitted: Envelope | Result | None) -> None:
+        _, delivery = job.tag
+        if admitted is None:
+            self._settling.ack(job, body_stays=True)  # it is the other copy's, too
+        elif isinstance(admitted, Result):
+            self._settling.answer(job, admitted)
+        elif self._draining:
+            self._settling.give_back(job)
+        elif self._is_cancelled(admitted):  # meanwhile
+            self._drop(job, CANCELLED)
         else:
-            if admitted is None:
-                self._settling.ack(job, body_stays=True)  # it is the other copy's, too
-            elif isinstance(admitted, Result):
-                self._settling.answer(job, admitted)
-            elif self._draining:
-                self._settling.give_back(job)
-            elif self._is_cancelled(admitted):  # meanwhile
-                self._drop(job, CANCELLED)
-            else:
-                job.envelope = admitted
-                job.suspect = delivery.redelivered
-                self._run(job)
+            job.envelope = admitted
+            job.suspect = delivery.redelivered
+            self._run(job)
 
     def _is_cancelled(self, envelope: Envelope) -> bool:
         return bool(self._cancellations) and self._cancellations.names(envelope, envelope.future_id(self._backend))

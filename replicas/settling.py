@@ -184,11 +184,14 @@ class Settling:
 
     def give_back(self, job: Job, *, later: bool = False, mark_stays: bool = False) -> None:
         """To the queue, for others. Its mark goes first: it would blame the request for a death that none was, or for a run that never
-        began. But a run that did begin, of what is delivered at most once, is never begun again.
+        began. Delivered at most once, a request that did not start takes word of that along, and a run that did begin is never begun
+        again.
 
         `later`: after a failure of broker or store, since it would come round again at full speed; its slot stays taken meanwhile.
         """
-        if job.mark and not mark_stays and not (self.at_most_once and job.started):
+        if self.at_most_once and job.envelope.id and not job.started and not mark_stays:
+            self.start(self._requeue_unstarted(job, later))
+        elif job.mark and not mark_stays and not self.at_most_once:
             self.start(self._unmark_and_requeue(job, later))
         else:
             self._requeue_soon(job, later)
@@ -208,6 +211,15 @@ class Settling:
             await self._admission.unmark(job.envelope, job.mark)
         except StoreUnavailable as error:
             logger.warning("a request of %s keeps a mark of a run that did not end in a death: %s", self._backend, error)
+        self._requeue_soon(job, later)
+
+    async def _requeue_unstarted(self, job: Job, later: bool) -> None:
+        _, delivery = job.tag
+        try:
+            came_before = delivery.redelivered or job.envelope.header.again
+            await self._admission.give_back(job.envelope, job.mark, came_before=came_before)
+        except StoreUnavailable as error:
+            logger.warning("a request of %s goes back without word that it was not started, and is answered 502: %s", self._backend, error)
         self._requeue_soon(job, later)
 
     def _requeue_soon(self, job: Job, later: bool) -> None:

@@ -94,8 +94,8 @@ async def test_nothing_is_left_unacked_after_many_acks_out_of_order(broker_url: 
         kept = hands.held.pop(100)
         for delivery in hands.held[::2] + hands.held[1::2]:
             delivery.ack()
-        kept.requeue()
         await consumption.cancel()
+        kept.requeue()
         await depth_is(queue, 1)  # unacked ones would come back with the channel
         witness = Hands()
         await queue.consume("b", 1, 500, witness)

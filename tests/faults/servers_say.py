@@ -28,6 +28,12 @@ def is_marked(environment: dict[str, str], request_id: str) -> bool:
         return bool(store.exists(f"mqserve:{environment['MQSERVE_NAMESPACE']}:start:{{{request_id}}}"))
 
 
+def forget_mark(environment: dict[str, str], request_id: str) -> None:
+    """As a Redis that lost its data."""
+    with redis.Redis.from_url(environment["MQSERVE_STORE_URL"]) as store:
+        assert store.delete(f"mqserve:{environment['MQSERVE_NAMESPACE']}:start:{{{request_id}}}")
+
+
 def dead_letter(broker_url: str, namespace: str, backend: str) -> dict[str, Any]:
     """The headers of the next one, taken off its queue."""
     with pika.BlockingConnection(pika.URLParameters(broker_url)) as connection:

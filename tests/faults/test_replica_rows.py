@@ -19,7 +19,7 @@ import pytest
 import mqserve as serve
 from tests.faults.crash_points import command
 from tests.faults.netns import machine
-from tests.faults.servers_say import is_marked, messages_of, stored_result
+from tests.faults.servers_say import forget_mark, is_marked, messages_of, stored_result
 from tests.faults.wire import Wire
 from tests.gates import Gate
 from tests.instances import ROOT, CommandLine, Deploy, Program, distributed_only, new_name, wait_until
@@ -68,6 +68,31 @@ def test_row_01_at_most_once_is_answered_502_and_never_runs_twice(client: serve.
     gate.open()
     assert waiting.result(30) == "answered", "what had not started runs elsewhere"
     assert len(tally) == 2
+
+
+def test_row_01_at_most_once_never_runs_twice_though_redis_lost_the_mark(
+    client: serve.Client, deploy: Deploy, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    tally, gate = Tally(tmp_path), Gate(tmp_path)
+    ref = client.get_handle(deploy(dying(tally, gate), delivery="at_most_once")).remote()
+    wait_until(lambda: gate.came == 1)
+    forget_mark(environment, ref.id)
+    os.kill(int(tally.lines[0]), signal.SIGKILL)
+    with pytest.raises(serve.RemoteError, match="ReplicaLost"):
+        ref.result(30)
+    gate.open()
+    assert len(tally) == 1
+
+
+def test_row_01_at_most_once_runs_elsewhere_what_a_drain_gave_back(client: serve.Client, deploy: Deploy, tmp_path: Path) -> None:
+    tally, gate = Tally(tmp_path), Gate(tmp_path)
+    backend = deploy(dying(tally, gate), delivery="at_most_once", num_replicas=2)
+    refs = [client.get_handle(backend).remote() for _ in range(12)]
+    wait_until(lambda: gate.came == 2)
+    client.update_backend_config(backend, {"num_replicas": 1})
+    gate.open()
+    assert serve.get(refs, timeout=60) == ["answered"] * 12
+    assert len(tally) == 12
 
 
 def test_row_01_at_most_once_tells_a_handle_that_its_replica_was_lost(client: serve.Client, deploy: Deploy, tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from mqserve.broker.errors import BrokerUnavailable, MQServeError, Overloaded, S
 from mqserve.broker.queue import Settled
 from mqserve.broker.results import Result
 from mqserve.broker.store_keys import StoreKeys
+from mqserve.replicas.admission import NOT_STARTED
+from mqserve.replicas.prefetch import prefetch
 from mqserve.replicas.settling import INLINE_RESULT_BYTES
 from tests.broker.traffic import publish, until
 from tests.replicas.parts import MINTED, Serving, minted, request
@@ -256,3 +258,86 @@ async def test_a_copy_that_is_not_run_leaves_the_body_to_the_one_that_is(keys: S
         job = await serving.taken()
         await until(lambda: serving.server.running == 1)  # the other one is settled
         assert job.envelope.body == b"large" == await serving.store.get(keys.body(MINTED))
+
+
+# At most once.
+
+ONCE: dict[str, Any] = {"delivery": "at_most_once"}
+START = "b/order-17"
+
+
+async def result_of(serving: Serving, keys: StoreKeys) -> Result:
+    raw = await serving.store.get(keys.future(START))
+    assert raw is not None
+    return Result.from_bytes(raw)
+
+
+async def test_what_was_given_back_before_it_ran_runs_elsewhere(keys: StoreKeys) -> None:
+    queue, store = EmbeddedQueue(), EmbeddedStore()
+    async with Serving(queue, store, **ONCE) as first:
+        await first.send(request())
+        await first.taken()
+        await first.server.drain(0)
+        assert await store.get(keys.start(START)) == NOT_STARTED
+    async with Serving(queue, store, **ONCE) as second:
+        second.end(await second.taken(), Result(body=b"done"))
+        await second.settled()
+        assert (await result_of(second, keys)).body == b"done"
+
+
+async def test_what_came_when_a_replica_drained_runs_elsewhere(keys: StoreKeys) -> None:
+    queue, store = EmbeddedQueue(), EmbeddedStore()
+    async with Serving(queue, store, **ONCE) as first:
+        first.server._draining = True  # the moment between its decision and the end of its consumer
+        await first.send(request())
+        await until(lambda: store_has(store, keys.start(START)))
+    async with Serving(queue, store, **ONCE) as second:
+        second.end(await second.taken(), Result(body=b"done"))
+        await second.settled()
+        assert (await result_of(second, keys)).body == b"done"
+
+
+async def test_what_may_have_run_is_not_run_again_though_its_mark_is_lost(keys: StoreKeys) -> None:
+    queue, store = EmbeddedQueue(), EmbeddedStore()
+    async with Serving(queue, store, **ONCE) as first:
+        await first.send(request())
+        job = await first.taken()
+        job.started = 1.0
+        await store.delete(keys.start(START))  # Redis lost its data
+        await first.server.abandon()
+    async with Serving(queue, store, **ONCE) as second:
+        await second.settled()
+        assert not second.worker.jobs and (await result_of(second, keys)).status == 502
+
+
+async def test_what_another_replica_had_is_not_said_to_be_unstarted_by_one_that_drains(keys: StoreKeys) -> None:
+    queue, store = EmbeddedQueue(), EmbeddedStore()
+    async with Serving(queue, store, **ONCE) as first:
+        await first.send(request())
+        (await first.taken()).started = 1.0
+        await store.delete(keys.start(START))
+        await first.server.abandon()
+    async with Serving(queue, store, **ONCE) as second:
+        second.server._draining = True
+        await until(lambda: nothing_held(second))
+        assert await store.get(keys.start(START)) != NOT_STARTED
+
+
+async def test_a_store_that_is_away_for_a_moment_costs_no_request_its_only_run(keys: StoreKeys) -> None:
+    async with Serving(store=StoreThatIsAway("set", 3), **ONCE) as serving:
+        await serving.send(request())
+        serving.end(await serving.taken(), Result(body=b"done"))
+        await serving.settled()
+        assert (await result_of(serving, keys)).body == b"done"
+
+
+async def test_no_request_is_looked_ahead_for_that_would_be_lost_with_its_replica() -> None:
+    assert prefetch(1, 8, 0.0001, may_look_ahead=False) == 1 < prefetch(1, 8, 0.0001)
+
+
+async def store_has(store: EmbeddedStore, key: str) -> bool:
+    return await store.get(key) is not None
+
+
+async def nothing_held(serving: Serving) -> bool:
+    return not serving.server.running
