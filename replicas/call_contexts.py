@@ -8,15 +8,11 @@ anything global is. The decimal context is the one exception, since code that se
 from __future__ import annotations
 
 import decimal
-from collections.abc import Callable
 from contextvars import Context
-from typing import TypeVar
-
-T = TypeVar("T")
 
 
 class CallContexts:
-    """Of one replica; construction runs in `own`, and so do the hooks that change what it made."""
+    """The contexts of one replica. Construction and `reconfigure` run in `own`."""
 
     def __init__(self) -> None:
         self.own = Context()
@@ -25,16 +21,9 @@ class CallContexts:
     def __repr__(self) -> str:
         return f"<CallContexts with {len(self.own)} variables>"
 
-    def run_own(self, function: Callable[[], T]) -> T:
-        """In construction's context."""
-        try:
-            return self.own.run(function)
-        finally:
-            self.note_changes()
-
     def note_changes(self) -> None:
-        """After something ran in construction's context: has a decimal context been set there?"""
-        self._decimal = next((value for value in self.own.values() if isinstance(value, decimal.Context)), None)
+        """To be called after something ran in `own`: it may have set a decimal context."""
+        self._decimal = next((value for value in self.own.values() if issubclass(type(value), decimal.Context)), None)
 
     def new(self) -> Context:
         """For one request."""

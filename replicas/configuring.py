@@ -76,7 +76,7 @@ class Configuring:
             )
         try:
             async with asyncio.timeout(RECONFIGURE_BUDGET_S):
-                await self._worker.call(lambda: reconfigure(user_config))
+                await self._worker.call(lambda: reconfigure(user_config), constructs=True)
                 if check is not None:
                     await self._worker.call(check)
         except Raised as raised:

@@ -67,11 +67,13 @@ class Handler:
 
 
 def make_handler(target: Any, args: list[Any]) -> Handler:
-    """Constructs a class. Raises whatever the user's constructor raises, and BadType for a function that no request can be given to."""
-    if inspect.isclass(target):
-        return Handler(target(*args), is_function=False)
-    make_method(target)
-    return Handler(target, is_function=True)
+    """Constructs a class. Raises whatever the user's constructor raises, and BadType for a handler that cannot be called with a request."""
+    is_class = inspect.isclass(target)
+    made = target(*args) if is_class else target
+    handler = Handler(made, is_function=not is_class)
+    if callable(made):  # a class may have nothing but methods to be called by name
+        handler.method("")
+    return handler
 
 
 def make_method(function: Callable[..., Any]) -> Method:

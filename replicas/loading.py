@@ -52,7 +52,7 @@ async def construct(store: Store, keys: StoreKeys, settings: Settings, worker: W
 
     try:
         async with asyncio.timeout(backend.config.start_timeout_s):
-            handler: Handler = await worker.call(make)
+            handler: Handler = await worker.call(make, constructs=True)
     except TimeoutError:
         raise BackendFailed(
             f"backend {backend.name!r} ({backend.code_name}) was not constructed within its start_timeout_s of "

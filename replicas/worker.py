@@ -93,13 +93,16 @@ class Worker:
     def __repr__(self) -> str:
         return f"<Worker {self._thread.name}, {len(self._jobs)} waiting>"
 
-    async def call(self, function: Callable[[], Any]) -> Any:
-        """Runs `function` in the worker's thread and in construction's context, and awaits what it returns if that is awaitable
-        (importing, constructing and reconfiguring are user code too). Raises Raised, whatever was raised over there."""
+    async def call(self, function: Callable[[], Any], *, constructs: bool = False) -> Any:
+        """Runs `function` in the worker's thread, and awaits what it returns if that is awaitable: importing, constructing and the hooks
+        are user code too. With `constructs` it runs in construction's own context, of which every request gets a copy.
+
+        Raises Raised, whatever was raised over there.
+        """
         if not self._thread.is_alive():
             self._thread.start()
         pending: concurrent.futures.Future[Any] = concurrent.futures.Future()
-        self._loop.call_soon_threadsafe(self._call, function, pending)
+        self._loop.call_soon_threadsafe(self._call, function, constructs, pending)
         outcome = await asyncio.wrap_future(pending)
         if isinstance(outcome, Failure):
             raise Raised(outcome)
@@ -178,15 +181,18 @@ class Worker:
         finally:
             self._loop.close()
 
-    def _call(self, function: Callable[[], Any], pending: concurrent.futures.Future[Any]) -> None:
+    def _call(self, function: Callable[[], Any], constructs: bool, pending: concurrent.futures.Future[Any]) -> None:
+        context = self._contexts.own if constructs else self._contexts.new()
         try:
-            value = self._without_loop(self._contexts.run_own, function)
+            value = self._without_loop(context.run, function)
             is_awaitable = inspect.isawaitable(value)
         except BaseException as error:
             return _resolve(pending, describe(error))
+        finally:
+            self._contexts.note_changes()
         if not is_awaitable:
             return _resolve(pending, value)
-        task = self._run_task(self._await(value, pending), self._contexts.own)
+        task = self._run_task(self._await(value, pending), context)
         pending.add_done_callback(lambda done: self._loop.call_soon_threadsafe(task.cancel) if done.cancelled() else None)
 
     async def _await(self, value: Any, pending: concurrent.futures.Future[Any]) -> None:

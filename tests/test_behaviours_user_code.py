@@ -377,6 +377,15 @@ def test_a_handler_that_needs_more_than_the_request_is_refused(client: serve.Cli
         client.create_backend(new_name("b"), needy)
 
 
+def test_a_class_whose_call_needs_more_than_the_request_is_refused(client: serve.Client) -> None:
+    class Needy:
+        def __call__(self, request: Request, database: Any) -> None:
+            pass
+
+    with pytest.raises(serve.BackendFailed, match="give the other parameters defaults"):
+        client.create_backend(new_name("b"), Needy)
+
+
 def test_data_is_a_keyword_like_any_other(client: serve.Client, deploy: Deploy) -> None:
     handle = client.get_handle(deploy(lambda request: [request.data, dict(request.query_params)]))
     assert handle.remote(1, data=2).result(30) == [1, {"data": 2}]
