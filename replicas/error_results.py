@@ -84,9 +84,10 @@ def _of_http(error: HTTPException) -> Told:
 
 
 def _of_ours(error: MQServeError) -> Told:
-    retry_after_s = error.retry_after_s if isinstance(error, Overloaded) else random.uniform(*_AWAY_RETRY_S) if error.status == 503 else 0
+    status = error.status if error.status in range(400, 600) else 500  # of a class of the user's it may be anything
+    retry_after_s = error.retry_after_s if isinstance(error, Overloaded) else random.uniform(*_AWAY_RETRY_S) if status == 503 else 0
     headers = ((b"retry-after", b"%d" % math.ceil(retry_after_s)),) if retry_after_s else ()
-    return Told(error.status, writable(public_words(error), MAX_MESSAGE), headers=headers)
+    return Told(status, writable(public_words(error), MAX_MESSAGE), headers=headers)
 
 
 def _members(members: dict[str, object]) -> bytes:

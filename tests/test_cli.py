@@ -284,7 +284,7 @@ def test_a_virtual_host_that_is_not_there_gets_a_sentence(distributed_shell: Com
         ("@serve.endpoint('hello')\ndef hello(request): ...", "route 'hello' of endpoint 'hello' must be .* starts with '/'"),
         ("@serve.endpoint('/{a:integer}')\ndef hello(request): ...", "route '/{a:integer}' does not parse.*int"),
         ("@serve.endpoint('/a', num_replica=2)\ndef hello(request): ...", "there is no setting 'num_replica'; there are num_replicas"),
-        ("@serve.endpoint('/a')\ndef hello(): ...", "backend 'hello' is a function that takes no request: give it one parameter"),
+        ("@serve.endpoint('/a')\ndef hello(request, name): ...", "'hello' cannot be called: a handler is called with the request alone"),
         ("import not_installed", "app.py does not import .*No module named 'not_installed'"),
         ("def hello(:", "app.py does not import: invalid syntax in line 2"),
         ("pass", "app.py declares nothing to serve: decorate"),
