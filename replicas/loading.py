@@ -5,28 +5,25 @@ from __future__ import annotations
 import asyncio
 import traceback
 
-from starlette.convertors import register_url_convertor
-
 from ..broker import code
 from ..broker.errors import BackendFailed, BadValue
 from ..broker.settings import Settings
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
+from ..controller.convertors import Convertors
 from ..controller.state import Backend, Desired
 from .handler import Handler, make_handler
 from .worker import Worker
 
 
-async def read_backend(store: Store, keys: StoreKeys, settings: Settings, name: str) -> Backend:
+async def read_backend(store: Store, keys: StoreKeys, settings: Settings, name: str, convertors: Convertors) -> Backend:
     """The backend as it is wanted now, with the instance's convertors registered. Raises BadValue when there is none of that name."""
     desired = Desired.from_bytes(await store.get(keys.desired))
     backend = desired.backends.get(name)
     if backend is None:
         known = ", ".join(sorted(desired.backends)) or "none"
         raise BadValue(f"there is no backend {name!r} in {settings.namespace!r} (known: {known}): create it first")
-    for convertor_name, sha256 in desired.convertors.items():
-        convertor, _ = await code.load(store, keys, sha256, settings.signer)
-        register_url_convertor(convertor_name, convertor())
+    await convertors.register(desired.convertors)
     return backend
 
 

@@ -12,7 +12,7 @@ from starlette.requests import Request as StarletteRequest
 
 from ..broker.codecs import decode_plain
 from ..broker.envelope import Envelope, Meta
-from ..broker.errors import UNPARSABLE, BadEnvelope, BadType
+from ..broker.errors import UNPARSABLE, BadEnvelope, BadType, words_of
 
 
 class BadBody(BadEnvelope):
@@ -108,8 +108,8 @@ def convert_params(meta: Meta) -> dict[str, Any]:
     """The typed path parameters; the text was matched by the same convertor in the proxy."""
     try:
         return {name: CONVERTOR_TYPES[convertor].convert(text) for name, convertor, text in meta.params}
-    except Exception as error:  # a convertor may be anybody's, and so may an mq header
-        raise BadBody(f"the path parameters do not convert ({type(error).__name__}: {error})") from error
+    except BaseException as error:  # a convertor may be anybody's, and so may an mq header; not even SystemExit is the replica's end
+        raise BadBody(f"the path parameters do not convert ({type(error).__name__}: {words_of(error)})") from error
 
 
 def _scope(meta: Meta) -> dict[str, Any]:

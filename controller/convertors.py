@@ -1,0 +1,34 @@
+"""The convertors that users registered with an instance, in a process that matches or converts by them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.convertors import Convertor, register_url_convertor
+
+from ..broker import code
+from ..broker.signing import Signer
+from ..broker.store import Store
+from ..broker.store_keys import StoreKeys
+
+
+class Convertors:
+    """Each is made once, and again when its code is another."""
+
+    def __init__(self, store: Store, keys: StoreKeys, signer: Signer) -> None:
+        self._store = store
+        self._keys = keys
+        self._signer = signer
+        self._made: dict[str, tuple[str, Convertor[Any]]] = {}  # name -> (sha256 of its code, the convertor)
+
+    def __repr__(self) -> str:
+        return f"<Convertors {', '.join(self._made) or 'none'}>"
+
+    async def register(self, wanted: Mapping[str, str]) -> None:
+        """By name and sha256, as the desired document has them. Raises what loading or making one raises."""
+        for name, sha256 in wanted.items():
+            if name not in self._made or self._made[name][0] != sha256:
+                convertor, _ = await code.load(self._store, self._keys, sha256, self._signer)
+                self._made[name] = (sha256, convertor())
+            register_url_convertor(name, self._made[name][1])
