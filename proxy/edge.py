@@ -18,6 +18,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from ..broker.caller import MAX_BODY_BYTES
 from ..broker.envelope import MAX_HEAD_BYTES, mint_id
+from .half_close import HalfClosed
 from .responses import HOP_BY_HOP, problem
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ class EdgeProtocol(HttpToolsProtocol):
         self._chunked = False
         self._read = b""  # what is being parsed; the head under way may stand in it, beside other bytes
         self._read_before: list[bytes] = []  # what came before of the head under way
+        self._half_closed: HalfClosed | None = None  # set once the client has closed its side, if it is to be answered
 
     def connection_made(self, transport: BaseTransport) -> None:
         super().connection_made(cast(Transport, transport))
@@ -86,6 +88,8 @@ class EdgeProtocol(HttpToolsProtocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if self._half_closed is not None:
+            self._half_closed.stop()
         if self._answering is not None and not self._answering.response_complete:  # not `cycle` where requests are pipelined
             self._give_up(self._answering)
         self.pipeline.clear()
@@ -107,6 +111,29 @@ class EdgeProtocol(HttpToolsProtocol):
             self._read_before.append(data[-MAX_LOOSE_BYTES:])
         elif self._read_before:
             self._read_before.clear()
+
+    def eof_received(self) -> bool:  # type: ignore[override]  # asyncio lets it say so, and uvicorn never does
+        """The client has closed its side. True keeps ours open, for answers to come; a request that is not complete is refused."""
+        if self._refusal and self._due:
+            return False  # the refusal was said, and this is the end that it lingers for
+        if not self._refusal and self._phase is not _NOTHING:
+            what = "body" if self._phase is _BODY else "head"
+            self._refuse(Refused(400, f"the client closed its side before the {what} of its request was complete: send all of it first"))
+        answering = self._answering
+        if answering is None or answering.response_complete:
+            return False
+        if not self._refusal:
+            self.cycle.keep_alive = False  # the last one
+        self._half_close(answering)
+        return True
+
+    def _half_close(self, answering: RequestResponseCycle) -> None:
+        self._half_closed = HalfClosed(self.transport, self.loop)
+        self.transport = cast(Transport, self._half_closed)
+        for cycle in (answering, *(cycle for cycle, _ in self.pipeline)):
+            cycle.transport = self.transport
+        if not answering.response_started:
+            self._half_closed.watch()
 
     def shutdown(self) -> None:
         if self._refusal and self._due:  # said, and lingering
@@ -309,6 +336,8 @@ class EdgeProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._answering = cycle
+        if self._half_closed is not None:
+            self._half_closed.watch()
         super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:
@@ -352,6 +381,8 @@ class EdgeProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         self.transport.write(self._refusal)
+        if self._half_closed is not None:
+            return self.transport.close()  # it would linger for bytes that do not come
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self.flow.resume_reading()
