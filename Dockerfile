@@ -9,7 +9,8 @@ COPY broker broker
 COPY proxy proxy
 COPY replicas replicas
 COPY controller controller
-RUN pip install --no-cache-dir . && rm -rf build
+# with RE2, so that the image's proxies match every route
+RUN pip install --no-cache-dir '.[re2]' && rm -rf build
 
 USER mqserve
 WORKDIR /home/mqserve

@@ -156,5 +156,8 @@ def public_words(error: MQServeError) -> str:
 
 
 def words_of(error: BaseException | None) -> str:
-    """For a log line or a sentence: an error may have nothing to say but its name."""
-    return str(error) or type(error).__name__
+    """For a log line or a sentence: an error may have nothing to say but its name, and a user's may raise when asked."""
+    try:
+        return str(error) or type(error).__name__
+    except Exception:
+        return type(error).__name__

@@ -13,14 +13,14 @@ from typing import Any
 
 import msgspec
 import pydantic
-from starlette.convertors import CONVERTOR_TYPES
-from starlette.routing import compile_path
+from starlette.convertors import Convertor
 
 from ..broker.errors import BadEnvelope, BadType, BadValue, InstanceError, StoreUnavailable
 from ..broker.queue_names import check_name
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
 from .resources import ActorOptions
+from .route_patterns import check_convertor, compile_route
 from .state import Backend, BackendConfig, Desired, Endpoint
 
 Change = Callable[[Desired], Desired]
@@ -244,11 +244,14 @@ def _with_endpoint(desired: Desired, endpoint: Endpoint) -> Desired:
     return msgspec.structs.replace(desired, endpoints={**desired.endpoints, endpoint.name: endpoint})
 
 
-def register_convertor(name: str, code: str) -> Change:
-    if not isinstance(name, str) or not name.isidentifier():
+def register_convertor(name: str, code: str, convertor: Convertor[Any] | None = None) -> Change:
+    """Raises BadValue where a route uses the name already, and could not be matched with this `convertor`; without it nobody looks."""
+    if not isinstance(name, str) or not (name.isascii() and name.isidentifier()):
         raise BadValue(f"{name!r} is no name for a convertor: it is to stand in a route, such as 'upper' in '/{{word:upper}}'")
 
     def change(desired: Desired) -> Desired:
+        if convertor is not None:
+            check_convertor(name, convertor, [endpoint.route for endpoint in desired.endpoints.values() if endpoint.route is not None])
         return msgspec.structs.replace(desired, convertors={**desired.convertors, name: code})
 
     return change
@@ -302,16 +305,7 @@ def parse_endpoint(name: str, backend: object, route: object, methods: object) -
 def _check_route(route: str) -> None:
     if route == "/-" or route.startswith("/-/"):
         raise BadValue(f"route {route!r} lies under '/-/', which belongs to the system: choose another")
-    if rest := re.search(r"[{}?#]", re.sub(r"{[a-zA-Z_][a-zA-Z0-9_]*(:[a-zA-Z_][a-zA-Z0-9_]*)?}", "", route)):
-        raise BadValue(
-            f"route {route!r} has a {rest[0]!r} that is no part of a parameter: write parameters as '{{name}}' or '{{name:int}}'"
-        )
-    try:
-        compile_path(route)
-    except AssertionError as error:
-        raise BadValue(f"route {route!r} does not parse ({error}): convertors are {', '.join(sorted(CONVERTOR_TYPES))}") from error
-    except ValueError as error:
-        raise BadValue(f"route {route!r} does not parse ({error}): name each parameter once, as in '/{{user_id:int}}'") from error
+    compile_route(route)
 
 
 def _config_options(config: object) -> dict[str, Any]:

@@ -282,6 +282,7 @@ class Node:
             self._stop(running)
         while self._stoppers:
             await asyncio.gather(*self._stoppers)
+            await asyncio.sleep(0)  # in which they are discarded: since Python 3.12 gather does not yield for tasks that are done
 
     def _all(self) -> Iterable[_Running]:
         return [*self._replicas.values(), *self._proxies.values()]

@@ -16,7 +16,7 @@ from .controller import desired as changes
 from .controller.plan import living
 from .controller.state import BackendConfig, Desired, follow_state, read_beats
 from .declared import Declaration
-from .deployments import Deployments, check_fits, check_target, read_actor_options
+from .deployments import Deployments, check_fits, check_target, make_convertor, read_actor_options
 from .futures import Future, get, wait
 from .handle import AsyncHandle, Handle
 from .instance import parse_middlewares
@@ -140,10 +140,11 @@ class Client:
     ) -> None:
         """Sends traffic of a name, and of an HTTP route if there is one, to a backend; returns when all live proxies know it.
 
-        Raises BadType and BadValue as the seed does: for a missing backend name, a bad route or method, what is taken or unknown.
+        Raises BadType and BadValue as the seed does: for a missing backend name, a bad route or method, what is taken or unknown. Raises
+        BackendFailed when a proxy cannot match the route; then the endpoint is gone again.
         """
         endpoint = changes.parse_endpoint(endpoint_name, backend, route, methods)
-        self._call(self._deployments.commit_to_proxies(changes.create_endpoint(endpoint)))
+        self._call(self._deployments.create_endpoint(endpoint))
 
     def list_endpoints(self) -> dict[str, dict[str, Any]]:
         """`{name: {"route", "methods", "traffic", "shadows"}}`."""
@@ -175,11 +176,12 @@ class Client:
     def register_convertor(self, name: str, convertor: Any) -> None:
         """A path convertor (a Starlette `Convertor` class or its import string) for routes: `{value:name}`.
 
-        Raises BackendFailed when a proxy cannot make it; then the last good one is back.
+        Raises BadValue for what is none, or where a route that uses the name could not be matched with it. Raises BackendFailed when a
+        proxy cannot make it; then the last good one is back.
         """
         packed = code.pack(convertor, (), self._signer)
-        made = (code.load_import_string(convertor) if isinstance(convertor, str) else convertor)()
-        self._call(self._deployments.register_convertor(name, packed))
+        made = make_convertor(convertor)
+        self._call(self._deployments.register_convertor(name, packed, made))
         register_url_convertor(name, made)
 
     def set_middlewares(self, middlewares: Sequence[Any]) -> None:

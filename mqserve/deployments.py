@@ -7,13 +7,14 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
+from starlette.convertors import Convertor
 
 from .broker import code
 from .broker.documents import until
 from .broker.errors import BackendFailed, BadType, BadValue, InstanceError, MQServeError
 from .controller import desired as changes
 from .controller.resources import ActorOptions, parse_actor_options
-from .controller.state import Backend, BackendConfig, Desired, Observed, read_beats
+from .controller.state import Backend, BackendConfig, Desired, Endpoint, Observed, read_beats
 from .links import Links
 from .replicas.batching import accepts_batch
 from .replicas.handler import make_method
@@ -83,10 +84,14 @@ class Deployments:
 
         await self._until(is_gone, DELETE_BUDGET_S, f"backend {name!r} is not gone yet: its replicas are still draining")
 
-    async def register_convertor(self, name: str, packed: code.Code) -> None:
+    async def create_endpoint(self, endpoint: Endpoint) -> None:
+        await self.commit_to_proxies(changes.create_endpoint(endpoint), undo=_remove_endpoint(endpoint))
+
+    async def register_convertor(self, name: str, packed: code.Code, convertor: Convertor[Any]) -> None:
         sha256 = await code.save(self._links.store, self._links.keys, packed)
         before = (await self.read_desired()).convertors.get(name, "")
-        await self.commit_to_proxies(changes.register_convertor(name, sha256), undo=_restore_convertor(name, sha256, before))
+        change = changes.register_convertor(name, sha256, convertor)
+        await self.commit_to_proxies(change, undo=_restore_convertor(name, sha256, before))
 
     async def set_middlewares(self, packed: code.Code | None) -> None:
         sha256 = await code.save(self._links.store, self._links.keys, packed) if packed is not None else ""
@@ -163,6 +168,25 @@ class Deployments:
             told = {beat.id: beat.error for beat in beats if beat.kind == "replica" and beat.error}
             why = "; ".join(f"{name}: {problem}" for name, problem in {**told, **observed.problems}.items())
             raise BackendFailed(f"{late} ({why or 'no reason was reported: is the controller alive?'})") from None
+
+
+def make_convertor(convertor: Any) -> Convertor[Any]:
+    """Raises BadType for what is neither a class nor the import string of one, and what importing and making it raises."""
+    kind = code.load_import_string(convertor) if isinstance(convertor, str) else convertor
+    if not callable(kind):
+        raise BadType(f"a convertor is a Starlette Convertor class or its import string 'pkg.mod:Class', and {convertor!r} is neither")
+    made: Convertor[Any] = kind()
+    return made
+
+
+def _remove_endpoint(refused: Endpoint) -> changes.Change:
+    """Unless somebody deleted it meanwhile, and made another of its name."""
+
+    def change(desired: Desired) -> Desired:
+        found = desired.endpoints.get(refused.name)
+        return changes.delete_endpoint(refused.name)(desired) if found is not None and found.route == refused.route else desired
+
+    return change
 
 
 def _restore_middlewares(refused: str, before: str) -> changes.Change:

@@ -18,6 +18,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from ..broker.caller import MAX_BODY_BYTES
 from ..broker.envelope import MAX_HEAD_BYTES, mint_id
+from .half_close import HalfClosed
 from .responses import HOP_BY_HOP, problem
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,9 @@ class EdgeProtocol(HttpToolsProtocol):
         self._host: bytes | None = None
         self._connection = b""
         self._chunked = False
+        self._read = b""  # what is being parsed; the head under way may stand in it, beside other bytes
+        self._read_before: list[bytes] = []  # what came before of the head under way
+        self._half_closed: HalfClosed | None = None  # set once the client has closed its side, if it is to be answered
 
     def connection_made(self, transport: BaseTransport) -> None:
         super().connection_made(cast(Transport, transport))
@@ -84,6 +88,8 @@ class EdgeProtocol(HttpToolsProtocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if self._half_closed is not None:
+            self._half_closed.stop()
         if self._answering is not None and not self._answering.response_complete:  # not `cycle` where requests are pipelined
             self._give_up(self._answering)
         self.pipeline.clear()
@@ -92,13 +98,42 @@ class EdgeProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         if self._refusal:
             return
+        self._read = data
         try:
             self._feed(data)
         except httptools.HttpParserError as error:
             cause = error.__context__
-            self._refuse(cause if isinstance(cause, Refused) else Refused(400, f"this is not HTTP/1.1 as RFC 9112 has it ({error})"))
+            self._refuse(cause if isinstance(cause, Refused) else self._not_http(error))
         else:
             self._watch(len(data))
+        self._read = b""  # it may be large
+        if self._phase is _HEAD:
+            self._read_before.append(data[-MAX_LOOSE_BYTES:])
+        elif self._read_before:
+            self._read_before.clear()
+
+    def eof_received(self) -> bool:  # type: ignore[override]  # asyncio lets it say so, and uvicorn never does
+        """The client has closed its side. True keeps ours open, for answers to come; a request that is not complete is refused."""
+        if self._refusal and self._due:
+            return False  # the refusal was said, and this is the end that it lingers for
+        if not self._refusal and self._phase is not _NOTHING:
+            what = "body" if self._phase is _BODY else "head"
+            self._refuse(Refused(400, f"the client closed its side before the {what} of its request was complete: send all of it first"))
+        answering = self._answering
+        if answering is None or answering.response_complete:
+            return False
+        if not self._refusal:
+            self.cycle.keep_alive = False  # the last one
+        self._half_close(answering)
+        return True
+
+    def _half_close(self, answering: RequestResponseCycle) -> None:
+        self._half_closed = HalfClosed(self.transport, self.loop)
+        self.transport = cast(Transport, self._half_closed)
+        for cycle in (answering, *(cycle for cycle, _ in self.pipeline)):
+            cycle.transport = self.transport
+        if not answering.response_started:
+            self._half_closed.watch()
 
     def shutdown(self) -> None:
         if self._refusal and self._due:  # said, and lingering
@@ -110,6 +145,8 @@ class EdgeProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        if self._read_before:
+            self._read_before.clear()
         self._phase = _HEAD
         self._host = None
         self._connection = b""
@@ -164,7 +201,9 @@ class EdgeProtocol(HttpToolsProtocol):
                 self._again = False
                 self.parser = httptools.HttpRequestParser(self)
                 self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does: it is ignored
+                self._read = head
                 self.parser.feed_data(head)
+                self._read = data
 
     def _head_without_upgrade(self) -> bytes:
         headers = list(self.headers)
@@ -209,6 +248,8 @@ class EdgeProtocol(HttpToolsProtocol):
             raise Refused(505, f"this is HTTP/1.1, and the request says {version}")
         elif self._chunked:
             raise Refused(400, "HTTP/1.0 has no chunked bodies: send a Content-Length")
+        if b" %b HTTP/" % self.url not in self._read:  # the parser takes RTSP and ICE for HTTP, and does not tell
+            self._check_protocol()
         if self.parser.should_upgrade() and self.parser.get_method() == b"CONNECT":
             raise Refused(501, "there are no tunnels here")
         if self.url[:1] != b"/":
@@ -217,6 +258,20 @@ class EdgeProtocol(HttpToolsProtocol):
             raise Refused(400, "a request target has no fragment: leave out what follows the #, or write %23")
         if len(self.url) > 0xFFFF:  # all that httptools can parse
             raise Refused(431, f"the request target has {len(self.url)} bytes: send less, or send it in the body")
+
+    def _check_protocol(self) -> None:
+        """Of a request line that came in pieces, or has more than one space behind the target."""
+        if re.search(b" %b +HTTP/" % re.escape(self.url), b"".join([*self._read_before, self._read])) is None:
+            raise Refused(505, "this is HTTP/1.1, and the request says another protocol")
+
+    def _not_http(self, error: httptools.HttpParserError) -> Refused:
+        """For what the parser gave up on: a request line with another protocol or version gets to know that."""
+        if self._phase is _HEAD:
+            line = rb"(?m)^\S+ +%b +([A-Za-z][\w.+-]*/\d+\.\d+)\r?$" % (re.escape(self.url) or rb"\S+")
+            for protocol in re.findall(line, b"".join([*self._read_before, self._read])):
+                if protocol not in (b"HTTP/1.0", b"HTTP/1.1"):
+                    return Refused(505, f"this is HTTP/1.1, and the request says {protocol.decode()}")
+        return Refused(400, f"this is not HTTP/1.1 as RFC 9112 has it ({error})")
 
     def _origin_form(self) -> bytes:
         """`http://host/path`, which every server must take, only where it says the same as the Host header."""
@@ -281,6 +336,8 @@ class EdgeProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._answering = cycle
+        if self._half_closed is not None:
+            self._half_closed.watch()
         super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:
@@ -324,6 +381,8 @@ class EdgeProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         self.transport.write(self._refusal)
+        if self._half_closed is not None:
+            return self.transport.close()  # it would linger for bytes that do not come
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self.flow.resume_reading()

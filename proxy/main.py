@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import uvicorn
-from starlette.convertors import register_url_convertor
 from starlette.middleware import Middleware
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -32,6 +31,7 @@ from ..broker.redis_store import open_redis
 from ..broker.settings import Settings
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
+from ..controller.convertors import Convertors
 from ..controller.state import BEAT_EVERY_S, PROXY_DRAIN_S, Beat, Desired, Observed, follow_state
 from .app import ProxyApp
 from .edge import EdgeProtocol
@@ -90,6 +90,7 @@ class Proxy:
         self._app: ProxyApp | None = None
         self._outer = _Outermost()
         self._middlewares = ""
+        self._convertors = Convertors(store, self._keys, settings.signer)
         self._refuses, self._refused = (0, 0), ""  # a version that cannot be followed, and why
         self._address: tuple[str, int] = (options.host, options.port)
 
@@ -187,7 +188,7 @@ class Proxy:
                 except (Exception, *LEAVING) as error:
                     logger.exception("cannot follow the new routes yet; serving the old ones")
                     if not isinstance(error, StoreUnavailable):
-                        self._refuse(desired, error)
+                        self._refuse(desired, _why(error))
                     await asyncio.sleep(pause_s)
                     with contextlib.suppress(MQServeError):  # this version may never work: a later one mends it
                         if raw := await self._store.get(self._keys.desired):
@@ -199,20 +200,27 @@ class Proxy:
         outer = self._outer.app
         if desired.http.middlewares != self._middlewares:
             outer = await self._with_middlewares(app, desired)
+        new = [why for route, why in table.left_out.items() if route not in app.routes.left_out]
         app.routes, self._outer.app, self._middlewares = table, outer, desired.http.middlewares
-        self._refuses, self._refused = (0, 0), ""
+        if new:  # the rest is followed: one route must not cost the others
+            self._refuse(desired, new[0])
+        elif self._refused not in table.left_out.values():
+            self._refuses, self._refused = (0, 0), ""
         self._presence.tell()
 
-    def _refuse(self, desired: Desired, error: BaseException) -> None:
+    def _refuse(self, desired: Desired, why: str) -> None:
         """Whoever committed this version waits for it, and may undo it."""
-        self._refuses, self._refused = (desired.epoch, desired.version), _why(error)
+        self._refuses, self._refused = (desired.epoch, desired.version), why
         self._presence.tell()
 
     async def _table(self, desired: Desired, observed: Observed) -> RouteTable:
-        for name, sha256 in desired.convertors.items():
-            convertor, _ = await code.load(self._store, self._keys, sha256, self._settings.signer)
-            register_url_convertor(name, convertor())
-        return RouteTable(desired, observed)
+        await self._convertors.register(desired.convertors)
+        before = self._app.routes if self._app else None
+        table = RouteTable(desired, observed, before)
+        for route, why in table.left_out.items():
+            if before is None or route not in before.left_out:
+                logger.error("serving all routes but one: %s", why)
+        return table
 
     async def _with_middlewares(self, app: ProxyApp, desired: Desired) -> Any:
         """The app inside the instance's middlewares, the first outermost."""
@@ -238,9 +246,10 @@ class Proxy:
     def _beat(self) -> Beat:
         options = self._options
         error = self._error or (self._queue.why_down if self._queue else "")
+        left_out = "; ".join(self._app.routes.left_out.values()) if self._app else ""
         return Beat(
             kind="proxy", id=options.proxy_id, at=self._store.now_ms(), pid=os.getpid(), host=socket.gethostname(), state=self._state,
-            error=error, node=options.node, external=options.external, url=self.url,
+            error=error or left_out, node=options.node, external=options.external, url=self.url,
             follows=self._app.routes.version if self._app else (0, 0), refuses=self._refuses, refused=self._refused,
         )  # fmt: skip
 

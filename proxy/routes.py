@@ -1,16 +1,14 @@
-"""Which endpoint a request is for: Starlette's routes and convertors over the desired document."""
+"""Which endpoint a request is for: the desired document's routes, as its proxies match them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from starlette.convertors import CONVERTOR_TYPES
-from starlette.routing import Match, Route
-
+from ..broker.errors import BadValue
+from ..controller.route_patterns import Params, RoutePattern, compile_route
 from ..controller.state import Desired, Endpoint, Observed
-
-Params = tuple[tuple[str, str, str], ...]
+from .route_index import PatternRoute, RouteIndex
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,54 +28,65 @@ class NotAllowed:
 
 
 class RouteTable:
-    """One version of the routes; replaced whole when the document changes. Literal paths win over patterns, then the older wins."""
+    """One version of the routes; replaced whole when the document changes. Literal paths win over patterns, then the older wins.
 
-    def __init__(self, desired: Desired, observed: Observed) -> None:
+    `before` is the table that it replaces, whose patterns are kept where they are still right. `left_out` has the routes that cannot be
+    matched here, with the reason: one that an older version accepted must not cost the others.
+    """
+
+    def __init__(self, desired: Desired, observed: Observed, before: RouteTable | None = None) -> None:
         self.version = (desired.epoch, desired.version)
         self.timeouts_s = {name: backend.config.request_timeout_s for name, backend in desired.backends.items()}
         self.at_most_once = {name for name, backend in desired.backends.items() if backend.config.delivery == "at_most_once"}
         self.down_since = observed.down_since  # backend -> store ms since which no replica has been ready or starting
-        self._literal: dict[str, tuple[Route, Target]] = {}
-        self._patterns: list[tuple[Route, Endpoint, dict[str, str]]] = []
         self.listing: dict[str, list[Any]] = {}
-        for endpoint in desired.endpoints.values():
-            self.listing[endpoint.route or endpoint.name] = [endpoint.name, list(endpoint.methods)]
+        self.left_out: dict[str, str] = {}
+        self._compiled: dict[str, RoutePattern] = {}
+        self._literal: dict[str, tuple[frozenset[str], Target]] = {}
+        patterns: list[PatternRoute] = []
+        for age, endpoint in enumerate(desired.endpoints.values()):
             if endpoint.route is not None:
-                self._add(endpoint, endpoint.route)
+                pattern = self._compile(endpoint.route, before)
+                if pattern is None:
+                    continue
+                if pattern.variables:
+                    patterns.append(PatternRoute(age, pattern, endpoint, _allowed(endpoint)))
+                else:
+                    self._literal[endpoint.route] = (_allowed(endpoint), Target(endpoint, endpoint.route, ()))
+            self.listing[endpoint.route or endpoint.name] = [endpoint.name, list(endpoint.methods)]
+        self._index = RouteIndex(patterns)
 
     def __repr__(self) -> str:
-        return f"<RouteTable {self.version}, {len(self.listing)} endpoints>"
+        return f"<RouteTable {self.version}, {len(self.listing)} endpoints, {len(self.left_out)} left out>"
 
     def match(self, scope: dict[str, Any]) -> Target | NotAllowed | None:
-        literal = self._literal.get(scope["path"])
+        path, method = scope["path"], scope["method"]
+        literal = self._literal.get(path)
         if literal is not None:
-            route, target = literal
-            return target if scope["method"] in (route.methods or ()) else NotAllowed(target.endpoint.methods)
+            allowed, target = literal
+            return target if method in allowed else NotAllowed(target.endpoint.methods)
         refused: NotAllowed | None = None
-        for route, endpoint, convertors in self._patterns:
-            try:
-                match, _ = route.matches(scope)
-            except ValueError:
-                continue  # a convertor refused the text: it is no such path
-            if match is Match.FULL:
-                return Target(endpoint, route.path, _params(route, convertors, scope["path"]))
-            if match is Match.PARTIAL:
-                refused = refused or NotAllowed(endpoint.methods)
+        for route in self._index.find(path):
+            params = route.pattern.match(path)
+            if params is None:
+                continue
+            if method in route.methods:
+                return Target(route.endpoint, route.pattern.route, params)
+            refused = refused or NotAllowed(route.endpoint.methods)
         return refused
 
-    def _add(self, endpoint: Endpoint, path: str) -> None:
-        route = Route(path, endpoint=_never_called, methods=list(endpoint.methods))
-        if not route.param_convertors:
-            self._literal[path] = (route, Target(endpoint, path, ()))
-            return
-        names = {convertor: name for name, convertor in CONVERTOR_TYPES.items()}
-        self._patterns.append((route, endpoint, {name: names[convertor] for name, convertor in route.param_convertors.items()}))
+    def _compile(self, route: str, before: RouteTable | None) -> RoutePattern | None:
+        """As it was in the table `before`, unless its convertors are others now."""
+        pattern = before._compiled.get(route) if before is not None else None
+        if pattern is None or not pattern.is_current():
+            try:
+                pattern = compile_route(route)
+            except BadValue as error:
+                self.left_out[route] = str(error)
+                return None
+        self._compiled[route] = pattern
+        return pattern
 
 
-def _params(route: Route, convertors: dict[str, str], path: str) -> Params:
-    found = route.path_regex.match(path)
-    return tuple((name, convertors[name], text) for name, text in found.groupdict().items()) if found else ()
-
-
-async def _never_called(request: object) -> None:
-    """Starlette wants an endpoint; the queue is ours."""
+def _allowed(endpoint: Endpoint) -> frozenset[str]:
+    return frozenset((*endpoint.methods, "HEAD") if "GET" in endpoint.methods else endpoint.methods)

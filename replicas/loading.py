@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
-from starlette.convertors import register_url_convertor
-
 from ..broker import code
-from ..broker.errors import BackendFailed, BadValue, StoreUnavailable
-from ..broker.failures import LEAVING, Failure, describe
+from ..broker.errors import BackendFailed, BadValue
+from ..broker.failures import Failure
 from ..broker.settings import Settings
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
@@ -25,18 +23,6 @@ async def read_backend(store: Store, keys: StoreKeys, namespace: str, name: str)
         known = ", ".join(sorted(desired.backends)) or "none"
         raise BadValue(f"there is no backend {name!r} in {namespace!r} (known: {known}): create it first")
     return desired.backends[name], desired.convertors
-
-
-async def register_convertors(store: Store, keys: StoreKeys, settings: Settings, convertors: dict[str, str]) -> None:
-    """Raises BackendFailed for one that cannot be made."""
-    for convertor_name, sha256 in convertors.items():
-        try:
-            convertor, _ = await code.load(store, keys, sha256, settings.signer)
-            register_url_convertor(convertor_name, convertor())
-        except StoreUnavailable:
-            raise
-        except (Exception, *LEAVING) as error:
-            raise BackendFailed(f"convertor {convertor_name!r} cannot be made ({describe(error).words}): register it again") from error
 
 
 async def construct(store: Store, keys: StoreKeys, settings: Settings, worker: Worker, backend: Backend) -> Handler:

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
-from ..broker.errors import BackendFailed, MQServeError
+from ..broker.backoff import delays
+from ..broker.errors import BackendFailed, MQServeError, StoreUnavailable, words_of
 from ..broker.lifeline import Stop, stop_event
 from ..broker.presence import Presence
 from ..broker.queue import Queue
@@ -21,13 +22,14 @@ from ..broker.results import Result
 from ..broker.settings import Settings
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
+from ..controller.convertors import Convertors
 from ..controller.state import BEAT_EVERY_S, Backend, Beat, Desired, Observed, follow_state
 from .configuring import Configuring
 from .context import ReplicaContext, enter_context
 from .execute import Execution
 from .handler import Handler
 from .job import Job
-from .loading import construct, read_backend, register_convertors
+from .loading import construct, read_backend
 from .metrics import ReplicaMetrics
 from .serve import Server
 from .worker import Worker
@@ -70,6 +72,7 @@ class Replica:
         self._options = options
         self._store = store
         self._keys = StoreKeys(settings.namespace)
+        self._convertors = Convertors(store, self._keys, settings.signer)
         self._state = "starting"
         self._error = ""
         self._backend: Backend | None = None
@@ -95,7 +98,7 @@ class Replica:
         async with asyncio.TaskGroup() as tasks:
             beating = tasks.create_task(self._presence.beat_forever())
             try:
-                await register_convertors(self._store, self._keys, self._settings, convertors)
+                await self._convertors.register(convertors)
                 # Before the broker: a constructor that holds the GIL must not cost us the connection.
                 handler = await construct(self._store, self._keys, self._settings, worker, backend)
                 self._configuring = configuring = Configuring(worker, handler)
@@ -150,11 +153,22 @@ class Replica:
                 logger.info("%s is not wanted any more", self._options.replica_id)
                 stop.set()
                 return
+            await self._learn_convertors(desired)
             if name in desired.backends:
                 server.configure(desired.backends[name].config)
                 await self._reconfigure(configuring, desired.backends[name])
             if generations := observed.queues.get(name, ()):
                 server.want(generations)
+
+    async def _learn_convertors(self, desired: Desired) -> None:
+        """Those that were registered after this replica had started, too; without one, requests of its routes are told 422."""
+        for pause_s in delays():
+            try:
+                return await self._convertors.register(desired.convertors)
+            except StoreUnavailable:
+                await asyncio.sleep(pause_s)
+            except Exception as error:  # a convertor may be anybody's
+                return logger.warning("%s cannot make the convertors of its instance: %s", self._options.replica_id, words_of(error))
 
     async def _reconfigure(self, configuring: Configuring, backend: Backend) -> None:
         try:

@@ -14,6 +14,7 @@ from starlette.requests import Request as StarletteRequest
 from ..broker.codecs import JSON, decode_plain, media_type
 from ..broker.envelope import Meta
 from ..broker.errors import UNPARSABLE, BadEnvelope, BadType
+from ..broker.failures import describe
 from .forms import FORMS, BadForm, as_dict, parse_form
 from .job import Job
 
@@ -195,8 +196,8 @@ def convert_params(meta: Meta) -> dict[str, Any]:
     """The typed path parameters; the text was matched by the same convertor in the proxy."""
     try:
         return {name: CONVERTOR_TYPES[convertor].convert(text) for name, convertor, text in meta.params}
-    except Exception as error:  # a convertor may be anybody's, and so may an mq header
-        raise BadBody(f"the path parameters do not convert ({type(error).__name__}: {error})") from error
+    except BaseException as error:  # a convertor may be anybody's, and so may an mq header; not even SystemExit is the replica's end
+        raise BadBody(f"the path parameters do not convert ({describe(error).words})") from error
 
 
 def http_scope(meta: Meta) -> dict[str, Any]:

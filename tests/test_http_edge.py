@@ -1,20 +1,15 @@
 """The strict edge of a proxy, asked by bare sockets: what it refuses, what it bounds, what it lets through, and who may ask `/-/…`."""
 
 import asyncio
-import json
 import os
-import re
-import socket
 import threading
 import time
 import tracemalloc
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 from starlette.responses import Response
 
 import mqserve as serve
@@ -23,10 +18,10 @@ from mqserve.broker.loopback import names_loopback
 from mqserve.controller.node_metrics import serve_metrics
 from mqserve.proxy.edge import MAX_HEADERS, MAX_PIPELINED, EdgeProtocol
 from mqserve.proxy.system import SystemPath, SystemPaths
+from tests.bare_http import GIVEN_S, Answer, Edge, ask, assert_refused, serving, wire
 from tests.instances import Deploy, distributed_only, wait_until
 
 TOKEN = "the-token-of-the-tests"
-GIVEN_S = 30.0
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,77 +30,6 @@ def admin_token() -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MQSERVE_ADMIN_TOKEN", TOKEN)
         yield TOKEN
-
-
-class Answer(NamedTuple):
-    status: int
-    headers: list[tuple[str, str]]
-    body: bytes
-
-    def header(self, name: str) -> str:
-        """Exactly one line of it, or none."""
-        found = [value for key, value in self.headers if key == name]
-        assert len(found) < 2, found
-        return found[0] if found else ""
-
-    def json(self) -> Any:
-        return json.loads(self.body)
-
-
-class Wire:
-    """One connection to a proxy, byte by byte."""
-
-    def __init__(self, url: str) -> None:
-        parsed = httpx.URL(url)
-        self._socket = socket.create_connection((parsed.host, parsed.port), timeout=GIVEN_S)
-        self._stream = self._socket.makefile("rb")
-
-    def send(self, data: bytes) -> None:
-        self._socket.sendall(data)
-
-    def answer(self, *, bodiless: bool = False) -> Answer | None:
-        """The next one, or None when the proxy has closed."""
-        line = self._stream.readline()
-        if not line:
-            return None
-        status = int(re.fullmatch(rb"HTTP/1\.1 (\d{3}) [^\r\n]*\r\n", line)[1])  # type: ignore[index]
-        headers = []
-        while (line := self._stream.readline()) != b"\r\n":
-            name, value = re.fullmatch(rb"([^:\s]+): ([^\r\n]*)\r\n", line).groups()  # type: ignore[union-attr]
-            headers.append((name.decode().lower(), value.decode("latin-1")))
-        length = 0 if bodiless or status == 100 else int(dict(headers).get("content-length", "0"))
-        return Answer(status, headers, self._stream.read(length))
-
-    def answers(self) -> list[Answer]:
-        """All of them, until the proxy closes."""
-        return list(iter(self.answer, None))
-
-    def close(self) -> None:
-        self._stream.close()
-        self._socket.close()
-
-
-@contextmanager
-def wire(url: str) -> Iterator[Wire]:
-    connection = Wire(url)
-    try:
-        yield connection
-    finally:
-        connection.close()
-
-
-def ask(url: str, raw: bytes) -> Answer:
-    with wire(url) as connection:
-        connection.send(raw)
-        answer = connection.answer()
-        assert answer is not None, "closed without an answer"
-        return answer
-
-
-def assert_refused(answer: Answer | None, status: int) -> None:
-    assert answer is not None, "closed without an answer"
-    assert (answer.status, answer.header("content-type"), answer.header("connection")) == (status, "application/problem+json", "close")
-    assert answer.json()["status"] == status and answer.json()["detail"]
 
 
 # Framing.
@@ -169,9 +93,24 @@ REFUSED = {
     "lower-case-method": (400, b"get / HTTP/1.1|Host: x||"),
     "unknown-method": (400, b"FOO / HTTP/1.1|Host: x||"),
     "http-0.9": (505, b"GET /||"),
-    "http-1.2": (400, b"GET / HTTP/1.2|Host: x||"),
+    "http-1.2": (505, b"GET / HTTP/1.2|Host: x||"),
     "http-2": (505, b"GET / HTTP/2.0|Host: x||"),
-    "http-2-preface": (400, b"PRI * HTTP/2.0||SM||"),
+    "http-2-preface": (505, b"PRI * HTTP/2.0||SM||"),
+    "http-3": (505, b"GET / HTTP/3.0|Host: x||"),
+    "http-11": (400, b"GET / HTTP/11|Host: x||"),
+    "rtsp": (505, b"GET / RTSP/1.0||"),
+    "rtsp-1.1": (505, b"POST /a RTSP/1.1|Host: x|Content-Length: 1||a"),
+    "rtsp-asterisk": (505, b"OPTIONS * RTSP/1.0|CSeq: 1||"),
+    "rtsp-method": (505, b"DESCRIBE rtsp://x/a RTSP/1.0|CSeq: 2||"),
+    "rtsp-method-of-no-other": (505, b"PUT / RTSP/1.0|Host: x||"),
+    "rtsp-that-names-http": (505, b"GET /a RTSP/1.0|X: /b HTTP/1.1||"),
+    "ice": (505, b"SOURCE /a ICE/1.0|Host: x||"),
+    "sip": (505, b"INVITE sip:a@x SIP/2.0|Via: SIP/2.0/UDP x||"),
+    "lower-case-protocol": (505, b"GET / http/1.1|Host: x||"),
+    "unknown-protocol": (505, b"GET / FOO-BAR/1.0|Host: x||"),
+    "no-protocol": (400, b"GET / |Host: x||"),
+    "protocol-without-version": (400, b"GET / FOO|Host: x||"),
+    "words-behind-the-protocol": (400, b"GET / HTTP/1.1 x|Host: x||"),
     "tls-hello": (400, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"),
     "chunk-bare-lf": (400, b"POST / HTTP/1.1|Host: x|Transfer-Encoding: chunked||1\nx\n0\n\n"),
     "chunk-without-end": (400, b"POST / HTTP/1.1|Host: x|Transfer-Encoding: chunked||1|x0||"),
@@ -212,6 +151,8 @@ def described(client: serve.Client) -> Iterator[str]:
 SERVED = {
     "plain": (b"GET PATH HTTP/1.1|Host: x||", ""),
     "http-1.0-without-host": (b"GET PATH HTTP/1.0||", ""),
+    "two-spaces": (b"GET  PATH  HTTP/1.1|Host: x||", ""),
+    "names-another-protocol": (b"GET PATH HTTP/1.1|Host: x|Via: RTSP/1.0 x|X: GET PATH RTSP/1.0||", ""),
     "empty-lines-first": (b"||GET PATH HTTP/1.1|Host: x||", ""),
     "absolute-same-host": (b"GET http://X:80PATH HTTP/1.1|Host: x:80||", ""),
     "length": (b"POST PATH HTTP/1.1|Host: x|Content-Length:  3 ||abc", "abc"),
@@ -232,6 +173,23 @@ def test_what_can_be_read_in_one_way_is_served(url: str, described: str, kind: s
     seen = ask(url, raw.replace(b"|", b"\r\n").replace(b"PATH", described.encode())).json()
     assert seen["data"] == data
     assert not {"x-late", "upgrade", "connection", "transfer-encoding", "http2-settings"} & set(seen["headers"])
+
+
+@pytest.mark.parametrize("kind", ["rtsp", "rtsp-asterisk", "ice", "http-3"])
+def test_another_protocol_is_refused_however_its_bytes_come_apart(url: str, kind: str) -> None:
+    status, raw = REFUSED[kind]
+    with wire(url) as connection:
+        for byte in raw.replace(b"|", b"\r\n"):
+            connection.send(bytes((byte,)))
+        assert_refused(connection.answer(), status)
+
+
+def test_another_protocol_behind_a_request_of_ours_is_refused(url: str, described: str) -> None:
+    with wire(url) as connection:
+        connection.send(b"GET %b HTTP/1.1\r\nHost: x\r\n\r\nGET / RTSP/1.0\r\n\r\n" % described.encode())
+        served, refused = connection.answers()
+    assert served.status == 200
+    assert_refused(refused, 505)
 
 
 @pytest.mark.parametrize("kind", SERVED)
@@ -258,6 +216,16 @@ def test_a_bad_request_behind_a_good_one_does_not_take_its_answer(url: str, desc
         served, refused = connection.answers()
     assert served.json()["path"] == described
     assert_refused(refused, 400)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in SERVED if kind.startswith("offered")])
+def test_what_follows_an_offered_upgrade_in_the_same_piece_is_served(url: str, described: str, kind: str) -> None:
+    raw, data = SERVED[kind]
+    others = b"".join(SERVED[other][0].replace(b"PATH", b"PATH?%d" % number) for number, other in enumerate(["plain", "chunks"]))
+    with wire(url) as connection:
+        connection.send((raw + others).replace(b"|", b"\r\n").replace(b"PATH", described.encode()))
+        seen = [connection.answer() for _ in range(3)]
+    assert [answer.json()["data"] for answer in seen if answer] == [data, "", "abc"]
 
 
 def test_the_body_of_an_offered_upgrade_is_no_request_of_its_own(url: str, described: str) -> None:
@@ -375,50 +343,6 @@ class Hasty(EdgeProtocol):
     head_timeout_s = 0.3
     body_timeout_s = 0.3
     linger_s = 0.3
-
-
-class Echo:
-    """An app that reads the body and answers with it, but answers `/early` at once, `/held` when it may and `/large/…` with so much."""
-
-    def __init__(self) -> None:
-        self.left: list[str] = []  # by clients that went away
-        self.may_answer = threading.Event()
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        while scope["path"] == "/held" and not self.may_answer.is_set():
-            await asyncio.sleep(0.01)
-        body, more = b"", scope["path"] != "/early"
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                self.left.append(scope["path"])
-                return
-            body, more = body + message["body"], message["more_body"]
-        if scope["path"].startswith("/large/"):
-            body = bytes(int(scope["path"].removeprefix("/large/")))
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
-        await send({"type": "http.response.body", "body": body})
-
-
-class Edge(NamedTuple):
-    url: str
-    app: Echo
-
-
-@contextmanager
-def serving(protocol: type[EdgeProtocol]) -> Iterator[Edge]:
-    app = Echo()
-    server = uvicorn.Server(uvicorn.Config(app, http=protocol, ws="none", lifespan="off", log_config=None, timeout_keep_alive=60))
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
-        thread.start()
-        try:
-            yield Edge(f"http://127.0.0.1:{listener.getsockname()[1]}", app)
-        finally:
-            server.should_exit = True
-            thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -570,6 +494,22 @@ def test_what_never_ends_is_a_431_and_takes_no_memory(patient: Edge, kind: str) 
     finally:
         tracemalloc.stop()
     assert_refused(refused, 431)
+    assert held < 4 * 1024 * 1024
+
+
+def test_heads_that_each_bring_the_last_bytes_of_the_one_before_take_no_memory(patient: Edge) -> None:
+    head = b"GET / HTTP/1.1\r\nHost: x\r\nX: %b\r\n" % (b"a" * 50_000)
+    tracemalloc.start()
+    try:
+        with wire(patient.url) as connection:
+            connection.send(head)
+            for _ in range(200):  # 10 MB
+                connection.send(b"\r\n" + head)
+                answer = connection.answer()
+                assert answer is not None and answer.status == 200
+            held = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
     assert held < 4 * 1024 * 1024
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
+from starlette.convertors import StringConvertor
 
 from mqserve.broker.code import Code, pack
 from mqserve.broker.embedded_queue import EmbeddedQueue
@@ -20,13 +21,17 @@ from mqserve.links import Links
 pytestmark = pytest.mark.anyio
 
 BEFORE = Desired(instance="i", version=1, http=HttpOptions(middlewares="before"), convertors={"hex": "before"})
+TEXT = StringConvertor()
 CODE = pack("some.module:thing", (), Settings.read({}).signer)
 
 Refused = Callable[[Deployments, Code], Coroutine[Any, Any, None]]
 CHANGES: dict[str, tuple[Refused, changes.Change]] = {
     "middlewares": (lambda deployments, code: deployments.set_middlewares(code), changes.set_middlewares("others")),
-    "convertor": (lambda deployments, code: deployments.register_convertor("hex", code), changes.register_convertor("hex", "others")),
-    "first-convertor": (lambda deployments, code: deployments.register_convertor("new", code), changes.register_convertor("new", "others")),
+    "convertor": (lambda deployments, code: deployments.register_convertor("hex", code, TEXT), changes.register_convertor("hex", "others")),
+    "first-convertor": (
+        lambda deployments, code: deployments.register_convertor("new", code, TEXT),
+        changes.register_convertor("new", "others"),
+    ),
 }
 
 

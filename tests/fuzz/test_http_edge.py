@@ -2,7 +2,9 @@
 
 import re
 import socket
+import time
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -118,6 +120,21 @@ def test_requests_that_did_harm_are_refused_or_served(edge_url: str, request_byt
 def test_the_requests_to_be_mutated_are_served(edge_url: str, request_bytes: bytes) -> None:
     answered = statuses(exchange(edge_url, request_bytes, silence_s=20), bodiless=b"HEAD" in request_bytes)
     assert [status for status in answered if status >= 200] == [200]
+
+
+@EXAMPLES
+@given(requests=st.lists(st.sampled_from(REQUESTS), min_size=1, max_size=6), cuts=st.lists(st.integers(1, 800), max_size=6))
+def test_good_requests_are_all_served_however_their_bytes_come_apart(edge_url: str, requests: list[bytes], cuts: list[int]) -> None:
+    last = b"GET /echo?last HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+    raw = b"".join([*(request.replace(b"connection: close\r\n", b"") for request in requests), last])
+    address = urlsplit(edge_url)
+    with socket.create_connection((address.hostname, address.port), timeout=30) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for begin, end in pairwise([0, *sorted({cut for cut in cuts if cut < len(raw)}), len(raw)]):
+            connection.sendall(raw[begin:end])
+            time.sleep(0.001)  # most pieces come by themselves
+        received = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert re.findall(rb"HTTP/1\.1 ([2-5]..) ", received) == [b"200"] * (len(requests) + 1), received
 
 
 @EXAMPLES

@@ -1,0 +1,94 @@
+"""Which patterns a path may match: looked up by their literal segments, and not tried one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from operator import attrgetter, itemgetter
+from typing import Any, NamedTuple
+
+from ..controller.route_patterns import RoutePattern
+from ..controller.state import Endpoint
+
+
+@dataclass(frozen=True, slots=True)
+class PatternRoute:
+    """A route with variables. `age` is its place among the endpoints, the oldest first."""
+
+    age: int
+    pattern: RoutePattern
+    endpoint: Endpoint
+    methods: frozenset[str]
+
+
+class _Shape(NamedTuple):
+    """Where a pattern has literal segments, counted from the end of the path where that is negative.
+
+    A path has as many `segments` as the pattern; or more, if a variable takes slashes.
+    """
+
+    segments: int
+    is_open: bool
+    literal_at: tuple[int, ...]
+
+
+class _Table:
+    """The patterns of one shape by their literal segments."""
+
+    def __init__(self, shape: _Shape) -> None:
+        self.segments = shape.segments
+        self._key_of = itemgetter(*shape.literal_at)
+        self._patterns: dict[Any, list[PatternRoute]] = {}
+
+    def add(self, route: PatternRoute) -> None:
+        self._patterns.setdefault(self._key_of(route.pattern.route.split("/")), []).append(route)
+
+    def at(self, segments: list[str]) -> Sequence[PatternRoute]:
+        return self._patterns.get(self._key_of(segments), ())
+
+
+class RouteIndex:
+    """One table for all patterns of one shape. So a look-up takes as long as there are shapes, which are few, and not patterns."""
+
+    def __init__(self, routes: Iterable[PatternRoute]) -> None:
+        tables: dict[_Shape, _Table] = {}
+        for route in routes:
+            shape = _shape(route.pattern)
+            tables.setdefault(shape, _Table(shape)).add(route)
+        self._open = [table for shape, table in tables.items() if shape.is_open]
+        self._closed: dict[int, list[_Table]] = {}
+        for shape, table in tables.items():
+            if not shape.is_open:
+                self._closed.setdefault(shape.segments, []).append(table)
+
+    def __repr__(self) -> str:
+        return f"<RouteIndex, {len(self._open) + sum(map(len, self._closed.values()))} shapes>"
+
+    def find(self, path: str) -> Sequence[PatternRoute]:
+        """All patterns that may match, the oldest first. Some may not."""
+        found = self._look_up(path)
+        if path[-1:] == "\n":  # a pattern may end before it, as `$` does
+            found = list({route.age: route for route in (*found, *self._look_up(path[:-1]))}.values())
+        if len(found) > 1:
+            found.sort(key=attrgetter("age"))
+        return found
+
+    def _look_up(self, path: str) -> list[PatternRoute]:
+        segments = path.split("/")
+        found: list[PatternRoute] = []
+        for table in self._closed.get(len(segments), ()):
+            found += table.at(segments)
+        for table in self._open:
+            if len(segments) >= table.segments:
+                found += table.at(segments)
+        return found
+
+
+def _shape(pattern: RoutePattern) -> _Shape:
+    segments, variables = pattern.route.split("/"), iter(pattern.variables)
+    spans = [any([next(variables).may_span for _ in range(segment.count("{"))]) for segment in segments]
+    count = len(segments)
+    open_from, open_to = (spans.index(True), count - spans[::-1].index(True)) if any(spans) else (count, count)
+    from_the_left = [at for at in range(open_from) if "{" not in segments[at]]
+    from_the_right = [at - count for at in range(open_to, count) if "{" not in segments[at]]
+    return _Shape(count, any(spans), (*from_the_left, *from_the_right))
