@@ -199,6 +199,7 @@ class Proxy:
         if desired.http.middlewares != self._middlewares:
             outer = await self._with_middlewares(app, desired)
         app.routes, self._outer.app, self._middlewares = table, outer, desired.http.middlewares
+        app.forget_deleted(desired)
         self._refuses, self._refused = (0, 0), ""
         self._presence.tell()
 
