@@ -384,9 +384,12 @@ class Controller:
         assigned = [*observed.replicas.values(), *observed.draining.values()]
         left = {*observed.queues, *observed.retiring, *(beat.backend for beat in living), *(replica.backend for replica in assigned)}
         forced = tuple(name for name in desired.forced if name in left)
-        if forced != desired.forced:
+        if forced == desired.forced:
+            return
+        raw = await self._store.get(self._keys.desired)
+        if raw == self._raw_desired and Desired.from_bytes(raw) == desired:  # not a broken one, which its operator mends
             newer = msgspec.structs.replace(desired, forced=forced, version=desired.version + 1)
-            await self._store.replace(self._keys.desired, self._raw_desired, newer.to_bytes(), guard=self._leader.claim)
+            await self._store.replace(self._keys.desired, raw, newer.to_bytes(), guard=self._leader.claim)
 
     async def _is_down(self, observed: Observed, beats: dict[str, Beat]) -> bool:
         """Whether the instance that is closing has nothing left; then its documents go too."""

@@ -42,9 +42,10 @@ class NodeMetrics:
 
     def forget(self, pid: int) -> None:
         """Those of a replica that ended: its files would be read at every scrape for ever."""
-        for path in Path(self.folder).iterdir():
-            if path.name.endswith(f"_{pid}.db"):  # not by a pattern, of which fnmatch would keep one for each process id
-                path.unlink(missing_ok=True)
+        with suppress(OSError):  # somebody cleaned up here
+            for path in Path(self.folder).iterdir():
+                if path.name.endswith(f"_{pid}.db"):  # not by a pattern, of which fnmatch would keep one for each process id
+                    path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -76,8 +77,9 @@ def _own_folder() -> Iterator[tuple[str, int]]:
     folder = tempfile.mkdtemp(prefix=_PREFIX)
     lock = os.open(f"{folder}/new-{_LOCK}", os.O_CREAT | os.O_RDWR, 0o600)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        os.rename(f"{folder}/new-{_LOCK}", f"{folder}/{_LOCK}")  # under this name nobody ever sees it unlocked
+        with suppress(OSError):  # a file system without locks: then nobody finds one, and nobody removes the folder
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            os.rename(f"{folder}/new-{_LOCK}", f"{folder}/{_LOCK}")  # under this name nobody ever sees it unlocked
         yield folder, lock
     finally:
         shutil.rmtree(folder, ignore_errors=True)

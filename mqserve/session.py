@@ -6,9 +6,9 @@ import asyncio
 import atexit
 import logging
 from collections.abc import Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 
-from .broker.errors import InstanceError
+from .broker.errors import InstanceEnded
 from .broker.settings import Settings
 from .client import Client
 from .controller import lease
@@ -47,6 +47,7 @@ class Session:
         self._options = options
         self._stack = AsyncExitStack()
         self._links: Links | None = None
+        self._membership: Membership | None = None
         self._client: Client | None = None
         self._reading: asyncio.Task[None] | None = None
         self._why = ""  # it ends
@@ -65,8 +66,9 @@ class Session:
                 instance = (await lease.read_instance(links.store, links.keys)).id
             else:
                 instance = await self._stack.enter_async_context(running_instance(links, self._options))
-            client = Client(self._runtime, links, Membership(links, instance, owns=self.owns), self)
-            self._links, self._client = links, client
+            self._membership = Membership(links, instance, owns=self.owns)
+            client = self._client = Client(self._runtime, links, self._membership, self)
+            self._links = links
             self._reading = asyncio.create_task(client.run(), name="read results")
             self._reading.add_done_callback(_tell_failure)
             return client
@@ -88,8 +90,9 @@ class Session:
     async def _leave(self, shuts_down: bool) -> None:
         """What this process runs of the instance ends with the stack."""
         try:
-            if shuts_down and self._links is not None:
-                await _shut_down_what_runs(self._links)
+            if shuts_down and self._links is not None and self._membership is not None:
+                with suppress(InstanceEnded):
+                    await shut_down(self._links, (await self._membership.read()).instance)
         finally:
             await self._stack.aclose()
 
@@ -101,15 +104,6 @@ class Session:
             self._reading.cancel()
             await asyncio.gather(self._reading, return_exceptions=True)
         await self._runtime.end_submitted()
-
-
-async def _shut_down_what_runs(links: Links) -> None:
-    """Under the namespace; nothing where nothing runs there any more."""
-    try:
-        instance = (await lease.read_instance(links.store, links.keys)).id
-    except InstanceError:
-        return
-    await shut_down(links, instance)
 
 
 def _tell_failure(reading: asyncio.Task[None]) -> None:

@@ -388,6 +388,7 @@ def test_a_deploy_of_an_instance_that_is_shut_down_meanwhile_ends_at_once(detach
         wait_until(lambda: (tmp_path / "constructing").exists())
         detached.shut_down(namespace)
         says(lambda: deploying.result(30), "is being shut down: start it again|has been shut down")
+    client.shutdown()  # there is nothing left to end
 
 
 def test_whoever_ran_an_instance_that_others_ended_is_told_and_may_connect_or_start(detached: Detached) -> None:
