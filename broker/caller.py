@@ -7,7 +7,7 @@ import logging
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Container, Coroutine
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -159,6 +159,16 @@ class Caller:
         pace.sent(sent_at)
         future = self.waits.add(future_id, deadline_ms, lambda answered: pace.ended(sent_at, time.monotonic(), answered=answered))
         return Ticket(future_id, future)
+
+    def keep_paces(self, backends: Container[str]) -> None:
+        """Forgets how quickly the others answered: they were deleted."""
+        self._paces = defaultdict(Pace, {name: pace for name, pace in self._paces.items() if name in backends})
+
+    async def settle(self) -> None:
+        """Until the broker has confirmed what was sent, and the store has what was cancelled; at most as long as a broker is waited for."""
+        give_up_at = time.monotonic() + REPUBLISH_BUDGET_S
+        while (self.held.held or self._tasks) and time.monotonic() < give_up_at:
+            await asyncio.sleep(0.005)
 
     # Sending.
 

@@ -268,6 +268,8 @@ class EmbeddedQueue:
         lane = self._lanes.get((backend, generation))
         if lane in (bound := self._bindings.get(backend, [])):
             bound.remove(lane)
+            if not bound:
+                del self._bindings[backend]
 
     async def depth(self, backend: str, generation: int) -> int | None:
         lane = self._lanes.get((backend, generation))

@@ -17,6 +17,7 @@ MQServeError
 ├── RemoteError            user code failed over there, and its exception could not travel
 ├── BackendFailed          replicas of a backend do not get ready, or proxies cannot make what they are to serve
 ├── InstanceError          no instance, a second one, or one that was shut down
+│   └── InstanceEnded      … while a client was a member of it
 ├── BadValue               (also a ValueError)
 ├── BadType                (also a TypeError)
 ├── UnknownBackend         neither a backend of that name nor dead letters of one
@@ -123,6 +124,10 @@ class BackendFailed(MQServeError):
 
 class InstanceError(MQServeError):
     """No instance to act on, one too many, or one that was shut down."""
+
+
+class InstanceEnded(InstanceError):
+    """The instance of this client was shut down, perhaps started again since: join what runs now."""
 
 
 class BadValue(MQServeError, ValueError):

@@ -24,6 +24,7 @@ from .refusals import broker_refusal
 
 _FRAME_END = b"\xce"
 _FULL_QUEUE_RETRY_S = 0.001
+_KEPT_FRAMES = 1000
 _Message = tuple[str, str, str]  # exchange, routing key, message id
 _NO_MESSAGE: _Message = ("", "", "")
 
@@ -42,6 +43,7 @@ class JoinedChannel:
         self._unconfirmed: dict[int, tuple[_Message, Settled]] = {}
         self._confirmed_at = 0.0  # the last confirm, or the first publish since all were confirmed; in the loop's time
         self._returned: list[_Message] = []
+        self._publish_frames: dict[tuple[str, str], bytes] = {}  # by exchange and routing key
         # Consuming: the broker's tags in order of delivery, and those whose ack is due
         self._held: dict[int, None] = {}
         self._finished: set[int] = set()
@@ -85,12 +87,22 @@ class JoinedChannel:
         self._unconfirmed[self._next_tag] = ((exchange, routing_key, message_id), settled)
         self._next_tag += 1
         number = self._channel.number
-        self._out.append(_publish_frame(exchange, routing_key, number))
+        self._out.append(self._publish_frames.get((exchange, routing_key)) or self._publish_frame(exchange, routing_key))
         self._out.append(_frame(2, number, struct.pack(">HHQ", 60, 0, len(body)) + properties))
         step = self._channel.max_content_size
         for start in range(0, len(body), step):
             self._out.append(_frame(3, number, body[start : start + step]))
         self._flush_soon()
+
+    def _publish_frame(self, exchange: str, routing_key: str) -> bytes:
+        """The method frame is the same for every message to one backend; replies to strangers' queues are not kept."""
+        method = commands.Basic.Publish(exchange=exchange, routing_key=routing_key, mandatory=bool(exchange))
+        frame = marshal(method, self._channel.number)
+        if exchange:
+            if len(self._publish_frames) >= _KEPT_FRAMES:  # backends come and go
+                self._publish_frames.clear()
+            self._publish_frames[exchange, routing_key] = frame
+        return frame
 
     def ack(self, tag: int) -> None:
         if tag in self._held:
@@ -180,21 +192,6 @@ class JoinedChannel:
 
 def _nobody(error: MQServeError | None) -> None:
     pass
-
-
-_PUBLISH_FRAMES: dict[tuple[str, str, int], bytes] = {}
-
-
-def _publish_frame(exchange: str, routing_key: str, number: int) -> bytes:
-    """The method frame is the same for every message to one backend; replies to strangers' queues are not kept."""
-    key = (exchange, routing_key, number)
-    cached = _PUBLISH_FRAMES.get(key)
-    if cached is None:
-        method = commands.Basic.Publish(exchange=exchange, routing_key=routing_key, mandatory=bool(exchange))
-        cached = marshal(method, number)
-        if exchange and len(_PUBLISH_FRAMES) < 10_000:
-            _PUBLISH_FRAMES[key] = cached
-    return cached
 
 
 def _frame(kind: int, channel: int, payload: bytes) -> bytes:

@@ -8,15 +8,16 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 import aiormq
-from aio_pika.abc import AbstractChannel
+from aiormq.channel import Channel
 
 from . import queue_names
-from .amqp_link import OPERATION_BUDGET_S, Link, really_cancelled
+from .amqp_link import OPERATION_BUDGET_S, Link, open_channel, really_cancelled
 from .errors import BrokerUnavailable, MQServeError, QueueMismatch, words_of
 from .refusals import broker_refusal
 
 T = TypeVar("T")
 
+_CLOSE_BUDGET_S = 1.0
 # Said though it is the default: a virtual host may have another one, and quorum queues know no priorities.
 _CLASSIC = {"x-queue-type": "classic"}
 
@@ -38,11 +39,11 @@ class RabbitTopology:
         if max_length is not None:
             arguments["x-max-length"] = max_length
 
-        async def declare(channel: AbstractChannel) -> None:
-            requests = await channel.declare_exchange(self._requests, "direct", durable=True)
+        async def declare(channel: Channel) -> None:
+            await channel.exchange_declare(self._requests, exchange_type="direct", durable=True)
             name = queue_names.backend_queue(self._namespace, backend, generation)
-            queue = await channel.declare_queue(name, durable=True, arguments=arguments)
-            await queue.bind(requests, backend)
+            await channel.queue_declare(name, durable=True, arguments=arguments)
+            await channel.queue_bind(name, self._requests, backend)
 
         try:
             await self._on_own_channel(declare)
@@ -58,11 +59,11 @@ class RabbitTopology:
             "x-message-ttl": queue_names.DEAD_LETTER_TTL_MS,
         }
 
-        async def declare(channel: AbstractChannel) -> None:
-            dead = await channel.declare_exchange(queue_names.dead_exchange(self._namespace), "direct", durable=True)
-            name = queue_names.dead_queue(self._namespace, backend)
-            dead_letters = await channel.declare_queue(name, durable=True, arguments=arguments)
-            await dead_letters.bind(dead, backend)
+        async def declare(channel: Channel) -> None:
+            dead, name = queue_names.dead_exchange(self._namespace), queue_names.dead_queue(self._namespace, backend)
+            await channel.exchange_declare(dead, exchange_type="direct", durable=True)
+            await channel.queue_declare(name, durable=True, arguments=arguments)
+            await channel.queue_bind(name, dead, backend)
 
         try:
             await self._on_own_channel(declare)
@@ -72,9 +73,8 @@ class RabbitTopology:
     async def unbind(self, backend: str, generation: int) -> None:
         name = queue_names.backend_queue(self._namespace, backend, generation)
 
-        async def unbind(channel: AbstractChannel) -> None:
-            queue = await channel.get_queue(name, ensure=False)
-            await queue.unbind(self._requests, backend)
+        async def unbind(channel: Channel) -> None:
+            await channel.queue_unbind(name, self._requests, backend)
 
         with suppress(aiormq.exceptions.ChannelNotFoundEntity):
             await self._on_own_channel(unbind)
@@ -82,9 +82,8 @@ class RabbitTopology:
     async def depth(self, backend: str, generation: int) -> int | None:
         name = queue_names.backend_queue(self._namespace, backend, generation)
 
-        async def depth(channel: AbstractChannel) -> int | None:
-            queue = await channel.declare_queue(name, passive=True)
-            return queue.declaration_result.message_count
+        async def depth(channel: Channel) -> int | None:
+            return (await channel.queue_declare(name, passive=True)).message_count
 
         try:
             return await self._on_own_channel(depth)
@@ -94,9 +93,8 @@ class RabbitTopology:
     async def delete(self, backend: str, generation: int, *, only_if_empty: bool) -> bool:
         name = queue_names.backend_queue(self._namespace, backend, generation)
 
-        async def delete(channel: AbstractChannel) -> None:
-            queue = await channel.get_queue(name, ensure=False)
-            await queue.delete(if_unused=only_if_empty, if_empty=only_if_empty)
+        async def delete(channel: Channel) -> None:
+            await channel.queue_delete(name, if_unused=only_if_empty, if_empty=only_if_empty)
 
         try:
             await self._on_own_channel(delete)
@@ -109,25 +107,26 @@ class RabbitTopology:
         return True
 
     async def _delete_empty_dead_letters(self, backend: str) -> None:
-        async def delete(channel: AbstractChannel) -> None:
-            dead_letters = await channel.get_queue(queue_names.dead_queue(self._namespace, backend), ensure=False)
-            await dead_letters.delete(if_unused=True, if_empty=True)
+        async def delete(channel: Channel) -> None:
+            await channel.queue_delete(queue_names.dead_queue(self._namespace, backend), if_unused=True, if_empty=True)
 
         with suppress(aiormq.exceptions.ChannelNotFoundEntity, aiormq.exceptions.ChannelPreconditionFailed):
             await self._on_own_channel(delete)
 
-    async def _on_own_channel(self, act: Callable[[AbstractChannel], Awaitable[T]]) -> T:
-        """Topology goes over a channel of its own, since whatever fails closes it. One error for all of RabbitMQ's silences."""
+    async def _on_own_channel(self, act: Callable[[Channel], Awaitable[T]]) -> T:
+        """Topology goes over a channel of its own, since whatever fails closes it. One error for all of RabbitMQ's silences.
+
+        The channel is aiormq's: of each one of aio-pika's the connection keeps a callback until it is closed itself, 3.5 KiB.
+        """
         try:
             connection = await self._link.up()
             async with asyncio.timeout(OPERATION_BUDGET_S):
-                channel = connection.channel()
+                channel = await open_channel(connection, confirms=False)
                 try:
-                    await channel.initialize()
                     return await act(channel)
                 finally:
                     with suppress(Exception):
-                        await channel.close()
+                        await channel.close(timeout=_CLOSE_BUDGET_S)
         except (aiormq.exceptions.ChannelNotFoundEntity, aiormq.exceptions.ChannelPreconditionFailed, MQServeError):
             raise
         except (Exception, asyncio.CancelledError) as error:

@@ -15,7 +15,7 @@
 | `mqserve:<ns>:observed`      | string | leading controller   | all               | none                      |
 | `mqserve:<ns>:instance`      | string | starter, controller  | starters, clients | none: it is a lease       |
 | `mqserve:<ns>:leader`        | string | controllers          | controllers       | none: lapses after LEADER_TTL_S |
-| `mqserve:<ns>:ended`         | string | whoever clears an instance: its id | controllers | ENDED_TTL_S  |
+| `mqserve:<ns>:ended`         | string | whoever clears an instance: its id | controllers, clients | ENDED_TTL_S |
 | `mqserve:<ns>:beats`         | hash   | nodes, proxies, replicas: one field each | controller | fields dropped by the leader |
 | `mqserve:<ns>:cancelled`     | stream | senders, nodes, controller | replicas    | LOG_TTL_S, renewed by each write |
 | `mqserve:<ns>:changed`       | pub/sub channel | whoever wrote a document | watchers | -                     |

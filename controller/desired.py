@@ -9,38 +9,41 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import msgspec
 import pydantic
 from starlette.convertors import Convertor
 
-from ..broker.errors import BadEnvelope, BadType, BadValue, InstanceError, StoreUnavailable
+from ..broker.documents import until
+from ..broker.errors import BadEnvelope, BadType, BadValue, InstanceEnded, InstanceError, StoreUnavailable
 from ..broker.queue_names import check_name
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
+from . import lease
 from .resources import ActorOptions
 from .route_patterns import check_convertor, compile_route
 from .state import Backend, BackendConfig, Desired, Endpoint
 
 Change = Callable[[Desired], Desired]
 
+IS_CLOSING = "the instance is being shut down: start it again once it is down, and make the change then"
 _TRIES = 50
 _KEPT_OPERATIONS = 64
 _QUEUE_ARGUMENTS = ("max_queued_requests",)  # frozen in the queue: a change of one makes a new generation
 
 
-async def commit(store: Store, keys: StoreKeys, instance: str, change: Change) -> Desired:
-    """Applies `change` by compare-and-set. Raises whatever the change raises, and InstanceError when the instance is another."""
+async def commit(store: Store, keys: StoreKeys, instance: str, change: Change, *, any_instance: bool = False) -> Desired:
+    """Applies `change` by compare-and-set. Raises whatever the change raises, and InstanceError as `read` does."""
     operation = secrets.token_hex(8)
     for attempt in range(_TRIES):
         try:
-            raw = await store.get(keys.desired)
-            current = Desired.from_bytes(raw)
+            raw, current = await read(store, keys, instance, any_instance=any_instance)
             if operation in current.operations:
                 return current
-            if raw is None or current.instance != instance:
-                raise InstanceError("the instance has been shut down, or another one runs under its namespace: start or connect again")
+            if current.closing:
+                raise InstanceError(IS_CLOSING)
             wanted = change(current)
             new = msgspec.structs.replace(
                 wanted, version=current.version + 1, operations=(*current.operations, operation)[-_KEPT_OPERATIONS:]
@@ -51,6 +54,36 @@ async def commit(store: Store, keys: StoreKeys, instance: str, change: Change) -
             if attempt >= 2:
                 raise
     raise StoreUnavailable(f"the desired state changed under us {_TRIES} times in a row: too many clients deploy at once, try again")
+
+
+async def read(store: Store, keys: StoreKeys, instance: str, *, any_instance: bool = False) -> tuple[bytes, Desired]:
+    """As `look`; a lost document is waited for, since a leader may be about to write it back. Raises InstanceError where none does."""
+    try:
+        return await until(store, partial(look, store, keys, instance, any_instance=any_instance), lease.JOIN_WATCH_S)
+    except TimeoutError:
+        raise InstanceError(
+            f"the store has lost the documents of the instance, and no controller has written them back within {lease.JOIN_WATCH_S:g} s: "
+            "see `mqserve status`, or start the instance again"
+        ) from None
+
+
+async def look(store: Store, keys: StoreKeys, instance: str, *, any_instance: bool = False) -> tuple[bytes, Desired] | None:
+    """The document of the instance, or with `any_instance` of the one that has taken its place; None where the store has lost it.
+
+    Raises InstanceEnded where the instance was shut down, or another one has its namespace.
+    """
+    raw = await store.get(keys.desired)
+    if raw is None:
+        if await lease.has_ended(store, keys, instance):
+            raise InstanceEnded(
+                "the instance has been shut down, and none runs under its namespace: start one with `mqserve start`, `mqserve run` or "
+                "serve.start(), and serve.connect() joins it"
+            )
+        return None
+    desired = Desired.from_bytes(raw)
+    if desired.instance != instance and not any_instance:
+        raise InstanceEnded("the instance of this client has been shut down, and another one has its namespace: serve.connect() joins that")
+    return raw, desired
 
 
 def encode(desired: Desired) -> bytes:

@@ -188,6 +188,7 @@ class Controller:
             logger.warning("the queues wait: %s", error)  # replicas and proxies do not
         await self._write(observed, new)
         await self._forget_silent(new, beats)
+        await self._forget_forced(desired, new, beats)
         return desired.closing and await self._is_down(new, beats)
 
     async def _renew_instance(self) -> None:
@@ -258,7 +259,7 @@ class Controller:
         for replica_id in ready & set(assigned) - self._were_ready:
             self._restarts[assigned[replica_id].backend, assigned[replica_id].version].got_ready()
         self._were_ready = ready
-        self._restarts = defaultdict(Restarts, {key: kept for key, kept in self._restarts.items() if key[0] in desired.backends})
+        self._forget_restarts(desired, assigned)
         if desired.closing:  # proxies first: what they still wait for needs the replicas
             proxies = [beat for beat in plan.living(beats, "proxy", now_ms).values() if not beat.external]
             placement = plan.Placement(assigned if proxies else {}, {})
@@ -282,6 +283,12 @@ class Controller:
             problems=self._problems(desired, beats, {} if may_yet_come else placement.unplaced),
             down_since=self._down_since(desired, observed, placed, replicas, now_ms),
         )
+
+    def _forget_restarts(self, desired: Desired, assigned: plan.Replicas) -> None:
+        """Those of versions that no backend has any more, once their last replica is gone."""
+        wanted = {(name, backend.version) for name, backend in desired.backends.items()}
+        wanted |= {(assignment.backend, assignment.version) for assignment in assigned.values()}
+        self._restarts = defaultdict(Restarts, {key: kept for key, kept in self._restarts.items() if key in wanted})
 
     def _count_death(self, assignment: Assignment, last_beat: Beat | None, how: str, now: float, *, was_ready: bool) -> None:
         backend = assignment.backend
@@ -370,6 +377,19 @@ class Controller:
             if lost:  # their clients are gone with them: first the word, since it is said as long as there is a beat
                 await self._store.append_log(self._keys.cancelled, *(word_of_proxy(self._keys.inbox(name)) for name in lost))
             await self._store.drop_fields(self._keys.beats, *old)
+
+    async def _forget_forced(self, desired: Desired, observed: Observed, beats: dict[str, Beat]) -> None:
+        """Names of backends that were deleted by force, once nothing is left of them: the document would keep them for ever."""
+        living = plan.living(beats, "replica", self._store.now_ms()).values()
+        assigned = [*observed.replicas.values(), *observed.draining.values()]
+        left = {*observed.queues, *observed.retiring, *(beat.backend for beat in living), *(replica.backend for replica in assigned)}
+        forced = tuple(name for name in desired.forced if name in left)
+        if forced == desired.forced:
+            return
+        raw = await self._store.get(self._keys.desired)
+        if raw == self._raw_desired and Desired.from_bytes(raw) == desired:  # not a broken one, which its operator mends
+            newer = msgspec.structs.replace(desired, forced=forced, version=desired.version + 1)
+            await self._store.replace(self._keys.desired, raw, newer.to_bytes(), guard=self._leader.claim)
 
     async def _is_down(self, observed: Observed, beats: dict[str, Beat]) -> bool:
         """Whether the instance that is closing has nothing left; then its documents go too."""

@@ -1,11 +1,18 @@
-"""A node's metrics page: those of all its replicas, which leave them in files of one folder (prometheus_client's multiprocess mode)."""
+"""A node's metrics page: those of all its replicas, which leave them in files of one folder (prometheus_client's multiprocess mode).
+
+A node that is killed leaves its folder behind. So a folder holds a lock file, locked by the node and by the replicas that it
+handed the descriptor to, for as long as any of them lives; a node that finds it free removes the folder.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,29 +26,35 @@ from ..broker.loopback import is_loopback, names_loopback
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
+logger = logging.getLogger(__name__)
+
 FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
+_PREFIX, _LOCK = "mqserve-metrics-", "lock"
 
 
 @dataclass(frozen=True, slots=True)
 class NodeMetrics:
-    """Where the replicas write and where people read."""
+    """Where the replicas write and where people read. `lock`: a descriptor that the replicas are to hold as well."""
 
     folder: str
     url: str
+    lock: int
 
     def forget(self, pid: int) -> None:
         """Those of a replica that ended: its files would be read at every scrape for ever."""
-        for path in Path(self.folder).glob(f"*_{pid}.db"):
-            path.unlink(missing_ok=True)
+        with suppress(OSError):  # somebody cleaned up here
+            for path in Path(self.folder).iterdir():
+                if path.name.endswith(f"_{pid}.db"):  # not by a pattern, of which fnmatch would keep one for each process id
+                    path.unlink(missing_ok=True)
 
 
 @contextmanager
 def serve_metrics(host: str, port: int) -> Iterator[NodeMetrics]:
     """The page is up inside the block; port 0 takes any free one. Raises BadValue when the address cannot be had."""
-    folder = tempfile.mkdtemp(prefix="mqserve-metrics-")
-    registry = CollectorRegistry()
-    MultiProcessCollector(registry, path=folder)  # type: ignore[no-untyped-call]
-    try:
+    _remove_abandoned()
+    with _own_folder() as (folder, lock):
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry, path=folder)  # type: ignore[no-untyped-call]
         try:
             server, thread = start_http_server(port, host, registry)
         except OSError as error:
@@ -50,12 +63,49 @@ def serve_metrics(host: str, port: int) -> Iterator[NodeMetrics]:
             ) from error
         if is_loopback(host) or host == "localhost":
             server.set_app(_for_this_machine(make_wsgi_app(registry)))
-        yield NodeMetrics(folder, f"http://{host}:{server.server_port}/metrics")
-        server.shutdown()
-        server.server_close()
-        thread.join(timeout=5)
+        try:
+            yield NodeMetrics(folder, f"http://{host}:{server.server_port}/metrics", lock)
+        finally:
+            server.shutdown()
+            server.server_close()
+            thread.join(timeout=5)
+
+
+@contextmanager
+def _own_folder() -> Iterator[tuple[str, int]]:
+    """A folder and its lock, removed on exit."""
+    folder = tempfile.mkdtemp(prefix=_PREFIX)
+    lock = os.open(f"{folder}/new-{_LOCK}", os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        with suppress(OSError):  # a file system without locks: then nobody finds one, and nobody removes the folder
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            os.rename(f"{folder}/new-{_LOCK}", f"{folder}/{_LOCK}")  # under this name nobody ever sees it unlocked
+        yield folder, lock
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+        _remove_abandoned()
+
+
+def _remove_abandoned() -> None:
+    """Folders of nodes that were killed, once their last replica has ended."""
+    with suppress(OSError):  # a folder that may not be listed
+        for path in Path(tempfile.gettempdir()).iterdir():
+            if path.name.startswith(_PREFIX):
+                _remove_if_abandoned(path)
+
+
+def _remove_if_abandoned(folder: Path) -> None:
+    with suppress(OSError):  # it has no lock, or somebody holds that, or was faster
+        if folder.lstat().st_uid != os.getuid():
+            return
+        lock = os.open(folder / _LOCK, os.O_RDWR)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+            logger.info("removed %s, which a node that was killed had left behind", folder)
+        finally:
+            os.close(lock)
 
 
 def _for_this_machine(page: WSGIApplication) -> WSGIApplication:

@@ -100,6 +100,10 @@ class Process:
             os.killpg(self.pid, signal.SIGKILL)
         return self._popen.wait()
 
+    def disown(self) -> None:
+        """It is nobody's business here how it ends; but it is reaped then, or it would stay a zombie as long as this process lives."""
+        threading.Thread(target=self._popen.wait, name=f"reap {self.pid}", daemon=True).start()
+
     def stop(self) -> None:
         if self._popen.returncode is None:
             with suppress(ProcessLookupError):
@@ -122,16 +126,21 @@ def _how_it_ended(code: int) -> str:
 
 
 class ProcessLauncher:
-    """Implements `Launcher`. Holds the socket on which its proxies listen: while one follows another, connections wait in it."""
+    """Implements `Launcher`. Holds the socket on which its proxies listen: while one follows another, connections wait in it.
 
-    def __init__(self, settings: Settings) -> None:
+    `held_by_replicas`: descriptors that each replica inherits and holds until it ends.
+    """
+
+    def __init__(self, settings: Settings, held_by_replicas: Sequence[int] = ()) -> None:
         self._settings = settings
+        self._held_by_replicas = held_by_replicas
         self._listener: socket.socket | None = None
         self._address = ("", 0)
 
     def replica(self, backend: str, replica_id: str, node: str, share: Share) -> Process:
         arguments = ["replica", backend, "--replica-id", replica_id, "--node-id", node]
-        return Process(arguments, self._settings.for_replica(), python=share.python, variables=share.environment)
+        settings, held = self._settings.for_replica(), self._held_by_replicas
+        return Process(arguments, settings, python=share.python, variables=share.environment, hands_on=held)
 
     def proxy(self, proxy_id: str, host: str, port: int, node: str) -> Process:
         arguments = ["proxy", "--host", host, "--port", str(port), "--proxy-id", proxy_id, "--node-id", node]

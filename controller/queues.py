@@ -73,6 +73,7 @@ class Queues:
                 delete = partial(self._queue.delete, name, generation, only_if_empty=keep_content)
                 if await self._while_leading(delete):
                     self._forget_declared(name, generation)
+                    self._unbound.discard((name, generation))
                     self._left_behind.get(name, set()).discard(generation)
                 else:  # a replica died and its messages came back
                     queues.setdefault(name, []).insert(0, generation)

@@ -1,22 +1,19 @@
-"""The module-level functions: the same as a Client's methods, on the client this process started or joined last."""
+"""The module-level functions: the same as a Client's methods, on the current client (`clients.py` says which that is)."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 from .broker.errors import InstanceError
 from .broker.settings import Settings
 from .client import Client
+from .clients import clients
 from .controller.state import BackendConfig
 from .futures import Future
 from .handle import AsyncHandle, Handle
 from .instance import StartOptions, parse_http_options
-from .session import open_client
 
-_lock = threading.RLock()
-_current: Client | None = None
 _is_under_run = False
 
 
@@ -35,20 +32,14 @@ def start(
     http_options: host, port, location ("HeadOnly", "EveryNode", "NoServer" or None), middlewares, debug. Without URLs (here or in
     MQSERVE_BROKER_URL and MQSERVE_STORE_URL) everything runs inside this process. Under `mqserve run` it is the running instance.
 
-    Raises InstanceError when the namespace has a live instance, BadValue for a bad option or a port in use, BrokerUnavailable and
-    StoreUnavailable within ten seconds.
+    Raises InstanceError when the namespace has a live instance or this process runs one, BadValue for a bad option or a port in use,
+    BrokerUnavailable and StoreUnavailable within ten seconds.
     """
-    global _current
-    with _lock:
-        if _current is not None and not _current._closed:
-            if _is_under_run:
-                return _join_run(_current, detached, http_options)
-            raise InstanceError("this process has an instance already: use it, or call serve.shutdown() first")
-        http, middlewares = parse_http_options(http_options)
-        settings = Settings.read(broker_url=broker_url, store_url=store_url, namespace=namespace)
-        options = StartOptions(http, middlewares, detached, with_node, node_id)
-        _current = open_client(settings, options)
-        return _current
+    if _is_under_run and (running := clients.own()) is not None:
+        return _join_run(running, detached, http_options)
+    http, middlewares = parse_http_options(http_options)
+    settings = Settings.read(broker_url=broker_url, store_url=store_url, namespace=namespace)
+    return clients.start(settings, StartOptions(http, middlewares, detached, with_node, node_id))
 
 
 def _join_run(client: Client, detached: bool, http_options: dict[str, Any] | None) -> Client:
@@ -63,34 +54,26 @@ def _join_run(client: Client, detached: bool, http_options: dict[str, Any] | Non
         raise InstanceError("the instance of `mqserve run` ends with it: for a detached one use `mqserve start`, then connect()")
     if middlewares:
         client.set_middlewares(middlewares)
-    return client
+    return client.give_again()
 
 
 def connect(*, broker_url: str | None = None, store_url: str | None = None, namespace: str | None = None) -> Client:
-    """Joins the instance that runs under the namespace; inside a replica, its own. Raises InstanceError when there is none."""
-    global _current
-    with _lock:
-        if _current is not None and not _current._closed:
-            return _current
-        settings = Settings.read(broker_url=broker_url, store_url=store_url, namespace=namespace)
-        if settings.embedded:
-            raise InstanceError(
-                "there is no instance in this process, and another process's embedded one cannot be joined: call serve.start(), "
-                "or set MQSERVE_BROKER_URL and MQSERVE_STORE_URL"
-            )
-        _current = open_client(settings, None)
-        return _current
+    """Joins the instance that runs under the namespace; a second call for the same place returns the same client.
+
+    What is not given comes from the environment. Without arguments: inside a replica its own instance, in a process that started one
+    that one, else the one of the environment. Raises InstanceError when there is none, BrokerUnavailable and StoreUnavailable.
+    """
+    if broker_url is None and store_url is None and namespace is None:
+        return clients.connect()
+    return clients.connect(Settings.read(broker_url=broker_url, store_url=store_url, namespace=namespace))
 
 
-def current() -> Client:
-    """The client that module-level functions act on. Joins the instance of the environment when there is none yet."""
-    return connect() if _current is None or _current._closed else _current
-
-
-def adopt(client: Client) -> None:
-    """`mqserve run` started this one: `serve.start()` in the user's file returns it."""
-    global _current, _is_under_run
-    _current, _is_under_run = client, True
+def start_under_run(settings: Settings, options: StartOptions) -> Client:
+    """For `mqserve run`: `serve.start()` in the user's file returns this one, too."""
+    global _is_under_run
+    client = clients.start(settings, options).give_again()
+    _is_under_run = True
+    return client
 
 
 def create_backend(
@@ -102,7 +85,7 @@ def create_backend(
     config: BackendConfig | dict[str, Any] | None = None,
 ) -> None:
     """See `Client.create_backend`."""
-    current().create_backend(
+    clients.current().create_backend(
         backend_tag, func_or_class, *init_args, actor_options=actor_options, ray_actor_options=ray_actor_options, config=config
     )
 
@@ -115,57 +98,59 @@ def update_backend(
     ray_actor_options: dict[str, Any] | None = None,
 ) -> None:
     """See `Client.update_backend`."""
-    current().update_backend(backend_tag, func_or_class, *init_args, actor_options=actor_options, ray_actor_options=ray_actor_options)
+    clients.current().update_backend(
+        backend_tag, func_or_class, *init_args, actor_options=actor_options, ray_actor_options=ray_actor_options
+    )
 
 
 def update_backend_config(backend_tag: str, config_options: BackendConfig | dict[str, Any]) -> None:
     """See `Client.update_backend_config`."""
-    current().update_backend_config(backend_tag, config_options)
+    clients.current().update_backend_config(backend_tag, config_options)
 
 
 def get_backend_config(backend_tag: str) -> BackendConfig:
     """See `Client.get_backend_config`."""
-    return current().get_backend_config(backend_tag)
+    return clients.current().get_backend_config(backend_tag)
 
 
 def list_backends() -> dict[str, BackendConfig]:
     """See `Client.list_backends`."""
-    return current().list_backends()
+    return clients.current().list_backends()
 
 
 def delete_backend(backend_tag: str, force: bool = False) -> None:
     """See `Client.delete_backend`."""
-    current().delete_backend(backend_tag, force)
+    clients.current().delete_backend(backend_tag, force)
 
 
 def create_endpoint(endpoint_name: str, *, backend: str | None = None, route: str | None = None, methods: Sequence[str] = ("GET",)) -> None:
     """See `Client.create_endpoint`."""
-    current().create_endpoint(endpoint_name, backend=backend, route=route, methods=methods)
+    clients.current().create_endpoint(endpoint_name, backend=backend, route=route, methods=methods)
 
 
 def list_endpoints() -> dict[str, dict[str, Any]]:
     """See `Client.list_endpoints`."""
-    return current().list_endpoints()
+    return clients.current().list_endpoints()
 
 
 def delete_endpoint(endpoint: str) -> None:
     """See `Client.delete_endpoint`."""
-    current().delete_endpoint(endpoint)
+    clients.current().delete_endpoint(endpoint)
 
 
 def set_traffic(endpoint_name: str, traffic_policy_dictionary: dict[str, float]) -> None:
     """See `Client.set_traffic`."""
-    current().set_traffic(endpoint_name, traffic_policy_dictionary)
+    clients.current().set_traffic(endpoint_name, traffic_policy_dictionary)
 
 
 def shadow_traffic(endpoint_name: str, backend_tag: str, proportion: float) -> None:
     """See `Client.shadow_traffic`."""
-    current().shadow_traffic(endpoint_name, backend_tag, proportion)
+    clients.current().shadow_traffic(endpoint_name, backend_tag, proportion)
 
 
 def register_convertor(name: str, convertor: Any) -> None:
     """See `Client.register_convertor`."""
-    current().register_convertor(name, convertor)
+    clients.current().register_convertor(name, convertor)
 
 
 @overload
@@ -178,15 +163,14 @@ def get_handle(endpoint_name: str, sync: Literal[False], missing_ok: bool = Fals
 
 def get_handle(endpoint_name: str, sync: bool = True, missing_ok: bool = False) -> Handle | AsyncHandle:
     """See `Client.get_handle`."""
-    return current().get_handle(endpoint_name, sync, missing_ok)  # type: ignore[call-overload,no-any-return]
+    return clients.current().get_handle(endpoint_name, sync, missing_ok)  # type: ignore[call-overload,no-any-return]
 
 
 def future(future_id: str, backend: str | None = None) -> Future:
     """See `Client.future`."""
-    return current().future(future_id, backend)
+    return clients.current().future(future_id, backend)
 
 
 def shutdown() -> None:
-    """Ends the instance of this process; nothing where there is none."""
-    if _current is not None:
-        _current.shutdown()
+    """Ends the instance that was started or joined last; nothing where there is none, and nothing the second time."""
+    clients.shutdown()

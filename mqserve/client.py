@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, overload
+import threading
+from collections.abc import Sequence
+from enum import Enum
+from types import TracebackType
+from typing import Any, Literal, Protocol, Self, overload
 
 from starlette.convertors import register_url_convertor
 
@@ -12,61 +15,144 @@ from .broker import code
 from .broker.caller import Caller
 from .broker.errors import InstanceError, UnknownEndpoint
 from .broker.queue_names import check_name
+from .broker.settings import Settings
 from .controller import desired as changes
 from .controller.plan import living
 from .controller.state import BackendConfig, Desired, follow_state, read_beats
 from .declared import Declaration
 from .deployments import Deployments, check_fits, check_target, make_convertor, read_actor_options
 from .futures import Future, get, wait
-from .handle import AsyncHandle, Handle
+from .handle import Address, AsyncHandle, Handle
 from .instance import parse_middlewares
-from .links import Links, instance_has_ended
+from .links import Links
+from .membership import Membership
 from .runtime import Runtime
 from .sender import Sender
 
 
-class Client:
-    """Made by `serve.start` and `serve.connect`. Its methods may be called from any thread; each waits for what it promises."""
+class State(Enum):
+    """Of a client. One that has ended stays so; the value is what it says to whoever still uses it."""
 
-    def __init__(self, runtime: Runtime, links: Links, instance: str, end: Callable[[], None]) -> None:
+    OPEN = ""
+    CLOSED = "the client has been closed: call serve.connect(), and get handles and futures of the client that it returns"
+    SHUT_DOWN = "Client has already been shut down."
+
+
+CLOSED_MEANWHILE = "the client was closed meanwhile; a request that was sent goes on, and another client's future(id) reads its result"
+SHUT_DOWN_MEANWHILE = "the client was shut down meanwhile: start or connect again"
+
+
+class Ending(Protocol):
+    """Undoes what was opened for a client."""
+
+    def end(self, why: str, *, shuts_down: bool) -> None: ...
+
+
+class Client:
+    """Made by `serve.start` and `serve.connect`. Its methods may be called from any thread; each waits for what it promises.
+
+    A `with` block on the call that opened it ends what it opened: `with serve.start()` the instance, unless that is detached, and
+    `with serve.connect()` the client.
+    """
+
+    def __init__(self, runtime: Runtime, links: Links, membership: Membership, ending: Ending) -> None:
         self._runtime = runtime
         self._links = links
-        self._end = end
+        self._membership = membership
+        self._ending = ending
         self._signer = links.settings.signer
         self._caller = Caller(links.queue, links.store, links.keys, links.process_id)
-        self._sender = Sender(runtime, links, self._caller)
-        self._deployments = Deployments(links, instance, self._follow)
-        self._instance = instance
-        self._closed = False
-        self.has_ended = False  # somebody shut the instance down
+        self._sender = Sender(runtime, links, self._caller, membership.read)
+        self._deployments = Deployments(links, membership, self._follow)
+        self._state = State.OPEN
+        self._is_shared = False  # returned by more than the call that opened it
+        self._blocks = 0  # of `with` that go on
+        self._ends_with_them = False
+        self._lock = threading.Lock()  # of these four
 
     def __repr__(self) -> str:
-        return f"<Client of {self._links.settings.namespace!r}{', shut down' if self._closed else ''}>"
+        state = "" if self.is_open else f", {self._state.name.lower().replace('_', ' ')}"
+        return f"<Client of {self._links.settings.namespace!r}{state}>"
 
     def __reduce__(self) -> Any:
-        """Arrives as the client of the instance that is current there."""
-        from .api import connect
+        """Arrives as the client of its instance there."""
+        return _arrive, (self.address,)
 
-        return connect, ()
+    def __enter__(self) -> Self:
+        self._check_open()
+        with self._lock:
+            self._blocks += 1
+            self._ends_with_them = self._ends_with_them or not self._is_shared
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        with self._lock:
+            self._blocks -= 1
+            if self._blocks or not self._ends_with_them:
+                return
+        if self.owns:
+            self.shutdown()
+        else:
+            self.close()
+
+    @property
+    def settings(self) -> Settings:
+        return self._links.settings
+
+    @property
+    def address(self) -> Address:
+        return Address(self._links.settings.namespace, self._membership.instance)
+
+    @property
+    def owns(self) -> bool:
+        """Whether this process runs the instance, which ends with it."""
+        return self._membership.owns
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    @property
+    def is_open(self) -> bool:
+        return self._state is State.OPEN
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether somebody shut the instance down, and, for a client that joined, none runs in its place."""
+        return self._membership.has_ended
 
     @property
     def sender(self) -> Sender:
-        """For handles. Raises InstanceError once shut down."""
+        """For handles. Raises InstanceError once closed or shut down."""
         self._check_open()
         return self._sender
+
+    def give_again(self) -> Self:
+        """For a later call of start() or connect(): no block of it is to end what the program or another thread goes on using. The block
+        in which an instance was started ends the instance all the same."""
+        with self._lock:
+            self._is_shared = True
+            self._ends_with_them = self._ends_with_them and self.owns
+        return self
 
     async def run(self) -> None:
         """Reads results and follows the desired document until cancelled; for whoever made the client."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._caller.run())
             async for desired, _ in follow_state(self._links.store, self._links.keys):
-                if desired is not None and desired.instance == self._instance:
+                if await self._membership.saw(desired) and desired is not None:
                     self._follow(desired)
-                else:  # nothing, or another's, which came while this process was suspended
-                    self.has_ended = desired is not None or await instance_has_ended(self._links, self._instance)
+                elif self._membership.has_ended:
+                    self._follow(Desired())
+
+    async def stop_sending(self, why: str) -> None:
+        """What was accepted is on its way when this returns, for whoever made the client; what is sent from now on fails."""
+        self._sender.end(why)
+        await self._caller.settle()
 
     def _follow(self, desired: Desired) -> None:
         self._sender.desired = desired
+        self._caller.keep_paces(desired.backends)
 
     # Backends.
 
@@ -121,10 +207,10 @@ class Client:
 
     def get_backend_config(self, backend_tag: str) -> BackendConfig:
         """Raises BadValue for an unknown backend."""
-        return changes.find_backend(self._call(self._deployments.read_desired()), backend_tag).config
+        return changes.find_backend(self._call(self._membership.read()), backend_tag).config
 
     def list_backends(self) -> dict[str, BackendConfig]:
-        return {name: backend.config for name, backend in self._call(self._deployments.read_desired()).backends.items()}
+        return {name: backend.config for name, backend in self._call(self._membership.read()).backends.items()}
 
     def delete_backend(self, backend_tag: str, force: bool = False) -> None:
         """Drains its queue and its replicas; returns when both are gone. `force`: what waits or runs is dropped.
@@ -155,7 +241,7 @@ class Client:
                 "traffic": dict(endpoint.traffic),
                 "shadows": dict(endpoint.shadows),
             }
-            for name, endpoint in self._call(self._deployments.read_desired()).endpoints.items()
+            for name, endpoint in self._call(self._membership.read()).endpoints.items()
         }
 
     def delete_endpoint(self, endpoint: str) -> None:
@@ -205,11 +291,13 @@ class Client:
         """A caller of the endpoint. Raises UnknownEndpoint unless `missing_ok`; then requests wait for it to be created."""
         self._check_open()
         if endpoint_name not in self._sender.desired.endpoints:
-            self._sender.desired = self._call(self._deployments.read_desired())
-            if endpoint_name not in self._sender.desired.endpoints and not missing_ok:
+            found = self._call(self._membership.read())
+            if endpoint_name in found.endpoints:
+                self._sender.desired = found
+            elif not missing_ok:
                 raise UnknownEndpoint(f"Endpoint '{endpoint_name}' does not exist.")
         kind = Handle if sync else AsyncHandle
-        return kind(endpoint_name, lambda: self.sender, missing_ok=missing_ok)
+        return kind(endpoint_name, self, missing_ok=missing_ok)
 
     def future(self, future_id: str, backend: str | None = None) -> Future:
         """The future of a request that anybody sent: a minted id by itself, a publisher's own `message_id` with its `backend`."""
@@ -238,10 +326,37 @@ class Client:
         """Ends the instance: proxies and replicas drain, queues and documents go. Idempotent; later calls raise InstanceError.
 
         Whoever joined the instance is told by an InstanceError where it still drains after all the time that its replicas may take.
+        Raises InstanceError where the client was closed.
         """
-        if not self._closed:
-            self._closed = True
-            self._end()
+        if self._end_as(State.SHUT_DOWN):
+            self._ending.end(SHUT_DOWN_MEANWHILE, shuts_down=True)
+        elif self._state is State.CLOSED:
+            raise InstanceError("the client has been closed, and its instance runs on: the shutdown() of another client ends it")
+
+    def close(self) -> None:
+        """Leaves the instance, which runs on. Idempotent; later calls raise InstanceError, and so does whoever waits for a result here.
+
+        Raises InstanceError for a client whose instance would end with it, and changes nothing.
+        """
+        if self.owns and self.is_open:
+            raise InstanceError(
+                "this process runs the instance, which would end with its client: call shutdown() if that is meant, or start the instance "
+                "with detached=True or `mqserve start`"
+            )
+        if self._end_as(State.CLOSED):
+            self._ending.end(CLOSED_MEANWHILE, shuts_down=False)
+
+    def find_again(self) -> None:
+        """Of a client that joined, once its instance has ended: goes on with the next one. Raises InstanceError where there is none yet."""
+        self._call(self._membership.find_again())
+
+    def _end_as(self, state: State) -> bool:
+        """False for one that has ended already."""
+        with self._lock:
+            if not self.is_open:
+                return False
+            self._state = state
+            return True
 
     # Waiting.
 
@@ -250,7 +365,13 @@ class Client:
         return self._runtime.call(work)
 
     def _check_open(self, work: Any = None) -> None:
-        if self._closed:
+        if not self.is_open:
             if work is not None:
                 work.close()
-            raise InstanceError("Client has already been shut down.")
+            raise InstanceError(self._state.value)
+
+
+def _arrive(address: Address) -> Client:
+    from .clients import clients
+
+    return clients.at(address)

@@ -11,11 +11,12 @@ from starlette.convertors import Convertor
 
 from .broker import code
 from .broker.documents import until
-from .broker.errors import BackendFailed, BadType, BadValue, InstanceError, MQServeError
+from .broker.errors import BackendFailed, BadType, BadValue, MQServeError
 from .controller import desired as changes
 from .controller.resources import ActorOptions, parse_actor_options
 from .controller.state import Backend, BackendConfig, Desired, Endpoint, Observed, read_beats
 from .links import Links
+from .membership import Membership
 from .replicas.batching import accepts_batch
 from .replicas.handler import make_method
 
@@ -29,9 +30,9 @@ READY_MARGIN_S = 15.0
 class Deployments:
     """Lives on the runtime. `on_commit` is given each new version of the desired document."""
 
-    def __init__(self, links: Links, instance: str, on_commit: Callable[[Desired], None]) -> None:
+    def __init__(self, links: Links, membership: Membership, on_commit: Callable[[Desired], None]) -> None:
         self._links = links
-        self._instance = instance
+        self._membership = membership
         self._on_commit = on_commit
 
     def __repr__(self) -> str:
@@ -66,7 +67,7 @@ class Deployments:
             raise
 
     async def update_backend_config(self, name: str, config: BackendConfig | dict[str, Any]) -> None:
-        before = changes.find_backend(await self.read_desired(), name)
+        before = changes.find_backend(await self._membership.read(), name)
         committed = await self._commit(changes.update_backend_config(name, config))
         try:
             await self._until_ready(committed, name)
@@ -75,31 +76,31 @@ class Deployments:
             raise
 
     async def delete_backend(self, name: str, *, force: bool = False) -> None:
-        await self._commit(changes.delete_backend(name, force=force))
+        committed = await self._commit(changes.delete_backend(name, force=force))
 
         async def is_gone() -> bool | None:
             observed = Observed.from_bytes(await self._links.store.get(self._links.keys.observed))
             held = {*observed.queues, *observed.retiring, *(assignment.backend for assignment in observed.replicas.values())}
             return None if name in held else True
 
-        await self._until(is_gone, DELETE_BUDGET_S, f"backend {name!r} is not gone yet: its replicas are still draining")
+        await self._until(committed, is_gone, DELETE_BUDGET_S, f"backend {name!r} is not gone yet: its replicas are still draining")
 
     async def create_endpoint(self, endpoint: Endpoint) -> None:
         await self.commit_to_proxies(changes.create_endpoint(endpoint), undo=_remove_endpoint(endpoint))
 
     async def register_convertor(self, name: str, packed: code.Code, convertor: Convertor[Any]) -> None:
         sha256 = await code.save(self._links.store, self._links.keys, packed)
-        before = (await self.read_desired()).convertors.get(name, "")
+        before = (await self._membership.read()).convertors.get(name, "")
         change = changes.register_convertor(name, sha256, convertor)
         await self.commit_to_proxies(change, undo=_restore_convertor(name, sha256, before))
 
     async def set_middlewares(self, packed: code.Code | None) -> None:
         sha256 = await code.save(self._links.store, self._links.keys, packed) if packed is not None else ""
-        before = (await self.read_desired()).http.middlewares
+        before = (await self._membership.read()).http.middlewares
         await self.commit_to_proxies(changes.set_middlewares(sha256), undo=_restore_middlewares(sha256, before))
 
     async def _commit(self, change: changes.Change) -> Desired:
-        committed = await changes.commit(self._links.store, self._links.keys, self._instance, change)
+        committed = await self._membership.commit(change)
         self._on_commit(committed)
         return committed
 
@@ -117,17 +118,12 @@ class Deployments:
             refused = next((proxy.refused for proxy in proxies if proxy.refuses >= version), "")
             return True if refused or all(proxy.follows >= version for proxy in proxies) else None
 
-        await self._until(is_answered, ROUTE_BUDGET_S, "the change is stored, but not all proxies follow it yet: see `mqserve status`")
+        late = "the change is stored, but not all proxies follow it yet: see `mqserve status`"
+        await self._until(committed, is_answered, ROUTE_BUDGET_S, late)
         if refused:
             if undo is not None:
                 await self._commit(undo)
             raise BackendFailed(f"a proxy cannot follow the change, which is {'undone' if undo else 'stored'}: {refused}")
-
-    async def read_desired(self) -> Desired:
-        raw = await self._links.store.get(self._links.keys.desired)
-        if raw is None:
-            raise InstanceError("the instance has been shut down: start or connect again")
-        return Desired.from_bytes(raw)
 
     async def _until_ready(self, committed: Desired, name: str) -> None:
         """As many assigned replicas of this version as wanted. Raises BackendFailed with the first failure's own words."""
@@ -157,11 +153,19 @@ class Deployments:
             return True if has_its_queue and not takes_old_code and len(ready) >= config.num_replicas else None
 
         late = f"backend {backend.name!r} was not ready within {config.start_timeout_s + READY_MARGIN_S:g} s"
-        await self._until(is_ready, config.start_timeout_s + READY_MARGIN_S, late)
+        await self._until(committed, is_ready, config.start_timeout_s + READY_MARGIN_S, late)
 
-    async def _until(self, look: Callable[[], Awaitable[bool | None]], budget_s: float, late: str) -> None:
+    async def _until(self, committed: Desired, look: Callable[[], Awaitable[bool | None]], budget_s: float, late: str) -> None:
+        """As long as there is the instance in which the change was made."""
+
+        async def look_while_it_goes_on() -> bool | None:
+            found = await look()
+            if found is None:
+                await self._membership.check_goes_on(committed)
+            return found
+
         try:
-            await until(self._links.store, look, budget_s)
+            await until(self._links.store, look_while_it_goes_on, budget_s)
         except TimeoutError:
             observed = Observed.from_bytes(await self._links.store.get(self._links.keys.observed))
             beats = read_beats(await self._links.store.fields(self._links.keys.beats)).values()

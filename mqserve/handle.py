@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 from .broker.envelope import Meta
 from .broker.errors import BadType, BadValue
@@ -13,6 +13,13 @@ from .futures import Future
 
 if TYPE_CHECKING:
     from .sender import Sender
+
+
+class Address(NamedTuple):
+    """How another process finds an instance: what travels of its clients and their handles. URLs and keys do not."""
+
+    namespace: str
+    instance: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +38,23 @@ class HandleOptions:
             raise BadValue(f"request_timeout_s must be a number of seconds above 0, not {timeout_s!r}")
 
 
+class Home(Protocol):
+    """The client of a handle, as far as the handle knows it."""
+
+    @property
+    def sender(self) -> Sender: ...
+
+    @property
+    def address(self) -> Address: ...
+
+
 class _BaseHandle:
     """Clean for each `get_handle`; `options` makes another one and leaves this as it is. Pickles: it finds its instance again
     where it arrives."""
 
-    def __init__(
-        self, endpoint: str, find_sender: Callable[[], Sender], options: HandleOptions | None = None, *, missing_ok: bool = False
-    ) -> None:
+    def __init__(self, endpoint: str, home: Home, options: HandleOptions | None = None, *, missing_ok: bool = False) -> None:
         self._endpoint = endpoint
-        self._find_sender = find_sender
+        self._home = home
         self._options = options or HandleOptions()
         self._missing_ok = missing_ok
 
@@ -47,7 +62,7 @@ class _BaseHandle:
         return f"{type(self).__name__}(endpoint={self._endpoint!r})"
 
     def __reduce__(self) -> Any:
-        return _arrive, (type(self), self._endpoint, self._options, self._missing_ok)
+        return _arrive, (type(self), self._endpoint, self._home.address, self._options, self._missing_ok)
 
     def options(self, **options: Any) -> Self:
         """A handle with these set: method_name, shard_key, http_method, http_headers, request_timeout_s (which may only shorten the
@@ -57,7 +72,7 @@ class _BaseHandle:
         except TypeError:
             known = ", ".join(HandleOptions.__dataclass_fields__)
             raise BadType(f"a handle has no option {', '.join(options)}: there are {known}") from None
-        return type(self)(self._endpoint, self._find_sender, merged, missing_ok=self._missing_ok)
+        return type(self)(self._endpoint, self._home, merged, missing_ok=self._missing_ok)
 
     def _send(self, data: Any, arguments: dict[str, Any]) -> Future:
         options = self._options
@@ -69,7 +84,7 @@ class _BaseHandle:
             headers["x-serve-shard-key"] = options.shard_key
         pairs = tuple((name.encode(), value.encode()) for name, value in headers.items())
         meta = Meta(method=options.http_method.upper(), headers=pairs, endpoint=self._endpoint, call=call)
-        return self._find_sender().send(
+        return self._home.sender.send(
             meta, options.shard_key or "", data, arguments, wait_for_endpoint=self._missing_ok, timeout_s=options.request_timeout_s
         )
 
@@ -94,8 +109,18 @@ class AsyncHandle(_BaseHandle):
         return self._send(data, arguments)
 
 
-def _arrive(kind: type[_BaseHandle], endpoint: str, options: HandleOptions, missing_ok: bool) -> _BaseHandle:
-    """A handle in another process acts on the instance that is current there when it is used."""
-    from .api import current
+class _FarHome:
+    """Of a handle that came from elsewhere. Its instance is looked for when the handle is used."""
 
-    return kind(endpoint, lambda: current().sender, options, missing_ok=missing_ok)
+    def __init__(self, address: Address) -> None:
+        self.address = address
+
+    @property
+    def sender(self) -> Sender:
+        from .clients import clients
+
+        return clients.at(self.address).sender
+
+
+def _arrive(kind: type[_BaseHandle], endpoint: str, address: Address, options: HandleOptions, missing_ok: bool) -> _BaseHandle:
+    return kind(endpoint, _FarHome(address), options, missing_ok=missing_ok)

@@ -148,7 +148,10 @@ class _Members:
 
     def watch(self) -> None:
         """Starts again whichever of its processes dies, as long as there is the instance; a detached one's are on their own."""
-        if not self._options.detached:
+        if self._options.detached:
+            for process in self._processes:
+                process.disown()
+        else:
             self._watching = [asyncio.create_task(self._keep(place)) for place in range(len(self._processes))]
 
     async def _keep(self, place: int) -> None:

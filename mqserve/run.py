@@ -22,7 +22,6 @@ from .broker.settings import Settings
 from .client import Client
 from .declared import Declaration, take_declarations
 from .instance import StartOptions, parse_http_options
-from .session import open_client
 
 _DRAINING = "\nDraining … (once more to end at once)"
 
@@ -32,9 +31,8 @@ def run_until_stopped(target: str, settings: Settings, http: dict[str, Any]) -> 
     parsed, _ = parse_http_options(http)
     with _signals() as signals:
         find_declarations = _prepare(target)
-        client = open_client(settings, StartOptions(parsed))
+        client = api.start_under_run(settings, StartOptions(parsed))
         try:
-            api.adopt(client)
             for declaration in find_declarations():
                 _deploy(client, declaration)
             if not client.list_endpoints():

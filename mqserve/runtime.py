@@ -20,6 +20,7 @@ T = TypeVar("T")
 
 ORDERLY_END_S = 100.0  # as long as a shutdown may take of an instance to which nobody has deployed yet
 FORCED_END_S = 6.0
+_STOPPED = "Client has already been shut down."
 
 
 class Runtime:
@@ -30,6 +31,10 @@ class Runtime:
         self._thread = threading.Thread(target=self._loop.run_forever, name="mqserve", daemon=True)
         self._posted: deque[Callable[[], None]] = deque()
         self._woken = False
+        self._submitted: set[asyncio.Task[Any]] = set()
+        self._over = ""  # why, once it is
+        self._stopping = threading.Lock()  # between `submit` and `stop`: a loop that has stopped takes work, and never does it
+        self._stopped = False
         self._gave_up = False  # Ctrl-C came while work was waited for
 
     def __repr__(self) -> str:
@@ -39,11 +44,40 @@ class Runtime:
         self._thread.start()
 
     def submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
-        """Runs `work` over there. Raises InstanceError once stopped."""
-        if self._loop.is_closed():
+        """Runs `work` over there. Raises InstanceError once stopped; work that is under way then, or comes too late, fails with one."""
+        with self._stopping:
+            if self._stopped:
+                work.close()
+                raise InstanceError(self._over or _STOPPED)
+            return asyncio.run_coroutine_threadsafe(self._run(work), self._loop)
+
+    async def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        if self._over:
             work.close()
-            raise InstanceError("Client has already been shut down.")
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
+            raise InstanceError(self._over)
+        task: asyncio.Task[Any] | None = asyncio.current_task()
+        assert task is not None
+        self._submitted.add(task)
+        try:
+            return await work
+        except asyncio.CancelledError:
+            if self._over:
+                raise InstanceError(self._over) from None
+            raise
+        finally:
+            self._submitted.discard(task)
+
+    def is_over(self, why: str) -> None:
+        """From now on what is submitted, or is cancelled over there, fails with an InstanceError that says why."""
+        self._over = why
+
+    async def end_submitted(self) -> None:
+        """Cancels all that was submitted, but for the caller's own task."""
+        given_up = self._submitted - {asyncio.current_task()}
+        for task in given_up:
+            task.cancel()
+        if given_up:
+            await asyncio.wait(given_up, timeout=FORCED_END_S)
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
         """Runs `work` over there and waits for it here. Raises what it raises; Ctrl-C here cancels it there."""
@@ -63,20 +97,32 @@ class Runtime:
             try:
                 self._loop.call_soon_threadsafe(self._run_posted)
             except RuntimeError as error:
-                raise InstanceError("Client has already been shut down.") from error
+                self._woken = False
+                with suppress(ValueError):  # `stop` was faster: it ran
+                    self._posted.remove(callback)
+                    raise InstanceError(self._over or _STOPPED) from error
 
     def _run_posted(self) -> None:
         self._woken = False
-        while self._posted:
+        for _ in range(len(self._posted)):  # what comes from now on wakes again, and the loop's other work has its turn
             try:
-                self._posted.popleft()()
+                callback = self._posted.popleft()
+            except IndexError:  # refused after all
+                return
+            try:
+                callback()
             except Exception:
                 logger.exception("a posted callback failed: that is a bug in mqserve, please report it")
 
     def stop(self) -> None:
-        """What was cancelled (a start, by Ctrl-C) ends in good order first; another Ctrl-C cuts that short."""
-        if self._loop.is_closed():
-            return
+        """What was cancelled (a start, by Ctrl-C) ends in good order first; another Ctrl-C cuts that short.
+
+        What was posted and has not run does so here, in this thread.
+        """
+        with self._stopping:
+            if self._stopped:
+                return
+            self._stopped = True
         try:
             if self._gave_up:
                 self._finish(_end_of_cancelled(), ORDERLY_END_S)
@@ -86,6 +132,7 @@ class Runtime:
             self._thread.join(timeout=5)
             if not self._thread.is_alive():
                 self._loop.close()
+                self._run_posted()
 
     def _finish(self, work: Coroutine[Any, Any, None], budget_s: float) -> None:
         with suppress(Exception):

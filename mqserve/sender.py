@@ -6,10 +6,9 @@ import asyncio
 import concurrent.futures
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from .broker.caller import Caller
@@ -26,6 +25,7 @@ from .replicas.context import deadline
 from .runtime import Runtime
 
 APPEAR_BUDGET_S = 60.0  # how long a handle made with missing_ok waits for its endpoint
+_STOPPED = "the client reads no results any more: see its log"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +42,15 @@ class _Call:
 
 
 class Sender:
-    """Shared by all handles of a client; `desired` is replaced by whoever follows the document."""
+    """Shared by all handles of a client; `desired` is replaced by whoever follows the document, and `read_desired` reads it now."""
 
-    def __init__(self, runtime: Runtime, links: Links, caller: Caller) -> None:
+    def __init__(self, runtime: Runtime, links: Links, caller: Caller, read_desired: Callable[[], Awaitable[Desired]]) -> None:
         self._runtime = runtime
         self._links = links
         self._caller = caller
+        self._read_desired = read_desired
         self._signer = links.settings.signer
+        self._over = ""  # once the client ends: why
         self.desired = Desired()
 
     def __repr__(self) -> str:
@@ -67,7 +69,7 @@ class Sender:
         """A future at once. Futures among the arguments are resolved before the request is sent.
 
         It has the backend's `request_timeout_s`, or less: `timeout_s`, and in a handler what is left to the request that is running.
-        Raises UnknownEndpoint and NotEncodable; whatever happens later is the future's.
+        Raises UnknownEndpoint, NotEncodable, and InstanceError where the instance was shut down; whatever happens later is the future's.
         """
         call = _Call(mint_id(), meta, shard_key, data, arguments, min(timeout_s or math.inf, _left_s()), concurrent.futures.Future())
         call.pending.add_done_callback(lambda done: self._cancel([call.id]) if done.cancelled() else None)
@@ -101,8 +103,10 @@ class Sender:
         config = desired.backends[backend].config
 
         def send() -> None:
-            if call.pending.cancelled():
+            if call.pending.done():  # cancelled
                 return
+            if self._over:
+                return _fail(call.pending, InstanceError(self._over))
             try:
                 ticket = self._caller.send(
                     backend,
@@ -117,7 +121,7 @@ class Sender:
             except MQServeError as error:
                 _fail(call.pending, error)
             else:
-                ticket.future.add_done_callback(lambda done: _pass_on(done, call.pending))
+                ticket.future.add_done_callback(lambda done: self._pass_on(done, call.pending))
 
         return send
 
@@ -125,9 +129,12 @@ class Sender:
         shadow_id = mint_id()  # a seal is good for one id and one backend, so each copy has its own
         content_type, body = encode_value([call.data, call.arguments], self._signer, Claim("request", backend, shadow_id))
         timeout_s = desired.backends[backend].config.request_timeout_s
-        return lambda: self._caller.send_shadow(
-            backend, body, content_type, call.meta, origin="handle", timeout_s=timeout_s, shadow_id=shadow_id
-        )
+
+        def send() -> None:
+            if not self._over:
+                self._caller.send_shadow(backend, body, content_type, call.meta, origin="handle", timeout_s=timeout_s, shadow_id=shadow_id)
+
+        return send
 
     async def _send_later(self, call: _Call) -> None:
         try:
@@ -137,19 +144,39 @@ class Sender:
             arguments = {name: await _resolved(value) for name, value in call.arguments.items()}
             await asyncio.to_thread(self._send_now, replace(call, data=data, arguments=arguments))
         except asyncio.CancelledError:
-            _fail(call.pending, InstanceError("the client was shut down before the request was sent"))
+            _fail(call.pending, InstanceError(self._over or _STOPPED))
             raise
         except Exception as error:
             _fail(call.pending, error)
 
+    def _pass_on(self, done: asyncio.Future[Result], pending: concurrent.futures.Future[Result]) -> None:
+        if not pending.set_running_or_notify_cancel():
+            return
+        if done.cancelled():
+            pending.set_exception(InstanceError(self._over or _STOPPED))
+        elif (error := done.exception()) is not None:
+            pending.set_exception(error)
+        else:
+            pending.set_result(done.result())
+
     def _cancel(self, future_ids: list[str]) -> None:
-        with suppress(InstanceError):  # shut down: nobody is left to tell
-            for future_id in future_ids:
-                self._runtime.post(partial(self._caller.cancel, future_id))
+        def cancel() -> None:
+            for future_id in () if self._over else future_ids:
+                self._caller.cancel(future_id)
+
+        with suppress(InstanceError):  # closed: nobody is left to tell
+            self._runtime.post(cancel)
+
+    def end(self, why: str) -> None:
+        """On the runtime, before the reading of results ends: what is sent from now on fails at once, what waits fails with the reading."""
+        self._over = why
 
     async def _is_there(self, endpoint: str) -> bool | None:
-        self.desired = Desired.from_bytes(await self._links.store.get(self._links.keys.desired))
-        return True if endpoint in self.desired.endpoints else None
+        found = await self._read_desired()
+        if endpoint not in found.endpoints:
+            return None
+        self.desired = found
+        return True
 
     async def _until_there(self, endpoint: str) -> None:
         try:
@@ -185,20 +212,9 @@ def _left_s() -> float:
 
 
 def _fail(pending: concurrent.futures.Future[Result], error: BaseException) -> None:
-    if pending.set_running_or_notify_cancel():
+    if not pending.done() and pending.set_running_or_notify_cancel():
         pending.set_exception(error)
 
 
 async def _resolved(value: Any) -> Any:
     return await value if isinstance(value, Future) else value
-
-
-def _pass_on(done: asyncio.Future[Result], pending: concurrent.futures.Future[Result]) -> None:
-    if not pending.set_running_or_notify_cancel():
-        return
-    if done.cancelled():
-        pending.set_exception(InstanceError("the client was shut down before the result arrived"))
-    elif (error := done.exception()) is not None:
-        pending.set_exception(error)
-    else:
-        pending.set_result(done.result())

@@ -5,56 +5,70 @@ from __future__ import annotations
 import asyncio
 import atexit
 import logging
-from contextlib import AsyncExitStack
+from collections.abc import Callable
+from contextlib import AsyncExitStack, suppress
 
+from .broker.errors import InstanceEnded
 from .broker.settings import Settings
 from .client import Client
 from .controller import lease
 from .instance import StartOptions, running_instance, shut_down
-from .links import open_links
+from .links import Links, open_links
+from .membership import Membership
 from .replicas.context import in_replica_process
 from .runtime import Runtime
 
 logger = logging.getLogger(__name__)
 
 
-def open_client(settings: Settings, options: StartOptions | None) -> Client:
-    """Starts an instance by `options`, or joins the one that runs. Its `shutdown` undoes all of this, as does the end of the program
-    for an instance that is not detached."""
+def open_client(settings: Settings, options: StartOptions | None, on_end: Callable[[Client], None] = lambda client: None) -> Client:
+    """Starts an instance by `options`, or joins the one that runs. Its end undoes all of this, as does the end of the program for an
+    instance that is not detached; `on_end` is told when that begins."""
     runtime = Runtime()
     runtime.start()
-    session = _Session(runtime, settings, options)
+    session = Session(runtime, settings, options)
     try:
         client = runtime.call(session.enter())
     except BaseException:
         runtime.stop()
         raise
-    if options is not None and not options.detached:
+    session.on_end = lambda: on_end(client)
+    if session.owns:
         atexit.register(client.shutdown)
     return client
 
 
-class _Session:
-    """What lives on the runtime between a client's opening and its shutdown."""
+class Session:
+    """What lives on the runtime between a client's opening and its end."""
 
     def __init__(self, runtime: Runtime, settings: Settings, options: StartOptions | None) -> None:
         self._runtime = runtime
         self._settings = settings
         self._options = options
         self._stack = AsyncExitStack()
+        self._links: Links | None = None
+        self._membership: Membership | None = None
+        self._client: Client | None = None
         self._reading: asyncio.Task[None] | None = None
+        self._why = ""  # it ends
+        self.on_end: Callable[[], None] = lambda: None
+
+    @property
+    def owns(self) -> bool:
+        """Whether the instance ends with this process."""
+        return self._options is not None and not self._options.detached
 
     async def enter(self) -> Client:
         try:
             links = await self._stack.enter_async_context(open_links(self._settings, "replica" if in_replica_process() else "client"))
-            self._stack.push_async_callback(self._stop_reading)  # after the instance has drained: its last answers are read
+            self._stack.push_async_callback(self._stop_serving)  # after the instance has drained: its last answers are read
             if self._options is None:
                 instance = (await lease.read_instance(links.store, links.keys)).id
             else:
                 instance = await self._stack.enter_async_context(running_instance(links, self._options))
-            if self._options is None or self._options.detached:
-                self._stack.push_async_callback(shut_down, links, instance)
-            client = Client(self._runtime, links, instance, self._end)
+            self._membership = Membership(links, instance, owns=self.owns)
+            client = self._client = Client(self._runtime, links, self._membership, self)
+            self._links = links
             self._reading = asyncio.create_task(client.run(), name="read results")
             self._reading.add_done_callback(_tell_failure)
             return client
@@ -62,16 +76,34 @@ class _Session:
             await self._stack.aclose()
             raise
 
-    async def _stop_reading(self) -> None:
-        if self._reading is not None:
-            self._reading.cancel()
-            await asyncio.gather(self._reading, return_exceptions=True)
-
-    def _end(self) -> None:
+    def end(self, why: str, *, shuts_down: bool) -> None:
+        """Leaves the instance, or ends it first. Whoever waits in this client is told why."""
+        if self._client is not None:
+            atexit.unregister(self._client.shutdown)
+        self._why = why
+        self.on_end()
         try:
-            self._runtime.call(self._stack.aclose())
+            self._runtime.call(self._leave(shuts_down and not self.owns))
         finally:
             self._runtime.stop()
+
+    async def _leave(self, shuts_down: bool) -> None:
+        """What this process runs of the instance ends with the stack."""
+        try:
+            if shuts_down and self._links is not None and self._membership is not None:
+                with suppress(InstanceEnded):
+                    await shut_down(self._links, (await self._membership.read()).instance)
+        finally:
+            await self._stack.aclose()
+
+    async def _stop_serving(self) -> None:
+        self._runtime.is_over(self._why)
+        if self._client is not None:
+            await self._client.stop_sending(self._why)
+        if self._reading is not None:  # before what awaits its results, which would cancel those requests
+            self._reading.cancel()
+            await asyncio.gather(self._reading, return_exceptions=True)
+        await self._runtime.end_submitted()
 
 
 def _tell_failure(reading: asyncio.Task[None]) -> None:

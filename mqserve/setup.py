@@ -137,12 +137,12 @@ def store_rights(namespace: str) -> dict[str, StoreRights]:
         ),
         # A replica's own handles send and wait; the inboxes of others it only writes to.
         "replica": rights(
-            {*documents, *results, *counts, *inbox("replica"), keys.code("*"), keys.instance, keys.cancelled},
+            {*documents, *results, *counts, *inbox("replica"), keys.code("*"), keys.instance, keys.ended, keys.cancelled},
             {*results, *counts, *inbox("replica"), keys.inbox("*"), keys.beats, keys.cancelled},
             (*calls, *_BEATING, *counting, "rpush", "xread"),
         ),
         "client": rights(
-            {*documents, *results, *inbox("client"), keys.start("*"), keys.instance, keys.beats},
+            {*documents, *results, *inbox("client"), keys.start("*"), keys.instance, keys.ended, keys.beats},
             {*results, *inbox("client"), keys.desired, keys.code("*"), keys.cancelled},
             (*calls, "hgetall"),
         ),

@@ -13,7 +13,7 @@ from ..broker.envelope import MAX_HEAD_BYTES, Meta, is_minted, mint_id
 from ..broker.errors import BadValue, Cancelled, MQServeError, NoReplica, StoreUnavailable, TooLarge
 from ..broker.failures import name_of
 from ..broker.overload import HeldBytes
-from ..controller.state import choose
+from ..controller.state import Desired, choose
 from .departures import Departures
 from .metrics import CONTENT_TYPE, ProxyMetrics
 from .responses import Reply, from_error, from_result, json_reply, problem
@@ -57,6 +57,11 @@ class ProxyApp:
 
     def __repr__(self) -> str:
         return f"<ProxyApp {self.routes!r}>"
+
+    def forget_deleted(self, desired: Desired) -> None:
+        """What was counted of routes, endpoints and backends that are not there any more."""
+        self._metrics.keep(desired)
+        self._caller.keep_paces(desired.backends)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

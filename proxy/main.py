@@ -202,6 +202,7 @@ class Proxy:
             outer = await self._with_middlewares(app, desired)
         new = [why for route, why in table.left_out.items() if route not in app.routes.left_out]
         app.routes, self._outer.app, self._middlewares = table, outer, desired.http.middlewares
+        app.forget_deleted(desired)
         if new:  # the rest is followed: one route must not cost the others
             self._refuse(desired, new[0])
         elif self._refused not in table.left_out.values():

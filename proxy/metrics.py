@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
+from ..controller.state import Desired
+
 LATENCY_BUCKETS_MS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 
@@ -38,6 +40,7 @@ class ProxyMetrics:
         self._routes: dict[str, RouteCounts] = {}
         self.sent: Counter[str] = Counter()  # by endpoint
         self.waiting: Counter[tuple[str, str]] = Counter()  # by backend and endpoint
+        self._desired: Desired | None = None  # the last one followed
 
     def __repr__(self) -> str:
         return f"<ProxyMetrics of {len(self._routes)} routes>"
@@ -48,6 +51,25 @@ class ProxyMetrics:
             counts = self._routes[pattern] = RouteCounts()
         return counts
 
+    def keep(self, desired: Desired) -> None:
+        """Forgets what is not in the document; a request that is still under way counts until it is answered."""
+        self._desired = desired
+        self._forget_deleted()
+
+    def _forget_deleted(self) -> None:
+        """Also before each scrape: a request that outlived its route has counted once more since."""
+        if self._desired is None:
+            return
+        endpoints = self._desired.endpoints
+        routes = {endpoint.route for endpoint in endpoints.values()}
+        self._routes = {pattern: counts for pattern, counts in self._routes.items() if pattern in routes}
+        for name in self.sent.keys() - endpoints.keys():
+            del self.sent[name]
+        for backend, name in list(self.waiting):
+            is_known = name in endpoints and backend in endpoints[name].traffic
+            if not is_known and not self.waiting[backend, name]:
+                del self.waiting[backend, name]
+
     def exposition(self) -> bytes:
         """These, and whatever else this process has (the embedded form's replicas, the users' own), in Prometheus's text format."""
         registry = CollectorRegistry()
@@ -55,6 +77,7 @@ class ProxyMetrics:
         return generate_latest(registry) + generate_latest(REGISTRY)
 
     def collect(self) -> Iterator[Metric]:
+        self._forget_deleted()
         requests = CounterMetricFamily("mqserve_num_http_requests", "HTTP requests that matched a route.", labels=["route"])
         responses = CounterMetricFamily("mqserve_num_http_responses", "HTTP answers by status.", labels=["route", "status"])
         latency = HistogramMetricFamily("mqserve_http_latency_ms", "From a request's arrival to its answer.", labels=["route"])

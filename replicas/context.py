@@ -56,6 +56,11 @@ def in_replica_process() -> bool:
     return bool(_process)
 
 
+def in_replica() -> bool:
+    """Whether the code of a replica calls this."""
+    return bool(_process) or getattr(_here, "context", None) is not None
+
+
 def get_current_backend_tag() -> str:
     return get_replica_context().backend_tag
 

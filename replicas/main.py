@@ -141,6 +141,7 @@ class Replica:
                 for task in to_the_end:
                     task.cancel()
         finally:
+            metrics.end()
             await server.abandon()  # a process's end does that; in the embedded form nobody else would
         worker.check()
 

@@ -1,11 +1,13 @@
 """What a replica counts; names and labels as in the seed, with its `ray_serve_` prefix replaced. Shadows count as any request.
 
 Requests are counted in plain numbers and handed to prometheus_client a few times a second: observing three histograms for
-each would cost more than the rest of settling it.
+each would cost more than the rest of settling it. A replica's series end with it: those of a process go with its files, which
+the node forgets, and in the embedded form they are taken away here.
 """
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_left
 from collections import Counter as Counts
 
@@ -17,6 +19,8 @@ from ..broker.results import Result
 LATENCY_BUCKETS_MS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 _BACKEND, _REPLICA = ["backend"], ["backend", "replica"]
+_REASONS = ("late", "cancelled", "dead letter")
+_FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"  # set by the node: values lie in its files, and cannot be taken away one by one
 
 _requests = Counter("mqserve_backend_request_counter", "Requests answered.", _BACKEND)
 _errors = Counter("mqserve_backend_error_counter", "Requests whose handler raised.", _BACKEND)
@@ -29,15 +33,16 @@ _processing_ms = Histogram(
 _batch_size = Histogram("mqserve_backend_batch_size", "Requests in one call.", _REPLICA, buckets=BATCH_BUCKETS)
 _queued = Gauge("mqserve_replica_queued_queries", "Requests held that do not run yet.", _REPLICA, multiprocess_mode="livesum")
 _processing = Gauge("mqserve_replica_processing_queries", "Requests that run now.", _REPLICA, multiprocess_mode="livesum")
+_living: Counts[str] = Counts()  # replicas in this process, by backend: the backend's own series go with the last one
 
 
 class ReplicaMetrics:
-    """The metrics of one replica, their labels bound once."""
+    """The metrics of one replica, their labels bound once. From `ready` to `end` there are series of it."""
 
     def __init__(self, backend: str, replica_id: str) -> None:
         self._labels = (backend, replica_id)
         self._answered = self._failed = 0
-        self.dropped: Counts[str] = Counts(dict.fromkeys(("late", "cancelled", "dead letter"), 0))  # all of them show, from the start
+        self.dropped: Counts[str] = Counts(dict.fromkeys(_REASONS, 0))  # all of them show, from the start
         self._queuing = _Gathered(_queuing_ms.labels(*self._labels), LATENCY_BUCKETS_MS)
         self._batch_sizes = _Gathered(_batch_size.labels(*self._labels), BATCH_BUCKETS)
         self._processing: dict[int, _Gathered] = {}
@@ -46,6 +51,7 @@ class ReplicaMetrics:
         return f"<ReplicaMetrics of {self._labels[1]}>"
 
     def ready(self) -> None:
+        _living[self._labels[0]] += 1
         _starts.labels(*self._labels).inc()
 
     def done(self, envelope: Envelope, result: Result, now_ms: int, run_s: float, batch_size: int) -> None:
@@ -75,6 +81,25 @@ class ReplicaMetrics:
             gathered.hand_over()
         _queued.labels(*self._labels).set(queued)
         _processing.labels(*self._labels).set(processing)
+
+    def end(self) -> None:
+        """Nothing is handed over after this."""
+        backend = self._labels[0]
+        _living[backend] -= 1
+        is_last = not _living[backend]
+        if is_last:
+            del _living[backend]
+        if _FOLDER_VARIABLE in os.environ:
+            return
+        for metric in (_starts, _queuing_ms, _batch_size, _queued, _processing):
+            metric.remove(*self._labels)
+        for batch_size in self._processing:
+            _processing_ms.remove(*self._labels, str(batch_size))
+        if is_last:
+            _requests.remove(backend)
+            _errors.remove(backend)
+            for reason in _REASONS:
+                _dropped.remove(backend, reason)
 
 
 class _Gathered:

@@ -101,6 +101,20 @@ def test_code_of_an_importable_module_ships_by_name(either_shell: CommandLine) -
     assert httpx.get(f"{url}/till", timeout=30).text == "from shop"
 
 
+def test_a_block_in_the_file_does_not_end_the_instance_of_run(shell: CommandLine) -> None:
+    file = shell.file(
+        "block.py",
+        "import mqserve as serve\n"
+        "with serve.start() as client:\n"
+        "    client.create_backend('b', lambda request: 'served')\n"
+        "    client.create_endpoint('e', backend='b', route='/e')\n",
+    )
+    program = shell.start("run", file, "--port", "0")
+    found = re.search(r"http://\S+", program.wait_for("Ctrl-C stops"))
+    assert found
+    assert httpx.get(f"{found[0]}/e").text == "served"
+
+
 def test_a_module_runs_by_its_name_too(shell: CommandLine) -> None:
     shell.file("app.py", HELLO)
     port = free_port()

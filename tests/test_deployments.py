@@ -13,6 +13,7 @@ from mqserve.controller.resources import ActorOptions
 from mqserve.controller.state import Backend, BackendConfig, Desired, Observed
 from mqserve.deployments import Deployments
 from mqserve.links import Links
+from mqserve.membership import Membership
 
 pytestmark = pytest.mark.anyio
 
@@ -29,7 +30,8 @@ class Meanwhile(EmbeddedStore):
 
 
 def deployments(store: EmbeddedStore) -> Deployments:
-    return Deployments(Links(Settings.read(), EmbeddedQueue(), store, KEYS, "test"), "i", lambda desired: None)
+    links = Links(Settings.read(), EmbeddedQueue(), store, KEYS, "test")
+    return Deployments(links, Membership(links, "i", owns=True), lambda desired: None)
 
 
 async def test_an_update_that_fails_is_rolled_back_to_what_it_replaced_and_not_past_that() -> None:

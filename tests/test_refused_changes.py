@@ -17,6 +17,7 @@ from mqserve.controller import desired as changes
 from mqserve.controller.state import Beat, Desired, HttpOptions
 from mqserve.deployments import Deployments
 from mqserve.links import Links
+from mqserve.membership import Membership
 
 pytestmark = pytest.mark.anyio
 
@@ -41,7 +42,8 @@ class Instance:
     def __init__(self) -> None:
         settings = Settings.read({})
         self.store, self.keys = EmbeddedStore(), StoreKeys(settings.namespace)
-        self.deployments = Deployments(Links(settings, EmbeddedQueue(), self.store, self.keys, "test"), "i", lambda desired: None)
+        links = Links(settings, EmbeddedQueue(), self.store, self.keys, "test")
+        self.deployments = Deployments(links, Membership(links, "i", owns=True), lambda desired: None)
 
     async def desired(self) -> Desired:
         return Desired.from_bytes(await self.store.get(self.keys.desired))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from mqserve.broker.errors import InstanceError
 from mqserve.runtime import Runtime
 from tests.instances import wait_until
 
@@ -58,3 +59,49 @@ def test_what_nobody_has_cancelled_does_not_keep_a_runtime_from_stopping() -> No
     runtime.submit(forever())
     runtime.stop()
     assert ended.wait(1)
+
+
+def test_work_that_is_under_way_when_a_client_ends_is_told_why_and_so_is_what_comes_later() -> None:
+    async def forever() -> None:
+        await asyncio.sleep(60)
+
+    runtime = Runtime()
+    runtime.start()
+    under_way = runtime.submit(forever())
+    runtime.call(asyncio.sleep(0))
+    runtime.call(_end(runtime))
+    with pytest.raises(InstanceError, match="closed"):
+        under_way.result(10)
+    with pytest.raises(InstanceError, match="closed"):
+        runtime.call(forever())
+    runtime.stop()
+    with pytest.raises(InstanceError, match="closed"):
+        runtime.call(forever())
+
+
+async def _end(runtime: Runtime) -> None:
+    runtime.is_over("it was closed")
+    await runtime.end_submitted()
+
+
+def test_what_is_posted_while_a_runtime_stops_is_run_or_refused() -> None:
+    """Whoever waits for what it was to bring about would wait in vain."""
+    for _ in range(20):
+        runtime, ran = Runtime(), 0
+        runtime.start()
+        accepted = 0
+
+        def run() -> None:
+            nonlocal ran
+            ran += 1
+
+        stopping = threading.Thread(target=runtime.stop)
+        stopping.start()
+        try:
+            while True:
+                runtime.post(run)
+                accepted += 1
+        except InstanceError:
+            pass
+        stopping.join()
+        assert ran == accepted

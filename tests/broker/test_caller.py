@@ -8,10 +8,12 @@ from contextlib import asynccontextmanager
 import pytest
 
 from mqserve.broker.caller import INLINE_BODY_BYTES, Caller, Ticket
+from mqserve.broker.cancellations import CANCELLED
 from mqserve.broker.embedded_queue import EmbeddedQueue
 from mqserve.broker.embedded_store import EmbeddedStore
 from mqserve.broker.envelope import Envelope, Header, Meta, mint_id
 from mqserve.broker.errors import BrokerUnavailable, NotRouted, Overloaded, StoreUnavailable, TooLarge
+from mqserve.broker.overload import MIN_RETRY_S
 from mqserve.broker.queue import Delivery, Queue, Settled
 from mqserve.broker.results import INLINE_BYTES, Result, note_of
 from mqserve.broker.store import Record, Store
@@ -141,6 +143,32 @@ async def test_a_request_for_a_full_backend_fails(caller: Caller, queue: Queue) 
         await answer(refused)
     assert len(caller.waits) == 1
     kept.future.cancel()
+
+
+async def test_how_quickly_a_backend_answered_is_forgotten_with_it(caller: Caller, queue: Queue) -> None:
+    for backend in ("kept", "deleted"):
+        await queue.declare(backend, 1, max_length=1)
+        send(caller, backend=backend)
+    await asyncio.sleep(MIN_RETRY_S * 1.5)  # so long has nothing moved
+    caller.keep_paces({"kept"})
+    advised: dict[str, float] = {}
+    for backend in ("kept", "deleted"):
+        with pytest.raises(Overloaded) as refusal:
+            await answer(send(caller, backend=backend))
+        advised[backend] = refusal.value.retry_after_s
+    assert advised["deleted"] == MIN_RETRY_S < advised["kept"]
+
+
+async def test_what_was_sent_and_what_was_cancelled_is_settled_in_time(caller: Caller, queue: Queue, store: Store, keys: StoreKeys) -> None:
+    await queue.declare("b", 1, None)
+    tickets = [send(caller), caller.send("b", b"x" * (INLINE_BODY_BYTES + 1), "text/plain", Meta(), origin="handle", timeout_s=30)]
+    caller.cancel(tickets[0].id)
+    await caller.settle()
+    assert caller.held.held == 0
+    assert await queue.depth("b", 1) == 2
+    assert await store.get(keys.future(tickets[0].id)) == CANCELLED.to_bytes()
+    for ticket in tickets:
+        ticket.future.cancel()
 
 
 @pytest.mark.parametrize(("body", "headers", "status"), [(b"x" * (64 * 1024 * 1024 + 1), b"", 413), (b"", b"x" * 200_000, 431)])

@@ -1,6 +1,7 @@
 """What only the queue on RabbitMQ goes through: losses, reconnects, strangers."""
 
 import asyncio
+import gc
 import time
 from typing import Any
 
@@ -11,6 +12,7 @@ from yarl import URL
 from mqserve.broker.dead_letters import Death
 from mqserve.broker.envelope import Envelope, Header
 from mqserve.broker.errors import BadEnvelope, BrokerUnavailable, MQServeError, QueueMismatch
+from mqserve.broker.queue import Queue
 from mqserve.broker.queue_names import backend_queue, dead_queue, requests_exchange
 from mqserve.broker.rabbitmq import open_rabbitmq
 from mqserve.broker.settings import masked
@@ -233,3 +235,22 @@ async def test_an_end_is_not_kept_waiting_by_a_broker_that_takes_nothing(broker_
     assert all(isinstance(fate, BrokerUnavailable) for fate in await asyncio.gather(*fates))
     await until(lambda: not [task for task in asyncio.all_tasks() if "Connection.__" in repr(task.get_coro())])
     assert time.monotonic() - begun < 20
+
+
+async def test_a_connection_keeps_nothing_of_the_queues_that_came_and_went(broker_url: str, namespace: str) -> None:
+    async def comes_and_goes(queue: Queue) -> None:
+        await queue.declare("b", 1, None)
+        await queue.depth("b", 1)
+        await queue.unbind("b", 1)
+        assert await queue.delete("b", 1, only_if_empty=False)
+
+    def locks_and_futures() -> int:
+        gc.collect()
+        return sum(isinstance(kept, asyncio.Lock | asyncio.Future) for kept in gc.get_objects())
+
+    async with open_rabbitmq(broker_url, namespace, "controller") as queue:
+        await comes_and_goes(queue)
+        before = locks_and_futures()
+        for _ in range(10):
+            await comes_and_goes(queue)
+        await until(lambda: locks_and_futures() < before + 10)

@@ -9,6 +9,7 @@ import pytest
 from mqserve.broker.embedded_store import EmbeddedStore
 from mqserve.broker.errors import BadType, BadValue, InstanceError, StoreUnavailable
 from mqserve.broker.store_keys import StoreKeys
+from mqserve.controller import lease
 from mqserve.controller.desired import (
     commit,
     create_backend,
@@ -180,7 +181,30 @@ def test_a_retry_recognises_its_own_change() -> None:
 def test_a_client_of_an_instance_that_is_gone_is_told_so(stored: Desired | None) -> None:
     async def main() -> None:
         store = EmbeddedStore() if stored is None else await store_with(stored)
+        if stored is None:
+            await lease.forget(store, KEYS, "i")
         with pytest.raises(InstanceError, match="has been shut down"):
             await commit(store, KEYS, "i", create_backend(A))
+
+    asyncio.run(main())
+
+
+def test_a_change_of_an_instance_that_is_being_shut_down_is_refused() -> None:
+    async def main() -> None:
+        store = await store_with(Desired(instance="i", closing=True))
+        with pytest.raises(InstanceError, match="is being shut down: start it again once it is down"):
+            await commit(store, KEYS, "i", create_backend(A))
+
+    asyncio.run(main())
+
+
+def test_a_change_waits_for_documents_that_a_leader_writes_back() -> None:
+    async def main() -> None:
+        store = EmbeddedStore()
+        committing = asyncio.create_task(commit(store, KEYS, "i", create_backend(A)))
+        await asyncio.sleep(0)
+        await store.replace(KEYS.desired, None, Desired(instance="i", epoch=2, version=7).to_bytes())
+        committed = await committing
+        assert (committed.epoch, committed.version, set(committed.backends)) == (2, 8, {"a"})
 
     asyncio.run(main())

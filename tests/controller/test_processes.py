@@ -46,3 +46,9 @@ async def test_a_child_that_somebody_else_saw_ending_has_ended_all_the_same(chil
     process = child("exit 3")
     wait_until(lambda: process.returncode is not None)
     assert await process.wait() == "exit code 3"
+
+
+async def test_a_child_that_is_disowned_is_reaped_when_it_ends(child: Callable[[str], Process]) -> None:
+    process = child("exit 0")
+    process.disown()
+    wait_until(lambda: not psutil.pid_exists(process.pid))

@@ -187,3 +187,20 @@ async def test_a_new_leader_finds_the_queue_of_which_only_the_last_one_knew() ->
             return (await instance.observed()).queues == {"b": (1, 2)}
 
         await until(is_followed)
+
+
+async def test_a_backend_that_was_deleted_by_force_is_not_remembered_once_nothing_is_left_of_it() -> None:
+    async with led(EmbeddedQueue()) as instance:
+        await instance.change(create_backend(B))
+        replica = Beat("replica", "b#1", instance.store.now_ms() + 600_000, backend="b", generations=(1,))
+        await instance.says(replica)
+        await instance.change(delete_backend("b", force=True))
+        await ticks(instance, 2)
+        assert (await instance.desired()).forced == ("b",), "its replica is still there, and not to drain"
+        await instance.store.drop_fields(KEYS.beats, replica.field)
+
+        async def is_forgotten() -> bool:
+            await ticks(instance, 1)
+            return not (await instance.desired()).forced
+
+        await until(is_forgotten)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -15,6 +16,9 @@ import psutil
 import pytest
 import redis
 
+from mqserve.broker.redis_store import open_redis
+from mqserve.broker.store_keys import StoreKeys
+from mqserve.controller.lease import has_ended
 from mqserve.setup import acl_rules, broker_rights
 from tests.conftest import running
 from tests.faults.composed import ROLES, Composed, configured, dot_env
@@ -123,6 +127,15 @@ def test_http_is_served_by_every_proxy(composed: Composed) -> None:
 
 def test_bodies_and_results_beyond_a_megabyte_are_served(url: str) -> None:
     assert httpx.post(f"{url}/double", content="x" * 1_500_000, headers={"content-type": "text/plain"}, timeout=30).text == "x" * 3_000_000
+
+
+@pytest.mark.parametrize("role", ["client", "replica"])
+def test_whoever_calls_may_ask_whether_the_instance_was_shut_down(composed: Composed, role: str) -> None:
+    async def ask() -> bool:
+        async with open_redis(composed.url("redis", role), "mqserve") as store:
+            return await has_ended(store, StoreKeys("mqserve"), "another")
+
+    assert asyncio.run(ask()) is True
 
 
 def test_a_late_request_is_told_where_its_time_went(url: str) -> None:
