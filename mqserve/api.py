@@ -10,7 +10,7 @@ from .broker.errors import InstanceError
 from .broker.settings import Settings
 from .client import Client
 from .controller.state import BackendConfig
-from .futures import Future
+from .futures import Future, check_results
 from .handle import AsyncHandle, Handle
 from .instance import StartOptions, parse_http_options
 from .session import open_client
@@ -66,8 +66,25 @@ def _join_run(client: Client, detached: bool, http_options: dict[str, Any] | Non
     return client
 
 
-def connect(*, broker_url: str | None = None, store_url: str | None = None, namespace: str | None = None) -> Client:
-    """Joins the instance that runs under the namespace; inside a replica, its own. Raises InstanceError when there is none."""
+def connect(
+    *,
+    broker_url: str | None = None,
+    store_url: str | None = None,
+    namespace: str | None = None,
+    results: Literal["any", "plain"] = "any",
+) -> Client:
+    """Joins the instance that runs under the namespace; inside a replica, its own. Raises InstanceError when there is none.
+
+    results: "plain" for a client that opens no pickle in any result from now on; one that needs it is a NotEncodable.
+    """
+    check_results(results)
+    client = _connect(broker_url, store_url, namespace)
+    if results == "plain":
+        client.sender.only_plain = True
+    return client
+
+
+def _connect(broker_url: str | None, store_url: str | None, namespace: str | None) -> Client:
     global _current
     with _lock:
         if _current is not None and not _current._closed:
