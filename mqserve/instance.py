@@ -136,7 +136,8 @@ class _Members:
         if self._links.settings.embedded:
             links = self._links
             controller = Controller(links.store, links.keys, links.queue, links.process_id, self._instance)
-            node = Node(NodeOptions(self._node_id, capacity=measure_node(None, None, {})), links.store, links.keys, EmbeddedLauncher(links))
+            options = NodeOptions(self._node_id, capacity=measure_node(None, None, {}))
+            node = Node(options, links.store, links.keys, EmbeddedLauncher(links), links.settings.signer)
             self._tasks = [asyncio.create_task(controller.run(self._stop)), asyncio.create_task(node.run(self._stop))]
             return
         self._processes = [Process(command, self._links.settings, detached=self._options.detached) for command in self._commands()]

@@ -40,7 +40,7 @@ async def run_node(settings: Settings, options: NodeOptions, metrics_host: str, 
         with serve_metrics(metrics_host, metrics_port) as metrics:
             options, keys = replace(options, metrics=metrics), StoreKeys(settings.namespace)
             await check_name_is_free(store, keys, options.node_id)
-            await Node(options, store, keys, ProcessLauncher(settings)).run(stop)
+            await Node(options, store, keys, ProcessLauncher(settings), settings.signer).run(stop)
     return 0
 
 
