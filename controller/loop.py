@@ -281,6 +281,7 @@ class Controller:
             proxies=() if desired.closing else plan.place_proxies(desired, nodes),
             problems=self._problems(desired, beats, {} if may_yet_come else placement.unplaced),
             down_since=self._down_since(desired, observed, placed, replicas, now_ms),
+            sealed=not plan.without_seals(beats),
         )
 
     def _count_death(self, assignment: Assignment, last_beat: Beat | None, how: str, now: float, *, was_ready: bool) -> None:
@@ -304,6 +305,10 @@ class Controller:
         for beat in beats.values():
             if beat.kind == "proxy" and beat.state == "failed":
                 problems[f"proxy on {beat.node or beat.host}"] = beat.error
+        if (unsealing := plan.without_seals(beats)) and any(beat.seals for beat in beats.values()):
+            problems["requests without a seal"] = (
+                f"of {', '.join(unsealing)}, so replicas believe anybody's mq header: update them, and set MQSERVE_SECRET_KEY everywhere"
+            )
         if self._concern:
             problems["the store"] = self._concern
         return problems

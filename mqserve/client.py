@@ -59,7 +59,8 @@ class Client:
         """Reads results and follows the desired document until cancelled; for whoever made the client."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._caller.run())
-            async for desired, _ in follow_state(self._links.store, self._links.keys):
+            async for desired, observed in follow_state(self._links.store, self._links.keys):
+                self._sender.demands_seals = observed is not None and observed.sealed
                 if desired is not None and desired.instance == self._instance:
                     self._follow(desired)
                 else:  # nothing, or another's, which came while this process was suspended
