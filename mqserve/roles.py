@@ -27,7 +27,7 @@ async def run_controller(settings: Settings, controller_id: str) -> int:
     stop = stop_event()
     async with open_links(settings, "controller") as links:
         instance = await join_or_start(links)
-        await Controller(links.store, links.keys, links.queue, controller_id, instance).run(stop)
+        await Controller(links.store, links.keys, links.queue, controller_id, instance, has_key=bool(settings.secret_keys)).run(stop)
         if stop.orphaned:  # the starter was killed: the namespace is free at once, and the queues keep what was accepted
             await lease.forget(links.store, links.keys, instance)
     return 0

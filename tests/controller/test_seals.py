@@ -12,7 +12,7 @@ from mqserve.broker.signing import Signer
 from mqserve.broker.store_keys import StoreKeys
 from mqserve.controller.environments import check_environment, seal_environment
 from mqserve.controller.lease import claim_instance
-from mqserve.controller.plan import without_seals
+from mqserve.controller.plan import seal_problem, without_seals
 from mqserve.controller.resources import ActorOptions, Demand
 from mqserve.controller.state import Assignment, Backend, Beat, Desired, Observed, read_beats
 from tests.controller.test_leading import HTTP, controllers, until
@@ -65,28 +65,29 @@ async def test_the_leader_tells_replicas_to_demand_seals_while_everybody_seals()
         await beat("new", seals=True)
         await beat("old", seals=False)
         await until(lambda: demands(False))
-        (problem,) = [words for name, words in (await observed()).problems.items() if name == "requests without a seal"]
-        assert "of old," in problem and "new" not in problem and "MQSERVE_SECRET_KEY" in problem
+        assert (await observed()).problems["requests without a seal"].endswith("have MQSERVE_SECRET_KEY: old")
         await store.drop_fields(keys.beats, "proxy:old")
         await store.announce()
         await until(lambda: demands(True))
         assert not (await observed()).problems
 
 
-async def test_an_instance_without_any_key_is_no_problem() -> None:
+async def test_nothing_is_demanded_where_the_controller_has_no_key_even_before_anybody_is_there() -> None:
+    """A client without a key takes what the document says for the instance's word."""
     store, keys = EmbeddedStore(), StoreKeys("tests")
     await claim_instance(store, keys, "", HTTP, detached=True)
-    beat = Beat("proxy", "keyless", store.now_ms())
-    await store.put_field(keys.beats, beat.field, beat.to_bytes())
     async with controllers(store, keys) as running:
-        running.start("first")
-
-        async def is_said() -> bool:
-            return (await store.get(keys.observed)) is not None
-
-        await until(is_said)
+        running.start("first", has_key=False)
+        await running.leads("first")
         found = Observed.from_bytes(await store.get(keys.observed))
         assert not found.sealed and not found.problems
+
+
+def test_where_nobody_has_a_key_there_is_no_problem_and_where_some_have_there_is() -> None:
+    keyless, sealing = beats(p=member("proxy", "p"), r=member("replica", "r")), beats(q=member("proxy", "q", seals=True))
+    assert not seal_problem(keyless, has_key=False) and not seal_problem(sealing, has_key=True)
+    assert seal_problem(keyless, has_key=True).endswith(": p, r")
+    assert seal_problem({**keyless, **sealing}, has_key=False).endswith(": the controller, p, r")
 
 
 def test_a_document_of_an_earlier_version_demands_nothing() -> None:

@@ -511,6 +511,7 @@ def publish_in_our_name(composed: Composed, messages: st.SearchStrategy[MadeUp])
             published += 1
 
         publish()
+    composed.broker.ctl("delete_user", "stranger")
     return published
 
 
@@ -539,6 +540,7 @@ def test_who_may_only_publish_reaches_no_handler_as_http_and_nobodys_inbox_body_
         assert store.blmpop(0.1, 1, NOBODYS_INBOX, direction="LEFT") is None
         (composed.folder / "release").touch()
         assert victim.wait_for("told").split() == ["told", "held", "1500000", "2000000"]
+        (composed.folder / "release").unlink()
 
 
 # Code: run where it is sealed.
