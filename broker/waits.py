@@ -131,11 +131,11 @@ class Waits:
                 self._strangers.pop(future_id, None)
 
     async def first_result(self, future_ids: Sequence[str]) -> tuple[str, Result]:
-        """(id, result) of whichever of these has one first."""
+        """(id, result) of whichever of these has one first; of several that have one, the first in the list."""
         waits = {asyncio.create_task(self.result(future_id, None)): future_id for future_id in future_ids}
         try:
             done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            first = done.pop()
+            first = next(wait for wait in waits if wait in done)
             return waits[first], first.result()
         finally:
             for wait in waits:

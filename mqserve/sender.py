@@ -170,7 +170,7 @@ class Sender:
         """See `Client.future`."""
         keys = [future_id] if backend is None else [f"{backend}/{future_id}"]
         if backend is not None and len(future_id) == MINTED_ID_LENGTH:
-            keys.append(future_id)  # it may be either
+            keys.insert(0, future_id)  # it may be either, and a publisher may have taken the id of a request of ours for its own
         found: list[str] = []
 
         async def find() -> Result:

@@ -284,7 +284,7 @@ def test_what_only_our_own_processes_may_say_is_refused_under_the_publishers_own
         assert json.loads(body)["error"]["type"] == "mqserve.BadSignature"
     with pytest.raises(serve.RemoteError, match="says more than a direct publisher may"):
         serve.future("order-1", backend=predicting).result(timeout=30)
-    assert serve.future(ours.id).result(timeout=30) == "called"
+    assert serve.future(ours.id).result(timeout=30) == serve.future(ours.id, backend=predicting).result(timeout=30) == "called"
 
 
 def test_a_sealed_message_that_is_repeated_for_its_answer_is_refused(channel: BlockingChannel, exchange: str, predicting: str) -> None:
