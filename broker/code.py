@@ -1,4 +1,4 @@
-"""How code travels: by import string, or by value as a sealed pickle; kept in the store under the hash of what it is."""
+"""How code travels: by import string, or by value as a sealed pickle, in a sealed record; kept in the store under its hash."""
 
 from __future__ import annotations
 
@@ -19,27 +19,56 @@ import cloudpickle
 import msgspec
 
 from . import pickling
-from .codecs import decode_value, encode_value
+from .codecs import MSGPACK, decode_value, encode_value
 from .errors import UNPARSABLE, BadEnvelope, BadSignature, BadValue, NotEncodable
 from .signing import Claim, Signer
 from .store import Store
 from .store_keys import CODE_TTL_S, StoreKeys
 
 _CLAIM = Claim("code")
+_NO_ARGUMENTS = (MSGPACK, msgspec.msgpack.encode([]))
 _packing = threading.RLock()  # what cloudpickle is told of a module is one for all threads, and two may deploy from one module
 
 
 class Code(msgspec.Struct, frozen=True):
-    """A target and the arguments to construct it with; exactly one of `target` (`pkg.mod:attr`) and `sealed` is set."""
+    """A target and the arguments to construct it with; exactly one of `target` (`pkg.mod:attr`) and `sealed` is set.
+
+    `seal` is over all of the record, since a name is as good as code to whoever may choose it; empty where there is no key.
+    """
 
     name: str
     target: str = ""
     sealed: bytes = b""
     args_type: str = ""
     args: bytes = b""
+    seal: bytes = b""
 
     def to_bytes(self) -> bytes:
         return msgspec.msgpack.encode(self)
+
+    def with_seal(self, signer: Signer) -> Code:
+        return msgspec.structs.replace(self, seal=signer.seal(b"", self._claim)) if signer else self
+
+    def check(self, signer: Signer) -> None:
+        """Raises BadSignature unless a holder of the key made the record. Without a key there is nothing to check by.
+
+        Code that an earlier version sent by value has a seal of its own and none of the record; it counts where no arguments could have
+        been put beside it.
+        """
+        if not signer:
+            return
+        if self.seal:
+            signer.open(self.seal, self._claim)
+        elif not self.sealed or (self.args_type, self.args) != _NO_ARGUMENTS:
+            raise BadSignature(
+                f"the code {self.name!r} in the store was not sealed by a key of this instance, but by an earlier version, by a client "
+                "without MQSERVE_SECRET_KEY, or by whoever may write there: deploy it again"
+            )
+
+    @property
+    def _claim(self) -> Claim:
+        unsealed = msgspec.structs.replace(self, seal=b"").to_bytes()
+        return Claim("code", id=hashlib.sha256(unsealed).hexdigest(), content_type="record")
 
     @property
     def sha256(self) -> str:
@@ -58,7 +87,7 @@ def pack(target: object, args: tuple[Any, ...], signer: Signer) -> Code:
         name, by_name = getattr(target, "__qualname__", type(target).__qualname__), _installed_name(target)
     args_type, packed_args = encode_value(list(args), signer, _CLAIM)
     if by_name:
-        return Code(name, target=by_name, args_type=args_type, args=packed_args)
+        return Code(name, target=by_name, args_type=args_type, args=packed_args).with_seal(signer)
     if not signer:
         raise NotEncodable(
             f"{name} would travel by value, as a signed pickle, and there is no key: set MQSERVE_SECRET_KEY (the same for all "
@@ -72,17 +101,20 @@ def pack(target: object, args: tuple[Any, ...], signer: Signer) -> Code:
             f"{name} cannot travel to its replicas: it does not pickle ({error}); keep such objects out of globals and closures, "
             "make them in the constructor, or name the code by an import string"
         ) from error
-    return Code(name, sealed=signer.seal(payload, _CLAIM), args_type=args_type, args=packed_args)
+    return Code(name, sealed=signer.seal(payload, _CLAIM), args_type=args_type, args=packed_args).with_seal(signer)
 
 
 def unpack(raw: bytes, sha256: str, signer: Signer) -> tuple[Any, list[Any]]:
-    """(target, constructor arguments). Raises BadSignature before foreign bytes are opened, ImportError and what importing raises."""
+    """(target, constructor arguments). Raises BadSignature before foreign bytes are opened or anything that they name is imported;
+    ImportError and what importing raises.
+    """
     if hashlib.sha256(raw).hexdigest() != sha256:
         raise BadSignature("the code in the store is not the code that was deployed: its hash differs")
     try:
         code = msgspec.msgpack.decode(raw, type=Code)
     except UNPARSABLE as error:
         raise BadEnvelope(f"the code in the store does not parse ({error})") from error
+    code.check(signer)
     target = pickle.loads(signer.open(code.sealed, _CLAIM)) if code.sealed else load_import_string(code.target)
     return target, decode_value(code.args, code.args_type, signer, _CLAIM)
 

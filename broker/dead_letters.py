@@ -10,15 +10,16 @@ import copy
 import hashlib
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
 from pamqp.commands import Basic
 from pamqp.header import ContentHeader
 
-from .envelope import Envelope
+from .envelope import Envelope, covered_by_seal, parse_header
 from .errors import BadEnvelope
+from .header_seals import BackendSeals, Seal
 
 MAX_REASON = 2000  # characters
 MAX_TRACEBACK_BYTES = 16 * 1024
@@ -76,18 +77,22 @@ class Death(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """One read from the dead letters: the death, and the message without the headers that told of it."""
+    """One read from the dead letters: the death, and the message without the headers that told of it.
+
+    `sender` is its user as the replica that set it aside was told by RabbitMQ.
+    """
 
     backend: str
     death: Death
     properties: Basic.Properties
     body: bytes
+    sender: str = ""
 
     @classmethod
     def from_amqp(cls, backend: str, properties: Basic.Properties, body: bytes) -> DeadLetter:
         headers: dict[str, Any] = properties.headers or {}
         theirs = {name: value for name, value in headers.items() if name not in _OURS}
-        return cls(backend, Death.from_headers(headers), _with_headers(properties, theirs), body)
+        return cls(backend, Death.from_headers(headers), _with_headers(properties, theirs), body, _text(headers.get("mq-user")))
 
     @property
     def id(self) -> str:
@@ -99,23 +104,37 @@ class DeadLetter:
         """What operators call it by."""
         return self.id or digest_of(self.backend, self.body)
 
-    def envelope(self) -> Envelope:
-        """Raises BadEnvelope: that may be what it died of."""
-        return Envelope.from_amqp(self.properties, self.body)
+    @property
+    def has_seal(self) -> bool:
+        """Whatever it is worth."""
+        return "mq-seal" in (self.properties.headers or {})
 
-    def renewed(self, deadline_ms: int) -> DeadLetter:
-        """To be published again. Nobody waits in the inbox any more, the old deadline is over, and it may have run before."""
-        headers: dict[str, Any] = self.properties.headers or {}
+    def envelope(self, seals: BackendSeals | None = None) -> Envelope:
+        """As a replica would read it. Raises BadEnvelope: that may be what it died of."""
+        return replace(Envelope.from_amqp(self.properties, self.body, seals), user_id=self.sender)
+
+    def renewed(self, deadline_ms: int, seals: BackendSeals | None = None) -> DeadLetter:
+        """To be published again. Nobody waits in the inbox any more, the old deadline is over, and it may have run before.
+
+        A seal that fits is made anew, of the current key. No other is: it would vouch for what a stranger wrote.
+        """
+        headers: dict[str, Any] = dict(self.properties.headers or {})
         try:
-            header = self.envelope().header
+            envelope = self.envelope(seals)
         except BadEnvelope:
             return self  # whoever reads that header one day reads it as it came
         if "mq" not in headers:
             return self
-        changed = {"inbox": "", "deadline": deadline_ms if header.deadline else 0, "again": True}
-        fields = {**msgspec.msgpack.decode(headers["mq"]), **changed}  # with those that only a newer version knows
-        properties = _with_headers(self.properties, {**headers, "mq": bytearray(msgspec.msgpack.encode(fields))})
-        return DeadLetter(self.backend, self.death, properties, self.body)
+        fields = msgspec.msgpack.decode(headers["mq"])  # with those that only a newer version knows
+        kept = {name: value for name, value in fields.items() if name not in ("inbox", "deadline", "again")}
+        deadline = {"deadline": deadline_ms} if envelope.header.deadline else {}
+        again = {"again": True} if envelope.header.claims else {}  # a direct publisher's id is looked up in any case
+        raw = msgspec.msgpack.encode({**kept, **deadline, **again})  # those two last, as a seal needs them
+        headers["mq"] = bytearray(raw)
+        if seals is not None and envelope.seal is Seal.VALID:
+            covered = covered_by_seal(envelope.id, envelope.content_type, parse_header(raw), raw, self.body)
+            headers["mq-seal"] = bytearray(seals.make(covered))
+        return replace(self, properties=_with_headers(self.properties, headers))
 
     def to_amqp(self, user: str = "") -> bytes:
         """The property flags and list of the message, without those of its death; `user` vouches for it now."""
@@ -134,7 +153,7 @@ def dead_letter_to_amqp(backend: str, properties: Basic.Properties, death: Death
     ours = death.to_headers(backend)
     ours["mq-user"] = properties.user_id or ""  # always: a stranger's own header of that name must not pass for it
     theirs: dict[str, Any] = {name: value for name, value in (properties.headers or {}).items() if name != "CC"}  # or it goes there too
-    for kept in (theirs, {name: value for name, value in theirs.items() if name == "mq"}):
+    for kept in (theirs, {name: value for name, value in theirs.items() if name in ("mq", "mq-seal")}):
         with suppress(Exception):
             packed = _pack(_as_dead(properties, {**kept, **ours}))
             if len(packed) <= _MAX_HEAD_BYTES:

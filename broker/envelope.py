@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 import re
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Self
 
 import msgspec
 
 from .errors import UNPARSABLE, BadEnvelope, TooLarge
+from .header_seals import SEAL_BYTES, BackendSeals, Seal
 from .strange_properties import UnreadableProperties
 
 VERSION = 1
 MAX_HEAD_BYTES = 64 * 1024  # request line and headers: a content header must fit one frame (128 KiB), or it kills the connection
 MINTED_ID_LENGTH = 32
+SEALED_BODY_BYTES = 256  # a body up to this size is covered by the seal; of a larger one the seal covers the length
 
 Pairs = tuple[tuple[bytes, bytes], ...]
 
@@ -44,19 +46,28 @@ class Meta(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Header(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Our one AMQP header, `mq`. Direct publishers send none of it, so every field has a default."""
+    """Our AMQP header `mq`. Direct publishers send none of it, so every field has a default.
+
+    The last two fields may change on the way, so the seal leaves them out: they have to stay the last ones, in this order.
+    """
 
     v: int = VERSION
     origin: str = ""  # "http" or "handle": what the answer must look like; empty for a direct publisher
     inbox: str = ""
-    deadline: Annotated[int, msgspec.Meta(ge=0, le=2**62)] = (
-        0  # store time in ms, 0 for none; an int, since pamqp packs header floats in 32 bits, a minute off
-    )
     ref: str = ""  # the body lies in the store under this key
     shadow: bool = False  # a copy: nobody waits for it, and its result is not kept
     once: bool = False  # never published twice, for a backend that delivers at most once
-    again: bool = False  # published before, and perhaps delivered: look for a result first
     meta: Meta = Meta()
+    deadline: Annotated[int, msgspec.Meta(ge=0, le=2**62)] = (
+        0  # store time in ms, 0 for none; an int, since pamqp packs header floats in 32 bits, a minute off
+    )
+    again: bool = False  # published before, and perhaps delivered: look for a result first
+
+    @property
+    def claims(self) -> bool:
+        """Whether it says more than any publisher may, which is a deadline and a method to call."""
+        says = self.origin or self.inbox or self.ref or self.shadow or self.once or self.again
+        return bool(says) or self.meta != Meta(call=self.meta.call)
 
 
 NO_HEADER = Header()
@@ -101,6 +112,7 @@ class Envelope:
     attempt: int = field(default=1, compare=False)  # the number of this run; not on the wire, the store counts them
     status: int = 0  # of a reply only: HTTP's number for the outcome, in the header `mq-status`
     user_id: str = field(default="", compare=False)  # of a delivery only, and no part of the request: RabbitMQ vouches for it
+    seal: Seal = field(default=Seal.NONE, compare=False)  # of a delivery only: what the seal beside its header is worth
 
     @property
     def minted(self) -> bool:
@@ -111,6 +123,10 @@ class Envelope:
         """Where the result stands: a minted id needs nothing else, a caller's own key is scoped to the backend."""
         return self.id if self.minted or not self.id else f"{backend}/{self.id}"
 
+    def without_header(self) -> Self:
+        """As a direct publisher's message: what its header says does not count."""
+        return replace(self, header=NO_HEADER)
+
     def check_head(self) -> None:
         """Raises TooLarge for what no broker could carry."""
         meta = self.header.meta
@@ -118,24 +134,15 @@ class Envelope:
         if size > MAX_HEAD_BYTES:
             raise TooLarge(f"the request's head takes {size} bytes, more than {MAX_HEAD_BYTES}: send less in headers and URL", status=431)
 
-    def to_amqp(self, user_id: str = "") -> bytes:
-        """The property flags and list of an AMQP content header, packed by hand. `user_id` is the connection's user.
+    def to_amqp(self, user_id: str = "", seals: BackendSeals | None = None) -> bytes:
+        """The property flags and list of an AMQP content header, packed by hand. `user_id` is the connection's user, `seals` those of
+        the backend that it goes to.
 
         pamqp's generic encoder takes longer for this than all the rest of a publish. Raises TooLarge over the head limit, and
         BadEnvelope for what AMQP has no room for.
         """
-        try:
-            header = _encode(self.header)
-        except (UnicodeEncodeError, OverflowError) as error:
-            raise BadEnvelope(f"what goes along with the body cannot be written ({error})") from error
-        if len(header) > MAX_HEAD_BYTES + 4096:
-            raise TooLarge(
-                f"the request's head takes {len(header)} bytes, more than {MAX_HEAD_BYTES}: send less in headers and URL", status=431
-            )
         flags = _HEADERS | _DELIVERY_MODE
-        table = b"\x02mqx" + struct.pack(">I", len(header)) + header
-        if self.status:
-            table = b"\x09mq-statusI" + struct.pack(">i", self.status)
+        table = self._table(seals)
         parts = [struct.pack(">I", len(table)), table, b"\x02" if self.persistent else b"\x01"]
         if self.content_type:
             flags |= _CONTENT_TYPE
@@ -160,25 +167,73 @@ class Envelope:
             parts.append(_short(user_id))
         return struct.pack(">H", flags) + b"".join(parts)
 
+    def _table(self, seals: BackendSeals | None) -> bytes:
+        """The entries of the AMQP table `headers`."""
+        if self.status:
+            return b"\x09mq-statusI" + struct.pack(">i", self.status)
+        try:
+            header = _encode(self.header)
+        except (UnicodeEncodeError, OverflowError) as error:
+            raise BadEnvelope(f"what goes along with the body cannot be written ({error})") from error
+        if len(header) > MAX_HEAD_BYTES + 4096:
+            raise TooLarge(
+                f"the request's head takes {len(header)} bytes, more than {MAX_HEAD_BYTES}: send less in headers and URL", status=431
+            )
+        entry = b"\x02mqx" + struct.pack(">I", len(header)) + header
+        if seals is None:
+            return entry
+        covered = covered_by_seal(self.id, self.content_type, self.header, header, self.body)
+        return entry + _SEAL_ENTRY + seals.make(covered)
+
     @classmethod
-    def from_amqp(cls, properties: Any, body: bytes) -> Self:
-        """From pamqp's `Basic.Properties`. Raises BadEnvelope when the header does not parse or has another version."""
+    def from_amqp(cls, properties: Any, body: bytes, seals: BackendSeals | None = None) -> Self:
+        """From pamqp's `Basic.Properties`; `seals` are those of the backend that it came to.
+
+        Raises BadEnvelope when the header does not parse or has another version.
+        """
         if isinstance(properties, UnreadableProperties):
             raise BadEnvelope(f"its AMQP properties cannot be read ({properties.why}): write strings in UTF-8, and times as times")
         headers = properties.headers or {}
+        message_id, content_type = properties.message_id or "", properties.content_type or _ANY_TYPE
+        header, seal = NO_HEADER, Seal.NONE
+        if "mq" in headers:
+            header = parse_header(raw := headers["mq"])
+            if seals is not None and "mq-seal" in headers:
+                seal = seals.check(headers["mq-seal"], covered_by_seal(message_id, content_type, header, raw, body))
         return cls(
-            id=properties.message_id or "",
+            id=message_id,
             body=body,
-            content_type=properties.content_type or "application/octet-stream",
-            header=_parse_header(headers["mq"]) if "mq" in headers else NO_HEADER,
+            content_type=content_type,
+            header=header,
             reply_to=properties.reply_to or "",
             correlation_id=properties.correlation_id or "",
             priority=properties.priority or 0,
             expiration_ms=_milliseconds(properties.expiration),
             persistent=properties.delivery_mode == 2,
             user_id=properties.user_id or "",
+            seal=seal,
         )
 
+
+def covered_by_seal(message_id: str, content_type: str, header: Header, raw: bytes, body: bytes) -> bytes:
+    """What a seal covers, beside the namespace and the backend; `raw` is the header as it stands in the message.
+
+    Its first byte is left out, too: the number of fields, which the last two count in. With another one it would not parse.
+    """
+    tail = b""
+    if header.deadline:
+        tail = _DEADLINE + _encode(header.deadline)
+    if header.again:
+        tail += _AGAIN
+    sealed = raw[1 : len(raw) - len(tail)] if raw.endswith(tail) else raw[1:]
+    sizes = struct.pack(">II", len(sealed), len(body))
+    shown = body if len(body) <= SEALED_BODY_BYTES else b""
+    return b"".join((_short(message_id), _short(content_type or _ANY_TYPE), sizes, sealed, shown))
+
+
+_DEADLINE, _AGAIN = b"\xa8deadline", b"\xa5again\xc3"  # MessagePack: the key of the one, the whole entry of the other
+_SEAL_ENTRY = b"\x07mq-sealx" + struct.pack(">I", SEAL_BYTES)
+_ANY_TYPE = "application/octet-stream"  # of a message that names no content type
 
 _CONTENT_TYPE, _HEADERS, _DELIVERY_MODE, _PRIORITY = 1 << 15, 1 << 13, 1 << 12, 1 << 11
 _CORRELATION_ID, _REPLY_TO, _EXPIRATION, _MESSAGE_ID, _USER_ID = 1 << 10, 1 << 9, 1 << 8, 1 << 7, 1 << 4
@@ -195,7 +250,8 @@ def _short(text: str) -> bytes:
     return bytes((len(raw),)) + raw
 
 
-def _parse_header(raw: object) -> Header:
+def parse_header(raw: object) -> Header:
+    """Raises BadEnvelope, with the way out, for what is no `mq` header of this version."""
     if not isinstance(raw, bytes | bytearray):
         raise BadEnvelope(f"the mq header is a {type(raw).__name__}, not bytes: leave it out, or see docs/protocol.md")
     try:

@@ -15,6 +15,7 @@ from .amqp_link import LONGEST_PAUSE_S, OPERATION_BUDGET_S, Link, open_channel, 
 from .backoff import delays
 from .envelope import Envelope
 from .errors import BrokerUnavailable, words_of
+from .header_seals import BackendSeals
 from .joined_channel import JoinedChannel
 from .queue import Delivery
 from .refusals import broker_refusal
@@ -27,17 +28,20 @@ ASK_EVERY_S = 5.0  # whether the broker is still there, where it sends nothing b
 class RabbitDelivery:
     """Implements `Delivery`."""
 
-    __slots__ = ("_channel", "_tag", "body", "properties", "redelivered")
+    __slots__ = ("_channel", "_seals", "_tag", "body", "properties", "redelivered")
 
-    def __init__(self, channel: JoinedChannel, frame: Basic.Deliver, properties: Basic.Properties, body: bytes) -> None:
+    def __init__(
+        self, channel: JoinedChannel, frame: Basic.Deliver, properties: Basic.Properties, body: bytes, seals: BackendSeals | None
+    ) -> None:
         self._channel = channel
+        self._seals = seals
         self._tag = frame.delivery_tag or 0
         self.redelivered = bool(frame.redelivered)
         self.properties = properties
         self.body = body
 
     def envelope(self) -> Envelope:
-        return Envelope.from_amqp(self.properties, self.body)
+        return Envelope.from_amqp(self.properties, self.body, self._seals)
 
     def ack(self) -> None:
         self._channel.ack(self._tag)
@@ -49,8 +53,9 @@ class RabbitDelivery:
 class RabbitConsumption:
     """Implements `Consumption`: one consumer, which comes back by itself after any loss, alone."""
 
-    def __init__(self, link: Link, queue: str, prefetch: int, on_delivery: Callable[[Delivery], None]) -> None:
+    def __init__(self, link: Link, queue: str, prefetch: int, on_delivery: Callable[[Delivery], None], seals: BackendSeals | None) -> None:
         self._link = link
+        self._seals = seals
         self._queue = queue
         self._prefetch = prefetch
         self._on_delivery = on_delivery
@@ -162,7 +167,7 @@ class RabbitConsumption:
 
     def _hand_over(self, frame: Basic.Deliver, properties: Basic.Properties, body: bytes) -> None:
         assert self._channel is not None
-        self._on_delivery(RabbitDelivery(self._channel, frame, properties, body))
+        self._on_delivery(RabbitDelivery(self._channel, frame, properties, body, self._seals))
 
 
 async def _first_of(*events: asyncio.Event, timeout_s: float) -> bool:

@@ -24,6 +24,7 @@ from .backoff import delays
 from .dead_letters import DeadLetter, Death, dead_letter_to_amqp
 from .envelope import Envelope
 from .errors import BrokerUnavailable, words_of
+from .header_seals import HeaderSeals
 from .joined_channel import JoinedChannel
 from .queue import Delivery, Settled, fate_of
 from .rabbit_consumer import RabbitConsumption, RabbitDelivery
@@ -40,13 +41,16 @@ T = TypeVar("T")
 
 
 @asynccontextmanager
-async def open_rabbitmq(url: str, namespace: str, process_id: str, *, may_be_away: bool = False) -> AsyncIterator[RabbitQueue]:
+async def open_rabbitmq(
+    url: str, namespace: str, process_id: str, *, seals: HeaderSeals | None = None, may_be_away: bool = False
+) -> AsyncIterator[RabbitQueue]:
     """Connected and able to publish on entry, or BrokerUnavailable within CONNECT_BUDGET_S + OPERATION_BUDGET_S; closed on exit.
+    Without `seals` it seals nothing and checks no seal.
 
     With `may_be_away`, for members that serve as soon as they can, it goes on without after that time, and is connected once RabbitMQ
     is there. They wait at first all the same: one that takes another's place must not refuse what that one would have taken.
     """
-    queue = RabbitQueue(url, namespace, process_id)
+    queue = RabbitQueue(url, namespace, process_id, seals or HeaderSeals((), namespace))
     try:
         try:
             await queue._publishing.up(CONNECT_BUDGET_S)
@@ -63,8 +67,9 @@ async def open_rabbitmq(url: str, namespace: str, process_id: str, *, may_be_awa
 class RabbitQueue:
     """Implements `Queue`; made by `open_rabbitmq`."""
 
-    def __init__(self, url: str, namespace: str, process_id: str) -> None:
+    def __init__(self, url: str, namespace: str, process_id: str, seals: HeaderSeals) -> None:
         self._namespace = namespace
+        self._seals = seals
         self._requests = queue_names.requests_exchange(namespace)
         self._user = user_of(url)
         self._publishing = Link(url, f"mqserve {namespace} {process_id} publishing")
@@ -88,7 +93,8 @@ class RabbitQueue:
         return time.monotonic() - self._down_since
 
     def publish(self, backend: str, envelope: Envelope, settled: Settled) -> None:
-        self._publish(self._requests, backend, envelope.to_amqp(self._user), envelope.body, envelope.id, settled)
+        properties = envelope.to_amqp(self._user, self._seals.of(backend))
+        self._publish(self._requests, backend, properties, envelope.body, envelope.id, settled)
         self._has_exchange = True
 
     def reply(self, envelope: Envelope, reply_to: str, settled: Settled) -> None:
@@ -113,7 +119,7 @@ class RabbitQueue:
 
     async def consume(self, backend: str, generation: int, prefetch: int, on_delivery: Callable[[Delivery], None]) -> RabbitConsumption:
         queue = queue_names.backend_queue(self._namespace, backend, generation)
-        consumption = RabbitConsumption(self._consuming, queue, prefetch, on_delivery)
+        consumption = RabbitConsumption(self._consuming, queue, prefetch, on_delivery, self._seals.of(backend))
         try:
             await consumption.started()
         except BaseException:

@@ -11,6 +11,7 @@ from typing import Self
 from yarl import URL
 
 from .errors import BadValue
+from .header_seals import HeaderSeals
 from .queue_names import check_namespace
 from .signing import MIN_KEY_BYTES, Signer
 from .tls import secured
@@ -33,6 +34,7 @@ class Settings:
     proxy_broker_url: str = field(default="", repr=False)
     proxy_store_url: str = field(default="", repr=False)
     trusted_users: tuple[str, ...] = ()  # of RabbitMQ, whose sealed pickles replicas open; empty: any user's
+    header_users: tuple[str, ...] = ()  # of RabbitMQ, whose `mq` headers replicas believe where no seal says more
 
     @property
     def embedded(self) -> bool:
@@ -42,6 +44,10 @@ class Settings:
     @property
     def signer(self) -> Signer:
         return Signer(self.secret_keys, self.namespace)
+
+    @property
+    def header_seals(self) -> HeaderSeals:
+        return HeaderSeals(self.secret_keys, self.namespace)
 
     @classmethod
     def read(
@@ -77,7 +83,8 @@ class Settings:
             replica_store_url=url("MQSERVE_REPLICA_STORE_URL"),
             proxy_broker_url=url("MQSERVE_PROXY_BROKER_URL"),
             proxy_store_url=url("MQSERVE_PROXY_STORE_URL"),
-            trusted_users=tuple(user.strip() for user in env.get("MQSERVE_TRUSTED_USERS", "").split(",") if user.strip()),
+            trusted_users=_users(env, "MQSERVE_TRUSTED_USERS"),
+            header_users=_users(env, "MQSERVE_HEADER_USERS"),
         )
         _ = settings.signer  # a key that is too short is said now, not at the first request
         return settings
@@ -108,6 +115,7 @@ class Settings:
             "MQSERVE_PROXY_BROKER_URL": self.proxy_broker_url,
             "MQSERVE_PROXY_STORE_URL": self.proxy_store_url,
             "MQSERVE_TRUSTED_USERS": ",".join(self.trusted_users),
+            "MQSERVE_HEADER_USERS": ",".join(self.header_users),
         }
         return env | {name: value for name, value in others.items() if value}
 
@@ -124,6 +132,11 @@ def read_secret(env: Mapping[str, str], name: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise BadValue(f"{PREFIX}{name}_FILE names {path!r}, which cannot be read ({reason}): mend the path or its rights") from None
+
+
+def _users(env: Mapping[str, str], name: str) -> tuple[str, ...]:
+    """Of a comma list."""
+    return tuple(user.strip() for user in env.get(name, "").split(",") if user.strip())
 
 
 def masked(url: str) -> str:

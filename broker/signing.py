@@ -37,6 +37,11 @@ class Claim:
     content_type: str = ""
 
 
+def key_id_of(key: bytes) -> str:
+    """How a seal names its key: eight hex digits that tell nothing of it."""
+    return hashlib.sha256(b"mqserve key id" + key).hexdigest()[:8]
+
+
 class Signer:
     """Seals with the first key, opens with any: that is how a key is rotated."""
 
@@ -47,7 +52,7 @@ class Signer:
                     f"MQSERVE_SECRET_KEY has {len(key)} bytes, and {MIN_KEY_BYTES} is the least that protects anything: "
                     "make one with `openssl rand -hex 32`"
                 )
-        self._keys = {hashlib.sha256(b"mqserve key id" + key).hexdigest()[:8]: key for key in keys}
+        self._keys = {key_id_of(key): key for key in keys}
         self._current = next(iter(self._keys), "")
         self._namespace = namespace
         self._clock = clock

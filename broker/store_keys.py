@@ -73,6 +73,10 @@ class StoreKeys:
     def body(self, future_id: str) -> str:
         return f"{self._root}:body:{{{future_id}}}"
 
+    def result_body(self, future_id: str) -> str:
+        """Of a large result, made from its id wherever it is read: what a message or a result names may be anybody's."""
+        return self.body(f"{future_id}.result")
+
     def inbox(self, process_id: str) -> str:
         return f"{self._root}:inbox:{process_id}"
 

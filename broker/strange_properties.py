@@ -15,6 +15,8 @@ from pamqp import frame
 from pamqp.commands import Basic
 from pamqp.header import ContentHeader
 
+from .own_properties import read_ours
+
 
 class UnreadableProperties(Basic.Properties):
     """None of them, and why."""
@@ -23,6 +25,8 @@ class UnreadableProperties(Basic.Properties):
 
 
 def _read_header_frame(frame_data: bytes) -> ContentHeader:
+    if (ours := read_ours(frame_data)) is not None:
+        return ours
     try:
         return _read_strictly(frame_data)
     except Exception as error:  # ValueError and its kin, RecursionError, what datetime and decimal raise

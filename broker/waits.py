@@ -131,11 +131,11 @@ class Waits:
                 self._strangers.pop(future_id, None)
 
     async def first_result(self, future_ids: Sequence[str]) -> tuple[str, Result]:
-        """(id, result) of whichever of these has one first."""
+        """(id, result) of whichever of these has one first; of several that have one, the first in the list."""
         waits = {asyncio.create_task(self.result(future_id, None)): future_id for future_id in future_ids}
         try:
             done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            first = done.pop()
+            first = next(wait for wait in waits if wait in done)
             return waits[first], first.result()
         finally:
             for wait in waits:
@@ -154,7 +154,7 @@ class Waits:
     async def peek(self, future_id: str) -> Result | None:
         """The result if it stands in the store."""
         raw = await self._store.get(self._keys.future(future_id))
-        return None if raw is None else await self._whole(Result.from_bytes(raw))
+        return None if raw is None else await self._whole(future_id, Result.from_bytes(raw))
 
     # Notes, and what stands under the keys.
 
@@ -226,7 +226,7 @@ class Waits:
         try:
             for pause_s in delays():
                 try:
-                    return self._set(future_id, await self._whole(result))
+                    return self._set(future_id, await self._whole(future_id, result))
                 except StoreUnavailable as error:
                     if future_id not in self._waiting and future_id not in self._strangers:
                         return
@@ -237,11 +237,11 @@ class Waits:
         finally:
             self._fetching.discard(future_id)
 
-    async def _whole(self, result: Result) -> Result:
+    async def _whole(self, future_id: str, result: Result) -> Result:
         """With its body, wherever that stands. Raises StoreUnavailable, and MQServeError for one that is gone."""
         if not result.ref:
             return result
-        body = await self._store.get_large(result.ref)
+        body = await self._store.get_large(self._keys.result_body(future_id))
         if body is None:
             raise MQServeError("the body of the result is gone from the store: results are kept for ten minutes")
         return msgspec.structs.replace(result, body=body, ref="")

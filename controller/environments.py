@@ -22,7 +22,10 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
-from ..broker.errors import BackendFailed
+import msgspec
+
+from ..broker.errors import BackendFailed, BadSignature
+from ..broker.signing import Claim, Signer
 from .resources import ActorOptions
 
 logger = logging.getLogger(__name__)
@@ -30,6 +33,31 @@ logger = logging.getLogger(__name__)
 BUILD_BUDGET_S = 15 * 60.0
 CHECK_BUDGET_S = 60.0
 _ASK_AGAIN_S = 0.2
+
+
+def seal_environment(options: ActorOptions, backend: str, signer: Signer) -> ActorOptions:
+    """With a seal over what would run on the nodes: a requirement or an interpreter is as good as code. As it is where there is no key."""
+    if not (signer and (options.python or options.pip)):
+        return options
+    return msgspec.structs.replace(options, seal=signer.seal(b"", _claim(options, backend)))
+
+
+def check_environment(options: ActorOptions, backend: str, signer: Signer) -> None:
+    """Raises BadSignature where a node has a key and no holder of it chose this Python for the backend."""
+    if not (signer and (options.python or options.pip)):
+        return
+    try:
+        signer.open(options.seal, _claim(options, backend))
+    except BadSignature as error:
+        raise BadSignature(
+            f"python and pip in the actor_options of backend {backend!r} are not sealed by a key of this instance, but set by an earlier "
+            "version, by a client without MQSERVE_SECRET_KEY, or by whoever may write to the store: deploy it again with its actor_options"
+        ) from error
+
+
+def _claim(options: ActorOptions, backend: str) -> Claim:
+    content = msgspec.msgpack.encode([options.python, options.pip])
+    return Claim("code", backend, hashlib.sha256(content).hexdigest(), "environment")
 
 
 async def find_python(options: ActorOptions) -> str:

@@ -44,8 +44,9 @@ ASK_STORE_EVERY_S = 60.0  # whether it is set up to keep what it is given
 class Controller:
     """One of possibly several of an instance; only the leading one acts."""
 
-    def __init__(self, store: Store, keys: StoreKeys, queue: Queue, controller_id: str, instance: str) -> None:
+    def __init__(self, store: Store, keys: StoreKeys, queue: Queue, controller_id: str, instance: str, *, has_key: bool) -> None:
         self._store = store
+        self._has_key = has_key
         self._keys = keys
         self._queue = queue
         self._instance = instance
@@ -282,6 +283,7 @@ class Controller:
             proxies=() if desired.closing else plan.place_proxies(desired, nodes),
             problems=self._problems(desired, beats, {} if may_yet_come else placement.unplaced),
             down_since=self._down_since(desired, observed, placed, replicas, now_ms),
+            sealed=self._has_key and not plan.without_seals(beats),
         )
 
     def _forget_restarts(self, desired: Desired, assigned: plan.Replicas) -> None:
@@ -311,6 +313,8 @@ class Controller:
         for beat in beats.values():
             if beat.kind == "proxy" and beat.state == "failed":
                 problems[f"proxy on {beat.node or beat.host}"] = beat.error
+        if problem := plan.seal_problem(beats, has_key=self._has_key):
+            problems["requests without a seal"] = problem
         if self._concern:
             problems["the store"] = self._concern
         return problems

@@ -18,9 +18,10 @@ from ..broker.cancellations import word_of_proxy
 from ..broker.errors import InstanceError, StoreUnavailable, words_of
 from ..broker.lifeline import Stop
 from ..broker.presence import Presence
+from ..broker.signing import Signer
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
-from .environments import find_python
+from .environments import check_environment, find_python
 from .machine import replica_environment
 from .node_metrics import FOLDER_VARIABLE, NodeMetrics
 from .resources import ActorOptions, Capacity
@@ -123,8 +124,9 @@ async def check_name_is_free(store: Store, keys: StoreKeys, node_id: str) -> Non
 class Node:
     """Owns its children: none survives it."""
 
-    def __init__(self, options: NodeOptions, store: Store, keys: StoreKeys, launcher: Launcher) -> None:
+    def __init__(self, options: NodeOptions, store: Store, keys: StoreKeys, launcher: Launcher, signer: Signer) -> None:
         self._options = options
+        self._signer = signer
         self._store = store
         self._keys = keys
         self._launcher = launcher
@@ -189,6 +191,7 @@ class Node:
         options = backend.options if backend is not None else ActorOptions()
         config = backend.config if backend is not None else BackendConfig()
         try:
+            check_environment(options, assignment.backend, self._signer)
             variables = replica_environment(assignment.demand, self._options.capacity, assignment.gpus, os.environ)
             if self._options.metrics is not None:
                 variables[FOLDER_VARIABLE] = self._options.metrics.folder

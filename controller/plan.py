@@ -28,6 +28,20 @@ def living(beats: Mapping[str, Beat], kind: str, now_ms: int) -> dict[str, Beat]
     }
 
 
+def without_seals(beats: Mapping[str, Beat]) -> list[str]:
+    """Proxies and replicas that send requests without a seal. One that died counts until its beat is dropped: it may be started again."""
+    senders = [beat for beat in beats.values() if beat.kind in ("proxy", "replica") and beat.state != "failed"]
+    return sorted(beat.id for beat in senders if not beat.seals)
+
+
+def seal_problem(beats: Mapping[str, Beat], *, has_key: bool) -> str:
+    """Of an instance of which some have the key and some do not, or are of an earlier version; `has_key` is of its controller."""
+    without = [*([] if has_key else ["the controller"]), *without_seals(beats)]
+    if not without or not (has_key or any(beat.seals for beat in beats.values())):
+        return ""
+    return f"replicas believe anybody's mq header until these are updated and have MQSERVE_SECRET_KEY: {', '.join(without)}"
+
+
 def ended_replicas(assigned: Mapping[str, Assignment], beats: Mapping[str, Beat], now_ms: int) -> dict[str, str]:
     """Assigned replicas that are no more -> how they ended: as their node says, or with their node."""
     nodes = living(beats, "node", now_ms)

@@ -35,11 +35,13 @@ class Capacity(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class ActorOptions(msgspec.Struct, frozen=True, omit_defaults=True):
-    """How each replica of a backend is to run: its share, and its Python (a path, or packages laid over the node's own)."""
+    """How each replica of a backend is to run: its share, and its Python (a path, or packages laid over the node's own), with the seal
+    of the client that chose it."""
 
     demand: Demand = Demand()
     python: str = ""
     pip: tuple[str, ...] = ()
+    seal: bytes = b""
 
 
 class Room:

@@ -178,6 +178,7 @@ class Observed(msgspec.Struct, frozen=True):
     proxies: tuple[str, ...] = ()  # nodes that are to run one
     problems: dict[str, str] = {}  # backend (or "proxy on <node>") -> why it is not as wanted
     down_since: dict[str, Count] = {}  # backend -> store ms since which no replica has been ready or starting
+    sealed: bool = False  # all proxies and replicas seal the requests that they send, so replicas demand it
 
     def to_bytes(self) -> bytes:
         return msgspec.json.encode(self)
@@ -212,6 +213,7 @@ class Beat(msgspec.Struct, frozen=True, omit_defaults=True):
     capacity: Capacity = Capacity()
     running: Count = 0
     served: Count = 0
+    seals: bool = False  # the requests that it sends; an earlier version does not, nor does a process without the secret key
 
     @property
     def field(self) -> str:

@@ -10,7 +10,7 @@ from .broker.settings import Settings
 from .client import Client
 from .clients import clients
 from .controller.state import BackendConfig
-from .futures import Future
+from .futures import Future, check_results
 from .handle import AsyncHandle, Handle
 from .instance import StartOptions, parse_http_options
 
@@ -57,15 +57,28 @@ def _join_run(client: Client, detached: bool, http_options: dict[str, Any] | Non
     return client.give_again()
 
 
-def connect(*, broker_url: str | None = None, store_url: str | None = None, namespace: str | None = None) -> Client:
+def connect(
+    *,
+    broker_url: str | None = None,
+    store_url: str | None = None,
+    namespace: str | None = None,
+    results: Literal["any", "plain"] = "any",
+) -> Client:
     """Joins the instance that runs under the namespace; a second call for the same place returns the same client.
 
     What is not given comes from the environment. Without arguments: inside a replica its own instance, in a process that started one
     that one, else the one of the environment. Raises InstanceError when there is none, BrokerUnavailable and StoreUnavailable.
+
+    results: "plain" for a client that opens no pickle in any result from now on; one that needs it is a NotEncodable.
     """
+    check_results(results)
     if broker_url is None and store_url is None and namespace is None:
-        return clients.connect()
-    return clients.connect(Settings.read(broker_url=broker_url, store_url=store_url, namespace=namespace))
+        client = clients.connect()
+    else:
+        client = clients.connect(Settings.read(broker_url=broker_url, store_url=store_url, namespace=namespace))
+    if results == "plain":
+        client.sender.only_plain = True
+    return client
 
 
 def start_under_run(settings: Settings, options: StartOptions) -> Client:

@@ -139,7 +139,8 @@ class Client:
         """Reads results and follows the desired document until cancelled; for whoever made the client."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._caller.run())
-            async for desired, _ in follow_state(self._links.store, self._links.keys):
+            async for desired, observed in follow_state(self._links.store, self._links.keys):
+                self._sender.demands_seals = observed is not None and observed.sealed
                 if await self._membership.saw(desired) and desired is not None:
                     self._follow(desired)
                 elif self._membership.has_ended:

@@ -13,13 +13,16 @@ from rich.console import Console
 from rich.text import Text
 
 from .broker.dead_letters import DeadLetter
+from .broker.envelope import Envelope
 from .broker.errors import BadEnvelope, BadValue, MQServeError, UnknownBackend
+from .broker.header_seals import BackendSeals, Seal
 from .broker.queue import DeadLetters, fate_of
 from .broker.queue_names import check_name
 from .broker.settings import Settings
-from .controller.state import Desired
+from .controller.state import Desired, Observed
 from .links import Links, open_links
 from .replicas.admission import NOT_STARTED
+from .replicas.senders import Senders
 from .status import make_console, make_table
 
 ASK_ABOVE = 10
@@ -93,11 +96,13 @@ async def retry_dead(settings: Settings, backend: str, selection: Selection, *, 
     """
     async with _dead_letters(settings, backend) as (links, letters):
         desired = Desired.from_bytes(await links.store.get(links.keys.desired))
+        senders = Senders(settings)
+        senders.demands_seals = Observed.from_bytes(await links.store.get(links.keys.observed)).sealed
         if backend not in desired.backends:
             raise UnknownBackend(f"there is no backend {backend!r} to run them: deploy it first; dead letters are kept for seven days")
         config = desired.backends[backend].config
         timeout_ms = int(config.request_timeout_s * 1000)
-        retry = partial(_retry, links, timeout_ms, config.delivery == "at_most_once", set())
+        retry = partial(_retry, links, senders, timeout_ms, config.delivery == "at_most_once", set())
         told = await _settle(backend, letters, selection, retry, "retry", "retried", yes)
     return _print(console, told)
 
@@ -155,24 +160,34 @@ class _Keep(Exception):
     """Why a letter cannot be settled, though others can."""
 
 
-async def _retry(links: Links, timeout_ms: int, once: bool, forgotten: set[str], letter: DeadLetter) -> None:
-    letter = letter.renewed(links.store.now_ms() + timeout_ms)
-    future_id = ""
-    try:
-        envelope = letter.envelope()
-    except BadEnvelope:
-        pass  # it left no result (its id is not to name another's), and a replica of another version may read it
-    else:
-        future_id = envelope.future_id(letter.backend) or letter.name
-        if envelope.header.ref and envelope.header.ref == links.keys.body(letter.id):  # what else it names, no replica reads either
-            await _keep_body(links, envelope.header.ref, timeout_ms)
-    if future_id and future_id not in forgotten:  # of two with one id the second finds the first one's result
+async def _retry(links: Links, senders: Senders, timeout_ms: int, once: bool, forgotten: set[str], letter: DeadLetter) -> None:
+    seals = links.settings.header_seals.of(letter.backend)
+    envelope = _check(letter, senders, seals)
+    future_id = envelope.future_id(letter.backend) or letter.name
+    if envelope.header.ref:
+        await _keep_body(links, links.keys.body(envelope.id), timeout_ms)
+    if future_id not in forgotten:  # of two with one id the second finds the first one's result
         await links.store.delete(*links.keys.of_runs(future_id))
         if once:  # else a replica would take it for one that was started
             await links.store.set(links.keys.start(future_id), NOT_STARTED, ttl_ms=timeout_ms + _BODY_KEPT_MS)
         forgotten.add(future_id)
-    if error := await fate_of(partial(links.queue.republish, letter), CONFIRM_BUDGET_S):
+    renewed = letter.renewed(links.store.now_ms() + timeout_ms, seals)
+    if error := await fate_of(partial(links.queue.republish, renewed), CONFIRM_BUDGET_S):
         raise error
+
+
+def _check(letter: DeadLetter, senders: Senders, seals: BackendSeals | None) -> Envelope:
+    """The letter as replicas read it. Raises _Keep for what they would set aside again: its id and its keys may be another's, and sent by
+    an operator it might pass for an operator's."""
+    try:
+        envelope = letter.envelope(seals)
+        senders.check_header(envelope)
+        senders.check_pickle(envelope)
+    except BadEnvelope as error:
+        raise _Keep(f"no replica would run it, whoever sends it again: {error}") from error
+    if seals is None and letter.has_seal and envelope.header.claims:
+        raise _Keep("it has to be sealed anew: set MQSERVE_SECRET_KEY for this command, too")
+    return envelope
 
 
 async def _keep_body(links: Links, key: str, timeout_ms: int) -> None:
@@ -193,21 +208,24 @@ async def _all_facts(links: Links, letter: DeadLetter) -> dict[str, Any]:
     facts = _facts(letter) | {"backend": letter.backend, "traceback": letter.death.traceback}
     names = ("content_type", "content_encoding", "reply_to", "correlation_id", "priority", "message_type", "app_id", "timestamp")
     facts |= {name: str(value) for name in names if (value := getattr(properties, name))}
-    facts["headers"] = {str(name): str(value) for name, value in (properties.headers or {}).items() if name != "mq"}
+    facts["headers"] = {str(name): str(value) for name, value in (properties.headers or {}).items() if name not in ("mq", "mq-seal")}
+    seals = links.settings.header_seals.of(letter.backend)
     try:
-        header = letter.envelope().header
+        envelope = letter.envelope(seals)
     except BadEnvelope as error:
         facts["mq"] = str(error)
     else:
-        meta = header.meta
+        header, meta = envelope.header, envelope.header.meta
         facts["sent_by"] = {"http": "HTTP", "handle": "a handle"}.get(header.origin, "an AMQP client")
+        if header.claims and seals is not None:
+            facts["seal"] = envelope.seal.value
         if header.origin == "http":
             facts["request"] = f"{meta.method} {meta.path}"
             if meta.query:
                 facts["query_bytes"] = len(meta.query)
         facts |= {name: value for name, value in (("endpoint", meta.endpoint), ("method", meta.call)) if value}
-        if header.ref == links.keys.body(letter.id):
-            stored = await links.store.get_large(header.ref)
+        if header.ref and (seals is None or envelope.seal is Seal.VALID):
+            stored = await links.store.get_large(links.keys.body(letter.id))
             facts["body_in_store"] = stored is not None
             body = stored or b""
     facts |= {"body_bytes": len(body), "body": body[:PREVIEW_BYTES].decode(errors="backslashreplace")}

@@ -13,6 +13,7 @@ from .broker import code
 from .broker.documents import until
 from .broker.errors import BackendFailed, BadType, BadValue, MQServeError
 from .controller import desired as changes
+from .controller.environments import seal_environment
 from .controller.resources import ActorOptions, parse_actor_options
 from .controller.state import Backend, BackendConfig, Desired, Endpoint, Observed, read_beats
 from .links import Links
@@ -40,7 +41,7 @@ class Deployments:
 
     async def create_backend(self, name: str, packed: code.Code, config: BackendConfig, options: ActorOptions) -> None:
         sha256 = await code.save(self._links.store, self._links.keys, packed)
-        backend = Backend(name, sha256, packed.name, config.model_dump(exclude_unset=True), options)
+        backend = Backend(name, sha256, packed.name, config.model_dump(exclude_unset=True), self._sealed(name, options))
         committed = await self._commit(changes.create_backend(backend))
         try:
             await self._until_ready(committed, name)
@@ -53,11 +54,12 @@ class Deployments:
 
     async def update_backend(self, name: str, packed: code.Code, options: ActorOptions | None) -> None:
         sha256 = await code.save(self._links.store, self._links.keys, packed)
+        sealed = None if options is None else self._sealed(name, options)  # what stays as it is keeps its seal, and gets none from us
         before: list[Backend] = []  # what each try replaces: a roll-back goes to the last one, and not past what others deployed meanwhile
 
         def change(desired: Desired) -> Desired:
             before.append(changes.find_backend(desired, name))
-            return changes.update_backend(name, sha256, packed.name, options)(desired)
+            return changes.update_backend(name, sha256, packed.name, sealed)(desired)
 
         committed = await self._commit(change)
         try:
@@ -98,6 +100,9 @@ class Deployments:
         sha256 = await code.save(self._links.store, self._links.keys, packed) if packed is not None else ""
         before = (await self._membership.read()).http.middlewares
         await self.commit_to_proxies(changes.set_middlewares(sha256), undo=_restore_middlewares(sha256, before))
+
+    def _sealed(self, backend: str, options: ActorOptions) -> ActorOptions:
+        return seal_environment(options, backend, self._links.settings.signer)
 
     async def _commit(self, change: changes.Change) -> Desired:
         committed = await self._membership.commit(change)

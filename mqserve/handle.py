@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Self
 
 from .broker.envelope import Meta
 from .broker.errors import BadType, BadValue
-from .futures import Future
+from .futures import Future, check_results
 
 if TYPE_CHECKING:
     from .sender import Sender
@@ -31,8 +31,10 @@ class HandleOptions:
     http_method: str = "GET"
     http_headers: Mapping[str, str] = field(default_factory=dict)
     request_timeout_s: float | None = None
+    results: Literal["any", "plain"] = "any"
 
     def __post_init__(self) -> None:
+        check_results(self.results)
         timeout_s = self.request_timeout_s
         if timeout_s is not None and not (isinstance(timeout_s, int | float) and 0 < timeout_s < math.inf):
             raise BadValue(f"request_timeout_s must be a number of seconds above 0, not {timeout_s!r}")
@@ -66,7 +68,8 @@ class _BaseHandle:
 
     def options(self, **options: Any) -> Self:
         """A handle with these set: method_name, shard_key, http_method, http_headers, request_timeout_s (which may only shorten the
-        backend's). Later ones override earlier ones. Raises BadType for another name, BadValue for a bad timeout."""
+        backend's), results ("plain": no pickle in a result is opened, and one that needs it is a NotEncodable). Later ones override earlier
+        ones. Raises BadType for another name, BadValue for a bad timeout or kind of results."""
         try:
             merged = replace(self._options, **options)
         except TypeError:
@@ -85,7 +88,13 @@ class _BaseHandle:
         pairs = tuple((name.encode(), value.encode()) for name, value in headers.items())
         meta = Meta(method=options.http_method.upper(), headers=pairs, endpoint=self._endpoint, call=call)
         return self._home.sender.send(
-            meta, options.shard_key or "", data, arguments, wait_for_endpoint=self._missing_ok, timeout_s=options.request_timeout_s
+            meta,
+            options.shard_key or "",
+            data,
+            arguments,
+            wait_for_endpoint=self._missing_ok,
+            timeout_s=options.request_timeout_s,
+            plain=options.results == "plain",
         )
 
 
@@ -123,4 +132,6 @@ class _FarHome:
 
 
 def _arrive(kind: type[_BaseHandle], endpoint: str, address: Address, options: HandleOptions, missing_ok: bool) -> _BaseHandle:
+    known = {name: getattr(options, name) for name in HandleOptions.__dataclass_fields__ if hasattr(options, name)}
+    options = HandleOptions(**known)  # an earlier version's has fewer
     return kind(endpoint, _FarHome(address), options, missing_ok=missing_ok)

@@ -135,8 +135,10 @@ class _Members:
     def start(self) -> None:
         if self._links.settings.embedded:
             links = self._links
-            controller = Controller(links.store, links.keys, links.queue, links.process_id, self._instance)
-            node = Node(NodeOptions(self._node_id, capacity=measure_node(None, None, {})), links.store, links.keys, EmbeddedLauncher(links))
+            has_key = bool(links.settings.secret_keys)
+            controller = Controller(links.store, links.keys, links.queue, links.process_id, self._instance, has_key=has_key)
+            options = NodeOptions(self._node_id, capacity=measure_node(None, None, {}))
+            node = Node(options, links.store, links.keys, EmbeddedLauncher(links), links.settings.signer)
             self._tasks = [asyncio.create_task(controller.run(self._stop)), asyncio.create_task(node.run(self._stop))]
             return
         self._processes = [Process(command, self._links.settings, detached=self._options.detached) for command in self._commands()]

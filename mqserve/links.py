@@ -50,7 +50,7 @@ async def open_links(settings: Settings, role: str) -> AsyncIterator[Links]:
         return
     async with (
         open_redis(settings.store_url, settings.namespace) as store,
-        open_rabbitmq(settings.broker_url, settings.namespace, process_id) as queue,
+        open_rabbitmq(settings.broker_url, settings.namespace, process_id, seals=settings.header_seals) as queue,
     ):
         yield Links(settings, queue, store, keys, process_id)
 

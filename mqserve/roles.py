@@ -27,7 +27,7 @@ async def run_controller(settings: Settings, controller_id: str) -> int:
     stop = stop_event()
     async with open_links(settings, "controller") as links:
         instance = await join_or_start(links)
-        await Controller(links.store, links.keys, links.queue, controller_id, instance).run(stop)
+        await Controller(links.store, links.keys, links.queue, controller_id, instance, has_key=bool(settings.secret_keys)).run(stop)
         if stop.orphaned:  # the starter was killed: the namespace is free at once, and the queues keep what was accepted
             await lease.forget(links.store, links.keys, instance)
     return 0
@@ -40,7 +40,8 @@ async def run_node(settings: Settings, options: NodeOptions, metrics_host: str, 
         with serve_metrics(metrics_host, metrics_port) as metrics:
             options, keys = replace(options, metrics=metrics), StoreKeys(settings.namespace)
             await check_name_is_free(store, keys, options.node_id)
-            await Node(options, store, keys, ProcessLauncher(settings, held_by_replicas=(metrics.lock,))).run(stop)
+            launcher = ProcessLauncher(settings, held_by_replicas=(metrics.lock,))
+            await Node(options, store, keys, launcher, settings.signer).run(stop)
     return 0
 
 

@@ -15,7 +15,7 @@ from .broker.caller import Caller
 from .broker.codecs import encode_value
 from .broker.documents import until
 from .broker.envelope import MINTED_ID_LENGTH, Meta, mint_id
-from .broker.errors import InstanceError, MQServeError, UnknownEndpoint
+from .broker.errors import BadSignature, InstanceError, MQServeError, UnknownEndpoint
 from .broker.results import Result
 from .broker.signing import Claim
 from .controller.state import Desired, choose
@@ -52,6 +52,8 @@ class Sender:
         self._signer = links.settings.signer
         self._over = ""  # once the client ends: why
         self.desired = Desired()
+        self.only_plain = False  # no pickle in a result is opened
+        self.demands_seals = False  # the instance's replicas take no request of a handle without one
 
     def __repr__(self) -> str:
         return f"<Sender with {len(self.desired.endpoints)} endpoints>"
@@ -65,12 +67,19 @@ class Sender:
         *,
         wait_for_endpoint: bool,
         timeout_s: float | None = None,
+        plain: bool = False,
     ) -> Future:
         """A future at once. Futures among the arguments are resolved before the request is sent.
 
         It has the backend's `request_timeout_s`, or less: `timeout_s`, and in a handler what is left to the request that is running.
-        Raises UnknownEndpoint, NotEncodable, and InstanceError where the instance was shut down; whatever happens later is the future's.
+        Raises UnknownEndpoint, NotEncodable, BadSignature without the key that replicas demand, and InstanceError where the instance was
+        shut down; whatever happens later is the future's.
         """
+        if self.demands_seals and not self._signer:
+            raise BadSignature(
+                "the replicas of this instance take only sealed requests of handles, and this process has no key: set MQSERVE_SECRET_KEY "
+                "to the one of the instance"
+            )
         call = _Call(mint_id(), meta, shard_key, data, arguments, min(timeout_s or math.inf, _left_s()), concurrent.futures.Future())
         call.pending.add_done_callback(lambda done: self._cancel([call.id]) if done.cancelled() else None)
         awaited = [value for value in (data, *arguments.values()) if isinstance(value, Future)]
@@ -84,7 +93,8 @@ class Sender:
             self._runtime.submit(self._send_later(call))
         else:
             self._send_now(call)
-        return Future(call.id, call.pending, lambda result: read_result(result, call.id, self._signer))
+        plain = plain or self.only_plain
+        return Future(call.id, call.pending, lambda result: read_result(result, call.id, self._signer, plain=plain))
 
     def _send_now(self, call: _Call) -> None:
         desired = self.desired
@@ -188,7 +198,7 @@ class Sender:
         """See `Client.future`."""
         keys = [future_id] if backend is None else [f"{backend}/{future_id}"]
         if backend is not None and len(future_id) == MINTED_ID_LENGTH:
-            keys.append(future_id)  # it may be either
+            keys.insert(0, future_id)  # it may be either, and a publisher may have taken the id of a request of ours for its own
         found: list[str] = []
 
         async def find() -> Result:
@@ -201,7 +211,7 @@ class Sender:
         return Future(
             future_id,
             pending,
-            lambda result: read_result(result, found[0], self._signer, backend),
+            lambda result: read_result(result, found[0], self._signer, backend, plain=self.only_plain),
             on_cancel=lambda: self._cancel(keys),
         )
 

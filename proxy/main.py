@@ -65,7 +65,8 @@ async def main(settings: Settings, options: ProxyOptions) -> int:
     stop = stop_event()
     async with open_redis(settings.store_url, settings.namespace) as store:
         proxy = Proxy(settings, options, store)
-        async with open_rabbitmq(settings.broker_url, settings.namespace, options.proxy_id, may_be_away=True) as queue:
+        seals = settings.header_seals
+        async with open_rabbitmq(settings.broker_url, settings.namespace, options.proxy_id, seals=seals, may_be_away=True) as queue:
             try:
                 await proxy.run(queue, stop)
             except MQServeError as error:
@@ -252,6 +253,7 @@ class Proxy:
             kind="proxy", id=options.proxy_id, at=self._store.now_ms(), pid=os.getpid(), host=socket.gethostname(), state=self._state,
             error=error or left_out, node=options.node, external=options.external, url=self.url,
             follows=self._app.routes.version if self._app else (0, 0), refuses=self._refuses, refused=self._refused,
+            seals=bool(self._settings.secret_keys),
         )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import msgspec
 
 from ..broker import queue_names
 from ..broker.dead_letters import Attempt, digest_of
-from ..broker.envelope import Envelope
+from ..broker.envelope import Envelope, is_minted
 from ..broker.errors import BadEnvelope, StoreUnavailable
 from ..broker.results import ErrorInfo, Result
 from ..broker.store import Store
@@ -54,14 +54,17 @@ class Admission:
     def __repr__(self) -> str:
         return f"<Admission of {self._backend}>"
 
-    def check_names(self, envelope: Envelope) -> None:
-        """A message may be anybody's: it names no queue of ours to reply to, and no keys but an inbox and its own body."""
-        header = envelope.header
+    def check_reply_to(self, envelope: Envelope) -> None:
+        """Raises BadEnvelope for a queue of ours: a message may be anybody's."""
         if envelope.reply_to and queue_names.is_ours(self._namespace, envelope.reply_to):
             raise BadEnvelope(f"reply_to names {envelope.reply_to!r}, a queue of this instance: name a queue of your own")
+
+    def check_keys(self, envelope: Envelope) -> None:
+        """Raises BadEnvelope for a header, though believed, that names other keys than an inbox and its own body."""
+        header = envelope.header
         if header.inbox and not header.inbox.startswith(self._keys.inbox("")):
             raise BadEnvelope(f"the mq header's inbox names {header.inbox!r}, which is none")
-        if header.ref and header.ref != self._keys.body(envelope.id):
+        if header.ref and not (is_minted(envelope.id) and header.ref == self._keys.body(envelope.id)):
             raise BadEnvelope(f"the mq header's ref names {header.ref!r}, which is not this message's body")
 
     async def admit(
@@ -81,7 +84,7 @@ class Admission:
                 envelope = replace(envelope, attempt=await self._count(self._name(envelope), config.max_attempts, math.inf))
             return await self._ready(envelope)
         if (raw := await self._store.get(self._keys.future(future_id))) is not None:
-            return await self._whole(self._ours(raw))
+            return await self._whole(future_id, self._ours(raw))
         if check_copies and not redelivered and not await self._claim(future_id, config):
             return None
         if once:
@@ -146,8 +149,9 @@ class Admission:
 
     async def stored(self, envelope: Envelope, ours: Result) -> Result:
         """The result that counts, where another run of the same request was first."""
-        raw = await self._store.get(self._keys.future(envelope.future_id(self._backend)))
-        return ours if raw is None else await self._whole(Result.from_bytes(raw))
+        future_id = envelope.future_id(self._backend)
+        raw = await self._store.get(self._keys.future(future_id))
+        return ours if raw is None else await self._whole(future_id, Result.from_bytes(raw))
 
     def _ours(self, raw: bytes) -> Result:
         """Raises BadEnvelope for another backend's: names may hold a slash, and so may a caller's own id."""
@@ -156,11 +160,11 @@ class Admission:
             raise BadEnvelope(f"under its id stands a result of backend {result.backend!r}: use another message_id")
         return result
 
-    async def _whole(self, result: Result) -> Result:
+    async def _whole(self, future_id: str, result: Result) -> Result:
         """With its body, wherever that stands."""
         if not result.ref:
             return result
-        body = await self._store.get_large(result.ref)
+        body = await self._store.get_large(self._keys.result_body(future_id))
         if body is None:
             gone = ErrorInfo(type="mqserve.LostBody", message="the body of the result is gone from the store: send the request again")
             return Result(status=500, backend=self._backend, error=gone)

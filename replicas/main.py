@@ -10,6 +10,7 @@ import socket
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from functools import partial
 
 from ..broker.backoff import delays
 from ..broker.errors import BackendFailed, MQServeError, StoreUnavailable, words_of
@@ -57,7 +58,9 @@ async def main(settings: Settings, options: ReplicaOptions) -> int:
     async with open_redis(settings.store_url, settings.namespace) as store:
         replica = Replica(settings, options, store)
         try:
-            await replica.run(lambda: open_rabbitmq(settings.broker_url, settings.namespace, options.replica_id, may_be_away=True), stop)
+            seals = settings.header_seals
+            open_queue = partial(open_rabbitmq, settings.broker_url, settings.namespace, options.replica_id, seals=seals, may_be_away=True)
+            await replica.run(open_queue, stop)
         except MQServeError as error:
             logger.error("%s: %s", options.replica_id, error)
             return FAILED_EXIT
@@ -150,6 +153,8 @@ class Replica:
         async for read_desired, read_observed in follow_state(self._store, self._keys):
             desired, observed = read_desired or Desired(), read_observed or Observed()
             name = self._options.backend
+            if observed.epoch:  # a store that lost the document says nothing of it
+                server.demand_seals(observed.sealed)
             if observed.epoch and not self._is_wanted(observed):
                 logger.info("%s is not wanted any more", self._options.replica_id)
                 stop.set()
@@ -203,6 +208,7 @@ class Replica:
             version=self._backend.version if self._backend else 0, generations=server.generations if server else (),
             follows=(0, configuring.version if configuring else 0), refused=configuring.refused if configuring else "",
             running=server.running if server else 0, served=server.served if server else 0,
+            seals=bool(self._settings.secret_keys),
         )  # fmt: skip
 
 

@@ -97,6 +97,10 @@ class Server:
         """While the binding moved to a later generation, a message may have gone into both queues: until all of those are over."""
         return time.monotonic() < self._taking.moved_at + self._config.request_timeout_s
 
+    def demand_seals(self, demanded: bool) -> None:
+        """Whether headers without a seal count no more, if there is a key to check seals with."""
+        self._senders.demands_seals = demanded
+
     def want(self, generations: tuple[int, ...]) -> None:
         """Takes from exactly these generations of the queue from now on."""
         self._taking.want(generations)
@@ -213,22 +217,18 @@ class Server:
         if self._turns_away and not self._settling.at_most_once:
             return delivery.requeue()
         self._settling.hold(generation, delivery)
+        job = Job(NOTHING, (generation, delivery))
         try:
-            envelope = delivery.envelope()
-            self._admission.check_names(envelope)
+            self._read(job, delivery)
         except BadEnvelope as error:
-            return self._settling.start(self._settling.refuse(Job(NOTHING, (generation, delivery)), error))
-        header = envelope.header
+            return self._settling.start(self._settling.refuse(job, error))
+        envelope, header = job.envelope, job.envelope.header
         left_s = float(MAX_REQUEST_TIMEOUT_S)  # whatever a sender says: longer would be more than RabbitMQ waits for an ack
         if header.deadline:
             left_s = min(left_s, (header.deadline - self._store.now_ms()) / 1000)
-        job = Job(envelope, (generation, delivery), time.monotonic() + left_s)
+        job.deadline = time.monotonic() + left_s
         if self._draining:
             return self._settling.give_back(job)
-        try:
-            self._senders.check(envelope)
-        except BadEnvelope as error:
-            return self._settling.start(self._settling.refuse(job, error))
         if left_s <= 0:
             self._drop(job, late_result("queue"))
         elif self._is_cancelled(envelope):
@@ -243,6 +243,19 @@ class Server:
     @property
     def _turns_away(self) -> bool:
         return self._draining or self._taking.paused
+
+    def _read(self, job: Job, delivery: Delivery) -> None:
+        """Gives the job its envelope. Raises BadEnvelope for what is refused; the job then has as much of it as counts all the same."""
+        envelope = delivery.envelope()
+        self._admission.check_reply_to(envelope)
+        try:
+            self._senders.check_header(envelope)
+        except BadEnvelope:
+            job.envelope = envelope.without_header()
+            raise
+        self._admission.check_keys(envelope)
+        job.envelope = envelope
+        self._senders.check_pickle(envelope)
 
     async def _admit(self, job: Job) -> None:
         """Looked at before it runs."""
@@ -286,7 +299,8 @@ class Server:
         return bool(self._cancellations) and self._cancellations.names(envelope, envelope.future_id(self._backend))
 
     def _runs_here(self, envelope: Envelope) -> bool:
-        return bool(envelope.id) and any(job.envelope.id == envelope.id for job in self._jobs)
+        future_id = envelope.future_id(self._backend)
+        return bool(future_id) and any(job.envelope.future_id(self._backend) == future_id for job in self._jobs)
 
     def _run(self, job: Job) -> None:
         self._jobs.add(job)

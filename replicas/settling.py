@@ -121,7 +121,7 @@ class Settling:
         try:
             kept = result
             if len(body) > INLINE_RESULT_BYTES:
-                key = self._keys.body(f"{envelope.future_id(self._backend)}.result")
+                key = self._keys.result_body(envelope.future_id(self._backend))
                 await _insist(lambda: self._store.set(key, body, ttl_ms=RESULT_TTL_S * 1000), until)
                 kept = msgspec.structs.replace(result, body=b"", ref=key)
             first = await self.record(job, kept)

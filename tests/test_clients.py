@@ -96,7 +96,7 @@ def connect(key: None) -> Iterator[Connect]:
     """`serve.connect`, and what it returned is closed with the test."""
     with ExitStack() as clients:
 
-        def connect(**where: str) -> serve.Client:
+        def connect(**where: Any) -> serve.Client:
             client = serve.connect(**where)
             clients.callback(client.close)
             return client

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,8 +18,10 @@ from click.testing import CliRunner, Result
 from pika.adapters.blocking_connection import BlockingChannel
 
 import mqserve as serve
+from mqserve.broker.envelope import Header, Meta, mint_id
 from mqserve.cli import cli
 from tests.instances import CommandLine, Deploy, distributed_only, wait_until
+from tests.sealed import sealed
 from tests.tallies import Tally
 
 pytestmark = distributed_only
@@ -56,7 +57,7 @@ def send(channel: BlockingChannel, shared_namespace: str) -> Send:
 def bury(channel: BlockingChannel, shared_namespace: str) -> Send:
     """Puts a message among the dead letters of a backend, as a replica does."""
     return lambda backend, body, **properties: channel.basic_publish(
-        f"{shared_namespace}.dead", backend, body, pika.BasicProperties(content_type="application/json", **properties)
+        f"{shared_namespace}.dead", backend, body, pika.BasicProperties(**{"content_type": "application/json", **properties})
     )
 
 
@@ -230,11 +231,79 @@ def test_a_retry_that_is_killed_before_it_removes_loses_nothing_and_can_be_repea
 def test_a_body_that_is_gone_from_the_store_stays_and_is_said(
     deploy: Deploy, dead: Dead, bury: Send, letters: Count, shared_namespace: str, tmp_path: Path
 ) -> None:
-    backend, name = deploy(doubling(Tally(tmp_path))), uuid.uuid4().hex
-    header = msgspec.msgpack.encode({"v": 1, "origin": "http", "ref": f"mqserve:{shared_namespace}:body:{{{name}}}"})
-    bury(backend, b"", message_id=name, headers={"mq": header})
+    backend, name = deploy(doubling(Tally(tmp_path))), mint_id()
+    header = Header(origin="http", ref=f"mqserve:{shared_namespace}:body:{{{name}}}")
+    bury(backend, b"", message_id=name, headers=sealed(shared_namespace, backend, name, header))
     refused = dead("retry", backend, name)
     assert refused.exit_code == 1 and f"retried: 0; {name} stays: its body" in refused.stderr
+    assert letters(backend) == 1
+
+
+# Whose letters they are.
+
+
+def test_a_request_of_ours_is_sealed_anew_with_the_key_of_today(
+    client: serve.Client, deploy: Deploy, environment: dict[str, str], bury: Send, letters: Count, shared_namespace: str, tmp_path: Path
+) -> None:
+    """Its letter is from before the key was rotated: who retries it holds both keys, the replicas only the new one."""
+    backend, name, before = deploy(doubling(Tally(tmp_path))), mint_id(), "the key before the one of the tests"
+    body = msgspec.msgpack.encode([21, {}])
+    headers = sealed(
+        shared_namespace, backend, name, Header(origin="handle", deadline=1), body=body, content_type="application/msgpack", keys=[before]
+    )
+    bury(backend, body, message_id=name, headers=headers, content_type="application/msgpack")
+    both = CliRunner(env={**environment, "MQSERVE_SECRET_KEY_PREVIOUS": before})
+    retried = both.invoke(cli, ["dead", "retry", backend, name])
+    assert retried.stdout == "1 retried.\n", retried.stderr
+    assert serve.future(name).result(timeout=30) == 42
+    assert letters(backend) == 0
+
+
+def test_what_a_stranger_said_in_our_name_stays_and_harms_nobody(
+    client: serve.Client, deploy: Deploy, dead: Dead, send: Send, letters: Count, shared_namespace: str, tmp_path: Path
+) -> None:
+    tally = Tally(tmp_path)
+    backend = deploy(doubling(tally))
+    theirs = client.get_handle(backend).remote("x" * 600_000)
+    assert len(theirs.result(timeout=30)) == 1_200_000
+    ref = f"mqserve:{shared_namespace}:body:{{{theirs.id}.result}}"
+    forged = [
+        (theirs.id, Header(origin="http", meta=Meta(client=("127.0.0.1", 1)))),
+        (f"{theirs.id}.result", Header(origin="handle", ref=ref)),
+        ("mine", Header(inbox=f"mqserve:{shared_namespace}:inbox:client-1")),
+    ]
+    for name, header in forged:
+        send(backend, b"1", content_type="application/json", message_id=name, headers={"mq": msgspec.msgpack.encode(header)})
+    wait_until(lambda: letters(backend) == len(forged))
+
+    shown = dead("show", backend, theirs.id)
+    assert "seal: it has none" in shown.stdout and "sent by: HTTP" in shown.stdout
+    refused = dead("retry", backend, "--all")
+    assert refused.exit_code == 1 and refused.stderr.startswith("Error: retried: 0; "), refused.stderr
+    assert refused.stderr.count("no replica would run it, whoever sends it again") == len(forged)
+    assert letters(backend) == len(forged)
+    assert len(serve.future(theirs.id).result(timeout=30)) == 1_200_000
+    assert len(tally.lines) == 1
+
+
+@pytest.mark.parametrize("with_seal", [b"\0" * 20, b"short", "text", 7, {"a": 1}], ids=str)
+def test_an_odd_seal_makes_nothing_ours(deploy: Deploy, dead: Dead, bury: Send, letters: Count, tmp_path: Path, with_seal: Any) -> None:
+    backend, name = deploy(doubling(Tally(tmp_path))), mint_id()
+    bury(backend, b"1", message_id=name, headers={"mq": msgspec.msgpack.encode(Header(origin="http")), "mq-seal": with_seal})
+    refused = dead("retry", backend, name)
+    assert refused.exit_code == 1 and f"{name} stays: no replica would run it" in refused.stderr
+    assert letters(backend) == 1
+
+
+def test_a_command_without_the_key_says_that_it_needs_it(
+    deploy: Deploy, environment: dict[str, str], bury: Send, letters: Count, shared_namespace: str, tmp_path: Path, broker_url: str
+) -> None:
+    backend, name = deploy(doubling(Tally(tmp_path))), mint_id()
+    user = pika.URLParameters(broker_url).credentials.username
+    headers = sealed(shared_namespace, backend, name, Header(origin="http"), body=b"1")
+    bury(backend, b"1", message_id=name, headers={**headers, "mq-user": user})
+    refused = CliRunner(env={**environment, "MQSERVE_SECRET_KEY": None}).invoke(cli, ["dead", "retry", backend, name])
+    assert refused.exit_code == 1 and "set MQSERVE_SECRET_KEY for this command, too" in refused.stderr, refused.output
     assert letters(backend) == 1
 
 

@@ -13,8 +13,10 @@ import redis
 from pika.adapters.blocking_connection import BlockingChannel
 
 import mqserve as serve
+from mqserve.broker.envelope import Header
 from tests.gates import Gate
 from tests.instances import Deploy, distributed_only, wait_until
+from tests.sealed import sealed
 
 pytestmark = distributed_only
 
@@ -203,12 +205,104 @@ def test_a_publisher_of_garbage_that_gave_an_id_finds_the_refusal_there(channel:
         serve.future(key, backend=echoing).result(timeout=30)
 
 
-def test_a_pickle_under_our_own_header_is_not_opened_without_its_seal(
-    channel: BlockingChannel, exchange: str, echoing: str, tmp_path: Path
+@pytest.mark.parametrize("with_header", ["a stranger's", "one of ours"])
+def test_a_pickle_is_not_opened_without_its_own_seal(
+    channel: BlockingChannel, broker_url: str, exchange: str, echoing: str, tmp_path: Path, with_header: str
 ) -> None:
-    mark = tmp_path / "opened"
-    header = msgspec.msgpack.encode({"v": 1, "origin": "handle"})
-    properties = pika.BasicProperties(content_type="application/x-python-pickle", message_id=uuid.uuid4().hex, headers={"mq": header})
-    channel.basic_publish(exchange, echoing, f"cos\nsystem\n(S'touch {mark}'\ntR.".encode(), properties)
+    mark, name, kind = tmp_path / "opened", uuid.uuid4().hex, "application/x-python-pickle"
+    body = f"cos\nsystem\n(S'touch {mark}'\ntR.".encode()
+    headers = {"mq": msgspec.msgpack.encode({"v": 1, "origin": "handle"})}
+    if with_header == "one of ours":
+        headers = sealed(exchange.removesuffix(".requests"), echoing, name, Header(origin="handle"), body=body, content_type=kind)
+    user = pika.URLParameters(broker_url).credentials.username
+    properties = pika.BasicProperties(content_type=kind, message_id=name, headers=headers, user_id=user)
+    channel.basic_publish(exchange, echoing, body, properties)
     assert serve.get_handle(echoing).remote("alive").result(timeout=30) == {"data": "alive"}
     assert not mark.exists()
+
+
+# The mq header.
+
+
+class Methods:
+    def __call__(self, request: serve.ServeRequest) -> str:
+        return "called"
+
+    def predict(self, request: serve.ServeRequest) -> Any:
+        return [request.data, request.method, dict(request.headers)]
+
+
+@pytest.fixture(scope="module")
+def predicting(client: serve.Client) -> Iterator[str]:
+    deploy = Deploy(client)
+    yield deploy(Methods)
+    deploy.undo()
+
+
+def test_a_deadline_and_a_method_count_from_anybody(channel: BlockingChannel, exchange: str, predicting: str) -> None:
+    replies = own_queue(channel)
+    for header, status in (
+        ({"meta": {"call": "predict"}, "deadline": 2**60}, 200),
+        ({"meta": {"call": "missing"}}, 404),
+        ({"meta": {"call": "predict"}, "deadline": 1}, 504),
+        ({"v": 1, "origin": "", "shadow": False, "meta": {"call": "predict", "method": "GET", "size": 3}, "colour": "red"}, 200),
+    ):
+        properties = pika.BasicProperties(
+            content_type="application/json", reply_to=replies, headers={"mq": msgspec.msgpack.encode(header), "mq-seal": "of nobody"}
+        )
+        channel.basic_publish(exchange, predicting, b"1", properties)
+        reply, body = receive(channel, replies)
+        assert reply.headers["mq-status"] == status, (header, body)
+        assert status != 200 or json.loads(body) == [1, "GET", {}]
+
+
+CLAIMS = {
+    "HTTP": {"origin": "http", "meta": {"path": "/x", "client": ["127.0.0.1", 1]}},
+    "a handle": {"origin": "handle"},
+    "a header": {"meta": {"headers": [[b"cookie", b"x"]]}},
+    "an inbox": {"inbox": "mqserve:x:inbox:client-1"},
+    "another's body": {"ref": "mqserve:x:body:{x}"},
+    "a shadow": {"shadow": True},
+}
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_what_only_our_own_processes_may_say_is_refused_under_the_publishers_own_key(
+    client: serve.Client, channel: BlockingChannel, exchange: str, predicting: str, claim: str
+) -> None:
+    """Also under the id of a request of ours, whose result it must not be taken for."""
+    replies, ours = own_queue(channel), client.get_handle(predicting).remote(1)
+    assert ours.result(timeout=30) == "called"
+    for name in (ours.id, uuid.uuid4().hex, "order-1"):
+        headers = {"mq": msgspec.msgpack.encode(CLAIMS[claim])}
+        properties = pika.BasicProperties(
+            content_type="application/json", message_id=name, reply_to=replies, correlation_id=name, headers=headers
+        )
+        channel.basic_publish(exchange, predicting, b"1", properties)
+        reply, body = receive(channel, replies)
+        assert (reply.headers["mq-status"], reply.correlation_id) == (422, name)
+        assert json.loads(body)["error"]["type"] == "mqserve.BadSignature"
+    with pytest.raises(serve.RemoteError, match="says more than a direct publisher may"):
+        serve.future("order-1", backend=predicting).result(timeout=30)
+    assert serve.future(ours.id).result(timeout=30) == serve.future(ours.id, backend=predicting).result(timeout=30) == "called"
+
+
+def test_a_sealed_message_that_is_repeated_for_its_answer_is_refused(channel: BlockingChannel, exchange: str, predicting: str) -> None:
+    replies, name = own_queue(channel), uuid.uuid4().hex
+    headers = sealed(exchange.removesuffix(".requests"), predicting, name, Header(origin="http"), body=b"1")
+    properties = pika.BasicProperties(content_type="application/json", message_id=name, reply_to=replies, headers=headers)
+    channel.basic_publish(exchange, predicting, b"1", properties)
+    reply, body = receive(channel, replies)
+    assert reply.headers["mq-status"] == 422 and "repeats it to have the answer" in json.loads(body)["error"]["message"]
+
+
+@pytest.mark.parametrize("slashed", ["{backend}/order", "a/{backend}", "/", "{hex}.result"])
+def test_slashes_and_dots_in_an_id_lead_to_no_key_but_its_own(
+    channel: BlockingChannel, exchange: str, summing: str, store_url: str, environment: dict[str, str], slashed: str
+) -> None:
+    name = slashed.format(backend=summing, hex=uuid.uuid4().hex)
+    channel.basic_publish(exchange, summing, b"[1, 2]", pika.BasicProperties(content_type="application/json", message_id=name))
+    assert serve.future(name, backend=summing).result(timeout=30) == {"sum": 3}
+    with redis.Redis.from_url(store_url) as store:
+        root = f"mqserve:{environment['MQSERVE_NAMESPACE']}:future"
+        assert store.exists(f"{root}:{{{summing}/{name}}}") and not store.exists(f"{root}:{{{name}}}")

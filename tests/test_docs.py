@@ -49,7 +49,7 @@ CODE = "\n".join(
     path.read_text() for part in ("mqserve", "broker", "proxy", "replicas", "controller") for path in (ROOT / part).glob("*.py")
 )
 
-SCRIPTS = ("handle", "face")  # Python that needs nothing
+SCRIPTS = ("handle", "face", "plain-results")  # Python that needs nothing
 WALKTHROUGHS = {"hello": "", "digits": "examples/digits.py"}  # shell that serves, or asks what serves this file
 OVER_AMQP = ("orders.py", "pika", "redis", "future", "publish")
 ON_SERVERS = ("dead-letters", "delivery", "dependency-management", "resources")  # of the guide: these need RabbitMQ and Redis

@@ -135,6 +135,106 @@ def test_any_object_travels_both_ways(tools: str) -> None:
     assert handle.remote((1, {2: {3}})).result(timeout=30) == (1, {2: {3}})
 
 
+class OpensNothing:
+    """Leaves a mark where its pickle is opened."""
+
+    def __init__(self, mark: Path) -> None:
+        self._mark = mark
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self._mark,)
+
+
+class ExceptionThatOpens(Exception):
+    """One whose pickle leaves a mark."""
+
+    def __init__(self, mark: Path) -> None:
+        super().__init__("on purpose")
+        self._mark = mark
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self._mark,)
+
+
+class Traps:
+    def __call__(self, request: serve.ServeRequest) -> Any:
+        return request.data if request.data != "object" else OpensNothing(Path(request.query_params["mark"]))
+
+    def fail(self, request: serve.ServeRequest) -> None:
+        raise ExceptionThatOpens(Path(request.query_params["mark"]))
+
+
+@pytest.fixture(scope="module")
+def traps(client: serve.Client) -> Iterator[str]:
+    deploy = Deploy(client)
+    yield deploy(Traps)
+    deploy.undo()
+
+
+def test_a_caller_of_plain_results_opens_no_pickle(traps: str, tmp_path: Path) -> None:
+    mark = tmp_path / "opened"
+    handle = serve.get_handle(traps).options(results="plain")
+    assert handle.remote({"a": [1, b"x", None]}).result(timeout=30) == {"a": [1, b"x", None]}
+    with pytest.raises(serve.NotEncodable, match=f"backend '{traps}'.*travels as a pickle.*results='plain'"):
+        handle.remote("object", mark=str(mark)).result(timeout=30)
+    with pytest.raises(serve.RemoteError, match="ExceptionThatOpens: on purpose") as failure:
+        handle.options(method_name="fail").remote(mark=str(mark)).result(timeout=30)
+    assert any("Remote traceback" in note for note in failure.value.__notes__)
+    assert not mark.exists()
+    serve.get_handle(traps).remote("object", mark=str(mark)).result(timeout=30)
+    assert mark.exists(), "anybody else opens it"
+
+
+def test_plain_results_hold_for_awaiting_for_arguments_and_for_copies_of_the_handle(traps: str, tmp_path: Path) -> None:
+    mark = tmp_path / "opened"
+    handle = pickle.loads(pickle.dumps(serve.get_handle(traps, sync=False).options(results="plain")))
+
+    async def ask() -> Any:
+        return await (await handle.remote("object", mark=str(mark)))
+
+    with pytest.raises(serve.NotEncodable):
+        asyncio.run(ask())
+    plain = serve.get_handle(traps).options(results="plain")
+    with pytest.raises(serve.NotEncodable):
+        serve.get_handle(traps).remote(plain.remote("object", mark=str(mark))).result(timeout=30)
+    assert not mark.exists()
+
+
+def test_another_kind_of_results_is_refused(traps: str) -> None:
+    with pytest.raises(ValueError, match="'any', or 'plain'"):
+        serve.get_handle(traps).options(results="pickle")
+    with pytest.raises(ValueError, match="'any', or 'plain'"):
+        serve.connect(results="pickle")  # type: ignore[arg-type]
+
+
+@distributed_only
+def test_a_client_of_plain_results_opens_no_pickle(traps: str, environment: dict[str, str], tmp_path: Path) -> None:
+    mark = tmp_path / "opened"
+    ref = serve.get_handle(traps).remote("object", mark=str(mark))
+    script = f"""
+import mqserve as serve
+serve.connect(results="plain")
+handle = serve.get_handle({traps!r}).options(results="any")
+for ask in (lambda: handle.remote("object", mark={str(mark)!r}), lambda: serve.future({ref.id!r})):
+    try:
+        ask().result(timeout=30)
+    except serve.NotEncodable:
+        print("not opened")
+print(serve.get_handle({traps!r}).remote(1).result(timeout=30))
+"""
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "not opened\nnot opened\n1\n", done.stderr
+    assert not mark.exists()
+
+
+def test_a_handle_that_was_pickled_before_it_had_that_option_opens_as_ever(tools: str) -> None:
+    kind, (handle_class, endpoint, options, missing_ok) = serve.get_handle(tools).__reduce__()
+    older = object.__new__(type(options))
+    older.__setstate__(["inspect", None, "GET", {}, None])  # as dataclasses keep their fields
+    arrived = kind(handle_class, endpoint, older, missing_ok)
+    assert arrived.remote("x").result(timeout=30)["data"] == "x"
+
+
 def test_a_large_object_travels_both_ways(tools: str) -> None:
     array = np.arange(400_000, dtype=np.float64)
     assert np.array_equal(serve.get_handle(tools).remote(array).result(timeout=30), array)

@@ -12,7 +12,7 @@ from mqserve.broker.cancellations import CANCELLED
 from mqserve.broker.embedded_queue import EmbeddedQueue
 from mqserve.broker.embedded_store import EmbeddedStore
 from mqserve.broker.envelope import Envelope, Header, Meta, mint_id
-from mqserve.broker.errors import BrokerUnavailable, NotRouted, Overloaded, StoreUnavailable, TooLarge
+from mqserve.broker.errors import BrokerUnavailable, MQServeError, NotRouted, Overloaded, StoreUnavailable, TooLarge
 from mqserve.broker.overload import MIN_RETRY_S
 from mqserve.broker.queue import Delivery, Queue, Settled
 from mqserve.broker.results import INLINE_BYTES, Result, note_of
@@ -68,10 +68,20 @@ async def test_a_result_with_its_body_by_reference_comes_whole(caller: Caller, q
     hands = await consumed(queue)
     ticket = send(caller)
     await hands.hold(1)
-    await store.set(keys.body("large"), b"whole")
-    await recorded(store, keys, hands.held[0].envelope(), Result(status=201, ref=keys.body("large")))
+    await store.set(keys.result_body(ticket.id), b"whole")
+    await recorded(store, keys, hands.held[0].envelope(), Result(status=201, ref=keys.result_body(ticket.id)))
     result = await answer(ticket)
     assert (result.status, result.body, result.ref) == (201, b"whole", "")
+
+
+async def test_a_result_that_names_anothers_body_does_not_get_it(caller: Caller, queue: Queue, store: Store, keys: StoreKeys) -> None:
+    hands = await consumed(queue)
+    ticket = send(caller)
+    await hands.hold(1)
+    await store.set(keys.body("another"), b"secret")
+    await recorded(store, keys, hands.held[0].envelope(), Result(ref=keys.body("another")))
+    with pytest.raises(MQServeError, match="gone from the store"):
+        await answer(ticket)
 
 
 async def test_the_replica_sees_what_the_caller_meant(caller: Caller, queue: Queue, keys: StoreKeys) -> None:
@@ -341,8 +351,8 @@ class StoreThatCannotBeRead(EmbeddedStore):
         return await super().get_large(key)
 
 
-@pytest.mark.parametrize("ref", ["", "large"])
-async def test_a_result_that_cannot_be_read_at_once_is_read_later(ref: str) -> None:
+@pytest.mark.parametrize("by_reference", [False, True])
+async def test_a_result_that_cannot_be_read_at_once_is_read_later(by_reference: bool) -> None:
     """Its note does not come again, so whoever waits would wait to his deadline."""
     queue, store, keys = EmbeddedQueue(), StoreThatCannotBeRead(), StoreKeys("tests")
     body = b"x" * (INLINE_BYTES + 1)
@@ -350,10 +360,10 @@ async def test_a_result_that_cannot_be_read_at_once_is_read_later(ref: str) -> N
         hands = await consumed(queue)
         ticket = send(caller, timeout_s=60)
         await hands.hold(1)
-        if ref:
-            await store.set(keys.body(ref), body)
+        ref = keys.result_body(ticket.id)
+        await store.set(ref, body)
         store.times = 3
-        await recorded(store, keys, hands.held[0].envelope(), Result(ref=keys.body(ref)) if ref else Result(body=body))
+        await recorded(store, keys, hands.held[0].envelope(), Result(ref=ref) if by_reference else Result(body=body))
         async with asyncio.timeout(10):
             assert (await ticket.future).body == body
 
@@ -389,6 +399,7 @@ async def test_the_body_of_a_strangers_result_is_fetched_once() -> None:
         stranger = mint_id()
         waiting = asyncio.create_task(caller.waits.result(stranger, timeout_s=30))
         await until(lambda: caller.waits._strangers)
-        await store.set(keys.body("large"), b"whole")
-        await store.set(keys.future(stranger), Result(ref=keys.body("large")).to_bytes())
+        ref = keys.result_body(stranger)
+        await store.set(ref, b"whole")
+        await store.set(keys.future(stranger), Result(ref=ref).to_bytes())
         assert (await waiting).body == b"whole" and store.fetched == 1

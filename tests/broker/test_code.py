@@ -152,6 +152,56 @@ def test_code_sealed_by_another_key_is_refused_even_under_its_right_hash(user_mo
         unpack(forged.to_bytes(), forged.sha256, signer)
 
 
+@pytest.mark.parametrize("args", [(), ("Hi",), (1j,)])
+def test_a_record_of_code_is_sealed_as_a_whole(user_module: ModuleType, signer: Signer, args: tuple[Any, ...]) -> None:
+    for target in (user_module.Greeter, "starlette.requests:Request"):
+        code = pack(target, args, signer)
+        unpack(code.to_bytes(), code.sha256, signer)
+        changes: list[dict[str, Any]] = [
+            {"name": "other"},
+            {"args_type": "application/json"},
+            {"args": msgspec.msgpack.encode(["/other"])},
+            {"seal": b"none"},
+            {"seal": pack("starlette.requests:Request", ("other",), signer).seal},
+            {"target": "os:system", "sealed": b""},
+        ]
+        for changed in changes:
+            forged = msgspec.structs.replace(code, **changed)
+            with pytest.raises(BadSignature):
+                unpack(forged.to_bytes(), forged.sha256, signer)
+
+
+def test_code_by_name_without_a_seal_is_not_even_imported(signer: Signer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mark = tmp_path / "imported"
+    (tmp_path / "imported_by_nobody.py").write_text(f"open({str(mark)!r}, 'w').close()\ndef f(request): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for maker in (NO_SIGNER, Signer([b"x" * 32], "ns")):
+        code = pack("imported_by_nobody:f", (), maker)
+        with pytest.raises(BadSignature, match=r"deploy it again|does not hold"):
+            unpack(code.to_bytes(), code.sha256, signer)
+    assert not mark.exists()
+    code = pack("imported_by_nobody:f", (), signer)
+    unpack(code.to_bytes(), code.sha256, signer)
+    assert mark.exists()
+
+
+def test_what_an_earlier_version_sent_by_value_opens_where_nothing_can_have_been_put_beside_it(
+    user_module: ModuleType, signer: Signer
+) -> None:
+    plain = msgspec.structs.replace(pack(user_module.hello, (), signer), seal=b"")
+    target, args = unpack(plain.to_bytes(), plain.sha256, signer)
+    assert (target("there"), args) == ("Hello, there!", [])
+    for args_type, packed in (("application/msgpack", msgspec.msgpack.encode(["x"])), ("application/octet-stream", plain.args)):
+        more = msgspec.structs.replace(plain, args_type=args_type, args=packed)
+        with pytest.raises(BadSignature, match="deploy it again"):
+            unpack(more.to_bytes(), more.sha256, signer)
+
+
+def test_a_process_without_a_key_takes_code_by_name_from_one_with_a_key(signer: Signer) -> None:
+    code = pack("starlette.requests:Request", (), signer)
+    assert unpack(code.to_bytes(), code.sha256, NO_SIGNER) == (starlette.requests.Request, [])
+
+
 def test_bytes_that_are_no_code_are_refused(signer: Signer) -> None:
     raw = b"\xc1"
     with pytest.raises(BadEnvelope):

@@ -1,6 +1,7 @@
 """What only the queue on RabbitMQ goes through: losses, reconnects, strangers."""
 
 import asyncio
+import dataclasses
 import gc
 import time
 from typing import Any
@@ -10,8 +11,9 @@ import pytest
 from yarl import URL
 
 from mqserve.broker.dead_letters import Death
-from mqserve.broker.envelope import Envelope, Header
+from mqserve.broker.envelope import Envelope, Header, Meta, mint_id
 from mqserve.broker.errors import BadEnvelope, BrokerUnavailable, MQServeError, QueueMismatch
+from mqserve.broker.header_seals import HeaderSeals, Seal
 from mqserve.broker.queue import Queue
 from mqserve.broker.queue_names import backend_queue, dead_queue, requests_exchange
 from mqserve.broker.rabbitmq import open_rabbitmq
@@ -146,6 +148,36 @@ async def test_a_header_that_does_not_parse_is_a_bad_envelope_with_its_dead_lett
         assert (letter.expiration, letter.user_id) == (None, None)
         expected = {"mq": "text", "theirs": 1, "mq-reason": "bad", "mq-backend": "b", "mq-user": user}
         assert letter.headers.items() >= expected.items()
+
+
+async def test_a_seal_holds_through_the_queue_the_dead_letters_and_a_retry_and_nowhere_else(broker_url: str, namespace: str) -> None:
+    seals = HeaderSeals([b"k" * 32], namespace)
+    header = Header(origin="http", inbox="in", deadline=2**41, meta=Meta(path="/π", headers=((b"a", b"\xff"),)))
+    sent = [Envelope(mint_id(), body, "application/json", header) for body in (b"", b"1", b"x" * 300)]
+    async with open_rabbitmq(broker_url, namespace, "test", seals=seals) as queue:
+        for backend in ("b", "other"):
+            await queue.declare(backend, 1, None)
+        hands, others = Hands(), Hands()
+        await queue.consume("b", 1, 10, hands)
+        await queue.consume("other", 1, 10, others)
+        await accepted(queue, *sent)
+        await hands.hold(3)
+        assert [delivery.envelope().seal for delivery in hands.held] == [Seal.VALID] * 3
+        fate: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        queue.dead_letter("b", hands.held[1], Death("bad"), fate.set_result)
+        assert await fate is None
+        hands.ack_all()
+        async with queue.dead_letters("b") as letters:
+            async for letter in letters:
+                assert letter.envelope(seals.of("b")).seal is Seal.VALID
+                for backend in ("b", "other"):
+                    moved = dataclasses.replace(letter.renewed(7, seals.of("b")), backend=backend)
+                    queue.republish(moved, lambda error: None)
+        await hands.hold(1)
+        await others.hold(1)
+        retried = hands.held[0].envelope()
+        assert (retried.seal, retried.header.inbox, retried.header.deadline, retried.header.again) == (Seal.VALID, "", 7, True)
+        assert others.held[0].envelope().seal is Seal.BROKEN
 
 
 async def test_a_reply_comes_to_the_callers_own_queue_with_its_status(broker_url: str, namespace: str) -> None:

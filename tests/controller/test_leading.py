@@ -204,9 +204,9 @@ class Running:
         self.stops: dict[str, Stop] = {}
         self.tasks: dict[str, asyncio.Task[None]] = {}
 
-    def start(self, name: str, queue: Queue | None = None) -> None:
+    def start(self, name: str, queue: Queue | None = None, *, has_key: bool = True) -> None:
         self.stops[name] = Stop()
-        controller = Controller(self._store, self._keys, queue or EmbeddedQueue(), name, self._instance)
+        controller = Controller(self._store, self._keys, queue or EmbeddedQueue(), name, self._instance, has_key=has_key)
         self.tasks[name] = asyncio.create_task(controller.run(self.stops[name]))
 
     async def leads(self, name: str) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from mqserve.broker.embedded_store import EmbeddedStore
 from mqserve.broker.lifeline import Stop
+from mqserve.broker.signing import Signer
 from mqserve.broker.store_keys import StoreKeys
 from mqserve.controller.node import Node, NodeOptions, Share
 from mqserve.controller.resources import Demand
@@ -16,6 +17,7 @@ from mqserve.controller.state import Assignment, Backend, Beat, Desired, Observe
 pytestmark = pytest.mark.anyio
 
 KEYS = StoreKeys("tests")
+SIGNER = Signer([b"k" * 32], "tests")
 
 
 class Child:
@@ -79,7 +81,7 @@ async def running_node(store: EmbeddedStore, launcher: Launcher) -> AsyncIterato
     stop = Stop()
     await store.set(KEYS.desired, Desired().to_bytes())
     await store.set(KEYS.observed, Observed(epoch=1, proxies=("n",)).to_bytes())
-    node = asyncio.create_task(Node(NodeOptions("n"), store, KEYS, launcher).run(stop))
+    node = asyncio.create_task(Node(NodeOptions("n"), store, KEYS, launcher, SIGNER).run(stop))
     try:
         await until(lambda: launcher.proxies)
         yield

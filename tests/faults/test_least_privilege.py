@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
+import msgspec
 import pika
 import pika.exceptions
 import psutil
 import pytest
 import redis
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 
+from mqserve.broker.code import Code
+from mqserve.broker.envelope import Header, mint_id
 from mqserve.broker.redis_store import open_redis
 from mqserve.broker.store_keys import StoreKeys
 from mqserve.controller.lease import has_ended
@@ -23,6 +29,7 @@ from mqserve.setup import acl_rules, broker_rights
 from tests.conftest import running
 from tests.faults.composed import ROLES, Composed, configured, dot_env
 from tests.instances import wait_until
+from tests.sealed import sealed
 from tests.servers import PrivateRabbitMQ, PrivateRedis
 
 DEPLOY = """
@@ -57,8 +64,21 @@ def fail(request):
     raise ValueError("on purpose")
 
 
-for target in (double, relay, members, slow, environment, fail):
-    config = {"request_timeout_s": 3} if target is slow else {}
+def witness(request):
+    facts = [type(request).__name__, getattr(request, "client", None), request.method, dict(request.headers), dict(request.path_params)]
+    with open("witnessed.txt", "a") as file:
+        print(facts, file=file)
+    return "x" * 2_000_000 if request.data == "large" else "seen"
+
+
+def hold(request):
+    while not os.path.exists("release"):
+        time.sleep(0.05)
+    return f"held {len(request.data)}"
+
+
+for target in (double, relay, members, slow, environment, fail, witness, hold):
+    config = {slow: {"request_timeout_s": 3}, hold: {"request_timeout_s": 600, "sync_threads": 4}}.get(target, {})
     client.create_backend(target.__name__, target, config=config)
     client.create_endpoint(target.__name__, backend=target.__name__, route=f"/{target.__name__}", methods=["GET", "POST"])
 client.create_backend("double-again", double)  # whose code is there already
@@ -69,7 +89,7 @@ print("deployed", client.http_url())
 
 @pytest.fixture(scope="module")
 def composed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Composed]:
-    """The services of compose.yaml, with six endpoints deployed by the client's user."""
+    """The services of compose.yaml, with endpoints deployed by the client's user."""
     env, folder = dot_env(), tmp_path_factory.mktemp("composed")
     (folder / "definitions.json").write_text(configured("rabbitmq-users", env))
     server = contextmanager(running)
@@ -217,7 +237,8 @@ def test_user_code_finds_no_credentials_but_its_own(composed: Composed, url: str
     others = [composed.env[f"MQSERVE_{role.upper()}_PASSWORD"] for role in ROLES if role != "replica"]
     assert not [name for name, value in found.items() if any(password in value for password in others)]
     assert set(found) == {
-        *("MQSERVE_BROKER_URL", "MQSERVE_STORE_URL", "MQSERVE_SECRET_KEY", "MQSERVE_NAMESPACE", "MQSERVE_TRUSTED_USERS"),
+        *("MQSERVE_BROKER_URL", "MQSERVE_STORE_URL", "MQSERVE_SECRET_KEY", "MQSERVE_NAMESPACE"),
+        *("MQSERVE_TRUSTED_USERS", "MQSERVE_HEADER_USERS"),
         *("MQSERVE_LIFELINE_FD", "MQSERVE_VERBOSE"),
     }
 
@@ -378,36 +399,194 @@ def test_a_wrong_password_is_said_and_not_shown(composed: Composed, kind: str, v
 # Pickles: sealed, and by a user that is named and trusted.
 
 
-def send_pickle(composed: Composed, role: str, user_id: str | None) -> tuple[int, bytes]:
-    """The reply to a message that says it holds a pickle of a handle's."""
-    composed.broker.ctl("set_permissions", f"mqserve-{role}", "^answers-", r"^mqserve\.requests$", "^answers-")
-    try:
-        with pika.BlockingConnection(pika.URLParameters(composed.url("amqp", role))) as connection:
-            channel = connection.channel()
-            answers = channel.queue_declare(f"answers-{os.urandom(4).hex()}", exclusive=True).method.queue
-            header = b"\x81\xa6origin\xa6handle"  # {"origin": "handle"}
-            properties = pika.BasicProperties(
-                content_type="application/x-python-pickle", reply_to=answers, user_id=user_id, headers={"mq": header}
-            )
-            channel.basic_publish("mqserve.requests", "members", b"cos\nsystem\n(S'false'\ntR.", properties)
-            for method, properties, body in channel.consume(answers, auto_ack=True, inactivity_timeout=20):
-                assert method is not None, composed.outputs()
-                return properties.headers["mq-status"], body
-        raise AssertionError("unreachable")
-    finally:
-        rights = broker_rights("mqserve")[role]
-        composed.broker.ctl("set_permissions", f"mqserve-{role}", *rights)
+def send_pickle(composed: Composed, role: str, user_id: str | None) -> dict[str, Any]:
+    """The result of a message in a handle's name, its header sealed, that says it holds a pickle."""
+    name, kind, body = mint_id(), "application/x-python-pickle", b"cos\nsystem\n(S'false'\ntR."
+    headers = sealed(
+        "mqserve", "members", name, Header(origin="handle"), body=body, content_type=kind, keys=[composed.env["MQSERVE_SECRET_KEY"]]
+    )
+    with pika.BlockingConnection(pika.URLParameters(composed.url("amqp", role))) as connection:
+        properties = pika.BasicProperties(content_type=kind, message_id=name, user_id=user_id, headers=headers)
+        connection.channel().basic_publish("mqserve.requests", "members", body, properties)
+    with redis.Redis.from_url(composed.url("redis", "client")) as store:
+        raw = wait_until(lambda: store.get(f"{ROOT_KEY}:future:{{{name}}}"), told=composed.outputs)
+        return msgspec.msgpack.decode(raw, type=dict[str, Any])
 
 
 @pytest.mark.parametrize(
     ("role", "user_id", "why"),
-    [("client", None, "user_id"), ("proxy", "mqserve-proxy", "MQSERVE_TRUSTED_USERS"), ("client", "mqserve-client", "sealed")],
+    [("client", None, "user_id"), ("proxy", "mqserve-proxy", "MQSERVE_TRUSTED_USERS"), ("client", "mqserve-client", "not a sealed value")],
     ids=["without a name", "by one who is not trusted", "trusted, but not sealed"],
 )
 def test_a_pickle_is_refused(composed: Composed, role: str, user_id: str | None, why: str) -> None:
-    status, body = send_pickle(composed, role, user_id)
-    assert status == 422
-    assert why in json.loads(body)["error"]["message"]
+    result = send_pickle(composed, role, user_id)
+    assert result["status"] == 422
+    assert why in result["error"]["message"]
+
+
+# Requests: believed by their seal.
+
+MADE_UP = 300
+NOBODYS_INBOX = f"{ROOT_KEY}:inbox:client-nobody"
+VICTIM = """
+import mqserve as serve
+
+client = serve.connect()
+large = serve.get_handle("witness").remote("large")
+assert len(large.result(timeout=30)) == 2_000_000
+waiting = serve.get_handle("hold").remote("x" * 1_500_000)
+print(f"asked {large.id} {waiting.id} {client._caller.waits.inbox}", flush=True)
+print(f"told {waiting.result(timeout=600)} {len(serve.future(large.id).result(timeout=30))}", flush=True)
+"""
+
+
+@dataclass(frozen=True)
+class MadeUp:
+    """What a stranger publishes in mqserve's name."""
+
+    backend: str
+    message_id: str
+    headers: dict[str, Any]
+    properties: dict[str, Any]
+    body: bytes
+
+
+def made_up(large_id: str, waiting_id: str, inbox: str) -> st.SearchStrategy[MadeUp]:
+    """Every header claims something that is not its sender's to claim, of all that the stranger could know."""
+    body_keys = [f"{ROOT_KEY}:body:{{{name}}}" for name in (waiting_id, f"{large_id}.result", "x")]
+    pair = st.tuples(st.binary(max_size=9), st.binary(max_size=9))
+    meta_claims: dict[str, st.SearchStrategy[Any]] = {
+        "client": st.just(("127.0.0.1", 1)),
+        "headers": st.lists(pair, min_size=1, max_size=3),
+        "path": st.just("/witness"),
+        "params": st.just([("n", "int", "7")]),
+        "method": st.just("POST"),
+        "endpoint": st.just("hold"),
+        "scheme": st.just("https"),
+    }
+    claims: dict[str, st.SearchStrategy[Any]] = {
+        "origin": st.sampled_from(["http", "handle", "other"]),
+        "inbox": st.sampled_from([inbox, NOBODYS_INBOX, f"{ROOT_KEY}:inbox:proxy-x", "x"]),
+        "ref": st.sampled_from([*body_keys, f"{ROOT_KEY}:desired"]),
+        "shadow": st.just(True),
+        "once": st.just(True),
+        "again": st.just(True),
+        "meta": st.dictionaries(st.sampled_from(sorted(meta_claims)), st.none(), min_size=1, max_size=4).flatmap(
+            lambda chosen: st.fixed_dictionaries({name: meta_claims[name] for name in chosen})
+        ),
+    }
+    fields = st.sets(st.sampled_from(sorted(claims)), min_size=1, max_size=4).flatmap(
+        lambda chosen: st.fixed_dictionaries({name: claims[name] for name in chosen}, optional={"deadline": st.integers(1, 2**62)})
+    )
+    packed = fields.map(msgspec.msgpack.encode)
+    as_other_types = (
+        fields.map(repr) | st.integers(0, 9) | st.just(True) | st.just({"mq": b"\x80"}) | st.lists(st.just(b"\x80"), max_size=2)
+    )
+    seals = (
+        st.binary(min_size=20, max_size=20) | st.binary(max_size=40) | st.text("a\0é", max_size=3) | st.just(1) | st.just({"mq-seal": b""})
+    )
+    names = ["", "order-1", waiting_id, large_id, f"{large_id}.result", f"hold/{waiting_id}", f"witness/{large_id}", "f" * 32, "/", "{x}"]
+    return st.builds(
+        MadeUp,
+        st.sampled_from(["witness", "hold", "double"]),
+        st.sampled_from(names),
+        st.fixed_dictionaries(
+            {"mq": packed | packed | packed | as_other_types}, optional={"mq-seal": seals, "other": st.text("ab", max_size=3)}
+        ),
+        st.fixed_dictionaries(
+            {"content_type": st.sampled_from(["application/json", "application/x-python-pickle", "text/plain"])},
+            optional={
+                "priority": st.sampled_from([0, 4, 9]),
+                "user_id": st.just("stranger"),
+                "reply_to": st.sampled_from(["nobody", "mqserve.backend.hold.1"]),
+                "delivery_mode": st.sampled_from([1, 2]),
+            },
+        ),
+        st.sampled_from([b"1", b'"large"', b"", b"\x92\x01\x80", b"N."]),
+    )
+
+
+def publish_in_our_name(composed: Composed, messages: st.SearchStrategy[MadeUp]) -> int:
+    """How many RabbitMQ took, of a user whose only right it is to publish requests."""
+    composed.broker.ctl("add_user", "stranger", "secret")
+    composed.broker.ctl("set_permissions", "stranger", "^$", r"^mqserve\.requests$", "^$")
+    published = 0
+    with pika.BlockingConnection(pika.URLParameters(f"amqp://stranger:secret@127.0.0.1:{composed.broker.port}/")) as connection:
+        channel = connection.channel()
+        channel.confirm_delivery()
+
+        @settings(max_examples=MADE_UP, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+        @given(messages)
+        def publish(message: MadeUp) -> None:
+            nonlocal published
+            properties = pika.BasicProperties(message_id=message.message_id, headers=message.headers, **message.properties)
+            channel.basic_publish("mqserve.requests", message.backend, message.body, properties, mandatory=True)
+            published += 1
+
+        publish()
+    composed.broker.ctl("delete_user", "stranger")
+    return published
+
+
+def dead_letters(composed: Composed) -> int:
+    """Of all backends."""
+    queues = [line.split("\t") for line in composed.broker.ctl("list_queues", "name", "messages").splitlines()]
+    return sum(int(count) for name, count in queues if name.startswith("mqserve.dead."))
+
+
+def test_who_may_only_publish_reaches_no_handler_as_http_and_nobodys_inbox_body_or_result(composed: Composed) -> None:
+    victim = composed.shell("client").start_program([sys.executable, "-c", VICTIM])
+    with victim, redis.Redis.from_url(composed.url("redis", "client")) as store:
+        _, large_id, waiting_id, inbox = victim.wait_for("asked").split()
+        keys = [f"{ROOT_KEY}:{name}" for name in (f"future:{{{large_id}}}", f"body:{{{large_id}.result}}", f"body:{{{waiting_id}}}")]
+        wait_until(lambda: b'"sealed":true' in (store.get(f"{ROOT_KEY}:observed") or b""))
+        before = wait_until(lambda: found if all(found := store.mget(keys)) else None)
+        witnessed, dead = (composed.folder / "witnessed.txt").read_text(), dead_letters(composed)
+
+        published = publish_in_our_name(composed, made_up(large_id, waiting_id, inbox))
+        assert published >= MADE_UP
+        wait_until(lambda: dead_letters(composed) == dead + published, told=lambda: f"{dead_letters(composed)}\n{composed.outputs()}")
+
+        assert (composed.folder / "witnessed.txt").read_text() == witnessed, "a handler was called"
+        assert store.mget(keys) == before
+        assert store.mget([f"{ROOT_KEY}:future:{{{name}}}" for name in (waiting_id, "f" * 32)]) == [None, None]
+        assert store.blmpop(0.1, 1, NOBODYS_INBOX, direction="LEFT") is None
+        (composed.folder / "release").touch()
+        assert victim.wait_for("told").split() == ["told", "held", "1500000", "2000000"]
+        (composed.folder / "release").unlink()
+
+
+# Code: run where it is sealed.
+
+
+def test_the_clients_redis_user_without_the_key_has_no_code_and_no_python_run(composed: Composed) -> None:
+    mark, script = composed.folder / "ran", composed.folder / "python"
+    script.write_text(f"#!/bin/sh\ntouch {mark}\n")
+    script.chmod(0o700)
+    (composed.folder / "theirs.py").write_text(f"open({str(mark)!r}, 'w').close()\ndef f(request): ...\n")
+    by_name = Code("theirs", target="theirs:f", args_type="application/msgpack", args=b"\x90")
+    store = redis.Redis.from_url(composed.url("redis", "client"))
+    store.set(f"{ROOT_KEY}:code:{by_name.sha256}", by_name.to_bytes())
+    desired = json.loads(store.get(f"{ROOT_KEY}:desired") or b"")
+    desired["version"] += 1
+    known = {**desired["backends"]["double"], "version": desired["version"]}
+    theirs = {
+        "by-name": {**known, "name": "by-name", "code": by_name.sha256},
+        "by-python": {**known, "name": "by-python", "options": {"python": str(script)}},
+        "by-pip": {**known, "name": "by-pip", "options": {"pip": [str(composed.folder)]}},
+    }
+    store.set(f"{ROOT_KEY}:desired", json.dumps({**desired, "backends": {**desired["backends"], **theirs}}))
+    store.publish(f"{ROOT_KEY}:changed", b"")
+
+    def said() -> list[str]:
+        shown = composed.shell("controller").run("status").stdout
+        return [name for name in theirs if any(line.startswith(f"{name}: ") and "deploy it again" in line for line in shown.splitlines())]
+
+    wait_until(lambda: len(said()) == 3, told=lambda: f"{said()}\n{composed.outputs()}")
+    assert not mark.exists()
+    tidy = "import mqserve as serve; client = serve.connect(); [client.delete_backend(name) for name in ('by-name', 'by-python', 'by-pip')]"
+    assert composed.shell("client").python(tidy).returncode == 0
+    store.close()
 
 
 # Secrets show nowhere.

@@ -1,5 +1,6 @@
 """The envelope: whatever the broker delivers is an Envelope or BadEnvelope, and whatever is sent fits its frame."""
 
+import dataclasses
 import struct
 from typing import Any
 
@@ -14,6 +15,8 @@ from pamqp.header import ContentHeader
 from mqserve.broker.dead_letters import Death, dead_letter_to_amqp
 from mqserve.broker.envelope import NO_HEADER, Envelope, Header, Meta
 from mqserve.broker.errors import BadEnvelope, TooLarge
+from mqserve.broker.header_seals import HeaderSeals
+from mqserve.broker.own_properties import read_ours
 from tests.fuzz.material import any_text, anything, bytes_like, cases, good_text, plain
 
 FRAME_BYTES = 128 * 1024
@@ -92,6 +95,33 @@ def test_mq_headers_that_did_harm_are_refused(mq: bytes) -> None:
 @given(bytes_like(VALID))
 def test_properties_of_any_bytes_are_an_envelope_or_refused(properties: bytes) -> None:
     accept(properties)
+
+
+OURS = Envelope("a" * 32, b"", "application/json", Header(origin="http", deadline=2**41), expiration_ms=60_000).to_amqp(
+    "proxy", HeaderSeals([b"k" * 32], "ns").of("b")
+)
+
+
+@given(bytes_like(OURS) | bytes_like(OURS[:-7]))
+def test_what_is_read_by_hand_is_what_pamqp_reads(properties: bytes) -> None:
+    payload = struct.pack(">HHQ", 60, 0, 5) + properties
+    found = read_ours(payload)
+    if found is not None:
+        header = ContentHeader()
+        header.unmarshal(payload)
+        fields = [*Basic.Properties.__slots__]
+        assert (found.class_id, found.weight, found.body_size) == (header.class_id, header.weight, header.body_size)
+        assert [getattr(found.properties, name) for name in fields] == [getattr(header.properties, name) for name in fields]
+
+
+@given(envelopes, st.sampled_from(["", "proxy"]), st.booleans())
+def test_what_a_caller_of_ours_sends_is_read_by_hand_and_as_pamqp_reads_it(envelope: Envelope, user: str, is_sealed: bool) -> None:
+    sent = dataclasses.replace(envelope, id="a" * 32, reply_to="", correlation_id="", priority=0, expiration_ms=5)
+    packed = sent.to_amqp(user, HeaderSeals([b"k" * 32], "ns").of("b") if is_sealed else None)
+    found = read_ours(struct.pack(">HHQ", 60, 0, 5) + packed)
+    header = ContentHeader()
+    header.unmarshal(struct.pack(">HHQ", 60, 0, 5) + packed)
+    assert found is not None and found.properties == header.properties
 
 
 @given(bytes_like(VALID_HEADER) | plain.map(msgspec.msgpack.encode))

@@ -15,9 +15,10 @@ from pika.adapters.blocking_connection import BlockingChannel
 
 import mqserve as serve
 from mqserve.broker.codecs import JSON, MSGPACK, PICKLE, TEXT
-from mqserve.broker.envelope import Header, Meta
+from mqserve.broker.envelope import Header, Meta, mint_id
 from tests.fuzz.material import CORPUS, bomb
 from tests.instances import Deploy, distributed_only, wait_until
+from tests.sealed import sealed
 
 pytestmark = distributed_only
 PUBLISHED = 300
@@ -142,27 +143,28 @@ def waiting(channel: BlockingChannel, queue: str) -> int:
     return int(channel.queue_declare(queue, passive=True).method.message_count)
 
 
-def test_one_bad_request_does_not_fail_the_batch_it_is_in(channel: BlockingChannel, environment: dict[str, str], deploy: Deploy) -> None:
+def test_one_bad_request_does_not_fail_the_batch_it_is_in(
+    channel: BlockingChannel, store: redis.Redis, environment: dict[str, str], deploy: Deploy
+) -> None:
     @serve.accept_batch
     def total(requests: list[serve.ServeRequest]) -> list[int]:
         return [len(requests)] * len(requests)
 
     backend = deploy(total, max_batch_size=2, batch_wait_timeout=0.5)
-    bad = msgspec.msgpack.encode(Header(origin="handle", meta=Meta(params=(("n", "no-such-convertor", "x"),))))
-    replies = str(channel.queue_declare("", exclusive=True).method.queue)
-    for number, headers in enumerate([{"mq": bad}, {}, {"mq": bad}, {}]):
-        sent = pika.BasicProperties(content_type=JSON, message_id=f"batch-{number}", reply_to=replies, headers=headers)
-        channel.basic_publish(f"{environment['MQSERVE_NAMESPACE']}.requests", backend, b"1", sent)
-    answered: dict[str, int] = {}
+    namespace = environment["MQSERVE_NAMESPACE"]
+    bad = Header(origin="http", meta=Meta(params=(("n", "no-such-convertor", "x"),)))
+    ids = [mint_id() for _ in range(4)]
+    for number, name in enumerate(ids):
+        headers = sealed(namespace, backend, name, Header(origin="http") if number % 2 else bad, body=b"1")
+        sent = pika.BasicProperties(content_type=JSON, message_id=name, headers=headers)
+        channel.basic_publish(f"{namespace}.requests", backend, b"1", sent)
 
-    def all_answered() -> bool:
-        _, reply, _ = channel.basic_get(replies, auto_ack=True)
-        if reply is not None:
-            answered[reply.message_id] = reply.headers["mq-status"]
-        return len(answered) == 4
+    def statuses() -> list[int]:
+        found = [store.get(f"mqserve:{namespace}:future:{{{name}}}") for name in ids]
+        return [msgspec.msgpack.decode(raw).get("status", 200) for raw in found if raw]  # type: ignore[arg-type]
 
-    wait_until(all_answered, told=lambda: str(answered))
-    assert answered == {"batch-0": 422, "batch-1": 200, "batch-2": 422, "batch-3": 200}
+    wait_until(lambda: len(statuses()) == 4)
+    assert statuses() == [422, 200, 422, 200]
 
 
 @pytest.mark.parametrize("broken", [b"\xff", b"[" * 5000], ids=["not UTF-8", "deep"])

@@ -187,8 +187,8 @@ async def test_no_code_convertor_or_middleware_is_a_pickle_to_be_opened(tmp_path
         pickled,
         code.Code("f", sealed=pickled).to_bytes(),
         code.Code("f", sealed=foreign).to_bytes(),
-        code.Code("f", target="os:getcwd", args_type=PICKLE, args=pickled).to_bytes(),
-        code.Code("f", target="os:getcwd", args_type=PICKLE, args=foreign).to_bytes(),
+        code.Code("f", target="os:getcwd", args_type=PICKLE, args=pickled).with_seal(SIGNER).to_bytes(),
+        code.Code("f", target="os:getcwd", args_type=PICKLE, args=foreign).with_seal(SIGNER).to_bytes(),
     ]
     for raw in documents:
         sha256 = hashlib.sha256(raw).hexdigest()
@@ -201,6 +201,6 @@ async def test_no_code_convertor_or_middleware_is_a_pickle_to_be_opened(tmp_path
 @given(bytes_like(code.Code("f", target="os:getcwd", args_type=MSGPACK, args=b"\x90").to_bytes()))
 def test_code_of_any_bytes_is_code_or_refused(raw: bytes) -> None:
     try:
-        code.unpack(raw, hashlib.sha256(raw).hexdigest(), SIGNER)
+        code.unpack(raw, hashlib.sha256(raw).hexdigest(), Signer([], "ns"))
     except (MQServeError, ImportError) as refused:
         assert str(refused)

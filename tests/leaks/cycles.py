@@ -125,7 +125,7 @@ def node_in_a_thread() -> Iterator[None]:
         async with open_links(Settings.read(), "node") as links:
             started.set()
             options = NodeOptions("node", capacity=measure_node(None, None, {}))
-            await Node(options, links.store, links.keys, EmbeddedLauncher(links)).run(stopped)
+            await Node(options, links.store, links.keys, EmbeddedLauncher(links), links.settings.signer).run(stopped)
 
     thread = threading.Thread(target=lambda: uvloop.run(run()), daemon=True)
     thread.start()
