@@ -44,12 +44,22 @@ ASK_STORE_EVERY_S = 60.0  # whether it is set up to keep what it is given
 class Controller:
     """One of possibly several of an instance; only the leading one acts."""
 
-    def __init__(self, store: Store, keys: StoreKeys, queue: Queue, controller_id: str, instance: str) -> None:
+    def __init__(
+        self,
+        store: Store,
+        keys: StoreKeys,
+        queue: Queue,
+        controller_id: str,
+        instance: str,
+        kept_by: str = "",
+        trouble: Callable[[], str] = lambda: "",
+    ) -> None:
         self._store = store
         self._keys = keys
         self._queue = queue
         self._instance = instance
-        self._leader = lease.Leader(store, keys, controller_id)
+        self._trouble = trouble  # of whoever keeps this process: for operators
+        self._leader = lease.Leader(store, keys, controller_id, kept_by)
         self._desired: Desired | None = None  # the last one seen: what a store that lost its data gets back, from whoever leads then
         self._observed: Observed | None = None
         self._codes: dict[str, bytes] = {}
@@ -174,12 +184,12 @@ class Controller:
         """One comparison; True when the instance is shut down and cleared."""
         await self._renew_instance()
         await self._keep_codes(desired)
-        if time.monotonic() < self._settled_at:
-            return False
         observed = self._observed or Observed()
         if observed.epoch > self._leader.epoch:
             return False  # the next claim is above it
         beats = read_beats(await self._store.fields(self._keys.beats))
+        if time.monotonic() < self._settled_at and plan.somebody_is_missed(observed, beats, self._store.now_ms()):
+            return False
         await self._ask_store()
         new = self._place(desired, observed, beats)
         try:
@@ -306,6 +316,8 @@ class Controller:
                 problems[f"proxy on {beat.node or beat.host}"] = beat.error
         if self._concern:
             problems["the store"] = self._concern
+        if trouble := self._trouble():
+            problems["the instance"] = trouble
         return problems
 
     def _down_since(

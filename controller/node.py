@@ -9,7 +9,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -80,7 +80,8 @@ class Launcher(Protocol):
 class NodeOptions:
     """`http_host` and `http_port` override the instance's, since two nodes may share a machine.
 
-    `ends_with_instance`: a detached starter's own node, which nobody else would end; others wait for the next instance.
+    `ends_with_instance`: a detached starter's own node, which nobody else would end; others wait for the next instance. `trouble`: what
+    else is wrong on this machine, for operators.
     """
 
     node_id: str
@@ -90,6 +91,7 @@ class NodeOptions:
     capacity: Capacity = field(default_factory=Capacity)
     metrics: NodeMetrics | None = None  # None: the proxy of this process shows them
     ends_with_instance: bool = False
+    trouble: Callable[[], str] = lambda: ""
 
 
 @dataclass(eq=False, slots=True)
@@ -329,7 +331,7 @@ class Node:
         return Beat(
             kind="node", id=options.node_id, at=self._store.now_ms(), pid=os.getpid(), host=socket.gethostname(), ended=self._ended,
             takes_proxy=options.takes_proxy, capacity=options.capacity, running=len(self._replicas),
-            url=options.metrics.url if options.metrics else "",
+            url=options.metrics.url if options.metrics else "", error=options.trouble(),
         )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from .resources import Room
-from .state import SILENT_AFTER_S, Assignment, Backend, Beat, Desired
+from .state import SILENT_AFTER_S, Assignment, Backend, Beat, Desired, Observed
 
 Replicas = dict[str, Assignment]
 
@@ -26,6 +26,15 @@ def living(beats: Mapping[str, Beat], kind: str, now_ms: int) -> dict[str, Beat]
         for beat in beats.values()
         if beat.kind == kind and (now_ms - beat.at) < SILENT_AFTER_S * 1000 and beat.state != "failed"
     }
+
+
+def somebody_is_missed(observed: Observed, beats: Mapping[str, Beat], now_ms: int) -> bool:
+    """Whether a member that ought to be there does not beat, or one that was there does not any more."""
+    assigned = {**observed.replicas, **observed.draining}
+    nodes = {*observed.proxies, *(assignment.node for assignment in observed.replicas.values())}
+    expected = {*(f"replica:{replica_id}" for replica_id in assigned), *(f"node:{node}" for node in nodes)}
+    expected |= {field for field, beat in beats.items() if beat.kind in ("node", "proxy", "replica") and beat.state != "failed"}
+    return any(field not in beats or now_ms - beats[field].at >= SILENT_AFTER_S * 1000 for field in expected)
 
 
 def ended_replicas(assigned: Mapping[str, Assignment], beats: Mapping[str, Beat], now_ms: int) -> dict[str, str]:

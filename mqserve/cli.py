@@ -90,6 +90,14 @@ http_options = [
 ]  # fmt: skip
 
 
+kept_options = [  # what a process is told by whoever started it: see supervisor.py
+    click.option("--instance", hidden=True, default=""),
+    click.option("--kept-by", hidden=True, default=""),
+    click.option("--kept-node", hidden=True, default=""),
+    click.option("--lock", hidden=True, type=int),
+]
+
+
 def _with(options: list[Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def add(command: Callable[..., Any]) -> Callable[..., Any]:
         for option in reversed(options):
@@ -244,7 +252,7 @@ def drop_dead(backend: str, ids: tuple[str, ...], everything: bool, yes: bool, n
     "--metrics-host", envvar="MQSERVE_METRICS_HOST", default="127.0.0.1", show_default=True, help="Where its metrics page listens."
 )
 @click.option("--metrics-port", envvar="MQSERVE_METRICS_PORT", type=click.IntRange(0, 65535), default=0, help="Its port [any free one].")
-@click.option("--ends-with-instance", is_flag=True, hidden=True)
+@_with(kept_options)
 @_one_sentence
 def node(
     namespace: str | None,
@@ -257,7 +265,7 @@ def node(
     resources: str,
     metrics_host: str,
     metrics_port: int,
-    ends_with_instance: bool,
+    **kept: Any,
 ) -> int:
     """Run an agent: the replicas and the proxy that the controller assigns to it."""
     from .controller.machine import measure_node
@@ -266,18 +274,33 @@ def node(
     from .roles import run_node
 
     capacity = measure_node(num_cpus, num_gpus, parse_node_resources(resources))
-    options = NodeOptions(node_id or _own_id("node"), http_host, http_port, not no_proxy, capacity, ends_with_instance=ends_with_instance)
-    return run_loop(run_node(_distributed(namespace, "node"), options, metrics_host, metrics_port))
+    keeper = _kept(**kept)
+    options = NodeOptions(node_id or _own_id("node"), http_host, http_port, not no_proxy, capacity, ends_with_instance=keeper is not None)
+    return run_loop(run_node(_distributed(namespace, "node"), options, metrics_host, metrics_port, keeper))
 
 
 @cli.command()
 @namespace_option
+@_with(kept_options)
 @_one_sentence
-def controller(namespace: str | None) -> int:
+def controller(namespace: str | None, **kept: Any) -> int:
     """Run a controller; it starts a detached instance where there is none."""
     from .roles import run_controller
 
-    return run_loop(run_controller(_distributed(namespace, "controller"), _own_id("controller")))
+    return run_loop(run_controller(_distributed(namespace, "controller"), _own_id("controller"), _kept(**kept)))
+
+
+@cli.command(hidden=True)
+@namespace_option
+@_with(kept_options)
+@_one_sentence
+def supervisor(namespace: str | None, **kept: Any) -> int:
+    """Keep a detached instance's controller and node on this machine: `mqserve start` leaves one."""
+    from .supervisor import run_supervisor
+
+    if (keeper := _kept(**kept)) is None:
+        raise MQServeError("`mqserve supervisor` is started by `mqserve start`")
+    return run_loop(run_supervisor(_distributed(namespace, "supervisor"), keeper))
 
 
 @cli.command()
@@ -341,6 +364,12 @@ def _leave_now(role: Coroutine[Any, Any, int]) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _kept(instance: str, kept_by: str, kept_node: str, lock: int | None) -> Any:
+    from .supervisor import Kept
+
+    return Kept(instance, kept_by, kept_node, lock) if instance else None
 
 
 def _own_id(role: str) -> str:

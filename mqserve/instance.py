@@ -9,9 +9,8 @@ import secrets
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 
 import msgspec
 
@@ -28,6 +27,8 @@ from .controller.processes import Process, detached_log
 from .controller.restarts import Restarts
 from .controller.state import Desired, HttpOptions, Observed, read_beats
 from .links import EmbeddedLauncher, Links, instance_has_ended
+from .role_lock import Role, is_played
+from .supervisor import Kept
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +93,8 @@ async def running_instance(links: Links, options: StartOptions) -> AsyncIterator
         except BadValue:
             await lease.check_free(links.store, links.keys)  # else that is the reason: its proxy has the port
             raise
+    if options.detached:
+        await _check_not_kept(links)
     if options.middlewares:
         packed = code.pack(list(options.middlewares), (), links.settings.signer)
         http = msgspec.structs.replace(http, middlewares=await code.save(links.store, links.keys, packed))
@@ -119,14 +122,27 @@ async def running_instance(links: Links, options: StartOptions) -> AsyncIterator
                 await members.end()
 
 
+async def _check_not_kept(links: Links) -> None:
+    """Raises InstanceError where a supervisor on this machine keeps the instance there is, also if no controller leads it now."""
+    raw = await links.store.get(links.keys.instance)
+    if raw is not None and is_played(links.settings.namespace, lease.decode_lease(raw).id, Role.SUPERVISOR):
+        await lease.check_free(links.store, links.keys)
+        raise InstanceError(
+            "an instance runs under this namespace, and its supervisor on this machine is about to start its controller again: look with "
+            f"`mqserve status` and in {detached_log(links.settings.namespace)}, and join it with serve.connect() or end it with "
+            "`mqserve shutdown`"
+        )
+
+
 class _Members:
-    """The controller and the first node, as tasks or as processes."""
+    """The controller and the first node, as tasks or as processes; of a detached instance the supervisor, which starts these."""
 
     def __init__(self, links: Links, instance: str, node_id: str, options: StartOptions) -> None:
         self._links = links
         self._instance = instance
         self._node_id = node_id
         self._options = options
+        self._kept = Kept(instance, secrets.token_hex(4), node_id if options.with_node else "")
         self._processes: list[Process] = []
         self._watching: list[asyncio.Task[None]] = []
         self._stop = Stop()
@@ -142,12 +158,14 @@ class _Members:
         self._processes = [Process(command, self._links.settings, detached=self._options.detached) for command in self._commands()]
 
     def _commands(self) -> list[list[str]]:
-        end = ["--ends-with-instance"] if self._options.detached else []
-        node = [["node", "--node-id", self._node_id, *end]] if self._options.with_node else []
-        return [["controller"], *node]
+        arguments = self._kept.arguments()
+        if self._options.detached:
+            return [["supervisor", *arguments]]
+        node = [["node", "--node-id", self._node_id]] if self._options.with_node else []
+        return [["controller", *arguments], *node]
 
     def watch(self) -> None:
-        """Starts again whichever of its processes dies, as long as there is the instance; a detached one's are on their own."""
+        """Starts again whichever of its processes dies, as long as there is the instance; a detached one's keep each other."""
         if not self._options.detached:
             self._watching = [asyncio.create_task(self._keep(place)) for place in range(len(self._processes))]
 
@@ -158,12 +176,22 @@ class _Members:
             self._processes[place] = Process(command, self._links.settings)
             return self._processes[place]
 
-        await keep_running(command[0], self._processes[place], start, partial(instance_has_ended, self._links, self._instance))
+        async def is_over() -> bool:
+            if command[0] == "controller":
+                with suppress(MQServeError):  # then it lapses
+                    await lease.release_of(self._links.store, self._links.keys, self._kept.token)
+            return await instance_has_ended(self._links, self._instance)
+
+        await keep_running(command[0], self._processes[place], start, is_over)
 
     @property
     def log(self) -> str:
         """Where it stands what they said."""
         return str(detached_log(self._links.settings.namespace)) if self._options.detached else "the log above"
+
+    @property
+    def pids(self) -> set[int]:
+        return {process.pid for process in self._processes}
 
     def check(self) -> None:
         """Raises InstanceError when a member ended."""
@@ -189,12 +217,13 @@ class _Members:
 
 
 async def keep_running(role: str, child: Child, start: Callable[[], Child], is_over: Callable[[], Awaitable[bool]]) -> None:
-    """Until it ends well and all is over. One that lived for a while is started again at once, others after growing pauses."""
+    """Until all is over, which is asked after each end. One that lived for a while is started again at once, others after growing
+    pauses."""
     restarts = Restarts()
     while True:
         started = time.monotonic()
         how = await child.wait()
-        if not how and await is_over():
+        if await is_over():
             return
         logger.warning("the %s ended (%s): starting another", role, how or "by itself")
         restarts.died(time.monotonic(), how, lived_s=time.monotonic() - started)
@@ -263,6 +292,8 @@ async def _until_up(links: Links, http: HttpOptions, head_node: str, members: _M
         for proxy in proxies:
             if proxy.state == "failed":
                 raise InstanceError(proxy.error)
+        if trouble := next((beat.error for beat in beats.values() if beat.kind == "supervisor" and beat.pid in members.pids), ""):
+            raise InstanceError(trouble)
         node_is_there = not head_node or f"node:{head_node}" in beats
         proxy_serves = not wants_proxy or any(proxy.state == "ready" for proxy in proxies)
         return True if is_led and node_is_there and proxy_serves else None
