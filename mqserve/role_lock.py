@@ -1,4 +1,4 @@
-"""Who plays which part of a detached instance on this machine: one lock for each of the three processes that keep each other."""
+"""One lock for each of the three processes of a detached instance on one machine: supervisor, controller, node."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Role(Enum):
 
 
 class RoleLock:
-    """Held by the process that plays the role; the kernel lets it go when that ends, however it ends.
+    """Held by the process that plays the role; the kernel releases it when that process ends, however it ends.
 
-    A flock is the open file's and not the process's. So whoever is to start the process takes the lock first and hands the file on to it.
+    A flock belongs to the open file, not to the process. So the starter of a process takes the lock first and passes the open file on.
     """
 
     def __init__(self, fd: int, path: Path) -> None:
@@ -42,10 +42,7 @@ class RoleLock:
             path.parent.mkdir(parents=True, exist_ok=True)
             return cls(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), path)
         except OSError as error:
-            raise InstanceError(
-                f"a detached instance needs a folder for its locks, and {path.parent} is none ({error.strerror}): "
-                "set XDG_STATE_HOME to a folder that this user can write"
-            ) from error
+            raise _no_place(path, error) from error
 
     @classmethod
     def handed_on(cls, fd: int, namespace: str, instance: str, role: Role) -> Self:
@@ -59,6 +56,8 @@ class RoleLock:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
+        except OSError as error:  # of a file system without such locks
+            raise _no_place(self._path, error) from error
         return True
 
     async def taken(self) -> None:
@@ -67,7 +66,7 @@ class RoleLock:
             await asyncio.sleep(LOOK_EVERY_S)
 
     def write(self, word: bytes) -> None:
-        """For whoever has it next."""
+        """For the next holder."""
         os.truncate(self.fd, 0)
         os.pwrite(self.fd, word, 0)
 
@@ -75,8 +74,10 @@ class RoleLock:
         return os.pread(self.fd, 100, 0)
 
     def close(self) -> None:
-        """Lets it go, unless it was handed on."""
-        os.close(self.fd)
+        """Lets it go, unless it was handed on. Idempotent."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
 
     def remove(self) -> None:
         """The role is over for good."""
@@ -85,6 +86,29 @@ class RoleLock:
 
 def _path_of(namespace: str, instance: str, role: Role) -> Path:
     return detached_log(namespace).with_name(f"{namespace}.{instance}.{role.value}.lock")
+
+
+def _no_place(path: Path, error: OSError) -> InstanceError:
+    return InstanceError(
+        f"a detached instance needs a folder for its locks, and {path.parent} is none ({error.strerror}): "
+        "set XDG_STATE_HOME to a folder that this user can write"
+    )
+
+
+def check_folder(namespace: str) -> None:
+    """Raises InstanceError where no lock can be made."""
+    lock = RoleLock.open(namespace, "none", Role.SUPERVISOR)
+    try:
+        lock.take()
+        lock.remove()
+    finally:
+        lock.close()
+
+
+def played_here(namespace: str) -> list[str]:
+    """The roles that processes on this machine play for an instance of the namespace, of whichever: known without any server."""
+    places = [(role, path) for role in Role for path in detached_log(namespace).parent.glob(f"{namespace}.*.{role.value}.lock")]
+    return [role.value for role, path in places if is_played(namespace, path.name.split(".")[1], role)]
 
 
 def is_played(namespace: str, instance: str, role: Role) -> bool:

@@ -1,6 +1,6 @@
 """A detached instance keeps itself: its supervisor starts the controller and the node again, and these two start the supervisor.
 
-Who may start whom, and when, is in docs/design.md, "A detached instance keeps itself".
+The rules are in docs/design.md, "A detached instance keeps itself".
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Kept:
     lock: int | None = None
 
     def arguments(self) -> list[str]:
-        """For the command line; the lock's number is added by whoever hands it on."""
+        """For the command line; the starter adds the number of the lock that it passes on."""
         node = ["--kept-node", self.node_id] if self.node_id else []
         return ["--instance", self.instance, "--kept-by", self.token, *node]
 
@@ -69,7 +69,7 @@ class Part:
         self._child: Process | None = None  # started here
         self._started_at = -math.inf
         self._is_missing = False  # its lock is ours
-        self._last_end = ""  # in words; of one that is started for the first time there is none
+        self._last_end = ""  # in words; empty before the first one
         self._why_not = ""  # nothing can be started
 
     def __repr__(self) -> str:
@@ -95,7 +95,9 @@ class Part:
             while True:
                 await self._end(lock)
                 self._is_missing = True
-                if lock.read() == TOLD_TO_END or not await self._start(lock):
+                if lock.read() == TOLD_TO_END:  # which stays, for one that is only starting now
+                    return
+                if not await self._start(lock):
                     return lock.remove()
                 self._is_missing = False
                 lock.close()  # the process has it now
@@ -119,10 +121,11 @@ class Part:
         """Returns once nobody plays the role, and the lock is ours. One that another process started is known by its lock alone."""
         child, self._child = self._child, None
         if child is not None:
-            self._last_end = await child.wait() or "by itself"
-            self._restarts.died(time.monotonic(), self._last_end, lived_s=time.monotonic() - self._started_at)
+            how = await child.wait() or "by itself"
+            self._restarts.died(time.monotonic(), how, lived_s=time.monotonic() - self._started_at)
+            self._last_end = f"ended ({how})"
         elif not lock.take():
-            self._last_end = "as its lock says"
+            self._last_end = "does not run any more"
         await lock.taken()
 
     async def _start(self, lock: RoleLock) -> bool:
@@ -157,7 +160,7 @@ class Part:
 
     def _launch(self, lock: RoleLock) -> bool:
         if self._last_end:
-            logger.warning("the %s ended (%s): starting another", self._role.value, self._last_end)
+            logger.warning("the %s %s: starting another", self._role.value, self._last_end)
         own = ["--node-id", self._kept.node_id] if self._role is Role.NODE else []
         command = [self._role.value, *own, *self._kept.arguments(), "--lock", str(lock.fd)]
         try:
@@ -224,7 +227,7 @@ async def run_supervisor(settings: Settings, kept: Kept) -> int:
 
 
 async def _take_own_lock(settings: Settings, kept: Kept) -> RoleLock:
-    """The first one takes it itself; each later one was handed it by the one who started it."""
+    """The first supervisor takes it itself; a later one was given it by its starter."""
     which = settings.namespace, kept.instance, Role.SUPERVISOR
     lock = RoleLock.open(*which) if kept.lock is None else RoleLock.handed_on(kept.lock, *which)
     try:
@@ -232,7 +235,7 @@ async def _take_own_lock(settings: Settings, kept: Kept) -> RoleLock:
             await lock.taken()
     except TimeoutError:
         raise InstanceError("a supervisor of this instance runs on this machine already") from None
-    lock.write(b"")  # whatever the last one said
+    lock.write(b"")  # the last one may have been told to end
     return lock
 
 

@@ -1,4 +1,4 @@
-"""Who plays which part of a detached instance: one process at a time, and nobody once it has ended."""
+"""The role of a detached instance is one process's at a time, and nobody's once that has ended."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import mqserve as serve
-from mqserve.role_lock import Role, RoleLock, is_played
+from mqserve.role_lock import Role, RoleLock, check_folder, is_played, played_here
 
 WHICH = "ns", "i1", Role.NODE
 
@@ -53,6 +53,25 @@ def test_who_has_a_lock_next_reads_what_the_last_one_wrote() -> None:
 
 def test_a_look_at_a_role_that_nobody_ever_played_makes_no_file(state_folder: Path) -> None:
     assert not is_played(*WHICH) and not state_folder.exists()
+
+
+def test_what_is_played_here_is_known_by_namespace(state_folder: Path) -> None:
+    locks = [
+        RoleLock.open("ns", "i1", Role.NODE),
+        RoleLock.open("ns", "i2", Role.SUPERVISOR),
+        RoleLock.open("ns-other", "i3", Role.CONTROLLER),
+    ]
+    assert all(lock.take() for lock in locks)
+    RoleLock.open("ns", "i1", Role.CONTROLLER).close()  # left by one that ended
+    (state_folder / "ns.log.lock").touch()
+    assert played_here("ns") == ["supervisor", "node"] and played_here("nobody") == []
+    for lock in locks:
+        lock.close()
+
+
+def test_a_look_whether_locks_can_be_had_leaves_none(state_folder: Path) -> None:
+    check_folder("ns")
+    assert list(state_folder.iterdir()) == []
 
 
 def test_a_folder_that_is_a_file_gets_a_sentence(state_folder: Path) -> None:

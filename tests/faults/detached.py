@@ -117,7 +117,7 @@ class Detached:
         return Counter((self._folder / "started").read_text().split())
 
     def close(self) -> None:
-        """Nothing of it is to outlive its test, whatever became of it."""
+        """Nothing of it outlives its test, also one that failed."""
         until = time.monotonic() + 20
         while (pids := self.pids()) and time.monotonic() < until:
             for pid in (pid for role in (*THREE, *pids) for pid in pids.get(role, [])):
@@ -135,5 +135,5 @@ def keys_left(store_url: str, namespace: str) -> list[str]:
 
 
 def files_left(detached: Detached) -> list[str]:
-    """Besides the log."""
-    return [path.name for path in Path(detached.state).rglob("*") if path.is_file() and path.suffix != ".log"]
+    """Locks of the three."""
+    return [path.name for role in THREE for path in Path(detached.state).rglob(f"*.{role}.lock")]

@@ -162,6 +162,22 @@ def test_the_end_of_the_supervisor_ends_all_three_and_the_next_start_finds_what_
     assert_nothing_is_left(detached, broker_url, store_url)
 
 
+def test_the_end_of_the_supervisor_ends_also_a_node_that_is_only_starting(detached: Detached) -> None:
+    detached.start()
+    before = detached.the_three()
+    detached.kill("node")
+    wait_until(lambda: detached.pids("node")["node"] not in ([], [before["node"]]), told=lambda: detached)
+    os.kill(before["supervisor"], signal.SIGTERM)
+    wait_until(lambda: not detached.pids(), told=lambda: detached)
+    quiet_until = time.monotonic() + 5
+    while time.monotonic() < quiet_until:
+        assert not detached.pids(), detached
+        time.sleep(0.1)
+    assert not files_left(detached)
+    detached.start()
+    assert detached.shell.run("shutdown").returncode == 0
+
+
 @pytest.mark.parametrize("told", ["controller", "node"])
 def test_one_that_is_told_to_end_alone_comes_back(detached: Detached, told: str) -> None:
     detached.start()
