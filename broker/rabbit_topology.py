@@ -80,14 +80,18 @@ class RabbitTopology:
             await self._on_own_channel(unbind)
 
     async def depth(self, backend: str, generation: int) -> int | None:
-        name = queue_names.backend_queue(self._namespace, backend, generation)
+        return await self._count(queue_names.backend_queue(self._namespace, backend, generation))
 
-        async def depth(channel: AbstractChannel) -> int | None:
+    async def count_dead(self, backend: str) -> int | None:
+        return await self._count(queue_names.dead_queue(self._namespace, backend))
+
+    async def _count(self, name: str) -> int | None:
+        async def count(channel: AbstractChannel) -> int | None:
             queue = await channel.declare_queue(name, passive=True)
             return queue.declaration_result.message_count
 
         try:
-            return await self._on_own_channel(depth)
+            return await self._on_own_channel(count)
         except aiormq.exceptions.ChannelNotFoundEntity:
             return None
 

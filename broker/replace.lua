@@ -2,7 +2,11 @@
 -- KEYS: key, guard key (or none)
 -- ARGV: expected, new, channel to announce on ('' for nobody), guard's value; values in pairs ('1' value, or '0' '' for absent)
 local function holds(key, there, value)
-  local current = redis.call('GET', key)
+  local current = redis.pcall('GET', key)
+  if type(current) == 'table' then  -- a value of another type reads as in store.py, so that it can be replaced
+    if not string.find(current.err, '^WRONGTYPE') then error(current) end
+    current = '\0WRONGTYPE'
+  end
   if there == '1' then return current == value end
   return not current
 end

@@ -71,8 +71,10 @@ class Leadership(msgspec.Struct, frozen=True):
     at: Count
 
 
-async def claim_instance(store: Store, keys: StoreKeys, head_node: str, http: HttpOptions | None, *, detached: bool) -> Claim:
-    """The namespace is ours after this.
+async def claim_instance(
+    store: Store, keys: StoreKeys, head_node: str, http: HttpOptions | None, *, detached: bool, incomplete: bool = False
+) -> Claim:
+    """The namespace is ours after this. `incomplete`: what is declared is to be deployed yet.
 
     A lapsed instance is cleared (its queues stay, with the requests in them). A lapsed detached one is taken over by a detached start, with
     all that is deployed: `head_node` and `http` are the new ones then, unless `http` is None, of a starter that has no opinion of either.
@@ -90,7 +92,7 @@ async def claim_instance(store: Store, keys: StoreKeys, head_node: str, http: Ht
     lease = InstanceLease(secrets.token_hex(8), _owner(), detached, store.now_ms())
     await _write(store, keys, raw, lease)  # first: of two starters who see one lapsed lease, one clears and the other is refused
     await _forget_documents(store, keys, (keys.instance, msgspec.json.encode(lease)))
-    desired = Desired(instance=lease.id, head_node=head_node, http=http or HttpOptions(location="NoServer"))
+    desired = Desired(instance=lease.id, head_node=head_node, http=http or HttpOptions(location="NoServer"), incomplete=incomplete)
     if not await store.replace(keys.desired, None, desired.to_bytes()):
         raise _started_meanwhile()
     return Claim(lease.id)
@@ -142,8 +144,12 @@ async def read_instance(store: Store, keys: StoreKeys) -> InstanceLease:
     """The running instance. Raises InstanceError when there is none."""
     raw = await store.get(keys.instance)
     if raw is None or await store.get(keys.desired) is None:
-        raise InstanceError("no instance runs under this namespace: start one with `mqserve start`, `mqserve run` or serve.start()")
+        raise no_instance()
     return decode_lease(raw)
+
+
+def no_instance() -> InstanceError:
+    return InstanceError("no instance runs under this namespace: start one with `mqserve start`, `mqserve run` or serve.start()")
 
 
 async def beats(store: Store, keys: StoreKeys, instance: str) -> bool:
@@ -156,7 +162,7 @@ async def beats(store: Store, keys: StoreKeys, instance: str) -> bool:
 async def renew_instance(store: Store, keys: StoreKeys, instance: str, leader: str, guard: Guard) -> bool:
     """Writes it anew where it is broken or was deleted. False where it was refused; another instance's is none of ours to renew, nor is
     that of one which has ended."""
-    raw, ended = await store.get_many([keys.instance, keys.ended])
+    raw, ended = await store.get_documents([keys.instance, keys.ended])
     if raw is None and ended == instance.encode():
         return True
     restored = InstanceLease(instance, "restored by its controller", True, 0)
@@ -191,17 +197,17 @@ async def forget(store: Store, keys: StoreKeys, instance: str, guard: Guard | No
 
 async def has_ended(store: Store, keys: StoreKeys, instance: str) -> bool:
     """Whether it was cleared on purpose, or for another one: a store that lost its data knows nothing of that."""
-    raw, ended = await store.get_many([keys.instance, keys.ended])
+    raw, ended = await store.get_documents([keys.instance, keys.ended])
     return ended == instance.encode() or (raw is not None and decode_lease(raw).id != instance)
 
 
 async def read_standing(store: Store, keys: StoreKeys, instance: str) -> Standing:
     """A document that is left is to be cleared yet, whatever the other keys say. Raises StoreUnavailable."""
-    raw_desired, raw_lease, ended = await store.get_many([keys.desired, keys.instance, keys.ended])
+    raw_desired, raw_lease, ended = await store.get_documents([keys.desired, keys.instance, keys.ended])
     if raw_desired is not None:
         try:
             desired = Desired.from_bytes(raw_desired)
-        except BadEnvelope:  # whoever follows it goes on with the last good one
+        except BadEnvelope:  # its followers go on with the last good one
             return Standing.RUNS
         if desired.instance != instance:
             return Standing.ENDED
@@ -294,8 +300,8 @@ class Leader:
 
 
 async def release_of(store: Store, keys: StoreKeys, kept_by: str) -> None:
-    """The lead of a controller that has ended, if it stands there, for the next one to lead at once. To be called by whoever keeps
-    controllers under this token, while none of them lives: so a lead with the token is nobody's.
+    """The lead of a controller that has ended, if it stands there, for the next one to lead at once. To be called by the
+    keeper of this token's controllers while none of them lives: a lead with the token is nobody's then.
 
     What is compared is the claim as it was read: a leader that came meanwhile keeps its own. Raises StoreUnavailable.
     """

@@ -140,6 +140,7 @@ class Node:
         self._desired = Desired()
         self._ended: dict[str, str] = {}
         self._stoppers: set[asyncio.Task[None]] = set()
+        self._is_draining = False
         self._tasks = asyncio.TaskGroup()  # entered by `run`: it owns whoever watches a child
         field = f"node:{options.node_id}"
         self._presence = Presence(store, keys.beats, field, lambda: self._beat().to_bytes(), BEAT_EVERY_S)
@@ -155,6 +156,8 @@ class Node:
             await stop.wait()
             for task in working[1:]:
                 task.cancel()
+            self._is_draining = True
+            self._presence.tell()
             await self._stop_all(PARENT_GONE_S if stop.orphaned else math.inf)
             await self._presence.leave(with_last_words=False)
             working[0].cancel()
@@ -330,8 +333,9 @@ class Node:
         options = self._options
         return Beat(
             kind="node", id=options.node_id, at=self._store.now_ms(), pid=os.getpid(), host=socket.gethostname(), ended=self._ended,
+            state="draining" if self._is_draining else "ready",
             takes_proxy=options.takes_proxy, capacity=options.capacity, running=len(self._replicas),
-            url=options.metrics.url if options.metrics else "", error=options.trouble(),
+            url=options.metrics.url if options.metrics else "", error=options.trouble(), noted=self._store.noted,
         )  # fmt: skip
 
 

@@ -3,6 +3,7 @@ process list shows them."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import secrets
@@ -25,6 +26,7 @@ from .setup import FORMATS, print_setup
 
 FAILED = 1
 
+_LEAVE_BUDGET_S = 0.2
 
 def main() -> None:
     """The console script."""
@@ -168,11 +170,19 @@ def shutdown(namespace: str | None) -> int:
 @cli.command()
 @namespace_option
 @_one_sentence
-def status(namespace: str | None) -> int:
+def status(namespace: str | None, as_json: bool) -> int:
     """Show nodes, proxies, backends and replicas, and what is wrong with them."""
     from .status import show_status
+@click.option("--json", "as_json", is_flag=True, help="For scripts: all of it as one JSON object.")
 
-    return run_loop(show_status(_distributed(namespace, "status")))
+    settings = _distributed(namespace, "status")
+
+    async def show() -> int:
+        code = await show_status(settings, as_json=as_json)
+        await _leave_what_hangs(code)
+        return code
+
+    return run_loop(show())
 
 
 @cli.group()
@@ -370,6 +380,17 @@ def _kept(instance: str, kept_by: str, kept_node: str, lock: int | None) -> Any:
     from .supervisor import Kept
 
     return Kept(instance, kept_by, kept_node, lock) if instance else None
+async def _leave_what_hangs(code: int) -> None:
+    """A server that hangs would take seconds to be left: then the process ends now, since nothing here is to be undone."""
+    rest = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    for task in rest:
+        task.cancel()
+    if rest and (await asyncio.wait(rest, timeout=_LEAVE_BUDGET_S))[1]:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
 
 
 def _own_id(role: str) -> str:

@@ -227,6 +227,10 @@ class Client:
         self.create_endpoint(declaration.name, backend=declaration.name, route=declaration.route, methods=declaration.methods)
 
     def http_url(self) -> str:
+    def tell_complete(self) -> None:
+        """All that is declared is deployed: from now on `/-/readyz` says so."""
+        self._call(self._deployments.commit_to_proxies(changes.complete))
+
         """Where the first live proxy listens, the instance's own before external ones: "http://127.0.0.1:8000"; empty without one."""
         beats = read_beats(self._call(self._links.store.fields(self._links.keys.beats)))
         proxies = living(beats, "proxy", self._links.store.now_ms()).values()

@@ -19,7 +19,7 @@ from .broker.queue_names import check_name
 from .broker.settings import Settings
 from .controller.state import Desired
 from .links import Links, open_links
-from .status import make_console, make_table
+from .status_table import make_console, make_table
 
 ASK_ABOVE = 10
 PREVIEW_BYTES = 1000

@@ -27,7 +27,7 @@ from .controller.processes import Process, detached_log
 from .controller.restarts import Restarts
 from .controller.state import Desired, HttpOptions, Observed, read_beats
 from .links import EmbeddedLauncher, Links, instance_has_ended
-from .role_lock import Role, is_played
+from .role_lock import Role, check_folder, is_played
 from .supervisor import Kept
 
 logger = logging.getLogger(__name__)
@@ -49,6 +49,7 @@ class StartOptions:
 
 
 def parse_http_options(options: object) -> tuple[HttpOptions, tuple[object, ...]]:
+    incomplete: bool = False  # proxies are not ready before `Client.tell_complete`
     """(options, middlewares). Raises BadType or BadValue with what is wrong."""
     if options is None:
         options = {}
@@ -100,7 +101,7 @@ async def running_instance(links: Links, options: StartOptions) -> AsyncIterator
         http = msgspec.structs.replace(http, middlewares=await code.save(links.store, links.keys, packed))
     node_id = options.node_id or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
     head_node = node_id if options.with_node else ""
-    claim = await lease.claim_instance(links.store, links.keys, head_node, http, detached=options.detached)
+    claim = await lease.claim_instance(links.store, links.keys, head_node, http, detached=options.detached, incomplete=options.incomplete)
     members = _Members(links, claim.id, node_id, options)
     is_up = False
     try:
@@ -123,7 +124,9 @@ async def running_instance(links: Links, options: StartOptions) -> AsyncIterator
 
 
 async def _check_not_kept(links: Links) -> None:
-    """Raises InstanceError where a supervisor on this machine keeps the instance there is, also if no controller leads it now."""
+    """Raises InstanceError where a supervisor on this machine keeps the instance there is, also if no controller leads it now, and where
+    none could be had."""
+    check_folder(links.settings.namespace)
     raw = await links.store.get(links.keys.instance)
     if raw is not None and is_played(links.settings.namespace, lease.decode_lease(raw).id, Role.SUPERVISOR):
         await lease.check_free(links.store, links.keys)
@@ -285,7 +288,7 @@ async def _until_up(links: Links, http: HttpOptions, head_node: str, members: _M
     async def is_up() -> bool | None:
         members.check()
         beats = read_beats(await links.store.fields(links.keys.beats))
-        raw_desired, raw_observed = await links.store.get_many([links.keys.desired, links.keys.observed])
+        raw_desired, raw_observed = await links.store.get_documents([links.keys.desired, links.keys.observed])
         desired, observed = Desired.from_bytes(raw_desired), Observed.from_bytes(raw_observed)
         is_led = observed.seen >= (desired.epoch, desired.version)  # by the new controller: of an instance taken over there is an old state
         proxies = [beat for beat in beats.values() if beat.kind == "proxy" and beat.node == head_node] if wants_proxy else []

@@ -32,11 +32,12 @@ def run_until_stopped(target: str, settings: Settings, http: dict[str, Any]) -> 
     parsed, _ = parse_http_options(http)
     with _signals() as signals:
         find_declarations = _prepare(target)
-        client = open_client(settings, StartOptions(parsed))
+        client = open_client(settings, StartOptions(parsed, incomplete=True))
         try:
             api.adopt(client)
             for declaration in find_declarations():
                 _deploy(client, declaration)
+            client.tell_complete()
             if not client.list_endpoints():
                 raise BadValue(
                     f"{target} declares nothing to serve: decorate a function with @serve.endpoint('/path'), or call serve.create_backend"

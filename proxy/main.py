@@ -34,6 +34,7 @@ from ..broker.store_keys import StoreKeys
 from ..controller.state import BEAT_EVERY_S, PROXY_DRAIN_S, Beat, Desired, Observed, follow_state
 from .app import ProxyApp
 from .edge import EdgeProtocol
+from .readiness import Readiness
 from .routes import RouteTable
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ async def main(settings: Settings, options: ProxyOptions) -> int:
     stop = stop_event()
     async with open_redis(settings.store_url, settings.namespace) as store:
         proxy = Proxy(settings, options, store)
-        async with open_rabbitmq(settings.broker_url, settings.namespace, options.proxy_id, may_be_away=True) as queue:
+        async with open_rabbitmq(settings.broker_url, settings.namespace, options.proxy_id, may_be_away=True, sends_only=True) as queue:
             try:
                 await proxy.run(queue, stop)
             except MQServeError as error:
@@ -88,6 +89,7 @@ class Proxy:
         self._queue: Queue | None = None
         self._app: ProxyApp | None = None
         self._outer = _Outermost()
+        self._readiness = Readiness(store)
         self._middlewares = ""
         self._refuses, self._refused = (0, 0), ""  # a version that cannot be followed, and why
         self._address: tuple[str, int] = (options.host, options.port)
@@ -165,7 +167,7 @@ class Proxy:
             app = self._app = ProxyApp(
                 caller,
                 await self._table(desired, Observed()),
-                lambda: self._readiness(queue),
+                lambda: self._readiness.look(queue),
                 debug=self._options.debug or desired.http.debug,
                 admin_token=self._settings.admin_token,
             )
@@ -178,6 +180,7 @@ class Proxy:
         """The routes as they change; the last good ones while the store or the controller is away."""
         async for desired, observed in follow_state(self._store, self._keys):
             if desired is None:
+                self._readiness.follow(desired, observed)
                 continue
             for pause_s in delays():
                 try:
@@ -199,6 +202,7 @@ class Proxy:
         if desired.http.middlewares != self._middlewares:
             outer = await self._with_middlewares(app, desired)
         app.routes, self._outer.app, self._middlewares = table, outer, desired.http.middlewares
+        self._readiness.follow(desired, observed)
         self._refuses, self._refused = (0, 0), ""
         self._presence.tell()
 
@@ -225,11 +229,6 @@ class Proxy:
             wrapped = middleware.cls(wrapped, *middleware.args, **middleware.kwargs)
         return wrapped
 
-    def _readiness(self, queue: Queue) -> tuple[bool, dict[str, Any]]:
-        """Red only when requests cannot be answered."""
-        facts = {"broker": queue.down_s == 0, "store": self._store.connected}
-        return all(facts.values()), facts
-
     def _say(self, state: str) -> None:
         self._state = state
         self._presence.tell()
@@ -241,6 +240,7 @@ class Proxy:
             kind="proxy", id=options.proxy_id, at=self._store.now_ms(), pid=os.getpid(), host=socket.gethostname(), state=self._state,
             error=error, node=options.node, external=options.external, url=self.url,
             follows=self._app.routes.version if self._app else (0, 0), refuses=self._refuses, refused=self._refused,
+            noted=self._store.noted,
         )  # fmt: skip
 
 

@@ -67,7 +67,8 @@ def from_error(error: MQServeError, request_id: str, *, debug: bool = False) -> 
         case BrokerUnavailable() | StoreUnavailable():
             what = "the message broker" if isinstance(error, BrokerUnavailable) else "the store of results"
             logger.info("request %s is answered 503: %s", request_id, error)
-            detail = str(error) if debug else f"{what} is away: try again later"
+            why = f"cannot be used now ({error.public})" if error.public else "is away"
+            detail = str(error) if debug else f"{what} {why}: try again later"
             return problem(503, detail, request_id, retry_after_s=random.uniform(*_AWAY_RETRY_S))
         case NotRouted() | NoReplica():
             return problem(503, str(error), request_id, retry_after_s=random.uniform(*_AWAY_RETRY_S))

@@ -19,6 +19,7 @@ from ..broker.rabbitmq import open_rabbitmq
 from ..broker.redis_store import open_redis
 from ..broker.results import Result
 from ..broker.settings import Settings
+from ..broker.stopping import unless
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
 from ..controller.state import BEAT_EVERY_S, Backend, Beat, Desired, Observed, follow_state
@@ -94,7 +95,9 @@ class Replica:
             beating = tasks.create_task(self._presence.beat_forever())
             try:
                 # Before the broker: a constructor that holds the GIL must not cost us the connection.
-                handler = await construct(self._store, self._keys, self._settings, worker, backend)
+                handler = await unless(stop, construct(self._store, self._keys, self._settings, worker, backend))
+                if handler is None:
+                    return
                 self._configuring = configuring = Configuring(worker, handler)
                 await configuring.apply(backend)
                 async with open_queue() as self._queue:
@@ -182,7 +185,7 @@ class Replica:
             error=error, node=options.node, external=options.external, backend=options.backend,
             version=self._backend.version if self._backend else 0, generations=server.generations if server else (),
             follows=(0, configuring.version if configuring else 0), refused=configuring.refused if configuring else "",
-            running=server.running if server else 0, served=server.served if server else 0,
+            running=server.running if server else 0, served=server.served if server else 0, noted=self._store.noted,
         )  # fmt: skip
 
 

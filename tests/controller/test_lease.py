@@ -248,7 +248,7 @@ def test_of_two_who_start_over_one_lapsed_lease_one_is_refused() -> None:
     run(main())
 
 
-# Whoever keeps controllers.
+# Keepers of controllers.
 
 
 @pytest.mark.parametrize(("held_by", "is_released"), [("mine", True), ("min", False), ("", False), ("another", False)])
@@ -296,7 +296,7 @@ def test_what_is_left_of_an_instance_is_told_from_what_is_lost() -> None:
         closing = msgspec.structs.replace(Desired.from_bytes(raw), closing=True)
         await store.set(KEYS.desired, closing.to_bytes())
         await store.set(KEYS.ended, held.id.encode())
-        assert await read_standing(store, KEYS, held.id) is Standing.DRAINS, "whoever cleared it died halfway"
+        assert await read_standing(store, KEYS, held.id) is Standing.DRAINS, "its clearing was cut short"
         await forget(store, KEYS, held.id)
         assert await read_standing(store, KEYS, held.id) is Standing.ENDED
         await store.close()  # which forgets everything

@@ -5,8 +5,18 @@ from itertools import count
 import msgspec
 import pytest
 
-from mqserve.controller.plan import Placement, ended_replicas, living, of_backends, place_proxies, place_replicas, somebody_is_missed
+from mqserve.controller.plan import (
+    Placement,
+    ended_replicas,
+    living,
+    of_backends,
+    place_proxies,
+    place_replicas,
+    somebody_is_missed,
+    takers,
+)
 from mqserve.controller.resources import Capacity, parse_actor_options
+from mqserve.controller.restarts import ENDED_WELL
 from mqserve.controller.state import SILENT_AFTER_S, Assignment, Backend, Beat, Desired, HttpOptions, Observed, choose_backend
 
 NOW_MS = 1_000_000
@@ -104,6 +114,13 @@ def test_a_replica_ends_with_its_node_or_as_its_node_says() -> None:
         Beat(kind="node", id="n2", at=SILENT_MS),
     )
     assert ended_replicas(assigned, seen, NOW_MS) == {"a2": "killed by SIGKILL", "a3": "its node n2 is gone"}
+
+
+def test_a_replica_whose_node_drains_or_has_left_ended_well_and_that_node_takes_nothing_more() -> None:
+    assigned = {"a1": Assignment("a", "drains", 1), "a2": Assignment("a", "left", 1), "a3": Assignment("a", "stays", 1)}
+    seen = beats(Beat("node", "drains", NOW_MS, state="draining"), Beat("node", "stays", NOW_MS))
+    assert ended_replicas(assigned, seen, NOW_MS) == {"a1": ENDED_WELL, "a2": ENDED_WELL}
+    assert set(takers(seen, NOW_MS)) == {"stays"}
 
 
 @pytest.mark.parametrize(
