@@ -18,6 +18,7 @@ import click
 
 from . import __version__
 from .broker.errors import MQServeError
+from .broker.interrupts import INTERRUPTED, Interrupts, taking
 from .broker.lifeline import run as run_loop
 from .broker.queue_names import check_namespace
 from .broker.settings import Settings
@@ -25,8 +26,9 @@ from .instance import LOCATIONS
 from .setup import FORMATS, print_setup
 
 FAILED = 1
-
 _LEAVE_BUDGET_S = 0.2
+_interrupts = Interrupts()  # of this process; a command may have words of its own
+
 
 def main() -> None:
     """The console script."""
@@ -45,9 +47,10 @@ def _one_sentence(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def _exit_code(command: Callable[[], int | None]) -> int:
     try:
-        return command() or 0
+        with taking(_interrupts):
+            return command() or 0
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     except Exception as error:
         if (ours := _ours(error)) is None:
             raise
@@ -92,7 +95,7 @@ http_options = [
 ]  # fmt: skip
 
 
-kept_options = [  # what a process is told by whoever started it: see supervisor.py
+kept_options = [  # what a process is told by its keeper: see supervisor.py
     click.option("--instance", hidden=True, default=""),
     click.option("--kept-by", hidden=True, default=""),
     click.option("--kept-node", hidden=True, default=""),
@@ -141,6 +144,8 @@ def start(namespace: str | None, host: str, port: int, location: str, debug: boo
     from .instance import StartOptions, parse_http_options
     from .session import open_client
 
+    _interrupts.first = "\nEnding what was begun … (once more to end at once)"
+    _interrupts.at_once = "\nEnding at once: what was begun may go on, and `mqserve shutdown` ends that."
     http, _ = parse_http_options({"host": host, "port": port, "location": location, "debug": debug})
     settings = _distributed(namespace, "start")
     url = open_client(settings, StartOptions(http, detached=True, with_node=not no_node)).http_url()
@@ -157,23 +162,22 @@ def start(namespace: str | None, host: str, port: int, location: str, debug: boo
 @_one_sentence
 def shutdown(namespace: str | None) -> int:
     """End the running instance: drain, then clear."""
-    from .session import open_client
+    from .instance import end_instance
 
     settings = _distributed(namespace, "shutdown")
-    client = open_client(settings, None)
-    click.echo(f"Draining {settings.namespace!r} …")
-    client.shutdown()
+    _interrupts.first = "\nThe instance drains on without this command: `mqserve shutdown` waits for it again."
+    run_loop(end_instance(settings, click.echo))
     click.echo("Done.")
     return 0
 
 
 @cli.command()
 @namespace_option
+@click.option("--json", "as_json", is_flag=True, help="For scripts: all of it as one JSON object.")
 @_one_sentence
 def status(namespace: str | None, as_json: bool) -> int:
     """Show nodes, proxies, backends and replicas, and what is wrong with them."""
     from .status import show_status
-@click.option("--json", "as_json", is_flag=True, help="For scripts: all of it as one JSON object.")
 
     settings = _distributed(namespace, "status")
 
@@ -376,10 +380,6 @@ def _leave_now(role: Coroutine[Any, Any, int]) -> NoReturn:
         os._exit(code)
 
 
-def _kept(instance: str, kept_by: str, kept_node: str, lock: int | None) -> Any:
-    from .supervisor import Kept
-
-    return Kept(instance, kept_by, kept_node, lock) if instance else None
 async def _leave_what_hangs(code: int) -> None:
     """A server that hangs would take seconds to be left: then the process ends now, since nothing here is to be undone."""
     rest = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
@@ -391,6 +391,10 @@ async def _leave_what_hangs(code: int) -> None:
         os._exit(code)
 
 
+def _kept(instance: str, kept_by: str, kept_node: str, lock: int | None) -> Any:
+    from .supervisor import Kept
+
+    return Kept(instance, kept_by, kept_node, lock) if instance else None
 
 
 def _own_id(role: str) -> str:

@@ -11,6 +11,7 @@ from starlette.convertors import register_url_convertor
 from .broker import code
 from .broker.caller import Caller
 from .broker.errors import InstanceError, UnknownEndpoint
+from .broker.interrupts import to_the_end
 from .broker.queue_names import check_name
 from .controller import desired as changes
 from .controller.plan import living
@@ -226,11 +227,11 @@ class Client:
         self.create_backend(declaration.name, declaration.target, actor_options=declaration.actor_options, config=declaration.config)
         self.create_endpoint(declaration.name, backend=declaration.name, route=declaration.route, methods=declaration.methods)
 
-    def http_url(self) -> str:
     def tell_complete(self) -> None:
         """All that is declared is deployed: from now on `/-/readyz` says so."""
         self._call(self._deployments.commit_to_proxies(changes.complete))
 
+    def http_url(self) -> str:
         """Where the first live proxy listens, the instance's own before external ones: "http://127.0.0.1:8000"; empty without one."""
         beats = read_beats(self._call(self._links.store.fields(self._links.keys.beats)))
         proxies = living(beats, "proxy", self._links.store.now_ms()).values()
@@ -243,7 +244,8 @@ class Client:
         """
         if not self._closed:
             self._closed = True
-            self._end()
+            with to_the_end():
+                self._end()
 
     # Waiting.
 

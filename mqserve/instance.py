@@ -16,9 +16,10 @@ import msgspec
 
 from .broker import code
 from .broker.documents import until
-from .broker.errors import BadType, BadValue, InstanceError, MQServeError
+from .broker.errors import BadEnvelope, BadType, BadValue, InstanceError, MQServeError
 from .broker.lifeline import Stop
 from .broker.listener import bind
+from .broker.settings import Settings
 from .controller import lease
 from .controller.loop import Controller
 from .controller.machine import measure_node
@@ -26,7 +27,8 @@ from .controller.node import Child, Node, NodeOptions
 from .controller.processes import Process, detached_log
 from .controller.restarts import Restarts
 from .controller.state import Desired, HttpOptions, Observed, read_beats
-from .links import EmbeddedLauncher, Links, instance_has_ended
+from .draining import Tell, telling
+from .links import EmbeddedLauncher, Links, instance_has_ended, open_links
 from .role_lock import Role, check_folder, is_played
 from .supervisor import Kept
 
@@ -34,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 START_BUDGET_S = 30.0
 SHUTDOWN_BUDGET_S = 45.0
+UNLED_AFTER_S = lease.LAPSED_AFTER_S + 5.0  # of an instance that is to end: another controller would have led by then
 LOCATIONS = ("HeadOnly", "EveryNode", "NoServer")
 
 
@@ -46,10 +49,11 @@ class StartOptions:
     detached: bool = False
     with_node: bool = True
     node_id: str = ""
+    incomplete: bool = False  # proxies are not ready before `Client.tell_complete`
+    tell: Tell | None = None  # what still drains at its end
 
 
 def parse_http_options(options: object) -> tuple[HttpOptions, tuple[object, ...]]:
-    incomplete: bool = False  # proxies are not ready before `Client.tell_complete`
     """(options, middlewares). Raises BadType or BadValue with what is wrong."""
     if options is None:
         options = {}
@@ -114,7 +118,7 @@ async def running_instance(links: Links, options: StartOptions) -> AsyncIterator
         if not (options.detached and is_up):
             try:
                 if claim.found is None:
-                    await shut_down(links, claim.id)
+                    await shut_down(links, claim.id, options.tell)
                 else:  # what others have deployed there is not ours to clear
                     await lease.give_back(links.store, links.keys, claim, head_node)
             except MQServeError as error:
@@ -125,7 +129,7 @@ async def running_instance(links: Links, options: StartOptions) -> AsyncIterator
 
 async def _check_not_kept(links: Links) -> None:
     """Raises InstanceError where a supervisor on this machine keeps the instance there is, also if no controller leads it now, and where
-    none could be had."""
+    there is no folder for locks."""
     check_folder(links.settings.namespace)
     raw = await links.store.get(links.keys.instance)
     if raw is not None and is_played(links.settings.namespace, lease.decode_lease(raw).id, Role.SUPERVISOR):
@@ -247,7 +251,16 @@ async def _ended(child: Child) -> None:
     await child.wait()
 
 
-async def shut_down(links: Links, instance: str) -> None:
+async def end_instance(settings: Settings, tell: Tell) -> int:
+    """The instance that runs, whosever it is; the exit code. Raises InstanceError when there is none, and as `shut_down` does."""
+    async with open_links(settings, "client") as links:
+        instance = (await lease.read_instance(links.store, links.keys)).id
+        tell(f"Draining {settings.namespace!r} …")
+        await shut_down(links, instance, tell)
+    return 0
+
+
+async def shut_down(links: Links, instance: str, tell: Tell | None = None) -> None:
     """The instance drains and is cleared: marks the desired document and waits for the controller to have done it.
 
     Where none leads it is cleared here, and what still runs drains by itself. Raises InstanceError for one that still drains when all its
@@ -260,18 +273,22 @@ async def shut_down(links: Links, instance: str) -> None:
         return SHUTDOWN_BUDGET_S + max(drains_s, default=0.0)
 
     async def is_cleared() -> bool | None:
-        raw = await links.store.get(links.keys.desired)
+        raw, raw_lease = await links.store.get_documents([links.keys.desired, links.keys.instance])
         desired = Desired.from_bytes(raw)
         if raw is None or desired.instance != instance:
             return True
         if not desired.closing:
             closing = msgspec.structs.replace(desired, closing=True, version=desired.version + 1)
             await links.store.replace(links.keys.desired, raw, closing.to_bytes())
+        with suppress(BadEnvelope):  # the leader writes the lease anew
+            if raw_lease is not None and links.store.now_ms() - lease.decode_lease(raw_lease).at > UNLED_AFTER_S * 1000:
+                raise TimeoutError  # it would be waited for in vain
         return None
 
     budget_s = await until(links.store, read_budget_s, SHUTDOWN_BUDGET_S)
     try:
-        await until(links.store, is_cleared, budget_s)
+        async with telling(links, tell):
+            await until(links.store, is_cleared, budget_s)
     except TimeoutError:
         if await lease.beats(links.store, links.keys, instance):
             raise InstanceError(
