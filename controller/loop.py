@@ -26,6 +26,7 @@ from ..broker.queue import Queue
 from ..broker.store import WRONG_TYPE, Store
 from ..broker.store_keys import CODE_TTL_S, StoreKeys
 from . import lease, plan
+from .absent_nodes import AbsentNodes
 from .queues import Queues
 from .restarts import ENDED_WELL, Restarts
 from .state import Assignment, Beat, Desired, Observed, read_beats
@@ -84,6 +85,7 @@ class Controller:
         self._counted: set[str] = set()  # deaths of replicas that the observed document still names
         self._queues = Queues(self._queue, self._while_leading, self._next_generation)
         self._had_node_at = time.monotonic()
+        self._absent_nodes = AbsentNodes()
         self._renewed_at = -math.inf  # the instance's lease, monotonic
         self._kept: frozenset[str] = frozenset()  # hashes of code that does not expire
 
@@ -196,6 +198,7 @@ class Controller:
         if time.monotonic() < self._settled_at and plan.somebody_is_missed(observed, beats, self._store.now_ms()):
             return False
         await self._ask_store()
+        beats = self._absent_nodes.added_to(beats)
         new = self._place(desired, observed, beats)
         try:
             new = await self._queues.keep(desired, new, beats, self._store.now_ms())
