@@ -38,8 +38,8 @@ def run_until_stopped(target: str, settings: Settings, http: dict[str, Any]) -> 
                     f"{target} declares nothing to serve: decorate a function with @serve.endpoint('/path'), or call serve.create_backend"
                 )
             client.tell_complete()
+            interrupts.raises = False  # before it is said that Ctrl-C stops
             _announce(client, settings)
-            interrupts.raises = False
             while not interrupts.came and not client.has_ended:
                 time.sleep(0.2)
             click.echo("The instance was shut down." if client.has_ended else DRAINING, err=True)
