@@ -137,6 +137,13 @@ def _cut(connection: Any) -> None:
     connection._writer_task.cancel()
 
 
+def has_alarm(connection: AbstractConnection) -> bool:
+    """Whether RabbitMQ said that it reads nothing of this connection. aiormq keeps that to itself; see `_cut` of its private names."""
+    raw: Any = connection.transport.connection if connection.transport is not None else None
+    unblocked = getattr(raw, "_Connection__connection_unblocked", None)
+    return unblocked is not None and not unblocked.is_set()
+
+
 def _never_mind(closing: asyncio.Future[None]) -> None:
     if not closing.cancelled():
         closing.exception()

@@ -146,9 +146,9 @@ class Caller:
             logger.warning("request %s runs to its end or its deadline, though it was cancelled: %s", future_id, error)
 
     @property
-    def connected(self) -> bool:
-        """Whether results can be read."""
-        return self._store.connected
+    def trouble(self) -> str:
+        """Why results cannot be stored and read now; empty while they can."""
+        return self._store.trouble
 
     def now_ms(self) -> int:
         """Store time."""
@@ -157,7 +157,9 @@ class Caller:
     def _wait_for(self, future_id: str, backend: str, deadline_ms: int) -> Ticket:
         pace, sent_at = self._paces[backend], time.monotonic()
         pace.sent(sent_at)
-        future = self.waits.add(future_id, deadline_ms, lambda answered: pace.ended(sent_at, time.monotonic(), answered=answered))
+        future = self.waits.add(
+            future_id, deadline_ms, lambda answered: pace.ended(sent_at, time.monotonic(), answered=answered), sent_at=sent_at
+        )
         return Ticket(future_id, future)
 
     def keep_paces(self, backends: Container[str]) -> None:

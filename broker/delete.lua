@@ -1,5 +1,9 @@
 -- Delete while a guard holds. KEYS: guard key, then what is to go. ARGV: '1' and the guard's value, or '0' and '' for absent.
-local current = redis.call('GET', KEYS[1])
+local current = redis.pcall('GET', KEYS[1])
+if type(current) == 'table' then  -- a value of another type is not the guard's
+  if not string.find(current.err, '^WRONGTYPE') then error(current) end
+  return 0
+end
 if ARGV[1] == '1' then
   if current ~= ARGV[2] then return 0 end
 elseif current then

@@ -25,7 +25,7 @@ async def follow(store: Store, *keys: str, again: Callable[[], bool] = lambda: F
         while True:
             changed.clear()
             with suppress(StoreUnavailable):
-                documents = await store.get_many(keys)
+                documents = await store.get_documents(keys)
                 if documents != last or again():
                     last = documents
                     yield documents

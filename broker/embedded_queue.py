@@ -212,6 +212,10 @@ class EmbeddedQueue:
     def why_down(self) -> str:
         return ""
 
+    @property
+    def trouble(self) -> str:
+        return ""
+
     def publish(self, backend: str, envelope: Envelope, settled: Settled) -> None:
         envelope.check_head()
         lanes = self._bindings.get(backend)
@@ -274,6 +278,10 @@ class EmbeddedQueue:
     async def depth(self, backend: str, generation: int) -> int | None:
         lane = self._lanes.get((backend, generation))
         return None if lane is None else len(lane)
+
+    async def count_dead(self, backend: str) -> int | None:
+        letters = self._dead.get(backend)
+        return None if letters is None else len(letters)
 
     async def delete(self, backend: str, generation: int, *, only_if_empty: bool) -> bool:
         lane = self._lanes.get((backend, generation))

@@ -33,6 +33,22 @@ class EmbeddedStore:
     def connected(self) -> bool:
         return True
 
+    @property
+    def trouble(self) -> str:
+        return ""
+
+    @property
+    def refusal(self) -> str:
+        return ""
+
+    @property
+    def written_at(self) -> float:
+        return time.monotonic()
+
+    @property
+    def noted(self) -> str:
+        return ""
+
     def now_ms(self) -> int:
         return int((self._epoch + time.monotonic()) * 1000)
 
@@ -58,6 +74,9 @@ class EmbeddedStore:
         return self._read(key)
 
     async def get_many(self, keys: Sequence[str]) -> list[bytes | None]:
+        return [self._read(key) for key in keys]
+
+    async def get_documents(self, keys: Sequence[str]) -> list[bytes | None]:
         return [self._read(key) for key in keys]
 
     async def set(self, key: str, value: bytes, *, ttl_ms: int | None = None, only_new: bool = False) -> bool:
@@ -107,6 +126,12 @@ class EmbeddedStore:
 
     async def fields(self, key: str) -> dict[str, bytes]:
         return dict(self._hashes.get(key, {}))
+
+    async def take_away(self, key: str) -> None:
+        await self.delete(key)
+
+    async def probe(self) -> None:
+        """It always takes what is written."""
 
     def watch(self) -> asyncio.Event:
         event = asyncio.Event()

@@ -6,7 +6,8 @@ MQServeError
 │   └── BadSignature       … or were not signed by a key of this instance
 ├── NotEncodable           a value that cannot travel (also a TypeError)
 ├── BrokerUnavailable      RabbitMQ is not there; `maybe_sent` says whether a publish may have arrived
-├── StoreUnavailable       Redis is not there
+├── StoreUnavailable       Redis is not there, or takes no writes
+│   └── WrongType          … or has a value of another type at a key: what members write anew is deleted first
 ├── QueueMismatch          a queue of that name exists with other arguments
 ├── NotRouted              no queue is bound to that backend
 ├── NoReplica              a backend without a replica for so long that waiting is no use
@@ -49,19 +50,39 @@ class NotEncodable(MQServeError, TypeError):
 
 
 class BrokerUnavailable(MQServeError):
-    """The broker did not take the message; with `maybe_sent`, it may have taken it and could not say so."""
+    """The broker did not take the message; with `maybe_sent`, it may have taken it and could not say so. `public`: as below."""
 
     status = 503
 
-    def __init__(self, message: str, *, maybe_sent: bool = False) -> None:
+    def __init__(self, message: str, *, maybe_sent: bool = False, public: str = "") -> None:
         super().__init__(message)
         self.maybe_sent = maybe_sent
+        self.public = public
 
 
 class StoreUnavailable(MQServeError):
-    """The store did not answer within our budget."""
+    """The store did not answer within our budget, or refused; `public` says why in words for anybody."""
 
     status = 503
+
+    def __init__(self, message: str, *, public: str = "") -> None:
+        super().__init__(message)
+        self.public = public
+
+
+class WrongType(StoreUnavailable):
+    """A key holds a value of another type than ours: somebody else wrote it."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(wrong_type(key))
+        self.key = key
+
+
+def wrong_type(key: str) -> str:
+    return (
+        f"{key} in Redis is of another type than mqserve keeps there, so another program wrote it: "
+        f"delete it (redis-cli DEL {key}), and it is made anew"
+    )
 
 
 class QueueMismatch(MQServeError):
@@ -151,13 +172,10 @@ class UnknownEndpoint(MQServeError, KeyError):
 
 def public_words(error: MQServeError) -> str:
     """For web clients: addresses and users of our servers are for the log only."""
-    match error:
-        case BrokerUnavailable():
-            return "the message broker is away: try again later"
-        case StoreUnavailable():
-            return "the store of results is away: try again later"
-        case _:
-            return str(error)
+    if not isinstance(error, BrokerUnavailable | StoreUnavailable):
+        return str(error)
+    what = "the message broker" if isinstance(error, BrokerUnavailable) else "the store of results"
+    return f"{what} {f'cannot be used now ({error.public})' if error.public else 'is away'}: try again later"
 
 
 def words_of(error: BaseException | None) -> str:

@@ -62,6 +62,11 @@ class JoinedChannel:
         return not self._channel.is_closed
 
     @property
+    def is_refused(self) -> bool:
+        """Whether it was closed for a right that was lacking."""
+        return bool(self._refusal)
+
+    @property
     def held(self) -> int:
         """Deliveries neither acked nor requeued."""
         return len(self._held)

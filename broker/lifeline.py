@@ -11,6 +11,8 @@ from typing import Any
 
 import uvloop
 
+from .interrupts import DRAINING, Interrupts
+
 ORPHAN_BUDGET_S = 9.0  # what a process has to end after its parent
 PIPE_VARIABLE = "MQSERVE_LIFELINE_FD"
 
@@ -25,13 +27,22 @@ class Stop(asyncio.Event):
 
     orphaned = False
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._interrupts = Interrupts(DRAINING, raises=False)
+
+    def interrupt(self) -> None:
+        """Ctrl-C: a second one ends this process at once. SIGTERM does not: a process manager may send two."""
+        self._interrupts.take(signal.SIGINT)
+        self.set()
+
 
 def stop_event(env: Mapping[str, str] = os.environ) -> Stop:
     """Set by SIGTERM, SIGINT, or the end of the parent. Call it on the running loop of the main thread."""
     stop = Stop()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    loop.add_signal_handler(signal.SIGINT, stop.interrupt)
     if fd := env.get(PIPE_VARIABLE):
         loop.add_reader(int(fd), _on_pipe, int(fd), stop)
     return stop

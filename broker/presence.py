@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
+from .complaint import Complaint
 from .errors import StoreUnavailable
 from .store import Store
 
@@ -28,6 +29,7 @@ class Presence:
         self._now = asyncio.Event()
         self._writing = asyncio.Lock()  # one write at a time, or an older one may land last
         self._left = False
+        self._complaint = Complaint(logger)
         self._steady_since = time.monotonic()
 
     def __repr__(self) -> str:
@@ -66,9 +68,10 @@ class Presence:
             if urgent:
                 await self._store.announce()
         except StoreUnavailable as error:
-            logger.warning("cannot report %s: %s", self._field, error)
+            self._complaint.say(f"cannot report {self._field}: {error}")
             self._steady_since = time.monotonic()
             return False
+        self._complaint.over()
         return True
 
     async def leave(self, *, with_last_words: bool) -> None:

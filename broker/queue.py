@@ -97,6 +97,11 @@ class Queue(Protocol):
         """For operators, as far as it is known; empty while the broker takes messages."""
         ...
 
+    @property
+    def trouble(self) -> str:
+        """Why it takes no messages, in words for anybody; empty while it does."""
+        ...
+
     def publish(self, backend: str, envelope: Envelope, settled: Settled) -> None:
         """To the backend's queue. Raises TooLarge before anything is sent."""
         ...
@@ -131,6 +136,10 @@ class Queue(Protocol):
 
     async def depth(self, backend: str, generation: int) -> int | None:
         """The number of ready messages, None when there is no such queue."""
+        ...
+
+    async def count_dead(self, backend: str) -> int | None:
+        """The number of its dead letters that nobody looks at, None when there is no queue of them."""
         ...
 
     async def delete(self, backend: str, generation: int, *, only_if_empty: bool) -> bool:

@@ -80,13 +80,17 @@ class RabbitTopology:
             await self._on_own_channel(unbind)
 
     async def depth(self, backend: str, generation: int) -> int | None:
-        name = queue_names.backend_queue(self._namespace, backend, generation)
+        return await self._count(queue_names.backend_queue(self._namespace, backend, generation))
 
-        async def depth(channel: Channel) -> int | None:
+    async def count_dead(self, backend: str) -> int | None:
+        return await self._count(queue_names.dead_queue(self._namespace, backend))
+
+    async def _count(self, name: str) -> int | None:
+        async def count(channel: Channel) -> int | None:
             return (await channel.queue_declare(name, passive=True)).message_count
 
         try:
-            return await self._on_own_channel(depth)
+            return await self._on_own_channel(count)
         except aiormq.exceptions.ChannelNotFoundEntity:
             return None
 

@@ -19,7 +19,7 @@ import aiormq
 from aio_pika.abc import AbstractConnection
 
 from . import queue_names
-from .amqp_link import CONNECT_BUDGET_S, LONGEST_PAUSE_S, OPERATION_BUDGET_S, Link, open_channel, really_cancelled, user_of
+from .amqp_link import CONNECT_BUDGET_S, LONGEST_PAUSE_S, OPERATION_BUDGET_S, Link, has_alarm, open_channel, really_cancelled, user_of
 from .backoff import delays
 from .dead_letters import DeadLetter, Death, dead_letter_to_amqp
 from .envelope import Envelope
@@ -36,24 +36,33 @@ logger = logging.getLogger(__name__)
 STALLED_AFTER_S = 3.0  # without a confirm, though something waits for one
 _SECOND_LOOK_S = 0.1
 _PROBE_EVERY_S = 1.0
+_ALARM = "it has an alarm, of its memory or its disk"
 _PROBE = Envelope("", b"", "text/plain").to_amqp()
 T = TypeVar("T")
 
 
 @asynccontextmanager
 async def open_rabbitmq(
-    url: str, namespace: str, process_id: str, *, seals: HeaderSeals | None = None, may_be_away: bool = False
+    url: str,
+    namespace: str,
+    process_id: str,
+    *,
+    seals: HeaderSeals | None = None,
+    may_be_away: bool = False,
+    sends_only: bool = False,
+    budget_s: float = CONNECT_BUDGET_S,
 ) -> AsyncIterator[RabbitQueue]:
-    """Connected and able to publish on entry, or BrokerUnavailable within CONNECT_BUDGET_S + OPERATION_BUDGET_S; closed on exit.
+    """Connected and able to publish on entry, or BrokerUnavailable within `budget_s` + OPERATION_BUDGET_S; closed on exit.
     Without `seals` it seals nothing and checks no seal.
 
     With `may_be_away`, for members that serve as soon as they can, it goes on without after that time, and is connected once RabbitMQ
-    is there. They wait at first all the same: one that takes another's place must not refuse what that one would have taken.
+    is there. They wait at first all the same: one that takes another's place must not refuse what that one would have taken. With
+    `sends_only`, of a proxy, it is down as long as it may not send requests.
     """
-    queue = RabbitQueue(url, namespace, process_id, seals or HeaderSeals((), namespace))
+    queue = RabbitQueue(url, namespace, process_id, seals or HeaderSeals((), namespace), sends_only=sends_only)
     try:
         try:
-            await queue._publishing.up(CONNECT_BUDGET_S)
+            await queue._publishing.up(budget_s)
             await queue._ready_to_publish()
         except BrokerUnavailable as error:
             if not may_be_away:
@@ -67,7 +76,8 @@ async def open_rabbitmq(
 class RabbitQueue:
     """Implements `Queue`; made by `open_rabbitmq`."""
 
-    def __init__(self, url: str, namespace: str, process_id: str, seals: HeaderSeals) -> None:
+    def __init__(self, url: str, namespace: str, process_id: str, seals: HeaderSeals, *, sends_only: bool = False) -> None:
+        self._sends_only = sends_only
         self._namespace = namespace
         self._seals = seals
         self._requests = queue_names.requests_exchange(namespace)
@@ -79,6 +89,7 @@ class RabbitQueue:
         self._channel: JoinedChannel | None = None
         self._down_since = time.monotonic()
         self.why_down = ""
+        self._has_alarm = False  # when it was last found to take no messages
         self._opened = asyncio.Event()
         self._has_exchange = False  # something was published to it, and no probe has found it missing since
         self._opener: asyncio.Task[None] = asyncio.create_task(self._keep_channel(), name="keep the publishing channel open")
@@ -91,6 +102,10 @@ class RabbitQueue:
         if self._channel is not None and self._channel.is_open:
             return 0.0
         return time.monotonic() - self._down_since
+
+    @property
+    def trouble(self) -> str:
+        return "" if not self.down_s else _ALARM if self._has_alarm else "it takes no messages"
 
     def publish(self, backend: str, envelope: Envelope, settled: Settled) -> None:
         properties = envelope.to_amqp(self._user, self._seals.of(backend))
@@ -114,7 +129,7 @@ class RabbitQueue:
 
     def _publish(self, exchange: str, key: str, properties: bytes, body: bytes, message_id: str, settled: Settled) -> None:
         if self._channel is None:
-            return settled(BrokerUnavailable(f"no connection to RabbitMQ ({self._publishing!r})"))
+            return settled(BrokerUnavailable(f"no connection to RabbitMQ ({self._publishing!r})", public=_ALARM if self._has_alarm else ""))
         self._channel.publish(exchange, key, properties, body, message_id, settled)
 
     async def consume(self, backend: str, generation: int, prefetch: int, on_delivery: Callable[[Delivery], None]) -> RabbitConsumption:
@@ -136,6 +151,9 @@ class RabbitQueue:
 
     async def depth(self, backend: str, generation: int) -> int | None:
         return await self._topology.depth(backend, generation)
+
+    async def count_dead(self, backend: str) -> int | None:
+        return await self._topology.count_dead(backend)
 
     async def delete(self, backend: str, generation: int, *, only_if_empty: bool) -> bool:
         return await self._topology.delete(backend, generation, only_if_empty=only_if_empty)
@@ -170,7 +188,7 @@ class RabbitQueue:
                 channel = JoinedChannel(raw)
                 await self._probe(raw, channel)
                 await self._probe(raw, channel)  # with an alarm, the broker still reads the first message of a connection
-                self._channel, self.why_down = channel, ""
+                self._channel, self.why_down, self._has_alarm = channel, "", False
                 self._opened.set()
                 pauses = delays(cap_s=LONGEST_PAUSE_S)
                 await self._watch(connection, raw, channel)
@@ -180,6 +198,7 @@ class RabbitQueue:
                 self.why_down = words_of(error)
                 logger.warning("cannot publish (%s); trying again", self.why_down)
                 if isinstance(error, TimeoutError):
+                    self._has_alarm = has_alarm(connection)
                     self._publishing.abandon(connection)
             await asyncio.sleep(next(pauses))
 
@@ -197,9 +216,11 @@ class RabbitQueue:
         except TimeoutError:
             self._channel = None
             self._down_since = time.monotonic() - STALLED_AFTER_S
+            self._has_alarm = has_alarm(connection)
             self._publishing.abandon(connection)
             channel.give_up()
-            raise BrokerUnavailable(f"RabbitMQ has confirmed nothing for {STALLED_AFTER_S:g} s") from None
+            why = f": {_ALARM}" if self._has_alarm else ""
+            raise BrokerUnavailable(f"RabbitMQ has confirmed nothing for {STALLED_AFTER_S:g} s{why}") from None
         except BrokerUnavailable:  # the channel was lost under the probe
             self._down_since = time.monotonic()
             raise
@@ -220,7 +241,7 @@ class RabbitQueue:
             return
         publish = partial(channel.publish, self._requests, "", _PROBE, b"", "")
         if isinstance(error := await _in_time(fate_of(publish, OPERATION_BUDGET_S)), BrokerUnavailable):
-            self._has_exchange = False
+            self._has_exchange = self._sends_only and channel.is_refused  # a right that is lacking may be given back
             raise error
 
 

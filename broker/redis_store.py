@@ -15,16 +15,18 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-import redis.asyncio as redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from .backoff import delays
-from .errors import StoreUnavailable, words_of
-from .refusals import ExplainedRedis, store_refusal
+from .complaint import Complaint
+from .envelope import mint_id
+from .errors import StoreUnavailable, WrongType, words_of, wrong_type
+from .redis_client import Client, blocking_client, heeding_cancellation, pooled_client
+from .refusals import key_of, refusal_code, store_refusal
+from .result_writer import Mark, ResultWriter
 from .settings import masked
-from .store import Guard, Record
+from .store import WRONG_TYPE, Guard, Record
+from .store_health import StoreHealth
 from .store_keys import INBOX_TTL_S, LOG_LENGTH, LOG_TTL_S, RESULT_TTL_S, StoreKeys
 
 logger = logging.getLogger(__name__)
@@ -32,13 +34,11 @@ logger = logging.getLogger(__name__)
 CONNECT_BUDGET_S = 5.0
 CALL_BUDGET_S = 3.0
 BLOCK_S = 5.0
-RECONNECT_S = 2.9  # a little less than CALL_BUDGET_S: of a server that hangs, the first call that fails says so
 INBOX_BATCH = 256
-FLUSH_BATCH = 128
-FLUSH_BYTES = 4 * 1024 * 1024  # or one large result: a call that takes longer than its budget is sent again and again
 LARGE_BYTES = 1024 * 1024
 LARGE_BUDGET_S = 30.0  # for what has more: bodies that travel by reference, and code. Whoever waits for it has a deadline of his own
 LOG_BATCH = 1000
+INBOX_WAS_ODD = 2  # of record.lua
 _CLOCK_EVERY_S = 30.0
 _CLOCK_TRIES = 3  # at the beginning, for a sample that is as good as _CLOCK_GOOD_S
 _CLOCK_GOOD_S = 0.05
@@ -46,17 +46,6 @@ _CLOCK_DRIFT = 0.001  # what two clocks may differ in a second; they differ by l
 _HERE = Path(__file__).parent
 _FAILURES = (RedisError, OSError, TimeoutError, RuntimeError)  # the last is uvloop's, of a write to a connection that was just lost
 T = TypeVar("T")
-
-
-class _Pool(redis.BlockingConnectionPool):
-    """The last connection given back is the next one used: where that is one that could not be opened, since the server takes no more, an
-    open one beneath it would never be used again. So it goes to the bottom."""
-
-    async def release(self, connection: Any) -> None:
-        await super().release(connection)
-        kept = self._available_connections
-        if kept and kept[-1] is connection and not connection.is_connected:
-            kept.insert(0, kept.pop())
 
 
 @asynccontextmanager
@@ -75,29 +64,24 @@ class RedisStore:
 
     def __init__(self, url: str, namespace: str) -> None:
         self._url = url
-        self._channel = StoreKeys(namespace).changed
-        once = Retry(NoBackoff(), 1)
-        self._commands = ExplainedRedis.from_pool(
-            _Pool.from_url(url, max_connections=16, timeout=2, socket_timeout=2, socket_connect_timeout=2, retry=once)
-        )
-        never = Retry(NoBackoff(), 0)
-        patient = {"timeout": LARGE_BUDGET_S, "socket_timeout": LARGE_BUDGET_S, "socket_connect_timeout": 2}
-        self._large = ExplainedRedis.from_pool(_Pool.from_url(url, max_connections=8, retry=never, **patient))
-        self._blocking = ExplainedRedis.from_url(url, socket_timeout=None, socket_connect_timeout=2, retry=never)
+        keys = StoreKeys(namespace)
+        self._channel = keys.changed
+        self._probe_key = keys.future(f"probe-{mint_id()}")  # a result is what all but nodes may write
+        self._commands = pooled_client(url, connections=16, budget_s=2.0, tries=2)
+        self._large = pooled_client(url, connections=8, budget_s=LARGE_BUDGET_S, tries=1)
+        self._blocking = blocking_client(url)
         self._scripts = {name: (_HERE / f"{name}.lua").read_text() for name in ("record", "replace", "delete")}
         self._digests: dict[str, str] = {}
         self._offset_ms = 0.0
         self._offset_error_s = math.inf  # at most, when it was measured
         self._offset_measured_at = 0.0  # monotonic
-        self._down_since = -math.inf  # monotonic; inf while it answers
-        self._buffer: list[tuple[Record, asyncio.Future[bool]]] = []
-        self._marks: list[tuple[str, bytes, int]] = []  # key, value, TTL in ms; a TTL of 0: the key goes
-        self._flusher: asyncio.Task[None] | None = None
+        self.health = StoreHealth()
+        self._writer = ResultWriter(self._write_results, self._write_marks, self.now_ms)
         self._watchers: set[asyncio.Event] = set()
         self._tasks: list[asyncio.Task[None]] = []
 
     def __repr__(self) -> str:
-        return f"<RedisStore {masked(self._url)}, {'up' if self.connected else 'down'}, {len(self._buffer)} to write>"
+        return f"<RedisStore {masked(self._url)}, {'up' if self.connected else 'down'}, {self._writer!r}>"
 
     async def connect(self) -> None:
         try:
@@ -108,18 +92,33 @@ class RedisStore:
                     if self._offset_error_s > _CLOCK_GOOD_S:
                         await self._measure_clock()
         except _FAILURES as error:
+            why = f" within {CONNECT_BUDGET_S:g} s" if isinstance(error, TimeoutError) else f" ({words_of(error)})"
             raise StoreUnavailable(
                 store_refusal(error, self._url)
-                or f"no connection to Redis at {masked(self._url)} within {CONNECT_BUDGET_S:g} s ({words_of(error)}); "
-                "is it running, and is MQSERVE_STORE_URL right?"
+                or f"no connection to Redis at {masked(self._url)}{why}; is it running, and is MQSERVE_STORE_URL right?"
             ) from error
-        self._down_since = math.inf
+        self.health.answered()
         self._tasks.append(asyncio.create_task(self._keep_clock(), name="keep the store's clock"))
 
     @property
     def connected(self) -> bool:
-        """Not once it has been away for longer than a lost connection takes to come back."""
-        return time.monotonic() - self._down_since < RECONNECT_S
+        return self.health.connected
+
+    @property
+    def trouble(self) -> str:
+        return self.health.trouble
+
+    @property
+    def refusal(self) -> str:
+        return self.health.refusal
+
+    @property
+    def written_at(self) -> float:
+        return self.health.written_at
+
+    @property
+    def noted(self) -> str:
+        return self.health.noted
 
     def now_ms(self) -> int:
         return int(time.monotonic() * 1000 + self._offset_ms)
@@ -127,95 +126,68 @@ class RedisStore:
     # Results: collected in this turn, written by one script call.
 
     def record(self, record: Record) -> asyncio.Future[bool]:
-        done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._buffer.append((record, done))
-        self._flush_soon()
-        return done
+        return self._writer.record(record)
 
     def mark(self, key: str, value: bytes, ttl_ms: int) -> None:
-        self._marks.append((key, value, max(1, ttl_ms)))
-        self._flush_soon()
+        self._writer.mark(key, value, max(1, ttl_ms))
 
     def drop_soon(self, key: str) -> None:
-        self._marks.append((key, b"", 0))
-        self._flush_soon()
+        self._writer.mark(key, b"", 0)
 
-    def _flush_soon(self) -> None:
-        if self._flusher is None or self._flusher.done():
-            self._flusher = asyncio.create_task(self._flush(), name="write results")
-
-    async def _flush(self) -> None:
-        """Until nothing is left: what gathers while one call is under way rides in the next."""
-        pauses = delays(first_s=0.02, cap_s=1.0)
-        while self._buffer or self._marks:
-            batch = self._next_batch()
-            try:
-                await self._write_marks()
-                if batch:
-                    self._tell(batch, await self._write(batch))
-                pauses = delays(first_s=0.02, cap_s=1.0)
-            except StoreUnavailable as error:
-                self._buffer = self._give_up_late(batch, error) + self._buffer
-                await asyncio.sleep(next(pauses))
-
-    def _next_batch(self) -> list[tuple[Record, asyncio.Future[bool]]]:
-        count = size = 0
-        for record, _ in self._buffer[:FLUSH_BATCH]:
-            size += len(record.value) + len(record.note)
-            if count and size > FLUSH_BYTES:
-                break
-            count += 1
-        batch, self._buffer = self._buffer[:count], self._buffer[count:]
-        return batch
-
-    async def _write(self, batch: list[tuple[Record, asyncio.Future[bool]]]) -> list[int]:
+    async def _write_results(self, records: Sequence[Record]) -> list[int]:
         keys: list[str] = []
         values: list[bytes | str | int] = [RESULT_TTL_S * 1000, INBOX_TTL_S * 1000]
-        for record, _ in batch:
+        for record in records:
             keys.append(record.key)
             values += (record.value, record.note, record.inbox)
-        return await self._call(lambda: self._script("record", keys, values))
+        written: list[int] = await self._call(lambda: self._script("record", keys, values), writing=True)
+        for record, how in zip(records, written, strict=True):
+            if how == INBOX_WAS_ODD:
+                self._note(record.inbox)
+        return written
 
-    async def _write_marks(self) -> None:
-        marks, self._marks = self._marks, []
-        if marks:
-            pipeline = self._commands.pipeline(transaction=False)
-            for key, value, ttl_ms in marks:
-                if ttl_ms:
-                    pipeline.set(key, value, px=ttl_ms)
-                else:
-                    pipeline.pexpire(key, 0)  # which deletes it; whoever may not DEL what he likes may do this
-            await self._call(pipeline.execute)
-
-    @staticmethod
-    def _tell(batch: list[tuple[Record, asyncio.Future[bool]]], written: list[int]) -> None:
-        for (_, done), fresh in zip(batch, written, strict=True):
-            if not done.done():
-                done.set_result(bool(fresh))
-
-    def _give_up_late(
-        self, batch: list[tuple[Record, asyncio.Future[bool]]], error: StoreUnavailable
-    ) -> list[tuple[Record, asyncio.Future[bool]]]:
-        """What is still worth another try; the others are told, so that their messages go back to the queue."""
-        now_ms = self.now_ms()
-        for record, done in batch:
-            if record.deadline_ms <= now_ms and not done.done():
-                done.set_exception(error)
-        return [(record, done) for record, done in batch if not done.done()]
+    async def _write_marks(self, marks: Sequence[Mark]) -> None:
+        pipeline = self._commands.pipeline(transaction=False)
+        for key, value, ttl_ms in marks:
+            if ttl_ms:
+                pipeline.set(key, value, px=ttl_ms)
+            else:
+                pipeline.pexpire(key, 0)  # which deletes it; whoever may not DEL what he likes may do this
+        await self._call(pipeline.execute, writing=any(ttl_ms for _, _, ttl_ms in marks))
 
     # Documents and plain keys.
 
     async def get(self, key: str) -> bytes | None:
-        found: Any = await self._call(lambda: self._commands.get(key))
-        return found  # type: ignore[no-any-return]
+        return await self._call(lambda: self._read(self._commands, key))
 
     async def get_large(self, key: str) -> bytes | None:
-        found: Any = await self._call(lambda: self._large.get(key), LARGE_BUDGET_S)
+        return await self._call(lambda: self._read(self._large, key), LARGE_BUDGET_S)
+
+    async def _read(self, client: Client, key: str) -> bytes | None:
+        try:
+            found: Any = await client.get(key)
+        except ResponseError as error:
+            if refusal_code(error) != "WRONGTYPE":
+                raise
+            self._note(key)
+            return WRONG_TYPE
         return found  # type: ignore[no-any-return]
 
     async def get_many(self, keys: Sequence[str]) -> list[bytes | None]:
         found: Any = await self._call(lambda: self._commands.mget(keys)) if keys else []
         return found  # type: ignore[no-any-return]
+
+    async def get_documents(self, keys: Sequence[str]) -> list[bytes | None]:
+        pipeline = self._commands.pipeline(transaction=False)
+        for key in keys:
+            pipeline.get(key)
+        found: list[Any] = await self._call(lambda: pipeline.execute(raise_on_error=False))
+        for key, value in zip(keys, found, strict=True):
+            if isinstance(value, Exception) and refusal_code(value) != "WRONGTYPE":
+                raise self._unavailable(ResponseError(f"GET {key}: {value}", status_code=refusal_code(value))) from value
+            if isinstance(value, Exception):
+                self._note(key)
+        return [WRONG_TYPE if isinstance(value, Exception) else value for value in found]
 
     async def set(self, key: str, value: bytes, *, ttl_ms: int | None = None, only_new: bool = False) -> bool:
         written = await self._set(key, value, ttl_ms, only_new=only_new)
@@ -225,7 +197,7 @@ class RedisStore:
 
     async def _set(self, key: str, value: bytes, ttl_ms: int | None, *, only_new: bool) -> bool:
         client, budget_s = (self._large, LARGE_BUDGET_S) if len(value) > LARGE_BYTES else (self._commands, CALL_BUDGET_S)
-        return bool(await self._call(lambda: client.set(key, value, px=ttl_ms, nx=only_new), budget_s))
+        return bool(await self._call(lambda: client.set(key, value, px=ttl_ms, nx=only_new), budget_s, writing=True))
 
     async def set_default(self, key: str, value: bytes, *, ttl_ms: int) -> None:
         """Reads nothing: a client may write code, and not read it."""
@@ -245,7 +217,7 @@ class RedisStore:
         pipeline = self._commands.pipeline(transaction=False)
         pipeline.incr(key)
         pipeline.pexpire(key, ttl_ms)
-        count: int = (await self._call(pipeline.execute))[0]
+        count: int = (await self._call(pipeline.execute, writing=True))[0]
         return count
 
     async def delete(self, *keys: str, guard: Guard | None = None) -> bool:
@@ -260,15 +232,39 @@ class RedisStore:
         await self._call(lambda: self._commands.persist(key) if ttl_ms is None else self._commands.pexpire(key, ttl_ms))
 
     async def put_field(self, key: str, field: str, value: bytes) -> None:
-        await self._call(lambda: self._commands.hset(key, field, value))
+        await self._made_anew(key, lambda: self._commands.hset(key, field, value))
 
     async def drop_fields(self, key: str, *fields: str) -> None:
         if fields:
-            await self._call(lambda: self._commands.hdel(key, *fields))
+            await self._made_anew(key, lambda: self._commands.hdel(key, *fields))
 
     async def fields(self, key: str) -> dict[str, bytes]:
         found: dict[Any, Any] = await self._call(lambda: self._commands.hgetall(key))
         return {field.decode(errors="replace"): value for field, value in found.items()}
+
+    async def take_away(self, key: str) -> None:
+        self._note(key)
+        logger.warning("deleting %s, which members make anew", key)
+        await self._call(lambda: self._commands.pexpire(key, 0))  # which deletes it; roles without DEL may do this
+
+    async def _took_away(self, key: str, error: BaseException) -> bool:
+        """Whether that was what was wrong with it."""
+        if refusal_code(error) != "WRONGTYPE":
+            return False
+        with suppress(StoreUnavailable):
+            await self.take_away(key)
+        return True
+
+    async def _made_anew(self, key: str, write: Callable[[], Awaitable[T]]) -> T:
+        """Of what members write again and again: a value of another type gives way."""
+        try:
+            return await self._call(write, writing=True)
+        except WrongType:
+            await self.take_away(key)
+            return await self._call(write, writing=True)
+
+    async def probe(self) -> None:
+        await self._call(lambda: self._commands.set(self._probe_key, b"", px=1), writing=True)
 
     # Changes of documents: the message is a hint, the document is the truth.
 
@@ -287,7 +283,7 @@ class RedisStore:
 
     async def _listen(self) -> None:
         """A lost connection resubscribes silently and loses what came in between: so the subscribe message wakes everyone too."""
-        pauses = delays()
+        pauses, complaint = delays(), Complaint(logger)
         while True:
             try:
                 async with self._blocking.pubsub() as pubsub:
@@ -296,10 +292,11 @@ class RedisStore:
                         message = await pubsub.get_message(timeout=BLOCK_S)
                         if message is not None:
                             pauses = delays()
+                            complaint.over()
                             self._wake_watchers()
             except _FAILURES as error:
                 if refusal := store_refusal(error, self._url):
-                    logger.warning("cannot hear of changes, and looks for them every few seconds: %s", refusal)
+                    complaint.say(f"cannot hear of changes, and looks for them every few seconds: {refusal}")
                 await asyncio.sleep(next(pauses))
 
     def _wake_watchers(self) -> None:
@@ -309,48 +306,57 @@ class RedisStore:
     # The inbox of this process.
 
     async def read_inbox(self, inbox: str, on_notes: Callable[[list[bytes]], None], on_gap: Callable[[], None]) -> None:
-        pauses = delays()
+        pauses, complaint = delays(), Complaint(logger)
         while True:
             try:
                 async with asyncio.timeout(CALL_BUDGET_S):
                     await self._blocking.ping()
-                self._down_since = math.inf
+                self.health.answered()
                 on_gap()
-                pauses = delays()
                 while True:
                     async with asyncio.timeout(BLOCK_S + CALL_BUDGET_S):
                         popped: Any = await self._blocking.blmpop(BLOCK_S, 1, inbox, direction="LEFT", count=INBOX_BATCH)
+                    pauses = delays()  # only now: a server may answer, and refuse this
+                    complaint.over()
                     if popped:
                         on_notes(popped[1])
             except _FAILURES as error:
                 # Entries popped for the broken connection are lost; their results are not: `on_gap` has them read by key.
-                why = store_refusal(error, self._url) or words_of(error)
-                logger.warning("lost the inbox at %s (%s); reconnecting", masked(self._url), why)
-                self._down_since = min(self._down_since, time.monotonic())
+                await self._failed(error, time.monotonic())
+                if not await self._took_away(inbox, error):
+                    why = store_refusal(error, self._url) or words_of(error)
+                    complaint.say(f"lost the inbox at {masked(self._url)} ({why}); reconnecting")
                 await asyncio.sleep(next(pauses))
 
     # Logs: what every process is to hear.
 
     async def append_log(self, key: str, *entries: bytes) -> None:
-        pipeline = self._commands.pipeline(transaction=False)
-        for entry in entries:
-            pipeline.xadd(key, {b"e": entry}, maxlen=LOG_LENGTH, approximate=True)
-        pipeline.pexpire(key, LOG_TTL_S * 1000)
-        await self._call(pipeline.execute)
+        async def append() -> None:
+            pipeline = self._commands.pipeline(transaction=False)
+            for entry in entries:
+                pipeline.xadd(key, {b"e": entry}, maxlen=LOG_LENGTH, approximate=True)
+            pipeline.pexpire(key, LOG_TTL_S * 1000)
+            await pipeline.execute()
+
+        await self._made_anew(key, append)
 
     async def read_log(self, key: str, on_entries: Callable[[list[bytes]], None]) -> None:
         last: bytes | str = "0"
-        pauses = delays()
+        pauses, complaint = delays(), Complaint(logger)
         while True:
             try:
                 async with asyncio.timeout(BLOCK_S + CALL_BUDGET_S):
                     found: Any = await self._blocking.xread({key: last}, count=LOG_BATCH, block=int(BLOCK_S * 1000))
                 pauses = delays()
+                complaint.over()
                 for _, entries in found:
                     last = entries[-1][0]
                     on_entries([fields[b"e"] for _, fields in entries if b"e" in fields])
             except _FAILURES as error:
-                logger.warning("lost the log at %s (%s); reconnecting", masked(self._url), words_of(error))
+                if not await self._took_away(key, error):
+                    complaint.say(
+                        f"lost the log at {masked(self._url)} ({store_refusal(error, self._url) or words_of(error)}); reconnecting"
+                    )
                 await asyncio.sleep(next(pauses))
 
     async def concern(self) -> str:
@@ -364,11 +370,7 @@ class RedisStore:
         return f"Redis forgets answers and configuration when it is full (maxmemory-policy {policy}): set maxmemory-policy to noeviction"
 
     async def close(self) -> None:
-        if self._flusher is not None and not self._flusher.done():
-            with suppress(TimeoutError, asyncio.CancelledError):
-                async with asyncio.timeout(CALL_BUDGET_S):
-                    await asyncio.shield(self._flusher)
-            self._tasks.append(self._flusher)
+        await self._writer.close(CALL_BUDGET_S)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -376,17 +378,36 @@ class RedisStore:
             with suppress(Exception):
                 await client.aclose()
 
-    async def _call(self, call: Callable[[], Awaitable[T]], budget_s: float = CALL_BUDGET_S) -> T:
+    async def _call(self, call: Callable[[], Awaitable[T]], budget_s: float = CALL_BUDGET_S, *, writing: bool = False) -> T:
+        """`writing`: what goes through only where the server takes what needs memory."""
         began = time.monotonic()
         try:
             async with asyncio.timeout(budget_s):
-                result = await _heeding_cancellation(call)
+                result = await heeding_cancellation(call)
         except _FAILURES as error:
-            self._down_since = min(self._down_since, max(began, time.monotonic() - CALL_BUDGET_S))
-            refusal = store_refusal(error, self._url)
-            raise StoreUnavailable(refusal or f"Redis at {masked(self._url)} did not answer ({words_of(error)})") from error
-        self._down_since = math.inf
+            await self._failed(error, max(began, time.monotonic() - CALL_BUDGET_S), writing=writing)
+            raise self._unavailable(error) from error
+        if writing:
+            self.health.wrote()
+        else:
+            self.health.answered()
         return result
+
+    def _unavailable(self, error: BaseException) -> StoreUnavailable:
+        if refusal_code(error) == "WRONGTYPE" and (key := key_of(error)):
+            return WrongType(key)
+        words = store_refusal(error, self._url) or f"Redis at {masked(self._url)} did not answer ({words_of(error)})"
+        return StoreUnavailable(words, public=self.health.trouble)
+
+    def _note(self, key: str) -> None:
+        if self.health.note(key):
+            logger.warning("%s", wrong_type(key))
+
+    async def _failed(self, error: BaseException, since: float, *, writing: bool = False) -> None:
+        self.health.failed(error, since, writing=writing)
+        if refusal_code(error) == "READONLY":  # the primary is another one by now, and the address may lead there
+            for client in (self._commands, self._large, self._blocking):
+                await client.connection_pool.disconnect(inuse_connections=False)
 
     async def _script(self, name: str, keys: Sequence[str], values: Sequence[Any]) -> Any:
         try:
@@ -397,7 +418,7 @@ class RedisStore:
     async def _measure_clock(self) -> None:
         """A sample is off by at most half of its round trip: one that says less than what we have already is not taken."""
         before = time.monotonic()
-        seconds, microseconds = await _heeding_cancellation(self._commands.time)
+        seconds, microseconds = await heeding_cancellation(self._commands.time)
         after = time.monotonic()
         error_s = (after - before) / 2
         if error_s <= self._offset_error_s + (after - self._offset_measured_at) * _CLOCK_DRIFT:
@@ -415,16 +436,3 @@ class RedisStore:
 def _optional(value: bytes | None) -> tuple[str, bytes]:
     """For scripts, whose arguments cannot be absent."""
     return ("0", b"") if value is None else ("1", value)
-
-
-async def _heeding_cancellation(call: Callable[[], Awaitable[T]]) -> T:
-    """redis-py sends through `asyncio.wait_for`, which before Python 3.12 forgets a cancellation that comes with its result.
-
-    One lost in a hundred, and whoever cancelled waits for ever: a shutdown, or the TaskGroup of a replica that drains.
-    """
-    task = asyncio.current_task()
-    before = task.cancelling() if task else 0
-    result = await call()
-    if task and task.cancelling() > before:
-        raise asyncio.CancelledError
-    return result

@@ -3,7 +3,11 @@
 -- ARGV: expected, new, TTL of the new one in ms (0 for none), channel to announce on ('' for nobody), guard's value; values in pairs
 -- ('1' value, or '0' '' for absent)
 local function holds(key, there, value)
-  local current = redis.call('GET', key)
+  local current = redis.pcall('GET', key)
+  if type(current) == 'table' then  -- a value of another type reads as in store.py, so that it can be replaced
+    if not string.find(current.err, '^WRONGTYPE') then error(current) end
+    current = '\0WRONGTYPE'
+  end
   if there == '1' then return current == value end
   return not current
 end

@@ -66,10 +66,13 @@ class Note(msgspec.Struct, frozen=True, array_like=True):
         return _encode(self)
 
 
-def late_result(phase: str) -> Result:
-    """The outcome of a request whose time was spent in `phase`: `queue` or `run`."""
+def late_result(phase: str, unstored: str = "") -> Result:
+    """The outcome of a request whose time was spent in `phase`: `queue` or `run`. `unstored`: why no result could be stored, which says
+    more than where it was."""
     where = "was still waiting in the queue" if phase == "queue" else "was still running"
     mend = "allow it more (its own timeout, and the backend's request_timeout_s), or add replicas"
+    if unstored:
+        where, mend = "had no result", f"none can be stored now, since the store takes no writes ({unstored})"
     message = f"the request {where} when its time was spent ({phase}): {mend}"
     return Result(status=504, error=ErrorInfo(type="mqserve.RequestTimeout", message=message))
 

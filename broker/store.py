@@ -7,6 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+WRONG_TYPE = b"\0WRONGTYPE"
+"""What a key reads as that holds a value of another type: no document of ours, so it is treated as one that does not parse. The scripts
+know it too, so that it can be replaced."""
+
 Guard = tuple[str, bytes | None]  # what must stand at a key (`None`: nothing) for a write to happen, in the same step
 
 
@@ -26,6 +30,26 @@ class Store(Protocol):
 
     @property
     def connected(self) -> bool: ...
+
+    @property
+    def trouble(self) -> str:
+        """Why nothing can be recorded now, in words for anybody; empty while all is well."""
+        ...
+
+    @property
+    def refusal(self) -> str:
+        """Of `trouble`, why it takes no writes though it answers; empty as well where this process has written nothing lately."""
+        ...
+
+    @property
+    def written_at(self) -> float:
+        """Monotonic: when this process's last write was taken."""
+        ...
+
+    @property
+    def noted(self) -> str:
+        """Which keys were of another type lately, for operators; empty where none was."""
+        ...
 
     def now_ms(self) -> int:
         """Store time, from the last offset measured; it goes on while the store is away."""
@@ -47,13 +71,21 @@ class Store(Protocol):
         """Deletes a key with the next write of results; nobody waits for it and it may be lost: the key has an expiry of its own."""
         ...
 
-    async def get(self, key: str) -> bytes | None: ...
+    async def get(self, key: str) -> bytes | None:
+        """WRONG_TYPE where a value of another type stands; so do `get_large` and `get_documents`."""
+        ...
 
     async def get_large(self, key: str) -> bytes | None:
         """Of what may take longer than a moment to arrive: a body that travels by reference, or code."""
         ...
 
-    async def get_many(self, keys: Sequence[str]) -> list[bytes | None]: ...
+    async def get_many(self, keys: Sequence[str]) -> list[bytes | None]:
+        """At once; a value of another type is None here."""
+        ...
+
+    async def get_documents(self, keys: Sequence[str]) -> list[bytes | None]:
+        """At once, of few keys."""
+        ...
 
     async def set(self, key: str, value: bytes, *, ttl_ms: int | None = None, only_new: bool = False) -> bool:
         """Whether it stands there now: False only with `only_new`, where another value did. So a value that is to be told from somebody
@@ -90,7 +122,17 @@ class Store(Protocol):
 
     async def drop_fields(self, key: str, *fields: str) -> None: ...
 
-    async def fields(self, key: str) -> dict[str, bytes]: ...
+    async def fields(self, key: str) -> dict[str, bytes]:
+        """Raises WrongType."""
+        ...
+
+    async def take_away(self, key: str) -> None:
+        """A value of another type, where members write theirs anew."""
+        ...
+
+    async def probe(self) -> None:
+        """Writes something that is gone at once. Raises StoreUnavailable with the reason where that is refused."""
+        ...
 
     def watch(self) -> asyncio.Event:
         """An event of the caller's own, set whenever a document may have changed, and after every reconnect."""

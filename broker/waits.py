@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import itertools
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
@@ -25,12 +27,16 @@ _EXPIRY_BUDGET_S = 0.5
 _READ_AT_ONCE = 100
 _FAILED_KEPT = 1000
 _POLL_EVERY_S = 0.05
+_LOOK_EVERY_S = 0.5
+_PROBE_AFTER_S = 1.5  # without a write of ours: members beat every second
+_REFUSED_FOR_S = 2.0  # then requests that wait in vain are failed, within five seconds of the first refusal
 
 
 @dataclass(frozen=True, slots=True)
 class _Waiting:
     future: asyncio.Future[Result]
     on_end: Callable[[bool], None]
+    sent_at: float  # monotonic
 
 
 class Waits:
@@ -65,6 +71,7 @@ class Waits:
 
     async def run(self) -> None:
         """Reads the inbox until cancelled."""
+        self._start(self._refuse_what_cannot_be_stored())
         try:
             await self._store.read_inbox(self.inbox, self._on_notes, self._read_again)
         finally:
@@ -75,11 +82,11 @@ class Waits:
             for future in [*(waiting.future for waiting in self._waiting.values()), *self._strangers.values()]:
                 future.cancel()
 
-    def add(self, future_id: str, deadline_ms: int, on_end: Callable[[bool], None]) -> asyncio.Future[Result]:
+    def add(self, future_id: str, deadline_ms: int, on_end: Callable[[bool], None], *, sent_at: float) -> asyncio.Future[Result]:
         """For a request of this process. Ends by its deadline (plus at most a second); `on_end` is told then whether it was answered."""
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._failed.pop(future_id, None)  # of an id that is used again
-        self._waiting[future_id] = _Waiting(future, on_end)
+        self._waiting[future_id] = _Waiting(future, on_end, sent_at)
         heapq.heappush(self._deadlines, (deadline_ms, future_id))
         if len(self._deadlines) > 2 * len(self._waiting) + 1000:  # most are of answered requests
             self._deadlines = [entry for entry in self._deadlines if entry[1] in self._waiting]
@@ -155,6 +162,28 @@ class Waits:
         """The result if it stands in the store."""
         raw = await self._store.get(self._keys.future(future_id))
         return None if raw is None else await self._whole(future_id, Result.from_bytes(raw))
+
+    async def _refuse_what_cannot_be_stored(self) -> None:
+        """While the store answers and takes no writes, a request that was sent since it last took one of this process has no result to
+        come: it could not be stored from the beginning. So its caller is told. Results of earlier ones wait in their replicas for room.
+
+        Members write their beat every second, and know. A client writes a key that expires at once, while requests wait.
+        """
+        refused_s = 0.0
+        while True:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            if self._waiting and time.monotonic() - self._store.written_at > _PROBE_AFTER_S:
+                with suppress(StoreUnavailable):
+                    await self._store.probe()
+            refusal = self._store.refusal
+            refused_s = refused_s + _LOOK_EVERY_S if refusal else 0.0
+            if refused_s >= _REFUSED_FOR_S:
+                self._fail_since(self._store.written_at, refusal)
+
+    def _fail_since(self, written_at: float, refusal: str) -> None:
+        recent = itertools.takewhile(lambda sent: sent[1].sent_at > written_at, reversed(self._waiting.items()))  # in order of sending
+        for future_id, _ in list(recent):
+            self.fail(future_id, StoreUnavailable(f"no result can be stored, since the store takes no writes: {refusal}", public=refusal))
 
     # Notes, and what stands under the keys.
 
@@ -271,8 +300,9 @@ class Waits:
         marks: dict[str, bytes | None] = {}
         recording = self._start(self._record_lateness(late, marks))
         await asyncio.wait([recording], timeout=_EXPIRY_BUDGET_S)  # it goes on beyond that: others may read what became of them
+        unstored = self._store.refusal  # known by now: lateness is a result, too
         for future_id in late:
-            self._set(future_id, late_result("run" if marks.get(future_id) else "queue"))
+            self._set(future_id, late_result("run" if marks.get(future_id) else "queue", unstored))
 
     async def _record_lateness(self, late: list[str], marks: dict[str, bytes | None]) -> None:
         try:

@@ -297,6 +297,11 @@ def set_middlewares(code: str) -> Change:
     return change
 
 
+def complete(desired: Desired) -> Desired:
+    """All that was declared is deployed."""
+    return msgspec.structs.replace(desired, incomplete=False)
+
+
 def find_backend(desired: Desired, name: str) -> Backend:
     if not isinstance(name, str) or name not in desired.backends:
         known = ", ".join(sorted(desired.backends)) or "none yet"

@@ -14,6 +14,7 @@ import os
 import secrets
 import socket
 import time
+from enum import Enum
 from typing import NamedTuple
 
 import msgspec
@@ -53,6 +54,15 @@ class Claim(NamedTuple):
     found: Desired | None = None
 
 
+class Standing(Enum):
+    """What is left of an instance, as the store says."""
+
+    RUNS = "runs"
+    DRAINS = "drains"
+    ENDED = "ended"  # cleared, or another one is there in its place
+    LOST = "lost"  # the store knows nothing of it: it lost its data, which a controller that lives writes back
+
+
 class Leadership(msgspec.Struct, frozen=True):
     """Who leads, under which epoch; a later leader has a higher one."""
 
@@ -61,8 +71,10 @@ class Leadership(msgspec.Struct, frozen=True):
     at: Count
 
 
-async def claim_instance(store: Store, keys: StoreKeys, head_node: str, http: HttpOptions | None, *, detached: bool) -> Claim:
-    """The namespace is ours after this.
+async def claim_instance(
+    store: Store, keys: StoreKeys, head_node: str, http: HttpOptions | None, *, detached: bool, incomplete: bool = False
+) -> Claim:
+    """The namespace is ours after this. `incomplete`: what is declared is to be deployed yet.
 
     A lapsed instance is cleared (its queues stay, with the requests in them). A lapsed detached one is taken over by a detached start, with
     all that is deployed: `head_node` and `http` are the new ones then, unless `http` is None, of a starter that has no opinion of either.
@@ -72,7 +84,7 @@ async def claim_instance(store: Store, keys: StoreKeys, head_node: str, http: Ht
     raw = None
     if old is not None:
         raw = await store.get(keys.instance)
-        if raw is not None and _decode_lease(raw) != old:
+        if raw is not None and decode_lease(raw) != old:
             raise _started_meanwhile()
         if old.detached and detached and _is_left(old.id, await store.get(keys.desired)):
             await _write(store, keys, raw, msgspec.structs.replace(old, owner=_owner(), at=store.now_ms()))
@@ -80,7 +92,7 @@ async def claim_instance(store: Store, keys: StoreKeys, head_node: str, http: Ht
     lease = InstanceLease(secrets.token_hex(8), _owner(), detached, store.now_ms())
     await _write(store, keys, raw, lease)  # first: of two starters who see one lapsed lease, one clears and the other is refused
     await _forget_documents(store, keys, (keys.instance, msgspec.json.encode(lease)))
-    desired = Desired(instance=lease.id, head_node=head_node, http=http or HttpOptions(location="NoServer"))
+    desired = Desired(instance=lease.id, head_node=head_node, http=http or HttpOptions(location="NoServer"), incomplete=incomplete)
     if not await store.replace(keys.desired, None, desired.to_bytes()):
         raise _started_meanwhile()
     return Claim(lease.id)
@@ -89,7 +101,7 @@ async def claim_instance(store: Store, keys: StoreKeys, head_node: str, http: Ht
 async def check_free(store: Store, keys: StoreKeys) -> InstanceLease | None:
     """The lapsed lease that stands there, if one does. Raises InstanceError for a live one."""
     raw = await store.get(keys.instance)
-    old = _decode_lease(raw) if raw is not None else None
+    old = decode_lease(raw) if raw is not None else None
     if old is not None and await _is_alive(store, keys, old):
         raise InstanceError(
             f"an instance runs under this namespace already (started by {old.owner}): join it with serve.connect(), end it with "
@@ -132,26 +144,30 @@ async def read_instance(store: Store, keys: StoreKeys) -> InstanceLease:
     """The running instance. Raises InstanceError when there is none."""
     raw = await store.get(keys.instance)
     if raw is None or await store.get(keys.desired) is None:
-        raise InstanceError("no instance runs under this namespace: start one with `mqserve start`, `mqserve run` or serve.start()")
-    return _decode_lease(raw)
+        raise no_instance()
+    return decode_lease(raw)
+
+
+def no_instance() -> InstanceError:
+    return InstanceError("no instance runs under this namespace: start one with `mqserve start`, `mqserve run` or serve.start()")
 
 
 async def beats(store: Store, keys: StoreKeys, instance: str) -> bool:
     """Whether a controller leads this instance: watched for a while, unless it is long gone."""
     raw = await store.get(keys.instance)
-    lease = _decode_lease(raw) if raw is not None else None
+    lease = decode_lease(raw) if raw is not None else None
     return lease is not None and lease.id == instance and await _is_alive(store, keys, lease)
 
 
 async def renew_instance(store: Store, keys: StoreKeys, instance: str, leader: str, guard: Guard) -> bool:
     """Writes it anew where it is broken or was deleted. False where it was refused; another instance's is none of ours to renew, nor is
     that of one which has ended."""
-    raw, ended = await store.get_many([keys.instance, keys.ended])
+    raw, ended = await store.get_documents([keys.instance, keys.ended])
     if raw is None and ended == instance.encode():
         return True
     restored = InstanceLease(instance, "restored by its controller", True, 0)
     try:
-        lease = restored if raw is None else _decode_lease(raw)
+        lease = restored if raw is None else decode_lease(raw)
     except BadEnvelope as error:
         logger.warning("%s; writing it anew", error)
         lease = restored
@@ -168,7 +184,7 @@ async def forget(store: Store, keys: StoreKeys, instance: str, guard: Guard | No
     """
     while True:
         raw = await store.get(keys.instance)
-        if raw is not None and _decode_lease(raw).id != instance:
+        if raw is not None and decode_lease(raw).id != instance:
             return True
         await store.set(keys.ended, instance.encode(), ttl_ms=ENDED_TTL_S * 1000)
         if raw is None or await store.replace(keys.instance, raw, None, guard=guard):
@@ -181,8 +197,24 @@ async def forget(store: Store, keys: StoreKeys, instance: str, guard: Guard | No
 
 async def has_ended(store: Store, keys: StoreKeys, instance: str) -> bool:
     """Whether it was cleared on purpose, or for another one: a store that lost its data knows nothing of that."""
-    raw, ended = await store.get_many([keys.instance, keys.ended])
-    return ended == instance.encode() or (raw is not None and _decode_lease(raw).id != instance)
+    raw, ended = await store.get_documents([keys.instance, keys.ended])
+    return ended == instance.encode() or (raw is not None and decode_lease(raw).id != instance)
+
+
+async def read_standing(store: Store, keys: StoreKeys, instance: str) -> Standing:
+    """A document that is left is to be cleared yet, whatever the other keys say. Raises StoreUnavailable."""
+    raw_desired, raw_lease, ended = await store.get_documents([keys.desired, keys.instance, keys.ended])
+    if raw_desired is not None:
+        try:
+            desired = Desired.from_bytes(raw_desired)
+        except BadEnvelope:  # its followers go on with the last good one
+            return Standing.RUNS
+        if desired.instance != instance:
+            return Standing.ENDED
+        return Standing.DRAINS if desired.closing else Standing.RUNS
+    if ended == instance.encode() or (raw_lease is not None and decode_lease(raw_lease).id != instance):
+        return Standing.ENDED
+    return Standing.LOST
 
 
 async def _forget_documents(store: Store, keys: StoreKeys, guard: Guard) -> None:
@@ -197,10 +229,11 @@ async def _forget_documents(store: Store, keys: StoreKeys, guard: Guard) -> None
 class Leader:
     """One controller's claim to lead."""
 
-    def __init__(self, store: Store, keys: StoreKeys, controller: str) -> None:
+    def __init__(self, store: Store, keys: StoreKeys, controller: str, kept_by: str = "") -> None:
         self._store = store
         self._keys = keys
-        self.name = f"{controller}#{secrets.token_hex(3)}"  # a container that is restarted has the id of its last life
+        life = secrets.token_hex(3)  # a container that is restarted has the id of its last life
+        self.name = f"{controller}#{kept_by}.{life}" if kept_by else f"{controller}#{life}"  # see `release_of`
         self._mine: bytes | None = None
         self._renewed_at = -math.inf  # monotonic, from before the write
         self._above = 0
@@ -266,6 +299,18 @@ class Leader:
             await self._store.replace(self._keys.leader, mine, lapsed)
 
 
+async def release_of(store: Store, keys: StoreKeys, kept_by: str) -> None:
+    """The lead of a controller that has ended, if it stands there, for the next one to lead at once. To be called by the
+    keeper of this token's controllers while none of them lives: a lead with the token is nobody's then.
+
+    What is compared is the claim as it was read: a leader that came meanwhile keeps its own. Raises StoreUnavailable.
+    """
+    raw = await store.get(keys.leader)
+    held = _decode_leadership(raw) if raw else None
+    if held is not None and held.controller.partition("#")[2].startswith(f"{kept_by}."):
+        await store.replace(keys.leader, raw, msgspec.json.encode(msgspec.structs.replace(held, at=0)))
+
+
 async def _is_alive(store: Store, keys: StoreKeys, lease: InstanceLease) -> bool:
     if store.now_ms() - lease.at > LAPSED_AFTER_S * 1000:
         return False
@@ -275,13 +320,14 @@ async def _is_alive(store: Store, keys: StoreKeys, lease: InstanceLease) -> bool
         raw = await store.get(keys.instance)
         if raw is None:
             return False
-        now = _decode_lease(raw)
+        now = decode_lease(raw)
         if now.at != lease.at or now.id != lease.id:
             return True
     return False
 
 
-def _decode_lease(raw: bytes) -> InstanceLease:
+def decode_lease(raw: bytes) -> InstanceLease:
+    """Raises BadEnvelope."""
     return decode_document(raw, InstanceLease, "instance's lease")
 
 

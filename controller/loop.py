@@ -20,11 +20,13 @@ from typing import TypeVar
 import msgspec
 
 from ..broker.cancellations import word_of_proxy
-from ..broker.errors import BadEnvelope, BrokerUnavailable, MQServeError
+from ..broker.complaint import Complaint
+from ..broker.errors import BadEnvelope, BrokerUnavailable, MQServeError, WrongType
 from ..broker.queue import Queue
-from ..broker.store import Store
+from ..broker.store import WRONG_TYPE, Store
 from ..broker.store_keys import CODE_TTL_S, StoreKeys
 from . import lease, plan
+from .absent_nodes import AbsentNodes
 from .queues import Queues
 from .restarts import ENDED_WELL, Restarts
 from .state import Assignment, Beat, Desired, Observed, read_beats
@@ -44,13 +46,25 @@ ASK_STORE_EVERY_S = 60.0  # whether it is set up to keep what it is given
 class Controller:
     """One of possibly several of an instance; only the leading one acts."""
 
-    def __init__(self, store: Store, keys: StoreKeys, queue: Queue, controller_id: str, instance: str, *, has_key: bool) -> None:
+    def __init__(
+        self,
+        store: Store,
+        keys: StoreKeys,
+        queue: Queue,
+        controller_id: str,
+        instance: str,
+        *,
+        has_key: bool,
+        kept_by: str = "",
+        trouble: Callable[[], str] = lambda: "",
+    ) -> None:
         self._store = store
         self._has_key = has_key
         self._keys = keys
         self._queue = queue
         self._instance = instance
-        self._leader = lease.Leader(store, keys, controller_id)
+        self._trouble = trouble  # of this process's keeper, for operators
+        self._leader = lease.Leader(store, keys, controller_id, kept_by)
         self._desired: Desired | None = None  # the last one seen: what a store that lost its data gets back, from whoever leads then
         self._observed: Observed | None = None
         self._codes: dict[str, bytes] = {}
@@ -63,6 +77,7 @@ class Controller:
         self._settled_at = 0.0  # monotonic; until then nobody is missed
         self._concern = ""  # the store's own
         self._asked_at = -math.inf  # for it, monotonic
+        self._waiting, self._broken, self._queues_wait = Complaint(logger), Complaint(logger), Complaint(logger)
         self._begin(0)
 
     def _begin(self, epoch: int) -> None:
@@ -73,6 +88,7 @@ class Controller:
         self._counted: set[str] = set()  # deaths of replicas that the observed document still names
         self._queues = Queues(self._queue, self._while_leading, self._next_generation)
         self._had_node_at = time.monotonic()
+        self._absent_nodes = AbsentNodes()
         self._renewed_at = -math.inf  # the instance's lease, monotonic
         self._kept: frozenset[str] = frozenset()  # hashes of code that does not expire
 
@@ -88,8 +104,9 @@ class Controller:
                 try:
                     if await self._turn():
                         return
+                    self._waiting.over()
                 except MQServeError as error:
-                    logger.warning("the controller waits: %s", error)
+                    self._waiting.say(f"the controller waits: {error}")
                 await _first_of(changed, stop, TICK_S)
         finally:
             self._store.unwatch(changed)
@@ -111,6 +128,8 @@ class Controller:
             await self._leader.release(for_good=True)
             return True
         if self._desired is None:
+            if leads and self._raw_desired is not None:  # it is broken, but the instance is there
+                await self._renew_instance()
             return False
         if self._desired_is_behind or self._observed_is_behind:
             if leads:
@@ -128,7 +147,7 @@ class Controller:
 
     async def _read_documents(self) -> None:
         """Whoever waits reads them too: it may be the one who has to write them back."""
-        self._raw_desired, self._raw_observed = await self._store.get_many([self._keys.desired, self._keys.observed])
+        self._raw_desired, self._raw_observed = await self._store.get_documents([self._keys.desired, self._keys.observed])
         self._read_desired()
         if self._is_anothers:
             return
@@ -145,10 +164,10 @@ class Controller:
         try:
             found = Desired.from_bytes(self._raw_desired)
         except BadEnvelope as error:
-            if known is None:
-                raise
-            logger.warning("%s; going on with the last good one, which is written back when the key is deleted", error)
+            last = "the last good one goes on, and is written back when the key is deleted" if known else "there is no last good one"
+            self._broken.say(f"{error}; {last}")
             return
+        self._broken.over()
         self._is_anothers = found.instance != self._instance
         self._desired_is_behind = known is not None and _order(found) < _order(known)
         if not self._is_anothers and not self._desired_is_behind:
@@ -175,22 +194,32 @@ class Controller:
         """One comparison; True when the instance is shut down and cleared."""
         await self._renew_instance()
         await self._keep_codes(desired)
-        if time.monotonic() < self._settled_at:
-            return False
         observed = self._observed or Observed()
         if observed.epoch > self._leader.epoch:
             return False  # the next claim is above it
-        beats = read_beats(await self._store.fields(self._keys.beats))
+        beats = read_beats(await self._fields_of_beats())
+        if time.monotonic() < self._settled_at and plan.somebody_is_missed(observed, beats, self._store.now_ms()):
+            return False
         await self._ask_store()
+        beats = self._absent_nodes.added_to(beats)
         new = self._place(desired, observed, beats)
         try:
             new = await self._queues.keep(desired, new, beats, self._store.now_ms())
+            self._queues_wait.over()
         except BrokerUnavailable as error:
-            logger.warning("the queues wait: %s", error)  # replicas and proxies do not
+            self._queues_wait.say(f"the queues wait: {error}")  # replicas and proxies do not
         await self._write(observed, new)
         await self._forget_silent(new, beats)
         await self._forget_forced(desired, new, beats)
         return desired.closing and await self._is_down(new, beats)
+
+    async def _fields_of_beats(self) -> dict[str, bytes]:
+        try:
+            return await self._store.fields(self._keys.beats)
+        except WrongType:
+            await self._leader.hold()
+            await self._store.take_away(self._keys.beats)  # members beat again within a second
+            raise
 
     async def _renew_instance(self) -> None:
         """When it is due. A comparison may take longer than a lease lasts, so whatever takes long in it asks for this, too."""
@@ -231,7 +260,8 @@ class Controller:
     async def _read_codes(self, desired: Desired) -> None:
         self._codes = {sha256: code for sha256, code in self._codes.items() if sha256 in desired.codes}
         for sha256 in desired.codes - set(self._codes):
-            if code := await self._store.get_large(self._keys.code(sha256)):
+            code = await self._store.get_large(self._keys.code(sha256))
+            if code is not None and code != WRONG_TYPE:
                 self._codes[sha256] = code
 
     async def _keep_codes(self, desired: Desired) -> None:
@@ -245,7 +275,7 @@ class Controller:
 
     def _place(self, desired: Desired, observed: Observed, beats: dict[str, Beat]) -> Observed:
         now, now_ms = time.monotonic(), self._store.now_ms()
-        nodes = plan.living(beats, "node", now_ms)
+        nodes = plan.takers(beats, now_ms)
         replicas = plan.living(beats, "replica", now_ms)
         ready = {replica_id for replica_id, beat in replicas.items() if beat.state == "ready"}
         if nodes or not desired.backends:
@@ -253,7 +283,7 @@ class Controller:
         ended = plan.ended_replicas(observed.replicas, beats, now_ms)
         for replica_id, how in ended.items():
             if replica_id not in self._counted:  # an assignment that could not be written is compared again
-                was_ready = how == ENDED_WELL or replica_id in self._were_ready
+                was_ready = replica_id in self._were_ready
                 self._count_death(observed.replicas[replica_id], beats.get(f"replica:{replica_id}"), how, now, was_ready=was_ready)
         self._counted = set(ended)
         assigned = {replica_id: assignment for replica_id, assignment in observed.replicas.items() if replica_id not in ended}
@@ -284,6 +314,7 @@ class Controller:
             problems=self._problems(desired, beats, {} if may_yet_come else placement.unplaced),
             down_since=self._down_since(desired, observed, placed, replicas, now_ms),
             sealed=self._has_key and not plan.without_seals(beats),
+            serving=tuple(sorted({replicas[name].backend for name in ready} & set(desired.backends))),
         )
 
     def _forget_restarts(self, desired: Desired, assigned: plan.Replicas) -> None:
@@ -295,7 +326,10 @@ class Controller:
     def _count_death(self, assignment: Assignment, last_beat: Beat | None, how: str, now: float, *, was_ready: bool) -> None:
         backend = assignment.backend
         restarts = self._restarts[backend, assignment.version]
-        if was_ready or (last_beat is not None and last_beat.state in ("ready", "draining")):
+        if how == ENDED_WELL:
+            logger.warning("a replica of %s ended by itself, or with its node; starting another", backend)
+            restarts.died_ready(now)
+        elif was_ready or (last_beat is not None and last_beat.state in ("ready", "draining")):
             why = last_beat.error if last_beat is not None and last_beat.error else how  # a failed health check has words of its own
             logger.warning("a replica of %s died (%s); replacing it", backend, why)
             restarts.died_ready(now)
@@ -317,6 +351,10 @@ class Controller:
             problems["requests without a seal"] = problem
         if self._concern:
             problems["the store"] = self._concern
+        if noted := self._store.noted:
+            problems["a key in the store"] = noted
+        if trouble := self._trouble():
+            problems["the instance"] = trouble
         return problems
 
     def _down_since(

@@ -9,7 +9,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -81,7 +81,8 @@ class Launcher(Protocol):
 class NodeOptions:
     """`http_host` and `http_port` override the instance's, since two nodes may share a machine.
 
-    `ends_with_instance`: a detached starter's own node, which nobody else would end; others wait for the next instance.
+    `ends_with_instance`: a detached starter's own node, which nobody else would end; others wait for the next instance. `trouble`: what
+    else is wrong on this machine, for operators.
     """
 
     node_id: str
@@ -91,6 +92,7 @@ class NodeOptions:
     capacity: Capacity = field(default_factory=Capacity)
     metrics: NodeMetrics | None = None  # None: the proxy of this process shows them
     ends_with_instance: bool = False
+    trouble: Callable[[], str] = lambda: ""
 
 
 @dataclass(eq=False, slots=True)
@@ -140,6 +142,7 @@ class Node:
         self._desired = Desired()
         self._ended: dict[str, str] = {}
         self._stoppers: set[asyncio.Task[None]] = set()
+        self._is_draining = False
         self._tasks = asyncio.TaskGroup()  # entered by `run`: it owns whoever watches a child
         field = f"node:{options.node_id}"
         self._presence = Presence(store, keys.beats, field, lambda: self._beat().to_bytes(), BEAT_EVERY_S)
@@ -155,6 +158,8 @@ class Node:
             await stop.wait()
             for task in working[1:]:
                 task.cancel()
+            self._is_draining = True
+            self._presence.tell()
             await self._stop_all(PARENT_GONE_S if stop.orphaned else math.inf)
             await self._presence.leave(with_last_words=False)
             working[0].cancel()
@@ -332,8 +337,9 @@ class Node:
         options = self._options
         return Beat(
             kind="node", id=options.node_id, at=self._store.now_ms(), pid=os.getpid(), host=socket.gethostname(), ended=self._ended,
+            state="draining" if self._is_draining else "ready",
             takes_proxy=options.takes_proxy, capacity=options.capacity, running=len(self._replicas),
-            url=options.metrics.url if options.metrics else "",
+            url=options.metrics.url if options.metrics else "", error=options.trouble(), noted=self._store.noted,
         )  # fmt: skip
 
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from .resources import Room
-from .state import SILENT_AFTER_S, Assignment, Backend, Beat, Desired
+from .restarts import ENDED_WELL
+from .state import SILENT_AFTER_S, Assignment, Backend, Beat, Desired, Observed
 
 Replicas = dict[str, Assignment]
 
@@ -42,16 +43,34 @@ def seal_problem(beats: Mapping[str, Beat], *, has_key: bool) -> str:
     return f"replicas believe anybody's mq header until these are updated and have MQSERVE_SECRET_KEY: {', '.join(without)}"
 
 
+def somebody_is_missed(observed: Observed, beats: Mapping[str, Beat], now_ms: int) -> bool:
+    """Whether a member that ought to be there does not beat, or one that was there does not any more."""
+    assigned = {**observed.replicas, **observed.draining}
+    nodes = {*observed.proxies, *(assignment.node for assignment in observed.replicas.values())}
+    expected = {*(f"replica:{replica_id}" for replica_id in assigned), *(f"node:{node}" for node in nodes)}
+    expected |= {field for field, beat in beats.items() if beat.kind in ("node", "proxy", "replica") and beat.state != "failed"}
+    return any(field not in beats or now_ms - beats[field].at >= SILENT_AFTER_S * 1000 for field in expected)
+
+
+def takers(beats: Mapping[str, Beat], now_ms: int) -> dict[str, Beat]:
+    """The nodes that take something new: those that drain do not."""
+    return {node: beat for node, beat in living(beats, "node", now_ms).items() if beat.state != "draining"}
+
+
 def ended_replicas(assigned: Mapping[str, Assignment], beats: Mapping[str, Beat], now_ms: int) -> dict[str, str]:
-    """Assigned replicas that are no more -> how they ended: as their node says, or with their node."""
+    """Assigned replicas that are no more, or are about to go with their node -> how they ended: as their node says, or with it."""
     nodes = living(beats, "node", now_ms)
     ended: dict[str, str] = {}
     for replica_id, assignment in assigned.items():
         node = nodes.get(assignment.node)
-        if node is None:
+        if f"node:{assignment.node}" not in beats:  # it drained, and took its beat with it: one that dies leaves its last
+            ended[replica_id] = ENDED_WELL
+        elif node is None:
             ended[replica_id] = f"its node {assignment.node} is gone"
         elif replica_id in node.ended:
             ended[replica_id] = node.ended[replica_id]
+        elif node.state == "draining":
+            ended[replica_id] = ENDED_WELL
     return ended
 
 

@@ -119,6 +119,8 @@ class Process:
 def _how_it_ended(code: int) -> str:
     if code >= 0:
         return f"exit code {code}" if code else ""
+    if -code in (signal.SIGTERM, signal.SIGINT):  # it was told to end before it could listen
+        return ""
     try:
         return f"killed by {signal.Signals(-code).name}"
     except ValueError:  # a real-time signal has no name

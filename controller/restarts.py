@@ -17,13 +17,14 @@ AT_ONCE_WINDOW_S = 30.0
 class Restarts:
     """One record of deaths; times are monotonic seconds."""
 
+    longest_pause_s: float = LONGEST_PAUSE_S
     early_deaths: int = 0
     not_before: float = 0.0
     reason: str = ""
     _at_once: deque[float] = field(default_factory=deque)
 
     def died_early(self, now: float, reason: str) -> None:
-        self.not_before = now + min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(self.early_deaths, 10))
+        self.not_before = now + min(self.longest_pause_s, FIRST_PAUSE_S * 2 ** min(self.early_deaths, 10))
         self.early_deaths += 1
         self.reason = reason
 

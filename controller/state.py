@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..broker.documents import follow
 from ..broker.errors import UNPARSABLE, BadEnvelope
-from ..broker.store import Store
+from ..broker.store import WRONG_TYPE, Store
 from ..broker.store_keys import StoreKeys
 from .resources import ActorOptions, Capacity, Demand
 
@@ -134,6 +134,7 @@ class Desired(msgspec.Struct, frozen=True):
     convertors: dict[str, str] = {}  # name -> sha256 of its code
     forced: tuple[str, ...] = ()  # backends deleted by force: neither their queues nor their replicas drain
     closing: bool = False  # the instance is being shut down
+    incomplete: bool = False  # what its starter declares is not all deployed yet
     operations: tuple[str, ...] = ()  # the last operation ids, so that a retry recognises itself
 
     @property
@@ -179,6 +180,7 @@ class Observed(msgspec.Struct, frozen=True):
     problems: dict[str, str] = {}  # backend (or "proxy on <node>") -> why it is not as wanted
     down_since: dict[str, Count] = {}  # backend -> store ms since which no replica has been ready or starting
     sealed: bool = False  # all proxies and replicas seal the requests that they send, so replicas demand it
+    serving: tuple[str, ...] | None = None  # backends with a replica that is ready; None: written by a controller that does not say
 
     def to_bytes(self) -> bytes:
         return msgspec.json.encode(self)
@@ -208,6 +210,7 @@ class Beat(msgspec.Struct, frozen=True, omit_defaults=True):
     follows: tuple[Count, Count] = (0, 0)  # a proxy's (epoch, version) of the desired document; a replica's (0, config version)
     refuses: tuple[Count, Count] = (0, 0)  # the (epoch, version) of the desired document that a proxy cannot follow
     refused: str = ""  # why; of a replica, why its code refused the config it follows
+    noted: str = ""  # what it found in the store that another program wrote there
     ended: dict[str, str] = {}  # a node's children that ended by themselves -> how
     takes_proxy: bool = False  # a node on which a proxy may run
     capacity: Capacity = Capacity()
@@ -241,6 +244,10 @@ def read_beats(fields: Mapping[str, bytes]) -> dict[str, Beat]:
 
 def decode_document(raw: bytes, kind: type[T], what: str) -> T:
     """Raises BadEnvelope with a sentence for an operator."""
+    if raw == WRONG_TYPE:
+        raise BadEnvelope(
+            f"the {what} in the store is no string, so another program wrote it: delete it for its controller to write it anew"
+        )
     try:
         return msgspec.json.decode(raw, type=kind)
     except UNPARSABLE as error:
@@ -276,6 +283,7 @@ class _Latest(Generic[D]):
     def __init__(self, kind: type[D]) -> None:
         self._kind: type[D] = kind
         self._doubted_since = math.inf  # monotonic
+        self._broken: bytes | None = None  # the one that was said last: it is read again whenever the other document changes
         self.value: D | None = None
 
     @property
@@ -286,7 +294,9 @@ class _Latest(Generic[D]):
         try:
             found = None if raw is None else self._kind.from_bytes(raw)
         except BadEnvelope as error:
-            logger.warning("%s; going on with the last good one", error)
+            if raw != self._broken:
+                logger.warning("%s; going on with the last good one", error)
+            self._broken = raw
             return
         if self.value is not None and found is not None and (found.epoch, found.version) < (self.value.epoch, self.value.version):
             self._doubted_since = min(self._doubted_since, time.monotonic())

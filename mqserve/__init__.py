@@ -9,6 +9,7 @@
 and `mqserve run hello.py`. See docs/ for the rest.
 """
 
+from . import early  # noqa: F401, I001  # before what takes time to import
 from starlette.exceptions import HTTPException
 
 from .api import (

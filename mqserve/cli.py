@@ -3,6 +3,7 @@ process list shows them."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import secrets
@@ -17,6 +18,7 @@ import click
 
 from . import __version__
 from .broker.errors import MQServeError
+from .broker.interrupts import INTERRUPTED, Interrupts, taking
 from .broker.lifeline import run as run_loop
 from .broker.queue_names import check_namespace
 from .broker.settings import Settings
@@ -24,6 +26,8 @@ from .instance import LOCATIONS
 from .setup import FORMATS, print_setup
 
 FAILED = 1
+_LEAVE_BUDGET_S = 0.2
+_interrupts = Interrupts()  # of this process; a command may have words of its own
 
 
 def main() -> None:
@@ -43,9 +47,10 @@ def _one_sentence(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def _exit_code(command: Callable[[], int | None]) -> int:
     try:
-        return command() or 0
+        with taking(_interrupts):
+            return command() or 0
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     except Exception as error:
         if (ours := _ours(error)) is None:
             raise
@@ -90,6 +95,14 @@ http_options = [
 ]  # fmt: skip
 
 
+kept_options = [  # what a process is told by its keeper: see supervisor.py
+    click.option("--instance", hidden=True, default=""),
+    click.option("--kept-by", hidden=True, default=""),
+    click.option("--kept-node", hidden=True, default=""),
+    click.option("--lock", hidden=True, type=int),
+]
+
+
 def _with(options: list[Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def add(command: Callable[..., Any]) -> Callable[..., Any]:
         for option in reversed(options):
@@ -131,6 +144,8 @@ def start(namespace: str | None, host: str, port: int, location: str, debug: boo
     from .instance import StartOptions, parse_http_options
     from .session import open_client
 
+    _interrupts.first = "\nEnding what was begun … (once more to end at once)"
+    _interrupts.at_once = "\nEnding at once: what was begun may go on, and `mqserve shutdown` ends that."
     http, _ = parse_http_options({"host": host, "port": port, "location": location, "debug": debug})
     settings = _distributed(namespace, "start")
     url = open_client(settings, StartOptions(http, detached=True, with_node=not no_node)).http_url()
@@ -147,24 +162,31 @@ def start(namespace: str | None, host: str, port: int, location: str, debug: boo
 @_one_sentence
 def shutdown(namespace: str | None) -> int:
     """End the running instance: drain, then clear."""
-    from .session import open_client
+    from .instance import end_instance
 
     settings = _distributed(namespace, "shutdown")
-    client = open_client(settings, None)
-    click.echo(f"Draining {settings.namespace!r} …")
-    client.shutdown()
+    _interrupts.first = "\nThe instance drains on without this command: `mqserve shutdown` waits for it again."
+    run_loop(end_instance(settings, click.echo))
     click.echo("Done.")
     return 0
 
 
 @cli.command()
 @namespace_option
+@click.option("--json", "as_json", is_flag=True, help="For scripts: all of it as one JSON object.")
 @_one_sentence
-def status(namespace: str | None) -> int:
+def status(namespace: str | None, as_json: bool) -> int:
     """Show nodes, proxies, backends and replicas, and what is wrong with them."""
     from .status import show_status
 
-    return run_loop(show_status(_distributed(namespace, "status")))
+    settings = _distributed(namespace, "status")
+
+    async def show() -> int:
+        code = await show_status(settings, as_json=as_json)
+        await _leave_what_hangs(code)
+        return code
+
+    return run_loop(show())
 
 
 @cli.group()
@@ -244,7 +266,7 @@ def drop_dead(backend: str, ids: tuple[str, ...], everything: bool, yes: bool, n
     "--metrics-host", envvar="MQSERVE_METRICS_HOST", default="127.0.0.1", show_default=True, help="Where its metrics page listens."
 )
 @click.option("--metrics-port", envvar="MQSERVE_METRICS_PORT", type=click.IntRange(0, 65535), default=0, help="Its port [any free one].")
-@click.option("--ends-with-instance", is_flag=True, hidden=True)
+@_with(kept_options)
 @_one_sentence
 def node(
     namespace: str | None,
@@ -257,7 +279,7 @@ def node(
     resources: str,
     metrics_host: str,
     metrics_port: int,
-    ends_with_instance: bool,
+    **kept: Any,
 ) -> int:
     """Run an agent: the replicas and the proxy that the controller assigns to it."""
     from .controller.machine import measure_node
@@ -266,18 +288,33 @@ def node(
     from .roles import run_node
 
     capacity = measure_node(num_cpus, num_gpus, parse_node_resources(resources))
-    options = NodeOptions(node_id or _own_id("node"), http_host, http_port, not no_proxy, capacity, ends_with_instance=ends_with_instance)
-    return run_loop(run_node(_distributed(namespace, "node"), options, metrics_host, metrics_port))
+    keeper = _kept(**kept)
+    options = NodeOptions(node_id or _own_id("node"), http_host, http_port, not no_proxy, capacity, ends_with_instance=keeper is not None)
+    return run_loop(run_node(_distributed(namespace, "node"), options, metrics_host, metrics_port, keeper))
 
 
 @cli.command()
 @namespace_option
+@_with(kept_options)
 @_one_sentence
-def controller(namespace: str | None) -> int:
+def controller(namespace: str | None, **kept: Any) -> int:
     """Run a controller; it starts a detached instance where there is none."""
     from .roles import run_controller
 
-    return run_loop(run_controller(_distributed(namespace, "controller"), _own_id("controller")))
+    return run_loop(run_controller(_distributed(namespace, "controller"), _own_id("controller"), _kept(**kept)))
+
+
+@cli.command(hidden=True)
+@namespace_option
+@_with(kept_options)
+@_one_sentence
+def supervisor(namespace: str | None, **kept: Any) -> int:
+    """Keep a detached instance's controller and node on this machine: `mqserve start` leaves one."""
+    from .supervisor import run_supervisor
+
+    if (keeper := _kept(**kept)) is None:
+        raise MQServeError("`mqserve supervisor` is started by `mqserve start`")
+    return run_loop(run_supervisor(_distributed(namespace, "supervisor"), keeper))
 
 
 @cli.command()
@@ -341,6 +378,23 @@ def _leave_now(role: Coroutine[Any, Any, int]) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+async def _leave_what_hangs(code: int) -> None:
+    """A server that hangs would take seconds to be left: then the process ends now, since nothing here is to be undone."""
+    rest = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    for task in rest:
+        task.cancel()
+    if rest and (await asyncio.wait(rest, timeout=_LEAVE_BUDGET_S))[1]:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _kept(instance: str, kept_by: str, kept_node: str, lock: int | None) -> Any:
+    from .supervisor import Kept
+
+    return Kept(instance, kept_by, kept_node, lock) if instance else None
 
 
 def _own_id(role: str) -> str:

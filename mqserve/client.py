@@ -14,6 +14,7 @@ from starlette.convertors import register_url_convertor
 from .broker import code
 from .broker.caller import Caller
 from .broker.errors import InstanceError, UnknownEndpoint
+from .broker.interrupts import to_the_end
 from .broker.queue_names import check_name
 from .broker.settings import Settings
 from .controller import desired as changes
@@ -317,6 +318,10 @@ class Client:
         self.create_backend(declaration.name, declaration.target, actor_options=declaration.actor_options, config=declaration.config)
         self.create_endpoint(declaration.name, backend=declaration.name, route=declaration.route, methods=declaration.methods)
 
+    def tell_complete(self) -> None:
+        """All that is declared is deployed: from now on `/-/readyz` says so."""
+        self._call(self._deployments.commit_to_proxies(changes.complete))
+
     def http_url(self) -> str:
         """Where the first live proxy listens, the instance's own before external ones: "http://127.0.0.1:8000"; empty without one."""
         beats = read_beats(self._call(self._links.store.fields(self._links.keys.beats)))
@@ -330,7 +335,8 @@ class Client:
         Raises InstanceError where the client was closed.
         """
         if self._end_as(State.SHUT_DOWN):
-            self._ending.end(SHUT_DOWN_MEANWHILE, shuts_down=True)
+            with to_the_end():
+                self._ending.end(SHUT_DOWN_MEANWHILE, shuts_down=True)
         elif self._state is State.CLOSED:
             raise InstanceError("the client has been closed, and its instance runs on: the shutdown() of another client ends it")
 

@@ -23,7 +23,7 @@ from .controller.state import Desired, Observed
 from .links import Links, open_links
 from .replicas.admission import NOT_STARTED
 from .replicas.senders import Senders
-from .status import make_console, make_table
+from .status_table import make_console, make_table
 
 ASK_ABOVE = 10
 PREVIEW_BYTES = 1000

@@ -9,17 +9,17 @@ import secrets
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 
 import msgspec
 
 from .broker import code
 from .broker.documents import until
-from .broker.errors import BadType, BadValue, InstanceError, MQServeError
+from .broker.errors import BadEnvelope, BadType, BadValue, InstanceError, MQServeError
 from .broker.lifeline import Stop
 from .broker.listener import bind
+from .broker.settings import Settings
 from .controller import lease
 from .controller.loop import Controller
 from .controller.machine import measure_node
@@ -27,12 +27,16 @@ from .controller.node import Child, Node, NodeOptions
 from .controller.processes import Process, detached_log
 from .controller.restarts import Restarts
 from .controller.state import Desired, HttpOptions, Observed, read_beats
-from .links import EmbeddedLauncher, Links, instance_has_ended
+from .draining import Tell, telling
+from .links import EmbeddedLauncher, Links, instance_has_ended, open_links
+from .role_lock import Role, check_folder, is_played
+from .supervisor import Kept
 
 logger = logging.getLogger(__name__)
 
 START_BUDGET_S = 30.0
 SHUTDOWN_BUDGET_S = 45.0
+UNLED_AFTER_S = lease.LAPSED_AFTER_S + 5.0  # of an instance that is to end: another controller would have led by then
 LOCATIONS = ("HeadOnly", "EveryNode", "NoServer")
 
 
@@ -45,6 +49,8 @@ class StartOptions:
     detached: bool = False
     with_node: bool = True
     node_id: str = ""
+    incomplete: bool = False  # proxies are not ready before `Client.tell_complete`
+    tell: Tell | None = None  # what still drains at its end
 
 
 def parse_http_options(options: object) -> tuple[HttpOptions, tuple[object, ...]]:
@@ -92,12 +98,14 @@ async def running_instance(links: Links, options: StartOptions) -> AsyncIterator
         except BadValue:
             await lease.check_free(links.store, links.keys)  # else that is the reason: its proxy has the port
             raise
+    if options.detached:
+        await _check_not_kept(links)
     if options.middlewares:
         packed = code.pack(list(options.middlewares), (), links.settings.signer)
         http = msgspec.structs.replace(http, middlewares=await code.save(links.store, links.keys, packed))
     node_id = options.node_id or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
     head_node = node_id if options.with_node else ""
-    claim = await lease.claim_instance(links.store, links.keys, head_node, http, detached=options.detached)
+    claim = await lease.claim_instance(links.store, links.keys, head_node, http, detached=options.detached, incomplete=options.incomplete)
     members = _Members(links, claim.id, node_id, options)
     is_up = False
     try:
@@ -110,7 +118,7 @@ async def running_instance(links: Links, options: StartOptions) -> AsyncIterator
         if not (options.detached and is_up):
             try:
                 if claim.found is None:
-                    await shut_down(links, claim.id)
+                    await shut_down(links, claim.id, options.tell)
                 else:  # what others have deployed there is not ours to clear
                     await lease.give_back(links.store, links.keys, claim, head_node)
             except MQServeError as error:
@@ -119,14 +127,29 @@ async def running_instance(links: Links, options: StartOptions) -> AsyncIterator
                 await members.end()
 
 
+async def _check_not_kept(links: Links) -> None:
+    """Raises InstanceError where a supervisor on this machine keeps the instance there is, also if no controller leads it now, and where
+    there is no folder for locks."""
+    check_folder(links.settings.namespace)
+    raw = await links.store.get(links.keys.instance)
+    if raw is not None and is_played(links.settings.namespace, lease.decode_lease(raw).id, Role.SUPERVISOR):
+        await lease.check_free(links.store, links.keys)
+        raise InstanceError(
+            "an instance runs under this namespace, and its supervisor on this machine is about to start its controller again: look with "
+            f"`mqserve status` and in {detached_log(links.settings.namespace)}, and join it with serve.connect() or end it with "
+            "`mqserve shutdown`"
+        )
+
+
 class _Members:
-    """The controller and the first node, as tasks or as processes."""
+    """The controller and the first node, as tasks or as processes; of a detached instance the supervisor, which starts these."""
 
     def __init__(self, links: Links, instance: str, node_id: str, options: StartOptions) -> None:
         self._links = links
         self._instance = instance
         self._node_id = node_id
         self._options = options
+        self._kept = Kept(instance, secrets.token_hex(4), node_id if options.with_node else "")
         self._processes: list[Process] = []
         self._watching: list[asyncio.Task[None]] = []
         self._stop = Stop()
@@ -144,12 +167,14 @@ class _Members:
         self._processes = [Process(command, self._links.settings, detached=self._options.detached) for command in self._commands()]
 
     def _commands(self) -> list[list[str]]:
-        end = ["--ends-with-instance"] if self._options.detached else []
-        node = [["node", "--node-id", self._node_id, *end]] if self._options.with_node else []
-        return [["controller"], *node]
+        arguments = self._kept.arguments()
+        if self._options.detached:
+            return [["supervisor", *arguments]]
+        node = [["node", "--node-id", self._node_id]] if self._options.with_node else []
+        return [["controller", *arguments], *node]
 
     def watch(self) -> None:
-        """Starts again whichever of its processes dies, as long as there is the instance; a detached one's are on their own."""
+        """Starts again whichever of its processes dies, as long as there is the instance; a detached one's keep each other."""
         if self._options.detached:
             for process in self._processes:
                 process.disown()
@@ -163,12 +188,22 @@ class _Members:
             self._processes[place] = Process(command, self._links.settings)
             return self._processes[place]
 
-        await keep_running(command[0], self._processes[place], start, partial(instance_has_ended, self._links, self._instance))
+        async def is_over() -> bool:
+            if command[0] == "controller":
+                with suppress(MQServeError):  # then it lapses
+                    await lease.release_of(self._links.store, self._links.keys, self._kept.token)
+            return await instance_has_ended(self._links, self._instance)
+
+        await keep_running(command[0], self._processes[place], start, is_over)
 
     @property
     def log(self) -> str:
         """Where it stands what they said."""
         return str(detached_log(self._links.settings.namespace)) if self._options.detached else "the log above"
+
+    @property
+    def pids(self) -> set[int]:
+        return {process.pid for process in self._processes}
 
     def check(self) -> None:
         """Raises InstanceError when a member ended."""
@@ -194,12 +229,13 @@ class _Members:
 
 
 async def keep_running(role: str, child: Child, start: Callable[[], Child], is_over: Callable[[], Awaitable[bool]]) -> None:
-    """Until it ends well and all is over. One that lived for a while is started again at once, others after growing pauses."""
+    """Until all is over, which is asked after each end. One that lived for a while is started again at once, others after growing
+    pauses."""
     restarts = Restarts()
     while True:
         started = time.monotonic()
         how = await child.wait()
-        if not how and await is_over():
+        if await is_over():
             return
         logger.warning("the %s ended (%s): starting another", role, how or "by itself")
         restarts.died(time.monotonic(), how, lived_s=time.monotonic() - started)
@@ -220,7 +256,16 @@ async def _ended(child: Child) -> None:
     await child.wait()
 
 
-async def shut_down(links: Links, instance: str) -> None:
+async def end_instance(settings: Settings, tell: Tell) -> int:
+    """The instance that runs, whosever it is; the exit code. Raises InstanceError when there is none, and as `shut_down` does."""
+    async with open_links(settings, "client") as links:
+        instance = (await lease.read_instance(links.store, links.keys)).id
+        tell(f"Draining {settings.namespace!r} …")
+        await shut_down(links, instance, tell)
+    return 0
+
+
+async def shut_down(links: Links, instance: str, tell: Tell | None = None) -> None:
     """The instance drains and is cleared: marks the desired document and waits for the controller to have done it.
 
     Where none leads it is cleared here, and what still runs drains by itself. Raises InstanceError for one that still drains when all its
@@ -233,18 +278,22 @@ async def shut_down(links: Links, instance: str) -> None:
         return SHUTDOWN_BUDGET_S + max(drains_s, default=0.0)
 
     async def is_cleared() -> bool | None:
-        raw = await links.store.get(links.keys.desired)
+        raw, raw_lease = await links.store.get_documents([links.keys.desired, links.keys.instance])
         desired = Desired.from_bytes(raw)
         if raw is None or desired.instance != instance:
             return True
         if not desired.closing:
             closing = msgspec.structs.replace(desired, closing=True, version=desired.version + 1)
             await links.store.replace(links.keys.desired, raw, closing.to_bytes())
+        with suppress(BadEnvelope):  # the leader writes the lease anew
+            if raw_lease is not None and links.store.now_ms() - lease.decode_lease(raw_lease).at > UNLED_AFTER_S * 1000:
+                raise TimeoutError  # it would be waited for in vain
         return None
 
     budget_s = await until(links.store, read_budget_s, SHUTDOWN_BUDGET_S)
     try:
-        await until(links.store, is_cleared, budget_s)
+        async with telling(links, tell):
+            await until(links.store, is_cleared, budget_s)
     except TimeoutError:
         if await lease.beats(links.store, links.keys, instance):
             raise InstanceError(
@@ -261,13 +310,15 @@ async def _until_up(links: Links, http: HttpOptions, head_node: str, members: _M
     async def is_up() -> bool | None:
         members.check()
         beats = read_beats(await links.store.fields(links.keys.beats))
-        raw_desired, raw_observed = await links.store.get_many([links.keys.desired, links.keys.observed])
+        raw_desired, raw_observed = await links.store.get_documents([links.keys.desired, links.keys.observed])
         desired, observed = Desired.from_bytes(raw_desired), Observed.from_bytes(raw_observed)
         is_led = observed.seen >= (desired.epoch, desired.version)  # by the new controller: of an instance taken over there is an old state
         proxies = [beat for beat in beats.values() if beat.kind == "proxy" and beat.node == head_node] if wants_proxy else []
         for proxy in proxies:
             if proxy.state == "failed":
                 raise InstanceError(proxy.error)
+        if trouble := next((beat.error for beat in beats.values() if beat.kind == "supervisor" and beat.pid in members.pids), ""):
+            raise InstanceError(trouble)
         node_is_there = not head_node or f"node:{head_node}" in beats
         proxy_serves = not wants_proxy or any(proxy.state == "ready" for proxy in proxies)
         return True if is_led and node_is_there and proxy_serves else None

@@ -41,7 +41,7 @@ class Links:
 
 
 @asynccontextmanager
-async def open_links(settings: Settings, role: str) -> AsyncIterator[Links]:
+async def open_links(settings: Settings, role: str, *, broker_may_be_away: bool = False) -> AsyncIterator[Links]:
     """Connected, or BrokerUnavailable or StoreUnavailable within ten seconds; closed on exit."""
     process_id = f"{role}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
     keys = StoreKeys(settings.namespace)
@@ -50,7 +50,9 @@ async def open_links(settings: Settings, role: str) -> AsyncIterator[Links]:
         return
     async with (
         open_redis(settings.store_url, settings.namespace) as store,
-        open_rabbitmq(settings.broker_url, settings.namespace, process_id, seals=settings.header_seals) as queue,
+        open_rabbitmq(
+            settings.broker_url, settings.namespace, process_id, seals=settings.header_seals, may_be_away=broker_may_be_away
+        ) as queue,
     ):
         yield Links(settings, queue, store, keys, process_id)
 

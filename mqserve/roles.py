@@ -1,4 +1,4 @@
-"""Controller and node as processes of their own."""
+"""Controller and node as processes of their own; the supervisor is in supervisor.py."""
 
 from __future__ import annotations
 
@@ -18,30 +18,47 @@ from .controller.node import Node, NodeOptions, check_name_is_free
 from .controller.node_metrics import serve_metrics
 from .controller.processes import ProcessLauncher
 from .links import Links, open_links
+from .supervisor import Kept, keeping_supervisor
 
 JOIN_TRIES = 3
 
 
-async def run_controller(settings: Settings, controller_id: str) -> int:
-    """Until it is stopped or the instance is shut down; the exit code."""
+async def run_controller(settings: Settings, controller_id: str, kept: Kept | None = None) -> int:
+    """Until it is stopped or the instance is shut down; the exit code.
+
+    One that is kept is of its keeper's instance, and never makes one; it leads also while RabbitMQ is away.
+    """
     stop = stop_event()
-    async with open_links(settings, "controller") as links:
-        instance = await join_or_start(links)
-        await Controller(links.store, links.keys, links.queue, controller_id, instance, has_key=bool(settings.secret_keys)).run(stop)
+    async with open_links(settings, "controller", broker_may_be_away=kept is not None) as links:
+        async with keeping_supervisor(kept, settings, links.store, stop) as trouble:
+            instance = kept.instance if kept is not None else await join_or_start(links)
+            controller = Controller(
+                links.store,
+                links.keys,
+                links.queue,
+                controller_id,
+                instance,
+                has_key=bool(settings.secret_keys),
+                kept_by=kept.token if kept is not None else "",
+                trouble=trouble,
+            )
+            await controller.run(stop)
         if stop.orphaned:  # the starter was killed: the namespace is free at once, and the queues keep what was accepted
             await lease.forget(links.store, links.keys, instance)
     return 0
 
 
-async def run_node(settings: Settings, options: NodeOptions, metrics_host: str, metrics_port: int) -> int:
+async def run_node(settings: Settings, options: NodeOptions, metrics_host: str, metrics_port: int, kept: Kept | None = None) -> int:
     """Until it is stopped; the exit code. It needs the store only: a node takes and sends no messages."""
     stop: Stop = stop_event()
     async with open_redis(settings.store_url, settings.namespace) as store:
         with serve_metrics(metrics_host, metrics_port) as metrics:
-            options, keys = replace(options, metrics=metrics), StoreKeys(settings.namespace)
+            keys = StoreKeys(settings.namespace)
             await check_name_is_free(store, keys, options.node_id)
-            launcher = ProcessLauncher(settings, held_by_replicas=(metrics.lock,))
-            await Node(options, store, keys, launcher, settings.signer).run(stop)
+            async with keeping_supervisor(kept, settings, store, stop) as trouble:
+                options = replace(options, metrics=metrics, trouble=trouble)
+                launcher = ProcessLauncher(settings, held_by_replicas=(metrics.lock,))
+                await Node(options, store, keys, launcher, settings.signer).run(stop)
     return 0
 
 

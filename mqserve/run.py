@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,20 +15,20 @@ import click
 from . import api
 from .broker.code import load_import_string
 from .broker.errors import BadValue, MQServeError
+from .broker.interrupts import DRAINING, Interrupts, taking
 from .broker.settings import Settings
 from .client import Client
 from .declared import Declaration, take_declarations
 from .instance import StartOptions, parse_http_options
 
-_DRAINING = "\nDraining … (once more to end at once)"
-
 
 def run_until_stopped(target: str, settings: Settings, http: dict[str, Any]) -> int:
     """Loads first, so that a file that does not import starts nothing; the exit code."""
     parsed, _ = parse_http_options(http)
-    with _signals() as signals:
+    with taking(Interrupts(), signal.SIGINT, signal.SIGTERM) as interrupts:
         find_declarations = _prepare(target)
-        client = api.start_under_run(settings, StartOptions(parsed))
+        options = StartOptions(parsed, incomplete=True, tell=lambda line: click.echo(line, err=True))
+        client = api.start_under_run(settings, options)
         try:
             for declaration in find_declarations():
                 _deploy(client, declaration)
@@ -39,45 +36,18 @@ def run_until_stopped(target: str, settings: Settings, http: dict[str, Any]) -> 
                 raise BadValue(
                     f"{target} declares nothing to serve: decorate a function with @serve.endpoint('/path'), or call serve.create_backend"
                 )
+            client.tell_complete()
+            interrupts.raises = False  # before it is said that Ctrl-C stops
             _announce(client, settings)
-            signals.interrupt = False
-            while not signals.came and not client.has_ended:
+            while not interrupts.came and not client.has_ended:
                 time.sleep(0.2)
-            click.echo("The instance was shut down." if client.has_ended else _DRAINING, err=True)
+            click.echo("The instance was shut down." if client.has_ended else DRAINING, err=True)
         except KeyboardInterrupt:
-            click.echo(_DRAINING, err=True)
+            click.echo(DRAINING, err=True)
             raise
         finally:
             client.shutdown()
     return 0
-
-
-class _Signals:
-    """SIGINT and SIGTERM. The first one interrupts what goes on, or, once that is not asked for, only shows in `came`; a second one ends
-    this process at once, and with it, by their lifelines, those it started."""
-
-    def __init__(self) -> None:
-        self.came = False
-        self.interrupt = True  # what is being started and deployed: it may take minutes
-
-    def take(self, number: int, frame: object) -> None:
-        if self.came:
-            os.write(2, b"\nEnding at once: what was under way is dropped, and what still runs here ends within seconds.\n")
-            os._exit(128 + number)
-        self.came = True
-        if self.interrupt:
-            raise KeyboardInterrupt
-
-
-@contextmanager
-def _signals() -> Iterator[_Signals]:
-    signals = _Signals()
-    before = {number: signal.signal(number, signals.take) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield signals
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _prepare(target: str) -> Any:

@@ -16,6 +16,7 @@ from ..broker.overload import HeldBytes
 from ..controller.state import Desired, choose
 from .departures import Departures
 from .metrics import CONTENT_TYPE, ProxyMetrics
+from .readiness import DOWN_AFTER_MS
 from .responses import Reply, from_error, from_result, json_reply, problem
 from .routes import NotAllowed, RouteTable, Target
 from .system import SystemPath, SystemPaths, forbidden
@@ -28,7 +29,6 @@ Send = Callable[[Message], Awaitable[None]]
 CALL_METHOD_HEADER = b"x-serve-call-method"
 SHARD_KEY_HEADER = b"x-serve-shard-key"
 TIMEOUT_HEADER = b"x-request-timeout-seconds"
-DOWN_AFTER_MS = 10_000
 
 
 class ProxyApp:
@@ -126,8 +126,8 @@ class ProxyApp:
 
     def _check_up(self, backend: str) -> None:
         """Whether waiting is of any use: a backend that only restarts is worth it, one without any replica for so long is not."""
-        if not self._caller.connected:
-            raise StoreUnavailable("the store does not answer, so no result could be read: try again later")
+        if trouble := self._caller.trouble:
+            raise StoreUnavailable(f"no result could be stored or read: {trouble}", public=trouble)
         if not self.routes.down_since:
             return
         down_since = self.routes.down_since.get(backend)

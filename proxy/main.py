@@ -35,6 +35,7 @@ from ..controller.convertors import Convertors
 from ..controller.state import BEAT_EVERY_S, PROXY_DRAIN_S, Beat, Desired, Observed, follow_state
 from .app import ProxyApp
 from .edge import EdgeProtocol
+from .readiness import Readiness
 from .routes import RouteTable
 
 logger = logging.getLogger(__name__)
@@ -65,8 +66,9 @@ async def main(settings: Settings, options: ProxyOptions) -> int:
     stop = stop_event()
     async with open_redis(settings.store_url, settings.namespace) as store:
         proxy = Proxy(settings, options, store)
-        seals = settings.header_seals
-        async with open_rabbitmq(settings.broker_url, settings.namespace, options.proxy_id, seals=seals, may_be_away=True) as queue:
+        async with open_rabbitmq(
+            settings.broker_url, settings.namespace, options.proxy_id, seals=settings.header_seals, may_be_away=True, sends_only=True
+        ) as queue:
             try:
                 await proxy.run(queue, stop)
             except MQServeError as error:
@@ -90,6 +92,7 @@ class Proxy:
         self._queue: Queue | None = None
         self._app: ProxyApp | None = None
         self._outer = _Outermost()
+        self._readiness = Readiness(store)
         self._middlewares = ""
         self._convertors = Convertors(store, self._keys, settings.signer)
         self._refuses, self._refused = (0, 0), ""  # a version that cannot be followed, and why
@@ -168,7 +171,7 @@ class Proxy:
             app = self._app = ProxyApp(
                 caller,
                 await self._table(desired, Observed()),
-                lambda: self._readiness(queue),
+                lambda: self._readiness.look(queue),
                 debug=self._options.debug or desired.http.debug,
                 admin_token=self._settings.admin_token,
             )
@@ -181,6 +184,7 @@ class Proxy:
         """The routes as they change; the last good ones while the store or the controller is away."""
         async for desired, observed in follow_state(self._store, self._keys):
             if desired is None:
+                self._readiness.follow(desired, observed)
                 continue
             for pause_s in delays():
                 try:
@@ -204,6 +208,7 @@ class Proxy:
         new = [why for route, why in table.left_out.items() if route not in app.routes.left_out]
         app.routes, self._outer.app, self._middlewares = table, outer, desired.http.middlewares
         app.forget_deleted(desired)
+        self._readiness.follow(desired, observed)
         if new:  # the rest is followed: one route must not cost the others
             self._refuse(desired, new[0])
         elif self._refused not in table.left_out.values():
@@ -236,11 +241,6 @@ class Proxy:
             wrapped = middleware.cls(wrapped, *middleware.args, **middleware.kwargs)
         return wrapped
 
-    def _readiness(self, queue: Queue) -> tuple[bool, dict[str, Any]]:
-        """Red only when requests cannot be answered."""
-        facts = {"broker": queue.down_s == 0, "store": self._store.connected}
-        return all(facts.values()), facts
-
     def _say(self, state: str) -> None:
         self._state = state
         self._presence.tell()
@@ -254,6 +254,7 @@ class Proxy:
             error=error or left_out, node=options.node, external=options.external, url=self.url,
             follows=self._app.routes.version if self._app else (0, 0), refuses=self._refuses, refused=self._refused,
             seals=bool(self._settings.secret_keys),
+            noted=self._store.noted,
         )  # fmt: skip
 
 

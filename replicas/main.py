@@ -21,6 +21,7 @@ from ..broker.rabbitmq import open_rabbitmq
 from ..broker.redis_store import open_redis
 from ..broker.results import Result
 from ..broker.settings import Settings
+from ..broker.stopping import unless
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
 from ..controller.convertors import Convertors
@@ -103,7 +104,9 @@ class Replica:
             try:
                 await self._convertors.register(convertors)
                 # Before the broker: a constructor that holds the GIL must not cost us the connection.
-                handler = await construct(self._store, self._keys, self._settings, worker, backend)
+                handler = await unless(stop, construct(self._store, self._keys, self._settings, worker, backend))
+                if handler is None:
+                    return
                 self._configuring = configuring = Configuring(worker, handler)
                 await configuring.apply(backend)
                 async with open_queue() as self._queue:
@@ -207,7 +210,7 @@ class Replica:
             error=error, node=options.node, external=options.external, backend=options.backend,
             version=self._backend.version if self._backend else 0, generations=server.generations if server else (),
             follows=(0, configuring.version if configuring else 0), refused=configuring.refused if configuring else "",
-            running=server.running if server else 0, served=server.served if server else 0,
+            running=server.running if server else 0, served=server.served if server else 0, noted=self._store.noted,
             seals=bool(self._settings.secret_keys),
         )  # fmt: skip
 

@@ -66,7 +66,8 @@ class Taking:
             consumption.set_prefetch(self._prefetch())
 
     async def keep_forever(self, on_taken: Callable[[], None]) -> None:
-        """Until cancelled. Without the store for a while it takes nothing: others may reach it. `on_taken` is called after each change."""
+        """Until cancelled. While nothing can be stored for long it takes nothing: others may reach the store. `on_taken` is called after
+        each change."""
         last_seen, not_before, pauses = time.monotonic(), 0.0, delays()
         while True:
             with suppress(TimeoutError):
@@ -74,14 +75,14 @@ class Taking:
                     await self._look.wait()
             self._look.clear()
             now = time.monotonic()
-            if self._store.connected:
+            if not self._store.trouble:
                 last_seen = now
             if not self.paused and now - last_seen > STORE_AWAY_S:
-                logger.warning("a replica of %s takes no requests until it reaches the store again", self._backend)
+                logger.warning("a replica of %s takes no requests until it can store results again: %s", self._backend, self._store.trouble)
                 self.paused = True
                 await self.stop()
-            if self.paused and self._settle() and self._store.connected:
-                logger.warning("a replica of %s reaches the store again and takes requests", self._backend)
+            if self.paused and self._settle() and not self._store.trouble:
+                logger.warning("a replica of %s can store results again and takes requests", self._backend)
                 self.paused = False
             if self.paused or now < not_before or set(self._wanted) == set(self._consumptions):
                 continue

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn, TypeVar
@@ -37,6 +38,8 @@ SERVER_FIXTURES = {"broker_url", "store_url", *BREAKING_FIXTURES}
 def pytest_configure(config: pytest.Config) -> None:
     if bool(GIVEN_BROKER_URL) != bool(GIVEN_STORE_URL):
         raise pytest.UsageError("set both MQSERVE_TEST_BROKER_URL and MQSERVE_TEST_STORE_URL, or neither for private servers")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background job, and then in all that the tests start
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in [name for name in os.environ if name.startswith("MQSERVE_") and not name.startswith("MQSERVE_TEST_")]:
         del os.environ[name]  # the settings of the person who runs the tests are not what the tests specify
     # httpx's default is 5 s, which a busy machine can take: a test that says nothing of time is not about time. One object, shared by all.

@@ -431,7 +431,7 @@ def test_a_detached_instance_is_started_shown_used_and_shut_down(distributed_she
         assert "***" in status.stdout or ":guest@" not in status.stdout
         rows = [line.split() for line in status.stdout.splitlines()]
         members = [process for process in psutil.process_iter() if namespace in environment_of(process)]
-        assert len(members) == 5  # controller, node, proxy, two replicas
+        assert len(members) == 6  # supervisor, controller, node, proxy, two replicas
         assert sorted(row[0] for row in rows if row and row[0] in ("node", "proxy", "replica")) == ["node", "proxy", "replica", "replica"]
         assert any(row[:1] == ["greeter"] and row[-4:] == ["2", "2", "0", "ready"] for row in rows), status.stdout
         assert any(row[:3] == ["greet", "/greet", "GET"] for row in rows), status.stdout
@@ -463,8 +463,10 @@ def test_a_detached_instance_whose_machine_died_is_started_again_with_what_was_d
             "serve.create_endpoint('e', backend='b', route='/e')\n"
         )
         assert deployed.returncode == 0, deployed.stderr
-        for process in [process for process in psutil.process_iter() if namespace in environment_of(process)]:
-            process.kill()
+        members = [process for process in psutil.process_iter() if namespace in environment_of(process)]
+        for number in (signal.SIGSTOP, signal.SIGKILL):  # none of them starts another one again
+            for process in members:
+                process.send_signal(number)
         begun = shell.start("start", "--port", str(ports[1]))
         assert begun.wait(60) == 0, begun.output
         wait_until(lambda: answers(f"http://127.0.0.1:{ports[1]}/e"))

@@ -35,6 +35,7 @@ from mqserve.broker.store_keys import RESULT_TTL_S, StoreKeys
 from mqserve.cli import cli
 from mqserve.controller.state import BackendConfig
 from mqserve.instance import LOCATIONS
+from mqserve.status import BackendFacts, ControllerFacts, EndpointFacts, Facts, MemberFacts, ServerFacts
 from tests.instances import SECRET_KEY, CommandLine, new_namespace, started, wait_until
 from tests.servers import free_port
 
@@ -255,7 +256,8 @@ def test_other_commands_that_are_shown_are_known() -> None:
 
 
 def test_the_table_of_commands_is_complete() -> None:
-    assert [row[0].split()[1].strip("`") for row in table(README, "command")] == sorted(cli.commands, key=readme_order)
+    shown = [name for name, command in cli.commands.items() if not command.hidden]
+    assert [row[0].split()[1].strip("`") for row in table(README, "command")] == sorted(shown, key=readme_order)
 
 
 def readme_order(command: str) -> int:
@@ -315,6 +317,14 @@ def test_urls_and_keys_can_be_named_by_file(name: str, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text(values.pop(name) + "\n")
     by_file = Settings.read({**values, f"{name}_FILE": str(tmp_path / "secret")})
     assert by_file.to_env()[name] == (tmp_path / "secret").read_text().strip()
+
+
+def test_the_facts_of_a_status_are_complete() -> None:
+    documented = {name for row in table(MONITORING, "field") for name in re.findall(r"`(\w+)`", row[0])}
+    assert documented == set(Facts.__struct_fields__)
+    text = TEXT[MONITORING][TEXT[MONITORING].index("## Status for scripts") :]
+    for kind in (ControllerFacts, ServerFacts, MemberFacts, BackendFacts, EndpointFacts):
+        assert set(kind.__struct_fields__) <= set(re.findall(r"`(\w+)`", text)), kind
 
 
 def test_the_table_of_backend_settings_is_complete_with_its_defaults() -> None:

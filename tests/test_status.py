@@ -1,22 +1,30 @@
 """`mqserve status` shows what there is, whatever it is called."""
 
 import asyncio
-from collections.abc import Iterator
+import json
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from io import StringIO
 from typing import Any
 
+import pika
 import pytest
 import redis
 from rich.console import Console
 
 import mqserve as serve
+from mqserve.broker.embedded_queue import EmbeddedQueue
+from mqserve.broker.errors import BrokerUnavailable
 from mqserve.broker.redis_store import open_redis
 from mqserve.broker.settings import Settings
 from mqserve.broker.store_keys import StoreKeys
 from mqserve.controller import desired as changes
+from mqserve.controller.lease import LAPSED_AFTER_S
 from mqserve.controller.state import Beat, Desired
-from mqserve.status import show_status
-from tests.instances import DEADLINE_S, Deploy, distributed_only, new_name
+from mqserve.status import Facts, read_facts, show_status
+from tests.faults.wire import Wire
+from tests.instances import DEADLINE_S, NOISE_S, CommandLine, Deploy, distributed_only, new_name, wait_until
 
 pytestmark = [distributed_only, pytest.mark.anyio]
 
@@ -24,7 +32,7 @@ pytestmark = [distributed_only, pytest.mark.anyio]
 async def shown(environment: dict[str, str]) -> str:
     """What `mqserve status` prints, in this process, since it takes a second to make one."""
     printed = StringIO()
-    await show_status(Settings.read(environment), Console(file=printed, width=240))
+    await show_status(Settings.read(environment), console=Console(file=printed, width=240))
     return printed.getvalue()
 
 
@@ -77,3 +85,120 @@ async def test_a_proxy_that_cannot_follow_is_shown_with_its_reason_until_it_can(
             await changes.commit(store, keys, instance, changes.set_middlewares(middlewares))
             while (words in await shown(environment)) is not is_shown:
                 pass
+
+
+# As facts.
+
+
+async def facts(environment: dict[str, str], **variables: str) -> Facts:
+    async with read_facts(Settings.read({**environment, **variables})) as facts:
+        return facts
+
+
+async def test_the_facts_as_json_are_those_of_the_table(
+    client: serve.Client, deploy: Deploy, joining: CommandLine, shared_namespace: str
+) -> None:
+    name = deploy(lambda request: "well", route=f"/{new_name('r')}", num_replicas=2)
+    told = json.loads(joining.run("status", "--json").stdout)
+    assert (told["namespace"], told["state"], told["detached"], told["controller"]["state"]) == (shared_namespace, "runs", False, "leads")
+    assert (told["broker"]["state"], told["store"]["state"], told["unknown"], told["problems"]) == ("up", "up", {}, {})
+    assert sorted(member["kind"] for member in told["members"]) == ["node", "proxy", "replica", "replica"]
+    (backend,) = [backend for backend in told["backends"] if backend["name"] == name]
+    assert {key: backend[key] for key in ("state", "ready", "wanted", "waiting", "dead_letters", "trouble")} == {
+        "state": "ready", "ready": 2, "wanted": 2, "waiting": 0, "dead_letters": 0, "trouble": "",
+    }  # fmt: skip
+    (endpoint,) = [endpoint for endpoint in told["endpoints"] if endpoint["name"] == name]
+    assert (endpoint["traffic"], endpoint["shadows"]) == ({name: 1.0}, {})
+
+
+async def test_dead_letters_are_counted_by_backend(
+    client: serve.Client, deploy: Deploy, environment: dict[str, str], broker_url: str, shared_namespace: str
+) -> None:
+    name, other = deploy(lambda request: "well"), deploy(lambda request: "well")
+    with pika.BlockingConnection(pika.URLParameters(broker_url)) as connection:
+        channel = connection.channel()
+        channel.confirm_delivery()
+        for _ in range(3):
+            channel.basic_publish(f"{shared_namespace}.dead", name, b"{}")
+    found = {backend.name: backend.dead_letters for backend in (await facts(environment)).backends}
+    assert (found[name], found[other]) == (3, 0)
+    row = next(line.split() for line in (await shown(environment)).splitlines() if line.startswith(f"{name} "))
+    assert row[-5:] == ["3", "1", "1", "0", "ready"], row
+    with pika.BlockingConnection(pika.URLParameters(broker_url)) as connection:
+        connection.channel().queue_purge(f"{shared_namespace}.dead.{name}")
+
+
+class Unwilling(EmbeddedQueue):
+    """As RabbitMQ 4.3 is to a user who may not configure the queues."""
+
+    async def depth(self, backend: str, generation: int) -> int | None:
+        raise BrokerUnavailable("RabbitMQ does not let user 'client' do this")
+
+    async def count_dead(self, backend: str) -> int | None:
+        raise BrokerUnavailable("RabbitMQ does not let user 'client' do this")
+
+
+async def test_what_rabbitmq_does_not_say_is_not_known(
+    deploy: Deploy, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @asynccontextmanager
+    async def open_unwilling(*args: object, **options: object) -> AsyncIterator[Unwilling]:
+        yield Unwilling()
+
+    monkeypatch.setattr("mqserve.status.open_rabbitmq", open_unwilling)
+    name = deploy(lambda request: "well")
+    found = await facts(environment)
+    (backend,) = [backend for backend in found.backends if backend.name == name]
+    assert (backend.waiting, backend.dead_letters, backend.state) == (None, None, "ready")
+    assert found.unknown == {"what waits, and dead letters": "RabbitMQ does not let user 'client' do this"}
+    row = next(line.split() for line in (await shown(environment)).splitlines() if line.startswith(f"{name} "))
+    assert row[-5:] == ["?", "1", "1", "?", "ready"], row
+
+
+WITHIN_S = 2 + NOISE_S / 3  # what is promised, and what a busy machine may add
+
+
+@pytest.mark.parametrize("fault", ["refuse", "blackhole"])
+@pytest.mark.parametrize("which", ["broker", "store"])
+async def test_a_server_that_is_away_keeps_nobody_waiting_for_what_is_known_without_it(
+    deploy: Deploy, joining: CommandLine, broker_wire: Wire, store_wire: Wire, which: str, fault: str
+) -> None:
+    name = deploy(lambda request: "well")
+    wire = broker_wire if which == "broker" else store_wire
+    getattr(wire, fault)()
+    shell = joining.with_variables(**{f"MQSERVE_{which.upper()}_URL": wire.url})
+    took_s = []
+    for arguments in (["status"], ["status"], ["status", "--json"]):
+        began = time.monotonic()
+        told = shell.run(*arguments)
+        took_s.append(time.monotonic() - began)
+        assert told.returncode == 1 and "Traceback" not in told.stderr, told
+    assert min(took_s) < WITHIN_S, took_s
+    found = json.loads(told.stdout)
+    assert found[which]["state"] == "away" and wire.url.rpartition("@")[2].rstrip("/") in found[which]["trouble"]
+    if which == "broker":
+        assert (found["state"], found["controller"]["state"]) == ("runs", "leads")
+        (backend,) = [backend for backend in found["backends"] if backend["name"] == name]
+        assert (backend["state"], backend["ready"], backend["waiting"]) == ("ready", 1, None)
+    else:
+        assert (found["state"], found["controller"]["state"], found["broker"]["state"]) == ("unknown", "unknown", "up")
+        assert list(found["unknown"]) == ["what the store has of it"]
+
+
+async def test_an_instance_without_a_controller_is_shown_with_what_runs_of_it(form: str, distributed_shell: CommandLine) -> None:
+    shell = distributed_shell
+    controller = shell.start("controller")
+    wait_until(lambda: shell.run("status").returncode == 0, told=lambda: controller.output)
+    shell.start("node", "--node-id", "stays", "--no-proxy")
+    wait_until(lambda: " stays " in shell.run("status").stdout)
+    controller.kill()
+    wait_until(lambda: "Controller missing for" in shell.run("status").stdout)
+    told = json.loads(shell.run("status", "--json").stdout)
+    assert (told["state"], told["controller"]["state"]) == ("runs", "missing") and told["controller"]["silent_s"] > LAPSED_AFTER_S
+    assert [(member["id"], member["state"]) for member in told["members"]] == [("stays", "ready")]
+    assert shell.run("shutdown").returncode == 0
+
+
+async def test_a_namespace_without_an_instance_has_a_word_of_its_own_for_scripts(form: str, distributed_shell: CommandLine) -> None:
+    told = distributed_shell.run("status", "--json")
+    assert (told.returncode, json.loads(told.stdout)["state"]) == (1, "none")

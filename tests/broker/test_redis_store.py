@@ -7,7 +7,8 @@ import pytest
 import redis
 
 from mqserve.broker.errors import StoreUnavailable
-from mqserve.broker.redis_store import FLUSH_BYTES, RedisStore, open_redis
+from mqserve.broker.redis_store import RedisStore, open_redis
+from mqserve.broker.result_writer import FLUSH_BYTES
 from mqserve.broker.store import Record
 from mqserve.broker.store_keys import StoreKeys
 from tests.broker.traffic import until

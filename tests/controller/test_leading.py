@@ -294,13 +294,13 @@ async def test_one_who_only_waited_writes_back_what_the_store_lost() -> None:
         await running.leads("first")
         running.start("second")
         await asyncio.sleep(0.2)
+        before = Observed.from_bytes(await store.get(keys.observed)).epoch
         running.stops["first"].set()
         await store.close()  # which forgets everything
         await running.tasks["first"]
         await until(lambda: exists(store, keys.desired))
         restored = Desired.from_bytes(await store.get(keys.desired))
         assert (restored.instance, restored.head_node, restored.epoch) == (held.id, "n1", 2)
-        before = Observed.from_bytes(await store.get(keys.observed)).epoch
 
         async def is_above() -> bool:
             return Observed.from_bytes(await store.get(keys.observed)).epoch > before

@@ -17,9 +17,14 @@ from mqserve.broker.store_keys import StoreKeys
 from mqserve.controller.lease import (
     LAPSED_AFTER_S,
     InstanceLease,
+    Leader,
+    Leadership,
+    Standing,
     claim_instance,
     forget,
     read_instance,
+    read_standing,
+    release_of,
     renew_instance,
 )
 from mqserve.controller.loop import SETTLE_S
@@ -239,5 +244,64 @@ def test_of_two_who_start_over_one_lapsed_lease_one_is_refused() -> None:
         with pytest.raises(InstanceError, match="at the same moment"):
             await claim_instance(store, KEYS, "n3", HTTP, detached=True)
         assert Desired.from_bytes(await store.get(KEYS.desired)).head_node == "n2"
+
+    run(main())
+
+
+# Keepers of controllers.
+
+
+@pytest.mark.parametrize(("held_by", "is_released"), [("mine", True), ("min", False), ("", False), ("another", False)])
+def test_the_lead_of_a_controller_that_has_ended_is_released_by_who_kept_it_and_by_nobody_else(held_by: str, is_released: bool) -> None:
+    async def main() -> None:
+        store = EmbeddedStore()
+        dead, next_one = Leader(store, KEYS, "controller-host-1", held_by), Leader(store, KEYS, "controller-host-2")
+        assert await dead.lead() and not await next_one.lead()
+        await release_of(store, KEYS, "mine")
+        assert await next_one.lead() is is_released
+        assert next_one.epoch == (2 if is_released else 0)
+        assert await dead.lead() is not is_released, "its claim is over"
+
+    run(main())
+
+
+def test_a_leader_that_came_before_the_release_keeps_its_lead() -> None:
+    class Quicker(EmbeddedStore):
+        """Between the look at the lead and its release another one takes it over."""
+
+        async def replace(self, key: str, old: bytes | None, new: bytes | None, **how: Any) -> bool:
+            if new is not None and msgspec.json.decode(new, type=Leadership).at == 0:
+                await self.set(KEYS.leader, msgspec.json.encode(Leadership("controller-host-2#other.1", 7, self.now_ms())))
+            return await super().replace(key, old, new, **how)
+
+    async def main() -> None:
+        store = Quicker()
+        assert await Leader(store, KEYS, "controller-host-1", "mine").lead()
+        await release_of(store, KEYS, "mine")
+        left = msgspec.json.decode(await store.get(KEYS.leader) or b"", type=Leadership)
+        assert (left.epoch, left.at > 0) == (7, True)
+
+    run(main())
+
+
+def test_what_is_left_of_an_instance_is_told_from_what_is_lost() -> None:
+    async def main() -> None:
+        store = EmbeddedStore()
+        held = await claim_instance(store, KEYS, "n1", HTTP, detached=True)
+        seen = [await read_standing(store, KEYS, held.id), await read_standing(store, KEYS, "another")]
+        assert seen == [Standing.RUNS, Standing.ENDED]
+        raw = await store.get(KEYS.desired)
+        await store.set(KEYS.desired, b"no document")
+        assert await read_standing(store, KEYS, held.id) is Standing.RUNS, "it is there, and its controller has a good one"
+        closing = msgspec.structs.replace(Desired.from_bytes(raw), closing=True)
+        await store.set(KEYS.desired, closing.to_bytes())
+        await store.set(KEYS.ended, held.id.encode())
+        assert await read_standing(store, KEYS, held.id) is Standing.DRAINS, "its clearing was cut short"
+        await forget(store, KEYS, held.id)
+        assert await read_standing(store, KEYS, held.id) is Standing.ENDED
+        await store.close()  # which forgets everything
+        assert await read_standing(store, KEYS, held.id) is Standing.LOST
+        await claim_instance(store, KEYS, "n2", HTTP, detached=True)
+        assert await read_standing(store, KEYS, held.id) is Standing.ENDED
 
     run(main())

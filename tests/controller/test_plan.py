@@ -5,9 +5,19 @@ from itertools import count
 import msgspec
 import pytest
 
-from mqserve.controller.plan import Placement, ended_replicas, living, of_backends, place_proxies, place_replicas
+from mqserve.controller.plan import (
+    Placement,
+    ended_replicas,
+    living,
+    of_backends,
+    place_proxies,
+    place_replicas,
+    somebody_is_missed,
+    takers,
+)
 from mqserve.controller.resources import Capacity, parse_actor_options
-from mqserve.controller.state import SILENT_AFTER_S, Assignment, Backend, Beat, Desired, HttpOptions, choose_backend
+from mqserve.controller.restarts import ENDED_WELL
+from mqserve.controller.state import SILENT_AFTER_S, Assignment, Backend, Beat, Desired, HttpOptions, Observed, choose_backend
 
 NOW_MS = 1_000_000
 SILENT_MS = NOW_MS - int(SILENT_AFTER_S * 1000)
@@ -106,6 +116,13 @@ def test_a_replica_ends_with_its_node_or_as_its_node_says() -> None:
     assert ended_replicas(assigned, seen, NOW_MS) == {"a2": "killed by SIGKILL", "a3": "its node n2 is gone"}
 
 
+def test_a_replica_whose_node_drains_or_has_left_ended_well_and_that_node_takes_nothing_more() -> None:
+    assigned = {"a1": Assignment("a", "drains", 1), "a2": Assignment("a", "left", 1), "a3": Assignment("a", "stays", 1)}
+    seen = beats(Beat("node", "drains", NOW_MS, state="draining"), Beat("node", "stays", NOW_MS))
+    assert ended_replicas(assigned, seen, NOW_MS) == {"a1": ENDED_WELL, "a2": ENDED_WELL}
+    assert set(takers(seen, NOW_MS)) == {"stays"}
+
+
 @pytest.mark.parametrize(
     ("location", "nodes"),
     [("EveryNode", ("head", "other")), ("HeadOnly", ("head",)), ("NoServer", ())],
@@ -166,3 +183,27 @@ def test_without_room_for_a_surge_a_single_old_replica_serves_on() -> None:
     assigned = {"a1": Assignment("a", "n", 1, desired.backends["a"].options.demand)}
     placement = put(desired, {"n": Capacity(num_cpus=1)}, assigned, ready={"a1"})
     assert set(placement.replicas) == {"a1"} and "Cannot scale backend 'a'" in placement.unplaced["a"]
+
+
+OBSERVED = Observed(replicas={"a1": Assignment("a", "n1", 1)}, draining={"a0": Assignment("a", "n1", 1)}, proxies=("n1",))
+ALL = (Beat("node", "n1", NOW_MS), Beat("replica", "a0", NOW_MS), Beat("replica", "a1", NOW_MS), Beat("proxy", "p", NOW_MS))
+
+
+def by_field(*beats: Beat) -> dict[str, Beat]:
+    return {beat.field: beat for beat in beats}
+
+
+def test_nobody_is_missed_while_all_that_are_known_beat() -> None:
+    gone = [Beat("replica", "a9", SILENT_MS, state="failed"), Beat("supervisor", "s", SILENT_MS)]
+    assert not somebody_is_missed(OBSERVED, by_field(*ALL, *gone), NOW_MS)
+
+
+@pytest.mark.parametrize("missing", ALL, ids=lambda beat: beat.field)
+def test_one_that_was_there_and_is_silent_is_missed(missing: Beat) -> None:
+    silent = msgspec.structs.replace(missing, at=SILENT_MS)
+    assert somebody_is_missed(OBSERVED, by_field(*ALL) | by_field(silent), NOW_MS)
+
+
+@pytest.mark.parametrize("missing", ALL[:3], ids=lambda beat: beat.field)
+def test_one_that_ought_to_be_there_is_missed_without_any_beat(missing: Beat) -> None:
+    assert somebody_is_missed(OBSERVED, by_field(*(beat for beat in ALL if beat is not missing)), NOW_MS)

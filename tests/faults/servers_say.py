@@ -4,6 +4,7 @@ from typing import Any
 
 import msgspec
 import pika
+import pika.exceptions
 import redis
 
 from tests.servers import PrivateRabbitMQ
@@ -45,3 +46,20 @@ def words_said(environment: dict[str, str]) -> int:
     """How many cancellations every replica has been told of."""
     with redis.Redis.from_url(environment["MQSERVE_STORE_URL"]) as store:
         return int(store.xlen(f"mqserve:{environment['MQSERVE_NAMESPACE']}:cancelled"))
+
+
+def queues_of(broker_url: str, namespace: str, *backends: str) -> list[str]:
+    """Those that exist, of the first generations of these backends."""
+    found = []
+    for name in [
+        queue
+        for backend in backends
+        for queue in (*(f"{namespace}.backend.{backend}.{n}" for n in (1, 2, 3)), f"{namespace}.dead.{backend}")
+    ]:
+        with pika.BlockingConnection(pika.URLParameters(broker_url)) as connection:
+            try:
+                connection.channel().queue_declare(name, passive=True)
+            except pika.exceptions.ChannelClosedByBroker:
+                continue
+            found.append(name)
+    return found

@@ -1,0 +1,29 @@
+"""What goes wrong again every second is said once, and then once in a while."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+
+AGAIN_AFTER_S = 60.0
+
+
+class Complaint:
+    """Of one thing that is tried again and again. `over` once it went well: the next failure is news."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self._logger = logger
+        self._last, self._said_at = "", -math.inf
+
+    def __repr__(self) -> str:
+        return f"<Complaint {self._last!r}>"
+
+    def say(self, words: str) -> None:
+        """As a warning."""
+        if words != self._last or time.monotonic() - self._said_at > AGAIN_AFTER_S:
+            self._logger.warning("%s", words)
+            self._last, self._said_at = words, time.monotonic()
+
+    def over(self) -> None:
+        self._last = ""

@@ -1,0 +1,79 @@
+"""What `/-/readyz` says: red only when requests cannot be answered, and until those that were declared can be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from ..broker.queue import Queue
+from ..broker.store import Store
+from ..controller.state import Desired, Endpoint, Observed
+
+DOWN_AFTER_MS = 10_000  # a backend without a replica for so long is no reason to wait: its callers are told
+
+
+class Readiness:
+    """One proxy's. Broker and store are looked at each time; that the routes are served is found once, and holds for the instance: a
+    backend that loses its replicas later is no reason to take a proxy with all its other routes out of service."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._desired: Desired | None = None
+        self._observed = Observed()
+        self._served = ""  # the instance whose routes were all served once
+        self._has_ended = False
+
+    def __repr__(self) -> str:
+        return f"<Readiness, {self._waits_for() or 'served'}>"
+
+    def follow(self, desired: Desired | None, observed: Observed | None) -> None:
+        """The documents as they are now: the proxy serves the routes of these."""
+        if desired is None:  # lost, or cleared
+            self._has_ended = self._desired is not None and self._desired.closing
+            return
+        self._desired, self._observed, self._has_ended = desired, observed or Observed(), False
+
+    def look(self, queue: Queue) -> tuple[bool, dict[str, Any]]:
+        """(ready, facts for anybody)."""
+        why: dict[str, str] = {}
+        if queue.down_s:
+            why["broker"] = queue.trouble
+        if trouble := self._store.trouble:
+            why["store"] = trouble
+        if waits_for := self._waits_for():
+            why["routes"] = waits_for
+        facts = {name: name not in why for name in ("broker", "store", "routes")}
+        return not why, {**facts, "why": why} if why else facts
+
+    def _waits_for(self) -> str:
+        if self._desired is None:
+            return "no instance is there yet"
+        if self._has_ended:
+            return "the instance was shut down"
+        if self._desired.instance == self._served:
+            return ""
+        missing = _missing(self._desired, self._observed, self._store.now_ms())
+        if not missing:
+            self._served = self._desired.instance
+        return missing
+
+
+def _missing(desired: Desired, observed: Observed, now_ms: int) -> str:
+    """What of the declared routes is not served yet, in words for anybody; empty when all of it is."""
+    if desired.incomplete:
+        return "not all that was declared is deployed yet"
+    if observed.serving is None:  # an older controller's, which does not say
+        return ""
+    waiting = [
+        name for name in _routed(desired.endpoints.values()) if name not in observed.serving and not _is_down(observed, name, now_ms)
+    ]
+    return f"no replica is ready yet of {len(waiting)} backends that have a route" if waiting else ""
+
+
+def _routed(endpoints: Iterable[Endpoint]) -> set[str]:
+    """The backends to which requests over HTTP go."""
+    return {name for endpoint in endpoints if endpoint.route is not None for name, weight in endpoint.traffic.items() if weight > 0}
+
+
+def _is_down(observed: Observed, name: str, now_ms: int) -> bool:
+    return name in observed.down_since and now_ms - observed.down_since[name] > DOWN_AFTER_MS
