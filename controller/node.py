@@ -190,10 +190,10 @@ class Node:
         config = backend.config if backend is not None else BackendConfig()
         try:
             variables = replica_environment(assignment.demand, self._options.capacity, assignment.gpus, os.environ)
+            python = await find_python(options)
             if self._options.metrics is not None:
-                variables[FOLDER_VARIABLE] = self._options.metrics.folder
-            share = Share(variables, await find_python(options))
-            child = self._launcher.replica(assignment.backend, replica_id, self._options.node_id, share)
+                variables[FOLDER_VARIABLE] = self._options.metrics.make_folder(replica_id)
+            child = self._launcher.replica(assignment.backend, replica_id, self._options.node_id, Share(variables, python))
         except Exception as error:  # whatever is wrong with one assignment, the other replicas are not to go with it
             logger.warning("cannot start %s: %s", replica_id, words_of(error))
             self._ended[replica_id] = words_of(error)
@@ -208,7 +208,7 @@ class Node:
     async def _watch_replica(self, replica_id: str, child: Child) -> None:
         how = await child.wait()
         if self._options.metrics is not None:
-            self._options.metrics.forget(child.pid)
+            self._options.metrics.forget(replica_id)
         running = self._replicas.pop(replica_id, None)
         if running is not None and not running.stopping:
             self._ended[replica_id] = how or ENDED_WELL

@@ -1,15 +1,18 @@
-"""A node's metrics page: those of all its replicas, which leave them in files of one folder (prometheus_client's multiprocess mode)."""
+"""A node's metrics page: those of all its replicas, which leave them in files (prometheus_client's multiprocess mode). Each replica has a
+folder of its own, where the processes that it forks and starts leave theirs too."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
+import psutil
 from prometheus_client import CollectorRegistry, make_wsgi_app, start_http_server
 from prometheus_client.multiprocess import MultiProcessCollector
 
@@ -29,10 +32,39 @@ class NodeMetrics:
     folder: str
     url: str
 
-    def forget(self, pid: int) -> None:
-        """Those of a replica that ended: its files would be read at every scrape for ever."""
-        for path in Path(self.folder).glob(f"*_{pid}.db"):
-            path.unlink(missing_ok=True)
+    def make_folder(self, replica_id: str) -> str:
+        """Where that replica writes."""
+        path = self._folder_of(replica_id)
+        path.mkdir(exist_ok=True)
+        return str(path)
+
+    def forget(self, replica_id: str) -> None:
+        """What a replica that ended and its processes left: it would be read at every scrape for ever."""
+        shutil.rmtree(self._folder_of(replica_id), ignore_errors=True)
+
+    def _folder_of(self, replica_id: str) -> Path:
+        return Path(self.folder) / quote(replica_id, safe="")
+
+
+class _Collector(MultiProcessCollector):
+    """Of the files in the folders of all replicas."""
+
+    def __init__(self, registry: CollectorRegistry, folder: str) -> None:
+        super().__init__(registry, path=folder)  # type: ignore[no-untyped-call]
+        self._folder = Path(folder)
+
+    def collect(self) -> Any:
+        while True:
+            with suppress(FileNotFoundError):  # a replica ended in between
+                return self.merge([str(path) for path in self._folder.glob("*/*.db") if _is_told(path)])  # type: ignore[no-untyped-call]
+
+
+def _is_told(path: Path) -> bool:
+    """Counts of a process that has ended stay, or totals would fall; a gauge of what lives goes with it, and its file is removed."""
+    if path.name.startswith("gauge_live") and not psutil.pid_exists(int(path.stem.rpartition("_")[2])):
+        path.unlink(missing_ok=True)
+        return False
+    return True
 
 
 @contextmanager
@@ -40,7 +72,7 @@ def serve_metrics(host: str, port: int) -> Iterator[NodeMetrics]:
     """The page is up inside the block; port 0 takes any free one. Raises BadValue when the address cannot be had."""
     folder = tempfile.mkdtemp(prefix="mqserve-metrics-")
     registry = CollectorRegistry()
-    MultiProcessCollector(registry, path=folder)  # type: ignore[no-untyped-call]
+    _Collector(registry, folder)
     try:
         try:
             server, thread = start_http_server(port, host, registry)

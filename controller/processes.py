@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import signal
 import socket
@@ -15,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
+from ..broker import forks
 from ..broker.errors import BadValue
 from ..broker.lifeline import PIPE_VARIABLE
 from ..broker.listener import bind
@@ -42,25 +44,26 @@ class Process:
         self._arguments = arguments
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX) or name in _INHERITED}
         environment = {**inherited, **settings.to_env(), **variables, "PYTHONPATH": _import_path()}
-        reading = self._writing = -1
+        reading: io.FileIO | None = None
+        self._writing: io.FileIO | None = None
         if not detached:
-            reading, self._writing = os.pipe()
-            environment[PIPE_VARIABLE] = str(reading)
+            reading, self._writing = forks.guarded_pipe()
+            environment[PIPE_VARIABLE] = str(reading.fileno())
         output = _detached_output(settings.namespace) if detached else None
         try:
             self._popen = subprocess.Popen(
-                [python, "-m", "mqserve", *arguments], env=environment, pass_fds=(*hands_on, *(() if detached else (reading,))),
+                [python, "-m", "mqserve", *arguments], env=environment, pass_fds=(*hands_on, *((reading.fileno(),) if reading else ())),
                 start_new_session=True, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
             )  # fmt: skip
         except BaseException:
-            if self._writing >= 0:
-                os.close(self._writing)
+            if self._writing:
+                self._writing.close()
             raise
         finally:
             if output is not None and not isinstance(output, int):
                 output.close()
-            if reading >= 0:
-                os.close(reading)
+            if reading:
+                reading.close()
 
     def __repr__(self) -> str:
         return f"<Process {self.pid} mqserve {' '.join(self._arguments)}, {self._popen.returncode}>"
@@ -88,9 +91,8 @@ class Process:
 
         threading.Thread(target=reap, name=f"wait for {self.pid}", daemon=True).start()
         code = await ended
-        if self._writing >= 0:
-            os.close(self._writing)
-            self._writing = -1
+        if self._writing:
+            self._writing.close()
         return _how_it_ended(code)
 
     def _reap(self) -> int:

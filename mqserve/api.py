@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
+from .broker import forks
 from .broker.errors import InstanceError
 from .broker.settings import Settings
 from .client import Client
@@ -15,7 +15,7 @@ from .handle import AsyncHandle, Handle
 from .instance import StartOptions, parse_http_options
 from .session import open_client
 
-_lock = threading.RLock()
+_lock = forks.Lock()
 _current: Client | None = None
 _is_under_run = False
 
@@ -40,7 +40,7 @@ def start(
     """
     global _current
     with _lock:
-        if _current is not None and not _current._closed:
+        if _current is not None and not _current._closed and not _current.is_inherited:
             if _is_under_run:
                 return _join_run(_current, detached, http_options)
             raise InstanceError("this process has an instance already: use it, or call serve.shutdown() first")
@@ -70,7 +70,7 @@ def connect(*, broker_url: str | None = None, store_url: str | None = None, name
     """Joins the instance that runs under the namespace; inside a replica, its own. Raises InstanceError when there is none."""
     global _current
     with _lock:
-        if _current is not None and not _current._closed:
+        if _current is not None and not _current._closed and not _current.is_out_of_reach:
             return _current
         settings = Settings.read(broker_url=broker_url, store_url=store_url, namespace=namespace)
         if settings.embedded:

@@ -28,6 +28,7 @@ FAILED = 1
 
 def main() -> None:
     """The console script."""
+    os.environ.setdefault("UV_USE_IO_URING", "0")  # libuv's ring for its epoll is memory that a forked child would share with us
     cli(prog_name="mqserve", auto_envvar_prefix=None)
 
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 from starlette.convertors import register_url_convertor
 
-from .broker import code
+from .broker import code, forks
 from .broker.caller import Caller
 from .broker.errors import InstanceError, UnknownEndpoint
 from .broker.queue_names import check_name
 from .controller import desired as changes
 from .controller.plan import living
-from .controller.state import BackendConfig, Desired, follow_state, read_beats
+from .controller.state import BackendConfig, follow_state, read_beats
 from .declared import Declaration
 from .deployments import Deployments, check_fits, check_target, read_actor_options
 from .futures import Future, get, wait
@@ -24,24 +26,42 @@ from .links import Links, instance_has_ended
 from .runtime import Runtime
 from .sender import Sender
 
+logger = logging.getLogger(__name__)
+_opening = forks.Lock()  # of what a forked child opens for itself
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """What a client has in one process: a thread and connections, of which a forked child has none."""
+
+    runtime: Runtime
+    links: Links
+    caller: Caller
+    sender: Sender
+    deployments: Deployments
+    instance: str
+    end: Callable[[], None]
+    depth: int
+
 
 class Client:
-    """Made by `serve.start` and `serve.connect`. Its methods may be called from any thread; each waits for what it promises."""
+    """Made by `serve.start` and `serve.connect`. Its methods may be called from any thread; each waits for what it promises. In a forked
+    child it opens connections of its own when it is first used there, or says that it cannot."""
 
-    def __init__(self, runtime: Runtime, links: Links, instance: str, end: Callable[[], None]) -> None:
-        self._runtime = runtime
-        self._links = links
-        self._end = end
+    def __init__(self, runtime: Runtime, links: Links, instance: str, end: Callable[[], None], again: Callable[[], Client]) -> None:
+        caller = Caller(links.queue, links.store, links.keys, links.process_id)
+        sender = Sender(runtime, links, caller, lambda: self.sender)
+        deployments = Deployments(links, instance, sender.follow)
+        self._own = Opened(runtime, links, caller, sender, deployments, instance, end, forks.depth)
+        self._again = again
+        self._settings = links.settings
         self._signer = links.settings.signer
-        self._caller = Caller(links.queue, links.store, links.keys, links.process_id)
-        self._sender = Sender(runtime, links, self._caller)
-        self._deployments = Deployments(links, instance, self._follow)
-        self._instance = instance
+        self._depth = forks.depth
         self._closed = False
         self.has_ended = False  # somebody shut the instance down
 
     def __repr__(self) -> str:
-        return f"<Client of {self._links.settings.namespace!r}{', shut down' if self._closed else ''}>"
+        return f"<Client of {self._settings.namespace!r}{', shut down' if self._closed else ''}>"
 
     def __reduce__(self) -> Any:
         """Arrives as the client of the instance that is current there."""
@@ -52,21 +72,50 @@ class Client:
     @property
     def sender(self) -> Sender:
         """For handles. Raises InstanceError once shut down."""
+        return self._opened.sender
+
+    @property
+    def _opened(self) -> Opened:
+        """Of this process. Raises InstanceError once shut down, and in a forked child that cannot have it."""
         self._check_open()
-        return self._sender
+        if self._own.depth != forks.depth:
+            with _opening:
+                if self._own.depth != forks.depth:
+                    self._own = self._again()._own
+        return self._own
+
+    @property
+    def _sender(self) -> Sender:
+        return self._opened.sender
+
+    @property
+    def _links(self) -> Links:
+        return self._opened.links
+
+    @property
+    def _deployments(self) -> Deployments:
+        return self._opened.deployments
+
+    @property
+    def is_inherited(self) -> bool:
+        """Whether this process was forked since it was made."""
+        return self._depth != forks.depth
+
+    @property
+    def is_out_of_reach(self) -> bool:
+        """Whether it acts on an embedded instance of another process."""
+        return self.is_inherited and self._settings.embedded
 
     async def run(self) -> None:
         """Reads results and follows the desired document until cancelled; for whoever made the client."""
+        own = self._own
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._caller.run())
-            async for desired, _ in follow_state(self._links.store, self._links.keys):
-                if desired is not None and desired.instance == self._instance:
-                    self._follow(desired)
+            tasks.create_task(own.caller.run())
+            async for desired, _ in follow_state(own.links.store, own.links.keys):
+                if desired is not None and desired.instance == own.instance:
+                    own.sender.follow(desired)
                 else:  # nothing, or another's, which came while this process was suspended
-                    self.has_ended = desired is not None or await instance_has_ended(self._links, self._instance)
-
-    def _follow(self, desired: Desired) -> None:
-        self._sender.desired = desired
+                    self.has_ended = desired is not None or await instance_has_ended(own.links, own.instance)
 
     # Backends.
 
@@ -85,7 +134,7 @@ class Client:
         class; NotEncodable for code that cannot travel; BackendFailed with the remote traceback when a replica does not get
         ready, and then nothing stays registered.
         """
-        options = read_actor_options(actor_options, ray_actor_options, embedded=self._links.settings.embedded)
+        options = read_actor_options(actor_options, ray_actor_options, embedded=self._settings.embedded)
         check_target(backend_tag, func_or_class, init_args)
         parsed = changes.parse_config(config)
         check_fits(backend_tag, func_or_class, parsed)
@@ -107,7 +156,7 @@ class Client:
         """
         options = None
         if actor_options is not None or ray_actor_options is not None:
-            options = read_actor_options(actor_options, ray_actor_options, embedded=self._links.settings.embedded)
+            options = read_actor_options(actor_options, ray_actor_options, embedded=self._settings.embedded)
         check_target(backend_tag, func_or_class, init_args)
         packed = code.pack(func_or_class, init_args, self._signer)
         self._call(self._deployments.update_backend(backend_tag, packed, options))
@@ -201,7 +250,6 @@ class Client:
 
     def get_handle(self, endpoint_name: str, sync: bool = True, missing_ok: bool = False) -> Handle | AsyncHandle:
         """A caller of the endpoint. Raises UnknownEndpoint unless `missing_ok`; then requests wait for it to be created."""
-        self._check_open()
         if endpoint_name not in self._sender.desired.endpoints:
             self._sender.desired = self._call(self._deployments.read_desired())
             if endpoint_name not in self._sender.desired.endpoints and not missing_ok:
@@ -236,19 +284,21 @@ class Client:
         """Ends the instance: proxies and replicas drain, queues and documents go. Idempotent; later calls raise InstanceError.
 
         Whoever joined the instance is told by an InstanceError where it still drains after all the time that its replicas may take.
+        In a child that was forked since it was started or joined the instance goes on: only what the child has opened is closed.
         """
-        if not self._closed:
-            self._closed = True
-            self._end()
+        if self._closed:
+            return
+        self._closed = True
+        if self.is_inherited:
+            logger.warning("shutdown() in a forked child closes what this process has opened; the instance is its parent's and goes on")
+        if self._own.depth == forks.depth:
+            self._own.end()
 
     # Waiting.
 
     def _call(self, work: Any) -> Any:
-        self._check_open(work)
-        return self._runtime.call(work)
+        return self._opened.runtime.call(work)
 
-    def _check_open(self, work: Any = None) -> None:
+    def _check_open(self) -> None:
         if self._closed:
-            if work is not None:
-                work.close()
             raise InstanceError("Client has already been shut down.")

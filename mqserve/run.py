@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from . import api
+from .broker import forks
 from .broker.code import load_import_string
 from .broker.errors import BadValue, MQServeError
 from .broker.settings import Settings
@@ -75,6 +76,7 @@ class _Signals:
 def _signals() -> Iterator[_Signals]:
     signals = _Signals()
     before = {number: signal.signal(number, signals.take) for number in (signal.SIGINT, signal.SIGTERM)}
+    forks.take_signals(*before)
     try:
         yield signals
     finally:

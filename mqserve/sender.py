@@ -44,15 +44,19 @@ class _Call:
 class Sender:
     """Shared by all handles of a client; `desired` is replaced by whoever follows the document."""
 
-    def __init__(self, runtime: Runtime, links: Links, caller: Caller) -> None:
+    def __init__(self, runtime: Runtime, links: Links, caller: Caller, find: Callable[[], Sender]) -> None:
         self._runtime = runtime
         self._links = links
         self._caller = caller
+        self.find = find  # the client's sender in this process: a forked child has another one
         self._signer = links.settings.signer
         self.desired = Desired()
 
     def __repr__(self) -> str:
         return f"<Sender with {len(self.desired.endpoints)} endpoints>"
+
+    def follow(self, desired: Desired) -> None:
+        self.desired = desired
 
     def send(
         self,
@@ -71,7 +75,7 @@ class Sender:
         """
         call = _Call(mint_id(), meta, shard_key, data, arguments, min(timeout_s or math.inf, _left_s()), concurrent.futures.Future())
         call.pending.add_done_callback(lambda done: self._cancel([call.id]) if done.cancelled() else None)
-        awaited = [value for value in (data, *arguments.values()) if isinstance(value, Future)]
+        awaited = [value.here() for value in (data, *arguments.values()) if isinstance(value, Future)]
         is_missing = meta.endpoint not in self.desired.endpoints
         if is_missing and not wait_for_endpoint:
             # Another process may have made it just now: a handle that arrived by pickle is quicker than the document.
@@ -82,7 +86,7 @@ class Sender:
             self._runtime.submit(self._send_later(call))
         else:
             self._send_now(call)
-        return Future(call.id, call.pending, lambda result: read_result(result, call.id, self._signer))
+        return Future(call.id, call.pending, lambda result: read_result(result, call.id, self._signer), self)
 
     def _send_now(self, call: _Call) -> None:
         desired = self.desired
@@ -175,6 +179,8 @@ class Sender:
             future_id,
             pending,
             lambda result: read_result(result, found[0], self._signer, backend),
+            self,
+            backend=backend,
             on_cancel=lambda: self._cancel(keys),
         )
 

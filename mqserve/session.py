@@ -6,7 +6,10 @@ import asyncio
 import atexit
 import logging
 from contextlib import AsyncExitStack
+from functools import partial
 
+from .broker import forks
+from .broker.errors import InstanceError
 from .broker.settings import Settings
 from .client import Client
 from .controller import lease
@@ -18,29 +21,42 @@ from .runtime import Runtime
 logger = logging.getLogger(__name__)
 
 
-def open_client(settings: Settings, options: StartOptions | None) -> Client:
+def open_client(settings: Settings, options: StartOptions | None, *, ends_instance: bool = True) -> Client:
     """Starts an instance by `options`, or joins the one that runs. Its `shutdown` undoes all of this, as does the end of the program
     for an instance that is not detached."""
     runtime = Runtime()
     runtime.start()
-    session = _Session(runtime, settings, options)
+    session = _Session(runtime, settings, options, ends_instance=ends_instance)
     try:
         client = runtime.call(session.enter())
     except BaseException:
         runtime.stop()
         raise
     if options is not None and not options.detached:
-        atexit.register(client.shutdown)
+        atexit.register(_shut_down, client)
     return client
+
+
+def _shut_down(client: Client) -> None:
+    if not client.is_inherited:  # a forked child has its parent's atexit entries
+        client.shutdown()
+
+
+def _open_in_child(settings: Settings) -> Client:
+    """What a client that was open in the parent has in a forked child. Raises InstanceError in the embedded form."""
+    if settings.embedded:
+        raise InstanceError(forks.NOT_HERE)
+    return open_client(settings, None, ends_instance=False)
 
 
 class _Session:
     """What lives on the runtime between a client's opening and its shutdown."""
 
-    def __init__(self, runtime: Runtime, settings: Settings, options: StartOptions | None) -> None:
+    def __init__(self, runtime: Runtime, settings: Settings, options: StartOptions | None, *, ends_instance: bool) -> None:
         self._runtime = runtime
         self._settings = settings
         self._options = options
+        self._ends_instance = ends_instance
         self._stack = AsyncExitStack()
         self._reading: asyncio.Task[None] | None = None
 
@@ -52,9 +68,9 @@ class _Session:
                 instance = (await lease.read_instance(links.store, links.keys)).id
             else:
                 instance = await self._stack.enter_async_context(running_instance(links, self._options))
-            if self._options is None or self._options.detached:
+            if self._ends_instance and (self._options is None or self._options.detached):
                 self._stack.push_async_callback(shut_down, links, instance)
-            client = Client(self._runtime, links, instance, self._end)
+            client = Client(self._runtime, links, instance, self._end, partial(_open_in_child, self._settings))
             self._reading = asyncio.create_task(client.run(), name="read results")
             self._reading.add_done_callback(_tell_failure)
             return client

@@ -9,11 +9,12 @@ import asyncio
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.responses import Response
 
+from ..broker import forks
 from ..broker.caller import MAX_BODY_BYTES
 from ..broker.codecs import check_plain, decode_value
 from ..broker.envelope import Envelope
@@ -42,6 +43,7 @@ class Execution:
     backend: str
     handler: Handler
     signer: Signer
+    depth: int = field(default_factory=lambda: forks.depth)
 
     def method(self, job: Job) -> Method | Result:
         """What is to run, or the result of there being no such method."""
@@ -176,6 +178,7 @@ class Execution:
 
     def failed(self, error: BaseException, job: Job) -> Result:
         """Raises nothing, whatever the exception is. Its words are in the log only where nobody else is told them."""
+        forks.end_if_forked_since(self.depth, error)
         envelope = job.envelope
         result = error_result(error, self.backend, envelope.future_id(self.backend), self.signer, lambda: _brought(job.request))
         if result.status == 500 and result.error is not None and result.error.traceback:

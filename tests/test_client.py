@@ -16,11 +16,15 @@ from mqserve.runtime import Runtime
 KEYS = StoreKeys("tests")
 
 
+def open_no_other() -> Client:
+    raise AssertionError("no process is forked here")
+
+
 @pytest.mark.anyio
 async def test_a_client_that_slept_until_another_instance_was_there_knows_that_its_own_has_ended() -> None:
     store = EmbeddedStore()
     await store.set(KEYS.desired, Desired(instance="another").to_bytes())
-    client = Client(Runtime(), Links(Settings.read(), EmbeddedQueue(), store, KEYS, "test"), "mine", lambda: None)
+    client = Client(Runtime(), Links(Settings.read(), EmbeddedQueue(), store, KEYS, "test"), "mine", lambda: None, open_no_other)
     running = asyncio.create_task(client.run())
     async with asyncio.timeout(10):
         while not client.has_ended:
