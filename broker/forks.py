@@ -18,8 +18,7 @@ import socket
 import stat
 import sys
 import threading
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, NoReturn, Protocol, TypeVar
@@ -65,7 +64,7 @@ Identity = tuple[
 _making = threading.RLock()  # held while a descriptor is made and registered, and through each fork: so no child has one that is not
 _descriptors: WeakKeyDictionary[Any, Identity] = WeakKeyDictionary()  # by Descriptor
 _forkable: WeakSet[Any] = WeakSet()  # of Forkable
-_served: Counter[Address] = Counter()  # where we accept connections
+_served: list[Address] = []  # where we accept connections
 _handlers: dict[int, Any] = {}  # our signal handlers
 _mask: set[Any] = set()  # of the thread that forks, before that
 
@@ -121,11 +120,11 @@ def guarded_service(listener: socket.socket) -> Iterator[None]:
     """Inside the block no child gets the listener, nor a connection that it accepted. These go by their local address, which is the
     listener's: libuv accepts them before Python hears of it, so nothing could register them."""
     address: Address = listener.getsockname()[:2]
-    _served[address] += 1
+    _served.append(address)
     try:
         yield
     finally:
-        _served[address] -= 1
+        _served.remove(address)
 
 
 def mend_in_children(forkable: Forkable) -> None:
@@ -207,10 +206,10 @@ def _identity(fd: int) -> Identity:
 
 
 def _of_services() -> Iterator[int]:
-    if +_served:
+    if _served:
         for fd in _open_descriptors():
             address = _local_address(fd)
-            if address and any(address[1] == port and host in (address[0], "0.0.0.0", "::") for host, port in +_served):
+            if address and any(address[1] == port and host in (address[0], "0.0.0.0", "::") for host, port in _served):
                 yield fd
 
 
@@ -237,14 +236,17 @@ def _local_address(fd: int) -> Address | None:
         probe.detach()
 
 
-def _replace(fds: Iterable[int]) -> None:
+def _replace(fds: Sequence[int]) -> None:
     """By /dev/null, rather than closing them: objects of this process still have the numbers and close them some time, when they might be
-    of something else."""
-    nothing = os.open(os.devnull, os.O_RDWR)
-    for fd in fds:
-        with suppress(OSError):
-            os.dup2(nothing, fd, inheritable=False)
-    os.close(nothing)
+    of something else. The first one is closed before, since a process may be at its limit."""
+    if fds:
+        os.close(fds[0])
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for fd in fds:
+            if fd != nothing:
+                os.dup2(nothing, fd, inheritable=False)
+        if nothing not in fds:
+            os.close(nothing)
 
 
 def _forget_signals(handlers: Mapping[int, Any]) -> None:

@@ -40,7 +40,7 @@ def start(
     """
     global _current
     with _lock:
-        if _current is not None and not _current._closed and not _current.is_inherited:
+        if _current is not None and not _current._closed and not _current._is_inherited:
             if _is_under_run:
                 return _join_run(_current, detached, http_options)
             raise InstanceError("this process has an instance already: use it, or call serve.shutdown() first")
@@ -70,7 +70,7 @@ def connect(*, broker_url: str | None = None, store_url: str | None = None, name
     """Joins the instance that runs under the namespace; inside a replica, its own. Raises InstanceError when there is none."""
     global _current
     with _lock:
-        if _current is not None and not _current._closed and not _current.is_out_of_reach:
+        if _current is not None and not _current._closed and not _current._is_out_of_reach:
             return _current
         settings = Settings.read(broker_url=broker_url, store_url=store_url, namespace=namespace)
         if settings.embedded:

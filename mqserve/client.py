@@ -85,10 +85,6 @@ class Client:
         return self._own
 
     @property
-    def _sender(self) -> Sender:
-        return self._opened.sender
-
-    @property
     def _links(self) -> Links:
         return self._opened.links
 
@@ -97,14 +93,14 @@ class Client:
         return self._opened.deployments
 
     @property
-    def is_inherited(self) -> bool:
+    def _is_inherited(self) -> bool:
         """Whether this process was forked since it was made."""
         return self._depth != forks.depth
 
     @property
-    def is_out_of_reach(self) -> bool:
+    def _is_out_of_reach(self) -> bool:
         """Whether it acts on an embedded instance of another process."""
-        return self.is_inherited and self._settings.embedded
+        return self._is_inherited and self._settings.embedded
 
     async def run(self) -> None:
         """Reads results and follows the desired document until cancelled; for whoever made the client."""
@@ -250,9 +246,9 @@ class Client:
 
     def get_handle(self, endpoint_name: str, sync: bool = True, missing_ok: bool = False) -> Handle | AsyncHandle:
         """A caller of the endpoint. Raises UnknownEndpoint unless `missing_ok`; then requests wait for it to be created."""
-        if endpoint_name not in self._sender.desired.endpoints:
-            self._sender.desired = self._call(self._deployments.read_desired())
-            if endpoint_name not in self._sender.desired.endpoints and not missing_ok:
+        if endpoint_name not in self.sender.desired.endpoints:
+            self.sender.desired = self._call(self._deployments.read_desired())
+            if endpoint_name not in self.sender.desired.endpoints and not missing_ok:
                 raise UnknownEndpoint(f"Endpoint '{endpoint_name}' does not exist.")
         kind = Handle if sync else AsyncHandle
         return kind(endpoint_name, lambda: self.sender, missing_ok=missing_ok)
@@ -289,7 +285,7 @@ class Client:
         if self._closed:
             return
         self._closed = True
-        if self.is_inherited:
+        if self._is_inherited:
             logger.warning("shutdown() in a forked child closes what this process has opened; the instance is its parent's and goes on")
         if self._own.depth == forks.depth:
             self._own.end()

@@ -38,7 +38,7 @@ def open_client(settings: Settings, options: StartOptions | None, *, ends_instan
 
 
 def _shut_down(client: Client) -> None:
-    if not client.is_inherited:  # a forked child has its parent's atexit entries
+    if not client._is_inherited:  # a forked child has its parent's atexit entries
         client.shutdown()
 
 

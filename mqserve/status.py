@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .broker.printable import INDENT, printable_lines
 from .broker.settings import Settings, masked
 from .controller import lease
 from .controller.state import SILENT_AFTER_S, Beat, Desired, Observed, read_beats
@@ -26,7 +27,7 @@ async def show_status(settings: Settings, console: Console | None = None) -> int
         now_ms = links.store.now_ms()
         age_s = (now_ms - held.at) / 1000
         is_led = age_s < lease.LAPSED_AFTER_S
-        owner = "detached" if held.detached else f"started by {held.owner}"
+        owner = "detached" if held.detached else f"started by {_shown(held.owner)}"
         _print(console, Text.assemble("Instance ", (settings.namespace, "bold"), f", {owner}"))
         _print(console, Text.assemble("Controller ", *_leader(held, age_s)))
         _print(console, Text(f"Broker {masked(settings.broker_url)}, store {masked(settings.store_url)}\n"))
@@ -37,7 +38,7 @@ async def show_status(settings: Settings, console: Console | None = None) -> int
         waiting = {beat.id: words for beat in living if (words := beat.refused or beat.error)}
         undone = {name: f"the last roll-out was undone: {b.rolled_back}" for name, b in desired.backends.items() if b.rolled_back}
         for name, problem in [*undone.items(), *waiting.items(), *observed.problems.items()]:
-            _print(console, Text.assemble((name, "red"), f": {problem}"))
+            _print(console, Text.assemble((_shown(name), "red"), f": {_shown(problem)}"))
     return 0 if is_led else 1
 
 
@@ -46,11 +47,16 @@ def _print(console: Console, line: Text) -> None:
     console.print(line, soft_wrap=True)
 
 
+def _shown(text: str) -> str:
+    """Documents, beats and errors in them may be of another version, or of somebody else who may write to the store."""
+    return printable_lines(text, INDENT)
+
+
 def _leader(held: lease.InstanceLease, age_s: float) -> tuple[str | tuple[str, str], ...]:
     if age_s >= lease.LAPSED_AFTER_S:
         missing = f" for {age_s:.0f} s: traffic goes on, nothing is replaced or scaled; start one with `mqserve controller`"
         return ("missing", "red"), missing
-    return ((held.leader, "green"), " leads") if held.leader else (("starting", "yellow"),)
+    return ((_shown(held.leader), "green"), " leads") if held.leader else (("starting", "yellow"),)
 
 
 def make_console() -> Console:
@@ -114,8 +120,8 @@ def make_table(title: str, *columns: str) -> Table:
 
 
 def _add_row(table: Table, *cells: str | Text) -> None:
-    table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in cells))
+    table.add_row(*(cell if isinstance(cell, Text) else Text(_shown(cell)) for cell in cells))
 
 
 def _colored(state: str) -> Text:
-    return Text(state, {"ready": "green", "starting": "yellow", "draining": "yellow"}.get(state, "red"))
+    return Text(_shown(state), {"ready": "green", "starting": "yellow", "draining": "yellow"}.get(state, "red"))

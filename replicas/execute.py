@@ -20,6 +20,7 @@ from ..broker.codecs import check_plain, decode_value
 from ..broker.envelope import Envelope
 from ..broker.errors import BadEnvelope, BadType
 from ..broker.failures import traceback_of
+from ..broker.printable import printable, printable_lines
 from ..broker.results import ErrorInfo, Result
 from ..broker.signing import Claim, Signer
 from .batching import split_results
@@ -87,7 +88,8 @@ class Execution:
             if collected.is_too_large:
                 answer(self._too_large())
             elif collected.is_whole:
-                logger.error("after the answer to request %s of %s\n%s", job.envelope.id, self.backend, traceback_of(error).rstrip())
+                told = printable_lines(traceback_of(error).rstrip())
+                logger.error("after the answer to request %s of %s\n%s", printable(job.envelope.id), self.backend, told)
             else:
                 answer(self.failed(error, job))
 
@@ -182,7 +184,8 @@ class Execution:
         envelope = job.envelope
         result = error_result(error, self.backend, envelope.future_id(self.backend), self.signer, lambda: _brought(job.request))
         if result.status == 500 and result.error is not None and result.error.traceback:
-            logger.error("request %s of %s failed\n%s", envelope.id or "without an id", self.backend, result.error.traceback.rstrip())
+            told = printable_lines(result.error.traceback.rstrip())
+            logger.error("request %s of %s failed\n%s", printable(envelope.id) or "without an id", self.backend, told)
         return result
 
 

@@ -31,6 +31,7 @@ from ..broker import forks
 from ..broker.errors import BackendFailed, words_of
 from ..broker.failures import Failure, describe, traceback_of
 from ..broker.loops import WorkerLoop
+from ..broker.printable import printable_lines
 from ..broker.results import Result
 from ..controller.state import BackendConfig
 from .call_contexts import CallContexts
@@ -438,7 +439,7 @@ class Worker:
 def _log_unhandled(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """What nobody awaited: the default handler would ask the exception for its own words."""
     error = context.get("exception")
-    told = traceback_of(error).rstrip() if error is not None else ""
+    told = printable_lines(traceback_of(error).rstrip()) if error is not None else ""
     logger.error("user code, outside any request: %s\n%s", context.get("message", "an error"), told)
 
 
