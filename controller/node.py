@@ -281,7 +281,7 @@ class Node:
             running.grace_s = min(running.grace_s, at_most_s)
             self._stop(running)
         while self._stoppers:
-            await asyncio.gather(*self._stoppers)
+            await asyncio.wait(self._stoppers)  # gather returns at once for tasks that are done (3.12), before they are discarded
 
     def _all(self) -> Iterable[_Running]:
         return [*self._replicas.values(), *self._proxies.values()]
