@@ -25,13 +25,14 @@ from typing import Any, NoReturn, Protocol, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
 from .failures import traceback_of
+from .printable import printable_lines
 
 logger = logging.getLogger(__name__)
 
 CAME_BACK_EXIT = 70
 CAME_BACK = (
-    "a process that was forked in a handler returned from it, or awaited, and has no event loop: it ends here; let it end by os._exit() or "
-    "sys.exit(), or use multiprocessing"
+    "a process that a handler or a middleware has forked came back from it, or awaits, and has no event loop: it ends here; let it end by "
+    "os._exit() or sys.exit(), or use multiprocessing"
 )
 NOT_HERE = (
     "this process was forked from the one that runs the embedded instance, and has none of its threads and connections: send requests from "
@@ -154,7 +155,7 @@ def end_child(error: BaseException | None = None) -> NoReturn:
         if type(error) is SystemExit:
             code = error.code or 0
         else:
-            logger.error("%s\n%s", CAME_BACK, "" if error is None else traceback_of(error).rstrip())
+            logger.error("%s", CAME_BACK if error is None else f"{CAME_BACK}\n{printable_lines(traceback_of(error).rstrip())}")
         if not isinstance(code, int):
             logger.error("%s", code)
         sys.stdout.flush()
