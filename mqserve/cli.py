@@ -18,7 +18,7 @@ import click
 from . import __version__, logs
 from .broker.errors import MQServeError
 from .broker.lifeline import run as run_loop
-from .broker.printable import INDENT, printable_lines
+from .broker.printable import INDENT, printable, printable_lines
 from .broker.queue_names import check_namespace
 from .broker.settings import Settings
 from .controller.detached_log import PATH_VARIABLE, tend_log
@@ -138,7 +138,7 @@ def start(namespace: str | None, host: str, port: int, location: str, debug: boo
     http, _ = parse_http_options({"host": host, "port": port, "location": location, "debug": debug})
     settings = _distributed(namespace, "start")
     url = open_client(settings, StartOptions(http, detached=True, with_node=not no_node)).http_url()
-    where = f", HTTP on {url}" if url else ""
+    where = f", HTTP on {printable(url)}" if url else ""
     click.echo(
         f"Instance {settings.namespace!r} runs{where}. End it with `mqserve shutdown`; its log is {detached_log(settings.namespace)}."
     )
