@@ -61,10 +61,11 @@ class _Collector(MultiProcessCollector):
 
 def _is_told(path: Path) -> bool:
     """Counts of a process that has ended stay, or totals would fall; a gauge of what lives goes with it, and its file is removed."""
-    if path.name.startswith("gauge_live") and not psutil.pid_exists(int(path.stem.rpartition("_")[2])):
-        path.unlink(missing_ok=True)
-        return False
-    return True
+    pid = path.stem.rpartition("_")[2]
+    if not path.name.startswith("gauge_live") or not pid.isdigit() or psutil.pid_exists(int(pid)):
+        return True
+    path.unlink(missing_ok=True)
+    return False
 
 
 @contextmanager
