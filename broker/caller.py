@@ -18,6 +18,7 @@ from .cancellations import CANCELLED, word_of_request
 from .envelope import Envelope, Header, Meta, mint_id
 from .errors import BrokerUnavailable, Cancelled, MQServeError, Overloaded, StoreUnavailable, TooLarge
 from .overload import HeldBytes, Pace
+from .printable import printable
 from .queue import Queue
 from .results import Result, note_of
 from .store import Record, Store
@@ -143,7 +144,7 @@ class Caller:
         try:
             await self.cancel_everywhere(future_id)
         except StoreUnavailable as error:
-            logger.warning("request %s runs to its end or its deadline, though it was cancelled: %s", future_id, error)
+            logger.warning("request %s runs to its end or its deadline, though it was cancelled: %s", printable(future_id), error)
 
     @property
     def trouble(self) -> str:

@@ -8,6 +8,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from . import forks
+
 DRAINING = "\nDraining … (once more to end at once)"
 AT_ONCE = "\nEnding at once: what was under way is dropped, and what still runs here ends within seconds."
 INTERRUPTED = 130  # the exit code: 128 and the number of SIGINT
@@ -51,6 +53,7 @@ def taking(interrupts: Interrupts, *numbers: int) -> Iterator[Interrupts]:
         yield interrupts
         return
     before = {number: signal.signal(number, interrupts.take) for number in numbers or (signal.SIGINT,)}
+    forks.take_signals(*before)
     try:
         yield interrupts
     finally:

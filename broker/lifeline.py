@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import signal
 import threading
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, MutableMapping
 from typing import Any
 
 import uvloop
 
+from . import forks
 from .interrupts import DRAINING, Interrupts
+from .loops import IoLoop
 
 ORPHAN_BUDGET_S = 9.0  # what a process has to end after its parent
 PIPE_VARIABLE = "MQSERVE_LIFELINE_FD"
@@ -19,13 +22,14 @@ PIPE_VARIABLE = "MQSERVE_LIFELINE_FD"
 
 def run(main: Coroutine[Any, Any, int]) -> int:
     """Runs a process's main coroutine on uvloop; the exit code."""
-    return uvloop.run(main)
+    return uvloop.run(main, loop_factory=IoLoop)
 
 
 class Stop(asyncio.Event):
     """Set once, to end. `orphaned`: the parent was killed, so there is no time to lose."""
 
     orphaned = False
+    lifeline: io.FileIO | None = None  # our end of the pipe
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,20 +41,23 @@ class Stop(asyncio.Event):
         self.set()
 
 
-def stop_event(env: Mapping[str, str] = os.environ) -> Stop:
+def stop_event(env: MutableMapping[str, str] = os.environ) -> Stop:
     """Set by SIGTERM, SIGINT, or the end of the parent. Call it on the running loop of the main thread."""
     stop = Stop()
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     loop.add_signal_handler(signal.SIGINT, stop.interrupt)
-    if fd := env.get(PIPE_VARIABLE):
-        loop.add_reader(int(fd), _on_pipe, int(fd), stop)
+    forks.take_signals(signal.SIGTERM, signal.SIGINT)
+    if fd := env.pop(PIPE_VARIABLE, ""):  # ours alone: what user code starts must not take the number for its own
+        stop.lifeline = forks.guard(io.FileIO(int(fd), "rb"))
+        os.set_inheritable(stop.lifeline.fileno(), False)
+        loop.add_reader(stop.lifeline, _on_pipe, stop.lifeline, stop)
     return stop
 
 
-def _on_pipe(fd: int, stop: Stop) -> None:
+def _on_pipe(pipe: io.FileIO, stop: Stop) -> None:
     """The parent never writes: readable means closed."""
-    asyncio.get_running_loop().remove_reader(fd)
+    asyncio.get_running_loop().remove_reader(pipe)
     stop.orphaned = True
     last_resort = threading.Timer(ORPHAN_BUDGET_S, os._exit, (1,))
     last_resort.daemon = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import socket
 
+from . import forks
 from .errors import BadValue
 
 
@@ -12,7 +13,7 @@ def bind(host: str, port: int) -> socket.socket:
     """A listening socket nobody else has. Raises BadValue with what to do when the address cannot be had."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.socket(family)
+        listener = forks.guarded_socket(family)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, port))

@@ -17,6 +17,7 @@ import msgspec
 
 from .backoff import delays
 from .errors import BadEnvelope, MQServeError, StoreUnavailable
+from .printable import printable
 from .results import Result, late_result, note_of, read_note
 from .store import Record, Store
 from .store_keys import StoreKeys
@@ -259,7 +260,7 @@ class Waits:
                 except StoreUnavailable as error:
                     if future_id not in self._waiting and future_id not in self._strangers:
                         return
-                    logger.warning("cannot read the result of request %s yet: %s", future_id, error)
+                    logger.warning("cannot read the result of request %s yet: %s", printable(future_id), error)
                 except MQServeError as error:
                     return self.fail(future_id, error)
                 await asyncio.sleep(pause_s)

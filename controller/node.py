@@ -198,10 +198,10 @@ class Node:
         try:
             check_environment(options, assignment.backend, self._signer)
             variables = replica_environment(assignment.demand, self._options.capacity, assignment.gpus, os.environ)
+            python = await find_python(options)
             if self._options.metrics is not None:
-                variables[FOLDER_VARIABLE] = self._options.metrics.folder
-            share = Share(variables, await find_python(options))
-            child = self._launcher.replica(assignment.backend, replica_id, self._options.node_id, share)
+                variables[FOLDER_VARIABLE] = self._options.metrics.make_folder(replica_id)
+            child = self._launcher.replica(assignment.backend, replica_id, self._options.node_id, Share(variables, python))
         except Exception as error:  # whatever is wrong with one assignment, the other replicas are not to go with it
             logger.warning("cannot start %s: %s", replica_id, words_of(error))
             self._ended[replica_id] = words_of(error)
@@ -216,7 +216,7 @@ class Node:
     async def _watch_replica(self, replica_id: str, child: Child) -> None:
         how = await child.wait()
         if self._options.metrics is not None:
-            self._options.metrics.forget(child.pid)
+            self._options.metrics.forget(replica_id)
         running = self._replicas.pop(replica_id, None)
         if running is not None and not running.stopping:
             self._ended[replica_id] = how or ENDED_WELL
@@ -289,8 +289,7 @@ class Node:
             running.grace_s = min(running.grace_s, at_most_s)
             self._stop(running)
         while self._stoppers:
-            await asyncio.gather(*self._stoppers)
-            await asyncio.sleep(0)  # in which they are discarded: since Python 3.12 gather does not yield for tasks that are done
+            await asyncio.wait(self._stoppers)  # gather returns at once for tasks that are done (3.12), before they are discarded
 
     def _all(self) -> Iterable[_Running]:
         return [*self._replicas.values(), *self._proxies.values()]

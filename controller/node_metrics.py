@@ -1,4 +1,5 @@
-"""A node's metrics page: those of all its replicas, which leave them in files of one folder (prometheus_client's multiprocess mode).
+"""A node's metrics page: those of all its replicas, which leave them in files (prometheus_client's multiprocess mode). Each replica has a
+folder of its own in the node's, where the processes that it forks and starts leave theirs too.
 
 A node that is killed leaves its folder behind. So a folder holds a lock file, locked by the node and by the replicas that it
 handed the descriptor to, for as long as any of them lives; a node that finds it free removes the folder.
@@ -15,8 +16,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
+import psutil
 from prometheus_client import CollectorRegistry, make_wsgi_app, start_http_server
 from prometheus_client.multiprocess import MultiProcessCollector
 
@@ -40,12 +43,40 @@ class NodeMetrics:
     url: str
     lock: int
 
-    def forget(self, pid: int) -> None:
-        """Those of a replica that ended: its files would be read at every scrape for ever."""
-        with suppress(OSError):  # somebody cleaned up here
-            for path in Path(self.folder).iterdir():
-                if path.name.endswith(f"_{pid}.db"):  # not by a pattern, of which fnmatch would keep one for each process id
-                    path.unlink(missing_ok=True)
+    def make_folder(self, replica_id: str) -> str:
+        """Where that replica writes."""
+        path = self._folder_of(replica_id)
+        path.mkdir(parents=True, exist_ok=True)  # its parent may be gone, if somebody cleaned up here
+        return str(path)
+
+    def forget(self, replica_id: str) -> None:
+        """What a replica that ended and its processes left: it would be read at every scrape for ever."""
+        shutil.rmtree(self._folder_of(replica_id), ignore_errors=True)
+
+    def _folder_of(self, replica_id: str) -> Path:
+        return Path(self.folder) / quote(replica_id, safe="")
+
+
+class _Collector(MultiProcessCollector):
+    """Of the files in the folders of all replicas."""
+
+    def __init__(self, registry: CollectorRegistry, folder: str) -> None:
+        super().__init__(registry, path=folder)  # type: ignore[no-untyped-call]
+        self._folder = Path(folder)
+
+    def collect(self) -> Any:
+        while True:
+            with suppress(FileNotFoundError):  # a replica ended in between
+                return self.merge([str(path) for path in self._folder.glob("*/*.db") if _is_told(path)])  # type: ignore[no-untyped-call]
+
+
+def _is_told(path: Path) -> bool:
+    """Counts of a process that has ended stay, or totals would fall; a gauge of what lives goes with it, and its file is removed."""
+    pid = path.stem.rpartition("_")[2]
+    if not path.name.startswith("gauge_live") or not pid.isdigit() or psutil.pid_exists(int(pid)):
+        return True
+    path.unlink(missing_ok=True)
+    return False
 
 
 @contextmanager
@@ -54,7 +85,7 @@ def serve_metrics(host: str, port: int) -> Iterator[NodeMetrics]:
     _remove_abandoned()
     with _own_folder() as (folder, lock):
         registry = CollectorRegistry()
-        MultiProcessCollector(registry, path=folder)  # type: ignore[no-untyped-call]
+        _Collector(registry, folder)
         try:
             server, thread = start_http_server(port, host, registry)
         except OSError as error:

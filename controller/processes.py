@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import signal
 import socket
@@ -12,18 +13,18 @@ import sysconfig
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
-from typing import IO
 
+from ..broker import forks
 from ..broker.errors import BadValue
 from ..broker.lifeline import PIPE_VARIABLE
 from ..broker.listener import bind
 from ..broker.settings import PREFIX, Settings
+from .detached_log import PATH_VARIABLE, detached_log, open_log
 from .node import Share
 
 # Nothing else is inherited: what a flag said must not be unsaid by a variable that only the parent was meant to read.
 _INHERITED = {PREFIX + name for name in ("VERBOSE", "ENVIRONMENTS", "NUM_CPUS", "NUM_GPUS", "RESOURCES", "METRICS_HOST", "METRICS_PORT")}
-_INHERITED.add("MQSERVE_INSECURE")
+_INHERITED |= {"MQSERVE_INSECURE", PATH_VARIABLE}
 
 
 class Process:
@@ -42,25 +43,26 @@ class Process:
         self._arguments = arguments
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX) or name in _INHERITED}
         environment = {**inherited, **settings.to_env(), **variables, "PYTHONPATH": _import_path()}
-        reading = self._writing = -1
+        reading: io.FileIO | None = None
+        self._writing: io.FileIO | None = None
         if not detached:
-            reading, self._writing = os.pipe()
-            environment[PIPE_VARIABLE] = str(reading)
-        output = _detached_output(settings.namespace) if detached else None
+            reading, self._writing = forks.guarded_pipe()
+            environment[PIPE_VARIABLE] = str(reading.fileno())
+        output = _detached_output(settings.namespace, environment) if detached else None
         try:
             self._popen = subprocess.Popen(
-                [python, "-m", "mqserve", *arguments], env=environment, pass_fds=(*hands_on, *(() if detached else (reading,))),
+                [python, "-m", "mqserve", *arguments], env=environment, pass_fds=(*hands_on, *((reading.fileno(),) if reading else ())),
                 start_new_session=True, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
             )  # fmt: skip
         except BaseException:
-            if self._writing >= 0:
-                os.close(self._writing)
+            if self._writing:
+                self._writing.close()
             raise
         finally:
-            if output is not None and not isinstance(output, int):
-                output.close()
-            if reading >= 0:
-                os.close(reading)
+            if output is not None and output >= 0:
+                os.close(output)
+            if reading:
+                reading.close()
 
     def __repr__(self) -> str:
         return f"<Process {self.pid} mqserve {' '.join(self._arguments)}, {self._popen.returncode}>"
@@ -88,9 +90,8 @@ class Process:
 
         threading.Thread(target=reap, name=f"wait for {self.pid}", daemon=True).start()
         code = await ended
-        if self._writing >= 0:
-            os.close(self._writing)
-            self._writing = -1
+        if self._writing:
+            self._writing.close()
         return _how_it_ended(code)
 
     def _reap(self) -> int:
@@ -165,18 +166,15 @@ class ProcessLauncher:
         return self._listener
 
 
-def _detached_output(namespace: str) -> IO[bytes] | int:
+def _detached_output(namespace: str, environment: dict[str, str]) -> int:
     """Where an instance without a terminal says what goes wrong. Its starter's own output would never end for whoever reads it."""
     path = detached_log(namespace)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("ab")
+        output = open_log(path)
     except OSError:
         return subprocess.DEVNULL
-
-
-def detached_log(namespace: str) -> Path:
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "mqserve" / f"{namespace}.log"
+    environment[PATH_VARIABLE] = str(path)
+    return output
 
 
 def _import_path() -> str:

@@ -9,19 +9,21 @@ import os
 import secrets
 import socket
 import sys
-import traceback
 from collections.abc import Callable, Coroutine
 from functools import wraps
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
-from . import __version__
+from . import __version__, logs
 from .broker.errors import MQServeError
 from .broker.interrupts import INTERRUPTED, Interrupts, taking
 from .broker.lifeline import run as run_loop
+from .broker.printable import INDENT, printable, printable_lines
 from .broker.queue_names import check_namespace
 from .broker.settings import Settings
+from .controller.detached_log import PATH_VARIABLE, tend_log
 from .instance import LOCATIONS
 from .setup import FORMATS, print_setup
 
@@ -32,6 +34,8 @@ _interrupts = Interrupts()  # of this process; a command may have words of its o
 
 def main() -> None:
     """The console script."""
+    logs.log_what_python_prints()
+    os.environ.setdefault("UV_USE_IO_URING", "0")  # libuv's ring for its epoll is memory that a forked child would share with us
     cli(prog_name="mqserve", auto_envvar_prefix=None)
 
 
@@ -54,7 +58,7 @@ def _exit_code(command: Callable[[], int | None]) -> int:
     except Exception as error:
         if (ours := _ours(error)) is None:
             raise
-        click.echo(f"Error: {ours}", err=True)
+        click.echo(f"Error: {printable_lines(str(ours), INDENT)}", err=True)
         return FAILED
 
 
@@ -140,7 +144,7 @@ def run(target: str, namespace: str | None, host: str, port: int, location: str,
 @_one_sentence
 def start(namespace: str | None, host: str, port: int, location: str, debug: bool, no_node: bool) -> int:
     """Start a detached instance: it runs until `mqserve shutdown`."""
-    from .controller.processes import detached_log
+    from .controller.detached_log import detached_log
     from .instance import StartOptions, parse_http_options
     from .session import open_client
 
@@ -149,7 +153,7 @@ def start(namespace: str | None, host: str, port: int, location: str, debug: boo
     http, _ = parse_http_options({"host": host, "port": port, "location": location, "debug": debug})
     settings = _distributed(namespace, "start")
     url = open_client(settings, StartOptions(http, detached=True, with_node=not no_node)).http_url()
-    where = f", HTTP on {url}" if url else ""
+    where = f", HTTP on {printable(url)}" if url else ""
     click.echo(
         f"Instance {settings.namespace!r} runs{where}. End it with `mqserve shutdown`; its log is {detached_log(settings.namespace)}."
     )
@@ -371,8 +375,8 @@ def _leave_now(role: Coroutine[Any, Any, int]) -> NoReturn:
     code = FAILED
     try:
         code = _exit_code(lambda: run_loop(role))
-    except BaseException:
-        traceback.print_exc()
+    except BaseException as error:
+        logs.log_uncaught(type(error), error, error.__traceback__)
     finally:
         logging.shutdown()
         sys.stdout.flush()
@@ -402,11 +406,9 @@ def _own_id(role: str) -> str:
 
 
 def _log(verbose: bool) -> None:
-    level = logging.INFO if verbose else logging.WARNING
-    logging.basicConfig(level=level, format=f"%(asctime)s [{os.getpid()}] %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    # Their records of a lost connection are errors with tracebacks, though we recover; at DEBUG they print payloads.
-    for name in ("aio_pika", "aiormq"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    path = os.environ.get(PATH_VARIABLE)
+    logs.set_up(verbose=verbose, dated=bool(path))
+    if path:
+        tend_log(Path(path))
     if verbose:
         os.environ["MQSERVE_VERBOSE"] = "1"  # for the children

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self, overload
 
 from starlette.convertors import register_url_convertor
 
-from .broker import code
+from .broker import code, forks
 from .broker.caller import Caller
 from .broker.errors import InstanceError, UnknownEndpoint
 from .broker.interrupts import to_the_end
 from .broker.queue_names import check_name
-from .broker.settings import Settings
 from .controller import desired as changes
 from .controller.plan import living
 from .controller.state import BackendConfig, Desired, follow_state, read_beats
@@ -29,6 +29,29 @@ from .links import Links
 from .membership import Membership
 from .runtime import Runtime
 from .sender import Sender
+
+logger = logging.getLogger(__name__)
+_opening = forks.Lock()  # of what a forked child opens for itself
+
+
+class Ending(Protocol):
+    """Undoes what was opened for a client."""
+
+    def end(self, why: str, *, shuts_down: bool) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """What a client has in one process: a thread and connections, of which a forked child has none."""
+
+    runtime: Runtime
+    links: Links
+    membership: Membership
+    caller: Caller
+    sender: Sender
+    deployments: Deployments
+    ending: Ending
+    depth: int
 
 
 class State(Enum):
@@ -43,37 +66,33 @@ CLOSED_MEANWHILE = "the client was closed meanwhile; a request that was sent goe
 SHUT_DOWN_MEANWHILE = "the client was shut down meanwhile: start or connect again"
 
 
-class Ending(Protocol):
-    """Undoes what was opened for a client."""
-
-    def end(self, why: str, *, shuts_down: bool) -> None: ...
-
-
 class Client:
-    """Made by `serve.start` and `serve.connect`. Its methods may be called from any thread; each waits for what it promises.
+    """Made by `serve.start` and `serve.connect`. Its methods may be called from any thread; each waits for what it promises. In a forked
+    child it opens connections of its own when it is first used there, or says that it cannot.
 
     A `with` block on the call that opened it ends what it opened: `with serve.start()` the instance, unless that is detached, and
     `with serve.connect()` the client.
     """
 
-    def __init__(self, runtime: Runtime, links: Links, membership: Membership, ending: Ending) -> None:
-        self._runtime = runtime
-        self._links = links
-        self._membership = membership
-        self._ending = ending
+    def __init__(self, runtime: Runtime, links: Links, membership: Membership, ending: Ending, again: Callable[[], Client]) -> None:
+        caller = Caller(links.queue, links.store, links.keys, links.process_id)
+        sender = Sender(runtime, links, caller, membership.read, lambda: self.sender)
+        deployments = Deployments(links, membership, self._follow)
+        self._own = Opened(runtime, links, membership, caller, sender, deployments, ending, forks.depth)
+        self._again = again
         self._signer = links.settings.signer
-        self._caller = Caller(links.queue, links.store, links.keys, links.process_id)
-        self._sender = Sender(runtime, links, self._caller, membership.read)
-        self._deployments = Deployments(links, membership, self._follow)
+        self._depth = forks.depth
+        self.settings = links.settings
+        self.on_end: Callable[[], None] = lambda: None  # told when it is about to be closed or shut down
         self._state = State.OPEN
         self._is_shared = False  # returned by more than the call that opened it
         self._blocks = 0  # of `with` that go on
         self._ends_with_them = False
-        self._lock = threading.Lock()  # of these four
+        self._lock = forks.Lock()  # of these four
 
     def __repr__(self) -> str:
         state = "" if self.is_open else f", {self._state.name.lower().replace('_', ' ')}"
-        return f"<Client of {self._links.settings.namespace!r}{state}>"
+        return f"<Client of {self.settings.namespace!r}{state}>"
 
     def __reduce__(self) -> Any:
         """Arrives as the client of its instance there."""
@@ -97,17 +116,13 @@ class Client:
             self.close()
 
     @property
-    def settings(self) -> Settings:
-        return self._links.settings
-
-    @property
     def address(self) -> Address:
-        return Address(self._links.settings.namespace, self._membership.instance)
+        return Address(self.settings.namespace, self._own.membership.instance)
 
     @property
     def owns(self) -> bool:
         """Whether this process runs the instance, which ends with it."""
-        return self._membership.owns
+        return self._own.membership.owns and not self.is_inherited
 
     @property
     def state(self) -> State:
@@ -120,13 +135,45 @@ class Client:
     @property
     def has_ended(self) -> bool:
         """Whether somebody shut the instance down, and, for a client that joined, none runs in its place."""
-        return self._membership.has_ended
+        return self._own.membership.has_ended and self._own.depth == forks.depth
 
     @property
     def sender(self) -> Sender:
         """For handles. Raises InstanceError once closed or shut down."""
+        return self._opened.sender
+
+    @property
+    def _opened(self) -> Opened:
+        """Of this process. Raises InstanceError once closed or shut down, and in a forked child that cannot have it."""
         self._check_open()
-        return self._sender
+        if self._own.depth != forks.depth:
+            with _opening:
+                if self._own.depth != forks.depth:
+                    of_parent, self._own = self._own.sender, self._again()._own
+                    self._own.sender.only_plain = of_parent.only_plain
+        return self._own
+
+    @property
+    def _links(self) -> Links:
+        return self._opened.links
+
+    @property
+    def _deployments(self) -> Deployments:
+        return self._opened.deployments
+
+    @property
+    def _membership(self) -> Membership:
+        return self._opened.membership
+
+    @property
+    def is_inherited(self) -> bool:
+        """Whether this process was forked since it was made."""
+        return self._depth != forks.depth
+
+    @property
+    def is_out_of_reach(self) -> bool:
+        """Whether it acts on an embedded instance of another process."""
+        return self.is_inherited and self.settings.embedded
 
     def give_again(self) -> Self:
         """For a later call of start() or connect(): no block of it is to end what the program or another thread goes on using. The block
@@ -138,23 +185,24 @@ class Client:
 
     async def run(self) -> None:
         """Reads results and follows the desired document until cancelled; for whoever made the client."""
+        own = self._own
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._caller.run())
-            async for desired, observed in follow_state(self._links.store, self._links.keys):
-                self._sender.demands_seals = observed is not None and observed.sealed
-                if await self._membership.saw(desired) and desired is not None:
+            tasks.create_task(own.caller.run())
+            async for desired, observed in follow_state(own.links.store, own.links.keys):
+                own.sender.demands_seals = observed is not None and observed.sealed
+                if await own.membership.saw(desired) and desired is not None:
                     self._follow(desired)
-                elif self._membership.has_ended:
+                elif own.membership.has_ended:
                     self._follow(Desired())
 
     async def stop_sending(self, why: str) -> None:
         """What was accepted is on its way when this returns, for whoever made the client; what is sent from now on fails."""
-        self._sender.end(why)
-        await self._caller.settle()
+        self._own.sender.end(why)
+        await self._own.caller.settle()
 
     def _follow(self, desired: Desired) -> None:
-        self._sender.desired = desired
-        self._caller.keep_paces(desired.backends)
+        self._own.sender.desired = desired
+        self._own.caller.keep_paces(desired.backends)
 
     # Backends.
 
@@ -173,7 +221,7 @@ class Client:
         class; NotEncodable for code that cannot travel; BackendFailed with the remote traceback when a replica does not get
         ready, and then nothing stays registered.
         """
-        options = read_actor_options(actor_options, ray_actor_options, embedded=self._links.settings.embedded)
+        options = read_actor_options(actor_options, ray_actor_options, embedded=self.settings.embedded)
         check_target(backend_tag, func_or_class, init_args)
         parsed = changes.parse_config(config)
         check_fits(backend_tag, func_or_class, parsed)
@@ -195,7 +243,7 @@ class Client:
         """
         options = None
         if actor_options is not None or ray_actor_options is not None:
-            options = read_actor_options(actor_options, ray_actor_options, embedded=self._links.settings.embedded)
+            options = read_actor_options(actor_options, ray_actor_options, embedded=self.settings.embedded)
         check_target(backend_tag, func_or_class, init_args)
         packed = code.pack(func_or_class, init_args, self._signer)
         self._call(self._deployments.update_backend(backend_tag, packed, options))
@@ -291,11 +339,11 @@ class Client:
 
     def get_handle(self, endpoint_name: str, sync: bool = True, missing_ok: bool = False) -> Handle | AsyncHandle:
         """A caller of the endpoint. Raises UnknownEndpoint unless `missing_ok`; then requests wait for it to be created."""
-        self._check_open()
-        if endpoint_name not in self._sender.desired.endpoints:
+        sender = self.sender
+        if endpoint_name not in sender.desired.endpoints:
             found = self._call(self._membership.read())
             if endpoint_name in found.endpoints:
-                self._sender.desired = found
+                sender.desired = found
             elif not missing_ok:
                 raise UnknownEndpoint(f"Endpoint '{endpoint_name}' does not exist.")
         kind = Handle if sync else AsyncHandle
@@ -332,13 +380,15 @@ class Client:
         """Ends the instance: proxies and replicas drain, queues and documents go. Idempotent; later calls raise InstanceError.
 
         Whoever joined the instance is told by an InstanceError where it still drains after all the time that its replicas may take.
-        Raises InstanceError where the client was closed.
+        Raises InstanceError where the client was closed. In a child that was forked since it was started or joined the instance goes on:
+        only what the child has opened is closed.
         """
-        if self._end_as(State.SHUT_DOWN):
-            with to_the_end():
-                self._ending.end(SHUT_DOWN_MEANWHILE, shuts_down=True)
-        elif self._state is State.CLOSED:
+        if self._state is State.CLOSED:
             raise InstanceError("the client has been closed, and its instance runs on: the shutdown() of another client ends it")
+        if self.is_inherited and self.is_open:
+            logger.warning("shutdown() in a forked child closes what this process has opened; the instance is its parent's and goes on")
+        with to_the_end():
+            self._end(State.SHUT_DOWN, SHUT_DOWN_MEANWHILE, shuts_down=not self.is_inherited)
 
     def close(self) -> None:
         """Leaves the instance, which runs on. Idempotent; later calls raise InstanceError, and so does whoever waits for a result here.
@@ -350,31 +400,29 @@ class Client:
                 "this process runs the instance, which would end with its client: call shutdown() if that is meant, or start the instance "
                 "with detached=True or `mqserve start`"
             )
-        if self._end_as(State.CLOSED):
-            self._ending.end(CLOSED_MEANWHILE, shuts_down=False)
+        self._end(State.CLOSED, CLOSED_MEANWHILE, shuts_down=False)
 
     def find_again(self) -> None:
         """Of a client that joined, once its instance has ended: goes on with the next one. Raises InstanceError where there is none yet."""
         self._call(self._membership.find_again())
 
-    def _end_as(self, state: State) -> bool:
-        """False for one that has ended already."""
+    def _end(self, state: State, why: str, *, shuts_down: bool) -> None:
+        """Once. In a forked child there may be nothing to end."""
         with self._lock:
             if not self.is_open:
-                return False
+                return
             self._state = state
-            return True
+        self.on_end()
+        if self._own.depth == forks.depth:
+            self._own.ending.end(why, shuts_down=shuts_down)
 
     # Waiting.
 
     def _call(self, work: Any) -> Any:
-        self._check_open(work)
-        return self._runtime.call(work)
+        return self._opened.runtime.call(work)
 
-    def _check_open(self, work: Any = None) -> None:
+    def _check_open(self) -> None:
         if not self.is_open:
-            if work is not None:
-                work.close()
             raise InstanceError(self._state.value)
 
 

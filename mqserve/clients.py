@@ -6,8 +6,7 @@ of the replica's own instance, whatever else was joined there.
 
 from __future__ import annotations
 
-import threading
-
+from .broker import forks
 from .broker.errors import InstanceError
 from .broker.settings import Settings
 from .client import Client, State
@@ -21,8 +20,8 @@ class Clients:
     """A register. A client is in it from its opening to its end."""
 
     def __init__(self) -> None:
-        self._opening = threading.RLock()  # of two threads that connect to one place, the second gets the first one's client
-        self._lock = threading.Lock()  # of the three below, which are replaced whole
+        self._opening = forks.Lock()  # of two threads that connect to one place, the second gets the first one's client
+        self._lock = forks.Lock()  # of the three below, which are replaced whole
         self._open: tuple[Client, ...] = ()
         self._started: tuple[Client, ...] = ()  # those whose instance this process started
         self._given: tuple[Client, ...] = ()  # those that were started or joined here; the last one is current
@@ -51,6 +50,8 @@ class Clients:
         with self._opening:
             before = self._open
             client = self.default() if settings is None else self._join(settings)
+            if client.is_out_of_reach:
+                raise InstanceError(forks.NOT_HERE)
             return self._give(client.give_again() if client in before else client)
 
     def _give(self, client: Client) -> Client:
@@ -108,7 +109,7 @@ class Clients:
         environment names; where that names none, what was joined last. Raises InstanceError where there is none of these."""
         if in_replica_process():
             return self._own_of_replica()
-        started = next((client for client in reversed(self._started) if not client.has_ended), None)
+        started = next((client for client in reversed(self._started) if not (client.has_ended or client.is_out_of_reach)), None)
         if started is not None:
             return started
         settings = Settings.read()

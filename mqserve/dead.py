@@ -16,6 +16,7 @@ from .broker.dead_letters import DeadLetter
 from .broker.envelope import Envelope
 from .broker.errors import BadEnvelope, BadValue, MQServeError, UnknownBackend
 from .broker.header_seals import BackendSeals, Seal
+from .broker.printable import printable
 from .broker.queue import DeadLetters, fate_of
 from .broker.queue_names import check_name
 from .broker.settings import Settings
@@ -48,7 +49,7 @@ class Selection(NamedTuple):
         """What it was selected by, empty when it was not. An odd id goes by what is shown of it, too."""
         if self.everything:
             return letter.name
-        return next((name for name in (letter.name, _shown(letter.name)) if name in self.names), "")
+        return next((name for name in (letter.name, printable(letter.name)) if name in self.names), "")
 
 
 async def list_dead(settings: Settings, backend: str, limit: int, *, as_json: bool, console: Console | None = None) -> int:
@@ -66,7 +67,7 @@ async def list_dead(settings: Settings, backend: str, limit: int, *, as_json: bo
     table = make_table(title, "id", "died at", "attempts", "reason")
     for fact in facts:
         columns = (fact["id"], _when(fact["died_at_ms"]), str(len(fact["attempts"])), fact["reason"])
-        table.add_row(*(Text(_shown(column)) for column in columns))
+        table.add_row(*(Text(printable(column)) for column in columns))
     console.print(table)
     return 0
 
@@ -144,13 +145,13 @@ async def _settle(
                 try:
                     await act(letter)
                 except _Keep as reason:
-                    kept.append(f"{_shown(name)} stays: {reason}")
+                    kept.append(f"{printable(name)} stays: {reason}")
                 else:
                     await letters.remove(letter)
                 seen.append(name)
     except MQServeError as error:
         raise MQServeError(f"{error}; {done} before that: {len(seen) - len(kept)}, and the rest are dead letters as before") from error
-    missing = [_no_such(backend, _shown(name)) for name in sorted(selection.names.difference(seen))]
+    missing = [_no_such(backend, printable(name)) for name in sorted(selection.names.difference(seen))]
     if kept or missing:
         raise MQServeError("; ".join([f"{done}: {len(seen) - len(kept)}", *kept, *missing]))
     return f"{len(seen)} {done}." if seen else _none(backend)
@@ -239,7 +240,7 @@ def _print(console: Console | None, sentence: str) -> int:
 
 def _print_json(console: Console, facts: list[dict[str, Any]]) -> int:
     for fact in facts:
-        console.file.write(json.dumps(fact) + "\n")
+        console.file.write(json.dumps(fact).replace("\x7f", "\\u007f") + "\n")  # the one control that JSON leaves as it is
     return 0
 
 
@@ -248,11 +249,11 @@ def _print_fact(console: Console, key: str, value: Any) -> None:
     if key == "died_at_ms":
         value = _when(value)
     elif key == "attempts":
-        value = "\n".join(f"{_when(run['started_ms'])}  {_shown(run['replica'])}: {_shown(run['ended'])}" for run in value)
+        value = "\n".join(f"{_when(run['started_ms'])}  {printable(run['replica'])}: {printable(run['ended'])}" for run in value)
     elif key == "headers":
-        value = "\n".join(f"{_shown(header)}: {_shown(text)}" for header, text in value.items())
+        value = "\n".join(f"{printable(header)}: {printable(text)}" for header, text in value.items())
     if value not in ("", None):
-        lines = [_shown(line) for line in str(value).splitlines()]
+        lines = [printable(line) for line in str(value).splitlines()]
         shown = lines[0] if len(lines) == 1 else "".join(f"\n    {line}" for line in lines)
         console.print(Text.assemble((f"{name}: ", "dim"), shown), highlight=False, soft_wrap=True)
 
@@ -262,11 +263,6 @@ def _when(store_ms: int) -> str:
         return f"{datetime.fromtimestamp(store_ms / 1000, UTC):%Y-%m-%d %H:%M:%S} UTC"
     except (OverflowError, ValueError, OSError):
         return "at no time there is"
-
-
-def _shown(text: str) -> str:
-    """One line that moves no cursor: a message may be anybody's, and a terminal obeys what it reads."""
-    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
 def _none(backend: str) -> str:

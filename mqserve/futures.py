@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import pickle
+import threading
 from collections.abc import Callable, Generator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
+from .broker import forks
 from .broker.codecs import PICKLE, decode_value, media_type
 from .broker.errors import BadSignature, BadType, BadValue, Cancelled, NotEncodable, RemoteError, RequestTimeout
 from .broker.failures import add_note, describe
@@ -16,34 +18,60 @@ from .broker.signing import Claim, Signer
 
 _OTHERS_OWN = (concurrent.futures.CancelledError, StopIteration, StopAsyncIteration)
 
+if TYPE_CHECKING:
+    from .sender import Sender
+
 WAIT_LIMIT_S = 25 * 60  # no request lives longer
+_moving = forks.Lock()  # of futures into a forked child
 
 
 class Future:
-    """Made by a handle or by `serve.future`. `await` it in a coroutine, or call `result()` anywhere else."""
+    """Made by a handle or by `serve.future`. `await` it in a coroutine, or call `result()` anywhere else, in a forked child too."""
 
     def __init__(
         self,
         future_id: str,
         pending: concurrent.futures.Future[Result],
         read: Callable[[Result], Any],
+        sender: Sender,
         *,
+        backend: str | None = None,
         on_cancel: Callable[[], None] | None = None,
     ) -> None:
         self.id = future_id
         self._pending = pending
         self._read = read
+        self._sender = sender
+        self._backend = backend
         self._on_cancel = on_cancel  # beside what hangs on `pending` itself
+        self._depth = forks.depth
 
     def __repr__(self) -> str:
-        return f"<Future {self.id} {'done' if self.done() else 'pending'}>"
+        state = "of a parent process" if self._depth != forks.depth else "done" if self._pending.done() else "pending"
+        return f"<Future {self.id} {state}>"
+
+    def here(self) -> Self:
+        """Itself. In a forked child, which has no thread that would resolve it, it waits by its id from now on, unless it was done before
+        the fork. Raises InstanceError in a child of the embedded form's process."""
+        if self._depth != forks.depth:
+            with _moving:
+                if self._depth != forks.depth:
+                    self._move()
+        return self
+
+    def _move(self) -> None:
+        self._pending._condition = threading.Condition()  # a thread of the parent may have held it in the moment of the fork
+        if not self._pending.done():
+            again = self._sender.find().future(self.id, self._backend)
+            self._pending, self._read, self._sender, self._on_cancel = again._pending, again._read, again._sender, again._on_cancel
+        self._depth = forks.depth
 
     def result(self, timeout: float | None = None) -> Any:
         """The value, in at most `timeout` seconds. Raises TimeoutError, and what the handler raised: as its own type where that could
         travel (the remote traceback is a note on it), else RemoteError."""
         limit_s = WAIT_LIMIT_S if timeout is None else timeout
         try:
-            result = self._pending.result(limit_s)
+            result = self.here()._pending.result(limit_s)
         except concurrent.futures.CancelledError:
             raise Cancelled(f"request {self.id} was cancelled by its caller") from None
         except concurrent.futures.TimeoutError:
@@ -55,12 +83,12 @@ class Future:
         return self._read(result)  # outside: what it raises is the handler's
 
     def done(self) -> bool:
-        return self._pending.done()
+        return self.here()._pending.done()
 
     def cancel(self) -> bool:
         """Nobody wants the result any more, here or elsewhere: a request that waits will not start, an async call is cancelled, a plain one
         may ask `serve.cancelled()`. Whether there was anything to give up."""
-        cancelled = self._pending.cancel()
+        cancelled = self.here()._pending.cancel()
         if cancelled and self._on_cancel is not None:
             self._on_cancel()
         return cancelled
@@ -70,7 +98,7 @@ class Future:
 
     async def _wait(self) -> Any:
         try:
-            return self._read(await asyncio.wrap_future(self._pending))
+            return self._read(await asyncio.wrap_future(self.here()._pending))
         except asyncio.CancelledError:
             if self._pending.cancelled() and not _is_cancelling():
                 raise Cancelled(f"request {self.id} was cancelled by its caller") from None
@@ -96,7 +124,7 @@ def wait(refs: Sequence[Future], *, num_returns: int = 1, timeout: float | None 
     """(done, not done), both in the order of `refs`, once `num_returns` are done or `timeout` seconds have passed; as `ray.wait`."""
     if not 0 < num_returns <= len(refs):
         raise BadValue(f"num_returns must lie between 1 and the number of futures ({len(refs)}), not {num_returns}")
-    pending = {ref._pending for ref in refs}
+    pending = {ref.here()._pending for ref in refs}
     left = num_returns
     try:
         for _ in concurrent.futures.as_completed(pending, timeout):

@@ -21,10 +21,11 @@ from .broker.lifeline import Stop
 from .broker.listener import bind
 from .broker.settings import Settings
 from .controller import lease
+from .controller.detached_log import detached_log
 from .controller.loop import Controller
 from .controller.machine import measure_node
 from .controller.node import Child, Node, NodeOptions
-from .controller.processes import Process, detached_log
+from .controller.processes import Process
 from .controller.restarts import Restarts
 from .controller.state import Desired, HttpOptions, Observed, read_beats
 from .draining import Tell, telling

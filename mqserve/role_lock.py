@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Self
 
 from .broker.errors import InstanceError
-from .controller.processes import detached_log
+from .controller.detached_log import detached_log
 
 LOOK_EVERY_S = 0.1
 

@@ -16,6 +16,7 @@ from . import api
 from .broker.code import load_import_string
 from .broker.errors import BadValue, MQServeError
 from .broker.interrupts import DRAINING, Interrupts, taking
+from .broker.printable import printable
 from .broker.settings import Settings
 from .client import Client
 from .declared import Declaration, take_declarations
@@ -112,12 +113,12 @@ def _deploy(client: Client, declaration: Declaration) -> None:
 def _announce(client: Client, settings: Settings) -> None:
     form = "embedded" if settings.embedded else f"distributed, namespace {settings.namespace!r}"
     base = client.http_url()
-    click.echo(f"Serving on {base or 'no HTTP port'} ({form}). Ctrl-C stops.")
+    click.echo(f"Serving on {printable(base) or 'no HTTP port'} ({form}). Ctrl-C stops.")
     for name, facts in client.list_endpoints().items():
         if base and facts["route"]:
-            click.echo(f"  {','.join(facts['methods']):<9} {base}{facts['route']}  ({name})")
+            click.echo(printable(f"  {','.join(facts['methods']):<9} {base}{facts['route']}  ({name})"))
     if base and (example := _curl(base, client)):
-        click.echo(f"Try:\n  {example}")
+        click.echo(f"Try:\n  {printable(example)}")
     sys.stdout.flush()
 
 

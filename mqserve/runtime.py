@@ -11,9 +11,8 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any, TypeVar
 
-import uvloop
-
 from .broker.errors import InstanceError
+from .broker.loops import IoLoop
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -27,7 +26,7 @@ class Runtime:
     """An event loop in a daemon thread. `start` before use, `stop` once."""
 
     def __init__(self) -> None:
-        self._loop = uvloop.new_event_loop()
+        self._loop = IoLoop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="mqserve", daemon=True)
         self._posted: deque[Callable[[], None]] = deque()
         self._woken = False

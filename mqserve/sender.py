@@ -44,11 +44,14 @@ class _Call:
 class Sender:
     """Shared by all handles of a client; `desired` is replaced by whoever follows the document, and `read_desired` reads it now."""
 
-    def __init__(self, runtime: Runtime, links: Links, caller: Caller, read_desired: Callable[[], Awaitable[Desired]]) -> None:
+    def __init__(
+        self, runtime: Runtime, links: Links, caller: Caller, read_desired: Callable[[], Awaitable[Desired]], find: Callable[[], Sender]
+    ) -> None:
         self._runtime = runtime
         self._links = links
         self._caller = caller
         self._read_desired = read_desired
+        self.find = find  # the client's sender in this process: a forked child has another one
         self._signer = links.settings.signer
         self._over = ""  # once the client ends: why
         self.desired = Desired()
@@ -82,7 +85,7 @@ class Sender:
             )
         call = _Call(mint_id(), meta, shard_key, data, arguments, min(timeout_s or math.inf, _left_s()), concurrent.futures.Future())
         call.pending.add_done_callback(lambda done: self._cancel([call.id]) if done.cancelled() else None)
-        awaited = [value for value in (data, *arguments.values()) if isinstance(value, Future)]
+        awaited = [value.here() for value in (data, *arguments.values()) if isinstance(value, Future)]
         is_missing = meta.endpoint not in self.desired.endpoints
         if is_missing and not wait_for_endpoint:
             # Another process may have made it just now: a handle that arrived by pickle is quicker than the document.
@@ -94,7 +97,7 @@ class Sender:
         else:
             self._send_now(call)
         plain = plain or self.only_plain
-        return Future(call.id, call.pending, lambda result: read_result(result, call.id, self._signer, plain=plain))
+        return Future(call.id, call.pending, lambda result: read_result(result, call.id, self._signer, plain=plain), self)
 
     def _send_now(self, call: _Call) -> None:
         desired = self.desired
@@ -212,6 +215,8 @@ class Sender:
             future_id,
             pending,
             lambda result: read_result(result, found[0], self._signer, backend, plain=self.only_plain),
+            self,
+            backend=backend,
             on_cancel=lambda: self._cancel(keys),
         )
 

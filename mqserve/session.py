@@ -7,8 +7,10 @@ import atexit
 import logging
 from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
+from functools import partial
 
-from .broker.errors import InstanceEnded
+from .broker import forks
+from .broker.errors import InstanceEnded, InstanceError
 from .broker.settings import Settings
 from .client import Client
 from .controller import lease
@@ -32,10 +34,17 @@ def open_client(settings: Settings, options: StartOptions | None, on_end: Callab
     except BaseException:
         runtime.stop()
         raise
-    session.on_end = lambda: on_end(client)
+    client.on_end = lambda: on_end(client)
     if session.owns:
-        atexit.register(client.shutdown)
+        atexit.register(session.at_exit)
     return client
+
+
+def _open_in_child(settings: Settings) -> Client:
+    """What a client that was open in the parent has in a forked child. Raises InstanceError in the embedded form."""
+    if settings.embedded:
+        raise InstanceError(forks.NOT_HERE)
+    return open_client(settings, None)
 
 
 class Session:
@@ -51,7 +60,6 @@ class Session:
         self._client: Client | None = None
         self._reading: asyncio.Task[None] | None = None
         self._why = ""  # it ends
-        self.on_end: Callable[[], None] = lambda: None
 
     @property
     def owns(self) -> bool:
@@ -67,7 +75,8 @@ class Session:
             else:
                 instance = await self._stack.enter_async_context(running_instance(links, self._options))
             self._membership = Membership(links, instance, owns=self.owns)
-            client = self._client = Client(self._runtime, links, self._membership, self)
+            again = partial(_open_in_child, self._settings)
+            client = self._client = Client(self._runtime, links, self._membership, self, again)
             self._links = links
             self._reading = asyncio.create_task(client.run(), name="read results")
             self._reading.add_done_callback(_tell_failure)
@@ -76,12 +85,15 @@ class Session:
             await self._stack.aclose()
             raise
 
+    def at_exit(self) -> None:
+        """At the end of the program. A forked child has its parent's atexit entries."""
+        if self._client is not None and not self._client.is_inherited:
+            self._client.shutdown()
+
     def end(self, why: str, *, shuts_down: bool) -> None:
         """Leaves the instance, or ends it first. Whoever waits in this client is told why."""
-        if self._client is not None:
-            atexit.unregister(self._client.shutdown)
+        atexit.unregister(self.at_exit)
         self._why = why
-        self.on_end()
         try:
             self._runtime.call(self._leave(shuts_down and not self.owns))
         finally:

@@ -8,8 +8,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .broker.printable import INDENT, printable_lines
+
 if TYPE_CHECKING:
     from .status import BackendFacts, ControllerFacts, EndpointFacts, Facts, MemberFacts, ServerFacts
+
+Part = str | tuple[str, str]  # text, or text and its style
 
 PIPE_WIDTH = 240
 NOT_KNOWN = "?"
@@ -20,29 +24,34 @@ def print_facts(console: Console, facts: Facts) -> None:
     owner = "detached" if facts.detached else f"started by {facts.started_by}"
     if facts.state == "unknown":
         owner = "nothing is known of it"
-    _print(
-        console, Text.assemble("Instance ", (facts.namespace, "bold"), f", {owner}", ", being shut down" if facts.state == "drains" else "")
-    )
-    _print(console, Text.assemble("Controller ", *_leader(facts.controller)))
-    _print(console, Text.assemble("Broker ", *_server(facts.broker), ", store ", *_server(facts.store), "\n"))
+    _print(console, "Instance ", (facts.namespace, "bold"), f", {owner}", ", being shut down" if facts.state == "drains" else "")
+    _print(console, "Controller ", *_leader(facts.controller))
+    _print(console, "Broker ", *_server(facts.broker), ", store ", *_server(facts.store))
+    console.print()
     if facts.state != "unknown":
         console.print(_members(facts.members))
         console.print(_backends(facts.backends))
         console.print(_endpoints(facts.endpoints))
     if facts.here and facts.state == "unknown":
-        _print(console, Text(f"On this machine run: {', '.join(facts.here)}"))
+        _print(console, f"On this machine run: {', '.join(facts.here)}")
     for name, problem in facts.problems.items():
-        _print(console, Text.assemble((name, "red"), f": {problem}"))
+        _print(console, (name, "red"), f": {problem}")
     if facts.unknown:
-        _print(console, Text.assemble(("Not known", "yellow"), f": {', '.join(facts.unknown)}"))
+        _print(console, ("Not known", "yellow"), f": {', '.join(facts.unknown)}")
 
 
-def _print(console: Console, line: Text) -> None:
-    """Of texts, here and in the tables: names, routes and URLs may have brackets, which would be taken for markup."""
-    console.print(line, soft_wrap=True)
+def _print(console: Console, *parts: Part) -> None:
+    console.print(_text(*parts), soft_wrap=True)
 
 
-def _leader(controller: ControllerFacts) -> tuple[str | tuple[str, str], ...]:
+def _text(*parts: Part) -> Text:
+    """All that is shown goes through here: names, routes and words of errors may have brackets, which would be taken for markup, and what
+    a terminal obeys."""
+    styled = [(part, "") if isinstance(part, str) else part for part in parts]
+    return Text.assemble(*((printable_lines(words, INDENT), style) for words, style in styled))
+
+
+def _leader(controller: ControllerFacts) -> tuple[Part, ...]:
     match controller.state:
         case "leads":
             return (controller.id, "green"), " leads"
@@ -55,7 +64,7 @@ def _leader(controller: ControllerFacts) -> tuple[str | tuple[str, str], ...]:
             return ("not known", "yellow"), ": the store does not say"
 
 
-def _server(server: ServerFacts) -> tuple[str | tuple[str, str], ...]:
+def _server(server: ServerFacts) -> tuple[Part, ...]:
     return (server.url,) if server.state == "up" else (f"{server.url} ", (server.state, "red"))
 
 
@@ -71,7 +80,7 @@ def _members(members: tuple[MemberFacts, ...]) -> Table:
         where = member.url or (f"on {member.node}" if member.node else f"{member.host}, process {member.pid}")
         name = f"{member.id} (external)" if member.external else member.id
         counts = (str(member.running), str(member.served)) if member.kind == "replica" else ("", "")
-        state = _colored(member.state) if member.state != "unknown" else Text(f"{member.said} {NOT_KNOWN}", "yellow")
+        state = _colored(member.state) if member.state != "unknown" else (f"{member.said} {NOT_KNOWN}", "yellow")
         _add_row(table, member.kind, name, state, where, *counts, f"{member.silent_s:.0f} s ago")
     return table
 
@@ -110,9 +119,9 @@ def make_table(title: str, *columns: str) -> Table:
     return table
 
 
-def _add_row(table: Table, *cells: str | Text) -> None:
-    table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in cells))
+def _add_row(table: Table, *cells: Part) -> None:
+    table.add_row(*map(_text, cells))
 
 
-def _colored(state: str) -> Text:
-    return Text(state, {"ready": "green", "starting": "yellow", "draining": "yellow", "unknown": "yellow"}.get(state, "red"))
+def _colored(state: str) -> Part:
+    return state, {"ready": "green", "starting": "yellow", "draining": "yellow", "unknown": "yellow"}.get(state, "red")

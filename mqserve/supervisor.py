@@ -23,7 +23,8 @@ from .broker.settings import Settings
 from .broker.store import Store
 from .broker.store_keys import StoreKeys
 from .controller import lease
-from .controller.processes import Process, detached_log
+from .controller.detached_log import detached_log
+from .controller.processes import Process
 from .controller.restarts import READY_AFTER_S, Restarts
 from .controller.state import BEAT_EVERY_S, Beat
 from .role_lock import Role, RoleLock

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from ..broker.failures import LEAVING, message_of
+from ..broker.printable import printable
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class Departures:
             while (await receive())["type"] != "http.disconnect":
                 await asyncio.sleep(_LOOK_EVERY_S)  # a middleware may hand out the body again and again
         except (Exception, *LEAVING) as error:  # a middleware's own: the request goes on unwatched
-            logger.warning("cannot tell whether the client of request %s goes away: %s", request_id, message_of(error))
+            logger.warning("cannot tell whether the client of request %s goes away: %s", request_id, printable(message_of(error)))
             return
         self._watching.pop(request_id, None)
         self._on_departure(request_id)

@@ -18,6 +18,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from ..broker.caller import MAX_BODY_BYTES
 from ..broker.envelope import MAX_HEAD_BYTES, mint_id
+from ..broker.printable import printable
 from .half_close import HalfClosed
 from .responses import HOP_BY_HOP, problem
 
@@ -363,7 +364,7 @@ class EdgeProtocol(HttpToolsProtocol):
 
     def _refuse(self, refused: Refused) -> None:
         """Says so after what is still to be answered, and closes; what comes in from here on is discarded."""
-        logger.info("refused a request of %s with %d: %s", self.client, refused.status, refused.detail)
+        logger.info("refused a request of %s with %d: %s", self.client, refused.status, printable(refused.detail))
         status, headers, body = problem(refused.status, refused.detail, mint_id())
         headers = [*self.server_state.default_headers, *headers, (b"content-length", b"%d" % len(body)), (b"connection", b"close")]
         self._refusal = b"".join([STATUS_LINE[status], *(b"%b: %b\r\n" % pair for pair in headers), b"\r\n", body])

@@ -16,7 +16,7 @@ import uvicorn
 from starlette.middleware import Middleware
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from ..broker import code
+from ..broker import code, forks
 from ..broker.backoff import delays
 from ..broker.caller import Caller
 from ..broker.cancellations import Cancellations, word_of_proxy
@@ -117,7 +117,7 @@ class Proxy:
         async with asyncio.TaskGroup() as tasks:
             beating, reading = tasks.create_task(self._presence.beat_forever()), tasks.create_task(caller.run())
             try:
-                with self._listener() as listener:
+                with self._listener() as listener, forks.guarded_service(listener):
                     self._address = (self._options.host, listener.getsockname()[1])
                     await self._serve(listener, caller, queue, stop)
             except MQServeError as error:
@@ -145,7 +145,10 @@ class Proxy:
 
     def _listener(self) -> socket.socket:
         options = self._options
-        return bind(options.host, options.port) if options.fd is None else socket.socket(fileno=options.fd)
+        if options.fd is None:
+            return bind(options.host, options.port)
+        os.set_inheritable(options.fd, False)
+        return socket.socket(fileno=options.fd)
 
     async def _serve(self, listener: socket.socket, caller: Caller, queue: Queue, stop: Stop) -> None:
         app = await self._first_app(caller, queue)

@@ -10,6 +10,7 @@ import msgspec
 from ..broker.codecs import JSON
 from ..broker.envelope import NO_HEADER, Envelope
 from ..broker.errors import BadEnvelope, Overloaded
+from ..broker.printable import printable
 from ..broker.queue import Queue, fate_of
 from ..broker.results import ErrorInfo, Result
 
@@ -31,7 +32,7 @@ async def send_reply(queue: Queue, backend: str, request: Envelope, result: Resu
     if isinstance(error, Overloaded):
         logger.warning("a reply of %s is dropped: the caller's queue %r is full, give it room or a consumer", backend, request.reply_to)
     elif isinstance(error, BadEnvelope):
-        logger.warning("a reply of %s is dropped: AMQP cannot carry what the handler returned (%s)", backend, error)
+        logger.warning("a reply of %s is dropped: AMQP cannot carry what the handler returned (%s)", backend, printable(str(error)))
     elif error is not None:
         raise error
 

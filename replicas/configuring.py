@@ -8,6 +8,7 @@ from typing import Any
 
 from ..broker.errors import BackendFailed
 from ..broker.failures import describe
+from ..broker.printable import printable
 from ..controller.state import Backend
 from .handler import Handler
 from .loading import told
@@ -64,7 +65,7 @@ class Configuring:
             except (Raised, TimeoutError) as error:
                 failures += 1
                 failure = error.failure if isinstance(error, Raised) else describe(TimeoutError("it took too long"))
-                logger.warning("check_health of %s failed (%d in a row): %s", backend.name, failures, failure.words)
+                logger.warning("check_health of %s failed (%d in a row): %s", backend.name, failures, printable(failure.words))
                 if failures >= FAILURES_TOLERATED:
                     raise BackendFailed(told(backend, f"is not healthy ({failures} checks failed)", failure)) from None
 

@@ -18,6 +18,7 @@ from ..broker import pickling
 from ..broker.envelope import MAX_HEAD_BYTES, Pairs
 from ..broker.errors import MQServeError, Overloaded, public_words
 from ..broker.failures import MAX_MESSAGE, describe, name_of, writable
+from ..broker.printable import printable
 from ..broker.results import ErrorInfo, Result
 from ..broker.signing import Claim, Signer
 from .validation import Data, find_invalid
@@ -67,7 +68,7 @@ def _told(error: BaseException, data: Data) -> Told:
             members = _members({"errors": [one._asdict() for one in invalid]})
             return Told(422, writable(f"{where}: {first.msg}{more}", MAX_MESSAGE), members=members)
     except BaseException as failed:
-        logger.warning("a %s cannot be told to a web client but as a 500 (%s)", name_of(type(error)), describe(failed).words)
+        logger.warning("a %s cannot be told to a web client but as a 500 (%s)", name_of(type(error)), printable(describe(failed).words))
     return Told()
 
 

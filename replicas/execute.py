@@ -9,16 +9,18 @@ import asyncio
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.responses import Response
 
+from ..broker import forks
 from ..broker.caller import MAX_BODY_BYTES
 from ..broker.codecs import check_plain, decode_value
 from ..broker.envelope import Envelope
 from ..broker.errors import BadEnvelope, BadType
 from ..broker.failures import traceback_of
+from ..broker.printable import printable, printable_lines
 from ..broker.results import ErrorInfo, Result
 from ..broker.signing import Claim, Signer
 from .batching import split_results
@@ -42,6 +44,7 @@ class Execution:
     backend: str
     handler: Handler
     signer: Signer
+    depth: int = field(default_factory=lambda: forks.depth)
 
     def method(self, job: Job) -> Method | Result:
         """What is to run, or the result of there being no such method."""
@@ -85,7 +88,8 @@ class Execution:
             if collected.is_too_large:
                 answer(self._too_large())
             elif collected.is_whole:
-                logger.error("after the answer to request %s of %s\n%s", job.envelope.id, self.backend, traceback_of(error).rstrip())
+                told = printable_lines(traceback_of(error).rstrip())
+                logger.error("after the answer to request %s of %s\n%s", printable(job.envelope.id), self.backend, told)
             else:
                 answer(self.failed(error, job))
 
@@ -176,10 +180,12 @@ class Execution:
 
     def failed(self, error: BaseException, job: Job) -> Result:
         """Raises nothing, whatever the exception is. Its words are in the log only where nobody else is told them."""
+        forks.end_if_forked_since(self.depth, error)
         envelope = job.envelope
         result = error_result(error, self.backend, envelope.future_id(self.backend), self.signer, lambda: _brought(job.request))
         if result.status == 500 and result.error is not None and result.error.traceback:
-            logger.error("request %s of %s failed\n%s", envelope.id or "without an id", self.backend, result.error.traceback.rstrip())
+            told = printable_lines(result.error.traceback.rstrip())
+            logger.error("request %s of %s failed\n%s", printable(envelope.id) or "without an id", self.backend, told)
         return result
 
 

@@ -12,6 +12,7 @@ from ..broker.backoff import delays
 from ..broker.cancellations import CANCELLED, Cancellations
 from ..broker.envelope import Envelope
 from ..broker.errors import BackendFailed, BadEnvelope, MQServeError
+from ..broker.printable import printable
 from ..broker.queue import Delivery, Queue
 from ..broker.results import Result, late_result
 from ..broker.settings import Settings
@@ -146,7 +147,9 @@ class Server:
             await asyncio.sleep(0.01)
         for job in list(self._jobs):
             logger.warning(
-                "giving back request %s of %s: still running after the graceful shutdown timeout", job.envelope.id, self._backend
+                "giving back request %s of %s: still running after the graceful shutdown timeout",
+                printable(job.envelope.id),
+                self._backend,
             )
             # Delivered at most once, its mark stays: it may yet start, in a batch that gathers.
             self._give_back(job, mark_stays=self._settling.at_most_once)

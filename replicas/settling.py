@@ -16,6 +16,7 @@ from ..broker.backoff import delays
 from ..broker.dead_letters import Death
 from ..broker.envelope import Envelope
 from ..broker.errors import BadEnvelope, BrokerUnavailable, MQServeError, StoreUnavailable
+from ..broker.printable import printable
 from ..broker.queue import Delivery, Queue, fate_of
 from ..broker.results import ErrorInfo, Result, note_of
 from ..broker.store import Record, Store
@@ -172,7 +173,7 @@ class Settling:
 
     async def _set_aside(self, delivery: Delivery, error: BadEnvelope) -> MQServeError | None:
         """To the dead letters; what kept it from there."""
-        logger.warning("a message of %s goes to the dead letters: %s", self._backend, error)
+        logger.warning("a message of %s goes to the dead letters: %s", self._backend, printable(str(error)))
         attempts = error.attempts if isinstance(error, Poison) else ()
         death = Death(str(error), attempts=attempts, died_at_ms=self._store.now_ms())
         failure = await fate_of(partial(self._queue.dead_letter, self._backend, delivery, death), _CONFIRM_BUDGET_S)

@@ -25,11 +25,13 @@ from contextlib import suppress
 from contextvars import Context, copy_context
 from typing import Any, TypeVar
 
-import uvloop
 from starlette.responses import Response
 
+from ..broker import forks
 from ..broker.errors import BackendFailed, words_of
 from ..broker.failures import Failure, describe, traceback_of
+from ..broker.loops import WorkerLoop
+from ..broker.printable import printable_lines
 from ..broker.results import Result
 from ..controller.state import BackendConfig
 from .call_contexts import CallContexts
@@ -69,7 +71,8 @@ class Worker:
         self._on_done = on_done
         self._on_suspect = on_suspect
         self._io = asyncio.get_running_loop()
-        self._loop = uvloop.new_event_loop()
+        self._loop = WorkerLoop()
+        self._depth = forks.depth
         self._loop.set_exception_handler(_log_unhandled)
         self._thread = threading.Thread(target=self._run_loop, name=context.replica_tag, daemon=True)
         self._contexts = CallContexts()
@@ -187,8 +190,10 @@ class Worker:
             value = self._without_loop(context.run, function)
             is_awaitable = inspect.isawaitable(value)
         except BaseException as error:
+            forks.end_if_forked_since(self._depth, error)
             return _resolve(pending, describe(error))
         finally:
+            forks.end_if_forked_since(self._depth)
             self._contexts.note_changes()
         if not is_awaitable:
             return _resolve(pending, value)
@@ -313,6 +318,8 @@ class Worker:
             return [self._execution.run(method, jobs[0])]
         except BaseException as error:
             return [self._execution.failed(error, job) for job in jobs]
+        finally:
+            forks.end_if_forked_since(self._depth)
 
     async def _run_async(self, jobs: Sequence[Job], method: Method) -> None:
         assert self._execution is not None
@@ -324,6 +331,7 @@ class Worker:
                 answers = await self._execution.run_batch_async(method, jobs)
             else:
                 answers = [await self._execution.run_async(method, jobs[0])]
+            forks.end_if_forked_since(self._depth)
         except asyncio.CancelledError as error:
             return self._cancelled(jobs, error)
         self._deliver(jobs, answers)
@@ -431,7 +439,7 @@ class Worker:
 def _log_unhandled(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """What nobody awaited: the default handler would ask the exception for its own words."""
     error = context.get("exception")
-    told = traceback_of(error).rstrip() if error is not None else ""
+    told = printable_lines(traceback_of(error).rstrip()) if error is not None else ""
     logger.error("user code, outside any request: %s\n%s", context.get("message", "an error"), told)
 
 

@@ -101,6 +101,10 @@ class Deploy:
         name = self(target, *init_args, route=f"/{route}", **config)
         return f"{self.url}/{route}", name
 
+    def forget(self, name: str) -> None:
+        """The test has deleted it."""
+        self._names.remove(name)
+
     def undo(self, *, force: bool = False) -> None:
         for name in self._names:
             self.client.delete_endpoint(name)

@@ -1,5 +1,6 @@
 """What Prometheus finds: the seed's names with our prefix, routes as patterns, the users' own metrics beside ours. In both forms."""
 
+import multiprocessing
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import mqserve as serve
-from tests.instances import SECRET_KEY, CommandLine, Deploy, new_name, new_namespace, started, wait_until
+from tests.instances import SECRET_KEY, CommandLine, Deploy, distributed_only, new_name, new_namespace, started, wait_until
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
@@ -180,6 +181,41 @@ def test_a_users_own_metrics_stand_on_the_same_page_with_its_backend_and_replica
     name = deploy_here(Counting)
     tag = pages.client.get_handle(name).remote("one two three").result(30)
     at_last(lambda: pages.value(f"{metric}_total", backend=name, replica=tag), 3)
+
+
+@distributed_only
+def test_what_forked_children_count_stays_as_long_as_their_replica_and_their_live_gauges_as_long_as_they(
+    pages: Pages, deploy_here: Deploy
+) -> None:
+    metric = new_name("work").replace("-", "_")
+
+    class Forking:
+        def __init__(self) -> None:
+            from prometheus_client import Counter, Gauge
+
+            self.counter = Counter(metric, "Work done.")
+            self.gauge = Gauge(f"{metric}_live", "Processes at work.", multiprocess_mode="livesum")
+            self.counter.inc()
+
+        def work(self) -> None:
+            self.counter.inc()
+            self.gauge.set(1)
+
+        def __call__(self, request: Any) -> None:
+            children = [multiprocessing.get_context("fork").Process(target=self.work) for _ in range(3)]
+            for child in children:
+                child.start()
+            for child in children:
+                child.join()
+
+    name = deploy_here(Forking)
+    pages.client.get_handle(name).remote().result(30)
+    at_last(lambda: pages.value(f"{metric}_total"), 4)
+    assert pages.value(f"{metric}_live") == 0
+    pages.client.delete_endpoint(name)
+    pages.client.delete_backend(name)
+    at_last(lambda: pages.value(f"{metric}_total"), 0)
+    deploy_here.forget(name)
 
 
 def test_a_replica_knows_its_backend_and_itself(pages: Pages, deploy_here: Deploy) -> None:

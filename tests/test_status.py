@@ -65,6 +65,17 @@ async def test_names_with_brackets_are_shown_as_they_are(
     assert all(text in printed for text in (route, "[red]node[/]", "http://[fe80::1]:9000", "[odd]")), printed
 
 
+async def test_what_a_member_says_has_no_escape_codes_and_begins_no_line(
+    client: serve.Client, environment: dict[str, str], say: Any
+) -> None:
+    forged = "23:59:59 [1] ERROR mqserve.FORGED: yes"
+    say("node", f"odd\n{forged}", url="http://there\x1b]0;title\x07", state="\u202eup", error=f"well\r\n{forged}\x1b[31m")
+    printed = await shown(environment)
+    assert "mqserve.FORGED" in printed and r"\x1b]0;title\x07" in printed and r"\u202eup" in printed
+    lines = printed.split("\n")
+    assert all(line.isprintable() and not line.startswith("23:59:59") for line in lines), printed
+
+
 async def test_a_member_of_a_kind_that_this_version_does_not_know_is_shown_last(
     deploy: Deploy, environment: dict[str, str], say: Any
 ) -> None:

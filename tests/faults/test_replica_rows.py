@@ -14,15 +14,17 @@ from typing import Any
 
 import httpx
 import pika
+import psutil
 import pytest
 
 import mqserve as serve
+from tests.children import end_children, leave_a_child
 from tests.faults.crash_points import command
 from tests.faults.netns import machine
 from tests.faults.servers_say import forget_mark, is_marked, messages_of, stored_result
 from tests.faults.wire import Wire
 from tests.gates import Gate
-from tests.instances import ROOT, CommandLine, Deploy, Program, distributed_only, new_name, wait_until
+from tests.instances import NOISE_S, ROOT, CommandLine, Deploy, Program, distributed_only, is_alive, new_name, wait_until
 from tests.servers import PrivateRabbitMQ
 from tests.tallies import Tally
 
@@ -93,6 +95,31 @@ def test_row_01_at_most_once_runs_elsewhere_what_a_drain_gave_back(client: serve
     gate.open()
     assert serve.get(refs, timeout=60) == ["answered"] * 12
     assert len(tally) == 12
+
+
+def test_row_01_a_child_that_a_killed_replica_forked_does_not_keep_its_requests_from_the_others(
+    client: serve.Client, deploy: Deploy, tmp_path: Path
+) -> None:
+    tally, gate, children = Tally(tmp_path), Gate(tmp_path), Tally(tmp_path)
+    fork = leave_a_child(children)
+
+    def handle(request: Any) -> str:
+        tally.note(os.getpid())
+        if len(tally) == 1:
+            fork(request)
+            gate.pass_through()
+        return "answered"
+
+    ref = client.get_handle(deploy(handle, num_replicas=2)).remote()
+    wait_until(lambda: gate.came == 1)
+    killed = time.monotonic()
+    try:
+        os.kill(int(tally.lines[0]), signal.SIGKILL)
+        assert ref.result(60) == "answered"
+        assert time.monotonic() - killed < 2 + NOISE_S, "RabbitMQ's heartbeats take 20 s and more"
+        assert is_alive(psutil.Process(int(children.lines[0])))
+    finally:
+        end_children(children)
 
 
 def test_row_01_at_most_once_tells_a_handle_that_its_replica_was_lost(client: serve.Client, deploy: Deploy, tmp_path: Path) -> None:
