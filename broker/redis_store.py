@@ -236,7 +236,7 @@ class RedisStore:
 
     async def drop_fields(self, key: str, *fields: str) -> None:
         if fields:
-            await self._made_anew(key, lambda: self._commands.hdel(key, *fields))
+            await self._made_anew(key, lambda: self._commands.hdel(key, *fields), writing=False)
 
     async def fields(self, key: str) -> dict[str, bytes]:
         found: dict[Any, Any] = await self._call(lambda: self._commands.hgetall(key))
@@ -255,13 +255,13 @@ class RedisStore:
             await self.take_away(key)
         return True
 
-    async def _made_anew(self, key: str, write: Callable[[], Awaitable[T]]) -> T:
+    async def _made_anew(self, key: str, write: Callable[[], Awaitable[T]], *, writing: bool = True) -> T:
         """Of what members write again and again: a value of another type gives way."""
         try:
-            return await self._call(write, writing=True)
+            return await self._call(write, writing=writing)
         except WrongType:
             await self.take_away(key)
-            return await self._call(write, writing=True)
+            return await self._call(write, writing=writing)
 
     async def probe(self) -> None:
         await self._call(lambda: self._commands.set(self._probe_key, b"", px=1), writing=True)

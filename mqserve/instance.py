@@ -100,6 +100,8 @@ async def running_instance(links: Links, options: StartOptions) -> AsyncIterator
             await lease.check_free(links.store, links.keys)  # else that is the reason: its proxy has the port
             raise
     if options.detached:
+        check_folder(links.settings.namespace)
+    if not links.settings.embedded:
         await _check_not_kept(links)
     if options.middlewares:
         packed = code.pack(list(options.middlewares), (), links.settings.signer)
@@ -129,9 +131,7 @@ async def running_instance(links: Links, options: StartOptions) -> AsyncIterator
 
 
 async def _check_not_kept(links: Links) -> None:
-    """Raises InstanceError where a supervisor on this machine keeps the instance there is, also if no controller leads it now, and where
-    there is no folder for locks."""
-    check_folder(links.settings.namespace)
+    """Raises InstanceError where a supervisor on this machine keeps the instance there is, also if no controller leads it now."""
     raw = await links.store.get(links.keys.instance)
     if raw is not None and is_played(links.settings.namespace, lease.decode_lease(raw).id, Role.SUPERVISOR):
         await lease.check_free(links.store, links.keys)

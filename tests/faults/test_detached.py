@@ -141,8 +141,11 @@ def test_a_start_is_refused_while_the_supervisor_lives_and_no_controller_leads(d
     detached.break_starts_of("controller")
     detached.kill("controller")
     wait_until(lambda: "missing" in detached.shell.run("status").stdout, told=lambda: detached)
-    refused = detached.shell.run("start", "--port", str(free_port()))
-    assert refused.returncode == 1 and "its supervisor on this machine is about to start its controller again" in refused.stderr, refused
+    detached.shell.file("app.py", "import mqserve as serve\n\n@serve.endpoint('/a')\ndef a(request): ...\n")
+    for command in (["start"], ["run", "app.py"]):
+        refused = detached.shell.run(*command, "--port", str(free_port()))
+        assert refused.returncode == 1, refused
+        assert "its supervisor on this machine is about to start its controller again" in refused.stderr, refused
     detached.mend_starts()
     wait_until(lambda: "missing" not in detached.shell.run("status").stdout, told=lambda: detached)
     assert detached.shell.run("shutdown").returncode == 0
