@@ -11,9 +11,9 @@ from starlette.convertors import Convertor
 
 from .broker import code
 from .broker.documents import until
-from .broker.errors import BackendFailed, BadType, BadValue, MQServeError
+from .broker.errors import BackendFailed, BadSignature, BadType, BadValue, MQServeError
 from .controller import desired as changes
-from .controller.environments import seal_environment
+from .controller.environments import check_environment, seal_environment
 from .controller.resources import ActorOptions, parse_actor_options
 from .controller.state import Backend, BackendConfig, Desired, Endpoint, Observed, read_beats
 from .links import Links
@@ -54,11 +54,11 @@ class Deployments:
 
     async def update_backend(self, name: str, packed: code.Code, options: ActorOptions | None) -> None:
         sha256 = await code.save(self._links.store, self._links.keys, packed)
-        sealed = None if options is None else self._sealed(name, options)  # what stays as it is keeps its seal, and gets none from us
         before: list[Backend] = []  # what each try replaces: a roll-back goes to the last one, and not past what others deployed meanwhile
 
         def change(desired: Desired) -> Desired:
             before.append(changes.find_backend(desired, name))
+            sealed = self._sealed(name, options) if options is not None else self._sealed_anew(before[-1])
             return changes.update_backend(name, sha256, packed.name, sealed)(desired)
 
         committed = await self._commit(change)
@@ -103,6 +103,14 @@ class Deployments:
 
     def _sealed(self, backend: str, options: ActorOptions) -> ActorOptions:
         return seal_environment(options, backend, self._links.settings.signer)
+
+    def _sealed_anew(self, backend: Backend) -> ActorOptions:
+        """With the key of today, if a key of ours sealed them: what somebody else put there gets no seal from us."""
+        try:
+            check_environment(backend.options, backend.name, self._links.settings.signer)
+        except BadSignature:
+            return backend.options
+        return self._sealed(backend.name, backend.options)
 
     async def _commit(self, change: changes.Change) -> Desired:
         committed = await self._membership.commit(change)

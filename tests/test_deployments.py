@@ -1,5 +1,8 @@
 """What a deploy undoes that did not get ready. The controller is a document of the test's."""
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 
 from mqserve.broker.code import Code
@@ -7,8 +10,10 @@ from mqserve.broker.embedded_queue import EmbeddedQueue
 from mqserve.broker.embedded_store import EmbeddedStore
 from mqserve.broker.errors import BackendFailed
 from mqserve.broker.settings import Settings
+from mqserve.broker.signing import Signer
 from mqserve.broker.store_keys import StoreKeys
 from mqserve.controller.desired import commit, update_backend
+from mqserve.controller.environments import check_environment, seal_environment
 from mqserve.controller.resources import ActorOptions
 from mqserve.controller.state import Backend, BackendConfig, Desired, Observed
 from mqserve.deployments import Deployments
@@ -30,8 +35,12 @@ class Meanwhile(EmbeddedStore):
 
 
 def deployments(store: EmbeddedStore) -> Deployments:
-    links = Links(Settings.read(), EmbeddedQueue(), store, KEYS, "test")
-    return Deployments(links, Membership(links, "i", owns=True), lambda desired: None)
+    return deployments_by(Settings.read(), store, lambda desired: None)
+
+
+def deployments_by(settings: Settings, store: EmbeddedStore, on_commit: Callable[[Desired], None]) -> Deployments:
+    links = Links(settings, EmbeddedQueue(), store, KEYS, "test")
+    return Deployments(links, Membership(links, "i", owns=True), on_commit)
 
 
 async def test_an_update_that_fails_is_rolled_back_to_what_it_replaced_and_not_past_that() -> None:
@@ -51,3 +60,32 @@ async def test_a_backend_that_fails_says_why_although_it_cannot_be_deleted(monke
     with pytest.raises(BackendFailed, match="does not get ready: no model"):
         await deployments(store).create_backend("b", Code("bad", target="m:bad"), BackendConfig(), ActorOptions())
     assert Desired.from_bytes(await store.get(KEYS.desired)).backends == {}
+
+
+OLD_KEY, NEW_KEY = b"o" * 32, b"n" * 32
+OLD, NEW = Signer([OLD_KEY], "mqserve"), Signer([NEW_KEY], "mqserve")
+
+
+async def updated(before: ActorOptions, given: ActorOptions | None, *keys: bytes) -> ActorOptions:
+    """The options of a backend in the document that an update of its code commits, by a client with these keys."""
+    store, committed = EmbeddedStore(), list[Desired]()
+    backends = {"b": Backend("b", "first", "first", options=before)}
+    await store.set(KEYS.desired, Desired(instance="i", version=1, backends=backends).to_bytes())
+    await store.set(KEYS.observed, FAILING.to_bytes())
+    settings = replace(Settings.read(), secret_keys=keys)
+    with pytest.raises(BackendFailed):
+        await deployments_by(settings, store, committed.append).update_backend("b", Code("new", target="m:new"), given)
+    return committed[0].backends["b"].options
+
+
+async def test_a_python_that_is_given_is_sealed_and_one_that_stays_is_sealed_anew() -> None:
+    """So that once all code was deployed again, the key before is not needed any more."""
+    chosen = ActorOptions(python="/usr/bin/python3")
+    check_environment(await updated(ActorOptions(), chosen, NEW_KEY, OLD_KEY), "b", NEW)
+    check_environment(await updated(seal_environment(chosen, "b", OLD), None, NEW_KEY, OLD_KEY), "b", NEW)
+
+
+async def test_a_python_that_nobody_sealed_gets_no_seal_from_who_deploys_beside_it() -> None:
+    theirs = ActorOptions(python="/tmp/theirs")
+    for before in (theirs, seal_environment(theirs, "other", NEW), seal_environment(theirs, "b", OLD)):
+        assert await updated(before, None, NEW_KEY) == before
