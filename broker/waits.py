@@ -138,6 +138,12 @@ class Waits:
                 del self._listeners[future_id]
                 self._strangers.pop(future_id, None)
 
+    async def has_result(self, future_ids: Sequence[str]) -> bool:
+        """Whether one of these has an end, as one read of the store says. Raises StoreUnavailable."""
+        if any(future_id in self._failed for future_id in future_ids):
+            return True
+        return any(raw is not None for raw in await self._store.get_many([self._keys.future(future_id) for future_id in future_ids]))
+
     async def first_result(self, future_ids: Sequence[str]) -> tuple[str, Result]:
         """(id, result) of whichever of these has one first; of several that have one, the first in the list."""
         waits = {asyncio.create_task(self.result(future_id, None)): future_id for future_id in future_ids}

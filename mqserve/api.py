@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
+from .answers import check_results
 from .broker.errors import InstanceError
 from .broker.settings import Settings
 from .client import Client
 from .clients import clients
 from .controller.state import BackendConfig
-from .futures import Future, check_results
+from .futures import Future
 from .handle import AsyncHandle, Handle
 from .instance import StartOptions, parse_http_options
 

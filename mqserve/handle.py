@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Self
 
+from .answers import check_results
 from .broker.envelope import Meta
 from .broker.errors import BadType, BadValue
-from .futures import Future, check_results
+from .futures import Future
 
 if TYPE_CHECKING:
     from .sender import Sender
@@ -132,6 +133,4 @@ class _FarHome:
 
 
 def _arrive(kind: type[_BaseHandle], endpoint: str, address: Address, options: HandleOptions, missing_ok: bool) -> _BaseHandle:
-    known = {name: getattr(options, name) for name in HandleOptions.__dataclass_fields__ if hasattr(options, name)}
-    options = HandleOptions(**known)  # an earlier version's has fewer
     return kind(endpoint, _FarHome(address), options, missing_ok=missing_ok)

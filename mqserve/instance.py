@@ -20,6 +20,7 @@ from .broker.errors import BadEnvelope, BadType, BadValue, InstanceError, MQServ
 from .broker.lifeline import Stop
 from .broker.listener import bind
 from .broker.settings import Settings
+from .broker.whole_numbers import whole_number
 from .controller import lease
 from .controller.detached_log import detached_log
 from .controller.loop import Controller
@@ -63,7 +64,7 @@ def parse_http_options(options: object) -> tuple[HttpOptions, tuple[object, ...]
     known = {"host", "port", "location", "middlewares", "debug"}
     if unknown := set(options) - known:
         raise BadValue(f"http_options has no {', '.join(sorted(map(str, unknown)))}: there are {', '.join(sorted(known))}")
-    host, port = options.get("host", "127.0.0.1"), options.get("port", 8000)
+    host, port = options.get("host", "127.0.0.1"), whole_number(options.get("port", 8000))
     location = options.get("location", "HeadOnly")
     if host is None or location is None:
         host, location = host or "127.0.0.1", "NoServer"
@@ -71,8 +72,8 @@ def parse_http_options(options: object) -> tuple[HttpOptions, tuple[object, ...]
         raise BadType(f"http_options host must be a name or an address such as '127.0.0.1', not {host!r}")
     if location not in LOCATIONS:
         raise BadValue(f"http_options location {location!r} must be one of {', '.join(LOCATIONS)} or None")
-    if not isinstance(port, int) or not 0 <= port <= 65535:
-        raise BadValue(f"http_options port {port!r} must be a whole number from 0 (any free one) to 65535")
+    if port is None or not 0 <= port <= 65535:
+        raise BadValue(f"http_options port {options['port']!r} must be a whole number from 0 (any free one) to 65535")
     return HttpOptions(host, port, location, debug=bool(options.get("debug", False))), parse_middlewares(options.get("middlewares"))
 
 

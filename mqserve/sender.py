@@ -6,11 +6,12 @@ import asyncio
 import concurrent.futures
 import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .answers import read_result
 from .broker.caller import Caller
 from .broker.codecs import encode_value
 from .broker.documents import until
@@ -19,7 +20,7 @@ from .broker.errors import BadSignature, InstanceError, MQServeError, UnknownEnd
 from .broker.results import Result
 from .broker.signing import Claim
 from .controller.state import Desired, choose
-from .futures import WAIT_LIMIT_S, Future, read_result
+from .futures import WAIT_LIMIT_S, Found, Future, Sent, Stored
 from .links import Links
 from .replicas.context import deadline
 from .runtime import Runtime
@@ -38,7 +39,7 @@ class _Call:
     data: Any
     arguments: dict[str, Any]
     within_s: float
-    pending: concurrent.futures.Future[Result]
+    pending: concurrent.futures.Future[Found]
 
 
 class Sender:
@@ -84,7 +85,7 @@ class Sender:
                 "to the one of the instance"
             )
         call = _Call(mint_id(), meta, shard_key, data, arguments, min(timeout_s or math.inf, _left_s()), concurrent.futures.Future())
-        call.pending.add_done_callback(lambda done: self._cancel([call.id]) if done.cancelled() else None)
+        call.pending.add_done_callback(lambda done: self._cancel(call.id) if done.cancelled() else None)
         awaited = [value.here() for value in (data, *arguments.values()) if isinstance(value, Future)]
         is_missing = meta.endpoint not in self.desired.endpoints
         if is_missing and not wait_for_endpoint:
@@ -96,8 +97,7 @@ class Sender:
             self._runtime.submit(self._send_later(call))
         else:
             self._send_now(call)
-        plain = plain or self.only_plain
-        return Future(call.id, call.pending, lambda result: read_result(result, call.id, self._signer, plain=plain), self)
+        return Future(call.id, Sent(call.pending, self, plain=plain))
 
     def _send_now(self, call: _Call) -> None:
         desired = self.desired
@@ -134,7 +134,7 @@ class Sender:
             except MQServeError as error:
                 _fail(call.pending, error)
             else:
-                ticket.future.add_done_callback(lambda done: self._pass_on(done, call.pending))
+                ticket.future.add_done_callback(lambda done: self._pass_on(done, call))
 
         return send
 
@@ -162,7 +162,8 @@ class Sender:
         except Exception as error:
             _fail(call.pending, error)
 
-    def _pass_on(self, done: asyncio.Future[Result], pending: concurrent.futures.Future[Result]) -> None:
+    def _pass_on(self, done: asyncio.Future[Result], call: _Call) -> None:
+        pending = call.pending
         if not pending.set_running_or_notify_cancel():
             return
         if done.cancelled():
@@ -170,15 +171,11 @@ class Sender:
         elif (error := done.exception()) is not None:
             pending.set_exception(error)
         else:
-            pending.set_result(done.result())
+            pending.set_result((call.id, done.result()))
 
-    def _cancel(self, future_ids: list[str]) -> None:
-        def cancel() -> None:
-            for future_id in () if self._over else future_ids:
-                self._caller.cancel(future_id)
-
+    def _cancel(self, future_id: str) -> None:
         with suppress(InstanceError):  # closed: nobody is left to tell
-            self._runtime.post(cancel)
+            self._runtime.post(lambda: None if self._over else self._caller.cancel(future_id))
 
     def end(self, why: str) -> None:
         """On the runtime, before the reading of results ends: what is sent from now on fails at once, what waits fails with the reading."""
@@ -202,23 +199,32 @@ class Sender:
         keys = [future_id] if backend is None else [f"{backend}/{future_id}"]
         if backend is not None and len(future_id) == MINTED_ID_LENGTH:
             keys.insert(0, future_id)  # it may be either, and a publisher may have taken the id of a request of ours for its own
-        found: list[str] = []
+        return Future(future_id, Stored(keys, self, backend=backend))
 
-        async def find() -> Result:
-            async with asyncio.timeout(WAIT_LIMIT_S):
-                key, result = await self._caller.waits.first_result(keys)
-            found.append(key)
-            return result
+    # For futures.
 
-        pending = self._runtime.submit(find())
-        return Future(
-            future_id,
-            pending,
-            lambda result: read_result(result, found[0], self._signer, backend, plain=self.only_plain),
-            self,
-            backend=backend,
-            on_cancel=lambda: self._cancel(keys),
-        )
+    def has_result(self, keys: Sequence[str]) -> bool:
+        """Whether one of these has an end by now. Raises StoreUnavailable where the store cannot be asked."""
+        return self._runtime.call(self._caller.waits.has_result(keys))
+
+    def first_result(self, keys: Sequence[str]) -> concurrent.futures.Future[Found]:
+        """Of whichever has one first. Who waits no more cancels what this returns."""
+        return self._runtime.submit(self._first_result(keys))
+
+    async def _first_result(self, keys: Sequence[str]) -> Found:
+        async with asyncio.timeout(WAIT_LIMIT_S):
+            return await self._caller.waits.first_result(keys)
+
+    def cancel_everywhere(self, keys: Sequence[str]) -> bool:
+        """Nobody wants these results any more. Whether one of them had none yet. Raises StoreUnavailable."""
+        return self._runtime.call(self._cancel_everywhere(keys))
+
+    async def _cancel_everywhere(self, keys: Sequence[str]) -> bool:
+        return any(await asyncio.gather(*map(self._caller.cancel_everywhere, keys)))
+
+    def read(self, key: str, result: Result, *, backend: str | None = None, plain: bool = False) -> Any:
+        """See `read_result`."""
+        return read_result(result, key, self._signer, backend, plain=plain or self.only_plain)
 
 
 def _left_s() -> float:
@@ -226,7 +232,7 @@ def _left_s() -> float:
     return max(0.001, deadline() - time.monotonic())
 
 
-def _fail(pending: concurrent.futures.Future[Result], error: BaseException) -> None:
+def _fail(pending: concurrent.futures.Future[Found], error: BaseException) -> None:
     if not pending.done() and pending.set_running_or_notify_cancel():
         pending.set_exception(error)
 

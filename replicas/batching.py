@@ -10,6 +10,7 @@ from functools import wraps
 from typing import Any, Protocol, TypeVar, cast, overload
 
 from ..broker.errors import BadType, BadValue
+from ..broker.whole_numbers import whole_number
 
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -194,9 +195,10 @@ class _Gatherer:
 
 
 def _check(size: object, wait_s: object) -> None:
-    if isinstance(size, bool) or not (isinstance(size, int) or (isinstance(size, float) and size.is_integer())):
+    number = whole_number(size)
+    if number is None:
         raise BadType(f"max_batch_size must be a whole number, not {size!r}")
-    if size < 1:
+    if number < 1:
         raise BadValue(f"max_batch_size must be 1 or more, not {size}")
     if isinstance(wait_s, bool) or not isinstance(wait_s, int | float):
         raise BadType(f"batch_wait_timeout_s must be a number of seconds, not {wait_s!r}")

@@ -227,14 +227,6 @@ print(serve.get_handle({traps!r}).remote(1).result(timeout=30))
     assert not mark.exists()
 
 
-def test_a_handle_that_was_pickled_before_it_had_that_option_opens_as_ever(tools: str) -> None:
-    kind, (handle_class, endpoint, options, missing_ok) = serve.get_handle(tools).__reduce__()
-    older = object.__new__(type(options))
-    older.__setstate__(["inspect", None, "GET", {}, None])  # as dataclasses keep their fields
-    arrived = kind(handle_class, endpoint, older, missing_ok)
-    assert arrived.remote("x").result(timeout=30)["data"] == "x"
-
-
 def test_a_large_object_travels_both_ways(tools: str) -> None:
     array = np.arange(400_000, dtype=np.float64)
     assert np.array_equal(serve.get_handle(tools).remote(array).result(timeout=30), array)
