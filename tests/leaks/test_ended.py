@@ -2,12 +2,13 @@
 that is still to be shut down at exit."""
 
 import gc
+import logging
 import os
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +32,14 @@ class Counts(NamedTuple):
         gc.collect()
         clients, loops = (sum(isinstance(kept, kind) for kept in gc.get_objects()) for kind in (serve.Client, uvloop.Loop))
         return cls(threading.active_count(), len(os.listdir("/proc/self/fd")), clients, loops)
+
+
+@pytest.fixture(autouse=True)
+def unheard() -> Iterator[None]:
+    """pytest keeps what is logged, and with it the connections that it is about."""
+    logging.disable()
+    yield
+    logging.disable(logging.NOTSET)
 
 
 def leaves_nothing(go_through: Callable[[], None]) -> None:
