@@ -39,10 +39,11 @@ class Detached:
         self._namespaces: set[str] = set()
 
     def on(self, namespace: str) -> On:
+        """Whoever starts it, it is ended with the module's tests, also where one of them fails."""
+        self._namespaces.add(namespace)
         return On(broker_url=self._broker_url, store_url=self._store_url, namespace=namespace)
 
     def start(self, namespace: str) -> On:
-        self._namespaces.add(namespace)
         started = self._run(namespace, "start", "--location", "NoServer")
         assert started.wait() == 0, started.output
         return self.on(namespace)
