@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -42,8 +43,15 @@ class EmbeddedStore:
         return ""
 
     @property
+    def refused_since(self) -> float:
+        return math.inf
+
+    @property
     def written_at(self) -> float:
         return time.monotonic()
+
+    def took_a_write(self) -> None:
+        """It always does."""
 
     @property
     def noted(self) -> str:

@@ -113,8 +113,15 @@ class RedisStore:
         return self.health.refusal
 
     @property
+    def refused_since(self) -> float:
+        return self.health.refused_since
+
+    @property
     def written_at(self) -> float:
         return self.health.written_at
+
+    def took_a_write(self) -> None:
+        self.health.took_a_write()
 
     @property
     def noted(self) -> str:

@@ -42,8 +42,17 @@ class Store(Protocol):
         ...
 
     @property
+    def refused_since(self) -> float:
+        """Monotonic: since when every write of this process was refused; infinite where the last one was taken."""
+        ...
+
+    @property
     def written_at(self) -> float:
         """Monotonic: when this process's last write was taken."""
+        ...
+
+    def took_a_write(self) -> None:
+        """Another process's write was seen to be taken: what was refused of ours before says nothing any more."""
         ...
 
     @property

@@ -19,6 +19,7 @@ class StoreHealth:
         self._down_since = -math.inf  # monotonic; inf while it answers
         self._why_down = ""
         self._refused_at = -math.inf  # monotonic: the last write that was
+        self.refused_since = math.inf  # monotonic: the first one after the last that was taken
         self._why_refused = ""
         self.written_at = -math.inf  # monotonic: the last write that was taken
         self._odd_keys: dict[str, tuple[float, str]] = {}  # when (monotonic) and at what time of day they were last met
@@ -68,8 +69,13 @@ class StoreHealth:
     def wrote(self) -> None:
         """A write was taken."""
         self.answered()
-        self._refused_at = -math.inf
+        self._refused_at, self.refused_since = -math.inf, math.inf
         self.written_at = time.monotonic()
+
+    def took_a_write(self) -> None:
+        """Another process's, which says the same of ours."""
+        if self._refused_at > -math.inf:
+            self._refused_at, self.refused_since = -math.inf, math.inf
 
     def failed(self, error: BaseException, since: float, *, writing: bool = False) -> None:
         """A call that began at `since`. A server that refuses something answers."""
@@ -86,6 +92,7 @@ class StoreHealth:
 
     def _refuses(self, words: str) -> None:
         self._refused_at, self._why_refused = time.monotonic(), words
+        self.refused_since = min(self.refused_since, self._refused_at)
 
 
 def _words_of(code: str, error: BaseException) -> str:

@@ -29,8 +29,7 @@ _READ_AT_ONCE = 100
 _FAILED_KEPT = 1000
 _POLL_EVERY_S = 0.05
 _LOOK_EVERY_S = 0.5
-_PROBE_AFTER_S = 1.5  # without a write of ours: members beat every second
-_REFUSED_FOR_S = 2.0  # then requests that wait in vain are failed, within five seconds of the first refusal
+_IDLE_AFTER_S = 2.0  # without a write: members beat every second
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,30 +170,31 @@ class Waits:
         return None if raw is None else await self._whole(future_id, Result.from_bytes(raw))
 
     async def _refuse_what_cannot_be_stored(self) -> None:
-        """While the store answers and takes no writes, a request that was sent since it last took one of this process has no result to
-        come: it could not be stored from the beginning. So its caller is told. Results of earlier ones wait in their replicas for room.
+        """While the store answers and takes no writes, a request that was sent after the first refusal has no result to come, so its caller
+        is told. Results of earlier ones wait in their replicas for room.
 
-        Members write their beat every second, and know. A client writes a key that expires at once, while requests wait.
+        Members write their beat every second. While requests wait, a key is written besides that expires at once: the less time goes by
+        before a refusal is known, the fewer requests are sent in vain.
         """
-        refused_s = 0.0
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
-            if self._waiting and time.monotonic() - self._store.written_at > _PROBE_AFTER_S:
+            if self._waiting and time.monotonic() - self._store.written_at > _LOOK_EVERY_S:
                 with suppress(StoreUnavailable):
                     await self._store.probe()
-            refusal = self._store.refusal
-            refused_s = refused_s + _LOOK_EVERY_S if refusal else 0.0
-            if refused_s >= _REFUSED_FOR_S:
-                self._fail_since(self._store.written_at, refusal)
+            if refusal := self._store.refusal:
+                refused_since, written_at = self._store.refused_since, self._store.written_at
+                was_idle = refused_since - written_at > _IDLE_AFTER_S  # then nothing says when the refusals began: what it just sent counts
+                self._fail_since(refused_since - _IDLE_AFTER_S / 2 if was_idle else refused_since, refusal)
 
-    def _fail_since(self, written_at: float, refusal: str) -> None:
-        recent = itertools.takewhile(lambda sent: sent[1].sent_at > written_at, reversed(self._waiting.items()))  # in order of sending
-        for future_id, _ in list(recent):
+    def _fail_since(self, refused_since: float, refusal: str) -> None:
+        sent_in_vain = itertools.takewhile(lambda sent: sent[1].sent_at > refused_since, reversed(self._waiting.items()))  # the last first
+        for future_id, _ in list(sent_in_vain):
             self.fail(future_id, StoreUnavailable(f"no result can be stored, since the store takes no writes: {refusal}", public=refusal))
 
     # Notes, and what stands under the keys.
 
     def _on_notes(self, raw_notes: list[bytes]) -> None:
+        self._store.took_a_write()  # a result was stored: requests are taken again at once
         for raw in raw_notes:
             note = read_note(raw)
             if note is None or note.id not in self._waiting:

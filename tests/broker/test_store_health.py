@@ -55,6 +55,23 @@ def test_a_write_that_is_refused_says_why_though_the_server_answers(health: Stor
     assert (health.refusal, health.trouble) == ("", "")
 
 
+def test_a_write_of_another_process_that_was_taken_ends_the_refusal(health: StoreHealth) -> None:
+    health.failed(OutOfMemoryError("", status_code="OOM"), since=1000.0, writing=True)
+    assert health.refused_since == 1000.0
+    health.took_a_write()
+    assert (health.trouble, health.refused_since) == ("", math.inf)
+
+
+def test_refusals_are_told_from_the_first_one_on(health: StoreHealth, clock: SimpleNamespace) -> None:
+    assert health.refused_since == math.inf
+    for _ in range(3):
+        health.failed(OutOfMemoryError("", status_code="OOM"), since=1000.0, writing=True)
+        clock.now += 1
+    assert health.refused_since == 1000.0
+    health.wrote()
+    assert health.refused_since == math.inf
+
+
 def test_a_refusal_of_long_ago_is_not_believed(health: StoreHealth, clock: SimpleNamespace) -> None:
     health.failed(OutOfMemoryError("", status_code="OOM"), since=1000.0, writing=True)
     clock.now += REFUSED_FOR_S - 0.1
