@@ -8,7 +8,6 @@ import inspect
 import pickle
 import sys
 import sysconfig
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import cloudpickle
 import msgspec
 
-from . import pickling
+from . import forks, pickling
 from .codecs import MSGPACK, decode_value, encode_value
 from .errors import UNPARSABLE, BadEnvelope, BadSignature, BadValue, NotEncodable
 from .signing import Claim, Signer
@@ -27,7 +26,7 @@ from .store_keys import CODE_TTL_S, StoreKeys
 
 _CLAIM = Claim("code")
 _NO_ARGUMENTS = (MSGPACK, msgspec.msgpack.encode([]))
-_packing = threading.RLock()  # what cloudpickle is told of a module is one for all threads, and two may deploy from one module
+_packing = forks.Lock()  # what cloudpickle is told of a module is one for all threads, and two may deploy from one module
 
 
 class Code(msgspec.Struct, frozen=True):

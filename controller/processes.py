@@ -89,21 +89,24 @@ class Process:
                 loop.call_soon_threadsafe(tell, code)
 
         threading.Thread(target=reap, name=f"wait for {self.pid}", daemon=True).start()
-        code = await ended
-        if self._writing:
-            self._writing.close()
-        return _how_it_ended(code)
+        return _how_it_ended(await ended)
 
     def _reap(self) -> int:
         """Its exit code. Whatever it started and left behind in its session is killed first: until it is reaped its number is its own."""
         with suppress(ChildProcessError, ProcessLookupError, PermissionError):  # the first: somebody polled meanwhile
             os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
             os.killpg(self.pid, signal.SIGKILL)
-        return self._popen.wait()
+        return self._wait()
+
+    def _wait(self) -> int:
+        code = self._popen.wait()
+        if self._writing:
+            self._writing.close()
+        return code
 
     def disown(self) -> None:
         """It is nobody's business here how it ends; but it is reaped then, or it would stay a zombie as long as this process lives."""
-        threading.Thread(target=self._popen.wait, name=f"reap {self.pid}", daemon=True).start()
+        threading.Thread(target=self._wait, name=f"reap {self.pid}", daemon=True).start()
 
     def stop(self) -> None:
         if self._popen.returncode is None:

@@ -1,7 +1,7 @@
 """Followers see the documents as they are now and after every change; over both stores."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 
 import pytest
@@ -103,11 +103,11 @@ class StoreThatGoesAway(EmbeddedStore):
         self.away = False
         self.asked_in_vain = asyncio.Event()
 
-    async def get_many(self, keys: object) -> Documents:
+    async def get_documents(self, keys: Sequence[str]) -> Documents:
         if self.away:
             self.asked_in_vain.set()
             raise StoreUnavailable("away")
-        return await super().get_many(keys)  # type: ignore[arg-type]
+        return await super().get_documents(keys)
 
 
 @asynccontextmanager

@@ -103,6 +103,7 @@ def test_the_class_of_a_backend_goes_with_it(client: serve.Client) -> None:
 def test_a_replica_holds_the_lock_of_its_nodes_metrics(deploy: Deploy) -> None:
     def held(request: Any) -> bool:
         files = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")]
-        return os.path.join(os.environ["PROMETHEUS_MULTIPROC_DIR"], "lock") in files
+        of_the_node = os.path.dirname(os.environ["PROMETHEUS_MULTIPROC_DIR"])
+        return os.path.join(of_the_node, "lock") in files
 
     assert deploy.client.get_handle(deploy(held)).remote().result(30) is True
