@@ -21,12 +21,13 @@ import msgspec
 
 from ..broker.cancellations import word_of_proxy
 from ..broker.complaint import Complaint
-from ..broker.errors import BadEnvelope, BrokerUnavailable, MQServeError, WrongType
+from ..broker.errors import BrokerUnavailable, MQServeError, WrongType
 from ..broker.queue import Queue
-from ..broker.store import WRONG_TYPE, Store
+from ..broker.store import Store
 from ..broker.store_keys import CODE_TTL_S, StoreKeys
 from . import lease, plan
 from .absent_nodes import AbsentNodes
+from .known_documents import KnownDocuments
 from .queues import Queues
 from .restarts import ENDED_WELL, Restarts
 from .state import Assignment, Beat, Desired, Observed, read_beats
@@ -65,19 +66,13 @@ class Controller:
         self._instance = instance
         self._trouble = trouble  # of this process's keeper, for operators
         self._leader = lease.Leader(store, keys, controller_id, kept_by)
-        self._desired: Desired | None = None  # the last one seen: what a store that lost its data gets back, from whoever leads then
-        self._observed: Observed | None = None
-        self._codes: dict[str, bytes] = {}
-        self._desired_is_behind = self._observed_is_behind = self._observed_is_broken = False  # in the store, compared with ours
-        self._is_anothers = False  # the document in the store: our instance was cleared while we slept
-        self._raw_desired: bytes | None = None
-        self._raw_observed: bytes | None = None
+        self._known = KnownDocuments(store, keys, instance)
         self._looked_at = -math.inf  # at the store, monotonic
         self._is_first_look = True
         self._settled_at = 0.0  # monotonic; until then nobody is missed
         self._concern = ""  # the store's own
         self._asked_at = -math.inf  # for it, monotonic
-        self._waiting, self._broken, self._queues_wait = Complaint(logger), Complaint(logger), Complaint(logger)
+        self._waiting, self._queues_wait = Complaint(logger), Complaint(logger)
         self._begin(0)
 
     def _begin(self, epoch: int) -> None:
@@ -122,79 +117,38 @@ class Controller:
         elif not leads and self._is_first_look:
             logger.info("another controller leads: waiting to take over")
         self._is_first_look = False
-        await self._read_documents()
+        await self._known.read()
         self._note_look()
-        if self._is_anothers or (self._raw_desired is None and await lease.has_ended(self._store, self._keys, self._instance)):
+        known = self._known
+        if known.is_anothers or (known.raw_desired is None and await lease.has_ended(self._store, self._keys, self._instance)):
             await self._leader.release(for_good=True)
             return True
-        if self._desired is None:
-            if leads and self._raw_desired is not None:  # it is broken, but the instance is there
+        if known.observed is not None:
+            self._leader.outrank(known.observed.epoch)
+        if known.desired is None:
+            if leads and known.raw_desired is not None:  # it is broken, but the instance is there
                 await self._renew_instance()
             return False
-        if self._desired_is_behind or self._observed_is_behind:
+        if known.store_is_behind:
             if leads:
                 await self._write_back()
             return False
-        return leads and await self._tick(self._desired)
+        return leads and await self._tick(known.desired)
 
     def _note_look(self) -> None:
         """After the store was away nobody is missed for a while. The first look of a process may be the first one after that."""
         now = time.monotonic()
         is_late = now - self._looked_at > AWAY_AFTER_S
-        if is_late and self._observed is not None and (self._observed.replicas or self._observed.proxies):
+        observed = self._known.observed
+        if is_late and observed is not None and (observed.replicas or observed.proxies):
             self._settled_at = now + SETTLE_S
         self._looked_at = now
-
-    async def _read_documents(self) -> None:
-        """Whoever waits reads them too: it may be the one who has to write them back."""
-        self._raw_desired, self._raw_observed = await self._store.get_documents([self._keys.desired, self._keys.observed])
-        self._read_desired()
-        if self._is_anothers:
-            return
-        self._read_observed()
-        if self._desired is not None:
-            await self._read_codes(self._desired)
-
-    def _read_desired(self) -> None:
-        """What we know stays where the store has nothing, something broken, or less: a copy from before it failed."""
-        known = self._desired
-        self._desired_is_behind = known is not None and self._raw_desired is None
-        if self._raw_desired is None:
-            return
-        try:
-            found = Desired.from_bytes(self._raw_desired)
-        except BadEnvelope as error:
-            last = "the last good one goes on, and is written back when the key is deleted" if known else "there is no last good one"
-            self._broken.say(f"{error}; {last}")
-            return
-        self._broken.over()
-        self._is_anothers = found.instance != self._instance
-        self._desired_is_behind = known is not None and _order(found) < _order(known)
-        if not self._is_anothers and not self._desired_is_behind:
-            self._desired = found
-
-    def _read_observed(self) -> None:
-        """As with the desired one; but a broken one the leader writes again."""
-        known = self._observed
-        self._observed_is_broken = False
-        self._observed_is_behind = known is not None and self._raw_observed is None
-        if self._raw_observed is not None:
-            try:
-                found = Observed.from_bytes(self._raw_observed)
-                self._observed_is_behind = known is not None and _order(found) < _order(known)
-                if not self._observed_is_behind:
-                    self._observed = found
-            except BadEnvelope as error:
-                logger.warning("%s; the leader writes it anew", error)
-                self._observed_is_broken = True
-        if self._observed is not None:
-            self._leader.outrank(self._observed.epoch)
 
     async def _tick(self, desired: Desired) -> bool:
         """One comparison; True when the instance is shut down and cleared."""
         await self._renew_instance()
         await self._keep_codes(desired)
-        observed = self._observed or Observed()
+        observed = self._known.observed or Observed()
         if observed.epoch > self._leader.epoch:
             return False  # the next claim is above it
         beats = read_beats(await self._fields_of_beats())
@@ -238,31 +192,10 @@ class Controller:
             logger.warning("%s", self._concern)
 
     async def _write_back(self) -> None:
-        """The store lost its data, or the last of it: our copy, the desired state under a higher epoch, code included."""
-        known, claim = self._desired, self._leader.claim
-        if known is None:
-            return
-        logger.warning("the store lost data: writing back what is not there any more")
+        """What is assigned comes back too, and the members get time to beat again: a loss of data must stop nothing that runs."""
         self._kept = frozenset()  # the copy may be one from before we kept it
-        for sha256, code in self._codes.items():
-            await self._store.set(self._keys.code(sha256), code, only_new=True)  # unfenced: under a hash there is only one value
-        owner = lease.InstanceLease(known.instance, "restored by its controller", True, self._store.now_ms())
-        await self._store.replace(self._keys.instance, None, msgspec.json.encode(owner), guard=claim, quiet=True)
-        # What is assigned comes back too, and the members get time to beat again: a loss of data must stop nothing that runs.
         self._settled_at = time.monotonic() + SETTLE_S
-        if self._observed is not None and self._observed_is_behind:
-            newer = msgspec.structs.replace(self._observed, version=self._observed.version + 1)
-            await self._store.replace(self._keys.observed, self._raw_observed, newer.to_bytes(), guard=claim)
-        if self._desired_is_behind:
-            restored = msgspec.structs.replace(known, epoch=known.epoch + 1)
-            await self._store.replace(self._keys.desired, self._raw_desired, restored.to_bytes(), guard=claim)
-
-    async def _read_codes(self, desired: Desired) -> None:
-        self._codes = {sha256: code for sha256, code in self._codes.items() if sha256 in desired.codes}
-        for sha256 in desired.codes - set(self._codes):
-            code = await self._store.get_large(self._keys.code(sha256))
-            if code is not None and code != WRONG_TYPE:
-                self._codes[sha256] = code
+        await self._known.write_back(self._leader.claim)
 
     async def _keep_codes(self, desired: Desired) -> None:
         """As long as they are named: a client's deploy may fail before that, and its roll-back may name the old one again after it."""
@@ -392,12 +325,8 @@ class Controller:
     # Writing.
 
     async def _write(self, old: Observed, new: Observed) -> None:
-        if msgspec.structs.replace(new, version=old.version) == old and not self._observed_is_broken:
-            return
-        new = msgspec.structs.replace(new, version=old.version + 1)
-        if not await self._store.replace(self._keys.observed, self._raw_observed, new.to_bytes(), guard=self._leader.claim):
-            raise lease.NotLeading(f"the observed state of epoch {new.epoch} was refused: another controller leads, or wrote it meanwhile")
-        self._observed = new
+        if msgspec.structs.replace(new, version=old.version) != old or self._known.observed_is_broken:
+            await self._known.replace_observed(msgspec.structs.replace(new, version=old.version + 1), self._leader.claim)
 
     async def _forget_silent(self, observed: Observed, beats: dict[str, Beat]) -> None:
         """Fields of members that are long gone; a failed replica's words stay as long as its backend has the problem."""
@@ -429,7 +358,7 @@ class Controller:
         if forced == desired.forced:
             return
         raw = await self._store.get(self._keys.desired)
-        if raw == self._raw_desired and Desired.from_bytes(raw) == desired:  # not a broken one, which its operator mends
+        if raw == self._known.raw_desired and Desired.from_bytes(raw) == desired:  # not a broken one, which its operator mends
             newer = msgspec.structs.replace(desired, forced=forced, version=desired.version + 1)
             await self._store.replace(self._keys.desired, raw, newer.to_bytes(), guard=self._leader.claim)
 
@@ -440,10 +369,6 @@ class Controller:
         if children or observed.queues or observed.retiring:
             return False
         return await lease.forget(self._store, self._keys, self._instance, self._leader.claim)
-
-
-def _order(document: Desired | Observed) -> tuple[int, int]:
-    return document.epoch, document.version
 
 
 def _new_replica_id(backend: str) -> str:

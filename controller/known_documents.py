@@ -1,0 +1,120 @@
+"""What a controller knows of its instance's documents, and gives back to a store that lost them."""
+
+from __future__ import annotations
+
+import logging
+
+import msgspec
+
+from ..broker.complaint import Complaint
+from ..broker.errors import BadEnvelope
+from ..broker.store import WRONG_TYPE, Guard, Store
+from ..broker.store_keys import StoreKeys
+from . import lease
+from .state import Desired, Observed
+
+logger = logging.getLogger(__name__)
+
+
+class KnownDocuments:
+    """The last good desired and observed state of one instance, and the code that it names.
+
+    A controller that waits reads them like the one that leads: after a loss it may be the one that has to write them back.
+    """
+
+    def __init__(self, store: Store, keys: StoreKeys, instance: str) -> None:
+        self._store = store
+        self._keys = keys
+        self._instance = instance
+        self._codes: dict[str, bytes] = {}
+        self._broken = Complaint(logger)
+        self._desired_is_behind = self._observed_is_behind = False  # in the store, compared with ours
+        self.desired: Desired | None = None
+        self.observed: Observed | None = None
+        self.raw_desired: bytes | None = None  # as last read from the store
+        self.raw_observed: bytes | None = None
+        self.observed_is_broken = False
+        self.is_anothers = False  # the desired document in the store: our instance was cleared while we slept
+
+    @property
+    def store_is_behind(self) -> bool:
+        """It has less than we know: it failed, and came back empty or with an older copy."""
+        return self._desired_is_behind or self._observed_is_behind
+
+    async def read(self) -> None:
+        self.raw_desired, self.raw_observed = await self._store.get_documents([self._keys.desired, self._keys.observed])
+        self._read_desired()
+        if self.is_anothers:
+            return
+        self._read_observed()
+        if self.desired is not None:
+            await self._read_codes(self.desired)
+
+    def _read_desired(self) -> None:
+        """What we know stays where the store has nothing, something broken, or less."""
+        known = self.desired
+        self._desired_is_behind = known is not None and self.raw_desired is None
+        if self.raw_desired is None:
+            return
+        try:
+            found = Desired.from_bytes(self.raw_desired)
+        except BadEnvelope as error:
+            last = "the last good one goes on, and is written back when the key is deleted" if known else "there is no last good one"
+            self._broken.say(f"{error}; {last}")
+            return
+        self._broken.over()
+        self.is_anothers = found.instance != self._instance
+        self._desired_is_behind = known is not None and _order(found) < _order(known)
+        if not self.is_anothers and not self._desired_is_behind:
+            self.desired = found
+
+    def _read_observed(self) -> None:
+        """As with the desired one; but a broken one the leader writes again."""
+        known = self.observed
+        self.observed_is_broken = False
+        self._observed_is_behind = known is not None and self.raw_observed is None
+        if self.raw_observed is None:
+            return
+        try:
+            found = Observed.from_bytes(self.raw_observed)
+        except BadEnvelope as error:
+            logger.warning("%s; the leader writes it anew", error)
+            self.observed_is_broken = True
+            return
+        self._observed_is_behind = known is not None and _order(found) < _order(known)
+        if not self._observed_is_behind:
+            self.observed = found
+
+    async def _read_codes(self, desired: Desired) -> None:
+        self._codes = {sha256: code for sha256, code in self._codes.items() if sha256 in desired.codes}
+        for sha256 in desired.codes - set(self._codes):
+            code = await self._store.get_large(self._keys.code(sha256))
+            if code is not None and code != WRONG_TYPE:
+                self._codes[sha256] = code
+
+    async def write_back(self, claim: Guard) -> None:
+        """Our copy of what the store lost, code included: the desired state under a higher epoch. Does nothing where we know nothing."""
+        known = self.desired
+        if known is None:
+            return
+        logger.warning("the store lost data: writing back what is not there any more")
+        for sha256, code in self._codes.items():
+            await self._store.set(self._keys.code(sha256), code, only_new=True)  # unfenced: under a hash there is only one value
+        owner = lease.InstanceLease(known.instance, "restored by its controller", True, self._store.now_ms())
+        await self._store.replace(self._keys.instance, None, msgspec.json.encode(owner), guard=claim, quiet=True)
+        if self.observed is not None and self._observed_is_behind:
+            newer = msgspec.structs.replace(self.observed, version=self.observed.version + 1)
+            await self._store.replace(self._keys.observed, self.raw_observed, newer.to_bytes(), guard=claim)
+        if self._desired_is_behind:
+            restored = msgspec.structs.replace(known, epoch=known.epoch + 1)
+            await self._store.replace(self._keys.desired, self.raw_desired, restored.to_bytes(), guard=claim)
+
+    async def replace_observed(self, new: Observed, claim: Guard) -> None:
+        """Raises NotLeading when the store refuses it: another controller leads, or wrote meanwhile."""
+        if not await self._store.replace(self._keys.observed, self.raw_observed, new.to_bytes(), guard=claim):
+            raise lease.NotLeading(f"the observed state of epoch {new.epoch} was refused: another controller leads, or wrote it meanwhile")
+        self.observed = new
+
+
+def _order(document: Desired | Observed) -> tuple[int, int]:
+    return document.epoch, document.version
