@@ -104,7 +104,7 @@ class Caller:
     def send_shadow(
         self, backend: str, body: bytes, content_type: str, meta: Meta, *, origin: str, timeout_s: float, shadow_id: str = ""
     ) -> None:
-        """A copy of a request: its own id, no future, and whatever becomes of it is nobody's concern."""
+        """A copy of a request that was sent: its own id, no future, and whatever becomes of it is nobody's concern."""
         timeout_ms = max(1, int(timeout_s * 1000))
         header = Header(origin=origin, deadline=self._store.now_ms() + timeout_ms, shadow=True, meta=meta)
         envelope = Envelope(shadow_id or mint_id(), body, content_type, header, expiration_ms=timeout_ms)
@@ -119,8 +119,11 @@ class Caller:
         if len(body) > INLINE_BODY_BYTES:
             publish = partial(self._queue.publish, backend, settled=_nobody_waits)
             self._start(self._send_by_reference(envelope, timeout_ms, publish))
-        else:
+            return
+        try:
             self._queue.publish(backend, envelope, settled)
+        except MQServeError as error:
+            settled(error)
 
     def cancel(self, future_id: str) -> None:
         """Whoever waits here is told at once, and the replicas soon."""

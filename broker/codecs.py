@@ -13,7 +13,6 @@ from .signing import Claim, Signer
 
 JSON = "application/json"
 TEXT = "text/plain; charset=utf-8"
-BYTES = "application/octet-stream"
 MSGPACK = "application/msgpack"
 PICKLE = "application/x-python-pickle"  # always sealed, never opened otherwise
 
@@ -46,7 +45,7 @@ def encode_value(value: object, signer: Signer, claim: Claim) -> tuple[str, byte
     try:
         payload = pickling.dumps(value)
     except Exception as error:
-        raise NotEncodable(f"a value of type {_name(type(value))} cannot travel: it does not pickle ({error})") from error
+        raise NotEncodable(f"a value with a {odd or _odd_type(value)} in it cannot travel: it does not pickle ({error})") from error
     return PICKLE, signer.seal(payload, _with_type(claim))
 
 

@@ -178,9 +178,16 @@ def public_words(error: MQServeError) -> str:
     return f"{what} {f'cannot be used now ({error.public})' if error.public else 'is away'}: try again later"
 
 
+def untraced(error: MQServeError) -> MQServeError:
+    """The same error to raise once more, or to keep: the one that was raised holds the frames that it went through, and all they hold."""
+    twin = type(error).__new__(type(error), *error.args)
+    twin.__dict__.update(error.__dict__)
+    return twin
+
+
 def words_of(error: BaseException | None) -> str:
     """For a log line or a sentence: an error may have nothing to say but its name, and a user's may raise when asked."""
     try:
         return str(error) or type(error).__name__
-    except Exception:
+    except BaseException:  # such as SystemExit
         return type(error).__name__

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from . import forks
 
@@ -41,8 +41,9 @@ class Interrupts:
 
 
 def say(words: str) -> None:
-    """To standard error, from a signal handler too."""
-    os.write(2, f"{words}\n".encode())
+    """To standard error, from a signal handler too. Where nobody reads that any more, Ctrl-C works all the same."""
+    with suppress(OSError):
+        os.write(2, f"{words}\n".encode())
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 
@@ -12,6 +13,8 @@ from .store import Record
 
 FLUSH_BATCH = 128
 FLUSH_BYTES = 4 * 1024 * 1024  # or one large result: a call that takes longer than its budget is sent again and again
+
+logger = logging.getLogger(__name__)
 
 Mark = tuple[str, bytes, int]
 """Key, value, TTL in ms; a TTL of 0: the key goes."""
@@ -50,13 +53,15 @@ class ResultWriter:
         self._flush_soon()
 
     async def close(self, budget_s: float) -> None:
-        """Writes what is left, as far as that can be done within the budget."""
+        """Writes what is left, as far as that can be done within the budget. The futures of the rest are cancelled."""
         if self._flusher is not None and not self._flusher.done():
             with suppress(TimeoutError, asyncio.CancelledError):
                 async with asyncio.timeout(budget_s):
                     await asyncio.shield(self._flusher)
             self._flusher.cancel()
             await asyncio.gather(self._flusher, return_exceptions=True)
+        for _, done in self._buffer:
+            done.cancel()
 
     def _flush_soon(self) -> None:
         if self._flusher is None or self._flusher.done():
@@ -76,6 +81,14 @@ class ResultWriter:
             except StoreUnavailable as error:
                 self._buffer = self._give_up_late(batch, error) + self._buffer
                 await asyncio.sleep(next(pauses))
+            except Exception as error:  # whoever waits for these results gives their messages back
+                logger.exception("%d results could not be written: that is a bug in mqserve, please report it", len(batch))
+                for _, done in batch:
+                    if not done.done():
+                        done.set_exception(error)
+            except asyncio.CancelledError:
+                self._buffer = batch + self._buffer
+                raise
 
     def _next_batch(self) -> list[tuple[Record, asyncio.Future[bool]]]:
         count = size = 0

@@ -18,3 +18,4 @@ async def unless(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
     finally:
         working.cancel()
         stopping.cancel()
+        await asyncio.gather(working, stopping, return_exceptions=True)  # its cleanup is done before the caller goes on

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from .backoff import delays
-from .errors import BadEnvelope, MQServeError, StoreUnavailable
+from .errors import BadEnvelope, MQServeError, StoreUnavailable, untraced
 from .printable import printable
 from .results import Result, late_result, note_of, read_note
 from .store import Record, Store
@@ -100,7 +100,7 @@ class Waits:
         future = self.drop(future_id)
         if future is not None and not future.done():
             future.set_exception(error)
-            self._failed[future_id] = error
+            self._failed[future_id] = untraced(error)
             if len(self._failed) > _FAILED_KEPT:
                 del self._failed[next(iter(self._failed))]
 
@@ -122,7 +122,7 @@ class Waits:
             if (found := await self.peek(future_id)) is not None:
                 return found
             if (failed := self._failed.get(future_id)) is not None:
-                raise failed
+                raise untraced(failed)
             future = self._strangers.setdefault(future_id, asyncio.get_running_loop().create_future())
             if not self._polling:
                 self._polling = True
@@ -326,5 +326,12 @@ class Waits:
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
         return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error(
+                "results of this process are not read as they should be: that is a bug in mqserve, please report it", exc_info=error
+            )

@@ -198,7 +198,15 @@ async def forget(store: Store, keys: StoreKeys, instance: str, guard: Guard | No
 async def has_ended(store: Store, keys: StoreKeys, instance: str) -> bool:
     """Whether it was cleared on purpose, or for another one: a store that lost its data knows nothing of that."""
     raw, ended = await store.get_documents([keys.instance, keys.ended])
-    return ended == instance.encode() or (raw is not None and decode_lease(raw).id != instance)
+    return ended == instance.encode() or _is_of_another(raw, instance)
+
+
+def _is_of_another(raw_lease: bytes | None, instance: str) -> bool:
+    """One that does not parse says nothing of that: its controller writes it anew."""
+    try:
+        return raw_lease is not None and decode_lease(raw_lease).id != instance
+    except BadEnvelope:
+        return False
 
 
 async def read_standing(store: Store, keys: StoreKeys, instance: str) -> Standing:
@@ -212,7 +220,7 @@ async def read_standing(store: Store, keys: StoreKeys, instance: str) -> Standin
         if desired.instance != instance:
             return Standing.ENDED
         return Standing.DRAINS if desired.closing else Standing.RUNS
-    if ended == instance.encode() or (raw_lease is not None and decode_lease(raw_lease).id != instance):
+    if ended == instance.encode() or _is_of_another(raw_lease, instance):
         return Standing.ENDED
     return Standing.LOST
 

@@ -83,6 +83,7 @@ class Controller:
         self._counted: set[str] = set()  # deaths of replicas that the observed document still names
         self._queues = Queues(self._queue, self._while_leading, self._next_generation)
         self._had_node_at = time.monotonic()
+        self._closing_since = math.inf  # monotonic
         self._absent_nodes = AbsentNodes()
         self._renewed_at = -math.inf  # the instance's lease, monotonic
         self._kept: frozenset[str] = frozenset()  # hashes of code that does not expire
@@ -222,11 +223,10 @@ class Controller:
         assigned = {replica_id: assignment for replica_id, assignment in observed.replicas.items() if replica_id not in ended}
         for replica_id in ready & set(assigned) - self._were_ready:
             self._restarts[assigned[replica_id].backend, assigned[replica_id].version].got_ready()
-        self._were_ready = ready
+        self._were_ready = (self._were_ready | ready) & set(assigned)
         self._forget_restarts(desired, assigned)
-        if desired.closing:  # proxies first: what they still wait for needs the replicas
-            proxies = [beat for beat in plan.living(beats, "proxy", now_ms).values() if not beat.external]
-            placement = plan.Placement(assigned if proxies else {}, {})
+        if desired.closing:
+            placement = plan.Placement(self._still_serving(desired, observed, assigned, beats, now), {})
         else:
 
             def may_start(name: str) -> bool:
@@ -249,6 +249,20 @@ class Controller:
             sealed=self._has_key and not plan.without_seals(beats),
             serving=tuple(sorted({replicas[name].backend for name in ready} & set(desired.backends))),
         )
+
+    def _still_serving(
+        self, desired: Desired, observed: Observed, assigned: plan.Replicas, beats: dict[str, Beat], now: float
+    ) -> plan.Replicas:
+        """Of an instance that closes: all replicas while a proxy still waits for answers, then those whose queue is not empty, for their
+        backend's graceful_shutdown_timeout_s at most."""
+        self._closing_since = min(self._closing_since, now)
+        if any(not beat.external for beat in plan.living(beats, "proxy", self._store.now_ms()).values()):
+            return assigned
+        drains_s = {
+            name: backend.config.graceful_shutdown_timeout_s for name, backend in desired.backends.items() if name in observed.queues
+        }
+        in_time = {name for name, drain_s in drains_s.items() if now - self._closing_since < drain_s}
+        return plan.of_backends(assigned, in_time)
 
     def _forget_restarts(self, desired: Desired, assigned: plan.Replicas) -> None:
         """Those of versions that no backend has any more, once their last replica is gone."""

@@ -204,6 +204,8 @@ class Node:
             child = self._launcher.replica(assignment.backend, replica_id, self._options.node_id, Share(variables, python))
         except Exception as error:  # whatever is wrong with one assignment, the other replicas are not to go with it
             logger.warning("cannot start %s: %s", replica_id, words_of(error))
+            if self._options.metrics is not None:
+                self._options.metrics.forget(replica_id)
             self._ended[replica_id] = words_of(error)
             self._presence.tell()
             return

@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 
 from starlette.convertors import CONVERTOR_TYPES, Convertor, FloatConvertor, PathConvertor, StringConvertor, UUIDConvertor
 
-from ..broker.errors import BadValue, words_of
+from ..broker.errors import BadValue
+from ..broker.failures import describe
+from ..broker.printable import printable
 from .linear_regex import Re2Missing, Row, compile_re2, for_re2, read_row
 
 Params = tuple[tuple[str, str, str], ...]
@@ -68,7 +70,7 @@ class RoutePattern:
             except ValueError:
                 return None
             except BaseException as error:  # a user's code, called in the loop of a proxy: not even SystemExit may end that
-                logger.info("route %s does not match, since a convertor raised %s: %s", self.route, type(error).__name__, words_of(error))
+                logger.info("route %s does not match, since a convertor raised %s", self.route, printable(describe(error).words))
                 return None
         return tuple([(variable.name, variable.kind, text) for variable, text in zip(self.variables, texts, strict=True)])
 

@@ -14,7 +14,7 @@ from starlette.convertors import register_url_convertor
 
 from .broker import code, forks
 from .broker.caller import Caller
-from .broker.errors import InstanceError, UnknownEndpoint
+from .broker.errors import BadType, InstanceError, UnknownEndpoint
 from .broker.interrupts import to_the_end
 from .broker.queue_names import check_name
 from .controller import desired as changes
@@ -350,7 +350,12 @@ class Client:
         return kind(endpoint_name, self, missing_ok=missing_ok)
 
     def future(self, future_id: str, backend: str | None = None) -> Future:
-        """The future of a request that anybody sent: a minted id by itself, a publisher's own `message_id` with its `backend`."""
+        """The future of a request that anybody sent: a minted id by itself, a publisher's own `message_id` with its `backend`.
+
+        Raises BadType for an id that is no text.
+        """
+        if not isinstance(future_id, str):
+            raise BadType(f"the id of a request is a text of 32 characters, not {future_id!r}: see `ref.id`")
         return self.sender.future(future_id, backend)
 
     def get(self, refs: Future | Sequence[Future], timeout: float | None = None) -> Any:

@@ -61,15 +61,17 @@ class Clients:
         return client
 
     def _join(self, settings: Settings, *, is_asked_for: bool = True) -> Client:
+        if settings.embedded and self._open_at(settings) is None:  # no lock: a middleware may ask while its own instance starts
+            raise InstanceError(
+                f"there is no instance in this process under the namespace {settings.namespace!r}, and another process's embedded one "
+                "cannot be joined: call serve.start(), or set MQSERVE_BROKER_URL and MQSERVE_STORE_URL"
+            )
         with self._opening:
-            client = next((client for client in reversed(self._open) if _is_one_place(client.settings, settings)), None)
+            client = self._open_at(settings)
             if client is not None and client.has_ended:
                 client = self._renewed(client)
             if client is None and settings.embedded:
-                raise InstanceError(
-                    f"there is no instance in this process under the namespace {settings.namespace!r}, and another process's embedded one "
-                    "cannot be joined: call serve.start(), or set MQSERVE_BROKER_URL and MQSERVE_STORE_URL"
-                )
+                return self._join(settings)  # which says that there is none any more
             if client is None:
                 client = open_client(settings, None, self._forget)
                 with self._lock:
@@ -77,6 +79,9 @@ class Clients:
                     if is_asked_for and not in_replica():
                         self._given = (*self._given, client)
             return client
+
+    def _open_at(self, settings: Settings) -> Client | None:
+        return next((client for client in reversed(self._open) if _is_one_place(client.settings, settings)), None)
 
     def _renewed(self, client: Client) -> Client | None:
         """Of an instance that has ended. A client that ran it is of no use any more."""

@@ -32,6 +32,7 @@ async def telling(links: Links, tell: Tell | None) -> AsyncIterator[None]:
 
 async def _tell_forever(links: Links, tell: Tell) -> None:
     last = ""
+    await asyncio.sleep(TELL_EVERY_S)  # most instances are gone by then
     while True:
         try:
             line = await _what_drains(links)

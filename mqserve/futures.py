@@ -95,7 +95,7 @@ class Future:
         return source.read(*found)
 
     def _not_yet(self, limit_s: float) -> TimeoutError:
-        return TimeoutError(f"request {self.id} has no result yet after {limit_s:g} s; it goes on: wait again, or raise the timeout")
+        return TimeoutError(f"request {self.id} has no result yet after {limit_s:g} s{self._source.not_yet}")
 
     def _cancelled(self) -> Cancelled:
         return Cancelled(f"request {self.id} was cancelled by its caller")
@@ -103,6 +103,8 @@ class Future:
 
 class Sent:
     """The result of a request that was sent here, which comes by itself."""
+
+    not_yet = "; it goes on: wait again, or raise the timeout"
 
     def __init__(self, pending: concurrent.futures.Future[Found], sender: Sender, *, plain: bool) -> None:
         self._pending = pending
@@ -134,6 +136,7 @@ class Stored:
     """A result that stands in the store or will, under the first of these keys that has one. Several may wait, each for itself."""
 
     state = ""  # nobody has asked
+    not_yet = ": wait again, if somebody sent it; the message_id of a published message needs its backend, too"
 
     def __init__(self, keys: Sequence[str], sender: Sender, *, backend: str | None = None, plain: bool = False) -> None:
         self._keys = keys

@@ -277,7 +277,7 @@ async def shut_down(links: Links, instance: str, tell: Tell | None = None) -> No
     async def read_budget_s() -> float:
         desired = Desired.from_bytes(await links.store.get(links.keys.desired))
         drains_s = [backend.config.graceful_shutdown_timeout_s for backend in desired.backends.values()]
-        return SHUTDOWN_BUDGET_S + max(drains_s, default=0.0)
+        return SHUTDOWN_BUDGET_S + 2 * max(drains_s, default=0.0)  # for what waits, and then for what runs
 
     async def is_cleared() -> bool | None:
         raw, raw_lease = await links.store.get_documents([links.keys.desired, links.keys.instance])

@@ -79,7 +79,16 @@ class Runtime:
             await asyncio.wait(given_up, timeout=FORCED_END_S)
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
-        """Runs `work` over there and waits for it here. Raises what it raises; Ctrl-C here cancels it there."""
+        """Runs `work` over there and waits for it here. Raises what it raises; Ctrl-C here cancels it there.
+
+        Raises InstanceError for a wait over there, which would never end: in the embedded form middlewares and convertors run on it.
+        """
+        if threading.current_thread() is self._thread:
+            work.close()
+            raise InstanceError(
+                "this was called on the thread that answers requests, where middlewares and convertors run, and which must not wait: "
+                "call it in another thread, with `await asyncio.to_thread(…)`"
+            )
         future = self.submit(work)
         try:
             return future.result()

@@ -105,13 +105,11 @@ class Sender:
         if endpoint is None:  # deleted while its arguments were awaited
             raise UnknownEndpoint(f"Endpoint '{call.meta.endpoint}' does not exist.")
         backend, shadows = choose(endpoint, call.shard_key)
-        send = self._prepare(desired, backend, call)
         copies = [self._prepare_shadow(desired, shadow, call) for shadow in shadows]
-        self._runtime.post(send)
-        for copy in copies:
-            self._runtime.post(copy)
+        self._runtime.post(self._prepare(desired, backend, call, copies))
 
-    def _prepare(self, desired: Desired, backend: str, call: _Call) -> Callable[[], None]:
+    def _prepare(self, desired: Desired, backend: str, call: _Call, copies: Sequence[Callable[[], None]]) -> Callable[[], None]:
+        """What sends the request, and then its copies: of one that is refused there are none."""
         content_type, body = encode_value([call.data, call.arguments], self._signer, Claim("request", backend, call.id))
         config = desired.backends[backend].config
 
@@ -135,6 +133,8 @@ class Sender:
                 _fail(call.pending, error)
             else:
                 ticket.future.add_done_callback(lambda done: self._pass_on(done, call))
+                for send_copy in copies:
+                    send_copy()
 
         return send
 
@@ -164,11 +164,10 @@ class Sender:
 
     def _pass_on(self, done: asyncio.Future[Result], call: _Call) -> None:
         pending = call.pending
+        error = InstanceError(self._over or _STOPPED) if done.cancelled() else done.exception()
         if not pending.set_running_or_notify_cancel():
             return
-        if done.cancelled():
-            pending.set_exception(InstanceError(self._over or _STOPPED))
-        elif (error := done.exception()) is not None:
+        if error is not None:
             pending.set_exception(error)
         else:
             pending.set_result((call.id, done.result()))

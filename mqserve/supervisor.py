@@ -90,7 +90,18 @@ class Part:
 
     async def keep(self) -> None:
         """Starts it whenever it does not run. Returns when nothing is to be started any more: the instance has ended, or this process is
-        told to."""
+        told to. A lock that cannot be had (no file descriptors, no folder) is tried again: the process that keeps another has work of its
+        own, which must not end with that."""
+        while True:
+            try:
+                return await self._keep()
+            except (InstanceError, OSError) as error:
+                logger.error("the %s is not kept now: %s", self._role.value, words_of(error))
+                self._why_not = words_of(error)
+            await asyncio.sleep(_ASK_AGAIN_S)
+            self._why_not = ""
+
+    async def _keep(self) -> None:
         lock = self._open_lock()
         try:
             while True:

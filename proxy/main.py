@@ -190,6 +190,7 @@ class Proxy:
                 self._readiness.follow(desired, observed)
                 continue
             for pause_s in delays():
+                self._see(app, observed or Observed())
                 try:
                     await self._take_over(app, desired, observed or Observed())
                     break
@@ -199,8 +200,14 @@ class Proxy:
                         self._refuse(desired, _why(error))
                     await asyncio.sleep(pause_s)
                     with contextlib.suppress(MQServeError):  # this version may never work: a later one mends it
-                        if raw := await self._store.get(self._keys.desired):
-                            desired = Desired.from_bytes(raw)
+                        raw, raw_observed = await self._store.get_documents([self._keys.desired, self._keys.observed])
+                        observed = Observed.from_bytes(raw_observed)
+                        desired = Desired.from_bytes(raw) if raw is not None else desired
+
+    def _see(self, app: ProxyApp, observed: Observed) -> None:
+        """Which backends serve, whatever becomes of the routes: a version that cannot be followed must not keep a backend down."""
+        app.routes.down_since = observed.down_since
+        self._readiness.see(observed)
 
     async def _take_over(self, app: ProxyApp, desired: Desired, observed: Observed) -> None:
         """All of it or nothing: whoever waits for this version must find its middlewares too."""

@@ -33,6 +33,10 @@ class Readiness:
             return
         self._desired, self._observed, self._has_ended = desired, observed or Observed(), False
 
+    def see(self, observed: Observed) -> None:
+        """Which backends serve now; the routes may be those of an earlier version."""
+        self._observed = observed
+
     def look(self, queue: Queue) -> tuple[bool, dict[str, Any]]:
         """(ready, facts for anybody)."""
         why: dict[str, str] = {}

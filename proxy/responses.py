@@ -28,6 +28,7 @@ _AWAY_RETRY_S = (0.5, 3.0)  # in whole seconds upwards, and not all at once
 NO_BODY = frozenset((204, 205, 304))
 NO_MEMBERS: Mapping[str, Any] = {}
 
+_OF_PROBLEMS = frozenset((b"content-type", b"x-request-id"))  # what we say of our own body
 _NOT_THEIRS = HOP_BY_HOP | {b"content-length"}
 _LENGTH = re.compile(rb"[0-9]{1,18}")
 _NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
@@ -80,7 +81,8 @@ def problem(
         "request_id": request_id,
         **members,
     }
-    found = [(b"content-type", b"application/problem+json"), (b"x-request-id", request_id.encode()), *headers]
+    found = [(b"content-type", b"application/problem+json"), (b"x-request-id", request_id.encode())]
+    found += [(name, value) for name, value in headers if name.lower() not in _OF_PROBLEMS]
     if retry_after_s is not None:
         found.append((b"retry-after", str(math.ceil(retry_after_s)).encode()))
     return status, found, msgspec.json.encode(body)

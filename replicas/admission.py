@@ -56,7 +56,7 @@ class Admission:
 
     def check_reply_to(self, envelope: Envelope) -> None:
         """Raises BadEnvelope for a queue of ours: a message may be anybody's."""
-        if envelope.reply_to and queue_names.is_ours(self._namespace, envelope.reply_to):
+        if queue_names.is_ours(self._namespace, envelope.reply_to):
             raise BadEnvelope(f"reply_to names {envelope.reply_to!r}, a queue of this instance: name a queue of your own")
 
     def check_keys(self, envelope: Envelope) -> None:

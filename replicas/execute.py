@@ -33,6 +33,8 @@ from .requests import BadBody, Receiver, Request, ServeRequest, convert_params, 
 
 logger = logging.getLogger(__name__)
 
+_RESULTS = frozenset((type(None), bool, int, float, str, bytes, list, dict))  # most are of these types, and asked nothing more
+
 Answer = Result | Response
 """A Response that has to be run for its result is `respond`'s."""
 
@@ -60,14 +62,15 @@ class Execution:
     def run(self, method: Method, job: Job) -> Answer:
         """A plain call; for the worker's thread, or one of its pool."""
         try:
-            return self._answer(self._call(method, job), job)
+            value = method.function(self.request(job)) if method.takes_request else self._call_bare(method, job)
+            return self._answer(value, job)
         except BaseException as error:
             return self.failed(error, job)
 
     async def run_async(self, method: Method, job: Job) -> Answer:
         """An async call; for a task of the worker's loop. Raises CancelledError where the task is cancelled, and nothing else."""
         try:
-            value = self._call(method, job)
+            value = method.function(self.request(job)) if method.takes_request else self._call_bare(method, job)
             if inspect.isawaitable(value):
                 value = await value
             return self._answer(value, job)
@@ -123,9 +126,8 @@ class Execution:
 
     # In: the request.
 
-    def _call(self, method: Method, job: Job) -> Any:
-        if method.takes_request:
-            return method.function(self.request(job))
+    def _call_bare(self, method: Method, job: Job) -> Any:
+        """Of a handler without a parameter."""
         if job.envelope.header.origin == "handle" and self._content(job.envelope) not in ((None, {}), ([None, {}])):
             raise BadType("this handler has no parameter for a request, and remote() was given something to send: leave that out")
         return method.function()
@@ -164,7 +166,7 @@ class Execution:
             return self.failed(error, job)
 
     def _result(self, value: Any, envelope: Envelope) -> Result:
-        if inspect.isawaitable(value) or inspect.isgenerator(value) or inspect.isasyncgen(value):
+        if type(value) not in _RESULTS and (inspect.isawaitable(value) or inspect.isgenerator(value) or inspect.isasyncgen(value)):
             raise BadType(
                 f"the handler returned a {type(value).__name__}, which is no result: write `async def` and await it, or return a list"
             )

@@ -31,6 +31,10 @@ class _Parser(MultiPartParser):
     """Starlette's own spools larger files to disk, in a thread: the only thing that it would ever wait for."""
 
     spool_max_size = 0  # without end
+    is_whole = False
+
+    def on_end(self) -> None:
+        self.is_whole = True
 
     def on_headers_finished(self) -> None:
         super().on_headers_finished()
@@ -53,11 +57,14 @@ def parse_form(headers: Headers, body: bytes, **limits: Any) -> FormData:
     else:
         return FormData()
     try:
-        return _run(parser.parse())
+        form = _run(parser.parse())
     except MultiPartException as error:
         raise BadForm(error.message) from error
     except (ValueError, LookupError) as error:  # the parser's own, of an empty boundary for example
         raise BadForm(str(error)) from error
+    if isinstance(parser, _Parser) and body and not parser.is_whole:  # its last part would be missing without a word
+        raise BadForm("the form ends before its closing boundary")
+    return form
 
 
 def as_dict(form: FormData) -> dict[str, Any]:

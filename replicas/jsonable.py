@@ -97,7 +97,7 @@ def _from_numpy(value: Any) -> Any:
     """An array or a scalar. Numbers may be many, and need no second look; times finer than Python's would come as bare ints."""
     match value.dtype.kind:
         case "b" | "i" | "u" | "f":
-            return value.tolist()
+            return value.tolist() if value.dtype.itemsize <= 8 else value.astype("float64").tolist()  # Python has no longdouble
         case "M":
             return _plain(value.astype("datetime64[us]").tolist())
         case "m":

@@ -135,7 +135,8 @@ class ServeRequest:
         meta = envelope.header.meta
         self._load = load
         self._loaded: tuple[Any, dict[str, Any]] | None = None
-        self._raw = b"" if envelope.header.origin else envelope.body
+        self._is_direct = not envelope.header.origin
+        self._raw = envelope.body if self._is_direct else b""
         self.id = envelope.id
         self.attempt = envelope.attempt
         self.method = meta.method
@@ -162,7 +163,7 @@ class ServeRequest:
 
     async def body(self) -> Any:
         """Any object, as the seed has it; for a direct publisher's message its bytes."""
-        return self._raw if self._raw else self.data
+        return self._raw if self._is_direct else self.data
 
     async def json(self) -> Any:
         """The object itself; text and bytes are parsed first."""

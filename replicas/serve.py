@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from ..broker.backoff import delays
 from ..broker.cancellations import CANCELLED, Cancellations
 from ..broker.envelope import Envelope
-from ..broker.errors import BackendFailed, BadEnvelope, MQServeError
+from ..broker.errors import BackendFailed, BadEnvelope, MQServeError, StoreUnavailable
 from ..broker.printable import printable
 from ..broker.queue import Delivery, Queue
 from ..broker.results import Result, late_result
@@ -183,7 +183,11 @@ class Server:
         for job in jobs:
             if job.suspect and not job.mark:
                 job.mark = self._admission.new_mark()
-                await self._admission.mark(job.envelope, job.mark)
+                try:
+                    await self._admission.mark(job.envelope, job.mark)
+                except StoreUnavailable:
+                    self._admission.mark_soon(job.envelope, job.mark)  # the run begins without it, and may take long
+                    raise
 
     # Giving up.
 
@@ -217,7 +221,7 @@ class Server:
     # Taking.
 
     def _on_delivery(self, generation: int, delivery: Delivery) -> None:
-        if self._turns_away and not self._settling.at_most_once:
+        if (self._draining or self._taking.paused) and not self._settling.at_most_once:
             return delivery.requeue()
         self._settling.hold(generation, delivery)
         job = Job(NOTHING, (generation, delivery))
@@ -243,14 +247,11 @@ class Server:
         else:
             self._run(job)  # a first delivery of an id of ours: nobody can have run it, so the store is not asked
 
-    @property
-    def _turns_away(self) -> bool:
-        return self._draining or self._taking.paused
-
     def _read(self, job: Job, delivery: Delivery) -> None:
         """Gives the job its envelope. Raises BadEnvelope for what is refused; the job then has as much of it as counts all the same."""
         envelope = delivery.envelope()
-        self._admission.check_reply_to(envelope)
+        if envelope.reply_to:
+            self._admission.check_reply_to(envelope)
         try:
             self._senders.check_header(envelope)
         except BadEnvelope:
@@ -322,10 +323,11 @@ class Server:
         """From the worker; a job that was given back in between is the next replica's."""
         if job in self._jobs:
             self._jobs.discard(job)
-            if job.unwanted and not job.started:
+            is_unwanted = job.unwanted
+            if is_unwanted and not job.started:
                 return self._drop(job, job.unwanted_result)
             self.served += 1
-            if job.unwanted:  # whoever waited has been told so, and hears the same from the store
+            if is_unwanted:  # whoever waited has been told so, and hears the same from the store
                 result = job.unwanted_result
             self._metrics.done(job.envelope, result, self._store.now_ms(), job.run_s, len(job.batch) or 1)
             self._settling.answer(job, result)

@@ -209,6 +209,11 @@ class Worker:
             self._contexts.note_changes()
 
     def _take(self) -> None:
+        self._without_loop(self._start_some)
+
+    def _start_some(self) -> None:
+        """As many as a turn has time for; it goes on whatever becomes of one of them."""
+        assert self._execution is not None
         until = time.monotonic() + _TURN_S
         try:
             while self._jobs and self._free_threads > 0 and time.monotonic() < until:
@@ -216,7 +221,10 @@ class Worker:
                     job = self._jobs.popleft()
                 except IndexError:  # withdrawn in between
                     break
-                self._start_safely(job)
+                try:
+                    self._start(job)
+                except BaseException as error:
+                    self._put(job, self._execution.failed(error, job))
         finally:
             self._woken = False  # only now: while this runs, whoever submits need not wake it
             if self._jobs and self._free_threads > 0:
@@ -224,14 +232,6 @@ class Worker:
                 self._loop.call_soon(self._take)
             if self._gathering and self._config.batch_wait_timeout == 0:
                 self._run_gathered()
-
-    def _start_safely(self, job: Job) -> None:
-        """The turn goes on whatever becomes of one of its jobs."""
-        assert self._execution is not None
-        try:
-            self._start(job)
-        except BaseException as error:
-            self._put(job, self._execution.failed(error, job))
 
     def _start(self, job: Job) -> None:
         assert self._execution is not None
@@ -252,7 +252,7 @@ class Worker:
         if len(self._gathering) >= (self._config.max_batch_size or 1):
             self._run_gathered()
         elif self._batch_timer is None and self._config.batch_wait_timeout > 0:
-            self._batch_timer = self._loop.call_later(self._config.batch_wait_timeout, self._run_gathered)
+            self._batch_timer = self._loop.call_later(self._config.batch_wait_timeout, self._without_loop, self._run_gathered)
 
     def _run_gathered(self) -> None:
         """One call for each method among them."""
@@ -267,17 +267,28 @@ class Worker:
                 continue
             groups.setdefault(method, []).append(job)
         for method, jobs in groups.items():
+            self._run_safely(jobs, method)
+
+    def _run_safely(self, jobs: Sequence[Job], method: Method) -> None:
+        """The other batches of the turn run whatever becomes of one."""
+        assert self._execution is not None
+        try:
             self._run(jobs, method)
+        except BaseException as error:
+            for job in jobs:
+                self._put(job, self._execution.failed(error, job))
 
     # Calls: of one job, or of a batch.
 
     def _run(self, jobs: Sequence[Job], method: Method) -> None:
         now = time.monotonic()
+        is_wanted = False
         for job in jobs:
-            job.started = now
+            job.started = now  # from here on it says that the call must be told
             if len(jobs) > 1:
                 job.batch = jobs
-        if all(job.given_up for job in jobs):  # in between; from here on `started` says that the call must be told
+            is_wanted = is_wanted or job.given_up is None
+        if not is_wanted:  # in between
             for job in jobs:
                 self._put(job, job.unwanted_result)
             return
@@ -287,12 +298,12 @@ class Worker:
         elif self._pool is None:
             self._run_plain(jobs, method, context)
         else:
+            self._free_threads -= 1  # first: where the pool can start no thread, it keeps the call for one that it has
             self._pool.submit(self._run_pooled, jobs, method, context)
-            self._free_threads -= 1
 
     def _run_plain(self, jobs: Sequence[Job], method: Method, context: Context) -> None:
         self.in_plain_call = True
-        answers = self._without_loop(context.run, self._execute, jobs, method)
+        answers = context.run(self._execute, jobs, method)
         self.in_plain_call = False
         self._measure(jobs)
         self._deliver(jobs, answers, context)
@@ -311,8 +322,10 @@ class Worker:
         assert self._execution is not None
         try:
             running_jobs.set(jobs)
-            if any(job.suspect for job in jobs):
-                self._announce(jobs)
+            for job in jobs:
+                if job.suspect:
+                    self._announce(jobs)
+                    break
             if method.accepts_batch:
                 return self._execution.run_batch(method, jobs)
             return [self._execution.run(method, jobs[0])]
@@ -407,8 +420,10 @@ class Worker:
         self._results.append((job, result))
         if not self._io_woken:
             self._io_woken = True
-            with suppress(RuntimeError):  # a call that was left to its thread may outlive the loop it would report to
+            try:
                 self._io.call_soon_threadsafe(self._hand_over)
+            except RuntimeError:  # a call that was left to its thread may outlive the loop it would report to
+                pass
 
     def _resize(self, more_threads: int) -> None:
         if more_threads:

@@ -201,10 +201,11 @@ def test_an_async_handler_reads_the_same_form(deploy: Deploy) -> None:
         ("multipart/form-data; boundary=", b"--x\r\n"),
         ("multipart/form-data; boundary=x", b"nothing of the kind"),
         ("multipart/form-data; boundary=x", b"--x\r\nContent-Disposition: form-data\r\n\r\nnameless\r\n--x--\r\n"),
+        ("multipart/form-data; boundary=x", b'--x\r\nContent-Disposition: form-data; name="a"; filename="f"\r\n\r\ncut off'),
         ("application/x-www-form-urlencoded", b"&".join(b"a=1" for _ in range(2000))),
         ("application/x-www-form-urlencoded", b"a=" + b"x" * 2_000_000),
     ],
-    ids=["no boundary", "empty boundary", "no form", "no name", "too many fields", "too large a field"],
+    ids=["no boundary", "empty boundary", "no form", "no name", "cut off", "too many fields", "too large a field"],
 )
 @pytest.mark.parametrize("handler", [plain_form, async_form])
 def test_a_bad_form_is_the_clients_fault(deploy: Deploy, handler: Any, content_type: str, body: bytes) -> None:

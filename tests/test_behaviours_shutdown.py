@@ -110,3 +110,38 @@ def test_two_instances_of_equal_names_do_not_interfere(
     assert httpx.get(f"{client.http_url()}/e").text == "mine"
     client.delete_endpoint("e")
     client.delete_backend("b")
+
+
+WAITING = """
+import logging
+import time
+import mqserve as serve
+
+def slowly(request):
+    time.sleep(0.2)
+    return request.data
+
+client = serve.start(http_options={"location": None})
+client.create_backend("b", slowly)
+client.create_endpoint("e", backend="b")
+refs = [client.get_handle("e").remote(number) for number in range(10)]
+client.shutdown()
+print(serve.get(refs, timeout=0))
+"""
+
+
+def test_what_waits_in_a_queue_at_the_end_of_an_instance_is_run_first(
+    form: str, request: pytest.FixtureRequest, shell: CommandLine
+) -> None:
+    if form == "distributed":
+        shell = request.getfixturevalue("distributed_shell")
+    told = shell.with_variables(MQSERVE_SECRET_KEY=SECRET_KEY).python(WAITING)
+    assert told.stdout == f"{list(range(10))}\n", told.stderr
+
+
+def test_an_instance_ends_in_time_though_its_queues_are_not_empty(form: str, request: pytest.FixtureRequest, shell: CommandLine) -> None:
+    if form == "distributed":
+        shell = request.getfixturevalue("distributed_shell")
+    script = WAITING.replace('"b", slowly', '"b", slowly, config={"graceful_shutdown_timeout_s": 0.5}').replace("0.2", "2")
+    told = shell.with_variables(MQSERVE_SECRET_KEY=SECRET_KEY).python(script)
+    assert "InstanceError" in told.stderr
