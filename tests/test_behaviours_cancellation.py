@@ -1,6 +1,7 @@
 """Requests that nobody wants any more: cancelled by their future, left by their client, or out of time."""
 
 import asyncio
+import gc
 import re
 import socket
 import time
@@ -301,3 +302,19 @@ def open_request(url: str) -> socket.socket:
     connection = socket.create_connection((parts.hostname, parts.port), timeout=20)
     connection.sendall(f"POST {parts.path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 1\r\n\r\n1".encode())
     return connection
+
+
+def test_a_request_that_was_cancelled_while_it_ran_leaves_no_word_of_an_exception_that_nobody_read(
+    client: serve.Client, deploy: Deploy, gate: Gate, caplog: pytest.LogCaptureFixture
+) -> None:
+    def wait(request: Any) -> None:
+        gate.pass_through()
+
+    ref = client.get_handle(deploy(wait)).remote()
+    wait_until(lambda: gate.came == 1)
+    ref.cancel()
+    with pytest.raises(serve.Cancelled):
+        ref.result(30)
+    gate.open()
+    gc.collect()
+    assert "never retrieved" not in caplog.text

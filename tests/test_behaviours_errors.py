@@ -271,3 +271,13 @@ def stored(client: serve.Client, request_id: str) -> bytes:
     """What the store keeps of the request's result."""
     links = client._links
     return client._call(links.store.get(links.keys.future(request_id))) or b""
+
+
+def test_an_answer_has_one_content_type_whatever_an_exception_says(deploy: Deploy) -> None:
+    def fail(request: Any) -> None:
+        raise serve.HTTPException(400, "no", {"Content-Type": "text/plain", "X-Request-Id": "mine", "X-Other": "kept"})
+
+    response = httpx.get(deploy.at(fail))
+    assert response.headers.get_list("content-type") == ["application/problem+json"]
+    assert response.headers.get_list("x-request-id") == [response.json()["request_id"]]
+    assert response.headers["x-other"] == "kept"

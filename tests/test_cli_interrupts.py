@@ -190,3 +190,19 @@ def test_the_first_ctrl_c_in_a_shutdown_lets_it_end_in_order_and_is_raised_after
     program.signal(signal.SIGINT)
     program.wait_for("interrupted, in order")
     assert program.wait(20) == 0 and "Traceback" not in program.output, program.output
+
+
+def test_ctrl_c_works_where_nobody_reads_what_is_said(shell: CommandLine) -> None:
+    script = """
+import os, signal
+from mqserve.broker.interrupts import Interrupts, taking
+reading, writing = os.pipe()
+os.close(reading)
+os.dup2(writing, 2)
+try:
+    with taking(Interrupts("first")):
+        signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+    assert shell.python(script).stdout == "interrupted\n"

@@ -105,3 +105,17 @@ def test_what_is_posted_while_a_runtime_stops_is_run_or_refused() -> None:
             pass
         stopping.join()
         assert ran == accepted
+
+
+def test_a_wait_on_the_thread_that_would_have_to_do_the_work_is_refused() -> None:
+    async def work() -> None:
+        pass
+
+    async def wait() -> None:
+        runtime.call(work())
+
+    runtime = Runtime()
+    runtime.start()
+    with pytest.raises(InstanceError, match="must not wait"):
+        runtime.call(wait())
+    runtime.stop()

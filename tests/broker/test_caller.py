@@ -189,6 +189,24 @@ async def test_what_is_too_large_is_refused_at_once_and_not_waited_for(caller: C
     assert len(caller.waits) == 0
 
 
+async def test_a_copy_that_no_broker_could_carry_leaves_nothing_held(caller: Caller, queue: Queue) -> None:
+    await queue.declare("b", 1, None)
+    caller.send_shadow("b", b"x" * 1000, "text/plain", Meta(headers=((b"h", b"x" * 200_000),)), origin="http", timeout_s=1)
+    await caller.settle()
+    assert caller.held.held == 0
+
+
+async def test_an_error_that_is_raised_again_does_not_hold_the_frames_of_whoever_was_told_first(caller: Caller, queue: Queue) -> None:
+    await queue.declare("b", 1, None)
+    ticket = send(caller, backend="unknown")
+    raised: list[MQServeError] = []
+    for _ in range(2):
+        with pytest.raises(NotRouted) as refusal:
+            await (answer(ticket) if not raised else caller.waits.result(ticket.id, 1))
+        raised.append(refusal.value)
+    assert raised[0] is not raised[1] and str(raised[0]) == str(raised[1])
+
+
 async def test_the_result_of_a_strangers_request_can_be_waited_for(caller: Caller, store: Store, keys: StoreKeys) -> None:
     stranger = Envelope(mint_id(), b"", "text/plain")
     waiting = asyncio.create_task(caller.waits.result(stranger.id, timeout_s=10))
