@@ -19,7 +19,7 @@ from pamqp.header import ContentHeader
 
 from .envelope import Envelope, covered_by_seal, parse_header
 from .errors import BadEnvelope
-from .header_seals import BackendSeals, Seal
+from .values.header_seals import BackendSeals, Seal
 
 MAX_REASON = 2000  # characters
 MAX_TRACEBACK_BYTES = 16 * 1024

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Self
 
 import msgspec
+from pamqp.commands import Basic
 
 from .errors import UNPARSABLE, BadEnvelope, TooLarge
-from .header_seals import SEAL_BYTES, BackendSeals, Seal
-from .strange_properties import UnreadableProperties
+from .values.header_seals import SEAL_BYTES, BackendSeals, Seal
 
 VERSION = 1
 MAX_HEAD_BYTES = 64 * 1024  # request line and headers: a content header must fit one frame (128 KiB), or it kills the connection
@@ -94,6 +94,12 @@ _MINTED = re.compile(f"[0-9a-f]{{{MINTED_ID_LENGTH}}}")
 _MINTED_AT_ONCE = 64
 _minted: list[str] = []
 os.register_at_fork(after_in_child=_minted.clear)  # a forked child must not mint its parent's ids
+
+
+class UnreadableProperties(Basic.Properties):
+    """AMQP properties of a message of which none can be read, and why."""
+
+    why = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,10 @@ UNPARSABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """What msgspec raises for bytes that are not what they ought to be: text that is not UTF-8 and deep nesting it leaves to Python."""
 
 
+RIGHTS_MEND = "`mqserve setup --print` shows the rights of each role"
+"""The way out of every refused right."""
+
+
 class MQServeError(Exception):
     """Everything we raise on purpose."""
 

@@ -11,10 +11,10 @@ from typing import Self
 from yarl import URL
 
 from .errors import BadValue
-from .header_seals import HeaderSeals
+from .process.tls import secured
 from .queue_names import check_namespace
-from .signing import MIN_KEY_BYTES, Signer
-from .tls import secured
+from .values.header_seals import HeaderSeals
+from .values.signing import MIN_KEY_BYTES, Signer
 
 PREFIX = "MQSERVE_"
 MIN_TOKEN_LENGTH = 16

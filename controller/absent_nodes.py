@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
-from .state import Beat
+from .state.beats import Beat
 
 ABSENT_FOR_S = 2.5
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..broker import forks
+from ..broker.process import forks
 
 PATH_VARIABLE = "MQSERVE_LOG_FILE"
 FILE_BYTES = 10 * 1024 * 1024

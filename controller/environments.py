@@ -25,8 +25,8 @@ from tempfile import NamedTemporaryFile
 import msgspec
 
 from ..broker.errors import BackendFailed, BadSignature
-from ..broker.signing import Claim, Signer
-from .resources import ActorOptions
+from ..broker.values.signing import Claim, Signer
+from .state.resources import ActorOptions
 
 logger = logging.getLogger(__name__)
 

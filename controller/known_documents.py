@@ -6,12 +6,12 @@ import logging
 
 import msgspec
 
-from ..broker.complaint import Complaint
 from ..broker.errors import BadEnvelope
+from ..broker.process.complaint import Complaint
 from ..broker.store import WRONG_TYPE, Guard, Store
 from ..broker.store_keys import StoreKeys
 from . import lease
-from .state import Desired, Observed
+from .state.documents import Desired, Observed
 
 logger = logging.getLogger(__name__)
 

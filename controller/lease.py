@@ -22,7 +22,7 @@ import msgspec
 from ..broker.errors import BadEnvelope, InstanceError, MQServeError
 from ..broker.store import Guard, Store
 from ..broker.store_keys import ENDED_TTL_S, LEADER_TTL_S, StoreKeys
-from .state import Count, Desired, HttpOptions, decode_document
+from .state.documents import Count, Desired, HttpOptions, decode_document
 
 logger = logging.getLogger(__name__)
 

@@ -19,9 +19,9 @@ from typing import TypeVar
 
 import msgspec
 
-from ..broker.cancellations import word_of_proxy
-from ..broker.complaint import Complaint
+from ..broker.calls.cancellations import word_of_proxy
 from ..broker.errors import BrokerUnavailable, MQServeError, WrongType
+from ..broker.process.complaint import Complaint
 from ..broker.queue import Queue
 from ..broker.store import Store
 from ..broker.store_keys import CODE_TTL_S, StoreKeys
@@ -30,7 +30,8 @@ from .absent_nodes import AbsentNodes
 from .known_documents import KnownDocuments
 from .queues import Queues
 from .restarts import ENDED_WELL, Restarts
-from .state import Assignment, Beat, Desired, Observed, read_beats
+from .state.beats import Beat, read_beats
+from .state.documents import Assignment, Desired, Observed
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from .resources import Capacity, Demand, check_amount
+from .state.resources import Capacity, Demand, check_amount
 
 
 def measure_node(num_cpus: float | None, num_gpus: int | None, resources: Mapping[str, float]) -> Capacity:

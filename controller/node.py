@@ -14,19 +14,22 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ..broker.cancellations import word_of_proxy
+from ..broker.calls.cancellations import word_of_proxy
 from ..broker.errors import InstanceError, StoreUnavailable, words_of
-from ..broker.lifeline import Stop
-from ..broker.presence import Presence
-from ..broker.signing import Signer
+from ..broker.process.lifeline import Stop
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
+from ..broker.values.signing import Signer
 from .environments import check_environment, find_python
 from .machine import replica_environment
 from .node_metrics import FOLDER_VARIABLE, NodeMetrics
-from .resources import ActorOptions, Capacity
 from .restarts import ENDED_WELL, Restarts
-from .state import BEAT_EVERY_S, PROXY_DRAIN_S, SILENT_AFTER_S, Assignment, BackendConfig, Beat, Desired, Observed, follow_state, read_beats
+from .state.beats import BEAT_EVERY_S, PROXY_DRAIN_S, SILENT_AFTER_S, Beat, read_beats
+from .state.config import BackendConfig
+from .state.documents import Assignment, Desired, Observed
+from .state.following import follow_state
+from .state.presence import Presence
+from .state.resources import ActorOptions, Capacity
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from prometheus_client import CollectorRegistry, make_wsgi_app, start_http_serve
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from ..broker.errors import BadValue
-from ..broker.loopback import is_loopback, names_loopback
+from ..broker.process.loopback import is_loopback, names_loopback
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment

@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
-from .resources import Room
 from .restarts import ENDED_WELL
-from .state import SILENT_AFTER_S, Assignment, Backend, Beat, Desired, Observed
+from .state.beats import SILENT_AFTER_S, Beat
+from .state.documents import Assignment, Backend, Desired, Observed
+from .state.resources import Room
 
 Replicas = dict[str, Assignment]
 

@@ -14,10 +14,10 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
-from ..broker import forks
 from ..broker.errors import BadValue
-from ..broker.lifeline import PIPE_VARIABLE
-from ..broker.listener import bind
+from ..broker.process import forks
+from ..broker.process.lifeline import PIPE_VARIABLE
+from ..broker.process.listener import bind
 from ..broker.settings import PREFIX, Settings
 from .detached_log import PATH_VARIABLE, detached_log, open_log
 from .node import Share

@@ -16,7 +16,8 @@ from ..broker.errors import BrokerUnavailable, MQServeError, QueueMismatch, Stor
 from ..broker.queue import Queue
 from . import lease, plan
 from .restarts import Restarts
-from .state import Backend, Beat, Desired, Observed
+from .state.beats import Beat
+from .state.documents import Backend, Desired, Observed
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -12,7 +12,7 @@ and `mqserve run hello.py`. See docs/ for the rest.
 from . import early  # noqa: F401, I001  # before what takes time to import
 from starlette.exceptions import HTTPException
 
-from .api import (
+from .client.api import (
     connect,
     create_backend,
     create_endpoint,
@@ -44,11 +44,12 @@ from .broker.errors import (
     StoreUnavailable,
     UnknownEndpoint,
 )
-from .client import Client
-from .controller.state import BackendConfig
-from .declared import endpoint
-from .futures import Future, get, wait
-from .handle import AsyncHandle, Handle
+from .client.client import Client
+from .controller.state.config import BackendConfig
+from .client.declared import endpoint
+from .client import travelling  # noqa: F401  # says how clients and handles pickle
+from .client.futures import Future, get, wait
+from .client.handle import AsyncHandle, Handle
 from .replicas.batching import accept_batch, batch
 from .replicas.context import ReplicaContext, cancelled, get_current_backend_tag, get_current_replica_tag, get_replica_context
 from .replicas.requests import Request, ServeRequest

@@ -1,5 +1,5 @@
 """`python -m mqserve`."""
 
-from .cli import main
+from .commands.cli import main
 
 main()

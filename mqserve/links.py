@@ -11,13 +11,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 
-from .broker.embedded_queue import EmbeddedQueue
-from .broker.embedded_store import EmbeddedStore
 from .broker.errors import MQServeError
-from .broker.lifeline import Stop
+from .broker.memory.queue import EmbeddedQueue
+from .broker.memory.store import EmbeddedStore
+from .broker.process.lifeline import Stop
 from .broker.queue import Queue
-from .broker.rabbitmq import open_rabbitmq
-from .broker.redis_store import open_redis
+from .broker.rabbitmq.queue import open_rabbitmq
+from .broker.redis.store import open_redis
 from .broker.settings import Settings
 from .broker.store import Store
 from .broker.store_keys import StoreKeys

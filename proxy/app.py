@@ -7,13 +7,14 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from ..broker.caller import MAX_BODY_BYTES, Caller
-from ..broker.codecs import is_plain
+from ..broker.calls.sending import MAX_BODY_BYTES, Caller
 from ..broker.envelope import MAX_HEAD_BYTES, Meta, is_minted, mint_id
 from ..broker.errors import BadValue, Cancelled, MQServeError, NoReplica, StoreUnavailable, TooLarge
 from ..broker.failures import name_of
 from ..broker.overload import HeldBytes
-from ..controller.state import Desired, choose
+from ..broker.values.codecs import is_plain
+from ..controller.state.documents import Desired
+from ..controller.state.traffic import choose
 from .departures import Departures
 from .metrics import CONTENT_TYPE, ProxyMetrics
 from .readiness import DOWN_AFTER_MS

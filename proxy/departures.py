@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from ..broker.failures import LEAVING, message_of
-from ..broker.printable import printable
+from ..broker.process.printable import printable
 
 logger = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from typing import Any, cast
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from ..broker.caller import MAX_BODY_BYTES
+from ..broker.calls.sending import MAX_BODY_BYTES
 from ..broker.envelope import MAX_HEAD_BYTES, mint_id
-from ..broker.printable import printable
+from ..broker.process.printable import printable
 from .half_close import HalfClosed
 from .responses import HOP_BY_HOP, problem
 

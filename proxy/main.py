@@ -16,23 +16,26 @@ import uvicorn
 from starlette.middleware import Middleware
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from ..broker import code, forks
 from ..broker.backoff import delays
-from ..broker.caller import Caller
-from ..broker.cancellations import Cancellations, word_of_proxy
+from ..broker.calls.cancellations import Cancellations, word_of_proxy
+from ..broker.calls.sending import Caller
 from ..broker.errors import BackendFailed, MQServeError, StoreUnavailable
 from ..broker.failures import LEAVING, describe
-from ..broker.lifeline import Stop, stop_event
-from ..broker.listener import bind
-from ..broker.presence import Presence
+from ..broker.process import forks
+from ..broker.process.lifeline import Stop, stop_event
+from ..broker.process.listener import bind
 from ..broker.queue import Queue
-from ..broker.rabbitmq import open_rabbitmq
-from ..broker.redis_store import open_redis
+from ..broker.rabbitmq.queue import open_rabbitmq
+from ..broker.redis.store import open_redis
 from ..broker.settings import Settings
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
-from ..controller.convertors import Convertors
-from ..controller.state import BEAT_EVERY_S, PROXY_DRAIN_S, Beat, Desired, Observed, follow_state
+from ..broker.values import code
+from ..controller.state.beats import BEAT_EVERY_S, PROXY_DRAIN_S, Beat
+from ..controller.state.convertors import Convertors
+from ..controller.state.documents import Desired, Observed
+from ..controller.state.following import follow_state
+from ..controller.state.presence import Presence
 from .app import ProxyApp
 from .edge import EdgeProtocol
 from .readiness import Readiness

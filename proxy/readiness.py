@@ -7,7 +7,7 @@ from typing import Any
 
 from ..broker.queue import Queue
 from ..broker.store import Store
-from ..controller.state import Desired, Endpoint, Observed
+from ..controller.state.documents import Desired, Endpoint, Observed
 
 DOWN_AFTER_MS = 10_000  # a backend without a replica for so long is no reason to wait: its callers are told
 

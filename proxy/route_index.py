@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
-from ..controller.route_patterns import RoutePattern
-from ..controller.state import Endpoint
+from ..controller.state.documents import Endpoint
+from ..controller.state.route_patterns import RoutePattern
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..broker.errors import BadValue
-from ..controller.route_patterns import Params, RoutePattern, compile_route
-from ..controller.state import Desired, Endpoint, Observed
+from ..controller.state.documents import Desired, Endpoint, Observed
+from ..controller.state.route_patterns import Params, RoutePattern, compile_route
 from .route_index import PatternRoute, RouteIndex
 
 

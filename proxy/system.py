@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..broker.envelope import mint_id
-from ..broker.loopback import is_loopback, names_loopback
+from ..broker.process.loopback import is_loopback, names_loopback
 from .responses import Reply, problem
 
 Scope = dict[str, Any]

@@ -17,7 +17,7 @@ from ..broker.errors import BadEnvelope, StoreUnavailable
 from ..broker.results import ErrorInfo, Result
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
-from ..controller.state import BackendConfig
+from ..controller.state.config import BackendConfig
 from .execute import check_direct
 
 MAX_REDELIVERIES = 20  # whatever happened to them

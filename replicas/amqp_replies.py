@@ -7,12 +7,12 @@ from functools import partial
 
 import msgspec
 
-from ..broker.codecs import JSON
 from ..broker.envelope import NO_HEADER, Envelope
 from ..broker.errors import BadEnvelope, Overloaded
-from ..broker.printable import printable
+from ..broker.process.printable import printable
 from ..broker.queue import Queue, fate_of
 from ..broker.results import ErrorInfo, Result
+from ..broker.values.codecs import JSON
 
 logger = logging.getLogger(__name__)
 

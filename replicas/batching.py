@@ -10,7 +10,7 @@ from functools import wraps
 from typing import Any, Protocol, TypeVar, cast, overload
 
 from ..broker.errors import BadType, BadValue
-from ..broker.whole_numbers import whole_number
+from ..broker.values.whole_numbers import whole_number
 
 T = TypeVar("T", bound=Callable[..., Any])
 

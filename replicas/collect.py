@@ -7,7 +7,7 @@ from typing import Any
 
 from starlette.responses import Response
 
-from ..broker.caller import MAX_BODY_BYTES
+from ..broker.calls.sending import MAX_BODY_BYTES
 from ..broker.errors import TooLarge
 
 Message = MutableMapping[str, Any]

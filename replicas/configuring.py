@@ -8,8 +8,8 @@ from typing import Any
 
 from ..broker.errors import BackendFailed
 from ..broker.failures import describe
-from ..broker.printable import printable
-from ..controller.state import Backend
+from ..broker.process.printable import printable
+from ..controller.state.documents import Backend
 from .handler import Handler
 from .loading import told
 from .worker import Raised, Worker

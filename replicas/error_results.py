@@ -14,13 +14,13 @@ from typing import NamedTuple
 import msgspec
 from starlette.exceptions import HTTPException
 
-from ..broker import pickling
 from ..broker.envelope import MAX_HEAD_BYTES, Pairs
 from ..broker.errors import MQServeError, Overloaded, public_words
 from ..broker.failures import MAX_MESSAGE, describe, name_of, writable
-from ..broker.printable import printable
+from ..broker.process.printable import printable
 from ..broker.results import ErrorInfo, Result
-from ..broker.signing import Claim, Signer
+from ..broker.values import pickling
+from ..broker.values.signing import Claim, Signer
 from .validation import Data, find_invalid
 
 logger = logging.getLogger(__name__)

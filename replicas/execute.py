@@ -14,15 +14,15 @@ from typing import Any
 
 from starlette.responses import Response
 
-from ..broker import forks
-from ..broker.caller import MAX_BODY_BYTES
-from ..broker.codecs import check_plain, decode_value
+from ..broker.calls.sending import MAX_BODY_BYTES
 from ..broker.envelope import Envelope
 from ..broker.errors import BadEnvelope, BadType
 from ..broker.failures import traceback_of
-from ..broker.printable import printable, printable_lines
+from ..broker.process import forks
+from ..broker.process.printable import printable, printable_lines
 from ..broker.results import ErrorInfo, Result
-from ..broker.signing import Claim, Signer
+from ..broker.values.codecs import check_plain, decode_value
+from ..broker.values.signing import Claim, Signer
 from .batching import split_results
 from .collect import Collected, is_whole
 from .error_results import error_result

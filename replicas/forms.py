@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from starlette.datastructures import FormData, Headers
 from starlette.formparsers import FormParser, MultiPartException, MultiPartParser
 
-from ..broker.codecs import media_type
+from ..broker.values.codecs import media_type
 
 MULTIPART, URLENCODED = "multipart/form-data", "application/x-www-form-urlencoded"
 FORMS = (MULTIPART, URLENCODED)

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import pydantic
 
-from ..broker.codecs import is_plain
+from ..broker.values.codecs import is_plain
 
 _LISTS = (list, tuple, Set, deque, range, KeysView, ValuesView, ItemsView)
 _TIMES = (datetime.datetime, datetime.date, datetime.time)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 
-from ..broker import code
 from ..broker.errors import BackendFailed, BadValue
 from ..broker.failures import Failure
 from ..broker.settings import Settings
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
-from ..controller.state import Backend, Desired
+from ..broker.values import code
+from ..controller.state.documents import Backend, Desired
 from .handler import Handler, make_handler
 from .worker import Raised, Worker
 

@@ -14,18 +14,20 @@ from functools import partial
 
 from ..broker.backoff import delays
 from ..broker.errors import BackendFailed, MQServeError, StoreUnavailable, words_of
-from ..broker.lifeline import Stop, stop_event
-from ..broker.presence import Presence
+from ..broker.process.lifeline import Stop, stop_event
+from ..broker.process.stopping import unless
 from ..broker.queue import Queue
-from ..broker.rabbitmq import open_rabbitmq
-from ..broker.redis_store import open_redis
+from ..broker.rabbitmq.queue import open_rabbitmq
+from ..broker.redis.store import open_redis
 from ..broker.results import Result
 from ..broker.settings import Settings
-from ..broker.stopping import unless
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
-from ..controller.convertors import Convertors
-from ..controller.state import BEAT_EVERY_S, Backend, Beat, Desired, Observed, follow_state
+from ..controller.state.beats import BEAT_EVERY_S, Beat
+from ..controller.state.convertors import Convertors
+from ..controller.state.documents import Backend, Desired, Observed
+from ..controller.state.following import follow_state
+from ..controller.state.presence import Presence
 from .configuring import Configuring
 from .context import ReplicaContext, enter_context
 from .execute import Execution

@@ -5,11 +5,11 @@ from __future__ import annotations
 import msgspec
 from starlette.responses import Response
 
-from ..broker.codecs import JSON, TEXT, encode_value
 from ..broker.envelope import MAX_HEAD_BYTES, Pairs
 from ..broker.errors import NotEncodable
 from ..broker.results import ErrorInfo, Result
-from ..broker.signing import Claim, Signer
+from ..broker.values.codecs import JSON, TEXT, encode_value
+from ..broker.values.signing import Claim, Signer
 from .jsonable import to_json
 
 

@@ -11,10 +11,10 @@ from starlette.convertors import CONVERTOR_TYPES
 from starlette.datastructures import FormData, Headers, State
 from starlette.requests import Request as StarletteRequest
 
-from ..broker.codecs import JSON, decode_plain, media_type
 from ..broker.envelope import Meta
 from ..broker.errors import UNPARSABLE, BadEnvelope, BadType
 from ..broker.failures import describe
+from ..broker.values.codecs import JSON, decode_plain, media_type
 from .forms import FORMS, BadForm, as_dict, parse_form
 from .job import Job
 

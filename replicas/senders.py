@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from ..broker.amqp_link import user_of
-from ..broker.codecs import PICKLE, media_type
 from ..broker.envelope import Envelope
 from ..broker.errors import BackendFailed, BadEnvelope, BadSignature
-from ..broker.header_seals import Seal
+from ..broker.rabbitmq.connection import user_of
 from ..broker.settings import Settings
+from ..broker.values.codecs import PICKLE, media_type
+from ..broker.values.header_seals import Seal
 
 _CLAIMS = "the mq header says more than a direct publisher may (deadline and meta.call)"
 

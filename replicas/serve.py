@@ -9,16 +9,17 @@ import time
 from collections.abc import Callable, Sequence
 
 from ..broker.backoff import delays
-from ..broker.cancellations import CANCELLED, Cancellations
+from ..broker.calls.cancellations import CANCELLED, Cancellations
 from ..broker.envelope import Envelope
 from ..broker.errors import BackendFailed, BadEnvelope, MQServeError, StoreUnavailable
-from ..broker.printable import printable
+from ..broker.process.printable import printable
 from ..broker.queue import Delivery, Queue
 from ..broker.results import Result, late_result
 from ..broker.settings import Settings
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
-from ..controller.state import MAX_REQUEST_TIMEOUT_S, Backend, BackendConfig
+from ..controller.state.config import MAX_REQUEST_TIMEOUT_S, BackendConfig
+from ..controller.state.documents import Backend
 from .admission import Admission
 from .handler import Handler
 from .job import Job

@@ -16,12 +16,12 @@ from ..broker.backoff import delays
 from ..broker.dead_letters import Death
 from ..broker.envelope import Envelope
 from ..broker.errors import BadEnvelope, BrokerUnavailable, MQServeError, StoreUnavailable
-from ..broker.printable import printable
+from ..broker.process.printable import printable
 from ..broker.queue import Delivery, Queue, fate_of
 from ..broker.results import ErrorInfo, Result, note_of
 from ..broker.store import Record, Store
 from ..broker.store_keys import RESULT_TTL_S, StoreKeys
-from ..controller.state import BackendConfig
+from ..controller.state.config import BackendConfig
 from .admission import Admission, LostBody, Poison
 from .amqp_replies import send_reply
 from .job import Job

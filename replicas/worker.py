@@ -27,13 +27,13 @@ from typing import Any, TypeVar
 
 from starlette.responses import Response
 
-from ..broker import forks
 from ..broker.errors import BackendFailed, words_of
 from ..broker.failures import Failure, describe, traceback_of
-from ..broker.loops import WorkerLoop
-from ..broker.printable import printable_lines
+from ..broker.process import forks
+from ..broker.process.loops import WorkerLoop
+from ..broker.process.printable import printable_lines
 from ..broker.results import Result
-from ..controller.state import BackendConfig
+from ..controller.state.config import BackendConfig
 from .call_contexts import CallContexts
 from .context import ReplicaContext, enter_context, running_jobs
 from .execute import Answer, Execution

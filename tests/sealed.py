@@ -5,7 +5,7 @@ from typing import Any
 
 from mqserve.broker.dead_letters import read_properties
 from mqserve.broker.envelope import Envelope, Header
-from mqserve.broker.header_seals import HeaderSeals
+from mqserve.broker.values.header_seals import HeaderSeals
 from tests.instances import SECRET_KEY
 
 

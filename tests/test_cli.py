@@ -367,7 +367,7 @@ def test_bad_settings_get_a_sentence(shell: CommandLine, variables: dict[str, st
 ENDS_BESIDE_A_STUCK_THREAD = """
 import threading, time
 from mqserve.broker.errors import BackendFailed
-from mqserve.cli import main
+from mqserve.commands.cli import main
 from mqserve.replicas import main as replicas
 
 async def end(settings, options):

@@ -2,15 +2,15 @@
 
 import pytest
 
-from mqserve.broker.embedded_queue import EmbeddedQueue
-from mqserve.broker.embedded_store import EmbeddedStore
 from mqserve.broker.errors import InstanceError
+from mqserve.broker.memory.queue import EmbeddedQueue
+from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.settings import Settings
 from mqserve.broker.store_keys import StoreKeys
+from mqserve.client.membership import Membership
 from mqserve.controller import lease
-from mqserve.controller.state import Desired
+from mqserve.controller.state.documents import Desired
 from mqserve.links import Links
-from mqserve.membership import Membership
 
 pytestmark = pytest.mark.anyio
 

@@ -19,7 +19,7 @@ from pika.adapters.blocking_connection import BlockingChannel
 
 import mqserve as serve
 from mqserve.broker.envelope import Header, Meta, mint_id
-from mqserve.cli import cli
+from mqserve.commands.cli import cli
 from tests.instances import CommandLine, Deploy, distributed_only, wait_until
 from tests.sealed import sealed
 from tests.tallies import Tally
@@ -202,7 +202,7 @@ def test_two_who_retry_at_once_run_each_message_once(
 DIES_BEFORE_REMOVING = """
 import os, signal
 from mqserve.broker.rabbit_dead_letters import RabbitDeadLetters
-from mqserve.cli import main
+from mqserve.commands.cli import main
 
 async def remove(letters, letter):
     os.kill(os.getpid(), signal.SIGKILL)

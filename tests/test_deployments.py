@@ -5,20 +5,21 @@ from dataclasses import replace
 
 import pytest
 
-from mqserve.broker.code import Code
-from mqserve.broker.embedded_queue import EmbeddedQueue
-from mqserve.broker.embedded_store import EmbeddedStore
 from mqserve.broker.errors import BackendFailed
+from mqserve.broker.memory.queue import EmbeddedQueue
+from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.settings import Settings
-from mqserve.broker.signing import Signer
 from mqserve.broker.store_keys import StoreKeys
-from mqserve.controller.desired import commit, update_backend
+from mqserve.broker.values.code import Code
+from mqserve.broker.values.signing import Signer
+from mqserve.client.deployments import Deployments
+from mqserve.client.membership import Membership
+from mqserve.controller.changes import commit, update_backend
 from mqserve.controller.environments import check_environment, seal_environment
-from mqserve.controller.resources import ActorOptions
-from mqserve.controller.state import Backend, BackendConfig, Desired, Observed
-from mqserve.deployments import Deployments
+from mqserve.controller.state.config import BackendConfig
+from mqserve.controller.state.documents import Backend, Desired, Observed
+from mqserve.controller.state.resources import ActorOptions
 from mqserve.links import Links
-from mqserve.membership import Membership
 
 pytestmark = pytest.mark.anyio
 
@@ -53,7 +54,7 @@ async def test_an_update_that_fails_is_rolled_back_to_what_it_replaced_and_not_p
 
 
 async def test_a_backend_that_fails_says_why_although_it_cannot_be_deleted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mqserve.deployments.DELETE_BUDGET_S", 0.1)
+    monkeypatch.setattr("mqserve.client.deployments.DELETE_BUDGET_S", 0.1)
     store = EmbeddedStore()
     await store.set(KEYS.desired, Desired(instance="i").to_bytes())
     await store.set(KEYS.observed, FAILING.to_bytes())

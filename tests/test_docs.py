@@ -32,10 +32,10 @@ from mqserve.broker.envelope import Header, Meta
 from mqserve.broker.results import ErrorInfo, Result
 from mqserve.broker.settings import Settings
 from mqserve.broker.store_keys import RESULT_TTL_S, StoreKeys
-from mqserve.cli import cli
-from mqserve.controller.state import BackendConfig
-from mqserve.instance import LOCATIONS
-from mqserve.status import BackendFacts, ControllerFacts, EndpointFacts, Facts, MemberFacts, ServerFacts
+from mqserve.commands.cli import cli
+from mqserve.commands.status import BackendFacts, ControllerFacts, EndpointFacts, Facts, MemberFacts, ServerFacts
+from mqserve.controller.state.config import BackendConfig
+from mqserve.instance.starting import LOCATIONS
 from tests.instances import SECRET_KEY, CommandLine, new_namespace, started, wait_until
 from tests.servers import free_port
 

@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 import mqserve as serve
-from mqserve import clients
-from mqserve.broker import forks
+from mqserve.broker.process import forks
+from mqserve.client import clients
 from tests.children import MANY_THREADS, await_one, end_children, in_a_child, leave_a_child
 from tests.gates import Gate
 from tests.instances import CommandLine, Deploy, is_alive, started, wait_until

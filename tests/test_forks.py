@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 import mqserve as serve
-from mqserve.broker import forks
+from mqserve.broker.process import forks
 from tests.children import MANY_THREADS, await_one, end_children, in_a_child, leave_a_child, wait_for_exit
 from tests.gates import Gate
 from tests.instances import CommandLine, Deploy, distributed_only, wait_until

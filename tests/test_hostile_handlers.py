@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 import mqserve as serve
-from mqserve.broker.codecs import JSON, decode_plain
 from mqserve.broker.errors import BadEnvelope
+from mqserve.broker.values.codecs import JSON, decode_plain
 from tests.servers import free_port
 
 

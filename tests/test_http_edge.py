@@ -13,8 +13,8 @@ import pytest
 from starlette.responses import Response
 
 import mqserve as serve
-from mqserve.broker.caller import MAX_BODY_BYTES
-from mqserve.broker.loopback import names_loopback
+from mqserve.broker.calls.sending import MAX_BODY_BYTES
+from mqserve.broker.process.loopback import names_loopback
 from mqserve.controller.node_metrics import serve_metrics
 from mqserve.proxy.edge import MAX_HEADERS, MAX_PIPELINED, EdgeProtocol
 from mqserve.proxy.system import SystemPath, SystemPaths

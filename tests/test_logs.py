@@ -9,8 +9,8 @@ import httpx
 import pytest
 
 import mqserve as serve
-from mqserve import logs
-from mqserve.broker.printable import printable, printable_lines
+from mqserve.broker.process.printable import printable, printable_lines
+from mqserve.commands import logs
 from tests.instances import CommandLine, started
 from tests.servers import free_port
 

@@ -8,9 +8,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from mqserve.broker.embedded_queue import EmbeddedQueue
-from mqserve.broker.embedded_store import EmbeddedStore
-from mqserve.controller.state import Backend, Desired, Endpoint, Observed
+from mqserve.broker.memory.queue import EmbeddedQueue
+from mqserve.broker.memory.store import EmbeddedStore
+from mqserve.controller.state.documents import Backend, Desired, Endpoint, Observed
 from mqserve.proxy.readiness import DOWN_AFTER_MS, Readiness
 from tests.instances import CommandLine, answers, wait_until
 from tests.servers import free_port

@@ -7,17 +7,18 @@ from typing import Any
 import pytest
 from starlette.convertors import StringConvertor
 
-from mqserve.broker.code import Code, pack
-from mqserve.broker.embedded_queue import EmbeddedQueue
-from mqserve.broker.embedded_store import EmbeddedStore
 from mqserve.broker.errors import BackendFailed
+from mqserve.broker.memory.queue import EmbeddedQueue
+from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.settings import Settings
 from mqserve.broker.store_keys import StoreKeys
-from mqserve.controller import desired as changes
-from mqserve.controller.state import Beat, Desired, HttpOptions
-from mqserve.deployments import Deployments
+from mqserve.broker.values.code import Code, pack
+from mqserve.client.deployments import Deployments
+from mqserve.client.membership import Membership
+from mqserve.controller import changes
+from mqserve.controller.state.beats import Beat
+from mqserve.controller.state.documents import Desired, HttpOptions
 from mqserve.links import Links
-from mqserve.membership import Membership
 
 pytestmark = pytest.mark.anyio
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import mqserve as serve
-from mqserve.role_lock import Role, RoleLock, check_folder, is_played, played_here
+from mqserve.instance.role_lock import Role, RoleLock, check_folder, is_played, played_here
 
 WHICH = "ns", "i1", Role.NODE
 

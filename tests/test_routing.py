@@ -12,7 +12,8 @@ import redis
 from starlette.convertors import CONVERTOR_TYPES, Convertor
 
 import mqserve as serve
-from mqserve.controller.state import Backend, Desired, Endpoint, Observed, read_beats
+from mqserve.controller.state.beats import read_beats
+from mqserve.controller.state.documents import Backend, Desired, Endpoint, Observed
 from mqserve.proxy.routes import NotAllowed, RouteTable, Target
 from tests.convertors import Matching
 from tests.instances import CommandLine, Deploy, answers, distributed_only, new_name, wait_until

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from mqserve.broker.errors import InstanceError
-from mqserve.runtime import Runtime
+from mqserve.client.runtime import Runtime
 from tests.instances import wait_until
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from mqserve.broker.codecs import JSON, PICKLE
 from mqserve.broker.envelope import NO_HEADER, Envelope, Header, Meta
 from mqserve.broker.errors import BackendFailed, BadEnvelope, BadSignature
-from mqserve.broker.header_seals import Seal
 from mqserve.broker.settings import Settings
+from mqserve.broker.values.codecs import JSON, PICKLE
+from mqserve.broker.values.header_seals import Seal
 from mqserve.replicas.senders import Senders
 
 URLS = {"MQSERVE_BROKER_URL": "amqp://own@b", "MQSERVE_STORE_URL": "redis://s"}

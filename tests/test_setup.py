@@ -10,7 +10,7 @@ import re
 import pytest
 
 from mqserve.broker import queue_names
-from mqserve.setup import ROLES, acl_rules, broker_rights
+from mqserve.commands.setup import ROLES, acl_rules, broker_rights
 from tests.instances import CommandLine
 
 PASSWORDS = {f"MQSERVE_{role.upper()}_PASSWORD": f"the secret of {role}" for role in ROLES}

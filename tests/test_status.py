@@ -14,15 +14,16 @@ import redis
 from rich.console import Console
 
 import mqserve as serve
-from mqserve.broker.embedded_queue import EmbeddedQueue
 from mqserve.broker.errors import BrokerUnavailable
-from mqserve.broker.redis_store import open_redis
+from mqserve.broker.memory.queue import EmbeddedQueue
+from mqserve.broker.redis.store import open_redis
 from mqserve.broker.settings import Settings
 from mqserve.broker.store_keys import StoreKeys
-from mqserve.controller import desired as changes
+from mqserve.commands.status import Facts, read_facts, show_status
+from mqserve.controller import changes
 from mqserve.controller.lease import LAPSED_AFTER_S
-from mqserve.controller.state import Beat, Desired
-from mqserve.status import Facts, read_facts, show_status
+from mqserve.controller.state.beats import Beat
+from mqserve.controller.state.documents import Desired
 from tests.faults.wire import Wire
 from tests.instances import DEADLINE_S, NOISE_S, CommandLine, Deploy, distributed_only, new_name, wait_until
 
@@ -156,7 +157,7 @@ async def test_what_rabbitmq_does_not_say_is_not_known(
     async def open_unwilling(*args: object, **options: object) -> AsyncIterator[Unwilling]:
         yield Unwilling()
 
-    monkeypatch.setattr("mqserve.status.open_rabbitmq", open_unwilling)
+    monkeypatch.setattr("mqserve.commands.status.open_rabbitmq", open_unwilling)
     name = deploy(lambda request: "well")
     found = await facts(environment)
     (backend,) = [backend for backend in found.backends if backend.name == name]

@@ -4,14 +4,14 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from mqserve.broker.embedded_queue import EmbeddedQueue
-from mqserve.broker.embedded_store import EmbeddedStore
+from mqserve.broker.memory.queue import EmbeddedQueue
+from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.queue import Queue
-from mqserve.broker.rabbitmq import open_rabbitmq
-from mqserve.broker.redis_store import open_redis
-from mqserve.broker.signing import Signer
+from mqserve.broker.rabbitmq.queue import open_rabbitmq
+from mqserve.broker.redis.store import open_redis
 from mqserve.broker.store import Store
 from mqserve.broker.store_keys import StoreKeys
+from mqserve.broker.values.signing import Signer
 
 
 @pytest.fixture(params=["embedded", "distributed"])

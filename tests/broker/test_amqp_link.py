@@ -8,8 +8,8 @@ from contextlib import suppress
 
 import pytest
 
-from mqserve.broker.amqp_link import Link
 from mqserve.broker.errors import BrokerUnavailable
+from mqserve.broker.rabbitmq.connection import Link
 from tests.servers import free_port
 
 

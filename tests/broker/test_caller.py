@@ -7,12 +7,12 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from mqserve.broker.caller import INLINE_BODY_BYTES, Caller, Ticket
-from mqserve.broker.cancellations import CANCELLED
-from mqserve.broker.embedded_queue import EmbeddedQueue
-from mqserve.broker.embedded_store import EmbeddedStore
+from mqserve.broker.calls.cancellations import CANCELLED
+from mqserve.broker.calls.sending import INLINE_BODY_BYTES, Caller, Ticket
 from mqserve.broker.envelope import Envelope, Header, Meta, mint_id
 from mqserve.broker.errors import BrokerUnavailable, MQServeError, NotRouted, Overloaded, StoreUnavailable, TooLarge
+from mqserve.broker.memory.queue import EmbeddedQueue
+from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.overload import MIN_RETRY_S
 from mqserve.broker.queue import Delivery, Queue, Settled
 from mqserve.broker.results import INLINE_BYTES, Result, note_of

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from mqserve.broker.cancellations import KEPT, Cancellations, word_of_proxy, word_of_request
-from mqserve.broker.embedded_store import EmbeddedStore
+from mqserve.broker.calls.cancellations import KEPT, Cancellations, word_of_proxy, word_of_request
 from mqserve.broker.envelope import Envelope, Header
+from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.store import Store
 from mqserve.broker.store_keys import RESULT_TTL_S, StoreKeys
 from tests.broker.traffic import until
@@ -71,7 +71,7 @@ async def test_the_oldest_are_forgotten_first(store: Store, keys: StoreKeys, hea
 
 async def test_a_callers_own_id_can_be_used_again_once_its_result_has_expired(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr("mqserve.broker.cancellations.time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr("mqserve.broker.calls.cancellations.time", SimpleNamespace(monotonic=lambda: clock.now))
     store, keys = EmbeddedStore(), StoreKeys("tests")
     heard = Cancellations(store, keys, lambda: None)
     listening = asyncio.create_task(heard.listen())

@@ -16,11 +16,11 @@ import msgspec
 import pytest
 import starlette.requests
 
-from mqserve.broker.code import load, load_import_string, pack, save, unpack
 from mqserve.broker.errors import BadEnvelope, BadSignature, BadValue, NotEncodable
-from mqserve.broker.signing import Claim, Signer
 from mqserve.broker.store import Store
 from mqserve.broker.store_keys import StoreKeys
+from mqserve.broker.values.code import load, load_import_string, pack, save, unpack
+from mqserve.broker.values.signing import Claim, Signer
 
 NO_SIGNER = Signer([], "ns")
 USER_CODE = """
@@ -224,7 +224,7 @@ async def test_code_is_kept_in_the_store_under_its_hash(store: Store, keys: Stor
 async def test_code_that_nobody_keeps_goes_and_what_is_kept_is_left_alone(
     store: Store, keys: StoreKeys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mqserve.broker.code.CODE_TTL_S", 1)
+    monkeypatch.setattr("mqserve.broker.values.code.CODE_TTL_S", 1)
     kept, left = pack("pkg.mod:kept", (), NO_SIGNER), pack("pkg.mod:left", (), NO_SIGNER)
     await save(store, keys, kept)
     await store.expire(keys.code(kept.sha256), None)

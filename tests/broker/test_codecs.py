@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from mqserve.broker.codecs import MSGPACK, PICKLE, decode_plain, decode_value, encode_value, media_type
 from mqserve.broker.errors import BadEnvelope, BadSignature, NotEncodable
-from mqserve.broker.signing import Claim, Signer
+from mqserve.broker.values.codecs import MSGPACK, PICKLE, decode_plain, decode_value, encode_value, media_type
+from mqserve.broker.values.signing import Claim, Signer
 
 NO_SIGNER = Signer([], "ns")
 CLAIM = Claim("request", "b", "id")

@@ -7,8 +7,8 @@ from contextlib import aclosing, asynccontextmanager
 import pytest
 
 from mqserve.broker.documents import READ_AGAIN_S, follow, until
-from mqserve.broker.embedded_store import EmbeddedStore
 from mqserve.broker.errors import BackendFailed, StoreUnavailable
+from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.store import Store
 from mqserve.broker.store_keys import StoreKeys
 

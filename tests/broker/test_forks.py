@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from mqserve.broker import forks
-from mqserve.broker.loops import IoLoop, WorkerLoop
+from mqserve.broker.process import forks
+from mqserve.broker.process.loops import IoLoop, WorkerLoop
 from tests.children import MANY_THREADS, in_a_child, living_child, sockets, wait_for_exit
 from tests.instances import CommandLine
 

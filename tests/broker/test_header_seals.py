@@ -11,7 +11,7 @@ from pamqp.commands import Basic
 from pamqp.header import ContentHeader
 
 from mqserve.broker.envelope import SEALED_BODY_BYTES, Envelope, Header, Meta, mint_id
-from mqserve.broker.header_seals import SEAL_BYTES, HeaderSeals, Seal
+from mqserve.broker.values.header_seals import SEAL_BYTES, HeaderSeals, Seal
 
 OLD, NEW = b"o" * 32, b"n" * 32
 SEALS = HeaderSeals([NEW], "ns")

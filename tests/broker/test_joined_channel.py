@@ -13,7 +13,7 @@ from aiormq.channel import Channel
 from pamqp import commands, frame, header
 
 from mqserve.broker.errors import BrokerUnavailable, MQServeError, NotRouted, Overloaded
-from mqserve.broker.joined_channel import JoinedChannel
+from mqserve.broker.rabbitmq.channel import JoinedChannel
 from tests.broker.traffic import text
 
 pytestmark = pytest.mark.anyio

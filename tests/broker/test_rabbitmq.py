@@ -13,11 +13,11 @@ from yarl import URL
 from mqserve.broker.dead_letters import Death
 from mqserve.broker.envelope import Envelope, Header, Meta, mint_id
 from mqserve.broker.errors import BadEnvelope, BrokerUnavailable, MQServeError, QueueMismatch
-from mqserve.broker.header_seals import HeaderSeals, Seal
 from mqserve.broker.queue import Queue
 from mqserve.broker.queue_names import backend_queue, dead_queue, requests_exchange
-from mqserve.broker.rabbitmq import open_rabbitmq
+from mqserve.broker.rabbitmq.queue import open_rabbitmq
 from mqserve.broker.settings import masked
+from mqserve.broker.values.header_seals import HeaderSeals, Seal
 from tests.broker.traffic import AckingHands, Hands, accepted, accepted_at_last, depth_is, publish, text, until
 from tests.faults.wire import Wire
 from tests.servers import PrivateRabbitMQ, free_port
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.anyio
 
 
 async def test_a_broker_that_is_not_there_is_said_in_time_and_without_the_password(namespace: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mqserve.broker.rabbitmq.CONNECT_BUDGET_S", 1.0)
+    monkeypatch.setattr("mqserve.broker.rabbitmq.queue.CONNECT_BUDGET_S", 1.0)
     begun = time.monotonic()
     with pytest.raises(BrokerUnavailable) as refusal:
         async with open_rabbitmq(f"amqp://user:hunter2@127.0.0.1:{free_port()}/", namespace, "test"):
@@ -110,7 +110,7 @@ async def test_nothing_is_left_unacked_after_many_acks_out_of_order(broker_url: 
 async def test_a_consumer_of_a_queue_that_is_not_there_is_refused_and_leaves_nothing_behind(
     broker_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mqserve.broker.rabbit_consumer.OPERATION_BUDGET_S", 1.0)
+    monkeypatch.setattr("mqserve.broker.rabbitmq.consumer.OPERATION_BUDGET_S", 1.0)
     async with open_rabbitmq(broker_url, namespace, "test") as queue:
         with pytest.raises(BrokerUnavailable, match="did not let us consume"):
             await queue.consume("b", 1, 1, Hands())

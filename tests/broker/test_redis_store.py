@@ -7,8 +7,8 @@ import pytest
 import redis
 
 from mqserve.broker.errors import StoreUnavailable
-from mqserve.broker.redis_store import RedisStore, open_redis
-from mqserve.broker.result_writer import FLUSH_BYTES
+from mqserve.broker.redis.result_writer import FLUSH_BYTES
+from mqserve.broker.redis.store import RedisStore, open_redis
 from mqserve.broker.store import Record
 from mqserve.broker.store_keys import StoreKeys
 from tests.broker.traffic import until
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.anyio
 
 
 async def test_a_store_that_is_not_there_is_said_in_time_and_without_the_password(namespace: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mqserve.broker.redis_store.CONNECT_BUDGET_S", 1.0)
+    monkeypatch.setattr("mqserve.broker.redis.store.CONNECT_BUDGET_S", 1.0)
     url = f"redis://user:hunter2@127.0.0.1:{free_port()}/0"
     begun = time.monotonic()
     with pytest.raises(StoreUnavailable) as refusal:
@@ -130,7 +130,7 @@ async def test_large_results_are_written_in_calls_of_a_bounded_size(store_server
 async def test_a_look_at_the_clock_that_takes_long_is_not_believed(
     store_wire: Wire, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mqserve.broker.redis_store._CLOCK_EVERY_S", 0.3)
+    monkeypatch.setattr("mqserve.broker.redis.store._CLOCK_EVERY_S", 0.3)
     async with open_redis(store_wire.url, namespace) as store:
 
         def offset_ms() -> float:

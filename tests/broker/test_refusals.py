@@ -2,7 +2,8 @@
 
 import pytest
 
-from mqserve.broker.refusals import broker_refusal, store_refusal
+from mqserve.broker.rabbitmq.refusals import broker_refusal
+from mqserve.broker.redis.refusals import store_refusal
 
 URL = "amqp://proxy:hunter2@h/"
 

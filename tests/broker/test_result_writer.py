@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 
 from mqserve.broker.errors import StoreUnavailable
-from mqserve.broker.result_writer import Mark, ResultWriter
+from mqserve.broker.redis.result_writer import Mark, ResultWriter
 from mqserve.broker.store import Record
 
 pytestmark = pytest.mark.anyio

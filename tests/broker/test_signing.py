@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from mqserve.broker.errors import BadSignature, BadValue
-from mqserve.broker.signing import Claim, Purpose, Signer
+from mqserve.broker.values.signing import Claim, Purpose, Signer
 
 OLD, NEW = b"o" * 32, b"n" * 32
 CLAIM = Claim("request", "b", "id", "application/x")

@@ -14,7 +14,7 @@ from redis.exceptions import (
     ResponseError,
 )
 
-from mqserve.broker.store_health import NOTED_FOR_S, RECONNECT_S, REFUSED_FOR_S, StoreHealth
+from mqserve.broker.redis.health import NOTED_FOR_S, RECONNECT_S, REFUSED_FOR_S, StoreHealth
 
 PIPELINED = "Command # 1 (SET mqserve:n:start:{MISCONF} x) of pipeline caused error: ('NOREPLICAS Not enough good replicas to write.',)"
 
@@ -23,7 +23,7 @@ PIPELINED = "Command # 1 (SET mqserve:n:start:{MISCONF} x) of pipeline caused er
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     clock = SimpleNamespace(now=1000.0)
     fake = SimpleNamespace(monotonic=lambda: clock.now, strftime=time.strftime)
-    monkeypatch.setattr("mqserve.broker.store_health.time", fake)
+    monkeypatch.setattr("mqserve.broker.redis.health.time", fake)
     return clock
 
 

@@ -4,12 +4,13 @@ import asyncio
 
 import pytest
 
-from mqserve.broker.embedded_store import EmbeddedStore
+from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.store_keys import StoreKeys
 from mqserve.controller.absent_nodes import ABSENT_FOR_S
-from mqserve.controller.desired import commit, create_backend
+from mqserve.controller.changes import commit, create_backend
 from mqserve.controller.lease import claim_instance
-from mqserve.controller.state import Assignment, Backend, Beat, HttpOptions, Observed
+from mqserve.controller.state.beats import Beat
+from mqserve.controller.state.documents import Assignment, Backend, HttpOptions, Observed
 from tests.controller.test_leading import controllers, until
 
 pytestmark = pytest.mark.anyio

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from mqserve.broker.embedded_store import EmbeddedStore
 from mqserve.broker.errors import BadType, BadValue, InstanceError, StoreUnavailable
+from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.store_keys import StoreKeys
 from mqserve.controller import lease
-from mqserve.controller.desired import (
+from mqserve.controller.changes import (
     commit,
     create_backend,
     create_endpoint,
@@ -22,7 +22,8 @@ from mqserve.controller.desired import (
     update_backend,
     update_backend_config,
 )
-from mqserve.controller.state import Backend, BackendConfig, Desired, Endpoint
+from mqserve.controller.state.config import BackendConfig
+from mqserve.controller.state.documents import Backend, Desired, Endpoint
 
 A = Backend("a", "sha", "module:a")
 E = Endpoint("e", "/e", ("GET",), {"a": 1.0})

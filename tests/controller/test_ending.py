@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from mqserve.broker.embedded_queue import EmbeddedQueue
-from mqserve.broker.embedded_store import EmbeddedStore
 from mqserve.broker.errors import InstanceError
+from mqserve.broker.memory.queue import EmbeddedQueue
+from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.settings import Settings
 from mqserve.broker.store_keys import StoreKeys
 from mqserve.controller.lease import Claim, claim_instance, forget, has_ended, renew_instance
-from mqserve.controller.state import Backend, Desired, HttpOptions
-from mqserve.instance import StartOptions, running_instance, shut_down
+from mqserve.controller.state.documents import Backend, Desired, HttpOptions
+from mqserve.instance.starting import StartOptions, running_instance, shut_down
 from mqserve.links import Links
 
 pytestmark = pytest.mark.anyio
@@ -26,7 +26,7 @@ NO_GUARD = ("nothing stands here", None)
 @pytest.fixture
 def links(monkeypatch: pytest.MonkeyPatch) -> Links:
     """With little time for the end of an instance."""
-    monkeypatch.setattr("mqserve.instance.SHUTDOWN_BUDGET_S", 0.3)
+    monkeypatch.setattr("mqserve.instance.starting.SHUTDOWN_BUDGET_S", 0.3)
     return Links(Settings.read(), EmbeddedQueue(), EmbeddedStore(), KEYS, "test")
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from mqserve.broker.errors import BackendFailed
 from mqserve.controller.environments import find_python, overlay_folder
-from mqserve.controller.resources import ActorOptions
+from mqserve.controller.state.resources import ActorOptions
 
 pytestmark = pytest.mark.anyio
 

@@ -5,9 +5,10 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from mqserve.broker.embedded_store import EmbeddedStore
+from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.store_keys import StoreKeys
-from mqserve.controller.state import Desired, Observed, follow_state
+from mqserve.controller.state.documents import Desired, Observed
+from mqserve.controller.state.following import follow_state
 
 pytestmark = pytest.mark.anyio
 
@@ -41,7 +42,7 @@ async def test_an_older_copy_is_not_followed_and_what_is_written_over_it_is() ->
 
 async def test_an_older_copy_that_stays_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no controller outlived the failure: it is all there is."""
-    monkeypatch.setattr("mqserve.controller.state.DOUBTED_FOR_S", 0.1)
+    monkeypatch.setattr("mqserve.controller.state.following.DOUBTED_FOR_S", 0.1)
     followed = Followed(EmbeddedStore())
     assert await followed.after(KNOWN) == (KNOWN, None)
     assert await followed.after(OLDER) == (KNOWN, None)

@@ -4,14 +4,14 @@ import asyncio
 
 import pytest
 
-from mqserve.broker.embedded_queue import EmbeddedQueue
-from mqserve.broker.embedded_store import EmbeddedStore
+from mqserve.broker.memory.queue import EmbeddedQueue
+from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.settings import Settings
 from mqserve.broker.store_keys import StoreKeys
 from mqserve.controller.lease import claim_instance, read_instance
-from mqserve.controller.state import Desired, HttpOptions
+from mqserve.controller.state.documents import Desired, HttpOptions
+from mqserve.instance.roles import join_or_start
 from mqserve.links import Links
-from mqserve.roles import join_or_start
 from tests.controller.test_leading import controllers
 
 pytestmark = pytest.mark.anyio

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from mqserve.instance import keep_running
+from mqserve.instance.starting import keep_running
 
 pytestmark = pytest.mark.anyio
 

@@ -9,14 +9,14 @@ from typing import Any
 import msgspec
 import pytest
 
-from mqserve.broker.embedded_queue import EmbeddedQueue
-from mqserve.broker.embedded_store import EmbeddedStore
 from mqserve.broker.errors import StoreUnavailable
-from mqserve.broker.lifeline import Stop
+from mqserve.broker.memory.queue import EmbeddedQueue
+from mqserve.broker.memory.store import EmbeddedStore
+from mqserve.broker.process.lifeline import Stop
 from mqserve.broker.queue import Queue
 from mqserve.broker.store import Store
 from mqserve.broker.store_keys import CODE_TTL_S, LEADER_TTL_S, StoreKeys
-from mqserve.controller.desired import commit, create_backend, delete_backend, register_convertor, update_backend
+from mqserve.controller.changes import commit, create_backend, delete_backend, register_convertor, update_backend
 from mqserve.controller.lease import (
     InstanceLease,
     Leader,
@@ -29,7 +29,8 @@ from mqserve.controller.lease import (
     renew_instance,
 )
 from mqserve.controller.loop import SETTLE_S, Controller
-from mqserve.controller.state import Assignment, Backend, Beat, Desired, HttpOptions, Observed
+from mqserve.controller.state.beats import Beat
+from mqserve.controller.state.documents import Assignment, Backend, Desired, HttpOptions, Observed
 
 pytestmark = pytest.mark.anyio
 

@@ -11,8 +11,8 @@ import msgspec
 import pytest
 import redis
 
-from mqserve.broker.embedded_store import EmbeddedStore
 from mqserve.broker.errors import InstanceError
+from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.store_keys import StoreKeys
 from mqserve.controller.lease import (
     LAPSED_AFTER_S,
@@ -28,7 +28,7 @@ from mqserve.controller.lease import (
     renew_instance,
 )
 from mqserve.controller.loop import SETTLE_S
-from mqserve.controller.state import Backend, Desired, HttpOptions
+from mqserve.controller.state.documents import Backend, Desired, HttpOptions
 from tests.instances import Deploy, started, wait_until
 from tests.servers import PrivateRabbitMQ, PrivateRedis
 

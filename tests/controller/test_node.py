@@ -6,13 +6,14 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from mqserve.broker.embedded_store import EmbeddedStore
-from mqserve.broker.lifeline import Stop
-from mqserve.broker.signing import Signer
+from mqserve.broker.memory.store import EmbeddedStore
+from mqserve.broker.process.lifeline import Stop
 from mqserve.broker.store_keys import StoreKeys
+from mqserve.broker.values.signing import Signer
 from mqserve.controller.node import Node, NodeOptions, Share
-from mqserve.controller.resources import Demand
-from mqserve.controller.state import Assignment, Backend, Beat, Desired, Observed, read_beats
+from mqserve.controller.state.beats import Beat, read_beats
+from mqserve.controller.state.documents import Assignment, Backend, Desired, Observed
+from mqserve.controller.state.resources import Demand
 
 pytestmark = pytest.mark.anyio
 

@@ -15,9 +15,11 @@ from mqserve.controller.plan import (
     somebody_is_missed,
     takers,
 )
-from mqserve.controller.resources import Capacity, parse_actor_options
 from mqserve.controller.restarts import ENDED_WELL
-from mqserve.controller.state import SILENT_AFTER_S, Assignment, Backend, Beat, Desired, HttpOptions, Observed, choose_backend
+from mqserve.controller.state.beats import SILENT_AFTER_S, Beat
+from mqserve.controller.state.documents import Assignment, Backend, Desired, HttpOptions, Observed
+from mqserve.controller.state.resources import Capacity, parse_actor_options
+from mqserve.controller.state.traffic import choose_backend
 
 NOW_MS = 1_000_000
 SILENT_MS = NOW_MS - int(SILENT_AFTER_S * 1000)

@@ -6,13 +6,14 @@ from contextlib import asynccontextmanager
 import msgspec
 import pytest
 
-from mqserve.broker.embedded_queue import EmbeddedQueue
-from mqserve.broker.embedded_store import EmbeddedStore
 from mqserve.broker.errors import BrokerUnavailable, MQServeError, QueueMismatch
+from mqserve.broker.memory.queue import EmbeddedQueue
+from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.store_keys import StoreKeys
-from mqserve.controller.desired import Change, commit, create_backend, delete_backend
+from mqserve.controller.changes import Change, commit, create_backend, delete_backend
 from mqserve.controller.lease import claim_instance
-from mqserve.controller.state import Backend, Beat, Desired, Observed
+from mqserve.controller.state.beats import Beat
+from mqserve.controller.state.documents import Backend, Desired, Observed
 from tests.broker.traffic import publish, text
 from tests.controller.test_leading import HTTP, controllers, until
 

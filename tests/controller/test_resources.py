@@ -6,7 +6,7 @@ import pytest
 
 from mqserve.broker.errors import BadValue
 from mqserve.controller.machine import measure_node
-from mqserve.controller.resources import parse_actor_options, parse_node_resources
+from mqserve.controller.state.resources import parse_actor_options, parse_node_resources
 
 
 @pytest.mark.parametrize("options", [{"python": "/bin/py\0thon"}, {"pip": ["one", "two\0"]}])

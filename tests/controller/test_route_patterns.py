@@ -11,8 +11,8 @@ import pytest
 from starlette.convertors import Convertor
 
 from mqserve.broker.errors import BadValue
-from mqserve.controller.linear_regex import read_row
-from mqserve.controller.route_patterns import MAX_WAYS, check_convertor, compile_route
+from mqserve.controller.state.linear_regex import read_row
+from mqserve.controller.state.route_patterns import MAX_WAYS, check_convertor, compile_route
 from tests.convertors import Matching, known
 
 LONGEST = 60 * 1024

@@ -6,15 +6,16 @@ from typing import Any
 import msgspec
 import pytest
 
-from mqserve.broker.embedded_store import EmbeddedStore
 from mqserve.broker.errors import BadSignature
-from mqserve.broker.signing import Signer
+from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.store_keys import StoreKeys
+from mqserve.broker.values.signing import Signer
 from mqserve.controller.environments import check_environment, seal_environment
 from mqserve.controller.lease import claim_instance
 from mqserve.controller.plan import seal_problem, without_seals
-from mqserve.controller.resources import ActorOptions, Demand
-from mqserve.controller.state import Assignment, Backend, Beat, Desired, Observed, read_beats
+from mqserve.controller.state.beats import Beat, read_beats
+from mqserve.controller.state.documents import Assignment, Backend, Desired, Observed
+from mqserve.controller.state.resources import ActorOptions, Demand
 from tests.controller.test_leading import HTTP, controllers, until
 from tests.controller.test_node import KEYS, SIGNER, Launcher, replace_observed, running_node
 

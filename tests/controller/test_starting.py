@@ -5,13 +5,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from mqserve.broker.embedded_queue import EmbeddedQueue
-from mqserve.broker.embedded_store import EmbeddedStore
 from mqserve.broker.errors import InstanceError
+from mqserve.broker.memory.queue import EmbeddedQueue
+from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.settings import Settings
 from mqserve.controller.lease import read_instance
-from mqserve.controller.state import Desired, HttpOptions
-from mqserve.instance import StartOptions, running_instance
+from mqserve.controller.state.documents import Desired, HttpOptions
+from mqserve.instance.starting import StartOptions, running_instance
 from mqserve.links import Links
 from tests.controller.test_lease import DEPLOYED, KEYS, leave_behind
 from tests.servers import free_port

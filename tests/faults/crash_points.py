@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 POINTS = {
-    "before the result is stored": "mqserve.broker.redis_store:RedisStore.record",
-    "before the ack, the result being stored": "mqserve.broker.rabbit_consumer:RabbitDelivery.ack",
-    "before a message is given back": "mqserve.broker.rabbit_consumer:RabbitDelivery.requeue",
-    "before a request is published": "mqserve.broker.rabbitmq:RabbitQueue.publish",
+    "before the result is stored": "mqserve.broker.redis.store:RedisStore.record",
+    "before the ack, the result being stored": "mqserve.broker.rabbitmq.consumer:RabbitDelivery.ack",
+    "before a message is given back": "mqserve.broker.rabbitmq.consumer:RabbitDelivery.requeue",
+    "before a request is published": "mqserve.broker.rabbitmq.queue:RabbitQueue.publish",
     "before the observed state is written": "mqserve.controller.loop:Controller._write",
-    "before a queue is declared": "mqserve.broker.rabbitmq:RabbitQueue.declare",
+    "before a queue is declared": "mqserve.broker.rabbitmq.queue:RabbitQueue.declare",
     "before the lead is taken": "mqserve.controller.lease:Leader.lead",
 }
 
@@ -39,7 +39,7 @@ def main() -> None:
 
         lease.LEADER_TTL_S = 2  # type: ignore[attr-defined]
     sys.argv = ["mqserve", *arguments]
-    from mqserve.cli import main as run
+    from mqserve.commands.cli import main as run
 
     run()
 

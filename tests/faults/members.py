@@ -7,7 +7,8 @@ import redis
 
 from mqserve.broker.store_keys import StoreKeys
 from mqserve.controller.lease import Leadership
-from mqserve.controller.state import SILENT_AFTER_S, Beat, Desired, Observed, read_beats
+from mqserve.controller.state.beats import SILENT_AFTER_S, Beat, read_beats
+from mqserve.controller.state.documents import Desired, Observed
 
 
 class Members:

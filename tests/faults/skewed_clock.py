@@ -18,7 +18,7 @@ def main() -> None:
     skew_s, _, *arguments = sys.argv[1:]
     skew(float(skew_s))
     sys.argv = ["mqserve", *arguments]
-    from mqserve.cli import main as run
+    from mqserve.commands.cli import main as run
 
     run()
 

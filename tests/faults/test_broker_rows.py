@@ -16,8 +16,8 @@ import pika
 import pytest
 from yarl import URL
 
-from mqserve.broker.rabbitmq import open_rabbitmq
-from mqserve.broker.signing import Claim, Signer
+from mqserve.broker.rabbitmq.queue import open_rabbitmq
+from mqserve.broker.values.signing import Claim, Signer
 from tests.broker.traffic import AckingHands, accepted, accepted_at_last, text, until
 from tests.faults.crowd import Crowd
 from tests.faults.servers_say import messages_of

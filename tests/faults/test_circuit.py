@@ -5,11 +5,11 @@ import time
 
 import pytest
 
-from mqserve.broker.caller import Caller
+from mqserve.broker.calls.sending import Caller
 from mqserve.broker.envelope import Envelope, Meta
 from mqserve.broker.errors import BrokerUnavailable, MQServeError
-from mqserve.broker.rabbitmq import RabbitQueue, open_rabbitmq
-from mqserve.broker.redis_store import open_redis
+from mqserve.broker.rabbitmq.queue import RabbitQueue, open_rabbitmq
+from mqserve.broker.redis.store import open_redis
 from mqserve.broker.store_keys import StoreKeys
 from tests.broker.traffic import until
 from tests.instances import NOISE_S

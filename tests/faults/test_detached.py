@@ -12,7 +12,7 @@ import pytest
 
 import mqserve as serve
 from mqserve.broker.store_keys import LEADER_TTL_S
-from mqserve.supervisor import LONGEST_PAUSE_S
+from mqserve.instance.supervisor import LONGEST_PAUSE_S
 from tests.conftest import running
 from tests.faults.crowd import Crowd
 from tests.faults.detached import BACK_WITHIN_S, THREE, Detached, files_left, keys_left

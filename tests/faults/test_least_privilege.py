@@ -20,12 +20,12 @@ import redis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from mqserve.broker.code import Code
 from mqserve.broker.envelope import Header, mint_id
-from mqserve.broker.redis_store import open_redis
+from mqserve.broker.redis.store import open_redis
 from mqserve.broker.store_keys import StoreKeys
+from mqserve.broker.values.code import Code
+from mqserve.commands.setup import acl_rules, broker_rights
 from mqserve.controller.lease import has_ended
-from mqserve.setup import acl_rules, broker_rights
 from tests.conftest import running
 from tests.faults.composed import ROLES, Composed, configured, dot_env
 from tests.instances import wait_until

@@ -17,7 +17,7 @@ import pytest
 import redis
 
 import mqserve as serve
-from mqserve.broker.caller import MAX_BODY_BYTES
+from mqserve.broker.calls.sending import MAX_BODY_BYTES
 from mqserve.replicas.amqp_replies import MAX_REPLY_BYTES
 from tests.faults import skewed_clock
 from tests.faults.crowd import Crowd

@@ -215,7 +215,7 @@ SHORT_HEARTBEAT_S = 2  # the default is 10, and a broker misses a client after a
 WITH_A_SHORT_HEARTBEAT = f"""
 from mqserve.broker import amqp_link
 amqp_link.HEARTBEAT_S = {SHORT_HEARTBEAT_S}
-from mqserve.cli import main
+from mqserve.commands.cli import main
 main()
 """
 

@@ -14,8 +14,8 @@ import trustme
 
 from mqserve.broker.envelope import Envelope
 from mqserve.broker.errors import BrokerUnavailable, StoreUnavailable
-from mqserve.broker.rabbitmq import open_rabbitmq
-from mqserve.broker.redis_store import open_redis
+from mqserve.broker.rabbitmq.queue import open_rabbitmq
+from mqserve.broker.redis.store import open_redis
 from mqserve.broker.settings import Settings
 from tests.conftest import running
 from tests.instances import ROOT, SECRET_KEY, CommandLine

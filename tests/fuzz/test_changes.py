@@ -13,10 +13,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from mqserve.broker.errors import BadType, BadValue
-from mqserve.controller import desired as changes
+from mqserve.controller import changes
 from mqserve.controller.plan import place_replicas
-from mqserve.controller.resources import Capacity, Demand, parse_actor_options
-from mqserve.controller.state import Assignment, Backend, BackendConfig, Beat, Desired, Endpoint, Observed, choose
+from mqserve.controller.state.beats import Beat
+from mqserve.controller.state.config import BackendConfig
+from mqserve.controller.state.documents import Assignment, Backend, Desired, Endpoint, Observed
+from mqserve.controller.state.resources import Capacity, Demand, parse_actor_options
+from mqserve.controller.state.traffic import choose
 from mqserve.proxy.routes import RouteTable
 from tests.fuzz.material import any_text, anything, cases
 

@@ -11,13 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mqserve.broker.embedded_store import EmbeddedStore
 from mqserve.broker.errors import BadEnvelope, InstanceError, MQServeError
+from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.store_keys import StoreKeys
 from mqserve.controller import lease
 from mqserve.controller.plan import place_proxies, place_replicas
-from mqserve.controller.resources import Capacity, Demand
-from mqserve.controller.state import Assignment, Backend, Beat, Desired, Endpoint, Observed, choose, follow_state, read_beats
+from mqserve.controller.state.beats import Beat, read_beats
+from mqserve.controller.state.documents import Assignment, Backend, Desired, Endpoint, Observed
+from mqserve.controller.state.following import follow_state
+from mqserve.controller.state.resources import Capacity, Demand
+from mqserve.controller.state.traffic import choose
 from mqserve.proxy.routes import RouteTable
 from tests.fuzz.material import bomb, bytes_like, cases, json_values, mutated
 

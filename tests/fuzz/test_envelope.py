@@ -15,8 +15,8 @@ from pamqp.header import ContentHeader
 from mqserve.broker.dead_letters import Death, dead_letter_to_amqp
 from mqserve.broker.envelope import NO_HEADER, Envelope, Header, Meta
 from mqserve.broker.errors import BadEnvelope, TooLarge
-from mqserve.broker.header_seals import HeaderSeals
-from mqserve.broker.own_properties import read_ours
+from mqserve.broker.rabbitmq.own_properties import read_ours
+from mqserve.broker.values.header_seals import HeaderSeals
 from tests.fuzz.material import any_text, anything, bytes_like, cases, good_text, plain
 
 FRAME_BYTES = 128 * 1024

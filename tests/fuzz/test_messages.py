@@ -14,8 +14,8 @@ import redis
 from pika.adapters.blocking_connection import BlockingChannel
 
 import mqserve as serve
-from mqserve.broker.codecs import JSON, MSGPACK, PICKLE, TEXT
 from mqserve.broker.envelope import Header, Meta, mint_id
+from mqserve.broker.values.codecs import JSON, MSGPACK, PICKLE, TEXT
 from tests.fuzz.material import CORPUS, bomb
 from tests.instances import Deploy, distributed_only, wait_until
 from tests.sealed import sealed

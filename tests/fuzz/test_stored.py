@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mqserve.answers import read_result
-from mqserve.broker import code
-from mqserve.broker.codecs import JSON, MSGPACK, PICKLE, TEXT, decode_plain, decode_value, encode_value
-from mqserve.broker.embedded_store import EmbeddedStore
 from mqserve.broker.errors import BadEnvelope, BadSignature, MQServeError, NotEncodable
+from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.results import ErrorInfo, Note, Result, note_of, read_note
-from mqserve.broker.signing import Claim, Signer
 from mqserve.broker.store_keys import StoreKeys
+from mqserve.broker.values import code
+from mqserve.broker.values.codecs import JSON, MSGPACK, PICKLE, TEXT, decode_plain, decode_value, encode_value
+from mqserve.broker.values.signing import Claim, Signer
+from mqserve.client.answers import read_result
 from mqserve.proxy.responses import from_result
 from tests.fuzz.material import any_text, anything, bomb, bytes_like, cases, good_text, plain
 

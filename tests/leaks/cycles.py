@@ -23,7 +23,7 @@ import httpx
 import uvloop
 
 import mqserve as serve
-from mqserve.broker.lifeline import Stop
+from mqserve.broker.process.lifeline import Stop
 from mqserve.broker.settings import Settings
 from mqserve.controller.machine import measure_node
 from mqserve.controller.node import Node, NodeOptions

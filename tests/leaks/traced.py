@@ -56,7 +56,7 @@ def _tell(number: int, frame: object) -> None:
 if __name__ == "__main__":
     tracemalloc.start()
     signal.signal(signal.SIGUSR1, _tell)
-    from mqserve.cli import main
+    from mqserve.commands.cli import main
 
     sys.argv[0] = "mqserve"
     main()

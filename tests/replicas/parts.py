@@ -3,12 +3,12 @@
 import asyncio
 from typing import Any, cast
 
-from mqserve.broker.embedded_queue import EmbeddedQueue
-from mqserve.broker.embedded_store import EmbeddedStore
 from mqserve.broker.envelope import Envelope, Header
+from mqserve.broker.memory.queue import EmbeddedQueue
+from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.results import Result
 from mqserve.broker.settings import Settings
-from mqserve.controller.state import Backend
+from mqserve.controller.state.documents import Backend
 from mqserve.replicas.handler import Handler
 from mqserve.replicas.job import Job
 from mqserve.replicas.metrics import ReplicaMetrics

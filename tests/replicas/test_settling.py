@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from mqserve.broker.cancellations import word_of_request
-from mqserve.broker.codecs import check_plain
-from mqserve.broker.embedded_queue import EmbeddedQueue
-from mqserve.broker.embedded_store import EmbeddedStore
+from mqserve.broker.calls.cancellations import word_of_request
 from mqserve.broker.envelope import Envelope, Header
 from mqserve.broker.errors import BrokerUnavailable, MQServeError, Overloaded, StoreUnavailable
+from mqserve.broker.memory.queue import EmbeddedQueue
+from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.queue import Settled
 from mqserve.broker.results import Result
 from mqserve.broker.store_keys import StoreKeys
+from mqserve.broker.values.codecs import check_plain
 from mqserve.replicas.admission import NOT_STARTED
 from mqserve.replicas.prefetch import prefetch
 from mqserve.replicas.settling import INLINE_RESULT_BYTES

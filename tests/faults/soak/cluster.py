@@ -19,7 +19,7 @@ import redis.asyncio as redis
 from redis.exceptions import RedisError
 
 from mqserve.broker.store_keys import StoreKeys
-from mqserve.controller.state import Beat, read_beats
+from mqserve.controller.state.beats import Beat, read_beats
 from tests.faults.soak.backends import BACKENDS, PROBE, REPLICAS, body_of
 from tests.instances import ROOT, SECRET_KEY, CommandLine, Program
 from tests.servers import PrivateRabbitMQ, PrivateRedis, free_port

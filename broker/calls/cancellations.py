@@ -1,0 +1,90 @@
+"""Word of requests that nobody wants any more: told to every replica, so that none of them has to ask before a run.
+
+An entry of the log `cancelled` is MessagePack `[1, kind, name]`: kind `request` names a future id, kind `proxy` the inbox of
+a proxy that died, whose clients are gone. Other kinds and versions are left out by readers who do not know them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from ..envelope import Envelope, is_minted
+from ..results import ErrorInfo, Result
+from ..store import Store
+from ..store_keys import RESULT_TTL_S, StoreKeys
+
+VERSION = 1
+REQUEST, PROXY = "request", "proxy"
+KEPT = 20_000  # cancelled ids that a replica remembers; the log keeps fewer
+
+# The same bytes whoever finds it cancelled: that is how the store knows that two of them say the same.
+CANCELLED = Result(
+    status=499,
+    error=ErrorInfo(type="mqserve.Cancelled", message="the request was cancelled, or its client went away, before it had a result"),
+)
+
+
+class Word(msgspec.Struct, frozen=True, array_like=True):
+    v: int
+    kind: str
+    name: str
+
+
+def word_of_request(future_id: str) -> bytes:
+    return _encode(Word(VERSION, REQUEST, future_id))
+
+
+def word_of_proxy(inbox: str) -> bytes:
+    return _encode(Word(VERSION, PROXY, inbox))
+
+
+class Cancellations:
+    """What a replica has heard, or a proxy that listens for its own name. `on_word` is called after each batch of words."""
+
+    def __init__(self, store: Store, keys: StoreKeys, on_word: Callable[[], None]) -> None:
+        self._store = store
+        self._log = keys.cancelled
+        self._on_word = on_word
+        self._heard: dict[str, float] = {}  # ids and inboxes, with when; in order of arrival: the oldest is forgotten first
+
+    def __repr__(self) -> str:
+        return f"<Cancellations, {len(self._heard)} heard>"
+
+    def __bool__(self) -> bool:
+        return bool(self._heard)
+
+    def has(self, name: str) -> bool:
+        """A future id, or the inbox of a proxy. A caller's own id may be used again, once its result has expired."""
+        heard_at = self._heard.get(name)
+        if heard_at is None:
+            return False
+        return "/" not in name or is_minted(name) or time.monotonic() - heard_at < RESULT_TTL_S
+
+    async def listen(self) -> None:
+        """Until cancelled."""
+        await self._store.read_log(self._log, self._on_entries)
+
+    def names(self, envelope: Envelope, future_id: str) -> bool:
+        """Whether nobody wants this request any more. What a handle sent may be read by others, so only a proxy's go with it."""
+        header = envelope.header
+        return self.has(future_id) or (header.origin == "http" and header.inbox in self._heard)
+
+    def _on_entries(self, entries: list[bytes]) -> None:
+        for raw in entries:
+            try:
+                word = _decode(raw)
+            except msgspec.MsgspecError:
+                continue
+            if word.v == VERSION and word.kind in (REQUEST, PROXY):
+                self._heard.pop(word.name, None)
+                self._heard[word.name] = time.monotonic()
+        while len(self._heard) > KEPT:
+            del self._heard[next(iter(self._heard))]
+        self._on_word()
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(Word).decode

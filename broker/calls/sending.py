@@ -1,0 +1,228 @@
+"""Sends requests: bodies, deadlines, tries again, copies, and cancels them; `waits.py` waits for their results."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections import defaultdict
+from collections.abc import Callable, Container, Coroutine
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import msgspec
+
+from ..envelope import Envelope, Header, Meta, mint_id
+from ..errors import BrokerUnavailable, Cancelled, MQServeError, Overloaded, StoreUnavailable, TooLarge
+from ..overload import HeldBytes, Pace
+from ..process.printable import printable
+from ..queue import Queue
+from ..results import Result, note_of
+from ..store import Record, Store
+from ..store_keys import StoreKeys
+from .cancellations import CANCELLED, word_of_request
+from .pending import Waits
+
+logger = logging.getLogger(__name__)
+
+INLINE_BODY_BYTES = 1024 * 1024  # a larger body goes to the store and travels by reference
+MAX_BODY_BYTES = 64 * 1024 * 1024
+REPUBLISH_BUDGET_S = 3.0  # how long a broker that is away is waited for
+_REPUBLISH_EVERY_S = 0.2  # on the average
+_CANCEL_BUDGET_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """A request under way: its id and the future of its Result. Only sending fails the future; user errors are results."""
+
+    id: str
+    future: asyncio.Future[Result]
+
+
+class Caller:
+    """One per process that sends requests. `run` must be running for any result to arrive; it owns every task in here."""
+
+    def __init__(self, queue: Queue, store: Store, keys: StoreKeys, process_id: str) -> None:
+        self._queue = queue
+        self._store = store
+        self._keys = keys
+        self.waits = Waits(store, keys, process_id)
+        self.held = HeldBytes()
+        self._paces: defaultdict[str, Pace] = defaultdict(Pace)  # by backend
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __repr__(self) -> str:
+        return f"<Caller {self.waits.inbox}, {len(self.waits)} waiting>"
+
+    async def run(self) -> None:
+        """Reads results until cancelled."""
+        try:
+            await self.waits.run()
+        finally:
+            for task in self._tasks:
+                task.cancel()
+
+    def send(
+        self,
+        backend: str,
+        body: bytes,
+        content_type: str,
+        meta: Meta,
+        *,
+        origin: str,
+        timeout_s: float,
+        future_id: str = "",
+        at_most_once: bool = False,
+    ) -> Ticket:
+        """The request is on its way when this returns; the future ends by `timeout_s` (plus at most a second), in a Result.
+
+        The future fails with Overloaded, NotRouted or BrokerUnavailable when the broker did not take the message, and with Cancelled.
+        Raises TooLarge for more than 64 MiB of body or 64 KiB of head, Overloaded when this process holds too much already.
+        """
+        if len(body) > MAX_BODY_BYTES:
+            raise TooLarge(f"the body has {len(body)} bytes and the limit is {MAX_BODY_BYTES}: send less, or a reference to it")
+        timeout_ms = max(1, int(timeout_s * 1000))
+        header = Header(origin=origin, inbox=self.waits.inbox, deadline=self._store.now_ms() + timeout_ms, meta=meta, once=at_most_once)
+        self.held.take(len(body))
+        ticket = self._wait_for(future_id or mint_id(), backend, header.deadline)
+        envelope = Envelope(ticket.id, body, content_type, header, expiration_ms=timeout_ms)
+        give_up_at = asyncio.get_running_loop().time() + REPUBLISH_BUDGET_S - self._queue.down_s
+        try:
+            if len(body) > INLINE_BODY_BYTES:
+                self._start(self._send_by_reference(envelope, timeout_ms, lambda small: self._publish(backend, small, give_up_at)))
+            else:
+                self._publish(backend, envelope, give_up_at)
+        except MQServeError:
+            self.waits.drop(ticket.id)
+            self.held.give(len(body))
+            raise
+        return ticket
+
+    def send_shadow(
+        self, backend: str, body: bytes, content_type: str, meta: Meta, *, origin: str, timeout_s: float, shadow_id: str = ""
+    ) -> None:
+        """A copy of a request that was sent: its own id, no future, and whatever becomes of it is nobody's concern."""
+        timeout_ms = max(1, int(timeout_s * 1000))
+        header = Header(origin=origin, deadline=self._store.now_ms() + timeout_ms, shadow=True, meta=meta)
+        envelope = Envelope(shadow_id or mint_id(), body, content_type, header, expiration_ms=timeout_ms)
+        try:
+            self.held.take(len(body))
+        except Overloaded:
+            return
+
+        def settled(error: MQServeError | None) -> None:
+            self.held.give(len(body))
+
+        if len(body) > INLINE_BODY_BYTES:
+            publish = partial(self._queue.publish, backend, settled=_nobody_waits)
+            self._start(self._send_by_reference(envelope, timeout_ms, publish))
+            return
+        try:
+            self._queue.publish(backend, envelope, settled)
+        except MQServeError as error:
+            settled(error)
+
+    def cancel(self, future_id: str) -> None:
+        """Whoever waits here is told at once, and the replicas soon."""
+        self.waits.fail(future_id, Cancelled(f"request {future_id} was cancelled by its caller"))
+        self._start(self._cancel_quietly(future_id))
+
+    async def cancel_everywhere(self, future_id: str) -> bool:
+        """Records that the request is cancelled, and tells every replica. False for one that has its result already.
+
+        Raises StoreUnavailable.
+        """
+        raw = CANCELLED.to_bytes()
+        deadline_ms = self._store.now_ms() + int(_CANCEL_BUDGET_S * 1000)
+        if not await self._store.record(Record(self._keys.future(future_id), raw, "", note_of(future_id, raw), deadline_ms)):
+            return False
+        self.waits.fail(future_id, Cancelled(f"request {future_id} was cancelled"))
+        await self._store.append_log(self._keys.cancelled, word_of_request(future_id))
+        return True
+
+    async def _cancel_quietly(self, future_id: str) -> None:
+        try:
+            await self.cancel_everywhere(future_id)
+        except StoreUnavailable as error:
+            logger.warning("request %s runs to its end or its deadline, though it was cancelled: %s", printable(future_id), error)
+
+    @property
+    def trouble(self) -> str:
+        """Why results cannot be stored and read now; empty while they can."""
+        return self._store.trouble
+
+    def now_ms(self) -> int:
+        """Store time."""
+        return self._store.now_ms()
+
+    def _wait_for(self, future_id: str, backend: str, deadline_ms: int) -> Ticket:
+        pace, sent_at = self._paces[backend], time.monotonic()
+        pace.sent(sent_at)
+        future = self.waits.add(
+            future_id, deadline_ms, lambda answered: pace.ended(sent_at, time.monotonic(), answered=answered), sent_at=sent_at
+        )
+        return Ticket(future_id, future)
+
+    def keep_paces(self, backends: Container[str]) -> None:
+        """Forgets how quickly the others answered: they were deleted."""
+        self._paces = defaultdict(Pace, {name: pace for name, pace in self._paces.items() if name in backends})
+
+    async def settle(self) -> None:
+        """Until the broker has confirmed what was sent, and the store has what was cancelled; at most as long as a broker is waited for."""
+        give_up_at = time.monotonic() + REPUBLISH_BUDGET_S
+        while (self.held.held or self._tasks) and time.monotonic() < give_up_at:
+            await asyncio.sleep(0.005)
+
+    # Sending.
+
+    def _publish(self, backend: str, envelope: Envelope, give_up_at: float) -> None:
+        if envelope.id not in self.waits:  # cancelled or late since the last try
+            return self.held.give(len(envelope.body))
+
+        def settled(error: MQServeError | None) -> None:
+            if error is None:
+                return self.held.give(len(envelope.body))
+            loop = asyncio.get_running_loop()
+            uncertain = isinstance(error, BrokerUnavailable) and error.maybe_sent and envelope.header.once
+            if isinstance(error, BrokerUnavailable) and not uncertain and loop.time() < give_up_at and envelope.id in self.waits:
+                again = replace(envelope, header=_again(envelope.header)) if error.maybe_sent else envelope
+                loop.call_later(_REPUBLISH_EVERY_S * random.uniform(0.5, 1.5), self._publish, backend, again, give_up_at)
+                return
+            self.held.give(len(envelope.body))
+            is_queued = envelope.header.again or (isinstance(error, BrokerUnavailable) and error.maybe_sent)  # perhaps
+            if envelope.header.ref and not is_queued:
+                self._store.drop_soon(envelope.header.ref)  # nobody will ask for it
+            if isinstance(error, Overloaded):
+                left_s = (envelope.header.deadline - self._store.now_ms()) / 1000
+                error = Overloaded(str(error), retry_after_s=self._paces[backend].retry_after_s(left_s))
+            self.waits.fail(envelope.id, error)
+
+        self._queue.publish(backend, envelope, settled)
+
+    async def _send_by_reference(self, envelope: Envelope, timeout_ms: int, publish: Callable[[Envelope], None]) -> None:
+        key = self._keys.body(envelope.id)
+        try:
+            await self._store.set(key, envelope.body, ttl_ms=timeout_ms + 60_000)
+            header = msgspec.structs.replace(envelope.header, ref=key)
+            publish(replace(envelope, body=b"", header=header))
+        except MQServeError as error:
+            self.waits.fail(envelope.id, error)
+        finally:
+            self.held.give(len(envelope.body))
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def _nobody_waits(error: MQServeError | None) -> None:
+    """A shadow that cannot be published is not missed."""
+
+
+def _again(header: Header) -> Header:
+    return msgspec.structs.replace(header, again=True)

@@ -1,0 +1,299 @@
+"""The queue in memory: per-backend queues with priorities, a length limit, prefetch and dead letters, on one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from ..dead_letters import DeadLetter, Death, dead_letter_to_amqp, read_properties
+from ..envelope import Envelope
+from ..errors import BrokerUnavailable, MQServeError, NotRouted, Overloaded, QueueMismatch, UnknownBackend
+from ..overload import HeldBytes
+from ..queue import Delivery, Settled
+from ..queue_names import DEAD_LETTER_LIMIT
+
+MAX_WAITING_BYTES = 256 * 1024 * 1024  # of all queues together: here they are this process's own memory
+MAX_PRIORITY = 4  # x-max-priority of the real queue: higher ones count as this
+
+
+class EmbeddedDelivery:
+    """Implements `Delivery`."""
+
+    __slots__ = ("_consumption", "_envelope", "_lane", "redelivered")
+
+    def __init__(self, envelope: Envelope, lane: _Lane, consumption: EmbeddedConsumption, redelivered: bool) -> None:
+        self._envelope = envelope
+        self._lane = lane
+        self._consumption = consumption
+        self.redelivered = redelivered
+
+    def envelope(self) -> Envelope:
+        return self._envelope
+
+    def ack(self) -> None:
+        self._consumption._settle()
+
+    def requeue(self) -> None:
+        self._lane.put_back(self._envelope)
+        self._consumption._settle()
+
+
+class EmbeddedConsumption:
+    """Implements `Consumption`."""
+
+    def __init__(self, lane: _Lane, prefetch: int, on_delivery: Callable[[Delivery], None]) -> None:
+        self._lane = lane
+        self._prefetch = prefetch
+        self._on_delivery = on_delivery
+        self._unsettled = 0
+        self._active = True
+
+    def __repr__(self) -> str:
+        return f"<EmbeddedConsumption of {self._lane!r}, {self._unsettled} of {self._prefetch} unsettled>"
+
+    def set_prefetch(self, prefetch: int) -> None:
+        self._prefetch = prefetch
+        self._lane.wake()
+
+    async def cancel(self) -> None:
+        self._active = False
+        if self in self._lane.consumers:
+            self._lane.consumers.remove(self)
+
+    @property
+    def wants_more(self) -> bool:
+        return self.room > 0
+
+    @property
+    def room(self) -> int:
+        """How many it takes before it settles one; what waits beyond that counts against the queue's limit."""
+        return max(0, self._prefetch - self._unsettled) if self._active else 0
+
+    def take(self, envelope: Envelope, redelivered: bool) -> None:
+        self._unsettled += 1
+        self._on_delivery(EmbeddedDelivery(envelope, self._lane, self, redelivered))
+
+    def _settle(self) -> None:
+        self._unsettled -= 1
+        self._lane.wake()
+
+
+class _Waiting(NamedTuple):
+    """`expires` is monotonic; what came back has none, and is looked at when it is taken."""
+
+    envelope: Envelope
+    redelivered: bool
+    expires: float
+
+
+@dataclass(eq=False)
+class _Lane:
+    """One generation of one backend's queue."""
+
+    name: str
+    max_length: int | None
+    held: HeldBytes
+    levels: list[deque[_Waiting]] = field(default_factory=lambda: [deque() for _ in range(MAX_PRIORITY + 1)])
+    consumers: list[EmbeddedConsumption] = field(default_factory=list)
+    _turns: itertools.count[int] = field(default_factory=itertools.count)
+    _waking: bool = False
+    is_gone: bool = False
+
+    def __repr__(self) -> str:
+        return f"<{self.name}: {len(self)} waiting>"
+
+    def __len__(self) -> int:
+        return sum(map(len, self.levels))
+
+    def put(self, envelope: Envelope) -> MQServeError | None:
+        self._drop_late()
+        if self.max_length is not None and len(self) >= self.max_length + sum(consumer.room for consumer in self.consumers):
+            return Overloaded(f"{self.name} holds {self.max_length} waiting requests, its limit (max_queued_requests): try again later")
+        try:
+            self.held.take(len(envelope.body))
+        except Overloaded as error:
+            return error
+        expires = time.monotonic() + envelope.expiration_ms / 1000 if envelope.expiration_ms else math.inf
+        self.levels[min(envelope.priority, MAX_PRIORITY)].append(_Waiting(envelope, False, expires))
+        self.wake()
+        return None
+
+    def _drop_late(self) -> None:
+        """What nobody waits for any more takes nobody's place: from the heads, as RabbitMQ does."""
+        now = time.monotonic()
+        for level in self.levels:
+            while level and level[0].expires <= now:
+                self.held.give(len(level.popleft().envelope.body))
+
+    def put_back(self, envelope: Envelope) -> None:
+        if self.is_gone:  # as on RabbitMQ, it goes with its queue
+            return
+        self.held.take_back(len(envelope.body))
+        self.levels[min(envelope.priority, MAX_PRIORITY)].appendleft(_Waiting(envelope, True, math.inf))
+        self.wake()
+
+    def drop(self) -> None:
+        """All that waits, and what would come back."""
+        self.is_gone = True
+        self.held.give(sum(len(envelope.body) for level in self.levels for envelope, _, _ in level))
+        for level in self.levels:
+            level.clear()
+
+    def wake(self) -> None:
+        """Deliveries go out once per loop turn, together."""
+        if not self._waking:
+            self._waking = True
+            asyncio.get_running_loop().call_soon(self._deliver)
+
+    def _deliver(self) -> None:
+        self._waking = False
+        for level in reversed(self.levels):
+            for _ in range(len(level)):  # a draining consumer gives back at once: that waits for the next turn, or we would never end
+                ready = [consumer for consumer in self.consumers if consumer.wants_more]
+                if not ready:
+                    return
+                envelope, redelivered, _ = level.popleft()
+                self.held.give(len(envelope.body))
+                ready[next(self._turns) % len(ready)].take(envelope, redelivered)
+
+
+class EmbeddedDeadLetters:
+    """Implements `DeadLetters`."""
+
+    def __init__(self, letters: deque[DeadLetter], at_most: int | None) -> None:
+        self._letters = letters
+        self._at_most = at_most
+        self.waiting = len(letters)
+        self._held: list[DeadLetter] = []
+
+    def __repr__(self) -> str:
+        return f"<EmbeddedDeadLetters {len(self._held)} held>"
+
+    async def __aiter__(self) -> AsyncIterator[DeadLetter]:
+        for _ in range(self.waiting if self._at_most is None else min(self._at_most, self.waiting)):
+            if not self._letters:
+                return
+            self._held.append(letter := self._letters.popleft())
+            yield letter
+
+    async def remove(self, letter: DeadLetter) -> None:
+        self._held = [held for held in self._held if held is not letter]
+
+    def put_back(self) -> None:
+        """The oldest go where there is no room for all."""
+        room = DEAD_LETTER_LIMIT - len(self._letters)
+        self._letters.extendleft(self._held[: -room - 1 : -1])
+
+
+class EmbeddedQueue:
+    """Implements `Queue`."""
+
+    def __init__(self) -> None:
+        self._lanes: dict[tuple[str, int], _Lane] = {}
+        self._bindings: dict[str, list[_Lane]] = {}
+        self._held = HeldBytes(MAX_WAITING_BYTES)
+        self._dead: dict[str, deque[DeadLetter]] = {}
+
+    def __repr__(self) -> str:
+        return f"<EmbeddedQueue {list(self._lanes.values())}>"
+
+    @property
+    def down_s(self) -> float:
+        return 0.0
+
+    @property
+    def why_down(self) -> str:
+        return ""
+
+    @property
+    def trouble(self) -> str:
+        return ""
+
+    def publish(self, backend: str, envelope: Envelope, settled: Settled) -> None:
+        envelope.check_head()
+        lanes = self._bindings.get(backend)
+        if not lanes:
+            return settled(NotRouted(f"no queue is bound to {backend!r}: is the backend deployed?"))
+        refusals = [lane.put(envelope) for lane in lanes]
+        settled(next((refusal for refusal in refusals if refusal), None))
+
+    def reply(self, envelope: Envelope, reply_to: str, settled: Settled) -> None:
+        settled(None)  # an AMQP queue: the embedded form has none
+
+    def dead_letter(self, backend: str, delivery: Delivery, death: Death, settled: Settled) -> None:
+        envelope = delivery.envelope()
+        packed = dead_letter_to_amqp(backend, read_properties(envelope.to_amqp()), death)
+        letters = self._dead.setdefault(backend, deque(maxlen=DEAD_LETTER_LIMIT))
+        letters.append(DeadLetter.from_amqp(backend, read_properties(packed), envelope.body))
+        settled(None)
+
+    @asynccontextmanager
+    async def dead_letters(self, backend: str, at_most: int | None = None) -> AsyncIterator[EmbeddedDeadLetters]:
+        letters = self._dead.get(backend)
+        if letters is None:
+            raise UnknownBackend(f"there is no backend {backend!r}, and there are no dead letters of one")
+        taken = EmbeddedDeadLetters(letters, at_most)
+        try:
+            yield taken
+        finally:
+            taken.put_back()
+            if letters:
+                self._dead[backend] = letters  # it may have been deleted meanwhile, as an empty one is
+
+    def republish(self, letter: DeadLetter, settled: Settled) -> None:
+        self.publish(letter.backend, letter.envelope(), settled)
+
+    async def consume(self, backend: str, generation: int, prefetch: int, on_delivery: Callable[[Delivery], None]) -> EmbeddedConsumption:
+        lane = self._lanes.get((backend, generation))
+        if lane is None:
+            raise BrokerUnavailable(f"there is no generation {generation} of the queue of {backend!r}")
+        consumption = EmbeddedConsumption(lane, prefetch, on_delivery)
+        lane.consumers.append(consumption)
+        lane.wake()
+        return consumption
+
+    async def declare(self, backend: str, generation: int, max_length: int | None) -> None:
+        lane = self._lanes.setdefault((backend, generation), _Lane(f"{backend}.{generation}", max_length, self._held))
+        if lane.max_length != max_length:
+            raise QueueMismatch(f"generation {generation} of the queue of {backend!r} exists with other arguments")
+        self._dead.setdefault(backend, deque(maxlen=DEAD_LETTER_LIMIT))
+        bound = self._bindings.setdefault(backend, [])
+        if lane not in bound:
+            bound.append(lane)
+
+    async def unbind(self, backend: str, generation: int) -> None:
+        lane = self._lanes.get((backend, generation))
+        if lane in (bound := self._bindings.get(backend, [])):
+            bound.remove(lane)
+            if not bound:
+                del self._bindings[backend]
+
+    async def depth(self, backend: str, generation: int) -> int | None:
+        lane = self._lanes.get((backend, generation))
+        return None if lane is None else len(lane)
+
+    async def count_dead(self, backend: str) -> int | None:
+        letters = self._dead.get(backend)
+        return None if letters is None else len(letters)
+
+    async def delete(self, backend: str, generation: int, *, only_if_empty: bool) -> bool:
+        lane = self._lanes.get((backend, generation))
+        if lane is not None and only_if_empty and (len(lane) or lane.consumers):
+            return False
+        await self.unbind(backend, generation)
+        if (gone := self._lanes.pop((backend, generation), None)) is not None:
+            gone.drop()
+        if not only_if_empty and not self._dead.get(backend):
+            self._dead.pop(backend, None)
+        return True
+
+    async def close(self) -> None:
+        self._lanes.clear()
+        self._bindings.clear()

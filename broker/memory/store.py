@@ -1,0 +1,201 @@
+"""The store in memory: one process, one event loop, the same promises as far as one process can keep them."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from ..store import Guard, Record
+from ..store_keys import LOG_LENGTH, RESULT_TTL_S
+
+_SWEEP_EVERY_S = 30.0
+
+
+class EmbeddedStore:
+    """Implements `Store`. Expired keys are gone for every reader at once, and from memory with the next sweep."""
+
+    def __init__(self) -> None:
+        self._epoch = time.time() - time.monotonic()  # read once: a step of the wall clock must not move deadlines
+        self._values: dict[str, tuple[bytes, float]] = {}  # value, monotonic expiry (inf for none)
+        self._hashes: dict[str, dict[str, bytes]] = {}
+        self._readers: dict[str, Callable[[list[bytes]], None]] = {}
+        self._logs: dict[str, deque[bytes]] = {}
+        self._log_readers: dict[str, list[Callable[[list[bytes]], None]]] = {}
+        self._watchers: set[asyncio.Event] = set()
+        self._next_sweep = 0.0
+
+    def __repr__(self) -> str:
+        return f"<EmbeddedStore {len(self._values)} keys>"
+
+    @property
+    def connected(self) -> bool:
+        return True
+
+    @property
+    def trouble(self) -> str:
+        return ""
+
+    @property
+    def refusal(self) -> str:
+        return ""
+
+    @property
+    def refused_since(self) -> float:
+        return math.inf
+
+    @property
+    def written_at(self) -> float:
+        return time.monotonic()
+
+    def took_a_write(self) -> None:
+        """It always does."""
+
+    @property
+    def noted(self) -> str:
+        return ""
+
+    def now_ms(self) -> int:
+        return int((self._epoch + time.monotonic()) * 1000)
+
+    def record(self, record: Record) -> asyncio.Future[bool]:
+        done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        fresh = self._write(record.key, record.value, RESULT_TTL_S * 1000, only_new=True)
+        fresh = fresh or self._read(record.key) == record.value
+        if fresh and (reader := self._readers.get(record.inbox)):
+            reader([record.note])
+        done.set_result(fresh)
+        return done
+
+    def mark(self, key: str, value: bytes, ttl_ms: int) -> None:
+        self._write(key, value, ttl_ms)
+
+    def drop_soon(self, key: str) -> None:
+        self._values.pop(key, None)
+
+    async def get(self, key: str) -> bytes | None:
+        return self._read(key)
+
+    async def get_large(self, key: str) -> bytes | None:
+        return self._read(key)
+
+    async def get_many(self, keys: Sequence[str]) -> list[bytes | None]:
+        return [self._read(key) for key in keys]
+
+    async def get_documents(self, keys: Sequence[str]) -> list[bytes | None]:
+        return [self._read(key) for key in keys]
+
+    async def set(self, key: str, value: bytes, *, ttl_ms: int | None = None, only_new: bool = False) -> bool:
+        return self._write(key, value, ttl_ms, only_new=only_new) or self._read(key) == value
+
+    async def set_default(self, key: str, value: bytes, *, ttl_ms: int) -> None:
+        if not self._write(key, value, ttl_ms, only_new=True):
+            value, expiry = self._values[key]
+            self._values[key] = (value, max(expiry, time.monotonic() + ttl_ms / 1000))
+
+    async def replace(
+        self, key: str, old: bytes | None, new: bytes | None, *, ttl_ms: int = 0, guard: Guard | None = None, quiet: bool = False
+    ) -> bool:
+        if self._read(key) != old or not self._holds(guard):
+            return False
+        if new is None:
+            self._values.pop(key, None)
+        else:
+            self._write(key, new, ttl_ms or None)
+        if not quiet:
+            await self.announce()
+        return True
+
+    async def increment(self, key: str, ttl_ms: int) -> int:
+        count = int(self._read(key) or 0) + 1
+        self._write(key, str(count).encode(), ttl_ms)
+        return count
+
+    async def delete(self, *keys: str, guard: Guard | None = None) -> bool:
+        if not self._holds(guard):
+            return False
+        for key in keys:
+            self._values.pop(key, None)
+            self._hashes.pop(key, None)
+        return True
+
+    async def expire(self, key: str, ttl_ms: int | None) -> None:
+        if (value := self._read(key)) is not None:
+            self._write(key, value, ttl_ms)
+
+    async def put_field(self, key: str, field: str, value: bytes) -> None:
+        self._hashes.setdefault(key, {})[field] = value
+
+    async def drop_fields(self, key: str, *fields: str) -> None:
+        for field in fields:
+            self._hashes.get(key, {}).pop(field, None)
+
+    async def fields(self, key: str) -> dict[str, bytes]:
+        return dict(self._hashes.get(key, {}))
+
+    async def take_away(self, key: str) -> None:
+        await self.delete(key)
+
+    async def probe(self) -> None:
+        """It always takes what is written."""
+
+    def watch(self) -> asyncio.Event:
+        event = asyncio.Event()
+        self._watchers.add(event)
+        return event
+
+    def unwatch(self, event: asyncio.Event) -> None:
+        self._watchers.discard(event)
+
+    async def announce(self) -> None:
+        for event in self._watchers:
+            event.set()
+
+    async def read_inbox(self, inbox: str, on_notes: Callable[[list[bytes]], None], on_gap: Callable[[], None]) -> None:
+        self._readers[inbox] = on_notes
+        on_gap()
+        try:
+            await asyncio.get_running_loop().create_future()  # until cancelled: `record` calls the reader itself
+        finally:
+            del self._readers[inbox]
+
+    async def append_log(self, key: str, *entries: bytes) -> None:
+        log = self._logs.setdefault(key, deque(maxlen=LOG_LENGTH))
+        log.extend(entries)
+        for reader in self._log_readers.get(key, ()):
+            reader(list(entries))
+
+    async def read_log(self, key: str, on_entries: Callable[[list[bytes]], None]) -> None:
+        on_entries(list(self._logs.get(key, ())))
+        readers = self._log_readers.setdefault(key, [])
+        readers.append(on_entries)
+        try:
+            await asyncio.get_running_loop().create_future()  # until cancelled: `append_log` calls the readers itself
+        finally:
+            readers.remove(on_entries)
+
+    async def concern(self) -> str:
+        return ""
+
+    async def close(self) -> None:
+        self._values.clear()
+        self._hashes.clear()
+
+    def _read(self, key: str) -> bytes | None:
+        value, expiry = self._values.get(key, (None, 0.0))
+        return value if expiry > time.monotonic() else None
+
+    def _holds(self, guard: Guard | None) -> bool:
+        return guard is None or self._read(guard[0]) == guard[1]
+
+    def _write(self, key: str, value: bytes, ttl_ms: int | None, *, only_new: bool = False) -> bool:
+        now = time.monotonic()
+        if only_new and key in self._values and self._values[key][1] > now:
+            return False
+        self._values[key] = (value, now + ttl_ms / 1000 if ttl_ms is not None else float("inf"))
+        if now > self._next_sweep:
+            self._next_sweep = now + _SWEEP_EVERY_S
+            self._values = {name: kept for name, kept in self._values.items() if kept[1] > now}
+        return True

@@ -1,0 +1,1 @@
+"""What any process of ours is made of: event loops, signals, forks, sockets, TLS, log lines."""

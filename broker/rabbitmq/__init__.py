@@ -1,0 +1,1 @@
+"""The queue on RabbitMQ: connections and channels, publishing, consuming, topology, dead letters."""

@@ -1,0 +1,185 @@
+"""Consuming from RabbitMQ: deliveries, and a consumer that restores itself, alone, after any loss."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+
+from aio_pika.abc import AbstractConnection
+from aiormq.channel import Channel
+from pamqp.commands import Basic
+
+from ..backoff import delays
+from ..envelope import Envelope
+from ..errors import BrokerUnavailable, words_of
+from ..queue import Delivery
+from ..values.header_seals import BackendSeals
+from .channel import JoinedChannel
+from .connection import LONGEST_PAUSE_S, OPERATION_BUDGET_S, Link, open_channel, really_cancelled
+from .refusals import broker_refusal
+
+logger = logging.getLogger(__name__)
+
+ASK_EVERY_S = 5.0  # whether the broker is still there, where it sends nothing by itself
+
+
+class RabbitDelivery:
+    """Implements `Delivery`."""
+
+    __slots__ = ("_channel", "_seals", "_tag", "body", "properties", "redelivered")
+
+    def __init__(
+        self, channel: JoinedChannel, frame: Basic.Deliver, properties: Basic.Properties, body: bytes, seals: BackendSeals | None
+    ) -> None:
+        self._channel = channel
+        self._seals = seals
+        self._tag = frame.delivery_tag or 0
+        self.redelivered = bool(frame.redelivered)
+        self.properties = properties
+        self.body = body
+
+    def envelope(self) -> Envelope:
+        return Envelope.from_amqp(self.properties, self.body, self._seals)
+
+    def ack(self) -> None:
+        self._channel.ack(self._tag)
+
+    def requeue(self) -> None:
+        self._channel.requeue(self._tag)
+
+
+class RabbitConsumption:
+    """Implements `Consumption`: one consumer, which comes back by itself after any loss, alone."""
+
+    def __init__(self, link: Link, queue: str, prefetch: int, on_delivery: Callable[[Delivery], None], seals: BackendSeals | None) -> None:
+        self._link = link
+        self._seals = seals
+        self._queue = queue
+        self._prefetch = prefetch
+        self._on_delivery = on_delivery
+        self._consuming = asyncio.Event()
+        self._changed = asyncio.Event()
+        self.cancelled = False
+        self._refusal = ""
+        self._channel: JoinedChannel | None = None
+        self._task = asyncio.create_task(self._keep(), name=f"consume {queue}")
+
+    def __repr__(self) -> str:
+        return f"<RabbitConsumption of {self._queue}, prefetch {self._prefetch}, {self._channel}>"
+
+    async def started(self) -> None:
+        try:
+            async with asyncio.timeout(OPERATION_BUDGET_S):
+                await self._consuming.wait()
+        except TimeoutError:
+            why = self._refusal or f"RabbitMQ did not let us consume {self._queue} within {OPERATION_BUDGET_S:g} s"
+            raise BrokerUnavailable(why) from None
+
+    def set_prefetch(self, prefetch: int) -> None:
+        if prefetch != self._prefetch:
+            self._prefetch = prefetch
+            self._changed.set()
+
+    async def cancel(self) -> None:
+        self.cancelled = True
+        self._changed.set()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(OPERATION_BUDGET_S):
+                while self._consuming.is_set():
+                    await asyncio.sleep(0.005)
+
+    async def close(self) -> None:
+        self.cancelled = True
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _keep(self) -> None:
+        pauses = delays(cap_s=LONGEST_PAUSE_S)
+        while not self.cancelled:
+            try:
+                connection = await self._link.up()
+            except BrokerUnavailable as error:  # after a wait, so no pause is due
+                logger.warning("cannot consume %s (%s); trying again", self._queue, error)
+                continue
+            try:
+                await self._consume(connection)
+                pauses = delays(cap_s=LONGEST_PAUSE_S)
+            except (Exception, asyncio.CancelledError) as error:
+                if isinstance(error, asyncio.CancelledError) and really_cancelled():
+                    raise
+                if isinstance(error, TimeoutError):
+                    self._link.abandon(connection)
+                self._refusal = broker_refusal(error)
+                logger.warning("cannot consume %s (%s); trying again", self._queue, self._refusal or words_of(error))
+            finally:
+                self._consuming.clear()
+            if not self.cancelled:
+                await asyncio.sleep(next(pauses))
+
+    async def _consume(self, connection: AbstractConnection) -> None:
+        """Until the channel is lost, or, once cancelled, until every delivery in hand is settled."""
+        raw = await open_channel(connection, confirms=False)
+        channel = self._channel = JoinedChannel(raw, self._hand_over)
+        lost = asyncio.Event()
+        raw.on_consumer_cancel_callbacks.add(lambda _: lost.set())
+        closing = asyncio.create_task(channel.wait_closed())
+        closing.add_done_callback(lambda _: lost.set())
+        consumer_tag = ""
+        try:
+            while not self.cancelled and not lost.is_set():
+                self._changed.clear()
+                # A live qos change does not reach a running consumer: start a second one, then cancel the first.
+                async with asyncio.timeout(OPERATION_BUDGET_S):
+                    await raw.basic_qos(prefetch_count=self._prefetch)
+                    started = await raw.basic_consume(self._queue, _unused_callback)
+                    if consumer_tag:
+                        await raw.basic_cancel(consumer_tag)
+                consumer_tag = started.consumer_tag or ""
+                self._consuming.set()
+                await self._watch(connection, raw, lost)
+            if self.cancelled and not lost.is_set():
+                async with asyncio.timeout(OPERATION_BUDGET_S):
+                    await raw.basic_cancel(consumer_tag)
+                self._consuming.clear()
+                while channel.held and not lost.is_set():
+                    await asyncio.sleep(0.01)
+                await asyncio.sleep(0)  # the last acks leave with this turn
+        finally:
+            closing.cancel()
+            with suppress(Exception, asyncio.CancelledError):
+                async with asyncio.timeout(1):
+                    await raw.close()
+
+    async def _watch(self, connection: AbstractConnection, raw: Channel, lost: asyncio.Event) -> None:
+        """Until the prefetch changes or the channel is lost; a broker that does not answer any more would be noticed by its heartbeats
+        only after half a minute."""
+        while not self._changed.is_set() and not lost.is_set():
+            if await _first_of(self._changed, lost, timeout_s=ASK_EVERY_S):
+                return
+            try:
+                async with asyncio.timeout(OPERATION_BUDGET_S):
+                    await raw.basic_qos(prefetch_count=self._prefetch)
+            except TimeoutError:
+                self._link.abandon(connection)
+                raise BrokerUnavailable(f"RabbitMQ did not answer within {OPERATION_BUDGET_S:g} s") from None
+
+    def _hand_over(self, frame: Basic.Deliver, properties: Basic.Properties, body: bytes) -> None:
+        assert self._channel is not None
+        self._on_delivery(RabbitDelivery(self._channel, frame, properties, body, self._seals))
+
+
+async def _first_of(*events: asyncio.Event, timeout_s: float) -> bool:
+    """Whether one of them came in time."""
+    waits = [asyncio.create_task(event.wait()) for event in events]
+    try:
+        done, _ = await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        return bool(done)
+    finally:
+        for wait in waits:
+            wait.cancel()
+
+
+async def _unused_callback(message: object) -> None:
+    """aiormq wants one; `JoinedChannel` takes every delivery before it gets here."""

@@ -1,0 +1,96 @@
+"""Dead letters on RabbitMQ: taken one by one, unacked, on a channel of their own. Whatever ends the channel puts back the rest."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+import aiormq
+from aiormq.abc import DeliveredMessage
+from pamqp.commands import Basic
+
+from ..dead_letters import DeadLetter
+from ..errors import BrokerUnavailable, UnknownBackend, words_of
+from .connection import OPERATION_BUDGET_S, Link, open_channel, really_cancelled
+from .refusals import broker_refusal
+
+_FIRST_BUDGET_S = 5.0  # other hands may have been faster
+_FAILURES = (aiormq.exceptions.AMQPError, aiormq.exceptions.ChannelInvalidStateError, OSError, TimeoutError)
+
+
+@asynccontextmanager
+async def open_dead_letters(link: Link, queue: str, backend: str, at_most: int | None) -> AsyncIterator[RabbitDeadLetters]:
+    try:
+        channel = await open_channel(await link.up(), confirms=False)
+        try:
+            letters = RabbitDeadLetters(channel, queue, backend, at_most)
+            await letters.begin()
+            yield letters
+            await letters.look()  # acks have no answer of their own, but this one comes after they were read
+        finally:
+            with suppress(Exception, asyncio.CancelledError):
+                await channel.close(timeout=OPERATION_BUDGET_S)
+    except aiormq.exceptions.ChannelNotFoundEntity:
+        raise UnknownBackend(f"there is no backend {backend!r}, and there are no dead letters of one") from None
+    except (*_FAILURES, asyncio.CancelledError) as error:
+        if isinstance(error, asyncio.CancelledError) and really_cancelled():
+            raise
+        raise BrokerUnavailable(
+            broker_refusal(error)
+            or f"RabbitMQ did not answer ({words_of(error)}): what was to be removed may still be among the dead letters of "
+            f"{backend!r}, look again"
+        ) from error
+
+
+class RabbitDeadLetters:
+    """Implements `DeadLetters`; made by `open_dead_letters`.
+
+    The oldest is held by a consumer, the others are fetched. For a queue without consumers whose every message is in somebody's
+    hands counts as unused and empty: it would be deleted with its backend, messages and all.
+    """
+
+    def __init__(self, channel: aiormq.abc.AbstractChannel, queue: str, backend: str, at_most: int | None) -> None:
+        self._channel = channel
+        self._queue = queue
+        self._backend = backend
+        self._at_most = at_most
+        self._consumed: asyncio.Queue[DeliveredMessage] = asyncio.Queue()
+        self._tags: dict[int, int] = {}  # id() of a letter -> delivery tag
+        self.waiting = 0
+
+    def __repr__(self) -> str:
+        return f"<RabbitDeadLetters of {self._queue}, {self.waiting} at the beginning>"
+
+    async def begin(self) -> None:
+        self.waiting = await self.look()
+        await self._channel.basic_qos(prefetch_count=1, timeout=OPERATION_BUDGET_S)
+        await self._channel.basic_consume(self._queue, self._consumed.put, timeout=OPERATION_BUDGET_S)
+
+    async def look(self) -> int:
+        declared = await self._channel.queue_declare(self._queue, passive=True, timeout=OPERATION_BUDGET_S)
+        return declared.message_count or 0
+
+    async def __aiter__(self) -> AsyncIterator[DeadLetter]:
+        if not self.waiting:
+            return
+        first: DeliveredMessage | None = None
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_FIRST_BUDGET_S):
+                first = await self._consumed.get()
+        for _ in range(1, self.waiting if self._at_most is None else min(self._at_most, self.waiting)):
+            message = await self._channel.basic_get(self._queue, timeout=OPERATION_BUDGET_S)
+            if isinstance(message.delivery, Basic.GetEmpty):
+                break
+            yield self._letter(message)
+        if first is not None:
+            yield self._letter(first)  # last, since once it is removed the consumer takes another
+
+    async def remove(self, letter: DeadLetter) -> None:
+        async with asyncio.timeout(OPERATION_BUDGET_S):
+            await self._channel.basic_ack(self._tags.pop(id(letter)))
+
+    def _letter(self, message: DeliveredMessage) -> DeadLetter:
+        letter = DeadLetter.from_amqp(self._backend, message.header.properties, message.body)
+        self._tags[id(letter)] = message.delivery_tag or 0
+        return letter

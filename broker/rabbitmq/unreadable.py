@@ -1,0 +1,38 @@
+"""Properties that pamqp cannot read, such as an id that is not UTF-8 or a time in the year 300000000.
+
+RabbitMQ carries them as they are, and pamqp's error would end the connection of whoever is delivered them: the message comes
+back, and ends the next one. So the header frame is read all the same, and `Envelope.from_amqp` refuses the message.
+
+The function that is replaced is a private name; `tests/fuzz/test_envelope.py` fails when it moves. What pamqp can read it reads
+as before.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from pamqp import frame
+from pamqp.header import ContentHeader
+
+from ..envelope import UnreadableProperties
+from .own_properties import read_ours
+
+
+def install() -> None:
+    """From now on pamqp reads header frames this way, on all connections of this process."""
+    frame._unmarshal_header_frame = _read_header_frame
+
+
+def _read_header_frame(frame_data: bytes) -> ContentHeader:
+    if (ours := read_ours(frame_data)) is not None:
+        return ours
+    try:
+        return _read_strictly(frame_data)
+    except Exception as error:  # ValueError and its kin, RecursionError, what datetime and decimal raise
+        weight, body_size = struct.unpack(">HQ", frame_data[2:12])
+        properties = UnreadableProperties()
+        properties.why = str(error)[:200]
+        return ContentHeader(weight, body_size, properties)
+
+
+_read_strictly = frame._unmarshal_header_frame

@@ -1,0 +1,64 @@
+"""What Redis refuses, or is not trusted in, as a sentence for whoever sets it up."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
+from yarl import URL
+
+from ..errors import RIGHTS_MEND
+from ..process.tls import UNTRUSTED, UNTRUSTED_MEND
+from ..settings import masked
+
+
+class Refused(NamedTuple):
+    """Why Redis takes no writes, in words for anybody, and the mend, for its operator."""
+
+    words: str
+    mend: str
+
+
+REFUSED_WRITES = {
+    "OOM": Refused("it is full", "raise its maxmemory, or take out what else is in it"),
+    "READONLY": Refused("it is a read-only copy", "MQSERVE_STORE_URL must lead to the primary"),
+    "MISCONF": Refused("it cannot save to its disk", "see its log, and mend the disk that it saves to"),
+    "NOREPLICAS": Refused("it misses replicas of its own", "start them, or lower its min-replicas-to-write"),
+}
+_IN_A_SCRIPT = "The user executing the script"  # … may not do what it does
+_CODE = re.compile(rf"(?:^|caused error: \(?['\"])({'|'.join([*REFUSED_WRITES, 'WRONGTYPE'])})\b")  # the latter in a pipeline
+
+
+def refusal_code(error: BaseException | None) -> str:
+    """Redis's own word for what it refuses, such as OOM; empty where it refused nothing."""
+    if not isinstance(error, RedisError):
+        return ""
+    if _IN_A_SCRIPT in str(error):
+        return "NOPERM"
+    found = _CODE.search(str(error))
+    return getattr(error, "status_code", None) or (found[1] if found else "")
+
+
+def key_of(error: BaseException) -> str:
+    """Of a WRONGTYPE, the key that holds another type; empty where it is not said."""
+    found = re.search(r"mqserve:[^\s'\")]+", str(error))
+    return found[0] if found else ""
+
+
+def store_refusal(error: BaseException, url: str) -> str:
+    """The sentence, or nothing when Redis failed in another way."""
+    user = URL(url).user or "default"
+    if (refused := REFUSED_WRITES.get(code := refusal_code(error))) is not None:
+        return f"Redis at {masked(url)} takes no writes ({code}), since {refused.words}: {refused.mend}"
+    if UNTRUSTED in str(error):
+        return f"Redis's certificate is not trusted ({error}): {UNTRUSTED_MEND}"
+    if refusal_code(error) == "NOPERM":
+        return f"Redis does not let user {user!r} do what this process needs ({error}): {RIGHTS_MEND}"
+    if is_access_refused(error):
+        return f"Redis refuses the login of user {user!r} ({error}): is the URL's password the one it was given? {RIGHTS_MEND}"
+    return ""
+
+
+def is_access_refused(error: BaseException) -> bool:
+    return isinstance(error, AuthenticationError | NoPermissionError) or (isinstance(error, RedisError) and str(error).startswith("NOAUTH"))

@@ -1,0 +1,445 @@
+"""The store on Redis 7: results in one script call per flush, one blocking reader, budgets of our own on every call.
+
+redis-py's defaults suit no request: one GET on a frozen server takes 58.9 s. Commands get one connection pool with short
+timeouts; the blocking reader and the subscription get clients of their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from redis.exceptions import NoScriptError, RedisError, ResponseError
+
+from ..backoff import delays
+from ..envelope import mint_id
+from ..errors import StoreUnavailable, WrongType, words_of, wrong_type
+from ..process.complaint import Complaint
+from ..settings import masked
+from ..store import WRONG_TYPE, Guard, Record
+from ..store_keys import INBOX_TTL_S, LOG_LENGTH, LOG_TTL_S, RESULT_TTL_S, StoreKeys
+from .client import Client, blocking_client, heeding_cancellation, pooled_client
+from .health import StoreHealth
+from .refusals import key_of, refusal_code, store_refusal
+from .result_writer import Mark, ResultWriter
+
+logger = logging.getLogger(__name__)
+
+CONNECT_BUDGET_S = 5.0
+CALL_BUDGET_S = 3.0
+BLOCK_S = 5.0
+INBOX_BATCH = 256
+LARGE_BYTES = 1024 * 1024
+LARGE_BUDGET_S = 30.0  # for what has more: bodies that travel by reference, and code. Whoever waits for it has a deadline of his own
+LOG_BATCH = 1000
+INBOX_WAS_ODD = 2  # of record.lua
+_CLOCK_EVERY_S = 30.0
+_CLOCK_TRIES = 3  # at the beginning, for a sample that is as good as _CLOCK_GOOD_S
+_CLOCK_GOOD_S = 0.05
+_CLOCK_DRIFT = 0.001  # what two clocks may differ in a second; they differ by less
+_HERE = Path(__file__).parent
+_FAILURES = (RedisError, OSError, TimeoutError, RuntimeError)  # the last is uvloop's, of a write to a connection that was just lost
+T = TypeVar("T")
+
+
+@asynccontextmanager
+async def open_redis(url: str, namespace: str) -> AsyncIterator[RedisStore]:
+    """Connected on entry, or StoreUnavailable within CONNECT_BUDGET_S; closed on exit."""
+    store = RedisStore(url, namespace)
+    try:
+        await store.connect()
+        yield store
+    finally:
+        await store.close()
+
+
+class RedisStore:
+    """Implements `Store`; made by `open_redis`."""
+
+    def __init__(self, url: str, namespace: str) -> None:
+        self._url = url
+        keys = StoreKeys(namespace)
+        self._channel = keys.changed
+        self._probe_key = keys.future(f"probe-{mint_id()}")  # a result is what all but nodes may write
+        self._commands = pooled_client(url, connections=16, budget_s=2.0, tries=2)
+        self._large = pooled_client(url, connections=8, budget_s=LARGE_BUDGET_S, tries=1)
+        self._blocking = blocking_client(url)
+        self._scripts = {name: (_HERE / f"{name}.lua").read_text() for name in ("record", "replace", "delete")}
+        self._digests: dict[str, str] = {}
+        self._offset_ms = 0.0
+        self._offset_error_s = math.inf  # at most, when it was measured
+        self._offset_measured_at = 0.0  # monotonic
+        self.health = StoreHealth()
+        self._writer = ResultWriter(self._write_results, self._write_marks, self.now_ms)
+        self._watchers: set[asyncio.Event] = set()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def __repr__(self) -> str:
+        return f"<RedisStore {masked(self._url)}, {'up' if self.connected else 'down'}, {self._writer!r}>"
+
+    async def connect(self) -> None:
+        try:
+            async with asyncio.timeout(CONNECT_BUDGET_S):
+                for name, text in self._scripts.items():
+                    self._digests[name] = await self._commands.script_load(text)
+                for _ in range(_CLOCK_TRIES):
+                    if self._offset_error_s > _CLOCK_GOOD_S:
+                        await self._measure_clock()
+        except _FAILURES as error:
+            why = f" within {CONNECT_BUDGET_S:g} s" if isinstance(error, TimeoutError) else f" ({words_of(error)})"
+            raise StoreUnavailable(
+                store_refusal(error, self._url)
+                or f"no connection to Redis at {masked(self._url)}{why}; is it running, and is MQSERVE_STORE_URL right?"
+            ) from error
+        self.health.answered()
+        self._tasks.append(asyncio.create_task(self._keep_clock(), name="keep the store's clock"))
+
+    @property
+    def connected(self) -> bool:
+        return self.health.connected
+
+    @property
+    def trouble(self) -> str:
+        return self.health.trouble
+
+    @property
+    def refusal(self) -> str:
+        return self.health.refusal
+
+    @property
+    def refused_since(self) -> float:
+        return self.health.refused_since
+
+    @property
+    def written_at(self) -> float:
+        return self.health.written_at
+
+    def took_a_write(self) -> None:
+        self.health.took_a_write()
+
+    @property
+    def noted(self) -> str:
+        return self.health.noted
+
+    def now_ms(self) -> int:
+        return int(time.monotonic() * 1000 + self._offset_ms)
+
+    # Results: collected in this turn, written by one script call.
+
+    def record(self, record: Record) -> asyncio.Future[bool]:
+        return self._writer.record(record)
+
+    def mark(self, key: str, value: bytes, ttl_ms: int) -> None:
+        self._writer.mark(key, value, max(1, ttl_ms))
+
+    def drop_soon(self, key: str) -> None:
+        self._writer.mark(key, b"", 0)
+
+    async def _write_results(self, records: Sequence[Record]) -> list[int]:
+        keys: list[str] = []
+        values: list[bytes | str | int] = [RESULT_TTL_S * 1000, INBOX_TTL_S * 1000]
+        for record in records:
+            keys.append(record.key)
+            values += (record.value, record.note, record.inbox)
+        written: list[int] = await self._call(lambda: self._script("record", keys, values), writing=True)
+        for record, how in zip(records, written, strict=True):
+            if how == INBOX_WAS_ODD:
+                self._note(record.inbox)
+        return written
+
+    async def _write_marks(self, marks: Sequence[Mark]) -> None:
+        pipeline = self._commands.pipeline(transaction=False)
+        for key, value, ttl_ms in marks:
+            if ttl_ms:
+                pipeline.set(key, value, px=ttl_ms)
+            else:
+                pipeline.pexpire(key, 0)  # which deletes it; whoever may not DEL what he likes may do this
+        await self._call(pipeline.execute, writing=any(ttl_ms for _, _, ttl_ms in marks))
+
+    # Documents and plain keys.
+
+    async def get(self, key: str) -> bytes | None:
+        return await self._call(lambda: self._read(self._commands, key))
+
+    async def get_large(self, key: str) -> bytes | None:
+        return await self._call(lambda: self._read(self._large, key), LARGE_BUDGET_S)
+
+    async def _read(self, client: Client, key: str) -> bytes | None:
+        try:
+            found: Any = await client.get(key)
+        except ResponseError as error:
+            if refusal_code(error) != "WRONGTYPE":
+                raise
+            self._note(key)
+            return WRONG_TYPE
+        return found  # type: ignore[no-any-return]
+
+    async def get_many(self, keys: Sequence[str]) -> list[bytes | None]:
+        found: Any = await self._call(lambda: self._commands.mget(keys)) if keys else []
+        return found  # type: ignore[no-any-return]
+
+    async def get_documents(self, keys: Sequence[str]) -> list[bytes | None]:
+        pipeline = self._commands.pipeline(transaction=False)
+        for key in keys:
+            pipeline.get(key)
+        found: list[Any] = await self._call(lambda: pipeline.execute(raise_on_error=False))
+        for key, value in zip(keys, found, strict=True):
+            if isinstance(value, Exception) and refusal_code(value) != "WRONGTYPE":
+                raise self._unavailable(ResponseError(f"GET {key}: {value}", status_code=refusal_code(value))) from value
+            if isinstance(value, Exception):
+                self._note(key)
+        return [WRONG_TYPE if isinstance(value, Exception) else value for value in found]
+
+    async def set(self, key: str, value: bytes, *, ttl_ms: int | None = None, only_new: bool = False) -> bool:
+        written = await self._set(key, value, ttl_ms, only_new=only_new)
+        if only_new and not written:  # the client may have sent it twice, since the first answer was lost
+            return await self.get_large(key) == value
+        return written
+
+    async def _set(self, key: str, value: bytes, ttl_ms: int | None, *, only_new: bool) -> bool:
+        client, budget_s = (self._large, LARGE_BUDGET_S) if len(value) > LARGE_BYTES else (self._commands, CALL_BUDGET_S)
+        return bool(await self._call(lambda: client.set(key, value, px=ttl_ms, nx=only_new), budget_s, writing=True))
+
+    async def set_default(self, key: str, value: bytes, *, ttl_ms: int) -> None:
+        """Reads nothing: a client may write code, and not read it."""
+        if not await self._set(key, value, ttl_ms, only_new=True):
+            await self._call(lambda: self._commands.pexpire(key, ttl_ms, gt=True))  # a key without expiry has the longest one
+
+    async def replace(
+        self, key: str, old: bytes | None, new: bytes | None, *, ttl_ms: int = 0, guard: Guard | None = None, quiet: bool = False
+    ) -> bool:
+        keys: list[str] = [key]
+        values: list[Any] = [*_optional(old), *_optional(new), ttl_ms, "" if quiet else self._channel]
+        if guard is not None:
+            keys, values = [key, guard[0]], [*values, *_optional(guard[1])]
+        return bool(await self._call(lambda: self._script("replace", keys, values)))
+
+    async def increment(self, key: str, ttl_ms: int) -> int:
+        pipeline = self._commands.pipeline(transaction=False)
+        pipeline.incr(key)
+        pipeline.pexpire(key, ttl_ms)
+        count: int = (await self._call(pipeline.execute, writing=True))[0]
+        return count
+
+    async def delete(self, *keys: str, guard: Guard | None = None) -> bool:
+        if guard is not None:
+            guarded, values = [guard[0], *keys], _optional(guard[1])
+            return bool(await self._call(lambda: self._script("delete", guarded, values)))
+        if keys:
+            await self._call(lambda: self._commands.delete(*keys))
+        return True
+
+    async def expire(self, key: str, ttl_ms: int | None) -> None:
+        await self._call(lambda: self._commands.persist(key) if ttl_ms is None else self._commands.pexpire(key, ttl_ms))
+
+    async def put_field(self, key: str, field: str, value: bytes) -> None:
+        await self._made_anew(key, lambda: self._commands.hset(key, field, value))
+
+    async def drop_fields(self, key: str, *fields: str) -> None:
+        if fields:
+            await self._made_anew(key, lambda: self._commands.hdel(key, *fields), writing=False)
+
+    async def fields(self, key: str) -> dict[str, bytes]:
+        found: dict[Any, Any] = await self._call(lambda: self._commands.hgetall(key))
+        return {field.decode(errors="replace"): value for field, value in found.items()}
+
+    async def take_away(self, key: str) -> None:
+        self._note(key)
+        logger.warning("deleting %s, which members make anew", key)
+        await self._call(lambda: self._commands.pexpire(key, 0))  # which deletes it; roles without DEL may do this
+
+    async def _took_away(self, key: str, error: BaseException) -> bool:
+        """Whether that was what was wrong with it."""
+        if refusal_code(error) != "WRONGTYPE":
+            return False
+        with suppress(StoreUnavailable):
+            await self.take_away(key)
+        return True
+
+    async def _made_anew(self, key: str, write: Callable[[], Awaitable[T]], *, writing: bool = True) -> T:
+        """Of what members write again and again: a value of another type gives way."""
+        try:
+            return await self._call(write, writing=writing)
+        except WrongType:
+            await self.take_away(key)
+            return await self._call(write, writing=writing)
+
+    async def probe(self) -> None:
+        await self._call(lambda: self._commands.set(self._probe_key, b"", px=1), writing=True)
+
+    # Changes of documents: the message is a hint, the document is the truth.
+
+    def watch(self) -> asyncio.Event:
+        event = asyncio.Event()
+        self._watchers.add(event)
+        if len(self._watchers) == 1 and not any(task.get_name() == "listen" for task in self._tasks):
+            self._tasks.append(asyncio.create_task(self._listen(), name="listen"))
+        return event
+
+    def unwatch(self, event: asyncio.Event) -> None:
+        self._watchers.discard(event)
+
+    async def announce(self) -> None:
+        await self._call(lambda: self._commands.publish(self._channel, b""))
+
+    async def _listen(self) -> None:
+        """A lost connection resubscribes silently and loses what came in between: so the subscribe message wakes everyone too."""
+        pauses, complaint = delays(), Complaint(logger)
+        while True:
+            try:
+                async with self._blocking.pubsub() as pubsub:
+                    await pubsub.subscribe(self._channel)
+                    while True:
+                        message = await pubsub.get_message(timeout=BLOCK_S)
+                        if message is not None:
+                            pauses = delays()
+                            complaint.over()
+                            self._wake_watchers()
+            except _FAILURES as error:
+                if refusal := store_refusal(error, self._url):
+                    complaint.say(f"cannot hear of changes, and looks for them every few seconds: {refusal}")
+                await asyncio.sleep(next(pauses))
+
+    def _wake_watchers(self) -> None:
+        for event in self._watchers:
+            event.set()
+
+    # The inbox of this process.
+
+    async def read_inbox(self, inbox: str, on_notes: Callable[[list[bytes]], None], on_gap: Callable[[], None]) -> None:
+        pauses, complaint = delays(), Complaint(logger)
+        while True:
+            try:
+                async with asyncio.timeout(CALL_BUDGET_S):
+                    await self._blocking.ping()
+                self.health.answered()
+                on_gap()
+                while True:
+                    async with asyncio.timeout(BLOCK_S + CALL_BUDGET_S):
+                        popped: Any = await self._blocking.blmpop(BLOCK_S, 1, inbox, direction="LEFT", count=INBOX_BATCH)
+                    pauses = delays()  # only now: a server may answer, and refuse this
+                    complaint.over()
+                    if popped:
+                        on_notes(popped[1])
+            except _FAILURES as error:
+                # Entries popped for the broken connection are lost; their results are not: `on_gap` has them read by key.
+                await self._failed(error, time.monotonic())
+                if not await self._took_away(inbox, error):
+                    why = store_refusal(error, self._url) or words_of(error)
+                    complaint.say(f"lost the inbox at {masked(self._url)} ({why}); reconnecting")
+                await asyncio.sleep(next(pauses))
+
+    # Logs: what every process is to hear.
+
+    async def append_log(self, key: str, *entries: bytes) -> None:
+        async def append() -> None:
+            pipeline = self._commands.pipeline(transaction=False)
+            for entry in entries:
+                pipeline.xadd(key, {b"e": entry}, maxlen=LOG_LENGTH, approximate=True)
+            pipeline.pexpire(key, LOG_TTL_S * 1000)
+            await pipeline.execute()
+
+        await self._made_anew(key, append)
+
+    async def read_log(self, key: str, on_entries: Callable[[list[bytes]], None]) -> None:
+        last: bytes | str = "0"
+        pauses, complaint = delays(), Complaint(logger)
+        while True:
+            try:
+                async with asyncio.timeout(BLOCK_S + CALL_BUDGET_S):
+                    found: Any = await self._blocking.xread({key: last}, count=LOG_BATCH, block=int(BLOCK_S * 1000))
+                pauses = delays()
+                complaint.over()
+                for _, entries in found:
+                    last = entries[-1][0]
+                    on_entries([fields[b"e"] for _, fields in entries if b"e" in fields])
+            except _FAILURES as error:
+                if not await self._took_away(key, error):
+                    complaint.say(
+                        f"lost the log at {masked(self._url)} ({store_refusal(error, self._url) or words_of(error)}); reconnecting"
+                    )
+                await asyncio.sleep(next(pauses))
+
+    async def concern(self) -> str:
+        try:
+            memory: Any = await self._call(lambda: self._commands.info("memory"))
+        except StoreUnavailable:
+            return ""
+        policy = memory.get("maxmemory_policy", "noeviction")
+        if policy == "noeviction" or not memory.get("maxmemory"):
+            return ""
+        return f"Redis forgets answers and configuration when it is full (maxmemory-policy {policy}): set maxmemory-policy to noeviction"
+
+    async def close(self) -> None:
+        await self._writer.close(CALL_BUDGET_S)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for client in (self._commands, self._large, self._blocking):
+            with suppress(Exception):
+                await client.aclose()
+
+    async def _call(self, call: Callable[[], Awaitable[T]], budget_s: float = CALL_BUDGET_S, *, writing: bool = False) -> T:
+        """`writing`: what goes through only where the server takes what needs memory."""
+        began = time.monotonic()
+        try:
+            async with asyncio.timeout(budget_s):
+                result = await heeding_cancellation(call)
+        except _FAILURES as error:
+            await self._failed(error, max(began, time.monotonic() - CALL_BUDGET_S), writing=writing)
+            raise self._unavailable(error) from error
+        if writing:
+            self.health.wrote()
+        else:
+            self.health.answered()
+        return result
+
+    def _unavailable(self, error: BaseException) -> StoreUnavailable:
+        if refusal_code(error) == "WRONGTYPE" and (key := key_of(error)):
+            return WrongType(key)
+        words = store_refusal(error, self._url) or f"Redis at {masked(self._url)} did not answer ({words_of(error)})"
+        return StoreUnavailable(words, public=self.health.trouble)
+
+    def _note(self, key: str) -> None:
+        if self.health.note(key):
+            logger.warning("%s", wrong_type(key))
+
+    async def _failed(self, error: BaseException, since: float, *, writing: bool = False) -> None:
+        self.health.failed(error, since, writing=writing)
+        if refusal_code(error) == "READONLY":  # the primary is another one by now, and the address may lead there
+            for client in (self._commands, self._large, self._blocking):
+                await client.connection_pool.disconnect(inuse_connections=False)
+
+    async def _script(self, name: str, keys: Sequence[str], values: Sequence[Any]) -> Any:
+        try:
+            return await self._commands.evalsha(self._digests[name], len(keys), *keys, *values)
+        except NoScriptError:  # the server was restarted
+            return await self._commands.eval(self._scripts[name], len(keys), *keys, *values)
+
+    async def _measure_clock(self) -> None:
+        """A sample is off by at most half of its round trip: one that says less than what we have already is not taken."""
+        before = time.monotonic()
+        seconds, microseconds = await heeding_cancellation(self._commands.time)
+        after = time.monotonic()
+        error_s = (after - before) / 2
+        if error_s <= self._offset_error_s + (after - self._offset_measured_at) * _CLOCK_DRIFT:
+            self._offset_ms = (seconds + microseconds / 1e6 - (before + after) / 2) * 1000
+            self._offset_error_s, self._offset_measured_at = error_s, after
+
+    async def _keep_clock(self) -> None:
+        while True:
+            await asyncio.sleep(_CLOCK_EVERY_S)
+            with suppress(*_FAILURES):
+                async with asyncio.timeout(CALL_BUDGET_S):
+                    await self._measure_clock()
+
+
+def _optional(value: bytes | None) -> tuple[str, bytes]:
+    """For scripts, whose arguments cannot be absent."""
+    return ("0", b"") if value is None else ("1", value)

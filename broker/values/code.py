@@ -1,0 +1,196 @@
+"""How code travels: by import string, or by value as a sealed pickle, in a sealed record; kept in the store under its hash."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import pickle
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import cloudpickle
+import msgspec
+
+from ..errors import UNPARSABLE, BadEnvelope, BadSignature, BadValue, NotEncodable
+from ..process import forks
+from ..store import Store
+from ..store_keys import CODE_TTL_S, StoreKeys
+from . import pickling
+from .codecs import MSGPACK, decode_value, encode_value
+from .signing import Claim, Signer
+
+_CLAIM = Claim("code")
+_NO_ARGUMENTS = (MSGPACK, msgspec.msgpack.encode([]))
+_packing = forks.Lock()  # what cloudpickle is told of a module is one for all threads, and two may deploy from one module
+
+
+class Code(msgspec.Struct, frozen=True):
+    """A target and the arguments to construct it with; exactly one of `target` (`pkg.mod:attr`) and `sealed` is set.
+
+    `seal` is over all of the record, since a name is as good as code to whoever may choose it; empty where there is no key.
+    """
+
+    name: str
+    target: str = ""
+    sealed: bytes = b""
+    args_type: str = ""
+    args: bytes = b""
+    seal: bytes = b""
+
+    def to_bytes(self) -> bytes:
+        return msgspec.msgpack.encode(self)
+
+    def with_seal(self, signer: Signer) -> Code:
+        return msgspec.structs.replace(self, seal=signer.seal(b"", self._claim)) if signer else self
+
+    def check(self, signer: Signer) -> None:
+        """Raises BadSignature unless a holder of the key made the record. Without a key there is nothing to check by.
+
+        Code that an earlier version sent by value has a seal of its own and none of the record; it counts where no arguments could have
+        been put beside it.
+        """
+        if not signer:
+            return
+        if self.seal:
+            signer.open(self.seal, self._claim)
+        elif not self.sealed or (self.args_type, self.args) != _NO_ARGUMENTS:
+            raise BadSignature(
+                f"the code {self.name!r} in the store was not sealed by a key of this instance, but by an earlier version, by a client "
+                "without MQSERVE_SECRET_KEY, or by whoever may write there: deploy it again"
+            )
+
+    @property
+    def _claim(self) -> Claim:
+        unsealed = msgspec.structs.replace(self, seal=b"").to_bytes()
+        return Claim("code", id=hashlib.sha256(unsealed).hexdigest(), content_type="record")
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+
+def pack(target: object, args: tuple[Any, ...], signer: Signer) -> Code:
+    """The code of a callable, or of any object that pickles; an import string goes as it is.
+
+    Raises NotEncodable, with the way out, when it must go by value and there is no key or it does not pickle.
+    """
+    if isinstance(target, str):
+        _split(target)
+        name, by_name = target, target
+    else:
+        name, by_name = getattr(target, "__qualname__", type(target).__qualname__), _installed_name(target)
+    args_type, packed_args = encode_value(list(args), signer, _CLAIM)
+    if by_name:
+        return Code(name, target=by_name, args_type=args_type, args=packed_args).with_seal(signer)
+    if not signer:
+        raise NotEncodable(
+            f"{name} would travel by value, as a signed pickle, and there is no key: set MQSERVE_SECRET_KEY (the same for all "
+            f"processes of the instance), or name importable code by a string such as 'package.module:{name}'"
+        )
+    try:
+        with _by_value(target):
+            payload = pickling.dumps(target)
+    except Exception as error:
+        raise NotEncodable(
+            f"{name} cannot travel to its replicas: it does not pickle ({error}); keep such objects out of globals and closures, "
+            "make them in the constructor, or name the code by an import string"
+        ) from error
+    return Code(name, sealed=signer.seal(payload, _CLAIM), args_type=args_type, args=packed_args).with_seal(signer)
+
+
+def unpack(raw: bytes, sha256: str, signer: Signer) -> tuple[Any, list[Any]]:
+    """(target, constructor arguments). Raises BadSignature before foreign bytes are opened or anything that they name is imported;
+    ImportError and what importing raises.
+    """
+    if hashlib.sha256(raw).hexdigest() != sha256:
+        raise BadSignature("the code in the store is not the code that was deployed: its hash differs")
+    try:
+        code = msgspec.msgpack.decode(raw, type=Code)
+    except UNPARSABLE as error:
+        raise BadEnvelope(f"the code in the store does not parse ({error})") from error
+    code.check(signer)
+    target = pickle.loads(signer.open(code.sealed, _CLAIM)) if code.sealed else load_import_string(code.target)
+    return target, decode_value(code.args, code.args_type, signer, _CLAIM)
+
+
+async def save(store: Store, keys: StoreKeys, code: Code) -> str:
+    """Kept under its hash for a while, and for as long as the desired document names it; returns the hash."""
+    await store.set_default(keys.code(code.sha256), code.to_bytes(), ttl_ms=CODE_TTL_S * 1000)
+    return code.sha256
+
+
+async def load(store: Store, keys: StoreKeys, sha256: str, signer: Signer) -> tuple[Any, list[Any]]:
+    raw = await store.get_large(keys.code(sha256))
+    if raw is None:
+        raise BadValue(f"the code {sha256[:12]} is not in the store: deploy it again")
+    return unpack(raw, sha256, signer)
+
+
+def load_import_string(target: str) -> Any:
+    """What `pkg.mod:attr` names. Raises ImportError with a sentence when the module or the attribute is missing."""
+    module_name, attributes = _split(target)
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    found: Any = importlib.import_module(module_name)
+    for attribute in attributes.split("."):
+        try:
+            found = getattr(found, attribute)
+        except AttributeError as error:
+            raise ImportError(f"cannot import {target!r}: {found!r} has no attribute {attribute!r}") from error
+    return found
+
+
+def _split(target: str) -> tuple[str, str]:
+    """`pkg.mod:attr`, or `pkg.mod.attr` as the seed writes it."""
+    module, colon, attribute = target.partition(":")
+    if not colon:
+        module, _, attribute = target.rpartition(".")
+    if not module or not attribute:
+        raise BadValue(f"{target!r} names no code: write 'package.module:attribute'")
+    return module, attribute
+
+
+def _installed_name(target: object) -> str:
+    """The import string of something that every machine with the same packages has, else ''."""
+    if not isinstance(target, Callable) or not hasattr(target, "__qualname__"):  # type: ignore[arg-type]
+        return ""
+    module = sys.modules.get(getattr(target, "__module__", "") or "")
+    if module is None or module.__name__ == "__main__" or not _is_installed(module) or "<" in target.__qualname__:
+        return ""
+    return f"{module.__name__}:{target.__qualname__}" if _found_at(module, target) else ""
+
+
+def _found_at(module: ModuleType, target: Any) -> bool:
+    found: Any = module
+    for part in target.__qualname__.split("."):
+        found = getattr(found, part, None)
+    return found is target
+
+
+def _is_installed(module: ModuleType) -> bool:
+    file = getattr(module, "__file__", None)
+    if file is None:
+        return module.__name__ in sys.builtin_module_names
+    places = {sysconfig.get_paths()[name] for name in ("purelib", "platlib", "stdlib")}
+    return any(Path(file).is_relative_to(place) for place in places)
+
+
+@contextmanager
+def _by_value(target: object) -> Iterator[None]:
+    """Lets cloudpickle take the target's own module by value, unless it is installed or __main__ (which it takes so anyway)."""
+    module = inspect.getmodule(target)
+    if module is None or module.__name__ == "__main__" or _is_installed(module) or module.__name__ not in sys.modules:
+        yield
+        return
+    with _packing:
+        cloudpickle.register_pickle_by_value(module)
+        try:
+            yield
+        finally:
+            cloudpickle.unregister_pickle_by_value(module)

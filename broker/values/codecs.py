@@ -1,0 +1,129 @@
+"""Values to bytes and back. MessagePack where it round-trips exactly, a sealed pickle where it does not, else an error."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import msgspec
+
+from ..errors import UNPARSABLE, BadEnvelope, NotEncodable
+from . import pickling
+from .signing import Claim, Signer
+
+JSON = "application/json"
+TEXT = "text/plain; charset=utf-8"
+MSGPACK = "application/msgpack"
+PICKLE = "application/x-python-pickle"  # always sealed, never opened otherwise
+
+_msgpack = msgspec.msgpack.Encoder()
+
+
+def media_type(content_type: str) -> str:
+    """`text/plain` of `Text/Plain; charset=utf-8`."""
+    return content_type.partition(";")[0].strip().lower()
+
+
+def encode_value(value: object, signer: Signer, claim: Claim) -> tuple[str, bytes]:
+    """(content type, bytes) that `decode_value` turns back into an equal value of the same types.
+
+    Raises NotEncodable when it needs a pickle and there is no key to seal it, or cannot be pickled.
+    """
+    odd = ""
+    try:
+        if is_plain(value):
+            return MSGPACK, _msgpack.encode(value)
+    except UnicodeEncodeError:
+        odd = "str that UTF-8 cannot write"
+    except RecursionError:
+        odd = "list or dict nested too deeply"
+    if not signer:
+        raise NotEncodable(
+            f"a value with a {odd or _odd_type(value)} in it travels only as a signed pickle, and there is no key: set MQSERVE_SECRET_KEY, "
+            "or send None, bool, int, float, str, bytes, lists and str-keyed dicts"
+        )
+    try:
+        payload = pickling.dumps(value)
+    except Exception as error:
+        raise NotEncodable(f"a value with a {odd or _odd_type(value)} in it cannot travel: it does not pickle ({error})") from error
+    return PICKLE, signer.seal(payload, _with_type(claim))
+
+
+def decode_value(body: bytes, content_type: str, signer: Signer, claim: Claim) -> Any:
+    """The value. Raises BadEnvelope for bytes that do not parse and BadSignature before a foreign pickle is opened."""
+    if media_type(content_type) == PICKLE:
+        return pickle.loads(signer.open(body, _with_type(claim)))
+    return decode_plain(body, content_type)
+
+
+def check_plain(body: bytes, content_type: str) -> None:
+    """Raises BadEnvelope for what `decode_plain` would refuse, without making anything of it: a few MiB of empty arrays would become
+    a hundred times as much."""
+    kind = media_type(content_type)
+    try:
+        if kind == JSON or kind.endswith("+json"):
+            body.decode()
+            if body:
+                msgspec.json.decode(body, type=msgspec.Raw)
+        elif kind == MSGPACK:
+            if body:
+                msgspec.msgpack.decode(body, type=msgspec.Raw)
+        else:
+            decode_plain(body, content_type)
+    except UNPARSABLE as error:
+        raise BadEnvelope(f"the body does not parse as {kind!r} ({error})") from error
+
+
+def decode_plain(body: bytes, content_type: str) -> Any:
+    """What any client may send: JSON or MessagePack decoded, text as str, other bytes as they are. Never a pickle."""
+    kind = media_type(content_type)
+    try:
+        if kind == JSON or kind.endswith("+json"):
+            return msgspec.json.decode(body) if body else None
+        if kind == MSGPACK:
+            return msgspec.msgpack.decode(body) if body else None
+        if kind.startswith("text/"):
+            return body.decode()
+    except UNPARSABLE as error:
+        raise BadEnvelope(f"the body does not parse as {kind!r} ({error})") from error
+    if kind == PICKLE:
+        raise BadEnvelope("a pickle from a stranger is never opened: send JSON, MessagePack, text or bytes")
+    return body
+
+
+def _with_type(claim: Claim) -> Claim:
+    return Claim(claim.purpose, claim.backend, claim.id, PICKLE)
+
+
+_ATOMS = frozenset({type(None), bool, float, str, bytes})
+
+
+def is_plain(value: object) -> bool:
+    """Whether MessagePack brings it back equal, and of the same types. Raises RecursionError for a value that is nested too deeply."""
+    kind = type(value)
+    if kind in _ATOMS:
+        return True
+    if kind is int:
+        return -(2**63) <= value < 2**64  # type: ignore[operator]
+    if kind is list:
+        return all(map(is_plain, value))  # type: ignore[call-overload]
+    if kind is dict:
+        return all(type(key) is str and is_plain(item) for key, item in value.items())  # type: ignore[attr-defined]
+    return False
+
+
+def _odd_type(value: object) -> str:
+    """The type that keeps `value` from being plain data, named for the reader of an error."""
+    if type(value) is list:
+        return next(_odd_type(item) for item in value if not is_plain(item))
+    if type(value) is dict:
+        for key, item in value.items():
+            if type(key) is not str:
+                return f"dict key of type {_name(type(key))}"
+            if not is_plain(item):
+                return _odd_type(item)
+    return "int beyond 64 bits" if type(value) is int else _name(type(value))
+
+
+def _name(kind: type) -> str:
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"

@@ -1,0 +1,61 @@
+"""What a backend's user may turn while it serves."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MAX_REQUEST_TIMEOUT_S = 25 * 60  # below RabbitMQ's consumer_timeout of 30 minutes
+SYNC_CONCURRENCY = 8  # max_concurrent_queries of a plain handler, as in the seed
+ASYNC_CONCURRENCY = 100
+
+Whole = Annotated[int, Field(gt=0, lt=2**31)]
+
+
+class BackendConfig(BaseModel):
+    """What a backend's user may turn while it serves. Unknown keys are refused, and assignment is validated.
+
+    num_replicas: copies of the backend.
+    max_batch_size: requests that an `accept_batch` handler gets at most in one call; 1 when None.
+    batch_wait_timeout: seconds that a batch waits to be full; 0 takes what is there.
+    max_concurrent_queries: requests that one replica holds at a time; default 8 for a plain handler, twice the batch size for
+        one with `max_batch_size`, 100 for an async one.
+    sync_threads: how many plain calls a replica runs at once; 1, since models are rarely thread-safe.
+    request_timeout_s: seconds from the request's arrival to its answer, at most 25 minutes.
+    max_queued_requests: waiting requests beyond which callers are told 429; None for no limit. Changing it makes a new queue.
+    graceful_shutdown_timeout_s: seconds a stopping replica has for what it is running.
+    start_timeout_s: seconds a new replica has to get ready.
+    delivery: "at_least_once", or "at_most_once": never run twice; a request whose replica died is answered 502.
+    max_attempts: runs of one request that may end with their replica; after that it goes to the dead letters and is answered 500.
+    user_config: given to the class's `reconfigure` after construction and at each change of it.
+    health_check_period_s, health_check_timeout_s: how often the class's `check_health` is called, and how long it may take;
+        a replica that fails it three times in a row is replaced.
+    max_surge: replicas that may run beyond num_replicas while new code is rolled out.
+    """
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)  # JSON has neither
+
+    num_replicas: Whole = 1
+    max_batch_size: Whole | None = None
+    batch_wait_timeout: Annotated[float, Field(ge=0)] = 0.0
+    max_concurrent_queries: Whole | None = None
+    sync_threads: Whole = 1
+    request_timeout_s: Annotated[float, Field(gt=0, le=MAX_REQUEST_TIMEOUT_S)] = 60.0
+    max_queued_requests: Whole | None = None
+    graceful_shutdown_timeout_s: Annotated[float, Field(ge=0)] = 20.0
+    start_timeout_s: Annotated[float, Field(gt=0, le=45 * 60)] = 120.0  # code that is rolled back to is kept for an hour
+    delivery: Literal["at_least_once", "at_most_once"] = "at_least_once"
+    max_attempts: Whole = 3
+    user_config: Any = None
+    health_check_period_s: Annotated[float, Field(gt=0)] = 10.0
+    health_check_timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    max_surge: Whole = 1
+
+    def concurrency(self, is_async: bool) -> int:
+        """Requests that one replica holds at most, whoever sent them; recomputed whenever a part of it changes."""
+        if self.max_concurrent_queries is not None:
+            return self.max_concurrent_queries
+        if self.max_batch_size is not None and (self.batch_wait_timeout > 0 or not is_async):
+            return 2 * self.max_batch_size
+        return ASYNC_CONCURRENCY if is_async else max(SYNC_CONCURRENCY, 2 * self.sync_threads)

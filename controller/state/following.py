@@ -1,0 +1,81 @@
+"""Following the two documents: every process goes on with the last good ones."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import AsyncIterator
+from typing import Generic, TypeVar
+
+import msgspec
+
+from ...broker.documents import follow
+from ...broker.errors import UNPARSABLE, BadEnvelope
+from ...broker.store import Store
+from ...broker.store_keys import StoreKeys
+from .documents import Desired, Observed
+
+logger = logging.getLogger(__name__)
+D = TypeVar("D", Desired, Observed)
+
+DOUBTED_FOR_S = 15.0  # longer than a change of leaders takes
+
+
+class _Latest(Generic[D]):
+    """The last good version of a document, and no older one at first: that is a copy from before the store failed, which whoever leads
+    replaces. What is still there after DOUBTED_FOR_S is believed."""
+
+    def __init__(self, kind: type[D]) -> None:
+        self._kind: type[D] = kind
+        self._doubted_since = math.inf  # monotonic
+        self._broken: bytes | None = None  # the one that was said last: it is read again whenever the other document changes
+        self.value: D | None = None
+
+    @property
+    def doubts(self) -> bool:
+        return self._doubted_since < math.inf
+
+    def take(self, raw: bytes | None) -> None:
+        try:
+            found = None if raw is None else self._kind.from_bytes(raw)
+        except BadEnvelope as error:
+            if raw != self._broken:
+                logger.warning("%s; going on with the last good one", error)
+            self._broken = raw
+            return
+        if self.value is not None and found is not None and (found.epoch, found.version) < (self.value.epoch, self.value.version):
+            self._doubted_since = min(self._doubted_since, time.monotonic())
+            if time.monotonic() - self._doubted_since < DOUBTED_FOR_S:
+                return
+        self._doubted_since = math.inf
+        self.value = found
+
+    def forget(self) -> None:
+        self._doubted_since = math.inf
+        self.value = None
+
+
+async def follow_state(store: Store, keys: StoreKeys) -> AsyncIterator[tuple[Desired | None, Observed | None]]:
+    """Both documents now, and after every change; of one that is broken, or older than what was there, the last good one."""
+    desired, observed = _Latest(Desired), _Latest(Observed)
+    instance = ""
+    async for raw_desired, raw_observed in follow(store, keys.desired, keys.observed, again=lambda: desired.doubts or observed.doubts):
+        if raw_desired is not None and (found := _instance_of(raw_desired)) not in ("", instance):
+            instance = found
+            desired.forget()
+            observed.forget()
+        desired.take(raw_desired)
+        observed.take(raw_observed)
+        yield desired.value, observed.value
+
+
+class _Named(msgspec.Struct):
+    instance: str = ""
+
+
+def _instance_of(raw: bytes) -> str:
+    try:
+        return msgspec.json.decode(raw, type=_Named).instance
+    except UNPARSABLE:
+        return ""

@@ -1,0 +1,90 @@
+"""A member's own field among the beats: how the controller sees nodes, proxies and replicas without dialling any of them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from ...broker.errors import StoreUnavailable
+from ...broker.process.complaint import Complaint
+from ...broker.store import Store
+
+logger = logging.getLogger(__name__)
+
+LATE_S = 4.0  # beyond this a beat says that its process stood still
+
+
+class Presence:
+    """Writes `beat()` into the field every `every_s`, and at once after `tell`."""
+
+    def __init__(self, store: Store, key: str, field: str, beat: Callable[[], bytes], every_s: float) -> None:
+        self._store = store
+        self._key = key
+        self._field = field
+        self._beat = beat
+        self._every_s = every_s
+        self._now = asyncio.Event()
+        self._writing = asyncio.Lock()  # one write at a time, or an older one may land last
+        self._left = False
+        self._complaint = Complaint(logger)
+        self._steady_since = time.monotonic()
+
+    def __repr__(self) -> str:
+        return f"<Presence {self._field}>"
+
+    @property
+    def steady_s(self) -> float:
+        """For how long every beat has landed, and was made in time: who stood still himself cannot tell who else does."""
+        return time.monotonic() - self._steady_since
+
+    def tell(self) -> None:
+        """Something changed that others wait for."""
+        self._now.set()
+
+    async def beat_forever(self) -> None:
+        last = time.monotonic()
+        while True:
+            if time.monotonic() - last > self._every_s + LATE_S:
+                self._steady_since = time.monotonic()
+            last = time.monotonic()
+            await self.beat()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._every_s):
+                    await self._now.wait()
+
+    async def beat(self) -> bool:
+        """Whether the store took it."""
+        async with self._writing:
+            return not self._left and await self._write()
+
+    async def _write(self) -> bool:
+        urgent = self._now.is_set()
+        self._now.clear()
+        try:
+            await self._store.put_field(self._key, self._field, self._beat())
+            if urgent:
+                await self._store.announce()
+        except StoreUnavailable as error:
+            self._complaint.say(f"cannot report {self._field}: {error}")
+            self._steady_since = time.monotonic()
+            return False
+        self._complaint.over()
+        return True
+
+    async def leave(self, *, with_last_words: bool) -> None:
+        """The field goes, or, after a failure, stays for the operator to read. Call it before `beat_forever` is cancelled: a write
+        that is cancelled under way may still land, after this one."""
+        async with self._writing:
+            self._left = True
+            self._now.set()
+            if with_last_words:
+                await self._write()
+                return
+            try:
+                await self._store.drop_fields(self._key, self._field)
+                await self._store.announce()
+            except StoreUnavailable as error:
+                logger.warning("cannot report the end of %s: %s", self._field, error)

@@ -1,0 +1,62 @@
+"""From a stored result to the value that a caller gets, or the exception."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import pickle
+from typing import Any
+
+from ..broker.errors import BadSignature, BadValue, Cancelled, NotEncodable, RemoteError, RequestTimeout
+from ..broker.failures import add_note, describe
+from ..broker.results import ErrorInfo, Result
+from ..broker.values.codecs import PICKLE, decode_value, media_type
+from ..broker.values.signing import Claim, Signer
+
+_OTHERS_OWN = (concurrent.futures.CancelledError, StopIteration, StopAsyncIteration)
+
+
+def check_results(results: object) -> None:
+    """Raises BadValue for what no caller can ask for."""
+    if results not in ("any", "plain"):
+        raise BadValue(f"results must be 'any', or 'plain' for a caller that opens no pickle, not {results!r}")
+
+
+def read_result(result: Result, future_id: str, signer: Signer, backend: str | None = None, *, plain: bool = False) -> Any:
+    """The value of a result, or its error raised. `backend`: whose answer it must be. `plain`: no pickle is opened, whoever sealed it."""
+    if backend is not None and result.backend and result.backend != backend:
+        raise BadValue(f"the result {future_id!r} is the answer of backend {result.backend!r}, not of {backend!r}")
+    if result.error is not None:
+        raise _exception(result.error, result, future_id, signer, plain=plain)
+    if result.content_type == "text/plain":  # without a charset: the handler returned bytes, or None
+        return result.body or None
+    if plain and media_type(result.content_type) == PICKLE:
+        raise NotEncodable(
+            f"the answer of backend {result.backend!r} to request {future_id} travels as a pickle, and this caller opens none "
+            "(results='plain'): let the handler return None, bool, int, float, str, bytes, lists and str-keyed dicts"
+        )
+    return decode_value(result.body, result.content_type, signer, Claim("result", result.backend, future_id))
+
+
+def _exception(error: ErrorInfo, result: Result, future_id: str, signer: Signer, *, plain: bool) -> BaseException:
+    if result.status == 499:
+        return Cancelled(error.message)
+    if result.status == 504:
+        return RequestTimeout(error.message, phase="run" if "(run)" in error.message else "queue")
+    exception: BaseException = RemoteError(f"{error.type}: {error.message}")
+    if error.sealed and not plain:
+        try:
+            opened = pickle.loads(signer.open(error.sealed, Claim("result", result.backend, future_id, "exception")))
+            exception = opened if _may_be_raised_here(opened) else exception
+        except BadSignature as refused:
+            exception.add_note(f"its own object was not opened: {refused}")
+        except BaseException as failed:  # of its class's own making
+            exception.add_note(f"its own object could not be opened here: {describe(failed).words}")
+    if error.traceback:
+        add_note(exception, f"Remote traceback, of backend {result.backend!r}:\n{error.traceback.rstrip()}")
+    return exception
+
+
+def _may_be_raised_here(opened: object) -> bool:
+    """Not what would end the caller's program, or count as the caller's own cancellation or end of an iteration: that happened to somebody
+    else. Asked of the type, since an object can say that it is of another class."""
+    return issubclass(type(opened), Exception) and not issubclass(type(opened), _OTHERS_OWN)

@@ -1,0 +1,190 @@
+"""The module-level functions: the same as a Client's methods, on the current client (`clients.py` says which that is)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, overload
+
+from ..broker.errors import InstanceError
+from ..broker.settings import Settings
+from ..controller.state.config import BackendConfig
+from ..instance.starting import StartOptions, parse_http_options
+from .answers import check_results
+from .client import Client
+from .clients import clients
+from .futures import Future
+from .handle import AsyncHandle, Handle
+
+_is_under_run = False
+
+
+def start(
+    detached: bool = False,
+    http_options: dict[str, Any] | None = None,
+    *,
+    broker_url: str | None = None,
+    store_url: str | None = None,
+    namespace: str | None = None,
+    node_id: str = "",
+    with_node: bool = True,
+) -> Client:
+    """Starts an instance and returns its client; it ends with this process unless `detached`.
+
+    http_options: host, port, location ("HeadOnly", "EveryNode", "NoServer" or None), middlewares, debug. Without URLs (here or in
+    MQSERVE_BROKER_URL and MQSERVE_STORE_URL) everything runs inside this process. Under `mqserve run` it is the running instance.
+
+    Raises InstanceError when the namespace has a live instance or this process runs one, BadValue for a bad option or a port in use,
+    BrokerUnavailable and StoreUnavailable within ten seconds.
+    """
+    if _is_under_run and (running := clients.own()) is not None:
+        return _join_run(running, detached, http_options)
+    http, middlewares = parse_http_options(http_options)
+    settings = Settings.read(broker_url=broker_url, store_url=store_url, namespace=namespace)
+    return clients.start(settings, StartOptions(http, middlewares, detached, with_node, node_id))
+
+
+def _join_run(client: Client, detached: bool, http_options: dict[str, Any] | None) -> Client:
+    """`serve.start` in a file under `mqserve run`: middlewares apply, the rest was decided on the command line."""
+    _, middlewares = parse_http_options(http_options)
+    if others := sorted(set(http_options or {}) - {"middlewares"}):
+        raise InstanceError(
+            f"the instance of `mqserve run` is up already, so http_options {', '.join(others)} come too late: "
+            "give them as flags (--host, --port, --location, --debug), or start this file with `python`"
+        )
+    if detached:
+        raise InstanceError("the instance of `mqserve run` ends with it: for a detached one use `mqserve start`, then connect()")
+    if middlewares:
+        client.set_middlewares(middlewares)
+    return client.give_again()
+
+
+def connect(
+    *,
+    broker_url: str | None = None,
+    store_url: str | None = None,
+    namespace: str | None = None,
+    results: Literal["any", "plain"] = "any",
+) -> Client:
+    """Joins the instance that runs under the namespace; a second call for the same place returns the same client.
+
+    What is not given comes from the environment. Without arguments: inside a replica its own instance, in a process that started one
+    that one, else the one of the environment. Raises InstanceError when there is none, BrokerUnavailable and StoreUnavailable.
+
+    results: "plain" for a client that opens no pickle in any result from now on; one that needs it is a NotEncodable.
+    """
+    check_results(results)
+    if broker_url is None and store_url is None and namespace is None:
+        client = clients.connect()
+    else:
+        client = clients.connect(Settings.read(broker_url=broker_url, store_url=store_url, namespace=namespace))
+    if results == "plain":
+        client.sender.only_plain = True
+    return client
+
+
+def start_under_run(settings: Settings, options: StartOptions) -> Client:
+    """For `mqserve run`: `serve.start()` in the user's file returns this one, too."""
+    global _is_under_run
+    client = clients.start(settings, options).give_again()
+    _is_under_run = True
+    return client
+
+
+def create_backend(
+    backend_tag: str,
+    func_or_class: Any,
+    *init_args: Any,
+    actor_options: dict[str, Any] | None = None,
+    ray_actor_options: dict[str, Any] | None = None,
+    config: BackendConfig | dict[str, Any] | None = None,
+) -> None:
+    """See `Client.create_backend`."""
+    clients.current().create_backend(
+        backend_tag, func_or_class, *init_args, actor_options=actor_options, ray_actor_options=ray_actor_options, config=config
+    )
+
+
+def update_backend(
+    backend_tag: str,
+    func_or_class: Any,
+    *init_args: Any,
+    actor_options: dict[str, Any] | None = None,
+    ray_actor_options: dict[str, Any] | None = None,
+) -> None:
+    """See `Client.update_backend`."""
+    clients.current().update_backend(
+        backend_tag, func_or_class, *init_args, actor_options=actor_options, ray_actor_options=ray_actor_options
+    )
+
+
+def update_backend_config(backend_tag: str, config_options: BackendConfig | dict[str, Any]) -> None:
+    """See `Client.update_backend_config`."""
+    clients.current().update_backend_config(backend_tag, config_options)
+
+
+def get_backend_config(backend_tag: str) -> BackendConfig:
+    """See `Client.get_backend_config`."""
+    return clients.current().get_backend_config(backend_tag)
+
+
+def list_backends() -> dict[str, BackendConfig]:
+    """See `Client.list_backends`."""
+    return clients.current().list_backends()
+
+
+def delete_backend(backend_tag: str, force: bool = False) -> None:
+    """See `Client.delete_backend`."""
+    clients.current().delete_backend(backend_tag, force)
+
+
+def create_endpoint(endpoint_name: str, *, backend: str | None = None, route: str | None = None, methods: Sequence[str] = ("GET",)) -> None:
+    """See `Client.create_endpoint`."""
+    clients.current().create_endpoint(endpoint_name, backend=backend, route=route, methods=methods)
+
+
+def list_endpoints() -> dict[str, dict[str, Any]]:
+    """See `Client.list_endpoints`."""
+    return clients.current().list_endpoints()
+
+
+def delete_endpoint(endpoint: str) -> None:
+    """See `Client.delete_endpoint`."""
+    clients.current().delete_endpoint(endpoint)
+
+
+def set_traffic(endpoint_name: str, traffic_policy_dictionary: dict[str, float]) -> None:
+    """See `Client.set_traffic`."""
+    clients.current().set_traffic(endpoint_name, traffic_policy_dictionary)
+
+
+def shadow_traffic(endpoint_name: str, backend_tag: str, proportion: float) -> None:
+    """See `Client.shadow_traffic`."""
+    clients.current().shadow_traffic(endpoint_name, backend_tag, proportion)
+
+
+def register_convertor(name: str, convertor: Any) -> None:
+    """See `Client.register_convertor`."""
+    clients.current().register_convertor(name, convertor)
+
+
+@overload
+def get_handle(endpoint_name: str, *, missing_ok: bool = False) -> Handle: ...
+@overload
+def get_handle(endpoint_name: str, sync: Literal[True], missing_ok: bool = False) -> Handle: ...
+@overload
+def get_handle(endpoint_name: str, sync: Literal[False], missing_ok: bool = False) -> AsyncHandle: ...
+
+
+def get_handle(endpoint_name: str, sync: bool = True, missing_ok: bool = False) -> Handle | AsyncHandle:
+    """See `Client.get_handle`."""
+    return clients.current().get_handle(endpoint_name, sync, missing_ok)  # type: ignore[call-overload,no-any-return]
+
+
+def future(future_id: str, backend: str | None = None) -> Future:
+    """See `Client.future`."""
+    return clients.current().future(future_id, backend)
+
+
+def shutdown() -> None:
+    """Ends the instance that was started or joined last; nothing where there is none, and nothing the second time."""
+    clients.shutdown()

@@ -1,0 +1,431 @@
+"""The client: one process's way to act on an instance. Every function of `mqserve` is a method here."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from types import TracebackType
+from typing import Any, Literal, Protocol, Self, overload
+
+from starlette.convertors import register_url_convertor
+
+from ..broker.calls.sending import Caller
+from ..broker.errors import BadType, InstanceError, UnknownEndpoint
+from ..broker.process import forks
+from ..broker.process.interrupts import to_the_end
+from ..broker.queue_names import check_name
+from ..broker.values import code
+from ..controller import changes
+from ..controller.plan import living
+from ..controller.state.beats import read_beats
+from ..controller.state.config import BackendConfig
+from ..controller.state.documents import Desired
+from ..controller.state.following import follow_state
+from ..instance.starting import parse_middlewares
+from ..links import Links
+from .declared import Declaration
+from .deployments import Deployments, check_fits, check_target, make_convertor, read_actor_options
+from .futures import Future, get, wait
+from .handle import Address, AsyncHandle, Handle
+from .membership import Membership
+from .runtime import Runtime
+from .sender import Sender
+
+logger = logging.getLogger(__name__)
+_opening = forks.Lock()  # of what a forked child opens for itself
+
+
+class Ending(Protocol):
+    """Undoes what was opened for a client."""
+
+    def end(self, why: str, *, shuts_down: bool) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """What a client has in one process: a thread and connections, of which a forked child has none."""
+
+    runtime: Runtime
+    links: Links
+    membership: Membership
+    caller: Caller
+    sender: Sender
+    deployments: Deployments
+    ending: Ending
+    depth: int
+
+
+class State(Enum):
+    """Of a client. One that has ended stays so; the value is what it says to whoever still uses it."""
+
+    OPEN = ""
+    CLOSED = "the client has been closed: call serve.connect(), and get handles and futures of the client that it returns"
+    SHUT_DOWN = "Client has already been shut down."
+
+
+CLOSED_MEANWHILE = "the client was closed meanwhile; a request that was sent goes on, and another client's future(id) reads its result"
+SHUT_DOWN_MEANWHILE = "the client was shut down meanwhile: start or connect again"
+
+
+class Client:
+    """Made by `serve.start` and `serve.connect`. Its methods may be called from any thread; each waits for what it promises. In a forked
+    child it opens connections of its own when it is first used there, or says that it cannot.
+
+    A `with` block on the call that opened it ends what it opened: `with serve.start()` the instance, unless that is detached, and
+    `with serve.connect()` the client.
+    """
+
+    def __init__(self, runtime: Runtime, links: Links, membership: Membership, ending: Ending, again: Callable[[], Client]) -> None:
+        caller = Caller(links.queue, links.store, links.keys, links.process_id)
+        sender = Sender(runtime, links, caller, membership.read, lambda: self.sender)
+        deployments = Deployments(links, membership, self._follow)
+        self._own = Opened(runtime, links, membership, caller, sender, deployments, ending, forks.depth)
+        self._again = again
+        self._signer = links.settings.signer
+        self._depth = forks.depth
+        self.settings = links.settings
+        self.on_end: Callable[[], None] = lambda: None  # told when it is about to be closed or shut down
+        self._state = State.OPEN
+        self._is_shared = False  # returned by more than the call that opened it
+        self._blocks = 0  # of `with` that go on
+        self._ends_with_them = False
+        self._lock = forks.Lock()  # of these four
+
+    def __repr__(self) -> str:
+        state = "" if self.is_open else f", {self._state.name.lower().replace('_', ' ')}"
+        return f"<Client of {self.settings.namespace!r}{state}>"
+
+    def __enter__(self) -> Self:
+        self._check_open()
+        with self._lock:
+            self._blocks += 1
+            self._ends_with_them = self._ends_with_them or not self._is_shared
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        with self._lock:
+            self._blocks -= 1
+            if self._blocks or not self._ends_with_them:
+                return
+        if self.owns:
+            self.shutdown()
+        else:
+            self.close()
+
+    @property
+    def address(self) -> Address:
+        return Address(self.settings.namespace, self._own.membership.instance)
+
+    @property
+    def owns(self) -> bool:
+        """Whether this process runs the instance, which ends with it."""
+        return self._own.membership.owns and not self.is_inherited
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    @property
+    def is_open(self) -> bool:
+        return self._state is State.OPEN
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether somebody shut the instance down, and, for a client that joined, none runs in its place."""
+        return self._own.membership.has_ended and self._own.depth == forks.depth
+
+    @property
+    def sender(self) -> Sender:
+        """For handles. Raises InstanceError once closed or shut down."""
+        return self._opened.sender
+
+    @property
+    def _opened(self) -> Opened:
+        """Of this process. Raises InstanceError once closed or shut down, and in a forked child that cannot have it."""
+        self._check_open()
+        if self._own.depth != forks.depth:
+            with _opening:
+                if self._own.depth != forks.depth:
+                    of_parent, self._own = self._own.sender, self._again()._own
+                    self._own.sender.only_plain = of_parent.only_plain
+        return self._own
+
+    @property
+    def _links(self) -> Links:
+        return self._opened.links
+
+    @property
+    def _deployments(self) -> Deployments:
+        return self._opened.deployments
+
+    @property
+    def _membership(self) -> Membership:
+        return self._opened.membership
+
+    @property
+    def is_inherited(self) -> bool:
+        """Whether this process was forked since it was made."""
+        return self._depth != forks.depth
+
+    @property
+    def is_out_of_reach(self) -> bool:
+        """Whether it acts on an embedded instance of another process."""
+        return self.is_inherited and self.settings.embedded
+
+    def give_again(self) -> Self:
+        """For a later call of start() or connect(): no block of it is to end what the program or another thread goes on using. The block
+        in which an instance was started ends the instance all the same."""
+        with self._lock:
+            self._is_shared = True
+            self._ends_with_them = self._ends_with_them and self.owns
+        return self
+
+    async def run(self) -> None:
+        """Reads results and follows the desired document until cancelled; for whoever made the client."""
+        own = self._own
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(own.caller.run())
+            async for desired, observed in follow_state(own.links.store, own.links.keys):
+                own.sender.demands_seals = observed is not None and observed.sealed
+                if await own.membership.saw(desired) and desired is not None:
+                    self._follow(desired)
+                elif own.membership.has_ended:
+                    self._follow(Desired())
+
+    async def stop_sending(self, why: str) -> None:
+        """What was accepted is on its way when this returns, for whoever made the client; what is sent from now on fails."""
+        self._own.sender.end(why)
+        await self._own.caller.settle()
+
+    def _follow(self, desired: Desired) -> None:
+        self._own.sender.desired = desired
+        self._own.caller.keep_paces(desired.backends)
+
+    # Backends.
+
+    def create_backend(
+        self,
+        backend_tag: str,
+        func_or_class: Any,
+        *init_args: Any,
+        actor_options: dict[str, Any] | None = None,
+        ray_actor_options: dict[str, Any] | None = None,
+        config: BackendConfig | dict[str, Any] | None = None,
+    ) -> None:
+        """Deploys a function, a class or an import string; returns once all replicas are ready.
+
+        Raises BadValue for a name that is taken, a bad config, or arguments for a function; BadType for what is no function or
+        class; NotEncodable for code that cannot travel; BackendFailed with the remote traceback when a replica does not get
+        ready, and then nothing stays registered.
+        """
+        options = read_actor_options(actor_options, ray_actor_options, embedded=self.settings.embedded)
+        check_target(backend_tag, func_or_class, init_args)
+        parsed = changes.parse_config(config)
+        check_fits(backend_tag, func_or_class, parsed)
+        check_name(backend_tag, "a backend")
+        packed = code.pack(func_or_class, init_args, self._signer)
+        self._call(self._deployments.create_backend(backend_tag, packed, parsed, options))
+
+    def update_backend(
+        self,
+        backend_tag: str,
+        func_or_class: Any,
+        *init_args: Any,
+        actor_options: dict[str, Any] | None = None,
+        ray_actor_options: dict[str, Any] | None = None,
+    ) -> None:
+        """Rolls out new code: new replicas first, then the old ones drain.
+
+        Raises BackendFailed when the new version does not get ready; the old one serves on.
+        """
+        options = None
+        if actor_options is not None or ray_actor_options is not None:
+            options = read_actor_options(actor_options, ray_actor_options, embedded=self.settings.embedded)
+        check_target(backend_tag, func_or_class, init_args)
+        packed = code.pack(func_or_class, init_args, self._signer)
+        self._call(self._deployments.update_backend(backend_tag, packed, options))
+
+    def update_backend_config(self, backend_tag: str, config_options: BackendConfig | dict[str, Any]) -> None:
+        """Changes only what is set, live; returns once as many replicas as wanted are ready and follow it.
+
+        Raises BackendFailed when the code refuses a new `user_config`; then the last good one is back.
+        """
+        self._call(self._deployments.update_backend_config(backend_tag, config_options))
+
+    def get_backend_config(self, backend_tag: str) -> BackendConfig:
+        """Raises BadValue for an unknown backend."""
+        return changes.find_backend(self._call(self._membership.read()), backend_tag).config
+
+    def list_backends(self) -> dict[str, BackendConfig]:
+        return {name: backend.config for name, backend in self._call(self._membership.read()).backends.items()}
+
+    def delete_backend(self, backend_tag: str, force: bool = False) -> None:
+        """Drains its queue and its replicas; returns when both are gone. `force`: what waits or runs is dropped.
+
+        Raises BadValue while an endpoint uses it.
+        """
+        self._call(self._deployments.delete_backend(backend_tag, force=force))
+
+    # Endpoints.
+
+    def create_endpoint(
+        self, endpoint_name: str, *, backend: str | None = None, route: str | None = None, methods: Sequence[str] = ("GET",)
+    ) -> None:
+        """Sends traffic of a name, and of an HTTP route if there is one, to a backend; returns when all live proxies know it.
+
+        Raises BadType and BadValue as the seed does: for a missing backend name, a bad route or method, what is taken or unknown. Raises
+        BackendFailed when a proxy cannot match the route; then the endpoint is gone again.
+        """
+        endpoint = changes.parse_endpoint(endpoint_name, backend, route, methods)
+        self._call(self._deployments.create_endpoint(endpoint))
+
+    def list_endpoints(self) -> dict[str, dict[str, Any]]:
+        """`{name: {"route", "methods", "traffic", "shadows"}}`."""
+        return {
+            name: {
+                "route": endpoint.route,
+                "methods": list(endpoint.methods),
+                "traffic": dict(endpoint.traffic),
+                "shadows": dict(endpoint.shadows),
+            }
+            for name, endpoint in self._call(self._membership.read()).endpoints.items()
+        }
+
+    def delete_endpoint(self, endpoint: str) -> None:
+        """Its backends stay; returns when all live proxies know it."""
+        self._call(self._deployments.commit_to_proxies(changes.delete_endpoint(endpoint)))
+
+    def set_traffic(self, endpoint_name: str, traffic_policy_dictionary: dict[str, float]) -> None:
+        """Splits the endpoint's requests over backends by weight (they sum to 1); returns when all live proxies follow. Shadows stay.
+
+        Raises BadValue for an unknown endpoint or backend, a negative weight or another sum; BadType for what is no dict of numbers.
+        """
+        self._call(self._deployments.commit_to_proxies(changes.set_traffic(endpoint_name, traffic_policy_dictionary)))
+
+    def shadow_traffic(self, endpoint_name: str, backend_tag: str, proportion: float) -> None:
+        """Copies a share (0 to 1) of the endpoint's requests to a backend whose answers nobody sees; 0 ends it."""
+        self._call(self._deployments.commit_to_proxies(changes.shadow_traffic(endpoint_name, backend_tag, proportion)))
+
+    def register_convertor(self, name: str, convertor: Any) -> None:
+        """A path convertor (a Starlette `Convertor` class or its import string) for routes: `{value:name}`.
+
+        Raises BadValue for what is none, or where a route that uses the name could not be matched with it. Raises BackendFailed when a
+        proxy cannot make it; then the last good one is back.
+        """
+        packed = code.pack(convertor, (), self._signer)
+        made = make_convertor(convertor)
+        self._call(self._deployments.register_convertor(name, packed, made))
+        register_url_convertor(name, made)
+
+    def set_middlewares(self, middlewares: Sequence[Any]) -> None:
+        """Wraps all proxies in these, the first outermost: Starlette `Middleware` objects, or import strings of middleware classes.
+
+        Raises BackendFailed when a proxy cannot make them; then the last good ones are back.
+        """
+        parsed = parse_middlewares(middlewares)
+        self._call(self._deployments.set_middlewares(code.pack(list(parsed), (), self._signer) if parsed else None))
+
+    # Requests.
+
+    @overload
+    def get_handle(self, endpoint_name: str, *, missing_ok: bool = False) -> Handle: ...
+    @overload
+    def get_handle(self, endpoint_name: str, sync: Literal[True], missing_ok: bool = False) -> Handle: ...
+    @overload
+    def get_handle(self, endpoint_name: str, sync: Literal[False], missing_ok: bool = False) -> AsyncHandle: ...
+
+    def get_handle(self, endpoint_name: str, sync: bool = True, missing_ok: bool = False) -> Handle | AsyncHandle:
+        """A caller of the endpoint. Raises UnknownEndpoint unless `missing_ok`; then requests wait for it to be created."""
+        sender = self.sender
+        if endpoint_name not in sender.desired.endpoints:
+            found = self._call(self._membership.read())
+            if endpoint_name in found.endpoints:
+                sender.desired = found
+            elif not missing_ok:
+                raise UnknownEndpoint(f"Endpoint '{endpoint_name}' does not exist.")
+        kind = Handle if sync else AsyncHandle
+        return kind(endpoint_name, self, missing_ok=missing_ok)
+
+    def future(self, future_id: str, backend: str | None = None) -> Future:
+        """The future of a request that anybody sent: a minted id by itself, a publisher's own `message_id` with its `backend`.
+
+        Raises BadType for an id that is no text.
+        """
+        if not isinstance(future_id, str):
+            raise BadType(f"the id of a request is a text of 32 characters, not {future_id!r}: see `ref.id`")
+        return self.sender.future(future_id, backend)
+
+    def get(self, refs: Future | Sequence[Future], timeout: float | None = None) -> Any:
+        return get(refs, timeout)
+
+    def wait(self, refs: Sequence[Future], *, num_returns: int = 1, timeout: float | None = None) -> tuple[list[Future], list[Future]]:
+        return wait(refs, num_returns=num_returns, timeout=timeout)
+
+    # The instance.
+
+    def deploy(self, declaration: Declaration) -> None:
+        """What `@serve.endpoint` recorded: a backend and an endpoint of one name."""
+        self.create_backend(declaration.name, declaration.target, actor_options=declaration.actor_options, config=declaration.config)
+        self.create_endpoint(declaration.name, backend=declaration.name, route=declaration.route, methods=declaration.methods)
+
+    def tell_complete(self) -> None:
+        """All that is declared is deployed: from now on `/-/readyz` says so."""
+        self._call(self._deployments.commit_to_proxies(changes.complete))
+
+    def http_url(self) -> str:
+        """Where the first live proxy listens, the instance's own before external ones: "http://127.0.0.1:8000"; empty without one."""
+        beats = read_beats(self._call(self._links.store.fields(self._links.keys.beats)))
+        proxies = living(beats, "proxy", self._links.store.now_ms()).values()
+        return next((beat.url for beat in sorted(proxies, key=lambda beat: (beat.external, beat.id)) if beat.state == "ready"), "")
+
+    def shutdown(self) -> None:
+        """Ends the instance: proxies and replicas drain, queues and documents go. Idempotent; later calls raise InstanceError.
+
+        Whoever joined the instance is told by an InstanceError where it still drains after all the time that its replicas may take.
+        Raises InstanceError where the client was closed. In a child that was forked since it was started or joined the instance goes on:
+        only what the child has opened is closed.
+        """
+        if self._state is State.CLOSED:
+            raise InstanceError("the client has been closed, and its instance runs on: the shutdown() of another client ends it")
+        if self.is_inherited and self.is_open:
+            logger.warning("shutdown() in a forked child closes what this process has opened; the instance is its parent's and goes on")
+        with to_the_end():
+            self._end(State.SHUT_DOWN, SHUT_DOWN_MEANWHILE, shuts_down=not self.is_inherited)
+
+    def close(self) -> None:
+        """Leaves the instance, which runs on. Idempotent; later calls raise InstanceError, and so does whoever waits for a result here.
+
+        Raises InstanceError for a client whose instance would end with it, and changes nothing.
+        """
+        if self.owns and self.is_open:
+            raise InstanceError(
+                "this process runs the instance, which would end with its client: call shutdown() if that is meant, or start the instance "
+                "with detached=True or `mqserve start`"
+            )
+        self._end(State.CLOSED, CLOSED_MEANWHILE, shuts_down=False)
+
+    def find_again(self) -> None:
+        """Of a client that joined, once its instance has ended: goes on with the next one. Raises InstanceError where there is none yet."""
+        self._call(self._membership.find_again())
+
+    def _end(self, state: State, why: str, *, shuts_down: bool) -> None:
+        """Once. In a forked child there may be nothing to end."""
+        with self._lock:
+            if not self.is_open:
+                return
+            self._state = state
+        self.on_end()
+        if self._own.depth == forks.depth:
+            self._own.ending.end(why, shuts_down=shuts_down)
+
+    # Waiting.
+
+    def _call(self, work: Any) -> Any:
+        return self._opened.runtime.call(work)
+
+    def _check_open(self) -> None:
+        if not self.is_open:
+            raise InstanceError(self._state.value)

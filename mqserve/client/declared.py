@@ -1,0 +1,63 @@
+"""The short form: one decorator that records, and `mqserve run` that deploys what was recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from ..broker.errors import BadType, BadValue
+from ..controller.changes import parse_config, parse_endpoint
+from ..controller.state.config import BackendConfig
+
+T = TypeVar("T", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True)
+class Declaration:
+    """One decorated function or class."""
+
+    name: str
+    target: Any
+    route: str | None
+    methods: list[str]
+    config: BackendConfig
+    actor_options: dict[str, Any] | None = field(default=None)
+
+
+_declarations: dict[str, Declaration] = {}
+
+
+def endpoint(
+    route: str | None,
+    *,
+    name: str | None = None,
+    methods: Sequence[str] = ("GET", "POST"),
+    actor_options: dict[str, Any] | None = None,
+    **config: Any,
+) -> Callable[[T], T]:
+    """Declares a function or a class as a backend with an endpoint; it stays what it is.
+
+    route: such as "/hello/{name}"; None for handles only. name: of both, by default the function's. config: BackendConfig fields.
+    Raises BadType and BadValue for a bad route, method or setting, where it is written.
+    """
+    if callable(route):
+        raise BadType(f"@serve.endpoint needs a route: write @serve.endpoint('/{getattr(route, '__name__', 'name')}')")
+    parsed = parse_config(config)
+
+    def declare(target: T) -> T:
+        chosen = name or str(getattr(target, "__name__", type(target).__name__))
+        parse_endpoint(chosen, chosen, route, methods)
+        if chosen in _declarations and _declarations[chosen].target is not target:
+            raise BadValue(f"two endpoints are named {chosen!r}: give one of them another name=")
+        _declarations[chosen] = Declaration(chosen, target, route, list(methods), parsed, actor_options)
+        return target
+
+    return declare
+
+
+def take_declarations(only: Any = None) -> list[Declaration]:
+    """What was declared since the last call, in order; `only` that of one target."""
+    taken = [declaration for declaration in _declarations.values() if only is None or declaration.target is only]
+    _declarations.clear()
+    return taken

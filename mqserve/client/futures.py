@@ -1,0 +1,204 @@
+"""A future: the result to come of one request, awaitable here, readable anywhere by its id."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import threading
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, Self
+
+from ..broker.errors import BadType, BadValue, Cancelled
+from ..broker.process import forks
+from ..broker.results import Result
+from ..broker.values.whole_numbers import whole_number
+
+if TYPE_CHECKING:
+    from .sender import Sender
+
+WAIT_LIMIT_S = 25 * 60  # no request lives longer
+_READ_BUDGET_S = 10.0  # for a result that is there
+_moving = forks.Lock()  # of futures into a forked child
+
+Found = tuple[str, Result]  # under which key
+
+
+class Future:
+    """Made by a handle or by `serve.future`. `await` it in a coroutine, or call `result()` anywhere else, in a forked child too.
+
+    One of `serve.future` asks the store when it is asked: nothing waits for the result but `result()`, `await` and `serve.wait`.
+    """
+
+    def __init__(self, future_id: str, source: Sent | Stored) -> None:
+        self.id = future_id
+        self._source = source
+        self._depth = forks.depth
+
+    def __repr__(self) -> str:
+        state = "of a parent process" if self._depth != forks.depth else self._source.state
+        return f"<Future {self.id}{state and ' '}{state}>"
+
+    def here(self) -> Self:
+        """Itself. In a forked child, which has no thread that would resolve it, it waits by its id from now on, unless it was done before
+        the fork. Raises InstanceError in a child of the embedded form's process."""
+        if self._depth != forks.depth:
+            with _moving:
+                if self._depth != forks.depth:
+                    self._source = self._source.in_child(self.id)
+                    self._depth = forks.depth
+        return self
+
+    def result(self, timeout: float | None = None) -> Any:
+        """The value, in at most `timeout` seconds; with 0 only if it is there. Raises TimeoutError, StoreUnavailable where the store cannot
+        be asked, and what the handler raised: as its own type where that could travel (the remote traceback is a note on it), else
+        RemoteError."""
+        source = self.here()._source
+        limit_s = WAIT_LIMIT_S if timeout is None else timeout
+        if limit_s <= 0:
+            if not source.done():
+                raise self._not_yet(limit_s)
+            limit_s = _READ_BUDGET_S
+        with source.waiting() as pending:
+            try:
+                found = pending.result(limit_s)
+            except concurrent.futures.CancelledError:
+                raise self._cancelled() from None
+            except concurrent.futures.TimeoutError:
+                if pending.done():
+                    raise  # the request's own error, rather than the end of this wait
+                raise self._not_yet(limit_s) from None
+        return source.read(*found)  # outside: what it raises is the handler's
+
+    def done(self) -> bool:
+        """Whether it has a result, or an error. One of `serve.future` asks the store once, which raises StoreUnavailable where it cannot;
+        of an id that nobody sent it is False."""
+        return self.here()._source.done()
+
+    def cancel(self) -> bool:
+        """Nobody wants the result any more, here or elsewhere: a request that waits will not start, an async call is cancelled, a plain one
+        may ask `serve.cancelled()`. Whether there was anything to give up."""
+        return self.here()._source.cancel()
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self._wait().__await__()
+
+    async def _wait(self) -> Any:
+        source = self.here()._source
+        with source.waiting() as pending:
+            try:
+                found = await asyncio.wrap_future(pending)
+            except asyncio.CancelledError:
+                if pending.cancelled() and not _is_cancelling():
+                    raise self._cancelled() from None
+                raise
+        return source.read(*found)
+
+    def _not_yet(self, limit_s: float) -> TimeoutError:
+        return TimeoutError(f"request {self.id} has no result yet after {limit_s:g} s{self._source.not_yet}")
+
+    def _cancelled(self) -> Cancelled:
+        return Cancelled(f"request {self.id} was cancelled by its caller")
+
+
+class Sent:
+    """The result of a request that was sent here, which comes by itself."""
+
+    not_yet = "; it goes on: wait again, or raise the timeout"
+
+    def __init__(self, pending: concurrent.futures.Future[Found], sender: Sender, *, plain: bool) -> None:
+        self._pending = pending
+        self._sender = sender
+        self._plain = plain
+
+    @property
+    def state(self) -> str:
+        return "done" if self._pending.done() else "pending"
+
+    def in_child(self, future_id: str) -> Sent | Stored:
+        self._pending._condition = threading.Condition()  # a thread of the parent may have held it in the moment of the fork
+        return self if self._pending.done() else Stored([future_id], self._sender.find(), plain=self._plain)
+
+    def waiting(self) -> AbstractContextManager[concurrent.futures.Future[Found]]:
+        return nullcontext(self._pending)
+
+    def done(self) -> bool:
+        return self._pending.done()
+
+    def cancel(self) -> bool:
+        return self._pending.cancel()
+
+    def read(self, key: str, result: Result) -> Any:
+        return self._sender.read(key, result, plain=self._plain)
+
+
+class Stored:
+    """A result that stands in the store or will, under the first of these keys that has one. Several may wait, each for itself."""
+
+    state = ""  # nobody has asked
+    not_yet = ": wait again, if somebody sent it; the message_id of a published message needs its backend, too"
+
+    def __init__(self, keys: Sequence[str], sender: Sender, *, backend: str | None = None, plain: bool = False) -> None:
+        self._keys = keys
+        self._sender = sender
+        self._backend = backend
+        self._plain = plain
+
+    def in_child(self, future_id: str) -> Stored:
+        return Stored(self._keys, self._sender.find(), backend=self._backend, plain=self._plain)
+
+    @contextmanager
+    def waiting(self) -> Iterator[concurrent.futures.Future[Found]]:
+        pending = self._sender.first_result(self._keys)
+        try:
+            yield pending
+        finally:
+            pending.cancel()
+
+    def done(self) -> bool:
+        return self._sender.has_result(self._keys)
+
+    def cancel(self) -> bool:
+        return self._sender.cancel_everywhere(self._keys)
+
+    def read(self, key: str, result: Result) -> Any:
+        return self._sender.read(key, result, backend=self._backend, plain=self._plain)
+
+
+def get(refs: Future | Sequence[Future], timeout: float | None = None) -> Any:
+    """The value of a future, or the list of values of several, in at most `timeout` seconds altogether; as `ray.get`."""
+    if isinstance(refs, Future):
+        return refs.result(timeout)
+    if not isinstance(refs, list | tuple) or not all(isinstance(ref, Future) for ref in refs):
+        raise BadType(
+            f"get() takes a future or a list of them, not {refs!r}: await what an async handle's remote() returns, "
+            "and make a future of an id with serve.future(id)"
+        )
+    if not refs:
+        return []
+    wait(refs, num_returns=len(refs), timeout=timeout)
+    return [ref.result(0 if timeout is not None else None) for ref in refs]
+
+
+def wait(refs: Sequence[Future], *, num_returns: int = 1, timeout: float | None = None) -> tuple[list[Future], list[Future]]:
+    """(done, not done), both in the order of `refs`, once `num_returns` are done or `timeout` seconds have passed; as `ray.wait`."""
+    wanted = whole_number(num_returns)
+    if wanted is None or not 0 < wanted <= len(refs):
+        raise BadValue(f"num_returns must be a whole number between 1 and that of the futures ({len(refs)}), not {num_returns!r}")
+    in_time = False
+    with ExitStack() as stack:
+        pending = [stack.enter_context(ref.here()._source.waiting()) for ref in refs]
+        try:
+            for count, _ in enumerate(concurrent.futures.as_completed(set(pending), timeout), start=1):
+                if in_time := count >= wanted:
+                    break
+        except concurrent.futures.TimeoutError:
+            pass
+        # What was there from the beginning may not have been read in a short time.
+        done = {id(ref) for ref, its in zip(refs, pending, strict=True) if its.done() or (not in_time and ref.done())}
+    return [ref for ref in refs if id(ref) in done], [ref for ref in refs if id(ref) not in done]
+
+
+def _is_cancelling() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

@@ -1,0 +1,120 @@
+"""Handles: the Python callers of one endpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Self
+
+from ..broker.envelope import Meta
+from ..broker.errors import BadType, BadValue
+from .answers import check_results
+from .futures import Future
+
+if TYPE_CHECKING:
+    from .sender import Sender
+
+
+class Address(NamedTuple):
+    """How another process finds an instance: what travels of its clients and their handles. URLs and keys do not."""
+
+    namespace: str
+    instance: str
+
+
+@dataclass(frozen=True, slots=True)
+class HandleOptions:
+    """What `options()` sets; each handle has its own."""
+
+    method_name: str = "__call__"
+    shard_key: str | None = None
+    http_method: str = "GET"
+    http_headers: Mapping[str, str] = field(default_factory=dict)
+    request_timeout_s: float | None = None
+    results: Literal["any", "plain"] = "any"
+
+    def __post_init__(self) -> None:
+        check_results(self.results)
+        timeout_s = self.request_timeout_s
+        if timeout_s is not None and not (isinstance(timeout_s, int | float) and 0 < timeout_s < math.inf):
+            raise BadValue(f"request_timeout_s must be a number of seconds above 0, not {timeout_s!r}")
+
+
+class Home(Protocol):
+    """The client of a handle, as far as the handle knows it."""
+
+    @property
+    def sender(self) -> Sender: ...
+
+    @property
+    def address(self) -> Address: ...
+
+
+class _BaseHandle:
+    """Clean for each `get_handle`; `options` makes another one and leaves this as it is. Pickles: it finds its instance again
+    where it arrives."""
+
+    def __init__(self, endpoint: str, home: Home, options: HandleOptions | None = None, *, missing_ok: bool = False) -> None:
+        self._endpoint = endpoint
+        self._home = home
+        self._options = options or HandleOptions()
+        self._missing_ok = missing_ok
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(endpoint={self._endpoint!r})"
+
+    def _parts(self) -> tuple[str, Address, HandleOptions, bool]:
+        """What travels of it, see `travelling.py`: its endpoint, its instance, its options, and whether the endpoint may be missing."""
+        return self._endpoint, self._home.address, self._options, self._missing_ok
+
+    def options(self, **options: Any) -> Self:
+        """A handle with these set: method_name, shard_key, http_method, http_headers, request_timeout_s (which may only shorten the
+        backend's), results ("plain": no pickle in a result is opened, and one that needs it is a NotEncodable). Later ones override earlier
+        ones. Raises BadType for another name, BadValue for a bad timeout or kind of results."""
+        try:
+            merged = replace(self._options, **options)
+        except TypeError:
+            known = ", ".join(HandleOptions.__dataclass_fields__)
+            raise BadType(f"a handle has no option {', '.join(options)}: there are {known}") from None
+        return type(self)(self._endpoint, self._home, merged, missing_ok=self._missing_ok)
+
+    def _send(self, data: Any, arguments: dict[str, Any]) -> Future:
+        options = self._options
+        headers = {name.lower(): value for name, value in options.http_headers.items()}
+        call = "" if options.method_name == "__call__" else options.method_name
+        if call:
+            headers["x-serve-call-method"] = call
+        if options.shard_key is not None:
+            headers["x-serve-shard-key"] = options.shard_key
+        pairs = tuple((name.encode(), value.encode()) for name, value in headers.items())
+        meta = Meta(method=options.http_method.upper(), headers=pairs, endpoint=self._endpoint, call=call)
+        return self._home.sender.send(
+            meta,
+            options.shard_key or "",
+            data,
+            arguments,
+            wait_for_endpoint=self._missing_ok,
+            timeout_s=options.request_timeout_s,
+            plain=options.results == "plain",
+        )
+
+
+class Handle(_BaseHandle):
+    """For plain code, in any thread: `ref = handle.remote(x)`, then `serve.get(ref)` or `ref.result()`."""
+
+    def remote(self, data: Any = None, /, **arguments: Any) -> Future:
+        """A future at once. The handler sees `data` as `request.data`, and the keyword arguments as `request.query_params`; a future
+        among them is resolved first.
+
+        Raises NotEncodable for what cannot travel. What happens to the request later is told by the future.
+        """
+        return self._send(data, arguments)
+
+
+class AsyncHandle(_BaseHandle):
+    """For coroutines: `ref = await handle.remote(x)`, then `await ref`."""
+
+    async def remote(self, data: Any = None, /, **arguments: Any) -> Future:
+        """As `Handle.remote`."""
+        return self._send(data, arguments)

@@ -1,0 +1,161 @@
+"""The thread on which everything of this process that waits lives, so that the user's program can do as it likes."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from ..broker.errors import InstanceError
+from ..broker.process.loops import IoLoop
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+ORDERLY_END_S = 100.0  # as long as a shutdown may take of an instance to which nobody has deployed yet
+FORCED_END_S = 6.0
+_STOPPED = "Client has already been shut down."
+
+
+class Runtime:
+    """An event loop in a daemon thread. `start` before use, `stop` once."""
+
+    def __init__(self) -> None:
+        self._loop = IoLoop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="mqserve", daemon=True)
+        self._posted: deque[Callable[[], None]] = deque()
+        self._woken = False
+        self._submitted: set[asyncio.Task[Any]] = set()
+        self._over = ""  # why, once it is
+        self._stopping = threading.Lock()  # between `submit` and `stop`: a loop that has stopped takes work, and never does it
+        self._stopped = False
+        self._gave_up = False  # Ctrl-C came while work was waited for
+
+    def __repr__(self) -> str:
+        return f"<Runtime {'running' if self._thread.is_alive() else 'stopped'}>"
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        """Runs `work` over there. Raises InstanceError once stopped; work that is under way then, or comes too late, fails with one."""
+        with self._stopping:
+            if self._stopped:
+                work.close()
+                raise InstanceError(self._over or _STOPPED)
+            return asyncio.run_coroutine_threadsafe(self._run(work), self._loop)
+
+    async def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        if self._over:
+            work.close()
+            raise InstanceError(self._over)
+        task: asyncio.Task[Any] | None = asyncio.current_task()
+        assert task is not None
+        self._submitted.add(task)
+        try:
+            return await work
+        except asyncio.CancelledError:
+            if self._over:
+                raise InstanceError(self._over) from None
+            raise
+        finally:
+            self._submitted.discard(task)
+
+    def is_over(self, why: str) -> None:
+        """From now on what is submitted, or is cancelled over there, fails with an InstanceError that says why."""
+        self._over = why
+
+    async def end_submitted(self) -> None:
+        """Cancels all that was submitted, but for the caller's own task."""
+        given_up = self._submitted - {asyncio.current_task()}
+        for task in given_up:
+            task.cancel()
+        if given_up:
+            await asyncio.wait(given_up, timeout=FORCED_END_S)
+
+    def call(self, work: Coroutine[Any, Any, T]) -> T:
+        """Runs `work` over there and waits for it here. Raises what it raises; Ctrl-C here cancels it there.
+
+        Raises InstanceError for a wait over there, which would never end: in the embedded form middlewares and convertors run on it.
+        """
+        if threading.current_thread() is self._thread:
+            work.close()
+            raise InstanceError(
+                "this was called on the thread that answers requests, where middlewares and convertors run, and which must not wait: "
+                "call it in another thread, with `await asyncio.to_thread(…)`"
+            )
+        future = self.submit(work)
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            self._gave_up = True
+            future.cancel()
+            raise
+
+    def post(self, callback: Callable[[], None]) -> None:
+        """Runs `callback` over there, soon; many of them cost one wake-up. Raises InstanceError once stopped."""
+        self._posted.append(callback)
+        if not self._woken:
+            self._woken = True
+            try:
+                self._loop.call_soon_threadsafe(self._run_posted)
+            except RuntimeError as error:
+                self._woken = False
+                with suppress(ValueError):  # `stop` was faster: it ran
+                    self._posted.remove(callback)
+                    raise InstanceError(self._over or _STOPPED) from error
+
+    def _run_posted(self) -> None:
+        self._woken = False
+        for _ in range(len(self._posted)):  # what comes from now on wakes again, and the loop's other work has its turn
+            try:
+                callback = self._posted.popleft()
+            except IndexError:  # refused after all
+                return
+            try:
+                callback()
+            except Exception:
+                logger.exception("a posted callback failed: that is a bug in mqserve, please report it")
+
+    def stop(self) -> None:
+        """What was cancelled (a start, by Ctrl-C) ends in good order first; another Ctrl-C cuts that short.
+
+        What was posted and has not run does so here, in this thread.
+        """
+        with self._stopping:
+            if self._stopped:
+                return
+            self._stopped = True
+        try:
+            if self._gave_up:
+                self._finish(_end_of_cancelled(), ORDERLY_END_S)
+        finally:
+            self._finish(_cancel_all(), FORCED_END_S)
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(timeout=5)
+            if not self._thread.is_alive():
+                self._loop.close()
+                self._run_posted()
+
+    def _finish(self, work: Coroutine[Any, Any, None], budget_s: float) -> None:
+        with suppress(Exception):
+            asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout=budget_s)
+
+
+async def _end_of_cancelled() -> None:
+    ending = [task for task in asyncio.all_tasks() if task.cancelling() and task is not asyncio.current_task()]
+    if ending:
+        await asyncio.wait(ending)
+
+
+async def _cancel_all() -> None:
+    rest = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    for task in rest:
+        task.cancel()
+    if rest:
+        await asyncio.wait(rest)

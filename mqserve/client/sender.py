@@ -1,0 +1,241 @@
+"""What a handle does: choose the backend, encode here in the caller's thread, publish on the runtime, hand out the future."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import math
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..broker.calls.sending import Caller
+from ..broker.documents import until
+from ..broker.envelope import MINTED_ID_LENGTH, Meta, mint_id
+from ..broker.errors import BadSignature, InstanceError, MQServeError, UnknownEndpoint
+from ..broker.results import Result
+from ..broker.values.codecs import encode_value
+from ..broker.values.signing import Claim
+from ..controller.state.documents import Desired
+from ..controller.state.traffic import choose
+from ..links import Links
+from ..replicas.context import deadline
+from .answers import read_result
+from .futures import WAIT_LIMIT_S, Found, Future, Sent, Stored
+from .runtime import Runtime
+
+APPEAR_BUDGET_S = 60.0  # how long a handle made with missing_ok waits for its endpoint
+_STOPPED = "the client reads no results any more: see its log"
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One call of `remote`."""
+
+    id: str
+    meta: Meta
+    shard_key: str
+    data: Any
+    arguments: dict[str, Any]
+    within_s: float
+    pending: concurrent.futures.Future[Found]
+
+
+class Sender:
+    """Shared by all handles of a client; `desired` is replaced by whoever follows the document, and `read_desired` reads it now."""
+
+    def __init__(
+        self, runtime: Runtime, links: Links, caller: Caller, read_desired: Callable[[], Awaitable[Desired]], find: Callable[[], Sender]
+    ) -> None:
+        self._runtime = runtime
+        self._links = links
+        self._caller = caller
+        self._read_desired = read_desired
+        self.find = find  # the client's sender in this process: a forked child has another one
+        self._signer = links.settings.signer
+        self._over = ""  # once the client ends: why
+        self.desired = Desired()
+        self.only_plain = False  # no pickle in a result is opened
+        self.demands_seals = False  # the instance's replicas take no request of a handle without one
+
+    def __repr__(self) -> str:
+        return f"<Sender with {len(self.desired.endpoints)} endpoints>"
+
+    def send(
+        self,
+        meta: Meta,
+        shard_key: str,
+        data: Any,
+        arguments: dict[str, Any],
+        *,
+        wait_for_endpoint: bool,
+        timeout_s: float | None = None,
+        plain: bool = False,
+    ) -> Future:
+        """A future at once. Futures among the arguments are resolved before the request is sent.
+
+        It has the backend's `request_timeout_s`, or less: `timeout_s`, and in a handler what is left to the request that is running.
+        Raises UnknownEndpoint, NotEncodable, BadSignature without the key that replicas demand, and InstanceError where the instance was
+        shut down; whatever happens later is the future's.
+        """
+        if self.demands_seals and not self._signer:
+            raise BadSignature(
+                "the replicas of this instance take only sealed requests of handles, and this process has no key: set MQSERVE_SECRET_KEY "
+                "to the one of the instance"
+            )
+        call = _Call(mint_id(), meta, shard_key, data, arguments, min(timeout_s or math.inf, _left_s()), concurrent.futures.Future())
+        call.pending.add_done_callback(lambda done: self._cancel(call.id) if done.cancelled() else None)
+        awaited = [value.here() for value in (data, *arguments.values()) if isinstance(value, Future)]
+        is_missing = meta.endpoint not in self.desired.endpoints
+        if is_missing and not wait_for_endpoint:
+            # Another process may have made it just now: a handle that arrived by pickle is quicker than the document.
+            if not self._runtime.call(self._is_there(meta.endpoint)):
+                raise UnknownEndpoint(f"Endpoint '{meta.endpoint}' does not exist.")
+            is_missing = False
+        if awaited or is_missing:
+            self._runtime.submit(self._send_later(call))
+        else:
+            self._send_now(call)
+        return Future(call.id, Sent(call.pending, self, plain=plain))
+
+    def _send_now(self, call: _Call) -> None:
+        desired = self.desired
+        endpoint = desired.endpoints.get(call.meta.endpoint)
+        if endpoint is None:  # deleted while its arguments were awaited
+            raise UnknownEndpoint(f"Endpoint '{call.meta.endpoint}' does not exist.")
+        backend, shadows = choose(endpoint, call.shard_key)
+        copies = [self._prepare_shadow(desired, shadow, call) for shadow in shadows]
+        self._runtime.post(self._prepare(desired, backend, call, copies))
+
+    def _prepare(self, desired: Desired, backend: str, call: _Call, copies: Sequence[Callable[[], None]]) -> Callable[[], None]:
+        """What sends the request, and then its copies: of one that is refused there are none."""
+        content_type, body = encode_value([call.data, call.arguments], self._signer, Claim("request", backend, call.id))
+        config = desired.backends[backend].config
+
+        def send() -> None:
+            if call.pending.done():  # cancelled
+                return
+            if self._over:
+                return _fail(call.pending, InstanceError(self._over))
+            try:
+                ticket = self._caller.send(
+                    backend,
+                    body,
+                    content_type,
+                    call.meta,
+                    origin="handle",
+                    timeout_s=min(config.request_timeout_s, call.within_s),
+                    future_id=call.id,
+                    at_most_once=config.delivery == "at_most_once",
+                )
+            except MQServeError as error:
+                _fail(call.pending, error)
+            else:
+                ticket.future.add_done_callback(lambda done: self._pass_on(done, call))
+                for send_copy in copies:
+                    send_copy()
+
+        return send
+
+    def _prepare_shadow(self, desired: Desired, backend: str, call: _Call) -> Callable[[], None]:
+        shadow_id = mint_id()  # a seal is good for one id and one backend, so each copy has its own
+        content_type, body = encode_value([call.data, call.arguments], self._signer, Claim("request", backend, shadow_id))
+        timeout_s = desired.backends[backend].config.request_timeout_s
+
+        def send() -> None:
+            if not self._over:
+                self._caller.send_shadow(backend, body, content_type, call.meta, origin="handle", timeout_s=timeout_s, shadow_id=shadow_id)
+
+        return send
+
+    async def _send_later(self, call: _Call) -> None:
+        try:
+            if call.meta.endpoint not in self.desired.endpoints:
+                await self._until_there(call.meta.endpoint)
+            data = await _resolved(call.data)
+            arguments = {name: await _resolved(value) for name, value in call.arguments.items()}
+            await asyncio.to_thread(self._send_now, replace(call, data=data, arguments=arguments))
+        except asyncio.CancelledError:
+            _fail(call.pending, InstanceError(self._over or _STOPPED))
+            raise
+        except Exception as error:
+            _fail(call.pending, error)
+
+    def _pass_on(self, done: asyncio.Future[Result], call: _Call) -> None:
+        pending = call.pending
+        error = InstanceError(self._over or _STOPPED) if done.cancelled() else done.exception()
+        if not pending.set_running_or_notify_cancel():
+            return
+        if error is not None:
+            pending.set_exception(error)
+        else:
+            pending.set_result((call.id, done.result()))
+
+    def _cancel(self, future_id: str) -> None:
+        with suppress(InstanceError):  # closed: nobody is left to tell
+            self._runtime.post(lambda: None if self._over else self._caller.cancel(future_id))
+
+    def end(self, why: str) -> None:
+        """On the runtime, before the reading of results ends: what is sent from now on fails at once, what waits fails with the reading."""
+        self._over = why
+
+    async def _is_there(self, endpoint: str) -> bool | None:
+        found = await self._read_desired()
+        if endpoint not in found.endpoints:
+            return None
+        self.desired = found
+        return True
+
+    async def _until_there(self, endpoint: str) -> None:
+        try:
+            await until(self._links.store, lambda: self._is_there(endpoint), APPEAR_BUDGET_S)
+        except TimeoutError:
+            raise UnknownEndpoint(f"Endpoint '{endpoint}' does not exist, and did not appear within {APPEAR_BUDGET_S:g} s.") from None
+
+    def future(self, future_id: str, backend: str | None) -> Future:
+        """See `Client.future`."""
+        keys = [future_id] if backend is None else [f"{backend}/{future_id}"]
+        if backend is not None and len(future_id) == MINTED_ID_LENGTH:
+            keys.insert(0, future_id)  # it may be either, and a publisher may have taken the id of a request of ours for its own
+        return Future(future_id, Stored(keys, self, backend=backend))
+
+    # For futures.
+
+    def has_result(self, keys: Sequence[str]) -> bool:
+        """Whether one of these has an end by now. Raises StoreUnavailable where the store cannot be asked."""
+        return self._runtime.call(self._caller.waits.has_result(keys))
+
+    def first_result(self, keys: Sequence[str]) -> concurrent.futures.Future[Found]:
+        """Of whichever has one first. Who waits no more cancels what this returns."""
+        return self._runtime.submit(self._first_result(keys))
+
+    async def _first_result(self, keys: Sequence[str]) -> Found:
+        async with asyncio.timeout(WAIT_LIMIT_S):
+            return await self._caller.waits.first_result(keys)
+
+    def cancel_everywhere(self, keys: Sequence[str]) -> bool:
+        """Nobody wants these results any more. Whether one of them had none yet. Raises StoreUnavailable."""
+        return self._runtime.call(self._cancel_everywhere(keys))
+
+    async def _cancel_everywhere(self, keys: Sequence[str]) -> bool:
+        return any(await asyncio.gather(*map(self._caller.cancel_everywhere, keys)))
+
+    def read(self, key: str, result: Result, *, backend: str | None = None, plain: bool = False) -> Any:
+        """See `read_result`."""
+        return read_result(result, key, self._signer, backend, plain=plain or self.only_plain)
+
+
+def _left_s() -> float:
+    """To the request in whose handler this runs, if it does."""
+    return max(0.001, deadline() - time.monotonic())
+
+
+def _fail(pending: concurrent.futures.Future[Found], error: BaseException) -> None:
+    if not pending.done() and pending.set_running_or_notify_cancel():
+        pending.set_exception(error)
+
+
+async def _resolved(value: Any) -> Any:
+    return await value if isinstance(value, Future) else value

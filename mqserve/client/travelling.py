@@ -1,0 +1,45 @@
+"""How clients and handles travel in pickles: by the address of their instance, whose client they find again where they arrive."""
+
+from __future__ import annotations
+
+import copyreg
+from typing import Any
+
+from .client import Client
+from .clients import clients
+from .handle import Address, AsyncHandle, Handle, HandleOptions
+from .sender import Sender
+
+
+class _FarHome:
+    """The home of a handle that came from elsewhere. Its instance is looked for when the handle is used."""
+
+    def __init__(self, address: Address) -> None:
+        self.address = address
+
+    @property
+    def sender(self) -> Sender:
+        return clients.at(self.address).sender
+
+
+def _reduce_client(client: Client) -> Any:
+    return _find_client, (client.address,)
+
+
+def _find_client(address: Address) -> Client:
+    return clients.at(address)
+
+
+def _reduce_handle(handle: Handle | AsyncHandle) -> Any:
+    return _make_handle, (type(handle), *handle._parts())
+
+
+def _make_handle(
+    kind: type[Handle | AsyncHandle], endpoint: str, address: Address, options: HandleOptions, missing_ok: bool
+) -> Handle | AsyncHandle:
+    return kind(endpoint, _FarHome(address), options, missing_ok=missing_ok)
+
+
+copyreg.pickle(Client, _reduce_client)
+copyreg.pickle(Handle, _reduce_handle)
+copyreg.pickle(AsyncHandle, _reduce_handle)

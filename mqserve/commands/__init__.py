@@ -1,0 +1,1 @@
+"""What users type: the command line and its commands."""

@@ -1,0 +1,273 @@
+"""`mqserve dead`: what was set aside, for people to look at, to try again and to drop. Nothing here opens a pickle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.text import Text
+
+from ..broker.dead_letters import DeadLetter
+from ..broker.envelope import Envelope
+from ..broker.errors import BadEnvelope, BadValue, MQServeError, UnknownBackend
+from ..broker.process.printable import printable
+from ..broker.queue import DeadLetters, fate_of
+from ..broker.queue_names import check_name
+from ..broker.settings import Settings
+from ..broker.values.header_seals import BackendSeals, Seal
+from ..controller.state.documents import Desired, Observed
+from ..links import Links, open_links
+from ..replicas.admission import NOT_STARTED
+from ..replicas.senders import Senders
+from .status_table import make_console, make_table
+
+ASK_ABOVE = 10
+PREVIEW_BYTES = 1000
+CONFIRM_BUDGET_S = 10.0
+_BODY_KEPT_MS = 60_000  # beyond the deadline, as its sender keeps it; and as a replica keeps a mark
+
+
+class Selection(NamedTuple):
+    """Which dead letters a command is about."""
+
+    names: frozenset[str]
+    everything: bool
+
+    @classmethod
+    def read(cls, names: tuple[str, ...], everything: bool) -> Selection:
+        """Raises BadValue for both, and for neither."""
+        if bool(names) == everything:
+            raise BadValue("say which: their ids, as `mqserve dead list` shows them, or --all")
+        return cls(frozenset(names), everything)
+
+    def name_of(self, letter: DeadLetter) -> str:
+        """What it was selected by, empty when it was not. An odd id goes by what is shown of it, too."""
+        if self.everything:
+            return letter.name
+        return next((name for name in (letter.name, printable(letter.name)) if name in self.names), "")
+
+
+async def list_dead(settings: Settings, backend: str, limit: int, *, as_json: bool, console: Console | None = None) -> int:
+    """Prints a table, or a line of JSON for each. Raises UnknownBackend."""
+    console = console or make_console()
+    async with _dead_letters(settings, backend, limit) as (_, letters):
+        waiting = letters.waiting
+        facts = [_facts(letter) async for letter in letters]
+    facts.sort(key=lambda fact: fact["died_at_ms"])
+    if as_json:
+        return _print_json(console, facts)
+    if not facts:
+        return _print(console, _none(backend))
+    title = f"Dead letters of {backend}" + (f", {len(facts)} of {waiting}" if waiting > len(facts) else "")
+    table = make_table(title, "id", "died at", "attempts", "reason")
+    for fact in facts:
+        columns = (fact["id"], _when(fact["died_at_ms"]), str(len(fact["attempts"])), fact["reason"])
+        table.add_row(*(Text(printable(column)) for column in columns))
+    console.print(table)
+    return 0
+
+
+async def show_dead(settings: Settings, backend: str, name: str, *, as_json: bool, console: Console | None = None) -> int:
+    """Prints all that is known of one; of each, where several go by that name. Raises UnknownBackend, BadValue for an unknown id."""
+    console = console or make_console()
+    selection = Selection.read((name,), False)
+    async with _dead_letters(settings, backend) as (links, letters):
+        found = [await _all_facts(links, letter) async for letter in letters if selection.name_of(letter)]
+    if not found:
+        raise BadValue(_no_such(backend, name))
+    if as_json:
+        return _print_json(console, found)
+    for fact in found:
+        for key, value in fact.items():
+            _print_fact(console, key, value)
+        console.print()
+    return 0
+
+
+async def retry_dead(settings: Settings, backend: str, selection: Selection, *, yes: bool, console: Console | None = None) -> int:
+    """Each is published again under its id, as if it had never run, and then removed; prints how many.
+
+    A retry that is killed in between leaves the letter too, so it may run once more; nothing is lost. Raises UnknownBackend,
+    BadValue for an unknown id and for too many, and what the broker says of the first message that it does not take.
+    """
+    async with _dead_letters(settings, backend) as (links, letters):
+        desired = Desired.from_bytes(await links.store.get(links.keys.desired))
+        senders = Senders(settings)
+        senders.demands_seals = Observed.from_bytes(await links.store.get(links.keys.observed)).sealed
+        if backend not in desired.backends:
+            raise UnknownBackend(f"there is no backend {backend!r} to run them: deploy it first; dead letters are kept for seven days")
+        config = desired.backends[backend].config
+        timeout_ms = int(config.request_timeout_s * 1000)
+        retry = partial(_retry, links, senders, timeout_ms, config.delivery == "at_most_once", set())
+        told = await _settle(backend, letters, selection, retry, "retry", "retried", yes)
+    return _print(console, told)
+
+
+async def drop_dead(settings: Settings, backend: str, selection: Selection, *, yes: bool, console: Console | None = None) -> int:
+    """Each is removed for good; prints how many. Raises UnknownBackend, BadValue for an unknown id and for too many."""
+
+    async def drop(letter: DeadLetter) -> None:
+        pass
+
+    async with _dead_letters(settings, backend) as (_, letters):
+        told = await _settle(backend, letters, selection, drop, "drop", "dropped", yes)
+    return _print(console, told)
+
+
+@asynccontextmanager
+async def _dead_letters(settings: Settings, backend: str, at_most: int | None = None) -> AsyncIterator[tuple[Links, DeadLetters]]:
+    check_name(backend, "a backend")
+    async with open_links(settings, "dead") as links, links.queue.dead_letters(backend, at_most) as letters:
+        yield links, letters
+
+
+async def _settle(
+    backend: str,
+    letters: DeadLetters,
+    selection: Selection,
+    act: Callable[[DeadLetter], Awaitable[None]],
+    verb: str,
+    done: str,
+    yes: bool,
+) -> str:
+    if selection.everything and letters.waiting > ASK_ABOVE and not yes:
+        raise BadValue(f"backend {backend!r} has {letters.waiting} dead letters: add --yes to {verb} them all")
+    seen: list[str] = []
+    kept: list[str] = []
+    try:
+        async for letter in letters:
+            if name := selection.name_of(letter):
+                try:
+                    await act(letter)
+                except _Keep as reason:
+                    kept.append(f"{printable(name)} stays: {reason}")
+                else:
+                    await letters.remove(letter)
+                seen.append(name)
+    except MQServeError as error:
+        raise MQServeError(f"{error}; {done} before that: {len(seen) - len(kept)}, and the rest are dead letters as before") from error
+    missing = [_no_such(backend, printable(name)) for name in sorted(selection.names.difference(seen))]
+    if kept or missing:
+        raise MQServeError("; ".join([f"{done}: {len(seen) - len(kept)}", *kept, *missing]))
+    return f"{len(seen)} {done}." if seen else _none(backend)
+
+
+class _Keep(Exception):
+    """Why a letter cannot be settled, though others can."""
+
+
+async def _retry(links: Links, senders: Senders, timeout_ms: int, once: bool, forgotten: set[str], letter: DeadLetter) -> None:
+    seals = links.settings.header_seals.of(letter.backend)
+    envelope = _check(letter, senders, seals)
+    future_id = envelope.future_id(letter.backend) or letter.name
+    if envelope.header.ref:
+        await _keep_body(links, links.keys.body(envelope.id), timeout_ms)
+    if future_id not in forgotten:  # of two with one id the second finds the first one's result
+        await links.store.delete(*links.keys.of_runs(future_id))
+        if once:  # else a replica would take it for one that was started
+            await links.store.set(links.keys.start(future_id), NOT_STARTED, ttl_ms=timeout_ms + _BODY_KEPT_MS)
+        forgotten.add(future_id)
+    renewed = letter.renewed(links.store.now_ms() + timeout_ms, seals)
+    if error := await fate_of(partial(links.queue.republish, renewed), CONFIRM_BUDGET_S):
+        raise error
+
+
+def _check(letter: DeadLetter, senders: Senders, seals: BackendSeals | None) -> Envelope:
+    """The letter as replicas read it. Raises _Keep for what they would set aside again: its id and its keys may be another's, and sent by
+    an operator it might pass for an operator's."""
+    try:
+        envelope = letter.envelope(seals)
+        senders.check_header(envelope)
+        senders.check_pickle(envelope)
+    except BadEnvelope as error:
+        raise _Keep(f"no replica would run it, whoever sends it again: {error}") from error
+    if seals is None and letter.has_seal and envelope.header.claims:
+        raise _Keep("it has to be sealed anew: set MQSERVE_SECRET_KEY for this command, too")
+    return envelope
+
+
+async def _keep_body(links: Links, key: str, timeout_ms: int) -> None:
+    body = await links.store.get_large(key)
+    if body is None:
+        raise _Keep("its body, of more than 1 MiB, was kept in the store until its deadline and is gone, so nothing can run it: drop it")
+    await links.store.set(key, body, ttl_ms=timeout_ms + _BODY_KEPT_MS)
+
+
+def _facts(letter: DeadLetter) -> dict[str, Any]:
+    attempts = [{"replica": run.replica, "started_ms": run.started_ms, "ended": run.ended} for run in letter.death.attempts]
+    return {"id": letter.name, "died_at_ms": letter.death.died_at_ms, "reason": letter.death.reason, "attempts": attempts}
+
+
+async def _all_facts(links: Links, letter: DeadLetter) -> dict[str, Any]:
+    """Of an HTTP request's headers nothing, and of its query the size: they hold cookies and keys."""
+    properties, body = letter.properties, letter.body
+    facts = _facts(letter) | {"backend": letter.backend, "traceback": letter.death.traceback}
+    names = ("content_type", "content_encoding", "reply_to", "correlation_id", "priority", "message_type", "app_id", "timestamp")
+    facts |= {name: str(value) for name in names if (value := getattr(properties, name))}
+    facts["headers"] = {str(name): str(value) for name, value in (properties.headers or {}).items() if name not in ("mq", "mq-seal")}
+    seals = links.settings.header_seals.of(letter.backend)
+    try:
+        envelope = letter.envelope(seals)
+    except BadEnvelope as error:
+        facts["mq"] = str(error)
+    else:
+        header, meta = envelope.header, envelope.header.meta
+        facts["sent_by"] = {"http": "HTTP", "handle": "a handle"}.get(header.origin, "an AMQP client")
+        if header.claims and seals is not None:
+            facts["seal"] = envelope.seal.value
+        if header.origin == "http":
+            facts["request"] = f"{meta.method} {meta.path}"
+            if meta.query:
+                facts["query_bytes"] = len(meta.query)
+        facts |= {name: value for name, value in (("endpoint", meta.endpoint), ("method", meta.call)) if value}
+        if header.ref and (seals is None or envelope.seal is Seal.VALID):
+            stored = await links.store.get_large(links.keys.body(letter.id))
+            facts["body_in_store"] = stored is not None
+            body = stored or b""
+    facts |= {"body_bytes": len(body), "body": body[:PREVIEW_BYTES].decode(errors="backslashreplace")}
+    return facts
+
+
+def _print(console: Console | None, sentence: str) -> int:
+    (console or make_console()).print(sentence, highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def _print_json(console: Console, facts: list[dict[str, Any]]) -> int:
+    for fact in facts:
+        console.file.write(json.dumps(fact).replace("\x7f", "\\u007f") + "\n")  # the one control that JSON leaves as it is
+    return 0
+
+
+def _print_fact(console: Console, key: str, value: Any) -> None:
+    name = key.removesuffix("_ms").replace("_", " ")
+    if key == "died_at_ms":
+        value = _when(value)
+    elif key == "attempts":
+        value = "\n".join(f"{_when(run['started_ms'])}  {printable(run['replica'])}: {printable(run['ended'])}" for run in value)
+    elif key == "headers":
+        value = "\n".join(f"{printable(header)}: {printable(text)}" for header, text in value.items())
+    if value not in ("", None):
+        lines = [printable(line) for line in str(value).splitlines()]
+        shown = lines[0] if len(lines) == 1 else "".join(f"\n    {line}" for line in lines)
+        console.print(Text.assemble((f"{name}: ", "dim"), shown), highlight=False, soft_wrap=True)
+
+
+def _when(store_ms: int) -> str:
+    try:
+        return f"{datetime.fromtimestamp(store_ms / 1000, UTC):%Y-%m-%d %H:%M:%S} UTC"
+    except (OverflowError, ValueError, OSError):
+        return "at no time there is"
+
+
+def _none(backend: str) -> str:
+    return f"Backend {backend!r} has no dead letters, but for any that another command has in its hands."
+
+
+def _no_such(backend: str, name: str) -> str:
+    return f"backend {backend!r} has no dead letter {name!r}: look with `mqserve dead list`, unless another command has it in its hands"

@@ -1,0 +1,137 @@
+"""`mqserve run`: an instance for one file, in the foreground."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import click
+
+from ..broker.errors import BadValue, MQServeError
+from ..broker.process.interrupts import DRAINING, Interrupts, taking
+from ..broker.process.printable import printable
+from ..broker.settings import Settings
+from ..broker.values.code import load_import_string
+from ..client import api
+from ..client.client import Client
+from ..client.declared import Declaration, take_declarations
+from ..instance.starting import StartOptions, parse_http_options
+
+
+def run_until_stopped(target: str, settings: Settings, http: dict[str, Any]) -> int:
+    """Loads first, so that a file that does not import starts nothing; the exit code."""
+    parsed, _ = parse_http_options(http)
+    with taking(Interrupts(), signal.SIGINT, signal.SIGTERM) as interrupts:
+        find_declarations = _prepare(target)
+        options = StartOptions(parsed, incomplete=True, tell=lambda line: click.echo(line, err=True))
+        client = api.start_under_run(settings, options)
+        try:
+            for declaration in find_declarations():
+                _deploy(client, declaration)
+            if not client.list_endpoints():
+                raise BadValue(
+                    f"{target} declares nothing to serve: decorate a function with @serve.endpoint('/path'), or call serve.create_backend"
+                )
+            client.tell_complete()
+            interrupts.raises = False  # before it is said that Ctrl-C stops
+            _announce(client, settings)
+            while not interrupts.came and not client.has_ended:
+                time.sleep(0.2)
+            click.echo("The instance was shut down." if client.has_ended else DRAINING, err=True)
+        except KeyboardInterrupt:
+            click.echo(DRAINING, err=True)
+            raise
+        finally:
+            client.shutdown()
+    return 0
+
+
+def _prepare(target: str) -> Any:
+    """Checks the target; returns what executes it (after the instance is up, since it may call the API) and finds its declarations."""
+    path = Path(target)
+    if path.suffix == ".py" or path.exists():
+        if not path.is_file():
+            raise BadValue(f"there is no file {target}: give the path of a Python file, or a module as package.module:attribute")
+        return lambda: _execute(path)
+    if "/" in target or not target.replace(":", ".").replace(".", "").isidentifier():
+        raise BadValue(f"there is no file {target}: give the path of a Python file, or a module as package.module:attribute")
+    return lambda: _import(target)
+
+
+def _execute(path: Path) -> list[Declaration]:
+    """As `python FILE` would: under the name __main__, with its folder first on the path."""
+    module = ModuleType("__main__")
+    module.__file__ = str(path)
+    sys.modules["__main__"] = module
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
+    except MQServeError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise BadValue(_does_not_import(str(path), error)) from error
+    return take_declarations()
+
+
+def _import(target: str) -> list[Declaration]:
+    module, _, attribute = target.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        if not attribute:
+            __import__(module)
+            return take_declarations()
+        found = load_import_string(target)
+    except MQServeError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise BadValue(_does_not_import(target, error)) from error
+    declarations = take_declarations(only=found)
+    if not declarations:
+        raise BadValue(f"{target} is not declared for serving: decorate it with @serve.endpoint('/path')")
+    return declarations
+
+
+def _does_not_import(target: str, error: BaseException) -> str:
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "mqserve/commands/run.py" not in frame.filename]
+    where = "".join(traceback.format_list(frames)).rstrip()
+    if isinstance(error, SyntaxError):
+        return f"{target} does not import: {error.msg} in line {error.lineno}; mend it and run again"
+    return f"{target} does not import ({type(error).__name__}: {error}); mend it and run again\n{where}"
+
+
+def _deploy(client: Client, declaration: Declaration) -> None:
+    started = time.monotonic()
+    client.deploy(declaration)
+    click.echo(f"  {declaration.name} is ready ({time.monotonic() - started:.1f} s)", err=True)
+
+
+def _announce(client: Client, settings: Settings) -> None:
+    form = "embedded" if settings.embedded else f"distributed, namespace {settings.namespace!r}"
+    base = client.http_url()
+    click.echo(f"Serving on {printable(base) or 'no HTTP port'} ({form}). Ctrl-C stops.")
+    for name, facts in client.list_endpoints().items():
+        if base and facts["route"]:
+            click.echo(printable(f"  {','.join(facts['methods']):<9} {base}{facts['route']}  ({name})"))
+    if base and (example := _curl(base, client)):
+        click.echo(f"Try:\n  {printable(example)}")
+    sys.stdout.flush()
+
+
+def _curl(base: str, client: Client) -> str:
+    """A call of the first route, ready to paste."""
+    samples = {"int": "1", "float": "1.5", "uuid": "12345678-1234-5678-1234-567812345678", "path": "a/b"}
+    for facts in client.list_endpoints().values():
+        if facts["route"] and "GET" in facts["methods"]:
+            path = facts["route"]
+            while "{" in path:
+                before, _, rest = path.partition("{")
+                parameter, _, after = rest.partition("}")
+                name, _, kind = parameter.partition(":")
+                path = before + samples.get(kind, "you" if name == "name" else "1") + after
+            return f"curl {base}{path}"
+    return ""

@@ -1,0 +1,199 @@
+"""`mqserve setup --print`: users of RabbitMQ and Redis for an instance, each role with the rights it uses and no others."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import re
+import shlex
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from ..broker.errors import BadValue
+from ..broker.queue_names import dead_exchange, dead_queue, requests_exchange
+from ..broker.settings import read_secret
+from ..broker.store_keys import StoreKeys
+
+ROLES = ("controller", "node", "proxy", "replica", "client")
+FORMATS = ("commands", "definitions", "acl")
+
+
+class BrokerRights(NamedTuple):
+    """RabbitMQ's three, each a regular expression over names of queues and exchanges."""
+
+    configure: str
+    write: str
+    read: str
+
+
+class StoreRights(NamedTuple):
+    """Redis's: keys that are read, keys that are written, commands."""
+
+    reads: frozenset[str]
+    writes: frozenset[str]
+    commands: tuple[str, ...]
+
+
+def print_setup(namespace: str, what: str, vhost: str, env: Mapping[str, str]) -> str:
+    """What `--format` asks for. Raises BadValue where that holds passwords and the environment lacks one."""
+    match what:
+        case "definitions":
+            return json.dumps(definitions(namespace, vhost, read_passwords(env)), indent=2)
+        case "acl":
+            return acl_file(namespace, read_passwords(env))
+        case _:
+            return commands(namespace, vhost)
+
+
+def user_of(namespace: str, role: str) -> str:
+    return f"{namespace}-{role}"
+
+
+def read_passwords(env: Mapping[str, str]) -> dict[str, str]:
+    """By role, from MQSERVE_<ROLE>_PASSWORD or the file that MQSERVE_<ROLE>_PASSWORD_FILE names: none is made up here."""
+    passwords = {role: read_secret(env, f"{role.upper()}_PASSWORD") for role in ROLES}
+    if missing := [f"MQSERVE_{role.upper()}_PASSWORD" for role, password in passwords.items() if not password]:
+        raise BadValue(f"{', '.join(missing)} not set: this format holds hashes of passwords, and mqserve makes none up")
+    return passwords
+
+
+# RabbitMQ.
+
+
+def broker_rights(namespace: str) -> dict[str, BrokerRights]:
+    """By role. A node has none: it takes and sends no messages."""
+    requests, dead = re.escape(requests_exchange(namespace)), re.escape(dead_exchange(namespace))
+    backends, dead_letters = re.escape(f"{namespace}.backend."), re.escape(dead_queue(namespace, ""))
+    nothing = "^$"
+    everything = f"^({requests}|{dead}|{backends}.*|{dead_letters}.*)$"
+    return {
+        "controller": BrokerRights(everything, everything, everything),
+        "proxy": BrokerRights(nothing, f"^{requests}$", nothing),
+        # amq.default: answers to a `reply_to` go there. It leads to every queue of the virtual host, so give that to nobody else.
+        "replica": BrokerRights(nothing, rf"^({requests}|{dead}|amq\.default)$", f"^{backends}.*$"),
+        "client": BrokerRights(nothing, f"^{requests}$", nothing),
+    }
+
+
+def definitions(namespace: str, vhost: str, passwords: Mapping[str, str]) -> dict[str, Any]:
+    """For `rabbitmqctl import_definitions` or `load_definitions`."""
+    rights = broker_rights(namespace)
+    return {
+        "vhosts": [{"name": vhost}],
+        "users": [
+            {
+                "name": user_of(namespace, role),
+                "password_hash": _rabbitmq_hash(passwords[role]),
+                "hashing_algorithm": "rabbit_password_hashing_sha256",
+                "tags": "",
+            }
+            for role in rights
+        ],
+        "permissions": [{"user": user_of(namespace, role), "vhost": vhost, **rights[role]._asdict()} for role in rights],
+    }
+
+
+def _rabbitmq_hash(password: str) -> str:
+    salt = os.urandom(4)
+    return base64.b64encode(salt + hashlib.sha256(salt + password.encode()).digest()).decode()
+
+
+# Redis: see the table in broker/store_keys.py.
+
+_CONNECTING = ("ping", "select", "time", "script|load")  # auth and hello need no right
+_DOCUMENTS = ("get", "mget", "subscribe", "unsubscribe", "publish")
+_BEATING = ("hset", "hdel")
+_TELLING = ("xadd", "pexpire")  # that somebody waits no more
+_CALLING = ("set", "evalsha", "eval", "blmpop", *_TELLING)  # sends requests, waits for results
+
+
+def store_rights(namespace: str) -> dict[str, StoreRights]:
+    """By role."""
+    keys = StoreKeys(namespace)
+    documents = {keys.desired, keys.observed}
+    results = {keys.future("*"), keys.body("*")}
+    counts = {keys.start("*"), keys.attempts("*"), keys.redeliveries("*"), keys.claim("*")}
+    calls = _CONNECTING + _DOCUMENTS + _CALLING
+
+    def inbox(role: str) -> set[str]:
+        return {keys.inbox(f"{role}-*")}
+
+    def rights(reads: set[str], writes: set[str], commands: tuple[str, ...]) -> StoreRights:
+        return StoreRights(frozenset(reads), frozenset(writes), commands)
+
+    everything = {f"mqserve:{namespace}:*"}
+    counting = ("incr", "incrby", "del")
+    return {
+        "controller": rights(everything, everything, (*calls, *_BEATING, *counting, "hgetall", "info", "persist", "rpush", "xread")),
+        "node": rights(
+            {*documents, keys.beats}, {keys.beats, keys.cancelled}, _CONNECTING + _DOCUMENTS + _BEATING + _TELLING + ("hgetall",)
+        ),
+        "proxy": rights(
+            {*documents, *results, *inbox("proxy"), keys.start("*"), keys.code("*"), keys.cancelled},
+            {*results, *inbox("proxy"), keys.beats, keys.cancelled},
+            (*calls, *_BEATING, "xread"),
+        ),
+        # A replica's own handles send and wait; the inboxes of others it only writes to.
+        "replica": rights(
+            {*documents, *results, *counts, *inbox("replica"), keys.code("*"), keys.instance, keys.ended, keys.cancelled},
+            {*results, *counts, *inbox("replica"), keys.inbox("*"), keys.beats, keys.cancelled},
+            (*calls, *_BEATING, *counting, "rpush", "xread"),
+        ),
+        "client": rights(
+            {*documents, *results, *inbox("client"), keys.start("*"), keys.instance, keys.ended, keys.beats},
+            {*results, *inbox("client"), keys.desired, keys.code("*"), keys.cancelled},
+            (*calls, "hgetall"),
+        ),
+    }
+
+
+def acl_rules(namespace: str, role: str) -> list[str]:
+    """Of one user, all but the password."""
+    rights = store_rights(namespace)[role]
+    both = rights.reads & rights.writes
+    return [
+        "resetchannels",
+        f"&{StoreKeys(namespace).changed}",
+        "resetkeys",
+        *(f"%RW~{key}" for key in sorted(both)),
+        *(f"%R~{key}" for key in sorted(rights.reads - both)),
+        *(f"%W~{key}" for key in sorted(rights.writes - both)),
+        "-@all",
+        *(f"+{command}" for command in sorted(rights.commands)),
+    ]
+
+
+def acl_file(namespace: str, passwords: Mapping[str, str]) -> str:
+    """For Redis's `aclfile`."""
+    lines = ["user default off"]
+    for role in ROLES:
+        digest = hashlib.sha256(passwords[role].encode()).hexdigest()
+        lines.append(" ".join(["user", user_of(namespace, role), "on", f"#{digest}", *acl_rules(namespace, role)]))
+    return "\n".join(lines)
+
+
+# Both, as lines for a shell.
+
+
+def commands(namespace: str, vhost: str) -> str:
+    """No password is printed: the shell that runs the lines has them in its environment, and hands them on by pipes."""
+    lines = [f"# Each password is read from MQSERVE_<ROLE>_PASSWORD of the shell that runs this. RabbitMQ, virtual host {vhost}:"]
+    if vhost != "/":  # which every RabbitMQ has
+        lines.append(shlex.join(["rabbitmqctl", "add_vhost", vhost]))
+    for role, rights in broker_rights(namespace).items():
+        user = user_of(namespace, role)
+        lines.append(f"printf %s {_password(role)} | rabbitmqctl add_user {user}")
+        lines.append(shlex.join(["rabbitmqctl", "set_permissions", "--vhost", vhost, user, *rights]))
+    lines.append("# rabbitmqctl delete_user guest    (once nothing else uses it)")
+    lines.append("# Redis 7; keep it by `redis-cli ACL SAVE` where an aclfile is configured:")
+    for role in ROLES:
+        rules = shlex.join(["ACL", "SETUSER", user_of(namespace, role), "reset", "on", *acl_rules(namespace, role)])
+        lines.append(f"printf '>%s' {_password(role)} | redis-cli -x {rules}")
+    lines.append("# redis-cli ACL SETUSER default off    (once nothing else uses it)")
+    return "\n".join(lines)
+
+
+def _password(role: str) -> str:
+    return f'"${{MQSERVE_{role.upper()}_PASSWORD:?}}"'

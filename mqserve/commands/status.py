@@ -1,0 +1,339 @@
+"""`mqserve status`: what is known of an instance within two seconds, as facts; `status_table.py` shows them to people.
+
+What a server that is away would know stays unknown and is said to be: a status is asked for just when something is wrong.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import click
+import msgspec
+from rich.console import Console
+
+from ..broker.errors import BadEnvelope, MQServeError, StoreUnavailable, WrongType, words_of
+from ..broker.queue import Queue
+from ..broker.rabbitmq.queue import open_rabbitmq
+from ..broker.redis.refusals import REFUSED_WRITES, refusal_code
+from ..broker.redis.store import open_redis
+from ..broker.settings import Settings, masked
+from ..broker.store import Store
+from ..broker.store_keys import StoreKeys
+from ..controller import lease
+from ..controller.state.beats import SILENT_AFTER_S, Beat, read_beats
+from ..controller.state.documents import Desired, Observed
+from ..instance.role_lock import played_here
+from .status_table import make_console, print_facts
+
+CONNECT_BUDGET_S = 0.8
+BUDGET_S = 1.2  # for all of it, connecting included: what starts this process comes on top
+_MARGIN_S = 0.1
+_IN_THE_STORE = "what the store has of it"
+_IN_THE_BROKER = "what waits, and dead letters"
+_MEMBERS = "its members"
+T = TypeVar("T")
+
+
+class ServerFacts(msgspec.Struct, frozen=True):
+    """RabbitMQ or Redis. `trouble`: why it is not up, as a sentence."""
+
+    url: str
+    state: Literal["up", "away", "takes no writes"]
+    trouble: str = ""
+
+
+class ControllerFacts(msgspec.Struct, frozen=True):
+    """The leading controller. `silent_s`: seconds since its last beat; null where that is not known."""
+
+    state: Literal["leads", "starting", "missing", "unknown"]
+    id: str = ""
+    silent_s: float | None = None
+
+
+class MemberFacts(msgspec.Struct, frozen=True):
+    """A supervisor, node, proxy or replica. `state` is what it says of itself (starting, ready, draining, failed), `gone` after six seconds
+    of silence, or `unknown` where the store takes no beats; `said` is the last it said in any case."""
+
+    kind: str
+    id: str
+    state: str
+    said: str
+    silent_s: float
+    node: str
+    host: str
+    pid: int
+    url: str
+    external: bool
+    backend: str
+    version: int
+    running: int
+    served: int
+    trouble: str
+
+
+class BackendFacts(msgspec.Struct, frozen=True):
+    """`waiting` and `dead_letters` are null where RabbitMQ does not say."""
+
+    name: str
+    code: str
+    version: int
+    state: Literal["ready", "starting", "failing", "unknown"]
+    ready: int
+    wanted: int
+    waiting: int | None
+    dead_letters: int | None
+    trouble: str
+
+
+class EndpointFacts(msgspec.Struct, frozen=True):
+    name: str
+    route: str | None
+    methods: tuple[str, ...]
+    traffic: dict[str, float]
+    shadows: dict[str, float]
+
+
+class Facts(msgspec.Struct, frozen=True):
+    """All of it. `problems` says by name what is wrong, `unknown` what could not be found out, and why. `here`: which of a detached
+    instance's three run on this machine, which needs no server to be known."""
+
+    namespace: str
+    state: Literal["runs", "drains", "none", "unknown"]
+    instance: str
+    started_by: str
+    detached: bool
+    controller: ControllerFacts
+    broker: ServerFacts
+    store: ServerFacts
+    members: tuple[MemberFacts, ...] = ()
+    backends: tuple[BackendFacts, ...] = ()
+    endpoints: tuple[EndpointFacts, ...] = ()
+    problems: dict[str, str] = {}
+    unknown: dict[str, str] = {}
+    here: tuple[str, ...] = ()
+
+    @property
+    def is_well(self) -> bool:
+        """A controller leads, and both servers do what they are for: what the exit code says."""
+        return self.controller.state == "leads" and self.broker.state == self.store.state == "up"
+
+
+async def show_status(settings: Settings, *, as_json: bool = False, console: Console | None = None) -> int:
+    """Prints; the exit code is 0 for an instance that a controller leads, on servers that are up. Raises InstanceError where there is
+    none, unless as JSON: that has its own word for it."""
+    async with read_facts(settings) as facts:
+        if as_json:
+            print(msgspec.json.format(msgspec.json.encode(facts)).decode(), flush=True)
+        elif facts.state == "none":
+            raise lease.no_instance()
+        else:
+            print_facts(console or make_console(), facts)
+            for why in dict.fromkeys([facts.broker.trouble, facts.store.trouble, *facts.unknown.values()]):
+                if why:
+                    click.echo(f"Error: {why}", err=True)
+    return 0 if facts.is_well else 1
+
+
+@asynccontextmanager
+async def read_facts(settings: Settings) -> AsyncIterator[Facts]:
+    """Within BUDGET_S, also where a server does not answer. Connections are closed after the facts were given, which may take longer."""
+    until = asyncio.get_running_loop().time() + BUDGET_S
+    async with AsyncExitStack() as stack:
+        (store, store_trouble), (queue, broker_trouble) = await asyncio.gather(
+            _opened(stack, open_redis(settings.store_url, settings.namespace), settings.store_url),
+            _opened(
+                stack, open_rabbitmq(settings.broker_url, settings.namespace, "status", budget_s=CONNECT_BUDGET_S), settings.broker_url
+            ),
+        )
+        stored = await _in_time(_read_stored(settings, store), until) if store is not None else None
+        stored = stored or _Stored(unknown={_IN_THE_STORE: store_trouble or "Redis did not answer in time"})
+        counts = await _in_time(_count(queue, stored), until) if queue is not None else None
+        if counts is None and stored.desired.backends:
+            stored.unknown[_IN_THE_BROKER] = broker_trouble or "RabbitMQ did not answer in time"
+        broker = ServerFacts(masked(settings.broker_url), "away" if broker_trouble else "up", broker_trouble)
+        yield _facts(settings.namespace, broker, _store_facts(settings, store_trouble, stored), stored, counts or {})
+
+
+async def _opened(stack: AsyncExitStack, server: AbstractAsyncContextManager[T], url: str) -> tuple[T | None, str]:
+    """(the connection, or why there is none). One that does not come in time is left to itself: even its end may take seconds."""
+    opening = asyncio.create_task(server.__aenter__())
+    await asyncio.wait([opening], timeout=CONNECT_BUDGET_S + _MARGIN_S)
+    if not opening.done():
+        opening.cancel()
+        return None, f"no answer from {masked(url)} within {CONNECT_BUDGET_S:g} s"
+    if (error := opening.exception()) is None:
+        stack.push_async_callback(_close, server)
+        return opening.result(), ""
+    if not isinstance(error, MQServeError):
+        raise error
+    return None, words_of(error)
+
+
+async def _close(server: AbstractAsyncContextManager[object]) -> None:
+    closing = asyncio.ensure_future(server.__aexit__(None, None, None))
+    await asyncio.wait([closing], timeout=_MARGIN_S)
+
+
+async def _in_time(reading: Coroutine[Any, Any, T], until: float) -> T | None:
+    try:
+        async with asyncio.timeout_at(until):
+            return await reading
+    except TimeoutError:
+        return None
+
+
+@dataclass
+class _Stored:
+    """What the store says, as far as it does."""
+
+    lease: lease.InstanceLease | None = None
+    desired: Desired = field(default_factory=Desired)
+    observed: Observed = field(default_factory=Observed)
+    beats: list[Beat] = field(default_factory=list)
+    now_ms: int = 0
+    is_empty: bool = False
+    refusal: str = ""  # why it takes no writes
+    problems: dict[str, str] = field(default_factory=dict)
+    unknown: dict[str, str] = field(default_factory=dict)
+
+
+async def _read_stored(settings: Settings, store: Store) -> _Stored:
+    keys = StoreKeys(settings.namespace)
+    found = _Stored()
+    try:
+        raw_lease, raw_desired, raw_observed = await store.get_documents([keys.instance, keys.desired, keys.observed])
+    except StoreUnavailable as error:
+        found.unknown[_IN_THE_STORE] = str(error)
+        return found
+    found.now_ms, found.is_empty = store.now_ms(), raw_lease is None and raw_desired is None
+    found.lease = _document(found, keys.instance, lambda: lease.decode_lease(raw_lease) if raw_lease is not None else None, None)
+    found.desired = _document(found, keys.desired, lambda: Desired.from_bytes(raw_desired), Desired())
+    found.observed = _document(found, keys.observed, lambda: Observed.from_bytes(raw_observed), Observed())
+    try:
+        found.beats = list(read_beats(await store.fields(keys.beats)).values())
+    except WrongType as error:
+        found.problems[keys.beats] = str(error)
+        found.unknown[_MEMBERS] = "none of them can report"
+    except StoreUnavailable as error:
+        found.unknown[_MEMBERS] = str(error)
+    try:
+        await store.probe()
+    except StoreUnavailable as error:
+        if refusal_code(error.__cause__) in REFUSED_WRITES:
+            found.refusal = str(error)
+        else:
+            found.unknown["whether the store takes writes"] = str(error)
+    return found
+
+
+def _document(found: _Stored, key: str, decode: Callable[[], T], default: T) -> T:
+    try:
+        return decode()
+    except BadEnvelope as error:
+        found.problems[key] = f"{error} (redis-cli DEL {key})"
+        return default
+
+
+async def _count(queue: Queue, stored: _Stored) -> dict[str, tuple[int | None, int | None]]:
+    """By backend: what waits, and dead letters; None where RabbitMQ does not say."""
+    refusals: set[str] = set()
+
+    async def asked(count: Awaitable[int | None]) -> int | None:
+        try:
+            return await count or 0
+        except MQServeError as error:
+            refusals.add(str(error))
+            return None
+
+    async def of_one(name: str) -> tuple[int | None, int | None]:
+        depths = [await asked(queue.depth(name, generation)) for generation in stored.observed.queues.get(name, ())]
+        known = [depth for depth in depths if depth is not None]
+        return (sum(known) if len(known) == len(depths) else None), await asked(queue.count_dead(name))
+
+    names = list(stored.desired.backends)
+    counts = dict(zip(names, await asyncio.gather(*map(of_one, names)), strict=True))
+    if refusals:
+        stored.unknown[_IN_THE_BROKER] = "; ".join(sorted(refusals))
+    return counts
+
+
+# From what was read to facts.
+
+
+def _store_facts(settings: Settings, trouble: str, stored: _Stored) -> ServerFacts:
+    state: Literal["up", "away", "takes no writes"] = "away" if trouble else "takes no writes" if stored.refusal else "up"
+    return ServerFacts(masked(settings.store_url), state, trouble or stored.refusal)
+
+
+def _facts(
+    namespace: str, broker: ServerFacts, store: ServerFacts, stored: _Stored, counts: Mapping[str, tuple[int | None, int | None]]
+) -> Facts:
+    is_known = bool(stored.now_ms)
+    state: Literal["runs", "drains", "none", "unknown"] = "drains" if stored.desired.closing else "runs"
+    if not is_known or stored.is_empty:
+        state = "none" if is_known else "unknown"
+    members = tuple(_member(beat, stored) for beat in sorted(stored.beats, key=_place))
+    held = stored.lease
+    return Facts(
+        namespace, state, held.id if held else stored.desired.instance, held.owner if held else "", held is not None and held.detached,
+        _controller(stored, is_known=is_known), broker, store, members,
+        tuple(_backend(name, stored, members, *counts.get(name, (None, None))) for name in stored.desired.backends),
+        tuple(
+            EndpointFacts(name, endpoint.route, endpoint.methods, endpoint.traffic, endpoint.shadows)
+            for name, endpoint in stored.desired.endpoints.items()
+        ),
+        _problems(stored, members), stored.unknown, tuple(played_here(namespace)),
+    )  # fmt: skip
+
+
+def _controller(stored: _Stored, *, is_known: bool) -> ControllerFacts:
+    if not is_known or stored.lease is None:
+        return ControllerFacts("unknown")
+    silent_s = max(0.0, (stored.now_ms - stored.lease.at) / 1000)
+    if silent_s < lease.LAPSED_AFTER_S:
+        return ControllerFacts("leads" if stored.lease.leader else "starting", stored.lease.leader, silent_s)
+    return ControllerFacts("unknown" if stored.refusal else "missing", stored.lease.leader, silent_s)
+
+
+_KINDS = ("supervisor", "node", "proxy", "replica")
+
+
+def _place(beat: Beat) -> tuple[int, str, str]:
+    """Among the members; another version's may be of a kind that this one does not know."""
+    return _KINDS.index(beat.kind) if beat.kind in _KINDS else len(_KINDS), beat.kind, beat.id
+
+
+def _member(beat: Beat, stored: _Stored) -> MemberFacts:
+    silent_s = max(0.0, (stored.now_ms - beat.at) / 1000)
+    state = beat.state
+    if silent_s >= SILENT_AFTER_S and beat.state != "failed":
+        state = "unknown" if stored.refusal else "gone"  # nobody's beats are taken: that is no death
+    return MemberFacts(
+        beat.kind, beat.id, state, beat.state, silent_s, beat.node, beat.host, beat.pid, beat.url, beat.external, beat.backend,
+        beat.version, beat.running, beat.served, beat.refused or beat.error or beat.noted,
+    )  # fmt: skip
+
+
+def _backend(name: str, stored: _Stored, members: Sequence[MemberFacts], waiting: int | None, dead_letters: int | None) -> BackendFacts:
+    backend = stored.desired.backends[name]
+    mine = [member for member in members if member.kind == "replica" and member.backend == name]
+    ready = sum(member.said == "ready" and member.state in ("ready", "unknown") for member in mine)
+    wanted = backend.config.num_replicas
+    state: Literal["ready", "starting", "failing", "unknown"] = "ready" if ready >= wanted else "starting"
+    if any(member.state == "unknown" for member in mine):
+        state = "unknown"
+    if trouble := stored.observed.problems.get(name, ""):
+        state = "failing"
+    elif backend.rolled_back:
+        trouble = f"the last roll-out was undone: {backend.rolled_back}"
+    return BackendFacts(name, backend.code_name, backend.version, state, ready, wanted, waiting, dead_letters, trouble)
+
+
+def _problems(stored: _Stored, members: Sequence[MemberFacts]) -> dict[str, str]:
+    undone = {name: f"the last roll-out was undone: {b.rolled_back}" for name, b in stored.desired.backends.items() if b.rolled_back}
+    told = {member.id: member.trouble for member in members if member.trouble and member.state not in ("gone", "failed")}
+    return {**stored.problems, **undone, **told, **stored.observed.problems}

@@ -1,0 +1,127 @@
+"""What `mqserve status` shows to people: the facts as tables, and what is wrong or not known below them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..broker.process.printable import INDENT, printable_lines
+
+if TYPE_CHECKING:
+    from .status import BackendFacts, ControllerFacts, EndpointFacts, Facts, MemberFacts, ServerFacts
+
+Part = str | tuple[str, str]  # text, or text and its style
+
+PIPE_WIDTH = 240
+NOT_KNOWN = "?"
+_NUMBERS = ("ready", "wanted", "waiting", "dead", "running", "served")
+
+
+def print_facts(console: Console, facts: Facts) -> None:
+    owner = "detached" if facts.detached else f"started by {facts.started_by}"
+    if facts.state == "unknown":
+        owner = "nothing is known of it"
+    _print(console, "Instance ", (facts.namespace, "bold"), f", {owner}", ", being shut down" if facts.state == "drains" else "")
+    _print(console, "Controller ", *_leader(facts.controller))
+    _print(console, "Broker ", *_server(facts.broker), ", store ", *_server(facts.store))
+    console.print()
+    if facts.state != "unknown":
+        console.print(_members(facts.members))
+        console.print(_backends(facts.backends))
+        console.print(_endpoints(facts.endpoints))
+    if facts.here and facts.state == "unknown":
+        _print(console, f"On this machine run: {', '.join(facts.here)}")
+    for name, problem in facts.problems.items():
+        _print(console, (name, "red"), f": {problem}")
+    if facts.unknown:
+        _print(console, ("Not known", "yellow"), f": {', '.join(facts.unknown)}")
+
+
+def _print(console: Console, *parts: Part) -> None:
+    console.print(_text(*parts), soft_wrap=True)
+
+
+def _text(*parts: Part) -> Text:
+    """All that is shown goes through here: names, routes and words of errors may have brackets, which would be taken for markup, and what
+    a terminal obeys."""
+    styled = [(part, "") if isinstance(part, str) else part for part in parts]
+    return Text.assemble(*((printable_lines(words, INDENT), style) for words, style in styled))
+
+
+def _leader(controller: ControllerFacts) -> tuple[Part, ...]:
+    match controller.state:
+        case "leads":
+            return (controller.id, "green"), " leads"
+        case "starting":
+            return (("starting", "yellow"),)
+        case "missing":
+            since = f" for {controller.silent_s or 0:.0f} s: traffic goes on, nothing is replaced or scaled; "
+            return ("missing", "red"), since + "start one with `mqserve controller`"
+        case _:
+            return ("not known", "yellow"), ": the store does not say"
+
+
+def _server(server: ServerFacts) -> tuple[Part, ...]:
+    return (server.url,) if server.state == "up" else (f"{server.url} ", (server.state, "red"))
+
+
+def make_console() -> Console:
+    """As wide as the terminal; in a pipe wide enough for one line a row, since `grep` reads lines."""
+    console = Console()
+    return console if console.is_terminal else Console(width=PIPE_WIDTH)
+
+
+def _members(members: tuple[MemberFacts, ...]) -> Table:
+    table = make_table("Members", "kind", "id", "state", "where", "running", "served", "last beat")
+    for member in members:
+        where = member.url or (f"on {member.node}" if member.node else f"{member.host}, process {member.pid}")
+        name = f"{member.id} (external)" if member.external else member.id
+        counts = (str(member.running), str(member.served)) if member.kind == "replica" else ("", "")
+        state = _colored(member.state) if member.state != "unknown" else (f"{member.said} {NOT_KNOWN}", "yellow")
+        _add_row(table, member.kind, name, state, where, *counts, f"{member.silent_s:.0f} s ago")
+    return table
+
+
+def _backends(backends: tuple[BackendFacts, ...]) -> Table:
+    table = make_table("Backends", "backend", "code", "dead", "ready", "wanted", "waiting", "state")
+    for backend in backends:
+        counts = (_count(backend.dead_letters), str(backend.ready), str(backend.wanted), _count(backend.waiting))
+        _add_row(table, backend.name, f"{backend.code} (version {backend.version})", *counts, _colored(backend.state))
+    return table
+
+
+def _count(number: int | None) -> str:
+    return NOT_KNOWN if number is None else str(number)
+
+
+def _endpoints(endpoints: tuple[EndpointFacts, ...]) -> Table:
+    table = make_table("Endpoints", "endpoint", "route", "methods", "traffic")
+    for endpoint in endpoints:
+        traffic = ", ".join(f"{backend} {weight:.0%}" for backend, weight in endpoint.traffic.items())
+        traffic += "".join(f", shadow {backend} {part:.0%}" for backend, part in endpoint.shadows.items())
+        _add_row(table, endpoint.name, endpoint.route or "(handles only)", " ".join(endpoint.methods), traffic)
+    return table
+
+
+def make_table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(
+            column,
+            justify="right" if column in _NUMBERS else "left",
+            header_style="dim",
+            no_wrap=column in ("kind", "state", "last beat"),
+            overflow="fold",  # an id or a URL that is cut is of no use
+        )
+    return table
+
+
+def _add_row(table: Table, *cells: Part) -> None:
+    table.add_row(*map(_text, cells))
+
+
+def _colored(state: str) -> Part:
+    return state, {"ready": "green", "starting": "yellow", "draining": "yellow", "unknown": "yellow"}.get(state, "red")

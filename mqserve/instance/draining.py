@@ -1,0 +1,71 @@
+"""A line about what still drains, for a command that waits for the end of an instance."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from ..broker.errors import MQServeError
+from ..controller.plan import living
+from ..controller.state.beats import read_beats
+from ..controller.state.documents import Observed
+from ..links import Links
+
+TELL_EVERY_S = 1.0
+
+Tell = Callable[[str], None]
+
+
+@asynccontextmanager
+async def telling(links: Links, tell: Tell | None) -> AsyncIterator[None]:
+    """Meanwhile: a line when it has changed, and no more than one in a second."""
+    if tell is None:
+        yield
+        return
+    task = asyncio.create_task(_tell_forever(links, tell), name="tell what drains")
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def _tell_forever(links: Links, tell: Tell) -> None:
+    last = ""
+    await asyncio.sleep(TELL_EVERY_S)  # most instances are gone by then
+    while True:
+        try:
+            line = await _what_drains(links)
+        except MQServeError as error:
+            line = f"cannot see what still drains: {error}"
+        if line not in ("", last):
+            tell(line)
+            last = line
+        await asyncio.sleep(TELL_EVERY_S)
+
+
+async def _what_drains(links: Links) -> str:
+    """Empty when nothing is left."""
+    observed = Observed.from_bytes(await links.store.get(links.keys.observed))
+    beats = read_beats(await links.store.fields(links.keys.beats))
+    replicas = [beat for beat in living(beats, "replica", links.store.now_ms()).values() if not beat.external]
+    backends = {*observed.queues, *observed.retiring, *(beat.backend for beat in replicas)}
+    if not backends:
+        return ""
+    waiting = await _waiting(links, observed)
+    running = sum(beat.running for beat in replicas)
+    parts = (_count(len(backends), "backend"), f"{waiting} waiting", f"{running} running", _count(len(replicas), "replica"))
+    return f"still draining: {', '.join(parts)}"
+
+
+async def _waiting(links: Links, observed: Observed) -> str:
+    try:
+        depths = [await links.queue.depth(name, generation) for name, kept in observed.queues.items() for generation in kept]
+    except MQServeError:  # RabbitMQ is away, or this user may not ask
+        return "?"
+    return str(sum(depth or 0 for depth in depths))
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"

@@ -1,0 +1,86 @@
+"""Controller and node as processes of their own; the supervisor is in supervisor.py."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+
+from ..broker.documents import until
+from ..broker.errors import InstanceError
+from ..broker.process.lifeline import Stop, stop_event
+from ..broker.redis.store import open_redis
+from ..broker.settings import Settings
+from ..broker.store_keys import StoreKeys
+from ..controller import lease
+from ..controller.loop import Controller
+from ..controller.node import Node, NodeOptions, check_name_is_free
+from ..controller.node_metrics import serve_metrics
+from ..controller.processes import ProcessLauncher
+from ..links import Links, open_links
+from .supervisor import Kept, keeping_supervisor
+
+JOIN_TRIES = 3
+
+
+async def run_controller(settings: Settings, controller_id: str, kept: Kept | None = None) -> int:
+    """Until it is stopped or the instance is shut down; the exit code.
+
+    One that is kept is of its keeper's instance, and never makes one; it leads also while RabbitMQ is away.
+    """
+    stop = stop_event()
+    async with open_links(settings, "controller", broker_may_be_away=kept is not None) as links:
+        async with keeping_supervisor(kept, settings, links.store, stop) as trouble:
+            instance = kept.instance if kept is not None else await join_or_start(links)
+            controller = Controller(
+                links.store,
+                links.keys,
+                links.queue,
+                controller_id,
+                instance,
+                has_key=bool(settings.secret_keys),
+                kept_by=kept.token if kept is not None else "",
+                trouble=trouble,
+            )
+            await controller.run(stop)
+        if stop.orphaned:  # the starter was killed: the namespace is free at once, and the queues keep what was accepted
+            await lease.forget(links.store, links.keys, instance)
+    return 0
+
+
+async def run_node(settings: Settings, options: NodeOptions, metrics_host: str, metrics_port: int, kept: Kept | None = None) -> int:
+    """Until it is stopped; the exit code. It needs the store only: a node takes and sends no messages."""
+    stop: Stop = stop_event()
+    async with open_redis(settings.store_url, settings.namespace) as store:
+        with serve_metrics(metrics_host, metrics_port) as metrics:
+            keys = StoreKeys(settings.namespace)
+            await check_name_is_free(store, keys, options.node_id)
+            async with keeping_supervisor(kept, settings, store, stop) as trouble:
+                options = replace(options, metrics=metrics, trouble=trouble)
+                launcher = ProcessLauncher(settings, held_by_replicas=(metrics.lock,))
+                await Node(options, store, keys, launcher, settings.signer).run(stop)
+    return 0
+
+
+async def join_or_start(links: Links) -> str:
+    """The id of the running instance, or a detached one of ours where there is none.
+
+    An empty namespace is watched first: it may be that of an instance whose store lost its data, which its controller is about to write
+    back, or one that somebody starts at this moment. Raises InstanceError where neither comes of it.
+    """
+    tries_left = JOIN_TRIES
+    while True:
+        with suppress(TimeoutError):
+            return await until(links.store, partial(_find_instance, links), lease.JOIN_WATCH_S)
+        try:
+            return (await lease.claim_instance(links.store, links.keys, "", None, detached=True)).id
+        except InstanceError:
+            tries_left -= 1
+            if not tries_left:
+                raise  # else another one was quicker: its documents come in a moment
+
+
+async def _find_instance(links: Links) -> str | None:
+    with suppress(InstanceError):
+        return (await lease.read_instance(links.store, links.keys)).id
+    return None

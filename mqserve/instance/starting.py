@@ -1,0 +1,332 @@
+"""Starting and ending an instance: its lease, its controller, its first node; as tasks or as processes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+
+import msgspec
+
+from ..broker.documents import until
+from ..broker.errors import BadEnvelope, BadType, BadValue, InstanceError, MQServeError
+from ..broker.process.lifeline import Stop
+from ..broker.process.listener import bind
+from ..broker.settings import Settings
+from ..broker.values import code
+from ..broker.values.whole_numbers import whole_number
+from ..controller import lease
+from ..controller.detached_log import detached_log
+from ..controller.loop import Controller
+from ..controller.machine import measure_node
+from ..controller.node import Child, Node, NodeOptions
+from ..controller.processes import Process
+from ..controller.restarts import Restarts
+from ..controller.state.beats import read_beats
+from ..controller.state.documents import Desired, HttpOptions, Observed
+from ..links import EmbeddedLauncher, Links, instance_has_ended, open_links
+from .draining import Tell, telling
+from .role_lock import Role, check_folder, is_played
+from .supervisor import Kept
+
+logger = logging.getLogger(__name__)
+
+START_BUDGET_S = 30.0
+SHUTDOWN_BUDGET_S = 45.0
+UNLED_AFTER_S = lease.LAPSED_AFTER_S + 5.0  # of an instance that is to end: another controller would have led by then
+LOCATIONS = ("HeadOnly", "EveryNode", "NoServer")
+
+
+@dataclass(frozen=True, slots=True)
+class StartOptions:
+    """What `serve.start` was told."""
+
+    http: HttpOptions
+    middlewares: tuple[object, ...] = ()
+    detached: bool = False
+    with_node: bool = True
+    node_id: str = ""
+    incomplete: bool = False  # proxies are not ready before `Client.tell_complete`
+    tell: Tell | None = None  # what still drains at its end
+
+
+def parse_http_options(options: object) -> tuple[HttpOptions, tuple[object, ...]]:
+    """(options, middlewares). Raises BadType or BadValue with what is wrong."""
+    if options is None:
+        options = {}
+    if not isinstance(options, dict):
+        raise BadType(f"http_options must be a dict such as {{'port': 8000}}, not {type(options).__name__}")
+    known = {"host", "port", "location", "middlewares", "debug"}
+    if unknown := set(options) - known:
+        raise BadValue(f"http_options has no {', '.join(sorted(map(str, unknown)))}: there are {', '.join(sorted(known))}")
+    host, port = options.get("host", "127.0.0.1"), whole_number(options.get("port", 8000))
+    location = options.get("location", "HeadOnly")
+    if host is None or location is None:
+        host, location = host or "127.0.0.1", "NoServer"
+    if not isinstance(host, str) or "\0" in host:
+        raise BadType(f"http_options host must be a name or an address such as '127.0.0.1', not {host!r}")
+    if location not in LOCATIONS:
+        raise BadValue(f"http_options location {location!r} must be one of {', '.join(LOCATIONS)} or None")
+    if port is None or not 0 <= port <= 65535:
+        raise BadValue(f"http_options port {options['port']!r} must be a whole number from 0 (any free one) to 65535")
+    return HttpOptions(host, port, location, debug=bool(options.get("debug", False))), parse_middlewares(options.get("middlewares"))
+
+
+def parse_middlewares(middlewares: object) -> tuple[object, ...]:
+    """Raises BadType for what is no list: of a str it would be the letters."""
+    if middlewares is None:
+        return ()
+    if not isinstance(middlewares, list | tuple):
+        raise BadType(f"middlewares must be a list, the first one outermost, not {middlewares!r}")
+    return tuple(middlewares)
+
+
+@asynccontextmanager
+async def running_instance(links: Links, options: StartOptions) -> AsyncIterator[str]:
+    """A live instance, with its id; shut down on exit unless detached."""
+    if links.settings.embedded and options.detached:
+        raise InstanceError(
+            "a detached instance needs a broker and a store that outlive this process: set MQSERVE_BROKER_URL and MQSERVE_STORE_URL"
+        )
+    http = options.http
+    if http.location != "NoServer" and options.with_node:
+        try:
+            bind(http.host, http.port).close()  # said here, in one sentence, rather than by a child
+        except BadValue:
+            await lease.check_free(links.store, links.keys)  # else that is the reason: its proxy has the port
+            raise
+    if options.detached:
+        check_folder(links.settings.namespace)
+    if not links.settings.embedded:
+        await _check_not_kept(links)
+    if options.middlewares:
+        packed = code.pack(list(options.middlewares), (), links.settings.signer)
+        http = msgspec.structs.replace(http, middlewares=await code.save(links.store, links.keys, packed))
+    node_id = options.node_id or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
+    head_node = node_id if options.with_node else ""
+    claim = await lease.claim_instance(links.store, links.keys, head_node, http, detached=options.detached, incomplete=options.incomplete)
+    members = _Members(links, claim.id, node_id, options)
+    is_up = False
+    try:
+        members.start()
+        await _until_up(links, http, head_node, members)
+        is_up = True
+        members.watch()
+        yield claim.id
+    finally:
+        if not (options.detached and is_up):
+            try:
+                if claim.found is None:
+                    await shut_down(links, claim.id, options.tell)
+                else:  # what others have deployed there is not ours to clear
+                    await lease.give_back(links.store, links.keys, claim, head_node)
+            except MQServeError as error:
+                logger.error("the instance was not cleared, which the next start under its namespace does: %s", error)
+            finally:
+                await members.end()
+
+
+async def _check_not_kept(links: Links) -> None:
+    """Raises InstanceError where a supervisor on this machine keeps the instance there is, also if no controller leads it now."""
+    raw = await links.store.get(links.keys.instance)
+    if raw is not None and is_played(links.settings.namespace, lease.decode_lease(raw).id, Role.SUPERVISOR):
+        await lease.check_free(links.store, links.keys)
+        raise InstanceError(
+            "an instance runs under this namespace, and its supervisor on this machine is about to start its controller again: look with "
+            f"`mqserve status` and in {detached_log(links.settings.namespace)}, and join it with serve.connect() or end it with "
+            "`mqserve shutdown`"
+        )
+
+
+class _Members:
+    """The controller and the first node, as tasks or as processes; of a detached instance the supervisor, which starts these."""
+
+    def __init__(self, links: Links, instance: str, node_id: str, options: StartOptions) -> None:
+        self._links = links
+        self._instance = instance
+        self._node_id = node_id
+        self._options = options
+        self._kept = Kept(instance, secrets.token_hex(4), node_id if options.with_node else "")
+        self._processes: list[Process] = []
+        self._watching: list[asyncio.Task[None]] = []
+        self._stop = Stop()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        if self._links.settings.embedded:
+            links = self._links
+            has_key = bool(links.settings.secret_keys)
+            controller = Controller(links.store, links.keys, links.queue, links.process_id, self._instance, has_key=has_key)
+            options = NodeOptions(self._node_id, capacity=measure_node(None, None, {}))
+            node = Node(options, links.store, links.keys, EmbeddedLauncher(links), links.settings.signer)
+            self._tasks = [asyncio.create_task(controller.run(self._stop)), asyncio.create_task(node.run(self._stop))]
+            return
+        self._processes = [Process(command, self._links.settings, detached=self._options.detached) for command in self._commands()]
+
+    def _commands(self) -> list[list[str]]:
+        arguments = self._kept.arguments()
+        if self._options.detached:
+            return [["supervisor", *arguments]]
+        node = [["node", "--node-id", self._node_id]] if self._options.with_node else []
+        return [["controller", *arguments], *node]
+
+    def watch(self) -> None:
+        """Starts again whichever of its processes dies, as long as there is the instance; a detached one's keep each other."""
+        if self._options.detached:
+            for process in self._processes:
+                process.disown()
+        else:
+            self._watching = [asyncio.create_task(self._keep(place)) for place in range(len(self._processes))]
+
+    async def _keep(self, place: int) -> None:
+        command = self._commands()[place]
+
+        def start() -> Child:
+            self._processes[place] = Process(command, self._links.settings)
+            return self._processes[place]
+
+        async def is_over() -> bool:
+            if command[0] == "controller":
+                with suppress(MQServeError):  # then it lapses
+                    await lease.release_of(self._links.store, self._links.keys, self._kept.token)
+            return await instance_has_ended(self._links, self._instance)
+
+        await keep_running(command[0], self._processes[place], start, is_over)
+
+    @property
+    def log(self) -> str:
+        """Where it stands what they said."""
+        return str(detached_log(self._links.settings.namespace)) if self._options.detached else "the log above"
+
+    @property
+    def pids(self) -> set[int]:
+        return {process.pid for process in self._processes}
+
+    def check(self) -> None:
+        """Raises InstanceError when a member ended."""
+        for process in self._processes:
+            if process.returncode is not None:
+                raise InstanceError(f"{process!r} ended at once: see {self.log}")
+        for task in self._tasks:
+            if task.done():
+                raise InstanceError("the controller or the node ended at once") from task.exception()
+
+    async def end(self) -> None:
+        self._stop.set()
+        for watching in self._watching:
+            watching.cancel()
+        await asyncio.gather(*self._watching, return_exceptions=True)
+        for process in self._processes:
+            process.stop()
+        waits = [asyncio.create_task(_ended(process)) for process in self._processes] + self._tasks
+        if waits:
+            await asyncio.wait(waits, timeout=SHUTDOWN_BUDGET_S)
+        for process in self._processes:
+            process.kill()
+
+
+async def keep_running(role: str, child: Child, start: Callable[[], Child], is_over: Callable[[], Awaitable[bool]]) -> None:
+    """Until all is over, which is asked after each end. One that lived for a while is started again at once, others after growing
+    pauses."""
+    restarts = Restarts()
+    while True:
+        started = time.monotonic()
+        how = await child.wait()
+        if await is_over():
+            return
+        logger.warning("the %s ended (%s): starting another", role, how or "by itself")
+        restarts.died(time.monotonic(), how, lived_s=time.monotonic() - started)
+        child = await _start_again(role, start, restarts)
+
+
+async def _start_again(role: str, start: Callable[[], Child], restarts: Restarts) -> Child:
+    while True:
+        await asyncio.sleep(max(0.0, restarts.not_before - time.monotonic()))
+        try:
+            return start()
+        except OSError as error:  # no file descriptors, no processes: there may be some later
+            logger.error("cannot start the %s again: %s", role, error)
+            restarts.died_early(time.monotonic(), str(error))
+
+
+async def _ended(child: Child) -> None:
+    await child.wait()
+
+
+async def end_instance(settings: Settings, tell: Tell) -> int:
+    """The instance that runs, whosever it is; the exit code. Raises InstanceError when there is none, and as `shut_down` does."""
+    async with open_links(settings, "client") as links:
+        instance = (await lease.read_instance(links.store, links.keys)).id
+        tell(f"Draining {settings.namespace!r} …")
+        await shut_down(links, instance, tell)
+    return 0
+
+
+async def shut_down(links: Links, instance: str, tell: Tell | None = None) -> None:
+    """The instance drains and is cleared: marks the desired document and waits for the controller to have done it.
+
+    Where none leads it is cleared here, and what still runs drains by itself. Raises InstanceError for one that still drains when all its
+    replicas' time is over, and StoreUnavailable.
+    """
+
+    async def read_budget_s() -> float:
+        desired = Desired.from_bytes(await links.store.get(links.keys.desired))
+        drains_s = [backend.config.graceful_shutdown_timeout_s for backend in desired.backends.values()]
+        return SHUTDOWN_BUDGET_S + 2 * max(drains_s, default=0.0)  # for what waits, and then for what runs
+
+    async def is_cleared() -> bool | None:
+        raw, raw_lease = await links.store.get_documents([links.keys.desired, links.keys.instance])
+        desired = Desired.from_bytes(raw)
+        if raw is None or desired.instance != instance:
+            return True
+        if not desired.closing:
+            closing = msgspec.structs.replace(desired, closing=True, version=desired.version + 1)
+            await links.store.replace(links.keys.desired, raw, closing.to_bytes())
+        with suppress(BadEnvelope):  # the leader writes the lease anew
+            if raw_lease is not None and links.store.now_ms() - lease.decode_lease(raw_lease).at > UNLED_AFTER_S * 1000:
+                raise TimeoutError  # it would be waited for in vain
+        return None
+
+    budget_s = await until(links.store, read_budget_s, SHUTDOWN_BUDGET_S)
+    try:
+        async with telling(links, tell):
+            await until(links.store, is_cleared, budget_s)
+    except TimeoutError:
+        if await lease.beats(links.store, links.keys, instance):
+            raise InstanceError(
+                f"the instance still drains after {budget_s:g} s, and its controller goes on with that: look with `mqserve status`, "
+                "and drop what keeps it with delete_backend(…, force=True)"
+            ) from None
+        await lease.forget(links.store, links.keys, instance)
+
+
+async def _until_up(links: Links, http: HttpOptions, head_node: str, members: _Members) -> None:
+    """The controller leads, the node is there and its proxy serves. Raises InstanceError with the reason why not."""
+    wants_proxy = bool(head_node) and http.location != "NoServer"
+
+    async def is_up() -> bool | None:
+        members.check()
+        beats = read_beats(await links.store.fields(links.keys.beats))
+        raw_desired, raw_observed = await links.store.get_documents([links.keys.desired, links.keys.observed])
+        desired, observed = Desired.from_bytes(raw_desired), Observed.from_bytes(raw_observed)
+        is_led = observed.seen >= (desired.epoch, desired.version)  # by the new controller: of an instance taken over there is an old state
+        proxies = [beat for beat in beats.values() if beat.kind == "proxy" and beat.node == head_node] if wants_proxy else []
+        for proxy in proxies:
+            if proxy.state == "failed":
+                raise InstanceError(proxy.error)
+        if trouble := next((beat.error for beat in beats.values() if beat.kind == "supervisor" and beat.pid in members.pids), ""):
+            raise InstanceError(trouble)
+        node_is_there = not head_node or f"node:{head_node}" in beats
+        proxy_serves = not wants_proxy or any(proxy.state == "ready" for proxy in proxies)
+        return True if is_led and node_is_there and proxy_serves else None
+
+    try:
+        await until(links.store, is_up, START_BUDGET_S)
+    except TimeoutError:
+        raise InstanceError(f"the instance was not up within {START_BUDGET_S:g} s: see {members.log}, and `mqserve status`") from None
