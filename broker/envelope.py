@@ -22,7 +22,7 @@ SEALED_BODY_BYTES = 256  # a body up to this size is covered by the seal; of a l
 Pairs = tuple[tuple[bytes, bytes], ...]
 
 
-class Meta(msgspec.Struct, frozen=True, omit_defaults=True):
+class RequestHead(msgspec.Struct, frozen=True, omit_defaults=True):
     """What a caller tells the user's code beside the body, in HTTP's own terms.
 
     `params` are (name, convertor, matched text): converted by that convertor wherever they are needed, so they are exact.
@@ -57,7 +57,7 @@ class Header(msgspec.Struct, frozen=True, omit_defaults=True):
     ref: str = ""  # the body lies in the store under this key
     shadow: bool = False  # a copy: nobody waits for it, and its result is not kept
     once: bool = False  # never published twice, for a backend that delivers at most once
-    meta: Meta = Meta()
+    meta: RequestHead = RequestHead()
     deadline: Annotated[int, msgspec.Meta(ge=0, le=2**62)] = (
         0  # store time in ms, 0 for none; an int, since pamqp packs header floats in 32 bits, a minute off
     )
@@ -67,7 +67,7 @@ class Header(msgspec.Struct, frozen=True, omit_defaults=True):
     def claims(self) -> bool:
         """Whether it says more than any publisher may, which is a deadline and a method to call."""
         says = self.origin or self.inbox or self.ref or self.shadow or self.once or self.again
-        return bool(says) or self.meta != Meta(call=self.meta.call)
+        return bool(says) or self.meta != RequestHead(call=self.meta.call)
 
 
 NO_HEADER = Header()

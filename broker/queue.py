@@ -1,4 +1,4 @@
-"""The queue: what RabbitMQ does for us, as an interface with two implementations (`rabbitmq.py`, `embedded_queue.py`).
+"""The queue: what RabbitMQ does for us, as an interface with two implementations (`rabbitmq/queue.py`, `memory/queue.py`).
 
 Nothing here awaits per message: a publish is told its fate by a callback, a delivery is handed over by one, and acks are
 joined into one write per loop turn. All of it belongs to one event loop.

@@ -53,7 +53,7 @@ class Result(msgspec.Struct, frozen=True, omit_defaults=True):
         return result
 
 
-class Note(msgspec.Struct, frozen=True, array_like=True):
+class InboxEntry(msgspec.Struct, frozen=True, array_like=True):
     """An inbox entry `[v, id, kind, seq, payload]`. Kind 0 is the whole result, or empty: read the key. Others are to come."""
 
     v: int
@@ -77,12 +77,12 @@ def late_result(phase: str, unstored: str = "") -> Result:
     return Result(status=504, error=ErrorInfo(type="mqserve.RequestTimeout", message=message))
 
 
-def note_of(future_id: str, result: bytes) -> bytes:
+def entry_of(future_id: str, result: bytes) -> bytes:
     """The inbox entry that announces a recorded result."""
-    return Note(1, future_id, RESULT_KIND, 0, result if len(result) <= INLINE_BYTES else b"").to_bytes()
+    return InboxEntry(1, future_id, RESULT_KIND, 0, result if len(result) <= INLINE_BYTES else b"").to_bytes()
 
 
-def read_note(raw: bytes) -> Note | None:
+def read_entry(raw: bytes) -> InboxEntry | None:
     """The entry, or None for one of a version or kind that this process does not know."""
     try:
         note = _decode_note(raw)
@@ -93,4 +93,4 @@ def read_note(raw: bytes) -> Note | None:
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_result = msgspec.msgpack.Decoder(Result).decode
-_decode_note = msgspec.msgpack.Decoder(Note).decode
+_decode_note = msgspec.msgpack.Decoder(InboxEntry).decode

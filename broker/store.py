@@ -1,4 +1,4 @@
-"""The store: what Redis does for us, as an interface with two implementations (`redis_store.py`, `embedded_store.py`)."""
+"""The store: what Redis does for us, as an interface with two implementations (`redis/store.py`, `memory/store.py`)."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class Store(Protocol):
         else's has to be like no other."""
         ...
 
-    async def set_default(self, key: str, value: bytes, *, ttl_ms: int) -> None:
+    async def put_if_absent(self, key: str, value: bytes, *, ttl_ms: int) -> None:
         """Writes it where nothing stands, else puts the expiry of what does off: for a key that can have one value only."""
         ...
 
@@ -165,7 +165,7 @@ class Store(Protocol):
         """Runs until cancelled: hands over what is kept of the log, and then what is appended."""
         ...
 
-    async def concern(self) -> str:
+    async def misconfiguration(self) -> str:
         """What about the server's own set-up breaks our promises, and the mend; empty where nothing does, or it does not let us ask."""
         ...
 

@@ -25,7 +25,7 @@ from tempfile import NamedTemporaryFile
 import msgspec
 
 from ..broker.errors import BackendFailed, BadSignature
-from ..broker.values.signing import Claim, Signer
+from ..broker.values.signing import SealScope, Signer
 from .state.resources import ActorOptions
 
 logger = logging.getLogger(__name__)
@@ -55,9 +55,9 @@ def check_environment(options: ActorOptions, backend: str, signer: Signer) -> No
         ) from error
 
 
-def _claim(options: ActorOptions, backend: str) -> Claim:
+def _claim(options: ActorOptions, backend: str) -> SealScope:
     content = msgspec.msgpack.encode([options.python, options.pip])
-    return Claim("code", backend, hashlib.sha256(content).hexdigest(), "environment")
+    return SealScope("code", backend, hashlib.sha256(content).hexdigest(), "environment")
 
 
 async def find_python(options: ActorOptions) -> str:

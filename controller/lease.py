@@ -47,7 +47,7 @@ class InstanceLease(msgspec.Struct, frozen=True):
     leader: str = ""
 
 
-class Claim(NamedTuple):
+class InstanceClaim(NamedTuple):
     """The instance that a starter has, and its document as it was found where it was there before."""
 
     id: str
@@ -73,7 +73,7 @@ class Leadership(msgspec.Struct, frozen=True):
 
 async def claim_instance(
     store: Store, keys: StoreKeys, head_node: str, http: HttpOptions | None, *, detached: bool, incomplete: bool = False
-) -> Claim:
+) -> InstanceClaim:
     """The namespace is ours after this. `incomplete`: what is declared is to be deployed yet.
 
     A lapsed instance is cleared (its queues stay, with the requests in them). A lapsed detached one is taken over by a detached start, with
@@ -88,14 +88,14 @@ async def claim_instance(
             raise _started_meanwhile()
         if old.detached and detached and _is_left(old.id, await store.get(keys.desired)):
             await _write(store, keys, raw, msgspec.structs.replace(old, owner=_owner(), at=store.now_ms()))
-            return Claim(old.id, await _take_over(store, keys, old.id, head_node, http))
+            return InstanceClaim(old.id, await _take_over(store, keys, old.id, head_node, http))
     lease = InstanceLease(secrets.token_hex(8), _owner(), detached, store.now_ms())
     await _write(store, keys, raw, lease)  # first: of two starters who see one lapsed lease, one clears and the other is refused
     await _forget_documents(store, keys, (keys.instance, msgspec.json.encode(lease)))
     desired = Desired(instance=lease.id, head_node=head_node, http=http or HttpOptions(location="NoServer"), incomplete=incomplete)
     if not await store.replace(keys.desired, None, desired.to_bytes()):
         raise _started_meanwhile()
-    return Claim(lease.id)
+    return InstanceClaim(lease.id)
 
 
 async def check_free(store: Store, keys: StoreKeys) -> InstanceLease | None:
@@ -131,7 +131,7 @@ async def _take_over(store: Store, keys: StoreKeys, instance: str, head_node: st
             return old
 
 
-async def give_back(store: Store, keys: StoreKeys, claim: Claim, head_node: str) -> None:
+async def give_back(store: Store, keys: StoreKeys, claim: InstanceClaim, head_node: str) -> None:
     """After a start that failed: whoever starts next finds the instance as it was, unless somebody else has it by then."""
     raw = await store.get(keys.desired)
     if claim.found is None or not _is_left(claim.id, raw) or (current := Desired.from_bytes(raw)).head_node != head_node:
@@ -152,7 +152,7 @@ def no_instance() -> InstanceError:
     return InstanceError("no instance runs under this namespace: start one with `mqserve start`, `mqserve run` or serve.start()")
 
 
-async def beats(store: Store, keys: StoreKeys, instance: str) -> bool:
+async def has_leader(store: Store, keys: StoreKeys, instance: str) -> bool:
     """Whether a controller leads this instance: watched for a while, unless it is long gone."""
     raw = await store.get(keys.instance)
     lease = decode_lease(raw) if raw is not None else None

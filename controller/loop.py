@@ -19,7 +19,7 @@ from typing import TypeVar
 
 import msgspec
 
-from ..broker.calls.cancellations import word_of_proxy
+from ..broker.calls.cancellations import notice_of_proxy
 from ..broker.errors import BrokerUnavailable, MQServeError, WrongType
 from ..broker.process.complaint import Complaint
 from ..broker.queue import Queue
@@ -71,7 +71,7 @@ class Controller:
         self._looked_at = -math.inf  # at the store, monotonic
         self._is_first_look = True
         self._settled_at = 0.0  # monotonic; until then nobody is missed
-        self._concern = ""  # the store's own
+        self._misconfiguration = ""  # the store's own
         self._asked_at = -math.inf  # for it, monotonic
         self._waiting, self._queues_wait = Complaint(logger), Complaint(logger)
         self._begin(0)
@@ -189,9 +189,9 @@ class Controller:
     async def _ask_store(self) -> None:
         if time.monotonic() - self._asked_at < ASK_STORE_EVERY_S:
             return
-        self._asked_at, before, self._concern = time.monotonic(), self._concern, await self._store.concern()
-        if self._concern and self._concern != before:
-            logger.warning("%s", self._concern)
+        self._asked_at, before, self._misconfiguration = time.monotonic(), self._misconfiguration, await self._store.misconfiguration()
+        if self._misconfiguration and self._misconfiguration != before:
+            logger.warning("%s", self._misconfiguration)
 
     async def _write_back(self) -> None:
         """What is assigned comes back too, and the members get time to beat again: a loss of data must stop nothing that runs."""
@@ -297,8 +297,8 @@ class Controller:
                 problems[f"proxy on {beat.node or beat.host}"] = beat.error
         if problem := plan.seal_problem(beats, has_key=self._has_key):
             problems["requests without a seal"] = problem
-        if self._concern:
-            problems["the store"] = self._concern
+        if self._misconfiguration:
+            problems["the store"] = self._misconfiguration
         if noted := self._store.noted:
             problems["a key in the store"] = noted
         if trouble := self._trouble():
@@ -361,7 +361,7 @@ class Controller:
         if old:
             await self._leader.hold()
             if lost:  # their clients are gone with them: first the word, since it is said as long as there is a beat
-                await self._store.append_log(self._keys.cancelled, *(word_of_proxy(self._keys.inbox(name)) for name in lost))
+                await self._store.append_log(self._keys.cancelled, *(notice_of_proxy(self._keys.inbox(name)) for name in lost))
             await self._store.drop_fields(self._keys.beats, *old)
 
     async def _forget_forced(self, desired: Desired, observed: Observed, beats: dict[str, Beat]) -> None:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ..broker.calls.cancellations import word_of_proxy
+from ..broker.calls.cancellations import notice_of_proxy
 from ..broker.errors import InstanceError, StoreUnavailable, words_of
 from ..broker.process.lifeline import Stop
 from ..broker.store import Store
@@ -264,7 +264,7 @@ class Node:
         next is started."""
         if untold := self._dead_proxies - self._told_of:
             with suppress(StoreUnavailable):
-                await self._store.append_log(self._keys.cancelled, *(word_of_proxy(self._keys.inbox(name)) for name in untold))
+                await self._store.append_log(self._keys.cancelled, *(notice_of_proxy(self._keys.inbox(name)) for name in untold))
                 self._told_of |= untold
         if self._proxies or not self._proxy_wanted:
             dead = self._dead_proxies & self._told_of

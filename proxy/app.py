@@ -7,8 +7,8 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from ..broker.calls.sending import MAX_BODY_BYTES, Caller
-from ..broker.envelope import MAX_HEAD_BYTES, Meta, is_minted, mint_id
+from ..broker.calls.sending import MAX_BODY_BYTES, RequestSender
+from ..broker.envelope import MAX_HEAD_BYTES, RequestHead, is_minted, mint_id
 from ..broker.errors import BadValue, Cancelled, MQServeError, NoReplica, StoreUnavailable, TooLarge
 from ..broker.failures import name_of
 from ..broker.overload import HeldBytes
@@ -36,15 +36,15 @@ class ProxyApp:
     """Reads `routes` anew for each request: whoever follows the desired document replaces it."""
 
     def __init__(
-        self, caller: Caller, routes: RouteTable, readiness: Callable[[], tuple[bool, dict[str, Any]]],
+        self, sender: RequestSender, routes: RouteTable, readiness: Callable[[], tuple[bool, dict[str, Any]]],
         *, debug: bool = False, admin_token: str = "",
     ) -> None:  # fmt: skip
-        self._caller = caller
+        self._sender = sender
         self.routes = routes
         self._readiness = readiness
         self._debug = debug
         self._metrics = ProxyMetrics()
-        self.departures = Departures(caller.cancel)
+        self.departures = Departures(sender.cancel)
         self._system = SystemPaths(
             {
                 "/-/routes": SystemPath(self._routes_listing),
@@ -62,7 +62,7 @@ class ProxyApp:
     def forget_deleted(self, desired: Desired) -> None:
         """What was counted of routes, endpoints and backends that are not there any more."""
         self._metrics.keep(desired)
-        self._caller.keep_paces(desired.backends)
+        self._sender.keep_paces(desired.backends)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -98,9 +98,9 @@ class ProxyApp:
             content_type, call, shard_key, timeout_s = _read_headers(scope["headers"])
             backend, shadows = choose(target.endpoint, shard_key)
             self._check_up(backend)
-            body = await _read_body(scope, receive, self._caller.held)
+            body = await _read_body(scope, receive, self._sender.held)
             meta = _meta(scope, target, call)
-            ticket = self._caller.send(
+            ticket = self._sender.send(
                 backend,
                 body,
                 content_type,
@@ -112,7 +112,7 @@ class ProxyApp:
             request_id = ticket.id
             self._metrics.sent[target.endpoint.name] += 1
             for shadow in shadows:
-                self._caller.send_shadow(shadow, body, content_type, meta, origin="http", timeout_s=routes.timeouts_s[shadow])
+                self._sender.send_shadow(shadow, body, content_type, meta, origin="http", timeout_s=routes.timeouts_s[shadow])
             del body  # it is the queue's now: what waits for an answer holds none
             waiting = (backend, target.endpoint.name)
             self._metrics.waiting[waiting] += 1
@@ -127,12 +127,12 @@ class ProxyApp:
 
     def _check_up(self, backend: str) -> None:
         """Whether waiting is of any use: a backend that only restarts is worth it, one without any replica for so long is not."""
-        if trouble := self._caller.trouble:
+        if trouble := self._sender.trouble:
             raise StoreUnavailable(f"no result could be stored or read: {trouble}", public=trouble)
         if not self.routes.down_since:
             return
         down_since = self.routes.down_since.get(backend)
-        if down_since is not None and self._caller.now_ms() - down_since > DOWN_AFTER_MS:
+        if down_since is not None and self._sender.now_ms() - down_since > DOWN_AFTER_MS:
             raise NoReplica(
                 f"backend {backend!r} has had no replica ready for {DOWN_AFTER_MS // 1000} s and none is starting: see `mqserve status`"
             )
@@ -151,11 +151,11 @@ class ProxyApp:
         future_id = scope["path"].removeprefix("/-/futures/")
         if not is_minted(future_id):
             return problem(404, "That is no request's id: it is what X-Request-ID or a handle's future says, 32 hex digits.", mint_id())
-        if not (future_id in self._caller.waits or self._system.trusts(scope)):
+        if not (future_id in self._sender.pending or self._system.trusts(scope)):
             # An id that this proxy does not know leaves traces in the store: not for anybody to make up.
             return forbidden("The request of another process")
         try:
-            return json_reply({"id": future_id, "cancelled": await self._caller.cancel_everywhere(future_id)})
+            return json_reply({"id": future_id, "cancelled": await self._sender.cancel_everywhere(future_id)})
         except MQServeError as error:
             return from_error(error, future_id)
 
@@ -240,11 +240,11 @@ def _read_timeout(value: bytes) -> float:
     return timeout_s
 
 
-def _meta(scope: Scope, target: Target, call: str) -> Meta:
+def _meta(scope: Scope, target: Target, call: str) -> RequestHead:
     raw_path: bytes = scope["raw_path"] or b""
     state: dict[str, Any] | None = scope.get("state")
     travelling, lost = _travelling(state) if state else (None, None)
-    return Meta(
+    return RequestHead(
         method=scope["method"],
         path=scope["path"],
         raw_path=raw_path if b"%" in raw_path else b"",

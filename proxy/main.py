@@ -17,8 +17,8 @@ from starlette.middleware import Middleware
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ..broker.backoff import delays
-from ..broker.calls.cancellations import Cancellations, word_of_proxy
-from ..broker.calls.sending import Caller
+from ..broker.calls.cancellations import Cancellations, notice_of_proxy
+from ..broker.calls.sending import RequestSender
 from ..broker.errors import BackendFailed, MQServeError, StoreUnavailable
 from ..broker.failures import LEAVING, describe
 from ..broker.process import forks
@@ -115,34 +115,34 @@ class Proxy:
         Raises BadValue when it cannot listen and BackendFailed when it cannot make what it is to serve; the reason stands in the store too.
         """
         self._queue = queue
-        caller = Caller(queue, self._store, self._keys, self._options.proxy_id)
+        sender = RequestSender(queue, self._store, self._keys, self._options.proxy_id)
         failure: MQServeError | None = None  # raised outside the group, which would wrap it
         async with asyncio.TaskGroup() as tasks:
-            beating, reading = tasks.create_task(self._presence.beat_forever()), tasks.create_task(caller.run())
+            beating, reading = tasks.create_task(self._presence.beat_forever()), tasks.create_task(sender.run())
             try:
                 with self._listener() as listener, forks.guarded_service(listener):
                     self._address = (self._options.host, listener.getsockname()[1])
-                    await self._serve(listener, caller, queue, stop)
+                    await self._serve(listener, sender, queue, stop)
             except MQServeError as error:
                 self._state, self._error = "failed", str(error)
                 failure = error
             finally:
-                await self._tell_of_the_rest(caller)
+                await self._tell_of_the_rest(sender)
                 await self._presence.leave(with_last_words=self._state == "failed")
                 beating.cancel()
                 reading.cancel()
         if failure is not None:
             raise failure
 
-    async def _tell_of_the_rest(self, caller: Caller) -> None:
+    async def _tell_of_the_rest(self, sender: RequestSender) -> None:
         """Requests that its end cuts off: their clients are gone."""
-        if len(caller.waits):
+        if len(sender.pending):
             with contextlib.suppress(MQServeError):
-                await self._store.append_log(self._keys.cancelled, word_of_proxy(caller.waits.inbox))
+                await self._store.append_log(self._keys.cancelled, notice_of_proxy(sender.pending.inbox))
 
-    def _give_up(self, heard: Cancellations, caller: Caller, stop: Stop) -> None:
+    def _give_up(self, heard: Cancellations, sender: RequestSender, stop: Stop) -> None:
         """It was frozen or cut off for so long that the controller told the replicas so: another one is to be started in its place."""
-        if heard.has(caller.waits.inbox) and not stop.is_set():
+        if heard.has(sender.pending.inbox) and not stop.is_set():
             logger.error("%s was silent for too long and its requests are not run any more: ending", self._options.proxy_id)
             stop.set()
 
@@ -153,11 +153,11 @@ class Proxy:
         os.set_inheritable(options.fd, False)
         return socket.socket(fileno=options.fd)
 
-    async def _serve(self, listener: socket.socket, caller: Caller, queue: Queue, stop: Stop) -> None:
-        app = await self._first_app(caller, queue)
+    async def _serve(self, listener: socket.socket, sender: RequestSender, queue: Queue, stop: Stop) -> None:
+        app = await self._first_app(sender, queue)
         server = _Server(_uvicorn_config(self._outer))
         async with asyncio.TaskGroup() as tasks:
-            heard = Cancellations(self._store, self._keys, lambda: self._give_up(heard, caller, stop))
+            heard = Cancellations(self._store, self._keys, lambda: self._give_up(heard, sender, stop))
             minding = [tasks.create_task(work) for work in (self._follow(app), app.departures.watch_forever(), heard.listen())]
             serving = tasks.create_task(server.serve(sockets=[listener]))
             while not server.started and not serving.done():
@@ -171,11 +171,11 @@ class Proxy:
             for task in minding:
                 task.cancel()
 
-    async def _first_app(self, caller: Caller, queue: Queue) -> ProxyApp:
+    async def _first_app(self, sender: RequestSender, queue: Queue) -> ProxyApp:
         try:
             desired = Desired.from_bytes(await self._store.get(self._keys.desired))
             app = self._app = ProxyApp(
-                caller,
+                sender,
                 await self._table(desired, Observed()),
                 lambda: self._readiness.look(queue),
                 debug=self._options.debug or desired.http.debug,

@@ -20,7 +20,7 @@ from ..broker.failures import MAX_MESSAGE, describe, name_of, writable
 from ..broker.process.printable import printable
 from ..broker.results import ErrorInfo, Result
 from ..broker.values import pickling
-from ..broker.values.signing import Claim, Signer
+from ..broker.values.signing import SealScope, Signer
 from .validation import Data, find_invalid
 
 logger = logging.getLogger(__name__)
@@ -106,6 +106,6 @@ def _sealed(error: BaseException, backend: str, future_id: str, signer: Signer) 
         return b""
     try:
         pickled = pickling.dumps(error)
-        return signer.seal(pickled, Claim("result", backend, future_id, "exception")) if len(pickled) <= MAX_SEALED_BYTES else b""
+        return signer.seal(pickled, SealScope("result", backend, future_id, "exception")) if len(pickled) <= MAX_SEALED_BYTES else b""
     except BaseException:
         return b""

@@ -22,7 +22,7 @@ from ..broker.process import forks
 from ..broker.process.printable import printable, printable_lines
 from ..broker.results import ErrorInfo, Result
 from ..broker.values.codecs import check_plain, decode_value
-from ..broker.values.signing import Claim, Signer
+from ..broker.values.signing import SealScope, Signer
 from .batching import split_results
 from .collect import Collected, is_whole
 from .error_results import error_result
@@ -142,7 +142,7 @@ class Execution:
     def _content(self, envelope: Envelope) -> tuple[Any, dict[str, Any]]:
         """(data, keyword arguments)."""
         try:
-            claim = Claim("request", self.backend, envelope.id)
+            claim = SealScope("request", self.backend, envelope.id)
             content = decode_value(envelope.body, envelope.content_type, self.signer, claim)
         except BadEnvelope as error:
             raise BadBody(str(error)) from error

@@ -20,7 +20,7 @@ class Job:
     envelope: Envelope
     tag: Any
     deadline: float = math.inf  # monotonic
-    suspect: bool = False  # delivered before: the owner is told when it starts, and leaves a mark
+    redelivered: bool = False  # delivered before: the owner is told when it starts, and leaves a mark
     mark: bytes = b""  # the owner's: the start mark that stands in the store, or may
     started: float = 0.0  # monotonic; 0 until it runs
     run_s: float = 0.0

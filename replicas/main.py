@@ -28,14 +28,14 @@ from ..controller.state.convertors import Convertors
 from ..controller.state.documents import Backend, Desired, Observed
 from ..controller.state.following import follow_state
 from ..controller.state.presence import Presence
-from .configuring import Configuring
 from .context import ReplicaContext, enter_context
 from .execute import Execution
 from .handler import Handler
 from .job import Job
 from .loading import construct, read_backend
 from .metrics import ReplicaMetrics
-from .serve import Server
+from .request_loop import RequestLoop
+from .user_hooks import UserHooks
 from .worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -83,8 +83,8 @@ class Replica:
         self._error = ""
         self._backend: Backend | None = None
         self._queue: Queue | None = None
-        self._server: Server | None = None
-        self._configuring: Configuring | None = None
+        self._requests: RequestLoop | None = None
+        self._hooks: UserHooks | None = None
         field = f"replica:{options.replica_id}"
         self._presence = Presence(store, self._keys.beats, field, lambda: self._beat().to_bytes(), BEAT_EVERY_S)
 
@@ -99,7 +99,7 @@ class Replica:
         backend, convertors = await read_backend(self._store, self._keys, self._settings.namespace, self._options.backend)
         self._backend = backend
         context = ReplicaContext(backend.name, self._options.replica_id)
-        worker = Worker(context, backend.config, self._on_done, self._on_suspect)
+        worker = Worker(context, backend.config, self._on_done, self._on_redelivered)
         failure: MQServeError | None = None  # raised outside the group, which would wrap it
         async with asyncio.TaskGroup() as tasks:
             beating = tasks.create_task(self._presence.beat_forever())
@@ -109,10 +109,10 @@ class Replica:
                 handler = await unless(stop, construct(self._store, self._keys, self._settings, worker, backend))
                 if handler is None:
                     return
-                self._configuring = configuring = Configuring(worker, handler)
-                await configuring.apply(backend)
+                self._hooks = hooks = UserHooks(worker, handler)
+                await hooks.apply(backend)
                 async with open_queue() as self._queue:
-                    await self._serve(self._queue, worker, handler, configuring, stop)
+                    await self._serve(self._queue, worker, handler, hooks, stop)
             except* MQServeError as group:
                 failure = first_of(group)
                 if isinstance(failure, BackendFailed):
@@ -124,52 +124,52 @@ class Replica:
         if failure is not None:
             raise failure
 
-    async def _serve(self, queue: Queue, worker: Worker, handler: Handler, configuring: Configuring, stop: Stop) -> None:
+    async def _serve(self, queue: Queue, worker: Worker, handler: Handler, hooks: UserHooks, stop: Stop) -> None:
         assert self._backend is not None
         backend = self._backend
         worker.serve(Execution(backend.name, handler, self._settings.signer))
         metrics = ReplicaMetrics(backend.name, self._options.replica_id)
-        server = Server(self._settings, backend, queue, self._store, worker, handler, metrics, self._options.replica_id)
-        self._server = server
+        requests = RequestLoop(self._settings, backend, queue, self._store, worker, handler, metrics, self._options.replica_id)
+        self._requests = requests
         metrics.ready()
         try:
             async with asyncio.TaskGroup() as tasks:
                 minding = [
-                    tasks.create_task(self._follow(server, configuring, stop)),
-                    tasks.create_task(configuring.check_health_forever(backend)),
+                    tasks.create_task(self._follow(requests, hooks, stop)),
+                    tasks.create_task(hooks.check_health_forever(backend)),
                     tasks.create_task(_stop_with(worker, stop)),
-                    tasks.create_task(server.keep_taking_forever(lambda: self._say("ready"))),
+                    tasks.create_task(requests.keep_taking_forever(lambda: self._say("ready"))),
                 ]
-                to_the_end = [tasks.create_task(server.tune_forever()), tasks.create_task(server.listen())]
+                to_the_end = [tasks.create_task(requests.tune_forever()), tasks.create_task(requests.listen())]
                 await stop.wait()
                 self._say("draining")
                 for task in minding:
                     task.cancel()
-                await server.drain(ORPHAN_DRAIN_S if stop.orphaned else math.inf)
+                await requests.drain(ORPHAN_DRAIN_S if stop.orphaned else math.inf)
                 for task in to_the_end:
                     task.cancel()
         finally:
             metrics.end()
-            await server.abandon()  # a process's end does that; in the embedded form nobody else would
+            await requests.abandon()  # a process's end does that; in the embedded form nobody else would
         worker.check()
 
-    async def _follow(self, server: Server, configuring: Configuring, stop: Stop) -> None:
+    async def _follow(self, requests: RequestLoop, hooks: UserHooks, stop: Stop) -> None:
         """Takes new configuration and new generations of the queue as they come; ends when the replica is not wanted any more."""
         async for read_desired, read_observed in follow_state(self._store, self._keys):
             desired, observed = read_desired or Desired(), read_observed or Observed()
             name = self._options.backend
             if observed.epoch:  # a store that lost the document says nothing of it
-                server.demand_seals(observed.sealed)
+                requests.demand_seals(observed.sealed)
             if observed.epoch and not self._is_wanted(observed):
                 logger.info("%s is not wanted any more", self._options.replica_id)
                 stop.set()
                 return
             await self._learn_convertors(desired)
             if name in desired.backends:
-                server.configure(desired.backends[name].config)
-                await self._reconfigure(configuring, desired.backends[name])
+                requests.configure(desired.backends[name].config)
+                await self._reconfigure(hooks, desired.backends[name])
             if generations := observed.queues.get(name, ()):
-                server.want(generations)
+                requests.want(generations)
 
     async def _learn_convertors(self, desired: Desired) -> None:
         """Those that were registered after this replica had started, too; without one, requests of its routes are told 422."""
@@ -181,9 +181,9 @@ class Replica:
             except Exception as error:  # a convertor may be anybody's
                 return logger.warning("%s cannot make the convertors of its instance: %s", self._options.replica_id, words_of(error))
 
-    async def _reconfigure(self, configuring: Configuring, backend: Backend) -> None:
+    async def _reconfigure(self, hooks: UserHooks, backend: Backend) -> None:
         try:
-            await configuring.apply(backend)
+            await hooks.apply(backend)
         except BackendFailed as error:
             logger.warning("%s keeps its last good user_config: %s", self._options.replica_id, error)
 
@@ -193,26 +193,26 @@ class Replica:
         return self._options.replica_id in observed.replicas
 
     def _on_done(self, job: Job, result: Result) -> None:
-        assert self._server is not None
-        self._server.on_done(job, result)
+        assert self._requests is not None
+        self._requests.on_done(job, result)
 
-    async def _on_suspect(self, jobs: Sequence[Job]) -> None:
-        assert self._server is not None
-        await self._server.mark_suspects(jobs)
+    async def _on_redelivered(self, jobs: Sequence[Job]) -> None:
+        assert self._requests is not None
+        await self._requests.mark_redelivered(jobs)
 
     def _say(self, state: str) -> None:
         self._state = state
         self._presence.tell()
 
     def _beat(self) -> Beat:
-        options, server, configuring = self._options, self._server, self._configuring
+        options, requests, hooks = self._options, self._requests, self._hooks
         error = self._error or (self._queue.why_down if self._queue and self._state == "starting" else "")
         return Beat(
             kind="replica", id=options.replica_id, at=self._store.now_ms(), pid=os.getpid(), host=socket.gethostname(), state=self._state,
             error=error, node=options.node, external=options.external, backend=options.backend,
-            version=self._backend.version if self._backend else 0, generations=server.generations if server else (),
-            follows=(0, configuring.version if configuring else 0), refused=configuring.refused if configuring else "",
-            running=server.running if server else 0, served=server.served if server else 0, noted=self._store.noted,
+            version=self._backend.version if self._backend else 0, generations=requests.generations if requests else (),
+            follows=(0, hooks.version if hooks else 0), refused=hooks.refused if hooks else "",
+            running=requests.running if requests else 0, served=requests.served if requests else 0, noted=self._store.noted,
             seals=bool(self._settings.secret_keys),
         )  # fmt: skip
 

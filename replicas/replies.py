@@ -9,13 +9,13 @@ from ..broker.envelope import MAX_HEAD_BYTES, Pairs
 from ..broker.errors import NotEncodable
 from ..broker.results import ErrorInfo, Result
 from ..broker.values.codecs import JSON, TEXT, encode_value
-from ..broker.values.signing import Claim, Signer
+from ..broker.values.signing import SealScope, Signer
 from .jsonable import to_json
 
 
 def value_result(value: object, backend: str, future_id: str, signer: Signer) -> Result:
     """For a handle: the caller gets an equal object. Raises NotEncodable."""
-    content_type, body = encode_value(value, signer, Claim("result", backend, future_id))
+    content_type, body = encode_value(value, signer, SealScope("result", backend, future_id))
     return Result(backend=backend, content_type=content_type, body=body)
 
 

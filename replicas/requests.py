@@ -11,7 +11,7 @@ from starlette.convertors import CONVERTOR_TYPES
 from starlette.datastructures import FormData, Headers, State
 from starlette.requests import Request as StarletteRequest
 
-from ..broker.envelope import Meta
+from ..broker.envelope import RequestHead
 from ..broker.errors import UNPARSABLE, BadEnvelope, BadType
 from ..broker.failures import describe
 from ..broker.values.codecs import JSON, decode_plain, media_type
@@ -193,7 +193,7 @@ class _Arguments(dict[str, Any]):
         return [(key, item) for key in self for item in self.getlist(key)]
 
 
-def convert_params(meta: Meta) -> dict[str, Any]:
+def convert_params(meta: RequestHead) -> dict[str, Any]:
     """The typed path parameters; the text was matched by the same convertor in the proxy."""
     try:
         return {name: CONVERTOR_TYPES[convertor].convert(text) for name, convertor, text in meta.params}
@@ -201,7 +201,7 @@ def convert_params(meta: Meta) -> dict[str, Any]:
         raise BadBody(f"the path parameters do not convert ({describe(error).words})") from error
 
 
-def http_scope(meta: Meta) -> dict[str, Any]:
+def http_scope(meta: RequestHead) -> dict[str, Any]:
     """ASGI's, as the proxy had it."""
     return {
         "type": "http",

@@ -64,12 +64,12 @@ class Worker:
         context: ReplicaContext,
         config: BackendConfig,
         on_done: Callable[[Job, Result], None],
-        on_suspect: Callable[[Sequence[Job]], Coroutine[Any, Any, None]],
+        on_redelivered: Callable[[Sequence[Job]], Coroutine[Any, Any, None]],
     ) -> None:
         self._context = context
         self._config = config
         self._on_done = on_done
-        self._on_suspect = on_suspect
+        self._on_redelivered = on_redelivered
         self._io = asyncio.get_running_loop()
         self._loop = WorkerLoop()
         self._depth = forks.depth
@@ -323,7 +323,7 @@ class Worker:
         try:
             running_jobs.set(jobs)
             for job in jobs:
-                if job.suspect:
+                if job.redelivered:
                     self._announce(jobs)
                     break
             if method.accepts_batch:
@@ -338,7 +338,7 @@ class Worker:
         assert self._execution is not None
         try:
             running_jobs.set(jobs)
-            if any(job.suspect for job in jobs):
+            if any(job.redelivered for job in jobs):
                 await self._announce_async(jobs)
             if method.accepts_batch:
                 answers = await self._execution.run_batch_async(method, jobs)
@@ -392,14 +392,14 @@ class Worker:
 
     def _announce(self, jobs: Sequence[Job]) -> None:
         try:
-            asyncio.run_coroutine_threadsafe(self._on_suspect(jobs), self._io).result(_MARK_BUDGET_S)
+            asyncio.run_coroutine_threadsafe(self._on_redelivered(jobs), self._io).result(_MARK_BUDGET_S)
         except Exception as error:
             logger.warning("a request that was delivered before runs without a mark: %s", words_of(error))
 
     async def _announce_async(self, jobs: Sequence[Job]) -> None:
         try:
             async with asyncio.timeout(_MARK_BUDGET_S):
-                await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._on_suspect(jobs), self._io))
+                await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._on_redelivered(jobs), self._io))
         except Exception as error:
             logger.warning("a request that was delivered before runs without a mark: %s", words_of(error))
 

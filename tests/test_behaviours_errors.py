@@ -269,7 +269,7 @@ def test_what_stays_of_a_failed_request_is_small(client: serve.Client, deploy: D
 
 def stored(client: serve.Client, request_id: str) -> bytes:
     """What the store keeps of the request's result."""
-    links = client._links
+    links = client._connections
     return client._call(links.store.get(links.keys.future(request_id))) or b""
 
 

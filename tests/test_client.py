@@ -8,9 +8,9 @@ from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.settings import Settings
 from mqserve.broker.store_keys import StoreKeys
 from mqserve.client.membership import Membership
+from mqserve.connections import Connections
 from mqserve.controller import lease
 from mqserve.controller.state.documents import Desired
-from mqserve.links import Links
 
 pytestmark = pytest.mark.anyio
 
@@ -19,7 +19,7 @@ MINE, ANOTHERS = Desired(instance="mine", version=1), Desired(instance="another"
 
 
 def membership(store: EmbeddedStore, *, owns: bool) -> Membership:
-    return Membership(Links(Settings.read({}), EmbeddedQueue(), store, KEYS, "test"), "mine", owns=owns)
+    return Membership(Connections(Settings.read({}), EmbeddedQueue(), store, KEYS, "test"), "mine", owns=owns)
 
 
 async def test_a_client_that_slept_until_another_instance_was_there_knows_that_its_own_has_ended() -> None:

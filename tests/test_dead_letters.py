@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 from pika.adapters.blocking_connection import BlockingChannel
 
 import mqserve as serve
-from mqserve.broker.envelope import Header, Meta, mint_id
+from mqserve.broker.envelope import Header, RequestHead, mint_id
 from mqserve.commands.cli import cli
 from tests.instances import CommandLine, Deploy, distributed_only, wait_until
 from tests.sealed import sealed
@@ -268,7 +268,7 @@ def test_what_a_stranger_said_in_our_name_stays_and_harms_nobody(
     assert len(theirs.result(timeout=30)) == 1_200_000
     ref = f"mqserve:{shared_namespace}:body:{{{theirs.id}.result}}"
     forged = [
-        (theirs.id, Header(origin="http", meta=Meta(client=("127.0.0.1", 1)))),
+        (theirs.id, Header(origin="http", meta=RequestHead(client=("127.0.0.1", 1)))),
         (f"{theirs.id}.result", Header(origin="handle", ref=ref)),
         ("mine", Header(inbox=f"mqserve:{shared_namespace}:inbox:client-1")),
     ]

@@ -14,12 +14,12 @@ from mqserve.broker.values.code import Code
 from mqserve.broker.values.signing import Signer
 from mqserve.client.deployments import Deployments
 from mqserve.client.membership import Membership
+from mqserve.connections import Connections
 from mqserve.controller.changes import commit, update_backend
 from mqserve.controller.environments import check_environment, seal_environment
 from mqserve.controller.state.config import BackendConfig
 from mqserve.controller.state.documents import Backend, Desired, Observed
 from mqserve.controller.state.resources import ActorOptions
-from mqserve.links import Links
 
 pytestmark = pytest.mark.anyio
 
@@ -30,9 +30,9 @@ FAILING = Observed(epoch=1, seen=(9, 9), queues={"b": (1,)}, problems={"b": "no 
 class Meanwhile(EmbeddedStore):
     """While one client saves its code, another deploys good code."""
 
-    async def set_default(self, key: str, value: bytes, *, ttl_ms: int) -> None:
+    async def put_if_absent(self, key: str, value: bytes, *, ttl_ms: int) -> None:
         await commit(self, KEYS, "i", update_backend("b", "good", "good", None))
-        await super().set_default(key, value, ttl_ms=ttl_ms)
+        await super().put_if_absent(key, value, ttl_ms=ttl_ms)
 
 
 def deployments(store: EmbeddedStore) -> Deployments:
@@ -40,8 +40,8 @@ def deployments(store: EmbeddedStore) -> Deployments:
 
 
 def deployments_by(settings: Settings, store: EmbeddedStore, on_commit: Callable[[Desired], None]) -> Deployments:
-    links = Links(settings, EmbeddedQueue(), store, KEYS, "test")
-    return Deployments(links, Membership(links, "i", owns=True), on_commit)
+    connections = Connections(settings, EmbeddedQueue(), store, KEYS, "test")
+    return Deployments(connections, Membership(connections, "i", owns=True), on_commit)
 
 
 async def test_an_update_that_fails_is_rolled_back_to_what_it_replaced_and_not_past_that() -> None:

@@ -28,7 +28,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import mqserve as serve
 from mqserve.broker import queue_names
 from mqserve.broker.dead_letters import Attempt
-from mqserve.broker.envelope import Header, Meta
+from mqserve.broker.envelope import Header, RequestHead
 from mqserve.broker.results import ErrorInfo, Result
 from mqserve.broker.settings import Settings
 from mqserve.broker.store_keys import RESULT_TTL_S, StoreKeys
@@ -404,10 +404,10 @@ def as_written(default: object) -> str:
     """A default in the protocol's words, which know no Python."""
     if default == b"":
         return "empty"
-    return {"": '""', "()": "[]", "None": "nil", "False": "false"}.get(str(default), "{}" if default == Meta() else str(default))
+    return {"": '""', "()": "[]", "None": "nil", "False": "false"}.get(str(default), "{}" if default == RequestHead() else str(default))
 
 
-@pytest.mark.parametrize("kind", [Meta, ErrorInfo, Attempt])
+@pytest.mark.parametrize("kind", [RequestHead, ErrorInfo, Attempt])
 def test_every_field_of_a_nested_map_is_described(kind: type[Any]) -> None:
     assert not [field.name for field in msgspec.structs.fields(kind) if f"`{field.name}`" not in TEXT[PROTOCOL]]
 

@@ -15,10 +15,10 @@ from mqserve.broker.store_keys import StoreKeys
 from mqserve.broker.values.code import Code, pack
 from mqserve.client.deployments import Deployments
 from mqserve.client.membership import Membership
+from mqserve.connections import Connections
 from mqserve.controller import changes
 from mqserve.controller.state.beats import Beat
 from mqserve.controller.state.documents import Desired, HttpOptions
-from mqserve.links import Links
 
 pytestmark = pytest.mark.anyio
 
@@ -43,8 +43,8 @@ class Instance:
     def __init__(self) -> None:
         settings = Settings.read({})
         self.store, self.keys = EmbeddedStore(), StoreKeys(settings.namespace)
-        links = Links(settings, EmbeddedQueue(), self.store, self.keys, "test")
-        self.deployments = Deployments(links, Membership(links, "i", owns=True), lambda desired: None)
+        connections = Connections(settings, EmbeddedQueue(), self.store, self.keys, "test")
+        self.deployments = Deployments(connections, Membership(connections, "i", owns=True), lambda desired: None)
 
     async def desired(self) -> Desired:
         return Desired.from_bytes(await self.store.get(self.keys.desired))

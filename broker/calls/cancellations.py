@@ -27,18 +27,18 @@ CANCELLED = Result(
 )
 
 
-class Word(msgspec.Struct, frozen=True, array_like=True):
+class CancelNotice(msgspec.Struct, frozen=True, array_like=True):
     v: int
     kind: str
     name: str
 
 
-def word_of_request(future_id: str) -> bytes:
-    return _encode(Word(VERSION, REQUEST, future_id))
+def notice_of_request(future_id: str) -> bytes:
+    return _encode(CancelNotice(VERSION, REQUEST, future_id))
 
 
-def word_of_proxy(inbox: str) -> bytes:
-    return _encode(Word(VERSION, PROXY, inbox))
+def notice_of_proxy(inbox: str) -> bytes:
+    return _encode(CancelNotice(VERSION, PROXY, inbox))
 
 
 class Cancellations:
@@ -87,4 +87,4 @@ class Cancellations:
 
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(Word).decode
+_decode = msgspec.msgpack.Decoder(CancelNotice).decode

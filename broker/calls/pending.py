@@ -18,7 +18,7 @@ import msgspec
 from ..backoff import delays
 from ..errors import BadEnvelope, MQServeError, StoreUnavailable, untraced
 from ..process.printable import printable
-from ..results import Result, late_result, note_of, read_note
+from ..results import Result, entry_of, late_result, read_entry
 from ..store import Record, Store
 from ..store_keys import StoreKeys
 
@@ -39,7 +39,7 @@ class _Waiting:
     sent_at: float  # monotonic
 
 
-class Waits:
+class PendingResults:
     """One inbox, one reader and one timer for the whole process. `run` must be running for any result to arrive."""
 
     def __init__(self, store: Store, keys: StoreKeys, process_id: str) -> None:
@@ -59,7 +59,7 @@ class Waits:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
-        return f"<Waits of {self.inbox}, {len(self)} waiting>"
+        return f"<PendingResults of {self.inbox}, {len(self)} waiting>"
 
     def __len__(self) -> int:
         """Requests of this process that have no result yet."""
@@ -196,7 +196,7 @@ class Waits:
     def _on_notes(self, raw_notes: list[bytes]) -> None:
         self._store.took_a_write()  # a result was stored: requests are taken again at once
         for raw in raw_notes:
-            note = read_note(raw)
+            note = read_entry(raw)
             if note is None or note.id not in self._waiting:
                 continue
             if note.payload:
@@ -317,7 +317,7 @@ class Waits:
             records: list[asyncio.Future[bool]] = []
             for future_id, mark in marks.items():
                 raw = late_result("run" if mark else "queue").to_bytes()
-                records.append(self._store.record(Record(self._keys.future(future_id), raw, "", note_of(future_id, raw), 0)))
+                records.append(self._store.record(Record(self._keys.future(future_id), raw, "", entry_of(future_id, raw), 0)))
             first = await asyncio.gather(*records)
             await self._read_by_key([future_id for future_id, fresh in zip(late, first, strict=True) if not fresh])
         except StoreUnavailable:

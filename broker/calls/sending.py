@@ -1,4 +1,4 @@
-"""Sends requests: bodies, deadlines, tries again, copies, and cancels them; `waits.py` waits for their results."""
+"""Sends requests: bodies, deadlines, tries again, copies, and cancels them; `pending.py` waits for their results."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from typing import Any
 
 import msgspec
 
-from ..envelope import Envelope, Header, Meta, mint_id
+from ..envelope import Envelope, Header, RequestHead, mint_id
 from ..errors import BrokerUnavailable, Cancelled, MQServeError, Overloaded, StoreUnavailable, TooLarge
 from ..overload import HeldBytes, Pace
 from ..process.printable import printable
 from ..queue import Queue
-from ..results import Result, note_of
+from ..results import Result, entry_of
 from ..store import Record, Store
 from ..store_keys import StoreKeys
-from .cancellations import CANCELLED, word_of_request
-from .pending import Waits
+from .cancellations import CANCELLED, notice_of_request
+from .pending import PendingResults
 
 logger = logging.getLogger(__name__)
 
@@ -42,25 +42,25 @@ class Ticket:
     future: asyncio.Future[Result]
 
 
-class Caller:
+class RequestSender:
     """One per process that sends requests. `run` must be running for any result to arrive; it owns every task in here."""
 
     def __init__(self, queue: Queue, store: Store, keys: StoreKeys, process_id: str) -> None:
         self._queue = queue
         self._store = store
         self._keys = keys
-        self.waits = Waits(store, keys, process_id)
+        self.pending = PendingResults(store, keys, process_id)
         self.held = HeldBytes()
         self._paces: defaultdict[str, Pace] = defaultdict(Pace)  # by backend
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
-        return f"<Caller {self.waits.inbox}, {len(self.waits)} waiting>"
+        return f"<RequestSender {self.pending.inbox}, {len(self.pending)} waiting>"
 
     async def run(self) -> None:
         """Reads results until cancelled."""
         try:
-            await self.waits.run()
+            await self.pending.run()
         finally:
             for task in self._tasks:
                 task.cancel()
@@ -70,7 +70,7 @@ class Caller:
         backend: str,
         body: bytes,
         content_type: str,
-        meta: Meta,
+        meta: RequestHead,
         *,
         origin: str,
         timeout_s: float,
@@ -85,7 +85,7 @@ class Caller:
         if len(body) > MAX_BODY_BYTES:
             raise TooLarge(f"the body has {len(body)} bytes and the limit is {MAX_BODY_BYTES}: send less, or a reference to it")
         timeout_ms = max(1, int(timeout_s * 1000))
-        header = Header(origin=origin, inbox=self.waits.inbox, deadline=self._store.now_ms() + timeout_ms, meta=meta, once=at_most_once)
+        header = Header(origin=origin, inbox=self.pending.inbox, deadline=self._store.now_ms() + timeout_ms, meta=meta, once=at_most_once)
         self.held.take(len(body))
         ticket = self._wait_for(future_id or mint_id(), backend, header.deadline)
         envelope = Envelope(ticket.id, body, content_type, header, expiration_ms=timeout_ms)
@@ -96,13 +96,13 @@ class Caller:
             else:
                 self._publish(backend, envelope, give_up_at)
         except MQServeError:
-            self.waits.drop(ticket.id)
+            self.pending.drop(ticket.id)
             self.held.give(len(body))
             raise
         return ticket
 
     def send_shadow(
-        self, backend: str, body: bytes, content_type: str, meta: Meta, *, origin: str, timeout_s: float, shadow_id: str = ""
+        self, backend: str, body: bytes, content_type: str, meta: RequestHead, *, origin: str, timeout_s: float, shadow_id: str = ""
     ) -> None:
         """A copy of a request that was sent: its own id, no future, and whatever becomes of it is nobody's concern."""
         timeout_ms = max(1, int(timeout_s * 1000))
@@ -127,7 +127,7 @@ class Caller:
 
     def cancel(self, future_id: str) -> None:
         """Whoever waits here is told at once, and the replicas soon."""
-        self.waits.fail(future_id, Cancelled(f"request {future_id} was cancelled by its caller"))
+        self.pending.fail(future_id, Cancelled(f"request {future_id} was cancelled by its caller"))
         self._start(self._cancel_quietly(future_id))
 
     async def cancel_everywhere(self, future_id: str) -> bool:
@@ -137,10 +137,10 @@ class Caller:
         """
         raw = CANCELLED.to_bytes()
         deadline_ms = self._store.now_ms() + int(_CANCEL_BUDGET_S * 1000)
-        if not await self._store.record(Record(self._keys.future(future_id), raw, "", note_of(future_id, raw), deadline_ms)):
+        if not await self._store.record(Record(self._keys.future(future_id), raw, "", entry_of(future_id, raw), deadline_ms)):
             return False
-        self.waits.fail(future_id, Cancelled(f"request {future_id} was cancelled"))
-        await self._store.append_log(self._keys.cancelled, word_of_request(future_id))
+        self.pending.fail(future_id, Cancelled(f"request {future_id} was cancelled"))
+        await self._store.append_log(self._keys.cancelled, notice_of_request(future_id))
         return True
 
     async def _cancel_quietly(self, future_id: str) -> None:
@@ -161,7 +161,7 @@ class Caller:
     def _wait_for(self, future_id: str, backend: str, deadline_ms: int) -> Ticket:
         pace, sent_at = self._paces[backend], time.monotonic()
         pace.sent(sent_at)
-        future = self.waits.add(
+        future = self.pending.add(
             future_id, deadline_ms, lambda answered: pace.ended(sent_at, time.monotonic(), answered=answered), sent_at=sent_at
         )
         return Ticket(future_id, future)
@@ -179,7 +179,7 @@ class Caller:
     # Sending.
 
     def _publish(self, backend: str, envelope: Envelope, give_up_at: float) -> None:
-        if envelope.id not in self.waits:  # cancelled or late since the last try
+        if envelope.id not in self.pending:  # cancelled or late since the last try
             return self.held.give(len(envelope.body))
 
         def settled(error: MQServeError | None) -> None:
@@ -187,7 +187,7 @@ class Caller:
                 return self.held.give(len(envelope.body))
             loop = asyncio.get_running_loop()
             uncertain = isinstance(error, BrokerUnavailable) and error.maybe_sent and envelope.header.once
-            if isinstance(error, BrokerUnavailable) and not uncertain and loop.time() < give_up_at and envelope.id in self.waits:
+            if isinstance(error, BrokerUnavailable) and not uncertain and loop.time() < give_up_at and envelope.id in self.pending:
                 again = replace(envelope, header=_again(envelope.header)) if error.maybe_sent else envelope
                 loop.call_later(_REPUBLISH_EVERY_S * random.uniform(0.5, 1.5), self._publish, backend, again, give_up_at)
                 return
@@ -198,7 +198,7 @@ class Caller:
             if isinstance(error, Overloaded):
                 left_s = (envelope.header.deadline - self._store.now_ms()) / 1000
                 error = Overloaded(str(error), retry_after_s=self._paces[backend].retry_after_s(left_s))
-            self.waits.fail(envelope.id, error)
+            self.pending.fail(envelope.id, error)
 
         self._queue.publish(backend, envelope, settled)
 
@@ -209,7 +209,7 @@ class Caller:
             header = msgspec.structs.replace(envelope.header, ref=key)
             publish(replace(envelope, body=b"", header=header))
         except MQServeError as error:
-            self.waits.fail(envelope.id, error)
+            self.pending.fail(envelope.id, error)
         finally:
             self.held.give(len(envelope.body))
 

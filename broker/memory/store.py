@@ -90,7 +90,7 @@ class EmbeddedStore:
     async def set(self, key: str, value: bytes, *, ttl_ms: int | None = None, only_new: bool = False) -> bool:
         return self._write(key, value, ttl_ms, only_new=only_new) or self._read(key) == value
 
-    async def set_default(self, key: str, value: bytes, *, ttl_ms: int) -> None:
+    async def put_if_absent(self, key: str, value: bytes, *, ttl_ms: int) -> None:
         if not self._write(key, value, ttl_ms, only_new=True):
             value, expiry = self._values[key]
             self._values[key] = (value, max(expiry, time.monotonic() + ttl_ms / 1000))
@@ -176,7 +176,7 @@ class EmbeddedStore:
         finally:
             readers.remove(on_entries)
 
-    async def concern(self) -> str:
+    async def misconfiguration(self) -> str:
         return ""
 
     async def close(self) -> None:

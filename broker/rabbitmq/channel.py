@@ -3,7 +3,7 @@
 aiormq writes each message and each ack by itself and makes a task for each delivery, which costs more than all the rest
 of a request. This class keeps aiormq's connection, reader and flow, and takes over three of the channel's handlers, one
 item on the write queue per turn, and the count of delivery tags. Those are private names: aiormq is pinned, and
-`tests/broker/test_joined_channel.py` fails when one of them moves.
+`tests/broker/test_channel.py` fails when one of them moves.
 """
 
 from __future__ import annotations

@@ -206,7 +206,7 @@ class RedisStore:
         client, budget_s = (self._large, LARGE_BUDGET_S) if len(value) > LARGE_BYTES else (self._commands, CALL_BUDGET_S)
         return bool(await self._call(lambda: client.set(key, value, px=ttl_ms, nx=only_new), budget_s, writing=True))
 
-    async def set_default(self, key: str, value: bytes, *, ttl_ms: int) -> None:
+    async def put_if_absent(self, key: str, value: bytes, *, ttl_ms: int) -> None:
         """Reads nothing: a client may write code, and not read it."""
         if not await self._set(key, value, ttl_ms, only_new=True):
             await self._call(lambda: self._commands.pexpire(key, ttl_ms, gt=True))  # a key without expiry has the longest one
@@ -366,7 +366,7 @@ class RedisStore:
                     )
                 await asyncio.sleep(next(pauses))
 
-    async def concern(self) -> str:
+    async def misconfiguration(self) -> str:
         try:
             memory: Any = await self._call(lambda: self._commands.info("memory"))
         except StoreUnavailable:

@@ -23,9 +23,9 @@ from ..store import Store
 from ..store_keys import CODE_TTL_S, StoreKeys
 from . import pickling
 from .codecs import MSGPACK, decode_value, encode_value
-from .signing import Claim, Signer
+from .signing import SealScope, Signer
 
-_CLAIM = Claim("code")
+_CLAIM = SealScope("code")
 _NO_ARGUMENTS = (MSGPACK, msgspec.msgpack.encode([]))
 _packing = forks.Lock()  # what cloudpickle is told of a module is one for all threads, and two may deploy from one module
 
@@ -66,9 +66,9 @@ class Code(msgspec.Struct, frozen=True):
             )
 
     @property
-    def _claim(self) -> Claim:
+    def _claim(self) -> SealScope:
         unsealed = msgspec.structs.replace(self, seal=b"").to_bytes()
-        return Claim("code", id=hashlib.sha256(unsealed).hexdigest(), content_type="record")
+        return SealScope("code", id=hashlib.sha256(unsealed).hexdigest(), content_type="record")
 
     @property
     def sha256(self) -> str:
@@ -121,7 +121,7 @@ def unpack(raw: bytes, sha256: str, signer: Signer) -> tuple[Any, list[Any]]:
 
 async def save(store: Store, keys: StoreKeys, code: Code) -> str:
     """Kept under its hash for a while, and for as long as the desired document names it; returns the hash."""
-    await store.set_default(keys.code(code.sha256), code.to_bytes(), ttl_ms=CODE_TTL_S * 1000)
+    await store.put_if_absent(keys.code(code.sha256), code.to_bytes(), ttl_ms=CODE_TTL_S * 1000)
     return code.sha256
 
 

@@ -9,7 +9,7 @@ import msgspec
 
 from ..errors import UNPARSABLE, BadEnvelope, NotEncodable
 from . import pickling
-from .signing import Claim, Signer
+from .signing import SealScope, Signer
 
 JSON = "application/json"
 TEXT = "text/plain; charset=utf-8"
@@ -24,7 +24,7 @@ def media_type(content_type: str) -> str:
     return content_type.partition(";")[0].strip().lower()
 
 
-def encode_value(value: object, signer: Signer, claim: Claim) -> tuple[str, bytes]:
+def encode_value(value: object, signer: Signer, claim: SealScope) -> tuple[str, bytes]:
     """(content type, bytes) that `decode_value` turns back into an equal value of the same types.
 
     Raises NotEncodable when it needs a pickle and there is no key to seal it, or cannot be pickled.
@@ -49,7 +49,7 @@ def encode_value(value: object, signer: Signer, claim: Claim) -> tuple[str, byte
     return PICKLE, signer.seal(payload, _with_type(claim))
 
 
-def decode_value(body: bytes, content_type: str, signer: Signer, claim: Claim) -> Any:
+def decode_value(body: bytes, content_type: str, signer: Signer, claim: SealScope) -> Any:
     """The value. Raises BadEnvelope for bytes that do not parse and BadSignature before a foreign pickle is opened."""
     if media_type(content_type) == PICKLE:
         return pickle.loads(signer.open(body, _with_type(claim)))
@@ -91,8 +91,8 @@ def decode_plain(body: bytes, content_type: str) -> Any:
     return body
 
 
-def _with_type(claim: Claim) -> Claim:
-    return Claim(claim.purpose, claim.backend, claim.id, PICKLE)
+def _with_type(claim: SealScope) -> SealScope:
+    return SealScope(claim.purpose, claim.backend, claim.id, PICKLE)
 
 
 _ATOMS = frozenset({type(None), bool, float, str, bytes})

@@ -28,7 +28,7 @@ LIFETIMES_MS = {"code": 0, "request": 8 * _DAY_MS, "result": _DAY_MS}  # 0: for 
 
 
 @dataclass(frozen=True, slots=True)
-class Claim:
+class SealScope:
     """What sealed bytes are good for; a seal made for one claim opens under no other."""
 
     purpose: Purpose
@@ -63,7 +63,7 @@ class Signer:
     def __repr__(self) -> str:
         return f"<Signer of {self._namespace} with {len(self._keys)} keys>"
 
-    def seal(self, payload: bytes, claim: Claim) -> bytes:
+    def seal(self, payload: bytes, claim: SealScope) -> bytes:
         """Sealed bytes, good for as long as their purpose has. Raises BadSignature without a key."""
         if not self._keys:
             raise BadSignature("nothing can be signed: MQSERVE_SECRET_KEY is not set")
@@ -72,7 +72,7 @@ class Signer:
         mac = self._mac(self._current, payload, claim, expires_ms)
         return msgspec.msgpack.encode([1, self._current, expires_ms, mac, payload])
 
-    def open(self, sealed: bytes, claim: Claim) -> bytes:
+    def open(self, sealed: bytes, claim: SealScope) -> bytes:
         """The payload. Raises BadSignature unless one of our keys sealed it for exactly this claim and it is not expired."""
         try:
             version, key_id, expires_ms, mac, payload = msgspec.msgpack.decode(sealed, type=tuple[int, str, int, bytes, bytes])
@@ -88,7 +88,7 @@ class Signer:
             raise BadSignature(f"the seal has expired: a {claim.purpose} is good for {LIFETIMES_MS[claim.purpose] // _DAY_MS} days")
         return payload
 
-    def _mac(self, key_id: str, payload: bytes, claim: Claim, expires_ms: int) -> bytes:
+    def _mac(self, key_id: str, payload: bytes, claim: SealScope, expires_ms: int) -> bytes:
         digest = hashlib.sha256(payload).digest()
         signed = [1, key_id, self._namespace, claim.purpose, claim.backend, claim.id, claim.content_type, expires_ms, digest]
         return hmac.digest(self._keys[key_id], msgspec.msgpack.encode(signed), "sha256")

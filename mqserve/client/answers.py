@@ -10,7 +10,7 @@ from ..broker.errors import BadSignature, BadValue, Cancelled, NotEncodable, Rem
 from ..broker.failures import add_note, describe
 from ..broker.results import ErrorInfo, Result
 from ..broker.values.codecs import PICKLE, decode_value, media_type
-from ..broker.values.signing import Claim, Signer
+from ..broker.values.signing import SealScope, Signer
 
 _OTHERS_OWN = (concurrent.futures.CancelledError, StopIteration, StopAsyncIteration)
 
@@ -34,7 +34,7 @@ def read_result(result: Result, future_id: str, signer: Signer, backend: str | N
             f"the answer of backend {result.backend!r} to request {future_id} travels as a pickle, and this caller opens none "
             "(results='plain'): let the handler return None, bool, int, float, str, bytes, lists and str-keyed dicts"
         )
-    return decode_value(result.body, result.content_type, signer, Claim("result", result.backend, future_id))
+    return decode_value(result.body, result.content_type, signer, SealScope("result", result.backend, future_id))
 
 
 def _exception(error: ErrorInfo, result: Result, future_id: str, signer: Signer, *, plain: bool) -> BaseException:
@@ -45,7 +45,7 @@ def _exception(error: ErrorInfo, result: Result, future_id: str, signer: Signer,
     exception: BaseException = RemoteError(f"{error.type}: {error.message}")
     if error.sealed and not plain:
         try:
-            opened = pickle.loads(signer.open(error.sealed, Claim("result", result.backend, future_id, "exception")))
+            opened = pickle.loads(signer.open(error.sealed, SealScope("result", result.backend, future_id, "exception")))
             exception = opened if _may_be_raised_here(opened) else exception
         except BadSignature as refused:
             exception.add_note(f"its own object was not opened: {refused}")

@@ -12,12 +12,13 @@ from typing import Any, Literal, Protocol, Self, overload
 
 from starlette.convertors import register_url_convertor
 
-from ..broker.calls.sending import Caller
+from ..broker.calls.sending import RequestSender
 from ..broker.errors import BadType, InstanceError, UnknownEndpoint
 from ..broker.process import forks
 from ..broker.process.interrupts import to_the_end
 from ..broker.queue_names import check_name
 from ..broker.values import code
+from ..connections import Connections
 from ..controller import changes
 from ..controller.plan import living
 from ..controller.state.beats import read_beats
@@ -25,7 +26,6 @@ from ..controller.state.config import BackendConfig
 from ..controller.state.documents import Desired
 from ..controller.state.following import follow_state
 from ..instance.starting import parse_middlewares
-from ..links import Links
 from .declared import Declaration
 from .deployments import Deployments, check_fits, check_target, make_convertor, read_actor_options
 from .futures import Future, get, wait
@@ -49,9 +49,9 @@ class Opened:
     """What a client has in one process: a thread and connections, of which a forked child has none."""
 
     runtime: Runtime
-    links: Links
+    connections: Connections
     membership: Membership
-    caller: Caller
+    requests: RequestSender
     sender: Sender
     deployments: Deployments
     ending: Ending
@@ -78,15 +78,17 @@ class Client:
     `with serve.connect()` the client.
     """
 
-    def __init__(self, runtime: Runtime, links: Links, membership: Membership, ending: Ending, again: Callable[[], Client]) -> None:
-        caller = Caller(links.queue, links.store, links.keys, links.process_id)
-        sender = Sender(runtime, links, caller, membership.read, lambda: self.sender)
-        deployments = Deployments(links, membership, self._follow)
-        self._own = Opened(runtime, links, membership, caller, sender, deployments, ending, forks.depth)
+    def __init__(
+        self, runtime: Runtime, connections: Connections, membership: Membership, ending: Ending, again: Callable[[], Client]
+    ) -> None:
+        requests = RequestSender(connections.queue, connections.store, connections.keys, connections.process_id)
+        sender = Sender(runtime, connections, requests, membership.read, lambda: self.sender)
+        deployments = Deployments(connections, membership, self._follow)
+        self._own = Opened(runtime, connections, membership, requests, sender, deployments, ending, forks.depth)
         self._again = again
-        self._signer = links.settings.signer
+        self._signer = connections.settings.signer
         self._depth = forks.depth
-        self.settings = links.settings
+        self.settings = connections.settings
         self.on_end: Callable[[], None] = lambda: None  # told when it is about to be closed or shut down
         self._state = State.OPEN
         self._is_shared = False  # returned by more than the call that opened it
@@ -154,8 +156,8 @@ class Client:
         return self._own
 
     @property
-    def _links(self) -> Links:
-        return self._opened.links
+    def _connections(self) -> Connections:
+        return self._opened.connections
 
     @property
     def _deployments(self) -> Deployments:
@@ -187,8 +189,8 @@ class Client:
         """Reads results and follows the desired document until cancelled; for whoever made the client."""
         own = self._own
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(own.caller.run())
-            async for desired, observed in follow_state(own.links.store, own.links.keys):
+            tasks.create_task(own.requests.run())
+            async for desired, observed in follow_state(own.connections.store, own.connections.keys):
                 own.sender.demands_seals = observed is not None and observed.sealed
                 if await own.membership.saw(desired) and desired is not None:
                     self._follow(desired)
@@ -198,11 +200,11 @@ class Client:
     async def stop_sending(self, why: str) -> None:
         """What was accepted is on its way when this returns, for whoever made the client; what is sent from now on fails."""
         self._own.sender.end(why)
-        await self._own.caller.settle()
+        await self._own.requests.settle()
 
     def _follow(self, desired: Desired) -> None:
         self._own.sender.desired = desired
-        self._own.caller.keep_paces(desired.backends)
+        self._own.requests.keep_paces(desired.backends)
 
     # Backends.
 
@@ -377,8 +379,8 @@ class Client:
 
     def http_url(self) -> str:
         """Where the first live proxy listens, the instance's own before external ones: "http://127.0.0.1:8000"; empty without one."""
-        beats = read_beats(self._call(self._links.store.fields(self._links.keys.beats)))
-        proxies = living(beats, "proxy", self._links.store.now_ms()).values()
+        beats = read_beats(self._call(self._connections.store.fields(self._connections.keys.beats)))
+        proxies = living(beats, "proxy", self._connections.store.now_ms()).values()
         return next((beat.url for beat in sorted(proxies, key=lambda beat: (beat.external, beat.id)) if beat.state == "ready"), "")
 
     def shutdown(self) -> None:

@@ -12,13 +12,13 @@ from starlette.convertors import Convertor
 from ..broker.documents import until
 from ..broker.errors import BackendFailed, BadSignature, BadType, BadValue, MQServeError
 from ..broker.values import code
+from ..connections import Connections
 from ..controller import changes
 from ..controller.environments import check_environment, seal_environment
 from ..controller.state.beats import read_beats
 from ..controller.state.config import BackendConfig
 from ..controller.state.documents import Backend, Desired, Endpoint, Observed
 from ..controller.state.resources import ActorOptions, parse_actor_options
-from ..links import Links
 from ..replicas.batching import accepts_batch
 from ..replicas.handler import make_method
 from .membership import Membership
@@ -33,16 +33,16 @@ READY_MARGIN_S = 15.0
 class Deployments:
     """Lives on the runtime. `on_commit` is given each new version of the desired document."""
 
-    def __init__(self, links: Links, membership: Membership, on_commit: Callable[[Desired], None]) -> None:
-        self._links = links
+    def __init__(self, connections: Connections, membership: Membership, on_commit: Callable[[Desired], None]) -> None:
+        self._connections = connections
         self._membership = membership
         self._on_commit = on_commit
 
     def __repr__(self) -> str:
-        return f"<Deployments of {self._links.settings.namespace!r}>"
+        return f"<Deployments of {self._connections.settings.namespace!r}>"
 
     async def create_backend(self, name: str, packed: code.Code, config: BackendConfig, options: ActorOptions) -> None:
-        sha256 = await code.save(self._links.store, self._links.keys, packed)
+        sha256 = await code.save(self._connections.store, self._connections.keys, packed)
         backend = Backend(name, sha256, packed.name, config.model_dump(exclude_unset=True), self._sealed(name, options))
         committed = await self._commit(changes.create_backend(backend))
         try:
@@ -55,7 +55,7 @@ class Deployments:
             raise
 
     async def update_backend(self, name: str, packed: code.Code, options: ActorOptions | None) -> None:
-        sha256 = await code.save(self._links.store, self._links.keys, packed)
+        sha256 = await code.save(self._connections.store, self._connections.keys, packed)
         before: list[Backend] = []  # what each try replaces: a roll-back goes to the last one, and not past what others deployed meanwhile
 
         def change(desired: Desired) -> Desired:
@@ -83,7 +83,7 @@ class Deployments:
         committed = await self._commit(changes.delete_backend(name, force=force))
 
         async def is_gone() -> bool | None:
-            observed = Observed.from_bytes(await self._links.store.get(self._links.keys.observed))
+            observed = Observed.from_bytes(await self._connections.store.get(self._connections.keys.observed))
             held = {*observed.queues, *observed.retiring, *(assignment.backend for assignment in observed.replicas.values())}
             return None if name in held else True
 
@@ -93,23 +93,23 @@ class Deployments:
         await self.commit_to_proxies(changes.create_endpoint(endpoint), undo=_remove_endpoint(endpoint))
 
     async def register_convertor(self, name: str, packed: code.Code, convertor: Convertor[Any]) -> None:
-        sha256 = await code.save(self._links.store, self._links.keys, packed)
+        sha256 = await code.save(self._connections.store, self._connections.keys, packed)
         before = (await self._membership.read()).convertors.get(name, "")
         change = changes.register_convertor(name, sha256, convertor)
         await self.commit_to_proxies(change, undo=_restore_convertor(name, sha256, before))
 
     async def set_middlewares(self, packed: code.Code | None) -> None:
-        sha256 = await code.save(self._links.store, self._links.keys, packed) if packed is not None else ""
+        sha256 = await code.save(self._connections.store, self._connections.keys, packed) if packed is not None else ""
         before = (await self._membership.read()).http.middlewares
         await self.commit_to_proxies(changes.set_middlewares(sha256), undo=_restore_middlewares(sha256, before))
 
     def _sealed(self, backend: str, options: ActorOptions) -> ActorOptions:
-        return seal_environment(options, backend, self._links.settings.signer)
+        return seal_environment(options, backend, self._connections.settings.signer)
 
     def _sealed_anew(self, backend: Backend) -> ActorOptions:
         """With the key of today, if a key of ours sealed them: what somebody else put there gets no seal from us."""
         try:
-            check_environment(backend.options, backend.name, self._links.settings.signer)
+            check_environment(backend.options, backend.name, self._connections.settings.signer)
         except BadSignature:
             return backend.options
         return self._sealed(backend.name, backend.options)
@@ -127,8 +127,8 @@ class Deployments:
 
         async def is_answered() -> bool | None:
             nonlocal refused
-            beats = read_beats(await self._links.store.fields(self._links.keys.beats)).values()
-            now_ms = self._links.store.now_ms()
+            beats = read_beats(await self._connections.store.fields(self._connections.keys.beats)).values()
+            now_ms = self._connections.store.now_ms()
             proxies = [beat for beat in beats if beat.kind == "proxy" and beat.state == "ready" and now_ms - beat.at < 5000]
             refused = next((proxy.refused for proxy in proxies if proxy.refuses >= version), "")
             return True if refused or all(proxy.follows >= version for proxy in proxies) else None
@@ -144,11 +144,11 @@ class Deployments:
         """As many assigned replicas of this version as wanted. Raises BackendFailed with the first failure's own words."""
         backend, seen = committed.backends[name], (committed.epoch, committed.version)
         config = backend.config
-        since_ms = self._links.store.now_ms()
+        since_ms = self._connections.store.now_ms()
 
         async def is_ready() -> bool | None:
-            observed = Observed.from_bytes(await self._links.store.get(self._links.keys.observed))
-            beats = read_beats(await self._links.store.fields(self._links.keys.beats)).values()
+            observed = Observed.from_bytes(await self._connections.store.get(self._connections.keys.observed))
+            beats = read_beats(await self._connections.store.fields(self._connections.keys.beats)).values()
             mine = [beat for beat in beats if beat.kind == "replica" and beat.backend == backend.name and beat.version == backend.version]
             for beat in mine:
                 if beat.state == "failed" and beat.at >= since_ms:
@@ -180,10 +180,10 @@ class Deployments:
             return found
 
         try:
-            await until(self._links.store, look_while_it_goes_on, budget_s)
+            await until(self._connections.store, look_while_it_goes_on, budget_s)
         except TimeoutError:
-            observed = Observed.from_bytes(await self._links.store.get(self._links.keys.observed))
-            beats = read_beats(await self._links.store.fields(self._links.keys.beats)).values()
+            observed = Observed.from_bytes(await self._connections.store.get(self._connections.keys.observed))
+            beats = read_beats(await self._connections.store.fields(self._connections.keys.beats)).values()
             told = {beat.id: beat.error for beat in beats if beat.kind == "replica" and beat.error}
             why = "; ".join(f"{name}: {problem}" for name, problem in {**told, **observed.problems}.items())
             raise BackendFailed(f"{late} ({why or 'no reason was reported: is the controller alive?'})") from None

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Self
 
-from ..broker.envelope import Meta
+from ..broker.envelope import RequestHead
 from ..broker.errors import BadType, BadValue
 from .answers import check_results
 from .futures import Future
@@ -88,7 +88,7 @@ class _BaseHandle:
         if options.shard_key is not None:
             headers["x-serve-shard-key"] = options.shard_key
         pairs = tuple((name.encode(), value.encode()) for name, value in headers.items())
-        meta = Meta(method=options.http_method.upper(), headers=pairs, endpoint=self._endpoint, call=call)
+        meta = RequestHead(method=options.http_method.upper(), headers=pairs, endpoint=self._endpoint, call=call)
         return self._home.sender.send(
             meta,
             options.shard_key or "",

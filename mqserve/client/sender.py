@@ -11,16 +11,16 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..broker.calls.sending import Caller
+from ..broker.calls.sending import RequestSender
 from ..broker.documents import until
-from ..broker.envelope import MINTED_ID_LENGTH, Meta, mint_id
+from ..broker.envelope import MINTED_ID_LENGTH, RequestHead, mint_id
 from ..broker.errors import BadSignature, InstanceError, MQServeError, UnknownEndpoint
 from ..broker.results import Result
 from ..broker.values.codecs import encode_value
-from ..broker.values.signing import Claim
+from ..broker.values.signing import SealScope
+from ..connections import Connections
 from ..controller.state.documents import Desired
 from ..controller.state.traffic import choose
-from ..links import Links
 from ..replicas.context import deadline
 from .answers import read_result
 from .futures import WAIT_LIMIT_S, Found, Future, Sent, Stored
@@ -35,7 +35,7 @@ class _Call:
     """One call of `remote`."""
 
     id: str
-    meta: Meta
+    meta: RequestHead
     shard_key: str
     data: Any
     arguments: dict[str, Any]
@@ -47,14 +47,19 @@ class Sender:
     """Shared by all handles of a client; `desired` is replaced by whoever follows the document, and `read_desired` reads it now."""
 
     def __init__(
-        self, runtime: Runtime, links: Links, caller: Caller, read_desired: Callable[[], Awaitable[Desired]], find: Callable[[], Sender]
+        self,
+        runtime: Runtime,
+        connections: Connections,
+        requests: RequestSender,
+        read_desired: Callable[[], Awaitable[Desired]],
+        find: Callable[[], Sender],
     ) -> None:
         self._runtime = runtime
-        self._links = links
-        self._caller = caller
+        self._connections = connections
+        self._requests = requests
         self._read_desired = read_desired
         self.find = find  # the client's sender in this process: a forked child has another one
-        self._signer = links.settings.signer
+        self._signer = connections.settings.signer
         self._over = ""  # once the client ends: why
         self.desired = Desired()
         self.only_plain = False  # no pickle in a result is opened
@@ -65,7 +70,7 @@ class Sender:
 
     def send(
         self,
-        meta: Meta,
+        meta: RequestHead,
         shard_key: str,
         data: Any,
         arguments: dict[str, Any],
@@ -111,7 +116,7 @@ class Sender:
 
     def _prepare(self, desired: Desired, backend: str, call: _Call, copies: Sequence[Callable[[], None]]) -> Callable[[], None]:
         """What sends the request, and then its copies: of one that is refused there are none."""
-        content_type, body = encode_value([call.data, call.arguments], self._signer, Claim("request", backend, call.id))
+        content_type, body = encode_value([call.data, call.arguments], self._signer, SealScope("request", backend, call.id))
         config = desired.backends[backend].config
 
         def send() -> None:
@@ -120,7 +125,7 @@ class Sender:
             if self._over:
                 return _fail(call.pending, InstanceError(self._over))
             try:
-                ticket = self._caller.send(
+                ticket = self._requests.send(
                     backend,
                     body,
                     content_type,
@@ -141,12 +146,14 @@ class Sender:
 
     def _prepare_shadow(self, desired: Desired, backend: str, call: _Call) -> Callable[[], None]:
         shadow_id = mint_id()  # a seal is good for one id and one backend, so each copy has its own
-        content_type, body = encode_value([call.data, call.arguments], self._signer, Claim("request", backend, shadow_id))
+        content_type, body = encode_value([call.data, call.arguments], self._signer, SealScope("request", backend, shadow_id))
         timeout_s = desired.backends[backend].config.request_timeout_s
 
         def send() -> None:
             if not self._over:
-                self._caller.send_shadow(backend, body, content_type, call.meta, origin="handle", timeout_s=timeout_s, shadow_id=shadow_id)
+                self._requests.send_shadow(
+                    backend, body, content_type, call.meta, origin="handle", timeout_s=timeout_s, shadow_id=shadow_id
+                )
 
         return send
 
@@ -175,7 +182,7 @@ class Sender:
 
     def _cancel(self, future_id: str) -> None:
         with suppress(InstanceError):  # closed: nobody is left to tell
-            self._runtime.post(lambda: None if self._over else self._caller.cancel(future_id))
+            self._runtime.post(lambda: None if self._over else self._requests.cancel(future_id))
 
     def end(self, why: str) -> None:
         """On the runtime, before the reading of results ends: what is sent from now on fails at once, what waits fails with the reading."""
@@ -190,7 +197,7 @@ class Sender:
 
     async def _until_there(self, endpoint: str) -> None:
         try:
-            await until(self._links.store, lambda: self._is_there(endpoint), APPEAR_BUDGET_S)
+            await until(self._connections.store, lambda: self._is_there(endpoint), APPEAR_BUDGET_S)
         except TimeoutError:
             raise UnknownEndpoint(f"Endpoint '{endpoint}' does not exist, and did not appear within {APPEAR_BUDGET_S:g} s.") from None
 
@@ -205,7 +212,7 @@ class Sender:
 
     def has_result(self, keys: Sequence[str]) -> bool:
         """Whether one of these has an end by now. Raises StoreUnavailable where the store cannot be asked."""
-        return self._runtime.call(self._caller.waits.has_result(keys))
+        return self._runtime.call(self._requests.pending.has_result(keys))
 
     def first_result(self, keys: Sequence[str]) -> concurrent.futures.Future[Found]:
         """Of whichever has one first. Who waits no more cancels what this returns."""
@@ -213,14 +220,14 @@ class Sender:
 
     async def _first_result(self, keys: Sequence[str]) -> Found:
         async with asyncio.timeout(WAIT_LIMIT_S):
-            return await self._caller.waits.first_result(keys)
+            return await self._requests.pending.first_result(keys)
 
     def cancel_everywhere(self, keys: Sequence[str]) -> bool:
         """Nobody wants these results any more. Whether one of them had none yet. Raises StoreUnavailable."""
         return self._runtime.call(self._cancel_everywhere(keys))
 
     async def _cancel_everywhere(self, keys: Sequence[str]) -> bool:
-        return any(await asyncio.gather(*map(self._caller.cancel_everywhere, keys)))
+        return any(await asyncio.gather(*map(self._requests.cancel_everywhere, keys)))
 
     def read(self, key: str, result: Result, *, backend: str | None = None, plain: bool = False) -> Any:
         """See `read_result`."""

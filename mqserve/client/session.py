@@ -12,9 +12,9 @@ from functools import partial
 from ..broker.errors import InstanceEnded, InstanceError
 from ..broker.process import forks
 from ..broker.settings import Settings
+from ..connections import Connections, open_connections
 from ..controller import lease
 from ..instance.starting import StartOptions, running_instance, shut_down
-from ..links import Links, open_links
 from ..replicas.context import in_replica_process
 from .client import Client
 from .membership import Membership
@@ -55,7 +55,7 @@ class Session:
         self._settings = settings
         self._options = options
         self._stack = AsyncExitStack()
-        self._links: Links | None = None
+        self._connections: Connections | None = None
         self._membership: Membership | None = None
         self._client: Client | None = None
         self._reading: asyncio.Task[None] | None = None
@@ -68,16 +68,18 @@ class Session:
 
     async def enter(self) -> Client:
         try:
-            links = await self._stack.enter_async_context(open_links(self._settings, "replica" if in_replica_process() else "client"))
+            connections = await self._stack.enter_async_context(
+                open_connections(self._settings, "replica" if in_replica_process() else "client")
+            )
             self._stack.push_async_callback(self._stop_serving)  # after the instance has drained: its last answers are read
             if self._options is None:
-                instance = (await lease.read_instance(links.store, links.keys)).id
+                instance = (await lease.read_instance(connections.store, connections.keys)).id
             else:
-                instance = await self._stack.enter_async_context(running_instance(links, self._options))
-            self._membership = Membership(links, instance, owns=self.owns)
+                instance = await self._stack.enter_async_context(running_instance(connections, self._options))
+            self._membership = Membership(connections, instance, owns=self.owns)
             again = partial(_open_in_child, self._settings)
-            client = self._client = Client(self._runtime, links, self._membership, self, again)
-            self._links = links
+            client = self._client = Client(self._runtime, connections, self._membership, self, again)
+            self._connections = connections
             self._reading = asyncio.create_task(client.run(), name="read results")
             self._reading.add_done_callback(_tell_failure)
             return client
@@ -102,9 +104,9 @@ class Session:
     async def _leave(self, shuts_down: bool) -> None:
         """What this process runs of the instance ends with the stack."""
         try:
-            if shuts_down and self._links is not None and self._membership is not None:
+            if shuts_down and self._connections is not None and self._membership is not None:
                 with suppress(InstanceEnded):
-                    await shut_down(self._links, (await self._membership.read()).instance)
+                    await shut_down(self._connections, (await self._membership.read()).instance)
         finally:
             await self._stack.aclose()
 

@@ -20,10 +20,10 @@ from ..broker.queue import DeadLetters, fate_of
 from ..broker.queue_names import check_name
 from ..broker.settings import Settings
 from ..broker.values.header_seals import BackendSeals, Seal
+from ..connections import Connections, open_connections
 from ..controller.state.documents import Desired, Observed
-from ..links import Links, open_links
 from ..replicas.admission import NOT_STARTED
-from ..replicas.senders import Senders
+from ..replicas.trust import SenderTrust
 from .status_table import make_console, make_table
 
 ASK_ABOVE = 10
@@ -76,8 +76,8 @@ async def show_dead(settings: Settings, backend: str, name: str, *, as_json: boo
     """Prints all that is known of one; of each, where several go by that name. Raises UnknownBackend, BadValue for an unknown id."""
     console = console or make_console()
     selection = Selection.read((name,), False)
-    async with _dead_letters(settings, backend) as (links, letters):
-        found = [await _all_facts(links, letter) async for letter in letters if selection.name_of(letter)]
+    async with _dead_letters(settings, backend) as (connections, letters):
+        found = [await _all_facts(connections, letter) async for letter in letters if selection.name_of(letter)]
     if not found:
         raise BadValue(_no_such(backend, name))
     if as_json:
@@ -95,15 +95,15 @@ async def retry_dead(settings: Settings, backend: str, selection: Selection, *, 
     A retry that is killed in between leaves the letter too, so it may run once more; nothing is lost. Raises UnknownBackend,
     BadValue for an unknown id and for too many, and what the broker says of the first message that it does not take.
     """
-    async with _dead_letters(settings, backend) as (links, letters):
-        desired = Desired.from_bytes(await links.store.get(links.keys.desired))
-        senders = Senders(settings)
-        senders.demands_seals = Observed.from_bytes(await links.store.get(links.keys.observed)).sealed
+    async with _dead_letters(settings, backend) as (connections, letters):
+        desired = Desired.from_bytes(await connections.store.get(connections.keys.desired))
+        senders = SenderTrust(settings)
+        senders.demands_seals = Observed.from_bytes(await connections.store.get(connections.keys.observed)).sealed
         if backend not in desired.backends:
             raise UnknownBackend(f"there is no backend {backend!r} to run them: deploy it first; dead letters are kept for seven days")
         config = desired.backends[backend].config
         timeout_ms = int(config.request_timeout_s * 1000)
-        retry = partial(_retry, links, senders, timeout_ms, config.delivery == "at_most_once", set())
+        retry = partial(_retry, connections, senders, timeout_ms, config.delivery == "at_most_once", set())
         told = await _settle(backend, letters, selection, retry, "retry", "retried", yes)
     return _print(console, told)
 
@@ -120,10 +120,10 @@ async def drop_dead(settings: Settings, backend: str, selection: Selection, *, y
 
 
 @asynccontextmanager
-async def _dead_letters(settings: Settings, backend: str, at_most: int | None = None) -> AsyncIterator[tuple[Links, DeadLetters]]:
+async def _dead_letters(settings: Settings, backend: str, at_most: int | None = None) -> AsyncIterator[tuple[Connections, DeadLetters]]:
     check_name(backend, "a backend")
-    async with open_links(settings, "dead") as links, links.queue.dead_letters(backend, at_most) as letters:
-        yield links, letters
+    async with open_connections(settings, "dead") as connections, connections.queue.dead_letters(backend, at_most) as letters:
+        yield connections, letters
 
 
 async def _settle(
@@ -161,23 +161,25 @@ class _Keep(Exception):
     """Why a letter cannot be settled, though others can."""
 
 
-async def _retry(links: Links, senders: Senders, timeout_ms: int, once: bool, forgotten: set[str], letter: DeadLetter) -> None:
-    seals = links.settings.header_seals.of(letter.backend)
+async def _retry(
+    connections: Connections, senders: SenderTrust, timeout_ms: int, once: bool, forgotten: set[str], letter: DeadLetter
+) -> None:
+    seals = connections.settings.header_seals.of(letter.backend)
     envelope = _check(letter, senders, seals)
     future_id = envelope.future_id(letter.backend) or letter.name
     if envelope.header.ref:
-        await _keep_body(links, links.keys.body(envelope.id), timeout_ms)
+        await _keep_body(connections, connections.keys.body(envelope.id), timeout_ms)
     if future_id not in forgotten:  # of two with one id the second finds the first one's result
-        await links.store.delete(*links.keys.of_runs(future_id))
+        await connections.store.delete(*connections.keys.of_runs(future_id))
         if once:  # else a replica would take it for one that was started
-            await links.store.set(links.keys.start(future_id), NOT_STARTED, ttl_ms=timeout_ms + _BODY_KEPT_MS)
+            await connections.store.set(connections.keys.start(future_id), NOT_STARTED, ttl_ms=timeout_ms + _BODY_KEPT_MS)
         forgotten.add(future_id)
-    renewed = letter.renewed(links.store.now_ms() + timeout_ms, seals)
-    if error := await fate_of(partial(links.queue.republish, renewed), CONFIRM_BUDGET_S):
+    renewed = letter.renewed(connections.store.now_ms() + timeout_ms, seals)
+    if error := await fate_of(partial(connections.queue.republish, renewed), CONFIRM_BUDGET_S):
         raise error
 
 
-def _check(letter: DeadLetter, senders: Senders, seals: BackendSeals | None) -> Envelope:
+def _check(letter: DeadLetter, senders: SenderTrust, seals: BackendSeals | None) -> Envelope:
     """The letter as replicas read it. Raises _Keep for what they would set aside again: its id and its keys may be another's, and sent by
     an operator it might pass for an operator's."""
     try:
@@ -191,11 +193,11 @@ def _check(letter: DeadLetter, senders: Senders, seals: BackendSeals | None) -> 
     return envelope
 
 
-async def _keep_body(links: Links, key: str, timeout_ms: int) -> None:
-    body = await links.store.get_large(key)
+async def _keep_body(connections: Connections, key: str, timeout_ms: int) -> None:
+    body = await connections.store.get_large(key)
     if body is None:
         raise _Keep("its body, of more than 1 MiB, was kept in the store until its deadline and is gone, so nothing can run it: drop it")
-    await links.store.set(key, body, ttl_ms=timeout_ms + _BODY_KEPT_MS)
+    await connections.store.set(key, body, ttl_ms=timeout_ms + _BODY_KEPT_MS)
 
 
 def _facts(letter: DeadLetter) -> dict[str, Any]:
@@ -203,14 +205,14 @@ def _facts(letter: DeadLetter) -> dict[str, Any]:
     return {"id": letter.name, "died_at_ms": letter.death.died_at_ms, "reason": letter.death.reason, "attempts": attempts}
 
 
-async def _all_facts(links: Links, letter: DeadLetter) -> dict[str, Any]:
+async def _all_facts(connections: Connections, letter: DeadLetter) -> dict[str, Any]:
     """Of an HTTP request's headers nothing, and of its query the size: they hold cookies and keys."""
     properties, body = letter.properties, letter.body
     facts = _facts(letter) | {"backend": letter.backend, "traceback": letter.death.traceback}
     names = ("content_type", "content_encoding", "reply_to", "correlation_id", "priority", "message_type", "app_id", "timestamp")
     facts |= {name: str(value) for name in names if (value := getattr(properties, name))}
     facts["headers"] = {str(name): str(value) for name, value in (properties.headers or {}).items() if name not in ("mq", "mq-seal")}
-    seals = links.settings.header_seals.of(letter.backend)
+    seals = connections.settings.header_seals.of(letter.backend)
     try:
         envelope = letter.envelope(seals)
     except BadEnvelope as error:
@@ -226,7 +228,7 @@ async def _all_facts(links: Links, letter: DeadLetter) -> dict[str, Any]:
                 facts["query_bytes"] = len(meta.query)
         facts |= {name: value for name, value in (("endpoint", meta.endpoint), ("method", meta.call)) if value}
         if header.ref and (seals is None or envelope.seal is Seal.VALID):
-            stored = await links.store.get_large(links.keys.body(letter.id))
+            stored = await connections.store.get_large(connections.keys.body(letter.id))
             facts["body_in_store"] = stored is not None
             body = stored or b""
     facts |= {"body_bytes": len(body), "body": body[:PREVIEW_BYTES].decode(errors="backslashreplace")}

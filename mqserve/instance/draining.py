@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from ..broker.errors import MQServeError
+from ..connections import Connections
 from ..controller.plan import living
 from ..controller.state.beats import read_beats
 from ..controller.state.documents import Observed
-from ..links import Links
 
 TELL_EVERY_S = 1.0
 
@@ -18,12 +18,12 @@ Tell = Callable[[str], None]
 
 
 @asynccontextmanager
-async def telling(links: Links, tell: Tell | None) -> AsyncIterator[None]:
+async def telling(connections: Connections, tell: Tell | None) -> AsyncIterator[None]:
     """Meanwhile: a line when it has changed, and no more than one in a second."""
     if tell is None:
         yield
         return
-    task = asyncio.create_task(_tell_forever(links, tell), name="tell what drains")
+    task = asyncio.create_task(_tell_forever(connections, tell), name="tell what drains")
     try:
         yield
     finally:
@@ -31,12 +31,12 @@ async def telling(links: Links, tell: Tell | None) -> AsyncIterator[None]:
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def _tell_forever(links: Links, tell: Tell) -> None:
+async def _tell_forever(connections: Connections, tell: Tell) -> None:
     last = ""
     await asyncio.sleep(TELL_EVERY_S)  # most instances are gone by then
     while True:
         try:
-            line = await _what_drains(links)
+            line = await _what_drains(connections)
         except MQServeError as error:
             line = f"cannot see what still drains: {error}"
         if line not in ("", last):
@@ -45,23 +45,23 @@ async def _tell_forever(links: Links, tell: Tell) -> None:
         await asyncio.sleep(TELL_EVERY_S)
 
 
-async def _what_drains(links: Links) -> str:
+async def _what_drains(connections: Connections) -> str:
     """Empty when nothing is left."""
-    observed = Observed.from_bytes(await links.store.get(links.keys.observed))
-    beats = read_beats(await links.store.fields(links.keys.beats))
-    replicas = [beat for beat in living(beats, "replica", links.store.now_ms()).values() if not beat.external]
+    observed = Observed.from_bytes(await connections.store.get(connections.keys.observed))
+    beats = read_beats(await connections.store.fields(connections.keys.beats))
+    replicas = [beat for beat in living(beats, "replica", connections.store.now_ms()).values() if not beat.external]
     backends = {*observed.queues, *observed.retiring, *(beat.backend for beat in replicas)}
     if not backends:
         return ""
-    waiting = await _waiting(links, observed)
+    waiting = await _waiting(connections, observed)
     running = sum(beat.running for beat in replicas)
     parts = (_count(len(backends), "backend"), f"{waiting} waiting", f"{running} running", _count(len(replicas), "replica"))
     return f"still draining: {', '.join(parts)}"
 
 
-async def _waiting(links: Links, observed: Observed) -> str:
+async def _waiting(connections: Connections, observed: Observed) -> str:
     try:
-        depths = [await links.queue.depth(name, generation) for name, kept in observed.queues.items() for generation in kept]
+        depths = [await connections.queue.depth(name, generation) for name, kept in observed.queues.items() for generation in kept]
     except MQServeError:  # RabbitMQ is away, or this user may not ask
         return "?"
     return str(sum(depth or 0 for depth in depths))

@@ -12,12 +12,12 @@ from ..broker.process.lifeline import Stop, stop_event
 from ..broker.redis.store import open_redis
 from ..broker.settings import Settings
 from ..broker.store_keys import StoreKeys
+from ..connections import Connections, open_connections
 from ..controller import lease
 from ..controller.loop import Controller
 from ..controller.node import Node, NodeOptions, check_name_is_free
 from ..controller.node_metrics import serve_metrics
 from ..controller.processes import ProcessLauncher
-from ..links import Links, open_links
 from .supervisor import Kept, keeping_supervisor
 
 JOIN_TRIES = 3
@@ -29,13 +29,13 @@ async def run_controller(settings: Settings, controller_id: str, kept: Kept | No
     One that is kept is of its keeper's instance, and never makes one; it leads also while RabbitMQ is away.
     """
     stop = stop_event()
-    async with open_links(settings, "controller", broker_may_be_away=kept is not None) as links:
-        async with keeping_supervisor(kept, settings, links.store, stop) as trouble:
-            instance = kept.instance if kept is not None else await join_or_start(links)
+    async with open_connections(settings, "controller", broker_may_be_away=kept is not None) as connections:
+        async with keeping_supervisor(kept, settings, connections.store, stop) as trouble:
+            instance = kept.instance if kept is not None else await join_or_start(connections)
             controller = Controller(
-                links.store,
-                links.keys,
-                links.queue,
+                connections.store,
+                connections.keys,
+                connections.queue,
                 controller_id,
                 instance,
                 has_key=bool(settings.secret_keys),
@@ -44,7 +44,7 @@ async def run_controller(settings: Settings, controller_id: str, kept: Kept | No
             )
             await controller.run(stop)
         if stop.orphaned:  # the starter was killed: the namespace is free at once, and the queues keep what was accepted
-            await lease.forget(links.store, links.keys, instance)
+            await lease.forget(connections.store, connections.keys, instance)
     return 0
 
 
@@ -62,7 +62,7 @@ async def run_node(settings: Settings, options: NodeOptions, metrics_host: str, 
     return 0
 
 
-async def join_or_start(links: Links) -> str:
+async def join_or_start(connections: Connections) -> str:
     """The id of the running instance, or a detached one of ours where there is none.
 
     An empty namespace is watched first: it may be that of an instance whose store lost its data, which its controller is about to write
@@ -71,16 +71,16 @@ async def join_or_start(links: Links) -> str:
     tries_left = JOIN_TRIES
     while True:
         with suppress(TimeoutError):
-            return await until(links.store, partial(_find_instance, links), lease.JOIN_WATCH_S)
+            return await until(connections.store, partial(_find_instance, connections), lease.JOIN_WATCH_S)
         try:
-            return (await lease.claim_instance(links.store, links.keys, "", None, detached=True)).id
+            return (await lease.claim_instance(connections.store, connections.keys, "", None, detached=True)).id
         except InstanceError:
             tries_left -= 1
             if not tries_left:
                 raise  # else another one was quicker: its documents come in a moment
 
 
-async def _find_instance(links: Links) -> str | None:
+async def _find_instance(connections: Connections) -> str | None:
     with suppress(InstanceError):
-        return (await lease.read_instance(links.store, links.keys)).id
+        return (await lease.read_instance(connections.store, connections.keys)).id
     return None

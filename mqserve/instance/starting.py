@@ -21,6 +21,7 @@ from ..broker.process.listener import bind
 from ..broker.settings import Settings
 from ..broker.values import code
 from ..broker.values.whole_numbers import whole_number
+from ..connections import Connections, EmbeddedLauncher, instance_has_ended, open_connections
 from ..controller import lease
 from ..controller.detached_log import detached_log
 from ..controller.loop import Controller
@@ -30,7 +31,6 @@ from ..controller.processes import Process
 from ..controller.restarts import Restarts
 from ..controller.state.beats import read_beats
 from ..controller.state.documents import Desired, HttpOptions, Observed
-from ..links import EmbeddedLauncher, Links, instance_has_ended, open_links
 from .draining import Tell, telling
 from .role_lock import Role, check_folder, is_played
 from .supervisor import Kept
@@ -88,9 +88,9 @@ def parse_middlewares(middlewares: object) -> tuple[object, ...]:
 
 
 @asynccontextmanager
-async def running_instance(links: Links, options: StartOptions) -> AsyncIterator[str]:
+async def running_instance(connections: Connections, options: StartOptions) -> AsyncIterator[str]:
     """A live instance, with its id; shut down on exit unless detached."""
-    if links.settings.embedded and options.detached:
+    if connections.settings.embedded and options.detached:
         raise InstanceError(
             "a detached instance needs a broker and a store that outlive this process: set MQSERVE_BROKER_URL and MQSERVE_STORE_URL"
         )
@@ -99,23 +99,25 @@ async def running_instance(links: Links, options: StartOptions) -> AsyncIterator
         try:
             bind(http.host, http.port).close()  # said here, in one sentence, rather than by a child
         except BadValue:
-            await lease.check_free(links.store, links.keys)  # else that is the reason: its proxy has the port
+            await lease.check_free(connections.store, connections.keys)  # else that is the reason: its proxy has the port
             raise
     if options.detached:
-        check_folder(links.settings.namespace)
-    if not links.settings.embedded:
-        await _check_not_kept(links)
+        check_folder(connections.settings.namespace)
+    if not connections.settings.embedded:
+        await _check_not_kept(connections)
     if options.middlewares:
-        packed = code.pack(list(options.middlewares), (), links.settings.signer)
-        http = msgspec.structs.replace(http, middlewares=await code.save(links.store, links.keys, packed))
+        packed = code.pack(list(options.middlewares), (), connections.settings.signer)
+        http = msgspec.structs.replace(http, middlewares=await code.save(connections.store, connections.keys, packed))
     node_id = options.node_id or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
     head_node = node_id if options.with_node else ""
-    claim = await lease.claim_instance(links.store, links.keys, head_node, http, detached=options.detached, incomplete=options.incomplete)
-    members = _Members(links, claim.id, node_id, options)
+    claim = await lease.claim_instance(
+        connections.store, connections.keys, head_node, http, detached=options.detached, incomplete=options.incomplete
+    )
+    members = _Members(connections, claim.id, node_id, options)
     is_up = False
     try:
         members.start()
-        await _until_up(links, http, head_node, members)
+        await _until_up(connections, http, head_node, members)
         is_up = True
         members.watch()
         yield claim.id
@@ -123,23 +125,23 @@ async def running_instance(links: Links, options: StartOptions) -> AsyncIterator
         if not (options.detached and is_up):
             try:
                 if claim.found is None:
-                    await shut_down(links, claim.id, options.tell)
+                    await shut_down(connections, claim.id, options.tell)
                 else:  # what others have deployed there is not ours to clear
-                    await lease.give_back(links.store, links.keys, claim, head_node)
+                    await lease.give_back(connections.store, connections.keys, claim, head_node)
             except MQServeError as error:
                 logger.error("the instance was not cleared, which the next start under its namespace does: %s", error)
             finally:
                 await members.end()
 
 
-async def _check_not_kept(links: Links) -> None:
+async def _check_not_kept(connections: Connections) -> None:
     """Raises InstanceError where a supervisor on this machine keeps the instance there is, also if no controller leads it now."""
-    raw = await links.store.get(links.keys.instance)
-    if raw is not None and is_played(links.settings.namespace, lease.decode_lease(raw).id, Role.SUPERVISOR):
-        await lease.check_free(links.store, links.keys)
+    raw = await connections.store.get(connections.keys.instance)
+    if raw is not None and is_played(connections.settings.namespace, lease.decode_lease(raw).id, Role.SUPERVISOR):
+        await lease.check_free(connections.store, connections.keys)
         raise InstanceError(
             "an instance runs under this namespace, and its supervisor on this machine is about to start its controller again: look with "
-            f"`mqserve status` and in {detached_log(links.settings.namespace)}, and join it with serve.connect() or end it with "
+            f"`mqserve status` and in {detached_log(connections.settings.namespace)}, and join it with serve.connect() or end it with "
             "`mqserve shutdown`"
         )
 
@@ -147,8 +149,8 @@ async def _check_not_kept(links: Links) -> None:
 class _Members:
     """The controller and the first node, as tasks or as processes; of a detached instance the supervisor, which starts these."""
 
-    def __init__(self, links: Links, instance: str, node_id: str, options: StartOptions) -> None:
-        self._links = links
+    def __init__(self, connections: Connections, instance: str, node_id: str, options: StartOptions) -> None:
+        self._connections = connections
         self._instance = instance
         self._node_id = node_id
         self._options = options
@@ -159,15 +161,17 @@ class _Members:
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
-        if self._links.settings.embedded:
-            links = self._links
-            has_key = bool(links.settings.secret_keys)
-            controller = Controller(links.store, links.keys, links.queue, links.process_id, self._instance, has_key=has_key)
+        if self._connections.settings.embedded:
+            connections = self._connections
+            has_key = bool(connections.settings.secret_keys)
+            controller = Controller(
+                connections.store, connections.keys, connections.queue, connections.process_id, self._instance, has_key=has_key
+            )
             options = NodeOptions(self._node_id, capacity=measure_node(None, None, {}))
-            node = Node(options, links.store, links.keys, EmbeddedLauncher(links), links.settings.signer)
+            node = Node(options, connections.store, connections.keys, EmbeddedLauncher(connections), connections.settings.signer)
             self._tasks = [asyncio.create_task(controller.run(self._stop)), asyncio.create_task(node.run(self._stop))]
             return
-        self._processes = [Process(command, self._links.settings, detached=self._options.detached) for command in self._commands()]
+        self._processes = [Process(command, self._connections.settings, detached=self._options.detached) for command in self._commands()]
 
     def _commands(self) -> list[list[str]]:
         arguments = self._kept.arguments()
@@ -188,21 +192,21 @@ class _Members:
         command = self._commands()[place]
 
         def start() -> Child:
-            self._processes[place] = Process(command, self._links.settings)
+            self._processes[place] = Process(command, self._connections.settings)
             return self._processes[place]
 
         async def is_over() -> bool:
             if command[0] == "controller":
                 with suppress(MQServeError):  # then it lapses
-                    await lease.release_of(self._links.store, self._links.keys, self._kept.token)
-            return await instance_has_ended(self._links, self._instance)
+                    await lease.release_of(self._connections.store, self._connections.keys, self._kept.token)
+            return await instance_has_ended(self._connections, self._instance)
 
         await keep_running(command[0], self._processes[place], start, is_over)
 
     @property
     def log(self) -> str:
         """Where it stands what they said."""
-        return str(detached_log(self._links.settings.namespace)) if self._options.detached else "the log above"
+        return str(detached_log(self._connections.settings.namespace)) if self._options.detached else "the log above"
 
     @property
     def pids(self) -> set[int]:
@@ -261,14 +265,14 @@ async def _ended(child: Child) -> None:
 
 async def end_instance(settings: Settings, tell: Tell) -> int:
     """The instance that runs, whosever it is; the exit code. Raises InstanceError when there is none, and as `shut_down` does."""
-    async with open_links(settings, "client") as links:
-        instance = (await lease.read_instance(links.store, links.keys)).id
+    async with open_connections(settings, "client") as connections:
+        instance = (await lease.read_instance(connections.store, connections.keys)).id
         tell(f"Draining {settings.namespace!r} …")
-        await shut_down(links, instance, tell)
+        await shut_down(connections, instance, tell)
     return 0
 
 
-async def shut_down(links: Links, instance: str, tell: Tell | None = None) -> None:
+async def shut_down(connections: Connections, instance: str, tell: Tell | None = None) -> None:
     """The instance drains and is cleared: marks the desired document and waits for the controller to have done it.
 
     Where none leads it is cleared here, and what still runs drains by itself. Raises InstanceError for one that still drains when all its
@@ -276,44 +280,44 @@ async def shut_down(links: Links, instance: str, tell: Tell | None = None) -> No
     """
 
     async def read_budget_s() -> float:
-        desired = Desired.from_bytes(await links.store.get(links.keys.desired))
+        desired = Desired.from_bytes(await connections.store.get(connections.keys.desired))
         drains_s = [backend.config.graceful_shutdown_timeout_s for backend in desired.backends.values()]
         return SHUTDOWN_BUDGET_S + 2 * max(drains_s, default=0.0)  # for what waits, and then for what runs
 
     async def is_cleared() -> bool | None:
-        raw, raw_lease = await links.store.get_documents([links.keys.desired, links.keys.instance])
+        raw, raw_lease = await connections.store.get_documents([connections.keys.desired, connections.keys.instance])
         desired = Desired.from_bytes(raw)
         if raw is None or desired.instance != instance:
             return True
         if not desired.closing:
             closing = msgspec.structs.replace(desired, closing=True, version=desired.version + 1)
-            await links.store.replace(links.keys.desired, raw, closing.to_bytes())
+            await connections.store.replace(connections.keys.desired, raw, closing.to_bytes())
         with suppress(BadEnvelope):  # the leader writes the lease anew
-            if raw_lease is not None and links.store.now_ms() - lease.decode_lease(raw_lease).at > UNLED_AFTER_S * 1000:
+            if raw_lease is not None and connections.store.now_ms() - lease.decode_lease(raw_lease).at > UNLED_AFTER_S * 1000:
                 raise TimeoutError  # it would be waited for in vain
         return None
 
-    budget_s = await until(links.store, read_budget_s, SHUTDOWN_BUDGET_S)
+    budget_s = await until(connections.store, read_budget_s, SHUTDOWN_BUDGET_S)
     try:
-        async with telling(links, tell):
-            await until(links.store, is_cleared, budget_s)
+        async with telling(connections, tell):
+            await until(connections.store, is_cleared, budget_s)
     except TimeoutError:
-        if await lease.beats(links.store, links.keys, instance):
+        if await lease.has_leader(connections.store, connections.keys, instance):
             raise InstanceError(
                 f"the instance still drains after {budget_s:g} s, and its controller goes on with that: look with `mqserve status`, "
                 "and drop what keeps it with delete_backend(…, force=True)"
             ) from None
-        await lease.forget(links.store, links.keys, instance)
+        await lease.forget(connections.store, connections.keys, instance)
 
 
-async def _until_up(links: Links, http: HttpOptions, head_node: str, members: _Members) -> None:
+async def _until_up(connections: Connections, http: HttpOptions, head_node: str, members: _Members) -> None:
     """The controller leads, the node is there and its proxy serves. Raises InstanceError with the reason why not."""
     wants_proxy = bool(head_node) and http.location != "NoServer"
 
     async def is_up() -> bool | None:
         members.check()
-        beats = read_beats(await links.store.fields(links.keys.beats))
-        raw_desired, raw_observed = await links.store.get_documents([links.keys.desired, links.keys.observed])
+        beats = read_beats(await connections.store.fields(connections.keys.beats))
+        raw_desired, raw_observed = await connections.store.get_documents([connections.keys.desired, connections.keys.observed])
         desired, observed = Desired.from_bytes(raw_desired), Observed.from_bytes(raw_observed)
         is_led = observed.seen >= (desired.epoch, desired.version)  # by the new controller: of an instance taken over there is an old state
         proxies = [beat for beat in beats.values() if beat.kind == "proxy" and beat.node == head_node] if wants_proxy else []
@@ -327,6 +331,6 @@ async def _until_up(links: Links, http: HttpOptions, head_node: str, members: _M
         return True if is_led and node_is_there and proxy_serves else None
 
     try:
-        await until(links.store, is_up, START_BUDGET_S)
+        await until(connections.store, is_up, START_BUDGET_S)
     except TimeoutError:
         raise InstanceError(f"the instance was not up within {START_BUDGET_S:g} s: see {members.log}, and `mqserve status`") from None

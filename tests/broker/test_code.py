@@ -20,7 +20,7 @@ from mqserve.broker.errors import BadEnvelope, BadSignature, BadValue, NotEncoda
 from mqserve.broker.store import Store
 from mqserve.broker.store_keys import StoreKeys
 from mqserve.broker.values.code import load, load_import_string, pack, save, unpack
-from mqserve.broker.values.signing import Claim, Signer
+from mqserve.broker.values.signing import SealScope, Signer
 
 NO_SIGNER = Signer([], "ns")
 USER_CODE = """
@@ -147,7 +147,7 @@ def test_code_sealed_by_another_key_is_refused_even_under_its_right_hash(user_mo
     foreign = pack(user_module.hello, (), Signer([b"x" * 32], namespace))
     with pytest.raises(BadSignature):
         unpack(foreign.to_bytes(), foreign.sha256, signer)
-    forged = msgspec.structs.replace(foreign, sealed=signer.seal(b"any", Claim("result")))
+    forged = msgspec.structs.replace(foreign, sealed=signer.seal(b"any", SealScope("result")))
     with pytest.raises(BadSignature):
         unpack(forged.to_bytes(), forged.sha256, signer)
 

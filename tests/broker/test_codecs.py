@@ -12,10 +12,10 @@ import pytest
 
 from mqserve.broker.errors import BadEnvelope, BadSignature, NotEncodable
 from mqserve.broker.values.codecs import MSGPACK, PICKLE, decode_plain, decode_value, encode_value, media_type
-from mqserve.broker.values.signing import Claim, Signer
+from mqserve.broker.values.signing import SealScope, Signer
 
 NO_SIGNER = Signer([], "ns")
-CLAIM = Claim("request", "b", "id")
+CLAIM = SealScope("request", "b", "id")
 CYCLE: list[Any] = []
 CYCLE.append(CYCLE)
 
@@ -123,7 +123,7 @@ class Bomb:
 def test_a_pickle_that_we_did_not_seal_is_never_opened(signer: Signer, tmp_path: Path) -> None:
     file = tmp_path / "opened"
     naked = pickle.dumps(Bomb(file))
-    sealed_by_another = Signer([b"x" * 32], "ns").seal(naked, Claim("request", "b", "id", PICKLE))
+    sealed_by_another = Signer([b"x" * 32], "ns").seal(naked, SealScope("request", "b", "id", PICKLE))
     for body in (naked, sealed_by_another):
         with pytest.raises(BadSignature):
             decode_value(body, PICKLE, signer, CLAIM)
@@ -137,7 +137,7 @@ def test_a_pickle_that_we_did_not_seal_is_never_opened(signer: Signer, tmp_path:
 def test_a_sealed_pickle_opens_for_its_own_request_only(signer: Signer) -> None:
     _, body = encode_value((1, 2), signer, CLAIM)
     with pytest.raises(BadSignature):
-        decode_value(body, PICKLE, signer, Claim("request", "b", "another id"))
+        decode_value(body, PICKLE, signer, SealScope("request", "b", "another id"))
 
 
 @pytest.mark.parametrize(

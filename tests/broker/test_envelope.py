@@ -5,7 +5,7 @@ import pytest
 from pamqp.commands import Basic
 from pamqp.header import ContentHeader
 
-from mqserve.broker.envelope import Envelope, Header, Meta, mint_id
+from mqserve.broker.envelope import Envelope, Header, RequestHead, mint_id
 from mqserve.broker.errors import BadEnvelope, TooLarge
 
 FULL = Envelope(
@@ -18,7 +18,7 @@ FULL = Envelope(
         deadline=1_700_000_000_123,
         ref="mqserve:ns:body:{id}",
         again=True,
-        meta=Meta(
+        meta=RequestHead(
             method="POST",
             path="/grüße",
             query=b"a=%20",
@@ -77,7 +77,7 @@ def test_a_stranger_may_leave_out_everything_but_the_body() -> None:
 
 
 def test_unknown_fields_of_the_header_are_ignored() -> None:
-    assert parsed({"inbox": "i", "colour": "red", "meta": {"path": "/", "size": 3}}).header == Header(inbox="i", meta=Meta(path="/"))
+    assert parsed({"inbox": "i", "colour": "red", "meta": {"path": "/", "size": 3}}).header == Header(inbox="i", meta=RequestHead(path="/"))
 
 
 def test_an_unknown_version_is_refused_and_named() -> None:
@@ -144,4 +144,4 @@ def parsed(header: dict[str, object]) -> Envelope:
 
 
 def head_of(size: int) -> Header:
-    return Header(meta=Meta(headers=((b"h", b"x" * size),)))
+    return Header(meta=RequestHead(headers=((b"h", b"x" * size),)))

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from pamqp.commands import Basic
 from pamqp.header import ContentHeader
 
-from mqserve.broker.envelope import SEALED_BODY_BYTES, Envelope, Header, Meta, mint_id
+from mqserve.broker.envelope import SEALED_BODY_BYTES, Envelope, Header, RequestHead, mint_id
 from mqserve.broker.values.header_seals import SEAL_BYTES, HeaderSeals, Seal
 
 OLD, NEW = b"o" * 32, b"n" * 32
 SEALS = HeaderSeals([NEW], "ns")
-META = Meta("POST", "/grüße", headers=((b"cookie", b"\xa5again\xc3"),), client=("192.0.2.1", 4711))
+META = RequestHead("POST", "/grüße", headers=((b"cookie", b"\xa5again\xc3"),), client=("192.0.2.1", 4711))
 HEADER = Header(origin="http", inbox="mqserve:ns:inbox:p", deadline=1_700_000_000_123, meta=META)
 SENT = Envelope(mint_id(), b'{"a": 1}', "application/json", HEADER)
 
@@ -82,7 +82,7 @@ FIELDS = {
     "ref": "mqserve:ns:body:{x}",
     "shadow": True,
     "once": True,
-    "meta": Meta(call="m"),
+    "meta": RequestHead(call="m"),
 }
 
 
@@ -159,7 +159,7 @@ def test_a_mac_that_was_guessed_does_not_fit(mac: bytes) -> None:
 
 
 def test_of_two_entries_with_one_name_reader_and_seal_see_the_same_one() -> None:
-    mine = msgspec.msgpack.encode(Header(origin="http", meta=Meta(client=("127.0.0.1", 1))))
+    mine = msgspec.msgpack.encode(Header(origin="http", meta=RequestHead(client=("127.0.0.1", 1))))
     entry = b"\x02mqx" + len(mine).to_bytes(4, "big") + mine
     packed = SENT.to_amqp("", SEALS.of("b"))
     at = packed.index(b"\x02mqx") - 4

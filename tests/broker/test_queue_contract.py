@@ -7,7 +7,7 @@ import pytest
 from msgspec.structs import replace
 
 from mqserve.broker.dead_letters import Attempt, DeadLetter, Death, digest_of
-from mqserve.broker.envelope import Envelope, Header, Meta
+from mqserve.broker.envelope import Envelope, Header, RequestHead
 from mqserve.broker.errors import NotRouted, Overloaded, QueueMismatch, TooLarge, UnknownBackend
 from mqserve.broker.queue import Queue
 from tests.broker.traffic import AckingHands, Hands, accepted, depth_is, publish, text, until
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.anyio
 
 
 async def test_a_message_arrives_as_it_was_published(queue: Queue) -> None:
-    header = Header(origin="http", inbox="in", deadline=1_700_000_000_123, meta=Meta(path="/π", params=(("x", "float", "3.14"),)))
+    header = Header(origin="http", inbox="in", deadline=1_700_000_000_123, meta=RequestHead(path="/π", params=(("x", "float", "3.14"),)))
     sent = Envelope("an id", b"\x00\xffbody", "application/x-thing", header, priority=2, expiration_ms=60_000)
     hands = await consumed(queue)
     await accepted(queue, sent)
@@ -158,7 +158,7 @@ DEATH = Death("it never parses", "Traceback …", (Attempt("b#1", 1_700_000_000_
 
 
 async def test_a_dead_letter_is_the_message_as_it_came_and_what_it_died_of(queue: Queue) -> None:
-    header = Header(origin="http", inbox="in", deadline=1_700_000_000_123, meta=Meta(path="/π"))
+    header = Header(origin="http", inbox="in", deadline=1_700_000_000_123, meta=RequestHead(path="/π"))
     sent = Envelope("an id", b"\x00\xffbody", "text/x", header, reply_to="r", correlation_id="c", priority=2, expiration_ms=60_000)
     await dead(queue, sent)
     (letter,) = await read(queue, 1)
@@ -249,7 +249,7 @@ async def test_dead_letters_of_an_unknown_backend_are_an_error_and_of_a_healthy_
 
 
 async def test_a_dead_letter_is_published_again_under_its_id_with_its_properties(queue: Queue) -> None:
-    header = Header(origin="http", inbox="in", deadline=1, meta=Meta(path="/π"))
+    header = Header(origin="http", inbox="in", deadline=1, meta=RequestHead(path="/π"))
     sent = Envelope("an id", b"body", "text/x", header, reply_to="r", correlation_id="c", priority=2, expiration_ms=60_000)
     await dead(queue, sent)
     hands = await consumed(queue)
@@ -320,7 +320,7 @@ async def test_the_depth_counts_what_waits_and_not_what_is_held(queue: Queue) ->
 
 async def test_a_head_of_200_kb_is_refused_before_anything_is_sent(queue: Queue) -> None:
     hands = await consumed(queue)
-    head = Header(meta=Meta(headers=((b"cookie", b"x" * 200_000),)))
+    head = Header(meta=RequestHead(headers=((b"cookie", b"x" * 200_000),)))
     with pytest.raises(TooLarge) as refusal:
         publish(queue, Envelope("huge", b"", "text/plain", head))
     assert refusal.value.status == 431

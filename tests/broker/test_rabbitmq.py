@@ -11,7 +11,7 @@ import pytest
 from yarl import URL
 
 from mqserve.broker.dead_letters import Death
-from mqserve.broker.envelope import Envelope, Header, Meta, mint_id
+from mqserve.broker.envelope import Envelope, Header, RequestHead, mint_id
 from mqserve.broker.errors import BadEnvelope, BrokerUnavailable, MQServeError, QueueMismatch
 from mqserve.broker.queue import Queue
 from mqserve.broker.queue_names import backend_queue, dead_queue, requests_exchange
@@ -152,7 +152,7 @@ async def test_a_header_that_does_not_parse_is_a_bad_envelope_with_its_dead_lett
 
 async def test_a_seal_holds_through_the_queue_the_dead_letters_and_a_retry_and_nowhere_else(broker_url: str, namespace: str) -> None:
     seals = HeaderSeals([b"k" * 32], namespace)
-    header = Header(origin="http", inbox="in", deadline=2**41, meta=Meta(path="/π", headers=((b"a", b"\xff"),)))
+    header = Header(origin="http", inbox="in", deadline=2**41, meta=RequestHead(path="/π", headers=((b"a", b"\xff"),)))
     sent = [Envelope(mint_id(), body, "application/json", header) for body in (b"", b"1", b"x" * 300)]
     async with open_rabbitmq(broker_url, namespace, "test", seals=seals) as queue:
         for backend in ("b", "other"):

@@ -110,8 +110,8 @@ async def test_a_store_that_would_forget_when_it_is_full_is_a_concern(
 ) -> None:
     store_server.limit_memory("100mb", policy)
     async with open_redis(store_server.url, namespace) as store:
-        concern = await store.concern()
-        assert concern.endswith(says) and bool(concern) == bool(says)
+        misconfiguration = await store.misconfiguration()
+        assert misconfiguration.endswith(says) and bool(misconfiguration) == bool(says)
 
 
 async def test_large_results_are_written_in_calls_of_a_bounded_size(store_server: PrivateRedis, namespace: str, keys: StoreKeys) -> None:

@@ -6,10 +6,10 @@ import msgspec
 import pytest
 
 from mqserve.broker.errors import BadSignature, BadValue
-from mqserve.broker.values.signing import Claim, Purpose, Signer
+from mqserve.broker.values.signing import Purpose, SealScope, Signer
 
 OLD, NEW = b"o" * 32, b"n" * 32
-CLAIM = Claim("request", "b", "id", "application/x")
+CLAIM = SealScope("request", "b", "id", "application/x")
 
 
 def test_what_is_sealed_opens_again(signer: Signer) -> None:
@@ -23,11 +23,11 @@ def test_what_is_sealed_opens_again(signer: Signer) -> None:
         replace(CLAIM, backend="other"),
         replace(CLAIM, id="other"),
         replace(CLAIM, content_type="other"),
-        Claim("request", "bid", "", "application/x"),
+        SealScope("request", "bid", "", "application/x"),
     ],
     ids=["purpose", "backend", "id", "content type", "fields run together"],
 )
-def test_a_seal_opens_under_no_other_claim(signer: Signer, claim: Claim) -> None:
+def test_a_seal_opens_under_no_other_claim(signer: Signer, claim: SealScope) -> None:
     with pytest.raises(BadSignature, match="does not fit"):
         signer.open(signer.seal(b"payload", CLAIM), claim)
 

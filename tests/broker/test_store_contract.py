@@ -292,12 +292,12 @@ async def test_a_key_can_be_dropped_with_the_next_write(store: Store, keys: Stor
 
 
 async def test_what_can_have_one_value_only_is_written_once_and_its_expiry_put_off(store: Store, keys: StoreKeys) -> None:
-    await store.set_default(keys.code("a"), b"code", ttl_ms=100)
-    await store.set_default(keys.code("a"), b"code", ttl_ms=60_000)
+    await store.put_if_absent(keys.code("a"), b"code", ttl_ms=100)
+    await store.put_if_absent(keys.code("a"), b"code", ttl_ms=60_000)
     await store.set(keys.leader, b"witness", ttl_ms=150)
-    await store.set_default(keys.code("b"), b"code", ttl_ms=100)
+    await store.put_if_absent(keys.code("b"), b"code", ttl_ms=100)
     await store.expire(keys.code("b"), None)
-    await store.set_default(keys.code("b"), b"code", ttl_ms=100)  # which has no end by now, and gets none
+    await store.put_if_absent(keys.code("b"), b"code", ttl_ms=100)  # which has no end by now, and gets none
 
     async def is_late() -> bool:
         return await store.get(keys.leader) is None

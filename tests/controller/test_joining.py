@@ -8,10 +8,10 @@ from mqserve.broker.memory.queue import EmbeddedQueue
 from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.settings import Settings
 from mqserve.broker.store_keys import StoreKeys
+from mqserve.connections import Connections
 from mqserve.controller.lease import claim_instance, read_instance
 from mqserve.controller.state.documents import Desired, HttpOptions
 from mqserve.instance.roles import join_or_start
-from mqserve.links import Links
 from tests.controller.test_leading import controllers
 
 pytestmark = pytest.mark.anyio
@@ -28,8 +28,8 @@ class Slow(EmbeddedStore):
         return found
 
 
-def links_to(store: EmbeddedStore) -> Links:
-    return Links(Settings.read(), EmbeddedQueue(), store, KEYS, "test")
+def links_to(store: EmbeddedStore) -> Connections:
+    return Connections(Settings.read(), EmbeddedQueue(), store, KEYS, "test")
 
 
 async def test_a_controller_that_starts_while_the_configuration_is_lost_waits_until_it_is_written_back() -> None:

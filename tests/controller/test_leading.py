@@ -425,7 +425,7 @@ async def test_the_instance_lives_on_while_its_leader_declares_for_long() -> Non
 
 async def test_the_leader_reports_a_store_that_is_set_up_to_forget() -> None:
     class Forgetful(EmbeddedStore):
-        async def concern(self) -> str:
+        async def misconfiguration(self) -> str:
             return "it evicts"
 
     store, keys = Forgetful(), StoreKeys("tests")

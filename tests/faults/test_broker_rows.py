@@ -17,7 +17,7 @@ import pytest
 from yarl import URL
 
 from mqserve.broker.rabbitmq.queue import open_rabbitmq
-from mqserve.broker.values.signing import Claim, Signer
+from mqserve.broker.values.signing import SealScope, Signer
 from tests.broker.traffic import AckingHands, accepted, accepted_at_last, text, until
 from tests.faults.crowd import Crowd
 from tests.faults.servers_say import messages_of
@@ -237,7 +237,7 @@ KINDS_OF_RUBBISH: dict[str, Callable[[random.Random], tuple[pika.BasicProperties
     ),
     "another key's seal": lambda chance: (
         pika.BasicProperties(content_type="application/x-python-pickle", message_id="theirs"),
-        Signer([chance.randbytes(32)], "theirs").seal(pickle.dumps(Opened()), Claim("request", "b", "theirs")),
+        Signer([chance.randbytes(32)], "theirs").seal(pickle.dumps(Opened()), SealScope("request", "b", "theirs")),
     ),
 }
 

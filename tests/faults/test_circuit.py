@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from mqserve.broker.calls.sending import Caller
-from mqserve.broker.envelope import Envelope, Meta
+from mqserve.broker.calls.sending import RequestSender
+from mqserve.broker.envelope import Envelope, RequestHead
 from mqserve.broker.errors import BrokerUnavailable, MQServeError
 from mqserve.broker.rabbitmq.queue import RabbitQueue, open_rabbitmq
 from mqserve.broker.redis.store import open_redis
@@ -79,11 +79,11 @@ async def test_a_request_to_a_broker_that_has_been_away_for_a_while_fails_at_onc
     broker_server: PrivateRabbitMQ, store_server: PrivateRedis, namespace: str
 ) -> None:
     async with open_rabbitmq(broker_server.url, namespace, "test") as queue, open_redis(store_server.url, namespace) as store:
-        caller = Caller(queue, store, StoreKeys(namespace), "test")
+        sender = RequestSender(queue, store, StoreKeys(namespace), "test")
         broker_server.kill()
         await until(lambda: queue.down_s > 3)
         before = time.monotonic()
-        ticket = caller.send("b", b"", "text/plain", Meta(), origin="http", timeout_s=60)
+        ticket = sender.send("b", b"", "text/plain", RequestHead(), origin="http", timeout_s=60)
         with pytest.raises(BrokerUnavailable):
             await ticket.future
         assert time.monotonic() - before < 10, "its own time is 60 s"

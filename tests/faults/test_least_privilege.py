@@ -435,7 +435,7 @@ client = serve.connect()
 large = serve.get_handle("witness").remote("large")
 assert len(large.result(timeout=30)) == 2_000_000
 waiting = serve.get_handle("hold").remote("x" * 1_500_000)
-print(f"asked {large.id} {waiting.id} {client._caller.waits.inbox}", flush=True)
+print(f"asked {large.id} {waiting.id} {client._sender.pending.inbox}", flush=True)
 print(f"told {waiting.result(timeout=600)} {len(serve.future(large.id).result(timeout=30))}", flush=True)
 """
 

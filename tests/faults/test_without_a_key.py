@@ -11,7 +11,7 @@ import msgspec
 import pika
 import pytest
 
-from mqserve.broker.envelope import Header, Meta, mint_id
+from mqserve.broker.envelope import Header, RequestHead, mint_id
 from tests.instances import CommandLine, wait_until
 from tests.servers import PrivateRabbitMQ, free_port
 
@@ -27,9 +27,9 @@ print(client.get_handle("told").remote(1).result(timeout=30), flush=True)
 time.sleep(600)
 """
 FORGED = [
-    Header(origin="http", meta=Meta(path="/admin", client=("127.0.0.1", 1))),
+    Header(origin="http", meta=RequestHead(path="/admin", client=("127.0.0.1", 1))),
     Header(origin="handle"),
-    Header(meta=Meta(path="/admin")),
+    Header(meta=RequestHead(path="/admin")),
 ]
 
 

@@ -13,7 +13,7 @@ from pamqp.commands import Basic
 from pamqp.header import ContentHeader
 
 from mqserve.broker.dead_letters import Death, dead_letter_to_amqp
-from mqserve.broker.envelope import NO_HEADER, Envelope, Header, Meta
+from mqserve.broker.envelope import NO_HEADER, Envelope, Header, RequestHead
 from mqserve.broker.errors import BadEnvelope, TooLarge
 from mqserve.broker.rabbitmq.own_properties import read_ours
 from mqserve.broker.values.header_seals import HeaderSeals
@@ -21,13 +21,13 @@ from tests.fuzz.material import any_text, anything, bytes_like, cases, good_text
 
 FRAME_BYTES = 128 * 1024
 VALID_HEADER = msgspec.msgpack.encode(
-    Header(origin="http", inbox="mqserve:ns:inbox:p", deadline=1, meta=Meta("POST", "/a", params=(("a", "int", "1"),)))
+    Header(origin="http", inbox="mqserve:ns:inbox:p", deadline=1, meta=RequestHead("POST", "/a", params=(("a", "int", "1"),)))
 )
 VALID = Envelope("order-17", b"", "application/json", Header(origin="handle"), "replies", "question 7", 3, 1000, True).to_amqp()
 
 short = st.text(st.characters(codec="utf-8"), max_size=63)  # 255 bytes at most
 metas = st.builds(
-    Meta,
+    RequestHead,
     path=good_text,
     query=st.binary(max_size=40),
     headers=st.lists(st.tuples(st.binary(max_size=20), st.binary(max_size=20)), max_size=4).map(tuple),
@@ -167,7 +167,7 @@ def test_a_property_that_amqp_cannot_carry_is_refused_before_it_is_sent(envelope
 
 @given(any_text, st.integers(0, 200_000))
 def test_a_head_that_does_not_fit_a_frame_is_refused_before_it_is_sent(text: str, size: int) -> None:
-    envelope = Envelope("", b"", "text/plain", Header(origin="http", meta=Meta(path=text, query=b"q" * size)))
+    envelope = Envelope("", b"", "text/plain", Header(origin="http", meta=RequestHead(path=text, query=b"q" * size)))
     try:
         assert len(envelope.to_amqp()) + 20 < FRAME_BYTES
     except (BadEnvelope, TooLarge) as refused:

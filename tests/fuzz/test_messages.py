@@ -14,7 +14,7 @@ import redis
 from pika.adapters.blocking_connection import BlockingChannel
 
 import mqserve as serve
-from mqserve.broker.envelope import Header, Meta, mint_id
+from mqserve.broker.envelope import Header, RequestHead, mint_id
 from mqserve.broker.values.codecs import JSON, MSGPACK, PICKLE, TEXT
 from tests.fuzz.material import CORPUS, bomb
 from tests.instances import Deploy, distributed_only, wait_until
@@ -56,7 +56,7 @@ class Stranger:
         self._random = random.Random(17)
         self._mqs = [path.read_bytes() for path in sorted((CORPUS / "mq").iterdir())]
         self._strange = [path.read_bytes() for path in sorted((CORPUS / "properties").iterdir())]
-        meta = Meta("POST", "/a", params=(("n", "int", "x"), ("m", "no-such-convertor", "1")))
+        meta = RequestHead("POST", "/a", params=(("n", "int", "x"), ("m", "no-such-convertor", "1")))
         self._valid = [
             msgspec.msgpack.encode(header) for header in (Header(origin="http", meta=meta), Header(origin="handle"), Header(once=True))
         ]
@@ -152,7 +152,7 @@ def test_one_bad_request_does_not_fail_the_batch_it_is_in(
 
     backend = deploy(total, max_batch_size=2, batch_wait_timeout=0.5)
     namespace = environment["MQSERVE_NAMESPACE"]
-    bad = Header(origin="http", meta=Meta(params=(("n", "no-such-convertor", "x"),)))
+    bad = Header(origin="http", meta=RequestHead(params=(("n", "no-such-convertor", "x"),)))
     ids = [mint_id() for _ in range(4)]
     for number, name in enumerate(ids):
         headers = sealed(namespace, backend, name, Header(origin="http") if number % 2 else bad, body=b"1")

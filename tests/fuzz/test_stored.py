@@ -11,18 +11,18 @@ from hypothesis import strategies as st
 
 from mqserve.broker.errors import BadEnvelope, BadSignature, MQServeError, NotEncodable
 from mqserve.broker.memory.store import EmbeddedStore
-from mqserve.broker.results import ErrorInfo, Note, Result, note_of, read_note
+from mqserve.broker.results import ErrorInfo, InboxEntry, Result, entry_of, read_entry
 from mqserve.broker.store_keys import StoreKeys
 from mqserve.broker.values import code
 from mqserve.broker.values.codecs import JSON, MSGPACK, PICKLE, TEXT, decode_plain, decode_value, encode_value
-from mqserve.broker.values.signing import Claim, Signer
+from mqserve.broker.values.signing import SealScope, Signer
 from mqserve.client.answers import read_result
 from mqserve.proxy.responses import from_result
 from tests.fuzz.material import any_text, anything, bomb, bytes_like, cases, good_text, plain
 
 SIGNER = Signer([b"k" * 32, b"an older key, thirty-two bytes long"], "ns", clock=lambda: 1_000_000.0)
 NO_SIGNER = Signer([], "ns")
-CLAIM = Claim("result", "backend", "id", PICKLE)
+CLAIM = SealScope("result", "backend", "id", PICKLE)
 SEALED = SIGNER.seal(b"payload", CLAIM)
 VALID = Result(
     status=200, backend="b", content_type=JSON, headers=((b"x-a", b"1"),), body=b"{}", error=ErrorInfo("ValueError", "no", "at", b"s")
@@ -63,7 +63,7 @@ def test_results_that_did_harm_are_refused(raw: bytes) -> None:
 
 @pytest.mark.parametrize("raw", cases("notes"))
 def test_notes_that_did_harm_are_left_out(raw: bytes) -> None:
-    assert read_note(raw) is None
+    assert read_entry(raw) is None
 
 
 @pytest.mark.parametrize("raw", cases("seals"))
@@ -89,10 +89,10 @@ def test_a_result_is_read_as_it_was_written_and_answered(result: Result) -> None
     check_answer(result)
 
 
-@given(bytes_like(note_of("id", VALID.to_bytes())) | plain.map(msgspec.msgpack.encode))
+@given(bytes_like(entry_of("id", VALID.to_bytes())) | plain.map(msgspec.msgpack.encode))
 def test_a_note_of_any_bytes_is_a_note_or_left_out(raw: bytes) -> None:
-    note = read_note(raw)
-    assert note is None or isinstance(note, Note)
+    note = read_entry(raw)
+    assert note is None or isinstance(note, InboxEntry)
 
 
 @given(bytes_like(SEALED) | plain.map(msgspec.msgpack.encode), st.booleans())
@@ -108,12 +108,12 @@ def _means_the_same(raw: bytes) -> bool:
     return bool(msgspec.msgpack.decode(raw) == msgspec.msgpack.decode(SEALED))
 
 
-claims = st.builds(Claim, st.sampled_from(["code", "request", "result"]), good_text, good_text, good_text)
+claims = st.builds(SealScope, st.sampled_from(["code", "request", "result"]), good_text, good_text, good_text)
 
 
 @given(claims, claims, st.sampled_from(["ns", "other"]), st.binary(min_size=32, max_size=40), st.binary(max_size=40))
 def test_a_seal_opens_for_its_own_claim_namespace_and_key_alone(
-    mine: Claim, other: Claim, namespace: str, key: bytes, payload: bytes
+    mine: SealScope, other: SealScope, namespace: str, key: bytes, payload: bytes
 ) -> None:
     sealed = Signer([b"m" * 32], "ns").seal(payload, mine)
     try:
@@ -131,7 +131,7 @@ def test_bodies_that_did_harm_are_refused(raw: bytes, content_type: str) -> None
 
 
 def decode_or_refuse(body: bytes, content_type: str) -> None:
-    for read in (decode_plain, lambda body, kind: decode_value(body, kind, SIGNER, Claim("request", "b", "id"))):
+    for read in (decode_plain, lambda body, kind: decode_value(body, kind, SIGNER, SealScope("request", "b", "id"))):
         try:
             read(body, content_type)
         except BadEnvelope as refused:
@@ -169,20 +169,20 @@ def test_no_body_is_a_pickle_to_be_opened(content_type: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("signer", [SIGNER, NO_SIGNER], ids=["with a key", "without a key"])
 def test_no_result_and_no_error_in_it_is_a_pickle_to_be_opened(signer: Signer, tmp_path: Path) -> None:
     pickled = bomb(tmp_path / "opened")
-    for foreign in (pickled, Signer([b"f" * 32], "ns").seal(pickled, CLAIM), SIGNER.seal(pickled, Claim("request", "b", "id", PICKLE))):
+    for foreign in (pickled, Signer([b"f" * 32], "ns").seal(pickled, CLAIM), SIGNER.seal(pickled, SealScope("request", "b", "id", PICKLE))):
         with pytest.raises(MQServeError):
             read_result(Result(backend="b", content_type=PICKLE, body=foreign), "id", signer)
         with pytest.raises(MQServeError):
             read_result(Result(status=500, backend="b", error=ErrorInfo("ValueError", "no", sealed=foreign)), "id", signer)
     for raw in (pickled, msgspec.msgpack.encode(pickled)):
-        assert read(raw) is None and read_note(raw) is None
+        assert read(raw) is None and read_entry(raw) is None
     assert not (tmp_path / "opened").exists()
 
 
 @pytest.mark.anyio
 async def test_no_code_convertor_or_middleware_is_a_pickle_to_be_opened(tmp_path: Path) -> None:
     store, keys, pickled = EmbeddedStore(), StoreKeys("ns"), bomb(tmp_path / "opened")
-    foreign = Signer([b"f" * 32], "ns").seal(pickled, Claim("code"))
+    foreign = Signer([b"f" * 32], "ns").seal(pickled, SealScope("code"))
     documents = [
         pickled,
         code.Code("f", sealed=pickled).to_bytes(),

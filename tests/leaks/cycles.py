@@ -25,9 +25,9 @@ import uvloop
 import mqserve as serve
 from mqserve.broker.process.lifeline import Stop
 from mqserve.broker.settings import Settings
+from mqserve.connections import EmbeddedLauncher, open_connections
 from mqserve.controller.machine import measure_node
 from mqserve.controller.node import Node, NodeOptions
-from mqserve.links import EmbeddedLauncher, open_links
 from tests.instances import wait_until
 from tests.leaks.traced import kept_by, kept_here
 
@@ -122,10 +122,12 @@ def node_in_a_thread() -> Iterator[None]:
     async def run() -> None:
         loop, stopped = asyncio.get_running_loop(), Stop()
         stopping.append(lambda: loop.call_soon_threadsafe(stopped.set))
-        async with open_links(Settings.read(), "node") as links:
+        async with open_connections(Settings.read(), "node") as connections:
             started.set()
             options = NodeOptions("node", capacity=measure_node(None, None, {}))
-            await Node(options, links.store, links.keys, EmbeddedLauncher(links), links.settings.signer).run(stopped)
+            await Node(options, connections.store, connections.keys, EmbeddedLauncher(connections), connections.settings.signer).run(
+                stopped
+            )
 
     thread = threading.Thread(target=lambda: uvloop.run(run()), daemon=True)
     thread.start()

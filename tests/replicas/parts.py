@@ -12,7 +12,7 @@ from mqserve.controller.state.documents import Backend
 from mqserve.replicas.handler import Handler
 from mqserve.replicas.job import Job
 from mqserve.replicas.metrics import ReplicaMetrics
-from mqserve.replicas.serve import Server
+from mqserve.replicas.request_loop import RequestLoop
 from mqserve.replicas.worker import Worker
 from tests.broker.traffic import publish, until
 
@@ -57,7 +57,7 @@ class Serving:
         self.store = store or EmbeddedStore()
         self.worker = IdleWorker()
         backend = Backend("b", "", "b", config)
-        self.server = Server(
+        self.server = RequestLoop(
             Settings.read({}, namespace="tests"), backend, self.queue, self.store, cast(Worker, self.worker),
             Handler(lambda request: None, is_function=True), ReplicaMetrics("b", "b#1"), "b#1",
         )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mqserve.broker.calls.cancellations import word_of_request
+from mqserve.broker.calls.cancellations import notice_of_request
 from mqserve.broker.envelope import Envelope, Header
 from mqserve.broker.errors import BrokerUnavailable, MQServeError, Overloaded, StoreUnavailable
 from mqserve.broker.memory.queue import EmbeddedQueue
@@ -18,7 +18,7 @@ from mqserve.broker.store_keys import StoreKeys
 from mqserve.broker.values.codecs import check_plain
 from mqserve.replicas.admission import NOT_STARTED
 from mqserve.replicas.prefetch import prefetch
-from mqserve.replicas.settling import INLINE_RESULT_BYTES
+from mqserve.replicas.settlement import INLINE_RESULT_BYTES
 from tests.broker.traffic import publish, until
 from tests.replicas.parts import MINTED, Serving, minted, request
 
@@ -227,7 +227,7 @@ async def test_a_request_that_is_cancelled_while_it_is_looked_up_does_not_run(ke
     async with Serving(store=SlowStore()) as serving:
         await serving.send(minted(again=True))
         await asked.wait()
-        await serving.store.append_log(keys.cancelled, word_of_request(MINTED))
+        await serving.store.append_log(keys.cancelled, notice_of_request(MINTED))
         await until(lambda: bool(serving.server._cancellations))
         go_on.set()
         await serving.settled()

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from mqserve.broker.envelope import NO_HEADER, Envelope, Header, Meta
+from mqserve.broker.envelope import NO_HEADER, Envelope, Header, RequestHead
 from mqserve.broker.errors import BackendFailed, BadEnvelope, BadSignature
 from mqserve.broker.settings import Settings
 from mqserve.broker.values.codecs import JSON, PICKLE
 from mqserve.broker.values.header_seals import Seal
-from mqserve.replicas.senders import Senders
+from mqserve.replicas.trust import SenderTrust
 
 URLS = {"MQSERVE_BROKER_URL": "amqp://own@b", "MQSERVE_STORE_URL": "redis://s"}
 KEY = {"MQSERVE_SECRET_KEY": "k" * 32}
@@ -24,15 +24,15 @@ CLAIMS = [
     Header(shadow=True),
     Header(once=True),
     Header(again=True),
-    Header(meta=Meta(method="POST")),
-    Header(meta=Meta(headers=((b"cookie", b"x"),))),
-    Header(meta=Meta(client=("192.0.2.1", 1))),
-    Header(meta=Meta(endpoint="other")),
+    Header(meta=RequestHead(method="POST")),
+    Header(meta=RequestHead(headers=((b"cookie", b"x"),))),
+    Header(meta=RequestHead(client=("192.0.2.1", 1))),
+    Header(meta=RequestHead(endpoint="other")),
 ]
 
 
-def senders(env: Mapping[str, str] = {}, *, demands_seals: bool = False) -> Senders:
-    made = Senders(Settings.read({**URLS, **env}))
+def senders(env: Mapping[str, str] = {}, *, demands_seals: bool = False) -> SenderTrust:
+    made = SenderTrust(Settings.read({**URLS, **env}))
     made.demands_seals = demands_seals
     return made
 
@@ -45,7 +45,7 @@ def message(header: Header = OURS, seal: Seal = Seal.NONE, user_id: str = "", **
 
 
 @pytest.mark.parametrize("demands_seals", [True, False])
-@pytest.mark.parametrize("header", [NO_HEADER, Header(deadline=1), Header(deadline=1, meta=Meta(call="predict"))])
+@pytest.mark.parametrize("header", [NO_HEADER, Header(deadline=1), Header(deadline=1, meta=RequestHead(call="predict"))])
 def test_what_every_publisher_may_say_counts_whatever_its_seal(header: Header, demands_seals: bool) -> None:
     for env in ({}, KEY):
         for seal in Seal:
@@ -143,6 +143,6 @@ def test_plain_data_is_anybodys() -> None:
 
 
 def test_in_one_process_there_is_nobody_else() -> None:
-    embedded = Senders(Settings.read({}))
+    embedded = SenderTrust(Settings.read({}))
     embedded.check_header(message())
     embedded.check_pickle(pickled(""))

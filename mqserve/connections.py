@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Links:
+class Connections:
     """One process's ways to the broker and the store."""
 
     settings: Settings
@@ -41,12 +41,12 @@ class Links:
 
 
 @asynccontextmanager
-async def open_links(settings: Settings, role: str, *, broker_may_be_away: bool = False) -> AsyncIterator[Links]:
+async def open_connections(settings: Settings, role: str, *, broker_may_be_away: bool = False) -> AsyncIterator[Connections]:
     """Connected, or BrokerUnavailable or StoreUnavailable within ten seconds; closed on exit."""
     process_id = f"{role}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
     keys = StoreKeys(settings.namespace)
     if settings.embedded:
-        yield Links(settings, EmbeddedQueue(), EmbeddedStore(), keys, process_id)
+        yield Connections(settings, EmbeddedQueue(), EmbeddedStore(), keys, process_id)
         return
     async with (
         open_redis(settings.store_url, settings.namespace) as store,
@@ -54,13 +54,13 @@ async def open_links(settings: Settings, role: str, *, broker_may_be_away: bool 
             settings.broker_url, settings.namespace, process_id, seals=settings.header_seals, may_be_away=broker_may_be_away
         ) as queue,
     ):
-        yield Links(settings, queue, store, keys, process_id)
+        yield Connections(settings, queue, store, keys, process_id)
 
 
-async def instance_has_ended(links: Links, instance: str) -> bool:
+async def instance_has_ended(connections: Connections, instance: str) -> bool:
     """Whether somebody shut it down; a store that is away does not end it."""
     try:
-        return await lease.has_ended(links.store, links.keys, instance)
+        return await lease.has_ended(connections.store, connections.keys, instance)
     except MQServeError:
         return False
 
@@ -98,19 +98,19 @@ class TaskChild:
 class EmbeddedLauncher:
     """Implements `Launcher`: children share this process's queue and store, each replica has a thread of its own."""
 
-    def __init__(self, links: Links) -> None:
-        self._links = links
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
 
     def replica(self, backend: str, replica_id: str, node: str, share: Share) -> TaskChild:
-        replica = Replica(self._links.settings, ReplicaOptions(backend, replica_id, node), self._links.store)
+        replica = Replica(self._connections.settings, ReplicaOptions(backend, replica_id, node), self._connections.store)
         stop = Stop()
-        run = replica.run(lambda: nullcontext(self._links.queue), stop)
+        run = replica.run(lambda: nullcontext(self._connections.queue), stop)
         return TaskChild(asyncio.create_task(run, name=replica_id), stop)
 
     def proxy(self, proxy_id: str, host: str, port: int, node: str) -> TaskChild:
-        proxy = Proxy(self._links.settings, ProxyOptions(proxy_id, host, port, node), self._links.store)
+        proxy = Proxy(self._connections.settings, ProxyOptions(proxy_id, host, port, node), self._connections.store)
         stop = Stop()
-        return TaskChild(asyncio.create_task(proxy.run(self._links.queue, stop), name=proxy_id), stop)
+        return TaskChild(asyncio.create_task(proxy.run(self._connections.queue, stop), name=proxy_id), stop)
 
     def stop_listening(self) -> None:
         """A proxy in here binds its own socket: one that ends takes the others with it."""

@@ -18,7 +18,7 @@ from ..broker.envelope import Envelope
 from ..broker.errors import BadEnvelope, BrokerUnavailable, MQServeError, StoreUnavailable
 from ..broker.process.printable import printable
 from ..broker.queue import Delivery, Queue, fate_of
-from ..broker.results import ErrorInfo, Result, note_of
+from ..broker.results import ErrorInfo, Result, entry_of
 from ..broker.store import Record, Store
 from ..broker.store_keys import RESULT_TTL_S, StoreKeys
 from ..controller.state.config import BackendConfig
@@ -37,7 +37,7 @@ _CONFIRM_BUDGET_S = 10.0
 _LAST_STEPS_S = 5.0
 
 
-class Settling:
+class Settlement:
     """The deliveries in one replica's hands. A job's `tag` is (generation, delivery)."""
 
     def __init__(self, backend: str, queue: Queue, store: Store, keys: StoreKeys, admission: Admission, metrics: ReplicaMetrics) -> None:
@@ -53,7 +53,7 @@ class Settling:
         self.at_most_once = False
 
     def __repr__(self) -> str:
-        return f"<Settling of {self._backend}, {self.held} held, {len(self._unstored)} to be stored>"
+        return f"<Settlement of {self._backend}, {self.held} held, {len(self._unstored)} to be stored>"
 
     @property
     def held(self) -> int:
@@ -92,7 +92,7 @@ class Settling:
         future_id = envelope.future_id(self._backend)
         raw = (result if envelope.attempt == 1 else msgspec.structs.replace(result, attempt=envelope.attempt)).to_bytes()
         deadline_ms = envelope.header.deadline or self._store.now_ms() + int(UNLIMITED_S * 1000)
-        return self._store.record(Record(self._keys.future(future_id), raw, envelope.header.inbox, note_of(future_id, raw), deadline_ms))
+        return self._store.record(Record(self._keys.future(future_id), raw, envelope.header.inbox, entry_of(future_id, raw), deadline_ms))
 
     def _recorded(self, job: Job, done: asyncio.Future[bool]) -> None:
         self._unstored.discard(job)
@@ -132,7 +132,7 @@ class Settling:
 
     def _answered(self, job: Job) -> None:
         """A minted id is used once; of any other nothing may be held against its next use, but that it was delivered at most once."""
-        if (job.suspect or job.mark) and not job.envelope.minted and not (self.at_most_once and job.envelope.id):
+        if (job.redelivered or job.mark) and not job.envelope.minted and not (self.at_most_once and job.envelope.id):
             self.start(self._admission.forget(job.envelope))
         self.ack(job)
 

@@ -1,4 +1,4 @@
-"""What a replica takes from its queues, what of that it runs, and what it gives up; `settling.py` ends each."""
+"""What a replica takes from its queues, what of that it runs, and what it gives up; `settlement.py` ends each."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from ..broker.store_keys import StoreKeys
 from ..controller.state.config import MAX_REQUEST_TIMEOUT_S, BackendConfig
 from ..controller.state.documents import Backend
 from .admission import Admission
+from .consumers import Consumers
 from .handler import Handler
 from .job import Job
 from .metrics import ReplicaMetrics
 from .prefetch import prefetch, slots
-from .senders import Senders
-from .settling import Settling, is_kept
-from .taking import Taking
+from .settlement import Settlement, is_kept
+from .trust import SenderTrust
 from .worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ _TUNE_EVERY_TURNS = 5
 STUCK_AFTER_S = 10.0
 
 
-class Server:
+class RequestLoop:
     """One replica's consumers, the requests in its hands, and its worker. Lives on one I/O loop."""
 
     def __init__(
@@ -59,57 +59,57 @@ class Server:
         self._store = store
         keys = StoreKeys(settings.namespace)
         self._admission = Admission(settings.namespace, backend.name, store, replica_id)
-        self._settling = Settling(backend.name, queue, store, keys, self._admission, metrics)
+        self._settlement = Settlement(backend.name, queue, store, keys, self._admission, metrics)
         self._worker = worker
         self._handler = handler
         self._metrics = metrics
-        self._senders = Senders(settings)
+        self._trust = SenderTrust(settings)
         self._jobs: set[Job] = set()
         self._cancellations = Cancellations(store, keys, self._give_up_cancelled)
         self._draining = False
-        self._taking = Taking(backend.name, queue, store, self._prefetch, self._on_delivery, self._settle_unstored)
+        self._consumers = Consumers(backend.name, queue, store, self._prefetch, self._on_delivery, self._settle_unstored)
         self.served = 0
         self._config = backend.config
-        self._settling.configure(backend.config)
+        self._settlement.configure(backend.config)
 
     def __repr__(self) -> str:
         return f"<Server of {self._backend}, generations {self.generations}, {self.running} in hand>"
 
     @property
     def running(self) -> int:
-        return self._settling.held
+        return self._settlement.held
 
     @property
     def generations(self) -> tuple[int, ...]:
         """The queues it takes from, or still holds messages of."""
-        return tuple(sorted({*self._taking.generations, *self._settling.generations}))
+        return tuple(sorted({*self._consumers.generations, *self._settlement.generations}))
 
     def configure(self, config: BackendConfig) -> None:
         """Applies from the next request on."""
         self._config = config
-        self._settling.configure(config)
+        self._settlement.configure(config)
         self._worker.configure(config)
 
     @property
     def _checks_all(self) -> bool:
-        return self._settling.at_most_once or self._may_be_copies
+        return self._settlement.at_most_once or self._may_be_copies
 
     @property
     def _may_be_copies(self) -> bool:
         """While the binding moved to a later generation, a message may have gone into both queues: until all of those are over."""
-        return time.monotonic() < self._taking.moved_at + self._config.request_timeout_s
+        return time.monotonic() < self._consumers.moved_at + self._config.request_timeout_s
 
     def demand_seals(self, demanded: bool) -> None:
         """Whether headers without a seal count no more, if there is a key to check seals with."""
-        self._senders.demands_seals = demanded
+        self._trust.demands_seals = demanded
 
     def want(self, generations: tuple[int, ...]) -> None:
         """Takes from exactly these generations of the queue from now on."""
-        self._taking.want(generations)
+        self._consumers.want(generations)
 
     async def keep_taking_forever(self, on_taken: Callable[[], None]) -> None:
-        """See `Taking.keep_forever`."""
-        await self._taking.keep_forever(on_taken)
+        """See `Consumers.keep_forever`."""
+        await self._consumers.keep_forever(on_taken)
 
     async def tune_forever(self) -> None:
         """Gives up what is late; marks runs that last, so that a timeout can say `run`, and a replica's death is blamed on what it ran;
@@ -121,17 +121,17 @@ class Server:
             self._mark_long_runs()
             if turn % _TUNE_EVERY_TURNS:
                 continue
-            self._taking.tune()
+            self._consumers.tune()
             processing = sum(1 for job in self._jobs if job.started)
             self._metrics.hand_over(self.running - processing, processing)
 
     def _settle_unstored(self) -> bool:
         """While the store is away: what does not run goes back, and what cannot store its answer; whether nothing is left. Delivered at
         most once, the former stays: nobody could leave word that it was not started."""
-        if not self._settling.at_most_once:
+        if not self._settlement.at_most_once:
             for job in self._worker.withdraw():
                 self._give_back(job)
-        return self._settling.give_back_unstored()
+        return self._settlement.give_back_unstored()
 
     async def listen(self) -> None:
         """Hears of cancelled requests, until cancelled itself."""
@@ -142,7 +142,7 @@ class Server:
         self._draining = True
         for job in self._worker.withdraw():
             self._give_back(job)
-        await self._taking.stop()
+        await self._consumers.stop()
         until = time.monotonic() + min(at_most_s, self._config.graceful_shutdown_timeout_s)
         while (self.running or self._worker.responding) and time.monotonic() < until:
             await asyncio.sleep(0.01)
@@ -153,8 +153,8 @@ class Server:
                 self._backend,
             )
             # Delivered at most once, its mark stays: it may yet start, in a batch that gathers.
-            self._give_back(job, mark_stays=self._settling.at_most_once)
-        await self._settling.last_steps()
+            self._give_back(job, mark_stays=self._settlement.at_most_once)
+        await self._settlement.last_steps()
         self._metrics.hand_over(0, 0)
 
     async def abandon(self) -> None:
@@ -162,15 +162,15 @@ class Server:
         self._draining = True
         self._worker.withdraw()
         self._jobs.clear()
-        await self._taking.stop()
-        self._settling.abandon()
+        await self._consumers.stop()
+        self._settlement.abandon()
 
     def _prefetch(self) -> int:
         config, is_async = self._config, self._handler.is_async
         limit = config.concurrency(is_async)
         batch_size = (config.max_batch_size or 1) if self._handler.accepts_batch else 0
         can_run = slots(limit, is_async=is_async, sync_threads=config.sync_threads, batch_size=batch_size)
-        return prefetch(can_run, limit, self._worker.run_s, may_look_ahead=not self._settling.at_most_once)
+        return prefetch(can_run, limit, self._worker.run_s, may_look_ahead=not self._settlement.at_most_once)
 
     def _mark_long_runs(self) -> None:
         now = time.monotonic()
@@ -179,10 +179,10 @@ class Server:
                 job.mark = self._admission.new_mark()
                 self._admission.mark_soon(job.envelope, job.mark)
 
-    async def mark_suspects(self, jobs: Sequence[Job]) -> None:
+    async def mark_redelivered(self, jobs: Sequence[Job]) -> None:
         """Before a run of what was delivered before: whether it kills its replica at once must be known afterwards."""
         for job in jobs:
-            if job.suspect and not job.mark:
+            if job.redelivered and not job.mark:
                 job.mark = self._admission.new_mark()
                 try:
                     await self._admission.mark(job.envelope, job.mark)
@@ -216,35 +216,35 @@ class Server:
     def _give_up(self, job: Job, result: Result) -> None:
         """Whoever waits is told now; the slot is free when the call has ended."""
         if job.started and is_kept(job.envelope) and job.given_up is None:
-            self._settling.record(job, result).add_done_callback(_recorded_or_not)
+            self._settlement.record(job, result).add_done_callback(_recorded_or_not)
         self._worker.give_up(job, result)
 
     # Taking.
 
     def _on_delivery(self, generation: int, delivery: Delivery) -> None:
-        if (self._draining or self._taking.paused) and not self._settling.at_most_once:
+        if (self._draining or self._consumers.paused) and not self._settlement.at_most_once:
             return delivery.requeue()
-        self._settling.hold(generation, delivery)
+        self._settlement.hold(generation, delivery)
         job = Job(NOTHING, (generation, delivery))
         try:
             self._read(job, delivery)
         except BadEnvelope as error:
-            return self._settling.start(self._settling.refuse(job, error))
+            return self._settlement.start(self._settlement.refuse(job, error))
         envelope, header = job.envelope, job.envelope.header
         left_s = float(MAX_REQUEST_TIMEOUT_S)  # whatever a sender says: longer would be more than RabbitMQ waits for an ack
         if header.deadline:
             left_s = min(left_s, (header.deadline - self._store.now_ms()) / 1000)
         job.deadline = time.monotonic() + left_s
         if self._draining:
-            return self._settling.give_back(job)
+            return self._settlement.give_back(job)
         if left_s <= 0:
             self._drop(job, late_result("queue"))
         elif self._is_cancelled(envelope):
             self._drop(job, CANCELLED)
         elif (delivery.redelivered or header.again) and self._runs_here(envelope):
-            self._settling.give_back(job, later=True, mark_stays=True)  # a connection was lost, and not its run: the result settles it
+            self._settlement.give_back(job, later=True, mark_stays=True)  # a connection was lost, and not its run: the result settles it
         elif delivery.redelivered or header.again or header.ref or not envelope.minted or self._checks_all:
-            self._settling.start(self._admit(job))
+            self._settlement.start(self._admit(job))
         else:
             self._run(job)  # a first delivery of an id of ours: nobody can have run it, so the store is not asked
 
@@ -254,27 +254,27 @@ class Server:
         if envelope.reply_to:
             self._admission.check_reply_to(envelope)
         try:
-            self._senders.check_header(envelope)
+            self._trust.check_header(envelope)
         except BadEnvelope:
             job.envelope = envelope.without_header()
             raise
         self._admission.check_keys(envelope)
         job.envelope = envelope
-        self._senders.check_pickle(envelope)
+        self._trust.check_pickle(envelope)
 
     async def _admit(self, job: Job) -> None:
         """Looked at before it runs."""
-        if self._settling.at_most_once:
+        if self._settlement.at_most_once:
             job.mark = self._admission.new_mark()
         for pause_s in delays():
             try:
                 return self._admitted(job, await self._ask(job))
             except BadEnvelope as error:
-                return await self._settling.refuse(job, error)
+                return await self._settlement.refuse(job, error)
             except MQServeError as error:
-                if not self._settling.at_most_once or self._draining:
+                if not self._settlement.at_most_once or self._draining:
                     logger.warning("giving back a request of %s: %s", self._backend, error)
-                    return self._settling.give_back(job, later=True)
+                    return self._settlement.give_back(job, later=True)
             if job.unwanted:
                 return self._drop(job, job.unwanted_result)
             await asyncio.sleep(pause_s)  # nobody could leave word that it was not started, so nobody else would run it
@@ -288,16 +288,16 @@ class Server:
     def _admitted(self, job: Job, admitted: Envelope | Result | None) -> None:
         _, delivery = job.tag
         if admitted is None:
-            self._settling.ack(job, body_stays=True)  # it is the other copy's, too
+            self._settlement.ack(job, body_stays=True)  # it is the other copy's, too
         elif isinstance(admitted, Result):
-            self._settling.answer(job, admitted)
+            self._settlement.answer(job, admitted)
         elif self._draining:
-            self._settling.give_back(job)
+            self._settlement.give_back(job)
         elif self._is_cancelled(admitted):  # meanwhile
             self._drop(job, CANCELLED)
         else:
             job.envelope = admitted
-            job.suspect = delivery.redelivered
+            job.redelivered = delivery.redelivered
             self._run(job)
 
     def _is_cancelled(self, envelope: Envelope) -> bool:
@@ -314,11 +314,11 @@ class Server:
     def _drop(self, job: Job, result: Result) -> None:
         """It is not run any more."""
         self._metrics.dropped["cancelled" if result is CANCELLED else "late"] += 1
-        self._settling.answer(job, result)
+        self._settlement.answer(job, result)
 
     def _give_back(self, job: Job, *, mark_stays: bool = False) -> None:
         self._jobs.discard(job)
-        self._settling.give_back(job, mark_stays=mark_stays)
+        self._settlement.give_back(job, mark_stays=mark_stays)
 
     def on_done(self, job: Job, result: Result) -> None:
         """From the worker; a job that was given back in between is the next replica's."""
@@ -331,7 +331,7 @@ class Server:
             if is_unwanted:  # whoever waited has been told so, and hears the same from the store
                 result = job.unwanted_result
             self._metrics.done(job.envelope, result, self._store.now_ms(), job.run_s, len(job.batch) or 1)
-            self._settling.answer(job, result)
+            self._settlement.answer(job, result)
 
 
 def _recorded_or_not(done: asyncio.Future[bool]) -> None:

@@ -8,14 +8,14 @@ from contextlib import asynccontextmanager
 import pytest
 
 from mqserve.broker.calls.cancellations import CANCELLED
-from mqserve.broker.calls.sending import INLINE_BODY_BYTES, Caller, Ticket
-from mqserve.broker.envelope import Envelope, Header, Meta, mint_id
+from mqserve.broker.calls.sending import INLINE_BODY_BYTES, RequestSender, Ticket
+from mqserve.broker.envelope import Envelope, Header, RequestHead, mint_id
 from mqserve.broker.errors import BrokerUnavailable, MQServeError, NotRouted, Overloaded, StoreUnavailable, TooLarge
 from mqserve.broker.memory.queue import EmbeddedQueue
 from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.overload import MIN_RETRY_S
 from mqserve.broker.queue import Delivery, Queue, Settled
-from mqserve.broker.results import INLINE_BYTES, Result, note_of
+from mqserve.broker.results import INLINE_BYTES, Result, entry_of
 from mqserve.broker.store import Record, Store
 from mqserve.broker.store_keys import StoreKeys
 from tests.broker.traffic import Hands, accepted, until
@@ -23,38 +23,38 @@ from tests.broker.traffic import Hands, accepted, until
 pytestmark = pytest.mark.anyio
 
 
-async def test_a_request_is_answered(caller: Caller, replica: "EchoReplica") -> None:
-    ticket = send(caller, b"hello")
+async def test_a_request_is_answered(sender: RequestSender, replica: "EchoReplica") -> None:
+    ticket = send(sender, b"hello")
     result = await answer(ticket)
     assert (result.status, result.body) == (200, b"hello")
-    assert len(caller.waits) == 0
+    assert len(sender.pending) == 0
 
 
-async def test_many_requests_get_each_its_own_answer(caller: Caller, replica: "EchoReplica") -> None:
+async def test_many_requests_get_each_its_own_answer(sender: RequestSender, replica: "EchoReplica") -> None:
     bodies = [b"%d" % number for number in range(300)]
-    results = await asyncio.gather(*(answer(send(caller, body)) for body in bodies))
+    results = await asyncio.gather(*(answer(send(sender, body)) for body in bodies))
     assert [result.body for result in results] == bodies
-    assert len(caller.waits) == 0
+    assert len(sender.pending) == 0
 
 
-async def test_the_result_of_a_request_that_was_never_sent_is_not_waited_for(caller: Caller, queue: Queue) -> None:
+async def test_the_result_of_a_request_that_was_never_sent_is_not_waited_for(sender: RequestSender, queue: Queue) -> None:
     await queue.declare("another", 1, None)
-    ticket = send(caller)
+    ticket = send(sender)
     with pytest.raises(NotRouted):
         await ticket.future
     with pytest.raises(NotRouted):
-        await caller.waits.result(ticket.id, 30)
+        await sender.pending.result(ticket.id, 30)
 
 
-async def test_a_large_result_is_read_by_its_key(caller: Caller, replica: "EchoReplica") -> None:
+async def test_a_large_result_is_read_by_its_key(sender: RequestSender, replica: "EchoReplica") -> None:
     body = b"x" * (INLINE_BYTES + 1)
-    assert (await answer(send(caller, body))).body == body
+    assert (await answer(send(sender, body))).body == body
 
 
-async def test_a_body_of_2_mib_travels_by_reference(caller: Caller, queue: Queue, store: Store) -> None:
+async def test_a_body_of_2_mib_travels_by_reference(sender: RequestSender, queue: Queue, store: Store) -> None:
     body = b"x" * (2 * 1024 * 1024)
     hands = await consumed(queue)
-    ticket = send(caller, body)
+    ticket = send(sender, body)
     await hands.hold(1)
     envelope = hands.held[0].envelope()
     assert envelope.body == b""
@@ -64,9 +64,9 @@ async def test_a_body_of_2_mib_travels_by_reference(caller: Caller, queue: Queue
     ticket.future.cancel()
 
 
-async def test_a_result_with_its_body_by_reference_comes_whole(caller: Caller, queue: Queue, store: Store, keys: StoreKeys) -> None:
+async def test_a_result_with_its_body_by_reference_comes_whole(sender: RequestSender, queue: Queue, store: Store, keys: StoreKeys) -> None:
     hands = await consumed(queue)
-    ticket = send(caller)
+    ticket = send(sender)
     await hands.hold(1)
     await store.set(keys.result_body(ticket.id), b"whole")
     await recorded(store, keys, hands.held[0].envelope(), Result(status=201, ref=keys.result_body(ticket.id)))
@@ -74,9 +74,11 @@ async def test_a_result_with_its_body_by_reference_comes_whole(caller: Caller, q
     assert (result.status, result.body, result.ref) == (201, b"whole", "")
 
 
-async def test_a_result_that_names_anothers_body_does_not_get_it(caller: Caller, queue: Queue, store: Store, keys: StoreKeys) -> None:
+async def test_a_result_that_names_anothers_body_does_not_get_it(
+    sender: RequestSender, queue: Queue, store: Store, keys: StoreKeys
+) -> None:
     hands = await consumed(queue)
-    ticket = send(caller)
+    ticket = send(sender)
     await hands.hold(1)
     await store.set(keys.body("another"), b"secret")
     await recorded(store, keys, hands.held[0].envelope(), Result(ref=keys.body("another")))
@@ -84,10 +86,10 @@ async def test_a_result_that_names_anothers_body_does_not_get_it(caller: Caller,
         await answer(ticket)
 
 
-async def test_the_replica_sees_what_the_caller_meant(caller: Caller, queue: Queue, keys: StoreKeys) -> None:
+async def test_the_replica_sees_what_the_caller_meant(sender: RequestSender, queue: Queue, keys: StoreKeys) -> None:
     hands = await consumed(queue)
-    meta = Meta(path="/a", query=b"b=c", headers=((b"x", b"y"),))
-    ticket = caller.send("b", b"body", "text/plain", meta, origin="handle", timeout_s=10)
+    meta = RequestHead(path="/a", query=b"b=c", headers=((b"x", b"y"),))
+    ticket = sender.send("b", b"body", "text/plain", meta, origin="handle", timeout_s=10)
     await hands.hold(1)
     envelope = hands.held[0].envelope()
     assert (envelope.id, envelope.body, envelope.content_type, envelope.header.meta) == (ticket.id, b"body", "text/plain", meta)
@@ -97,33 +99,33 @@ async def test_the_replica_sees_what_the_caller_meant(caller: Caller, queue: Que
 
 
 async def test_an_unanswered_request_is_a_504_by_its_deadline_and_recorded(
-    caller: Caller, queue: Queue, store: Store, keys: StoreKeys
+    sender: RequestSender, queue: Queue, store: Store, keys: StoreKeys
 ) -> None:
     await queue.declare("b", 1, None)
     begun = time.monotonic()
-    ticket = send(caller, timeout_s=0.2)
+    ticket = send(sender, timeout_s=0.2)
     result = await answer(ticket)
     assert 0.19 < time.monotonic() - begun < 8
     assert result.status == 504
     assert result.error is not None and "(queue)" in result.error.message
     recorded_result = await store.get(keys.future(ticket.id))
     assert recorded_result is not None and Result.from_bytes(recorded_result) == result
-    assert len(caller.waits) == 0
+    assert len(sender.pending) == 0
 
 
 async def test_a_request_that_was_started_is_said_to_have_run_out_of_time_running(
-    caller: Caller, queue: Queue, store: Store, keys: StoreKeys
+    sender: RequestSender, queue: Queue, store: Store, keys: StoreKeys
 ) -> None:
     await queue.declare("b", 1, None)
     future_id = mint_id()
     await store.set(keys.start(future_id), b"1")
-    result = await answer(send(caller, timeout_s=0.2, future_id=future_id))
+    result = await answer(send(sender, timeout_s=0.2, future_id=future_id))
     assert result.error is not None and "(run)" in result.error.message
 
 
-async def test_deadlines_come_in_their_own_order(caller: Caller, queue: Queue) -> None:
+async def test_deadlines_come_in_their_own_order(sender: RequestSender, queue: Queue) -> None:
     await queue.declare("b", 1, None)
-    last, first, second = (send(caller, timeout_s=timeout_s).future for timeout_s in (1.2, 0.2, 0.7))
+    last, first, second = (send(sender, timeout_s=timeout_s).future for timeout_s in (1.2, 0.2, 0.7))
     late: list[object] = []
     for future in (last, first, second):
         future.add_done_callback(late.append)
@@ -131,50 +133,52 @@ async def test_deadlines_come_in_their_own_order(caller: Caller, queue: Queue) -
     assert late == [first, second, last]
 
 
-async def test_a_result_recorded_first_beats_the_deadline(caller: Caller, queue: Queue, store: Store, keys: StoreKeys) -> None:
+async def test_a_result_recorded_first_beats_the_deadline(sender: RequestSender, queue: Queue, store: Store, keys: StoreKeys) -> None:
     await queue.declare("b", 1, None)
-    ticket = send(caller, timeout_s=2)
+    ticket = send(sender, timeout_s=2)
     untold = Envelope(ticket.id, b"", "text/plain", Header(origin="http"))
     await recorded(store, keys, untold, Result(body=b"just in time"))
     assert (await answer(ticket)).body == b"just in time"
 
 
-async def test_a_request_for_an_unknown_backend_fails(caller: Caller, queue: Queue) -> None:
+async def test_a_request_for_an_unknown_backend_fails(sender: RequestSender, queue: Queue) -> None:
     await queue.declare("b", 1, None)
     with pytest.raises(NotRouted):
-        await answer(send(caller, backend="unknown"))
-    assert len(caller.waits) == 0
+        await answer(send(sender, backend="unknown"))
+    assert len(sender.pending) == 0
 
 
-async def test_a_request_for_a_full_backend_fails(caller: Caller, queue: Queue) -> None:
+async def test_a_request_for_a_full_backend_fails(sender: RequestSender, queue: Queue) -> None:
     await queue.declare("b", 1, max_length=1)
-    kept, refused = send(caller), send(caller)
+    kept, refused = send(sender), send(sender)
     with pytest.raises(Overloaded):
         await answer(refused)
-    assert len(caller.waits) == 1
+    assert len(sender.pending) == 1
     kept.future.cancel()
 
 
-async def test_how_quickly_a_backend_answered_is_forgotten_with_it(caller: Caller, queue: Queue) -> None:
+async def test_how_quickly_a_backend_answered_is_forgotten_with_it(sender: RequestSender, queue: Queue) -> None:
     for backend in ("kept", "deleted"):
         await queue.declare(backend, 1, max_length=1)
-        send(caller, backend=backend)
+        send(sender, backend=backend)
     await asyncio.sleep(MIN_RETRY_S * 1.5)  # so long has nothing moved
-    caller.keep_paces({"kept"})
+    sender.keep_paces({"kept"})
     advised: dict[str, float] = {}
     for backend in ("kept", "deleted"):
         with pytest.raises(Overloaded) as refusal:
-            await answer(send(caller, backend=backend))
+            await answer(send(sender, backend=backend))
         advised[backend] = refusal.value.retry_after_s
     assert advised["deleted"] == MIN_RETRY_S < advised["kept"]
 
 
-async def test_what_was_sent_and_what_was_cancelled_is_settled_in_time(caller: Caller, queue: Queue, store: Store, keys: StoreKeys) -> None:
+async def test_what_was_sent_and_what_was_cancelled_is_settled_in_time(
+    sender: RequestSender, queue: Queue, store: Store, keys: StoreKeys
+) -> None:
     await queue.declare("b", 1, None)
-    tickets = [send(caller), caller.send("b", b"x" * (INLINE_BODY_BYTES + 1), "text/plain", Meta(), origin="handle", timeout_s=30)]
-    caller.cancel(tickets[0].id)
-    await caller.settle()
-    assert caller.held.held == 0
+    tickets = [send(sender), sender.send("b", b"x" * (INLINE_BODY_BYTES + 1), "text/plain", RequestHead(), origin="handle", timeout_s=30)]
+    sender.cancel(tickets[0].id)
+    await sender.settle()
+    assert sender.held.held == 0
     assert await queue.depth("b", 1) == 2
     assert await store.get(keys.future(tickets[0].id)) == CANCELLED.to_bytes()
     for ticket in tickets:
@@ -182,67 +186,73 @@ async def test_what_was_sent_and_what_was_cancelled_is_settled_in_time(caller: C
 
 
 @pytest.mark.parametrize(("body", "headers", "status"), [(b"x" * (64 * 1024 * 1024 + 1), b"", 413), (b"", b"x" * 200_000, 431)])
-async def test_what_is_too_large_is_refused_at_once_and_not_waited_for(caller: Caller, body: bytes, headers: bytes, status: int) -> None:
+async def test_what_is_too_large_is_refused_at_once_and_not_waited_for(
+    sender: RequestSender, body: bytes, headers: bytes, status: int
+) -> None:
     with pytest.raises(TooLarge) as refusal:
-        caller.send("b", body, "text/plain", Meta(headers=((b"h", headers),)), origin="http", timeout_s=1)
+        sender.send("b", body, "text/plain", RequestHead(headers=((b"h", headers),)), origin="http", timeout_s=1)
     assert refusal.value.status == status
-    assert len(caller.waits) == 0
+    assert len(sender.pending) == 0
 
 
-async def test_a_copy_that_no_broker_could_carry_leaves_nothing_held(caller: Caller, queue: Queue) -> None:
+async def test_a_copy_that_no_broker_could_carry_leaves_nothing_held(sender: RequestSender, queue: Queue) -> None:
     await queue.declare("b", 1, None)
-    caller.send_shadow("b", b"x" * 1000, "text/plain", Meta(headers=((b"h", b"x" * 200_000),)), origin="http", timeout_s=1)
-    await caller.settle()
-    assert caller.held.held == 0
+    sender.send_shadow("b", b"x" * 1000, "text/plain", RequestHead(headers=((b"h", b"x" * 200_000),)), origin="http", timeout_s=1)
+    await sender.settle()
+    assert sender.held.held == 0
 
 
-async def test_an_error_that_is_raised_again_does_not_hold_the_frames_of_whoever_was_told_first(caller: Caller, queue: Queue) -> None:
+async def test_an_error_that_is_raised_again_does_not_hold_the_frames_of_whoever_was_told_first(
+    sender: RequestSender, queue: Queue
+) -> None:
     await queue.declare("b", 1, None)
-    ticket = send(caller, backend="unknown")
+    ticket = send(sender, backend="unknown")
     raised: list[MQServeError] = []
     for _ in range(2):
         with pytest.raises(NotRouted) as refusal:
-            await (answer(ticket) if not raised else caller.waits.result(ticket.id, 1))
+            await (answer(ticket) if not raised else sender.pending.result(ticket.id, 1))
         raised.append(refusal.value)
     assert raised[0] is not raised[1] and str(raised[0]) == str(raised[1])
 
 
-async def test_the_result_of_a_strangers_request_can_be_waited_for(caller: Caller, store: Store, keys: StoreKeys) -> None:
+async def test_the_result_of_a_strangers_request_can_be_waited_for(sender: RequestSender, store: Store, keys: StoreKeys) -> None:
     stranger = Envelope(mint_id(), b"", "text/plain")
-    waiting = asyncio.create_task(caller.waits.result(stranger.id, timeout_s=10))
+    waiting = asyncio.create_task(sender.pending.result(stranger.id, timeout_s=10))
     await recorded(store, keys, stranger, Result(body=b"theirs"))
     assert (await waiting).body == b"theirs"
-    assert (await caller.waits.result(stranger.id, timeout_s=0)).body == b"theirs"
+    assert (await sender.pending.result(stranger.id, timeout_s=0)).body == b"theirs"
 
 
-async def test_waiting_for_a_result_that_does_not_come_ends_in_time(caller: Caller) -> None:
+async def test_waiting_for_a_result_that_does_not_come_ends_in_time(sender: RequestSender) -> None:
     with pytest.raises(TimeoutError):
-        await caller.waits.result(mint_id(), timeout_s=0.05)
+        await sender.pending.result(mint_id(), timeout_s=0.05)
 
 
-async def test_one_who_stops_waiting_for_a_stranger_takes_nothing_from_the_others(caller: Caller, store: Store, keys: StoreKeys) -> None:
+async def test_one_who_stops_waiting_for_a_stranger_takes_nothing_from_the_others(
+    sender: RequestSender, store: Store, keys: StoreKeys
+) -> None:
     stranger = Envelope(mint_id(), b"", "text/plain")
-    patient = asyncio.create_task(caller.waits.result(stranger.id, timeout_s=10))
+    patient = asyncio.create_task(sender.pending.result(stranger.id, timeout_s=10))
     with pytest.raises(TimeoutError):
-        await caller.waits.result(stranger.id, timeout_s=0.05)
+        await sender.pending.result(stranger.id, timeout_s=0.05)
     await recorded(store, keys, stranger, Result(body=b"theirs"))
     async with asyncio.timeout(5):
         assert (await patient).body == b"theirs"
 
 
-async def test_a_cancelled_wait_for_a_stranger_leaves_no_task_behind(caller: Caller) -> None:
+async def test_a_cancelled_wait_for_a_stranger_leaves_no_task_behind(sender: RequestSender) -> None:
     before = asyncio.all_tasks()
-    waiting = asyncio.create_task(caller.waits.result(mint_id(), timeout_s=None))
+    waiting = asyncio.create_task(sender.pending.result(mint_id(), timeout_s=None))
     await until(lambda: len(asyncio.all_tasks() - before) == 2)
     waiting.cancel()
     await until(lambda: asyncio.all_tasks() <= before)
 
 
-async def test_a_wait_that_ends_does_not_end_the_request(caller: Caller, queue: Queue, store: Store, keys: StoreKeys) -> None:
+async def test_a_wait_that_ends_does_not_end_the_request(sender: RequestSender, queue: Queue, store: Store, keys: StoreKeys) -> None:
     hands = await consumed(queue)
-    ticket = send(caller)
+    ticket = send(sender)
     with pytest.raises(TimeoutError):
-        await caller.waits.result(ticket.id, timeout_s=0.05)
+        await sender.pending.result(ticket.id, timeout_s=0.05)
     await hands.hold(1)
     await recorded(store, keys, hands.held[0].envelope(), Result(body=b"in the end"))
     assert (await answer(ticket)).body == b"in the end"
@@ -250,12 +260,12 @@ async def test_a_wait_that_ends_does_not_end_the_request(caller: Caller, queue: 
 
 async def test_a_result_that_stood_before_the_inbox_was_read_is_found(queue: Queue, store: Store, keys: StoreKeys) -> None:
     hands = await consumed(queue)
-    caller = Caller(queue, store, keys, "late reader")
-    ticket = send(caller)
+    sender = RequestSender(queue, store, keys, "late reader")
+    ticket = send(sender)
     await hands.hold(1)
     untold = Envelope(ticket.id, b"", "text/plain")
     await recorded(store, keys, untold, Result(body=b"early"))
-    async with running(caller):
+    async with running(sender):
         assert (await answer(ticket)).body == b"early"
 
 
@@ -263,8 +273,8 @@ async def test_a_result_that_stood_before_the_inbox_was_read_is_found(queue: Que
 async def test_a_request_is_published_again_when_the_broker_was_away(maybe_sent: bool, keys: StoreKeys) -> None:
     queue, store = QueueThatIsAway(for_publishes=2, maybe_sent=maybe_sent), EmbeddedStore()
     hands = await consumed(queue)
-    async with running(Caller(queue, store, keys, "test")) as caller:
-        ticket = send(caller)
+    async with running(RequestSender(queue, store, keys, "test")) as sender:
+        ticket = send(sender)
         await hands.hold(1)
         assert hands.held[0].envelope().header.again is maybe_sent
         ticket.future.cancel()
@@ -272,13 +282,13 @@ async def test_a_request_is_published_again_when_the_broker_was_away(maybe_sent:
 
 async def test_a_request_fails_when_the_broker_stays_away(keys: StoreKeys) -> None:
     queue = QueueThatIsAway(for_publishes=1000, maybe_sent=False)
-    async with running(Caller(queue, EmbeddedStore(), keys, "test")) as caller:
+    async with running(RequestSender(queue, EmbeddedStore(), keys, "test")) as sender:
         with pytest.raises(BrokerUnavailable):
-            await answer(send(caller))
+            await answer(send(sender))
 
 
-def send(caller: Caller, body: bytes = b"", backend: str = "b", timeout_s: float = 10, future_id: str = "") -> Ticket:
-    return caller.send(backend, body, "application/octet-stream", Meta(), origin="http", timeout_s=timeout_s, future_id=future_id)
+def send(sender: RequestSender, body: bytes = b"", backend: str = "b", timeout_s: float = 10, future_id: str = "") -> Ticket:
+    return sender.send(backend, body, "application/octet-stream", RequestHead(), origin="http", timeout_s=timeout_s, future_id=future_id)
 
 
 async def answer(ticket: Ticket) -> Result:
@@ -289,7 +299,7 @@ async def answer(ticket: Ticket) -> Result:
 async def recorded(store: Store, keys: StoreKeys, envelope: Envelope, result: Result) -> None:
     """The result of the request stands in the store, and its inbox, if it names one, has been told."""
     raw = result.to_bytes()
-    await store.record(Record(keys.future(envelope.id), raw, envelope.header.inbox, note_of(envelope.id, raw), store.now_ms() + 10_000))
+    await store.record(Record(keys.future(envelope.id), raw, envelope.header.inbox, entry_of(envelope.id, raw), store.now_ms() + 10_000))
 
 
 async def consumed(queue: Queue) -> Hands:
@@ -300,10 +310,10 @@ async def consumed(queue: Queue) -> Hands:
 
 
 @asynccontextmanager
-async def running(caller: Caller) -> AsyncIterator[Caller]:
-    reader = asyncio.create_task(caller.run())
+async def running(sender: RequestSender) -> AsyncIterator[RequestSender]:
+    reader = asyncio.create_task(sender.run())
     try:
-        yield caller
+        yield sender
     finally:
         reader.cancel()
         await asyncio.gather(reader, return_exceptions=True)
@@ -319,7 +329,7 @@ class EchoReplica:
     def __call__(self, delivery: Delivery) -> None:
         envelope = delivery.envelope()
         raw = Result(body=envelope.body).to_bytes()
-        record = Record(self._keys.future(envelope.id), raw, envelope.header.inbox, note_of(envelope.id, raw), envelope.header.deadline)
+        record = Record(self._keys.future(envelope.id), raw, envelope.header.inbox, entry_of(envelope.id, raw), envelope.header.deadline)
         self._store.record(record).add_done_callback(lambda _: delivery.ack())
 
 
@@ -337,9 +347,9 @@ class QueueThatIsAway(EmbeddedQueue):
 
 
 @pytest.fixture
-async def caller(queue: Queue, store: Store, keys: StoreKeys) -> AsyncIterator[Caller]:
-    async with running(Caller(queue, store, keys, "test")) as caller:
-        yield caller
+async def sender(queue: Queue, store: Store, keys: StoreKeys) -> AsyncIterator[RequestSender]:
+    async with running(RequestSender(queue, store, keys, "test")) as sender:
+        yield sender
 
 
 @pytest.fixture
@@ -374,9 +384,9 @@ async def test_a_result_that_cannot_be_read_at_once_is_read_later(by_reference: 
     """Its note does not come again, so whoever waits would wait to his deadline."""
     queue, store, keys = EmbeddedQueue(), StoreThatCannotBeRead(), StoreKeys("tests")
     body = b"x" * (INLINE_BYTES + 1)
-    async with running(Caller(queue, store, keys, "test")) as caller:
+    async with running(RequestSender(queue, store, keys, "test")) as sender:
         hands = await consumed(queue)
-        ticket = send(caller, timeout_s=60)
+        ticket = send(sender, timeout_s=60)
         await hands.hold(1)
         ref = keys.result_body(ticket.id)
         await store.set(ref, body)
@@ -387,11 +397,11 @@ async def test_a_result_that_cannot_be_read_at_once_is_read_later(by_reference: 
 
 
 async def test_the_body_of_a_request_that_the_queue_refuses_does_not_stay(
-    caller: Caller, queue: Queue, store: Store, keys: StoreKeys
+    sender: RequestSender, queue: Queue, store: Store, keys: StoreKeys
 ) -> None:
     await queue.declare("b", 1, max_length=1)
     await accepted(queue, Envelope("first", b"", "text/plain"))
-    ticket = caller.send("b", b"x" * (INLINE_BODY_BYTES + 1), "text/plain", Meta(), origin="handle", timeout_s=30)
+    ticket = sender.send("b", b"x" * (INLINE_BODY_BYTES + 1), "text/plain", RequestHead(), origin="handle", timeout_s=30)
     with pytest.raises(Overloaded):
         await ticket.future
 
@@ -413,10 +423,10 @@ async def test_the_body_of_a_strangers_result_is_fetched_once() -> None:
             return await super().get_large(key)
 
     queue, store, keys = EmbeddedQueue(), SlowStore(), StoreKeys("tests")
-    async with running(Caller(queue, store, keys, "test")) as caller:
+    async with running(RequestSender(queue, store, keys, "test")) as sender:
         stranger = mint_id()
-        waiting = asyncio.create_task(caller.waits.result(stranger, timeout_s=30))
-        await until(lambda: caller.waits._strangers)
+        waiting = asyncio.create_task(sender.pending.result(stranger, timeout_s=30))
+        await until(lambda: sender.pending._strangers)
         ref = keys.result_body(stranger)
         await store.set(ref, b"whole")
         await store.set(keys.future(stranger), Result(ref=ref).to_bytes())

@@ -12,7 +12,7 @@ from ..broker.values.header_seals import Seal
 _CLAIMS = "the mq header says more than a direct publisher may (deadline and meta.call)"
 
 
-class Senders:
+class SenderTrust:
     """Goes by the seal of the header, which only a holder of the secret key can make, and by AMQP's `user_id`: RabbitMQ refuses a message
     that names another user than its connection's own.
 
@@ -29,7 +29,7 @@ class Senders:
         self.demands_seals = False  # until all who send requests are known to seal them
 
     def __repr__(self) -> str:
-        return f"<Senders, {'sealed' if self._has_key and self.demands_seals else ', '.join(sorted(self._header_users)) or 'anybody'}>"
+        return f"<SenderTrust, {'sealed' if self._has_key and self.demands_seals else ', '.join(sorted(self._header_users)) or 'anybody'}>"
 
     def check_header(self, envelope: Envelope) -> None:
         """Raises BadSignature for a header that is not believed: nothing that it says may count."""

@@ -21,7 +21,7 @@ STORE_AWAY_S = 3.0
 _LOOK_EVERY_S = 0.25
 
 
-class Taking:
+class Consumers:
     """Owns the consumers of one replica; only `keep_forever` starts any.
 
     `on_delivery(generation, delivery)` hands over; `prefetch()` says how many at a time; `settle()` is called now and then while the
@@ -50,7 +50,7 @@ class Taking:
         self.moved_at = -math.inf  # monotonic: when a later generation than the first was taken up
 
     def __repr__(self) -> str:
-        return f"<Taking from generations {self.generations} of {self._backend}{', paused' if self.paused else ''}>"
+        return f"<Consumers of generations {self.generations} of {self._backend}{', paused' if self.paused else ''}>"
 
     @property
     def generations(self) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ FAILURES_TOLERATED = 3  # in a row; then the replica is replaced
 RECONFIGURE_BUDGET_S = 60.0
 
 
-class Configuring:
+class UserHooks:
     """One replica's user config: what the code has been told last, and what it refused."""
 
     def __init__(self, worker: Worker, handler: Handler) -> None:
@@ -31,7 +31,7 @@ class Configuring:
         self.refused = ""  # why the last one was refused, empty if it was not
 
     def __repr__(self) -> str:
-        return f"<Configuring at {self.version}{', refused' if self.refused else ''}>"
+        return f"<UserHooks at {self.version}{', refused' if self.refused else ''}>"
 
     async def apply(self, backend: Backend) -> None:
         """Calls `reconfigure` if the user config changed, and only then. Raises BackendFailed when the code refuses it, or is not
