@@ -92,22 +92,25 @@ def test_row_12_whatever_is_killed_while_an_instance_drains_nothing_of_it_is_lef
     detached: Detached, broker_url: str, store_url: str, subset: tuple[str, ...]
 ) -> None:
     detached.start()
+    go_on = detached.shell.folder / "go on"
     slow = detached.shell.python(
-        "import mqserve as serve, time\n"
+        "import mqserve as serve, pathlib, time\n"
         "serve.connect()\n"
         "def slow(request):\n"
-        "    time.sleep(3)\n"
+        f"    while not pathlib.Path({str(go_on)!r}).exists():\n"
+        "        time.sleep(0.05)\n"
         "    return 'well'\n"
-        "serve.create_backend('b', slow, config={'graceful_shutdown_timeout_s': 10})\n"
+        "serve.create_backend('b', slow, config={'graceful_shutdown_timeout_s': 30})\n"
         "serve.create_endpoint('b', backend='b', route='/b')\n"
     )
     assert slow.returncode == 0, slow.stderr
     with ThreadPoolExecutor(2) as background:
-        asked = background.submit(lambda: httpx.get(f"{detached.url}/b", timeout=20))
+        asked = background.submit(lambda: httpx.get(f"{detached.url}/b", timeout=60))
         time.sleep(0.5)  # it runs; where it does not yet, it drains all the same
         ending = background.submit(lambda: detached.shell.run("shutdown", deadline_s=120))
         wait_until(lambda: detached.shell.run("status").stdout.count("draining"), told=lambda: detached)
         detached.kill(*subset)
+        go_on.touch()
         ended = ending.result()
         assert ended.returncode == 0, ended
         assert "node" in subset or asked.result().status_code == 200

@@ -138,11 +138,16 @@ def test_row_09_callers_and_readiness_tell_why_nothing_can_be_stored_and_recover
     wait_until(lambda: httpx.get(url, timeout=90).json() == pid)
 
 
+def replicas_of(told: dict[str, Any]) -> set[str]:
+    """The backends of which there are replicas."""
+    return {member["backend"] for member in told["members"] if member["kind"] == "replica"}
+
+
 def test_row_09_members_that_cannot_report_are_not_shown_as_gone(
     deploy: Deploy, own_store: PrivateRedis, shell: CommandLine, shared_namespace: str
 ) -> None:
     name = deploy(lambda request: "well")
-    wait_until(lambda: " draining " not in shell.run("status").stdout)
+    wait_until(lambda: replicas_of(json.loads(shell.run("status", "--json").stdout)) == {name})  # those of other tests are gone
     own_store.limit_memory("1", "noeviction")
     try:
         time.sleep(8)  # longer than a silent member is believed to live
