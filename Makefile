@@ -45,6 +45,7 @@ check: .venv/.installed-dev
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
+	$(BIN)/basedpyright
 
 format: .venv/.installed-dev
 	$(BIN)/ruff format
