@@ -201,7 +201,7 @@ def test_two_who_retry_at_once_run_each_message_once(
 
 DIES_BEFORE_REMOVING = """
 import os, signal
-from mqserve.broker.rabbit_dead_letters import RabbitDeadLetters
+from mqserve.broker.rabbitmq.dead_letters import RabbitDeadLetters
 from mqserve.commands.cli import main
 
 async def remove(letters, letter):

@@ -20,7 +20,7 @@ def dumps(value: object) -> bytes:
 
 def _reduce_code(code: CodeType) -> tuple[Callable[..., CodeType], tuple[Any, ...]]:
     """Since 3.1.3 cloudpickle says `<dynamic-code>` for every file."""
-    make, arguments = cloudpickle.Pickler.dispatch_table[CodeType](code)
+    make, arguments = cloudpickle.Pickler.dispatch_table[CodeType](code)  # pyright: ignore[reportAssignmentType]
     return named_code, (code.co_filename, make, arguments)
 
 
@@ -30,4 +30,7 @@ def named_code(filename: str, make: Callable[..., CodeType], arguments: tuple[An
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-    dispatch_table: ClassVar[ChainMap[Any, Any]] = ChainMap({CodeType: _reduce_code}, cloudpickle.Pickler.dispatch_table)
+    dispatch_table: ClassVar[ChainMap[Any, Any]] = ChainMap(
+        {CodeType: _reduce_code},
+        cloudpickle.Pickler.dispatch_table,  # pyright: ignore[reportArgumentType]
+    )

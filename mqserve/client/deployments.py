@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 from starlette.convertors import Convertor
@@ -194,8 +194,7 @@ def make_convertor(convertor: Any) -> Convertor[Any]:
     kind = code.load_import_string(convertor) if isinstance(convertor, str) else convertor
     if not callable(kind):
         raise BadType(f"a convertor is a Starlette Convertor class or its import string 'pkg.mod:Class', and {convertor!r} is neither")
-    made: Convertor[Any] = kind()
-    return made
+    return cast("Convertor[Any]", kind())
 
 
 def _remove_endpoint(refused: Endpoint) -> changes.Change:

@@ -97,6 +97,7 @@ async def test_a_lapsed_lead_passes_on_under_a_higher_epoch_and_the_old_leader_n
     assert not await first.lead() and not first.still_leads()
 
 
+@pytest.mark.row(13)
 async def test_a_leader_frozen_amid_its_renewal_does_not_take_the_lead_back(store: Store, keys: StoreKeys) -> None:
     second = Leader(store, keys, "second")
 
@@ -112,6 +113,7 @@ async def test_a_leader_frozen_amid_its_renewal_does_not_take_the_lead_back(stor
     assert await leader_of(store, keys) == ("second", 2)
 
 
+@pytest.mark.row(13)
 async def test_every_write_of_a_leader_that_was_frozen_is_refused(store: Store, keys: StoreKeys) -> None:
     held = await claim_instance(store, keys, "", HTTP, detached=True)
     first, second = Leader(store, keys, "first"), Leader(store, keys, "second")

@@ -42,7 +42,8 @@ def assert_nothing_is_left(detached: Detached, broker_url: str, store_url: str) 
         time.sleep(0.1)
 
 
-def test_row_12_whichever_of_a_detached_instances_processes_are_killed_the_others_bring_them_back(
+@pytest.mark.row(12)
+def test_whichever_of_a_detached_instances_processes_are_killed_the_others_bring_them_back(
     detached: Detached, broker_url: str, store_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     detached.start()
@@ -70,7 +71,8 @@ def test_row_12_whichever_of_a_detached_instances_processes_are_killed_the_other
     assert_nothing_is_left(detached, broker_url, store_url)
 
 
-def test_row_12_the_lead_of_a_killed_controller_that_its_starter_saw_ending_need_not_lapse(
+@pytest.mark.row(12)
+def test_the_lead_of_a_killed_controller_that_its_starter_saw_ending_need_not_lapse(
     detached: Detached, store_url: str, namespace: str
 ) -> None:
     detached.start()
@@ -87,8 +89,9 @@ def test_row_12_the_lead_of_a_killed_controller_that_its_starter_saw_ending_need
     assert detached.shell.run("shutdown").returncode == 0
 
 
+@pytest.mark.row(12)
 @pytest.mark.parametrize("subset", SUBSETS, ids="-".join)
-def test_row_12_whatever_is_killed_while_an_instance_drains_nothing_of_it_is_left_nor_comes_back(
+def test_whatever_is_killed_while_an_instance_drains_nothing_of_it_is_left_nor_comes_back(
     detached: Detached, broker_url: str, store_url: str, subset: tuple[str, ...]
 ) -> None:
     detached.start()
