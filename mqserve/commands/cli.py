@@ -1,5 +1,5 @@
-"""The command line. What sets up a process is a flag and an environment variable; URLs and keys are only the latter, so that no
-process list shows them."""
+"""The command line. Every setting of a process is a flag and an environment variable, except URLs and keys: these are environment
+variables only, so that no process list shows them."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from .setup import FORMATS, print_setup
 
 FAILED = 1
 _LEAVE_BUDGET_S = 0.2
-_interrupts = Interrupts()  # of this process; a command may have words of its own
+_interrupts = Interrupts()  # of this process; a command may set messages of its own
 
 
 def main() -> None:
-    """The console script."""
+    """The entry point of the console script."""
     logs.log_what_python_prints()
-    os.environ.setdefault("UV_USE_IO_URING", "0")  # libuv's ring for its epoll is memory that a forked child would share with us
+    os.environ.setdefault("UV_USE_IO_URING", "0")  # a forked child would share the memory of libuv's io_uring with us
     cli(prog_name="mqserve", auto_envvar_prefix=None)
 
 
 def _one_sentence(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Our own errors end a command with their sentence rather than a traceback."""
+    """Makes our own errors end a command with their sentence instead of a traceback."""
 
     @wraps(command)
     def run(*args: Any, **options: Any) -> None:
@@ -64,7 +64,7 @@ def _exit_code(command: Callable[[], int | None]) -> int:
 
 
 def _ours(error: BaseException) -> MQServeError | None:
-    """The one error of ours that this is, perhaps in the groups of the tasks it went through."""
+    """Returns the one error of ours in `error`, also from inside exception groups, else None."""
     while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
     return error if isinstance(error, MQServeError) else None
@@ -100,7 +100,7 @@ http_options = [
 ]  # fmt: skip
 
 
-kept_options = [  # what a process is told by its keeper: see supervisor.py
+kept_options = [  # options that a keeper passes to the process that it starts: see supervisor.py
     click.option("--instance", hidden=True, default=""),
     click.option("--kept-by", hidden=True, default=""),
     click.option("--kept-node", hidden=True, default=""),
@@ -159,7 +159,7 @@ def start(namespace: str | None, host: str, port: int, location: str, debug: boo
         f"Instance {settings.namespace!r} runs{where}. End it with `mqserve shutdown`; its log is {detached_log(settings.namespace)}."
     )
     sys.stdout.flush()
-    os._exit(0)  # the instance lives on in its own processes; nothing here is to be undone
+    os._exit(0)  # the instance lives on in its own processes, so nothing has to be undone here
 
 
 @cli.command()
@@ -334,7 +334,7 @@ def proxy(namespace: str | None, host: str, port: int, debug: bool, proxy_id: st
     from ..proxy.main import ProxyOptions
     from ..proxy.main import main as run_proxy
 
-    own_id = proxy_id or f"{_own_id('proxy')}#{secrets.token_hex(3)}"  # a restarted container may have its host name and number again
+    own_id = proxy_id or f"{_own_id('proxy')}#{secrets.token_hex(3)}"  # a restarted container may get the same host name and pid again
     options = ProxyOptions(own_id, host, port, node_id, external=proxy_id is None, debug=debug, fd=fd)
     return run_loop(run_proxy(_distributed(namespace, "proxy"), options))
 
@@ -372,7 +372,7 @@ def setup(namespace: str | None, is_print: bool, what: str, vhost: str) -> int:
 
 
 def _leave_now(role: Coroutine[Any, Any, int]) -> NoReturn:
-    """Ends the process with the role, however that ends: a user's thread that is still running must not keep it."""
+    """Ends the process when the role ends, in any way: a user's thread that still runs must not keep it alive."""
     code = FAILED
     try:
         code = _exit_code(lambda: run_loop(role))
@@ -386,7 +386,7 @@ def _leave_now(role: Coroutine[Any, Any, int]) -> NoReturn:
 
 
 async def _leave_what_hangs(code: int) -> None:
-    """A server that hangs would take seconds to be left: then the process ends now, since nothing here is to be undone."""
+    """Ends the process at once if closing connections would wait seconds for a server that hangs: nothing has to be undone here."""
     rest = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
     for task in rest:
         task.cancel()
@@ -412,4 +412,4 @@ def _log(verbose: bool) -> None:
     if path:
         tend_log(Path(path))
     if verbose:
-        os.environ["MQSERVE_VERBOSE"] = "1"  # for the children
+        os.environ["MQSERVE_VERBOSE"] = "1"  # inherited by the children
