@@ -181,7 +181,7 @@ class Envelope:
         try:
             header = _encode(self.header)
         except (UnicodeEncodeError, OverflowError) as error:
-            raise BadEnvelope(f"what goes along with the body cannot be written ({error})") from error
+            raise BadEnvelope(f"the request's header cannot be encoded ({error})") from error
         if len(header) > MAX_HEAD_BYTES + 4096:
             raise TooLarge(
                 f"the request's head takes {len(header)} bytes, more than {MAX_HEAD_BYTES}: send less in headers and URL", status=431

@@ -26,7 +26,7 @@ class HeldBytes:
         """Counts `size` bytes. Raises Overloaded over the limit, except for a body that is alone."""
         if self.held and self.held + size > self._limit:
             raise Overloaded(
-                f"{self.held} bytes of requests are on their way here, and {self._limit} is what this process holds: try again later, "
+                f"this process holds {self.held} bytes of requests already, and its limit is {self._limit}: try again later, "
                 "or run more proxies",
                 retry_after_s=MIN_RETRY_S * (1 + random.random()),
             )

@@ -98,7 +98,7 @@ class KnownDocuments:
         known = self.desired
         if known is None:
             return
-        logger.warning("the store lost data: writing back what is not there any more")
+        logger.warning("the store lost data: writing the lost documents back")
         for sha256, code in self._codes.items():
             await self._store.set(self._keys.code(sha256), code, only_new=True)  # unfenced, since a hash can have only one value
         owner = lease.InstanceLease(known.instance, "restored by its controller", True, self._store.now_ms())

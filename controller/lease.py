@@ -346,7 +346,7 @@ def _decode_leadership(raw: bytes) -> Leadership | None:
     try:
         return decode_document(raw, Leadership, "lead of the controllers")
     except BadEnvelope as error:
-        logger.warning("%s; taking it", error)
+        logger.warning("%s; taking the lead", error)
         return None
 
 

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 CAME_BACK_EXIT = 70
 CAME_BACK = (
-    "a process that a handler or a middleware has forked came back from it, or awaits, and has no event loop: it ends here; let it end by "
+    "a process that a handler or a middleware forked returned from it, or awaits, and has no event loop: it is ended here; let it end by "
     "os._exit() or sys.exit(), or use multiprocessing"
 )
 NOT_HERE = (

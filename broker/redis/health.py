@@ -52,7 +52,7 @@ class StoreHealth:
         self._odd_keys = {key: met for key, met in self._odd_keys.items() if met[0] > since}
         return "; ".join(
             f"{key} was of another type than mqserve keeps there at {at}, so another program writes there: redis-cli DEL {key} mends it, "
-            "where members have not done so"
+            "unless members have done so already"
             for key, (_, at) in self._odd_keys.items()
         )
 

@@ -106,7 +106,7 @@ def for_re2(regex: str) -> str:
 def _translate(token: str) -> str:
     is_class = token[0] == "[" and len(token) > 1
     if token in _ANCHORS or (is_class and re.search(r"\[:|\\[DWSbB]", token)):
-        raise BadValue(f"{token} means something else there")
+        raise BadValue(f"it gives {token} another meaning")
     if token[:2] == "{,":
         return "{0" + token[1:]
     if is_class:
