@@ -43,7 +43,7 @@ def seal_problem(beats: Mapping[str, Beat], *, has_key: bool) -> str:
     without = [*([] if has_key else ["the controller"]), *without_seals(beats)]
     if not without or not (has_key or any(beat.seals for beat in beats.values())):
         return ""
-    return f"replicas believe anybody's mq header until these are updated and have MQSERVE_SECRET_KEY: {', '.join(without)}"
+    return f"replicas accept mq headers without a seal until these are updated and have MQSERVE_SECRET_KEY: {', '.join(without)}"
 
 
 def somebody_is_missed(observed: Observed, beats: Mapping[str, Beat], now_ms: int) -> bool:
@@ -167,7 +167,7 @@ class _Board:
         fitting = {node: gpus for node, room in self._rooms.items() if (gpus := room.fit(demand)) is not None}
         if not fitting:
             if not self._rooms:
-                return "no node is there to run it: start one with `mqserve node`"
+                return "there is no node to run it: start one with `mqserve node`"
             return f"Cannot scale backend {backend.name!r}: a replica needs {demand}, and no node has that much left"
         node = min(fitting, key=lambda node: (self._load[node], node))
         self._load[node] += 1

@@ -119,7 +119,7 @@ def _with(options: list[Any]) -> Callable[[Callable[..., Any]], Callable[..., An
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="mqserve")
-@click.option("-v", "--verbose", is_flag=True, envvar="MQSERVE_VERBOSE", help="Log what happens, not only what goes wrong.")
+@click.option("-v", "--verbose", is_flag=True, envvar="MQSERVE_VERBOSE", help="Log routine events too, not only problems.")
 def cli(verbose: bool) -> None:
     """Serve Python functions and models from a message queue."""
     _log(verbose)
@@ -178,7 +178,7 @@ def shutdown(namespace: str | None) -> int:
 
 @cli.command()
 @namespace_option
-@click.option("--json", "as_json", is_flag=True, help="For scripts: all of it as one JSON object.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, for scripts.")
 @_one_sentence
 def status(namespace: str | None, as_json: bool) -> int:
     """Show nodes, proxies, backends and replicas, and what is wrong with them."""
@@ -196,22 +196,22 @@ def status(namespace: str | None, as_json: bool) -> int:
 
 @cli.group()
 def dead() -> None:
-    """Look at messages that were set aside, try them again, drop them."""
+    """List, show, retry and drop dead letters, the messages that were set aside."""
 
 
-json_option = click.option("--json", "as_json", is_flag=True, help="For scripts: one JSON object a line.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts, one object per line.")
 selection_options = [
     click.argument("backend"),
     click.argument("ids", nargs=-1, metavar="[ID]..."),
     click.option("--all", "everything", is_flag=True, help="Every dead letter of the backend."),
-    click.option("--yes", is_flag=True, help="Without asking, where --all means more than 10."),
+    click.option("--yes", is_flag=True, help="Required with --all for more than 10 dead letters."),
 ]
 
 
 @dead.command("list")
 @click.argument("backend")
 @namespace_option
-@click.option("--limit", type=click.IntRange(1), default=100, show_default=True, help="How many, the oldest first.")
+@click.option("--limit", type=click.IntRange(1), default=100, show_default=True, help="The largest number to list, oldest first.")
 @json_option
 @_one_sentence
 def list_dead(backend: str, namespace: str | None, limit: int, as_json: bool) -> int:
@@ -264,9 +264,9 @@ def drop_dead(backend: str, ids: tuple[str, ...], everything: bool, yes: bool, n
 @click.option("--http-host", envvar="MQSERVE_HTTP_HOST", help="Where this node's proxy listens [the instance's].")
 @click.option("--http-port", envvar="MQSERVE_HTTP_PORT", type=click.IntRange(0, 65535), help="Its port [the instance's].")
 @click.option("--no-proxy", is_flag=True, envvar="MQSERVE_NO_PROXY", help="Never run a proxy here.")
-@click.option("--num-cpus", envvar="MQSERVE_NUM_CPUS", type=float, help="What this node offers [what the machine has].")
-@click.option("--num-gpus", envvar="MQSERVE_NUM_GPUS", type=int, help="GPUs it offers [those it sees].")
-@click.option("--resources", envvar="MQSERVE_RESOURCES", default="{}", help="What else it offers, as JSON: '{\"tpu\": 1}'.")
+@click.option("--num-cpus", envvar="MQSERVE_NUM_CPUS", type=float, help="CPUs that this node offers [those of the machine].")
+@click.option("--num-gpus", envvar="MQSERVE_NUM_GPUS", type=int, help="GPUs that it offers [those that it finds].")
+@click.option("--resources", envvar="MQSERVE_RESOURCES", default="{}", help="Other resources that it offers, as JSON: '{\"tpu\": 1}'.")
 @click.option(
     "--metrics-host", envvar="MQSERVE_METRICS_HOST", default="127.0.0.1", show_default=True, help="Where its metrics page listens."
 )
@@ -303,7 +303,7 @@ def node(
 @_with(kept_options)
 @_one_sentence
 def controller(namespace: str | None, **kept: Any) -> int:
-    """Run a controller; it starts a detached instance where there is none."""
+    """Run a controller; it starts a detached instance if there is none."""
     from ..instance.roles import run_controller
 
     return run_loop(run_controller(_distributed(namespace, "controller"), _own_id("controller"), _kept(**kept)))
@@ -314,7 +314,7 @@ def controller(namespace: str | None, **kept: Any) -> int:
 @_with(kept_options)
 @_one_sentence
 def supervisor(namespace: str | None, **kept: Any) -> int:
-    """Keep a detached instance's controller and node on this machine: `mqserve start` leaves one."""
+    """Keep a detached instance's controller and node running; `mqserve start` starts it."""
     from ..instance.supervisor import run_supervisor
 
     if (keeper := _kept(**kept)) is None:
@@ -330,7 +330,7 @@ def supervisor(namespace: str | None, **kept: Any) -> int:
 @click.option("--fd", hidden=True, type=int)
 @_one_sentence
 def proxy(namespace: str | None, host: str, port: int, debug: bool, proxy_id: str | None, node_id: str, fd: int | None) -> int:
-    """Run one HTTP proxy by hand: configured and shown, not counted."""
+    """Run one HTTP proxy by hand: the controller configures and shows it, but does not count it."""
     from ..proxy.main import ProxyOptions
     from ..proxy.main import main as run_proxy
 
@@ -346,7 +346,7 @@ def proxy(namespace: str | None, host: str, port: int, debug: bool, proxy_id: st
 @click.option("--node-id", hidden=True, default="")
 @_one_sentence
 def replica(backend: str, namespace: str | None, replica_id: str | None, node_id: str) -> int:
-    """Run one replica of BACKEND by hand: configured and shown, not counted."""
+    """Run one replica of BACKEND by hand: the controller configures and shows it, but does not count it."""
     from ..replicas.main import ReplicaOptions
     from ..replicas.main import main as run_replica
 

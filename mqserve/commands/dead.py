@@ -42,7 +42,7 @@ class Selection(NamedTuple):
     def read(cls, names: tuple[str, ...], everything: bool) -> Selection:
         """Parses the arguments. Raises BadValue for both ids and `--all`, and for neither."""
         if bool(names) == everything:
-            raise BadValue("say which: their ids, as `mqserve dead list` shows them, or --all")
+            raise BadValue("name them by their ids, as `mqserve dead list` shows them, or use --all")
         return cls(frozenset(names), everything)
 
     def name_of(self, letter: DeadLetter) -> str:
@@ -188,7 +188,7 @@ def _check(letter: DeadLetter, senders: SenderTrust, seals: BackendSeals | None)
         senders.check_header(envelope)
         senders.check_pickle(envelope)
     except BadEnvelope as error:
-        raise _Keep(f"no replica would run it, whoever sends it again: {error}") from error
+        raise _Keep(f"no replica would run it, even if it is sent again: {error}") from error
     if seals is None and letter.has_seal and envelope.header.claims:
         raise _Keep("it has to be sealed anew: set MQSERVE_SECRET_KEY for this command, too")
     return envelope
@@ -270,8 +270,8 @@ def _when(store_ms: int) -> str:
 
 
 def _none(backend: str) -> str:
-    return f"Backend {backend!r} has no dead letters, but for any that another command has in its hands."
+    return f"Backend {backend!r} has no dead letters, except those that another command holds."
 
 
 def _no_such(backend: str, name: str) -> str:
-    return f"backend {backend!r} has no dead letter {name!r}: look with `mqserve dead list`, unless another command has it in its hands"
+    return f"backend {backend!r} has no dead letter {name!r}: see `mqserve dead list`; another command may hold it"
