@@ -139,7 +139,7 @@ class Node:
         self._preparing: dict[str, asyncio.Task[None]] = {}
         self._proxies: dict[str, _Running] = {}  # the current one, and those that drain
         self._dead_proxies: set[str] = set()  # whose last beats are to be dropped
-        self._told_of: set[str] = set()  # those of them whose death is in the cancellation log
+        self._announced_dead: set[str] = set()  # those of them whose death is in the cancellation log
         self._proxy_wanted = False
         self._proxy_restarts = Restarts()
         self._desired = Desired()
@@ -257,22 +257,22 @@ class Node:
             self._reconcile_proxy(wanted=self._proxy_wanted)  # if it has to wait, `_check_children` starts it later
         self._dead_proxies.add(proxy_id)
         if not how:  # it has drained, so no request is left
-            self._told_of.add(proxy_id)
+            self._announced_dead.add(proxy_id)
         await self._forget_dead_proxies()
 
     async def _forget_dead_proxies(self) -> None:
         """Cancels the requests of dead proxies, whose clients are gone, and drops their beats, which say that they live. The beat of a
         failed one, which carries the reason, stays until the next one is started."""
-        if untold := self._dead_proxies - self._told_of:
+        if unannounced := self._dead_proxies - self._announced_dead:
             with suppress(StoreUnavailable):
-                await self._store.append_log(self._keys.cancelled, *(notice_of_proxy(self._keys.inbox(name)) for name in untold))
-                self._told_of |= untold
+                await self._store.append_log(self._keys.cancelled, *(notice_of_proxy(self._keys.inbox(name)) for name in unannounced))
+                self._announced_dead |= unannounced
         if self._proxies or not self._proxy_wanted:
-            dead = self._dead_proxies & self._told_of
+            dead = self._dead_proxies & self._announced_dead
             with suppress(StoreUnavailable):
                 await self._store.drop_fields(self._keys.beats, *(f"proxy:{proxy_id}" for proxy_id in dead))
                 self._dead_proxies -= dead
-                self._told_of -= dead
+                self._announced_dead -= dead
 
     def _stop(self, running: _Running, *, at_once: bool = False) -> None:
         if running.stopping:

@@ -129,14 +129,14 @@ class Proxy:
                 self._state, self._error = "failed", str(error)
                 failure = error
             finally:
-                await self._tell_of_the_rest(sender)
+                await self._cancel_unanswered(sender)
                 await self._presence.leave(with_last_words=self._state == "failed")
                 beating.cancel()
                 reading.cancel()
         if failure is not None:
             raise failure
 
-    async def _tell_of_the_rest(self, sender: RequestSender) -> None:
+    async def _cancel_unanswered(self, sender: RequestSender) -> None:
         """Cancels the requests that the end of this proxy cuts off, since their clients are gone."""
         if len(sender.pending):
             with contextlib.suppress(MQServeError):
@@ -196,7 +196,7 @@ class Proxy:
                 self._readiness.follow(desired, observed)
                 continue
             for pause_s in delays():
-                self._see(app, observed or Observed())
+                self._note_serving(app, observed or Observed())
                 try:
                     await self._take_over(app, desired, observed or Observed())
                     break
@@ -210,7 +210,7 @@ class Proxy:
                         observed = Observed.from_bytes(raw_observed)
                         desired = Desired.from_bytes(raw) if raw is not None else desired
 
-    def _see(self, app: ProxyApp, observed: Observed) -> None:
+    def _note_serving(self, app: ProxyApp, observed: Observed) -> None:
         """Notes which backends serve, even if the routes of this version cannot be followed: a bad route must not make a backend look
         down."""
         app.routes.down_since = observed.down_since

@@ -77,12 +77,12 @@ class Cancellations:
     def _on_entries(self, entries: list[bytes]) -> None:
         for raw in entries:
             try:
-                word = _decode(raw)
+                notice = _decode(raw)
             except msgspec.MsgspecError:
                 continue
-            if word.v == VERSION and word.kind in (REQUEST, PROXY):
-                self._heard.pop(word.name, None)
-                self._heard[word.name] = time.monotonic()
+            if notice.v == VERSION and notice.kind in (REQUEST, PROXY):
+                self._heard.pop(notice.name, None)
+                self._heard[notice.name] = time.monotonic()
         while len(self._heard) > KEPT:
             del self._heard[next(iter(self._heard))]
         self._on_word()

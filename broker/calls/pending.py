@@ -72,7 +72,7 @@ class PendingResults:
 
     async def run(self) -> None:
         """Reads the inbox until cancelled."""
-        self._start(self._refuse_what_cannot_be_stored())
+        self._start(self._fail_while_refused())
         try:
             await self._store.read_inbox(self.inbox, self._on_notes, self._read_again)
         finally:
@@ -171,7 +171,7 @@ class PendingResults:
         raw = await self._store.get(self._keys.future(future_id))
         return None if raw is None else await self._whole(future_id, Result.from_bytes(raw))
 
-    async def _refuse_what_cannot_be_stored(self) -> None:
+    async def _fail_while_refused(self) -> None:
         """Fails the requests that were sent after the store began to refuse writes, because their results cannot be stored. Requests sent
         earlier keep waiting: their replicas hold the results until the store has room.
 
@@ -233,9 +233,9 @@ class PendingResults:
         self._to_read.update(dict.fromkeys(future_ids))
         if self._to_read and not self._reading:
             self._reading = True
-            self._start(self._read_until_read())
+            self._start(self._read_pending())
 
-    async def _read_until_read(self) -> None:
+    async def _read_pending(self) -> None:
         """Reads by key until nothing is left to read. An entry is sent once only, so a failed read is repeated for as long as somebody
         waits."""
         pauses = delays()

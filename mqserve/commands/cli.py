@@ -188,7 +188,7 @@ def status(namespace: str | None, as_json: bool) -> int:
 
     async def show() -> int:
         code = await show_status(settings, as_json=as_json)
-        await _leave_what_hangs(code)
+        await _end_if_closing_hangs(code)
         return code
 
     return run_loop(show())
@@ -385,7 +385,7 @@ def _leave_now(role: Coroutine[Any, Any, int]) -> NoReturn:
         os._exit(code)
 
 
-async def _leave_what_hangs(code: int) -> None:
+async def _end_if_closing_hangs(code: int) -> None:
     """Ends the process at once if closing connections would wait seconds for a server that hangs: nothing has to be undone here."""
     rest = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
     for task in rest:
