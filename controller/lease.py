@@ -77,7 +77,7 @@ async def claim_instance(
     """Claims the namespace. `incomplete` marks that what is declared has yet to be deployed.
 
     A lapsed instance is cleared (its queues stay, with the requests in them). A detached start takes over a lapsed detached instance with
-    all that is deployed, and sets `head_node` and `http` anew; None for `http` keeps the old options. Raises InstanceError if the
+    all that is deployed, and sets `head_node` and `http` anew; with None for `http` both stay as they are. Raises InstanceError if the
     instance is alive.
     """
     old = await check_free(store, keys)
@@ -230,7 +230,7 @@ async def _forget_documents(store: Store, keys: StoreKeys, guard: Guard) -> None
     try:
         desired = Desired.from_bytes(await store.get(keys.desired))
     except BadEnvelope:
-        desired = Desired()  # the code it named stays until its TTL: a broken document does not say which that was
+        desired = Desired()  # the code it named stays behind: a broken document does not say which that was
     await store.delete(keys.desired, keys.observed, keys.beats, keys.leader, *map(keys.code, desired.codes), guard=guard)
     await store.announce()
 
@@ -287,8 +287,8 @@ class Leader:
         return True
 
     async def hold(self) -> None:
-        """Renews the lead so that it lasts for the next operation. Raises NotLeading if another controller took over, and also if the
-        lead was lost and regained: the operation was decided before that."""
+        """Renews the lead so that it lasts for the next operation. Raises NotLeading if another controller took over, and also if the lead
+        lapsed by our own clock while we were frozen: the operation was decided before that."""
         epoch = self.epoch
         if self.still_leads() and self.leads_for_s < LEADS_FOR_S - RENEWED_EVERY_S:
             await self.lead()

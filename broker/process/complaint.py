@@ -20,7 +20,7 @@ class Complaint:
         return f"<Complaint {self._last!r}>"
 
     def say(self, words: str) -> None:
-        """Logs `words` as a warning, unless the last one was too recent."""
+        """Logs `words` as a warning, unless the same words were logged within the last AGAIN_AFTER_S."""
         if words != self._last or time.monotonic() - self._said_at > AGAIN_AFTER_S:
             self._logger.warning("%s", words)
             self._last, self._said_at = words, time.monotonic()
