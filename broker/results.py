@@ -1,4 +1,4 @@
-"""What stands in the store when a request is done, and the note that tells the waiting process."""
+"""The result of a request as the store holds it, and the inbox entry that announces it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ RESULT_KIND = 0
 
 
 class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
-    """An exception in plain data. `sealed` is the signed pickle of the object itself, where there was a key for it and it is not too
-    large; `members` is a JSON object with what a web client is told beside the message."""
+    """An exception as plain data. `sealed` is the signed pickle of the exception object, if there was a key and it is not too large;
+    `members` is a JSON object that web clients get beside the message."""
 
     type: str
     message: str
@@ -26,7 +26,8 @@ class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Result(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One outcome. `status` is HTTP's number for it, whoever asked: 200 and its kin, 422, 500, 502, 504."""
+    """The outcome of one request. `status` is the HTTP status, also for callers that do not use HTTP: 200 and its kin, 422, 500, 502,
+    504."""
 
     v: int = VERSION
     status: Annotated[int, msgspec.Meta(ge=200, le=599)] = 200
@@ -35,7 +36,7 @@ class Result(msgspec.Struct, frozen=True, omit_defaults=True):
     content_type: str = "application/octet-stream"
     headers: Pairs = ()
     body: bytes = b""
-    ref: str = ""  # the body lies in the store under this key
+    ref: str = ""  # store key of a body that travels by reference
     error: ErrorInfo | None = None
 
     def to_bytes(self) -> bytes:
@@ -43,7 +44,7 @@ class Result(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> Result:
-        """Raises BadEnvelope for what is no result of ours."""
+        """Raises BadEnvelope for bytes that are no result of this version."""
         try:
             result = _decode_result(raw)
         except UNPARSABLE as error:
@@ -54,7 +55,8 @@ class Result(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class InboxEntry(msgspec.Struct, frozen=True, array_like=True):
-    """An inbox entry `[v, id, kind, seq, payload]`. Kind 0 is the whole result, or empty: read the key. Others are to come."""
+    """An inbox entry `[v, id, kind, seq, payload]`. Kind 0 carries the whole result, or nothing: then read the result by its key. Other
+    kinds are reserved."""
 
     v: int
     id: str
@@ -67,8 +69,8 @@ class InboxEntry(msgspec.Struct, frozen=True, array_like=True):
 
 
 def late_result(phase: str, unstored: str = "") -> Result:
-    """The outcome of a request whose time was spent in `phase`: `queue` or `run`. `unstored`: why no result could be stored, which says
-    more than where it was."""
+    """Returns the result of a request whose time was up while in `phase`: `queue` or `run`. `unstored` says why the store takes no
+    results; the message then names that cause instead of the phase."""
     where = "was still waiting in the queue" if phase == "queue" else "was still running"
     mend = "allow it more (its own timeout, and the backend's request_timeout_s), or add replicas"
     if unstored:
@@ -78,12 +80,12 @@ def late_result(phase: str, unstored: str = "") -> Result:
 
 
 def entry_of(future_id: str, result: bytes) -> bytes:
-    """The inbox entry that announces a recorded result."""
+    """Returns the inbox entry that announces a recorded result."""
     return InboxEntry(1, future_id, RESULT_KIND, 0, result if len(result) <= INLINE_BYTES else b"").to_bytes()
 
 
 def read_entry(raw: bytes) -> InboxEntry | None:
-    """The entry, or None for one of a version or kind that this process does not know."""
+    """Returns the entry, or None for a version or kind that this process does not know."""
     try:
         note = _decode_note(raw)
     except UNPARSABLE:

@@ -1,4 +1,4 @@
-"""From a stored result to the value that a caller gets, or the exception."""
+"""Turns a stored result into the value that the caller gets, or the exception."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ _OTHERS_OWN = (concurrent.futures.CancelledError, StopIteration, StopAsyncIterat
 
 
 def check_results(results: object) -> None:
-    """Raises BadValue for what no caller can ask for."""
+    """Raises BadValue unless `results` is a kind of results that a caller can ask for."""
     if results not in ("any", "plain"):
         raise BadValue(f"results must be 'any', or 'plain' for a caller that opens no pickle, not {results!r}")
 
 
 def read_result(result: Result, future_id: str, signer: Signer, backend: str | None = None, *, plain: bool = False) -> Any:
-    """The value of a result, or its error raised. `backend`: whose answer it must be. `plain`: no pickle is opened, whoever sealed it."""
+    """Returns the value of a result, or raises its error. `backend` names the backend that must have made it. With `plain` no pickle is
+    opened, whoever sealed it."""
     if backend is not None and result.backend and result.backend != backend:
         raise BadValue(f"the result {future_id!r} is the answer of backend {result.backend!r}, not of {backend!r}")
     if result.error is not None:
@@ -49,7 +50,7 @@ def _exception(error: ErrorInfo, result: Result, future_id: str, signer: Signer,
             exception = opened if _may_be_raised_here(opened) else exception
         except BadSignature as refused:
             exception.add_note(f"its own object was not opened: {refused}")
-        except BaseException as failed:  # of its class's own making
+        except BaseException as failed:  # the constructor of the exception's class may raise anything
             exception.add_note(f"its own object could not be opened here: {describe(failed).words}")
     if error.traceback:
         add_note(exception, f"Remote traceback, of backend {result.backend!r}:\n{error.traceback.rstrip()}")
@@ -57,6 +58,6 @@ def _exception(error: ErrorInfo, result: Result, future_id: str, signer: Signer,
 
 
 def _may_be_raised_here(opened: object) -> bool:
-    """Not what would end the caller's program, or count as the caller's own cancellation or end of an iteration: that happened to somebody
-    else. Asked of the type, since an object can say that it is of another class."""
+    """Whether the exception may be raised in the caller. Not if it would end the caller's program, or act as the caller's own
+    cancellation or end of an iteration. The type is checked, since an object can lie about its class."""
     return issubclass(type(opened), Exception) and not issubclass(type(opened), _OTHERS_OWN)
