@@ -23,9 +23,10 @@ from ..controller.state.documents import Backend
 from .admission import Admission
 from .consumers import Consumers
 from .handler import Handler
-from .job import Job
+from .job import Job, Stage
 from .metrics import ReplicaMetrics
 from .prefetch import prefetch, slots
+from .register import Register
 from .settlement import Settlement, is_kept
 from .trust import SenderTrust
 from .worker import Worker
@@ -59,12 +60,12 @@ class RequestLoop:
         self._store = store
         keys = StoreKeys(settings.namespace)
         self._admission = Admission(settings.namespace, backend.name, store, replica_id)
-        self._settlement = Settlement(backend.name, queue, store, keys, self._admission, metrics)
+        self._register = Register()
+        self._settlement = Settlement(backend.name, queue, store, keys, self._admission, metrics, self._register)
         self._worker = worker
         self._handler = handler
         self._metrics = metrics
         self._trust = SenderTrust(settings)
-        self._jobs: set[Job] = set()
         self._cancellations = Cancellations(store, keys, self._give_up_cancelled)
         self._draining = False
         self._consumers = Consumers(backend.name, queue, store, self._prefetch, self._on_delivery, self._settle_unstored)
@@ -77,12 +78,13 @@ class RequestLoop:
 
     @property
     def running(self) -> int:
-        return self._settlement.held
+        """Deliveries neither acked nor given back."""
+        return self._register.unsettled
 
     @property
     def generations(self) -> tuple[int, ...]:
         """The queues it takes from, or still holds messages of."""
-        return tuple(sorted({*self._consumers.generations, *self._settlement.generations}))
+        return tuple(sorted({*self._consumers.generations, *self._register.generations}))
 
     def configure(self, config: BackendConfig) -> None:
         """Applies from the next request on."""
@@ -122,7 +124,7 @@ class RequestLoop:
             if turn % _TUNE_EVERY_TURNS:
                 continue
             self._consumers.tune()
-            processing = sum(1 for job in self._jobs if job.started)
+            processing = len(self._register.at(Stage.RUNNING))
             self._metrics.hand_over(self.running - processing, processing)
 
     def _settle_unstored(self) -> bool:
@@ -130,7 +132,7 @@ class RequestLoop:
         most once, the former stays: nobody could leave word that it was not started."""
         if not self._settlement.at_most_once:
             for job in self._worker.withdraw():
-                self._give_back(job)
+                self._settlement.give_back(job)
         return self._settlement.give_back_unstored()
 
     async def listen(self) -> None:
@@ -141,19 +143,19 @@ class RequestLoop:
         """Takes nothing new, gives back what has not started, and finishes the rest within the graceful shutdown timeout or `at_most_s`."""
         self._draining = True
         for job in self._worker.withdraw():
-            self._give_back(job)
+            self._settlement.give_back(job)
         await self._consumers.stop()
         until = time.monotonic() + min(at_most_s, self._config.graceful_shutdown_timeout_s)
         while (self.running or self._worker.responding) and time.monotonic() < until:
             await asyncio.sleep(0.01)
-        for job in list(self._jobs):
+        for job in self._register.with_worker():
             logger.warning(
                 "giving back request %s of %s: still running after the graceful shutdown timeout",
                 printable(job.envelope.id),
                 self._backend,
             )
             # Delivered at most once, its mark stays: it may yet start, in a batch that gathers.
-            self._give_back(job, mark_stays=self._settlement.at_most_once)
+            self._settlement.give_back(job, mark_stays=self._settlement.at_most_once)
         await self._settlement.last_steps()
         self._metrics.hand_over(0, 0)
 
@@ -161,7 +163,6 @@ class RequestLoop:
         """As if the process had died: nothing new is taken, and what is in its hands goes back. Nothing is left to do after `drain`."""
         self._draining = True
         self._worker.withdraw()
-        self._jobs.clear()
         await self._consumers.stop()
         self._settlement.abandon()
 
@@ -174,8 +175,8 @@ class RequestLoop:
 
     def _mark_long_runs(self) -> None:
         now = time.monotonic()
-        for job in self._jobs:
-            if job.started and not job.mark and now - job.started > _LONG_RUN_S:
+        for job in self._register.at(Stage.RUNNING):
+            if not job.mark and now - job.started > _LONG_RUN_S:
                 job.mark = self._admission.new_mark()
                 self._admission.mark_soon(job.envelope, job.mark)
 
@@ -194,24 +195,26 @@ class RequestLoop:
 
     def _give_up_late(self) -> None:
         now = time.monotonic()
-        for job in [job for job in self._jobs if job.deadline <= now and job.given_up is None]:
-            self._give_up(job, late_result("run" if job.started else "queue"))
+        for job in self._register.with_worker():
+            if job.deadline <= now and job.given_up is None:
+                self._give_up(job, late_result("run" if job.started else "queue"))
 
     def _check_stuck(self) -> None:
         """Raises BackendFailed for a call that nobody wants and that goes on after the backend's own time: nothing else can end it."""
         if not self._may_end:
             return
         stuck_since = time.monotonic() - self._config.request_timeout_s - STUCK_AFTER_S  # no client's own clock: it must not end replicas
-        for job in self._jobs:
-            if job.started and job.started < stuck_since and all(member.unwanted for member in job.batch or (job,)):
+        for job in self._register.at(Stage.RUNNING):
+            if job.started < stuck_since and all(member.unwanted for member in job.batch or (job,)):
                 raise BackendFailed(
                     f"a call of backend {self._backend!r} goes on {STUCK_AFTER_S:g} s after request_timeout_s "
                     f"({self._config.request_timeout_s:g} s), and ends its replica: ask serve.cancelled() in it, or allow more"
                 )
 
     def _give_up_cancelled(self) -> None:
-        for job in [job for job in self._jobs if self._cancellations.names(job.envelope, job.envelope.future_id(self._backend))]:
-            self._give_up(job, CANCELLED)
+        for job in self._register.with_worker():
+            if self._cancellations.names(job.envelope, job.envelope.future_id(self._backend)):
+                self._give_up(job, CANCELLED)
 
     def _give_up(self, job: Job, result: Result) -> None:
         """Whoever waits is told now; the slot is free when the call has ended."""
@@ -224,12 +227,18 @@ class RequestLoop:
     def _on_delivery(self, generation: int, delivery: Delivery) -> None:
         if (self._draining or self._consumers.paused) and not self._settlement.at_most_once:
             return delivery.requeue()
-        self._settlement.hold(generation, delivery)
-        job = Job(NOTHING, (generation, delivery))
+        job = Job(NOTHING, generation, delivery)
+        self._register.hold(job)
         try:
-            self._read(job, delivery)
+            self._look_at(job, delivery)
         except BadEnvelope as error:
-            return self._settlement.start(self._settlement.refuse(job, error))
+            self._settlement.start(job, self._settlement.refuse(job, error))
+        except Exception as error:
+            self._settlement.fail(job, error)
+
+    def _look_at(self, job: Job, delivery: Delivery) -> None:
+        """Raises BadEnvelope for what is to be refused."""
+        self._read(job, delivery)
         envelope, header = job.envelope, job.envelope.header
         left_s = float(MAX_REQUEST_TIMEOUT_S)  # whatever a sender says: longer would be more than RabbitMQ waits for an ack
         if header.deadline:
@@ -244,7 +253,7 @@ class RequestLoop:
         elif (delivery.redelivered or header.again) and self._runs_here(envelope):
             self._settlement.give_back(job, later=True, mark_stays=True)  # a connection was lost, and not its run: the result settles it
         elif delivery.redelivered or header.again or header.ref or not envelope.minted or self._checks_all:
-            self._settlement.start(self._admit(job))
+            self._settlement.start(job, self._admit(job))
         else:
             self._run(job)  # a first delivery of an id of ours: nobody can have run it, so the store is not asked
 
@@ -255,7 +264,7 @@ class RequestLoop:
             self._admission.check_reply_to(envelope)
         try:
             self._trust.check_header(envelope)
-        except BadEnvelope:
+        except Exception:
             job.envelope = envelope.without_header()
             raise
         self._admission.check_keys(envelope)
@@ -280,13 +289,11 @@ class RequestLoop:
             await asyncio.sleep(pause_s)  # nobody could leave word that it was not started, so nobody else would run it
 
     async def _ask(self, job: Job) -> Envelope | Result | None:
-        _, delivery = job.tag
         return await self._admission.admit(
-            job.envelope, self._config, job.mark, redelivered=delivery.redelivered, check_copies=self._may_be_copies
+            job.envelope, self._config, job.mark, redelivered=job.delivery.redelivered, check_copies=self._may_be_copies
         )
 
     def _admitted(self, job: Job, admitted: Envelope | Result | None) -> None:
-        _, delivery = job.tag
         if admitted is None:
             self._settlement.ack(job, body_stays=True)  # it is the other copy's, too
         elif isinstance(admitted, Result):
@@ -297,7 +304,7 @@ class RequestLoop:
             self._drop(job, CANCELLED)
         else:
             job.envelope = admitted
-            job.redelivered = delivery.redelivered
+            job.redelivered = job.delivery.redelivered
             self._run(job)
 
     def _is_cancelled(self, envelope: Envelope) -> bool:
@@ -305,10 +312,10 @@ class RequestLoop:
 
     def _runs_here(self, envelope: Envelope) -> bool:
         future_id = envelope.future_id(self._backend)
-        return bool(future_id) and any(job.envelope.future_id(self._backend) == future_id for job in self._jobs)
+        return bool(future_id) and any(job.envelope.future_id(self._backend) == future_id for job in self._register.with_worker())
 
     def _run(self, job: Job) -> None:
-        self._jobs.add(job)
+        job.move(Stage.ADMITTED)
         self._worker.submit(job)
 
     def _drop(self, job: Job, result: Result) -> None:
@@ -316,14 +323,11 @@ class RequestLoop:
         self._metrics.dropped["cancelled" if result is CANCELLED else "late"] += 1
         self._settlement.answer(job, result)
 
-    def _give_back(self, job: Job, *, mark_stays: bool = False) -> None:
-        self._jobs.discard(job)
-        self._settlement.give_back(job, mark_stays=mark_stays)
-
     def on_done(self, job: Job, result: Result) -> None:
         """From the worker; a job that was given back in between is the next replica's."""
-        if job in self._jobs:
-            self._jobs.discard(job)
+        if not job.with_worker:
+            return
+        try:
             is_unwanted = job.unwanted
             if is_unwanted and not job.started:
                 return self._drop(job, job.unwanted_result)
@@ -332,6 +336,8 @@ class RequestLoop:
                 result = job.unwanted_result
             self._metrics.done(job.envelope, result, self._store.now_ms(), job.run_s, len(job.batch) or 1)
             self._settlement.answer(job, result)
+        except Exception as error:
+            self._settlement.fail(job, error)
 
 
 def _recorded_or_not(done: asyncio.Future[bool]) -> None:

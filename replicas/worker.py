@@ -57,7 +57,7 @@ class Raised(Exception):
 
 
 class Worker:
-    """Owned by one I/O loop, on which `on_done(job, result)` is called, and `on_suspect(jobs)` is awaited before such a run starts."""
+    """Owned by one I/O loop, on which `on_done(job, result)` is called, and `on_redelivered(jobs)` is awaited before such a run starts."""
 
     def __init__(
         self,
@@ -213,7 +213,6 @@ class Worker:
 
     def _start_some(self) -> None:
         """As many as a turn has time for; it goes on whatever becomes of one of them."""
-        assert self._execution is not None
         until = time.monotonic() + _TURN_S
         try:
             while self._jobs and self._free_threads > 0 and time.monotonic() < until:
@@ -224,7 +223,7 @@ class Worker:
                 try:
                     self._start(job)
                 except BaseException as error:
-                    self._put(job, self._execution.failed(error, job))
+                    self._put_failed([job], error)
         finally:
             self._woken = False  # only now: while this runs, whoever submits need not wake it
             if self._jobs and self._free_threads > 0:
@@ -271,12 +270,10 @@ class Worker:
 
     def _run_safely(self, jobs: Sequence[Job], method: Method) -> None:
         """The other batches of the turn run whatever becomes of one."""
-        assert self._execution is not None
         try:
             self._run(jobs, method)
         except BaseException as error:
-            for job in jobs:
-                self._put(job, self._execution.failed(error, job))
+            self._put_failed(jobs, error)
 
     # Calls: of one job, or of a batch.
 
@@ -303,8 +300,10 @@ class Worker:
 
     def _run_plain(self, jobs: Sequence[Job], method: Method, context: Context) -> None:
         self.in_plain_call = True
-        answers = context.run(self._execute, jobs, method)
-        self.in_plain_call = False
+        try:
+            answers = context.run(self._execute, jobs, method)
+        finally:
+            self.in_plain_call = False
         self._measure(jobs)
         self._deliver(jobs, answers, context)
 
@@ -314,8 +313,11 @@ class Worker:
 
     def _thread_is_free(self, jobs: Sequence[Job], answers: Sequence[Answer], context: Context) -> None:
         self._free_threads += 1
-        self._measure(jobs)
-        self._deliver(jobs, answers, context)
+        try:
+            self._measure(jobs)
+            self._deliver(jobs, answers, context)
+        except BaseException as error:
+            self._put_failed(jobs, error)
         self._take()
 
     def _execute(self, jobs: Sequence[Job], method: Method) -> list[Answer]:
@@ -345,9 +347,11 @@ class Worker:
             else:
                 answers = [await self._execution.run_async(method, jobs[0])]
             forks.end_if_forked_since(self._depth)
+            self._deliver(jobs, answers)
         except asyncio.CancelledError as error:
-            return self._cancelled(jobs, error)
-        self._deliver(jobs, answers)
+            self._cancelled(jobs, error)
+        except BaseException as error:
+            self._put_failed(jobs, error)
 
     def _deliver(self, jobs: Sequence[Job], answers: Sequence[Answer], context: Context | None = None) -> None:
         """What a call came to; `context`: that of a plain one. A response that has to be run for its result is run on the loop."""
@@ -364,6 +368,8 @@ class Worker:
             await self._execution.respond(response, job, lambda result: self._put(job, result))
         except asyncio.CancelledError as error:
             self._cancelled([job], error)
+        except BaseException as error:
+            self._put_failed([job], error)
         finally:
             self.responding -= 1
 
@@ -425,6 +431,12 @@ class Worker:
             except RuntimeError:  # a call that was left to its thread may outlive the loop it would report to
                 pass
 
+    def _put_failed(self, jobs: Sequence[Job], error: BaseException) -> None:
+        """After an exception of ours, or of user code where nothing else would answer for it."""
+        assert self._execution is not None
+        for job in jobs:
+            self._put(job, self._execution.failed(error, job))
+
     def _resize(self, more_threads: int) -> None:
         if more_threads:
             if self._pool is not None:
@@ -442,8 +454,12 @@ class Worker:
 
     def _hand_over(self) -> None:
         self._io_woken = False
-        while self._results:
-            self._on_done(*self._results.popleft())
+        try:
+            while self._results:
+                self._on_done(*self._results.popleft())
+        finally:
+            if self._results:  # the rest is told whatever became of one
+                self._io.call_soon(self._hand_over)
 
     def _fail(self, failure: Failure) -> None:
         if not self.failed.is_set():

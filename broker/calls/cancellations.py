@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from ..backoff import keep_running
 from ..envelope import Envelope, is_minted
 from ..results import ErrorInfo, Result
 from ..store import Store
@@ -65,7 +66,7 @@ class Cancellations:
 
     async def listen(self) -> None:
         """Until cancelled."""
-        await self._store.read_log(self._log, self._on_entries)
+        await keep_running("the listener to cancellations", lambda: self._store.read_log(self._log, self._on_entries))
 
     def names(self, envelope: Envelope, future_id: str) -> bool:
         """Whether nobody wants this request any more. What a handle sent may be read by others, so only a proxy's go with it."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from ..backoff import delays
+from ..backoff import delays, keep_running
 from ..errors import BadEnvelope, MQServeError, StoreUnavailable, untraced
 from ..process.printable import printable
 from ..results import Result, entry_of, late_result, read_entry
@@ -73,7 +73,7 @@ class PendingResults:
         """Reads the inbox until cancelled."""
         self._start(self._refuse_what_cannot_be_stored())
         try:
-            await self._store.read_inbox(self.inbox, self._on_notes, self._read_again)
+            await keep_running("the reader of results", lambda: self._store.read_inbox(self.inbox, self._on_notes, self._read_again))
         finally:
             if self._timer is not None:
                 self._timer.cancel()
