@@ -77,6 +77,12 @@ def late_result(phase: str, unstored: str = "") -> Result:
     return Result(status=504, error=ErrorInfo(type="mqserve.RequestTimeout", message=message))
 
 
+def gone_result(backend: str, why: str) -> Result:
+    """The outcome of a request whose backend ended before it; `why` is a clause such as "backend 'a' was deleted"."""
+    message = f"{why}, and the request had no result within graceful_shutdown_timeout_s: send it again once it is served again"
+    return Result(status=503, backend=backend, error=ErrorInfo(type="mqserve.BackendGone", message=message))
+
+
 def entry_of(future_id: str, result: bytes) -> bytes:
     """The inbox entry that announces a recorded result."""
     return InboxEntry(1, future_id, RESULT_KIND, 0, result if len(result) <= INLINE_BYTES else b"").to_bytes()

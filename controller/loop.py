@@ -28,7 +28,7 @@ from ..broker.store_keys import CODE_TTL_S, StoreKeys
 from . import lease, plan
 from .absent_nodes import AbsentNodes
 from .known_documents import KnownDocuments
-from .queues import Queues
+from .queues import REFUSAL_S, Queues
 from .restarts import ENDED_WELL, Restarts
 from .state.beats import Beat, read_beats
 from .state.documents import Assignment, Desired, Observed
@@ -217,7 +217,9 @@ class Controller:
             self._had_node_at = now
         ended = plan.ended_replicas(observed.replicas, beats, now_ms)
         for replica_id, how in ended.items():
-            if replica_id not in self._counted:  # an assignment that could not be written is compared again
+            if (
+                replica_id not in self._counted and observed.replicas[replica_id].backend in desired.backends and not desired.closing
+            ):  # an assignment that could not be written is compared again
                 was_ready = replica_id in self._were_ready
                 self._count_death(observed.replicas[replica_id], beats.get(f"replica:{replica_id}"), how, now, was_ready=was_ready)
         self._counted = set(ended)
@@ -255,14 +257,14 @@ class Controller:
         self, desired: Desired, observed: Observed, assigned: plan.Replicas, beats: dict[str, Beat], now: float
     ) -> plan.Replicas:
         """Of an instance that closes: all replicas while a proxy still waits for answers, then those whose queue is not empty, for their
-        backend's graceful_shutdown_timeout_s at most."""
+        backend's graceful_shutdown_timeout_s at most, and what they need to tell the rest that it is not answered."""
         self._closing_since = min(self._closing_since, now)
         if any(not beat.external for beat in plan.living(beats, "proxy", self._store.now_ms()).values()):
             return assigned
         drains_s = {
             name: backend.config.graceful_shutdown_timeout_s for name, backend in desired.backends.items() if name in observed.queues
         }
-        in_time = {name for name, drain_s in drains_s.items() if now - self._closing_since < drain_s}
+        in_time = {name for name, drain_s in drains_s.items() if now - self._closing_since < drain_s + REFUSAL_S}
         return plan.of_backends(assigned, in_time)
 
     def _forget_restarts(self, desired: Desired, assigned: plan.Replicas) -> None:

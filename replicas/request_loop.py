@@ -7,6 +7,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from ..broker.backoff import delays
 from ..broker.calls.cancellations import CANCELLED, Cancellations
@@ -14,7 +15,7 @@ from ..broker.envelope import Envelope
 from ..broker.errors import BackendFailed, BadEnvelope, MQServeError, StoreUnavailable
 from ..broker.process.printable import printable
 from ..broker.queue import Delivery, Queue
-from ..broker.results import Result, late_result
+from ..broker.results import Result, gone_result, late_result
 from ..broker.settings import Settings
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
@@ -35,10 +36,21 @@ logger = logging.getLogger(__name__)
 
 NOTHING = Envelope("", b"", "")  # of a message that could not be read
 
+_REASONS = {499: "cancelled", 503: "gone", 504: "late"}  # why it is dropped, by the status of its result
 _MARK_EVERY_S = 0.05
 _LONG_RUN_S = 0.04
 _TUNE_EVERY_TURNS = 5
+_REFUSAL_BUDGET_S = 1.5  # to record that what is left is not answered
 STUCK_AFTER_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """That of a backend which nobody serves any more: it was deleted, or its instance is being shut down."""
+
+    at: float  # monotonic; what has no result by then gets this one
+    result: Result
+    keeps_queue: bool  # what has not begun stays there, for the next instance
 
 
 class RequestLoop:
@@ -68,6 +80,8 @@ class RequestLoop:
         self._trust = SenderTrust(settings)
         self._cancellations = Cancellations(store, keys, self._give_up_cancelled)
         self._draining = False
+        self._end: End | None = None
+        self._refuses = False  # the end has come: what is left is told so
         self._consumers = Consumers(backend.name, queue, store, self._prefetch, self._on_delivery, self._settle_unstored)
         self.served = 0
         self._config = backend.config
@@ -107,7 +121,21 @@ class RequestLoop:
 
     def want(self, generations: tuple[int, ...]) -> None:
         """Takes from exactly these generations of the queue from now on."""
-        self._consumers.want(generations)
+        self._consumers.want(() if self._keeps_rest else generations)
+
+    def will_end(self, why: str, *, keeps_queue: bool, at_once: bool = False) -> None:
+        """Nobody will serve this backend any more: what has no result when the graceful shutdown timeout is over is told 503, and why."""
+        if self._end is None or at_once:
+            at = time.monotonic() + (0 if at_once else self._config.graceful_shutdown_timeout_s)
+            self._end = End(at, gone_result(self._backend, why), keeps_queue)
+
+    def goes_on(self) -> None:
+        """The backend is wanted, perhaps again."""
+        self._end, self._refuses = None, False
+
+    @property
+    def _keeps_rest(self) -> bool:
+        return self._refuses and self._end is not None and self._end.keeps_queue
 
     async def keep_taking_forever(self, on_taken: Callable[[], None]) -> None:
         """See `Consumers.keep_forever`."""
@@ -119,6 +147,8 @@ class RequestLoop:
         for turn in itertools.count():
             await asyncio.sleep(_MARK_EVERY_S)
             self._give_up_late()
+            if self._end is not None and not self._refuses and time.monotonic() >= self._end.at:
+                self._refuse_the_rest(self._end)
             self._check_stuck()
             self._mark_long_runs()
             if turn % _TUNE_EVERY_TURNS:
@@ -140,14 +170,25 @@ class RequestLoop:
         await self._cancellations.listen()
 
     async def drain(self, at_most_s: float) -> None:
-        """Takes nothing new, gives back what has not started, and finishes the rest within the graceful shutdown timeout or `at_most_s`."""
+        """Takes nothing new, gives back what has not started, and finishes the rest within the graceful shutdown timeout or `at_most_s`.
+
+        Of a backend that ends nobody would run what is given back: it is run here, in the time that is left to all of it.
+        """
         self._draining = True
-        for job in self._worker.withdraw():
-            self._settlement.give_back(job)
-        await self._consumers.stop()
         until = time.monotonic() + min(at_most_s, self._config.graceful_shutdown_timeout_s)
+        if self._end is None or self._end.keeps_queue:
+            for job in self._worker.withdraw():
+                self._settlement.give_back(job)
+        if self._end is not None:
+            until = min(until, self._end.at)
+        await self._consumers.stop()
         while (self.running or self._worker.responding) and time.monotonic() < until:
             await asyncio.sleep(0.01)
+        if self._end is not None:
+            self._refuse_the_rest(self._end)
+            until = time.monotonic() + _REFUSAL_BUDGET_S
+            while self.running and time.monotonic() < until:
+                await asyncio.sleep(0.01)
         for job in self._register.with_worker():
             logger.warning(
                 "giving back request %s of %s: still running after the graceful shutdown timeout",
@@ -158,6 +199,18 @@ class RequestLoop:
             self._settlement.give_back(job, mark_stays=self._settlement.at_most_once)
         await self._settlement.last_steps()
         self._metrics.hand_over(0, 0)
+
+    def _refuse_the_rest(self, end: End) -> None:
+        """What it holds is told that nobody answers it, and acked; and so is, from now on, what still comes out of the queue."""
+        self._refuses = True
+        if end.keeps_queue:
+            self._consumers.want(())
+        for job in self._register.with_worker():
+            if end.keeps_queue and not job.started:
+                self._settlement.give_back(job)
+            else:
+                self._drop(job, job.given_up or end.result)
+            self._worker.give_up(job, end.result)
 
     async def abandon(self) -> None:
         """As if the process had died: nothing new is taken, and what is in its hands goes back. Nothing is left to do after `drain`."""
@@ -225,7 +278,8 @@ class RequestLoop:
     # Taking.
 
     def _on_delivery(self, generation: int, delivery: Delivery) -> None:
-        if (self._draining or self._consumers.paused) and not self._settlement.at_most_once:
+        is_last = self._end is not None and not self._end.keeps_queue  # nobody would take it from the queue
+        if (self._consumers.paused or (self._draining and not is_last)) and not self._settlement.at_most_once:
             return delivery.requeue()
         job = Job(NOTHING, generation, delivery)
         self._register.hold(job)
@@ -244,6 +298,8 @@ class RequestLoop:
         if header.deadline:
             left_s = min(left_s, (header.deadline - self._store.now_ms()) / 1000)
         job.deadline = time.monotonic() + left_s
+        if self._end is not None and (self._refuses or self._draining):
+            return self._settlement.give_back(job) if self._end.keeps_queue else self._drop(job, self._end.result)
         if self._draining:
             return self._settlement.give_back(job)
         if left_s <= 0:
@@ -298,7 +354,9 @@ class RequestLoop:
             self._settlement.ack(job, body_stays=True)  # it is the other copy's, too
         elif isinstance(admitted, Result):
             self._settlement.answer(job, admitted)
-        elif self._draining:
+        elif self._end is not None and self._refuses and not self._end.keeps_queue:
+            self._drop(job, self._end.result)
+        elif self._draining or self._keeps_rest:
             self._settlement.give_back(job)
         elif self._is_cancelled(admitted):  # meanwhile
             self._drop(job, CANCELLED)
@@ -320,7 +378,7 @@ class RequestLoop:
 
     def _drop(self, job: Job, result: Result) -> None:
         """It is not run any more."""
-        self._metrics.dropped["cancelled" if result is CANCELLED else "late"] += 1
+        self._metrics.dropped[_REASONS[result.status]] += 1
         self._settlement.answer(job, result)
 
     def on_done(self, job: Job, result: Result) -> None:

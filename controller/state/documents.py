@@ -71,6 +71,7 @@ class Desired(msgspec.Struct, frozen=True):
     convertors: dict[str, str] = {}  # name -> sha256 of its code
     forced: tuple[str, ...] = ()  # backends deleted by force: neither their queues nor their replicas drain
     closing: bool = False  # the instance is being shut down
+    keeps_queues: bool = False  # what waits in them at its end is for the next instance of the namespace
     incomplete: bool = False  # what its starter declares is not all deployed yet
     operations: tuple[str, ...] = ()  # the last operation ids, so that a retry recognises itself
 

@@ -6,7 +6,7 @@ import concurrent.futures
 import pickle
 from typing import Any
 
-from ..broker.errors import BadSignature, BadValue, Cancelled, NotEncodable, RemoteError, RequestTimeout
+from ..broker.errors import BackendGone, BadSignature, BadValue, Cancelled, NotEncodable, RemoteError, RequestTimeout
 from ..broker.failures import add_note, describe
 from ..broker.results import ErrorInfo, Result
 from ..broker.values.codecs import PICKLE, decode_value, media_type
@@ -42,6 +42,8 @@ def _exception(error: ErrorInfo, result: Result, future_id: str, signer: Signer,
         return Cancelled(error.message)
     if result.status == 504:
         return RequestTimeout(error.message, phase="run" if "(run)" in error.message else "queue")
+    if result.status == 503 and error.type == "mqserve.BackendGone":
+        return BackendGone(error.message)
     exception: BaseException = RemoteError(f"{error.type}: {error.message}")
     if error.sealed and not plain:
         try:

@@ -6,7 +6,7 @@ import asyncio
 import concurrent.futures
 import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +24,7 @@ from ..controller.state.traffic import choose
 from ..replicas.context import deadline
 from .answers import read_result
 from .futures import WAIT_LIMIT_S, Found, Future, Sent, Stored
+from .membership import Membership
 from .runtime import Runtime
 
 APPEAR_BUDGET_S = 60.0  # how long a handle made with missing_ok waits for its endpoint
@@ -44,20 +45,20 @@ class _Call:
 
 
 class Sender:
-    """Shared by all handles of a client; `desired` is replaced by whoever follows the document, and `read_desired` reads it now."""
+    """Shared by all handles of a client; `desired` is replaced by whoever follows the document."""
 
     def __init__(
         self,
         runtime: Runtime,
         connections: Connections,
         requests: RequestSender,
-        read_desired: Callable[[], Awaitable[Desired]],
+        membership: Membership,
         find: Callable[[], Sender],
     ) -> None:
         self._runtime = runtime
         self._connections = connections
         self._requests = requests
-        self._read_desired = read_desired
+        self._membership = membership
         self.find = find  # the client's sender in this process: a forked child has another one
         self._signer = connections.settings.signer
         self._over = ""  # once the client ends: why
@@ -189,7 +190,7 @@ class Sender:
         self._over = why
 
     async def _is_there(self, endpoint: str) -> bool | None:
-        found = await self._read_desired()
+        found = await self._membership.read()
         if endpoint not in found.endpoints:
             return None
         self.desired = found
@@ -209,6 +210,13 @@ class Sender:
         return Future(future_id, Stored(keys, self, backend=backend))
 
     # For futures.
+
+    @property
+    def prospects(self) -> str:
+        """What becomes of a request of this process that has no result yet: a clause."""
+        if self._membership.has_ended:
+            return "its instance has been shut down, so nobody is about to answer it"
+        return "it goes on: wait again, or raise the timeout"
 
     def has_result(self, keys: Sequence[str]) -> bool:
         """Whether one of these has an end by now. Raises StoreUnavailable where the store cannot be asked."""

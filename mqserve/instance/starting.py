@@ -54,6 +54,7 @@ class StartOptions:
     node_id: str = ""
     incomplete: bool = False  # proxies are not ready before `Client.tell_complete`
     tell: Tell | None = None  # what still drains at its end
+    keeps_queues: bool = False  # what waits in them at its end is for the next instance of the namespace
 
 
 def parse_http_options(options: object) -> tuple[HttpOptions, tuple[object, ...]]:
@@ -125,7 +126,8 @@ async def running_instance(connections: Connections, options: StartOptions) -> A
         if not (options.detached and is_up):
             try:
                 if claim.found is None:
-                    await shut_down(connections, claim.id, options.tell)
+                    keeps_queues = options.keeps_queues and not connections.settings.embedded
+                    await shut_down(connections, claim.id, options.tell, keeps_queues=keeps_queues)
                 else:  # what others have deployed there is not ours to clear
                     await lease.give_back(connections.store, connections.keys, claim, head_node)
             except MQServeError as error:
@@ -272,8 +274,9 @@ async def end_instance(settings: Settings, tell: Tell) -> int:
     return 0
 
 
-async def shut_down(connections: Connections, instance: str, tell: Tell | None = None) -> None:
-    """The instance drains and is cleared: marks the desired document and waits for the controller to have done it.
+async def shut_down(connections: Connections, instance: str, tell: Tell | None = None, *, keeps_queues: bool = False) -> None:
+    """The instance drains and is cleared: marks the desired document and waits for the controller to have done it. `keeps_queues`: what
+    still waits in them then is for the next instance of the namespace; else it is refused.
 
     Where none leads it is cleared here, and what still runs drains by itself. Raises InstanceError for one that still drains when all its
     replicas' time is over, and StoreUnavailable.
@@ -290,7 +293,7 @@ async def shut_down(connections: Connections, instance: str, tell: Tell | None =
         if raw is None or desired.instance != instance:
             return True
         if not desired.closing:
-            closing = msgspec.structs.replace(desired, closing=True, version=desired.version + 1)
+            closing = msgspec.structs.replace(desired, closing=True, keeps_queues=keeps_queues, version=desired.version + 1)
             await connections.store.replace(connections.keys.desired, raw, closing.to_bytes())
         with suppress(BadEnvelope):  # the leader writes the lease anew
             if raw_lease is not None and connections.store.now_ms() - lease.decode_lease(raw_lease).at > UNLED_AFTER_S * 1000:
