@@ -71,8 +71,11 @@ class Job:
 
     def move(self, stage: Stage) -> None:
         """Raises WrongMove for one that the table does not have."""
-        if stage not in MOVES[self.stage]:
-            raise WrongMove(f"a request that is {self.stage.value} cannot be {stage.value}")
+        before = self._stage
+        if before is Stage.ADMITTED and self.started:
+            before = Stage.RUNNING
+        if stage not in MOVES[before]:
+            raise WrongMove(f"a request that is {before.value} cannot be {stage.value}")
         self._stage = stage
 
     @property

@@ -41,6 +41,7 @@ from .worker import Worker
 logger = logging.getLogger(__name__)
 
 ORPHAN_DRAIN_S = 4.0  # of a replica whose parent was killed
+_LAST_BREATH_S = 0.1  # from the failure of the worker's loop to the end of its thread
 FAILED_EXIT = 3  # the user's code could not be loaded or constructed
 
 
@@ -152,7 +153,7 @@ class Replica:
         finally:
             metrics.end()
             await requests.abandon()  # a process's end does that; in the embedded form nobody else would
-        worker.check()
+        worker.thread.check()
 
     async def _follow(self, requests: RequestLoop, hooks: UserHooks, stop: Stop) -> None:
         """Takes new configuration and new generations of the queue as they come; ends when the replica is not wanted any more."""
@@ -234,8 +235,12 @@ class Replica:
 
 
 async def _stop_with(worker: Worker, stop: Stop) -> None:
-    """The replica drains once user code has ended the worker's loop: what runs beside that is still to be answered."""
-    await worker.failed.wait()
+    """The replica drains once user code has ended the worker's loop: what runs beside that is still to be answered. Raises BackendFailed
+    where the thread has ended: nothing that it holds will be."""
+    await worker.thread.failed.wait()
+    await asyncio.sleep(_LAST_BREATH_S)
+    if worker.thread.has_ended:
+        worker.thread.check()
     stop.set()
 
 

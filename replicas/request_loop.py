@@ -30,6 +30,7 @@ from .prefetch import prefetch, slots
 from .register import Register
 from .settlement import Settlement, is_kept
 from .trust import SenderTrust
+from .user_hooks import RECONFIGURE_BUDGET_S
 from .worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ _REASONS = {499: "cancelled", 503: "gone", 504: "late"}  # why it is dropped, by
 _MARK_EVERY_S = 0.05
 _LONG_RUN_S = 0.04
 _TUNE_EVERY_TURNS = 5
+_ASK_EVERY_TURNS = 20  # a second
 _REFUSAL_BUDGET_S = 1.5  # to record that what is left is not answered
 STUCK_AFTER_S = 10.0
 
@@ -67,7 +69,6 @@ class RequestLoop:
         metrics: ReplicaMetrics,
         replica_id: str,
     ) -> None:
-        self._may_end = not settings.embedded  # by itself, since its node starts another
         self._backend = backend.name
         self._store = store
         keys = StoreKeys(settings.namespace)
@@ -151,6 +152,8 @@ class RequestLoop:
                 self._refuse_the_rest(self._end)
             self._check_stuck()
             self._mark_long_runs()
+            if turn % _ASK_EVERY_TURNS == 0:
+                self._worker.thread.ask_for_life()
             if turn % _TUNE_EVERY_TURNS:
                 continue
             self._consumers.tune()
@@ -254,15 +257,25 @@ class RequestLoop:
 
     def _check_stuck(self) -> None:
         """Raises BackendFailed for a call that nobody wants and that goes on after the backend's own time: nothing else can end it."""
-        if not self._may_end:
-            return
         stuck_since = time.monotonic() - self._config.request_timeout_s - STUCK_AFTER_S  # no client's own clock: it must not end replicas
-        for job in self._register.at(Stage.RUNNING):
+        running = self._register.at(Stage.RUNNING)
+        self._check_silence(is_running=bool(running))
+        for job in running:
             if job.started < stuck_since and all(member.unwanted for member in job.batch or (job,)):
                 raise BackendFailed(
                     f"a call of backend {self._backend!r} goes on {STUCK_AFTER_S:g} s after request_timeout_s "
                     f"({self._config.request_timeout_s:g} s), and ends its replica: ask serve.cancelled() in it, or allow more"
                 )
+
+    def _check_silence(self, *, is_running: bool) -> None:
+        """Raises BackendFailed where user code blocks the worker's thread, and no request explains that: none would ever start."""
+        silent_s = self._worker.thread.missed
+        limit_s = STUCK_AFTER_S + (RECONFIGURE_BUDGET_S if self._worker.in_hook else 0)
+        if not is_running and silent_s > limit_s:
+            raise BackendFailed(
+                f"code of backend {self._backend!r} has blocked its replica for {silent_s} s, outside any request, so that none starts, and is "
+                "left behind: in async code await what takes long, or run it by asyncio.to_thread"
+            )
 
     def _give_up_cancelled(self) -> None:
         for job in self._register.with_worker():

@@ -7,7 +7,7 @@ works. Async calls run concurrently on the worker's loop. Handlers that accept b
 at once, a smaller one when its wait is over.
 
 Nothing that user code raises gets out of a call (`execute.py`). What ends the loop all the same, such as `sys.exit()` in a
-task that a handler left behind, ends the replica: `failed` says so.
+task that a handler left behind, ends the replica: `thread.failed` says so.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ import asyncio
 import concurrent.futures
 import inspect
 import logging
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from contextvars import Context, copy_context
+from functools import partial
 from typing import Any, TypeVar
 
 from starlette.responses import Response
 
 from ..broker.errors import BackendFailed, words_of
-from ..broker.failures import Failure, describe, traceback_of
+from ..broker.failures import Failure, describe
 from ..broker.process import forks
-from ..broker.process.loops import WorkerLoop
-from ..broker.process.printable import printable_lines
 from ..broker.results import Result
 from ..controller.state.config import BackendConfig
 from .call_contexts import CallContexts
 from .context import ReplicaContext, enter_context, running_jobs
 from .execute import Answer, Execution
+from .gathering import Gathering
 from .handler import Method
 from .job import Job
 from .prefetch import moving_average
+from .threads import Threads
+from .worker_thread import WorkerThread
 
 logger = logging.getLogger(__name__)
 
@@ -71,51 +71,47 @@ class Worker:
         self._on_done = on_done
         self._on_redelivered = on_redelivered
         self._io = asyncio.get_running_loop()
-        self._loop = WorkerLoop()
+        self.thread = WorkerThread(context)
+        self._loop = self.thread.loop
         self._depth = forks.depth
-        self._loop.set_exception_handler(_log_unhandled)
-        self._thread = threading.Thread(target=self._run_loop, name=context.replica_tag, daemon=True)
         self._contexts = CallContexts()
         self._pool = self._new_pool(config.sync_threads)
         self._free_threads = config.sync_threads
         self._execution: Execution | None = None
         self._jobs: deque[Job] = deque()
         self._woken = False
-        self._gathering: list[tuple[Job, Method]] = []
-        self._batch_timer: asyncio.TimerHandle | None = None
+        self._gathering = Gathering(
+            self._run_safely,
+            lambda job: self._put(job, job.unwanted_result),
+            lambda wait_s, callback: self._loop.call_later(wait_s, self._without_loop, callback),
+        )
         self._results: deque[tuple[Job, Result]] = deque()
         self._io_woken = False
         self._tasks: set[asyncio.Task[None]] = set()
-        self._is_ending = False
         self.run_s = 0.0  # moving average of plain calls
         self.in_plain_call = False
+        self.in_hook = False  # the constructor, `reconfigure` or `check_health` runs, up to its first await
         self.responding = 0  # responses that are being run, or have something to do after they were answered
-        self.failed = asyncio.Event()  # user code has ended the loop, outside any request
-        self._failure = Failure("", "", "")
 
     def __repr__(self) -> str:
-        return f"<Worker {self._thread.name}, {len(self._jobs)} waiting>"
+        return f"<Worker {self.thread!r}, {len(self._jobs)} waiting>"
 
     async def call(self, function: Callable[[], Any], *, constructs: bool = False) -> Any:
         """Runs `function` in the worker's thread, and awaits what it returns if that is awaitable: importing, constructing and the hooks
         are user code too. With `constructs` it runs in construction's own context, of which every request gets a copy.
 
-        Raises Raised, whatever was raised over there.
+        Raises Raised, whatever was raised over there, and BackendFailed where the thread has ended.
         """
-        if not self._thread.is_alive():
-            self._thread.start()
+        self.thread.start()
         pending: concurrent.futures.Future[Any] = concurrent.futures.Future()
-        self._loop.call_soon_threadsafe(self._call, function, constructs, pending)
+        try:
+            self._loop.call_soon_threadsafe(self._call, function, constructs, pending)
+        except RuntimeError as error:  # closed
+            raise BackendFailed(f"user code has ended its replica's event loop: {words_of(error)}") from error
         outcome = await asyncio.wrap_future(pending)
         if isinstance(outcome, Failure):
             raise Raised(outcome)
         return outcome
-
-    def check(self) -> None:
-        """Raises BackendFailed once user code has ended the worker's loop, which was to outlive it."""
-        if self.failed.is_set():
-            failure = self._failure
-            raise BackendFailed(f"user code ended its replica, outside any request: {failure.words}\n{failure.traceback}".rstrip())
 
     def serve(self, execution: Execution) -> None:
         self._execution = execution
@@ -155,37 +151,18 @@ class Worker:
 
     def stop(self) -> None:
         """Returns at once: user code that is still running is left to its daemon thread."""
-        self._is_ending = True
         if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
-        if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._finish)
-        else:
-            self._loop.close()
+            self._pool.shutdown()
+        self.thread.stop(self._cancel_tasks)
 
-    def _new_pool(self, threads: int) -> ThreadPoolExecutor | None:
-        if threads <= 1:
-            return None
-        return ThreadPoolExecutor(threads, self._context.replica_tag, initializer=enter_context, initargs=(self._context,))
+    def _new_pool(self, threads: int) -> Threads | None:
+        return Threads(threads, self._context.replica_tag, partial(enter_context, self._context)) if threads > 1 else None
 
     # In the worker's thread.
 
-    def _run_loop(self) -> None:
-        """A task of the user's that ends with SystemExit or KeyboardInterrupt ends the loop, and one may stop it; what runs beside it is
-        still to be answered, so the loop goes on until it is told to end."""
-        enter_context(self._context)
-        try:
-            while not self._is_ending and not self._loop.is_closed():
-                try:
-                    self._loop.run_forever()
-                except BaseException as error:
-                    with suppress(RuntimeError):  # the I/O loop may be gone by then
-                        self._io.call_soon_threadsafe(self._fail, describe(error))
-        finally:
-            self._loop.close()
-
     def _call(self, function: Callable[[], Any], constructs: bool, pending: concurrent.futures.Future[Any]) -> None:
         context = self._contexts.own if constructs else self._contexts.new()
+        self.in_hook = True
         try:
             value = self._without_loop(context.run, function)
             is_awaitable = inspect.isawaitable(value)
@@ -195,6 +172,7 @@ class Worker:
         finally:
             forks.end_if_forked_since(self._depth)
             self._contexts.note_changes()
+            self.in_hook = False
         if not is_awaitable:
             return _resolve(pending, value)
         task = self._run_task(self._await(value, pending), context)
@@ -230,7 +208,7 @@ class Worker:
                 self._woken = True
                 self._loop.call_soon(self._take)
             if self._gathering and self._config.batch_wait_timeout == 0:
-                self._run_gathered()
+                self._gathering.run_all()
 
     def _start(self, job: Job) -> None:
         assert self._execution is not None
@@ -240,33 +218,9 @@ class Worker:
         if isinstance(method, Result):
             self._put(job, method)
         elif method.accepts_batch:
-            self._gather(job, method)
+            self._gathering.add(job, method, self._config.max_batch_size or 1, self._config.batch_wait_timeout)
         else:
             self._run([job], method)
-
-    # Batches.
-
-    def _gather(self, job: Job, method: Method) -> None:
-        self._gathering.append((job, method))
-        if len(self._gathering) >= (self._config.max_batch_size or 1):
-            self._run_gathered()
-        elif self._batch_timer is None and self._config.batch_wait_timeout > 0:
-            self._batch_timer = self._loop.call_later(self._config.batch_wait_timeout, self._without_loop, self._run_gathered)
-
-    def _run_gathered(self) -> None:
-        """One call for each method among them."""
-        if self._batch_timer is not None:
-            self._batch_timer.cancel()
-            self._batch_timer = None
-        gathered, self._gathering = self._gathering, []
-        groups: dict[Method, list[Job]] = {}
-        for job, method in gathered:
-            if job.unwanted:
-                self._put(job, job.unwanted_result)
-                continue
-            groups.setdefault(method, []).append(job)
-        for method, jobs in groups.items():
-            self._run_safely(jobs, method)
 
     def _run_safely(self, jobs: Sequence[Job], method: Method) -> None:
         """The other batches of the turn run whatever becomes of one."""
@@ -295,8 +249,8 @@ class Worker:
         elif self._pool is None:
             self._run_plain(jobs, method, context)
         else:
-            self._free_threads -= 1  # first: where the pool can start no thread, it keeps the call for one that it has
-            self._pool.submit(self._run_pooled, jobs, method, context)
+            self._pool.submit(partial(self._run_pooled, jobs, method, context))
+            self._free_threads -= 1
 
     def _run_plain(self, jobs: Sequence[Job], method: Method, context: Context) -> None:
         self.in_plain_call = True
@@ -308,8 +262,12 @@ class Worker:
         self._deliver(jobs, answers, context)
 
     def _run_pooled(self, jobs: Sequence[Job], method: Method, context: Context) -> None:
-        answers = context.run(self._execute, jobs, method)
-        self._loop.call_soon_threadsafe(self._thread_is_free, jobs, answers, context)
+        answers: Sequence[Answer] = ()
+        try:
+            answers = context.run(self._execute, jobs, method)
+        finally:
+            with suppress(RuntimeError):  # a call that was left to its thread may outlive the worker's loop
+                self._loop.call_soon_threadsafe(self._thread_is_free, jobs, answers, context)
 
     def _thread_is_free(self, jobs: Sequence[Job], answers: Sequence[Answer], context: Context) -> None:
         self._free_threads += 1
@@ -379,7 +337,7 @@ class Worker:
         for job in jobs:
             if job.given_up is not None:
                 self._put(job, job.given_up)
-            elif not self._is_ending:
+            elif not self.thread.is_ending:
                 self._put(job, self._execution.failed(error, job))
 
     def _run_task(self, work: Coroutine[Any, Any, None], context: Context, jobs: Sequence[Job] = ()) -> asyncio.Task[None]:
@@ -440,15 +398,14 @@ class Worker:
     def _resize(self, more_threads: int) -> None:
         if more_threads:
             if self._pool is not None:
-                self._pool.shutdown(wait=False)  # what it runs it finishes
+                self._pool.shutdown()  # what it runs it finishes
             self._pool = self._new_pool(self._config.sync_threads)
             self._free_threads += more_threads
         self._take()
 
-    def _finish(self) -> None:
+    def _cancel_tasks(self) -> None:
         for task in self._tasks:
             task.cancel()
-        self._loop.call_soon(self._loop.stop)
 
     # On the I/O loop.
 
@@ -460,18 +417,6 @@ class Worker:
         finally:
             if self._results:  # the rest is told whatever became of one
                 self._io.call_soon(self._hand_over)
-
-    def _fail(self, failure: Failure) -> None:
-        if not self.failed.is_set():
-            self._failure = failure
-            self.failed.set()
-
-
-def _log_unhandled(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """What nobody awaited: the default handler would ask the exception for its own words."""
-    error = context.get("exception")
-    told = printable_lines(traceback_of(error).rstrip()) if error is not None else ""
-    logger.error("user code, outside any request: %s\n%s", context.get("message", "an error"), told)
 
 
 def _resolve(pending: concurrent.futures.Future[Any], outcome: Any) -> None:
