@@ -153,7 +153,7 @@ class RequestLoop:
             self._check_stuck()
             self._mark_long_runs()
             if turn % _ASK_EVERY_TURNS == 0:
-                self._worker.thread.ask_for_life()
+                self._check_silence()
             if turn % _TUNE_EVERY_TURNS:
                 continue
             self._consumers.tune()
@@ -258,23 +258,22 @@ class RequestLoop:
     def _check_stuck(self) -> None:
         """Raises BackendFailed for a call that nobody wants and that goes on after the backend's own time: nothing else can end it."""
         stuck_since = time.monotonic() - self._config.request_timeout_s - STUCK_AFTER_S  # no client's own clock: it must not end replicas
-        running = self._register.at(Stage.RUNNING)
-        self._check_silence(is_running=bool(running))
-        for job in running:
+        for job in self._register.at(Stage.RUNNING):
             if job.started < stuck_since and all(member.unwanted for member in job.batch or (job,)):
                 raise BackendFailed(
                     f"a call of backend {self._backend!r} goes on {STUCK_AFTER_S:g} s after request_timeout_s "
                     f"({self._config.request_timeout_s:g} s), and ends its replica: ask serve.cancelled() in it, or allow more"
                 )
 
-    def _check_silence(self, *, is_running: bool) -> None:
-        """Raises BackendFailed where user code blocks the worker's thread, and no request explains that: none would ever start."""
-        silent_s = self._worker.thread.missed
-        limit_s = STUCK_AFTER_S + (RECONFIGURE_BUDGET_S if self._worker.in_hook else 0)
-        if not is_running and silent_s > limit_s:
+    def _check_silence(self) -> None:
+        """To be called once a second. Raises BackendFailed where user code blocks the worker's thread, though no request or hook runs: no
+        request would ever start."""
+        in_hook = 0 <= time.monotonic() - self._worker.hook_since < RECONFIGURE_BUDGET_S
+        self._worker.thread.ask_for_life(may_be_busy=in_hook or bool(self._register.at(Stage.RUNNING)))
+        if (silent_s := self._worker.thread.missed) > STUCK_AFTER_S:
             raise BackendFailed(
-                f"code of backend {self._backend!r} has blocked its replica for {silent_s} s, outside any request, so that none starts, and is "
-                "left behind: in async code await what takes long, or run it by asyncio.to_thread"
+                f"code of backend {self._backend!r} has blocked its replica for {silent_s} s, outside any request, so that none starts: in "
+                "async code await what takes long, or run it by asyncio.to_thread"
             )
 
     def _give_up_cancelled(self) -> None:

@@ -16,6 +16,7 @@ import asyncio
 import concurrent.futures
 import inspect
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
@@ -90,7 +91,7 @@ class Worker:
         self._tasks: set[asyncio.Task[None]] = set()
         self.run_s = 0.0  # moving average of plain calls
         self.in_plain_call = False
-        self.in_hook = False  # the constructor, `reconfigure` or `check_health` runs, up to its first await
+        self.hook_since = math.inf  # monotonic: when the constructor, `reconfigure` or `check_health` began, up to its first await
         self.responding = 0  # responses that are being run, or have something to do after they were answered
 
     def __repr__(self) -> str:
@@ -162,7 +163,7 @@ class Worker:
 
     def _call(self, function: Callable[[], Any], constructs: bool, pending: concurrent.futures.Future[Any]) -> None:
         context = self._contexts.own if constructs else self._contexts.new()
-        self.in_hook = True
+        self.hook_since = time.monotonic()
         try:
             value = self._without_loop(context.run, function)
             is_awaitable = inspect.isawaitable(value)
@@ -172,7 +173,7 @@ class Worker:
         finally:
             forks.end_if_forked_since(self._depth)
             self._contexts.note_changes()
-            self.in_hook = False
+            self.hook_since = math.inf
         if not is_awaitable:
             return _resolve(pending, value)
         task = self._run_task(self._await(value, pending), context)

@@ -53,9 +53,11 @@ class WorkerThread:
             failure = self._failure
             raise BackendFailed(f"user code ended its replica, outside any request: {failure.words}\n{failure.traceback}".rstrip())
 
-    def ask_for_life(self) -> None:
-        """To be called once a second. `missed` counts how often the loop had not answered the last call: user code keeps it busy."""
-        if self._answered:
+    def ask_for_life(self, *, may_be_busy: bool) -> None:
+        """To be called once a second. `missed` counts how often the loop had not answered the last call, and nothing known kept it busy."""
+        if may_be_busy:
+            self.missed = 0
+        elif self._answered:
             self._answered, self.missed = False, 0
             with suppress(RuntimeError):  # closed, which `failed` says
                 self.loop.call_soon_threadsafe(self._answer)

@@ -26,7 +26,6 @@ class IdleWorker:
         self.jobs: list[Job] = []
         self.run_s = 0.0
         self.responding = 0
-        self.in_hook = False
 
     def submit(self, job: Job) -> None:
         self.jobs.append(job)
