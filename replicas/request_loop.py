@@ -290,8 +290,7 @@ class RequestLoop:
     # Taking.
 
     def _on_delivery(self, generation: int, delivery: Delivery) -> None:
-        is_last = self._end is not None and not self._end.keeps_queue  # nobody would take it from the queue
-        if (self._consumers.paused or (self._draining and not is_last)) and not self._settlement.at_most_once:
+        if (self._draining or self._consumers.paused) and self._is_for_others():
             return delivery.requeue()
         job = Job(NOTHING, generation, delivery)
         self._register.hold(job)
@@ -301,6 +300,12 @@ class RequestLoop:
             self._settlement.start(job, self._settlement.refuse(job, error))
         except Exception as error:
             self._settlement.fail(job, error)
+
+    def _is_for_others(self) -> bool:
+        """Whether what comes while this replica takes nothing is for others. Of a backend that was deleted nobody else would take it from the
+        queue, and delivered at most once it goes back with word that it was not started."""
+        is_last = self._draining and self._end is not None and not self._end.keeps_queue
+        return not is_last and not self._settlement.at_most_once
 
     def _look_at(self, job: Job, delivery: Delivery) -> None:
         """Raises BadEnvelope for what is to be refused."""
