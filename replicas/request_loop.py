@@ -302,8 +302,8 @@ class RequestLoop:
             self._settlement.fail(job, error)
 
     def _is_for_others(self) -> bool:
-        """Whether what comes while this replica takes nothing is for others. Of a backend that was deleted nobody else would take it from the
-        queue, and delivered at most once it goes back with word that it was not started."""
+        """Whether what comes while this replica takes nothing is for others. Of a backend that was deleted nobody else would take it from
+        the queue, and delivered at most once it goes back with word that it was not started."""
         is_last = self._draining and self._end is not None and not self._end.keeps_queue
         return not is_last and not self._settlement.at_most_once
 
