@@ -18,6 +18,11 @@ def delays(first_s: float = 0.05, cap_s: float = 5.0) -> Iterator[float]:
         delay_s = min(cap_s, delay_s * 2)
 
 
+def retry_after_s() -> float:
+    """When a client is to come again that was told 503: a number of seconds that goes out rounded up, and not the same for all."""
+    return random.uniform(0.5, 3.0)
+
+
 async def keep_running(what: str, work: Callable[[], Awaitable[None]]) -> None:
     """Until cancelled: `work` never returns, and is started again after an exception that it did not foresee."""
     pauses = delays()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated
 
 import msgspec
@@ -14,15 +15,31 @@ INLINE_BYTES = 64 * 1024  # a result up to this size rides in the inbox entry; a
 RESULT_KIND = 0
 
 
+class Outcome(StrEnum):
+    """An end that mqserve gave a request which did not get its result; the value is the type in its ErrorInfo."""
+
+    CANCELLED = "mqserve.Cancelled"
+    LATE = "mqserve.RequestTimeout"
+    GONE = "mqserve.BackendGone"
+
+
+class Phase(StrEnum):
+    """Where the time of a late request was spent."""
+
+    QUEUE = "queue"
+    RUN = "run"
+
+
 class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
-    """An exception in plain data. `sealed` is the signed pickle of the object itself, where there was a key for it and it is not too
-    large; `members` is a JSON object with what a web client is told beside the message."""
+    """An exception in plain data; `phase` is of a late one. `sealed` is the signed pickle of the object itself, where there was a key for
+    it and it is not too large; `members` is a JSON object with what a web client is told beside the message."""
 
     type: str
     message: str
     traceback: str = ""
     sealed: bytes = b""
     members: bytes = b""
+    phase: Phase = Phase.QUEUE
 
 
 class Result(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -37,6 +54,11 @@ class Result(msgspec.Struct, frozen=True, omit_defaults=True):
     body: bytes = b""
     ref: str = ""  # the body lies in the store under this key
     error: ErrorInfo | None = None
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """None of one that a handler gave, be it an error."""
+        return None if self.error is None else _OUTCOMES.get(self.error.type)
 
     def to_bytes(self) -> bytes:
         return _encode(self)
@@ -66,21 +88,21 @@ class InboxEntry(msgspec.Struct, frozen=True, array_like=True):
         return _encode(self)
 
 
-def late_result(phase: str, unstored: str = "") -> Result:
-    """The outcome of a request whose time was spent in `phase`: `queue` or `run`. `unstored`: why no result could be stored, which says
+def late_result(phase: Phase, unstored: str = "") -> Result:
+    """The outcome of a request whose time was spent in `phase`. `unstored`: why no result could be stored, which says
     more than where it was."""
-    where = "was still waiting in the queue" if phase == "queue" else "was still running"
+    where = "was still waiting in the queue" if phase is Phase.QUEUE else "was still running"
     mend = "allow it more (its own timeout, and the backend's request_timeout_s), or add replicas"
     if unstored:
         where, mend = "had no result", f"none can be stored now, since the store takes no writes ({unstored})"
     message = f"the request {where} when its time was spent ({phase}): {mend}"
-    return Result(status=504, error=ErrorInfo(type="mqserve.RequestTimeout", message=message))
+    return Result(status=504, error=ErrorInfo(type=Outcome.LATE, message=message, phase=phase))
 
 
 def gone_result(backend: str, why: str) -> Result:
     """The outcome of a request whose backend ended before it; `why` is a clause such as "backend 'a' was deleted"."""
     message = f"{why}, and the request had no result within graceful_shutdown_timeout_s: send it again once it is served again"
-    return Result(status=503, backend=backend, error=ErrorInfo(type="mqserve.BackendGone", message=message))
+    return Result(status=503, backend=backend, error=ErrorInfo(type=Outcome.GONE, message=message))
 
 
 def entry_of(future_id: str, result: bytes) -> bytes:
@@ -97,6 +119,7 @@ def read_entry(raw: bytes) -> InboxEntry | None:
     return note if note.v == 1 and note.kind == RESULT_KIND else None
 
 
+_OUTCOMES: dict[str, Outcome] = {outcome.value: outcome for outcome in Outcome}
 _encode = msgspec.msgpack.Encoder().encode
 _decode_result = msgspec.msgpack.Decoder(Result).decode
 _decode_note = msgspec.msgpack.Decoder(InboxEntry).decode

@@ -22,6 +22,7 @@ import msgspec
 from ..broker.calls.cancellations import notice_of_proxy
 from ..broker.errors import BrokerUnavailable, MQServeError, WrongType
 from ..broker.process.complaint import Complaint
+from ..broker.process.stopping import first_of
 from ..broker.queue import Queue
 from ..broker.store import Store
 from ..broker.store_keys import CODE_TTL_S, StoreKeys
@@ -104,7 +105,7 @@ class Controller:
                     self._waiting.over()
                 except MQServeError as error:
                     self._waiting.say(f"the controller waits: {error}")
-                await _first_of(changed, stop, TICK_S)
+                await first_of(changed, stop, timeout_s=TICK_S)
         finally:
             self._store.unwatch(changed)
             with suppress(MQServeError):
@@ -390,14 +391,3 @@ class Controller:
 
 def _new_replica_id(backend: str) -> str:
     return f"{backend}#{secrets.token_hex(3)}"
-
-
-async def _first_of(changed: asyncio.Event, stop: asyncio.Event, timeout_s: float) -> None:
-    waits = [asyncio.create_task(changed.wait()), asyncio.create_task(stop.wait())]
-    try:
-        await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for wait in waits:
-            wait.cancel()
-        with suppress(asyncio.CancelledError):
-            await asyncio.gather(*waits, return_exceptions=True)

@@ -11,7 +11,7 @@ from enum import Enum
 
 from ..broker.envelope import Envelope
 from ..broker.queue import Delivery
-from ..broker.results import Result, late_result
+from ..broker.results import Phase, Result, late_result
 
 
 class Stage(Enum):
@@ -90,4 +90,4 @@ class Job:
     @property
     def unwanted_result(self) -> Result:
         """What its sender is told instead of a result."""
-        return self.given_up or late_result("run" if self.started else "queue")
+        return self.given_up or late_result(Phase.RUN if self.started else Phase.QUEUE)

@@ -15,7 +15,7 @@ from ..broker.envelope import Envelope
 from ..broker.errors import BackendFailed, BadEnvelope, MQServeError, StoreUnavailable
 from ..broker.process.printable import printable
 from ..broker.queue import Delivery, Queue
-from ..broker.results import Result, gone_result, late_result
+from ..broker.results import Outcome, Phase, Result, gone_result, late_result
 from ..broker.settings import Settings
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 NOTHING = Envelope("", b"", "")  # of a message that could not be read
 
-_REASONS = {499: "cancelled", 503: "gone", 504: "late"}  # why it is dropped, by the status of its result
+_REASONS = {Outcome.CANCELLED: "cancelled", Outcome.GONE: "gone", Outcome.LATE: "late"}  # labels of a metric
 _MARK_EVERY_S = 0.05
 _LONG_RUN_S = 0.04
 _TUNE_EVERY_TURNS = 5
@@ -253,7 +253,7 @@ class RequestLoop:
         now = time.monotonic()
         for job in self._register.with_worker():
             if job.deadline <= now and job.given_up is None:
-                self._give_up(job, late_result("run" if job.started else "queue"))
+                self._give_up(job, late_result(Phase.RUN if job.started else Phase.QUEUE))
 
     def _check_stuck(self) -> None:
         """Raises BackendFailed for a call that nobody wants and that goes on after the backend's own time: nothing else can end it."""
@@ -320,7 +320,7 @@ class RequestLoop:
         if self._draining:
             return self._settlement.give_back(job)
         if left_s <= 0:
-            self._drop(job, late_result("queue"))
+            self._drop(job, late_result(Phase.QUEUE))
         elif self._is_cancelled(envelope):
             self._drop(job, CANCELLED)
         elif (delivery.redelivered or header.again) and self._runs_here(envelope):
@@ -395,7 +395,8 @@ class RequestLoop:
 
     def _drop(self, job: Job, result: Result) -> None:
         """It is not run any more."""
-        self._metrics.dropped[_REASONS[result.status]] += 1
+        if result.outcome is not None:
+            self._metrics.dropped[_REASONS[result.outcome]] += 1
         self._settlement.answer(job, result)
 
     def on_done(self, job: Job, result: Result) -> None:

@@ -17,6 +17,7 @@ from ..broker.dead_letters import Death
 from ..broker.envelope import Envelope
 from ..broker.errors import BadEnvelope, BrokerUnavailable, MQServeError, StoreUnavailable, words_of
 from ..broker.process.printable import printable
+from ..broker.process.tasks import Tasks
 from ..broker.queue import Delivery, Queue, fate_of
 from ..broker.results import ErrorInfo, Result, entry_of
 from ..broker.store import Record, Store
@@ -62,7 +63,7 @@ class Settlement:
         self._admission = admission
         self._metrics = metrics
         self._register = register
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
         self.at_most_once = False
 
     def __repr__(self) -> str:
@@ -247,9 +248,7 @@ class Settlement:
 
     def start(self, job: Job, work: Coroutine[Any, Any, None]) -> None:
         """As a task that ends with this replica, and settles the job whatever it raises."""
-        task = asyncio.get_running_loop().create_task(self._own(job, work))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks.start(self._own(job, work))
 
     async def _own(self, job: Job, work: Coroutine[Any, Any, None]) -> None:
         try:
@@ -276,13 +275,11 @@ class Settlement:
 
     async def last_steps(self) -> None:
         """Marks that are taken away, before anybody else takes the requests."""
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=_LAST_STEPS_S)
+        await self._tasks.wait(_LAST_STEPS_S)
 
     def abandon(self) -> None:
         """As if the process had died."""
-        for task in self._tasks:
-            task.cancel()
+        self._tasks.cancel()
         for job in self._register:
             if job.stage is Stage.RETURNED:
                 self._register.settle(job)

@@ -29,6 +29,7 @@ from starlette.responses import Response
 
 from ..broker.errors import BackendFailed, words_of
 from ..broker.failures import Failure, describe
+from ..broker.latencies import moving_average
 from ..broker.process import forks
 from ..broker.results import Result
 from ..controller.state.config import BackendConfig
@@ -38,7 +39,6 @@ from .execute import Answer, Execution
 from .gathering import Gathering
 from .handler import Method
 from .job import Job
-from .prefetch import moving_average
 from .threads import Threads
 from .worker_thread import WorkerThread
 

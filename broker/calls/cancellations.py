@@ -13,7 +13,7 @@ import msgspec
 
 from ..backoff import keep_running
 from ..envelope import Envelope, is_minted
-from ..results import ErrorInfo, Result
+from ..results import ErrorInfo, Outcome, Result
 from ..store import Store
 from ..store_keys import RESULT_TTL_S, StoreKeys
 
@@ -24,7 +24,7 @@ KEPT = 20_000  # cancelled ids that a replica remembers; the log keeps fewer
 # The same bytes whoever finds it cancelled: that is how the store knows that two of them say the same.
 CANCELLED = Result(
     status=499,
-    error=ErrorInfo(type="mqserve.Cancelled", message="the request was cancelled, or its client went away, before it had a result"),
+    error=ErrorInfo(type=Outcome.CANCELLED, message="the request was cancelled, or its client went away, before it had a result"),
 )
 
 

@@ -8,17 +8,16 @@ import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
-
-import msgspec
 
 from ..backoff import delays, keep_running
 from ..errors import BadEnvelope, MQServeError, StoreUnavailable, untraced
 from ..process.printable import printable
-from ..results import Result, entry_of, late_result, read_entry
+from ..process.tasks import Tasks
+from ..result_bodies import with_body
+from ..results import Outcome, Phase, Result, entry_of, late_result, read_entry
 from ..store import Record, Store
 from ..store_keys import StoreKeys
 
@@ -56,7 +55,7 @@ class PendingResults:
         self._to_read: dict[str, None] = {}  # by key, in order of arrival: their notes may be lost, or hold no result
         self._reading = False
         self._fetching: set[str] = set()  # results whose bodies are on their way
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks(self._ended)
 
     def __repr__(self) -> str:
         return f"<PendingResults of {self.inbox}, {len(self)} waiting>"
@@ -71,14 +70,13 @@ class PendingResults:
 
     async def run(self) -> None:
         """Reads the inbox until cancelled."""
-        self._start(self._refuse_what_cannot_be_stored())
+        self._tasks.start(self._refuse_what_cannot_be_stored())
         try:
             await keep_running("the reader of results", lambda: self._store.read_inbox(self.inbox, self._on_notes, self._read_again))
         finally:
             if self._timer is not None:
                 self._timer.cancel()
-            for task in self._tasks:
-                task.cancel()
+            self._tasks.cancel()
             for future in [*(waiting.future for waiting in self._waiting.values()), *self._strangers.values()]:
                 future.cancel()
 
@@ -126,7 +124,7 @@ class PendingResults:
             future = self._strangers.setdefault(future_id, asyncio.get_running_loop().create_future())
             if not self._polling:
                 self._polling = True
-                self._start(self._poll_strangers())
+                self._tasks.start(self._poll_strangers())
         self._listeners[future_id] += 1
         try:
             async with asyncio.timeout(timeout_s):
@@ -167,7 +165,7 @@ class PendingResults:
     async def peek(self, future_id: str) -> Result | None:
         """The result if it stands in the store."""
         raw = await self._store.get(self._keys.future(future_id))
-        return None if raw is None else await self._whole(future_id, Result.from_bytes(raw))
+        return None if raw is None else await with_body(self._store, self._keys, future_id, Result.from_bytes(raw))
 
     async def _refuse_what_cannot_be_stored(self) -> None:
         """While the store answers and takes no writes, a request that was sent after the first refusal has no result to come, so its caller
@@ -212,12 +210,12 @@ class PendingResults:
         if result.ref:
             if future_id not in self._fetching:  # it may be read by its key again meanwhile
                 self._fetching.add(future_id)
-                self._start(self._resolve_by_reference(future_id, result))
+                self._tasks.start(self._resolve_by_reference(future_id, result))
         else:
             self._set(future_id, result)
 
     def _set(self, future_id: str, result: Result) -> None:
-        future = self.drop(future_id, answered=result.status != 504)
+        future = self.drop(future_id, answered=result.outcome is not Outcome.LATE)
         if future is not None and not future.done():
             future.set_result(result)
 
@@ -229,7 +227,7 @@ class PendingResults:
         self._to_read.update(dict.fromkeys(future_ids))
         if self._to_read and not self._reading:
             self._reading = True
-            self._start(self._read_until_read())
+            self._tasks.start(self._read_until_read())
 
     async def _read_until_read(self) -> None:
         """No note comes twice: what cannot be read now is read later, as long as somebody waits for it."""
@@ -262,7 +260,7 @@ class PendingResults:
         try:
             for pause_s in delays():
                 try:
-                    return self._set(future_id, await self._whole(future_id, result))
+                    return self._set(future_id, await with_body(self._store, self._keys, future_id, result))
                 except StoreUnavailable as error:
                     if future_id not in self._waiting and future_id not in self._strangers:
                         return
@@ -272,15 +270,6 @@ class PendingResults:
                 await asyncio.sleep(pause_s)
         finally:
             self._fetching.discard(future_id)
-
-    async def _whole(self, future_id: str, result: Result) -> Result:
-        """With its body, wherever that stands. Raises StoreUnavailable, and MQServeError for one that is gone."""
-        if not result.ref:
-            return result
-        body = await self._store.get_large(self._keys.result_body(future_id))
-        if body is None:
-            raise MQServeError("the body of the result is gone from the store: results are kept for ten minutes")
-        return msgspec.structs.replace(result, body=body, ref="")
 
     # Deadlines: one timer for the earliest.
 
@@ -298,39 +287,32 @@ class PendingResults:
             if future_id in self._waiting:
                 late.append(future_id)
         if late:
-            self._start(self._record_late(late))
+            self._tasks.start(self._record_late(late))
         if self._deadlines:
             self._set_timer()
 
     async def _record_late(self, late: list[str]) -> None:
         """Each one's result is its lateness, unless a replica was first; whoever waits is told within `_EXPIRY_BUDGET_S`."""
         marks: dict[str, bytes | None] = {}
-        recording = self._start(self._record_lateness(late, marks))
+        recording = self._tasks.start(self._record_lateness(late, marks))
         await asyncio.wait([recording], timeout=_EXPIRY_BUDGET_S)  # it goes on beyond that: others may read what became of them
         unstored = self._store.refusal  # known by now: lateness is a result, too
         for future_id in late:
-            self._set(future_id, late_result("run" if marks.get(future_id) else "queue", unstored))
+            self._set(future_id, late_result(Phase.RUN if marks.get(future_id) else Phase.QUEUE, unstored))
 
     async def _record_lateness(self, late: list[str], marks: dict[str, bytes | None]) -> None:
         try:
             marks.update(zip(late, await self._store.get_many([self._keys.start(future_id) for future_id in late]), strict=True))
             records: list[asyncio.Future[bool]] = []
             for future_id, mark in marks.items():
-                raw = late_result("run" if mark else "queue").to_bytes()
+                raw = late_result(Phase.RUN if mark else Phase.QUEUE).to_bytes()
                 records.append(self._store.record(Record(self._keys.future(future_id), raw, "", entry_of(future_id, raw), 0)))
             first = await asyncio.gather(*records)
             await self._read_by_key([future_id for future_id, fresh in zip(late, first, strict=True) if not fresh])
         except StoreUnavailable:
             pass  # they are late all the same, and those who wait must hear so
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-        return task
-
     def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error(
                 "results of this process are not read as they should be: that is a bug in mqserve, please report it", exc_info=error

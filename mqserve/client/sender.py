@@ -13,7 +13,7 @@ from typing import Any
 
 from ..broker.calls.sending import RequestSender
 from ..broker.documents import until
-from ..broker.envelope import MINTED_ID_LENGTH, RequestHead, mint_id
+from ..broker.envelope import RequestHead, is_minted, mint_id
 from ..broker.errors import BadSignature, InstanceError, MQServeError, UnknownEndpoint
 from ..broker.results import Result
 from ..broker.values.codecs import encode_value
@@ -205,7 +205,7 @@ class Sender:
     def future(self, future_id: str, backend: str | None) -> Future:
         """See `Client.future`."""
         keys = [future_id] if backend is None else [f"{backend}/{future_id}"]
-        if backend is not None and len(future_id) == MINTED_ID_LENGTH:
+        if backend is not None and is_minted(future_id):
             keys.insert(0, future_id)  # it may be either, and a publisher may have taken the id of a request of ours for its own
         return Future(future_id, Stored(keys, self, backend=backend))
 
