@@ -11,6 +11,7 @@ MQServeError
 ├── QueueMismatch          a queue of that name exists with other arguments
 ├── NotRouted              no queue is bound to that backend
 ├── NoReplica              the backend has had no replica for so long that waiting is pointless
+├── BackendGone            the backend was deleted, or its instance shut down, before there was a result
 ├── Overloaded             the backend's queue is full; try again after `retry_after_s`
 ├── TooLarge               a body or a head above the limit
 ├── RequestTimeout         no result within the request's time (also a TimeoutError)
@@ -102,6 +103,12 @@ class NotRouted(MQServeError):
 
 class NoReplica(MQServeError):
     """The backend has had no replica for so long that waiting is pointless."""
+
+    status = 503
+
+
+class BackendGone(MQServeError):
+    """The backend was deleted, or its instance shut down, and the request had no result in the time that was left."""
 
     status = 503
 

@@ -6,10 +6,10 @@ import random
 import time
 
 from .errors import Overloaded
+from .latencies import moving_average
 
 MAX_HELD_BYTES = 128 * 1024 * 1024
 MIN_RETRY_S = 1.0
-_WEIGHT = 0.1
 
 
 class HeldBytes:
@@ -60,7 +60,7 @@ class Pace:
         if answered:
             self._progress_at = now
             latency_s = now - sent_at
-            self._latency_s = latency_s if self._latency_s == 0 else self._latency_s + _WEIGHT * (latency_s - self._latency_s)
+            self._latency_s = moving_average(self._latency_s, latency_s)
 
     def retry_after_s(self, at_most_s: float) -> float:
         """The time a request needs to pass through a queue as full as this one (Little's law); if nothing moves, as long again as nothing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated
 
 import msgspec
@@ -14,15 +15,31 @@ INLINE_BYTES = 64 * 1024  # a result up to this size rides in the inbox entry; a
 RESULT_KIND = 0
 
 
+class Outcome(StrEnum):
+    """An end that mqserve gave a request which did not get its result; the value is the type in its ErrorInfo."""
+
+    CANCELLED = "mqserve.Cancelled"
+    LATE = "mqserve.RequestTimeout"
+    GONE = "mqserve.BackendGone"
+
+
+class Phase(StrEnum):
+    """Where the time of a late request was spent."""
+
+    QUEUE = "queue"
+    RUN = "run"
+
+
 class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
-    """An exception as plain data. `sealed` is the signed pickle of the exception object, if there was a key and it is not too large;
-    `members` is a JSON object that web clients get beside the message."""
+    """An exception as plain data. `phase` is set for a late request. `sealed` is the signed pickle of the exception object, if there was a
+    key and it is not too large; `members` is a JSON object that web clients get beside the message."""
 
     type: str
     message: str
     traceback: str = ""
     sealed: bytes = b""
     members: bytes = b""
+    phase: Phase = Phase.QUEUE
 
 
 class Result(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -38,6 +55,11 @@ class Result(msgspec.Struct, frozen=True, omit_defaults=True):
     body: bytes = b""
     ref: str = ""  # store key of a body that travels by reference
     error: ErrorInfo | None = None
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """None of one that a handler gave, be it an error."""
+        return None if self.error is None else _OUTCOMES.get(self.error.type)
 
     def to_bytes(self) -> bytes:
         return _encode(self)
@@ -68,15 +90,21 @@ class InboxEntry(msgspec.Struct, frozen=True, array_like=True):
         return _encode(self)
 
 
-def late_result(phase: str, unstored: str = "") -> Result:
-    """Returns the result of a request whose time was up while in `phase`: `queue` or `run`. `unstored` says why the store takes no
-    results; the message then names that cause instead of the phase."""
-    where = "was still waiting in the queue" if phase == "queue" else "was still running"
+def late_result(phase: Phase, unstored: str = "") -> Result:
+    """Returns the result of a request whose time was up while in `phase`. `unstored` says why the store takes no results; the message
+    then names that cause instead of the phase."""
+    where = "was still waiting in the queue" if phase is Phase.QUEUE else "was still running"
     mend = "allow it more (its own timeout, and the backend's request_timeout_s), or add replicas"
     if unstored:
         where, mend = "had no result", f"none can be stored now, since the store takes no writes ({unstored})"
     message = f"the request {where} when its time was spent ({phase}): {mend}"
-    return Result(status=504, error=ErrorInfo(type="mqserve.RequestTimeout", message=message))
+    return Result(status=504, error=ErrorInfo(type=Outcome.LATE, message=message, phase=phase))
+
+
+def gone_result(backend: str, why: str) -> Result:
+    """The outcome of a request whose backend ended before it; `why` is a clause such as "backend 'a' was deleted"."""
+    message = f"{why}, and the request had no result within graceful_shutdown_timeout_s: send it again once it is served again"
+    return Result(status=503, backend=backend, error=ErrorInfo(type=Outcome.GONE, message=message))
 
 
 def entry_of(future_id: str, result: bytes) -> bytes:
@@ -93,6 +121,7 @@ def read_entry(raw: bytes) -> InboxEntry | None:
     return note if note.v == 1 and note.kind == RESULT_KIND else None
 
 
+_OUTCOMES: dict[str, Outcome] = {outcome.value: outcome for outcome in Outcome}
 _encode = msgspec.msgpack.Encoder().encode
 _decode_result = msgspec.msgpack.Decoder(Result).decode
 _decode_note = msgspec.msgpack.Decoder(InboxEntry).decode

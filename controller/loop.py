@@ -22,13 +22,14 @@ import msgspec
 from ..broker.calls.cancellations import notice_of_proxy
 from ..broker.errors import BrokerUnavailable, MQServeError, WrongType
 from ..broker.process.complaint import Complaint
+from ..broker.process.stopping import first_of
 from ..broker.queue import Queue
 from ..broker.store import Store
 from ..broker.store_keys import CODE_TTL_S, StoreKeys
 from . import lease, plan
 from .absent_nodes import AbsentNodes
 from .known_documents import KnownDocuments
-from .queues import Queues
+from .queues import REFUSAL_S, Queues
 from .restarts import ENDED_WELL, Restarts
 from .state.beats import Beat, read_beats
 from .state.documents import Assignment, Desired, Observed
@@ -104,7 +105,7 @@ class Controller:
                     self._waiting.over()
                 except MQServeError as error:
                     self._waiting.say(f"the controller waits: {error}")
-                await _first_of(changed, stop, TICK_S)
+                await first_of(changed, stop, timeout_s=TICK_S)
         finally:
             self._store.unwatch(changed)
             with suppress(MQServeError):
@@ -219,7 +220,8 @@ class Controller:
             self._had_node_at = now
         ended = plan.ended_replicas(observed.replicas, beats, now_ms)
         for replica_id, how in ended.items():
-            if replica_id not in self._counted:  # counted once: an assignment that could not be written is compared again
+            is_wanted = observed.replicas[replica_id].backend in desired.backends and not desired.closing
+            if is_wanted and replica_id not in self._counted:  # counted once: an assignment that could not be written is compared again
                 was_ready = replica_id in self._were_ready
                 self._count_death(observed.replicas[replica_id], beats.get(f"replica:{replica_id}"), how, now, was_ready=was_ready)
         self._counted = set(ended)
@@ -257,14 +259,14 @@ class Controller:
         self, desired: Desired, observed: Observed, assigned: plan.Replicas, beats: dict[str, Beat], now: float
     ) -> plan.Replicas:
         """Returns the replicas that a closing instance still needs: all while a proxy waits for answers, then those whose queue is not
-        empty, for at most their backend's graceful_shutdown_timeout_s."""
+        empty, for at most their backend's graceful_shutdown_timeout_s and the time that they need to answer the rest with 503."""
         self._closing_since = min(self._closing_since, now)
         if any(not beat.external for beat in plan.living(beats, "proxy", self._store.now_ms()).values()):
             return assigned
         drains_s = {
             name: backend.config.graceful_shutdown_timeout_s for name, backend in desired.backends.items() if name in observed.queues
         }
-        in_time = {name for name, drain_s in drains_s.items() if now - self._closing_since < drain_s}
+        in_time = {name for name, drain_s in drains_s.items() if now - self._closing_since < drain_s + REFUSAL_S}
         return plan.of_backends(assigned, in_time)
 
     def _forget_restarts(self, desired: Desired, assigned: plan.Replicas) -> None:
@@ -394,14 +396,3 @@ class Controller:
 
 def _new_replica_id(backend: str) -> str:
     return f"{backend}#{secrets.token_hex(3)}"
-
-
-async def _first_of(changed: asyncio.Event, stop: asyncio.Event, timeout_s: float) -> None:
-    waits = [asyncio.create_task(changed.wait()), asyncio.create_task(stop.wait())]
-    try:
-        await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for wait in waits:
-            wait.cancel()
-        with suppress(asyncio.CancelledError):
-            await asyncio.gather(*waits, return_exceptions=True)

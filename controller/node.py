@@ -34,6 +34,7 @@ from .state.resources import ActorOptions, Capacity
 logger = logging.getLogger(__name__)
 
 SILENT_CHILD_AFTER_S = 20.0  # a replica or proxy whose I/O loop is silent for this long is killed
+FORCED_GRACE_S = 2.0  # drain time of a replica whose backend is deleted by force: it tells its callers
 STOP_MARGIN_S = 5.0  # after a child's own drain time; then it is killed
 PARENT_GONE_S = 6.0  # drain time of the children when the node's own parent is gone
 NAME_WATCHED_FOR_S = 3.0
@@ -279,9 +280,8 @@ class Node:
             return
         running.stopping = True
         if at_once:
-            running.child.kill()
-        else:
-            running.child.stop()
+            running.grace_s = FORCED_GRACE_S
+        running.child.stop()
         task = self._tasks.create_task(_kill_late(running))
         self._stoppers.add(task)
         task.add_done_callback(self._stoppers.discard)

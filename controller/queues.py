@@ -24,6 +24,7 @@ T = TypeVar("T")
 
 DECLARE_AGAIN_S = 15.0  # a broker may come back empty
 LOOKED_FOR = 3  # generations before the current one that are looked for, since the last leader may have known them
+REFUSAL_S = 1.0  # time that replicas get to refuse what waits in a queue that is deleted
 REPORTED_REFUSALS = 3  # in a row: queues that an earlier instance left behind cost one or two, which is no problem to report
 
 
@@ -43,6 +44,7 @@ class Queues:
         self._next_generation = next_generation
         self._declared: dict[tuple[str, int, int | None], float] = {}  # monotonic time of the declaration
         self._unbound: set[tuple[str, int]] = set()
+        self._forced_since: dict[str, float] = {}  # backend that was deleted by force -> monotonic time of the deletion
         self._refusals: dict[str, Restarts] = defaultdict(Restarts)  # refused declarations, by backend
         self._left_behind: dict[str, set[int]] = {}  # backend -> generations, until the observed document has them or they are gone
 
@@ -50,7 +52,8 @@ class Queues:
         return f"<Queues, {len(self._declared)} declared>"
 
     async def keep(self, desired: Desired, observed: Observed, beats: Mapping[str, Beat], now_ms: int) -> Observed:
-        """Declares current generations, moves old ones from `queues` to `retiring` once they are empty, and deletes those."""
+        """Declares current generations, moves old ones from `queues` to `retiring` once they are empty, and deletes those; at the end of an
+        instance that keeps its queues only those that are empty."""
         queues = {name: list(generations) for name, generations in observed.queues.items()}
         retiring = {name: list(generations) for name, generations in observed.retiring.items()}
         self._find_left_behind(desired, observed)
@@ -63,20 +66,21 @@ class Queues:
         for name in list(queues):
             current = desired.backends[name].generation if name in desired.backends and not desired.closing else 0
             for generation in [kept for kept in queues[name] if kept != current]:
-                if await self._is_drained(name, generation, beats, now_ms) or name in desired.forced:
+                if await self._is_drained(name, generation, beats, now_ms) or self._is_forced(name, desired):
                     queues[name].remove(generation)
                     retiring.setdefault(name, []).append(generation)
         for name in list(retiring):
             for generation in list(retiring[name]):
                 if name not in desired.forced and _is_held(name, generation, beats, now_ms):
                     continue
-                keep_content = name in desired.backends and not desired.closing
+                is_served_on = name in desired.backends and not desired.closing
+                keep_content = is_served_on or (desired.closing and desired.keeps_queues)
                 delete = partial(self._queue.delete, name, generation, only_if_empty=keep_content)
                 if await self._while_leading(delete):
                     self._forget_declared(name, generation)
                     self._unbound.discard((name, generation))
                     self._left_behind.get(name, set()).discard(generation)
-                else:  # a replica died and its messages were requeued
+                elif is_served_on:  # a replica died and its messages were requeued
                     queues.setdefault(name, []).insert(0, generation)
                 retiring[name].remove(generation)
         self._refusals = defaultdict(Restarts, {name: kept for name, kept in self._refusals.items() if name in desired.backends})
@@ -128,6 +132,11 @@ class Queues:
     def _forget_declared(self, name: str, generation: int) -> None:
         """Makes the queue be declared and bound again, since a backend may be created again under the same name."""
         self._declared = {known: at for known, at in self._declared.items() if known[:2] != (name, generation)}
+
+    def _is_forced(self, name: str, desired: Desired) -> bool:
+        """Whether what waits there goes, of a backend that was deleted by force. Its replicas refuse it first, if they can."""
+        self._forced_since = {forced: self._forced_since.get(forced, time.monotonic()) for forced in desired.forced}
+        return time.monotonic() > self._forced_since.get(name, math.inf) + REFUSAL_S
 
     async def _is_drained(self, name: str, generation: int, beats: Mapping[str, Beat], now_ms: int) -> bool:
         """Whether the queue is unbound and empty. Without a ready replica it counts as drained, since nobody would ever empty it."""

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
+from ..broker.latencies import LATENCY_BUCKETS_MS
 from ..controller.state.documents import Desired
 
-LATENCY_BUCKETS_MS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import random
 import re
 from collections.abc import Iterable, Mapping
 from http.client import responses
@@ -12,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from ..broker import backoff
 from ..broker.errors import UNPARSABLE, BadValue, MQServeError, Overloaded, public_words
 from ..broker.results import Result
 
@@ -24,7 +24,6 @@ HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-connection proxy-authenticate proxy-authorization te trailer transfer-encoding "
     b"upgrade http2-settings".split()
 )
-_AWAY_RETRY_S = (0.5, 3.0)  # `Retry-After` is rounded up to whole seconds; the chance in it keeps clients from returning together
 NO_BODY = frozenset((204, 205, 304))
 NO_MEMBERS: Mapping[str, Any] = {}
 
@@ -61,7 +60,7 @@ def from_error(error: MQServeError, request_id: str, *, debug: bool = False) -> 
         retry_after_s = error.retry_after_s
     elif status == 503:
         logger.info("request %s is answered 503: %s", request_id, error)
-        retry_after_s = random.uniform(*_AWAY_RETRY_S)
+        retry_after_s = backoff.retry_after_s()
     return problem(status, detail, request_id, retry_after_s=retry_after_s)
 
 

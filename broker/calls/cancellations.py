@@ -11,8 +11,9 @@ from collections.abc import Callable
 
 import msgspec
 
+from ..backoff import keep_running
 from ..envelope import Envelope, is_minted
-from ..results import ErrorInfo, Result
+from ..results import ErrorInfo, Outcome, Result
 from ..store import Store
 from ..store_keys import RESULT_TTL_S, StoreKeys
 
@@ -23,7 +24,7 @@ KEPT = 20_000  # cancelled ids that a replica remembers; the log keeps fewer
 # The bytes are the same whoever cancels: by that the store recognizes that two writers recorded the same result.
 CANCELLED = Result(
     status=499,
-    error=ErrorInfo(type="mqserve.Cancelled", message="the request was cancelled, or its client went away, before it had a result"),
+    error=ErrorInfo(type=Outcome.CANCELLED, message="the request was cancelled, or its client went away, before it had a result"),
 )
 
 
@@ -66,7 +67,7 @@ class Cancellations:
 
     async def listen(self) -> None:
         """Reads the log until this task is cancelled."""
-        await self._store.read_log(self._log, self._on_entries)
+        await keep_running("the listener to cancellations", lambda: self._store.read_log(self._log, self._on_entries))
 
     def names(self, envelope: Envelope, future_id: str) -> bool:
         """Whether nobody wants this request any more. The end of a proxy cancels the requests of that proxy only; the result of a

@@ -9,17 +9,16 @@ import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
-import msgspec
-
-from ..backoff import delays
+from ..backoff import delays, keep_running
 from ..errors import BadEnvelope, MQServeError, StoreUnavailable, untraced
 from ..process.printable import printable
-from ..results import Result, entry_of, late_result, read_entry
+from ..process.tasks import Tasks
+from ..result_bodies import with_body
+from ..results import Outcome, Phase, Result, entry_of, late_result, read_entry
 from ..store import Record, Store
 from ..store_keys import StoreKeys
 
@@ -57,7 +56,7 @@ class PendingResults:
         self._to_read: dict[str, None] = {}  # ids to read by key, oldest first: their inbox entry may be lost, or held no result
         self._reading = False
         self._fetching: set[str] = set()  # ids of results whose bodies are being read
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks(self._ended)
 
     def __repr__(self) -> str:
         return f"<PendingResults of {self.inbox}, {len(self)} waiting>"
@@ -72,14 +71,13 @@ class PendingResults:
 
     async def run(self) -> None:
         """Reads the inbox until cancelled."""
-        self._start(self._fail_while_refused())
+        self._tasks.start(self._fail_while_refused())
         try:
-            await self._store.read_inbox(self.inbox, self._on_notes, self._read_again)
+            await keep_running("the reader of results", lambda: self._store.read_inbox(self.inbox, self._on_notes, self._read_again))
         finally:
             if self._timer is not None:
                 self._timer.cancel()
-            for task in self._tasks:
-                task.cancel()
+            self._tasks.cancel()
             for future in [*(waiting.future for waiting in self._waiting.values()), *self._strangers.values()]:
                 future.cancel()
 
@@ -128,7 +126,7 @@ class PendingResults:
             future = self._strangers.setdefault(future_id, asyncio.get_running_loop().create_future())
             if not self._polling:
                 self._polling = True
-                self._start(self._poll_strangers())
+                self._tasks.start(self._poll_strangers())
         self._listeners[future_id] += 1
         try:
             async with asyncio.timeout(timeout_s):
@@ -169,7 +167,7 @@ class PendingResults:
     async def peek(self, future_id: str) -> Result | None:
         """The result if the store has it, else None."""
         raw = await self._store.get(self._keys.future(future_id))
-        return None if raw is None else await self._whole(future_id, Result.from_bytes(raw))
+        return None if raw is None else await with_body(self._store, self._keys, future_id, Result.from_bytes(raw))
 
     async def _fail_while_refused(self) -> None:
         """Fails the requests that were sent after the store began to refuse writes, because their results cannot be stored. Requests sent
@@ -216,12 +214,12 @@ class PendingResults:
         if result.ref:
             if future_id not in self._fetching:  # a result may be read by key twice
                 self._fetching.add(future_id)
-                self._start(self._resolve_by_reference(future_id, result))
+                self._tasks.start(self._resolve_by_reference(future_id, result))
         else:
             self._set(future_id, result)
 
     def _set(self, future_id: str, result: Result) -> None:
-        future = self.drop(future_id, answered=result.status != 504)
+        future = self.drop(future_id, answered=result.outcome is not Outcome.LATE)
         if future is not None and not future.done():
             future.set_result(result)
 
@@ -233,7 +231,7 @@ class PendingResults:
         self._to_read.update(dict.fromkeys(future_ids))
         if self._to_read and not self._reading:
             self._reading = True
-            self._start(self._read_pending())
+            self._tasks.start(self._read_pending())
 
     async def _read_pending(self) -> None:
         """Reads by key until nothing is left to read. An entry is sent once only, so a failed read is repeated for as long as somebody
@@ -267,7 +265,7 @@ class PendingResults:
         try:
             for pause_s in delays():
                 try:
-                    return self._set(future_id, await self._whole(future_id, result))
+                    return self._set(future_id, await with_body(self._store, self._keys, future_id, result))
                 except StoreUnavailable as error:
                     if future_id not in self._waiting and future_id not in self._strangers:
                         return
@@ -277,16 +275,6 @@ class PendingResults:
                 await asyncio.sleep(pause_s)
         finally:
             self._fetching.discard(future_id)
-
-    async def _whole(self, future_id: str, result: Result) -> Result:
-        """Returns the result with its body, reading the body by reference if needed. Raises StoreUnavailable, or MQServeError if the body
-        is gone."""
-        if not result.ref:
-            return result
-        body = await self._store.get_large(self._keys.result_body(future_id))
-        if body is None:
-            raise MQServeError("the body of the result is gone from the store: results are kept for ten minutes")
-        return msgspec.structs.replace(result, body=body, ref="")
 
     # Deadlines: one timer for the earliest.
 
@@ -304,7 +292,7 @@ class PendingResults:
             if future_id in self._waiting:
                 late.append(future_id)
         if late:
-            self._start(self._record_late(late))
+            self._tasks.start(self._record_late(late))
         if self._deadlines:
             self._set_timer()
 
@@ -312,33 +300,26 @@ class PendingResults:
         """Records a timeout as the result of each request, unless a replica recorded one first (NX). The callers are told within
         `_EXPIRY_BUDGET_S`."""
         marks: dict[str, bytes | None] = {}
-        recording = self._start(self._record_lateness(late, marks))
+        recording = self._tasks.start(self._record_lateness(late, marks))
         # the write goes on after the budget: other processes may read the outcome
         await asyncio.wait([recording], timeout=_EXPIRY_BUDGET_S)
         unstored = self._store.refusal  # read after the write: the write itself shows whether the store refuses
         for future_id in late:
-            self._set(future_id, late_result("run" if marks.get(future_id) else "queue", unstored))
+            self._set(future_id, late_result(Phase.RUN if marks.get(future_id) else Phase.QUEUE, unstored))
 
     async def _record_lateness(self, late: list[str], marks: dict[str, bytes | None]) -> None:
         try:
             marks.update(zip(late, await self._store.get_many([self._keys.start(future_id) for future_id in late]), strict=True))
             records: list[asyncio.Future[bool]] = []
             for future_id, mark in marks.items():
-                raw = late_result("run" if mark else "queue").to_bytes()
+                raw = late_result(Phase.RUN if mark else Phase.QUEUE).to_bytes()
                 records.append(self._store.record(Record(self._keys.future(future_id), raw, "", entry_of(future_id, raw), 0)))
             first = await asyncio.gather(*records)
             await self._read_by_key([future_id for future_id, fresh in zip(late, first, strict=True) if not fresh])
         except StoreUnavailable:
             pass  # the requests have timed out all the same, and their callers must be told
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-        return task
-
     def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error(
                 "results of this process are not read as they should be: that is a bug in mqserve, please report it", exc_info=error

@@ -14,6 +14,7 @@ from pamqp.commands import Basic
 from ..backoff import delays
 from ..envelope import Envelope
 from ..errors import BrokerUnavailable, words_of
+from ..process.stopping import first_of
 from ..queue import Delivery
 from ..values.header_seals import BackendSeals
 from .channel import JoinedChannel
@@ -156,7 +157,7 @@ class RabbitConsumption:
         """Returns when the prefetch changes or the channel is lost. It pings the broker meanwhile: heartbeats would notice a hanging one
         only after half a minute."""
         while not self._changed.is_set() and not lost.is_set():
-            if await _first_of(self._changed, lost, timeout_s=ASK_EVERY_S):
+            if await first_of(self._changed, lost, timeout_s=ASK_EVERY_S):
                 return
             try:
                 async with asyncio.timeout(OPERATION_BUDGET_S):
@@ -168,17 +169,6 @@ class RabbitConsumption:
     def _hand_over(self, frame: Basic.Deliver, properties: Basic.Properties, body: bytes) -> None:
         assert self._channel is not None
         self._on_delivery(RabbitDelivery(self._channel, frame, properties, body, self._seals))
-
-
-async def _first_of(*events: asyncio.Event, timeout_s: float) -> bool:
-    """Whether at least one of the events was set in time."""
-    waits = [asyncio.create_task(event.wait()) for event in events]
-    try:
-        done, _ = await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        return bool(done)
-    finally:
-        for wait in waits:
-            wait.cancel()
 
 
 async def _unused_callback(message: object) -> None:

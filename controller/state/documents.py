@@ -71,6 +71,7 @@ class Desired(msgspec.Struct, frozen=True):
     convertors: dict[str, str] = {}  # name -> sha256 of its code
     forced: tuple[str, ...] = ()  # backends deleted by force: their queues and replicas do not drain
     closing: bool = False  # the instance is being shut down
+    keeps_queues: bool = False  # messages that wait when it closes are left for the next instance of the namespace
     incomplete: bool = False  # the starter has not yet deployed all that it declares
     operations: tuple[str, ...] = ()  # the latest operation ids, so that a retry recognizes itself
 

@@ -6,9 +6,9 @@ import concurrent.futures
 import pickle
 from typing import Any
 
-from ..broker.errors import BadSignature, BadValue, Cancelled, NotEncodable, RemoteError, RequestTimeout
+from ..broker.errors import BackendGone, BadSignature, BadValue, Cancelled, NotEncodable, RemoteError, RequestTimeout
 from ..broker.failures import add_note, describe
-from ..broker.results import ErrorInfo, Result
+from ..broker.results import ErrorInfo, Outcome, Result
 from ..broker.values.codecs import PICKLE, decode_value, media_type
 from ..broker.values.signing import SealScope, Signer
 
@@ -39,10 +39,13 @@ def read_result(result: Result, future_id: str, signer: Signer, backend: str | N
 
 
 def _exception(error: ErrorInfo, result: Result, future_id: str, signer: Signer, *, plain: bool) -> BaseException:
-    if result.status == 499:
-        return Cancelled(error.message)
-    if result.status == 504:
-        return RequestTimeout(error.message, phase="run" if "(run)" in error.message else "queue")
+    match result.outcome:
+        case Outcome.CANCELLED:
+            return Cancelled(error.message)
+        case Outcome.LATE:
+            return RequestTimeout(error.message, phase=error.phase)
+        case Outcome.GONE:
+            return BackendGone(error.message)
     exception: BaseException = RemoteError(f"{error.type}: {error.message}")
     if error.sealed and not plain:
         try:

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol, Self, overload
 
 from starlette.convertors import register_url_convertor
 
+from ..broker.backoff import keep_running
 from ..broker.calls.sending import RequestSender
 from ..broker.errors import BadType, InstanceError, UnknownEndpoint
 from ..broker.process import forks
@@ -83,7 +84,7 @@ class Client:
         self, runtime: Runtime, connections: Connections, membership: Membership, ending: Ending, again: Callable[[], Client]
     ) -> None:
         requests = RequestSender(connections.queue, connections.store, connections.keys, connections.process_id)
-        sender = Sender(runtime, connections, requests, membership.read, lambda: self.sender)
+        sender = Sender(runtime, connections, requests, membership, lambda: self.sender)
         deployments = Deployments(connections, membership, self._follow)
         self._own = Opened(runtime, connections, membership, requests, sender, deployments, ending, forks.depth)
         self._again = again
@@ -192,12 +193,15 @@ class Client:
         own = self._own
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(own.requests.run())
-            async for desired, observed in follow_state(own.connections.store, own.connections.keys):
-                own.sender.demands_seals = observed is not None and observed.sealed
-                if await own.membership.saw(desired) and desired is not None:
-                    self._follow(desired)
-                elif own.membership.has_ended:
-                    self._follow(Desired())
+            await keep_running("the client's look at its instance", lambda: self._follow_forever(own))
+
+    async def _follow_forever(self, own: Opened) -> None:
+        async for desired, observed in follow_state(own.connections.store, own.connections.keys):
+            own.sender.demands_seals = observed is not None and observed.sealed
+            if await own.membership.saw(desired) and desired is not None:
+                self._follow(desired)
+            elif own.membership.has_ended:
+                self._follow(Desired())
 
     async def stop_sending(self, why: str) -> None:
         """Makes later requests fail, and returns once all accepted ones are published. Called by the session that made the client."""

@@ -105,12 +105,14 @@ class Future:
 class Sent:
     """The result of a request sent by this process; it resolves without polling."""
 
-    not_yet = "; it goes on: wait again, or raise the timeout"
-
     def __init__(self, pending: concurrent.futures.Future[Found], sender: Sender, *, plain: bool) -> None:
         self._pending = pending
         self._sender = sender
         self._plain = plain
+
+    @property
+    def not_yet(self) -> str:
+        return f"; {self._sender.prospects}"
 
     @property
     def state(self) -> str:

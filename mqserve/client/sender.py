@@ -7,14 +7,14 @@ import asyncio
 import concurrent.futures
 import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ..broker.calls.sending import RequestSender
 from ..broker.documents import until
-from ..broker.envelope import MINTED_ID_LENGTH, RequestHead, mint_id
+from ..broker.envelope import RequestHead, is_minted, mint_id
 from ..broker.errors import BadSignature, InstanceError, MQServeError, UnknownEndpoint
 from ..broker.results import Result
 from ..broker.values.codecs import encode_value
@@ -25,6 +25,7 @@ from ..controller.state.traffic import choose
 from ..replicas.context import deadline
 from .answers import read_result
 from .futures import WAIT_LIMIT_S, Found, Future, Sent, Stored
+from .membership import Membership
 from .runtime import Runtime
 
 APPEAR_BUDGET_S = 60.0  # how long a handle made with missing_ok waits for its endpoint
@@ -45,21 +46,20 @@ class _Call:
 
 
 class Sender:
-    """The sender of one client, shared by all its handles. The client replaces `desired` when the document changes; `read_desired` reads
-    it now."""
+    """The sender of one client, shared by all its handles. The client replaces `desired` when the document changes."""
 
     def __init__(
         self,
         runtime: Runtime,
         connections: Connections,
         requests: RequestSender,
-        read_desired: Callable[[], Awaitable[Desired]],
+        membership: Membership,
         find: Callable[[], Sender],
     ) -> None:
         self._runtime = runtime
         self._connections = connections
         self._requests = requests
-        self._read_desired = read_desired
+        self._membership = membership
         self.find = find  # returns the client's sender in this process: a forked child has another one
         self._signer = connections.settings.signer
         self._over = ""  # why the client has ended, once it has
@@ -192,7 +192,7 @@ class Sender:
         self._over = why
 
     async def _is_there(self, endpoint: str) -> bool | None:
-        found = await self._read_desired()
+        found = await self._membership.read()
         if endpoint not in found.endpoints:
             return None
         self.desired = found
@@ -207,11 +207,18 @@ class Sender:
     def future(self, future_id: str, backend: str | None) -> Future:
         """See `Client.future`."""
         keys = [future_id] if backend is None else [f"{backend}/{future_id}"]
-        if backend is not None and len(future_id) == MINTED_ID_LENGTH:
-            keys.insert(0, future_id)  # try both: it may be a minted id or a publisher's own key of 32 characters
+        if backend is not None and is_minted(future_id):
+            keys.insert(0, future_id)  # try both: it may be a minted id or a publisher's own key of the same form
         return Future(future_id, Stored(keys, self, backend=backend))
 
     # For futures.
+
+    @property
+    def prospects(self) -> str:
+        """What becomes of a request of this process that has no result yet: a clause."""
+        if self._membership.has_ended:
+            return "its instance has been shut down, so nobody is about to answer it"
+        return "it goes on: wait again, or raise the timeout"
 
     def has_result(self, keys: Sequence[str]) -> bool:
         """Whether one of these requests is done. Raises StoreUnavailable if the store cannot be asked."""

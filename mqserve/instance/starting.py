@@ -54,6 +54,7 @@ class StartOptions:
     node_id: str = ""
     incomplete: bool = False  # proxies do not report ready before `Client.tell_complete`
     tell: Tell | None = None  # receives lines about what still drains at the end
+    keeps_queues: bool = False  # messages that wait at its end are left for the next instance of the namespace
 
 
 def parse_http_options(options: object) -> tuple[HttpOptions, tuple[object, ...]]:
@@ -126,7 +127,8 @@ async def running_instance(connections: Connections, options: StartOptions) -> A
         if not (options.detached and is_up):
             try:
                 if claim.found is None:
-                    await shut_down(connections, claim.id, options.tell)
+                    keeps_queues = options.keeps_queues and not connections.settings.embedded
+                    await shut_down(connections, claim.id, options.tell, keeps_queues=keeps_queues)
                 else:  # an instance that was taken over has others' deployments, so it is not cleared
                     await lease.give_back(connections.store, connections.keys, claim, head_node)
             except MQServeError as error:
@@ -275,8 +277,9 @@ async def end_instance(settings: Settings, tell: Tell) -> int:
     return 0
 
 
-async def shut_down(connections: Connections, instance: str, tell: Tell | None = None) -> None:
-    """Drains and clears the instance: marks the desired document as closing and waits until the controller has finished.
+async def shut_down(connections: Connections, instance: str, tell: Tell | None = None, *, keeps_queues: bool = False) -> None:
+    """Drains and clears the instance: marks the desired document as closing and waits until the controller has finished. Messages that
+    still wait then are refused, or left for the next instance of the namespace with `keeps_queues`.
 
     If no controller leads, it clears the documents here, and what still runs drains by itself. Raises InstanceError if the instance still
     drains after all the time that its replicas may take, and StoreUnavailable.
@@ -293,7 +296,7 @@ async def shut_down(connections: Connections, instance: str, tell: Tell | None =
         if raw is None or desired.instance != instance:
             return True
         if not desired.closing:
-            closing = msgspec.structs.replace(desired, closing=True, version=desired.version + 1)
+            closing = msgspec.structs.replace(desired, closing=True, keeps_queues=keeps_queues, version=desired.version + 1)
             await connections.store.replace(connections.keys.desired, raw, closing.to_bytes())
         with suppress(BadEnvelope):  # the leader rewrites a broken lease
             if raw_lease is not None and connections.store.now_ms() - lease.decode_lease(raw_lease).at > UNLED_AFTER_S * 1000:
