@@ -1,4 +1,4 @@
-"""Children as processes: started by command line, each in a session of its own, each holding a pipe to its parent."""
+"""Children as processes: started by command line, each in a session of its own, each with a pipe to its parent."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from ..broker.settings import PREFIX, Settings
 from .detached_log import PATH_VARIABLE, detached_log, open_log
 from .node import Share
 
-# Nothing else is inherited: what a flag said must not be unsaid by a variable that only the parent was meant to read.
+# No other variable is inherited: a variable that only the parent was meant to read must not override a flag.
 _INHERITED = {PREFIX + name for name in ("VERBOSE", "ENVIRONMENTS", "NUM_CPUS", "NUM_GPUS", "RESOURCES", "METRICS_HOST", "METRICS_PORT")}
 _INHERITED |= {"MQSERVE_INSECURE", PATH_VARIABLE}
 
 
 class Process:
-    """One child process. Implements `Child`; the pipe's other end lives as long as this process does."""
+    """One child process. Implements `Child`. Our end of its pipe lives as long as this process does."""
 
     def __init__(
         self,
@@ -85,15 +85,16 @@ class Process:
 
         def reap() -> None:
             code = self._reap()
-            with suppress(RuntimeError):  # the loop may be gone by then
+            with suppress(RuntimeError):  # the loop may be closed by then
                 loop.call_soon_threadsafe(tell, code)
 
         threading.Thread(target=reap, name=f"wait for {self.pid}", daemon=True).start()
         return _how_it_ended(await ended)
 
     def _reap(self) -> int:
-        """Its exit code. Whatever it started and left behind in its session is killed first: until it is reaped its number is its own."""
-        with suppress(ChildProcessError, ProcessLookupError, PermissionError):  # the first: somebody polled meanwhile
+        """Waits for the child and returns its exit code. Before reaping it, kills what it left behind in its session: until then its pid,
+        and so the session's number, cannot be reused."""
+        with suppress(ChildProcessError, ProcessLookupError, PermissionError):  # ChildProcessError: another thread has polled it meanwhile
             os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
             os.killpg(self.pid, signal.SIGKILL)
         return self._wait()
@@ -105,7 +106,7 @@ class Process:
         return code
 
     def disown(self) -> None:
-        """It is nobody's business here how it ends; but it is reaped then, or it would stay a zombie as long as this process lives."""
+        """Stops watching how it ends, but still reaps it: otherwise it would be a zombie for as long as this process lives."""
         threading.Thread(target=self._wait, name=f"reap {self.pid}", daemon=True).start()
 
     def stop(self) -> None:
@@ -114,7 +115,7 @@ class Process:
                 os.kill(self.pid, signal.SIGTERM)
 
     def kill(self) -> None:
-        """The child and whatever it started: the session is its own."""
+        """Kills the child and everything that it started: the session is its own."""
         if self._popen.returncode is None:
             with suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
@@ -123,18 +124,18 @@ class Process:
 def _how_it_ended(code: int) -> str:
     if code >= 0:
         return f"exit code {code}" if code else ""
-    if -code in (signal.SIGTERM, signal.SIGINT):  # it was told to end before it could listen
+    if -code in (signal.SIGTERM, signal.SIGINT):  # it was told to end before it had a signal handler
         return ""
     try:
         return f"killed by {signal.Signals(-code).name}"
-    except ValueError:  # a real-time signal has no name
+    except ValueError:  # real-time signals have no name
         return f"killed by signal {-code}"
 
 
 class ProcessLauncher:
-    """Implements `Launcher`. Holds the socket on which its proxies listen: while one follows another, connections wait in it.
+    """Implements `Launcher`. It holds the socket on which its proxies listen: while one follows another, connections wait in it.
 
-    `held_by_replicas`: descriptors that each replica inherits and holds until it ends.
+    `held_by_replicas` are descriptors that each replica inherits and holds until it ends.
     """
 
     def __init__(self, settings: Settings, held_by_replicas: Sequence[int] = ()) -> None:
@@ -151,7 +152,7 @@ class ProcessLauncher:
     def proxy(self, proxy_id: str, host: str, port: int, node: str) -> Process:
         arguments = ["proxy", "--host", host, "--port", str(port), "--proxy-id", proxy_id, "--node-id", node]
         listener = self._listen(host, port)
-        if listener is None:  # it fails at the same, and says why where failed proxies do
+        if listener is None:  # the proxy fails at the same address, and reports why in the usual place
             return Process(arguments, self._settings.for_proxy())
         fd = listener.fileno()
         return Process([*arguments, "--fd", str(fd)], self._settings.for_proxy(), hands_on=(fd,))
@@ -170,7 +171,8 @@ class ProcessLauncher:
 
 
 def _detached_output(namespace: str, environment: dict[str, str]) -> int:
-    """Where an instance without a terminal says what goes wrong. Its starter's own output would never end for whoever reads it."""
+    """Returns the output for an instance without a terminal: its log file. The starter's own output would keep a pipe open, and its
+    reader would never see the end."""
     path = detached_log(namespace)
     try:
         output = open_log(path)
@@ -181,7 +183,8 @@ def _detached_output(namespace: str, environment: dict[str, str]) -> int:
 
 
 def _import_path() -> str:
-    """What this process can import, its children can: the folder of the user's file is on `sys.path` only here."""
+    """The children's PYTHONPATH: they must be able to import what this process can, and the folder of the user's file is on `sys.path`
+    only here."""
     own = {sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     own |= {path for path in sys.path if path.endswith((".zip", "lib-dynload"))}
     wanted = [path for path in [*sys.path, *os.environ.get("PYTHONPATH", "").split(os.pathsep)] if path and path not in own]

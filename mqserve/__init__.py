@@ -33,6 +33,7 @@ from .client.api import (
 )
 from .broker.errors import (
     BackendFailed,
+    BackendGone,
     BrokerUnavailable,
     Cancelled,
     InstanceError,
@@ -60,6 +61,7 @@ __all__ = [
     "AsyncHandle",
     "BackendConfig",
     "BackendFailed",
+    "BackendGone",
     "BrokerUnavailable",
     "Cancelled",
     "Client",

@@ -41,6 +41,7 @@ from .worker import Worker
 logger = logging.getLogger(__name__)
 
 ORPHAN_DRAIN_S = 4.0  # of a replica whose parent was killed
+_LAST_BREATH_S = 0.1  # from the failure of the worker's loop to the end of its thread
 FAILED_EXIT = 3  # the user's code could not be loaded or constructed
 
 
@@ -81,6 +82,7 @@ class Replica:
         self._convertors = Convertors(store, self._keys, settings.signer)
         self._state = "starting"
         self._error = ""
+        self._instance = ""  # that it is of
         self._backend: Backend | None = None
         self._queue: Queue | None = None
         self._requests: RequestLoop | None = None
@@ -151,13 +153,14 @@ class Replica:
         finally:
             metrics.end()
             await requests.abandon()  # a process's end does that; in the embedded form nobody else would
-        worker.check()
+        worker.thread.check()
 
     async def _follow(self, requests: RequestLoop, hooks: UserHooks, stop: Stop) -> None:
         """Takes new configuration and new generations of the queue as they come; ends when the replica is not wanted any more."""
         async for read_desired, read_observed in follow_state(self._store, self._keys):
             desired, observed = read_desired or Desired(), read_observed or Observed()
             name = self._options.backend
+            self._look_for_the_end(requests, read_desired)
             if observed.epoch:  # a store that lost the document says nothing of it
                 requests.demand_seals(observed.sealed)
             if observed.epoch and not self._is_wanted(observed):
@@ -170,6 +173,20 @@ class Replica:
                 await self._reconfigure(hooks, desired.backends[name])
             if generations := observed.queues.get(name, ()):
                 requests.want(generations)
+
+    def _look_for_the_end(self, requests: RequestLoop, desired: Desired | None) -> None:
+        """Whether anybody is to serve this backend from now on. A store that has lost the document says nothing of it, nor does that of
+        another instance, which may serve what it finds in the queue."""
+        name = self._options.backend
+        self._instance = self._instance or (desired.instance if desired is not None else "")
+        if desired is None or desired.instance != self._instance:
+            return
+        if desired.closing:
+            requests.will_end(f"the instance of backend {name!r} was shut down", keeps_queue=desired.keeps_queues)
+        elif name not in desired.backends:
+            requests.will_end(f"backend {name!r} was deleted", keeps_queue=False, at_once=name in desired.forced)
+        else:
+            requests.goes_on()
 
     async def _learn_convertors(self, desired: Desired) -> None:
         """Those that were registered after this replica had started, too; without one, requests of its routes are told 422."""
@@ -218,8 +235,12 @@ class Replica:
 
 
 async def _stop_with(worker: Worker, stop: Stop) -> None:
-    """The replica drains once user code has ended the worker's loop: what runs beside that is still to be answered."""
-    await worker.failed.wait()
+    """The replica drains once user code has ended the worker's loop: what runs beside that is still to be answered. Raises BackendFailed
+    where the thread has ended: nothing that it holds will be."""
+    await worker.thread.failed.wait()
+    await asyncio.sleep(_LAST_BREATH_S)
+    if worker.thread.has_ended:
+        worker.thread.check()
     stop.set()
 
 

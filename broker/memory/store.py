@@ -1,4 +1,4 @@
-"""The store in memory: one process, one event loop, the same promises as far as one process can keep them."""
+"""The store in memory, on one event loop. It keeps the same promises as far as one process can."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SWEEP_EVERY_S = 30.0
 
 
 class EmbeddedStore:
-    """Implements `Store`. Expired keys are gone for every reader at once, and from memory with the next sweep."""
+    """Implements `Store`. Readers never see an expired key; the next sweep frees its memory."""
 
     def __init__(self) -> None:
         self._epoch = time.time() - time.monotonic()  # read once: a step of the wall clock must not move deadlines
@@ -51,7 +51,7 @@ class EmbeddedStore:
         return time.monotonic()
 
     def took_a_write(self) -> None:
-        """It always does."""
+        """Does nothing: this store takes every write."""
 
     @property
     def noted(self) -> str:
@@ -139,7 +139,7 @@ class EmbeddedStore:
         await self.delete(key)
 
     async def probe(self) -> None:
-        """It always takes what is written."""
+        """Does nothing: this store takes every write."""
 
     def watch(self) -> asyncio.Event:
         event = asyncio.Event()

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
-from ..backoff import delays
+from ..backoff import delays, keep_running
 from ..envelope import mint_id
 from ..errors import StoreUnavailable, WrongType, words_of, wrong_type
 from ..process.complaint import Complaint
@@ -98,7 +98,7 @@ class RedisStore:
                 or f"no connection to Redis at {masked(self._url)}{why}; is it running, and is MQSERVE_STORE_URL right?"
             ) from error
         self.health.answered()
-        self._tasks.append(asyncio.create_task(self._keep_clock(), name="keep the store's clock"))
+        self._tasks.append(asyncio.create_task(keep_running("the store's clock", self._keep_clock), name="keep the store's clock"))
 
     @property
     def connected(self) -> bool:
@@ -279,7 +279,7 @@ class RedisStore:
         event = asyncio.Event()
         self._watchers.add(event)
         if len(self._watchers) == 1 and not any(task.get_name() == "listen" for task in self._tasks):
-            self._tasks.append(asyncio.create_task(self._listen(), name="listen"))
+            self._tasks.append(asyncio.create_task(keep_running("the listener to changes", self._listen), name="listen"))
         return event
 
     def unwatch(self, event: asyncio.Event) -> None:

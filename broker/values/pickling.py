@@ -1,4 +1,4 @@
-"""Pickles of what users hand over: by cloudpickle, but that code keeps the name of its file, which tracebacks and logs are to say."""
+"""Pickles users' values with cloudpickle, and keeps the file names of code, so that tracebacks and logs show them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def dumps(value: object) -> bytes:
 
 
 def _reduce_code(code: CodeType) -> tuple[Callable[..., CodeType], tuple[Any, ...]]:
-    """Since 3.1.3 cloudpickle says `<dynamic-code>` for every file."""
+    """Cloudpickle 3.1.3 and later say `<dynamic-code>` for every file, so the file name travels beside the code."""
     make, arguments = cloudpickle.Pickler.dispatch_table[CodeType](code)  # pyright: ignore[reportAssignmentType]
     return named_code, (code.co_filename, make, arguments)
 
 
 def named_code(filename: str, make: Callable[..., CodeType], arguments: tuple[Any, ...]) -> CodeType:
-    """What a pickle calls to make its code again."""
+    """Rebuilds a code object with its file name; pickles call this."""
     return make(*arguments).replace(co_filename=filename)
 
 

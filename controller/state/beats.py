@@ -1,4 +1,4 @@
-"""Beats: what each node, proxy and replica says of itself, and how old it may be."""
+"""Beats, the heartbeats of nodes, proxies and replicas: what each member reports, and how old a beat may be."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from .documents import Count
 from .resources import Capacity
 
 BEAT_EVERY_S = 1.0
-PROXY_DRAIN_S = 20  # what a proxy gives its open requests when it ends
-SILENT_AFTER_S = 6.0  # a member that has not beaten for this long is gone
+PROXY_DRAIN_S = 20  # the time an ending proxy gives its open requests
+SILENT_AFTER_S = 6.0  # a member whose last beat is older counts as gone
 
 
 class Beat(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a node, a proxy or a replica says of itself, every BEAT_EVERY_S and at each change."""
+    """What a node, a proxy or a replica reports about itself, every BEAT_EVERY_S and at each change."""
 
     kind: str  # node, proxy, replica
     id: str
@@ -29,18 +29,19 @@ class Beat(msgspec.Struct, frozen=True, omit_defaults=True):
     external: bool = False
     backend: str = ""
     version: Count = 0
-    generations: tuple[Count, ...] = ()  # queues whose messages this replica takes or still holds
+    generations: tuple[Count, ...] = ()  # the queues that this replica consumes or still holds messages of
     url: str = ""
     follows: tuple[Count, Count] = (0, 0)  # a proxy's (epoch, version) of the desired document; a replica's (0, config version)
     refuses: tuple[Count, Count] = (0, 0)  # the (epoch, version) of the desired document that a proxy cannot follow
-    refused: str = ""  # why; of a replica, why its code refused the config it follows
-    noted: str = ""  # what it found in the store that another program wrote there
-    ended: dict[str, str] = {}  # a node's children that ended by themselves -> how
-    takes_proxy: bool = False  # a node on which a proxy may run
+    refused: str = ""  # why it refuses; of a replica, why its code refused the config it follows
+    noted: str = ""  # keys in the store that another program wrote, as this member found them
+    ended: dict[str, str] = {}  # of a node: children that ended by themselves -> how
+    takes_proxy: bool = False  # of a node: whether a proxy may run here
     capacity: Capacity = Capacity()
     running: Count = 0
     served: Count = 0
-    seals: bool = False  # the requests that it sends; an earlier version does not, nor does a process without the secret key
+    # whether it seals the requests that it sends; an earlier version does not, nor does a process without the secret key
+    seals: bool = False
 
     @property
     def field(self) -> str:
@@ -51,7 +52,7 @@ class Beat(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 def read_beats(fields: Mapping[str, bytes]) -> dict[str, Beat]:
-    """By field; what does not parse (another version's) is left out."""
+    """Returns the beats by field; beats that do not parse (another version's) are left out."""
     beats: dict[str, Beat] = {}
     for field, raw in fields.items():
         try:

@@ -80,14 +80,24 @@ class Deployments:
             raise
 
     async def delete_backend(self, name: str, *, force: bool = False) -> None:
-        committed = await self._commit(changes.delete_backend(name, force=force))
+        graceful_s = 0.0
+
+        def change(desired: Desired) -> Desired:
+            nonlocal graceful_s
+            if backend := desired.backends.get(name):
+                graceful_s = backend.config.graceful_shutdown_timeout_s
+            return changes.delete_backend(name, force=force)(desired)
+
+        committed = await self._commit(change)
 
         async def is_gone() -> bool | None:
             observed = Observed.from_bytes(await self._connections.store.get(self._connections.keys.observed))
             held = {*observed.queues, *observed.retiring, *(assignment.backend for assignment in observed.replicas.values())}
             return None if name in held else True
 
-        await self._until(committed, is_gone, DELETE_BUDGET_S, f"backend {name!r} is not gone yet: its replicas are still draining")
+        await self._until(
+            committed, is_gone, graceful_s + DELETE_BUDGET_S, f"backend {name!r} is not gone yet: its replicas are still draining"
+        )
 
     async def create_endpoint(self, endpoint: Endpoint) -> None:
         await self.commit_to_proxies(changes.create_endpoint(endpoint), undo=_remove_endpoint(endpoint))
