@@ -39,6 +39,7 @@ TEST_BY_TEST = {"test_detached", "test_run_in_the_foreground", "test_nodes_and_l
 LONGEST = (
     "test_detached", "test_soak", "test_malformed", "test_least_privilege", "test_health", "test_replica_rows", "test_proxy_rows",
     "test_broker_rows", "test_odd_keys", "test_store_rows", "test_overload", "test_drain", "test_controllers", "test_must_hold_faults",
+    "test_slopes", "test_behaviours_cancellation", "test_behaviours_user_code", "test_behaviours_traffic", "test_clients",
     "test_exceptions", "test_docs", "test_replicas", "test_status", "test_forks", "test_nodes_and_locations", "test_cli", "test_http",
     "test_handles", "test_routing", "test_behaviours_shutdown", "test_messages", "test_behaviours_reconfigure", "test_lease",
     "test_deleted", "test_futures_by_id", "test_http_edge", "test_cli_interrupts", "test_must_hold", "test_behaviours_batching",

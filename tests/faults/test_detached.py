@@ -85,7 +85,7 @@ def test_the_lead_of_a_killed_controller_that_its_starter_saw_ending_need_not_la
         wait_until(lambda: members.leader()[0] not in (0, old) and members.leader()[1] > epoch)  # noqa: B023
         took_s.append(time.monotonic() - killed_at)
     members.close()
-    assert min(took_s) < LEADER_TTL_S / 2, took_s
+    assert min(took_s) < LEADER_TTL_S - 1, took_s  # a lead that is renewed every second lapses no sooner
     assert detached.shell.run("shutdown").returncode == 0
 
 
