@@ -35,7 +35,11 @@ LONG = (
     "test_dead_letters",
     "test_cli",
 )  # but for their embedded form
+TEST_BY_TEST = {"test_detached", "test_run_in_the_foreground", "test_nodes_and_locations"}  # an instance for each, and they take long
 LONGEST = (
+    "test_detached", "test_soak", "test_malformed", "test_least_privilege", "test_health", "test_replica_rows", "test_proxy_rows",
+    "test_broker_rows", "test_odd_keys", "test_store_rows", "test_overload", "test_drain", "test_controllers", "test_must_hold_faults",
+    "test_slopes", "test_behaviours_cancellation", "test_behaviours_user_code", "test_behaviours_traffic", "test_clients",
     "test_exceptions", "test_docs", "test_replicas", "test_status", "test_forks", "test_nodes_and_locations", "test_cli", "test_http",
     "test_handles", "test_routing", "test_behaviours_shutdown", "test_messages", "test_behaviours_reconfigure", "test_lease",
     "test_deleted", "test_futures_by_id", "test_http_edge", "test_cli_interrupts", "test_must_hold", "test_behaviours_batching",
@@ -87,10 +91,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
 
 
 class ModuleByModule(LoadScopeScheduling):  # type: ignore[misc]
-    """Hands out a module, or one form of it where its tests run in both."""
+    """Hands out a module, or one form of it where its tests run in both; single tests of those that share nothing."""
 
     def _split_scope(self, nodeid: str) -> str:
         module, _, test = nodeid.partition("::")
+        if Path(module).stem in TEST_BY_TEST:
+            return nodeid
         return next((f"{module} {form}" for form in FORMS if form in test), module)
 
 

@@ -51,7 +51,7 @@ def test_whichever_of_a_detached_instances_processes_are_killed_the_others_bring
     monkeypatch.setenv("MQSERVE_SECRET_KEY", SECRET_KEY)
     client = serve.connect(broker_url=broker_url, store_url=store_url, namespace=detached.namespace)
     with Crowd(f"{detached.url}/b", timeout_s=10) as load:
-        for subset in SUBSETS * 2:
+        for subset in SUBSETS:
             load.wait_for(20)
             before, failed = detached.the_three(), len(load.failures)
             killed_at = time.monotonic()
@@ -85,7 +85,7 @@ def test_the_lead_of_a_killed_controller_that_its_starter_saw_ending_need_not_la
         wait_until(lambda: members.leader()[0] not in (0, old) and members.leader()[1] > epoch)  # noqa: B023
         took_s.append(time.monotonic() - killed_at)
     members.close()
-    assert min(took_s) < LEADER_TTL_S / 2, took_s
+    assert min(took_s) < LEADER_TTL_S - 1, took_s  # a lead that is renewed every second lapses no sooner
     assert detached.shell.run("shutdown").returncode == 0
 
 

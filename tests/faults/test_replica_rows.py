@@ -222,8 +222,8 @@ def asked_until_both_run(threads: ThreadPoolExecutor, url: str, gate: Gate) -> l
 
 SHORT_HEARTBEAT_S = 2  # the default is 10, and a broker misses a client after at most three
 WITH_A_SHORT_HEARTBEAT = f"""
-from mqserve.broker import amqp_link
-amqp_link.HEARTBEAT_S = {SHORT_HEARTBEAT_S}
+from mqserve.broker.rabbitmq import connection
+connection.HEARTBEAT_S = {SHORT_HEARTBEAT_S}
 from mqserve.commands.cli import main
 main()
 """
