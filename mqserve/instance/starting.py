@@ -29,7 +29,7 @@ from ..controller.machine import measure_node
 from ..controller.node import Child, Node, NodeOptions
 from ..controller.processes import Process
 from ..controller.restarts import Restarts
-from ..controller.state.beats import read_beats
+from ..controller.state.beats import MemberState, ProxyBeat, SupervisorBeat, beats_of, read_beats
 from ..controller.state.documents import Desired, HttpOptions, Observed
 from .draining import Tell, telling
 from .role_lock import Role, check_folder, is_played
@@ -173,7 +173,9 @@ class _Members:
             node = Node(options, connections.store, connections.keys, EmbeddedLauncher(connections), connections.settings.signer)
             self._tasks = [asyncio.create_task(controller.run(self._stop)), asyncio.create_task(node.run(self._stop))]
             return
-        self._processes = [Process(command, self._connections.settings, detached=self._options.detached) for command in self._commands()]
+        self._processes = [
+            Process.start(command, self._connections.settings, detached=self._options.detached) for command in self._commands()
+        ]
 
     def _commands(self) -> list[list[str]]:
         arguments = self._kept.arguments()
@@ -194,7 +196,7 @@ class _Members:
         command = self._commands()[place]
 
         def start() -> Child:
-            self._processes[place] = Process(command, self._connections.settings)
+            self._processes[place] = Process.start(command, self._connections.settings)
             return self._processes[place]
 
         async def is_over() -> bool:
@@ -323,14 +325,14 @@ async def _until_up(connections: Connections, http: HttpOptions, head_node: str,
         raw_desired, raw_observed = await connections.store.get_documents([connections.keys.desired, connections.keys.observed])
         desired, observed = Desired.from_bytes(raw_desired), Observed.from_bytes(raw_observed)
         is_led = observed.seen >= (desired.epoch, desired.version)  # by the new controller: of an instance taken over there is an old state
-        proxies = [beat for beat in beats.values() if beat.kind == "proxy" and beat.node == head_node] if wants_proxy else []
+        proxies = [beat for beat in beats_of(beats, ProxyBeat) if beat.node == head_node] if wants_proxy else []
         for proxy in proxies:
-            if proxy.state == "failed":
+            if proxy.state is MemberState.FAILED:
                 raise InstanceError(proxy.error)
-        if trouble := next((beat.error for beat in beats.values() if beat.kind == "supervisor" and beat.pid in members.pids), ""):
+        if trouble := next((beat.error for beat in beats_of(beats, SupervisorBeat) if beat.pid in members.pids), ""):
             raise InstanceError(trouble)
         node_is_there = not head_node or f"node:{head_node}" in beats
-        proxy_serves = not wants_proxy or any(proxy.state == "ready" for proxy in proxies)
+        proxy_serves = not wants_proxy or any(proxy.state is MemberState.READY for proxy in proxies)
         return True if is_led and node_is_there and proxy_serves else None
 
     try:

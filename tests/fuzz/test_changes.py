@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from mqserve.broker.errors import BadType, BadValue
 from mqserve.controller import changes
 from mqserve.controller.plan import place_replicas
-from mqserve.controller.state.beats import Beat
+from mqserve.controller.state.beats import NodeBeat
 from mqserve.controller.state.config import BackendConfig
 from mqserve.controller.state.documents import Assignment, Backend, Desired, Endpoint, Observed
 from mqserve.controller.state.resources import Capacity, Demand, parse_actor_options
@@ -227,7 +227,7 @@ def test_a_plan_keeps_to_the_numbers_and_to_each_nodes_room(
 ) -> None:
     """Over several comparisons, with replicas that get ready, die and drain, and new versions in between."""
     numbers = count()
-    beats = {node: Beat("node", node, 0, capacity=capacity) for node, capacity in nodes.items()}
+    beats = {node: NodeBeat(node, 0, capacity=capacity) for node, capacity in nodes.items()}
     versions, assigned, draining, ready = dict.fromkeys(wanted, 1), dict[str, Assignment](), dict[str, Assignment](), set[str]()
     for _ in range(data.draw(st.integers(1, 6))):
         if data.draw(st.booleans()):
