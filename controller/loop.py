@@ -28,6 +28,7 @@ from ..broker.store import Store
 from ..broker.store_keys import CODE_TTL_S, StoreKeys
 from . import lease, plan
 from .absent_nodes import AbsentNodes
+from .desired_writes import write_next
 from .known_documents import KnownDocuments
 from .queues import REFUSAL_S, Queues
 from .restarts import ENDED_WELL, Restarts
@@ -327,8 +328,8 @@ class Controller:
         desired = Desired.from_bytes(raw)
         if (backend := desired.backends.get(name)) is not None and backend.generation == generation:
             newer = msgspec.structs.replace(backend, generation=generation + 1)
-            updated = msgspec.structs.replace(desired, version=desired.version + 1, backends={**desired.backends, name: newer})
-            await self._store.replace(self._keys.desired, raw, updated.to_bytes(), guard=self._leader.claim)
+            updated = msgspec.structs.replace(desired, backends={**desired.backends, name: newer})
+            await write_next(self._store, self._keys, raw, updated, guard=self._leader.claim)
 
     async def _while_leading(self, act: Callable[[], Awaitable[T]]) -> T:
         """The broker cannot fence us: so only while we lead by our own clock, and no longer. What we do there may be done twice."""
@@ -377,8 +378,8 @@ class Controller:
             return
         raw = await self._store.get(self._keys.desired)
         if raw == self._known.raw_desired and Desired.from_bytes(raw) == desired:  # not a broken one, which its operator mends
-            newer = msgspec.structs.replace(desired, forced=forced, version=desired.version + 1)
-            await self._store.replace(self._keys.desired, raw, newer.to_bytes(), guard=self._leader.claim)
+            newer = msgspec.structs.replace(desired, forced=forced)
+            await write_next(self._store, self._keys, raw, newer, guard=self._leader.claim)
 
     async def _is_down(self, observed: Observed, beats: dict[str, Beat]) -> bool:
         """Whether the instance that is closing has nothing left; then its documents go too."""

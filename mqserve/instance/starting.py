@@ -23,6 +23,7 @@ from ..broker.values import code
 from ..broker.values.whole_numbers import whole_number
 from ..connections import Connections, EmbeddedLauncher, instance_has_ended, open_connections
 from ..controller import lease
+from ..controller.desired_writes import write_next
 from ..controller.detached_log import detached_log
 from ..controller.loop import Controller
 from ..controller.machine import measure_node
@@ -295,8 +296,8 @@ async def shut_down(connections: Connections, instance: str, tell: Tell | None =
         if raw is None or desired.instance != instance:
             return True
         if not desired.closing:
-            closing = msgspec.structs.replace(desired, closing=True, keeps_queues=keeps_queues, version=desired.version + 1)
-            await connections.store.replace(connections.keys.desired, raw, closing.to_bytes())
+            closing = msgspec.structs.replace(desired, closing=True, keeps_queues=keeps_queues)
+            await write_next(connections.store, connections.keys, raw, closing)
         with suppress(BadEnvelope):  # the leader writes the lease anew
             if raw_lease is not None and connections.store.now_ms() - lease.decode_lease(raw_lease).at > UNLED_AFTER_S * 1000:
                 raise TimeoutError  # it would be waited for in vain

@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from mqserve.broker.errors import BadType, BadValue
 from mqserve.controller import changes
+from mqserve.controller.desired_writes import encode
 from mqserve.controller.plan import place_replicas
 from mqserve.controller.state.beats import NodeBeat
 from mqserve.controller.state.config import BackendConfig
@@ -46,7 +47,7 @@ def _hashes(key: Any) -> bool:
 def attempt(make: Callable[[], changes.Change], desired: Desired) -> Desired:
     """The document after the change, or as it was where that is refused: with BadValue or BadType, and never otherwise."""
     try:
-        return Desired.from_bytes(changes.encode(make()(desired)))
+        return Desired.from_bytes(encode(make()(desired)))
     except (BadValue, BadType) as refused:
         assert str(refused)
         return desired
@@ -201,7 +202,7 @@ class DesiredMachine(RuleBasedStateMachine):
 
     @invariant()
     def it_is_read_as_it_was_written(self) -> None:
-        assert Desired.from_bytes(changes.encode(self.desired)) == self.desired
+        assert Desired.from_bytes(encode(self.desired)) == self.desired
         assert not {*self.desired.forced} & {*self.desired.backends}
 
 
