@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
-from .state.beats import Beat
+from .state.beats import Beat, MemberState, NodeBeat
 
 ABSENT_FOR_S = 2.5
 
@@ -23,6 +23,6 @@ class AbsentNodes:
     def added_to(self, beats: Mapping[str, Beat]) -> dict[str, Beat]:
         """Returns the beats plus those of nodes that went missing less than ABSENT_FOR_S ago."""
         now = time.monotonic()
-        self._seen |= {field: (beat, now) for field, beat in beats.items() if beat.kind == "node"}
+        self._seen |= {field: (beat, now) for field, beat in beats.items() if isinstance(beat, NodeBeat)}
         self._seen = {field: seen for field, seen in self._seen.items() if now - seen[1] < ABSENT_FOR_S}
-        return {**{field: beat for field, (beat, _) in self._seen.items() if beat.state != "draining"}, **beats}
+        return {**{field: beat for field, (beat, _) in self._seen.items() if beat.state is not MemberState.DRAINING}, **beats}

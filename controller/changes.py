@@ -17,11 +17,12 @@ import pydantic
 from starlette.convertors import Convertor
 
 from ..broker.documents import until
-from ..broker.errors import BadEnvelope, BadType, BadValue, InstanceEnded, InstanceError, StoreUnavailable
+from ..broker.errors import BadType, BadValue, InstanceEnded, InstanceError, StoreUnavailable
 from ..broker.queue_names import check_name
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
 from . import lease
+from .desired_writes import write_next
 from .state.config import BackendConfig
 from .state.documents import Backend, Desired, Endpoint
 from .state.resources import ActorOptions
@@ -45,12 +46,9 @@ async def commit(store: Store, keys: StoreKeys, instance: str, change: Change, *
                 return current
             if current.closing:
                 raise InstanceError(IS_CLOSING)
-            wanted = change(current)
-            new = msgspec.structs.replace(
-                wanted, version=current.version + 1, operations=(*current.operations, operation)[-_KEPT_OPERATIONS:]
-            )
-            if await store.replace(keys.desired, raw, encode(new)):
-                return new
+            wanted = msgspec.structs.replace(change(current), operations=(*current.operations, operation)[-_KEPT_OPERATIONS:])
+            if (written := await write_next(store, keys, raw, wanted)) is not None:
+                return written
         except StoreUnavailable:
             if attempt >= 2:
                 raise
@@ -86,16 +84,6 @@ async def look(store: Store, keys: StoreKeys, instance: str, *, any_instance: bo
     if desired.instance != instance and not any_instance:
         raise InstanceEnded("the instance of this client has been shut down, and another one has its namespace: serve.connect() joins that")
     return raw, desired
-
-
-def encode(desired: Desired) -> bytes:
-    """Encodes the document. Raises BadValue if the result could not be decoded again."""
-    try:
-        raw = desired.to_bytes()
-        Desired.from_bytes(raw)
-    except (BadEnvelope, UnicodeEncodeError, RecursionError) as error:
-        raise BadValue(f"the change cannot be kept as JSON: {error}") from error
-    return raw
 
 
 def create_backend(backend: Backend) -> Change:

@@ -22,6 +22,7 @@ import msgspec
 from ..broker.errors import BadEnvelope, InstanceError, MQServeError
 from ..broker.store import Guard, Store
 from ..broker.store_keys import ENDED_TTL_S, LEADER_TTL_S, StoreKeys
+from .desired_writes import write_next
 from .state.documents import Count, Desired, HttpOptions, decode_document
 
 logger = logging.getLogger(__name__)
@@ -126,8 +127,7 @@ async def _take_over(store: Store, keys: StoreKeys, instance: str, head_node: st
         if http is None:
             return old
         new_http = msgspec.structs.replace(http, middlewares=http.middlewares or old.http.middlewares)
-        new = msgspec.structs.replace(old, head_node=head_node, http=new_http, version=old.version + 1)
-        if await store.replace(keys.desired, raw, new.to_bytes()):
+        if await write_next(store, keys, raw, msgspec.structs.replace(old, head_node=head_node, http=new_http)) is not None:
             return old
 
 
@@ -136,8 +136,7 @@ async def give_back(store: Store, keys: StoreKeys, claim: InstanceClaim, head_no
     raw = await store.get(keys.desired)
     if claim.found is None or not _is_left(claim.id, raw) or (current := Desired.from_bytes(raw)).head_node != head_node:
         return
-    old = msgspec.structs.replace(current, head_node=claim.found.head_node, http=claim.found.http, version=current.version + 1)
-    await store.replace(keys.desired, raw, old.to_bytes())
+    await write_next(store, keys, raw, msgspec.structs.replace(current, head_node=claim.found.head_node, http=claim.found.http))
 
 
 async def read_instance(store: Store, keys: StoreKeys) -> InstanceLease:

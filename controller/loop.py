@@ -28,10 +28,11 @@ from ..broker.store import Store
 from ..broker.store_keys import CODE_TTL_S, StoreKeys
 from . import lease, plan
 from .absent_nodes import AbsentNodes
+from .desired_writes import write_next
 from .known_documents import KnownDocuments
 from .queues import REFUSAL_S, Queues
 from .restarts import ENDED_WELL, Restarts
-from .state.beats import Beat, read_beats
+from .state.beats import Beat, MemberState, ProxyBeat, ReplicaBeat, beats_of, living, read_beats
 from .state.documents import Assignment, Desired, Observed
 
 logger = logging.getLogger(__name__)
@@ -214,8 +215,8 @@ class Controller:
     def _place(self, desired: Desired, observed: Observed, beats: dict[str, Beat]) -> Observed:
         now, now_ms = time.monotonic(), self._store.now_ms()
         nodes = plan.takers(beats, now_ms)
-        replicas = plan.living(beats, "replica", now_ms)
-        ready = {replica_id for replica_id, beat in replicas.items() if beat.state == "ready"}
+        replicas = living(beats, ReplicaBeat, now_ms)
+        ready = {replica_id for replica_id, beat in replicas.items() if beat.state is MemberState.READY}
         if nodes or not desired.backends:
             self._had_node_at = now
         ended = plan.ended_replicas(observed.replicas, beats, now_ms)
@@ -261,7 +262,7 @@ class Controller:
         """Returns the replicas that a closing instance still needs: all while a proxy waits for answers, then those whose queue is not
         empty, for at most their backend's graceful_shutdown_timeout_s and the time that they need to answer the rest with 503."""
         self._closing_since = min(self._closing_since, now)
-        if any(not beat.external for beat in plan.living(beats, "proxy", self._store.now_ms()).values()):
+        if any(not beat.external for beat in living(beats, ProxyBeat, self._store.now_ms()).values()):
             return assigned
         drains_s = {
             name: backend.config.graceful_shutdown_timeout_s for name, backend in desired.backends.items() if name in observed.queues
@@ -281,7 +282,7 @@ class Controller:
         if how == ENDED_WELL:
             logger.warning("a replica of %s ended by itself, or with its node; starting another", backend)
             restarts.died_ready(now)
-        elif was_ready or (last_beat is not None and last_beat.state in ("ready", "draining")):
+        elif was_ready or (last_beat is not None and last_beat.state in (MemberState.READY, MemberState.DRAINING)):
             # a failed health check gives the reason in its beat
             why = last_beat.error if last_beat is not None and last_beat.error else how
             logger.warning("a replica of %s died (%s); replacing it", backend, why)
@@ -297,8 +298,8 @@ class Controller:
     def _problems(self, desired: Desired, beats: dict[str, Beat], unplaced: dict[str, str]) -> dict[str, str]:
         reasons = {name: self._restarts[name, backend.version].reason for name, backend in desired.backends.items()}
         problems = {name: reason for name, reason in reasons.items() if reason} | unplaced
-        for beat in beats.values():
-            if beat.kind == "proxy" and beat.state == "failed":
+        for beat in beats_of(beats, ProxyBeat):
+            if beat.state is MemberState.FAILED:
                 problems[f"proxy on {beat.node or beat.host}"] = beat.error
         if problem := plan.seal_problem(beats, has_key=self._has_key):
             problems["requests without a seal"] = problem
@@ -311,12 +312,12 @@ class Controller:
         return problems
 
     def _down_since(
-        self, desired: Desired, observed: Observed, placed: plan.Replicas, replicas: dict[str, Beat], now_ms: int
+        self, desired: Desired, observed: Observed, placed: plan.Replicas, replicas: dict[str, ReplicaBeat], now_ms: int
     ) -> dict[str, int]:
         """Returns the backends without a ready or starting replica, with the store time since when."""
         down: dict[str, int] = {}
         for name, backend in desired.backends.items():
-            is_ready = any(beat.backend == name and beat.state == "ready" for beat in replicas.values())
+            is_ready = any(beat.backend == name and beat.state is MemberState.READY for beat in replicas.values())
             is_placed = any(assignment.backend == name for assignment in placed.values())
             if not is_ready and not (is_placed and not self._restarts[name, backend.version].early_deaths):
                 down[name] = observed.down_since.get(name, now_ms)
@@ -329,8 +330,8 @@ class Controller:
         desired = Desired.from_bytes(raw)
         if (backend := desired.backends.get(name)) is not None and backend.generation == generation:
             newer = msgspec.structs.replace(backend, generation=generation + 1)
-            updated = msgspec.structs.replace(desired, version=desired.version + 1, backends={**desired.backends, name: newer})
-            await self._store.replace(self._keys.desired, raw, updated.to_bytes(), guard=self._leader.claim)
+            updated = msgspec.structs.replace(desired, backends={**desired.backends, name: newer})
+            await write_next(self._store, self._keys, raw, updated, guard=self._leader.claim)
 
     async def _while_leading(self, act: Callable[[], Awaitable[T]]) -> T:
         """Runs an operation that the broker cannot fence: only while we lead by our own clock, and no longer. Two leaders may both do
@@ -355,14 +356,14 @@ class Controller:
         now_ms = self._store.now_ms()
         lost = {
             beat.id
-            for beat in beats.values()
-            if beat.kind == "proxy" and beat.state != "failed" and now_ms - beat.at > LOST_PROXY_AFTER_S * 1000
+            for beat in beats_of(beats, ProxyBeat)
+            if beat.state is not MemberState.FAILED and now_ms - beat.at > LOST_PROXY_AFTER_S * 1000
         }
         old = [
             field
             for field, beat in beats.items()
-            if (beat.kind == "proxy" and beat.id in lost)
-            or (beat.kind == "replica" and not beat.external and beat.id not in observed.replicas and now_ms - beat.at > 10_000)
+            if (isinstance(beat, ProxyBeat) and beat.id in lost)
+            or (isinstance(beat, ReplicaBeat) and not beat.external and beat.id not in observed.replicas and now_ms - beat.at > 10_000)
             or now_ms - beat.at > FORGET_BEATS_AFTER_S * 1000
         ]
         if old:
@@ -374,22 +375,22 @@ class Controller:
     async def _forget_forced(self, desired: Desired, observed: Observed, beats: dict[str, Beat]) -> None:
         """Removes names of backends that were deleted by force, once nothing is left of them. Otherwise the document would keep them for
         ever."""
-        living = plan.living(beats, "replica", self._store.now_ms()).values()
+        alive = living(beats, ReplicaBeat, self._store.now_ms()).values()
         assigned = [*observed.replicas.values(), *observed.draining.values()]
-        left = {*observed.queues, *observed.retiring, *(beat.backend for beat in living), *(replica.backend for replica in assigned)}
+        left = {*observed.queues, *observed.retiring, *(beat.backend for beat in alive), *(replica.backend for replica in assigned)}
         forced = tuple(name for name in desired.forced if name in left)
         if forced == desired.forced:
             return
         raw = await self._store.get(self._keys.desired)
         if raw == self._known.raw_desired and Desired.from_bytes(raw) == desired:  # a broken document is left for its operator to mend
-            newer = msgspec.structs.replace(desired, forced=forced, version=desired.version + 1)
-            await self._store.replace(self._keys.desired, raw, newer.to_bytes(), guard=self._leader.claim)
+            newer = msgspec.structs.replace(desired, forced=forced)
+            await write_next(self._store, self._keys, raw, newer, guard=self._leader.claim)
 
     async def _is_down(self, observed: Observed, beats: dict[str, Beat]) -> bool:
         """Whether nothing of the closing instance is left; then deletes its documents, too."""
         now_ms = self._store.now_ms()
-        children = [beat for kind in ("replica", "proxy") for beat in plan.living(beats, kind, now_ms).values() if not beat.external]
-        if children or observed.queues or observed.retiring:
+        children = [*living(beats, ReplicaBeat, now_ms).values(), *living(beats, ProxyBeat, now_ms).values()]
+        if any(not child.external for child in children) or observed.queues or observed.retiring:
             return False
         return await lease.forget(self._store, self._keys, self._instance, self._leader.claim)
 

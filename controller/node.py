@@ -24,7 +24,7 @@ from .environments import check_environment, find_python
 from .machine import replica_environment
 from .node_metrics import FOLDER_VARIABLE, NodeMetrics
 from .restarts import ENDED_WELL, Restarts
-from .state.beats import BEAT_EVERY_S, PROXY_DRAIN_S, SILENT_AFTER_S, Beat, read_beats
+from .state.beats import BEAT_EVERY_S, PROXY_DRAIN_S, Beat, MemberState, NodeBeat, read_beats
 from .state.config import BackendConfig
 from .state.documents import Assignment, Desired, Observed
 from .state.following import follow_state
@@ -116,7 +116,7 @@ async def check_name_is_free(store: Store, keys: StoreKeys, node_id: str) -> Non
         return read_beats(await store.fields(keys.beats)).get(f"node:{node_id}")
 
     first = await last_beat()
-    if first is None or store.now_ms() - first.at > SILENT_AFTER_S * 1000:
+    if first is None or not first.is_recent(store.now_ms()):
         return
     until = time.monotonic() + NAME_WATCHED_FOR_S
     while time.monotonic() < until:  # the beat may be that of a node that was killed a moment ago
@@ -322,7 +322,7 @@ class Node:
     def _follow_draining_proxies(self, beats: Mapping[str, Beat]) -> None:
         """Notices in its beat that a proxy was told to end: the next one takes over the socket now, not after it has ended."""
         for proxy_id, running in self._proxies.items():
-            if not running.stopping and (beat := beats.get(f"proxy:{proxy_id}")) and beat.state == "draining":
+            if not running.stopping and (beat := beats.get(f"proxy:{proxy_id}")) and beat.state is MemberState.DRAINING:
                 self._stop(running)
         self._reconcile_proxy(wanted=self._proxy_wanted)
 
@@ -338,11 +338,11 @@ class Node:
                     logger.error("%s has been silent for %d s: killing it", name, (mine.at - running.heard_at) // 1000)
                     running.child.kill()
 
-    def _beat(self) -> Beat:
+    def _beat(self) -> NodeBeat:
         options = self._options
-        return Beat(
-            kind="node", id=options.node_id, at=self._store.now_ms(), pid=os.getpid(), host=socket.gethostname(), ended=self._ended,
-            state="draining" if self._is_draining else "ready",
+        return NodeBeat(
+            id=options.node_id, at=self._store.now_ms(), pid=os.getpid(), host=socket.gethostname(), ended=self._ended,
+            state=MemberState.DRAINING if self._is_draining else MemberState.READY,
             takes_proxy=options.takes_proxy, capacity=options.capacity, running=len(self._replicas),
             url=options.metrics.url if options.metrics else "", error=options.trouble(), noted=self._store.noted,
         )  # fmt: skip

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from .restarts import ENDED_WELL
-from .state.beats import SILENT_AFTER_S, Beat
+from .state.beats import Beat, MemberState, NodeBeat, ProxyBeat, ReplicaBeat, living
 from .state.documents import Assignment, Backend, Desired, Observed
 from .state.resources import Room
 
@@ -21,27 +21,21 @@ class Placement(NamedTuple):
     unplaced: dict[str, str]
 
 
-def living(beats: Mapping[str, Beat], kind: str, now_ms: int) -> dict[str, Beat]:
-    """Returns the members of a kind that beat lately, by id."""
-    return {
-        beat.id: beat
-        for beat in beats.values()
-        if beat.kind == kind and (now_ms - beat.at) < SILENT_AFTER_S * 1000 and beat.state != "failed"
-    }
-
-
 def without_seals(beats: Mapping[str, Beat]) -> list[str]:
     """Names the proxies and replicas that send requests without a seal. A dead one counts until its beat is dropped, since it may be
     started again."""
-    senders = [beat for beat in beats.values() if beat.kind in ("proxy", "replica") and beat.state != "failed"]
-    return sorted(beat.id for beat in senders if not beat.seals)
+    return sorted(beat.id for beat in _senders(beats) if not beat.seals and beat.state is not MemberState.FAILED)
+
+
+def _senders(beats: Mapping[str, Beat]) -> list[ProxyBeat | ReplicaBeat]:
+    return [beat for beat in beats.values() if isinstance(beat, ProxyBeat | ReplicaBeat)]
 
 
 def seal_problem(beats: Mapping[str, Beat], *, has_key: bool) -> str:
     """A sentence for operators if some members have the key and others do not, or are of an earlier version. `has_key` is the
     controller's own."""
     without = [*([] if has_key else ["the controller"]), *without_seals(beats)]
-    if not without or not (has_key or any(beat.seals for beat in beats.values())):
+    if not without or not (has_key or any(beat.seals for beat in _senders(beats))):
         return ""
     return f"replicas accept mq headers without a seal until these are updated and have MQSERVE_SECRET_KEY: {', '.join(without)}"
 
@@ -51,19 +45,20 @@ def somebody_is_missed(observed: Observed, beats: Mapping[str, Beat], now_ms: in
     assigned = {**observed.replicas, **observed.draining}
     nodes = {*observed.proxies, *(assignment.node for assignment in observed.replicas.values())}
     expected = {*(f"replica:{replica_id}" for replica_id in assigned), *(f"node:{node}" for node in nodes)}
-    expected |= {field for field, beat in beats.items() if beat.kind in ("node", "proxy", "replica") and beat.state != "failed"}
-    return any(field not in beats or now_ms - beats[field].at >= SILENT_AFTER_S * 1000 for field in expected)
+    members = [beat for beat in beats.values() if isinstance(beat, NodeBeat | ProxyBeat | ReplicaBeat)]
+    expected |= {beat.field for beat in members if beat.state is not MemberState.FAILED}
+    return any(field not in beats or not beats[field].is_recent(now_ms) for field in expected)
 
 
-def takers(beats: Mapping[str, Beat], now_ms: int) -> dict[str, Beat]:
+def takers(beats: Mapping[str, Beat], now_ms: int) -> dict[str, NodeBeat]:
     """The nodes that accept new work: those that do not drain."""
-    return {node: beat for node, beat in living(beats, "node", now_ms).items() if beat.state != "draining"}
+    return {node: beat for node, beat in living(beats, NodeBeat, now_ms).items() if beat.state is not MemberState.DRAINING}
 
 
 def ended_replicas(assigned: Mapping[str, Assignment], beats: Mapping[str, Beat], now_ms: int) -> dict[str, str]:
     """Returns assigned replicas that have ended, or are about to end with their node -> how they ended, as their node reports or because
     it is gone."""
-    nodes = living(beats, "node", now_ms)
+    nodes = living(beats, NodeBeat, now_ms)
     ended: dict[str, str] = {}
     for replica_id, assignment in assigned.items():
         node = nodes.get(assignment.node)
@@ -73,7 +68,7 @@ def ended_replicas(assigned: Mapping[str, Assignment], beats: Mapping[str, Beat]
             ended[replica_id] = f"its node {assignment.node} is gone"
         elif replica_id in node.ended:
             ended[replica_id] = node.ended[replica_id]
-        elif node.state == "draining":
+        elif node.state is MemberState.DRAINING:
             ended[replica_id] = ENDED_WELL
     return ended
 
@@ -83,7 +78,7 @@ def place_replicas(
     assigned: Mapping[str, Assignment],
     draining: Mapping[str, Assignment],
     ready: Iterable[str],
-    nodes: Mapping[str, Beat],
+    nodes: Mapping[str, NodeBeat],
     may_start: Callable[[str], bool],
     new_id: Callable[[str], str],
 ) -> Placement:
@@ -133,7 +128,7 @@ class _Board:
         self,
         assigned: Mapping[str, Assignment],
         draining: Mapping[str, Assignment],
-        nodes: Mapping[str, Beat],
+        nodes: Mapping[str, NodeBeat],
         ready: frozenset[str],
         new_id: Callable[[str], str],
     ) -> None:
@@ -187,7 +182,7 @@ def of_backends(replicas: Replicas, names: Iterable[str]) -> Replicas:
     return {replica_id: assignment for replica_id, assignment in replicas.items() if assignment.backend in kept}
 
 
-def place_proxies(desired: Desired, nodes: Mapping[str, Beat]) -> tuple[str, ...]:
+def place_proxies(desired: Desired, nodes: Mapping[str, NodeBeat]) -> tuple[str, ...]:
     """Returns the nodes that are to run a proxy, by the instance's location option."""
     takers = sorted(node for node, beat in nodes.items() if beat.takes_proxy)
     match desired.http.location:

@@ -30,8 +30,14 @@ _INHERITED |= {"MQSERVE_INSECURE", PATH_VARIABLE}
 class Process:
     """One child process. Implements `Child`. Our end of its pipe lives as long as this process does."""
 
-    def __init__(
-        self,
+    def __init__(self, arguments: Sequence[str], popen: subprocess.Popen[bytes], writing: io.FileIO | None) -> None:
+        self._arguments = arguments
+        self._popen = popen
+        self._writing = writing
+
+    @classmethod
+    def start(
+        cls,
         arguments: Sequence[str],
         settings: Settings,
         *,
@@ -39,30 +45,30 @@ class Process:
         python: str = sys.executable,
         variables: Mapping[str, str] = {},
         hands_on: Sequence[int] = (),
-    ) -> None:
-        self._arguments = arguments
+    ) -> Process:
+        """Raises OSError where the system starts no more processes."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX) or name in _INHERITED}
         environment = {**inherited, **settings.to_env(), **variables, "PYTHONPATH": _import_path()}
-        reading: io.FileIO | None = None
-        self._writing: io.FileIO | None = None
+        reading = writing = None
         if not detached:
-            reading, self._writing = forks.guarded_pipe()
+            reading, writing = forks.guarded_pipe()
             environment[PIPE_VARIABLE] = str(reading.fileno())
         output = _detached_output(settings.namespace, environment) if detached else None
         try:
-            self._popen = subprocess.Popen(
+            popen = subprocess.Popen(
                 [python, "-m", "mqserve", *arguments], env=environment, pass_fds=(*hands_on, *((reading.fileno(),) if reading else ())),
                 start_new_session=True, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
             )  # fmt: skip
         except BaseException:
-            if self._writing:
-                self._writing.close()
+            if writing:
+                writing.close()
             raise
         finally:
             if output is not None and output >= 0:
                 os.close(output)
             if reading:
                 reading.close()
+        return cls(arguments, popen, writing)
 
     def __repr__(self) -> str:
         return f"<Process {self.pid} mqserve {' '.join(self._arguments)}, {self._popen.returncode}>"
@@ -147,15 +153,15 @@ class ProcessLauncher:
     def replica(self, backend: str, replica_id: str, node: str, share: Share) -> Process:
         arguments = ["replica", backend, "--replica-id", replica_id, "--node-id", node]
         settings, held = self._settings.for_replica(), self._held_by_replicas
-        return Process(arguments, settings, python=share.python, variables=share.environment, hands_on=held)
+        return Process.start(arguments, settings, python=share.python, variables=share.environment, hands_on=held)
 
     def proxy(self, proxy_id: str, host: str, port: int, node: str) -> Process:
         arguments = ["proxy", "--host", host, "--port", str(port), "--proxy-id", proxy_id, "--node-id", node]
         listener = self._listen(host, port)
         if listener is None:  # the proxy fails at the same address, and reports why in the usual place
-            return Process(arguments, self._settings.for_proxy())
+            return Process.start(arguments, self._settings.for_proxy())
         fd = listener.fileno()
-        return Process([*arguments, "--fd", str(fd)], self._settings.for_proxy(), hands_on=(fd,))
+        return Process.start([*arguments, "--fd", str(fd)], self._settings.for_proxy(), hands_on=(fd,))
 
     def stop_listening(self) -> None:
         if self._listener is not None:

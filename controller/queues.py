@@ -14,9 +14,9 @@ import msgspec
 
 from ..broker.errors import BrokerUnavailable, MQServeError, QueueMismatch, StoreUnavailable
 from ..broker.queue import Queue
-from . import lease, plan
+from . import lease
 from .restarts import Restarts
-from .state.beats import Beat
+from .state.beats import Beat, MemberState, NodeBeat, ReplicaBeat, living
 from .state.documents import Backend, Desired, Observed
 
 logger = logging.getLogger(__name__)
@@ -146,12 +146,12 @@ class Queues:
             self._unbound.add((name, generation))
         if not await self._while_leading(lambda: self._queue.depth(name, generation)):
             return True
-        return not any(beat.state == "ready" and beat.backend == name for beat in plan.living(beats, "replica", now_ms).values())
+        return not any(beat.state is MemberState.READY and beat.backend == name for beat in living(beats, ReplicaBeat, now_ms).values())
 
 
 def _is_held(name: str, generation: int, beats: Mapping[str, Beat], now_ms: int) -> bool:
     """Whether a living replica holds messages of the queue. The last beat of a killed replica looks fresh for a while, so its node's
     report counts, too."""
-    ended = {replica_id for node in plan.living(beats, "node", now_ms).values() for replica_id in node.ended}
-    living = plan.living(beats, "replica", now_ms).values()
-    return any(beat.backend == name and generation in beat.generations and beat.id not in ended for beat in living)
+    ended = {replica_id for node in living(beats, NodeBeat, now_ms).values() for replica_id in node.ended}
+    alive = living(beats, ReplicaBeat, now_ms).values()
+    return any(beat.backend == name and generation in beat.generations and beat.id not in ended for beat in alive)

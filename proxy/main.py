@@ -31,7 +31,7 @@ from ..broker.settings import Settings
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
 from ..broker.values import code
-from ..controller.state.beats import BEAT_EVERY_S, PROXY_DRAIN_S, Beat
+from ..controller.state.beats import BEAT_EVERY_S, PROXY_DRAIN_S, MemberState, ProxyBeat
 from ..controller.state.convertors import Convertors
 from ..controller.state.documents import Desired, Observed
 from ..controller.state.following import follow_state
@@ -89,7 +89,7 @@ class Proxy:
         self._options = options
         self._store = store
         self._keys = StoreKeys(settings.namespace)
-        self._state = "starting"
+        self._state = MemberState.STARTING
         self._error = ""
         field = f"proxy:{options.proxy_id}"
         self._presence = Presence(store, self._keys.beats, field, lambda: self._beat().to_bytes(), BEAT_EVERY_S)
@@ -126,11 +126,11 @@ class Proxy:
                     self._address = (self._options.host, listener.getsockname()[1])
                     await self._serve(listener, sender, queue, stop)
             except MQServeError as error:
-                self._state, self._error = "failed", str(error)
+                self._state, self._error = MemberState.FAILED, str(error)
                 failure = error
             finally:
                 await self._cancel_unanswered(sender)
-                await self._presence.leave(with_last_words=self._state == "failed")
+                await self._presence.leave(with_last_words=self._state is MemberState.FAILED)
                 beating.cancel()
                 reading.cancel()
         if failure is not None:
@@ -165,9 +165,9 @@ class Proxy:
             serving = tasks.create_task(server.serve(sockets=[listener]))
             while not server.started and not serving.done():
                 await asyncio.sleep(0.005)
-            self._say("ready")
+            self._say(MemberState.READY)
             await stop.wait()
-            self._say("draining")
+            self._say(MemberState.DRAINING)
             await server.last_answers()
             server.should_exit = True
             await serving
@@ -258,16 +258,16 @@ class Proxy:
             wrapped = middleware.cls(wrapped, *middleware.args, **middleware.kwargs)
         return wrapped
 
-    def _say(self, state: str) -> None:
+    def _say(self, state: MemberState) -> None:
         self._state = state
         self._presence.tell()
 
-    def _beat(self) -> Beat:
+    def _beat(self) -> ProxyBeat:
         options = self._options
         error = self._error or (self._queue.why_down if self._queue else "")
         left_out = "; ".join(self._app.routes.left_out.values()) if self._app else ""
-        return Beat(
-            kind="proxy", id=options.proxy_id, at=self._store.now_ms(), pid=os.getpid(), host=socket.gethostname(), state=self._state,
+        return ProxyBeat(
+            id=options.proxy_id, at=self._store.now_ms(), pid=os.getpid(), host=socket.gethostname(), state=self._state,
             error=error or left_out, node=options.node, external=options.external, url=self.url,
             follows=self._app.routes.version if self._app else (0, 0), refuses=self._refuses, refused=self._refused,
             seals=bool(self._settings.secret_keys),

@@ -23,7 +23,7 @@ from ..broker.results import Result
 from ..broker.settings import Settings
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
-from ..controller.state.beats import BEAT_EVERY_S, Beat
+from ..controller.state.beats import BEAT_EVERY_S, MemberState, ReplicaBeat
 from ..controller.state.convertors import Convertors
 from ..controller.state.documents import Backend, Desired, Observed
 from ..controller.state.following import follow_state
@@ -80,7 +80,7 @@ class Replica:
         self._store = store
         self._keys = StoreKeys(settings.namespace)
         self._convertors = Convertors(store, self._keys, settings.signer)
-        self._state = "starting"
+        self._state = MemberState.STARTING
         self._error = ""
         self._instance = ""  # that it is of
         self._backend: Backend | None = None
@@ -118,10 +118,10 @@ class Replica:
             except* MQServeError as group:
                 failure = first_of(group)
                 if isinstance(failure, BackendFailed):
-                    self._state, self._error = "failed", str(failure)
+                    self._state, self._error = MemberState.FAILED, str(failure)
             finally:
                 worker.stop()
-                await self._presence.leave(with_last_words=self._state == "failed")
+                await self._presence.leave(with_last_words=self._state is MemberState.FAILED)
                 beating.cancel()
         if failure is not None:
             raise failure
@@ -140,11 +140,11 @@ class Replica:
                     tasks.create_task(self._follow(requests, hooks, stop)),
                     tasks.create_task(hooks.check_health_forever(backend)),
                     tasks.create_task(_stop_with(worker, stop)),
-                    tasks.create_task(requests.keep_taking_forever(lambda: self._say("ready"))),
+                    tasks.create_task(requests.keep_taking_forever(lambda: self._say(MemberState.READY))),
                 ]
                 to_the_end = [tasks.create_task(requests.tune_forever()), tasks.create_task(requests.listen())]
                 await stop.wait()
-                self._say("draining")
+                self._say(MemberState.DRAINING)
                 for task in minding:
                     task.cancel()
                 await requests.drain(ORPHAN_DRAIN_S if stop.orphaned else math.inf)
@@ -217,15 +217,15 @@ class Replica:
         assert self._requests is not None
         await self._requests.mark_redelivered(jobs)
 
-    def _say(self, state: str) -> None:
+    def _say(self, state: MemberState) -> None:
         self._state = state
         self._presence.tell()
 
-    def _beat(self) -> Beat:
+    def _beat(self) -> ReplicaBeat:
         options, requests, hooks = self._options, self._requests, self._hooks
-        error = self._error or (self._queue.why_down if self._queue and self._state == "starting" else "")
-        return Beat(
-            kind="replica", id=options.replica_id, at=self._store.now_ms(), pid=os.getpid(), host=socket.gethostname(), state=self._state,
+        error = self._error or (self._queue.why_down if self._queue and self._state is MemberState.STARTING else "")
+        return ReplicaBeat(
+            id=options.replica_id, at=self._store.now_ms(), pid=os.getpid(), host=socket.gethostname(), state=self._state,
             error=error, node=options.node, external=options.external, backend=options.backend,
             version=self._backend.version if self._backend else 0, generations=requests.generations if requests else (),
             follows=(0, hooks.version if hooks else 0), refused=hooks.refused if hooks else "",

@@ -65,12 +65,16 @@ class RabbitConsumption:
         self.cancelled = False
         self._refusal = ""
         self._channel: JoinedChannel | None = None
-        self._task = asyncio.create_task(self._keep(), name=f"consume {queue}")
+        self._task: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
         return f"<RabbitConsumption of {self._queue}, prefetch {self._prefetch}, {self._channel}>"
 
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._keep(), name=f"consume {self._queue}")
+
     async def started(self) -> None:
+        """Raises BrokerUnavailable where nothing is delivered in our time."""
         try:
             async with asyncio.timeout(OPERATION_BUDGET_S):
                 await self._consuming.wait()
@@ -93,8 +97,9 @@ class RabbitConsumption:
 
     async def close(self) -> None:
         self.cancelled = True
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
 
     async def _keep(self) -> None:
         pauses = delays(cap_s=LONGEST_PAUSE_S)

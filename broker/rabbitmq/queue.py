@@ -60,6 +60,7 @@ async def open_rabbitmq(
     queue counts as down while it has no right to send requests.
     """
     queue = RabbitQueue(url, namespace, process_id, seals or HeaderSeals((), namespace), sends_only=sends_only)
+    queue.start()
     try:
         try:
             await queue._publishing.up(budget_s)
@@ -92,10 +93,14 @@ class RabbitQueue:
         self._has_alarm = False  # whether an alarm was the cause when the broker last took no messages
         self._opened = asyncio.Event()
         self._has_exchange = False  # a publish went to the exchange, and no probe has found it missing since
-        self._opener: asyncio.Task[None] = asyncio.create_task(self._keep_channel(), name="keep the publishing channel open")
+        self._opener: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
         return f"<RabbitQueue {self._publishing!r}, {self._channel!r}>"
+
+    def start(self) -> None:
+        """From now on a publishing channel is kept open."""
+        self._opener = asyncio.create_task(self._keep_channel(), name="keep the publishing channel open")
 
     @property
     def down_s(self) -> float:
@@ -135,6 +140,7 @@ class RabbitQueue:
     async def consume(self, backend: str, generation: int, prefetch: int, on_delivery: Callable[[Delivery], None]) -> RabbitConsumption:
         queue = queue_names.backend_queue(self._namespace, backend, generation)
         consumption = RabbitConsumption(self._consuming, queue, prefetch, on_delivery, self._seals.of(backend))
+        consumption.start()
         try:
             await consumption.started()
         except BaseException:
@@ -168,8 +174,9 @@ class RabbitQueue:
     async def close(self) -> None:
         for consumption in self._consumptions:
             await consumption.close()
-        self._opener.cancel()
-        await asyncio.gather(self._opener, return_exceptions=True)
+        if self._opener is not None:
+            self._opener.cancel()
+            await asyncio.gather(self._opener, return_exceptions=True)
         if self._channel is not None:
             self._channel.give_up()  # fails the publishes that wait for a confirm
         await asyncio.gather(self._publishing.close(), self._consuming.close())

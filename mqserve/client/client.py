@@ -21,8 +21,7 @@ from ..broker.queue_names import check_name
 from ..broker.values import code
 from ..connections import Connections
 from ..controller import changes
-from ..controller.plan import living
-from ..controller.state.beats import read_beats
+from ..controller.state.beats import MemberState, ProxyBeat, living, read_beats
 from ..controller.state.config import BackendConfig
 from ..controller.state.documents import Desired
 from ..controller.state.following import follow_state
@@ -391,8 +390,10 @@ class Client:
     def http_url(self) -> str:
         """The URL of the first live proxy, the instance's own before external ones: "http://127.0.0.1:8000"; empty if there is none."""
         beats = read_beats(self._call(self._connections.store.fields(self._connections.keys.beats)))
-        proxies = living(beats, "proxy", self._connections.store.now_ms()).values()
-        return next((beat.url for beat in sorted(proxies, key=lambda beat: (beat.external, beat.id)) if beat.state == "ready"), "")
+        proxies = living(beats, ProxyBeat, self._connections.store.now_ms()).values()
+        return next(
+            (beat.url for beat in sorted(proxies, key=lambda beat: (beat.external, beat.id)) if beat.state is MemberState.READY), ""
+        )
 
     def shutdown(self) -> None:
         """Ends the instance: proxies and replicas drain, queues and documents are deleted. Idempotent; later calls of other methods raise

@@ -24,7 +24,7 @@ from ..broker.settings import Settings, masked
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
 from ..controller import lease
-from ..controller.state.beats import SILENT_AFTER_S, Beat, read_beats
+from ..controller.state.beats import Beat, Kind, MemberState, NodeBeat, ProxyBeat, ReplicaBeat, read_beats
 from ..controller.state.documents import Desired, Observed
 from ..instance.role_lock import played_here
 from .status_table import make_console, print_facts
@@ -60,19 +60,19 @@ class MemberFacts(msgspec.Struct, frozen=True):
 
     kind: str
     id: str
-    state: str
-    said: str
+    state: MemberState | Literal["gone", "unknown"]
+    said: MemberState
     silent_s: float
     node: str
     host: str
     pid: int
     url: str
     external: bool
-    backend: str
-    version: int
-    running: int
-    served: int
-    trouble: str
+    backend: str = ""
+    version: int = 0
+    running: int = 0
+    served: int = 0
+    trouble: str = ""
 
 
 class BackendFacts(msgspec.Struct, frozen=True):
@@ -299,29 +299,33 @@ def _controller(stored: _Stored, *, is_known: bool) -> ControllerFacts:
     return ControllerFacts("unknown" if stored.refusal else "missing", stored.lease.leader, silent_s)
 
 
-_KINDS = ("supervisor", "node", "proxy", "replica")
-
-
 def _place(beat: Beat) -> tuple[int, str, str]:
     """The sort key of a member. Another version's beat may have a kind that this version does not know."""
-    return _KINDS.index(beat.kind) if beat.kind in _KINDS else len(_KINDS), beat.kind, beat.id
+    return list(Kind).index(Kind(beat.kind)) if beat.kind in list(Kind) else len(Kind), beat.kind, beat.id
 
 
 def _member(beat: Beat, stored: _Stored) -> MemberFacts:
-    silent_s = max(0.0, (stored.now_ms - beat.at) / 1000)
-    state = beat.state
-    if silent_s >= SILENT_AFTER_S and beat.state != "failed":
+    state: MemberState | Literal["gone", "unknown"] = beat.state
+    if not beat.is_recent(stored.now_ms) and beat.state is not MemberState.FAILED:
         state = "unknown" if stored.refusal else "gone"  # the store takes nobody's beats, so silence does not mean death
-    return MemberFacts(
-        beat.kind, beat.id, state, beat.state, silent_s, beat.node, beat.host, beat.pid, beat.url, beat.external, beat.backend,
-        beat.version, beat.running, beat.served, beat.refused or beat.error or beat.noted,
+    silent_s = max(0.0, (stored.now_ms - beat.at) / 1000)
+    refused = beat.refused if isinstance(beat, ProxyBeat | ReplicaBeat) else ""
+    facts = MemberFacts(
+        beat.kind, beat.id, state, beat.state, silent_s, beat.node, beat.host, beat.pid, beat.url, beat.external,
+        trouble=refused or beat.error or beat.noted,
     )  # fmt: skip
+    match beat:
+        case ReplicaBeat():
+            return msgspec.structs.replace(facts, backend=beat.backend, version=beat.version, running=beat.running, served=beat.served)
+        case NodeBeat():
+            return msgspec.structs.replace(facts, running=beat.running)
+    return facts
 
 
 def _backend(name: str, stored: _Stored, members: Sequence[MemberFacts], waiting: int | None, dead_letters: int | None) -> BackendFacts:
     backend = stored.desired.backends[name]
-    mine = [member for member in members if member.kind == "replica" and member.backend == name]
-    ready = sum(member.said == "ready" and member.state in ("ready", "unknown") for member in mine)
+    mine = [member for member in members if member.kind == Kind.REPLICA and member.backend == name]
+    ready = sum(member.said is MemberState.READY and member.state in (MemberState.READY, "unknown") for member in mine)
     wanted = backend.config.num_replicas
     state: Literal["ready", "starting", "failing", "unknown"] = "ready" if ready >= wanted else "starting"
     if any(member.state == "unknown" for member in mine):
@@ -335,5 +339,5 @@ def _backend(name: str, stored: _Stored, members: Sequence[MemberFacts], waiting
 
 def _problems(stored: _Stored, members: Sequence[MemberFacts]) -> dict[str, str]:
     undone = {name: f"the last roll-out was undone: {b.rolled_back}" for name, b in stored.desired.backends.items() if b.rolled_back}
-    told = {member.id: member.trouble for member in members if member.trouble and member.state not in ("gone", "failed")}
+    told = {member.id: member.trouble for member in members if member.trouble and member.state not in ("gone", MemberState.FAILED)}
     return {**stored.problems, **undone, **told, **stored.observed.problems}

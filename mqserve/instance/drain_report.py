@@ -8,8 +8,7 @@ from contextlib import asynccontextmanager
 
 from ..broker.errors import MQServeError
 from ..connections import Connections
-from ..controller.plan import living
-from ..controller.state.beats import read_beats
+from ..controller.state.beats import ReplicaBeat, living, read_beats
 from ..controller.state.documents import Observed
 
 TELL_EVERY_S = 1.0
@@ -49,7 +48,7 @@ async def _line(connections: Connections) -> str:
     """Returns the line; empty if nothing is left."""
     observed = Observed.from_bytes(await connections.store.get(connections.keys.observed))
     beats = read_beats(await connections.store.fields(connections.keys.beats))
-    replicas = [beat for beat in living(beats, "replica", connections.store.now_ms()).values() if not beat.external]
+    replicas = [beat for beat in living(beats, ReplicaBeat, connections.store.now_ms()).values() if not beat.external]
     backends = {*observed.queues, *observed.retiring, *(beat.backend for beat in replicas)}
     if not backends:
         return ""

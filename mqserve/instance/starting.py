@@ -23,13 +23,14 @@ from ..broker.values import code
 from ..broker.values.whole_numbers import whole_number
 from ..connections import Connections, EmbeddedLauncher, instance_has_ended, open_connections
 from ..controller import lease
+from ..controller.desired_writes import write_next
 from ..controller.detached_log import detached_log
 from ..controller.loop import Controller
 from ..controller.machine import measure_node
 from ..controller.node import Child, Node, NodeOptions
 from ..controller.processes import Process
 from ..controller.restarts import Restarts
-from ..controller.state.beats import read_beats
+from ..controller.state.beats import MemberState, ProxyBeat, SupervisorBeat, beats_of, read_beats
 from ..controller.state.documents import Desired, HttpOptions, Observed
 from .drain_report import Tell, reporting
 from .role_lock import Role, check_folder, is_played
@@ -175,7 +176,9 @@ class _OwnProcesses:
             node = Node(options, connections.store, connections.keys, EmbeddedLauncher(connections), connections.settings.signer)
             self._tasks = [asyncio.create_task(controller.run(self._stop)), asyncio.create_task(node.run(self._stop))]
             return
-        self._processes = [Process(command, self._connections.settings, detached=self._options.detached) for command in self._commands()]
+        self._processes = [
+            Process.start(command, self._connections.settings, detached=self._options.detached) for command in self._commands()
+        ]
 
     def _commands(self) -> list[list[str]]:
         arguments = self._kept.arguments()
@@ -196,7 +199,7 @@ class _OwnProcesses:
         command = self._commands()[place]
 
         def start() -> Child:
-            self._processes[place] = Process(command, self._connections.settings)
+            self._processes[place] = Process.start(command, self._connections.settings)
             return self._processes[place]
 
         async def is_over() -> bool:
@@ -296,8 +299,8 @@ async def shut_down(connections: Connections, instance: str, tell: Tell | None =
         if raw is None or desired.instance != instance:
             return True
         if not desired.closing:
-            closing = msgspec.structs.replace(desired, closing=True, keeps_queues=keeps_queues, version=desired.version + 1)
-            await connections.store.replace(connections.keys.desired, raw, closing.to_bytes())
+            closing = msgspec.structs.replace(desired, closing=True, keeps_queues=keeps_queues)
+            await write_next(connections.store, connections.keys, raw, closing)
         with suppress(BadEnvelope):  # the leader rewrites a broken lease
             if raw_lease is not None and connections.store.now_ms() - lease.decode_lease(raw_lease).at > UNLED_AFTER_S * 1000:
                 raise TimeoutError  # waiting longer would be in vain
@@ -328,14 +331,14 @@ async def _until_up(connections: Connections, http: HttpOptions, head_node: str,
         desired, observed = Desired.from_bytes(raw_desired), Observed.from_bytes(raw_observed)
         # the new controller has seen it: an instance that was taken over still has the old one's observed state
         is_led = observed.seen >= (desired.epoch, desired.version)
-        proxies = [beat for beat in beats.values() if beat.kind == "proxy" and beat.node == head_node] if wants_proxy else []
+        proxies = [beat for beat in beats_of(beats, ProxyBeat) if beat.node == head_node] if wants_proxy else []
         for proxy in proxies:
-            if proxy.state == "failed":
+            if proxy.state is MemberState.FAILED:
                 raise InstanceError(proxy.error)
-        if trouble := next((beat.error for beat in beats.values() if beat.kind == "supervisor" and beat.pid in processes.pids), ""):
+        if trouble := next((beat.error for beat in beats_of(beats, SupervisorBeat) if beat.pid in processes.pids), ""):
             raise InstanceError(trouble)
         node_is_there = not head_node or f"node:{head_node}" in beats
-        proxy_serves = not wants_proxy or any(proxy.state == "ready" for proxy in proxies)
+        proxy_serves = not wants_proxy or any(proxy.state is MemberState.READY for proxy in proxies)
         return True if is_led and node_is_there and proxy_serves else None
 
     try:

@@ -25,7 +25,7 @@ from ..controller import lease
 from ..controller.detached_log import detached_log
 from ..controller.processes import Process
 from ..controller.restarts import READY_AFTER_S, Restarts
-from ..controller.state.beats import BEAT_EVERY_S, Beat
+from ..controller.state.beats import BEAT_EVERY_S, SupervisorBeat
 from ..controller.state.presence import Presence
 from .role_lock import Role, RoleLock
 
@@ -176,7 +176,7 @@ class KeptProcess:
         own = ["--node-id", self._kept.node_id] if self._role is Role.NODE else []
         command = [self._role.value, *own, *self._kept.arguments(), "--lock", str(lock.fd)]
         try:
-            self._child = Process(command, self._settings, detached=True, hands_on=(lock.fd,))
+            self._child = Process.start(command, self._settings, detached=True, hands_on=(lock.fd,))
         except OSError as error:  # out of descriptors or processes; there may be some later
             logger.error("cannot start the %s: %s", self._role.value, words_of(error))
             self._restarts.died_early(time.monotonic(), words_of(error))
@@ -225,9 +225,9 @@ class Supervisor:
         except TimeoutError:
             logger.error("one of %s has not ended within %d s: going on without it", self._kept_processes, _END_BUDGET_S)
 
-    def _beat(self) -> Beat:
+    def _beat(self) -> SupervisorBeat:
         error = "; ".join(process.trouble for process in self._kept_processes if process.trouble)
-        return Beat("supervisor", self._id, self._store.now_ms(), pid=os.getpid(), host=socket.gethostname(), error=error)
+        return SupervisorBeat(self._id, self._store.now_ms(), pid=os.getpid(), host=socket.gethostname(), error=error)
 
 
 async def run_supervisor(settings: Settings, kept: Kept) -> int:

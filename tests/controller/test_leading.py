@@ -29,7 +29,7 @@ from mqserve.controller.lease import (
     renew_instance,
 )
 from mqserve.controller.loop import SETTLE_S, Controller
-from mqserve.controller.state.beats import Beat
+from mqserve.controller.state.beats import NodeBeat
 from mqserve.controller.state.documents import Assignment, Backend, Desired, HttpOptions, Observed
 
 pytestmark = pytest.mark.anyio
@@ -354,7 +354,7 @@ async def test_a_controller_that_starts_after_an_outage_gives_the_members_time_t
             return await leader_of(store, keys) == ("first", 8)  # above what it found
 
         await until(leads)
-        await store.put_field(keys.beats, "node:n", Beat("node", "n", store.now_ms() + 60_000, takes_proxy=True).to_bytes())
+        await store.put_field(keys.beats, "node:n", NodeBeat("n", store.now_ms() + 60_000, takes_proxy=True).to_bytes())
 
         async def compared() -> bool:
             return Observed.from_bytes(await store.get(keys.observed)).epoch == 8
