@@ -25,8 +25,8 @@ class Record:
     deadline_ms: int  # store time; until then the write is tried again
 
 
-class Store(Protocol):
-    """One process's way to the store. Every call ends within our own budget, in StoreUnavailable if need be."""
+class Health(Protocol):
+    """What one process knows of its store, from its own calls."""
 
     @property
     def connected(self) -> bool: ...
@@ -59,6 +59,13 @@ class Store(Protocol):
     def noted(self) -> str:
         """Which keys were of another type lately, for operators; empty where none was."""
         ...
+
+
+class Store(Protocol):
+    """One process's way to the store. Every call ends within our own budget, in StoreUnavailable if need be."""
+
+    @property
+    def health(self) -> Health: ...
 
     def now_ms(self) -> int:
         """Store time, from the last offset measured; it goes on while the store is away."""

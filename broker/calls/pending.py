@@ -176,11 +176,11 @@ class PendingResults:
         """
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
-            if self._waiting and time.monotonic() - self._store.written_at > _LOOK_EVERY_S:
+            if self._waiting and time.monotonic() - self._store.health.written_at > _LOOK_EVERY_S:
                 with suppress(StoreUnavailable):
                     await self._store.probe()
-            if refusal := self._store.refusal:
-                refused_since, written_at = self._store.refused_since, self._store.written_at
+            if refusal := self._store.health.refusal:
+                refused_since, written_at = self._store.health.refused_since, self._store.health.written_at
                 was_idle = refused_since - written_at > _IDLE_AFTER_S  # then nothing says when the refusals began: what it just sent counts
                 self._fail_since(refused_since - _IDLE_AFTER_S / 2 if was_idle else refused_since, refusal)
 
@@ -192,7 +192,7 @@ class PendingResults:
     # Notes, and what stands under the keys.
 
     def _on_notes(self, raw_notes: list[bytes]) -> None:
-        self._store.took_a_write()  # a result was stored: requests are taken again at once
+        self._store.health.took_a_write()  # a result was stored: requests are taken again at once
         for raw in raw_notes:
             note = read_entry(raw)
             if note is None or note.id not in self._waiting:
@@ -296,7 +296,7 @@ class PendingResults:
         marks: dict[str, bytes | None] = {}
         recording = self._tasks.start(self._record_lateness(late, marks))
         await asyncio.wait([recording], timeout=_EXPIRY_BUDGET_S)  # it goes on beyond that: others may read what became of them
-        unstored = self._store.refusal  # known by now: lateness is a result, too
+        unstored = self._store.health.refusal  # known by now: lateness is a result, too
         for future_id in late:
             self._set(future_id, late_result(Phase.RUN if marks.get(future_id) else Phase.QUEUE, unstored))
 
