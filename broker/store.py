@@ -26,8 +26,8 @@ class Record:
     deadline_ms: int  # store time; until then the write is tried again
 
 
-class Store(Protocol):
-    """One process's access to the store. Every call ends within our own budget, with StoreUnavailable if need be."""
+class Health(Protocol):
+    """What one process knows of its store, from its own calls."""
 
     @property
     def connected(self) -> bool: ...
@@ -60,6 +60,13 @@ class Store(Protocol):
     def noted(self) -> str:
         """A sentence for operators about keys that had another Redis type lately; empty if none had."""
         ...
+
+
+class Store(Protocol):
+    """One process's access to the store. Every call ends within our own budget, with StoreUnavailable if need be."""
+
+    @property
+    def health(self) -> Health: ...
 
     def now_ms(self) -> int:
         """Store time, from the last offset measured; it goes on while the store is away."""

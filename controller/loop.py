@@ -305,7 +305,7 @@ class Controller:
             problems["requests without a seal"] = problem
         if self._misconfiguration:
             problems["the store"] = self._misconfiguration
-        if noted := self._store.noted:
+        if noted := self._store.health.noted:
             problems["a key in the store"] = noted
         if trouble := self._trouble():
             problems["the instance"] = trouble

@@ -344,7 +344,7 @@ class Node:
             id=options.node_id, at=self._store.now_ms(), pid=os.getpid(), host=socket.gethostname(), ended=self._ended,
             state=MemberState.DRAINING if self._is_draining else MemberState.READY,
             takes_proxy=options.takes_proxy, capacity=options.capacity, running=len(self._replicas),
-            url=options.metrics.url if options.metrics else "", error=options.trouble(), noted=self._store.noted,
+            url=options.metrics.url if options.metrics else "", error=options.trouble(), noted=self._store.health.noted,
         )  # fmt: skip
 
 

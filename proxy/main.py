@@ -271,7 +271,7 @@ class Proxy:
             error=error or left_out, node=options.node, external=options.external, url=self.url,
             follows=self._app.routes.version if self._app else (0, 0), refuses=self._refuses, refused=self._refused,
             seals=bool(self._settings.secret_keys),
-            noted=self._store.noted,
+            noted=self._store.health.noted,
         )  # fmt: skip
 
 

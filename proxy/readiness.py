@@ -43,7 +43,7 @@ class Readiness:
         why: dict[str, str] = {}
         if queue.down_s:
             why["broker"] = queue.trouble
-        if trouble := self._store.trouble:
+        if trouble := self._store.health.trouble:
             why["store"] = trouble
         if waits_for := self._waits_for():
             why["routes"] = waits_for

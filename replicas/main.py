@@ -229,7 +229,7 @@ class Replica:
             error=error, node=options.node, external=options.external, backend=options.backend,
             version=self._backend.version if self._backend else 0, generations=requests.generations if requests else (),
             follows=(0, hooks.version if hooks else 0), refused=hooks.refused if hooks else "",
-            running=requests.running if requests else 0, served=requests.served if requests else 0, noted=self._store.noted,
+            running=requests.running if requests else 0, served=requests.served if requests else 0, noted=self._store.health.noted,
             seals=bool(self._settings.secret_keys),
         )  # fmt: skip
 

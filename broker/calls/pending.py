@@ -178,11 +178,11 @@ class PendingResults:
         """
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
-            if self._waiting and time.monotonic() - self._store.written_at > _LOOK_EVERY_S:
+            if self._waiting and time.monotonic() - self._store.health.written_at > _LOOK_EVERY_S:
                 with suppress(StoreUnavailable):
                     await self._store.probe()
-            if refusal := self._store.refusal:
-                refused_since, written_at = self._store.refused_since, self._store.written_at
+            if refusal := self._store.health.refusal:
+                refused_since, written_at = self._store.health.refused_since, self._store.health.written_at
                 # no write tells when the refusals began, so requests sent just before count too
                 was_idle = refused_since - written_at > _IDLE_AFTER_S
                 self._fail_since(refused_since - _IDLE_AFTER_S / 2 if was_idle else refused_since, refusal)
@@ -196,7 +196,7 @@ class PendingResults:
     # Inbox entries, and results read by key.
 
     def _on_notes(self, raw_notes: list[bytes]) -> None:
-        self._store.took_a_write()  # a replica stored a result, so the store takes writes again
+        self._store.health.took_a_write()  # a replica stored a result, so the store takes writes again
         for raw in raw_notes:
             note = read_entry(raw)
             if note is None or note.id not in self._waiting:
@@ -303,7 +303,7 @@ class PendingResults:
         recording = self._tasks.start(self._record_lateness(late, marks))
         # the write goes on after the budget: other processes may read the outcome
         await asyncio.wait([recording], timeout=_EXPIRY_BUDGET_S)
-        unstored = self._store.refusal  # read after the write: the write itself shows whether the store refuses
+        unstored = self._store.health.refusal  # read after the write: the write itself shows whether the store refuses
         for future_id in late:
             self._set(future_id, late_result(Phase.RUN if marks.get(future_id) else Phase.QUEUE, unstored))
 

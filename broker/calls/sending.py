@@ -151,7 +151,7 @@ class RequestSender:
     @property
     def trouble(self) -> str:
         """Why results cannot be stored and read now; empty while they can."""
-        return self._store.trouble
+        return self._store.health.trouble
 
     def now_ms(self) -> int:
         """Store time."""

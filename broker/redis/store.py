@@ -81,7 +81,7 @@ class RedisStore:
         self._tasks: list[asyncio.Task[None]] = []
 
     def __repr__(self) -> str:
-        return f"<RedisStore {masked(self._url)}, {'up' if self.connected else 'down'}, {self._writer!r}>"
+        return f"<RedisStore {masked(self._url)}, {'up' if self.health.connected else 'down'}, {self._writer!r}>"
 
     async def connect(self) -> None:
         try:
@@ -99,33 +99,6 @@ class RedisStore:
             ) from error
         self.health.answered()
         self._tasks.append(asyncio.create_task(keep_running("the store's clock", self._keep_clock), name="keep the store's clock"))
-
-    @property
-    def connected(self) -> bool:
-        return self.health.connected
-
-    @property
-    def trouble(self) -> str:
-        return self.health.trouble
-
-    @property
-    def refusal(self) -> str:
-        return self.health.refusal
-
-    @property
-    def refused_since(self) -> float:
-        return self.health.refused_since
-
-    @property
-    def written_at(self) -> float:
-        return self.health.written_at
-
-    def took_a_write(self) -> None:
-        self.health.took_a_write()
-
-    @property
-    def noted(self) -> str:
-        return self.health.noted
 
     def now_ms(self) -> int:
         return int(time.monotonic() * 1000 + self._offset_ms)
