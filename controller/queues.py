@@ -75,8 +75,10 @@ class Queues:
                     continue
                 is_served_on = name in desired.backends and not desired.closing
                 keep_content = is_served_on or (desired.closing and desired.keeps_queues)
-                delete = partial(self._queue.delete, name, generation, only_if_empty=keep_content)
-                if await self._while_leading(delete):
+                delete = partial(self._queue.delete, name, generation)
+                if await self._while_leading(partial(delete, only_if_empty=keep_content)):
+                    if keep_content and not is_served_on:
+                        await self._while_leading(partial(delete, only_if_empty=False))  # the backend, and its empty dead letters
                     self._forget_declared(name, generation)
                     self._unbound.discard((name, generation))
                     self._left_behind.get(name, set()).discard(generation)

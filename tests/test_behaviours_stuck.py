@@ -184,9 +184,9 @@ def stuck(distributed_shell: CommandLine, monkeypatch: pytest.MonkeyPatch) -> It
     shell = distributed_shell.with_variables(MQSERVE_SECRET_KEY=SECRET_KEY)
     server = shell.start("run", shell.file("stuck.py", STUCK), "--location", "NoServer")
     server.wait_for("Ctrl-C stops")
-    for name in ("MQSERVE_BROKER_URL", "MQSERVE_STORE_URL", "MQSERVE_NAMESPACE", "MQSERVE_SECRET_KEY"):
-        monkeypatch.setenv(name, shell.env[name])
-    with serve.connect() as client:
+    monkeypatch.setenv("MQSERVE_SECRET_KEY", SECRET_KEY)
+    where = {name: shell.env[f"MQSERVE_{name.upper()}"] for name in ("broker_url", "store_url", "namespace")}
+    with serve.connect(**where) as client:  # type: ignore[arg-type]  # by name: this process runs another instance
         first = client.get_handle("stuck").remote(0)
         wait_until(lambda: (shell.folder / "began").exists())
         yield shell, server, [first, *(client.get_handle("stuck").remote(number) for number in range(1, 3))]
