@@ -24,7 +24,7 @@ from .refusals import broker_refusal
 
 _FRAME_END = b"\xce"
 _FULL_QUEUE_RETRY_S = 0.001
-_KEPT_FRAMES = 1000
+_KEPT_FRAMES = 100
 _Message = tuple[str, str, str]  # exchange, routing key, message id
 _NO_MESSAGE: _Message = ("", "", "")
 

@@ -15,7 +15,7 @@ from .signing import key_id_of
 
 SEAL_BYTES = 20
 _KEY_ID_BYTES, _MAC_BYTES = 4, 16
-_BACKENDS_KEPT = 10_000  # a limit, so that made-up backend names do not fill the memory
+_BACKENDS_KEPT = 100  # of the latest backends: they come and go, and publishers may make names up
 
 
 class Seal(Enum):
