@@ -13,9 +13,8 @@ import pytest
 import redis
 
 import mqserve as serve
-from tests.faults.wire import Wire
 from tests.gates import Gate
-from tests.instances import Deploy, distributed_only, started, wait_until
+from tests.instances import Deploy, distributed_only, wait_until
 
 
 @pytest.fixture
@@ -205,22 +204,3 @@ def asked(store_url: str, future_id: str) -> Iterator[tuple[list[str], list[str]
             with redis.Redis.from_url(store_url) as client:
                 client.echo("the end of this test")
             listener.join(30)
-
-
-def test_a_store_that_cannot_be_asked_is_said(broker_url: str, store_wire: Wire) -> None:
-    with started(broker_url=broker_url, store_url=store_wire.url) as client:
-        ref = client.future(uuid.uuid4().hex)
-        store_wire.refuse()
-        store_wire.reset()
-        for ask in (ref.done, ref.result, ref.cancel, lambda: serve.wait([ref], timeout=0)):
-            with pytest.raises(serve.StoreUnavailable):
-                ask()
-        store_wire.mend()
-        assert wait_until(lambda: _asked_again(ref)) == "False"
-
-
-def _asked_again(ref: serve.Future) -> str:
-    try:
-        return str(ref.done())
-    except serve.StoreUnavailable:
-        return ""
