@@ -242,6 +242,7 @@ def test_a_convertor_that_raises_in_a_replica_only_is_unprocessable(
         return None if kind in answer.json()["detail"] else answer
 
     response = wait_until(refused_by_its_convertor)
+    assert response is not None
     assert (response.status_code, response.headers["content-type"]) == (422, "application/problem+json")
     assert f"the path parameters do not convert ({type(error).__name__}: {error})" in response.json()["detail"]
     other = new_name("r")
