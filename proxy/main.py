@@ -254,7 +254,7 @@ class Proxy:
         wrapped: Any = app
         for middleware in reversed(middlewares):
             if isinstance(middleware, str):
-                middleware = Middleware(code.load_import_string(middleware))
+                middleware = Middleware(await asyncio.to_thread(code.load_import_string, middleware))
             wrapped = middleware.cls(wrapped, *middleware.args, **middleware.kwargs)
         return wrapped
 

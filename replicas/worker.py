@@ -121,13 +121,15 @@ class Worker:
         """Batch size and wait apply from the next round, threads at once."""
         if config != self._config:
             before, self._config = self._config, config
-            self._loop.call_soon_threadsafe(self._resize, config.sync_threads - before.sync_threads)
+            with suppress(RuntimeError):  # user code closed the loop: the replica ends
+                self._loop.call_soon_threadsafe(self._resize, config.sync_threads - before.sync_threads)
 
     def submit(self, job: Job) -> None:
         self._jobs.append(job)
         if not self._woken:
             self._woken = True
-            self._loop.call_soon_threadsafe(self._take)
+            with suppress(RuntimeError):  # user code closed the loop: the replica ends, and its drain gives this job back
+                self._loop.call_soon_threadsafe(self._take)
 
     def withdraw(self) -> list[Job]:
         """The jobs that have not started; they will not."""

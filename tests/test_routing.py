@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,14 @@ import httpx
 import msgspec
 import pytest
 import redis
-from starlette.convertors import CONVERTOR_TYPES, Convertor
+from starlette.convertors import CONVERTOR_TYPES, Convertor, StringConvertor
 
 import mqserve as serve
 from mqserve.controller.state.beats import read_beats
 from mqserve.controller.state.documents import Backend, Desired, Endpoint, Observed
 from mqserve.proxy.routes import NotAllowed, RouteTable, Target
 from tests.convertors import Matching
+from tests.gates import Gate
 from tests.instances import CommandLine, Deploy, answers, distributed_only, new_name, wait_until
 from tests.servers import free_port
 
@@ -274,6 +276,36 @@ def test_a_convertor_may_be_registered_after_the_backend_and_again(client: serve
     assert httpx.get(f"{url}/{name}/1f").status_code == 404
     params_at(f"/{other}/{{x:{kind}}}/{{y:{kind}}}")
     assert httpx.get(f"{url}/{other}/10/7").text == "{'x': 8, 'y': 7}"
+
+
+class Waiting:
+    """Is unpickled once its gate is open."""
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+
+    def __reduce__(self) -> Any:
+        return Gate.pass_through, (self._gate,)
+
+
+def test_a_convertor_that_takes_long_to_import_keeps_nobody_waiting(
+    client: serve.Client, params_at: Callable[[str], str], tmp_path: Path
+) -> None:
+    gate, kind, name = Gate(tmp_path), new_kind(), new_name("r")
+
+    class Slow(StringConvertor):
+        imported = Waiting(gate)
+
+    url = params_at(f"/{name}/{{x}}")
+    with ThreadPoolExecutor(1) as background:
+        registering = background.submit(client.register_convertor, kind, Slow)
+        try:
+            wait_until(lambda: gate.came >= 2)  # in the proxy and in the replica
+            assert httpx.get(f"{url}/{name}/word", timeout=20).text == "{'x': 'word'}"
+            assert not registering.done()
+        finally:
+            gate.open()
+        registering.result(30)
 
 
 def test_what_is_no_convertor_is_refused_with_a_sentence(client: serve.Client) -> None:

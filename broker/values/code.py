@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import importlib
 import inspect
@@ -126,10 +127,12 @@ async def save(store: Store, keys: StoreKeys, code: Code) -> str:
 
 
 async def load(store: Store, keys: StoreKeys, sha256: str, signer: Signer) -> tuple[Any, list[Any]]:
+    """Returns what `unpack` makes of the record in the store. It unpacks in a thread of its own: an import may take long, and the caller's
+    event loop has requests, acks and heartbeats to see to."""
     raw = await store.get_large(keys.code(sha256))
     if raw is None:
         raise BadValue(f"the code {sha256[:12]} is not in the store: deploy it again")
-    return unpack(raw, sha256, signer)
+    return await asyncio.to_thread(unpack, raw, sha256, signer)
 
 
 def load_import_string(target: str) -> Any:
