@@ -142,11 +142,13 @@ class Program:
         return psutil.Process(self.pid).children(recursive=True)
 
     def wait_for(self, text: str, deadline_s: float = DEADLINE_S) -> str:
-        """The first line with `text` in it. Fails when the program ends without it."""
+        """The first whole line with `text` in it: a program may write a line in pieces. Fails when the program ends without it."""
 
         def line() -> str:
-            found = next((line for line in self.output.splitlines() if text in line), "")
-            if not found and self.ended and text not in self.output:
+            has_ended, output = self.ended, self.output
+            said = output if has_ended else output[: output.rfind("\n") + 1]
+            found = next((line for line in said.splitlines() if text in line), "")
+            if not found and has_ended:
                 pytest.fail(f"{self!r} ended and never said {text!r}:\n{self.output}")
             return found
 
