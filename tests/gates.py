@@ -1,9 +1,12 @@
 """Gates for handlers to wait at, in whatever process they run: files, so that handlers need nothing but this module."""
 
 import asyncio
+import os
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 class Gate:
@@ -46,3 +49,14 @@ class Gate:
         arrival = uuid.uuid4().hex
         (self._folder / f"new-{arrival}").write_text(name)
         (self._folder / f"new-{arrival}").rename(self._folder / f"came-{arrival}")
+
+
+def work_behind(gate: Gate) -> Callable[[Any], int]:
+    """A handler that returns its process id; a POST waits at the gate."""
+
+    def work(request: Any) -> int:
+        if request.method == "POST":
+            gate.pass_through()
+        return os.getpid()
+
+    return work

@@ -1,6 +1,8 @@
 """A node whose beat is gone has left, or the beats were lost: a controller waits for a moment before it believes the former."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 
@@ -28,7 +30,9 @@ async def placed(store: EmbeddedStore) -> dict[str, Assignment]:
     return Observed.from_bytes(await store.get(KEYS.observed)).replicas
 
 
-async def test_beats_that_are_lost_and_come_again_cost_no_replica() -> None:
+@asynccontextmanager
+async def one_replica() -> AsyncIterator[EmbeddedStore]:
+    """The store of an instance with one node, on which one replica is placed."""
     store = EmbeddedStore()
     held = await claim_instance(store, KEYS, "n", HttpOptions(), detached=True)
     await beat(store)
@@ -36,6 +40,11 @@ async def test_beats_that_are_lost_and_come_again_cost_no_replica() -> None:
         running.start("first")
         await commit(store, KEYS, held.id, create_backend(Backend("b", "sha", "b")))
         await until(lambda: has_one(store))
+        yield store
+
+
+async def test_beats_that_are_lost_and_come_again_cost_no_replica() -> None:
+    async with one_replica() as store:
         before = await placed(store)
         await store.delete(KEYS.beats)
         for _ in range(int(ABSENT_FOR_S / 0.1 / 2)):  # a member beats again within a second
@@ -49,13 +58,7 @@ async def test_beats_that_are_lost_and_come_again_cost_no_replica() -> None:
 
 @pytest.mark.parametrize("last_words", ["ready", "draining"])
 async def test_a_node_that_left_is_missed_after_a_moment_and_one_that_said_so_at_once(last_words: str) -> None:
-    store = EmbeddedStore()
-    held = await claim_instance(store, KEYS, "n", HttpOptions(), detached=True)
-    await beat(store)
-    async with controllers(store, KEYS) as running:
-        running.start("first")
-        await commit(store, KEYS, held.id, create_backend(Backend("b", "sha", "b")))
-        await until(lambda: has_one(store))
+    async with one_replica() as store:
         if last_words == "draining":
             await beat(store, "draining")
         else:

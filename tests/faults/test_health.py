@@ -4,7 +4,6 @@ The module has a Redis of its own, which each test mends.
 """
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ import pytest
 
 import mqserve as serve
 from tests.conftest import running
-from tests.gates import Gate
+from tests.gates import Gate, work_behind
 from tests.instances import NOISE_S, SECRET_KEY, CommandLine, Deploy, distributed_only, started, wait_until
 from tests.servers import PrivateRabbitMQ, PrivateRedis
 
@@ -102,15 +101,6 @@ def red(deploy: Deploy) -> dict[str, Any]:
     wait_until(lambda: not is_ready(deploy))
     facts: dict[str, Any] = httpx.get(f"{deploy.url}/-/readyz").json()
     return facts
-
-
-def work_behind(gate: Gate) -> Any:
-    def work(request: Any) -> int:
-        if request.method == "POST":
-            gate.pass_through()
-        return os.getpid()
-
-    return work
 
 
 @pytest.mark.row(9)

@@ -75,13 +75,15 @@ def test_at_most_once_is_answered_502_and_never_runs_twice(client: serve.Client,
 
 
 @pytest.mark.row(1)
-def test_at_most_once_never_runs_twice_though_redis_lost_the_mark(
-    client: serve.Client, deploy: Deploy, tmp_path: Path, environment: dict[str, str]
+@pytest.mark.parametrize("mark", ["kept", "lost"])
+def test_at_most_once_tells_a_handle_that_its_replica_was_lost_and_never_runs_twice_though_redis_lost_the_mark(
+    client: serve.Client, deploy: Deploy, tmp_path: Path, environment: dict[str, str], mark: str
 ) -> None:
     tally, gate = Tally(tmp_path), Gate(tmp_path)
     ref = client.get_handle(deploy(dying(tally, gate), delivery="at_most_once")).remote()
     wait_until(lambda: gate.came == 1)
-    forget_mark(environment, ref.id)
+    if mark == "lost":
+        forget_mark(environment, ref.id)
     os.kill(int(tally.lines[0]), signal.SIGKILL)
     with pytest.raises(serve.RemoteError, match="ReplicaLost"):
         ref.result(30)
@@ -125,18 +127,6 @@ def test_a_child_that_a_killed_replica_forked_does_not_keep_its_requests_from_th
         assert is_alive(psutil.Process(int(children.lines[0])))
     finally:
         end_children(children)
-
-
-@pytest.mark.row(1)
-def test_at_most_once_tells_a_handle_that_its_replica_was_lost(client: serve.Client, deploy: Deploy, tmp_path: Path) -> None:
-    tally, gate = Tally(tmp_path), Gate(tmp_path)
-    ref = client.get_handle(deploy(dying(tally, gate), delivery="at_most_once")).remote()
-    wait_until(lambda: gate.came == 1)
-    os.kill(int(tally.lines[0]), signal.SIGKILL)
-    with pytest.raises(serve.RemoteError, match="ReplicaLost"):
-        ref.result(30)
-    gate.open()
-    assert len(tally) == 1
 
 
 @pytest.mark.row(1)

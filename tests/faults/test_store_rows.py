@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -22,7 +21,7 @@ from tests.conftest import running
 from tests.faults.crowd import Crowd
 from tests.faults.servers_say import messages_of
 from tests.faults.wire import Wire
-from tests.gates import Gate
+from tests.gates import Gate, work_behind
 from tests.instances import NOISE_S, Deploy, distributed_only, started, wait_until
 from tests.servers import PrivateRabbitMQ, PrivateRedis
 
@@ -55,15 +54,6 @@ def client(form: str, broker_url: str, wire: Wire, second_store: PrivateRedis, s
 def mended(own_store: PrivateRedis) -> Iterator[None]:
     yield
     own_store.mend()
-
-
-def work_behind(gate: Gate) -> Any:
-    def work(request: Any) -> int:
-        if request.method == "POST":
-            gate.pass_through()
-        return os.getpid()
-
-    return work
 
 
 @contextmanager
