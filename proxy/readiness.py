@@ -47,6 +47,8 @@ class Readiness:
             why["store"] = trouble
         if waits_for := self._waits_for():
             why["routes"] = waits_for
+        elif self._desired is not None:
+            self._served = self._desired.instance
         facts = {name: name not in why for name in ("broker", "store", "routes")}
         return not why, {**facts, "why": why} if why else facts
 
@@ -57,10 +59,7 @@ class Readiness:
             return "the instance was shut down"
         if self._desired.instance == self._served:
             return ""
-        missing = _missing(self._desired, self._observed, self._store.now_ms())
-        if not missing:
-            self._served = self._desired.instance
-        return missing
+        return _missing(self._desired, self._observed, self._store.now_ms())
 
 
 def _missing(desired: Desired, observed: Observed, now_ms: int) -> str:

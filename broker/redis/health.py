@@ -48,21 +48,23 @@ class StoreHealth:
     @property
     def noted(self) -> str:
         """A sentence for operators about keys that had another type lately."""
-        since = time.monotonic() - NOTED_FOR_S
-        self._odd_keys = {key: met for key, met in self._odd_keys.items() if met[0] > since}
         return "; ".join(
             f"{key} was of another type than mqserve keeps there at {at}, so another program writes there: redis-cli DEL {key} mends it, "
             "unless members have done so already"
-            for key, (_, at) in self._odd_keys.items()
+            for key, (_, at) in self._recent_odd_keys().items()
         )
 
     def note(self, key: str) -> bool:
         """Notes that a key had another type; returns whether that is news."""
-        _ = self.noted
+        self._odd_keys = self._recent_odd_keys()
         is_news = key not in self._odd_keys
         if is_news:
             self._odd_keys[key] = (time.monotonic(), time.strftime("%H:%M:%S"))
         return is_news
+
+    def _recent_odd_keys(self) -> dict[str, tuple[float, str]]:
+        since = time.monotonic() - NOTED_FOR_S
+        return {key: met for key, met in self._odd_keys.items() if met[0] > since}
 
     def answered(self) -> None:
         self._down_since = math.inf
