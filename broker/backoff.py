@@ -24,12 +24,15 @@ def retry_after_s() -> float:
     return random.uniform(0.5, 3.0)
 
 
-async def keep_running(what: str, work: Callable[[], Awaitable[None]]) -> None:
-    """Until cancelled: `work` never returns, and is started again after an exception that it did not foresee."""
+async def keep_running(what: str, work: Callable[[], Awaitable[None]], *, raises: tuple[type[Exception], ...] = ()) -> None:
+    """Runs `work` to its end, and starts it again after an exception, which is a bug of ours. Exceptions of the types in `raises` are
+    raised."""
     pauses = delays()
     while True:
         try:
             return await work()
+        except raises:
+            raise
         except Exception:
             logger.exception("%s has failed and is started again: that is a bug in mqserve, please report it", what)
         await asyncio.sleep(next(pauses))

@@ -135,6 +135,10 @@ class Envelope:
         """Returns a copy without the header, as if a direct publisher had sent it, because the header is not trusted."""
         return replace(self, header=NO_HEADER)
 
+    def due_at(self, deadline_ms: int) -> Self:
+        """Returns the envelope with another deadline, in store time."""
+        return replace(self, header=msgspec.structs.replace(self.header, deadline=deadline_ms))
+
     def check_head(self) -> None:
         """Raises TooLarge for a head that no broker could carry."""
         meta = self.header.meta

@@ -27,7 +27,7 @@ class KnownDocuments:
         self._keys = keys
         self._instance = instance
         self._codes: dict[str, bytes] = {}
-        self._broken = Complaint(logger)
+        self._broken, self._broken_observed = Complaint(logger), Complaint(logger)
         self._desired_is_behind = self._observed_is_behind = False  # whether the store's copy is older than ours
         self.desired: Desired | None = None
         self.observed: Observed | None = None
@@ -78,7 +78,7 @@ class KnownDocuments:
         try:
             found = Observed.from_bytes(self.raw_observed)
         except BadEnvelope as error:
-            logger.warning("%s; the leader writes it anew", error)
+            self._broken_observed.say(f"{error}; the leader writes it anew")
             self.observed_is_broken = True
             return
         self._observed_is_behind = known is not None and _order(found) < _order(known)

@@ -224,7 +224,9 @@ class Controller:
             is_wanted = observed.replicas[replica_id].backend in desired.backends and not desired.closing
             if is_wanted and replica_id not in self._counted:  # counted once: an assignment that could not be written is compared again
                 was_ready = replica_id in self._were_ready
-                self._count_death(observed.replicas[replica_id], beats.get(f"replica:{replica_id}"), how, now, was_ready=was_ready)
+                self._count_death(
+                    replica_id, observed.replicas[replica_id], beats.get(f"replica:{replica_id}"), how, now, was_ready=was_ready
+                )
         self._counted = set(ended)
         assigned = {replica_id: assignment for replica_id, assignment in observed.replicas.items() if replica_id not in ended}
         for replica_id in ready & set(assigned) - self._were_ready:
@@ -276,23 +278,25 @@ class Controller:
         wanted |= {(assignment.backend, assignment.version) for assignment in assigned.values()}
         self._restarts = defaultdict(Restarts, {key: kept for key, kept in self._restarts.items() if key in wanted})
 
-    def _count_death(self, assignment: Assignment, last_beat: Beat | None, how: str, now: float, *, was_ready: bool) -> None:
+    def _count_death(
+        self, replica_id: str, assignment: Assignment, last_beat: Beat | None, how: str, now: float, *, was_ready: bool
+    ) -> None:
         backend = assignment.backend
         restarts = self._restarts[backend, assignment.version]
         if how == ENDED_WELL:
-            logger.warning("a replica of %s ended by itself, or with its node; starting another", backend)
+            logger.warning("replica %s ended by itself, or with its node: starting another", replica_id)
             restarts.died_ready(now)
         elif was_ready or (last_beat is not None and last_beat.state in (MemberState.READY, MemberState.DRAINING)):
             # a failed health check gives the reason in its beat
             why = last_beat.error if last_beat is not None and last_beat.error else how
-            logger.warning("a replica of %s died (%s); replacing it", backend, why)
+            logger.warning("replica %s died (%s): replacing it", replica_id, why)
             restarts.died_ready(now)
             restarts.reason = restarts.reason or (why if why != how else "")
         else:
             reason = last_beat.error if last_beat is not None and last_beat.error else how
             restarts.died_early(now, reason)
             logger.warning(
-                "a replica of %s died before it was ready; the next try is in %.1f s: %s", backend, restarts.not_before - now, reason
+                "replica %s died before it was ready; the next try is in %.1f s: %s", replica_id, restarts.not_before - now, reason
             )
 
     def _problems(self, desired: Desired, beats: dict[str, Beat], unplaced: dict[str, str]) -> dict[str, str]:

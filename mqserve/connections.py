@@ -85,7 +85,7 @@ class TaskChild:
             return "abandoned"
         error = self._run.exception()
         if error is not None and not isinstance(error, MQServeError):
-            logger.error("%s ended", self._run.get_name(), exc_info=error)
+            logger.error("%s ended by a bug in mqserve, please report it", self._run.get_name(), exc_info=error)
         return str(error) if error is not None else ""
 
     def stop(self) -> None:

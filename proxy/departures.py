@@ -9,7 +9,8 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from ..broker.failures import LEAVING, message_of
+from ..broker.failures import LEAVING, describe
+from ..broker.process.complaint import Complaint
 from ..broker.process.printable import printable
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ class Departures:
         # requests without a watching task yet: id -> (receive, time of arrival), oldest first
         self._unwatched: dict[str, tuple[Receive, float]] = {}
         self._watching: dict[str, asyncio.Task[None]] = {}
+        self._unseen = Complaint(logger)
 
     def __repr__(self) -> str:
         return f"<Departures, {len(self._unwatched)} unwatched, {len(self._watching)} watched>"
@@ -57,7 +59,10 @@ class Departures:
             while (await receive())["type"] != "http.disconnect":
                 await asyncio.sleep(_LOOK_EVERY_S)  # a middleware may return the body again and again
         except (Exception, *LEAVING) as error:  # an error of a middleware: the request goes on unwatched
-            logger.warning("cannot tell whether the client of request %s goes away: %s", request_id, printable(message_of(error)))
+            self._unseen.say(
+                f"a middleware's receive() raised {printable(describe(error).words)}, so a client that goes away is not noticed and its "
+                "request runs to its end: mend the middleware"
+            )
             return
         self._watching.pop(request_id, None)
         self._on_departure(request_id)

@@ -20,10 +20,12 @@ from ..broker.backoff import delays
 from ..broker.calls.cancellations import Cancellations, notice_of_proxy
 from ..broker.calls.sending import RequestSender
 from ..broker.errors import BackendFailed, MQServeError, StoreUnavailable
-from ..broker.failures import LEAVING, describe
+from ..broker.failures import LEAVING, describe, traceback_of
 from ..broker.process import forks
+from ..broker.process.complaint import Complaint
 from ..broker.process.lifeline import Stop, stop_event
 from ..broker.process.listener import bind
+from ..broker.process.printable import printable_lines
 from ..broker.queue import Queue
 from ..broker.rabbitmq.queue import open_rabbitmq
 from ..broker.redis.store import open_redis
@@ -91,6 +93,7 @@ class Proxy:
         self._keys = StoreKeys(settings.namespace)
         self._state = MemberState.STARTING
         self._error = ""
+        self._behind = Complaint(logger)
         field = f"proxy:{options.proxy_id}"
         self._presence = Presence(store, self._keys.beats, field, lambda: self._beat().to_bytes(), BEAT_EVERY_S)
         self._queue: Queue | None = None
@@ -199,9 +202,11 @@ class Proxy:
                 self._note_serving(app, observed or Observed())
                 try:
                     await self._take_over(app, desired, observed or Observed())
+                    self._behind.over()
                     break
                 except (Exception, *LEAVING) as error:
-                    logger.exception("cannot follow the new routes yet; serving the old ones")
+                    trace = "" if isinstance(error, MQServeError) else f"\n{printable_lines(traceback_of(error).rstrip())}"
+                    self._behind.say(f"{self._options.proxy_id} serves the last good routes, and tries again: {_why(error)}{trace}")
                     if not isinstance(error, StoreUnavailable):
                         self._refuse(desired, _why(error))
                     await asyncio.sleep(pause_s)

@@ -35,7 +35,7 @@ from .job import Job
 from .loading import construct, read_backend
 from .metrics import ReplicaMetrics
 from .request_loop import RequestLoop
-from .user_hooks import UserHooks
+from .user_hooks import ConfigLost, UserHooks
 from .worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ class Replica:
                 async with open_queue() as self._queue:
                     await self._serve(self._queue, worker, handler, hooks, stop)
             except* MQServeError as group:
-                failure = first_of(group)
+                failure = first_failure(group)
                 if isinstance(failure, BackendFailed):
                     self._state, self._error = MemberState.FAILED, str(failure)
             finally:
@@ -201,6 +201,8 @@ class Replica:
     async def _reconfigure(self, hooks: UserHooks, backend: Backend) -> None:
         try:
             await hooks.apply(backend)
+        except ConfigLost:
+            raise
         except BackendFailed as error:
             logger.warning("%s keeps its last good user_config: %s", self._options.replica_id, error)
 
@@ -244,7 +246,7 @@ async def _stop_with(worker: Worker, stop: Stop) -> None:
     stop.set()
 
 
-def first_of(group: BaseExceptionGroup[MQServeError]) -> MQServeError:
+def first_failure(group: BaseExceptionGroup[MQServeError]) -> MQServeError:
     """One failure is reason enough."""
     found: BaseException = group
     while isinstance(found, BaseExceptionGroup):

@@ -13,6 +13,7 @@ from ..broker.backoff import delays
 from ..broker.calls.cancellations import CANCELLED, Cancellations
 from ..broker.envelope import Envelope
 from ..broker.errors import BackendFailed, BadEnvelope, MQServeError, StoreUnavailable
+from ..broker.process.complaint import Complaint
 from ..broker.process.printable import printable
 from ..broker.queue import Delivery, Queue
 from ..broker.results import Outcome, Phase, Result, gone_result, late_result
@@ -81,6 +82,7 @@ class RequestLoop:
         self._trust = SenderTrust(settings)
         self._cancellations = Cancellations(store, keys, self._give_up_cancelled)
         self._draining = False
+        self._unasked = Complaint(logger)
         self._end: End | None = None
         self._refuses = False  # the end has come: what is left is told so
         self._consumers = Consumers(backend.name, queue, store, self._prefetch, self._on_delivery, self._settle_unstored)
@@ -89,7 +91,7 @@ class RequestLoop:
         self._settlement.configure(backend.config)
 
     def __repr__(self) -> str:
-        return f"<Server of {self._backend}, generations {self.generations}, {self.running} in hand>"
+        return f"<RequestLoop of {self._backend}, generations {self.generations}, {self.running} in hand>"
 
     @property
     def running(self) -> int:
@@ -194,10 +196,9 @@ class RequestLoop:
                 await asyncio.sleep(0.01)
         for job in self._register.with_worker():
             logger.warning(
-                "giving back request %s of %s: still running after the graceful shutdown timeout",
-                printable(job.envelope.id),
-                self._backend,
-            )
+                "request %s of %s still runs at the end of its replica's drain: %s", printable(job.envelope.id) or "without an id",
+                self._backend, "another one answers it 502" if self._settlement.at_most_once else "it runs again elsewhere",
+            )  # fmt: skip
             # Delivered at most once, its mark stays: it may yet start, in a batch that gathers.
             self._settlement.give_back(job, mark_stays=self._settlement.at_most_once)
         await self._settlement.last_steps()
@@ -311,9 +312,13 @@ class RequestLoop:
         """Raises BadEnvelope for what is to be refused."""
         self._read(job, delivery)
         envelope, header = job.envelope, job.envelope.header
-        left_s = float(MAX_REQUEST_TIMEOUT_S)  # whatever a sender says: longer would be more than RabbitMQ waits for an ack
+        left_s = float(MAX_REQUEST_TIMEOUT_S)
         if header.deadline:
-            left_s = min(left_s, (header.deadline - self._store.now_ms()) / 1000)
+            now_ms = self._store.now_ms()
+            left_s = (header.deadline - now_ms) / 1000
+            if left_s > MAX_REQUEST_TIMEOUT_S:  # RabbitMQ does not wait so long for an ack, and marks would stand as long as a sender says
+                left_s = MAX_REQUEST_TIMEOUT_S
+                job.envelope = envelope = envelope.due_at(now_ms + MAX_REQUEST_TIMEOUT_S * 1000)
         job.deadline = time.monotonic() + left_s
         if self._end is not None and (self._refuses or self._draining):
             return self._settlement.give_back(job) if self._end.keeps_queue else self._drop(job, self._end.result)
@@ -355,7 +360,7 @@ class RequestLoop:
                 return await self._settlement.refuse(job, error)
             except MQServeError as error:
                 if not self._settlement.at_most_once or self._draining:
-                    logger.warning("giving back a request of %s: %s", self._backend, error)
+                    self._unasked.say(f"giving back redelivered requests of {self._backend} until the store can be asked for them: {error}")
                     return self._settlement.give_back(job, later=True)
             if job.unwanted:
                 return self._drop(job, job.unwanted_result)

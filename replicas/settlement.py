@@ -16,7 +16,9 @@ from ..broker.backoff import delays
 from ..broker.dead_letters import Death
 from ..broker.envelope import Envelope
 from ..broker.errors import BadEnvelope, BrokerUnavailable, MQServeError, StoreUnavailable, words_of
-from ..broker.process.printable import printable
+from ..broker.failures import traceback_of
+from ..broker.process.complaint import Complaint
+from ..broker.process.printable import printable, printable_lines
 from ..broker.process.tasks import Tasks
 from ..broker.queue import Delivery, Queue, fate_of
 from ..broker.results import ErrorInfo, Result, entry_of
@@ -64,6 +66,8 @@ class Settlement:
         self._metrics = metrics
         self._register = register
         self._tasks = Tasks()
+        self._unanswered, self._undead, self._set_aside_words = Complaint(logger), Complaint(logger), Complaint(logger)
+        self._bugs = Complaint(logger, logging.ERROR)
         self.at_most_once = False
 
     def __repr__(self) -> str:
@@ -139,7 +143,7 @@ class Settlement:
         self.ack(job)
 
     def _cannot_answer(self, job: Job, error: BaseException) -> None:
-        logger.warning("giving back a finished request of %s: its result could not be stored or sent (%s)", self._backend, error)
+        self._unanswered.say(f"giving back finished requests of {self._backend}: their results could not be stored or sent ({error})")
         self.give_back(job, later=True)
 
     def ack(self, job: Job, *, body_stays: bool = False) -> None:
@@ -162,7 +166,9 @@ class Settlement:
             return self.ack(job)  # it came twice, and ran once
         job.move(Stage.LEAVING)
         if failure := await self._set_aside(job.delivery, error):
-            logger.warning("cannot dead-letter a message of %s yet: %s", self._backend, failure)
+            self._undead.say(
+                f"messages of {self._backend} that are to be dead letters go back to the queue, and come round again: {failure}"
+            )
             return self._requeue_soon(job, later=True)
         status = 500 if isinstance(error, Poison | LostBody | Unforeseen) else 422
         refusal = Result(status=status, backend=self._backend, error=ErrorInfo(type=f"mqserve.{type(error).__name__}", message=str(error)))
@@ -177,12 +183,15 @@ class Settlement:
 
     async def _set_aside(self, delivery: Delivery, error: BadEnvelope) -> MQServeError | None:
         """To the dead letters; what kept it from there."""
-        logger.warning("a message of %s goes to the dead letters: %s", self._backend, printable(str(error)))
         attempts = error.attempts if isinstance(error, Poison) else ()
         death = Death(str(error), attempts=attempts, died_at_ms=self._store.now_ms())
         failure = await fate_of(partial(self._queue.dead_letter, self._backend, delivery, death), _CONFIRM_BUDGET_S)
         if failure is None:
             self._metrics.dropped["dead letter"] += 1
+            why = printable(str(error))
+            self._set_aside_words.say(
+                f"a message of {self._backend} is a dead letter (`mqserve dead list {self._backend}` shows all): {why}"
+            )
         return failure
 
     # Giving back.
@@ -259,7 +268,8 @@ class Settlement:
     def fail(self, job: Job, error: BaseException) -> None:
         """After an exception that is a bug of ours. The request is tried once more, perhaps by another replica; if that fails too, it is
         set aside, and its sender is told."""
-        logger.error("request %s of %s met a bug in mqserve, please report it", printable(job.envelope.id), self._backend, exc_info=error)
+        trace = printable_lines(traceback_of(error).rstrip())
+        self._bugs.say(f"a request of {self._backend} met a bug in mqserve, please report it, and is tried once more:\n{trace}")
         try:
             if job.stage is Stage.LEAVING:  # as far as that went
                 self._requeue_soon(job, later=True)

@@ -20,6 +20,10 @@ FAILURES_TOLERATED = 3  # in a row; then the replica is replaced
 RECONFIGURE_BUDGET_S = 60.0
 
 
+class ConfigLost(BackendFailed):
+    """The code refused a user config and then the last good one as well: nobody knows which one it follows."""
+
+
 class UserHooks:
     """One replica's user config: what the code has been told last, and what it refused."""
 
@@ -45,10 +49,16 @@ class UserHooks:
             except BackendFailed as error:
                 self.version, self.refused = backend.config_version, str(error)
                 if self._told is not None:
-                    await self._tell(backend, self._told)
+                    await self._go_back(backend, error)
                 raise
             self._told = wanted
         self.version, self.refused = backend.config_version, ""
+
+    async def _go_back(self, backend: Backend, refusal: BackendFailed) -> None:
+        try:
+            await self._tell(backend, self._told)
+        except BackendFailed as error:
+            raise ConfigLost(f"{refusal}\nIt did not take its last good user_config again, either, so its replica ends: {error}") from None
 
     async def check_health_forever(self, backend: Backend) -> None:
         """Raises BackendFailed once the user's check has failed three times in a row; returns at once where there is none."""
@@ -64,7 +74,13 @@ class UserHooks:
                 failures = 0
             except (Raised, TimeoutError) as error:
                 failures += 1
-                failure = error.failure if isinstance(error, Raised) else describe(TimeoutError("it took too long"))
+                if isinstance(error, Raised):
+                    failure = error.failure
+                else:
+                    limit_s = backend.config.health_check_timeout_s
+                    failure = describe(
+                        TimeoutError(f"it took longer than health_check_timeout_s ({limit_s:g} s): raise that, or check less")
+                    )
                 logger.warning("check_health of %s failed (%d in a row): %s", backend.name, failures, printable(failure.words))
                 if failures >= FAILURES_TOLERATED:
                     raise BackendFailed(told(backend, f"is not healthy ({failures} checks failed)", failure)) from None

@@ -31,6 +31,7 @@ from ..broker.errors import BackendFailed, words_of
 from ..broker.failures import Failure, describe
 from ..broker.latencies import moving_average
 from ..broker.process import forks
+from ..broker.process.complaint import Complaint
 from ..broker.results import Result
 from ..controller.state.config import BackendConfig
 from .call_contexts import CallContexts
@@ -89,6 +90,7 @@ class Worker:
         self._results: deque[tuple[Job, Result]] = deque()
         self._io_woken = False
         self._tasks: set[asyncio.Task[None]] = set()
+        self._unmarked = Complaint(logger)
         self.run_s = 0.0  # moving average of plain calls
         self.in_plain_call = False
         self.hook_since = math.inf  # monotonic: when the constructor, `reconfigure` or `check_health` began, up to its first await
@@ -146,7 +148,8 @@ class Worker:
             return
         job.given_up = result
         if job.started:
-            self._loop.call_soon_threadsafe(self._cancel_call, job)
+            with suppress(RuntimeError):  # user code closed the loop, and the call ended with it
+                self._loop.call_soon_threadsafe(self._cancel_call, job)
         else:
             with suppress(ValueError):  # it started in between, or gathers in a batch: either looks for itself
                 self._jobs.remove(job)
@@ -361,14 +364,21 @@ class Worker:
         try:
             asyncio.run_coroutine_threadsafe(self._on_redelivered(jobs), self._io).result(_MARK_BUDGET_S)
         except Exception as error:
-            logger.warning("a request that was delivered before runs without a mark: %s", words_of(error))
+            self._tell_unmarked(error)
 
     async def _announce_async(self, jobs: Sequence[Job]) -> None:
         try:
             async with asyncio.timeout(_MARK_BUDGET_S):
                 await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._on_redelivered(jobs), self._io))
         except Exception as error:
-            logger.warning("a request that was delivered before runs without a mark: %s", words_of(error))
+            self._tell_unmarked(error)
+
+    def _tell_unmarked(self, error: Exception) -> None:
+        why = f"the store did not take it within {_MARK_BUDGET_S:g} s" if isinstance(error, TimeoutError) else words_of(error)
+        self._unmarked.say(
+            f"{self._context.replica_tag} runs redelivered requests without a start mark, so its death in one would not count as an "
+            f"attempt of that request: {why}"
+        )
 
     def _measure(self, jobs: Sequence[Job]) -> None:
         self.run_s = moving_average(self.run_s, time.monotonic() - jobs[0].started)

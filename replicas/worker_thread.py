@@ -23,7 +23,7 @@ class WorkerThread:
 
     def __init__(self, context: ReplicaContext) -> None:
         self.loop = WorkerLoop()
-        self.loop.set_exception_handler(_log_unhandled)
+        self.loop.set_exception_handler(self._log_unhandled)
         self.failed = asyncio.Event()  # user code has ended the loop, outside any request
         self.missed = 0
         self._io = asyncio.get_running_loop()
@@ -98,6 +98,13 @@ class WorkerThread:
         cancel_tasks()
         self.loop.call_soon(self.loop.stop)
 
+    def _log_unhandled(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Logs an error that no code awaited. The default handler would call methods of the exception, which may be anybody's."""
+        error = context.get("exception")
+        told = printable_lines(traceback_of(error).rstrip()) if error is not None else ""
+        tag, what = self._context.replica_tag, context.get("message", "an error")
+        logger.error("on the event loop of %s, outside any request: %s\n%s", tag, what, told)
+
     def _tell(self, error: BaseException) -> None:
         with suppress(RuntimeError):  # the I/O loop may be gone by then
             self._io.call_soon_threadsafe(self._fail, describe(error))
@@ -108,10 +115,3 @@ class WorkerThread:
         if not self.failed.is_set():
             self._failure = failure
             self.failed.set()
-
-
-def _log_unhandled(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """What nobody awaited: the default handler would ask the exception for its own words."""
-    error = context.get("exception")
-    told = printable_lines(traceback_of(error).rstrip()) if error is not None else ""
-    logger.error("user code, outside any request: %s\n%s", context.get("message", "an error"), told)

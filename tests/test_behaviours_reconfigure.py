@@ -158,6 +158,30 @@ def test_a_refused_config_takes_no_replica_out_of_service(client: serve.Client, 
     assert {tag for tag, _ in serve.get([handle.remote() for _ in range(20)], timeout=30)} <= tags
 
 
+def test_a_replica_that_refuses_its_last_good_config_as_well_is_replaced(client: serve.Client, deploy: Deploy, tmp_path: Path) -> None:
+    made = Tally(tmp_path)
+
+    class Fickle:
+        def __init__(self) -> None:
+            made.note("one")
+            self.is_lost = False
+
+        def reconfigure(self, config: str) -> None:
+            self.is_lost = self.is_lost or config == "bad"
+            if self.is_lost:
+                raise ValueError(f"not {config}")
+            self.config = config
+
+        def __call__(self, request: Any) -> str:
+            return "lost" if self.is_lost else self.config
+
+    name = deploy(Fickle, user_config="good")
+    with pytest.raises(serve.BackendFailed, match="not bad"):
+        client.update_backend_config(name, {"user_config": "bad"})
+    wait_until(lambda: len(made) == 2)
+    wait_until(lambda: client.get_handle(name).remote().result(30) == "good")
+
+
 def test_a_config_that_the_health_check_rejects_is_undone(client: serve.Client, deploy: Deploy) -> None:
     class Checked:
         def reconfigure(self, config: str) -> None:

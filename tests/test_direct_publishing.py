@@ -256,6 +256,24 @@ def test_a_deadline_and_a_method_count_from_anybody(channel: BlockingChannel, ex
         assert status != 200 or json.loads(body) == [1, "GET", {}]
 
 
+def test_a_deadline_in_the_far_future_is_one_of_25_minutes(
+    channel: BlockingChannel, exchange: str, deploy: Deploy, environment: dict[str, str], tmp_path: Path
+) -> None:
+    gate, key = Gate(tmp_path), uuid.uuid4().hex
+
+    def wait(request: Any) -> None:
+        gate.pass_through()
+
+    name = deploy(wait, delivery="at_most_once")
+    header = {"mq": msgspec.msgpack.encode({"deadline": 2**61})}
+    channel.basic_publish(exchange, name, b"1", pika.BasicProperties(content_type="application/json", message_id=key, headers=header))
+    wait_until(lambda: gate.came == 1)
+    with redis.Redis.from_url(environment["MQSERVE_STORE_URL"]) as store:
+        (mark,) = store.scan_iter(f"mqserve:{environment['MQSERVE_NAMESPACE']}:start:*{key}*")
+        assert 0 < store.pttl(mark) < 60 * 60 * 1000
+    gate.open()
+
+
 CLAIMS = {
     "HTTP": {"origin": "http", "meta": {"path": "/x", "client": ["127.0.0.1", 1]}},
     "a handle": {"origin": "handle"},

@@ -16,7 +16,7 @@ import msgspec
 from ..envelope import Envelope, Header, RequestHead, mint_id
 from ..errors import BrokerUnavailable, Cancelled, MQServeError, Overloaded, StoreUnavailable, TooLarge
 from ..overload import HeldBytes, Pace
-from ..process.printable import printable
+from ..process.complaint import Complaint
 from ..process.tasks import Tasks
 from ..queue import Queue
 from ..results import Result, entry_of
@@ -51,6 +51,7 @@ class RequestSender:
         self._keys = keys
         self.pending = PendingResults(store, keys, process_id)
         self.held = HeldBytes()
+        self._uncancelled = Complaint(logger)
         self._paces: defaultdict[str, Pace] = defaultdict(Pace)  # by backend
         self._tasks = Tasks()
 
@@ -146,7 +147,7 @@ class RequestSender:
         try:
             await self.cancel_everywhere(future_id)
         except StoreUnavailable as error:
-            logger.warning("request %s runs to its end or its deadline, though it was cancelled: %s", printable(future_id), error)
+            self._uncancelled.say(f"cancelled requests run to their end or their deadline, since nobody can be told of them: {error}")
 
     @property
     def trouble(self) -> str:

@@ -158,7 +158,7 @@ def end_child(error: BaseException | None = None) -> NoReturn:
         else:
             logger.error("%s", CAME_BACK if error is None else f"{CAME_BACK}\n{printable_lines(traceback_of(error).rstrip())}")
         if not isinstance(code, int):
-            logger.error("%s", code)
+            logger.error("a forked child ends: %s", code)
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code & 0xFF if isinstance(code, int) else 1)

@@ -87,6 +87,7 @@ class ResultWriter:
                 for _, done in batch:
                     if not done.done():
                         done.set_exception(error)
+                await asyncio.sleep(next(pauses))
             except asyncio.CancelledError:
                 self._buffer = batch + self._buffer
                 raise

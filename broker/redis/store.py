@@ -78,6 +78,7 @@ class RedisStore:
         self.health = StoreHealth()
         self._writer = ResultWriter(self._write_results, self._write_marks, self.now_ms)
         self._watchers: set[asyncio.Event] = set()
+        self._taken_away = Complaint(logger)
         self._tasks: list[asyncio.Task[None]] = []
 
     def __repr__(self) -> str:
@@ -224,7 +225,7 @@ class RedisStore:
 
     async def take_away(self, key: str) -> None:
         self._note(key)
-        logger.warning("deleting %s, which members make anew", key)
+        self._taken_away.say(f"deleting {key}, which another program wrote, and which members write anew: find that program and stop it")
         await self._call(lambda: self._commands.pexpire(key, 0))  # which deletes it; roles without DEL may do this
 
     async def _took_away(self, key: str, error: BaseException) -> bool:

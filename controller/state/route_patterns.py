@@ -14,13 +14,14 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from starlette.convertors import CONVERTOR_TYPES, Convertor, FloatConvertor, PathConvertor, StringConvertor, UUIDConvertor
 
 from ...broker.errors import BadValue
 from ...broker.failures import describe
+from ...broker.process.complaint import Complaint
 from ...broker.process.printable import printable
 from .linear_regex import Re2Missing, Row, compile_re2, for_re2, read_row
 
@@ -60,6 +61,7 @@ class RoutePattern:
     variables: tuple[Variable, ...]
     find: Find  # returns the texts of the variables
     checked: tuple[int, ...]  # indexes of variables whose convertor may refuse a text that its regex matches
+    complaint: Complaint = field(default_factory=lambda: Complaint(logger), compare=False, repr=False)
 
     def match(self, path: str) -> Params | None:
         """Returns (name, convertor, text) of each variable, or None if the path does not match. A convertor that raises does not match."""
@@ -72,7 +74,10 @@ class RoutePattern:
             except ValueError:
                 return None
             except BaseException as error:  # a convertor is user code that runs in a proxy's loop: not even SystemExit may end that
-                logger.info("route %s does not match, since a convertor raised %s", self.route, printable(describe(error).words))
+                self.complaint.say(
+                    f"a path does not match route {self.route!r}, since its convertor {self.variables[at].kind!r} raised "
+                    f"{printable(describe(error).words)}: let it raise ValueError for a text that it does not take"
+                )
                 return None
         return tuple([(variable.name, variable.kind, text) for variable, text in zip(self.variables, texts, strict=True)])
 

@@ -11,9 +11,11 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 
+from ..broker.backoff import keep_running
 from ..broker.documents import until
 from ..broker.errors import BadEnvelope, BadType, BadValue, InstanceError, MQServeError
 from ..broker.process.lifeline import Stop
@@ -168,17 +170,22 @@ class _OwnProcesses:
     def start(self) -> None:
         if self._connections.settings.embedded:
             connections = self._connections
-            has_key = bool(connections.settings.secret_keys)
-            controller = Controller(
-                connections.store, connections.keys, connections.queue, connections.process_id, self._instance, has_key=has_key
-            )
             options = NodeOptions(self._node_id, capacity=measure_node(None, None, {}))
             node = Node(options, connections.store, connections.keys, EmbeddedLauncher(connections), connections.settings.signer)
-            self._tasks = [asyncio.create_task(controller.run(self._stop)), asyncio.create_task(node.run(self._stop))]
+            controlling = keep_running("the controller", lambda: self._new_controller().run(self._stop), raises=(MQServeError,))
+            self._tasks = [asyncio.create_task(controlling), asyncio.create_task(node.run(self._stop))]
+            for task, role in zip(self._tasks, ("controller", "node"), strict=True):
+                task.add_done_callback(partial(_tell_end, role))
             return
         self._processes = [
             Process.start(command, self._connections.settings, detached=self._options.detached) for command in self._commands()
         ]
+
+    def _new_controller(self) -> Controller:
+        """Of the embedded form. A new one adopts what runs, as one in another process does."""
+        connections = self._connections
+        has_key = bool(connections.settings.secret_keys)
+        return Controller(connections.store, connections.keys, connections.queue, connections.process_id, self._instance, has_key=has_key)
 
     def _commands(self) -> list[list[str]]:
         arguments = self._kept.arguments()
@@ -208,7 +215,7 @@ class _OwnProcesses:
                     await lease.release_of(self._connections.store, self._connections.keys, self._kept.token)
             return await instance_has_ended(self._connections, self._instance)
 
-        await keep_running(command[0], self._processes[place], start, is_over)
+        await keep_child_running(command[0], self._processes[place], start, is_over)
 
     @property
     def log(self) -> str:
@@ -242,7 +249,12 @@ class _OwnProcesses:
             process.kill()
 
 
-async def keep_running(role: str, child: Child, start: Callable[[], Child], is_over: Callable[[], Awaitable[bool]]) -> None:
+def _tell_end(role: str, task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("the %s of this program ended: it replaces and scales nothing more, so start the program again", role, exc_info=error)
+
+
+async def keep_child_running(role: str, child: Child, start: Callable[[], Child], is_over: Callable[[], Awaitable[bool]]) -> None:
     """Restarts a child whenever it ends, until `is_over()`, which is asked after each end. A child that lived for a while is restarted at
     once, others after growing pauses."""
     restarts = Restarts()

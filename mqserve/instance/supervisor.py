@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from ..broker.errors import InstanceError, MQServeError, words_of
+from ..broker.process.complaint import Complaint
 from ..broker.process.lifeline import Stop, stop_event
 from ..broker.redis.store import open_redis
 from ..broker.settings import Settings
@@ -71,6 +72,7 @@ class KeptProcess:
         self._started_at = -math.inf
         self._is_missing = False  # we hold its lock, so it does not run
         self._last_end = ""  # how it ended last; empty before the first end
+        self._unkept = Complaint(logger, logging.ERROR)
         self._why_not = ""  # why it cannot be started now
 
     def __repr__(self) -> str:
@@ -96,7 +98,10 @@ class KeptProcess:
             try:
                 return await self._keep()
             except (InstanceError, OSError) as error:
-                logger.error("cannot keep the %s running now: %s", self._role.value, words_of(error))
+                self._unkept.say(
+                    f"cannot keep the {self._role.value} running until its lock can be opened ({words_of(error)}): free descriptors or "
+                    f"mend the folder of {detached_log(self._settings.namespace)}"
+                )
                 self._why_not = words_of(error)
             await asyncio.sleep(_ASK_AGAIN_S)
             self._why_not = ""
@@ -217,13 +222,18 @@ class Supervisor:
     async def _end_others(self, lock: RoleLock) -> None:
         lock.write(TOLD_TO_END)
         lock.close()
+        waiting = list(self._kept_processes)
         try:
             async with asyncio.timeout(_END_BUDGET_S):
-                for process in self._kept_processes:
-                    await process.gone()
+                while waiting:
+                    await waiting[0].gone()
+                    waiting.pop(0)
             lock.remove()
         except TimeoutError:
-            logger.error("one of %s has not ended within %d s: going on without it", self._kept_processes, _END_BUDGET_S)
+            logger.error(
+                "%s did not end within %d s, and this supervisor ends without it: look for its process, and kill it if it hangs",
+                waiting[0], _END_BUDGET_S,
+            )  # fmt: skip
 
     def _beat(self) -> SupervisorBeat:
         error = "; ".join(process.trouble for process in self._kept_processes if process.trouble)
@@ -248,7 +258,9 @@ async def _take_own_lock(settings: Settings, kept: Kept) -> RoleLock:
         async with asyncio.timeout(_TAKE_BUDGET_S):
             await lock.taken()
     except TimeoutError:
-        raise InstanceError("a supervisor of this instance runs on this machine already") from None
+        raise InstanceError(
+            "a supervisor of this instance runs on this machine already, and keeps it: there is nothing to start. `mqserve status` shows it"
+        ) from None
     lock.write(b"")  # the last supervisor may have left TOLD_TO_END
     return lock
 

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from mqserve.instance.starting import keep_running
+from mqserve.instance.starting import keep_child_running
 
 pytestmark = pytest.mark.anyio
 
@@ -38,5 +38,5 @@ async def test_a_child_that_cannot_be_started_for_once_is_started_later() -> Non
         return bool(tries)
 
     async with asyncio.timeout(20):
-        await keep_running("node", Child("killed by SIGKILL"), start, is_over)
+        await keep_child_running("node", Child("killed by SIGKILL"), start, is_over)
     assert len(tries) == 2

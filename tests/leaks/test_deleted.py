@@ -11,13 +11,26 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 import mqserve as serve
+from mqserve.controller.state.beats import NodeBeat, read_beats
 from tests.gates import Gate
 from tests.instances import Deploy, distributed_only, new_name, wait_until
 
+Series = set[tuple[str, frozenset[tuple[str, str]]]]
 
-def series(client: serve.Client) -> set[tuple[str, frozenset[tuple[str, str]]]]:
-    """All of ours, with their labels."""
-    page = httpx.get(f"{client.http_url()}/-/metrics").raise_for_status().text
+
+def series(client: serve.Client) -> Series:
+    """All of ours on the proxy's page, with their labels."""
+    return series_of(f"{client.http_url()}/-/metrics")
+
+
+def page_of_the_node(client: serve.Client) -> str:
+    connections = client._connections
+    beats = read_beats(client._call(connections.store.fields(connections.keys.beats)))
+    return next(beat.url for beat in beats.values() if isinstance(beat, NodeBeat))
+
+
+def series_of(url: str) -> Series:
+    page = httpx.get(url).raise_for_status().text
     return {
         (sample.name, frozenset(sample.labels.items()))
         for family in text_string_to_metric_families(page)
@@ -44,16 +57,17 @@ def test_what_was_deleted_has_no_series(client: serve.Client) -> None:
 def test_replicas_that_went_have_no_series_and_their_backend_has(deploy: Deploy, form: str) -> None:
     url, name = deploy.named(lambda request: "hello", num_replicas=3)
 
-    def replicas() -> set[str]:
-        return {value for _, labels in series(deploy.client) for label, value in labels if label == "replica" and value.startswith(name)}
+    def page() -> str:
+        return f"{deploy.client.http_url()}/-/metrics" if form == "embedded" else page_of_the_node(deploy.client)
 
-    if form == "embedded":  # else the node has them
-        wait_until(lambda: len(replicas()) == 3)
+    def replicas() -> set[str]:
+        return {value for _, labels in series_of(page()) for label, value in labels if label == "replica" and value.startswith(name)}
+
+    wait_until(lambda: len(replicas()) == 3)
     deploy.client.update_backend_config(name, {"num_replicas": 1})
-    if form == "embedded":
-        wait_until(lambda: len(replicas()) == 1)
-        assert ("mqserve_backend_request_counter_total", frozenset({("backend", name)})) in series(deploy.client)
+    wait_until(lambda: len(replicas()) == 1)
     assert httpx.get(url).text == "hello"
+    wait_until(lambda: ("mqserve_backend_request_counter_total", frozenset({("backend", name)})) in series_of(page()))
 
 
 def test_a_request_that_outlives_its_route_is_answered_and_leaves_no_series(client: serve.Client, tmp_path: Path) -> None:

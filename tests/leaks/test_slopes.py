@@ -48,6 +48,7 @@ def slope(values: list[int]) -> float:
 
 def keeps_nothing(kept: dict[str, list[Kept]], *, settled: int, resident_limit: float = RESIDENT_LIMIT) -> None:
     """Once `settled` cycles have filled what is filled once."""
+    assert "here" in kept and all(len(values) * 10 > 2 * settled for values in kept.values()), kept
     for name, values in kept.items():
         later = values[settled // 10 :]
         traced, resident = slope([value.traced for value in later]), slope([value.resident for value in later])
