@@ -20,12 +20,13 @@ def delays(first_s: float = 0.05, cap_s: float = 5.0) -> Iterator[float]:
 
 
 def retry_after_s() -> float:
-    """When a client is to come again that was told 503: a number of seconds that goes out rounded up, and not the same for all."""
+    """Returns how many seconds a client that gets 503 should wait: a random number, so that clients do not all come back at once. It is
+    sent rounded up."""
     return random.uniform(0.5, 3.0)
 
 
 async def keep_running(what: str, work: Callable[[], Awaitable[None]]) -> None:
-    """Until cancelled: `work` never returns, and is started again after an exception that it did not foresee."""
+    """Runs `work`, which never returns, until cancelled. Starts it again after an exception that it did not handle."""
     pauses = delays()
     while True:
         try:
