@@ -27,7 +27,7 @@ _COUNTERS_TTL_MS = 24 * 3600 * 1000
 
 
 class Poison(BadEnvelope):
-    """The message was lost with too many replicas. It becomes a dead letter with the history of its runs."""
+    """The message has cost too many replicas. It becomes a dead letter with the history of its runs."""
 
     def __init__(self, message: str, attempts: Sequence[Attempt] = ()) -> None:
         super().__init__(message)

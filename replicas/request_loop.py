@@ -399,7 +399,7 @@ class RequestLoop:
         self._worker.submit(job)
 
     def _drop(self, job: Job, result: Result) -> None:
-        """Answers with `result` a request that does not run, and counts it as dropped."""
+        """Answers the request with `result`, not with one of user code, and counts it as dropped."""
         if result.outcome is not None:
             self._metrics.dropped[_REASONS[result.outcome]] += 1
         self._settlement.answer(job, result)

@@ -133,8 +133,8 @@ class Settlement:
         return result if first else await _insist(lambda: self._admission.stored(envelope, result), until)
 
     def _answered(self, job: Job) -> None:
-        """Acks. A minted id is used only once; for any other the counters are deleted, so that its next use starts afresh, except that a
-        start mark stays with at-most-once delivery."""
+        """Acks. Unless the id is minted, and so used only once, it also deletes the counters, so that the next use of the id starts afresh.
+        With at-most-once delivery they stay, so that the id never runs twice."""
         if (job.redelivered or job.mark) and not job.envelope.minted and not (self.at_most_once and job.envelope.id):
             self.start(job, self._admission.forget(job.envelope))
         self.ack(job)
@@ -291,7 +291,7 @@ class Settlement:
 
 
 def is_kept(envelope: Envelope) -> bool:
-    """Whether the result is stored. It is not for fire and forget, which has no id, and for shadows, for whose results nobody waits."""
+    """Whether the result is stored: not for a request without an id (fire and forget), and not for a shadow, whose result nobody reads."""
     return bool(envelope.id) and not envelope.header.shadow
 
 
