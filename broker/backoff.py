@@ -20,12 +20,13 @@ def delays(first_s: float = 0.05, cap_s: float = 5.0) -> Iterator[float]:
 
 
 def retry_after_s() -> float:
-    """When a client is to come again that was told 503: a number of seconds that goes out rounded up, and not the same for all."""
+    """Returns how many seconds a client that gets 503 should wait: a random number, so that clients do not all come back at once. It is
+    sent rounded up."""
     return random.uniform(0.5, 3.0)
 
 
 async def keep_running(what: str, work: Callable[[], Awaitable[None]], *, raises: tuple[type[Exception], ...] = ()) -> None:
-    """Runs `work` to its end, and starts it again after an exception, which is a bug of ours. Exceptions of the types in `raises` are
+    """Runs `work` to its end. Starts it again after an exception that it did not handle, except for the types in `raises`, which are
     raised."""
     pauses = delays()
     while True:

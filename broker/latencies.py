@@ -1,4 +1,4 @@
-"""How latencies are measured, by proxies and replicas alike."""
+"""Buckets and the moving average of latencies, for proxies and replicas."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ _WEIGHT = 0.1
 
 
 def moving_average(average: float, sample: float) -> float:
-    """The average with one more sample; 0 where there was none yet."""
+    """Returns the average with one more sample. An `average` of 0 means that there was no sample yet."""
     return sample if average == 0 else average + _WEIGHT * (sample - average)

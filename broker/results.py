@@ -16,7 +16,7 @@ RESULT_KIND = 0
 
 
 class Outcome(StrEnum):
-    """An end that mqserve gave a request which did not get its result; the value is the type in its ErrorInfo."""
+    """Why mqserve ended a request without a result of its handler. The value is the type in the ErrorInfo."""
 
     CANCELLED = "mqserve.Cancelled"
     LATE = "mqserve.RequestTimeout"
@@ -24,7 +24,7 @@ class Outcome(StrEnum):
 
 
 class Phase(StrEnum):
-    """Where the time of a late request was spent."""
+    """Where a late request was when its deadline passed."""
 
     QUEUE = "queue"
     RUN = "run"
@@ -43,8 +43,7 @@ class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Result(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The outcome of one request. `status` is the HTTP status, also for callers that do not use HTTP: 200 and its kin, 422, 500, 502,
-    504."""
+    """The result of one request. `status` is an HTTP status, also for callers that do not use HTTP."""
 
     v: int = VERSION
     status: Annotated[int, msgspec.Meta(ge=200, le=599)] = 200
@@ -58,7 +57,7 @@ class Result(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def outcome(self) -> Outcome | None:
-        """None of one that a handler gave, be it an error."""
+        """Why mqserve ended the request; None for a result or an error of its handler."""
         return None if self.error is None else _OUTCOMES.get(self.error.type)
 
     def to_bytes(self) -> bytes:
@@ -66,7 +65,7 @@ class Result(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> Result:
-        """Raises BadEnvelope for bytes that are no result of this version."""
+        """Raises BadEnvelope for bytes that are not a result of this version."""
         try:
             result = _decode_result(raw)
         except UNPARSABLE as error:
@@ -91,8 +90,8 @@ class InboxEntry(msgspec.Struct, frozen=True, array_like=True):
 
 
 def late_result(phase: Phase, unstored: str = "") -> Result:
-    """Returns the result of a request whose time was up while in `phase`. `unstored` says why the store takes no results; the message
-    then names that cause instead of the phase."""
+    """Returns the result of a request whose deadline passed in `phase`. `unstored` says why the store takes no results, if it takes none;
+    the message then gives that as the cause."""
     where = "was still waiting in the queue" if phase is Phase.QUEUE else "was still running"
     mend = "allow it more (its own timeout, and the backend's request_timeout_s), or add replicas"
     if unstored:
@@ -102,7 +101,7 @@ def late_result(phase: Phase, unstored: str = "") -> Result:
 
 
 def gone_result(backend: str, why: str) -> Result:
-    """The outcome of a request whose backend ended before it; `why` is a clause such as "backend 'a' was deleted"."""
+    """Returns the result of a request whose backend ended before it. `why` is a clause such as "backend 'a' was deleted"."""
     message = f"{why}, and the request had no result within graceful_shutdown_timeout_s: send it again once it is served again"
     return Result(status=503, backend=backend, error=ErrorInfo(type=Outcome.GONE, message=message))
 

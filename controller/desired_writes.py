@@ -1,4 +1,4 @@
-"""The one way in which the desired document is changed, by clients, starters and controllers: the next version, by compare-and-set."""
+"""Writes the desired document: clients, starters and controllers make every change as its next version, by compare-and-set."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from .state.documents import Desired
 
 
 async def write_next(store: Store, keys: StoreKeys, raw: bytes | None, wanted: Desired, *, guard: Guard | None = None) -> Desired | None:
-    """`wanted` as the version that follows its own, if `raw` still stands in the store, and the guard's value at its key; None where not.
+    """Writes `wanted` as its next version and returns that. Returns None if `raw` is no longer in the store, or the guard does not hold.
 
-    Raises BadValue for what nobody could read again. A start writes the first version itself (`lease.py`), and a controller
-    gives back a lost one under a higher epoch (`known_documents.py`).
+    Raises BadValue for a document that could not be read back. A start writes the first version itself (`lease.py`), and a controller
+    restores a lost one under a higher epoch (`known_documents.py`).
     """
     new = msgspec.structs.replace(wanted, version=wanted.version + 1)
     return new if await store.replace(keys.desired, raw, encode(new), guard=guard) else None
 
 
 def encode(desired: Desired) -> bytes:
-    """The document. Raises BadValue rather than to write what nobody could read again."""
+    """Returns the document as JSON. Raises BadValue if it could not be read back."""
     try:
         raw = desired.to_bytes()
         Desired.from_bytes(raw)

@@ -111,7 +111,7 @@ class KnownDocuments:
             await self._store.replace(self._keys.desired, self.raw_desired, restored.to_bytes(), guard=claim)
 
     async def replace_observed(self, new: Observed, claim: Guard) -> None:
-        """Raises NotLeading if the compare-and-set fails: another controller leads, or wrote meanwhile."""
+        """Writes the observed state. Raises NotLeading if the compare-and-set fails: another controller leads, or wrote meanwhile."""
         if not await self._store.replace(self._keys.observed, self.raw_observed, new.to_bytes(), guard=claim):
             raise lease.NotLeading(f"the observed state of epoch {new.epoch} was refused: another controller leads, or wrote it meanwhile")
         self.observed = new

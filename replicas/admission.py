@@ -1,4 +1,4 @@
-"""Whether a request is to run that may have been run before, whose body is elsewhere, or that is a stranger's."""
+"""Checks requests before they run: those that may have run before, whose body is in the store, or that a stranger sent."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from ..broker.store_keys import StoreKeys
 from ..controller.state.config import BackendConfig
 from .execute import check_direct
 
-MAX_REDELIVERIES = 20  # whatever happened to them
+MAX_REDELIVERIES = 20  # of one request, whether or not its runs were started
 _AFTER_DEADLINE_MS = 60_000
 _COUNTERS_TTL_MS = 24 * 3600 * 1000
 
 
 class Poison(BadEnvelope):
-    """A message that has cost too many replicas: set aside, with the history of its runs."""
+    """The message has cost too many replicas. It becomes a dead letter with the history of its runs."""
 
     def __init__(self, message: str, attempts: Sequence[Attempt] = ()) -> None:
         super().__init__(message)
@@ -35,15 +35,15 @@ class Poison(BadEnvelope):
 
 
 NOT_STARTED = b""
-"""Stands in place of a start mark: whoever had the request gave it back before it ran."""
+"""Stored in place of a start mark: the replica that had the request requeued it before it ran."""
 
 
 class LostBody(BadEnvelope):
-    """The body was to be in the store, and is not: nobody's fault who sent or runs it."""
+    """The body should be in the store, and is not. Neither the sender nor the handler caused that."""
 
 
 class Admission:
-    """One backend's checks; only requests that need one come here."""
+    """The checks of one backend. Only requests that need one come here."""
 
     def __init__(self, namespace: str, backend: str, store: Store, replica_id: str) -> None:
         self._namespace = namespace
@@ -56,12 +56,12 @@ class Admission:
         return f"<Admission of {self._backend}>"
 
     def check_reply_to(self, envelope: Envelope) -> None:
-        """Raises BadEnvelope for a queue of ours: a message may be anybody's."""
+        """Raises BadEnvelope if `reply_to` names a queue of this instance, since a stranger may have sent the message."""
         if queue_names.is_ours(self._namespace, envelope.reply_to):
             raise BadEnvelope(f"reply_to names {envelope.reply_to!r}, a queue of this instance: name a queue of your own")
 
     def check_keys(self, envelope: Envelope) -> None:
-        """Raises BadEnvelope for a header, though believed, that names other keys than an inbox and its own body."""
+        """Raises BadEnvelope if the header names keys other than an inbox and its own body, even if its sender is trusted."""
         header = envelope.header
         if header.inbox and not header.inbox.startswith(self._keys.inbox("")):
             raise BadEnvelope(f"the mq header's inbox names {header.inbox!r}, which is none")
@@ -71,10 +71,10 @@ class Admission:
     async def admit(
         self, envelope: Envelope, config: BackendConfig, mark: bytes, *, redelivered: bool, check_copies: bool = False
     ) -> Envelope | Result | None:
-        """What is to run, with its body and the number of this run; or the result that stands in its place; or None for a copy of what
-        another one runs. Delivered at most once, it is marked as started with `mark`.
+        """Returns the envelope to run, with its body and the number of this run; or a result, if the request must not run; or None, if
+        another copy of it runs. With at-most-once delivery it stores `mark` as the start mark.
 
-        Raises BadEnvelope (Poison among them) for what is to be set aside, StoreUnavailable when it cannot be told.
+        Raises BadEnvelope (or its subclass Poison) for a message to dead-letter, StoreUnavailable if the store cannot be asked.
         """
         future_id = envelope.future_id(self._backend)
         once = config.delivery == "at_most_once"
@@ -96,7 +96,8 @@ class Admission:
         return await self._ready(envelope)
 
     async def _ready(self, envelope: Envelope) -> Envelope:
-        """With its body, which is what it says it is. After its runs were counted: what this does with a body may end the replica."""
+        """Returns the envelope with its body, checked. Called after its runs were counted, since the check of a body may kill the
+        replica."""
         if key := envelope.header.ref:
             body = await self._store.get_large(key)
             if body is None:
@@ -106,24 +107,24 @@ class Admission:
         return envelope
 
     def new_mark(self) -> bytes:
-        """Says that a run of this replica has started; no two are alike, so that each takes only its own away."""
+        """Returns a new start mark of this replica. Each is unique, so that a replica removes only its own."""
         return msgspec.json.encode(Attempt(self._replica_id, self._store.now_ms(), run=secrets.token_hex(8)))
 
     def mark_soon(self, envelope: Envelope, mark: bytes) -> None:
-        """That a run is under way, with the next write of results."""
+        """Stores the start mark of a run under way, together with the next results."""
         self._store.mark(self._keys.start(self._name(envelope)), mark, self._mark_ttl_ms(envelope))
 
     async def mark(self, envelope: Envelope, mark: bytes) -> None:
-        """That a run is about to start, at once. Raises StoreUnavailable."""
+        """Stores the start mark of a run that is about to start, at once. Raises StoreUnavailable."""
         await self._store.set(self._keys.start(self._name(envelope)), mark, ttl_ms=self._mark_ttl_ms(envelope))
 
     async def unmark(self, envelope: Envelope, mark: bytes) -> None:
-        """The run did not take place, or was ended in order; another's mark stays. Raises StoreUnavailable."""
+        """Removes the start mark of a run that did not take place or ended in order, and no other. Raises StoreUnavailable."""
         await self._store.replace(self._keys.start(self._name(envelope)), mark, None, quiet=True)
 
     async def give_back(self, envelope: Envelope, mark: bytes, *, came_before: bool) -> None:
-        """Leaves word that it was not started, of a request that is delivered at most once: without it nobody would run it again. Of one
-        that came before and was not admitted, nobody here can say so. Raises StoreUnavailable."""
+        """Stores NOT_STARTED for a request with at-most-once delivery, which no replica would run again without it. Stores nothing if the
+        request `came_before` and was not admitted here: an earlier replica may have started it. Raises StoreUnavailable."""
         key, ttl_ms = self._keys.start(self._name(envelope)), self._mark_ttl_ms(envelope)
         if mark and await self._store.replace(key, mark, NOT_STARTED, ttl_ms=ttl_ms, quiet=True):
             return
@@ -131,7 +132,7 @@ class Admission:
             await self._store.set(key, NOT_STARTED, ttl_ms=ttl_ms, only_new=True)
 
     async def forget(self, envelope: Envelope) -> None:
-        """What is known of the runs of a message without an id, or with its sender's own, once it was answered: its like may come again."""
+        """Deletes the start mark and the counters of an answered message, since another one with the same id or body may come."""
         name = self._name(envelope)
         keys = [self._keys.start(name), self._keys.attempts(name)]
         if envelope.id:
@@ -140,29 +141,30 @@ class Admission:
             await self._store.delete(*keys)
 
     def _name(self, envelope: Envelope) -> str:
-        """What its runs are counted under: where its result stands, or, without an id, what it says."""
+        """Returns the name under which its runs are counted: the id of its result or, without an id, a digest of its body."""
         return envelope.future_id(self._backend) or digest_of(self._backend, envelope.body)
 
     def _mark_ttl_ms(self, envelope: Envelope) -> int:
-        """Past its deadline a request is not run again in any case."""
+        """Returns the TTL of a start mark. It ends after the deadline, past which a request never runs again."""
         deadline_ms = envelope.header.deadline
         return max(1, deadline_ms - self._store.now_ms() + _AFTER_DEADLINE_MS) if deadline_ms else _COUNTERS_TTL_MS
 
     async def stored(self, envelope: Envelope, ours: Result) -> Result:
-        """The result that counts, where another run of the same request was first."""
+        """Returns the stored result, which another run of the same request recorded first; `ours` if there is none."""
         future_id = envelope.future_id(self._backend)
         raw = await self._store.get(self._keys.future(future_id))
         return ours if raw is None else await self._or_its_loss(future_id, Result.from_bytes(raw))
 
     def _ours(self, raw: bytes) -> Result:
-        """Raises BadEnvelope for another backend's: names may hold a slash, and so may a caller's own id."""
+        """Parses a stored result. Raises BadEnvelope if it is another backend's: names and callers' ids may have slashes, so two backends
+        can share a key."""
         result = Result.from_bytes(raw)
         if result.backend not in ("", self._backend):
             raise BadEnvelope(f"under its id stands a result of backend {result.backend!r}: use another message_id")
         return result
 
     async def _or_its_loss(self, future_id: str, result: Result) -> Result:
-        """With its body, or the error of one that has lost it."""
+        """Returns the result with its body, or an error if the body is gone."""
         try:
             return await with_body(self._store, self._keys, future_id, result)
         except BodyGone:
@@ -170,30 +172,30 @@ class Admission:
             return Result(status=500, backend=self._backend, error=gone)
 
     async def _claim(self, future_id: str, config: BackendConfig) -> bool:
-        """Whether this delivery is the one of its copies that runs."""
+        """Whether this copy of the request is the one to run: the first that sets the claim (NX)."""
         if await self._store.get(self._keys.start(future_id)):
             return False
         ttl_ms = int(config.request_timeout_s * 1000) + _AFTER_DEADLINE_MS  # copies are gone by then
         return await self._store.set(self._keys.claim(future_id), secrets.token_bytes(16), ttl_ms=ttl_ms, only_new=True)
 
     async def _may_start(self, envelope: Envelope, mark: bytes, *, came_before: bool) -> bool:
-        """Whether this is its first run, for certain; it is marked as started then. A mark may be lost with the store's data, so what came
-        before needs a word of the one who had it. May be asked again, after an answer that was lost."""
+        """Whether this is certainly the first run; if so, `mark` is stored. For a request that `came_before` a missing mark proves nothing,
+        since the store may have lost its data, so only NOT_STARTED does. May be repeated if the store's answer was lost."""
         key, ttl_ms = self._keys.start(self._name(envelope)), self._mark_ttl_ms(envelope)
         if not came_before and await self._store.set(key, mark, ttl_ms=ttl_ms, only_new=True):
             return True
         return await self._store.replace(key, NOT_STARTED, mark, ttl_ms=ttl_ms, quiet=True) or await self._store.get(key) == mark
 
     async def _count(self, name: str, max_attempts: int, max_redeliveries: float) -> int:
-        """The number of the run to come. An attempt is a run that was started (it left a mark) and left no result.
+        """Returns the number of the next run. An attempt is a run that left a start mark and no result.
 
-        Messages without an id that say the same share a name, so that their redeliveries tell nothing of any one of them.
+        Messages without an id share a name if their bodies are equal, so their redeliveries say nothing about one of them.
         """
         start, attempts_key = self._keys.start(name), self._keys.attempts(name)
         raw_mark, raw_attempts = await self._store.get_many([start, attempts_key])
         attempts = _read_attempts(raw_attempts)
         mark = _read_mark(raw_mark) if raw_mark else None
-        if mark is not None and mark.replica != self._replica_id:  # ours is of a run that lives, or was ended in order
+        if mark is not None and mark.replica != self._replica_id:  # ours is of a run that goes on or ended in order
             attempts.append(msgspec.structs.replace(mark, ended="its replica was lost before there was a result"))
             await self._store.set(attempts_key, msgspec.json.encode(attempts), ttl_ms=_COUNTERS_TTL_MS)
             await self._store.delete(start)

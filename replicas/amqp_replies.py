@@ -1,4 +1,4 @@
-"""A result as a plain AMQP reply, as every RPC tutorial teaches."""
+"""Sends a result as a plain AMQP reply, the way every RPC tutorial teaches."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ MAX_REPLY_BYTES = 8 * 1024 * 1024  # RabbitMQ 4.x takes 16 MiB, and closes the c
 
 
 async def send_reply(queue: Queue, backend: str, request: Envelope, result: Result, budget_s: float) -> None:
-    """Returns once the broker has taken it. A queue of the caller's that is gone or full is no error, nor is an answer that AMQP cannot
-    carry (a content type of 300 bytes): no other try would end otherwise.
+    """Returns once the broker has taken the reply. The reply is dropped if the caller's queue is gone or full, or if AMQP cannot carry the
+    answer (a content type of 300 bytes): a retry would end the same way.
 
     Raises BrokerUnavailable.
     """

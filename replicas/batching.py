@@ -1,4 +1,5 @@
-"""Batches, in two ways: `accept_batch` marks a handler that takes a list, `batch` makes an async method of single items take lists."""
+"""Two ways to batch: `accept_batch` marks a handler that takes a list of requests; `batch` lets an async function that takes a list be
+called with single items."""
 
 from __future__ import annotations
 
@@ -18,14 +19,14 @@ _MARK = "_mqserve_accepts_batch"
 
 
 class BadBatch(BadValue):
-    """A batch handler's result does not fit its requests; every member is told."""
+    """A batch handler's result does not fit its requests. Each request of the batch gets this error."""
 
 
 def accept_batch(target: T) -> T:
     """Marks a function, a method or a class: it gets a list of requests, and returns as many results in their order.
 
-    Of a class it marks `__call__`, or, where there is none, all methods. Without `max_batch_size` in the config the lists have one
-    request each.
+    On a class it marks `__call__` or, if there is none, all methods. Without `max_batch_size` in the config the lists have one request
+    each.
     """
     if not callable(target):
         raise BadType(f"@serve.accept_batch marks a function, a method or a class, not {target!r}")
@@ -35,19 +36,19 @@ def accept_batch(target: T) -> T:
 
 
 def _own_call(kind: type) -> Any:
-    """The class's `__call__`, or the class itself where it defines none: `kind.__call__` would be that of its metaclass."""
+    """Returns the class's `__call__`, or the class itself if it defines none: `kind.__call__` would be that of its metaclass."""
     return next((vars(base)["__call__"] for base in kind.__mro__ if "__call__" in vars(base)), kind)
 
 
 def accepts_batch(target: Any) -> bool:
-    """Of a function, a bound method, a class or an instance."""
+    """Whether a function, a bound method, a class or an instance takes batches."""
     if getattr(target, _MARK, False) or getattr(type(getattr(target, "__self__", None)), _MARK, False):
         return True
     return not inspect.isroutine(target) and bool(getattr(getattr(target, "__call__", None), _MARK, False))  # noqa: B004
 
 
 def split_results(value: Any, expected: int) -> list[Any]:
-    """One result for each request. Raises BadBatch for what is not ordered or of another length."""
+    """Returns one result for each request. Raises BadBatch for a value that is not ordered or has another length."""
     if isinstance(value, str | bytes | dict | set | frozenset) or not hasattr(value, "__iter__"):
         raise BadBatch(
             f"a batch handler returned a {type(value).__name__}: return an ordered iterable, such as a list, with one result per request"
@@ -61,7 +62,7 @@ def split_results(value: Any, expected: int) -> list[Any]:
 
 
 class Batched(Protocol):
-    """What `batch` makes of a function: called with one item, and tuned while it runs."""
+    """A function decorated by `batch`. It is called with one item, and can be tuned while it runs."""
 
     def __call__(self, *item: Any) -> Coroutine[Any, Any, Any]: ...
 
@@ -82,10 +83,11 @@ def batch(*, max_batch_size: int = 10, batch_wait_timeout_s: float = 0.0) -> Cal
 def batch(
     function: TakesList | None = None, *, max_batch_size: int = 10, batch_wait_timeout_s: float = 0.0
 ) -> Batched | Callable[[TakesList], Batched]:
-    """Lets an `async def` that takes a list be called with single items: callers that come together share one call.
+    """Lets an `async def` that takes a list be called with single items: concurrent callers share one call.
 
-    A batch goes off when it is full, or `batch_wait_timeout_s` after its first item. Live-tunable on the decorated function:
-    `set_max_batch_size`, `set_batch_wait_timeout_s`. Raises BadType for what is not async, BadValue for a bad size or wait.
+    A batch starts when it is full, or `batch_wait_timeout_s` after its first item. The decorated function's `set_max_batch_size` and
+    `set_batch_wait_timeout_s` change this while it runs. Raises BadType for a function that is not async, BadValue for a bad size or
+    wait.
     """
     _check(max_batch_size, batch_wait_timeout_s)
 
@@ -125,7 +127,7 @@ class _Tuning:
 
 
 class _Gatherers:
-    """One decorated function's: of its own, or one for each instance it is a method of. Travels with the code, and arrives empty."""
+    """The gatherers of one decorated function: a single one, or for a method one per instance. A pickle of it has no waiting items."""
 
     def __init__(self, function: Callable[..., Awaitable[Any]], tuning: _Tuning) -> None:
         self._function = function
@@ -141,14 +143,14 @@ class _Gatherers:
             return self._of_function
         instance = owner[0]
         if id(instance) not in self._of_instances:
-            function, reference = self._function, weakref.ref(instance)  # no stronger, or the instance would keep itself
+            function, reference = self._function, weakref.ref(instance)  # a strong one would keep the instance alive
             self._of_instances[id(instance)] = _Gatherer(lambda items: function(reference(), items), self._tuning)
             weakref.finalize(instance, self._of_instances.pop, id(instance), None)
         return self._of_instances[id(instance)]
 
 
 class _Gatherer:
-    """The items of one function or instance that wait for their batch; of one event loop."""
+    """Gathers the items of one function or instance into batches, on one event loop."""
 
     def __init__(self, call: Callable[[list[Any]], Awaitable[Any]], tuning: _Tuning) -> None:
         self._call = call
@@ -184,7 +186,7 @@ class _Gatherer:
             for _, result in members:
                 result.cancel()
             raise
-        except BaseException as error:  # sys.exit() too: it is the members', and not to end the loop that they share
+        except BaseException as error:  # SystemExit too: it fails the members, and must not end their loop
             for _, result in members:
                 if not result.done():
                     result.set_exception(error)

@@ -1,8 +1,8 @@
-"""The contexts in which user code is called: construction's own, and a copy of it for each request.
+"""The contexts in which user code is called: one for construction, and a copy of it for each request.
 
-A context variable that one request sets (a user, a tenant, a trace id) is not seen by the next one, and what construction
-set is there in all of them. Values are not copied, only which variable has which: a list in a context variable is shared, as
-anything global is. The decimal context is the one exception, since code that sets its precision changes it in place.
+A context variable that one request sets (a user, a tenant, a trace id) is not seen by the next one; one that construction set
+is seen by all. The copy is shallow: a list in a context variable is shared, like a global one. Only the decimal context is
+copied, too, since code that sets its precision changes it in place.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class CallContexts:
         return f"<CallContexts with {len(self.own)} variables>"
 
     def note_changes(self) -> None:
-        """To be called after something ran in `own`: it may have set a decimal context."""
+        """Must be called after each run in `own`, which may have set a decimal context."""
         self._decimal = next((value for value in self.own.values() if issubclass(type(value), decimal.Context)), None)
 
     def new(self) -> Context:
-        """For one request."""
+        """Returns a context for one request."""
         context = self.own.copy()
         if self._decimal is not None:
             context.run(decimal.setcontext, self._decimal.copy())

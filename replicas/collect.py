@@ -1,4 +1,4 @@
-"""A Starlette response run as the ASGI app that it is, and what it sends collected: results travel in one piece."""
+"""Collects what a Starlette response sends when it runs as an ASGI app, since results travel in one piece."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ Message = MutableMapping[str, Any]
 
 
 def is_whole(response: Response) -> bool:
-    """Whether all of it is known without running it: a plain Response, with nothing to do afterwards."""
+    """Whether the response is complete without being run: a plain Response without a background task."""
     return type(response).__call__ is Response.__call__ and response.background is None
 
 
 class Collected:
-    """The receiving end: `on_whole` is called once, with the whole response, as soon as its last part is there."""
+    """Collects the parts of one response. `on_whole` is called once, with the whole response, as soon as the last part has come."""
 
     def __init__(self, on_whole: Callable[[Response], None]) -> None:
         self._on_whole = on_whole
-        self._status = 0  # until it has begun
+        self._status = 0  # 0 until the response begins
         self._headers: list[tuple[bytes, bytes]] = []
         self._chunks: list[bytes] = []
         self._size = 0
@@ -37,7 +37,7 @@ class Collected:
         return self._size > MAX_BODY_BYTES
 
     async def send(self, message: Message) -> None:
-        """ASGI's `send`. Raises TooLarge for a body above the limit, and so ends an answer that has no end."""
+        """ASGI's `send`. Raises TooLarge for a body above the limit, which also ends an endless response."""
         if message["type"] == "http.response.start":
             self._status, self._headers = message["status"], list(message.get("headers", ()))
         elif message["type"] == "http.response.body" and not self.is_whole:

@@ -1,4 +1,5 @@
-"""Which queues a replica takes from: the generations that are wanted, as long as it can store what it answers."""
+"""The consumers of one replica, one for each generation of its queue. They pause while the store is away, so that other replicas get the
+messages."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ _LOOK_EVERY_S = 0.25
 class Consumers:
     """Owns the consumers of one replica; only `keep_forever` starts any.
 
-    `on_delivery(generation, delivery)` hands over; `prefetch()` says how many at a time; `settle()` is called now and then while the
-    store is away, gives back what waits for it, and says whether all is stored again.
+    `on_delivery(generation, delivery)` gets each message, `prefetch()` returns the prefetch. While the store is away, `settle()` is called
+    repeatedly: it requeues the messages that wait for the store, and returns whether no result is left to store.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Consumers:
         self._consumptions: dict[int, Consumption] = {}
         self._look = asyncio.Event()
         self.paused = False
-        self.moved_at = -math.inf  # monotonic: when a later generation than the first was taken up
+        self.moved_at = -math.inf  # monotonic: when it last began to consume a generation after the first
 
     def __repr__(self) -> str:
         return f"<Consumers of generations {self.generations} of {self._backend}{', paused' if self.paused else ''}>"
@@ -57,7 +58,7 @@ class Consumers:
         return tuple(self._consumptions)
 
     def want(self, generations: tuple[int, ...]) -> None:
-        """Exactly these, soon."""
+        """Makes `keep_forever` consume exactly these generations."""
         self._wanted = generations
         self._look.set()
 
@@ -66,8 +67,8 @@ class Consumers:
             consumption.set_prefetch(self._prefetch())
 
     async def keep_forever(self, on_taken: Callable[[], None]) -> None:
-        """Until cancelled. While nothing can be stored for long it takes nothing: others may reach the store. `on_taken` is called after
-        each change."""
+        """Runs until cancelled. Stops consuming when the store has been away for STORE_AWAY_S, since other replicas may reach it.
+        `on_taken` is called whenever the wanted generations have been taken up."""
         last_seen, not_before, pauses = time.monotonic(), 0.0, delays()
         while True:
             with suppress(TimeoutError):
@@ -98,7 +99,7 @@ class Consumers:
                 not_before = time.monotonic() + next(pauses)
 
     async def _take(self, generations: tuple[int, ...]) -> None:
-        """Raises BrokerUnavailable; what it has by then it keeps."""
+        """Consumes exactly these generations. Raises BrokerUnavailable; the consumers that it started before that stay."""
         for generation in generations:
             if generation not in self._consumptions:
                 if generation > 1:
@@ -109,6 +110,6 @@ class Consumers:
             await self._consumptions.pop(generation).cancel()
 
     async def stop(self) -> None:
-        """No delivery follows; those in hand can still be settled."""
+        """Cancels the consumers. No delivery follows; earlier ones can still be settled."""
         consumptions, self._consumptions = self._consumptions, {}
         await asyncio.gather(*[consumption.cancel() for consumption in consumptions.values()])

@@ -1,4 +1,4 @@
-"""Which replica this code runs in: for user code that labels its logs and metrics."""
+"""Tells user code in which replica it runs, for example to label logs and metrics."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ReplicaContext:
 
 
 class Request(Protocol):
-    """A request under way, as far as this module knows it."""
+    """The part of a running request that this module reads."""
 
     @property
     def unwanted(self) -> bool: ...
@@ -30,21 +30,21 @@ class Request(Protocol):
     def deadline(self) -> float: ...
 
 
-running_jobs: ContextVar[Sequence[Request]] = ContextVar("running_jobs", default=())  # of the call that runs here
+running_jobs: ContextVar[Sequence[Request]] = ContextVar("running_jobs", default=())  # the requests of the current call
 
 _here = threading.local()
-_process: list[ReplicaContext] = []  # of a replica that is a process of its own: for threads that user code starts
+_process: list[ReplicaContext] = []  # filled if this whole process is a replica, for threads that user code starts
 
 
 def enter_context(context: ReplicaContext, *, whole_process: bool = False) -> None:
-    """From now on this thread (or every thread of this process) is the replica's."""
+    """Marks this thread, or every thread of this process, as the replica's."""
     _here.context = context
     if whole_process:
         _process[:] = [context]
 
 
 def get_replica_context() -> ReplicaContext:
-    """The replica whose code calls this. Raises InstanceError outside of one."""
+    """Returns the replica whose code calls this. Raises InstanceError outside of a replica."""
     context = getattr(_here, "context", None) or (_process[0] if _process else None)
     if context is None:
         raise InstanceError("there is no replica here: get_replica_context() works in a backend's own code, in its worker's threads")
@@ -52,7 +52,7 @@ def get_replica_context() -> ReplicaContext:
 
 
 def in_replica_process() -> bool:
-    """Whether this process is a replica, in whichever thread."""
+    """Whether this process is a replica, in any thread."""
     return bool(_process)
 
 
@@ -70,13 +70,13 @@ def get_current_replica_tag() -> str:
 
 
 def cancelled() -> bool:
-    """Whether nobody wants what runs here any more: its caller has cancelled it or gone away, or its time is spent (in a batch: of all
-    of them). For plain code, which cannot be stopped from outside: ask it now and then in a long call, and return. False where no
-    request runs."""
+    """Whether nobody waits for the running request: its caller has cancelled it or gone away, or its deadline has passed (in a batch, this
+    must hold for all requests). A plain call cannot be stopped from outside, so a long one should ask this now and then, and return.
+    False if no request runs."""
     jobs = running_jobs.get()
     return bool(jobs) and all(job.unwanted for job in jobs)
 
 
 def deadline() -> float:
-    """In monotonic seconds, of what runs here: the latest of a batch; infinite where no request runs or it has none."""
+    """The deadline of the running request in monotonic seconds; of a batch the latest one. Infinite if no request runs or it has none."""
     return max((job.deadline for job in running_jobs.get()), default=math.inf)

@@ -1,7 +1,7 @@
-"""An exception of the user's is a result too: whichever it is, there is one, and it is of a bounded size.
+"""Turns any exception of user code into a result of bounded size.
 
-What a web client hears: `HTTPException` (Starlette's, and so FastAPI's) with its status, headers and detail; 422 where the request's
-own data did not validate; the status of an error of ours that the handler let pass; and 500 for everything else.
+A web client gets the status, headers and detail of an `HTTPException` (Starlette's, and so FastAPI's); 422 if the request's own data
+did not validate; the status of an error of ours that the handler let pass; and 500 for everything else.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from .validation import Data, find_invalid
 
 logger = logging.getLogger(__name__)
 
-MAX_SEALED_BYTES = 64 * 1024  # of the exception itself; one that holds a body has type, message and traceback travel alone
+MAX_SEALED_BYTES = 64 * 1024  # of the pickled exception; of a larger one only type, message and traceback travel
 MAX_MEMBERS_BYTES = 16 * 1024
 
 
 class Told(NamedTuple):
-    """What a web client hears of an exception."""
+    """The answer that a web client gets for an exception."""
 
     status: int = 500
-    message: str = ""  # empty: the exception's own
-    is_meant: bool = False  # the handler says it to the client: nobody needs its traceback
+    message: str = ""  # empty for the exception's own
+    is_meant: bool = False  # the handler raised it as an answer, so the traceback is left out
     headers: Pairs = ()
-    members: bytes = b""  # of the problem: a JSON object
+    members: bytes = b""  # a JSON object whose members the problem document gets
 
 
 def error_result(error: BaseException, backend: str, future_id: str, signer: Signer, data: Data) -> Result:
-    """Raises nothing, whatever the exception's own methods do."""
+    """Returns the exception as a result. Raises nothing, whatever the exception's own methods do."""
     failure = describe(error)
     told = _told(error, data)
     info = ErrorInfo(
@@ -55,7 +55,7 @@ def error_result(error: BaseException, backend: str, future_id: str, signer: Sig
 
 
 def _phase_of(error: BaseException) -> Phase:
-    """Of a late request whose error a handler lets pass; the class may be a user's."""
+    """Returns the phase of a RequestTimeout that a handler let pass, QUEUE for anything else. A user's subclass counts as anything else."""
     return Phase.RUN if type(error) is RequestTimeout and error.phase == Phase.RUN else Phase.QUEUE
 
 
@@ -90,14 +90,14 @@ def _of_http(error: HTTPException) -> Told:
 
 
 def _of_ours(error: MQServeError) -> Told:
-    status = error.status if error.status in range(400, 600) else 500  # of a class of the user's it may be anything
+    status = error.status if error.status in range(400, 600) else 500  # a user's subclass may have any
     retry_after_s = error.retry_after_s if isinstance(error, Overloaded) else backoff.retry_after_s() if status == 503 else 0
     headers = ((b"retry-after", b"%d" % math.ceil(retry_after_s)),) if retry_after_s else ()
     return Told(status, writable(public_words(error), MAX_MESSAGE), headers=headers)
 
 
 def _members(members: dict[str, object]) -> bytes:
-    """Nothing where they are too many, or no JSON."""
+    """Returns the members as JSON; nothing if they are too large or have no JSON."""
     try:
         encoded = msgspec.json.encode(members)
     except (TypeError, ValueError, RecursionError):
@@ -106,7 +106,7 @@ def _members(members: dict[str, object]) -> bytes:
 
 
 def _sealed(error: BaseException, backend: str, future_id: str, signer: Signer) -> bytes:
-    """The exception itself, for a handle; type, message and traceback travel all the same."""
+    """Returns the signed pickle of the exception, for handles. Empty without a key, and if the exception is too large or has no pickle."""
     if not signer:
         return b""
     try:

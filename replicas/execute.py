@@ -1,6 +1,7 @@
-"""One request through the user's code: a job in, a Result out; nothing here raises, and nothing here waits for a broker.
+"""Runs one request or one batch through the user's code: a job in, a Result out. Only a cancelled task raises, and nothing waits for a
+broker.
 
-Whatever user code raises is its request's result, `sys.exit()` too, and so is whatever is raised by what it returned.
+Every exception of user code becomes its request's result, also SystemExit, and also one that a returned value raises when it is encoded.
 """
 
 from __future__ import annotations
@@ -33,15 +34,15 @@ from .requests import BadBody, Receiver, Request, ServeRequest, convert_params, 
 
 logger = logging.getLogger(__name__)
 
-_RESULTS = frozenset((type(None), bool, int, float, str, bytes, list, dict))  # most are of these types, and asked nothing more
+_RESULTS = frozenset((type(None), bool, int, float, str, bytes, list, dict))  # most results have these types, and need no check
 
 Answer = Result | Response
-"""A Response that has to be run for its result is `respond`'s."""
+"""A result, or a Response that `respond` must run to get one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Execution:
-    """What it takes to run requests of one backend in one replica."""
+    """Runs the requests of one backend in one replica."""
 
     backend: str
     handler: Handler
@@ -49,10 +50,10 @@ class Execution:
     depth: int = field(default_factory=lambda: forks.depth)
 
     def method(self, job: Job) -> Method | Result:
-        """What is to run, or the result of there being no such method."""
+        """Returns the method to run, or an error as the result if there is none."""
         try:
             meta = job.envelope.header.meta
-            convert_params(meta)  # here, or one that does not convert would fail the batch it is in
+            convert_params(meta)  # here, since later a failure would fail the whole batch
             return self.handler.method(meta.call)
         except BaseException as error:
             return self.failed(error, job)
@@ -60,7 +61,7 @@ class Execution:
     # One request.
 
     def run(self, method: Method, job: Job) -> Answer:
-        """A plain call; for the worker's thread, or one of its pool."""
+        """Makes a plain call, in the worker's thread or one of its pool."""
         try:
             value = method.function(self.request(job)) if method.takes_request else self._call_bare(method, job)
             return self._answer(value, job)
@@ -68,7 +69,7 @@ class Execution:
             return self.failed(error, job)
 
     async def run_async(self, method: Method, job: Job) -> Answer:
-        """An async call; for a task of the worker's loop. Raises CancelledError where the task is cancelled, and nothing else."""
+        """Makes an async call, in a task of the worker's loop. Raises only CancelledError, if the task is cancelled."""
         try:
             value = method.function(self.request(job)) if method.takes_request else self._call_bare(method, job)
             if inspect.isawaitable(value):
@@ -79,8 +80,8 @@ class Execution:
             return self.failed(error, job)
 
     async def respond(self, response: Response, job: Job, answer: Callable[[Result], None]) -> None:
-        """Runs a response as the ASGI app it is; `answer` gets its result as soon as it is whole. What goes on after that (its background
-        task) is nobody's to wait for. Raises CancelledError where the task is cancelled, and nothing else."""
+        """Runs a response as an ASGI app; `answer` gets its result as soon as it is complete. Nobody waits for its background task, which
+        runs after that. Raises only CancelledError, if the task is cancelled."""
         collected = Collected(lambda whole: answer(self._whole(whole, job)))
         try:
             await response(http_scope(job.envelope.header.meta), Receiver(job), collected.send)
@@ -99,7 +100,7 @@ class Execution:
     # A batch.
 
     def run_batch(self, method: Method, jobs: Sequence[Job]) -> list[Answer]:
-        """One plain call for all of them."""
+        """Makes one plain call for all jobs."""
         try:
             values = split_results(method.function([self.request(job) for job in jobs]), len(jobs))
         except BaseException as error:
@@ -107,7 +108,7 @@ class Execution:
         return self._answers(values, jobs)
 
     async def run_batch_async(self, method: Method, jobs: Sequence[Job]) -> list[Answer]:
-        """One async call for all of them. Raises as `run_async` does."""
+        """Makes one async call for all jobs. Raises like `run_async`."""
         try:
             values = split_results(await method.function([self.request(job) for job in jobs]), len(jobs))
         except BaseException as error:
@@ -127,7 +128,7 @@ class Execution:
     # In: the request.
 
     def _call_bare(self, method: Method, job: Job) -> Any:
-        """Of a handler without a parameter."""
+        """Calls a handler that has no parameter."""
         if job.envelope.header.origin == "handle" and self._content(job.envelope) not in ((None, {}), ([None, {}])):
             raise BadType("this handler has no parameter for a request, and remote() was given something to send: leave that out")
         return method.function()
@@ -140,7 +141,7 @@ class Execution:
         return job.request
 
     def _content(self, envelope: Envelope) -> tuple[Any, dict[str, Any]]:
-        """(data, keyword arguments)."""
+        """Returns (data, keyword arguments)."""
         try:
             claim = SealScope("request", self.backend, envelope.id)
             content = decode_value(envelope.body, envelope.content_type, self.signer, claim)
@@ -181,7 +182,7 @@ class Execution:
         return Result(status=500, backend=self.backend, error=ErrorInfo(type="mqserve.TooLarge", message=message))
 
     def failed(self, error: BaseException, job: Job) -> Result:
-        """Raises nothing, whatever the exception is. Its words are in the log only where nobody else is told them."""
+        """Returns the exception as a result, and logs the traceback of a 500. Raises nothing, whatever the exception is."""
         forks.end_if_forked_since(self.depth, error)
         envelope = job.envelope
         result = error_result(error, self.backend, envelope.future_id(self.backend), self.signer, lambda: _brought(job.request))
@@ -192,7 +193,7 @@ class Execution:
 
 
 def _brought(request: object) -> Mapping[str, Any]:
-    """What the caller of the request is answerable for, by the name it goes by."""
+    """Returns the data that the caller sent, by name."""
     if not isinstance(request, Request | ServeRequest):
         return {}
     try:
@@ -203,7 +204,7 @@ def _brought(request: object) -> Mapping[str, Any]:
 
 
 def _raise_if_cancelled(error: BaseException) -> None:
-    """A task that the worker cancels ends as cancelled; a CancelledError of the handler's own making is its result."""
+    """Raises `error` again if the worker cancelled the task. A CancelledError that the handler raised itself is its result."""
     if issubclass(type(error), asyncio.CancelledError):  # isinstance would ask the exception for its `__class__`
         task = asyncio.current_task()
         if task is not None and task.cancelling():
@@ -211,6 +212,6 @@ def _raise_if_cancelled(error: BaseException) -> None:
 
 
 def check_direct(envelope: Envelope) -> None:
-    """Raises BadEnvelope for a direct publisher's body that is not what it says it is, before any slot is spent on it."""
+    """Raises BadEnvelope if a direct publisher's body does not parse as its content type. Called before the request takes a slot."""
     if not envelope.header.origin:
         check_plain(envelope.body, envelope.content_type)

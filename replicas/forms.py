@@ -1,4 +1,4 @@
-"""Forms by Starlette's parsers, without an await: the body is here as a whole, so nothing has to be waited for."""
+"""Parses forms by Starlette's parsers but without an await: the whole body is in memory, so there is nothing to wait for."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ T = TypeVar("T")
 
 
 class BadForm(Exception):
-    """It is no form, or has more fields, files or bytes in a field than are allowed."""
+    """The body is no form, or has more fields, files or bytes in a field than are allowed."""
 
 
 class _File(BytesIO):
-    """In memory, as the body is: needs no closing, and no thread to be read in."""
+    """An uploaded file in memory. It needs no closing, and no thread to read it."""
 
-    _rolled = False  # what Starlette's UploadFile asks of a file to know that
+    _rolled = False  # tells Starlette's UploadFile that the file is in memory
 
 
 class _Parser(MultiPartParser):
-    """Starlette's own spools larger files to disk, in a thread: the only thing that it would ever wait for."""
+    """Starlette's parser without the spooling of large files to disk, which runs in a thread and is all that the parser waits for."""
 
-    spool_max_size = 0  # without end
+    spool_max_size = 0  # no limit
     is_whole = False
 
     def on_end(self) -> None:
@@ -44,9 +44,10 @@ class _Parser(MultiPartParser):
 
 
 def parse_form(headers: Headers, body: bytes, **limits: Any) -> FormData:
-    """Fields, and files as `UploadFile`, whose `.file` can be read without an await. `limits` are those of Starlette's `form()`.
+    """Returns the fields, and files as `UploadFile`, whose `.file` can be read without an await. `limits` are those of Starlette's
+    `form()`.
 
-    Empty for a body of another type. Raises BadForm.
+    Returns an empty form for a body of another type. Raises BadForm.
     """
     kind = media_type(headers.get("content-type", ""))
     if kind == URLENCODED:
@@ -60,15 +61,15 @@ def parse_form(headers: Headers, body: bytes, **limits: Any) -> FormData:
         form = _run(parser.parse())
     except MultiPartException as error:
         raise BadForm(error.message) from error
-    except (ValueError, LookupError) as error:  # the parser's own, of an empty boundary for example
+    except (ValueError, LookupError) as error:  # from the parser itself, for example for an empty boundary
         raise BadForm(str(error)) from error
-    if isinstance(parser, _Parser) and body and not parser.is_whole:  # its last part would be missing without a word
+    if isinstance(parser, _Parser) and body and not parser.is_whole:  # its last part would be missing silently
         raise BadForm("the form ends before its closing boundary")
     return form
 
 
 def as_dict(form: FormData) -> dict[str, Any]:
-    """Of a field that came several times the list of its values."""
+    """Returns the form as a dict, with a list of values for a field that came several times."""
     found: dict[str, Any] = {}
     for name in form:
         values = form.getlist(name)
@@ -81,7 +82,7 @@ async def _whole(body: bytes) -> AsyncGenerator[bytes, None]:
 
 
 def _run(parsing: Coroutine[Any, Any, T]) -> T:
-    """A coroutine that never waits, to its end."""
+    """Runs a coroutine that never waits, and returns its result."""
     try:
         parsing.send(None)
     except StopIteration as done:

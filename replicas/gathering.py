@@ -1,4 +1,4 @@
-"""The requests of one replica that wait for their batch, in the worker's thread."""
+"""Gathers the requests of one replica into batches, in the worker's thread."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from .job import Job
 
 
 class Gathering:
-    """`run(jobs, method)` makes one call of each group, `drop(job)` tells one that nobody wants any more, `later(wait_s, callback)` is the
-    worker's timer. Size and wait apply from the next round."""
+    """The requests that wait for their batch. `run(jobs, method)` runs a batch, `drop(job)` answers a request that nobody waits for, and
+    `later(wait_s, callback)` is the worker's timer."""
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class Gathering:
         return len(self._waiting)
 
     def add(self, job: Job, method: Method, size: int, wait_s: float) -> None:
-        """A full batch runs at once, another one after `wait_s`; without a wait, when the worker says so."""
+        """Adds a request. A full batch runs at once, a smaller one after `wait_s`; without a wait, the worker calls `run_all`."""
         self._waiting.append((job, method))
         if len(self._waiting) >= size:
             self.run_all()
@@ -40,7 +40,7 @@ class Gathering:
             self._timer = self._later(wait_s, self.run_all)
 
     def run_all(self) -> None:
-        """One call for each method among them."""
+        """Makes one call for each method among the waiting requests."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

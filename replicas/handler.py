@@ -1,4 +1,4 @@
-"""The user's code, found and made: a function as it is, a class constructed with its arguments."""
+"""The user's code as a handler: a function as it is, a class constructed with its arguments."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class NoSuchMethod(BadType):
     status = 404
 
 
-@dataclass(frozen=True, slots=True, eq=False)  # told apart by identity: a user's instance inside may not be hashable
+@dataclass(frozen=True, slots=True, eq=False)  # compared by identity, since the user's instance inside may not be hashable
 class Method:
-    """What one call runs."""
+    """A function or method that requests call."""
 
     function: Callable[..., Any]
     is_async: bool
@@ -30,7 +30,7 @@ class Method:
 
 
 class Handler:
-    """A deployed function or instance; looks its methods up once."""
+    """A deployed function or instance. Looks up each of its methods once."""
 
     def __init__(self, target: Any, *, is_function: bool) -> None:
         self._target = target
@@ -44,12 +44,12 @@ class Handler:
         return f"<Handler of {type(self._target).__name__}>"
 
     def hook(self, name: str) -> Callable[..., Any] | None:
-        """One of the methods that only we call: `reconfigure`, `check_health`."""
+        """Returns `reconfigure` or `check_health`, which only we call, or None if the code has none."""
         found = self._hooks.get(name)
         return found if callable(found) else None
 
     def method(self, call: str) -> Method:
-        """By name, empty for `__call__`: a public method of the user's own class. Raises NoSuchMethod."""
+        """Returns a public method of the user's class by its name, which is empty for `__call__`. Raises NoSuchMethod."""
         found = self._methods.get(call)
         if found is None:
             found = self._methods[call] = make_method(self._find(call))
@@ -67,17 +67,18 @@ class Handler:
 
 
 def make_handler(target: Any, args: list[Any]) -> Handler:
-    """Constructs a class. Raises whatever the user's constructor raises, and BadType for a handler that cannot be called with a request."""
+    """Returns the handler; constructs a class. Raises the exceptions of the user's constructor, and BadType for a handler that cannot be
+    called with a request."""
     is_class = inspect.isclass(target)
     made = target(*args) if is_class else target
     handler = Handler(made, is_function=not is_class)
-    if callable(made):  # a class may have nothing but methods to be called by name
+    if callable(made):  # a class may have named methods only
         handler.method("")
     return handler
 
 
 def make_method(function: Callable[..., Any]) -> Method:
-    """Raises BadType for a signature that fits no request."""
+    """Returns the Method of a function. Raises BadType if a request does not fit its signature."""
     in_batches = accepts_batch(function)
     takes_request = is_given_the_request(function)
     if in_batches and not takes_request:
@@ -86,8 +87,8 @@ def make_method(function: Callable[..., Any]) -> Method:
 
 
 def is_given_the_request(function: Callable[..., Any]) -> bool:
-    """Whether it is called with the request: not where it has no parameter for it. One whose signature cannot be read is taken for one
-    with a parameter. Raises BadType where it needs more than the request."""
+    """Whether the function has a parameter for the request; True if its signature cannot be read. Raises BadType if it needs more than the
+    request."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):

@@ -17,15 +17,15 @@ from ..broker.results import Phase, Result, late_result
 class Stage(Enum):
     """How far a request has come. docs/design.md draws the moves."""
 
-    __hash__ = object.__hash__  # by identity; Enum's own is a Python function, and costs each request a few calls
+    __hash__ = object.__hash__  # by identity: Enum's own is a Python function, called several times for each request
 
-    HELD = "held"  # it was delivered, and is looked at
-    ADMITTED = "admitted"  # it is the worker's, and waits there
+    HELD = "held"  # it was delivered, and is being checked
+    ADMITTED = "admitted"  # it waits at the worker
     RUNNING = "running"  # user code has begun with it
     RECORDING = "recording"  # it has its result, which is being stored or sent
-    LEAVING = "leaving"  # it gets no result here: it goes back to the queue, or to the dead letters
-    RETURNED = "returned"  # it went back because its result cannot be stored, which is still tried
-    SETTLED = "settled"  # it was acked or given back, and nothing is left to do
+    LEAVING = "leaving"  # it does not run here: it is being requeued or dead-lettered
+    RETURNED = "returned"  # it was requeued because its result cannot be stored; storing is still retried
+    SETTLED = "settled"  # it was acked or requeued, and nothing is left to do
 
 
 MOVES: Mapping[Stage, tuple[Stage, ...]] = {
@@ -40,37 +40,37 @@ MOVES: Mapping[Stage, tuple[Stage, ...]] = {
 
 
 class WrongMove(Exception):
-    """A request was to go from one stage to another that does not follow it: a bug in mqserve."""
+    """A request was moved to a stage that MOVES does not allow: a bug in mqserve."""
 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """A request that this replica holds. The I/O loop writes the first group of fields, the worker's thread the second; each reads both.
+    """A request that this replica holds. The I/O loop writes the first group of fields, the worker's thread the second; both read all.
 
-    A job begins to run when the worker writes `started`, so no thread ever writes a stage that the other has written.
+    A job begins to run when the worker writes `started`, so only the I/O loop ever writes the stage.
     """
 
     envelope: Envelope
     generation: int  # of the queue that it came from
     delivery: Delivery
     deadline: float = math.inf  # monotonic
-    redelivered: bool = False  # delivered before: its start is marked before it runs
-    mark: bytes = b""  # the start mark that stands in the store, or may
-    given_up: Result | None = None  # what stands in its result's place: it was cancelled, or its time is spent
+    redelivered: bool = False  # its start mark is stored before it runs
+    mark: bytes = b""  # the start mark that is, or may be, in the store
+    given_up: Result | None = None  # replaces its own result: it was cancelled, or its deadline has passed
     _stage: Stage = Stage.HELD
 
     started: float = 0.0  # monotonic; 0 until it runs
     run_s: float = 0.0
-    batch: Sequence[Job] = ()  # all of its call, where that is of several
-    task: asyncio.Task[None] | None = None  # of an async call
-    request: object = None  # what the handler was given
+    batch: Sequence[Job] = ()  # all jobs of its call, if there are several
+    task: asyncio.Task[None] | None = None  # the task of an async call
+    request: object = None  # the object that the handler got
 
     @property
     def stage(self) -> Stage:
         return Stage.RUNNING if self._stage is Stage.ADMITTED and self.started else self._stage
 
     def move(self, stage: Stage) -> None:
-        """Raises WrongMove for one that the table does not have."""
+        """Moves to `stage`. Raises WrongMove if MOVES does not allow that."""
         before = self._stage
         if before is Stage.ADMITTED and self.started:
             before = Stage.RUNNING
@@ -89,5 +89,5 @@ class Job:
 
     @property
     def unwanted_result(self) -> Result:
-        """What its sender is told instead of a result."""
+        """The result that its sender gets instead of the handler's."""
         return self.given_up or late_result(Phase.RUN if self.started else Phase.QUEUE)

@@ -1,7 +1,7 @@
-"""Results to JSON by one rule, wherever a value stands: as `json.dumps` would with hooks for what it does not know.
+"""Converts results to JSON by the same rules at every depth: those of `json.dumps`, and some for types that it does not know.
 
-Subclasses go as their base type, sets as lists, keys as text. Bytes are UTF-8 text, as in the seed. Numbers that JSON does not
-have (NaN, infinity) are null. Dates and times are ISO 8601, whosever they are.
+Subclasses become their base type, sets become lists, keys become text. Bytes are UTF-8 text, as in the seed. NaN and infinity, which
+JSON does not have, become null. Dates and times become ISO 8601, also those of numpy and pandas.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from ..broker.values.codecs import is_plain
 
 _LISTS = (list, tuple, Set, deque, range, KeysView, ValuesView, ItemsView)
 _TIMES = (datetime.datetime, datetime.date, datetime.time)
-_LEFT = (bytes, bytearray, memoryview, *_TIMES)  # of a dataclass: for the rules here rather than for msgspec's
+_LEFT = (bytes, bytearray, memoryview, *_TIMES)  # msgspec leaves fields of these types to the rules here
 _encode = msgspec.json.Encoder().encode
 
 
 def to_json(value: object) -> bytes:
-    """Raises TypeError for what has no JSON, ValueError for bytes that are not UTF-8, RecursionError for what is nested too deeply."""
+    """Returns the value as JSON. Raises TypeError for a type that has no JSON, ValueError for bytes that are not UTF-8, RecursionError
+    for too deep nesting."""
     if not is_plain(value) or _has_bytes(value):
         value = _plain(value)
     return _encode(value)
 
 
 def _has_bytes(value: object) -> bool:
-    """Of what is plain: MessagePack has bytes, JSON does not."""
+    """Whether a plain value contains bytes, which MessagePack has and JSON does not."""
     if type(value) is dict:
         return any(map(_has_bytes, value.values()))
     if type(value) is list:
@@ -42,7 +43,7 @@ def _has_bytes(value: object) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """In None, bool, int, float, str, lists and dicts."""
+    """Converts the value to None, bool, int, float, str, lists and dicts."""
     match value:
         case None | bool():
             return value
@@ -61,7 +62,7 @@ def _plain(value: Any) -> Any:
         case _ if isinstance(value, _LISTS):
             return [_plain(item) for item in value]
         case _ if isinstance(value, _TIMES):
-            return value.isoformat().replace("+00:00", "Z") if value == value else None  # pandas' NaT is a datetime, too
+            return value.isoformat().replace("+00:00", "Z") if value == value else None  # pandas' NaT is unequal to itself
         case decimal.Decimal() | uuid.UUID():
             return str(value)
         case _:
@@ -73,7 +74,7 @@ def _plain_object(value: Any) -> Any:
         return _plain(value.model_dump(mode="json"))
     if type(value).__module__.partition(".")[0] == "numpy" and hasattr(value, "dtype"):
         return _from_numpy(value)
-    if hasattr(value, "tolist"):  # torch, array.array: without importing either
+    if hasattr(value, "tolist"):  # torch and array.array, without importing either
         return _plain(value.tolist())
     if hasattr(value, "item"):
         return _plain(value.item())
@@ -83,7 +84,7 @@ def _plain_object(value: Any) -> Any:
 
 
 def _from_msgspec(value: Any) -> Any:
-    """Dataclasses, attrs classes, Structs, timedeltas: msgspec knows them; what is in them goes by the rules here."""
+    """Converts dataclasses, attrs classes, Structs and timedeltas by msgspec, and the values in them by the rules here."""
 
     def unknown(inner: Any) -> Any:
         if inner is value:
@@ -94,7 +95,8 @@ def _from_msgspec(value: Any) -> Any:
 
 
 def _from_numpy(value: Any) -> Any:
-    """An array or a scalar. Numbers may be many, and need no second look; times finer than Python's would come as bare ints."""
+    """Converts an array or a scalar. Numbers are not visited one by one, since there may be many. Times are cut to microseconds, since
+    `tolist` returns finer ones as ints."""
     match value.dtype.kind:
         case "b" | "i" | "u" | "f":
             return value.tolist() if value.dtype.itemsize <= 8 else value.astype("float64").tolist()  # Python has no longdouble
@@ -107,7 +109,7 @@ def _from_numpy(value: Any) -> Any:
 
 
 def _key(key: Any) -> str:
-    """As `json.dumps` has it: true, null, 1; and of what has a text, that."""
+    """Returns a key as text, like `json.dumps` (true, null, 1). Raises TypeError for a key that has no text."""
     plain = _plain(key)
     if plain is None or isinstance(plain, bool | int | float):
         return _encode(plain).decode()

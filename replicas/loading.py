@@ -1,4 +1,4 @@
-"""From the store to a constructed handler: the backend's record, its convertors, its code."""
+"""Reads a backend and its code from the store, and constructs its handler."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .worker import Raised, Worker
 
 
 async def read_backend(store: Store, keys: StoreKeys, namespace: str, name: str) -> tuple[Backend, dict[str, str]]:
-    """The backend as it is wanted now, and the instance's convertors: name -> hash of their code. Raises BadValue when there is no such
-    backend."""
+    """Returns the backend from the desired document, and the instance's convertors (name -> hash of their code). Raises BadValue if there
+    is no such backend."""
     desired = Desired.from_bytes(await store.get(keys.desired))
     if name not in desired.backends:
         known = ", ".join(sorted(desired.backends)) or "none"
@@ -26,8 +26,8 @@ async def read_backend(store: Store, keys: StoreKeys, namespace: str, name: str)
 
 
 async def construct(store: Store, keys: StoreKeys, settings: Settings, worker: Worker, backend: Backend) -> Handler:
-    """In the worker's thread, under the backend's start timeout. Raises BackendFailed with the user's traceback, or the words of its
-    `sys.exit()`."""
+    """Constructs the handler in the worker's thread, within the backend's start timeout. Raises BackendFailed with the traceback of user
+    code, or with the message of its `sys.exit()`."""
     raw = await store.get_large(keys.code(backend.code))
 
     def make() -> Handler:
@@ -52,5 +52,5 @@ async def construct(store: Store, keys: StoreKeys, settings: Settings, worker: W
 
 
 def told(backend: Backend, what: str, failure: Failure) -> str:
-    """A sentence for operators, with the traceback of the user's code."""
+    """Returns an error message for operators, with the traceback of the user's code."""
     return f"backend {backend.name!r} ({backend.code_name}) {what}: {failure.words}\n{failure.traceback}".rstrip()

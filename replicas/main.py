@@ -40,14 +40,14 @@ from .worker import Worker
 
 logger = logging.getLogger(__name__)
 
-ORPHAN_DRAIN_S = 4.0  # of a replica whose parent was killed
+ORPHAN_DRAIN_S = 4.0  # the longest drain of a replica whose parent was killed
 _LAST_BREATH_S = 0.1  # from the failure of the worker's loop to the end of its thread
 FAILED_EXIT = 3  # the user's code could not be loaded or constructed
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaOptions:
-    """Which replica this is. External: started by hand, and so neither counted nor stopped by the controller."""
+    """Names the replica. An external one was started by hand, so the controller neither counts nor stops it."""
 
     backend: str
     replica_id: str
@@ -56,7 +56,7 @@ class ReplicaOptions:
 
 
 async def main(settings: Settings, options: ReplicaOptions) -> int:
-    """A replica as a process; the exit code."""
+    """Runs a replica as a process and returns the exit code."""
     stop = stop_event()
     enter_context(ReplicaContext(options.backend, options.replica_id), whole_process=True)
     async with open_redis(settings.store_url, settings.namespace) as store:
@@ -72,7 +72,7 @@ async def main(settings: Settings, options: ReplicaOptions) -> int:
 
 
 class Replica:
-    """One copy of a backend, in a process of its own or beside others in one."""
+    """One copy of a backend, in a process of its own or, in the embedded form, beside others."""
 
     def __init__(self, settings: Settings, options: ReplicaOptions, store: Store) -> None:
         self._settings = settings
@@ -82,7 +82,7 @@ class Replica:
         self._convertors = Convertors(store, self._keys, settings.signer)
         self._state = MemberState.STARTING
         self._error = ""
-        self._instance = ""  # that it is of
+        self._instance = ""  # id of the instance that it serves
         self._backend: Backend | None = None
         self._queue: Queue | None = None
         self._requests: RequestLoop | None = None
@@ -94,9 +94,9 @@ class Replica:
         return f"<Replica {self._options.replica_id} {self._state}>"
 
     async def run(self, open_queue: Callable[[], AbstractAsyncContextManager[Queue]], stop: Stop) -> None:
-        """Until `stop` is set or the replica is no longer assigned, and then until it is drained.
+        """Serves until `stop` is set or the replica is no longer assigned, then drains.
 
-        Raises BackendFailed with the reason when the code cannot be loaded or constructed; the reason stands in the store too.
+        Raises BackendFailed if the code cannot be loaded or constructed; the last beat has the same reason.
         """
         backend, convertors = await read_backend(self._store, self._keys, self._settings.namespace, self._options.backend)
         self._backend = backend
@@ -107,7 +107,7 @@ class Replica:
             beating = tasks.create_task(self._presence.beat_forever())
             try:
                 await self._convertors.register(convertors)
-                # Before the broker: a constructor that holds the GIL must not cost us the connection.
+                # before the broker: a constructor that holds the GIL would make a connection miss its heartbeats
                 handler = await unless(stop, construct(self._store, self._keys, self._settings, worker, backend))
                 if handler is None:
                     return
@@ -152,16 +152,16 @@ class Replica:
                     task.cancel()
         finally:
             metrics.end()
-            await requests.abandon()  # a process's end does that; in the embedded form nobody else would
+            await requests.abandon()  # the end of a process would requeue as well, but an embedded replica has no process of its own
         worker.thread.check()
 
     async def _follow(self, requests: RequestLoop, hooks: UserHooks, stop: Stop) -> None:
-        """Takes new configuration and new generations of the queue as they come; ends when the replica is not wanted any more."""
+        """Applies new configuration and new generations of the queue. Sets `stop` and returns when the replica is no longer wanted."""
         async for read_desired, read_observed in follow_state(self._store, self._keys):
             desired, observed = read_desired or Desired(), read_observed or Observed()
             name = self._options.backend
             self._look_for_the_end(requests, read_desired)
-            if observed.epoch:  # a store that lost the document says nothing of it
+            if observed.epoch:  # 0 if the store lost the document
                 requests.demand_seals(observed.sealed)
             if observed.epoch and not self._is_wanted(observed):
                 logger.info("%s is not wanted any more", self._options.replica_id)
@@ -175,8 +175,8 @@ class Replica:
                 requests.want(generations)
 
     def _look_for_the_end(self, requests: RequestLoop, desired: Desired | None) -> None:
-        """Whether anybody is to serve this backend from now on. A store that has lost the document says nothing of it, nor does that of
-        another instance, which may serve what it finds in the queue."""
+        """Tells the requests whether the backend ends. A missing document is no end, since the store may have lost it; nor is a document
+        of another instance, which may serve the messages in the queue."""
         name = self._options.backend
         self._instance = self._instance or (desired.instance if desired is not None else "")
         if desired is None or desired.instance != self._instance:
@@ -189,13 +189,13 @@ class Replica:
             requests.goes_on()
 
     async def _learn_convertors(self, desired: Desired) -> None:
-        """Those that were registered after this replica had started, too; without one, requests of its routes are told 422."""
+        """Registers the instance's convertors, also those added after this replica started. Without one, requests of its routes get 422."""
         for pause_s in delays():
             try:
                 return await self._convertors.register(desired.convertors)
             except StoreUnavailable:
                 await asyncio.sleep(pause_s)
-            except Exception as error:  # a convertor may be anybody's
+            except Exception as error:  # a convertor is user code
                 return logger.warning("%s cannot make the convertors of its instance: %s", self._options.replica_id, words_of(error))
 
     async def _reconfigure(self, hooks: UserHooks, backend: Backend) -> None:
@@ -237,8 +237,8 @@ class Replica:
 
 
 async def _stop_with(worker: Worker, stop: Stop) -> None:
-    """The replica drains once user code has ended the worker's loop: what runs beside that is still to be answered. Raises BackendFailed
-    where the thread has ended: nothing that it holds will be."""
+    """Sets `stop` once user code has ended the worker's loop: the replica drains, and its other requests are answered. Raises
+    BackendFailed if the thread has ended too, since then none of them can be."""
     await worker.thread.failed.wait()
     await asyncio.sleep(_LAST_BREATH_S)
     if worker.thread.has_ended:
@@ -247,7 +247,7 @@ async def _stop_with(worker: Worker, stop: Stop) -> None:
 
 
 def first_failure(group: BaseExceptionGroup[MQServeError]) -> MQServeError:
-    """One failure is reason enough."""
+    """Returns the first error in the group."""
     found: BaseException = group
     while isinstance(found, BaseExceptionGroup):
         found = found.exceptions[0]

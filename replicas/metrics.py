@@ -1,8 +1,8 @@
-"""What a replica counts; names and labels as in the seed, with its `ray_serve_` prefix replaced. Shadows count as any request.
+"""The metrics of a replica. Names and labels are those of the seed, except for its `ray_serve_` prefix. Shadows count like any request.
 
-Requests are counted in plain numbers and handed to prometheus_client a few times a second: observing three histograms for
-each would cost more than the rest of settling it. A replica's series end with it: those of a process go with its files, which
-the node forgets, and in the embedded form they are taken away here.
+Requests are counted in plain numbers and given to prometheus_client a few times a second, since observing three histograms for
+each request would cost more than the rest of settling it. A replica's series end with it: the node deletes the files of a process,
+and an embedded replica removes its series here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..broker.results import Result
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 _BACKEND, _REPLICA = ["backend"], ["backend", "replica"]
 _REASONS = ("late", "cancelled", "gone", "dead letter")
-_FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"  # set by the node: values lie in its files, and cannot be taken away one by one
+_FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"  # set by the node: series are in files, and cannot be removed one by one
 
 _requests = Counter("mqserve_backend_request_counter", "Requests answered.", _BACKEND)
 _errors = Counter("mqserve_backend_error_counter", "Requests whose handler raised.", _BACKEND)
@@ -37,12 +37,12 @@ _living: Counts[str] = Counts()  # replicas in this process, by backend: the bac
 
 
 class ReplicaMetrics:
-    """The metrics of one replica, their labels bound once. From `ready` to `end` there are series of it."""
+    """The metrics of one replica. Its series exist from `ready` to `end`."""
 
     def __init__(self, backend: str, replica_id: str) -> None:
         self._labels = (backend, replica_id)
         self._answered = self._failed = 0
-        self.dropped: Counts[str] = Counts(dict.fromkeys(_REASONS, 0))  # all of them show, from the start
+        self.dropped: Counts[str] = Counts(dict.fromkeys(_REASONS, 0))  # so that each has a series from the start
         self._queuing = _Gathered(_queuing_ms.labels(*self._labels), LATENCY_BUCKETS_MS)
         self._batch_sizes = _Gathered(_batch_size.labels(*self._labels), BATCH_BUCKETS)
         self._processing: dict[int, _Gathered] = {}
@@ -70,7 +70,7 @@ class ReplicaMetrics:
         self._batch_sizes.add(batch_size)
 
     def hand_over(self, queued: int, processing: int) -> None:
-        """What was counted since the last call, and what is held now."""
+        """Gives prometheus_client the counts since the last call, and the gauges."""
         _requests.labels(self._labels[0]).inc(self._answered)
         _errors.labels(self._labels[0]).inc(self._failed)
         self._answered = self._failed = 0
@@ -83,7 +83,7 @@ class ReplicaMetrics:
         _processing.labels(*self._labels).set(processing)
 
     def end(self) -> None:
-        """Nothing is handed over after this."""
+        """Removes the series of this replica. Do not call `hand_over` after it."""
         backend = self._labels[0]
         _living[backend] -= 1
         is_last = not _living[backend]
@@ -103,8 +103,8 @@ class ReplicaMetrics:
 
 
 class _Gathered:
-    """Observations of one histogram on their way. It has no bulk `observe`, so this adds to its buckets (private names of
-    prometheus_client, held by tests/test_replica_metrics.py)."""
+    """Observations of one histogram until `hand_over`. A histogram has no bulk `observe`, so this adds to its buckets by private names
+    of prometheus_client, which tests/test_replica_metrics.py checks."""
 
     def __init__(self, histogram: Histogram, bounds: tuple[int, ...]) -> None:
         self._histogram = histogram

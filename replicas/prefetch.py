@@ -1,4 +1,4 @@
-"""How many deliveries a replica holds: enough never to be idle, too few for a request to wait behind a busy sibling."""
+"""How many deliveries a replica holds: enough that it is never idle, few enough that no request waits while another replica is idle."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ LOOKAHEAD_S = 0.002
 
 
 def slots(limit: int, *, is_async: bool, sync_threads: int, batch_size: int) -> int:
-    """Requests that can run at once, or while the next batch gathers. `batch_size` 0: no batches."""
+    """Returns how many requests can run at once, or run and gather for the next batch. `batch_size` 0 means no batches."""
     if batch_size:
         return min(limit, 2 * batch_size * sync_threads)
     return limit if is_async else min(limit, sync_threads)
 
 
 def prefetch(slots: int, limit: int, run_s: float, *, may_look_ahead: bool = True) -> int:
-    """Slots, plus what runs within LOOKAHEAD_S at `run_s` seconds a call (0: not known yet), up to `limit`.
+    """Returns the slots plus the number of requests that run within LOOKAHEAD_S, at most `limit`. `run_s` is the run time of a call, 0 if
+    unknown.
 
-    Rounded down to a power of two above the slots, since each change costs a consumer.
+    The look-ahead is rounded down to a power of two, since each change of the prefetch costs a new consumer.
     """
     if run_s <= 0 or limit <= slots or not may_look_ahead:
         return slots

@@ -8,7 +8,7 @@ from .job import Job, Stage
 
 
 class Register:
-    """Belongs to the replica's I/O loop."""
+    """The jobs of one replica. Only its I/O loop uses this."""
 
     def __init__(self) -> None:
         self._jobs: set[Job] = set()
@@ -19,27 +19,27 @@ class Register:
         return f"<Register {', '.join(f'{count} {stage}' for stage, count in counts.items() if count) or 'empty'}>"
 
     def __iter__(self) -> Iterator[Job]:
-        """Of a copy: each may be settled meanwhile."""
+        """Iterates over a copy, since a job may be settled meanwhile."""
         return iter(tuple(self._jobs))
 
     def at(self, stage: Stage) -> list[Job]:
         return [job for job in self._jobs if job.stage is stage]
 
     def with_worker(self) -> list[Job]:
-        """Those that wait for user code or run."""
+        """Returns the jobs that wait for user code or run."""
         return [job for job in self._jobs if job.with_worker]
 
     @property
     def unsettled(self) -> int:
-        """Deliveries neither acked nor given back."""
+        """The number of deliveries that are neither acked nor requeued."""
         return sum(job.stage is not Stage.RETURNED for job in self._jobs)
 
     @property
     def generations(self) -> set[int]:
-        """The queues whose messages are held."""
+        """The generations of the queue whose messages are held."""
         return {job.generation for job in self._jobs if job.stage is not Stage.RETURNED}
 
     def settle(self, job: Job) -> None:
-        """Nothing is left to do for it."""
+        """Removes the job, for which nothing is left to do."""
         job.move(Stage.SETTLED)
         self._jobs.discard(job)

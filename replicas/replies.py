@@ -1,4 +1,4 @@
-"""Results of user code to bytes: for a handle the value itself, for everybody else what HTTP would say."""
+"""Encodes results of user code: for a handle the value itself, for everybody else the body of an HTTP response."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from .jsonable import to_json
 
 
 def value_result(value: object, backend: str, future_id: str, signer: Signer) -> Result:
-    """For a handle: the caller gets an equal object. Raises NotEncodable."""
+    """Returns the result for a handle, whose caller gets an equal object. Raises NotEncodable."""
     content_type, body = encode_value(value, signer, SealScope("result", backend, future_id))
     return Result(backend=backend, content_type=content_type, body=body)
 
 
 def plain_result(value: object, backend: str) -> Result:
-    """For HTTP and direct publishers: None is empty, bytes and str are text, a Response is itself, the rest is JSON."""
+    """Returns the result for HTTP and direct publishers: None is empty, bytes and str are text, a Response stays as it is, the rest is
+    JSON. Raises NotEncodable."""
     if isinstance(value, Response):
         return _response_result(value, backend)
     if value is None:
@@ -46,7 +47,7 @@ def _response_result(response: Response, backend: str) -> Result:
             case b"content-type":
                 content_type = value
             case b"content-length" if body or value == b"0":
-                pass  # the proxy counts for itself, but for an answer to HEAD, which says how long the one to GET would be
+                pass  # the proxy sets it; only an answer to HEAD keeps it, since it is the length of the answer to GET
             case _:
                 headers.append((name, value))
     if wrong := _no_answer(response.status_code, content_type, tuple(headers)):
@@ -57,7 +58,7 @@ def _response_result(response: Response, backend: str) -> Result:
 
 
 def _no_answer(status: int, content_type: bytes, headers: Pairs) -> str:
-    """Why a Response cannot be answered with, in words."""
+    """Returns why a Response cannot be sent, or an empty string."""
     if not 200 <= status <= 599 or len(content_type) > 255:
         return (
             f"the handler returned a Response that is no answer, with status {status} (200 to 599) and a content type of "

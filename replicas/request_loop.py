@@ -1,4 +1,5 @@
-"""What a replica takes from its queues, what of that it runs, and what it gives up; `settlement.py` ends each."""
+"""The requests of one replica: it consumes messages, decides which of them run, and gives up late and cancelled ones. `settlement.py`
+settles each."""
 
 from __future__ import annotations
 
@@ -36,28 +37,28 @@ from .worker import Worker
 
 logger = logging.getLogger(__name__)
 
-NOTHING = Envelope("", b"", "")  # of a message that could not be read
+NOTHING = Envelope("", b"", "")  # stands in for the envelope of a message that could not be read
 
-_REASONS = {Outcome.CANCELLED: "cancelled", Outcome.GONE: "gone", Outcome.LATE: "late"}  # labels of a metric
+_REASONS = {Outcome.CANCELLED: "cancelled", Outcome.GONE: "gone", Outcome.LATE: "late"}  # labels of the metric of dropped requests
 _MARK_EVERY_S = 0.05
 _LONG_RUN_S = 0.04
 _TUNE_EVERY_TURNS = 5
-_ASK_EVERY_TURNS = 20  # a second
-_REFUSAL_BUDGET_S = 1.5  # to record that what is left is not answered
+_ASK_EVERY_TURNS = 20  # once a second
+_REFUSAL_BUDGET_S = 1.5  # for storing 503 as the result of the requests that are left
 STUCK_AFTER_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """That of a backend which nobody serves any more: it was deleted, or its instance is being shut down."""
+    """The end of a backend: it was deleted, or its instance is being shut down."""
 
-    at: float  # monotonic; what has no result by then gets this one
+    at: float  # monotonic; a request without a result by then gets `result`
     result: Result
-    keeps_queue: bool  # what has not begun stays there, for the next instance
+    keeps_queue: bool  # requests that have not started go back to the queue, for the next instance
 
 
 class RequestLoop:
-    """One replica's consumers, the requests in its hands, and its worker. Lives on one I/O loop."""
+    """The consumers of one replica, the requests that it holds, and its worker. Lives on one I/O loop."""
 
     def __init__(
         self,
@@ -84,7 +85,7 @@ class RequestLoop:
         self._draining = False
         self._unasked = Complaint(logger)
         self._end: End | None = None
-        self._refuses = False  # the end has come: what is left is told so
+        self._refuses = False  # whether the time of `_end` has come: requests are answered with its result
         self._consumers = Consumers(backend.name, queue, store, self._prefetch, self._on_delivery, self._settle_unstored)
         self.served = 0
         self._config = backend.config
@@ -95,16 +96,16 @@ class RequestLoop:
 
     @property
     def running(self) -> int:
-        """Deliveries neither acked nor given back."""
+        """The number of deliveries that are neither acked nor requeued."""
         return self._register.unsettled
 
     @property
     def generations(self) -> tuple[int, ...]:
-        """The queues it takes from, or still holds messages of."""
+        """The generations that it consumes or still holds messages of."""
         return tuple(sorted({*self._consumers.generations, *self._register.generations}))
 
     def configure(self, config: BackendConfig) -> None:
-        """Applies from the next request on."""
+        """Applies the configuration from the next request on."""
         self._config = config
         self._settlement.configure(config)
         self._worker.configure(config)
@@ -115,25 +116,26 @@ class RequestLoop:
 
     @property
     def _may_be_copies(self) -> bool:
-        """While the binding moved to a later generation, a message may have gone into both queues: until all of those are over."""
+        """Whether messages may be in two queues: one sent while the binding moved to a later generation can be, until it times out."""
         return time.monotonic() < self._consumers.moved_at + self._config.request_timeout_s
 
     def demand_seals(self, demanded: bool) -> None:
-        """Whether headers without a seal count no more, if there is a key to check seals with."""
+        """Sets whether a header without a seal is refused. Has no effect without a key to check seals with."""
         self._trust.demands_seals = demanded
 
     def want(self, generations: tuple[int, ...]) -> None:
-        """Takes from exactly these generations of the queue from now on."""
+        """Consumes exactly these generations of the queue from now on."""
         self._consumers.want(() if self._keeps_rest else generations)
 
     def will_end(self, why: str, *, keeps_queue: bool, at_once: bool = False) -> None:
-        """Nobody will serve this backend any more: what has no result when the graceful shutdown timeout is over is told 503, and why."""
+        """Announces the end of the backend: requests without a result after the graceful shutdown timeout (or now, with `at_once`) are
+        answered 503 with `why`."""
         if self._end is None or at_once:
             at = time.monotonic() + (0 if at_once else self._config.graceful_shutdown_timeout_s)
             self._end = End(at, gone_result(self._backend, why), keeps_queue)
 
     def goes_on(self) -> None:
-        """The backend is wanted, perhaps again."""
+        """Takes back `will_end`, since the backend is wanted."""
         self._end, self._refuses = None, False
 
     @property
@@ -145,8 +147,8 @@ class RequestLoop:
         await self._consumers.keep_forever(on_taken)
 
     async def tune_forever(self) -> None:
-        """Gives up what is late; marks runs that last, so that a timeout can say `run`, and a replica's death is blamed on what it ran;
-        follows the measured run time with the prefetch."""
+        """Runs until cancelled: gives up late requests, stores start marks of long runs, checks the worker, and adjusts the prefetch to
+        the measured run time. A start mark makes a timeout say `run`, and a replica's death count as an attempt of the request."""
         for turn in itertools.count():
             await asyncio.sleep(_MARK_EVERY_S)
             self._give_up_late()
@@ -163,21 +165,22 @@ class RequestLoop:
             self._metrics.hand_over(self.running - processing, processing)
 
     def _settle_unstored(self) -> bool:
-        """While the store is away: what does not run goes back, and what cannot store its answer; whether nothing is left. Delivered at
-        most once, the former stays: nobody could leave word that it was not started."""
+        """Requeues, while the store is away, the requests that have not started and those whose results cannot be stored; returns whether
+        no result is left to store. With at-most-once delivery it requeues none, since NOT_STARTED cannot be stored for them."""
         if not self._settlement.at_most_once:
             for job in self._worker.withdraw():
                 self._settlement.give_back(job)
         return self._settlement.give_back_unstored()
 
     async def listen(self) -> None:
-        """Hears of cancelled requests, until cancelled itself."""
+        """Follows the log of cancelled requests until cancelled itself."""
         await self._cancellations.listen()
 
     async def drain(self, at_most_s: float) -> None:
-        """Takes nothing new, gives back what has not started, and finishes the rest within the graceful shutdown timeout or `at_most_s`.
+        """Stops consuming, requeues requests that have not started, and finishes the rest within the graceful shutdown timeout or
+        `at_most_s`.
 
-        Of a backend that ends nobody would run what is given back: it is run here, in the time that is left to all of it.
+        If the backend ends and does not keep its queue, no replica would run requeued requests, so they run here in the time left.
         """
         self._draining = True
         until = time.monotonic() + min(at_most_s, self._config.graceful_shutdown_timeout_s)
@@ -199,13 +202,14 @@ class RequestLoop:
                 "request %s of %s still runs at the end of its replica's drain: %s", printable(job.envelope.id) or "without an id",
                 self._backend, "another one answers it 502" if self._settlement.at_most_once else "it runs again elsewhere",
             )  # fmt: skip
-            # Delivered at most once, its mark stays: it may yet start, in a batch that gathers.
+            # with at-most-once delivery its mark stays, since it may still start in a batch that gathers
             self._settlement.give_back(job, mark_stays=self._settlement.at_most_once)
         await self._settlement.last_steps()
         self._metrics.hand_over(0, 0)
 
     def _refuse_the_rest(self, end: End) -> None:
-        """What it holds is told that nobody answers it, and acked; and so is, from now on, what still comes out of the queue."""
+        """Answers 503 to the requests that it holds and, from now on, to those that still come out of the queue. If the queue is kept,
+        requests that have not started are requeued instead."""
         self._refuses = True
         if end.keeps_queue:
             self._consumers.want(())
@@ -217,7 +221,7 @@ class RequestLoop:
             self._worker.give_up(job, end.result)
 
     async def abandon(self) -> None:
-        """As if the process had died: nothing new is taken, and what is in its hands goes back. Nothing is left to do after `drain`."""
+        """Stops consuming and requeues all messages, as if the process had died. Does nothing after a `drain`."""
         self._draining = True
         self._worker.withdraw()
         await self._consumers.stop()
@@ -238,14 +242,14 @@ class RequestLoop:
                 self._admission.mark_soon(job.envelope, job.mark)
 
     async def mark_redelivered(self, jobs: Sequence[Job]) -> None:
-        """Before a run of what was delivered before: whether it kills its replica at once must be known afterwards."""
+        """Stores the start marks of redelivered requests before they run, so that a run that kills its replica at once counts."""
         for job in jobs:
             if job.redelivered and not job.mark:
                 job.mark = self._admission.new_mark()
                 try:
                     await self._admission.mark(job.envelope, job.mark)
                 except StoreUnavailable:
-                    self._admission.mark_soon(job.envelope, job.mark)  # the run begins without it, and may take long
+                    self._admission.mark_soon(job.envelope, job.mark)  # the run starts without it, and may be long
                     raise
 
     # Giving up.
@@ -257,8 +261,9 @@ class RequestLoop:
                 self._give_up(job, late_result(Phase.RUN if job.started else Phase.QUEUE))
 
     def _check_stuck(self) -> None:
-        """Raises BackendFailed for a call that nobody wants and that goes on after the backend's own time: nothing else can end it."""
-        stuck_since = time.monotonic() - self._config.request_timeout_s - STUCK_AFTER_S  # no client's own clock: it must not end replicas
+        """Raises BackendFailed if a call goes on STUCK_AFTER_S after `request_timeout_s` and nobody waits for it: nothing else ends it."""
+        # not by the request's own deadline: a client with a short one must not end replicas
+        stuck_since = time.monotonic() - self._config.request_timeout_s - STUCK_AFTER_S
         for job in self._register.at(Stage.RUNNING):
             if job.started < stuck_since and all(member.unwanted for member in job.batch or (job,)):
                 raise BackendFailed(
@@ -267,8 +272,8 @@ class RequestLoop:
                 )
 
     def _check_silence(self) -> None:
-        """To be called once a second. Raises BackendFailed where user code blocks the worker's thread, though no request or hook runs: no
-        request would ever start."""
+        """Raises BackendFailed if user code blocks the worker's thread while no request or hook runs, since no request could start. Must
+        be called once a second."""
         in_hook = 0 <= time.monotonic() - self._worker.hook_since < RECONFIGURE_BUDGET_S
         self._worker.thread.ask_for_life(may_be_busy=in_hook or bool(self._register.at(Stage.RUNNING)))
         if (silent_s := self._worker.thread.missed) > STUCK_AFTER_S:
@@ -283,7 +288,7 @@ class RequestLoop:
                 self._give_up(job, CANCELLED)
 
     def _give_up(self, job: Job, result: Result) -> None:
-        """Whoever waits is told now; the slot is free when the call has ended."""
+        """Answers the request with `result` now. If its call runs, the slot is free only when the call has ended."""
         if job.started and is_kept(job.envelope) and job.given_up is None:
             self._settlement.record(job, result).add_done_callback(_recorded_or_not)
         self._worker.give_up(job, result)
@@ -303,13 +308,13 @@ class RequestLoop:
             self._settlement.fail(job, error)
 
     def _is_for_others(self) -> bool:
-        """Whether what comes while this replica takes nothing is for others. Of a backend that was deleted nobody else would take it from
-        the queue, and delivered at most once it goes back with word that it was not started."""
+        """Whether a message that arrives while this replica takes none is requeued at once, for other replicas. A deleted backend has no
+        other replica, and with at-most-once delivery NOT_STARTED must be stored first."""
         is_last = self._draining and self._end is not None and not self._end.keeps_queue
         return not is_last and not self._settlement.at_most_once
 
     def _look_at(self, job: Job, delivery: Delivery) -> None:
-        """Raises BadEnvelope for what is to be refused."""
+        """Runs, answers or requeues a delivery, at once or after its admission. Raises BadEnvelope for a message to refuse."""
         self._read(job, delivery)
         envelope, header = job.envelope, job.envelope.header
         left_s = float(MAX_REQUEST_TIMEOUT_S)
@@ -329,14 +334,14 @@ class RequestLoop:
         elif self._is_cancelled(envelope):
             self._drop(job, CANCELLED)
         elif (delivery.redelivered or header.again) and self._runs_here(envelope):
-            self._settlement.give_back(job, later=True, mark_stays=True)  # a connection was lost, and not its run: the result settles it
+            self._settlement.give_back(job, later=True, mark_stays=True)  # its run here goes on; requeue until its result is stored
         elif delivery.redelivered or header.again or header.ref or not envelope.minted or self._checks_all:
             self._settlement.start(job, self._admit(job))
         else:
-            self._run(job)  # a first delivery of an id of ours: nobody can have run it, so the store is not asked
+            self._run(job)  # the first delivery of a minted id cannot have run before, so the store is not asked
 
     def _read(self, job: Job, delivery: Delivery) -> None:
-        """Gives the job its envelope. Raises BadEnvelope for what is refused; the job then has as much of it as counts all the same."""
+        """Sets the job's envelope, without its header if that is not believed. Raises BadEnvelope for a message to refuse."""
         envelope = delivery.envelope()
         if envelope.reply_to:
             self._admission.check_reply_to(envelope)
@@ -350,7 +355,7 @@ class RequestLoop:
         self._trust.check_pickle(envelope)
 
     async def _admit(self, job: Job) -> None:
-        """Looked at before it runs."""
+        """Asks the store about the request, then runs, answers or requeues it."""
         if self._settlement.at_most_once:
             job.mark = self._admission.new_mark()
         for pause_s in delays():
@@ -364,7 +369,7 @@ class RequestLoop:
                     return self._settlement.give_back(job, later=True)
             if job.unwanted:
                 return self._drop(job, job.unwanted_result)
-            await asyncio.sleep(pause_s)  # nobody could leave word that it was not started, so nobody else would run it
+            await asyncio.sleep(pause_s)  # hold it: no replica would run it again, since NOT_STARTED cannot be stored now
 
     async def _ask(self, job: Job) -> Envelope | Result | None:
         return await self._admission.admit(
@@ -373,14 +378,14 @@ class RequestLoop:
 
     def _admitted(self, job: Job, admitted: Envelope | Result | None) -> None:
         if admitted is None:
-            self._settlement.ack(job, body_stays=True)  # it is the other copy's, too
+            self._settlement.ack(job, body_stays=True)  # the other copy needs the body
         elif isinstance(admitted, Result):
             self._settlement.answer(job, admitted)
         elif self._end is not None and self._refuses and not self._end.keeps_queue:
             self._drop(job, self._end.result)
         elif self._draining or self._keeps_rest:
             self._settlement.give_back(job)
-        elif self._is_cancelled(admitted):  # meanwhile
+        elif self._is_cancelled(admitted):  # while the store was asked
             self._drop(job, CANCELLED)
         else:
             job.envelope = admitted
@@ -399,13 +404,13 @@ class RequestLoop:
         self._worker.submit(job)
 
     def _drop(self, job: Job, result: Result) -> None:
-        """It is not run any more."""
+        """Answers the request with `result`, not with one of user code, and counts it as dropped."""
         if result.outcome is not None:
             self._metrics.dropped[_REASONS[result.outcome]] += 1
         self._settlement.answer(job, result)
 
     def on_done(self, job: Job, result: Result) -> None:
-        """From the worker; a job that was given back in between is the next replica's."""
+        """Answers a job that the worker has finished, unless it was requeued or answered meanwhile."""
         if not job.with_worker:
             return
         try:
@@ -413,7 +418,7 @@ class RequestLoop:
             if is_unwanted and not job.started:
                 return self._drop(job, job.unwanted_result)
             self.served += 1
-            if is_unwanted:  # whoever waited has been told so, and hears the same from the store
+            if is_unwanted:  # its caller was told this before, and must read the same from the store
                 result = job.unwanted_result
             self._metrics.done(job.envelope, result, self._store.now_ms(), job.run_s, len(job.batch) or 1)
             self._settlement.answer(job, result)
@@ -422,6 +427,6 @@ class RequestLoop:
 
 
 def _recorded_or_not(done: asyncio.Future[bool]) -> None:
-    """The end of the run records it again, and gives the message back if that fails."""
+    """Ignores a failed write: the end of the run records the result again, and requeues the message if that fails."""
     if not done.cancelled():
         done.exception()

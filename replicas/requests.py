@@ -1,4 +1,4 @@
-"""What the user's code receives: a Starlette request for HTTP, an object of the same shape for everything else."""
+"""The request objects that user code gets: a Starlette request for HTTP, an object of the same shape for handles and direct publishers."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ..broker.values.codecs import JSON, decode_plain, media_type
 from .forms import FORMS, BadForm, as_dict, parse_form
 from .job import Job
 
-_LOOK_EVERY_S = 0.05  # whether nobody wants a request any more, while user code waits for its client to leave
+_LOOK_EVERY_S = 0.05  # while user code waits for the client to leave
 
 _UNREAD: Any = object()
 
 
 class BadBody(BadEnvelope):
-    """The caller's body does not parse as what it says it is: 422, unless the handler catches this."""
+    """The caller's body does not parse as its content type: 422, unless the handler catches this."""
 
     status = 422
 
@@ -32,8 +32,8 @@ class BadBody(BadEnvelope):
 class Request(StarletteRequest):
     """An HTTP request; `path_params` are typed by the route's convertors, and `.data` needs no await.
 
-    `id` is the same in every run of the request, `attempt` the number of this run. `state` holds what middlewares in the proxy set, as
-    far as that is plain data.
+    `id` is the same in every run of the request, `attempt` the number of this run. `state` holds the plain data that middlewares in the
+    proxy set.
     """
 
     def __init__(self, job: Job) -> None:
@@ -48,8 +48,8 @@ class Request(StarletteRequest):
 
     @property
     def data(self) -> Any:
-        """The body by its content type: JSON or MessagePack decoded, a form as a dict (of a field that came several times the list), text
-        as str, other bytes as they are; None for an empty body of JSON, MessagePack or a form. Raises BadBody."""
+        """The body decoded by its content type: JSON and MessagePack, a form as a dict (with a list for a field that came several times),
+        text as str, other bytes unchanged; None for an empty body of JSON, MessagePack or a form. Raises BadBody."""
         if self._data is _UNREAD:
             self._data = self._decode()
         return self._data
@@ -66,11 +66,11 @@ class Request(StarletteRequest):
         return self._body
 
     async def json(self) -> Any:
-        """As Starlette's; raises BadBody for malformed JSON."""
+        """Like Starlette's, but raises BadBody for malformed JSON."""
         return _decode_json(self._body)
 
     async def is_disconnected(self) -> bool:
-        """Whether nobody wants the answer any more: the client has gone, somebody cancelled the request, or its time is spent."""
+        """Whether nobody waits for the answer: the client has gone, the request was cancelled, or its deadline has passed."""
         return self._job.unwanted
 
     def _decode(self) -> Any:
@@ -80,7 +80,7 @@ class Request(StarletteRequest):
         return _decode(self._body, self._content_type)
 
     async def _get_form(self, **limits: Any) -> FormData:
-        """Starlette's `form()` and its context manager end up here."""
+        """Starlette's `form()` and its context manager call this."""
         if self._form is None:
             self._form = self._parse_form(**limits)
         return self._form
@@ -93,7 +93,8 @@ class Request(StarletteRequest):
 
 
 class TravelledState(State):
-    """What middlewares in the proxy set on `request.state`. What is no plain data did not travel, and says so when it is asked for."""
+    """The `request.state` that middlewares in the proxy set. A value that is not plain data did not travel; reading it raises
+    AttributeError with the reason."""
 
     def __init__(self, state: dict[str, Any], lost: Mapping[str, str]) -> None:
         super().__init__(state)
@@ -109,7 +110,7 @@ class TravelledState(State):
 
 
 class Receiver:
-    """ASGI's `receive` of a request that is here as a whole: its body, and then the client's leaving."""
+    """ASGI's `receive` for a request whose body is complete: returns the body, then waits until the client leaves."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -148,7 +149,7 @@ class ServeRequest:
 
     @property
     def data(self) -> Any:
-        """The handle's object, or the published body by its content type."""
+        """The object that the handle sent, or the published body decoded by its content type."""
         return self._content()[0]
 
     @property
@@ -158,21 +159,21 @@ class ServeRequest:
 
     @property
     def query_params(self) -> Mapping[str, Any]:
-        """The keyword arguments of `remote`, as they were; with `getlist` and `multi_items` as a web request has them."""
+        """The keyword arguments of `remote`, unchanged; with `getlist` and `multi_items` like a web request's."""
         return _Arguments(self._content()[1])
 
     async def body(self) -> Any:
-        """Any object, as the seed has it; for a direct publisher's message its bytes."""
+        """Returns the handle's object, of any type as in the seed; for a direct publisher's message its bytes."""
         return self._raw if self._is_direct else self.data
 
     async def json(self) -> Any:
-        """The object itself; text and bytes are parsed first."""
+        """Returns the object itself; text and bytes are parsed first."""
         if isinstance(self.data, str | bytes):
             return _decode_json(self.data.encode() if isinstance(self.data, str) else self.data)
         return self.data
 
     async def form(self) -> dict[str, Any]:
-        """The dict that was sent. Raises BadType for anything else."""
+        """Returns the dict that was sent. Raises BadType for anything else."""
         if not isinstance(self.data, dict):
             raise BadType(f"form() needs a dict, and the request carries a {type(self.data).__name__}: send a dict, or read .data")
         return self.data
@@ -194,15 +195,15 @@ class _Arguments(dict[str, Any]):
 
 
 def convert_params(meta: RequestHead) -> dict[str, Any]:
-    """The typed path parameters; the text was matched by the same convertor in the proxy."""
+    """Returns the typed path parameters. The proxy matched the text by the same convertors. Raises BadBody."""
     try:
         return {name: CONVERTOR_TYPES[convertor].convert(text) for name, convertor, text in meta.params}
-    except BaseException as error:  # a convertor may be anybody's, and so may an mq header; not even SystemExit is the replica's end
+    except BaseException as error:  # user code, and perhaps a stranger's header: not even SystemExit may end the replica
         raise BadBody(f"the path parameters do not convert ({describe(error).words})") from error
 
 
 def http_scope(meta: RequestHead) -> dict[str, Any]:
-    """ASGI's, as the proxy had it."""
+    """Returns the ASGI scope that the proxy had."""
     return {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.4"},

@@ -1,4 +1,4 @@
-"""What a delivery ends in, once: answered, set aside or given back. In order: store the result, tell who waits, ack."""
+"""Settles each delivery once: it is answered, dead-lettered or requeued. An answer stores the result, notifies the caller, then acks."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ from .register import Register
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-INLINE_RESULT_BYTES = 1024 * 1024  # a larger body stands under a key of its own
+INLINE_RESULT_BYTES = 1024 * 1024  # a larger body gets a key of its own
 GIVE_BACK_AFTER_S = 0.5
-UNLIMITED_S = 60.0  # how long the result of a request without a deadline is tried to be stored
+UNLIMITED_S = 60.0  # for a request without a deadline: how long storing its result is retried
 _CONFIRM_BUDGET_S = 10.0
 _LAST_STEPS_S = 5.0
 
 
 class Unforeseen(BadEnvelope):
-    """A bug in mqserve kept this message from being answered, twice: it is set aside, for whoever mends that."""
+    """A bug in mqserve kept this message from being answered, twice. It becomes a dead letter, to be retried once the bug is fixed."""
 
 
 class Settlement:
-    """The ends that the requests of one replica come to. Owns the tasks that this takes: a request is settled whatever its task raises."""
+    """Settles the requests of one replica. Owns the tasks for that, so that a request is settled whatever its task raises."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class Settlement:
     # Answering.
 
     def answer(self, job: Job, result: Result) -> None:
-        """Stores, tells, acks; gives back what cannot be stored in its time."""
+        """Stores the result, notifies the caller and acks. Requeues the message if the result cannot be stored in time."""
         envelope = job.envelope
         job.move(Stage.RECORDING)
         if envelope.header.shadow:
@@ -92,7 +92,7 @@ class Settlement:
             self._answered(job)
 
     def record(self, job: Job, result: Result) -> asyncio.Future[bool]:
-        """See `Store.record`; of a request with an id."""
+        """Records the result of a request that has an id; see `Store.record`."""
         envelope = job.envelope
         future_id = envelope.future_id(self._backend)
         raw = (result if envelope.attempt == 1 else msgspec.structs.replace(result, attempt=envelope.attempt)).to_bytes()
@@ -112,7 +112,7 @@ class Settlement:
             self.fail(job, unforeseen)
 
     async def _answer_slowly(self, job: Job, result: Result) -> None:
-        """Large results and AMQP replies, which take more than one step."""
+        """Answers with a large result or an AMQP reply, which take more than one step."""
         envelope = job.envelope
         try:
             if envelope.id:
@@ -125,7 +125,7 @@ class Settlement:
             self._answered(job)
 
     async def _stored(self, job: Job, result: Result) -> Result:
-        """The result that counts: another run of the same request may have been first."""
+        """Stores the result and returns the one that counts: another run of the same request may have been first."""
         envelope, body = job.envelope, result.body
         until = job.deadline if envelope.header.deadline else time.monotonic() + UNLIMITED_S
         kept = result
@@ -137,7 +137,8 @@ class Settlement:
         return result if first else await _insist(lambda: self._admission.stored(envelope, result), until)
 
     def _answered(self, job: Job) -> None:
-        """A minted id is used once; of any other nothing may be held against its next use, but that it was delivered at most once."""
+        """Acks. Unless the id is minted, and so used only once, it also deletes the counters, so that the next use of the id starts afresh.
+        With at-most-once delivery they stay, so that the id never runs twice."""
         if (job.redelivered or job.mark) and not job.envelope.minted and not (self.at_most_once and job.envelope.id):
             self.start(job, self._admission.forget(job.envelope))
         self.ack(job)
@@ -147,7 +148,7 @@ class Settlement:
         self.give_back(job, later=True)
 
     def ack(self, job: Job, *, body_stays: bool = False) -> None:
-        """A body that travelled by reference goes with it, since nobody asks for it any more."""
+        """Acks the message and, unless `body_stays`, deletes a body that travelled by reference."""
         stage = job.stage
         if stage is Stage.SETTLED:
             return
@@ -160,10 +161,10 @@ class Settlement:
     # Setting aside.
 
     async def refuse(self, job: Job, error: BadEnvelope) -> None:
-        """Bytes that will never parse, or poison: set aside for operators, and then whoever waits is told. Not the other way round: what
-        has a result is acked when it comes round again."""
+        """Dead-letters a message that will never parse or is poison, then tells its sender. In this order, since a redelivered message
+        that has a result is acked, and would never reach the dead letters."""
         if job.envelope.header.shadow and isinstance(error, LostBody):
-            return self.ack(job)  # it came twice, and ran once
+            return self.ack(job)  # redelivered after its run had deleted the body
         job.move(Stage.LEAVING)
         if failure := await self._set_aside(job.delivery, error):
             self._undead.say(
@@ -177,12 +178,12 @@ class Settlement:
                 await self.record(job, refusal)
             if job.envelope.reply_to:
                 await send_reply(self._queue, self._backend, job.envelope, refusal, _CONFIRM_BUDGET_S)
-        except Exception as failure:  # of whatever kind: it stands among the dead letters, and is not to come there twice
+        except Exception as failure:  # any kind: it is a dead letter, and must not become a second one
             logger.warning("cannot tell the sender of a refused message of %s: %s", self._backend, words_of(failure))
-        self.ack(job, body_stays=True)  # it may be tried again
+        self.ack(job, body_stays=True)  # a retry of the dead letter needs the body
 
     async def _set_aside(self, delivery: Delivery, error: BadEnvelope) -> MQServeError | None:
-        """To the dead letters; what kept it from there."""
+        """Publishes the message to the dead letters. Returns the error if that failed."""
         attempts = error.attempts if isinstance(error, Poison) else ()
         death = Death(str(error), attempts=attempts, died_at_ms=self._store.now_ms())
         failure = await fate_of(partial(self._queue.dead_letter, self._backend, delivery, death), _CONFIRM_BUDGET_S)
@@ -197,11 +198,12 @@ class Settlement:
     # Giving back.
 
     def give_back(self, job: Job, *, later: bool = False, mark_stays: bool = False) -> None:
-        """To the queue, for others. Its mark goes first: it would blame the request for a death that none was, or for a run that never
-        began. Delivered at most once, a request that did not start takes word of that along, and a run that did begin is never begun
-        again.
+        """Requeues the message for other replicas. Removes its start mark first, or its run would count as an attempt though the replica
+        lives. With at-most-once delivery it stores NOT_STARTED instead, and the mark of a request that has started stays, so that it
+        never runs again.
 
-        `later`: after a failure of broker or store, since it would come round again at full speed; its slot stays taken meanwhile.
+        `later` requeues after a pause, for failures of broker or store: at once, the message would be redelivered at full speed. Its slot
+        stays taken meanwhile.
         """
         if job.stage is Stage.RETURNED:
             return self._register.settle(job)
@@ -216,12 +218,13 @@ class Settlement:
             self._requeue_soon(job, later)
 
     def give_back_unstored(self) -> bool:
-        """While the store is away: what has its answer and cannot store it, since others may reach it; whether nothing is left.
+        """Requeues the messages whose results cannot be stored, since other replicas may reach the store. Returns whether no result is
+        left to store.
 
-        The results are kept and tried to be stored all the same, so that what comes round again is found answered.
+        This replica still retries to store the results, so that a redelivered message has its result already.
         """
         recording = self._register.at(Stage.RECORDING)
-        if not self.at_most_once:  # there nobody else may run it
+        if not self.at_most_once:  # with at-most-once delivery no other replica may run them
             for job in recording:
                 job.move(Stage.RETURNED)
                 job.delivery.requeue()
@@ -253,10 +256,10 @@ class Settlement:
             self._register.settle(job)
             job.delivery.requeue()
 
-    # What nobody foresaw.
+    # Unforeseen exceptions.
 
     def start(self, job: Job, work: Coroutine[Any, Any, None]) -> None:
-        """As a task that ends with this replica, and settles the job whatever it raises."""
+        """Runs `work` as a task that ends with this replica. If it raises an exception, `fail` settles the job."""
         self._tasks.start(self._own(job, work))
 
     async def _own(self, job: Job, work: Coroutine[Any, Any, None]) -> None:
@@ -266,12 +269,12 @@ class Settlement:
             self.fail(job, error)
 
     def fail(self, job: Job, error: BaseException) -> None:
-        """After an exception that is a bug of ours. The request is tried once more, perhaps by another replica; if that fails too, it is
-        set aside, and its sender is told."""
+        """Settles the job after an exception that is a bug of ours: the message is requeued once, perhaps for another replica; if that run
+        fails too, it becomes a dead letter and its sender is told."""
         trace = printable_lines(traceback_of(error).rstrip())
         self._bugs.say(f"a request of {self._backend} met a bug in mqserve, please report it, and is tried once more:\n{trace}")
         try:
-            if job.stage is Stage.LEAVING:  # as far as that went
+            if job.stage is Stage.LEAVING:  # it cannot move there again
                 self._requeue_soon(job, later=True)
             elif job.delivery.redelivered and job.stage in (Stage.HELD, Stage.ADMITTED, Stage.RUNNING, Stage.RECORDING):
                 self.start(job, self.refuse(job, Unforeseen(f"a bug in mqserve kept it from being answered: {words_of(error)}")))
@@ -284,11 +287,11 @@ class Settlement:
     # The end.
 
     async def last_steps(self) -> None:
-        """Marks that are taken away, before anybody else takes the requests."""
+        """Waits for the tasks under way: start marks must be removed before other replicas get the requests."""
         await self._tasks.wait(_LAST_STEPS_S)
 
     def abandon(self) -> None:
-        """As if the process had died."""
+        """Cancels the tasks and requeues all messages, as if the process had died."""
         self._tasks.cancel()
         for job in self._register:
             if job.stage is Stage.RETURNED:
@@ -298,12 +301,12 @@ class Settlement:
 
 
 def is_kept(envelope: Envelope) -> bool:
-    """Whether its result has a place to stand: fire and forget has none, and a shadow's is nobody's."""
+    """Whether the result is stored: not for a request without an id (fire and forget), and not for a shadow, whose result nobody reads."""
     return bool(envelope.id) and not envelope.header.shadow
 
 
 async def _insist(act: Callable[[], Awaitable[T]], until: float) -> T:
-    """Tries again as long as broker or store are away, until a monotonic time: what was run is not to run again for that."""
+    """Retries `act` while broker or store are away, until a monotonic time: a finished request should not run again because of that."""
     pauses = delays()
     while True:
         try:

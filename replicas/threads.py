@@ -1,4 +1,4 @@
-"""Threads for plain calls. Unlike those of a ThreadPoolExecutor they do not keep the program from ending: a call may never end."""
+"""Threads for plain calls. Unlike a ThreadPoolExecutor's threads they do not keep the program from ending: a call may never return."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 class Threads:
-    """At most `count` of them, started as calls come; `enter` is called first in each."""
+    """A pool of at most `count` threads, started as calls come. Each thread calls `enter` first."""
 
     def __init__(self, count: int, name: str, enter: Callable[[], None]) -> None:
         self._count = count
@@ -24,7 +24,7 @@ class Threads:
         return f"<Threads {len(self._started)} of {self._count}>"
 
     def submit(self, call: Callable[[], None]) -> None:
-        """Raises RuntimeError where no thread can be started, and none is there that would get to it."""
+        """Runs `call` in a thread. Raises RuntimeError if no thread can be started and none is there to take the call later."""
         if len(self._started) < self._count:
             thread = threading.Thread(target=self._work, name=f"{self._name}_{len(self._started)}", daemon=True)
             self._started.add(thread)
@@ -37,7 +37,7 @@ class Threads:
         self._calls.put(call)
 
     def shutdown(self) -> None:
-        """Each ends when it has nothing left to do."""
+        """Ends the threads once they have run all calls submitted so far. Does not wait for that."""
         for _ in range(len(self._started)):
             self._calls.put(None)
 
@@ -49,6 +49,6 @@ class Threads:
                     call()
                 except Exception:
                     logger.exception("a call of user code failed in its thread: that is a bug in mqserve, please report it")
-                del call  # or an idle thread would keep its request
+                del call  # an idle thread would keep its last request in memory
         finally:
             self._started.discard(threading.current_thread())

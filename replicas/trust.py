@@ -1,4 +1,4 @@
-"""Who may be believed: whose `mq` headers count, and whose sealed pickles are opened. Everybody may publish plain data."""
+"""Decides whose `mq` headers count and whose sealed pickles are opened. Everybody may publish plain data."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ _CLAIMS = "the mq header says more than a direct publisher may (deadline and met
 
 
 class SenderTrust:
-    """Goes by the seal of the header, which only a holder of the secret key can make, and by AMQP's `user_id`: RabbitMQ refuses a message
-    that names another user than its connection's own.
+    """Checks the sender of a message by the seal of its header, which needs the secret key, and by AMQP's `user_id`: RabbitMQ refuses a
+    message whose `user_id` is not its connection's user.
 
-    Raises BackendFailed where neither can tell who sent a message.
+    Raises BackendFailed if neither can identify senders.
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._is_checked = not settings.embedded  # in one process there is nobody else
+        self._is_checked = not settings.embedded  # in one process there are no strangers
         self._has_key = bool(settings.secret_keys)
         self._pickle_users = frozenset(settings.trusted_users)
         self._header_users = frozenset(settings.header_users)
         if self._is_checked and not self._has_key:
             self._header_users = self._header_users or frozenset((_own_user(settings),))
-        self.demands_seals = False  # until all who send requests are known to seal them
+        self.demands_seals = False  # True once all members that send requests are known to seal them
 
     def __repr__(self) -> str:
         return f"<SenderTrust, {'sealed' if self._has_key and self.demands_seals else ', '.join(sorted(self._header_users)) or 'anybody'}>"
 
     def check_header(self, envelope: Envelope) -> None:
-        """Raises BadSignature for a header that is not believed: nothing that it says may count."""
+        """Raises BadSignature for a header whose sender is not trusted; nothing in it may be used."""
         if envelope.seal is Seal.VALID:
             if envelope.reply_to:
                 raise BadSignature("a sealed message with a reply_to was not sent by mqserve: somebody repeats it to have the answer")
@@ -54,9 +54,9 @@ class SenderTrust:
             )
 
     def check_pickle(self, envelope: Envelope) -> None:
-        """Raises BadEnvelope, before anything is decoded, for a pickle that nobody or nobody trusted put his name to."""
+        """Raises BadEnvelope, before anything is decoded, for a pickle without a `user_id` or with one that is not trusted."""
         if not self._is_checked or envelope.header.origin == "http" or media_type(envelope.content_type) != PICKLE:
-            return  # of HTTP a pickle is only bytes: its body is never opened as one
+            return  # the body of an HTTP request is never opened as a pickle
         if not envelope.user_id:
             raise BadEnvelope("a sealed pickle without the AMQP property user_id is not opened: set it to the sender's user, as handles do")
         if self._pickle_users and envelope.user_id not in self._pickle_users:
@@ -67,7 +67,8 @@ class SenderTrust:
 
 
 def _own_user(settings: Settings) -> str:
-    """Whose headers count without a key, unless others are named: all processes of a small instance share one user."""
+    """Returns the RabbitMQ user of this process. Without a key its headers count unless other users are named, since all processes of a
+    small instance share one user."""
     if user := user_of(settings.broker_url):
         return user
     raise BackendFailed(

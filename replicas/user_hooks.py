@@ -1,4 +1,4 @@
-"""What a replica's user code is told beside requests: `reconfigure` at each change of its config, `check_health` now and then."""
+"""The hooks of a replica's user code: `reconfigure` at each change of its user_config, `check_health` in regular intervals."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ConfigLost(BackendFailed):
 
 
 class UserHooks:
-    """One replica's user config: what the code has been told last, and what it refused."""
+    """Calls the hooks of one replica. Knows the last user_config that the code accepted, and why it refused a later one."""
 
     def __init__(self, worker: Worker, handler: Handler) -> None:
         self._worker = worker
@@ -38,8 +38,8 @@ class UserHooks:
         return f"<UserHooks at {self.version}{', refused' if self.refused else ''}>"
 
     async def apply(self, backend: Backend) -> None:
-        """Calls `reconfigure` if the user config changed, and only then. Raises BackendFailed when the code refuses it, or is not
-        healthy afterwards; the last good one is told again."""
+        """Calls `reconfigure` if the user_config has changed. Raises BackendFailed if the code refuses it or is not healthy afterwards;
+        the code then gets the last good one again."""
         if backend.config_version == self.version:
             return
         wanted = backend.config.user_config
@@ -61,13 +61,13 @@ class UserHooks:
             raise ConfigLost(f"{refusal}\nIt did not take its last good user_config again, either, so its replica ends: {error}") from None
 
     async def check_health_forever(self, backend: Backend) -> None:
-        """Raises BackendFailed once the user's check has failed three times in a row; returns at once where there is none."""
+        """Raises BackendFailed after three failed checks in a row. Returns at once if the code has no `check_health`."""
         check = self._handler.hook("check_health")
         failures = 0
         while check is not None:
             await asyncio.sleep(backend.config.health_check_period_s)
             if self._worker.in_plain_call:
-                continue  # the thread is the request's; a long call is no illness
+                continue  # a request holds the thread, and a long call is no failure
             try:
                 async with asyncio.timeout(backend.config.health_check_timeout_s):
                     await self._worker.call(check)

@@ -1,7 +1,7 @@
-"""Whether a validation failed for the request's own data: then the caller is told so with 422, as FastAPI does, rather than 500.
+"""Finds out whether a validation error is about the request's own data: then the caller gets 422, as from FastAPI, rather than 500.
 
 A handler may validate anything, its own configuration too, and pydantic and msgspec do not say whose data they refused. But both
-say where in it, and pydantic what it found there; so that place is looked for in what the request brought.
+name the place of the error, and pydantic also the value there, so this module looks for that place in the request's data.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import Any, NamedTuple
 import msgspec
 import pydantic
 
-MAX_PLACES = 10_000  # that are looked at: a body may have millions
-MAX_ERRORS = 20  # that are told
+MAX_PLACES = 10_000  # searched at most: a body may have millions
+MAX_ERRORS = 20  # shown to the caller at most
 _ANY = "..."  # msgspec does not name the key of a dict
 _AT = re.compile(r" - at `\$(.*)`$")
 _STEP = re.compile(r"\.([^.\[\]]+)|\[(\d+|\.\.\.)\]")
 _GOT, _MISSING = re.compile(r"got `(\w+)`"), re.compile(r"missing required field `(.+?)`")
 
 Data = Callable[[], Mapping[str, Any]]
-"""Makes what a request brought, by the name under which a caller knows it: body, query parameters, path parameters."""
+"""Returns the request's data by the name under which a caller knows it: body, query parameters, path parameters."""
 
 
 class Invalid(NamedTuple):
-    """One thing that is wrong with the data: where, what, and the library's name for the kind of error."""
+    """One error in the data: its place, its message, and the library's name for its kind."""
 
     loc: tuple[str | int, ...]
     msg: str
@@ -34,7 +34,7 @@ class Invalid(NamedTuple):
 
 
 def find_invalid(error: BaseException, data: Data) -> list[Invalid]:
-    """What is wrong with the request's own data; nothing where the error is no such, or of other data."""
+    """Returns the errors in the request's own data. Returns none if `error` is no validation error, or is about other data."""
     if isinstance(error, pydantic.ValidationError):
         return _from_pydantic(error, data())
     if isinstance(error, msgspec.ValidationError):
@@ -51,7 +51,7 @@ def _from_pydantic(error: pydantic.ValidationError, data: Mapping[str, Any]) -> 
 
 
 def _is_pydantics(loc: Sequence[str | int], kind: str, refused: Any, root: Any) -> bool:
-    steps = loc[:-1] if kind == "missing" else loc  # of what is missing it shows where it would be
+    steps = loc[:-1] if kind == "missing" else loc  # for a missing field pydantic shows its parent
     return any(_equal(value, refused) for place in _places(root) for value in _at(place, steps))
 
 
@@ -78,7 +78,7 @@ def _type_name(value: Any) -> str:
 
 
 def _places(root: Any) -> Iterator[Any]:
-    """The root, and every dict and list in it: a handler may have validated a part."""
+    """Iterates over the root and every dict and list in it, since a handler may have validated a part."""
     return islice(_all_places(root), MAX_PLACES)
 
 
@@ -92,8 +92,8 @@ def _all_places(root: Any) -> Iterator[Any]:
 
 
 def _at(place: Any, steps: Sequence[str | int]) -> list[Any]:
-    """What stands there: nothing, or one value, or several where a step may be any. pydantic also names the members of unions on its way,
-    so a step that leads nowhere is passed over where it may be one: the value found must be the one that was refused all the same."""
+    """Returns the values at the end of the steps; several if a step may be any key. pydantic's steps also name members of unions, so a
+    named step that leads nowhere is skipped: the caller still compares the value found with the refused one."""
     values = [place]
     for step in steps:
         values = [inner for value in values for inner in _step(value, step)]

@@ -1,13 +1,13 @@
-"""The thread in which user code lives, with an event loop of its own: nothing it does can stall the plumbing but by the GIL.
+"""The thread in which user code lives, with an event loop of its own: user code can stall the I/O loop only by holding the GIL.
 
 Jobs go in and results come out through two deques; each side wakes the other once per turn, however many there are.
-Plain calls run on the worker's own thread one at a time, in the thread that made the handler (models and CUDA contexts
-like that), or with `sync_threads` > 1 on a pool of that many; no loop counts as running around them, so `asyncio.run`
-works. Async calls run concurrently on the worker's loop. Handlers that accept batches get what has gathered: a full batch
-at once, a smaller one when its wait is over.
+Plain calls run one at a time on the worker's own thread, which also made the handler (models and CUDA contexts need that),
+or with `sync_threads` > 1 on a pool of that many threads. No loop counts as running around them, so `asyncio.run` works.
+Async calls run concurrently on the worker's loop. Handlers that accept batches get a full batch at once, a smaller one when
+its wait is over.
 
-Nothing that user code raises gets out of a call (`execute.py`). What ends the loop all the same, such as `sys.exit()` in a
-task that a handler left behind, ends the replica: `thread.failed` says so.
+No exception of user code leaves a call (`execute.py`). User code can still end the loop, for example by `sys.exit()` in a
+task that a handler left behind; `thread.failed` is then set, and the replica ends.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ from .worker_thread import WorkerThread
 
 logger = logging.getLogger(__name__)
 
-_MARK_BUDGET_S = 5.0  # of the owner, for the mark of a suspect
-_TURN_S = 0.01  # then the loop's other work has its turn: async calls, health checks
+_MARK_BUDGET_S = 5.0  # for storing the start mark of a redelivered request
+_TURN_S = 0.01  # after starting jobs for this long the loop does its other work: async calls, health checks
 T = TypeVar("T")
 
 
 class Raised(Exception):
-    """User code raised outside a request; `failure` is what, in plain data."""
+    """User code raised an exception outside a request; `failure` is the exception as plain data."""
 
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure.words)
@@ -59,7 +59,8 @@ class Raised(Exception):
 
 
 class Worker:
-    """Owned by one I/O loop, on which `on_done(job, result)` is called, and `on_redelivered(jobs)` is awaited before such a run starts."""
+    """Owned by one I/O loop, on which `on_done(job, result)` is called. Before redelivered jobs run, `on_redelivered(jobs)` is awaited
+    there."""
 
     def __init__(
         self,
@@ -93,17 +94,17 @@ class Worker:
         self._unmarked = Complaint(logger)
         self.run_s = 0.0  # moving average of plain calls
         self.in_plain_call = False
-        self.hook_since = math.inf  # monotonic: when the constructor, `reconfigure` or `check_health` began, up to its first await
-        self.responding = 0  # responses that are being run, or have something to do after they were answered
+        self.hook_since = math.inf  # monotonic: when the hook or constructor that now holds the thread began; infinite if none does
+        self.responding = 0  # responses that run as ASGI apps, including their background tasks
 
     def __repr__(self) -> str:
         return f"<Worker {self.thread!r}, {len(self._jobs)} waiting>"
 
     async def call(self, function: Callable[[], Any], *, constructs: bool = False) -> Any:
-        """Runs `function` in the worker's thread, and awaits what it returns if that is awaitable: importing, constructing and the hooks
-        are user code too. With `constructs` it runs in construction's own context, of which every request gets a copy.
+        """Runs `function` in the worker's thread, and awaits its result if that is awaitable. For imports, constructors and hooks, which
+        are user code too. With `constructs` it runs in the context of construction, of which every request gets a copy.
 
-        Raises Raised, whatever was raised over there, and BackendFailed where the thread has ended.
+        Raises Raised for any exception of `function`, and BackendFailed if the worker's loop has ended.
         """
         self.thread.start()
         pending: concurrent.futures.Future[Any] = concurrent.futures.Future()
@@ -120,7 +121,7 @@ class Worker:
         self._execution = execution
 
     def configure(self, config: BackendConfig) -> None:
-        """Batch size and wait apply from the next round, threads at once."""
+        """Applies batch size and wait from the next batch on, and the number of threads at once."""
         if config != self._config:
             before, self._config = self._config, config
             with suppress(RuntimeError):  # user code closed the loop: the replica ends
@@ -134,7 +135,7 @@ class Worker:
                 self._loop.call_soon_threadsafe(self._take)
 
     def withdraw(self) -> list[Job]:
-        """The jobs that have not started; they will not."""
+        """Removes and returns the jobs that have not started."""
         withdrawn: list[Job] = []
         while True:
             try:
@@ -143,7 +144,8 @@ class Worker:
                 return withdrawn[::-1]
 
     def give_up(self, job: Job, result: Result) -> None:
-        """Nobody wants it any more. One that waits is done at once; an async call is cancelled, a plain one may ask `serve.cancelled()`."""
+        """Gives up a job that nobody waits for. One that has not started is done at once, an async call is cancelled, and a plain call may
+        ask `serve.cancelled()`."""
         if job.given_up is not None:
             return
         job.given_up = result
@@ -151,12 +153,12 @@ class Worker:
             with suppress(RuntimeError):  # user code closed the loop, and the call ended with it
                 self._loop.call_soon_threadsafe(self._cancel_call, job)
         else:
-            with suppress(ValueError):  # it started in between, or gathers in a batch: either looks for itself
+            with suppress(ValueError):  # it has started meanwhile or gathers in a batch; both check `given_up`
                 self._jobs.remove(job)
                 self._on_done(job, result)
 
     def stop(self) -> None:
-        """Returns at once: user code that is still running is left to its daemon thread."""
+        """Ends the worker without waiting: user code that still runs is left to its daemon thread."""
         if self._pool is not None:
             self._pool.shutdown()
         self.thread.stop(self._cancel_tasks)
@@ -196,20 +198,20 @@ class Worker:
         self._without_loop(self._start_some)
 
     def _start_some(self) -> None:
-        """As many as a turn has time for; it goes on whatever becomes of one of them."""
+        """Starts jobs for _TURN_S. A job that cannot be started fails alone."""
         until = time.monotonic() + _TURN_S
         try:
             while self._jobs and self._free_threads > 0 and time.monotonic() < until:
                 try:
                     job = self._jobs.popleft()
-                except IndexError:  # withdrawn in between
+                except IndexError:  # withdrawn meanwhile
                     break
                 try:
                     self._start(job)
                 except BaseException as error:
                     self._put_failed([job], error)
         finally:
-            self._woken = False  # only now: while this runs, whoever submits need not wake it
+            self._woken = False  # only now, so that a submit during this turn does not wake the loop
             if self._jobs and self._free_threads > 0:
                 self._woken = True
                 self._loop.call_soon(self._take)
@@ -229,7 +231,7 @@ class Worker:
             self._run([job], method)
 
     def _run_safely(self, jobs: Sequence[Job], method: Method) -> None:
-        """The other batches of the turn run whatever becomes of one."""
+        """Runs a batch. An exception fails its jobs only, so the other batches of the turn still run."""
         try:
             self._run(jobs, method)
         except BaseException as error:
@@ -241,11 +243,11 @@ class Worker:
         now = time.monotonic()
         is_wanted = False
         for job in jobs:
-            job.started = now  # from here on it says that the call must be told
+            job.started = now  # from now on `give_up` must cancel the call
             if len(jobs) > 1:
                 job.batch = jobs
             is_wanted = is_wanted or job.given_up is None
-        if not is_wanted:  # in between
+        if not is_wanted:  # all were given up meanwhile
             for job in jobs:
                 self._put(job, job.unwanted_result)
             return
@@ -318,7 +320,8 @@ class Worker:
             self._put_failed(jobs, error)
 
     def _deliver(self, jobs: Sequence[Job], answers: Sequence[Answer], context: Context | None = None) -> None:
-        """What a call came to; `context`: that of a plain one. A response that has to be run for its result is run on the loop."""
+        """Hands over the answers of a call; `context` is that of a plain call. A Response that must be run for its result runs on the
+        loop."""
         for job, answer in zip(jobs, answers, strict=True):
             if isinstance(answer, Response):
                 self._run_task(self._respond(job, answer), copy_context() if context is None else context, [job])
@@ -338,7 +341,8 @@ class Worker:
             self.responding -= 1
 
     def _cancelled(self, jobs: Sequence[Job], error: asyncio.CancelledError) -> None:
-        """The task was: since nobody wants its jobs, by the handler itself, or at the worker's own end, when jobs are given back."""
+        """Answers the jobs of a cancelled task. It was cancelled because nobody waits for them, by the handler itself, or at the worker's
+        end, when the jobs are requeued and get no answer."""
         assert self._execution is not None
         for job in jobs:
             if job.given_up is not None:
@@ -355,10 +359,10 @@ class Worker:
         return task
 
     def _cancel_call(self, job: Job) -> None:
-        """A batch's call goes on as long as one of its members is wanted."""
+        """Cancels the job's task, unless the call is of a batch and another member is still wanted."""
         task = job.task
         if task is not None and all(other.given_up for other in job.batch if other.task is task):
-            self._loop.call_soon(task.cancel)  # a turn later: one that is cancelled before its first step never says that it ended
+            self._loop.call_soon(task.cancel)  # a turn later: a task that is cancelled before its first step reports no end
 
     def _announce(self, jobs: Sequence[Job]) -> None:
         try:
@@ -384,7 +388,7 @@ class Worker:
         self.run_s = moving_average(self.run_s, time.monotonic() - jobs[0].started)
 
     def _without_loop(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Plain code has no running loop around it: what it calls may run one of its own."""
+        """Calls plain code with no running loop around it, so that it may run a loop of its own."""
         asyncio._set_running_loop(None)
         try:
             return function(*arguments)
@@ -393,7 +397,7 @@ class Worker:
 
     def _put(self, job: Job, result: Result) -> None:
         job.run_s = time.monotonic() - job.started if job.started else 0.0
-        job.request = None  # it knows the job, too
+        job.request = None  # the request refers to the job: break the cycle
         self._results.append((job, result))
         if not self._io_woken:
             self._io_woken = True
@@ -403,7 +407,7 @@ class Worker:
                 pass
 
     def _put_failed(self, jobs: Sequence[Job], error: BaseException) -> None:
-        """After an exception of ours, or of user code where nothing else would answer for it."""
+        """Fails the jobs after an exception that no call turned into a result."""
         assert self._execution is not None
         for job in jobs:
             self._put(job, self._execution.failed(error, job))
@@ -411,7 +415,7 @@ class Worker:
     def _resize(self, more_threads: int) -> None:
         if more_threads:
             if self._pool is not None:
-                self._pool.shutdown()  # what it runs it finishes
+                self._pool.shutdown()  # its calls still finish
             self._pool = self._new_pool(self._config.sync_threads)
             self._free_threads += more_threads
         self._take()
@@ -428,7 +432,7 @@ class Worker:
             while self._results:
                 self._on_done(*self._results.popleft())
         finally:
-            if self._results:  # the rest is told whatever became of one
+            if self._results:  # `on_done` raised; hand over the rest all the same
                 self._io.call_soon(self._hand_over)
 
 

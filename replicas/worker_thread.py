@@ -1,4 +1,4 @@
-"""The thread in which a replica's user code lives, and its event loop: whether they live, have ended, or are kept busy."""
+"""The thread in which a replica's user code lives, and its event loop. Notices when user code has ended or blocked them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class WorkerThread:
-    """Made on the I/O loop that it reports to. `start` it before use."""
+    """A worker's thread and event loop. Made on the I/O loop that it reports to; call `start` before use."""
 
     def __init__(self, context: ReplicaContext) -> None:
         self.loop = WorkerLoop()
@@ -38,45 +38,46 @@ class WorkerThread:
         return f"<WorkerThread {self._thread.name}, {state}>"
 
     def start(self) -> None:
-        """Idempotent."""
+        """Starts the thread, if it has not been started."""
         if self._thread.ident is None:
             self._thread.start()
 
     @property
     def has_ended(self) -> bool:
-        """Whether it is no more, so that nothing it holds will be answered."""
+        """Whether the thread has ended, so that none of its requests will be answered."""
         return self._thread.ident is not None and not self._thread.is_alive()
 
     def check(self) -> None:
-        """Raises BackendFailed once user code has ended the loop, which was to outlive it."""
+        """Raises BackendFailed once user code has ended the loop."""
         if self.failed.is_set():
             failure = self._failure
             raise BackendFailed(f"user code ended its replica, outside any request: {failure.words}\n{failure.traceback}".rstrip())
 
     def ask_for_life(self, *, may_be_busy: bool) -> None:
-        """To be called once a second. `missed` counts how often the loop had not answered the last call, and nothing known kept it busy."""
+        """Asks the loop for an answer; must be called once a second. `missed` counts the calls in a row for which the answer to an earlier
+        one was missing, unless a request or hook may keep the loop busy."""
         if may_be_busy:
             self.missed = 0
         elif self._answered:
             self._answered, self.missed = False, 0
-            with suppress(RuntimeError):  # closed, which `failed` says
+            with suppress(RuntimeError):  # the loop is closed, and `failed` is set
                 self.loop.call_soon_threadsafe(self._answer)
         else:
             self.missed += 1
 
     def stop(self, cancel_tasks: Callable[[], None]) -> None:
-        """Returns at once: user code that is still running is left to its daemon thread."""
+        """Ends the thread without waiting: user code that still runs is left to it, since it is a daemon."""
         self.is_ending = True
         if not self._thread.is_alive():
             return self.loop.close()
-        with suppress(RuntimeError):  # its last act was to close the loop
+        with suppress(RuntimeError):  # the thread has just ended and closed the loop
             self.loop.call_soon_threadsafe(self._finish, cancel_tasks)
 
     # In the thread.
 
     def _run(self) -> None:
-        """A task of the user's that ends with SystemExit or KeyboardInterrupt ends the loop, and one may stop it; what runs beside it is
-        still to be answered, so the loop goes on until it is told to end."""
+        """Runs the loop until `stop`. A task of user code may stop the loop, or end it by SystemExit or KeyboardInterrupt; the loop is then
+        run again, since other requests are still to be answered."""
         enter_context(self._context)
         try:
             while not self.is_ending and not self.loop.is_closed():

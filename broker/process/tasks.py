@@ -1,4 +1,4 @@
-"""Tasks that their owner keeps hold of until they end, and ends with itself."""
+"""Background tasks that have an owner. It keeps a reference to each until it ends, and cancels them when it ends itself."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Task = asyncio.Task[None]
 
 
 class Tasks:
-    """Those of one owner. `on_end` is given each task that has ended."""
+    """The tasks of one owner. `on_end` is called with each task that has ended."""
 
     def __init__(self, on_end: Callable[[Task], None] | None = None) -> None:
         self._tasks: set[Task] = set()

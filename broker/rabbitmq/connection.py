@@ -45,7 +45,7 @@ class Link:
             library.setLevel(max(library.level, logging.INFO))  # at DEBUG these libraries log payloads, headers and logins
 
     def __repr__(self) -> str:
-        return f"<link {self._name} to {masked(self._url)}, {'up' if self.is_up else 'down'}>"
+        return f"<Link {self._name} to {masked(self._url)}, {'up' if self.is_up else 'down'}>"
 
     @property
     def is_up(self) -> bool:

@@ -18,16 +18,16 @@ SILENT_AFTER_S = 6.0  # a member whose last beat is older counts as gone
 
 
 class MemberState(StrEnum):
-    """What a member says of itself."""
+    """The state that a member reports."""
 
     STARTING = "starting"
     READY = "ready"
     DRAINING = "draining"
-    FAILED = "failed"  # its last words: it has ended
+    FAILED = "failed"  # in its last beat: it has ended
 
 
 class Kind(StrEnum):
-    """Of a member; in this order they are shown."""
+    """The kinds of members, in the order in which they are shown."""
 
     SUPERVISOR = "supervisor"
     NODE = "node"
@@ -36,7 +36,7 @@ class Kind(StrEnum):
 
 
 class _Beat(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="kind"):
-    """Said every BEAT_EVERY_S and at each change."""
+    """The fields of every beat. A member writes one every BEAT_EVERY_S and at each change."""
 
     id: str
     at: Count  # store ms
@@ -47,11 +47,11 @@ class _Beat(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="kind"):
     node: str = ""
     external: bool = False
     url: str = ""
-    noted: str = ""  # keys in the store that another program wrote, as this member found them
+    noted: str = ""  # keys that another program has overwritten, as far as this member met them
 
     @property
     def kind(self) -> str:
-        """One of `Kind`, or that of another version."""
+        """One of `Kind`, or a kind that only another version knows."""
         return str(self.__struct_config__.tag)
 
     @property
@@ -62,7 +62,7 @@ class _Beat(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="kind"):
         return now_ms - self.at < SILENT_AFTER_S * 1000
 
     def is_alive(self, now_ms: int) -> bool:
-        """Whether it has beaten lately, and does not say that it has ended."""
+        """Whether the beat is recent and does not say that the member has ended."""
         return self.is_recent(now_ms) and self.state is not MemberState.FAILED
 
     def to_bytes(self) -> bytes:
@@ -70,33 +70,33 @@ class _Beat(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="kind"):
 
 
 class SupervisorBeat(_Beat, frozen=True, tag=Kind.SUPERVISOR.value):
-    """Of a detached instance's keeper."""
+    """The beat of a detached instance's supervisor."""
 
 
 class NodeBeat(_Beat, frozen=True, tag=Kind.NODE.value):
-    """Its `url` shows metrics."""
+    """The beat of a node. Its `url` shows metrics."""
 
     ended: dict[str, str] = {}  # children that ended by themselves -> how
-    takes_proxy: bool = False  # one may run there
+    takes_proxy: bool = False  # whether a proxy may run there
     capacity: Capacity = Capacity()
     running: Count = 0  # replicas
 
 
 class ProxyBeat(_Beat, frozen=True, tag=Kind.PROXY.value):
-    """Its `url` is where it serves."""
+    """The beat of a proxy. Its `url` is where it serves."""
 
     follows: tuple[Count, Count] = (0, 0)  # the (epoch, version) of the desired document
-    refuses: tuple[Count, Count] = (0, 0)  # the one that it cannot follow
+    refuses: tuple[Count, Count] = (0, 0)  # that of a document that it cannot follow
     refused: str = ""  # why
-    seals: bool = False  # the requests that it sends; an earlier version does not, nor does a process without the secret key
+    seals: bool = False  # whether it seals its requests: an earlier version does not, nor does a process without the secret key
 
 
 class ReplicaBeat(_Beat, frozen=True, tag=Kind.REPLICA.value):
-    """`follows` is (0, config version), and `refused` says why its code refused that config."""
+    """The beat of a replica. `follows` is (0, config version), and `refused` says why its code refused that config."""
 
     backend: str = ""
     version: Count = 0
-    generations: tuple[Count, ...] = ()  # queues whose messages it takes or still holds
+    generations: tuple[Count, ...] = ()  # of the queue: those that it consumes or still holds messages of
     follows: tuple[Count, Count] = (0, 0)
     refused: str = ""
     running: Count = 0
@@ -105,7 +105,7 @@ class ReplicaBeat(_Beat, frozen=True, tag=Kind.REPLICA.value):
 
 
 class OtherBeat(_Beat, frozen=True, tag="other"):
-    """Of a kind that this version does not know: it is shown, and nothing else."""
+    """A beat of a kind that this version does not know. It is shown and otherwise ignored."""
 
     said: str = ""
 
@@ -146,7 +146,7 @@ def beats_of(beats: Mapping[str, Beat], kind: type[B]) -> list[B]:
 
 
 def living(beats: Mapping[str, Beat], kind: type[B], now_ms: int) -> dict[str, B]:
-    """Members of a kind that are alive, by id."""
+    """Returns the members of a kind that are alive, by id."""
     return {beat.id: beat for beat in beats_of(beats, kind) if beat.is_alive(now_ms)}
 
 

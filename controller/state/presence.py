@@ -18,7 +18,7 @@ LATE_S = 4.0  # a beat that is later than this shows that its own process stood 
 
 
 class Presence:
-    """Writes `beat()` into the field every `every_s`, and at once after `tell`."""
+    """Writes `beat()` to the field every `every_s`, and at once after `tell`."""
 
     def __init__(self, store: Store, key: str, field: str, beat: Callable[[], bytes], every_s: float) -> None:
         self._store = store
@@ -37,7 +37,7 @@ class Presence:
 
     @property
     def steady_s(self) -> float:
-        """For how long every beat was made in time and landed. A process that stood still itself cannot tell whether others did."""
+        """The time since a beat was last late or refused. A process that stood still itself cannot tell whether other members did."""
         return time.monotonic() - self._steady_since
 
     def tell(self) -> None:

@@ -1,4 +1,4 @@
-"""A future: the result to come of one request, awaitable in this process, readable in any process by its id."""
+"""Futures: the results to come of requests. A future can be awaited in this process, and read by its id in any other."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ Found = tuple[str, Result]  # (key, result)
 
 
 class Future:
-    """The result to come of a request, made by a handle or by `serve.future`. `await` it in a coroutine, or call `result()` anywhere
-    else, also in a forked child.
+    """The result to come of a request; handles and `serve.future` return one. `await` it in a coroutine, or call `result()` anywhere else,
+    also in a forked child.
 
-    A future of `serve.future` waits for nothing by itself: only `result()`, `await` and `serve.wait` ask the store.
+    A future of `serve.future` does not poll in the background: only `result()`, `done()`, `await` and `serve.wait` ask the store.
     """
 
     def __init__(self, future_id: str, source: Sent | Stored) -> None:
@@ -41,8 +41,8 @@ class Future:
         return f"<Future {self.id}{state and ' '}{state}>"
 
     def here(self) -> Self:
-        """Returns the future itself. In a forked child, which has no thread to resolve it, it waits by its id from now on, unless it was
-        done before the fork. Raises InstanceError in a forked child of the embedded form."""
+        """Returns the future itself. A forked child has no thread to resolve a future that was not done before the fork, so from now on it
+        reads the store by its id. Raises InstanceError in a forked child of the embedded form."""
         if self._depth != forks.depth:
             with _moving:
                 if self._depth != forks.depth:
@@ -51,7 +51,7 @@ class Future:
         return self
 
     def result(self, timeout: float | None = None) -> Any:
-        """Returns the value, after at most `timeout` seconds; with 0 only if it is there. Raises TimeoutError, StoreUnavailable if the
+        """Returns the value. Raises TimeoutError after `timeout` seconds (with 0, if the value is not there yet), StoreUnavailable if the
         store cannot be asked, and the handler's exception: of its own type if it could be pickled (the remote traceback is a note on it),
         else RemoteError."""
         source = self.here()._source
@@ -136,7 +136,7 @@ class Sent:
 
 
 class Stored:
-    """A result in the store, now or later, under the first of these keys that has one. Each waiter polls by itself."""
+    """A result that is read from the store, under the first of these keys that has one. Each waiter polls for itself."""
 
     state = ""  # unknown, since nobody has asked the store
     not_yet = ": wait again, if somebody sent it; the message_id of a published message needs its backend, too"
@@ -169,7 +169,8 @@ class Stored:
 
 
 def get(refs: Future | Sequence[Future], timeout: float | None = None) -> Any:
-    """Returns the value of a future, or the list of values of several, after at most `timeout` seconds altogether; like `ray.get`."""
+    """Returns the value of a future, or the list of values of several, like `ray.get`. Raises TimeoutError after `timeout` seconds
+    altogether."""
     if isinstance(refs, Future):
         return refs.result(timeout)
     if not isinstance(refs, list | tuple) or not all(isinstance(ref, Future) for ref in refs):

@@ -1,4 +1,4 @@
-"""Pickles clients and handles: they travel as the address of their instance, and find its client where they are unpickled."""
+"""How clients and handles are pickled: as the address of their instance, whose client is looked up in the process that unpickles them."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ class KeptProcess:
         self._why_not = ""  # why it cannot be started now
 
     def __repr__(self) -> str:
-        return f"<the {self._role.value}, {self._child!r}>"
+        return f"<KeptProcess {self._role.value}, {self._child!r}>"
 
     @property
     def trouble(self) -> str:
