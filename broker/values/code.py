@@ -1,4 +1,7 @@
-"""How code travels: by import string, or by value as a sealed pickle, in a sealed record; kept in the store under its hash."""
+"""How code travels: by import string, or by value as a sealed pickle, in a sealed record; kept in the store under its hash.
+
+In the embedded form it does not travel: the store of the process holds the very object.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import hashlib
 import importlib
 import inspect
 import pickle
+import secrets
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -75,6 +79,40 @@ class Code(msgspec.Struct, frozen=True):
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
 
+class CodeHere(bytes):
+    """Code of the embedded form. The store keeps values as they are, so the target rides on its record, and lives as long as that.
+
+    The bytes are like no other's, so that each deployment has a hash of its own. Constructor arguments are values, and encoded as such:
+    each replica constructs from arguments of its own.
+    """
+
+    name: str
+    target: Any
+    args_type: str
+    args: bytes
+
+    @classmethod
+    def of(cls, name: str, target: object, args_type: str, args: bytes) -> CodeHere:
+        here = cls(secrets.token_bytes(16))
+        here.name, here.target, here.args_type, here.args = name, target, args_type, args
+        return here
+
+    def to_bytes(self) -> bytes:
+        return self
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self).hexdigest()
+
+
+def pack_here(target: object, args: tuple[Any, ...], signer: Signer) -> CodeHere:
+    """For the embedded form: the object itself, or an import string. Raises NotEncodable for arguments that cannot be encoded."""
+    if isinstance(target, str):
+        _split(target)
+    args_type, packed_args = encode_value(list(args), signer, _CLAIM)
+    return CodeHere.of(_name_of(target), target, args_type, packed_args)
+
+
 def pack(target: object, args: tuple[Any, ...], signer: Signer) -> Code:
     """The code of a callable, or of any object that pickles; an import string goes as it is.
 
@@ -82,9 +120,10 @@ def pack(target: object, args: tuple[Any, ...], signer: Signer) -> Code:
     """
     if isinstance(target, str):
         _split(target)
-        name, by_name = target, target
+        by_name = target
     else:
-        name, by_name = getattr(target, "__qualname__", type(target).__qualname__), _installed_name(target)
+        by_name = _installed_name(target)
+    name = _name_of(target)
     args_type, packed_args = encode_value(list(args), signer, _CLAIM)
     if by_name:
         return Code(name, target=by_name, args_type=args_type, args=packed_args).with_seal(signer)
@@ -108,6 +147,9 @@ def unpack(raw: bytes, sha256: str, signer: Signer) -> tuple[Any, list[Any]]:
     """(target, constructor arguments). Raises BadSignature before foreign bytes are opened or anything that they name is imported;
     ImportError and what importing raises.
     """
+    if isinstance(raw, CodeHere):
+        target = load_import_string(raw.target) if isinstance(raw.target, str) else raw.target
+        return target, decode_value(raw.args, raw.args_type, signer, _CLAIM)
     if hashlib.sha256(raw).hexdigest() != sha256:
         raise BadSignature("the code in the store is not the code that was deployed: its hash differs")
     try:
@@ -119,7 +161,7 @@ def unpack(raw: bytes, sha256: str, signer: Signer) -> tuple[Any, list[Any]]:
     return target, decode_value(code.args, code.args_type, signer, _CLAIM)
 
 
-async def save(store: Store, keys: StoreKeys, code: Code) -> str:
+async def save(store: Store, keys: StoreKeys, code: Code | CodeHere) -> str:
     """Kept under its hash for a while, and for as long as the desired document names it; returns the hash."""
     await store.put_if_absent(keys.code(code.sha256), code.to_bytes(), ttl_ms=CODE_TTL_S * 1000)
     return code.sha256
@@ -144,6 +186,11 @@ def load_import_string(target: str) -> Any:
         except AttributeError as error:
             raise ImportError(f"cannot import {target!r}: {found!r} has no attribute {attribute!r}") from error
     return found
+
+
+def _name_of(target: object) -> str:
+    """For people."""
+    return target if isinstance(target, str) else str(getattr(target, "__qualname__", type(target).__qualname__))
 
 
 def _split(target: str) -> tuple[str, str]:

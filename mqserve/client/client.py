@@ -228,7 +228,7 @@ class Client:
         parsed = changes.parse_config(config)
         check_fits(backend_tag, func_or_class, parsed)
         check_name(backend_tag, "a backend")
-        packed = code.pack(func_or_class, init_args, self._signer)
+        packed = self._pack(func_or_class, init_args)
         self._call(self._deployments.create_backend(backend_tag, packed, parsed, options))
 
     def update_backend(
@@ -247,7 +247,7 @@ class Client:
         if actor_options is not None or ray_actor_options is not None:
             options = read_actor_options(actor_options, ray_actor_options, embedded=self.settings.embedded)
         check_target(backend_tag, func_or_class, init_args)
-        packed = code.pack(func_or_class, init_args, self._signer)
+        packed = self._pack(func_or_class, init_args)
         self._call(self._deployments.update_backend(backend_tag, packed, options))
 
     def update_backend_config(self, backend_tag: str, config_options: BackendConfig | dict[str, Any]) -> None:
@@ -317,7 +317,7 @@ class Client:
         Raises BadValue for what is none, or where a route that uses the name could not be matched with it. Raises BackendFailed when a
         proxy cannot make it; then the last good one is back.
         """
-        packed = code.pack(convertor, (), self._signer)
+        packed = self._pack(convertor, ())
         made = make_convertor(convertor)
         self._call(self._deployments.register_convertor(name, packed, made))
         register_url_convertor(name, made)
@@ -328,7 +328,7 @@ class Client:
         Raises BackendFailed when a proxy cannot make them; then the last good ones are back.
         """
         parsed = parse_middlewares(middlewares)
-        self._call(self._deployments.set_middlewares(code.pack(list(parsed), (), self._signer) if parsed else None))
+        self._call(self._deployments.set_middlewares(self._pack(list(parsed), ()) if parsed else None))
 
     # Requests.
 
@@ -422,6 +422,10 @@ class Client:
         self.on_end()
         if self._own.depth == forks.depth:
             self._own.ending.end(why, shuts_down=shuts_down)
+
+    def _pack(self, target: Any, args: tuple[Any, ...]) -> code.Code | code.CodeHere:
+        pack = code.pack_here if self.settings.embedded else code.pack
+        return pack(target, args, self._signer)
 
     # Waiting.
 

@@ -41,7 +41,7 @@ class Deployments:
     def __repr__(self) -> str:
         return f"<Deployments of {self._connections.settings.namespace!r}>"
 
-    async def create_backend(self, name: str, packed: code.Code, config: BackendConfig, options: ActorOptions) -> None:
+    async def create_backend(self, name: str, packed: code.Code | code.CodeHere, config: BackendConfig, options: ActorOptions) -> None:
         sha256 = await code.save(self._connections.store, self._connections.keys, packed)
         backend = Backend(name, sha256, packed.name, config.model_dump(exclude_unset=True), self._sealed(name, options))
         committed = await self._commit(changes.create_backend(backend))
@@ -54,7 +54,7 @@ class Deployments:
                 logger.warning("backend %s, which did not get ready, could not be deleted: %s", name, error)
             raise
 
-    async def update_backend(self, name: str, packed: code.Code, options: ActorOptions | None) -> None:
+    async def update_backend(self, name: str, packed: code.Code | code.CodeHere, options: ActorOptions | None) -> None:
         sha256 = await code.save(self._connections.store, self._connections.keys, packed)
         before: list[Backend] = []  # what each try replaces: a roll-back goes to the last one, and not past what others deployed meanwhile
 
@@ -92,13 +92,13 @@ class Deployments:
     async def create_endpoint(self, endpoint: Endpoint) -> None:
         await self.commit_to_proxies(changes.create_endpoint(endpoint), undo=_remove_endpoint(endpoint))
 
-    async def register_convertor(self, name: str, packed: code.Code, convertor: Convertor[Any]) -> None:
+    async def register_convertor(self, name: str, packed: code.Code | code.CodeHere, convertor: Convertor[Any]) -> None:
         sha256 = await code.save(self._connections.store, self._connections.keys, packed)
         before = (await self._membership.read()).convertors.get(name, "")
         change = changes.register_convertor(name, sha256, convertor)
         await self.commit_to_proxies(change, undo=_restore_convertor(name, sha256, before))
 
-    async def set_middlewares(self, packed: code.Code | None) -> None:
+    async def set_middlewares(self, packed: code.Code | code.CodeHere | None) -> None:
         sha256 = await code.save(self._connections.store, self._connections.keys, packed) if packed is not None else ""
         before = (await self._membership.read()).http.middlewares
         await self.commit_to_proxies(changes.set_middlewares(sha256), undo=_restore_middlewares(sha256, before))

@@ -52,7 +52,7 @@ def test_a_function_of_the_main_file_arrives_by_value_in_a_process_without_that_
     code = pack(main_module.hello, (), signer)
     assert (code.name, code.target) == ("hello", "")
     script = (
-        "import sys; from mqserve.broker.code import unpack; from mqserve.broker.signing import Signer\n"
+        "import sys; from mqserve.broker.values.code import unpack; from mqserve.broker.values.signing import Signer\n"
         "raw = open(sys.argv[1], 'rb').read()\n"
         "target, args = unpack(raw, sys.argv[2], Signer([b'k' * 32], sys.argv[3]))\n"
         "print(target('there'), args)"
