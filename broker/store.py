@@ -123,8 +123,12 @@ class Store(Protocol):
         """All at once: nobody sees some of them gone and others not. False only where the guard's value does not stand at its key."""
         ...
 
-    async def expire(self, key: str, ttl_ms: int | None) -> None:
-        """From now on the value has so long, or for ever; nothing where there is none."""
+    async def expire(self, keys: Sequence[str], ttl_ms: int | None) -> None:
+        """From now on the values have so long, or for ever; nothing where there is none."""
+        ...
+
+    async def extend(self, keys: Sequence[str], ttl_ms: int) -> frozenset[str]:
+        """The values have at least so long from now on. Returns the keys without one. Reads no value: a client may write code only."""
         ...
 
     async def put_field(self, key: str, field: str, value: bytes) -> None: ...

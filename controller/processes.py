@@ -23,7 +23,9 @@ from .detached_log import PATH_VARIABLE, detached_log, open_log
 from .node import Share
 
 # Nothing else is inherited: what a flag said must not be unsaid by a variable that only the parent was meant to read.
-_INHERITED = {PREFIX + name for name in ("VERBOSE", "ENVIRONMENTS", "NUM_CPUS", "NUM_GPUS", "RESOURCES", "METRICS_HOST", "METRICS_PORT")}
+_INHERITED = {
+    PREFIX + name for name in ("VERBOSE", "ENVIRONMENTS", "NUM_CPUS", "NUM_GPUS", "RESOURCES", "METRICS_HOST", "METRICS_PORT", "CODE_CACHE")
+}
 _INHERITED |= {"MQSERVE_INSECURE", PATH_VARIABLE}
 
 

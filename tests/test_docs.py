@@ -47,7 +47,7 @@ DOCUMENTS = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 TEXT = {document: document.read_text() for document in DOCUMENTS}
 EVERYTHING = "\n".join(TEXT.values())
 CODE = "\n".join(
-    path.read_text() for part in ("mqserve", "broker", "proxy", "replicas", "controller") for path in (ROOT / part).glob("*.py")
+    path.read_text() for part in ("mqserve", "broker", "proxy", "replicas", "controller") for path in (ROOT / part).rglob("*.py")
 )
 
 SCRIPTS = ("handle", "face", "plain-results")  # Python that needs nothing

@@ -18,6 +18,8 @@ from ..broker.process import forks
 from ..broker.process.interrupts import to_the_end
 from ..broker.queue_names import check_name
 from ..broker.values import code
+from ..broker.values.backend_code import Packed, pack_backend
+from ..broker.values.main_module import RunFile
 from ..connections import Connections
 from ..controller import changes
 from ..controller.plan import living
@@ -26,6 +28,7 @@ from ..controller.state.config import BackendConfig
 from ..controller.state.documents import Desired
 from ..controller.state.following import follow_state
 from ..instance.starting import parse_middlewares
+from ..replicas.context import check_not_importing
 from .declared import Declaration
 from .deployments import Deployments, check_fits, check_target, make_convertor, read_actor_options
 from .futures import Future, get, wait
@@ -89,6 +92,7 @@ class Client:
         self._signer = connections.settings.signer
         self._depth = forks.depth
         self.settings = connections.settings
+        self.run_file: RunFile | None = None  # what `mqserve run` executed as this program's `__main__`, if replicas may execute it, too
         self.on_end: Callable[[], None] = lambda: None  # told when it is about to be closed or shut down
         self._state = State.OPEN
         self._is_shared = False  # returned by more than the call that opened it
@@ -161,6 +165,7 @@ class Client:
 
     @property
     def _deployments(self) -> Deployments:
+        check_not_importing("a function that changes the instance")
         return self._opened.deployments
 
     @property
@@ -317,7 +322,7 @@ class Client:
         Raises BadValue for what is none, or where a route that uses the name could not be matched with it. Raises BackendFailed when a
         proxy cannot make it; then the last good one is back.
         """
-        packed = self._pack(convertor, ())
+        packed = self._pack_for_all(convertor)
         made = make_convertor(convertor)
         self._call(self._deployments.register_convertor(name, packed, made))
         register_url_convertor(name, made)
@@ -328,7 +333,7 @@ class Client:
         Raises BackendFailed when a proxy cannot make them; then the last good ones are back.
         """
         parsed = parse_middlewares(middlewares)
-        self._call(self._deployments.set_middlewares(self._pack(list(parsed), ()) if parsed else None))
+        self._call(self._deployments.set_middlewares(self._pack_for_all(list(parsed)) if parsed else None))
 
     # Requests.
 
@@ -423,9 +428,15 @@ class Client:
         if self._own.depth == forks.depth:
             self._own.ending.end(why, shuts_down=shuts_down)
 
-    def _pack(self, target: Any, args: tuple[Any, ...]) -> code.Code | code.CodeHere:
+    def _pack(self, target: Any, args: tuple[Any, ...]) -> Packed:
+        if self.settings.embedded:
+            return Packed(code.pack_here(target, args, self._signer))
+        return pack_backend(target, args, self._signer, self.run_file)
+
+    def _pack_for_all(self, target: Any) -> code.Code | code.CodeHere:
+        """What processes of several clients load has no files with it."""
         pack = code.pack_here if self.settings.embedded else code.pack
-        return pack(target, args, self._signer)
+        return pack(target, (), self._signer)
 
     # Waiting.
 

@@ -25,6 +25,7 @@ class Clients:
         self._open: tuple[Client, ...] = ()
         self._started: tuple[Client, ...] = ()  # those whose instance this process started
         self._given: tuple[Client, ...] = ()  # those that were started or joined here; the last one is current
+        self.were_asked_for = False  # by the user's program, rather than by mqserve itself
         self._of_replica: Client | None = None  # in a process that is a replica: that of its own instance
 
     def __repr__(self) -> str:
@@ -106,6 +107,7 @@ class Clients:
 
     def current(self) -> Client:
         """What the module-level functions act on; that of `default` where none is current."""
+        self.were_asked_for = True
         given = self._given
         return given[-1] if given and not in_replica() else self.default()
 
