@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -70,7 +70,7 @@ class Deployments:
         except BackendFailed as error:
             await self._commit(changes.roll_back(committed.backends[name], before[-1], str(error)))
             raise
-        await self._let_go(before[-1])
+        await self._let_go(before[-1:])
 
     async def update_backend_config(self, name: str, config: BackendConfig | dict[str, Any]) -> None:
         before = changes.find_backend(await self._membership.read(), name)
@@ -82,8 +82,13 @@ class Deployments:
             raise
 
     async def delete_backend(self, name: str, *, force: bool = False) -> None:
-        before = changes.find_backend(await self._membership.read(), name)
-        committed = await self._commit(changes.delete_backend(name, force=force))
+        before: list[Backend] = []
+
+        def change(desired: Desired) -> Desired:
+            before[:] = [backend for backend in desired.backends.values() if backend.name == name]
+            return changes.delete_backend(name, force=force)(desired)
+
+        committed = await self._commit(change)
 
         async def is_gone() -> bool | None:
             observed = Observed.from_bytes(await self._connections.store.get(self._connections.keys.observed))
@@ -93,10 +98,10 @@ class Deployments:
         await self._until(committed, is_gone, DELETE_BUDGET_S, f"backend {name!r} is not gone yet: its replicas are still draining")
         await self._let_go(before)
 
-    async def _let_go(self, backend: Backend) -> None:
-        """In the embedded form the record holds the program's objects, which nobody could name again."""
+    async def _let_go(self, backends: Sequence[Backend]) -> None:
+        """In the embedded form the record of code holds the program's objects, and nobody can name it again."""
         if self._connections.settings.embedded:
-            await self._connections.store.delete(self._connections.keys.code(backend.code))
+            await self._connections.store.delete(*(self._connections.keys.code(backend.code) for backend in backends))
 
     async def create_endpoint(self, endpoint: Endpoint) -> None:
         await self.commit_to_proxies(changes.create_endpoint(endpoint), undo=_remove_endpoint(endpoint))
