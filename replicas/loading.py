@@ -9,7 +9,7 @@ from typing import Any
 
 from ..broker.errors import BackendFailed, BadEnvelope, BadSignature, BadValue
 from ..broker.failures import Failure
-from ..broker.files.hints import shadowed, why_missing
+from ..broker.files.hints import shadowed, way_out
 from ..broker.files.travel import Restored, restore_files
 from ..broker.settings import Settings
 from ..broker.store import Store
@@ -87,10 +87,10 @@ def _import(record: code.Code | code.CodeHere, restored: Restored | None, settin
             elif record.home:
                 become_main(record.home)
             return code.make(record, settings.signer)
-        except ModuleNotFoundError as error:
-            if restored is None:
+        except ImportError as error:
+            if restored is None or not (mend := way_out(error, restored)):
                 raise
-            raise ModuleNotFoundError(f"{error}: {why_missing(error, restored)}", name=error.name) from error
+            raise ImportError(f"{error}: {mend}", name=error.name, path=error.path) from error
 
 
 def told(backend: Backend, what: str, failure: Failure) -> str:

@@ -157,3 +157,33 @@ def test_a_package_answers_the_same_however_it_is_deployed(command_line: Command
     assert Path(answer("where")).is_relative_to(tmp_path / ("cache" if is_distributed else "code"))
     program.signal(signal.SIGTERM)
     program.wait()
+
+
+def test_files_that_the_store_lost_come_back_from_the_machine_that_has_them(
+    distributed_shell: CommandLine, store_url: str, namespace: str, tmp_path: Path
+) -> None:
+    """All data is lost; then a machine with an empty cache starts a replica."""
+    shell = distributed_shell.with_variables(MQSERVE_CODE_CACHE=str(tmp_path / "cache"))
+    write(tmp_path / "code", {"lost_mod.py": "def f(request):\n    return 'found'\n"})
+    program = """
+import shutil, sys, time
+import mqserve as serve, lost_mod, redis
+
+store, keys = redis.Redis.from_url(sys.argv[1]), f"mqserve:{sys.argv[2]}:"
+with serve.start(http_options={"location": None}) as client:
+    client.create_backend("f", lost_mod.f)
+    client.create_endpoint("f", backend="f")
+    codes = set(store.scan_iter(f"{keys}code:*"))
+    store.delete(*store.scan_iter(f"{keys}*"))
+    until = time.monotonic() + 30
+    while set(store.scan_iter(f"{keys}code:*")) != codes and time.monotonic() < until:
+        time.sleep(0.05)
+    shutil.rmtree(sys.argv[3])
+    client.update_backend_config("f", {"num_replicas": 2})
+    print(len(codes), client.get_handle("f").remote().result(timeout=20))
+"""
+    (tmp_path / "code" / "program.py").write_text(program)
+    command = [sys.executable, str(tmp_path / "code" / "program.py"), store_url, namespace, str(tmp_path / "cache")]
+    started = shell.start_program(command)
+    assert started.wait() == 0, started.output
+    assert started.output.splitlines()[-1] == "4 found", started.output

@@ -25,9 +25,16 @@ def shadowed(restored: Restored) -> str:
     return ""
 
 
-def why_missing(error: ModuleNotFoundError, restored: Restored) -> str:
-    """Which way out there is."""
-    name = error.name or ""
+def way_out(error: ImportError, restored: Restored) -> str:
+    """What to do about it; empty for an ImportError that says enough itself."""
+    if isinstance(error, ModuleNotFoundError):
+        return _why_missing(error.name or "", restored)
+    if error.path and error.path.endswith((".so", ".pyd")) and any(Path(error.path).is_relative_to(root) for root in restored.roots):
+        return f"it is compiled for another machine or another Python than {sys.executable} on {socket.gethostname()}: build it for that"
+    return ""
+
+
+def _why_missing(name: str, restored: Restored) -> str:
     path = name.replace(".", "/")
     for folder in restored.manifest.folders:
         for left_out, why in folder.left_out:

@@ -15,7 +15,7 @@ import pytest
 
 from mqserve.broker.errors import BadSignature, BadValue, NotEncodable
 from mqserve.broker.files import cache, manifest
-from mqserve.broker.files.hints import shadowed, why_missing
+from mqserve.broker.files.hints import shadowed, way_out
 from mqserve.broker.files.manifest import File, Files, Folder, Manifest, read_folders
 from mqserve.broker.files.roots import check_root, root_of_file
 from mqserve.broker.files.travel import Restored, restore_files, save_files
@@ -314,7 +314,13 @@ def restored(tmp_path: Path) -> Restored:
     ],
 )
 def test_a_missing_module_is_said_with_the_mend(restored: Restored, name: str, said: str) -> None:
-    assert re.search(said, why_missing(ModuleNotFoundError(name=name), restored))
+    assert re.search(said, way_out(ModuleNotFoundError(name=name), restored))
+
+
+def test_a_library_of_another_machine_is_said_and_other_import_errors_speak_for_themselves(restored: Restored, tmp_path: Path) -> None:
+    foreign = ImportError("invalid ELF header", name="fast", path=str(tmp_path / "fast.so"))
+    assert "compiled for another machine or another Python" in way_out(foreign, restored)
+    assert way_out(ImportError("cannot import name 'x'", name="app", path=str(tmp_path / "app.py")), restored) == ""
 
 
 def test_a_module_that_is_shadowed_by_one_of_ours_is_said(restored: Restored, tmp_path: Path) -> None:
