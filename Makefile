@@ -1,8 +1,9 @@
 # make demo    serve the example in the foreground, until Ctrl-C
-# make test    check the code, then run the tests on private RabbitMQ and Redis servers
+# make test    check the code, then run the tests on private RabbitMQ and Redis servers, in several processes (WORKERS=3)
 # make test-long  the seed's behaviours on real servers, and what is measured: `make test` has their embedded form
 # make test-faults  each row of docs/reliability.md: processes and servers killed, frozen, cut off, filled
 # make test-newer  everything on RabbitMQ 4 and Redis 8, in a folder of their own (as root on Debian, half an hour; TESTS=tests/broker for less)
+# make coverage  `make test`, and then the lines of the product that no test of it reaches
 # make fuzz    bytes that nobody would think of, for as long as it takes: `make test` has a short form of it
 # make soak    steady load and random faults, five minutes (SECONDS=60 for one): prints what was injected and what came of it
 # make check   formatting, lint, types
@@ -14,28 +15,35 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-long test-faults test-newer fuzz soak check format bench compare clean
+.PHONY: demo test test-long test-faults test-newer coverage fuzz soak check format bench compare clean
 .DELETE_ON_ERROR:
 
 # `exec`: the Ctrl-C is the server's, which drains and ends with status 0
 demo: .venv/.installed-examples
 	@exec $(BIN)/mqserve run examples/digits.py
 
+# Tests mostly wait, so that three workers keep two cores busy. Each has a RabbitMQ and a Redis of its own.
+WORKERS ?= 3
+RUN_TESTS := $(BIN)/python -m tests.run_tests -n $(WORKERS)
+
 test: check
-	$(BIN)/python -m tests.run_tests -m 'not long and not faults'
+	$(RUN_TESTS) -m 'not long and not faults'
 
 test-long: .venv/.installed-dev
-	$(BIN)/python -m tests.run_tests -m long
+	$(RUN_TESTS) -m long
 
 test-faults: .venv/.installed-dev
-	$(BIN)/python -m tests.run_tests -m faults -o faulthandler_timeout=300
+	$(RUN_TESTS) -m faults -o faulthandler_timeout=300
 
 test-newer: .venv/.installed-dev
 	$(BIN)/python -m tests.newer_servers .servers
-	MQSERVE_TEST_SERVERS=$(CURDIR)/.servers/bin $(BIN)/python -m tests.run_tests $(TESTS)
+	MQSERVE_TEST_SERVERS=$(CURDIR)/.servers/bin $(RUN_TESTS) $(TESTS)
+
+coverage: .venv/.installed-dev
+	$(RUN_TESTS) -m 'not long and not faults' --cov --cov-report=term-missing:skip-covered
 
 fuzz: .venv/.installed-dev
-	HYPOTHESIS_PROFILE=long $(BIN)/python -m tests.run_tests tests/fuzz
+	HYPOTHESIS_PROFILE=long $(RUN_TESTS) tests/fuzz
 
 SECONDS ?= 300
 soak: .venv/.installed-dev
@@ -45,6 +53,7 @@ check: .venv/.installed-dev
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
+	$(BIN)/basedpyright
 
 format: .venv/.installed-dev
 	$(BIN)/ruff format

@@ -1,4 +1,4 @@
-"""The yardstick: the same no-op in bare Starlette, without a queue."""
+"""The baseline: the same no-op in bare Starlette, without a queue."""
 
 from starlette.applications import Starlette
 from starlette.requests import Request

@@ -1,11 +1,11 @@
-"""Is a request dearer than it was? CPU per request of this checkout beside that of another revision, in alternated pairs.
+"""Tells whether a request costs more than before: CPU per request of this checkout and of another revision, in alternated pairs.
 
     make compare BASE=main~3        (or: python benchmarks/compare.py main~3 --forms embedded --clients 64)
 
-Both run at the same time, so that both meet the same machine, and take turns under load: A B, B A, A B, … Each pair gives one
-ratio of CPU microseconds per request (from /proc: all processes of the instance, and beside them RabbitMQ and Redis). A line
-fails where even the lower bound of the 95 % interval of the ratio is above the limit: then the request is dearer, whatever
-the noise. The exit code is the number of lines that fail.
+Both run at the same time, so that both meet the same machine, and take turns under load: A B, B A, A B, … Each pair gives one ratio of
+CPU microseconds per request (from /proc: all processes of the instance, and beside them RabbitMQ and Redis). A line fails if even the
+lower bound of the ratio's 95 % interval is above the limit: then the request costs more, and noise does not explain it. The exit code is
+the number of failed lines.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _parse() -> argparse.Namespace:
 
 @contextmanager
 def checked_out(base: str) -> Iterator[Path]:
-    """The folder of the other checkout: a worktree of its own for a revision."""
+    """Yields the folder of the other checkout; a revision gets a worktree of its own."""
     if Path(base).is_dir():
         yield Path(base).resolve()
         return
@@ -98,7 +98,7 @@ def checked_out(base: str) -> Iterator[Path]:
 def measure_pairs(
     pair: Sequence[Subject], handler: str, clients: int, servers: Servers | None, arguments: argparse.Namespace
 ) -> list[tuple[Cost, Cost]]:
-    """(base, now) of each pair; every second pair begins with now."""
+    """Returns (base, now) for each pair; every second pair begins with now."""
     costs: list[tuple[Cost, Cost]] = []
     for number in range(arguments.pairs):
         order = (0, 1) if number % 2 == 0 else (1, 0)
@@ -111,7 +111,7 @@ def measure_pairs(
 
 
 def measure(subject: Subject, handler: str, clients: int, seconds: float, servers: Servers | None) -> Cost:
-    """Ends the program where a request was not answered with 200: then its cost says nothing."""
+    """Measures one load run. Exits if a request was not answered with 200, since its cost would mean nothing."""
     others = [psutil.Process(pid) for pid in servers.pids] if servers is not None else []
     before, before_servers = subject.cpu_s(), sum(map(cpu_seconds, others))
     sample = load(f"{subject.url}/{handler}", clients, seconds)
@@ -122,7 +122,8 @@ def measure(subject: Subject, handler: str, clients: int, seconds: float, server
 
 
 def interval_of(ratios: Sequence[float]) -> Interval:
-    """Of the mean of their logarithms, by Student's t, since a ratio of 2 is as far from 1 as one of 0.5."""
+    """The 95 % interval of the ratios' mean, by Student's t. The mean is taken of logarithms, since a ratio of 2 is as far from 1 as one
+    of 0.5."""
     logarithms = [math.log(ratio) for ratio in ratios]
     mean = statistics.mean(logarithms)
     margin = 0.0

@@ -1,4 +1,4 @@
-"""Load by wrk (Debian: apt-get install wrk), and what it says of the answers."""
+"""Load by wrk (Debian: apt-get install wrk), and its report of the answers."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Sample:
 
 
 def check_wrk() -> None:
-    """Ends the program with a sentence where wrk is missing."""
+    """Exits with a sentence if wrk is missing."""
     if shutil.which("wrk") is None:
         sys.exit("the load comes from wrk, and it is not installed: apt-get install wrk (or brew install wrk)")
 
 
 def load(url: str, clients: int, seconds: float) -> Sample:
-    """As many requests as `clients` connections can send one after the other."""
+    """Sends as many requests as `clients` connections can send one after the other."""
     command = ["wrk", "-t1", f"-c{clients}", f"-d{max(1, round(seconds))}s", "--latency", "--timeout", "30s", url]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     failed = re.search(r"Non-2xx or 3xx responses: (\d+)", told)

@@ -1,4 +1,4 @@
-"""Handlers that do nothing, so that what is measured is the way to them."""
+"""Handlers that do nothing, so that the benchmark measures the path of a request alone."""
 
 import mqserve as serve
 

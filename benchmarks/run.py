@@ -46,7 +46,7 @@ def _parse() -> argparse.Namespace:
 
 
 def report(samples: dict[tuple[str, int], list[Sample]], arguments: argparse.Namespace) -> str:
-    """A table: the median of the rounds, and the ratio to bare Starlette round by round."""
+    """Returns a table: the median of the rounds, and the ratio to bare Starlette round by round."""
     lines = [f"{'form':<12} {'clients':>7} {'req/s':>9} {'p50 ms':>8} {'p99 ms':>8} {'ratio':>7} {'failed':>7}"]
     for clients in arguments.clients:
         for form in arguments.forms:

@@ -1,4 +1,4 @@
-"""What is measured, as programs of their own: bare Starlette, and a no-op of mqserve in either form, of this checkout or another."""
+"""The measured programs: bare Starlette, and a no-op of mqserve in either form, from this checkout or another."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ STOP_BUDGET_S = 60.0
 
 @dataclass(frozen=True)
 class Servers:
-    """RabbitMQ and Redis for the distributed form; `pids` of those that are private."""
+    """RabbitMQ and Redis for the distributed form; `pids` of the private ones."""
 
     urls: Mapping[str, str]
     pids: tuple[int, ...]
 
 
 def open_servers(stack: ExitStack) -> Servers:
-    """Private ones, ended with the stack, unless MQSERVE_BROKER_URL and MQSERVE_STORE_URL name others."""
+    """Starts private servers, which end with the stack, unless MQSERVE_BROKER_URL and MQSERVE_STORE_URL name others."""
     urls: dict[str, str] = {}
     pids: list[int] = []
     for name, private in (("MQSERVE_BROKER_URL", PrivateRabbitMQ), ("MQSERVE_STORE_URL", PrivateRedis)):
@@ -64,7 +64,7 @@ class Subject:
 
 
 def cpu_seconds(process: psutil.Process) -> float:
-    """0 for a process that has ended."""
+    """The CPU seconds of a process; 0 if it has ended."""
     try:
         times = process.cpu_times()
     except psutil.NoSuchProcess:
@@ -74,10 +74,10 @@ def cpu_seconds(process: psutil.Process) -> float:
 
 @contextmanager
 def running(form: str, servers: Servers | None = None, checkout: Path = ROOT) -> Iterator[Subject]:
-    """The program of that form, with the package of `checkout`; ended on exit. The distributed form needs `servers`."""
+    """Runs the program of that form with the package of `checkout`, and ends it on exit. The distributed form needs `servers`."""
     port = free_port()
     env = {key: value for key, value in os.environ.items() if not key.startswith("MQSERVE_")}
-    env["PYTHONPATH"] = str(checkout)  # before the installed package, for the children too
+    env["PYTHONPATH"] = str(checkout)  # before the installed package, also for the children
     command = [sys.executable, "-m", "mqserve", "run", str(HERE / "noop.py"), "--port", str(port)]
     if form == "starlette":
         command = [sys.executable, "-m", "uvicorn", "--app-dir", str(HERE), "bare:app", "--port", str(port), "--no-access-log"]

@@ -1,7 +1,7 @@
-"""A message that was set aside, and why: both directions of its AMQP form.
+"""A dead letter: a message that was set aside, and why, with both directions of its AMQP form.
 
-A dead letter is the message as it came (body, properties, headers) with headers of ours beside its own, so that it can be
-published again as it was. Whoever may publish to the exchange can write one: reading believes nothing and raises nothing.
+A dead letter is the message as it came (body, properties, headers) plus headers of ours, so that it can be published again unchanged.
+Anybody with the right to publish to the exchange can write one, so reading trusts no field and raises nothing.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _OURS = ("mq-reason", "mq-traceback", "mq-attempts", "mq-backend", "mq-died-at",
 
 
 class Attempt(msgspec.Struct, frozen=True):
-    """A run that left no result: in which replica, since when (store ms), and how that ended (empty: it may be under way).
+    """One run that left no result: the replica, the start (store time in ms), and how the run ended (empty: it may be under way).
 
-    `run` names it, so that no two are the same.
+    `run` is a unique name of the run.
     """
 
     replica: str
@@ -41,7 +41,7 @@ class Attempt(msgspec.Struct, frozen=True):
 
 
 class Death(msgspec.Struct, frozen=True):
-    """Why a message was set aside; `died_at_ms` is store time, and ours where it is not given."""
+    """Why a message was set aside. `died_at_ms` is store time; this process's clock fills it in where the broker did not."""
 
     reason: str
     traceback: str = ""
@@ -49,7 +49,7 @@ class Death(msgspec.Struct, frozen=True):
     died_at_ms: int = 0
 
     def to_headers(self, backend: str) -> dict[str, Any]:
-        """Cut to what a content header has room for: the end of the traceback, the last attempts."""
+        """Returns the headers, cut to the room that a content header has: the end of the traceback and the last attempts are kept."""
         headers: dict[str, Any] = {
             "mq-reason": self.reason[:MAX_REASON],
             "mq-backend": backend,
@@ -77,9 +77,9 @@ class Death(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """One read from the dead letters: the death, and the message without the headers that told of it.
+    """A letter read from the dead letter queue: the death, and the message without the headers that describe the death.
 
-    `sender` is its user as the replica that set it aside was told by RabbitMQ.
+    `sender` is the AMQP user who sent the message, as RabbitMQ told the replica that set it aside.
     """
 
     backend: str
@@ -96,40 +96,41 @@ class DeadLetter:
 
     @property
     def id(self) -> str:
-        """The message's own, empty for one that had none."""
+        """The message id; empty if the message had none."""
         return self.properties.message_id or ""
 
     @property
     def name(self) -> str:
-        """What operators call it by."""
+        """The name that operators use for this letter."""
         return self.id or digest_of(self.backend, self.body)
 
     @property
     def has_seal(self) -> bool:
-        """Whatever it is worth."""
+        """Whether the message carries a seal; says nothing about whether the seal is valid."""
         return "mq-seal" in (self.properties.headers or {})
 
     def envelope(self, seals: BackendSeals | None = None) -> Envelope:
-        """As a replica would read it. Raises BadEnvelope: that may be what it died of."""
+        """The envelope as a replica would read it. Raises BadEnvelope, which may be the reason why the message died."""
         return replace(Envelope.from_amqp(self.properties, self.body, seals), user_id=self.sender)
 
     def renewed(self, deadline_ms: int, seals: BackendSeals | None = None) -> DeadLetter:
-        """To be published again. Nobody waits in the inbox any more, the old deadline is over, and it may have run before.
+        """Returns a copy to publish again: without an inbox, since nobody waits any more, with a new deadline, and with `again`, since it
+        may have run before.
 
-        A seal that fits is made anew, of the current key. No other is: it would vouch for what a stranger wrote.
+        A valid seal is made anew with the current key. An invalid one is not: a new seal would vouch for what a stranger wrote.
         """
         headers: dict[str, Any] = dict(self.properties.headers or {})
         try:
             envelope = self.envelope(seals)
         except BadEnvelope:
-            return self  # whoever reads that header one day reads it as it came
+            return self  # a header that does not parse is published as it came
         if "mq" not in headers:
             return self
-        fields = msgspec.msgpack.decode(headers["mq"])  # with those that only a newer version knows
+        fields = msgspec.msgpack.decode(headers["mq"])  # keep fields that only a newer version knows
         kept = {name: value for name, value in fields.items() if name not in ("inbox", "deadline", "again")}
         deadline = {"deadline": deadline_ms} if envelope.header.deadline else {}
-        again = {"again": True} if envelope.header.claims else {}  # a direct publisher's id is looked up in any case
-        raw = msgspec.msgpack.encode({**kept, **deadline, **again})  # those two last, as a seal needs them
+        again = {"again": True} if envelope.header.claims else {}  # the id of a direct publisher is looked up in any case
+        raw = msgspec.msgpack.encode({**kept, **deadline, **again})  # these two stay the last fields, as the seal requires
         headers["mq"] = bytearray(raw)
         if seals is not None and envelope.seal is Seal.VALID:
             covered = covered_by_seal(envelope.id, envelope.content_type, parse_header(raw), raw, self.body)
@@ -137,22 +138,25 @@ class DeadLetter:
         return replace(self, properties=_with_headers(self.properties, headers))
 
     def to_amqp(self, user: str = "") -> bytes:
-        """The property flags and list of the message, without those of its death; `user` vouches for it now."""
+        """Packs the message's property flags and list, without the headers about its death. `user` is the AMQP user that publishes it
+        now."""
         properties = copy.copy(self.properties)
         properties.user_id = user or None
         return _pack(properties)
 
 
 def digest_of(backend: str, body: bytes) -> str:
-    """What a message without an id is counted and named by."""
+    """A name for a message without an id: used to count its deliveries and to list it."""
     return hashlib.sha256(backend.encode() + b"\0" + body).hexdigest()[:32]
 
 
 def dead_letter_to_amqp(backend: str, properties: Basic.Properties, death: Death) -> bytes:
-    """The property flags and list of a dead letter: a stranger's headers go where they do not fit or cannot be written again."""
+    """Packs the property flags and list of a dead letter. Headers of the sender are dropped if they do not fit or cannot be encoded
+    again."""
     ours = death.to_headers(backend)
-    ours["mq-user"] = properties.user_id or ""  # always: a stranger's own header of that name must not pass for it
-    theirs: dict[str, Any] = {name: value for name, value in (properties.headers or {}).items() if name != "CC"}  # or it goes there too
+    ours["mq-user"] = properties.user_id or ""  # always set, so that a sender's own header of that name cannot pass for it
+    # CC would route a copy to another queue
+    theirs: dict[str, Any] = {name: value for name, value in (properties.headers or {}).items() if name != "CC"}
     for kept in (theirs, {name: value for name, value in theirs.items() if name in ("mq", "mq-seal")}):
         with suppress(Exception):
             packed = _pack(_as_dead(properties, {**kept, **ours}))
@@ -162,7 +166,7 @@ def dead_letter_to_amqp(backend: str, properties: Basic.Properties, death: Death
 
 
 def read_properties(packed: bytes) -> Basic.Properties:
-    """Of flags and list, as they come from the wire: for the queue that has none."""
+    """Parses packed property flags and list as RabbitMQ would deliver them; the in-memory queue uses it, since it has no wire."""
     header = ContentHeader()
     header.unmarshal(b"\x00\x3c\x00\x00" + bytes(8) + packed)
     return header.properties
@@ -172,7 +176,7 @@ def _as_dead(properties: Basic.Properties, headers: dict[str, Any]) -> Basic.Pro
     dead = _with_headers(properties, headers)
     dead.expiration = None  # a dead letter outlives the request
     dead.delivery_mode = 2
-    dead.user_id = None  # RabbitMQ closes the channel of whoever publishes under another's name
+    dead.user_id = None  # RabbitMQ closes the channel if the user_id is not the connection's user
     return dead
 
 

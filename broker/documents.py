@@ -1,4 +1,4 @@
-"""Following documents in the store: level-triggered, so that a lost message costs only time."""
+"""Following documents in the store. The value is read, never the event (level-triggered), so a lost notification costs only time."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .store import Store
 T = TypeVar("T")
 
 _LOOK_AGAIN_S = 0.25
-READ_AGAIN_S = 2.0  # a hint may be lost: the document is read this often anyway
+READ_AGAIN_S = 2.0  # a notification may be lost, so the document is read this often anyway
 
 
 async def follow(store: Store, *keys: str, again: Callable[[], bool] = lambda: False) -> AsyncIterator[list[bytes | None]]:
-    """The documents now, and after every change of one of them, and as long as `again` says so every few seconds; while the store is away,
-    nothing: keep the last good ones."""
+    """Yields the documents now, after each change of one of them, and every READ_AGAIN_S while `again()` is true. Yields nothing while
+    the store is away: callers keep their last good documents."""
     changed = store.watch()
     last: list[bytes | None] | None = None
     try:
@@ -37,9 +37,10 @@ async def follow(store: Store, *keys: str, again: Callable[[], bool] = lambda: F
 
 
 async def until(store: Store, look: Callable[[], Awaitable[T | None]], budget_s: float) -> T:
-    """What `look` finds, looking again at every change. A store that is away is asked again, it may come back.
+    """Calls `look` now and after each change until it returns something other than None, and returns that. Retries while the store is
+    away.
 
-    Raises TimeoutError after `budget_s` (StoreUnavailable if the store was away to the end), and whatever else `look` raises.
+    Raises TimeoutError after `budget_s` (StoreUnavailable if the store was away to the end), and any other error of `look`.
     """
     changed = store.watch()
     away: StoreUnavailable | None = None

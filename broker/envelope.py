@@ -1,4 +1,4 @@
-"""The request on its way to a replica, and both directions of its AMQP form."""
+"""A request on its way to a replica, with both directions of its AMQP form."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from .values.header_seals import SEAL_BYTES, BackendSeals, Seal
 VERSION = 1
 MAX_HEAD_BYTES = 64 * 1024  # request line and headers: a content header must fit one frame (128 KiB), or it kills the connection
 MINTED_ID_LENGTH = 32
-SEALED_BODY_BYTES = 256  # a body up to this size is covered by the seal; of a larger one the seal covers the length
+SEALED_BODY_BYTES = 256  # the seal covers bodies up to this size; of larger ones it covers only the length
 
 Pairs = tuple[tuple[bytes, bytes], ...]
 
 
 class RequestHead(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a caller tells the user's code beside the body, in HTTP's own terms.
+    """The part of a request beside its body, in HTTP's terms.
 
-    `params` are (name, convertor, matched text): converted by that convertor wherever they are needed, so they are exact.
+    `params` are (name, convertor, matched text): the text travels, and the reader applies the convertor, so values are exact.
     """
 
     method: str = "GET"
     path: str = ""
-    raw_path: bytes = b""  # as it stood in the request line; empty where that is `path`, without percent-encoding
+    raw_path: bytes = b""  # the path as the client sent it; empty if it equals `path`, without percent-encoding
     query: bytes = b""
     headers: Pairs = ()
     params: tuple[tuple[str, str, str], ...] = ()
@@ -41,31 +41,32 @@ class RequestHead(msgspec.Struct, frozen=True, omit_defaults=True):
     scheme: str = "http"
     client: tuple[str, int] | None = None
     server: tuple[str, int | None] | None = None
-    state: dict[str, Any] | None = None  # of `request.state`: what middlewares in the proxy set to plain data
-    lost_state: dict[str, str] | None = None  # name -> type of what they set to something else
+    state: dict[str, Any] | None = None  # `request.state`: the plain data that middlewares of the proxy set
+    lost_state: dict[str, str] | None = None  # name -> type of the values that are not plain data and stayed behind
 
 
 class Header(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Our AMQP header `mq`. Direct publishers send none of it, so every field has a default.
+    """Our AMQP header `mq`. Direct publishers do not send it, so every field has a default.
 
     The last two fields may change on the way, so the seal leaves them out: they have to stay the last ones, in this order.
     """
 
     v: int = VERSION
-    origin: str = ""  # "http" or "handle": what the answer must look like; empty for a direct publisher
+    origin: str = ""  # "http" or "handle" decides the form of the result; empty for a direct publisher
     inbox: str = ""
-    ref: str = ""  # the body lies in the store under this key
-    shadow: bool = False  # a copy: nobody waits for it, and its result is not kept
-    once: bool = False  # never published twice, for a backend that delivers at most once
+    ref: str = ""  # store key of a body that travels by reference
+    shadow: bool = False  # a shadow copy: nobody waits for it, and its result is not stored
+    once: bool = False  # never published twice (at-most-once delivery)
     meta: RequestHead = RequestHead()
     deadline: Annotated[int, msgspec.Meta(ge=0, le=2**62)] = (
         0  # store time in ms, 0 for none; an int, since pamqp packs header floats in 32 bits, a minute off
     )
-    again: bool = False  # published before, and perhaps delivered: look for a result first
+    again: bool = False  # the message was published before, and may have been delivered: look for a result first
 
     @property
     def claims(self) -> bool:
-        """Whether it says more than any publisher may, which is a deadline and a method to call."""
+        """Whether the header uses rights that need trust. Any publisher may set a deadline and a method to call; every other field needs
+        trust."""
         says = self.origin or self.inbox or self.ref or self.shadow or self.once or self.again
         return bool(says) or self.meta != RequestHead(call=self.meta.call)
 
@@ -76,35 +77,36 @@ _decode_header = msgspec.msgpack.Decoder(Header).decode
 
 
 def mint_id() -> str:
-    """128 random bits as 32 hex digits: unguessable, so that knowing an id is the right to read its result."""
+    """Returns 128 random bits as 32 hex digits. The id is unguessable, so knowing it is the right to read the result."""
     try:
-        return _minted.pop()  # atomic, whichever thread asks
+        return _minted.pop()  # list.pop is atomic across threads
     except IndexError:
-        page = os.urandom(16 * _MINTED_AT_ONCE).hex()  # one call for many: it costs as much as encoding a request
+        # one system call for many ids: a call for each would cost as much as encoding a request
+        page = os.urandom(16 * _MINTED_AT_ONCE).hex()
         _minted.extend(page[start : start + 32] for start in range(32, len(page), 32))
         return page[:32]
 
 
 def is_minted(text: str) -> bool:
-    """Whether it may be an id of `mint_id`."""
+    """Whether `text` has the form of a minted id."""
     return _MINTED.fullmatch(text) is not None
 
 
 _MINTED = re.compile(f"[0-9a-f]{{{MINTED_ID_LENGTH}}}")
 _MINTED_AT_ONCE = 64
 _minted: list[str] = []
-os.register_at_fork(after_in_child=_minted.clear)  # a forked child must not mint its parent's ids
+os.register_at_fork(after_in_child=_minted.clear)  # a forked child must not hand out ids that its parent also has
 
 
 class UnreadableProperties(Basic.Properties):
-    """AMQP properties of a message of which none can be read, and why."""
+    """The AMQP properties of a message whose header frame could not be parsed, and why."""
 
     why = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """One request; `id` is empty for fire and forget."""
+    """One request. `id` is empty for fire and forget."""
 
     id: str
     body: bytes
@@ -115,37 +117,36 @@ class Envelope:
     priority: int = 0
     expiration_ms: int = 0
     persistent: bool = field(default=False, repr=False)
-    attempt: int = field(default=1, compare=False)  # the number of this run; not on the wire, the store counts them
-    status: int = 0  # of a reply only: HTTP's number for the outcome, in the header `mq-status`
-    user_id: str = field(default="", compare=False)  # of a delivery only, and no part of the request: RabbitMQ vouches for it
-    seal: Seal = field(default=Seal.NONE, compare=False)  # of a delivery only: what the seal beside its header is worth
+    attempt: int = field(default=1, compare=False)  # the number of this run; the store counts runs, the wire does not carry this
+    status: int = 0  # in replies only: the HTTP status of the outcome, in the header `mq-status`
+    user_id: str = field(default="", compare=False)  # in deliveries only: the sender's AMQP user, which RabbitMQ has verified
+    seal: Seal = field(default=Seal.NONE, compare=False)  # in deliveries only: the result of checking the header's seal
 
     @property
     def minted(self) -> bool:
-        """Whether the id is one of ours (and so unique for ever) rather than a caller's own key."""
+        """Whether the id was minted by us (and so is globally unique) rather than chosen by the caller."""
         return bool(self.header.origin) and len(self.id) == MINTED_ID_LENGTH
 
     def future_id(self, backend: str) -> str:
-        """Where the result stands: a minted id needs nothing else, a caller's own key is scoped to the backend."""
+        """The id under which the result is stored. A minted id is used as it is; a caller's own key is scoped to the backend."""
         return self.id if self.minted or not self.id else f"{backend}/{self.id}"
 
     def without_header(self) -> Self:
-        """As a direct publisher's message: what its header says does not count."""
+        """Returns a copy without the header, as if a direct publisher had sent it, because the header is not trusted."""
         return replace(self, header=NO_HEADER)
 
     def check_head(self) -> None:
-        """Raises TooLarge for what no broker could carry."""
+        """Raises TooLarge for a head that no broker could carry."""
         meta = self.header.meta
         size = len(meta.path) + len(meta.query) + sum([len(name) + len(value) + 4 for name, value in meta.headers])
         if size > MAX_HEAD_BYTES:
             raise TooLarge(f"the request's head takes {size} bytes, more than {MAX_HEAD_BYTES}: send less in headers and URL", status=431)
 
     def to_amqp(self, user_id: str = "", seals: BackendSeals | None = None) -> bytes:
-        """The property flags and list of an AMQP content header, packed by hand. `user_id` is the connection's user, `seals` those of
-        the backend that it goes to.
+        """Packs the property flags and list of an AMQP content header by hand: pamqp's generic encoder takes longer than all the rest of
+        a publish. `user_id` is the connection's AMQP user, `seals` are those of the target backend.
 
-        pamqp's generic encoder takes longer for this than all the rest of a publish. Raises TooLarge over the head limit, and
-        BadEnvelope for what AMQP has no room for.
+        Raises TooLarge over the head limit, and BadEnvelope for values that AMQP cannot encode.
         """
         flags = _HEADERS | _DELIVERY_MODE
         table = self._table(seals)
@@ -174,13 +175,13 @@ class Envelope:
         return struct.pack(">H", flags) + b"".join(parts)
 
     def _table(self, seals: BackendSeals | None) -> bytes:
-        """The entries of the AMQP table `headers`."""
+        """Packs the entries of the AMQP table `headers`."""
         if self.status:
             return b"\x09mq-statusI" + struct.pack(">i", self.status)
         try:
             header = _encode(self.header)
         except (UnicodeEncodeError, OverflowError) as error:
-            raise BadEnvelope(f"what goes along with the body cannot be written ({error})") from error
+            raise BadEnvelope(f"the request's header cannot be encoded ({error})") from error
         if len(header) > MAX_HEAD_BYTES + 4096:
             raise TooLarge(
                 f"the request's head takes {len(header)} bytes, more than {MAX_HEAD_BYTES}: send less in headers and URL", status=431
@@ -193,7 +194,7 @@ class Envelope:
 
     @classmethod
     def from_amqp(cls, properties: Any, body: bytes, seals: BackendSeals | None = None) -> Self:
-        """From pamqp's `Basic.Properties`; `seals` are those of the backend that it came to.
+        """Builds an envelope from pamqp's `Basic.Properties`. `seals` are those of the backend that received the message.
 
         Raises BadEnvelope when the header does not parse or has another version.
         """
@@ -222,9 +223,10 @@ class Envelope:
 
 
 def covered_by_seal(message_id: str, content_type: str, header: Header, raw: bytes, body: bytes) -> bytes:
-    """What a seal covers, beside the namespace and the backend; `raw` is the header as it stands in the message.
+    """Returns the bytes that a seal covers besides the namespace and the backend. `raw` is the header as it stands in the message.
 
-    Its first byte is left out, too: the number of fields, which the last two count in. With another one it would not parse.
+    The first byte of the header, its number of fields, is left out because the last two fields change it. With a wrong number the header
+    would not parse.
     """
     tail = b""
     if header.deadline:
@@ -237,16 +239,16 @@ def covered_by_seal(message_id: str, content_type: str, header: Header, raw: byt
     return b"".join((_short(message_id), _short(content_type or _ANY_TYPE), sizes, sealed, shown))
 
 
-_DEADLINE, _AGAIN = b"\xa8deadline", b"\xa5again\xc3"  # MessagePack: the key of the one, the whole entry of the other
+_DEADLINE, _AGAIN = b"\xa8deadline", b"\xa5again\xc3"  # MessagePack: the key of `deadline`; the whole entry of `again`
 _SEAL_ENTRY = b"\x07mq-sealx" + struct.pack(">I", SEAL_BYTES)
-_ANY_TYPE = "application/octet-stream"  # of a message that names no content type
+_ANY_TYPE = "application/octet-stream"  # the default when a message names no content type
 
 _CONTENT_TYPE, _HEADERS, _DELIVERY_MODE, _PRIORITY = 1 << 15, 1 << 13, 1 << 12, 1 << 11
 _CORRELATION_ID, _REPLY_TO, _EXPIRATION, _MESSAGE_ID, _USER_ID = 1 << 10, 1 << 9, 1 << 8, 1 << 7, 1 << 4
 
 
 def _short(text: str) -> bytes:
-    """AMQP's shortstr: at most 255 bytes of UTF-8."""
+    """Encodes an AMQP shortstr: at most 255 bytes of UTF-8."""
     try:
         raw = text.encode()
     except UnicodeEncodeError as error:
@@ -257,7 +259,7 @@ def _short(text: str) -> bytes:
 
 
 def parse_header(raw: object) -> Header:
-    """Raises BadEnvelope, with the way out, for what is no `mq` header of this version."""
+    """Parses an `mq` header. Raises BadEnvelope, with the way out, for bytes that are no header of this version."""
     if not isinstance(raw, bytes | bytearray):
         raise BadEnvelope(f"the mq header is a {type(raw).__name__}, not bytes: leave it out, or see docs/protocol.md")
     try:

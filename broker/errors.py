@@ -1,26 +1,27 @@
-"""One family of errors. A subclass exists only where a caller acts differently. `status` is HTTP's number for each: what a web client
-hears of it, also where a handler lets it pass.
+"""One family of errors. A subclass exists only where a caller acts differently. `status` is the HTTP status that a web client gets, also
+when a handler lets the error pass.
 
 MQServeError
 ├── BadEnvelope            these bytes will never parse: dead-letter them, do not retry
 │   └── BadSignature       … or were not signed by a key of this instance
-├── NotEncodable           a value that cannot travel (also a TypeError)
+├── NotEncodable           a value that cannot be encoded for the wire (also a TypeError)
 ├── BrokerUnavailable      RabbitMQ is not there; `maybe_sent` says whether a publish may have arrived
 ├── StoreUnavailable       Redis is not there, or takes no writes
-│   └── WrongType          … or has a value of another type at a key: what members write anew is deleted first
+│   └── WrongType          … or holds a value of another Redis type at a key; members delete and rewrite keys of theirs
 ├── QueueMismatch          a queue of that name exists with other arguments
 ├── NotRouted              no queue is bound to that backend
-├── NoReplica              a backend without a replica for so long that waiting is no use
+├── NoReplica              the backend has had no replica for so long that waiting is pointless
+├── BackendGone            the backend was deleted, or its instance shut down, before there was a result
 ├── Overloaded             the backend's queue is full; try again after `retry_after_s`
 ├── TooLarge               a body or a head above the limit
 ├── RequestTimeout         no result within the request's time (also a TimeoutError)
 ├── Cancelled              the caller gave the request up
-├── RemoteError            user code failed over there, and its exception could not travel
-├── BackendFailed          replicas of a backend do not get ready, or proxies cannot make what they are to serve
+├── RemoteError            user code failed in a replica, and its exception could not be rebuilt here
+├── BackendFailed          replicas of a backend do not get ready, or proxies cannot serve what is declared
 ├── InstanceError          no instance, a second one, or one that was shut down
 │   └── InstanceEnded      … while a client was a member of it
-├── BadValue               (also a ValueError)
-├── BadType                (also a TypeError)
+├── BadValue               a value that mqserve refuses (also a ValueError)
+├── BadType                an argument of the wrong type (also a TypeError)
 ├── UnknownBackend         neither a backend of that name nor dead letters of one
 └── UnknownEndpoint        (also a KeyError)
 """
@@ -28,15 +29,15 @@ MQServeError
 import msgspec
 
 UNPARSABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-"""What msgspec raises for bytes that are not what they ought to be: text that is not UTF-8 and deep nesting it leaves to Python."""
+"""The errors that msgspec raises for invalid input. It leaves invalid UTF-8 and deep nesting to Python's own errors."""
 
 
 RIGHTS_MEND = "`mqserve setup --print` shows the rights of each role"
-"""The way out of every refused right."""
+"""The way out that every error about a missing right names."""
 
 
 class MQServeError(Exception):
-    """Everything we raise on purpose."""
+    """The base class of every error that we raise on purpose."""
 
     status = 500
 
@@ -46,15 +47,16 @@ class BadEnvelope(MQServeError):
 
 
 class BadSignature(BadEnvelope):
-    """The bytes may be anybody's: nothing of them was decoded."""
+    """The seal does not fit, so anybody may have written the bytes; nothing of them was decoded."""
 
 
 class NotEncodable(MQServeError, TypeError):
-    """A value that neither MessagePack nor a signed pickle may carry."""
+    """A value that neither MessagePack nor a signed pickle can carry."""
 
 
 class BrokerUnavailable(MQServeError):
-    """The broker did not take the message; with `maybe_sent`, it may have taken it and could not say so. `public`: as below."""
+    """The broker did not take the message. With `maybe_sent`, it may have taken it without confirming. `public` says why, in words fit
+    for strangers."""
 
     status = 503
 
@@ -65,7 +67,7 @@ class BrokerUnavailable(MQServeError):
 
 
 class StoreUnavailable(MQServeError):
-    """The store did not answer within our budget, or refused; `public` says why in words for anybody."""
+    """The store did not answer within our budget, or refused. `public` says why, in words fit for strangers."""
 
     status = 503
 
@@ -75,7 +77,7 @@ class StoreUnavailable(MQServeError):
 
 
 class WrongType(StoreUnavailable):
-    """A key holds a value of another type than ours: somebody else wrote it."""
+    """A key holds a value of another Redis type than ours, so another program wrote it."""
 
     def __init__(self, key: str) -> None:
         super().__init__(wrong_type(key))
@@ -100,7 +102,13 @@ class NotRouted(MQServeError):
 
 
 class NoReplica(MQServeError):
-    """The backend has had no replica for so long that waiting is no use."""
+    """The backend has had no replica for so long that waiting is pointless."""
+
+    status = 503
+
+
+class BackendGone(MQServeError):
+    """The backend was deleted, or its instance shut down, and the request had no result in the time that was left."""
 
     status = 503
 
@@ -116,7 +124,7 @@ class Overloaded(MQServeError):
 
 
 class TooLarge(MQServeError):
-    """More bytes than the limit, refused before they were published; `status` is 413 or 431."""
+    """A body or a head above the limit, refused before it was published; `status` is 413 or 431."""
 
     def __init__(self, message: str, *, status: int = 413) -> None:
         super().__init__(message)
@@ -124,7 +132,7 @@ class TooLarge(MQServeError):
 
 
 class RequestTimeout(MQServeError, TimeoutError):
-    """The request's time is spent; `phase` is where: `queue` or `run`."""
+    """The request's time is up; `phase` is `queue` or `run`."""
 
     status = 504
 
@@ -140,11 +148,11 @@ class Cancelled(MQServeError):
 
 
 class RemoteError(MQServeError):
-    """User code raised something that could not be brought here; the remote traceback is a note on it."""
+    """User code raised an exception that could not be rebuilt here; the remote traceback is a note on this error."""
 
 
 class BackendFailed(MQServeError):
-    """The replicas of a backend do not get ready, or a proxy cannot follow; the message carries their own reason."""
+    """The replicas of a backend do not get ready, or a proxy cannot follow; the message carries the reason they gave."""
 
 
 class InstanceError(MQServeError):
@@ -156,7 +164,7 @@ class InstanceEnded(InstanceError):
 
 
 class BadValue(MQServeError, ValueError):
-    """A value that the system refuses."""
+    """A value that mqserve refuses."""
 
 
 class BadType(MQServeError, TypeError):
@@ -175,7 +183,7 @@ class UnknownEndpoint(MQServeError, KeyError):
 
 
 def public_words(error: MQServeError) -> str:
-    """For web clients: addresses and users of our servers are for the log only."""
+    """The message for web clients: addresses and users of our servers appear in the log only."""
     if not isinstance(error, BrokerUnavailable | StoreUnavailable):
         return str(error)
     what = "the message broker" if isinstance(error, BrokerUnavailable) else "the store of results"
@@ -183,15 +191,16 @@ def public_words(error: MQServeError) -> str:
 
 
 def untraced(error: MQServeError) -> MQServeError:
-    """The same error to raise once more, or to keep: the one that was raised holds the frames that it went through, and all they hold."""
+    """Returns a copy without traceback, to raise again or to keep: the raised original keeps its frames alive, and everything they hold."""
     twin = type(error).__new__(type(error), *error.args)
     twin.__dict__.update(error.__dict__)
     return twin
 
 
 def words_of(error: BaseException | None) -> str:
-    """For a log line or a sentence: an error may have nothing to say but its name, and a user's may raise when asked."""
+    """The error's message, or its type name if the message is empty or cannot be read. For log lines: a user's exception may raise when
+    asked."""
     try:
         return str(error) or type(error).__name__
-    except BaseException:  # such as SystemExit
+    except BaseException:  # str() of a user's exception may even raise SystemExit
         return type(error).__name__

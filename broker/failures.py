@@ -1,8 +1,8 @@
-"""What an exception says, in plain data of a bounded size: whatever it is, and whatever its own methods do.
+"""Turns any exception into plain data of a bounded size, whatever its own methods do.
 
-User code may raise anything: an exception whose `__str__` raises SystemExit, whose `__module__` is None, that forbids every
-attribute, or that holds a body of 5 MB. So each part is asked for by itself, `BaseException` is what may come of asking, and
-where the class may have replaced a method, the one of its base is called.
+User code may raise anything: an exception whose `__str__` raises SystemExit, whose `__module__` is None, that forbids attributes, or that
+holds a body of 5 MB. So each part is read by itself, every `BaseException` of a read is caught, and the base class's method is called
+where the exception's class may have replaced it.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import traceback
 from types import TracebackType
 from typing import NamedTuple
 
-MAX_NAME = 200  # characters, as are the others
+MAX_NAME = 200  # all three limits are in characters
 MAX_MESSAGE = 4_000
 MAX_TRACEBACK = 16_000
-_MAX_LINE = 500  # of a traceback that is too long: one of its lines may hold a whole body
+_MAX_LINE = 500  # per line of a long traceback: one line may hold a whole body
 
 LEAVING = (SystemExit, KeyboardInterrupt, GeneratorExit)
-"""What user code raises to end its program: here, where it runs on a loop of ours, one more way to fail."""
+"""Exceptions by which user code would end its program. Here they count as failures, since the code runs on a loop of ours."""
 
 _UNSPEAKABLE = "(its message cannot be shown)"
 
@@ -31,19 +31,19 @@ class Failure(NamedTuple):
 
     @property
     def words(self) -> str:
-        """For one line: an exception may have nothing to say but its name."""
+        """The failure on one line; only the type if the message is empty."""
         return f"{self.type}: {self.message}" if self.message else self.type
 
 
 def describe(error: BaseException) -> Failure:
-    """Raises nothing."""
+    """Returns the exception as a Failure. Raises nothing."""
     return Failure(name_of(type(error)), message_of(error), traceback_of(error))
 
 
 def name_of(kind: type) -> str:
-    """The public name of a type; our own errors go without the module they happen to live in. Raises nothing."""
+    """The public name of a type; our own errors are named without their submodule. Raises nothing."""
     try:
-        module = type.__dict__["__module__"].__get__(kind)  # a metaclass may answer otherwise, or not at all
+        module = type.__dict__["__module__"].__get__(kind)  # read it past the metaclass, which may lie or raise
         qualname = writable(type.__dict__["__qualname__"].__get__(kind), MAX_NAME)
         if type(module) is not str or module == "builtins":
             return qualname
@@ -54,15 +54,15 @@ def name_of(kind: type) -> str:
 
 
 def message_of(error: BaseException) -> str:
-    """Raises nothing."""
+    """The exception's message. Raises nothing."""
     try:
-        return writable(str.__str__(str(error)), MAX_MESSAGE)  # `str()` may return a subclass, with methods of its own
+        return writable(str.__str__(str(error)), MAX_MESSAGE)  # `str()` may return a subclass with methods of its own
     except BaseException:
         return _UNSPEAKABLE
 
 
 def traceback_of(error: BaseException) -> str:
-    """As Python prints it; where that fails, the frames alone. Raises nothing."""
+    """The traceback as Python prints it, or the frames alone if that fails. Raises nothing."""
     for tell in (_as_python_prints_it, _frames):
         try:
             return _shortened(tell(error))
@@ -72,7 +72,7 @@ def traceback_of(error: BaseException) -> str:
 
 
 def add_note(error: BaseException, note: str) -> None:
-    """As `error.add_note`, also where the class forbids to set attributes (a frozen dataclass). Raises nothing."""
+    """Does what `error.add_note` does, also for a class that forbids setting attributes (a frozen dataclass). Raises nothing."""
     try:
         notes = BaseException.__getattribute__(error, "__dict__").get("__notes__", [])
         BaseException.__setattr__(error, "__notes__", [*notes, note])
@@ -81,12 +81,12 @@ def add_note(error: BaseException, note: str) -> None:
 
 
 def writable(text: str, limit: int) -> str:
-    """At most about `limit` characters, with escapes for what UTF-8 cannot write, such as the name of a file that was not UTF-8."""
+    """Returns at most about `limit` characters, and escapes what UTF-8 cannot encode, such as a file name that is not UTF-8."""
     return str.encode(shorten(text, limit), "utf-8", "backslashreplace").decode()
 
 
 def shorten(text: str, limit: int) -> str:
-    """What is too long keeps its beginning and its end, and says how much is missing between them."""
+    """Cuts a long text in the middle, and says there how many characters are missing."""
     if len(text) <= limit:
         return text
     head, tail = limit // 3, limit - limit // 3

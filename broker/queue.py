@@ -1,7 +1,7 @@
-"""The queue: what RabbitMQ does for us, as an interface with two implementations (`rabbitmq/queue.py`, `memory/queue.py`).
+"""The queue: the part of RabbitMQ that we use, as an interface with two implementations (`rabbitmq/queue.py`, `memory/queue.py`).
 
-Nothing here awaits per message: a publish is told its fate by a callback, a delivery is handed over by one, and acks are
-joined into one write per loop turn. All of it belongs to one event loop.
+No method awaits per message: a callback reports the outcome of a publish, a callback receives each delivery, and acks are joined into one
+write per loop turn. Each queue object belongs to one event loop.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from .envelope import Envelope
 from .errors import BrokerUnavailable, MQServeError
 
 Settled = Callable[[MQServeError | None], None]
-"""Called once: with None when the broker has taken the message, else with what went wrong
-(Overloaded, NotRouted, BrokerUnavailable)."""
+"""Called once with the outcome of a publish: None when the broker has confirmed the message, else the error (Overloaded, NotRouted,
+BrokerUnavailable)."""
 
 
 async def fate_of(publish: Callable[[Settled], None], budget_s: float) -> MQServeError | None:
-    """Publishes, and waits for what becomes of it: None when the broker has taken it. Late is BrokerUnavailable, too."""
+    """Publishes, and returns the outcome: None when the broker has confirmed the message, else the error. No confirm within the budget is
+    BrokerUnavailable."""
     fate: asyncio.Future[MQServeError | None] = asyncio.get_running_loop().create_future()
 
     def settled(error: MQServeError | None) -> None:
@@ -37,7 +38,7 @@ async def fate_of(publish: Callable[[Settled], None], budget_s: float) -> MQServ
 
 
 class Delivery(Protocol):
-    """One message in a replica's hands; it ends in exactly one of `ack` and `requeue`."""
+    """One unacked message of this replica. It ends with exactly one call of `ack` or `requeue`."""
 
     @property
     def redelivered(self) -> bool: ...
@@ -47,45 +48,46 @@ class Delivery(Protocol):
         ...
 
     def ack(self) -> None:
-        """Settled for good. On a connection that died in between nothing happens, and the broker delivers it again."""
+        """Acks the message, which settles it for good. If the connection is lost first, nothing happens, and the broker redelivers it."""
         ...
 
     def requeue(self) -> None:
-        """Back to the queue, at its old place as far as possible."""
+        """Returns the message to the queue, at its old place as far as possible."""
         ...
 
 
 class Consumption(Protocol):
-    """One consumer of one queue, restored by itself after the connection was lost."""
+    """One consumer of one queue. It restores itself after the connection is lost."""
 
     def set_prefetch(self, prefetch: int) -> None:
-        """At most this many unsettled deliveries from now on, beside those held at the change; takes effect soon."""
+        """Sets the limit of unsettled deliveries from now on, beside those held at the change. Takes effect soon, not at once."""
         ...
 
     async def cancel(self) -> None:
-        """Once it returns no delivery follows; the ones in hand can still be settled. Idempotent."""
+        """Stops the consumer. After it returns no delivery arrives; deliveries in hand can still be settled. Idempotent."""
         ...
 
 
 class DeadLetters(Protocol):
-    """The dead letters of one backend in this process's hands: what it does not remove is back a moment after it lets go, or dies."""
+    """The dead letters of one backend, unacked in this process. Letters that it does not remove return to the queue when the context ends
+    or the process dies."""
 
     @property
     def waiting(self) -> int:
-        """How many there were at the beginning, without those in other hands: what dies later is not taken."""
+        """The number of letters at the start, without those that other consumers hold. Letters that arrive later are not taken."""
         ...
 
     def __aiter__(self) -> AsyncIterator[DeadLetter]:
-        """Each once, in the order of their deaths but for one. To be gone through once."""
+        """Yields each letter once, oldest first, except that RabbitMQ's oldest comes last. Iterate only once."""
         ...
 
     async def remove(self, letter: DeadLetter) -> None:
-        """For good, at the latest when the context ends without an error."""
+        """Removes the letter for good, at the latest when the context ends without an error."""
         ...
 
 
 class Queue(Protocol):
-    """One process's way to the broker."""
+    """One process's access to the broker."""
 
     @property
     def down_s(self) -> float:
@@ -94,57 +96,58 @@ class Queue(Protocol):
 
     @property
     def why_down(self) -> str:
-        """For operators, as far as it is known; empty while the broker takes messages."""
+        """Why the broker takes no messages, for operators, as far as it is known; empty while it takes them."""
         ...
 
     @property
     def trouble(self) -> str:
-        """Why it takes no messages, in words for anybody; empty while it does."""
+        """Why the broker takes no messages, in words fit for strangers; empty while it takes them."""
         ...
 
     def publish(self, backend: str, envelope: Envelope, settled: Settled) -> None:
-        """To the backend's queue. Raises TooLarge before anything is sent."""
+        """Publishes to the backend's queue. Raises TooLarge before anything is sent."""
         ...
 
     def reply(self, envelope: Envelope, reply_to: str, settled: Settled) -> None:
-        """To a caller's own AMQP queue; a queue that is gone is no error."""
+        """Publishes to a caller's own AMQP queue. A queue that no longer exists is no error."""
         ...
 
     def dead_letter(self, backend: str, delivery: Delivery, death: Death, settled: Settled) -> None:
-        """The message as it came to the backend's dead letters, with what it died of. Ack the delivery once it is settled."""
+        """Publishes the message, unchanged, to the backend's dead letters, with the cause of its death. Ack the delivery once this is
+        settled."""
         ...
 
     def dead_letters(self, backend: str, at_most: int | None = None) -> AbstractAsyncContextManager[DeadLetters]:
-        """Takes them into this process's hands, one by one. Raises UnknownBackend where there never were any."""
+        """Takes the dead letters out one by one, unacked. Raises UnknownBackend if the backend has no queue of them."""
         ...
 
     def republish(self, letter: DeadLetter, settled: Settled) -> None:
-        """The message of a dead letter to its backend's queue; the letter stays until it is removed."""
+        """Publishes a dead letter's message to its backend's queue. The letter stays until it is removed."""
         ...
 
     async def consume(self, backend: str, generation: int, prefetch: int, on_delivery: Callable[[Delivery], None]) -> Consumption:
-        """Returns once the broker sends deliveries; raises BrokerUnavailable after our budget."""
+        """Starts a consumer and returns once the broker sends deliveries. Raises BrokerUnavailable after our budget."""
         ...
 
     async def declare(self, backend: str, generation: int, max_length: int | None) -> None:
-        """The generation's queue and the dead letters exist and are bound after this. Idempotent."""
+        """Makes sure that the generation's queue and the dead letter queue exist and are bound. Idempotent."""
         ...
 
     async def unbind(self, backend: str, generation: int) -> None:
-        """Nothing new arrives in this generation. Idempotent."""
+        """Unbinds the generation's queue, so that no new message arrives in it. Idempotent."""
         ...
 
     async def depth(self, backend: str, generation: int) -> int | None:
-        """The number of ready messages, None when there is no such queue."""
+        """The number of ready messages, or None if there is no such queue."""
         ...
 
     async def count_dead(self, backend: str) -> int | None:
-        """The number of its dead letters that nobody looks at, None when there is no queue of them."""
+        """The number of the backend's dead letters that no consumer holds, or None if it has no queue of them."""
         ...
 
     async def delete(self, backend: str, generation: int, *, only_if_empty: bool) -> bool:
-        """Whether the queue is gone. Without `only_if_empty` the backend is gone too: its dead letters stay for operators, an empty
-        queue of them does not."""
+        """Deletes the queue; returns whether it is gone. Without `only_if_empty` the backend is gone too: its dead letters stay for
+        operators, but an empty queue of them is deleted."""
         ...
 
     async def close(self) -> None: ...

@@ -52,5 +52,5 @@ def dead_queue(namespace: str, backend: str) -> str:
 
 
 def is_ours(namespace: str, queue: str) -> bool:
-    """Whether a queue belongs to the instance: a `reply_to` may never name one of these."""
+    """Whether the queue belongs to this instance. A `reply_to` must not name such a queue."""
     return queue.startswith(f"{namespace}.")

@@ -1,7 +1,8 @@
-"""What stands in the store when a request is done, and the note that tells the waiting process."""
+"""The result of a request as the store holds it, and the inbox entry that announces it."""
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated
 
 import msgspec
@@ -14,19 +15,36 @@ INLINE_BYTES = 64 * 1024  # a result up to this size rides in the inbox entry; a
 RESULT_KIND = 0
 
 
+class Outcome(StrEnum):
+    """An end that mqserve gave a request which did not get its result; the value is the type in its ErrorInfo."""
+
+    CANCELLED = "mqserve.Cancelled"
+    LATE = "mqserve.RequestTimeout"
+    GONE = "mqserve.BackendGone"
+
+
+class Phase(StrEnum):
+    """Where the time of a late request was spent."""
+
+    QUEUE = "queue"
+    RUN = "run"
+
+
 class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
-    """An exception in plain data. `sealed` is the signed pickle of the object itself, where there was a key for it and it is not too
-    large; `members` is a JSON object with what a web client is told beside the message."""
+    """An exception as plain data. `phase` is set for a late request. `sealed` is the signed pickle of the exception object, if there was a
+    key and it is not too large; `members` is a JSON object that web clients get beside the message."""
 
     type: str
     message: str
     traceback: str = ""
     sealed: bytes = b""
     members: bytes = b""
+    phase: Phase = Phase.QUEUE
 
 
 class Result(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One outcome. `status` is HTTP's number for it, whoever asked: 200 and its kin, 422, 500, 502, 504."""
+    """The outcome of one request. `status` is the HTTP status, also for callers that do not use HTTP: 200 and its kin, 422, 500, 502,
+    504."""
 
     v: int = VERSION
     status: Annotated[int, msgspec.Meta(ge=200, le=599)] = 200
@@ -35,15 +53,20 @@ class Result(msgspec.Struct, frozen=True, omit_defaults=True):
     content_type: str = "application/octet-stream"
     headers: Pairs = ()
     body: bytes = b""
-    ref: str = ""  # the body lies in the store under this key
+    ref: str = ""  # store key of a body that travels by reference
     error: ErrorInfo | None = None
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """None of one that a handler gave, be it an error."""
+        return None if self.error is None else _OUTCOMES.get(self.error.type)
 
     def to_bytes(self) -> bytes:
         return _encode(self)
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> Result:
-        """Raises BadEnvelope for what is no result of ours."""
+        """Raises BadEnvelope for bytes that are no result of this version."""
         try:
             result = _decode_result(raw)
         except UNPARSABLE as error:
@@ -54,7 +77,8 @@ class Result(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class InboxEntry(msgspec.Struct, frozen=True, array_like=True):
-    """An inbox entry `[v, id, kind, seq, payload]`. Kind 0 is the whole result, or empty: read the key. Others are to come."""
+    """An inbox entry `[v, id, kind, seq, payload]`. Kind 0 carries the whole result, or nothing: then read the result by its key. Other
+    kinds are reserved."""
 
     v: int
     id: str
@@ -66,24 +90,30 @@ class InboxEntry(msgspec.Struct, frozen=True, array_like=True):
         return _encode(self)
 
 
-def late_result(phase: str, unstored: str = "") -> Result:
-    """The outcome of a request whose time was spent in `phase`: `queue` or `run`. `unstored`: why no result could be stored, which says
-    more than where it was."""
-    where = "was still waiting in the queue" if phase == "queue" else "was still running"
+def late_result(phase: Phase, unstored: str = "") -> Result:
+    """Returns the result of a request whose time was up while in `phase`. `unstored` says why the store takes no results; the message
+    then names that cause instead of the phase."""
+    where = "was still waiting in the queue" if phase is Phase.QUEUE else "was still running"
     mend = "allow it more (its own timeout, and the backend's request_timeout_s), or add replicas"
     if unstored:
         where, mend = "had no result", f"none can be stored now, since the store takes no writes ({unstored})"
     message = f"the request {where} when its time was spent ({phase}): {mend}"
-    return Result(status=504, error=ErrorInfo(type="mqserve.RequestTimeout", message=message))
+    return Result(status=504, error=ErrorInfo(type=Outcome.LATE, message=message, phase=phase))
+
+
+def gone_result(backend: str, why: str) -> Result:
+    """The outcome of a request whose backend ended before it; `why` is a clause such as "backend 'a' was deleted"."""
+    message = f"{why}, and the request had no result within graceful_shutdown_timeout_s: send it again once it is served again"
+    return Result(status=503, backend=backend, error=ErrorInfo(type=Outcome.GONE, message=message))
 
 
 def entry_of(future_id: str, result: bytes) -> bytes:
-    """The inbox entry that announces a recorded result."""
+    """Returns the inbox entry that announces a recorded result."""
     return InboxEntry(1, future_id, RESULT_KIND, 0, result if len(result) <= INLINE_BYTES else b"").to_bytes()
 
 
 def read_entry(raw: bytes) -> InboxEntry | None:
-    """The entry, or None for one of a version or kind that this process does not know."""
+    """Returns the entry, or None for a version or kind that this process does not know."""
     try:
         note = _decode_note(raw)
     except UNPARSABLE:
@@ -91,6 +121,7 @@ def read_entry(raw: bytes) -> InboxEntry | None:
     return note if note.v == 1 and note.kind == RESULT_KIND else None
 
 
+_OUTCOMES: dict[str, Outcome] = {outcome.value: outcome for outcome in Outcome}
 _encode = msgspec.msgpack.Encoder().encode
 _decode_result = msgspec.msgpack.Decoder(Result).decode
 _decode_note = msgspec.msgpack.Decoder(InboxEntry).decode

@@ -1,4 +1,5 @@
-"""Where an instance is and how its processes trust each other: read once, from arguments and the environment, and handed on whole."""
+"""Settings of an instance and of the trust between its processes. They are read once, from arguments and the environment, and handed on
+whole."""
 
 from __future__ import annotations
 
@@ -28,13 +29,13 @@ class Settings:
     broker_url: str = field(default="", repr=False)
     store_url: str = field(default="", repr=False)
     secret_keys: tuple[bytes, ...] = field(default=(), repr=False)
-    admin_token: str = field(default="", repr=False)  # opens the system paths of a proxy to other machines
-    replica_broker_url: str = field(default="", repr=False)  # these four: what a node hands to its children instead of its own
+    admin_token: str = field(default="", repr=False)  # grants other machines access to the system paths of a proxy
+    replica_broker_url: str = field(default="", repr=False)  # these four: URLs that a node gives to its children instead of its own
     replica_store_url: str = field(default="", repr=False)
     proxy_broker_url: str = field(default="", repr=False)
     proxy_store_url: str = field(default="", repr=False)
-    trusted_users: tuple[str, ...] = ()  # of RabbitMQ, whose sealed pickles replicas open; empty: any user's
-    header_users: tuple[str, ...] = ()  # of RabbitMQ, whose `mq` headers replicas believe where no seal says more
+    trusted_users: tuple[str, ...] = ()  # RabbitMQ users whose sealed pickles replicas open; empty: any user
+    header_users: tuple[str, ...] = ()  # RabbitMQ users whose `mq` headers replicas trust without a valid seal
 
     @property
     def embedded(self) -> bool:
@@ -58,7 +59,8 @@ class Settings:
         broker_url: str | None = None,
         store_url: str | None = None,
     ) -> Self:
-        """Raises BadValue for one of the two URLs without the other, a bad namespace, a short key or token, or an unreadable file."""
+        """Reads the settings. Raises BadValue for one of the two URLs without the other, a bad namespace, a short key or token, or an
+        unreadable file."""
         broker = broker_url if broker_url is not None else read_secret(env, "BROKER_URL")
         store = store_url if store_url is not None else read_secret(env, "STORE_URL")
         if bool(broker) != bool(store):
@@ -68,7 +70,7 @@ class Settings:
         store = _checked(store, "MQSERVE_STORE_URL", env)
         keys = tuple(key.encode() for name in ("SECRET_KEY", "SECRET_KEY_PREVIOUS") if (key := read_secret(env, name)))
         if not broker and not keys:
-            keys = (os.urandom(MIN_KEY_BYTES),)  # one process: nobody else needs to know it
+            keys = (os.urandom(MIN_KEY_BYTES),)  # one process only, so nobody else needs to know the key
 
         def url(name: str) -> str:
             return _checked(read_secret(env, name.removeprefix(PREFIX)), name, env)
@@ -86,15 +88,16 @@ class Settings:
             trusted_users=_users(env, "MQSERVE_TRUSTED_USERS"),
             header_users=_users(env, "MQSERVE_HEADER_USERS"),
         )
-        _ = settings.signer  # a key that is too short is said now, not at the first request
+        _ = settings.signer  # validates the keys now, so that a short one fails here and not at the first request
         return settings
 
     def for_replica(self) -> Self:
-        """What a node's replica is told: nothing of the node's own rights where it has others, nor of a proxy's."""
+        """Returns the settings for a node's replica: with the replica's own credentials if the node has some for it, without the proxy's
+        and the admin token."""
         return replace(self._for_child(self.replica_broker_url, self.replica_store_url), admin_token="")
 
     def for_proxy(self) -> Self:
-        """What a node's proxy is told."""
+        """Returns the settings for a node's proxy."""
         return self._for_child(self.proxy_broker_url, self.proxy_store_url)
 
     def _for_child(self, broker_url: str, store_url: str) -> Self:
@@ -104,7 +107,7 @@ class Settings:
         )  # fmt: skip
 
     def to_env(self) -> dict[str, str]:
-        """For a child process: URLs and keys go by environment, never by argument."""
+        """Returns the environment for a child process: URLs and keys go by environment and never by argument."""
         env = {PREFIX + "NAMESPACE": self.namespace, PREFIX + "BROKER_URL": self.broker_url, PREFIX + "STORE_URL": self.store_url}
         for name, key in zip(("SECRET_KEY", "SECRET_KEY_PREVIOUS"), self.secret_keys, strict=False):
             env[PREFIX + name] = key.decode()
@@ -135,12 +138,12 @@ def read_secret(env: Mapping[str, str], name: str) -> str:
 
 
 def _users(env: Mapping[str, str], name: str) -> tuple[str, ...]:
-    """Of a comma list."""
+    """Splits a comma-separated list."""
     return tuple(user.strip() for user in env.get(name, "").split(",") if user.strip())
 
 
 def masked(url: str) -> str:
-    """The URL as it may be shown: without its password, and without a query, which may hold another one."""
+    """Returns the URL in a form fit for display: without its password, and without its query, which may hold another one."""
     parsed = URL(url).with_query(None)
     return str(parsed.with_password("***")) if parsed.password else str(parsed)
 
@@ -154,7 +157,7 @@ def _check_token(token: str) -> str:
 
 
 def _checked(url: str, name: str, env: Mapping[str, str]) -> str:
-    """The URL, fit for its client. Raises BadValue without showing it: it holds a password."""
+    """Returns the URL, checked and completed for its client. Raises BadValue without showing the URL, which holds a password."""
     if not url:
         return url
     schemes = ("amqp://", "amqps://") if "BROKER" in name else ("redis://", "rediss://")

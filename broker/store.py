@@ -1,4 +1,4 @@
-"""The store: what Redis does for us, as an interface with two implementations (`redis/store.py`, `memory/store.py`)."""
+"""The store: the part of Redis that we use, as an interface with two implementations (`redis/store.py`, `memory/store.py`)."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from typing import Protocol
 
 WRONG_TYPE = b"\0WRONGTYPE"
-"""What a key reads as that holds a value of another type: no document of ours, so it is treated as one that does not parse. The scripts
-know it too, so that it can be replaced."""
+"""The value that a read returns for a key of another Redis type. It parses as no document of ours, so it is treated like a broken one.
+The scripts know it too, so that it can be replaced."""
 
-Guard = tuple[str, bytes | None]  # what must stand at a key (`None`: nothing) for a write to happen, in the same step
+# (key, value): a write happens only if the key holds this value (`None`: no value), checked in the same step
+Guard = tuple[str, bytes | None]
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A result to be written once, with the note for the process that waits for it (`inbox` empty: nobody)."""
+    """A result to write once (NX), with the inbox entry for the process that waits for it (an empty `inbox`: nobody waits)."""
 
     key: str
     value: bytes
@@ -25,110 +26,117 @@ class Record:
     deadline_ms: int  # store time; until then the write is tried again
 
 
-class Store(Protocol):
-    """One process's way to the store. Every call ends within our own budget, in StoreUnavailable if need be."""
+class Health(Protocol):
+    """What one process knows of its store, from its own calls."""
 
     @property
     def connected(self) -> bool: ...
 
     @property
     def trouble(self) -> str:
-        """Why nothing can be recorded now, in words for anybody; empty while all is well."""
+        """Why no result can be recorded now, in words fit for strangers; empty while one can."""
         ...
 
     @property
     def refusal(self) -> str:
-        """Of `trouble`, why it takes no writes though it answers; empty as well where this process has written nothing lately."""
+        """Why the store answers but takes no writes (one case of `trouble`); also empty if this process has written nothing lately."""
         ...
 
     @property
     def refused_since(self) -> float:
-        """Monotonic: since when every write of this process was refused; infinite where the last one was taken."""
+        """Monotonic time since when every write of this process was refused; infinite if the last one was taken."""
         ...
 
     @property
     def written_at(self) -> float:
-        """Monotonic: when this process's last write was taken."""
+        """Monotonic time of this process's last successful write."""
         ...
 
     def took_a_write(self) -> None:
-        """Another process's write was seen to be taken: what was refused of ours before says nothing any more."""
+        """Notes that another process's write succeeded: earlier refusals of ours say nothing any more."""
         ...
 
     @property
     def noted(self) -> str:
-        """Which keys were of another type lately, for operators; empty where none was."""
+        """A sentence for operators about keys that had another Redis type lately; empty if none had."""
         ...
+
+
+class Store(Protocol):
+    """One process's access to the store. Every call ends within our own budget, with StoreUnavailable if need be."""
+
+    @property
+    def health(self) -> Health: ...
 
     def now_ms(self) -> int:
         """Store time, from the last offset measured; it goes on while the store is away."""
         ...
 
     def record(self, record: Record) -> asyncio.Future[bool]:
-        """Written with the others of this loop turn: True when ours is the first result (or the same as the first), False when another
-        one stood there already.
+        """Writes the result with the others of this loop turn. The future is True if this is the first result (or equal to the first),
+        False if another result stood there first.
 
-        The future fails with StoreUnavailable when the store stays away past the record's deadline.
+        It fails with StoreUnavailable when the store stays away past the record's deadline.
         """
         ...
 
     def mark(self, key: str, value: bytes, ttl_ms: int) -> None:
-        """Sets a marker with the next write of results; nobody waits for it and it may be lost."""
+        """Sets a marker with the next batch of results. Nobody waits for it, and it may be lost."""
         ...
 
     def drop_soon(self, key: str) -> None:
-        """Deletes a key with the next write of results; nobody waits for it and it may be lost: the key has an expiry of its own."""
+        """Deletes a key with the next batch of results. Nobody waits for it, and it may be lost: the key has a TTL of its own."""
         ...
 
     async def get(self, key: str) -> bytes | None:
-        """WRONG_TYPE where a value of another type stands; so do `get_large` and `get_documents`."""
+        """Returns the value; WRONG_TYPE for a key of another type, as `get_large` and `get_documents` do."""
         ...
 
     async def get_large(self, key: str) -> bytes | None:
-        """Of what may take longer than a moment to arrive: a body that travels by reference, or code."""
+        """Reads a value that may take longer to transfer: a body by reference, or code."""
         ...
 
     async def get_many(self, keys: Sequence[str]) -> list[bytes | None]:
-        """At once; a value of another type is None here."""
+        """Reads all keys in one step. A key of another type reads as None here."""
         ...
 
     async def get_documents(self, keys: Sequence[str]) -> list[bytes | None]:
-        """At once, of few keys."""
+        """Reads a few keys in one step."""
         ...
 
     async def set(self, key: str, value: bytes, *, ttl_ms: int | None = None, only_new: bool = False) -> bool:
-        """Whether it stands there now: False only with `only_new`, where another value did. So a value that is to be told from somebody
-        else's has to be like no other."""
+        """Writes the value; returns whether it stands there now. That is False only with `only_new` (SET NX) where another value stood. A
+        writer that must know whether it was the one has to write a unique value."""
         ...
 
     async def put_if_absent(self, key: str, value: bytes, *, ttl_ms: int) -> None:
-        """Writes it where nothing stands, else puts the expiry of what does off: for a key that can have one value only."""
+        """SET NX; if the key exists, only extend its TTL. For a key that can have only one value."""
         ...
 
     async def replace(
         self, key: str, old: bytes | None, new: bytes | None, *, ttl_ms: int = 0, guard: Guard | None = None, quiet: bool = False
     ) -> bool:
-        """Compare and set (`None`: absent): whether `old` stood there, and the guard's value at its key, and `new` does now; for `ttl_ms`,
-        or for ever.
+        """Compare and set (`None`: absent). Returns whether the key held `old` and the guard held, so that the key now holds `new`, for
+        `ttl_ms` or without expiry.
 
-        Watchers of the document are woken, unless it is done quietly.
+        Wakes the watchers of documents, unless `quiet`.
         """
         ...
 
     async def increment(self, key: str, ttl_ms: int) -> int:
-        """The counter after adding one."""
+        """Adds one, and returns the new count."""
         ...
 
     async def delete(self, *keys: str, guard: Guard | None = None) -> bool:
-        """All at once: nobody sees some of them gone and others not. False only where the guard's value does not stand at its key."""
+        """Deletes all keys in one step, so that no reader sees only some of them gone. Returns False only if the guard does not hold."""
         ...
 
     async def expire(self, keys: Sequence[str], ttl_ms: int | None) -> None:
-        """From now on the values have so long, or for ever; nothing where there is none."""
+        """Sets the TTL of the keys, or removes it (None). Absent keys stay absent."""
         ...
 
     async def extend(self, keys: Sequence[str], ttl_ms: int) -> frozenset[str]:
-        """The values have at least so long from now on. Returns the keys without one. Reads no value: a client may write code only."""
+        """Extends TTLs below `ttl_ms` to it, and returns the absent keys. It reads no value, since a client may only write code."""
         ...
 
     async def put_field(self, key: str, field: str, value: bytes) -> None: ...
@@ -140,15 +148,15 @@ class Store(Protocol):
         ...
 
     async def take_away(self, key: str) -> None:
-        """A value of another type, where members write theirs anew."""
+        """Deletes a key of another type; members then write theirs anew."""
         ...
 
     async def probe(self) -> None:
-        """Writes something that is gone at once. Raises StoreUnavailable with the reason where that is refused."""
+        """Writes a key that expires at once. Raises StoreUnavailable, with the reason, if that is refused."""
         ...
 
     def watch(self) -> asyncio.Event:
-        """An event of the caller's own, set whenever a document may have changed, and after every reconnect."""
+        """Returns a new event, which is set whenever a document may have changed, and after every reconnect."""
         ...
 
     def unwatch(self, event: asyncio.Event) -> None: ...
@@ -158,19 +166,19 @@ class Store(Protocol):
         ...
 
     async def read_inbox(self, inbox: str, on_notes: Callable[[list[bytes]], None], on_gap: Callable[[], None]) -> None:
-        """Runs until cancelled: hands over what arrives, and calls `on_gap` whenever something may have been missed."""
+        """Runs until cancelled: passes on entries as they arrive, and calls `on_gap` whenever some may have been missed."""
         ...
 
     async def append_log(self, key: str, *entries: bytes) -> None:
-        """To a log that every process reads; its last LOG_LENGTH entries are kept, for as long as a request may live."""
+        """Appends to a log that every process reads. It keeps the last LOG_LENGTH entries, for as long as a request may live."""
         ...
 
     async def read_log(self, key: str, on_entries: Callable[[list[bytes]], None]) -> None:
-        """Runs until cancelled: hands over what is kept of the log, and then what is appended."""
+        """Runs until cancelled: passes on the entries that the log holds, and then those appended."""
         ...
 
     async def misconfiguration(self) -> str:
-        """What about the server's own set-up breaks our promises, and the mend; empty where nothing does, or it does not let us ask."""
+        """Which setting of the server breaks our promises, with the mend; empty if none does, or if it refuses the question."""
         ...
 
     async def close(self) -> None: ...

@@ -2,13 +2,13 @@
 
 | key                          | type   | writer               | reader            | expiry                    |
 |------------------------------|--------|----------------------|-------------------|---------------------------|
-| `mqserve:<ns>:future:{id}`   | string | replica, or the one who finds it expired; once | whoever waits | RESULT_TTL_S |
+| `mqserve:<ns>:future:{id}`   | string | replica, or the process that finds it late; once (NX) | waiting processes | RESULT_TTL_S |
 | `mqserve:<ns>:start:{id}`    | string | replica; empty: not started | waiting process, replicas | deadline + 60 s, or one day |
 | `mqserve:<ns>:attempts:{id}` | string, a JSON list | replica, on redelivery | replica          | one day                   |
 | `mqserve:<ns>:redeliveries:{id}` | counter | replica, on redelivery | replica              | one day                   |
 | `mqserve:<ns>:claim:{id}`    | string | replica, after a change of the queue's generation | replica | one day          |
 | `mqserve:<ns>:body:{id}`     | string | sender: a body by reference | replica      | the request's deadline + 60 s |
-| `mqserve:<ns>:body:{id.result}` | string | replica: a large result | whoever waits | RESULT_TTL_S          |
+| `mqserve:<ns>:body:{id.result}` | string | replica: a large result | waiting processes | RESULT_TTL_S      |
 | `mqserve:<ns>:inbox:<pid>`   | list   | replicas             | that process      | INBOX_TTL_S, renewed by each write |
 | `mqserve:<ns>:code:<sha256>` | string: a backend's code, manifest, chunk | clients, nodes | replicas, nodes | as the next |
 | `mqserve:<ns>:code:all.<sha256>` | string: convertor, middlewares | clients | proxies, replicas | CODE_TTL_S; none while deployed |
@@ -16,10 +16,10 @@
 | `mqserve:<ns>:observed`      | string | leading controller   | all               | none                      |
 | `mqserve:<ns>:instance`      | string | starter, controller  | starters, clients | none: it is a lease       |
 | `mqserve:<ns>:leader`        | string | controllers          | controllers       | none: lapses after LEADER_TTL_S |
-| `mqserve:<ns>:ended`         | string | whoever clears an instance: its id | controllers, clients | ENDED_TTL_S |
+| `mqserve:<ns>:ended`         | string | the process that clears an instance: its id | controllers, clients | ENDED_TTL_S |
 | `mqserve:<ns>:beats`         | hash   | nodes, proxies, replicas: one field each | controller | fields dropped by the leader |
 | `mqserve:<ns>:cancelled`     | stream | senders, nodes, controller | replicas    | LOG_TTL_S, renewed by each write |
-| `mqserve:<ns>:changed`       | pub/sub channel | whoever wrote a document | watchers | -                     |
+| `mqserve:<ns>:changed`       | pub/sub channel | writers of documents | watchers | -                         |
 
 `job:` and `stream:` with the `{id}` tag are reserved.
 """
@@ -28,7 +28,7 @@ from __future__ import annotations
 
 RESULT_TTL_S = 600
 INBOX_TTL_S = 120
-CODE_TTL_S = 3600  # time for a deploy to be committed, or to be rolled back
+CODE_TTL_S = 3600  # enough time to commit a deployment, or to roll it back
 LEADER_TTL_S = 6
 ENDED_TTL_S = 24 * 3600
 LOG_TTL_S = 30 * 60
@@ -68,14 +68,14 @@ class StoreKeys:
         return f"{self._root}:redeliveries:{{{future_id}}}"
 
     def of_runs(self, future_id: str) -> tuple[str, ...]:
-        """All that is kept of a request's runs, the result included: without them it runs as if it never had."""
+        """All keys about a request's runs, the result included. Without them the request runs as if it had never run."""
         return tuple(key(future_id) for key in (self.future, self.start, self.claim, self.attempts, self.redeliveries))
 
     def body(self, future_id: str) -> str:
         return f"{self._root}:body:{{{future_id}}}"
 
     def result_body(self, future_id: str) -> str:
-        """Of a large result, made from its id wherever it is read: what a message or a result names may be anybody's."""
+        """The key of a large result's body. It is always made from the id: a key named in a message or a result may come from anybody."""
         return self.body(f"{future_id}.result")
 
     def inbox(self, process_id: str) -> str:

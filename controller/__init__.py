@@ -1,1 +1,1 @@
-"""The state model, and what keeps the world like it: compare what is wanted with what is seen, start and stop processes."""
+"""The state model and the control loop: compare the desired state with the observed one, start and stop processes."""

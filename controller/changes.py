@@ -1,7 +1,7 @@
-"""Changes of the desired document: pure functions that validate, and one way to commit them.
+"""Changes of the desired document: pure functions that validate a change, and one function that commits it.
 
-A change that returns was made and is durable in the store. A change that raises StoreUnavailable may have been made: the
-operation id inside the document lets the same call recognise itself when it is tried again.
+A change that returns was made and is durable in the store. A change that raises StoreUnavailable may have been made: the document holds
+the ids of recent operations, so that a retry of the same call recognizes that.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ import pydantic
 from starlette.convertors import Convertor
 
 from ..broker.documents import until
-from ..broker.errors import BadEnvelope, BadType, BadValue, InstanceEnded, InstanceError, StoreUnavailable
+from ..broker.errors import BadType, BadValue, InstanceEnded, InstanceError, StoreUnavailable
 from ..broker.queue_names import check_name
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
 from . import lease
+from .desired_writes import write_next
 from .state.config import BackendConfig
 from .state.documents import Backend, Desired, Endpoint
 from .state.resources import ActorOptions
@@ -32,11 +33,11 @@ Change = Callable[[Desired], Desired]
 IS_CLOSING = "the instance is being shut down: start it again once it is down, and make the change then"
 _TRIES = 50
 _KEPT_OPERATIONS = 64
-_QUEUE_ARGUMENTS = ("max_queued_requests",)  # frozen in the queue: a change of one makes a new generation
+_QUEUE_ARGUMENTS = ("max_queued_requests",)  # these are frozen in the queue, so changing one makes a new generation
 
 
 async def commit(store: Store, keys: StoreKeys, instance: str, change: Change, *, any_instance: bool = False) -> Desired:
-    """Applies `change` by compare-and-set. Raises whatever the change raises, and InstanceError as `read` does."""
+    """Applies `change` by compare-and-set. Raises any error of the change, and InstanceError as `read` does."""
     operation = secrets.token_hex(8)
     for attempt in range(_TRIES):
         try:
@@ -45,12 +46,9 @@ async def commit(store: Store, keys: StoreKeys, instance: str, change: Change, *
                 return current
             if current.closing:
                 raise InstanceError(IS_CLOSING)
-            wanted = change(current)
-            new = msgspec.structs.replace(
-                wanted, version=current.version + 1, operations=(*current.operations, operation)[-_KEPT_OPERATIONS:]
-            )
-            if await store.replace(keys.desired, raw, encode(new)):
-                return new
+            wanted = msgspec.structs.replace(change(current), operations=(*current.operations, operation)[-_KEPT_OPERATIONS:])
+            if (written := await write_next(store, keys, raw, wanted)) is not None:
+                return written
         except StoreUnavailable:
             if attempt >= 2:
                 raise
@@ -58,7 +56,8 @@ async def commit(store: Store, keys: StoreKeys, instance: str, change: Change, *
 
 
 async def read(store: Store, keys: StoreKeys, instance: str, *, any_instance: bool = False) -> tuple[bytes, Desired]:
-    """As `look`; a lost document is waited for, since a leader may be about to write it back. Raises InstanceError where none does."""
+    """Reads the document like `look`, but waits for a lost one, since a leader may be about to write it back. Raises InstanceError if
+    that does not happen."""
     try:
         return await until(store, partial(look, store, keys, instance, any_instance=any_instance), lease.JOIN_WATCH_S)
     except TimeoutError:
@@ -69,9 +68,9 @@ async def read(store: Store, keys: StoreKeys, instance: str, *, any_instance: bo
 
 
 async def look(store: Store, keys: StoreKeys, instance: str, *, any_instance: bool = False) -> tuple[bytes, Desired] | None:
-    """The document of the instance, or with `any_instance` of the one that has taken its place; None where the store has lost it.
+    """Returns the document of the instance (with `any_instance`, also of one that has replaced it), or None if the store has lost it.
 
-    Raises InstanceEnded where the instance was shut down, or another one has its namespace.
+    Raises InstanceEnded if the instance was shut down, or another one has its namespace.
     """
     raw = await store.get(keys.desired)
     if raw is None:
@@ -87,16 +86,6 @@ async def look(store: Store, keys: StoreKeys, instance: str, *, any_instance: bo
     return raw, desired
 
 
-def encode(desired: Desired) -> bytes:
-    """The document. Raises BadValue rather than to write what nobody could read again."""
-    try:
-        raw = desired.to_bytes()
-        Desired.from_bytes(raw)
-    except (BadEnvelope, UnicodeEncodeError, RecursionError) as error:
-        raise BadValue(f"the change cannot be kept as JSON: {error}") from error
-    return raw
-
-
 def create_backend(backend: Backend) -> Change:
     def change(desired: Desired) -> Desired:
         if backend.name in desired.backends:
@@ -110,7 +99,7 @@ def create_backend(backend: Backend) -> Change:
 
 
 def update_backend(name: str, code: str, code_name: str, options: ActorOptions | None) -> Change:
-    """New code (and with `options` new resources) for all replicas."""
+    """Deploys new code (and with `options` new resources) to all replicas."""
 
     def change(desired: Desired) -> Desired:
         backend = find_backend(desired, name)
@@ -128,7 +117,7 @@ def update_backend(name: str, code: str, code_name: str, options: ActorOptions |
 
 
 def roll_back(failed: Backend, to: Backend, reason: str) -> Change:
-    """The code and version of `to` again, unless somebody deployed another one meanwhile."""
+    """Deploys the code and version of `to` again, unless newer code was deployed meanwhile."""
 
     def change(desired: Desired) -> Desired:
         backend = find_backend(desired, failed.name)
@@ -143,7 +132,7 @@ def roll_back(failed: Backend, to: Backend, reason: str) -> Change:
 
 
 def update_backend_config(name: str, config: BackendConfig | dict[str, Any]) -> Change:
-    """Only what is set changes."""
+    """Changes only the fields that are set in `config`."""
     options = _config_options(config)
 
     def change(desired: Desired) -> Desired:
@@ -163,7 +152,7 @@ def update_backend_config(name: str, config: BackendConfig | dict[str, Any]) -> 
 
 
 def restore_user_config(refused: Backend, user_config: Any) -> Change:
-    """The last good one, unless somebody set another meanwhile."""
+    """Restores the last good user config, unless another one was set meanwhile."""
 
     def change(desired: Desired) -> Desired:
         backend = find_backend(desired, refused.name)
@@ -179,7 +168,7 @@ def restore_user_config(refused: Backend, user_config: Any) -> Change:
 
 
 def delete_backend(name: str, *, force: bool = False) -> Change:
-    """Silently nothing for an unknown name, as in the seed; with `force`, what waits or runs is dropped."""
+    """Deletes a backend; does nothing for an unknown name, as in Ray Serve 1.x. With `force`, waiting and running requests are dropped."""
 
     if not isinstance(name, str):
         raise BadType(f"delete_backend takes the name of a backend, not {name!r}")
@@ -214,7 +203,7 @@ def create_endpoint(endpoint: Endpoint) -> Change:
 
 
 def delete_endpoint(name: str) -> Change:
-    """Silently nothing for an unknown name, as in the seed."""
+    """Deletes an endpoint; does nothing for an unknown name, as in Ray Serve 1.x."""
 
     def change(desired: Desired) -> Desired:
         return msgspec.structs.replace(desired, endpoints={key: kept for key, kept in desired.endpoints.items() if key != name})
@@ -223,7 +212,7 @@ def delete_endpoint(name: str) -> Change:
 
 
 def set_traffic(name: str, traffic: object) -> Change:
-    """New weights; unlike in the seed, the shadows stay."""
+    """Sets new weights. Unlike in Ray Serve 1.x, the shadows stay."""
     weights = parse_traffic(traffic)
 
     def change(desired: Desired) -> Desired:
@@ -236,7 +225,7 @@ def set_traffic(name: str, traffic: object) -> Change:
 
 
 def shadow_traffic(name: str, backend: str, proportion: object) -> Change:
-    """A share of the requests is copied to `backend`; 0 ends it."""
+    """Copies a share of the requests to `backend`; 0 ends that."""
     if isinstance(proportion, bool) or not isinstance(proportion, int | float) or not 0 <= proportion <= 1:
         raise BadType(f"the proportion of shadow traffic must be a number from 0 to 1, not {proportion!r}")
 
@@ -252,7 +241,8 @@ def shadow_traffic(name: str, backend: str, proportion: object) -> Change:
 
 
 def parse_traffic(traffic: object) -> dict[str, float]:
-    """Raises BadType for what is no dict of numbers, BadValue for weights below 0 or that do not sum to 1 (within 1e-5, as the seed)."""
+    """Returns the weights. Raises BadType unless `traffic` is a dict of numbers, BadValue for negative weights or a sum other than 1
+    (within 1e-5, as in Ray Serve 1.x)."""
     if not isinstance(traffic, dict):
         raise BadType(f"traffic must be a dict such as {{'new': 0.1, 'old': 0.9}}, not {type(traffic).__name__}")
     for backend, weight in traffic.items():
@@ -279,7 +269,8 @@ def _with_endpoint(desired: Desired, endpoint: Endpoint) -> Desired:
 
 
 def register_convertor(name: str, code: str, convertor: Convertor[Any] | None = None) -> Change:
-    """Raises BadValue where a route uses the name already, and could not be matched with this `convertor`; without it nobody looks."""
+    """Registers a convertor. Raises BadValue if a route uses the name already and could not be matched with this `convertor`; without
+    `convertor` nothing is checked."""
     if not isinstance(name, str) or not (name.isascii() and name.isidentifier()):
         raise BadValue(f"{name!r} is no name for a convertor: it is to stand in a route, such as 'upper' in '/{{word:upper}}'")
 
@@ -299,7 +290,7 @@ def set_middlewares(code: str) -> Change:
 
 
 def complete(desired: Desired) -> Desired:
-    """All that was declared is deployed."""
+    """Marks that everything declared at the start is deployed."""
     return msgspec.structs.replace(desired, incomplete=False)
 
 
@@ -311,14 +302,14 @@ def find_backend(desired: Desired, name: str) -> Backend:
 
 
 def parse_config(config: BackendConfig | dict[str, Any] | None) -> BackendConfig:
-    """Raises BadType for another type and BadValue, naming the field, for a bad or unknown setting."""
+    """Returns the config. Raises BadType for another type, and BadValue, naming the field, for a bad or unknown setting."""
     try:
         parsed = BackendConfig.model_validate(_config_options({} if config is None else config))
     except pydantic.ValidationError as error:
         raise BadValue(f"bad backend config: {_sentence(error)}") from error
     try:
         exact = msgspec.json.decode(msgspec.json.encode(parsed.user_config)) == parsed.user_config
-    except Exception:  # cycles, surrogates, numbers without end, and whatever a stranger's == may raise
+    except Exception:  # cycles, surrogates, numbers that are not finite, errors of a user's `==`
         exact = False
     if not exact:
         raise BadValue("user_config must be plain data (None, bool, numbers, str, lists, str-keyed dicts): it is kept as JSON")
@@ -326,7 +317,7 @@ def parse_config(config: BackendConfig | dict[str, Any] | None) -> BackendConfig
 
 
 def parse_endpoint(name: str, backend: object, route: object, methods: object) -> Endpoint:
-    """Raises BadType as the seed does, and BadValue for a route that does not parse."""
+    """Returns the endpoint. Raises BadType as Ray Serve 1.x does, and BadValue for a route that does not parse."""
     if not isinstance(backend, str):
         raise BadType(f"endpoint {name!r} needs the name of its backend as a str: create_endpoint({name!r}, backend='…')")
     if route is not None and not (isinstance(route, str) and route.startswith("/")):

@@ -1,9 +1,9 @@
-"""The log of a detached instance: one file to which all its processes on this machine write, whichever way, of a bounded size.
+"""The log of a detached instance: one file of bounded size to which all its processes on this machine write.
 
-Their stdout and stderr are the file, opened to append. So what is bounded is not what a logger writes but what is in the file: each
-process looks once a second, and the one that finds the file full puts an empty one in its place; the others follow. A process that
-cannot follow (a child that user code left behind) goes on writing to the old file. Old files are cut, and the oldest is emptied and used
-again rather than removed: a removed file would grow on, unseen, as long as somebody has it open.
+stdout and stderr of these processes are the file, opened to append. So the limit applies to everything in the file, not only to what
+loggers write: each process checks the file once a second; the one that finds it full puts an empty one in its place, and the others
+follow. A process that cannot follow (a child that user code left behind) goes on writing to the old file. So old files are truncated, and
+the oldest is emptied and reused rather than removed: a removed file would grow unseen as long as a process has it open.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..broker.process import forks
 
 PATH_VARIABLE = "MQSERVE_LOG_FILE"
 FILE_BYTES = 10 * 1024 * 1024
-FILES = 5  # the current one is the first
+FILES = 5  # the current file and four older ones
 _OUTPUTS = (1, 2)
 _LOOK_EVERY_S = 1.0
 _LOCK_BUDGET_S = 2.0
@@ -35,22 +35,22 @@ def detached_log(namespace: str) -> Path:
 
 
 def open_log(path: Path) -> int:
-    """A descriptor that appends to it. It is its owner's alone, as is its folder where that is made here: it holds tracebacks with what
-    clients sent. Raises OSError."""
+    """Returns a descriptor that appends to the file. The file, and its folder if it is created here, are readable by the owner only,
+    since the log holds tracebacks with clients' data. Raises OSError."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with _locked(path):  # or it might be a file that is being put away
+    with _locked(path):  # under the lock, so that the file is not being rotated away
         return _append_to(path)
 
 
 def tend_log(path: Path) -> None:
-    """Keeps this process's outputs in the file that is the current one, and the files at their size, in a thread of its own."""
+    """Keeps this process's outputs in the current file, and the files at their size, in a thread of its own."""
     tended = TendedLog(path, _OUTPUTS)
     if tended.outputs:
         threading.Thread(target=tended.tend_forever, name="tend the log", daemon=True).start()
 
 
 class TendedLog:
-    """One process's part in keeping the file and its older ones, `<path>.1` to `.4`. `outputs`: its descriptors, of which it touches those
+    """One process's part in keeping the file and its older ones, `<path>.1` to `.4`. `outputs` are its descriptors; it touches only those
     that are the file."""
 
     def __init__(self, path: Path, outputs: tuple[int, ...], *, file_bytes: int = FILE_BYTES, files: int = FILES) -> None:
@@ -70,15 +70,15 @@ class TendedLog:
     def tend_forever(self) -> None:
         while True:
             time.sleep(_LOOK_EVERY_S)
-            with suppress(OSError):  # a full disk, a folder that is gone: there may be another one later
+            with suppress(OSError):  # a full disk or a missing folder may be mended later
                 self.tend()
 
     def tend(self) -> None:
-        """Raises OSError."""
+        """Rotates, truncates and follows where due. Raises OSError."""
         if self._is_in_order():
             return
         with _locked(self._path) as is_locked:
-            if is_locked:  # else the next look does it
+            if is_locked:  # else another process does it now, or the next call
                 if _size(self._path) > self._file_bytes:
                     self._rotate()
                 for file in self._older:
@@ -92,7 +92,7 @@ class TendedLog:
         return follows and _size(self._path) <= self._file_bytes and all(_size(file) <= 2 * self._file_bytes for file in self._older)
 
     def _rotate(self) -> None:
-        """Whoever is killed in here leaves files that the next one goes on with."""
+        """A process that is killed in the middle leaves files that the next rotation can continue with."""
         empty = self._path.with_name(f"{self._path.name}.next")
         if self._older[-1].exists() and not empty.exists():
             self._older[-1].rename(empty)
@@ -112,7 +112,7 @@ class TendedLog:
             os.close(fd)
 
     def _follow(self) -> None:
-        """Outputs that are not what they were are the user code's, from then on."""
+        """Moves our outputs to the current file. An output that user code has redirected meanwhile is left alone from now on."""
         fd = _append_to(self._path)
         try:
             self._outputs = {output: known for output, known in self._outputs.items() if _identity(output) == known}
@@ -125,13 +125,13 @@ class TendedLog:
 
 def _append_to(path: Path) -> int:
     fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    os.fchmod(fd, 0o600)  # of one that an earlier version made
+    os.fchmod(fd, 0o600)  # an earlier version may have created it with other rights
     return fd
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[bool]:
-    """Whether nobody else does this now. Among processes by a lock that no forked child inherits, as it would one of `flock`."""
+    """Takes the rotation lock; yields whether it was free. It is a POSIX record lock, since a forked child would inherit one of `flock`."""
     until = time.monotonic() + _LOCK_BUDGET_S
     with _in_this_process:
         fd = _append_to(path.with_name(f"{path.name}.lock"))

@@ -1,7 +1,7 @@
-"""A backend's own Python: an interpreter by its path, or packages laid over the node's own environment.
+"""A backend's own Python: an interpreter given by path, or packages laid over the node's own environment.
 
-An overlay is a virtual environment that sees the node's packages (mqserve among them) behind its own. It is built once
-per node and content, under a lock, and shared by all replicas that want the same.
+An overlay is a virtual environment that sees the node's packages (mqserve among them) behind its own. It is built once per node and
+content, under a lock, and shared by all replicas with the same requirements.
 """
 
 from __future__ import annotations
@@ -36,14 +36,15 @@ _ASK_AGAIN_S = 0.2
 
 
 def seal_environment(options: ActorOptions, backend: str, signer: Signer) -> ActorOptions:
-    """With a seal over what would run on the nodes: a requirement or an interpreter is as good as code. As it is where there is no key."""
+    """Returns the options with a seal over requirements and interpreter, since they run code on the nodes. Without a key they are
+    returned unchanged."""
     if not (signer and (options.python or options.pip)):
         return options
     return msgspec.structs.replace(options, seal=signer.seal(b"", _claim(options, backend)))
 
 
 def check_environment(options: ActorOptions, backend: str, signer: Signer) -> None:
-    """Raises BadSignature where a node has a key and no holder of it chose this Python for the backend."""
+    """Raises BadSignature if this node has a key and no key holder sealed this Python for the backend."""
     if not (signer and (options.python or options.pip)):
         return
     try:
@@ -61,7 +62,7 @@ def _claim(options: ActorOptions, backend: str) -> SealScope:
 
 
 async def find_python(options: ActorOptions) -> str:
-    """The interpreter for the replica. Raises BackendFailed, with the installer's own words, when it cannot be had."""
+    """Returns the interpreter for the replica. Raises BackendFailed, with the installer's own message, if it cannot be provided."""
     if options.python:
         await _check(options.python)
         return options.python
@@ -71,7 +72,7 @@ async def find_python(options: ActorOptions) -> str:
 
 
 def overlay_folder(requirements: Sequence[str]) -> Path:
-    """Where the overlay of these requirements lies; its name is its content."""
+    """The folder of the overlay with these requirements; its name is a hash of its content."""
     root = (
         os.environ.get("MQSERVE_ENVIRONMENTS")
         or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mqserve" / "environments"
@@ -111,14 +112,14 @@ async def _remove(folder: Path) -> None:
 
 
 def _name_of(requirement: str) -> str:
-    """As it may be shown: the URL of one may hold a password."""
+    """The requirement as it may be shown: a URL may hold a password."""
     named = re.match(r"[A-Za-z0-9][A-Za-z0-9._-]*(?![A-Za-z0-9._+-]*:/)", requirement.strip())
     return named[0] if named else "a package by its place"
 
 
 async def _install(folder: Path, python: Path, requirements: Sequence[str]) -> None:
     uv = shutil.which("uv")
-    with NamedTemporaryFile("w", prefix="mqserve-", suffix=".txt") as file:  # not as arguments, which every process list shows
+    with NamedTemporaryFile("w", prefix="mqserve-", suffix=".txt") as file:  # in a file, since every process list shows arguments
         file.write("\n".join(requirements) + "\n")
         file.flush()
         if uv:
@@ -127,7 +128,7 @@ async def _install(folder: Path, python: Path, requirements: Sequence[str]) -> N
         else:
             await _run([sys.executable, "-m", "venv", str(folder)])
             await _run([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", file.name])
-    # addsitedir rather than a bare path: what is installed there as editable has .pth files of its own.
+    # addsitedir rather than a bare path, because editable installations there have .pth files of their own.
     places = [sysconfig.get_paths()[name] for name in ("purelib", "platlib")]
     lines = [f"import site; site.addsitedir({place!r})" for place in dict.fromkeys(places)]
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
@@ -142,7 +143,7 @@ async def _run(command: Sequence[str]) -> None:
 
 
 async def _call(command: Sequence[str], budget_s: float, otherwise: str) -> tuple[int, str]:
-    """(exit code, what it said). Nothing of it is left when it returns, also where it is cancelled."""
+    """Returns (exit code, output). No process of it is left on return, also after a cancellation."""
     try:
         process = await asyncio.create_subprocess_exec(*command, stdout=PIPE, stderr=STDOUT, start_new_session=True)
     except OSError as error:
@@ -162,7 +163,7 @@ async def _call(command: Sequence[str], budget_s: float, otherwise: str) -> tupl
 
 @asynccontextmanager
 async def _locked(path: Path) -> AsyncIterator[None]:
-    """One builder per node and content. Asked for again and again, since who waits in a thread cannot be told to end."""
+    """Lets one process at a time build an overlay. It polls the lock, because a thread that blocks on it could not be cancelled."""
     with path.open("w") as lock:
         while True:
             with suppress(BlockingIOError):

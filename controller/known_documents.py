@@ -1,4 +1,4 @@
-"""What a controller knows of its instance's documents, and gives back to a store that lost them."""
+"""A controller's copy of its instance's documents, from which it restores a store that lost them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ logger = logging.getLogger(__name__)
 
 
 class KnownDocuments:
-    """The last good desired and observed state of one instance, and the code that it names.
+    """The last good desired and observed state of one instance, and the code that they name.
 
-    A controller that waits reads them like the one that leads: after a loss it may be the one that has to write them back.
+    A standby controller reads them like the leader: after a loss it may be the one that has to write them back.
     """
 
     def __init__(self, store: Store, keys: StoreKeys, instance: str) -> None:
@@ -30,17 +30,17 @@ class KnownDocuments:
         self._codes: dict[str, bytes] = {}
         self._files: dict[str, frozenset[str]] = {}  # of each of them: the hashes, and not the files, which nodes have
         self._broken = Complaint(logger)
-        self._desired_is_behind = self._observed_is_behind = False  # in the store, compared with ours
+        self._desired_is_behind = self._observed_is_behind = False  # whether the store's copy is older than ours
         self.desired: Desired | None = None
         self.observed: Observed | None = None
         self.raw_desired: bytes | None = None  # as last read from the store
         self.raw_observed: bytes | None = None
         self.observed_is_broken = False
-        self.is_anothers = False  # the desired document in the store: our instance was cleared while we slept
+        self.is_anothers = False  # the desired document in the store is another instance's: ours was cleared while we slept
 
     @property
     def store_is_behind(self) -> bool:
-        """It has less than we know: it failed, and came back empty or with an older copy."""
+        """Whether the store has less than we know, because it failed and came back empty or with an older copy."""
         return self._desired_is_behind or self._observed_is_behind
 
     async def read(self) -> None:
@@ -53,7 +53,7 @@ class KnownDocuments:
             await self._read_codes(self.desired)
 
     def _read_desired(self) -> None:
-        """What we know stays where the store has nothing, something broken, or less."""
+        """Keeps our copy if the store has none, a broken one or an older one."""
         known = self.desired
         self._desired_is_behind = known is not None and self.raw_desired is None
         if self.raw_desired is None:
@@ -71,7 +71,7 @@ class KnownDocuments:
             self.desired = found
 
     def _read_observed(self) -> None:
-        """As with the desired one; but a broken one the leader writes again."""
+        """Keeps our copy like `_read_desired` does, except that the leader overwrites a broken one."""
         known = self.observed
         self.observed_is_broken = False
         self._observed_is_behind = known is not None and self.raw_observed is None
@@ -101,13 +101,14 @@ class KnownDocuments:
         return desired.codes.union(*(self._files.get(sha256, frozenset()) for sha256 in desired.codes))
 
     async def write_back(self, claim: Guard) -> None:
-        """Our copy of what the store lost, code included: the desired state under a higher epoch. Does nothing where we know nothing."""
+        """Writes our copy of the lost documents, code included, back to the store: the desired state under a higher epoch. Does nothing
+        without a copy."""
         known = self.desired
         if known is None:
             return
-        logger.warning("the store lost data: writing back what is not there any more")
+        logger.warning("the store lost data: writing the lost documents back")
         for sha256, code in self._codes.items():
-            await self._store.set(self._keys.code(sha256), code, only_new=True)  # unfenced: under a hash there is only one value
+            await self._store.set(self._keys.code(sha256), code, only_new=True)  # unfenced, since a hash can have only one value
         owner = lease.InstanceLease(known.instance, "restored by its controller", True, self._store.now_ms())
         await self._store.replace(self._keys.instance, None, msgspec.json.encode(owner), guard=claim, quiet=True)
         if self.observed is not None and self._observed_is_behind:
@@ -118,7 +119,7 @@ class KnownDocuments:
             await self._store.replace(self._keys.desired, self.raw_desired, restored.to_bytes(), guard=claim)
 
     async def replace_observed(self, new: Observed, claim: Guard) -> None:
-        """Raises NotLeading when the store refuses it: another controller leads, or wrote meanwhile."""
+        """Raises NotLeading if the compare-and-set fails: another controller leads, or wrote meanwhile."""
         if not await self._store.replace(self._keys.observed, self.raw_observed, new.to_bytes(), guard=claim):
             raise lease.NotLeading(f"the observed state of epoch {new.epoch} was refused: another controller leads, or wrote it meanwhile")
         self.observed = new

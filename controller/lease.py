@@ -1,8 +1,8 @@
-"""Leases: one instance per namespace, one leading controller per instance. A lease that does not beat any more has lapsed.
+"""Leases: one instance per namespace, one leading controller per instance. A lease that is not renewed lapses.
 
-Whoever leads may be frozen between any two steps and wake up after another took over. So every write of a leader to the
-store is made under its claim, in one step with a look at the lease (`Leader.claim`); and before what cannot be made so, a
-leader looks at its own clock (`Leader.hold`), which says earlier than anybody else's that its time is over.
+A leader may be frozen between any two steps and wake up after another one took over. So each write of a leader to the store is fenced by
+its claim: the same step checks the lease (`Leader.claim`). Before an operation that cannot be fenced, the leader checks its own clock
+(`Leader.hold`), by which its lease ends before any other controller may take over.
 """
 
 from __future__ import annotations
@@ -23,24 +23,25 @@ from ..broker.errors import BadEnvelope, InstanceError, MQServeError
 from ..broker.store import Guard, Store
 from ..broker.store_keys import ENDED_TTL_S, LEADER_TTL_S, StoreKeys
 from ..broker.values.code import files_of
+from .desired_writes import write_next
 from .state.documents import Count, Desired, HttpOptions, decode_document
 
 logger = logging.getLogger(__name__)
 
 FILES_AT_ONCE = 500
 LAPSED_AFTER_S = 10.0  # longer than a change of leaders takes
-LEADS_FOR_S = LEADER_TTL_S - 1.5  # by the leader's own clock; others wait for LEADER_TTL_S
+LEADS_FOR_S = LEADER_TTL_S - 1.5  # by the leader's own clock; other controllers wait for LEADER_TTL_S
 RENEWED_EVERY_S = 1.0
-WATCHED_FOR_S = LEADS_FOR_S + 2 * RENEWED_EVERY_S  # a lease that looks alive must beat within this: its leader may hang on the broker
-JOIN_WATCH_S = 3.5  # an empty namespace may be one whose leader is about to write its documents back
+WATCHED_FOR_S = LEADS_FOR_S + 2 * RENEWED_EVERY_S  # a live lease must be renewed within this time: its leader may hang on the broker
+JOIN_WATCH_S = 3.5  # an empty namespace may belong to an instance whose leader is about to write its documents back
 
 
 class NotLeading(MQServeError):
-    """Another controller leads, or may by now: what was to be done is not ours to do."""
+    """Another controller leads, or may lead by now, so the operation was not done."""
 
 
 class InstanceLease(msgspec.Struct, frozen=True):
-    """Who runs the instance. `at` is store ms, renewed by the leading controller, which names itself."""
+    """Who runs the instance. `at` is store ms; the leading controller renews it and names itself."""
 
     id: str
     owner: str
@@ -50,23 +51,23 @@ class InstanceLease(msgspec.Struct, frozen=True):
 
 
 class InstanceClaim(NamedTuple):
-    """The instance that a starter has, and its document as it was found where it was there before."""
+    """The instance that a starter claimed, and its desired document if it took over an existing one."""
 
     id: str
     found: Desired | None = None
 
 
 class Standing(Enum):
-    """What is left of an instance, as the store says."""
+    """What the store says is left of an instance."""
 
     RUNS = "runs"
     DRAINS = "drains"
-    ENDED = "ended"  # cleared, or another one is there in its place
-    LOST = "lost"  # the store knows nothing of it: it lost its data, which a controller that lives writes back
+    ENDED = "ended"  # cleared, or another instance has its place
+    LOST = "lost"  # the store lost its data; a living controller will write it back
 
 
 class Leadership(msgspec.Struct, frozen=True):
-    """Who leads, under which epoch; a later leader has a higher one."""
+    """Who leads, under which epoch. A later leader has a higher epoch."""
 
     controller: str
     epoch: Count
@@ -76,11 +77,11 @@ class Leadership(msgspec.Struct, frozen=True):
 async def claim_instance(
     store: Store, keys: StoreKeys, head_node: str, http: HttpOptions | None, *, detached: bool, incomplete: bool = False
 ) -> InstanceClaim:
-    """The namespace is ours after this. `incomplete`: what is declared is to be deployed yet.
+    """Claims the namespace. `incomplete` marks that what is declared has yet to be deployed.
 
-    A lapsed instance is cleared (its queues stay, with the requests in them). A lapsed detached one is taken over by a detached start, with
-    all that is deployed: `head_node` and `http` are the new ones then, unless `http` is None, of a starter that has no opinion of either.
-    Raises InstanceError for a live one.
+    A lapsed instance is cleared (its queues stay, with the requests in them). A detached start takes over a lapsed detached instance with
+    all that is deployed, and sets `head_node` and `http` anew; with None for `http` both stay as they are. Raises InstanceError if the
+    instance is alive.
     """
     old = await check_free(store, keys)
     raw = None
@@ -92,7 +93,7 @@ async def claim_instance(
             await _write(store, keys, raw, msgspec.structs.replace(old, owner=_owner(), at=store.now_ms()))
             return InstanceClaim(old.id, await _take_over(store, keys, old.id, head_node, http))
     lease = InstanceLease(secrets.token_hex(8), _owner(), detached, store.now_ms())
-    await _write(store, keys, raw, lease)  # first: of two starters who see one lapsed lease, one clears and the other is refused
+    await _write(store, keys, raw, lease)  # the lease first: of two starters that see one lapsed lease, one clears and the other is refused
     await _forget_documents(store, keys, (keys.instance, msgspec.json.encode(lease)))
     desired = Desired(instance=lease.id, head_node=head_node, http=http or HttpOptions(location="NoServer"), incomplete=incomplete)
     if not await store.replace(keys.desired, None, desired.to_bytes()):
@@ -101,7 +102,7 @@ async def claim_instance(
 
 
 async def check_free(store: Store, keys: StoreKeys) -> InstanceLease | None:
-    """The lapsed lease that stands there, if one does. Raises InstanceError for a live one."""
+    """Returns the lapsed lease, or None if there is no lease. Raises InstanceError for a live one."""
     raw = await store.get(keys.instance)
     old = decode_lease(raw) if raw is not None else None
     if old is not None and await _is_alive(store, keys, old):
@@ -113,13 +114,13 @@ async def check_free(store: Store, keys: StoreKeys) -> InstanceLease | None:
 
 
 def _is_left(instance: str, raw: bytes | None) -> bool:
-    """Whether a document of the instance is there to be taken over, and not about to go."""
+    """Whether the instance's document is there to be taken over, and not closing."""
     desired = Desired.from_bytes(raw)
     return raw is not None and desired.instance == instance and not desired.closing
 
 
 async def _take_over(store: Store, keys: StoreKeys, instance: str, head_node: str, http: HttpOptions | None) -> Desired:
-    """The old head node is gone, and with it the only one that HeadOnly lets run a proxy. Returns the document as it was."""
+    """Replaces the head node, which is gone: with HeadOnly it is the only one that runs a proxy. Returns the document as it was."""
     while True:
         raw = await store.get(keys.desired)
         if not _is_left(instance, raw):
@@ -128,22 +129,20 @@ async def _take_over(store: Store, keys: StoreKeys, instance: str, head_node: st
         if http is None:
             return old
         new_http = msgspec.structs.replace(http, middlewares=http.middlewares or old.http.middlewares)
-        new = msgspec.structs.replace(old, head_node=head_node, http=new_http, version=old.version + 1)
-        if await store.replace(keys.desired, raw, new.to_bytes()):
+        if await write_next(store, keys, raw, msgspec.structs.replace(old, head_node=head_node, http=new_http)) is not None:
             return old
 
 
 async def give_back(store: Store, keys: StoreKeys, claim: InstanceClaim, head_node: str) -> None:
-    """After a start that failed: whoever starts next finds the instance as it was, unless somebody else has it by then."""
+    """Undoes a claim after a failed start: the next starter finds the instance as it was, unless somebody else has claimed it by then."""
     raw = await store.get(keys.desired)
     if claim.found is None or not _is_left(claim.id, raw) or (current := Desired.from_bytes(raw)).head_node != head_node:
         return
-    old = msgspec.structs.replace(current, head_node=claim.found.head_node, http=claim.found.http, version=current.version + 1)
-    await store.replace(keys.desired, raw, old.to_bytes())
+    await write_next(store, keys, raw, msgspec.structs.replace(current, head_node=claim.found.head_node, http=claim.found.http))
 
 
 async def read_instance(store: Store, keys: StoreKeys) -> InstanceLease:
-    """The running instance. Raises InstanceError when there is none."""
+    """Returns the lease of the running instance. Raises InstanceError if there is none."""
     raw = await store.get(keys.instance)
     if raw is None or await store.get(keys.desired) is None:
         raise no_instance()
@@ -155,15 +154,15 @@ def no_instance() -> InstanceError:
 
 
 async def has_leader(store: Store, keys: StoreKeys, instance: str) -> bool:
-    """Whether a controller leads this instance: watched for a while, unless it is long gone."""
+    """Whether a controller leads this instance. Watches the lease for a while, unless it lapsed long ago."""
     raw = await store.get(keys.instance)
     lease = decode_lease(raw) if raw is not None else None
     return lease is not None and lease.id == instance and await _is_alive(store, keys, lease)
 
 
 async def renew_instance(store: Store, keys: StoreKeys, instance: str, leader: str, guard: Guard) -> bool:
-    """Writes it anew where it is broken or was deleted. False where it was refused; another instance's is none of ours to renew, nor is
-    that of one which has ended."""
+    """Renews the lease, and rewrites a broken or deleted one. Returns False if the guard refused it. The lease of another instance, or of
+    one that has ended, is left alone."""
     raw, ended = await store.get_documents([keys.instance, keys.ended])
     if raw is None and ended == instance.encode():
         return True
@@ -180,9 +179,9 @@ async def renew_instance(store: Store, keys: StoreKeys, instance: str, leader: s
 
 
 async def forget(store: Store, keys: StoreKeys, instance: str, guard: Guard | None = None) -> bool:
-    """All documents of this instance, and of no later one; results of its requests stay until they expire.
+    """Deletes all documents of this instance, but not those of a later one; results of its requests stay until they expire.
 
-    False where the guard refused it. Whoever dies halfway leaves what the next one clears.
+    Returns False if the guard refused it. If this process dies in the middle, the next call deletes the rest.
     """
     while True:
         raw = await store.get(keys.instance)
@@ -198,13 +197,13 @@ async def forget(store: Store, keys: StoreKeys, instance: str, guard: Guard | No
 
 
 async def has_ended(store: Store, keys: StoreKeys, instance: str) -> bool:
-    """Whether it was cleared on purpose, or for another one: a store that lost its data knows nothing of that."""
+    """Whether the instance was cleared on purpose, or for another one. A store that lost its data has no record of that."""
     raw, ended = await store.get_documents([keys.instance, keys.ended])
     return ended == instance.encode() or _is_of_another(raw, instance)
 
 
 def _is_of_another(raw_lease: bytes | None, instance: str) -> bool:
-    """One that does not parse says nothing of that: its controller writes it anew."""
+    """Whether the lease names another instance. A lease that does not parse does not count: its controller rewrites it."""
     try:
         return raw_lease is not None and decode_lease(raw_lease).id != instance
     except BadEnvelope:
@@ -212,12 +211,13 @@ def _is_of_another(raw_lease: bytes | None, instance: str) -> bool:
 
 
 async def read_standing(store: Store, keys: StoreKeys, instance: str) -> Standing:
-    """A document that is left is to be cleared yet, whatever the other keys say. Raises StoreUnavailable."""
+    """Returns what is left of the instance. A remaining document means that it is still to be cleared, whatever the other keys say.
+    Raises StoreUnavailable."""
     raw_desired, raw_lease, ended = await store.get_documents([keys.desired, keys.instance, keys.ended])
     if raw_desired is not None:
         try:
             desired = Desired.from_bytes(raw_desired)
-        except BadEnvelope:  # its followers go on with the last good one
+        except BadEnvelope:  # followers of a broken document go on with the last good one
             return Standing.RUNS
         if desired.instance != instance:
             return Standing.ENDED
@@ -231,7 +231,7 @@ async def _forget_documents(store: Store, keys: StoreKeys, guard: Guard) -> None
     try:
         desired = Desired.from_bytes(await store.get(keys.desired))
     except BadEnvelope:
-        desired = Desired()  # the code it named stays behind: nobody can tell which that was
+        desired = Desired()  # the code it named stays behind: a broken document does not say which that was
     for sha256 in desired.codes:  # the files first, since the records lead to them; many of them, so some at a time
         raw = await store.get_large(keys.code(sha256))
         files = list(await files_of(store, keys, raw)) if raw is not None else []
@@ -242,15 +242,15 @@ async def _forget_documents(store: Store, keys: StoreKeys, guard: Guard) -> None
 
 
 class Leader:
-    """One controller's claim to lead."""
+    """One controller's claim to the lead, which fences its writes."""
 
     def __init__(self, store: Store, keys: StoreKeys, controller: str, kept_by: str = "") -> None:
         self._store = store
         self._keys = keys
-        life = secrets.token_hex(3)  # a container that is restarted has the id of its last life
+        life = secrets.token_hex(3)  # a restarted container has the id of its last life, so the name needs a random part
         self.name = f"{controller}#{kept_by}.{life}" if kept_by else f"{controller}#{life}"  # see `release_of`
         self._mine: bytes | None = None
-        self._renewed_at = -math.inf  # monotonic, from before the write
+        self._renewed_at = -math.inf  # monotonic, taken before the write
         self._above = 0
         self.epoch = 0
 
@@ -259,21 +259,21 @@ class Leader:
 
     @property
     def claim(self) -> Guard:
-        """What makes a write refuse itself once another leads. Raises NotLeading."""
+        """The guard that makes a write fail once another controller leads (a fencing token). Raises NotLeading."""
         if self._mine is None:
             raise NotLeading("another controller leads")
         return self._keys.leader, self._mine
 
     @property
     def leads_for_s(self) -> float:
-        """How long from now, by our own clock; it runs on while we are frozen."""
+        """How long we still lead, by our own clock, which goes on while we are frozen."""
         return self._renewed_at + LEADS_FOR_S - time.monotonic() if self._mine is not None else 0.0
 
     def still_leads(self) -> bool:
         return self.leads_for_s > 0
 
     async def lead(self) -> bool:
-        """Takes or renews the lead; False while another one has it."""
+        """Takes or renews the lead; returns False if another controller has it."""
         began, now_ms = time.monotonic(), self._store.now_ms()
         raw = await self._store.get(self._keys.leader)
         current = _decode_leadership(raw) if raw else None
@@ -293,8 +293,8 @@ class Leader:
         return True
 
     async def hold(self) -> None:
-        """Leads on, for long enough to do what comes next. Raises NotLeading, also where nobody took over while we were frozen: what
-        comes next was decided before that."""
+        """Renews the lead so that it lasts for the next operation. Raises NotLeading if another controller took over, and also if the lead
+        lapsed by our own clock while we were frozen: the operation was decided before that."""
         epoch = self.epoch
         if self.still_leads() and self.leads_for_s < LEADS_FOR_S - RENEWED_EVERY_S:
             await self.lead()
@@ -302,12 +302,13 @@ class Leader:
             raise NotLeading("another controller took over")
 
     def outrank(self, epoch: int) -> None:
-        """The next claim is above this epoch, which somebody else had."""
+        """Makes the next claim exceed this epoch, which another leader had."""
         if epoch > self.epoch:
             self._above = max(self._above, epoch)
 
     async def release(self, *, for_good: bool = False) -> None:
-        """At a graceful end: whoever waits leads at once, above our epoch. `for_good`: with the instance, nothing is left to lead."""
+        """Gives the lead up at a graceful end: a standby leads at once, under a higher epoch. With `for_good` the lease is deleted, since
+        the instance has ended."""
         mine, self._mine = self._mine, None
         if mine is not None:
             lapsed = None if for_good else msgspec.json.encode(Leadership(self.name, self.epoch, 0))
@@ -315,10 +316,10 @@ class Leader:
 
 
 async def release_of(store: Store, keys: StoreKeys, kept_by: str) -> None:
-    """The lead of a controller that has ended, if it stands there, for the next one to lead at once. To be called by the
-    keeper of this token's controllers while none of them lives: a lead with the token is nobody's then.
+    """Releases the lead of a dead controller, so that the next one leads at once. Only the keeper of this token's controllers may call
+    it, while none of them lives: then nobody holds a lead with the token.
 
-    What is compared is the claim as it was read: a leader that came meanwhile keeps its own. Raises StoreUnavailable.
+    It compares and sets the claim as it was read, so a leader that came meanwhile keeps its own. Raises StoreUnavailable.
     """
     raw = await store.get(keys.leader)
     held = _decode_leadership(raw) if raw else None
@@ -342,16 +343,16 @@ async def _is_alive(store: Store, keys: StoreKeys, lease: InstanceLease) -> bool
 
 
 def decode_lease(raw: bytes) -> InstanceLease:
-    """Raises BadEnvelope."""
+    """Raises BadEnvelope for bytes that are no lease."""
     return decode_document(raw, InstanceLease, "instance's lease")
 
 
 def _decode_leadership(raw: bytes) -> Leadership | None:
-    """None, so that the next controller takes the lead, for what does not parse."""
+    """Returns None for a lead that does not parse, so that the next controller takes it."""
     try:
         return decode_document(raw, Leadership, "lead of the controllers")
     except BadEnvelope as error:
-        logger.warning("%s; taking it", error)
+        logger.warning("%s; taking the lead", error)
         return None
 
 

@@ -1,8 +1,8 @@
-"""The reconcile loop: read what is wanted and what is seen, decide in `plan`, declare queues, write what is assigned.
+"""The reconcile loop: reads the desired and the observed state, decides in `plan`, declares queues, and writes the assignments.
 
-Guarantees. What a client committed is durable in the store before anything acts on it. The loop is level-triggered: it
-may be killed anywhere and another controller goes on from the documents. Traffic does not pass through it and goes on
-without it; only replacing and scaling wait. A controller that lost the lead writes nothing: the store refuses it.
+Guarantees. What a client committed is durable in the store before anything acts on it. The loop is level-triggered: it may be killed
+anywhere, and another controller goes on from the documents. Traffic does not pass through it and goes on without it; only replacing and
+scaling wait. A controller that lost the lead writes nothing: the store refuses its writes.
 """
 
 from __future__ import annotations
@@ -22,15 +22,17 @@ import msgspec
 from ..broker.calls.cancellations import notice_of_proxy
 from ..broker.errors import BrokerUnavailable, MQServeError, WrongType
 from ..broker.process.complaint import Complaint
+from ..broker.process.stopping import first_of
 from ..broker.queue import Queue
 from ..broker.store import Store
 from ..broker.store_keys import CODE_TTL_S, StoreKeys
 from . import lease, plan
 from .absent_nodes import AbsentNodes
+from .desired_writes import write_next
 from .known_documents import KnownDocuments
-from .queues import Queues
+from .queues import REFUSAL_S, Queues
 from .restarts import ENDED_WELL, Restarts
-from .state.beats import Beat, read_beats
+from .state.beats import Beat, MemberState, ProxyBeat, ReplicaBeat, beats_of, living, read_beats
 from .state.documents import Assignment, Desired, Observed
 
 logger = logging.getLogger(__name__)
@@ -38,15 +40,15 @@ T = TypeVar("T")
 
 TICK_S = 1.0
 FORGET_BEATS_AFTER_S = 60.0
-LOST_PROXY_AFTER_S = 25.0  # without a beat: its node, which kills it after 20 s, is gone too, or it has none
-SETTLE_S = 3.0  # after the store lost its data or was away: the members get this long to beat again
-AWAY_AFTER_S = 4.0  # a look at the store that comes this late says nothing of the members, whose beats could not land either
-NODE_GRACE_S = 20.0  # a node that starts beside its controller, or was late for once, is no reason to give a backend up
-ASK_STORE_EVERY_S = 60.0  # whether it is set up to keep what it is given
+LOST_PROXY_AFTER_S = 25.0  # without a beat for this long: its node, which kills it after 20 s, is gone too, or it has no node
+SETTLE_S = 3.0  # after the store lost its data or was away, members get this long to beat again
+AWAY_AFTER_S = 4.0  # if the last look at the store was longer ago, the store may have been away, and beats could not land either
+NODE_GRACE_S = 20.0  # a node that starts beside its controller, or was late once, is no reason to fail a backend
+ASK_STORE_EVERY_S = 60.0  # how often the store's durability settings are checked
 
 
 class Controller:
-    """One of possibly several of an instance; only the leading one acts."""
+    """One controller of an instance, of which only the leading one acts."""
 
     def __init__(
         self,
@@ -65,35 +67,35 @@ class Controller:
         self._keys = keys
         self._queue = queue
         self._instance = instance
-        self._trouble = trouble  # of this process's keeper, for operators
+        self._trouble = trouble  # what this process's keeper has to report to operators
         self._leader = lease.Leader(store, keys, controller_id, kept_by)
         self._known = KnownDocuments(store, keys, instance)
-        self._looked_at = -math.inf  # at the store, monotonic
+        self._looked_at = -math.inf  # monotonic time of the last look at the store
         self._is_first_look = True
-        self._settled_at = 0.0  # monotonic; until then nobody is missed
-        self._misconfiguration = ""  # the store's own
-        self._asked_at = -math.inf  # for it, monotonic
+        self._settled_at = 0.0  # monotonic; until then missing members are ignored
+        self._misconfiguration = ""  # of the store's server
+        self._asked_at = -math.inf  # monotonic time of the last check for it
         self._waiting, self._queues_wait = Complaint(logger), Complaint(logger)
         self._begin(0)
 
     def _begin(self, epoch: int) -> None:
-        """What a leader remembers from one comparison to the next; of what happened while another led it knows nothing."""
+        """Resets a leader's memory between comparisons. It knows nothing of what happened while another controller led."""
         self._epoch = epoch
-        self._restarts: dict[tuple[str, int], Restarts] = defaultdict(Restarts)  # by backend and version
+        self._restarts: dict[tuple[str, int], Restarts] = defaultdict(Restarts)  # by (backend, version)
         self._were_ready: set[str] = set()
-        self._counted: set[str] = set()  # deaths of replicas that the observed document still names
+        self._counted: set[str] = set()  # replicas whose death is counted already and that the observed document still names
         self._queues = Queues(self._queue, self._while_leading, self._next_generation)
         self._had_node_at = time.monotonic()
         self._closing_since = math.inf  # monotonic
         self._absent_nodes = AbsentNodes()
-        self._renewed_at = -math.inf  # the instance's lease, monotonic
-        self._kept: frozenset[str] = frozenset()  # hashes of code that does not expire
+        self._renewed_at = -math.inf  # when the instance's lease was renewed, monotonic
+        self._kept: frozenset[str] = frozenset()  # hashes of code whose TTL we removed
 
     def __repr__(self) -> str:
         return f"<Controller {self._leader!r}>"
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Until `stop` is set or the instance was shut down. Then another one leads at once."""
+        """Runs until `stop` is set or the instance was shut down; then releases the lead, so that a standby leads at once."""
         changed = self._store.watch()
         try:
             while not stop.is_set():
@@ -104,14 +106,14 @@ class Controller:
                     self._waiting.over()
                 except MQServeError as error:
                     self._waiting.say(f"the controller waits: {error}")
-                await _first_of(changed, stop, TICK_S)
+                await first_of(changed, stop, timeout_s=TICK_S)
         finally:
             self._store.unwatch(changed)
             with suppress(MQServeError):
                 await self._leader.release()
 
     async def _turn(self) -> bool:
-        """True when the instance is shut down and cleared, or another one is there by now."""
+        """One round; returns True when the instance is shut down and cleared, or another one has its place."""
         leads = await self._leader.lead()
         if leads and self._leader.epoch != self._epoch:
             logger.info("leading, under epoch %d", self._leader.epoch)
@@ -128,7 +130,7 @@ class Controller:
         if known.observed is not None:
             self._leader.outrank(known.observed.epoch)
         if known.desired is None:
-            if leads and known.raw_desired is not None:  # it is broken, but the instance is there
+            if leads and known.raw_desired is not None:  # the document is broken, but the instance exists
                 await self._renew_instance()
             return False
         if known.store_is_behind:
@@ -138,7 +140,7 @@ class Controller:
         return leads and await self._tick(known.desired)
 
     def _note_look(self) -> None:
-        """After the store was away nobody is missed for a while. The first look of a process may be the first one after that."""
+        """Ignores missing members for a while after the store was away. The first look of a process counts as such, too."""
         now = time.monotonic()
         is_late = now - self._looked_at > AWAY_AFTER_S
         observed = self._known.observed
@@ -147,12 +149,12 @@ class Controller:
         self._looked_at = now
 
     async def _tick(self, desired: Desired) -> bool:
-        """One comparison; True when the instance is shut down and cleared."""
+        """One comparison; returns True when the instance is shut down and cleared."""
         await self._renew_instance()
         await self._keep_codes(desired)
         observed = self._known.observed or Observed()
         if observed.epoch > self._leader.epoch:
-            return False  # the next claim is above it
+            return False  # the next claim will exceed that epoch
         beats = read_beats(await self._fields_of_beats())
         if time.monotonic() < self._settled_at and plan.somebody_is_missed(observed, beats, self._store.now_ms()):
             return False
@@ -163,7 +165,7 @@ class Controller:
             new = await self._queues.keep(desired, new, beats, self._store.now_ms())
             self._queues_wait.over()
         except BrokerUnavailable as error:
-            self._queues_wait.say(f"the queues wait: {error}")  # replicas and proxies do not
+            self._queues_wait.say(f"the queues wait: {error}")  # replicas and proxies go on without the broker
         await self._write(observed, new)
         await self._forget_silent(new, beats)
         await self._forget_forced(desired, new, beats)
@@ -178,7 +180,7 @@ class Controller:
             raise
 
     async def _renew_instance(self) -> None:
-        """When it is due. A comparison may take longer than a lease lasts, so whatever takes long in it asks for this, too."""
+        """Renews the instance's lease if that is due. A comparison may take longer than a lease lasts, so its long steps call this, too."""
         began = time.monotonic()
         if began - self._renewed_at < lease.RENEWED_EVERY_S:
             return
@@ -194,13 +196,15 @@ class Controller:
             logger.warning("%s", self._misconfiguration)
 
     async def _write_back(self) -> None:
-        """What is assigned comes back too, and the members get time to beat again: a loss of data must stop nothing that runs."""
-        self._kept = frozenset()  # the copy may be one from before we kept it
+        """Restores the documents, assignments included, and gives members time to beat again: a loss of data must not stop running
+        members."""
+        self._kept = frozenset()  # the restored copy may be older than our record of kept code
         self._settled_at = time.monotonic() + SETTLE_S
         await self._known.write_back(self._leader.claim)
 
     async def _keep_codes(self, desired: Desired) -> None:
-        """As long as they are named: a client's deploy may fail before that, and its roll-back may name the old one again after it."""
+        """Removes the TTL of code that the document names, and sets one on code that it no longer names. The TTL gives a client time to
+        commit a deployment, or to roll one back."""
         named = self._known.hashes_of(desired)
         for changed, ttl_ms in ((named - self._kept, None), (self._kept - named, CODE_TTL_S * 1000)):
             if changed:
@@ -213,13 +217,14 @@ class Controller:
     def _place(self, desired: Desired, observed: Observed, beats: dict[str, Beat]) -> Observed:
         now, now_ms = time.monotonic(), self._store.now_ms()
         nodes = plan.takers(beats, now_ms)
-        replicas = plan.living(beats, "replica", now_ms)
-        ready = {replica_id for replica_id, beat in replicas.items() if beat.state == "ready"}
+        replicas = living(beats, ReplicaBeat, now_ms)
+        ready = {replica_id for replica_id, beat in replicas.items() if beat.state is MemberState.READY}
         if nodes or not desired.backends:
             self._had_node_at = now
         ended = plan.ended_replicas(observed.replicas, beats, now_ms)
         for replica_id, how in ended.items():
-            if replica_id not in self._counted:  # an assignment that could not be written is compared again
+            is_wanted = observed.replicas[replica_id].backend in desired.backends and not desired.closing
+            if is_wanted and replica_id not in self._counted:  # counted once: an assignment that could not be written is compared again
                 was_ready = replica_id in self._were_ready
                 self._count_death(observed.replicas[replica_id], beats.get(f"replica:{replica_id}"), how, now, was_ready=was_ready)
         self._counted = set(ended)
@@ -256,19 +261,19 @@ class Controller:
     def _still_serving(
         self, desired: Desired, observed: Observed, assigned: plan.Replicas, beats: dict[str, Beat], now: float
     ) -> plan.Replicas:
-        """Of an instance that closes: all replicas while a proxy still waits for answers, then those whose queue is not empty, for their
-        backend's graceful_shutdown_timeout_s at most."""
+        """Returns the replicas that a closing instance still needs: all while a proxy waits for answers, then those whose queue is not
+        empty, for at most their backend's graceful_shutdown_timeout_s and the time that they need to answer the rest with 503."""
         self._closing_since = min(self._closing_since, now)
-        if any(not beat.external for beat in plan.living(beats, "proxy", self._store.now_ms()).values()):
+        if any(not beat.external for beat in living(beats, ProxyBeat, self._store.now_ms()).values()):
             return assigned
         drains_s = {
             name: backend.config.graceful_shutdown_timeout_s for name, backend in desired.backends.items() if name in observed.queues
         }
-        in_time = {name for name, drain_s in drains_s.items() if now - self._closing_since < drain_s}
+        in_time = {name for name, drain_s in drains_s.items() if now - self._closing_since < drain_s + REFUSAL_S}
         return plan.of_backends(assigned, in_time)
 
     def _forget_restarts(self, desired: Desired, assigned: plan.Replicas) -> None:
-        """Those of versions that no backend has any more, once their last replica is gone."""
+        """Forgets the restarts of versions that no backend has any more, once their last replica is gone."""
         wanted = {(name, backend.version) for name, backend in desired.backends.items()}
         wanted |= {(assignment.backend, assignment.version) for assignment in assigned.values()}
         self._restarts = defaultdict(Restarts, {key: kept for key, kept in self._restarts.items() if key in wanted})
@@ -279,8 +284,9 @@ class Controller:
         if how == ENDED_WELL:
             logger.warning("a replica of %s ended by itself, or with its node; starting another", backend)
             restarts.died_ready(now)
-        elif was_ready or (last_beat is not None and last_beat.state in ("ready", "draining")):
-            why = last_beat.error if last_beat is not None and last_beat.error else how  # a failed health check has words of its own
+        elif was_ready or (last_beat is not None and last_beat.state in (MemberState.READY, MemberState.DRAINING)):
+            # a failed health check gives the reason in its beat
+            why = last_beat.error if last_beat is not None and last_beat.error else how
             logger.warning("a replica of %s died (%s); replacing it", backend, why)
             restarts.died_ready(now)
             restarts.reason = restarts.reason or (why if why != how else "")
@@ -294,26 +300,26 @@ class Controller:
     def _problems(self, desired: Desired, beats: dict[str, Beat], unplaced: dict[str, str]) -> dict[str, str]:
         reasons = {name: self._restarts[name, backend.version].reason for name, backend in desired.backends.items()}
         problems = {name: reason for name, reason in reasons.items() if reason} | unplaced
-        for beat in beats.values():
-            if beat.kind == "proxy" and beat.state == "failed":
+        for beat in beats_of(beats, ProxyBeat):
+            if beat.state is MemberState.FAILED:
                 problems[f"proxy on {beat.node or beat.host}"] = beat.error
         if problem := plan.seal_problem(beats, has_key=self._has_key):
             problems["requests without a seal"] = problem
         if self._misconfiguration:
             problems["the store"] = self._misconfiguration
-        if noted := self._store.noted:
+        if noted := self._store.health.noted:
             problems["a key in the store"] = noted
         if trouble := self._trouble():
             problems["the instance"] = trouble
         return problems
 
     def _down_since(
-        self, desired: Desired, observed: Observed, placed: plan.Replicas, replicas: dict[str, Beat], now_ms: int
+        self, desired: Desired, observed: Observed, placed: plan.Replicas, replicas: dict[str, ReplicaBeat], now_ms: int
     ) -> dict[str, int]:
-        """Backends without a replica that is ready or on its way, with the store time since when."""
+        """Returns the backends without a ready or starting replica, with the store time since when."""
         down: dict[str, int] = {}
         for name, backend in desired.backends.items():
-            is_ready = any(beat.backend == name and beat.state == "ready" for beat in replicas.values())
+            is_ready = any(beat.backend == name and beat.state is MemberState.READY for beat in replicas.values())
             is_placed = any(assignment.backend == name for assignment in placed.values())
             if not is_ready and not (is_placed and not self._restarts[name, backend.version].early_deaths):
                 down[name] = observed.down_since.get(name, now_ms)
@@ -326,11 +332,12 @@ class Controller:
         desired = Desired.from_bytes(raw)
         if (backend := desired.backends.get(name)) is not None and backend.generation == generation:
             newer = msgspec.structs.replace(backend, generation=generation + 1)
-            updated = msgspec.structs.replace(desired, version=desired.version + 1, backends={**desired.backends, name: newer})
-            await self._store.replace(self._keys.desired, raw, updated.to_bytes(), guard=self._leader.claim)
+            updated = msgspec.structs.replace(desired, backends={**desired.backends, name: newer})
+            await write_next(self._store, self._keys, raw, updated, guard=self._leader.claim)
 
     async def _while_leading(self, act: Callable[[], Awaitable[T]]) -> T:
-        """The broker cannot fence us: so only while we lead by our own clock, and no longer. What we do there may be done twice."""
+        """Runs an operation that the broker cannot fence: only while we lead by our own clock, and no longer. Two leaders may both do
+        such an operation, so it must be idempotent."""
         await self._leader.hold()
         await self._renew_instance()
         try:
@@ -346,58 +353,49 @@ class Controller:
             await self._known.replace_observed(msgspec.structs.replace(new, version=old.version + 1), self._leader.claim)
 
     async def _forget_silent(self, observed: Observed, beats: dict[str, Beat]) -> None:
-        """Fields of members that are long gone; a failed replica's words stay as long as its backend has the problem."""
+        """Drops the beats of members that are long gone. A failed replica's beat, which carries the reason, stays as long as its backend
+        has the problem."""
         now_ms = self._store.now_ms()
         lost = {
             beat.id
-            for beat in beats.values()
-            if beat.kind == "proxy" and beat.state != "failed" and now_ms - beat.at > LOST_PROXY_AFTER_S * 1000
+            for beat in beats_of(beats, ProxyBeat)
+            if beat.state is not MemberState.FAILED and now_ms - beat.at > LOST_PROXY_AFTER_S * 1000
         }
         old = [
             field
             for field, beat in beats.items()
-            if (beat.kind == "proxy" and beat.id in lost)
-            or (beat.kind == "replica" and not beat.external and beat.id not in observed.replicas and now_ms - beat.at > 10_000)
+            if (isinstance(beat, ProxyBeat) and beat.id in lost)
+            or (isinstance(beat, ReplicaBeat) and not beat.external and beat.id not in observed.replicas and now_ms - beat.at > 10_000)
             or now_ms - beat.at > FORGET_BEATS_AFTER_S * 1000
         ]
         if old:
             await self._leader.hold()
-            if lost:  # their clients are gone with them: first the word, since it is said as long as there is a beat
+            if lost:  # cancel the requests of dead proxies before dropping their beats: if the drop fails, the notice is sent again
                 await self._store.append_log(self._keys.cancelled, *(notice_of_proxy(self._keys.inbox(name)) for name in lost))
             await self._store.drop_fields(self._keys.beats, *old)
 
     async def _forget_forced(self, desired: Desired, observed: Observed, beats: dict[str, Beat]) -> None:
-        """Names of backends that were deleted by force, once nothing is left of them: the document would keep them for ever."""
-        living = plan.living(beats, "replica", self._store.now_ms()).values()
+        """Removes names of backends that were deleted by force, once nothing is left of them. Otherwise the document would keep them for
+        ever."""
+        alive = living(beats, ReplicaBeat, self._store.now_ms()).values()
         assigned = [*observed.replicas.values(), *observed.draining.values()]
-        left = {*observed.queues, *observed.retiring, *(beat.backend for beat in living), *(replica.backend for replica in assigned)}
+        left = {*observed.queues, *observed.retiring, *(beat.backend for beat in alive), *(replica.backend for replica in assigned)}
         forced = tuple(name for name in desired.forced if name in left)
         if forced == desired.forced:
             return
         raw = await self._store.get(self._keys.desired)
-        if raw == self._known.raw_desired and Desired.from_bytes(raw) == desired:  # not a broken one, which its operator mends
-            newer = msgspec.structs.replace(desired, forced=forced, version=desired.version + 1)
-            await self._store.replace(self._keys.desired, raw, newer.to_bytes(), guard=self._leader.claim)
+        if raw == self._known.raw_desired and Desired.from_bytes(raw) == desired:  # a broken document is left for its operator to mend
+            newer = msgspec.structs.replace(desired, forced=forced)
+            await write_next(self._store, self._keys, raw, newer, guard=self._leader.claim)
 
     async def _is_down(self, observed: Observed, beats: dict[str, Beat]) -> bool:
-        """Whether the instance that is closing has nothing left; then its documents go too."""
+        """Whether nothing of the closing instance is left; then deletes its documents, too."""
         now_ms = self._store.now_ms()
-        children = [beat for kind in ("replica", "proxy") for beat in plan.living(beats, kind, now_ms).values() if not beat.external]
-        if children or observed.queues or observed.retiring:
+        children = [*living(beats, ReplicaBeat, now_ms).values(), *living(beats, ProxyBeat, now_ms).values()]
+        if any(not child.external for child in children) or observed.queues or observed.retiring:
             return False
         return await lease.forget(self._store, self._keys, self._instance, self._leader.claim)
 
 
 def _new_replica_id(backend: str) -> str:
     return f"{backend}#{secrets.token_hex(3)}"
-
-
-async def _first_of(changed: asyncio.Event, stop: asyncio.Event, timeout_s: float) -> None:
-    waits = [asyncio.create_task(changed.wait()), asyncio.create_task(stop.wait())]
-    try:
-        await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for wait in waits:
-            wait.cancel()
-        with suppress(asyncio.CancelledError):
-            await asyncio.gather(*waits, return_exceptions=True)

@@ -12,7 +12,7 @@ from .state.resources import Capacity, Demand, check_amount
 
 
 def measure_node(num_cpus: float | None, num_gpus: int | None, resources: Mapping[str, float]) -> Capacity:
-    """What this machine has, or what the operator says it has. Raises BadValue for what no machine has."""
+    """Returns what this machine has, or what the operator says it has. Raises BadValue for amounts that no machine has."""
     for flag, amount in (("--num-cpus", num_cpus), ("--num-gpus", num_gpus)):
         if amount is not None:
             check_amount(flag, amount)
@@ -21,7 +21,7 @@ def measure_node(num_cpus: float | None, num_gpus: int | None, resources: Mappin
 
 
 def replica_environment(demand: Demand, capacity: Capacity, gpus: tuple[int, ...], env: Mapping[str, str]) -> dict[str, str]:
-    """Variables that keep a replica to its share; OMP_NUM_THREADS only where nobody set it."""
+    """Returns variables that keep a replica to its share; OMP_NUM_THREADS only if the environment does not set it."""
     found: dict[str, str] = {}
     if "OMP_NUM_THREADS" not in env:
         found["OMP_NUM_THREADS"] = str(max(1, int(demand.num_cpus)))

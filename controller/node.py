@@ -1,4 +1,4 @@
-"""One machine's agent: says what it has, and runs the replicas and the proxy that the controller assigns to it."""
+"""The agent of one machine: reports its resources, and runs the replicas and the proxy that the controller assigns to it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .lost_files import put_back_files
 from .machine import replica_environment
 from .node_metrics import FOLDER_VARIABLE, NodeMetrics
 from .restarts import ENDED_WELL, Restarts
-from .state.beats import BEAT_EVERY_S, PROXY_DRAIN_S, SILENT_AFTER_S, Beat, read_beats
+from .state.beats import BEAT_EVERY_S, PROXY_DRAIN_S, Beat, MemberState, NodeBeat, read_beats
 from .state.config import BackendConfig
 from .state.documents import Assignment, Desired, Observed
 from .state.following import follow_state
@@ -35,8 +35,9 @@ from .state.resources import ActorOptions, Capacity
 logger = logging.getLogger(__name__)
 
 SILENT_CHILD_AFTER_S = 20.0  # a replica or proxy whose I/O loop is silent for this long is killed
-STOP_MARGIN_S = 5.0  # beyond its own drain time, then it is killed
-PARENT_GONE_S = 6.0  # what children get when the node's own parent is gone
+FORCED_GRACE_S = 2.0  # drain time of a replica whose backend is deleted by force: it tells its callers
+STOP_MARGIN_S = 5.0  # after a child's own drain time; then it is killed
+PARENT_GONE_S = 6.0  # drain time of the children when the node's own parent is gone
 NAME_WATCHED_FOR_S = 3.0
 _CHECK_EVERY_S = 1.0
 _LOOK_EVERY_S = 0.1
@@ -49,11 +50,11 @@ class Child(Protocol):
     def pid(self) -> int: ...
 
     async def wait(self) -> str:
-        """How it ended: empty for well, else words for an operator."""
+        """Returns how it ended: an empty string for a clean end, else a reason for operators."""
         ...
 
     def stop(self) -> None:
-        """Drain and end."""
+        """Tells it to drain and end."""
         ...
 
     def kill(self) -> None: ...
@@ -61,32 +62,32 @@ class Child(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What keeps a replica to its part of the node: variables of its environment, and its interpreter."""
+    """The variables and the interpreter that keep a replica to its share of the node."""
 
     environment: Mapping[str, str]
     python: str
 
 
 class Launcher(Protocol):
-    """Starts children: as processes, or inside this one."""
+    """Starts children, as processes or inside this process."""
 
     def replica(self, backend: str, replica_id: str, node: str, share: Share) -> Child: ...
 
     def proxy(self, proxy_id: str, host: str, port: int, node: str) -> Child:
-        """Beside those that still drain, if need be."""
+        """Starts a proxy, beside those that still drain if need be."""
         ...
 
     def stop_listening(self) -> None:
-        """No proxy is to come: what connects from now on is refused, once the last one drains."""
+        """Says that no proxy follows: once the last one drains, new connections are refused."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class NodeOptions:
-    """`http_host` and `http_port` override the instance's, since two nodes may share a machine.
+    """Options of one node. `http_host` and `http_port` override the instance's, since two nodes may share a machine.
 
-    `ends_with_instance`: a detached starter's own node, which nobody else would end; others wait for the next instance. `trouble`: what
-    else is wrong on this machine, for operators.
+    `ends_with_instance` is set for a detached starter's own node, which nobody else would end; other nodes wait for the next instance.
+    `trouble` returns further problems of this machine, for operators.
     """
 
     node_id: str
@@ -94,7 +95,7 @@ class NodeOptions:
     http_port: int | None = None
     takes_proxy: bool = True
     capacity: Capacity = field(default_factory=Capacity)
-    metrics: NodeMetrics | None = None  # None: the proxy of this process shows them
+    metrics: NodeMetrics | None = None  # None: the proxy of this process serves them
     ends_with_instance: bool = False
     trouble: Callable[[], str] = lambda: ""
 
@@ -104,22 +105,22 @@ class _Running:
     child: Child
     watching: asyncio.Task[None]
     grace_s: float
-    heard_at: int  # its last beat, store ms; at first when that should be there
+    heard_at: int  # store ms of its last beat; at first, of the time when the first beat is due
     backend: str = ""
     stopping: bool = False
 
 
 async def check_name_is_free(store: Store, keys: StoreKeys, node_id: str) -> None:
-    """Raises InstanceError where a node of that name beats: each would run all that is assigned to both."""
+    """Raises InstanceError if a living node has this name: both would run everything that is assigned to the name."""
 
     async def last_beat() -> Beat | None:
         return read_beats(await store.fields(keys.beats)).get(f"node:{node_id}")
 
     first = await last_beat()
-    if first is None or store.now_ms() - first.at > SILENT_AFTER_S * 1000:
+    if first is None or not first.is_recent(store.now_ms()):
         return
     until = time.monotonic() + NAME_WATCHED_FOR_S
-    while time.monotonic() < until:  # it may be that of one which was killed a moment ago
+    while time.monotonic() < until:  # the beat may be that of a node that was killed a moment ago
         await asyncio.sleep(_LOOK_EVERY_S)
         if (beat := await last_beat()) is not None and beat.at != first.at:
             raise InstanceError(
@@ -128,7 +129,7 @@ async def check_name_is_free(store: Store, keys: StoreKeys, node_id: str) -> Non
 
 
 class Node:
-    """Owns its children: none survives it."""
+    """The agent of one machine. It owns its children: none survives it."""
 
     def __init__(self, options: NodeOptions, store: Store, keys: StoreKeys, launcher: Launcher, signer: Signer) -> None:
         self._options = options
@@ -138,9 +139,9 @@ class Node:
         self._launcher = launcher
         self._replicas: dict[str, _Running] = {}
         self._preparing: dict[str, asyncio.Task[None]] = {}
-        self._proxies: dict[str, _Running] = {}  # one, and those that drain
-        self._dead_proxies: set[str] = set()  # whose last beats are to go
-        self._told_of: set[str] = set()  # of these, what the replicas know
+        self._proxies: dict[str, _Running] = {}  # the current one, and those that drain
+        self._dead_proxies: set[str] = set()  # whose last beats are to be dropped
+        self._announced_dead: set[str] = set()  # those of them whose death is in the cancellation log
         self._proxy_wanted = False
         self._proxy_restarts = Restarts()
         self._desired = Desired()
@@ -148,7 +149,7 @@ class Node:
         self._stoppers: set[asyncio.Task[None]] = set()
         self._giving_back: asyncio.Task[None] | None = None  # files that the store lost
         self._is_draining = False
-        self._tasks = asyncio.TaskGroup()  # entered by `run`: it owns whoever watches a child
+        self._tasks = asyncio.TaskGroup()  # entered by `run`; owns the tasks that watch children
         field = f"node:{options.node_id}"
         self._presence = Presence(store, keys.beats, field, lambda: self._beat().to_bytes(), BEAT_EVERY_S)
 
@@ -156,7 +157,7 @@ class Node:
         return f"<Node {self._options.node_id}, {len(self._replicas)} replicas, {len(self._proxies)} proxies>"
 
     async def run(self, stop: Stop) -> None:
-        """Until `stop` is set; then every child is drained, and killed if it does not end."""
+        """Runs until `stop` is set; then drains every child, and kills those that do not end."""
         async with asyncio.TaskGroup() as self._tasks:
             tasks = self._tasks
             working = [tasks.create_task(work) for work in (self._presence.beat_forever(), self._follow(stop), self._check_children())]
@@ -176,7 +177,7 @@ class Node:
 
     async def _follow(self, stop: Stop) -> None:
         async for desired, observed in follow_state(self._store, self._keys):
-            if desired is None and self._desired.closing:  # the instance was cleared, by whomever: nothing of it is to run on
+            if desired is None and self._desired.closing:  # the instance was cleared, so none of its processes may run on
                 if self._options.ends_with_instance:
                     stop.set()
                     return
@@ -204,7 +205,7 @@ class Node:
             self._preparing[replica_id].cancel()
 
     async def _start_replica(self, replica_id: str, assignment: Assignment) -> None:
-        """Its interpreter first, which may have to be built."""
+        """Starts a replica, after its interpreter was found or built."""
         backend = self._desired.backends.get(assignment.backend)
         options = backend.options if backend is not None else ActorOptions()
         config = backend.config if backend is not None else BackendConfig()
@@ -215,7 +216,7 @@ class Node:
             if self._options.metrics is not None:
                 variables[FOLDER_VARIABLE] = self._options.metrics.make_folder(replica_id)
             child = self._launcher.replica(assignment.backend, replica_id, self._options.node_id, Share(variables, python))
-        except Exception as error:  # whatever is wrong with one assignment, the other replicas are not to go with it
+        except Exception as error:  # one bad assignment must not stop the other replicas
             logger.warning("cannot start %s: %s", replica_id, words_of(error))
             if self._options.metrics is not None:
                 self._options.metrics.forget(replica_id)
@@ -247,10 +248,11 @@ class Node:
             http, options = self._desired.http, self._options
             host = options.http_host or http.host
             port = http.port if options.http_port is None else options.http_port
-            proxy_id = f"proxy-{options.node_id}#{secrets.token_hex(3)}"  # its own: what is on its way to a dead one is not for the next
+            # an id of its own, so that messages to a dead proxy do not reach the next
+            proxy_id = f"proxy-{options.node_id}#{secrets.token_hex(3)}"
             try:
                 child = self._launcher.proxy(proxy_id, host, port, options.node_id)
-            except Exception as error:  # no file descriptors, no processes, a host that is none: the replicas are not to go with it
+            except Exception as error:  # no descriptors or processes left, a host that does not resolve: replicas must not stop for that
                 logger.error("cannot start the proxy of node %s: %s", options.node_id, words_of(error))
                 return self._proxy_restarts.died_early(time.monotonic(), words_of(error))
             watching = self._tasks.create_task(self._watch_proxy(proxy_id, child))
@@ -263,34 +265,33 @@ class Node:
         if not running.stopping:
             logger.warning("the proxy of node %s ended (%s)", self._options.node_id, how or "by itself")
             self._proxy_restarts.died(time.monotonic(), how, lived_s=time.monotonic() - started)
-            self._reconcile_proxy(wanted=self._proxy_wanted)  # later, from `_check_children`, if it has to wait
+            self._reconcile_proxy(wanted=self._proxy_wanted)  # if it has to wait, `_check_children` starts it later
         self._dead_proxies.add(proxy_id)
-        if not how:  # it has drained: nobody's request is left
-            self._told_of.add(proxy_id)
+        if not how:  # it has drained, so no request is left
+            self._announced_dead.add(proxy_id)
         await self._forget_dead_proxies()
 
     async def _forget_dead_proxies(self) -> None:
-        """Their requests, whose clients are gone. And their beats, which say that they live; the words of one that failed stay until the
-        next is started."""
-        if untold := self._dead_proxies - self._told_of:
+        """Cancels the requests of dead proxies, whose clients are gone, and drops their beats, which say that they live. The beat of a
+        failed one, which carries the reason, stays until the next one is started."""
+        if unannounced := self._dead_proxies - self._announced_dead:
             with suppress(StoreUnavailable):
-                await self._store.append_log(self._keys.cancelled, *(notice_of_proxy(self._keys.inbox(name)) for name in untold))
-                self._told_of |= untold
+                await self._store.append_log(self._keys.cancelled, *(notice_of_proxy(self._keys.inbox(name)) for name in unannounced))
+                self._announced_dead |= unannounced
         if self._proxies or not self._proxy_wanted:
-            dead = self._dead_proxies & self._told_of
+            dead = self._dead_proxies & self._announced_dead
             with suppress(StoreUnavailable):
                 await self._store.drop_fields(self._keys.beats, *(f"proxy:{proxy_id}" for proxy_id in dead))
                 self._dead_proxies -= dead
-                self._told_of -= dead
+                self._announced_dead -= dead
 
     def _stop(self, running: _Running, *, at_once: bool = False) -> None:
         if running.stopping:
             return
         running.stopping = True
         if at_once:
-            running.child.kill()
-        else:
-            running.child.stop()
+            running.grace_s = FORCED_GRACE_S
+        running.child.stop()
         task = self._tasks.create_task(_kill_late(running))
         self._stoppers.add(task)
         task.add_done_callback(self._stoppers.discard)
@@ -310,7 +311,7 @@ class Node:
         return [*self._replicas.values(), *self._proxies.values()]
 
     async def _check_children(self) -> None:
-        """Starts a proxy whose pause is over, or beside one that drains; kills children whose I/O loop is silent while the store takes
+        """Starts a proxy whose pause is over, or beside one that drains. Kills children whose I/O loop is silent although the store takes
         our own beats."""
         changed = self._store.watch()
         try:
@@ -329,31 +330,31 @@ class Node:
             self._store.unwatch(changed)
 
     def _follow_draining_proxies(self, beats: Mapping[str, Beat]) -> None:
-        """One that somebody told to end says so in its beat: the next one takes over the socket now, not after it."""
+        """Notices in its beat that a proxy was told to end: the next one takes over the socket now, not after it has ended."""
         for proxy_id, running in self._proxies.items():
-            if not running.stopping and (beat := beats.get(f"proxy:{proxy_id}")) and beat.state == "draining":
+            if not running.stopping and (beat := beats.get(f"proxy:{proxy_id}")) and beat.state is MemberState.DRAINING:
                 self._stop(running)
         self._reconcile_proxy(wanted=self._proxy_wanted)
 
     def _kill_silent(self, beats: Mapping[str, Beat]) -> None:
         mine = beats.get(f"node:{self._options.node_id}")
         if mine is None or self._presence.steady_s < SILENT_CHILD_AFTER_S:
-            return  # the store was away: their beats could not land either
+            return  # the store was away, so their beats could not land either
         for kind, children in (("replica", self._replicas), ("proxy", self._proxies)):
             for name, running in children.items():
-                if beat := beats.get(f"{kind}:{name}"):  # the controller drops one that is old
+                if beat := beats.get(f"{kind}:{name}"):  # absent if the controller dropped an old one
                     running.heard_at = beat.at
                 if mine.at - running.heard_at > SILENT_CHILD_AFTER_S * 1000:
                     logger.error("%s has been silent for %d s: killing it", name, (mine.at - running.heard_at) // 1000)
                     running.child.kill()
 
-    def _beat(self) -> Beat:
+    def _beat(self) -> NodeBeat:
         options = self._options
-        return Beat(
-            kind="node", id=options.node_id, at=self._store.now_ms(), pid=os.getpid(), host=socket.gethostname(), ended=self._ended,
-            state="draining" if self._is_draining else "ready",
+        return NodeBeat(
+            id=options.node_id, at=self._store.now_ms(), pid=os.getpid(), host=socket.gethostname(), ended=self._ended,
+            state=MemberState.DRAINING if self._is_draining else MemberState.READY,
             takes_proxy=options.takes_proxy, capacity=options.capacity, running=len(self._replicas),
-            url=options.metrics.url if options.metrics else "", error=options.trouble(), noted=self._store.noted,
+            url=options.metrics.url if options.metrics else "", error=options.trouble(), noted=self._store.health.noted,
         )  # fmt: skip
 
 

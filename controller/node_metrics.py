@@ -1,8 +1,8 @@
-"""A node's metrics page: those of all its replicas, which leave them in files (prometheus_client's multiprocess mode). Each replica has a
-folder of its own in the node's, where the processes that it forks and starts leave theirs too.
+"""The metrics page of a node, with the metrics of all its replicas, which leave them in files (prometheus_client's multiprocess mode).
+Each replica has a folder of its own in the node's, where the processes that it forks and starts leave theirs too.
 
-A node that is killed leaves its folder behind. So a folder holds a lock file, locked by the node and by the replicas that it
-handed the descriptor to, for as long as any of them lives; a node that finds it free removes the folder.
+A node that is killed leaves its folder behind. So the folder holds a lock file, which the node and its replicas keep locked through a
+shared descriptor for as long as any of them lives; a node that finds it unlocked removes the folder.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ _PREFIX, _LOCK = "mqserve-metrics-", "lock"
 
 @dataclass(frozen=True, slots=True)
 class NodeMetrics:
-    """Where the replicas write and where people read. `lock`: a descriptor that the replicas are to hold as well."""
+    """The folder of the metrics files and the address of the page. `lock` is a descriptor that the replicas have to hold, too."""
 
     folder: str
     url: str
     lock: int
 
     def make_folder(self, replica_id: str) -> str:
-        """Where that replica writes."""
+        """Makes the folder for a replica's metrics files and returns its path."""
         path = self._folder_of(replica_id)
-        path.mkdir(parents=True, exist_ok=True)  # its parent may be gone, if somebody cleaned up here
+        path.mkdir(parents=True, exist_ok=True)  # somebody may have removed the parent
         return str(path)
 
     def forget(self, replica_id: str) -> None:
-        """What a replica that ended and its processes left: it would be read at every scrape for ever."""
+        """Removes the metrics files of an ended replica and its processes; otherwise every scrape would read them for ever."""
         shutil.rmtree(self._folder_of(replica_id), ignore_errors=True)
 
     def _folder_of(self, replica_id: str) -> Path:
@@ -58,7 +58,7 @@ class NodeMetrics:
 
 
 class _Collector(MultiProcessCollector):
-    """Of the files in the folders of all replicas."""
+    """Collects the files in the folders of all replicas."""
 
     def __init__(self, registry: CollectorRegistry, folder: str) -> None:
         super().__init__(registry, path=folder)  # type: ignore[no-untyped-call]
@@ -66,12 +66,13 @@ class _Collector(MultiProcessCollector):
 
     def collect(self) -> Any:
         while True:
-            with suppress(FileNotFoundError):  # a replica ended in between
-                return self.merge([str(path) for path in self._folder.glob("*/*.db") if _is_told(path)])  # type: ignore[no-untyped-call]
+            with suppress(FileNotFoundError):  # a replica ended meanwhile
+                return self.merge([str(path) for path in self._folder.glob("*/*.db") if _is_counted(path)])  # type: ignore[no-untyped-call]
 
 
-def _is_told(path: Path) -> bool:
-    """Counts of a process that has ended stay, or totals would fall; a gauge of what lives goes with it, and its file is removed."""
+def _is_counted(path: Path) -> bool:
+    """Whether a metrics file counts. Counters of an ended process stay, or totals would fall; its live gauges do not, and their file is
+    removed."""
     pid = path.stem.rpartition("_")[2]
     if not path.name.startswith("gauge_live") or not pid.isdigit() or psutil.pid_exists(int(pid)):
         return True
@@ -81,7 +82,7 @@ def _is_told(path: Path) -> bool:
 
 @contextmanager
 def serve_metrics(host: str, port: int) -> Iterator[NodeMetrics]:
-    """The page is up inside the block; port 0 takes any free one. Raises BadValue when the address cannot be had."""
+    """Serves the page inside the block; port 0 takes any free one. Raises BadValue if the address cannot be bound."""
     _remove_abandoned()
     with _own_folder() as (folder, lock):
         registry = CollectorRegistry()
@@ -104,13 +105,13 @@ def serve_metrics(host: str, port: int) -> Iterator[NodeMetrics]:
 
 @contextmanager
 def _own_folder() -> Iterator[tuple[str, int]]:
-    """A folder and its lock, removed on exit."""
+    """Yields a folder and its lock, and removes the folder on exit."""
     folder = tempfile.mkdtemp(prefix=_PREFIX)
     lock = os.open(f"{folder}/new-{_LOCK}", os.O_CREAT | os.O_RDWR, 0o600)
     try:
-        with suppress(OSError):  # a file system without locks: then nobody finds one, and nobody removes the folder
+        with suppress(OSError):  # a file system without locks: nobody finds the lock, so nobody removes the folder
             fcntl.flock(lock, fcntl.LOCK_EX)
-            os.rename(f"{folder}/new-{_LOCK}", f"{folder}/{_LOCK}")  # under this name nobody ever sees it unlocked
+            os.rename(f"{folder}/new-{_LOCK}", f"{folder}/{_LOCK}")  # renamed once it is locked, so that nobody sees the lock file unlocked
         yield folder, lock
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -119,15 +120,15 @@ def _own_folder() -> Iterator[tuple[str, int]]:
 
 
 def _remove_abandoned() -> None:
-    """Folders of nodes that were killed, once their last replica has ended."""
-    with suppress(OSError):  # a folder that may not be listed
+    """Removes the folders of killed nodes once their last replica has ended."""
+    with suppress(OSError):  # the folder may not be readable
         for path in Path(tempfile.gettempdir()).iterdir():
             if path.name.startswith(_PREFIX):
                 _remove_if_abandoned(path)
 
 
 def _remove_if_abandoned(folder: Path) -> None:
-    with suppress(OSError):  # it has no lock, or somebody holds that, or was faster
+    with suppress(OSError):  # it has no lock, or a process holds the lock, or another one was faster
         if folder.lstat().st_uid != os.getuid():
             return
         lock = os.open(folder / _LOCK, os.O_RDWR)
@@ -140,7 +141,8 @@ def _remove_if_abandoned(folder: Path) -> None:
 
 
 def _for_this_machine(page: WSGIApplication) -> WSGIApplication:
-    """A page that listens on loopback only is not read by a site whose name was made to resolve to it (DNS rebinding)."""
+    """Checks the Host header of a page that listens on loopback only, so that a site whose name resolves to this machine cannot read it
+    (DNS rebinding)."""
 
     def guarded(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         if names_loopback(environ.get("HTTP_HOST", "")):

@@ -1,4 +1,4 @@
-"""Where replicas and proxies are to run: pure functions from what is wanted and what is seen to what is assigned."""
+"""Placement of replicas and proxies: pure functions from the desired and the observed state to assignments."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from .restarts import ENDED_WELL
-from .state.beats import SILENT_AFTER_S, Beat
+from .state.beats import Beat, MemberState, NodeBeat, ProxyBeat, ReplicaBeat, living
 from .state.documents import Assignment, Backend, Desired, Observed
 from .state.resources import Room
 
@@ -15,62 +15,60 @@ Replicas = dict[str, Assignment]
 
 
 class Placement(NamedTuple):
-    """Who runs what from now on, and which backends find no room, with the reason."""
+    """Which node runs what from now on, and which backends find no room, with the reason."""
 
     replicas: Replicas
     unplaced: dict[str, str]
 
 
-def living(beats: Mapping[str, Beat], kind: str, now_ms: int) -> dict[str, Beat]:
-    """Members of a kind that beat lately, by id."""
-    return {
-        beat.id: beat
-        for beat in beats.values()
-        if beat.kind == kind and (now_ms - beat.at) < SILENT_AFTER_S * 1000 and beat.state != "failed"
-    }
-
-
 def without_seals(beats: Mapping[str, Beat]) -> list[str]:
-    """Proxies and replicas that send requests without a seal. One that died counts until its beat is dropped: it may be started again."""
-    senders = [beat for beat in beats.values() if beat.kind in ("proxy", "replica") and beat.state != "failed"]
-    return sorted(beat.id for beat in senders if not beat.seals)
+    """Names the proxies and replicas that send requests without a seal. A dead one counts until its beat is dropped, since it may be
+    started again."""
+    return sorted(beat.id for beat in _senders(beats) if not beat.seals and beat.state is not MemberState.FAILED)
+
+
+def _senders(beats: Mapping[str, Beat]) -> list[ProxyBeat | ReplicaBeat]:
+    return [beat for beat in beats.values() if isinstance(beat, ProxyBeat | ReplicaBeat)]
 
 
 def seal_problem(beats: Mapping[str, Beat], *, has_key: bool) -> str:
-    """Of an instance of which some have the key and some do not, or are of an earlier version; `has_key` is of its controller."""
+    """A sentence for operators if some members have the key and others do not, or are of an earlier version. `has_key` is the
+    controller's own."""
     without = [*([] if has_key else ["the controller"]), *without_seals(beats)]
-    if not without or not (has_key or any(beat.seals for beat in beats.values())):
+    if not without or not (has_key or any(beat.seals for beat in _senders(beats))):
         return ""
-    return f"replicas believe anybody's mq header until these are updated and have MQSERVE_SECRET_KEY: {', '.join(without)}"
+    return f"replicas accept mq headers without a seal until these are updated and have MQSERVE_SECRET_KEY: {', '.join(without)}"
 
 
 def somebody_is_missed(observed: Observed, beats: Mapping[str, Beat], now_ms: int) -> bool:
-    """Whether a member that ought to be there does not beat, or one that was there does not any more."""
+    """Whether a member that should be there does not beat, or one that was there no longer does."""
     assigned = {**observed.replicas, **observed.draining}
     nodes = {*observed.proxies, *(assignment.node for assignment in observed.replicas.values())}
     expected = {*(f"replica:{replica_id}" for replica_id in assigned), *(f"node:{node}" for node in nodes)}
-    expected |= {field for field, beat in beats.items() if beat.kind in ("node", "proxy", "replica") and beat.state != "failed"}
-    return any(field not in beats or now_ms - beats[field].at >= SILENT_AFTER_S * 1000 for field in expected)
+    members = [beat for beat in beats.values() if isinstance(beat, NodeBeat | ProxyBeat | ReplicaBeat)]
+    expected |= {beat.field for beat in members if beat.state is not MemberState.FAILED}
+    return any(field not in beats or not beats[field].is_recent(now_ms) for field in expected)
 
 
-def takers(beats: Mapping[str, Beat], now_ms: int) -> dict[str, Beat]:
-    """The nodes that take something new: those that drain do not."""
-    return {node: beat for node, beat in living(beats, "node", now_ms).items() if beat.state != "draining"}
+def takers(beats: Mapping[str, Beat], now_ms: int) -> dict[str, NodeBeat]:
+    """The nodes that accept new work: those that do not drain."""
+    return {node: beat for node, beat in living(beats, NodeBeat, now_ms).items() if beat.state is not MemberState.DRAINING}
 
 
 def ended_replicas(assigned: Mapping[str, Assignment], beats: Mapping[str, Beat], now_ms: int) -> dict[str, str]:
-    """Assigned replicas that are no more, or are about to go with their node -> how they ended: as their node says, or with it."""
-    nodes = living(beats, "node", now_ms)
+    """Returns assigned replicas that have ended, or are about to end with their node -> how they ended, as their node reports or because
+    it is gone."""
+    nodes = living(beats, NodeBeat, now_ms)
     ended: dict[str, str] = {}
     for replica_id, assignment in assigned.items():
         node = nodes.get(assignment.node)
-        if f"node:{assignment.node}" not in beats:  # it drained, and took its beat with it: one that dies leaves its last
+        if f"node:{assignment.node}" not in beats:  # a node that drained removed its beat; a node that died leaves its last one
             ended[replica_id] = ENDED_WELL
         elif node is None:
             ended[replica_id] = f"its node {assignment.node} is gone"
         elif replica_id in node.ended:
             ended[replica_id] = node.ended[replica_id]
-        elif node.state == "draining":
+        elif node.state is MemberState.DRAINING:
             ended[replica_id] = ENDED_WELL
     return ended
 
@@ -80,12 +78,12 @@ def place_replicas(
     assigned: Mapping[str, Assignment],
     draining: Mapping[str, Assignment],
     ready: Iterable[str],
-    nodes: Mapping[str, Beat],
+    nodes: Mapping[str, NodeBeat],
     may_start: Callable[[str], bool],
     new_id: Callable[[str], str],
 ) -> Placement:
-    """The assignment from now on; `draining` ones still take their room. Backends that are gone from `desired` keep theirs: see
-    `of_backends`."""
+    """Returns the new assignment. `draining` replicas still take their room. Replicas of backends that are gone from `desired` are kept:
+    see `of_backends`."""
     board = _Board(assigned, draining, nodes, frozenset(ready), new_id)
     unplaced: dict[str, str] = {}
     for backend in desired.backends.values():
@@ -96,11 +94,11 @@ def place_replicas(
 
 
 def _place_backend(backend: Backend, board: _Board, may_start: bool) -> str:
-    """One backend's step; the reason when it finds no room.
+    """Takes one backend's step; returns the reason if it finds no room.
 
-    A new version starts beside the old one, at most `max_surge` beyond what is wanted, and an old replica goes for each new
-    one that is ready: so a version that does not get ready stops there, and the old one serves on. Where there is no room
-    for a surge, one old replica drains first, if two or more serve.
+    A new version starts beside the old one, with at most `max_surge` replicas beyond the wanted number, and one old replica is stopped
+    for each new one that is ready. So a version that does not get ready stops there, and the old one serves on. If there is no room for a
+    surge, one old replica drains first, if two or more serve.
     """
     wanted = backend.config.num_replicas
     current, old = board.versions(backend)
@@ -115,22 +113,22 @@ def _place_backend(backend: Backend, board: _Board, may_start: bool) -> str:
         reason = board.start(backend)
         current, old = board.versions(backend)
     if reason and (board.is_draining(backend) or (old and board.is_starting(current))):
-        return ""  # a step of the roll-out is under way, and makes room for the next: that is no problem to report
+        return ""  # a step of the roll-out is under way and will make room for the next, so there is nothing to report
     serving = [replica_id for replica_id in old if replica_id in board.ready]
     if reason and len(serving) + len(ready_now) >= 2 and serving:
-        board.drop(serving[:1])  # the next comparison finds its room
+        board.drop(serving[:1])  # the next comparison uses its room
         return ""
     return reason
 
 
 class _Board:
-    """The assignment being made, with what is left on each node."""
+    """The assignment in the making, with the room left on each node."""
 
     def __init__(
         self,
         assigned: Mapping[str, Assignment],
         draining: Mapping[str, Assignment],
-        nodes: Mapping[str, Beat],
+        nodes: Mapping[str, NodeBeat],
         ready: frozenset[str],
         new_id: Callable[[str], str],
     ) -> None:
@@ -146,7 +144,7 @@ class _Board:
                 self._rooms[assignment.node].take(assignment.demand, assignment.gpus)
 
     def versions(self, backend: Backend) -> tuple[list[str], list[str]]:
-        """Its replicas of the current version, and the older ones."""
+        """Returns the backend's replicas of the current version, and the older ones."""
         mine = [replica_id for replica_id, assignment in self.replicas.items() if assignment.backend == backend.name]
         current = [replica_id for replica_id in mine if self.replicas[replica_id].version == backend.version]
         return current, [replica_id for replica_id in mine if replica_id not in current]
@@ -158,12 +156,13 @@ class _Board:
         return any(assignment.backend == backend.name for assignment in self._draining.values())
 
     def start(self, backend: Backend) -> str:
-        """On the node with the fewest replicas of those with room; a replica is never split. The reason where none has."""
+        """Starts a replica on the node with the fewest replicas among those with room; a replica is never split. Returns the reason if no
+        node has room."""
         demand = backend.options.demand
         fitting = {node: gpus for node, room in self._rooms.items() if (gpus := room.fit(demand)) is not None}
         if not fitting:
             if not self._rooms:
-                return "no node is there to run it: start one with `mqserve node`"
+                return "there is no node to run it: start one with `mqserve node`"
             return f"Cannot scale backend {backend.name!r}: a replica needs {demand}, and no node has that much left"
         node = min(fitting, key=lambda node: (self._load[node], node))
         self._load[node] += 1
@@ -172,19 +171,19 @@ class _Board:
         return ""
 
     def drop(self, replica_ids: Iterable[str]) -> None:
-        """Their room is free only once they are gone, at a later comparison."""
+        """Drops replicas. Their room is free only once they are gone, at a later comparison."""
         for replica_id in replica_ids:
             del self.replicas[replica_id]
 
 
 def of_backends(replicas: Replicas, names: Iterable[str]) -> Replicas:
-    """Those of `names`: a backend that was deleted keeps its replicas until its queue is drained."""
+    """Returns the replicas of `names`: a deleted backend keeps its replicas until its queue is drained."""
     kept = set(names)
     return {replica_id: assignment for replica_id, assignment in replicas.items() if assignment.backend in kept}
 
 
-def place_proxies(desired: Desired, nodes: Mapping[str, Beat]) -> tuple[str, ...]:
-    """The nodes that are to run a proxy, by the instance's location."""
+def place_proxies(desired: Desired, nodes: Mapping[str, NodeBeat]) -> tuple[str, ...]:
+    """Returns the nodes that are to run a proxy, by the instance's location option."""
     takers = sorted(node for node, beat in nodes.items() if beat.takes_proxy)
     match desired.http.location:
         case "EveryNode":

@@ -1,4 +1,4 @@
-"""Children as processes: started by command line, each in a session of its own, each holding a pipe to its parent."""
+"""Children as processes: started by command line, each in a session of its own, each with a pipe to its parent."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..broker.settings import PREFIX, Settings
 from .detached_log import PATH_VARIABLE, detached_log, open_log
 from .node import Share
 
-# Nothing else is inherited: what a flag said must not be unsaid by a variable that only the parent was meant to read.
+# No other variable is inherited: a variable that only the parent was meant to read must not override a flag.
 _INHERITED = {
     PREFIX + name for name in ("VERBOSE", "ENVIRONMENTS", "NUM_CPUS", "NUM_GPUS", "RESOURCES", "METRICS_HOST", "METRICS_PORT", "CODE_CACHE")
 }
@@ -30,10 +30,16 @@ _INHERITED |= {"MQSERVE_INSECURE", PATH_VARIABLE}
 
 
 class Process:
-    """One child process. Implements `Child`; the pipe's other end lives as long as this process does."""
+    """One child process. Implements `Child`. Our end of its pipe lives as long as this process does."""
 
-    def __init__(
-        self,
+    def __init__(self, arguments: Sequence[str], popen: subprocess.Popen[bytes], writing: io.FileIO | None) -> None:
+        self._arguments = arguments
+        self._popen = popen
+        self._writing = writing
+
+    @classmethod
+    def start(
+        cls,
         arguments: Sequence[str],
         settings: Settings,
         *,
@@ -41,30 +47,30 @@ class Process:
         python: str = sys.executable,
         variables: Mapping[str, str] = {},
         hands_on: Sequence[int] = (),
-    ) -> None:
-        self._arguments = arguments
+    ) -> Process:
+        """Raises OSError where the system starts no more processes."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX) or name in _INHERITED}
         environment = {**inherited, **settings.to_env(), **variables, "PYTHONPATH": _import_path()}
-        reading: io.FileIO | None = None
-        self._writing: io.FileIO | None = None
+        reading = writing = None
         if not detached:
-            reading, self._writing = forks.guarded_pipe()
+            reading, writing = forks.guarded_pipe()
             environment[PIPE_VARIABLE] = str(reading.fileno())
         output = _detached_output(settings.namespace, environment) if detached else None
         try:
-            self._popen = subprocess.Popen(
+            popen = subprocess.Popen(
                 [python, "-m", "mqserve", *arguments], env=environment, pass_fds=(*hands_on, *((reading.fileno(),) if reading else ())),
                 start_new_session=True, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
             )  # fmt: skip
         except BaseException:
-            if self._writing:
-                self._writing.close()
+            if writing:
+                writing.close()
             raise
         finally:
             if output is not None and output >= 0:
                 os.close(output)
             if reading:
                 reading.close()
+        return cls(arguments, popen, writing)
 
     def __repr__(self) -> str:
         return f"<Process {self.pid} mqserve {' '.join(self._arguments)}, {self._popen.returncode}>"
@@ -87,15 +93,16 @@ class Process:
 
         def reap() -> None:
             code = self._reap()
-            with suppress(RuntimeError):  # the loop may be gone by then
+            with suppress(RuntimeError):  # the loop may be closed by then
                 loop.call_soon_threadsafe(tell, code)
 
         threading.Thread(target=reap, name=f"wait for {self.pid}", daemon=True).start()
         return _how_it_ended(await ended)
 
     def _reap(self) -> int:
-        """Its exit code. Whatever it started and left behind in its session is killed first: until it is reaped its number is its own."""
-        with suppress(ChildProcessError, ProcessLookupError, PermissionError):  # the first: somebody polled meanwhile
+        """Waits for the child and returns its exit code. Before reaping it, kills what it left behind in its session: until then its pid,
+        and so the session's number, cannot be reused."""
+        with suppress(ChildProcessError, ProcessLookupError, PermissionError):  # ChildProcessError: another thread has polled it meanwhile
             os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
             os.killpg(self.pid, signal.SIGKILL)
         return self._wait()
@@ -107,7 +114,7 @@ class Process:
         return code
 
     def disown(self) -> None:
-        """It is nobody's business here how it ends; but it is reaped then, or it would stay a zombie as long as this process lives."""
+        """Stops watching how it ends, but still reaps it: otherwise it would be a zombie for as long as this process lives."""
         threading.Thread(target=self._wait, name=f"reap {self.pid}", daemon=True).start()
 
     def stop(self) -> None:
@@ -116,7 +123,7 @@ class Process:
                 os.kill(self.pid, signal.SIGTERM)
 
     def kill(self) -> None:
-        """The child and whatever it started: the session is its own."""
+        """Kills the child and everything that it started: the session is its own."""
         if self._popen.returncode is None:
             with suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
@@ -125,18 +132,18 @@ class Process:
 def _how_it_ended(code: int) -> str:
     if code >= 0:
         return f"exit code {code}" if code else ""
-    if -code in (signal.SIGTERM, signal.SIGINT):  # it was told to end before it could listen
+    if -code in (signal.SIGTERM, signal.SIGINT):  # it was told to end before it had a signal handler
         return ""
     try:
         return f"killed by {signal.Signals(-code).name}"
-    except ValueError:  # a real-time signal has no name
+    except ValueError:  # real-time signals have no name
         return f"killed by signal {-code}"
 
 
 class ProcessLauncher:
-    """Implements `Launcher`. Holds the socket on which its proxies listen: while one follows another, connections wait in it.
+    """Implements `Launcher`. It holds the socket on which its proxies listen: while one follows another, connections wait in it.
 
-    `held_by_replicas`: descriptors that each replica inherits and holds until it ends.
+    `held_by_replicas` are descriptors that each replica inherits and holds until it ends.
     """
 
     def __init__(self, settings: Settings, held_by_replicas: Sequence[int] = ()) -> None:
@@ -148,15 +155,15 @@ class ProcessLauncher:
     def replica(self, backend: str, replica_id: str, node: str, share: Share) -> Process:
         arguments = ["replica", backend, "--replica-id", replica_id, "--node-id", node]
         settings, held = self._settings.for_replica(), self._held_by_replicas
-        return Process(arguments, settings, python=share.python, variables=share.environment, hands_on=held)
+        return Process.start(arguments, settings, python=share.python, variables=share.environment, hands_on=held)
 
     def proxy(self, proxy_id: str, host: str, port: int, node: str) -> Process:
         arguments = ["proxy", "--host", host, "--port", str(port), "--proxy-id", proxy_id, "--node-id", node]
         listener = self._listen(host, port)
-        if listener is None:  # it fails at the same, and says why where failed proxies do
-            return Process(arguments, self._settings.for_proxy())
+        if listener is None:  # the proxy fails at the same address, and reports why in the usual place
+            return Process.start(arguments, self._settings.for_proxy())
         fd = listener.fileno()
-        return Process([*arguments, "--fd", str(fd)], self._settings.for_proxy(), hands_on=(fd,))
+        return Process.start([*arguments, "--fd", str(fd)], self._settings.for_proxy(), hands_on=(fd,))
 
     def stop_listening(self) -> None:
         if self._listener is not None:
@@ -172,7 +179,8 @@ class ProcessLauncher:
 
 
 def _detached_output(namespace: str, environment: dict[str, str]) -> int:
-    """Where an instance without a terminal says what goes wrong. Its starter's own output would never end for whoever reads it."""
+    """Returns the output for an instance without a terminal: its log file. The starter's own output would keep a pipe open, and its
+    reader would never see the end."""
     path = detached_log(namespace)
     try:
         output = open_log(path)
@@ -183,7 +191,8 @@ def _detached_output(namespace: str, environment: dict[str, str]) -> int:
 
 
 def _import_path() -> str:
-    """What this process can import, its children can: the folder of the user's file is on `sys.path` only here."""
+    """The children's PYTHONPATH: they must be able to import what this process can, and the folder of the user's file is on `sys.path`
+    only here."""
     own = {sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     own |= {path for path in sys.path if path.endswith((".zip", "lib-dynload"))}
     wanted = [path for path in [*sys.path, *os.environ.get("PYTHONPATH", "").split(os.pathsep)] if path and path not in own]

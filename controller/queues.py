@@ -1,4 +1,4 @@
-"""The queues of the backends: the current generation is declared, older ones are drained and deleted once nobody holds them."""
+"""The queues of the backends: declares the current generation, drains older ones, and deletes them once no replica holds their messages."""
 
 from __future__ import annotations
 
@@ -14,69 +14,75 @@ import msgspec
 
 from ..broker.errors import BrokerUnavailable, MQServeError, QueueMismatch, StoreUnavailable
 from ..broker.queue import Queue
-from . import lease, plan
+from . import lease
 from .restarts import Restarts
-from .state.beats import Beat
+from .state.beats import Beat, MemberState, NodeBeat, ReplicaBeat, living
 from .state.documents import Backend, Desired, Observed
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 DECLARE_AGAIN_S = 15.0  # a broker may come back empty
-LOOKED_FOR = 3  # generations before the current one, of which the last leader may have known
-REPORTED_REFUSALS = 3  # in a row: queues that an earlier instance left behind cost one or two, and are no problem to report
+LOOKED_FOR = 3  # generations before the current one that are looked for, since the last leader may have known them
+REFUSAL_S = 1.0  # time that replicas get to refuse what waits in a queue that is deleted
+REPORTED_REFUSALS = 3  # in a row: queues that an earlier instance left behind cost one or two, which is no problem to report
 
 
 class WhileLeading(Protocol):
-    """Runs what the broker cannot fence, for as long as its leader leads. Raises NotLeading."""
+    """Runs an operation that the broker cannot fence, for as long as its leader leads. Raises NotLeading."""
 
     async def __call__(self, act: Callable[[], Awaitable[T]]) -> T: ...
 
 
 class Queues:
-    """What one leader remembers of them from one comparison to the next. `next_generation(name, generation)` makes one in the desired
-    document, where a queue of the current one cannot be had."""
+    """A leader's memory of the queues between comparisons. `next_generation(name, generation)` increments the generation in the desired
+    document if the current queue cannot be declared."""
 
     def __init__(self, queue: Queue, while_leading: WhileLeading, next_generation: Callable[[str, int], Awaitable[None]]) -> None:
         self._queue = queue
         self._while_leading = while_leading
         self._next_generation = next_generation
-        self._declared: dict[tuple[str, int, int | None], float] = {}  # when, in monotonic seconds
+        self._declared: dict[tuple[str, int, int | None], float] = {}  # monotonic time of the declaration
         self._unbound: set[tuple[str, int]] = set()
-        self._refusals: dict[str, Restarts] = defaultdict(Restarts)  # of declarations, by backend
-        self._left_behind: dict[str, set[int]] = {}  # generations by backend, until the observed document has them, or they are gone
+        self._forced_since: dict[str, float] = {}  # backend that was deleted by force -> monotonic time of the deletion
+        self._refusals: dict[str, Restarts] = defaultdict(Restarts)  # refused declarations, by backend
+        self._left_behind: dict[str, set[int]] = {}  # backend -> generations, until the observed document has them or they are gone
 
     def __repr__(self) -> str:
         return f"<Queues, {len(self._declared)} declared>"
 
     async def keep(self, desired: Desired, observed: Observed, beats: Mapping[str, Beat], now_ms: int) -> Observed:
-        """Declares current generations, moves old ones from `queues` to `retiring` once they are empty, and deletes those."""
+        """Declares current generations, moves old ones from `queues` to `retiring` once they are empty, and deletes those; at the end of an
+        instance that keeps its queues only those that are empty."""
         queues = {name: list(generations) for name, generations in observed.queues.items()}
         retiring = {name: list(generations) for name, generations in observed.retiring.items()}
         self._find_left_behind(desired, observed)
         for name, backend in () if desired.closing else desired.backends.items():
             if await self._try_to_declare(name, backend):
-                if backend.generation in retiring.get(name, []):  # of a backend that was deleted, and is there again
+                if backend.generation in retiring.get(name, []):  # the backend was deleted and created again
                     retiring[name].remove(backend.generation)
                 older = [*queues.get(name, ()), *sorted(self._left_behind[name])]
                 queues[name] = [*(kept for kept in dict.fromkeys(older) if kept != backend.generation), backend.generation]
         for name in list(queues):
             current = desired.backends[name].generation if name in desired.backends and not desired.closing else 0
             for generation in [kept for kept in queues[name] if kept != current]:
-                if await self._is_drained(name, generation, beats, now_ms) or name in desired.forced:
+                if await self._is_drained(name, generation, beats, now_ms) or self._is_forced(name, desired):
                     queues[name].remove(generation)
                     retiring.setdefault(name, []).append(generation)
         for name in list(retiring):
             for generation in list(retiring[name]):
                 if name not in desired.forced and _is_held(name, generation, beats, now_ms):
                     continue
-                keep_content = name in desired.backends and not desired.closing
-                delete = partial(self._queue.delete, name, generation, only_if_empty=keep_content)
-                if await self._while_leading(delete):
+                is_served_on = name in desired.backends and not desired.closing
+                keep_content = is_served_on or (desired.closing and desired.keeps_queues)
+                delete = partial(self._queue.delete, name, generation)
+                if await self._while_leading(partial(delete, only_if_empty=keep_content)):
+                    if keep_content and not is_served_on:
+                        await self._while_leading(partial(delete, only_if_empty=False))  # the backend, and its empty dead letters
                     self._forget_declared(name, generation)
                     self._unbound.discard((name, generation))
                     self._left_behind.get(name, set()).discard(generation)
-                else:  # a replica died and its messages came back
+                elif is_served_on:  # a replica died and its messages were requeued
                     queues.setdefault(name, []).insert(0, generation)
                 retiring[name].remove(generation)
         self._refusals = defaultdict(Restarts, {name: kept for name, kept in self._refusals.items() if name in desired.backends})
@@ -89,7 +95,8 @@ class Queues:
         )
 
     def _find_left_behind(self, desired: Desired, observed: Observed) -> None:
-        """Queues that the document does not name: of an earlier instance, with other arguments, or of a leader that could not write."""
+        """Notes earlier generations that the document does not name: an earlier instance's, with other arguments, or those of a leader
+        that could not write."""
         self._left_behind = {
             name: self._left_behind.get(name, set(range(max(1, backend.generation - LOOKED_FOR), backend.generation)))
             - {*observed.queues.get(name, ()), *observed.retiring.get(name, ())}
@@ -97,7 +104,8 @@ class Queues:
         }
 
     async def _try_to_declare(self, name: str, backend: Backend) -> bool:
-        """Whether the current generation is there. A refused one is tried again after growing pauses, and keeps no other one waiting."""
+        """Whether the current generation is declared. A refused declaration is retried after growing pauses, and does not keep other
+        backends waiting."""
         refusals = self._refusals[name]
         if time.monotonic() < refusals.not_before:
             return False
@@ -109,7 +117,7 @@ class Queues:
             refusals.died_early(time.monotonic(), str(error))
             logger.warning("the queue of %s was refused, and is tried again: %s", name, error)
             if isinstance(error, QueueMismatch):
-                # One of an earlier instance, with other arguments: a new generation, and the old one is drained like any other.
+                # The queue is an earlier instance's, with other arguments: take a new generation, and drain the old one as usual.
                 self._left_behind[name].add(backend.generation)
                 await self._next_generation(name, backend.generation)
             return False
@@ -124,22 +132,28 @@ class Queues:
         self._unbound.discard((name, generation))
 
     def _forget_declared(self, name: str, generation: int) -> None:
-        """A backend that is created again wants its queue bound again."""
+        """Makes the queue be declared and bound again, since a backend may be created again under the same name."""
         self._declared = {known: at for known, at in self._declared.items() if known[:2] != (name, generation)}
 
+    def _is_forced(self, name: str, desired: Desired) -> bool:
+        """Whether what waits there goes, of a backend that was deleted by force. Its replicas refuse it first, if they can."""
+        self._forced_since = {forced: self._forced_since.get(forced, time.monotonic()) for forced in desired.forced}
+        return time.monotonic() > self._forced_since.get(name, math.inf) + REFUSAL_S
+
     async def _is_drained(self, name: str, generation: int, beats: Mapping[str, Beat], now_ms: int) -> bool:
-        """Nothing new arrives and nothing waits there; without a ready replica nobody would ever empty it."""
+        """Whether the queue is unbound and empty. Without a ready replica it counts as drained, since nobody would ever empty it."""
         if (name, generation) not in self._unbound:
             self._forget_declared(name, generation)
             await self._while_leading(lambda: self._queue.unbind(name, generation))
             self._unbound.add((name, generation))
         if not await self._while_leading(lambda: self._queue.depth(name, generation)):
             return True
-        return not any(beat.state == "ready" and beat.backend == name for beat in plan.living(beats, "replica", now_ms).values())
+        return not any(beat.state is MemberState.READY and beat.backend == name for beat in living(beats, ReplicaBeat, now_ms).values())
 
 
 def _is_held(name: str, generation: int, beats: Mapping[str, Beat], now_ms: int) -> bool:
-    """By a replica that lives: the last beat of a killed one still looks fresh for a while, but its node knows better."""
-    ended = {replica_id for node in plan.living(beats, "node", now_ms).values() for replica_id in node.ended}
-    living = plan.living(beats, "replica", now_ms).values()
-    return any(beat.backend == name and generation in beat.generations and beat.id not in ended for beat in living)
+    """Whether a living replica holds messages of the queue. The last beat of a killed replica looks fresh for a while, so its node's
+    report counts, too."""
+    ended = {replica_id for node in living(beats, NodeBeat, now_ms).values() for replica_id in node.ended}
+    alive = living(beats, ReplicaBeat, now_ms).values()
+    return any(beat.backend == name and generation in beat.generations and beat.id not in ended for beat in alive)

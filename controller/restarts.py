@@ -1,21 +1,21 @@
-"""When a dead replica may be replaced: at once if it had been ready, with growing pauses if it never was."""
+"""When a dead replica may be replaced: at once if it had been ready, else after growing pauses."""
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
 
-ENDED_WELL = "ended by itself"  # drained, as a replica does when somebody sends it SIGTERM: no failure of its code
+ENDED_WELL = "ended by itself"  # a replica that drained because somebody sent it SIGTERM: no failure of its code
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 60.0
 READY_AFTER_S = 5.0
-AT_ONCE_LIMIT = 20  # replacements at once within AT_ONCE_WINDOW_S; beyond that even a ready one waits
+AT_ONCE_LIMIT = 20  # immediate replacements within AT_ONCE_WINDOW_S; beyond that a ready one waits, too
 AT_ONCE_WINDOW_S = 30.0
 
 
 @dataclass
 class Restarts:
-    """One record of deaths; times are monotonic seconds."""
+    """The record of one version's deaths; times are monotonic seconds."""
 
     longest_pause_s: float = LONGEST_PAUSE_S
     early_deaths: int = 0
@@ -29,7 +29,7 @@ class Restarts:
         self.reason = reason
 
     def died(self, now: float, reason: str, *, lived_s: float) -> None:
-        """Of one that does not say when it is ready: whoever lived for a while had been."""
+        """Notes the death of a process that does not report when it is ready: one that lived for READY_AFTER_S counts as ready."""
         if lived_s > READY_AFTER_S:
             self.got_ready()
             self.died_ready(now)

@@ -33,15 +33,25 @@ from .client.api import (
 )
 from .broker.errors import (
     BackendFailed,
+    BackendGone,
+    BadEnvelope,
+    BadSignature,
+    BadType,
+    BadValue,
     BrokerUnavailable,
     Cancelled,
+    InstanceEnded,
     InstanceError,
     MQServeError,
+    NoReplica,
     NotEncodable,
+    NotRouted,
     Overloaded,
     RemoteError,
     RequestTimeout,
     StoreUnavailable,
+    TooLarge,
+    UnknownBackend,
     UnknownEndpoint,
 )
 from .client.client import Client
@@ -50,9 +60,10 @@ from .client.declared import endpoint
 from .client import travelling  # noqa: F401  # says how clients and handles pickle
 from .client.futures import Future, get, wait
 from .client.handle import AsyncHandle, Handle
-from .replicas.batching import accept_batch, batch
+from .replicas.batching import BadBatch, accept_batch, batch
 from .replicas.context import ReplicaContext, cancelled, get_current_backend_tag, get_current_replica_tag, get_replica_context
-from .replicas.requests import Request, ServeRequest
+from .replicas.handler import NoSuchMethod
+from .replicas.requests import BadBody, Request, ServeRequest
 
 __version__ = "0.1.0"
 
@@ -60,15 +71,26 @@ __all__ = [
     "AsyncHandle",
     "BackendConfig",
     "BackendFailed",
+    "BackendGone",
+    "BadBatch",
+    "BadBody",
+    "BadEnvelope",
+    "BadSignature",
+    "BadType",
+    "BadValue",
     "BrokerUnavailable",
     "Cancelled",
     "Client",
     "Future",
     "HTTPException",
     "Handle",
+    "InstanceEnded",
     "InstanceError",
     "MQServeError",
+    "NoReplica",
+    "NoSuchMethod",
     "NotEncodable",
+    "NotRouted",
     "Overloaded",
     "RemoteError",
     "ReplicaContext",
@@ -76,6 +98,8 @@ __all__ = [
     "RequestTimeout",
     "ServeRequest",
     "StoreUnavailable",
+    "TooLarge",
+    "UnknownBackend",
     "UnknownEndpoint",
     "accept_batch",
     "batch",

@@ -1,4 +1,4 @@
-"""The one place that chooses between the embedded and the distributed form: which queue, which store, which launcher."""
+"""Opens queue, store and launcher. This is the only module that chooses between the embedded and the distributed form."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Connections:
-    """One process's ways to the broker and the store."""
+    """One process's connections to the broker and the store."""
 
     settings: Settings
     queue: Queue
@@ -42,7 +42,7 @@ class Connections:
 
 @asynccontextmanager
 async def open_connections(settings: Settings, role: str, *, broker_may_be_away: bool = False) -> AsyncIterator[Connections]:
-    """Connected, or BrokerUnavailable or StoreUnavailable within ten seconds; closed on exit."""
+    """Yields open connections, or raises BrokerUnavailable or StoreUnavailable within ten seconds; closes them on exit."""
     process_id = f"{role}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
     keys = StoreKeys(settings.namespace)
     if settings.embedded:
@@ -58,7 +58,7 @@ async def open_connections(settings: Settings, role: str, *, broker_may_be_away:
 
 
 async def instance_has_ended(connections: Connections, instance: str) -> bool:
-    """Whether somebody shut it down; a store that is away does not end it."""
+    """Whether the instance was shut down. A store that is away does not count as that."""
     try:
         return await lease.has_ended(connections.store, connections.keys, instance)
     except MQServeError:
@@ -66,7 +66,7 @@ async def instance_has_ended(connections: Connections, instance: str) -> bool:
 
 
 class TaskChild:
-    """A replica or proxy inside this process. Implements `Child`; what cannot be killed is abandoned."""
+    """A replica or proxy inside this process. Implements `Child`. It cannot be killed, so a stuck one is abandoned."""
 
     def __init__(self, run: asyncio.Task[None], stop: Stop) -> None:
         self._run = run
@@ -96,7 +96,7 @@ class TaskChild:
 
 
 class EmbeddedLauncher:
-    """Implements `Launcher`: children share this process's queue and store, each replica has a thread of its own."""
+    """Implements `Launcher`: children share this process's queue and store, and each replica has a thread of its own."""
 
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
@@ -113,4 +113,4 @@ class EmbeddedLauncher:
         return TaskChild(asyncio.create_task(proxy.run(self._connections.queue, stop), name=proxy_id), stop)
 
     def stop_listening(self) -> None:
-        """A proxy in here binds its own socket: one that ends takes the others with it."""
+        """Does nothing: a proxy in this process binds its own socket."""

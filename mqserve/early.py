@@ -1,6 +1,6 @@
-"""Ctrl-C while the command line imports, which takes half a second: it ends at once, instead of showing where it was.
+"""Handles Ctrl-C while the command line imports, which takes half a second: the process ends at once, without a traceback.
 
-Imported before all else. In other programs it does nothing.
+It is imported before all else. In other programs it does nothing.
 """
 
 import os

@@ -1,1 +1,1 @@
-"""HTTP in, envelope out; future in, HTTP out."""
+"""The HTTP server: a request becomes an envelope, and the result of its future becomes a response."""

@@ -1,4 +1,5 @@
-"""Clients that go away before their answer: noticed without a task for each request, since most are answered before it matters."""
+"""Notices clients that disconnect before their answer. A request gets a task for that only once it has waited a while, since most
+requests are answered before."""
 
 from __future__ import annotations
 
@@ -20,40 +21,42 @@ _LOOK_EVERY_S = 0.05
 
 
 class Departures:
-    """The open requests of a proxy; `on_departure(request_id)` is called for one whose client has gone."""
+    """The open requests of a proxy. Calls `on_departure(request_id)` when the client of a request has disconnected."""
 
     def __init__(self, on_departure: Callable[[str], None]) -> None:
         self._on_departure = on_departure
-        self._young: dict[str, tuple[Receive, float]] = {}  # in order of arrival
+        # requests without a watching task yet: id -> (receive, time of arrival), oldest first
+        self._unwatched: dict[str, tuple[Receive, float]] = {}
         self._watching: dict[str, asyncio.Task[None]] = {}
 
     def __repr__(self) -> str:
-        return f"<Departures, {len(self._young)} young, {len(self._watching)} watched>"
+        return f"<Departures, {len(self._unwatched)} unwatched, {len(self._watching)} watched>"
 
     def expect(self, request_id: str, receive: Receive) -> None:
-        self._young[request_id] = (receive, time.monotonic())
+        self._unwatched[request_id] = (receive, time.monotonic())
 
     def forget(self, request_id: str) -> None:
-        if self._young.pop(request_id, None) is None and (watching := self._watching.pop(request_id, None)) is not None:
+        if self._unwatched.pop(request_id, None) is None and (watching := self._watching.pop(request_id, None)) is not None:
             watching.cancel()
 
     async def watch_forever(self) -> None:
-        """Until cancelled; owns the tasks that wait for a client's end, each for a request that has waited a while already."""
+        """Runs until cancelled. It starts and owns the tasks that wait for a disconnect, one for each request that has waited for
+        WATCHED_AFTER_S."""
         async with asyncio.TaskGroup() as tasks:
             while True:
                 await asyncio.sleep(_LOOK_EVERY_S)
-                grown_up = time.monotonic() - WATCHED_AFTER_S
-                for request_id, (receive, since) in list(self._young.items()):
-                    if since > grown_up:
+                due = time.monotonic() - WATCHED_AFTER_S
+                for request_id, (receive, since) in list(self._unwatched.items()):
+                    if since > due:
                         break
-                    del self._young[request_id]
+                    del self._unwatched[request_id]
                     self._watching[request_id] = tasks.create_task(self._watch(request_id, receive))
 
     async def _watch(self, request_id: str, receive: Receive) -> None:
         try:
             while (await receive())["type"] != "http.disconnect":
-                await asyncio.sleep(_LOOK_EVERY_S)  # a middleware may hand out the body again and again
-        except (Exception, *LEAVING) as error:  # a middleware's own: the request goes on unwatched
+                await asyncio.sleep(_LOOK_EVERY_S)  # a middleware may return the body again and again
+        except (Exception, *LEAVING) as error:  # an error of a middleware: the request goes on unwatched
             logger.warning("cannot tell whether the client of request %s goes away: %s", request_id, printable(message_of(error)))
             return
         self._watching.pop(request_id, None)

@@ -1,8 +1,8 @@
-"""Clients that close their side after a request and still wait for the answer, as `nc -N` and old clients do.
+"""Clients that close their side after the request and still wait for the answer, as `nc -N` and old clients do.
 
-TCP does not tell them from clients that have gone: both have sent a FIN. A write does: the host of a closed socket answers it with a reset,
-and the next write fails. So a client that waits in this way is sent the beginning of its answer, byte by byte, ahead of the rest. All
-answers begin alike.
+TCP does not tell them from clients that have gone: both have sent a FIN. A write tells: the host of a closed socket answers with a reset,
+and the next write fails. So such a client is sent the first bytes of its answer, one at a time, ahead of the rest. All answers begin with
+the same bytes.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import Any
 
 BEGINNING = b"HTTP/1.1 "
 FIRST_S = 0.1
-FACTOR = 3  # by which pauses grow: the nine bytes last for a quarter of an hour
+FACTOR = 3  # the pauses grow by this factor: nine bytes last for a quarter of an hour
 
 
 class HalfClosed:
-    """The transport to such a client. After `watch`, the next `write` must be that of the beginning of an answer."""
+    """The transport to a half-closed client. After `watch`, the next `write` must start with the beginning of an answer."""
 
     def __init__(self, transport: Transport, loop: AbstractEventLoop) -> None:
         self._transport = transport
         self._loop = loop
-        self._ahead = 0  # bytes of the next answer that are written
+        self._ahead = 0  # bytes of the next answer that are already written
         self._timer: TimerHandle | None = None
 
     def __repr__(self) -> str:
@@ -32,7 +32,7 @@ class HalfClosed:
         return getattr(self._transport, name)
 
     def watch(self, pause_s: float = FIRST_S) -> None:
-        """Sends a byte of the next answer now and then, until that is written or the transport closes."""
+        """Sends one byte of the next answer after each pause, until the answer is written or the transport closes."""
         self.stop()
         self._timer = self._loop.call_later(pause_s, self._probe, pause_s)
 

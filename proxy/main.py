@@ -31,7 +31,7 @@ from ..broker.settings import Settings
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
 from ..broker.values import code
-from ..controller.state.beats import BEAT_EVERY_S, PROXY_DRAIN_S, Beat
+from ..controller.state.beats import BEAT_EVERY_S, PROXY_DRAIN_S, MemberState, ProxyBeat
 from ..controller.state.convertors import Convertors
 from ..controller.state.documents import Desired, Observed
 from ..controller.state.following import follow_state
@@ -44,15 +44,16 @@ from .routes import RouteTable
 logger = logging.getLogger(__name__)
 
 FAILED_EXIT = 3
-KEEP_ALIVE_S = 75  # longer than servers in front keep theirs (60 s is usual): else they send just when we close, and tell of a bad gateway
-LAST_ANSWERS_S = 2.0  # a connection that is idle this long when a proxy ends is closed
+# longer than a load balancer keeps its connections (usually 60 s): otherwise it may send just when we close, and report a bad gateway
+KEEP_ALIVE_S = 75
+LAST_ANSWERS_S = 2.0  # a connection that is idle for this long while a proxy ends is closed
 
 
 @dataclass(frozen=True, slots=True)
 class ProxyOptions:
-    """Which proxy this is and where it listens. External: started by hand, and so neither counted nor stopped.
+    """Which proxy this is and where it listens. An external proxy was started by hand, so it is neither counted nor stopped.
 
-    `fd`: the listening socket of the node, which stays open while one proxy follows another; without it the proxy binds its own.
+    `fd` is the node's listening socket, which stays open while one proxy follows another; without it the proxy binds its own.
     """
 
     proxy_id: str
@@ -65,7 +66,7 @@ class ProxyOptions:
 
 
 async def main(settings: Settings, options: ProxyOptions) -> int:
-    """A proxy as a process; the exit code."""
+    """Runs a proxy as a process; returns the exit code."""
     stop = stop_event()
     async with open_redis(settings.store_url, settings.namespace) as store:
         proxy = Proxy(settings, options, store)
@@ -88,7 +89,7 @@ class Proxy:
         self._options = options
         self._store = store
         self._keys = StoreKeys(settings.namespace)
-        self._state = "starting"
+        self._state = MemberState.STARTING
         self._error = ""
         field = f"proxy:{options.proxy_id}"
         self._presence = Presence(store, self._keys.beats, field, lambda: self._beat().to_bytes(), BEAT_EVERY_S)
@@ -98,7 +99,7 @@ class Proxy:
         self._readiness = Readiness(store)
         self._middlewares = ""
         self._convertors = Convertors(store, self._keys, settings.signer)
-        self._refuses, self._refused = (0, 0), ""  # a version that cannot be followed, and why
+        self._refuses, self._refused = (0, 0), ""  # the version that this proxy cannot follow, and why
         self._address: tuple[str, int] = (options.host, options.port)
 
     def __repr__(self) -> str:
@@ -112,7 +113,8 @@ class Proxy:
     async def run(self, queue: Queue, stop: Stop) -> None:
         """Serves until `stop` is set, then drains.
 
-        Raises BadValue when it cannot listen and BackendFailed when it cannot make what it is to serve; the reason stands in the store too.
+        Raises BadValue if it cannot listen, and BackendFailed if it cannot build its routes, convertors or middlewares; its last beat
+        carries the reason, too.
         """
         self._queue = queue
         sender = RequestSender(queue, self._store, self._keys, self._options.proxy_id)
@@ -124,24 +126,25 @@ class Proxy:
                     self._address = (self._options.host, listener.getsockname()[1])
                     await self._serve(listener, sender, queue, stop)
             except MQServeError as error:
-                self._state, self._error = "failed", str(error)
+                self._state, self._error = MemberState.FAILED, str(error)
                 failure = error
             finally:
-                await self._tell_of_the_rest(sender)
-                await self._presence.leave(with_last_words=self._state == "failed")
+                await self._cancel_unanswered(sender)
+                await self._presence.leave(with_last_words=self._state is MemberState.FAILED)
                 beating.cancel()
                 reading.cancel()
         if failure is not None:
             raise failure
 
-    async def _tell_of_the_rest(self, sender: RequestSender) -> None:
-        """Requests that its end cuts off: their clients are gone."""
+    async def _cancel_unanswered(self, sender: RequestSender) -> None:
+        """Cancels the requests that the end of this proxy cuts off, since their clients are gone."""
         if len(sender.pending):
             with contextlib.suppress(MQServeError):
                 await self._store.append_log(self._keys.cancelled, notice_of_proxy(sender.pending.inbox))
 
     def _give_up(self, heard: Cancellations, sender: RequestSender, stop: Stop) -> None:
-        """It was frozen or cut off for so long that the controller told the replicas so: another one is to be started in its place."""
+        """Ends the proxy if it was frozen or cut off for so long that the controller has cancelled its requests: the node then starts
+        another."""
         if heard.has(sender.pending.inbox) and not stop.is_set():
             logger.error("%s was silent for too long and its requests are not run any more: ending", self._options.proxy_id)
             stop.set()
@@ -162,9 +165,9 @@ class Proxy:
             serving = tasks.create_task(server.serve(sockets=[listener]))
             while not server.started and not serving.done():
                 await asyncio.sleep(0.005)
-            self._say("ready")
+            self._say(MemberState.READY)
             await stop.wait()
-            self._say("draining")
+            self._say(MemberState.DRAINING)
             await server.last_answers()
             server.should_exit = True
             await serving
@@ -182,18 +185,18 @@ class Proxy:
                 admin_token=self._settings.admin_token,
             )
             self._outer.app, self._middlewares = await self._with_middlewares(app, desired), desired.http.middlewares
-        except (Exception, *LEAVING) as error:  # users' own code may raise anything
+        except (Exception, *LEAVING) as error:  # users' middlewares and convertors may raise anything
             raise BackendFailed(_why(error)) from error
         return app
 
     async def _follow(self, app: ProxyApp) -> None:
-        """The routes as they change; the last good ones while the store or the controller is away."""
+        """Follows the routes; keeps the last good ones while the store or the controller is away."""
         async for desired, observed in follow_state(self._store, self._keys):
             if desired is None:
                 self._readiness.follow(desired, observed)
                 continue
             for pause_s in delays():
-                self._see(app, observed or Observed())
+                self._note_serving(app, observed or Observed())
                 try:
                     await self._take_over(app, desired, observed or Observed())
                     break
@@ -202,18 +205,19 @@ class Proxy:
                     if not isinstance(error, StoreUnavailable):
                         self._refuse(desired, _why(error))
                     await asyncio.sleep(pause_s)
-                    with contextlib.suppress(MQServeError):  # this version may never work: a later one mends it
+                    with contextlib.suppress(MQServeError):  # this version may never work, but a later one may
                         raw, raw_observed = await self._store.get_documents([self._keys.desired, self._keys.observed])
                         observed = Observed.from_bytes(raw_observed)
                         desired = Desired.from_bytes(raw) if raw is not None else desired
 
-    def _see(self, app: ProxyApp, observed: Observed) -> None:
-        """Which backends serve, whatever becomes of the routes: a version that cannot be followed must not keep a backend down."""
+    def _note_serving(self, app: ProxyApp, observed: Observed) -> None:
+        """Notes which backends serve, even if the routes of this version cannot be followed: a bad route must not make a backend look
+        down."""
         app.routes.down_since = observed.down_since
         self._readiness.see(observed)
 
     async def _take_over(self, app: ProxyApp, desired: Desired, observed: Observed) -> None:
-        """All of it or nothing: whoever waits for this version must find its middlewares too."""
+        """Switches to the new routes and middlewares, or changes nothing: a client that waits for this version must find both."""
         table = await self._table(desired, observed)
         outer = self._outer.app
         if desired.http.middlewares != self._middlewares:
@@ -222,14 +226,14 @@ class Proxy:
         app.routes, self._outer.app, self._middlewares = table, outer, desired.http.middlewares
         app.forget_deleted(desired)
         self._readiness.follow(desired, observed)
-        if new:  # the rest is followed: one route must not cost the others
+        if new:  # follow the rest: one bad route must not affect the others
             self._refuse(desired, new[0])
         elif self._refused not in table.left_out.values():
             self._refuses, self._refused = (0, 0), ""
         self._presence.tell()
 
     def _refuse(self, desired: Desired, why: str) -> None:
-        """Whoever committed this version waits for it, and may undo it."""
+        """Reports that this version cannot be followed. The client that committed it waits for that, and may undo the change."""
         self._refuses, self._refused = (desired.epoch, desired.version), why
         self._presence.tell()
 
@@ -243,7 +247,7 @@ class Proxy:
         return table
 
     async def _with_middlewares(self, app: ProxyApp, desired: Desired) -> Any:
-        """The app inside the instance's middlewares, the first outermost."""
+        """Wraps the app in the instance's middlewares, the first outermost."""
         if not desired.http.middlewares:
             return app
         middlewares, _ = await code.load(self._store, self._keys, desired.http.middlewares, self._settings.signer)
@@ -254,32 +258,32 @@ class Proxy:
             wrapped = middleware.cls(wrapped, *middleware.args, **middleware.kwargs)
         return wrapped
 
-    def _say(self, state: str) -> None:
+    def _say(self, state: MemberState) -> None:
         self._state = state
         self._presence.tell()
 
-    def _beat(self) -> Beat:
+    def _beat(self) -> ProxyBeat:
         options = self._options
         error = self._error or (self._queue.why_down if self._queue else "")
         left_out = "; ".join(self._app.routes.left_out.values()) if self._app else ""
-        return Beat(
-            kind="proxy", id=options.proxy_id, at=self._store.now_ms(), pid=os.getpid(), host=socket.gethostname(), state=self._state,
+        return ProxyBeat(
+            id=options.proxy_id, at=self._store.now_ms(), pid=os.getpid(), host=socket.gethostname(), state=self._state,
             error=error or left_out, node=options.node, external=options.external, url=self.url,
             follows=self._app.routes.version if self._app else (0, 0), refuses=self._refuses, refused=self._refused,
             seals=bool(self._settings.secret_keys),
-            noted=self._store.noted,
+            noted=self._store.health.noted,
         )  # fmt: skip
 
 
 def _why(error: BaseException) -> str:
-    """What a proxy cannot make of a version, in a sentence; ours are sentences already."""
+    """Why a proxy cannot follow a version, as a sentence."""
     if isinstance(error, MQServeError):
         return str(error)
     return f"middlewares, convertors or routes cannot be made ({describe(error).words}): mend or replace them"
 
 
 class _Outermost:
-    """What uvicorn calls: the app inside the middlewares of the moment."""
+    """The ASGI app that uvicorn calls: it calls the app inside the current middlewares."""
 
     def __init__(self) -> None:
         self.app: Any = None
@@ -290,23 +294,24 @@ class _Outermost:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, but signals are ours, and so is how an end begins."""
+    """uvicorn without its signal handlers, and with our way to begin a shutdown."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
     async def last_answers(self) -> None:
-        """Takes no connection more. On those that are open each answer says that it is the last: a client that is not told so may send
-        its next request just when we close. Until none is open, at most LAST_ANSWERS_S; what still runs then is uvicorn's to finish."""
+        """Stops accepting connections, and marks each answer on open ones as the last (`connection: close`): otherwise a client may send
+        its next request just when we close. Returns when no connection is open, after at most LAST_ANSWERS_S; uvicorn then finishes the
+        rest."""
         close = (b"connection", b"close")
         for listening in self.servers:
             listening.close()
-        self.config.encoded_headers.append(close)  # from which uvicorn makes the default headers every second
+        self.config.encoded_headers.append(close)  # uvicorn rebuilds the default headers from this every second
         self.server_state.default_headers = [*self.server_state.default_headers, close]
         for connection in list(self.server_state.connections):
             if isinstance(connection, HttpToolsProtocol) and connection.cycle and not connection.cycle.response_complete:
-                connection.shutdown()  # of a busy one: its answer says so
+                connection.shutdown()  # a busy connection: its answer says that it is the last
         until = time.monotonic() + LAST_ANSWERS_S
         while self.server_state.connections and time.monotonic() < until:
             await asyncio.sleep(0.02)

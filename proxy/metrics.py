@@ -1,7 +1,8 @@
-"""What a proxy counts; names as in the seed, with its `ray_serve_` prefix replaced. Routes are patterns, never raw paths.
+"""The metrics of a proxy. The names are those of Ray Serve 1.x without the prefix `ray_serve_`. Route labels are patterns, never raw
+paths.
 
-The counts are plain numbers until somebody asks: prometheus_client's own objects take a lock for each, which adds up to
-an eighth of a request.
+Counts are plain numbers until they are scraped: prometheus_client's own objects take a lock for each, which adds up to an eighth of a
+request.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from collections.abc import Iterator
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
+from ..broker.latencies import LATENCY_BUCKETS_MS
 from ..controller.state.documents import Desired
 
-LATENCY_BUCKETS_MS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 
 
 class RouteCounts:
-    """One route's; kept from one version of the route table to the next."""
+    """The counts of one route; they survive changes of the route table."""
 
     def __init__(self) -> None:
         self.statuses: Counter[int] = Counter()
@@ -34,13 +35,13 @@ class RouteCounts:
 
 
 class ProxyMetrics:
-    """One proxy's counts. Implements prometheus_client's `Collector`."""
+    """The counts of one proxy. Implements prometheus_client's `Collector`."""
 
     def __init__(self) -> None:
         self._routes: dict[str, RouteCounts] = {}
         self.sent: Counter[str] = Counter()  # by endpoint
-        self.waiting: Counter[tuple[str, str]] = Counter()  # by backend and endpoint
-        self._desired: Desired | None = None  # the last one followed
+        self.waiting: Counter[tuple[str, str]] = Counter()  # by (backend, endpoint)
+        self._desired: Desired | None = None  # the last document followed
 
     def __repr__(self) -> str:
         return f"<ProxyMetrics of {len(self._routes)} routes>"
@@ -52,12 +53,12 @@ class ProxyMetrics:
         return counts
 
     def keep(self, desired: Desired) -> None:
-        """Forgets what is not in the document; a request that is still under way counts until it is answered."""
+        """Forgets routes, endpoints and backends that the document no longer has, once their last request is answered."""
         self._desired = desired
         self._forget_deleted()
 
     def _forget_deleted(self) -> None:
-        """Also before each scrape: a request that outlived its route has counted once more since."""
+        """Drops the counts of deleted routes. Called before each scrape, too: a request that outlived its route has added a count since."""
         if self._desired is None:
             return
         endpoints = self._desired.endpoints
@@ -71,7 +72,8 @@ class ProxyMetrics:
                 del self.waiting[backend, name]
 
     def exposition(self) -> bytes:
-        """These, and whatever else this process has (the embedded form's replicas, the users' own), in Prometheus's text format."""
+        """Returns these metrics and all others of the process (the embedded form's replicas, the user's own) in Prometheus's text
+        format."""
         registry = CollectorRegistry()
         registry.register(self)
         return generate_latest(registry) + generate_latest(REGISTRY)
@@ -98,7 +100,7 @@ class ProxyMetrics:
 
 
 def _cumulative(counts: list[int]) -> list[tuple[str, float]]:
-    """Prometheus's buckets hold what is below them too."""
+    """Prometheus's buckets are cumulative: each counts the lower ones too."""
     total = 0
     buckets: list[tuple[str, float]] = []
     for bound, count in zip([*map(str, map(float, LATENCY_BUCKETS_MS)), "+Inf"], counts, strict=True):

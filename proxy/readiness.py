@@ -1,4 +1,5 @@
-"""What `/-/readyz` says: red only when requests cannot be answered, and until those that were declared can be."""
+"""Decides what `/-/readyz` says: not ready only while requests cannot be answered, and until the declared routes are served for the first
+time."""
 
 from __future__ import annotations
 
@@ -9,40 +10,40 @@ from ..broker.queue import Queue
 from ..broker.store import Store
 from ..controller.state.documents import Desired, Endpoint, Observed
 
-DOWN_AFTER_MS = 10_000  # a backend without a replica for so long is no reason to wait: its callers are told
+DOWN_AFTER_MS = 10_000  # a backend without a replica for this long no longer delays readiness: its callers get an error
 
 
 class Readiness:
-    """One proxy's. Broker and store are looked at each time; that the routes are served is found once, and holds for the instance: a
-    backend that loses its replicas later is no reason to take a proxy with all its other routes out of service."""
+    """The readiness of one proxy. Broker and store are checked each time; whether all routes are served is established once per instance:
+    a backend that loses its replicas later is no reason to take a proxy with all its other routes out of service."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._desired: Desired | None = None
         self._observed = Observed()
-        self._served = ""  # the instance whose routes were all served once
+        self._served = ""  # the instance whose routes were all served at least once
         self._has_ended = False
 
     def __repr__(self) -> str:
         return f"<Readiness, {self._waits_for() or 'served'}>"
 
     def follow(self, desired: Desired | None, observed: Observed | None) -> None:
-        """The documents as they are now: the proxy serves the routes of these."""
-        if desired is None:  # lost, or cleared
+        """Takes the current documents; the proxy serves their routes."""
+        if desired is None:  # the document was lost or cleared
             self._has_ended = self._desired is not None and self._desired.closing
             return
         self._desired, self._observed, self._has_ended = desired, observed or Observed(), False
 
     def see(self, observed: Observed) -> None:
-        """Which backends serve now; the routes may be those of an earlier version."""
+        """Notes which backends serve now. The routes may still be those of an earlier version."""
         self._observed = observed
 
     def look(self, queue: Queue) -> tuple[bool, dict[str, Any]]:
-        """(ready, facts for anybody)."""
+        """Returns (ready, facts that are fit for strangers)."""
         why: dict[str, str] = {}
         if queue.down_s:
             why["broker"] = queue.trouble
-        if trouble := self._store.trouble:
+        if trouble := self._store.health.trouble:
             why["store"] = trouble
         if waits_for := self._waits_for():
             why["routes"] = waits_for
@@ -63,10 +64,10 @@ class Readiness:
 
 
 def _missing(desired: Desired, observed: Observed, now_ms: int) -> str:
-    """What of the declared routes is not served yet, in words for anybody; empty when all of it is."""
+    """Names a declared route that is not served yet, in words fit for strangers; an empty string if all are served."""
     if desired.incomplete:
         return "not all that was declared is deployed yet"
-    if observed.serving is None:  # an older controller's, which does not say
+    if observed.serving is None:  # written by an older controller, which does not report it
         return ""
     waiting = [
         name for name in _routed(desired.endpoints.values()) if name not in observed.serving and not _is_down(observed, name, now_ms)
@@ -75,7 +76,7 @@ def _missing(desired: Desired, observed: Observed, now_ms: int) -> str:
 
 
 def _routed(endpoints: Iterable[Endpoint]) -> set[str]:
-    """The backends to which requests over HTTP go."""
+    """The backends that HTTP requests go to."""
     return {name for endpoint in endpoints if endpoint.route is not None for name, weight in endpoint.traffic.items() if weight > 0}
 
 

@@ -1,10 +1,9 @@
-"""Results and refusals as HTTP responses."""
+"""Turns results and errors into HTTP responses."""
 
 from __future__ import annotations
 
 import logging
 import math
-import random
 import re
 from collections.abc import Iterable, Mapping
 from http.client import responses
@@ -12,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from ..broker import backoff
 from ..broker.errors import UNPARSABLE, BadValue, MQServeError, Overloaded, public_words
 from ..broker.results import Result
 
@@ -24,11 +24,10 @@ HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-connection proxy-authenticate proxy-authorization te trailer transfer-encoding "
     b"upgrade http2-settings".split()
 )
-_AWAY_RETRY_S = (0.5, 3.0)  # in whole seconds upwards, and not all at once
 NO_BODY = frozenset((204, 205, 304))
 NO_MEMBERS: Mapping[str, Any] = {}
 
-_OF_PROBLEMS = frozenset((b"content-type", b"x-request-id"))  # what we say of our own body
+_OF_PROBLEMS = frozenset((b"content-type", b"x-request-id"))  # the headers that describe our own body
 _NOT_THEIRS = HOP_BY_HOP | {b"content-length"}
 _LENGTH = re.compile(rb"[0-9]{1,18}")
 _NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
@@ -37,7 +36,8 @@ _VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
 
 
 def from_result(result: Result, request_id: str, *, debug: bool, to_head: bool = False) -> Reply:
-    """`to_head`: the answer to a HEAD request, which may say how long the one to GET would be."""
+    """Turns a result into a response. With `to_head` it answers a HEAD request, which may give the length that the body of a GET would
+    have."""
     if result.error is not None:
         members = _members(result.error.members) if result.error.members else NO_MEMBERS
         return problem(result.status, _explain(result, debug=debug), request_id, headers=_safe(result), members=members)
@@ -51,7 +51,8 @@ def from_result(result: Result, request_id: str, *, debug: bool, to_head: bool =
 
 
 def from_error(error: MQServeError, request_id: str, *, debug: bool = False) -> Reply:
-    """What kept a request from being sent, or its result from being read. Addresses and users of our servers are in the log only."""
+    """Turns an error that kept the request from being sent, or its result from being read, into a response. Addresses and users of our
+    servers appear in the log only."""
     status = 400 if isinstance(error, BadValue) else error.status
     detail = str(error) if debug else public_words(error)
     retry_after_s: float | None = None
@@ -59,7 +60,7 @@ def from_error(error: MQServeError, request_id: str, *, debug: bool = False) -> 
         retry_after_s = error.retry_after_s
     elif status == 503:
         logger.info("request %s is answered 503: %s", request_id, error)
-        retry_after_s = random.uniform(*_AWAY_RETRY_S)
+        retry_after_s = backoff.retry_after_s()
     return problem(status, detail, request_id, retry_after_s=retry_after_s)
 
 
@@ -72,7 +73,7 @@ def problem(
     headers: Iterable[tuple[bytes, bytes]] = (),
     members: Mapping[str, Any] = NO_MEMBERS,
 ) -> Reply:
-    """RFC 9457, with the request's id; `members` stand beside ours, or in their place."""
+    """Returns an RFC 9457 problem with the request's id. `members` are added to ours, or replace them."""
     body: dict[str, Any] = {
         "type": "about:blank",
         "title": "Client Closed Request" if status == 499 else responses.get(status, "Error"),  # 499 is nginx's
@@ -101,7 +102,8 @@ def json_reply(value: object, status: int = 200) -> Reply:
 
 def _explain(result: Result, *, debug: bool) -> str:
     assert result.error is not None
-    if result.status == 500 and result.error.traceback:  # without one it is a sentence for the client: the handler's, or ours
+    # without a traceback the message is meant for the client, whether the handler wrote it or we did
+    if result.status == 500 and result.error.traceback:
         if debug:
             return result.error.traceback
         return f"the handler raised {result.error.type}; the traceback is in the replica's log (or here, with --debug)"
@@ -116,9 +118,9 @@ def _content_type(result: Result) -> bytes:
 
 
 def _safe(result: Result) -> list[tuple[bytes, bytes]]:
-    """What user code may set: nothing that splits the response, and nothing about its length or the connection.
+    """Returns the headers that user code may set: none that splits the response, and none about its length or the connection.
 
-    One that HTTP cannot carry is left out and the log says so: the answer itself is no worse for it.
+    A header that HTTP cannot carry is left out and logged; the answer goes on without it.
     """
     headers: list[tuple[bytes, bytes]] = []
     for name, value in result.headers:

@@ -1,4 +1,4 @@
-"""Which patterns a path may match: looked up by their literal segments, and not tried one after the other."""
+"""Finds the patterns that a path may match by their literal segments, instead of trying one after the other."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..controller.state.route_patterns import RoutePattern
 
 @dataclass(frozen=True, slots=True)
 class PatternRoute:
-    """A route with variables. `age` is its place among the endpoints, the oldest first."""
+    """A route with variables. `age` is its position among the endpoints, oldest first."""
 
     age: int
     pattern: RoutePattern
@@ -22,9 +22,9 @@ class PatternRoute:
 
 
 class _Shape(NamedTuple):
-    """Where a pattern has literal segments, counted from the end of the path where that is negative.
+    """The positions of a pattern's literal segments; negative ones count from the end of the path.
 
-    A path has as many `segments` as the pattern; or more, if a variable takes slashes.
+    A path must have exactly as many `segments` as the pattern, or at least as many if a variable may match slashes.
     """
 
     segments: int
@@ -33,7 +33,7 @@ class _Shape(NamedTuple):
 
 
 class _Table:
-    """The patterns of one shape by their literal segments."""
+    """The patterns of one shape, keyed by their literal segments."""
 
     def __init__(self, shape: _Shape) -> None:
         self.segments = shape.segments
@@ -48,7 +48,8 @@ class _Table:
 
 
 class RouteIndex:
-    """One table for all patterns of one shape. So a look-up takes as long as there are shapes, which are few, and not patterns."""
+    """One table for each shape of patterns. A look-up takes time in the number of shapes, which are few, and not in the number of
+    patterns."""
 
     def __init__(self, routes: Iterable[PatternRoute]) -> None:
         tables: dict[_Shape, _Table] = {}
@@ -65,9 +66,9 @@ class RouteIndex:
         return f"<RouteIndex, {len(self._open) + sum(map(len, self._closed.values()))} shapes>"
 
     def find(self, path: str) -> Sequence[PatternRoute]:
-        """All patterns that may match, the oldest first. Some may not."""
+        """Returns all patterns that may match, oldest first. They still have to be tried: some may not match."""
         found = self._look_up(path)
-        if path[-1:] == "\n":  # a pattern may end before it, as `$` does
+        if path[-1:] == "\n":  # `$` also matches before a final line feed, so a pattern may match the path without it
             found = list({route.age: route for route in (*found, *self._look_up(path[:-1]))}.values())
         if len(found) > 1:
             found.sort(key=attrgetter("age"))

@@ -1,4 +1,4 @@
-"""Which endpoint a request is for: the desired document's routes, as its proxies match them."""
+"""Finds the endpoint of a request: the desired document's routes, as the proxies match them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .route_index import PatternRoute, RouteIndex
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where a request goes: its endpoint, the route's pattern, and the path parameters as (name, convertor, text)."""
+    """The target of a request: its endpoint, the route's pattern, and the path parameters as (name, convertor, text)."""
 
     endpoint: Endpoint
     pattern: str
@@ -22,16 +22,17 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class NotAllowed:
-    """The path exists, the method does not."""
+    """The path exists, but not with this method."""
 
     methods: tuple[str, ...]
 
 
 class RouteTable:
-    """One version of the routes; replaced whole when the document changes. Literal paths win over patterns, then the older wins.
+    """One version of the routes, replaced as a whole when the document changes. Literal paths win over patterns, then the older route
+    wins.
 
-    `before` is the table that it replaces, whose patterns are kept where they are still right. `left_out` has the routes that cannot be
-    matched here, with the reason: one that an older version accepted must not cost the others.
+    Compiled patterns that still apply are reused from `before`, the previous table. `left_out` holds the routes that cannot be matched
+    here, with the reason: one such route, accepted by an older version, must not affect the others.
     """
 
     def __init__(self, desired: Desired, observed: Observed, before: RouteTable | None = None) -> None:
@@ -76,7 +77,7 @@ class RouteTable:
         return refused
 
     def _compile(self, route: str, before: RouteTable | None) -> RoutePattern | None:
-        """As it was in the table `before`, unless its convertors are others now."""
+        """Compiles a route, or reuses it from the table `before` if its convertors are unchanged."""
         pattern = before._compiled.get(route) if before is not None else None
         if pattern is None or not pattern.is_current():
             try:

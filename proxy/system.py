@@ -1,4 +1,4 @@
-"""The paths under `/-/`: which there are, and who may ask."""
+"""The paths under `/-/`: which exist, and who may read them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FORWARDED = frozenset((b"forwarded", b"via", b"x-forwarded-for", b"x-forwarded-
 
 @dataclass(frozen=True, slots=True)
 class SystemPath:
-    """An open one is answered to anybody: it tells nothing, or knowing the path is the right to it."""
+    """A path under `/-/`. An open one answers anybody: it reveals nothing, or knowing its path is the right to read it."""
 
     answer: Callable[[Scope], Awaitable[Reply]]
     methods: tuple[str, ...] = ("GET", "HEAD")
@@ -26,7 +26,7 @@ class SystemPath:
 
 
 class SystemPaths:
-    """All of them; a path that ends in a slash stands for everything right below it."""
+    """All system paths. One that ends in a slash covers the paths directly below it."""
 
     def __init__(self, paths: Mapping[str, SystemPath], admin_token: str) -> None:
         self._paths = paths
@@ -50,7 +50,7 @@ class SystemPaths:
         return await system_path.answer(scope)
 
     def trusts(self, scope: Scope) -> bool:
-        """Whether whoever asks is this machine, or has the token."""
+        """Whether the request comes from this machine, or carries the token."""
         return _is_local(scope) or self._has_token(scope)
 
     def _has_token(self, scope: Scope) -> bool:
@@ -68,7 +68,8 @@ def forbidden(path: str) -> Reply:
 
 
 def _is_local(scope: Scope) -> bool:
-    """From this machine, to this machine, and not by way of a server in front, whose own address says nothing."""
+    """Whether the request comes from this machine, is addressed to it, and was not forwarded: the address of a reverse proxy says nothing
+    about the client."""
     if any(name in _FORWARDED for name, _ in scope["headers"]):
         return False
     return scope["client"] is not None and is_loopback(scope["client"][0]) and names_loopback(_header(scope, b"host").decode("latin-1"))

@@ -14,6 +14,7 @@ from ..broker import queue_names
 from ..broker.dead_letters import Attempt, digest_of
 from ..broker.envelope import Envelope, is_minted
 from ..broker.errors import BadEnvelope, StoreUnavailable
+from ..broker.result_bodies import BodyGone, with_body
 from ..broker.results import ErrorInfo, Result
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
@@ -84,7 +85,7 @@ class Admission:
                 envelope = replace(envelope, attempt=await self._count(self._name(envelope), config.max_attempts, math.inf))
             return await self._ready(envelope)
         if (raw := await self._store.get(self._keys.future(future_id))) is not None:
-            return await self._whole(future_id, self._ours(raw))
+            return await self._or_its_loss(future_id, self._ours(raw))
         if check_copies and not redelivered and not await self._claim(future_id, config):
             return None
         if once:
@@ -151,7 +152,7 @@ class Admission:
         """The result that counts, where another run of the same request was first."""
         future_id = envelope.future_id(self._backend)
         raw = await self._store.get(self._keys.future(future_id))
-        return ours if raw is None else await self._whole(future_id, Result.from_bytes(raw))
+        return ours if raw is None else await self._or_its_loss(future_id, Result.from_bytes(raw))
 
     def _ours(self, raw: bytes) -> Result:
         """Raises BadEnvelope for another backend's: names may hold a slash, and so may a caller's own id."""
@@ -160,15 +161,13 @@ class Admission:
             raise BadEnvelope(f"under its id stands a result of backend {result.backend!r}: use another message_id")
         return result
 
-    async def _whole(self, future_id: str, result: Result) -> Result:
-        """With its body, wherever that stands."""
-        if not result.ref:
-            return result
-        body = await self._store.get_large(self._keys.result_body(future_id))
-        if body is None:
+    async def _or_its_loss(self, future_id: str, result: Result) -> Result:
+        """With its body, or the error of one that has lost it."""
+        try:
+            return await with_body(self._store, self._keys, future_id, result)
+        except BodyGone:
             gone = ErrorInfo(type="mqserve.LostBody", message="the body of the result is gone from the store: send the request again")
             return Result(status=500, backend=self._backend, error=gone)
-        return msgspec.structs.replace(result, body=body, ref="")
 
     async def _claim(self, future_id: str, config: BackendConfig) -> bool:
         """Whether this delivery is the one of its copies that runs."""

@@ -31,7 +31,7 @@ def accept_batch(target: T) -> T:
         raise BadType(f"@serve.accept_batch marks a function, a method or a class, not {target!r}")
     marked: Any = _own_call(target) if inspect.isclass(target) else target
     setattr(marked, _MARK, True)
-    return target
+    return target  # pyright: ignore[reportReturnType]  `callable` has narrowed it to something else than T
 
 
 def _own_call(kind: type) -> Any:

@@ -75,13 +75,16 @@ class Consumers:
                     await self._look.wait()
             self._look.clear()
             now = time.monotonic()
-            if not self._store.trouble:
+            trouble = self._store.health.trouble
+            if not trouble:
                 last_seen = now
             if not self.paused and now - last_seen > STORE_AWAY_S:
-                logger.warning("a replica of %s takes no requests until it can store results again: %s", self._backend, self._store.trouble)
+                logger.warning(
+                    "a replica of %s takes no requests until it can store results again: %s", self._backend, self._store.health.trouble
+                )
                 self.paused = True
                 await self.stop()
-            if self.paused and self._settle() and not self._store.trouble:
+            if self.paused and self._settle() and not self._store.health.trouble:
                 logger.warning("a replica of %s can store results again and takes requests", self._backend)
                 self.paused = False
             if self.paused or now < not_before or set(self._wanted) == set(self._consumptions):

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import logging
 import math
-import random
 from typing import NamedTuple
 
 import msgspec
 from starlette.exceptions import HTTPException
 
+from ..broker import backoff
 from ..broker.envelope import MAX_HEAD_BYTES, Pairs
-from ..broker.errors import MQServeError, Overloaded, public_words
+from ..broker.errors import MQServeError, Overloaded, RequestTimeout, public_words
 from ..broker.failures import MAX_MESSAGE, describe, name_of, writable
 from ..broker.process.printable import printable
-from ..broker.results import ErrorInfo, Result
+from ..broker.results import ErrorInfo, Phase, Result
 from ..broker.values import pickling
 from ..broker.values.signing import SealScope, Signer
 from .validation import Data, find_invalid
@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 
 MAX_SEALED_BYTES = 64 * 1024  # of the exception itself; one that holds a body has type, message and traceback travel alone
 MAX_MEMBERS_BYTES = 16 * 1024
-_AWAY_RETRY_S = (0.5, 3.0)  # in whole seconds upwards, and not all at once
 
 
 class Told(NamedTuple):
@@ -50,8 +49,14 @@ def error_result(error: BaseException, backend: str, future_id: str, signer: Sig
         traceback="" if told.is_meant else failure.traceback,
         sealed=_sealed(error, backend, future_id, signer),
         members=told.members,
+        phase=_phase_of(error),
     )
     return Result(status=told.status, backend=backend, headers=told.headers, error=info)
+
+
+def _phase_of(error: BaseException) -> Phase:
+    """Of a late request whose error a handler lets pass; the class may be a user's."""
+    return Phase.RUN if type(error) is RequestTimeout and error.phase == Phase.RUN else Phase.QUEUE
 
 
 def _told(error: BaseException, data: Data) -> Told:
@@ -86,7 +91,7 @@ def _of_http(error: HTTPException) -> Told:
 
 def _of_ours(error: MQServeError) -> Told:
     status = error.status if error.status in range(400, 600) else 500  # of a class of the user's it may be anything
-    retry_after_s = error.retry_after_s if isinstance(error, Overloaded) else random.uniform(*_AWAY_RETRY_S) if status == 503 else 0
+    retry_after_s = error.retry_after_s if isinstance(error, Overloaded) else backoff.retry_after_s() if status == 503 else 0
     headers = ((b"retry-after", b"%d" % math.ceil(retry_after_s)),) if retry_after_s else ()
     return Told(status, writable(public_words(error), MAX_MESSAGE), headers=headers)
 

@@ -1,33 +1,87 @@
-"""One request in a replica, from its delivery to its settlement."""
+"""One request in a replica, from its delivery to its settlement: the stages that it goes through, and the moves between them."""
 
 from __future__ import annotations
 
 import asyncio
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from enum import Enum
 
 from ..broker.envelope import Envelope
-from ..broker.results import Result, late_result
+from ..broker.queue import Delivery
+from ..broker.results import Phase, Result, late_result
+
+
+class Stage(Enum):
+    """How far a request has come. docs/design.md draws the moves."""
+
+    __hash__ = object.__hash__  # by identity; Enum's own is a Python function, and costs each request a few calls
+
+    HELD = "held"  # it was delivered, and is looked at
+    ADMITTED = "admitted"  # it is the worker's, and waits there
+    RUNNING = "running"  # user code has begun with it
+    RECORDING = "recording"  # it has its result, which is being stored or sent
+    LEAVING = "leaving"  # it gets no result here: it goes back to the queue, or to the dead letters
+    RETURNED = "returned"  # it went back because its result cannot be stored, which is still tried
+    SETTLED = "settled"  # it was acked or given back, and nothing is left to do
+
+
+MOVES: Mapping[Stage, tuple[Stage, ...]] = {
+    Stage.HELD: (Stage.ADMITTED, Stage.RECORDING, Stage.LEAVING, Stage.SETTLED),
+    Stage.ADMITTED: (Stage.RUNNING, Stage.RECORDING, Stage.LEAVING, Stage.SETTLED),
+    Stage.RUNNING: (Stage.RECORDING, Stage.LEAVING, Stage.SETTLED),
+    Stage.RECORDING: (Stage.LEAVING, Stage.RETURNED, Stage.SETTLED),
+    Stage.LEAVING: (Stage.SETTLED,),
+    Stage.RETURNED: (Stage.SETTLED,),
+    Stage.SETTLED: (),
+}
+
+
+class WrongMove(Exception):
+    """A request was to go from one stage to another that does not follow it: a bug in mqserve."""
 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """What the worker runs; `tag` is the owner's and not touched by it."""
+    """A request that this replica holds. The I/O loop writes the first group of fields, the worker's thread the second; each reads both.
+
+    A job begins to run when the worker writes `started`, so no thread ever writes a stage that the other has written.
+    """
 
     envelope: Envelope
-    tag: Any
+    generation: int  # of the queue that it came from
+    delivery: Delivery
     deadline: float = math.inf  # monotonic
-    redelivered: bool = False  # delivered before: the owner is told when it starts, and leaves a mark
-    mark: bytes = b""  # the owner's: the start mark that stands in the store, or may
+    redelivered: bool = False  # delivered before: its start is marked before it runs
+    mark: bytes = b""  # the start mark that stands in the store, or may
+    given_up: Result | None = None  # what stands in its result's place: it was cancelled, or its time is spent
+    _stage: Stage = Stage.HELD
+
     started: float = 0.0  # monotonic; 0 until it runs
     run_s: float = 0.0
     batch: Sequence[Job] = ()  # all of its call, where that is of several
-    given_up: Result | None = None  # what stands in its result's place: it was cancelled, or its time is spent
     task: asyncio.Task[None] | None = None  # of an async call
     request: object = None  # what the handler was given
+
+    @property
+    def stage(self) -> Stage:
+        return Stage.RUNNING if self._stage is Stage.ADMITTED and self.started else self._stage
+
+    def move(self, stage: Stage) -> None:
+        """Raises WrongMove for one that the table does not have."""
+        before = self._stage
+        if before is Stage.ADMITTED and self.started:
+            before = Stage.RUNNING
+        if stage not in MOVES[before]:
+            raise WrongMove(f"a request that is {before.value} cannot be {stage.value}")
+        self._stage = stage
+
+    @property
+    def with_worker(self) -> bool:
+        """Whether it waits for user code or runs."""
+        return self._stage is Stage.ADMITTED
 
     @property
     def unwanted(self) -> bool:
@@ -36,4 +90,4 @@ class Job:
     @property
     def unwanted_result(self) -> Result:
         """What its sender is told instead of a result."""
-        return self.given_up or late_result("run" if self.started else "queue")
+        return self.given_up or late_result(Phase.RUN if self.started else Phase.QUEUE)

@@ -23,7 +23,7 @@ from ..broker.results import Result
 from ..broker.settings import Settings
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
-from ..controller.state.beats import BEAT_EVERY_S, Beat
+from ..controller.state.beats import BEAT_EVERY_S, MemberState, ReplicaBeat
 from ..controller.state.convertors import Convertors
 from ..controller.state.documents import Backend, Desired, Observed
 from ..controller.state.following import follow_state
@@ -41,6 +41,7 @@ from .worker import Worker
 logger = logging.getLogger(__name__)
 
 ORPHAN_DRAIN_S = 4.0  # of a replica whose parent was killed
+_LAST_BREATH_S = 0.1  # from the failure of the worker's loop to the end of its thread
 FAILED_EXIT = 3  # the user's code could not be loaded or constructed
 
 
@@ -79,8 +80,9 @@ class Replica:
         self._store = store
         self._keys = StoreKeys(settings.namespace)
         self._convertors = Convertors(store, self._keys, settings.signer)
-        self._state = "starting"
+        self._state = MemberState.STARTING
         self._error = ""
+        self._instance = ""  # that it is of
         self._backend: Backend | None = None
         self._queue: Queue | None = None
         self._requests: RequestLoop | None = None
@@ -116,10 +118,10 @@ class Replica:
             except* MQServeError as group:
                 failure = first_of(group)
                 if isinstance(failure, BackendFailed):
-                    self._state, self._error = "failed", str(failure)
+                    self._state, self._error = MemberState.FAILED, str(failure)
             finally:
                 worker.stop()
-                await self._presence.leave(with_last_words=self._state == "failed")
+                await self._presence.leave(with_last_words=self._state is MemberState.FAILED)
                 beating.cancel()
         if failure is not None:
             raise failure
@@ -138,11 +140,11 @@ class Replica:
                     tasks.create_task(self._follow(requests, hooks, stop)),
                     tasks.create_task(hooks.check_health_forever(backend)),
                     tasks.create_task(_stop_with(worker, stop)),
-                    tasks.create_task(requests.keep_taking_forever(lambda: self._say("ready"))),
+                    tasks.create_task(requests.keep_taking_forever(lambda: self._say(MemberState.READY))),
                 ]
                 to_the_end = [tasks.create_task(requests.tune_forever()), tasks.create_task(requests.listen())]
                 await stop.wait()
-                self._say("draining")
+                self._say(MemberState.DRAINING)
                 for task in minding:
                     task.cancel()
                 await requests.drain(ORPHAN_DRAIN_S if stop.orphaned else math.inf)
@@ -151,13 +153,14 @@ class Replica:
         finally:
             metrics.end()
             await requests.abandon()  # a process's end does that; in the embedded form nobody else would
-        worker.check()
+        worker.thread.check()
 
     async def _follow(self, requests: RequestLoop, hooks: UserHooks, stop: Stop) -> None:
         """Takes new configuration and new generations of the queue as they come; ends when the replica is not wanted any more."""
         async for read_desired, read_observed in follow_state(self._store, self._keys):
             desired, observed = read_desired or Desired(), read_observed or Observed()
             name = self._options.backend
+            self._look_for_the_end(requests, read_desired)
             if observed.epoch:  # a store that lost the document says nothing of it
                 requests.demand_seals(observed.sealed)
             if observed.epoch and not self._is_wanted(observed):
@@ -170,6 +173,20 @@ class Replica:
                 await self._reconfigure(hooks, desired.backends[name])
             if generations := observed.queues.get(name, ()):
                 requests.want(generations)
+
+    def _look_for_the_end(self, requests: RequestLoop, desired: Desired | None) -> None:
+        """Whether anybody is to serve this backend from now on. A store that has lost the document says nothing of it, nor does that of
+        another instance, which may serve what it finds in the queue."""
+        name = self._options.backend
+        self._instance = self._instance or (desired.instance if desired is not None else "")
+        if desired is None or desired.instance != self._instance:
+            return
+        if desired.closing:
+            requests.will_end(f"the instance of backend {name!r} was shut down", keeps_queue=desired.keeps_queues)
+        elif name not in desired.backends:
+            requests.will_end(f"backend {name!r} was deleted", keeps_queue=False, at_once=name in desired.forced)
+        else:
+            requests.goes_on()
 
     async def _learn_convertors(self, desired: Desired) -> None:
         """Those that were registered after this replica had started, too; without one, requests of its routes are told 422."""
@@ -200,26 +217,30 @@ class Replica:
         assert self._requests is not None
         await self._requests.mark_redelivered(jobs)
 
-    def _say(self, state: str) -> None:
+    def _say(self, state: MemberState) -> None:
         self._state = state
         self._presence.tell()
 
-    def _beat(self) -> Beat:
+    def _beat(self) -> ReplicaBeat:
         options, requests, hooks = self._options, self._requests, self._hooks
-        error = self._error or (self._queue.why_down if self._queue and self._state == "starting" else "")
-        return Beat(
-            kind="replica", id=options.replica_id, at=self._store.now_ms(), pid=os.getpid(), host=socket.gethostname(), state=self._state,
+        error = self._error or (self._queue.why_down if self._queue and self._state is MemberState.STARTING else "")
+        return ReplicaBeat(
+            id=options.replica_id, at=self._store.now_ms(), pid=os.getpid(), host=socket.gethostname(), state=self._state,
             error=error, node=options.node, external=options.external, backend=options.backend,
             version=self._backend.version if self._backend else 0, generations=requests.generations if requests else (),
             follows=(0, hooks.version if hooks else 0), refused=hooks.refused if hooks else "",
-            running=requests.running if requests else 0, served=requests.served if requests else 0, noted=self._store.noted,
+            running=requests.running if requests else 0, served=requests.served if requests else 0, noted=self._store.health.noted,
             seals=bool(self._settings.secret_keys),
         )  # fmt: skip
 
 
 async def _stop_with(worker: Worker, stop: Stop) -> None:
-    """The replica drains once user code has ended the worker's loop: what runs beside that is still to be answered."""
-    await worker.failed.wait()
+    """The replica drains once user code has ended the worker's loop: what runs beside that is still to be answered. Raises BackendFailed
+    where the thread has ended: nothing that it holds will be."""
+    await worker.thread.failed.wait()
+    await asyncio.sleep(_LAST_BREATH_S)
+    if worker.thread.has_ended:
+        worker.thread.check()
     stop.set()
 
 

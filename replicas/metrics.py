@@ -14,12 +14,12 @@ from collections import Counter as Counts
 from prometheus_client import Counter, Gauge, Histogram
 
 from ..broker.envelope import Envelope
+from ..broker.latencies import LATENCY_BUCKETS_MS
 from ..broker.results import Result
 
-LATENCY_BUCKETS_MS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 _BACKEND, _REPLICA = ["backend"], ["backend", "replica"]
-_REASONS = ("late", "cancelled", "dead letter")
+_REASONS = ("late", "cancelled", "gone", "dead letter")
 _FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"  # set by the node: values lie in its files, and cannot be taken away one by one
 
 _requests = Counter("mqserve_backend_request_counter", "Requests answered.", _BACKEND)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 LOOKAHEAD_S = 0.002
-_WEIGHT = 0.1
 
 
 def slots(limit: int, *, is_async: bool, sync_threads: int, batch_size: int) -> int:
@@ -22,7 +21,3 @@ def prefetch(slots: int, limit: int, run_s: float, *, may_look_ahead: bool = Tru
         return slots
     ahead = int(LOOKAHEAD_S / run_s) * slots
     return min(limit, slots + (1 << (ahead.bit_length() - 1) if ahead else 0))
-
-
-def moving_average(average_s: float, sample_s: float) -> float:
-    return sample_s if average_s == 0 else average_s + _WEIGHT * (sample_s - average_s)

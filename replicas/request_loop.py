@@ -7,6 +7,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from ..broker.backoff import delays
 from ..broker.calls.cancellations import CANCELLED, Cancellations
@@ -14,7 +15,7 @@ from ..broker.envelope import Envelope
 from ..broker.errors import BackendFailed, BadEnvelope, MQServeError, StoreUnavailable
 from ..broker.process.printable import printable
 from ..broker.queue import Delivery, Queue
-from ..broker.results import Result, late_result
+from ..broker.results import Outcome, Phase, Result, gone_result, late_result
 from ..broker.settings import Settings
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
@@ -23,21 +24,35 @@ from ..controller.state.documents import Backend
 from .admission import Admission
 from .consumers import Consumers
 from .handler import Handler
-from .job import Job
+from .job import Job, Stage
 from .metrics import ReplicaMetrics
 from .prefetch import prefetch, slots
+from .register import Register
 from .settlement import Settlement, is_kept
 from .trust import SenderTrust
+from .user_hooks import RECONFIGURE_BUDGET_S
 from .worker import Worker
 
 logger = logging.getLogger(__name__)
 
 NOTHING = Envelope("", b"", "")  # of a message that could not be read
 
+_REASONS = {Outcome.CANCELLED: "cancelled", Outcome.GONE: "gone", Outcome.LATE: "late"}  # labels of a metric
 _MARK_EVERY_S = 0.05
 _LONG_RUN_S = 0.04
 _TUNE_EVERY_TURNS = 5
+_ASK_EVERY_TURNS = 20  # a second
+_REFUSAL_BUDGET_S = 1.5  # to record that what is left is not answered
 STUCK_AFTER_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """That of a backend which nobody serves any more: it was deleted, or its instance is being shut down."""
+
+    at: float  # monotonic; what has no result by then gets this one
+    result: Result
+    keeps_queue: bool  # what has not begun stays there, for the next instance
 
 
 class RequestLoop:
@@ -54,19 +69,20 @@ class RequestLoop:
         metrics: ReplicaMetrics,
         replica_id: str,
     ) -> None:
-        self._may_end = not settings.embedded  # by itself, since its node starts another
         self._backend = backend.name
         self._store = store
         keys = StoreKeys(settings.namespace)
         self._admission = Admission(settings.namespace, backend.name, store, replica_id)
-        self._settlement = Settlement(backend.name, queue, store, keys, self._admission, metrics)
+        self._register = Register()
+        self._settlement = Settlement(backend.name, queue, store, keys, self._admission, metrics, self._register)
         self._worker = worker
         self._handler = handler
         self._metrics = metrics
         self._trust = SenderTrust(settings)
-        self._jobs: set[Job] = set()
         self._cancellations = Cancellations(store, keys, self._give_up_cancelled)
         self._draining = False
+        self._end: End | None = None
+        self._refuses = False  # the end has come: what is left is told so
         self._consumers = Consumers(backend.name, queue, store, self._prefetch, self._on_delivery, self._settle_unstored)
         self.served = 0
         self._config = backend.config
@@ -77,12 +93,13 @@ class RequestLoop:
 
     @property
     def running(self) -> int:
-        return self._settlement.held
+        """Deliveries neither acked nor given back."""
+        return self._register.unsettled
 
     @property
     def generations(self) -> tuple[int, ...]:
         """The queues it takes from, or still holds messages of."""
-        return tuple(sorted({*self._consumers.generations, *self._settlement.generations}))
+        return tuple(sorted({*self._consumers.generations, *self._register.generations}))
 
     def configure(self, config: BackendConfig) -> None:
         """Applies from the next request on."""
@@ -105,7 +122,21 @@ class RequestLoop:
 
     def want(self, generations: tuple[int, ...]) -> None:
         """Takes from exactly these generations of the queue from now on."""
-        self._consumers.want(generations)
+        self._consumers.want(() if self._keeps_rest else generations)
+
+    def will_end(self, why: str, *, keeps_queue: bool, at_once: bool = False) -> None:
+        """Nobody will serve this backend any more: what has no result when the graceful shutdown timeout is over is told 503, and why."""
+        if self._end is None or at_once:
+            at = time.monotonic() + (0 if at_once else self._config.graceful_shutdown_timeout_s)
+            self._end = End(at, gone_result(self._backend, why), keeps_queue)
+
+    def goes_on(self) -> None:
+        """The backend is wanted, perhaps again."""
+        self._end, self._refuses = None, False
+
+    @property
+    def _keeps_rest(self) -> bool:
+        return self._refuses and self._end is not None and self._end.keeps_queue
 
     async def keep_taking_forever(self, on_taken: Callable[[], None]) -> None:
         """See `Consumers.keep_forever`."""
@@ -117,12 +148,16 @@ class RequestLoop:
         for turn in itertools.count():
             await asyncio.sleep(_MARK_EVERY_S)
             self._give_up_late()
+            if self._end is not None and not self._refuses and time.monotonic() >= self._end.at:
+                self._refuse_the_rest(self._end)
             self._check_stuck()
             self._mark_long_runs()
+            if turn % _ASK_EVERY_TURNS == 0:
+                self._check_silence()
             if turn % _TUNE_EVERY_TURNS:
                 continue
             self._consumers.tune()
-            processing = sum(1 for job in self._jobs if job.started)
+            processing = len(self._register.at(Stage.RUNNING))
             self._metrics.hand_over(self.running - processing, processing)
 
     def _settle_unstored(self) -> bool:
@@ -130,7 +165,7 @@ class RequestLoop:
         most once, the former stays: nobody could leave word that it was not started."""
         if not self._settlement.at_most_once:
             for job in self._worker.withdraw():
-                self._give_back(job)
+                self._settlement.give_back(job)
         return self._settlement.give_back_unstored()
 
     async def listen(self) -> None:
@@ -138,30 +173,52 @@ class RequestLoop:
         await self._cancellations.listen()
 
     async def drain(self, at_most_s: float) -> None:
-        """Takes nothing new, gives back what has not started, and finishes the rest within the graceful shutdown timeout or `at_most_s`."""
+        """Takes nothing new, gives back what has not started, and finishes the rest within the graceful shutdown timeout or `at_most_s`.
+
+        Of a backend that ends nobody would run what is given back: it is run here, in the time that is left to all of it.
+        """
         self._draining = True
-        for job in self._worker.withdraw():
-            self._give_back(job)
-        await self._consumers.stop()
         until = time.monotonic() + min(at_most_s, self._config.graceful_shutdown_timeout_s)
+        if self._end is None or self._end.keeps_queue:
+            for job in self._worker.withdraw():
+                self._settlement.give_back(job)
+        if self._end is not None:
+            until = min(until, self._end.at)
+        await self._consumers.stop()
         while (self.running or self._worker.responding) and time.monotonic() < until:
             await asyncio.sleep(0.01)
-        for job in list(self._jobs):
+        if self._end is not None:
+            self._refuse_the_rest(self._end)
+            until = time.monotonic() + _REFUSAL_BUDGET_S
+            while self.running and time.monotonic() < until:
+                await asyncio.sleep(0.01)
+        for job in self._register.with_worker():
             logger.warning(
                 "giving back request %s of %s: still running after the graceful shutdown timeout",
                 printable(job.envelope.id),
                 self._backend,
             )
             # Delivered at most once, its mark stays: it may yet start, in a batch that gathers.
-            self._give_back(job, mark_stays=self._settlement.at_most_once)
+            self._settlement.give_back(job, mark_stays=self._settlement.at_most_once)
         await self._settlement.last_steps()
         self._metrics.hand_over(0, 0)
+
+    def _refuse_the_rest(self, end: End) -> None:
+        """What it holds is told that nobody answers it, and acked; and so is, from now on, what still comes out of the queue."""
+        self._refuses = True
+        if end.keeps_queue:
+            self._consumers.want(())
+        for job in self._register.with_worker():
+            if end.keeps_queue and not job.started:
+                self._settlement.give_back(job)
+            else:
+                self._drop(job, job.given_up or end.result)
+            self._worker.give_up(job, end.result)
 
     async def abandon(self) -> None:
         """As if the process had died: nothing new is taken, and what is in its hands goes back. Nothing is left to do after `drain`."""
         self._draining = True
         self._worker.withdraw()
-        self._jobs.clear()
         await self._consumers.stop()
         self._settlement.abandon()
 
@@ -174,8 +231,8 @@ class RequestLoop:
 
     def _mark_long_runs(self) -> None:
         now = time.monotonic()
-        for job in self._jobs:
-            if job.started and not job.mark and now - job.started > _LONG_RUN_S:
+        for job in self._register.at(Stage.RUNNING):
+            if not job.mark and now - job.started > _LONG_RUN_S:
                 job.mark = self._admission.new_mark()
                 self._admission.mark_soon(job.envelope, job.mark)
 
@@ -194,24 +251,35 @@ class RequestLoop:
 
     def _give_up_late(self) -> None:
         now = time.monotonic()
-        for job in [job for job in self._jobs if job.deadline <= now and job.given_up is None]:
-            self._give_up(job, late_result("run" if job.started else "queue"))
+        for job in self._register.with_worker():
+            if job.deadline <= now and job.given_up is None:
+                self._give_up(job, late_result(Phase.RUN if job.started else Phase.QUEUE))
 
     def _check_stuck(self) -> None:
         """Raises BackendFailed for a call that nobody wants and that goes on after the backend's own time: nothing else can end it."""
-        if not self._may_end:
-            return
         stuck_since = time.monotonic() - self._config.request_timeout_s - STUCK_AFTER_S  # no client's own clock: it must not end replicas
-        for job in self._jobs:
-            if job.started and job.started < stuck_since and all(member.unwanted for member in job.batch or (job,)):
+        for job in self._register.at(Stage.RUNNING):
+            if job.started < stuck_since and all(member.unwanted for member in job.batch or (job,)):
                 raise BackendFailed(
                     f"a call of backend {self._backend!r} goes on {STUCK_AFTER_S:g} s after request_timeout_s "
                     f"({self._config.request_timeout_s:g} s), and ends its replica: ask serve.cancelled() in it, or allow more"
                 )
 
+    def _check_silence(self) -> None:
+        """To be called once a second. Raises BackendFailed where user code blocks the worker's thread, though no request or hook runs: no
+        request would ever start."""
+        in_hook = 0 <= time.monotonic() - self._worker.hook_since < RECONFIGURE_BUDGET_S
+        self._worker.thread.ask_for_life(may_be_busy=in_hook or bool(self._register.at(Stage.RUNNING)))
+        if (silent_s := self._worker.thread.missed) > STUCK_AFTER_S:
+            raise BackendFailed(
+                f"code of backend {self._backend!r} has blocked its replica for {silent_s} s, outside any request, so that none starts: in "
+                "async code await what takes long, or run it by asyncio.to_thread"
+            )
+
     def _give_up_cancelled(self) -> None:
-        for job in [job for job in self._jobs if self._cancellations.names(job.envelope, job.envelope.future_id(self._backend))]:
-            self._give_up(job, CANCELLED)
+        for job in self._register.with_worker():
+            if self._cancellations.names(job.envelope, job.envelope.future_id(self._backend)):
+                self._give_up(job, CANCELLED)
 
     def _give_up(self, job: Job, result: Result) -> None:
         """Whoever waits is told now; the slot is free when the call has ended."""
@@ -222,29 +290,43 @@ class RequestLoop:
     # Taking.
 
     def _on_delivery(self, generation: int, delivery: Delivery) -> None:
-        if (self._draining or self._consumers.paused) and not self._settlement.at_most_once:
+        if (self._draining or self._consumers.paused) and self._is_for_others():
             return delivery.requeue()
-        self._settlement.hold(generation, delivery)
-        job = Job(NOTHING, (generation, delivery))
+        job = Job(NOTHING, generation, delivery)
+        self._register.hold(job)
         try:
-            self._read(job, delivery)
+            self._look_at(job, delivery)
         except BadEnvelope as error:
-            return self._settlement.start(self._settlement.refuse(job, error))
+            self._settlement.start(job, self._settlement.refuse(job, error))
+        except Exception as error:
+            self._settlement.fail(job, error)
+
+    def _is_for_others(self) -> bool:
+        """Whether what comes while this replica takes nothing is for others. Of a backend that was deleted nobody else would take it from
+        the queue, and delivered at most once it goes back with word that it was not started."""
+        is_last = self._draining and self._end is not None and not self._end.keeps_queue
+        return not is_last and not self._settlement.at_most_once
+
+    def _look_at(self, job: Job, delivery: Delivery) -> None:
+        """Raises BadEnvelope for what is to be refused."""
+        self._read(job, delivery)
         envelope, header = job.envelope, job.envelope.header
         left_s = float(MAX_REQUEST_TIMEOUT_S)  # whatever a sender says: longer would be more than RabbitMQ waits for an ack
         if header.deadline:
             left_s = min(left_s, (header.deadline - self._store.now_ms()) / 1000)
         job.deadline = time.monotonic() + left_s
+        if self._end is not None and (self._refuses or self._draining):
+            return self._settlement.give_back(job) if self._end.keeps_queue else self._drop(job, self._end.result)
         if self._draining:
             return self._settlement.give_back(job)
         if left_s <= 0:
-            self._drop(job, late_result("queue"))
+            self._drop(job, late_result(Phase.QUEUE))
         elif self._is_cancelled(envelope):
             self._drop(job, CANCELLED)
         elif (delivery.redelivered or header.again) and self._runs_here(envelope):
             self._settlement.give_back(job, later=True, mark_stays=True)  # a connection was lost, and not its run: the result settles it
         elif delivery.redelivered or header.again or header.ref or not envelope.minted or self._checks_all:
-            self._settlement.start(self._admit(job))
+            self._settlement.start(job, self._admit(job))
         else:
             self._run(job)  # a first delivery of an id of ours: nobody can have run it, so the store is not asked
 
@@ -255,7 +337,7 @@ class RequestLoop:
             self._admission.check_reply_to(envelope)
         try:
             self._trust.check_header(envelope)
-        except BadEnvelope:
+        except Exception:
             job.envelope = envelope.without_header()
             raise
         self._admission.check_keys(envelope)
@@ -280,24 +362,24 @@ class RequestLoop:
             await asyncio.sleep(pause_s)  # nobody could leave word that it was not started, so nobody else would run it
 
     async def _ask(self, job: Job) -> Envelope | Result | None:
-        _, delivery = job.tag
         return await self._admission.admit(
-            job.envelope, self._config, job.mark, redelivered=delivery.redelivered, check_copies=self._may_be_copies
+            job.envelope, self._config, job.mark, redelivered=job.delivery.redelivered, check_copies=self._may_be_copies
         )
 
     def _admitted(self, job: Job, admitted: Envelope | Result | None) -> None:
-        _, delivery = job.tag
         if admitted is None:
             self._settlement.ack(job, body_stays=True)  # it is the other copy's, too
         elif isinstance(admitted, Result):
             self._settlement.answer(job, admitted)
-        elif self._draining:
+        elif self._end is not None and self._refuses and not self._end.keeps_queue:
+            self._drop(job, self._end.result)
+        elif self._draining or self._keeps_rest:
             self._settlement.give_back(job)
         elif self._is_cancelled(admitted):  # meanwhile
             self._drop(job, CANCELLED)
         else:
             job.envelope = admitted
-            job.redelivered = delivery.redelivered
+            job.redelivered = job.delivery.redelivered
             self._run(job)
 
     def _is_cancelled(self, envelope: Envelope) -> bool:
@@ -305,25 +387,23 @@ class RequestLoop:
 
     def _runs_here(self, envelope: Envelope) -> bool:
         future_id = envelope.future_id(self._backend)
-        return bool(future_id) and any(job.envelope.future_id(self._backend) == future_id for job in self._jobs)
+        return bool(future_id) and any(job.envelope.future_id(self._backend) == future_id for job in self._register.with_worker())
 
     def _run(self, job: Job) -> None:
-        self._jobs.add(job)
+        job.move(Stage.ADMITTED)
         self._worker.submit(job)
 
     def _drop(self, job: Job, result: Result) -> None:
         """It is not run any more."""
-        self._metrics.dropped["cancelled" if result is CANCELLED else "late"] += 1
+        if result.outcome is not None:
+            self._metrics.dropped[_REASONS[result.outcome]] += 1
         self._settlement.answer(job, result)
-
-    def _give_back(self, job: Job, *, mark_stays: bool = False) -> None:
-        self._jobs.discard(job)
-        self._settlement.give_back(job, mark_stays=mark_stays)
 
     def on_done(self, job: Job, result: Result) -> None:
         """From the worker; a job that was given back in between is the next replica's."""
-        if job in self._jobs:
-            self._jobs.discard(job)
+        if not job.with_worker:
+            return
+        try:
             is_unwanted = job.unwanted
             if is_unwanted and not job.started:
                 return self._drop(job, job.unwanted_result)
@@ -332,6 +412,8 @@ class RequestLoop:
                 result = job.unwanted_result
             self._metrics.done(job.envelope, result, self._store.now_ms(), job.run_s, len(job.batch) or 1)
             self._settlement.answer(job, result)
+        except Exception as error:
+            self._settlement.fail(job, error)
 
 
 def _recorded_or_not(done: asyncio.Future[bool]) -> None:

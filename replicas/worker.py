@@ -7,7 +7,7 @@ works. Async calls run concurrently on the worker's loop. Handlers that accept b
 at once, a smaller one when its wait is over.
 
 Nothing that user code raises gets out of a call (`execute.py`). What ends the loop all the same, such as `sys.exit()` in a
-task that a handler left behind, ends the replica: `failed` says so.
+task that a handler left behind, ends the replica: `thread.failed` says so.
 """
 
 from __future__ import annotations
@@ -16,30 +16,31 @@ import asyncio
 import concurrent.futures
 import inspect
 import logging
-import threading
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from contextvars import Context, copy_context
+from functools import partial
 from typing import Any, TypeVar
 
 from starlette.responses import Response
 
 from ..broker.errors import BackendFailed, words_of
-from ..broker.failures import Failure, describe, traceback_of
+from ..broker.failures import Failure, describe
+from ..broker.latencies import moving_average
 from ..broker.process import forks
-from ..broker.process.loops import WorkerLoop
-from ..broker.process.printable import printable_lines
 from ..broker.results import Result
 from ..controller.state.config import BackendConfig
 from .call_contexts import CallContexts
 from .context import ReplicaContext, enter_context, running_jobs
 from .execute import Answer, Execution
+from .gathering import Gathering
 from .handler import Method
 from .job import Job
-from .prefetch import moving_average
+from .threads import Threads
+from .worker_thread import WorkerThread
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class Raised(Exception):
 
 
 class Worker:
-    """Owned by one I/O loop, on which `on_done(job, result)` is called, and `on_suspect(jobs)` is awaited before such a run starts."""
+    """Owned by one I/O loop, on which `on_done(job, result)` is called, and `on_redelivered(jobs)` is awaited before such a run starts."""
 
     def __init__(
         self,
@@ -71,51 +72,47 @@ class Worker:
         self._on_done = on_done
         self._on_redelivered = on_redelivered
         self._io = asyncio.get_running_loop()
-        self._loop = WorkerLoop()
+        self.thread = WorkerThread(context)
+        self._loop = self.thread.loop
         self._depth = forks.depth
-        self._loop.set_exception_handler(_log_unhandled)
-        self._thread = threading.Thread(target=self._run_loop, name=context.replica_tag, daemon=True)
         self._contexts = CallContexts()
         self._pool = self._new_pool(config.sync_threads)
         self._free_threads = config.sync_threads
         self._execution: Execution | None = None
         self._jobs: deque[Job] = deque()
         self._woken = False
-        self._gathering: list[tuple[Job, Method]] = []
-        self._batch_timer: asyncio.TimerHandle | None = None
+        self._gathering = Gathering(
+            self._run_safely,
+            lambda job: self._put(job, job.unwanted_result),
+            lambda wait_s, callback: self._loop.call_later(wait_s, self._without_loop, callback),
+        )
         self._results: deque[tuple[Job, Result]] = deque()
         self._io_woken = False
         self._tasks: set[asyncio.Task[None]] = set()
-        self._is_ending = False
         self.run_s = 0.0  # moving average of plain calls
         self.in_plain_call = False
+        self.hook_since = math.inf  # monotonic: when the constructor, `reconfigure` or `check_health` began, up to its first await
         self.responding = 0  # responses that are being run, or have something to do after they were answered
-        self.failed = asyncio.Event()  # user code has ended the loop, outside any request
-        self._failure = Failure("", "", "")
 
     def __repr__(self) -> str:
-        return f"<Worker {self._thread.name}, {len(self._jobs)} waiting>"
+        return f"<Worker {self.thread!r}, {len(self._jobs)} waiting>"
 
     async def call(self, function: Callable[[], Any], *, constructs: bool = False) -> Any:
         """Runs `function` in the worker's thread, and awaits what it returns if that is awaitable: importing, constructing and the hooks
         are user code too. With `constructs` it runs in construction's own context, of which every request gets a copy.
 
-        Raises Raised, whatever was raised over there.
+        Raises Raised, whatever was raised over there, and BackendFailed where the thread has ended.
         """
-        if not self._thread.is_alive():
-            self._thread.start()
+        self.thread.start()
         pending: concurrent.futures.Future[Any] = concurrent.futures.Future()
-        self._loop.call_soon_threadsafe(self._call, function, constructs, pending)
+        try:
+            self._loop.call_soon_threadsafe(self._call, function, constructs, pending)
+        except RuntimeError as error:  # closed
+            raise BackendFailed(f"user code has ended its replica's event loop: {words_of(error)}") from error
         outcome = await asyncio.wrap_future(pending)
         if isinstance(outcome, Failure):
             raise Raised(outcome)
         return outcome
-
-    def check(self) -> None:
-        """Raises BackendFailed once user code has ended the worker's loop, which was to outlive it."""
-        if self.failed.is_set():
-            failure = self._failure
-            raise BackendFailed(f"user code ended its replica, outside any request: {failure.words}\n{failure.traceback}".rstrip())
 
     def serve(self, execution: Execution) -> None:
         self._execution = execution
@@ -155,37 +152,18 @@ class Worker:
 
     def stop(self) -> None:
         """Returns at once: user code that is still running is left to its daemon thread."""
-        self._is_ending = True
         if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
-        if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._finish)
-        else:
-            self._loop.close()
+            self._pool.shutdown()
+        self.thread.stop(self._cancel_tasks)
 
-    def _new_pool(self, threads: int) -> ThreadPoolExecutor | None:
-        if threads <= 1:
-            return None
-        return ThreadPoolExecutor(threads, self._context.replica_tag, initializer=enter_context, initargs=(self._context,))
+    def _new_pool(self, threads: int) -> Threads | None:
+        return Threads(threads, self._context.replica_tag, partial(enter_context, self._context)) if threads > 1 else None
 
     # In the worker's thread.
 
-    def _run_loop(self) -> None:
-        """A task of the user's that ends with SystemExit or KeyboardInterrupt ends the loop, and one may stop it; what runs beside it is
-        still to be answered, so the loop goes on until it is told to end."""
-        enter_context(self._context)
-        try:
-            while not self._is_ending and not self._loop.is_closed():
-                try:
-                    self._loop.run_forever()
-                except BaseException as error:
-                    with suppress(RuntimeError):  # the I/O loop may be gone by then
-                        self._io.call_soon_threadsafe(self._fail, describe(error))
-        finally:
-            self._loop.close()
-
     def _call(self, function: Callable[[], Any], constructs: bool, pending: concurrent.futures.Future[Any]) -> None:
         context = self._contexts.own if constructs else self._contexts.new()
+        self.hook_since = time.monotonic()
         try:
             value = self._without_loop(context.run, function)
             is_awaitable = inspect.isawaitable(value)
@@ -195,6 +173,7 @@ class Worker:
         finally:
             forks.end_if_forked_since(self._depth)
             self._contexts.note_changes()
+            self.hook_since = math.inf
         if not is_awaitable:
             return _resolve(pending, value)
         task = self._run_task(self._await(value, pending), context)
@@ -213,7 +192,6 @@ class Worker:
 
     def _start_some(self) -> None:
         """As many as a turn has time for; it goes on whatever becomes of one of them."""
-        assert self._execution is not None
         until = time.monotonic() + _TURN_S
         try:
             while self._jobs and self._free_threads > 0 and time.monotonic() < until:
@@ -224,14 +202,14 @@ class Worker:
                 try:
                     self._start(job)
                 except BaseException as error:
-                    self._put(job, self._execution.failed(error, job))
+                    self._put_failed([job], error)
         finally:
             self._woken = False  # only now: while this runs, whoever submits need not wake it
             if self._jobs and self._free_threads > 0:
                 self._woken = True
                 self._loop.call_soon(self._take)
             if self._gathering and self._config.batch_wait_timeout == 0:
-                self._run_gathered()
+                self._gathering.run_all()
 
     def _start(self, job: Job) -> None:
         assert self._execution is not None
@@ -241,42 +219,16 @@ class Worker:
         if isinstance(method, Result):
             self._put(job, method)
         elif method.accepts_batch:
-            self._gather(job, method)
+            self._gathering.add(job, method, self._config.max_batch_size or 1, self._config.batch_wait_timeout)
         else:
             self._run([job], method)
 
-    # Batches.
-
-    def _gather(self, job: Job, method: Method) -> None:
-        self._gathering.append((job, method))
-        if len(self._gathering) >= (self._config.max_batch_size or 1):
-            self._run_gathered()
-        elif self._batch_timer is None and self._config.batch_wait_timeout > 0:
-            self._batch_timer = self._loop.call_later(self._config.batch_wait_timeout, self._without_loop, self._run_gathered)
-
-    def _run_gathered(self) -> None:
-        """One call for each method among them."""
-        if self._batch_timer is not None:
-            self._batch_timer.cancel()
-            self._batch_timer = None
-        gathered, self._gathering = self._gathering, []
-        groups: dict[Method, list[Job]] = {}
-        for job, method in gathered:
-            if job.unwanted:
-                self._put(job, job.unwanted_result)
-                continue
-            groups.setdefault(method, []).append(job)
-        for method, jobs in groups.items():
-            self._run_safely(jobs, method)
-
     def _run_safely(self, jobs: Sequence[Job], method: Method) -> None:
         """The other batches of the turn run whatever becomes of one."""
-        assert self._execution is not None
         try:
             self._run(jobs, method)
         except BaseException as error:
-            for job in jobs:
-                self._put(job, self._execution.failed(error, job))
+            self._put_failed(jobs, error)
 
     # Calls: of one job, or of a batch.
 
@@ -298,24 +250,33 @@ class Worker:
         elif self._pool is None:
             self._run_plain(jobs, method, context)
         else:
-            self._free_threads -= 1  # first: where the pool can start no thread, it keeps the call for one that it has
-            self._pool.submit(self._run_pooled, jobs, method, context)
+            self._pool.submit(partial(self._run_pooled, jobs, method, context))
+            self._free_threads -= 1
 
     def _run_plain(self, jobs: Sequence[Job], method: Method, context: Context) -> None:
         self.in_plain_call = True
-        answers = context.run(self._execute, jobs, method)
-        self.in_plain_call = False
+        try:
+            answers = context.run(self._execute, jobs, method)
+        finally:
+            self.in_plain_call = False
         self._measure(jobs)
         self._deliver(jobs, answers, context)
 
     def _run_pooled(self, jobs: Sequence[Job], method: Method, context: Context) -> None:
-        answers = context.run(self._execute, jobs, method)
-        self._loop.call_soon_threadsafe(self._thread_is_free, jobs, answers, context)
+        answers: Sequence[Answer] = ()
+        try:
+            answers = context.run(self._execute, jobs, method)
+        finally:
+            with suppress(RuntimeError):  # a call that was left to its thread may outlive the worker's loop
+                self._loop.call_soon_threadsafe(self._thread_is_free, jobs, answers, context)
 
     def _thread_is_free(self, jobs: Sequence[Job], answers: Sequence[Answer], context: Context) -> None:
         self._free_threads += 1
-        self._measure(jobs)
-        self._deliver(jobs, answers, context)
+        try:
+            self._measure(jobs)
+            self._deliver(jobs, answers, context)
+        except BaseException as error:
+            self._put_failed(jobs, error)
         self._take()
 
     def _execute(self, jobs: Sequence[Job], method: Method) -> list[Answer]:
@@ -345,9 +306,11 @@ class Worker:
             else:
                 answers = [await self._execution.run_async(method, jobs[0])]
             forks.end_if_forked_since(self._depth)
+            self._deliver(jobs, answers)
         except asyncio.CancelledError as error:
-            return self._cancelled(jobs, error)
-        self._deliver(jobs, answers)
+            self._cancelled(jobs, error)
+        except BaseException as error:
+            self._put_failed(jobs, error)
 
     def _deliver(self, jobs: Sequence[Job], answers: Sequence[Answer], context: Context | None = None) -> None:
         """What a call came to; `context`: that of a plain one. A response that has to be run for its result is run on the loop."""
@@ -364,6 +327,8 @@ class Worker:
             await self._execution.respond(response, job, lambda result: self._put(job, result))
         except asyncio.CancelledError as error:
             self._cancelled([job], error)
+        except BaseException as error:
+            self._put_failed([job], error)
         finally:
             self.responding -= 1
 
@@ -373,7 +338,7 @@ class Worker:
         for job in jobs:
             if job.given_up is not None:
                 self._put(job, job.given_up)
-            elif not self._is_ending:
+            elif not self.thread.is_ending:
                 self._put(job, self._execution.failed(error, job))
 
     def _run_task(self, work: Coroutine[Any, Any, None], context: Context, jobs: Sequence[Job] = ()) -> asyncio.Task[None]:
@@ -425,37 +390,34 @@ class Worker:
             except RuntimeError:  # a call that was left to its thread may outlive the loop it would report to
                 pass
 
+    def _put_failed(self, jobs: Sequence[Job], error: BaseException) -> None:
+        """After an exception of ours, or of user code where nothing else would answer for it."""
+        assert self._execution is not None
+        for job in jobs:
+            self._put(job, self._execution.failed(error, job))
+
     def _resize(self, more_threads: int) -> None:
         if more_threads:
             if self._pool is not None:
-                self._pool.shutdown(wait=False)  # what it runs it finishes
+                self._pool.shutdown()  # what it runs it finishes
             self._pool = self._new_pool(self._config.sync_threads)
             self._free_threads += more_threads
         self._take()
 
-    def _finish(self) -> None:
+    def _cancel_tasks(self) -> None:
         for task in self._tasks:
             task.cancel()
-        self._loop.call_soon(self._loop.stop)
 
     # On the I/O loop.
 
     def _hand_over(self) -> None:
         self._io_woken = False
-        while self._results:
-            self._on_done(*self._results.popleft())
-
-    def _fail(self, failure: Failure) -> None:
-        if not self.failed.is_set():
-            self._failure = failure
-            self.failed.set()
-
-
-def _log_unhandled(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """What nobody awaited: the default handler would ask the exception for its own words."""
-    error = context.get("exception")
-    told = printable_lines(traceback_of(error).rstrip()) if error is not None else ""
-    logger.error("user code, outside any request: %s\n%s", context.get("message", "an error"), told)
+        try:
+            while self._results:
+                self._on_done(*self._results.popleft())
+        finally:
+            if self._results:  # the rest is told whatever became of one
+                self._io.call_soon(self._hand_over)
 
 
 def _resolve(pending: concurrent.futures.Future[Any], outcome: Any) -> None:

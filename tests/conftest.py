@@ -1,14 +1,17 @@
 """What every test may ask for: the URLs of real servers, the servers themselves, and a namespace of its own."""
 
+import functools
 import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import httpx
+import httpx._transports.default as transports
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 import mqserve as serve
 from tests.faults.wire import Wire
@@ -32,6 +35,16 @@ LONG = (
     "test_dead_letters",
     "test_cli",
 )  # but for their embedded form
+TEST_BY_TEST = {"test_detached", "test_run_in_the_foreground", "test_nodes_and_locations"}  # an instance for each, and they take long
+LONGEST = (
+    "test_detached", "test_soak", "test_malformed", "test_least_privilege", "test_health", "test_replica_rows", "test_proxy_rows",
+    "test_broker_rows", "test_odd_keys", "test_store_rows", "test_overload", "test_drain", "test_controllers", "test_must_hold_faults",
+    "test_slopes", "test_behaviours_cancellation", "test_behaviours_user_code", "test_behaviours_traffic", "test_clients",
+    "test_exceptions", "test_docs", "test_replicas", "test_status", "test_forks", "test_nodes_and_locations", "test_cli", "test_http",
+    "test_handles", "test_routing", "test_behaviours_shutdown", "test_messages", "test_behaviours_reconfigure", "test_lease",
+    "test_deleted", "test_futures_by_id", "test_http_edge", "test_cli_interrupts", "test_must_hold", "test_behaviours_batching",
+    "test_behaviours_config", "test_setup", "test_ended", "test_direct_publishing",
+)  # fmt: skip
 SERVER_FIXTURES = {"broker_url", "store_url", *BREAKING_FIXTURES}
 
 
@@ -45,11 +58,18 @@ def pytest_configure(config: pytest.Config) -> None:
     # httpx's default is 5 s, which a busy machine can take: a test that says nothing of time is not about time. One object, shared by all.
     default = httpx._config.DEFAULT_TIMEOUT_CONFIG
     default.connect = default.read = default.write = default.pool = HTTP_TIMEOUT_S
+    # Each `httpx.get` makes a client that reads the certificates of all authorities, which takes 18 ms: they are read once.
+    transports.create_ssl_context = functools.cache(transports.create_ssl_context)  # type: ignore[attr-defined]
+
+
+def place_of(module: Path) -> int:
+    """The long modules begin first, so that no worker is left with one at the end; the others follow as they are."""
+    return LONGEST.index(module.stem) if module.stem in LONGEST else len(LONGEST)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the quick tests first: those without servers, those with, those that break them."""
+    """Run the quick tests first: those without servers, those with, those that break them. Several workers begin with the long modules."""
     for item in items:
         if BREAKING_FIXTURES & set(fixtures_of(item)):
             item.add_marker(pytest.mark.breaks_servers)
@@ -57,7 +77,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.faults)
         if item.path.name.startswith(LONG) and ("distributed" in item.name or SERVER_FIXTURES & set(fixtures_of(item))):
             item.add_marker(pytest.mark.long)
+        item.extra_keyword_matches.update(f"row_{mark.args[0]:02}" for mark in item.iter_markers("row"))
     items.sort(key=lambda item: (breaks_servers(item), bool(SERVER_FIXTURES & set(fixtures_of(item)))))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: place_of(item.path))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """With `-n` a worker gets whole modules, so that their fixtures, an instance for most, are made once; and in our order."""
+    config.option.loadscopereorder = False
+    return ModuleByModule(config, log)
+
+
+class ModuleByModule(LoadScopeScheduling):  # type: ignore[misc]
+    """Hands out a module, or one form of it where its tests run in both; single tests of those that share nothing."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        module, _, test = nodeid.partition("::")
+        if Path(module).stem in TEST_BY_TEST:
+            return nodeid
+        return next((f"{module} {form}" for form in FORMS if form in test), module)
 
 
 def pytest_sessionfinish() -> None:

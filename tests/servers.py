@@ -34,6 +34,16 @@ or name servers that run: MQSERVE_TEST_BROKER_URL=amqp://… and MQSERVE_TEST_ST
 _given_ports: set[int] = set()
 
 
+def _ports_of_this_worker() -> range:
+    """A share of the ports for each of pytest-xdist's workers, since one probes a port while another has it but does not listen yet."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    return range(20_000 + number % workers, 30_000, workers)
+
+
+PORTS = _ports_of_this_worker()
+
+
 class ServerMissing(Exception):
     """The server's program is not on this machine; the message says what to install."""
 
@@ -467,7 +477,7 @@ def free_port() -> int:
     either talks to itself or keeps the server from coming back.
     """
     while True:
-        port = random.randrange(20_000, 30_000)
+        port = random.choice(PORTS)
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))

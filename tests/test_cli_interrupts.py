@@ -195,7 +195,7 @@ def test_the_first_ctrl_c_in_a_shutdown_lets_it_end_in_order_and_is_raised_after
 def test_ctrl_c_works_where_nobody_reads_what_is_said(shell: CommandLine) -> None:
     script = """
 import os, signal
-from mqserve.broker.interrupts import Interrupts, taking
+from mqserve.broker.process.interrupts import Interrupts, taking
 reading, writing = os.pipe()
 os.close(reading)
 os.dup2(writing, 2)

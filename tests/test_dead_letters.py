@@ -201,7 +201,7 @@ def test_two_who_retry_at_once_run_each_message_once(
 
 DIES_BEFORE_REMOVING = """
 import os, signal
-from mqserve.broker.rabbit_dead_letters import RabbitDeadLetters
+from mqserve.broker.rabbitmq.dead_letters import RabbitDeadLetters
 from mqserve.commands.cli import main
 
 async def remove(letters, letter):
@@ -280,7 +280,7 @@ def test_what_a_stranger_said_in_our_name_stays_and_harms_nobody(
     assert "seal: it has none" in shown.stdout and "sent by: HTTP" in shown.stdout
     refused = dead("retry", backend, "--all")
     assert refused.exit_code == 1 and refused.stderr.startswith("Error: retried: 0; "), refused.stderr
-    assert refused.stderr.count("no replica would run it, whoever sends it again") == len(forged)
+    assert refused.stderr.count("no replica would run it, even if it is sent again") == len(forged)
     assert letters(backend) == len(forged)
     assert len(serve.future(theirs.id).result(timeout=30)) == 1_200_000
     assert len(tally.lines) == 1
@@ -322,7 +322,7 @@ def test_an_unknown_id_gets_a_sentence(deploy: Deploy, dead: Dead, tmp_path: Pat
 @pytest.mark.parametrize("arguments", [("retry", "b"), ("drop", "b", "x", "--all")])
 def test_neither_ids_nor_all_or_both_get_a_sentence(dead: Dead, arguments: tuple[str, ...]) -> None:
     refused = dead(*arguments)
-    assert refused.exit_code == 1 and "say which: their ids" in refused.stderr, refused.stderr
+    assert refused.exit_code == 1 and "name them by their ids" in refused.stderr, refused.stderr
 
 
 def lines_of(done: Result) -> list[dict[str, Any]]:

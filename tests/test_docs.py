@@ -274,7 +274,16 @@ def test_every_flag_is_in_the_text_and_the_other_way_round() -> None:
         option for command in commands_of(cli) for option in command.params if isinstance(option, click.Option) and not option.hidden
     ]
     mentioned = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", " ".join([*inline_code(), *map(code_of, SHELL_LINES)])))
-    elsewhere = {"--build", "--wait", "--check", "--help", "-d", "-hex"}  # of docker, node, curl, openssl; click's own
+    elsewhere = {
+        "--build",
+        "--wait",
+        "--check",
+        "--help",
+        "-d",
+        "-hex",
+        "-m",
+        "-k",
+    }  # of docker, node, curl, openssl, python, pytest; click's own
     elsewhere |= {"-a", "--http-location", "--head", "--address", "--metrics-export-port"}  # of Ray
     missing = [option.opts for option in options if not mentioned & set(option.opts)]
     assert not missing

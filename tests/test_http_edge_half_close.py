@@ -37,6 +37,7 @@ def assert_served(answer: Answer | None, body: bytes, connection: str) -> None:
     assert (answer.status, answer.body, answer.header("connection")) == (200, body, connection)
 
 
+@pytest.mark.row(22)
 @pytest.mark.parametrize("version", [b"1.0", b"1.1"])
 def test_a_client_that_sends_no_more_is_answered(deploy: Deploy, version: bytes) -> None:
     at = deploy.at(lambda request: request.data)
@@ -64,6 +65,7 @@ def test_a_client_that_waits_for_long_gets_the_answer_whole(deploy: Deploy, gate
     assert_served(answer, b"done", "close")
 
 
+@pytest.mark.row(22)
 def test_a_client_that_goes_after_it_has_closed_its_side_is_noticed(deploy: Deploy, tally: Tally) -> None:
     def wait(request: Any) -> str:
         tally.note("started")

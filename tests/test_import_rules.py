@@ -44,6 +44,7 @@ def module_of(path: Path) -> str:
 
 
 MODULES = {module_of(path): path for folder in ("mqserve", *FOLDERS) for path in (ROOT / folder).rglob("*.py")}
+TREES = {module: ast.parse(path.read_text()) for module, path in MODULES.items()}
 
 
 def room_of(module: str) -> str:
@@ -53,7 +54,7 @@ def room_of(module: str) -> str:
 def imports_of(module: str) -> Iterator[str]:
     """The modules of ours that it imports when it runs; not those for its types alone."""
     package = room_of(module).split(".")
-    for node in nodes_that_run(ast.parse(MODULES[module].read_text())):
+    for node in nodes_that_run(TREES[module]):
         if isinstance(node, ast.ImportFrom) and node.level:
             above = ["mqserve", *package] if package[0] != "mqserve" else package
             target = ".".join([*above[: len(above) - node.level + 1], *filter(None, [node.module])])

@@ -164,5 +164,5 @@ def test_a_backend_that_no_node_comes_to_run_is_given_up_with_the_reason(distrib
     distributed_shell.start("controller")
     wait_until(lambda: distributed_shell.run("status").returncode == 0)
     refused = distributed_shell.python(CREATE)
-    assert refused.returncode == 1 and "no node is there to run it: start one with `mqserve node`" in refused.stderr
+    assert refused.returncode == 1 and "there is no node to run it: start one with `mqserve node`" in refused.stderr
     assert "'b'" not in distributed_shell.run("status").stdout

@@ -17,7 +17,7 @@ from mqserve.client.deployments import Deployments
 from mqserve.client.membership import Membership
 from mqserve.connections import Connections
 from mqserve.controller import changes
-from mqserve.controller.state.beats import Beat
+from mqserve.controller.state.beats import ProxyBeat
 from mqserve.controller.state.documents import Desired, HttpOptions
 
 pytestmark = pytest.mark.anyio
@@ -60,7 +60,7 @@ class Instance:
         await self._beat(follows=(1, 1), refuses=(desired.epoch, desired.version), refused="it cannot be made")
 
     async def _beat(self, **facts: Any) -> None:
-        beat = Beat("proxy", "p", self.store.now_ms(), **facts)
+        beat = ProxyBeat("p", self.store.now_ms(), **facts)
         await self.store.put_field(self.keys.beats, beat.field, beat.to_bytes())
         await self.store.announce()
 

@@ -76,5 +76,5 @@ def test_a_look_whether_locks_can_be_had_leaves_none(state_folder: Path) -> None
 
 def test_a_folder_that_is_a_file_gets_a_sentence(state_folder: Path) -> None:
     state_folder.write_text("in the way")
-    with pytest.raises(serve.InstanceError, match=rf"{state_folder} is none .*set XDG_STATE_HOME"):
+    with pytest.raises(serve.InstanceError, match=rf"{state_folder} cannot be used .*set XDG_STATE_HOME"):
         RoleLock.open(*WHICH)

@@ -75,10 +75,12 @@ def test_runs_are_read_by_number() -> None:
 
 
 def test_a_log_may_hold_the_handlers_tracebacks_and_no_others() -> None:
-    traceback = '10:00:00 [7] ERROR x: request failed\nTraceback (most recent call last):\n  File "a.py", line 1, in f\n    g()\n'
-    assert in_logs([("node", traceback + "tests.faults.soak.backends.Refused: 7 w\n10:00:01 [7] WARNING y: later\n")]) == []
-    (found,) = in_logs([("node", traceback + "KeyError: 'x'\n10:00:01 [7] WARNING y: later\n")])
-    assert found.startswith("node: Traceback") and found.endswith("KeyError: 'x'")
+    traceback = (
+        '10:00:00 [7] ERROR x: request failed\n    Traceback (most recent call last):\n      File "a.py", line 1, in f\n        g()\n'
+    )
+    assert in_logs([("node", traceback + "    tests.faults.soak.backends.Refused: 7 w\n10:00:01 [7] WARNING y: later\n")]) == []
+    (found,) = in_logs([("node", traceback + "    KeyError: 'x'\n10:00:01 [7] WARNING y: later\n")])
+    assert found.startswith("node:     Traceback") and found.endswith("KeyError: 'x'")
     assert in_logs([("node", "10:00:00 [7] ERROR asyncio: Task was destroyed but it is pending!\n")])
 
 

@@ -22,7 +22,6 @@ from mqserve.broker.store_keys import StoreKeys
 from mqserve.commands.status import Facts, read_facts, show_status
 from mqserve.controller import changes
 from mqserve.controller.lease import LAPSED_AFTER_S
-from mqserve.controller.state.beats import Beat
 from mqserve.controller.state.documents import Desired
 from tests.faults.wire import Wire
 from tests.instances import DEADLINE_S, NOISE_S, CommandLine, Deploy, distributed_only, new_name, wait_until
@@ -45,9 +44,9 @@ def say(store_url: str, shared_namespace: str) -> Iterator[Any]:
 
         def say(kind: str, member_id: str, **facts: Any) -> None:
             seconds, microseconds = store.time()
-            beat = Beat(kind, member_id, seconds * 1000 + microseconds // 1000, **facts)
-            fields.add(beat.field)
-            store.hset(keys.beats, beat.field, beat.to_bytes())
+            beat = {"kind": kind, "id": member_id, "at": seconds * 1000 + microseconds // 1000, **facts}
+            fields.add(f"{kind}:{member_id}")
+            store.hset(keys.beats, f"{kind}:{member_id}", json.dumps(beat))
 
         yield say
         store.hdel(keys.beats, *fields)
@@ -59,18 +58,18 @@ async def test_names_with_brackets_are_shown_as_they_are(
     name, route = new_name("e"), f"/{new_name('x')}[/y]"
     client.create_endpoint(name, backend=deploy(lambda request: "well"), route=route)
     try:
-        say("node", "[red]node[/]", url="http://[fe80::1]:9000", state="[odd]")
+        say("node", "[red]node[/]", url="http://[fe80::1]:9000")
         printed = await shown(environment)
     finally:
         client.delete_endpoint(name)
-    assert all(text in printed for text in (route, "[red]node[/]", "http://[fe80::1]:9000", "[odd]")), printed
+    assert all(text in printed for text in (route, "[red]node[/]", "http://[fe80::1]:9000")), printed
 
 
 async def test_what_a_member_says_has_no_escape_codes_and_begins_no_line(
     client: serve.Client, environment: dict[str, str], say: Any
 ) -> None:
     forged = "23:59:59 [1] ERROR mqserve.FORGED: yes"
-    say("node", f"odd\n{forged}", url="http://there\x1b]0;title\x07", state="\u202eup", error=f"well\r\n{forged}\x1b[31m")
+    say("node", f"odd\n{forged}", url="http://there\x1b]0;title\x07\u202eup", error=f"well\r\n{forged}\x1b[31m")
     printed = await shown(environment)
     assert "mqserve.FORGED" in printed and r"\x1b]0;title\x07" in printed and r"\u202eup" in printed
     lines = printed.split("\n")

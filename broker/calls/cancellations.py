@@ -1,7 +1,7 @@
-"""Word of requests that nobody wants any more: told to every replica, so that none of them has to ask before a run.
+"""The log of cancellations: every replica reads it, so that no replica has to ask the store before a run.
 
-An entry of the log `cancelled` is MessagePack `[1, kind, name]`: kind `request` names a future id, kind `proxy` the inbox of
-a proxy that died, whose clients are gone. Other kinds and versions are left out by readers who do not know them.
+An entry of the log `cancelled` is MessagePack `[1, kind, name]`: kind `request` names a future id, kind `proxy` names the inbox of a
+proxy that died, whose clients are gone. Readers skip kinds and versions that they do not know.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from collections.abc import Callable
 
 import msgspec
 
+from ..backoff import keep_running
 from ..envelope import Envelope, is_minted
-from ..results import ErrorInfo, Result
+from ..results import ErrorInfo, Outcome, Result
 from ..store import Store
 from ..store_keys import RESULT_TTL_S, StoreKeys
 
@@ -20,10 +21,10 @@ VERSION = 1
 REQUEST, PROXY = "request", "proxy"
 KEPT = 20_000  # cancelled ids that a replica remembers; the log keeps fewer
 
-# The same bytes whoever finds it cancelled: that is how the store knows that two of them say the same.
+# The bytes are the same whoever cancels: by that the store recognizes that two writers recorded the same result.
 CANCELLED = Result(
     status=499,
-    error=ErrorInfo(type="mqserve.Cancelled", message="the request was cancelled, or its client went away, before it had a result"),
+    error=ErrorInfo(type=Outcome.CANCELLED, message="the request was cancelled, or its client went away, before it had a result"),
 )
 
 
@@ -42,13 +43,13 @@ def notice_of_proxy(inbox: str) -> bytes:
 
 
 class Cancellations:
-    """What a replica has heard, or a proxy that listens for its own name. `on_word` is called after each batch of words."""
+    """The cancellations that this process has read from the log. `on_word` is called after each batch of entries."""
 
     def __init__(self, store: Store, keys: StoreKeys, on_word: Callable[[], None]) -> None:
         self._store = store
         self._log = keys.cancelled
         self._on_word = on_word
-        self._heard: dict[str, float] = {}  # ids and inboxes, with when; in order of arrival: the oldest is forgotten first
+        self._heard: dict[str, float] = {}  # future id or inbox -> time of arrival, oldest first; the oldest is forgotten first
 
     def __repr__(self) -> str:
         return f"<Cancellations, {len(self._heard)} heard>"
@@ -57,30 +58,32 @@ class Cancellations:
         return bool(self._heard)
 
     def has(self, name: str) -> bool:
-        """A future id, or the inbox of a proxy. A caller's own id may be used again, once its result has expired."""
+        """Whether this future id or proxy inbox is cancelled. A cancellation of a caller's own id lapses with the result's TTL, since the
+        caller may use the id again after that."""
         heard_at = self._heard.get(name)
         if heard_at is None:
             return False
         return "/" not in name or is_minted(name) or time.monotonic() - heard_at < RESULT_TTL_S
 
     async def listen(self) -> None:
-        """Until cancelled."""
-        await self._store.read_log(self._log, self._on_entries)
+        """Reads the log until this task is cancelled."""
+        await keep_running("the listener to cancellations", lambda: self._store.read_log(self._log, self._on_entries))
 
     def names(self, envelope: Envelope, future_id: str) -> bool:
-        """Whether nobody wants this request any more. What a handle sent may be read by others, so only a proxy's go with it."""
+        """Whether nobody wants this request any more. The end of a proxy cancels the requests of that proxy only; the result of a
+        handle's request may be read by any process that has the id."""
         header = envelope.header
         return self.has(future_id) or (header.origin == "http" and header.inbox in self._heard)
 
     def _on_entries(self, entries: list[bytes]) -> None:
         for raw in entries:
             try:
-                word = _decode(raw)
+                notice = _decode(raw)
             except msgspec.MsgspecError:
                 continue
-            if word.v == VERSION and word.kind in (REQUEST, PROXY):
-                self._heard.pop(word.name, None)
-                self._heard[word.name] = time.monotonic()
+            if notice.v == VERSION and notice.kind in (REQUEST, PROXY):
+                self._heard.pop(notice.name, None)
+                self._heard[notice.name] = time.monotonic()
         while len(self._heard) > KEPT:
             del self._heard[next(iter(self._heard))]
         self._on_word()

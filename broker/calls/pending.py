@@ -1,4 +1,5 @@
-"""The results that this process waits for: of its own requests, told of in its inbox, and of others', by a poll."""
+"""The results that this process waits for. The inbox announces the results of its own requests; results of other processes' requests are
+polled."""
 
 from __future__ import annotations
 
@@ -8,17 +9,16 @@ import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
-import msgspec
-
-from ..backoff import delays
+from ..backoff import delays, keep_running
 from ..errors import BadEnvelope, MQServeError, StoreUnavailable, untraced
 from ..process.printable import printable
-from ..results import Result, entry_of, late_result, read_entry
+from ..process.tasks import Tasks
+from ..result_bodies import with_body
+from ..results import Outcome, Phase, Result, entry_of, late_result, read_entry
 from ..store import Record, Store
 from ..store_keys import StoreKeys
 
@@ -29,7 +29,7 @@ _READ_AT_ONCE = 100
 _FAILED_KEPT = 1000
 _POLL_EVERY_S = 0.05
 _LOOK_EVERY_S = 0.5
-_IDLE_AFTER_S = 2.0  # without a write: members beat every second
+_IDLE_AFTER_S = 2.0  # members write a heartbeat every second, so a pause this long means that nothing tried to write
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +47,16 @@ class PendingResults:
         self._keys = keys
         self.inbox = keys.inbox(process_id)
         self._waiting: dict[str, _Waiting] = {}
-        self._failed: dict[str, MQServeError] = {}  # the last requests that were never sent, or cancelled: no result will come
-        self._deadlines: list[tuple[int, str]] = []  # a heap in store ms; entries of answered requests are skipped
+        self._failed: dict[str, MQServeError] = {}  # error of each of the latest requests that failed before a result could come
+        self._deadlines: list[tuple[int, str]] = []  # a heap of (store time in ms, id); entries of answered requests are skipped
         self._timer: asyncio.TimerHandle | None = None
-        self._strangers: dict[str, asyncio.Future[Result]] = {}  # requests of other processes whose results are wanted here
-        self._listeners: Counter[str] = Counter()  # the last one who stops waiting for a stranger's request ends its polling
+        self._strangers: dict[str, asyncio.Future[Result]] = {}  # requests of other processes whose results are awaited here
+        self._listeners: Counter[str] = Counter()  # callers per awaited id; when the last one stops waiting, polling for the id ends
         self._polling = False
-        self._to_read: dict[str, None] = {}  # by key, in order of arrival: their notes may be lost, or hold no result
+        self._to_read: dict[str, None] = {}  # ids to read by key, oldest first: their inbox entry may be lost, or held no result
         self._reading = False
-        self._fetching: set[str] = set()  # results whose bodies are on their way
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._fetching: set[str] = set()  # ids of results whose bodies are being read
+        self._tasks = Tasks(self._ended)
 
     def __repr__(self) -> str:
         return f"<PendingResults of {self.inbox}, {len(self)} waiting>"
@@ -71,24 +71,24 @@ class PendingResults:
 
     async def run(self) -> None:
         """Reads the inbox until cancelled."""
-        self._start(self._refuse_what_cannot_be_stored())
+        self._tasks.start(self._fail_while_refused())
         try:
-            await self._store.read_inbox(self.inbox, self._on_notes, self._read_again)
+            await keep_running("the reader of results", lambda: self._store.read_inbox(self.inbox, self._on_notes, self._read_again))
         finally:
             if self._timer is not None:
                 self._timer.cancel()
-            for task in self._tasks:
-                task.cancel()
+            self._tasks.cancel()
             for future in [*(waiting.future for waiting in self._waiting.values()), *self._strangers.values()]:
                 future.cancel()
 
     def add(self, future_id: str, deadline_ms: int, on_end: Callable[[bool], None], *, sent_at: float) -> asyncio.Future[Result]:
-        """For a request of this process. Ends by its deadline (plus at most a second); `on_end` is told then whether it was answered."""
+        """Registers a request of this process and returns the future of its result. The future ends by the deadline (plus at most a
+        second); `on_end` is then called with whether the request was answered."""
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        self._failed.pop(future_id, None)  # of an id that is used again
+        self._failed.pop(future_id, None)  # a caller's own id may be used again after a failure
         self._waiting[future_id] = _Waiting(future, on_end, sent_at)
         heapq.heappush(self._deadlines, (deadline_ms, future_id))
-        if len(self._deadlines) > 2 * len(self._waiting) + 1000:  # most are of answered requests
+        if len(self._deadlines) > 2 * len(self._waiting) + 1000:  # most entries belong to answered requests: rebuild the heap without them
             self._deadlines = [entry for entry in self._deadlines if entry[1] in self._waiting]
             heapq.heapify(self._deadlines)
         if self._deadlines[0][1] == future_id:
@@ -96,7 +96,7 @@ class PendingResults:
         return future
 
     def fail(self, future_id: str, error: MQServeError) -> None:
-        """No result will come."""
+        """Ends the wait with `error`, because no result will come."""
         future = self.drop(future_id)
         if future is not None and not future.done():
             future.set_exception(error)
@@ -105,7 +105,7 @@ class PendingResults:
                 del self._failed[next(iter(self._failed))]
 
     def drop(self, future_id: str, *, answered: bool = False) -> asyncio.Future[Result] | None:
-        """Nobody waits for it any more; whoever did has this future."""
+        """Removes the request and returns its future, so that the caller can resolve it. Returns None for an unknown id."""
         waiting = self._waiting.pop(future_id, None)
         if waiting is None:
             return self._strangers.pop(future_id, None)
@@ -113,8 +113,8 @@ class PendingResults:
         return waiting.future
 
     async def result(self, future_id: str, timeout_s: float | None) -> Result:
-        """The result of any id, whoever sent it. Raises TimeoutError, which ends this wait and not the request, and what kept a request of
-        this process from being sent."""
+        """Waits for the result of any id, whichever process sent the request. Raises TimeoutError, which ends this wait and not the
+        request, or the error that kept a request of this process from being sent."""
         waiting = self._waiting.get(future_id)
         if waiting is not None:
             future = waiting.future
@@ -126,7 +126,7 @@ class PendingResults:
             future = self._strangers.setdefault(future_id, asyncio.get_running_loop().create_future())
             if not self._polling:
                 self._polling = True
-                self._start(self._poll_strangers())
+                self._tasks.start(self._poll_strangers())
         self._listeners[future_id] += 1
         try:
             async with asyncio.timeout(timeout_s):
@@ -138,13 +138,13 @@ class PendingResults:
                 self._strangers.pop(future_id, None)
 
     async def has_result(self, future_ids: Sequence[str]) -> bool:
-        """Whether one of these has an end, as one read of the store says. Raises StoreUnavailable."""
+        """Whether at least one of these requests has a result or has failed; reads the store once. Raises StoreUnavailable."""
         if any(future_id in self._failed for future_id in future_ids):
             return True
         return any(raw is not None for raw in await self._store.get_many([self._keys.future(future_id) for future_id in future_ids]))
 
     async def first_result(self, future_ids: Sequence[str]) -> tuple[str, Result]:
-        """(id, result) of whichever of these has one first; of several that have one, the first in the list."""
+        """Returns (id, result) of the request that is done first; if several are done already, the first in the list."""
         waits = {asyncio.create_task(self.result(future_id, None)): future_id for future_id in future_ids}
         try:
             done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
@@ -155,7 +155,7 @@ class PendingResults:
                 wait.cancel()
 
     async def _poll_strangers(self) -> None:
-        """Results of requests that other processes sent have no place in our inbox: one poll for all of them."""
+        """Polls for the results of other processes' requests, with one read for all of them: their replicas do not write to our inbox."""
         try:
             while self._strangers:
                 await asyncio.sleep(_POLL_EVERY_S)
@@ -165,36 +165,38 @@ class PendingResults:
             self._polling = False
 
     async def peek(self, future_id: str) -> Result | None:
-        """The result if it stands in the store."""
+        """The result if the store has it, else None."""
         raw = await self._store.get(self._keys.future(future_id))
-        return None if raw is None else await self._whole(future_id, Result.from_bytes(raw))
+        return None if raw is None else await with_body(self._store, self._keys, future_id, Result.from_bytes(raw))
 
-    async def _refuse_what_cannot_be_stored(self) -> None:
-        """While the store answers and takes no writes, a request that was sent after the first refusal has no result to come, so its caller
-        is told. Results of earlier ones wait in their replicas for room.
+    async def _fail_while_refused(self) -> None:
+        """Fails the requests that were sent after the store began to refuse writes, because their results cannot be stored. Requests sent
+        earlier keep waiting: their replicas hold the results until the store has room.
 
-        Members write their beat every second. While requests wait, a key is written besides that expires at once: the less time goes by
-        before a refusal is known, the fewer requests are sent in vain.
+        Members write a heartbeat every second. While requests wait, `probe` also writes a key that expires at once: the sooner a refusal
+        is known, the fewer requests are sent in vain.
         """
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
-            if self._waiting and time.monotonic() - self._store.written_at > _LOOK_EVERY_S:
+            if self._waiting and time.monotonic() - self._store.health.written_at > _LOOK_EVERY_S:
                 with suppress(StoreUnavailable):
                     await self._store.probe()
-            if refusal := self._store.refusal:
-                refused_since, written_at = self._store.refused_since, self._store.written_at
-                was_idle = refused_since - written_at > _IDLE_AFTER_S  # then nothing says when the refusals began: what it just sent counts
+            if refusal := self._store.health.refusal:
+                refused_since, written_at = self._store.health.refused_since, self._store.health.written_at
+                # no write tells when the refusals began, so requests sent just before count too
+                was_idle = refused_since - written_at > _IDLE_AFTER_S
                 self._fail_since(refused_since - _IDLE_AFTER_S / 2 if was_idle else refused_since, refusal)
 
     def _fail_since(self, refused_since: float, refusal: str) -> None:
-        sent_in_vain = itertools.takewhile(lambda sent: sent[1].sent_at > refused_since, reversed(self._waiting.items()))  # the last first
+        # the latest first
+        sent_in_vain = itertools.takewhile(lambda sent: sent[1].sent_at > refused_since, reversed(self._waiting.items()))
         for future_id, _ in list(sent_in_vain):
             self.fail(future_id, StoreUnavailable(f"no result can be stored, since the store takes no writes: {refusal}", public=refusal))
 
-    # Notes, and what stands under the keys.
+    # Inbox entries, and results read by key.
 
     def _on_notes(self, raw_notes: list[bytes]) -> None:
-        self._store.took_a_write()  # a result was stored: requests are taken again at once
+        self._store.health.took_a_write()  # a replica stored a result, so the store takes writes again
         for raw in raw_notes:
             note = read_entry(raw)
             if note is None or note.id not in self._waiting:
@@ -210,29 +212,30 @@ class PendingResults:
         except BadEnvelope as error:
             return self.fail(future_id, error)
         if result.ref:
-            if future_id not in self._fetching:  # it may be read by its key again meanwhile
+            if future_id not in self._fetching:  # a result may be read by key twice
                 self._fetching.add(future_id)
-                self._start(self._resolve_by_reference(future_id, result))
+                self._tasks.start(self._resolve_by_reference(future_id, result))
         else:
             self._set(future_id, result)
 
     def _set(self, future_id: str, result: Result) -> None:
-        future = self.drop(future_id, answered=result.status != 504)
+        future = self.drop(future_id, answered=result.outcome is not Outcome.LATE)
         if future is not None and not future.done():
             future.set_result(result)
 
     def _read_again(self) -> None:
-        """Notes may have been lost: the keys are the truth."""
+        """Reads all pending results by key, because inbox entries may have been lost."""
         self._read_soon(list(self._waiting))
 
     def _read_soon(self, future_ids: Sequence[str]) -> None:
         self._to_read.update(dict.fromkeys(future_ids))
         if self._to_read and not self._reading:
             self._reading = True
-            self._start(self._read_until_read())
+            self._tasks.start(self._read_pending())
 
-    async def _read_until_read(self) -> None:
-        """No note comes twice: what cannot be read now is read later, as long as somebody waits for it."""
+    async def _read_pending(self) -> None:
+        """Reads by key until nothing is left to read. An entry is sent once only, so a failed read is repeated for as long as somebody
+        waits."""
         pauses = delays()
         try:
             while wanted := [future_id for future_id in self._to_read if future_id in self._waiting][:_READ_AT_ONCE]:
@@ -250,7 +253,7 @@ class PendingResults:
             self._to_read.clear()
 
     async def _read_by_key(self, future_ids: Sequence[str]) -> None:
-        """Resolves those that have a result. Raises StoreUnavailable."""
+        """Resolves the requests that have a result. Raises StoreUnavailable."""
         for start in range(0, len(future_ids), _READ_AT_ONCE):
             some = future_ids[start : start + _READ_AT_ONCE]
             found = await self._store.get_many([self._keys.future(future_id) for future_id in some])
@@ -262,7 +265,7 @@ class PendingResults:
         try:
             for pause_s in delays():
                 try:
-                    return self._set(future_id, await self._whole(future_id, result))
+                    return self._set(future_id, await with_body(self._store, self._keys, future_id, result))
                 except StoreUnavailable as error:
                     if future_id not in self._waiting and future_id not in self._strangers:
                         return
@@ -272,15 +275,6 @@ class PendingResults:
                 await asyncio.sleep(pause_s)
         finally:
             self._fetching.discard(future_id)
-
-    async def _whole(self, future_id: str, result: Result) -> Result:
-        """With its body, wherever that stands. Raises StoreUnavailable, and MQServeError for one that is gone."""
-        if not result.ref:
-            return result
-        body = await self._store.get_large(self._keys.result_body(future_id))
-        if body is None:
-            raise MQServeError("the body of the result is gone from the store: results are kept for ten minutes")
-        return msgspec.structs.replace(result, body=body, ref="")
 
     # Deadlines: one timer for the earliest.
 
@@ -298,39 +292,34 @@ class PendingResults:
             if future_id in self._waiting:
                 late.append(future_id)
         if late:
-            self._start(self._record_late(late))
+            self._tasks.start(self._record_late(late))
         if self._deadlines:
             self._set_timer()
 
     async def _record_late(self, late: list[str]) -> None:
-        """Each one's result is its lateness, unless a replica was first; whoever waits is told within `_EXPIRY_BUDGET_S`."""
+        """Records a timeout as the result of each request, unless a replica recorded one first (NX). The callers are told within
+        `_EXPIRY_BUDGET_S`."""
         marks: dict[str, bytes | None] = {}
-        recording = self._start(self._record_lateness(late, marks))
-        await asyncio.wait([recording], timeout=_EXPIRY_BUDGET_S)  # it goes on beyond that: others may read what became of them
-        unstored = self._store.refusal  # known by now: lateness is a result, too
+        recording = self._tasks.start(self._record_lateness(late, marks))
+        # the write goes on after the budget: other processes may read the outcome
+        await asyncio.wait([recording], timeout=_EXPIRY_BUDGET_S)
+        unstored = self._store.health.refusal  # read after the write: the write itself shows whether the store refuses
         for future_id in late:
-            self._set(future_id, late_result("run" if marks.get(future_id) else "queue", unstored))
+            self._set(future_id, late_result(Phase.RUN if marks.get(future_id) else Phase.QUEUE, unstored))
 
     async def _record_lateness(self, late: list[str], marks: dict[str, bytes | None]) -> None:
         try:
             marks.update(zip(late, await self._store.get_many([self._keys.start(future_id) for future_id in late]), strict=True))
             records: list[asyncio.Future[bool]] = []
             for future_id, mark in marks.items():
-                raw = late_result("run" if mark else "queue").to_bytes()
+                raw = late_result(Phase.RUN if mark else Phase.QUEUE).to_bytes()
                 records.append(self._store.record(Record(self._keys.future(future_id), raw, "", entry_of(future_id, raw), 0)))
             first = await asyncio.gather(*records)
             await self._read_by_key([future_id for future_id, fresh in zip(late, first, strict=True) if not fresh])
         except StoreUnavailable:
-            pass  # they are late all the same, and those who wait must hear so
-
-    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-        return task
+            pass  # the requests have timed out all the same, and their callers must be told
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error(
                 "results of this process are not read as they should be: that is a bug in mqserve, please report it", exc_info=error

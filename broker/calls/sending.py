@@ -7,10 +7,9 @@ import logging
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable, Container, Coroutine
+from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import msgspec
 
@@ -18,6 +17,7 @@ from ..envelope import Envelope, Header, RequestHead, mint_id
 from ..errors import BrokerUnavailable, Cancelled, MQServeError, Overloaded, StoreUnavailable, TooLarge
 from ..overload import HeldBytes, Pace
 from ..process.printable import printable
+from ..process.tasks import Tasks
 from ..queue import Queue
 from ..results import Result, entry_of
 from ..store import Record, Store
@@ -52,7 +52,7 @@ class RequestSender:
         self.pending = PendingResults(store, keys, process_id)
         self.held = HeldBytes()
         self._paces: defaultdict[str, Pace] = defaultdict(Pace)  # by backend
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
 
     def __repr__(self) -> str:
         return f"<RequestSender {self.pending.inbox}, {len(self.pending)} waiting>"
@@ -62,8 +62,7 @@ class RequestSender:
         try:
             await self.pending.run()
         finally:
-            for task in self._tasks:
-                task.cancel()
+            self._tasks.cancel()
 
     def send(
         self,
@@ -92,7 +91,7 @@ class RequestSender:
         give_up_at = asyncio.get_running_loop().time() + REPUBLISH_BUDGET_S - self._queue.down_s
         try:
             if len(body) > INLINE_BODY_BYTES:
-                self._start(self._send_by_reference(envelope, timeout_ms, lambda small: self._publish(backend, small, give_up_at)))
+                self._tasks.start(self._send_by_reference(envelope, timeout_ms, lambda small: self._publish(backend, small, give_up_at)))
             else:
                 self._publish(backend, envelope, give_up_at)
         except MQServeError:
@@ -118,7 +117,7 @@ class RequestSender:
 
         if len(body) > INLINE_BODY_BYTES:
             publish = partial(self._queue.publish, backend, settled=_nobody_waits)
-            self._start(self._send_by_reference(envelope, timeout_ms, publish))
+            self._tasks.start(self._send_by_reference(envelope, timeout_ms, publish))
             return
         try:
             self._queue.publish(backend, envelope, settled)
@@ -128,7 +127,7 @@ class RequestSender:
     def cancel(self, future_id: str) -> None:
         """Whoever waits here is told at once, and the replicas soon."""
         self.pending.fail(future_id, Cancelled(f"request {future_id} was cancelled by its caller"))
-        self._start(self._cancel_quietly(future_id))
+        self._tasks.start(self._cancel_quietly(future_id))
 
     async def cancel_everywhere(self, future_id: str) -> bool:
         """Records that the request is cancelled, and tells every replica. False for one that has its result already.
@@ -152,7 +151,7 @@ class RequestSender:
     @property
     def trouble(self) -> str:
         """Why results cannot be stored and read now; empty while they can."""
-        return self._store.trouble
+        return self._store.health.trouble
 
     def now_ms(self) -> int:
         """Store time."""
@@ -212,12 +211,6 @@ class RequestSender:
             self.pending.fail(envelope.id, error)
         finally:
             self.held.give(len(envelope.body))
-
-    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
 
 
 def _nobody_waits(error: MQServeError | None) -> None:

@@ -1,1 +1,1 @@
-"""Queue and store in memory, for the embedded form: the same promises as far as one process can keep them."""
+"""The queue and the store in memory, for the embedded form. They keep the same promises as far as one process can."""

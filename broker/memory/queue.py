@@ -1,4 +1,4 @@
-"""The queue in memory: per-backend queues with priorities, a length limit, prefetch and dead letters, on one event loop."""
+"""The queue in memory: one queue per backend, with priorities, a length limit, prefetch and dead letters, on one event loop."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from ..overload import HeldBytes
 from ..queue import Delivery, Settled
 from ..queue_names import DEAD_LETTER_LIMIT
 
-MAX_WAITING_BYTES = 256 * 1024 * 1024  # of all queues together: here they are this process's own memory
-MAX_PRIORITY = 4  # x-max-priority of the real queue: higher ones count as this
+MAX_WAITING_BYTES = 256 * 1024 * 1024  # for all queues together, because they use this process's memory
+MAX_PRIORITY = 4  # x-max-priority of the real queue: higher priorities count as this one
 
 
 class EmbeddedDelivery:
@@ -73,7 +73,8 @@ class EmbeddedConsumption:
 
     @property
     def room(self) -> int:
-        """How many it takes before it settles one; what waits beyond that counts against the queue's limit."""
+        """Free prefetch: the number of deliveries it takes before it must settle one. Messages beyond that count against the queue's
+        limit."""
         return max(0, self._prefetch - self._unsettled) if self._active else 0
 
     def take(self, envelope: Envelope, redelivered: bool) -> None:
@@ -86,7 +87,7 @@ class EmbeddedConsumption:
 
 
 class _Waiting(NamedTuple):
-    """`expires` is monotonic; what came back has none, and is looked at when it is taken."""
+    """`expires` is monotonic. A redelivered message has no expiry here: the replica checks its deadline."""
 
     envelope: Envelope
     redelivered: bool
@@ -95,7 +96,7 @@ class _Waiting(NamedTuple):
 
 @dataclass(eq=False)
 class _Lane:
-    """One generation of one backend's queue."""
+    """The queue of one generation of a backend."""
 
     name: str
     max_length: int | None
@@ -126,28 +127,28 @@ class _Lane:
         return None
 
     def _drop_late(self) -> None:
-        """What nobody waits for any more takes nobody's place: from the heads, as RabbitMQ does."""
+        """Drops expired messages from the heads, as RabbitMQ does, so that they take no place from others."""
         now = time.monotonic()
         for level in self.levels:
             while level and level[0].expires <= now:
                 self.held.give(len(level.popleft().envelope.body))
 
     def put_back(self, envelope: Envelope) -> None:
-        if self.is_gone:  # as on RabbitMQ, it goes with its queue
+        if self.is_gone:  # a message that comes back after its queue was deleted is dropped, as on RabbitMQ
             return
         self.held.take_back(len(envelope.body))
         self.levels[min(envelope.priority, MAX_PRIORITY)].appendleft(_Waiting(envelope, True, math.inf))
         self.wake()
 
     def drop(self) -> None:
-        """All that waits, and what would come back."""
+        """Drops all waiting messages, and from now on also those that are given back."""
         self.is_gone = True
         self.held.give(sum(len(envelope.body) for level in self.levels for envelope, _, _ in level))
         for level in self.levels:
             level.clear()
 
     def wake(self) -> None:
-        """Deliveries go out once per loop turn, together."""
+        """Schedules one delivery round for this loop turn, however often it is called."""
         if not self._waking:
             self._waking = True
             asyncio.get_running_loop().call_soon(self._deliver)
@@ -155,7 +156,8 @@ class _Lane:
     def _deliver(self) -> None:
         self._waking = False
         for level in reversed(self.levels):
-            for _ in range(len(level)):  # a draining consumer gives back at once: that waits for the next turn, or we would never end
+            # each message once per round: a draining consumer requeues at once, and would keep this loop going for ever
+            for _ in range(len(level)):
                 ready = [consumer for consumer in self.consumers if consumer.wants_more]
                 if not ready:
                     return
@@ -187,7 +189,7 @@ class EmbeddedDeadLetters:
         self._held = [held for held in self._held if held is not letter]
 
     def put_back(self) -> None:
-        """The oldest go where there is no room for all."""
+        """Puts the held letters back. If there is no room for all, the oldest are dropped."""
         room = DEAD_LETTER_LIMIT - len(self._letters)
         self._letters.extendleft(self._held[: -room - 1 : -1])
 
@@ -225,7 +227,7 @@ class EmbeddedQueue:
         settled(next((refusal for refusal in refusals if refusal), None))
 
     def reply(self, envelope: Envelope, reply_to: str, settled: Settled) -> None:
-        settled(None)  # an AMQP queue: the embedded form has none
+        settled(None)  # the embedded form has no AMQP reply queues
 
     def dead_letter(self, backend: str, delivery: Delivery, death: Death, settled: Settled) -> None:
         envelope = delivery.envelope()
@@ -245,7 +247,7 @@ class EmbeddedQueue:
         finally:
             taken.put_back()
             if letters:
-                self._dead[backend] = letters  # it may have been deleted meanwhile, as an empty one is
+                self._dead[backend] = letters  # an empty deque may have been deleted meanwhile
 
     def republish(self, letter: DeadLetter, settled: Settled) -> None:
         self.publish(letter.backend, letter.envelope(), settled)

@@ -1,4 +1,4 @@
-"""The store in memory: one process, one event loop, the same promises as far as one process can keep them."""
+"""The store in memory, on one event loop. It keeps the same promises as far as one process can."""
 
 from __future__ import annotations
 
@@ -14,21 +14,8 @@ from ..store_keys import LOG_LENGTH, RESULT_TTL_S
 _SWEEP_EVERY_S = 30.0
 
 
-class EmbeddedStore:
-    """Implements `Store`. Expired keys are gone for every reader at once, and from memory with the next sweep."""
-
-    def __init__(self) -> None:
-        self._epoch = time.time() - time.monotonic()  # read once: a step of the wall clock must not move deadlines
-        self._values: dict[str, tuple[bytes, float]] = {}  # value, monotonic expiry (inf for none)
-        self._hashes: dict[str, dict[str, bytes]] = {}
-        self._readers: dict[str, Callable[[list[bytes]], None]] = {}
-        self._logs: dict[str, deque[bytes]] = {}
-        self._log_readers: dict[str, list[Callable[[list[bytes]], None]]] = {}
-        self._watchers: set[asyncio.Event] = set()
-        self._next_sweep = 0.0
-
-    def __repr__(self) -> str:
-        return f"<EmbeddedStore {len(self._values)} keys>"
+class AlwaysWell:
+    """Implements `Health`, of a store that is this process's own memory."""
 
     @property
     def connected(self) -> bool:
@@ -51,11 +38,29 @@ class EmbeddedStore:
         return time.monotonic()
 
     def took_a_write(self) -> None:
-        """It always does."""
+        """Does nothing: this store takes every write."""
 
     @property
     def noted(self) -> str:
         return ""
+
+
+class EmbeddedStore:
+    """Implements `Store`. Expired keys are gone for every reader at once, and from memory with the next sweep."""
+
+    def __init__(self) -> None:
+        self._epoch = time.time() - time.monotonic()  # read once: a step of the wall clock must not move deadlines
+        self._values: dict[str, tuple[bytes, float]] = {}  # value, monotonic expiry (inf for none)
+        self._hashes: dict[str, dict[str, bytes]] = {}
+        self._readers: dict[str, Callable[[list[bytes]], None]] = {}
+        self._logs: dict[str, deque[bytes]] = {}
+        self._log_readers: dict[str, list[Callable[[list[bytes]], None]]] = {}
+        self._watchers: set[asyncio.Event] = set()
+        self.health = AlwaysWell()
+        self._next_sweep = 0.0
+
+    def __repr__(self) -> str:
+        return f"<EmbeddedStore {len(self._values)} keys>"
 
     def now_ms(self) -> int:
         return int((self._epoch + time.monotonic()) * 1000)
@@ -147,7 +152,7 @@ class EmbeddedStore:
         await self.delete(key)
 
     async def probe(self) -> None:
-        """It always takes what is written."""
+        """Does nothing: this store takes every write."""
 
     def watch(self) -> asyncio.Event:
         event = asyncio.Event()

@@ -1,4 +1,4 @@
-"""What goes wrong again every second is said once, and then once in a while."""
+"""Rate-limited warnings: a failure that repeats every second is logged at once, and then once in a while."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ AGAIN_AFTER_S = 60.0
 
 
 class Complaint:
-    """Of one thing that is tried again and again. `over` once it went well: the next failure is news."""
+    """The warnings about one operation that is retried. Call `over` after a success: the next failure is then logged at once."""
 
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger
@@ -20,7 +20,7 @@ class Complaint:
         return f"<Complaint {self._last!r}>"
 
     def say(self, words: str) -> None:
-        """As a warning."""
+        """Logs `words` as a warning, unless the same words were logged within the last AGAIN_AFTER_S."""
         if words != self._last or time.monotonic() - self._said_at > AGAIN_AFTER_S:
             self._logger.warning("%s", words)
             self._last, self._said_at = words, time.monotonic()

@@ -1,10 +1,10 @@
-"""What a forked child has of ours and must not keep: descriptors, signal handlers, event loops, locks.
+"""Takes from a forked child what belongs to its parent: descriptors, signal handlers, event loops, locks.
 
-A child of `os.fork` (multiprocessing's fork, a pool, a data loader, a pre-forking server) holds a copy of every descriptor and has none of
-our threads. Through it a connection of ours would stay open after our death, so that RabbitMQ delivers what we held only after its
-heartbeats, and a signal for the child would end us, since it writes into the wake-up descriptor that both share. So what is ours is
-registered where it is made, and the hooks below take it from each child. What starts by exec needs no hook: there our descriptors close
-by themselves.
+A child of `os.fork` (multiprocessing's fork, a pool, a data loader, a pre-forking server) holds a copy of every descriptor and has none
+of our threads. A connection of ours would stay open in the child after our death, and RabbitMQ would deliver our unacked messages again
+only after missed heartbeats. A signal for the child would end us, since it writes into the wake-up descriptor that both share. So
+descriptors, handlers and loops are registered where they are made, and the hooks below take them from each child. Programs started by
+exec need no hook: our descriptors are close-on-exec.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 CAME_BACK_EXIT = 70
 CAME_BACK = (
-    "a process that a handler or a middleware has forked came back from it, or awaits, and has no event loop: it ends here; let it end by "
+    "a process that a handler or a middleware forked returned from it, or awaits, and has no event loop: it is ended here; let it end by "
     "os._exit() or sys.exit(), or use multiprocessing"
 )
 NOT_HERE = (
@@ -41,33 +41,33 @@ NOT_HERE = (
 )
 
 depth = 0
-"""How many forks lie between this process and the start of its program. What was made at another depth is a parent's."""
+"""The number of forks between the start of the program and this process. An object made at another depth belongs to a parent."""
 
 
 class Descriptor(Protocol):
-    """A socket or a file: it knows its number, or that it is closed."""
+    """A socket or a file, which knows its number or that it is closed."""
 
     def fileno(self) -> int: ...
 
 
 class Forkable(Protocol):
-    """What mends its own copy in a child."""
+    """An object that repairs its own copy in a forked child."""
 
     def after_fork(self) -> None: ...
 
 
 D = TypeVar("D", bound=Descriptor)
 Address = tuple[str, int]
-Identity = tuple[
-    int, int
-]  # of what is open under a number: uvloop closes one before its socket knows, and then the number may be the user's
+# Tells the open file behind a descriptor: uvloop closes a number before its socket object knows, and then user code may reuse the number.
+Identity = tuple[int, int]
 
-_making = threading.RLock()  # held while a descriptor is made and registered, and through each fork: so no child has one that is not
+# held while a descriptor is made and registered, and during each fork, so that no child gets an unregistered one
+_making = threading.RLock()
 _descriptors: WeakKeyDictionary[Any, Identity] = WeakKeyDictionary()  # by Descriptor
 _forkable: WeakSet[Any] = WeakSet()  # of Forkable
-_served: list[Address] = []  # where we accept connections
+_served: list[Address] = []  # local addresses on which we accept connections
 _handlers: dict[int, Any] = {}  # our signal handlers
-_mask: set[Any] = set()  # of the thread that forks, before that
+_mask: set[Any] = set()  # signal mask of the forking thread before the fork
 
 
 class Lock:
@@ -87,20 +87,20 @@ class Lock:
         self._lock.release()
 
 
-# What is ours.
+# Registering what is ours.
 
 
 def guard(descriptor: D) -> D:
-    """No child gets this one, as long as it is open."""
+    """Registers a descriptor: no child gets it while it is open. Returns it."""
     _descriptors[descriptor] = _identity(descriptor.fileno())
     return descriptor
 
 
 def is_open(descriptor: Descriptor) -> bool:
-    """Whether a guarded one still has its number for what it was opened for."""
+    """Whether a guarded descriptor's number still refers to the file that it was opened for."""
     try:
         return _identity(descriptor.fileno()) == _descriptors[descriptor]
-    except (OSError, ValueError):  # ValueError is that of a file that knows that it is closed
+    except (OSError, ValueError):  # a closed file raises ValueError
         return False
 
 
@@ -110,7 +110,7 @@ def guarded_socket(family: int, kind: int = socket.SOCK_STREAM, proto: int = 0) 
 
 
 def guarded_pipe() -> tuple[io.FileIO, io.FileIO]:
-    """(reading end, writing end)."""
+    """Returns (reading end, writing end), both guarded."""
     with _making:
         reading, writing = os.pipe()
         return guard(io.FileIO(reading, "rb")), guard(io.FileIO(writing, "wb"))
@@ -118,8 +118,8 @@ def guarded_pipe() -> tuple[io.FileIO, io.FileIO]:
 
 @contextmanager
 def guarded_service(listener: socket.socket) -> Iterator[None]:
-    """Inside the block no child gets the listener, nor a connection that it accepted. These go by their local address, which is the
-    listener's: libuv accepts them before Python hears of it, so nothing could register them."""
+    """Inside the block no child gets the listener or a connection that it accepted. Accepted connections are recognized by their local
+    address: libuv accepts them before Python hears of them, so nothing could register them."""
     address: Address = listener.getsockname()[:2]
     _served.append(address)
     try:
@@ -129,27 +129,28 @@ def guarded_service(listener: socket.socket) -> Iterator[None]:
 
 
 def mend_in_children(forkable: Forkable) -> None:
-    """Its `after_fork` is called in each child, as long as it lives."""
+    """Calls `forkable.after_fork()` in each child, for as long as the object lives."""
     _forkable.add(forkable)
 
 
 def take_signals(*numbers: int) -> None:
-    """The handlers that these signals have now are ours: a child gets Python's defaults for them."""
+    """Registers the current handlers of these signals as ours: a child gets Python's defaults for them."""
     with _making:
         _handlers.update({number: signal.getsignal(number) for number in numbers})
 
 
-# What a child does instead.
+# Ending a child that runs on into our code.
 
 
 def end_if_forked_since(born: int, error: BaseException | None = None) -> None:
-    """For code of ours to which the user's returns: where that forked and did not end its child, the child would go on as we do."""
+    """Ends this process if it was forked since `born`. Code of ours calls this when user code returns to it: user code may have forked
+    and let the child go on."""
     if depth != born:
         end_child(error)
 
 
 def end_child(error: BaseException | None = None) -> NoReturn:
-    """Ends this process, which user code has forked and not ended; with the code of a `SystemExit`, as Python would."""
+    """Ends this process, a child that user code forked and did not end; with the exit code of a `SystemExit`, as Python would."""
     code: object = CAME_BACK_EXIT
     with suppress(BaseException):
         if type(error) is SystemExit:
@@ -163,13 +164,13 @@ def end_child(error: BaseException | None = None) -> NoReturn:
     os._exit(code & 0xFF if isinstance(code, int) else 1)
 
 
-# The hooks.
+# The fork hooks.
 
 
 def _before_fork() -> None:
     global _mask
     _making.acquire()
-    if _handlers:  # else one that comes for the child before it has its own handlers would be ours
+    if _handlers:  # a signal that reaches the child before it has handlers of its own would run ours
         _mask = signal.pthread_sigmask(signal.SIG_BLOCK, _handlers)
 
 
@@ -194,7 +195,7 @@ def _after_fork_in_child() -> None:
         _handlers.clear()
         _making.release()
         if handlers:
-            signal.pthread_sigmask(signal.SIG_SETMASK, _mask)  # last: what has come meanwhile is taken here
+            signal.pthread_sigmask(signal.SIG_SETMASK, _mask)  # last: signals that arrived meanwhile are delivered here
 
 
 def _registered() -> list[int]:
@@ -222,7 +223,7 @@ def _open_descriptors() -> Iterable[int]:
 
 
 def _local_address(fd: int) -> Address | None:
-    """Of a TCP socket."""
+    """The local address of a TCP socket, else None."""
     try:
         if not stat.S_ISSOCK(os.fstat(fd).st_mode):
             return None
@@ -238,8 +239,8 @@ def _local_address(fd: int) -> Address | None:
 
 
 def _replace(fds: Sequence[int]) -> None:
-    """By /dev/null, rather than closing them: objects of this process still have the numbers and close them some time, when they might be
-    of something else. The first one is closed before, since a process may be at its limit."""
+    """Replaces the descriptors by /dev/null rather than closing them: objects of this process still have the numbers and will close them
+    some time, when the numbers may belong to other files. The first one is closed before, since a process may be at its limit."""
     if fds:
         os.close(fds[0])
         nothing = os.open(os.devnull, os.O_RDWR)

@@ -1,4 +1,4 @@
-"""Ctrl-C: the first one ends in order, the second one at once and with a sentence."""
+"""Ctrl-C: the first one ends a process in order, the second one at once and with a sentence."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ INTERRUPTED = 130  # the exit code: 128 and the number of SIGINT
 
 
 class Interrupts:
-    """Of one process. `raises`: whether the first one is to interrupt what goes on, or only to show in `came`. `first` and `at_once` are
-    said of the first one and of the second."""
+    """Counts the interrupts of one process. With `raises` the first one raises KeyboardInterrupt, else it only sets `came`. `first` and
+    `at_once` are printed at the first and the second one."""
 
     def __init__(self, first: str = "", at_once: str = AT_ONCE, *, raises: bool = True) -> None:
         self.came = False
@@ -29,7 +29,7 @@ class Interrupts:
         return f"<Interrupts, {'one came' if self.came else 'none came'}>"
 
     def take(self, number: int, frame: object = None) -> None:
-        """As a signal handler."""
+        """Handles one signal; fits `signal.signal`."""
         if self.came:
             say(self.at_once)
             os._exit(128 + number)
@@ -41,15 +41,15 @@ class Interrupts:
 
 
 def say(words: str) -> None:
-    """To standard error, from a signal handler too. Where nobody reads that any more, Ctrl-C works all the same."""
+    """Writes to standard error; safe in a signal handler. A closed standard error is no failure, so that Ctrl-C works all the same."""
     with suppress(OSError):
         os.write(2, f"{words}\n".encode())
 
 
 @contextmanager
 def taking(interrupts: Interrupts, *numbers: int) -> Iterator[Interrupts]:
-    """Takes these signals (SIGINT, unless others are named) meanwhile; also in a shell's background job, which was told to ignore them.
-    Only a main thread can."""
+    """Handles these signals (SIGINT, unless others are named) inside the block, also in a background job of a shell, which ignores
+    SIGINT. Outside the main thread it does nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield interrupts
         return
@@ -64,13 +64,13 @@ def taking(interrupts: Interrupts, *numbers: int) -> Iterator[Interrupts]:
 
 @contextmanager
 def to_the_end() -> Iterator[None]:
-    """Goes on over the first Ctrl-C, which is raised afterwards; a second one ends this process at once. For work of any program that
-    takes long and should be done whole. A handler of the program's own stays, and other threads than the main one change nothing."""
+    """Lets the block finish over the first Ctrl-C, which is raised afterwards; a second one ends this process at once. For long work that
+    should be done whole. Does nothing outside the main thread or if the program has a SIGINT handler of its own."""
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
     interrupts = Interrupts(DRAINING, raises=False)
     with taking(interrupts):
         yield
-    if interrupts.came and threading.main_thread().is_alive():  # else the program is at its end, and ends
+    if interrupts.came and threading.main_thread().is_alive():  # else the program is ending anyway
         raise KeyboardInterrupt

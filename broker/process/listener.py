@@ -1,4 +1,4 @@
-"""The socket on which proxies listen: bound here, because whoever starts a proxy may hold it for the proxy that comes after."""
+"""The socket on which proxies listen. It is bound here, because a node holds it for the next proxy as well."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from . import forks
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket nobody else has. Raises BadValue with what to do when the address cannot be had."""
+    """Returns a listening socket that no other process has. Raises BadValue, with the mend, if the address cannot be bound."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listener = forks.guarded_socket(family)

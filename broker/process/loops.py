@@ -15,18 +15,18 @@ from . import forks
 
 
 class WorkerLoop(uvloop.Loop):
-    """For threads that run user code. A forked child shares no epoll with its parent: what it did to its own copy of a loop would be done
-    to the parent's, down to taking its events."""
+    """The event loop of threads that run user code. A forked child shares its parent's epoll: what it does to its copy of a loop changes
+    the parent's, and it could take the parent's events. So a child's copy gets an empty epoll."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._thread = 0  # that runs it
+        self._thread = 0  # ident of the running thread, 0 if stopped
         self._poll_once()
         forks.mend_in_children(self)
 
     def _poll_once(self) -> None:
-        """libuv puts its wake-up descriptors into the epoll when it polls first. In a child of a loop that never did, they would be put
-        into the child's epoll, and the child would take wake-ups of the parent's."""
+        """Polls once, so that libuv registers its wake-up descriptors now. It registers them at the first poll; in the child of a loop
+        that never polled, they would go into the child's epoll, and the child would take wake-ups of the parent."""
         outer = asyncio._get_running_loop()
         asyncio._set_running_loop(None)
         try:
@@ -47,7 +47,7 @@ class WorkerLoop(uvloop.Loop):
             return
         _renew_epoll(self._get_backend_id())  # type: ignore[attr-defined]
         if self._thread == threading.get_ident():
-            self.call_soon(forks.end_child)  # where its code comes back here, or awaits
+            self.call_soon(forks.end_child)  # a child whose code returns to this loop, or awaits, ends
 
 
 def _renew_epoll(fd: int) -> None:
@@ -57,8 +57,8 @@ def _renew_epoll(fd: int) -> None:
 
 
 class IoLoop(WorkerLoop):
-    """For threads that run nothing but ours. It makes the sockets of its connections itself, so that they are registered from their first
-    moment: the ones that libuv makes are known only once they are connected."""
+    """The event loop of threads that run only our code. It creates the sockets of its connections itself, so that they are registered
+    from the start: sockets that libuv makes become known only once they are connected."""
 
     async def create_connection(
         self, protocol_factory: Any, host: Any = None, port: Any = None, *,
@@ -73,11 +73,11 @@ class IoLoop(WorkerLoop):
             name = (server_hostname or host) if ssl else server_hostname
             return await super().create_connection(protocol_factory, sock=sock, ssl=ssl, server_hostname=name, **options)
         except BaseException:
-            _let_go(sock)
+            _close_if_open(sock)
             raise
 
     async def _connect(self, addresses: Any, local_addr: Any) -> socket.socket:
-        """To the first of them that takes us. Raises OSError, for several with all their words."""
+        """Connects to the first address that accepts. Raises OSError; after several failures it holds all their messages."""
         failures: list[OSError] = []
         for family, kind, proto, _, address in addresses:
             sock = forks.guarded_socket(family, kind, proto)
@@ -98,7 +98,7 @@ class IoLoop(WorkerLoop):
         raise OSError(f"Multiple exceptions: {', '.join(map(str, failures))}")
 
     async def _until_connected(self, sock: socket.socket, address: Any) -> None:
-        """uvloop's `sock_connect` would look the address up again, in a thread."""
+        """Waits until `sock` is connected. uvloop's `sock_connect` would resolve the address again, in a thread."""
         try:
             return sock.connect(address)
         except BlockingIOError:
@@ -117,8 +117,9 @@ def _resolve(future: asyncio.Future[None]) -> None:
         future.set_result(None)
 
 
-def _let_go(sock: socket.socket) -> None:
-    """uvloop may have closed the descriptor without telling the socket, which would close it again when the number is somebody else's."""
+def _close_if_open(sock: socket.socket) -> None:
+    """Closes the socket unless its descriptor is closed already: uvloop may have closed it without telling the socket, and a second close
+    would hit whatever has the number now."""
     if forks.is_open(sock):
         sock.close()
     else:

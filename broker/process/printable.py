@@ -1,4 +1,4 @@
-"""Text as it may be shown in a log or on a terminal: these obey what they read, and a message id or an exception may be anybody's."""
+"""Escapes text for logs and terminals. They obey control codes, and anybody may have written a message id or an exception."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ INDENT = "    "
 
 
 def printable(text: str) -> str:
-    """On one line: line ends, escape codes, other controls and what turns the direction of writing are escaped as Python does."""
+    """Returns the text on one line: line ends, escape codes, other controls and bidirectional marks are escaped as Python does."""
     if text.isprintable():
         return text
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
 def printable_lines(text: str, indent: str = "") -> str:
-    """As `printable`, but lines stay lines: for tracebacks, and messages that hold one. All but the first are indented."""
+    """Escapes as `printable` does, but keeps line breaks, for tracebacks and multi-line messages. All lines but the first are indented."""
     return f"\n{indent}".join(map(printable, text.split("\n")))

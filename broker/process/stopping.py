@@ -1,4 +1,4 @@
-"""Work that is not worth finishing once its process is told to stop."""
+"""Waiting for the first of several events, and work that is cancelled when its process is told to stop."""
 
 from __future__ import annotations
 
@@ -9,8 +9,19 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
+async def first_of(*events: asyncio.Event, timeout_s: float) -> bool:
+    """Whether one of them came in time."""
+    waits = [asyncio.create_task(event.wait()) for event in events]
+    try:
+        return bool((await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED))[0])
+    finally:
+        for wait in waits:
+            wait.cancel()
+        await asyncio.gather(*waits, return_exceptions=True)
+
+
 async def unless(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
-    """What it comes to, or None once `stop` is set: then it is cancelled."""
+    """Returns the result of `work`, or None if `stop` is set first: `work` is then cancelled."""
     working, stopping = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
     try:
         await asyncio.wait([working, stopping], return_when=asyncio.FIRST_COMPLETED)
@@ -18,4 +29,4 @@ async def unless(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
     finally:
         working.cancel()
         stopping.cancel()
-        await asyncio.gather(working, stopping, return_exceptions=True)  # its cleanup is done before the caller goes on
+        await asyncio.gather(working, stopping, return_exceptions=True)  # their cleanup is done before the caller goes on

@@ -1,4 +1,4 @@
-"""TLS to broker and store, as their URLs say it: certificates are verified, unless an operator insists that they are not."""
+"""TLS to broker and store, as their URLs ask for it. Certificates are verified unless an operator explicitly turns that off."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from yarl import URL
 
 from ..errors import BadValue
 
-UNTRUSTED = "CERTIFICATE_VERIFY_FAILED"  # in the words of OpenSSL
+UNTRUSTED = "CERTIFICATE_VERIFY_FAILED"  # OpenSSL's name for it
 UNTRUSTED_MEND = "MQSERVE_CA_FILE names the authority that signed it, and the URL names the server as the certificate does"
 
 _CA_PARAMETERS = {"amqps": ("cafile", "capath", "cadata"), "rediss": ("ssl_ca_certs", "ssl_ca_path", "ssl_ca_data")}
@@ -17,9 +17,9 @@ _YES = ("1", "true", "yes", "t", "y")
 
 
 def secured(url: str, name: str, ca_file: str, *, insecure: bool) -> str:
-    """The URL, with `ca_file` in it if it is one of TLS that names no authority of its own.
+    """Returns the URL, with `ca_file` added if it uses TLS and names no authority of its own.
 
-    Raises BadValue, which names the variable and shows nothing of the URL, where verification is turned off.
+    Raises BadValue where the URL turns verification off; the message names the variable and shows nothing of the URL.
     """
     parsed = URL(url)
     if parsed.scheme not in _CA_PARAMETERS:
@@ -36,7 +36,7 @@ def secured(url: str, name: str, ca_file: str, *, insecure: bool) -> str:
 
 
 def _unverified(query: Mapping[str, str]) -> str:
-    """The parameter that turns verification off, of aiormq's or of redis-py's."""
+    """Returns the URL parameter (aiormq's or redis-py's) that turns verification off, else an empty string."""
     if query.get("no_verify_ssl", "0") != "0":
         return f"no_verify_ssl={query['no_verify_ssl']}"
     if query.get("ssl_cert_reqs", "required") != "required":

@@ -1,4 +1,4 @@
-"""One AMQP connection that is kept up, and channels on it."""
+"""An AMQP connection that reconnects by itself, and channels on it."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ logger = logging.getLogger(__name__)
 CONNECT_BUDGET_S = 5.0
 OPERATION_BUDGET_S = 5.0
 HEARTBEAT_S = 10
-LONGEST_PAUSE_S = 2.0  # between two tries: consumers are to be back within ten seconds of a server that starts
+LONGEST_PAUSE_S = 2.0  # the longest delay between two tries: consumers must be back within ten seconds of the server's start
 _END_BUDGET_S = 2.0
 
 
 class Link:
-    """One connection, kept up. Whoever needs it awaits `up`; nobody dials but `_keep`."""
+    """One connection that reconnects by itself. Users await `up`; only `_keep` dials."""
 
     def __init__(self, url: str, name: str) -> None:
         self._url = url
@@ -42,7 +42,7 @@ class Link:
         self._ending: set[asyncio.Task[None]] = set()
         unreadable.install()
         for library in map(logging.getLogger, ("aio_pika", "aiormq")):
-            library.setLevel(max(library.level, logging.INFO))  # at DEBUG they log payloads, headers and logins
+            library.setLevel(max(library.level, logging.INFO))  # at DEBUG these libraries log payloads, headers and logins
 
     def __repr__(self) -> str:
         return f"<link {self._name} to {masked(self._url)}, {'up' if self.is_up else 'down'}>"
@@ -69,7 +69,7 @@ class Link:
         return self.connection
 
     def abandon(self, connection: AbstractConnection) -> None:
-        """It hangs: another one is dialled at once, and this one is left to end by itself."""
+        """Gives up a connection that hangs: the link dials another one at once, and the old one ends by itself."""
         if connection is self.connection and self.is_up:
             self._up.clear()
             self._lost.set()
@@ -99,7 +99,8 @@ class Link:
             await asyncio.sleep(next(pauses))
 
     async def _dial(self) -> AbstractConnection:
-        """An open connection. One that fails is ended here: else its `__del__` does that, in whatever thread collects it."""
+        """Returns an open connection. A connection that fails is closed here: otherwise its `__del__` would close it, in whatever thread
+        collects it."""
         url = make_url(self._url, heartbeat=HEARTBEAT_S)
         connection = aio_pika.Connection(url, heartbeat=HEARTBEAT_S, client_properties={"connection_name": self._name})
         try:
@@ -120,7 +121,8 @@ class Link:
 
 
 async def _end(connection: AbstractConnection) -> None:
-    """Not waited for beyond its time, nor for its cancellation: with bytes that the broker does not take, aio-pika's `close` heeds none."""
+    """Closes the connection, and waits only a limited time. aio-pika's `close` ignores its timeout and cancellation while the broker does
+    not read its bytes."""
     raw: Any = connection.transport.connection if connection.transport is not None else None
     closing = asyncio.ensure_future(connection.close())
     closing.add_done_callback(_never_mind)
@@ -133,14 +135,15 @@ async def _end(connection: AbstractConnection) -> None:
 
 
 def _cut(connection: Any) -> None:
-    """aiormq would try for half a minute to have its last bytes taken. It aborts where it finds that the peer hangs, so it is told so. The
-    names are private: aiormq is pinned, and a test of how long an end takes fails when one of them moves."""
+    """Makes aiormq abort. It would try for half a minute to send its last bytes, unless it finds that the peer hangs; so we pretend that.
+    The names are private: aiormq is pinned, and a test of how long closing takes fails when one of them moves."""
     connection._Connection__last_frame_time = -math.inf
     connection._writer_task.cancel()
 
 
 def has_alarm(connection: AbstractConnection) -> bool:
-    """Whether RabbitMQ said that it reads nothing of this connection. aiormq keeps that to itself; see `_cut` of its private names."""
+    """Whether RabbitMQ said (`connection.blocked`) that it does not read from this connection. aiormq has no public name for that; see
+    `_cut` about its private names."""
     raw: Any = connection.transport.connection if connection.transport is not None else None
     unblocked = getattr(raw, "_Connection__connection_unblocked", None)
     return unblocked is not None and not unblocked.is_set()
@@ -152,13 +155,13 @@ def _never_mind(closing: asyncio.Future[None]) -> None:
 
 
 def user_of(url: str) -> str:
-    """Whom RabbitMQ takes the connection for: empty where a certificate says it rather than the URL."""
+    """The AMQP user of a connection; empty if a certificate names the user and not the URL."""
     parsed = URL(url)
     return "" if parsed.query.get("auth", "plain").lower() != "plain" else parsed.user or "guest"
 
 
 def really_cancelled() -> bool:
-    """aiormq reports a stuck connection by a bare CancelledError; only our own cancellation counts as one."""
+    """Whether our own code cancelled this task: aiormq reports a stuck connection by a bare CancelledError, too."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 

@@ -1,4 +1,4 @@
-"""Consuming from RabbitMQ: deliveries, and a consumer that restores itself, alone, after any loss."""
+"""Consuming from RabbitMQ: deliveries, and a consumer that restores itself, independently of others, after any loss."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pamqp.commands import Basic
 from ..backoff import delays
 from ..envelope import Envelope
 from ..errors import BrokerUnavailable, words_of
+from ..process.stopping import first_of
 from ..queue import Delivery
 from ..values.header_seals import BackendSeals
 from .channel import JoinedChannel
@@ -22,7 +23,7 @@ from .refusals import broker_refusal
 
 logger = logging.getLogger(__name__)
 
-ASK_EVERY_S = 5.0  # whether the broker is still there, where it sends nothing by itself
+ASK_EVERY_S = 5.0  # how often an idle consumer checks that the broker still answers
 
 
 class RabbitDelivery:
@@ -51,7 +52,7 @@ class RabbitDelivery:
 
 
 class RabbitConsumption:
-    """Implements `Consumption`: one consumer, which comes back by itself after any loss, alone."""
+    """Implements `Consumption`: one consumer, which restores itself after any loss, independently of others."""
 
     def __init__(self, link: Link, queue: str, prefetch: int, on_delivery: Callable[[Delivery], None], seals: BackendSeals | None) -> None:
         self._link = link
@@ -64,12 +65,16 @@ class RabbitConsumption:
         self.cancelled = False
         self._refusal = ""
         self._channel: JoinedChannel | None = None
-        self._task = asyncio.create_task(self._keep(), name=f"consume {queue}")
+        self._task: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
         return f"<RabbitConsumption of {self._queue}, prefetch {self._prefetch}, {self._channel}>"
 
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._keep(), name=f"consume {self._queue}")
+
     async def started(self) -> None:
+        """Raises BrokerUnavailable where nothing is delivered in our time."""
         try:
             async with asyncio.timeout(OPERATION_BUDGET_S):
                 await self._consuming.wait()
@@ -92,15 +97,16 @@ class RabbitConsumption:
 
     async def close(self) -> None:
         self.cancelled = True
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
 
     async def _keep(self) -> None:
         pauses = delays(cap_s=LONGEST_PAUSE_S)
         while not self.cancelled:
             try:
                 connection = await self._link.up()
-            except BrokerUnavailable as error:  # after a wait, so no pause is due
+            except BrokerUnavailable as error:  # `up` has waited already, so retry without a delay
                 logger.warning("cannot consume %s (%s); trying again", self._queue, error)
                 continue
             try:
@@ -119,7 +125,7 @@ class RabbitConsumption:
                 await asyncio.sleep(next(pauses))
 
     async def _consume(self, connection: AbstractConnection) -> None:
-        """Until the channel is lost, or, once cancelled, until every delivery in hand is settled."""
+        """Consumes until the channel is lost or, after `cancel`, until every delivery in hand is settled."""
         raw = await open_channel(connection, confirms=False)
         channel = self._channel = JoinedChannel(raw, self._hand_over)
         lost = asyncio.Event()
@@ -145,7 +151,7 @@ class RabbitConsumption:
                 self._consuming.clear()
                 while channel.held and not lost.is_set():
                     await asyncio.sleep(0.01)
-                await asyncio.sleep(0)  # the last acks leave with this turn
+                await asyncio.sleep(0)  # the last acks leave at the end of this loop turn
         finally:
             closing.cancel()
             with suppress(Exception, asyncio.CancelledError):
@@ -153,10 +159,10 @@ class RabbitConsumption:
                     await raw.close()
 
     async def _watch(self, connection: AbstractConnection, raw: Channel, lost: asyncio.Event) -> None:
-        """Until the prefetch changes or the channel is lost; a broker that does not answer any more would be noticed by its heartbeats
+        """Returns when the prefetch changes or the channel is lost. It pings the broker meanwhile: heartbeats would notice a hanging one
         only after half a minute."""
         while not self._changed.is_set() and not lost.is_set():
-            if await _first_of(self._changed, lost, timeout_s=ASK_EVERY_S):
+            if await first_of(self._changed, lost, timeout_s=ASK_EVERY_S):
                 return
             try:
                 async with asyncio.timeout(OPERATION_BUDGET_S):
@@ -170,16 +176,5 @@ class RabbitConsumption:
         self._on_delivery(RabbitDelivery(self._channel, frame, properties, body, self._seals))
 
 
-async def _first_of(*events: asyncio.Event, timeout_s: float) -> bool:
-    """Whether one of them came in time."""
-    waits = [asyncio.create_task(event.wait()) for event in events]
-    try:
-        done, _ = await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        return bool(done)
-    finally:
-        for wait in waits:
-            wait.cancel()
-
-
 async def _unused_callback(message: object) -> None:
-    """aiormq wants one; `JoinedChannel` takes every delivery before it gets here."""
+    """aiormq requires a callback, but `JoinedChannel` takes every delivery before this is called."""

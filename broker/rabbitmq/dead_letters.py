@@ -1,4 +1,5 @@
-"""Dead letters on RabbitMQ: taken one by one, unacked, on a channel of their own. Whatever ends the channel puts back the rest."""
+"""Dead letters on RabbitMQ: taken one by one, unacked, on a channel of their own. When the channel ends, for any reason, RabbitMQ
+requeues the letters that were not acked."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from ..errors import BrokerUnavailable, UnknownBackend, words_of
 from .connection import OPERATION_BUDGET_S, Link, open_channel, really_cancelled
 from .refusals import broker_refusal
 
-_FIRST_BUDGET_S = 5.0  # other hands may have been faster
+_FIRST_BUDGET_S = 5.0  # another consumer may hold all letters
 _FAILURES = (aiormq.exceptions.AMQPError, aiormq.exceptions.ChannelInvalidStateError, OSError, TimeoutError)
 
 
@@ -27,7 +28,7 @@ async def open_dead_letters(link: Link, queue: str, backend: str, at_most: int |
             letters = RabbitDeadLetters(channel, queue, backend, at_most)
             await letters.begin()
             yield letters
-            await letters.look()  # acks have no answer of their own, but this one comes after they were read
+            await letters.look()  # acks have no reply; RabbitMQ answers this only after it has processed them
         finally:
             with suppress(Exception, asyncio.CancelledError):
                 await channel.close(timeout=OPERATION_BUDGET_S)
@@ -46,8 +47,8 @@ async def open_dead_letters(link: Link, queue: str, backend: str, at_most: int |
 class RabbitDeadLetters:
     """Implements `DeadLetters`; made by `open_dead_letters`.
 
-    The oldest is held by a consumer, the others are fetched. For a queue without consumers whose every message is in somebody's
-    hands counts as unused and empty: it would be deleted with its backend, messages and all.
+    A consumer holds the oldest letter, the others are fetched (`basic.get`). RabbitMQ counts a queue as unused and empty if it has no
+    consumer and all its messages are unacked: deleting its backend would delete it together with those messages.
     """
 
     def __init__(self, channel: aiormq.abc.AbstractChannel, queue: str, backend: str, at_most: int | None) -> None:
@@ -84,7 +85,7 @@ class RabbitDeadLetters:
                 break
             yield self._letter(message)
         if first is not None:
-            yield self._letter(first)  # last, since once it is removed the consumer takes another
+            yield self._letter(first)  # yielded last: once it is removed, the consumer takes another
 
     async def remove(self, letter: DeadLetter) -> None:
         async with asyncio.timeout(OPERATION_BUDGET_S):

@@ -1,6 +1,7 @@
-"""The properties of a request as our own senders write them, read by hand: a third of the time that pamqp takes.
+"""Reads the properties of requests that our own senders wrote, in a third of pamqp's time.
 
-That pays for the seals. Whatever else stands in a content header is left to pamqp, and what both can read, both read alike.
+The time saved pays for checking seals. Any other content header is left to pamqp; both readers give the same result for the headers that
+both can read.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from pamqp.header import ContentHeader
 
 _BYTE_ARRAY = ord("x")
 _USER_ID = 1 << 4
-_OURS = 1 << 15 | 1 << 13 | 1 << 12 | 1 << 8 | 1 << 7  # content type, headers, delivery mode, expiration, message id; all of them
+# the flags that our senders set, all of them and no other: content type, headers, delivery mode, expiration, message id
+_OURS = 1 << 15 | 1 << 13 | 1 << 12 | 1 << 8 | 1 << 7
 _beginning = struct.Struct(">HHQHB").unpack_from  # class, weight, size of the body, flags, length of the content type
 _length = struct.Struct(">I").unpack_from
 
 
 def read_ours(frame: bytes) -> ContentHeader | None:
-    """The content header of a frame's payload; None for one that our senders never write, or that is cut off."""
+    """Returns the content header of a frame's payload, or None if our senders never write such a header or if it is cut off."""
     try:
         return _read(frame)
     except (struct.error, IndexError, UnicodeDecodeError):
@@ -30,7 +32,7 @@ def _read(frame: bytes) -> ContentHeader | None:
     class_id, weight, body_size, flags, length = _beginning(frame)
     if flags & ~_USER_ID != _OURS:
         return None
-    properties = Basic.Properties.__new__(Basic.Properties)  # its constructor sets and checks all that is set here
+    properties = Basic.Properties.__new__(Basic.Properties)  # skip the constructor, which sets and checks all that is set here
     at = 15 + length
     properties.content_type = frame[15:at].decode()
     headers = _read_table(frame, at)
@@ -43,7 +45,7 @@ def _read(frame: bytes) -> ContentHeader | None:
     properties.user_id = None
     if flags & _USER_ID:
         at, properties.user_id = _read_text(frame, at)
-    if at != len(frame):  # a length leads beyond it, or something follows
+    if at != len(frame):  # a length leads beyond the end, or bytes are left over
         return None
     properties.content_encoding = properties.priority = properties.correlation_id = properties.reply_to = None
     properties.timestamp = properties.message_type = properties.app_id = None
@@ -54,7 +56,7 @@ def _read(frame: bytes) -> ContentHeader | None:
 
 
 def _read_table(frame: bytes, at: int) -> tuple[dict[str, Any], int] | None:
-    """Entries that are byte arrays, as ours are, and where they end; None for any other."""
+    """Returns the entries, all byte arrays as our senders write them, and the end offset; None if an entry has another type."""
     end = at + 4 + _length(frame, at)[0]
     at += 4
     headers: dict[str, Any] = {}

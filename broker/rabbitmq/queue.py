@@ -1,8 +1,8 @@
-"""The queue on RabbitMQ, 3.10 to 4.x: two connections, reconnects of our own, topology that only the controller declares.
+"""The queue on RabbitMQ, 3.10 to 4.x: two connections, our own reconnects, and a topology that only the controller declares.
 
-Two connections, since a memory alarm makes the broker stop reading a publishing one, and acks on it would stall too.
-Plain connections rather than aio-pika's robust ones: there, one queue that cannot be restored keeps every other
-consumer of the process down, and all processes come back in the same second. Here each consumer restores itself.
+There are two connections because a memory alarm makes the broker stop reading a publishing one: acks on it would stall too. They are
+plain connections and not aio-pika's robust ones: there, one queue that cannot be restored keeps every other consumer of the process down,
+and all processes reconnect in the same second. Here each consumer restores itself.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .topology import RabbitTopology
 
 logger = logging.getLogger(__name__)
 
-STALLED_AFTER_S = 3.0  # without a confirm, though something waits for one
+STALLED_AFTER_S = 3.0  # no confirm for this long, while a publish waits for one
 _SECOND_LOOK_S = 0.1
 _PROBE_EVERY_S = 1.0
 _ALARM = "it has an alarm, of its memory or its disk"
@@ -52,14 +52,15 @@ async def open_rabbitmq(
     sends_only: bool = False,
     budget_s: float = CONNECT_BUDGET_S,
 ) -> AsyncIterator[RabbitQueue]:
-    """Connected and able to publish on entry, or BrokerUnavailable within `budget_s` + OPERATION_BUDGET_S; closed on exit.
-    Without `seals` it seals nothing and checks no seal.
+    """Yields a queue that is connected and able to publish, or raises BrokerUnavailable within `budget_s` + OPERATION_BUDGET_S; closes it
+    on exit. Without `seals` it makes and checks no seals.
 
-    With `may_be_away`, for members that serve as soon as they can, it goes on without after that time, and is connected once RabbitMQ
-    is there. They wait at first all the same: one that takes another's place must not refuse what that one would have taken. With
-    `sends_only`, of a proxy, it is down as long as it may not send requests.
+    With `may_be_away`, after that time it yields an unconnected queue instead, which connects once RabbitMQ is there. It waits first all
+    the same: a member that replaces another must not refuse requests that the other would have taken. With `sends_only`, for a proxy, the
+    queue counts as down while it has no right to send requests.
     """
     queue = RabbitQueue(url, namespace, process_id, seals or HeaderSeals((), namespace), sends_only=sends_only)
+    queue.start()
     try:
         try:
             await queue._publishing.up(budget_s)
@@ -89,13 +90,17 @@ class RabbitQueue:
         self._channel: JoinedChannel | None = None
         self._down_since = time.monotonic()
         self.why_down = ""
-        self._has_alarm = False  # when it was last found to take no messages
+        self._has_alarm = False  # whether an alarm was the cause when the broker last took no messages
         self._opened = asyncio.Event()
-        self._has_exchange = False  # something was published to it, and no probe has found it missing since
-        self._opener: asyncio.Task[None] = asyncio.create_task(self._keep_channel(), name="keep the publishing channel open")
+        self._has_exchange = False  # a publish went to the exchange, and no probe has found it missing since
+        self._opener: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
         return f"<RabbitQueue {self._publishing!r}, {self._channel!r}>"
+
+    def start(self) -> None:
+        """From now on a publishing channel is kept open."""
+        self._opener = asyncio.create_task(self._keep_channel(), name="keep the publishing channel open")
 
     @property
     def down_s(self) -> float:
@@ -135,10 +140,11 @@ class RabbitQueue:
     async def consume(self, backend: str, generation: int, prefetch: int, on_delivery: Callable[[Delivery], None]) -> RabbitConsumption:
         queue = queue_names.backend_queue(self._namespace, backend, generation)
         consumption = RabbitConsumption(self._consuming, queue, prefetch, on_delivery, self._seals.of(backend))
+        consumption.start()
         try:
             await consumption.started()
         except BaseException:
-            await consumption.close()  # or it would come to consume one day, unknown to anybody
+            await consumption.close()  # otherwise it could start to consume later, without an owner
             raise
         self._consumptions = [kept for kept in self._consumptions if not kept.cancelled] + [consumption]
         return consumption
@@ -168,10 +174,11 @@ class RabbitQueue:
     async def close(self) -> None:
         for consumption in self._consumptions:
             await consumption.close()
-        self._opener.cancel()
-        await asyncio.gather(self._opener, return_exceptions=True)
+        if self._opener is not None:
+            self._opener.cancel()
+            await asyncio.gather(self._opener, return_exceptions=True)
         if self._channel is not None:
-            self._channel.give_up()  # whoever waits for a confirm: none will be heard
+            self._channel.give_up()  # fails the publishes that wait for a confirm
         await asyncio.gather(self._publishing.close(), self._consuming.close())
 
     async def _keep_channel(self) -> None:
@@ -179,7 +186,7 @@ class RabbitQueue:
         while True:
             try:
                 connection = await self._publishing.up()
-            except BrokerUnavailable as error:  # after a wait, so no pause is due: what is back is to be used at once
+            except BrokerUnavailable as error:  # `up` has waited already, so retry without a delay
                 self.why_down = words_of(error)
                 logger.warning("cannot publish (%s); trying again", self.why_down)
                 continue
@@ -187,7 +194,7 @@ class RabbitQueue:
                 raw = await open_channel(connection, confirms=True)
                 channel = JoinedChannel(raw)
                 await self._probe(raw, channel)
-                await self._probe(raw, channel)  # with an alarm, the broker still reads the first message of a connection
+                await self._probe(raw, channel)  # twice: with an alarm, the broker still reads the first message of a connection
                 self._channel, self.why_down, self._has_alarm = channel, "", False
                 self._opened.set()
                 pauses = delays(cap_s=LONGEST_PAUSE_S)
@@ -203,8 +210,8 @@ class RabbitQueue:
             await asyncio.sleep(next(pauses))
 
     async def _watch(self, connection: AbstractConnection, raw: aiormq.channel.Channel, channel: JoinedChannel) -> None:
-        """Until the channel is lost, or the broker confirms nothing any more (it hangs, or has an alarm): then whoever waits for a confirm
-        is told, and nobody else has to wait in vain."""
+        """Returns when the channel is lost. If the broker confirms nothing any more (it hangs, or has an alarm), it fails the publishes
+        that wait for a confirm, and raises BrokerUnavailable."""
         closed = asyncio.create_task(channel.wait_closed())
         try:
             while True:
@@ -221,15 +228,15 @@ class RabbitQueue:
             channel.give_up()
             why = f": {_ALARM}" if self._has_alarm else ""
             raise BrokerUnavailable(f"RabbitMQ has confirmed nothing for {STALLED_AFTER_S:g} s{why}") from None
-        except BrokerUnavailable:  # the channel was lost under the probe
+        except BrokerUnavailable:  # the channel was lost during the probe
             self._down_since = time.monotonic()
             raise
         finally:
             closed.cancel()
 
     async def _probe(self, raw: aiormq.channel.Channel, channel: JoinedChannel) -> None:
-        """Raises TimeoutError for a broker that does not take messages. An alarm shows only where something is published: to nobody, and
-        over an exchange that is sure to exist, since a missing one closes the channel."""
+        """Raises TimeoutError if the broker does not take messages. An alarm shows only when something is published, so this publishes a
+        message with no route, over an exchange that is known to exist, since a missing one would close the channel."""
         if channel.stalled_s:
             if channel.stalled_s > STALLED_AFTER_S:
                 await asyncio.sleep(_SECOND_LOOK_S)
@@ -241,12 +248,13 @@ class RabbitQueue:
             return
         publish = partial(channel.publish, self._requests, "", _PROBE, b"", "")
         if isinstance(error := await _in_time(fate_of(publish, OPERATION_BUDGET_S)), BrokerUnavailable):
-            self._has_exchange = self._sends_only and channel.is_refused  # a right that is lacking may be given back
+            self._has_exchange = self._sends_only and channel.is_refused  # a missing right may be given back, so keep probing for it
             raise error
 
 
 async def _in_time(asking: Coroutine[Any, Any, T]) -> T:
-    """The broker's answer. Raises TimeoutError, unless it was this process that stood still: what came in meanwhile is read first."""
+    """Returns the broker's answer. Raises TimeoutError if there is none; looks twice, since this process itself may have been frozen,
+    with the answer waiting in its socket."""
     asked = asyncio.ensure_future(asking)
     try:
         for budget_s in (STALLED_AFTER_S, _SECOND_LOOK_S):

@@ -1,4 +1,4 @@
-"""What RabbitMQ refuses, or is not trusted in, as a sentence for whoever sets it up."""
+"""Turns RabbitMQ's refusals, and untrusted certificates, into sentences for operators."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..process.tls import UNTRUSTED, UNTRUSTED_MEND
 
 
 def broker_refusal(error: BaseException | None, url: str = "") -> str:
-    """The sentence, or nothing when RabbitMQ failed in another way."""
+    """Returns the sentence, or an empty string if RabbitMQ failed in another way."""
     text = str(error)
     if UNTRUSTED in text:
         return f"RabbitMQ's certificate is not trusted ({error}): {UNTRUSTED_MEND}"

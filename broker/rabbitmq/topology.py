@@ -1,4 +1,4 @@
-"""Exchanges, queues and bindings on RabbitMQ: what only the controller declares, and what it asks of them."""
+"""Exchanges, queues and bindings on RabbitMQ, which only the controller declares and queries."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .refusals import broker_refusal
 T = TypeVar("T")
 
 _CLOSE_BUDGET_S = 1.0
-# Said though it is the default: a virtual host may have another one, and quorum queues know no priorities.
+# Explicit, although it is the default: a virtual host may have another default, and quorum queues have no priorities.
 _CLASSIC = {"x-queue-type": "classic"}
 
 
 class RabbitTopology:
-    """The topology half of `Queue`, over a link that others publish on."""
+    """The topology half of `Queue`. It uses the publishing connection."""
 
     def __init__(self, link: Link, namespace: str) -> None:
         self._link = link
@@ -48,7 +48,7 @@ class RabbitTopology:
         try:
             await self._on_own_channel(declare)
         except aiormq.exceptions.ChannelPreconditionFailed as error:
-            if " for exchange '" in str(error):  # no name of ours holds a space or a quote
+            if " for exchange '" in str(error):  # the name cannot fake this: names hold no space and no quote
                 raise _foreign(error) from error
             raise QueueMismatch(f"generation {generation} of the queue of {backend!r} exists with other arguments") from error
 
@@ -118,9 +118,10 @@ class RabbitTopology:
             await self._on_own_channel(delete)
 
     async def _on_own_channel(self, act: Callable[[Channel], Awaitable[T]]) -> T:
-        """Topology goes over a channel of its own, since whatever fails closes it. One error for all of RabbitMQ's silences.
+        """Runs `act` on a channel of its own, since any failed operation closes its channel. Raises BrokerUnavailable whatever form
+        RabbitMQ's silence takes.
 
-        The channel is aiormq's: of each one of aio-pika's the connection keeps a callback until it is closed itself, 3.5 KiB.
+        The channel is aiormq's: aio-pika's connection keeps a callback (3.5 KiB) of each of its channels until it is closed itself.
         """
         try:
             connection = await self._link.up()

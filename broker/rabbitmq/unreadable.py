@@ -1,9 +1,9 @@
-"""Properties that pamqp cannot read, such as an id that is not UTF-8 or a time in the year 300000000.
+"""Handles AMQP properties that pamqp cannot parse, such as an id that is not UTF-8 or a time in the year 300000000.
 
-RabbitMQ carries them as they are, and pamqp's error would end the connection of whoever is delivered them: the message comes
-back, and ends the next one. So the header frame is read all the same, and `Envelope.from_amqp` refuses the message.
+RabbitMQ carries them as they are, and pamqp's error would end the connection of the consumer: the message is redelivered, and ends the
+next connection. So the header frame is read all the same, and `Envelope.from_amqp` refuses the message.
 
-The function that is replaced is a private name; `tests/fuzz/test_envelope.py` fails when it moves. What pamqp can read it reads
+It replaces a function with a private name; `tests/fuzz/test_envelope.py` fails when that moves. Properties that pamqp can read are read
 as before.
 """
 
@@ -19,7 +19,7 @@ from .own_properties import read_ours
 
 
 def install() -> None:
-    """From now on pamqp reads header frames this way, on all connections of this process."""
+    """Makes pamqp read header frames this way, on all connections of this process."""
     frame._unmarshal_header_frame = _read_header_frame
 
 
@@ -28,7 +28,7 @@ def _read_header_frame(frame_data: bytes) -> ContentHeader:
         return ours
     try:
         return _read_strictly(frame_data)
-    except Exception as error:  # ValueError and its kin, RecursionError, what datetime and decimal raise
+    except Exception as error:  # ValueError and its kin, RecursionError, the errors of datetime and decimal
         weight, body_size = struct.unpack(">HQ", frame_data[2:12])
         properties = UnreadableProperties()
         properties.why = str(error)[:200]

@@ -1,4 +1,4 @@
-"""The Redis client as we use it: budgets of our own, refusals that name the key, and cancellations that are heeded."""
+"""The Redis client with our timeouts, with errors that name the key, and with cancellations that take effect."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class Client(redis.Redis):
-    """Its refusals name the command and the key: Redis itself says only "one of the keys", or none."""
+    """A client whose errors name the command and the key: Redis itself says only "one of the keys", or nothing."""
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         try:
@@ -33,13 +33,13 @@ class Client(redis.Redis):
 
 
 def _keys(args: tuple[Any, ...]) -> list[str]:
-    """Of a command's arguments."""
+    """The keys among a command's arguments."""
     return [argument for argument in args[1:] if isinstance(argument, str) and argument.startswith("mqserve:")]
 
 
 class _Pool(redis.BlockingConnectionPool):
-    """The last connection given back is the next one used: where that is one that could not be opened, since the server takes no more, an
-    open one beneath it would never be used again. So it goes to the bottom."""
+    """A pool that moves a connection that could not be opened to the bottom. redis-py reuses the connection that was released last: when
+    the server accepts no more, an unopened one on top would hide the open ones beneath it."""
 
     async def release(self, connection: Any) -> None:
         await super().release(connection)
@@ -49,7 +49,7 @@ class _Pool(redis.BlockingConnectionPool):
 
 
 def pooled_client(url: str, *, connections: int, budget_s: float, tries: int) -> Client:
-    """For commands; each of its calls ends within the budget."""
+    """Returns a client for commands; each call ends within the budget."""
     times = {"timeout": budget_s, "socket_timeout": budget_s, "socket_connect_timeout": CONNECT_S}
     pool = _Pool.from_url(url, max_connections=connections, retry=Retry(NoBackoff(), tries - 1), **times)
     client: Client = Client.from_pool(pool)  # type: ignore[assignment]  # they say Redis, and make the class's own
@@ -57,15 +57,16 @@ def pooled_client(url: str, *, connections: int, budget_s: float, tries: int) ->
 
 
 def blocking_client(url: str) -> Client:
-    """For calls that wait at the server, whose end is their caller's to see to."""
+    """Returns a client for calls that block at the server; the caller ends them."""
     client: Client = Client.from_url(url, socket_timeout=None, socket_connect_timeout=CONNECT_S, retry=Retry(NoBackoff(), 0))  # type: ignore[assignment]
     return client
 
 
 async def heeding_cancellation(call: Callable[[], Awaitable[T]]) -> T:
-    """redis-py sends through `asyncio.wait_for`, which before Python 3.12 forgets a cancellation that comes with its result.
+    """Awaits `call`, and makes a cancellation during it take effect: redis-py sends through `asyncio.wait_for`, which before Python 3.12
+    swallows a cancellation that arrives together with the result.
 
-    One lost in a hundred, and whoever cancelled waits for ever: a shutdown, or the TaskGroup of a replica that drains.
+    About one in a hundred was lost, and then a shutdown or the TaskGroup of a draining replica waited for ever.
     """
     task = asyncio.current_task()
     before = task.cancelling() if task else 0

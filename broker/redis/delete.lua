@@ -1,4 +1,4 @@
--- Delete while a guard holds. KEYS: guard key, then what is to go. ARGV: '1' and the guard's value, or '0' and '' for absent.
+-- Deletes keys if the guard holds. KEYS: guard key, then the keys to delete. ARGV: '1' and the guard's value, or '0' and '' for absent.
 local current = redis.pcall('GET', KEYS[1])
 if type(current) == 'table' then  -- a value of another type is not the guard's
   if not string.find(current.err, '^WRONGTYPE') then error(current) end

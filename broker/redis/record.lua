@@ -1,15 +1,15 @@
--- Results of one flush: each is written once, and only the first writer tells the waiting process.
--- KEYS: future keys. ARGV: result TTL in ms, inbox TTL in ms, then result, note, inbox key, ... in threes (an inbox of "" tells nobody).
--- The inboxes are no KEYS, since for these Redis wants the right to read, too: a replica may write to an inbox and not read it.
--- Returns 1 for each result that stands there now, 0 for each in whose place another one stood already; 2 is 1, and a value of another
--- type stood at the inbox, and was taken away: one such inbox must not keep the other results from being told.
+-- Writes the results of one batch: each with SET NX, and only the first writer adds an entry to the inbox of the waiting process.
+-- KEYS: future keys. ARGV: result TTL in ms, inbox TTL in ms, then result, entry, inbox key, ... in threes (inbox "": no entry).
+-- The inboxes are not in KEYS, because Redis would then demand the right to read them: a replica may write to an inbox and not read it.
+-- Returns for each result: 1 if it stands there now, 0 if another result stood there first, 2 if it stands there now and the inbox was a
+-- key of another type, which was deleted: one such inbox must not keep the other results from being announced.
 local function tell(inbox, note)
   if inbox == '' then return 1 end
   local pushed = redis.pcall('RPUSH', inbox, note)
   local is_odd = type(pushed) == 'table'
   if is_odd then
     if not string.find(pushed.err, '^WRONGTYPE') then error(pushed) end
-    redis.call('PEXPIRE', inbox, 0)  -- which deletes it
+    redis.call('PEXPIRE', inbox, 0)  -- deletes it
     redis.call('RPUSH', inbox, note)
   end
   redis.call('PEXPIRE', inbox, ARGV[2])
@@ -28,7 +28,7 @@ for i = 1, #KEYS do
   if redis.call('SET', KEYS[i], result, 'NX', 'PX', ARGV[1]) then
     written[#written + 1] = tell(inbox, note)
   elseif stands(KEYS[i], result) then
-    -- Ours, of a call that was sent twice since its answer was lost; or another's who found the same (cancelled, late).
+    -- An equal result: our own, of a call that was retried after its answer was lost, or another writer's (cancelled, late).
     written[#written + 1] = tell(inbox, note)
   else
     written[#written + 1] = 0

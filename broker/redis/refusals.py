@@ -1,4 +1,4 @@
-"""What Redis refuses, or is not trusted in, as a sentence for whoever sets it up."""
+"""Turns Redis's refusals, and untrusted certificates, into sentences for operators."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..settings import masked
 
 
 class Refused(NamedTuple):
-    """Why Redis takes no writes, in words for anybody, and the mend, for its operator."""
+    """Why Redis takes no writes, in words fit for strangers, and the mend, for its operator."""
 
     words: str
     mend: str
@@ -31,7 +31,7 @@ _CODE = re.compile(rf"(?:^|caused error: \(?['\"])({'|'.join([*REFUSED_WRITES, '
 
 
 def refusal_code(error: BaseException | None) -> str:
-    """Redis's own word for what it refuses, such as OOM; empty where it refused nothing."""
+    """Redis's error code, such as OOM; empty if Redis refused nothing."""
     if not isinstance(error, RedisError):
         return ""
     if _IN_A_SCRIPT in str(error):
@@ -41,13 +41,13 @@ def refusal_code(error: BaseException | None) -> str:
 
 
 def key_of(error: BaseException) -> str:
-    """Of a WRONGTYPE, the key that holds another type; empty where it is not said."""
+    """The key that a WRONGTYPE error names; empty if it names none."""
     found = re.search(r"mqserve:[^\s'\")]+", str(error))
     return found[0] if found else ""
 
 
 def store_refusal(error: BaseException, url: str) -> str:
-    """The sentence, or nothing when Redis failed in another way."""
+    """Returns the sentence, or an empty string if Redis failed in another way."""
     user = URL(url).user or "default"
     if (refused := REFUSED_WRITES.get(code := refusal_code(error))) is not None:
         return f"Redis at {masked(url)} takes no writes ({code}), since {refused.words}: {refused.mend}"

@@ -1,10 +1,10 @@
--- Compare and set, in one step with a look at a guard.
+-- Compare and set, if the guard holds too.
 -- KEYS: key, guard key (or none)
--- ARGV: expected, new, TTL of the new one in ms (0 for none), channel to announce on ('' for nobody), guard's value; values in pairs
--- ('1' value, or '0' '' for absent)
+-- ARGV: expected value, new value, TTL of the new value in ms (0: none), channel to announce on ('': none), guard's value. Each value is
+-- a pair: '1' and the value, or '0' and '' for absent.
 local function holds(key, there, value)
   local current = redis.pcall('GET', key)
-  if type(current) == 'table' then  -- a value of another type reads as in store.py, so that it can be replaced
+  if type(current) == 'table' then  -- reads as WRONG_TYPE of store.py, so that it can be replaced
     if not string.find(current.err, '^WRONGTYPE') then error(current) end
     current = '\0WRONGTYPE'
   end

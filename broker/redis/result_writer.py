@@ -1,4 +1,5 @@
-"""Results and marks on their way to the store: those of one loop turn leave in one call, and what gathers meanwhile rides in the next."""
+"""Batches results and marks on their way to the store: those of one loop turn leave in one call, and those that arrive during a call
+leave in the next."""
 
 from __future__ import annotations
 
@@ -12,17 +13,17 @@ from ..errors import StoreUnavailable
 from ..store import Record
 
 FLUSH_BATCH = 128
-FLUSH_BYTES = 4 * 1024 * 1024  # or one large result: a call that takes longer than its budget is sent again and again
+FLUSH_BYTES = 4 * 1024 * 1024  # per batch, or one larger result: a call that takes longer than its budget would be retried for ever
 
 logger = logging.getLogger(__name__)
 
 Mark = tuple[str, bytes, int]
-"""Key, value, TTL in ms; a TTL of 0: the key goes."""
+"""Key, value, TTL in ms; a TTL of 0 deletes the key."""
 
 
 class ResultWriter:
-    """Writes what it is given by two calls of its owner's, each of which raises StoreUnavailable. `write_results` says of each result
-    whether it stands there now, as a number that is 0 where it does not."""
+    """Writes results and marks through two functions of its owner, each of which raises StoreUnavailable. `write_results` returns a
+    number for each result: 0 if another result stood there first."""
 
     def __init__(
         self,
@@ -48,12 +49,12 @@ class ResultWriter:
         return done
 
     def mark(self, key: str, value: bytes, ttl_ms: int) -> None:
-        """Nobody waits for it, and it may be lost."""
+        """Writes a mark with the next batch. Nobody waits for it, and it may be lost."""
         self._marks.append((key, value, ttl_ms))
         self._flush_soon()
 
     async def close(self, budget_s: float) -> None:
-        """Writes what is left, as far as that can be done within the budget. The futures of the rest are cancelled."""
+        """Writes the remaining batches within the budget. The futures of unwritten results are cancelled."""
         if self._flusher is not None and not self._flusher.done():
             with suppress(TimeoutError, asyncio.CancelledError):
                 async with asyncio.timeout(budget_s):
@@ -81,7 +82,7 @@ class ResultWriter:
             except StoreUnavailable as error:
                 self._buffer = self._give_up_late(batch, error) + self._buffer
                 await asyncio.sleep(next(pauses))
-            except Exception as error:  # whoever waits for these results gives their messages back
+            except Exception as error:  # the owners of these results requeue their messages
                 logger.exception("%d results could not be written: that is a bug in mqserve, please report it", len(batch))
                 for _, done in batch:
                     if not done.done():
@@ -103,7 +104,8 @@ class ResultWriter:
     def _give_up_late(
         self, batch: list[tuple[Record, asyncio.Future[bool]]], error: StoreUnavailable
     ) -> list[tuple[Record, asyncio.Future[bool]]]:
-        """What is still worth another try; the others are told, so that their messages go back to the queue."""
+        """Returns the part of the batch that is still in time for another try. The futures of the others fail, so that their messages are
+        requeued."""
         now_ms = self._now_ms()
         for record, done in batch:
             if record.deadline_ms <= now_ms and not done.done():

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
-from ..backoff import delays
+from ..backoff import delays, keep_running
 from ..envelope import mint_id
 from ..errors import StoreUnavailable, WrongType, words_of, wrong_type
 from ..process.complaint import Complaint
@@ -82,7 +82,7 @@ class RedisStore:
         self._tasks: list[asyncio.Task[None]] = []
 
     def __repr__(self) -> str:
-        return f"<RedisStore {masked(self._url)}, {'up' if self.connected else 'down'}, {self._writer!r}>"
+        return f"<RedisStore {masked(self._url)}, {'up' if self.health.connected else 'down'}, {self._writer!r}>"
 
     async def connect(self) -> None:
         try:
@@ -99,34 +99,7 @@ class RedisStore:
                 or f"no connection to Redis at {masked(self._url)}{why}; is it running, and is MQSERVE_STORE_URL right?"
             ) from error
         self.health.answered()
-        self._tasks.append(asyncio.create_task(self._keep_clock(), name="keep the store's clock"))
-
-    @property
-    def connected(self) -> bool:
-        return self.health.connected
-
-    @property
-    def trouble(self) -> str:
-        return self.health.trouble
-
-    @property
-    def refusal(self) -> str:
-        return self.health.refusal
-
-    @property
-    def refused_since(self) -> float:
-        return self.health.refused_since
-
-    @property
-    def written_at(self) -> float:
-        return self.health.written_at
-
-    def took_a_write(self) -> None:
-        self.health.took_a_write()
-
-    @property
-    def noted(self) -> str:
-        return self.health.noted
+        self._tasks.append(asyncio.create_task(keep_running("the store's clock", self._keep_clock), name="keep the store's clock"))
 
     def now_ms(self) -> int:
         return int(time.monotonic() * 1000 + self._offset_ms)
@@ -283,7 +256,7 @@ class RedisStore:
         event = asyncio.Event()
         self._watchers.add(event)
         if len(self._watchers) == 1 and not any(task.get_name() == "listen" for task in self._tasks):
-            self._tasks.append(asyncio.create_task(self._listen(), name="listen"))
+            self._tasks.append(asyncio.create_task(keep_running("the listener to changes", self._listen), name="listen"))
         return event
 
     def unwatch(self, event: asyncio.Event) -> None:

@@ -1,4 +1,4 @@
-"""Values to bytes and back. MessagePack where it round-trips exactly, a sealed pickle where it does not, else an error."""
+"""Values to bytes and back: MessagePack for values that it restores exactly, a sealed pickle for others, else an error."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from .signing import SealScope, Signer
 JSON = "application/json"
 TEXT = "text/plain; charset=utf-8"
 MSGPACK = "application/msgpack"
-PICKLE = "application/x-python-pickle"  # always sealed, never opened otherwise
+PICKLE = "application/x-python-pickle"  # always sealed; an unsealed one is never opened
 
 _msgpack = msgspec.msgpack.Encoder()
 
 
 def media_type(content_type: str) -> str:
-    """`text/plain` of `Text/Plain; charset=utf-8`."""
+    """`text/plain` for `Text/Plain; charset=utf-8`."""
     return content_type.partition(";")[0].strip().lower()
 
 
 def encode_value(value: object, signer: Signer, claim: SealScope) -> tuple[str, bytes]:
-    """(content type, bytes) that `decode_value` turns back into an equal value of the same types.
+    """Returns (content type, bytes) that `decode_value` turns back into an equal value of the same types.
 
-    Raises NotEncodable when it needs a pickle and there is no key to seal it, or cannot be pickled.
+    Raises NotEncodable if the value cannot be pickled, or needs a pickle and there is no key to seal it.
     """
     odd = ""
     try:
@@ -50,8 +50,8 @@ def encode_value(value: object, signer: Signer, claim: SealScope) -> tuple[str, 
 
 
 def decode_value(body: bytes, content_type: str, signer: Signer, claim: SealScope) -> Any:
-    """The value. Raises BadEnvelope for bytes that do not parse, or an object of a class that this process has not; BadSignature before a
-    foreign pickle is opened."""
+    """Returns the value. Raises BadEnvelope for bytes that do not parse or an object of a class that this process cannot import, and
+    BadSignature, before anything is unpickled, for a pickle that we did not seal."""
     if media_type(content_type) == PICKLE:
         return load_pickle(signer.open(body, _with_type(claim)))
     return decode_plain(body, content_type)
@@ -72,8 +72,8 @@ def load_pickle(pickled: bytes) -> Any:
 
 
 def check_plain(body: bytes, content_type: str) -> None:
-    """Raises BadEnvelope for what `decode_plain` would refuse, without making anything of it: a few MiB of empty arrays would become
-    a hundred times as much."""
+    """Raises BadEnvelope for bytes that `decode_plain` would refuse, without building objects: a few MiB of empty arrays would become a
+    hundred times as much."""
     kind = media_type(content_type)
     try:
         if kind == JSON or kind.endswith("+json"):
@@ -90,7 +90,7 @@ def check_plain(body: bytes, content_type: str) -> None:
 
 
 def decode_plain(body: bytes, content_type: str) -> Any:
-    """What any client may send: JSON or MessagePack decoded, text as str, other bytes as they are. Never a pickle."""
+    """Decodes what any client may send: JSON and MessagePack to objects, text to str, other bytes as they are. Never a pickle."""
     kind = media_type(content_type)
     try:
         if kind == JSON or kind.endswith("+json"):
@@ -114,7 +114,7 @@ _ATOMS = frozenset({type(None), bool, float, str, bytes})
 
 
 def is_plain(value: object) -> bool:
-    """Whether MessagePack brings it back equal, and of the same types. Raises RecursionError for a value that is nested too deeply."""
+    """Whether MessagePack restores the value equal and of the same types. Raises RecursionError for a value that is nested too deeply."""
     kind = type(value)
     if kind in _ATOMS:
         return True
@@ -128,7 +128,7 @@ def is_plain(value: object) -> bool:
 
 
 def _odd_type(value: object) -> str:
-    """The type that keeps `value` from being plain data, named for the reader of an error."""
+    """The name, for an error message, of the type that keeps `value` from being plain data."""
     if type(value) is list:
         return next(_odd_type(item) for item in value if not is_plain(item))
     if type(value) is dict:

@@ -1,7 +1,7 @@
-"""The seal of an `mq` header: says that a holder of the instance's secret key sent the message.
+"""The seal of an `mq` header: proof that a holder of the instance's secret key sent the message.
 
-It stands beside the header, in an AMQP header of its own, so that a reader of an earlier version finds what it knows. What it covers is
-in `envelope.py`, where the message is written and read.
+It stands beside the header, in an AMQP header of its own, so that a reader of an earlier version finds the header unchanged.
+`envelope.py`, which writes and reads the message, says what the seal covers.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from .signing import key_id_of
 
 SEAL_BYTES = 20
 _KEY_ID_BYTES, _MAC_BYTES = 4, 16
-_BACKENDS_KEPT = 10_000  # names that are made up and deleted again are not to stay for ever
+_BACKENDS_KEPT = 10_000  # a limit, so that made-up backend names do not fill the memory
 
 
 class Seal(Enum):
-    """What the seal of a delivery says of its `mq` header."""
+    """The result of checking the seal of a delivery's `mq` header."""
 
     NONE = "it has none"
     VALID = "it fits"
@@ -28,13 +28,13 @@ class Seal(Enum):
 
 
 class HeaderSeals:
-    """Makes seals with the first key, and checks those of any."""
+    """Makes seals with the first key, and checks seals of any key."""
 
     def __init__(self, keys: Sequence[bytes], namespace: str) -> None:
         self._namespace = namespace
         self._hashes: dict[bytes, hashlib.blake2b] = {}
         for key in keys:
-            subkey = hmac.digest(key, b"mqserve mq-seal 1", "sha256")  # one key for one use: these never open a pickle
+            subkey = hmac.digest(key, b"mqserve mq-seal 1", "sha256")  # a separate key for each use: this one never opens a pickle
             key_id = bytes.fromhex(key_id_of(key))
             self._hashes[key_id] = hashlib.blake2b(namespace.encode() + b"\0", digest_size=_MAC_BYTES, key=subkey)
         self._backends: dict[str, BackendSeals] = {}
@@ -43,7 +43,7 @@ class HeaderSeals:
         return f"<HeaderSeals of {self._namespace} with {len(self._hashes)} keys>"
 
     def of(self, backend: str) -> BackendSeals | None:
-        """The seals of what goes to a backend; None without a key."""
+        """The seals for messages to one backend; None without a key."""
         if not self._hashes:
             return None
         found = self._backends.get(backend)
@@ -55,7 +55,7 @@ class HeaderSeals:
 
 
 class BackendSeals:
-    """Seals that are good for one backend. Namespace and backend are hashed once, and the hash is copied for each message."""
+    """Seals that are valid for one backend. Namespace and backend are hashed once, and the hash state is copied for each message."""
 
     def __init__(self, backend: str, hashes: dict[bytes, hashlib.blake2b]) -> None:
         self._backend = backend
@@ -69,13 +69,13 @@ class BackendSeals:
         return f"<BackendSeals of {self._backend} with {len(self._hashes)} keys>"
 
     def make(self, covered: bytes) -> bytes:
-        """The key's id and the MAC: SEAL_BYTES."""
+        """Returns the key id and the MAC: SEAL_BYTES bytes."""
         mac = self._hash.copy()
         mac.update(covered)
         return self._key_id + mac.digest()
 
     def check(self, seal: object, covered: bytes) -> Seal:
-        """`seal` is whatever stood in the message."""
+        """Checks a seal. `seal` is the value as it stood in the message, of any type."""
         if not isinstance(seal, bytes | bytearray) or len(seal) != SEAL_BYTES:
             return Seal.BROKEN
         of_backend = self._hashes.get(bytes(seal[:_KEY_ID_BYTES]))

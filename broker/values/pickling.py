@@ -155,7 +155,7 @@ def sentinel(module: str, name: str) -> Any:
 
 
 def _reduce_code(code: CodeType) -> tuple[Callable[..., CodeType], tuple[Any, ...]]:
-    make, arguments = cloudpickle.Pickler.dispatch_table[CodeType](code)
+    make, arguments = cloudpickle.Pickler.dispatch_table[CodeType](code)  # pyright: ignore[reportAssignmentType]
     return named_code, (code.co_filename, make, arguments)
 
 
@@ -194,7 +194,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             type(functools.lru_cache(_home_of)): _reduce_cached,
             functools.cached_property: _reduce_cached_property,
         },
-        cloudpickle.Pickler.dispatch_table,
+        cloudpickle.Pickler.dispatch_table,  # pyright: ignore[reportArgumentType]
     )
 
     def __init__(self, file: io.BytesIO, is_importable: Callable[[str], bool] | None = None) -> None:

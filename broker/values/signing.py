@@ -1,8 +1,8 @@
-"""Seals: bytes that only a holder of the instance's secret key can have made.
+"""Seals: proof that the bytes were made by a holder of the instance's secret key.
 
-A sealed thing is MessagePack `[1, key id, expiry, mac, payload]`. The mac covers the version, the key id, the namespace,
-what the bytes are for and for whom, the content type, the expiry and the SHA-256 of the payload; it is compared in
-constant time and before anything is decoded. The shape follows what Celery's `auth` serializer leaves out (it signs only the body).
+A sealed value is MessagePack `[1, key id, expiry, mac, payload]`. The mac covers the version, the key id, the namespace, the purpose and
+the recipient of the bytes, the content type, the expiry and the SHA-256 of the payload; it is compared in constant time and before
+anything is decoded. Celery's `auth` serializer signs only the body, and leaves out the rest.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ MIN_KEY_BYTES = 32
 Purpose = Literal["code", "request", "result"]
 
 _DAY_MS = 24 * 3600 * 1000
-# By the clock on the wall, so in days: a request may stand among the dead letters for seven of them, a result is kept for minutes.
+# Seals expire by the wall clock, so lifetimes are days: a request may stay among the dead letters for seven, a result is kept for
+# minutes.
 LIFETIMES_MS = {"code": 0, "request": 8 * _DAY_MS, "result": _DAY_MS}  # 0: for ever
 
 
 @dataclass(frozen=True, slots=True)
 class SealScope:
-    """What sealed bytes are good for; a seal made for one claim opens under no other."""
+    """What sealed bytes are valid for. A seal opens only under the scope that it was made for."""
 
     purpose: Purpose
     backend: str = ""
@@ -38,12 +39,12 @@ class SealScope:
 
 
 def key_id_of(key: bytes) -> str:
-    """How a seal names its key: eight hex digits that tell nothing of it."""
+    """The key's name in a seal: eight hex digits that reveal nothing about it."""
     return hashlib.sha256(b"mqserve key id" + key).hexdigest()[:8]
 
 
 class Signer:
-    """Seals with the first key, opens with any: that is how a key is rotated."""
+    """Seals with the first key, opens with any key; so a key can be rotated."""
 
     def __init__(self, keys: Sequence[bytes], namespace: str, clock: Callable[[], float] = time.time) -> None:
         for key in keys:
@@ -64,7 +65,7 @@ class Signer:
         return f"<Signer of {self._namespace} with {len(self._keys)} keys>"
 
     def seal(self, payload: bytes, claim: SealScope) -> bytes:
-        """Sealed bytes, good for as long as their purpose has. Raises BadSignature without a key."""
+        """Returns the payload, sealed for the lifetime of its purpose. Raises BadSignature without a key."""
         if not self._keys:
             raise BadSignature("nothing can be signed: MQSERVE_SECRET_KEY is not set")
         lifetime_ms = LIFETIMES_MS[claim.purpose]
@@ -73,7 +74,7 @@ class Signer:
         return msgspec.msgpack.encode([1, self._current, expires_ms, mac, payload])
 
     def open(self, sealed: bytes, claim: SealScope) -> bytes:
-        """The payload. Raises BadSignature unless one of our keys sealed it for exactly this claim and it is not expired."""
+        """Returns the payload. Raises BadSignature unless one of our keys sealed it for exactly this scope and it has not expired."""
         try:
             version, key_id, expires_ms, mac, payload = msgspec.msgpack.decode(sealed, type=tuple[int, str, int, bytes, bytes])
         except UNPARSABLE as error:

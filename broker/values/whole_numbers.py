@@ -1,4 +1,4 @@
-"""Whole numbers that a caller gives: 2.0 is one, as it is in JSON; True is none."""
+"""Whole numbers that a caller passes: 2.0 is one, as in JSON; True is not."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def whole_number(value: Any) -> int | None:
-    """None for what is none."""
+    """Returns the value as an int, or None if it is not a whole number."""
     if isinstance(value, bool):
         return None
     if isinstance(value, float):

@@ -1,1 +1,1 @@
-"""The state model, which every process reads: what is wanted, what is seen, and what routes and resources mean."""
+"""The state model that every process reads: the desired and the observed state, and what routes and resources mean."""

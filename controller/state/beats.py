@@ -1,8 +1,10 @@
-"""Beats: what each node, proxy and replica says of itself, and how old it may be."""
+"""Beats, the heartbeats of supervisors, nodes, proxies and replicas: what each member reports, and how old a beat may be."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from enum import StrEnum
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -11,51 +13,141 @@ from .documents import Count
 from .resources import Capacity
 
 BEAT_EVERY_S = 1.0
-PROXY_DRAIN_S = 20  # what a proxy gives its open requests when it ends
-SILENT_AFTER_S = 6.0  # a member that has not beaten for this long is gone
+PROXY_DRAIN_S = 20  # the time an ending proxy gives its open requests
+SILENT_AFTER_S = 6.0  # a member whose last beat is older counts as gone
 
 
-class Beat(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a node, a proxy or a replica says of itself, every BEAT_EVERY_S and at each change."""
+class MemberState(StrEnum):
+    """What a member says of itself."""
 
-    kind: str  # node, proxy, replica
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    FAILED = "failed"  # its last words: it has ended
+
+
+class Kind(StrEnum):
+    """Of a member; in this order they are shown."""
+
+    SUPERVISOR = "supervisor"
+    NODE = "node"
+    PROXY = "proxy"
+    REPLICA = "replica"
+
+
+class _Beat(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="kind"):
+    """Said every BEAT_EVERY_S and at each change."""
+
     id: str
     at: Count  # store ms
     pid: Count = 0
     host: str = ""
-    state: str = "ready"  # starting, ready, draining, failed
+    state: MemberState = MemberState.READY
     error: str = ""
     node: str = ""
     external: bool = False
-    backend: str = ""
-    version: Count = 0
-    generations: tuple[Count, ...] = ()  # queues whose messages this replica takes or still holds
     url: str = ""
-    follows: tuple[Count, Count] = (0, 0)  # a proxy's (epoch, version) of the desired document; a replica's (0, config version)
-    refuses: tuple[Count, Count] = (0, 0)  # the (epoch, version) of the desired document that a proxy cannot follow
-    refused: str = ""  # why; of a replica, why its code refused the config it follows
-    noted: str = ""  # what it found in the store that another program wrote there
-    ended: dict[str, str] = {}  # a node's children that ended by themselves -> how
-    takes_proxy: bool = False  # a node on which a proxy may run
-    capacity: Capacity = Capacity()
-    running: Count = 0
-    served: Count = 0
-    seals: bool = False  # the requests that it sends; an earlier version does not, nor does a process without the secret key
+    noted: str = ""  # keys in the store that another program wrote, as this member found them
+
+    @property
+    def kind(self) -> str:
+        """One of `Kind`, or that of another version."""
+        return str(self.__struct_config__.tag)
 
     @property
     def field(self) -> str:
         return f"{self.kind}:{self.id}"
 
+    def is_recent(self, now_ms: int) -> bool:
+        return now_ms - self.at < SILENT_AFTER_S * 1000
+
+    def is_alive(self, now_ms: int) -> bool:
+        """Whether it has beaten lately, and does not say that it has ended."""
+        return self.is_recent(now_ms) and self.state is not MemberState.FAILED
+
     def to_bytes(self) -> bytes:
         return msgspec.json.encode(self)
 
 
+class SupervisorBeat(_Beat, frozen=True, tag=Kind.SUPERVISOR.value):
+    """Of a detached instance's keeper."""
+
+
+class NodeBeat(_Beat, frozen=True, tag=Kind.NODE.value):
+    """Its `url` shows metrics."""
+
+    ended: dict[str, str] = {}  # children that ended by themselves -> how
+    takes_proxy: bool = False  # one may run there
+    capacity: Capacity = Capacity()
+    running: Count = 0  # replicas
+
+
+class ProxyBeat(_Beat, frozen=True, tag=Kind.PROXY.value):
+    """Its `url` is where it serves."""
+
+    follows: tuple[Count, Count] = (0, 0)  # the (epoch, version) of the desired document
+    refuses: tuple[Count, Count] = (0, 0)  # the one that it cannot follow
+    refused: str = ""  # why
+    seals: bool = False  # the requests that it sends; an earlier version does not, nor does a process without the secret key
+
+
+class ReplicaBeat(_Beat, frozen=True, tag=Kind.REPLICA.value):
+    """`follows` is (0, config version), and `refused` says why its code refused that config."""
+
+    backend: str = ""
+    version: Count = 0
+    generations: tuple[Count, ...] = ()  # queues whose messages it takes or still holds
+    follows: tuple[Count, Count] = (0, 0)
+    refused: str = ""
+    running: Count = 0
+    served: Count = 0
+    seals: bool = False
+
+
+class OtherBeat(_Beat, frozen=True, tag="other"):
+    """Of a kind that this version does not know: it is shown, and nothing else."""
+
+    said: str = ""
+
+    @property
+    def kind(self) -> str:
+        return self.said
+
+
+Beat = SupervisorBeat | NodeBeat | ProxyBeat | ReplicaBeat | OtherBeat
+B = TypeVar("B", SupervisorBeat, NodeBeat, ProxyBeat, ReplicaBeat)
+
+
 def read_beats(fields: Mapping[str, bytes]) -> dict[str, Beat]:
-    """By field; what does not parse (another version's) is left out."""
+    """Returns the beats by field; beats that do not parse (another version's) are left out."""
     beats: dict[str, Beat] = {}
     for field, raw in fields.items():
         try:
-            beats[field] = msgspec.json.decode(raw, type=Beat)
+            beats[field] = _decode(raw)
+        except msgspec.ValidationError:
+            if (other := _read_other(raw)) is not None:
+                beats[field] = other
         except UNPARSABLE:
             continue
     return beats
+
+
+def _read_other(raw: bytes) -> OtherBeat | None:
+    try:
+        said = msgspec.json.decode(raw, type=dict[str, Any])
+        kind = str(said.get("kind", ""))
+        return None if kind in list(Kind) else msgspec.convert({**said, "kind": "other", "said": kind}, OtherBeat)
+    except UNPARSABLE:
+        return None
+
+
+def beats_of(beats: Mapping[str, Beat], kind: type[B]) -> list[B]:
+    return [beat for beat in beats.values() if isinstance(beat, kind)]
+
+
+def living(beats: Mapping[str, Beat], kind: type[B], now_ms: int) -> dict[str, B]:
+    """Members of a kind that are alive, by id."""
+    return {beat.id: beat for beat in beats_of(beats, kind) if beat.is_alive(now_ms)}
+
+
+_decode = msgspec.json.Decoder(Beat).decode

@@ -1,4 +1,4 @@
-"""What a backend's user may turn while it serves."""
+"""The settings of a backend that its user may change while it serves."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 MAX_REQUEST_TIMEOUT_S = 25 * 60  # below RabbitMQ's consumer_timeout of 30 minutes
-SYNC_CONCURRENCY = 8  # max_concurrent_queries of a plain handler, as in the seed
+SYNC_CONCURRENCY = 8  # max_concurrent_queries of a plain handler, as in Ray Serve 1.x
 ASYNC_CONCURRENCY = 100
 
 Whole = Annotated[int, Field(gt=0, lt=2**31)]
@@ -34,7 +34,7 @@ class BackendConfig(BaseModel):
     max_surge: replicas that may run beyond num_replicas while new code is rolled out.
     """
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)  # JSON has neither
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)  # allow_inf_nan: JSON has neither
 
     num_replicas: Whole = 1
     max_batch_size: Whole | None = None
@@ -44,7 +44,8 @@ class BackendConfig(BaseModel):
     request_timeout_s: Annotated[float, Field(gt=0, le=MAX_REQUEST_TIMEOUT_S)] = 60.0
     max_queued_requests: Whole | None = None
     graceful_shutdown_timeout_s: Annotated[float, Field(ge=0)] = 20.0
-    start_timeout_s: Annotated[float, Field(gt=0, le=45 * 60)] = 120.0  # code that is rolled back to is kept for an hour
+    # less than an hour, since a roll-back needs the old code, which is kept for an hour
+    start_timeout_s: Annotated[float, Field(gt=0, le=45 * 60)] = 120.0
     delivery: Literal["at_least_once", "at_most_once"] = "at_least_once"
     max_attempts: Whole = 3
     user_config: Any = None
@@ -53,7 +54,7 @@ class BackendConfig(BaseModel):
     max_surge: Whole = 1
 
     def concurrency(self, is_async: bool) -> int:
-        """Requests that one replica holds at most, whoever sent them; recomputed whenever a part of it changes."""
+        """The number of requests that one replica holds at most, from all senders; recomputed whenever one of its inputs changes."""
         if self.max_concurrent_queries is not None:
             return self.max_concurrent_queries
         if self.max_batch_size is not None and (self.batch_wait_timeout > 0 or not is_async):

@@ -1,4 +1,4 @@
-"""The convertors that users registered with an instance, in a process that matches or converts by them."""
+"""The registered convertors, loaded in a process that matches or converts by them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ...broker.values.signing import Signer
 
 
 class Convertors:
-    """Each is made once, and again when its code is another."""
+    """Loads each convertor once, and again when its code changes."""
 
     def __init__(self, store: Store, keys: StoreKeys, signer: Signer) -> None:
         self._store = store
@@ -28,7 +28,8 @@ class Convertors:
         return f"<Convertors {', '.join(self._made) or 'none'}>"
 
     async def register(self, wanted: Mapping[str, str]) -> None:
-        """By name and sha256, as the desired document has them. Raises BackendFailed for one that cannot be made, and StoreUnavailable."""
+        """Loads the convertors in `wanted` (name -> sha256, as in the desired document). Raises BackendFailed for one that cannot be
+        loaded, and StoreUnavailable."""
         for name, sha256 in wanted.items():
             if name not in self._made or self._made[name][0] != sha256:
                 self._made[name] = (sha256, await self._make(name, sha256))

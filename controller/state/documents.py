@@ -1,4 +1,4 @@
-"""The two documents of an instance: what is wanted (written by clients) and what is seen (written by the leading controller).
+"""The two documents of an instance: the desired state (written by clients) and the observed state (written by the leading controller).
 
 Both are JSON in the store, so that an operator can read them with `redis-cli get`.
 """
@@ -20,8 +20,8 @@ T = TypeVar("T")
 
 
 class Backend(msgspec.Struct, frozen=True):
-    """A named implementation. `version` is that of the document that brought its code: none is used twice, also where one that failed is
-    rolled back, or where the name is used again. `generation` grows with its queue's frozen arguments."""
+    """A named implementation. `version` is the version of the document that deployed its code. No version is used twice, not even after a
+    roll-back, or for a new backend of the same name. `generation` grows when its queue's frozen arguments change."""
 
     name: str
     code: str  # sha256 of the code in the store
@@ -39,7 +39,7 @@ class Backend(msgspec.Struct, frozen=True):
 
 
 class Endpoint(msgspec.Struct, frozen=True):
-    """A named target of traffic. `route` None: reachable by handle only."""
+    """A named target of traffic. With `route` None only handles reach it."""
 
     name: str
     route: str | None
@@ -59,24 +59,25 @@ class HttpOptions(msgspec.Struct, frozen=True):
 
 
 class Desired(msgspec.Struct, frozen=True):
-    """What the users want. Versions order as (epoch, version)."""
+    """The state that users asked for. Versions are ordered as (epoch, version)."""
 
     epoch: Count = 1
     version: Count = 0
     instance: str = ""
-    head_node: str = ""  # the node that started the instance: the one of HeadOnly
+    head_node: str = ""  # the node that started the instance; with HeadOnly it runs the proxy
     http: HttpOptions = HttpOptions()
     backends: dict[str, Backend] = {}
     endpoints: dict[str, Endpoint] = {}
     convertors: dict[str, str] = {}  # name -> sha256 of its code
-    forced: tuple[str, ...] = ()  # backends deleted by force: neither their queues nor their replicas drain
+    forced: tuple[str, ...] = ()  # backends deleted by force: their queues and replicas do not drain
     closing: bool = False  # the instance is being shut down
-    incomplete: bool = False  # what its starter declares is not all deployed yet
-    operations: tuple[str, ...] = ()  # the last operation ids, so that a retry recognises itself
+    keeps_queues: bool = False  # messages that wait when it closes are left for the next instance of the namespace
+    incomplete: bool = False  # the starter has not yet deployed all that it declares
+    operations: tuple[str, ...] = ()  # the latest operation ids, so that a retry recognizes itself
 
     @property
     def codes(self) -> frozenset[str]:
-        """The hashes of all code it names."""
+        """The hashes of all code that the document names."""
         return frozenset({*(backend.code for backend in self.backends.values()), *self.convertors.values(), self.http.middlewares} - {""})
 
     def to_bytes(self) -> bytes:
@@ -84,7 +85,7 @@ class Desired(msgspec.Struct, frozen=True):
 
     @classmethod
     def from_bytes(cls, raw: bytes | None) -> Desired:
-        """Raises BadEnvelope for what is no such document, or one that contradicts itself."""
+        """Raises BadEnvelope for bytes that are no such document, or one that contradicts itself."""
         if raw is None:
             return cls()
         desired = decode_document(raw, cls, "desired state")
@@ -94,13 +95,13 @@ class Desired(msgspec.Struct, frozen=True):
 
 
 class Assignment(msgspec.Struct, frozen=True):
-    """A replica that a node is to run."""
+    """A replica that a node has to run."""
 
     backend: str
     node: str
     version: Count
     demand: Demand = Demand()
-    gpus: tuple[Count, ...] = ()  # positions among the node's devices
+    gpus: tuple[Count, ...] = ()  # indexes of the node's devices
 
 
 class Observed(msgspec.Struct, frozen=True):
@@ -108,23 +109,23 @@ class Observed(msgspec.Struct, frozen=True):
 
     epoch: Count = 0
     version: Count = 0
-    seen: tuple[Count, Count] = (0, 0)  # (epoch, version) of the desired document this follows
-    queues: dict[str, tuple[Count, ...]] = {}  # generations that replicas take from, the current one last
-    retiring: dict[str, tuple[Count, ...]] = {}  # generations that nobody takes from any more, about to be deleted
+    seen: tuple[Count, Count] = (0, 0)  # (epoch, version) of the desired document that this follows
+    queues: dict[str, tuple[Count, ...]] = {}  # generations that replicas consume, the current one last
+    retiring: dict[str, tuple[Count, ...]] = {}  # generations that no replica consumes any more, about to be deleted
     replicas: dict[str, Assignment] = {}
-    draining: dict[str, Assignment] = {}  # no longer assigned, and not gone yet: they still take their room
-    proxies: tuple[str, ...] = ()  # nodes that are to run one
-    problems: dict[str, str] = {}  # backend (or "proxy on <node>") -> why it is not as wanted
-    down_since: dict[str, Count] = {}  # backend -> store ms since which no replica has been ready or starting
-    sealed: bool = False  # all proxies and replicas seal the requests that they send, so replicas demand it
-    serving: tuple[str, ...] | None = None  # backends with a replica that is ready; None: written by a controller that does not say
+    draining: dict[str, Assignment] = {}  # no longer assigned but still running, so they still take their room
+    proxies: tuple[str, ...] = ()  # nodes that have to run a proxy
+    problems: dict[str, str] = {}  # backend (or "proxy on <node>") -> why it is not as desired
+    down_since: dict[str, Count] = {}  # backend -> store ms since when no replica has been ready or starting
+    sealed: bool = False  # all proxies and replicas seal their requests, so replicas demand seals
+    serving: tuple[str, ...] | None = None  # backends with a ready replica; None: written by an earlier version
 
     def to_bytes(self) -> bytes:
         return msgspec.json.encode(self)
 
     @classmethod
     def from_bytes(cls, raw: bytes | None) -> Observed:
-        """Raises BadEnvelope for what is no such document."""
+        """Raises BadEnvelope for bytes that are no such document."""
         return cls() if raw is None else decode_document(raw, cls, "observed state")
 
 
@@ -143,7 +144,7 @@ def decode_document(raw: bytes, kind: type[T], what: str) -> T:
 
 
 def _contradiction(desired: Desired) -> str:
-    """What the readers of the document could not live with, in words."""
+    """Returns how the document contradicts itself, or an empty string. Its readers rely on the rules checked here."""
     for name, backend in desired.backends.items():
         try:
             _ = backend.config

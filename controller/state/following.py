@@ -1,4 +1,4 @@
-"""Following the two documents: every process goes on with the last good ones."""
+"""Following the two documents: if a document is broken or missing, every process goes on with the last good one."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ DOUBTED_FOR_S = 15.0  # longer than a change of leaders takes
 
 
 class _Latest(Generic[D]):
-    """The last good version of a document, and no older one at first: that is a copy from before the store failed, which whoever leads
-    replaces. What is still there after DOUBTED_FOR_S is believed."""
+    """The last good version of a document. An older version is refused for DOUBTED_FOR_S: it is a copy from before the store failed,
+    which the leader will replace. If it still stands after that, it is accepted."""
 
     def __init__(self, kind: type[D]) -> None:
         self._kind: type[D] = kind
         self._doubted_since = math.inf  # monotonic
-        self._broken: bytes | None = None  # the one that was said last: it is read again whenever the other document changes
+        self._broken: bytes | None = None  # the broken value that was logged last: it is read again whenever the other document changes
         self.value: D | None = None
 
     @property
@@ -57,7 +57,8 @@ class _Latest(Generic[D]):
 
 
 async def follow_state(store: Store, keys: StoreKeys) -> AsyncIterator[tuple[Desired | None, Observed | None]]:
-    """Both documents now, and after every change; of one that is broken, or older than what was there, the last good one."""
+    """Yields both documents now and after every change. A document that is broken or older than the last one is replaced by the last good
+    one."""
     desired, observed = _Latest(Desired), _Latest(Observed)
     instance = ""
     async for raw_desired, raw_observed in follow(store, keys.desired, keys.observed, again=lambda: desired.doubts or observed.doubts):

@@ -1,4 +1,4 @@
-"""Regexes whose time is linear in the text: rows of character classes, which are safe for `re`, and what RE2 takes.
+"""Regexes that match in time linear in the text: rows of character classes, which are safe for `re`, and regexes that RE2 takes.
 
 RE2 never backtracks. It comes with `google-re2`, the extra `mqserve[re2]`, since that has no wheels for musl.
 """
@@ -20,15 +20,16 @@ _ATOM = rf"{_CLASS}|\\[dDwWsS]|\\[^a-zA-Z0-9]|[^\\^$|?*+()\[\]{{}}]"
 _ROW_PART = re.compile(rf"(?P<or>\|)|(?P<atom>{_ATOM})(?P<repeat>\{{\d+(?:,\d*)?\}}|[*+?])?(?![*+?{{])", re.DOTALL)
 _TOKEN = re.compile(rf"{_CLASS}|\{{,\d+\}}|\\.|.", re.DOTALL)
 _REPEATS = {"": (1, 1.0), "?": (0, 1.0), "*": (0, math.inf), "+": (1, math.inf)}
-_UNICODE = {"d": r"\p{Nd}", "w": r"\p{L}\p{N}_", "s": r"\t-\r\x1c-\x1f\x85\p{Z}"}  # these are ASCII in RE2, and not in `re`
-_ANCHORS = frozenset(["^", "$", r"\A", r"\Z", r"\z", r"\b", r"\B"])  # RE2 means others by some of them
+_UNICODE = {"d": r"\p{Nd}", "w": r"\p{L}\p{N}_", "s": r"\t-\r\x1c-\x1f\x85\p{Z}"}  # in RE2 the plain classes are ASCII only, unlike in `re`
+_ANCHORS = frozenset(["^", "$", r"\A", r"\Z", r"\z", r"\b", r"\B"])  # RE2 gives some of them another meaning
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A regex that is a row of character classes with repeats, at most one of which is unbounded; or some such rows as alternatives.
+    """A regex that is a row of character classes with repeats, at most one of which is unbounded; or alternatives of such rows.
 
-    `fixed`: all texts that it matches have the same length. `ways`: in how many ways, at most, one text divides among the repeats.
+    `fixed`: all texts that it matches have the same length. `ways`: the largest number of ways in which one text divides among the
+    repeats.
     """
 
     classes: tuple[re.Pattern[str], ...]
@@ -45,7 +46,7 @@ class Re2Missing(Exception):
 
 @lru_cache(1024)
 def read_row(regex: str) -> Row | None:
-    """None for any other regex. It must compile."""
+    """Returns None for a regex that is no such row. `regex` must compile."""
     if regex == FloatConvertor.regex:
         return Row((re.compile("[0-9.]"),), fixed=False, ways=1)  # `[0-9]+(\.[0-9]+)?` divides a text in one way only
     classes: set[str] = set()
@@ -75,18 +76,18 @@ def _bounds(repeat: str) -> tuple[int, float]:
 
 
 def _ways(row: list[tuple[int, float]]) -> int:
-    """The repeats may be chosen freely, but for the one with most choices: it takes the rest."""
+    """In how many ways the repeats can divide a text. All vary freely except the one with the most choices, which takes the rest."""
     choices = sorted(most - least + 1 for least, most in row)
     return int(math.prod(choices[:-1]))
 
 
 def compile_re2(pattern: str) -> Any:
-    """Raises Re2Missing, and BadValue with RE2's words for what it refuses: look-around, back-references, long repeats."""
+    """Compiles with RE2. Raises Re2Missing, and BadValue with RE2's message for look-around, back-references and long repeats."""
     try:
         import re2
     except ImportError:
         raise Re2Missing from None
-    if not hasattr(re2, "Options"):  # another package of that name, which falls back to `re`
+    if not hasattr(re2, "Options"):  # another package of that name falls back to `re`
         raise Re2Missing
     options = re2.Options()
     options.log_errors = False
@@ -98,14 +99,14 @@ def compile_re2(pattern: str) -> Any:
 
 
 def for_re2(regex: str) -> str:
-    """The regex so that RE2 means by it what `re` does. Raises BadValue where that cannot be."""
+    """Rewrites the regex so that RE2 gives it the meaning it has in `re`. Raises BadValue if that is impossible."""
     return "".join(map(_translate, _TOKEN.findall(regex)))
 
 
 def _translate(token: str) -> str:
     is_class = token[0] == "[" and len(token) > 1
     if token in _ANCHORS or (is_class and re.search(r"\[:|\\[DWSbB]", token)):
-        raise BadValue(f"{token} means something else there")
+        raise BadValue(f"it gives {token} another meaning")
     if token[:2] == "{,":
         return "{0" + token[1:]
     if is_class:

@@ -1,4 +1,4 @@
-"""A member's own field among the beats: how the controller sees nodes, proxies and replicas without dialling any of them."""
+"""A member's beat in the store. Through the beats the controller sees nodes, proxies and replicas without connecting to any of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...broker.store import Store
 
 logger = logging.getLogger(__name__)
 
-LATE_S = 4.0  # beyond this a beat says that its process stood still
+LATE_S = 4.0  # a beat that is later than this shows that its own process stood still
 
 
 class Presence:
@@ -27,7 +27,7 @@ class Presence:
         self._beat = beat
         self._every_s = every_s
         self._now = asyncio.Event()
-        self._writing = asyncio.Lock()  # one write at a time, or an older one may land last
+        self._writing = asyncio.Lock()  # one write at a time, so that an older one cannot land last
         self._left = False
         self._complaint = Complaint(logger)
         self._steady_since = time.monotonic()
@@ -37,11 +37,11 @@ class Presence:
 
     @property
     def steady_s(self) -> float:
-        """For how long every beat has landed, and was made in time: who stood still himself cannot tell who else does."""
+        """For how long every beat was made in time and landed. A process that stood still itself cannot tell whether others did."""
         return time.monotonic() - self._steady_since
 
     def tell(self) -> None:
-        """Something changed that others wait for."""
+        """Writes a beat soon, because something changed that others wait for."""
         self._now.set()
 
     async def beat_forever(self) -> None:
@@ -56,7 +56,7 @@ class Presence:
                     await self._now.wait()
 
     async def beat(self) -> bool:
-        """Whether the store took it."""
+        """Writes one beat; returns whether the store took it."""
         async with self._writing:
             return not self._left and await self._write()
 
@@ -75,8 +75,8 @@ class Presence:
         return True
 
     async def leave(self, *, with_last_words: bool) -> None:
-        """The field goes, or, after a failure, stays for the operator to read. Call it before `beat_forever` is cancelled: a write
-        that is cancelled under way may still land, after this one."""
+        """Removes the field, or, after a failure, leaves a last beat for the operator to read. Call it before `beat_forever` is
+        cancelled: a write that is cancelled under way may still land after this one."""
         async with self._writing:
             self._left = True
             self._now.set()

@@ -1,4 +1,4 @@
-"""What a replica asks for and what a node has: CPUs, GPUs (fractions too), memory, and whatever the operator names."""
+"""The resources that a replica asks for and a node has: CPUs, GPUs (also fractions), memory, and any that the operator names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _EPSILON = 1e-9
 
 
 class Demand(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What one replica reserves. Nothing by default: that differs from Ray, whose replicas take a CPU each."""
+    """The resources that one replica reserves. The default is none; in Ray each replica takes a CPU."""
 
     num_cpus: float = 0
     num_gpus: float = 0
@@ -26,7 +26,7 @@ class Demand(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Capacity(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What one node has; `gpus` are the device ids that CUDA_VISIBLE_DEVICES would name."""
+    """The resources of one node; `gpus` are device ids as in CUDA_VISIBLE_DEVICES."""
 
     num_cpus: float = 0
     gpus: tuple[str, ...] = ()
@@ -35,8 +35,8 @@ class Capacity(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class ActorOptions(msgspec.Struct, frozen=True, omit_defaults=True):
-    """How each replica of a backend is to run: its share, and its Python (a path, or packages laid over the node's own), with the seal
-    of the client that chose it."""
+    """How each replica of a backend runs: its resources, and its Python (a path, or packages laid over the node's own), with the seal of
+    the client that chose it."""
 
     demand: Demand = Demand()
     python: str = ""
@@ -45,7 +45,7 @@ class ActorOptions(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Room:
-    """What is left on one node; only `take` changes it."""
+    """The free resources of one node; only `take` changes them."""
 
     def __init__(self, capacity: Capacity) -> None:
         self._cpus = capacity.num_cpus
@@ -57,14 +57,14 @@ class Room:
         return f"<Room for {self._cpus:g} CPUs, {sum(self._gpus):g} GPUs>"
 
     def fit(self, demand: Demand) -> tuple[int, ...] | None:
-        """The GPUs (by position) that the replica would get, or None where it does not fit."""
+        """Returns the GPUs (by index) that the replica would get, or None if it does not fit."""
         if demand.num_cpus > self._cpus + _EPSILON or demand.memory > self._memory:
             return None
         if any(amount > self._named.get(name, 0) + _EPSILON for name, amount in demand.resources.items()):
             return None
         if demand.num_gpus == 0:
             return ()
-        if demand.num_gpus < 1:  # the fullest device that still has room, so that whole ones stay whole
+        if demand.num_gpus < 1:  # take the fullest device that still has room, so that whole devices stay whole
             fitting = [position for position, free in enumerate(self._gpus) if free + _EPSILON >= demand.num_gpus]
             return (min(fitting, key=lambda position: self._gpus[position]),) if fitting else None
         whole = [position for position, free in enumerate(self._gpus) if free > 1 - _EPSILON]
@@ -82,7 +82,7 @@ class Room:
 
 
 def parse_actor_options(options: object) -> ActorOptions:
-    """Errors as in the seed: BadType for a wrong type, BadValue for a negative or unknown one."""
+    """Parses actor options with the errors of Ray Serve 1.x: BadType for a wrong type, BadValue for a negative or unknown one."""
     if options is None:
         return ActorOptions()
     if not isinstance(options, dict):
@@ -108,7 +108,7 @@ def parse_actor_options(options: object) -> ActorOptions:
 
 
 def parse_node_resources(text: str) -> dict[str, float]:
-    """Of `--resources`. Raises BadValue for what is no JSON object of numbers."""
+    """Parses the value of `--resources`. Raises BadValue unless it is a JSON object of numbers."""
     try:
         named = msgspec.json.decode(text, type=dict[str, float])
     except msgspec.MsgspecError as error:
@@ -117,7 +117,7 @@ def parse_node_resources(text: str) -> dict[str, float]:
 
 
 def check_amount(name: str, value: Any) -> float:
-    """Raises BadType for what is no number, BadValue for one below 0 or without end."""
+    """Raises BadType unless the value is a number, BadValue if it is negative or not finite."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadType(f"{name} must be a number, not {value!r}")
     if value < 0:
@@ -140,7 +140,7 @@ def _pip(value: Any) -> tuple[str, ...]:
 
 
 def _without_nul(what: str, text: str) -> str:
-    """No argument of a process holds one."""
+    """Refuses NUL characters, which no process argument can hold."""
     if "\0" in text:
         raise BadValue(f"{what} is {text!r}, and cannot hold a NUL: leave it out")
     return text

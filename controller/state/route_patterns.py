@@ -1,10 +1,11 @@
-"""The grammar of routes, for who accepts one and who matches it: what compiles here is matched in time linear in the path.
+"""The grammar of routes. Clients that create a route and proxies that match it compile it here, and then it is matched in time linear in
+the path.
 
-A route is literal text and variables, `/users/{user_id:int}`, and matches what Starlette would match. Python's `re` backtracks: where the
-border between two variables may be at many places, it tries them all, which takes the square of the path's length, or worse. So `re` is
-used only if all variables but one are *fenced*: the literal text on each side has a character that the variable does not take, so where
-it begins and ends is settled. Several `str` in one segment are one variable for `re`, and `rfind` divides its text. All other routes are
-matched by RE2, which never backtracks.
+A route is literal text and variables, `/users/{user_id:int}`, and matches the paths that Starlette would match. Python's `re` backtracks:
+if the border between two variables may be at many places, it tries them all, which takes the square of the path's length, or worse. So
+`re` is used only if all variables but one are *fenced*: the literal text on each side has a character that the variable does not take,
+which fixes where the variable begins and ends. Several `str` in one segment are one variable for `re`, and `rfind` divides its text. All
+other routes are matched by RE2, which never backtracks.
 """
 
 from __future__ import annotations
@@ -29,14 +30,15 @@ Convertors = Mapping[str, Convertor[Any]]
 
 logger = logging.getLogger(__name__)
 
-MAX_WAYS = 30  # at each character of a path `re` may try as many: 0.1 s for the longest path
+MAX_WAYS = 30  # `re` may try this many at each character of a path: 0.1 s for the longest path
 
 _VARIABLE = re.compile(r"{([a-zA-Z_][a-zA-Z0-9_]*)(?::([a-zA-Z_][a-zA-Z0-9_]*))?}")
-_NEVER_RAISE = (StringConvertor, PathConvertor, FloatConvertor, UUIDConvertor)  # for text that their regex matches
+# these convertors accept every text that their regex matches
+_NEVER_RAISE = (StringConvertor, PathConvertor, FloatConvertor, UUIDConvertor)
 
 
 class Variable(NamedTuple):
-    """`kind` is the name of its convertor."""
+    """A variable of a route; `kind` is the name of its convertor."""
 
     name: str
     kind: str
@@ -45,22 +47,22 @@ class Variable(NamedTuple):
 
     @property
     def may_span(self) -> bool:
-        """Whether it takes slashes."""
+        """Whether it may match slashes."""
         row = read_row(self.regex)
         return row is None or row.takes("/")
 
 
 @dataclass(frozen=True, slots=True)
 class RoutePattern:
-    """A route that can be matched."""
+    """A compiled route."""
 
     route: str
     variables: tuple[Variable, ...]
-    find: Find  # the texts of the variables
-    checked: tuple[int, ...]  # variables whose convertor may refuse a text that its regex matches
+    find: Find  # returns the texts of the variables
+    checked: tuple[int, ...]  # indexes of variables whose convertor may refuse a text that its regex matches
 
     def match(self, path: str) -> Params | None:
-        """(name, convertor, text) of each variable, or None for another path: a convertor that raises does not match."""
+        """Returns (name, convertor, text) of each variable, or None if the path does not match. A convertor that raises does not match."""
         texts = self.find(path)
         if texts is None:
             return None
@@ -69,25 +71,26 @@ class RoutePattern:
                 self.variables[at].convertor.convert(texts[at])
             except ValueError:
                 return None
-            except BaseException as error:  # a user's code, called in the loop of a proxy: not even SystemExit may end that
+            except BaseException as error:  # a convertor is user code that runs in a proxy's loop: not even SystemExit may end that
                 logger.info("route %s does not match, since a convertor raised %s", self.route, printable(describe(error).words))
                 return None
         return tuple([(variable.name, variable.kind, text) for variable, text in zip(self.variables, texts, strict=True)])
 
     def is_current(self, convertors: Convertors = CONVERTOR_TYPES) -> bool:
-        """Whether the names of its convertors still mean the same ones."""
+        """Whether the names of its convertors still refer to the same convertors."""
         return all(convertors.get(variable.kind) is variable.convertor for variable in self.variables)
 
 
 class _Obstacle(NamedTuple):
-    """Why `re` must not match a route, in words."""
+    """The reason why `re` must not match a route."""
 
     what: str
     mend: str
 
 
 class _Piece(NamedTuple):
-    """What `re` takes for one variable, and the literal text before it: a variable, or several `str` with text `between` them."""
+    """A part of a route that is one variable for `re`, and the literal text before it: one variable, or several `str` with the literals
+    `between` them."""
 
     before: str
     variables: tuple[Variable, ...]
@@ -103,7 +106,7 @@ class _Piece(NamedTuple):
 
 
 def compile_route(route: str, convertors: Convertors = CONVERTOR_TYPES) -> RoutePattern:
-    """Raises BadValue for what is no route, and for one that cannot be matched in linear time here."""
+    """Compiles a route. Raises BadValue for a text that is no route, and for a route that cannot be matched in linear time here."""
     literals, variables = _parse(route, convertors)
     pieces = _join_strs(literals, variables)
     obstacle = _obstacle(pieces)
@@ -113,17 +116,17 @@ def compile_route(route: str, convertors: Convertors = CONVERTOR_TYPES) -> Route
 
 
 def check_convertor(name: str, convertor: Convertor[Any], routes: Iterable[str], convertors: Convertors = CONVERTOR_TYPES) -> None:
-    """Raises BadValue for one that is none, and for one with which a route that names it could not be matched any more."""
+    """Raises BadValue for an object that is no convertor, and for one with which a route that names it could no longer be matched."""
     _regex_of(name, convertor)
     known = {**convertors, name: convertor}
     for route in routes:
         kinds = {kind or "str" for _, kind in _VARIABLE.findall(route)}
-        if name in kinds and kinds <= known.keys():  # a kind that only others have registered, their proxies will check
+        if name in kinds and kinds <= known.keys():  # convertors known only elsewhere are checked by the proxies there
             compile_route(route, known)
 
 
 def _parse(route: str, convertors: Convertors) -> tuple[list[str], list[Variable]]:
-    """The literal texts, and the variable between each two of them."""
+    """Returns the literal texts, and the variables between them."""
     if not route.startswith("/"):
         raise BadValue(f"route {route!r} does not begin with '/': write it as a path, such as '/users/{{user_id:int}}'")
     literals: list[str] = []
@@ -151,8 +154,8 @@ def _regex_of(kind: str, convertor: Convertor[Any]) -> str:
     try:
         regex, _ = convertor.regex, convertor.convert
         named = re.compile(regex).groupindex
-        re.compile(f"(?:{regex})")  # as a part of a route's: no flags for the whole of it, no parenthesis that it would close
-    except Exception as error:  # a convertor may be anything
+        re.compile(f"(?:{regex})")  # as a group: it must have no global flags and no unbalanced parenthesis
+    except Exception as error:  # a user's convertor may raise anything
         raise BadValue(
             f"convertor {kind!r} has no regex that a route can hold ({error}): make it a Starlette Convertor, and write flags as (?i:…)"
         ) from error
@@ -173,7 +176,8 @@ def _join_strs(literals: list[str], variables: list[Variable]) -> list[_Piece]:
 
 
 def _obstacle(pieces: list[_Piece]) -> _Obstacle | None:
-    """None if `re` may match it: the end of one variable at most is tried at many places, and at each the others are soon settled."""
+    """Returns None if `re` may match it: the end of at most one variable is tried at many places, and the others are settled quickly for
+    each."""
     rows: list[Row] = []
     for piece in pieces:
         row, variable = read_row(piece.regex), piece.variables[0]
@@ -195,7 +199,7 @@ def _obstacle(pieces: list[_Piece]) -> _Obstacle | None:
 
 
 def _is_fence(literal: str | None, row: Row) -> bool:
-    """Whether the variable cannot go past it. None is before the first variable or behind the last: there it is settled anyway."""
+    """Whether the variable cannot run past the literal. None stands for the start and the end of the path, which always hold it."""
     return literal is None or not all(map(row.takes, literal))
 
 
@@ -224,7 +228,8 @@ def _find_by_re(pieces: list[_Piece], end: str) -> Find:
 
 
 def _divide(text: str, between: Sequence[str]) -> list[str] | None:
-    """The texts of several `str`, as greedy matching has them: each literal `between` them as far right as leaves a character behind it."""
+    """Returns the texts of several `str` as greedy matching divides them: each literal of `between` as far right as possible, with at
+    least one character behind it."""
     texts: list[str] = []
     for literal in reversed(between):
         at = text.rfind(literal, 1, len(text) - 1)
@@ -240,7 +245,7 @@ def _find_by_re2(route: str, literals: list[str], variables: list[Variable], obs
     try:
         groups = [f"(?P<{variable.name}>{for_re2(variable.regex)})" for variable in variables]
         parts = [part for pair in zip(map(re.escape, literals), [*groups, ""], strict=True) for part in pair]
-        regex = compile_re2("".join(parts) + r"\n?")  # `re` takes $ for the end, or for just before a line feed that ends the path
+        regex = compile_re2("".join(parts) + r"\n?")  # `$` of `re` matches at the end and before a final line feed
     except Re2Missing:
         raise BadValue(f"{why}: {obstacle.mend}, or install google-re2 for clients and proxies (mqserve[re2])") from None
     except BadValue as error:
@@ -250,7 +255,7 @@ def _find_by_re2(route: str, literals: list[str], variables: list[Variable], obs
     def find(path: str) -> Sequence[str] | None:
         try:
             found = regex.fullmatch(path)
-        except UnicodeEncodeError:  # half a surrogate pair
+        except UnicodeEncodeError:  # the path has half a surrogate pair
             return None
         return None if found is None else [found[index] for index in indexes]
 

@@ -1,4 +1,4 @@
-"""Which backend gets a request of an endpoint, and which get copies."""
+"""Chooses the backend for a request of an endpoint, and the backends that get copies."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from .documents import Endpoint
 
 
 class Choice(NamedTuple):
-    """Where one request goes, and where its copies go."""
+    """The backend of one request, and the backends of its copies."""
 
     backend: str
     shadows: list[str]
 
 
 def choose(endpoint: Endpoint, shard_key: str) -> Choice:
-    """By chance, or by the shard key: then the same everywhere, for as long as the traffic does not change.
+    """Chooses at random, or by the shard key: then the same everywhere, for as long as the traffic does not change.
 
-    Unlike the seed, which uses one draw for both, a shadow's draw is its own: its sample is not tied to one side of a split.
+    Each shadow has a draw of its own. Ray Serve 1.x uses one draw for both, which ties a shadow's sample to one side of a split.
     """
     if len(endpoint.traffic) == 1 and not endpoint.shadows:
         return Choice(next(iter(endpoint.traffic)), [])
@@ -29,14 +29,14 @@ def choose(endpoint: Endpoint, shard_key: str) -> Choice:
 
 
 def _draw(shard_key: str, purpose: str) -> float:
-    """A number in [0, 1)."""
+    """Returns a number in [0, 1)."""
     if not shard_key:
         return random.random()
     return int.from_bytes(hashlib.sha256(f"{purpose}\0{shard_key}".encode() if purpose else shard_key.encode()).digest()[:8]) / 2**64
 
 
 def choose_backend(traffic: Mapping[str, float], value: float) -> str:
-    """The backend for `value` in [0, 1): names sorted, the first whose cumulative weight exceeds it, as in the seed."""
+    """Returns the backend for `value` in [0, 1): names sorted, the first whose cumulative weight exceeds it, as in Ray Serve 1.x."""
     total = 0.0
     names = sorted(name for name, weight in traffic.items() if weight > 0)
     for name in names:

@@ -1,1 +1,1 @@
-"""What users import: the client, handles, futures, and the module-level functions on the current client."""
+"""The part that users import: the client, handles, futures, and the module-level functions, which use the current client."""

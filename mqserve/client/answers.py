@@ -1,4 +1,4 @@
-"""From a stored result to the value that a caller gets, or the exception."""
+"""Turns a stored result into the value that the caller gets, or the exception."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import concurrent.futures
 import pickle
 from typing import Any
 
-from ..broker.errors import BadEnvelope, BadSignature, BadValue, Cancelled, NotEncodable, RemoteError, RequestTimeout
+from ..broker.errors import BackendGone, BadEnvelope, BadSignature, BadValue, Cancelled, NotEncodable, RemoteError, RequestTimeout
 from ..broker.failures import add_note, describe
-from ..broker.results import ErrorInfo, Result
+from ..broker.results import ErrorInfo, Outcome, Result
 from ..broker.values.codecs import PICKLE, decode_value, media_type
 from ..broker.values.signing import SealScope, Signer
 
@@ -16,13 +16,14 @@ _OTHERS_OWN = (concurrent.futures.CancelledError, StopIteration, StopAsyncIterat
 
 
 def check_results(results: object) -> None:
-    """Raises BadValue for what no caller can ask for."""
+    """Raises BadValue unless `results` is a kind of results that a caller can ask for."""
     if results not in ("any", "plain"):
         raise BadValue(f"results must be 'any', or 'plain' for a caller that opens no pickle, not {results!r}")
 
 
 def read_result(result: Result, future_id: str, signer: Signer, backend: str | None = None, *, plain: bool = False) -> Any:
-    """The value of a result, or its error raised. `backend`: whose answer it must be. `plain`: no pickle is opened, whoever sealed it."""
+    """Returns the value of a result, or raises its error. `backend` names the backend that must have made it. With `plain` no pickle is
+    opened, whoever sealed it."""
     if backend is not None and result.backend and result.backend != backend:
         raise BadValue(f"the result {future_id!r} is the answer of backend {result.backend!r}, not of {backend!r}")
     if result.error is not None:
@@ -41,10 +42,13 @@ def read_result(result: Result, future_id: str, signer: Signer, backend: str | N
 
 
 def _exception(error: ErrorInfo, result: Result, future_id: str, signer: Signer, *, plain: bool) -> BaseException:
-    if result.status == 499:
-        return Cancelled(error.message)
-    if result.status == 504:
-        return RequestTimeout(error.message, phase="run" if "(run)" in error.message else "queue")
+    match result.outcome:
+        case Outcome.CANCELLED:
+            return Cancelled(error.message)
+        case Outcome.LATE:
+            return RequestTimeout(error.message, phase=error.phase)
+        case Outcome.GONE:
+            return BackendGone(error.message)
     exception: BaseException = RemoteError(f"{error.type}: {error.message}")
     if error.sealed and not plain:
         try:
@@ -52,7 +56,7 @@ def _exception(error: ErrorInfo, result: Result, future_id: str, signer: Signer,
             exception = opened if _may_be_raised_here(opened) else exception
         except BadSignature as refused:
             exception.add_note(f"its own object was not opened: {refused}")
-        except BaseException as failed:  # of its class's own making
+        except BaseException as failed:  # the constructor of the exception's class may raise anything
             exception.add_note(f"its own object could not be opened here: {describe(failed).words}")
     if error.traceback:
         add_note(exception, f"Remote traceback, of backend {result.backend!r}:\n{error.traceback.rstrip()}")
@@ -60,6 +64,6 @@ def _exception(error: ErrorInfo, result: Result, future_id: str, signer: Signer,
 
 
 def _may_be_raised_here(opened: object) -> bool:
-    """Not what would end the caller's program, or count as the caller's own cancellation or end of an iteration: that happened to somebody
-    else. Asked of the type, since an object can say that it is of another class."""
+    """Whether the exception may be raised in the caller. Not if it would end the caller's program, or act as the caller's own
+    cancellation or end of an iteration. The type is checked, since an object can lie about its class."""
     return issubclass(type(opened), Exception) and not issubclass(type(opened), _OTHERS_OWN)

@@ -1,4 +1,4 @@
-"""The module-level functions: the same as a Client's methods, on the current client (`clients.py` says which that is)."""
+"""The module-level functions: the methods of a Client, called on the current client (see `clients.py`)."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ def start(
     """Starts an instance and returns its client; it ends with this process unless `detached`.
 
     http_options: host, port, location ("HeadOnly", "EveryNode", "NoServer" or None), middlewares, debug. Without URLs (here or in
-    MQSERVE_BROKER_URL and MQSERVE_STORE_URL) everything runs inside this process. Under `mqserve run` it is the running instance.
+    MQSERVE_BROKER_URL and MQSERVE_STORE_URL) everything runs inside this process. Under `mqserve run` it returns the client of the
+    running instance.
 
-    Raises InstanceError when the namespace has a live instance or this process runs one, BadValue for a bad option or a port in use,
+    Raises InstanceError if the namespace has a live instance or this process runs one, BadValue for a bad option or a port in use,
     BrokerUnavailable and StoreUnavailable within ten seconds.
     """
     check_not_importing("serve.start()")
@@ -47,7 +48,7 @@ def start(
 
 
 def _join_run(client: Client, detached: bool, http_options: dict[str, Any] | None) -> Client:
-    """`serve.start` in a file under `mqserve run`: middlewares apply, the rest was decided on the command line."""
+    """Handles `serve.start` in a file under `mqserve run`: it applies the middlewares; the command line has decided the rest."""
     _, middlewares = parse_http_options(http_options)
     if others := sorted(set(http_options or {}) - {"middlewares"}):
         raise InstanceError(
@@ -70,10 +71,11 @@ def connect(
 ) -> Client:
     """Joins the instance that runs under the namespace; a second call for the same place returns the same client.
 
-    What is not given comes from the environment. Without arguments: inside a replica its own instance, in a process that started one
-    that one, else the one of the environment. Raises InstanceError when there is none, BrokerUnavailable and StoreUnavailable.
+    Missing arguments come from the environment. Without arguments it joins, inside a replica, the replica's own instance, in a process
+    that started an instance that one, else the one that the environment names. Raises InstanceError if there is none, BrokerUnavailable
+    and StoreUnavailable.
 
-    results: "plain" for a client that opens no pickle in any result from now on; one that needs it is a NotEncodable.
+    results: "plain" makes this client open no pickle in any result from now on; a result that needs one raises NotEncodable.
     """
     check_results(results)
     check_not_importing("serve.connect()")
@@ -88,7 +90,7 @@ def connect(
 
 
 def start_under_run(settings: Settings, options: StartOptions) -> Client:
-    """For `mqserve run`: `serve.start()` in the user's file returns this one, too."""
+    """Starts the instance of `mqserve run`; `serve.start()` in the user's file returns the same client."""
     global _is_under_run
     client = clients.start(settings, options).give_again()
     _is_under_run = True
@@ -192,5 +194,5 @@ def future(future_id: str, backend: str | None = None) -> Future:
 
 
 def shutdown() -> None:
-    """Ends the instance that was started or joined last; nothing where there is none, and nothing the second time."""
+    """Shuts down the instance that was started or joined last. Does nothing if there is none, or when called again."""
     clients.shutdown()

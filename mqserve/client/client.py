@@ -1,4 +1,4 @@
-"""The client: one process's way to act on an instance. Every function of `mqserve` is a method here."""
+"""The client: one process's access to an instance. Every function of `mqserve` is a method here."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol, Self, overload
 
 from starlette.convertors import register_url_convertor
 
+from ..broker.backoff import keep_running
 from ..broker.calls.sending import RequestSender
 from ..broker.errors import BadType, InstanceError, UnknownEndpoint
 from ..broker.process import forks
@@ -22,8 +23,7 @@ from ..broker.values.backend_code import Packed, pack_backend
 from ..broker.values.main_module import RunFile
 from ..connections import Connections
 from ..controller import changes
-from ..controller.plan import living
-from ..controller.state.beats import read_beats
+from ..controller.state.beats import MemberState, ProxyBeat, living, read_beats
 from ..controller.state.config import BackendConfig
 from ..controller.state.documents import Desired
 from ..controller.state.following import follow_state
@@ -38,18 +38,18 @@ from .runtime import Runtime
 from .sender import Sender
 
 logger = logging.getLogger(__name__)
-_opening = forks.Lock()  # of what a forked child opens for itself
+_opening = forks.Lock()  # held while a forked child opens connections of its own
 
 
 class Ending(Protocol):
-    """Undoes what was opened for a client."""
+    """Closes a client, or shuts its instance down."""
 
     def end(self, why: str, *, shuts_down: bool) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """What a client has in one process: a thread and connections, of which a forked child has none."""
+    """The part of a client that belongs to one process: a thread and connections, which a forked child does not have."""
 
     runtime: Runtime
     connections: Connections
@@ -62,7 +62,7 @@ class Opened:
 
 
 class State(Enum):
-    """Of a client. One that has ended stays so; the value is what it says to whoever still uses it."""
+    """The state of a client. A client that has ended stays so; the value is the message for its later users."""
 
     OPEN = ""
     CLOSED = "the client has been closed: call serve.connect(), and get handles and futures of the client that it returns"
@@ -74,10 +74,11 @@ SHUT_DOWN_MEANWHILE = "the client was shut down meanwhile: start or connect agai
 
 
 class Client:
-    """Made by `serve.start` and `serve.connect`. Its methods may be called from any thread; each waits for what it promises. In a forked
-    child it opens connections of its own when it is first used there, or says that it cannot.
+    """A client of one instance, made by `serve.start` and `serve.connect`. Its methods may be called from any thread; each returns once
+    its change is in effect. In a forked child it opens connections of its own at its first use there, or raises an error that says why it
+    cannot.
 
-    A `with` block on the call that opened it ends what it opened: `with serve.start()` the instance, unless that is detached, and
+    A `with` block on the call that opened it ends what that call opened: `with serve.start()` the instance, unless that is detached, and
     `with serve.connect()` the client.
     """
 
@@ -85,7 +86,7 @@ class Client:
         self, runtime: Runtime, connections: Connections, membership: Membership, ending: Ending, again: Callable[[], Client]
     ) -> None:
         requests = RequestSender(connections.queue, connections.store, connections.keys, connections.process_id)
-        sender = Sender(runtime, connections, requests, membership.read, lambda: self.sender)
+        sender = Sender(runtime, connections, requests, membership, lambda: self.sender)
         deployments = Deployments(connections, membership, self._follow)
         self._own = Opened(runtime, connections, membership, requests, sender, deployments, ending, forks.depth)
         self._again = again
@@ -93,12 +94,12 @@ class Client:
         self._depth = forks.depth
         self.settings = connections.settings
         self.run_file: RunFile | None = None  # what `mqserve run` executed as this program's `__main__`, if replicas may execute it, too
-        self.on_end: Callable[[], None] = lambda: None  # told when it is about to be closed or shut down
+        self.on_end: Callable[[], None] = lambda: None  # called when it is about to be closed or shut down
         self._state = State.OPEN
-        self._is_shared = False  # returned by more than the call that opened it
-        self._blocks = 0  # of `with` that go on
+        self._is_shared = False  # whether a later call of start() or connect() returned it again
+        self._blocks = 0  # number of `with` blocks on it that are still open
         self._ends_with_them = False
-        self._lock = forks.Lock()  # of these four
+        self._lock = forks.Lock()  # guards the four fields below
 
     def __repr__(self) -> str:
         state = "" if self.is_open else f", {self._state.name.lower().replace('_', ' ')}"
@@ -127,7 +128,7 @@ class Client:
 
     @property
     def owns(self) -> bool:
-        """Whether this process runs the instance, which ends with it."""
+        """Whether this process runs the instance, which then ends with it."""
         return self._own.membership.owns and not self.is_inherited
 
     @property
@@ -140,17 +141,18 @@ class Client:
 
     @property
     def has_ended(self) -> bool:
-        """Whether somebody shut the instance down, and, for a client that joined, none runs in its place."""
+        """Whether the instance was shut down and, for a client that joined, no other one runs in its place."""
         return self._own.membership.has_ended and self._own.depth == forks.depth
 
     @property
     def sender(self) -> Sender:
-        """For handles. Raises InstanceError once closed or shut down."""
+        """The sender that handles use. Raises InstanceError once the client is closed or shut down."""
         return self._opened.sender
 
     @property
     def _opened(self) -> Opened:
-        """Of this process. Raises InstanceError once closed or shut down, and in a forked child that cannot have it."""
+        """The opened part in this process. Raises InstanceError once the client is closed or shut down, and in a forked child of the
+        embedded form."""
         self._check_open()
         if self._own.depth != forks.depth:
             with _opening:
@@ -174,36 +176,39 @@ class Client:
 
     @property
     def is_inherited(self) -> bool:
-        """Whether this process was forked since it was made."""
+        """Whether this process was forked after the client was made."""
         return self._depth != forks.depth
 
     @property
     def is_out_of_reach(self) -> bool:
-        """Whether it acts on an embedded instance of another process."""
+        """Whether the client belongs to an embedded instance in another process."""
         return self.is_inherited and self.settings.embedded
 
     def give_again(self) -> Self:
-        """For a later call of start() or connect(): no block of it is to end what the program or another thread goes on using. The block
-        in which an instance was started ends the instance all the same."""
+        """Returns the client to a later call of start() or connect(). From now on its `with` blocks do not close it, since other parts of
+        the program use it. The block in which an instance was started still ends the instance."""
         with self._lock:
             self._is_shared = True
             self._ends_with_them = self._ends_with_them and self.owns
         return self
 
     async def run(self) -> None:
-        """Reads results and follows the desired document until cancelled; for whoever made the client."""
+        """Reads results and follows the desired document until cancelled. Called by the session that made the client."""
         own = self._own
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(own.requests.run())
-            async for desired, observed in follow_state(own.connections.store, own.connections.keys):
-                own.sender.demands_seals = observed is not None and observed.sealed
-                if await own.membership.saw(desired) and desired is not None:
-                    self._follow(desired)
-                elif own.membership.has_ended:
-                    self._follow(Desired())
+            await keep_running("the client's look at its instance", lambda: self._follow_forever(own))
+
+    async def _follow_forever(self, own: Opened) -> None:
+        async for desired, observed in follow_state(own.connections.store, own.connections.keys):
+            own.sender.demands_seals = observed is not None and observed.sealed
+            if await own.membership.saw(desired) and desired is not None:
+                self._follow(desired)
+            elif own.membership.has_ended:
+                self._follow(Desired())
 
     async def stop_sending(self, why: str) -> None:
-        """What was accepted is on its way when this returns, for whoever made the client; what is sent from now on fails."""
+        """Makes later requests fail, and returns once all accepted ones are published. Called by the session that made the client."""
         self._own.sender.end(why)
         await self._own.requests.settle()
 
@@ -224,9 +229,9 @@ class Client:
     ) -> None:
         """Deploys a function, a class or an import string; returns once all replicas are ready.
 
-        Raises BadValue for a name that is taken, a bad config, or arguments for a function; BadType for what is no function or
-        class; NotEncodable for code that cannot travel; BackendFailed with the remote traceback when a replica does not get
-        ready, and then nothing stays registered.
+        Raises BadValue for a name that is taken, a bad config, or arguments for a function; BadType for an object that is no function or
+        class; NotEncodable for code that cannot be pickled; BackendFailed with the remote traceback if a replica does not get ready: the
+        backend is then removed again.
         """
         options = read_actor_options(actor_options, ray_actor_options, embedded=self.settings.embedded)
         check_target(backend_tag, func_or_class, init_args)
@@ -244,9 +249,9 @@ class Client:
         actor_options: dict[str, Any] | None = None,
         ray_actor_options: dict[str, Any] | None = None,
     ) -> None:
-        """Rolls out new code: new replicas first, then the old ones drain.
+        """Rolls out new code: new replicas start first, then the old ones drain.
 
-        Raises BackendFailed when the new version does not get ready; the old one serves on.
+        Raises BackendFailed if the new version does not get ready; the old one serves on.
         """
         options = None
         if actor_options is not None or ray_actor_options is not None:
@@ -256,23 +261,23 @@ class Client:
         self._call(self._deployments.update_backend(backend_tag, packed, options))
 
     def update_backend_config(self, backend_tag: str, config_options: BackendConfig | dict[str, Any]) -> None:
-        """Changes only what is set, live; returns once as many replicas as wanted are ready and follow it.
+        """Changes only the given fields, live; returns once the wanted number of replicas is ready and follows the change.
 
-        Raises BackendFailed when the code refuses a new `user_config`; then the last good one is back.
+        Raises BackendFailed if the code refuses a new `user_config`; the last good one is then restored.
         """
         self._call(self._deployments.update_backend_config(backend_tag, config_options))
 
     def get_backend_config(self, backend_tag: str) -> BackendConfig:
-        """Raises BadValue for an unknown backend."""
+        """Returns the config of a backend. Raises BadValue for an unknown one."""
         return changes.find_backend(self._call(self._membership.read()), backend_tag).config
 
     def list_backends(self) -> dict[str, BackendConfig]:
         return {name: backend.config for name, backend in self._call(self._membership.read()).backends.items()}
 
     def delete_backend(self, backend_tag: str, force: bool = False) -> None:
-        """Drains its queue and its replicas; returns when both are gone. `force`: what waits or runs is dropped.
+        """Drains the backend's queue and replicas; returns when both are gone. With `force`, waiting and running requests are dropped.
 
-        Raises BadValue while an endpoint uses it.
+        Raises BadValue while an endpoint uses the backend.
         """
         self._call(self._deployments.delete_backend(backend_tag, force=force))
 
@@ -281,16 +286,17 @@ class Client:
     def create_endpoint(
         self, endpoint_name: str, *, backend: str | None = None, route: str | None = None, methods: Sequence[str] = ("GET",)
     ) -> None:
-        """Sends traffic of a name, and of an HTTP route if there is one, to a backend; returns when all live proxies know it.
+        """Creates an endpoint, with an HTTP route if one is given, whose traffic goes to a backend; returns when all live proxies know
+        it.
 
-        Raises BadType and BadValue as the seed does: for a missing backend name, a bad route or method, what is taken or unknown. Raises
-        BackendFailed when a proxy cannot match the route; then the endpoint is gone again.
+        Raises BadType and BadValue as Ray Serve 1.x does: for a missing backend name, a bad route or method, a name or route that is
+        taken, or an unknown backend. Raises BackendFailed if a proxy cannot match the route; the endpoint is then removed again.
         """
         endpoint = changes.parse_endpoint(endpoint_name, backend, route, methods)
         self._call(self._deployments.create_endpoint(endpoint))
 
     def list_endpoints(self) -> dict[str, dict[str, Any]]:
-        """`{name: {"route", "methods", "traffic", "shadows"}}`."""
+        """Returns `{name: {"route", "methods", "traffic", "shadows"}}`."""
         return {
             name: {
                 "route": endpoint.route,
@@ -302,25 +308,27 @@ class Client:
         }
 
     def delete_endpoint(self, endpoint: str) -> None:
-        """Its backends stay; returns when all live proxies know it."""
+        """Deletes the endpoint, but not its backends; returns when all live proxies know that."""
         self._call(self._deployments.commit_to_proxies(changes.delete_endpoint(endpoint)))
 
     def set_traffic(self, endpoint_name: str, traffic_policy_dictionary: dict[str, float]) -> None:
-        """Splits the endpoint's requests over backends by weight (they sum to 1); returns when all live proxies follow. Shadows stay.
+        """Splits the endpoint's requests over backends by weight (the weights sum to 1); returns when all live proxies follow. Shadows
+        stay.
 
-        Raises BadValue for an unknown endpoint or backend, a negative weight or another sum; BadType for what is no dict of numbers.
+        Raises BadValue for an unknown endpoint or backend, a negative weight or another sum; BadType unless the policy is a dict of
+        numbers.
         """
         self._call(self._deployments.commit_to_proxies(changes.set_traffic(endpoint_name, traffic_policy_dictionary)))
 
     def shadow_traffic(self, endpoint_name: str, backend_tag: str, proportion: float) -> None:
-        """Copies a share (0 to 1) of the endpoint's requests to a backend whose answers nobody sees; 0 ends it."""
+        """Copies a share (0 to 1) of the endpoint's requests to a backend, whose results are dropped; 0 ends that."""
         self._call(self._deployments.commit_to_proxies(changes.shadow_traffic(endpoint_name, backend_tag, proportion)))
 
     def register_convertor(self, name: str, convertor: Any) -> None:
-        """A path convertor (a Starlette `Convertor` class or its import string) for routes: `{value:name}`.
+        """Registers a path convertor (a Starlette `Convertor` class or its import string) for routes: `{value:name}`.
 
-        Raises BadValue for what is none, or where a route that uses the name could not be matched with it. Raises BackendFailed when a
-        proxy cannot make it; then the last good one is back.
+        Raises BadValue if it is no convertor, or if a route that uses the name could not be matched with it. Raises BackendFailed if a
+        proxy cannot load it; the last good one is then restored.
         """
         packed = self._pack_for_all(convertor)
         made = make_convertor(convertor)
@@ -328,9 +336,10 @@ class Client:
         register_url_convertor(name, made)
 
     def set_middlewares(self, middlewares: Sequence[Any]) -> None:
-        """Wraps all proxies in these, the first outermost: Starlette `Middleware` objects, or import strings of middleware classes.
+        """Wraps all proxies in these middlewares, the first outermost: Starlette `Middleware` objects, or import strings of middleware
+        classes.
 
-        Raises BackendFailed when a proxy cannot make them; then the last good ones are back.
+        Raises BackendFailed if a proxy cannot build them; the last good ones are then restored.
         """
         parsed = parse_middlewares(middlewares)
         self._call(self._deployments.set_middlewares(self._pack_for_all(list(parsed)) if parsed else None))
@@ -345,7 +354,8 @@ class Client:
     def get_handle(self, endpoint_name: str, sync: Literal[False], missing_ok: bool = False) -> AsyncHandle: ...
 
     def get_handle(self, endpoint_name: str, sync: bool = True, missing_ok: bool = False) -> Handle | AsyncHandle:
-        """A caller of the endpoint. Raises UnknownEndpoint unless `missing_ok`; then requests wait for it to be created."""
+        """Returns a handle of the endpoint. Raises UnknownEndpoint for an unknown one; with `missing_ok` its requests wait for it to be
+        created instead."""
         sender = self.sender
         if endpoint_name not in sender.desired.endpoints:
             found = self._call(self._membership.read())
@@ -357,9 +367,9 @@ class Client:
         return kind(endpoint_name, self, missing_ok=missing_ok)
 
     def future(self, future_id: str, backend: str | None = None) -> Future:
-        """The future of a request that anybody sent: a minted id by itself, a publisher's own `message_id` with its `backend`.
+        """Returns the future of any request, by the id that mqserve minted or by a publisher's own `message_id` and its `backend`.
 
-        Raises BadType for an id that is no text.
+        Raises BadType for an id that is no str.
         """
         if not isinstance(future_id, str):
             raise BadType(f"the id of a request is a text of 32 characters, not {future_id!r}: see `ref.id`")
@@ -374,26 +384,29 @@ class Client:
     # The instance.
 
     def deploy(self, declaration: Declaration) -> None:
-        """What `@serve.endpoint` recorded: a backend and an endpoint of one name."""
+        """Deploys a declaration of `@serve.endpoint`: a backend and an endpoint of the same name."""
         self.create_backend(declaration.name, declaration.target, actor_options=declaration.actor_options, config=declaration.config)
         self.create_endpoint(declaration.name, backend=declaration.name, route=declaration.route, methods=declaration.methods)
 
     def tell_complete(self) -> None:
-        """All that is declared is deployed: from now on `/-/readyz` says so."""
+        """Says that all that is declared is deployed: from now on `/-/readyz` may report ready."""
         self._call(self._deployments.commit_to_proxies(changes.complete))
 
     def http_url(self) -> str:
-        """Where the first live proxy listens, the instance's own before external ones: "http://127.0.0.1:8000"; empty without one."""
+        """The URL of the first live proxy, the instance's own before external ones: "http://127.0.0.1:8000"; empty if there is none."""
         beats = read_beats(self._call(self._connections.store.fields(self._connections.keys.beats)))
-        proxies = living(beats, "proxy", self._connections.store.now_ms()).values()
-        return next((beat.url for beat in sorted(proxies, key=lambda beat: (beat.external, beat.id)) if beat.state == "ready"), "")
+        proxies = living(beats, ProxyBeat, self._connections.store.now_ms()).values()
+        return next(
+            (beat.url for beat in sorted(proxies, key=lambda beat: (beat.external, beat.id)) if beat.state is MemberState.READY), ""
+        )
 
     def shutdown(self) -> None:
-        """Ends the instance: proxies and replicas drain, queues and documents go. Idempotent; later calls raise InstanceError.
+        """Ends the instance: proxies and replicas drain, queues and documents are deleted. Idempotent; later calls of other methods raise
+        InstanceError.
 
-        Whoever joined the instance is told by an InstanceError where it still drains after all the time that its replicas may take.
-        Raises InstanceError where the client was closed. In a child that was forked since it was started or joined the instance goes on:
-        only what the child has opened is closed.
+        A client that joined the instance gets an InstanceError if it still drains after all the time that its replicas may take. Raises
+        InstanceError if the client was closed. In a process forked since the client was opened, the instance goes on: only the
+        connections of the forked child are closed.
         """
         if self._state is State.CLOSED:
             raise InstanceError("the client has been closed, and its instance runs on: the shutdown() of another client ends it")
@@ -403,9 +416,10 @@ class Client:
             self._end(State.SHUT_DOWN, SHUT_DOWN_MEANWHILE, shuts_down=not self.is_inherited)
 
     def close(self) -> None:
-        """Leaves the instance, which runs on. Idempotent; later calls raise InstanceError, and so does whoever waits for a result here.
+        """Leaves the instance, which runs on. Idempotent. Later calls of other methods raise InstanceError, and so do pending waits for
+        results.
 
-        Raises InstanceError for a client whose instance would end with it, and changes nothing.
+        Raises InstanceError, and changes nothing, for a client whose instance would end with it.
         """
         if self.owns and self.is_open:
             raise InstanceError(
@@ -415,11 +429,11 @@ class Client:
         self._end(State.CLOSED, CLOSED_MEANWHILE, shuts_down=False)
 
     def find_again(self) -> None:
-        """Of a client that joined, once its instance has ended: goes on with the next one. Raises InstanceError where there is none yet."""
+        """Makes a client that joined, and whose instance has ended, go on with the next one. Raises InstanceError if there is none yet."""
         self._call(self._membership.find_again())
 
     def _end(self, state: State, why: str, *, shuts_down: bool) -> None:
-        """Once. In a forked child there may be nothing to end."""
+        """Ends the client once. In a forked child there may be nothing to end."""
         with self._lock:
             if not self.is_open:
                 return

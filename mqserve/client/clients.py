@@ -1,7 +1,7 @@
-"""The open clients of this process: one for each place, and which of them is meant where none is named.
+"""The open clients of this process, one for each place, and the choice among them when a call names none.
 
-The module-level functions act on the current client, which is the one that was started or joined last; inside a replica, on that
-of the replica's own instance, whatever else was joined there.
+The module-level functions use the current client: the one that was started or joined last; inside a replica always that of the replica's
+own instance.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from .session import open_client
 
 
 class Clients:
-    """A register. A client is in it from its opening to its end."""
+    """The register of open clients. A client is in it from its opening to its end."""
 
     def __init__(self) -> None:
-        self._opening = forks.Lock()  # of two threads that connect to one place, the second gets the first one's client
-        self._lock = forks.Lock()  # of the three below, which are replaced whole
+        # serializes connects: of two threads that connect to one place, the second gets the first one's client
+        self._opening = forks.Lock()
+        self._lock = forks.Lock()  # guards the three fields below, which are replaced as a whole
         self._open: tuple[Client, ...] = ()
-        self._started: tuple[Client, ...] = ()  # those whose instance this process started
-        self._given: tuple[Client, ...] = ()  # those that were started or joined here; the last one is current
+        self._started: tuple[Client, ...] = ()  # clients whose instance this process started
+        self._given: tuple[Client, ...] = ()  # clients started or joined here; the last one is current
         self.were_asked_for = False  # by the user's program, rather than by mqserve itself
-        self._of_replica: Client | None = None  # in a process that is a replica: that of its own instance
+        self._of_replica: Client | None = None  # in a replica process: the client of its own instance
 
     def __repr__(self) -> str:
         return f"<Clients {self._open}>"
@@ -34,20 +35,21 @@ class Clients:
     # Opening.
 
     def start(self, settings: Settings, options: StartOptions) -> Client:
-        """Raises InstanceError where this process runs an instance already."""
+        """Starts an instance. Raises InstanceError if this process runs one already."""
         with self._opening:
             own = self.own()
             if own is not None and not own.has_ended:
                 raise InstanceError(f"this process has an instance already, {own!r}: use it, or end it first with its shutdown()")
             if own is not None:
-                own.shutdown()  # what is left of it
+                own.shutdown()  # the instance has ended; shut down its remains
             client = open_client(settings, options, self._forget)
             with self._lock:
                 self._open, self._started = (*self._open, client), (*self._started, client)
             return self._give(client)
 
     def connect(self, settings: Settings | None = None) -> Client:
-        """The client of that place, or of `default`; it is current from now on. Raises InstanceError where no instance runs there."""
+        """Returns the client of that place, or of `default`, and makes it the current one. Raises InstanceError if no instance runs
+        there."""
         with self._opening:
             before = self._open
             client = self.default() if settings is None else self._join(settings)
@@ -57,12 +59,13 @@ class Clients:
 
     def _give(self, client: Client) -> Client:
         with self._lock:
-            if client.is_open and not in_replica():  # there it is one request's, and the others' is their own
+            if client.is_open and not in_replica():  # inside a replica the current client never changes
                 self._given = (*(other for other in self._given if other is not client), client)
         return client
 
     def _join(self, settings: Settings, *, is_asked_for: bool = True) -> Client:
-        if settings.embedded and self._open_at(settings) is None:  # no lock: a middleware may ask while its own instance starts
+        # without the lock: a middleware may call this while its own instance starts
+        if settings.embedded and self._open_at(settings) is None:
             raise InstanceError(
                 f"there is no instance in this process under the namespace {settings.namespace!r}, and another process's embedded one "
                 "cannot be joined: call serve.start(), or set MQSERVE_BROKER_URL and MQSERVE_STORE_URL"
@@ -72,7 +75,7 @@ class Clients:
             if client is not None and client.has_ended:
                 client = self._renewed(client)
             if client is None and settings.embedded:
-                return self._join(settings)  # which says that there is none any more
+                return self._join(settings)  # this raises an error, which says that there is none any more
             if client is None:
                 client = open_client(settings, None, self._forget)
                 with self._lock:
@@ -85,7 +88,8 @@ class Clients:
         return next((client for client in reversed(self._open) if _is_one_place(client.settings, settings)), None)
 
     def _renewed(self, client: Client) -> Client | None:
-        """Of an instance that has ended. A client that ran it is of no use any more."""
+        """Returns the client of an ended instance, moved on to the next one; None if it ran the ended instance, since it is then of no
+        use."""
         if client.owns:
             client.shutdown()
             return None
@@ -93,8 +97,8 @@ class Clients:
         return client
 
     def _forget(self, client: Client) -> None:
-        """It ends. Where the current client is closed, the one before it is current again. Where its instance is shut down, none is: a
-        second `serve.shutdown()` must not end another one."""
+        """Removes a client that ends. After a close the previous client is current again. After a shutdown none is: a second
+        `serve.shutdown()` must not end another instance."""
         with self._lock:
             was_current = self._given[-1:] == (client,)
             self._open, self._started, self._given = (
@@ -106,14 +110,14 @@ class Clients:
     # Finding.
 
     def current(self) -> Client:
-        """What the module-level functions act on; that of `default` where none is current."""
+        """The client that the module-level functions use; `default` if none is current."""
         self.were_asked_for = True
         given = self._given
         return given[-1] if given and not in_replica() else self.default()
 
     def default(self) -> Client:
-        """Inside a replica, that of its own instance; else of the instance that this process started last; else of the one that the
-        environment names; where that names none, what was joined last. Raises InstanceError where there is none of these."""
+        """Inside a replica the client of its own instance; else that of the instance that this process started last; else that of the
+        instance that the environment names; else the one joined last. Raises InstanceError if there is none of these."""
         if in_replica_process():
             return self._own_of_replica()
         started = next((client for client in reversed(self._started) if not (client.has_ended or client.is_out_of_reach)), None)
@@ -131,11 +135,11 @@ class Clients:
         return own
 
     def own(self) -> Client | None:
-        """That of the instance which this process runs."""
+        """The client of the instance that this process runs, else None."""
         return next((client for client in self._started if client.owns), None)
 
     def at(self, address: Address) -> Client:
-        """That of an instance whose client or handle arrived here: of the very instance, else of one that has its namespace now."""
+        """The client for a client or handle that arrived by pickle: of the same instance, else of the one that has its namespace now."""
         here = [client for client in self._open if client.address.namespace == address.namespace]
         exact = [client for client in here if client.address == address]
         if not here:
@@ -143,14 +147,15 @@ class Clients:
         return (exact or here)[-1]
 
     def shutdown(self) -> None:
-        """Ends the current client's instance, else that which this process runs; nothing where there is neither."""
+        """Ends the current client's instance, else the one that this process runs; does nothing if there is neither."""
         client = next(reversed(self._given), None) or self.own()
         if client is not None:
             client.shutdown()
 
 
 def _is_one_place(one: Settings, other: Settings) -> bool:
-    """Where there is at most one instance, and so one client of it. The embedded form makes up a key at each look."""
+    """Whether both settings name one place, which has at most one instance. The embedded form makes a new key each time it reads its
+    settings, so there keys do not count."""
     if (one.namespace, one.broker_url, one.store_url) != (other.namespace, other.broker_url, other.store_url):
         return False
     return one.embedded or one.secret_keys == other.secret_keys

@@ -1,4 +1,4 @@
-"""The short form: one decorator that records, and `mqserve run` that deploys what was recorded."""
+"""The short form: a decorator that records declarations, which `mqserve run` deploys."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def endpoint(
     actor_options: dict[str, Any] | None = None,
     **config: Any,
 ) -> Callable[[T], T]:
-    """Declares a function or a class as a backend with an endpoint; it stays what it is.
+    """Declares a function or a class as a backend with an endpoint, and returns it unchanged.
 
-    route: such as "/hello/{name}"; None for handles only. name: of both, by default the function's. config: BackendConfig fields.
-    Raises BadType and BadValue for a bad route, method or setting, where it is written.
+    route: such as "/hello/{name}"; None for handles only. name: of both, by default the function's. config: BackendConfig fields. Raises
+    BadType and BadValue for a bad route, method or setting, at the decorated line.
     """
     if callable(route):
         raise BadType(f"@serve.endpoint needs a route: write @serve.endpoint('/{getattr(route, '__name__', 'name')}')")
@@ -57,7 +57,7 @@ def endpoint(
 
 
 def take_declarations(only: Any = None) -> list[Declaration]:
-    """What was declared since the last call, in order; `only` that of one target."""
+    """Returns the declarations since the last call, in order; with `only` just that target's."""
     taken = [declaration for declaration in _declarations.values() if only is None or declaration.target is only]
     _declarations.clear()
     return taken

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 from starlette.convertors import Convertor
@@ -16,7 +16,7 @@ from ..broker.values.backend_code import Packed
 from ..connections import Connections
 from ..controller import changes
 from ..controller.environments import check_environment, seal_environment
-from ..controller.state.beats import read_beats
+from ..controller.state.beats import MemberState, ProxyBeat, ReplicaBeat, beats_of, living, read_beats
 from ..controller.state.config import BackendConfig
 from ..controller.state.documents import Backend, Desired, Endpoint, Observed
 from ..controller.state.resources import ActorOptions, parse_actor_options
@@ -82,10 +82,14 @@ class Deployments:
             raise
 
     async def delete_backend(self, name: str, *, force: bool = False) -> None:
+        graceful_s = 0.0
         before: list[Backend] = []
 
         def change(desired: Desired) -> Desired:
+            nonlocal graceful_s
             before[:] = [backend for backend in desired.backends.values() if backend.name == name]
+            if backend := desired.backends.get(name):
+                graceful_s = backend.config.graceful_shutdown_timeout_s
             return changes.delete_backend(name, force=force)(desired)
 
         committed = await self._commit(change)
@@ -95,7 +99,9 @@ class Deployments:
             held = {*observed.queues, *observed.retiring, *(assignment.backend for assignment in observed.replicas.values())}
             return None if name in held else True
 
-        await self._until(committed, is_gone, DELETE_BUDGET_S, f"backend {name!r} is not gone yet: its replicas are still draining")
+        await self._until(
+            committed, is_gone, graceful_s + DELETE_BUDGET_S, f"backend {name!r} is not gone yet: its replicas are still draining"
+        )
         await self._let_go(before)
 
     async def _let_go(self, backends: Sequence[Backend]) -> None:
@@ -141,9 +147,9 @@ class Deployments:
 
         async def is_answered() -> bool | None:
             nonlocal refused
-            beats = read_beats(await self._connections.store.fields(self._connections.keys.beats)).values()
-            now_ms = self._connections.store.now_ms()
-            proxies = [beat for beat in beats if beat.kind == "proxy" and beat.state == "ready" and now_ms - beat.at < 5000]
+            beats = read_beats(await self._connections.store.fields(self._connections.keys.beats))
+            alive = living(beats, ProxyBeat, self._connections.store.now_ms()).values()
+            proxies = [beat for beat in alive if beat.state is MemberState.READY]
             refused = next((proxy.refused for proxy in proxies if proxy.refuses >= version), "")
             return True if refused or all(proxy.follows >= version for proxy in proxies) else None
 
@@ -162,10 +168,10 @@ class Deployments:
 
         async def is_ready() -> bool | None:
             observed = Observed.from_bytes(await self._connections.store.get(self._connections.keys.observed))
-            beats = read_beats(await self._connections.store.fields(self._connections.keys.beats)).values()
-            mine = [beat for beat in beats if beat.kind == "replica" and beat.backend == backend.name and beat.version == backend.version]
+            beats = read_beats(await self._connections.store.fields(self._connections.keys.beats))
+            mine = [beat for beat in beats_of(beats, ReplicaBeat) if beat.backend == backend.name and beat.version == backend.version]
             for beat in mine:
-                if beat.state == "failed" and beat.at >= since_ms:
+                if beat.state is MemberState.FAILED and beat.at >= since_ms:
                     raise BackendFailed(beat.error)
             if observed.seen >= seen and (problem := observed.problems.get(backend.name)):
                 raise BackendFailed(f"backend {backend.name!r} does not get ready: {problem}")
@@ -175,7 +181,7 @@ class Deployments:
             ready = [
                 beat
                 for beat in mine
-                if beat.state == "ready" and beat.id in observed.replicas and beat.follows[1] >= backend.config_version
+                if beat.state is MemberState.READY and beat.id in observed.replicas and beat.follows[1] >= backend.config_version
             ]
             has_its_queue = backend.generation <= max(observed.queues.get(backend.name, (0,)))  # the old one is unbound with that
             takes_old_code = any(other.backend == name and other.version < backend.version for other in observed.replicas.values())
@@ -197,8 +203,8 @@ class Deployments:
             await until(self._connections.store, look_while_it_goes_on, budget_s)
         except TimeoutError:
             observed = Observed.from_bytes(await self._connections.store.get(self._connections.keys.observed))
-            beats = read_beats(await self._connections.store.fields(self._connections.keys.beats)).values()
-            told = {beat.id: beat.error for beat in beats if beat.kind == "replica" and beat.error}
+            beats = read_beats(await self._connections.store.fields(self._connections.keys.beats))
+            told = {beat.id: beat.error for beat in beats_of(beats, ReplicaBeat) if beat.error}
             why = "; ".join(f"{name}: {problem}" for name, problem in {**told, **observed.problems}.items())
             raise BackendFailed(f"{late} ({why or 'no reason was reported: is the controller alive?'})") from None
 
@@ -208,8 +214,7 @@ def make_convertor(convertor: Any) -> Convertor[Any]:
     kind = code.load_import_string(convertor) if isinstance(convertor, str) else convertor
     if not callable(kind):
         raise BadType(f"a convertor is a Starlette Convertor class or its import string 'pkg.mod:Class', and {convertor!r} is neither")
-    made: Convertor[Any] = kind()
-    return made
+    return cast("Convertor[Any]", kind())
 
 
 def _remove_endpoint(refused: Endpoint) -> changes.Change:

@@ -1,4 +1,4 @@
-"""A future: the result to come of one request, awaitable here, readable anywhere by its id."""
+"""A future: the result to come of one request, awaitable in this process, readable in any process by its id."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from ..broker.values.whole_numbers import whole_number
 if TYPE_CHECKING:
     from .sender import Sender
 
-WAIT_LIMIT_S = 25 * 60  # no request lives longer
-_READ_BUDGET_S = 10.0  # for a result that is there
-_moving = forks.Lock()  # of futures into a forked child
+WAIT_LIMIT_S = 25 * 60  # longer than any request lives
+_READ_BUDGET_S = 10.0  # for reading a result that is already stored
+_moving = forks.Lock()  # held while a future moves into a forked child
 
-Found = tuple[str, Result]  # under which key
+Found = tuple[str, Result]  # (key, result)
 
 
 class Future:
-    """Made by a handle or by `serve.future`. `await` it in a coroutine, or call `result()` anywhere else, in a forked child too.
+    """The result to come of a request, made by a handle or by `serve.future`. `await` it in a coroutine, or call `result()` anywhere
+    else, also in a forked child.
 
-    One of `serve.future` asks the store when it is asked: nothing waits for the result but `result()`, `await` and `serve.wait`.
+    A future of `serve.future` waits for nothing by itself: only `result()`, `await` and `serve.wait` ask the store.
     """
 
     def __init__(self, future_id: str, source: Sent | Stored) -> None:
@@ -40,8 +41,8 @@ class Future:
         return f"<Future {self.id}{state and ' '}{state}>"
 
     def here(self) -> Self:
-        """Itself. In a forked child, which has no thread that would resolve it, it waits by its id from now on, unless it was done before
-        the fork. Raises InstanceError in a child of the embedded form's process."""
+        """Returns the future itself. In a forked child, which has no thread to resolve it, it waits by its id from now on, unless it was
+        done before the fork. Raises InstanceError in a forked child of the embedded form."""
         if self._depth != forks.depth:
             with _moving:
                 if self._depth != forks.depth:
@@ -50,9 +51,9 @@ class Future:
         return self
 
     def result(self, timeout: float | None = None) -> Any:
-        """The value, in at most `timeout` seconds; with 0 only if it is there. Raises TimeoutError, StoreUnavailable where the store cannot
-        be asked, and what the handler raised: as its own type where that could travel (the remote traceback is a note on it), else
-        RemoteError."""
+        """Returns the value, after at most `timeout` seconds; with 0 only if it is there. Raises TimeoutError, StoreUnavailable if the
+        store cannot be asked, and the handler's exception: of its own type if it could be pickled (the remote traceback is a note on it),
+        else RemoteError."""
         source = self.here()._source
         limit_s = WAIT_LIMIT_S if timeout is None else timeout
         if limit_s <= 0:
@@ -66,18 +67,18 @@ class Future:
                 raise self._cancelled() from None
             except concurrent.futures.TimeoutError:
                 if pending.done():
-                    raise  # the request's own error, rather than the end of this wait
+                    raise  # the request's own error, not the end of this wait
                 raise self._not_yet(limit_s) from None
-        return source.read(*found)  # outside: what it raises is the handler's
+        return source.read(*found)  # outside the try: an error raised here is the handler's
 
     def done(self) -> bool:
-        """Whether it has a result, or an error. One of `serve.future` asks the store once, which raises StoreUnavailable where it cannot;
-        of an id that nobody sent it is False."""
+        """Whether it has a result or an error. A future of `serve.future` asks the store once, raises StoreUnavailable if it cannot, and
+        returns False for an id that was never sent."""
         return self.here()._source.done()
 
     def cancel(self) -> bool:
-        """Nobody wants the result any more, here or elsewhere: a request that waits will not start, an async call is cancelled, a plain one
-        may ask `serve.cancelled()`. Whether there was anything to give up."""
+        """Cancels the request for everybody: a waiting request will not start, an async call is cancelled, and a plain call can see it by
+        `serve.cancelled()`. Returns whether the request was still without a result."""
         return self.here()._source.cancel()
 
     def __await__(self) -> Generator[Any, None, Any]:
@@ -102,9 +103,7 @@ class Future:
 
 
 class Sent:
-    """The result of a request that was sent here, which comes by itself."""
-
-    not_yet = "; it goes on: wait again, or raise the timeout"
+    """The result of a request sent by this process; it resolves without polling."""
 
     def __init__(self, pending: concurrent.futures.Future[Found], sender: Sender, *, plain: bool) -> None:
         self._pending = pending
@@ -112,11 +111,15 @@ class Sent:
         self._plain = plain
 
     @property
+    def not_yet(self) -> str:
+        return f"; {self._sender.prospects}"
+
+    @property
     def state(self) -> str:
         return "done" if self._pending.done() else "pending"
 
     def in_child(self, future_id: str) -> Sent | Stored:
-        self._pending._condition = threading.Condition()  # a thread of the parent may have held it in the moment of the fork
+        self._pending._condition = threading.Condition()  # a thread of the parent may have held it at the moment of the fork
         return self if self._pending.done() else Stored([future_id], self._sender.find(), plain=self._plain)
 
     def waiting(self) -> AbstractContextManager[concurrent.futures.Future[Found]]:
@@ -133,9 +136,9 @@ class Sent:
 
 
 class Stored:
-    """A result that stands in the store or will, under the first of these keys that has one. Several may wait, each for itself."""
+    """A result in the store, now or later, under the first of these keys that has one. Each waiter polls by itself."""
 
-    state = ""  # nobody has asked
+    state = ""  # unknown, since nobody has asked the store
     not_yet = ": wait again, if somebody sent it; the message_id of a published message needs its backend, too"
 
     def __init__(self, keys: Sequence[str], sender: Sender, *, backend: str | None = None, plain: bool = False) -> None:
@@ -166,7 +169,7 @@ class Stored:
 
 
 def get(refs: Future | Sequence[Future], timeout: float | None = None) -> Any:
-    """The value of a future, or the list of values of several, in at most `timeout` seconds altogether; as `ray.get`."""
+    """Returns the value of a future, or the list of values of several, after at most `timeout` seconds altogether; like `ray.get`."""
     if isinstance(refs, Future):
         return refs.result(timeout)
     if not isinstance(refs, list | tuple) or not all(isinstance(ref, Future) for ref in refs):
@@ -181,7 +184,8 @@ def get(refs: Future | Sequence[Future], timeout: float | None = None) -> Any:
 
 
 def wait(refs: Sequence[Future], *, num_returns: int = 1, timeout: float | None = None) -> tuple[list[Future], list[Future]]:
-    """(done, not done), both in the order of `refs`, once `num_returns` are done or `timeout` seconds have passed; as `ray.wait`."""
+    """Returns (done, not done), both in the order of `refs`, once `num_returns` are done or `timeout` seconds have passed; like
+    `ray.wait`."""
     wanted = whole_number(num_returns)
     if wanted is None or not 0 < wanted <= len(refs):
         raise BadValue(f"num_returns must be a whole number between 1 and that of the futures ({len(refs)}), not {num_returns!r}")
@@ -194,7 +198,7 @@ def wait(refs: Sequence[Future], *, num_returns: int = 1, timeout: float | None 
                     break
         except concurrent.futures.TimeoutError:
             pass
-        # What was there from the beginning may not have been read in a short time.
+        # A short timeout may have ended before stored results were read, so ask once more.
         done = {id(ref) for ref, its in zip(refs, pending, strict=True) if its.done() or (not in_time and ref.done())}
     return [ref for ref in refs if id(ref) in done], [ref for ref in refs if id(ref) not in done]
 

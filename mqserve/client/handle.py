@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Address(NamedTuple):
-    """How another process finds an instance: what travels of its clients and their handles. URLs and keys do not."""
+    """The address of an instance, by which another process finds it. It travels with pickled clients and handles; URLs and keys do not."""
 
     namespace: str
     instance: str
@@ -25,7 +25,7 @@ class Address(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class HandleOptions:
-    """What `options()` sets; each handle has its own."""
+    """The options set by `options()`; each handle has its own."""
 
     method_name: str = "__call__"
     shard_key: str | None = None
@@ -42,7 +42,7 @@ class HandleOptions:
 
 
 class Home(Protocol):
-    """The client of a handle, as far as the handle knows it."""
+    """The client behind a handle, as far as the handle knows it."""
 
     @property
     def sender(self) -> Sender: ...
@@ -52,8 +52,8 @@ class Home(Protocol):
 
 
 class _BaseHandle:
-    """Clean for each `get_handle`; `options` makes another one and leaves this as it is. Pickles: it finds its instance again
-    where it arrives."""
+    """A caller of one endpoint. `options` returns a changed copy and leaves this one as it is. A pickled handle finds its instance again
+    where it is unpickled."""
 
     def __init__(self, endpoint: str, home: Home, options: HandleOptions | None = None, *, missing_ok: bool = False) -> None:
         self._endpoint = endpoint
@@ -65,13 +65,14 @@ class _BaseHandle:
         return f"{type(self).__name__}(endpoint={self._endpoint!r})"
 
     def _parts(self) -> tuple[str, Address, HandleOptions, bool]:
-        """What travels of it, see `travelling.py`: its endpoint, its instance, its options, and whether the endpoint may be missing."""
+        """The parts that are pickled (see `travelling.py`): endpoint, address of the instance, options, and whether the endpoint may be
+        missing."""
         return self._endpoint, self._home.address, self._options, self._missing_ok
 
     def options(self, **options: Any) -> Self:
-        """A handle with these set: method_name, shard_key, http_method, http_headers, request_timeout_s (which may only shorten the
-        backend's), results ("plain": no pickle in a result is opened, and one that needs it is a NotEncodable). Later ones override earlier
-        ones. Raises BadType for another name, BadValue for a bad timeout or kind of results."""
+        """Returns a handle with these options: method_name, shard_key, http_method, http_headers, request_timeout_s (which may only
+        shorten the backend's), results ("plain": no pickle in a result is opened, and a result that needs one raises NotEncodable). Later
+        ones override earlier ones. Raises BadType for another name, BadValue for a bad timeout or kind of results."""
         try:
             merged = replace(self._options, **options)
         except TypeError:
@@ -101,20 +102,20 @@ class _BaseHandle:
 
 
 class Handle(_BaseHandle):
-    """For plain code, in any thread: `ref = handle.remote(x)`, then `serve.get(ref)` or `ref.result()`."""
+    """A handle for plain code, in any thread: `ref = handle.remote(x)`, then `serve.get(ref)` or `ref.result()`."""
 
     def remote(self, data: Any = None, /, **arguments: Any) -> Future:
-        """A future at once. The handler sees `data` as `request.data`, and the keyword arguments as `request.query_params`; a future
-        among them is resolved first.
+        """Sends a request and returns its future at once. The handler sees `data` as `request.data`, and the keyword arguments as
+        `request.query_params`; a future among them is resolved first.
 
-        Raises NotEncodable for what cannot travel. What happens to the request later is told by the future.
+        Raises NotEncodable for a value that cannot be encoded. Later failures of the request are raised by the future.
         """
         return self._send(data, arguments)
 
 
 class AsyncHandle(_BaseHandle):
-    """For coroutines: `ref = await handle.remote(x)`, then `await ref`."""
+    """A handle for coroutines: `ref = await handle.remote(x)`, then `await ref`."""
 
     async def remote(self, data: Any = None, /, **arguments: Any) -> Future:
-        """As `Handle.remote`."""
+        """Like `Handle.remote`."""
         return self._send(data, arguments)

@@ -1,4 +1,4 @@
-"""The thread on which everything of this process that waits lives, so that the user's program can do as it likes."""
+"""The thread that runs all of this process's waiting, so that the user's program may block as it likes."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ..broker.process.loops import IoLoop
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-ORDERLY_END_S = 100.0  # as long as a shutdown may take of an instance to which nobody has deployed yet
+ORDERLY_END_S = 100.0  # as long as the shutdown of an instance without deployments may take
 FORCED_END_S = 6.0
 _STOPPED = "Client has already been shut down."
 
 
 class Runtime:
-    """An event loop in a daemon thread. `start` before use, `stop` once."""
+    """An event loop in a daemon thread. Call `start` before use, and `stop` once."""
 
     def __init__(self) -> None:
         self._loop = IoLoop()
@@ -31,10 +31,10 @@ class Runtime:
         self._posted: deque[Callable[[], None]] = deque()
         self._woken = False
         self._submitted: set[asyncio.Task[Any]] = set()
-        self._over = ""  # why, once it is
-        self._stopping = threading.Lock()  # between `submit` and `stop`: a loop that has stopped takes work, and never does it
+        self._over = ""  # why it is over, once it is
+        self._stopping = threading.Lock()  # between `submit` and `stop`: a stopped loop accepts work and never runs it
         self._stopped = False
-        self._gave_up = False  # Ctrl-C came while work was waited for
+        self._gave_up = False  # Ctrl-C came during a wait for work
 
     def __repr__(self) -> str:
         return f"<Runtime {'running' if self._thread.is_alive() else 'stopped'}>"
@@ -43,7 +43,8 @@ class Runtime:
         self._thread.start()
 
     def submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
-        """Runs `work` over there. Raises InstanceError once stopped; work that is under way then, or comes too late, fails with one."""
+        """Runs `work` on the runtime thread. Raises InstanceError once stopped; work that is under way then, or arrives too late, fails
+        with it, too."""
         with self._stopping:
             if self._stopped:
                 work.close()
@@ -67,11 +68,11 @@ class Runtime:
             self._submitted.discard(task)
 
     def is_over(self, why: str) -> None:
-        """From now on what is submitted, or is cancelled over there, fails with an InstanceError that says why."""
+        """From now on submitted and cancelled work fails with an InstanceError that gives this reason."""
         self._over = why
 
     async def end_submitted(self) -> None:
-        """Cancels all that was submitted, but for the caller's own task."""
+        """Cancels all submitted work, except the caller's own task."""
         given_up = self._submitted - {asyncio.current_task()}
         for task in given_up:
             task.cancel()
@@ -79,9 +80,10 @@ class Runtime:
             await asyncio.wait(given_up, timeout=FORCED_END_S)
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
-        """Runs `work` over there and waits for it here. Raises what it raises; Ctrl-C here cancels it there.
+        """Runs `work` on the runtime thread and waits for it here. Raises the errors of `work`; Ctrl-C here cancels it there.
 
-        Raises InstanceError for a wait over there, which would never end: in the embedded form middlewares and convertors run on it.
+        Raises InstanceError when called on the runtime thread, where it would wait for ever: in the embedded form middlewares and
+        convertors run there.
         """
         if threading.current_thread() is self._thread:
             work.close()
@@ -98,7 +100,7 @@ class Runtime:
             raise
 
     def post(self, callback: Callable[[], None]) -> None:
-        """Runs `callback` over there, soon; many of them cost one wake-up. Raises InstanceError once stopped."""
+        """Runs `callback` on the runtime thread, soon; many callbacks cost one wake-up. Raises InstanceError once stopped."""
         self._posted.append(callback)
         if not self._woken:
             self._woken = True
@@ -106,16 +108,16 @@ class Runtime:
                 self._loop.call_soon_threadsafe(self._run_posted)
             except RuntimeError as error:
                 self._woken = False
-                with suppress(ValueError):  # `stop` was faster: it ran
+                with suppress(ValueError):  # ValueError: `stop` was faster, and ran it
                     self._posted.remove(callback)
                     raise InstanceError(self._over or _STOPPED) from error
 
     def _run_posted(self) -> None:
         self._woken = False
-        for _ in range(len(self._posted)):  # what comes from now on wakes again, and the loop's other work has its turn
+        for _ in range(len(self._posted)):  # callbacks posted from now on wake the loop again, so that its other work gets its turn
             try:
                 callback = self._posted.popleft()
-            except IndexError:  # refused after all
+            except IndexError:  # `post` took it back
                 return
             try:
                 callback()
@@ -123,9 +125,9 @@ class Runtime:
                 logger.exception("a posted callback failed: that is a bug in mqserve, please report it")
 
     def stop(self) -> None:
-        """What was cancelled (a start, by Ctrl-C) ends in good order first; another Ctrl-C cuts that short.
+        """Stops the loop. Cancelled work (a start, by Ctrl-C) may finish its cleanup first; another Ctrl-C cuts that short.
 
-        What was posted and has not run does so here, in this thread.
+        Callbacks that were posted and have not run are run here, in the caller's thread.
         """
         with self._stopping:
             if self._stopped:

@@ -1,4 +1,5 @@
-"""What a handle does: choose the backend, encode here in the caller's thread, publish on the runtime, hand out the future."""
+"""Sends a handle's request: chooses the backend and encodes in the caller's thread, publishes on the runtime thread, and returns the
+future."""
 
 from __future__ import annotations
 
@@ -6,14 +7,14 @@ import asyncio
 import concurrent.futures
 import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ..broker.calls.sending import RequestSender
 from ..broker.documents import until
-from ..broker.envelope import MINTED_ID_LENGTH, RequestHead, mint_id
+from ..broker.envelope import RequestHead, is_minted, mint_id
 from ..broker.errors import BadSignature, InstanceError, MQServeError, UnknownEndpoint
 from ..broker.results import Result
 from ..broker.values.codecs import encode_value
@@ -24,6 +25,7 @@ from ..controller.state.traffic import choose
 from ..replicas.context import deadline
 from .answers import read_result
 from .futures import WAIT_LIMIT_S, Found, Future, Sent, Stored
+from .membership import Membership
 from .runtime import Runtime
 
 APPEAR_BUDGET_S = 60.0  # how long a handle made with missing_ok waits for its endpoint
@@ -44,26 +46,26 @@ class _Call:
 
 
 class Sender:
-    """Shared by all handles of a client; `desired` is replaced by whoever follows the document, and `read_desired` reads it now."""
+    """The sender of one client, shared by all its handles. The client replaces `desired` when the document changes."""
 
     def __init__(
         self,
         runtime: Runtime,
         connections: Connections,
         requests: RequestSender,
-        read_desired: Callable[[], Awaitable[Desired]],
+        membership: Membership,
         find: Callable[[], Sender],
     ) -> None:
         self._runtime = runtime
         self._connections = connections
         self._requests = requests
-        self._read_desired = read_desired
-        self.find = find  # the client's sender in this process: a forked child has another one
+        self._membership = membership
+        self.find = find  # returns the client's sender in this process: a forked child has another one
         self._signer = connections.settings.signer
-        self._over = ""  # once the client ends: why
+        self._over = ""  # why the client has ended, once it has
         self.desired = Desired()
-        self.only_plain = False  # no pickle in a result is opened
-        self.demands_seals = False  # the instance's replicas take no request of a handle without one
+        self.only_plain = False  # open no pickle in a result
+        self.demands_seals = False  # the instance's replicas refuse a handle's request without a seal
 
     def __repr__(self) -> str:
         return f"<Sender with {len(self.desired.endpoints)} endpoints>"
@@ -79,11 +81,11 @@ class Sender:
         timeout_s: float | None = None,
         plain: bool = False,
     ) -> Future:
-        """A future at once. Futures among the arguments are resolved before the request is sent.
+        """Sends a request and returns its future at once. Futures among the arguments are resolved before the request is sent.
 
-        It has the backend's `request_timeout_s`, or less: `timeout_s`, and in a handler what is left to the request that is running.
-        Raises UnknownEndpoint, NotEncodable, BadSignature without the key that replicas demand, and InstanceError where the instance was
-        shut down; whatever happens later is the future's.
+        The request's time is the backend's `request_timeout_s`, shortened by `timeout_s` and, in a handler, by the time left to the
+        request that it handles. Raises UnknownEndpoint, NotEncodable, BadSignature without the key that replicas demand, and
+        InstanceError if the instance was shut down; later errors are raised by the future.
         """
         if self.demands_seals and not self._signer:
             raise BadSignature(
@@ -95,7 +97,7 @@ class Sender:
         awaited = [value.here() for value in (data, *arguments.values()) if isinstance(value, Future)]
         is_missing = meta.endpoint not in self.desired.endpoints
         if is_missing and not wait_for_endpoint:
-            # Another process may have made it just now: a handle that arrived by pickle is quicker than the document.
+            # another process may have created it just now: a pickled handle can arrive before the document
             if not self._runtime.call(self._is_there(meta.endpoint)):
                 raise UnknownEndpoint(f"Endpoint '{meta.endpoint}' does not exist.")
             is_missing = False
@@ -115,12 +117,12 @@ class Sender:
         self._runtime.post(self._prepare(desired, backend, call, copies))
 
     def _prepare(self, desired: Desired, backend: str, call: _Call, copies: Sequence[Callable[[], None]]) -> Callable[[], None]:
-        """What sends the request, and then its copies: of one that is refused there are none."""
+        """Returns a function that sends the request and then its shadow copies; if the request is refused, no copies are sent."""
         content_type, body = encode_value([call.data, call.arguments], self._signer, SealScope("request", backend, call.id))
         config = desired.backends[backend].config
 
         def send() -> None:
-            if call.pending.done():  # cancelled
+            if call.pending.done():  # cancelled meanwhile
                 return
             if self._over:
                 return _fail(call.pending, InstanceError(self._over))
@@ -145,7 +147,7 @@ class Sender:
         return send
 
     def _prepare_shadow(self, desired: Desired, backend: str, call: _Call) -> Callable[[], None]:
-        shadow_id = mint_id()  # a seal is good for one id and one backend, so each copy has its own
+        shadow_id = mint_id()  # a seal is valid for one id and one backend, so each copy has its own
         content_type, body = encode_value([call.data, call.arguments], self._signer, SealScope("request", backend, shadow_id))
         timeout_s = desired.backends[backend].config.request_timeout_s
 
@@ -181,15 +183,16 @@ class Sender:
             pending.set_result((call.id, done.result()))
 
     def _cancel(self, future_id: str) -> None:
-        with suppress(InstanceError):  # closed: nobody is left to tell
+        with suppress(InstanceError):  # the client is closed, so nobody is left to tell
             self._runtime.post(lambda: None if self._over else self._requests.cancel(future_id))
 
     def end(self, why: str) -> None:
-        """On the runtime, before the reading of results ends: what is sent from now on fails at once, what waits fails with the reading."""
+        """Called on the runtime thread before it stops reading results: later requests fail at once, pending ones fail when the reading
+        ends."""
         self._over = why
 
     async def _is_there(self, endpoint: str) -> bool | None:
-        found = await self._read_desired()
+        found = await self._membership.read()
         if endpoint not in found.endpoints:
             return None
         self.desired = found
@@ -204,18 +207,25 @@ class Sender:
     def future(self, future_id: str, backend: str | None) -> Future:
         """See `Client.future`."""
         keys = [future_id] if backend is None else [f"{backend}/{future_id}"]
-        if backend is not None and len(future_id) == MINTED_ID_LENGTH:
-            keys.insert(0, future_id)  # it may be either, and a publisher may have taken the id of a request of ours for its own
+        if backend is not None and is_minted(future_id):
+            keys.insert(0, future_id)  # try both: it may be a minted id or a publisher's own key of the same form
         return Future(future_id, Stored(keys, self, backend=backend))
 
     # For futures.
 
+    @property
+    def prospects(self) -> str:
+        """What becomes of a request of this process that has no result yet: a clause."""
+        if self._membership.has_ended:
+            return "its instance has been shut down, so nobody is about to answer it"
+        return "it goes on: wait again, or raise the timeout"
+
     def has_result(self, keys: Sequence[str]) -> bool:
-        """Whether one of these has an end by now. Raises StoreUnavailable where the store cannot be asked."""
+        """Whether one of these requests is done. Raises StoreUnavailable if the store cannot be asked."""
         return self._runtime.call(self._requests.pending.has_result(keys))
 
     def first_result(self, keys: Sequence[str]) -> concurrent.futures.Future[Found]:
-        """Of whichever has one first. Who waits no more cancels what this returns."""
+        """Returns a future of the first result among these keys. Cancel it to stop waiting."""
         return self._runtime.submit(self._first_result(keys))
 
     async def _first_result(self, keys: Sequence[str]) -> Found:
@@ -223,7 +233,7 @@ class Sender:
             return await self._requests.pending.first_result(keys)
 
     def cancel_everywhere(self, keys: Sequence[str]) -> bool:
-        """Nobody wants these results any more. Whether one of them had none yet. Raises StoreUnavailable."""
+        """Cancels these requests for everybody; returns whether one of them had no result yet. Raises StoreUnavailable."""
         return self._runtime.call(self._cancel_everywhere(keys))
 
     async def _cancel_everywhere(self, keys: Sequence[str]) -> bool:
@@ -235,7 +245,7 @@ class Sender:
 
 
 def _left_s() -> float:
-    """To the request in whose handler this runs, if it does."""
+    """Returns the time left to the request in whose handler this runs; infinite outside a handler."""
     return max(0.001, deadline() - time.monotonic())
 
 

@@ -1,4 +1,4 @@
-"""Opening a client: the runtime thread, the links on it, the instance if it is ours to run, and the client on top."""
+"""Opens a client: the runtime thread, the connections on it, the instance if this process runs it, and the client itself."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 
 
 def open_client(settings: Settings, options: StartOptions | None, on_end: Callable[[Client], None] = lambda client: None) -> Client:
-    """Starts an instance by `options`, or joins the one that runs. Its end undoes all of this, as does the end of the program for an
-    instance that is not detached; `on_end` is told when that begins."""
+    """Starts an instance by `options`, or joins the running one. The client's end undoes all of this, as does the end of the program for
+    an instance that is not detached. `on_end` is called when that begins."""
     runtime = Runtime()
     runtime.start()
     session = Session(runtime, settings, options)
@@ -41,14 +41,14 @@ def open_client(settings: Settings, options: StartOptions | None, on_end: Callab
 
 
 def _open_in_child(settings: Settings) -> Client:
-    """What a client that was open in the parent has in a forked child. Raises InstanceError in the embedded form."""
+    """Opens in a forked child what the client has in the parent. Raises InstanceError in the embedded form."""
     if settings.embedded:
         raise InstanceError(forks.NOT_HERE)
     return open_client(settings, None)
 
 
 class Session:
-    """What lives on the runtime between a client's opening and its end."""
+    """The objects that live on the runtime thread from a client's opening to its end."""
 
     def __init__(self, runtime: Runtime, settings: Settings, options: StartOptions | None) -> None:
         self._runtime = runtime
@@ -59,7 +59,7 @@ class Session:
         self._membership: Membership | None = None
         self._client: Client | None = None
         self._reading: asyncio.Task[None] | None = None
-        self._why = ""  # it ends
+        self._why = ""  # why it ends
 
     @property
     def owns(self) -> bool:
@@ -71,7 +71,7 @@ class Session:
             connections = await self._stack.enter_async_context(
                 open_connections(self._settings, "replica" if in_replica_process() else "client")
             )
-            self._stack.push_async_callback(self._stop_serving)  # after the instance has drained: its last answers are read
+            self._stack.push_async_callback(self._stop_serving)  # runs after the instance has drained, so that its last answers are read
             if self._options is None:
                 instance = (await lease.read_instance(connections.store, connections.keys)).id
             else:
@@ -88,12 +88,12 @@ class Session:
             raise
 
     def at_exit(self) -> None:
-        """At the end of the program. A forked child has its parent's atexit entries."""
+        """Runs at the end of the program. It checks for a fork, since a forked child inherits its parent's atexit entries."""
         if self._client is not None and not self._client.is_inherited:
             self._client.shutdown()
 
     def end(self, why: str, *, shuts_down: bool) -> None:
-        """Leaves the instance, or ends it first. Whoever waits in this client is told why."""
+        """Leaves the instance, or shuts it down first. Pending waits fail with `why`."""
         atexit.unregister(self.at_exit)
         self._why = why
         try:
@@ -102,7 +102,7 @@ class Session:
             self._runtime.stop()
 
     async def _leave(self, shuts_down: bool) -> None:
-        """What this process runs of the instance ends with the stack."""
+        """Closes the stack, and so ends the parts of the instance that this process runs."""
         try:
             if shuts_down and self._connections is not None and self._membership is not None:
                 with suppress(InstanceEnded):
@@ -114,7 +114,7 @@ class Session:
         self._runtime.is_over(self._why)
         if self._client is not None:
             await self._client.stop_sending(self._why)
-        if self._reading is not None:  # before what awaits its results, which would cancel those requests
+        if self._reading is not None:  # first, since ending the requests' waits would cancel the requests
             self._reading.cancel()
             await asyncio.gather(self._reading, return_exceptions=True)
         await self._runtime.end_submitted()

@@ -1,4 +1,4 @@
-"""How clients and handles travel in pickles: by the address of their instance, whose client they find again where they arrive."""
+"""Pickles clients and handles: they travel as the address of their instance, and find its client where they are unpickled."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .sender import Sender
 
 
 class _FarHome:
-    """The home of a handle that came from elsewhere. Its instance is looked for when the handle is used."""
+    """The home of an unpickled handle. It looks for the instance when the handle is used."""
 
     def __init__(self, address: Address) -> None:
         self.address = address

@@ -1,1 +1,1 @@
-"""What users type: the command line and its commands."""
+"""The command line and its commands."""

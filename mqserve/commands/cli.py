@@ -1,5 +1,5 @@
-"""The command line. What sets up a process is a flag and an environment variable; URLs and keys are only the latter, so that no
-process list shows them."""
+"""The command line. Every setting of a process is a flag and an environment variable, except URLs and keys: these are environment
+variables only, so that no process list shows them."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from .setup import FORMATS, print_setup
 
 FAILED = 1
 _LEAVE_BUDGET_S = 0.2
-_interrupts = Interrupts()  # of this process; a command may have words of its own
+_interrupts = Interrupts()  # of this process; a command may set messages of its own
 
 
 def main() -> None:
-    """The console script."""
+    """The entry point of the console script."""
     logs.log_what_python_prints()
-    os.environ.setdefault("UV_USE_IO_URING", "0")  # libuv's ring for its epoll is memory that a forked child would share with us
+    os.environ.setdefault("UV_USE_IO_URING", "0")  # a forked child would share the memory of libuv's io_uring with us
     cli(prog_name="mqserve", auto_envvar_prefix=None)
 
 
 def _one_sentence(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Our own errors end a command with their sentence rather than a traceback."""
+    """Makes our own errors end a command with their sentence instead of a traceback."""
 
     @wraps(command)
     def run(*args: Any, **options: Any) -> None:
@@ -64,7 +64,7 @@ def _exit_code(command: Callable[[], int | None]) -> int:
 
 
 def _ours(error: BaseException) -> MQServeError | None:
-    """The one error of ours that this is, perhaps in the groups of the tasks it went through."""
+    """Returns the one error of ours in `error`, also from inside exception groups, else None."""
     while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
     return error if isinstance(error, MQServeError) else None
@@ -100,7 +100,7 @@ http_options = [
 ]  # fmt: skip
 
 
-kept_options = [  # what a process is told by its keeper: see supervisor.py
+kept_options = [  # options that a keeper passes to the process that it starts: see supervisor.py
     click.option("--instance", hidden=True, default=""),
     click.option("--kept-by", hidden=True, default=""),
     click.option("--kept-node", hidden=True, default=""),
@@ -119,7 +119,7 @@ def _with(options: list[Any]) -> Callable[[Callable[..., Any]], Callable[..., An
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="mqserve")
-@click.option("-v", "--verbose", is_flag=True, envvar="MQSERVE_VERBOSE", help="Log what happens, not only what goes wrong.")
+@click.option("-v", "--verbose", is_flag=True, envvar="MQSERVE_VERBOSE", help="Log routine events too, not only problems.")
 def cli(verbose: bool) -> None:
     """Serve Python functions and models from a message queue."""
     _log(verbose)
@@ -159,7 +159,7 @@ def start(namespace: str | None, host: str, port: int, location: str, debug: boo
         f"Instance {settings.namespace!r} runs{where}. End it with `mqserve shutdown`; its log is {detached_log(settings.namespace)}."
     )
     sys.stdout.flush()
-    os._exit(0)  # the instance lives on in its own processes; nothing here is to be undone
+    os._exit(0)  # the instance lives on in its own processes, so nothing has to be undone here
 
 
 @cli.command()
@@ -178,7 +178,7 @@ def shutdown(namespace: str | None) -> int:
 
 @cli.command()
 @namespace_option
-@click.option("--json", "as_json", is_flag=True, help="For scripts: all of it as one JSON object.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, for scripts.")
 @_one_sentence
 def status(namespace: str | None, as_json: bool) -> int:
     """Show nodes, proxies, backends and replicas, and what is wrong with them."""
@@ -188,7 +188,7 @@ def status(namespace: str | None, as_json: bool) -> int:
 
     async def show() -> int:
         code = await show_status(settings, as_json=as_json)
-        await _leave_what_hangs(code)
+        await _end_if_closing_hangs(code)
         return code
 
     return run_loop(show())
@@ -196,22 +196,22 @@ def status(namespace: str | None, as_json: bool) -> int:
 
 @cli.group()
 def dead() -> None:
-    """Look at messages that were set aside, try them again, drop them."""
+    """List, show, retry and drop dead letters, the messages that were set aside."""
 
 
-json_option = click.option("--json", "as_json", is_flag=True, help="For scripts: one JSON object a line.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts, one object per line.")
 selection_options = [
     click.argument("backend"),
     click.argument("ids", nargs=-1, metavar="[ID]..."),
     click.option("--all", "everything", is_flag=True, help="Every dead letter of the backend."),
-    click.option("--yes", is_flag=True, help="Without asking, where --all means more than 10."),
+    click.option("--yes", is_flag=True, help="Required with --all for more than 10 dead letters."),
 ]
 
 
 @dead.command("list")
 @click.argument("backend")
 @namespace_option
-@click.option("--limit", type=click.IntRange(1), default=100, show_default=True, help="How many, the oldest first.")
+@click.option("--limit", type=click.IntRange(1), default=100, show_default=True, help="The largest number to list, oldest first.")
 @json_option
 @_one_sentence
 def list_dead(backend: str, namespace: str | None, limit: int, as_json: bool) -> int:
@@ -264,9 +264,9 @@ def drop_dead(backend: str, ids: tuple[str, ...], everything: bool, yes: bool, n
 @click.option("--http-host", envvar="MQSERVE_HTTP_HOST", help="Where this node's proxy listens [the instance's].")
 @click.option("--http-port", envvar="MQSERVE_HTTP_PORT", type=click.IntRange(0, 65535), help="Its port [the instance's].")
 @click.option("--no-proxy", is_flag=True, envvar="MQSERVE_NO_PROXY", help="Never run a proxy here.")
-@click.option("--num-cpus", envvar="MQSERVE_NUM_CPUS", type=float, help="What this node offers [what the machine has].")
-@click.option("--num-gpus", envvar="MQSERVE_NUM_GPUS", type=int, help="GPUs it offers [those it sees].")
-@click.option("--resources", envvar="MQSERVE_RESOURCES", default="{}", help="What else it offers, as JSON: '{\"tpu\": 1}'.")
+@click.option("--num-cpus", envvar="MQSERVE_NUM_CPUS", type=float, help="CPUs that this node offers [those of the machine].")
+@click.option("--num-gpus", envvar="MQSERVE_NUM_GPUS", type=int, help="GPUs that it offers [those that it finds].")
+@click.option("--resources", envvar="MQSERVE_RESOURCES", default="{}", help="Other resources that it offers, as JSON: '{\"tpu\": 1}'.")
 @click.option(
     "--metrics-host", envvar="MQSERVE_METRICS_HOST", default="127.0.0.1", show_default=True, help="Where its metrics page listens."
 )
@@ -303,7 +303,7 @@ def node(
 @_with(kept_options)
 @_one_sentence
 def controller(namespace: str | None, **kept: Any) -> int:
-    """Run a controller; it starts a detached instance where there is none."""
+    """Run a controller; it starts a detached instance if there is none."""
     from ..instance.roles import run_controller
 
     return run_loop(run_controller(_distributed(namespace, "controller"), _own_id("controller"), _kept(**kept)))
@@ -314,7 +314,7 @@ def controller(namespace: str | None, **kept: Any) -> int:
 @_with(kept_options)
 @_one_sentence
 def supervisor(namespace: str | None, **kept: Any) -> int:
-    """Keep a detached instance's controller and node on this machine: `mqserve start` leaves one."""
+    """Keep a detached instance's controller and node running; `mqserve start` starts it."""
     from ..instance.supervisor import run_supervisor
 
     if (keeper := _kept(**kept)) is None:
@@ -330,11 +330,11 @@ def supervisor(namespace: str | None, **kept: Any) -> int:
 @click.option("--fd", hidden=True, type=int)
 @_one_sentence
 def proxy(namespace: str | None, host: str, port: int, debug: bool, proxy_id: str | None, node_id: str, fd: int | None) -> int:
-    """Run one HTTP proxy by hand: configured and shown, not counted."""
+    """Run one HTTP proxy by hand: the controller configures and shows it, but does not count it."""
     from ..proxy.main import ProxyOptions
     from ..proxy.main import main as run_proxy
 
-    own_id = proxy_id or f"{_own_id('proxy')}#{secrets.token_hex(3)}"  # a restarted container may have its host name and number again
+    own_id = proxy_id or f"{_own_id('proxy')}#{secrets.token_hex(3)}"  # a restarted container may get the same host name and pid again
     options = ProxyOptions(own_id, host, port, node_id, external=proxy_id is None, debug=debug, fd=fd)
     return run_loop(run_proxy(_distributed(namespace, "proxy"), options))
 
@@ -346,7 +346,7 @@ def proxy(namespace: str | None, host: str, port: int, debug: bool, proxy_id: st
 @click.option("--node-id", hidden=True, default="")
 @_one_sentence
 def replica(backend: str, namespace: str | None, replica_id: str | None, node_id: str) -> int:
-    """Run one replica of BACKEND by hand: configured and shown, not counted."""
+    """Run one replica of BACKEND by hand: the controller configures and shows it, but does not count it."""
     from ..replicas.main import ReplicaOptions
     from ..replicas.main import main as run_replica
 
@@ -372,7 +372,7 @@ def setup(namespace: str | None, is_print: bool, what: str, vhost: str) -> int:
 
 
 def _leave_now(role: Coroutine[Any, Any, int]) -> NoReturn:
-    """Ends the process with the role, however that ends: a user's thread that is still running must not keep it."""
+    """Ends the process when the role ends, in any way: a user's thread that still runs must not keep it alive."""
     code = FAILED
     try:
         code = _exit_code(lambda: run_loop(role))
@@ -385,8 +385,8 @@ def _leave_now(role: Coroutine[Any, Any, int]) -> NoReturn:
         os._exit(code)
 
 
-async def _leave_what_hangs(code: int) -> None:
-    """A server that hangs would take seconds to be left: then the process ends now, since nothing here is to be undone."""
+async def _end_if_closing_hangs(code: int) -> None:
+    """Ends the process at once if closing connections would wait seconds for a server that hangs: nothing has to be undone here."""
     rest = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
     for task in rest:
         task.cancel()
@@ -412,4 +412,4 @@ def _log(verbose: bool) -> None:
     if path:
         tend_log(Path(path))
     if verbose:
-        os.environ["MQSERVE_VERBOSE"] = "1"  # for the children
+        os.environ["MQSERVE_VERBOSE"] = "1"  # inherited by the children

@@ -1,4 +1,4 @@
-"""`mqserve dead`: what was set aside, for people to look at, to try again and to drop. Nothing here opens a pickle."""
+"""`mqserve dead`: lists dead letters, retries them and drops them. No command opens a pickle."""
 
 from __future__ import annotations
 
@@ -29,31 +29,32 @@ from .status_table import make_console, make_table
 ASK_ABOVE = 10
 PREVIEW_BYTES = 1000
 CONFIRM_BUDGET_S = 10.0
-_BODY_KEPT_MS = 60_000  # beyond the deadline, as its sender keeps it; and as a replica keeps a mark
+_BODY_KEPT_MS = 60_000  # added to the deadline, as senders do for bodies and replicas for marks
 
 
 class Selection(NamedTuple):
-    """Which dead letters a command is about."""
+    """The dead letters that a command is about."""
 
     names: frozenset[str]
     everything: bool
 
     @classmethod
     def read(cls, names: tuple[str, ...], everything: bool) -> Selection:
-        """Raises BadValue for both, and for neither."""
+        """Parses the arguments. Raises BadValue for both ids and `--all`, and for neither."""
         if bool(names) == everything:
-            raise BadValue("say which: their ids, as `mqserve dead list` shows them, or --all")
+            raise BadValue("name them by their ids, as `mqserve dead list` shows them, or use --all")
         return cls(frozenset(names), everything)
 
     def name_of(self, letter: DeadLetter) -> str:
-        """What it was selected by, empty when it was not. An odd id goes by what is shown of it, too."""
+        """Returns the name that selected the letter, or an empty string. An id with unprintable characters is also selected by its
+        printed form."""
         if self.everything:
             return letter.name
         return next((name for name in (letter.name, printable(letter.name)) if name in self.names), "")
 
 
 async def list_dead(settings: Settings, backend: str, limit: int, *, as_json: bool, console: Console | None = None) -> int:
-    """Prints a table, or a line of JSON for each. Raises UnknownBackend."""
+    """Prints the dead letters as a table, or as JSON, one per line. Raises UnknownBackend."""
     console = console or make_console()
     async with _dead_letters(settings, backend, limit) as (_, letters):
         waiting = letters.waiting
@@ -73,7 +74,7 @@ async def list_dead(settings: Settings, backend: str, limit: int, *, as_json: bo
 
 
 async def show_dead(settings: Settings, backend: str, name: str, *, as_json: bool, console: Console | None = None) -> int:
-    """Prints all that is known of one; of each, where several go by that name. Raises UnknownBackend, BadValue for an unknown id."""
+    """Prints all that is known of a dead letter; of each, if several have the name. Raises UnknownBackend, BadValue for an unknown id."""
     console = console or make_console()
     selection = Selection.read((name,), False)
     async with _dead_letters(settings, backend) as (connections, letters):
@@ -90,10 +91,10 @@ async def show_dead(settings: Settings, backend: str, name: str, *, as_json: boo
 
 
 async def retry_dead(settings: Settings, backend: str, selection: Selection, *, yes: bool, console: Console | None = None) -> int:
-    """Each is published again under its id, as if it had never run, and then removed; prints how many.
+    """Publishes each letter again under its id, as if it had never run, and then removes it; prints how many.
 
-    A retry that is killed in between leaves the letter too, so it may run once more; nothing is lost. Raises UnknownBackend,
-    BadValue for an unknown id and for too many, and what the broker says of the first message that it does not take.
+    A retry that is killed in between leaves the letter, too: the request may then run once more, but is not lost. Raises UnknownBackend,
+    BadValue for an unknown id and for too many, and the broker's error for the first message that it does not take.
     """
     async with _dead_letters(settings, backend) as (connections, letters):
         desired = Desired.from_bytes(await connections.store.get(connections.keys.desired))
@@ -109,7 +110,7 @@ async def retry_dead(settings: Settings, backend: str, selection: Selection, *, 
 
 
 async def drop_dead(settings: Settings, backend: str, selection: Selection, *, yes: bool, console: Console | None = None) -> int:
-    """Each is removed for good; prints how many. Raises UnknownBackend, BadValue for an unknown id and for too many."""
+    """Removes each letter for good; prints how many. Raises UnknownBackend, BadValue for an unknown id and for too many."""
 
     async def drop(letter: DeadLetter) -> None:
         pass
@@ -158,7 +159,7 @@ async def _settle(
 
 
 class _Keep(Exception):
-    """Why a letter cannot be settled, though others can."""
+    """The reason why one letter stays, while others go on."""
 
 
 async def _retry(
@@ -169,9 +170,9 @@ async def _retry(
     future_id = envelope.future_id(letter.backend) or letter.name
     if envelope.header.ref:
         await _keep_body(connections, connections.keys.body(envelope.id), timeout_ms)
-    if future_id not in forgotten:  # of two with one id the second finds the first one's result
+    if future_id not in forgotten:  # of two letters with one id, the second must find the first one's result
         await connections.store.delete(*connections.keys.of_runs(future_id))
-        if once:  # else a replica would take it for one that was started
+        if once:  # otherwise a replica would assume that the request was started before
             await connections.store.set(connections.keys.start(future_id), NOT_STARTED, ttl_ms=timeout_ms + _BODY_KEPT_MS)
         forgotten.add(future_id)
     renewed = letter.renewed(connections.store.now_ms() + timeout_ms, seals)
@@ -180,14 +181,14 @@ async def _retry(
 
 
 def _check(letter: DeadLetter, senders: SenderTrust, seals: BackendSeals | None) -> Envelope:
-    """The letter as replicas read it. Raises _Keep for what they would set aside again: its id and its keys may be another's, and sent by
-    an operator it might pass for an operator's."""
+    """Parses the letter as replicas do. Raises _Keep for a letter that they would set aside again: its id and keys may be another
+    sender's, and published by an operator it might pass for the operator's."""
     try:
         envelope = letter.envelope(seals)
         senders.check_header(envelope)
         senders.check_pickle(envelope)
     except BadEnvelope as error:
-        raise _Keep(f"no replica would run it, whoever sends it again: {error}") from error
+        raise _Keep(f"no replica would run it, even if it is sent again: {error}") from error
     if seals is None and letter.has_seal and envelope.header.claims:
         raise _Keep("it has to be sealed anew: set MQSERVE_SECRET_KEY for this command, too")
     return envelope
@@ -206,7 +207,7 @@ def _facts(letter: DeadLetter) -> dict[str, Any]:
 
 
 async def _all_facts(connections: Connections, letter: DeadLetter) -> dict[str, Any]:
-    """Of an HTTP request's headers nothing, and of its query the size: they hold cookies and keys."""
+    """Returns all facts about a letter, except an HTTP request's headers and query (only its size): they hold cookies and keys."""
     properties, body = letter.properties, letter.body
     facts = _facts(letter) | {"backend": letter.backend, "traceback": letter.death.traceback}
     names = ("content_type", "content_encoding", "reply_to", "correlation_id", "priority", "message_type", "app_id", "timestamp")
@@ -242,7 +243,8 @@ def _print(console: Console | None, sentence: str) -> int:
 
 def _print_json(console: Console, facts: list[dict[str, Any]]) -> int:
     for fact in facts:
-        console.file.write(json.dumps(fact).replace("\x7f", "\\u007f") + "\n")  # the one control that JSON leaves as it is
+        # DEL is the only control character that JSON does not escape
+        console.file.write(json.dumps(fact).replace("\x7f", "\\u007f") + "\n")
     return 0
 
 
@@ -268,8 +270,8 @@ def _when(store_ms: int) -> str:
 
 
 def _none(backend: str) -> str:
-    return f"Backend {backend!r} has no dead letters, but for any that another command has in its hands."
+    return f"Backend {backend!r} has no dead letters, except those that another command holds."
 
 
 def _no_such(backend: str, name: str) -> str:
-    return f"backend {backend!r} has no dead letter {name!r}: look with `mqserve dead list`, unless another command has it in its hands"
+    return f"backend {backend!r} has no dead letter {name!r}: see `mqserve dead list`; another command may hold it"

@@ -32,7 +32,7 @@ def run_until_stopped(target: str, settings: Settings, http: dict[str, Any]) -> 
     parsed, _ = parse_http_options(http)
     with taking(Interrupts(), signal.SIGINT, signal.SIGTERM) as interrupts:
         find_declarations = _prepare(target)
-        options = StartOptions(parsed, incomplete=True, tell=lambda line: click.echo(line, err=True))
+        options = StartOptions(parsed, incomplete=True, keeps_queues=True, tell=lambda line: click.echo(line, err=True))
         client = api.start_under_run(settings, options)
         try:
             declarations, run_file = find_declarations()

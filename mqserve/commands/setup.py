@@ -1,4 +1,4 @@
-"""`mqserve setup --print`: users of RabbitMQ and Redis for an instance, each role with the rights it uses and no others."""
+"""`mqserve setup --print`: RabbitMQ and Redis users for an instance. Each role gets the rights that it uses and no others."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FORMATS = ("commands", "definitions", "acl")
 
 
 class BrokerRights(NamedTuple):
-    """RabbitMQ's three, each a regular expression over names of queues and exchanges."""
+    """The three rights of RabbitMQ, each a regular expression over names of queues and exchanges."""
 
     configure: str
     write: str
@@ -30,7 +30,7 @@ class BrokerRights(NamedTuple):
 
 
 class StoreRights(NamedTuple):
-    """Redis's: keys that are read, keys that are written, commands."""
+    """The rights of Redis: keys to read, keys to write, commands."""
 
     reads: frozenset[str]
     writes: frozenset[str]
@@ -38,7 +38,7 @@ class StoreRights(NamedTuple):
 
 
 def print_setup(namespace: str, what: str, vhost: str, env: Mapping[str, str]) -> str:
-    """What `--format` asks for. Raises BadValue where that holds passwords and the environment lacks one."""
+    """Returns the text that `--format` asks for. Raises BadValue if it needs passwords and the environment lacks one."""
     match what:
         case "definitions":
             return json.dumps(definitions(namespace, vhost, read_passwords(env)), indent=2)
@@ -53,7 +53,8 @@ def user_of(namespace: str, role: str) -> str:
 
 
 def read_passwords(env: Mapping[str, str]) -> dict[str, str]:
-    """By role, from MQSERVE_<ROLE>_PASSWORD or the file that MQSERVE_<ROLE>_PASSWORD_FILE names: none is made up here."""
+    """Returns the passwords by role, from MQSERVE_<ROLE>_PASSWORD or the file that MQSERVE_<ROLE>_PASSWORD_FILE names. It never makes one
+    up."""
     passwords = {role: read_secret(env, f"{role.upper()}_PASSWORD") for role in ROLES}
     if missing := [f"MQSERVE_{role.upper()}_PASSWORD" for role, password in passwords.items() if not password]:
         raise BadValue(f"{', '.join(missing)} not set: this format holds hashes of passwords, and mqserve makes none up")
@@ -64,7 +65,7 @@ def read_passwords(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def broker_rights(namespace: str) -> dict[str, BrokerRights]:
-    """By role. A node has none: it takes and sends no messages."""
+    """Returns the rights by role. A node has none, since it handles no messages."""
     requests, dead = re.escape(requests_exchange(namespace)), re.escape(dead_exchange(namespace))
     backends, dead_letters = re.escape(f"{namespace}.backend."), re.escape(dead_queue(namespace, ""))
     nothing = "^$"
@@ -72,14 +73,14 @@ def broker_rights(namespace: str) -> dict[str, BrokerRights]:
     return {
         "controller": BrokerRights(everything, everything, everything),
         "proxy": BrokerRights(nothing, f"^{requests}$", nothing),
-        # amq.default: answers to a `reply_to` go there. It leads to every queue of the virtual host, so give that to nobody else.
+        # amq.default: replies go to `reply_to` over it. It reaches every queue of the virtual host, so give that right to nobody else.
         "replica": BrokerRights(nothing, rf"^({requests}|{dead}|amq\.default)$", f"^{backends}.*$"),
         "client": BrokerRights(nothing, f"^{requests}$", nothing),
     }
 
 
 def definitions(namespace: str, vhost: str, passwords: Mapping[str, str]) -> dict[str, Any]:
-    """For `rabbitmqctl import_definitions` or `load_definitions`."""
+    """Returns the input of `rabbitmqctl import_definitions` or `load_definitions`."""
     rights = broker_rights(namespace)
     return {
         "vhosts": [{"name": vhost}],
@@ -106,12 +107,12 @@ def _rabbitmq_hash(password: str) -> str:
 _CONNECTING = ("ping", "select", "time", "script|load")  # auth and hello need no right
 _DOCUMENTS = ("get", "mget", "subscribe", "unsubscribe", "publish")
 _BEATING = ("hset", "hdel")
-_TELLING = ("xadd", "pexpire")  # that somebody waits no more
-_CALLING = ("set", "evalsha", "eval", "blmpop", *_TELLING)  # sends requests, waits for results
+_TELLING = ("xadd", "pexpire")  # for cancellations
+_CALLING = ("set", "evalsha", "eval", "blmpop", *_TELLING)  # for sending requests and waiting for results
 
 
 def store_rights(namespace: str) -> dict[str, StoreRights]:
-    """By role."""
+    """Returns the rights by role."""
     keys = StoreKeys(namespace)
     documents = {keys.desired, keys.observed}
     results = {keys.future("*"), keys.body("*")}
@@ -141,7 +142,7 @@ def store_rights(namespace: str) -> dict[str, StoreRights]:
             {*results, *inbox("proxy"), keys.beats, keys.cancelled},
             (*calls, *_BEATING, "xread"),
         ),
-        # A replica's own handles send and wait; the inboxes of others it only writes to.
+        # A replica sends and waits through handles of its own; it may write to others' inboxes, but not read them.
         "replica": rights(
             {*documents, *results, *counts, *inbox("replica"), keys.code("*"), keys.instance, keys.ended, keys.cancelled},
             {*results, *counts, *inbox("replica"), keys.inbox("*"), keys.beats, keys.cancelled},
@@ -156,7 +157,7 @@ def store_rights(namespace: str) -> dict[str, StoreRights]:
 
 
 def acl_rules(namespace: str, role: str) -> list[str]:
-    """Of one user, all but the password."""
+    """Returns the rules of one user, without the password."""
     rights = store_rights(namespace)[role]
     both = rights.reads & rights.writes
     return [
@@ -172,7 +173,7 @@ def acl_rules(namespace: str, role: str) -> list[str]:
 
 
 def acl_file(namespace: str, passwords: Mapping[str, str]) -> str:
-    """For Redis's `aclfile`."""
+    """Returns the content of Redis's `aclfile`."""
     lines = ["user default off"]
     for role in ROLES:
         digest = hashlib.sha256(passwords[role].encode()).hexdigest()
@@ -180,13 +181,13 @@ def acl_file(namespace: str, passwords: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
-# Both, as lines for a shell.
+# Both, as shell commands.
 
 
 def commands(namespace: str, vhost: str) -> str:
-    """No password is printed: the shell that runs the lines has them in its environment, and hands them on by pipes."""
+    """Returns shell commands that contain no password: the shell has them in its environment, and passes them on by pipes."""
     lines = [f"# Each password is read from MQSERVE_<ROLE>_PASSWORD of the shell that runs this. RabbitMQ, virtual host {vhost}:"]
-    if vhost != "/":  # which every RabbitMQ has
+    if vhost != "/":  # every RabbitMQ has the virtual host /
         lines.append(shlex.join(["rabbitmqctl", "add_vhost", vhost]))
     for role, rights in broker_rights(namespace).items():
         user = user_of(namespace, role)

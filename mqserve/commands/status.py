@@ -1,6 +1,6 @@
-"""`mqserve status`: what is known of an instance within two seconds, as facts; `status_table.py` shows them to people.
+"""`mqserve status`: the facts about an instance, collected within two seconds; `status_table.py` prints them for people.
 
-What a server that is away would know stays unknown and is said to be: a status is asked for just when something is wrong.
+Facts that an unreachable server would know are reported as unknown: people ask for a status just when something is wrong.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from ..broker.settings import Settings, masked
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
 from ..controller import lease
-from ..controller.state.beats import SILENT_AFTER_S, Beat, read_beats
+from ..controller.state.beats import Beat, Kind, MemberState, NodeBeat, ProxyBeat, ReplicaBeat, read_beats
 from ..controller.state.documents import Desired, Observed
 from ..instance.role_lock import played_here
 from .status_table import make_console, print_facts
 
 CONNECT_BUDGET_S = 0.8
-BUDGET_S = 1.2  # for all of it, connecting included: what starts this process comes on top
+BUDGET_S = 1.2  # for all reads, connecting included; starting the process takes further time
 _MARGIN_S = 0.1
 _IN_THE_STORE = "what the store has of it"
 _IN_THE_BROKER = "what waits, and dead letters"
@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 
 class ServerFacts(msgspec.Struct, frozen=True):
-    """RabbitMQ or Redis. `trouble`: why it is not up, as a sentence."""
+    """RabbitMQ or Redis. `trouble` says in a sentence why it is not up."""
 
     url: str
     state: Literal["up", "away", "takes no writes"]
@@ -47,7 +47,7 @@ class ServerFacts(msgspec.Struct, frozen=True):
 
 
 class ControllerFacts(msgspec.Struct, frozen=True):
-    """The leading controller. `silent_s`: seconds since its last beat; null where that is not known."""
+    """The leading controller. `silent_s` is the seconds since its last beat; null if unknown."""
 
     state: Literal["leads", "starting", "missing", "unknown"]
     id: str = ""
@@ -55,28 +55,28 @@ class ControllerFacts(msgspec.Struct, frozen=True):
 
 
 class MemberFacts(msgspec.Struct, frozen=True):
-    """A supervisor, node, proxy or replica. `state` is what it says of itself (starting, ready, draining, failed), `gone` after six seconds
-    of silence, or `unknown` where the store takes no beats; `said` is the last it said in any case."""
+    """A supervisor, node, proxy or replica. `state` is what it reports (starting, ready, draining, failed), `gone` after six seconds
+    without a beat, or `unknown` while the store takes no beats; `said` is always what it reported last."""
 
     kind: str
     id: str
-    state: str
-    said: str
+    state: MemberState | Literal["gone", "unknown"]
+    said: MemberState
     silent_s: float
     node: str
     host: str
     pid: int
     url: str
     external: bool
-    backend: str
-    version: int
-    running: int
-    served: int
-    trouble: str
+    backend: str = ""
+    version: int = 0
+    running: int = 0
+    served: int = 0
+    trouble: str = ""
 
 
 class BackendFacts(msgspec.Struct, frozen=True):
-    """`waiting` and `dead_letters` are null where RabbitMQ does not say."""
+    """A backend. `waiting` and `dead_letters` are null if RabbitMQ does not answer."""
 
     name: str
     code: str
@@ -98,8 +98,8 @@ class EndpointFacts(msgspec.Struct, frozen=True):
 
 
 class Facts(msgspec.Struct, frozen=True):
-    """All of it. `problems` says by name what is wrong, `unknown` what could not be found out, and why. `here`: which of a detached
-    instance's three run on this machine, which needs no server to be known."""
+    """All facts. `problems` maps a name to what is wrong with it, `unknown` lists what could not be read, with the reason. `here` lists
+    which of a detached instance's three processes run on this machine, which needs no server to find out."""
 
     namespace: str
     state: Literal["runs", "drains", "none", "unknown"]
@@ -118,13 +118,13 @@ class Facts(msgspec.Struct, frozen=True):
 
     @property
     def is_well(self) -> bool:
-        """A controller leads, and both servers do what they are for: what the exit code says."""
+        """Whether a controller leads and both servers work; the exit code says the same."""
         return self.controller.state == "leads" and self.broker.state == self.store.state == "up"
 
 
 async def show_status(settings: Settings, *, as_json: bool = False, console: Console | None = None) -> int:
-    """Prints; the exit code is 0 for an instance that a controller leads, on servers that are up. Raises InstanceError where there is
-    none, unless as JSON: that has its own word for it."""
+    """Prints the status. Returns exit code 0 if a controller leads the instance and both servers are up. Raises InstanceError if there is
+    no instance, except as JSON, which has a field for that."""
     async with read_facts(settings) as facts:
         if as_json:
             print(msgspec.json.format(msgspec.json.encode(facts)).decode(), flush=True)
@@ -140,7 +140,7 @@ async def show_status(settings: Settings, *, as_json: bool = False, console: Con
 
 @asynccontextmanager
 async def read_facts(settings: Settings) -> AsyncIterator[Facts]:
-    """Within BUDGET_S, also where a server does not answer. Connections are closed after the facts were given, which may take longer."""
+    """Yields the facts within BUDGET_S, also if a server does not answer. Closes the connections after that, which may take longer."""
     until = asyncio.get_running_loop().time() + BUDGET_S
     async with AsyncExitStack() as stack:
         (store, store_trouble), (queue, broker_trouble) = await asyncio.gather(
@@ -159,7 +159,7 @@ async def read_facts(settings: Settings) -> AsyncIterator[Facts]:
 
 
 async def _opened(stack: AsyncExitStack, server: AbstractAsyncContextManager[T], url: str) -> tuple[T | None, str]:
-    """(the connection, or why there is none). One that does not come in time is left to itself: even its end may take seconds."""
+    """Returns (connection, ""), or (None, the reason). A connection that is late is abandoned, since even closing it may take seconds."""
     opening = asyncio.create_task(server.__aenter__())
     await asyncio.wait([opening], timeout=CONNECT_BUDGET_S + _MARGIN_S)
     if not opening.done():
@@ -188,7 +188,7 @@ async def _in_time(reading: Coroutine[Any, Any, T], until: float) -> T | None:
 
 @dataclass
 class _Stored:
-    """What the store says, as far as it does."""
+    """The facts read from the store, as far as they could be read."""
 
     lease: lease.InstanceLease | None = None
     desired: Desired = field(default_factory=Desired)
@@ -196,7 +196,7 @@ class _Stored:
     beats: list[Beat] = field(default_factory=list)
     now_ms: int = 0
     is_empty: bool = False
-    refusal: str = ""  # why it takes no writes
+    refusal: str = ""  # why the store takes no writes
     problems: dict[str, str] = field(default_factory=dict)
     unknown: dict[str, str] = field(default_factory=dict)
 
@@ -239,7 +239,7 @@ def _document(found: _Stored, key: str, decode: Callable[[], T], default: T) -> 
 
 
 async def _count(queue: Queue, stored: _Stored) -> dict[str, tuple[int | None, int | None]]:
-    """By backend: what waits, and dead letters; None where RabbitMQ does not say."""
+    """Returns by backend: waiting messages and dead letters; None if RabbitMQ does not answer."""
     refusals: set[str] = set()
 
     async def asked(count: Awaitable[int | None]) -> int | None:
@@ -261,7 +261,7 @@ async def _count(queue: Queue, stored: _Stored) -> dict[str, tuple[int | None, i
     return counts
 
 
-# From what was read to facts.
+# Turns the documents and beats into facts.
 
 
 def _store_facts(settings: Settings, trouble: str, stored: _Stored) -> ServerFacts:
@@ -299,29 +299,33 @@ def _controller(stored: _Stored, *, is_known: bool) -> ControllerFacts:
     return ControllerFacts("unknown" if stored.refusal else "missing", stored.lease.leader, silent_s)
 
 
-_KINDS = ("supervisor", "node", "proxy", "replica")
-
-
 def _place(beat: Beat) -> tuple[int, str, str]:
-    """Among the members; another version's may be of a kind that this one does not know."""
-    return _KINDS.index(beat.kind) if beat.kind in _KINDS else len(_KINDS), beat.kind, beat.id
+    """The sort key of a member. Another version's beat may have a kind that this version does not know."""
+    return list(Kind).index(Kind(beat.kind)) if beat.kind in list(Kind) else len(Kind), beat.kind, beat.id
 
 
 def _member(beat: Beat, stored: _Stored) -> MemberFacts:
+    state: MemberState | Literal["gone", "unknown"] = beat.state
+    if not beat.is_recent(stored.now_ms) and beat.state is not MemberState.FAILED:
+        state = "unknown" if stored.refusal else "gone"  # the store takes nobody's beats, so silence does not mean death
     silent_s = max(0.0, (stored.now_ms - beat.at) / 1000)
-    state = beat.state
-    if silent_s >= SILENT_AFTER_S and beat.state != "failed":
-        state = "unknown" if stored.refusal else "gone"  # nobody's beats are taken: that is no death
-    return MemberFacts(
-        beat.kind, beat.id, state, beat.state, silent_s, beat.node, beat.host, beat.pid, beat.url, beat.external, beat.backend,
-        beat.version, beat.running, beat.served, beat.refused or beat.error or beat.noted,
+    refused = beat.refused if isinstance(beat, ProxyBeat | ReplicaBeat) else ""
+    facts = MemberFacts(
+        beat.kind, beat.id, state, beat.state, silent_s, beat.node, beat.host, beat.pid, beat.url, beat.external,
+        trouble=refused or beat.error or beat.noted,
     )  # fmt: skip
+    match beat:
+        case ReplicaBeat():
+            return msgspec.structs.replace(facts, backend=beat.backend, version=beat.version, running=beat.running, served=beat.served)
+        case NodeBeat():
+            return msgspec.structs.replace(facts, running=beat.running)
+    return facts
 
 
 def _backend(name: str, stored: _Stored, members: Sequence[MemberFacts], waiting: int | None, dead_letters: int | None) -> BackendFacts:
     backend = stored.desired.backends[name]
-    mine = [member for member in members if member.kind == "replica" and member.backend == name]
-    ready = sum(member.said == "ready" and member.state in ("ready", "unknown") for member in mine)
+    mine = [member for member in members if member.kind == Kind.REPLICA and member.backend == name]
+    ready = sum(member.said is MemberState.READY and member.state in (MemberState.READY, "unknown") for member in mine)
     wanted = backend.config.num_replicas
     state: Literal["ready", "starting", "failing", "unknown"] = "ready" if ready >= wanted else "starting"
     if any(member.state == "unknown" for member in mine):
@@ -335,5 +339,5 @@ def _backend(name: str, stored: _Stored, members: Sequence[MemberFacts], waiting
 
 def _problems(stored: _Stored, members: Sequence[MemberFacts]) -> dict[str, str]:
     undone = {name: f"the last roll-out was undone: {b.rolled_back}" for name, b in stored.desired.backends.items() if b.rolled_back}
-    told = {member.id: member.trouble for member in members if member.trouble and member.state not in ("gone", "failed")}
+    told = {member.id: member.trouble for member in members if member.trouble and member.state not in ("gone", MemberState.FAILED)}
     return {**stored.problems, **undone, **told, **stored.observed.problems}

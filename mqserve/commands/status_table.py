@@ -1,4 +1,4 @@
-"""What `mqserve status` shows to people: the facts as tables, and what is wrong or not known below them."""
+"""Prints the facts of `mqserve status` for people: tables, and below them what is wrong or not known."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..broker.process.printable import INDENT, printable_lines
 if TYPE_CHECKING:
     from .status import BackendFacts, ControllerFacts, EndpointFacts, Facts, MemberFacts, ServerFacts
 
-Part = str | tuple[str, str]  # text, or text and its style
+Span = str | tuple[str, str]  # a text, or (text, style)
 
 PIPE_WIDTH = 240
 NOT_KNOWN = "?"
@@ -40,18 +40,18 @@ def print_facts(console: Console, facts: Facts) -> None:
         _print(console, ("Not known", "yellow"), f": {', '.join(facts.unknown)}")
 
 
-def _print(console: Console, *parts: Part) -> None:
-    console.print(_text(*parts), soft_wrap=True)
+def _print(console: Console, *spans: Span) -> None:
+    console.print(_text(*spans), soft_wrap=True)
 
 
-def _text(*parts: Part) -> Text:
-    """All that is shown goes through here: names, routes and words of errors may have brackets, which would be taken for markup, and what
-    a terminal obeys."""
-    styled = [(part, "") if isinstance(part, str) else part for part in parts]
+def _text(*spans: Span) -> Text:
+    """Builds every printed text, without markup and with control codes escaped: names, routes and error messages may hold brackets, or
+    codes that a terminal obeys."""
+    styled = [(span, "") if isinstance(span, str) else span for span in spans]
     return Text.assemble(*((printable_lines(words, INDENT), style) for words, style in styled))
 
 
-def _leader(controller: ControllerFacts) -> tuple[Part, ...]:
+def _leader(controller: ControllerFacts) -> tuple[Span, ...]:
     match controller.state:
         case "leads":
             return (controller.id, "green"), " leads"
@@ -64,12 +64,12 @@ def _leader(controller: ControllerFacts) -> tuple[Part, ...]:
             return ("not known", "yellow"), ": the store does not say"
 
 
-def _server(server: ServerFacts) -> tuple[Part, ...]:
+def _server(server: ServerFacts) -> tuple[Span, ...]:
     return (server.url,) if server.state == "up" else (f"{server.url} ", (server.state, "red"))
 
 
 def make_console() -> Console:
-    """As wide as the terminal; in a pipe wide enough for one line a row, since `grep` reads lines."""
+    """Returns a console as wide as the terminal. For a pipe it is wide enough for one line per row, since `grep` reads lines."""
     console = Console()
     return console if console.is_terminal else Console(width=PIPE_WIDTH)
 
@@ -114,14 +114,14 @@ def make_table(title: str, *columns: str) -> Table:
             justify="right" if column in _NUMBERS else "left",
             header_style="dim",
             no_wrap=column in ("kind", "state", "last beat"),
-            overflow="fold",  # an id or a URL that is cut is of no use
+            overflow="fold",  # never cut an id or a URL
         )
     return table
 
 
-def _add_row(table: Table, *cells: Part) -> None:
+def _add_row(table: Table, *cells: Span) -> None:
     table.add_row(*map(_text, cells))
 
 
-def _colored(state: str) -> Part:
+def _colored(state: str) -> Span:
     return state, {"ready": "green", "starting": "yellow", "draining": "yellow", "unknown": "yellow"}.get(state, "red")

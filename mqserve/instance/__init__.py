@@ -1,1 +1,1 @@
-"""Starting, keeping and ending an instance: its lease, its controller, its first node."""
+"""Starts, keeps and ends an instance: its lease, its controller, its first node."""

@@ -1,4 +1,4 @@
-"""One lock for each of the three processes of a detached instance on one machine: supervisor, controller, node."""
+"""A lock file for each of the three processes of a detached instance on one machine: supervisor, controller, node."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ class Role(Enum):
 
 
 class RoleLock:
-    """Held by the process that plays the role; the kernel releases it when that process ends, however it ends.
+    """The lock of one role, held by the process in that role. The kernel releases it when that process ends, in any way.
 
-    A flock belongs to the open file, not to the process. So the starter of a process takes the lock first and passes the open file on.
+    A flock belongs to the open file, not to the process. So a process that starts another takes the lock first and passes the open file
+    on.
     """
 
     def __init__(self, fd: int, path: Path) -> None:
@@ -36,7 +37,7 @@ class RoleLock:
 
     @classmethod
     def open(cls, namespace: str, instance: str, role: Role) -> Self:
-        """Not taken yet. Raises InstanceError where it cannot be made."""
+        """Opens the lock file without taking the lock. Raises InstanceError if the file cannot be made."""
         path = _path_of(namespace, instance, role)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,27 +47,27 @@ class RoleLock:
 
     @classmethod
     def handed_on(cls, fd: int, namespace: str, instance: str, role: Role) -> Self:
-        """The one that this process was started with; no child of its own is to have it."""
+        """Wraps the lock that this process inherited from its starter; children of this process do not inherit it."""
         os.set_inheritable(fd, False)
         return cls(fd, _path_of(namespace, instance, role))
 
     def take(self) -> bool:
-        """Whether it is ours now."""
+        """Tries to take the lock; returns whether it is ours."""
         try:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        except OSError as error:  # of a file system without such locks
+        except OSError as error:  # the file system has no such locks
             raise _no_place(self._path, error) from error
         return True
 
     async def taken(self) -> None:
-        """Returns once it is ours: nobody plays the role any more."""
+        """Returns once the lock is ours, which means that no process has the role any more."""
         while not self.take():
             await asyncio.sleep(LOOK_EVERY_S)
 
     def write(self, word: bytes) -> None:
-        """For the next holder."""
+        """Leaves a word in the file for the next holder."""
         os.truncate(self.fd, 0)
         os.pwrite(self.fd, word, 0)
 
@@ -74,13 +75,13 @@ class RoleLock:
         return os.pread(self.fd, 100, 0)
 
     def close(self) -> None:
-        """Lets it go, unless it was handed on. Idempotent."""
+        """Releases the lock, unless another process got it too. Idempotent."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
 
     def remove(self) -> None:
-        """The role is over for good."""
+        """Removes the file, because the role is over for good."""
         self._path.unlink(missing_ok=True)
 
 
@@ -90,13 +91,13 @@ def _path_of(namespace: str, instance: str, role: Role) -> Path:
 
 def _no_place(path: Path, error: OSError) -> InstanceError:
     return InstanceError(
-        f"a detached instance needs a folder for its locks, and {path.parent} is none ({error.strerror}): "
+        f"a detached instance needs a folder for its locks, and {path.parent} cannot be used ({error.strerror}): "
         "set XDG_STATE_HOME to a folder that this user can write"
     )
 
 
 def check_folder(namespace: str) -> None:
-    """Raises InstanceError where no lock can be made."""
+    """Raises InstanceError if no lock file can be made."""
     lock = RoleLock.open(namespace, "none", Role.SUPERVISOR)
     try:
         lock.take()
@@ -106,13 +107,13 @@ def check_folder(namespace: str) -> None:
 
 
 def played_here(namespace: str) -> list[str]:
-    """The roles that processes on this machine play for an instance of the namespace, of whichever: known without any server."""
+    """Returns the roles of the namespace's instances that processes on this machine have, without asking any server."""
     places = [(role, path) for role in Role for path in detached_log(namespace).parent.glob(f"{namespace}.*.{role.value}.lock")]
     return [role.value for role, path in places if is_played(namespace, path.name.split(".")[1], role)]
 
 
 def is_played(namespace: str, instance: str, role: Role) -> bool:
-    """Whether a process on this machine has the lock."""
+    """Whether a process on this machine holds the lock."""
     if not _path_of(namespace, instance, role).exists():
         return False
     lock = RoleLock.open(namespace, instance, role)

@@ -1,4 +1,4 @@
-"""Controller and node as processes of their own; the supervisor is in supervisor.py."""
+"""Controller and node as processes of their own (the supervisor is in supervisor.py)."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ JOIN_TRIES = 3
 
 
 async def run_controller(settings: Settings, controller_id: str, kept: Kept | None = None) -> int:
-    """Until it is stopped or the instance is shut down; the exit code.
+    """Runs a controller until it is stopped or the instance is shut down; returns the exit code.
 
-    One that is kept is of its keeper's instance, and never makes one; it leads also while RabbitMQ is away.
+    A controller that a keeper started belongs to the keeper's instance, and never makes a new one. It also leads while RabbitMQ is away.
     """
     stop = stop_event()
     async with open_connections(settings, "controller", broker_may_be_away=kept is not None) as connections:
@@ -43,13 +43,13 @@ async def run_controller(settings: Settings, controller_id: str, kept: Kept | No
                 trouble=trouble,
             )
             await controller.run(stop)
-        if stop.orphaned:  # the starter was killed: the namespace is free at once, and the queues keep what was accepted
+        if stop.orphaned:  # the starter was killed: free the namespace at once; the queues keep the accepted requests
             await lease.forget(connections.store, connections.keys, instance)
     return 0
 
 
 async def run_node(settings: Settings, options: NodeOptions, metrics_host: str, metrics_port: int, kept: Kept | None = None) -> int:
-    """Until it is stopped; the exit code. It needs the store only: a node takes and sends no messages."""
+    """Runs a node until it is stopped; returns the exit code. It connects to the store only, since a node handles no messages."""
     stop: Stop = stop_event()
     async with open_redis(settings.store_url, settings.namespace) as store:
         with serve_metrics(metrics_host, metrics_port) as metrics:
@@ -63,10 +63,10 @@ async def run_node(settings: Settings, options: NodeOptions, metrics_host: str, 
 
 
 async def join_or_start(connections: Connections) -> str:
-    """The id of the running instance, or a detached one of ours where there is none.
+    """Returns the id of the running instance, or starts a detached one if there is none.
 
-    An empty namespace is watched first: it may be that of an instance whose store lost its data, which its controller is about to write
-    back, or one that somebody starts at this moment. Raises InstanceError where neither comes of it.
+    It watches an empty namespace first: its store may have lost the data, which a controller is about to write back, or somebody may be
+    starting an instance right now. Raises InstanceError if neither happens and none can be started.
     """
     tries_left = JOIN_TRIES
     while True:
@@ -77,7 +77,7 @@ async def join_or_start(connections: Connections) -> str:
         except InstanceError:
             tries_left -= 1
             if not tries_left:
-                raise  # else another one was quicker: its documents come in a moment
+                raise  # otherwise another starter was faster, and its documents will come
 
 
 async def _find_instance(connections: Connections) -> str | None:

@@ -1,4 +1,4 @@
-"""Starting and ending an instance: its lease, its controller, its first node; as tasks or as processes."""
+"""Starts and ends an instance: its lease, its controller, its first node; as tasks or as processes."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ from ..broker.values import code
 from ..broker.values.whole_numbers import whole_number
 from ..connections import Connections, EmbeddedLauncher, instance_has_ended, open_connections
 from ..controller import lease
+from ..controller.desired_writes import write_next
 from ..controller.detached_log import detached_log
 from ..controller.loop import Controller
 from ..controller.machine import measure_node
 from ..controller.node import Child, Node, NodeOptions
 from ..controller.processes import Process
 from ..controller.restarts import Restarts
-from ..controller.state.beats import read_beats
+from ..controller.state.beats import MemberState, ProxyBeat, SupervisorBeat, beats_of, read_beats
 from ..controller.state.documents import Desired, HttpOptions, Observed
-from .draining import Tell, telling
+from .drain_report import Tell, reporting
 from .role_lock import Role, check_folder, is_played
 from .supervisor import Kept
 
@@ -39,25 +40,26 @@ logger = logging.getLogger(__name__)
 
 START_BUDGET_S = 30.0
 SHUTDOWN_BUDGET_S = 45.0
-UNLED_AFTER_S = lease.LAPSED_AFTER_S + 5.0  # of an instance that is to end: another controller would have led by then
+UNLED_AFTER_S = lease.LAPSED_AFTER_S + 5.0  # an instance without a leader for this long will not get one: a standby would have taken over
 LOCATIONS = ("HeadOnly", "EveryNode", "NoServer")
 
 
 @dataclass(frozen=True, slots=True)
 class StartOptions:
-    """What `serve.start` was told."""
+    """The arguments of `serve.start`."""
 
     http: HttpOptions
     middlewares: tuple[object, ...] = ()
     detached: bool = False
     with_node: bool = True
     node_id: str = ""
-    incomplete: bool = False  # proxies are not ready before `Client.tell_complete`
-    tell: Tell | None = None  # what still drains at its end
+    incomplete: bool = False  # proxies do not report ready before `Client.tell_complete`
+    tell: Tell | None = None  # receives lines about what still drains at the end
+    keeps_queues: bool = False  # messages that wait at its end are left for the next instance of the namespace
 
 
 def parse_http_options(options: object) -> tuple[HttpOptions, tuple[object, ...]]:
-    """(options, middlewares). Raises BadType or BadValue with what is wrong."""
+    """Returns (options, middlewares). Raises BadType or BadValue with what is wrong."""
     if options is None:
         options = {}
     if not isinstance(options, dict):
@@ -79,7 +81,7 @@ def parse_http_options(options: object) -> tuple[HttpOptions, tuple[object, ...]
 
 
 def parse_middlewares(middlewares: object) -> tuple[object, ...]:
-    """Raises BadType for what is no list: of a str it would be the letters."""
+    """Returns the middlewares. Raises BadType unless it is a list: a str would be iterated by letters."""
     if middlewares is None:
         return ()
     if not isinstance(middlewares, list | tuple):
@@ -89,7 +91,7 @@ def parse_middlewares(middlewares: object) -> tuple[object, ...]:
 
 @asynccontextmanager
 async def running_instance(connections: Connections, options: StartOptions) -> AsyncIterator[str]:
-    """A live instance, with its id; shut down on exit unless detached."""
+    """Starts a live instance and yields its id; shuts it down on exit unless it is detached."""
     if connections.settings.embedded and options.detached:
         raise InstanceError(
             "a detached instance needs a broker and a store that outlive this process: set MQSERVE_BROKER_URL and MQSERVE_STORE_URL"
@@ -97,9 +99,10 @@ async def running_instance(connections: Connections, options: StartOptions) -> A
     http = options.http
     if http.location != "NoServer" and options.with_node:
         try:
-            bind(http.host, http.port).close()  # said here, in one sentence, rather than by a child
+            bind(http.host, http.port).close()  # so that a bad address is reported here, in one sentence, and not by a child
         except BadValue:
-            await lease.check_free(connections.store, connections.keys)  # else that is the reason: its proxy has the port
+            # a running instance is the likelier reason, since its proxy has the port
+            await lease.check_free(connections.store, connections.keys)
             raise
     if options.detached:
         check_folder(connections.settings.namespace)
@@ -114,29 +117,30 @@ async def running_instance(connections: Connections, options: StartOptions) -> A
     claim = await lease.claim_instance(
         connections.store, connections.keys, head_node, http, detached=options.detached, incomplete=options.incomplete
     )
-    members = _Members(connections, claim.id, node_id, options)
+    processes = _OwnProcesses(connections, claim.id, node_id, options)
     is_up = False
     try:
-        members.start()
-        await _until_up(connections, http, head_node, members)
+        processes.start()
+        await _until_up(connections, http, head_node, processes)
         is_up = True
-        members.watch()
+        processes.watch()
         yield claim.id
     finally:
         if not (options.detached and is_up):
             try:
                 if claim.found is None:
-                    await shut_down(connections, claim.id, options.tell)
-                else:  # what others have deployed there is not ours to clear
+                    keeps_queues = options.keeps_queues and not connections.settings.embedded
+                    await shut_down(connections, claim.id, options.tell, keeps_queues=keeps_queues)
+                else:  # an instance that was taken over has others' deployments, so it is not cleared
                     await lease.give_back(connections.store, connections.keys, claim, head_node)
             except MQServeError as error:
-                logger.error("the instance was not cleared, which the next start under its namespace does: %s", error)
+                logger.error("cannot clear the instance; the next start under its namespace will: %s", error)
             finally:
-                await members.end()
+                await processes.end()
 
 
 async def _check_not_kept(connections: Connections) -> None:
-    """Raises InstanceError where a supervisor on this machine keeps the instance there is, also if no controller leads it now."""
+    """Raises InstanceError if a supervisor on this machine keeps the instance, even if no controller leads it now."""
     raw = await connections.store.get(connections.keys.instance)
     if raw is not None and is_played(connections.settings.namespace, lease.decode_lease(raw).id, Role.SUPERVISOR):
         await lease.check_free(connections.store, connections.keys)
@@ -147,8 +151,9 @@ async def _check_not_kept(connections: Connections) -> None:
         )
 
 
-class _Members:
-    """The controller and the first node, as tasks or as processes; of a detached instance the supervisor, which starts these."""
+class _OwnProcesses:
+    """The processes (or tasks) that a starter runs: the controller and the first node; for a detached instance the supervisor, which
+    starts those two."""
 
     def __init__(self, connections: Connections, instance: str, node_id: str, options: StartOptions) -> None:
         self._connections = connections
@@ -172,7 +177,9 @@ class _Members:
             node = Node(options, connections.store, connections.keys, EmbeddedLauncher(connections), connections.settings.signer)
             self._tasks = [asyncio.create_task(controller.run(self._stop)), asyncio.create_task(node.run(self._stop))]
             return
-        self._processes = [Process(command, self._connections.settings, detached=self._options.detached) for command in self._commands()]
+        self._processes = [
+            Process.start(command, self._connections.settings, detached=self._options.detached) for command in self._commands()
+        ]
 
     def _commands(self) -> list[list[str]]:
         arguments = self._kept.arguments()
@@ -182,7 +189,7 @@ class _Members:
         return [["controller", *arguments], *node]
 
     def watch(self) -> None:
-        """Starts again whichever of its processes dies, as long as there is the instance; a detached one's keep each other."""
+        """Restarts a process that dies, as long as the instance exists. The processes of a detached instance restart each other instead."""
         if self._options.detached:
             for process in self._processes:
                 process.disown()
@@ -193,12 +200,12 @@ class _Members:
         command = self._commands()[place]
 
         def start() -> Child:
-            self._processes[place] = Process(command, self._connections.settings)
+            self._processes[place] = Process.start(command, self._connections.settings)
             return self._processes[place]
 
         async def is_over() -> bool:
             if command[0] == "controller":
-                with suppress(MQServeError):  # then it lapses
+                with suppress(MQServeError):  # the lead then lapses by itself
                     await lease.release_of(self._connections.store, self._connections.keys, self._kept.token)
             return await instance_has_ended(self._connections, self._instance)
 
@@ -206,7 +213,7 @@ class _Members:
 
     @property
     def log(self) -> str:
-        """Where it stands what they said."""
+        """Where the processes' output is, for error messages."""
         return str(detached_log(self._connections.settings.namespace)) if self._options.detached else "the log above"
 
     @property
@@ -214,7 +221,7 @@ class _Members:
         return {process.pid for process in self._processes}
 
     def check(self) -> None:
-        """Raises InstanceError when a member ended."""
+        """Raises InstanceError if one of the processes or tasks has ended."""
         for process in self._processes:
             if process.returncode is not None:
                 raise InstanceError(f"{process!r} ended at once: see {self.log}")
@@ -237,8 +244,8 @@ class _Members:
 
 
 async def keep_running(role: str, child: Child, start: Callable[[], Child], is_over: Callable[[], Awaitable[bool]]) -> None:
-    """Until all is over, which is asked after each end. One that lived for a while is started again at once, others after growing
-    pauses."""
+    """Restarts a child whenever it ends, until `is_over()`, which is asked after each end. A child that lived for a while is restarted at
+    once, others after growing pauses."""
     restarts = Restarts()
     while True:
         started = time.monotonic()
@@ -255,7 +262,7 @@ async def _start_again(role: str, start: Callable[[], Child], restarts: Restarts
         await asyncio.sleep(max(0.0, restarts.not_before - time.monotonic()))
         try:
             return start()
-        except OSError as error:  # no file descriptors, no processes: there may be some later
+        except OSError as error:  # out of descriptors or processes; there may be some later
             logger.error("cannot start the %s again: %s", role, error)
             restarts.died_early(time.monotonic(), str(error))
 
@@ -265,7 +272,8 @@ async def _ended(child: Child) -> None:
 
 
 async def end_instance(settings: Settings, tell: Tell) -> int:
-    """The instance that runs, whosever it is; the exit code. Raises InstanceError when there is none, and as `shut_down` does."""
+    """Ends the running instance, whoever started it; returns the exit code. Raises InstanceError if there is none, and as `shut_down`
+    does."""
     async with open_connections(settings, "client") as connections:
         instance = (await lease.read_instance(connections.store, connections.keys)).id
         tell(f"Draining {settings.namespace!r} …")
@@ -273,17 +281,18 @@ async def end_instance(settings: Settings, tell: Tell) -> int:
     return 0
 
 
-async def shut_down(connections: Connections, instance: str, tell: Tell | None = None) -> None:
-    """The instance drains and is cleared: marks the desired document and waits for the controller to have done it.
+async def shut_down(connections: Connections, instance: str, tell: Tell | None = None, *, keeps_queues: bool = False) -> None:
+    """Drains and clears the instance: marks the desired document as closing and waits until the controller has finished. Messages that
+    still wait then are refused, or left for the next instance of the namespace with `keeps_queues`.
 
-    Where none leads it is cleared here, and what still runs drains by itself. Raises InstanceError for one that still drains when all its
-    replicas' time is over, and StoreUnavailable.
+    If no controller leads, it clears the documents here, and what still runs drains by itself. Raises InstanceError if the instance still
+    drains after all the time that its replicas may take, and StoreUnavailable.
     """
 
     async def read_budget_s() -> float:
         desired = Desired.from_bytes(await connections.store.get(connections.keys.desired))
         drains_s = [backend.config.graceful_shutdown_timeout_s for backend in desired.backends.values()]
-        return SHUTDOWN_BUDGET_S + 2 * max(drains_s, default=0.0)  # for what waits, and then for what runs
+        return SHUTDOWN_BUDGET_S + 2 * max(drains_s, default=0.0)  # time for what waits, and then for what runs
 
     async def is_cleared() -> bool | None:
         raw, raw_lease = await connections.store.get_documents([connections.keys.desired, connections.keys.instance])
@@ -291,47 +300,49 @@ async def shut_down(connections: Connections, instance: str, tell: Tell | None =
         if raw is None or desired.instance != instance:
             return True
         if not desired.closing:
-            closing = msgspec.structs.replace(desired, closing=True, version=desired.version + 1)
-            await connections.store.replace(connections.keys.desired, raw, closing.to_bytes())
-        with suppress(BadEnvelope):  # the leader writes the lease anew
+            closing = msgspec.structs.replace(desired, closing=True, keeps_queues=keeps_queues)
+            await write_next(connections.store, connections.keys, raw, closing)
+        with suppress(BadEnvelope):  # the leader rewrites a broken lease
             if raw_lease is not None and connections.store.now_ms() - lease.decode_lease(raw_lease).at > UNLED_AFTER_S * 1000:
-                raise TimeoutError  # it would be waited for in vain
+                raise TimeoutError  # waiting longer would be in vain
         return None
 
     budget_s = await until(connections.store, read_budget_s, SHUTDOWN_BUDGET_S)
     try:
-        async with telling(connections, tell):
+        async with reporting(connections, tell):
             await until(connections.store, is_cleared, budget_s)
     except TimeoutError:
         if await lease.has_leader(connections.store, connections.keys, instance):
             raise InstanceError(
-                f"the instance still drains after {budget_s:g} s, and its controller goes on with that: look with `mqserve status`, "
-                "and drop what keeps it with delete_backend(…, force=True)"
+                f"the instance still drains after {budget_s:g} s, and its controller goes on with that: see `mqserve status`, "
+                "and drop the requests that it waits for with delete_backend(…, force=True)"
             ) from None
         await lease.forget(connections.store, connections.keys, instance)
 
 
-async def _until_up(connections: Connections, http: HttpOptions, head_node: str, members: _Members) -> None:
-    """The controller leads, the node is there and its proxy serves. Raises InstanceError with the reason why not."""
+async def _until_up(connections: Connections, http: HttpOptions, head_node: str, processes: _OwnProcesses) -> None:
+    """Returns once the controller leads, the node is there and its proxy serves. Raises InstanceError with the reason if that does not
+    happen."""
     wants_proxy = bool(head_node) and http.location != "NoServer"
 
     async def is_up() -> bool | None:
-        members.check()
+        processes.check()
         beats = read_beats(await connections.store.fields(connections.keys.beats))
         raw_desired, raw_observed = await connections.store.get_documents([connections.keys.desired, connections.keys.observed])
         desired, observed = Desired.from_bytes(raw_desired), Observed.from_bytes(raw_observed)
-        is_led = observed.seen >= (desired.epoch, desired.version)  # by the new controller: of an instance taken over there is an old state
-        proxies = [beat for beat in beats.values() if beat.kind == "proxy" and beat.node == head_node] if wants_proxy else []
+        # the new controller has seen it: an instance that was taken over still has the old one's observed state
+        is_led = observed.seen >= (desired.epoch, desired.version)
+        proxies = [beat for beat in beats_of(beats, ProxyBeat) if beat.node == head_node] if wants_proxy else []
         for proxy in proxies:
-            if proxy.state == "failed":
+            if proxy.state is MemberState.FAILED:
                 raise InstanceError(proxy.error)
-        if trouble := next((beat.error for beat in beats.values() if beat.kind == "supervisor" and beat.pid in members.pids), ""):
+        if trouble := next((beat.error for beat in beats_of(beats, SupervisorBeat) if beat.pid in processes.pids), ""):
             raise InstanceError(trouble)
         node_is_there = not head_node or f"node:{head_node}" in beats
-        proxy_serves = not wants_proxy or any(proxy.state == "ready" for proxy in proxies)
+        proxy_serves = not wants_proxy or any(proxy.state is MemberState.READY for proxy in proxies)
         return True if is_led and node_is_there and proxy_serves else None
 
     try:
         await until(connections.store, is_up, START_BUDGET_S)
     except TimeoutError:
-        raise InstanceError(f"the instance was not up within {START_BUDGET_S:g} s: see {members.log}, and `mqserve status`") from None
+        raise InstanceError(f"the instance was not up within {START_BUDGET_S:g} s: see {processes.log}, and `mqserve status`") from None

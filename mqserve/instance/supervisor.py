@@ -1,4 +1,4 @@
-"""A detached instance keeps itself: its supervisor starts the controller and the node again, and these two start the supervisor.
+"""A detached instance keeps itself running: its supervisor restarts the controller and the node, and these two restart the supervisor.
 
 The rules are in docs/design.md, "A detached instance keeps itself".
 """
@@ -25,25 +25,25 @@ from ..controller import lease
 from ..controller.detached_log import detached_log
 from ..controller.processes import Process
 from ..controller.restarts import READY_AFTER_S, Restarts
-from ..controller.state.beats import BEAT_EVERY_S, Beat
+from ..controller.state.beats import BEAT_EVERY_S, SupervisorBeat
 from ..controller.state.presence import Presence
 from .role_lock import Role, RoleLock
 
 logger = logging.getLogger(__name__)
 
-LONGEST_PAUSE_S = 8.0  # all is to be back within 15 s
-_ASK_AGAIN_S = 0.5  # the store, whether the instance is there
-_TAKE_BUDGET_S = 2.0  # somebody may look whether the lock is free at the same moment
-_END_BUDGET_S = 60.0  # a node ends what drains for too long by itself
-TOLD_TO_END = b"told to end"  # in the supervisor's lock file: for the other two
+LONGEST_PAUSE_S = 8.0  # all three must be back within 15 s
+_ASK_AGAIN_S = 0.5  # how often the store is asked whether the instance exists
+_TAKE_BUDGET_S = 2.0  # another process may test at the same moment whether the lock is free
+_END_BUDGET_S = 60.0  # a node itself ends children that drain for too long
+TOLD_TO_END = b"told to end"  # written to the supervisor's lock file, for the other two processes to read
 
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """For which instance a process was started, and by whom it is kept.
+    """The instance that a process was started for, and its keeper.
 
-    `token`: what the leads of this keeper's controllers have in their names. `node_id`: of the node that is kept too, if one is. `lock`:
-    the open file of its own lock, for one of the three that keep each other; others are kept by their parent.
+    `token` is part of the names under which this keeper's controllers lead. `node_id` names the kept node, if there is one. `lock` is the
+    descriptor of the process's own role lock, if it is one of the three that keep each other; other processes are kept by their parent.
     """
 
     instance: str
@@ -52,13 +52,13 @@ class Kept:
     lock: int | None = None
 
     def arguments(self) -> list[str]:
-        """For the command line; the starter adds the number of the lock that it passes on."""
+        """Returns the arguments for the command line; the starter adds the number of the lock that it passes on."""
         node = ["--kept-node", self.node_id] if self.node_id else []
         return ["--instance", self.instance, "--kept-by", self.token, *node]
 
 
-class Part:
-    """One of the three, as seen by a process that keeps it."""
+class KeptProcess:
+    """One of the three processes, as seen by another one that keeps it running."""
 
     def __init__(self, role: Role, kept: Kept, settings: Settings, store: Store) -> None:
         self._role = role
@@ -67,18 +67,18 @@ class Part:
         self._store = store
         self._keys = StoreKeys(settings.namespace)
         self._restarts = Restarts(longest_pause_s=LONGEST_PAUSE_S)
-        self._child: Process | None = None  # started here
+        self._child: Process | None = None  # the child, if this process started it
         self._started_at = -math.inf
-        self._is_missing = False  # its lock is ours
-        self._last_end = ""  # in words; empty before the first one
-        self._why_not = ""  # nothing can be started
+        self._is_missing = False  # we hold its lock, so it does not run
+        self._last_end = ""  # how it ended last; empty before the first end
+        self._why_not = ""  # why it cannot be started now
 
     def __repr__(self) -> str:
         return f"<the {self._role.value}, {self._child!r}>"
 
     @property
     def trouble(self) -> str:
-        """For operators: why it does not run, or did not for long."""
+        """Why it does not run, or keeps ending soon, for operators; empty if all is well."""
         if self._why_not:
             return f"the {self._role.value} is not started: {self._why_not}"
         if not self._restarts.reason or not (self._is_missing or time.monotonic() - self._started_at < READY_AFTER_S):
@@ -89,14 +89,14 @@ class Part:
         )
 
     async def keep(self) -> None:
-        """Starts it whenever it does not run. Returns when nothing is to be started any more: the instance has ended, or this process is
-        told to. A lock that cannot be had (no file descriptors, no folder) is tried again: the process that keeps another has work of its
-        own, which must not end with that."""
+        """Restarts the process whenever it does not run. Returns once it is not to run any more: the instance has ended, or the
+        supervisor was told to end. Retries if the lock cannot be opened (no descriptors, no folder), since the calling process has other
+        work, which must go on."""
         while True:
             try:
                 return await self._keep()
             except (InstanceError, OSError) as error:
-                logger.error("the %s is not kept now: %s", self._role.value, words_of(error))
+                logger.error("cannot keep the %s running now: %s", self._role.value, words_of(error))
                 self._why_not = words_of(error)
             await asyncio.sleep(_ASK_AGAIN_S)
             self._why_not = ""
@@ -107,18 +107,18 @@ class Part:
             while True:
                 await self._end(lock)
                 self._is_missing = True
-                if lock.read() == TOLD_TO_END:  # which stays, for one that is only starting now
+                if lock.read() == TOLD_TO_END:  # it stays in the file, for a process that is only starting now
                     return
                 if not await self._start(lock):
                     return lock.remove()
                 self._is_missing = False
-                lock.close()  # the process has it now
+                lock.close()  # the started process holds it now
                 lock = self._open_lock()
         finally:
             lock.close()
 
     async def gone(self) -> None:
-        """Returns once nobody plays the role, which is over."""
+        """Returns once no process has the role, which is over, and removes the lock file."""
         lock = self._open_lock()
         try:
             await lock.taken()
@@ -130,7 +130,7 @@ class Part:
         return RoleLock.open(self._settings.namespace, self._kept.instance, self._role)
 
     async def _end(self, lock: RoleLock) -> None:
-        """Returns once nobody plays the role, and the lock is ours. One that another process started is known by its lock alone."""
+        """Returns once the process has ended and its lock is ours. If another process started it, only the lock tells that."""
         child, self._child = self._child, None
         if child is not None:
             how = await child.wait() or "by itself"
@@ -141,7 +141,7 @@ class Part:
         await lock.taken()
 
     async def _start(self, lock: RoleLock) -> bool:
-        """As soon as that may be. False where the instance has ended."""
+        """Starts the process as soon as the rules allow. Returns False if the instance has ended."""
         while True:
             standing = await self._ask()
             if standing is lease.Standing.ENDED:
@@ -152,7 +152,7 @@ class Part:
             await asyncio.sleep(_ASK_AGAIN_S if self._why_not else min(_ASK_AGAIN_S, max(0.0, pause_s)))
 
     async def _ask(self) -> lease.Standing | None:
-        """What is left of the instance; None where the store does not say. First the lead of a controller that ended is released."""
+        """Returns what is left of the instance, None if the store does not say. Releases the lead of an ended controller first."""
         standing = None
         why_not = ""
         try:
@@ -176,8 +176,8 @@ class Part:
         own = ["--node-id", self._kept.node_id] if self._role is Role.NODE else []
         command = [self._role.value, *own, *self._kept.arguments(), "--lock", str(lock.fd)]
         try:
-            self._child = Process(command, self._settings, detached=True, hands_on=(lock.fd,))
-        except OSError as error:  # no file descriptors, no processes: there may be some later
+            self._child = Process.start(command, self._settings, detached=True, hands_on=(lock.fd,))
+        except OSError as error:  # out of descriptors or processes; there may be some later
             logger.error("cannot start the %s: %s", self._role.value, words_of(error))
             self._restarts.died_early(time.monotonic(), words_of(error))
             return False
@@ -186,24 +186,25 @@ class Part:
 
 
 class Supervisor:
-    """Keeps the controller, and the node if there is one."""
+    """Keeps the controller running, and the node if there is one."""
 
     def __init__(self, settings: Settings, kept: Kept, store: Store) -> None:
-        self._id = f"supervisor-{socket.gethostname()}-{kept.token}"  # the next one's too: its beat takes the place of this one's
+        # also the id of the next supervisor, so that its beat replaces this one's
+        self._id = f"supervisor-{socket.gethostname()}-{kept.token}"
         roles = [Role.CONTROLLER, Role.NODE] if kept.node_id else [Role.CONTROLLER]
-        self._parts = [Part(role, kept, settings, store) for role in roles]
+        self._kept_processes = [KeptProcess(role, kept, settings, store) for role in roles]
         self._store = store
         beats = StoreKeys(settings.namespace).beats
         self._presence = Presence(store, beats, f"supervisor:{self._id}", lambda: self._beat().to_bytes(), BEAT_EVERY_S)
 
     def __repr__(self) -> str:
-        return f"<Supervisor of {self._parts}>"
+        return f"<Supervisor of {self._kept_processes}>"
 
     async def run(self, lock: RoleLock, stop: Stop) -> None:
-        """Until the instance has ended, or `stop` is set: then the others end, too."""
+        """Runs until the instance has ended, or `stop` is set: then it ends the others, too."""
         async with asyncio.TaskGroup() as tasks:
             beating = tasks.create_task(self._presence.beat_forever())
-            keeping = [tasks.create_task(part.keep()) for part in self._parts]
+            keeping = [tasks.create_task(process.keep()) for process in self._kept_processes]
             stopping = tasks.create_task(stop.wait())
             await asyncio.wait([*keeping, stopping], return_when=asyncio.FIRST_COMPLETED)
             for task in (*keeping, stopping):
@@ -218,19 +219,20 @@ class Supervisor:
         lock.close()
         try:
             async with asyncio.timeout(_END_BUDGET_S):
-                for part in self._parts:
-                    await part.gone()
+                for process in self._kept_processes:
+                    await process.gone()
             lock.remove()
         except TimeoutError:
-            logger.error("of %s one has not ended within %d s, and is left to itself", self._parts, _END_BUDGET_S)
+            logger.error("one of %s has not ended within %d s: going on without it", self._kept_processes, _END_BUDGET_S)
 
-    def _beat(self) -> Beat:
-        error = "; ".join(part.trouble for part in self._parts if part.trouble)
-        return Beat("supervisor", self._id, self._store.now_ms(), pid=os.getpid(), host=socket.gethostname(), error=error)
+    def _beat(self) -> SupervisorBeat:
+        error = "; ".join(process.trouble for process in self._kept_processes if process.trouble)
+        return SupervisorBeat(self._id, self._store.now_ms(), pid=os.getpid(), host=socket.gethostname(), error=error)
 
 
 async def run_supervisor(settings: Settings, kept: Kept) -> int:
-    """Until the instance has ended or somebody ends it; the exit code. Raises InstanceError where another one has the part."""
+    """Runs the supervisor until the instance has ended or somebody ends it; returns the exit code. Raises InstanceError if another
+    process has the role."""
     stop = stop_event()
     lock = await _take_own_lock(settings, kept)
     async with open_redis(settings.store_url, settings.namespace) as store:
@@ -239,7 +241,7 @@ async def run_supervisor(settings: Settings, kept: Kept) -> int:
 
 
 async def _take_own_lock(settings: Settings, kept: Kept) -> RoleLock:
-    """The first supervisor takes it itself; a later one was given it by its starter."""
+    """Takes the lock: the first supervisor takes it itself, a later one inherits it from its starter."""
     which = settings.namespace, kept.instance, Role.SUPERVISOR
     lock = RoleLock.open(*which) if kept.lock is None else RoleLock.handed_on(kept.lock, *which)
     try:
@@ -247,27 +249,27 @@ async def _take_own_lock(settings: Settings, kept: Kept) -> RoleLock:
             await lock.taken()
     except TimeoutError:
         raise InstanceError("a supervisor of this instance runs on this machine already") from None
-    lock.write(b"")  # the last one may have been told to end
+    lock.write(b"")  # the last supervisor may have left TOLD_TO_END
     return lock
 
 
 @asynccontextmanager
 async def keeping_supervisor(kept: Kept | None, settings: Settings, store: Store, stop: Stop) -> AsyncIterator[Callable[[], str]]:
-    """Beside a controller or a node that a supervisor started: starts that again, and sets `stop` with the end of the instance. Gives what
-    is in the way of that, for operators. Beside others it does nothing."""
+    """Inside the block, restarts the supervisor of this controller or node, and sets `stop` when the instance ends. Yields a function
+    that returns what prevents a restart, for operators. Does nothing if no supervisor started this process."""
     if kept is None or kept.lock is None:
         yield lambda: ""
         return
-    os.set_inheritable(kept.lock, False)  # no child is to have it: it would play the role when this process has ended
-    part = Part(Role.SUPERVISOR, kept, settings, store)
+    os.set_inheritable(kept.lock, False)  # no child may inherit it: a child that lives longer would hold the role
+    process = KeptProcess(Role.SUPERVISOR, kept, settings, store)
 
     async def keep() -> None:
-        await part.keep()
+        await process.keep()
         stop.set()
 
     async with asyncio.TaskGroup() as tasks:
         keeping = tasks.create_task(keep())
         try:
-            yield lambda: part.trouble
+            yield lambda: process.trouble
         finally:
             keeping.cancel()

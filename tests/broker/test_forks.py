@@ -261,7 +261,7 @@ def test_a_child_that_is_forked_by_the_first_thing_a_loop_does_takes_none_of_its
 def test_a_signal_for_a_child_is_the_childs_even_in_its_first_moment(shell: CommandLine) -> None:
     script = """
 import asyncio, os, signal, threading, time
-from mqserve.broker.lifeline import run, stop_event
+from mqserve.broker.process.lifeline import run, stop_event
 
 def fork_and_terminate():
     pid = os.fork()
@@ -292,7 +292,7 @@ raise SystemExit(run(main()))
 def test_a_child_has_pythons_own_handlers_where_ours_were_and_the_users_where_they_set_some(shell: CommandLine) -> None:
     script = """
 import asyncio, os, signal
-from mqserve.broker.lifeline import run, stop_event
+from mqserve.broker.process.lifeline import run, stop_event
 
 async def main():
     stop_event()

@@ -41,7 +41,7 @@ async def test_a_result_recorded_while_the_store_is_frozen_is_written_after_it(
     async with open_redis(store_server.url, namespace) as store:
         store_server.freeze()
         written = store.record(Record(keys.future("f"), b"result", "", b"", deadline_ms=store.now_ms() + 60_000))
-        await until(lambda: not store.connected)
+        await until(lambda: not store.health.connected)
         store_server.thaw()
         await written
         assert await store.get(keys.future("f")) == b"result"
@@ -82,7 +82,7 @@ async def test_an_inbox_reader_goes_on_after_its_connection_was_killed(store_ser
         await until(lambda: len(gaps) == 1)
         kill_all_connections(store_server)
         await until(lambda: len(gaps) == 2)
-        assert store.connected
+        assert store.health.connected
         await store.record(Record(keys.future("f"), b"result", inbox, b"note", deadline_ms=store.now_ms() + 10_000))
         await until(lambda: notes == [b"note"])
         reader.cancel()

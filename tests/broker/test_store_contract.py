@@ -206,7 +206,7 @@ async def test_store_time_is_close_to_ours_on_one_machine(store: Store) -> None:
 
 async def test_a_store_in_use_is_connected(store: Store, keys: StoreKeys) -> None:
     await store.get(keys.desired)
-    assert store.connected
+    assert store.health.connected
 
 
 def result(key: str, value: bytes, inbox: str = "", note: bytes = b"") -> Record:

@@ -9,7 +9,7 @@ from mqserve.broker.store_keys import StoreKeys
 from mqserve.controller.absent_nodes import ABSENT_FOR_S
 from mqserve.controller.changes import commit, create_backend
 from mqserve.controller.lease import claim_instance
-from mqserve.controller.state.beats import Beat
+from mqserve.controller.state.beats import MemberState, NodeBeat
 from mqserve.controller.state.documents import Assignment, Backend, HttpOptions, Observed
 from tests.controller.test_leading import controllers, until
 
@@ -20,7 +20,7 @@ KEYS = StoreKeys("tests")
 
 async def beat(store: EmbeddedStore, state: str = "ready") -> None:
     now = store.now_ms()
-    await store.put_field(KEYS.beats, "node:n", Beat("node", "n", now, state=state, takes_proxy=True).to_bytes())
+    await store.put_field(KEYS.beats, "node:n", NodeBeat("n", now, state=MemberState(state), takes_proxy=True).to_bytes())
     await store.announce()
 
 

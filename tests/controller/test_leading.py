@@ -33,7 +33,7 @@ from mqserve.controller.lease import (
     renew_instance,
 )
 from mqserve.controller.loop import SETTLE_S, Controller
-from mqserve.controller.state.beats import Beat
+from mqserve.controller.state.beats import NodeBeat
 from mqserve.controller.state.documents import Assignment, Backend, Desired, HttpOptions, Observed
 
 pytestmark = pytest.mark.anyio
@@ -101,6 +101,7 @@ async def test_a_lapsed_lead_passes_on_under_a_higher_epoch_and_the_old_leader_n
     assert not await first.lead() and not first.still_leads()
 
 
+@pytest.mark.row(13)
 async def test_a_leader_frozen_amid_its_renewal_does_not_take_the_lead_back(store: Store, keys: StoreKeys) -> None:
     second = Leader(store, keys, "second")
 
@@ -116,6 +117,7 @@ async def test_a_leader_frozen_amid_its_renewal_does_not_take_the_lead_back(stor
     assert await leader_of(store, keys) == ("second", 2)
 
 
+@pytest.mark.row(13)
 async def test_every_write_of_a_leader_that_was_frozen_is_refused(store: Store, keys: StoreKeys) -> None:
     held = await claim_instance(store, keys, "", HTTP, detached=True)
     first, second = Leader(store, keys, "first"), Leader(store, keys, "second")
@@ -356,7 +358,7 @@ async def test_a_controller_that_starts_after_an_outage_gives_the_members_time_t
             return await leader_of(store, keys) == ("first", 8)  # above what it found
 
         await until(leads)
-        await store.put_field(keys.beats, "node:n", Beat("node", "n", store.now_ms() + 60_000, takes_proxy=True).to_bytes())
+        await store.put_field(keys.beats, "node:n", NodeBeat("n", store.now_ms() + 60_000, takes_proxy=True).to_bytes())
 
         async def compared() -> bool:
             return Observed.from_bytes(await store.get(keys.observed)).epoch == 8

@@ -16,7 +16,7 @@ from mqserve.broker.store_keys import StoreKeys
 from mqserve.broker.values.code import Code
 from mqserve.broker.values.signing import Signer
 from mqserve.controller.node import Node, NodeOptions, Share
-from mqserve.controller.state.beats import Beat, read_beats
+from mqserve.controller.state.beats import MemberState, NodeBeat, ProxyBeat, beats_of, read_beats
 from mqserve.controller.state.documents import Assignment, Backend, Desired, Observed
 from mqserve.controller.state.resources import Demand
 
@@ -99,7 +99,7 @@ async def running_node(store: EmbeddedStore, launcher: Launcher) -> AsyncIterato
 
 
 async def says(store: EmbeddedStore, proxy: Child, state: str) -> None:
-    beat = Beat("proxy", proxy.name, store.now_ms(), state=state, node="n")
+    beat = ProxyBeat(proxy.name, store.now_ms(), state=MemberState(state), node="n")
     await store.put_field(KEYS.beats, beat.field, beat.to_bytes())
     await store.announce()
 
@@ -152,7 +152,7 @@ async def test_an_assignment_that_cannot_be_started_is_said_to_have_ended_and_th
         await until(lambda: launcher.replicas)
 
         async def ended() -> dict[str, str]:
-            return read_beats(await store.fields(KEYS.beats))["node:n"].ended
+            return beats_of(read_beats(await store.fields(KEYS.beats)), NodeBeat)[0].ended
 
         async with asyncio.timeout(20):
             while set(said := await ended()) != set(bad):

@@ -8,7 +8,6 @@ import pytest
 from mqserve.controller.plan import (
     Placement,
     ended_replicas,
-    living,
     of_backends,
     place_proxies,
     place_replicas,
@@ -16,7 +15,7 @@ from mqserve.controller.plan import (
     takers,
 )
 from mqserve.controller.restarts import ENDED_WELL
-from mqserve.controller.state.beats import SILENT_AFTER_S, Beat
+from mqserve.controller.state.beats import SILENT_AFTER_S, Beat, MemberState, NodeBeat, ProxyBeat, ReplicaBeat, SupervisorBeat, living
 from mqserve.controller.state.documents import Assignment, Backend, Desired, HttpOptions, Observed
 from mqserve.controller.state.resources import Capacity, parse_actor_options
 from mqserve.controller.state.traffic import choose_backend
@@ -42,7 +41,7 @@ def place(
     may_start: bool = True,
 ) -> dict[str, Assignment]:
     numbers = count(1)
-    beats = {node: Beat("node", node, NOW_MS, capacity=Capacity(num_cpus=4)) for node in nodes}
+    beats = {node: NodeBeat(node, NOW_MS, capacity=Capacity(num_cpus=4)) for node in nodes}
     new_id = lambda name: f"{name}-new{next(numbers)}"  # noqa: E731
     return place_replicas(desired, assigned or {}, {}, ready or set(), beats, lambda _: may_start, new_id).replicas
 
@@ -101,26 +100,26 @@ def beats(*members: Beat) -> dict[str, Beat]:
 
 def test_a_member_that_is_silent_or_failed_does_not_live() -> None:
     seen = beats(
-        Beat(kind="node", id="n1", at=NOW_MS),
-        Beat(kind="node", id="n2", at=SILENT_MS),
-        Beat(kind="node", id="n3", at=NOW_MS, state="failed"),
-        Beat(kind="proxy", id="p1", at=NOW_MS),
+        NodeBeat(id="n1", at=NOW_MS),
+        NodeBeat(id="n2", at=SILENT_MS),
+        NodeBeat(id="n3", at=NOW_MS, state=MemberState.FAILED),
+        ProxyBeat(id="p1", at=NOW_MS),
     )
-    assert set(living(seen, "node", NOW_MS)) == {"n1"}
+    assert set(living(seen, NodeBeat, NOW_MS)) == {"n1"}
 
 
 def test_a_replica_ends_with_its_node_or_as_its_node_says() -> None:
     assigned = {name: Assignment("a", node, 1) for name, node in (("a1", "n1"), ("a2", "n1"), ("a3", "n2"))}
     seen = beats(
-        Beat(kind="node", id="n1", at=NOW_MS, ended={"a2": "killed by SIGKILL"}),
-        Beat(kind="node", id="n2", at=SILENT_MS),
+        NodeBeat(id="n1", at=NOW_MS, ended={"a2": "killed by SIGKILL"}),
+        NodeBeat(id="n2", at=SILENT_MS),
     )
     assert ended_replicas(assigned, seen, NOW_MS) == {"a2": "killed by SIGKILL", "a3": "its node n2 is gone"}
 
 
 def test_a_replica_whose_node_drains_or_has_left_ended_well_and_that_node_takes_nothing_more() -> None:
     assigned = {"a1": Assignment("a", "drains", 1), "a2": Assignment("a", "left", 1), "a3": Assignment("a", "stays", 1)}
-    seen = beats(Beat("node", "drains", NOW_MS, state="draining"), Beat("node", "stays", NOW_MS))
+    seen = beats(NodeBeat("drains", NOW_MS, state=MemberState.DRAINING), NodeBeat("stays", NOW_MS))
     assert ended_replicas(assigned, seen, NOW_MS) == {"a1": ENDED_WELL, "a2": ENDED_WELL}
     assert set(takers(seen, NOW_MS)) == {"stays"}
 
@@ -131,9 +130,7 @@ def test_a_replica_whose_node_drains_or_has_left_ended_well_and_that_node_takes_
 )
 def test_the_location_says_which_nodes_run_a_proxy(location: str, nodes: tuple[str, ...]) -> None:
     desired = Desired(head_node="head", http=HttpOptions(location=location))
-    seen = {
-        name: Beat(kind="node", id=name, at=NOW_MS, takes_proxy=takes) for name, takes in (("other", True), ("head", True), ("mute", False))
-    }
+    seen = {name: NodeBeat(id=name, at=NOW_MS, takes_proxy=takes) for name, takes in (("other", True), ("head", True), ("mute", False))}
     assert place_proxies(desired, seen) == nodes
 
 
@@ -153,7 +150,7 @@ def put(
     desired: Desired, nodes: dict[str, Capacity], assigned: dict[str, Assignment] | None = None, ready: set[str] | None = None
 ) -> Placement:
     numbers = count(1)
-    beats = {node: Beat("node", node, NOW_MS, capacity=capacity) for node, capacity in nodes.items()}
+    beats = {node: NodeBeat(node, NOW_MS, capacity=capacity) for node, capacity in nodes.items()}
     return place_replicas(desired, assigned or {}, {}, ready or set(), beats, lambda _: True, lambda name: f"{name}-new{next(numbers)}")
 
 
@@ -188,7 +185,7 @@ def test_without_room_for_a_surge_a_single_old_replica_serves_on() -> None:
 
 
 OBSERVED = Observed(replicas={"a1": Assignment("a", "n1", 1)}, draining={"a0": Assignment("a", "n1", 1)}, proxies=("n1",))
-ALL = (Beat("node", "n1", NOW_MS), Beat("replica", "a0", NOW_MS), Beat("replica", "a1", NOW_MS), Beat("proxy", "p", NOW_MS))
+ALL = (NodeBeat("n1", NOW_MS), ReplicaBeat("a0", NOW_MS), ReplicaBeat("a1", NOW_MS), ProxyBeat("p", NOW_MS))
 
 
 def by_field(*beats: Beat) -> dict[str, Beat]:
@@ -196,7 +193,7 @@ def by_field(*beats: Beat) -> dict[str, Beat]:
 
 
 def test_nobody_is_missed_while_all_that_are_known_beat() -> None:
-    gone = [Beat("replica", "a9", SILENT_MS, state="failed"), Beat("supervisor", "s", SILENT_MS)]
+    gone: list[Beat] = [ReplicaBeat("a9", SILENT_MS, state=MemberState.FAILED), SupervisorBeat("s", SILENT_MS)]
     assert not somebody_is_missed(OBSERVED, by_field(*ALL, *gone), NOW_MS)
 
 

@@ -21,7 +21,7 @@ def child(tmp_path: Path) -> Callable[[str], Process]:
         script = tmp_path / "child"
         script.write_text(f"#!/bin/sh\n{lines}\n")
         script.chmod(0o700)
-        return Process([], Settings.read(broker_url="amqp://nowhere", store_url="redis://nowhere"), python=str(script))
+        return Process.start([], Settings.read(broker_url="amqp://nowhere", store_url="redis://nowhere"), python=str(script))
 
     return start
 

@@ -12,7 +12,7 @@ from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.store_keys import StoreKeys
 from mqserve.controller.changes import Change, commit, create_backend, delete_backend
 from mqserve.controller.lease import claim_instance
-from mqserve.controller.state.beats import Beat
+from mqserve.controller.state.beats import Beat, MemberState, ReplicaBeat
 from mqserve.controller.state.documents import Backend, Desired, Observed
 from tests.broker.traffic import publish, text
 from tests.controller.test_leading import HTTP, controllers, until
@@ -82,7 +82,7 @@ async def test_the_queue_of_a_backend_that_was_deleted_and_is_there_again_is_its
     queue = Recording()
     async with led(queue) as instance:
         await instance.change(create_backend(B))
-        replica = Beat("replica", "b#old", instance.store.now_ms() + 600_000, state="draining", backend="b", generations=(1,))
+        replica = ReplicaBeat("b#old", instance.store.now_ms() + 600_000, state=MemberState.DRAINING, backend="b", generations=(1,))
         await instance.says(replica)
         await instance.change(delete_backend("b"))
         assert (await instance.observed()).retiring == {"b": (1,)}
@@ -135,7 +135,7 @@ async def test_what_waits_in_a_queue_of_an_earlier_instance_with_other_arguments
     await queue.declare("b", 1, 5)
     assert await publish(queue, text("left behind")) is None
     async with led(queue) as instance:
-        replica = Beat("replica", "b#new", instance.store.now_ms() + 600_000, backend="b", generations=(1, 2))
+        replica = ReplicaBeat("b#new", instance.store.now_ms() + 600_000, backend="b", generations=(1, 2))
         await instance.says(replica)
         await instance.change(create_backend(B))
 
@@ -166,7 +166,7 @@ async def test_a_queue_of_an_earlier_instance_is_not_forgotten_while_the_broker_
     await queue.declare("b", 1, 5)
     assert await publish(queue, text("left behind")) is None
     async with led(queue) as instance:
-        await instance.says(Beat("replica", "b#new", instance.store.now_ms() + 600_000, backend="b", generations=(1, 2)))
+        await instance.says(ReplicaBeat("b#new", instance.store.now_ms() + 600_000, backend="b", generations=(1, 2)))
         await instance.change(create_backend(B))
 
         async def is_followed() -> bool:
@@ -181,7 +181,7 @@ async def test_a_new_leader_finds_the_queue_of_which_only_the_last_one_knew() ->
     await queue.declare("b", 1, 5)
     assert await publish(queue, text("left behind")) is None
     async with led(queue) as instance:
-        await instance.says(Beat("replica", "b#new", instance.store.now_ms() + 600_000, backend="b", generations=(1, 2)))
+        await instance.says(ReplicaBeat("b#new", instance.store.now_ms() + 600_000, backend="b", generations=(1, 2)))
         await instance.change(create_backend(msgspec.structs.replace(B, generation=2)))  # as the last one made it, and wrote no more
 
         async def is_followed() -> bool:
@@ -193,7 +193,7 @@ async def test_a_new_leader_finds_the_queue_of_which_only_the_last_one_knew() ->
 async def test_a_backend_that_was_deleted_by_force_is_not_remembered_once_nothing_is_left_of_it() -> None:
     async with led(EmbeddedQueue()) as instance:
         await instance.change(create_backend(B))
-        replica = Beat("replica", "b#1", instance.store.now_ms() + 600_000, backend="b", generations=(1,))
+        replica = ReplicaBeat("b#1", instance.store.now_ms() + 600_000, backend="b", generations=(1,))
         await instance.says(replica)
         await instance.change(delete_backend("b", force=True))
         await ticks(instance, 2)

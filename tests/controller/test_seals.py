@@ -13,7 +13,7 @@ from mqserve.broker.values.signing import Signer
 from mqserve.controller.environments import check_environment, seal_environment
 from mqserve.controller.lease import claim_instance
 from mqserve.controller.plan import seal_problem, without_seals
-from mqserve.controller.state.beats import Beat, read_beats
+from mqserve.controller.state.beats import Beat, MemberState, NodeBeat, ProxyBeat, ReplicaBeat, beats_of, read_beats
 from mqserve.controller.state.documents import Assignment, Backend, Desired, Observed
 from mqserve.controller.state.resources import ActorOptions, Demand
 from tests.controller.test_leading import HTTP, controllers, until
@@ -30,7 +30,11 @@ def beats(**members: Beat) -> dict[str, Beat]:
 
 
 def member(kind: str, name: str, *, seals: bool = False, **fields: Any) -> Beat:
-    return Beat(kind, name, at=0, seals=seals, **fields)
+    return (
+        (ProxyBeat if kind == "proxy" else ReplicaBeat)(name, at=0, seals=seals, **fields)
+        if kind != "node"
+        else NodeBeat(name, at=0, **fields)
+    )
 
 
 # Requests.
@@ -39,7 +43,8 @@ def member(kind: str, name: str, *, seals: bool = False, **fields: Any) -> Beat:
 def test_proxies_and_replicas_that_do_not_seal_are_named_and_nobody_else() -> None:
     sealing = {"p": member("proxy", "p", seals=True), "r": member("replica", "r", seals=True), "n": member("node", "n")}
     assert without_seals(beats(**sealing)) == []
-    old = {"q": member("proxy", "q"), "s": member("replica", "s", state="starting"), "f": member("proxy", "f", state="failed")}
+    starting, failed = member("replica", "s", state=MemberState.STARTING), member("proxy", "f", state=MemberState.FAILED)
+    old = {"q": member("proxy", "q"), "s": starting, "f": failed}
     assert without_seals(beats(**sealing, **old)) == ["q", "s"]
     assert without_seals({}) == []
 
@@ -56,7 +61,7 @@ async def test_the_leader_tells_replicas_to_demand_seals_while_everybody_seals()
         return found.epoch > 0 and found.sealed is sealed
 
     async def beat(name: str, *, seals: bool) -> None:
-        beat = Beat("proxy", name, store.now_ms(), seals=seals, external=True)
+        beat = ProxyBeat(name, store.now_ms(), seals=seals, external=True)
         await store.put_field(keys.beats, beat.field, beat.to_bytes())
         await store.announce()
 
@@ -93,7 +98,8 @@ def test_where_nobody_has_a_key_there_is_no_problem_and_where_some_have_there_is
 
 def test_a_document_of_an_earlier_version_demands_nothing() -> None:
     assert not Observed.from_bytes(b'{"epoch": 3}').sealed
-    assert not read_beats({"proxy:p": b'{"kind": "proxy", "id": "p", "at": 1}'})["proxy:p"].seals
+    (beat,) = beats_of(read_beats({"proxy:p": b'{"kind": "proxy", "id": "p", "at": 1}'}), ProxyBeat)
+    assert not beat.seals
 
 
 # The backend's own Python.
@@ -147,7 +153,7 @@ async def test_a_node_starts_nothing_in_a_python_that_nobody_sealed() -> None:
         await until(lambda: _done(bool(launcher.replicas)))
 
         async def both_refused() -> bool:
-            ended = read_beats(await store.fields(KEYS.beats))["node:n"].ended
+            ended = beats_of(read_beats(await store.fields(KEYS.beats)), NodeBeat)[0].ended
             return set(ended) == {"python#1", "pip#1"} and all("deploy it again" in words for words in ended.values())
 
         await until(both_refused)

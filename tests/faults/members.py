@@ -23,7 +23,8 @@ class Members:
         seconds, microseconds = self._store.time()
         since = seconds * 1000 + microseconds // 1000 - SILENT_AFTER_S * 1000
         found = self.last_beats()
-        return [beat for beat in found if (beat.kind, beat.state) == (kind, state) and beat.at > since and backend in ("", beat.backend)]
+        beats = [beat for beat in found if (beat.kind, beat.state) == (kind, state) and beat.at > since]
+        return [beat for beat in beats if backend in ("", getattr(beat, "backend", ""))]
 
     def last_beats(self) -> list[Beat]:
         """Of everybody that is not forgotten, however long ago they were."""

@@ -12,7 +12,7 @@ import mqserve as serve
 from tests.instances import CommandLine, Deploy, distributed_only, wait_until
 from tests.tallies import Tally
 
-pytestmark = distributed_only
+pytestmark = [distributed_only, pytest.mark.row(16)]
 
 TWO_COUNTED_RUNS = (2, 3)  # the first run is not counted, but where its end took so long that it left a mark
 

@@ -30,8 +30,9 @@ from tests.tallies import Tally
 # The queue by itself.
 
 
+@pytest.mark.row(28)
 @pytest.mark.anyio
-async def test_row_28_a_consumer_of_a_deleted_queue_does_not_keep_the_others_down(broker_wire: Wire, namespace: str) -> None:
+async def test_a_consumer_of_a_deleted_queue_does_not_keep_the_others_down(broker_wire: Wire, namespace: str) -> None:
     async with open_rabbitmq(broker_wire.url, namespace, "test") as queue:
         hands = AckingHands()
         for backend in "ab":
@@ -45,8 +46,9 @@ async def test_row_28_a_consumer_of_a_deleted_queue_does_not_keep_the_others_dow
         await until(lambda: hands.seen[-1] == "after the loss")
 
 
+@pytest.mark.row(25)
 @pytest.mark.anyio
-async def test_row_25_a_consumer_comes_back_when_its_queue_does(broker_url: str, namespace: str) -> None:
+async def test_a_consumer_comes_back_when_its_queue_does(broker_url: str, namespace: str) -> None:
     async with open_rabbitmq(broker_url, namespace, "test") as queue:
         hands = AckingHands()
         await queue.declare("b", 1, None)
@@ -71,9 +73,10 @@ def kill_and_start(broker: PrivateRabbitMQ) -> None:
     broker.restart(kindly=False)
 
 
+@pytest.mark.row(5)
 @distributed_only
 @pytest.mark.parametrize("restart", [stop_and_start_the_app, kill_and_start])
-def test_row_05_a_restart_of_the_broker_loses_no_confirmed_message_and_every_caller_is_told_in_time(
+def test_a_restart_of_the_broker_loses_no_confirmed_message_and_every_caller_is_told_in_time(
     deploy: Deploy, broker_server: PrivateRabbitMQ, shared_namespace: str, tmp_path: Path, restart: Callable[[PrivateRabbitMQ], None]
 ) -> None:
     tally, gate = Tally(tmp_path), Gate(tmp_path)
@@ -135,8 +138,9 @@ def cut_off(joining: CommandLine, broker_wire: Wire) -> Iterator[CommandLine]:
     shell.close()
 
 
+@pytest.mark.row(5)
 @distributed_only
-def test_row_05_a_proxy_that_starts_without_the_broker_refuses_and_says_why_and_serves_once_it_is_there(
+def test_a_proxy_that_starts_without_the_broker_refuses_and_says_why_and_serves_once_it_is_there(
     deploy: Deploy, cut_off: CommandLine, joining: CommandLine, broker_wire: Wire
 ) -> None:
     port = free_port()
@@ -154,8 +158,9 @@ def test_row_05_a_proxy_that_starts_without_the_broker_refuses_and_says_why_and_
     wait_until(lambda: "no connection to RabbitMQ" not in joining.run("status").stdout)
 
 
+@pytest.mark.row(5)
 @distributed_only
-def test_row_05_a_replica_that_starts_without_the_broker_says_why_it_waits_and_takes_once_it_is_there(
+def test_a_replica_that_starts_without_the_broker_says_why_it_waits_and_takes_once_it_is_there(
     deploy: Deploy, cut_off: CommandLine, joining: CommandLine, broker_wire: Wire
 ) -> None:
     url, name = deploy.named(lambda request: os.getpid())
@@ -180,8 +185,9 @@ def test_a_member_whose_password_is_wrong_says_so_and_goes_on_asking(
     assert "hunter2" not in program.output and not program.ended
 
 
+@pytest.mark.row(25)
 @distributed_only
-def test_row_25_a_channel_that_the_broker_closed_over_a_long_run_comes_back_and_the_request_is_answered(
+def test_a_channel_that_the_broker_closed_over_a_long_run_comes_back_and_the_request_is_answered(
     deploy: Deploy, impatient_broker: PrivateRabbitMQ, tmp_path: Path
 ) -> None:
     gate = Gate(tmp_path)
@@ -207,8 +213,9 @@ def test_row_25_a_channel_that_the_broker_closed_over_a_long_run_comes_back_and_
     wait_until(all_consume, told=lambda: f"one does not consume any more: {answered} of {gate.names}")
 
 
+@pytest.mark.row(28)
 @distributed_only
-def test_row_28_a_queue_that_was_replaced_under_us_degrades_its_own_backend_only_until_there_is_a_new_one(
+def test_a_queue_that_was_replaced_under_us_degrades_its_own_backend_only_until_there_is_a_new_one(
     deploy: Deploy, broker_url: str, shared_namespace: str
 ) -> None:
     url, name = deploy.named(lambda request: "mine", request_timeout_s=3)
@@ -252,8 +259,9 @@ class Opened:
 TRACE = f"/tmp/mqserve-opened-{uuid.uuid4().hex}"
 
 
+@pytest.mark.row(29)
 @distributed_only
-def test_row_29_rubbish_of_every_kind_is_set_aside_unopened_and_the_replica_lives(
+def test_rubbish_of_every_kind_is_set_aside_unopened_and_the_replica_lives(
     deploy: Deploy, broker_server: PrivateRabbitMQ, shared_namespace: str
 ) -> None:
     url, name = deploy.named(lambda request: (request.data, os.getpid())[1])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 import redis
 
 import mqserve as serve
@@ -33,7 +34,8 @@ def behind(gate: Gate) -> Callable[[Any], str]:
     return work
 
 
-def test_row_11_what_a_killed_proxy_had_queued_never_starts_and_nothing_of_it_stays(
+@pytest.mark.row(11)
+def test_what_a_killed_proxy_had_queued_never_starts_and_nothing_of_it_stays(
     deploy: Deploy, joining: CommandLine, broker_server: PrivateRabbitMQ, environment: dict[str, str], members: Members, tmp_path: Path
 ) -> None:
     gate, port = Gate(tmp_path), free_port()
@@ -58,7 +60,8 @@ def test_row_11_what_a_killed_proxy_had_queued_never_starts_and_nothing_of_it_st
         assert not left, "these never expire"
 
 
-def test_row_22_a_request_whose_client_went_while_it_waited_never_starts(
+@pytest.mark.row(22)
+def test_a_request_whose_client_went_while_it_waited_never_starts(
     deploy: Deploy, broker_server: PrivateRabbitMQ, environment: dict[str, str], tmp_path: Path
 ) -> None:
     gate = Gate(tmp_path)
@@ -78,7 +81,8 @@ def test_row_22_a_request_whose_client_went_while_it_waited_never_starts(
     assert gate.came == 1
 
 
-def test_row_22_a_request_whose_client_went_while_it_ran_is_told_so_and_frees_its_slot(deploy: Deploy, tmp_path: Path) -> None:
+@pytest.mark.row(22)
+def test_a_request_whose_client_went_while_it_ran_is_told_so_and_frees_its_slot(deploy: Deploy, tmp_path: Path) -> None:
     tally = Tally(tmp_path)
 
     def work(request: Any) -> str:
@@ -97,7 +101,8 @@ def test_row_22_a_request_whose_client_went_while_it_ran_is_told_so_and_frees_it
     assert tally.lines == ["running", "cancelled"]
 
 
-def test_row_23_beyond_a_full_queue_requests_are_refused_at_once_and_what_was_taken_is_answered(
+@pytest.mark.row(23)
+def test_beyond_a_full_queue_requests_are_refused_at_once_and_what_was_taken_is_answered(
     deploy: Deploy, broker_server: PrivateRabbitMQ, tmp_path: Path
 ) -> None:
     gate, limit, count = Gate(tmp_path), 10, 100

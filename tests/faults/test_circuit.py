@@ -24,6 +24,7 @@ async def published(queue: RabbitQueue) -> MQServeError | None:
     return await fate
 
 
+@pytest.mark.row(6)
 async def test_a_frozen_broker_is_down_within_five_seconds_and_up_again_by_itself(broker_server: PrivateRabbitMQ, namespace: str) -> None:
     async with open_rabbitmq(broker_server.url, namespace, "test") as queue:
         await queue.declare("b", 1, None)
@@ -42,6 +43,7 @@ async def test_a_frozen_broker_is_down_within_five_seconds_and_up_again_by_itsel
         assert await published(queue) is None
 
 
+@pytest.mark.row(24)
 async def test_a_broker_with_a_memory_alarm_is_down_until_the_alarm_is_over(broker_server: PrivateRabbitMQ, namespace: str) -> None:
     async with open_rabbitmq(broker_server.url, namespace, "test") as queue:
         await queue.declare("b", 1, None)
@@ -59,6 +61,7 @@ async def test_a_broker_with_a_memory_alarm_is_down_until_the_alarm_is_over(brok
         assert await published(queue) is None
 
 
+@pytest.mark.row(24)
 async def test_consumers_go_on_while_an_alarm_keeps_publishers_out(broker_server: PrivateRabbitMQ, namespace: str) -> None:
     async with open_rabbitmq(broker_server.url, namespace, "test") as queue:
         await queue.declare("b", 1, None)

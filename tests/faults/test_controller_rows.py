@@ -66,7 +66,8 @@ def well(request: Any) -> int:
     return os.getpid()
 
 
-def test_row_12_controllers_that_are_killed_in_each_phase_stop_no_traffic_and_the_next_one_adopts_what_runs(
+@pytest.mark.row(12)
+def test_controllers_that_are_killed_in_each_phase_stop_no_traffic_and_the_next_one_adopts_what_runs(
     parts: Parts, distributed_shell: CommandLine
 ) -> None:
     client = parts.client
@@ -95,7 +96,8 @@ def test_row_12_controllers_that_are_killed_in_each_phase_stop_no_traffic_and_th
     assert len(parts.replicas("late")) == 1
 
 
-def test_row_14_a_controller_that_is_cut_off_from_everything_stops_no_traffic_and_goes_on_afterwards(
+@pytest.mark.row(14)
+def test_a_controller_that_is_cut_off_from_everything_stops_no_traffic_and_goes_on_afterwards(
     parts: Parts, broker_wire: Wire, store_wire: Wire
 ) -> None:
     client = parts.client

@@ -117,6 +117,7 @@ def scale(cluster: Cluster, num_replicas: int) -> None:
     cluster.client.update_backend_config("b", {"num_replicas": num_replicas})
 
 
+@pytest.mark.row(12)
 def test_a_killed_leader_is_followed_by_another_that_adopts_what_runs(cluster: Cluster, tmp_path: Path) -> None:
     made = Tally(tmp_path)
     url = deploy(cluster, made, 2)
@@ -131,6 +132,7 @@ def test_a_killed_leader_is_followed_by_another_that_adopts_what_runs(cluster: C
     assert before < cluster.members.pids("replica") and len(made) == 3
 
 
+@pytest.mark.row(13)
 def test_a_frozen_leader_that_wakes_up_changes_nothing(cluster: Cluster, tmp_path: Path) -> None:
     made = Tally(tmp_path)
     url = deploy(cluster, made, 2)
@@ -163,6 +165,7 @@ def test_a_leader_that_ends_hands_over_at_once(cluster: Cluster, tmp_path: Path)
     assert not load.failed
 
 
+@pytest.mark.row(12)
 def test_a_roll_out_whose_controller_is_killed_is_finished_by_the_next(cluster: Cluster, tmp_path: Path) -> None:
     gate, made = Gate(tmp_path), Tally(tmp_path)
     url = deploy(cluster, Tally(tmp_path), 3)

@@ -3,13 +3,15 @@
 import time
 
 import httpx
+import pytest
 
 from tests.faults.wire import Wire
 from tests.instances import Deploy, answers, started, wait_until
 from tests.servers import PrivateRedis
 
 
-def test_row_10_a_store_that_was_demoted_is_left_for_the_one_its_address_leads_to_now(broker_url: str, namespace: str) -> None:
+@pytest.mark.row(10)
+def test_a_store_that_was_demoted_is_left_for_the_one_its_address_leads_to_now(broker_url: str, namespace: str) -> None:
     """Connections to a demoted primary stay open, and answer: a process that keeps them would write nowhere for ever."""
     with (
         PrivateRedis() as old_primary,

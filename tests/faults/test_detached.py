@@ -42,7 +42,8 @@ def assert_nothing_is_left(detached: Detached, broker_url: str, store_url: str) 
         time.sleep(0.1)
 
 
-def test_row_12_whichever_of_a_detached_instances_processes_are_killed_the_others_bring_them_back(
+@pytest.mark.row(12)
+def test_whichever_of_a_detached_instances_processes_are_killed_the_others_bring_them_back(
     detached: Detached, broker_url: str, store_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     detached.start()
@@ -50,7 +51,7 @@ def test_row_12_whichever_of_a_detached_instances_processes_are_killed_the_other
     monkeypatch.setenv("MQSERVE_SECRET_KEY", SECRET_KEY)
     client = serve.connect(broker_url=broker_url, store_url=store_url, namespace=detached.namespace)
     with Crowd(f"{detached.url}/b", timeout_s=10) as load:
-        for subset in SUBSETS * 2:
+        for subset in SUBSETS:
             load.wait_for(20)
             before, failed = detached.the_three(), len(load.failures)
             killed_at = time.monotonic()
@@ -70,7 +71,8 @@ def test_row_12_whichever_of_a_detached_instances_processes_are_killed_the_other
     assert_nothing_is_left(detached, broker_url, store_url)
 
 
-def test_row_12_the_lead_of_a_killed_controller_that_its_starter_saw_ending_need_not_lapse(
+@pytest.mark.row(12)
+def test_the_lead_of_a_killed_controller_that_its_starter_saw_ending_need_not_lapse(
     detached: Detached, store_url: str, namespace: str
 ) -> None:
     detached.start()
@@ -83,31 +85,35 @@ def test_row_12_the_lead_of_a_killed_controller_that_its_starter_saw_ending_need
         wait_until(lambda: members.leader()[0] not in (0, old) and members.leader()[1] > epoch)  # noqa: B023
         took_s.append(time.monotonic() - killed_at)
     members.close()
-    assert min(took_s) < LEADER_TTL_S / 2, took_s
+    assert min(took_s) < LEADER_TTL_S - 1, took_s  # a lead that is renewed every second lapses no sooner
     assert detached.shell.run("shutdown").returncode == 0
 
 
+@pytest.mark.row(12)
 @pytest.mark.parametrize("subset", SUBSETS, ids="-".join)
-def test_row_12_whatever_is_killed_while_an_instance_drains_nothing_of_it_is_left_nor_comes_back(
+def test_whatever_is_killed_while_an_instance_drains_nothing_of_it_is_left_nor_comes_back(
     detached: Detached, broker_url: str, store_url: str, subset: tuple[str, ...]
 ) -> None:
     detached.start()
+    go_on = detached.shell.folder / "go on"
     slow = detached.shell.python(
-        "import mqserve as serve, time\n"
+        "import mqserve as serve, pathlib, time\n"
         "serve.connect()\n"
         "def slow(request):\n"
-        "    time.sleep(3)\n"
+        f"    while not pathlib.Path({str(go_on)!r}).exists():\n"
+        "        time.sleep(0.05)\n"
         "    return 'well'\n"
-        "serve.create_backend('b', slow, config={'graceful_shutdown_timeout_s': 10})\n"
+        "serve.create_backend('b', slow, config={'graceful_shutdown_timeout_s': 30})\n"
         "serve.create_endpoint('b', backend='b', route='/b')\n"
     )
     assert slow.returncode == 0, slow.stderr
     with ThreadPoolExecutor(2) as background:
-        asked = background.submit(lambda: httpx.get(f"{detached.url}/b", timeout=20))
+        asked = background.submit(lambda: httpx.get(f"{detached.url}/b", timeout=60))
         time.sleep(0.5)  # it runs; where it does not yet, it drains all the same
         ending = background.submit(lambda: detached.shell.run("shutdown", deadline_s=120))
         wait_until(lambda: detached.shell.run("status").stdout.count("draining"), told=lambda: detached)
         detached.kill(*subset)
+        go_on.touch()
         ended = ending.result()
         assert ended.returncode == 0, ended
         assert "node" in subset or asked.result().status_code == 200

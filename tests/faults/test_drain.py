@@ -20,7 +20,7 @@ from tests.faults.members import Members
 from tests.gates import Gate
 from tests.instances import Deploy, Program, distributed_only, new_name, wait_until
 
-pytestmark = distributed_only
+pytestmark = [distributed_only, pytest.mark.row(26)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -120,6 +120,7 @@ def test_the_next_proxy_serves_while_the_last_one_finishes(deploy: Deploy, membe
     assert not load.failed
 
 
+@pytest.mark.row(11)
 def test_nobody_is_refused_while_a_killed_proxy_is_replaced(deploy: Deploy, members: Members) -> None:
     url = deploy.at(says("served"))
     (old,) = wait_until(lambda: members.pids("proxy"))
@@ -130,6 +131,7 @@ def test_nobody_is_refused_while_a_killed_proxy_is_replaced(deploy: Deploy, memb
     wait_until(lambda: old not in {beat.pid for beat in members.last_beats()}, 20)  # its node says so; by its silence it is lost after 25 s
 
 
+@pytest.mark.row(11)
 def test_who_connects_while_the_proxy_hangs_is_answered_by_the_next_one(deploy: Deploy, members: Members) -> None:
     url = deploy.at(says("served"))
     (old,) = wait_until(lambda: members.pids("proxy"))

@@ -51,13 +51,15 @@ def is_noticed_and_over_by_itself(deploy: Deploy, server: PrivateServer) -> None
     assert httpx.get(url, timeout=30).json() == pid
 
 
-def test_row_06_a_frozen_broker_is_noticed_in_seconds_and_requests_are_refused_until_it_goes_on(
+@pytest.mark.row(6)
+def test_a_frozen_broker_is_noticed_in_seconds_and_requests_are_refused_until_it_goes_on(
     deploy: Deploy, broker_server: PrivateRabbitMQ
 ) -> None:
     is_noticed_and_over_by_itself(deploy, broker_server)
 
 
-def test_row_06_requests_under_way_while_the_broker_freezes_end_in_time_and_are_answered_once(
+@pytest.mark.row(6)
+def test_requests_under_way_while_the_broker_freezes_end_in_time_and_are_answered_once(
     deploy: Deploy, broker_server: PrivateRabbitMQ
 ) -> None:
     url = deploy.at(lambda request: "well", request_timeout_s=8)
@@ -71,13 +73,13 @@ def test_row_06_requests_under_way_while_the_broker_freezes_end_in_time_and_are_
     assert load.slowest_s < 8 + NOISE_S, load
 
 
-def test_row_08_a_frozen_redis_is_noticed_in_seconds_and_requests_are_refused_until_it_goes_on(
-    deploy: Deploy, store_server: PrivateRedis
-) -> None:
+@pytest.mark.row(8)
+def test_a_frozen_redis_is_noticed_in_seconds_and_requests_are_refused_until_it_goes_on(deploy: Deploy, store_server: PrivateRedis) -> None:
     is_noticed_and_over_by_itself(deploy, store_server)
 
 
-def test_row_08_a_slow_redis_makes_requests_slow_and_fails_none(deploy: Deploy, wired_proxy: str, store_wire: Wire) -> None:
+@pytest.mark.row(8)
+def test_a_slow_redis_makes_requests_slow_and_fails_none(deploy: Deploy, wired_proxy: str, store_wire: Wire) -> None:
     url = deploy.at(lambda request: "well").replace(deploy.url, wired_proxy)
     wait_until(lambda: httpx.get(url, timeout=30).status_code == 200)
     with Crowd(url) as load:
@@ -96,8 +98,9 @@ def wired_proxy(joining: CommandLine, store_wire: Wire) -> Iterator[str]:
     joining.close()  # before the wire is: who can say goodbye ends sooner
 
 
+@pytest.mark.row(24)
 @pytest.mark.parametrize("short_of", ["memory", "disk"])
-def test_row_24_under_an_alarm_requests_are_refused_at_once_and_the_queue_drains(
+def test_under_an_alarm_requests_are_refused_at_once_and_the_queue_drains(
     deploy: Deploy, broker_server: PrivateRabbitMQ, tmp_path: Path, short_of: str
 ) -> None:
     gate = Gate(tmp_path)

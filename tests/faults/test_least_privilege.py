@@ -239,7 +239,7 @@ def test_user_code_finds_no_credentials_but_its_own(composed: Composed, url: str
     assert set(found) == {
         *("MQSERVE_BROKER_URL", "MQSERVE_STORE_URL", "MQSERVE_SECRET_KEY", "MQSERVE_NAMESPACE"),
         *("MQSERVE_TRUSTED_USERS", "MQSERVE_HEADER_USERS"),
-        *("MQSERVE_LIFELINE_FD", "MQSERVE_VERBOSE"),
+        "MQSERVE_VERBOSE",
     }
 
 
@@ -435,7 +435,7 @@ client = serve.connect()
 large = serve.get_handle("witness").remote("large")
 assert len(large.result(timeout=30)) == 2_000_000
 waiting = serve.get_handle("hold").remote("x" * 1_500_000)
-print(f"asked {large.id} {waiting.id} {client._sender.pending.inbox}", flush=True)
+print(f"asked {large.id} {waiting.id} {client._own.requests.pending.inbox}", flush=True)
 print(f"told {waiting.result(timeout=600)} {len(serve.future(large.id).result(timeout=30))}", flush=True)
 """
 
@@ -597,7 +597,7 @@ import logging
 logging.basicConfig(level=logging.DEBUG)
 import mqserve as serve
 client = serve.connect()
-print(client, vars(client), client._links)
+print(client, vars(client), client._connections)
 print(serve.get_handle("double").remote("the request's own content").result(timeout=20))
 """
 

@@ -16,7 +16,7 @@ from tests.fuzz.material import bomb
 from tests.fuzz.test_messages import Stranger, read_all, replicas_of, waiting
 from tests.instances import Deploy, distributed_only, wait_until
 
-pytestmark = distributed_only
+pytestmark = [distributed_only, pytest.mark.row(29)]
 WARM_UP = 10_000
 GROWTH_MIB = {20_000: 8, 50_000: 20}  # since then: a leak of 1 KiB a message would be more
 DEADLINE_S = 120.0

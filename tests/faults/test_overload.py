@@ -54,7 +54,8 @@ async def burst(url: str, requests: int, body: bytes) -> list[int]:
         return await asyncio.gather(*[one(http) for _ in range(requests)])
 
 
-def test_row_23_a_full_queue_is_said_at_once_and_nothing_accepted_is_lost(client: serve.Client, deploy: Deploy, tmp_path: Path) -> None:
+@pytest.mark.row(23)
+def test_a_full_queue_is_said_at_once_and_nothing_accepted_is_lost(client: serve.Client, deploy: Deploy, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
 
     def handler(request: Any) -> str:
@@ -76,6 +77,7 @@ def test_row_23_a_full_queue_is_said_at_once_and_nothing_accepted_is_lost(client
     assert all(int(answer.headers["retry-after"]) >= 1 for answer in by_status[429])
 
 
+@pytest.mark.row(23)
 def test_the_time_to_come_back_follows_what_the_backend_takes(client: serve.Client, deploy: Deploy) -> None:
     def handler(request: Any) -> str:
         time.sleep(2)

@@ -62,7 +62,8 @@ def wired(joining: CommandLine, broker_wire: Wire, store_wire: Wire) -> Iterator
 ENDINGS: list[Callable[[Wire], None]] = [Wire.reset, Wire.finish, Wire.half_close]
 
 
-def test_row_14_connections_of_a_proxy_that_end_in_any_way_fail_no_request(
+@pytest.mark.row(14)
+def test_connections_of_a_proxy_that_end_in_any_way_fail_no_request(
     deploy: Deploy, wired: CommandLine, broker_wire: Wire, store_wire: Wire
 ) -> None:
     proxy = OtherProxy(wired)
@@ -75,7 +76,8 @@ def test_row_14_connections_of_a_proxy_that_end_in_any_way_fail_no_request(
     assert set(load.statuses) == {200} and not load.failures, load
 
 
-def test_row_14_connections_of_a_replica_that_end_in_any_way_fail_no_request(
+@pytest.mark.row(14)
+def test_connections_of_a_replica_that_end_in_any_way_fail_no_request(
     deploy: Deploy, wired: CommandLine, broker_wire: Wire, store_wire: Wire
 ) -> None:
     url, name = deploy.named(lambda request: os.getpid())
@@ -91,8 +93,9 @@ def test_row_14_connections_of_a_replica_that_end_in_any_way_fail_no_request(
     wait_until(lambda: httpx.get(url, timeout=30).json() == replica.pid, told=lambda: replica.output)
 
 
+@pytest.mark.row(14)
 @pytest.mark.parametrize("server", ["broker", "store"])
-def test_row_14_a_proxy_cut_off_from_one_server_ends_each_request_in_time_and_others_serve(
+def test_a_proxy_cut_off_from_one_server_ends_each_request_in_time_and_others_serve(
     deploy: Deploy, wired: CommandLine, broker_wire: Wire, store_wire: Wire, server: str
 ) -> None:
     wire = broker_wire if server == "broker" else store_wire
@@ -110,7 +113,8 @@ def test_row_14_a_proxy_cut_off_from_one_server_ends_each_request_in_time_and_ot
     assert set(others.statuses) == {200} and not others.failures, others
 
 
-def test_row_14_a_replica_that_cannot_store_stops_taking_requests_and_gives_back_what_it_has(
+@pytest.mark.row(14)
+def test_a_replica_that_cannot_store_stops_taking_requests_and_gives_back_what_it_has(
     deploy: Deploy, wired: CommandLine, store_wire: Wire
 ) -> None:
     url, name = deploy.named(lambda request: os.getpid(), request_timeout_s=30)
@@ -127,7 +131,8 @@ def test_row_14_a_replica_that_cannot_store_stops_taking_requests_and_gives_back
 # Clocks.
 
 
-def test_row_15_processes_whose_clocks_jump_by_minutes_serve_and_keep_their_deadlines(
+@pytest.mark.row(15)
+def test_processes_whose_clocks_jump_by_minutes_serve_and_keep_their_deadlines(
     deploy: Deploy, joining: CommandLine, tmp_path: Path
 ) -> None:
     gate = Gate(tmp_path)
@@ -156,28 +161,29 @@ def test_row_15_processes_whose_clocks_jump_by_minutes_serve_and_keep_their_dead
 # Sizes.
 
 
+@pytest.mark.row(20)
 @pytest.mark.parametrize(("above_limit", "status"), [(-1, 200), (0, 200), (1, 413)])
-def test_row_20_a_body_of_64_mib_passes_and_one_byte_more_is_a_413(measuring: str, above_limit: int, status: int) -> None:
+def test_a_body_of_64_mib_passes_and_one_byte_more_is_a_413(measuring: str, above_limit: int, status: int) -> None:
     size = MAX_BODY_BYTES + above_limit
     response = httpx.post(measuring, content=bytes(size), timeout=60)
     assert response.status_code == status
     assert status != 200 or response.json() == size
 
 
+@pytest.mark.row(20)
 @pytest.mark.parametrize(("size", "status"), [(17 * 2**20, 200), (MAX_BODY_BYTES, 200), (MAX_BODY_BYTES + 1, 500)])
-def test_row_20_a_result_of_64_mib_passes_and_one_byte_more_is_a_500_that_says_so(measuring: str, size: int, status: int) -> None:
+def test_a_result_of_64_mib_passes_and_one_byte_more_is_a_500_that_says_so(measuring: str, size: int, status: int) -> None:
     response = httpx.get(measuring, params={"size": size}, timeout=60)
     assert response.status_code == status
     if status == 200:
         assert len(response.content) == size
     else:
-        assert "the limit is" in response.json()["detail"], response.text
+        assert "is the limit" in response.json()["detail"], response.text
     assert len(httpx.get(measuring, params={"size": 3}, timeout=30).content) == 3
 
 
-def test_row_20_an_answer_too_large_for_amqp_says_so_and_the_next_one_arrives(
-    measuring: str, broker_url: str, shared_namespace: str
-) -> None:
+@pytest.mark.row(20)
+def test_an_answer_too_large_for_amqp_says_so_and_the_next_one_arrives(measuring: str, broker_url: str, shared_namespace: str) -> None:
     name = backend_of(measuring)
     with pika.BlockingConnection(pika.URLParameters(broker_url)) as connection:
         channel = connection.channel()
@@ -215,7 +221,8 @@ def backend_of(url: str) -> str:
 # Limits of the machine and of the servers.
 
 
-def test_row_27_a_proxy_without_file_descriptors_keeps_the_connections_it_has_and_takes_new_ones_again_later(
+@pytest.mark.row(27)
+def test_a_proxy_without_file_descriptors_keeps_the_connections_it_has_and_takes_new_ones_again_later(
     deploy: Deploy, joining: CommandLine
 ) -> None:
     proxy = OtherProxy(joining, "bash", "-c", 'ulimit -n 64; exec "$0" -m mqserve "$@"', sys.executable)
@@ -246,7 +253,8 @@ def crowded(request: pytest.FixtureRequest, broker_server: PrivateRabbitMQ, stor
         limit(False)
 
 
-def test_row_27_a_server_that_takes_no_more_connections_stops_nobody_who_has_one(deploy: Deploy, crowded: Callable[[bool], None]) -> None:
+@pytest.mark.row(27)
+def test_a_server_that_takes_no_more_connections_stops_nobody_who_has_one(deploy: Deploy, crowded: Callable[[bool], None]) -> None:
     url = deploy.at(lambda request: os.getpid(), num_replicas=2)
     with Crowd(url) as load:
         load.wait_for(200)
@@ -264,7 +272,8 @@ def test_row_27_a_server_that_takes_no_more_connections_stops_nobody_who_has_one
 # Late.
 
 
-def test_row_21_what_waits_past_its_deadline_never_starts_and_each_caller_is_told_once_in_time(deploy: Deploy, tmp_path: Path) -> None:
+@pytest.mark.row(21)
+def test_what_waits_past_its_deadline_never_starts_and_each_caller_is_told_once_in_time(deploy: Deploy, tmp_path: Path) -> None:
     gate, timeout_s = Gate(tmp_path), 5
 
     def work(request: Any) -> str:

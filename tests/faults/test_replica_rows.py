@@ -42,7 +42,8 @@ def dying(tally: Tally, gate: Gate) -> Any:
     return handle
 
 
-def test_row_01_at_least_once_runs_again_what_a_killed_replica_was_running(
+@pytest.mark.row(1)
+def test_at_least_once_runs_again_what_a_killed_replica_was_running(
     client: serve.Client, deploy: Deploy, tmp_path: Path, environment: dict[str, str]
 ) -> None:
     tally, gate = Tally(tmp_path), Gate(tmp_path)
@@ -55,7 +56,8 @@ def test_row_01_at_least_once_runs_again_what_a_killed_replica_was_running(
     assert stored_result(environment, ref.id)["attempt"] == 2
 
 
-def test_row_01_at_most_once_is_answered_502_and_never_runs_twice(client: serve.Client, deploy: Deploy, tmp_path: Path) -> None:
+@pytest.mark.row(1)
+def test_at_most_once_is_answered_502_and_never_runs_twice(client: serve.Client, deploy: Deploy, tmp_path: Path) -> None:
     tally, gate = Tally(tmp_path), Gate(tmp_path)
     name = new_name("r")
     backend = deploy(dying(tally, gate), route=f"/{name}", delivery="at_most_once")
@@ -72,7 +74,8 @@ def test_row_01_at_most_once_is_answered_502_and_never_runs_twice(client: serve.
     assert len(tally) == 2
 
 
-def test_row_01_at_most_once_never_runs_twice_though_redis_lost_the_mark(
+@pytest.mark.row(1)
+def test_at_most_once_never_runs_twice_though_redis_lost_the_mark(
     client: serve.Client, deploy: Deploy, tmp_path: Path, environment: dict[str, str]
 ) -> None:
     tally, gate = Tally(tmp_path), Gate(tmp_path)
@@ -86,7 +89,8 @@ def test_row_01_at_most_once_never_runs_twice_though_redis_lost_the_mark(
     assert len(tally) == 1
 
 
-def test_row_01_at_most_once_runs_elsewhere_what_a_drain_gave_back(client: serve.Client, deploy: Deploy, tmp_path: Path) -> None:
+@pytest.mark.row(1)
+def test_at_most_once_runs_elsewhere_what_a_drain_gave_back(client: serve.Client, deploy: Deploy, tmp_path: Path) -> None:
     tally, gate = Tally(tmp_path), Gate(tmp_path)
     backend = deploy(dying(tally, gate), delivery="at_most_once", num_replicas=2)
     refs = [client.get_handle(backend).remote() for _ in range(12)]
@@ -97,7 +101,8 @@ def test_row_01_at_most_once_runs_elsewhere_what_a_drain_gave_back(client: serve
     assert len(tally) == 12
 
 
-def test_row_01_a_child_that_a_killed_replica_forked_does_not_keep_its_requests_from_the_others(
+@pytest.mark.row(1)
+def test_a_child_that_a_killed_replica_forked_does_not_keep_its_requests_from_the_others(
     client: serve.Client, deploy: Deploy, tmp_path: Path
 ) -> None:
     tally, gate, children = Tally(tmp_path), Gate(tmp_path), Tally(tmp_path)
@@ -122,7 +127,8 @@ def test_row_01_a_child_that_a_killed_replica_forked_does_not_keep_its_requests_
         end_children(children)
 
 
-def test_row_01_at_most_once_tells_a_handle_that_its_replica_was_lost(client: serve.Client, deploy: Deploy, tmp_path: Path) -> None:
+@pytest.mark.row(1)
+def test_at_most_once_tells_a_handle_that_its_replica_was_lost(client: serve.Client, deploy: Deploy, tmp_path: Path) -> None:
     tally, gate = Tally(tmp_path), Gate(tmp_path)
     ref = client.get_handle(deploy(dying(tally, gate), delivery="at_most_once")).remote()
     wait_until(lambda: gate.came == 1)
@@ -133,7 +139,8 @@ def test_row_01_at_most_once_tells_a_handle_that_its_replica_was_lost(client: se
     assert len(tally) == 1
 
 
-def test_row_01_an_exception_is_a_result_and_never_run_again(client: serve.Client, deploy: Deploy, tmp_path: Path) -> None:
+@pytest.mark.row(1)
+def test_an_exception_is_a_result_and_never_run_again(client: serve.Client, deploy: Deploy, tmp_path: Path) -> None:
     tally = Tally(tmp_path)
 
     def fail(request: Any) -> None:
@@ -170,7 +177,8 @@ def statuses_until_ended(program: Program, url: str) -> list[int]:
     return statuses
 
 
-def test_row_02_a_request_whose_replica_dies_between_storing_and_ack_is_answered_and_runs_once(
+@pytest.mark.row(2)
+def test_a_request_whose_replica_dies_between_storing_and_ack_is_answered_and_runs_once(
     deploy: Deploy, joining: CommandLine, broker_server: PrivateRabbitMQ, tmp_path: Path
 ) -> None:
     tally = Tally(tmp_path)
@@ -183,7 +191,8 @@ def test_row_02_a_request_whose_replica_dies_between_storing_and_ack_is_answered
     assert len(tally) == len(statuses), f"one ran twice: {tally}"
 
 
-def test_row_03_a_request_whose_replica_dies_before_storing_runs_again_and_is_answered_once(
+@pytest.mark.row(3)
+def test_a_request_whose_replica_dies_before_storing_runs_again_and_is_answered_once(
     deploy: Deploy, joining: CommandLine, tmp_path: Path
 ) -> None:
     tally = Tally(tmp_path)
@@ -213,14 +222,15 @@ def asked_until_both_run(threads: ThreadPoolExecutor, url: str, gate: Gate) -> l
 
 SHORT_HEARTBEAT_S = 2  # the default is 10, and a broker misses a client after at most three
 WITH_A_SHORT_HEARTBEAT = f"""
-from mqserve.broker import amqp_link
-amqp_link.HEARTBEAT_S = {SHORT_HEARTBEAT_S}
+from mqserve.broker.rabbitmq import connection
+connection.HEARTBEAT_S = {SHORT_HEARTBEAT_S}
 from mqserve.commands.cli import main
 main()
 """
 
 
-def test_row_04_what_a_lost_machine_was_running_runs_elsewhere_after_its_heartbeats(
+@pytest.mark.row(4)
+def test_what_a_lost_machine_was_running_runs_elsewhere_after_its_heartbeats(
     deploy: Deploy, joining: CommandLine, broker_url: str, store_url: str, tmp_path: Path
 ) -> None:
     gate, began = Gate(tmp_path), 0.0
@@ -250,7 +260,8 @@ def test_row_04_what_a_lost_machine_was_running_runs_elsewhere_after_its_heartbe
 # Duplicates.
 
 
-def test_row_17_two_copies_that_run_at_once_leave_one_result_and_one_answer(
+@pytest.mark.row(17)
+def test_two_copies_that_run_at_once_leave_one_result_and_one_answer(
     client: serve.Client, deploy: Deploy, tmp_path: Path, broker_url: str, shared_namespace: str
 ) -> None:
     gate = Gate(tmp_path)
@@ -277,7 +288,8 @@ def test_row_17_two_copies_that_run_at_once_leave_one_result_and_one_answer(
     assert sorted(answers) == [("1", str(stored).encode()), ("2", str(stored).encode())]
 
 
-def test_row_17_a_request_whose_ack_is_lost_with_the_connection_is_not_run_again(
+@pytest.mark.row(17)
+def test_a_request_whose_ack_is_lost_with_the_connection_is_not_run_again(
     deploy: Deploy, joining: CommandLine, broker_wire: Wire, broker_server: PrivateRabbitMQ, tmp_path: Path
 ) -> None:
     gate = Gate(tmp_path)

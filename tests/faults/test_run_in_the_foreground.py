@@ -44,7 +44,7 @@ def test_the_lead_of_a_runs_killed_controller_need_not_lapse(distributed_shell: 
         wait_until(lambda: members.leader()[0] not in (0, old) and members.leader()[1] > epoch)  # noqa: B023
         took_s.append(time.monotonic() - killed_at)
     members.close()
-    assert min(took_s) < LEADER_TTL_S / 2, took_s
+    assert min(took_s) < LEADER_TTL_S - 1, took_s  # a lead that is renewed every second lapses no sooner
 
 
 def test_a_run_ends_when_somebody_shuts_its_instance_down(distributed_shell: CommandLine) -> None:

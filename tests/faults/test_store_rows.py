@@ -79,8 +79,9 @@ def epoch(store: PrivateRedis, namespace: str) -> int:
     return int(json.loads(store.say("GET", f"mqserve:{namespace}:desired"))["epoch"])
 
 
+@pytest.mark.row(7)
 @pytest.mark.parametrize("with_data", [True, False], ids=["with-its-data", "without"])
-def test_row_07_a_restart_of_redis_fails_nothing_that_runs_and_the_configuration_stands_again(
+def test_a_restart_of_redis_fails_nothing_that_runs_and_the_configuration_stands_again(
     deploy: Deploy, own_store: PrivateRedis, shared_namespace: str, tmp_path: Path, with_data: bool
 ) -> None:
     gate = Gate(tmp_path)
@@ -101,7 +102,8 @@ def test_row_07_a_restart_of_redis_fails_nothing_that_runs_and_the_configuration
     assert httpx.get(url, timeout=60).raise_for_status().json() != pid
 
 
-def test_row_07_traffic_goes_on_over_a_restart_of_redis(deploy: Deploy, own_store: PrivateRedis) -> None:
+@pytest.mark.row(7)
+def test_traffic_goes_on_over_a_restart_of_redis(deploy: Deploy, own_store: PrivateRedis) -> None:
     with Crowd(deploy.at(lambda request: "well", request_timeout_s=10)) as load:
         load.wait_for(20)
         own_store.restart(with_data=False)
@@ -109,7 +111,8 @@ def test_row_07_traffic_goes_on_over_a_restart_of_redis(deploy: Deploy, own_stor
     assert set(load.statuses) == {200} and not load.failures, load
 
 
-def test_row_09_results_wait_until_a_full_redis_has_room_and_no_replica_is_missed_meanwhile(
+@pytest.mark.row(9)
+def test_results_wait_until_a_full_redis_has_room_and_no_replica_is_missed_meanwhile(
     deploy: Deploy, own_store: PrivateRedis, broker_server: PrivateRabbitMQ, tmp_path: Path
 ) -> None:
     gate = Gate(tmp_path)
@@ -132,7 +135,8 @@ def test_row_09_results_wait_until_a_full_redis_has_room_and_no_replica_is_misse
     assert httpx.get(url, timeout=30).json() == pid
 
 
-def test_row_10_after_a_failover_of_redis_every_request_has_ended_in_time_and_the_old_primary_changes_nothing(
+@pytest.mark.row(10)
+def test_after_a_failover_of_redis_every_request_has_ended_in_time_and_the_old_primary_changes_nothing(
     client: serve.Client, deploy: Deploy, own_store: PrivateRedis, second_store: PrivateRedis, wire: Wire
 ) -> None:
     """The last of the module: its instance stays on the new primary."""

@@ -1,17 +1,33 @@
-"""Every row of docs/reliability.md has its test: one that begins with `test_row_<number>_`, or a file of its own."""
+"""Every row of docs/reliability.md has its tests: those that carry its number as a marker."""
 
-from pathlib import Path
+import ast
+import re
+from collections.abc import Iterator
 
 import pytest
 
-FOLDER = Path(__file__).parent
-ROWS = range(1, 30)
-OWN_FILES = {13: "test_controllers.py", 26: "test_drain.py"}  # two controllers; rolling updates
+from tests.instances import ROOT
+
+DOCUMENTED = [int(number) for number in re.findall(r"^\| (\d+) \|", (ROOT / "docs" / "reliability.md").read_text(), re.MULTILINE)]
 
 
-@pytest.mark.parametrize("row", ROWS)
-def test_each_row_has_its_test(row: int) -> None:
-    name = OWN_FILES.get(row)
-    files = [FOLDER / name] if name else FOLDER.glob("test_*.py")
-    definition = "def test_" if name else f"def test_row_{row:02}_"
-    assert any(definition in path.read_text() for path in files)
+def rows_of(source: str) -> Iterator[int]:
+    """The numbers of a file's `pytest.mark.row(number)`."""
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Call(func=ast.Attribute(value=ast.Attribute(attr="mark"), attr="row"), args=[ast.Constant(value=int(number))]):
+                yield number
+
+
+def test_the_table_numbers_its_rows_without_a_gap() -> None:
+    assert list(range(1, len(DOCUMENTED) + 1)) == DOCUMENTED
+
+
+def test_each_row_has_its_tests_and_each_marker_its_row() -> None:
+    tested = {row for path in (ROOT / "tests").rglob("test_*.py") for row in rows_of(path.read_text())}
+    assert tested == set(DOCUMENTED)
+
+
+@pytest.mark.parametrize("source", ["@pytest.mark.row(9)\ndef test_it(): ...", "pytestmark = [distributed_only, pytest.mark.row(9)]"])
+def test_a_marker_is_found_on_a_test_and_on_a_module(source: str) -> None:
+    assert list(rows_of(source)) == [9]

@@ -43,8 +43,9 @@ def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.row(16)
 @pytest.mark.parametrize("die", [exit_at_once, fault, kill])
-def test_row_16_poison_is_set_aside_after_its_attempts_and_others_are_served(
+def test_poison_is_set_aside_after_its_attempts_and_others_are_served(
     client: serve.Client, deploy: Deploy, tmp_path: Path, broker_url: str, shared_namespace: str, die: Callable[[], None]
 ) -> None:
     tally = Tally(tmp_path)
@@ -69,7 +70,8 @@ def test_row_16_poison_is_set_aside_after_its_attempts_and_others_are_served(
     assert httpx.get(url, timeout=60).text == "well"
 
 
-def test_row_16_memory_that_is_not_there_is_a_500_and_the_replica_lives(deploy: Deploy) -> None:
+@pytest.mark.row(16)
+def test_memory_that_is_not_there_is_a_500_and_the_replica_lives(deploy: Deploy) -> None:
     def greedy(request: Any) -> int:
         import resource
 
@@ -91,7 +93,8 @@ def test_row_16_memory_that_is_not_there_is_a_500_and_the_replica_lives(deploy: 
 # Slow ones.
 
 
-def test_row_19_a_slow_replica_gets_what_it_can_do_and_other_routes_do_not_wait(deploy: Deploy, tmp_path: Path) -> None:
+@pytest.mark.row(19)
+def test_a_slow_replica_gets_what_it_can_do_and_other_routes_do_not_wait(deploy: Deploy, tmp_path: Path) -> None:
     first = tmp_path / "first"
 
     class Work:
@@ -150,7 +153,8 @@ def ask_while(url: str, alive: Callable[[], bool]) -> list[int]:
         return [future.result().status_code for future in asked]
 
 
-def test_row_18_code_that_blocks_costs_nobody_else_and_a_replica_that_cannot_breathe_is_replaced(deploy: Deploy, tmp_path: Path) -> None:
+@pytest.mark.row(18)
+def test_code_that_blocks_costs_nobody_else_and_a_replica_that_cannot_breathe_is_replaced(deploy: Deploy, tmp_path: Path) -> None:
     gates = {name: Gate(tmp_path) for name in ("sleep", "regex", "pickle")}
     for gate in gates.values():
         gate.open()
@@ -195,7 +199,8 @@ def test_row_18_code_that_blocks_costs_nobody_else_and_a_replica_that_cannot_bre
     assert [gate.came for gate in gates.values()] == [1, 1, 1], "what blocks was run again"
 
 
-def test_row_16_a_call_that_never_ends_costs_its_replica_and_not_the_backend(client: serve.Client, deploy: Deploy, tmp_path: Path) -> None:
+@pytest.mark.row(16)
+def test_a_call_that_never_ends_costs_its_replica_and_not_the_backend(client: serve.Client, deploy: Deploy, tmp_path: Path) -> None:
     def handler(request: Any) -> str:
         while request.data == "endless":
             time.sleep(0.01)
@@ -214,7 +219,8 @@ def test_row_16_a_call_that_never_ends_costs_its_replica_and_not_the_backend(cli
     wait_until(is_served, 60)
 
 
-def test_row_03_user_code_is_told_the_requests_id_and_the_number_of_its_run(client: serve.Client, deploy: Deploy, tmp_path: Path) -> None:
+@pytest.mark.row(3)
+def test_user_code_is_told_the_requests_id_and_the_number_of_its_run(client: serve.Client, deploy: Deploy, tmp_path: Path) -> None:
     def handler(request: Any) -> list[Any]:
         if request.attempt == 1:
             time.sleep(0.5)  # for its mark to be written, mostly

@@ -80,7 +80,7 @@ def test_a_dead_letter_is_retried_for_whom_its_sender_was_and_not_for_who_retrie
     answer(stranger, namespace, FORGED[0], "stranger")
     shell = CommandLine(tmp_path, MQSERVE_BROKER_URL=session_broker.url, MQSERVE_STORE_URL=store_url, MQSERVE_NAMESPACE=namespace)
     refused = shell.run("dead", "retry", "told", "--all")
-    assert refused.returncode == 1 and "no replica would run it, whoever sends it again" in refused.stderr, refused
+    assert refused.returncode == 1 and "no replica would run it, even if it is sent again" in refused.stderr, refused
 
 
 def answer(url: str, namespace: str, header: Header, user_id: str | None) -> tuple[int, bytes]:

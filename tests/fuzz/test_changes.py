@@ -14,8 +14,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from mqserve.broker.errors import BadType, BadValue
 from mqserve.controller import changes
+from mqserve.controller.desired_writes import encode
 from mqserve.controller.plan import place_replicas
-from mqserve.controller.state.beats import Beat
+from mqserve.controller.state.beats import NodeBeat
 from mqserve.controller.state.config import BackendConfig
 from mqserve.controller.state.documents import Assignment, Backend, Desired, Endpoint, Observed
 from mqserve.controller.state.resources import Capacity, Demand, parse_actor_options
@@ -46,7 +47,7 @@ def _hashes(key: Any) -> bool:
 def attempt(make: Callable[[], changes.Change], desired: Desired) -> Desired:
     """The document after the change, or as it was where that is refused: with BadValue or BadType, and never otherwise."""
     try:
-        return Desired.from_bytes(changes.encode(make()(desired)))
+        return Desired.from_bytes(encode(make()(desired)))
     except (BadValue, BadType) as refused:
         assert str(refused)
         return desired
@@ -201,7 +202,7 @@ class DesiredMachine(RuleBasedStateMachine):
 
     @invariant()
     def it_is_read_as_it_was_written(self) -> None:
-        assert Desired.from_bytes(changes.encode(self.desired)) == self.desired
+        assert Desired.from_bytes(encode(self.desired)) == self.desired
         assert not {*self.desired.forced} & {*self.desired.backends}
 
 
@@ -227,7 +228,7 @@ def test_a_plan_keeps_to_the_numbers_and_to_each_nodes_room(
 ) -> None:
     """Over several comparisons, with replicas that get ready, die and drain, and new versions in between."""
     numbers = count()
-    beats = {node: Beat("node", node, 0, capacity=capacity) for node, capacity in nodes.items()}
+    beats = {node: NodeBeat(node, 0, capacity=capacity) for node, capacity in nodes.items()}
     versions, assigned, draining, ready = dict.fromkeys(wanted, 1), dict[str, Assignment](), dict[str, Assignment](), set[str]()
     for _ in range(data.draw(st.integers(1, 6))):
         if data.draw(st.booleans()):

@@ -16,7 +16,7 @@ from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.store_keys import StoreKeys
 from mqserve.controller import lease
 from mqserve.controller.plan import place_proxies, place_replicas
-from mqserve.controller.state.beats import Beat, read_beats
+from mqserve.controller.state.beats import NodeBeat, read_beats
 from mqserve.controller.state.documents import Assignment, Backend, Desired, Endpoint, Observed
 from mqserve.controller.state.following import follow_state
 from mqserve.controller.state.resources import Capacity, Demand
@@ -30,7 +30,7 @@ DESIRED = Desired(backends=BACKENDS, endpoints={"e": Endpoint("e", "/e", ("GET",
 OBSERVED = Observed(
     1, 2, (1, 3), {"a": (1,)}, replicas={"a#1": Assignment("a", "n", 1, Demand(num_gpus=1), (0,))}, problems={"a": "no room"}
 )
-BEAT = Beat("node", "n", 1000, 7, capacity=Capacity(2, ("0",)), ended={"a#0": "killed"})
+BEAT = NodeBeat("n", 1000, 7, capacity=Capacity(2, ("0",)), ended={"a#0": "killed"})
 LEASE = lease.InstanceLease("i", "me", False, 1)
 DOCUMENTS = [DESIRED.to_bytes(), OBSERVED.to_bytes(), BEAT.to_bytes(), msgspec.json.encode(LEASE)]
 
@@ -73,7 +73,7 @@ def read_desired(raw: bytes) -> Desired | None:
         choice = choose(endpoint, "")
         assert {choice.backend, *choice.shadows} <= set(desired.backends)
     assert desired.to_bytes()
-    beats = {"n": Beat("node", "n", 1000, capacity=Capacity(num_cpus=1))}
+    beats = {"n": NodeBeat("n", 1000, capacity=Capacity(num_cpus=1))}
     few = all(backend.config.num_replicas < 100 for backend in desired.backends.values())
     if few:
         place_replicas(desired, {}, {}, [], beats, lambda _: True, new_id())
@@ -87,7 +87,7 @@ def read_observed(raw: bytes) -> Observed | None:
     except BadEnvelope as refused:
         assert "the observed state in the store" in str(refused)
         return None
-    beats = {"n": Beat("node", "n", 1000, capacity=Capacity(1, ("0",)))}
+    beats = {"n": NodeBeat("n", 1000, capacity=Capacity(1, ("0",)))}
     place_replicas(DESIRED, observed.replicas, observed.draining, [], beats, lambda _: True, new_id())
     RouteTable(DESIRED, observed)
     assert observed.to_bytes()

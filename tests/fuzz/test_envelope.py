@@ -15,6 +15,7 @@ from pamqp.header import ContentHeader
 from mqserve.broker.dead_letters import Death, dead_letter_to_amqp
 from mqserve.broker.envelope import NO_HEADER, Envelope, Header, RequestHead
 from mqserve.broker.errors import BadEnvelope, TooLarge
+from mqserve.broker.rabbitmq import unreadable
 from mqserve.broker.rabbitmq.own_properties import read_ours
 from mqserve.broker.values.header_seals import HeaderSeals
 from tests.fuzz.material import any_text, anything, bytes_like, cases, good_text, plain
@@ -50,6 +51,12 @@ envelopes = st.builds(
     expiration_ms=st.integers(0, 2**63),
     persistent=st.booleans(),
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def as_on_a_connection() -> None:
+    """Each connection of ours has pamqp read what it by itself cannot."""
+    unreadable.install()
 
 
 def delivered(properties: bytes) -> ContentHeader:

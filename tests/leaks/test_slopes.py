@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.instances import CommandLine, Program
+from tests.instances import ROOT, CommandLine, Program
 from tests.leaks.traced import FILE_VARIABLE, Kept
 
 pytestmark = pytest.mark.long
@@ -28,7 +28,8 @@ def go_through(
     """What each process kept after every tenth cycle."""
     faulthandler.cancel_dump_traceback_later()  # of 120 s for one test
     told = [str(word) for name, (program, file) in others.items() for word in (name, program.pid, file)]
-    program = shell.start_program([sys.executable, "-m", "tests.leaks.cycles", kind, str(count), *told])
+    alone = shell.with_variables(PYTHONPATH=str(ROOT), MALLOC_ARENA_MAX="1")  # threads that come and go would leave glibc arenas half empty
+    program = alone.start_program([sys.executable, "-m", "tests.leaks.cycles", kind, str(count), *told])
     assert program.wait(deadline_s) == 0, program.output
     kept: dict[str, list[Kept]] = defaultdict(list)
     for line in program.output.splitlines():

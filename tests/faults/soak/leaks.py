@@ -132,11 +132,14 @@ def in_logs(logs: Iterable[tuple[str, str]]) -> list[str]:
     for name, text in logs:
         found += [f"{name}: {line}" for line in text.splitlines() if any(word in line for word in SUSPICIOUS)]
         found += [
-            f"{name}: {trace}" for trace in tracebacks(text) if not any(last.match(trace.splitlines()[-1]) for last in ALLOWED_TRACEBACKS)
+            f"{name}: {trace}"
+            for trace in tracebacks(text)
+            if not any(last.match(trace.splitlines()[-1].strip()) for last in ALLOWED_TRACEBACKS)
         ]
     return found
 
 
 def tracebacks(text: str) -> list[str]:
-    """Each from its first line to the line of its exception."""
-    return [match.group(0) for match in re.finditer(r"^.*Traceback \(most recent call last\):\n(?:[ \t|+].*\n|\n)*.*", text, re.MULTILINE)]
+    """Each from its first line to the line of its exception, which is indented as much as the first one."""
+    found = re.finditer(r"^([ |+]*)(?:\S.*)?Traceback \(most recent call last\):\n(?:\1[ \t|+].*\n|\n)*\1.*", text, re.MULTILINE)
+    return [match.group(0) for match in found]

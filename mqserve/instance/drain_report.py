@@ -1,4 +1,4 @@
-"""A line about what still drains, for a command that waits for the end of an instance."""
+"""Reports what still drains, for a command that waits for the end of an instance."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from contextlib import asynccontextmanager
 
 from ..broker.errors import MQServeError
 from ..connections import Connections
-from ..controller.plan import living
-from ..controller.state.beats import read_beats
+from ..controller.state.beats import ReplicaBeat, living, read_beats
 from ..controller.state.documents import Observed
 
 TELL_EVERY_S = 1.0
@@ -18,12 +17,12 @@ Tell = Callable[[str], None]
 
 
 @asynccontextmanager
-async def telling(connections: Connections, tell: Tell | None) -> AsyncIterator[None]:
-    """Meanwhile: a line when it has changed, and no more than one in a second."""
+async def reporting(connections: Connections, tell: Tell | None) -> AsyncIterator[None]:
+    """Calls `tell` with a line about what still drains inside the block, whenever that has changed, at most once a second."""
     if tell is None:
         yield
         return
-    task = asyncio.create_task(_tell_forever(connections, tell), name="tell what drains")
+    task = asyncio.create_task(_report_forever(connections, tell), name="report what drains")
     try:
         yield
     finally:
@@ -31,12 +30,12 @@ async def telling(connections: Connections, tell: Tell | None) -> AsyncIterator[
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def _tell_forever(connections: Connections, tell: Tell) -> None:
+async def _report_forever(connections: Connections, tell: Tell) -> None:
     last = ""
-    await asyncio.sleep(TELL_EVERY_S)  # most instances are gone by then
+    await asyncio.sleep(TELL_EVERY_S)  # most instances end before that
     while True:
         try:
-            line = await _what_drains(connections)
+            line = await _line(connections)
         except MQServeError as error:
             line = f"cannot see what still drains: {error}"
         if line not in ("", last):
@@ -45,11 +44,11 @@ async def _tell_forever(connections: Connections, tell: Tell) -> None:
         await asyncio.sleep(TELL_EVERY_S)
 
 
-async def _what_drains(connections: Connections) -> str:
-    """Empty when nothing is left."""
+async def _line(connections: Connections) -> str:
+    """Returns the line; empty if nothing is left."""
     observed = Observed.from_bytes(await connections.store.get(connections.keys.observed))
     beats = read_beats(await connections.store.fields(connections.keys.beats))
-    replicas = [beat for beat in living(beats, "replica", connections.store.now_ms()).values() if not beat.external]
+    replicas = [beat for beat in living(beats, ReplicaBeat, connections.store.now_ms()).values() if not beat.external]
     backends = {*observed.queues, *observed.retiring, *(beat.backend for beat in replicas)}
     if not backends:
         return ""
@@ -62,7 +61,7 @@ async def _what_drains(connections: Connections) -> str:
 async def _waiting(connections: Connections, observed: Observed) -> str:
     try:
         depths = [await connections.queue.depth(name, generation) for name, kept in observed.queues.items() for generation in kept]
-    except MQServeError:  # RabbitMQ is away, or this user may not ask
+    except MQServeError:  # RabbitMQ is away, or this user lacks the right
         return "?"
     return str(sum(depth or 0 for depth in depths))
 

@@ -1,0 +1,42 @@
+"""Tasks that their owner keeps hold of until they end, and ends with itself."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+Task = asyncio.Task[None]
+
+
+class Tasks:
+    """Those of one owner. `on_end` is given each task that has ended."""
+
+    def __init__(self, on_end: Callable[[Task], None] | None = None) -> None:
+        self._tasks: set[Task] = set()
+        self._on_end = on_end
+
+    def __repr__(self) -> str:
+        return f"<Tasks, {len(self)} under way>"
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def start(self, work: Coroutine[Any, Any, None]) -> Task:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def cancel(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+
+    async def wait(self, at_most_s: float) -> None:
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=at_most_s)
+
+    def _ended(self, task: Task) -> None:
+        self._tasks.discard(task)
+        if self._on_end is not None:
+            self._on_end(task)

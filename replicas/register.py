@@ -1,0 +1,45 @@
+"""The register of the requests that a replica holds: each stands in it from its delivery until it is settled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from .job import Job, Stage
+
+
+class Register:
+    """Belongs to the replica's I/O loop."""
+
+    def __init__(self) -> None:
+        self._jobs: set[Job] = set()
+        self.hold = self._jobs.add
+
+    def __repr__(self) -> str:
+        counts = {stage.value: len(self.at(stage)) for stage in Stage}
+        return f"<Register {', '.join(f'{count} {stage}' for stage, count in counts.items() if count) or 'empty'}>"
+
+    def __iter__(self) -> Iterator[Job]:
+        """Of a copy: each may be settled meanwhile."""
+        return iter(tuple(self._jobs))
+
+    def at(self, stage: Stage) -> list[Job]:
+        return [job for job in self._jobs if job.stage is stage]
+
+    def with_worker(self) -> list[Job]:
+        """Those that wait for user code or run."""
+        return [job for job in self._jobs if job.with_worker]
+
+    @property
+    def unsettled(self) -> int:
+        """Deliveries neither acked nor given back."""
+        return sum(job.stage is not Stage.RETURNED for job in self._jobs)
+
+    @property
+    def generations(self) -> set[int]:
+        """The queues whose messages are held."""
+        return {job.generation for job in self._jobs if job.stage is not Stage.RETURNED}
+
+    def settle(self, job: Job) -> None:
+        """Nothing is left to do for it."""
+        job.move(Stage.SETTLED)
+        self._jobs.discard(job)
