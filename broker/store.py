@@ -131,8 +131,12 @@ class Store(Protocol):
         """Deletes all keys in one step, so that no reader sees only some of them gone. Returns False only if the guard does not hold."""
         ...
 
-    async def expire(self, key: str, ttl_ms: int | None) -> None:
-        """Sets the TTL of the key, or removes it (None). An absent key stays absent."""
+    async def expire(self, keys: Sequence[str], ttl_ms: int | None) -> None:
+        """Sets the TTL of the keys, or removes it (None). Absent keys stay absent."""
+        ...
+
+    async def extend(self, keys: Sequence[str], ttl_ms: int) -> frozenset[str]:
+        """Extends TTLs below `ttl_ms` to it, and returns the absent keys. It reads no value, since a client may only write code."""
         ...
 
     async def put_field(self, key: str, field: str, value: bytes) -> None: ...

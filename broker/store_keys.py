@@ -10,7 +10,8 @@
 | `mqserve:<ns>:body:{id}`     | string | sender: a body by reference | replica      | the request's deadline + 60 s |
 | `mqserve:<ns>:body:{id.result}` | string | replica: a large result | waiting processes | RESULT_TTL_S      |
 | `mqserve:<ns>:inbox:<pid>`   | list   | replicas             | that process      | INBOX_TTL_S, renewed by each write |
-| `mqserve:<ns>:code:<sha256>` | string | clients              | replicas, proxies | CODE_TTL_S; none while it is deployed: the leader |
+| `mqserve:<ns>:code:<sha256>` | string: a backend's code, manifest, chunk | clients, nodes | replicas, nodes | as the next |
+| `mqserve:<ns>:code:all.<sha256>` | string: convertor, middlewares | clients | proxies, replicas | CODE_TTL_S; none while deployed |
 | `mqserve:<ns>:desired`       | string | clients, by compare-and-set | all        | none                      |
 | `mqserve:<ns>:observed`      | string | leading controller   | all               | none                      |
 | `mqserve:<ns>:instance`      | string | starter, controller  | starters, clients | none: it is a lease       |

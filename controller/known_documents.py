@@ -10,6 +10,7 @@ from ..broker.errors import BadEnvelope
 from ..broker.process.complaint import Complaint
 from ..broker.store import WRONG_TYPE, Guard, Store
 from ..broker.store_keys import StoreKeys
+from ..broker.values.code import files_of
 from . import lease
 from .state.documents import Desired, Observed
 
@@ -27,6 +28,7 @@ class KnownDocuments:
         self._keys = keys
         self._instance = instance
         self._codes: dict[str, bytes] = {}
+        self._files: dict[str, frozenset[str]] = {}  # of each of them: the hashes, and not the files, which nodes have
         self._broken, self._broken_observed = Complaint(logger), Complaint(logger)
         self._desired_is_behind = self._observed_is_behind = False  # whether the store's copy is older than ours
         self.desired: Desired | None = None
@@ -87,10 +89,16 @@ class KnownDocuments:
 
     async def _read_codes(self, desired: Desired) -> None:
         self._codes = {sha256: code for sha256, code in self._codes.items() if sha256 in desired.codes}
+        self._files = {sha256: files for sha256, files in self._files.items() if sha256 in desired.codes}
         for sha256 in desired.codes - set(self._codes):
             code = await self._store.get_large(self._keys.code(sha256))
             if code is not None and code != WRONG_TYPE:
+                self._files[sha256] = await files_of(self._store, self._keys, code)
                 self._codes[sha256] = code
+
+    def hashes_of(self, desired: Desired) -> frozenset[str]:
+        """Of all that a document leads to: its code, and the files of that."""
+        return desired.codes.union(*(self._files.get(sha256, frozenset()) for sha256 in desired.codes))
 
     async def write_back(self, claim: Guard) -> None:
         """Writes our copy of the lost documents, code included, back to the store: the desired state under a higher epoch. Does nothing

@@ -22,11 +22,13 @@ import msgspec
 from ..broker.errors import BadEnvelope, InstanceError, MQServeError
 from ..broker.store import Guard, Store
 from ..broker.store_keys import ENDED_TTL_S, LEADER_TTL_S, StoreKeys
+from ..broker.values.code import files_of
 from .desired_writes import write_next
 from .state.documents import Count, Desired, HttpOptions, decode_document
 
 logger = logging.getLogger(__name__)
 
+FILES_AT_ONCE = 500
 LAPSED_AFTER_S = 10.0  # longer than a change of leaders takes
 LEADS_FOR_S = LEADER_TTL_S - 1.5  # by the leader's own clock; other controllers wait for LEADER_TTL_S
 RENEWED_EVERY_S = 1.0
@@ -230,6 +232,11 @@ async def _forget_documents(store: Store, keys: StoreKeys, guard: Guard) -> None
         desired = Desired.from_bytes(await store.get(keys.desired))
     except BadEnvelope:
         desired = Desired()  # the code it named stays behind: a broken document does not say which that was
+    for sha256 in desired.codes:  # the files first, since the records lead to them; many of them, so some at a time
+        raw = await store.get_large(keys.code(sha256))
+        files = list(await files_of(store, keys, raw)) if raw is not None else []
+        for at in range(0, len(files), FILES_AT_ONCE):
+            await store.delete(*map(keys.code, files[at : at + FILES_AT_ONCE]), guard=guard)
     await store.delete(keys.desired, keys.observed, keys.beats, keys.leader, *map(keys.code, desired.codes), guard=guard)
     await store.announce()
 

@@ -205,10 +205,12 @@ class Controller:
     async def _keep_codes(self, desired: Desired) -> None:
         """Removes the TTL of code that the document names, and sets one on code that it no longer names. The TTL gives a client time to
         commit a deployment, or to roll one back."""
-        for sha256 in desired.codes ^ self._kept:
-            await self._leader.hold()
-            await self._store.expire(self._keys.code(sha256), None if sha256 in desired.codes else CODE_TTL_S * 1000)
-        self._kept = desired.codes
+        named = self._known.hashes_of(desired)
+        for changed, ttl_ms in ((named - self._kept, None), (self._kept - named, CODE_TTL_S * 1000)):
+            if changed:
+                await self._leader.hold()
+                await self._store.expire([self._keys.code(sha256) for sha256 in changed], ttl_ms)
+        self._kept = named
 
     # Replicas and proxies.
 

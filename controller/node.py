@@ -21,6 +21,7 @@ from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
 from ..broker.values.signing import Signer
 from .environments import check_environment, find_python
+from .lost_files import put_back_files
 from .machine import replica_environment
 from .node_metrics import FOLDER_VARIABLE, NodeMetrics
 from .restarts import ENDED_WELL, Restarts
@@ -146,6 +147,7 @@ class Node:
         self._desired = Desired()
         self._ended: dict[str, str] = {}
         self._stoppers: set[asyncio.Task[None]] = set()
+        self._giving_back: asyncio.Task[None] | None = None  # files that the store lost
         self._is_draining = False
         self._tasks = asyncio.TaskGroup()  # entered by `run`; owns the tasks that watch children
         field = f"node:{options.node_id}"
@@ -166,7 +168,12 @@ class Node:
             self._presence.tell()
             await self._stop_all(PARENT_GONE_S if stop.orphaned else math.inf)
             await self._presence.leave(with_last_words=False)
+            self._stop_giving_back()
             working[0].cancel()
+
+    def _stop_giving_back(self) -> None:
+        if self._giving_back is not None:
+            self._giving_back.cancel()
 
     async def _follow(self, stop: Stop) -> None:
         async for desired, observed in follow_state(self._store, self._keys):
@@ -177,7 +184,10 @@ class Node:
                 observed = Observed()
             if observed is None:
                 continue
-            self._desired = desired or Desired()
+            before, self._desired = self._desired, desired or Desired()
+            if self._desired.epoch > before.epoch:  # the store lost data, and a controller wrote the documents back
+                self._stop_giving_back()
+                self._giving_back = self._tasks.create_task(put_back_files(self._store, self._keys, self._desired))
             mine = {name: assigned for name, assigned in observed.replicas.items() if assigned.node == self._options.node_id}
             self._reconcile_replicas(mine)
             self._reconcile_proxy(wanted=self._options.node_id in observed.proxies)

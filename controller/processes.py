@@ -23,7 +23,9 @@ from .detached_log import PATH_VARIABLE, detached_log, open_log
 from .node import Share
 
 # No other variable is inherited: a variable that only the parent was meant to read must not override a flag.
-_INHERITED = {PREFIX + name for name in ("VERBOSE", "ENVIRONMENTS", "NUM_CPUS", "NUM_GPUS", "RESOURCES", "METRICS_HOST", "METRICS_PORT")}
+_INHERITED = {
+    PREFIX + name for name in ("VERBOSE", "ENVIRONMENTS", "NUM_CPUS", "NUM_GPUS", "RESOURCES", "METRICS_HOST", "METRICS_PORT", "CODE_CACHE")
+}
 _INHERITED |= {"MQSERVE_INSECURE", PATH_VARIABLE}
 
 

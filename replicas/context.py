@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Protocol
@@ -49,6 +50,25 @@ def get_replica_context() -> ReplicaContext:
     if context is None:
         raise InstanceError("there is no replica here: get_replica_context() works in a backend's own code, in its worker's threads")
     return context
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Around the import of a replica's code, in its thread."""
+    _here.is_importing = True
+    try:
+        yield
+    finally:
+        _here.is_importing = False
+
+
+def check_not_importing(what: str) -> None:
+    """Raises InstanceError where a replica's code calls this while it is imported: each replica would do it once more."""
+    if getattr(_here, "is_importing", False):
+        raise InstanceError(
+            f"{what} was called while a replica imports the code: each replica would call it again. Put it behind "
+            '`if __name__ == "__main__":` in a file that `python` starts, or into a program that imports the code'
+        )
 
 
 def in_replica_process() -> bool:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
+import sys
+from typing import Any
 
-from ..broker.errors import BackendFailed, BadValue
+from ..broker.errors import BackendFailed, BadEnvelope, BadSignature, BadValue
 from ..broker.failures import Failure
+from ..broker.files.hints import shadowed, way_out
+from ..broker.files.travel import Restored, restore_files
 from ..broker.settings import Settings
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
 from ..broker.values import code
+from ..broker.values.main_module import RunFile, become_main
 from ..controller.state.documents import Backend, Desired
+from .context import importing
 from .handler import Handler, make_handler
 from .worker import Raised, Worker
 
@@ -28,12 +35,10 @@ async def read_backend(store: Store, keys: StoreKeys, namespace: str, name: str)
 async def construct(store: Store, keys: StoreKeys, settings: Settings, worker: Worker, backend: Backend) -> Handler:
     """Constructs the handler in the worker's thread, within the backend's start timeout. Raises BackendFailed with the traceback of user
     code, or with the message of its `sys.exit()`."""
-    raw = await store.get_large(keys.code(backend.code))
+    record, restored = await _fetch(store, keys, settings, backend)
 
     def make() -> Handler:
-        if raw is None:
-            raise BadValue(f"the code of {backend.name} is not in the store: deploy it again")
-        target, args = code.unpack(raw, backend.code, settings.signer)
+        target, args = _import(record, restored, settings)
         return make_handler(target, args)
 
     try:
@@ -49,6 +54,43 @@ async def construct(store: Store, keys: StoreKeys, settings: Settings, worker: W
     if (backend.config.max_batch_size or 1) > 1 and not handler.accepts_batch:
         raise BackendFailed(f"backend {backend.name!r} has a max_batch_size but takes no batches: decorate it with @serve.accept_batch")
     return handler
+
+
+async def _fetch(store: Store, keys: StoreKeys, settings: Settings, backend: Backend) -> tuple[code.Code | code.CodeHere, Restored | None]:
+    """The record, and the files that go with it. Raises BackendFailed where they are missing, or nobody with the key has deployed them."""
+    try:
+        raw = await store.get_large(keys.code(backend.code))
+        if raw is None:
+            raise BadValue("it is not in the store: deploy it again")
+        record = code.open_record(raw, backend.code, settings.signer)
+        if isinstance(record, code.CodeHere) or not record.files:
+            return record, None
+        return record, await restore_files(store, keys, record.files)
+    except (BadValue, BadSignature, BadEnvelope) as error:
+        raise BackendFailed(f"backend {backend.name!r} ({backend.code_name}) cannot be loaded: {error}") from error
+
+
+def _import(record: code.Code | code.CodeHere, restored: Restored | None, settings: Settings) -> tuple[Any, list[Any]]:
+    """In the worker's thread. The folders go on `sys.path` only now: none of what mqserve imports is shadowed by a file of the user's."""
+    with importing():
+        if isinstance(record, code.CodeHere):
+            return code.make(record, settings.signer)
+        if restored is not None:
+            sys.path[:0] = map(str, restored.paths)
+            importlib.invalidate_caches()
+            if why := shadowed(restored):
+                raise ImportError(why)
+        try:
+            if restored is not None and record.run_file:
+                folder, _, path = record.run_file.partition("/")
+                RunFile.read(restored.roots[int(folder)] / path).execute()
+            elif record.home:
+                become_main(record.home)
+            return code.make(record, settings.signer)
+        except ImportError as error:
+            if restored is None or not (mend := way_out(error, restored)):
+                raise
+            raise ImportError(f"{error}: {mend}", name=error.name, path=error.path) from error
 
 
 def told(backend: Backend, what: str, failure: Failure) -> str:

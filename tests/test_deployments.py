@@ -10,6 +10,7 @@ from mqserve.broker.memory.queue import EmbeddedQueue
 from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.settings import Settings
 from mqserve.broker.store_keys import StoreKeys
+from mqserve.broker.values.backend_code import Packed
 from mqserve.broker.values.code import Code
 from mqserve.broker.values.signing import Signer
 from mqserve.client.deployments import Deployments
@@ -49,7 +50,7 @@ async def test_an_update_that_fails_is_rolled_back_to_what_it_replaced_and_not_p
     await store.set(KEYS.desired, Desired(instance="i", version=1, backends={"b": Backend("b", "first", "first")}).to_bytes())
     await store.set(KEYS.observed, FAILING.to_bytes())
     with pytest.raises(BackendFailed, match="no model"):
-        await deployments(store).update_backend("b", Code("bad", target="m:bad"), None)
+        await deployments(store).update_backend("b", Packed(Code("bad", target="m:bad")), None)
     assert Desired.from_bytes(await store.get(KEYS.desired)).backends["b"].code == "good"
 
 
@@ -59,7 +60,7 @@ async def test_a_backend_that_fails_says_why_although_it_cannot_be_deleted(monke
     await store.set(KEYS.desired, Desired(instance="i").to_bytes())
     await store.set(KEYS.observed, FAILING.to_bytes())
     with pytest.raises(BackendFailed, match="does not get ready: no model"):
-        await deployments(store).create_backend("b", Code("bad", target="m:bad"), BackendConfig(), ActorOptions())
+        await deployments(store).create_backend("b", Packed(Code("bad", target="m:bad")), BackendConfig(), ActorOptions())
     assert Desired.from_bytes(await store.get(KEYS.desired)).backends == {}
 
 
@@ -75,7 +76,7 @@ async def updated(before: ActorOptions, given: ActorOptions | None, *keys: bytes
     await store.set(KEYS.observed, FAILING.to_bytes())
     settings = replace(Settings.read(), secret_keys=keys)
     with pytest.raises(BackendFailed):
-        await deployments_by(settings, store, committed.append).update_backend("b", Code("new", target="m:new"), given)
+        await deployments_by(settings, store, committed.append).update_backend("b", Packed(Code("new", target="m:new")), given)
     return committed[0].backends["b"].options
 
 

@@ -10,11 +10,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("broker", "proxy", "replicas", "controller")
 
-BROKER = {"broker", "broker.process", "broker.values", "broker.calls"}
+BROKER = {"broker", "broker.process", "broker.values", "broker.files", "broker.calls"}
 MAY_KNOW = {
     "broker": {"broker", "broker.process", "broker.values"},
     "broker.process": {"broker.process"},
-    "broker.values": {"broker.values", "broker.process"},
+    "broker.values": {"broker.values", "broker.files", "broker.process"},
+    "broker.files": {"broker.files", "broker.process"},
     "broker.rabbitmq": {"broker.rabbitmq", "broker", "broker.process", "broker.values"},
     "broker.redis": {"broker.redis", "broker", "broker.process", "broker.values"},
     "broker.memory": {"broker.memory", "broker", "broker.process", "broker.values"},
@@ -28,6 +29,7 @@ MAY_KNOW = {
 
 ALSO = {
     "broker.process": {"broker.errors", "broker.failures"},
+    "broker.files": {"broker.errors", "broker.store", "broker.store_keys"},
     "broker.values": {"broker.errors", "broker.failures", "broker.store", "broker.store_keys"},
     "proxy": {"broker.rabbitmq.queue", "broker.redis.store"},
     "replicas": {"broker.rabbitmq.queue", "broker.redis.store", "broker.rabbitmq.connection"},

@@ -126,9 +126,17 @@ class EmbeddedStore:
             self._hashes.pop(key, None)
         return True
 
-    async def expire(self, key: str, ttl_ms: int | None) -> None:
-        if (value := self._read(key)) is not None:
-            self._write(key, value, ttl_ms)
+    async def expire(self, keys: Sequence[str], ttl_ms: int | None) -> None:
+        for key in keys:
+            if (value := self._read(key)) is not None:
+                self._write(key, value, ttl_ms)
+
+    async def extend(self, keys: Sequence[str], ttl_ms: int) -> frozenset[str]:
+        for key in keys:
+            if self._read(key) is not None:
+                value, expiry = self._values[key]
+                self._values[key] = (value, max(expiry, time.monotonic() + ttl_ms / 1000))
+        return frozenset(key for key in keys if key not in self._values)
 
     async def put_field(self, key: str, field: str, value: bytes) -> None:
         self._hashes.setdefault(key, {})[field] = value

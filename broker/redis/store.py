@@ -26,6 +26,7 @@ from ..store import WRONG_TYPE, Guard, Record
 from ..store_keys import INBOX_TTL_S, LOG_LENGTH, LOG_TTL_S, RESULT_TTL_S, StoreKeys
 from .client import Client, blocking_client, heeding_cancellation, pooled_client
 from .health import StoreHealth
+from .many_keys import expire_keys, extend_keys
 from .refusals import key_of, refusal_code, store_refusal
 from .result_writer import Mark, ResultWriter
 
@@ -35,7 +36,7 @@ CONNECT_BUDGET_S = 5.0
 CALL_BUDGET_S = 3.0
 BLOCK_S = 5.0
 INBOX_BATCH = 256
-LARGE_BYTES = 1024 * 1024
+LARGE_BYTES = 64 * 1024
 LARGE_BUDGET_S = 30.0  # for what has more: bodies that travel by reference, and code. Whoever waits for it has a deadline of his own
 LOG_BATCH = 1000
 INBOX_WAS_ODD = 2  # of record.lua
@@ -177,7 +178,7 @@ class RedisStore:
         return written
 
     async def _set(self, key: str, value: bytes, ttl_ms: int | None, *, only_new: bool) -> bool:
-        client, budget_s = (self._large, LARGE_BUDGET_S) if len(value) > LARGE_BYTES else (self._commands, CALL_BUDGET_S)
+        client, budget_s = (self._large, LARGE_BUDGET_S) if len(value) >= LARGE_BYTES else (self._commands, CALL_BUDGET_S)
         return bool(await self._call(lambda: client.set(key, value, px=ttl_ms, nx=only_new), budget_s, writing=True))
 
     async def put_if_absent(self, key: str, value: bytes, *, ttl_ms: int) -> None:
@@ -209,8 +210,11 @@ class RedisStore:
             await self._call(lambda: self._commands.delete(*keys))
         return True
 
-    async def expire(self, key: str, ttl_ms: int | None) -> None:
-        await self._call(lambda: self._commands.persist(key) if ttl_ms is None else self._commands.pexpire(key, ttl_ms))
+    async def expire(self, keys: Sequence[str], ttl_ms: int | None) -> None:
+        await expire_keys(self._commands, self._call, keys, ttl_ms)
+
+    async def extend(self, keys: Sequence[str], ttl_ms: int) -> frozenset[str]:
+        return await extend_keys(self._commands, self._call, keys, ttl_ms)
 
     async def put_field(self, key: str, field: str, value: bytes) -> None:
         await self._made_anew(key, lambda: self._commands.hset(key, field, value))

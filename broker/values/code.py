@@ -1,4 +1,7 @@
-"""How code travels: by import string, or by value as a sealed pickle, in a sealed record; kept in the store under its hash."""
+"""How code travels: by import string, or by value as a sealed pickle, in a sealed record; kept in the store under its hash.
+
+In the embedded form it does not travel: the store of the process holds the very object.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,19 @@ import hashlib
 import importlib
 import inspect
 import pickle
+import secrets
 import sys
-import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import cloudpickle
 import msgspec
 
 from ..errors import UNPARSABLE, BadEnvelope, BadSignature, BadValue, NotEncodable
+from ..files.roots import is_installed
+from ..files.travel import load_manifest
 from ..process import forks
 from ..store import Store
 from ..store_keys import CODE_TTL_S, StoreKeys
@@ -26,7 +30,9 @@ from . import pickling
 from .codecs import MSGPACK, decode_value, encode_value
 from .signing import SealScope, Signer
 
-_CLAIM = SealScope("code")
+CLAIM = SealScope("code")
+FOR_ALL = "all."
+_ADDED = ("files", "run_file", "home")
 _NO_ARGUMENTS = (MSGPACK, msgspec.msgpack.encode([]))
 _packing = forks.Lock()  # what cloudpickle is told of a module is one for all threads, and two may deploy from one module
 
@@ -34,7 +40,9 @@ _packing = forks.Lock()  # what cloudpickle is told of a module is one for all t
 class Code(msgspec.Struct, frozen=True):
     """A target and the arguments to construct it with; exactly one of `target` (`pkg.mod:attr`) and `sealed` is set.
 
-    `seal` is over all of the record, since a name is as good as code to whoever may choose it; empty where there is no key.
+    `seal` is over all of the record, since a name is as good as code to whoever may choose it; empty where there is no key. `files` is the
+    hash of the manifest of the files that travel with it; `run_file` is the one of them that is executed as `__main__`, as
+    `<number of its folder>/<path>`; `home` is that of the `__main__` which it comes from, where there is no such file.
     """
 
     name: str
@@ -43,9 +51,14 @@ class Code(msgspec.Struct, frozen=True):
     args_type: str = ""
     args: bytes = b""
     seal: bytes = b""
+    files: str = ""
+    run_file: str = ""
+    home: str = ""
 
     def to_bytes(self) -> bytes:
-        return msgspec.msgpack.encode(self)
+        """Without the last three where they are empty: so the seals of earlier versions, which had none of them, hold."""
+        fields = msgspec.structs.asdict(self)
+        return msgspec.msgpack.encode({name: value for name, value in fields.items() if value or name not in _ADDED})
 
     def with_seal(self, signer: Signer) -> Code:
         return msgspec.structs.replace(self, seal=signer.seal(b"", self._claim)) if signer else self
@@ -76,17 +89,52 @@ class Code(msgspec.Struct, frozen=True):
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
 
+class CodeHere(bytes):
+    """Code of the embedded form. The store keeps values as they are, so the target rides on its record, and lives as long as that.
+
+    The bytes are like no other's, so that each deployment has a hash of its own. Constructor arguments are values, and encoded as such:
+    each replica constructs from arguments of its own.
+    """
+
+    name: str
+    target: Any
+    args_type: str
+    args: bytes
+
+    @classmethod
+    def of(cls, name: str, target: object, args_type: str, args: bytes) -> CodeHere:
+        here = cls(secrets.token_bytes(16))
+        here.name, here.target, here.args_type, here.args = name, target, args_type, args
+        return here
+
+    def to_bytes(self) -> bytes:
+        return self
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self).hexdigest()
+
+
+def pack_here(target: object, args: tuple[Any, ...], signer: Signer) -> CodeHere:
+    """For the embedded form: the object itself, or an import string. Raises NotEncodable for arguments that cannot be encoded."""
+    if isinstance(target, str):
+        split(target)
+    args_type, packed_args = encode_value(list(args), signer, CLAIM)
+    return CodeHere.of(name_of(target), target, args_type, packed_args)
+
+
 def pack(target: object, args: tuple[Any, ...], signer: Signer) -> Code:
     """The code of a callable, or of any object that pickles; an import string goes as it is.
 
     Raises NotEncodable, with the way out, when it must go by value and there is no key or it does not pickle.
     """
     if isinstance(target, str):
-        _split(target)
-        name, by_name = target, target
+        split(target)
+        by_name = target
     else:
-        name, by_name = getattr(target, "__qualname__", type(target).__qualname__), _installed_name(target)
-    args_type, packed_args = encode_value(list(args), signer, _CLAIM)
+        by_name = installed_name(target)
+    name = name_of(target)
+    args_type, packed_args = encode_value(list(args), signer, CLAIM)
     if by_name:
         return Code(name, target=by_name, args_type=args_type, args=packed_args).with_seal(signer)
     if not signer:
@@ -102,13 +150,20 @@ def pack(target: object, args: tuple[Any, ...], signer: Signer) -> Code:
             f"{name} cannot travel to its replicas: it does not pickle ({error}); keep such objects out of globals and closures, "
             "make them in the constructor, or name the code by an import string"
         ) from error
-    return Code(name, sealed=signer.seal(payload, _CLAIM), args_type=args_type, args=packed_args).with_seal(signer)
+    return Code(name, sealed=signer.seal(payload, CLAIM), args_type=args_type, args=packed_args).with_seal(signer)
 
 
 def unpack(raw: bytes, sha256: str, signer: Signer) -> tuple[Any, list[Any]]:
     """(target, constructor arguments). Raises BadSignature before foreign bytes are opened or anything that they name is imported;
     ImportError and what importing raises.
     """
+    return make(open_record(raw, sha256, signer), signer)
+
+
+def open_record(raw: bytes, sha256: str, signer: Signer) -> Code | CodeHere:
+    """Raises BadSignature where it is not what was deployed, or no holder of the key made it; BadEnvelope where it does not parse."""
+    if isinstance(raw, CodeHere):
+        return raw
     if hashlib.sha256(raw).hexdigest() != sha256:
         raise BadSignature("the code in the store is not the code that was deployed: its hash differs")
     try:
@@ -116,28 +171,57 @@ def unpack(raw: bytes, sha256: str, signer: Signer) -> tuple[Any, list[Any]]:
     except UNPARSABLE as error:
         raise BadEnvelope(f"the code in the store does not parse ({error})") from error
     code.check(signer)
-    target = pickle.loads(signer.open(code.sealed, _CLAIM)) if code.sealed else load_import_string(code.target)
-    return target, decode_value(code.args, code.args_type, signer, _CLAIM)
+    return code
 
 
-async def save(store: Store, keys: StoreKeys, code: Code) -> str:
+def make(code: Code | CodeHere, signer: Signer) -> tuple[Any, list[Any]]:
+    """(target, constructor arguments) of a record that was opened. Raises ImportError, and what importing and unpickling raise."""
+    if isinstance(code, CodeHere):
+        target = load_import_string(code.target) if isinstance(code.target, str) else code.target
+    elif code.sealed:
+        target = pickle.loads(signer.open(code.sealed, CLAIM))
+    else:
+        target = load_import_string(code.target)
+    return target, decode_value(code.args, code.args_type, signer, CLAIM)
+
+
+async def save(store: Store, keys: StoreKeys, code: Code | CodeHere) -> str:
     """Kept under its hash for a while, and for as long as the desired document names it; returns the hash."""
-    await store.put_if_absent(keys.code(code.sha256), code.to_bytes(), ttl_ms=CODE_TTL_S * 1000)
-    return code.sha256
+    return await _save(store, keys, code, code.sha256)
 
 
-async def load(store: Store, keys: StoreKeys, sha256: str, signer: Signer) -> tuple[Any, list[Any]]:
-    """Returns what `unpack` makes of the record in the store. It unpacks in a thread of its own: an import may take long, and the caller's
-    event loop has requests, acks and heartbeats to see to."""
-    raw = await store.get_large(keys.code(sha256))
+async def save_for_all(store: Store, keys: StoreKeys, code: Code | CodeHere) -> str:
+    """As `save`, of what proxies load as well: under a name of its own kind, since they may read nothing else of `code`."""
+    return await _save(store, keys, code, FOR_ALL + code.sha256)
+
+
+async def _save(store: Store, keys: StoreKeys, code: Code | CodeHere, name: str) -> str:
+    await store.put_if_absent(keys.code(name), code.to_bytes(), ttl_ms=CODE_TTL_S * 1000)
+    return name
+
+
+async def files_of(store: Store, keys: StoreKeys, raw: bytes) -> frozenset[str]:
+    """The hashes under which the files of a record stand, their manifest included. Whoever asks only keeps them or lets them go, so nobody
+    looks at the seal."""
+    try:
+        files = msgspec.msgpack.decode(raw, type=Code).files
+        return (await load_manifest(store, keys, files)).chunks | {files} if files else frozenset()
+    except (*UNPARSABLE, BadEnvelope, BadValue, BadSignature):
+        return frozenset()
+
+
+async def load(store: Store, keys: StoreKeys, name: str, signer: Signer) -> tuple[Any, list[Any]]:
+    """Returns what `unpack` makes of the record in the store; `name` is what saving it returned. It unpacks in a thread of its own: an
+    import may take long, and the caller's event loop has requests, acks and heartbeats to see to."""
+    raw = await store.get_large(keys.code(name))
     if raw is None:
-        raise BadValue(f"the code {sha256[:12]} is not in the store: deploy it again")
-    return await asyncio.to_thread(unpack, raw, sha256, signer)
+        raise BadValue(f"the code {name[:16]} is not in the store: deploy it again")
+    return await asyncio.to_thread(unpack, raw, name.removeprefix(FOR_ALL), signer)
 
 
 def load_import_string(target: str) -> Any:
     """What `pkg.mod:attr` names. Raises ImportError with a sentence when the module or the attribute is missing."""
-    module_name, attributes = _split(target)
+    module_name, attributes = split(target)
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     found: Any = importlib.import_module(module_name)
@@ -149,7 +233,12 @@ def load_import_string(target: str) -> Any:
     return found
 
 
-def _split(target: str) -> tuple[str, str]:
+def name_of(target: object) -> str:
+    """For people."""
+    return target if isinstance(target, str) else str(getattr(target, "__qualname__", type(target).__qualname__))
+
+
+def split(target: str) -> tuple[str, str]:
     """`pkg.mod:attr`, or `pkg.mod.attr` as the seed writes it."""
     module, colon, attribute = target.partition(":")
     if not colon:
@@ -159,36 +248,21 @@ def _split(target: str) -> tuple[str, str]:
     return module, attribute
 
 
-def _installed_name(target: object) -> str:
+def installed_name(target: object) -> str:
     """The import string of something that every machine with the same packages has, else ''."""
     if not isinstance(target, Callable) or not hasattr(target, "__qualname__"):  # type: ignore[arg-type]
         return ""
     module = sys.modules.get(getattr(target, "__module__", "") or "")
-    if module is None or module.__name__ == "__main__" or not _is_installed(module) or "<" in target.__qualname__:
+    if module is None or module.__name__ == "__main__" or not is_installed(module) or "<" in target.__qualname__:
         return ""
-    return f"{module.__name__}:{target.__qualname__}" if _found_at(module, target) else ""
-
-
-def _found_at(module: ModuleType, target: Any) -> bool:
-    found: Any = module
-    for part in target.__qualname__.split("."):
-        found = getattr(found, part, None)
-    return found is target
-
-
-def _is_installed(module: ModuleType) -> bool:
-    file = getattr(module, "__file__", None)
-    if file is None:
-        return module.__name__ in sys.builtin_module_names
-    places = {sysconfig.get_paths()[name] for name in ("purelib", "platlib", "stdlib")}
-    return any(Path(file).is_relative_to(place) for place in places)
+    return f"{module.__name__}:{target.__qualname__}" if pickling.is_found_by_name(target, module) else ""
 
 
 @contextmanager
 def _by_value(target: object) -> Iterator[None]:
     """Lets cloudpickle take the target's own module by value, unless it is installed or __main__ (which it takes so anyway)."""
     module = inspect.getmodule(target)
-    if module is None or module.__name__ == "__main__" or _is_installed(module) or module.__name__ not in sys.modules:
+    if module is None or module.__name__ == "__main__" or is_installed(module) or module.__name__ not in sys.modules:
         yield
         return
     with _packing:

@@ -50,11 +50,25 @@ def encode_value(value: object, signer: Signer, claim: SealScope) -> tuple[str, 
 
 
 def decode_value(body: bytes, content_type: str, signer: Signer, claim: SealScope) -> Any:
-    """Returns the value. Raises BadEnvelope for bytes that do not parse, and BadSignature, before anything is unpickled, for a pickle
-    that we did not seal."""
+    """Returns the value. Raises BadEnvelope for bytes that do not parse or an object of a class that this process cannot import, and
+    BadSignature, before anything is unpickled, for a pickle that we did not seal."""
     if media_type(content_type) == PICKLE:
-        return pickle.loads(signer.open(body, _with_type(claim)))
+        return load_pickle(signer.open(body, _with_type(claim)))
     return decode_plain(body, content_type)
+
+
+def load_pickle(pickled: bytes) -> Any:
+    """Of a value, whose seal was looked at. Raises BadEnvelope where it holds an object of a class that this process cannot find, and what
+    user code raises that makes objects anew."""
+    try:
+        return pickle.loads(pickled)
+    except (ModuleNotFoundError, AttributeError) as error:
+        if isinstance(error, AttributeError) and not str(error).startswith("Can't get attribute"):
+            raise
+        raise BadEnvelope(
+            f"it holds an object of a class that this process cannot import ({error}): send plain data, or put the module of the class "
+            "where both sides import it"
+        ) from error
 
 
 def check_plain(body: bytes, content_type: str) -> None:

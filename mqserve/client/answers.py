@@ -6,7 +6,7 @@ import concurrent.futures
 import pickle
 from typing import Any
 
-from ..broker.errors import BackendGone, BadSignature, BadValue, Cancelled, NotEncodable, RemoteError, RequestTimeout
+from ..broker.errors import BackendGone, BadEnvelope, BadSignature, BadValue, Cancelled, NotEncodable, RemoteError, RequestTimeout
 from ..broker.failures import add_note, describe
 from ..broker.results import ErrorInfo, Outcome, Result
 from ..broker.values.codecs import PICKLE, decode_value, media_type
@@ -35,7 +35,10 @@ def read_result(result: Result, future_id: str, signer: Signer, backend: str | N
             f"the answer of backend {result.backend!r} to request {future_id} travels as a pickle, and this caller opens none "
             "(results='plain'): let the handler return None, bool, int, float, str, bytes, lists and str-keyed dicts"
         )
-    return decode_value(result.body, result.content_type, signer, SealScope("result", result.backend, future_id))
+    try:
+        return decode_value(result.body, result.content_type, signer, SealScope("result", result.backend, future_id))
+    except BadEnvelope as error:
+        raise RemoteError(f"the answer of backend {result.backend!r} to request {future_id} cannot be opened here: {error}") from error
 
 
 def _exception(error: ErrorInfo, result: Result, future_id: str, signer: Signer, *, plain: bool) -> BaseException:

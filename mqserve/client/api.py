@@ -9,6 +9,7 @@ from ..broker.errors import InstanceError
 from ..broker.settings import Settings
 from ..controller.state.config import BackendConfig
 from ..instance.starting import StartOptions, parse_http_options
+from ..replicas.context import check_not_importing
 from .answers import check_results
 from .client import Client
 from .clients import clients
@@ -37,6 +38,8 @@ def start(
     Raises InstanceError if the namespace has a live instance or this process runs one, BadValue for a bad option or a port in use,
     BrokerUnavailable and StoreUnavailable within ten seconds.
     """
+    check_not_importing("serve.start()")
+    clients.were_asked_for = True
     if _is_under_run and (running := clients.own()) is not None:
         return _join_run(running, detached, http_options)
     http, middlewares = parse_http_options(http_options)
@@ -75,6 +78,8 @@ def connect(
     results: "plain" makes this client open no pickle in any result from now on; a result that needs one raises NotEncodable.
     """
     check_results(results)
+    check_not_importing("serve.connect()")
+    clients.were_asked_for = True
     if broker_url is None and store_url is None and namespace is None:
         client = clients.connect()
     else:
@@ -89,6 +94,7 @@ def start_under_run(settings: Settings, options: StartOptions) -> Client:
     global _is_under_run
     client = clients.start(settings, options).give_again()
     _is_under_run = True
+    clients.were_asked_for = False
     return client
 
 

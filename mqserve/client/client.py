@@ -19,6 +19,8 @@ from ..broker.process import forks
 from ..broker.process.interrupts import to_the_end
 from ..broker.queue_names import check_name
 from ..broker.values import code
+from ..broker.values.backend_code import Packed, pack_backend
+from ..broker.values.main_module import RunFile
 from ..connections import Connections
 from ..controller import changes
 from ..controller.state.beats import MemberState, ProxyBeat, living, read_beats
@@ -26,6 +28,7 @@ from ..controller.state.config import BackendConfig
 from ..controller.state.documents import Desired
 from ..controller.state.following import follow_state
 from ..instance.starting import parse_middlewares
+from ..replicas.context import check_not_importing
 from .declared import Declaration
 from .deployments import Deployments, check_fits, check_target, make_convertor, read_actor_options
 from .futures import Future, get, wait
@@ -90,6 +93,7 @@ class Client:
         self._signer = connections.settings.signer
         self._depth = forks.depth
         self.settings = connections.settings
+        self.run_file: RunFile | None = None  # what `mqserve run` executed as this program's `__main__`, if replicas may execute it, too
         self.on_end: Callable[[], None] = lambda: None  # called when it is about to be closed or shut down
         self._state = State.OPEN
         self._is_shared = False  # whether a later call of start() or connect() returned it again
@@ -163,6 +167,7 @@ class Client:
 
     @property
     def _deployments(self) -> Deployments:
+        check_not_importing("a function that changes the instance")
         return self._opened.deployments
 
     @property
@@ -233,7 +238,7 @@ class Client:
         parsed = changes.parse_config(config)
         check_fits(backend_tag, func_or_class, parsed)
         check_name(backend_tag, "a backend")
-        packed = code.pack(func_or_class, init_args, self._signer)
+        packed = self._pack(func_or_class, init_args)
         self._call(self._deployments.create_backend(backend_tag, packed, parsed, options))
 
     def update_backend(
@@ -252,7 +257,7 @@ class Client:
         if actor_options is not None or ray_actor_options is not None:
             options = read_actor_options(actor_options, ray_actor_options, embedded=self.settings.embedded)
         check_target(backend_tag, func_or_class, init_args)
-        packed = code.pack(func_or_class, init_args, self._signer)
+        packed = self._pack(func_or_class, init_args)
         self._call(self._deployments.update_backend(backend_tag, packed, options))
 
     def update_backend_config(self, backend_tag: str, config_options: BackendConfig | dict[str, Any]) -> None:
@@ -325,7 +330,7 @@ class Client:
         Raises BadValue if it is no convertor, or if a route that uses the name could not be matched with it. Raises BackendFailed if a
         proxy cannot load it; the last good one is then restored.
         """
-        packed = code.pack(convertor, (), self._signer)
+        packed = self._pack_for_all(convertor)
         made = make_convertor(convertor)
         self._call(self._deployments.register_convertor(name, packed, made))
         register_url_convertor(name, made)
@@ -337,7 +342,7 @@ class Client:
         Raises BackendFailed if a proxy cannot build them; the last good ones are then restored.
         """
         parsed = parse_middlewares(middlewares)
-        self._call(self._deployments.set_middlewares(code.pack(list(parsed), (), self._signer) if parsed else None))
+        self._call(self._deployments.set_middlewares(self._pack_for_all(list(parsed)) if parsed else None))
 
     # Requests.
 
@@ -436,6 +441,16 @@ class Client:
         self.on_end()
         if self._own.depth == forks.depth:
             self._own.ending.end(why, shuts_down=shuts_down)
+
+    def _pack(self, target: Any, args: tuple[Any, ...]) -> Packed:
+        if self.settings.embedded:
+            return Packed(code.pack_here(target, args, self._signer))
+        return pack_backend(target, args, self._signer, self.run_file)
+
+    def _pack_for_all(self, target: Any) -> code.Code | code.CodeHere:
+        """What processes of several clients load has no files with it."""
+        pack = code.pack_here if self.settings.embedded else code.pack
+        return pack(target, (), self._signer)
 
     # Waiting.
 

@@ -26,6 +26,7 @@ class Clients:
         self._open: tuple[Client, ...] = ()
         self._started: tuple[Client, ...] = ()  # clients whose instance this process started
         self._given: tuple[Client, ...] = ()  # clients started or joined here; the last one is current
+        self.were_asked_for = False  # by the user's program, rather than by mqserve itself
         self._of_replica: Client | None = None  # in a replica process: the client of its own instance
 
     def __repr__(self) -> str:
@@ -110,6 +111,7 @@ class Clients:
 
     def current(self) -> Client:
         """The client that the module-level functions use; `default` if none is current."""
+        self.were_asked_for = True
         given = self._given
         return given[-1] if given and not in_replica() else self.default()
 

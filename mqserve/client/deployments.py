@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, cast
 
 import msgspec
@@ -11,7 +11,8 @@ from starlette.convertors import Convertor
 
 from ..broker.documents import until
 from ..broker.errors import BackendFailed, BadSignature, BadType, BadValue, MQServeError
-from ..broker.values import code
+from ..broker.values import backend_code, code
+from ..broker.values.backend_code import Packed
 from ..connections import Connections
 from ..controller import changes
 from ..controller.environments import check_environment, seal_environment
@@ -41,9 +42,9 @@ class Deployments:
     def __repr__(self) -> str:
         return f"<Deployments of {self._connections.settings.namespace!r}>"
 
-    async def create_backend(self, name: str, packed: code.Code, config: BackendConfig, options: ActorOptions) -> None:
-        sha256 = await code.save(self._connections.store, self._connections.keys, packed)
-        backend = Backend(name, sha256, packed.name, config.model_dump(exclude_unset=True), self._sealed(name, options))
+    async def create_backend(self, name: str, packed: Packed, config: BackendConfig, options: ActorOptions) -> None:
+        sha256 = await backend_code.save(self._connections.store, self._connections.keys, packed)
+        backend = Backend(name, sha256, packed.code.name, config.model_dump(exclude_unset=True), self._sealed(name, options))
         committed = await self._commit(changes.create_backend(backend))
         try:
             await self._until_ready(committed, name)
@@ -54,14 +55,14 @@ class Deployments:
                 logger.warning("backend %s, which did not get ready, could not be deleted: %s", name, error)
             raise
 
-    async def update_backend(self, name: str, packed: code.Code, options: ActorOptions | None) -> None:
-        sha256 = await code.save(self._connections.store, self._connections.keys, packed)
+    async def update_backend(self, name: str, packed: Packed, options: ActorOptions | None) -> None:
+        sha256 = await backend_code.save(self._connections.store, self._connections.keys, packed)
         before: list[Backend] = []  # what each try replaces: a roll-back goes to the last one, and not past what others deployed meanwhile
 
         def change(desired: Desired) -> Desired:
             before.append(changes.find_backend(desired, name))
             sealed = self._sealed(name, options) if options is not None else self._sealed_anew(before[-1])
-            return changes.update_backend(name, sha256, packed.name, sealed)(desired)
+            return changes.update_backend(name, sha256, packed.code.name, sealed)(desired)
 
         committed = await self._commit(change)
         try:
@@ -69,6 +70,7 @@ class Deployments:
         except BackendFailed as error:
             await self._commit(changes.roll_back(committed.backends[name], before[-1], str(error)))
             raise
+        await self._let_go(before[-1:])
 
     async def update_backend_config(self, name: str, config: BackendConfig | dict[str, Any]) -> None:
         before = changes.find_backend(await self._membership.read(), name)
@@ -81,9 +83,11 @@ class Deployments:
 
     async def delete_backend(self, name: str, *, force: bool = False) -> None:
         graceful_s = 0.0
+        before: list[Backend] = []
 
         def change(desired: Desired) -> Desired:
             nonlocal graceful_s
+            before[:] = [backend for backend in desired.backends.values() if backend.name == name]
             if backend := desired.backends.get(name):
                 graceful_s = backend.config.graceful_shutdown_timeout_s
             return changes.delete_backend(name, force=force)(desired)
@@ -98,18 +102,24 @@ class Deployments:
         await self._until(
             committed, is_gone, graceful_s + DELETE_BUDGET_S, f"backend {name!r} is not gone yet: its replicas are still draining"
         )
+        await self._let_go(before)
+
+    async def _let_go(self, backends: Sequence[Backend]) -> None:
+        """In the embedded form the record of code holds the program's objects, and nobody can name it again."""
+        if self._connections.settings.embedded:
+            await self._connections.store.delete(*(self._connections.keys.code(backend.code) for backend in backends))
 
     async def create_endpoint(self, endpoint: Endpoint) -> None:
         await self.commit_to_proxies(changes.create_endpoint(endpoint), undo=_remove_endpoint(endpoint))
 
-    async def register_convertor(self, name: str, packed: code.Code, convertor: Convertor[Any]) -> None:
-        sha256 = await code.save(self._connections.store, self._connections.keys, packed)
+    async def register_convertor(self, name: str, packed: code.Code | code.CodeHere, convertor: Convertor[Any]) -> None:
+        sha256 = await code.save_for_all(self._connections.store, self._connections.keys, packed)
         before = (await self._membership.read()).convertors.get(name, "")
         change = changes.register_convertor(name, sha256, convertor)
         await self.commit_to_proxies(change, undo=_restore_convertor(name, sha256, before))
 
-    async def set_middlewares(self, packed: code.Code | None) -> None:
-        sha256 = await code.save(self._connections.store, self._connections.keys, packed) if packed is not None else ""
+    async def set_middlewares(self, packed: code.Code | code.CodeHere | None) -> None:
+        sha256 = await code.save_for_all(self._connections.store, self._connections.keys, packed) if packed is not None else ""
         before = (await self._membership.read()).http.middlewares
         await self.commit_to_proxies(changes.set_middlewares(sha256), undo=_restore_middlewares(sha256, before))
 

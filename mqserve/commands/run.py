@@ -6,8 +6,8 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import click
@@ -17,10 +17,14 @@ from ..broker.process.interrupts import DRAINING, Interrupts, taking
 from ..broker.process.printable import printable
 from ..broker.settings import Settings
 from ..broker.values.code import load_import_string
+from ..broker.values.main_module import RunFile
 from ..client import api
 from ..client.client import Client
+from ..client.clients import clients
 from ..client.declared import Declaration, take_declarations
 from ..instance.starting import StartOptions, parse_http_options
+
+Found = tuple[list[Declaration], RunFile | None]  # what is declared, and the file that does
 
 
 def run_until_stopped(target: str, settings: Settings, http: dict[str, Any]) -> int:
@@ -31,7 +35,10 @@ def run_until_stopped(target: str, settings: Settings, http: dict[str, Any]) -> 
         options = StartOptions(parsed, incomplete=True, keeps_queues=True, tell=lambda line: click.echo(line, err=True))
         client = api.start_under_run(settings, options)
         try:
-            for declaration in find_declarations():
+            declarations, run_file = find_declarations()
+            if not clients.were_asked_for:  # it only declares, so replicas may execute it
+                client.run_file = run_file
+            for declaration in declarations:
                 _deploy(client, declaration)
             if not client.list_endpoints():
                 raise BadValue(
@@ -51,7 +58,7 @@ def run_until_stopped(target: str, settings: Settings, http: dict[str, Any]) -> 
     return 0
 
 
-def _prepare(target: str) -> Any:
+def _prepare(target: str) -> Callable[[], Found]:
     """Checks the target; returns what executes it (after the instance is up, since it may call the API) and finds its declarations."""
     path = Path(target)
     if path.suffix == ".py" or path.exists():
@@ -63,28 +70,26 @@ def _prepare(target: str) -> Any:
     return lambda: _import(target)
 
 
-def _execute(path: Path) -> list[Declaration]:
+def _execute(path: Path) -> Found:
     """As `python FILE` would: under the name __main__, with its folder first on the path."""
-    module = ModuleType("__main__")
-    module.__file__ = str(path)
-    sys.modules["__main__"] = module
     sys.path.insert(0, str(path.resolve().parent))
+    run_file = RunFile.read(path)
     try:
-        exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
+        run_file.execute()
     except MQServeError:
         raise
     except (Exception, SystemExit) as error:
         raise BadValue(_does_not_import(str(path), error)) from error
-    return take_declarations()
+    return take_declarations(), run_file
 
 
-def _import(target: str) -> list[Declaration]:
+def _import(target: str) -> Found:
     module, _, attribute = target.partition(":")
     sys.path.insert(0, str(Path.cwd()))
     try:
         if not attribute:
             __import__(module)
-            return take_declarations()
+            return take_declarations(), None
         found = load_import_string(target)
     except MQServeError:
         raise
@@ -93,11 +98,15 @@ def _import(target: str) -> list[Declaration]:
     declarations = take_declarations(only=found)
     if not declarations:
         raise BadValue(f"{target} is not declared for serving: decorate it with @serve.endpoint('/path')")
-    return declarations
+    return declarations, None
 
 
 def _does_not_import(target: str, error: BaseException) -> str:
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "mqserve/commands/run.py" not in frame.filename]
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.endswith(("mqserve/commands/run.py", "values/main_module.py"))
+    ]
     where = "".join(traceback.format_list(frames)).rstrip()
     if isinstance(error, SyntaxError):
         return f"{target} does not import: {error.msg} in line {error.lineno}; mend it and run again"

@@ -15,6 +15,7 @@ from ..broker.errors import BadValue
 from ..broker.queue_names import dead_exchange, dead_queue, requests_exchange
 from ..broker.settings import read_secret
 from ..broker.store_keys import StoreKeys
+from ..broker.values.code import FOR_ALL
 
 ROLES = ("controller", "node", "proxy", "replica", "client")
 FORMATS = ("commands", "definitions", "acl")
@@ -127,12 +128,17 @@ def store_rights(namespace: str) -> dict[str, StoreRights]:
     everything = {f"mqserve:{namespace}:*"}
     counting = ("incr", "incrby", "del")
     return {
-        "controller": rights(everything, everything, (*calls, *_BEATING, *counting, "hgetall", "info", "persist", "rpush", "xread")),
+        "controller": rights(
+            everything, everything, (*calls, *_BEATING, *counting, "exists", "hgetall", "info", "persist", "rpush", "xread")
+        ),
+        # After a loss of data it gives back the files of code, which are checked against their hashes wherever they are read.
         "node": rights(
-            {*documents, keys.beats}, {keys.beats, keys.cancelled}, _CONNECTING + _DOCUMENTS + _BEATING + _TELLING + ("hgetall",)
+            {*documents, keys.beats, keys.code("*")},
+            {keys.beats, keys.cancelled, keys.code("*")},
+            (*_CONNECTING, *_DOCUMENTS, *_BEATING, *_TELLING, "exists", "hgetall", "set"),
         ),
         "proxy": rights(
-            {*documents, *results, *inbox("proxy"), keys.start("*"), keys.code("*"), keys.cancelled},
+            {*documents, *results, *inbox("proxy"), keys.start("*"), keys.code(f"{FOR_ALL}*"), keys.cancelled},
             {*results, *inbox("proxy"), keys.beats, keys.cancelled},
             (*calls, *_BEATING, "xread"),
         ),
@@ -145,7 +151,7 @@ def store_rights(namespace: str) -> dict[str, StoreRights]:
         "client": rights(
             {*documents, *results, *inbox("client"), keys.start("*"), keys.instance, keys.ended, keys.beats},
             {*results, *inbox("client"), keys.desired, keys.code("*"), keys.cancelled},
-            (*calls, "hgetall"),
+            (*calls, "hgetall", "exists"),  # of files it asks which the store has, and reads none
         ),
     }
 

@@ -227,7 +227,7 @@ async def test_code_that_nobody_keeps_goes_and_what_is_kept_is_left_alone(
     monkeypatch.setattr("mqserve.broker.values.code.CODE_TTL_S", 1)
     kept, left = pack("pkg.mod:kept", (), NO_SIGNER), pack("pkg.mod:left", (), NO_SIGNER)
     await save(store, keys, kept)
-    await store.expire(keys.code(kept.sha256), None)
+    await store.expire([keys.code(kept.sha256)], None)
     await save(store, keys, kept)  # deployed again
     await save(store, keys, left)
     async with asyncio.timeout(10):

@@ -95,16 +95,16 @@ async def test_setting_without_expiry_takes_the_expiry_away(store: Store, keys: 
 
 async def test_a_value_may_be_given_an_expiry_later_and_lose_it_again(store: Store, keys: StoreKeys) -> None:
     await store.set(keys.leader, b"kept", ttl_ms=50)
-    await store.expire(keys.leader, None)
+    await store.expire([keys.leader], None)
     await store.set(keys.observed, b"to go")
-    await store.expire(keys.observed, 60)
+    await store.expire([keys.observed], 60)
     await until(lambda: store.set(keys.observed, b"", only_new=True), budget_s=5)
     assert await store.get(keys.leader) == b"kept"
 
 
 async def test_an_expiry_of_nothing_is_nothing(store: Store, keys: StoreKeys) -> None:
-    await store.expire(keys.desired, None)
-    await store.expire(keys.desired, 1000)
+    await store.expire([keys.desired], None)
+    await store.expire([keys.desired], 1000)
     assert await store.get(keys.desired) is None
 
 
@@ -296,7 +296,7 @@ async def test_what_can_have_one_value_only_is_written_once_and_its_expiry_put_o
     await store.put_if_absent(keys.code("a"), b"code", ttl_ms=60_000)
     await store.set(keys.leader, b"witness", ttl_ms=150)
     await store.put_if_absent(keys.code("b"), b"code", ttl_ms=100)
-    await store.expire(keys.code("b"), None)
+    await store.expire([keys.code("b")], None)
     await store.put_if_absent(keys.code("b"), b"code", ttl_ms=100)  # which has no end by now, and gets none
 
     async def is_late() -> bool:

@@ -1,8 +1,9 @@
 """Leading: one controller at a time, its writes refused once another leads, and what a waiting one is ready for. On both stores."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,12 +11,15 @@ import msgspec
 import pytest
 
 from mqserve.broker.errors import StoreUnavailable
+from mqserve.broker.files.manifest import read_folders
 from mqserve.broker.memory.queue import EmbeddedQueue
 from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.process.lifeline import Stop
 from mqserve.broker.queue import Queue
 from mqserve.broker.store import Store
 from mqserve.broker.store_keys import CODE_TTL_S, LEADER_TTL_S, StoreKeys
+from mqserve.broker.values.backend_code import Packed, save
+from mqserve.broker.values.code import Code
 from mqserve.controller.changes import commit, create_backend, delete_backend, register_convertor, update_backend
 from mqserve.controller.lease import (
     InstanceLease,
@@ -380,9 +384,9 @@ class Expiring(EmbeddedStore):
         super().__init__()
         self.told: dict[str, int | None] = {}
 
-    async def expire(self, key: str, ttl_ms: int | None) -> None:
-        self.told[key] = ttl_ms
-        await super().expire(key, ttl_ms)
+    async def expire(self, keys: Sequence[str], ttl_ms: int | None) -> None:
+        self.told.update(dict.fromkeys(keys, ttl_ms))
+        await super().expire(keys, ttl_ms)
 
 
 async def test_code_is_kept_while_the_document_names_it_and_goes_by_itself_afterwards() -> None:
@@ -401,6 +405,29 @@ async def test_code_is_kept_while_the_document_names_it_and_goes_by_itself_after
             await commit(store, keys, held.id, change)
             await follows(store, keys, version)
             assert store.told == told
+
+
+async def test_the_files_of_code_are_kept_with_it_and_go_with_it(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "app.py").write_text(f"x = {name!r}\n")
+        (tmp_path / name / "same.py").write_text("both have it\n")
+    one, two = (read_folders({tmp_path / name: ("",)}, ()) for name in ("one", "two"))
+    store, keys = Expiring(), StoreKeys("tests")
+    records = [Code(name, target="app:f", files=files.sha256) for name, files in (("one", one), ("two", two))]
+    for record, files in zip(records, (one, two), strict=True):
+        await save(store, keys, Packed(record, files))
+    held = await claim_instance(store, keys, "", HTTP, detached=True)
+    first, second = ({record.sha256, files.sha256} | files.manifest.chunks for record, files in zip(records, (one, two), strict=True))
+    async with controllers(store, keys) as running:
+        running.start("first")
+        await commit(store, keys, held.id, create_backend(Backend("b", records[0].sha256, "b")))
+        await follows(store, keys, 1)
+        assert store.told == {keys.code(sha256): None for sha256 in first}
+        await commit(store, keys, held.id, update_backend("b", records[1].sha256, "b", None))
+        await follows(store, keys, 2)
+        gone = {keys.code(sha256): CODE_TTL_S * 1000 for sha256 in first - second}
+        assert store.told == {keys.code(sha256): None for sha256 in first | second} | gone
 
 
 class SlowQueue(EmbeddedQueue):

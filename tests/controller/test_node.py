@@ -3,12 +3,17 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
+import msgspec
 import pytest
 
+from mqserve.broker.files.manifest import read_folders
+from mqserve.broker.files.travel import restore_files, save_files
 from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.process.lifeline import Stop
 from mqserve.broker.store_keys import StoreKeys
+from mqserve.broker.values.code import Code
 from mqserve.broker.values.signing import Signer
 from mqserve.controller.node import Node, NodeOptions, Share
 from mqserve.controller.state.beats import MemberState, NodeBeat, ProxyBeat, beats_of, read_beats
@@ -204,3 +209,25 @@ async def test_a_replica_that_starts_may_be_silent_for_its_start_timeout(monkeyp
         hasty, slow = sorted(launcher.replicas, key=lambda replica: replica.name)
         await until(lambda: hasty.has_ended)
         assert not slow.has_ended
+
+
+async def test_a_node_gives_back_the_files_that_a_store_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MQSERVE_CODE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "app.py").write_text("x = 1\n")
+    files = read_folders({tmp_path / "code": ("",)}, ())
+    record = Code("f", target="app:f", files=files.sha256).with_seal(SIGNER)
+    desired = Desired(instance="i", version=1, backends={"f": Backend("f", record.sha256, "f")})
+    store, launcher = EmbeddedStore(), Launcher()
+    await save_files(store, KEYS, files)
+    await restore_files(store, KEYS, files.sha256)  # as its replicas do
+    await store.set(KEYS.code(record.sha256), record.to_bytes())
+    names = [KEYS.code(sha256) for sha256 in (files.sha256, *files.manifest.chunks)]
+    async with running_node(store, launcher):
+        await store.delete(*names)
+        await store.set(KEYS.desired, msgspec.structs.replace(desired, epoch=2).to_bytes())
+        await store.announce()
+        async with asyncio.timeout(10):
+            while await store.extend(names, 1):
+                await asyncio.sleep(0.01)
+    assert await store.get(names[0]) == files.raw

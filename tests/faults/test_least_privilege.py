@@ -311,13 +311,13 @@ OF_CONTROLLER = [f"SET {ROOT_KEY}:{name} x" for name in ("observed", "leader", "
 STORE_REFUSALS: dict[str, list[str]] = {
     "controller": [],
     "node": [
-        *(f"GET {ROOT_KEY}:{name}" for name in ("future:{x}", "code:x", "body:{x}", "instance", "inbox:client-x")),
-        *(f"SET {ROOT_KEY}:{name} x" for name in ("desired", "code:x", "future:{x}")),
+        *(f"GET {ROOT_KEY}:{name}" for name in ("future:{x}", "body:{x}", "instance", "inbox:client-x")),
+        *(f"SET {ROOT_KEY}:{name} x" for name in ("desired", "future:{x}")),
         *OF_CONTROLLER,
     ],
     "proxy": [
         *(f"SET {ROOT_KEY}:{name} x" for name in ("desired", "code:x", "attempts:{x}")),
-        *(f"GET {ROOT_KEY}:{name}" for name in ("instance", "claim:{x}", "leader")),
+        *(f"GET {ROOT_KEY}:{name}" for name in ("instance", "claim:{x}", "leader", "code:x")),
         f"BLMPOP 1 1 {ROOT_KEY}:inbox:client-x LEFT",
         f"HGETALL {ROOT_KEY}:beats",
         f"DEL {ROOT_KEY}:future:{{x}}",

@@ -1,0 +1,58 @@
+"""Whether a file is still what the program imported: replicas import it anew, and would run other code than the program has."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+_STARTED = time.time()
+
+
+def has_changed(module: ModuleType) -> bool:
+    """Whether a function of the module is not in its file any more. Only files that are newer than the program are looked at; a changed
+    value at the top of a file is not noticed."""
+    if type(getattr(module.__spec__, "loader", None)) is not SourceFileLoader or not module.__file__:
+        return False  # pytest's, for one, makes other code of a file
+    path = Path(module.__file__)
+    try:
+        if path.stat().st_mtime <= _STARTED:
+            return False
+        now = set(_all_of(compile(path.read_bytes(), str(path), "exec", dont_inherit=True)))
+    except (OSError, SyntaxError, ValueError):
+        return True
+    return not {_traits(code) for code in _in_use(module)} <= now
+
+
+def _in_use(module: ModuleType) -> Iterator[CodeType]:
+    """Of the module's functions and methods."""
+    waiting: list[Any] = [module]
+    for holder in waiting:
+        for value in vars(holder).values():
+            function = getattr(value, "__func__", value) if isinstance(value, classmethod | staticmethod) else value
+            if isinstance(function, FunctionType) and function.__code__.co_filename == module.__file__:
+                yield function.__code__
+            elif isinstance(value, type) and value.__module__ == module.__name__ and value not in waiting:
+                waiting.append(value)
+
+
+def _all_of(code: CodeType) -> Iterator[Any]:
+    yield _traits(code)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _all_of(constant)
+
+
+def _traits(code: CodeType) -> Any:
+    """What code does, wherever it stands in its file."""
+    constants = tuple(_constant(one) for one in code.co_consts)
+    return code.co_qualname, code.co_code, code.co_names, code.co_varnames, constants
+
+
+def _constant(value: Any) -> Any:
+    if isinstance(value, CodeType):
+        return _traits(value)
+    return repr(sorted(map(repr, value))) if isinstance(value, frozenset) else repr(value)

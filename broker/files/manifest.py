@@ -1,0 +1,213 @@
+"""What a folder is in bytes: its files as chunks under their hashes, and the manifest that says which chunks make which file.
+
+A folder has no name of its own on the wire: the manifest stands under its hash, too, and the sealed record of the code
+names that. So the seal of the record covers all of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import stat
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from ..errors import UNPARSABLE, BadEnvelope, BadValue
+from .ignored import ignored_by, is_never_taken, is_secret, rules_above, rules_in
+
+CHUNK_BYTES = 1024 * 1024
+MAX_BYTES = 100 * 1024 * 1024
+MAX_FILES = 20_000
+KEPT_BYTES = 64 * 1024
+RECENT_S = 60.0
+
+
+class File(msgspec.Struct, frozen=True, array_like=True):
+    """`path` is relative to its folder, with slashes."""
+
+    path: str
+    size: int
+    chunks: tuple[str, ...]  # sha256 of each
+    executable: bool = False
+
+
+class Folder(msgspec.Struct, frozen=True):
+    """`origin`: where it lies on the machine that deployed it, for people. `paths`: what of it goes on `sys.path`."""
+
+    origin: str
+    files: tuple[File, ...]
+    paths: tuple[str, ...] = ("",)
+    left_out: tuple[tuple[str, str], ...] = ()  # (path, what keeps it back)
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """`modules`: what the deploying program had imported from the folders."""
+
+    folders: tuple[Folder, ...]
+    modules: tuple[str, ...] = ()
+
+    def to_bytes(self) -> bytes:
+        return msgspec.msgpack.encode(self)
+
+    @property
+    def chunks(self) -> frozenset[str]:
+        return frozenset(chunk for folder in self.folders for file in folder.files for chunk in file.chunks)
+
+    @classmethod
+    def from_bytes(cls, raw: bytes) -> Manifest:
+        try:
+            return msgspec.msgpack.decode(raw, type=cls)
+        except UNPARSABLE as error:
+            raise BadEnvelope(f"the list of files in the store does not parse ({error}): deploy the code again") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """A manifest, and where its folders lie on this machine. `kept`: chunks of small files and of such as are being written, logs for one,
+    which may be others by the time when they are sent."""
+
+    manifest: Manifest
+    roots: tuple[Path, ...]
+    kept: Mapping[str, bytes] = field(default_factory=dict)
+
+    @property
+    def raw(self) -> bytes:
+        return self.manifest.to_bytes()
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.raw).hexdigest()
+
+    def read(self, chunk: str, source: tuple[Path, int]) -> bytes:
+        """Raises BadValue where the file has another content by now."""
+        return self.kept.get(chunk) or read_chunk(source, chunk)
+
+    def sources(self) -> dict[str, tuple[Path, int]]:
+        """Chunk -> a file that has it, and the place in it."""
+        return {
+            chunk: (root / file.path, number * CHUNK_BYTES)
+            for root, folder in zip(self.roots, self.manifest.folders, strict=True)
+            for file in folder.files
+            for number, chunk in enumerate(file.chunks)
+        }
+
+
+def read_chunk(source: tuple[Path, int], sha256: str) -> bytes:
+    """Raises BadValue where the file has another content by now."""
+    path, offset = source
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            chunk = file.read(CHUNK_BYTES)
+    except OSError as error:
+        raise BadValue(f"{path} cannot be read any more ({error.strerror}): deploy again") from error
+    if hashlib.sha256(chunk).hexdigest() != sha256:
+        raise BadValue(f"{path} changed while it was being deployed: deploy again")
+    return chunk
+
+
+def read_folders(roots: dict[Path, tuple[str, ...]], modules: tuple[str, ...]) -> Files:
+    """Folder -> what of it goes on `sys.path`. Raises BadValue for what is too much, or cannot be read."""
+    folders: list[Folder] = []
+    kept: dict[str, bytes] = {}
+    left_bytes, left_files = MAX_BYTES, MAX_FILES
+    for root, paths in roots.items():
+        found: list[tuple[Path, os.stat_result]] = []
+        left_out: list[tuple[str, str]] = []
+        for path, facts in _walk(root, left_out):
+            found.append((path, facts))
+        _check_size(root, found, left_bytes, left_files)
+        files = tuple(_describe(root, path, facts, kept) for path, facts in found)
+        left_bytes, left_files = left_bytes - sum(file.size for file in files), left_files - len(files)
+        folders.append(Folder(str(root), files, paths, tuple(left_out)))
+    return Files(Manifest(tuple(folders), modules), tuple(roots), kept)
+
+
+def _walk(root: Path, left_out: list[tuple[str, str]]) -> Iterator[tuple[Path, os.stat_result]]:
+    """Regular files, sorted. Links to files are read through; links to folders, which may lead anywhere, are not followed."""
+    waiting = [(root, rules_above(root))]
+    while waiting:
+        folder, rules = waiting.pop()
+        rules = rules + rules_in(folder)
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            left_out.append((str(folder.relative_to(root)), f"it cannot be read ({error.strerror})"))
+            continue
+        for entry in entries:
+            path = Path(entry.path)
+            is_folder = entry.is_dir(follow_symlinks=False)
+            if is_never_taken(path) or not _is_utf8(entry.name):
+                continue
+            if why := ignored_by(path, rules, is_folder=is_folder):
+                left_out.append((path.relative_to(root).as_posix(), f"{why} names it"))
+            elif is_folder:
+                waiting.append((path, rules))
+            elif entry.is_symlink() and is_secret(path.resolve().name):
+                continue
+            elif entry.is_file():
+                yield path, entry.stat()
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        return bool(name.encode())
+    except UnicodeEncodeError:  # no module can have such a name
+        return False
+
+
+def _check_size(root: Path, found: list[tuple[Path, os.stat_result]], left_bytes: int, left_files: int) -> None:
+    total = sum(facts.st_size for _, facts in found)
+    if total > left_bytes:
+        largest = sorted(found, key=lambda one: one[1].st_size, reverse=True)[:3]
+        names = ", ".join(f"{path.relative_to(root)} ({_mib(facts.st_size)})" for path, facts in largest)
+        raise BadValue(
+            f"the folder {root} holds {_mib(total)}, and at most {_mib(MAX_BYTES)} of files travel with code; the largest: {names}. "
+            f"Name what replicas do not need in {root / '.mqserveignore'} (as in a .gitignore), and give large data a path of its own"
+        )
+    if len(found) > left_files:
+        raise BadValue(
+            f"the folder {root} holds {len(found)} files, and at most {MAX_FILES} travel with code: "
+            f"name what replicas do not need in {root / '.mqserveignore'}, as in a .gitignore"
+        )
+
+
+def _mib(size: int) -> str:
+    return f"{size / 1024 / 1024:.1f} MiB"
+
+
+def _describe(root: Path, path: Path, facts: os.stat_result, kept: dict[str, bytes]) -> File:
+    is_kept = facts.st_size <= KEPT_BYTES or time.time() - facts.st_mtime < RECENT_S
+    try:
+        if is_kept:
+            content = path.read_bytes()[: facts.st_size]
+            pieces = [(_sha256(piece), piece) for piece in _cut(content)]
+            kept.update(pieces)
+            chunks, size = tuple(sha256 for sha256, _ in pieces), len(content)
+        else:
+            chunks, size = _hashes(path, facts.st_size, facts.st_mtime_ns, facts.st_ino), facts.st_size
+    except OSError as error:
+        raise BadValue(
+            f"{path} cannot be read ({error.strerror}), and would travel with the code beside it: name it in {root / '.mqserveignore'}"
+        ) from error
+    return File(path.relative_to(root).as_posix(), size, chunks, bool(facts.st_mode & stat.S_IXUSR))
+
+
+def _cut(content: bytes) -> list[bytes]:
+    return [content[at : at + CHUNK_BYTES] for at in range(0, len(content), CHUNK_BYTES)]
+
+
+def _sha256(piece: bytes) -> str:
+    return hashlib.sha256(piece).hexdigest()
+
+
+@functools.lru_cache(maxsize=MAX_FILES)
+def _hashes(path: Path, size: int, mtime_ns: int, inode: int) -> tuple[str, ...]:
+    """Of a file that has not changed since, once."""
+    with path.open("rb") as file:
+        return tuple(_sha256(chunk) for chunk in iter(lambda: file.read(CHUNK_BYTES), b""))

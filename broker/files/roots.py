@@ -1,0 +1,119 @@
+"""Which modules are the user's own, and which folder each of them is imported from."""
+
+from __future__ import annotations
+
+import functools
+import importlib.machinery
+import site
+import sys
+import sysconfig
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from types import ModuleType
+
+from ..errors import BadValue
+
+_PACKAGES = {"site-packages", "dist-packages"}
+WAY_OUT = "move the code into a folder of its own"
+
+
+@functools.cache
+def _installed_places() -> tuple[Path, ...]:
+    paths = sysconfig.get_paths()
+    return tuple({*(Path(paths[name]) for name in ("purelib", "platlib", "stdlib", "platstdlib")), Path(site.getusersitepackages())})
+
+
+def is_installed(module: ModuleType) -> bool:
+    """Whether every machine with the same packages has it: the standard library, site-packages, mqserve itself."""
+    if module.__name__.partition(".")[0] == "mqserve":
+        return True
+    file = getattr(module, "__file__", None)
+    if file is None:
+        return module.__name__ in sys.builtin_module_names
+    return _is_installed_file(Path(file))
+
+
+def _is_installed_file(file: Path) -> bool:
+    return bool(_PACKAGES & set(file.parts)) or any(file.is_relative_to(place) for place in _installed_places())
+
+
+def root_of(module: ModuleType | None) -> Path | None:
+    """The folder on `sys.path` that one of the user's own modules was imported from; None for others, and for what has no file."""
+    file = getattr(module, "__file__", None)
+    if module is None or not file or module.__name__ == "__main__" or getattr(module, "__spec__", None) is None or is_installed(module):
+        return None
+    path = Path(file).absolute()
+    at = path.parent if path.stem == "__init__" else path
+    words = module.__name__.split(".")
+    if list(at.parts[-len(words) : -1]) != words[:-1] or at.name.partition(".")[0] != words[-1] or not path.is_file():
+        return None  # a loader of somebody's own
+    return at.parents[len(words) - 1]
+
+
+def root_of_name(name: str) -> Path | None:
+    """As `root_of`, of a module that need not be imported yet."""
+    top = name.partition(".")[0]
+    if top in sys.modules:
+        return root_of(sys.modules[top])
+    spec = importlib.machinery.PathFinder.find_spec(top, [*sys.path, str(Path.cwd())])
+    if spec is None or not spec.origin or not spec.has_location or _is_installed_file(Path(spec.origin)):
+        return None
+    path = Path(spec.origin).absolute()
+    return path.parents[1] if spec.submodule_search_locations is not None else path.parent
+
+
+def root_of_file(file: Path) -> Path:
+    """Of a file that is run: its folder, or, inside a package, the first parent without `__init__.py`."""
+    root = file.absolute().parent
+    while (root / "__init__.py").is_file() and root != root.parent:
+        root = root.parent
+    return root
+
+
+def check_root(root: Path, what: str) -> None:
+    """Raises BadValue for a folder that holds more than one program's code."""
+    if _PACKAGES & set(root.parts):
+        raise BadValue(f"{what} lies in {root}, where packages are installed, and those do not travel: {WAY_OUT}")
+    try:
+        home = Path.home()
+    except RuntimeError:  # this user has none
+        home = Path("/")
+    if home.is_relative_to(root):
+        whose = "your home folder" if root == home else "the folder above your home folder"
+        raise BadValue(f"{what} lies in {root}, {whose}, and a folder travels with all that is in it: {WAY_OUT}")
+
+
+def reach_of(modules: Iterable[str]) -> dict[Path, str]:
+    """The folders of these modules and of all that they lead to by what they have in them: folder -> a module that lies there."""
+    found: dict[Path, str] = {}
+    waiting, seen = list(modules), set[str]()
+    while waiting:
+        name = waiting.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        root = root_of(sys.modules.get(name))
+        if root is None:
+            continue
+        if root not in found:
+            found[root] = name
+            waiting += modules_in(root)  # what was imported from there before may be imported there again
+        waiting += names_in(sys.modules[name])
+    return found
+
+
+def modules_in(root: Path) -> list[str]:
+    """Those of the user's own that were imported from the folder, the deepest names last."""
+    return sorted(name for name, module in list(sys.modules.items()) if isinstance(module, ModuleType) and root_of(module) == root)
+
+
+def names_in(module: ModuleType) -> set[str]:
+    """The modules that a module's values come from."""
+    names = set[str]()
+    for value in list(vars(module).values()):
+        kind = type(value)
+        with suppress(Exception):  # of an object that looks itself up elsewhere
+            of_value = value.__name__ if issubclass(kind, ModuleType) else getattr(value, "__module__", None)
+            names |= {name for name in (of_value, kind.__module__) if isinstance(name, str)}
+    return names

@@ -1,0 +1,333 @@
+"""What of a user's folder travels with code, what is refused with the mend, and how it arrives."""
+
+import asyncio
+import importlib
+import os
+import re
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from mqserve.broker.errors import BadSignature, BadValue, NotEncodable
+from mqserve.broker.files import cache, manifest
+from mqserve.broker.files.hints import shadowed, way_out
+from mqserve.broker.files.manifest import File, Files, Folder, Manifest, read_folders
+from mqserve.broker.files.roots import check_root, root_of_file
+from mqserve.broker.files.travel import Restored, restore_files, save_files
+from mqserve.broker.store import Store
+from mqserve.broker.store_keys import CODE_TTL_S, StoreKeys
+from mqserve.broker.values.backend_code import Packed, pack_backend, save
+from mqserve.broker.values.code import files_of
+from mqserve.broker.values.main_module import RunFile
+from mqserve.broker.values.signing import Signer
+
+
+def write(folder: Path, **files: str | bytes) -> Path:
+    for name, content in files.items():
+        path = folder / name.replace("__", "/").replace("_DOT_", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return folder
+
+
+def named(files: Files) -> list[str]:
+    return [file.path for file in files.manifest.folders[0].files]
+
+
+def read(folder: Path) -> Files:
+    return read_folders({folder: ("",)}, ())
+
+
+@pytest.fixture
+def code_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MQSERVE_CODE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """A user's module in a folder of its own."""
+    write(tmp_path / "code", travelling_mod_DOT_py="LIMIT = 3\nclass Model:\n    def __call__(self, request):\n        return LIMIT\n")
+    monkeypatch.syspath_prepend(tmp_path / "code")
+    yield importlib.import_module("travelling_mod")
+    sys.modules.pop("travelling_mod", None)
+
+
+# What travels.
+
+
+def test_secrets_environments_and_caches_never_travel(tmp_path: Path) -> None:
+    for name in (
+        "app.py", "data/rates.csv", ".env", ".env.local", "tls.pem", "id_rsa", ".git/config", "venv/lib/x.py", "env/pyvenv.cfg",
+        "env/lib.py",
+        "__pycache__/app.cpython-311.pyc", ".mypy_cache/x", "node_modules/x.js", ".ssh/config",
+    ):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    (tmp_path / "innocent.txt").symlink_to(tmp_path / ".env")
+    (tmp_path / ".mqserveignore").write_text("!.env\n!tls.pem\n")
+    assert named(read(tmp_path)) == [".mqserveignore", "app.py", "data/rates.csv"]
+
+
+def test_ignore_files_mean_what_they_mean_to_git_and_ours_has_the_last_word(tmp_path: Path) -> None:
+    for name in (
+        "app.py",
+        "a.log",
+        "keep.log",
+        "logs/b.log",
+        "build/x.py",
+        "sub/build/y.py",
+        "sub/only.here",
+        "only.here",
+        "deep/a/b/model.bin",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    (tmp_path / ".gitignore").write_text("# a comment\n*.log\n/build/\nsub/only.here\ndeep/**/model.bin\n")
+    (tmp_path / ".mqserveignore").write_text("!keep.log\n")
+    assert named(read(tmp_path)) == [".gitignore", ".mqserveignore", "app.py", "keep.log", "only.here", "sub/build/y.py"]
+
+
+def test_the_ignore_files_of_the_repository_around_a_folder_count(tmp_path: Path) -> None:
+    write(tmp_path / "src", app_DOT_py="x", notes_DOT_log="x")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".gitignore").write_text("*.log\n")
+    assert named(read(tmp_path / "src")) == ["app.py"]
+
+
+def test_too_much_is_refused_with_the_names_of_the_largest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest, "MAX_BYTES", 1000)
+    write(tmp_path, app_DOT_py="x", weights_DOT_bin=b"w" * 2000)
+    with pytest.raises(BadValue, match=r"largest: weights\.bin .*\.mqserveignore"):
+        read(tmp_path)
+    (tmp_path / ".mqserveignore").write_text("*.bin\n")
+    assert named(read(tmp_path)) == [".mqserveignore", "app.py"]
+    monkeypatch.setattr(manifest, "MAX_FILES", 1)
+    with pytest.raises(BadValue, match=r"holds 2 files, and at most 1 travel"):
+        read(tmp_path)
+
+
+def test_a_home_folder_the_root_and_site_packages_are_refused_as_folders_of_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home" / "somebody"))
+    for root in (tmp_path / "home" / "somebody", tmp_path / "home", Path("/"), tmp_path / "venv" / "lib" / "site-packages"):
+        with pytest.raises(BadValue, match="move the code into a folder of its own"):
+            check_root(root, "app.py")
+    check_root(tmp_path / "home" / "somebody" / "project", "app.py")
+
+
+def test_inside_a_package_the_folder_is_the_first_parent_without_an_init_file(tmp_path: Path) -> None:
+    write(tmp_path, **{"pkg__sub__app_DOT_py": "x"})
+    for folder in ("pkg", "pkg/sub"):
+        (tmp_path / folder / "__init__.py").touch()
+    assert root_of_file(tmp_path / "pkg" / "sub" / "app.py") == tmp_path
+
+
+# What is deployed.
+
+
+def test_a_definition_of_a_module_goes_by_name_with_its_folder(module: ModuleType, signer: Signer, tmp_path: Path) -> None:
+    packed = pack_backend(module.Model, (), signer)
+    assert packed.files is not None
+    assert (packed.code.target, named(packed.files), packed.files.roots) == (
+        "travelling_mod:Model",
+        ["travelling_mod.py"],
+        (tmp_path / "code",),
+    )
+
+
+def test_a_file_that_changed_since_it_was_imported_is_refused(module: ModuleType, signer: Signer, tmp_path: Path) -> None:
+    path = tmp_path / "code" / "travelling_mod.py"
+    path.write_text(path.read_text() + "\n# only a remark\n")
+    pack_backend(module.Model, (), signer)
+    path.write_text(path.read_text().replace("return LIMIT", "return LIMIT + 1"))
+    with pytest.raises(BadValue, match=r"travelling_mod\.py changed since .* start the program again"):
+        pack_backend(module.Model, (), signer)
+    importlib.reload(module)
+    pack_backend(module.Model, (), signer)
+
+
+def test_a_run_file_that_changed_since_it_was_executed_is_refused(signer: Signer, tmp_path: Path) -> None:
+    run_file = RunFile.read(write(tmp_path, app_DOT_py="x = 1\n") / "app.py")
+    pack_backend(test_a_run_file_that_changed_since_it_was_executed_is_refused, (), signer, run_file)
+    write(tmp_path, app_DOT_py="x = 2\n")
+    with pytest.raises(BadValue, match=r"app\.py changed since"):
+        pack_backend(test_a_run_file_that_changed_since_it_was_executed_is_refused, (), signer, run_file)
+
+
+def test_what_is_deployed_and_ignored_is_refused_with_the_line_to_write(module: ModuleType, signer: Signer, tmp_path: Path) -> None:
+    write(tmp_path / "code", _DOT_gitignore="travelling_*\n")
+    with pytest.raises(BadValue, match=r"'travelling_\*' in .*\.gitignore names it; take it back by a line !travelling_mod\.py"):
+        pack_backend(module.Model, (), signer)
+    write(tmp_path / "code", _DOT_mqserveignore="!travelling_mod.py\n")
+    assert "travelling_mod.py" in named(pack_backend(module.Model, (), signer).files)  # type: ignore[arg-type]
+
+
+def test_without_a_key_nothing_but_a_name_travels(module: ModuleType) -> None:
+    nobody = Signer([], "ns")
+    assert pack_backend("travelling_mod:Model", (), nobody).files is None
+    with pytest.raises(NotEncodable, match=r"MQSERVE_SECRET_KEY.*'package\.module:Model'"):
+        pack_backend(module.Model, (), nobody)
+
+
+def test_a_name_whose_folder_cannot_travel_goes_alone(module: ModuleType, signer: Signer, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pack_backend("travelling_mod:Model", (), signer).files is not None
+    monkeypatch.setattr(manifest, "MAX_BYTES", 10)
+    assert pack_backend("travelling_mod:Model", (), signer).files is None
+    with pytest.raises(BadValue, match="at most"):
+        pack_backend(module.Model, (), signer)
+
+
+def test_a_capture_that_cannot_travel_is_named(signer: Signer) -> None:
+    lock, stream = threading.Lock(), open(os.devnull)  # noqa: SIM115
+
+    def helper() -> Any:
+        return lock
+
+    def handler(request: Any) -> Any:
+        return helper(), 1
+
+    with stream, pytest.raises(NotEncodable, match=r"variable 'helper' .* that uses the variable 'lock' .*\(a _thread\.lock\)") as refused:
+        pack_backend(handler, (), signer)
+    assert "or put the code into a module" in str(refused.value)
+
+
+# How it arrives.
+
+
+@pytest.mark.anyio
+async def test_files_arrive_in_the_cache_as_they_were(store: Store, keys: StoreKeys, tmp_path: Path, code_cache: Path) -> None:
+    large = bytes(range(256)) * 5000  # more than a chunk
+    write(tmp_path / "code", app_DOT_py="x = 1\n", data__large_DOT_bin=large, data__empty="")
+    (tmp_path / "code" / "app.py").chmod(0o755)
+    files = read(tmp_path / "code")
+    await save_files(store, keys, files)
+    assert max([len(await store.get(keys.code(chunk)) or b"") for chunk in files.manifest.chunks]) <= 1024 * 1024
+    restored = await restore_files(store, keys, files.sha256)
+    (arrived,) = restored.roots
+    assert arrived.is_relative_to(code_cache)
+    assert (arrived / "data" / "large.bin").read_bytes() == large
+    assert (arrived / "data" / "empty").read_bytes() == b""
+    assert os.access(arrived / "app.py", os.X_OK)
+    await store.delete(keys.code(files.sha256), *map(keys.code, files.manifest.chunks))
+    assert (await restore_files(store, keys, files.sha256)).roots == restored.roots  # from the cache
+
+
+@pytest.mark.anyio
+async def test_what_was_changed_in_the_store_is_not_taken(store: Store, keys: StoreKeys, tmp_path: Path, code_cache: Path) -> None:
+    files = read(write(tmp_path / "code", app_DOT_py="x = 1\n"))
+    await save_files(store, keys, files)
+    (chunk,) = files.manifest.chunks
+    await store.set(keys.code(chunk), b"x = 2\n")
+    with pytest.raises(BadSignature, match="not what was deployed"):
+        await restore_files(store, keys, files.sha256)
+    await store.delete(keys.code(chunk))
+    with pytest.raises(BadValue, match=r"app\.py is not in the store .* deploy the code again"):
+        await restore_files(store, keys, files.sha256)
+    assert not (code_cache / files.sha256).exists()
+
+
+@pytest.mark.anyio
+async def test_a_file_that_leads_out_of_its_folder_is_refused(store: Store, keys: StoreKeys, tmp_path: Path, code_cache: Path) -> None:
+    made = Manifest((Folder("/somewhere", (File("../../out.py", 0, ()),)),))
+    await store.set(keys.code(Files(made, ()).sha256), made.to_bytes())
+    with pytest.raises(BadValue, match="leads out of its folder"):
+        await restore_files(store, keys, Files(made, ()).sha256)
+
+
+@pytest.mark.anyio
+async def test_a_file_that_is_being_written_travels_as_it_was_and_another_that_changes_is_said(
+    store: Store, keys: StoreKeys, tmp_path: Path, code_cache: Path
+) -> None:
+    folder = write(tmp_path / "code", output_DOT_txt="first line\n", large_DOT_bin=b"x" * 100_000)
+    os.utime(folder / "large.bin", (0, 0))
+    files = read(folder)
+    write(folder, output_DOT_txt="first line\nsecond line\n")
+    await save_files(store, keys, files)
+    (arrived,) = (await restore_files(store, keys, files.sha256)).roots
+    assert (arrived / "output.txt").read_text() == "first line\n"
+    await store.delete(*map(keys.code, files.manifest.chunks))
+    write(folder, large_DOT_bin=b"y" * 100_000)
+    with pytest.raises(BadValue, match=r"large\.bin changed while it was being deployed"):
+        await save_files(store, keys, files)
+
+
+@pytest.mark.anyio
+async def test_a_record_leads_to_all_that_has_to_be_kept_with_it(store: Store, keys: StoreKeys, signer: Signer, module: ModuleType) -> None:
+    packed = pack_backend(module.Model, (), signer)
+    assert packed.files is not None
+    await save(store, keys, packed)
+    assert await files_of(store, keys, packed.code.to_bytes()) == packed.files.manifest.chunks | {packed.files.sha256}
+    assert await files_of(store, keys, b"\xc1") == frozenset()
+
+
+@pytest.mark.anyio
+async def test_what_is_there_is_extended_and_what_is_missing_is_told(store: Store, keys: StoreKeys) -> None:
+    await store.put_if_absent(keys.code("short"), b"x", ttl_ms=500)
+    await store.put_if_absent(keys.code("shorter"), b"x", ttl_ms=500)
+    await store.set(keys.code("for-ever"), b"x")
+    asked = [keys.code(name) for name in ("short", "for-ever", "none")]
+    assert await store.extend(asked, CODE_TTL_S * 1000) == {keys.code("none")}
+    async with asyncio.timeout(10):
+        while await store.get(keys.code("shorter")):
+            await asyncio.sleep(0.05)
+    assert await store.get(keys.code("short")) == b"x"
+
+
+def test_the_cache_keeps_what_is_in_use_and_drops_what_nobody_used_for_a_day(code_cache: Path) -> None:
+    folder = cache.cache_folder()
+    assert folder == code_cache
+    for name in ("used", "unused"):
+        entry = cache.Entry(folder, name)
+        if name == "used":
+            entry.use()
+        else:
+            (folder / "unused.lock").touch()
+        with entry.making() as made:
+            (made / cache.MANIFEST).touch()
+        assert entry.is_whole
+        os.utime(folder / f"{name}.lock", (0, 0))
+    cache.remove_unused(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["used", "used.lock"]
+
+
+# Why it cannot be imported.
+
+
+@pytest.fixture
+def restored(tmp_path: Path) -> Restored:
+    files = (File("fast.cpython-399-x86_64-linux-gnu.so", 0, ()), File("app.py", 0, ()))
+    folder = Folder("/home/me/project", files, left_out=(("secrets.py", "'secrets.py' in .gitignore names it"),))
+    return Restored(Manifest((folder,), ("json", "app")), (tmp_path,))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("fast", r"compiled for another Python than this replica's, which takes \.cpython-3"),
+        ("secrets", r"secrets\.py did not travel, since .* names it: take it back by a line !secrets\.py"),
+        ("pandas_like", r"neither installed for .* nor among the files that travelled from /home/me/project.*actor_options pip"),
+    ],
+)
+def test_a_missing_module_is_said_with_the_mend(restored: Restored, name: str, said: str) -> None:
+    assert re.search(said, way_out(ModuleNotFoundError(name=name), restored))
+
+
+def test_a_library_of_another_machine_is_said_and_other_import_errors_speak_for_themselves(restored: Restored, tmp_path: Path) -> None:
+    foreign = ImportError("invalid ELF header", name="fast", path=str(tmp_path / "fast.so"))
+    assert "compiled for another machine or another Python" in way_out(foreign, restored)
+    assert way_out(ImportError("cannot import name 'x'", name="app", path=str(tmp_path / "app.py")), restored) == ""
+
+
+def test_a_module_that_is_shadowed_by_one_of_ours_is_said(restored: Restored, tmp_path: Path) -> None:
+    assert shadowed(restored) == ""
+    write(tmp_path, json_DOT_py="x = 1\n")
+    assert "give yours another name" in shadowed(restored)
+
+
+def test_a_packed_backend_is_a_record_and_its_files(signer: Signer) -> None:
+    assert pack_backend("starlette.requests:Request", (), signer) == Packed(pack_backend("starlette.requests:Request", (), signer).code)

@@ -1,0 +1,211 @@
+"""Code of a program's own file: what a file under `mqserve run` declares is executed by replicas, what a script defines goes by value."""
+
+import json
+import signal
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.instances import CommandLine, Program, wait_until
+from tests.servers import free_port
+
+ASK = """
+import dataclasses, enum, functools, pickle, sys, threading
+import mqserve as serve
+import beside
+
+class Color(enum.Enum):
+    RED = 1
+
+@dataclasses.dataclass
+class Order:
+    pieces: int
+    color: Color = Color.RED
+
+    def double(self):
+        return Order(self.pieces * 2)
+
+@functools.lru_cache
+def get_model():
+    return Order(7)
+
+COUNT = 0
+
+def echo(request):
+    order = request.data
+    is_one = isinstance(order, Order), order == Order(2), order.color is Color.RED
+    is_one += get_model() is get_model(), beside.Thing is type(beside.THING)
+    return is_one, order.double(), type(order).__module__, [f.name for f in dataclasses.fields(Order) if f.default is dataclasses.MISSING]
+"""
+SCRIPT = (
+    ASK
+    + """
+with serve.start(http_options={"location": None}):
+    serve.create_backend("echo", echo)
+    serve.create_endpoint("echo", backend="echo")
+    fields = Order.__init__, Order.double, Color.RED
+    (is_one, doubled, module, required), _ = [serve.get_handle("echo").remote(Order(2)).result(timeout=20) for _ in range(2)]
+    print([*is_one, type(doubled) is Order, doubled == Order(4), module, required, fields == (Order.__init__, Order.double, Color.RED)])
+"""
+)
+RUN = (
+    ASK
+    + """
+@serve.endpoint("/ask")
+def ask(request):
+    import app
+    is_one, doubled, module, required = serve.get_handle("echo").remote(Order(2)).result(timeout=20)
+    by_name = pickle.loads(pickle.dumps(Order(1))) == Order(1) and app.Order is Order and sys.modules["__mp_main__"] is app
+    return [*is_one, type(doubled) is Order, doubled == Order(4), module, required, by_name]
+
+serve.endpoint(None)(echo)
+"""
+)
+SAME = [True, True, True, True, True, True, True, "__main__", ["pieces"], True]
+
+
+@pytest.fixture(params=["embedded", "distributed"])
+def command_line(request: pytest.FixtureRequest, tmp_path: Path) -> CommandLine:
+    chosen: CommandLine = request.getfixturevalue("shell" if request.param == "embedded" else "distributed_shell")
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "beside.py").write_text("class Thing: ...\nTHING = Thing()\n")
+    return chosen.with_variables(MQSERVE_CODE_CACHE=str(tmp_path / "cache"), PYTHONDONTWRITEBYTECODE="1")
+
+
+def run_script(command_line: CommandLine, text: str) -> Program:
+    path = command_line.folder / "code" / "script.py"
+    path.write_text(text)
+    return command_line.start_program([sys.executable, str(path)])
+
+
+def answer_of(program: Program, url: str) -> str:
+    def ask() -> str:
+        try:
+            response = httpx.get(url)
+            return response.text if response.status_code == 200 else ""
+        except httpx.TransportError:
+            return ""
+
+    return wait_until(lambda: ask() or ("ended" if program.ended else ""), told=lambda: program.output)
+
+
+def test_a_script_and_its_replicas_have_the_same_classes(command_line: CommandLine) -> None:
+    program = run_script(command_line, SCRIPT)
+    assert program.wait() == 0, program.output
+    assert program.output.splitlines()[-1] == str(SAME)
+
+
+def test_all_replicas_of_a_run_file_have_the_same_classes(command_line: CommandLine) -> None:
+    (command_line.folder / "code" / "app.py").write_text(RUN)
+    port = free_port()
+    program = command_line.start("run", "code/app.py", "--port", str(port))
+    assert json.loads(answer_of(program, f"http://127.0.0.1:{port}/ask")) == SAME, program.output
+    program.signal(signal.SIGTERM)
+    program.wait()
+
+
+def test_a_run_file_that_calls_the_api_is_not_executed_by_replicas(command_line: CommandLine) -> None:
+    text = """
+import mqserve as serve
+print("executed")
+def hello(request):
+    return "hello"
+serve.create_backend("hello", hello)
+serve.create_endpoint("hello", backend="hello", route="/hello")
+"""
+    (command_line.folder / "code" / "app.py").write_text(text)
+    port = free_port()
+    program = command_line.start("run", "code/app.py", "--port", str(port))
+    assert answer_of(program, f"http://127.0.0.1:{port}/hello") == "hello"
+    program.signal(signal.SIGTERM)
+    program.wait()
+    assert program.output.count("executed") == 1
+
+
+def test_environment_that_the_top_of_a_run_file_sets_holds_in_replicas(command_line: CommandLine) -> None:
+    text = """
+import logging, os
+import mqserve as serve
+os.environ["SHOP"] = "open"
+logging.getLogger("shop").setLevel(logging.ERROR)
+@serve.endpoint("/shop")
+def shop(request):
+    return [os.environ["SHOP"], logging.getLogger("shop").level]
+"""
+    (command_line.folder / "code" / "app.py").write_text(text)
+    port = free_port()
+    program = command_line.start("run", "code/app.py", "--port", str(port))
+    assert json.loads(answer_of(program, f"http://127.0.0.1:{port}/shop")) == ["open", 40]
+    program.signal(signal.SIGTERM)
+    program.wait()
+
+
+@pytest.mark.parametrize("call", ["start()", "connect()", "create_backend('x', f)"])
+def test_a_module_that_starts_or_deploys_while_a_replica_imports_it_is_told(command_line: CommandLine, call: str) -> None:
+    (command_line.folder / "code" / "starts.py").write_text(f"import mqserve as serve\ndef f(request): ...\nserve.{call}\n")
+    program = run_script(
+        command_line,
+        """
+import mqserve as serve
+with serve.start(http_options={"location": None}):
+    try:
+        serve.create_backend("f", "starts:f")
+    except serve.BackendFailed as error:
+        print(error)
+""",
+    )
+    assert program.wait() == 0, program.output
+    assert "while a replica imports the code: each replica would call it again" in program.output
+
+
+def test_a_class_that_the_caller_cannot_import_is_an_error_with_its_module(distributed_shell: CommandLine, tmp_path: Path) -> None:
+    """The backend is deployed by one program, from its folder, and called by another."""
+    owner, caller = tmp_path / "owner", tmp_path / "caller"
+    for folder in (owner, caller):
+        folder.mkdir()
+    (owner / "private_mod.py").write_text("class Secret: ...\ndef f(request): return Secret()\n")
+    (owner / "app.py").write_text("import mqserve as serve, private_mod\nserve.endpoint(None, name='f')(private_mod.f)\n")
+    (caller / "ask.py").write_text(
+        """
+import mqserve as serve
+client = serve.connect()
+for value in (None, {1: 2}):
+    try:
+        client.get_handle("f").remote(value).result(timeout=20)
+    except serve.RemoteError as error:
+        print(error)
+"""
+    )
+    instance = distributed_shell.start("run", "owner/app.py", "--location", "NoServer")
+    instance.wait_for("Ctrl-C stops")
+    program = distributed_shell.start_program([sys.executable, "caller/ask.py"])
+    assert program.wait() == 0, program.output
+    assert program.output.count("cannot be opened here: it holds an object of a class that this process cannot import") == 2
+    assert "No module named 'private_mod'" in program.output
+
+
+def test_what_a_script_cannot_send_is_named(distributed_shell: CommandLine, tmp_path: Path) -> None:
+    (tmp_path / "code").mkdir()
+    program = run_script(
+        distributed_shell,
+        """
+import threading
+import mqserve as serve
+lock = threading.Lock()
+def helper():
+    return lock
+def handler(request):
+    return helper()
+with serve.start(http_options={"location": None}):
+    try:
+        serve.create_backend("h", handler)
+    except serve.NotEncodable as error:
+        print(error)
+""",
+    )
+    assert program.wait() == 0, program.output
+    said = "it uses the global 'helper', and that uses the global 'lock' (a _thread.lock), which does not pickle"
+    assert said in program.output
