@@ -203,7 +203,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         self.modules: set[str] = set()  # that are imported where it is opened
 
     def reducer_override(self, obj: Any) -> Any:
-        reduced = super().reducer_override(obj)
+        reduced: Any = super().reducer_override(obj)
         if reduced is NotImplemented:
             return self._by_name(obj)
         if reduced[0] in _MAKERS:
