@@ -21,7 +21,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.servers import PrivateRabbitMQ, PrivateRedis, free_port  # noqa: E402
+from tests.ports import free_port  # noqa: E402
+from tests.servers import PrivateRabbitMQ, PrivateRedis  # noqa: E402
 
 FORMS = ("starlette", "embedded", "distributed")
 HANDLERS = ("noop", "async_noop")

@@ -16,7 +16,8 @@ from xdist.scheduler import LoadScopeScheduling
 import mqserve as serve
 from tests.faults.wire import Wire
 from tests.instances import FORMS, ROOT, SECRET_KEY, CommandLine, Deploy, new_namespace, started
-from tests.servers import HOW_TO_INSTALL, PrivateRabbitMQ, PrivateRedis, PrivateServer, ServerMissing
+from tests.server_programs import HOW_TO_INSTALL, ServerMissing
+from tests.servers import PrivateRabbitMQ, PrivateRedis, PrivateServer
 
 Server = TypeVar("Server", bound=PrivateServer)
 

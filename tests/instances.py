@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 import mqserve as serve
-from tests.servers import free_port
+from tests.ports import free_port
 
 ROOT = Path(__file__).parent.parent
 SECRET_KEY = "the key of the tests, at least 32 bytes"

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 
-from tests.servers import HOW_TO_INSTALL, missing_servers
+from tests.server_programs import HOW_TO_INSTALL, missing_servers
 
 APT_INSTALL = """
 # Only the programs are wanted: without this file Debian would start the services, on the ports of the machine's own.

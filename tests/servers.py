@@ -5,7 +5,6 @@ process ends the servers should the tests die without doing so.
 """
 
 import os
-import random
 import shutil
 import signal
 import socket
@@ -14,38 +13,17 @@ import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from glob import glob
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, NamedTuple, Self
 
 import redis
 
+from tests.ports import free_port
+from tests.server_programs import find_epmd, find_erl_call, find_rabbitmq, find_redis
+
 START_DEADLINE_S = 60.0
 STOP_DEADLINE_S = 30.0
-
-HOW_TO_INSTALL = """\
-Debian, Ubuntu:  sudo apt-get install rabbitmq-server redis-server
-Fedora:          sudo dnf install rabbitmq-server redis
-macOS:           brew install rabbitmq redis
-or name servers that run: MQSERVE_TEST_BROKER_URL=amqp://… and MQSERVE_TEST_STORE_URL=redis://…"""
-
-
-_given_ports: set[int] = set()
-
-
-def _ports_of_this_worker() -> range:
-    """A share of the ports for each of pytest-xdist's workers, since one probes a port while another has it but does not listen yet."""
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    return range(20_000 + number % workers, 30_000, workers)
-
-
-PORTS = _ports_of_this_worker()
-
-
-class ServerMissing(Exception):
-    """The server's program is not on this machine; the message says what to install."""
 
 
 class ServerFailed(Exception):
@@ -399,62 +377,6 @@ CONFIGURATION = {
 }
 
 
-def find_redis() -> Path:
-    return _first_program("redis-server")
-
-
-def find_rabbitmq() -> Path:
-    """The server's own script: Debian's /usr/sbin/rabbitmq-server insists on the user `rabbitmq`."""
-    return _first_program(
-        "rabbitmq-server",
-        "/usr/lib/rabbitmq/bin",
-        "/usr/lib/rabbitmq/lib/rabbitmq_server-*/sbin",
-        "/opt/rabbitmq/sbin",
-        "/opt/homebrew/opt/rabbitmq/sbin",
-        "/usr/local/opt/rabbitmq/sbin",
-    )
-
-
-ERLANGS = ("/usr/lib/erlang/bin", "/usr/lib*/erlang/erts-*/bin", "/usr/local/lib/erlang/erts-*/bin")
-
-
-def find_epmd() -> Path:
-    return _first_program("epmd", *ERLANGS)
-
-
-def find_erl_call() -> Path | None:
-    """Not in every package of Erlang."""
-    try:
-        return _first_program("erl_call", *ERLANGS)
-    except ServerMissing:
-        return None
-
-
-def missing_servers() -> list[str]:
-    """What of RabbitMQ and Redis is not on this machine, by program name."""
-    missing = []
-    for find in (find_rabbitmq, find_redis):
-        try:
-            find()
-        except ServerMissing as error:
-            missing.append(str(error))
-    return missing
-
-
-def _first_program(name: str, *folders: str) -> Path:
-    """The program in the folder that MQSERVE_TEST_SERVERS names, for other versions than the machine's; else in the first of the folders
-    that has it, on PATH, or among the administrator's programs."""
-    named = os.environ.get("MQSERVE_TEST_SERVERS")
-    for folder in (*([named] if named else []), *folders):
-        for path in glob(f"{folder}/{name}"):
-            if os.access(path, os.X_OK):
-                return Path(path)
-    found = shutil.which(name) or shutil.which(name, path="/usr/local/sbin:/usr/sbin:/usr/local/bin:/usr/bin")
-    if found is None:
-        raise ServerMissing(f"{name} is not installed")
-    return Path(found)
-
-
 def watch(folder: Path, pids: list[int]) -> subprocess.Popen[bytes]:
     """Start a shell that ends the processes and removes the folder if we go away without writing it a line.
 
@@ -468,21 +390,3 @@ def watch(folder: Path, pids: list[int]) -> subprocess.Popen[bytes]:
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-
-
-def free_port() -> int:
-    """A free port of the loopback interface; never the same one twice.
-
-    Below the ephemeral ports: a client that dials a stopped server may be given the server's port as its own, and then
-    either talks to itself or keeps the server from coming back.
-    """
-    while True:
-        port = random.choice(PORTS)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        if port not in _given_ports:
-            _given_ports.add(port)
-            return port

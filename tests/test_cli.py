@@ -19,7 +19,7 @@ import mqserve as serve
 from mqserve.broker.store_keys import StoreKeys
 from tests.faults.wire import Wire
 from tests.instances import ROOT, SECRET_KEY, CommandLine, Program, answers, is_alive, wait_until
-from tests.servers import free_port
+from tests.ports import free_port
 
 HELLO = """
 import os

@@ -10,7 +10,8 @@ import httpx
 import pytest
 
 from tests.instances import ROOT, CommandLine, Program, is_alive, wait_until
-from tests.servers import PrivateRedis, free_port
+from tests.ports import free_port
+from tests.servers import PrivateRedis
 
 IMPORTS_SLOWLY = """
 import pathlib, sys, time

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from tests.instances import CommandLine, Program, wait_until
-from tests.servers import free_port
+from tests.ports import free_port
 
 ASK = """
 import dataclasses, enum, functools, pickle, sys, threading

@@ -37,7 +37,7 @@ from mqserve.commands.status import BackendFacts, ControllerFacts, EndpointFacts
 from mqserve.controller.state.config import BackendConfig
 from mqserve.instance.starting import LOCATIONS
 from tests.instances import SECRET_KEY, CommandLine, new_namespace, started, wait_until
-from tests.servers import free_port
+from tests.ports import free_port
 
 ROOT = Path(__file__).parent.parent
 README, PROTOCOL = ROOT / "README.md", ROOT / "docs" / "protocol.md"

@@ -18,7 +18,7 @@ from mqserve.client import clients
 from tests.children import MANY_THREADS, await_one, end_children, in_a_child, leave_a_child
 from tests.gates import Gate
 from tests.instances import CommandLine, Deploy, is_alive, started, wait_until
-from tests.servers import free_port
+from tests.ports import free_port
 from tests.tallies import Tally
 
 pytestmark = MANY_THREADS

@@ -11,7 +11,7 @@ import pytest
 import mqserve as serve
 from mqserve.broker.errors import BadEnvelope
 from mqserve.broker.values.codecs import JSON, decode_plain
-from tests.servers import free_port
+from tests.ports import free_port
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import mqserve as serve
 from mqserve.broker.process.printable import printable, printable_lines
 from mqserve.commands import logs
 from tests.instances import CommandLine, started
-from tests.servers import free_port
+from tests.ports import free_port
 
 EVIL = "a\r\n23:59:59 [1] ERROR mqserve.FORGED: the key is 1234\x1b[31mred\x1b]0;title\x07\x9b2J\u202e\u2028\x7f"
 FORGED = "23:59:59 [1] ERROR"

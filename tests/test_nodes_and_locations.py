@@ -11,7 +11,7 @@ import pytest
 
 from tests.faults.members import Members
 from tests.instances import CommandLine, answers, is_alive, wait_until
-from tests.servers import free_port
+from tests.ports import free_port
 
 APP = """
 import os

@@ -13,7 +13,7 @@ from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.controller.state.documents import Backend, Desired, Endpoint, Observed
 from mqserve.proxy.readiness import DOWN_AFTER_MS, Readiness
 from tests.instances import CommandLine, answers, wait_until
-from tests.servers import free_port
+from tests.ports import free_port
 
 ROUTED = Desired(
     instance="i",

@@ -19,7 +19,7 @@ from mqserve.proxy.routes import NotAllowed, RouteTable, Target
 from tests.convertors import Matching
 from tests.gates import Gate
 from tests.instances import CommandLine, Deploy, answers, distributed_only, new_name, wait_until
-from tests.servers import free_port
+from tests.ports import free_port
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -10,7 +10,7 @@ import pytest
 
 from mqserve.broker.errors import BrokerUnavailable
 from mqserve.broker.rabbitmq.connection import Link
-from tests.servers import free_port
+from tests.ports import free_port
 
 
 def test_connections_dialled_in_vain_may_be_collected_in_any_thread(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,8 @@ from mqserve.broker.settings import masked
 from mqserve.broker.values.header_seals import HeaderSeals, Seal
 from tests.broker.traffic import AckingHands, Hands, accepted, accepted_at_last, depth_is, publish, text, until
 from tests.faults.wire import Wire
-from tests.servers import PrivateRabbitMQ, free_port
+from tests.ports import free_port
+from tests.servers import PrivateRabbitMQ
 
 pytestmark = pytest.mark.anyio
 

@@ -13,7 +13,8 @@ from mqserve.broker.store import Record
 from mqserve.broker.store_keys import StoreKeys
 from tests.broker.traffic import until
 from tests.faults.wire import Wire
-from tests.servers import PrivateRedis, free_port
+from tests.ports import free_port
+from tests.servers import PrivateRedis
 
 pytestmark = pytest.mark.anyio
 

@@ -13,7 +13,7 @@ from mqserve.controller import detached_log
 from mqserve.controller.detached_log import TendedLog, open_log
 from tests.children import MANY_THREADS, in_a_child, wait_for_exit
 from tests.instances import CommandLine, wait_until
-from tests.servers import free_port
+from tests.ports import free_port
 
 pytestmark = MANY_THREADS
 

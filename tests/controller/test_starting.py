@@ -14,7 +14,7 @@ from mqserve.controller.lease import read_instance
 from mqserve.controller.state.documents import Desired, HttpOptions
 from mqserve.instance.starting import StartOptions, running_instance
 from tests.controller.test_lease import DEPLOYED, KEYS, leave_behind
-from tests.servers import free_port
+from tests.ports import free_port
 
 pytestmark = pytest.mark.anyio
 

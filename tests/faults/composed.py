@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 
 from tests.instances import ROOT, CommandLine, Program
-from tests.servers import PrivateRabbitMQ, PrivateRedis, free_port
+from tests.ports import free_port
+from tests.servers import PrivateRabbitMQ, PrivateRedis
 
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "compose.yaml").read_text())
 ROLES = ("controller", "node", "proxy", "replica", "client")

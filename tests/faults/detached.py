@@ -11,7 +11,7 @@ import psutil
 import redis
 
 from tests.instances import NOISE_S, CommandLine, wait_until
-from tests.servers import free_port
+from tests.ports import free_port
 
 THREE = ("supervisor", "controller", "node")
 BACK_WITHIN_S = 15 + NOISE_S  # what is promised, and what a busy machine may add

@@ -24,7 +24,8 @@ from tests.faults.servers_say import messages_of
 from tests.faults.wire import Wire
 from tests.gates import Gate
 from tests.instances import NOISE_S, CommandLine, Deploy, answers, distributed_only, wait_until
-from tests.servers import PrivateRabbitMQ, free_port
+from tests.ports import free_port
+from tests.servers import PrivateRabbitMQ
 from tests.tallies import Tally
 
 # The queue by itself.

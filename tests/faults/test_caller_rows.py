@@ -18,7 +18,8 @@ from tests.faults.members import Members
 from tests.faults.servers_say import messages_of, words_said
 from tests.gates import Gate
 from tests.instances import CommandLine, Deploy, answers, distributed_only, wait_until
-from tests.servers import PrivateRabbitMQ, free_port
+from tests.ports import free_port
+from tests.servers import PrivateRabbitMQ
 from tests.tallies import Tally
 
 pytestmark = distributed_only

@@ -14,7 +14,7 @@ from tests.faults.crash_points import command
 from tests.faults.crowd import Crowd
 from tests.faults.wire import Wire
 from tests.instances import ROOT, SECRET_KEY, CommandLine, Program, answers, wait_until
-from tests.servers import free_port
+from tests.ports import free_port
 
 TAKEN_OVER_WITHIN_S = 40.0  # the lead lapses after 8 s
 

@@ -15,7 +15,7 @@ from tests.faults.load import Load
 from tests.faults.members import Members
 from tests.gates import Gate
 from tests.instances import ROOT, SECRET_KEY, CommandLine, Program, answers, new_namespace, wait_until
-from tests.servers import free_port
+from tests.ports import free_port
 from tests.tallies import Tally
 
 CHANGE_OF_LEADERS_S = 10 + 15  # what is promised, and what a busy machine may add

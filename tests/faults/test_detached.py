@@ -19,7 +19,8 @@ from tests.faults.detached import BACK_WITHIN_S, THREE, Detached, files_left, ke
 from tests.faults.members import Members
 from tests.faults.servers_say import queues_of
 from tests.instances import SECRET_KEY, CommandLine, wait_until
-from tests.servers import PrivateRedis, free_port
+from tests.ports import free_port
+from tests.servers import PrivateRedis
 
 SUBSETS = [subset for size in (1, 2) for subset in itertools.combinations(THREE, size)]
 

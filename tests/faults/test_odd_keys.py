@@ -13,7 +13,7 @@ import redis
 import mqserve as serve
 from tests.faults.crowd import Crowd
 from tests.instances import Deploy, distributed_only, new_name, wait_until
-from tests.servers import free_port
+from tests.ports import free_port
 
 pytestmark = distributed_only
 

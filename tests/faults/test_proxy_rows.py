@@ -24,7 +24,8 @@ from tests.faults.crowd import Crowd
 from tests.faults.wire import Wire
 from tests.gates import Gate
 from tests.instances import NOISE_S, ROOT, CommandLine, Deploy, answers, distributed_only, wait_until
-from tests.servers import PrivateRabbitMQ, PrivateRedis, free_port
+from tests.ports import free_port
+from tests.servers import PrivateRabbitMQ, PrivateRedis
 
 pytestmark = distributed_only
 

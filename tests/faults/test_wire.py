@@ -10,7 +10,7 @@ import pytest
 
 from tests.faults.wire import Wire
 from tests.instances import wait_until
-from tests.servers import free_port
+from tests.ports import free_port
 
 PATIENCE_S = 0.3  # what does not come in this time is held
 

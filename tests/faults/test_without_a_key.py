@@ -13,7 +13,8 @@ import pytest
 
 from mqserve.broker.envelope import Header, RequestHead, mint_id
 from tests.instances import CommandLine, wait_until
-from tests.servers import PrivateRabbitMQ, free_port
+from tests.ports import free_port
+from tests.servers import PrivateRabbitMQ
 
 START = """
 import sys

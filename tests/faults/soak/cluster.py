@@ -22,7 +22,8 @@ from mqserve.broker.store_keys import StoreKeys
 from mqserve.controller.state.beats import Beat, read_beats
 from tests.faults.soak.backends import BACKENDS, PROBE, REPLICAS, body_of
 from tests.instances import ROOT, SECRET_KEY, CommandLine, Program
-from tests.servers import PrivateRabbitMQ, PrivateRedis, free_port
+from tests.ports import free_port
+from tests.servers import PrivateRabbitMQ, PrivateRedis
 
 FRESH_S = 3.0  # a beat that is older says nothing of now
 YOUNG_S = 20.0  # a process that found no server when it started may end: it is started again
