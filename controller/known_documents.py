@@ -7,7 +7,7 @@ import logging
 import msgspec
 
 from ..broker.errors import BadEnvelope
-from ..broker.process.complaint import Complaint
+from ..broker.process.rate_limited_log import RateLimitedLog
 from ..broker.store import WRONG_TYPE, Guard, Store
 from ..broker.store_keys import StoreKeys
 from ..broker.values.code import files_of
@@ -29,7 +29,7 @@ class KnownDocuments:
         self._instance = instance
         self._codes: dict[str, bytes] = {}
         self._files: dict[str, frozenset[str]] = {}  # of each of them: the hashes, and not the files, which nodes have
-        self._broken, self._broken_observed = Complaint(logger), Complaint(logger)
+        self._broken, self._broken_observed = RateLimitedLog(logger), RateLimitedLog(logger)
         self._desired_is_behind = self._observed_is_behind = False  # whether the store's copy is older than ours
         self.desired: Desired | None = None
         self.observed: Observed | None = None

@@ -21,7 +21,7 @@ import msgspec
 
 from ..broker.calls.cancellations import notice_of_proxy
 from ..broker.errors import BrokerUnavailable, MQServeError, WrongType
-from ..broker.process.complaint import Complaint
+from ..broker.process.rate_limited_log import RateLimitedLog
 from ..broker.process.stopping import first_of
 from ..broker.queue import Queue
 from ..broker.store import Store
@@ -75,7 +75,7 @@ class Controller:
         self._settled_at = 0.0  # monotonic; until then missing members are ignored
         self._misconfiguration = ""  # of the store's server
         self._asked_at = -math.inf  # monotonic time of the last check for it
-        self._waiting, self._queues_wait = Complaint(logger), Complaint(logger)
+        self._waiting, self._queues_wait = RateLimitedLog(logger), RateLimitedLog(logger)
         self._begin(0)
 
     def _begin(self, epoch: int) -> None:

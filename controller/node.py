@@ -22,7 +22,7 @@ from ..broker.store_keys import StoreKeys
 from ..broker.values.signing import Signer
 from .environments import check_environment, find_python
 from .lost_files import put_back_files
-from .machine import replica_environment
+from .machine_resources import replica_environment
 from .node_metrics import FOLDER_VARIABLE, NodeMetrics
 from .restarts import ENDED_WELL, Restarts
 from .state.beats import BEAT_EVERY_S, PROXY_DRAIN_S, Beat, MemberState, NodeBeat, read_beats

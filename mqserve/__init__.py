@@ -9,7 +9,7 @@
 and `mqserve run hello.py`. See docs/ for the rest.
 """
 
-from . import early  # noqa: F401, I001  # before what takes time to import
+from . import early_interrupts  # noqa: F401, I001  # before what takes time to import
 from starlette.exceptions import HTTPException
 
 from .client.api import (
@@ -57,10 +57,10 @@ from .broker.errors import (
 from .client.client import Client
 from .controller.state.config import BackendConfig
 from .client.declared import endpoint
-from .client import travelling  # noqa: F401  # says how clients and handles pickle
+from .client import pickled_clients  # noqa: F401  # says how clients and handles pickle
 from .client.futures import Future, get, wait
 from .client.handle import AsyncHandle, Handle
-from .replicas.batching import BadBatch, accept_batch, batch
+from .replicas.batch_decorators import BadBatch, accept_batch, batch
 from .replicas.context import ReplicaContext, cancelled, get_current_backend_tag, get_current_replica_tag, get_replica_context
 from .replicas.handler import NoSuchMethod
 from .replicas.requests import BadBody, Request, ServeRequest

@@ -20,7 +20,7 @@ from .metrics import CONTENT_TYPE, ProxyMetrics
 from .readiness import DOWN_AFTER_MS
 from .responses import Reply, from_error, from_result, json_reply, problem
 from .routes import NotAllowed, RouteTable, Target
-from .system import SystemPath, SystemPaths, forbidden
+from .system_routes import SystemPath, SystemPaths, forbidden
 
 Scope = dict[str, Any]
 Message = MutableMapping[str, Any]

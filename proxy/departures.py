@@ -10,8 +10,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from ..broker.failures import LEAVING, describe
-from ..broker.process.complaint import Complaint
 from ..broker.process.printable import printable
+from ..broker.process.rate_limited_log import RateLimitedLog
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class Departures:
         # requests without a watching task yet: id -> (receive, time of arrival), oldest first
         self._unwatched: dict[str, tuple[Receive, float]] = {}
         self._watching: dict[str, asyncio.Task[None]] = {}
-        self._unseen = Complaint(logger)
+        self._unseen = RateLimitedLog(logger)
 
     def __repr__(self) -> str:
         return f"<Departures, {len(self._unwatched)} unwatched, {len(self._watching)} watched>"

@@ -22,10 +22,10 @@ from ..broker.calls.sending import RequestSender
 from ..broker.errors import BackendFailed, MQServeError, StoreUnavailable
 from ..broker.failures import LEAVING, describe, traceback_of
 from ..broker.process import forks
-from ..broker.process.complaint import Complaint
 from ..broker.process.lifeline import Stop, stop_event
 from ..broker.process.listener import bind
 from ..broker.process.printable import printable_lines
+from ..broker.process.rate_limited_log import RateLimitedLog
 from ..broker.queue import Queue
 from ..broker.rabbitmq.queue import open_rabbitmq
 from ..broker.redis.store import open_redis
@@ -93,7 +93,7 @@ class Proxy:
         self._keys = StoreKeys(settings.namespace)
         self._state = MemberState.STARTING
         self._error = ""
-        self._behind = Complaint(logger)
+        self._behind = RateLimitedLog(logger)
         field = f"proxy:{options.proxy_id}"
         self._presence = Presence(store, self._keys.beats, field, lambda: self._beat().to_bytes(), BEAT_EVERY_S)
         self._queue: Queue | None = None

@@ -24,13 +24,13 @@ from ..broker.process.printable import printable, printable_lines
 from ..broker.results import ErrorInfo, Result
 from ..broker.values.codecs import check_plain, decode_value
 from ..broker.values.signing import SealScope, Signer
-from .batching import split_results
-from .collect import Collected, is_whole
+from .asgi_responses import Collected, is_whole
+from .batch_decorators import split_results
 from .error_results import error_result
 from .handler import Handler, Method
-from .job import Job
 from .replies import plain_result, value_result
 from .requests import BadBody, Receiver, Request, ServeRequest, convert_params, http_scope
+from .stages import Job
 
 logger = logging.getLogger(__name__)
 

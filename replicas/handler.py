@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..broker.errors import BadType
-from .batching import accepts_batch
+from .batch_decorators import accepts_batch
 
 RESERVED_METHODS = frozenset({"reconfigure", "check_health"})
 

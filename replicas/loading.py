@@ -9,8 +9,8 @@ from typing import Any
 
 from ..broker.errors import BackendFailed, BadEnvelope, BadSignature, BadValue
 from ..broker.failures import Failure
-from ..broker.files.hints import shadowed, way_out
-from ..broker.files.travel import Restored, restore_files
+from ..broker.files.import_errors import shadowed, way_out
+from ..broker.files.transfer import Restored, restore_files
 from ..broker.settings import Settings
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys

@@ -31,10 +31,10 @@ from ..controller.state.presence import Presence
 from .context import ReplicaContext, enter_context
 from .execute import Execution
 from .handler import Handler
-from .job import Job
 from .loading import construct, read_backend
 from .metrics import ReplicaMetrics
 from .request_loop import RequestLoop
+from .stages import Job
 from .user_hooks import ConfigLost, UserHooks
 from .worker import Worker
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .job import Job, Stage
+from .stages import Job, Stage
 
 
 class Register:

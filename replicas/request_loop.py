@@ -14,8 +14,8 @@ from ..broker.backoff import delays
 from ..broker.calls.cancellations import CANCELLED, Cancellations
 from ..broker.envelope import Envelope
 from ..broker.errors import BackendFailed, BadEnvelope, MQServeError, StoreUnavailable
-from ..broker.process.complaint import Complaint
 from ..broker.process.printable import printable
+from ..broker.process.rate_limited_log import RateLimitedLog
 from ..broker.queue import Delivery, Queue
 from ..broker.results import Outcome, Phase, Result, gone_result, late_result
 from ..broker.settings import Settings
@@ -26,11 +26,11 @@ from ..controller.state.documents import Backend
 from .admission import Admission
 from .consumers import Consumers
 from .handler import Handler
-from .job import Job, Stage
 from .metrics import ReplicaMetrics
 from .prefetch import prefetch, slots
 from .register import Register
 from .settlement import Settlement, is_kept
+from .stages import Job, Stage
 from .trust import SenderTrust
 from .user_hooks import RECONFIGURE_BUDGET_S
 from .worker import Worker
@@ -83,7 +83,7 @@ class RequestLoop:
         self._trust = SenderTrust(settings)
         self._cancellations = Cancellations(store, keys, self._give_up_cancelled)
         self._draining = False
-        self._unasked = Complaint(logger)
+        self._unasked = RateLimitedLog(logger)
         self._end: End | None = None
         self._refuses = False  # whether the time of `_end` has come: requests are answered with its result
         self._consumers = Consumers(backend.name, queue, store, self._prefetch, self._on_delivery, self._settle_unstored)

@@ -15,8 +15,8 @@ from ..broker.envelope import RequestHead
 from ..broker.errors import UNPARSABLE, BadEnvelope, BadType
 from ..broker.failures import describe
 from ..broker.values.codecs import JSON, decode_plain, media_type
-from .forms import FORMS, BadForm, as_dict, parse_form
-from .job import Job
+from .form_bodies import FORMS, BadForm, as_dict, parse_form
+from .stages import Job
 
 _LOOK_EVERY_S = 0.05  # while user code waits for the client to leave
 

@@ -17,8 +17,8 @@ from ..broker.dead_letters import Death
 from ..broker.envelope import Envelope
 from ..broker.errors import BadEnvelope, BrokerUnavailable, MQServeError, StoreUnavailable, words_of
 from ..broker.failures import traceback_of
-from ..broker.process.complaint import Complaint
 from ..broker.process.printable import printable, printable_lines
+from ..broker.process.rate_limited_log import RateLimitedLog
 from ..broker.process.tasks import Tasks
 from ..broker.queue import Delivery, Queue, fate_of
 from ..broker.results import ErrorInfo, Result, entry_of
@@ -27,9 +27,9 @@ from ..broker.store_keys import RESULT_TTL_S, StoreKeys
 from ..controller.state.config import BackendConfig
 from .admission import Admission, LostBody, Poison
 from .amqp_replies import send_reply
-from .job import Job, Stage
 from .metrics import ReplicaMetrics
 from .register import Register
+from .stages import Job, Stage
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -66,8 +66,8 @@ class Settlement:
         self._metrics = metrics
         self._register = register
         self._tasks = Tasks()
-        self._unanswered, self._undead, self._set_aside_words = Complaint(logger), Complaint(logger), Complaint(logger)
-        self._bugs = Complaint(logger, logging.ERROR)
+        self._unanswered, self._undead, self._set_aside_words = RateLimitedLog(logger), RateLimitedLog(logger), RateLimitedLog(logger)
+        self._bugs = RateLimitedLog(logger, logging.ERROR)
         self.at_most_once = False
 
     def __repr__(self) -> str:

@@ -31,15 +31,15 @@ from ..broker.errors import BackendFailed, words_of
 from ..broker.failures import Failure, describe
 from ..broker.latencies import moving_average
 from ..broker.process import forks
-from ..broker.process.complaint import Complaint
+from ..broker.process.rate_limited_log import RateLimitedLog
 from ..broker.results import Result
 from ..controller.state.config import BackendConfig
+from .batching import Gathering
 from .call_contexts import CallContexts
 from .context import ReplicaContext, enter_context, running_jobs
 from .execute import Answer, Execution
-from .gathering import Gathering
 from .handler import Method
-from .job import Job
+from .stages import Job
 from .threads import Threads
 from .worker_thread import WorkerThread
 
@@ -91,7 +91,7 @@ class Worker:
         self._results: deque[tuple[Job, Result]] = deque()
         self._io_woken = False
         self._tasks: set[asyncio.Task[None]] = set()
-        self._unmarked = Complaint(logger)
+        self._unmarked = RateLimitedLog(logger)
         self.run_s = 0.0  # moving average of plain calls
         self.in_plain_call = False
         self.hook_since = math.inf  # monotonic: when the hook or constructor that now holds the thread began; infinite if none does

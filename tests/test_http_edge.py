@@ -17,7 +17,7 @@ from mqserve.broker.calls.sending import MAX_BODY_BYTES
 from mqserve.broker.process.loopback import names_loopback
 from mqserve.controller.node_metrics import serve_metrics
 from mqserve.proxy.edge import MAX_HEADERS, MAX_PIPELINED, EdgeProtocol
-from mqserve.proxy.system import SystemPath, SystemPaths
+from mqserve.proxy.system_routes import SystemPath, SystemPaths
 from tests.bare_http import GIVEN_S, Answer, Edge, ask, assert_refused, serving, wire
 from tests.instances import Deploy, distributed_only, wait_until
 

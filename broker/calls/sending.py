@@ -16,7 +16,7 @@ import msgspec
 from ..envelope import Envelope, Header, RequestHead, mint_id
 from ..errors import BrokerUnavailable, Cancelled, MQServeError, Overloaded, StoreUnavailable, TooLarge
 from ..overload import HeldBytes, Pace
-from ..process.complaint import Complaint
+from ..process.rate_limited_log import RateLimitedLog
 from ..process.tasks import Tasks
 from ..queue import Queue
 from ..results import Result, entry_of
@@ -51,7 +51,7 @@ class RequestSender:
         self._keys = keys
         self.pending = PendingResults(store, keys, process_id)
         self.held = HeldBytes()
-        self._uncancelled = Complaint(logger)
+        self._uncancelled = RateLimitedLog(logger)
         self._paces: defaultdict[str, Pace] = defaultdict(Pace)  # by backend
         self._tasks = Tasks()
 

@@ -20,7 +20,7 @@ from redis.exceptions import NoScriptError, RedisError, ResponseError
 from ..backoff import delays, keep_running
 from ..envelope import mint_id
 from ..errors import StoreUnavailable, WrongType, words_of, wrong_type
-from ..process.complaint import Complaint
+from ..process.rate_limited_log import RateLimitedLog
 from ..settings import masked
 from ..store import WRONG_TYPE, Guard, Record
 from ..store_keys import INBOX_TTL_S, LOG_LENGTH, LOG_TTL_S, RESULT_TTL_S, StoreKeys
@@ -79,7 +79,7 @@ class RedisStore:
         self.health = StoreHealth()
         self._writer = ResultWriter(self._write_results, self._write_marks, self.now_ms)
         self._watchers: set[asyncio.Event] = set()
-        self._taken_away = Complaint(logger)
+        self._taken_away = RateLimitedLog(logger)
         self._tasks: list[asyncio.Task[None]] = []
 
     def __repr__(self) -> str:
@@ -268,7 +268,7 @@ class RedisStore:
 
     async def _listen(self) -> None:
         """A lost connection resubscribes silently and loses what came in between: so the subscribe message wakes everyone too."""
-        pauses, complaint = delays(), Complaint(logger)
+        pauses, log = delays(), RateLimitedLog(logger)
         while True:
             try:
                 async with self._blocking.pubsub() as pubsub:
@@ -277,11 +277,11 @@ class RedisStore:
                         message = await pubsub.get_message(timeout=BLOCK_S)
                         if message is not None:
                             pauses = delays()
-                            complaint.over()
+                            log.over()
                             self._wake_watchers()
             except _FAILURES as error:
                 if refusal := store_refusal(error, self._url):
-                    complaint.say(f"cannot hear of changes, and looks for them every few seconds: {refusal}")
+                    log.say(f"cannot hear of changes, and looks for them every few seconds: {refusal}")
                 await asyncio.sleep(next(pauses))
 
     def _wake_watchers(self) -> None:
@@ -291,7 +291,7 @@ class RedisStore:
     # The inbox of this process.
 
     async def read_inbox(self, inbox: str, on_notes: Callable[[list[bytes]], None], on_gap: Callable[[], None]) -> None:
-        pauses, complaint = delays(), Complaint(logger)
+        pauses, log = delays(), RateLimitedLog(logger)
         while True:
             try:
                 async with asyncio.timeout(CALL_BUDGET_S):
@@ -302,7 +302,7 @@ class RedisStore:
                     async with asyncio.timeout(BLOCK_S + CALL_BUDGET_S):
                         popped: Any = await self._blocking.blmpop(BLOCK_S, 1, inbox, direction="LEFT", count=INBOX_BATCH)
                     pauses = delays()  # only now: a server may answer, and refuse this
-                    complaint.over()
+                    log.over()
                     if popped:
                         on_notes(popped[1])
             except _FAILURES as error:
@@ -310,7 +310,7 @@ class RedisStore:
                 await self._failed(error, time.monotonic())
                 if not await self._took_away(inbox, error):
                     why = store_refusal(error, self._url) or words_of(error)
-                    complaint.say(f"lost the inbox at {masked(self._url)} ({why}); reconnecting")
+                    log.say(f"lost the inbox at {masked(self._url)} ({why}); reconnecting")
                 await asyncio.sleep(next(pauses))
 
     # Logs: what every process is to hear.
@@ -327,21 +327,19 @@ class RedisStore:
 
     async def read_log(self, key: str, on_entries: Callable[[list[bytes]], None]) -> None:
         last: bytes | str = "0"
-        pauses, complaint = delays(), Complaint(logger)
+        pauses, log = delays(), RateLimitedLog(logger)
         while True:
             try:
                 async with asyncio.timeout(BLOCK_S + CALL_BUDGET_S):
                     found: Any = await self._blocking.xread({key: last}, count=LOG_BATCH, block=int(BLOCK_S * 1000))
                 pauses = delays()
-                complaint.over()
+                log.over()
                 for _, entries in found:
                     last = entries[-1][0]
                     on_entries([fields[b"e"] for _, fields in entries if b"e" in fields])
             except _FAILURES as error:
                 if not await self._took_away(key, error):
-                    complaint.say(
-                        f"lost the log at {masked(self._url)} ({store_refusal(error, self._url) or words_of(error)}); reconnecting"
-                    )
+                    log.say(f"lost the log at {masked(self._url)} ({store_refusal(error, self._url) or words_of(error)}); reconnecting")
                 await asyncio.sleep(next(pauses))
 
     async def misconfiguration(self) -> str:

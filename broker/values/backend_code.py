@@ -18,9 +18,9 @@ from msgspec.structs import replace
 
 from ..errors import BadValue, NotEncodable
 from ..files import roots
-from ..files.changed import has_changed
 from ..files.manifest import Files, read_folders
-from ..files.travel import save_files
+from ..files.stale_modules import has_changed
+from ..files.transfer import save_files
 from ..store import Store
 from ..store_keys import StoreKeys
 from . import code, pickling

@@ -22,7 +22,7 @@ import msgspec
 
 from ..errors import UNPARSABLE, BadEnvelope, BadSignature, BadValue, NotEncodable
 from ..files.roots import is_installed
-from ..files.travel import load_manifest
+from ..files.transfer import load_manifest
 from ..process import forks
 from ..store import Store
 from ..store_keys import CODE_TTL_S, StoreKeys

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from ...broker.errors import StoreUnavailable
-from ...broker.process.complaint import Complaint
+from ...broker.process.rate_limited_log import RateLimitedLog
 from ...broker.store import Store
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ class Presence:
         self._now = asyncio.Event()
         self._writing = asyncio.Lock()  # one write at a time, so that an older one cannot land last
         self._left = False
-        self._complaint = Complaint(logger)
+        self._log = RateLimitedLog(logger)
         self._steady_since = time.monotonic()
 
     def __repr__(self) -> str:
@@ -68,10 +68,10 @@ class Presence:
             if urgent:
                 await self._store.announce()
         except StoreUnavailable as error:
-            self._complaint.say(f"cannot report {self._field}: {error}")
+            self._log.say(f"cannot report {self._field}: {error}")
             self._steady_since = time.monotonic()
             return False
-        self._complaint.over()
+        self._log.over()
         return True
 
     async def leave(self, *, with_last_words: bool) -> None:

@@ -21,8 +21,8 @@ from starlette.convertors import CONVERTOR_TYPES, Convertor, FloatConvertor, Pat
 
 from ...broker.errors import BadValue
 from ...broker.failures import describe
-from ...broker.process.complaint import Complaint
 from ...broker.process.printable import printable
+from ...broker.process.rate_limited_log import RateLimitedLog
 from .linear_regex import Re2Missing, Row, compile_re2, for_re2, read_row
 
 Params = tuple[tuple[str, str, str], ...]
@@ -61,7 +61,7 @@ class RoutePattern:
     variables: tuple[Variable, ...]
     find: Find  # returns the texts of the variables
     checked: tuple[int, ...]  # indexes of variables whose convertor may refuse a text that its regex matches
-    complaint: Complaint = field(default_factory=lambda: Complaint(logger), compare=False, repr=False)
+    log: RateLimitedLog = field(default_factory=lambda: RateLimitedLog(logger), compare=False, repr=False)
 
     def match(self, path: str) -> Params | None:
         """Returns (name, convertor, text) of each variable, or None if the path does not match. A convertor that raises does not match."""
@@ -74,7 +74,7 @@ class RoutePattern:
             except ValueError:
                 return None
             except BaseException as error:  # a convertor is user code that runs in a proxy's loop: not even SystemExit may end that
-                self.complaint.say(
+                self.log.say(
                     f"a path does not match route {self.route!r}, since its convertor {self.variables[at].kind!r} raised "
                     f"{printable(describe(error).words)}: let it raise ValueError for a text that it does not take"
                 )

@@ -20,7 +20,7 @@ from ..controller.state.beats import MemberState, ProxyBeat, ReplicaBeat, beats_
 from ..controller.state.config import BackendConfig
 from ..controller.state.documents import Backend, Desired, Endpoint, Observed
 from ..controller.state.resources import ActorOptions, parse_actor_options
-from ..replicas.batching import accepts_batch
+from ..replicas.batch_decorators import accepts_batch
 from ..replicas.handler import make_method
 from .membership import Membership
 

@@ -65,7 +65,7 @@ class _BaseHandle:
         return f"{type(self).__name__}(endpoint={self._endpoint!r})"
 
     def _parts(self) -> tuple[str, Address, HandleOptions, bool]:
-        """The parts that are pickled (see `travelling.py`): endpoint, address of the instance, options, and whether the endpoint may be
+        """The parts that are pickled (see `pickled_clients.py`): endpoint, instance's address, options, and whether the endpoint may be
         missing."""
         return self._endpoint, self._home.address, self._options, self._missing_ok
 

@@ -287,7 +287,7 @@ def node(
     **kept: Any,
 ) -> int:
     """Run an agent: the replicas and the proxy that the controller assigns to it."""
-    from ..controller.machine import measure_node
+    from ..controller.machine_resources import measure_node
     from ..controller.node import NodeOptions
     from ..controller.state.resources import parse_node_resources
     from ..instance.roles import run_node

@@ -28,7 +28,7 @@ from ..controller import lease
 from ..controller.desired_writes import write_next
 from ..controller.detached_log import detached_log
 from ..controller.loop import Controller
-from ..controller.machine import measure_node
+from ..controller.machine_resources import measure_node
 from ..controller.node import Child, Node, NodeOptions
 from ..controller.processes import Process
 from ..controller.restarts import Restarts

@@ -16,8 +16,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from ..broker.errors import InstanceError, MQServeError, words_of
-from ..broker.process.complaint import Complaint
 from ..broker.process.lifeline import Stop, stop_event
+from ..broker.process.rate_limited_log import RateLimitedLog
 from ..broker.redis.store import open_redis
 from ..broker.settings import Settings
 from ..broker.store import Store
@@ -72,7 +72,7 @@ class KeptProcess:
         self._started_at = -math.inf
         self._is_missing = False  # we hold its lock, so it does not run
         self._last_end = ""  # how it ended last; empty before the first end
-        self._unkept = Complaint(logger, logging.ERROR)
+        self._unkept = RateLimitedLog(logger, logging.ERROR)
         self._why_not = ""  # why it cannot be started now
 
     def __repr__(self) -> str:

@@ -15,10 +15,10 @@ import pytest
 
 from mqserve.broker.errors import BadSignature, BadValue, NotEncodable
 from mqserve.broker.files import cache, manifest
-from mqserve.broker.files.hints import shadowed, way_out
+from mqserve.broker.files.import_errors import shadowed, way_out
 from mqserve.broker.files.manifest import File, Files, Folder, Manifest, read_folders
 from mqserve.broker.files.roots import check_root, root_of_file
-from mqserve.broker.files.travel import Restored, restore_files, save_files
+from mqserve.broker.files.transfer import Restored, restore_files, save_files
 from mqserve.broker.store import Store
 from mqserve.broker.store_keys import CODE_TTL_S, StoreKeys
 from mqserve.broker.values.backend_code import Packed, pack_backend, save

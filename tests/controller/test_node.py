@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from mqserve.broker.files.manifest import read_folders
-from mqserve.broker.files.travel import restore_files, save_files
+from mqserve.broker.files.transfer import restore_files, save_files
 from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.process.lifeline import Stop
 from mqserve.broker.store_keys import StoreKeys

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from mqserve.broker.errors import BadValue
-from mqserve.controller.machine import measure_node
+from mqserve.controller.machine_resources import measure_node
 from mqserve.controller.state.resources import parse_actor_options, parse_node_resources
 
 

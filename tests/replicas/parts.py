@@ -10,9 +10,9 @@ from mqserve.broker.results import Result
 from mqserve.broker.settings import Settings
 from mqserve.controller.state.documents import Backend
 from mqserve.replicas.handler import Handler
-from mqserve.replicas.job import Job
 from mqserve.replicas.metrics import ReplicaMetrics
 from mqserve.replicas.request_loop import RequestLoop
+from mqserve.replicas.stages import Job
 from mqserve.replicas.worker import Worker
 from tests.broker.traffic import publish, until
 

@@ -16,8 +16,8 @@ from mqserve.broker.results import Result
 from mqserve.broker.store import Record
 from mqserve.broker.store_keys import StoreKeys
 from mqserve.replicas import settlement
-from mqserve.replicas.job import MOVES, Job, Stage, WrongMove
 from mqserve.replicas.settlement import Settlement
+from mqserve.replicas.stages import MOVES, Job, Stage, WrongMove
 from tests.broker.traffic import publish, until
 from tests.replicas.parts import MINTED, Serving, minted, request
 

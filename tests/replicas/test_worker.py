@@ -13,11 +13,11 @@ from mqserve.broker.errors import BackendFailed
 from mqserve.broker.results import Result
 from mqserve.broker.values.signing import Signer
 from mqserve.controller.state.config import BackendConfig
-from mqserve.replicas.batching import accept_batch
+from mqserve.replicas.batch_decorators import accept_batch
 from mqserve.replicas.context import ReplicaContext, cancelled, get_replica_context
 from mqserve.replicas.execute import Execution
 from mqserve.replicas.handler import make_handler
-from mqserve.replicas.job import Job
+from mqserve.replicas.stages import Job
 from mqserve.replicas.worker import Raised, Worker
 from tests.broker.traffic import until
 

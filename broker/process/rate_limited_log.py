@@ -9,7 +9,7 @@ import time
 AGAIN_AFTER_S = 60.0
 
 
-class Complaint:
+class RateLimitedLog:
     """The log lines about one operation that fails again and again, with the same words each time: no ids in them. Call `over` after a
     success: the next failure is then logged at once."""
 
@@ -20,7 +20,7 @@ class Complaint:
         self._unsaid = 0
 
     def __repr__(self) -> str:
-        return f"<Complaint {self._last!r}>"
+        return f"<RateLimitedLog {self._last!r}>"
 
     def say(self, words: str) -> None:
         """Logs `words`, unless the same words were logged within the last AGAIN_AFTER_S."""

@@ -7,7 +7,7 @@ import socket
 import sys
 from pathlib import Path
 
-from .travel import Restored
+from .transfer import Restored
 
 
 def shadowed(restored: Restored) -> str:

@@ -5,19 +5,19 @@ from types import SimpleNamespace
 
 import pytest
 
-from mqserve.broker.process import complaint
-from mqserve.broker.process.complaint import AGAIN_AFTER_S, Complaint
+from mqserve.broker.process import rate_limited_log
+from mqserve.broker.process.rate_limited_log import AGAIN_AFTER_S, RateLimitedLog
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(complaint, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(rate_limited_log, "time", SimpleNamespace(monotonic=lambda: clock.now))
     return clock
 
 
 def test_the_same_words_are_said_once_in_a_while_and_counted(clock: SimpleNamespace, caplog: pytest.LogCaptureFixture) -> None:
-    said = Complaint(logging.getLogger("tests"))
+    said = RateLimitedLog(logging.getLogger("tests"))
     for _ in range(5):
         said.say("it failed")
     clock.now += AGAIN_AFTER_S
@@ -28,7 +28,7 @@ def test_the_same_words_are_said_once_in_a_while_and_counted(clock: SimpleNamesp
 def test_other_words_and_the_first_failure_after_a_success_are_said_at_once(
     clock: SimpleNamespace, caplog: pytest.LogCaptureFixture
 ) -> None:
-    said = Complaint(logging.getLogger("tests"))
+    said = RateLimitedLog(logging.getLogger("tests"))
     for words in ("one", "other", "one"):
         said.say(words)
     said.over()
