@@ -28,7 +28,7 @@ class KnownDocuments:
         self._keys = keys
         self._instance = instance
         self._codes: dict[str, bytes] = {}
-        self._files: dict[str, frozenset[str]] = {}  # of each of them: the hashes, and not the files, which nodes have
+        self._files: dict[str, frozenset[str]] = {}  # code -> the hashes of its files; nodes have the files themselves
         self._broken, self._broken_observed = RateLimitedLog(logger), RateLimitedLog(logger)
         self._desired_is_behind = self._observed_is_behind = False  # whether the store's copy is older than ours
         self.desired: Desired | None = None
@@ -97,7 +97,7 @@ class KnownDocuments:
                 self._codes[sha256] = code
 
     def hashes_of(self, desired: Desired) -> frozenset[str]:
-        """Of all that a document leads to: its code, and the files of that."""
+        """Returns the hashes of a document's code and of the files of that code."""
         return desired.codes.union(*(self._files.get(sha256, frozenset()) for sha256 in desired.codes))
 
     async def write_back(self, claim: Guard) -> None:

@@ -1,4 +1,4 @@
-"""After the store lost data: a node gives back the files of the code that its replicas have run, from this machine's cache."""
+"""Writes the files of deployed code back to a store that lost its data, from this node's cache."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 async def put_back_files(store: Store, keys: StoreKeys, desired: Desired) -> None:
-    """What a document names and the store has not. Tries until the store answers."""
+    """Writes back the files that the document leads to and the store lacks. Tries until the store answers."""
     for backend in desired.backends.values():
         for pause_s in delays():
             try:
@@ -47,7 +47,7 @@ async def _put_back(store: Store, keys: StoreKeys, code: str) -> None:
     for chunk, source in sources.items():
         if keys.code(chunk) in missing:
             content = await asyncio.to_thread(files.read, chunk, source)
-            await store.set(keys.code(chunk), content, only_new=True)  # without a TTL: the leader gives it one when nothing names it
+            await store.set(keys.code(chunk), content, only_new=True)  # without a TTL: the leader sets one when no document names it
     if keys.code(files.sha256) in missing:
         await store.set(keys.code(files.sha256), files.raw, only_new=True)
 

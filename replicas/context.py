@@ -54,7 +54,7 @@ def get_replica_context() -> ReplicaContext:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Around the import of a replica's code, in its thread."""
+    """Marks the worker's thread while it imports the replica's code."""
     _here.is_importing = True
     try:
         yield
@@ -63,7 +63,7 @@ def importing() -> Iterator[None]:
 
 
 def check_not_importing(what: str) -> None:
-    """Raises InstanceError where a replica's code calls this while it is imported: each replica would do it once more."""
+    """Raises InstanceError if a replica's code calls `what` while it is imported: each replica would call it again."""
     if getattr(_here, "is_importing", False):
         raise InstanceError(
             f"{what} was called while a replica imports the code: each replica would call it again. Put it behind "

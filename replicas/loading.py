@@ -57,7 +57,7 @@ async def construct(store: Store, keys: StoreKeys, settings: Settings, worker: W
 
 
 async def _fetch(store: Store, keys: StoreKeys, settings: Settings, backend: Backend) -> tuple[code.Code | code.CodeHere, Restored | None]:
-    """The record, and the files that go with it. Raises BackendFailed where they are missing, or nobody with the key has deployed them."""
+    """Reads the record and restores its files. Raises BackendFailed if one is missing or nobody with the key has deployed it."""
     try:
         raw = await store.get_large(keys.code(backend.code))
         if raw is None:
@@ -71,7 +71,8 @@ async def _fetch(store: Store, keys: StoreKeys, settings: Settings, backend: Bac
 
 
 def _import(record: code.Code | code.CodeHere, restored: Restored | None, settings: Settings) -> tuple[Any, list[Any]]:
-    """In the worker's thread. The folders go on `sys.path` only now: none of what mqserve imports is shadowed by a file of the user's."""
+    """Imports the target, in the worker's thread. The folders go on `sys.path` only now, so that no file of the user shadows what mqserve
+    imports."""
     with importing():
         if isinstance(record, code.CodeHere):
             return code.make(record, settings.signer)

@@ -1,4 +1,4 @@
-"""The folder of this machine where code that arrived as files lies: one folder for each manifest, named by its hash."""
+"""The cache of code on this machine: one folder for each manifest, named by the manifest's hash."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MANIFEST = ".manifest"
 
 
 def cache_folder() -> Path:
-    """Made if need be, for this user alone: whoever may write there chooses what replicas run."""
+    """Returns the cache's folder, and makes it if need be. Only this user may write there, since what lies there is run by replicas."""
     for folder in _candidates():
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -38,7 +38,7 @@ def _candidates() -> Iterator[Path]:
 
 
 class Entry:
-    """One manifest's folder. While somebody uses it, which a lock says, nobody removes it."""
+    """The folder of one manifest. Each process that uses it holds a shared file lock, and whoever removes it needs the exclusive one."""
 
     def __init__(self, cache: Path, sha256: str) -> None:
         self._lock = cache / f"{sha256}.lock"
@@ -49,11 +49,11 @@ class Entry:
 
     @property
     def is_whole(self) -> bool:
-        """It gets its name once all is in it."""
+        """The folder gets its name when it is complete."""
         return (self.folder / MANIFEST).exists()
 
     def use(self) -> None:
-        """From now on, until this process and those that it forks have ended."""
+        """Takes the shared lock, until this process and its forked children have ended."""
         while True:
             held = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(held, fcntl.LOCK_SH)
@@ -65,7 +65,8 @@ class Entry:
 
     @contextmanager
     def making(self) -> Iterator[Path]:
-        """A folder beside it, which becomes it at the end; whoever is faster wins, since both have the same content."""
+        """Yields an empty folder, which is renamed to this entry at the end. If another process was faster, its folder stays: both have the
+        same content."""
         made = Path(tempfile.mkdtemp(prefix=".new-", dir=self.folder.parent))
         try:
             yield made
@@ -76,7 +77,7 @@ class Entry:
 
 
 def remove_unused(cache: Path) -> None:
-    """What nobody has used for a day. What a killed process was about to make goes, too."""
+    """Removes entries that no process has started to use for a day, and what killed processes left half made."""
     old = time.time() - UNUSED_AFTER_S
     for path in cache.iterdir():
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""What of a folder never travels: secrets, environments, caches, and what `.gitignore` and `.mqserveignore` name."""
+"""Decides which files stay behind when code travels: secrets, environments, caches, and what `.gitignore` and `.mqserveignore` name."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def is_secret(name: str) -> bool:
 
 
 def is_never_taken(path: Path) -> bool:
-    """By its name, or as the folder of an environment. No ignore file can take it back."""
+    """Whether its name says so, or it is the folder of a Python environment. No ignore file can take it back."""
     if is_secret(path.name) or any(fnmatch(path.name, pattern) for pattern in _NEVER):
         return True
     return path.is_dir() and ((path / "pyvenv.cfg").exists() or (path / "conda-meta").exists())
 
 
 class Rule(NamedTuple):
-    """One line of an ignore file, with the meaning that git gives it."""
+    """One line of an ignore file, as gitignore(5) defines it."""
 
-    folder: Path  # of the file that has it
+    folder: Path  # that the ignore file lies in
     pattern: re.Pattern[str]
     takes_back: bool
     folders_only: bool
@@ -58,7 +58,7 @@ class Rule(NamedTuple):
 
 
 def rules_above(root: Path) -> list[Rule]:
-    """Of the `.gitignore` files between a folder and the repository that it lies in."""
+    """Returns the rules of the `.gitignore` files in the folders above `root`, up to the repository's own folder."""
     above: list[Path] = []
     for folder in root.parents:
         above.append(folder)
@@ -76,7 +76,7 @@ def rules_in(folder: Path) -> list[Rule]:
 
 
 def ignored_by(path: Path, rules: list[Rule], *, is_folder: bool) -> str:
-    """Which line ignores it, in words; empty where none does. The last one that names it counts."""
+    """Returns the line that ignores the path, in words, or ''. The last line that matches decides."""
     for rule in reversed(rules):
         if rule.names(path, is_folder=is_folder):
             return "" if rule.takes_back else rule.said_by
@@ -92,7 +92,7 @@ def _read(file: Path) -> list[Rule]:
 
 
 def _regex(glob: str) -> str:
-    """`*` and `?` stay within one name, `**` does not."""
+    """Translates a glob: `*` and `?` match no slash, `**` does."""
     written, at = "", 0
     while at < len(glob):
         if glob.startswith("**/", at):

@@ -1,4 +1,4 @@
-"""Why a replica cannot import what was deployed to it, in words, with the mend."""
+"""Explains why a replica cannot import what was deployed to it, and says the mend."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .transfer import Restored
 
 
 def shadowed(restored: Restored) -> str:
-    """Of a module that the program imported from its folder, while this process has another of that name; empty where there is none."""
+    """Returns an error message if a module beside the user's code has the name of one that was loaded from elsewhere, else ''."""
     for name in restored.manifest.modules:
         top = name.partition(".")[0]
         loaded = getattr(sys.modules.get(top), "__file__", None)
@@ -26,7 +26,7 @@ def shadowed(restored: Restored) -> str:
 
 
 def way_out(error: ImportError, restored: Restored) -> str:
-    """What to do about it; empty for an ImportError that says enough itself."""
+    """Returns the cause and the mend, or '' for an ImportError that says enough itself."""
     if isinstance(error, ModuleNotFoundError):
         return _why_missing(error.name or "", restored)
     if error.path and error.path.endswith((".so", ".pyd")) and any(Path(error.path).is_relative_to(root) for root in restored.roots):

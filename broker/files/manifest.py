@@ -1,7 +1,7 @@
-"""What a folder is in bytes: its files as chunks under their hashes, and the manifest that says which chunks make which file.
+"""Folders as bytes: files are cut into chunks, which are stored under their hashes, and the manifest lists the chunks of each file.
 
-A folder has no name of its own on the wire: the manifest stands under its hash, too, and the sealed record of the code
-names that. So the seal of the record covers all of it.
+The manifest itself is stored under its hash, and the sealed record of the code names that hash. So the seal of the record
+covers every byte.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ class File(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Folder(msgspec.Struct, frozen=True):
-    """`origin`: where it lies on the machine that deployed it, for people. `paths`: what of it goes on `sys.path`."""
+    """`origin` is the path on the machine that deployed it, for messages. `paths` are the folders in it that go on `sys.path`."""
 
     origin: str
     files: tuple[File, ...]
     paths: tuple[str, ...] = ("",)
-    left_out: tuple[tuple[str, str], ...] = ()  # (path, what keeps it back)
+    left_out: tuple[tuple[str, str], ...] = ()  # (path, why it stays behind)
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """`modules`: what the deploying program had imported from the folders."""
+    """`modules` are those that the deploying program had imported from the folders."""
 
     folders: tuple[Folder, ...]
     modules: tuple[str, ...] = ()
@@ -68,8 +68,8 @@ class Manifest(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """A manifest, and where its folders lie on this machine. `kept`: chunks of small files and of such as are being written, logs for one,
-    which may be others by the time when they are sent."""
+    """A manifest, and where its folders lie on this machine. `kept` holds the chunks of small files and of recently written ones, such as
+    logs, in memory: on disk they may change before they are sent."""
 
     manifest: Manifest
     roots: tuple[Path, ...]
@@ -84,11 +84,11 @@ class Files:
         return hashlib.sha256(self.raw).hexdigest()
 
     def read(self, chunk: str, source: tuple[Path, int]) -> bytes:
-        """Raises BadValue where the file has another content by now."""
+        """Raises BadValue if the file has changed since."""
         return self.kept.get(chunk) or read_chunk(source, chunk)
 
     def sources(self) -> dict[str, tuple[Path, int]]:
-        """Chunk -> a file that has it, and the place in it."""
+        """Maps each chunk to (a file that has it, the offset in bytes)."""
         return {
             chunk: (root / file.path, number * CHUNK_BYTES)
             for root, folder in zip(self.roots, self.manifest.folders, strict=True)
@@ -98,7 +98,7 @@ class Files:
 
 
 def read_chunk(source: tuple[Path, int], sha256: str) -> bytes:
-    """Raises BadValue where the file has another content by now."""
+    """Raises BadValue if the file has changed since."""
     path, offset = source
     try:
         with path.open("rb") as file:
@@ -112,7 +112,8 @@ def read_chunk(source: tuple[Path, int], sha256: str) -> bytes:
 
 
 def read_folders(roots: dict[Path, tuple[str, ...]], modules: tuple[str, ...]) -> Files:
-    """Folder -> what of it goes on `sys.path`. Raises BadValue for what is too much, or cannot be read."""
+    """`roots` maps each folder to the paths in it that go on `sys.path`. Raises BadValue if the files are too large, too many, or
+    unreadable."""
     folders: list[Folder] = []
     kept: dict[str, bytes] = {}
     left_bytes, left_files = MAX_BYTES, MAX_FILES
@@ -129,7 +130,7 @@ def read_folders(roots: dict[Path, tuple[str, ...]], modules: tuple[str, ...]) -
 
 
 def _walk(root: Path, left_out: list[tuple[str, str]]) -> Iterator[tuple[Path, os.stat_result]]:
-    """Regular files, sorted. Links to files are read through; links to folders, which may lead anywhere, are not followed."""
+    """Yields regular files, sorted. A link to a file counts as a file; links to folders are not followed, since they may lead anywhere."""
     waiting = [(root, rules_above(root))]
     while waiting:
         folder, rules = waiting.pop()
@@ -208,6 +209,6 @@ def _sha256(piece: bytes) -> str:
 
 @functools.lru_cache(maxsize=MAX_FILES)
 def _hashes(path: Path, size: int, mtime_ns: int, inode: int) -> tuple[str, ...]:
-    """Of a file that has not changed since, once."""
+    """Hashes a file once for as long as its size, time and inode stay the same."""
     with path.open("rb") as file:
         return tuple(_sha256(chunk) for chunk in iter(lambda: file.read(CHUNK_BYTES), b""))

@@ -1,4 +1,4 @@
-"""Which modules are the user's own, and which folder each of them is imported from."""
+"""Tells the user's own modules from installed ones, and finds the folder (the root) that each is imported from."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _installed_places() -> tuple[Path, ...]:
 
 
 def is_installed(module: ModuleType) -> bool:
-    """Whether every machine with the same packages has it: the standard library, site-packages, mqserve itself."""
+    """Whether every machine with the same packages has the module: it is of the standard library, site-packages or mqserve."""
     if module.__name__.partition(".")[0] == "mqserve":
         return True
     file = getattr(module, "__file__", None)
@@ -39,7 +39,8 @@ def _is_installed_file(file: Path) -> bool:
 
 
 def root_of(module: ModuleType | None) -> Path | None:
-    """The folder on `sys.path` that one of the user's own modules was imported from; None for others, and for what has no file."""
+    """Returns the folder on `sys.path` that a module of the user was imported from. Returns None for other modules, and for those without a
+    file."""
     file = getattr(module, "__file__", None)
     if module is None or not file or module.__name__ == "__main__" or getattr(module, "__spec__", None) is None or is_installed(module):
         return None
@@ -52,7 +53,7 @@ def root_of(module: ModuleType | None) -> Path | None:
 
 
 def root_of_name(name: str) -> Path | None:
-    """As `root_of`, of a module that need not be imported yet."""
+    """Like `root_of`, for a module that need not be imported yet."""
     top = name.partition(".")[0]
     if top in sys.modules:
         return root_of(sys.modules[top])
@@ -64,7 +65,7 @@ def root_of_name(name: str) -> Path | None:
 
 
 def root_of_file(file: Path) -> Path:
-    """Of a file that is run: its folder, or, inside a package, the first parent without `__init__.py`."""
+    """Returns the root of a file that is run: its folder, or for one inside a package the first parent without `__init__.py`."""
     root = file.absolute().parent
     while (root / "__init__.py").is_file() and root != root.parent:
         root = root.parent
@@ -72,7 +73,7 @@ def root_of_file(file: Path) -> Path:
 
 
 def check_root(root: Path, what: str) -> None:
-    """Raises BadValue for a folder that holds more than one program's code."""
+    """Raises BadValue for a folder that holds more than the code of one program."""
     if _PACKAGES & set(root.parts):
         raise BadValue(f"{what} lies in {root}, where packages are installed, and those do not travel: {WAY_OUT}")
     try:
@@ -85,7 +86,8 @@ def check_root(root: Path, what: str) -> None:
 
 
 def reach_of(modules: Iterable[str]) -> dict[Path, str]:
-    """The folders of these modules and of all that they lead to by what they have in them: folder -> a module that lies there."""
+    """Maps each folder that replicas need to one module in it: the folders of these modules and of those whose values they use, and so
+    on."""
     found: dict[Path, str] = {}
     waiting, seen = list(modules), set[str]()
     while waiting:
@@ -104,16 +106,16 @@ def reach_of(modules: Iterable[str]) -> dict[Path, str]:
 
 
 def modules_in(root: Path) -> list[str]:
-    """Those of the user's own that were imported from the folder, the deepest names last."""
+    """Returns the names of the user's modules that were imported from the folder, sorted."""
     return sorted(name for name, module in list(sys.modules.items()) if isinstance(module, ModuleType) and root_of(module) == root)
 
 
 def names_in(module: ModuleType) -> set[str]:
-    """The modules that a module's values come from."""
+    """Returns the names of the modules that define what a module has in it."""
     names = set[str]()
     for value in list(vars(module).values()):
         kind = type(value)
-        with suppress(Exception):  # of an object that looks itself up elsewhere
+        with suppress(Exception):  # raised by an object that computes its attributes
             of_value = value.__name__ if issubclass(kind, ModuleType) else getattr(value, "__module__", None)
             names |= {name for name in (of_value, kind.__module__) if isinstance(name, str)}
     return names

@@ -1,4 +1,4 @@
-"""Whether a file is still what the program imported: replicas import it anew, and would run other code than the program has."""
+"""Finds modules whose file changed after the program imported them. Replicas import the file anew, and would run other code."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _STARTED = time.time()
 
 
 def has_changed(module: ModuleType) -> bool:
-    """Whether a function of the module is not in its file any more. Only files that are newer than the program are looked at; a changed
-    value at the top of a file is not noticed."""
+    """Whether the file no longer has the code of one of the module's functions. Only files that are newer than the program are read. A
+    changed value at the top of a file is not noticed."""
     if type(getattr(module.__spec__, "loader", None)) is not SourceFileLoader or not module.__file__:
         return False  # pytest's, for one, makes other code of a file
     path = Path(module.__file__)
@@ -28,7 +28,7 @@ def has_changed(module: ModuleType) -> bool:
 
 
 def _in_use(module: ModuleType) -> Iterator[CodeType]:
-    """Of the module's functions and methods."""
+    """Yields the code of the module's functions and methods."""
     waiting: list[Any] = [module]
     for holder in waiting:
         for value in vars(holder).values():
@@ -47,7 +47,7 @@ def _all_of(code: CodeType) -> Iterator[Any]:
 
 
 def _traits(code: CodeType) -> Any:
-    """What code does, wherever it stands in its file."""
+    """Returns what the code does, without its line numbers."""
     constants = tuple(_constant(one) for one in code.co_consts)
     return code.co_qualname, code.co_code, code.co_names, code.co_varnames, constants
 

@@ -1,4 +1,4 @@
-"""Files into the store and out of it again. What the store has already is not sent again."""
+"""Writes files into the store and restores them on another machine. Chunks that the store already has are not sent again."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _AT_ONCE = 4  # chunks on their way, so that a slow store is given few MiB at a 
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """Files that arrived: the folders of the manifest, in its order."""
+    """Files restored on this machine. `roots` are the folders of the manifest, in its order."""
 
     manifest: Manifest
     roots: tuple[Path, ...]
 
     @property
     def paths(self) -> list[Path]:
-        """For `sys.path`."""
+        """The folders that go on `sys.path`."""
         return [root / path for root, folder in zip(self.roots, self.manifest.folders, strict=True) for path in folder.paths]
 
 
 async def save_files(store: Store, keys: StoreKeys, files: Files) -> None:
-    """The manifest last, so that whoever finds it finds its chunks."""
+    """Writes the manifest last, so that a reader who finds it finds its chunks."""
     sources = files.sources()
     missing = await store.extend([keys.code(chunk) for chunk in sources], CODE_TTL_S * 1000)
     turn = asyncio.Semaphore(_AT_ONCE)
@@ -46,12 +46,13 @@ async def save_files(store: Store, keys: StoreKeys, files: Files) -> None:
 
 
 async def load_manifest(store: Store, keys: StoreKeys, sha256: str) -> Manifest:
-    """Raises BadValue where it is missing, BadSignature where it is another."""
+    """Raises BadValue if it is missing, BadSignature if its hash differs."""
     return Manifest.from_bytes(await _load(store, keys, sha256, "the list of files"))
 
 
 async def restore_files(store: Store, keys: StoreKeys, sha256: str) -> Restored:
-    """In this machine's cache, which is asked first. Raises BadValue for what is missing, BadSignature for what is another's."""
+    """Restores a manifest's files in this machine's cache, unless they are there. Raises BadValue if a chunk is missing, BadSignature if a
+    hash differs."""
     cache = await asyncio.to_thread(cache_folder)
     entry = Entry(cache, sha256)
     await asyncio.to_thread(entry.use)
@@ -104,7 +105,7 @@ async def _load(store: Store, keys: StoreKeys, sha256: str, what: str) -> bytes:
 
 
 async def _all(work: Iterable[object]) -> None:
-    """The first failure ends the rest."""
+    """Awaits all of them; the first failure cancels the rest."""
     tasks = [asyncio.ensure_future(one) for one in work]  # type: ignore[call-overload]
     try:
         await asyncio.gather(*tasks)

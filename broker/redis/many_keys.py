@@ -1,4 +1,4 @@
-"""Expiries of many keys in few round trips: the chunks of a folder of code."""
+"""Sets the TTLs of many keys, such as the chunks of a folder of code, in few round trips."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any, Protocol
 
 from .client import Client
 
-_AT_ONCE = 500  # a pipeline's commands are answered together, and a budget is for one
+_AT_ONCE = 500  # commands of one pipeline, which share one call's budget
 
 
 class Call(Protocol):
-    """The store's way to make a call within its budget."""
+    """Makes a call to the store within its budget."""
 
     async def __call__(self, call: Callable[[], Awaitable[list[Any]]]) -> list[Any]: ...
 
 
 async def expire_keys(client: Client, call: Call, keys: Sequence[str], ttl_ms: int | None) -> None:
-    """Sets the TTL of each, or takes it away. A key that does not exist stays away."""
+    """Sets the TTL of each key, or removes it (None). Absent keys stay absent."""
     for some in _portions(keys):
         pipeline = client.pipeline(transaction=False)
         for key in some:
@@ -29,8 +29,8 @@ async def expire_keys(client: Client, call: Call, keys: Sequence[str], ttl_ms: i
 
 
 async def extend_keys(client: Client, call: Call, keys: Sequence[str], ttl_ms: int) -> frozenset[str]:
-    """PEXPIRE GT, for which a key without a TTL has the longest one. Returns the keys that do not exist. EXISTS comes last, so that a key
-    which expires in between is one of them."""
+    """Extends shorter TTLs (PEXPIRE GT, which leaves keys without a TTL alone). Returns the absent keys. EXISTS comes after PEXPIRE: a key
+    that expires in between counts as absent."""
     missing = set[str]()
     for some in _portions(keys):
         pipeline = client.pipeline(transaction=False)

@@ -1,7 +1,7 @@
-"""How a backend's code travels in the distributed form: by name, with the files that it lies in; by value where it has no name.
+"""Packs a backend's code for the distributed form: by name, together with its files; by value if it has no importable name.
 
-A replica that imports a file has each definition once, as the program has. What the program's own `__main__` defines has no
-importable name, unless that is a file under `mqserve run`, which replicas execute as their own `__main__`.
+A replica that imports a file has each definition once, as the program has. Definitions of the program's own `__main__` have
+no importable name, unless `mqserve run` executed the file: replicas then execute it as their own `__main__`.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ logger = logging.getLogger(__name__)
 
 
 class Packed(NamedTuple):
-    """Code, and the files that go with it."""
+    """Code and the files that travel with it."""
 
     code: Code | CodeHere
     files: Files | None = None
 
 
 async def save(store: Store, keys: StoreKeys, packed: Packed) -> str:
-    """The files first, so that whoever finds the code finds them. Returns the hash of the code."""
+    """Writes the files first, so that a replica that finds the code finds them. Returns the hash of the code."""
     if packed.files is not None:
         await save_files(store, keys, packed.files)
     return await code.save(store, keys, packed.code)
 
 
 def pack_backend(target: object, args: tuple[Any, ...], signer: Signer, run_file: RunFile | None = None) -> Packed:
-    """`run_file`: what this program's `__main__` is, where replicas may execute it.
+    """`run_file` is the program's `__main__`, if replicas may execute it.
 
-    Raises NotEncodable, with the way out, for what cannot travel; BadValue for a folder that cannot.
+    Raises NotEncodable, with the way out, if the target cannot travel; BadValue if its folder cannot.
     """
     name = code.name_of(target)
     args_type, packed_args = encode_value(list(args), signer, code.CLAIM)
@@ -94,8 +94,8 @@ def _with_files(record: Code, modules: set[str], signer: Signer, run_file: RunFi
 
 
 def _pack_import_string(record: Code, target: str, modules: set[str], signer: Signer) -> Packed:
-    """Its module is looked for, and not imported. A name alone is enough for replicas that have the code by themselves, so a folder that
-    cannot travel stays behind."""
+    """Finds the module without importing it. Replicas may have the code themselves, so a folder that cannot travel stays behind with a
+    warning."""
     module, _ = code.split(target)
     record = replace(record, target=target)
     root = roots.root_of_name(module)
@@ -112,7 +112,7 @@ def _pack_import_string(record: Code, target: str, modules: set[str], signer: Si
 
 
 def _own_name(target: Any, run_file: RunFile | None) -> str:
-    """The import string of a definition in one of the user's files, else ''."""
+    """Returns the import string of a definition in one of the user's files, else ''."""
     module = sys.modules.get(getattr(target, "__module__", "") or "")
     if module is None or not hasattr(target, "__qualname__") or not pickling.is_found_by_name(target, module):
         return ""
@@ -139,7 +139,7 @@ def _pickle(target: object, name: str, run_file: RunFile | None) -> tuple[bytes,
 
 
 def _modules_of_values(args: tuple[Any, ...]) -> set[str]:
-    """The user's own modules that constructor arguments name."""
+    """Returns the user's modules that constructor arguments name."""
     _, named = pickling.dumps_code(args, lambda module: False)
     return {name for name in named if roots.root_of(sys.modules.get(name)) is not None}
 
@@ -148,8 +148,8 @@ def _modules_of_values(args: tuple[Any, ...]) -> set[str]:
 
 
 def _folders(modules: set[str], run_file: RunFile | None) -> dict[Path, tuple[str, ...]]:
-    """Folder -> what of it goes on `sys.path`; the run file's first, the others as `sys.path` has them. Raises BadValue for one that cannot
-    travel, if what is deployed lies there."""
+    """Maps each folder to the paths in it that go on `sys.path`: the run file's folder first, the others in the order of `sys.path`. Raises
+    BadValue for a folder that cannot travel, if the target lies in it."""
     needed = {roots.root_of(sys.modules.get(name)) for name in modules}
     found: dict[Path, list[str]] = {}
     if run_file is not None:
@@ -169,14 +169,14 @@ def _folders(modules: set[str], run_file: RunFile | None) -> dict[Path, tuple[st
 
 
 def _add(found: dict[Path, list[str]], root: Path) -> None:
-    """A folder inside another that travels is a path of that one."""
+    """Adds a folder; one that lies inside another becomes a path of that one."""
     for outer, paths in found.items():
         if root.is_relative_to(outer):
             inside = root.relative_to(outer).as_posix()
             return paths.append("" if inside == "." else inside)
     for inner in [inner for inner in found if inner.is_relative_to(root)]:
         if next(iter(found)) == inner:
-            return  # of a run file, which lies in the first folder: its own paths would change
+            return  # the run file's folder stays the first one, and keeps its paths
     found[root] = [""]
 
 
@@ -186,7 +186,7 @@ def _place_on_path(root: Path) -> int:
 
 
 def _check_unchanged(loaded: Iterable[str], run_file: RunFile | None) -> None:
-    """Raises BadValue where replicas would run other code than this program has."""
+    """Raises BadValue if replicas would run other code than this program has."""
     changed = [str(sys.modules[name].__file__) for name in loaded if has_changed(sys.modules[name])]
     if run_file is not None and RunFile.read(run_file.path) != run_file:
         changed.append(str(run_file.path))
@@ -198,7 +198,7 @@ def _check_unchanged(loaded: Iterable[str], run_file: RunFile | None) -> None:
 
 
 def _check_travels(modules: Iterable[str], files: Files) -> None:
-    """Raises BadValue where an ignore file keeps back what is deployed."""
+    """Raises BadValue if an ignore file keeps back the module that is deployed."""
     for name in modules:
         module = sys.modules.get(name)
         root = roots.root_of(module)
@@ -226,7 +226,7 @@ def _does_not_travel(where: str, files: Files, number: int) -> BadValue:
 
 
 def _culprit(target: Any, seen: set[int]) -> str:
-    """Such as "it uses the global 'lock' (a _thread.lock)"; empty where nothing that it uses fails by itself."""
+    """Returns words such as "it uses the global 'lock' (a _thread.lock)", or '' if each value that the target uses pickles by itself."""
     seen.add(id(target))
     for how, value in _captures(target):
         if id(value) in seen:
@@ -242,7 +242,7 @@ def _culprit(target: Any, seen: set[int]) -> str:
 
 
 def _captures(target: Any) -> Iterator[tuple[str, Any]]:
-    """What a function or class takes with it, by what it is called there."""
+    """Yields (description, value) of what a pickled function or class takes with it."""
     if isinstance(target, type):
         for name, value in vars(target).items():
             if name not in ("__dict__", "__weakref__"):

@@ -1,6 +1,6 @@
-"""How code travels: by import string, or by value as a sealed pickle, in a sealed record; kept in the store under its hash.
+"""Records of code: an import string, or a sealed pickle, in a sealed record, which is stored under its hash.
 
-In the embedded form it does not travel: the store of the process holds the very object.
+In the embedded form code is not pickled: the process's own store holds the object itself.
 """
 
 from __future__ import annotations
@@ -90,10 +90,10 @@ class Code(msgspec.Struct, frozen=True):
 
 
 class CodeHere(bytes):
-    """Code of the embedded form. The store keeps values as they are, so the target rides on its record, and lives as long as that.
+    """Code of the embedded form. The memory store keeps the very bytes object that it is given, so the target is an attribute of it.
 
-    The bytes are like no other's, so that each deployment has a hash of its own. Constructor arguments are values, and encoded as such:
-    each replica constructs from arguments of its own.
+    The bytes are random, so that each deployment has a hash of its own. Constructor arguments are encoded as values, so that each replica
+    constructs from its own copies.
     """
 
     name: str
@@ -116,7 +116,7 @@ class CodeHere(bytes):
 
 
 def pack_here(target: object, args: tuple[Any, ...], signer: Signer) -> CodeHere:
-    """For the embedded form: the object itself, or an import string. Raises NotEncodable for arguments that cannot be encoded."""
+    """Packs code for the embedded form: the object itself, or an import string. Raises NotEncodable if an argument cannot be encoded."""
     if isinstance(target, str):
         split(target)
     args_type, packed_args = encode_value(list(args), signer, CLAIM)
@@ -124,7 +124,7 @@ def pack_here(target: object, args: tuple[Any, ...], signer: Signer) -> CodeHere
 
 
 def pack(target: object, args: tuple[Any, ...], signer: Signer) -> Code:
-    """The code of a callable, or of any object that pickles; an import string goes as it is.
+    """Packs a callable, or any object that pickles; an import string stays as it is.
 
     Raises NotEncodable, with the way out, when it must go by value and there is no key or it does not pickle.
     """
@@ -154,14 +154,14 @@ def pack(target: object, args: tuple[Any, ...], signer: Signer) -> Code:
 
 
 def unpack(raw: bytes, sha256: str, signer: Signer) -> tuple[Any, list[Any]]:
-    """(target, constructor arguments). Raises BadSignature before foreign bytes are opened or anything that they name is imported;
-    ImportError and what importing raises.
+    """Returns (target, constructor arguments). Raises BadSignature before it unpickles bytes or imports a name that we did not seal;
+    ImportError, and whatever importing raises.
     """
     return make(open_record(raw, sha256, signer), signer)
 
 
 def open_record(raw: bytes, sha256: str, signer: Signer) -> Code | CodeHere:
-    """Raises BadSignature where it is not what was deployed, or no holder of the key made it; BadEnvelope where it does not parse."""
+    """Raises BadSignature if the record is not the deployed one or no holder of the key made it; BadEnvelope if it does not parse."""
     if isinstance(raw, CodeHere):
         return raw
     if hashlib.sha256(raw).hexdigest() != sha256:
@@ -175,7 +175,7 @@ def open_record(raw: bytes, sha256: str, signer: Signer) -> Code | CodeHere:
 
 
 def make(code: Code | CodeHere, signer: Signer) -> tuple[Any, list[Any]]:
-    """(target, constructor arguments) of a record that was opened. Raises ImportError, and what importing and unpickling raise."""
+    """Returns (target, constructor arguments) of an opened record. Raises ImportError, and whatever importing and unpickling raise."""
     if isinstance(code, CodeHere):
         target = load_import_string(code.target) if isinstance(code.target, str) else code.target
     elif code.sealed:
@@ -186,12 +186,12 @@ def make(code: Code | CodeHere, signer: Signer) -> tuple[Any, list[Any]]:
 
 
 async def save(store: Store, keys: StoreKeys, code: Code | CodeHere) -> str:
-    """Kept under its hash for a while, and for as long as the desired document names it; returns the hash."""
+    """Stores the record under its hash, with a TTL, which the leader removes while the desired document names it. Returns the hash."""
     return await _save(store, keys, code, code.sha256)
 
 
 async def save_for_all(store: Store, keys: StoreKeys, code: Code | CodeHere) -> str:
-    """As `save`, of what proxies load as well: under a name of its own kind, since they may read nothing else of `code`."""
+    """Like `save`, for code that proxies load, too: its name has a prefix of its own, since proxies may read no other code."""
     return await _save(store, keys, code, FOR_ALL + code.sha256)
 
 
@@ -201,8 +201,8 @@ async def _save(store: Store, keys: StoreKeys, code: Code | CodeHere, name: str)
 
 
 async def files_of(store: Store, keys: StoreKeys, raw: bytes) -> frozenset[str]:
-    """The hashes under which the files of a record stand, their manifest included. Whoever asks only keeps them or lets them go, so nobody
-    looks at the seal."""
+    """Returns the hashes of a record's files, the manifest's included. It checks no seal, since its callers only set the TTLs of those
+    keys."""
     try:
         files = msgspec.msgpack.decode(raw, type=Code).files
         return (await load_manifest(store, keys, files)).chunks | {files} if files else frozenset()
@@ -220,7 +220,7 @@ async def load(store: Store, keys: StoreKeys, name: str, signer: Signer) -> tupl
 
 
 def load_import_string(target: str) -> Any:
-    """What `pkg.mod:attr` names. Raises ImportError with a sentence when the module or the attribute is missing."""
+    """Returns what `pkg.mod:attr` names. Raises ImportError with a sentence when the module or the attribute is missing."""
     module_name, attributes = split(target)
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
@@ -234,7 +234,7 @@ def load_import_string(target: str) -> Any:
 
 
 def name_of(target: object) -> str:
-    """For people."""
+    """Returns its name for messages."""
     return target if isinstance(target, str) else str(getattr(target, "__qualname__", type(target).__qualname__))
 
 
@@ -249,7 +249,7 @@ def split(target: str) -> tuple[str, str]:
 
 
 def installed_name(target: object) -> str:
-    """The import string of something that every machine with the same packages has, else ''."""
+    """Returns the import string of something that every machine with the same packages has, else ''."""
     if not isinstance(target, Callable) or not hasattr(target, "__qualname__"):  # type: ignore[arg-type]
         return ""
     module = sys.modules.get(getattr(target, "__module__", "") or "")

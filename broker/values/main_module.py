@@ -1,4 +1,4 @@
-"""The program's `__main__` where it is not the file that Python was started with: a file under `mqserve run`, and in its replicas."""
+"""Gives a process the `__main__` that the user's code expects: the file under `mqserve run`, in the program and in its replicas."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from . import pickling
 
 @dataclass(frozen=True, slots=True)
 class RunFile:
-    """A file that declares what is to be served, and so may be executed in each replica."""
+    """A file that only declares what is to be served, so that each replica may execute it."""
 
     path: Path
     source: bytes
@@ -28,11 +28,12 @@ class RunFile:
 
     @property
     def home(self) -> str:
-        """All who execute the same file have the same definitions."""
+        """Processes that execute the same source have the same definitions, and so the same home."""
         return f"run-{hashlib.sha256(self.source).hexdigest()[:16]}"
 
     def execute(self) -> None:
-        """As `python FILE` would, but an `import` of its own name finds it, rather than execute it again. Raises what the file raises."""
+        """Executes it as `python FILE` would, and registers it under its own name, so that importing that does not execute it again. Raises
+        what the file raises."""
         module = become_main(self.home)
         module.__file__ = str(self.path)
         sys.modules["__mp_main__"] = module
@@ -42,7 +43,7 @@ class RunFile:
 
 
 def become_main(home: str) -> ModuleType:
-    """An empty `__main__`, which stands for the one of that home from now on."""
+    """Makes an empty `__main__`, which stands for the `__main__` of that home from now on."""
     module = ModuleType("__main__")
     sys.modules["__main__"] = module
     pickling.settle_at(home)

@@ -1,7 +1,8 @@
-"""Pickles of what users hand over: by cloudpickle, except where that would give a process a second copy of a definition.
+"""Pickles users' values and code by cloudpickle, without giving a process a second copy of a definition.
 
-A class or function of `__main__` travels by value, since importing its file would run the program again. Its pickle says
-whose `__main__` that is (`home`): a process with the same home uses its own definition, which no arriving pickle changes.
+A class or function of `__main__` travels by value, since importing its file would run the program again. Its pickle names
+the `__main__` that it comes from (its home). A process with the same home uses its own definition, and no arriving pickle
+changes that.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _MAKERS = (internals._make_skeleton_class, internals._make_skeleton_enum)
 
 
 def home() -> str:
-    """The name of this process's `__main__`, which is like no other's."""
+    """Returns the identifier of this process's `__main__`."""
     return _home
 
 
@@ -37,15 +38,15 @@ def settle_at(new: str) -> None:
 
 
 def dumps(value: object) -> bytes:
-    """As `cloudpickle.dumps`. Raises whatever pickling the value raises."""
+    """Like `cloudpickle.dumps`. Raises whatever pickling the value raises."""
     with io.BytesIO() as file:
         _Pickler(file).dump(value)
         return file.getvalue()
 
 
 def dumps_code(target: object, is_importable: Callable[[str], bool]) -> tuple[bytes, set[str]]:
-    """(pickle, the modules that it names). `is_importable` says which modules every replica can import: a function of such a module has
-    the module's own globals where it arrives, and not copies of them. Raises whatever pickling raises."""
+    """Returns (pickle, the modules that it imports). `is_importable` says which modules every replica can import: when a function of such
+    a module is unpickled, it gets the module's own globals rather than copies. Raises whatever pickling raises."""
     with io.BytesIO() as file:
         pickler = _Pickler(file, is_importable)
         pickler.dump(target)
@@ -65,26 +66,26 @@ def _find(module: ModuleType, qualname: str) -> Any:
 
 
 def _own(of_home: str, qualname: str) -> Any:
-    """This process's own definition; None where the home is another's, or nothing is defined under that name."""
+    """Returns this process's own definition, or None if the home is another's or nothing has that name."""
     return _find(sys.modules["__main__"], qualname) if of_home == _home else None
 
 
 def _bind(of_home: str, qualname: str, made: Any) -> None:
-    """What arrives from the `__main__` that this process stands for is to be found there by name."""
+    """Puts a definition from this process's own home into its `__main__`, so that it is found there by name."""
     if of_home == _home and qualname.isidentifier():
         sys.modules["__main__"].__dict__.setdefault(qualname, made)
 
 
-# What pickles call. Their names are part of the pickles.
+# Pickles call these functions by name, so renaming one breaks pickles that are stored.
 
 
 def named_code(filename: str, make: Callable[..., CodeType], arguments: tuple[Any, ...]) -> CodeType:
-    """Since 3.1.3 cloudpickle says `<dynamic-code>` for every file, and tracebacks are to say the user's."""
+    """Keeps the user's file name for tracebacks: cloudpickle replaces it by `<dynamic-code>` since 3.1.3."""
     return make(*arguments).replace(co_filename=filename)
 
 
 def make_class(of_home: str, qualname: str, make: Callable[..., type], arguments: tuple[Any, ...]) -> type:
-    """`make` is cloudpickle's; it returns the class of an earlier pickle with the same tracker id, if there is one."""
+    """`make` is cloudpickle's, which returns the class of an earlier pickle with the same tracker id, if there is one."""
     if isinstance(own := _own(of_home, qualname), type):
         return own
     tracker_id = arguments[-2]
@@ -97,7 +98,7 @@ def make_class(of_home: str, qualname: str, make: Callable[..., type], arguments
 
 
 def fill_class(made: type, state: Any) -> None:
-    """Only of one that is new here: a class that is in use keeps what was set on it."""
+    """Fills a new class only: one that is in use keeps what was set on it."""
     if made in _unfinished:
         internals._class_setstate(made, state)
         _unfinished.discard(made)
@@ -120,7 +121,7 @@ def fill_function(made: Any, state: Any) -> None:
         return
     _unfinished.discard(made)
     attributes, slots = state
-    if made.__globals__ is sys.modules["__main__"].__dict__:  # which may have changed what an earlier pickle brought
+    if made.__globals__ is sys.modules["__main__"].__dict__:  # the program may have set them anew since an earlier pickle
         for name, value in slots["__globals__"].items():
             made.__globals__.setdefault(name, value)
         slots = {**slots, "__globals__": {}}
@@ -128,7 +129,7 @@ def fill_function(made: Any, state: Any) -> None:
 
 
 def make_cached(of_home: str, qualname: str, function: Any, parameters: dict[str, Any]) -> Any:
-    """An `lru_cache`, empty where it arrives."""
+    """Makes an `lru_cache`, which starts empty."""
     own = _own(of_home, qualname)
     if own is not None:
         return own
@@ -151,7 +152,7 @@ def sentinel(module: str, name: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-# What makes the pickles.
+# Reductions, called while a value is pickled.
 
 
 def _reduce_code(code: CodeType) -> tuple[Callable[..., CodeType], tuple[Any, ...]]:
@@ -171,13 +172,14 @@ def _reduce_cached_property(prop: Any) -> Any:
 
 
 def _home_of(definition: Any) -> str:
-    """Ours, of what `__main__` has under that name: what is found by name there is the same definition in all who share the home."""
+    """Returns our home for a definition that `__main__` has under its name: all processes with that home have it, too. Else ''."""
     is_of_main = getattr(definition, "__module__", "") == "__main__"
     return _home if is_of_main and is_found_by_name(definition, sys.modules["__main__"]) else ""
 
 
 def _sentinel_name(value: Any) -> tuple[str, str] | None:
-    """Of an object without state that its type's module has under a name, such as `dataclasses.MISSING`: a copy would be another."""
+    """Returns (module, name) of a sentinel: an object without state that its type's module has under a name, such as `dataclasses.MISSING`.
+    A copy would not be identical to it."""
     kind: Any = type(value)
     if getattr(value, "__dict__", None) or kind.__reduce_ex__ is not object.__reduce_ex__ or kind.__reduce__ is not object.__reduce__:
         return None
@@ -200,7 +202,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     def __init__(self, file: io.BytesIO, is_importable: Callable[[str], bool] | None = None) -> None:
         super().__init__(file)
         self._is_importable = is_importable
-        self.modules: set[str] = set()  # that are imported where it is opened
+        self.modules: set[str] = set()  # that unpickling imports
 
     def reducer_override(self, obj: Any) -> Any:
         reduced: Any = super().reducer_override(obj)
@@ -234,7 +236,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
 
 
 class _Globals:
-    """Pickles as the globals of an imported module."""
+    """Stands for the globals of a module in a pickle; unpickling imports the module."""
 
     def __init__(self, module: str) -> None:
         self._module = module

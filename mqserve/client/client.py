@@ -93,7 +93,7 @@ class Client:
         self._signer = connections.settings.signer
         self._depth = forks.depth
         self.settings = connections.settings
-        self.run_file: RunFile | None = None  # what `mqserve run` executed as this program's `__main__`, if replicas may execute it, too
+        self.run_file: RunFile | None = None  # the program's `__main__` under `mqserve run`, if replicas may execute it, too
         self.on_end: Callable[[], None] = lambda: None  # called when it is about to be closed or shut down
         self._state = State.OPEN
         self._is_shared = False  # whether a later call of start() or connect() returned it again
@@ -448,7 +448,7 @@ class Client:
         return pack_backend(target, args, self._signer, self.run_file)
 
     def _pack_for_all(self, target: Any) -> code.Code | code.CodeHere:
-        """What processes of several clients load has no files with it."""
+        """Packs code that processes of several clients load: no files travel with it."""
         pack = code.pack_here if self.settings.embedded else code.pack
         return pack(target, (), self._signer)
 

@@ -26,7 +26,7 @@ class Clients:
         self._open: tuple[Client, ...] = ()
         self._started: tuple[Client, ...] = ()  # clients whose instance this process started
         self._given: tuple[Client, ...] = ()  # clients started or joined here; the last one is current
-        self.were_asked_for = False  # by the user's program, rather than by mqserve itself
+        self.were_asked_for = False  # whether the user's program, rather than mqserve itself, used the API
         self._of_replica: Client | None = None  # in a replica process: the client of its own instance
 
     def __repr__(self) -> str:

@@ -105,7 +105,7 @@ class Deployments:
         await self._let_go(before)
 
     async def _let_go(self, backends: Sequence[Backend]) -> None:
-        """In the embedded form the record of code holds the program's objects, and nobody can name it again."""
+        """Deletes code of the embedded form, whose records hold the program's objects. No later deployment has the same hash."""
         if self._connections.settings.embedded:
             await self._connections.store.delete(*(self._connections.keys.code(backend.code) for backend in backends))
 

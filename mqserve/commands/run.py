@@ -24,7 +24,7 @@ from ..client.clients import clients
 from ..client.declared import Declaration, take_declarations
 from ..instance.starting import StartOptions, parse_http_options
 
-Found = tuple[list[Declaration], RunFile | None]  # what is declared, and the file that does
+Found = tuple[list[Declaration], RunFile | None]  # the declarations, and the file that makes them
 
 
 def run_until_stopped(target: str, settings: Settings, http: dict[str, Any]) -> int:
@@ -59,7 +59,8 @@ def run_until_stopped(target: str, settings: Settings, http: dict[str, Any]) -> 
 
 
 def _prepare(target: str) -> Callable[[], Found]:
-    """Checks the target; returns what executes it (after the instance is up, since it may call the API) and finds its declarations."""
+    """Checks the target. Returns a function that executes it and finds its declarations; call that after the instance is up, since the
+    target may use it."""
     path = Path(target)
     if path.suffix == ".py" or path.exists():
         if not path.is_file():
