@@ -6,6 +6,7 @@ import select
 import signal
 import socket
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -26,8 +27,10 @@ def in_a_child(work: Callable[[], T], deadline_s: float = 30.0) -> T:
     reading, writing = os.pipe()
     pid = os.fork()
     if not pid:
-        os.write(writing, pickle.dumps(_outcome(work)))
-        os._exit(0)
+        try:
+            os.write(writing, _pickled(*_outcome(work)))
+        finally:
+            os._exit(0)  # or the child would go on as another run of the tests
     os.close(writing)
     try:
         said = _everything(reading, deadline_s)
@@ -60,6 +63,13 @@ def _outcome(work: Callable[[], Any]) -> tuple[Any, BaseException | None]:
         return work(), None
     except BaseException as error:
         return None, error
+
+
+def _pickled(value: Any, error: BaseException | None) -> bytes:
+    try:
+        return pickle.dumps((value, error))
+    except Exception:
+        return pickle.dumps((None, AssertionError("".join(traceback.format_exception(error)) if error else f"{value!r} does not pickle")))
 
 
 def _everything(reading: int, deadline_s: float) -> bytes:
