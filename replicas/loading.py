@@ -15,7 +15,7 @@ from ..broker.settings import Settings
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
 from ..broker.values import code
-from ..broker.values.main_module import RunFile, become_main
+from ..broker.values.main_module import RunFile, stand_in_for
 from ..controller.state.documents import Backend, Desired
 from .context import importing
 from .handler import Handler, make_handler
@@ -86,7 +86,7 @@ def _import(record: code.Code | code.CodeHere, restored: Restored | None, settin
                 folder, _, path = record.run_file.partition("/")
                 RunFile.read(restored.roots[int(folder)] / path).execute()
             elif record.home:
-                become_main(record.home)
+                stand_in_for(record.home)
             return code.make(record, settings.signer)
         except ImportError as error:
             if restored is None or not (mend := way_out(error, restored)):
