@@ -23,7 +23,7 @@ from ..files.stale_modules import has_changed
 from ..files.transfer import save_files
 from ..store import Store
 from ..store_keys import StoreKeys
-from . import code, pickling
+from . import code, definitions, pickling
 from .code import Code, CodeHere
 from .codecs import encode_value
 from .main_module import RunFile
@@ -79,14 +79,14 @@ def _with_files(record: Code, modules: set[str], signer: Signer, run_file: RunFi
         modules |= roots.names_in(sys.modules["__main__"])
     folders = _folders(modules, run_file)
     if not folders:
-        return Packed(replace(record, home=pickling.home()).with_seal(signer))
+        return Packed(replace(record, home=definitions.home()).with_seal(signer))
     loaded = tuple(name for root in roots.reach_of(modules) for name in roots.modules_in(root))
     _check_unchanged(loaded, run_file)
     files = read_folders(folders, loaded)
     _check_travels(modules, files)
     record = replace(record, files=files.sha256)
     if run_file is None:
-        return Packed(replace(record, home=pickling.home()).with_seal(signer), files)
+        return Packed(replace(record, home=definitions.home()).with_seal(signer), files)
     where = run_file.path.absolute().relative_to(files.roots[0]).as_posix()
     if all(file.path != where for file in files.manifest.folders[0].files):
         raise _does_not_travel(where, files, 0)
@@ -114,7 +114,7 @@ def _pack_import_string(record: Code, target: str, modules: set[str], signer: Si
 def _own_name(target: Any, run_file: RunFile | None) -> str:
     """Returns the import string of a definition in one of the user's files, else ''."""
     module = sys.modules.get(getattr(target, "__module__", "") or "")
-    if module is None or not hasattr(target, "__qualname__") or not pickling.is_found_by_name(target, module):
+    if module is None or not hasattr(target, "__qualname__") or not definitions.is_found_by_name(target, module):
         return ""
     is_importable = run_file is not None if module.__name__ == "__main__" else roots.root_of(module) is not None
     return f"{module.__name__}:{target.__qualname__}" if is_importable else ""

@@ -27,7 +27,7 @@ from ..files.transfer import load_manifest
 from ..process import forks
 from ..store import Store
 from ..store_keys import CODE_TTL_S, StoreKeys
-from . import pickling
+from . import definitions, pickling
 from .codecs import MSGPACK, decode_value, encode_value
 from .signing import SealScope, Signer
 
@@ -264,7 +264,7 @@ def installed_name(target: object) -> str:
     module = sys.modules.get(getattr(target, "__module__", "") or "")
     if module is None or module.__name__ == "__main__" or not is_installed(module) or "<" in target.__qualname__:
         return ""
-    return f"{module.__name__}:{target.__qualname__}" if pickling.is_found_by_name(target, module) else ""
+    return f"{module.__name__}:{target.__qualname__}" if definitions.is_found_by_name(target, module) else ""
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 from ..files.roots import root_of_file
-from . import pickling
+from . import definitions
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class RunFile:
         for name in self._names:
             sys.modules.setdefault(name, module)
         exec(compile(self.source, str(self.path), "exec", dont_inherit=True), module.__dict__)
-        pickling.name_definitions()
+        definitions.name_definitions()
 
     @property
     def _names(self) -> list[str]:
@@ -58,5 +58,5 @@ def stand_in_for(home: str) -> None:
 def _become_main(home: str, *, stands_in: bool) -> ModuleType:
     module = ModuleType("__main__")
     sys.modules["__main__"] = module
-    pickling.settle_at(home, stands_in=stands_in)
+    definitions.settle_at(home, stands_in=stands_in)
     return module
