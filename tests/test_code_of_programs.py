@@ -183,7 +183,7 @@ for value in (None, {1: 2}):
     instance.wait_for("Ctrl-C stops")
     program = distributed_shell.start_program([sys.executable, "caller/ask.py"])
     assert program.wait() == 0, program.output
-    assert program.output.count("cannot be opened here: it holds an object of a class that this process cannot import") == 2
+    assert program.output.count("cannot be opened here: the value has an object of a class that this process cannot import") == 2
     assert "No module named 'private_mod'" in program.output
 
 
@@ -321,3 +321,178 @@ def word(request):
     program.signal(signal.SIGTERM)
     program.wait()
     assert program.output.count("executed") <= 2  # by the program, and by the replica where that is a process of its own
+
+
+REGISTRY = """
+import functools, threading
+HANDLERS, LOCK = {"k": 1}, threading.Lock()
+
+class Sentinel: ...
+MISSING = Sentinel()
+
+def is_missing(value):
+    return value is MISSING
+
+def locked(function):
+    @functools.wraps(function)
+    def wrapper(*args):
+        with LOCK:
+            return helper(function(*args))
+    return wrapper
+
+def helper(value):
+    return ["helped", value]
+"""
+BY_VALUE = """
+from __future__ import annotations
+import abc, contextlib, dataclasses, datetime, enum, inspect, json, pickle, typing
+import mqserve as serve
+from registry import HANDLERS, LOCK, MISSING, is_missing, locked
+
+class Base(abc.ABC):
+    @abc.abstractmethod
+    def name(self): return "base"
+    @staticmethod
+    def kind(): return "base"
+
+class Sub(Base):
+    def name(self): return "sub"
+    @staticmethod
+    def kind(): return "sub"
+
+class Encoder(json.JSONEncoder):
+    def default(self, value): return "mine"
+
+@dataclasses.dataclass
+class Order:
+    when: datetime.datetime
+    price: typing.Optional[Later] = None
+
+class Later: ...
+
+class Planet(enum.Enum):
+    EARTH = (5.9, 6.3)
+    def __init__(self, mass, radius):
+        self.mass, self.radius = mass, radius
+
+class Outer:
+    class Inner:
+        def __init__(self, x): self.x = x
+
+@contextlib.contextmanager
+def opened():
+    yield "opened"
+
+@locked
+def wrapped(value):
+    return value
+
+COUNT = 0
+def bump():
+    global COUNT
+    COUNT += 1
+    return COUNT
+class Counted:
+    @property
+    def count(self): return COUNT
+look = lambda: (bump(), COUNT, Counted().count)
+
+def handler(request):
+    with opened() as word, LOCK:
+        inner = pickle.loads(pickle.dumps(Outer.Inner(2)))
+    hints = typing.get_type_hints(Order)
+    return [
+        Sub().name(), Sub.kind(), Encoder().encode(MISSING), str(Order("now")), hints["when"] is datetime.datetime,
+        typing.get_args(hints["price"])[0] is Later, Planet.EARTH.mass, word, inner.x, Outer.Inner.__qualname__, wrapped(1),
+        is_missing(MISSING), HANDLERS, len(set(look())), request.data.name(), str(inspect.signature(Order, eval_str=True))[:24],
+    ]
+handle = lambda request: handler(request)
+
+with serve.start(http_options={"location": None}) as client:
+    for name, function in {"plain": handler, "lambda": handle}.items():
+        client.create_backend(name, function)
+        client.create_endpoint(name, backend=name)
+        print(client.get_handle(name).remote(Sub()).result(timeout=20))
+"""
+SIXTEEN = [
+    "sub", "sub", '"mine"', "Order(when='now', price=None)", True, True, 5.9, "opened", 2, "Outer.Inner", ["helped", 1], True, {"k": 1}, 1,
+    "sub", "(when: datetime.datetime",
+]  # fmt: skip
+
+
+def test_what_a_program_defines_itself_behaves_in_its_replicas_as_it_does_there(command_line: CommandLine) -> None:
+    (command_line.folder / "code" / "registry.py").write_text(REGISTRY)
+    program = run_script(command_line, BY_VALUE)
+    assert program.wait() == 0, program.output
+    assert program.output.splitlines()[-2:] == [str(SIXTEEN)] * 2, program.output
+
+
+def test_a_struct_of_msgspec_that_a_program_defines_itself_is_refused_with_the_way_out(
+    distributed_shell: CommandLine, tmp_path: Path
+) -> None:
+    (tmp_path / "code").mkdir()
+    program = run_script(
+        distributed_shell,
+        """
+import msgspec
+import mqserve as serve
+class Point(msgspec.Struct):
+    x: int
+def handler(request): return Point(1)
+with serve.start(http_options={"location": None}):
+    try:
+        serve.create_backend("h", handler)
+    except serve.NotEncodable as error:
+        print(error)
+""",
+    )
+    assert program.wait() == 0, program.output
+    assert "handler cannot travel to its replicas: the msgspec.Struct Point is defined in the program itself" in program.output
+
+
+def test_a_run_files_objects_reach_its_replicas_though_their_class_cannot_travel(command_line: CommandLine) -> None:
+    text = """
+import threading
+import msgspec
+import mqserve as serve
+LOCK = threading.Lock()
+class Locked:
+    def ask(self):
+        with LOCK:
+            return "asked"
+class Point(msgspec.Struct):
+    x: int
+serve.endpoint(None, name="ask")(lambda request: [request.data[0].ask(), request.data[1]])
+@serve.endpoint("/ask")
+def first(request):
+    said, point = serve.get_handle("ask").remote([Locked(), Point(3)]).result(timeout=20)
+    return [said, type(point) is Point, point.x]
+"""
+    (command_line.folder / "code" / "app.py").write_text(text)
+    port = free_port()
+    program = command_line.start("run", "code/app.py", "--port", str(port))
+    assert json.loads(answer_of(program, f"http://127.0.0.1:{port}/ask")) == ["asked", True, 3]
+    program.signal(signal.SIGTERM)
+    program.wait()
+
+
+def test_a_module_that_is_run_imports_its_siblings_in_its_replicas(command_line: CommandLine) -> None:
+    shop = command_line.folder / "code" / "shop"
+    shop.mkdir()
+    (shop / "__init__.py").write_text("")
+    (shop / "util.py").write_text("WORD = 'beside'\n")
+    (shop / "main.py").write_text(
+        """
+import mqserve as serve
+def handler(request):
+    from .util import WORD
+    return WORD
+with serve.start(http_options={"location": None}) as client:
+    client.create_backend("h", handler)
+    client.create_endpoint("h", backend="h")
+    print(client.get_handle("h").remote().result(timeout=20))
+"""
+    )
+    program = command_line.start_program([sys.executable, "-m", "shop.main"], cwd=command_line.folder / "code")
+    assert program.wait() == 0, program.output
+    assert program.output.splitlines()[-1] == "beside", program.output

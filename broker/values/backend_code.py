@@ -128,7 +128,9 @@ def _pickle(target: object, name: str, run_file: RunFile | None) -> tuple[bytes,
         return roots.root_of(found) is not None or roots.is_installed(found)
 
     try:
-        return pickling.dumps_code(target, is_importable)
+        return pickling.dumps_code(target, is_importable, _own_modules())
+    except pickling.CannotTravel as error:
+        raise NotEncodable(f"{name} cannot travel to its replicas: {error}") from error
     except Exception as error:
         culprit = _culprit(target, set())
         what = f"{culprit}, which does not pickle" if culprit else "it does not pickle"
@@ -136,6 +138,10 @@ def _pickle(target: object, name: str, run_file: RunFile | None) -> tuple[bytes,
             f"{name} cannot travel to its replicas: {what} ({error}); keep such objects out of globals and closures, make them in the "
             "constructor or on first use, or put the code into a module beside the program, which replicas import"
         ) from error
+
+
+def _own_modules() -> list[ModuleType]:
+    return [module for module in list(sys.modules.values()) if isinstance(module, ModuleType) and roots.root_of(module) is not None]
 
 
 def _modules_of_values(args: tuple[Any, ...]) -> set[str]:
@@ -232,7 +238,7 @@ def _culprit(target: Any, seen: set[int]) -> str:
         if id(value) in seen:
             continue
         try:
-            pickling.dumps(value)
+            pickling.dumps_by_value(value)
         except Exception:
             if isinstance(value, FunctionType | type) and (deeper := _culprit(value, seen)):
                 return f"it uses {how}, and {deeper.replace('it uses', 'that uses', 1)}"

@@ -9,7 +9,6 @@ import asyncio
 import hashlib
 import importlib
 import inspect
-import pickle
 import secrets
 import sys
 from collections.abc import Callable, Iterator
@@ -150,7 +149,7 @@ def pack(target: object, args: tuple[Any, ...], signer: Signer) -> Code:
         )
     try:
         with _by_value(target):
-            payload = pickling.dumps(target)
+            payload = pickling.dumps_by_value(target)
     except Exception as error:
         raise NotEncodable(
             f"{name} cannot travel to its replicas: it does not pickle ({error}); keep such objects out of globals and closures, "
@@ -185,7 +184,7 @@ def make(code: Code | CodeHere, signer: Signer) -> tuple[Any, list[Any]]:
     if isinstance(code, CodeHere):
         target = load_import_string(code.target) if isinstance(code.target, str) else code.target
     elif code.sealed:
-        target = pickle.loads(signer.open(code.sealed, CLAIM))
+        target = pickling.loads_code(signer.open(code.sealed, CLAIM))
     else:
         target = load_import_string(code.target)
     return target, decode_value(code.args, code.args_type, signer, CLAIM)

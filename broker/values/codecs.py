@@ -58,16 +58,16 @@ def decode_value(body: bytes, content_type: str, signer: Signer, claim: SealScop
 
 
 def load_pickle(pickled: bytes) -> Any:
-    """Of a value, whose seal was looked at. Raises BadEnvelope where it holds an object of a class that this process cannot find, and what
-    user code raises that makes objects anew."""
+    """Unpickles a value whose seal was checked. Raises BadEnvelope if the class of an object in it cannot be imported here, and whatever
+    user code raises while it makes the objects."""
     try:
         return pickle.loads(pickled)
     except (ModuleNotFoundError, AttributeError) as error:
         if isinstance(error, AttributeError) and not str(error).startswith("Can't get attribute"):
             raise
         raise BadEnvelope(
-            f"it holds an object of a class that this process cannot import ({error}): send plain data, or put the module of the class "
-            "where both sides import it"
+            f"the value has an object of a class that this process cannot import ({error}): send plain data, or put the module of the "
+            "class where both sides import it"
         ) from error
 
 

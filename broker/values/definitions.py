@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from types import CodeType, FunctionType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary
 
 from cloudpickle import cloudpickle as internals
@@ -26,7 +26,7 @@ _home = secrets.token_hex(8)  # of this process's `__main__`; a forked child has
 _stands_in = False  # whether `__main__` was made for what arrives, rather than by executing a file
 _arrived: dict[str, Any] = {}  # what a pickle set last under each global name of such a `__main__`
 _unfinished: WeakSet[Any] = WeakSet()  # classes and functions that a pickle has made here and not filled in yet
-_IMMUTABLE = (int, float, complex, str, bytes, tuple, frozenset, type(None), type, FunctionType, ModuleType)
+IMMUTABLE = (int, float, complex, str, bytes, tuple, frozenset, type(None), type, FunctionType, ModuleType)
 
 Identity = tuple[str, str]  # (home, id of the definition there); both empty for one that no name leads to
 
@@ -127,7 +127,7 @@ def _set_globals(arrived: dict[str, Any]) -> None:
     or may have changed the object: each replica has state of its own."""
     known = sys.modules["__main__"].__dict__
     for name, value in arrived.items():
-        is_as_it_came = _stands_in and name in _arrived and known.get(name) is _arrived[name] and isinstance(known[name], _IMMUTABLE)
+        is_as_it_came = _stands_in and name in _arrived and known.get(name) is _arrived[name] and isinstance(known[name], IMMUTABLE)
         if name not in known or is_as_it_came:
             _arrived[name] = known[name] = value
 
@@ -146,6 +146,16 @@ def named_code(filename: str, make: Callable[..., CodeType], arguments: tuple[An
     return make(*arguments).replace(co_filename=filename)
 
 
+class ClassState(NamedTuple):
+    """What a class gets once it is made. `members`: attributes of an enum's members. `named`: globals of its `__main__` that annotations
+    name."""
+
+    state: Any
+    members: dict[str, dict[str, Any]]
+    home: str
+    named: dict[str, Any]
+
+
 def make_class(identity: Identity, qualname: str, make: Callable[..., type], arguments: tuple[Any, ...]) -> type:
     """`make` is cloudpickle's, which returns the class of an earlier pickle with the same tracker id, if there is one."""
     if isinstance(own := _definition_here(identity), type):
@@ -154,24 +164,44 @@ def make_class(identity: Identity, qualname: str, make: Callable[..., type], arg
     known = internals._DYNAMIC_CLASS_TRACKER_BY_ID.get(tracker_id)
     made = make(*arguments)
     if made is not known:
+        made.__qualname__ = qualname
         _unfinished.add(made)
     _keep(identity, qualname, made)
     return made
 
 
-def fill_class(made: type, state: Any) -> None:
+def fill_class(made: Any, filling: ClassState) -> None:
     """Fills a new class only: one that is in use keeps what was set on it."""
+    if filling.home == _home:
+        _set_globals(filling.named)
     if made in _unfinished:
-        internals._class_setstate(made, state)
+        internals._class_setstate(made, filling.state)
+        for name, attributes in filling.members.items():
+            made._member_map_[name].__dict__.update(attributes)
         _unfinished.discard(made)
+
+
+def main_globals(home: str, copied: dict[str, Any]) -> dict[str, Any]:
+    """Returns the globals of functions of a `__main__`: our own if that is its home, else a copy for all functions of one pickle."""
+    if home != _home:
+        return copied
+    known = sys.modules["__main__"].__dict__
+    if _stands_in and known.get("__package__") is None:
+        known["__package__"] = copied.get("__package__")
+    return known
+
+
+def definition(home: str, id: str, qualname: str) -> Any:
+    """Returns a definition that travelled by its identity alone. Raises AttributeError, as unpickling by name does, if it is not here."""
+    if (found := _definition_here((home, id))) is None:
+        raise AttributeError(f"Can't get attribute {qualname!r} of __main__: it does not travel by value, so only its program has it")
+    return found
 
 
 def make_function(identity: Identity, qualname: str, code: CodeType, module_globals: dict[str, Any], arguments: tuple[Any, ...]) -> Any:
     own = _definition_here(identity)
     if isinstance(own, FunctionType):
         return own
-    if identity[0] == _home:
-        module_globals = sys.modules["__main__"].__dict__
     made = internals._make_function(code, module_globals, *arguments)
     _unfinished.add(made)
     _keep(identity, qualname, made)
