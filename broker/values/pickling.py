@@ -179,9 +179,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         if vars(kind).get("__pydantic_complete__") is False:  # what stands in for its validators until then does not pickle
             kind.model_rebuild(raise_errors=False)
             state = super().reducer_override(kind)[2]
-        members: dict[str, Any] = (
-            {name: _own_attributes(member) for name, member in kind.__members__.items()} if isinstance(kind, EnumMeta) else {}
-        )
+        members: dict[str, Any] = _attributes_of_members(kind) if isinstance(kind, EnumMeta) else {}
         named = _named_in(vars(kind).get("__annotations__", {})) if kind.__module__ == "__main__" else {}
         filling = ClassState(state, members, home(), named)
         return make_class, (identity_of(kind), kind.__qualname__, make, arguments), filling, None, None, fill_class
