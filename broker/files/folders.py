@@ -37,8 +37,8 @@ def read_files(modules: set[str], run_file: ExecutedFile | None) -> Files | None
     files = read_folders(found, loaded)
     for name in modules:
         module = sys.modules.get(name)
-        if roots.root_of(module) is not None:
-            name_of_file(Path(str(getattr(module, "__file__", ""))), files)
+        if module is not None and roots.root_of(module) is not None:
+            name_of_file(Path(str(module.__file__)), files)
     return files
 
 

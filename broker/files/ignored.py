@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from fnmatch import fnmatch
+from fnmatch import translate
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -17,12 +17,13 @@ _NEVER = (
     ".git", ".hg", ".svn", ".ssh", ".aws", ".azure", ".gnupg", ".kube", ".docker", ".terraform",
     ".venv", "venv", "node_modules", ".tox", ".nox", "__pycache__", "*.pyc", ".*_cache", ".hypothesis", ".ipynb_checkpoints", ".DS_Store",
 )  # fmt: skip
+_SECRET_NAME = re.compile("|".join(map(translate, _SECRET)), re.IGNORECASE)
+_NEVER_NAME = re.compile("|".join(map(translate, _NEVER)))
 
 
 def is_never_taken(path: Path) -> bool:
     """Whether its name says so, or it is the folder of a Python environment. No ignore file can take it back."""
-    name = path.name
-    if any(fnmatch(name.lower(), pattern) for pattern in _SECRET) or any(fnmatch(name, pattern) for pattern in _NEVER):
+    if _SECRET_NAME.match(path.name) or _NEVER_NAME.match(path.name):
         return True
     return path.is_dir() and ((path / "pyvenv.cfg").exists() or (path / "conda-meta").exists())
 

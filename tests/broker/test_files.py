@@ -252,11 +252,19 @@ def test_without_a_key_nothing_but_a_name_travels(module: ModuleType) -> None:
         pack_backend(module.Model, (), nobody)
 
 
-def test_a_name_whose_folder_cannot_travel_goes_alone(module: ModuleType, signer: Signer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_whose_folder_cannot_travel_goes_alone(
+    module: ModuleType, signer: Signer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert pack_backend("travelling_mod:Model", (), signer).files is not None
     monkeypatch.setattr(manifest, "MAX_BYTES", 10)
     assert pack_backend("travelling_mod:Model", (), signer).files is None
     with pytest.raises(BadValue, match="at most"):
+        pack_backend(module.Model, (), signer)
+    monkeypatch.undo()
+    monkeypatch.syspath_prepend(tmp_path / "code")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "code"))
+    assert pack_backend("travelling_mod:Model", (), signer).files is None
+    with pytest.raises(BadValue, match="temporary files"):
         pack_backend(module.Model, (), signer)
 
 
