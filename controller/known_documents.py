@@ -93,8 +93,10 @@ class KnownDocuments:
         for sha256 in desired.codes - set(self._codes):
             code = await self._store.get_large(self._keys.code(sha256))
             if code is not None and code != WRONG_TYPE:
-                self._files[sha256] = await files_of(self._store, self._keys, code)
                 self._codes[sha256] = code
+        for sha256 in set(self._codes) - set(self._files):
+            if (files := await files_of(self._store, self._keys, self._codes[sha256])) is not None:
+                self._files[sha256] = files
 
     def hashes_of(self, desired: Desired) -> frozenset[str]:
         """Returns the hashes of a document's code and of the files of that code."""

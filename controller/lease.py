@@ -234,7 +234,7 @@ async def _forget_documents(store: Store, keys: StoreKeys, guard: Guard) -> None
         desired = Desired()  # the code it named stays behind: a broken document does not say which that was
     for sha256 in desired.codes:  # the files first, since the records lead to them; many of them, so some at a time
         raw = await store.get_large(keys.code(sha256))
-        files = list(await files_of(store, keys, raw)) if raw is not None else []
+        files = list(await files_of(store, keys, raw) or ()) if raw is not None else []
         for at in range(0, len(files), FILES_AT_ONCE):
             await store.delete(*map(keys.code, files[at : at + FILES_AT_ONCE]), guard=guard)
     await store.delete(keys.desired, keys.observed, keys.beats, keys.leader, *map(keys.code, desired.codes), guard=guard)

@@ -90,6 +90,7 @@ class Controller:
         self._absent_nodes = AbsentNodes()
         self._renewed_at = -math.inf  # when the instance's lease was renewed, monotonic
         self._kept: frozenset[str] = frozenset()  # hashes of code whose TTL we removed
+        self._kept_until = 0.0  # monotonic; then we remove them again, since what was lost and deployed anew has a TTL
 
     def __repr__(self) -> str:
         return f"<Controller {self._leader!r}>"
@@ -206,11 +207,13 @@ class Controller:
         """Removes the TTL of code that the document names, and sets one on code that it no longer names. The TTL gives a client time to
         commit a deployment, or to roll one back."""
         named = self._known.hashes_of(desired)
-        for changed, ttl_ms in ((named - self._kept, None), (self._kept - named, CODE_TTL_S * 1000)):
-            if changed:
+        if named == self._kept and time.monotonic() < self._kept_until:
+            return
+        for hashes, ttl_ms in ((named, None), (self._kept - named, CODE_TTL_S * 1000)):
+            if hashes:
                 await self._leader.hold()
-                await self._store.expire([self._keys.code(sha256) for sha256 in changed], ttl_ms)
-        self._kept = named
+                await self._store.expire([self._keys.code(sha256) for sha256 in hashes], ttl_ms)
+        self._kept, self._kept_until = named, time.monotonic() + CODE_TTL_S / 6
 
     # Replicas and proxies.
 

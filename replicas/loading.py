@@ -15,7 +15,7 @@ from ..broker.settings import Settings
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
 from ..broker.values import code
-from ..broker.values.main_module import RunFile, become_main
+from ..broker.values.main_module import RunFile, stand_in_for
 from ..controller.state.documents import Backend, Desired
 from .context import importing
 from .handler import Handler, make_handler
@@ -85,7 +85,7 @@ def _import(record: code.Code | code.CodeHere, restored: Restored | None, settin
             if restored is not None and record.run_file:
                 RunFile.read(restored.find(record.run_file)).execute()
             elif record.home:
-                become_main(record.home)
+                stand_in_for(record.home)
             return code.make(record, settings.signer)
         except ImportError as error:
             if restored is None or not (mend := mend_of(error, restored)):

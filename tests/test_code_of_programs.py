@@ -250,3 +250,115 @@ with serve.start(http_options={"location": None}):
     assert program.wait() == 0, program.output
     said = "it uses the global 'helper', and that uses the global 'lock' (a _thread.lock), which does not pickle"
     assert said in program.output
+
+
+def test_what_a_program_defines_anew_is_new_in_its_replicas(command_line: CommandLine) -> None:
+    """As the cells of a notebook do it: the same names, other definitions."""
+    program = run_script(
+        command_line,
+        """
+import dataclasses
+import mqserve as serve
+
+def handler(request):
+    made = request.data()
+    return made, type(made).__name__
+
+RATE = 1
+def rate(): return RATE
+def helper(): return "old"
+def f(): return helper()
+
+@dataclasses.dataclass
+class Point:
+    x: int = 1
+
+with serve.start(http_options={"location": None}) as client:
+    client.create_backend("call", handler)
+    client.create_endpoint("call", backend="call")
+    ask = lambda function: client.get_handle("call").remote(function).result(timeout=20)[0]
+    said = [ask(f), ask(rate), ask(Point) == Point(1)]
+    OldPoint, old = Point, f
+
+    def helper(): return "new"
+    said += [ask(f)]
+    def f(): return "anew"
+    RATE = 2
+    @dataclasses.dataclass
+    class Point:
+        x: int = 5
+        y: int = 6
+    said += [ask(f), ask(old), ask(rate), ask(Point) == Point(5, 6), type(ask(Point)) is Point, type(ask(OldPoint)) is OldPoint]
+    print(said)
+""",
+    )
+    assert program.wait() == 0, program.output
+    expected = ["old", 1, True, "new", "anew", "new", 2, True, True, True]
+    assert program.output.splitlines()[-1] == str(expected), program.output
+
+
+def test_a_global_that_a_replica_has_set_stays_its_own(distributed_shell: CommandLine, tmp_path: Path) -> None:
+    (tmp_path / "code").mkdir()
+    program = run_script(
+        distributed_shell,
+        """
+import mqserve as serve
+COUNT, SEEN = 0, []
+def count():
+    return COUNT, SEEN
+def handler(request):
+    global COUNT
+    COUNT += 1
+    SEEN.append(COUNT)
+    return request.data()
+with serve.start(http_options={"location": None}) as client:
+    client.create_backend("count", handler)
+    client.create_endpoint("count", backend="count")
+    print([client.get_handle("count").remote(count).result(timeout=20) for _ in range(3)])
+""",
+    )
+    assert program.wait() == 0, program.output
+    assert program.output.splitlines()[-1] == "[(1, [1]), (2, [1, 2]), (3, [1, 2, 3])]", program.output
+
+
+def test_a_run_file_may_change_the_working_directory_and_has_no_future_of_ours(command_line: CommandLine) -> None:
+    text = """
+import os
+import mqserve as serve
+os.chdir("/")
+@serve.endpoint("/kind")
+def kind(request):
+    def f(x: int): ...
+    return f.__annotations__["x"].__name__
+"""
+    (command_line.folder / "code" / "app.py").write_text(text)
+    port = free_port()
+    program = command_line.start("run", "code/app.py", "--port", str(port))
+    assert answer_of(program, f"http://127.0.0.1:{port}/kind") == "int"
+    program.signal(signal.SIGTERM)
+    program.wait()
+
+
+def test_a_run_file_in_a_package_is_executed_once_whatever_name_it_is_imported_by(command_line: CommandLine) -> None:
+    pkg = command_line.folder / "code" / "pkg"
+    pkg.mkdir()
+    (pkg / "__init__.py").write_text("")
+    (pkg / "sibling.py").write_text("def ask():\n    from pkg.app import WORD\n    return WORD\n")
+    text = """
+import sys, pathlib
+sys.path.append(str(pathlib.Path(__file__).parents[1]))
+import mqserve as serve
+print("executed")
+WORD = "well"
+@serve.endpoint("/word")
+def word(request):
+    import pkg.sibling
+    return pkg.sibling.ask()
+"""
+    (pkg / "app.py").write_text(text)
+    port = free_port()
+    program = command_line.start("run", "code/pkg/app.py", "--port", str(port))
+    assert answer_of(program, f"http://127.0.0.1:{port}/word") == "well"
+    program.signal(signal.SIGTERM)
+    program.wait()
+    assert program.output.count("executed") <= 2  # by the program, and by the replica where that is a process of its own

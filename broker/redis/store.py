@@ -69,7 +69,7 @@ class RedisStore:
         self._channel = keys.changed
         self._probe_key = keys.future(f"probe-{mint_id()}")  # a result is what all but nodes may write
         self._commands = pooled_client(url, connections=16, budget_s=2.0, tries=2)
-        self._large = pooled_client(url, connections=8, budget_s=LARGE_BUDGET_S, tries=1)
+        self._large = pooled_client(url, connections=8, budget_s=LARGE_BUDGET_S, tries=2)
         self._blocking = blocking_client(url)
         self._scripts = {name: (_HERE / f"{name}.lua").read_text() for name in ("record", "replace", "delete")}
         self._digests: dict[str, str] = {}

@@ -21,7 +21,7 @@ from ..files.manifest import Files, read_folders
 from ..files.transfer import save_files
 from ..store import Store
 from ..store_keys import StoreKeys
-from . import code, pickling
+from . import code, definitions, pickling
 from .code import Code, CodeHere
 from .codecs import encode_value
 from .main_module import RunFile
@@ -77,10 +77,10 @@ def _with_files(record: Code, modules: set[str], signer: Signer, run_file: RunFi
         modules |= roots.names_in(sys.modules["__main__"])
     files = folders.read_files(modules, run_file)
     if files is None:
-        return Packed(replace(record, home=pickling.home()).with_seal(signer))
+        return Packed(replace(record, home=definitions.home()).with_seal(signer))
     record = replace(record, files=files.sha256)
     if run_file is None:
-        return Packed(replace(record, home=pickling.home()).with_seal(signer), files)
+        return Packed(replace(record, home=definitions.home()).with_seal(signer), files)
     return Packed(replace(record, run_file=folders.name_of_file(run_file.path, files)).with_seal(signer), files)
 
 
@@ -104,7 +104,7 @@ def _pack_import_string(record: Code, target: str, modules: set[str], signer: Si
 def _own_name(target: Any, run_file: RunFile | None) -> str:
     """Returns the import string of a definition in one of the user's files, else ''."""
     module = sys.modules.get(getattr(target, "__module__", "") or "")
-    if module is None or not hasattr(target, "__qualname__") or not pickling.is_found_by_name(target, module):
+    if module is None or not hasattr(target, "__qualname__") or not definitions.is_found_by_name(target, module):
         return ""
     is_importable = run_file is not None if module.__name__ == "__main__" else roots.root_of(module) is not None
     return f"{module.__name__}:{target.__qualname__}" if is_importable else ""

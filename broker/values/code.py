@@ -15,7 +15,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Annotated, Any
 
 import cloudpickle
 import msgspec
@@ -26,7 +27,7 @@ from ..files.transfer import load_manifest
 from ..process import forks
 from ..store import Store
 from ..store_keys import CODE_TTL_S, StoreKeys
-from . import pickling
+from . import definitions, pickling
 from .codecs import MSGPACK, decode_value, encode_value
 from .signing import SealScope, Signer
 
@@ -51,7 +52,7 @@ class Code(msgspec.Struct, frozen=True):
     args_type: str = ""
     args: bytes = b""
     seal: bytes = b""
-    files: str = ""
+    files: Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{64})?$")] = ""
     run_file: str = ""
     home: str = ""
 
@@ -64,16 +65,21 @@ class Code(msgspec.Struct, frozen=True):
         return msgspec.structs.replace(self, seal=signer.seal(b"", self._claim)) if signer else self
 
     def check(self, signer: Signer) -> None:
-        """Raises BadSignature unless a holder of the key made the record. Without a key there is nothing to check by.
+        """Raises BadSignature unless a holder of the key made the record. Without a key only names are taken, unchecked.
 
-        Code that an earlier version sent by value has a seal of its own and none of the record; it counts where no arguments could have
-        been put beside it.
+        Code that an earlier version sent by value has a seal of its own and none of the record. It is taken if the record has nothing
+        beside it that the seal would have to cover.
         """
         if not signer:
+            if self.files or self.run_file or self.sealed:
+                raise BadSignature(
+                    f"the code {self.name!r} in the store came with files or by value, and this process has no key to check it by: set "
+                    "MQSERVE_SECRET_KEY to that of the instance"
+                )
             return
         if self.seal:
             signer.open(self.seal, self._claim)
-        elif not self.sealed or (self.args_type, self.args) != _NO_ARGUMENTS:
+        elif not self.sealed or (self.args_type, self.args) != _NO_ARGUMENTS or self.target or self.files or self.run_file or self.home:
             raise BadSignature(
                 f"the code {self.name!r} in the store was not sealed by a key of this instance, but by an earlier version, by a client "
                 "without MQSERVE_SECRET_KEY, or by whoever may write there: deploy it again"
@@ -200,14 +206,17 @@ async def _save(store: Store, keys: StoreKeys, code: Code | CodeHere, name: str)
     return name
 
 
-async def files_of(store: Store, keys: StoreKeys, raw: bytes) -> frozenset[str]:
-    """Returns the hashes of a record's files, the manifest's included. It checks no seal, since its callers only set the TTLs of those
-    keys."""
+async def files_of(store: Store, keys: StoreKeys, raw: bytes) -> frozenset[str] | None:
+    """Returns the hashes of a record's manifest and chunks, or None if the manifest cannot be read now. It checks no seal: its callers
+    only set TTLs or delete."""
     try:
         files = msgspec.msgpack.decode(raw, type=Code).files
-        return (await load_manifest(store, keys, files)).chunks | {files} if files else frozenset()
-    except (*UNPARSABLE, BadEnvelope, BadValue, BadSignature):
+    except UNPARSABLE:
         return frozenset()
+    try:
+        return (await load_manifest(store, keys, files)).chunks | {files} if files else frozenset()
+    except (BadEnvelope, BadValue, BadSignature):
+        return None
 
 
 async def load(store: Store, keys: StoreKeys, name: str, signer: Signer) -> tuple[Any, list[Any]]:
@@ -255,19 +264,26 @@ def installed_name(target: object) -> str:
     module = sys.modules.get(getattr(target, "__module__", "") or "")
     if module is None or module.__name__ == "__main__" or not is_installed(module) or "<" in target.__qualname__:
         return ""
-    return f"{module.__name__}:{target.__qualname__}" if pickling.is_found_by_name(target, module) else ""
+    return f"{module.__name__}:{target.__qualname__}" if definitions.is_found_by_name(target, module) else ""
 
 
 @contextmanager
 def _by_value(target: object) -> Iterator[None]:
-    """Lets cloudpickle take the target's own module by value, unless it is installed or __main__ (which it takes so anyway)."""
-    module = inspect.getmodule(target)
-    if module is None or module.__name__ == "__main__" or is_installed(module) or module.__name__ not in sys.modules:
-        yield
-        return
+    """Lets cloudpickle take the modules of convertors and middlewares by value; what `__main__` defines it takes so anyway."""
+    modules = {module for one in (target if isinstance(target, list) else [target]) if (module := _own_module(one)) is not None}
     with _packing:
-        cloudpickle.register_pickle_by_value(module)
+        for module in modules:
+            cloudpickle.register_pickle_by_value(module)
         try:
             yield
         finally:
-            cloudpickle.unregister_pickle_by_value(module)
+            for module in modules:
+                cloudpickle.unregister_pickle_by_value(module)
+
+
+def _own_module(target: Any) -> ModuleType | None:
+    """Returns the user's module that a convertor, or the class of a middleware, is from; None for `__main__` and what is installed."""
+    module = inspect.getmodule(getattr(target, "cls", target))  # a Middleware has its class there
+    if module is None or module.__name__ == "__main__" or is_installed(module) or module.__name__ not in sys.modules:
+        return None
+    return module

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from . import pickling
+from ..files.roots import root_of_file
+from . import definitions
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +22,7 @@ class RunFile:
     @classmethod
     def read(cls, path: Path) -> RunFile:
         """Raises OSError."""
-        return cls(path, path.read_bytes())
+        return cls(path.absolute(), path.read_bytes())  # the file may change the working directory
 
     def __repr__(self) -> str:
         return f"<RunFile {self.path}>"
@@ -34,17 +35,28 @@ class RunFile:
     def execute(self) -> None:
         """Executes it as `python FILE` would, and registers it under its own name, so that importing that does not execute it again. Raises
         what the file raises."""
-        module = become_main(self.home)
+        module = _become_main(self.home, stands_in=False)
         module.__file__ = str(self.path)
         sys.modules["__mp_main__"] = module
-        if self.path.stem.isidentifier():
-            sys.modules.setdefault(self.path.stem, module)
-        exec(compile(self.source, str(self.path), "exec"), module.__dict__)
+        for name in self._names:
+            sys.modules.setdefault(name, module)
+        exec(compile(self.source, str(self.path), "exec", dont_inherit=True), module.__dict__)
+        definitions.name_definitions()
+
+    @property
+    def _names(self) -> list[str]:
+        """The names by which modules may import the file: its own, and inside a package the one with the names of the packages."""
+        dotted = self.path.relative_to(root_of_file(self.path)).with_suffix("").parts
+        return [name for name in dict.fromkeys([self.path.stem, ".".join(dotted)]) if name.replace(".", "_").isidentifier()]
 
 
-def become_main(home: str) -> ModuleType:
-    """Makes an empty `__main__`, which stands for the `__main__` of that home from now on."""
+def stand_in_for(home: str) -> None:
+    """Makes an empty `__main__`, which stands for the `__main__` of that home from now on, and gets its definitions as they arrive."""
+    _become_main(home, stands_in=True)
+
+
+def _become_main(home: str, *, stands_in: bool) -> ModuleType:
     module = ModuleType("__main__")
     sys.modules["__main__"] = module
-    pickling.settle_at(home)
+    definitions.settle_at(home, stands_in=stands_in)
     return module

@@ -15,11 +15,12 @@ from typing import Any
 import msgspec
 import pytest
 import starlette.requests
+from starlette.middleware import Middleware
 
 from mqserve.broker.errors import BadEnvelope, BadSignature, BadValue, NotEncodable
 from mqserve.broker.store import Store
 from mqserve.broker.store_keys import StoreKeys
-from mqserve.broker.values.code import load, load_import_string, pack, save, unpack
+from mqserve.broker.values.code import load, load_import_string, open_record, pack, save, unpack
 from mqserve.broker.values.signing import SealScope, Signer
 
 NO_SIGNER = Signer([], "ns")
@@ -195,6 +196,35 @@ def test_what_an_earlier_version_sent_by_value_opens_where_nothing_can_have_been
         more = msgspec.structs.replace(plain, args_type=args_type, args=packed)
         with pytest.raises(BadSignature, match="deploy it again"):
             unpack(more.to_bytes(), more.sha256, signer)
+
+
+@pytest.mark.parametrize("beside", [{"files": "0" * 64}, {"run_file": "0/app.py"}, {"home": "run-0"}, {"target": "os:system"}])
+def test_what_is_put_beside_the_code_of_an_earlier_version_is_refused(
+    user_module: ModuleType, signer: Signer, beside: dict[str, Any]
+) -> None:
+    forged = msgspec.structs.replace(pack(user_module.hello, (), signer), seal=b"", **beside)
+    with pytest.raises(BadSignature, match="deploy it again"):
+        unpack(forged.to_bytes(), forged.sha256, signer)
+
+
+@pytest.mark.parametrize("by", [{"files": "0" * 64}, {"run_file": "0/app.py"}, {"target": "", "sealed": b"any"}])
+def test_a_process_without_a_key_takes_nothing_but_names(by: dict[str, Any]) -> None:
+    record = msgspec.structs.replace(pack("starlette.requests:Request", (), NO_SIGNER), **by)
+    with pytest.raises(BadSignature, match="set MQSERVE_SECRET_KEY to that of the instance"):
+        open_record(record.to_bytes(), record.sha256, NO_SIGNER)
+
+
+def test_the_hash_of_files_is_a_hash(signer: Signer) -> None:
+    record = msgspec.structs.replace(pack("starlette.requests:Request", (), signer), files="../../etc").with_seal(signer)
+    with pytest.raises(BadEnvelope):
+        open_record(record.to_bytes(), record.sha256, signer)
+
+
+def test_the_classes_of_middlewares_arrive_without_their_module(user_module: ModuleType, signer: Signer) -> None:
+    code = pack([Middleware(user_module.Greeter, "Hi")], (), signer)
+    del sys.modules[user_module.__name__]
+    (arrived,), _ = unpack(code.to_bytes(), code.sha256, signer)
+    assert arrived.cls(*arrived.args)("there") == "Hi, there!"
 
 
 def test_a_process_without_a_key_takes_code_by_name_from_one_with_a_key(signer: Signer) -> None:
