@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from pathlib import Path
 
 import msgspec
 
 from ..broker.backoff import delays
 from ..broker.errors import UNPARSABLE, BadEnvelope, BadValue, StoreUnavailable
-from ..broker.files.cache import MANIFEST, Entry, cache_folder
-from ..broker.files.manifest import Files, Manifest
+from ..broker.files.cache import Entry, cache_folder
+from ..broker.files.manifest import Files
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
 from ..broker.values.code import Code
@@ -54,8 +53,5 @@ async def _put_back(store: Store, keys: StoreKeys, code: str) -> None:
 
 def _cached(sha256: str) -> Files | None:
     entry = Entry(cache_folder(), sha256)
-    if not entry.is_whole:
-        return None
-    manifest = Manifest.from_bytes((entry.folder / MANIFEST).read_bytes())
-    roots: tuple[Path, ...] = tuple(entry.folder / str(number) for number in range(len(manifest.folders)))
-    return Files(manifest, roots)
+    manifest = entry.manifest()
+    return Files(manifest, entry.roots(manifest)) if manifest is not None else None

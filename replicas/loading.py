@@ -9,7 +9,7 @@ from typing import Any
 
 from ..broker.errors import BackendFailed, BadEnvelope, BadSignature, BadValue
 from ..broker.failures import Failure
-from ..broker.files.import_errors import shadowed, way_out
+from ..broker.files.import_errors import mend_of, shadowed
 from ..broker.files.transfer import Restored, restore_files
 from ..broker.settings import Settings
 from ..broker.store import Store
@@ -83,13 +83,12 @@ def _import(record: code.Code | code.CodeHere, restored: Restored | None, settin
                 raise ImportError(why)
         try:
             if restored is not None and record.run_file:
-                folder, _, path = record.run_file.partition("/")
-                RunFile.read(restored.roots[int(folder)] / path).execute()
+                RunFile.read(restored.find(record.run_file)).execute()
             elif record.home:
                 stand_in_for(record.home)
             return code.make(record, settings.signer)
         except ImportError as error:
-            if restored is None or not (mend := way_out(error, restored)):
+            if restored is None or not (mend := mend_of(error, restored)):
                 raise
             raise ImportError(f"{error}: {mend}", name=error.name, path=error.path) from error
 

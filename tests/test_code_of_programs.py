@@ -107,6 +107,47 @@ def test_all_replicas_of_a_run_file_have_the_same_classes(command_line: CommandL
     program.wait()
 
 
+def test_modules_beside_a_run_file_in_a_package_come_first(command_line: CommandLine) -> None:
+    code = command_line.folder / "code"
+    (code / "pkg").mkdir()
+    (code / "pkg" / "__init__.py").touch()
+    (code / "pkg" / "utils9.py").write_text("WHERE = 'beside'\n")
+    (code / "utils9.py").write_text("WHERE = 'above'\n")
+    (code / "pkg" / "app.py").write_text(
+        "import utils9\nimport mqserve as serve\n@serve.endpoint('/where')\ndef where(request):\n    return utils9.WHERE\n"
+    )
+    port = free_port()
+    program = command_line.start("run", "code/pkg/app.py", "--port", str(port))
+    assert answer_of(program, f"http://127.0.0.1:{port}/where") == "beside", program.output
+    program.signal(signal.SIGTERM)
+    program.wait()
+
+
+def test_a_script_in_the_folder_of_temporary_files_needs_only_what_is_installed(command_line: CommandLine) -> None:
+    """The folder itself does not travel, so what the script imports from there is refused."""
+    shell = command_line.with_variables(TMPDIR=str(command_line.folder / "code"))
+    text = """
+import mqserve as serve
+def f(request):
+    return "by value"
+with serve.start(http_options={"location": None}):
+    serve.create_backend("f", f)
+    serve.create_endpoint("f", backend="f")
+    print(serve.get_handle("f").remote().result(timeout=20))
+    import beside
+    try:
+        serve.create_backend("thing", beside.Thing)
+    except serve.BadValue as error:
+        print(error)
+"""
+    program = run_script(shell, text)
+    assert program.wait() == 0, program.output
+    assert "by value" in program.output
+    if "MQSERVE_BROKER_URL" in shell.env:
+        assert "the folder of everybody's temporary files" in program.output
+        assert "move the code into a folder of its own" in program.output
+
+
 def test_a_run_file_that_calls_the_api_is_not_executed_by_replicas(command_line: CommandLine) -> None:
     text = """
 import mqserve as serve

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.machinery
+import posixpath
 import socket
 import sys
 from pathlib import Path
 
+from .manifest import Folder
 from .transfer import Restored
 
 
@@ -25,7 +27,7 @@ def shadowed(restored: Restored) -> str:
     return ""
 
 
-def way_out(error: ImportError, restored: Restored) -> str:
+def mend_of(error: ImportError, restored: Restored) -> str:
     """Returns the cause and the mend, or '' for an ImportError that says enough itself."""
     if isinstance(error, ModuleNotFoundError):
         return _why_missing(error.name or "", restored)
@@ -35,20 +37,27 @@ def way_out(error: ImportError, restored: Restored) -> str:
 
 
 def _why_missing(name: str, restored: Restored) -> str:
-    path = name.replace(".", "/")
     for folder in restored.manifest.folders:
-        for left_out, why in folder.left_out:
-            if left_out in (path, f"{path}.py") or path.startswith(f"{left_out}/"):
-                return f"{folder.origin}/{left_out} did not travel, since {why}: take it back by a line !{left_out} in .mqserveignore"
-        for file in folder.files:
-            if file.path.startswith(f"{path}.") and file.path.endswith((".so", ".pyd")):
-                suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
-                return (
-                    f"{folder.origin}/{file.path} is compiled for another Python than this replica's, which takes {suffix}: build it for "
-                    "that, or give the backend the right interpreter by actor_options python"
-                )
+        for path in folder.paths:
+            if why := _why_missing_in(folder, posixpath.join(path, name.replace(".", "/"))):
+                return why
     origins = ", ".join(folder.origin for folder in restored.manifest.folders)
     return (
         f"it is neither installed for {sys.executable} on {socket.gethostname()} nor among the files that travelled from {origins}: "
         "install it there or by actor_options pip, or put it beside the code"
     )
+
+
+def _why_missing_in(folder: Folder, module: str) -> str:
+    """`module` is its path in the folder, without a suffix. Returns '' if it never was there."""
+    for left_out in folder.left_out:
+        if left_out.keeps_back(module):
+            return f"{folder.origin}/{left_out.path} did not travel, since {left_out.why}: {left_out.mend}"
+    for file in folder.files:
+        if file.path.startswith(f"{module}.") and file.path.endswith((".so", ".pyd")):
+            suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
+            return (
+                f"{folder.origin}/{file.path} is compiled for another Python than this replica's, which takes {suffix}: build it for "
+                "that, or give the backend the right interpreter by actor_options python"
+            )
+    return ""

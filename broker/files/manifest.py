@@ -11,29 +11,42 @@ import hashlib
 import os
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
 from ..errors import UNPARSABLE, BadEnvelope, BadValue
-from .ignored import ignored_by, is_never_taken, is_secret, rules_above, rules_in
+from .walk import LeftOut, walk
 
 CHUNK_BYTES = 1024 * 1024
 MAX_BYTES = 100 * 1024 * 1024
 MAX_FILES = 20_000
+MAX_LEFT_OUT = 200
 KEPT_BYTES = 64 * 1024
 RECENT_S = 60.0
 
+_INSIDE = r"\A(?!/)(?!(?:[^\0]*/)?\.\.(?:/|\Z))[^\0]*\Z"
+Inside = Annotated[str, msgspec.Meta(pattern=_INSIDE)]
+"""A path with slashes that does not lead out of the folder that it is relative to. msgspec checks it on arrival, as it does the next."""
+Hash = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+
 
 class File(msgspec.Struct, frozen=True, array_like=True):
-    """`path` is relative to its folder, with slashes."""
-
-    path: str
+    path: Annotated[str, msgspec.Meta(pattern=_INSIDE, min_length=1)]
     size: int
-    chunks: tuple[str, ...]  # sha256 of each
+    chunks: tuple[Hash, ...]
     executable: bool = False
+
+    def is_at(self, path: Path) -> bool:
+        """Whether the file there has this content."""
+        try:
+            facts = path.lstat()
+            return stat.S_ISREG(facts.st_mode) and facts.st_size == self.size and _hash_chunks(path) == self.chunks
+        except OSError:
+            return False
 
 
 class Folder(msgspec.Struct, frozen=True):
@@ -41,8 +54,11 @@ class Folder(msgspec.Struct, frozen=True):
 
     origin: str
     files: tuple[File, ...]
-    paths: tuple[str, ...] = ("",)
-    left_out: tuple[tuple[str, str], ...] = ()  # (path, why it stays behind)
+    paths: tuple[Inside, ...] = ("",)
+    left_out: tuple[LeftOut, ...] = ()
+
+    def has(self, path: str) -> bool:
+        return any(file.path == path for file in self.files)
 
 
 class Manifest(msgspec.Struct, frozen=True):
@@ -66,7 +82,7 @@ class Manifest(msgspec.Struct, frozen=True):
             raise BadEnvelope(f"the list of files in the store does not parse ({error}): deploy the code again") from error
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Files:
     """A manifest, and where its folders lie on this machine. `kept` holds the chunks of small files and of recently written ones, such as
     logs, in memory: on disk they may change before they are sent."""
@@ -75,11 +91,11 @@ class Files:
     roots: tuple[Path, ...]
     kept: Mapping[str, bytes] = field(default_factory=dict)
 
-    @property
+    @functools.cached_property
     def raw(self) -> bytes:
         return self.manifest.to_bytes()
 
-    @property
+    @functools.cached_property
     def sha256(self) -> str:
         return hashlib.sha256(self.raw).hexdigest()
 
@@ -118,48 +134,14 @@ def read_folders(roots: dict[Path, tuple[str, ...]], modules: tuple[str, ...]) -
     kept: dict[str, bytes] = {}
     left_bytes, left_files = MAX_BYTES, MAX_FILES
     for root, paths in roots.items():
-        found: list[tuple[Path, os.stat_result]] = []
-        left_out: list[tuple[str, str]] = []
-        for path, facts in _walk(root, left_out):
-            found.append((path, facts))
+        left_out: list[LeftOut] = []
+        found = list(walk(root, left_out))
         _check_size(root, found, left_bytes, left_files)
-        files = tuple(_describe(root, path, facts, kept) for path, facts in found)
+        described = (_describe(root, path, facts, kept) for path, facts in found)
+        files = tuple(file for file in described if file is not None)
         left_bytes, left_files = left_bytes - sum(file.size for file in files), left_files - len(files)
-        folders.append(Folder(str(root), files, paths, tuple(left_out)))
+        folders.append(Folder(str(root), files, paths, tuple(left_out[:MAX_LEFT_OUT])))
     return Files(Manifest(tuple(folders), modules), tuple(roots), kept)
-
-
-def _walk(root: Path, left_out: list[tuple[str, str]]) -> Iterator[tuple[Path, os.stat_result]]:
-    """Yields regular files, sorted. A link to a file counts as a file; links to folders are not followed, since they may lead anywhere."""
-    waiting = [(root, rules_above(root))]
-    while waiting:
-        folder, rules = waiting.pop()
-        rules = rules + rules_in(folder)
-        try:
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-        except OSError as error:
-            left_out.append((str(folder.relative_to(root)), f"it cannot be read ({error.strerror})"))
-            continue
-        for entry in entries:
-            path = Path(entry.path)
-            is_folder = entry.is_dir(follow_symlinks=False)
-            if is_never_taken(path) or not _is_utf8(entry.name):
-                continue
-            if why := ignored_by(path, rules, is_folder=is_folder):
-                left_out.append((path.relative_to(root).as_posix(), f"{why} names it"))
-            elif is_folder:
-                waiting.append((path, rules))
-            elif entry.is_symlink() and is_secret(path.resolve().name):
-                continue
-            elif entry.is_file():
-                yield path, entry.stat()
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        return bool(name.encode())
-    except UnicodeEncodeError:  # no module can have such a name
-        return False
 
 
 def _check_size(root: Path, found: list[tuple[Path, os.stat_result]], left_bytes: int, left_files: int) -> None:
@@ -182,7 +164,8 @@ def _mib(size: int) -> str:
     return f"{size / 1024 / 1024:.1f} MiB"
 
 
-def _describe(root: Path, path: Path, facts: os.stat_result, kept: dict[str, bytes]) -> File:
+def _describe(root: Path, path: Path, facts: os.stat_result, kept: dict[str, bytes]) -> File | None:
+    """Returns None for a file that vanished since."""
     is_kept = facts.st_size <= KEPT_BYTES or time.time() - facts.st_mtime < RECENT_S
     try:
         if is_kept:
@@ -192,6 +175,8 @@ def _describe(root: Path, path: Path, facts: os.stat_result, kept: dict[str, byt
             chunks, size = tuple(sha256 for sha256, _ in pieces), len(content)
         else:
             chunks, size = _hashes(path, facts.st_size, facts.st_mtime_ns, facts.st_ino), facts.st_size
+    except FileNotFoundError:
+        return None
     except OSError as error:
         raise BadValue(
             f"{path} cannot be read ({error.strerror}), and would travel with the code beside it: name it in {root / '.mqserveignore'}"
@@ -210,5 +195,9 @@ def _sha256(piece: bytes) -> str:
 @functools.lru_cache(maxsize=MAX_FILES)
 def _hashes(path: Path, size: int, mtime_ns: int, inode: int) -> tuple[str, ...]:
     """Hashes a file once for as long as its size, time and inode stay the same."""
+    return _hash_chunks(path)
+
+
+def _hash_chunks(path: Path) -> tuple[str, ...]:
     with path.open("rb") as file:
         return tuple(_sha256(chunk) for chunk in iter(lambda: file.read(CHUNK_BYTES), b""))

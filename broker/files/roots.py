@@ -7,6 +7,7 @@ import importlib.machinery
 import site
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +16,12 @@ from types import ModuleType
 from ..errors import BadValue
 
 _PACKAGES = {"site-packages", "dist-packages"}
+_TEMPORARY = ("/tmp", "/var/tmp", "/dev/shm")
+_OF_THE_SYSTEM = (
+    "/bin", "/boot", "/dev", "/etc", "/home", "/lib", "/lib64", "/media", "/mnt", "/opt", "/proc", "/root", "/run", "/sbin", "/srv", "/sys",
+    "/usr", "/usr/bin", "/usr/lib", "/usr/local", "/usr/local/bin", "/usr/local/lib", "/usr/sbin", "/usr/share", "/var", "/var/lib",
+    "/var/log", "/Applications", "/Library", "/System", "/Users", "/Volumes",
+)  # fmt: skip
 WAY_OUT = "move the code into a folder of its own"
 
 
@@ -76,16 +83,23 @@ def check_root(root: Path, what: str) -> None:
     """Raises BadValue for a folder that holds more than the code of one program."""
     if _PACKAGES & set(root.parts):
         raise BadValue(f"{what} lies in {root}, where packages are installed, and those do not travel: {WAY_OUT}")
+    real = root.resolve()
     try:
         home = Path.home()
     except RuntimeError:  # this user has none
         home = Path("/")
-    if home.is_relative_to(root):
-        whose = "your home folder" if root == home else "the folder above your home folder"
-        raise BadValue(f"{what} lies in {root}, {whose}, and a folder travels with all that is in it: {WAY_OUT}")
+    if any(one.is_relative_to(folder) for one in (home, home.resolve()) for folder in (root, real)):
+        whose = "your home folder" if real == home.resolve() else "the folder above your home folder"
+    elif real in {folder.resolve() for folder in map(Path, (tempfile.gettempdir(), *_TEMPORARY))}:
+        whose = "the folder of everybody's temporary files"
+    elif real in {folder.resolve() for folder in map(Path, _OF_THE_SYSTEM)}:
+        whose = "a folder of the system"
+    else:
+        return
+    raise BadValue(f"{what} lies in {root}, {whose}, and a folder travels with all that is in it: {WAY_OUT}")
 
 
-def reach_of(modules: Iterable[str]) -> dict[Path, str]:
+def folders_reached(modules: Iterable[str]) -> dict[Path, str]:
     """Maps each folder that replicas need to one module in it: the folders of these modules and of those whose values they use, and so
     on."""
     found: dict[Path, str] = {}

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import glob
 import hashlib
+import logging
+import os
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import BadSignature, BadValue
+from ..errors import BadEnvelope, BadSignature, BadValue
 from ..store import WRONG_TYPE, Store
 from ..store_keys import CODE_TTL_S, StoreKeys
-from .cache import MANIFEST, Entry, cache_folder, remove_unused
-from .manifest import File, Files, Folder, Manifest
+from .cache import Entry, Place, cache_folder, places_in, remove_unused, roots_in
+from .manifest import Files, Manifest
 
 _AT_ONCE = 4  # chunks on their way, so that a slow store is given few MiB at a time
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +34,14 @@ class Restored:
     def paths(self) -> list[Path]:
         """The folders that go on `sys.path`."""
         return [root / path for root, folder in zip(self.roots, self.manifest.folders, strict=True) for path in folder.paths]
+
+    def find(self, name: str) -> Path:
+        """Returns where the file is that a record names as '<number of the folder>/<path in it>'. Raises BadEnvelope if the manifest has no
+        such file."""
+        number, _, path = name.partition("/")
+        if number.isdecimal() and int(number) < len(self.roots) and self.manifest.folders[int(number)].has(path):
+            return self.roots[int(number)] / path
+        raise BadEnvelope(f"the file {name!r} is not among those that travelled with the code: deploy the code again")
 
 
 async def save_files(store: Store, keys: StoreKeys, files: Files) -> None:
@@ -47,52 +61,84 @@ async def save_files(store: Store, keys: StoreKeys, files: Files) -> None:
 
 async def load_manifest(store: Store, keys: StoreKeys, sha256: str) -> Manifest:
     """Raises BadValue if it is missing, BadSignature if its hash differs."""
-    return Manifest.from_bytes(await _load(store, keys, sha256, "the list of files"))
+    return Manifest.from_bytes(await _load_manifest(store, keys, sha256))
 
 
 async def restore_files(store: Store, keys: StoreKeys, sha256: str) -> Restored:
-    """Restores a manifest's files in this machine's cache, unless they are there. Raises BadValue if a chunk is missing, BadSignature if a
-    hash differs."""
-    cache = await asyncio.to_thread(cache_folder)
-    entry = Entry(cache, sha256)
-    await asyncio.to_thread(entry.use)
-    if not entry.is_whole:
-        await asyncio.to_thread(remove_unused, cache)
-        manifest = await load_manifest(store, keys, sha256)
-        with entry.making() as made:
-            await _write(store, keys, manifest, made)
-            (made / MANIFEST).write_bytes(manifest.to_bytes())
-    manifest = Manifest.from_bytes((entry.folder / MANIFEST).read_bytes())
-    return Restored(manifest, tuple(_folder_of(entry.folder, number) for number in range(len(manifest.folders))))
+    """Restores a manifest's files in this machine's cache, as far as they are not there unchanged. Raises BadValue if a chunk is missing or
+    the cache cannot be used, BadSignature if a hash differs."""
+    entry = Entry(await asyncio.to_thread(cache_folder), sha256)
+    try:
+        await asyncio.to_thread(entry.use)
+        manifest, changed = await asyncio.to_thread(entry.check)
+        if manifest is None or changed:
+            async with entry.only_maker():
+                manifest = await _make_whole(store, keys, entry)
+    except OSError as error:
+        raise BadValue(
+            f"the cache of code on this machine cannot be used ({error.strerror}: {error.filename or entry.folder}): make room for it, or "
+            "let MQSERVE_CODE_CACHE name a folder that this user may write"
+        ) from error
+    return Restored(manifest, entry.roots(manifest))
 
 
-def _folder_of(entry: Path, number: int) -> Path:
-    return entry / str(number)
+async def _make_whole(store: Store, keys: StoreKeys, entry: Entry) -> Manifest:
+    """Makes the entry, or writes the files anew that are not what was deployed. Only one process at a time may do it."""
+    manifest, changed = await asyncio.to_thread(entry.check)  # again, since another process may have made it meanwhile
+    if manifest is not None:
+        if changed:
+            names = ", ".join(str(place.path) for place in changed[:3])
+            logger.warning("%d files in the cache of code differ from what was deployed, and are restored: %s", len(changed), names)
+            await _write(store, keys, changed)
+            await asyncio.to_thread(_drop_compiled, changed)
+        return manifest
+    await asyncio.to_thread(remove_unused, entry.folder.parent)
+    raw = await _load_manifest(store, keys, entry.sha256)
+    manifest = Manifest.from_bytes(raw)
+    with entry.new_folder(raw) as made:
+        for root in roots_in(made, manifest):
+            root.mkdir()
+        await _write(store, keys, places_in(made, manifest))
+    return manifest
 
 
-async def _write(store: Store, keys: StoreKeys, manifest: Manifest, made: Path) -> None:
+async def _write(store: Store, keys: StoreKeys, places: list[Place]) -> None:
     turn = asyncio.Semaphore(_AT_ONCE)
 
-    async def fetch(root: Path, folder: Folder, file: File) -> None:
+    async def fetch(place: Place) -> None:
         async with turn:
-            path = root / file.path
-            if not path.is_relative_to(root) or ".." in path.parts:
-                raise BadValue(f"a file of {folder.origin} is named {file.path!r}, which leads out of its folder")
-            content = [await _load(store, keys, chunk, f"a part of {folder.origin}/{file.path}") for chunk in file.chunks]
-            await asyncio.to_thread(_write_file, path, content, file.executable)
+            what = f"{place.folder.origin}/{place.file.path}"
+            content = [await _load(store, keys, chunk, f"a part of {what}") for chunk in place.file.chunks]
+            if sum(map(len, content)) != place.file.size:
+                raise BadSignature(f"{what} in the store is not what was deployed: its size differs")
+            await asyncio.to_thread(_write_file, place, content)
 
-    for number, folder in enumerate(manifest.folders):
-        root = _folder_of(made, number)
-        root.mkdir()
-        await _all(fetch(root, folder, file) for file in folder.files)
+    await _all(fetch(place) for place in places)
 
 
-def _write_file(path: Path, content: list[bytes], executable: bool) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        file.writelines(content)
-    if executable:
-        path.chmod(0o700)
+def _write_file(place: Place, content: list[bytes]) -> None:
+    """Renames the written file into place, since a replica may be reading the one that lies there."""
+    place.path.parent.mkdir(parents=True, exist_ok=True)
+    number, written = tempfile.mkstemp(prefix=".new-", dir=place.path.parent)
+    try:
+        with open(number, "wb") as file:
+            file.writelines(content)
+        os.chmod(written, 0o700 if place.file.executable else 0o600)
+        os.replace(written, place.path)
+    except BaseException:
+        os.unlink(written)
+        raise
+
+
+def _drop_compiled(places: list[Place]) -> None:
+    """Python recognizes stale bytecode by whole seconds and size, so bytecode of what lay there before may look current."""
+    for _, _, path in places:
+        for compiled in (path.parent / "__pycache__").glob(f"{glob.escape(path.stem)}.*.pyc"):
+            compiled.unlink(missing_ok=True)
+
+
+async def _load_manifest(store: Store, keys: StoreKeys, sha256: str) -> bytes:
+    return await _load(store, keys, sha256, "the list of files")
 
 
 async def _load(store: Store, keys: StoreKeys, sha256: str, what: str) -> bytes:
@@ -105,10 +151,11 @@ async def _load(store: Store, keys: StoreKeys, sha256: str, what: str) -> bytes:
 
 
 async def _all(work: Iterable[object]) -> None:
-    """Awaits all of them; the first failure cancels the rest."""
+    """Awaits all of them; the first failure cancels the rest, which have ended when it is raised."""
     tasks = [asyncio.ensure_future(one) for one in work]  # type: ignore[call-overload]
     try:
         await asyncio.gather(*tasks)
     finally:
         for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
@@ -17,9 +16,8 @@ from cloudpickle import cloudpickle as internals
 from msgspec.structs import replace
 
 from ..errors import BadValue, NotEncodable
-from ..files import roots
+from ..files import folders, roots
 from ..files.manifest import Files, read_folders
-from ..files.stale_modules import has_changed
 from ..files.transfer import save_files
 from ..store import Store
 from ..store_keys import StoreKeys
@@ -77,20 +75,13 @@ def pack_backend(target: object, args: tuple[Any, ...], signer: Signer, run_file
 def _with_files(record: Code, modules: set[str], signer: Signer, run_file: RunFile | None) -> Packed:
     if run_file is not None:
         modules |= roots.names_in(sys.modules["__main__"])
-    folders = _folders(modules, run_file)
-    if not folders:
+    files = folders.read_files(modules, run_file)
+    if files is None:
         return Packed(replace(record, home=definitions.home()).with_seal(signer))
-    loaded = tuple(name for root in roots.reach_of(modules) for name in roots.modules_in(root))
-    _check_unchanged(loaded, run_file)
-    files = read_folders(folders, loaded)
-    _check_travels(modules, files)
     record = replace(record, files=files.sha256)
     if run_file is None:
         return Packed(replace(record, home=definitions.home()).with_seal(signer), files)
-    where = run_file.path.absolute().relative_to(files.roots[0]).as_posix()
-    if all(file.path != where for file in files.manifest.folders[0].files):
-        raise _does_not_travel(where, files, 0)
-    return Packed(replace(record, run_file=f"0/{where}").with_seal(signer), files)
+    return Packed(replace(record, run_file=folders.name_of_file(run_file.path, files)).with_seal(signer), files)
 
 
 def _pack_import_string(record: Code, target: str, modules: set[str], signer: Signer) -> Packed:
@@ -103,8 +94,7 @@ def _pack_import_string(record: Code, target: str, modules: set[str], signer: Si
         return Packed(record.with_seal(signer))
     try:
         roots.check_root(root, f"the module {module}")
-        folders = {**_folders(modules, None), root: ("",)}
-        files = read_folders(folders, tuple(roots.modules_in(root)))
+        files = read_folders(folders.with_root(folders.folders_of(modules, None), root), tuple(roots.modules_in(root)))
     except BadValue as error:
         logger.warning("%s goes by its name alone, so replicas have to have it: %s", target, error)
         return Packed(record.with_seal(signer))
@@ -148,84 +138,6 @@ def _modules_of_values(args: tuple[Any, ...]) -> set[str]:
     """Returns the user's modules that constructor arguments name."""
     _, named = pickling.dumps_code(args, lambda module: False)
     return {name for name in named if roots.root_of(sys.modules.get(name)) is not None}
-
-
-# The folders.
-
-
-def _folders(modules: set[str], run_file: RunFile | None) -> dict[Path, tuple[str, ...]]:
-    """Maps each folder to the paths in it that go on `sys.path`: the run file's folder first, the others in the order of `sys.path`. Raises
-    BadValue for a folder that cannot travel, if the target lies in it."""
-    needed = {roots.root_of(sys.modules.get(name)) for name in modules}
-    found: dict[Path, list[str]] = {}
-    if run_file is not None:
-        root = roots.root_of_file(run_file.path)
-        roots.check_root(root, str(run_file.path))
-        beside = run_file.path.absolute().parent.relative_to(root).as_posix()
-        found[root] = ["", beside] if beside != "." else [""]
-    for root, module in sorted(roots.reach_of(modules).items(), key=lambda one: _place_on_path(one[0])):
-        try:
-            roots.check_root(root, f"the module {module}")
-        except BadValue:
-            if root in needed:
-                raise
-            continue
-        _add(found, root)
-    return {root: tuple(dict.fromkeys(paths)) for root, paths in found.items()}
-
-
-def _add(found: dict[Path, list[str]], root: Path) -> None:
-    """Adds a folder; one that lies inside another becomes a path of that one."""
-    for outer, paths in found.items():
-        if root.is_relative_to(outer):
-            inside = root.relative_to(outer).as_posix()
-            return paths.append("" if inside == "." else inside)
-    for inner in [inner for inner in found if inner.is_relative_to(root)]:
-        if next(iter(found)) == inner:
-            return  # the run file's folder stays the first one, and keeps its paths
-    found[root] = [""]
-
-
-def _place_on_path(root: Path) -> int:
-    paths = [str(Path(path).absolute()) for path in sys.path]
-    return paths.index(str(root)) if str(root) in paths else len(paths)
-
-
-def _check_unchanged(loaded: Iterable[str], run_file: RunFile | None) -> None:
-    """Raises BadValue if replicas would run other code than this program has."""
-    changed = [str(sys.modules[name].__file__) for name in loaded if has_changed(sys.modules[name])]
-    if run_file is not None and RunFile.read(run_file.path) != run_file:
-        changed.append(str(run_file.path))
-    if changed:
-        raise BadValue(
-            f"{', '.join(changed)} changed since this program imported it, so replicas would run other code than this program has: "
-            "start the program again"
-        )
-
-
-def _check_travels(modules: Iterable[str], files: Files) -> None:
-    """Raises BadValue if an ignore file keeps back the module that is deployed."""
-    for name in modules:
-        module = sys.modules.get(name)
-        root = roots.root_of(module)
-        if module is None or root is None or module.__file__ is None:
-            continue
-        for number, outer in enumerate(files.roots):
-            if root.is_relative_to(outer):
-                where = Path(module.__file__).absolute().relative_to(outer).as_posix()
-                if all(file.path != where for file in files.manifest.folders[number].files):
-                    raise _does_not_travel(where, files, number)
-
-
-def _does_not_travel(where: str, files: Files, number: int) -> BadValue:
-    root = files.roots[number]
-    why = next(
-        (why for path, why in files.manifest.folders[number].left_out if where == path or where.startswith(f"{path}/")),
-        "its name is that of a secret, a cache or an environment",
-    )
-    return BadValue(
-        f"{root / where} is deployed, and does not travel: {why}; take it back by a line !{where} in {root / '.mqserveignore'}, or move it"
-    )
 
 
 # What keeps code from travelling.

@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 
-from mqserve.broker.errors import BadSignature, BadValue, NotEncodable
-from mqserve.broker.files import cache, manifest
-from mqserve.broker.files.import_errors import shadowed, way_out
+from mqserve.broker.errors import BadValue, NotEncodable
+from mqserve.broker.files import manifest, walk
+from mqserve.broker.files.folders import Folders, folders_of, name_of_file, with_root
+from mqserve.broker.files.import_errors import mend_of, shadowed
 from mqserve.broker.files.manifest import File, Files, Folder, Manifest, read_folders
 from mqserve.broker.files.roots import check_root, root_of_file
 from mqserve.broker.files.transfer import Restored, restore_files, save_files
+from mqserve.broker.files.walk import LeftOut
 from mqserve.broker.store import Store
 from mqserve.broker.store_keys import CODE_TTL_S, StoreKeys
 from mqserve.broker.values.backend_code import Packed, pack_backend, save
@@ -65,7 +67,8 @@ def test_secrets_environments_and_caches_never_travel(tmp_path: Path) -> None:
     for name in (
         "app.py", "data/rates.csv", ".env", ".env.local", "tls.pem", "id_rsa", ".git/config", "venv/lib/x.py", "env/pyvenv.cfg",
         "env/lib.py",
-        "__pycache__/app.cpython-311.pyc", ".mypy_cache/x", "node_modules/x.js", ".ssh/config",
+        "__pycache__/app.cpython-311.pyc", ".mypy_cache/x", "node_modules/x.js", ".ssh/config", "prod.env", "credentials-prod.json",
+        "service-account.json", "release.keystore", "main.tfstate", "main.tfstate.backup", ".azure/tokens", ".terraform/x",
     ):  # fmt: skip
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
@@ -93,6 +96,61 @@ def test_ignore_files_mean_what_they_mean_to_git_and_ours_has_the_last_word(tmp_
     assert named(read(tmp_path)) == [".gitignore", ".mqserveignore", "app.py", "keep.log", "only.here", "sub/build/y.py"]
 
 
+def test_ours_has_the_last_word_over_every_gitignore_also_over_deeper_ones(tmp_path: Path) -> None:
+    write(tmp_path, sub__model_DOT_py="x", sub__deep__model_DOT_py="x", sub__deep__other_DOT_py="x", built__gen_DOT_py="x")
+    write(tmp_path, _DOT_gitignore="built/\n", sub___DOT_gitignore="*.py\n", _DOT_mqserveignore="!model.py\n!/built\n")
+    assert [name for name in named(read(tmp_path)) if name.endswith(".py")] == ["sub/model.py", "sub/deep/model.py", "built/gen.py"]
+    write(tmp_path, sub__deep___DOT_mqserveignore="model.py\n")
+    assert "sub/deep/model.py" not in named(read(tmp_path))
+
+
+def test_a_line_that_is_no_pattern_is_ignored_as_git_does(tmp_path: Path) -> None:
+    write(tmp_path, app_DOT_py="x", notes_DOT_log="x", _DOT_gitignore="[z-a]\n*.log\n")
+    assert named(read(tmp_path)) == [".gitignore", "app.py"]
+
+
+def test_links_to_themselves_to_nowhere_and_files_that_vanish_stay_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, app_DOT_py="x", vanishing_DOT_py="x")
+    (tmp_path / "loop.py").symlink_to(tmp_path / "loop.py")
+    (tmp_path / "nowhere.py").symlink_to(tmp_path / "gone.py")
+    os.mkfifo(tmp_path / "pipe.py")
+    look_at = walk._look_at
+
+    def vanish(entry: "os.DirEntry[str]") -> Any:
+        if entry.name == "vanishing.py":
+            os.unlink(entry.path)
+        return look_at(entry)
+
+    monkeypatch.setattr(walk, "_look_at", vanish)
+    assert named(read(tmp_path)) == ["app.py"]
+
+
+@pytest.mark.parametrize(
+    "target", [".aws/credentials", ".config/tool/hosts.yml", "project/.env", "project/.git/config", "keys/service-account-7.json"]
+)
+def test_a_link_to_a_secret_stays_behind_whatever_its_own_name(tmp_path: Path, target: str) -> None:
+    write(tmp_path, project__app_DOT_py="x", shared__common_DOT_py="y = 1")
+    write(tmp_path / target).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / target).write_text("token")
+    (tmp_path / "project" / "settings.py").symlink_to(tmp_path / target)
+    (tmp_path / "project" / "common.py").symlink_to(tmp_path / "shared" / "common.py")
+    files = read(tmp_path / "project")
+    assert named(files) == ["app.py", "common.py"]
+    assert [(one.path, one.mend) for one in files.manifest.folders[0].left_out] == [("settings.py", "put a copy of the file there")]
+
+
+def test_what_stays_behind_is_named_if_it_may_be_imported_and_in_a_bounded_list(tmp_path: Path) -> None:
+    write(tmp_path, app_DOT_py="x", _DOT_gitignore="*.log\n*_gen.py\n/out/\n", out__a_DOT_py="x")
+    before = read(tmp_path)
+    assert [one.path for one in before.manifest.folders[0].left_out] == ["out"]
+    for number in range(300):
+        write(tmp_path, **{f"{number}_DOT_log": "x"})
+    assert read(tmp_path).sha256 == before.sha256
+    for number in range(300):
+        write(tmp_path, **{f"m{number}_gen_DOT_py": "x"})
+    assert len(read(tmp_path).manifest.folders[0].left_out) == manifest.MAX_LEFT_OUT
+
+
 def test_the_ignore_files_of_the_repository_around_a_folder_count(tmp_path: Path) -> None:
     write(tmp_path / "src", app_DOT_py="x", notes_DOT_log="x")
     (tmp_path / ".git").mkdir()
@@ -118,6 +176,26 @@ def test_a_home_folder_the_root_and_site_packages_are_refused_as_folders_of_code
         with pytest.raises(BadValue, match="move the code into a folder of its own"):
             check_root(root, "app.py")
     check_root(tmp_path / "home" / "somebody" / "project", "app.py")
+
+
+def test_a_home_folder_is_refused_by_each_of_its_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "real" / "project").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for home in ("link", "real"):
+        monkeypatch.setenv("HOME", str(tmp_path / home))
+        for root in (tmp_path / "link", tmp_path / "real"):
+            with pytest.raises(BadValue, match=r"your home folder, .* move the code into a folder of its own"):
+                check_root(root, "app.py")
+        check_root(tmp_path / "link" / "project", "app.py")
+
+
+def test_folders_that_everybody_uses_are_refused_and_folders_in_them_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for root in (tmp_path, Path("/tmp"), Path("/var/tmp"), Path("/etc"), Path("/opt"), Path("/usr/local"), Path("/srv")):
+        with pytest.raises(BadValue, match=r"(temporary files|of the system), .* move the code into a folder of its own"):
+            check_root(root, "app.py")
+    for root in (tmp_path / "project", Path("/opt/project"), Path("/srv/project"), Path("/app")):
+        check_root(root, "app.py")
 
 
 def test_inside_a_package_the_folder_is_the_first_parent_without_an_init_file(tmp_path: Path) -> None:
@@ -161,7 +239,7 @@ def test_a_run_file_that_changed_since_it_was_executed_is_refused(signer: Signer
 
 def test_what_is_deployed_and_ignored_is_refused_with_the_line_to_write(module: ModuleType, signer: Signer, tmp_path: Path) -> None:
     write(tmp_path / "code", _DOT_gitignore="travelling_*\n")
-    with pytest.raises(BadValue, match=r"'travelling_\*' in .*\.gitignore names it; take it back by a line !travelling_mod\.py"):
+    with pytest.raises(BadValue, match=r"'travelling_\*' in .*\.gitignore names it; take it back by a line !/travelling_mod\.py"):
         pack_backend(module.Model, (), signer)
     write(tmp_path / "code", _DOT_mqserveignore="!travelling_mod.py\n")
     assert "travelling_mod.py" in named(pack_backend(module.Model, (), signer).files)  # type: ignore[arg-type]
@@ -174,11 +252,19 @@ def test_without_a_key_nothing_but_a_name_travels(module: ModuleType) -> None:
         pack_backend(module.Model, (), nobody)
 
 
-def test_a_name_whose_folder_cannot_travel_goes_alone(module: ModuleType, signer: Signer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_whose_folder_cannot_travel_goes_alone(
+    module: ModuleType, signer: Signer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert pack_backend("travelling_mod:Model", (), signer).files is not None
     monkeypatch.setattr(manifest, "MAX_BYTES", 10)
     assert pack_backend("travelling_mod:Model", (), signer).files is None
     with pytest.raises(BadValue, match="at most"):
+        pack_backend(module.Model, (), signer)
+    monkeypatch.undo()
+    monkeypatch.syspath_prepend(tmp_path / "code")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "code"))
+    assert pack_backend("travelling_mod:Model", (), signer).files is None
+    with pytest.raises(BadValue, match="temporary files"):
         pack_backend(module.Model, (), signer)
 
 
@@ -196,47 +282,54 @@ def test_a_capture_that_cannot_travel_is_named(signer: Signer) -> None:
     assert "or put the code into a module" in str(refused.value)
 
 
-# How it arrives.
+def test_a_module_in_an_ignored_folder_is_refused_with_a_line_that_helps(signer: Signer, tmp_path: Path, module: ModuleType) -> None:
+    write(tmp_path / "code", genp_mod__inner_DOT_py="def f(request):\n    return 1\n", _DOT_gitignore="genp_mod/\n")
+    inner = importlib.import_module("genp_mod.inner")
+    with pytest.raises(BadValue, match=r"inner\.py is deployed, and does not travel: 'genp_mod/' in .*gitignore names it") as refused:
+        pack_backend(inner.f, (), signer)
+    (line,) = re.findall(r"take it back by a line (\S+) in ", str(refused.value))
+    write(tmp_path / "code", _DOT_mqserveignore=f"{line}\n")
+    assert "genp_mod/inner.py" in named(pack_backend(inner.f, (), signer).files)  # type: ignore[arg-type]
+    write(tmp_path / "code", genp_mod___DOT_mqserveignore="inner.py\n")
+    with pytest.raises(BadValue, match=r"'inner\.py' in .*genp_mod/\.mqserveignore names it; remove that line"):
+        pack_backend(inner.f, (), signer)
+    for name in ("genp_mod.inner", "genp_mod"):
+        del sys.modules[name]
 
 
-@pytest.mark.anyio
-async def test_files_arrive_in_the_cache_as_they_were(store: Store, keys: StoreKeys, tmp_path: Path, code_cache: Path) -> None:
-    large = bytes(range(256)) * 5000  # more than a chunk
-    write(tmp_path / "code", app_DOT_py="x = 1\n", data__large_DOT_bin=large, data__empty="")
-    (tmp_path / "code" / "app.py").chmod(0o755)
-    files = read(tmp_path / "code")
-    await save_files(store, keys, files)
-    assert max([len(await store.get(keys.code(chunk)) or b"") for chunk in files.manifest.chunks]) <= 1024 * 1024
-    restored = await restore_files(store, keys, files.sha256)
-    (arrived,) = restored.roots
-    assert arrived.is_relative_to(code_cache)
-    assert (arrived / "data" / "large.bin").read_bytes() == large
-    assert (arrived / "data" / "empty").read_bytes() == b""
-    assert os.access(arrived / "app.py", os.X_OK)
-    await store.delete(keys.code(files.sha256), *map(keys.code, files.manifest.chunks))
-    assert (await restore_files(store, keys, files.sha256)).roots == restored.roots  # from the cache
+def test_a_folder_in_another_travels_as_a_path_of_the_outer_one(tmp_path: Path) -> None:
+    project, other = tmp_path / "project", tmp_path / "other"
+    folders: Folders = {}
+    for root in (project / "src", other, project, project / "lib"):
+        folders = with_root(folders, root)
+    assert folders == {project: ("src", "", "lib"), other: ("",)}
+    assert list(folders) == [project, other]
 
 
-@pytest.mark.anyio
-async def test_what_was_changed_in_the_store_is_not_taken(store: Store, keys: StoreKeys, tmp_path: Path, code_cache: Path) -> None:
-    files = read(write(tmp_path / "code", app_DOT_py="x = 1\n"))
-    await save_files(store, keys, files)
-    (chunk,) = files.manifest.chunks
-    await store.set(keys.code(chunk), b"x = 2\n")
-    with pytest.raises(BadSignature, match="not what was deployed"):
-        await restore_files(store, keys, files.sha256)
-    await store.delete(keys.code(chunk))
-    with pytest.raises(BadValue, match=r"app\.py is not in the store .* deploy the code again"):
-        await restore_files(store, keys, files.sha256)
-    assert not (code_cache / files.sha256).exists()
+def test_what_a_module_uses_from_the_folder_around_its_own_travels(signer: Signer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "project", outer9_mod_DOT_py="X = 1\n", src__inner9_mod_DOT_py="import outer9_mod\ndef f(request):\n    return 1\n")
+    monkeypatch.syspath_prepend(tmp_path / "project")
+    monkeypatch.syspath_prepend(tmp_path / "project" / "src")
+    files = pack_backend(importlib.import_module("inner9_mod").f, (), signer).files
+    assert files is not None
+    assert (named(files), files.manifest.folders[0].paths) == (["outer9_mod.py", "src/inner9_mod.py"], ("src", ""))
+    for name in ("inner9_mod", "outer9_mod"):
+        del sys.modules[name]
 
 
-@pytest.mark.anyio
-async def test_a_file_that_leads_out_of_its_folder_is_refused(store: Store, keys: StoreKeys, tmp_path: Path, code_cache: Path) -> None:
-    made = Manifest((Folder("/somewhere", (File("../../out.py", 0, ()),)),))
-    await store.set(keys.code(Files(made, ()).sha256), made.to_bytes())
-    with pytest.raises(BadValue, match="leads out of its folder"):
-        await restore_files(store, keys, Files(made, ()).sha256)
+def test_a_run_file_in_a_package_has_its_neighbours_first_and_is_found_in_a_folder_around(signer: Signer, tmp_path: Path) -> None:
+    write(tmp_path, pkg__app_DOT_py="x = 1\n")
+    (tmp_path / "pkg" / "__init__.py").touch()
+    run_file = RunFile.read(tmp_path / "pkg" / "app.py")
+    folders = folders_of(set(), run_file)
+    assert folders == {tmp_path: ("pkg", "")}
+    outer = with_root(folders, tmp_path.parent)
+    assert outer == {tmp_path.parent: (f"{tmp_path.name}/pkg", tmp_path.name, "")}
+    files = Files(Manifest((Folder("", (File(f"{tmp_path.name}/pkg/app.py", 0, ()),)),)), (tmp_path.parent,))
+    assert name_of_file(run_file.path, files) == f"0/{tmp_path.name}/pkg/app.py"
+
+
+# How it is stored.
 
 
 @pytest.mark.anyio
@@ -278,30 +371,14 @@ async def test_what_is_there_is_extended_and_what_is_missing_is_told(store: Stor
     assert await store.get(keys.code("short")) == b"x"
 
 
-def test_the_cache_keeps_what_is_in_use_and_drops_what_nobody_used_for_a_day(code_cache: Path) -> None:
-    folder = cache.cache_folder()
-    assert folder == code_cache
-    for name in ("used", "unused"):
-        entry = cache.Entry(folder, name)
-        if name == "used":
-            entry.use()
-        else:
-            (folder / "unused.lock").touch()
-        with entry.making() as made:
-            (made / cache.MANIFEST).touch()
-        assert entry.is_whole
-        os.utime(folder / f"{name}.lock", (0, 0))
-    cache.remove_unused(folder)
-    assert sorted(path.name for path in folder.iterdir()) == ["used", "used.lock"]
-
-
 # Why it cannot be imported.
 
 
 @pytest.fixture
 def restored(tmp_path: Path) -> Restored:
     files = (File("fast.cpython-399-x86_64-linux-gnu.so", 0, ()), File("app.py", 0, ()))
-    folder = Folder("/home/me/project", files, left_out=(("secrets.py", "'secrets.py' in .gitignore names it"),))
+    left_out = (LeftOut("secrets.py", "'secrets.py' in .gitignore names it", "take it back by a line !/secrets.py"),)
+    folder = Folder("/home/me/project", files, left_out=left_out)
     return Restored(Manifest((folder,), ("json", "app")), (tmp_path,))
 
 
@@ -309,18 +386,27 @@ def restored(tmp_path: Path) -> Restored:
     ("name", "said"),
     [
         ("fast", r"compiled for another Python than this replica's, which takes \.cpython-3"),
-        ("secrets", r"secrets\.py did not travel, since .* names it: take it back by a line !secrets\.py"),
+        ("secrets", r"secrets\.py did not travel, since .* names it: take it back by a line !/secrets\.py"),
         ("pandas_like", r"neither installed for .* nor among the files that travelled from /home/me/project.*actor_options pip"),
     ],
 )
 def test_a_missing_module_is_said_with_the_mend(restored: Restored, name: str, said: str) -> None:
-    assert re.search(said, way_out(ModuleNotFoundError(name=name), restored))
+    assert re.search(said, mend_of(ModuleNotFoundError(name=name), restored))
+
+
+def test_a_missing_module_that_an_ignore_file_kept_back_is_said_for_each_folder_on_the_path(tmp_path: Path) -> None:
+    write(tmp_path, src__gen_DOT_py="x", src__app_DOT_py="x", built__deep_DOT_py="x", _DOT_gitignore="gen.py\nbuilt/\n")
+    files = read_folders({tmp_path: ("src", "")}, ())
+    arrived = Restored(files.manifest, files.roots)
+    for name, line in (("gen", "!/src/gen.py"), ("built.deep", "!/built")):
+        assert f"take it back by a line {line} in {tmp_path}/.mqserveignore" in mend_of(ModuleNotFoundError(name=name), arrived)
+    assert "install it there" in mend_of(ModuleNotFoundError(name="gen_other"), arrived)
 
 
 def test_a_library_of_another_machine_is_said_and_other_import_errors_speak_for_themselves(restored: Restored, tmp_path: Path) -> None:
     foreign = ImportError("invalid ELF header", name="fast", path=str(tmp_path / "fast.so"))
-    assert "compiled for another machine or another Python" in way_out(foreign, restored)
-    assert way_out(ImportError("cannot import name 'x'", name="app", path=str(tmp_path / "app.py")), restored) == ""
+    assert "compiled for another machine or another Python" in mend_of(foreign, restored)
+    assert mend_of(ImportError("cannot import name 'x'", name="app", path=str(tmp_path / "app.py")), restored) == ""
 
 
 def test_a_module_that_is_shadowed_by_one_of_ours_is_said(restored: Restored, tmp_path: Path) -> None:
