@@ -72,12 +72,12 @@ async def _fetch(store: Store, keys: StoreKeys, settings: Settings, backend: Bac
 
 def _import(record: code.Code | code.CodeHere, restored: Restored | None, settings: Settings) -> tuple[Any, list[Any]]:
     """Imports the target, in the worker's thread. The folders go on `sys.path` only now, so that no file of the user shadows what mqserve
-    imports."""
+    imports. They replace those that they are copies of: the files there may be other ones by now."""
     with importing():
         if isinstance(record, code.CodeHere):
             return code.make(record, settings.signer)
         if restored is not None:
-            sys.path[:0] = map(str, restored.paths)
+            sys.path[:] = [*map(str, restored.paths), *(path for path in sys.path if path not in restored.origins)]
             importlib.invalidate_caches()
             if why := shadowed(restored):
                 raise ImportError(why)

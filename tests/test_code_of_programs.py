@@ -537,3 +537,35 @@ with serve.start(http_options={"location": None}) as client:
     program = command_line.start_program([sys.executable, "-m", "shop.main"], cwd=command_line.folder / "code")
     assert program.wait() == 0, program.output
     assert program.output.splitlines()[-1] == "beside", program.output
+
+
+def test_a_program_sends_objects_of_modules_beside_it_that_its_handler_does_not_name(command_line: CommandLine) -> None:
+    (command_line.folder / "code" / "items.py").write_text("class Item:\n    def __init__(self, word): self.word = word\n")
+    (command_line.folder / "code" / "late.py").write_text("WORD = 'late'\n")
+    program = run_script(
+        command_line,
+        """
+import items
+import mqserve as serve
+def handler(request):
+    import late
+    return request.data.word, late.WORD, request.data
+with serve.start(http_options={"location": None}) as client:
+    client.create_backend("h", handler)
+    client.create_endpoint("h", backend="h")
+    word, late, item = client.get_handle("h").remote(items.Item("well")).result(timeout=20)
+    print(word, late, type(item) is items.Item)
+""",
+    )
+    assert program.wait() == 0, program.output
+    assert program.output.splitlines()[-1] == "well late True", program.output
+
+
+def test_a_file_in_a_package_that_imports_its_siblings_is_run_by_its_name(shell: CommandLine, tmp_path: Path) -> None:
+    pkg = tmp_path / "code" / "pkg"
+    pkg.mkdir(parents=True)
+    (pkg / "__init__.py").write_text("")
+    (pkg / "app.py").write_text("from . import sibling\n")
+    program = shell.start("run", "code/pkg/app.py", "--location", "NoServer")
+    assert program.wait() == 1, program.output
+    assert "run it by its name from the folder around, `mqserve run pkg.app`" in program.output

@@ -61,6 +61,10 @@ def folders_of(modules: set[str], run_file: ExecutedFile | None) -> Folders:
                 raise
             continue
         found = with_root(found, root)
+    for name in sorted(name for name in modules if name not in sys.modules):  # what a function imports when it is called
+        if (later := roots.root_of_name(name)) is not None:
+            roots.check_root(later, f"the module {name}")
+            found = with_root(found, later)
     return found
 
 

@@ -14,17 +14,22 @@ from .transfer import Restored
 
 def shadowed(restored: Restored) -> str:
     """Returns an error message if a module beside the user's code has the name of one that was loaded from elsewhere, else ''."""
-    for name in restored.manifest.modules:
-        top = name.partition(".")[0]
+    for top in dict.fromkeys(name.partition(".")[0] for name in restored.manifest.modules):
         loaded = getattr(sys.modules.get(top), "__file__", None)
-        if loaded and top != "mqserve" and not any(Path(loaded).is_relative_to(root) for root in restored.roots):
-            if not any(Path(path, top).exists() or Path(path, f"{top}.py").exists() for path in restored.paths):
-                continue
+        if not loaded or top == "mqserve" or any(Path(loaded).is_relative_to(root) for root in restored.roots):
+            continue
+        ours = [file for path in restored.paths for file in (path / f"{top}.py", path / top / "__init__.py") if file.exists()]
+        if ours and not _is_copy(Path(loaded), ours[0]):
             return (
                 f"the module {top!r} beside the code has the name of one that a replica has loaded already, from {loaded}: "
                 "give yours another name"
             )
     return ""
+
+
+def _is_copy(loaded: Path, ours: Path) -> bool:
+    """Whether the module is the deployed one, from its place on the machine that deployed it: a process may have imported it before."""
+    return loaded.name == ours.name and loaded.read_bytes() == ours.read_bytes()
 
 
 def mend_of(error: ImportError, restored: Restored) -> str:

@@ -35,6 +35,11 @@ class Restored:
         """The folders that go on `sys.path`."""
         return [root / path for root, folder in zip(self.roots, self.manifest.folders, strict=True) for path in folder.paths]
 
+    @property
+    def origins(self) -> set[str]:
+        """The same folders on the machine that deployed the code, as `sys.path` has them there."""
+        return {str(Path(folder.origin, path)) for folder in self.manifest.folders for path in folder.paths}
+
     def find(self, name: str) -> Path:
         """Returns where the file is that a record names as '<number of the folder>/<path in it>'. Raises BadEnvelope if the manifest has no
         such file."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
@@ -75,13 +76,27 @@ def pack_backend(target: object, args: tuple[Any, ...], signer: Signer, run_file
 def _with_files(record: Code, modules: set[str], signer: Signer, run_file: RunFile | None) -> Packed:
     if run_file is not None:
         modules |= roots.names_in(sys.modules["__main__"])
-    files = folders.read_files(modules, run_file)
+    files = _read_files(modules, run_file) if record.sealed else folders.read_files(modules, run_file)
     if files is None:
         return Packed(replace(record, home=definitions.home()).with_seal(signer))
     record = replace(record, files=files.sha256)
     if run_file is None:
         return Packed(replace(record, home=definitions.home()).with_seal(signer), files)
     return Packed(replace(record, run_file=folders.name_of_file(run_file.path, files)).with_seal(signer), files)
+
+
+def _read_files(modules: set[str], run_file: RunFile | None) -> Files | None:
+    """Adds the program's own folder, if the program imports modules from it: it may send their objects later. That folder stays behind,
+    with a warning, if it cannot travel."""
+    beside = _beside_the_program() - modules
+    try:
+        return folders.read_files(modules | beside, run_file)
+    except BadValue as error:
+        if not beside:
+            raise
+        files = folders.read_files(modules, run_file)
+        logger.warning("the modules beside the program do not travel, so replicas cannot open their objects: %s", error)
+        return files
 
 
 def _pack_import_string(record: Code, target: str, modules: set[str], signer: Signer) -> Packed:
@@ -128,6 +143,19 @@ def _pickle(target: object, name: str, run_file: RunFile | None) -> tuple[bytes,
             f"{name} cannot travel to its replicas: {what} ({error}); keep such objects out of globals and closures, make them in the "
             "constructor or on first use, or put the code into a module beside the program, which replicas import"
         ) from error
+
+
+def _beside_the_program() -> set[str]:
+    """Returns the modules that the program has imported from the folder of its own file."""
+    file = getattr(sys.modules["__main__"], "__file__", None)
+    if file is None:
+        return set()
+    folder = Path(file).absolute().parent
+    try:
+        roots.check_root(folder, file)
+    except BadValue:
+        return set()
+    return set(roots.modules_in(folder))
 
 
 def _own_modules() -> list[ModuleType]:

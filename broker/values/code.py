@@ -186,7 +186,7 @@ def make(code: Code | CodeHere, signer: Signer) -> tuple[Any, list[Any]]:
     elif code.sealed:
         target = pickling.loads_code(signer.open(code.sealed, CLAIM))
     else:
-        target = load_import_string(code.target)
+        target = load_import_string(code.target, in_cwd=not code.files)
     return target, decode_value(code.args, code.args_type, signer, CLAIM)
 
 
@@ -227,10 +227,11 @@ async def load(store: Store, keys: StoreKeys, name: str, signer: Signer) -> tupl
     return await asyncio.to_thread(unpack, raw, name.removeprefix(FOR_ALL), signer)
 
 
-def load_import_string(target: str) -> Any:
-    """Returns what `pkg.mod:attr` names. Raises ImportError with a sentence when the module or the attribute is missing."""
+def load_import_string(target: str, *, in_cwd: bool = True) -> Any:
+    """Returns what `pkg.mod:attr` names; with `in_cwd` the module may also lie in the working directory. Raises ImportError with a sentence
+    when the module or the attribute is missing."""
     module_name, attributes = split(target)
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+    if in_cwd and "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     found: Any = importlib.import_module(module_name)
     for attribute in attributes.split("."):

@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from ..broker.errors import BadValue, MQServeError
+from ..broker.files.roots import root_of_file
 from ..broker.process.interrupts import DRAINING, Interrupts, taking
 from ..broker.process.printable import printable
 from ..broker.settings import Settings
@@ -109,6 +110,12 @@ def _does_not_import(target: str, error: BaseException) -> str:
         if not frame.filename.endswith(("mqserve/commands/run.py", "values/main_module.py"))
     ]
     where = "".join(traceback.format_list(frames)).rstrip()
+    if isinstance(error, ImportError) and target.endswith(".py") and (Path(target).absolute().parent / "__init__.py").exists():
+        path = Path(target).absolute()
+        module = ".".join(path.relative_to(root_of_file(path)).with_suffix("").parts)
+        return (
+            f"{target} does not import ({error}): it lies in a package; run it by its name from the folder around, `mqserve run {module}`"
+        )
     if isinstance(error, SyntaxError):
         return f"{target} does not import: {error.msg} in line {error.lineno}; mend it and run again"
     return f"{target} does not import ({type(error).__name__}: {error}); mend it and run again\n{where}"

@@ -227,6 +227,9 @@ def test_a_file_that_changed_since_it_was_imported_is_refused(module: ModuleType
         pack_backend(module.Model, (), signer)
     importlib.reload(module)
     pack_backend(module.Model, (), signer)
+    path.write_text(path.read_text() + "\nLIMIT = 12\n")
+    with pytest.raises(BadValue, match=r"travelling_mod\.py changed since"):
+        pack_backend(module.Model, (), signer)
 
 
 def test_a_run_file_that_changed_since_it_was_executed_is_refused(signer: Signer, tmp_path: Path) -> None:
