@@ -288,6 +288,7 @@ class Waiting:
         return Gate.pass_through, (self._gate,)
 
 
+@distributed_only  # in the embedded form proxies use the client's own class
 def test_a_convertor_that_takes_long_to_import_keeps_nobody_waiting(
     client: serve.Client, params_at: Callable[[str], str], tmp_path: Path
 ) -> None:

@@ -191,6 +191,7 @@ def test_a_home_folder_is_refused_by_each_of_its_names(tmp_path: Path, monkeypat
 
 def test_folders_that_everybody_uses_are_refused_and_folders_in_them_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("HOME", "/home/somebody")
     for root in (tmp_path, Path("/tmp"), Path("/var/tmp"), Path("/etc"), Path("/opt"), Path("/usr/local"), Path("/srv")):
         with pytest.raises(BadValue, match=r"(temporary files|of the system), .* move the code into a folder of its own"):
             check_root(root, "app.py")
@@ -218,7 +219,10 @@ def test_a_definition_of_a_module_goes_by_name_with_its_folder(module: ModuleTyp
     )
 
 
-def test_a_file_that_changed_since_it_was_imported_is_refused(module: ModuleType, signer: Signer, tmp_path: Path) -> None:
+def test_a_file_that_changed_since_it_was_imported_is_refused(
+    module: ModuleType, signer: Signer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     path = tmp_path / "code" / "travelling_mod.py"
     path.write_text(path.read_text() + "\n# only a remark\n")
     pack_backend(module.Model, (), signer)
