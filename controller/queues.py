@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 DECLARE_AGAIN_S = 15.0  # a broker may come back empty
-LOOKED_FOR = 3  # generations before the current one that are looked for, since the last leader may have known them
+LOOKED_FOR = 3  # generations around the current one that are looked for: the last leader, or an earlier instance, may have made them
 REFUSAL_S = 1.0  # time that replicas get to refuse what waits in a queue that is deleted
 REPORTED_REFUSALS = 3  # in a row: queues that an earlier instance left behind cost one or two, which is no problem to report
 
@@ -95,10 +95,10 @@ class Queues:
         )
 
     def _find_left_behind(self, desired: Desired, observed: Observed) -> None:
-        """Notes earlier generations that the document does not name: an earlier instance's, with other arguments, or those of a leader
-        that could not write."""
+        """Notes generations that the document does not name: those of a leader that could not write, and those of an earlier instance,
+        which may be later ones than a new backend's first."""
         self._left_behind = {
-            name: self._left_behind.get(name, set(range(max(1, backend.generation - LOOKED_FOR), backend.generation)))
+            name: self._left_behind.get(name, _generations_around(backend.generation))
             - {*observed.queues.get(name, ()), *observed.retiring.get(name, ())}
             for name, backend in desired.backends.items()
         }
@@ -157,3 +157,8 @@ def _is_held(name: str, generation: int, beats: Mapping[str, Beat], now_ms: int)
     ended = {replica_id for node in living(beats, NodeBeat, now_ms).values() for replica_id in node.ended}
     alive = living(beats, ReplicaBeat, now_ms).values()
     return any(beat.backend == name and generation in beat.generations and beat.id not in ended for beat in alive)
+
+
+def _generations_around(current: int) -> set[int]:
+    later = current + 1 + LOOKED_FOR if current == 1 else current
+    return {*range(max(1, current - LOOKED_FOR), later)} - {current}

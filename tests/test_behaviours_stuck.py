@@ -2,6 +2,7 @@
 
 import re
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -266,10 +267,16 @@ def slow(request):
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_what_run_leaves_queued_stays_for_the_next_instance(distributed_shell: CommandLine, broker_url: str, how: int) -> None:
+@pytest.mark.parametrize("queue_is_a_later_one", [False, True])
+def test_what_run_leaves_queued_stays_for_the_next_instance(
+    distributed_shell: CommandLine, broker_url: str, how: int, queue_is_a_later_one: bool
+) -> None:
     shell = distributed_shell.with_variables(MQSERVE_SECRET_KEY=SECRET_KEY)
     first = shell.start("run", shell.file("slow.py", RUN % "1"), "--location", "NoServer")
     first.wait_for("Ctrl-C stops")
+    if queue_is_a_later_one:  # since an argument of the queue was changed
+        change = "import mqserve; mqserve.connect().update_backend_config('slow', {'max_queued_requests': 50})"
+        assert shell.start_program([sys.executable, "-c", change]).wait() == 0
     connection = pika.BlockingConnection(pika.URLParameters(broker_url))
     channel = connection.channel()
     channel.confirm_delivery()
