@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 import redis.asyncio as redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import NoPermissionError, ResponseError
+from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
 from .refusals import refusal_code
 
 CONNECT_S = 2.0
+FAILURES = (RedisError, OSError, TimeoutError, RuntimeError)  # the last is uvloop's, of a write to a connection that was just lost
 T = TypeVar("T")
 
 
@@ -23,18 +24,18 @@ class Client(redis.Redis):
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         try:
             return await super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
-        except NoPermissionError as error:
-            keys = _keys(args)
-            raise NoPermissionError(f"{' '.join([str(args[0]), *keys[:1]])}: {error}", status_code=error.status_code) from None
         except ResponseError as error:
-            if refusal_code(error) == "WRONGTYPE" and (keys := _keys(args)):
-                raise ResponseError(f"WRONGTYPE {keys[0]}") from error
-            raise
+            raise naming_the_key(error, args) from None
 
 
-def _keys(args: tuple[Any, ...]) -> list[str]:
-    """The keys among a command's arguments."""
-    return [argument for argument in args[1:] if isinstance(argument, str) and argument.startswith("mqserve:")]
+def naming_the_key(error: Exception, args: Sequence[Any]) -> Exception:
+    """Returns the error with the command and the key in its message, if it is about a key."""
+    keys = [argument for argument in args[1:] if isinstance(argument, str) and argument.startswith("mqserve:")]
+    if isinstance(error, NoPermissionError):
+        return NoPermissionError(f"{' '.join([str(args[0]), *keys[:1]])}: {error}", status_code=error.status_code)
+    if keys and refusal_code(error) == "WRONGTYPE":
+        return ResponseError(f"WRONGTYPE {keys[0]}")
+    return error
 
 
 class _Pool(redis.BlockingConnectionPool):

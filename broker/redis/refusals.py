@@ -26,8 +26,11 @@ REFUSED_WRITES = {
     "MISCONF": Refused("it cannot save to its disk", "see its log, and mend the disk that it saves to"),
     "NOREPLICAS": Refused("it misses replicas of its own", "start them, or lower its min-replicas-to-write"),
 }
+DEMOTED = ("READONLY", "UNBLOCKED")
+"""The codes by which a server says that another one is the primary: it refuses a write, and ends what blocks when it is demoted."""
+
 _IN_A_SCRIPT = "The user executing the script"  # … may not do what it does
-_CODE = re.compile(rf"(?:^|caused error: \(?['\"])({'|'.join([*REFUSED_WRITES, 'WRONGTYPE'])})\b")  # the latter in a pipeline
+_CODE = re.compile(rf"(?:^|caused error: \(?['\"])({'|'.join([*REFUSED_WRITES, 'WRONGTYPE', 'UNBLOCKED'])})\b")  # the latter in a pipeline
 
 
 def refusal_code(error: BaseException | None) -> str:

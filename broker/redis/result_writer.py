@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from enum import Enum, auto
 
 from ..backoff import delays
 from ..errors import StoreUnavailable
@@ -14,32 +14,46 @@ from ..store import Record
 
 FLUSH_BATCH = 128
 FLUSH_BYTES = 4 * 1024 * 1024  # per batch, or one larger result: a call that takes longer than its budget would be retried for ever
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 1.0
 
 logger = logging.getLogger(__name__)
 
 Mark = tuple[str, bytes, int]
 """Key, value, TTL in ms; a TTL of 0 deletes the key."""
 
+OnWritten = Callable[[Sequence[int] | Exception], None]
+"""Gets a number for each result (0 if another result stood there first), or an error: StoreUnavailable, or another, which is a bug."""
+
+Write = Callable[[Sequence[Record], Sequence[Mark], OnWritten], None]
+"""Writes a batch: it calls the last argument once, later, unless it raises."""
+
+
+class _State(Enum):
+    IDLE = auto()  # nothing to write
+    COLLECTING = auto()  # until the end of this loop turn
+    WRITING = auto()  # a batch is on its way; what comes meanwhile waits for the next one
+    PAUSING = auto()  # after a failure
+    CLOSED = auto()
+
 
 class ResultWriter:
-    """Writes results and marks through two functions of its owner, each of which raises StoreUnavailable. `write_results` returns a
-    number for each result: 0 if another result stood there first."""
+    """Writes results and marks through a function of its owner, one batch at a time. No task, future or timer is made for a batch that is
+    written: replicas do this for every request."""
 
-    def __init__(
-        self,
-        write_results: Callable[[Sequence[Record]], Awaitable[list[int]]],
-        write_marks: Callable[[Sequence[Mark]], Awaitable[None]],
-        now_ms: Callable[[], int],
-    ) -> None:
-        self._write_results = write_results
-        self._write_marks = write_marks
+    def __init__(self, write: Write, now_ms: Callable[[], int]) -> None:
+        self._write = write
         self._now_ms = now_ms
+        self._state = _State.IDLE
+        self._is_idle = asyncio.Event()
+        self._is_idle.set()
         self._buffer: list[tuple[Record, asyncio.Future[bool]]] = []
+        self._batch: list[tuple[Record, asyncio.Future[bool]]] = []  # on its way
         self._marks: list[Mark] = []
-        self._flusher: asyncio.Task[None] | None = None
+        self._pauses = delays(_FIRST_PAUSE_S, _LONGEST_PAUSE_S)
+        self._timer: asyncio.TimerHandle | None = None
 
     def __repr__(self) -> str:
-        return f"<ResultWriter, {len(self._buffer)} to write>"
+        return f"<ResultWriter {self._state.name}, {len(self._buffer)} to write>"
 
     def record(self, record: Record) -> asyncio.Future[bool]:
         """See `Store.record`."""
@@ -55,42 +69,64 @@ class ResultWriter:
 
     async def close(self, budget_s: float) -> None:
         """Writes the remaining batches within the budget. The futures of unwritten results are cancelled."""
-        if self._flusher is not None and not self._flusher.done():
-            with suppress(TimeoutError, asyncio.CancelledError):
-                async with asyncio.timeout(budget_s):
-                    await asyncio.shield(self._flusher)
-            self._flusher.cancel()
-            await asyncio.gather(self._flusher, return_exceptions=True)
-        for _, done in self._buffer:
+        try:
+            async with asyncio.timeout(budget_s):
+                await self._is_idle.wait()
+        except TimeoutError:
+            pass
+        finally:
+            self._state = _State.CLOSED
+            if self._timer is not None:
+                self._timer.cancel()
+            self._cancel()
+
+    def _cancel(self) -> None:
+        for _, done in [*self._batch, *self._buffer]:
             done.cancel()
+        self._batch, self._buffer, self._marks = [], [], []
 
     def _flush_soon(self) -> None:
-        if self._flusher is None or self._flusher.done():
-            self._flusher = asyncio.create_task(self._flush(), name="write results")
+        if self._state is _State.IDLE:
+            self._state = _State.COLLECTING
+            self._is_idle.clear()
+            asyncio.get_running_loop().call_soon(self._flush)
+        elif self._state is _State.CLOSED:
+            self._cancel()
 
-    async def _flush(self) -> None:
-        pauses = delays(first_s=0.02, cap_s=1.0)
-        while self._buffer or self._marks:
-            batch = self._next_batch()
-            try:
-                marks, self._marks = self._marks, []
-                if marks:
-                    await self._write_marks(marks)
-                if batch:
-                    _tell(batch, await self._write_results([record for record, _ in batch]))
-                pauses = delays(first_s=0.02, cap_s=1.0)
-            except StoreUnavailable as error:
-                self._buffer = self._give_up_late(batch, error) + self._buffer
-                await asyncio.sleep(next(pauses))
-            except Exception as error:  # the owners of these results requeue their messages
-                logger.exception("%d results could not be written: that is a bug in mqserve, please report it", len(batch))
-                for _, done in batch:
-                    if not done.done():
-                        done.set_exception(error)
-                await asyncio.sleep(next(pauses))
-            except asyncio.CancelledError:
-                self._buffer = batch + self._buffer
-                raise
+    def _flush(self) -> None:
+        if self._state is _State.CLOSED:
+            return
+        if not self._buffer and not self._marks:
+            self._state = _State.IDLE
+            self._is_idle.set()
+            return
+        self._state = _State.WRITING
+        self._batch = self._next_batch()
+        marks, self._marks = self._marks, []
+        try:
+            self._write([record for record, _ in self._batch], marks, self._written)
+        except Exception as error:
+            self._written(error)
+
+    def _written(self, outcome: Sequence[int] | Exception) -> None:
+        if self._state is _State.CLOSED:
+            return
+        batch, self._batch = self._batch, []
+        if not isinstance(outcome, Exception):
+            for (_, done), fresh in zip(batch, outcome, strict=True):
+                if not done.done():
+                    done.set_result(bool(fresh))
+            self._pauses = delays(_FIRST_PAUSE_S, _LONGEST_PAUSE_S)
+            return self._flush()
+        if isinstance(outcome, StoreUnavailable):
+            self._buffer = self._give_up_late(batch, outcome) + self._buffer
+        else:  # the owners of these results requeue their messages
+            logger.error("%d results could not be written: that is a bug in mqserve, please report it", len(batch), exc_info=outcome)
+            for _, done in batch:
+                if not done.done():
+                    done.set_exception(outcome)
+        self._state = _State.PAUSING
+        self._timer = asyncio.get_running_loop().call_later(next(self._pauses), self._flush)
 
     def _next_batch(self) -> list[tuple[Record, asyncio.Future[bool]]]:
         count = size = 0
@@ -112,9 +148,3 @@ class ResultWriter:
             if record.deadline_ms <= now_ms and not done.done():
                 done.set_exception(error)
         return [(record, done) for record, done in batch if not done.done()]
-
-
-def _tell(batch: list[tuple[Record, asyncio.Future[bool]]], written: list[int]) -> None:
-    for (_, done), fresh in zip(batch, written, strict=True):
-        if not done.done():
-            done.set_result(bool(fresh))

@@ -1,7 +1,7 @@
-"""The store on Redis 7: results in one script call per flush, one blocking reader, budgets of our own on every call.
+"""The store on Redis 7: results in one script call per flush, one reader of the inbox, budgets of our own on every call.
 
-redis-py's defaults suit no request: one GET on a frozen server takes 58.9 s. Commands get one connection pool with short
-timeouts; the blocking reader and the subscription get clients of their own.
+redis-py's defaults suit no request: one GET on a frozen server takes 58.9 s. Commands get one connection pool with short timeouts; what
+blocks gets a client of its own. Results and the inbox have connections without redis-py (`hot_wire.py`).
 """
 
 from __future__ import annotations
@@ -15,37 +15,37 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from redis.exceptions import NoScriptError, RedisError, ResponseError
+from redis.exceptions import NoScriptError, ResponseError
 
 from ..backoff import delays, keep_running
 from ..envelope import mint_id
 from ..errors import StoreUnavailable, WrongType, words_of, wrong_type
 from ..process.rate_limited_log import RateLimitedLog
+from ..process.tasks import Tasks
 from ..settings import masked
 from ..store import WRONG_TYPE, Guard, Record
-from ..store_keys import INBOX_TTL_S, LOG_LENGTH, LOG_TTL_S, RESULT_TTL_S, StoreKeys
-from .client import Client, blocking_client, heeding_cancellation, pooled_client
+from ..store_keys import LOG_LENGTH, LOG_TTL_S, StoreKeys
+from .client import FAILURES, Client, blocking_client, heeding_cancellation, pooled_client
 from .health import StoreHealth
+from .hot_wire import HotWire, dial
+from .inbox import BLOCK_S, InboxReader
 from .many_keys import expire_keys, extend_keys
-from .refusals import key_of, refusal_code, store_refusal
-from .result_writer import Mark, ResultWriter
+from .record_script import CALL_BUDGET_S, RecordScript
+from .record_script import TEXT as RECORD_TEXT
+from .refusals import DEMOTED, key_of, refusal_code, store_refusal
+from .result_writer import ResultWriter
 
 logger = logging.getLogger(__name__)
 
 CONNECT_BUDGET_S = 5.0
-CALL_BUDGET_S = 3.0
-BLOCK_S = 5.0
-INBOX_BATCH = 256
 LARGE_BYTES = 64 * 1024
 LARGE_BUDGET_S = 30.0  # for what has more: bodies that travel by reference, and code. Whoever waits for it has a deadline of his own
 LOG_BATCH = 1000
-INBOX_WAS_ODD = 2  # of record.lua
 _CLOCK_EVERY_S = 30.0
 _CLOCK_TRIES = 3  # at the beginning, for a sample that is as good as _CLOCK_GOOD_S
 _CLOCK_GOOD_S = 0.05
 _CLOCK_DRIFT = 0.001  # what two clocks may differ in a second; they differ by less
 _HERE = Path(__file__).parent
-_FAILURES = (RedisError, OSError, TimeoutError, RuntimeError)  # the last is uvloop's, of a write to a connection that was just lost
 T = TypeVar("T")
 
 
@@ -71,16 +71,18 @@ class RedisStore:
         self._commands = pooled_client(url, connections=16, budget_s=2.0, tries=2)
         self._large = pooled_client(url, connections=8, budget_s=LARGE_BUDGET_S, tries=2)
         self._blocking = blocking_client(url)
-        self._scripts = {name: (_HERE / f"{name}.lua").read_text() for name in ("record", "replace", "delete")}
+        self._scripts = {"record": RECORD_TEXT, **{name: (_HERE / f"{name}.lua").read_text() for name in ("replace", "delete")}}
         self._digests: dict[str, str] = {}
         self._offset_ms = 0.0
         self._offset_error_s = math.inf  # at most, when it was measured
         self._offset_measured_at = 0.0  # monotonic
         self.health = StoreHealth()
-        self._writer = ResultWriter(self._write_results, self._write_marks, self.now_ms)
+        self._record = RecordScript(self._dial, self.health.wrote, self._note, self._record_failed)
+        self._writer = ResultWriter(self._record.write, self.now_ms)
         self._watchers: set[asyncio.Event] = set()
         self._taken_away = RateLimitedLog(logger)
         self._tasks: list[asyncio.Task[None]] = []
+        self._leaving = Tasks()
 
     def __repr__(self) -> str:
         return f"<RedisStore {masked(self._url)}, {'up' if self.health.connected else 'down'}, {self._writer!r}>"
@@ -90,10 +92,11 @@ class RedisStore:
             async with asyncio.timeout(CONNECT_BUDGET_S):
                 for name, text in self._scripts.items():
                     self._digests[name] = await self._commands.script_load(text)
+                await self._record.connect()
                 for _ in range(_CLOCK_TRIES):
                     if self._offset_error_s > _CLOCK_GOOD_S:
                         await self._measure_clock()
-        except _FAILURES as error:
+        except FAILURES as error:
             why = f" within {CONNECT_BUDGET_S:g} s" if isinstance(error, TimeoutError) else f" ({words_of(error)})"
             raise StoreUnavailable(
                 store_refusal(error, self._url)
@@ -116,26 +119,14 @@ class RedisStore:
     def drop_soon(self, key: str) -> None:
         self._writer.mark(key, b"", 0)
 
-    async def _write_results(self, records: Sequence[Record]) -> list[int]:
-        keys: list[str] = []
-        values: list[bytes | str | int] = [RESULT_TTL_S * 1000, INBOX_TTL_S * 1000]
-        for record in records:
-            keys.append(record.key)
-            values += (record.value, record.note, record.inbox)
-        written: list[int] = await self._call(lambda: self._script("record", keys, values), writing=True)
-        for record, how in zip(records, written, strict=True):
-            if how == INBOX_WAS_ODD:
-                self._note(record.inbox)
-        return written
+    def _record_failed(self, error: Exception, since: float, writing: bool) -> StoreUnavailable:
+        self._failed(error, max(since, time.monotonic() - CALL_BUDGET_S), writing=writing)
+        return self._unavailable(error)
 
-    async def _write_marks(self, marks: Sequence[Mark]) -> None:
-        pipeline = self._commands.pipeline(transaction=False)
-        for key, value, ttl_ms in marks:
-            if ttl_ms:
-                pipeline.set(key, value, px=ttl_ms)
-            else:
-                pipeline.pexpire(key, 0)  # which deletes it; whoever may not DEL what he likes may do this
-        await self._call(pipeline.execute, writing=any(ttl_ms for _, _, ttl_ms in marks))
+    async def _dial(self) -> HotWire:
+        wire = await dial(self._blocking, CALL_BUDGET_S)
+        self.health.answered()
+        return wire
 
     # Documents and plain keys.
 
@@ -279,7 +270,7 @@ class RedisStore:
                             pauses = delays()
                             log.over()
                             self._wake_watchers()
-            except _FAILURES as error:
+            except FAILURES as error:
                 if refusal := store_refusal(error, self._url):
                     log.say(f"cannot hear of changes, and looks for them every few seconds: {refusal}")
                 await asyncio.sleep(next(pauses))
@@ -291,27 +282,17 @@ class RedisStore:
     # The inbox of this process.
 
     async def read_inbox(self, inbox: str, on_notes: Callable[[list[bytes]], None], on_gap: Callable[[], None]) -> None:
-        pauses, log = delays(), RateLimitedLog(logger)
-        while True:
-            try:
-                async with asyncio.timeout(CALL_BUDGET_S):
-                    await self._blocking.ping()
-                self.health.answered()
-                on_gap()
-                while True:
-                    async with asyncio.timeout(BLOCK_S + CALL_BUDGET_S):
-                        popped: Any = await self._blocking.blmpop(BLOCK_S, 1, inbox, direction="LEFT", count=INBOX_BATCH)
-                    pauses = delays()  # only now: a server may answer, and refuse this
-                    log.over()
-                    if popped:
-                        on_notes(popped[1])
-            except _FAILURES as error:
-                # Entries popped for the broken connection are lost; their results are not: `on_gap` has them read by key.
-                await self._failed(error, time.monotonic())
-                if not await self._took_away(inbox, error):
-                    why = store_refusal(error, self._url) or words_of(error)
-                    log.say(f"lost the inbox at {masked(self._url)} ({why}); reconnecting")
-                await asyncio.sleep(next(pauses))
+        log = RateLimitedLog(logger)
+
+        async def failed(error: Exception, had_answered: bool) -> None:
+            if had_answered:
+                log.over()
+            self._failed(error, time.monotonic())
+            if not await self._took_away(inbox, error):
+                why = store_refusal(error, self._url) or words_of(error)
+                log.say(f"lost the inbox at {masked(self._url)} ({why}); reconnecting")
+
+        await InboxReader(inbox, self._dial, on_notes, on_gap, failed).run()
 
     # Logs: what every process is to hear.
 
@@ -337,7 +318,7 @@ class RedisStore:
                 for _, entries in found:
                     last = entries[-1][0]
                     on_entries([fields[b"e"] for _, fields in entries if b"e" in fields])
-            except _FAILURES as error:
+            except FAILURES as error:
                 if not await self._took_away(key, error):
                     log.say(f"lost the log at {masked(self._url)} ({store_refusal(error, self._url) or words_of(error)}); reconnecting")
                 await asyncio.sleep(next(pauses))
@@ -354,6 +335,8 @@ class RedisStore:
 
     async def close(self) -> None:
         await self._writer.close(CALL_BUDGET_S)
+        self._record.close()
+        self._leaving.cancel()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -367,8 +350,8 @@ class RedisStore:
         try:
             async with asyncio.timeout(budget_s):
                 result = await heeding_cancellation(call)
-        except _FAILURES as error:
-            await self._failed(error, max(began, time.monotonic() - CALL_BUDGET_S), writing=writing)
+        except FAILURES as error:
+            self._failed(error, max(began, time.monotonic() - CALL_BUDGET_S), writing=writing)
             raise self._unavailable(error) from error
         if writing:
             self.health.wrote()
@@ -386,11 +369,15 @@ class RedisStore:
         if self.health.note(key):
             logger.warning("%s", wrong_type(key))
 
-    async def _failed(self, error: BaseException, since: float, *, writing: bool = False) -> None:
+    def _failed(self, error: BaseException, since: float, *, writing: bool = False) -> None:
         self.health.failed(error, since, writing=writing)
-        if refusal_code(error) == "READONLY":  # the primary is another one by now, and the address may lead there
-            for client in (self._commands, self._large, self._blocking):
-                await client.connection_pool.disconnect(inuse_connections=False)
+        if refusal_code(error) in DEMOTED:  # the address may lead to the new primary by now
+            self._leaving.start(self._leave_server())
+
+    async def _leave_server(self) -> None:
+        self._record.hang_up()
+        for client in (self._commands, self._large, self._blocking):
+            await client.connection_pool.disconnect(inuse_connections=False)
 
     async def _script(self, name: str, keys: Sequence[str], values: Sequence[Any]) -> Any:
         try:
@@ -411,7 +398,7 @@ class RedisStore:
     async def _keep_clock(self) -> None:
         while True:
             await asyncio.sleep(_CLOCK_EVERY_S)
-            with suppress(*_FAILURES):
+            with suppress(*FAILURES):
                 async with asyncio.timeout(CALL_BUDGET_S):
                     await self._measure_clock()
 

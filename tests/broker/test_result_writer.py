@@ -6,32 +6,28 @@ from collections.abc import Sequence
 import pytest
 
 from mqserve.broker.errors import StoreUnavailable
-from mqserve.broker.redis.result_writer import Mark, ResultWriter
+from mqserve.broker.redis.result_writer import Mark, OnWritten, ResultWriter
 from mqserve.broker.store import Record
+from tests.broker.traffic import until
 
 pytestmark = pytest.mark.anyio
 
 
 class Writing:
-    """What the store makes of the next calls: each raises, or hangs, or writes."""
+    """What the store makes of the next batches: an error, or they are written; after the last outcome it hangs."""
 
     def __init__(self, *outcomes: Exception | None) -> None:
         self.outcomes = list(outcomes)
-        self.hangs = asyncio.Event()
+        self.batches: list[tuple[list[str], list[str]]] = []  # names of results, keys of marks
 
-    async def results(self, records: Sequence[Record]) -> list[int]:
-        if not self.outcomes:
-            await self.hangs.wait()
-        if (outcome := self.outcomes.pop(0)) is not None:
-            raise outcome
-        return [1] * len(records)
-
-    async def marks(self, marks: Sequence[Mark]) -> None:
-        pass
+    def write(self, records: Sequence[Record], marks: Sequence[Mark], on_written: OnWritten) -> None:
+        self.batches.append(([record.key for record in records], [mark[0] for mark in marks]))
+        if self.outcomes:
+            asyncio.get_running_loop().call_soon(on_written, self.outcomes.pop(0) or [1] * len(records))
 
 
 def writer(writing: Writing) -> ResultWriter:
-    return ResultWriter(writing.results, writing.marks, lambda: 0)
+    return ResultWriter(writing.write, lambda: 0)
 
 
 def record(name: str) -> Record:
@@ -50,9 +46,29 @@ async def test_an_error_that_nobody_foresaw_is_told_to_those_it_concerns_and_the
 
 
 async def test_what_is_not_written_by_the_end_is_said_to_be_lost() -> None:
-    results = writer(Writing())
+    writing = Writing()
+    results = writer(writing)
     under_way = results.record(record("a"))
-    await asyncio.sleep(0)
+    await until(lambda: writing.batches)
     waits = results.record(record("b"))
     await results.close(0.05)
     assert under_way.cancelled() and waits.cancelled()
+    assert results.record(record("c")).cancelled()
+
+
+async def test_what_comes_in_one_turn_leaves_in_one_batch_and_what_comes_meanwhile_in_the_next() -> None:
+    writing = Writing(None, None)
+    results = writer(writing)
+    results.mark("m", b"1", 1000)
+    first = [results.record(record("a")), results.record(record("b"))]
+    await until(lambda: writing.batches)
+    await asyncio.gather(*first, results.record(record("c")))
+    assert writing.batches == [(["a", "b"], ["m"]), (["c"], [])]
+
+
+async def test_a_batch_that_cannot_be_packed_is_told_to_those_it_concerns() -> None:
+    def write(records: Sequence[Record], marks: Sequence[Mark], on_written: OnWritten) -> None:
+        raise UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed")
+
+    with pytest.raises(UnicodeEncodeError):
+        await ResultWriter(write, lambda: 0).record(record("a"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,9 @@ from mqserve.broker.errors import BrokerUnavailable, StoreUnavailable
 from mqserve.broker.rabbitmq.queue import open_rabbitmq
 from mqserve.broker.redis.store import open_redis
 from mqserve.broker.settings import Settings
+from mqserve.broker.store import Record
+from mqserve.broker.store_keys import StoreKeys
+from tests.broker.traffic import until
 from tests.conftest import running
 from tests.instances import ROOT, SECRET_KEY, CommandLine
 from tests.servers import Certificates, PrivateRabbitMQ, PrivateRedis
@@ -48,15 +52,22 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
 
 
 async def works(settings: Settings, namespace: str) -> bool:
-    """Whether a message and a value get through."""
+    """Whether a message, a value and the notice of a result get through."""
     fates: list[object] = []
+    notes: list[bytes] = []
+    keys = StoreKeys(namespace)
     async with open_rabbitmq(settings.broker_url, namespace, "test") as queue:
         await queue.declare("b", 1, None)
         queue.publish("b", Envelope("", b"x", "text/plain"), fates.append)
         assert await queue.delete("b", 1, only_if_empty=False)
     async with open_redis(settings.store_url, namespace) as store:
-        await store.set(f"mqserve:{namespace}:desired", b"x", ttl_ms=1000)
-        return fates == [None] and await store.get(f"mqserve:{namespace}:desired") == b"x"
+        await store.set(keys.desired, b"x", ttl_ms=1000)
+        reader = asyncio.create_task(store.read_inbox(keys.inbox("p"), notes.extend, lambda: None))
+        await store.record(Record(keys.future("f"), b"result", keys.inbox("p"), b"note", deadline_ms=0))
+        await until(lambda: notes == [b"note"])
+        reader.cancel()
+        await asyncio.gather(reader, return_exceptions=True)
+        return fates == [None] and await store.get(keys.desired) == b"x"
 
 
 @pytest.mark.anyio

@@ -1,6 +1,7 @@
 """The fault tools themselves: a test on a wire that does nothing would prove nothing."""
 
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -117,3 +118,27 @@ def test_a_wire_that_refuses_resets_new_connections(wire: Wire, end: socket.sock
     host, port = wire.url.removeprefix("tcp://").split(":")
     with pytest.raises(ConnectionResetError), socket.create_connection((host, int(port)), timeout=10) as other:
         other.recv(1)
+
+
+def test_a_stranded_connection_is_held_for_good_and_a_new_one_is_not(wire: Wire, end: socket.socket) -> None:
+    wire.strand()
+    end.sendall(b"held")
+    assert hears_nothing(end)
+    host, port = wire.url.removeprefix("tcp://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as other:
+        assert says(other, b"hello") == b"hello"
+    reset_by(end)
+    wait_until(lambda: wire.connections == 1)  # the server of the stranded one has heard of nothing
+
+
+def test_clients_can_be_reset_without_the_server_knowing(wire: Wire, end: socket.socket) -> None:
+    wire.reset_clients()
+    with pytest.raises(ConnectionResetError):
+        end.recv(1)
+    time.sleep(PATIENCE_S)
+    assert wire.connections == 1
+
+
+def reset_by(end: socket.socket) -> None:
+    end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    end.close()

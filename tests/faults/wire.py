@@ -64,6 +64,16 @@ class Wire:
         self._up.open.clear()
         self._down.open.clear()
 
+    def strand(self) -> None:
+        """The connections of this moment fall silent both ways for good, and nobody is told; new ones are passed on."""
+
+        def strand() -> None:
+            self._up.open.clear()
+            self._down.open.clear()
+            self._up, self._down = Direction(), Direction()
+
+        self._do(strand)
+
     def drop_after(self, number_of_bytes: int) -> None:
         """Clients may say so many bytes more, all together; then their connections are reset."""
         self._up.bytes_left = number_of_bytes
@@ -84,6 +94,17 @@ class Wire:
     def reset(self) -> None:
         """RST to both ends of every connection of this moment."""
         self._do_to_each(_Pair.reset)
+
+    def reset_clients(self) -> None:
+        """RST to the clients of this moment; the server is not told."""
+
+        def reset_clients() -> None:
+            self._up.open.clear()
+            self._up = Direction()
+            for pair in list(self._pairs):
+                pair.reset_client()
+
+        self._do(reset_clients)
 
     def finish(self) -> None:
         """FIN to both ends of every connection of this moment."""
@@ -187,6 +208,7 @@ class Direction:
                 if not data:
                     await delivering
         except OSError:
+            await self.open.wait()  # what is held, is held back from the other side too
             end()
         except RuntimeError:
             pass  # the half that was closed: what is still said there is lost
@@ -205,6 +227,9 @@ class _Pair:
         for writer in self._writers:
             reset(writer)
         self.ended.set()
+
+    def reset_client(self) -> None:
+        reset(self._writers[0])
 
     def finish(self) -> None:
         for writer in self._writers:
