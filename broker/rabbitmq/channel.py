@@ -1,42 +1,43 @@
-"""An aiormq channel whose writes of one loop turn go out as one, and whose confirms are tracked rather than awaited.
+"""A channel whose writes of one loop turn go out as one, and whose confirms are tracked rather than awaited.
 
-aiormq writes each message and each ack by itself and makes a task for each delivery, which costs more than all the rest
-of a request. This class keeps aiormq's connection, reader and flow, and takes over three of the channel's handlers, one
-item on the write queue per turn, and the count of delivery tags. Those are private names: aiormq is pinned, and
-`tests/broker/test_channel.py` fails when one of them moves.
+aiormq opens and closes the channel; its hot frames come from and go to the transport directly (`hot_frames.py`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import struct
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 from aiormq.abc import ChannelFrame
 from aiormq.channel import Channel
-from pamqp import commands
+from pamqp.commands import Basic
 from pamqp.frame import marshal
 
 from ..errors import BrokerUnavailable, MQServeError, NotRouted, Overloaded
 from ..queue import Settled
+from .hot_frames import HotProtocol, pack_ack, pack_publish, pack_requeue
 from .refusals import broker_refusal
 
-_FRAME_END = b"\xce"
 _FULL_QUEUE_RETRY_S = 0.001
+_WRITE_BYTES = 128 * 1024  # more is several writes, each only while the transport takes bytes
 _KEPT_FRAMES = 100
 _Message = tuple[str, str, str]  # exchange, routing key, message id
 _NO_MESSAGE: _Message = ("", "", "")
 
 
 class JoinedChannel:
-    """Owns the hot path of one channel; whoever opened the channel closes it."""
+    """Owns one channel that aiormq opened, until it is closed or its connection ends."""
 
-    def __init__(self, channel: Channel, on_delivery: Callable[[commands.Basic.Deliver, Any, bytes], None] | None = None) -> None:
+    def __init__(
+        self, channel: Channel, hot: HotProtocol, on_delivery: Callable[[int, bool, Basic.Properties, bytes], None] | None = None
+    ) -> None:
         self._channel = channel
+        self._hot = hot
         self._on_delivery = on_delivery
         self._loop = asyncio.get_running_loop()
-        self._out: list[bytes] = []
+        self._out: deque[bytes] = deque()  # each one a whole group of frames
         self._flushing = False
         # Publishing: our tag -> (the message, whom to tell); a return names no tag, so the message is told by where it was sent
         self._next_tag = 1
@@ -44,15 +45,15 @@ class JoinedChannel:
         self._confirmed_at = 0.0  # the last confirm, or the first publish since all were confirmed; in the loop's time
         self._returned: list[_Message] = []
         self._publish_frames: dict[tuple[str, str], bytes] = {}  # by exchange and routing key
+        self._step = channel.max_content_size if channel.max_content_size > 0 else 2**31  # a broker may set no limit
         # Consuming: the broker's tags in order of delivery, and those whose ack is due
         self._held: dict[int, None] = {}
         self._finished: set[int] = set()
-        channel._on_confirm_frame = self._on_confirm  # type: ignore[method-assign,assignment]
-        channel._on_return_frame = self._on_return  # type: ignore[method-assign]
-        channel._on_deliver_frame = self._on_deliver  # type: ignore[method-assign]
+        self._has_ended = False  # we closed it
         self._refusal = ""  # why the broker closed it, where that was a right we lack
         self._closed = channel.closing
         self._closed.add_done_callback(self._fail_unconfirmed)
+        hot.frames.channels[channel.number] = self
 
     def __repr__(self) -> str:
         return f"<JoinedChannel {self._channel.number}, {len(self._unconfirmed)} unconfirmed, {len(self._held)} held>"
@@ -83,6 +84,15 @@ class JoinedChannel:
     async def wait_closed(self) -> None:
         await asyncio.wait([self._closed])
 
+    async def close(self) -> None:
+        """Sends what is due, although the transport may be full, and closes the channel. Deliveries that still arrive are dropped, since
+        RabbitMQ delivers them again."""
+        self._on_delivery = None
+        while self._is_on_the_wire and (self._out or self._finished):
+            await self._channel.write_queue.put(ChannelFrame(payload=self._next_write(), should_close=False))
+        self._has_ended = True
+        await self._channel.close()
+
     def publish(self, exchange: str, routing_key: str, properties: bytes, body: bytes, message_id: str, settled: Settled) -> None:
         """Joins this turn's write; `properties` is the packed flags and list of the content header."""
         if not self.is_open:
@@ -91,17 +101,13 @@ class JoinedChannel:
             self._confirmed_at = self._loop.time()
         self._unconfirmed[self._next_tag] = ((exchange, routing_key, message_id), settled)
         self._next_tag += 1
-        number = self._channel.number
-        self._out.append(self._publish_frames.get((exchange, routing_key)) or self._publish_frame(exchange, routing_key))
-        self._out.append(_frame(2, number, struct.pack(">HHQ", 60, 0, len(body)) + properties))
-        step = self._channel.max_content_size
-        for start in range(0, len(body), step):
-            self._out.append(_frame(3, number, body[start : start + step]))
+        method = self._publish_frames.get((exchange, routing_key)) or self._publish_frame(exchange, routing_key)
+        self._out.append(pack_publish(method, self._channel.number, properties, body, self._step))
         self._flush_soon()
 
     def _publish_frame(self, exchange: str, routing_key: str) -> bytes:
         """The method frame is the same for every message to one backend; replies to strangers' queues are not kept."""
-        method = commands.Basic.Publish(exchange=exchange, routing_key=routing_key, mandatory=bool(exchange))
+        method = Basic.Publish(exchange=exchange, routing_key=routing_key, mandatory=bool(exchange))
         frame = marshal(method, self._channel.number)
         if exchange:
             if len(self._publish_frames) >= _KEPT_FRAMES:  # backends come and go
@@ -116,7 +122,7 @@ class JoinedChannel:
 
     def requeue(self, tag: int) -> None:
         if self._held.pop(tag, tag) is None:
-            self._out.append(marshal(commands.Basic.Nack(delivery_tag=tag, requeue=True), self._channel.number))
+            self._out.append(pack_requeue(self._channel.number, tag))
             self._flush_soon()
 
     def _flush_soon(self) -> None:
@@ -125,18 +131,37 @@ class JoinedChannel:
             self._loop.call_soon(self._flush)
 
     def _flush(self) -> None:
-        if not self.is_open:
-            self._out.clear()
-            return
-        if self._channel.write_queue.full():
-            self._loop.call_later(_FULL_QUEUE_RETRY_S, self._flush)
-            return
+        """Writes what is due, in whole groups of frames: to the transport, or behind what aiormq has not written yet. While the transport
+        is full, `on_writable` calls this again."""
         self._flushing = False
-        if self._finished:
-            self._out.extend(self._acks())
-        payload = b"".join(self._out)
-        self._out.clear()
-        self._channel.write_queue.put_nowait(ChannelFrame(payload=payload, should_close=False))
+        if not self._is_on_the_wire:
+            return self._out.clear()
+        queue = self._channel.write_queue
+        while (self._out or self._finished) and not self._hot.is_paused:
+            if queue.full():
+                self._flushing = True
+                self._loop.call_later(_FULL_QUEUE_RETRY_S, self._flush)
+                return
+            payload = self._next_write()
+            if queue.empty():
+                self._hot.write(payload)
+            else:
+                queue.put_nowait(ChannelFrame(payload=payload, should_close=False))
+
+    @property
+    def _is_on_the_wire(self) -> bool:
+        """Whether frames of this channel may be sent: RabbitMQ ends a connection that sends one on a closed channel. aiormq counts it
+        as open until that is confirmed."""
+        return not self._has_ended and self.is_open and self._hot.frames.channels.get(self._channel.number) is self
+
+    def _next_write(self) -> bytes:
+        size, groups = 0, []
+        while self._out and size < _WRITE_BYTES:
+            groups.append(self._out.popleft())
+            size += len(groups[-1])
+        if self._finished and not self._out:
+            groups += self._acks()
+        return groups[0] if len(groups) == 1 else b"".join(groups)
 
     def _acks(self) -> list[bytes]:
         """The finished head of the line as one ack of many, each later one by itself: never past an unfinished tag."""
@@ -150,41 +175,41 @@ class JoinedChannel:
         for tag in self._finished:
             del self._held[tag]
         self._finished.clear()
-        return [marshal(commands.Basic.Ack(delivery_tag=tag, multiple=many), self._channel.number) for tag, many in due]
+        return [pack_ack(self._channel.number, tag, multiple=many) for tag, many in due]
 
-    async def _on_deliver(self, frame: commands.Basic.Deliver) -> None:
-        header = await self._channel._Channel__get_content_header()  # type: ignore[attr-defined]
-        message = await self._channel._read_content(frame, header)
-        if self._on_delivery is not None and frame.delivery_tag is not None:
-            self._held[frame.delivery_tag] = None
-            self._on_delivery(frame, header.properties, message.body)
+    def on_writable(self) -> None:
+        self._flush_soon()
 
-    async def _on_return(self, frame: commands.Basic.Return) -> None:
-        header = await self._channel._Channel__get_content_header()  # type: ignore[attr-defined]
-        await self._channel._read_content(frame, header)
-        message = (frame.exchange or "", frame.routing_key or "", header.properties.message_id or "")
+    def on_delivery(self, tag: int, redelivered: bool, properties: Basic.Properties, body: bytes) -> None:
+        if self._on_delivery is not None:
+            self._held[tag] = None
+            self._on_delivery(tag, redelivered, properties, body)
+
+    def on_return(self, returned: Basic.Return, properties: Basic.Properties) -> None:
+        message = (returned.exchange or "", returned.routing_key or "", properties.message_id or "")
         self._returned.append(message)  # its confirm follows, and settles it
 
-    async def _on_confirm(self, frame: commands.Basic.Ack | commands.Basic.Nack) -> None:
-        refused = isinstance(frame, commands.Basic.Nack)
+    def on_confirm(self, tag: int, *, multiple: bool, refused: bool) -> None:
         self._confirmed_at = self._loop.time()
-        tag = frame.delivery_tag or 0
-        tags = [tag]
-        if frame.multiple:
-            tags = []
-            for waiting in self._unconfirmed:
-                if waiting > tag:
-                    break
-                tags.append(waiting)
+        if not multiple:
+            return self._settle(tag, refused)
+        tags = []
+        for waiting in self._unconfirmed:
+            if waiting > tag:
+                break
+            tags.append(waiting)
         for confirmed in tags:
-            message, settled = self._unconfirmed.pop(confirmed, (_NO_MESSAGE, _nobody))
-            error: MQServeError | None = None
-            if refused:
-                error = Overloaded("the backend's queue is full (max_queued_requests): try again later")
-            elif self._returned and message in self._returned:
-                self._returned.remove(message)
-                error = NotRouted("no queue is bound to that backend: is it deployed?")
-            settled(error)
+            self._settle(confirmed, refused)
+
+    def _settle(self, tag: int, refused: bool) -> None:
+        message, settled = self._unconfirmed.pop(tag, (_NO_MESSAGE, _nobody))
+        error: MQServeError | None = None
+        if refused:
+            error = Overloaded("the backend's queue is full (max_queued_requests): try again later")
+        elif self._returned and message in self._returned:
+            self._returned.remove(message)
+            error = NotRouted("no queue is bound to that backend: is it deployed?")
+        settled(error)
 
     def _fail_unconfirmed(self, closed: asyncio.Future[Any]) -> None:
         unconfirmed, self._unconfirmed = self._unconfirmed, {}
@@ -197,7 +222,3 @@ class JoinedChannel:
 
 def _nobody(error: MQServeError | None) -> None:
     pass
-
-
-def _frame(kind: int, channel: int, payload: bytes) -> bytes:
-    return struct.pack(">BHI", kind, channel, len(payload)) + payload + _FRAME_END

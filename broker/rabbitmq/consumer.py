@@ -7,7 +7,6 @@ import logging
 from collections.abc import Callable
 from contextlib import suppress
 
-from aio_pika.abc import AbstractConnection
 from aiormq.channel import Channel
 from pamqp.commands import Basic
 
@@ -18,7 +17,7 @@ from ..process.stopping import first_of
 from ..queue import Delivery
 from ..values.header_seals import BackendSeals
 from .channel import JoinedChannel
-from .connection import LONGEST_PAUSE_S, OPERATION_BUDGET_S, Link, open_channel, really_cancelled
+from .connection import LONGEST_PAUSE_S, OPERATION_BUDGET_S, Link, RabbitConnection, really_cancelled
 from .refusals import broker_refusal
 
 logger = logging.getLogger(__name__)
@@ -32,12 +31,12 @@ class RabbitDelivery:
     __slots__ = ("_channel", "_seals", "_tag", "body", "properties", "redelivered")
 
     def __init__(
-        self, channel: JoinedChannel, frame: Basic.Deliver, properties: Basic.Properties, body: bytes, seals: BackendSeals | None
+        self, channel: JoinedChannel, tag: int, redelivered: bool, properties: Basic.Properties, body: bytes, seals: BackendSeals | None
     ) -> None:
         self._channel = channel
         self._seals = seals
-        self._tag = frame.delivery_tag or 0
-        self.redelivered = bool(frame.redelivered)
+        self._tag = tag
+        self.redelivered = redelivered
         self.properties = properties
         self.body = body
 
@@ -124,10 +123,10 @@ class RabbitConsumption:
             if not self.cancelled:
                 await asyncio.sleep(next(pauses))
 
-    async def _consume(self, connection: AbstractConnection) -> None:
+    async def _consume(self, connection: RabbitConnection) -> None:
         """Consumes until the channel is lost or, after `cancel`, until every delivery in hand is settled."""
-        raw = await open_channel(connection, confirms=False)
-        channel = self._channel = JoinedChannel(raw, self._hand_over)
+        raw = await connection.open_channel(confirms=False)
+        channel = self._channel = JoinedChannel(raw, connection.hot, self._hand_over)
         lost = asyncio.Event()
         raw.on_consumer_cancel_callbacks.add(lambda _: lost.set())
         closing = asyncio.create_task(channel.wait_closed())
@@ -151,14 +150,13 @@ class RabbitConsumption:
                 self._consuming.clear()
                 while channel.held and not lost.is_set():
                     await asyncio.sleep(0.01)
-                await asyncio.sleep(0)  # the last acks leave at the end of this loop turn
         finally:
             closing.cancel()
             with suppress(Exception, asyncio.CancelledError):
                 async with asyncio.timeout(1):
-                    await raw.close()
+                    await channel.close()
 
-    async def _watch(self, connection: AbstractConnection, raw: Channel, lost: asyncio.Event) -> None:
+    async def _watch(self, connection: RabbitConnection, raw: Channel, lost: asyncio.Event) -> None:
         """Returns when the prefetch changes or the channel is lost. It pings the broker meanwhile: heartbeats would notice a hanging one
         only after half a minute."""
         while not self._changed.is_set() and not lost.is_set():
@@ -171,10 +169,10 @@ class RabbitConsumption:
                 self._link.abandon(connection)
                 raise BrokerUnavailable(f"RabbitMQ did not answer within {OPERATION_BUDGET_S:g} s") from None
 
-    def _hand_over(self, frame: Basic.Deliver, properties: Basic.Properties, body: bytes) -> None:
+    def _hand_over(self, tag: int, redelivered: bool, properties: Basic.Properties, body: bytes) -> None:
         assert self._channel is not None
-        self._on_delivery(RabbitDelivery(self._channel, frame, properties, body, self._seals))
+        self._on_delivery(RabbitDelivery(self._channel, tag, redelivered, properties, body, self._seals))
 
 
 async def _unused_callback(message: object) -> None:
-    """aiormq requires a callback, but `JoinedChannel` takes every delivery before this is called."""
+    """aiormq requires a callback, but no delivery reaches it (`hot_frames.py`)."""

@@ -13,7 +13,7 @@ from pamqp.commands import Basic
 
 from ..dead_letters import DeadLetter
 from ..errors import BrokerUnavailable, UnknownBackend, words_of
-from .connection import OPERATION_BUDGET_S, Link, open_channel, really_cancelled
+from .connection import OPERATION_BUDGET_S, Link, really_cancelled
 from .refusals import broker_refusal
 
 _FIRST_BUDGET_S = 5.0  # another consumer may hold all letters
@@ -23,7 +23,7 @@ _FAILURES = (aiormq.exceptions.AMQPError, aiormq.exceptions.ChannelInvalidStateE
 @asynccontextmanager
 async def open_dead_letters(link: Link, queue: str, backend: str, at_most: int | None) -> AsyncIterator[RabbitDeadLetters]:
     try:
-        channel = await open_channel(await link.up(), confirms=False)
+        channel = await (await link.up()).open_channel(confirms=False)
         try:
             letters = RabbitDeadLetters(channel, queue, backend, at_most)
             await letters.begin()

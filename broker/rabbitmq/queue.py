@@ -16,7 +16,6 @@ from functools import partial
 from typing import Any, TypeVar
 
 import aiormq
-from aio_pika.abc import AbstractConnection
 
 from .. import queue_names
 from ..backoff import delays
@@ -26,7 +25,7 @@ from ..errors import BrokerUnavailable, words_of
 from ..queue import Delivery, Settled, fate_of
 from ..values.header_seals import HeaderSeals
 from .channel import JoinedChannel
-from .connection import CONNECT_BUDGET_S, LONGEST_PAUSE_S, OPERATION_BUDGET_S, Link, has_alarm, open_channel, really_cancelled, user_of
+from .connection import CONNECT_BUDGET_S, LONGEST_PAUSE_S, OPERATION_BUDGET_S, Link, RabbitConnection, really_cancelled, user_of
 from .consumer import RabbitConsumption, RabbitDelivery
 from .dead_letters import RabbitDeadLetters, open_dead_letters
 from .topology import RabbitTopology
@@ -191,8 +190,8 @@ class RabbitQueue:
                 logger.warning("cannot publish (%s); trying again", self.why_down)
                 continue
             try:
-                raw = await open_channel(connection, confirms=True)
-                channel = JoinedChannel(raw)
+                raw = await connection.open_channel(confirms=True)
+                channel = JoinedChannel(raw, connection.hot)
                 await self._probe(raw, channel)
                 await self._probe(raw, channel)  # twice: with an alarm, the broker still reads the first message of a connection
                 self._channel, self.why_down, self._has_alarm = channel, "", False
@@ -205,11 +204,11 @@ class RabbitQueue:
                 self.why_down = words_of(error)
                 logger.warning("cannot publish (%s); trying again", self.why_down)
                 if isinstance(error, TimeoutError):
-                    self._has_alarm = has_alarm(connection)
+                    self._has_alarm = connection.has_alarm
                     self._publishing.abandon(connection)
             await asyncio.sleep(next(pauses))
 
-    async def _watch(self, connection: AbstractConnection, raw: aiormq.channel.Channel, channel: JoinedChannel) -> None:
+    async def _watch(self, connection: RabbitConnection, raw: aiormq.channel.Channel, channel: JoinedChannel) -> None:
         """Returns when the channel is lost. If the broker confirms nothing any more (it hangs, or has an alarm), it fails the publishes
         that wait for a confirm, and raises BrokerUnavailable."""
         closed = asyncio.create_task(channel.wait_closed())
@@ -223,7 +222,7 @@ class RabbitQueue:
         except TimeoutError:
             self._channel = None
             self._down_since = time.monotonic() - STALLED_AFTER_S
-            self._has_alarm = has_alarm(connection)
+            self._has_alarm = connection.has_alarm
             self._publishing.abandon(connection)
             channel.give_up()
             why = f": {_ALARM}" if self._has_alarm else ""

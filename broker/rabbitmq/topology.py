@@ -12,7 +12,7 @@ from aiormq.channel import Channel
 
 from .. import queue_names
 from ..errors import BrokerUnavailable, MQServeError, QueueMismatch, words_of
-from .connection import OPERATION_BUDGET_S, Link, open_channel, really_cancelled
+from .connection import OPERATION_BUDGET_S, Link, really_cancelled
 from .refusals import broker_refusal
 
 T = TypeVar("T")
@@ -119,14 +119,11 @@ class RabbitTopology:
 
     async def _on_own_channel(self, act: Callable[[Channel], Awaitable[T]]) -> T:
         """Runs `act` on a channel of its own, since any failed operation closes its channel. Raises BrokerUnavailable whatever form
-        RabbitMQ's silence takes.
-
-        The channel is aiormq's: aio-pika's connection keeps a callback (3.5 KiB) of each of its channels until it is closed itself.
-        """
+        RabbitMQ's silence takes."""
         try:
             connection = await self._link.up()
             async with asyncio.timeout(OPERATION_BUDGET_S):
-                channel = await open_channel(connection, confirms=False)
+                channel = await connection.open_channel(confirms=False)
                 try:
                     return await act(channel)
                 finally:

@@ -20,10 +20,11 @@ from .own_properties import read_ours
 
 def install() -> None:
     """Makes pamqp read header frames this way, on all connections of this process."""
-    frame._unmarshal_header_frame = _read_header_frame
+    frame._unmarshal_header_frame = read_header
 
 
-def _read_header_frame(frame_data: bytes) -> ContentHeader:
+def read_header(frame_data: bytes) -> ContentHeader:
+    """Reads the payload of a content header's frame. Properties that cannot be read are UnreadableProperties."""
     if (ours := read_ours(frame_data)) is not None:
         return ours
     try:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -15,13 +16,15 @@ import trustme
 
 from mqserve.broker.envelope import Envelope
 from mqserve.broker.errors import BrokerUnavailable, StoreUnavailable
+from mqserve.broker.process.loops import IoLoop
 from mqserve.broker.rabbitmq.queue import open_rabbitmq
 from mqserve.broker.redis.store import open_redis
 from mqserve.broker.settings import Settings
 from mqserve.broker.store import Record
 from mqserve.broker.store_keys import StoreKeys
-from tests.broker.traffic import until
+from tests.broker.traffic import AckingHands, publish, until
 from tests.conftest import running
+from tests.faults.wire import Wire
 from tests.instances import ROOT, SECRET_KEY, CommandLine
 from tests.servers import Certificates, PrivateRabbitMQ, PrivateRedis
 
@@ -79,6 +82,49 @@ async def test_the_authority_may_be_one_setting(servers: Servers, namespace: str
 async def test_the_authority_may_stand_in_each_url(servers: Servers, namespace: str) -> None:
     settings = servers.settings(f"?cafile={servers.authority}", f"?ssl_ca_certs={servers.authority}", MQSERVE_CA_FILE=__file__)
     assert await works(settings, namespace)
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, IoLoop])
+def test_messages_of_many_frames_and_many_messages_of_one_turn_arrive_over_tls(
+    servers: Servers, namespace: str, new_loop: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    async def main() -> None:
+        async with open_rabbitmq(servers.settings(MQSERVE_CA_FILE=servers.authority).broker_url, namespace, "test") as queue:
+            await queue.declare("b", 1, None)
+            hands = AckingHands()
+            await queue.consume("b", 1, 100, hands)
+            bodies = ["x" * size for size in (0, 1, 3_000_000, 200_000)] + [str(number) for number in range(200)]
+            fates = [publish(queue, Envelope("", body.encode(), "text/plain")) for body in bodies]
+            assert await asyncio.gather(*fates) == [None] * len(bodies)
+            await until(lambda: len(hands.seen) == len(bodies))
+            assert hands.seen == bodies
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(main())
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, IoLoop])
+def test_an_end_over_tls_is_not_kept_waiting_by_a_broker_that_takes_nothing(
+    servers: Servers, namespace: str, new_loop: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    """Neither by what was not sent, nor by the goodbye of TLS."""
+
+    async def main(wire: Wire) -> None:
+        settings = Settings.read(
+            {"MQSERVE_BROKER_URL": wire.url, "MQSERVE_STORE_URL": servers.store_url, "MQSERVE_CA_FILE": servers.authority}
+        )
+        async with open_rabbitmq(settings.broker_url, namespace, "test") as queue:
+            await queue.declare("b", 1, None)
+            wire.blackhole()
+            fates = [publish(queue, Envelope("", b"x" * 1_000_000, "text/plain")) for _ in range(30)]
+            await asyncio.sleep(0.1)  # for the first of it to be on its way
+            begun = time.monotonic()
+        assert all(isinstance(fate, BrokerUnavailable) for fate in await asyncio.gather(*fates))
+        await until(lambda: not [task for task in asyncio.all_tasks() if "Connection.__" in repr(task.get_coro())])
+        assert time.monotonic() - begun < 20
+
+    with Wire(servers.broker_url) as wire, asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(main(wire))
 
 
 @pytest.mark.anyio

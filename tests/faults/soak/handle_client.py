@@ -28,8 +28,7 @@ _printing = threading.Lock()
 
 
 def main() -> None:
-    for name in ("aio_pika", "aiormq"):  # they log each lost connection as an error, with a traceback
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    logging.getLogger("aiormq").setLevel(logging.CRITICAL)  # it logs each lost connection as an error, with a traceback
     client = serve.connect()
     tally = Tally(Path(sys.argv[1]))
     with ThreadPoolExecutor() as threads:
