@@ -89,6 +89,16 @@ def problem(
     return status, found, msgspec.json.encode(body)
 
 
+def with_length(reply: Reply, *, to_head: bool) -> Reply:
+    """Returns the reply as it is sent: with a content-length where there may be one, and without the body for a HEAD request."""
+    status, headers, body = reply
+    if status in (204, 304):
+        return status, headers, b""
+    if not (to_head and any(name == b"content-length" for name, _ in headers)):
+        headers.append((b"content-length", b"%d" % len(body)))
+    return status, headers, b"" if to_head else body
+
+
 def _members(raw: bytes) -> Mapping[str, Any]:
     try:
         return msgspec.json.decode(raw, type=dict[str, Any])
