@@ -6,6 +6,7 @@ import logging
 import math
 import re
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from http.client import responses
 from typing import Any
 
@@ -41,7 +42,7 @@ def from_result(result: Result, request_id: str, *, debug: bool, to_head: bool =
     if result.error is not None:
         members = _members(result.error.members) if result.error.members else NO_MEMBERS
         return problem(result.status, _explain(result, debug=debug), request_id, headers=_safe(result), members=members)
-    headers = [(b"content-type", _content_type(result))] if result.content_type else []
+    headers = [(b"content-type", _content_type(result.content_type, result.backend))] if result.content_type else []
     if result.headers:
         headers += _safe(result)
         if to_head:
@@ -120,10 +121,11 @@ def _explain(result: Result, *, debug: bool) -> str:
     return result.error.message
 
 
-def _content_type(result: Result) -> bytes:
-    if _CONTENT_TYPE.fullmatch(result.content_type):
-        return result.content_type.encode("latin-1")
-    logger.warning("%s answered with a content type that HTTP cannot carry, %.100r: sent as bytes", result.backend, result.content_type)
+@lru_cache(maxsize=256)
+def _content_type(text: str, backend: str) -> bytes:
+    if _CONTENT_TYPE.fullmatch(text):
+        return text.encode("latin-1")
+    logger.warning("%s answered with a content type that HTTP cannot carry, %.100r: sent as bytes", backend, text)
     return b"application/octet-stream"
 
 

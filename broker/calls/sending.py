@@ -8,10 +8,9 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Container
-from dataclasses import replace
 from functools import partial
 
-import msgspec
+from msgspec.structs import replace
 
 from ..envelope import Envelope, Header, RequestHead, mint_id
 from ..errors import BrokerUnavailable, Cancelled, MQServeError, Overloaded, StoreUnavailable, TooLarge
@@ -230,7 +229,7 @@ class RequestSender:
         key = self._keys.body(envelope.id)
         try:
             await self._store.set(key, envelope.body, ttl_ms=timeout_ms + 60_000)
-            header = msgspec.structs.replace(envelope.header, ref=key)
+            header = replace(envelope.header, ref=key)
             publish(replace(envelope, body=b"", header=header))
         except MQServeError as error:
             self.pending.fail(envelope.id, error)
@@ -243,4 +242,4 @@ def _nobody_waits(error: MQServeError | None) -> None:
 
 
 def _again(header: Header) -> Header:
-    return msgspec.structs.replace(header, again=True)
+    return replace(header, again=True)
