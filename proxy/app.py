@@ -148,6 +148,8 @@ class ProxyApp:
     def _break_plain(self, call: PlainCall) -> None:
         """An exception that nobody foresaw must reach neither the parser nor the reader of results."""
         logger.exception("request %s ended in a bug in mqserve, please report it", call.id)
+        if call.response_complete:
+            return
         call.keep_alive = False
         call.connection.answer(call, problem(500, "the proxy failed on this request: see its log", call.id))
 

@@ -368,11 +368,11 @@ class EdgeProtocol(HttpToolsProtocol):
         if self._refusal and not self.pipeline:
             self._say_refusal()
             return
+        if self._flushing is None and (left := self.transport.get_write_buffer_size()):
+            self._flushing = self.loop.call_later(self.body_timeout_s, self._look_at_the_flush, left, self._answers)
         if self.transport.is_closing():
             return
         self.flow.resume_reading()
-        if self._flushing is None and (left := self.transport.get_write_buffer_size()):
-            self._flushing = self.loop.call_later(self.body_timeout_s, self._look_at_the_flush, left, self._answers)
         if self.pipeline:
             self._start_asgi_task(*self.pipeline.pop())
         elif self._phase is BODY and self.cycle.response_complete:

@@ -56,7 +56,6 @@ class PlainEdgeProtocol(EdgeProtocol):
 
     def answer(self, call: PlainCall, reply: Reply) -> None:
         """Writes the answer to a plain request in one piece, unless the client has gone."""
-        call.response_started = call.response_complete = True
         if call.disconnected:
             return
         status, headers, body = with_length(reply, to_head=call.method == "HEAD")
@@ -72,6 +71,7 @@ class PlainEdgeProtocol(EdgeProtocol):
         elif not keep_alive:
             lines.append(b"connection: close\r\n")
         lines.append(b"\r\n")
+        call.response_started = call.response_complete = True
         if len(body) <= JOINED_BYTES or self._half_closed is not None:
             lines.append(body)
             self.transport.write(b"".join(lines))

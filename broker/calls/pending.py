@@ -71,7 +71,8 @@ class PendingResults:
             if self._timer is not None:
                 self._timer.cancel()
             self._tasks.cancel()
-            for call in list(self._waiting.values()):
+            waiting, self._waiting = self._waiting, {}  # nothing else may end them now
+            for call in waiting.values():
                 call.abandoned()
             for future in self._strangers.values():
                 future.cancel()

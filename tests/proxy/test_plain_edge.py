@@ -208,9 +208,10 @@ class Impatient(PlainEdgeProtocol):
     body_timeout_s = 0.3
 
 
-async def test_a_client_that_does_not_take_its_answer_is_given_up() -> None:
+@pytest.mark.parametrize("last", [b"", b"Connection: close\r\n"], ids=["of-many", "the-last"])
+async def test_a_client_that_does_not_take_its_answer_is_given_up(last: bytes) -> None:
     async with serving(Impatient) as served, served.wire() as (_, writer):
-        writer.write(b"GET /e/x HTTP/1.1\r\nHost: x\r\n\r\n")
+        writer.write(b"GET /e/x HTTP/1.1\r\nHost: x\r\n" + last + b"\r\n")
         writer.transport.pause_reading()  # type: ignore[attr-defined]
         await served.site.answer(Result(body=bytes(2**25)))
         await until(lambda: not served.connections)
