@@ -111,7 +111,7 @@ class DeadLetter:
 
     def envelope(self, seals: BackendSeals | None = None) -> Envelope:
         """The envelope as a replica would read it. Raises BadEnvelope, which may be the reason why the message died."""
-        return replace(Envelope.from_amqp(self.properties, self.body, seals), user_id=self.sender)
+        return msgspec.structs.replace(Envelope.from_amqp(self.properties, self.body, seals), user_id=self.sender)
 
     def renewed(self, deadline_ms: int, seals: BackendSeals | None = None) -> DeadLetter:
         """Returns a copy to publish again: without an inbox, since nobody waits any more, with a new deadline, and with `again`, since it

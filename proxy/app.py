@@ -1,10 +1,11 @@
-"""The proxy as an ASGI app: match, publish, await the result, answer."""
+"""The proxy as an app: match, publish, wait for the result, answer. Requests come through ASGI, or plain (`calls.py`), without a task."""
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
 from ..broker.calls.sending import MAX_BODY_BYTES, RequestSender
@@ -12,13 +13,15 @@ from ..broker.envelope import MAX_HEAD_BYTES, RequestHead, is_minted, mint_id
 from ..broker.errors import BadValue, Cancelled, MQServeError, NoReplica, StoreUnavailable, TooLarge
 from ..broker.failures import name_of
 from ..broker.overload import HeldBytes
+from ..broker.results import Result
 from ..broker.values.codecs import is_plain
 from ..controller.state.documents import Desired
 from ..controller.state.traffic import choose
+from .calls import AsgiCall, HttpCall, PlainCall
 from .departures import Departures
 from .metrics import CONTENT_TYPE, ProxyMetrics
 from .readiness import DOWN_AFTER_MS
-from .responses import Reply, from_error, from_result, json_reply, problem
+from .responses import Reply, from_error, from_result, json_reply, problem, with_length
 from .routes import NotAllowed, RouteTable, Target
 from .system_routes import SystemPath, SystemPaths, forbidden
 
@@ -26,6 +29,10 @@ Scope = dict[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+Wish = tuple[str, Sequence[str], str, str, float]
+"""Backend, shadows, content type, method to call, seconds that the client allows."""
+
+logger = logging.getLogger(__name__)
 
 CALL_METHOD_HEADER = b"x-serve-call-method"
 SHARD_KEY_HEADER = b"x-serve-shard-key"
@@ -70,37 +77,102 @@ class ProxyApp:
         path: str = scope["path"]
         if path.startswith("/-/"):
             # Written otherwise (`/%2D/…`) it passes by a server in front that lets nobody at `/-/`.
-            reply = await self._system.answer(scope) if (scope["raw_path"] or b"").startswith(b"/-/") else _not_served(None, scope)
+            is_plain = (scope["raw_path"] or b"").startswith(b"/-/")
+            reply = await self._system.answer(scope) if is_plain else _not_served(None, AsgiCall(scope))
         else:
-            target = self.routes.match(scope)
-            if isinstance(target, Target):
-                reply = await self._count(target, scope, receive)
-            else:
-                reply = _not_served(target, scope)
-        status, headers, body = reply
-        if status not in (204, 304) and not (scope["method"] == "HEAD" and any(name == b"content-length" for name, _ in headers)):
-            headers.append((b"content-length", str(len(body)).encode()))
+            reply = await self._serve(AsgiCall(scope), receive)
+        status, headers, body = with_length(reply, to_head=scope["method"] == "HEAD")
         await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
+        await send({"type": "http.response.body", "body": body})
 
-    async def _count(self, target: Target, scope: Scope, receive: Receive) -> Reply:
-        """Serves, and measures it."""
-        began = time.monotonic()
-        reply = await self._serve(target, scope, receive)
-        self._metrics.route(target.pattern).answered(reply[0], (time.monotonic() - began) * 1000)
+    async def _serve(self, call: AsgiCall, receive: Receive) -> Reply:
+        routes = self.routes  # one version for the whole request, whatever changes while its body comes in
+        target = routes.match(call.path, call.method)
+        if not isinstance(target, Target):
+            return _not_served(target, call)
+        call.target = target
+        try:
+            wish = self._admit(call)
+            body = await _read_body(receive, self._sender.held)
+            self._send(call, wish, body, routes)
+            del body  # it is the queue's now: what waits for an answer holds none
+            self.departures.expect(call.id, receive)
+            try:
+                reply = self._reply_to(call, await call.future)
+            finally:
+                self.departures.forget(call.id)
+                self._metrics.waiting[call.backend, target.endpoint.name] -= 1
+        except MQServeError as error:
+            reply = self._reply_to(call, error)
+        self._count(call, reply)
         return reply
 
-    async def _serve(self, target: Target, scope: Scope, receive: Receive) -> Reply:
-        request_id = ""
-        routes = self.routes  # one version for the whole request, whatever changes while its body comes in
+    # Plain requests: the same without a task, and with no await.
+
+    def begin_plain(self, call: PlainCall, body: bytes) -> None:
+        """Serves a plain request. `call.connection` gets its answer, now or later."""
         try:
-            _check_head(scope)
-            content_type, call, shard_key, timeout_s = _read_headers(scope["headers"])
-            backend, shadows = choose(target.endpoint, shard_key)
-            self._check_up(backend)
-            body = await _read_body(scope, receive, self._sender.held)
-            meta = _meta(scope, target, call)
-            ticket = self._sender.send(
+            routes = self.routes
+            target = routes.match(call.path, call.method)
+            if not isinstance(target, Target):
+                return call.connection.answer(call, _not_served(target, call))
+            call.target = target
+            try:
+                self._send(call, self._admit(call), body, routes)
+            except MQServeError as error:
+                self._answer_plain(call, self._reply_to(call, error))
+        except Exception:
+            self._break_plain(call)
+
+    def end_plain(self, call: PlainCall, end: Result | MQServeError) -> None:
+        """Answers a request that was sent."""
+        try:
+            self._metrics.waiting[call.backend, call.target.endpoint.name] -= 1
+            self._answer_plain(call, self._reply_to(call, end))
+        except Exception:
+            self._break_plain(call)
+
+    def abandon_plain(self, call: PlainCall) -> None:
+        """Answers a request whose result this process will not read, because it ends."""
+        call.keep_alive = False
+        self._answer_plain(call, problem(503, "this proxy ended before the request was answered: send it again", call.id, retry_after_s=1))
+
+    def leave_plain(self, call: PlainCall) -> None:
+        """The client has gone before its answer."""
+        self._sender.cancel(call.id)
+
+    def _answer_plain(self, call: PlainCall, reply: Reply) -> None:
+        self._count(call, reply)
+        call.connection.answer(call, reply)
+
+    def _break_plain(self, call: PlainCall) -> None:
+        """An exception that nobody foresaw must reach neither the parser nor the reader of results."""
+        logger.exception("request %s ended in a bug in mqserve, please report it", call.id)
+        if call.response_complete:
+            return
+        call.keep_alive = False
+        call.connection.answer(call, problem(500, "the proxy failed on this request: see its log", call.id))
+
+    # What both do.
+
+    def _admit(self, call: HttpCall) -> Wish:
+        """Returns what the request asks for. Raises MQServeError if it cannot be sent, before its body is read."""
+        if call.head_bytes > MAX_HEAD_BYTES:  # an AMQP content header must fit one frame, and a larger one kills the whole connection
+            size = f"{call.head_bytes} bytes and the limit is {MAX_HEAD_BYTES}"
+            raise TooLarge(f"the request line and headers take {size}: send less, or send it in the body", status=431)
+        content_type, method, shard_key, timeout_s = _read_headers(call.headers)
+        backend, shadows = choose(call.target.endpoint, shard_key)
+        self._check_up(backend)
+        return backend, shadows, content_type, method, timeout_s
+
+    def _send(self, call: HttpCall, wish: Wish, body: bytes, routes: RouteTable) -> None:
+        """Raises MQServeError if the request was not sent; otherwise it counts as waiting until its end."""
+        backend, shadows, content_type, method, timeout_s = wish
+        meta, endpoint = _meta(call, method), call.target.endpoint.name
+        self._metrics.waiting[backend, endpoint] += 1  # before it is sent, since it may end at once
+        try:
+            self._sender.start(
+                call,
                 backend,
                 body,
                 content_type,
@@ -109,21 +181,20 @@ class ProxyApp:
                 timeout_s=min(timeout_s, routes.timeouts_s[backend]),
                 at_most_once=backend in routes.at_most_once,
             )
-            request_id = ticket.id
-            self._metrics.sent[target.endpoint.name] += 1
-            for shadow in shadows:
-                self._sender.send_shadow(shadow, body, content_type, meta, origin="http", timeout_s=routes.timeouts_s[shadow])
-            del body  # it is the queue's now: what waits for an answer holds none
-            waiting = (backend, target.endpoint.name)
-            self._metrics.waiting[waiting] += 1
-            self.departures.expect(request_id, receive)
-            try:
-                return from_result(await ticket.future, request_id, debug=self._debug, to_head=scope["method"] == "HEAD")
-            finally:
-                self.departures.forget(request_id)
-                self._metrics.waiting[waiting] -= 1
-        except MQServeError as error:
-            return from_error(error, request_id or mint_id(), debug=self._debug)
+        except MQServeError:
+            self._metrics.waiting[backend, endpoint] -= 1
+            raise
+        self._metrics.sent[endpoint] += 1
+        for shadow in shadows:
+            self._sender.send_shadow(shadow, body, content_type, meta, origin="http", timeout_s=routes.timeouts_s[shadow])
+
+    def _reply_to(self, call: HttpCall, end: Result | MQServeError) -> Reply:
+        if isinstance(end, MQServeError):
+            return from_error(end, call.id, debug=self._debug)
+        return from_result(end, call.id, debug=self._debug, to_head=call.method == "HEAD")
+
+    def _count(self, call: HttpCall, reply: Reply) -> None:
+        self._metrics.route(call.target.pattern).answered(reply[0], (time.monotonic() - call.began) * 1000)
 
     def _check_up(self, backend: str) -> None:
         """Whether waiting is of any use: a backend that only restarts is worth it, one without any replica for so long is not."""
@@ -163,29 +234,16 @@ class ProxyApp:
         return 200, [(b"content-type", CONTENT_TYPE)], self._metrics.exposition()
 
 
-def _not_served(refused: NotAllowed | None, scope: Scope) -> Reply:
+def _not_served(refused: NotAllowed | None, call: HttpCall) -> Reply:
     if refused is None:
-        host = _host(scope)
-        detail = f"Path {scope['path']} not found. Please ping http://{host}/-/routes for routing table."
-        return problem(404, detail, mint_id())
+        detail = f"Path {call.path} not found. Please ping http://{_host(call)}/-/routes for routing table."
+        return problem(404, detail, call.id)
     methods = list(refused.methods)
-    detail = f"Methods {scope['method']} not allowed. Available HTTP methods are {methods}."
-    return problem(405, detail, mint_id(), headers=((b"allow", ", ".join(methods).encode()),))
+    detail = f"Methods {call.method} not allowed. Available HTTP methods are {methods}."
+    return problem(405, detail, call.id, headers=((b"allow", ", ".join(methods).encode()),))
 
 
-def _check_head(scope: Scope) -> None:
-    """Before anything is published: an AMQP content header must fit one frame, and a larger one kills the whole connection."""
-    size = (
-        len(scope["raw_path"] or b"") + len(scope["query_string"]) + sum([len(name) + len(value) + 4 for name, value in scope["headers"]])
-    )
-    if size > MAX_HEAD_BYTES:
-        raise TooLarge(
-            f"the request line and headers take {size} bytes and the limit is {MAX_HEAD_BYTES}: send less, or send it in the body",
-            status=431,
-        )
-
-
-async def _read_body(scope: Scope, receive: Receive, held: HeldBytes) -> bytes:
+async def _read_body(receive: Receive, held: HeldBytes) -> bytes:
     """What is read of it counts as held until it is whole; then its sending does."""
     message = await _next_part(receive)
     body: bytes = message.get("body", b"")
@@ -240,24 +298,22 @@ def _read_timeout(value: bytes) -> float:
     return timeout_s
 
 
-def _meta(scope: Scope, target: Target, call: str) -> RequestHead:
-    raw_path: bytes = scope["raw_path"] or b""
-    state: dict[str, Any] | None = scope.get("state")
-    travelling, lost = _travelling(state) if state else (None, None)
+def _meta(call: HttpCall, method: str) -> RequestHead:
+    travelling, lost = _travelling(call.state) if call.state else (None, None)
     return RequestHead(
-        method=scope["method"],
-        path=scope["path"],
-        raw_path=raw_path if b"%" in raw_path else b"",
-        query=scope["query_string"],
-        headers=tuple(scope["headers"]),
-        params=target.params,
-        route=target.pattern,
-        endpoint=target.endpoint.name,
-        call=call,
-        http_version=scope["http_version"],
-        scheme=scope["scheme"],
-        client=scope["client"],
-        server=scope["server"],
+        method=call.method,
+        path=call.path,
+        raw_path=call.raw_path if b"%" in call.raw_path else b"",
+        query=call.query,
+        headers=tuple(call.headers),
+        params=call.target.params,
+        route=call.target.pattern,
+        endpoint=call.target.endpoint.name,
+        call=method,
+        http_version=call.http_version,
+        scheme=call.scheme,
+        client=call.client,
+        server=call.server,
         state=travelling,
         lost_state=lost,
     )
@@ -277,8 +333,7 @@ def _is_plain(value: object) -> bool:
         return False
 
 
-def _host(scope: Scope) -> str:
-    for name, value in scope["headers"]:
-        if name == b"host":
-            return str(value.decode("latin-1"))[:255]
-    return "{}:{}".format(*scope["server"]) if scope["server"] else "..."
+def _host(call: HttpCall) -> str:
+    if host := call.header(b"host"):
+        return host.decode("latin-1")[:255]
+    return "{}:{}".format(*call.server) if call.server else "..."

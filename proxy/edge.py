@@ -19,6 +19,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from ..broker.calls.sending import MAX_BODY_BYTES
 from ..broker.envelope import MAX_HEAD_BYTES, mint_id
 from ..broker.process.printable import printable
+from .forwarded import NAMES, forwarders
 from .half_close import HalfClosed
 from .responses import HOP_BY_HOP, problem
 
@@ -31,10 +32,10 @@ MAX_HEADERS = 200
 MAX_PIPELINED = 16  # requests that wait behind the one being answered: one read can bring thousands, each far larger here than there
 MAX_LOOSE_BYTES = MAX_HEAD_BYTES + 4096  # the app, which tells the exact size, refuses first where it can
 
-_NOTHING, _HEAD, _BODY = range(3)  # what of a request has been begun; an Enum's members take longer to look up, five times a request
+NOTHING, HEAD, BODY = range(3)  # what of a request has been begun; an Enum's members take longer to look up, five times a request
 
 _OURS = b"x-mqserve-"  # inside the instance only: nobody may send them in
-_WATCHED = HOP_BY_HOP | {b"host", b"content-length", b"expect"}
+_WATCHED = HOP_BY_HOP | NAMES | {b"host", b"content-length", b"expect"}
 _HOST = re.compile(rb"[\w.~%!$&'()*+,;=:\[\]-]*", re.ASCII)
 _ABSOLUTE = re.compile(rb"https?://([^/?#]*)(/[^#]*)?", re.IGNORECASE)
 # What rights depend on (a client must not have a header removed that a server in front has set), and where the request ends.
@@ -62,12 +63,13 @@ class EdgeProtocol(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._phase = _NOTHING
+        self._phase = NOTHING
         self._advanced = False  # whether the last bytes brought a whole head, some body or an end
         self._loose_bytes = 0  # that came in since, and that the parser may have to keep
         self._due = 0.0  # loop time by which it must advance; 0 for never
         self._timer: TimerHandle | None = None  # set for `_due` or earlier, so that most requests need not touch it
         self._flushing: TimerHandle | None = None  # looks after an answer that the client does not take
+        self._answers = 0  # so far
         self._answering: RequestResponseCycle | None = None
         self._refusal = b""
         self._again = False
@@ -77,6 +79,8 @@ class EdgeProtocol(HttpToolsProtocol):
         self._read = b""  # what is being parsed; the head under way may stand in it, beside other bytes
         self._read_before: list[bytes] = []  # what came before of the head under way
         self._half_closed: HalfClosed | None = None  # set once the client has closed its side, if it is to be answered
+        self._forwarders = forwarders(self.config.forwarded_allow_ips)
+        self._is_forwarded = False  # whether a header says that a server in front forwarded the request
 
     def connection_made(self, transport: BaseTransport) -> None:
         super().connection_made(cast(Transport, transport))
@@ -96,7 +100,6 @@ class EdgeProtocol(HttpToolsProtocol):
         self.pipeline.clear()
 
     def data_received(self, data: bytes) -> None:
-        self._unset_keepalive_if_required()
         if self._refusal:
             return
         self._read = data
@@ -108,7 +111,7 @@ class EdgeProtocol(HttpToolsProtocol):
         else:
             self._watch(len(data))
         self._read = b""  # it may be large
-        if self._phase is _HEAD:
+        if self._phase is HEAD:
             self._read_before.append(data[-MAX_LOOSE_BYTES:])
         elif self._read_before:
             self._read_before.clear()
@@ -117,8 +120,8 @@ class EdgeProtocol(HttpToolsProtocol):
         """The client has closed its side. True keeps ours open, for answers to come; a request that is not complete is refused."""
         if self._refusal and self._due:
             return False  # the refusal was said, and this is the end that it lingers for
-        if not self._refusal and self._phase is not _NOTHING:
-            what = "body" if self._phase is _BODY else "head"
+        if not self._refusal and self._phase is not NOTHING:
+            what = "body" if self._phase is BODY else "head"
             self._refuse(Refused(400, f"the client closed its side before the {what} of its request was complete: send all of it first"))
         answering = self._answering
         if answering is None or answering.response_complete:
@@ -145,16 +148,18 @@ class EdgeProtocol(HttpToolsProtocol):
     # What the parser finds.
 
     def on_message_begin(self) -> None:
-        super().on_message_begin()
         if self._read_before:
             self._read_before.clear()
-        self._phase = _HEAD
+        self._phase = HEAD
+        self.url = b""
+        self.headers = []
+        self.expect_100_continue = False
         self._host = None
         self._connection = b""
-        self._chunked = False
+        self._chunked = self._is_forwarded = False
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._phase is _BODY:
+        if self._phase is BODY:
             return  # a trailer: whoever sends one late must not change what was checked
         name, value = name.lower(), value.rstrip(b" \t")
         if name in _WATCHED:
@@ -176,8 +181,8 @@ class EdgeProtocol(HttpToolsProtocol):
             return
         if len(self.pipeline) >= MAX_PIPELINED:
             raise Refused(429, f"{MAX_PIPELINED} requests of this connection wait for their answers already: read those, then send more")
-        super().on_headers_complete()
-        self._phase, self._advanced = _BODY, True
+        self._begin()
+        self._phase, self._advanced = BODY, True
 
     def on_body(self, body: bytes) -> None:
         super().on_body(body)
@@ -187,7 +192,21 @@ class EdgeProtocol(HttpToolsProtocol):
         if self._again:
             return
         super().on_message_complete()
-        self._phase, self._advanced = _NOTHING, True
+        self._phase, self._advanced = NOTHING, True
+
+    def _begin(self) -> None:
+        """Hands the request, whose head has been read, to the app."""
+        url, headers, expects = self.url, self.headers, self.expect_100_continue
+        super().on_message_begin()  # makes a scope
+        self.url, self.expect_100_continue = url, expects
+        self.headers = self.scope["headers"] = headers
+        self.scope["scheme"], self.scope["client"] = self._scheme_and_client()
+        super().on_headers_complete()
+
+    def _scheme_and_client(self) -> tuple[str, tuple[str, int] | None]:
+        if not self._is_forwarded:
+            return self.scheme or "http", self.client
+        return self._forwarders.read(self.headers, self.scheme or "http", self.client)
 
     def _feed(self, data: bytes) -> None:
         rest: bytes | memoryview = data
@@ -234,6 +253,9 @@ class EdgeProtocol(HttpToolsProtocol):
             case b"expect":
                 self.expect_100_continue = value.lower() == b"100-continue"
                 return True
+            case b"x-forwarded-for" | b"x-forwarded-proto":
+                self._is_forwarded = True
+                return True
             case b"transfer-encoding":
                 if value.lower() != b"chunked":
                     raise Refused(501, "the only transfer coding here is chunked: send the body as it is")
@@ -267,7 +289,7 @@ class EdgeProtocol(HttpToolsProtocol):
 
     def _not_http(self, error: httptools.HttpParserError) -> Refused:
         """For what the parser gave up on: a request line with another protocol or version gets to know that."""
-        if self._phase is _HEAD:
+        if self._phase is HEAD:
             line = rb"(?m)^\S+ +%b +([A-Za-z][\w.+-]*/\d+\.\d+)\r?$" % (re.escape(self.url) or rb"\S+")
             for protocol in re.findall(line, b"".join([*self._read_before, self._read])):
                 if protocol not in (b"HTTP/1.0", b"HTTP/1.1"):
@@ -290,17 +312,17 @@ class EdgeProtocol(HttpToolsProtocol):
         if self._advanced:
             self._advanced = False
             self._loose_bytes = 0
-            if self._phase is _NOTHING:
-                if self.cycle.response_complete:  # answered before its body was in, which took uvicorn's own timer away
-                    self._expect_within(self.linger_s)
+            if self._phase is NOTHING:
+                if self.cycle.response_complete:
+                    self._expect_within(self.timeout_keep_alive)
                 else:
                     self._due = 0.0
             else:
-                self._expect_within(self.body_timeout_s if self._phase is _BODY else self.head_timeout_s)
-        elif self._phase is _BODY and self.cycle.response_complete:
+                self._expect_within(self.body_timeout_s if self._phase is BODY else self.head_timeout_s)
+        elif self._phase is BODY and self.cycle.response_complete:
             pass  # a body that nobody wants any more is discarded, until `_due`
         else:
-            if self._phase is not _BODY and not self._loose_bytes:
+            if self._phase is not BODY and not self._loose_bytes:
                 self._expect_within(self.head_timeout_s)
             self._loose_bytes += size
             if self._loose_bytes > MAX_LOOSE_BYTES:
@@ -327,10 +349,10 @@ class EdgeProtocol(HttpToolsProtocol):
             self._expect_within(self.body_timeout_s)
         elif self._due > self.loop.time():
             self._timer = self.loop.call_at(self._due, self._look_at_the_clock)
-        elif self._refusal or not (self._loose_bytes or self._phase is not _NOTHING):
+        elif self._refusal or not (self._loose_bytes or self._phase is not NOTHING):
             self.transport.close()  # it lingered, or nothing ever came
         else:
-            what, seconds = ("more of the body", self.body_timeout_s) if self._phase is _BODY else ("the head", self.head_timeout_s)
+            what, seconds = ("more of the body", self.body_timeout_s) if self._phase is BODY else ("the head", self.head_timeout_s)
             self._refuse(Refused(408, f"{what} has not come within {seconds:g} s: send the request without a pause"))
 
     # Answers.
@@ -342,25 +364,31 @@ class EdgeProtocol(HttpToolsProtocol):
         super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:
+        self._answers += 1
         if self._refusal and not self.pipeline:
             self._say_refusal()
             return
-        super().on_response_complete()
-        if self._flushing is not None:
-            self._flushing.cancel()  # it would take this answer's bytes for those of an earlier one, and that for untaken
-            self._flushing = None
-        if left := self.transport.get_write_buffer_size():
-            self._flushing = self.loop.call_later(self.body_timeout_s, self._look_at_the_flush, left)
-        if self._phase is _BODY and self.cycle.response_complete:
+        if self._flushing is None and (left := self.transport.get_write_buffer_size()):
+            self._flushing = self.loop.call_later(self.body_timeout_s, self._look_at_the_flush, left, self._answers)
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        elif self._phase is BODY and self.cycle.response_complete:
             self._expect_within(self.linger_s)  # answered before its body was in
+        elif self._phase is NOTHING and not self._loose_bytes:
+            self._expect_within(self.timeout_keep_alive)
 
-    def _look_at_the_flush(self, before: int) -> None:
-        """A client that does not read its answer must not keep it in our memory, nor hold up a drain."""
+    def _look_at_the_flush(self, before: int, answers: int) -> None:
+        """A client that does not read its answer must not keep it in our memory, nor hold up a drain. One that has got another answer
+        since then has read."""
+        self._flushing = None
         left = self.transport.get_write_buffer_size()
-        if left >= before:
+        if left >= before and answers == self._answers:
             self.transport.abort()
         elif left:
-            self._flushing = self.loop.call_later(self.body_timeout_s, self._look_at_the_flush, left)
+            self._flushing = self.loop.call_later(self.body_timeout_s, self._look_at_the_flush, left, self._answers)
 
     def _refuse(self, refused: Refused) -> None:
         """Says so after what is still to be answered, and closes; what comes in from here on is discarded."""
@@ -369,7 +397,7 @@ class EdgeProtocol(HttpToolsProtocol):
         headers = [*self.server_state.default_headers, *headers, (b"content-length", b"%d" % len(body)), (b"connection", b"close")]
         self._refusal = b"".join([STATUS_LINE[status], *(b"%b: %b\r\n" % pair for pair in headers), b"\r\n", body])
         self._due = 0.0
-        if self._phase is _BODY:  # then it is `cycle` that is refused
+        if self._phase is BODY:  # then it is `cycle` that is refused
             if self.cycle.response_started:
                 return self.transport.close()  # it has an answer, or half of one
             self._give_up(self.cycle)

@@ -39,7 +39,7 @@ from ..controller.state.documents import Desired, Observed
 from ..controller.state.following import follow_state
 from ..controller.state.presence import Presence
 from .app import ProxyApp
-from .edge import EdgeProtocol
+from .plain_edge import PlainEdgeProtocol
 from .readiness import Readiness
 from .routes import RouteTable
 
@@ -293,6 +293,11 @@ class _Outermost:
     def __init__(self) -> None:
         self.app: Any = None
 
+    @property
+    def plain(self) -> ProxyApp | None:
+        """The app that takes requests without ASGI; None while middlewares want them."""
+        return self.app if type(self.app) is ProxyApp else None
+
     def __call__(self, scope: Any, receive: Any, send: Any) -> Awaitable[None]:
         called: Awaitable[None] = self.app(scope, receive, send)
         return called
@@ -325,6 +330,7 @@ class _Server(uvicorn.Server):
 def _uvicorn_config(app: Any) -> uvicorn.Config:
     return uvicorn.Config(
         app, interface="asgi3",
-        http=EdgeProtocol, ws="none", lifespan="off", access_log=False, log_config=None,
+        http=PlainEdgeProtocol, ws="none", lifespan="off", access_log=False, log_config=None,
         timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=PROXY_DRAIN_S, server_header=False, date_header=True,
+        proxy_headers=False,  # the edge reads them
     )  # fmt: skip

@@ -6,6 +6,7 @@ import logging
 import math
 import re
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from http.client import responses
 from typing import Any
 
@@ -41,7 +42,7 @@ def from_result(result: Result, request_id: str, *, debug: bool, to_head: bool =
     if result.error is not None:
         members = _members(result.error.members) if result.error.members else NO_MEMBERS
         return problem(result.status, _explain(result, debug=debug), request_id, headers=_safe(result), members=members)
-    headers = [(b"content-type", _content_type(result))] if result.content_type else []
+    headers = [(b"content-type", _content_type(result.content_type, result.backend))] if result.content_type else []
     if result.headers:
         headers += _safe(result)
         if to_head:
@@ -89,6 +90,16 @@ def problem(
     return status, found, msgspec.json.encode(body)
 
 
+def with_length(reply: Reply, *, to_head: bool) -> Reply:
+    """Returns the reply as it is sent: with a content-length where there may be one, and without the body for a HEAD request."""
+    status, headers, body = reply
+    if status in (204, 304):
+        return status, headers, b""
+    if not (to_head and any(name == b"content-length" for name, _ in headers)):
+        headers.append((b"content-length", b"%d" % len(body)))
+    return status, headers, b"" if to_head else body
+
+
 def _members(raw: bytes) -> Mapping[str, Any]:
     try:
         return msgspec.json.decode(raw, type=dict[str, Any])
@@ -110,10 +121,11 @@ def _explain(result: Result, *, debug: bool) -> str:
     return result.error.message
 
 
-def _content_type(result: Result) -> bytes:
-    if _CONTENT_TYPE.fullmatch(result.content_type):
-        return result.content_type.encode("latin-1")
-    logger.warning("%s answered with a content type that HTTP cannot carry, %.100r: sent as bytes", result.backend, result.content_type)
+@lru_cache(maxsize=256)
+def _content_type(text: str, backend: str) -> bytes:
+    if _CONTENT_TYPE.fullmatch(text):
+        return text.encode("latin-1")
+    logger.warning("%s answered with a content type that HTTP cannot carry, %.100r: sent as bytes", backend, text)
     return b"application/octet-stream"
 
 

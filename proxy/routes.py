@@ -60,8 +60,7 @@ class RouteTable:
     def __repr__(self) -> str:
         return f"<RouteTable {self.version}, {len(self.listing)} endpoints, {len(self.left_out)} left out>"
 
-    def match(self, scope: dict[str, Any]) -> Target | NotAllowed | None:
-        path, method = scope["path"], scope["method"]
+    def match(self, path: str, method: str) -> Target | NotAllowed | None:
         literal = self._literal.get(path)
         if literal is not None:
             allowed, target = literal

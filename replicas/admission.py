@@ -6,7 +6,6 @@ import math
 import secrets
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 
 import msgspec
 
@@ -82,7 +81,7 @@ class Admission:
             if once and redelivered:
                 raise Poison("it was delivered before and has no id, so nobody can tell whether it ran (delivery is at_most_once)")
             if redelivered:
-                envelope = replace(envelope, attempt=await self._count(self._name(envelope), config.max_attempts, math.inf))
+                envelope = msgspec.structs.replace(envelope, attempt=await self._count(self._name(envelope), config.max_attempts, math.inf))
             return await self._ready(envelope)
         if (raw := await self._store.get(self._keys.future(future_id))) is not None:
             return await self._or_its_loss(future_id, self._ours(raw))
@@ -92,7 +91,7 @@ class Admission:
             if not await self._may_start(envelope, mark, came_before=redelivered or envelope.header.again):
                 return _lost(self._backend)
         elif redelivered:
-            envelope = replace(envelope, attempt=await self._count(future_id, config.max_attempts, MAX_REDELIVERIES))
+            envelope = msgspec.structs.replace(envelope, attempt=await self._count(future_id, config.max_attempts, MAX_REDELIVERIES))
         return await self._ready(envelope)
 
     async def _ready(self, envelope: Envelope) -> Envelope:
@@ -102,7 +101,7 @@ class Admission:
             body = await self._store.get_large(key)
             if body is None:
                 raise LostBody("its body is gone from the store, where it is kept until the request's deadline: send it again")
-            envelope = replace(envelope, body=body)
+            envelope = msgspec.structs.replace(envelope, body=body)
         check_direct(envelope)
         return envelope
 

@@ -40,7 +40,7 @@ def table_of(*routes: str | tuple[str, str], before: RouteTable | None = None) -
 
 def found(table: RouteTable, path: str, method: str = "GET") -> str | tuple[str, ...] | None:
     """The route, or the methods that there are instead."""
-    match table.match({"path": path, "method": method}):
+    match table.match(path, method):
         case Target(endpoint):
             return endpoint.name
         case NotAllowed(methods):
@@ -96,7 +96,7 @@ def steps(table: RouteTable, path: str) -> int:
 
     sys.setprofile(on)
     try:
-        table.match({"path": path, "method": "GET"})
+        table.match(path, "GET")
     finally:
         sys.setprofile(None)
     return count

@@ -1,10 +1,10 @@
 """Whose `mq` headers a replica of the distributed form believes, and whose sealed pickles it would open."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from mqserve.broker.envelope import NO_HEADER, Envelope, Header, RequestHead
 from mqserve.broker.errors import BackendFailed, BadEnvelope, BadSignature

@@ -9,9 +9,8 @@ import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 
 from ..backoff import delays, keep_running
 from ..errors import BadEnvelope, MQServeError, StoreUnavailable, untraced
@@ -21,6 +20,7 @@ from ..result_bodies import with_body
 from ..results import Outcome, Phase, Result, entry_of, late_result, read_entry
 from ..store import Record, Store
 from ..store_keys import StoreKeys
+from .call import Call, Ticket
 
 logger = logging.getLogger(__name__)
 
@@ -32,13 +32,6 @@ _LOOK_EVERY_S = 0.5
 _IDLE_AFTER_S = 2.0  # members write a heartbeat every second, so a pause this long means that nothing tried to write
 
 
-@dataclass(frozen=True, slots=True)
-class _Waiting:
-    future: asyncio.Future[Result]
-    on_end: Callable[[bool], None]
-    sent_at: float  # monotonic
-
-
 class PendingResults:
     """One inbox, one reader and one timer for the whole process. `run` must be running for any result to arrive."""
 
@@ -46,7 +39,7 @@ class PendingResults:
         self._store = store
         self._keys = keys
         self.inbox = keys.inbox(process_id)
-        self._waiting: dict[str, _Waiting] = {}
+        self._waiting: dict[str, Call] = {}
         self._failed: dict[str, MQServeError] = {}  # error of each of the latest requests that failed before a result could come
         self._deadlines: list[tuple[int, str]] = []  # a heap of (store time in ms, id); entries of answered requests are skipped
         self._timer: asyncio.TimerHandle | None = None
@@ -78,46 +71,49 @@ class PendingResults:
             if self._timer is not None:
                 self._timer.cancel()
             self._tasks.cancel()
-            for future in [*(waiting.future for waiting in self._waiting.values()), *self._strangers.values()]:
+            waiting, self._waiting = self._waiting, {}  # nothing else may end them now
+            for call in waiting.values():
+                call.abandoned()
+            for future in self._strangers.values():
                 future.cancel()
 
-    def add(self, future_id: str, deadline_ms: int, on_end: Callable[[bool], None], *, sent_at: float) -> asyncio.Future[Result]:
-        """Registers a request of this process and returns the future of its result. The future ends by the deadline (plus at most a
-        second); `on_end` is then called with whether the request was answered."""
-        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        self._failed.pop(future_id, None)  # a caller's own id may be used again after a failure
-        self._waiting[future_id] = _Waiting(future, on_end, sent_at)
-        heapq.heappush(self._deadlines, (deadline_ms, future_id))
+    def add(self, call: Call) -> None:
+        """Registers a request of this process. It ends by its deadline (plus at most a second)."""
+        self._failed.pop(call.id, None)  # a caller's own id may be used again after a failure
+        self._waiting[call.id] = call
+        heapq.heappush(self._deadlines, (call.deadline_ms, call.id))
         if len(self._deadlines) > 2 * len(self._waiting) + 1000:  # most entries belong to answered requests: rebuild the heap without them
             self._deadlines = [entry for entry in self._deadlines if entry[1] in self._waiting]
             heapq.heapify(self._deadlines)
-        if self._deadlines[0][1] == future_id:
+        if self._deadlines[0][1] == call.id:
             self._set_timer()
-        return future
 
     def fail(self, future_id: str, error: MQServeError) -> None:
         """Ends the wait with `error`, because no result will come."""
-        future = self.drop(future_id)
-        if future is not None and not future.done():
-            future.set_exception(error)
-            self._failed[future_id] = untraced(error)
-            if len(self._failed) > _FAILED_KEPT:
-                del self._failed[next(iter(self._failed))]
+        call, stranger = self.drop(future_id), self._strangers.pop(future_id, None)
+        if call is None and stranger is None:
+            return
+        self._failed[future_id] = untraced(error)
+        if len(self._failed) > _FAILED_KEPT:
+            del self._failed[next(iter(self._failed))]
+        if call is not None:
+            call.failed(error)
+        if stranger is not None and not stranger.done():
+            stranger.set_exception(error)
 
-    def drop(self, future_id: str, *, answered: bool = False) -> asyncio.Future[Result] | None:
-        """Removes the request and returns its future, so that the caller can resolve it. Returns None for an unknown id."""
-        waiting = self._waiting.pop(future_id, None)
-        if waiting is None:
-            return self._strangers.pop(future_id, None)
-        waiting.on_end(answered)
-        return waiting.future
+    def drop(self, future_id: str, *, answered: bool = False) -> Call | None:
+        """Removes a request of this process and returns it, so that the caller can end it. Returns None for an unknown id."""
+        call = self._waiting.pop(future_id, None)
+        if call is not None:
+            call.ended(by_result=answered)
+        return call
 
     async def result(self, future_id: str, timeout_s: float | None) -> Result:
         """Waits for the result of any id, whichever process sent the request. Raises TimeoutError, which ends this wait and not the
         request, or the error that kept a request of this process from being sent."""
-        waiting = self._waiting.get(future_id)
-        if waiting is not None:
-            future = waiting.future
+        call = self._waiting.get(future_id)
+        if isinstance(call, Ticket):
+            future = call.future
         else:
             if (found := await self.peek(future_id)) is not None:
                 return found
@@ -219,9 +215,10 @@ class PendingResults:
             self._set(future_id, result)
 
     def _set(self, future_id: str, result: Result) -> None:
-        future = self.drop(future_id, answered=result.outcome is not Outcome.LATE)
-        if future is not None and not future.done():
-            future.set_result(result)
+        if (call := self.drop(future_id, answered=result.error is None or result.outcome is not Outcome.LATE)) is not None:
+            call.answered(result)
+        if self._strangers and (stranger := self._strangers.pop(future_id, None)) is not None and not stranger.done():
+            stranger.set_result(result)
 
     def _read_again(self) -> None:
         """Reads all pending results by key, because inbox entries may have been lost."""

@@ -8,10 +8,9 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Container
-from dataclasses import dataclass, replace
 from functools import partial
 
-import msgspec
+from msgspec.structs import replace
 
 from ..envelope import Envelope, Header, RequestHead, mint_id
 from ..errors import BrokerUnavailable, Cancelled, MQServeError, Overloaded, StoreUnavailable, TooLarge
@@ -19,9 +18,10 @@ from ..overload import HeldBytes, Pace
 from ..process.rate_limited_log import RateLimitedLog
 from ..process.tasks import Tasks
 from ..queue import Queue
-from ..results import Result, entry_of
+from ..results import entry_of
 from ..store import Record, Store
 from ..store_keys import StoreKeys
+from .call import Call, Ticket
 from .cancellations import CANCELLED, notice_of_request
 from .pending import PendingResults
 
@@ -32,14 +32,6 @@ MAX_BODY_BYTES = 64 * 1024 * 1024
 REPUBLISH_BUDGET_S = 3.0  # how long a broker that is away is waited for
 _REPUBLISH_EVERY_S = 0.2  # on the average
 _CANCEL_BUDGET_S = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class Ticket:
-    """A request under way: its id and the future of its Result. Only sending fails the future; user errors are results."""
-
-    id: str
-    future: asyncio.Future[Result]
 
 
 class RequestSender:
@@ -77,29 +69,55 @@ class RequestSender:
         future_id: str = "",
         at_most_once: bool = False,
     ) -> Ticket:
-        """The request is on its way when this returns; the future ends by `timeout_s` (plus at most a second), in a Result.
+        """Sends a request whose result is awaited: the ticket's future ends by `timeout_s` (plus at most a second), in a Result.
 
         The future fails with Overloaded, NotRouted or BrokerUnavailable when the broker did not take the message, and with Cancelled.
-        Raises TooLarge for more than 64 MiB of body or 64 KiB of head, Overloaded when this process holds too much already.
+        Raises as `start` does.
         """
-        if len(body) > MAX_BODY_BYTES:
-            raise TooLarge(f"the body has {len(body)} bytes and the limit is {MAX_BODY_BYTES}: send less, or a reference to it")
-        timeout_ms = max(1, int(timeout_s * 1000))
-        header = Header(origin=origin, inbox=self.pending.inbox, deadline=self._store.now_ms() + timeout_ms, meta=meta, once=at_most_once)
-        self.held.take(len(body))
-        ticket = self._wait_for(future_id or mint_id(), backend, header.deadline)
-        envelope = Envelope(ticket.id, body, content_type, header, expiration_ms=timeout_ms)
-        give_up_at = asyncio.get_running_loop().time() + REPUBLISH_BUDGET_S - self._queue.down_s
-        try:
-            if len(body) > INLINE_BODY_BYTES:
-                self._tasks.start(self._send_by_reference(envelope, timeout_ms, lambda small: self._publish(backend, small, give_up_at)))
-            else:
-                self._publish(backend, envelope, give_up_at)
-        except MQServeError:
-            self.pending.drop(ticket.id)
-            self.held.give(len(body))
-            raise
+        ticket = Ticket()
+        ticket.id = future_id or mint_id()
+        self.start(ticket, backend, body, content_type, meta, origin=origin, timeout_s=timeout_s, at_most_once=at_most_once)
         return ticket
+
+    def start(
+        self,
+        call: Call,
+        backend: str,
+        body: bytes,
+        content_type: str,
+        meta: RequestHead,
+        *,
+        origin: str,
+        timeout_s: float,
+        at_most_once: bool = False,
+    ) -> None:
+        """The request, whose `call.id` is set, is on its way when this returns, unless the call has failed already; it ends by `timeout_s`
+        plus at most a second.
+
+        Raises TooLarge for more than 64 MiB of body or 64 KiB of head, Overloaded when this process holds too much already: then the call
+        never began.
+        """
+        size = len(body)
+        if size > MAX_BODY_BYTES:
+            raise TooLarge(f"the body has {size} bytes and the limit is {MAX_BODY_BYTES}: send less, or a reference to it")
+        timeout_ms = max(1, int(timeout_s * 1000))
+        deadline_ms = self._store.now_ms() + timeout_ms
+        header = Header(origin=origin, inbox=self.pending.inbox, deadline=deadline_ms, meta=meta, once=at_most_once)
+        self.held.take(size)
+        call.sender, call.backend, call.deadline_ms, call.give_up_at = self, backend, deadline_ms, 0.0
+        call.envelope = envelope = Envelope(call.id, body, content_type, header, expiration_ms=timeout_ms)
+        call.pace, call.sent_at = self._paces[backend], time.monotonic()
+        call.pace.sent(call.sent_at)
+        self.pending.add(call)
+        try:
+            if size > INLINE_BODY_BYTES:
+                self._tasks.start(self._send_by_reference(envelope, timeout_ms, partial(self._publish_reference, call)))
+            else:
+                self._queue.publish(backend, envelope, call.settled)
+        except MQServeError:
+            self.pending.drop(call.id)
+            self.held.give(size)
+            raise
 
     def send_shadow(
         self, backend: str, body: bytes, content_type: str, meta: RequestHead, *, origin: str, timeout_s: float, shadow_id: str = ""
@@ -158,14 +176,6 @@ class RequestSender:
         """Store time."""
         return self._store.now_ms()
 
-    def _wait_for(self, future_id: str, backend: str, deadline_ms: int) -> Ticket:
-        pace, sent_at = self._paces[backend], time.monotonic()
-        pace.sent(sent_at)
-        future = self.pending.add(
-            future_id, deadline_ms, lambda answered: pace.ended(sent_at, time.monotonic(), answered=answered), sent_at=sent_at
-        )
-        return Ticket(future_id, future)
-
     def keep_paces(self, backends: Container[str]) -> None:
         """Forgets how quickly the others answered: they were deleted."""
         self._paces = defaultdict(Pace, {name: pace for name, pace in self._paces.items() if name in backends})
@@ -178,35 +188,48 @@ class RequestSender:
 
     # Sending.
 
-    def _publish(self, backend: str, envelope: Envelope, give_up_at: float) -> None:
-        if envelope.id not in self.pending:  # cancelled or late since the last try
-            return self.held.give(len(envelope.body))
+    def _publish_reference(self, call: Call, envelope: Envelope) -> None:
+        call.envelope = envelope
+        self._publish_again(call)
 
-        def settled(error: MQServeError | None) -> None:
-            if error is None:
-                return self.held.give(len(envelope.body))
-            loop = asyncio.get_running_loop()
-            uncertain = isinstance(error, BrokerUnavailable) and error.maybe_sent and envelope.header.once
-            if isinstance(error, BrokerUnavailable) and not uncertain and loop.time() < give_up_at and envelope.id in self.pending:
-                again = replace(envelope, header=_again(envelope.header)) if error.maybe_sent else envelope
-                loop.call_later(_REPUBLISH_EVERY_S * random.uniform(0.5, 1.5), self._publish, backend, again, give_up_at)
-                return
-            self.held.give(len(envelope.body))
-            is_queued = envelope.header.again or (isinstance(error, BrokerUnavailable) and error.maybe_sent)  # perhaps
-            if envelope.header.ref and not is_queued:
-                self._store.drop_soon(envelope.header.ref)  # nobody will ask for it
-            if isinstance(error, Overloaded):
-                left_s = (envelope.header.deadline - self._store.now_ms()) / 1000
-                error = Overloaded(str(error), retry_after_s=self._paces[backend].retry_after_s(left_s))
-            self.pending.fail(envelope.id, error)
+    def _publish_again(self, call: Call) -> None:
+        envelope = call.envelope
+        assert envelope is not None, "only the last confirm takes it away"
+        if call.id not in self.pending:  # cancelled or late since the last try
+            return call.settled(None)
+        self._queue.publish(call.backend, envelope, call.settled)
 
-        self._queue.publish(backend, envelope, settled)
+    def not_taken(self, call: Call, error: MQServeError) -> None:
+        """The broker did not take the message of the call, or did not say so: publishes it again, or fails the call."""
+        envelope = call.envelope
+        assert envelope is not None, "a publish is settled once"
+        maybe_sent = isinstance(error, BrokerUnavailable) and error.maybe_sent
+        if isinstance(error, BrokerUnavailable) and not (maybe_sent and envelope.header.once) and self._may_try_again(call):
+            if maybe_sent:
+                call.envelope = replace(envelope, header=_again(envelope.header))
+            asyncio.get_running_loop().call_later(_REPUBLISH_EVERY_S * random.uniform(0.5, 1.5), self._publish_again, call)
+            return
+        call.settled(None)
+        if envelope.header.ref and not (envelope.header.again or maybe_sent):
+            self._store.drop_soon(envelope.header.ref)  # nobody will ask for it
+        if isinstance(error, Overloaded):
+            left_s = (call.deadline_ms - self._store.now_ms()) / 1000
+            error = Overloaded(str(error), retry_after_s=call.pace.retry_after_s(left_s))
+        self.pending.fail(call.id, error)
+
+    def _may_try_again(self, call: Call) -> bool:
+        """Whether the broker may be waited for: for REPUBLISH_BUDGET_S in all, and what it was away before the call counts."""
+        now = time.monotonic()
+        if not call.give_up_at:
+            away_before_s = max(0.0, self._queue.down_s - (now - call.sent_at))
+            call.give_up_at = call.sent_at + REPUBLISH_BUDGET_S - away_before_s
+        return now < call.give_up_at and call.id in self.pending
 
     async def _send_by_reference(self, envelope: Envelope, timeout_ms: int, publish: Callable[[Envelope], None]) -> None:
         key = self._keys.body(envelope.id)
         try:
             await self._store.set(key, envelope.body, ttl_ms=timeout_ms + 60_000)
-            header = msgspec.structs.replace(envelope.header, ref=key)
+            header = replace(envelope.header, ref=key)
             publish(replace(envelope, body=b"", header=header))
         except MQServeError as error:
             self.pending.fail(envelope.id, error)
@@ -219,4 +242,4 @@ def _nobody_waits(error: MQServeError | None) -> None:
 
 
 def _again(header: Header) -> Header:
-    return msgspec.structs.replace(header, again=True)
+    return replace(header, again=True)

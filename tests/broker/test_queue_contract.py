@@ -1,7 +1,6 @@
 """What both queues promise: the same tests on the one in memory and on RabbitMQ."""
 
 import asyncio
-import dataclasses
 
 import pytest
 from msgspec.structs import replace
@@ -164,7 +163,7 @@ async def test_a_dead_letter_is_the_message_as_it_came_and_what_it_died_of(queue
     (letter,) = await read(queue, 1)
     assert letter.death == DEATH
     assert (letter.backend, letter.id, letter.name) == ("b", "an id", "an id")
-    assert letter.envelope() == dataclasses.replace(sent, expiration_ms=0, persistent=True)
+    assert letter.envelope() == replace(sent, expiration_ms=0, persistent=True)
 
 
 async def test_a_dead_letter_without_an_id_is_named_by_backend_and_body(queue: Queue) -> None:
@@ -260,7 +259,7 @@ async def test_a_dead_letter_is_published_again_under_its_id_with_its_properties
             assert await fate is None
     await hands.hold(1)
     renewed = replace(header, inbox="", deadline=77, again=True)
-    assert hands.held[0].envelope() == dataclasses.replace(sent, header=renewed, expiration_ms=0, persistent=True)
+    assert hands.held[0].envelope() == replace(sent, header=renewed, expiration_ms=0, persistent=True)
     assert await read(queue, 1), "it stays until it is removed"
 
 

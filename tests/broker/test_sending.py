@@ -7,8 +7,9 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from mqserve.broker.calls.call import Ticket
 from mqserve.broker.calls.cancellations import CANCELLED
-from mqserve.broker.calls.sending import INLINE_BODY_BYTES, RequestSender, Ticket
+from mqserve.broker.calls.sending import INLINE_BODY_BYTES, RequestSender
 from mqserve.broker.envelope import Envelope, Header, RequestHead, mint_id
 from mqserve.broker.errors import BrokerUnavailable, MQServeError, NotRouted, Overloaded, StoreUnavailable, TooLarge
 from mqserve.broker.memory.queue import EmbeddedQueue

@@ -1,6 +1,5 @@
 """The envelope: whatever the broker delivers is an Envelope or BadEnvelope, and whatever is sent fits its frame."""
 
-import dataclasses
 import struct
 from typing import Any
 
@@ -123,7 +122,7 @@ def test_what_is_read_by_hand_is_what_pamqp_reads(properties: bytes) -> None:
 
 @given(envelopes, st.sampled_from(["", "proxy"]), st.booleans())
 def test_what_a_caller_of_ours_sends_is_read_by_hand_and_as_pamqp_reads_it(envelope: Envelope, user: str, is_sealed: bool) -> None:
-    sent = dataclasses.replace(envelope, id="a" * 32, reply_to="", correlation_id="", priority=0, expiration_ms=5)
+    sent = msgspec.structs.replace(envelope, id="a" * 32, reply_to="", correlation_id="", priority=0, expiration_ms=5)
     packed = sent.to_amqp(user, HeaderSeals([b"k" * 32], "ns").of("b") if is_sealed else None)
     found = read_ours(struct.pack(">HHQ", 60, 0, 5) + packed)
     header = ContentHeader()
@@ -163,7 +162,7 @@ def test_every_valid_envelope_arrives_as_it_was_sent(envelope: Envelope) -> None
 
 @given(envelopes, st.sampled_from(["id", "content_type", "reply_to", "correlation_id"]), any_text, st.integers(1, 3000))
 def test_a_property_that_amqp_cannot_carry_is_refused_before_it_is_sent(envelope: Envelope, field: str, text: str, times: int) -> None:
-    odd = Envelope(**{**{name: getattr(envelope, name) for name in Envelope.__slots__}, field: text * times})
+    odd = Envelope(**{**{name: getattr(envelope, name) for name in Envelope.__struct_fields__}, field: text * times})
     try:
         delivered(odd.to_amqp()).properties.message_id  # noqa: B018
     except BadEnvelope as refused:

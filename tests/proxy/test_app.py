@@ -63,6 +63,10 @@ class Site:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    def stop_reading(self) -> None:
+        """As a proxy does that ends before its requests are answered."""
+        self._tasks[0].cancel()
+
     def down_since(self, ms: int) -> None:
         self.app.routes = RouteTable(self.desired, Observed(down_since={"b": ms}))
 

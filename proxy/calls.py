@@ -1,0 +1,115 @@
+"""One HTTP request on its way to a backend, as the object that also waits for its result."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..broker.calls.call import Call
+from ..broker.envelope import mint_id
+from ..broker.errors import MQServeError
+from ..broker.results import Result
+from .responses import Reply
+from .routes import Target
+
+if TYPE_CHECKING:
+    from .app import ProxyApp
+
+Address = tuple[str, int]
+
+
+class HttpCall(Call):
+    """The head of a request beside what any call has. `target` is set once a route has matched."""
+
+    __slots__ = ("began", "client", "headers", "http_version", "method", "path", "query", "raw_path", "scheme", "server", "state", "target")
+
+    began: float  # monotonic
+    method: str
+    path: str
+    raw_path: bytes
+    query: bytes
+    headers: list[tuple[bytes, bytes]]
+    http_version: str
+    scheme: str
+    client: Address | None
+    server: tuple[str, int | None] | None
+    state: dict[str, Any] | None  # what middlewares left on the request
+    target: Target
+
+    @property
+    def head_bytes(self) -> int:
+        """The size of the request line and headers, as an AMQP header would carry them."""
+        return len(self.raw_path) + len(self.query) + sum([len(name) + len(value) + 4 for name, value in self.headers])
+
+    def header(self, wanted: bytes) -> bytes:
+        return next((value for name, value in self.headers if name == wanted), b"")
+
+
+class AsgiCall(HttpCall):
+    """A request that came through ASGI: a task awaits its result."""
+
+    __slots__ = ("future",)
+
+    def __init__(self, scope: dict[str, Any]) -> None:
+        self.id = mint_id()
+        self.began = time.monotonic()
+        self.method, self.path, self.raw_path, self.query = scope["method"], scope["path"], scope["raw_path"] or b"", scope["query_string"]
+        self.headers, self.http_version, self.scheme = scope["headers"], scope["http_version"], scope["scheme"]
+        self.client, self.server, self.state = scope["client"], scope["server"], scope.get("state")
+        self.future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+
+    def answered(self, result: Result) -> None:
+        if not self.future.done():
+            self.future.set_result(result)
+
+    def failed(self, error: MQServeError) -> None:
+        if not self.future.done():
+            self.future.set_exception(error)
+
+    def abandoned(self) -> None:
+        self.future.cancel()
+
+
+class Connection(Protocol):
+    """Where a plain request came from."""
+
+    def answer(self, call: PlainCall, reply: Reply) -> None:
+        """Writes the answer, unless the client has gone."""
+        ...
+
+
+class _NobodyReads:
+    """Stands where uvicorn wakes the readers of a request's body: that of a plain request is read already."""
+
+    def set(self) -> None:
+        pass
+
+
+class PlainCall(HttpCall):
+    """A plain request: it came whole in one read, and no middleware wants it. So no task runs for it; its result is its answer.
+
+    A connection holds it where uvicorn holds a `RequestResponseCycle`, and uses these names of it.
+    """
+
+    __slots__ = ("app", "connection", "disconnected", "keep_alive", "response_complete", "response_started", "transport")
+
+    message_event = _NobodyReads()
+    keep_alive: bool
+
+    def __init__(self, connection: Connection, app: ProxyApp) -> None:
+        self.id = mint_id()
+        self.began = time.monotonic()
+        self.state = None
+        self.connection = connection
+        self.app = app
+        self.disconnected = self.response_complete = self.response_started = False
+
+    def answered(self, result: Result) -> None:
+        self.app.end_plain(self, result)
+
+    def failed(self, error: MQServeError) -> None:
+        self.app.end_plain(self, error)
+
+    def abandoned(self) -> None:
+        self.app.abandon_plain(self)

@@ -1,0 +1,130 @@
+"""Plain requests: from the parser to the app and back without ASGI.
+
+uvicorn makes a scope, a cycle, an event, a task and a timer for each request, and writes head and body one after the other. A request that
+came whole in one read, while no other one of its connection is being answered and no middleware wants it, needs none of them: it is one
+object, `PlainCall`, and its answer one write. All other requests take uvicorn's path: more of the body is still to come, they are
+pipelined, they ask for `100 Continue`, their client has closed its side or does not take its answers, or their path may be under `/-/`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import unquote
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
+
+from .calls import PlainCall
+from .edge import NOTHING, EdgeProtocol, Refused
+from .responses import Reply, with_length
+
+JOINED_BYTES = 64 * 1024  # a larger body is not copied behind its head
+
+_PERHAPS_OURS = (b"/-", b"/%")  # how a path under /-/ may begin; those are answered by coroutines
+_LAST = (b"connection", b"close")  # among the server's headers while it drains
+
+
+class PlainEdgeProtocol(EdgeProtocol):
+    """One connection. `app.plain` is the app for plain requests, or None."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._outermost: Any = self.app
+        self._may_be_plain = False  # only the first request of a read may be: those behind it wait as pipelined requests do
+        self._held: list[bytes] | None = None  # the body, so far, of a request that is plain if all of it comes in this read
+        self._defaults: list[tuple[bytes, bytes]] = []  # the server's headers, which it makes anew every second, and their lines
+        self._default_lines = b""
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        connection: Any = self
+        if isinstance(connection.cycle, PlainCall):
+            connection.cycle = connection._answering = None  # a call and its connection would keep each other
+
+    def on_body(self, body: bytes) -> None:
+        if self._held is None:
+            super().on_body(body)
+        else:
+            self._held.append(body)
+
+    def on_message_complete(self) -> None:
+        if self._held is None:
+            return super().on_message_complete()
+        self._phase, self._advanced = NOTHING, True
+        parts, self._held = self._held, None
+        self._start_plain(parts[0] if len(parts) == 1 else b"".join(parts))
+
+    def answer(self, call: PlainCall, reply: Reply) -> None:
+        """Writes the answer to a plain request in one piece, unless the client has gone."""
+        if call.disconnected:
+            return
+        status, headers, body = with_length(reply, to_head=call.method == "HEAD")
+        if self.server_state.default_headers is not self._defaults:
+            self._defaults = self.server_state.default_headers
+            self._default_lines = b"".join([b"%b: %b\r\n" % pair for pair in self._defaults])
+        lines = [STATUS_LINE[status], self._default_lines]
+        for name, value in headers:
+            lines += (name.lower(), b": ", value, b"\r\n")
+        keep_alive = call.keep_alive
+        if _LAST in self._defaults:
+            keep_alive = False
+        elif not keep_alive:
+            lines.append(b"connection: close\r\n")
+        lines.append(b"\r\n")
+        call.response_started = call.response_complete = True
+        if len(body) <= JOINED_BYTES or self._half_closed is not None:
+            lines.append(body)
+            self.transport.write(b"".join(lines))
+        else:
+            self.transport.writelines((b"".join(lines), body))
+        if not keep_alive:
+            self.transport.close()
+        self.on_response_complete()
+
+    def _feed(self, data: bytes) -> None:
+        self._may_be_plain = True
+        super()._feed(data)
+        if self._held is not None:  # the rest of its body is still to come
+            parts, self._held = self._held, None
+            super()._begin()
+            for part in parts:
+                super().on_body(part)
+
+    def _begin(self) -> None:
+        if self._may_be_plain and self._is_plain():
+            self._held = []
+        else:
+            super()._begin()
+        self._may_be_plain = False
+
+    def _is_plain(self) -> bool:
+        """Whether the request is plain if its body comes in the same read."""
+        return (
+            (not self.cycle or self.cycle.response_complete)
+            and self._outermost.plain is not None
+            and self.url[:2] not in _PERHAPS_OURS
+            and not (self.expect_100_continue or self.flow.write_paused or self._half_closed or self.transport.is_closing())
+        )
+
+    def _start_plain(self, body: bytes) -> None:
+        call: Any = PlainCall(self, self._outermost.plain)
+        url = httptools.parse_url(self.url)
+        call.raw_path, call.query, call.path = url.path, url.query or b"", url.path.decode("ascii")
+        if "%" in call.path:
+            call.path = unquote(call.path)
+        call.method, call.http_version = self.parser.get_method().decode("ascii"), self.parser.get_http_version()
+        call.keep_alive = call.http_version != "1.0" and self.parser.should_keep_alive()
+        call.headers, call.server = self.headers, self.server
+        call.scheme, call.client = self._scheme_and_client()
+        self.cycle = self._answering = call
+        call.app.begin_plain(call, body)
+
+    def _give_up(self, cycle: Any) -> None:
+        super()._give_up(cycle)
+        if isinstance(cycle, PlainCall):
+            cycle.app.leave_plain(cycle)
+
+    def _refuse(self, refused: Refused) -> None:
+        if self._held is not None:  # the app has not heard of it
+            self._held, self._phase = None, NOTHING
+        super()._refuse(refused)
