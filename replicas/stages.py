@@ -54,7 +54,7 @@ class Job:
     generation: int  # of the queue that it came from
     delivery: Delivery
     deadline: float = math.inf  # monotonic
-    redelivered: bool = False  # its start mark is stored before it runs
+    suspect: bool = False  # it was delivered before, and may have killed its replica: its start mark is stored before it runs
     mark: bytes = b""  # the start mark that is, or may be, in the store
     given_up: Result | None = None  # replaces its own result: it was cancelled, or its deadline has passed
     _stage: Stage = Stage.HELD
