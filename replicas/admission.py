@@ -56,6 +56,7 @@ class Admission:
         self._store = store
         self._replica_id = replica_id
         self._keys = StoreKeys(namespace)
+        self._inboxes = self._keys.inbox("")
         self._often = RateLimitedLog(logger)
 
     def __repr__(self) -> str:
@@ -69,7 +70,7 @@ class Admission:
     def check_keys(self, envelope: Envelope) -> None:
         """Raises BadEnvelope if the header names keys other than an inbox and its own body, even if its sender is trusted."""
         header = envelope.header
-        if header.inbox and not header.inbox.startswith(self._keys.inbox("")):
+        if header.inbox and not header.inbox.startswith(self._inboxes):
             raise BadEnvelope(f"the mq header's inbox names {header.inbox!r}, which is none")
         if header.ref and not (is_minted(envelope.id) and header.ref == self._keys.body(envelope.id)):
             raise BadEnvelope(f"the mq header's ref names {header.ref!r}, which is not this message's body")

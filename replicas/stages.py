@@ -6,8 +6,9 @@ import asyncio
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from enum import Enum
+
+import msgspec
 
 from ..broker.envelope import Envelope
 from ..broker.queue import Delivery
@@ -43,8 +44,7 @@ class WrongMove(Exception):
     """A request was moved to a stage that MOVES does not allow: a bug in mqserve."""
 
 
-@dataclass(slots=True, eq=False)
-class Job:
+class Job(msgspec.Struct, eq=False):
     """A request that this replica holds. The I/O loop writes the first group of fields, the worker's thread the second; both read all.
 
     A job begins to run when the worker writes `started`, so only the I/O loop ever writes the stage.

@@ -37,7 +37,7 @@ class Marking:
 
     def before_plain(self, jobs: Sequence[Job]) -> None:
         """Blocks until the jobs of a plain call may run."""
-        is_suspect = any([job.suspect for job in jobs])
+        is_suspect = jobs[0].suspect or (len(jobs) > 1 and any(job.suspect for job in jobs))
         if is_suspect or self._follows_suspect:
             try:
                 asyncio.run_coroutine_threadsafe(self._before_suspects(jobs), self._io).result(_MARK_BUDGET_S)
