@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 WRONG_TYPE = b"\0WRONGTYPE"
 """The value that a read returns for a key of another Redis type. It parses as no document of ours, so it is treated like a broken one.
@@ -15,8 +16,7 @@ The scripts know it too, so that it can be replaced."""
 Guard = tuple[str, bytes | None]
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(msgspec.Struct, frozen=True):
     """A result to write once (NX), with the inbox entry for the process that waits for it (an empty `inbox`: nobody waits)."""
 
     key: str

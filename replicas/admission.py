@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import msgspec
@@ -13,14 +13,19 @@ from ..broker import queue_names
 from ..broker.dead_letters import Attempt, digest_of
 from ..broker.envelope import Envelope, is_minted
 from ..broker.errors import BadEnvelope, StoreUnavailable
+from ..broker.process.printable import printable
+from ..broker.process.rate_limited_log import RateLimitedLog
 from ..broker.result_bodies import BodyGone, with_body
 from ..broker.results import ErrorInfo, Result
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
 from ..controller.state.config import BackendConfig
 from .execute import check_direct
+from .stages import Job
 
-MAX_REDELIVERIES = 20  # of one request, whether or not its runs were started
+logger = logging.getLogger(__name__)
+
+ALONE_AFTER = 5  # redeliveries
 _AFTER_DEADLINE_MS = 60_000
 _COUNTERS_TTL_MS = 24 * 3600 * 1000
 
@@ -50,6 +55,8 @@ class Admission:
         self._store = store
         self._replica_id = replica_id
         self._keys = StoreKeys(namespace)
+        self._inboxes = self._keys.inbox("")
+        self._often = RateLimitedLog(logger)
 
     def __repr__(self) -> str:
         return f"<Admission of {self._backend}>"
@@ -62,36 +69,35 @@ class Admission:
     def check_keys(self, envelope: Envelope) -> None:
         """Raises BadEnvelope if the header names keys other than an inbox and its own body, even if its sender is trusted."""
         header = envelope.header
-        if header.inbox and not header.inbox.startswith(self._keys.inbox("")):
+        if header.inbox and not header.inbox.startswith(self._inboxes):
             raise BadEnvelope(f"the mq header's inbox names {header.inbox!r}, which is none")
         if header.ref and not (is_minted(envelope.id) and header.ref == self._keys.body(envelope.id)):
             raise BadEnvelope(f"the mq header's ref names {header.ref!r}, which is not this message's body")
 
     async def admit(
-        self, envelope: Envelope, config: BackendConfig, mark: bytes, *, redelivered: bool, check_copies: bool = False
+        self, job: Job, config: BackendConfig, *, is_alone: Callable[[], bool], check_copies: bool = False
     ) -> Envelope | Result | None:
         """Returns the envelope to run, with its body and the number of this run; or a result, if the request must not run; or None, if
-        another copy of it runs. With at-most-once delivery it stores `mark` as the start mark.
+        another copy of it runs. With at-most-once delivery it stores the job's mark, otherwise it sets `job.suspect`. `is_alone` tells
+        whether the replica holds no other request.
 
         Raises BadEnvelope (or its subclass Poison) for a message to dead-letter, StoreUnavailable if the store cannot be asked.
         """
+        envelope, redelivered = job.envelope, job.delivery.redelivered
         future_id = envelope.future_id(self._backend)
         once = config.delivery == "at_most_once"
         if not future_id:
             if once and redelivered:
                 raise Poison("it was delivered before and has no id, so nobody can tell whether it ran (delivery is at_most_once)")
-            if redelivered:
-                envelope = msgspec.structs.replace(envelope, attempt=await self._count(self._name(envelope), config.max_attempts, math.inf))
-            return await self._ready(envelope)
-        if (raw := await self._store.get(self._keys.future(future_id))) is not None:
-            return await self._or_its_loss(future_id, self._ours(raw))
-        if check_copies and not redelivered and not await self._claim(future_id, config):
-            return None
-        if once:
-            if not await self._may_start(envelope, mark, came_before=redelivered or envelope.header.again):
+        else:
+            if (raw := await self._store.get(self._keys.future(future_id))) is not None:
+                return await self._or_its_loss(future_id, self._ours(raw))
+            if check_copies and not redelivered and not await self._claim(future_id, config):
+                return None
+            if once and not await self._may_start(envelope, job.mark, came_before=redelivered or envelope.header.again):
                 return _lost(self._backend)
-        elif redelivered:
-            envelope = msgspec.structs.replace(envelope, attempt=await self._count(future_id, config.max_attempts, MAX_REDELIVERIES))
+        if redelivered and not once:
+            envelope = msgspec.structs.replace(envelope, attempt=await self._count(job, config.max_attempts, is_alone))
         return await self._ready(envelope)
 
     async def _ready(self, envelope: Envelope) -> Envelope:
@@ -122,8 +128,9 @@ class Admission:
         await self._store.replace(self._keys.start(self._name(envelope)), mark, None, quiet=True)
 
     async def give_back(self, envelope: Envelope, mark: bytes, *, came_before: bool) -> None:
-        """Stores NOT_STARTED for a request with at-most-once delivery, which no replica would run again without it. Stores nothing if the
-        request `came_before` and was not admitted here: an earlier replica may have started it. Raises StoreUnavailable."""
+        """Stores NOT_STARTED. With at-most-once delivery no replica would run the request again without it; otherwise it tells the next one
+        that this redelivery is no sign of a poison. Stores nothing if the request `came_before` and was not admitted here: an earlier
+        replica may have started it. Raises StoreUnavailable."""
         key, ttl_ms = self._keys.start(self._name(envelope)), self._mark_ttl_ms(envelope)
         if mark and await self._store.replace(key, mark, NOT_STARTED, ttl_ms=ttl_ms, quiet=True):
             return
@@ -185,11 +192,14 @@ class Admission:
             return True
         return await self._store.replace(key, NOT_STARTED, mark, ttl_ms=ttl_ms, quiet=True) or await self._store.get(key) == mark
 
-    async def _count(self, name: str, max_attempts: int, max_redeliveries: float) -> int:
-        """Returns the number of the next run. An attempt is a run that left a start mark and no result.
+    async def _count(self, job: Job, max_attempts: int, is_alone: Callable[[], bool]) -> int:
+        """Returns the number of the next run, and makes the job a suspect unless its last replica noted that it gave it back before it ran.
 
-        Messages without an id share a name if their bodies are equal, so their redeliveries say nothing about one of them.
+        An attempt is a run that left a start mark and no result, and nothing else counts as one: whoever waits beside a poison is delivered
+        again with it. But a poison that kills its replica before a mark can be written must leave one some time. So after ALONE_AFTER
+        redeliveries a request is marked here if it is alone: then no other one can be the cause of the next death.
         """
+        envelope, name = job.envelope, self._name(job.envelope)
         start, attempts_key = self._keys.start(name), self._keys.attempts(name)
         raw_mark, raw_attempts = await self._store.get_many([start, attempts_key])
         attempts = _read_attempts(raw_attempts)
@@ -198,13 +208,20 @@ class Admission:
             attempts.append(msgspec.structs.replace(mark, ended="its replica was lost before there was a result"))
             await self._store.set(attempts_key, msgspec.json.encode(attempts), ttl_ms=_COUNTERS_TTL_MS)
             await self._store.delete(start)
-        redeliveries = await self._store.increment(self._keys.redeliveries(name), _COUNTERS_TTL_MS)
         if len(attempts) >= max_attempts:
             raise Poison(
                 f"{len(attempts)} runs of it were started and left no result (max_attempts): the replicas that ran it died", attempts
             )
-        if redeliveries >= max_redeliveries:
-            raise Poison(f"it was delivered {redeliveries} times again and never finished", attempts)
+        if raw_mark == NOT_STARTED and not attempts and await self._store.replace(start, NOT_STARTED, None, quiet=True):
+            return 1
+        job.suspect = True
+        redeliveries = await self._store.increment(self._keys.redeliveries(name), _COUNTERS_TTL_MS)
+        if redeliveries >= ALONE_AFTER:
+            what = f"request {printable(envelope.id)}" if envelope.id else "a message without an id"
+            self._often.say(f"{what} of {self._backend} was delivered {redeliveries} times again without a result")
+            if is_alone():
+                job.mark = self.new_mark()
+                await self.mark(envelope, job.mark)
         return len(attempts) + 1
 
 

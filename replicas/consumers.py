@@ -1,5 +1,5 @@
-"""The consumers of one replica, one for each generation of its queue. They pause while the store is away, so that other replicas get the
-messages."""
+"""The consumers of one replica, one for each generation of its queue. They pause while the store is away and
+during slow calls, so that other replicas get the messages."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class Consumers:
     """Owns the consumers of one replica; only `keep_forever` starts any.
 
     `on_delivery(generation, delivery)` gets each message, `prefetch()` returns the prefetch. While the store is away, `settle()` is called
-    repeatedly: it requeues the messages that wait for the store, and returns whether no result is left to store.
+    repeatedly: it requeues the messages that wait for the store, and returns whether no result is left to store. `on_held_off()` is called
+    once the consumers are stopped after `hold_off`.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Consumers:
         prefetch: Callable[[], int],
         on_delivery: Callable[[int, Delivery], None],
         settle: Callable[[], bool],
+        on_held_off: Callable[[], None],
     ) -> None:
         self._backend = backend
         self._queue = queue
@@ -44,14 +46,18 @@ class Consumers:
         self._prefetch = prefetch
         self._on_delivery = on_delivery
         self._settle = settle
+        self._on_held_off = on_held_off
         self._wanted: tuple[int, ...] = ()
         self._consumptions: dict[int, Consumption] = {}
         self._look = asyncio.Event()
-        self.paused = False
-        self.moved_at = -math.inf  # monotonic: when it last began to consume a generation after the first
+        self.paused = False  # the store is away
+        self.held_off = False  # a call is slow
+        self._latest = 1  # the latest generation that it has consumed
+        self.moved_at = -math.inf  # monotonic: when it first consumed the latest generation, if that is not the first one
 
     def __repr__(self) -> str:
-        return f"<Consumers of generations {self.generations} of {self._backend}{', paused' if self.paused else ''}>"
+        state = f"{', paused' if self.paused else ''}{', held off' if self.held_off else ''}"
+        return f"<Consumers of generations {self.generations} of {self._backend}{state}>"
 
     @property
     def generations(self) -> tuple[int, ...]:
@@ -60,6 +66,16 @@ class Consumers:
     def want(self, generations: tuple[int, ...]) -> None:
         """Makes `keep_forever` consume exactly these generations."""
         self._wanted = generations
+        self._look.set()
+
+    def hold_off(self) -> None:
+        """Makes `keep_forever` stop the consumers until `go_on`, since requests would wait here behind a slow call."""
+        self.held_off = True
+        self._look.set()
+
+    def go_on(self) -> None:
+        """Takes back `hold_off`."""
+        self.held_off = False
         self._look.set()
 
     def tune(self) -> None:
@@ -88,7 +104,10 @@ class Consumers:
             if self.paused and self._settle() and not self._store.health.trouble:
                 logger.warning("a replica of %s can store results again and takes requests", self._backend)
                 self.paused = False
-            if self.paused or now < not_before or set(self._wanted) == set(self._consumptions):
+            if self.held_off and self._consumptions:
+                await self.stop()
+                self._on_held_off()  # not before: the broker would send here again what it gives back
+            if self.paused or self.held_off or now < not_before or set(self._wanted) == set(self._consumptions):
                 continue
             try:
                 await self._take(self._wanted)
@@ -102,8 +121,8 @@ class Consumers:
         """Consumes exactly these generations. Raises BrokerUnavailable; the consumers that it started before that stay."""
         for generation in generations:
             if generation not in self._consumptions:
-                if generation > 1:
-                    self.moved_at = time.monotonic()
+                if generation > self._latest:
+                    self._latest, self.moved_at = generation, time.monotonic()
                 consuming = self._queue.consume(self._backend, generation, self._prefetch(), partial(self._on_delivery, generation))
                 self._consumptions[generation] = await consuming
         for generation in [kept for kept in self._consumptions if kept not in generations]:

@@ -53,7 +53,8 @@ class Execution:
         """Returns the method to run, or an error as the result if there is none."""
         try:
             meta = job.envelope.header.meta
-            convert_params(meta)  # here, since later a failure would fail the whole batch
+            if meta.params:
+                convert_params(meta)  # here, since later a failure would fail the whole batch
             return self.handler.method(meta.call)
         except BaseException as error:
             return self.failed(error, job)

@@ -101,7 +101,7 @@ class Replica:
         backend, convertors = await read_backend(self._store, self._keys, self._settings.namespace, self._options.backend)
         self._backend = backend
         context = ReplicaContext(backend.name, self._options.replica_id)
-        worker = Worker(context, backend.config, self._on_done, self._on_redelivered)
+        worker = Worker(context, backend.config, self._on_done, self._before_suspects)
         failure: MQServeError | None = None  # raised outside the group, which would wrap it
         async with asyncio.TaskGroup() as tasks:
             beating = tasks.create_task(self._presence.beat_forever())
@@ -215,9 +215,9 @@ class Replica:
         assert self._requests is not None
         self._requests.on_done(job, result)
 
-    async def _on_redelivered(self, jobs: Sequence[Job]) -> None:
+    async def _before_suspects(self, jobs: Sequence[Job]) -> None:
         assert self._requests is not None
-        await self._requests.mark_redelivered(jobs)
+        await self._requests.before_suspects(jobs)
 
     def _say(self, state: MemberState) -> None:
         self._state = state

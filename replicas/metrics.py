@@ -103,23 +103,18 @@ class ReplicaMetrics:
 
 
 class _Gathered:
-    """Observations of one histogram until `hand_over`. A histogram has no bulk `observe`, so this adds to its buckets by private names
-    of prometheus_client, which tests/test_replica_metrics.py checks."""
+    """Observations of one histogram until `hand_over`, which sorts them into buckets. A histogram has no bulk `observe`, so this adds to
+    its buckets by private names of prometheus_client, which tests/test_replica_metrics.py checks."""
 
     def __init__(self, histogram: Histogram, bounds: tuple[int, ...]) -> None:
         self._histogram = histogram
         self._bounds = bounds
-        self._counts: Counts[int] = Counts()
-        self._sum = 0.0
-
-    def add(self, value: float) -> None:
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
+        self._values: list[float] = []
+        self.add = self._values.append
 
     def hand_over(self) -> None:
-        if self._counts:
-            counts, self._counts = self._counts, Counts()
-            self._histogram._sum.inc(self._sum)
-            self._sum = 0.0
-            for position, count in counts.items():
+        if self._values:
+            self._histogram._sum.inc(sum(self._values))
+            for position, count in Counts([bisect_left(self._bounds, value) for value in self._values]).items():
                 self._histogram._buckets[position].inc(count)
+            self._values.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 LOOKAHEAD_S = 0.002
+SLOW_CALL_S = 0.02
 
 
 def slots(limit: int, *, is_async: bool, sync_threads: int, batch_size: int) -> int:
@@ -22,3 +23,9 @@ def prefetch(slots: int, limit: int, run_s: float, *, may_look_ahead: bool = Tru
         return slots
     ahead = int(LOOKAHEAD_S / run_s) * slots
     return min(limit, slots + (1 << (ahead.bit_length() - 1) if ahead else 0))
+
+
+def must_give_back(waiting: int, slots: int, prefetch: int, blocked_s: float) -> bool:
+    """Whether the requests that wait at the worker go back to the queue, since another replica may be idle: they wait behind a call of more
+    than SLOW_CALL_S, or calls have become so long that none would be fetched ahead. `blocked_s` is for how long no call could start."""
+    return (waiting > 0 and blocked_s > SLOW_CALL_S) or (waiting > slots and prefetch <= slots)

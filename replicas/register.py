@@ -34,6 +34,10 @@ class Register:
         """The number of deliveries that are neither acked nor requeued."""
         return sum(job.stage is not Stage.RETURNED for job in self._jobs)
 
+    def has_one(self) -> bool:
+        """Whether exactly one delivery is unsettled."""
+        return self.unsettled == 1
+
     @property
     def generations(self) -> set[int]:
         """The generations of the queue whose messages are held."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ..broker.backoff import delays
 from ..broker.calls.cancellations import CANCELLED, Cancellations
 from ..broker.envelope import Envelope
-from ..broker.errors import BackendFailed, BadEnvelope, MQServeError, StoreUnavailable
+from ..broker.errors import BadEnvelope, MQServeError, StoreUnavailable
 from ..broker.process.printable import printable
 from ..broker.process.rate_limited_log import RateLimitedLog
 from ..broker.queue import Delivery, Queue
@@ -27,12 +27,12 @@ from .admission import Admission
 from .consumers import Consumers
 from .handler import Handler
 from .metrics import ReplicaMetrics
-from .prefetch import prefetch, slots
+from .prefetch import SLOW_CALL_S, must_give_back, prefetch, slots
 from .register import Register
 from .settlement import Settlement, is_kept
 from .stages import Job, Stage
+from .stuck import check_calls, check_silence
 from .trust import SenderTrust
-from .user_hooks import RECONFIGURE_BUDGET_S
 from .worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,6 @@ _LONG_RUN_S = 0.04
 _TUNE_EVERY_TURNS = 5
 _ASK_EVERY_TURNS = 20  # once a second
 _REFUSAL_BUDGET_S = 1.5  # for storing 503 as the result of the requests that are left
-STUCK_AFTER_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +85,9 @@ class RequestLoop:
         self._unasked = RateLimitedLog(logger)
         self._end: End | None = None
         self._refuses = False  # whether the time of `_end` has come: requests are answered with its result
-        self._consumers = Consumers(backend.name, queue, store, self._prefetch, self._on_delivery, self._settle_unstored)
+        self._consumers = Consumers(
+            backend.name, queue, store, self._prefetch, self._on_delivery, self._settle_unstored, self._give_back_waiting
+        )
         self.served = 0
         self._config = backend.config
         self._settlement.configure(backend.config)
@@ -147,17 +148,19 @@ class RequestLoop:
         await self._consumers.keep_forever(on_taken)
 
     async def tune_forever(self) -> None:
-        """Runs until cancelled: gives up late requests, stores start marks of long runs, checks the worker, and adjusts the prefetch to
-        the measured run time. A start mark makes a timeout say `run`, and a replica's death count as an attempt of the request."""
+        """Runs until cancelled: gives up late requests, stores start marks of long runs, checks the worker, gives back what waits behind
+        slow calls, and adjusts the prefetch to the measured run time. A start mark makes a timeout say `run`, and a replica's death count
+        as an attempt of the request."""
         for turn in itertools.count():
             await asyncio.sleep(_MARK_EVERY_S)
             self._give_up_late()
             if self._end is not None and not self._refuses and time.monotonic() >= self._end.at:
                 self._refuse_the_rest(self._end)
-            self._check_stuck()
+            check_calls(self._backend, self._register, self._config.request_timeout_s)
             self._mark_long_runs()
+            self._spare_the_waiting()
             if turn % _ASK_EVERY_TURNS == 0:
-                self._check_silence()
+                check_silence(self._backend, self._register, self._worker)
             if turn % _TUNE_EVERY_TURNS:
                 continue
             self._consumers.tune()
@@ -168,8 +171,7 @@ class RequestLoop:
         """Requeues, while the store is away, the requests that have not started and those whose results cannot be stored; returns whether
         no result is left to store. With at-most-once delivery it requeues none, since NOT_STARTED cannot be stored for them."""
         if not self._settlement.at_most_once:
-            for job in self._worker.withdraw():
-                self._settlement.give_back(job)
+            self._give_back_waiting()
         return self._settlement.give_back_unstored()
 
     async def listen(self) -> None:
@@ -185,8 +187,7 @@ class RequestLoop:
         self._draining = True
         until = time.monotonic() + min(at_most_s, self._config.graceful_shutdown_timeout_s)
         if self._end is None or self._end.keeps_queue:
-            for job in self._worker.withdraw():
-                self._settlement.give_back(job)
+            self._give_back_waiting()
         if self._end is not None:
             until = min(until, self._end.at)
         await self._consumers.stop()
@@ -227,12 +228,43 @@ class RequestLoop:
         await self._consumers.stop()
         self._settlement.abandon()
 
-    def _prefetch(self) -> int:
+    @property
+    def _gathers(self) -> bool:
+        """Whether requests wait for a batch."""
+        return self._handler.accepts_batch and (self._handler.is_async or self._config.max_batch_size is not None)
+
+    @property
+    def _may_look_ahead(self) -> bool:
+        return not (self._handler.is_async or self._gathers or self._settlement.at_most_once)
+
+    @property
+    def _slots(self) -> int:
         config, is_async = self._config, self._handler.is_async
-        limit = config.concurrency(is_async)
-        batch_size = (config.max_batch_size or 1) if self._handler.accepts_batch else 0
-        can_run = slots(limit, is_async=is_async, sync_threads=config.sync_threads, batch_size=batch_size)
-        return prefetch(can_run, limit, self._worker.run_s, may_look_ahead=not self._settlement.at_most_once)
+        batch_size = (config.max_batch_size or 1) if self._gathers else 0
+        return slots(config.concurrency(is_async), is_async=is_async, sync_threads=config.sync_threads, batch_size=batch_size)
+
+    def _prefetch(self) -> int:
+        limit = self._config.concurrency(self._handler.is_async)
+        return prefetch(self._slots, limit, self._worker.run_s, may_look_ahead=self._may_look_ahead)
+
+    def _spare_the_waiting(self) -> None:
+        """Stops consuming when requests would wait here behind a slow call, and gives them back once the broker sends no others; goes on
+        when the call has ended."""
+        if self._draining:
+            return
+        blocked_s = self._worker.blocked_s
+        if self._may_look_ahead and must_give_back(self._worker.waiting, self._slots, self._prefetch(), blocked_s):
+            if self._consumers.held_off:
+                self._give_back_waiting()  # they were admitted meanwhile
+            else:
+                self._consumers.hold_off()
+        elif self._consumers.held_off and not (self._may_look_ahead and blocked_s > SLOW_CALL_S):
+            self._consumers.go_on()
+
+    def _give_back_waiting(self) -> None:
+        """Requeues the requests that have not started, the last one first: the queue in memory puts each at its head."""
+        for job in reversed(self._worker.withdraw()):
+            self._settlement.give_back(job)
 
     def _mark_long_runs(self) -> None:
         now = time.monotonic()
@@ -241,10 +273,12 @@ class RequestLoop:
                 job.mark = self._admission.new_mark()
                 self._admission.mark_soon(job.envelope, job.mark)
 
-    async def mark_redelivered(self, jobs: Sequence[Job]) -> None:
-        """Stores the start marks of redelivered requests before they run, so that a run that kills its replica at once counts."""
+    async def before_suspects(self, jobs: Sequence[Job]) -> None:
+        """Stores the start marks of the suspects among the jobs before they run, so that a run that kills its replica at once counts. Waits
+        first for the results of earlier suspects, which would count as attempts of them otherwise."""
+        await self._settlement.marked_recorded()
         for job in jobs:
-            if job.redelivered and not job.mark:
+            if job.suspect and not job.mark:
                 job.mark = self._admission.new_mark()
                 try:
                     await self._admission.mark(job.envelope, job.mark)
@@ -260,28 +294,6 @@ class RequestLoop:
             if job.deadline <= now and job.given_up is None:
                 self._give_up(job, late_result(Phase.RUN if job.started else Phase.QUEUE))
 
-    def _check_stuck(self) -> None:
-        """Raises BackendFailed if a call goes on STUCK_AFTER_S after `request_timeout_s` and nobody waits for it: nothing else ends it."""
-        # not by the request's own deadline: a client with a short one must not end replicas
-        stuck_since = time.monotonic() - self._config.request_timeout_s - STUCK_AFTER_S
-        for job in self._register.at(Stage.RUNNING):
-            if job.started < stuck_since and all(member.unwanted for member in job.batch or (job,)):
-                raise BackendFailed(
-                    f"a call of backend {self._backend!r} goes on {STUCK_AFTER_S:g} s after request_timeout_s "
-                    f"({self._config.request_timeout_s:g} s), and ends its replica: ask serve.cancelled() in it, or allow more"
-                )
-
-    def _check_silence(self) -> None:
-        """Raises BackendFailed if user code blocks the worker's thread while no request or hook runs, since no request could start. Must
-        be called once a second."""
-        in_hook = 0 <= time.monotonic() - self._worker.hook_since < RECONFIGURE_BUDGET_S
-        self._worker.thread.ask_for_life(may_be_busy=in_hook or bool(self._register.at(Stage.RUNNING)))
-        if (silent_s := self._worker.thread.missed) > STUCK_AFTER_S:
-            raise BackendFailed(
-                f"code of backend {self._backend!r} has blocked its replica for {silent_s} s, outside any request, so that none starts: in "
-                "async code await what takes long, or run it by asyncio.to_thread"
-            )
-
     def _give_up_cancelled(self) -> None:
         for job in self._register.with_worker():
             if self._cancellations.names(job.envelope, job.envelope.future_id(self._backend)):
@@ -296,7 +308,7 @@ class RequestLoop:
     # Taking.
 
     def _on_delivery(self, generation: int, delivery: Delivery) -> None:
-        if (self._draining or self._consumers.paused) and self._is_for_others():
+        if (self._draining or self._consumers.paused or self._consumers.held_off) and self._is_for_others():
             return delivery.requeue()
         job = Job(NOTHING, generation, delivery)
         self._register.hold(job)
@@ -372,9 +384,7 @@ class RequestLoop:
             await asyncio.sleep(pause_s)  # hold it: no replica would run it again, since NOT_STARTED cannot be stored now
 
     async def _ask(self, job: Job) -> Envelope | Result | None:
-        return await self._admission.admit(
-            job.envelope, self._config, job.mark, redelivered=job.delivery.redelivered, check_copies=self._may_be_copies
-        )
+        return await self._admission.admit(job, self._config, is_alone=self._register.has_one, check_copies=self._may_be_copies)
 
     def _admitted(self, job: Job, admitted: Envelope | Result | None) -> None:
         if admitted is None:
@@ -389,7 +399,6 @@ class RequestLoop:
             self._drop(job, CANCELLED)
         else:
             job.envelope = admitted
-            job.redelivered = job.delivery.redelivered
             self._run(job)
 
     def _is_cancelled(self, envelope: Envelope) -> bool:
@@ -411,6 +420,8 @@ class RequestLoop:
 
     def on_done(self, job: Job, result: Result) -> None:
         """Answers a job that the worker has finished, unless it was requeued or answered meanwhile."""
+        if self._consumers.held_off:
+            self._consumers.go_on()
         if not job.with_worker:
             return
         try:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import msgspec
 from starlette.convertors import CONVERTOR_TYPES
 from starlette.datastructures import FormData, Headers, State
 from starlette.requests import Request as StarletteRequest
+from starlette.requests import empty_send
+from starlette.types import Receive, Scope
 
 from ..broker.envelope import RequestHead
 from ..broker.errors import UNPARSABLE, BadEnvelope, BadType
@@ -34,17 +37,31 @@ class Request(StarletteRequest):
 
     `id` is the same in every run of the request, `attempt` the number of this run. `state` holds the plain data that middlewares in the
     proxy set.
+
+    Most handlers read little of a request. So what Starlette's constructor would set is a default of this class or made at first use, and
+    that constructor is not called.
     """
+
+    _send = staticmethod(empty_send)
+    _stream_consumed = False
+    _is_disconnected = False
+    _form = None
 
     def __init__(self, job: Job) -> None:
         envelope = job.envelope
-        self._content_type = envelope.content_type
-        super().__init__(http_scope(envelope.header.meta), Receiver(job))
         self._job = job
         self._body = envelope.body  # Starlette reads it from here rather than by `receive`
         self._data: Any = _UNREAD
         self.id = envelope.id
         self.attempt = envelope.attempt
+
+    @cached_property
+    def scope(self) -> Scope:  # type: ignore[override]
+        return http_scope(self._job.envelope.header.meta)
+
+    @cached_property
+    def _receive(self) -> Receive:  # type: ignore[override]
+        return Receiver(self._job)
 
     @property
     def data(self) -> Any:
@@ -74,10 +91,10 @@ class Request(StarletteRequest):
         return self._job.unwanted
 
     def _decode(self) -> Any:
-        kind = media_type(self._content_type)
-        if kind in FORMS:
+        content_type = self._job.envelope.content_type
+        if media_type(content_type) in FORMS:
             return as_dict(self._parse_form()) if self._body else None
-        return _decode(self._body, self._content_type)
+        return _decode(self._body, content_type)
 
     async def _get_form(self, **limits: Any) -> FormData:
         """Starlette's `form()` and its context manager call this."""
@@ -133,19 +150,25 @@ class ServeRequest:
 
     def __init__(self, job: Job, load: Callable[[], tuple[Any, dict[str, Any]]]) -> None:
         envelope = job.envelope
-        meta = envelope.header.meta
+        self._meta = envelope.header.meta
         self._load = load
         self._loaded: tuple[Any, dict[str, Any]] | None = None
         self._is_direct = not envelope.header.origin
         self._raw = envelope.body if self._is_direct else b""
         self.id = envelope.id
         self.attempt = envelope.attempt
-        self.method = meta.method
-        self.headers = Headers(raw=list(meta.headers))
-        self.path_params: dict[str, Any] = convert_params(meta)
+        self.method = self._meta.method
 
     def __repr__(self) -> str:
         return f"<ServeRequest {self.method}>"
+
+    @cached_property
+    def headers(self) -> Headers:
+        return Headers(raw=list(self._meta.headers))
+
+    @cached_property
+    def path_params(self) -> dict[str, Any]:
+        return convert_params(self._meta)
 
     @property
     def data(self) -> Any:

@@ -39,6 +39,7 @@ GIVE_BACK_AFTER_S = 0.5
 UNLIMITED_S = 60.0  # for a request without a deadline: how long storing its result is retried
 _CONFIRM_BUDGET_S = 10.0
 _LAST_STEPS_S = 5.0
+_MARKED_BUDGET_S = 1.0
 
 
 class Unforeseen(BadEnvelope):
@@ -66,6 +67,7 @@ class Settlement:
         self._metrics = metrics
         self._register = register
         self._tasks = Tasks()
+        self._marked: set[asyncio.Future[Any]] = set()  # what is under way for requests that have a start mark
         self._unanswered, self._undead, self._set_aside_words = RateLimitedLog(logger), RateLimitedLog(logger), RateLimitedLog(logger)
         self._bugs = RateLimitedLog(logger, logging.ERROR)
         self.at_most_once = False
@@ -85,11 +87,24 @@ class Settlement:
         if envelope.header.shadow:
             self.ack(job)
         elif envelope.reply_to or len(result.body) > INLINE_RESULT_BYTES:
-            self.start(job, self._answer_slowly(job, result))
+            self._await_for(job, self.start(job, self._answer_slowly(job, result)))
         elif envelope.id:
-            self.record(job, result).add_done_callback(partial(self._recorded, job))
+            recorded = self.record(job, result)
+            self._await_for(job, recorded)
+            recorded.add_done_callback(partial(self._recorded, job))
         else:
             self._answered(job)
+
+    def _await_for(self, job: Job, work: asyncio.Future[Any]) -> None:
+        if job.mark:
+            self._marked.add(work)
+            work.add_done_callback(self._marked.discard)
+
+    async def marked_recorded(self) -> None:
+        """Waits, for a moment at most, until the results of finished runs that have a start mark are stored: if this replica died before,
+        its death would count as an attempt of them."""
+        if self._marked:
+            await asyncio.wait(self._marked, timeout=_MARKED_BUDGET_S)
 
     def record(self, job: Job, result: Result) -> asyncio.Future[bool]:
         """Records the result of a request that has an id; see `Store.record`."""
@@ -139,8 +154,8 @@ class Settlement:
     def _answered(self, job: Job) -> None:
         """Acks. Unless the id is minted, and so used only once, it also deletes the counters, so that the next use of the id starts afresh.
         With at-most-once delivery they stay, so that the id never runs twice."""
-        if (job.redelivered or job.mark) and not job.envelope.minted and not (self.at_most_once and job.envelope.id):
-            self.start(job, self._admission.forget(job.envelope))
+        if (job.delivery.redelivered or job.mark) and not job.envelope.minted and not (self.at_most_once and job.envelope.id):
+            self._await_for(job, self.start(job, self._admission.forget(job.envelope)))
         self.ack(job)
 
     def _cannot_answer(self, job: Job, error: BaseException) -> None:
@@ -199,8 +214,9 @@ class Settlement:
 
     def give_back(self, job: Job, *, later: bool = False, mark_stays: bool = False) -> None:
         """Requeues the message for other replicas. Removes its start mark first, or its run would count as an attempt though the replica
-        lives. With at-most-once delivery it stores NOT_STARTED instead, and the mark of a request that has started stays, so that it
-        never runs again.
+        lives. Of a request that was admitted and has not started it notes that (NOT_STARTED), so that its next delivery does not count
+        as a redelivery. With at-most-once delivery it notes it of each that has not started, and the mark of one that has started stays,
+        so that it never runs again.
 
         `later` requeues after a pause, for failures of broker or store: at once, the message would be redelivered at full speed. Its slot
         stays taken meanwhile.
@@ -209,11 +225,14 @@ class Settlement:
             return self._register.settle(job)
         if job.stage is Stage.SETTLED:
             return
+        waited = job.stage is Stage.ADMITTED and not job.suspect and bool(job.envelope.id) and not self._store.health.trouble
         job.move(Stage.LEAVING)
         if self.at_most_once and job.envelope.id and not job.started and not mark_stays:
             self.start(job, self._requeue_unstarted(job, later))
         elif job.mark and not mark_stays and not self.at_most_once:
             self.start(job, self._unmark_and_requeue(job, later))
+        elif waited and not mark_stays:
+            self.start(job, self._requeue_unstarted(job, later))
         else:
             self._requeue_soon(job, later)
 
@@ -239,10 +258,11 @@ class Settlement:
 
     async def _requeue_unstarted(self, job: Job, later: bool) -> None:
         try:
-            came_before = job.delivery.redelivered or job.envelope.header.again
+            came_before = self.at_most_once and (job.delivery.redelivered or job.envelope.header.again)
             await self._admission.give_back(job.envelope, job.mark, came_before=came_before)
         except StoreUnavailable as error:
-            logger.warning("a request of %s goes back without word that it was not started, and is answered 502: %s", self._backend, error)
+            effect = "is answered 502" if self.at_most_once else "counts as redelivered"
+            logger.warning("a request of %s goes back without word that it was not started, and %s: %s", self._backend, effect, error)
         self._requeue_soon(job, later)
 
     def _requeue_soon(self, job: Job, later: bool) -> None:
@@ -258,9 +278,9 @@ class Settlement:
 
     # Unforeseen exceptions.
 
-    def start(self, job: Job, work: Coroutine[Any, Any, None]) -> None:
+    def start(self, job: Job, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Runs `work` as a task that ends with this replica. If it raises an exception, `fail` settles the job."""
-        self._tasks.start(self._own(job, work))
+        return self._tasks.start(self._own(job, work))
 
     async def _own(self, job: Job, work: Coroutine[Any, Any, None]) -> None:
         try:

@@ -6,8 +6,9 @@ import asyncio
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from enum import Enum
+
+import msgspec
 
 from ..broker.envelope import Envelope
 from ..broker.queue import Delivery
@@ -43,8 +44,7 @@ class WrongMove(Exception):
     """A request was moved to a stage that MOVES does not allow: a bug in mqserve."""
 
 
-@dataclass(slots=True, eq=False)
-class Job:
+class Job(msgspec.Struct, eq=False):
     """A request that this replica holds. The I/O loop writes the first group of fields, the worker's thread the second; both read all.
 
     A job begins to run when the worker writes `started`, so only the I/O loop ever writes the stage.
@@ -54,7 +54,7 @@ class Job:
     generation: int  # of the queue that it came from
     delivery: Delivery
     deadline: float = math.inf  # monotonic
-    redelivered: bool = False  # its start mark is stored before it runs
+    suspect: bool = False  # it was delivered before, and may have killed its replica: its start mark is stored before it runs
     mark: bytes = b""  # the start mark that is, or may be, in the store
     given_up: Result | None = None  # replaces its own result: it was cancelled, or its deadline has passed
     _stage: Stage = Stage.HELD

@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import inspect
-import logging
 import math
 import time
 from collections import deque
@@ -31,7 +30,6 @@ from ..broker.errors import BackendFailed, words_of
 from ..broker.failures import Failure, describe
 from ..broker.latencies import moving_average
 from ..broker.process import forks
-from ..broker.process.rate_limited_log import RateLimitedLog
 from ..broker.results import Result
 from ..controller.state.config import BackendConfig
 from .batching import Gathering
@@ -40,12 +38,10 @@ from .context import ReplicaContext, enter_context, running_jobs
 from .execute import Answer, Execution
 from .handler import Method
 from .stages import Job
+from .suspects import BeforeSuspects, Marking
 from .threads import Threads
 from .worker_thread import WorkerThread
 
-logger = logging.getLogger(__name__)
-
-_MARK_BUDGET_S = 5.0  # for storing the start mark of a redelivered request
 _TURN_S = 0.01  # after starting jobs for this long the loop does its other work: async calls, health checks
 T = TypeVar("T")
 
@@ -59,20 +55,19 @@ class Raised(Exception):
 
 
 class Worker:
-    """Owned by one I/O loop, on which `on_done(job, result)` is called. Before redelivered jobs run, `on_redelivered(jobs)` is awaited
-    there."""
+    """Owned by one I/O loop. `on_done(job, result)` is called there, and `before_suspects(jobs)` awaited when `suspects.py` says."""
 
     def __init__(
         self,
         context: ReplicaContext,
         config: BackendConfig,
         on_done: Callable[[Job, Result], None],
-        on_redelivered: Callable[[Sequence[Job]], Coroutine[Any, Any, None]],
+        before_suspects: BeforeSuspects,
     ) -> None:
         self._context = context
         self._config = config
         self._on_done = on_done
-        self._on_redelivered = on_redelivered
+        self._marking = Marking(context.replica_tag, before_suspects)
         self._io = asyncio.get_running_loop()
         self.thread = WorkerThread(context)
         self._loop = self.thread.loop
@@ -91,9 +86,9 @@ class Worker:
         self._results: deque[tuple[Job, Result]] = deque()
         self._io_woken = False
         self._tasks: set[asyncio.Task[None]] = set()
-        self._unmarked = RateLimitedLog(logger)
         self.run_s = 0.0  # moving average of plain calls
         self.in_plain_call = False
+        self._last_start = 0.0  # monotonic
         self.hook_since = math.inf  # monotonic: when the hook or constructor that now holds the thread began; infinite if none does
         self.responding = 0  # responses that run as ASGI apps, including their background tasks
 
@@ -133,6 +128,19 @@ class Worker:
             self._woken = True
             with suppress(RuntimeError):  # user code closed the loop: the replica ends, and its drain gives this job back
                 self._loop.call_soon_threadsafe(self._take)
+
+    @property
+    def waiting(self) -> int:
+        """The number of jobs that wait for a thread."""
+        return len(self._jobs)
+
+    @property
+    def blocked_s(self) -> float:
+        """For how long plain calls or a hook have kept every job from starting; 0 if none does."""
+        now = time.monotonic()
+        if self.hook_since <= now:
+            return now - self.hook_since
+        return now - self._last_start if self.in_plain_call or self._free_threads <= 0 else 0.0
 
     def withdraw(self) -> list[Job]:
         """Removes and returns the jobs that have not started."""
@@ -240,7 +248,7 @@ class Worker:
     # Calls: of one job, or of a batch.
 
     def _run(self, jobs: Sequence[Job], method: Method) -> None:
-        now = time.monotonic()
+        now = self._last_start = time.monotonic()
         is_wanted = False
         for job in jobs:
             job.started = now  # from now on `give_up` must cancel the call
@@ -290,10 +298,7 @@ class Worker:
         assert self._execution is not None
         try:
             running_jobs.set(jobs)
-            for job in jobs:
-                if job.redelivered:
-                    self._announce(jobs)
-                    break
+            self._marking.before_plain(jobs)
             if method.accepts_batch:
                 return self._execution.run_batch(method, jobs)
             return [self._execution.run(method, jobs[0])]
@@ -306,8 +311,8 @@ class Worker:
         assert self._execution is not None
         try:
             running_jobs.set(jobs)
-            if any(job.redelivered for job in jobs):
-                await self._announce_async(jobs)
+            if any([job.suspect for job in jobs]):
+                await self._marking.before_async(jobs)
             if method.accepts_batch:
                 answers = await self._execution.run_batch_async(method, jobs)
             else:
@@ -363,26 +368,6 @@ class Worker:
         task = job.task
         if task is not None and all(other.given_up for other in job.batch if other.task is task):
             self._loop.call_soon(task.cancel)  # a turn later: a task that is cancelled before its first step reports no end
-
-    def _announce(self, jobs: Sequence[Job]) -> None:
-        try:
-            asyncio.run_coroutine_threadsafe(self._on_redelivered(jobs), self._io).result(_MARK_BUDGET_S)
-        except Exception as error:
-            self._tell_unmarked(error)
-
-    async def _announce_async(self, jobs: Sequence[Job]) -> None:
-        try:
-            async with asyncio.timeout(_MARK_BUDGET_S):
-                await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._on_redelivered(jobs), self._io))
-        except Exception as error:
-            self._tell_unmarked(error)
-
-    def _tell_unmarked(self, error: Exception) -> None:
-        why = f"the store did not take it within {_MARK_BUDGET_S:g} s" if isinstance(error, TimeoutError) else words_of(error)
-        self._unmarked.say(
-            f"{self._context.replica_tag} runs redelivered requests without a start mark, so its death in one would not count as an "
-            f"attempt of that request: {why}"
-        )
 
     def _measure(self, jobs: Sequence[Job]) -> None:
         self.run_s = moving_average(self.run_s, time.monotonic() - jobs[0].started)

@@ -113,11 +113,11 @@ def test_the_config_of_an_unknown_backend_is_a_value_error(client: serve.Client)
 @pytest.mark.parametrize(
     ("settings", "is_async", "limit"),
     [
-        ({}, False, 8),
-        ({"sync_threads": 10}, False, 20),
+        ({}, False, 64),
+        ({"sync_threads": 40}, False, 80),
         ({"max_batch_size": 7}, False, 14),
         ({"max_batch_size": 10, "batch_wait_timeout": 1}, False, 20),
-        ({"batch_wait_timeout": 1}, False, 8),
+        ({"batch_wait_timeout": 1}, False, 64),
         ({}, True, 100),
         ({"max_batch_size": 10, "batch_wait_timeout": 1}, True, 20),
         ({"max_batch_size": 10}, True, 100),

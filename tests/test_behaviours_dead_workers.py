@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 import mqserve as serve
-from mqserve.replicas import request_loop
+from mqserve.replicas import stuck
 from tests.gates import Gate
 from tests.instances import NOISE_S, Deploy, wait_until
 
@@ -53,7 +53,7 @@ def test_a_worker_whose_loop_was_ended_serves_again_within_seconds(deploy: Deplo
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process a stuck worker is noticed after a second."""
-    monkeypatch.setattr(request_loop, "STUCK_AFTER_S", 1.0)
+    monkeypatch.setattr(stuck, "STUCK_AFTER_S", 1.0)
 
 
 @pytest.mark.parametrize("form", ["embedded"], indirect=True)

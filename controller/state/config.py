@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 MAX_REQUEST_TIMEOUT_S = 25 * 60  # below RabbitMQ's consumer_timeout of 30 minutes
-SYNC_CONCURRENCY = 8  # max_concurrent_queries of a plain handler, as in Ray Serve 1.x
+SYNC_CONCURRENCY = 64  # of a plain handler whose calls are so short that this many take no time
 ASYNC_CONCURRENCY = 100
 
 Whole = Annotated[int, Field(gt=0, lt=2**31)]
@@ -19,8 +19,8 @@ class BackendConfig(BaseModel):
     num_replicas: copies of the backend.
     max_batch_size: requests that an `accept_batch` handler gets at most in one call; 1 when None.
     batch_wait_timeout: seconds that a batch waits to be full; 0 takes what is there.
-    max_concurrent_queries: requests that one replica holds at a time; default 8 for a plain handler, twice the batch size for
-        one with `max_batch_size`, 100 for an async one.
+    max_concurrent_queries: requests that one replica holds at a time; default 100 for an async handler, twice the batch size for
+        one with `max_batch_size`, and for a plain one what it can run and what runs within 2 ms, up to 64.
     sync_threads: how many plain calls a replica runs at once; 1, since models are rarely thread-safe.
     request_timeout_s: seconds from the request's arrival to its answer, at most 25 minutes.
     max_queued_requests: waiting requests beyond which callers are told 429; None for no limit. Changing it makes a new queue.

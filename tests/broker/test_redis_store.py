@@ -8,8 +8,10 @@ from contextlib import asynccontextmanager
 import pytest
 import redis
 
+from mqserve.broker.calls.call import Ticket
 from mqserve.broker.calls.pending import PendingResults
 from mqserve.broker.errors import StoreUnavailable
+from mqserve.broker.overload import Pace
 from mqserve.broker.redis.result_writer import FLUSH_BYTES
 from mqserve.broker.redis.store import RedisStore, open_redis
 from mqserve.broker.results import Result, entry_of
@@ -232,7 +234,11 @@ async def waiting(url: str, namespace: str, keys: StoreKeys) -> AsyncIterator[tu
 
 
 def ask(pending: PendingResults, store: Store, future_id: str) -> asyncio.Future[Result]:
-    return pending.add(future_id, store.now_ms() + 60_000, lambda answered: None, sent_at=time.monotonic())
+    ticket = Ticket()
+    ticket.id, ticket.deadline_ms = future_id, store.now_ms() + 60_000
+    ticket.pace, ticket.sent_at = Pace(), time.monotonic()
+    pending.add(ticket)
+    return ticket.future
 
 
 def answer_to(keys: StoreKeys, pending: PendingResults, future_id: str) -> Record:

@@ -1,6 +1,7 @@
 """A replica's server without a worker: what would run is kept for the test to look at, and to end."""
 
 import asyncio
+import math
 from typing import Any, cast
 
 from mqserve.broker.envelope import Envelope, Header
@@ -26,12 +27,24 @@ class IdleWorker:
         self.jobs: list[Job] = []
         self.run_s = 0.0
         self.responding = 0
+        self.blocked_s = 0.0
+        self.hook_since = math.inf
+        self.thread = self
+        self.missed = 0
+
+    def ask_for_life(self, *, may_be_busy: bool) -> None:
+        pass
+
+    @property
+    def waiting(self) -> int:
+        return sum(not job.started for job in self.jobs)
 
     def submit(self, job: Job) -> None:
         self.jobs.append(job)
 
     def withdraw(self) -> list[Job]:
-        withdrawn, self.jobs = self.jobs, []
+        withdrawn = [job for job in self.jobs if not job.started]
+        self.jobs = [job for job in self.jobs if job.started]
         return withdrawn
 
     def give_up(self, job: Job, result: Result) -> None:
@@ -50,6 +63,7 @@ class Serving:
         store: EmbeddedStore | None = None,
         *,
         generations: tuple[int, ...] = (1,),
+        replica_id: str = "b#1",
         **config: Any,
     ) -> None:
         self._generations = generations
@@ -59,7 +73,7 @@ class Serving:
         backend = Backend("b", "", "b", config)
         self.server = RequestLoop(
             Settings.read({}, namespace="tests"), backend, self.queue, self.store, cast(Worker, self.worker),
-            Handler(lambda request: None, is_function=True), ReplicaMetrics("b", "b#1"), "b#1",
+            Handler(lambda request: None, is_function=True), ReplicaMetrics("b", replica_id), replica_id,
         )  # fmt: skip
         self._tasks: list[asyncio.Task[None]] = []
 

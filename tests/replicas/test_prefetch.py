@@ -2,7 +2,7 @@
 
 import pytest
 
-from mqserve.replicas.prefetch import LOOKAHEAD_S, prefetch, slots
+from mqserve.replicas.prefetch import LOOKAHEAD_S, SLOW_CALL_S, must_give_back, prefetch, slots
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,19 @@ def test_the_limit_is_never_passed() -> None:
 
 def test_who_may_not_look_ahead_holds_what_can_run() -> None:
     assert prefetch(1, 100, 0.000_1, may_look_ahead=False) == 1
+
+
+@pytest.mark.parametrize(
+    ("waiting", "slots", "prefetch", "blocked_s", "goes_back"),
+    [
+        (0, 1, 64, 1.0, False),  # nothing waits
+        (1, 1, 64, SLOW_CALL_S * 0.9, False),  # the call is quick so far
+        (1, 1, 64, SLOW_CALL_S * 1.1, True),  # one waits behind a slow call
+        (1, 1, 1, 0.0, False),  # one has just come
+        (2, 1, 1, 0.0, True),  # calls have become longer than the look-ahead
+        (2, 1, 2, 0.0, False),
+        (4, 4, 4, 0.0, False),
+    ],
+)
+def test_what_waits_goes_back_when_a_call_is_slow(waiting: int, slots: int, prefetch: int, blocked_s: float, goes_back: bool) -> None:
+    assert must_give_back(waiting, slots, prefetch, blocked_s) is goes_back

@@ -27,11 +27,13 @@ GIVEN_UP = Result(status=499)
 
 
 class Owner:
-    """Of a worker that serves `target`: `results` has what was handed over, `marked` whose start it was told of."""
+    """Of a worker that serves `target`: `results` has what was handed over, `marked` the suspects that it
+    was told of, `told` how often."""
 
     def __init__(self, target: Any, **config: Any) -> None:
         self.results: list[tuple[Job, Result]] = []
         self.marked: list[Job] = []
+        self.told = 0
         self.worker = Worker(
             ReplicaContext("b", "b#1"), BackendConfig(**config), lambda job, result: self.results.append((job, result)), self._mark
         )
@@ -42,7 +44,8 @@ class Owner:
         self.worker.serve(Execution("b", handler, Signer([b"k" * 32], "tests")))
 
     async def _mark(self, jobs: Sequence[Job]) -> None:
-        self.marked += jobs
+        self.told += 1
+        self.marked += [job for job in jobs if job.suspect]
 
     def submit(self, *bodies: str, **fields: Any) -> list[Job]:
         jobs = [make_job(body, **fields) for body in bodies]
@@ -229,9 +232,29 @@ async def test_what_was_delivered_before_is_marked_before_it_runs(serve: Serve, 
         return len(owner.marked)
 
     owner: Owner = await serve(handler if is_async else plain)
-    (job,) = owner.submit("a", redelivered=True)
+    (job,) = owner.submit("a", suspect=True)
     assert await owner.answers(1) == [b"1"]
     assert owner.marked == [job]
+
+
+async def test_a_call_that_follows_a_suspect_waits_for_it_too(serve: Serve) -> None:
+    """It may kill the replica while the result of the suspect is on its way."""
+    owner: Owner = await serve(lambda request: owner.told)
+    owner.submit("a", suspect=True)
+    owner.submit("b", "c")
+    assert await owner.answers(3) == [b"1", b"2", b"2"]
+
+
+async def test_a_worker_tells_for_how_long_no_call_could_start(serve: Serve) -> None:
+    held = Held()
+    owner: Owner = await serve(held)
+    assert owner.worker.blocked_s == 0
+    owner.submit("a", "b")
+    await until(lambda: owner.worker.blocked_s > 0.03)
+    assert owner.worker.waiting == 1
+    held.open.set()
+    await owner.answers(2)
+    await until(lambda: owner.worker.blocked_s == 0)
 
 
 async def test_what_construction_raises_comes_to_whoever_asked_for_it(serve: Serve) -> None:

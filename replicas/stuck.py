@@ -1,0 +1,37 @@
+"""Ends a replica that will run no more requests: a call of it never returns, or code outside any call blocks its thread."""
+
+from __future__ import annotations
+
+import time
+
+from ..broker.errors import BackendFailed
+from .register import Register
+from .stages import Stage
+from .user_hooks import RECONFIGURE_BUDGET_S
+from .worker import Worker
+
+STUCK_AFTER_S = 10.0
+
+
+def check_calls(backend: str, register: Register, request_timeout_s: float) -> None:
+    """Raises BackendFailed if a call goes on STUCK_AFTER_S after `request_timeout_s` and nobody waits for it: nothing else ends it."""
+    # not by the request's own deadline: a client with a short one must not end replicas
+    stuck_since = time.monotonic() - request_timeout_s - STUCK_AFTER_S
+    for job in register.at(Stage.RUNNING):
+        if job.started < stuck_since and all(member.unwanted for member in job.batch or (job,)):
+            raise BackendFailed(
+                f"a call of backend {backend!r} goes on {STUCK_AFTER_S:g} s after request_timeout_s ({request_timeout_s:g} s), and ends "
+                "its replica: ask serve.cancelled() in it, or allow more"
+            )
+
+
+def check_silence(backend: str, register: Register, worker: Worker) -> None:
+    """Raises BackendFailed if user code blocks the worker's thread while no request or hook runs, since no request could start. Must be
+    called once a second."""
+    in_hook = 0 <= time.monotonic() - worker.hook_since < RECONFIGURE_BUDGET_S
+    worker.thread.ask_for_life(may_be_busy=in_hook or bool(register.at(Stage.RUNNING)))
+    if (silent_s := worker.thread.missed) > STUCK_AFTER_S:
+        raise BackendFailed(
+            f"code of backend {backend!r} has blocked its replica for {silent_s} s, outside any request, so that none starts: in async "
+            "code await what takes long, or run it by asyncio.to_thread"
+        )
