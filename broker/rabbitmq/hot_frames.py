@@ -6,7 +6,7 @@ task. That was a quarter of a request's cost in the replica and the largest part
 struct as the bytes arrive and handed to their channel at once, and what a channel sends goes straight to the transport. Every other frame
 reaches aiormq unchanged and in order, so aiormq still logs in, opens, consumes, closes and sends heartbeats.
 
-Nothing private of aiormq is used: `HotTransport` is a transport factory, which `aio_pika.Connection` would drop in silence.
+Nothing private of aiormq is used: `HotTransport` is a transport factory for its connection.
 """
 
 from __future__ import annotations

@@ -37,9 +37,9 @@ def set_up(*, verbose: bool, dated: bool) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(LineFormatter(dated=dated))
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
-    logging.getLogger("aiormq").setLevel(
-        logging.CRITICAL
-    )  # it logs a lost connection with a traceback, though we recover; at DEBUG payloads
+    # They log a lost connection as an error with a traceback, though we recover; at DEBUG they log payloads.
+    for name in ("aio_pika", "aiormq"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
 
 
