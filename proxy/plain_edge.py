@@ -55,8 +55,8 @@ class PlainEdgeProtocol(EdgeProtocol):
         self._start_plain(parts[0] if len(parts) == 1 else b"".join(parts))
 
     def answer(self, call: PlainCall, reply: Reply) -> None:
-        """Writes the answer to a plain request in one piece, unless the client has gone."""
-        if call.disconnected:
+        """Writes the answer to a plain request in one piece, unless it has one or the client has gone."""
+        if call.response_complete:
             return
         status, headers, body = with_length(reply, to_head=call.method == "HEAD")
         if self.server_state.default_headers is not self._defaults:
