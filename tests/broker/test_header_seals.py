@@ -1,6 +1,5 @@
 """The seal of an `mq` header: only a holder of the key can make one, and it fits exactly one message."""
 
-import dataclasses
 from typing import Any
 
 import msgspec
@@ -63,7 +62,7 @@ def test_another_backend_or_namespace_is_another_seal() -> None:
 
 def test_names_do_not_run_together() -> None:
     assert HeaderSeals([NEW], "ns").of("b").make(b"") != HeaderSeals([NEW], "nsb").of("").make(b"")  # type: ignore[union-attr]
-    one, other = (dataclasses.replace(SENT, id=name, content_type=kind) for name, kind in (("ab", "c"), ("a", "bc")))
+    one, other = (msgspec.structs.replace(SENT, id=name, content_type=kind) for name, kind in (("ab", "c"), ("a", "bc")))
     assert wire(one).headers["mq-seal"] != wire(other).headers["mq-seal"]  # type: ignore[index]
 
 
@@ -96,10 +95,10 @@ def test_every_field_of_the_header_but_two_is_covered(field: str) -> None:
 @pytest.mark.parametrize("deadline", [0, 1, 300, 2**31, 2**32, 1_900_000_000_000, 2**62])
 def test_deadline_and_again_may_change_as_they_do_when_it_is_published_again(deadline: int, again: bool) -> None:
     for first in (SENT.header, Header(origin="http"), Header(origin="http", again=True)):
-        sent = dataclasses.replace(SENT, header=first)
+        sent = msgspec.structs.replace(SENT, header=first)
         changed = msgspec.structs.replace(first, deadline=deadline, again=again)
         assert seal_of(with_mq(wire(sent), msgspec.msgpack.encode(changed)), SENT.body) is Seal.VALID
-        assert seal_of(wire(dataclasses.replace(SENT, header=changed)), SENT.body) is Seal.VALID
+        assert seal_of(wire(msgspec.structs.replace(SENT, header=changed)), SENT.body) is Seal.VALID
 
 
 def test_nothing_can_be_slipped_in_beside_those_two() -> None:
@@ -124,16 +123,16 @@ def test_nothing_can_be_slipped_in_beside_those_two() -> None:
 
 def test_a_longer_body_is_covered_by_its_length() -> None:
     exact, longer = b"x" * SEALED_BODY_BYTES, b"x" * (SEALED_BODY_BYTES + 1)
-    assert seal_of(wire(dataclasses.replace(SENT, body=exact)), b"y" + exact[1:]) is Seal.BROKEN
-    properties = wire(dataclasses.replace(SENT, body=longer))
+    assert seal_of(wire(msgspec.structs.replace(SENT, body=exact)), b"y" + exact[1:]) is Seal.BROKEN
+    properties = wire(msgspec.structs.replace(SENT, body=longer))
     assert seal_of(properties, longer + b"x") is Seal.BROKEN
     assert seal_of(properties, b"") is Seal.BROKEN
-    assert seal_of(wire(dataclasses.replace(SENT, body=b"")), longer) is Seal.BROKEN
+    assert seal_of(wire(msgspec.structs.replace(SENT, body=b"")), longer) is Seal.BROKEN
     assert seal_of(properties, b"y" * len(longer)) is Seal.VALID, "of such a body the seal says no more: docs/security.md"
 
 
 def test_a_message_without_a_content_type_arrives_sealed() -> None:
-    assert seal_of(wire(dataclasses.replace(SENT, content_type="")), SENT.body) is Seal.VALID
+    assert seal_of(wire(msgspec.structs.replace(SENT, content_type="")), SENT.body) is Seal.VALID
 
 
 def test_a_key_is_rotated_without_a_refusal() -> None:
