@@ -141,6 +141,9 @@ class PendingResults:
 
     async def first_result(self, future_ids: Sequence[str]) -> tuple[str, Result]:
         """Returns (id, result) of the request that is done first; if several are done already, the first in the list."""
+        for future_id in future_ids if len(future_ids) > 1 else ():  # one after the other: reads at the same time may end in any order
+            if future_id not in self._waiting and (found := await self.peek(future_id)) is not None:
+                return future_id, found
         waits = {asyncio.create_task(self.result(future_id, None)): future_id for future_id in future_ids}
         try:
             done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
