@@ -19,7 +19,7 @@ from tests.leaks.traced import FILE_VARIABLE, Kept
 pytestmark = pytest.mark.long
 
 TRACED_LIMIT = 1024.0  # bytes a cycle
-RESIDENT_LIMIT = 8 * 1024.0  # the allocator's own comings and goings are in it
+RESIDENT_LIMIT = 16 * 1024.0  # the allocator's own comings and goings are in it: up to 8 KiB on a busy machine, 0.1 on a quiet one
 
 
 def go_through(
