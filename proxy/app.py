@@ -171,7 +171,7 @@ class ProxyApp:
         meta, endpoint = _meta(call, method), call.target.endpoint.name
         self._metrics.waiting[backend, endpoint] += 1  # before it is sent, since it may end at once
         try:
-            self._sender.start(
+            self._sender.send(
                 call,
                 backend,
                 body,

@@ -6,7 +6,7 @@ import asyncio
 import time
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..broker.calls.call import Call
+from ..broker.calls.call import Awaited, Call
 from ..broker.envelope import mint_id
 from ..broker.errors import MQServeError
 from ..broker.results import Result
@@ -46,7 +46,7 @@ class HttpCall(Call):
         return next((value for name, value in self.headers if name == wanted), b"")
 
 
-class AsgiCall(HttpCall):
+class AsgiCall(Awaited, HttpCall):
     """A request that came through ASGI: a task awaits its result."""
 
     __slots__ = ("future",)
@@ -57,18 +57,7 @@ class AsgiCall(HttpCall):
         self.method, self.path, self.raw_path, self.query = scope["method"], scope["path"], scope["raw_path"] or b"", scope["query_string"]
         self.headers, self.http_version, self.scheme = scope["headers"], scope["http_version"], scope["scheme"]
         self.client, self.server, self.state = scope["client"], scope["server"], scope.get("state")
-        self.future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-
-    def answered(self, result: Result) -> None:
-        if not self.future.done():
-            self.future.set_result(result)
-
-    def failed(self, error: MQServeError) -> None:
-        if not self.future.done():
-            self.future.set_exception(error)
-
-    def abandoned(self) -> None:
-        self.future.cancel()
+        self.future = asyncio.get_running_loop().create_future()
 
 
 class Connection(Protocol):

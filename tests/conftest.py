@@ -269,6 +269,13 @@ def distributed_shell(tmp_path: Path, broker_url: str, store_url: str, namespace
     shell.close()
 
 
+@pytest.fixture(params=FORMS)
+def either_shell(request: pytest.FixtureRequest, tmp_path: Path) -> CommandLine:
+    """The command line of each form in turn, with a cache of code of its own."""
+    shell: CommandLine = request.getfixturevalue("shell" if request.param == "embedded" else "distributed_shell")
+    return shell.with_variables(MQSERVE_CODE_CACHE=str(tmp_path / "cache"), PYTHONDONTWRITEBYTECODE="1")
+
+
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
     """Tests marked `anyio` run on asyncio, as we do."""

@@ -1,14 +1,13 @@
 """Code travels as files: however a package is deployed, a replica has each of its definitions once, and answers the same."""
 
 import json
-import signal
 import sys
 from pathlib import Path
 
-import httpx
 import pytest
 
-from tests.instances import CommandLine, wait_until
+from tests.code_programs import answer_of, end, write
+from tests.instances import CommandLine
 from tests.ports import free_port
 
 SHOP = {
@@ -121,42 +120,18 @@ WAYS = {
 }
 
 
-@pytest.fixture(params=["embedded", "distributed"])
-def command_line(request: pytest.FixtureRequest, tmp_path: Path) -> CommandLine:
-    chosen: CommandLine = request.getfixturevalue("shell" if request.param == "embedded" else "distributed_shell")
-    return chosen.with_variables(MQSERVE_CODE_CACHE=str(tmp_path / "cache"), PYTHONDONTWRITEBYTECODE="1")
-
-
-def write(folder: Path, files: dict[str, str]) -> Path:
-    for name, text in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
-    return folder
-
-
 @pytest.mark.parametrize("way", WAYS)
-def test_a_package_answers_the_same_however_it_is_deployed(command_line: CommandLine, way: str, tmp_path: Path) -> None:
+def test_a_package_answers_the_same_however_it_is_deployed(either_shell: CommandLine, way: str, tmp_path: Path) -> None:
     code, port = write(tmp_path / "code", SHOP), free_port()
     command = [sys.executable, *(word.format(code=code, port=port) for word in WAYS[way])]
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    program = command_line.start_program(command, cwd=code if way == "module" else elsewhere)
+    program = either_shell.start_program(command, cwd=code if way == "module" else elsewhere)
 
-    def answer(path: str) -> str:
-        def ask() -> str:
-            try:
-                response = httpx.get(f"http://127.0.0.1:{port}/{path}")
-                return response.text if response.status_code == 200 else ""
-            except httpx.TransportError:
-                return ""
-
-        return wait_until(lambda: ask() or ("ended" if program.ended else ""), told=lambda: program.output)
-
-    assert json.loads(answer("answers")) == TWENTY, program.output
-    is_distributed = "MQSERVE_BROKER_URL" in command_line.env
-    assert Path(answer("where")).is_relative_to(tmp_path / ("cache" if is_distributed else "code"))
-    program.signal(signal.SIGTERM)
-    program.wait()
+    assert json.loads(answer_of(program, f"http://127.0.0.1:{port}/answers")) == TWENTY, program.output
+    is_distributed = "MQSERVE_BROKER_URL" in either_shell.env
+    assert Path(answer_of(program, f"http://127.0.0.1:{port}/where")).is_relative_to(tmp_path / ("cache" if is_distributed else "code"))
+    end(program)
 
 
 def test_files_that_the_store_lost_come_back_from_the_machine_that_has_them(
@@ -180,7 +155,7 @@ with serve.start(http_options={"location": None}) as client:
         time.sleep(0.05)
     shutil.rmtree(sys.argv[3])
     client.update_backend_config("f", {"num_replicas": 2})
-    print(len(codes), client.get_handle("f").remote().result(timeout=20))
+    print(len(codes), client.get_handle("f").remote().result(timeout=60))
 """
     (tmp_path / "code" / "program.py").write_text(program)
     command = [sys.executable, str(tmp_path / "code" / "program.py"), store_url, namespace, str(tmp_path / "cache")]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Call:
-    """A request from its sending to its end. `RequestSender.start` sets all fields; a subclass says what happens at the end, which is
+    """A request from its sending to its end. `RequestSender.send` sets the fields; a subclass says what happens at the end, which is
     exactly one of `answered`, `failed` and `abandoned`."""
 
     __slots__ = ("backend", "deadline_ms", "envelope", "give_up_at", "id", "pace", "sender", "sent_at")
@@ -58,13 +58,12 @@ class Call:
             self.envelope = None
 
 
-class Ticket(Call):
-    """A call whose result is awaited. Only sending fails the future; user errors are results."""
+class Awaited:
+    """Lets a call end in a future. Only sending fails the future; user errors are results."""
 
-    __slots__ = ("future",)
+    __slots__ = ()
 
-    def __init__(self) -> None:
-        self.future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+    future: asyncio.Future[Result]
 
     def answered(self, result: Result) -> None:
         if not self.future.done():
@@ -76,3 +75,13 @@ class Ticket(Call):
 
     def abandoned(self) -> None:
         self.future.cancel()
+
+
+class Ticket(Awaited, Call):
+    """A call whose result is awaited."""
+
+    __slots__ = ("future",)
+
+    def __init__(self, id: str) -> None:
+        self.id = id
+        self.future = asyncio.get_running_loop().create_future()

@@ -21,7 +21,7 @@ from ..queue import Queue
 from ..results import entry_of
 from ..store import Record, Store
 from ..store_keys import StoreKeys
-from .call import Call, Ticket
+from .call import Call
 from .cancellations import CANCELLED, notice_of_request
 from .pending import PendingResults
 
@@ -59,28 +59,6 @@ class RequestSender:
 
     def send(
         self,
-        backend: str,
-        body: bytes,
-        content_type: str,
-        meta: RequestHead,
-        *,
-        origin: str,
-        timeout_s: float,
-        future_id: str = "",
-        at_most_once: bool = False,
-    ) -> Ticket:
-        """Sends a request whose result is awaited: the ticket's future ends by `timeout_s` (plus at most a second), in a Result.
-
-        The future fails with Overloaded, NotRouted or BrokerUnavailable when the broker did not take the message, and with Cancelled.
-        Raises as `start` does.
-        """
-        ticket = Ticket()
-        ticket.id = future_id or mint_id()
-        self.start(ticket, backend, body, content_type, meta, origin=origin, timeout_s=timeout_s, at_most_once=at_most_once)
-        return ticket
-
-    def start(
-        self,
         call: Call,
         backend: str,
         body: bytes,
@@ -91,11 +69,11 @@ class RequestSender:
         timeout_s: float,
         at_most_once: bool = False,
     ) -> None:
-        """The request, whose `call.id` is set, is on its way when this returns, unless the call has failed already; it ends by `timeout_s`
-        plus at most a second.
+        """Sends the request of a call, whose id is set. The call ends by `timeout_s` plus at most a second: in a Result, or in Overloaded,
+        NotRouted or BrokerUnavailable if the broker does not take the message, or in Cancelled.
 
-        Raises TooLarge for more than 64 MiB of body or 64 KiB of head, Overloaded when this process holds too much already: then the call
-        never began.
+        Raises TooLarge for more than 64 MiB of body or 64 KiB of head, and Overloaded if this process holds too much already: then the
+        call never began.
         """
         size = len(body)
         if size > MAX_BODY_BYTES:

@@ -158,6 +158,11 @@ def pack(target: object, args: tuple[Any, ...], signer: Signer) -> Code:
     return Code(name, sealed=signer.seal(payload, CLAIM), args_type=args_type, args=packed_args).with_seal(signer)
 
 
+def pack_for_all(target: object, signer: Signer, *, embedded: bool) -> Code | CodeHere:
+    """Packs what processes load that serve several clients, convertors and middlewares: no files travel with it. Raises as `pack` does."""
+    return pack_here(target, (), signer) if embedded else pack(target, (), signer)
+
+
 def unpack(raw: bytes, sha256: str, signer: Signer) -> tuple[Any, list[Any]]:
     """Returns (target, constructor arguments). Raises BadSignature before it unpickles bytes or imports a name that we did not seal;
     ImportError, and whatever importing raises.

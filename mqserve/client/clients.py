@@ -11,8 +11,9 @@ from ..broker.process import forks
 from ..broker.settings import Settings
 from ..instance.starting import StartOptions
 from ..replicas.context import in_replica, in_replica_process
-from .client import Client, State
+from .client import Client
 from .handle import Address
+from .lifetime import State
 from .session import open_client
 
 

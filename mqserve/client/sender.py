@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..broker.calls.call import Ticket
 from ..broker.calls.sending import RequestSender
 from ..broker.documents import until
 from ..broker.envelope import RequestHead, is_minted, mint_id
@@ -126,15 +127,16 @@ class Sender:
                 return
             if self._over:
                 return _fail(call.pending, InstanceError(self._over))
+            ticket = Ticket(call.id)
             try:
-                ticket = self._requests.send(
+                self._requests.send(
+                    ticket,
                     backend,
                     body,
                     content_type,
                     call.meta,
                     origin="handle",
                     timeout_s=min(config.request_timeout_s, call.within_s),
-                    future_id=call.id,
                     at_most_once=config.delivery == "at_most_once",
                 )
             except MQServeError as error:

@@ -111,8 +111,7 @@ async def running_instance(connections: Connections, options: StartOptions) -> A
     if not connections.settings.embedded:
         await _check_not_kept(connections)
     if options.middlewares:
-        pack = code.pack_here if connections.settings.embedded else code.pack
-        packed = pack(list(options.middlewares), (), connections.settings.signer)
+        packed = code.pack_for_all(list(options.middlewares), connections.settings.signer, embedded=connections.settings.embedded)
         http = msgspec.structs.replace(http, middlewares=await code.save_for_all(connections.store, connections.keys, packed))
     node_id = options.node_id or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
     head_node = node_id if options.with_node else ""

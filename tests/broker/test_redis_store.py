@@ -234,8 +234,8 @@ async def waiting(url: str, namespace: str, keys: StoreKeys) -> AsyncIterator[tu
 
 
 def ask(pending: PendingResults, store: Store, future_id: str) -> asyncio.Future[Result]:
-    ticket = Ticket()
-    ticket.id, ticket.deadline_ms = future_id, store.now_ms() + 60_000
+    ticket = Ticket(future_id)
+    ticket.deadline_ms = store.now_ms() + 60_000
     ticket.pace, ticket.sent_at = Pace(), time.monotonic()
     pending.add(ticket)
     return ticket.future

@@ -90,7 +90,8 @@ async def test_a_result_that_names_anothers_body_does_not_get_it(
 async def test_the_replica_sees_what_the_caller_meant(sender: RequestSender, queue: Queue, keys: StoreKeys) -> None:
     hands = await consumed(queue)
     meta = RequestHead(path="/a", query=b"b=c", headers=((b"x", b"y"),))
-    ticket = sender.send("b", b"body", "text/plain", meta, origin="handle", timeout_s=10)
+    ticket = Ticket(mint_id())
+    sender.send(ticket, "b", b"body", "text/plain", meta, origin="handle", timeout_s=10)
     await hands.hold(1)
     envelope = hands.held[0].envelope()
     assert (envelope.id, envelope.body, envelope.content_type, envelope.header.meta) == (ticket.id, b"body", "text/plain", meta)
@@ -176,7 +177,7 @@ async def test_what_was_sent_and_what_was_cancelled_is_settled_in_time(
     sender: RequestSender, queue: Queue, store: Store, keys: StoreKeys
 ) -> None:
     await queue.declare("b", 1, None)
-    tickets = [send(sender), sender.send("b", b"x" * (INLINE_BODY_BYTES + 1), "text/plain", RequestHead(), origin="handle", timeout_s=30)]
+    tickets = [send(sender), send(sender, b"x" * (INLINE_BODY_BYTES + 1), timeout_s=30)]
     sender.cancel(tickets[0].id)
     await sender.settle()
     assert sender.held.held == 0
@@ -191,7 +192,7 @@ async def test_what_is_too_large_is_refused_at_once_and_not_waited_for(
     sender: RequestSender, body: bytes, headers: bytes, status: int
 ) -> None:
     with pytest.raises(TooLarge) as refusal:
-        sender.send("b", body, "text/plain", RequestHead(headers=((b"h", headers),)), origin="http", timeout_s=1)
+        sender.send(Ticket(mint_id()), "b", body, "text/plain", RequestHead(headers=((b"h", headers),)), origin="http", timeout_s=1)
     assert refusal.value.status == status
     assert len(sender.pending) == 0
 
@@ -289,7 +290,9 @@ async def test_a_request_fails_when_the_broker_stays_away(keys: StoreKeys) -> No
 
 
 def send(sender: RequestSender, body: bytes = b"", backend: str = "b", timeout_s: float = 10, future_id: str = "") -> Ticket:
-    return sender.send(backend, body, "application/octet-stream", RequestHead(), origin="http", timeout_s=timeout_s, future_id=future_id)
+    ticket = Ticket(future_id or mint_id())
+    sender.send(ticket, backend, body, "application/octet-stream", RequestHead(), origin="http", timeout_s=timeout_s)
+    return ticket
 
 
 async def answer(ticket: Ticket) -> Result:
@@ -402,7 +405,7 @@ async def test_the_body_of_a_request_that_the_queue_refuses_does_not_stay(
 ) -> None:
     await queue.declare("b", 1, max_length=1)
     await accepted(queue, Envelope("first", b"", "text/plain"))
-    ticket = sender.send("b", b"x" * (INLINE_BODY_BYTES + 1), "text/plain", RequestHead(), origin="handle", timeout_s=30)
+    ticket = send(sender, b"x" * (INLINE_BODY_BYTES + 1), timeout_s=30)
     with pytest.raises(Overloaded):
         await ticket.future
 

@@ -5,8 +5,9 @@ import time
 
 import pytest
 
+from mqserve.broker.calls.call import Ticket
 from mqserve.broker.calls.sending import RequestSender
-from mqserve.broker.envelope import Envelope, RequestHead
+from mqserve.broker.envelope import Envelope, RequestHead, mint_id
 from mqserve.broker.errors import BrokerUnavailable, MQServeError
 from mqserve.broker.rabbitmq.queue import RabbitQueue, open_rabbitmq
 from mqserve.broker.redis.store import open_redis
@@ -86,7 +87,8 @@ async def test_a_request_to_a_broker_that_has_been_away_for_a_while_fails_at_onc
         broker_server.kill()
         await until(lambda: queue.down_s > 3)
         before = time.monotonic()
-        ticket = sender.send("b", b"", "text/plain", RequestHead(), origin="http", timeout_s=60)
+        ticket = Ticket(mint_id())
+        sender.send(ticket, "b", b"", "text/plain", RequestHead(), origin="http", timeout_s=60)
         with pytest.raises(BrokerUnavailable):
             await ticket.future
         assert time.monotonic() - before < 10, "its own time is 60 s"
