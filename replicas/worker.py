@@ -382,7 +382,7 @@ class Worker:
 
     def _put(self, job: Job, result: Result) -> None:
         job.run_s = time.monotonic() - job.started if job.started else 0.0
-        job.request = None  # the request refers to the job: break the cycle
+        job.request = job.task = None  # both refer to the job, the task by its context: break the cycles
         self._results.append((job, result))
         if not self._io_woken:
             self._io_woken = True
@@ -415,7 +415,9 @@ class Worker:
         self._io_woken = False
         try:
             while self._results:
-                self._on_done(*self._results.popleft())
+                job, result = self._results.popleft()
+                self._on_done(job, result)
+                job.batch = ()  # refers to the job: break the cycle
         finally:
             if self._results:  # `on_done` raised; hand over the rest all the same
                 self._io.call_soon(self._hand_over)

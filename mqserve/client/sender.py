@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from ..broker.calls.call import Ticket
@@ -94,7 +95,7 @@ class Sender:
                 "to the one of the instance"
             )
         call = _Call(mint_id(), meta, shard_key, data, arguments, min(timeout_s or math.inf, _left_s()), concurrent.futures.Future())
-        call.pending.add_done_callback(lambda done: self._cancel(call.id) if done.cancelled() else None)
+        call.pending.add_done_callback(partial(self._cancel_with, call.id))  # without the call, which refers to `pending`
         awaited = [value.here() for value in (data, *arguments.values()) if isinstance(value, Future)]
         is_missing = meta.endpoint not in self.desired.endpoints
         if is_missing and not wait_for_endpoint:
@@ -184,7 +185,9 @@ class Sender:
         else:
             pending.set_result((call.id, done.result()))
 
-    def _cancel(self, future_id: str) -> None:
+    def _cancel_with(self, future_id: str, pending: concurrent.futures.Future[Found]) -> None:
+        if not pending.cancelled():
+            return
         with suppress(InstanceError):  # the client is closed, so nobody is left to tell
             self._runtime.post(lambda: None if self._over else self._requests.cancel(future_id))
 
