@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
 import time
@@ -31,6 +32,7 @@ Found = tuple[list[Declaration], RunFile | None]  # the declarations, and the fi
 def run_until_stopped(target: str, settings: Settings, http: dict[str, Any]) -> int:
     """Loads first, so that a file that does not import starts nothing; the exit code."""
     parsed, _ = parse_http_options(http)
+    gc.freeze()  # as in our other processes (`lifeline.run`), and before there are any objects of the user
     with taking(Interrupts(), signal.SIGINT, signal.SIGTERM) as interrupts:
         find_declarations = _prepare(target)
         options = StartOptions(parsed, incomplete=True, keeps_queues=True, tell=lambda line: click.echo(line, err=True))
