@@ -18,6 +18,7 @@ import click
 
 from .. import __version__
 from ..broker.errors import MQServeError
+from ..broker.process.freed_memory import keep_freed_memory
 from ..broker.process.interrupts import INTERRUPTED, Interrupts, taking
 from ..broker.process.lifeline import run as run_loop
 from ..broker.process.printable import INDENT, printable, printable_lines
@@ -36,6 +37,7 @@ _interrupts = Interrupts()  # of this process; a command may set messages of its
 def main() -> None:
     """The entry point of the console script."""
     logs.log_what_python_prints()
+    keep_freed_memory()
     os.environ.setdefault("UV_USE_IO_URING", "0")  # a forked child would share the memory of libuv's io_uring with us
     cli(prog_name="mqserve", auto_envvar_prefix=None)
 
