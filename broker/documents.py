@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import TypeVar
 
 from .errors import StoreUnavailable
+from .process.ticks import next_tick_s
 from .store import Store
 
 T = TypeVar("T")
@@ -30,7 +31,7 @@ async def follow(store: Store, *keys: str, again: Callable[[], bool] = lambda: F
                     last = documents
                     yield documents
             with suppress(TimeoutError):
-                async with asyncio.timeout(READ_AGAIN_S):
+                async with asyncio.timeout(next_tick_s(READ_AGAIN_S)):
                     await changed.wait()
     finally:
         store.unwatch(changed)

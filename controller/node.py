@@ -17,6 +17,7 @@ from typing import Protocol
 from ..broker.calls.cancellations import notice_of_proxy
 from ..broker.errors import InstanceError, StoreUnavailable, words_of
 from ..broker.process.lifeline import Stop
+from ..broker.process.ticks import next_tick_s
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
 from ..broker.values.signing import Signer
@@ -324,7 +325,7 @@ class Node:
                     self._follow_draining_proxies(beats)
                     self._kill_silent(beats)
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(_CHECK_EVERY_S):
+                    async with asyncio.timeout(next_tick_s(_CHECK_EVERY_S)):
                         await changed.wait()
         finally:
             self._store.unwatch(changed)

@@ -16,7 +16,7 @@ from .broker.memory.queue import EmbeddedQueue
 from .broker.memory.store import EmbeddedStore
 from .broker.process.lifeline import Stop
 from .broker.queue import Queue
-from .broker.rabbitmq.queue import open_rabbitmq
+from .broker.rabbitmq.queue import PROBE_EVERY_S, open_rabbitmq
 from .broker.redis.store import open_redis
 from .broker.settings import Settings
 from .broker.store import Store
@@ -41,7 +41,9 @@ class Connections:
 
 
 @asynccontextmanager
-async def open_connections(settings: Settings, role: str, *, broker_may_be_away: bool = False) -> AsyncIterator[Connections]:
+async def open_connections(
+    settings: Settings, role: str, *, broker_may_be_away: bool = False, probe_every_s: float = PROBE_EVERY_S
+) -> AsyncIterator[Connections]:
     """Yields open connections, or raises BrokerUnavailable or StoreUnavailable within ten seconds; closes them on exit."""
     process_id = f"{role}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
     keys = StoreKeys(settings.namespace)
@@ -51,9 +53,10 @@ async def open_connections(settings: Settings, role: str, *, broker_may_be_away:
     async with (
         open_redis(settings.store_url, settings.namespace) as store,
         open_rabbitmq(
-            settings.broker_url, settings.namespace, process_id, seals=settings.header_seals, may_be_away=broker_may_be_away
+            settings.broker_url, settings.namespace, process_id,
+            seals=settings.header_seals, may_be_away=broker_may_be_away, probe_every_s=probe_every_s,
         ) as queue,
-    ):
+    ):  # fmt: skip
         yield Connections(settings, queue, store, keys, process_id)
 
 

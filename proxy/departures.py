@@ -28,6 +28,7 @@ class Departures:
         self._on_departure = on_departure
         # requests without a watching task yet: id -> (receive, time of arrival), oldest first
         self._unwatched: dict[str, tuple[Receive, float]] = {}
+        self._some = asyncio.Event()  # set while some are unwatched
         self._watching: dict[str, asyncio.Task[None]] = {}
         self._unseen = RateLimitedLog(logger)
 
@@ -36,6 +37,7 @@ class Departures:
 
     def expect(self, request_id: str, receive: Receive) -> None:
         self._unwatched[request_id] = (receive, time.monotonic())
+        self._some.set()
 
     def forget(self, request_id: str) -> None:
         if self._unwatched.pop(request_id, None) is None and (watching := self._watching.pop(request_id, None)) is not None:
@@ -46,6 +48,9 @@ class Departures:
         WATCHED_AFTER_S."""
         async with asyncio.TaskGroup() as tasks:
             while True:
+                if not self._unwatched:
+                    self._some.clear()
+                    await self._some.wait()
                 await asyncio.sleep(_LOOK_EVERY_S)
                 due = time.monotonic() - WATCHED_AFTER_S
                 for request_id, (receive, since) in list(self._unwatched.items()):

@@ -26,6 +26,7 @@ from ..broker.process.lifeline import Stop, stop_event
 from ..broker.process.listener import bind
 from ..broker.process.printable import printable_lines
 from ..broker.process.rate_limited_log import RateLimitedLog
+from ..broker.process.ticks import next_tick_s
 from ..broker.queue import Queue
 from ..broker.rabbitmq.queue import open_rabbitmq
 from ..broker.redis.store import open_redis
@@ -172,7 +173,7 @@ class Proxy:
             await stop.wait()
             self._say(MemberState.DRAINING)
             await server.last_answers()
-            server.should_exit = True
+            server.end()
             await serving
             for task in minding:
                 task.cancel()
@@ -304,7 +305,24 @@ class _Outermost:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers, and with our way to begin a shutdown."""
+    """uvicorn without its signal handlers and its ten ticks a second, and with our way to begin a shutdown."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._ending = asyncio.Event()
+
+    async def main_loop(self) -> None:
+        """Sets the date of the answers once a second until `end`."""
+        while not self._ending.is_set():
+            await self.on_tick(0)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(next_tick_s(1.0)):
+                    await self._ending.wait()
+
+    def end(self) -> None:
+        """Begins uvicorn's shutdown."""
+        self.should_exit = True
+        self._ending.set()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

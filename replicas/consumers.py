@@ -13,6 +13,7 @@ from functools import partial
 
 from ..broker.backoff import delays
 from ..broker.errors import MQServeError
+from ..broker.process.ticks import next_tick_s
 from ..broker.queue import Consumption, Delivery, Queue
 from ..broker.store import Store
 
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 STORE_AWAY_S = 3.0
 _LOOK_EVERY_S = 0.25
+_LOOK_AT_REST_EVERY_S = 1.0  # while the store is well and the wanted generations are taken
 
 
 class Consumers:
@@ -85,10 +87,10 @@ class Consumers:
     async def keep_forever(self, on_taken: Callable[[], None]) -> None:
         """Runs until cancelled. Stops consuming when the store has been away for STORE_AWAY_S, since other replicas may reach it.
         `on_taken` is called whenever the wanted generations have been taken up."""
-        last_seen, not_before, pauses = time.monotonic(), 0.0, delays()
+        last_seen, not_before, pauses, trouble = time.monotonic(), 0.0, delays(), ""
         while True:
             with suppress(TimeoutError):
-                async with asyncio.timeout(_LOOK_EVERY_S):
+                async with asyncio.timeout(_LOOK_EVERY_S if trouble or not self._is_at_rest else next_tick_s(_LOOK_AT_REST_EVERY_S)):
                     await self._look.wait()
             self._look.clear()
             now = time.monotonic()
@@ -116,6 +118,10 @@ class Consumers:
             except MQServeError as error:
                 logger.warning("a replica of %s cannot take from its queue yet: %s", self._backend, error)
                 not_before = time.monotonic() + next(pauses)
+
+    @property
+    def _is_at_rest(self) -> bool:
+        return not (self.paused or self.held_off) and set(self._wanted) == set(self._consumptions)
 
     async def _take(self, generations: tuple[int, ...]) -> None:
         """Consumes exactly these generations. Raises BrokerUnavailable; the consumers that it started before that stay."""

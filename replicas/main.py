@@ -17,7 +17,7 @@ from ..broker.errors import BackendFailed, MQServeError, StoreUnavailable, words
 from ..broker.process.lifeline import Stop, stop_event
 from ..broker.process.stopping import unless
 from ..broker.queue import Queue
-from ..broker.rabbitmq.queue import open_rabbitmq
+from ..broker.rabbitmq.queue import PROBE_RARELY_S, open_rabbitmq
 from ..broker.redis.store import open_redis
 from ..broker.results import Result
 from ..broker.settings import Settings
@@ -63,7 +63,10 @@ async def main(settings: Settings, options: ReplicaOptions) -> int:
         replica = Replica(settings, options, store)
         try:
             seals = settings.header_seals
-            open_queue = partial(open_rabbitmq, settings.broker_url, settings.namespace, options.replica_id, seals=seals, may_be_away=True)
+            open_queue = partial(
+                open_rabbitmq, settings.broker_url, settings.namespace, options.replica_id,
+                seals=seals, may_be_away=True, probe_every_s=PROBE_RARELY_S,
+            )  # fmt: skip
             await replica.run(open_queue, stop)
         except MQServeError as error:
             logger.error("%s: %s", options.replica_id, error)

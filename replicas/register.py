@@ -30,6 +30,10 @@ class Register:
         return [job for job in self._jobs if job.with_worker]
 
     @property
+    def is_empty(self) -> bool:
+        return not self._jobs
+
+    @property
     def unsettled(self) -> int:
         """The number of deliveries that are neither acked nor requeued."""
         return sum(job.stage is not Stage.RETURNED for job in self._jobs)

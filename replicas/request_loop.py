@@ -4,7 +4,6 @@ settles each."""
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -33,6 +32,7 @@ from .settlement import Settlement, is_kept
 from .stages import Job, Stage
 from .stuck import check_calls, check_silence
 from .trust import SenderTrust
+from .turns import Turns
 from .worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -40,10 +40,9 @@ logger = logging.getLogger(__name__)
 NOTHING = Envelope("", b"", "")  # stands in for the envelope of a message that could not be read
 
 _REASONS = {Outcome.CANCELLED: "cancelled", Outcome.GONE: "gone", Outcome.LATE: "late"}  # labels of the metric of dropped requests
-_MARK_EVERY_S = 0.05
 _LONG_RUN_S = 0.04
-_TUNE_EVERY_TURNS = 5
-_ASK_EVERY_TURNS = 20  # once a second
+_TUNE_EVERY_S = 0.25
+_ASK_EVERY_S = 0.95  # once a second; a little less, since a slow turn may end a millisecond early
 _REFUSAL_BUDGET_S = 1.5  # for storing 503 as the result of the requests that are left
 
 
@@ -88,6 +87,7 @@ class RequestLoop:
         self._consumers = Consumers(
             backend.name, queue, store, self._prefetch, self._on_delivery, self._settle_unstored, self._give_back_waiting
         )
+        self._turns = Turns(self._is_idle)
         self.served = 0
         self._config = backend.config
         self._settlement.configure(backend.config)
@@ -110,6 +110,7 @@ class RequestLoop:
         self._config = config
         self._settlement.configure(config)
         self._worker.configure(config)
+        self._turns.wake()
 
     @property
     def _checks_all(self) -> bool:
@@ -134,6 +135,7 @@ class RequestLoop:
         if self._end is None or at_once:
             at = time.monotonic() + (0 if at_once else self._config.graceful_shutdown_timeout_s)
             self._end = End(at, gone_result(self._backend, why), keeps_queue)
+            self._turns.wake()
 
     def goes_on(self) -> None:
         """Takes back `will_end`, since the backend is wanted."""
@@ -151,21 +153,27 @@ class RequestLoop:
         """Runs until cancelled: gives up late requests, stores start marks of long runs, checks the worker, gives back what waits behind
         slow calls, and adjusts the prefetch to the measured run time. A start mark makes a timeout say `run`, and a replica's death count
         as an attempt of the request."""
-        for turn in itertools.count():
-            await asyncio.sleep(_MARK_EVERY_S)
+        ask_at = tune_at = time.monotonic()
+        while True:
+            await self._turns.next()
             self._give_up_late()
             if self._end is not None and not self._refuses and time.monotonic() >= self._end.at:
                 self._refuse_the_rest(self._end)
             check_calls(self._backend, self._register, self._config.request_timeout_s)
             self._mark_long_runs()
             self._spare_the_waiting()
-            if turn % _ASK_EVERY_TURNS == 0:
+            if (now := time.monotonic()) >= ask_at:
+                ask_at = now + _ASK_EVERY_S
                 check_silence(self._backend, self._register, self._worker)
-            if turn % _TUNE_EVERY_TURNS:
-                continue
-            self._consumers.tune()
-            processing = len(self._register.at(Stage.RUNNING))
-            self._metrics.hand_over(self.running - processing, processing)
+            if now >= tune_at:
+                tune_at = now + _TUNE_EVERY_S
+                self._consumers.tune()
+                processing = len(self._register.at(Stage.RUNNING))
+                self._metrics.hand_over(self.running - processing, processing)
+
+    def _is_idle(self) -> bool:
+        """Whether there is nothing to time: no request, no end of the backend, no slow call."""
+        return self._register.is_empty and self._end is None and not self._consumers.held_off
 
     def _settle_unstored(self) -> bool:
         """Requeues, while the store is away, the requests that have not started and those whose results cannot be stored; returns whether
@@ -312,6 +320,8 @@ class RequestLoop:
             return delivery.requeue()
         job = Job(NOTHING, generation, delivery)
         self._register.hold(job)
+        if self._turns.rests:
+            self._turns.wake()
         try:
             self._look_at(job, delivery)
         except BadEnvelope as error:

@@ -22,6 +22,7 @@ from ..backoff import delays
 from ..dead_letters import DeadLetter, Death, dead_letter_to_amqp
 from ..envelope import Envelope
 from ..errors import BrokerUnavailable, words_of
+from ..process.ticks import next_tick_s
 from ..queue import Delivery, Settled, fate_of
 from ..values.header_seals import HeaderSeals
 from .channel import JoinedChannel
@@ -34,7 +35,9 @@ logger = logging.getLogger(__name__)
 
 STALLED_AFTER_S = 3.0  # no confirm for this long, while a publish waits for one
 _SECOND_LOOK_S = 0.1
-_PROBE_EVERY_S = 1.0
+PROBE_EVERY_S = 1.0  # of who must know within five seconds that RabbitMQ takes no messages: proxies, and clients with handles
+PROBE_RARELY_S = 5.0  # of who seldom publishes, and asks nobody before: replicas and controllers
+_LOOK_EVERY_S = 1.0
 _ALARM = "it has an alarm, of its memory or its disk"
 _PROBE = Envelope("", b"", "text/plain").to_amqp()
 T = TypeVar("T")
@@ -49,6 +52,7 @@ async def open_rabbitmq(
     seals: HeaderSeals | None = None,
     may_be_away: bool = False,
     sends_only: bool = False,
+    probe_every_s: float = PROBE_EVERY_S,
     budget_s: float = CONNECT_BUDGET_S,
 ) -> AsyncIterator[RabbitQueue]:
     """Yields a queue that is connected and able to publish, or raises BrokerUnavailable within `budget_s` + OPERATION_BUDGET_S; closes it
@@ -58,7 +62,7 @@ async def open_rabbitmq(
     the same: a member that replaces another must not refuse requests that the other would have taken. With `sends_only`, for a proxy, the
     queue counts as down while it has no right to send requests.
     """
-    queue = RabbitQueue(url, namespace, process_id, seals or HeaderSeals((), namespace), sends_only=sends_only)
+    queue = RabbitQueue(url, namespace, process_id, seals or HeaderSeals((), namespace), sends_only=sends_only, probe_every_s=probe_every_s)
     queue.start()
     try:
         try:
@@ -76,8 +80,18 @@ async def open_rabbitmq(
 class RabbitQueue:
     """Implements `Queue`; made by `open_rabbitmq`."""
 
-    def __init__(self, url: str, namespace: str, process_id: str, seals: HeaderSeals, *, sends_only: bool = False) -> None:
+    def __init__(
+        self,
+        url: str,
+        namespace: str,
+        process_id: str,
+        seals: HeaderSeals,
+        *,
+        sends_only: bool = False,
+        probe_every_s: float = PROBE_EVERY_S,
+    ) -> None:
         self._sends_only = sends_only
+        self._probe_every_s = probe_every_s
         self._namespace = namespace
         self._seals = seals
         self._requests = queue_names.requests_exchange(namespace)
@@ -213,12 +227,15 @@ class RabbitQueue:
         that wait for a confirm, and raises BrokerUnavailable."""
         closed = asyncio.create_task(channel.wait_closed())
         try:
+            probed_at = time.monotonic()
             while True:
-                await asyncio.wait([closed], timeout=_PROBE_EVERY_S)
+                await asyncio.wait([closed], timeout=next_tick_s(_LOOK_EVERY_S))
                 if closed.done():
                     self._down_since = time.monotonic()
                     return
-                await self._probe(raw, channel)
+                if channel.stalled_s or time.monotonic() - probed_at > self._probe_every_s - _LOOK_EVERY_S / 2:
+                    await self._probe(raw, channel)
+                    probed_at = time.monotonic()
         except TimeoutError:
             self._channel = None
             self._down_since = time.monotonic() - STALLED_AFTER_S

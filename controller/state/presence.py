@@ -10,6 +10,7 @@ from contextlib import suppress
 
 from ...broker.errors import StoreUnavailable
 from ...broker.process.rate_limited_log import RateLimitedLog
+from ...broker.process.ticks import next_tick_s
 from ...broker.store import Store
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ class Presence:
             last = time.monotonic()
             await self.beat()
             with suppress(TimeoutError):
-                async with asyncio.timeout(self._every_s):
+                async with asyncio.timeout(next_tick_s(self._every_s)):
                     await self._now.wait()
 
     async def beat(self) -> bool:

@@ -15,7 +15,7 @@ from mqserve.broker.envelope import Envelope, Header, RequestHead, mint_id
 from mqserve.broker.errors import BadEnvelope, BrokerUnavailable, MQServeError, QueueMismatch
 from mqserve.broker.queue import Queue
 from mqserve.broker.queue_names import backend_queue, dead_queue, requests_exchange
-from mqserve.broker.rabbitmq.queue import open_rabbitmq
+from mqserve.broker.rabbitmq.queue import PROBE_RARELY_S, RabbitQueue, open_rabbitmq
 from mqserve.broker.settings import masked
 from mqserve.broker.values.header_seals import HeaderSeals, Seal
 from tests.broker.traffic import AckingHands, Hands, accepted, accepted_at_last, depth_is, publish, text, until
@@ -287,3 +287,22 @@ async def test_a_connection_keeps_nothing_of_the_queues_that_came_and_went(broke
         for _ in range(10):
             await comes_and_goes(queue)
         await until(lambda: locks_and_futures() < before + 10)
+
+
+async def test_who_seldom_publishes_seldom_asks_whether_the_broker_takes_messages(broker_url: str, namespace: str) -> None:
+    """Each replica of a fleet would cost the broker a message a second otherwise."""
+    async with (
+        open_rabbitmq(broker_url, namespace, "proxy") as often,
+        open_rabbitmq(broker_url, namespace, "replica", probe_every_s=PROBE_RARELY_S) as rarely,
+    ):
+        await often.declare("b", 1, None)
+        assert await publish(often, text("a")) is None
+        assert await publish(rarely, text("b")) is None  # each has published, so each asks by publishing
+        sent, sent_rarely = published_by(often), published_by(rarely)
+        await until(lambda: published_by(often) >= sent + 4)
+        assert published_by(rarely) <= sent_rarely + 1
+
+
+def published_by(queue: RabbitQueue) -> int:
+    assert queue._channel is not None
+    return queue._channel._next_tag

@@ -114,3 +114,13 @@ async def test_requests_are_watched_in_the_order_of_their_arrival_once_they_have
     await until(lambda: len(departures.gone) == len(clients))
     assert loop.time() - began >= WATCHED_AFTER_S
     assert departures.gone == [str(number) for number in range(50)]
+
+
+async def test_a_proxy_without_requests_is_not_woken(departures: Watched) -> None:
+    client = Connection()
+    departures.expect("a", client.receive)
+    departures.forget("a")
+    await until(lambda: not departures._some.is_set())  # it waits for the next request, with no timer
+    departures.expect("b", client.receive)
+    client.go()
+    await until(lambda: departures.gone == ["b"])
