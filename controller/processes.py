@@ -13,6 +13,7 @@ import sysconfig
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from ..broker.errors import BadValue
 from ..broker.process import forks
@@ -20,7 +21,9 @@ from ..broker.process.lifeline import PIPE_VARIABLE
 from ..broker.process.listener import bind
 from ..broker.settings import PREFIX, Settings
 from .detached_log import PATH_VARIABLE, detached_log, open_log
-from .node import Share
+
+if TYPE_CHECKING:
+    from .node import Share
 
 # No other variable is inherited: a variable that only the parent was meant to read must not override a flag.
 _INHERITED = {

@@ -1,6 +1,8 @@
 """Who may know whom, as docs/design.md draws the house: no file imports upward, and there is no circle of imports anywhere."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -91,3 +93,17 @@ def test_there_is_no_circle_of_imports() -> None:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(" -> ".join(error.args[1]))
+
+
+NOT_IN_A_REPLICA = {
+    "mqserve.proxy", "mqserve.controller.node", "mqserve.controller.loop", "mqserve.instance.embedded",
+    "uvicorn", "httptools", "h11", "psutil", "rich",
+}  # fmt: skip
+
+
+def test_a_replica_imports_nothing_that_only_other_processes_need() -> None:
+    """Each of a fleet of replicas pays for its imports, in memory and in the time of its start."""
+    program = "import sys, mqserve.commands.cli, mqserve.replicas.main; print(*sys.modules)"
+    imported = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60).stdout.split()
+    assert "mqserve.replicas.main" in imported
+    assert not NOT_IN_A_REPLICA & {*imported}

@@ -11,11 +11,10 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from ..broker.backoff import keep_running
 from ..broker.documents import until
 from ..broker.errors import BadEnvelope, BadType, BadValue, InstanceError, MQServeError
 from ..broker.process.lifeline import Stop
@@ -23,13 +22,10 @@ from ..broker.process.listener import bind
 from ..broker.settings import Settings
 from ..broker.values import code
 from ..broker.values.whole_numbers import whole_number
-from ..connections import Connections, EmbeddedLauncher, instance_has_ended, open_connections
+from ..connections import Connections, instance_has_ended, open_connections
 from ..controller import lease
 from ..controller.desired_writes import write_next
 from ..controller.detached_log import detached_log
-from ..controller.loop import Controller
-from ..controller.machine_resources import measure_node
-from ..controller.node import Child, Node, NodeOptions
 from ..controller.processes import Process
 from ..controller.restarts import Restarts
 from ..controller.state.beats import MemberState, ProxyBeat, SupervisorBeat, beats_of, read_beats
@@ -37,6 +33,9 @@ from ..controller.state.documents import Desired, HttpOptions, Observed
 from .drain_report import Tell, reporting
 from .role_lock import Role, check_folder, is_played
 from .supervisor import Kept
+
+if TYPE_CHECKING:
+    from ..controller.node import Child
 
 logger = logging.getLogger(__name__)
 
@@ -169,23 +168,13 @@ class _OwnProcesses:
 
     def start(self) -> None:
         if self._connections.settings.embedded:
-            connections = self._connections
-            options = NodeOptions(self._node_id, capacity=measure_node(None, None, {}))
-            node = Node(options, connections.store, connections.keys, EmbeddedLauncher(connections), connections.settings.signer)
-            controlling = keep_running("the controller", lambda: self._new_controller().run(self._stop), raises=(MQServeError,))
-            self._tasks = [asyncio.create_task(controlling), asyncio.create_task(node.run(self._stop))]
-            for task, role in zip(self._tasks, ("controller", "node"), strict=True):
-                task.add_done_callback(partial(_tell_end, role))
+            from .embedded import start_embedded  # only here: replicas and clients import this file, too, and need no proxy or node
+
+            self._tasks = start_embedded(self._connections, self._instance, self._node_id, self._stop)
             return
         self._processes = [
             Process.start(command, self._connections.settings, detached=self._options.detached) for command in self._commands()
         ]
-
-    def _new_controller(self) -> Controller:
-        """Of the embedded form. A new one adopts what runs, as one in another process does."""
-        connections = self._connections
-        has_key = bool(connections.settings.secret_keys)
-        return Controller(connections.store, connections.keys, connections.queue, connections.process_id, self._instance, has_key=has_key)
 
     def _commands(self) -> list[list[str]]:
         arguments = self._kept.arguments()
@@ -247,11 +236,6 @@ class _OwnProcesses:
             await asyncio.wait(waits, timeout=SHUTDOWN_BUDGET_S)
         for process in self._processes:
             process.kill()
-
-
-def _tell_end(role: str, task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        logger.error("the %s of this program ended: it replaces and scales nothing more, so start the program again", role, exc_info=error)
 
 
 async def keep_child_running(role: str, child: Child, start: Callable[[], Child], is_over: Callable[[], Awaitable[bool]]) -> None:

@@ -25,9 +25,10 @@ import uvloop
 import mqserve as serve
 from mqserve.broker.process.lifeline import Stop
 from mqserve.broker.settings import Settings
-from mqserve.connections import EmbeddedLauncher, open_connections
+from mqserve.connections import open_connections
 from mqserve.controller.machine_resources import measure_node
 from mqserve.controller.node import Node, NodeOptions
+from mqserve.instance.embedded import EmbeddedLauncher
 from tests.instances import wait_until
 from tests.leaks.traced import kept_by, kept_here
 
