@@ -8,7 +8,7 @@
 # make soak    steady load and random faults, five minutes (SECONDS=60 for one): prints what was injected and what came of it
 # make check   formatting, lint, types
 # make format  format the code and mend what ruff can mend
-# make bench   measure against the peers
+# make bench   measure against the peers (ARGS="--only noop-http --rounds 1" for less; `--help` has the rest)
 # make compare  is a request dearer than at an earlier revision? (BASE=main~5 for another than the last commit)
 # make clean   remove what the tools left behind (.venv stays)
 
@@ -60,11 +60,11 @@ format: .venv/.installed-dev
 	$(BIN)/ruff check --fix
 
 bench: .venv/.installed-dev
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python -m benchmarks $(ARGS)
 
 BASE ?= HEAD
 compare: .venv/.installed-dev
-	$(BIN)/python benchmarks/compare.py $(BASE)
+	$(BIN)/python -m benchmarks.compare $(BASE) $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .coverage .coverage.* htmlcov .pytest_cache .mypy_cache .ruff_cache

@@ -1,6 +1,6 @@
 """Tells whether a request costs more than before: CPU per request of this checkout and of another revision, in alternated pairs.
 
-    make compare BASE=main~3        (or: python benchmarks/compare.py main~3 --forms embedded --clients 64)
+    make compare BASE=main~3        (or: python -m benchmarks.compare main~3 --forms embedded --clients 64)
 
 Both run at the same time, so that both meet the same machine, and take turns under load: A B, B A, A B, … Each pair gives one ratio of
 CPU microseconds per request (from /proc: all processes of the instance, and beside them RabbitMQ and Redis). A line fails if even the
@@ -21,10 +21,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-from load import check_wrk, load
 from scipy.stats import t as student
-from subjects import HANDLERS, ROOT, Servers, Subject, cpu_seconds, open_servers, running
+
+from .cpu import spent_us
+from .load import check_wrk, load
+from .subjects import FORMS, HANDLERS, ROOT, Servers, Subject, open_servers, running_mqserve
 
 WARM_UP_S = 2.0
 
@@ -56,12 +57,12 @@ def main() -> None:
         for form in arguments.forms:
             with ExitStack() as subjects:
                 servers = open_servers(subjects) if form == "distributed" else None
-                pair = [subjects.enter_context(running(form, servers, checkout)) for checkout in (base, ROOT)]
+                pair = [subjects.enter_context(running_mqserve(form, servers, checkout)) for checkout in (base, ROOT)]
                 for handler in arguments.handlers:
                     for clients in arguments.clients:
                         for subject in pair:
-                            measure(subject, handler, clients, WARM_UP_S, servers)
-                        costs = measure_pairs(pair, handler, clients, servers, arguments)
+                            measure(subject, handler, clients, WARM_UP_S)
+                        costs = measure_pairs(pair, handler, clients, arguments)
                         interval = interval_of([now.instance_us / before.instance_us for before, now in costs])
                         failed += interval.low > 1 + arguments.limit
                         print(_line(form, handler, clients, costs, interval, servers), flush=True)
@@ -74,7 +75,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=3.0, help="of each load run")
     parser.add_argument("--clients", type=int, nargs="+", default=[64])
-    parser.add_argument("--forms", nargs="+", choices=["embedded", "distributed"], default=["embedded", "distributed"])
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS)
     parser.add_argument("--handlers", nargs="+", choices=HANDLERS, default=HANDLERS)
     parser.add_argument("--limit", type=float, default=0.03, help="how much dearer a request may be: 0.03 is 3 %%")
     return parser.parse_args()
@@ -95,9 +96,7 @@ def checked_out(base: str) -> Iterator[Path]:
             subprocess.run(["git", "worktree", "remove", "--force", str(worktree)], cwd=ROOT, check=True)
 
 
-def measure_pairs(
-    pair: Sequence[Subject], handler: str, clients: int, servers: Servers | None, arguments: argparse.Namespace
-) -> list[tuple[Cost, Cost]]:
+def measure_pairs(pair: Sequence[Subject], handler: str, clients: int, arguments: argparse.Namespace) -> list[tuple[Cost, Cost]]:
     """Returns (base, now) for each pair; every second pair begins with now."""
     costs: list[tuple[Cost, Cost]] = []
     for number in range(arguments.pairs):
@@ -105,20 +104,20 @@ def measure_pairs(
         print(f"{handler}, {clients} clients: pair {number + 1} of {arguments.pairs} …", end="\r", file=sys.stderr, flush=True)
         measured: dict[int, Cost] = {}
         for place in order:
-            measured[place] = measure(pair[place], handler, clients, arguments.seconds, servers)
+            measured[place] = measure(pair[place], handler, clients, arguments.seconds)
         costs.append((measured[0], measured[1]))
     return costs
 
 
-def measure(subject: Subject, handler: str, clients: int, seconds: float, servers: Servers | None) -> Cost:
+def measure(subject: Subject, handler: str, clients: int, seconds: float) -> Cost:
     """Measures one load run. Exits if a request was not answered with 200, since its cost would mean nothing."""
-    others = [psutil.Process(pid) for pid in servers.pids] if servers is not None else []
-    before, before_servers = subject.cpu_s(), sum(map(cpu_seconds, others))
-    sample = load(f"{subject.url}/{handler}", clients, seconds)
-    after, after_servers = subject.cpu_s(), sum(map(cpu_seconds, others))
-    if sample.failed:
-        sys.exit(f"{sample.failed} of {sample.requests} requests to {subject.url}/{handler} were not answered with 200")
-    return Cost((after - before) / sample.requests * 1e6, (after_servers - before_servers) / sample.requests * 1e6)
+    before = subject.cpu_s()
+    report = load(f"{subject.url}/{handler}", clients, seconds)
+    spent = spent_us(before, subject.cpu_s(), report.requests)
+    if report.failed:
+        sys.exit(f"{report.failed} of {report.requests} requests to {subject.url}/{handler} were not answered with 200")
+    servers_us = sum(spent.pop(kind, 0.0) for kind in ("rabbitmq", "redis"))
+    return Cost(sum(spent.values()), servers_us)
 
 
 def interval_of(ratios: Sequence[float]) -> Interval:

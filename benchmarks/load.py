@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One load run; latencies in milliseconds."""
+class LoadReport:
+    """One load run; latencies in milliseconds. `cpu_s` is what wrk itself used."""
 
     requests: int
     per_second: float
     p50_ms: float
     p99_ms: float
     failed: int
+    cpu_s: float
 
 
 def check_wrk() -> None:
@@ -26,14 +29,22 @@ def check_wrk() -> None:
         sys.exit("the load comes from wrk, and it is not installed: apt-get install wrk (or brew install wrk)")
 
 
-def load(url: str, clients: int, seconds: float) -> Sample:
-    """Sends as many requests as `clients` connections can send one after the other."""
-    command = ["wrk", "-t1", f"-c{clients}", f"-d{max(1, round(seconds))}s", "--latency", "--timeout", "30s", url]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    failed = re.search(r"Non-2xx or 3xx responses: (\d+)", told)
+def load(url: str, clients: int, seconds: float, script: Path | None = None) -> LoadReport:
+    """Sends as many requests as `clients` connections can send one after the other; a `script` (Lua) says what is sent."""
+    command = ["wrk", "-t1", f"-c{clients}", f"-d{max(1, round(seconds))}s", "--latency", "--timeout", "30s"]
+    command += [*(["-s", str(script)] if script else []), url]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        told = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0, told
+    failed = sum(int(count) for count in re.findall(r"Non-2xx or 3xx responses: (\d+)", told))
+    failed += sum(int(count) for line in re.findall(r"Socket errors: (.+)", told) for count in re.findall(r"\d+", line))
     per_second, requests = re.search(r"Requests/sec:\s+([\d.]+)", told), re.search(r"(\d+) requests in", told)
     assert per_second is not None and requests is not None, told
-    return Sample(int(requests[1]), float(per_second[1]), _latency(told, "50%"), _latency(told, "99%"), int(failed[1]) if failed else 0)
+    latencies = _latency(told, "50%"), _latency(told, "99%")
+    return LoadReport(int(requests[1]), float(per_second[1]), *latencies, failed, usage.ru_utime + usage.ru_stime)
 
 
 def _latency(told: str, percentile: str) -> float:

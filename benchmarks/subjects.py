@@ -1,4 +1,4 @@
-"""The measured programs: bare Starlette, and a no-op of mqserve in either form, from this checkout or another."""
+"""The measured programs: bare Starlette, and programs of mqserve in either form, from this checkout or another."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,94 +18,158 @@ from urllib.request import urlopen
 
 import psutil
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent
-sys.path.insert(0, str(ROOT))
+from tests.ports import free_port
+from tests.servers import PrivateRabbitMQ, PrivateRedis
 
-from tests.ports import free_port  # noqa: E402
-from tests.servers import PrivateRabbitMQ, PrivateRedis  # noqa: E402
+from .cpu import KindOf, cpu_seconds, tree_cpu_seconds
 
-FORMS = ("starlette", "embedded", "distributed")
+PROGRAMS = Path(__file__).parent / "programs"
+ROOT = Path(__file__).parent.parent
+BARE = ("starlette", "starlette-def")
+FORMS = ("embedded", "distributed")
 HANDLERS = ("noop", "async_noop")
-START_BUDGET_S = 60.0
+START_BUDGET_S = 120.0
 STOP_BUDGET_S = 60.0
+
+
+class SubjectFailed(Exception):
+    """A measured program did not start, or did not answer as it should."""
 
 
 @dataclass(frozen=True)
 class Servers:
-    """RabbitMQ and Redis for the distributed form; `pids` of the private ones."""
+    """RabbitMQ and Redis; `pids` of the private ones, by kind."""
 
     urls: Mapping[str, str]
-    pids: tuple[int, ...]
+    pids: Mapping[str, int]
+
+    def cpu_s(self) -> dict[str, float]:
+        """The CPU seconds that each has used so far; those that are not ours are not measured."""
+        return {kind: cpu_seconds(psutil.Process(pid)) for kind, pid in self.pids.items()}
 
 
 def open_servers(stack: ExitStack) -> Servers:
     """Starts private servers, which end with the stack, unless MQSERVE_BROKER_URL and MQSERVE_STORE_URL name others."""
     urls: dict[str, str] = {}
-    pids: list[int] = []
-    for name, private in (("MQSERVE_BROKER_URL", PrivateRabbitMQ), ("MQSERVE_STORE_URL", PrivateRedis)):
+    pids: dict[str, int] = {}
+    privates = (("MQSERVE_BROKER_URL", "rabbitmq", PrivateRabbitMQ), ("MQSERVE_STORE_URL", "redis", PrivateRedis))
+    for name, kind, private in privates:
         if given := os.environ.get(name):
             urls[name] = given
         else:
             server = stack.enter_context(private())
             urls[name] = server.url
-            pids.append(server.pid)
-    return Servers(urls, tuple(pids))
+            pids[kind] = server.pid
+    return Servers(urls, pids)
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A program that answers under `url` with each of the handlers."""
+    """A running program; `servers` are those that work for it."""
 
+    name: str
     url: str
     process: psutil.Process
+    kind_of: KindOf
+    servers: Servers | None = None
 
-    def cpu_s(self) -> float:
-        """CPU seconds that the program and its children have used so far, from /proc."""
-        return sum(cpu_seconds(process) for process in (self.process, *self.process.children(recursive=True)))
-
-
-def cpu_seconds(process: psutil.Process) -> float:
-    """The CPU seconds of a process; 0 if it has ended."""
-    try:
-        times = process.cpu_times()
-    except psutil.NoSuchProcess:
-        return 0.0
-    return float(times.user + times.system)
+    def cpu_s(self) -> dict[str, float]:
+        """CPU seconds used so far by the program, its children, RabbitMQ and Redis, by kind of process."""
+        servers = self.servers.cpu_s() if self.servers is not None else {}
+        return tree_cpu_seconds(self.process, self.kind_of) | servers
 
 
 @contextmanager
-def running(form: str, servers: Servers | None = None, checkout: Path = ROOT) -> Iterator[Subject]:
-    """Runs the program of that form with the package of `checkout`, and ends it on exit. The distributed form needs `servers`."""
+def running_starlette(name: str) -> Iterator[Subject]:
+    """Bare Starlette on uvicorn: the baseline, without a queue. `starlette` has async handlers, `starlette-def` plain ones."""
     port = free_port()
-    env = {key: value for key, value in os.environ.items() if not key.startswith("MQSERVE_")}
-    env["PYTHONPATH"] = str(checkout)  # before the installed package, also for the children
-    command = [sys.executable, "-m", "mqserve", "run", str(HERE / "noop.py"), "--port", str(port)]
-    if form == "starlette":
-        command = [sys.executable, "-m", "uvicorn", "--app-dir", str(HERE), "bare:app", "--port", str(port), "--no-access-log"]
+    app = "bare:plain_app" if name == "starlette-def" else "bare:app"
+    command = [sys.executable, "-m", "uvicorn", "--app-dir", str(PROGRAMS), app, "--port", str(port), "--no-access-log"]
+    with running(name, command, port, always("server"), ready=HANDLERS) as subject:
+        yield subject
+
+
+@contextmanager
+def running_mqserve(
+    form: str,
+    servers: Servers | None = None,
+    checkout: Path = ROOT,
+    program: Path = PROGRAMS / "noop.py",
+    ready: Sequence[str] = HANDLERS,
+    options: Sequence[str] = (),
+    name: str = "",
+) -> Iterator[Subject]:
+    """`mqserve run` of that program with the package of `checkout`, up when all paths in `ready` answer. The distributed form needs
+    `servers`."""
+    port = free_port()
+    command = [sys.executable, "-m", "mqserve", "run", str(program), "--port", str(port), *options]
+    env = {"PYTHONPATH": str(checkout)}  # before the installed package, also for the children
     if form == "distributed":
         assert servers is not None
         env |= servers.urls
         env |= {"MQSERVE_SECRET_KEY": secrets.token_hex(32), "MQSERVE_NAMESPACE": f"bench-{secrets.token_hex(4)}"}
-    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, cwd=HERE)
+    with running(name or form, command, port, kind_of_mqserve, env, ready, servers if form == "distributed" else None) as subject:
+        yield subject
+
+
+def kind_of_mqserve(command: Sequence[str]) -> str:
+    """The command of mqserve that a process runs: `proxy`, `replica`, `node`, `controller`, or `run`."""
+    return command[command.index("mqserve") + 1] if "mqserve" in command else "run"
+
+
+def always(kind: str) -> KindOf:
+    """The kinds of a program all of whose processes are alike."""
+    return lambda command: kind
+
+
+@contextmanager
+def running(
+    name: str,
+    command: Sequence[str],
+    port: int,
+    kind_of: KindOf,
+    env: Mapping[str, str] | None = None,
+    ready: Sequence[str] = (),
+    servers: Servers | None = None,
+) -> Iterator[Subject]:
+    """Runs a program until all paths in `ready` answer, and ends it on exit, by Ctrl-C. Raises SubjectFailed if it does not start."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("MQSERVE_")}
+    url = f"http://127.0.0.1:{port}"
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(command, env=clean | dict(env or {}), stdout=output, stderr=output, cwd=PROGRAMS, start_new_session=True)
+        try:
+            for path in ready:
+                _wait_for(f"{url}/{path}", process)
+            yield Subject(name, url, psutil.Process(process.pid), kind_of, servers)
+        except SubjectFailed as failed:
+            output.seek(max(0, output.tell() - 2000))
+            raise SubjectFailed(f"{failed}; it printed:\n{output.read().decode(errors='replace').strip()}") from None
+        finally:
+            _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a program and whatever it leaves behind: its process group is its own."""
+    process.send_signal(signal.SIGINT)
     try:
-        url = f"http://127.0.0.1:{port}"
-        for handler in HANDLERS:
-            _wait_for(f"{url}/{handler}", process)
-        yield Subject(url, psutil.Process(process.pid))
-    finally:
-        process.send_signal(signal.SIGINT)
         process.wait(timeout=STOP_BUDGET_S)
+    except subprocess.TimeoutExpired:
+        print(f"{process.args!r} does not end by Ctrl-C within {STOP_BUDGET_S:g} s: killed", file=sys.stderr)
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
 
 
 def _wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + START_BUDGET_S
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            sys.exit(f"the server for {url} ended with {process.returncode}: see above")
+            raise SubjectFailed(f"it ended with status {process.returncode} before it answered")
         try:
             urlopen(url, timeout=1).close()
             return
         except (URLError, OSError):
             time.sleep(0.05)
-    sys.exit(f"{url} did not answer within {START_BUDGET_S:g} s")
+    raise SubjectFailed(f"it did not answer within {START_BUDGET_S:g} s")

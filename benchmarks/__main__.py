@@ -1,0 +1,83 @@
+"""Measures mqserve beside its peers: every subject of a scenario in turn, in every case, round by round.
+
+    make bench                                                     (everything: about 25 minutes on 2 cores)
+    make bench ARGS="--only noop-http --rounds 1 --seconds 1"      (or: python -m benchmarks --only …)
+
+Prints medians with the least and the greatest round, ratios first, and CPU microseconds per request by process, and writes all samples to
+benchmarks/results/latest.json, or to the file that --to names. RabbitMQ and Redis are private ones, unless MQSERVE_BROKER_URL and
+MQSERVE_STORE_URL name others. Everything shares this machine's cores, so quote the ratios, not the figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import ExitStack
+from pathlib import Path
+
+from . import machine, results
+from .bench import Bench, say
+from .load import check_wrk
+from .results import CaseResults, Results, ScenarioResults
+from .scenario import Measure, Scenario
+from .scenarios import SCENARIOS
+from .subjects import SubjectFailed
+from .table import markdown
+
+
+def main() -> None:
+    arguments = _parse()
+    check_wrk()
+    with ExitStack() as stack:
+        bench = Bench(stack, seconds=arguments.seconds)
+        run = Results(machine.revision(), arguments.rounds, arguments.seconds, machine.machine(), machine.versions(bench.servers))
+        for scenario in SCENARIOS:
+            if not arguments.only or scenario.name in arguments.only:
+                run.scenarios.append(measured(scenario, bench, arguments.rounds))
+    results.write(run, arguments.to)
+    say("done")
+    print("\n" + markdown(run))
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=[scenario.name for scenario in SCENARIOS], default=[], help="these scenarios")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each sample")
+    parser.add_argument("--to", type=Path, default=results.LATEST, help="the file for the results")
+    return parser.parse_args()
+
+
+def measured(scenario: Scenario, bench: Bench, rounds: int) -> ScenarioResults:
+    """Measures each subject in each case, in turn; every second round goes backwards, so that a drift of the machine meets all alike."""
+    cases = [CaseResults(case, {}) for case in scenario.cases]
+    bench.left_out = {}
+    with ExitStack() as stack:
+        measures = dict(scenario.open(stack, bench))
+        for case in cases:
+            case.samples = {subject: [] for subject in measures}
+        for number in range(rounds):
+            for case in cases:
+                say(f"{scenario.name}, round {number + 1} of {rounds}: {case.case}")
+                _measure_in_turn(case, measures, bench.left_out, backwards=number % 2 == 1)
+    for case in cases:
+        case.samples = {subject: samples for subject, samples in case.samples.items() if samples and subject not in bench.left_out}
+    return ScenarioResults(
+        scenario.name, scenario.title, scenario.headline, scenario.baseline, list(scenario.claims), cases, dict(bench.left_out)
+    )
+
+
+def _measure_in_turn(case: CaseResults, measures: dict[str, Measure], left_out: dict[str, str], *, backwards: bool) -> None:
+    for subject in reversed(list(measures)) if backwards else list(measures):
+        if subject in left_out:
+            continue
+        try:
+            sample = measures[subject](case.case)
+        except SubjectFailed as failed:
+            left_out[subject] = f"{case.case}: {failed}"
+        else:
+            if sample is not None:
+                case.samples[subject].append(sample)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""A handler that does nothing, over HTTP: what the path of a request costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+
+from ..bench import Bench
+from ..closed_loop import closed_loop
+from ..scenario import Claim, Measure, Sample
+from ..subjects import BARE, FORMS, Subject
+
+PATHS = {"async": "async_noop", "def": "noop"}
+CLIENTS = {"1 client": 1, "16 clients": 16, "64 clients": 64, "256 clients": 256}
+WARM_UP_S = 1.0
+
+
+class NoopHttp:
+    name = "noop-http"
+    title = "No-op over HTTP"
+    headline = "per_second"
+    baseline = "starlette"
+    cases = tuple(f"{kind}, {clients}" for kind in PATHS for clients in CLIENTS)
+    claims = (
+        Claim("async, 64 clients", "distributed", "per_second", against=("starlette",), at_least=0.40),
+        Claim("async, 64 clients", "distributed", "cpu_us", at_most=200),
+        Claim("def, 64 clients", "distributed", "per_second", against=("starlette",), at_least=0.38),
+        Claim("async, 64 clients", "embedded", "per_second", against=("starlette",), at_least=0.62),
+        Claim("def, 64 clients", "embedded", "per_second", against=("starlette",), at_least=0.52),
+    )
+
+    def open(self, stack: ExitStack, bench: Bench) -> Mapping[str, Measure]:
+        return {subject.name: self._measure(subject, bench) for subject in bench.open((*BARE, *FORMS), stack)}
+
+    def _measure(self, subject: Subject, bench: Bench) -> Measure:
+        for path in PATHS.values():
+            closed_loop(subject, path, 16, WARM_UP_S)
+
+        def measure(case: str) -> Sample | None:
+            kind, _, clients = case.partition(", ")
+            if kind == "async" and subject.name == "starlette-def":
+                return None
+            return closed_loop(subject, PATHS[kind], CLIENTS[clients], bench.seconds)
+
+        return measure
+
+
+NOOP_HTTP = NoopHttp()
