@@ -9,13 +9,14 @@
 # make check   formatting, lint, types
 # make format  format the code and mend what ruff can mend
 # make bench   measure against the peers (ARGS="--only noop-http --rounds 1" for less; `--help` has the rest)
+# make bench-peers  install the peers that `make bench` measures beside, each into an environment of its own
 # make compare  is a request dearer than at an earlier revision? (BASE=main~5 for another than the last commit)
 # make clean   remove what the tools left behind (.venv stays)
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-long test-faults test-newer coverage fuzz soak check format bench compare clean
+.PHONY: demo test test-long test-faults test-newer coverage fuzz soak check format bench bench-peers compare clean
 .DELETE_ON_ERROR:
 
 # `exec`: the Ctrl-C is the server's, which drains and ends with status 0
@@ -61,6 +62,9 @@ format: .venv/.installed-dev
 
 bench: .venv/.installed-dev
 	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-peers: .venv/.installed-dev
+	$(BIN)/python -m benchmarks.peers.install
 
 BASE ?= HEAD
 compare: .venv/.installed-dev

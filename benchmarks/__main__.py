@@ -11,12 +11,15 @@ MQSERVE_STORE_URL name others. Everything shares this machine's cores, so quote 
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 
 from . import machine, results
 from .bench import Bench, say
 from .load import check_wrk
+from .peers import PEERS, installed
 from .results import CaseResults, Results, ScenarioResults
 from .scenario import Measure, Scenario
 from .scenarios import SCENARIOS
@@ -27,9 +30,12 @@ from .table import markdown
 def main() -> None:
     arguments = _parse()
     check_wrk()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what was started ends then, too
     with ExitStack() as stack:
-        bench = Bench(stack, seconds=arguments.seconds)
-        run = Results(machine.revision(), arguments.rounds, arguments.seconds, machine.machine(), machine.versions(bench.servers))
+        bench = Bench(stack, seconds=arguments.seconds, peers=arguments.peers)
+        run = Results(
+            machine.revision(), arguments.rounds, arguments.seconds, machine.machine(), machine.versions(bench.servers, arguments.peers)
+        )
         for scenario in SCENARIOS:
             if not arguments.only or scenario.name in arguments.only:
                 run.scenarios.append(measured(scenario, bench, arguments.rounds))
@@ -41,6 +47,7 @@ def main() -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=[scenario.name for scenario in SCENARIOS], default=[], help="these scenarios")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=installed(), help="beside these peers; else all that are installed")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0, help="of each sample")
     parser.add_argument("--to", type=Path, default=results.LATEST, help="the file for the results")

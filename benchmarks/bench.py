@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from functools import cached_property
+from typing import TypeVar
 
-from .subjects import BARE, FORMS, Servers, Subject, SubjectFailed, open_servers, running_mqserve, running_starlette
+from .peers import HTTP_PEERS, running_http
+from .subjects import FORMS, HANDLERS, PROGRAMS, Servers, Subject, SubjectFailed, open_servers, running_mqserve, running_starlette
+
+T = TypeVar("T")
 
 
 class Bench:
@@ -24,17 +28,26 @@ class Bench:
         """RabbitMQ and Redis; started when first asked for."""
         return open_servers(self._stack)
 
-    def open(self, names: Iterable[str], stack: ExitStack) -> Iterator[Subject]:
-        """Starts these subjects one after the other; one that does not start is left out."""
-        for name in names:
-            say(f"starting {name}")
-            try:
-                if name in BARE:
-                    yield stack.enter_context(running_starlette(name))
-                elif name in FORMS:
-                    yield stack.enter_context(running_mqserve(name, self.servers if name == "distributed" else None))
-            except SubjectFailed as failed:
-                self.left_out[name] = str(failed)
+    def http_subjects(self, kind: str, stack: ExitStack) -> Iterator[Subject]:
+        """Starts everything that serves HTTP, one after the other, with its handlers of that kind: `noop` or `bodies`."""
+        ready = {"noop": HANDLERS, "bodies": ("json", "length")}[kind]
+        yield from self.started("starlette", running_starlette("starlette"), stack)
+        if kind == "noop":
+            yield from self.started("starlette-def", running_starlette("starlette-def"), stack)
+        for form in FORMS:
+            servers = self.servers if form == "distributed" else None
+            yield from self.started(form, running_mqserve(form, servers, program=PROGRAMS / f"{kind}.py", ready=ready), stack)
+        for peer in HTTP_PEERS:
+            if peer.name in self.peers:
+                yield from self.started(peer.name, running_http(peer, kind, [path for path in ready if peer.has(path)]), stack)
+
+    def started(self, name: str, subject: AbstractContextManager[T], stack: ExitStack) -> Iterator[T]:
+        """Starts a subject for as long as the stack is open, or says why it is left out."""
+        say(f"starting {name}")
+        try:
+            yield stack.enter_context(subject)
+        except SubjectFailed as failed:
+            self.left_out[name] = str(failed)
 
 
 def say(what: str) -> None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from .cpu import spent_us
 from .load import load
 from .scenario import Sample
 from .subjects import Subject, SubjectFailed
 
 
-def closed_loop(subject: Subject, path: str, clients: int, seconds: float, script: Path | None = None) -> Sample:
+def closed_loop(subject: Subject, path: str, clients: int, seconds: float, body: str = "") -> Sample:
     """Measures one load run. Raises SubjectFailed if a request was not answered with 200, since its cost would mean nothing."""
-    before = subject.cpu_s()
-    report = load(f"{subject.url}/{path}", clients, seconds, script)
-    after = subject.cpu_s()
+    with subject.taking_its_turn():
+        before = subject.cpu_s()
+        report = load(f"{subject.url}/{path}", clients, seconds, body)
+        after = subject.cpu_s()
     if report.failed or not report.requests:
         raise SubjectFailed(f"{report.failed} of {report.requests} requests to /{path} were not answered with 200")
     values = {"per_second": report.per_second, "p50_ms": report.p50_ms, "p99_ms": report.p99_ms}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import psutil
 
@@ -20,14 +19,15 @@ def cpu_seconds(process: psutil.Process) -> float:
     return float(times.user + times.system)
 
 
-def tree_cpu_seconds(root: psutil.Process, kind_of: KindOf) -> Counter[str]:
-    """The CPU seconds that a program and its children have used so far, by kind of process."""
-    seconds: Counter[str] = Counter()
-    for process in (root, *root.children(recursive=True)):
+def seconds_by_kind(processes: Iterable[psutil.Process], kind_of: KindOf) -> dict[str, float]:
+    """The CPU seconds that these processes have used so far, by kind."""
+    seconds: dict[str, float] = {}
+    for process in processes:
         try:
-            seconds[kind_of(process.cmdline())] += cpu_seconds(process)  # type: ignore[assignment]  # a Counter of floats
+            kind = kind_of(process.cmdline())
         except (psutil.NoSuchProcess, psutil.ZombieProcess):
             continue
+        seconds[kind] = seconds.get(kind, 0.0) + cpu_seconds(process)
     return seconds
 
 

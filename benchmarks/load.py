@@ -10,6 +10,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+POST = Path(__file__).parent / "programs" / "post.lua"
+
 
 @dataclass(frozen=True)
 class LoadReport:
@@ -29,10 +31,10 @@ def check_wrk() -> None:
         sys.exit("the load comes from wrk, and it is not installed: apt-get install wrk (or brew install wrk)")
 
 
-def load(url: str, clients: int, seconds: float, script: Path | None = None) -> LoadReport:
-    """Sends as many requests as `clients` connections can send one after the other; a `script` (Lua) says what is sent."""
+def load(url: str, clients: int, seconds: float, body: str = "") -> LoadReport:
+    """Sends as many requests as `clients` connections can send one after the other; with a `body` of post.lua these are POSTs."""
     command = ["wrk", "-t1", f"-c{clients}", f"-d{max(1, round(seconds))}s", "--latency", "--timeout", "30s"]
-    command += [*(["-s", str(script)] if script else []), url]
+    command += ["-s", str(POST), url, "--", body] if body else [url]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         told = process.stdout.read()

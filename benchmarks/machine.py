@@ -7,12 +7,14 @@ import platform
 import re
 import socket
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import psutil
 import redis
 
+from .peers import PEERS
 from .results import Machine
 from .subjects import ROOT, Servers
 
@@ -42,14 +44,15 @@ def revision() -> str:
     return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
 
 
-def versions(servers: Servers | None) -> dict[str, str]:
+def versions(servers: Servers, peers: Sequence[str]) -> dict[str, str]:
     found = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
     told = subprocess.run(["wrk", "-v"], capture_output=True, text=True).stdout.split()
     found["wrk"] = told[1] if len(told) > 1 else "?"
-    if servers is not None:
-        found["RabbitMQ"] = _rabbitmq_version(servers.urls["MQSERVE_BROKER_URL"])
-        with redis.Redis.from_url(servers.urls["MQSERVE_STORE_URL"]) as client:
-            found["Redis"] = client.info("server")["redis_version"]
+    found["RabbitMQ"] = _rabbitmq_version(servers.urls["MQSERVE_BROKER_URL"])
+    with redis.Redis.from_url(servers.urls["MQSERVE_STORE_URL"]) as client:
+        found["Redis"] = client.info("server")["redis_version"]
+    for name in peers:
+        found |= PEERS[name].requirements()
     return found
 
 

@@ -10,10 +10,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
 import psutil
@@ -21,13 +21,13 @@ import psutil
 from tests.ports import free_port
 from tests.servers import PrivateRabbitMQ, PrivateRedis
 
-from .cpu import KindOf, cpu_seconds, tree_cpu_seconds
+from .cpu import KindOf, cpu_seconds, seconds_by_kind
 
 PROGRAMS = Path(__file__).parent / "programs"
 ROOT = Path(__file__).parent.parent
-BARE = ("starlette", "starlette-def")
 FORMS = ("embedded", "distributed")
 HANDLERS = ("noop", "async_noop")
+THAW_S = 1.0
 START_BUDGET_S = 120.0
 STOP_BUDGET_S = 60.0
 
@@ -65,18 +65,43 @@ def open_servers(stack: ExitStack) -> Servers:
 
 @dataclass(frozen=True)
 class Subject:
-    """A running program; `servers` are those that work for it."""
+    """A running program."""
 
     name: str
     url: str
     process: psutil.Process
     kind_of: KindOf
-    servers: Servers | None = None
+    servers: Servers | None = None  # those that work for it
+    env: Mapping[str, str] = field(default_factory=dict)  # the variables that it was started with
+    freezes: bool = False  # it is stopped while others are measured
+
+    @contextmanager
+    def taking_its_turn(self) -> Iterator[None]:
+        """Lets a frozen program go on for the time of a measurement."""
+        self.signal(signal.SIGCONT)
+        try:
+            if self.freezes:
+                time.sleep(THAW_S)
+            yield
+        finally:
+            self.freeze()
+
+    def freeze(self) -> None:
+        self.signal(signal.SIGSTOP)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Sends a signal to all processes of a program that freezes."""
+        for process in self.tree() if self.freezes else ():
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+
+    def tree(self) -> list[psutil.Process]:
+        return [self.process, *self.process.children(recursive=True)]
 
     def cpu_s(self) -> dict[str, float]:
         """CPU seconds used so far by the program, its children, RabbitMQ and Redis, by kind of process."""
         servers = self.servers.cpu_s() if self.servers is not None else {}
-        return tree_cpu_seconds(self.process, self.kind_of) | servers
+        return seconds_by_kind(self.tree(), self.kind_of) | servers
 
 
 @contextmanager
@@ -85,7 +110,7 @@ def running_starlette(name: str) -> Iterator[Subject]:
     port = free_port()
     app = "bare:plain_app" if name == "starlette-def" else "bare:app"
     command = [sys.executable, "-m", "uvicorn", "--app-dir", str(PROGRAMS), app, "--port", str(port), "--no-access-log"]
-    with running(name, command, port, always("server"), ready=HANDLERS) as subject:
+    with running(name, command, port, kind_of_server, ready=HANDLERS) as subject:
         yield subject
 
 
@@ -117,9 +142,9 @@ def kind_of_mqserve(command: Sequence[str]) -> str:
     return command[command.index("mqserve") + 1] if "mqserve" in command else "run"
 
 
-def always(kind: str) -> KindOf:
-    """The kinds of a program all of whose processes are alike."""
-    return lambda command: kind
+def kind_of_server(command: Sequence[str]) -> str:
+    """The kind of the processes of a program whose processes are all alike."""
+    return "server"
 
 
 @contextmanager
@@ -131,16 +156,20 @@ def running(
     env: Mapping[str, str] | None = None,
     ready: Sequence[str] = (),
     servers: Servers | None = None,
+    cwd: Path = PROGRAMS,
+    freezes: bool = False,
 ) -> Iterator[Subject]:
-    """Runs a program until all paths in `ready` answer, and ends it on exit, by Ctrl-C. Raises SubjectFailed if it does not start."""
+    """Runs a program, goes on when all paths in `ready` answer, and ends it on exit. Raises SubjectFailed if it does not start."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("MQSERVE_")}
     url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(command, env=clean | dict(env or {}), stdout=output, stderr=output, cwd=PROGRAMS, start_new_session=True)
+        process = subprocess.Popen(command, env=clean | dict(env or {}), stdout=output, stderr=output, cwd=cwd, start_new_session=True)
         try:
             for path in ready:
                 _wait_for(f"{url}/{path}", process)
-            yield Subject(name, url, psutil.Process(process.pid), kind_of, servers)
+            subject = Subject(name, url, psutil.Process(process.pid), kind_of, servers, dict(env or {}), freezes)
+            subject.freeze()
+            yield subject
         except SubjectFailed as failed:
             output.seek(max(0, output.tell() - 2000))
             raise SubjectFailed(f"{failed}; it printed:\n{output.read().decode(errors='replace').strip()}") from None
@@ -149,17 +178,24 @@ def running(
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends a program and whatever it leaves behind: its process group is its own."""
+    """Ends a program and whatever it leaves behind."""
+    try:
+        left = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        left = []
+    for each in left:
+        each.send_signal(signal.SIGCONT)
+    process.send_signal(signal.SIGCONT)
     process.send_signal(signal.SIGINT)
     try:
         process.wait(timeout=STOP_BUDGET_S)
     except subprocess.TimeoutExpired:
         print(f"{process.args!r} does not end by Ctrl-C within {STOP_BUDGET_S:g} s: killed", file=sys.stderr)
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    process.wait()
+        process.kill()
+        process.wait()
+    for each in left:
+        with suppress(psutil.NoSuchProcess):  # psutil knows a process by its start too, so that no other of that number is killed
+            each.kill()
 
 
 def _wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
@@ -170,6 +206,10 @@ def _wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
         try:
             urlopen(url, timeout=1).close()
             return
+        except HTTPError as answer:
+            if answer.code not in (404, 503):  # such as 405: it takes POST alone
+                return
+            time.sleep(0.05)
         except (URLError, OSError):
             time.sleep(0.05)
     raise SubjectFailed(f"it did not answer within {START_BUDGET_S:g} s")

@@ -1,11 +1,11 @@
-"""The baseline: the same no-op in bare Starlette, without a queue.
+"""The baseline: the same handlers in bare Starlette, without a queue.
 
-Both paths have an async handler in `app`, a plain one in `plain_app`.
+`app` has async handlers, `plain_app` a plain one under the same paths.
 """
 
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse
+from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import Route
 
 
@@ -17,5 +17,14 @@ def noop(request: Request) -> PlainTextResponse:
     return PlainTextResponse("ok")
 
 
-app = Starlette(routes=[Route("/noop", async_noop), Route("/async_noop", async_noop)])
+async def json(request: Request) -> JSONResponse:
+    return JSONResponse(await request.json())
+
+
+async def length(request: Request) -> PlainTextResponse:
+    return PlainTextResponse(str(len(await request.body())))
+
+
+bodies = [Route("/json", json, methods=["POST"]), Route("/length", length, methods=["POST"])]
+app = Starlette(routes=[Route("/noop", async_noop), Route("/async_noop", async_noop), *bodies])
 plain_app = Starlette(routes=[Route("/noop", noop), Route("/async_noop", noop)])
