@@ -1,4 +1,4 @@
-"""The agent of one machine: reports its resources, and runs the replicas and the proxy that the controller assigns to it."""
+"""The agent of one machine: reports its resources, and runs the replicas and the proxies that the controller assigns to it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -74,8 +75,8 @@ class Launcher(Protocol):
 
     def replica(self, backend: str, replica_id: str, node: str, share: Share) -> Child: ...
 
-    def proxy(self, proxy_id: str, host: str, port: int, node: str) -> Child:
-        """Starts a proxy, beside those that still drain if need be."""
+    def proxy(self, proxy_id: str, host: str, port: int, node: str, *, shares_port: bool) -> Child:
+        """Starts a proxy, beside those that still drain if need be, or as one of several that share the port."""
         ...
 
     def stop_listening(self) -> None:
@@ -85,7 +86,8 @@ class Launcher(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class NodeOptions:
-    """Options of one node. `http_host` and `http_port` override the instance's, since two nodes may share a machine.
+    """Options of one node. `http_host`, `http_port` and `http_workers` override the instance's, since two nodes may share a machine, and
+    machines differ.
 
     `ends_with_instance` is set for a detached starter's own node, which nobody else would end; other nodes wait for the next instance.
     `trouble` returns further problems of this machine, for operators.
@@ -94,6 +96,7 @@ class NodeOptions:
     node_id: str
     http_host: str | None = None
     http_port: int | None = None
+    http_workers: int | None = None
     takes_proxy: bool = True
     capacity: Capacity = field(default_factory=Capacity)
     metrics: NodeMetrics | None = None  # None: the proxy of this process serves them
@@ -108,6 +111,7 @@ class _Running:
     grace_s: float
     heard_at: int  # store ms of its last beat; at first, of the time when the first beat is due
     backend: str = ""
+    worker: int = 0  # of a proxy: see `_workers`
     stopping: bool = False
 
 
@@ -140,11 +144,11 @@ class Node:
         self._launcher = launcher
         self._replicas: dict[str, _Running] = {}
         self._preparing: dict[str, asyncio.Task[None]] = {}
-        self._proxies: dict[str, _Running] = {}  # the current one, and those that drain
-        self._dead_proxies: set[str] = set()  # whose last beats are to be dropped
+        self._proxies: dict[str, _Running] = {}  # the current ones, and those that drain
+        self._dead_proxies: dict[str, int] = {}  # whose last beats are to be dropped -> which worker it was
         self._announced_dead: set[str] = set()  # those of them whose death is in the cancellation log
         self._proxy_wanted = False
-        self._proxy_restarts = Restarts()
+        self._proxy_restarts: defaultdict[int, Restarts] = defaultdict(Restarts)  # by worker
         self._desired = Desired()
         self._ended: dict[str, str] = {}
         self._stoppers: set[asyncio.Task[None]] = set()
@@ -191,7 +195,7 @@ class Node:
                 self._giving_back = self._tasks.create_task(put_back_files(self._store, self._keys, self._desired))
             mine = {name: assigned for name, assigned in observed.replicas.items() if assigned.node == self._options.node_id}
             self._reconcile_replicas(mine)
-            self._reconcile_proxy(wanted=self._options.node_id in observed.proxies)
+            self._reconcile_proxies(wanted=self._options.node_id in observed.proxies)
 
     def _reconcile_replicas(self, mine: Mapping[str, Assignment]) -> None:
         self._ended = {replica_id: how for replica_id, how in self._ended.items() if replica_id in mine}
@@ -239,35 +243,48 @@ class Node:
             self._ended[replica_id] = how or ENDED_WELL
             self._presence.tell()
 
-    def _reconcile_proxy(self, *, wanted: bool) -> None:
+    def _workers(self) -> Sequence[int]:
+        """The numbers of the workers, which are the proxies that share the socket: from 1, or 0 for one that has the socket alone."""
+        count = self._options.http_workers or self._desired.http.workers
+        return range(1, count + 1) if count > 1 else (0,)
+
+    def _reconcile_proxies(self, *, wanted: bool) -> None:
         self._proxy_wanted = wanted
         if not wanted:
             self._launcher.stop_listening()
-            for running in self._proxies.values():
+        workers = self._workers() if wanted else ()
+        for running in self._proxies.values():
+            if running.worker not in workers:
                 self._stop(running)
-        elif all(running.stopping for running in self._proxies.values()) and time.monotonic() >= self._proxy_restarts.not_before:
-            http, options = self._desired.http, self._options
-            host = options.http_host or http.host
-            port = http.port if options.http_port is None else options.http_port
-            # an id of its own, so that messages to a dead proxy do not reach the next
-            proxy_id = f"proxy-{options.node_id}#{secrets.token_hex(3)}"
-            try:
-                child = self._launcher.proxy(proxy_id, host, port, options.node_id)
-            except Exception as error:  # no descriptors or processes left, a host that does not resolve: replicas must not stop for that
-                logger.error("cannot start the proxy of node %s: %s", options.node_id, words_of(error))
-                return self._proxy_restarts.died_early(time.monotonic(), words_of(error))
-            watching = self._tasks.create_task(self._watch_proxy(proxy_id, child))
-            self._proxies[proxy_id] = _Running(child, watching, STOP_MARGIN_S + PROXY_DRAIN_S, self._store.now_ms())
+        serving = {running.worker for running in self._proxies.values() if not running.stopping}
+        for worker in workers:
+            if worker not in serving and time.monotonic() >= self._proxy_restarts[worker].not_before:
+                self._start_proxy(worker)
+
+    def _start_proxy(self, worker: int) -> None:
+        http, options = self._desired.http, self._options
+        host = options.http_host or http.host
+        port = http.port if options.http_port is None else options.http_port
+        # an id of its own, so that messages to a dead proxy do not reach the next
+        proxy_id = f"proxy-{options.node_id}{f'.{worker}' if worker else ''}#{secrets.token_hex(3)}"
+        try:
+            child = self._launcher.proxy(proxy_id, host, port, options.node_id, shares_port=worker > 0)
+        except Exception as error:  # no descriptors or processes left, a host that does not resolve: replicas must not stop for that
+            logger.error("cannot start %s: %s", proxy_id, words_of(error))
+            return self._proxy_restarts[worker].died_early(time.monotonic(), words_of(error))
+        watching = self._tasks.create_task(self._watch_proxy(proxy_id, child))
+        grace_s = STOP_MARGIN_S + PROXY_DRAIN_S
+        self._proxies[proxy_id] = _Running(child, watching, grace_s, self._store.now_ms(), worker=worker)
 
     async def _watch_proxy(self, proxy_id: str, child: Child) -> None:
         started = time.monotonic()
         how = await child.wait()
         running = self._proxies.pop(proxy_id)
         if not running.stopping:
-            logger.warning("the proxy of node %s ended (%s)", self._options.node_id, how or "by itself")
-            self._proxy_restarts.died(time.monotonic(), how, lived_s=time.monotonic() - started)
-            self._reconcile_proxy(wanted=self._proxy_wanted)  # if it has to wait, `_check_children` starts it later
-        self._dead_proxies.add(proxy_id)
+            logger.warning("%s ended (%s)", proxy_id, how or "by itself")
+            self._proxy_restarts[running.worker].died(time.monotonic(), how, lived_s=time.monotonic() - started)
+            self._reconcile_proxies(wanted=self._proxy_wanted)  # if it has to wait, `_check_children` starts it later
+        self._dead_proxies[proxy_id] = running.worker
         if not how:  # it has drained, so no request is left
             self._announced_dead.add(proxy_id)
         await self._forget_dead_proxies()
@@ -275,16 +292,18 @@ class Node:
     async def _forget_dead_proxies(self) -> None:
         """Cancels the requests of dead proxies, whose clients are gone, and drops their beats, which say that they live. The beat of a
         failed one, which carries the reason, stays until the next one is started."""
-        if unannounced := self._dead_proxies - self._announced_dead:
+        if unannounced := self._dead_proxies.keys() - self._announced_dead:
             with suppress(StoreUnavailable):
                 await self._store.append_log(self._keys.cancelled, *(notice_of_proxy(self._keys.inbox(name)) for name in unannounced))
                 self._announced_dead |= unannounced
-        if self._proxies or not self._proxy_wanted:
-            dead = self._dead_proxies & self._announced_dead
+        awaited = set(self._workers() if self._proxy_wanted else ()) - {running.worker for running in self._proxies.values()}
+        dead = {proxy_id for proxy_id, worker in self._dead_proxies.items() if worker not in awaited} & self._announced_dead
+        if dead:
             with suppress(StoreUnavailable):
                 await self._store.drop_fields(self._keys.beats, *(f"proxy:{proxy_id}" for proxy_id in dead))
-                self._dead_proxies -= dead
                 self._announced_dead -= dead
+                for proxy_id in dead:
+                    del self._dead_proxies[proxy_id]
 
     def _stop(self, running: _Running, *, at_once: bool = False) -> None:
         if running.stopping:
@@ -318,7 +337,7 @@ class Node:
         try:
             while True:
                 changed.clear()
-                self._reconcile_proxy(wanted=self._proxy_wanted)
+                self._reconcile_proxies(wanted=self._proxy_wanted)
                 with suppress(StoreUnavailable):
                     await self._forget_dead_proxies()
                     beats = read_beats(await self._store.fields(self._keys.beats))
@@ -335,7 +354,7 @@ class Node:
         for proxy_id, running in self._proxies.items():
             if not running.stopping and (beat := beats.get(f"proxy:{proxy_id}")) and beat.state is MemberState.DRAINING:
                 self._stop(running)
-        self._reconcile_proxy(wanted=self._proxy_wanted)
+        self._reconcile_proxies(wanted=self._proxy_wanted)
 
     def _kill_silent(self, beats: Mapping[str, Beat]) -> None:
         mine = beats.get(f"node:{self._options.node_id}")

@@ -160,7 +160,7 @@ class ProcessLauncher:
         settings, held = self._settings.for_replica(), self._held_by_replicas
         return Process.start(arguments, settings, python=share.python, variables=share.environment, hands_on=held)
 
-    def proxy(self, proxy_id: str, host: str, port: int, node: str) -> Process:
+    def proxy(self, proxy_id: str, host: str, port: int, node: str, *, shares_port: bool) -> Process:
         arguments = ["proxy", "--host", host, "--port", str(port), "--proxy-id", proxy_id, "--node-id", node]
         listener = self._listen(host, port)
         if listener is None:  # the proxy fails at the same address, and reports why in the usual place

@@ -338,6 +338,19 @@ def test_a_node_that_says_it_has_what_no_machine_has_gets_a_sentence(shell: Comm
     assert_refused(shell, "node", "--num-cpus", "nan", says="--num-cpus is nan: no machine has that")
 
 
+@pytest.mark.parametrize("count", ["0", "65", "a"])
+def test_a_number_of_http_workers_that_makes_no_sense_gets_one_sentence(shell: CommandLine, count: str) -> None:
+    ended = shell.run("run", shell.file("hello.py", HELLO), "--http-workers", count)
+    assert ended.returncode == 2
+    assert "Invalid value for '--http-workers'" in ended.stderr.splitlines()[-1]
+
+
+def test_several_http_workers_are_refused_to_the_embedded_form(shell: CommandLine) -> None:
+    ended = shell.with_variables(MQSERVE_HTTP_WORKERS="2").run("run", shell.file("hello.py", HELLO))
+    assert ended.returncode == 1
+    assert "the embedded form is a single one" in ended.stderr.splitlines()[-1]
+
+
 def test_a_detached_start_needs_a_broker(shell: CommandLine) -> None:
     assert_refused(shell, "start", says="set MQSERVE_BROKER_URL")
     ended = shell.python("import mqserve; mqserve.start(detached=True)")

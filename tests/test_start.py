@@ -16,10 +16,18 @@ from tests.instances import started
         ({"prot": 1}, "http_options has no prot"),
         ({"host": 7}, "host must be a name or an address"),
         ({"middlewares": "shop:Stamp"}, "middlewares must be a list"),
+        ({"workers": 0}, "workers 0 must be a whole number from 1 to 64"),
+        ({"workers": 65}, "workers 65 must be a whole number from 1 to 64"),
+        ({"workers": "a"}, "workers 'a' must be a whole number from 1 to 64"),
     ],
 )
 def test_a_bad_option_gets_a_sentence_and_starts_nothing(options: dict[str, Any], words: str) -> None:
     with pytest.raises(serve.MQServeError, match=words), started(**options):
+        pass
+
+
+def test_several_http_workers_are_refused_to_the_embedded_form() -> None:
+    with pytest.raises(serve.InstanceError, match=r"the embedded form is a single one: set MQSERVE_BROKER_URL"), started(workers=2):
         pass
 
 

@@ -49,13 +49,15 @@ class Endpoint(msgspec.Struct, frozen=True):
 
 
 class HttpOptions(msgspec.Struct, frozen=True):
-    """Where proxies listen and on which nodes. `middlewares` is the sha256 of their code, empty for none."""
+    """Where proxies listen and on which nodes; `workers` of them share each node's socket. `middlewares` is the sha256 of their code,
+    empty for none."""
 
     host: str = "127.0.0.1"
     port: int = 8000
     location: str = "HeadOnly"  # or EveryNode, NoServer
     middlewares: str = ""
     debug: bool = False
+    workers: Count = 1
 
 
 class Desired(msgspec.Struct, frozen=True):

@@ -25,7 +25,7 @@ from ..broker.process.printable import INDENT, printable, printable_lines
 from ..broker.queue_names import check_namespace
 from ..broker.settings import Settings
 from ..controller.detached_log import PATH_VARIABLE, tend_log
-from ..instance.starting import LOCATIONS
+from ..instance.starting import LOCATIONS, MAX_WORKERS
 from . import logs
 from .setup import FORMATS, print_setup
 
@@ -99,6 +99,10 @@ http_options = [
         help="Which nodes run a proxy.",
     ),
     click.option("--debug", is_flag=True, envvar="MQSERVE_DEBUG", help="Show tracebacks in HTTP answers."),
+    click.option(
+        "--http-workers", envvar="MQSERVE_HTTP_WORKERS", type=click.IntRange(1, MAX_WORKERS), default=1, show_default=True,
+        help="Proxies on each port: one for each core that HTTP may take.",
+    ),
 ]  # fmt: skip
 
 
@@ -108,6 +112,11 @@ kept_options = [  # options that a keeper passes to the process that it starts: 
     click.option("--kept-node", hidden=True, default=""),
     click.option("--lock", hidden=True, type=int),
 ]
+
+
+def _http_options(http_workers: int, **others: Any) -> dict[str, Any]:
+    """Returns the `http_options` of `serve.start`."""
+    return {"workers": http_workers, **others}
 
 
 def _with(options: list[Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -132,12 +141,11 @@ def cli(verbose: bool) -> None:
 @namespace_option
 @_with(http_options)
 @_one_sentence
-def run(target: str, namespace: str | None, host: str, port: int, location: str, debug: bool) -> int:
+def run(target: str, namespace: str | None, **http: Any) -> int:
     """Start an instance, deploy what FILE declares, serve until Ctrl-C."""
     from .run import run_until_stopped
 
-    http = {"host": host, "port": port, "location": location, "debug": debug}
-    return run_until_stopped(target, _settings(namespace), http)
+    return run_until_stopped(target, _settings(namespace), _http_options(**http))
 
 
 @cli.command()
@@ -145,7 +153,7 @@ def run(target: str, namespace: str | None, host: str, port: int, location: str,
 @_with(http_options)
 @click.option("--no-node", is_flag=True, envvar="MQSERVE_NO_NODE", help="Run no node here: only the controller.")
 @_one_sentence
-def start(namespace: str | None, host: str, port: int, location: str, debug: bool, no_node: bool) -> int:
+def start(namespace: str | None, no_node: bool, **http: Any) -> int:
     """Start a detached instance: it runs until `mqserve shutdown`."""
     from ..client.session import open_client
     from ..controller.detached_log import detached_log
@@ -153,9 +161,9 @@ def start(namespace: str | None, host: str, port: int, location: str, debug: boo
 
     _interrupts.first = "\nEnding what was begun … (once more to end at once)"
     _interrupts.at_once = "\nEnding at once: what was begun may go on, and `mqserve shutdown` ends that."
-    http, _ = parse_http_options({"host": host, "port": port, "location": location, "debug": debug})
+    parsed, _ = parse_http_options(_http_options(**http))
     settings = _distributed(namespace, "start")
-    url = open_client(settings, StartOptions(http, detached=True, with_node=not no_node)).http_url()
+    url = open_client(settings, StartOptions(parsed, detached=True, with_node=not no_node)).http_url()
     where = f", HTTP on {printable(url)}" if url else ""
     click.echo(
         f"Instance {settings.namespace!r} runs{where}. End it with `mqserve shutdown`; its log is {detached_log(settings.namespace)}."
@@ -265,6 +273,12 @@ def drop_dead(backend: str, ids: tuple[str, ...], everything: bool, yes: bool, n
 @click.option("--node-id", envvar="MQSERVE_NODE_ID", help="Its name; two nodes may share a machine [host name and process id].")
 @click.option("--http-host", envvar="MQSERVE_HTTP_HOST", help="Where this node's proxy listens [the instance's].")
 @click.option("--http-port", envvar="MQSERVE_HTTP_PORT", type=click.IntRange(0, 65535), help="Its port [the instance's].")
+@click.option(
+    "--http-workers",
+    envvar="MQSERVE_HTTP_WORKERS",
+    type=click.IntRange(1, MAX_WORKERS),
+    help="Proxies on that port [the instance's number].",
+)
 @click.option("--no-proxy", is_flag=True, envvar="MQSERVE_NO_PROXY", help="Never run a proxy here.")
 @click.option("--num-cpus", envvar="MQSERVE_NUM_CPUS", type=float, help="CPUs that this node offers [those of the machine].")
 @click.option("--num-gpus", envvar="MQSERVE_NUM_GPUS", type=int, help="GPUs that it offers [those that it finds].")
@@ -280,6 +294,7 @@ def node(
     node_id: str | None,
     http_host: str | None,
     http_port: int | None,
+    http_workers: int | None,
     no_proxy: bool,
     num_cpus: float | None,
     num_gpus: int | None,
@@ -296,7 +311,9 @@ def node(
 
     capacity = measure_node(num_cpus, num_gpus, parse_node_resources(resources))
     keeper = _kept(**kept)
-    options = NodeOptions(node_id or _own_id("node"), http_host, http_port, not no_proxy, capacity, ends_with_instance=keeper is not None)
+    options = NodeOptions(
+        node_id or _own_id("node"), http_host, http_port, http_workers, not no_proxy, capacity, ends_with_instance=keeper is not None
+    )
     return run_loop(run_node(_distributed(namespace, "node"), options, metrics_host, metrics_port, keeper))
 
 
@@ -326,7 +343,7 @@ def supervisor(namespace: str | None, **kept: Any) -> int:
 
 @cli.command()
 @namespace_option
-@_with(http_options[:2] + http_options[3:])
+@_with([*http_options[:2], http_options[3]])
 @click.option("--proxy-id", hidden=True)
 @click.option("--node-id", hidden=True, default="")
 @click.option("--fd", hidden=True, type=int)

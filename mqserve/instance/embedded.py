@@ -88,7 +88,7 @@ class EmbeddedLauncher:
         run = replica.run(lambda: nullcontext(self._connections.queue), stop)
         return TaskChild(asyncio.create_task(run, name=replica_id), stop)
 
-    def proxy(self, proxy_id: str, host: str, port: int, node: str) -> TaskChild:
+    def proxy(self, proxy_id: str, host: str, port: int, node: str, *, shares_port: bool) -> TaskChild:
         proxy = Proxy(self._connections.settings, ProxyOptions(proxy_id, host, port, node), self._connections.store)
         stop = Stop()
         return TaskChild(asyncio.create_task(proxy.run(self._connections.queue, stop), name=proxy_id), stop)

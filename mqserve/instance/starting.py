@@ -43,6 +43,7 @@ START_BUDGET_S = 30.0
 SHUTDOWN_BUDGET_S = 45.0
 UNLED_AFTER_S = lease.LAPSED_AFTER_S + 5.0  # an instance without a leader for this long will not get one: a standby would have taken over
 LOCATIONS = ("HeadOnly", "EveryNode", "NoServer")
+MAX_WORKERS = 64  # each is a process with connections of its own to RabbitMQ and Redis
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ def parse_http_options(options: object) -> tuple[HttpOptions, tuple[object, ...]
         options = {}
     if not isinstance(options, dict):
         raise BadType(f"http_options must be a dict such as {{'port': 8000}}, not {type(options).__name__}")
-    known = {"host", "port", "location", "middlewares", "debug"}
+    known = {"host", "port", "location", "middlewares", "debug", "workers"}
     if unknown := set(options) - known:
         raise BadValue(f"http_options has no {', '.join(sorted(map(str, unknown)))}: there are {', '.join(sorted(known))}")
     host, port = options.get("host", "127.0.0.1"), whole_number(options.get("port", 8000))
@@ -78,7 +79,13 @@ def parse_http_options(options: object) -> tuple[HttpOptions, tuple[object, ...]
         raise BadValue(f"http_options location {location!r} must be one of {', '.join(LOCATIONS)} or None")
     if port is None or not 0 <= port <= 65535:
         raise BadValue(f"http_options port {options['port']!r} must be a whole number from 0 (any free one) to 65535")
-    return HttpOptions(host, port, location, debug=bool(options.get("debug", False))), parse_middlewares(options.get("middlewares"))
+    workers = whole_number(options.get("workers", 1))
+    if workers is None or not 1 <= workers <= MAX_WORKERS:
+        raise BadValue(
+            f"http_options workers {options['workers']!r} must be a whole number from 1 to {MAX_WORKERS}: one for each core, at most"
+        )
+    http = HttpOptions(host, port, location, debug=bool(options.get("debug", False)), workers=workers)
+    return http, parse_middlewares(options.get("middlewares"))
 
 
 def parse_middlewares(middlewares: object) -> tuple[object, ...]:
@@ -98,6 +105,11 @@ async def running_instance(connections: Connections, options: StartOptions) -> A
             "a detached instance needs a broker and a store that outlive this process: set MQSERVE_BROKER_URL and MQSERVE_STORE_URL"
         )
     http = options.http
+    if connections.settings.embedded and http.workers > 1:
+        raise InstanceError(
+            f"{http.workers} HTTP workers are {http.workers} processes, and the embedded form is a single one: set MQSERVE_BROKER_URL and "
+            "MQSERVE_STORE_URL for the distributed form, or leave workers at 1"
+        )
     if http.location != "NoServer" and options.with_node:
         try:
             bind(http.host, http.port).close()  # so that a bad address is reported here, in one sentence, and not by a child
@@ -316,7 +328,7 @@ async def shut_down(connections: Connections, instance: str, tell: Tell | None =
 
 
 async def _until_up(connections: Connections, http: HttpOptions, head_node: str, processes: _OwnProcesses) -> None:
-    """Returns once the controller leads, the node is there and its proxy serves. Raises InstanceError with the reason if that does not
+    """Returns once the controller leads, the node is there and its proxies serve. Raises InstanceError with the reason if that does not
     happen."""
     wants_proxy = bool(head_node) and http.location != "NoServer"
 
@@ -334,8 +346,8 @@ async def _until_up(connections: Connections, http: HttpOptions, head_node: str,
         if trouble := next((beat.error for beat in beats_of(beats, SupervisorBeat) if beat.pid in processes.pids), ""):
             raise InstanceError(trouble)
         node_is_there = not head_node or f"node:{head_node}" in beats
-        proxy_serves = not wants_proxy or any(proxy.state is MemberState.READY for proxy in proxies)
-        return True if is_led and node_is_there and proxy_serves else None
+        proxies_serve = not wants_proxy or sum(proxy.state is MemberState.READY for proxy in proxies) >= http.workers
+        return True if is_led and node_is_there and proxies_serve else None
 
     try:
         await until(connections.store, is_up, START_BUDGET_S)

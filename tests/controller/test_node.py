@@ -17,7 +17,7 @@ from mqserve.broker.values.code import Code
 from mqserve.broker.values.signing import Signer
 from mqserve.controller.node import Node, NodeOptions, Share
 from mqserve.controller.state.beats import MemberState, NodeBeat, ProxyBeat, beats_of, read_beats
-from mqserve.controller.state.documents import Assignment, Backend, Desired, Observed
+from mqserve.controller.state.documents import Assignment, Backend, Desired, HttpOptions, Observed
 from mqserve.controller.state.resources import Demand
 
 pytestmark = pytest.mark.anyio
@@ -59,6 +59,7 @@ class Launcher:
         self.proxies: list[Child] = []
         self.replicas: list[Child] = []
         self.is_listening = False
+        self.is_full = False
 
     def replica(self, backend: str, replica_id: str, node: str, share: Share) -> Child:
         if backend == "refused":
@@ -66,7 +67,9 @@ class Launcher:
         self.replicas.append(Child(replica_id))
         return self.replicas[-1]
 
-    def proxy(self, proxy_id: str, host: str, port: int, node: str) -> Child:
+    def proxy(self, proxy_id: str, host: str, port: int, node: str, *, shares_port: bool) -> Child:
+        if self.is_full:
+            raise OSError("no more processes")
         self.is_listening = True
         self.proxies.append(Child(proxy_id))
         return self.proxies[-1]
@@ -231,3 +234,54 @@ async def test_a_node_gives_back_the_files_that_a_store_lost(tmp_path: Path, mon
             while await store.extend(names, 1):
                 await asyncio.sleep(0.01)
     assert await store.get(names[0]) == files.raw
+
+
+async def set_workers(store: EmbeddedStore, count: int) -> None:
+    before = await store.get(KEYS.desired)
+    version = Desired.from_bytes(before).version + 1
+    assert await store.replace(KEYS.desired, before, Desired(version=version, http=HttpOptions(workers=count)).to_bytes())
+
+
+async def test_a_node_runs_as_many_proxies_as_there_are_workers() -> None:
+    store, launcher = EmbeddedStore(), Launcher()
+    async with running_node(store, launcher):
+        (alone,) = launcher.proxies
+        await set_workers(store, 3)
+        await until(lambda: len(launcher.proxies) == 4)
+        assert alone.told, "it has the port alone, and counts for itself"
+        assert [proxy.name.partition("#")[0] for proxy in launcher.proxies[1:]] == ["proxy-n.1", "proxy-n.2", "proxy-n.3"]
+        await set_workers(store, 2)
+        await until(lambda: [proxy.told for proxy in launcher.proxies] == [1, 0, 0, 1])
+
+
+async def test_a_worker_that_cannot_live_does_not_delay_the_others() -> None:
+    store, launcher = EmbeddedStore(), Launcher()
+    async with running_node(store, launcher):
+        await set_workers(store, 2)
+        await until(lambda: len(launcher.proxies) == 3)
+        for _ in range(3):
+            last = max((proxy for proxy in launcher.proxies if ".2#" in proxy.name), key=launcher.proxies.index)
+            known = len(launcher.proxies)
+            last.end("killed")
+            await until(lambda known=known: len(launcher.proxies) > known)  # type: ignore[misc]
+        first = launcher.proxies[1]
+        first.end("killed")
+        async with asyncio.timeout(2):  # less than the pause of the other
+            await until(lambda: launcher.proxies[-1].name.startswith("proxy-n.1#"))
+
+
+async def test_the_reason_of_a_worker_that_failed_stays_until_the_next_one_starts() -> None:
+    store, launcher = EmbeddedStore(), Launcher()
+    async with running_node(store, launcher):
+        await set_workers(store, 2)
+        await until(lambda: len(launcher.proxies) == 3)
+        failed = launcher.proxies[2]
+        await says(store, failed, "failed")
+        launcher.is_full = True
+        failed.end("exit code 3")
+        await asyncio.sleep(0.2)
+        assert f"proxy:{failed.name}" in await store.fields(KEYS.beats)
+        launcher.is_full = False
+        async with asyncio.timeout(20):
+            while f"proxy:{failed.name}" in await store.fields(KEYS.beats):
+                await asyncio.sleep(0.02)

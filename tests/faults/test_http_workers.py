@@ -1,0 +1,125 @@
+"""Several proxies on one port: connections spread, a killed one costs only its own connections, one that drains costs none."""
+
+import http.client
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import httpx
+import psutil
+
+from tests.faults.load import Load
+from tests.faults.members import Members
+from tests.instances import Deploy, distributed_only, is_alive, wait_until
+
+pytestmark = distributed_only
+
+HTTP_OPTIONS = {"workers": 2}
+
+
+def well(request: Any) -> str:
+    return "well"
+
+
+def path_of(url: str) -> str:
+    return "/" + url.split("/", 3)[3]
+
+
+def both(members: Members) -> Callable[[], set[int]]:
+    """The processes of the two workers, once both are ready."""
+
+    def ready() -> set[int]:
+        pids = members.pids("proxy")
+        return pids if len(pids) == 2 else set()
+
+    return ready
+
+
+class Connection:
+    """A connection of its own to the proxies' port, kept open."""
+
+    def __init__(self, url: str) -> None:
+        self._http = http.client.HTTPConnection(url.split("/")[2], timeout=30)
+        self._http.connect()
+        self._http.auto_open = False  # otherwise it would mend itself
+        self._local_port = self._http.sock.getsockname()[1]
+
+    def get(self, path: str) -> int:
+        """The status of the answer. Raises OSError or HTTPException if the connection is broken."""
+        self._http.request("GET", path)
+        response = self._http.getresponse()
+        response.read()
+        return response.status
+
+    def breaks(self, path: str) -> bool:
+        try:
+            return self.get(path) != 200
+        except (OSError, http.client.HTTPException):
+            return True
+
+    def worker(self, pids: set[int]) -> int:
+        """The process that accepted it."""
+        return next(pid for pid in pids if any(c.raddr and c.raddr.port == self._local_port for c in psutil.Process(pid).net_connections()))
+
+    def close(self) -> None:
+        self._http.close()
+
+
+@contextmanager
+def connections_to_all(url: str, pids: set[int]) -> Iterator[dict[int, list[Connection]]]:
+    """Open connections, of which each worker has at least two."""
+    with ExitStack() as opened:
+        held: dict[int, list[Connection]] = {pid: [] for pid in pids}
+        while min(map(len, held.values())) < 2:
+            assert sum(map(len, held.values())) < 300, f"connections do not spread: {held}"
+            connection = Connection(url)
+            opened.callback(connection.close)
+            assert connection.get("/-/healthz") == 200
+            held[connection.worker(pids)].append(connection)
+        yield held
+
+
+def test_the_workers_share_one_port(deploy: Deploy, members: Members) -> None:
+    url = deploy.at(well)
+    pids = wait_until(both(members))
+    assert {beat.url for beat in members.beats("proxy")} == {deploy.url}
+    with connections_to_all(url, pids) as held:
+        assert {connection.get(path_of(url)) for connections in held.values() for connection in connections} == {200}
+
+
+def test_a_new_route_is_served_by_all_workers_when_the_call_returns(deploy: Deploy, members: Members) -> None:
+    with connections_to_all(deploy.url, wait_until(both(members))) as held:
+        for _ in range(5):
+            path = path_of(deploy.at(well))
+            assert {connections[0].get(path) for connections in held.values()} == {200}
+
+
+def test_a_killed_worker_costs_only_its_own_connections_and_is_replaced(deploy: Deploy, members: Members) -> None:
+    url = deploy.at(well)
+    killed, kept = wait_until(both(members))
+    with connections_to_all(url, {killed, kept}) as held, Load(url) as load:
+        load.wait_for(20)
+        os.kill(killed, signal.SIGKILL)
+        wait_until(lambda: not psutil.pid_exists(killed) or not is_alive(psutil.Process(killed)))
+        assert [httpx.get(url, timeout=30).status_code for _ in range(20)] == [200] * 20
+        assert not any(connection.breaks(path_of(url)) for connection in held[kept])
+        assert all(connection.breaks(path_of(url)) for connection in held[killed])
+        wait_until(lambda: len(members.pids("proxy") - {killed}) == 2)
+        load.wait_for(20)
+    assert sum(load.failed.values()) <= 5, "each of its five connections broke once, at most"
+    assert {status for status, _ in load.failed} <= {0}, load
+    wait_until(lambda: killed not in {beat.pid for beat in members.last_beats()}, 20)
+
+
+def test_workers_that_drain_one_after_another_fail_no_request(deploy: Deploy, members: Members) -> None:
+    url = deploy.at(well)
+    old = wait_until(both(members))
+    with Load(url) as load:
+        for pid in old:
+            os.kill(pid, signal.SIGTERM)
+            wait_until(lambda pid=pid: not psutil.pid_exists(pid))  # type: ignore[misc]
+            wait_until(both(members))
+    assert not load.failed
+    assert not old & members.pids("proxy")
