@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -153,6 +154,7 @@ class ProcessLauncher:
         self._settings = settings
         self._held_by_replicas = held_by_replicas
         self._listener: socket.socket | None = None
+        self._counts: io.FileIO | None = None  # the proxies' common one, if several share the socket
         self._address = ("", 0)
 
     def replica(self, backend: str, replica_id: str, node: str, share: Share) -> Process:
@@ -165,13 +167,20 @@ class ProcessLauncher:
         listener = self._listen(host, port)
         if listener is None:  # the proxy fails at the same address, and reports why in the usual place
             return Process.start(arguments, self._settings.for_proxy())
-        fd = listener.fileno()
-        return Process.start([*arguments, "--fd", str(fd)], self._settings.for_proxy(), hands_on=(fd,))
+        fds = {"--fd": listener.fileno()}
+        if shares_port:
+            self._counts = self._counts or tempfile.TemporaryFile(buffering=0)  # noqa: SIM115, since it outlives this call
+            fds["--counts-fd"] = self._counts.fileno()
+        arguments += [word for option, fd in fds.items() for word in (option, str(fd))]
+        return Process.start(arguments, self._settings.for_proxy(), hands_on=tuple(fds.values()))
 
     def stop_listening(self) -> None:
         if self._listener is not None:
             self._listener.close()
             self._listener = None
+        if self._counts is not None:
+            self._counts.close()
+            self._counts = None
 
     def _listen(self, host: str, port: int) -> socket.socket | None:
         if self._listener is None or self._address != (host, port):

@@ -44,13 +44,13 @@ class ProxyApp:
 
     def __init__(
         self, sender: RequestSender, routes: RouteTable, readiness: Callable[[], tuple[bool, dict[str, Any]]],
-        *, debug: bool = False, admin_token: str = "",
+        *, metrics: ProxyMetrics | None = None, debug: bool = False, admin_token: str = "",
     ) -> None:  # fmt: skip
         self._sender = sender
         self.routes = routes
         self._readiness = readiness
         self._debug = debug
-        self._metrics = ProxyMetrics()
+        self._metrics = metrics or ProxyMetrics()
         self.departures = Departures(sender.cancel)
         self._system = SystemPaths(
             {
@@ -231,7 +231,10 @@ class ProxyApp:
             return from_error(error, future_id)
 
     async def _metrics_page(self, scope: Scope) -> Reply:
-        return 200, [(b"content-type", CONTENT_TYPE)], self._metrics.exposition()
+        try:
+            return 200, [(b"content-type", CONTENT_TYPE)], await self._metrics.exposition()
+        except MQServeError as error:
+            return problem(503, str(error), mint_id(), retry_after_s=1)
 
 
 def _not_served(refused: NotAllowed | None, call: HttpCall) -> Reply:

@@ -43,6 +43,7 @@ from .app import ProxyApp
 from .plain_edge import PlainEdgeProtocol
 from .readiness import Readiness
 from .routes import RouteTable
+from .shared_metrics import SharedMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,8 @@ LAST_ANSWERS_S = 2.0  # a connection that is idle for this long while a proxy en
 class ProxyOptions:
     """Which proxy this is and where it listens. An external proxy was started by hand, so it is neither counted nor stopped.
 
-    `fd` is the node's listening socket, which stays open while one proxy follows another; without it the proxy binds its own.
+    `fd` is the node's listening socket, which stays open while one proxy follows another; without it the proxy binds its own. `counts_fd`
+    is the file of the counts of all proxies on that socket, if there are several.
     """
 
     proxy_id: str
@@ -66,6 +68,7 @@ class ProxyOptions:
     external: bool = False
     debug: bool = False
     fd: int | None = None
+    counts_fd: int | None = None
 
 
 async def main(settings: Settings, options: ProxyOptions) -> int:
@@ -92,6 +95,7 @@ class Proxy:
         self._options = options
         self._store = store
         self._keys = StoreKeys(settings.namespace)
+        self._shared_metrics = SharedMetrics(options.counts_fd) if options.counts_fd is not None else None
         self._state = MemberState.STARTING
         self._error = ""
         self._behind = RateLimitedLog(logger)
@@ -166,6 +170,8 @@ class Proxy:
         async with asyncio.TaskGroup() as tasks:
             heard = Cancellations(self._store, self._keys, lambda: self._give_up(heard, sender, stop))
             minding = [tasks.create_task(work) for work in (self._follow(app), app.departures.watch_forever(), heard.listen())]
+            if self._shared_metrics is not None:
+                minding.append(tasks.create_task(self._shared_metrics.share_forever()))
             serving = tasks.create_task(server.serve(sockets=[listener]))
             while not server.started and not serving.done():
                 await asyncio.sleep(0.005)
@@ -175,6 +181,8 @@ class Proxy:
             await server.last_answers()
             server.end()
             await serving
+            if self._shared_metrics is not None:
+                await self._shared_metrics.close()
             for task in minding:
                 task.cancel()
 
@@ -185,6 +193,7 @@ class Proxy:
                 sender,
                 await self._table(desired, Observed()),
                 lambda: self._readiness.look(queue),
+                metrics=self._shared_metrics,
                 debug=self._options.debug or desired.http.debug,
                 admin_token=self._settings.admin_token,
             )

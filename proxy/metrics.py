@@ -33,23 +33,28 @@ class RouteCounts:
         self.latencies[bisect_left(LATENCY_BUCKETS_MS, latency_ms)] += 1
         self.latency_sum_ms += latency_ms
 
+    def add(self, other: RouteCounts) -> None:
+        self.statuses.update(other.statuses)
+        self.latencies = [mine + theirs for mine, theirs in zip(self.latencies, other.latencies, strict=True)]
+        self.latency_sum_ms += other.latency_sum_ms
+
 
 class ProxyMetrics:
     """The counts of one proxy. Implements prometheus_client's `Collector`."""
 
     def __init__(self) -> None:
-        self._routes: dict[str, RouteCounts] = {}
+        self.routes: dict[str, RouteCounts] = {}
         self.sent: Counter[str] = Counter()  # by endpoint
         self.waiting: Counter[tuple[str, str]] = Counter()  # by (backend, endpoint)
         self._desired: Desired | None = None  # the last document followed
 
     def __repr__(self) -> str:
-        return f"<ProxyMetrics of {len(self._routes)} routes>"
+        return f"<ProxyMetrics of {len(self.routes)} routes>"
 
     def route(self, pattern: str) -> RouteCounts:
-        counts = self._routes.get(pattern)
+        counts = self.routes.get(pattern)
         if counts is None:
-            counts = self._routes[pattern] = RouteCounts()
+            counts = self.routes[pattern] = RouteCounts()
         return counts
 
     def keep(self, desired: Desired) -> None:
@@ -63,7 +68,7 @@ class ProxyMetrics:
             return
         endpoints = self._desired.endpoints
         routes = {endpoint.route for endpoint in endpoints.values()}
-        self._routes = {pattern: counts for pattern, counts in self._routes.items() if pattern in routes}
+        self.routes = {pattern: counts for pattern, counts in self.routes.items() if pattern in routes}
         for name in self.sent.keys() - endpoints.keys():
             del self.sent[name]
         for backend, name in list(self.waiting):
@@ -71,7 +76,17 @@ class ProxyMetrics:
             if not is_known and not self.waiting[backend, name]:
                 del self.waiting[backend, name]
 
-    def exposition(self) -> bytes:
+    def add(self, other: ProxyMetrics) -> None:
+        """Adds the other's counts, and not the gauge of what waits."""
+        for pattern, counts in other.routes.items():
+            self.route(pattern).add(counts)
+        self.sent.update(other.sent)
+
+    def forget_counts(self) -> None:
+        """Begins to count anew; what waits still does."""
+        self.routes, self.sent = {}, Counter()
+
+    async def exposition(self) -> bytes:
         """Returns these metrics and all others of the process (the embedded form's replicas, the user's own) in Prometheus's text
         format."""
         registry = CollectorRegistry()
@@ -83,7 +98,7 @@ class ProxyMetrics:
         requests = CounterMetricFamily("mqserve_num_http_requests", "HTTP requests that matched a route.", labels=["route"])
         responses = CounterMetricFamily("mqserve_num_http_responses", "HTTP answers by status.", labels=["route", "status"])
         latency = HistogramMetricFamily("mqserve_http_latency_ms", "From a request's arrival to its answer.", labels=["route"])
-        for pattern, counts in self._routes.items():
+        for pattern, counts in self.routes.items():
             requests.add_metric([pattern], counts.statuses.total())
             for status, count in counts.statuses.items():
                 responses.add_metric([pattern, str(status)], count)

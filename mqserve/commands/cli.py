@@ -347,14 +347,15 @@ def supervisor(namespace: str | None, **kept: Any) -> int:
 @click.option("--proxy-id", hidden=True)
 @click.option("--node-id", hidden=True, default="")
 @click.option("--fd", hidden=True, type=int)
+@click.option("--counts-fd", hidden=True, type=int)
 @_one_sentence
-def proxy(namespace: str | None, host: str, port: int, debug: bool, proxy_id: str | None, node_id: str, fd: int | None) -> int:
+def proxy(namespace: str | None, host: str, port: int, debug: bool, proxy_id: str | None, node_id: str, **fds: int | None) -> int:
     """Run one HTTP proxy by hand: the controller configures and shows it, but does not count it."""
     from ..proxy.main import ProxyOptions
     from ..proxy.main import main as run_proxy
 
     own_id = proxy_id or f"{_own_id('proxy')}#{secrets.token_hex(3)}"  # a restarted container may get the same host name and pid again
-    options = ProxyOptions(own_id, host, port, node_id, external=proxy_id is None, debug=debug, fd=fd)
+    options = ProxyOptions(own_id, host, port, node_id, external=proxy_id is None, debug=debug, **fds)
     return run_loop(run_proxy(_distributed(namespace, "proxy"), options))
 
 

@@ -2,6 +2,7 @@
 
 import http.client
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -94,6 +95,30 @@ def test_a_new_route_is_served_by_all_workers_when_the_call_returns(deploy: Depl
         for _ in range(5):
             path = path_of(deploy.at(well))
             assert {connections[0].get(path) for connections in held.values()} == {200}
+
+
+def requests_counted(url: str) -> int:
+    """As any one of the workers shows it."""
+    response = httpx.get(f"{url.rpartition('/')[0]}/-/metrics", timeout=30)
+    found = re.search(rf'mqserve_num_http_requests_total{{route="{path_of(url)}"}} (\d+)', response.text)
+    return int(found[1]) if found else 0
+
+
+def test_each_worker_shows_the_metrics_of_all_also_of_one_that_was_killed(deploy: Deploy, members: Members) -> None:
+    url, sent, last = deploy.at(well), 0, 0
+    killed, kept = wait_until(both(members))
+    with connections_to_all(url, {killed, kept}) as held:
+        for connection in (connections[0] for connections in held.values()):
+            for _ in range(10):
+                assert connection.get(path_of(url)) == 200
+                sent += 1
+                now = requests_counted(url)
+                assert last <= now <= sent
+                last = now
+        wait_until(lambda: requests_counted(url) == sent)
+        os.kill(killed, signal.SIGKILL)
+        wait_until(lambda: len(members.pids("proxy") - {killed}) == 2)
+        assert [requests_counted(url) for _ in range(10)] == [sent] * 10
 
 
 def test_a_killed_worker_costs_only_its_own_connections_and_is_replaced(deploy: Deploy, members: Members) -> None:
