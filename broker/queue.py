@@ -87,7 +87,11 @@ class DeadLetters(Protocol):
 
 
 class Queue(Protocol):
-    """One process's access to the broker."""
+    """One process's access to the broker.
+
+    A generation of a backend has `shards` queues, which all its replicas consume; in memory it has one in any case, since that is never
+    the limit. `shard` names one of them, from 0.
+    """
 
     @property
     def down_s(self) -> float:
@@ -104,8 +108,8 @@ class Queue(Protocol):
         """Why the broker takes no messages, in words fit for strangers; empty while it takes them."""
         ...
 
-    def publish(self, backend: str, envelope: Envelope, settled: Settled) -> None:
-        """Publishes to the backend's queue. Raises TooLarge before anything is sent."""
+    def publish(self, backend: str, envelope: Envelope, settled: Settled, shard: int = 0) -> None:
+        """Publishes to one queue of the backend. Raises TooLarge before anything is sent."""
         ...
 
     def reply(self, envelope: Envelope, reply_to: str, settled: Settled) -> None:
@@ -125,29 +129,37 @@ class Queue(Protocol):
         """Publishes a dead letter's message to its backend's queue. The letter stays until it is removed."""
         ...
 
-    async def consume(self, backend: str, generation: int, prefetch: int, on_delivery: Callable[[Delivery], None]) -> Consumption:
-        """Starts a consumer and returns once the broker sends deliveries. Raises BrokerUnavailable after our budget."""
+    async def consume(
+        self, backend: str, generation: int, prefetch: int, on_delivery: Callable[[Delivery], None], shards: int = 1
+    ) -> Consumption:
+        """Consumes all queues of the generation and returns once the broker sends deliveries. The prefetch is divided among them, at least
+        1 for each. Raises BrokerUnavailable after our budget."""
         ...
 
-    async def declare(self, backend: str, generation: int, max_length: int | None) -> None:
-        """Makes sure that the generation's queue and the dead letter queue exist and are bound. Idempotent."""
+    async def declare(self, backend: str, generation: int, max_length: int | None, shards: int = 1) -> None:
+        """Makes sure that the generation's queues and the dead letter queue exist and are bound. `max_length` is divided among the queues.
+        Idempotent. Raises QueueMismatch if one of them exists with other arguments."""
         ...
 
-    async def unbind(self, backend: str, generation: int) -> None:
-        """Unbinds the generation's queue, so that no new message arrives in it. Idempotent."""
+    async def count_shards(self, backend: str, generation: int, known: int = 0) -> int:
+        """The number of queues that the generation has on the broker, whatever its documents say. `known` ones are not looked for."""
         ...
 
-    async def depth(self, backend: str, generation: int) -> int | None:
-        """The number of ready messages, or None if there is no such queue."""
+    async def unbind(self, backend: str, generation: int, shards: int = 1) -> None:
+        """Unbinds the generation's queues, so that no new message arrives in them. Idempotent."""
+        ...
+
+    async def depth(self, backend: str, generation: int, shards: int = 1) -> int | None:
+        """The number of ready messages in all its queues, or None if there is no such queue."""
         ...
 
     async def count_dead(self, backend: str) -> int | None:
         """The number of the backend's dead letters that no consumer holds, or None if it has no queue of them."""
         ...
 
-    async def delete(self, backend: str, generation: int, *, only_if_empty: bool) -> bool:
-        """Deletes the queue; returns whether it is gone. Without `only_if_empty` the backend is gone too: its dead letters stay for
-        operators, but an empty queue of them is deleted."""
+    async def delete(self, backend: str, generation: int, shards: int = 1, *, only_if_empty: bool) -> bool:
+        """Deletes the generation's queues, the last one first; returns whether all are gone. With `only_if_empty` it stops at the first one
+        that is not empty. Without, the backend is gone too: its dead letters stay for operators, but an empty queue of them is deleted."""
         ...
 
     async def close(self) -> None: ...

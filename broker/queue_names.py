@@ -4,10 +4,12 @@
 |-------------------------------|--------------------------|-------------|-----------------------|-----------|
 | `{ns}.requests`               | direct exchange, durable | controller  | proxies, handles, all | -         |
 | `{ns}.backend.{name}.{gen}`   | classic queue, durable   | controller  | -                     | replicas  |
+| `{ns}.backend.{name}.{gen}#1` | the same, second shard   | controller  | -                     | replicas  |
 | `{ns}.dead`                   | direct exchange, durable | controller  | replicas              | -         |
 | `{ns}.dead.{name}`            | classic queue, durable   | controller  | -                     | operators |
 
-The routing key is the backend's name on both exchanges.
+The routing key is the backend's name on both exchanges. A backend with `queue_shards` has more queues: shard 1 has the routing key
+`{name}#1`, and so on. No name of a backend contains a `#`.
 """
 
 from __future__ import annotations
@@ -39,8 +41,12 @@ def requests_exchange(namespace: str) -> str:
     return f"{namespace}.requests"
 
 
-def backend_queue(namespace: str, backend: str, generation: int) -> str:
-    return f"{namespace}.backend.{backend}.{generation}"
+def routing_key(backend: str, shard: int = 0) -> str:
+    return f"{backend}#{shard}" if shard else backend
+
+
+def backend_queue(namespace: str, backend: str, generation: int, shard: int = 0) -> str:
+    return routing_key(f"{namespace}.backend.{backend}.{generation}", shard)
 
 
 def dead_exchange(namespace: str) -> str:

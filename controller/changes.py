@@ -33,7 +33,7 @@ Change = Callable[[Desired], Desired]
 IS_CLOSING = "the instance is being shut down: start it again once it is down, and make the change then"
 _TRIES = 50
 _KEPT_OPERATIONS = 64
-_QUEUE_ARGUMENTS = ("max_queued_requests",)  # these are frozen in the queue, so changing one makes a new generation
+_QUEUE_ARGUMENTS = ("max_queued_requests", "queue_shards")  # these are frozen in the queues, so changing one makes a new generation
 
 
 async def commit(store: Store, keys: StoreKeys, instance: str, change: Change, *, any_instance: bool = False) -> Desired:
@@ -349,6 +349,8 @@ def _config_options(config: object) -> dict[str, Any]:
 def _sentence(error: pydantic.ValidationError) -> str:
     first = error.errors()[0]
     field = ".".join(map(str, first["loc"]))
+    if not field:
+        return first["msg"]
     if first["type"] == "extra_forbidden":
         return f"there is no setting {field!r}; there are {', '.join(BackendConfig.model_fields)}"
     return f"{field}: {first['msg'].lower()}, not {first.get('input')!r}"

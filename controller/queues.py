@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Protocol, TypeVar
 
@@ -34,6 +34,31 @@ class WhileLeading(Protocol):
     async def __call__(self, act: Callable[[], Awaitable[T]]) -> T: ...
 
 
+class Shards:
+    """How many queues each generation has, where that is not 1."""
+
+    def __init__(self, observed: Observed) -> None:
+        self._counts = {name: dict(counts) for name, counts in observed.shards.items()}
+
+    def __repr__(self) -> str:
+        return f"<Shards {self._counts}>"
+
+    def of(self, name: str, generation: int) -> int:
+        return self._counts.get(name, {}).get(generation, 1)
+
+    def note(self, name: str, generation: int, count: int) -> None:
+        self._counts.setdefault(name, {})[generation] = count
+
+    def of_all(self, *kept: Mapping[str, Sequence[int]]) -> dict[str, dict[int, int]]:
+        """Returns the counts of these generations, for the observed document."""
+        generations = {(name, generation) for place in kept for name, here in place.items() for generation in here}
+        found = {
+            name: {generation: count for generation, count in counts.items() if count != 1 and (name, generation) in generations}
+            for name, counts in self._counts.items()
+        }
+        return {name: counts for name, counts in found.items() if counts}
+
+
 class Queues:
     """A leader's memory of the queues between comparisons. `next_generation(name, generation)` increments the generation in the desired
     document if the current queue cannot be declared."""
@@ -42,7 +67,7 @@ class Queues:
         self._queue = queue
         self._while_leading = while_leading
         self._next_generation = next_generation
-        self._declared: dict[tuple[str, int, int | None], float] = {}  # monotonic time of the declaration
+        self._declared: dict[tuple[str, int, int | None, int], float] = {}  # monotonic time of the declaration
         self._unbound: set[tuple[str, int]] = set()
         self._forced_since: dict[str, float] = {}  # backend that was deleted by force -> monotonic time of the deletion
         self._refusals: dict[str, Restarts] = defaultdict(Restarts)  # refused declarations, by backend
@@ -56,17 +81,21 @@ class Queues:
         instance that keeps its queues only those that are empty."""
         queues = {name: list(generations) for name, generations in observed.queues.items()}
         retiring = {name: list(generations) for name, generations in observed.retiring.items()}
+        shards = Shards(observed)
         self._find_left_behind(desired, observed)
         for name, backend in () if desired.closing else desired.backends.items():
-            if await self._try_to_declare(name, backend):
+            is_new = backend.generation not in queues.get(name, ())
+            if await self._try_to_declare(name, backend, is_new=is_new):
+                shards.note(name, backend.generation, backend.shards)
                 if backend.generation in retiring.get(name, []):  # the backend was deleted and created again
                     retiring[name].remove(backend.generation)
-                older = [*queues.get(name, ()), *sorted(self._left_behind[name])]
+                older = [*queues.get(name, ()), *await self._look_for_left_behind(name, shards)]
                 queues[name] = [*(kept for kept in dict.fromkeys(older) if kept != backend.generation), backend.generation]
         for name in list(queues):
             current = desired.backends[name].generation if name in desired.backends and not desired.closing else 0
             for generation in [kept for kept in queues[name] if kept != current]:
-                if await self._is_drained(name, generation, beats, now_ms) or self._is_forced(name, desired):
+                is_drained = await self._is_drained(name, generation, shards.of(name, generation), beats, now_ms)
+                if is_drained or self._is_forced(name, desired):
                     queues[name].remove(generation)
                     retiring.setdefault(name, []).append(generation)
         for name in list(retiring):
@@ -75,7 +104,7 @@ class Queues:
                     continue
                 is_served_on = name in desired.backends and not desired.closing
                 keep_content = is_served_on or (desired.closing and desired.keeps_queues)
-                delete = partial(self._queue.delete, name, generation)
+                delete = partial(self._queue.delete, name, generation, shards.of(name, generation))
                 if await self._while_leading(partial(delete, only_if_empty=keep_content)):
                     if keep_content and not is_served_on:
                         await self._while_leading(partial(delete, only_if_empty=False))  # the backend, and its empty dead letters
@@ -83,6 +112,8 @@ class Queues:
                     self._unbound.discard((name, generation))
                     self._left_behind.get(name, set()).discard(generation)
                 elif is_served_on:  # a replica died and its messages were requeued
+                    left = await self._count_shards(name, generation)  # those behind the one that is not empty are deleted
+                    shards.note(name, generation, max(1, left))
                     queues.setdefault(name, []).insert(0, generation)
                 retiring[name].remove(generation)
         self._refusals = defaultdict(Restarts, {name: kept for name, kept in self._refusals.items() if name in desired.backends})
@@ -92,6 +123,7 @@ class Queues:
             problems=observed.problems | refused,
             queues={name: tuple(generations) for name, generations in queues.items() if generations},
             retiring={name: tuple(generations) for name, generations in retiring.items() if generations},
+            shards=shards.of_all(queues, retiring),
         )
 
     def _find_left_behind(self, desired: Desired, observed: Observed) -> None:
@@ -103,14 +135,26 @@ class Queues:
             for name, backend in desired.backends.items()
         }
 
-    async def _try_to_declare(self, name: str, backend: Backend) -> bool:
+    async def _look_for_left_behind(self, name: str, shards: Shards) -> list[int]:
+        """Returns the generations of `_left_behind` that the broker has, and notes their queues; the others are forgotten."""
+        for generation in sorted(self._left_behind[name]):
+            if count := await self._count_shards(name, generation):
+                shards.note(name, generation, count)
+            else:
+                self._left_behind[name].discard(generation)
+        return sorted(self._left_behind[name])
+
+    async def _count_shards(self, name: str, generation: int, known: int = 0) -> int:
+        return await self._while_leading(partial(self._queue.count_shards, name, generation, known))
+
+    async def _try_to_declare(self, name: str, backend: Backend, *, is_new: bool) -> bool:
         """Whether the current generation is declared. A refused declaration is retried after growing pauses, and does not keep other
         backends waiting."""
         refusals = self._refusals[name]
         if time.monotonic() < refusals.not_before:
             return False
         try:
-            await self._declare(name, backend.generation, backend.config.max_queued_requests)
+            await self._declare(name, backend.generation, backend.config.max_queued_requests, backend.shards, is_new=is_new)
         except (BrokerUnavailable, StoreUnavailable, lease.NotLeading):
             raise
         except MQServeError as error:
@@ -124,11 +168,14 @@ class Queues:
         refusals.got_ready()
         return True
 
-    async def _declare(self, name: str, generation: int, max_length: int | None) -> None:
-        if time.monotonic() - self._declared.get((name, generation, max_length), -math.inf) < DECLARE_AGAIN_S:
+    async def _declare(self, name: str, generation: int, max_length: int | None, shards: int, *, is_new: bool) -> None:
+        key = (name, generation, max_length, shards)
+        if time.monotonic() - self._declared.get(key, -math.inf) < DECLARE_AGAIN_S:
             return
-        await self._while_leading(lambda: self._queue.declare(name, generation, max_length))
-        self._declared[name, generation, max_length] = time.monotonic()
+        if is_new and await self._count_shards(name, generation, shards) > shards:
+            raise QueueMismatch(f"generation {generation} of the queue of {name!r} exists with more shards")
+        await self._while_leading(lambda: self._queue.declare(name, generation, max_length, shards))
+        self._declared[key] = time.monotonic()
         self._unbound.discard((name, generation))
 
     def _forget_declared(self, name: str, generation: int) -> None:
@@ -140,13 +187,13 @@ class Queues:
         self._forced_since = {forced: self._forced_since.get(forced, time.monotonic()) for forced in desired.forced}
         return time.monotonic() > self._forced_since.get(name, math.inf) + REFUSAL_S
 
-    async def _is_drained(self, name: str, generation: int, beats: Mapping[str, Beat], now_ms: int) -> bool:
-        """Whether the queue is unbound and empty. Without a ready replica it counts as drained, since nobody would ever empty it."""
+    async def _is_drained(self, name: str, generation: int, shards: int, beats: Mapping[str, Beat], now_ms: int) -> bool:
+        """Whether the queues are unbound and empty. Without a ready replica they count as drained, since nobody would ever empty them."""
         if (name, generation) not in self._unbound:
             self._forget_declared(name, generation)
-            await self._while_leading(lambda: self._queue.unbind(name, generation))
+            await self._while_leading(lambda: self._queue.unbind(name, generation, shards))
             self._unbound.add((name, generation))
-        if not await self._while_leading(lambda: self._queue.depth(name, generation)):
+        if not await self._while_leading(lambda: self._queue.depth(name, generation, shards)):
             return True
         return not any(beat.state is MemberState.READY and beat.backend == name for beat in living(beats, ReplicaBeat, now_ms).values())
 

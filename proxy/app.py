@@ -69,7 +69,7 @@ class ProxyApp:
     def forget_deleted(self, desired: Desired) -> None:
         """What was counted of routes, endpoints and backends that are not there any more."""
         self._metrics.keep(desired)
-        self._sender.keep_paces(desired.backends)
+        self._sender.follow(desired.shards)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -1,4 +1,4 @@
-"""The consumers of one replica, one for each generation of its queue. They pause while the store is away and
+"""The consumers of one replica, one for each generation of its queues. They pause while the store is away and
 during slow calls, so that other replicas get the messages."""
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 
@@ -49,7 +49,7 @@ class Consumers:
         self._on_delivery = on_delivery
         self._settle = settle
         self._on_held_off = on_held_off
-        self._wanted: tuple[int, ...] = ()
+        self._wanted: Mapping[int, int] = {}  # generation -> its number of queues
         self._consumptions: dict[int, Consumption] = {}
         self._look = asyncio.Event()
         self.paused = False  # the store is away
@@ -65,8 +65,8 @@ class Consumers:
     def generations(self) -> tuple[int, ...]:
         return tuple(self._consumptions)
 
-    def want(self, generations: tuple[int, ...]) -> None:
-        """Makes `keep_forever` consume exactly these generations."""
+    def want(self, generations: Mapping[int, int]) -> None:
+        """Makes `keep_forever` consume exactly these generations, each with its number of queues."""
         self._wanted = generations
         self._look.set()
 
@@ -123,14 +123,14 @@ class Consumers:
     def _is_at_rest(self) -> bool:
         return not (self.paused or self.held_off) and set(self._wanted) == set(self._consumptions)
 
-    async def _take(self, generations: tuple[int, ...]) -> None:
+    async def _take(self, generations: Mapping[int, int]) -> None:
         """Consumes exactly these generations. Raises BrokerUnavailable; the consumers that it started before that stay."""
-        for generation in generations:
+        for generation, shards in generations.items():
             if generation not in self._consumptions:
                 if generation > self._latest:
                     self._latest, self.moved_at = generation, time.monotonic()
-                consuming = self._queue.consume(self._backend, generation, self._prefetch(), partial(self._on_delivery, generation))
-                self._consumptions[generation] = await consuming
+                take = partial(self._on_delivery, generation)
+                self._consumptions[generation] = await self._queue.consume(self._backend, generation, self._prefetch(), take, shards)
         for generation in [kept for kept in self._consumptions if kept not in generations]:
             await self._consumptions.pop(generation).cancel()
 

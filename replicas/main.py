@@ -175,7 +175,7 @@ class Replica:
                 requests.configure(desired.backends[name].config)
                 await self._reconfigure(hooks, desired.backends[name])
             if generations := observed.queues.get(name, ()):
-                requests.want(generations)
+                requests.want({generation: observed.shards_of(name, generation) for generation in generations})
 
     def _look_for_the_end(self, requests: RequestLoop, desired: Desired | None) -> None:
         """Tells the requests whether the backend ends. A missing document is no end, since the store may have lost it; nor is a document

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..broker.backoff import delays
@@ -125,9 +125,9 @@ class RequestLoop:
         """Sets whether a header without a seal is refused. Has no effect without a key to check seals with."""
         self._trust.demands_seals = demanded
 
-    def want(self, generations: tuple[int, ...]) -> None:
-        """Consumes exactly these generations of the queue from now on."""
-        self._consumers.want(() if self._keeps_rest else generations)
+    def want(self, generations: Mapping[int, int]) -> None:
+        """Consumes exactly these generations from now on, each with its number of queues."""
+        self._consumers.want({} if self._keeps_rest else generations)
 
     def will_end(self, why: str, *, keeps_queue: bool, at_once: bool = False) -> None:
         """Announces the end of the backend: requests without a result after the graceful shutdown timeout (or now, with `at_once`) are
@@ -221,7 +221,7 @@ class RequestLoop:
         requests that have not started are requeued instead."""
         self._refuses = True
         if end.keeps_queue:
-            self._consumers.want(())
+            self._consumers.want({})
         for job in self._register.with_worker():
             if end.keeps_queue and not job.started:
                 self._settlement.give_back(job)
@@ -253,7 +253,8 @@ class RequestLoop:
 
     def _prefetch(self) -> int:
         limit = self._config.concurrency(self._handler.is_async)
-        return prefetch(self._slots, limit, self._worker.run_s, may_look_ahead=self._may_look_ahead)
+        wanted = prefetch(self._slots, limit, self._worker.run_s, may_look_ahead=self._may_look_ahead)
+        return max(wanted, self._config.queue_shards)  # at least one of each queue
 
     def _spare_the_waiting(self) -> None:
         """Stops consuming when requests would wait here behind a slow call, and gives them back once the broker sends no others; goes on

@@ -142,7 +142,7 @@ async def test_dead_letters_are_counted_by_backend(
 class Unwilling(EmbeddedQueue):
     """As RabbitMQ 4.3 is to a user who may not configure the queues."""
 
-    async def depth(self, backend: str, generation: int) -> int | None:
+    async def depth(self, backend: str, generation: int, shards: int = 1) -> int | None:
         raise BrokerUnavailable("RabbitMQ does not let user 'client' do this")
 
     async def count_dead(self, backend: str) -> int | None:

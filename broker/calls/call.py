@@ -19,7 +19,7 @@ class Call:
     """A request from its sending to its end. `RequestSender.send` sets the fields; a subclass says what happens at the end, which is
     exactly one of `answered`, `failed` and `abandoned`."""
 
-    __slots__ = ("backend", "deadline_ms", "envelope", "give_up_at", "id", "pace", "sender", "sent_at")
+    __slots__ = ("backend", "deadline_ms", "envelope", "give_up_at", "id", "pace", "sender", "sent_at", "shards")
 
     id: str
     backend: str
@@ -29,6 +29,7 @@ class Call:
     pace: Pace
     sender: RequestSender
     sent_at: float  # monotonic
+    shards: tuple[int, ...]  # the queues of the backend that may still take it, the one that is tried now first
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.id}>"

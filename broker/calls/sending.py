@@ -7,7 +7,7 @@ import logging
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable, Container
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from msgspec.structs import replace
@@ -19,6 +19,7 @@ from ..process.rate_limited_log import RateLimitedLog
 from ..process.tasks import Tasks
 from ..queue import Queue
 from ..results import entry_of
+from ..shards import FIRST, Turns, other_shards
 from ..store import Record, Store
 from ..store_keys import StoreKeys
 from .call import Call
@@ -45,6 +46,7 @@ class RequestSender:
         self.held = HeldBytes()
         self._uncancelled = RateLimitedLog(logger)
         self._paces: defaultdict[str, Pace] = defaultdict(Pace)  # by backend
+        self._turns = Turns()
         self._tasks = Tasks()
 
     def __repr__(self) -> str:
@@ -84,6 +86,7 @@ class RequestSender:
         self.held.take(size)
         call.sender, call.backend, call.deadline_ms, call.give_up_at = self, backend, deadline_ms, 0.0
         call.envelope = envelope = Envelope(call.id, body, content_type, header, expiration_ms=timeout_ms)
+        call.shards = self._turns.take(backend) if self._turns.is_needed else FIRST
         call.pace, call.sent_at = self._paces[backend], time.monotonic()
         call.pace.sent(call.sent_at)
         self.pending.add(call)
@@ -91,7 +94,7 @@ class RequestSender:
             if size > INLINE_BODY_BYTES:
                 self._tasks.start(self._send_by_reference(envelope, timeout_ms, partial(self._publish_reference, call)))
             else:
-                self._queue.publish(backend, envelope, call.settled)
+                self._queue.publish(backend, envelope, call.settled, call.shards[0])
         except MQServeError:
             self.pending.drop(call.id)
             self.held.give(size)
@@ -112,12 +115,13 @@ class RequestSender:
         def settled(error: MQServeError | None) -> None:
             self.held.give(len(body))
 
+        shard = self._turns.take(backend)[0]
         if len(body) > INLINE_BODY_BYTES:
-            publish = partial(self._queue.publish, backend, settled=_nobody_waits)
+            publish = partial(self._queue.publish, backend, settled=_nobody_waits, shard=shard)
             self._tasks.start(self._send_by_reference(envelope, timeout_ms, publish))
             return
         try:
-            self._queue.publish(backend, envelope, settled)
+            self._queue.publish(backend, envelope, settled, shard)
         except MQServeError as error:
             settled(error)
 
@@ -154,9 +158,10 @@ class RequestSender:
         """Store time."""
         return self._store.now_ms()
 
-    def keep_paces(self, backends: Container[str]) -> None:
-        """Forgets how quickly the others answered: they were deleted."""
+    def follow(self, backends: Mapping[str, int]) -> None:
+        """Learns which backends there are, each with its number of queues, and forgets how quickly others answered: they were deleted."""
         self._paces = defaultdict(Pace, {name: pace for name, pace in self._paces.items() if name in backends})
+        self._turns.keep(backends)
 
     async def settle(self) -> None:
         """Until the broker has confirmed what was sent, and the store has what was cancelled; at most as long as a broker is waited for."""
@@ -175,7 +180,7 @@ class RequestSender:
         assert envelope is not None, "only the last confirm takes it away"
         if call.id not in self.pending:  # cancelled or late since the last try
             return call.settled(None)
-        self._queue.publish(call.backend, envelope, call.settled)
+        self._queue.publish(call.backend, envelope, call.settled, call.shards[0])
 
     def not_taken(self, call: Call, error: MQServeError) -> None:
         """The broker did not take the message of the call, or did not say so: publishes it again, or fails the call."""
@@ -187,6 +192,9 @@ class RequestSender:
                 call.envelope = replace(envelope, header=_again(envelope.header))
             asyncio.get_running_loop().call_later(_REPUBLISH_EVERY_S * random.uniform(0.5, 1.5), self._publish_again, call)
             return
+        if others := other_shards(call.shards, error):
+            call.shards = others
+            return self._publish_again(call)
         call.settled(None)
         if envelope.header.ref and not (envelope.header.again or maybe_sent):
             self._store.drop_soon(envelope.header.ref)  # nobody will ask for it

@@ -1,4 +1,5 @@
-"""The queue in memory: one queue per backend, with priorities, a length limit, prefetch and dead letters, on one event loop."""
+"""The queue in memory: one queue per backend (however many shards it is to have), with priorities, a length limit, prefetch and dead
+letters, on one event loop."""
 
 from __future__ import annotations
 
@@ -218,7 +219,7 @@ class EmbeddedQueue:
     def trouble(self) -> str:
         return ""
 
-    def publish(self, backend: str, envelope: Envelope, settled: Settled) -> None:
+    def publish(self, backend: str, envelope: Envelope, settled: Settled, shard: int = 0) -> None:
         envelope.check_head()
         lanes = self._bindings.get(backend)
         if not lanes:
@@ -252,7 +253,9 @@ class EmbeddedQueue:
     def republish(self, letter: DeadLetter, settled: Settled) -> None:
         self.publish(letter.backend, letter.envelope(), settled)
 
-    async def consume(self, backend: str, generation: int, prefetch: int, on_delivery: Callable[[Delivery], None]) -> EmbeddedConsumption:
+    async def consume(
+        self, backend: str, generation: int, prefetch: int, on_delivery: Callable[[Delivery], None], shards: int = 1
+    ) -> EmbeddedConsumption:
         lane = self._lanes.get((backend, generation))
         if lane is None:
             raise BrokerUnavailable(f"there is no generation {generation} of the queue of {backend!r}")
@@ -261,7 +264,7 @@ class EmbeddedQueue:
         lane.wake()
         return consumption
 
-    async def declare(self, backend: str, generation: int, max_length: int | None) -> None:
+    async def declare(self, backend: str, generation: int, max_length: int | None, shards: int = 1) -> None:
         lane = self._lanes.setdefault((backend, generation), _Lane(f"{backend}.{generation}", max_length, self._held))
         if lane.max_length != max_length:
             raise QueueMismatch(f"generation {generation} of the queue of {backend!r} exists with other arguments")
@@ -270,14 +273,17 @@ class EmbeddedQueue:
         if lane not in bound:
             bound.append(lane)
 
-    async def unbind(self, backend: str, generation: int) -> None:
+    async def count_shards(self, backend: str, generation: int, known: int = 0) -> int:
+        return known or int((backend, generation) in self._lanes)
+
+    async def unbind(self, backend: str, generation: int, shards: int = 1) -> None:
         lane = self._lanes.get((backend, generation))
         if lane in (bound := self._bindings.get(backend, [])):
             bound.remove(lane)
             if not bound:
                 del self._bindings[backend]
 
-    async def depth(self, backend: str, generation: int) -> int | None:
+    async def depth(self, backend: str, generation: int, shards: int = 1) -> int | None:
         lane = self._lanes.get((backend, generation))
         return None if lane is None else len(lane)
 
@@ -285,7 +291,7 @@ class EmbeddedQueue:
         letters = self._dead.get(backend)
         return None if letters is None else len(letters)
 
-    async def delete(self, backend: str, generation: int, *, only_if_empty: bool) -> bool:
+    async def delete(self, backend: str, generation: int, shards: int = 1, *, only_if_empty: bool) -> bool:
         lane = self._lanes.get((backend, generation))
         if lane is not None and only_if_empty and (len(lane) or lane.consumers):
             return False

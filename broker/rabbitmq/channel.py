@@ -22,7 +22,7 @@ from .refusals import broker_refusal
 
 _FULL_QUEUE_RETRY_S = 0.001
 _WRITE_BYTES = 128 * 1024  # more is several writes, each only while the transport takes bytes
-_KEPT_FRAMES = 100
+_KEPT_FRAMES = 1000
 _Message = tuple[str, str, str]  # exchange, routing key, message id
 _NO_MESSAGE: _Message = ("", "", "")
 
@@ -106,7 +106,7 @@ class JoinedChannel:
         self._flush_soon()
 
     def _publish_frame(self, exchange: str, routing_key: str) -> bytes:
-        """The method frame is the same for every message to one backend; replies to strangers' queues are not kept."""
+        """The method frame is the same for every message to one queue of a backend; replies to strangers' queues are not kept."""
         method = Basic.Publish(exchange=exchange, routing_key=routing_key, mandatory=bool(exchange))
         frame = marshal(method, self._channel.number)
         if exchange:

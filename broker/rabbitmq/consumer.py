@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from aiormq.channel import Channel
@@ -15,6 +15,7 @@ from ..envelope import Envelope
 from ..errors import BrokerUnavailable, words_of
 from ..process.stopping import first_of
 from ..queue import Delivery
+from ..shards import shares
 from ..values.header_seals import BackendSeals
 from .channel import JoinedChannel
 from .connection import LONGEST_PAUSE_S, OPERATION_BUDGET_S, Link, RabbitConnection, really_cancelled
@@ -172,6 +173,24 @@ class RabbitConsumption:
     def _hand_over(self, tag: int, redelivered: bool, properties: Basic.Properties, body: bytes) -> None:
         assert self._channel is not None
         self._on_delivery(RabbitDelivery(self._channel, tag, redelivered, properties, body, self._seals))
+
+
+class ShardedConsumption:
+    """Implements `Consumption` for a backend with several queues: a consumer of each, and the prefetch divided among them. RabbitMQ limits
+    each consumer alone: one limit for all of a channel (global QoS) is refused from 4.3 on."""
+
+    def __init__(self, consumptions: Sequence[RabbitConsumption]) -> None:
+        self._consumptions = consumptions
+
+    def __repr__(self) -> str:
+        return f"<ShardedConsumption of {len(self._consumptions)} queues, {self._consumptions[0]!r} first>"
+
+    def set_prefetch(self, prefetch: int) -> None:
+        for consumption, share in zip(self._consumptions, shares(prefetch, len(self._consumptions)), strict=True):
+            consumption.set_prefetch(share)
+
+    async def cancel(self) -> None:
+        await asyncio.gather(*(consumption.cancel() for consumption in self._consumptions))
 
 
 async def _unused_callback(message: object) -> None:

@@ -23,11 +23,12 @@ from ..dead_letters import DeadLetter, Death, dead_letter_to_amqp
 from ..envelope import Envelope
 from ..errors import BrokerUnavailable, words_of
 from ..process.ticks import next_tick_s
-from ..queue import Delivery, Settled, fate_of
+from ..queue import Consumption, Delivery, Settled, fate_of
+from ..shards import shares
 from ..values.header_seals import HeaderSeals
 from .channel import JoinedChannel
 from .connection import CONNECT_BUDGET_S, LONGEST_PAUSE_S, OPERATION_BUDGET_S, Link, RabbitConnection, really_cancelled, user_of
-from .consumer import RabbitConsumption, RabbitDelivery
+from .consumer import RabbitConsumption, RabbitDelivery, ShardedConsumption
 from .dead_letters import RabbitDeadLetters, open_dead_letters
 from .topology import RabbitTopology
 
@@ -125,9 +126,10 @@ class RabbitQueue:
     def trouble(self) -> str:
         return "" if not self.down_s else _ALARM if self._has_alarm else "it takes no messages"
 
-    def publish(self, backend: str, envelope: Envelope, settled: Settled) -> None:
+    def publish(self, backend: str, envelope: Envelope, settled: Settled, shard: int = 0) -> None:
         properties = envelope.to_amqp(self._user, self._seals.of(backend))
-        self._publish(self._requests, backend, properties, envelope.body, envelope.id, settled)
+        key = queue_names.routing_key(backend, shard) if shard else backend
+        self._publish(self._requests, key, properties, envelope.body, envelope.id, settled)
         self._has_exchange = True
 
     def reply(self, envelope: Envelope, reply_to: str, settled: Settled) -> None:
@@ -150,32 +152,42 @@ class RabbitQueue:
             return settled(BrokerUnavailable(f"no connection to RabbitMQ ({self._publishing!r})", public=_ALARM if self._has_alarm else ""))
         self._channel.publish(exchange, key, properties, body, message_id, settled)
 
-    async def consume(self, backend: str, generation: int, prefetch: int, on_delivery: Callable[[Delivery], None]) -> RabbitConsumption:
-        queue = queue_names.backend_queue(self._namespace, backend, generation)
-        consumption = RabbitConsumption(self._consuming, queue, prefetch, on_delivery, self._seals.of(backend))
-        consumption.start()
+    async def consume(
+        self, backend: str, generation: int, prefetch: int, on_delivery: Callable[[Delivery], None], shards: int = 1
+    ) -> Consumption:
+        queues = [queue_names.backend_queue(self._namespace, backend, generation, shard) for shard in range(shards)]
+        consumptions = [
+            RabbitConsumption(self._consuming, queue, share, on_delivery, self._seals.of(backend))
+            for queue, share in zip(queues, shares(prefetch, shards), strict=True)
+        ]
+        for consumption in consumptions:
+            consumption.start()
         try:
-            await consumption.started()
+            await asyncio.gather(*(consumption.started() for consumption in consumptions))
         except BaseException:
-            await consumption.close()  # otherwise it could start to consume later, without an owner
+            for consumption in consumptions:
+                await consumption.close()  # otherwise it could start to consume later, without an owner
             raise
-        self._consumptions = [kept for kept in self._consumptions if not kept.cancelled] + [consumption]
-        return consumption
+        self._consumptions = [kept for kept in self._consumptions if not kept.cancelled] + consumptions
+        return consumptions[0] if shards == 1 else ShardedConsumption(consumptions)
 
-    async def declare(self, backend: str, generation: int, max_length: int | None) -> None:
-        await self._topology.declare(backend, generation, max_length)
+    async def declare(self, backend: str, generation: int, max_length: int | None, shards: int = 1) -> None:
+        await self._topology.declare(backend, generation, max_length, shards)
 
-    async def unbind(self, backend: str, generation: int) -> None:
-        await self._topology.unbind(backend, generation)
+    async def count_shards(self, backend: str, generation: int, known: int = 0) -> int:
+        return await self._topology.count_shards(backend, generation, known)
 
-    async def depth(self, backend: str, generation: int) -> int | None:
-        return await self._topology.depth(backend, generation)
+    async def unbind(self, backend: str, generation: int, shards: int = 1) -> None:
+        await self._topology.unbind(backend, generation, shards)
+
+    async def depth(self, backend: str, generation: int, shards: int = 1) -> int | None:
+        return await self._topology.depth(backend, generation, shards)
 
     async def count_dead(self, backend: str) -> int | None:
         return await self._topology.count_dead(backend)
 
-    async def delete(self, backend: str, generation: int, *, only_if_empty: bool) -> bool:
-        return await self._topology.delete(backend, generation, only_if_empty=only_if_empty)
+    async def delete(self, backend: str, generation: int, shards: int = 1, *, only_if_empty: bool) -> bool:
+        return await self._topology.delete(backend, generation, shards, only_if_empty=only_if_empty)
 
     async def _ready_to_publish(self) -> None:
         try:

@@ -12,6 +12,7 @@ from aiormq.channel import Channel
 
 from .. import queue_names
 from ..errors import BrokerUnavailable, MQServeError, QueueMismatch, words_of
+from ..shards import shares
 from .connection import OPERATION_BUDGET_S, Link, really_cancelled
 from .refusals import broker_refusal
 
@@ -33,17 +34,18 @@ class RabbitTopology:
     def __repr__(self) -> str:
         return f"<RabbitTopology of {self._namespace!r}>"
 
-    async def declare(self, backend: str, generation: int, max_length: int | None) -> None:
+    async def declare(self, backend: str, generation: int, max_length: int | None, shards: int) -> None:
+        """Declares the queues from the first to the last, and `delete` deletes them from the last to the first. So there is never a gap,
+        and `count_shards` finds all of them."""
         await self._declare_dead_letters(backend)
-        arguments: dict[str, Any] = {**_CLASSIC, "x-max-priority": 4, "x-overflow": "reject-publish"}
-        if max_length is not None:
-            arguments["x-max-length"] = max_length
+        lengths = [None] * shards if max_length is None else shares(max_length, shards)
 
         async def declare(channel: Channel) -> None:
             await channel.exchange_declare(self._requests, exchange_type="direct", durable=True)
-            name = queue_names.backend_queue(self._namespace, backend, generation)
-            await channel.queue_declare(name, durable=True, arguments=arguments)
-            await channel.queue_bind(name, self._requests, backend)
+            for shard, length in enumerate(lengths):
+                name = queue_names.backend_queue(self._namespace, backend, generation, shard)
+                await channel.queue_declare(name, durable=True, arguments=_arguments(length))
+                await channel.queue_bind(name, self._requests, queue_names.routing_key(backend, shard))
 
         try:
             await self._on_own_channel(declare)
@@ -70,17 +72,28 @@ class RabbitTopology:
         except aiormq.exceptions.ChannelPreconditionFailed as error:
             raise _foreign(error) from error
 
-    async def unbind(self, backend: str, generation: int) -> None:
-        name = queue_names.backend_queue(self._namespace, backend, generation)
+    async def count_shards(self, backend: str, generation: int, known: int) -> int:
+        while await self._count(queue_names.backend_queue(self._namespace, backend, generation, known)) is not None:
+            known += 1
+        return known
+
+    async def unbind(self, backend: str, generation: int, shards: int) -> None:
+        for shard in range(shards):
+            await self._unbind(backend, generation, shard)
+
+    async def _unbind(self, backend: str, generation: int, shard: int) -> None:
+        name = queue_names.backend_queue(self._namespace, backend, generation, shard)
 
         async def unbind(channel: Channel) -> None:
-            await channel.queue_unbind(name, self._requests, backend)
+            await channel.queue_unbind(name, self._requests, queue_names.routing_key(backend, shard))
 
         with suppress(aiormq.exceptions.ChannelNotFoundEntity):
             await self._on_own_channel(unbind)
 
-    async def depth(self, backend: str, generation: int) -> int | None:
-        return await self._count(queue_names.backend_queue(self._namespace, backend, generation))
+    async def depth(self, backend: str, generation: int, shards: int) -> int | None:
+        names = [queue_names.backend_queue(self._namespace, backend, generation, shard) for shard in range(shards)]
+        counts = [count for name in names if (count := await self._count(name)) is not None]
+        return sum(counts) if counts else None
 
     async def count_dead(self, backend: str) -> int | None:
         return await self._count(queue_names.dead_queue(self._namespace, backend))
@@ -94,9 +107,16 @@ class RabbitTopology:
         except aiormq.exceptions.ChannelNotFoundEntity:
             return None
 
-    async def delete(self, backend: str, generation: int, *, only_if_empty: bool) -> bool:
-        name = queue_names.backend_queue(self._namespace, backend, generation)
+    async def delete(self, backend: str, generation: int, shards: int, *, only_if_empty: bool) -> bool:
+        for shard in reversed(range(shards)):
+            name = queue_names.backend_queue(self._namespace, backend, generation, shard)
+            if not await self._delete_queue(name, only_if_empty=only_if_empty):
+                return False
+        if not only_if_empty:
+            await self._delete_empty_dead_letters(backend)
+        return True
 
+    async def _delete_queue(self, name: str, *, only_if_empty: bool) -> bool:
         async def delete(channel: Channel) -> None:
             await channel.queue_delete(name, if_unused=only_if_empty, if_empty=only_if_empty)
 
@@ -106,8 +126,6 @@ class RabbitTopology:
             return True
         except aiormq.exceptions.ChannelPreconditionFailed:
             return False
-        if not only_if_empty:
-            await self._delete_empty_dead_letters(backend)
         return True
 
     async def _delete_empty_dead_letters(self, backend: str) -> None:
@@ -136,6 +154,11 @@ class RabbitTopology:
                 raise
             refusal = broker_refusal(error)
             raise BrokerUnavailable(refusal or f"RabbitMQ did not answer ({words_of(error)}): {self._link!r}") from error
+
+
+def _arguments(max_length: int | None) -> dict[str, Any]:
+    limit = {} if max_length is None else {"x-max-length": max_length}
+    return {**_CLASSIC, "x-max-priority": 4, "x-overflow": "reject-publish", **limit}
 
 
 def _foreign(error: Exception) -> MQServeError:

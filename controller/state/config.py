@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 MAX_REQUEST_TIMEOUT_S = 25 * 60  # below RabbitMQ's consumer_timeout of 30 minutes
+MAX_QUEUE_SHARDS = 64  # one of RabbitMQ's queues uses one core at most
 SYNC_CONCURRENCY = 64  # of a plain handler whose calls are so short that this many take no time
 ASYNC_CONCURRENCY = 100
 
@@ -24,6 +26,7 @@ class BackendConfig(BaseModel):
     sync_threads: how many plain calls a replica runs at once; 1, since models are rarely thread-safe.
     request_timeout_s: seconds from the request's arrival to its answer, at most 25 minutes.
     max_queued_requests: waiting requests beyond which callers are told 429; None for no limit. Changing it makes a new queue.
+    queue_shards: RabbitMQ queues of the backend, for rates above what one carries. Changing it makes new queues.
     graceful_shutdown_timeout_s: seconds a stopping replica has for what it is running.
     start_timeout_s: seconds a new replica has to get ready.
     delivery: "at_least_once", or "at_most_once": never run twice; a request whose replica died is answered 502.
@@ -43,6 +46,7 @@ class BackendConfig(BaseModel):
     sync_threads: Whole = 1
     request_timeout_s: Annotated[float, Field(gt=0, le=MAX_REQUEST_TIMEOUT_S)] = 60.0
     max_queued_requests: Whole | None = None
+    queue_shards: Annotated[int, Field(gt=0, le=MAX_QUEUE_SHARDS)] = 1
     graceful_shutdown_timeout_s: Annotated[float, Field(ge=0)] = 20.0
     # less than an hour, since a roll-back needs the old code, which is kept for an hour
     start_timeout_s: Annotated[float, Field(gt=0, le=45 * 60)] = 120.0
@@ -52,6 +56,23 @@ class BackendConfig(BaseModel):
     health_check_period_s: Annotated[float, Field(gt=0)] = 10.0
     health_check_timeout_s: Annotated[float, Field(gt=0)] = 30.0
     max_surge: Whole = 1
+
+    @model_validator(mode="after")
+    def _fits_its_shards(self) -> Self:
+        if self.queue_shards > 1 and (wrong := self._shards_do_not_fit()):
+            raise PydanticCustomError("queue_shards", "{wrong}", {"wrong": wrong})
+        return self
+
+    def _shards_do_not_fit(self) -> str:
+        """Returns why a replica could not take from all queues and keep the other settings; empty if it can."""
+        shards, held = self.queue_shards, self.concurrency(is_async=False)
+        if held < shards:
+            return f"a replica takes from all {shards} queues (queue_shards), so it must be allowed to hold as many requests, not {held}"
+        if self.max_queued_requests is not None and self.max_queued_requests < shards:
+            return f"max_queued_requests is divided among the {shards} queues (queue_shards), so it must be at least that"
+        if self.delivery == "at_most_once":
+            return "with delivery 'at_most_once' there is one queue: queue_shards would let a replica hold, and lose, what it does not run"
+        return ""
 
     def concurrency(self, is_async: bool) -> int:
         """The number of requests that one replica holds at most, from all senders; recomputed whenever one of its inputs changes."""

@@ -194,7 +194,7 @@ class Lifetime:
 
     def _follow(self, desired: Desired) -> None:
         self._own.sender.desired = desired
-        self._own.requests.keep_paces(desired.backends)
+        self._own.requests.follow(desired.shards)
 
     def shutdown(self) -> None:
         """Ends the instance: proxies and replicas drain, queues and documents are deleted. Idempotent; later calls of other methods raise

@@ -250,7 +250,9 @@ async def _count(queue: Queue, stored: _Stored) -> dict[str, tuple[int | None, i
             return None
 
     async def of_one(name: str) -> tuple[int | None, int | None]:
-        depths = [await asked(queue.depth(name, generation)) for generation in stored.observed.queues.get(name, ())]
+        observed = stored.observed
+        generations = [(generation, observed.shards_of(name, generation)) for generation in observed.queues.get(name, ())]
+        depths = [await asked(queue.depth(name, generation, shards)) for generation, shards in generations]
         known = [depth for depth in depths if depth is not None]
         return (sum(known) if len(known) == len(depths) else None), await asked(queue.count_dead(name))
 

@@ -60,7 +60,11 @@ async def _line(connections: Connections) -> str:
 
 async def _waiting(connections: Connections, observed: Observed) -> str:
     try:
-        depths = [await connections.queue.depth(name, generation) for name, kept in observed.queues.items() for generation in kept]
+        depths = [
+            await connections.queue.depth(name, generation, observed.shards_of(name, generation))
+            for name, kept in observed.queues.items()
+            for generation in kept
+        ]
     except MQServeError:  # RabbitMQ is away, or this user lacks the right
         return "?"
     return str(sum(depth or 0 for depth in depths))

@@ -164,7 +164,7 @@ async def test_how_quickly_a_backend_answered_is_forgotten_with_it(sender: Reque
         await queue.declare(backend, 1, max_length=1)
         send(sender, backend=backend)
     await asyncio.sleep(MIN_RETRY_S * 1.5)  # so long has nothing moved
-    sender.keep_paces({"kept"})
+    sender.follow({"kept": 1})
     advised: dict[str, float] = {}
     for backend in ("kept", "deleted"):
         with pytest.raises(Overloaded) as refusal:
@@ -344,10 +344,10 @@ class QueueThatIsAway(EmbeddedQueue):
         super().__init__()
         self._refusals = [BrokerUnavailable("away", maybe_sent=maybe_sent) for _ in range(for_publishes)]
 
-    def publish(self, backend: str, envelope: Envelope, settled: Settled) -> None:
+    def publish(self, backend: str, envelope: Envelope, settled: Settled, shard: int = 0) -> None:
         if self._refusals:
             return settled(self._refusals.pop())
-        super().publish(backend, envelope, settled)
+        super().publish(backend, envelope, settled, shard)
 
 
 @pytest.fixture

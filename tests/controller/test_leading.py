@@ -433,9 +433,9 @@ async def test_the_files_of_code_are_kept_with_it_and_go_with_it(tmp_path: Path)
 class SlowQueue(EmbeddedQueue):
     """Declares as slowly as a RabbitMQ that has much to do."""
 
-    async def declare(self, backend: str, generation: int, max_length: int | None) -> None:
+    async def declare(self, backend: str, generation: int, max_length: int | None, shards: int = 1) -> None:
         await asyncio.sleep(0.25)
-        await super().declare(backend, generation, max_length)
+        await super().declare(backend, generation, max_length, shards)
 
 
 async def test_the_instance_lives_on_while_its_leader_declares_for_long() -> None:

@@ -30,9 +30,9 @@ class Recording(EmbeddedQueue):
         super().__init__()
         self.deleted: list[tuple[str, int]] = []
 
-    async def delete(self, backend: str, generation: int, *, only_if_empty: bool) -> bool:
+    async def delete(self, backend: str, generation: int, shards: int = 1, *, only_if_empty: bool) -> bool:
         self.deleted.append((backend, generation))
-        return await super().delete(backend, generation, only_if_empty=only_if_empty)
+        return await super().delete(backend, generation, shards, only_if_empty=only_if_empty)
 
 
 class Led:
@@ -102,11 +102,11 @@ class Refusing(EmbeddedQueue):
         self.error = error
         self.asked = 0
 
-    async def declare(self, backend: str, generation: int, max_length: int | None) -> None:
+    async def declare(self, backend: str, generation: int, max_length: int | None, shards: int = 1) -> None:
         if backend == "bad":
             self.asked += 1
             raise self.error
-        await super().declare(backend, generation, max_length)
+        await super().declare(backend, generation, max_length, shards)
 
 
 @pytest.mark.parametrize(
@@ -154,11 +154,11 @@ class AwayFor(EmbeddedQueue):
         super().__init__()
         self.times = times
 
-    async def unbind(self, backend: str, generation: int) -> None:
+    async def unbind(self, backend: str, generation: int, shards: int = 1) -> None:
         if self.times > 0:
             self.times -= 1
             raise BrokerUnavailable("away")
-        await super().unbind(backend, generation)
+        await super().unbind(backend, generation, shards)
 
 
 async def test_a_queue_of_an_earlier_instance_is_not_forgotten_while_the_broker_is_away() -> None:

@@ -80,7 +80,7 @@ class Serving:
     async def __aenter__(self) -> "Serving":
         for generation in self._generations:
             await self.queue.declare("b", generation, None)
-        self.server.want(self._generations)
+        self.server.want(dict.fromkeys(self._generations, 1))
         self._tasks = [asyncio.create_task(work) for work in (self.server.keep_taking_forever(lambda: None), self.server.listen())]
         await until(lambda: self.server.generations == self._generations)
         return self
