@@ -65,6 +65,11 @@ def test_setup_changes_nothing_and_says_so(shell: CommandLine) -> None:
     assert "mqserve setup --print" in failed.stderr
 
 
+def test_the_rights_include_the_queues_of_a_backend_with_shards() -> None:
+    rights, queue = broker_rights("shop"), queue_names.backend_queue("shop", "x", 1, shard=12)
+    assert re.search(rights["replica"].read, queue) and re.search(rights["controller"].configure, queue)
+
+
 def test_rights_end_at_the_namespace() -> None:
     for rights in broker_rights("a-b").values():
         for pattern in rights:

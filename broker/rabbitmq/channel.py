@@ -22,7 +22,7 @@ from .refusals import broker_refusal
 
 _FULL_QUEUE_RETRY_S = 0.001
 _WRITE_BYTES = 128 * 1024  # more is several writes, each only while the transport takes bytes
-_KEPT_FRAMES = 1000
+_KEPT_FRAMES = 256
 _Message = tuple[str, str, str]  # exchange, routing key, message id
 _NO_MESSAGE: _Message = ("", "", "")
 

@@ -10,7 +10,7 @@ from mqserve.broker.errors import BrokerUnavailable, MQServeError, QueueMismatch
 from mqserve.broker.memory.queue import EmbeddedQueue
 from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.store_keys import StoreKeys
-from mqserve.controller.changes import Change, commit, create_backend, delete_backend
+from mqserve.controller.changes import Change, commit, create_backend, delete_backend, update_backend_config
 from mqserve.controller.lease import claim_instance
 from mqserve.controller.state.beats import Beat, MemberState, ReplicaBeat
 from mqserve.controller.state.documents import Backend, Desired, Observed
@@ -188,6 +188,22 @@ async def test_a_new_leader_finds_the_queue_of_which_only_the_last_one_knew() ->
             return (await instance.observed()).queues == {"b": (1, 2)}
 
         await until(is_followed)
+
+
+async def test_the_document_tells_how_many_queues_each_generation_has_until_it_is_gone() -> None:
+    async with led(EmbeddedQueue()) as instance:
+        replica = ReplicaBeat("b#1", instance.store.now_ms() + 600_000, state=MemberState.READY, backend="b", generations=(1, 2, 3))
+        await instance.says(replica)
+        await instance.change(create_backend(msgspec.structs.replace(B, settings={"queue_shards": 3})))
+        assert (await instance.observed()).shards == {"b": {1: 3}}
+        await instance.change(update_backend_config("b", {"queue_shards": 2}))
+        await instance.change(update_backend_config("b", {"queue_shards": 1}))
+        seen = await instance.observed()
+        assert (seen.shards, seen.retiring, seen.queues) == ({"b": {1: 3, 2: 2}}, {"b": (1, 2)}, {"b": (3,)})
+        assert (seen.shards_of("b", 1), seen.shards_of("b", 3), seen.shards_of("unknown", 1)) == (3, 1, 1)
+        await instance.says(msgspec.structs.replace(replica, generations=(3,)))
+        await ticks(instance, 2)
+        assert (await instance.observed()).shards == {}
 
 
 async def test_a_backend_that_was_deleted_by_force_is_not_remembered_once_nothing_is_left_of_it() -> None:

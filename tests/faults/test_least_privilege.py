@@ -78,7 +78,8 @@ def hold(request):
 
 
 for target in (double, relay, members, slow, environment, fail, witness, hold):
-    config = {slow: {"request_timeout_s": 3}, hold: {"request_timeout_s": 600, "sync_threads": 4}}.get(target, {})
+    configs = {slow: {"request_timeout_s": 3}, hold: {"request_timeout_s": 600, "sync_threads": 4}, relay: {"queue_shards": 3}}
+    config = configs.get(target, {})
     client.create_backend(target.__name__, target, config=config)
     client.create_endpoint(target.__name__, backend=target.__name__, route=f"/{target.__name__}", methods=["GET", "POST"])
 client.create_backend("double-again", double)  # whose code is there already
