@@ -115,6 +115,22 @@ def test_the_limit_of_the_queue_is_that_of_all_shards(client: serve.Client, depl
     assert serve.get([ref for ref in sent if not is_refused(ref)], timeout=60) == ["waits"] * 7
 
 
+def test_no_request_waits_behind_a_slow_call_while_another_replica_is_idle(client: serve.Client, deploy: Deploy, tmp_path: Path) -> None:
+    gate = Gate(tmp_path)
+
+    def handle(request: Any) -> Any:
+        if request.data == "slow":
+            gate.pass_through()
+        return request.data
+
+    handle_of = client.get_handle(deploy(handle, queue_shards=3, num_replicas=2))
+    slow = handle_of.remote("slow")
+    wait_until(lambda: gate.came == 1)
+    assert serve.get([handle_of.remote(number) for number in range(60)], timeout=30) == list(range(60))
+    gate.open()
+    assert slow.result(30) == "slow"
+
+
 def is_refused(ref: serve.Future) -> bool:
     try:
         ref.result(0)
