@@ -1,10 +1,11 @@
 """Tells what an instance costs while nobody sends a request: CPU, wake-ups and memory of each kind of process, commands of Redis.
 
-    python benchmarks/idle.py [--base main] [--seconds 20] [--syscalls]
+    python -m benchmarks.idle [--base main] [--seconds 20] [--syscalls]
 
-Runs the eight backends of `idle_app.py` in the distributed form on private servers, waits until they are ready and have settled, and then
-reads /proc at the beginning and at the end of the window. With `--base` the instance of that revision runs at the same time, on servers of
-its own, so that both meet the same machine. With `--syscalls` it counts system calls afterwards by strace, which slows what it counts.
+Runs the eight backends of `programs/idle.py` in the distributed form on private servers, waits until they are ready and have settled, and
+then reads /proc at the beginning and at the end of the window. With `--base` the instance of that revision runs at the same time, on
+servers of its own, so that both meet the same machine. With `--syscalls` it counts system calls afterwards by strace, which slows what it
+counts.
 """
 
 from __future__ import annotations
@@ -12,25 +13,21 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import secrets
-import signal
 import subprocess
-import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import psutil
-from idle_app import BACKENDS
-from subjects import HERE, ROOT, START_BUDGET_S, STOP_BUDGET_S
 
-from tests.ports import free_port
 from tests.servers import PrivateRabbitMQ, PrivateRedis
+
+from .compare import checked_out
+from .programs.idle import BACKENDS
+from .subjects import PROGRAMS, ROOT, Servers, kind_of_mqserve, running_mqserve
 
 SETTLE_S = 8.0
 STRACED_S = 5
@@ -61,7 +58,7 @@ class Instance:
     def pids(self) -> dict[int, str]:
         """The kinds of all its processes, and its servers."""
         own = (self.process, *self.process.children(recursive=True))
-        kinds = {process.pid: _kind_of(process) for process in own}
+        kinds = {process.pid: kind_of_mqserve(process.cmdline()) for process in own}
         return kinds | {self.redis.pid: "Redis", self.rabbit.pid: "RabbitMQ"}
 
     def redis_commands(self) -> Counter[str]:
@@ -78,8 +75,6 @@ def main() -> None:
     with ExitStack() as stack:
         checkouts = {"now": ROOT}
         if arguments.base:
-            from compare import checked_out
-
             checkouts["base"] = stack.enter_context(checked_out(arguments.base))
         instances = [stack.enter_context(running(name, checkout)) for name, checkout in checkouts.items()]
         time.sleep(SETTLE_S)
@@ -141,42 +136,11 @@ def _show_syscalls(instance: Instance) -> None:
 @contextmanager
 def running(name: str, checkout: Path) -> Iterator[Instance]:
     """An instance with all of its backends ready."""
-    port = free_port()
+    ready = [f"idle{BACKENDS - 1}"]
     with PrivateRabbitMQ() as rabbit, PrivateRedis() as redis:
-        env = {key: value for key, value in os.environ.items() if not key.startswith("MQSERVE_")} | {
-            "PYTHONPATH": str(checkout),  # before the installed package, also for the children
-            "MQSERVE_BROKER_URL": rabbit.url,
-            "MQSERVE_STORE_URL": redis.url,
-            "MQSERVE_SECRET_KEY": secrets.token_hex(32),
-            "MQSERVE_NAMESPACE": f"idle-{secrets.token_hex(4)}",
-        }
-        command = [sys.executable, "-m", "mqserve", "run", str(HERE / "idle_app.py"), "--port", str(port)]
-        process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, cwd=HERE)
-        try:
-            _wait_for(f"http://127.0.0.1:{port}/idle{BACKENDS - 1}", process)
-            yield Instance(name, psutil.Process(process.pid), redis, rabbit)
-        finally:
-            process.send_signal(signal.SIGINT)
-            process.wait(timeout=STOP_BUDGET_S)
-
-
-def _wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
-    until = time.monotonic() + START_BUDGET_S
-    while time.monotonic() < until:
-        if process.poll() is not None:
-            sys.exit(f"the instance ended with {process.returncode}: see above")
-        try:
-            urlopen(url, timeout=1).close()
-            return
-        except (URLError, OSError):
-            time.sleep(0.1)
-    sys.exit(f"{url} did not answer within {START_BUDGET_S:g} s")
-
-
-def _kind_of(process: psutil.Process) -> str:
-    words = process.cmdline()
-    at = words.index("mqserve") + 1 if "mqserve" in words else len(words)
-    return words[at] if at < len(words) else process.name()
+        servers = Servers(urls={"MQSERVE_BROKER_URL": rabbit.url, "MQSERVE_STORE_URL": redis.url}, pids={})
+        with running_mqserve("distributed", servers, checkout, PROGRAMS / "idle.py", ready, name=name) as subject:
+            yield Instance(name, subject.process, redis, rabbit)
 
 
 def _read(pid: int) -> Reading:

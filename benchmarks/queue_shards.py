@@ -1,6 +1,6 @@
 """What RabbitMQ carries in one queue of a backend, and in several: messages per second, and CPU microseconds of each, without replicas.
 
-    python benchmarks/queue_shards.py --shards 1 4
+    python -m benchmarks.queue_shards --shards 1 4
 
 A publisher and a consumer, each a process of its own with mqserve's own wire, keep a window of messages on the way: confirmed, delivered,
 acked. The numbers of shards take turns: 1 4, 4 1, 1 4, … RabbitMQ is a private one unless MQSERVE_BROKER_URL names another.
@@ -19,13 +19,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.sharedctypes import Synchronized
 
-import psutil
-from subjects import Servers, cpu_seconds, open_servers
-
 from mqserve.broker.envelope import Envelope, mint_id
 from mqserve.broker.errors import MQServeError
 from mqserve.broker.queue import Delivery
 from mqserve.broker.rabbitmq.queue import open_rabbitmq
+
+from .subjects import Servers, open_servers
 
 BODY = b"x" * 100
 WINDOW = 1000
@@ -89,7 +88,7 @@ def measure(servers: Servers, shards: int, pairs: int, seconds: float) -> Rate:
 
 
 def _state(servers: Servers, counts: Sequence[Synchronized[int]]) -> tuple[int, float]:
-    return sum(count.value for count in counts), sum(cpu_seconds(psutil.Process(pid)) for pid in servers.pids[:1])
+    return sum(count.value for count in counts), servers.cpu_s().get("rabbitmq", 0.0)
 
 
 async def _declare(url: str, namespace: str, shards: int) -> None:

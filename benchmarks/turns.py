@@ -1,6 +1,6 @@
 """What the processes of an instance do for one request at one client, where nothing is batched: loop turns, wake-ups and system calls.
 
-    python benchmarks/turns.py      (or: --forms distributed --handler noop --clients 16)
+    python -m benchmarks.turns      (or: --forms distributed --handler noop --clients 16)
 
 A turn is one poll of an event loop, counted as its system call. A wake-up is a voluntary context switch: a thread had nothing to do, and
 slept until something came. CPU and wake-ups are from /proc, at full speed; turns and system calls are counted in a run of their own under
@@ -22,8 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from load import check_wrk, load
-from subjects import FORMS, HANDLERS, Subject, cpu_seconds, open_servers, running
+
+from .cpu import cpu_seconds
+from .load import check_wrk, load
+from .subjects import FORMS, HANDLERS, open_servers, running_mqserve
 
 LEAST_SHOWN = 0.05  # a process with fewer system calls a request has no part in requests
 _POLLS = frozenset(("epoll_wait", "epoll_pwait", "epoll_pwait2"))
@@ -52,10 +54,10 @@ def main() -> None:
     with ExitStack() as stack:
         servers = open_servers(stack) if "distributed" in arguments.forms else None
         for form in arguments.forms:
-            with running(form, servers) as subject:
+            with running_mqserve(form, servers) as subject:
                 url = f"{subject.url}/{arguments.handler}"
                 load(url, arguments.clients, 1.0)  # warm-up
-                processes = _processes(subject)
+                processes = subject.tree()
                 costs = _at_full_speed(url, processes, arguments)
                 calls = _under_strace(url, processes, arguments) if shutil.which("strace") else {}
                 for process in processes:
@@ -69,10 +71,6 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS)
     parser.add_argument("--handler", choices=HANDLERS, default="async_noop")
     return parser.parse_args()
-
-
-def _processes(subject: Subject) -> list[psutil.Process]:
-    return [subject.process, *subject.process.children(recursive=True)]
 
 
 def _at_full_speed(
