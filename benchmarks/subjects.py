@@ -27,7 +27,7 @@ PROGRAMS = Path(__file__).parent / "programs"
 ROOT = Path(__file__).parent.parent
 FORMS = ("embedded", "distributed")
 HANDLERS = ("noop", "async_noop")
-THAW_S = 1.0
+THAW_S = 0.5
 START_BUDGET_S = 120.0
 STOP_BUDGET_S = 60.0
 
@@ -158,8 +158,12 @@ def running(
     servers: Servers | None = None,
     cwd: Path = PROGRAMS,
     freezes: bool = False,
+    kindly: bool = True,
 ) -> Iterator[Subject]:
-    """Runs a program, goes on when all paths in `ready` answer, and ends it on exit. Raises SubjectFailed if it does not start."""
+    """Runs a program, goes on when all paths in `ready` answer, and ends it on exit (not `kindly`: kills it).
+
+    Raises SubjectFailed if it does not start.
+    """
     clean = {key: value for key, value in os.environ.items() if not key.startswith("MQSERVE_")}
     url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryFile() as output:
@@ -174,28 +178,24 @@ def running(
             output.seek(max(0, output.tell() - 2000))
             raise SubjectFailed(f"{failed}; it printed:\n{output.read().decode(errors='replace').strip()}") from None
         finally:
-            _end(process)
+            _end(process, kindly=kindly)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends a program and whatever it leaves behind."""
-    try:
-        left = psutil.Process(process.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        left = []
-    for each in left:
-        each.send_signal(signal.SIGCONT)
-    process.send_signal(signal.SIGCONT)
-    process.send_signal(signal.SIGINT)
-    try:
-        process.wait(timeout=STOP_BUDGET_S)
-    except subprocess.TimeoutExpired:
-        print(f"{process.args!r} does not end by Ctrl-C within {STOP_BUDGET_S:g} s: killed", file=sys.stderr)
-        process.kill()
-        process.wait()
-    for each in left:
+def _end(process: subprocess.Popen[bytes], *, kindly: bool) -> None:
+    """Ends a program and all its children: kindly by Ctrl-C, and then whatever it left behind."""
+    tree = []
+    with suppress(psutil.NoSuchProcess):
+        tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    if kindly:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(timeout=STOP_BUDGET_S)
+        except subprocess.TimeoutExpired:
+            print(f"{process.args!r} does not end by Ctrl-C within {STOP_BUDGET_S:g} s: killed", file=sys.stderr)
+    for each in tree:
         with suppress(psutil.NoSuchProcess):  # psutil knows a process by its start too, so that no other of that number is killed
             each.kill()
+    process.wait()
 
 
 def _wait_for(url: str, process: subprocess.Popen[bytes]) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -79,9 +80,7 @@ def installed() -> list[str]:
 def running_http(peer: Peer, kind: str, ready: Sequence[str]) -> Iterator[Subject]:
     """Runs the peer's server.py with its handlers of that kind: `noop` or `bodies`."""
     port = free_port()
-    folder = FOLDER / peer.folder
-    command = [str(peer.python), "server.py", str(port), kind]
-    with running(peer.name, command, port, peer.kind_of, peer.env, ready, cwd=folder, freezes=not peer.idles) as subject:
+    with _running(peer, [str(port), kind], port, peer.env, ready) as subject:
         yield subject
 
 
@@ -90,5 +89,17 @@ def running_worker(peer: Peer, servers: Servers) -> Iterator[Subject]:
     """Runs the peer's server.py as a worker on RabbitMQ and Redis."""
     env = {**peer.env, "PEER_BROKER_URL": servers.urls["MQSERVE_BROKER_URL"], "PEER_STORE_URL": servers.urls["MQSERVE_STORE_URL"]}
     env["PYTHONPATH"] = str(PROGRAMS)  # where client.py finds in_flight.py
-    with running(peer.name, [str(peer.python), "server.py"], 0, peer.kind_of, env, servers=servers, cwd=FOLDER / peer.folder) as subject:
+    with _running(peer, [], 0, env, servers=servers) as subject:
         yield subject
+
+
+@contextmanager
+def _running(
+    peer: Peer, arguments: Sequence[str], port: int, env: Mapping[str, str], ready: Sequence[str] = (), servers: Servers | None = None
+) -> Iterator[Subject]:
+    """Kills it at the end: nothing of it is kept, and Ray takes half a minute to end by itself."""
+    command, cwd = [str(peer.python), "server.py", *arguments], FOLDER / peer.folder
+    with tempfile.TemporaryDirectory(prefix="peer-") as folder:
+        env = {**env, "TMPDIR": folder, "RAY_TMPDIR": folder}
+        with running(peer.name, command, port, peer.kind_of, env, ready, servers, cwd, not peer.idles, kindly=False) as subject:
+            yield subject

@@ -6,8 +6,10 @@ from typing import Any
 
 import bentoml
 
+OPTIONS = {"workers": 1, "logging": {"access": {"enabled": False}}}
 
-@bentoml.service(workers=1)
+
+@bentoml.service(**OPTIONS)
 class Noop:
     @bentoml.api(route="/noop")
     def noop(self) -> str:
@@ -18,7 +20,7 @@ class Noop:
         return "ok"
 
 
-@bentoml.service(workers=1)
+@bentoml.service(**OPTIONS)
 class Bodies:
     @bentoml.api(route="/json")
     async def json(self, items: list[Any]) -> dict[str, Any]:
@@ -31,5 +33,5 @@ class Bodies:
 
 if __name__ == "__main__":
     port, kind = sys.argv[1:]
-    os.environ |= {"BENTOML_DO_NOT_TRACK": "True", "BENTOML_CONFIG_OPTIONS": "api_server.logging.access.enabled=false"}
+    os.environ["BENTOML_DO_NOT_TRACK"] = "True"
     os.execv(sys.executable, [sys.executable, "-m", "bentoml", "serve", f"server:{kind.title()}", "--port", port, "--host", "127.0.0.1"])
