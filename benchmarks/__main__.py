@@ -59,7 +59,10 @@ def measured(scenario: Scenario, bench: Bench, rounds: int) -> ScenarioResults:
     cases = [CaseResults(case, {}) for case in scenario.cases]
     bench.left_out = {}
     with ExitStack() as stack:
-        measures = dict(scenario.open(stack, bench))
+        try:
+            measures = dict(scenario.open(stack, bench))
+        except SubjectFailed as failed:
+            measures, bench.left_out[scenario.name] = {}, str(failed)
         for case in cases:
             case.samples = {subject: [] for subject in measures}
         for number in range(rounds):

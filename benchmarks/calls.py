@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ import psutil
 
 from .cpu import spent_us
 from .scenario import Sample
-from .subjects import PROGRAMS, Subject, SubjectFailed
+from .subjects import PROGRAMS, Subject, SubjectFailed, tail
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ def calling(command: Sequence[str], env: Mapping[str, str], server: Subject | No
         assert process.stdin is not None and process.stdout is not None
         try:
             if process.stdout.readline() != "ready\n":
-                errors.seek(0)
-                raise SubjectFailed(f"its first call was not answered: {errors.read().decode(errors='replace').strip()[-2000:]}")
+                print(f"\n{command[-1]} printed:\n{tail(errors)}", file=sys.stderr)
+                raise SubjectFailed("its first call was not answered")
             yield Caller(process, server)
         finally:
             process.stdin.close()

@@ -18,7 +18,7 @@ from .peers import PEERS
 from .results import Machine
 from .subjects import ROOT, Servers
 
-PACKAGES = ("mqserve", "starlette", "uvicorn", "uvloop", "httptools", "aiormq", "redis", "hiredis", "msgspec")
+PACKAGES = ("starlette", "uvicorn", "uvloop", "httptools", "aiormq", "hiredis", "msgspec")
 
 
 def machine() -> Machine:

@@ -31,6 +31,20 @@ Measure = Callable[[str], Sample | None]
 sample would mean nothing; the subject is then left out of the rest of the scenario, and the report says why."""
 
 
+def warmed(measure: Measure, warm_up: Callable[[], object]) -> Measure:
+    """The same, with a warm-up before its first sample, which may raise SubjectFailed as well."""
+    warm = False
+
+    def measure_warm(case: str) -> Sample | None:
+        nonlocal warm
+        if not warm:
+            warm_up()
+            warm = True
+        return measure(case)
+
+    return measure_warm
+
+
 @dataclass(frozen=True)
 class Claim:
     """A line of what must hold, in one case: the median over the rounds of a subject's value, or of its ratio to the best of others in the

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
@@ -174,11 +175,17 @@ def running(
             subject = Subject(name, url, psutil.Process(process.pid), kind_of, servers, dict(env or {}), freezes)
             subject.freeze()
             yield subject
-        except SubjectFailed as failed:
-            output.seek(max(0, output.tell() - 2000))
-            raise SubjectFailed(f"{failed}; it printed:\n{output.read().decode(errors='replace').strip()}") from None
+        except SubjectFailed:
+            print(f"\n{name} printed:\n{tail(output)}", file=sys.stderr)
+            raise
         finally:
             _end(process, kindly=kindly)
+
+
+def tail(output: IO[bytes]) -> str:
+    """The last of what a program printed. Shown, and not put into the results, since it names folders of this machine."""
+    output.seek(0)
+    return output.read().decode(errors="replace").strip()[-2000:]
 
 
 def _end(process: subprocess.Popen[bytes], *, kindly: bool) -> None:

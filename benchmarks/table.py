@@ -10,16 +10,13 @@ from .scenario import Claim
 
 
 def markdown(results: Results) -> str:
-    """All scenarios, and the claims under them."""
-    return "\n\n".join(_scenario(scenario) for scenario in results.scenarios) + "\n"
+    """What must hold, and then all scenarios."""
+    return "\n\n".join([_claims(results), *map(_scenario, results.scenarios)]) + "\n"
 
 
 def _scenario(scenario: ScenarioResults) -> str:
-    parts = [f"### {scenario.title}", _table(scenario)]
-    if scenario.claims:
-        parts.append("\n".join(f"- {_claim(scenario, claim)}" for claim in scenario.claims))
-    parts += [f"{name} was not measured: {why}" for name, why in scenario.left_out.items()]
-    return "\n\n".join(parts)
+    left_out = [f"{name} was not measured: {why}" for name, why in scenario.left_out.items()]
+    return "\n\n".join([f"### {scenario.title}", _table(scenario), *left_out])
 
 
 def _table(scenario: ScenarioResults) -> str:
@@ -27,7 +24,7 @@ def _table(scenario: ScenarioResults) -> str:
     samples = [sample for case in scenario.cases for rounds in case.samples.values() for sample in rounds]
     values = list(dict.fromkeys(name for sample in samples for name in sample.values))
     has_cpu = any(sample.cpu_us for sample in samples)
-    heads = ["case", "subject", f"{_words(scenario.headline)}, of {scenario.baseline}", *map(_words, values)]
+    heads = ["case", "subject", f"{words(scenario.headline)}, of {scenario.baseline}", *map(words, values)]
     heads += ["CPU µs per request", "of which"] if has_cpu else []
     rows = [_row(scenario, case, subject, values, has_cpu) for case in scenario.cases for subject in case.samples if case.samples[subject]]
     lines = [heads, ["---", "---", *["--:" for _ in heads[2:]]], *rows]
@@ -53,14 +50,19 @@ def _by_process(case: CaseResults, subject: str) -> str:
     return ", ".join(f"{kind} {us}" for kind, us in ordered if us)
 
 
+def _claims(results: Results) -> str:
+    """One row for each claim of each scenario."""
+    heads = "| what must hold | bound | measured | holds |\n| --- | --- | --: | --- |"
+    return "\n".join([heads, *(_claim(scenario, claim) for scenario in results.scenarios for claim in scenario.claims)])
+
+
 def _claim(scenario: ScenarioResults, claim: Claim) -> str:
-    """One claim as a sentence, and whether it holds."""
-    subject = f"{claim.case}: {_words(claim.value)} of {claim.subject}"
-    against = f" against {' and '.join(claim.against)}" if len(claim.against) < 2 else f" against the best of {', '.join(claim.against)}"
-    bound = f"at least {claim.at_least:g}" if claim.at_least is not None else f"at most {claim.at_most:g}"
+    rivals = ", ".join(claim.against) if len(claim.against) < 2 else f"the best of {', '.join(claim.against)}"
+    what = f"{scenario.title}, {claim.case}: {words(claim.value)} of {claim.subject}{f' ÷ that of {rivals}' if rivals else ''}"
+    bound = f"≥ {claim.at_least:g}" if claim.at_least is not None else f"≤ {claim.at_most:g}"
     came = standing(scenario, claim)
-    told = "not measured" if came is None else f"{_told(came)}, {'holds' if holds(claim, came.median) else '**does not hold**'}"
-    return f"{subject}{against if claim.against else ''}, {bound}: {told}"
+    told, verdict = ("–", "not measured") if came is None else (_told(came), "yes" if holds(claim, came.median) else "**no**")
+    return f"| {what} | {bound} | {told} | {verdict} |"
 
 
 def _told(values: Spread) -> str:
@@ -78,5 +80,5 @@ def number(value: float) -> str:
 WORDS = {"per_second": "requests/s", "p50_ms": "p50 ms", "p99_ms": "p99 ms", "cpu_us": "CPU µs per request"}
 
 
-def _words(value: str) -> str:
+def words(value: str) -> str:
     return WORDS.get(value, value.replace("_", " "))

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from ..bench import Bench
 from ..closed_loop import closed_loop
 from ..peers import PEERS
-from ..scenario import Claim, Measure, Sample
+from ..scenario import Claim, Measure, Sample, warmed
 from ..subjects import Subject
 
 JSON, MEGABYTE = "10 KB of JSON and back, 64 clients", "1 MB, 16 clients"
@@ -34,9 +34,7 @@ class BodiesHttp:
                 return closed_loop(subject, "json", 64, bench.seconds, "json")
             return closed_loop(subject, "length", 16, bench.seconds, megabyte)
 
-        for case in self.cases:
-            measure(case)  # warm-up
-        return measure
+        return warmed(measure, lambda: [measure(case) for case in self.cases])
 
 
 BODIES_HTTP = BodiesHttp()

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from ..bench import Bench
 from ..calls import Caller, calling
 from ..peers import CALL_PEERS, FOLDER, Peer, running_worker
-from ..scenario import Claim, Measure, Sample
+from ..scenario import Claim, Measure, Sample, warmed
 from ..subjects import PROGRAMS, ROOT, Servers, running_mqserve
 
 IN_FLIGHT = 64
@@ -43,9 +43,7 @@ class Handles:
         def measure(case: str) -> Sample:
             return caller.measure(case, IN_FLIGHT, bench.seconds)
 
-        for case in self.cases:
-            caller.measure(case, IN_FLIGHT, WARM_UP_S)
-        return measure
+        return warmed(measure, lambda: [caller.measure(case, IN_FLIGHT, WARM_UP_S) for case in self.cases])
 
 
 @contextmanager

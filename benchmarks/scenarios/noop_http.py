@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from ..bench import Bench
 from ..closed_loop import closed_loop
 from ..peers import PEERS
-from ..scenario import Claim, Measure, Sample
+from ..scenario import Claim, Measure, Sample, warmed
 from ..subjects import Subject
 
 PATHS = {"async": "async_noop", "def": "noop"}
@@ -51,9 +51,8 @@ class NoopHttp:
                 return None
             return closed_loop(subject, PATHS[kind], CLIENTS[clients], bench.seconds, body)
 
-        for kind in ("def",) if without_async else PATHS:
-            closed_loop(subject, PATHS[kind], 16, WARM_UP_S, body)
-        return measure
+        paths = [PATHS["def"]] if without_async else PATHS.values()
+        return warmed(measure, lambda: [closed_loop(subject, path, 16, WARM_UP_S, body) for path in paths])
 
 
 NOOP_HTTP = NoopHttp()
