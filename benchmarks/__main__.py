@@ -70,7 +70,7 @@ def measured(scenario: Scenario, bench: Bench, rounds: int) -> ScenarioResults:
                 say(f"{scenario.name}, round {number + 1} of {rounds}: {case.case}")
                 _measure_in_turn(case, measures, bench.left_out, backwards=number % 2 == 1)
     for case in cases:
-        case.samples = {subject: samples for subject, samples in case.samples.items() if samples and subject not in bench.left_out}
+        case.samples = {subject: samples for subject, samples in case.samples.items() if len(samples) == rounds}
     return ScenarioResults(
         scenario.name, scenario.title, scenario.headline, scenario.baseline, list(scenario.claims), cases, dict(bench.left_out)
     )
@@ -78,12 +78,13 @@ def measured(scenario: Scenario, bench: Bench, rounds: int) -> ScenarioResults:
 
 def _measure_in_turn(case: CaseResults, measures: dict[str, Measure], left_out: dict[str, str], *, backwards: bool) -> None:
     for subject in reversed(list(measures)) if backwards else list(measures):
-        if subject in left_out:
+        name = f"{subject}, {case.case}"
+        if name in left_out:
             continue
         try:
             sample = measures[subject](case.case)
         except SubjectFailed as failed:
-            left_out[subject] = f"{case.case}: {failed}"
+            left_out[name] = str(failed)
         else:
             if sample is not None:
                 case.samples[subject].append(sample)

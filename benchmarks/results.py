@@ -37,7 +37,7 @@ class ScenarioResults(msgspec.Struct):
     baseline: str
     claims: list[Claim]
     cases: list[CaseResults]
-    left_out: dict[str, str] = {}  # subjects that could not be measured, and why
+    left_out: dict[str, str] = {}  # subjects, or a subject in one case, that could not be measured, and why
 
 
 class Results(msgspec.Struct):

@@ -28,7 +28,7 @@ class Sample:
 
 Measure = Callable[[str], Sample | None]
 """Measures its subject once in the named case, for about `bench.seconds`; None if the subject has no such case. Raises SubjectFailed if the
-sample would mean nothing; the subject is then left out of the rest of the scenario, and the report says why."""
+sample would mean nothing; the subject is then left out of that case, and the report says why."""
 
 
 def warmed(measure: Measure, warm_up: Callable[[], object]) -> Measure:

@@ -65,12 +65,12 @@ def test_a_case_that_a_subject_does_not_have_is_not_in_its_results() -> None:
     assert [list(case.samples) for case in run(Counted(), rounds=1).cases] == [["plain", "fast", "rare"], ["plain", "fast"]]
 
 
-def test_a_subject_that_fails_is_left_out_and_the_report_says_why() -> None:
+def test_a_subject_that_fails_in_a_case_is_left_out_of_it_and_the_report_says_why() -> None:
     scenario = Counted(fails="fast")
     told = run(scenario, rounds=3)
-    assert [turn for turn in scenario.turns if turn.startswith("fast")] == ["fast, 1 client"]
+    assert [turn for turn in scenario.turns if turn.startswith("fast")] == ["fast, 1 client", "fast, 2 clients"]
     assert [list(case.samples) for case in told.cases] == [["plain", "rare"], ["plain"]]
-    assert told.left_out == {"fast": "1 client: it is gone"}
+    assert told.left_out == {"fast, 1 client": "it is gone", "fast, 2 clients": "it is gone"}
 
 
 def test_a_ratio_is_taken_round_by_round_against_the_best_of_the_others() -> None:
