@@ -203,6 +203,7 @@ def _end(process: subprocess.Popen[bytes], *, kindly: bool) -> None:
         with suppress(psutil.NoSuchProcess):  # psutil knows a process by its start too, so that no other of that number is killed
             each.kill()
     process.wait()
+    psutil.wait_procs(tree, timeout=STOP_BUDGET_S)
 
 
 def _wait_for(url: str, process: subprocess.Popen[bytes]) -> None:

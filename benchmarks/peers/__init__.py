@@ -99,7 +99,7 @@ def _running(
 ) -> Iterator[Subject]:
     """Kills it at the end: nothing of it is kept, and Ray takes half a minute to end by itself."""
     command, cwd = [str(peer.python), "server.py", *arguments], FOLDER / peer.folder
-    with tempfile.TemporaryDirectory(prefix="peer-") as folder:
+    with tempfile.TemporaryDirectory(prefix="peer-", ignore_cleanup_errors=True) as folder:
         env = {**env, "TMPDIR": folder, "RAY_TMPDIR": folder}
         with running(peer.name, command, port, peer.kind_of, env, ready, servers, cwd, not peer.idles, kindly=False) as subject:
             yield subject
