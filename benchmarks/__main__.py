@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from .load import check_wrk
 from .peers import PEERS, installed
 from .results import CaseResults, Results, ScenarioResults
 from .scenario import Measure, Scenario
-from .scenarios import SCENARIOS
+from .scenarios import BY_NAME_ONLY, SCENARIOS
 from .subjects import SubjectFailed
 from .table import markdown
 
@@ -36,9 +37,8 @@ def main() -> None:
         run = Results(
             machine.revision(), arguments.rounds, arguments.seconds, machine.machine(), machine.versions(bench.servers, arguments.peers)
         )
-        for scenario in SCENARIOS:
-            if not arguments.only or scenario.name in arguments.only:
-                run.scenarios.append(measured(scenario, bench, arguments.rounds))
+        for scenario in chosen(arguments.only):
+            run.scenarios.append(measured(scenario, bench, arguments.rounds))
     results.write(run, arguments.to)
     say("done")
     print("\n" + markdown(run))
@@ -46,12 +46,17 @@ def main() -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=[scenario.name for scenario in SCENARIOS], default=[], help="these scenarios")
+    parser.add_argument("--only", nargs="+", choices=[each.name for each in SCENARIOS + BY_NAME_ONLY], default=[], help="these scenarios")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=installed(), help="beside these peers; else all that are installed")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0, help="of each sample")
     parser.add_argument("--to", type=Path, default=results.LATEST, help="the file for the results")
     return parser.parse_args()
+
+
+def chosen(names: Sequence[str]) -> list[Scenario]:
+    """The scenarios of these names, or all that do not need to be named."""
+    return [each for each in SCENARIOS + BY_NAME_ONLY if each.name in names or (not names and each in SCENARIOS)]
 
 
 def measured(scenario: Scenario, bench: Bench, rounds: int) -> ScenarioResults:

@@ -8,11 +8,11 @@ from .scenario import Sample
 from .subjects import Subject, SubjectFailed
 
 
-def closed_loop(subject: Subject, path: str, clients: int, seconds: float, body: str = "") -> Sample:
+def closed_loop(subject: Subject, path: str, clients: int, seconds: float, body: str = "", paths: int = 0) -> Sample:
     """Measures one load run. Raises SubjectFailed if a request was not answered with 200, since its cost would mean nothing."""
     with subject.taking_its_turn():
         before = subject.cpu_s()
-        report = load(f"{subject.url}/{path}", clients, seconds, body)
+        report = load(f"{subject.url}/{path}", clients, seconds, body, paths)
         after = subject.cpu_s()
     if report.failed or not report.requests:
         raise SubjectFailed(f"{report.failed} of {report.requests} requests to /{path} were not answered with 200")

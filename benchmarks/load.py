@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 POST = Path(__file__).parent / "programs" / "post.lua"
+SPREAD = Path(__file__).parent / "programs" / "spread.lua"
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,14 @@ def check_wrk() -> None:
         sys.exit("the load comes from wrk, and it is not installed: apt-get install wrk (or brew install wrk)")
 
 
-def load(url: str, clients: int, seconds: float, body: str = "") -> LoadReport:
-    """Sends as many requests as `clients` connections can send one after the other; with a `body` of post.lua these are POSTs."""
+def load(url: str, clients: int, seconds: float, body: str = "", paths: int = 0) -> LoadReport:
+    """Sends as many requests as `clients` connections can send one after the other.
+
+    With a `body` of post.lua these are POSTs; with `paths` they go to /r0, /r1 and so on in turn.
+    """
     command = ["wrk", "-t1", f"-c{clients}", f"-d{max(1, round(seconds))}s", "--latency", "--timeout", "30s"]
-    command += ["-s", str(POST), url, "--", body] if body else [url]
+    script = ["-s", str(POST), url, "--", body] if body else ["-s", str(SPREAD), url, "--", str(paths)]
+    command += script if body or paths else [url]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         told = process.stdout.read()

@@ -1,8 +1,16 @@
 """The scenarios of `make bench`, in the order in which they run."""
 
 from ..scenario import Scenario
+from .amqp import AMQP
+from .at_rest import IDLE, MEMORY
 from .bodies_http import BODIES_HTTP
+from .growth import BACKENDS, ROUTES
 from .handles import HANDLES
+from .million import MILLION
 from .noop_http import NOOP_HTTP
+from .overload import OVERLOAD
+from .slow_handlers import BATCHING, REPLICAS
 
-SCENARIOS: tuple[Scenario, ...] = (NOOP_HTTP, BODIES_HTTP, HANDLES)
+SCENARIOS: tuple[Scenario, ...] = (NOOP_HTTP, BODIES_HTTP, HANDLES, REPLICAS, BATCHING, BACKENDS, ROUTES, AMQP, OVERLOAD, MEMORY, IDLE)
+BY_NAME_ONLY: tuple[Scenario, ...] = (MILLION,)
+"""Those that take many minutes: they run when `--only` names them."""
