@@ -1,7 +1,8 @@
 """Requests at a fixed rate, whether the earlier ones are answered or not: `open_loop.py URL RATE SECONDS`.
 
 A latency counts from the time at which the request was due, so that a generator or a server that falls behind cannot hide it. Prints JSON:
-for each status the latencies in seconds, and as `sent_late_s` how much later than due each request was sent.
+for each status the latencies in seconds, as `sent_late_s` how much later than due each request was sent, and as `ended_s` when all were
+answered.
 """
 
 import asyncio
@@ -30,7 +31,8 @@ class Generator:
         self._host, self._port = parts.hostname, parts.port
         self._connections = 0
 
-    async def run(self, rate: float, seconds: float) -> None:
+    async def run(self, rate: float, seconds: float) -> float:
+        """Sends all requests, and returns after how many seconds the last one was answered."""
         await self._connect(64)
         began = time.perf_counter()
         sent, count = 0, round(rate * seconds)
@@ -47,7 +49,8 @@ class Generator:
             await asyncio.sleep(TICK_S)
         async with asyncio.timeout(ANSWER_BUDGET_S):
             while self.under_way:
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(TICK_S)
+        return time.perf_counter() - began
 
     async def _connect(self, count: int) -> None:
         self._connections += count
@@ -97,8 +100,8 @@ class Connection(asyncio.Protocol):
 
 def main() -> None:
     generator = Generator(sys.argv[1])
-    asyncio.run(generator.run(float(sys.argv[2]), float(sys.argv[3])))
-    print(json.dumps({"latencies_s": generator.latencies_s, "sent_late_s": generator.sent_late_s}))
+    ended_s = asyncio.run(generator.run(float(sys.argv[2]), float(sys.argv[3])))
+    print(json.dumps({"latencies_s": generator.latencies_s, "sent_late_s": generator.sent_late_s, "ended_s": ended_s}))
 
 
 if __name__ == "__main__":
