@@ -39,7 +39,7 @@ def main() -> None:
         )
         for scenario in chosen(arguments.only):
             run.scenarios.append(measured(scenario, bench, arguments.rounds))
-    results.write(run, arguments.to)
+            results.write(run, arguments.to)  # after each, so that a run that is ended keeps what it has
     say("done")
     print("\n" + markdown(run))
 
