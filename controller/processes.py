@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING
 from ..broker.errors import BadValue
 from ..broker.process import forks
 from ..broker.process.lifeline import PIPE_VARIABLE
-from ..broker.process.listener import bind
+from ..broker.process.listener import bind, new_common_file
 from ..broker.settings import PREFIX, Settings
 from .detached_log import PATH_VARIABLE, detached_log, open_log
 
@@ -154,7 +153,7 @@ class ProcessLauncher:
         self._settings = settings
         self._held_by_replicas = held_by_replicas
         self._listener: socket.socket | None = None
-        self._counts: io.FileIO | None = None  # the proxies' common one, if several share the socket
+        self._common: io.FileIO | None = None  # the file of the proxies, if several share the socket
         self._address = ("", 0)
 
     def replica(self, backend: str, replica_id: str, node: str, share: Share) -> Process:
@@ -169,8 +168,8 @@ class ProcessLauncher:
             return Process.start(arguments, self._settings.for_proxy())
         fds = {"--fd": listener.fileno()}
         if shares_port:
-            self._counts = self._counts or tempfile.TemporaryFile(buffering=0)  # noqa: SIM115, since it outlives this call
-            fds["--counts-fd"] = self._counts.fileno()
+            self._common = self._common or new_common_file()
+            fds["--common-fd"] = self._common.fileno()
         arguments += [word for option, fd in fds.items() for word in (option, str(fd))]
         return Process.start(arguments, self._settings.for_proxy(), hands_on=tuple(fds.values()))
 
@@ -178,9 +177,9 @@ class ProcessLauncher:
         if self._listener is not None:
             self._listener.close()
             self._listener = None
-        if self._counts is not None:
-            self._counts.close()
-            self._counts = None
+        if self._common is not None:
+            self._common.close()
+            self._common = None
 
     def _listen(self, host: str, port: int) -> socket.socket | None:
         if self._listener is None or self._address != (host, port):

@@ -18,6 +18,7 @@ from ..broker.values.codecs import is_plain
 from ..controller.state.documents import Desired
 from ..controller.state.traffic import choose
 from .calls import AsgiCall, HttpCall, PlainCall
+from .common_ids import CommonIds
 from .departures import Departures
 from .metrics import CONTENT_TYPE, ProxyMetrics
 from .readiness import DOWN_AFTER_MS
@@ -44,11 +45,13 @@ class ProxyApp:
 
     def __init__(
         self, sender: RequestSender, routes: RouteTable, readiness: Callable[[], tuple[bool, dict[str, Any]]],
-        *, metrics: ProxyMetrics | None = None, debug: bool = False, admin_token: str = "",
+        *, metrics: ProxyMetrics | None = None, common_ids: CommonIds | None = None, debug: bool = False, admin_token: str = "",
     ) -> None:  # fmt: skip
         self._sender = sender
         self.routes = routes
         self._readiness = readiness
+        self.mint_id = common_ids.mint if common_ids is not None else mint_id
+        self._common_ids = common_ids
         self._debug = debug
         self._metrics = metrics or ProxyMetrics()
         self.departures = Departures(sender.cancel)
@@ -78,9 +81,9 @@ class ProxyApp:
         if path.startswith("/-/"):
             # Written otherwise (`/%2D/…`) it passes by a server in front that lets nobody at `/-/`.
             is_plain = (scope["raw_path"] or b"").startswith(b"/-/")
-            reply = await self._system.answer(scope) if is_plain else _not_served(None, AsgiCall(scope))
+            reply = await self._system.answer(scope) if is_plain else _not_served(None, AsgiCall(scope, self.mint_id()))
         else:
-            reply = await self._serve(AsgiCall(scope), receive)
+            reply = await self._serve(AsgiCall(scope, self.mint_id()), receive)
         status, headers, body = with_length(reply, to_head=scope["method"] == "HEAD")
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
@@ -222,13 +225,17 @@ class ProxyApp:
         future_id = scope["path"].removeprefix("/-/futures/")
         if not is_minted(future_id):
             return problem(404, "That is no request's id: it is what X-Request-ID or a handle's future says, 32 hex digits.", mint_id())
-        if not (future_id in self._sender.pending or self._system.trusts(scope)):
+        if not (self._is_known(future_id) or self._system.trusts(scope)):
             # An id that this proxy does not know leaves traces in the store: not for anybody to make up.
             return forbidden("The request of another process")
         try:
             return json_reply({"id": future_id, "cancelled": await self._sender.cancel_everywhere(future_id)})
         except MQServeError as error:
             return from_error(error, future_id)
+
+    def _is_known(self, future_id: str) -> bool:
+        """Whether this proxy waits for the request, or one that shares its port has sent it."""
+        return future_id in self._sender.pending or (self._common_ids is not None and self._common_ids.are_ours(future_id))
 
     async def _metrics_page(self, scope: Scope) -> Reply:
         try:

@@ -7,7 +7,6 @@ import time
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..broker.calls.call import Awaited, Call
-from ..broker.envelope import mint_id
 from ..broker.errors import MQServeError
 from ..broker.results import Result
 from .responses import Reply
@@ -51,8 +50,8 @@ class AsgiCall(Awaited, HttpCall):
 
     __slots__ = ("future",)
 
-    def __init__(self, scope: dict[str, Any]) -> None:
-        self.id = mint_id()
+    def __init__(self, scope: dict[str, Any], id: str) -> None:
+        self.id = id
         self.began = time.monotonic()
         self.method, self.path, self.raw_path, self.query = scope["method"], scope["path"], scope["raw_path"] or b"", scope["query_string"]
         self.headers, self.http_version, self.scheme = scope["headers"], scope["http_version"], scope["scheme"]
@@ -87,7 +86,7 @@ class PlainCall(HttpCall):
     keep_alive: bool
 
     def __init__(self, connection: Connection, app: ProxyApp) -> None:
-        self.id = mint_id()
+        self.id = app.mint_id()
         self.began = time.monotonic()
         self.state = None
         self.connection = connection

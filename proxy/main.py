@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import logging
 import os
 import socket
@@ -23,7 +24,7 @@ from ..broker.errors import BackendFailed, MQServeError, StoreUnavailable
 from ..broker.failures import LEAVING, describe, traceback_of
 from ..broker.process import forks
 from ..broker.process.lifeline import Stop, stop_event
-from ..broker.process.listener import bind
+from ..broker.process.listener import KEY_BYTES, bind
 from ..broker.process.printable import printable_lines
 from ..broker.process.rate_limited_log import RateLimitedLog
 from ..broker.process.ticks import next_tick_s
@@ -40,6 +41,7 @@ from ..controller.state.documents import Desired, Observed
 from ..controller.state.following import follow_state
 from ..controller.state.presence import Presence
 from .app import ProxyApp
+from .common_ids import CommonIds
 from .plain_edge import PlainEdgeProtocol
 from .readiness import Readiness
 from .routes import RouteTable
@@ -57,8 +59,8 @@ LAST_ANSWERS_S = 2.0  # a connection that is idle for this long while a proxy en
 class ProxyOptions:
     """Which proxy this is and where it listens. An external proxy was started by hand, so it is neither counted nor stopped.
 
-    `fd` is the node's listening socket, which stays open while one proxy follows another; without it the proxy binds its own. `counts_fd`
-    is the file of the counts of all proxies on that socket, if there are several.
+    `fd` is the node's listening socket, which stays open while one proxy follows another; without it the proxy binds its own. `common_fd`
+    is the common file of all proxies on that socket, if there are several.
     """
 
     proxy_id: str
@@ -68,7 +70,7 @@ class ProxyOptions:
     external: bool = False
     debug: bool = False
     fd: int | None = None
-    counts_fd: int | None = None
+    common_fd: int | None = None
 
 
 async def main(settings: Settings, options: ProxyOptions) -> int:
@@ -95,7 +97,7 @@ class Proxy:
         self._options = options
         self._store = store
         self._keys = StoreKeys(settings.namespace)
-        self._shared_metrics = SharedMetrics(options.counts_fd) if options.counts_fd is not None else None
+        self._shared_metrics, self._common_ids = _open_common_file(options.common_fd)
         self._state = MemberState.STARTING
         self._error = ""
         self._behind = RateLimitedLog(logger)
@@ -194,6 +196,7 @@ class Proxy:
                 await self._table(desired, Observed()),
                 lambda: self._readiness.look(queue),
                 metrics=self._shared_metrics,
+                common_ids=self._common_ids,
                 debug=self._options.debug or desired.http.debug,
                 admin_token=self._settings.admin_token,
             )
@@ -288,6 +291,15 @@ class Proxy:
             seals=bool(self._settings.secret_keys),
             noted=self._store.health.noted,
         )  # fmt: skip
+
+
+def _open_common_file(fd: int | None) -> tuple[SharedMetrics | None, CommonIds | None]:
+    """Returns what a proxy has in common with those that share its socket."""
+    if fd is None:
+        return None, None
+    os.set_inheritable(fd, False)
+    file = forks.guard(io.FileIO(fd, "r+b"))
+    return SharedMetrics(file), CommonIds(os.pread(fd, KEY_BYTES, 0))
 
 
 def _why(error: BaseException) -> str:

@@ -2,7 +2,7 @@
 
 Each proxy adds its counts to one file: once a second, before each scrape that it answers, and when it ends. What a scrape has shown is
 thus in the file and stays there when its proxy ends, so no sum falls. The file has no name: whoever starts the proxies makes it and hands
-its descriptor on, and nothing is left behind when all have ended.
+its descriptor on (`broker/process/listener.py`), and nothing is left behind when all have ended.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import msgspec
 from prometheus_client import CollectorRegistry, generate_latest
 
 from ..broker.errors import MQServeError
-from ..broker.process import forks
+from ..broker.process.listener import KEY_BYTES
 from ..broker.process.rate_limited_log import RateLimitedLog
 from ..controller.state.documents import Desired
 from .metrics import ProxyMetrics
@@ -30,7 +30,8 @@ logger = logging.getLogger(__name__)
 
 SHARE_EVERY_S = 1.0
 LOCK_WAIT_S = 1.0  # others hold the lock for a few milliseconds, unless they are frozen just then
-_HEADER = struct.Struct("<QQ")  # where the valid part begins, and its length
+_HEADER = struct.Struct("<QQ")  # behind the key: where the valid part begins, and its length
+_CONTENT_AT = KEY_BYTES + _HEADER.size
 
 
 class _Route(msgspec.Struct, array_like=True):
@@ -54,10 +55,9 @@ _decode = msgspec.msgpack.Decoder(_Sums).decode
 class SharedMetrics(ProxyMetrics):
     """The metrics of one of the proxies. It holds what it has counted since it last wrote; the file has the rest."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, file: io.FileIO) -> None:
         super().__init__()
-        os.set_inheritable(fd, False)
-        self._file = forks.guard(io.FileIO(fd, "r+b"))
+        self._file = file
         self._behind = RateLimitedLog(logger)
         self._written: tuple[object, ...] = ()
 
@@ -130,20 +130,20 @@ class SharedMetrics(ProxyMetrics):
         return dict(self.waiting), self._desired
 
     def _read(self) -> _Sums:
-        header = os.pread(self._file.fileno(), _HEADER.size, 0)
-        if not header:
-            return _Sums()
-        at, length = _HEADER.unpack(header)
-        return _decode(os.pread(self._file.fileno(), length, at))
+        at, length = self._read_header()
+        return _decode(os.pread(self._file.fileno(), length, at)) if length else _Sums()
+
+    def _read_header(self) -> tuple[int, int]:
+        header = os.pread(self._file.fileno(), _HEADER.size, KEY_BYTES)
+        return _HEADER.unpack(header) if header else (_CONTENT_AT, 0)
 
     def _write(self, sums: _Sums) -> None:
         """Writes beside what is valid, and then the header, so that a proxy that is killed in between has changed nothing."""
         content, fd = msgspec.msgpack.encode(sums), self._file.fileno()
-        header = os.pread(fd, _HEADER.size, 0)
-        at, length = _HEADER.unpack(header) if header else (_HEADER.size, 0)
-        at = _HEADER.size if at >= _HEADER.size + len(content) else at + length
+        at, length = self._read_header()
+        at = _CONTENT_AT if at >= _CONTENT_AT + len(content) else at + length
         os.pwrite(fd, content, at)
-        os.pwrite(fd, _HEADER.pack(at, len(content)), 0)
+        os.pwrite(fd, _HEADER.pack(at, len(content)), KEY_BYTES)
 
 
 def _version(desired: Desired) -> tuple[int, int]:

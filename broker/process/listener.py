@@ -1,12 +1,25 @@
-"""The socket on which proxies listen. It is bound here, because a node holds it for the next proxy as well."""
+"""The socket on which proxies listen, and the file of those that share one. They are made here, because a node holds them for the next
+proxy as well."""
 
 from __future__ import annotations
 
 import errno
+import io
+import os
 import socket
+import tempfile
 
 from ..errors import BadValue
 from . import forks
+
+KEY_BYTES = 32
+
+
+def new_common_file() -> io.FileIO:
+    """Returns a file without a name for the proxies that share a socket. It begins with a key that only they know."""
+    with tempfile.TemporaryFile(buffering=0) as file:
+        file.write(os.urandom(KEY_BYTES))
+        return io.FileIO(os.dup(file.fileno()), "r+b")
 
 
 def bind(host: str, port: int) -> socket.socket:

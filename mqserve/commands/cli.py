@@ -343,20 +343,34 @@ def supervisor(namespace: str | None, **kept: Any) -> int:
 
 @cli.command()
 @namespace_option
-@_with([*http_options[:2], http_options[3]])
+@_with(http_options[:2] + http_options[3:])
 @click.option("--proxy-id", hidden=True)
 @click.option("--node-id", hidden=True, default="")
 @click.option("--fd", hidden=True, type=int)
-@click.option("--counts-fd", hidden=True, type=int)
+@click.option("--common-fd", hidden=True, type=int)
 @_one_sentence
-def proxy(namespace: str | None, host: str, port: int, debug: bool, proxy_id: str | None, node_id: str, **fds: int | None) -> int:
-    """Run one HTTP proxy by hand: the controller configures and shows it, but does not count it."""
+def proxy(
+    namespace: str | None,
+    host: str,
+    port: int,
+    debug: bool,
+    http_workers: int,
+    proxy_id: str | None,
+    node_id: str,
+    **fds: int | None,
+) -> int:
+    """Run HTTP proxies by hand, one or several on one port: the controller configures and shows them, but does not count them."""
+    settings = _distributed(namespace, "proxy")
+    if http_workers > 1:
+        from ..instance.proxy_workers import run_proxy_workers
+
+        return run_loop(run_proxy_workers(settings, host, port, http_workers, debug=debug))
     from ..proxy.main import ProxyOptions
     from ..proxy.main import main as run_proxy
 
     own_id = proxy_id or f"{_own_id('proxy')}#{secrets.token_hex(3)}"  # a restarted container may get the same host name and pid again
     options = ProxyOptions(own_id, host, port, node_id, external=proxy_id is None, debug=debug, **fds)
-    return run_loop(run_proxy(_distributed(namespace, "proxy"), options))
+    return run_loop(run_proxy(settings, options))
 
 
 @cli.command()

@@ -4,19 +4,25 @@ import http.client
 import os
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 
+import mqserve as serve
 from tests.faults.load import Load
 from tests.faults.members import Members
-from tests.instances import Deploy, distributed_only, is_alive, wait_until
+from tests.gates import Gate
+from tests.instances import CommandLine, Deploy, distributed_only, is_alive, wait_until
+from tests.ports import free_port
 
 pytestmark = distributed_only
 
+NO_HEADERS: Mapping[str, str] = {}
 HTTP_OPTIONS = {"workers": 2}
 
 
@@ -47,9 +53,9 @@ class Connection:
         self._http.auto_open = False  # otherwise it would mend itself
         self._local_port = self._http.sock.getsockname()[1]
 
-    def get(self, path: str) -> int:
+    def get(self, path: str, method: str = "GET", headers: Mapping[str, str] = NO_HEADERS) -> int:
         """The status of the answer. Raises OSError or HTTPException if the connection is broken."""
-        self._http.request("GET", path)
+        self._http.request(method, path, headers=dict(headers))
         response = self._http.getresponse()
         response.read()
         return response.status
@@ -121,6 +127,27 @@ def test_each_worker_shows_the_metrics_of_all_also_of_one_that_was_killed(deploy
         assert [requests_counted(url) for _ in range(10)] == [sent] * 10
 
 
+def test_whoever_knows_a_requests_id_may_cancel_it_at_any_worker(deploy: Deploy, members: Members, tmp_path: Path) -> None:
+    gate = Gate(tmp_path)
+
+    async def wait(request: serve.Request) -> str:
+        await gate.pass_through_async(request.id)
+        return "late"
+
+    url, stranger = deploy.at(wait), {"Via": "1.1 a-proxy-in-front"}
+    pids = wait_until(both(members))
+    with connections_to_all(deploy.url, pids) as held, ThreadPoolExecutor() as background:
+        asking = [background.submit(connections[0].get, path_of(url)) for connections in held.values()]
+        wait_until(lambda: len(gate.names) == 2)
+        cancelled, _ = gate.names
+        askers = [connections[1] for connections in held.values()]
+        assert [asker.get(f"/-/futures/{'0' * 32}", "DELETE", stranger) for asker in askers] == [403, 403]
+        assert {asker.get(f"/-/futures/{cancelled}", "DELETE", stranger) for asker in askers} == {200}
+        wait_until(lambda: sum(asked.done() for asked in asking) == 1)
+        gate.open()
+        assert sorted(asked.result() for asked in asking) == [200, 499]
+
+
 def test_a_killed_worker_costs_only_its_own_connections_and_is_replaced(deploy: Deploy, members: Members) -> None:
     url = deploy.at(well)
     killed, kept = wait_until(both(members))
@@ -136,6 +163,25 @@ def test_a_killed_worker_costs_only_its_own_connections_and_is_replaced(deploy: 
     assert sum(load.failed.values()) <= 5, "each of its five connections broke once, at most"
     assert {status for status, _ in load.failed} <= {0}, load
     wait_until(lambda: killed not in {beat.pid for beat in members.last_beats()}, 20)
+
+
+def test_external_workers_share_a_port_and_are_replaced_and_leave_together(deploy: Deploy, members: Members, joining: CommandLine) -> None:
+    url, port = deploy.at(well), free_port()
+    nodes = wait_until(both(members))
+    started = joining.start("proxy", "--port", str(port), "--http-workers", "2")
+    wait_until(lambda: len(members.pids("proxy") - nodes) == 2, told=lambda: started.output)
+    external = members.pids("proxy") - nodes
+    theirs = f"http://127.0.0.1:{port}{path_of(url)}"
+    with connections_to_all(theirs, external) as held, Load(theirs) as load:
+        killed, kept = external
+        os.kill(killed, signal.SIGKILL)
+        assert not any(connection.breaks(path_of(url)) for connection in held[kept])
+        wait_until(lambda: len(members.pids("proxy") - nodes - {killed}) == 2)
+        assert {status for status, _ in load.failed} <= {0}, load
+    pids = members.pids("proxy") - nodes - {killed}
+    started.signal(signal.SIGTERM)
+    assert started.wait() == 0, started.output
+    assert not any(psutil.pid_exists(pid) for pid in pids)
 
 
 def test_workers_that_drain_one_after_another_fail_no_request(deploy: Deploy, members: Members) -> None:

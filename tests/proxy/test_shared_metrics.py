@@ -1,17 +1,17 @@
 """The metrics of several proxies on one port: each shows the sums of all, and no sum ever falls."""
 
+import io
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from typing import IO
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from mqserve.broker.errors import MQServeError
+from mqserve.broker.process.listener import new_common_file
 from mqserve.controller.state.documents import Backend, Desired, Endpoint
 from mqserve.proxy.shared_metrics import SharedMetrics
 
@@ -25,15 +25,15 @@ def document(version: int, *endpoints: str) -> Desired:
 
 
 @pytest.fixture
-def file() -> Iterator[IO[bytes]]:
-    with tempfile.TemporaryFile() as file:
+def file() -> Iterator[io.FileIO]:
+    with new_common_file() as file:
         yield file
 
 
 @pytest.fixture
-async def pair(file: IO[bytes]) -> AsyncIterator[tuple[SharedMetrics, SharedMetrics]]:
+async def pair(file: io.FileIO) -> AsyncIterator[tuple[SharedMetrics, SharedMetrics]]:
     """Two proxies that know the route /old."""
-    one, other = (SharedMetrics(os.dup(file.fileno())) for _ in range(2))
+    one, other = (SharedMetrics(io.FileIO(os.dup(file.fileno()), "r+b")) for _ in range(2))
     for metrics in (one, other):
         metrics.keep(document(1, "old"))
     yield one, other
@@ -42,7 +42,7 @@ async def pair(file: IO[bytes]) -> AsyncIterator[tuple[SharedMetrics, SharedMetr
 
 
 @contextmanager
-def another_proxy(program: str, file: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+def another_proxy(program: str, file: io.FileIO) -> Iterator[subprocess.Popen[bytes]]:
     """A process that runs the program with the file as its first argument. It has come to the program's end, and lives."""
     command = [sys.executable, "-c", f"{program}\nprint('here', flush=True)\nsys.stdin.read()", str(file.fileno())]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[file.fileno()]) as process:
@@ -89,12 +89,12 @@ async def test_a_sum_that_was_shown_never_falls_whichever_proxy_is_asked(pair: t
 
 
 async def test_the_counts_of_a_proxy_that_was_killed_stay_and_what_waited_there_goes(
-    pair: tuple[SharedMetrics, SharedMetrics], file: IO[bytes]
+    pair: tuple[SharedMetrics, SharedMetrics], file: io.FileIO
 ) -> None:
     program = (
-        "import asyncio, sys\n"
+        "import asyncio, io, sys\n"
         "from mqserve.proxy.shared_metrics import SharedMetrics\n"
-        "metrics = SharedMetrics(int(sys.argv[1]))\n"
+        "metrics = SharedMetrics(io.FileIO(int(sys.argv[1]), 'r+b'))\n"
         "metrics.route('/old').answered(200, 1.0)\n"
         "metrics.waiting['b', 'old'] += 5\n"
         "asyncio.run(metrics.close())\n"
@@ -125,7 +125,7 @@ async def test_a_proxy_that_is_behind_drops_no_series_of_a_new_route(pair: tuple
 
 
 async def test_a_proxy_that_hangs_with_the_lock_does_not_hang_the_others(
-    pair: tuple[SharedMetrics, SharedMetrics], file: IO[bytes]
+    pair: tuple[SharedMetrics, SharedMetrics], file: io.FileIO
 ) -> None:
     pair[0].route("/old").answered(200, 1.0)
     holds_it = "import fcntl, sys; fcntl.lockf(int(sys.argv[1]), fcntl.LOCK_EX)"
@@ -134,7 +134,7 @@ async def test_a_proxy_that_hangs_with_the_lock_does_not_hang_the_others(
     assert await value(pair[0], "mqserve_num_http_requests_total") == 1
 
 
-async def test_the_file_does_not_grow_with_every_write(pair: tuple[SharedMetrics, SharedMetrics], file: IO[bytes]) -> None:
+async def test_the_file_does_not_grow_with_every_write(pair: tuple[SharedMetrics, SharedMetrics], file: io.FileIO) -> None:
     sizes = set()
     for _ in range(200):
         pair[0].route("/old").answered(200, 1.0)
