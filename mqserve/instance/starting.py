@@ -349,7 +349,8 @@ async def _until_up(connections: Connections, http: HttpOptions, head_node: str,
         proxies_serve = not wants_proxy or sum(proxy.state is MemberState.READY for proxy in proxies) >= http.workers
         return True if is_led and node_is_there and proxies_serve else None
 
+    budget_s = START_BUDGET_S + http.workers - 1  # each is a process, and may have to share a core
     try:
-        await until(connections.store, is_up, START_BUDGET_S)
+        await until(connections.store, is_up, budget_s)
     except TimeoutError:
-        raise InstanceError(f"the instance was not up within {START_BUDGET_S:g} s: see {processes.log}, and `mqserve status`") from None
+        raise InstanceError(f"the instance was not up within {budget_s:g} s: see {processes.log}, and `mqserve status`") from None
