@@ -1,6 +1,7 @@
 """Replicas of a quick plain handler hold requests ahead: none is blamed for a poison beside it, lost, or kept behind a slow call."""
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,35 @@ def test_poisons_are_set_aside_and_none_of_the_innocents_beside_them(
                 ref.result(600)
         else:
             assert ref.result(600) == f"bread {number}"
+
+
+@pytest.mark.row(16)
+@pytest.mark.long
+def test_poisons_slow_calls_and_drains_together_lose_none_of_a_thousand_innocents(client: serve.Client, deploy: Deploy) -> None:
+    """Run times of 7 µs and 1 s are mixed, and replicas go and come while their windows are full. `max_attempts=1` forgives no slow call a
+    start mark that it has left behind."""
+
+    def handler(request: Any) -> str:
+        if request.data == "poison":
+            os._exit(1)
+        if request.data == "slow":
+            time.sleep(1)
+        return f"{request.data}"
+
+    name = deploy(handler, num_replicas=2, max_attempts=1, request_timeout_s=600)
+    handle = client.get_handle(name)
+    look_ahead(handle)
+    words = {number: "poison" if number % 21 == 20 else "slow" if number % 50 == 7 else f"bread {number}" for number in range(1050)}
+    assert sum(word == "poison" for word in words.values()) == 50
+    refs = {number: handle.remote(word) for number, word in words.items()}
+    for replicas in (1, 2, 1, 2):
+        client.update_backend_config(name, {"num_replicas": replicas})
+    for number, ref in refs.items():
+        if words[number] == "poison":
+            with pytest.raises(serve.RemoteError, match="Poison"):
+                ref.result(600)
+        else:
+            assert ref.result(600) == words[number]
 
 
 @pytest.mark.row(19)
