@@ -8,7 +8,7 @@
 | `mqserve:<ns>:redeliveries:{id}` | counter | replica, on redelivery | replica              | one day                   |
 | `mqserve:<ns>:claim:{id}`    | string | replica, after a change of the queue's generation | replica | one day          |
 | `mqserve:<ns>:body:{id}`     | string | sender: a body by reference | replica      | the request's deadline + 60 s |
-| `mqserve:<ns>:body:{id.result}` | string | replica: a large result | waiting processes | RESULT_TTL_S      |
+| `mqserve:<ns>:body:{id.result}` | string | replica: a large result | waiting processes | RESULT_TTL_S, or when a proxy has read it |
 | `mqserve:<ns>:inbox:<pid>`   | list   | replicas             | that process      | INBOX_TTL_S, renewed by each write |
 | `mqserve:<ns>:code:<sha256>` | string: a backend's code, manifest, chunk | clients, nodes | replicas, nodes | as the next |
 | `mqserve:<ns>:code:all.<sha256>` | string: convertor, middlewares | clients | proxies, replicas | CODE_TTL_S; none while deployed |

@@ -23,6 +23,7 @@ class HttpCall(Call):
 
     __slots__ = ("began", "client", "headers", "http_version", "method", "path", "query", "raw_path", "scheme", "server", "state", "target")
 
+    reads_alone = True
     began: float  # monotonic
     method: str
     path: str

@@ -34,7 +34,8 @@ from .stages import Job, Stage
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-INLINE_RESULT_BYTES = 1024 * 1024  # a larger body gets a key of its own
+INLINE_RESULT_BYTES = 256 * 1024  # a larger body gets a key of its own: a script copies its arguments several times
+INLINE_FOR_STRANGERS_BYTES = 1024 * 1024  # who publishes by AMQP may read the result by its key, and finds the body in it up to this size
 GIVE_BACK_AFTER_S = 0.5
 UNLIMITED_S = 60.0  # for a request without a deadline: how long storing its result is retried
 _CONFIRM_BUDGET_S = 10.0
@@ -86,7 +87,7 @@ class Settlement:
         job.move(Stage.RECORDING)
         if envelope.header.shadow:
             self.ack(job)
-        elif envelope.reply_to or len(result.body) > INLINE_RESULT_BYTES:
+        elif envelope.reply_to or _is_large(envelope, result.body):
             self._await_for(job, self.start(job, self._answer_slowly(job, result)))
         elif envelope.id:
             recorded = self.record(job, result)
@@ -144,7 +145,7 @@ class Settlement:
         envelope, body = job.envelope, result.body
         until = job.deadline if envelope.header.deadline else time.monotonic() + UNLIMITED_S
         kept = result
-        if len(body) > INLINE_RESULT_BYTES:
+        if _is_large(envelope, body):
             key = self._keys.result_body(envelope.future_id(self._backend))
             await _insist(lambda: self._store.set(key, body, ttl_ms=RESULT_TTL_S * 1000), until)
             kept = msgspec.structs.replace(result, body=b"", ref=key)
@@ -323,6 +324,11 @@ class Settlement:
 def is_kept(envelope: Envelope) -> bool:
     """Whether the result is stored: not for a request without an id (fire and forget), and not for a shadow, whose result nobody reads."""
     return bool(envelope.id) and not envelope.header.shadow
+
+
+def _is_large(envelope: Envelope, body: bytes) -> bool:
+    """Whether the body of the request's result gets a key of its own."""
+    return len(body) > (INLINE_RESULT_BYTES if envelope.header.origin else INLINE_FOR_STRANGERS_BYTES)
 
 
 async def _insist(act: Callable[[], Awaitable[T]], until: float) -> T:

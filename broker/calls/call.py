@@ -21,6 +21,8 @@ class Call:
 
     __slots__ = ("backend", "deadline_ms", "envelope", "give_up_at", "id", "pace", "sender", "sent_at", "shards")
 
+    reads_alone = False  # nobody else reads the result, so that a large body leaves the store once it is read
+
     id: str
     backend: str
     deadline_ms: int  # store time

@@ -265,7 +265,10 @@ class PendingResults:
         try:
             for pause_s in delays():
                 try:
-                    return self._set(future_id, await with_body(self._store, self._keys, future_id, result))
+                    whole = await with_body(self._store, self._keys, future_id, result)
+                    if (call := self._waiting.get(future_id)) is not None and call.reads_alone:
+                        self._store.drop_soon(self._keys.result_body(future_id))
+                    return self._set(future_id, whole)
                 except StoreUnavailable as error:
                     if future_id not in self._waiting and future_id not in self._strangers:
                         return

@@ -75,6 +75,30 @@ async def test_a_result_with_its_body_by_reference_comes_whole(sender: RequestSe
     assert (result.status, result.body, result.ref) == (201, b"whole", "")
 
 
+@pytest.mark.parametrize("is_alone", [True, False])
+async def test_a_large_result_that_nobody_else_reads_leaves_the_store_once_it_is_read(
+    sender: RequestSender, queue: Queue, store: Store, keys: StoreKeys, is_alone: bool
+) -> None:
+    """The store would keep it for ten minutes, and be full in one."""
+    hands = await consumed(queue)
+    ticket = send(sender, ticket=Alone(mint_id()) if is_alone else None)
+    await hands.hold(1)
+    body_key = keys.result_body(ticket.id)
+    await store.set(body_key, b"whole")
+    await recorded(store, keys, hands.held[0].envelope(), Result(ref=body_key))
+    assert (await answer(ticket)).body == b"whole"
+    if is_alone:
+
+        async def is_gone() -> bool:
+            return await store.get(body_key) is None
+
+        await until(is_gone)
+    else:
+        await sender.settle()
+        assert (await sender.pending.result(ticket.id, 10)).body == b"whole"
+    assert await store.get(keys.future(ticket.id)) is not None  # or another delivery of the request would run it again
+
+
 async def test_a_result_that_names_anothers_body_does_not_get_it(
     sender: RequestSender, queue: Queue, store: Store, keys: StoreKeys
 ) -> None:
@@ -289,8 +313,21 @@ async def test_a_request_fails_when_the_broker_stays_away(keys: StoreKeys) -> No
             await answer(send(sender))
 
 
-def send(sender: RequestSender, body: bytes = b"", backend: str = "b", timeout_s: float = 10, future_id: str = "") -> Ticket:
-    ticket = Ticket(future_id or mint_id())
+class Alone(Ticket):
+    """A request whose result nobody else reads, as a proxy's are."""
+
+    reads_alone = True
+
+
+def send(
+    sender: RequestSender,
+    body: bytes = b"",
+    backend: str = "b",
+    timeout_s: float = 10,
+    future_id: str = "",
+    ticket: Ticket | None = None,
+) -> Ticket:
+    ticket = ticket or Ticket(future_id or mint_id())
     sender.send(ticket, backend, body, "application/octet-stream", RequestHead(), origin="http", timeout_s=timeout_s)
     return ticket
 

@@ -119,6 +119,18 @@ async def test_a_large_result_is_kept_until_the_store_takes_it_and_the_request_n
         assert not serving.worker.jobs
 
 
+async def test_who_publishes_by_amqp_finds_a_body_of_1_mib_in_its_result(keys: StoreKeys) -> None:
+    """The protocol says so; our own processes find a body of that size under a key of its own."""
+    body = b"x" * (1024 * 1024)
+    async with Serving() as serving:
+        for envelope, is_inline in ((request(id="order-17"), True), (minted(), False)):
+            await serving.send(envelope)
+            serving.end(await serving.taken(), Result(body=body))
+            await serving.settled()
+            raw = await serving.store.get(keys.future(envelope.future_id("b")))
+            assert raw is not None and (Result.from_bytes(raw).body == body) is is_inline
+
+
 async def test_a_body_that_travelled_by_reference_goes_with_its_answer(keys: StoreKeys) -> None:
     async with Serving() as serving:
         await serving.store.set(keys.body(MINTED), b"large")
