@@ -25,10 +25,11 @@ from ..process.tasks import Tasks
 from ..settings import masked
 from ..store import WRONG_TYPE, Guard, Record
 from ..store_keys import LOG_LENGTH, LOG_TTL_S, StoreKeys
-from .client import FAILURES, Client, blocking_client, heeding_cancellation, pooled_client
+from .client import FAILURES, blocking_client, heeding_cancellation, pooled_client
 from .health import StoreHealth
 from .hot_wire import HotWire, dial
 from .inbox import BLOCK_S, InboxReader
+from .large_reads import LargeReads
 from .many_keys import expire_keys, extend_keys
 from .record_script import CALL_BUDGET_S, RecordScript
 from .record_script import TEXT as RECORD_TEXT
@@ -78,6 +79,7 @@ class RedisStore:
         self._offset_measured_at = 0.0  # monotonic
         self.health = StoreHealth()
         self._record = RecordScript(self._dial, self.health.wrote, self._note, self._record_failed)
+        self._large_reads = LargeReads(self._dial, LARGE_BUDGET_S)
         self._writer = ResultWriter(self._record.write, self.now_ms)
         self._watchers: set[asyncio.Event] = set()
         self._taken_away = RateLimitedLog(logger)
@@ -131,14 +133,14 @@ class RedisStore:
     # Documents and plain keys.
 
     async def get(self, key: str) -> bytes | None:
-        return await self._call(lambda: self._read(self._commands, key))
+        return await self._call(lambda: self._read(self._commands.get, key))
 
     async def get_large(self, key: str) -> bytes | None:
-        return await self._call(lambda: self._read(self._large, key), LARGE_BUDGET_S)
+        return await self._call(lambda: self._read(self._large_reads.get, key), LARGE_BUDGET_S)
 
-    async def _read(self, client: Client, key: str) -> bytes | None:
+    async def _read(self, get: Callable[[str], Awaitable[Any]], key: str) -> bytes | None:
         try:
-            found: Any = await client.get(key)
+            found = await get(key)
         except ResponseError as error:
             if refusal_code(error) != "WRONGTYPE":
                 raise
@@ -336,6 +338,7 @@ class RedisStore:
     async def close(self) -> None:
         await self._writer.close(CALL_BUDGET_S)
         self._record.close()
+        self._large_reads.hang_up()
         self._leaving.cancel()
         for task in self._tasks:
             task.cancel()
@@ -376,6 +379,7 @@ class RedisStore:
 
     async def _leave_server(self) -> None:
         self._record.hang_up()
+        self._large_reads.hang_up()
         for client in (self._commands, self._large, self._blocking):
             await client.connection_pool.disconnect(inuse_connections=False)
 
