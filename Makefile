@@ -44,7 +44,7 @@ coverage: .venv/.installed-dev
 	$(RUN_TESTS) -m 'not long and not faults' --cov --cov-report=term-missing:skip-covered
 
 fuzz: .venv/.installed-dev
-	HYPOTHESIS_PROFILE=long $(RUN_TESTS) tests/fuzz
+	HYPOTHESIS_PROFILE=long $(RUN_TESTS) tests/fuzz -o faulthandler_timeout=0
 
 SECONDS ?= 300
 soak: .venv/.installed-dev
