@@ -210,7 +210,7 @@ class RedisStore:
         return await extend_keys(self._commands, self._call, keys, ttl_ms)
 
     async def put_field(self, key: str, field: str, value: bytes) -> None:
-        await self._made_anew(key, lambda: self._commands.hset(key, field, value))
+        await self._made_anew(key, lambda: self._record.ask("HSET", key, field, value))
 
     async def drop_fields(self, key: str, *fields: str) -> None:
         if fields:

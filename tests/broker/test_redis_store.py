@@ -12,6 +12,7 @@ from mqserve.broker.calls.call import Ticket
 from mqserve.broker.calls.pending import PendingResults
 from mqserve.broker.errors import StoreUnavailable
 from mqserve.broker.overload import Pace
+from mqserve.broker.redis.hot_wire import HotWire
 from mqserve.broker.redis.result_writer import FLUSH_BYTES
 from mqserve.broker.redis.store import RedisStore, open_redis
 from mqserve.broker.results import Result, entry_of
@@ -302,3 +303,31 @@ async def test_a_look_at_the_clock_that_takes_long_is_not_believed(
             seen.append(abs(offset_ms() - before))
             await asyncio.sleep(0.01)
         assert max(seen) < 200
+
+
+async def test_a_beat_is_written_over_a_new_connection_when_the_old_one_breaks_or_is_silent(
+    store_wire: Wire, namespace: str, keys: StoreKeys
+) -> None:
+    async with open_redis(store_wire.url, namespace) as store:
+        for number, fault in enumerate((store_wire.reset, store_wire.finish, store_wire.strand)):
+            fault()
+            await store.put_field(keys.beats, "node", b"%d" % number)
+            assert (await store.fields(keys.beats))["node"] == b"%d" % number
+        assert store.health.connected
+
+
+async def test_beats_and_results_that_meet_a_lost_connection_open_one_between_them(store_url: str, namespace: str, keys: StoreKeys) -> None:
+    async with open_redis(store_url, namespace) as store:
+        script = store._record
+        dials, dial = [], script._dial
+
+        async def counted() -> HotWire:
+            dials.append(1)
+            return await dial()
+
+        script._dial = counted
+        script.hang_up()
+        written = store.record(Record(keys.future("f"), b"result", "", b"", deadline_ms=store.now_ms() + 60_000))
+        await asyncio.gather(*(store.put_field(keys.beats, f"node {number}", b"1") for number in range(5)))
+        assert await written and len(await store.fields(keys.beats)) == 5
+        assert len(dials) == 1
