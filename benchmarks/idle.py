@@ -89,7 +89,7 @@ def main() -> None:
 def _measured(instances: list[Instance], seconds: float) -> dict[str, dict[str, list[tuple[Reading, Reading]]]]:
     """The readings at both ends of the window, by instance and by kind of process. Prints what the servers were asked meanwhile."""
     kinds = {instance.name: instance.pids() for instance in instances}
-    packets = {instance.name: instance.amqp_packets() for instance in instances}
+    packets = {instance.name: (time.monotonic(), instance.amqp_packets()) for instance in instances}  # asking takes a while itself
     time.sleep(2.0)  # what was asked costs the servers something
     commands = {instance.name: instance.redis_commands() for instance in instances}
     began = time.monotonic()
@@ -102,7 +102,8 @@ def _measured(instances: list[Instance], seconds: float) -> dict[str, dict[str, 
         most = ", ".join(f"{name} {count / took_s:.1f}" for name, count in asked.most_common(12))
         print(f"{instance.name}: Redis commands per second: {most}")
     for instance in instances:
-        rate = (instance.amqp_packets() - packets[instance.name]) / (time.monotonic() - began + 2.0)
+        (asked_at, had_read), now = packets[instance.name], time.monotonic()
+        rate = (instance.amqp_packets() - had_read) / (now - asked_at)
         print(f"{instance.name}: packets that RabbitMQ reads per second: {rate:.1f}")
     found: dict[str, dict[str, list[tuple[Reading, Reading]]]] = defaultdict(lambda: defaultdict(list))
     for name, pids in kinds.items():
