@@ -126,3 +126,20 @@ def test_a_file_in_a_package_that_imports_its_siblings_is_run_by_its_name(shell:
     program = shell.start("run", "code/pkg/app.py", "--location", "NoServer")
     assert program.wait() == 1, program.output
     assert "run it by its name from the folder around, `mqserve run pkg.app`" in program.output
+
+
+def test_a_run_file_that_calls_a_handle_finds_what_it_has_declared_until_then(either_shell: CommandLine) -> None:
+    text = """
+import mqserve as serve
+def first(request):
+    return "first"
+def second(request):
+    return f"second after {answer}"
+serve.create_backend("first", first)
+serve.create_endpoint("first", backend="first")
+answer = serve.get_handle("first").remote().result(60)
+serve.create_backend("second", second)
+serve.create_endpoint("second", backend="second", route="/second")
+"""
+    answer, program = answer_once_ended(either_shell, text, "/second")
+    assert answer == "second after first", program.output

@@ -124,11 +124,13 @@ def test_a_run_is_ready_once_all_that_its_file_declares_is_deployed(form: str, r
     shell: CommandLine = request.getfixturevalue("shell" if form == "embedded" else "distributed_shell")
     go_on, port = shell.folder / "go-on", free_port()
     program = shell.start("run", shell.file("app.py", SLOW.format(go_on=str(go_on))), "--port", str(port))
-    wait_until(lambda: answers(f"http://127.0.0.1:{port}/quick"), told=lambda: program.output)
+    program.wait_for("quick is ready")
+    assert not answers(f"http://127.0.0.1:{port}/quick"), "all that the file declares is served together"
     status, facts = readiness_of(port)
     assert (status, facts["routes"], facts["why"]) == (503, False, {"routes": "not all that was declared is deployed yet"})
     go_on.touch()
     program.wait_for("Serving on")
+    assert answers(f"http://127.0.0.1:{port}/quick") and answers(f"http://127.0.0.1:{port}/slow")
     assert readiness_of(port) == (200, {"ready": True, "broker": True, "store": True, "routes": True})
 
 

@@ -38,11 +38,13 @@ class Packed(NamedTuple):
     files: Files | None = None
 
 
-async def save(store: Store, keys: StoreKeys, packed: Packed) -> str:
-    """Writes the files first, so that a replica that finds the code finds them. Returns the hash of the code."""
-    if packed.files is not None:
-        await save_files(store, keys, packed.files)
-    return await code.save(store, keys, packed.code)
+async def save(store: Store, keys: StoreKeys, *packed: Packed) -> None:
+    """Writes the files first, so that a replica that finds the code finds them. Backends of one program mostly have the same files, which
+    are written once."""
+    for files in {one.files.sha256: one.files for one in packed if one.files is not None}.values():
+        await save_files(store, keys, files)
+    for one in packed:
+        await code.save(store, keys, one.code)
 
 
 def pack_backend(target: object, args: tuple[Any, ...], signer: Signer, run_file: RunFile | None = None) -> Packed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal, overload
 
 from ..broker.errors import InstanceError
@@ -96,6 +97,11 @@ def start_under_run(settings: Settings, options: StartOptions) -> Client:
     _is_under_run = True
     clients.were_asked_for = False
     return client
+
+
+def deploying() -> AbstractContextManager[None]:
+    """See `Client.deploying`."""
+    return clients.current().deploying()
 
 
 def create_backend(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Literal, overload
 
 from starlette.convertors import register_url_convertor
@@ -15,9 +17,11 @@ from ..broker.values.main_module import RunFile
 from ..controller import changes
 from ..controller.state.beats import MemberState, ProxyBeat, living, read_beats
 from ..controller.state.config import BackendConfig
+from ..controller.state.documents import Desired
 from ..instance.starting import parse_middlewares
-from .declared import Declaration
-from .deployments import check_fits, check_target, make_convertor, read_actor_options
+from .arguments import check_fits, check_target, make_convertor, read_actor_options
+from .deploying import Block, Declaration, open_block, opened
+from .deployments import Deployments
 from .futures import Future, get, wait
 from .handle import AsyncHandle, Handle
 from .lifetime import Lifetime
@@ -57,7 +61,7 @@ class Client(Lifetime):
         check_fits(backend_tag, func_or_class, parsed)
         check_name(backend_tag, "a backend")
         packed = self._pack(func_or_class, init_args)
-        self._call(self._deployments.create_backend(backend_tag, packed, parsed, options))
+        self._call(self._changing.create_backend(backend_tag, packed, parsed, options))
 
     def update_backend(
         self,
@@ -76,28 +80,28 @@ class Client(Lifetime):
             options = read_actor_options(actor_options, ray_actor_options, embedded=self.settings.embedded)
         check_target(backend_tag, func_or_class, init_args)
         packed = self._pack(func_or_class, init_args)
-        self._call(self._deployments.update_backend(backend_tag, packed, options))
+        self._call(self._changing.update_backend(backend_tag, packed, options))
 
     def update_backend_config(self, backend_tag: str, config_options: BackendConfig | dict[str, Any]) -> None:
         """Changes only the given fields, live; returns once the wanted number of replicas is ready and follows the change.
 
         Raises BackendFailed if the code refuses a new `user_config`; the last good one is then restored.
         """
-        self._call(self._deployments.update_backend_config(backend_tag, config_options))
+        self._call(self._changing.update_backend_config(backend_tag, config_options))
 
     def get_backend_config(self, backend_tag: str) -> BackendConfig:
         """Returns the config of a backend. Raises BadValue for an unknown one."""
-        return changes.find_backend(self._call(self._membership.read()), backend_tag).config
+        return changes.find_backend(self._read(), backend_tag).config
 
     def list_backends(self) -> dict[str, BackendConfig]:
-        return {name: backend.config for name, backend in self._call(self._membership.read()).backends.items()}
+        return {name: backend.config for name, backend in self._read().backends.items()}
 
     def delete_backend(self, backend_tag: str, force: bool = False) -> None:
         """Drains the backend's queue and replicas; returns when both are gone. With `force`, waiting and running requests are dropped.
 
         Raises BadValue while an endpoint uses the backend.
         """
-        self._call(self._deployments.delete_backend(backend_tag, force=force))
+        self._call(self._changing.delete_backend(backend_tag, force=force))
 
     # Endpoints.
 
@@ -111,7 +115,7 @@ class Client(Lifetime):
         taken, or an unknown backend. Raises BackendFailed if a proxy cannot match the route; the endpoint is then removed again.
         """
         endpoint = changes.parse_endpoint(endpoint_name, backend, route, methods)
-        self._call(self._deployments.create_endpoint(endpoint))
+        self._call(self._changing.create_endpoint(endpoint))
 
     def list_endpoints(self) -> dict[str, dict[str, Any]]:
         """Returns `{name: {"route", "methods", "traffic", "shadows"}}`."""
@@ -122,12 +126,12 @@ class Client(Lifetime):
                 "traffic": dict(endpoint.traffic),
                 "shadows": dict(endpoint.shadows),
             }
-            for name, endpoint in self._call(self._membership.read()).endpoints.items()
+            for name, endpoint in self._read().endpoints.items()
         }
 
     def delete_endpoint(self, endpoint: str) -> None:
         """Deletes the endpoint, but not its backends; returns when all live proxies know that."""
-        self._call(self._deployments.commit_to_proxies(changes.delete_endpoint(endpoint)))
+        self._call(self._changing.delete_endpoint(endpoint))
 
     def set_traffic(self, endpoint_name: str, traffic_policy_dictionary: dict[str, float]) -> None:
         """Splits the endpoint's requests over backends by weight (the weights sum to 1); returns when all live proxies follow. Shadows
@@ -136,11 +140,11 @@ class Client(Lifetime):
         Raises BadValue for an unknown endpoint or backend, a negative weight or another sum; BadType unless the policy is a dict of
         numbers.
         """
-        self._call(self._deployments.commit_to_proxies(changes.set_traffic(endpoint_name, traffic_policy_dictionary)))
+        self._call(self._changing.set_traffic(endpoint_name, traffic_policy_dictionary))
 
     def shadow_traffic(self, endpoint_name: str, backend_tag: str, proportion: float) -> None:
         """Copies a share (0 to 1) of the endpoint's requests to a backend, whose results are dropped; 0 ends that."""
-        self._call(self._deployments.commit_to_proxies(changes.shadow_traffic(endpoint_name, backend_tag, proportion)))
+        self._call(self._changing.shadow_traffic(endpoint_name, backend_tag, proportion))
 
     def register_convertor(self, name: str, convertor: Any) -> None:
         """Registers a path convertor (a Starlette `Convertor` class or its import string) for routes: `{value:name}`.
@@ -150,7 +154,7 @@ class Client(Lifetime):
         """
         packed = self._pack_for_all(convertor)
         made = make_convertor(convertor)
-        self._call(self._deployments.register_convertor(name, packed, made))
+        self._call(self._changing.register_convertor(name, packed, made))
         register_url_convertor(name, made)
 
     def set_middlewares(self, middlewares: Sequence[Any]) -> None:
@@ -160,7 +164,7 @@ class Client(Lifetime):
         Raises BackendFailed if a proxy cannot build them; the last good ones are then restored.
         """
         parsed = parse_middlewares(middlewares)
-        self._call(self._deployments.set_middlewares(self._pack_for_all(list(parsed)) if parsed else None))
+        self._call(self._changing.set_middlewares(self._pack_for_all(list(parsed)) if parsed else None))
 
     # Requests.
 
@@ -175,12 +179,14 @@ class Client(Lifetime):
         """Returns a handle of the endpoint. Raises UnknownEndpoint for an unknown one; with `missing_ok` its requests wait for it to be
         created instead."""
         sender = self.sender
-        if endpoint_name not in sender.desired.endpoints:
-            found = self._call(self._membership.read())
-            if endpoint_name in found.endpoints:
+        if (block := self._block()) is not None:
+            is_known = endpoint_name in block.draft.endpoints
+        elif not (is_known := endpoint_name in sender.desired.endpoints):
+            found = self._read()
+            if is_known := endpoint_name in found.endpoints:
                 sender.desired = found
-            elif not missing_ok:
-                raise UnknownEndpoint(f"Endpoint '{endpoint_name}' does not exist.")
+        if not is_known and not missing_ok:
+            raise UnknownEndpoint(f"Endpoint '{endpoint_name}' does not exist.")
         kind = Handle if sync else AsyncHandle
         return kind(endpoint_name, self, missing_ok=missing_ok)
 
@@ -201,14 +207,43 @@ class Client(Lifetime):
 
     # The instance.
 
+    def deploying(self) -> AbstractContextManager[None]:
+        """Returns a block whose declarations take effect together at its end, which waits for all of them.
+
+        Inside, every method that changes the instance validates and records its change, and the lists show what is declared so far. At
+        the end the backends start all at once; when they are ready, all endpoints and traffic change as one. If a part cannot take
+        effect, all is undone and BackendFailed says why. An exception in the block commits nothing. The block belongs to its thread or
+        task; a block inside another one joins that one.
+        """
+        return self._opened_block(commits_on_need=False, tell=lambda name: None)
+
+    def deploying_file(self, tell: Callable[[str], None]) -> AbstractContextManager[None]:
+        """The block around the file of `mqserve run`. A handle that the file calls commits what it has declared until then; `tell` is given
+        the name of each backend that gets ready."""
+        return self._opened_block(commits_on_need=True, tell=tell)
+
+    def _opened_block(self, *, commits_on_need: bool, tell: Callable[[str], None]) -> AbstractContextManager[None]:
+        deployments = self._deployments
+        if (outer := open_block(deployments)) is not None:
+            return outer.inner()
+        return opened(Block(deployments, self._call, self.deploy, commits_on_need=commits_on_need, tell=tell))
+
     def deploy(self, declaration: Declaration) -> None:
-        """Deploys a declaration of `@serve.endpoint`: a backend and an endpoint of the same name."""
-        self.create_backend(declaration.name, declaration.target, actor_options=declaration.actor_options, config=declaration.config)
-        self.create_endpoint(declaration.name, backend=declaration.name, route=declaration.route, methods=declaration.methods)
+        """Declares a backend and an endpoint of the same name for what `@serve.endpoint` decorated, in the block that is open."""
+        name, target, config = declaration.name, declaration.target, declaration.config
+        options = read_actor_options(declaration.actor_options, None, embedded=self.settings.embedded)
+        check_target(name, target, ())
+        check_fits(name, target, config)
+        endpoint = changes.parse_endpoint(name, name, declaration.route, declaration.methods)
+        block = self._block()
+        assert block is not None
+        with block.inner():
+            self._call(block.create_backend_later(name, partial(self._pack, target, ()), config, options))
+            self._call(block.create_endpoint(endpoint))
 
     def tell_complete(self) -> None:
         """Says that all that is declared is deployed: from now on `/-/readyz` may report ready."""
-        self._call(self._deployments.commit_to_proxies(changes.complete))
+        self._call(self._changing.complete())
 
     def http_url(self) -> str:
         """The URL of the first live proxy, the instance's own before external ones: "http://127.0.0.1:8000"; empty if there is none."""
@@ -217,6 +252,23 @@ class Client(Lifetime):
         return next(
             (beat.url for beat in sorted(proxies, key=lambda beat: (beat.external, beat.id)) if beat.state is MemberState.READY), ""
         )
+
+    def _block(self) -> Block | None:
+        return open_block(self._opened.deployments)
+
+    @property
+    def _changing(self) -> Deployments | Block:
+        """Takes changes: the open block of this thread or task, else the instance itself."""
+        deployments = self._deployments
+        return open_block(deployments) or deployments
+
+    def _read(self) -> Desired:
+        """Returns the document with what is declared in the open block, if there is one."""
+        block = self._block()
+        if block is not None:
+            return block.draft
+        found: Desired = self._call(self._opened.deployments.read())
+        return found
 
     def _pack(self, target: Any, args: tuple[Any, ...]) -> Packed:
         if self.settings.embedded:

@@ -1,28 +1,15 @@
-"""The short form: a decorator that records declarations, which `mqserve run` deploys."""
+"""The short form: a decorator that records declarations, which `mqserve run` or a `deploying()` block deploys."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from ..broker.errors import BadType, BadValue
 from ..controller.changes import parse_config, parse_endpoint
-from ..controller.state.config import BackendConfig
+from .deploying import Declaration, deploy_in_block
 
 T = TypeVar("T", bound=Callable[..., Any])
-
-
-@dataclass(frozen=True, slots=True)
-class Declaration:
-    """One decorated function or class."""
-
-    name: str
-    target: Any
-    route: str | None
-    methods: list[str]
-    config: BackendConfig
-    actor_options: dict[str, Any] | None = field(default=None)
 
 
 _declarations: dict[str, Declaration] = {}
@@ -39,7 +26,8 @@ def endpoint(
     """Declares a function or a class as a backend with an endpoint, and returns it unchanged.
 
     route: such as "/hello/{name}"; None for handles only. name: of both, by default the function's. config: BackendConfig fields. Raises
-    BadType and BadValue for a bad route, method or setting, at the decorated line.
+    BadType and BadValue for a bad route, method or setting, at the decorated line. `mqserve run` deploys it, or the `deploying()` block
+    around it.
     """
     if callable(route):
         raise BadType(f"@serve.endpoint needs a route: write @serve.endpoint('/{getattr(route, '__name__', 'name')}')")
@@ -50,7 +38,9 @@ def endpoint(
         parse_endpoint(chosen, chosen, route, methods)
         if chosen in _declarations and _declarations[chosen].target is not target:
             raise BadValue(f"two endpoints are named {chosen!r}: give one of them another name=")
-        _declarations[chosen] = Declaration(chosen, target, route, list(methods), parsed, actor_options)
+        declaration = Declaration(chosen, target, route, list(methods), parsed, actor_options)
+        if not deploy_in_block(declaration):
+            _declarations[chosen] = declaration
         return target
 
     return declare

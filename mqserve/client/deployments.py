@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 from starlette.convertors import Convertor
@@ -16,19 +18,43 @@ from ..broker.values.backend_code import Packed
 from ..connections import Connections
 from ..controller import changes
 from ..controller.environments import check_environment, seal_environment
-from ..controller.state.beats import MemberState, ProxyBeat, ReplicaBeat, beats_of, living, read_beats
+from ..controller.state.beats import read_beats
 from ..controller.state.config import BackendConfig
 from ..controller.state.documents import Backend, Desired, Endpoint, Observed
-from ..controller.state.resources import ActorOptions, parse_actor_options
-from ..replicas.batch_decorators import accepts_batch
-from ..replicas.handler import make_method
+from ..controller.state.resources import ActorOptions
+from ..controller.undoing import undo
+from .effects import DELETE_BUDGET_S, READY_MARGIN_S, ROUTE_BUDGET_S, Awaited, Seen
 from .membership import Membership
 
 logger = logging.getLogger(__name__)
 
-ROUTE_BUDGET_S = 30.0
-DELETE_BUDGET_S = 60.0
-READY_MARGIN_S = 15.0
+PROGRESS_EVERY_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """One change that is committed together with others: how its caller wrote it, and the code that it names."""
+
+    words: str
+    change: changes.Change
+    backend_code: Packed | None = None
+    proxy_code: code.Code | code.CodeHere | None = None
+    is_of_backends: bool = False  # it makes or changes a backend, so it takes time and is in no caller's way
+
+
+class _Step:
+    """Changes that one commit makes, and what that commit replaces by what: of the last try, since others may have committed before."""
+
+    def __init__(self, declared: Sequence[Declared]) -> None:
+        self._declared = declared
+        self.before = self.made = Desired()
+
+    def __repr__(self) -> str:
+        return f"<_Step of {len(self._declared)}>"
+
+    def change(self, desired: Desired) -> Desired:
+        self.before, self.made = desired, apply(self._declared, desired)
+        return self.made
 
 
 class Deployments:
@@ -42,10 +68,12 @@ class Deployments:
     def __repr__(self) -> str:
         return f"<Deployments of {self._connections.settings.namespace!r}>"
 
+    async def read(self) -> Desired:
+        return await self._membership.read()
+
     async def create_backend(self, name: str, packed: Packed, config: BackendConfig, options: ActorOptions) -> None:
-        sha256 = await backend_code.save(self._connections.store, self._connections.keys, packed)
-        backend = Backend(name, sha256, packed.code.name, config.model_dump(exclude_unset=True), self._sealed(name, options))
-        committed = await self._commit(changes.create_backend(backend))
+        await self._save(packed)
+        committed = await self._commit(changes.create_backend(self.new_backend(name, packed, config, options)))
         try:
             await self._until_ready(committed, name)
         except BaseException:
@@ -56,13 +84,13 @@ class Deployments:
             raise
 
     async def update_backend(self, name: str, packed: Packed, options: ActorOptions | None) -> None:
-        sha256 = await backend_code.save(self._connections.store, self._connections.keys, packed)
+        await self._save(packed)
         before: list[Backend] = []  # what each try replaces: a roll-back goes to the last one, and not past what others deployed meanwhile
+        update = self.new_code(name, packed, options)
 
         def change(desired: Desired) -> Desired:
             before.append(changes.find_backend(desired, name))
-            sealed = self._sealed(name, options) if options is not None else self._sealed_anew(before[-1])
-            return changes.update_backend(name, sha256, packed.code.name, sealed)(desired)
+            return update(desired)
 
         committed = await self._commit(change)
         try:
@@ -95,14 +123,80 @@ class Deployments:
         committed = await self._commit(change)
 
         async def is_gone() -> bool | None:
-            observed = Observed.from_bytes(await self._connections.store.get(self._connections.keys.observed))
-            held = {*observed.queues, *observed.retiring, *(assignment.backend for assignment in observed.replicas.values())}
-            return None if name in held else True
+            return True if (await self._see()).is_gone(name) else None
 
         await self._until(
             committed, is_gone, graceful_s + DELETE_BUDGET_S, f"backend {name!r} is not gone yet: its replicas are still draining"
         )
         await self._let_go(before)
+
+    async def deploy(self, declared: Sequence[Declared], tell: Callable[[str], None]) -> None:
+        """Makes these changes together, and returns when all of them are in effect; if one cannot be, all are undone. `tell` is given the
+        name of each backend that gets ready.
+
+        Backends are committed first, and once they are ready the rest: so no request goes to a backend that is not there yet, and callers
+        see either nothing of it or all. Raises BackendFailed, and any error of a change, with the words of its declaration.
+        """
+        await self._save(*[one.backend_code for one in declared if one.backend_code is not None])
+        for one in declared:
+            if one.proxy_code is not None:
+                await self._save_for_all(one.proxy_code)
+        apply(declared, await self.read())  # an error in the second step would come late
+        steps: list[_Step] = []
+        try:
+            for changed in ([one for one in declared if one.is_of_backends], [one for one in declared if not one.is_of_backends]):
+                if changed:
+                    steps.append(_Step(changed))
+                    await self._take(steps[-1], tell)
+        except BaseException as error:
+            await self._undo(steps, error)
+            raise
+        named = {backend.code for step in steps for backend in step.made.backends.values()}
+        await self._let_go([backend for step in steps for backend in step.before.backends.values() if backend.code not in named])
+
+    async def _take(self, step: _Step, tell: Callable[[str], None]) -> None:
+        committed = await self._commit(step.change)
+        version, now_ms = (committed.epoch, committed.version), self._connections.store.now_ms()
+        await self._until_in_effect(committed, Awaited(step.before, step.made, version, now_ms), tell)
+
+    async def _until_in_effect(self, committed: Desired, awaited: Awaited, tell: Callable[[str], None]) -> None:
+        began = told_at = time.monotonic()
+
+        async def look() -> bool | None:
+            nonlocal told_at
+            for name in awaited.look(await self._see()):
+                tell(name)
+            if awaited.is_over:
+                return True
+            if time.monotonic() - told_at > PROGRESS_EVERY_S:
+                told_at = time.monotonic()
+                logger.info("deploying for %.0f s: %s", told_at - began, awaited.names())
+            return None
+
+        await self._until(committed, look, awaited.budget_s, f"not all was in effect within {awaited.budget_s:g} s", awaited.names)
+
+    async def _undo(self, steps: Sequence[_Step], error: BaseException) -> None:
+        """Also waits until new backends are gone, so that their names are free again."""
+
+        def change(desired: Desired) -> Desired:
+            for step in reversed(steps):
+                desired = undo(step.before, step.made, str(error))(desired)
+            return desired
+
+        try:
+            left = await self._commit(change)
+            made = [backend for step in steps for name, backend in step.made.backends.items() if name not in step.before.backends]
+            undone = [backend for backend in made if backend.name not in left.backends]
+            drain_s = max((backend.config.graceful_shutdown_timeout_s for backend in undone), default=0.0)
+
+            async def are_gone() -> bool | None:
+                seen = await self._see()
+                return True if all(seen.is_gone(backend.name) for backend in undone) else None
+
+            await self._until(left, are_gone, drain_s + DELETE_BUDGET_S, "what was undone still drains")
+            await self._let_go(undone)
+        except MQServeError as failure:  # the reason why it was to be undone says more
+            logger.warning("a deployment that failed could not be undone in order: %s", failure)
 
     async def _let_go(self, backends: Sequence[Backend]) -> None:
         """Deletes code of the embedded form, whose records hold the program's objects. No later deployment has the same hash."""
@@ -110,18 +204,46 @@ class Deployments:
             await self._connections.store.delete(*(self._connections.keys.code(backend.code) for backend in backends))
 
     async def create_endpoint(self, endpoint: Endpoint) -> None:
-        await self.commit_to_proxies(changes.create_endpoint(endpoint), undo=_remove_endpoint(endpoint))
+        await self._commit_to_proxies(changes.create_endpoint(endpoint), undo=_remove_endpoint(endpoint))
+
+    async def delete_endpoint(self, name: str) -> None:
+        await self._commit_to_proxies(changes.delete_endpoint(name))
+
+    async def set_traffic(self, name: str, traffic: object) -> None:
+        await self._commit_to_proxies(changes.set_traffic(name, traffic))
+
+    async def shadow_traffic(self, name: str, backend: str, proportion: object) -> None:
+        await self._commit_to_proxies(changes.shadow_traffic(name, backend, proportion))
+
+    async def complete(self) -> None:
+        await self._commit_to_proxies(changes.complete)
 
     async def register_convertor(self, name: str, packed: code.Code | code.CodeHere, convertor: Convertor[Any]) -> None:
-        sha256 = await code.save_for_all(self._connections.store, self._connections.keys, packed)
+        sha256 = await self._save_for_all(packed)
         before = (await self._membership.read()).convertors.get(name, "")
         change = changes.register_convertor(name, sha256, convertor)
-        await self.commit_to_proxies(change, undo=_restore_convertor(name, sha256, before))
+        await self._commit_to_proxies(change, undo=_restore_convertor(name, sha256, before))
 
     async def set_middlewares(self, packed: code.Code | code.CodeHere | None) -> None:
-        sha256 = await code.save_for_all(self._connections.store, self._connections.keys, packed) if packed is not None else ""
+        sha256 = await self._save_for_all(packed) if packed is not None else ""
         before = (await self._membership.read()).http.middlewares
-        await self.commit_to_proxies(changes.set_middlewares(sha256), undo=_restore_middlewares(sha256, before))
+        await self._commit_to_proxies(changes.set_middlewares(sha256), undo=_restore_middlewares(sha256, before))
+
+    def new_backend(self, name: str, packed: Packed, config: BackendConfig, options: ActorOptions) -> Backend:
+        return Backend(name, packed.code.sha256, packed.code.name, config.model_dump(exclude_unset=True), self._sealed(name, options))
+
+    def new_code(self, name: str, packed: Packed, options: ActorOptions | None) -> changes.Change:
+        def change(desired: Desired) -> Desired:
+            sealed = self._sealed(name, options) if options is not None else self._sealed_anew(changes.find_backend(desired, name))
+            return changes.update_backend(name, packed.code.sha256, packed.code.name, sealed)(desired)
+
+        return change
+
+    async def _save(self, *packed: Packed) -> None:
+        await backend_code.save(self._connections.store, self._connections.keys, *packed)
+
+    async def _save_for_all(self, packed: code.Code | code.CodeHere) -> str:
+        return await code.save_for_all(self._connections.store, self._connections.keys, packed)
 
     def _sealed(self, backend: str, options: ActorOptions) -> ActorOptions:
         return seal_environment(options, backend, self._connections.settings.signer)
@@ -139,7 +261,7 @@ class Deployments:
         self._on_commit(committed)
         return committed
 
-    async def commit_to_proxies(self, change: changes.Change, *, undo: changes.Change | None = None) -> None:
+    async def _commit_to_proxies(self, change: changes.Change, *, undo: changes.Change | None = None) -> None:
         """Returns once all live proxies follow. Raises BackendFailed with the words of one that cannot, after `undo` if there is one."""
         committed = await self._commit(change)
         version = (committed.epoch, committed.version)
@@ -147,11 +269,9 @@ class Deployments:
 
         async def is_answered() -> bool | None:
             nonlocal refused
-            beats = read_beats(await self._connections.store.fields(self._connections.keys.beats))
-            alive = living(beats, ProxyBeat, self._connections.store.now_ms()).values()
-            proxies = [beat for beat in alive if beat.state is MemberState.READY]
-            refused = next((proxy.refused for proxy in proxies if proxy.refuses >= version), "")
-            return True if refused or all(proxy.follows >= version for proxy in proxies) else None
+            seen = await self._see()
+            refused = seen.refusal_by_proxies(version)
+            return True if refused or seen.is_followed_by_proxies(version) else None
 
         late = "the change is stored, but not all proxies follow it yet: see `mqserve status`"
         await self._until(committed, is_answered, ROUTE_BUDGET_S, late)
@@ -161,37 +281,32 @@ class Deployments:
             raise BackendFailed(f"a proxy cannot follow the change, which is {'undone' if undo else 'stored'}: {refused}")
 
     async def _until_ready(self, committed: Desired, name: str) -> None:
-        """As many assigned replicas of this version as wanted. Raises BackendFailed with the first failure's own words."""
-        backend, seen = committed.backends[name], (committed.epoch, committed.version)
+        """Raises BackendFailed with the first failure's own words."""
+        backend, version = committed.backends[name], (committed.epoch, committed.version)
         config = backend.config
         since_ms = self._connections.store.now_ms()
 
         async def is_ready() -> bool | None:
-            observed = Observed.from_bytes(await self._connections.store.get(self._connections.keys.observed))
-            beats = read_beats(await self._connections.store.fields(self._connections.keys.beats))
-            mine = [beat for beat in beats_of(beats, ReplicaBeat) if beat.backend == backend.name and beat.version == backend.version]
-            for beat in mine:
-                if beat.state is MemberState.FAILED and beat.at >= since_ms:
-                    raise BackendFailed(beat.error)
-            if observed.seen >= seen and (problem := observed.problems.get(backend.name)):
-                raise BackendFailed(f"backend {backend.name!r} does not get ready: {problem}")
-            for beat in mine:
-                if beat.refused and beat.follows[1] >= backend.config_version:
-                    raise BackendFailed(beat.refused)
-            ready = [
-                beat
-                for beat in mine
-                if beat.state is MemberState.READY and beat.id in observed.replicas and beat.follows[1] >= backend.config_version
-            ]
-            has_its_queue = backend.generation <= max(observed.queues.get(backend.name, (0,)))  # the old one is unbound with that
-            takes_old_code = any(other.backend == name and other.version < backend.version for other in observed.replicas.values())
-            return True if has_its_queue and not takes_old_code and len(ready) >= config.num_replicas else None
+            seen = await self._see()
+            return True if seen.is_ready(backend, version, since_ms, seen.replicas().get(name, [])) else None
 
         late = f"backend {backend.name!r} was not ready within {config.start_timeout_s + READY_MARGIN_S:g} s"
         await self._until(committed, is_ready, config.start_timeout_s + READY_MARGIN_S, late)
 
-    async def _until(self, committed: Desired, look: Callable[[], Awaitable[bool | None]], budget_s: float, late: str) -> None:
-        """As long as there is the instance in which the change was made."""
+    async def _see(self) -> Seen:
+        store, keys = self._connections.store, self._connections.keys
+        observed = Observed.from_bytes(await store.get(keys.observed))
+        return Seen(observed, read_beats(await store.fields(keys.beats)), store.now_ms())
+
+    async def _until(
+        self,
+        committed: Desired,
+        look: Callable[[], Awaitable[bool | None]],
+        budget_s: float,
+        late: str,
+        missing: Callable[[], str] = str,
+    ) -> None:
+        """As long as there is the instance in which the change was made. `missing` names what is still awaited."""
 
         async def look_while_it_goes_on() -> bool | None:
             found = await look()
@@ -202,19 +317,18 @@ class Deployments:
         try:
             await until(self._connections.store, look_while_it_goes_on, budget_s)
         except TimeoutError:
-            observed = Observed.from_bytes(await self._connections.store.get(self._connections.keys.observed))
-            beats = read_beats(await self._connections.store.fields(self._connections.keys.beats))
-            told = {beat.id: beat.error for beat in beats_of(beats, ReplicaBeat) if beat.error}
-            why = "; ".join(f"{name}: {problem}" for name, problem in {**told, **observed.problems}.items())
+            why = "; ".join(filter(None, (missing(), (await self._see()).reasons())))
             raise BackendFailed(f"{late} ({why or 'no reason was reported: is the controller alive?'})") from None
 
 
-def make_convertor(convertor: Any) -> Convertor[Any]:
-    """Raises BadType for what is neither a class nor the import string of one, and what importing and making it raises."""
-    kind = code.load_import_string(convertor) if isinstance(convertor, str) else convertor
-    if not callable(kind):
-        raise BadType(f"a convertor is a Starlette Convertor class or its import string 'pkg.mod:Class', and {convertor!r} is neither")
-    return cast("Convertor[Any]", kind())
+def apply(declared: Sequence[Declared], desired: Desired) -> Desired:
+    """Returns the document with all of these changes, in order. Raises an error of a change with the words of its declaration."""
+    for one in declared:
+        try:
+            desired = one.change(desired)
+        except (BadValue, BadType) as error:
+            raise type(error)(f"{one.words}: {error}") from error
+    return desired
 
 
 def _remove_endpoint(refused: Endpoint) -> changes.Change:
@@ -246,48 +360,3 @@ def _restore_convertor(name: str, refused: str, before: str) -> changes.Change:
         return msgspec.structs.replace(desired, convertors={**others, name: before} if before else others)
 
     return change
-
-
-def read_actor_options(options: dict[str, Any] | None, seed_options: dict[str, Any] | None, *, embedded: bool) -> ActorOptions:
-    """`ray_actor_options` is an alias. Raises BadValue for what one process cannot give its replicas."""
-    parsed = parse_actor_options(options if options is not None else seed_options)
-    refused = {"num_gpus": parsed.demand.num_gpus, "python": parsed.python, "pip": parsed.pip}
-    if embedded and any(refused.values()):
-        names = ", ".join(name for name, value in refused.items() if value)
-        raise BadValue(
-            f"actor_options {names} cannot be had in the embedded form, where all replicas share one process: "
-            "set MQSERVE_BROKER_URL and MQSERVE_STORE_URL"
-        )
-    return parsed
-
-
-def check_target(name: object, target: Any, init_args: tuple[Any, ...]) -> None:
-    if not isinstance(name, str):
-        raise BadType(f"a backend's name must be a str, not {type(name).__name__}")
-    is_function = callable(target) and hasattr(target, "__code__")
-    if not (isinstance(target, str | type) or is_function):
-        raise BadType(
-            f"backend {name!r} needs a function, a class or an import string 'pkg.mod:attr', not a {type(target).__name__}: "
-            "wrap it in a function, or give its class and constructor arguments"
-        )
-    if is_function:
-        _check_signature(name, target)
-    if is_function and init_args:
-        raise BadValue(f"backend {name!r} is a function, which takes no constructor arguments: use a class, or leave them out")
-
-
-def _check_signature(name: str, function: Any) -> None:
-    try:
-        make_method(function)
-    except BadType as error:
-        raise BadValue(f"backend {name!r} cannot be called: {error}") from error
-
-
-def check_fits(name: str, target: Any, config: BackendConfig) -> None:
-    """What can be said before anything is sent; code named by an import string is checked where it is imported."""
-    if isinstance(target, str):
-        return
-    if (config.max_batch_size or 1) > 1 and not accepts_batch(target):
-        raise BadValue(f"backend {name!r} has a max_batch_size but takes no batches: decorate it with @serve.accept_batch")
-    if config.user_config is not None and not (isinstance(target, type) and hasattr(target, "reconfigure")):
-        raise BadValue(f"backend {name!r} has a user_config but no reconfigure(user_config) to take it: use a class that has one")

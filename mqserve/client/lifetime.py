@@ -68,8 +68,8 @@ class Lifetime:
         self, runtime: Runtime, connections: Connections, membership: Membership, ending: Ending, again: Callable[[], Lifetime]
     ) -> None:
         requests = RequestSender(connections.queue, connections.store, connections.keys, connections.process_id)
-        sender = Sender(runtime, connections, requests, membership, lambda: self.sender)
         deployments = Deployments(connections, membership, self._follow)
+        sender = Sender(runtime, connections, requests, membership, deployments, lambda: self.sender)
         self._own = Opened(runtime, connections, membership, requests, sender, deployments, ending, forks.depth)
         self._again = again
         self._depth = forks.depth

@@ -26,6 +26,8 @@ from ..controller.state.documents import Desired
 from ..controller.state.traffic import choose
 from ..replicas.context import deadline
 from .answers import read_result
+from .deploying import open_block
+from .deployments import Deployments
 from .futures import WAIT_LIMIT_S, Found, Future, Sent, Stored
 from .membership import Membership
 from .runtime import Runtime
@@ -56,12 +58,14 @@ class Sender:
         connections: Connections,
         requests: RequestSender,
         membership: Membership,
+        deployments: Deployments,
         find: Callable[[], Sender],
     ) -> None:
         self._runtime = runtime
         self._connections = connections
         self._requests = requests
         self._membership = membership
+        self._deployments = deployments
         self.find = find  # returns the client's sender in this process: a forked child has another one
         self._signer = connections.settings.signer
         self._over = ""  # why the client has ended, once it has
@@ -98,6 +102,9 @@ class Sender:
         call.pending.add_done_callback(partial(self._cancel_with, call.id))  # without the call, which refers to `pending`
         awaited = [value.here() for value in (data, *arguments.values()) if isinstance(value, Future)]
         is_missing = meta.endpoint not in self.desired.endpoints
+        if is_missing and (block := open_block(self._deployments)) is not None:
+            block.need(meta.endpoint, waits=wait_for_endpoint)
+            is_missing = meta.endpoint not in self.desired.endpoints
         if is_missing and not wait_for_endpoint:
             # another process may have created it just now: a pickled handle can arrive before the document
             if not self._runtime.call(self._is_there(meta.endpoint)):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,11 @@ from ..broker.values.main_module import RunFile
 from ..client import api
 from ..client.client import Client
 from ..client.clients import clients
-from ..client.declared import Declaration, take_declarations
+from ..client.declared import take_declarations
+from ..client.deploying import Declaration
 from ..instance.starting import StartOptions, parse_http_options
+
+HINT_AFTER_S = 10.0
 
 Found = tuple[list[Declaration], RunFile | None]  # the declarations, and the file that makes them
 
@@ -38,16 +43,19 @@ def run_until_stopped(target: str, settings: Settings, http: dict[str, Any]) -> 
         options = StartOptions(parsed, incomplete=True, keeps_queues=True, tell=lambda line: click.echo(line, err=True))
         client = api.start_under_run(settings, options)
         try:
-            declarations, run_file = find_declarations()
-            if not clients.were_asked_for:  # it only declares, so replicas may execute it
-                client.run_file = run_file
-            for declaration in declarations:
-                _deploy(client, declaration)
-            if not client.list_endpoints():
-                raise BadValue(
-                    f"{target} declares nothing to serve: decorate a function with @serve.endpoint('/path'), or call serve.create_backend"
-                )
-            client.tell_complete()
+            with client.deploying_file(_Progress()):
+                with _hint(f"{target} still runs: what it declares is deployed once it has been executed"):
+                    declarations, run_file = find_declarations()
+                if not clients.were_asked_for:  # it only declares, so replicas may execute it
+                    client.run_file = run_file
+                for declaration in declarations:
+                    client.deploy(declaration)
+                if not client.list_endpoints():
+                    raise BadValue(
+                        f"{target} declares nothing to serve: decorate a function with @serve.endpoint('/path'), "
+                        "or call serve.create_backend"
+                    )
+                client.tell_complete()
             interrupts.raises = False  # before it is said that Ctrl-C stops
             _announce(client, settings)
             while not interrupts.came and not client.has_ended:
@@ -123,10 +131,26 @@ def _does_not_import(target: str, error: BaseException) -> str:
     return f"{target} does not import ({type(error).__name__}: {error}); mend it and run again\n{where}"
 
 
-def _deploy(client: Client, declaration: Declaration) -> None:
-    started = time.monotonic()
-    client.deploy(declaration)
-    click.echo(f"  {declaration.name} is ready ({time.monotonic() - started:.1f} s)", err=True)
+@contextmanager
+def _hint(line: str) -> Iterator[None]:
+    """Says the line if what is inside takes long."""
+    timer = threading.Timer(HINT_AFTER_S, click.echo, (line,), {"err": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+class _Progress:
+    """Says which backend is ready, and how long that took."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+
+    def __call__(self, name: str) -> None:
+        click.echo(f"  {printable(name)} is ready ({time.monotonic() - self._began:.1f} s)", err=True)
 
 
 def _announce(client: Client, settings: Settings) -> None:

@@ -1,0 +1,80 @@
+"""Undoing a change of many parts: a pure function from two versions of the desired document to the change that leads back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import msgspec
+
+from .changes import Change
+from .state.documents import Backend, Desired, Endpoint
+
+T = TypeVar("T")
+
+
+def undo(before: Desired, made: Desired, reason: str) -> Change:
+    """Restores what `made` changed of `before`, except what somebody changed meanwhile. `reason` is noted at backends that get their old
+    code back."""
+
+    def change(desired: Desired) -> Desired:
+        restored = _restored(before.backends, made.backends, desired.backends, _deployed)
+        backends = {name: _as_next(backend, desired, reason) for name, backend in restored.items()}
+        endpoints = _restored(before.endpoints, made.endpoints, desired.endpoints, _itself)
+        endpoints = _without_dangling(endpoints, desired.endpoints, {*backends, *desired.backends})
+        for endpoint in endpoints.values():  # of somebody else, who uses a backend of ours
+            backends |= {name: desired.backends[name] for name in (*endpoint.traffic, *endpoint.shadows) if name not in backends}
+        changed_http = made.http.middlewares != before.http.middlewares and desired.http.middlewares == made.http.middlewares
+        http = msgspec.structs.replace(desired.http, middlewares=before.http.middlewares) if changed_http else desired.http
+        convertors = _restored(before.convertors, made.convertors, desired.convertors, _itself)
+        return msgspec.structs.replace(desired, backends=backends, endpoints=endpoints, http=http, convertors=convertors)
+
+    return change
+
+
+def _restored(before: Mapping[str, T], made: Mapping[str, T], now: Mapping[str, T], what: Callable[[T | None], Any]) -> dict[str, T]:
+    """Returns `now` with the entries of `before` where `made` has others that still stand. `what` returns what of an entry is compared."""
+    restored = dict(now)
+    for name in before.keys() | made.keys():
+        if what(before.get(name)) == what(made.get(name)) or what(now.get(name)) != what(made.get(name)):
+            continue
+        if name in before:
+            restored[name] = before[name]
+        else:
+            del restored[name]
+    return restored
+
+
+def _itself(entry: T | None) -> T | None:
+    return entry
+
+
+def _deployed(backend: Backend | None) -> tuple[int, int] | None:
+    """Names what clients deployed: the controller may give a backend another generation of its queue meanwhile."""
+    return None if backend is None else (backend.version, backend.config_version)
+
+
+def _as_next(backend: Backend, desired: Desired, reason: str) -> Backend:
+    """The backend as it follows on what stands in the document now: counts only grow."""
+    now = desired.backends.get(backend.name)
+    if now is None:  # it was deleted; no version is used twice
+        return msgspec.structs.replace(backend, version=desired.version + 1)
+    if now is backend or _deployed(now) == _deployed(backend):
+        return backend
+    has_other_queue = now.config.max_queued_requests != backend.config.max_queued_requests
+    return msgspec.structs.replace(
+        backend,
+        generation=now.generation + int(has_other_queue),
+        config_version=now.config_version + int(now.settings != backend.settings),
+        rolled_back=reason if now.version != backend.version else backend.rolled_back,
+    )
+
+
+def _without_dangling(restored: Mapping[str, Endpoint], now: Mapping[str, Endpoint], backends: set[str]) -> dict[str, Endpoint]:
+    """Keeps today's endpoint, or none, where the one before sends to a backend that somebody has deleted meanwhile."""
+    kept: dict[str, Endpoint] = {}
+    for name, endpoint in restored.items():
+        found = endpoint if {*endpoint.traffic, *endpoint.shadows} <= backends else now.get(name)
+        if found is not None:
+            kept[name] = found
+    return kept

@@ -1,0 +1,129 @@
+"""What the members say of a change, read from the observed state and the beats: whether it is in effect, or why it cannot be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..broker.errors import BackendFailed
+from ..controller.state.beats import Beat, MemberState, ProxyBeat, ReplicaBeat, beats_of, living
+from ..controller.state.documents import Backend, Desired, Observed
+
+ROUTE_BUDGET_S = 30.0
+DELETE_BUDGET_S = 60.0
+READY_MARGIN_S = 15.0
+START_SHARE_S = 1.0  # replicas that start together share the cores, so each of them gives all the others this much more time
+NAMED_AT_MOST = 5
+
+Version = tuple[int, int]  # (epoch, version) of a desired document
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """The state of the members at one moment."""
+
+    observed: Observed
+    beats: Mapping[str, Beat]
+    now_ms: int
+
+    def refusal_by_proxies(self, version: Version) -> str:
+        """Returns the words of a live proxy that cannot follow this version, else an empty string."""
+        return next((proxy.refused for proxy in self._proxies() if proxy.refuses >= version), "")
+
+    def is_followed_by_proxies(self, version: Version) -> bool:
+        return all(proxy.follows >= version for proxy in self._proxies())
+
+    def _proxies(self) -> list[ProxyBeat]:
+        return [beat for beat in living(self.beats, ProxyBeat, self.now_ms).values() if beat.state is MemberState.READY]
+
+    def replicas(self) -> dict[str, list[ReplicaBeat]]:
+        """Returns the beats of all replicas, by backend."""
+        found: dict[str, list[ReplicaBeat]] = {}
+        for beat in beats_of(self.beats, ReplicaBeat):
+            found.setdefault(beat.backend, []).append(beat)
+        return found
+
+    def is_ready(self, backend: Backend, version: Version, since_ms: int, replicas: list[ReplicaBeat]) -> bool:
+        """Whether the backend, of whose replicas these are the beats, has as many assigned ones of this version as are wanted, and its
+        queue. Raises BackendFailed with the first failure's own words."""
+        observed = self.observed
+        mine = [beat for beat in replicas if beat.version == backend.version]
+        for beat in mine:
+            if beat.state is MemberState.FAILED and beat.at >= since_ms:
+                raise BackendFailed(beat.error)
+        if observed.seen >= version and (problem := observed.problems.get(backend.name)):
+            raise BackendFailed(f"backend {backend.name!r} does not get ready: {problem}")
+        for beat in mine:
+            if beat.refused and beat.follows[1] >= backend.config_version:
+                raise BackendFailed(beat.refused)
+        ready = [
+            beat
+            for beat in mine
+            if beat.state is MemberState.READY and beat.id in observed.replicas and beat.follows[1] >= backend.config_version
+        ]
+        has_its_queue = backend.generation <= max(observed.queues.get(backend.name, (0,)))  # the old one is unbound with that
+        takes_old_code = any(other.backend == backend.name and other.version < backend.version for other in observed.replicas.values())
+        return has_its_queue and not takes_old_code and len(ready) >= backend.config.num_replicas
+
+    def is_gone(self, backend: str) -> bool:
+        """Whether neither a queue nor a replica of the backend is left."""
+        observed = self.observed
+        held = {*observed.queues, *observed.retiring, *(assignment.backend for assignment in observed.replicas.values())}
+        return backend not in held
+
+    def reasons(self) -> str:
+        """All that members and the controller report as wrong, as one line."""
+        told = {beat.id: beat.error for beat in beats_of(self.beats, ReplicaBeat) if beat.error}
+        return "; ".join(f"{name}: {problem}" for name, problem in {**told, **self.observed.problems}.items())
+
+
+class Awaited:
+    """What a change of many parts, from the document `before` to `made`, still waits for."""
+
+    def __init__(self, before: Desired, made: Desired, version: Version, since_ms: int) -> None:
+        self._version = version
+        self._since_ms = since_ms
+        self._starting = {name: backend for name, backend in made.backends.items() if before.backends.get(name) != backend}
+        self._going = {name: backend for name, backend in before.backends.items() if name not in made.backends}
+        self._proxies_follow = False
+        self.count = len(self._starting)
+
+    def __repr__(self) -> str:
+        return f"<Awaited {self.names()}>"
+
+    @property
+    def budget_s(self) -> float:
+        """The time until all must be in effect."""
+        configs = [backend.config for backend in self._starting.values()]
+        start_s = max((config.start_timeout_s + READY_MARGIN_S for config in configs), default=0.0)
+        start_s += START_SHARE_S * sum(config.num_replicas for config in configs[1:])
+        drain_s = max((backend.config.graceful_shutdown_timeout_s + DELETE_BUDGET_S for backend in self._going.values()), default=0.0)
+        return max(ROUTE_BUDGET_S, start_s, drain_s)
+
+    def look(self, seen: Seen) -> list[str]:
+        """Returns the backends that have got ready since the last look. Raises BackendFailed with the first failure's own words."""
+        if refused := seen.refusal_by_proxies(self._version):
+            raise BackendFailed(f"a proxy cannot follow the change: {refused}")
+        self._proxies_follow = self._proxies_follow or seen.is_followed_by_proxies(self._version)
+        replicas = seen.replicas()
+        ready = [
+            name
+            for name, backend in self._starting.items()
+            if seen.is_ready(backend, self._version, self._since_ms, replicas.get(name, []))
+        ]
+        for name in ready:
+            del self._starting[name]
+        self._going = {name: backend for name, backend in self._going.items() if not seen.is_gone(name)}
+        return ready
+
+    @property
+    def is_over(self) -> bool:
+        return self._proxies_follow and not self._starting and not self._going
+
+    def names(self) -> str:
+        """Names what is missing, as a clause."""
+        missing = [f"backend {name!r} is not ready" for name in self._starting]
+        missing += [f"backend {name!r} still drains" for name in self._going]
+        missing += [] if self._proxies_follow else ["not all proxies follow it"]
+        more = f" and {len(missing) - NAMED_AT_MOST} more" if len(missing) > NAMED_AT_MOST else ""
+        return ", ".join(missing[:NAMED_AT_MOST]) + more
