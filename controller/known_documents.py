@@ -88,9 +88,10 @@ class KnownDocuments:
             self.observed = found
 
     async def _read_codes(self, desired: Desired) -> None:
-        self._codes = {sha256: code for sha256, code in self._codes.items() if sha256 in desired.codes}
-        self._files = {sha256: files for sha256, files in self._files.items() if sha256 in desired.codes}
-        for sha256 in desired.codes - set(self._codes):
+        named = desired.codes
+        self._codes = {sha256: code for sha256, code in self._codes.items() if sha256 in named}
+        self._files = {sha256: files for sha256, files in self._files.items() if sha256 in named}
+        for sha256 in named - set(self._codes):
             code = await self._store.get_large(self._keys.code(sha256))
             if code is not None and code != WRONG_TYPE:
                 self._codes[sha256] = code
@@ -100,7 +101,8 @@ class KnownDocuments:
 
     def hashes_of(self, desired: Desired) -> frozenset[str]:
         """Returns the hashes of a document's code and of the files of that code."""
-        return desired.codes.union(*(self._files.get(sha256, frozenset()) for sha256 in desired.codes))
+        named = desired.codes
+        return named.union(*(self._files.get(sha256, frozenset()) for sha256 in named))
 
     async def write_back(self, claim: Guard) -> None:
         """Writes our copy of the lost documents, code included, back to the store: the desired state under a higher epoch. Does nothing

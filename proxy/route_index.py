@@ -11,17 +11,7 @@ from ..controller.state.documents import Endpoint
 from ..controller.state.route_patterns import RoutePattern
 
 
-@dataclass(frozen=True, slots=True)
-class PatternRoute:
-    """A route with variables. `age` is its position among the endpoints, oldest first."""
-
-    age: int
-    pattern: RoutePattern
-    endpoint: Endpoint
-    methods: frozenset[str]
-
-
-class _Shape(NamedTuple):
+class Shape(NamedTuple):
     """The positions of a pattern's literal segments; negative ones count from the end of the path.
 
     A path must have exactly as many `segments` as the pattern, or at least as many if a variable may match slashes.
@@ -31,17 +21,39 @@ class _Shape(NamedTuple):
     is_open: bool
     literal_at: tuple[int, ...]
 
+    def key_of(self, segments: list[str]) -> Any:
+        """Returns the literal segments of a path that has this shape."""
+        return itemgetter(*self.literal_at)(segments)
+
+
+@dataclass(frozen=True, slots=True)
+class PatternRoute:
+    """A route with variables. `age` is its position among the endpoints, oldest first. Its `shape` and its `key` there are its place in
+    the index."""
+
+    age: int
+    pattern: RoutePattern
+    endpoint: Endpoint
+    methods: frozenset[str]
+    shape: Shape
+    key: Any
+
+    @classmethod
+    def of(cls, age: int, pattern: RoutePattern, endpoint: Endpoint, methods: frozenset[str]) -> PatternRoute:
+        shape = _shape(pattern)
+        return cls(age, pattern, endpoint, methods, shape, shape.key_of(pattern.route.split("/")))
+
 
 class _Table:
     """The patterns of one shape, keyed by their literal segments."""
 
-    def __init__(self, shape: _Shape) -> None:
+    def __init__(self, shape: Shape) -> None:
         self.segments = shape.segments
         self._key_of = itemgetter(*shape.literal_at)
         self._patterns: dict[Any, list[PatternRoute]] = {}
 
     def add(self, route: PatternRoute) -> None:
-        self._patterns.setdefault(self._key_of(route.pattern.route.split("/")), []).append(route)
+        self._patterns.setdefault(route.key, []).append(route)
 
     def at(self, segments: list[str]) -> Sequence[PatternRoute]:
         return self._patterns.get(self._key_of(segments), ())
@@ -52,10 +64,12 @@ class RouteIndex:
     patterns."""
 
     def __init__(self, routes: Iterable[PatternRoute]) -> None:
-        tables: dict[_Shape, _Table] = {}
+        tables: dict[Shape, _Table] = {}
         for route in routes:
-            shape = _shape(route.pattern)
-            tables.setdefault(shape, _Table(shape)).add(route)
+            table = tables.get(route.shape)
+            if table is None:
+                table = tables[route.shape] = _Table(route.shape)
+            table.add(route)
         self._open = [table for shape, table in tables.items() if shape.is_open]
         self._closed: dict[int, list[_Table]] = {}
         for shape, table in tables.items():
@@ -85,11 +99,11 @@ class RouteIndex:
         return found
 
 
-def _shape(pattern: RoutePattern) -> _Shape:
+def _shape(pattern: RoutePattern) -> Shape:
     segments, variables = pattern.route.split("/"), iter(pattern.variables)
     spans = [any([next(variables).may_span for _ in range(segment.count("{"))]) for segment in segments]
     count = len(segments)
     open_from, open_to = (spans.index(True), count - spans[::-1].index(True)) if any(spans) else (count, count)
     from_the_left = [at for at in range(open_from) if "{" not in segments[at]]
     from_the_right = [at - count for at in range(open_to, count) if "{" not in segments[at]]
-    return _Shape(count, any(spans), (*from_the_left, *from_the_right))
+    return Shape(count, any(spans), (*from_the_left, *from_the_right))

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..broker.errors import BadValue
 from ..controller.state.documents import Desired, Endpoint, Observed
-from ..controller.state.route_patterns import Params, RoutePattern, compile_route
+from ..controller.state.route_patterns import Params, compile_route
 from .route_index import PatternRoute, RouteIndex
 
 
@@ -31,8 +31,9 @@ class RouteTable:
     """One version of the routes, replaced as a whole when the document changes. Literal paths win over patterns, then the older route
     wins.
 
-    Compiled patterns that still apply are reused from `before`, the previous table. `left_out` holds the routes that cannot be matched
-    here, with the reason: one such route, accepted by an older version, must not affect the others.
+    What still applies is taken over from `before`, the previous table, so that a change of one endpoint costs little beside many.
+    `left_out` holds the routes that cannot be matched here, with the reason: one such route, accepted by an older version, must not
+    affect the others.
     """
 
     def __init__(self, desired: Desired, observed: Observed, before: RouteTable | None = None) -> None:
@@ -40,25 +41,48 @@ class RouteTable:
         self.timeouts_s = {name: backend.config.request_timeout_s for name, backend in desired.backends.items()}
         self.at_most_once = {name for name, backend in desired.backends.items() if backend.config.delivery == "at_most_once"}
         self.down_since = observed.down_since  # backend -> store ms since which no replica has been ready or starting
-        self.listing: dict[str, list[Any]] = {}
         self.left_out: dict[str, str] = {}
-        self._compiled: dict[str, RoutePattern] = {}
+        self._endpoints = desired.endpoints
+        self._patterns: dict[str, PatternRoute] = {}  # by route, as the two below
         self._literal: dict[str, tuple[frozenset[str], Target]] = {}
-        patterns: list[PatternRoute] = []
         for age, endpoint in enumerate(desired.endpoints.values()):
             if endpoint.route is not None:
-                pattern = self._compile(endpoint.route, before)
-                if pattern is None:
-                    continue
-                if pattern.variables:
-                    patterns.append(PatternRoute(age, pattern, endpoint, _allowed(endpoint)))
-                else:
-                    self._literal[endpoint.route] = (_allowed(endpoint), Target(endpoint, endpoint.route, ()))
-            self.listing[endpoint.route or endpoint.name] = [endpoint.name, list(endpoint.methods)]
-        self._index = RouteIndex(patterns)
+                self._add(age, endpoint.route, endpoint, before)
+        self._index = RouteIndex(self._patterns.values())
+
+    def _add(self, age: int, route: str, endpoint: Endpoint, before: RouteTable | None) -> None:
+        """Adds a route, as it is in `before` if nothing of it has changed."""
+        literal = before._literal.get(route) if before is not None else None
+        if literal is not None:
+            is_same = literal[1].endpoint is endpoint
+            self._literal[route] = literal if is_same else (_allowed(endpoint), Target(endpoint, route, ()))
+            return
+        known = before._patterns.get(route) if before is not None else None
+        if known is not None and known.pattern.is_current():
+            is_same = known.endpoint is endpoint and known.age == age
+            self._patterns[route] = known if is_same else PatternRoute.of(age, known.pattern, endpoint, _allowed(endpoint))
+            return
+        try:
+            pattern = compile_route(route)
+        except BadValue as error:
+            self.left_out[route] = str(error)
+            return
+        if pattern.variables:
+            self._patterns[route] = PatternRoute.of(age, pattern, endpoint, _allowed(endpoint))
+        else:
+            self._literal[route] = (_allowed(endpoint), Target(endpoint, route, ()))
+
+    @property
+    def listing(self) -> dict[str, list[Any]]:
+        """The served routes, and endpoints without one by their names, with the endpoint's name and methods."""
+        return {
+            endpoint.route or name: [name, list(endpoint.methods)]
+            for name, endpoint in self._endpoints.items()
+            if endpoint.route not in self.left_out
+        }
 
     def __repr__(self) -> str:
-        return f"<RouteTable {self.version}, {len(self.listing)} endpoints, {len(self.left_out)} left out>"
+        return f"<RouteTable {self.version}, {len(self._endpoints)} endpoints, {len(self.left_out)} left out>"
 
     def match(self, path: str, method: str) -> Target | NotAllowed | None:
         literal = self._literal.get(path)
@@ -74,18 +98,6 @@ class RouteTable:
                 return Target(route.endpoint, route.pattern.route, params)
             refused = refused or NotAllowed(route.endpoint.methods)
         return refused
-
-    def _compile(self, route: str, before: RouteTable | None) -> RoutePattern | None:
-        """Compiles a route, or reuses it from the table `before` if its convertors are unchanged."""
-        pattern = before._compiled.get(route) if before is not None else None
-        if pattern is None or not pattern.is_current():
-            try:
-                pattern = compile_route(route)
-            except BadValue as error:
-                self.left_out[route] = str(error)
-                return None
-        self._compiled[route] = pattern
-        return pattern
 
 
 def _allowed(endpoint: Endpoint) -> frozenset[str]:

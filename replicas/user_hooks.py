@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from copy import deepcopy
 from typing import Any
 
 from ..broker.errors import BackendFailed
@@ -93,7 +94,7 @@ class UserHooks:
             )
         try:
             async with asyncio.timeout(RECONFIGURE_BUDGET_S):
-                await self._worker.call(lambda: reconfigure(user_config), constructs=True)
+                await self._worker.call(lambda: reconfigure(deepcopy(user_config)), constructs=True)  # all readers share it
                 if check is not None:
                     await self._worker.call(check)
         except Raised as raised:

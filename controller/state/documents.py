@@ -5,7 +5,8 @@ Both are JSON in the store, so that an operator can read them with `redis-cli ge
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+from functools import cached_property
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import msgspec
 import pydantic
@@ -19,7 +20,7 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 T = TypeVar("T")
 
 
-class Backend(msgspec.Struct, frozen=True):
+class Backend(msgspec.Struct, frozen=True, dict=True):
     """A named implementation. `version` is the version of the document that deployed its code. No version is used twice, not even after a
     roll-back, or for a new backend of the same name. `generation` grows when its queue's frozen arguments change."""
 
@@ -33,8 +34,9 @@ class Backend(msgspec.Struct, frozen=True):
     config_version: Count = 1
     rolled_back: str = ""  # why the last roll-out of code was undone
 
-    @property
+    @cached_property
     def config(self) -> BackendConfig:
+        """For reading only, since all readers in this process share it."""
         return BackendConfig.model_validate(self.settings)
 
     @property
@@ -100,10 +102,11 @@ class Desired(msgspec.Struct, frozen=True):
         """Raises BadEnvelope for bytes that are no such document, or one that contradicts itself."""
         if raw is None:
             return cls()
-        desired = decode_document(raw, cls, "desired state")
-        if wrong := _contradiction(desired):
-            raise BadEnvelope(f"the desired state in the store contradicts itself: {wrong}")
-        return desired
+        global _last
+        last = _last  # replaced as a whole, since several threads read
+        if raw != last.raw:
+            last = _last = _read_changes(raw, last) or _read_all(raw)
+        return last.desired
 
 
 class Assignment(msgspec.Struct, frozen=True):
@@ -143,7 +146,16 @@ class Observed(msgspec.Struct, frozen=True):
     @classmethod
     def from_bytes(cls, raw: bytes | None) -> Observed:
         """Raises BadEnvelope for bytes that are no such document."""
-        return cls() if raw is None else decode_document(raw, cls, "observed state")
+        global _last_observed
+        if raw is None:
+            return cls()
+        last = _last_observed
+        if raw != last[0]:
+            last = _last_observed = raw, decode_document(raw, cls, "observed state")
+        return last[1]
+
+
+_last_observed = b"", Observed()  # in the embedded form all followers read the same
 
 
 def decode_document(raw: bytes, kind: type[T], what: str) -> T:
@@ -160,6 +172,67 @@ def decode_document(raw: bytes, kind: type[T], what: str) -> T:
         ) from error
 
 
+class _Read(NamedTuple):
+    """The desired document that this process has read last, with its entries by their bytes. Whoever follows it decodes and checks only
+    what has changed since; in the embedded form all followers share one copy."""
+
+    raw: bytes
+    desired: Desired
+    backends: dict[bytes, Backend]
+    endpoints: dict[bytes, Endpoint]
+
+
+_last = _Read(b"", Desired(), {}, {})
+
+
+class _Split(Desired, frozen=True):
+    """A desired document whose entries are not decoded yet."""
+
+    backends: dict[str, msgspec.Raw] = {}  # type: ignore[assignment]
+    endpoints: dict[str, msgspec.Raw] = {}  # type: ignore[assignment]
+
+
+def _read_changes(raw: bytes, before: _Read) -> _Read | None:
+    """Returns None for a document in which anything is wrong."""
+    try:
+        split = msgspec.json.decode(raw, type=_Split)
+        raw_backends = {name: bytes(found) for name, found in split.backends.items()}
+        raw_endpoints = {name: bytes(found) for name, found in split.endpoints.items()}
+        backends = {name: before.backends.get(found) or _decode_backend(found) for name, found in raw_backends.items()}
+        endpoints = {name: before.endpoints.get(found) or _decode_endpoint(found) for name, found in raw_endpoints.items()}
+        new = Desired(
+            backends=backends, endpoints={name: one for name, one in endpoints.items() if raw_endpoints[name] not in before.endpoints}
+        )
+        if _contradiction(new):
+            return None
+    except UNPARSABLE:
+        return None
+    known = backends.keys()
+    for name, endpoint in endpoints.items():
+        if endpoint.name != name or not (endpoint.traffic.keys() <= known and endpoint.shadows.keys() <= known):
+            return None
+    fields = {name: getattr(split, name) for name in Desired.__struct_fields__}
+    desired = Desired(**{**fields, "backends": backends, "endpoints": endpoints})
+    return _Read(
+        raw,
+        desired,
+        {found: backends[name] for name, found in raw_backends.items()},
+        {found: endpoints[name] for name, found in raw_endpoints.items()},
+    )
+
+
+def _read_all(raw: bytes) -> _Read:
+    """Raises BadEnvelope with a sentence that says what is wrong, and where."""
+    desired = decode_document(raw, Desired, "desired state")
+    if wrong := _contradiction(desired):
+        raise BadEnvelope(f"the desired state in the store contradicts itself: {wrong}")
+    return _Read(raw, desired, {}, {})
+
+
+_decode_backend = msgspec.json.Decoder(Backend).decode
+_decode_endpoint = msgspec.json.Decoder(Endpoint).decode
+
+
 def _contradiction(desired: Desired) -> str:
     """Returns how the document contradicts itself, or an empty string. Its readers rely on the rules checked here."""
     for name, backend in desired.backends.items():
@@ -168,7 +241,7 @@ def _contradiction(desired: Desired) -> str:
         except pydantic.ValidationError as error:
             return f"backend {name!r} has a bad config ({error.errors()[0]['msg']})"
     for name, endpoint in desired.endpoints.items():
-        if missing := {*endpoint.traffic, *endpoint.shadows} - set(desired.backends):
+        if missing := {*endpoint.traffic, *endpoint.shadows} - desired.backends.keys():
             return f"endpoint {name!r} sends to {min(missing)!r}, which is no backend"
         if min(endpoint.traffic.values(), default=0) < 0 or not 0.999 < sum(endpoint.traffic.values()) < 1.001:
             return f"the weights of endpoint {name!r} are not 0 or more, and 1 altogether"

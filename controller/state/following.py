@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 import msgspec
@@ -76,6 +77,9 @@ class _Named(msgspec.Struct):
 
 
 def _instance_of(raw: bytes) -> str:
+    """Also of a document in which something else is wrong."""
+    with suppress(BadEnvelope):
+        return Desired.from_bytes(raw).instance
     try:
         return msgspec.json.decode(raw, type=_Named).instance
     except UNPARSABLE:

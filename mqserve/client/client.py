@@ -91,10 +91,10 @@ class Client(Lifetime):
 
     def get_backend_config(self, backend_tag: str) -> BackendConfig:
         """Returns the config of a backend. Raises BadValue for an unknown one."""
-        return changes.find_backend(self._read(), backend_tag).config
+        return changes.find_backend(self._read(), backend_tag).config.model_copy(deep=True)
 
     def list_backends(self) -> dict[str, BackendConfig]:
-        return {name: backend.config for name, backend in self._read().backends.items()}
+        return {name: backend.config.model_copy(deep=True) for name, backend in self._read().backends.items()}
 
     def delete_backend(self, backend_tag: str, force: bool = False) -> None:
         """Drains the backend's queue and replicas; returns when both are gone. With `force`, waiting and running requests are dropped.
