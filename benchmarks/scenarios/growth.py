@@ -48,7 +48,7 @@ class Growth:
         subjects: dict[str, Subject] = {}
         for form in FORMS:
             servers = bench.servers if form == "distributed" else None
-            for subject in bench.started(size.name, running_deployed(form, servers, size.backends, size.routes), stack):
+            for subject in bench.started(f"{size.name}, {form}", running_deployed(size.name, servers, size.backends, size.routes), stack):
                 closed_loop(subject, "", CLIENTS, WARM_UP_S, paths=size.routes)
                 subjects[form] = subject
 
