@@ -303,7 +303,7 @@ class Node:
                 await self._store.drop_fields(self._keys.beats, *(f"proxy:{proxy_id}" for proxy_id in dead))
                 self._announced_dead -= dead
                 for proxy_id in dead:
-                    del self._dead_proxies[proxy_id]
+                    self._dead_proxies.pop(proxy_id, None)  # another task may have dropped the same beats meanwhile
 
     def _stop(self, running: _Running, *, at_once: bool = False) -> None:
         if running.stopping:

@@ -285,3 +285,24 @@ async def test_the_reason_of_a_worker_that_failed_stays_until_the_next_one_start
         async with asyncio.timeout(20):
             while f"proxy:{failed.name}" in await store.fields(KEYS.beats):
                 await asyncio.sleep(0.02)
+
+
+async def test_proxies_that_die_at_the_same_time_are_all_forgotten_and_the_node_goes_on() -> None:
+    class SlowStore(EmbeddedStore):
+        async def drop_fields(self, key: str, *fields: str) -> None:
+            await asyncio.sleep(0.05)
+            await super().drop_fields(key, *fields)
+
+    store, launcher = SlowStore(), Launcher()
+    async with running_node(store, launcher):
+        await set_workers(store, 2)
+        await until(lambda: len(launcher.proxies) == 3)
+        dead = launcher.proxies
+        for proxy in dead:
+            await says(store, proxy, "ready")
+        for proxy in list(dead):
+            proxy.end("killed")
+        await until(lambda: len(launcher.proxies) == 5)
+        async with asyncio.timeout(20):
+            while any(field.startswith("proxy:") for field in await store.fields(KEYS.beats)):
+                await asyncio.sleep(0.02)
