@@ -139,16 +139,19 @@ def update_backend_config(name: str, config: BackendConfig | dict[str, Any]) -> 
         backend = find_backend(desired, name)
         settings = parse_config({**backend.settings, **options}).model_dump(exclude_unset=True)
         old, new = backend.config, BackendConfig.model_validate(settings)
-        frozen_changed = any(getattr(old, argument) != getattr(new, argument) for argument in _QUEUE_ARGUMENTS)
         updated = msgspec.structs.replace(
             backend,
             settings=settings,
-            generation=backend.generation + int(frozen_changed),
+            generation=backend.generation + int(needs_new_queue(old, new)),
             config_version=backend.config_version + 1,
         )
         return msgspec.structs.replace(desired, backends={**desired.backends, name: updated})
 
     return change
+
+
+def needs_new_queue(old: BackendConfig, new: BackendConfig) -> bool:
+    return any(getattr(old, argument) != getattr(new, argument) for argument in _QUEUE_ARGUMENTS)
 
 
 def restore_user_config(refused: Backend, user_config: Any) -> Change:

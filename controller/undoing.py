@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from .changes import Change
+from .changes import Change, needs_new_queue
 from .state.documents import Backend, Desired, Endpoint
 
 T = TypeVar("T")
@@ -61,10 +61,9 @@ def _as_next(backend: Backend, desired: Desired, reason: str) -> Backend:
         return msgspec.structs.replace(backend, version=desired.version + 1)
     if now is backend or _deployed(now) == _deployed(backend):
         return backend
-    has_other_queue = now.config.max_queued_requests != backend.config.max_queued_requests
     return msgspec.structs.replace(
         backend,
-        generation=now.generation + int(has_other_queue),
+        generation=now.generation + int(needs_new_queue(now.config, backend.config)),
         config_version=now.config_version + int(now.settings != backend.settings),
         rolled_back=reason if now.version != backend.version else backend.rolled_back,
     )

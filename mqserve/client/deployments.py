@@ -52,6 +52,11 @@ class _Step:
     def __repr__(self) -> str:
         return f"<_Step of {len(self._declared)}>"
 
+    @property
+    def was_tried(self) -> bool:
+        """Whether it may have been committed."""
+        return self.made is not self.before
+
     def change(self, desired: Desired) -> Desired:
         self.before, self.made = desired, apply(self._declared, desired)
         return self.made
@@ -149,7 +154,8 @@ class Deployments:
                     steps.append(_Step(changed))
                     await self._take(steps[-1], tell)
         except BaseException as error:
-            await self._undo(steps, error)
+            if tried := [step for step in steps if step.was_tried]:
+                await self._undo(tried, error)
             raise
         named = {backend.code for step in steps for backend in step.made.backends.values()}
         await self._let_go([backend for step in steps for backend in step.before.backends.values() if backend.code not in named])
