@@ -13,10 +13,11 @@ async def noop(request: serve.Request) -> str:
 def main() -> None:
     port, backends, routes = map(int, sys.argv[1:])
     client = serve.start(http_options={"port": port})
-    for number in range(backends):
-        client.create_backend(f"b{number}", noop)
-    for number in range(routes):
-        client.create_endpoint(f"r{number}", backend=f"b{number % backends}", route=f"/r{number}")
+    with client.deploying():
+        for number in range(backends):
+            client.create_backend(f"b{number}", noop)
+        for number in range(routes):
+            client.create_endpoint(f"r{number}", backend=f"b{number % backends}", route=f"/r{number}")
     try:
         signal.pause()
     except KeyboardInterrupt:
