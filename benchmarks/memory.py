@@ -11,9 +11,15 @@ from .subjects import Subject
 
 
 def mib_by_kind(subject: Subject) -> dict[str, float]:
-    """The MiB of a program and its children, by kind of process, as values of a sample, with their sum first."""
+    """The MiB of a program and its children, by kind of process, as values of a sample: their sum first, and at last RabbitMQ and Redis,
+    which are not in it. Redis has the results of ten minutes."""
     found = {f"{kind}_mib": mib for kind, mib in _mib_by_kind(subject.tree(), subject.kind_of).items()}
-    return {"total_mib": sum(found.values()), **found}
+    servers = subject.servers.pids if subject.servers is not None else {}
+    return {
+        "total_mib": sum(found.values()),
+        **found,
+        **{f"{kind}_mib": psutil.Process(pid).memory_full_info().pss / 2**20 for kind, pid in servers.items()},
+    }
 
 
 def _mib_by_kind(processes: Iterable[psutil.Process], kind_of: KindOf) -> dict[str, float]:
