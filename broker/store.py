@@ -8,6 +8,8 @@ from typing import Protocol
 
 import msgspec
 
+from .errors import StoreUnavailable
+
 WRONG_TYPE = b"\0WRONGTYPE"
 """The value that a read returns for a key of another Redis type. It parses as no document of ours, so it is treated like a broken one.
 The scripts know it too, so that it can be replaced."""
@@ -24,6 +26,14 @@ class Record(msgspec.Struct, frozen=True):
     inbox: str
     note: bytes
     deadline_ms: int  # store time; until then the write is tried again
+
+
+OnRecorded = Callable[[bool | Exception], None]
+"""Called once with the outcome of a record, see `Store.record`; with StoreClosed if the store is closed first. It must not raise."""
+
+
+class StoreClosed(StoreUnavailable):
+    """This process closed its store before the write."""
 
 
 class Health(Protocol):
@@ -76,8 +86,12 @@ class Store(Protocol):
         """Writes the result with the others of this loop turn. The future is True if this is the first result (or equal to the first),
         False if another result stood there first.
 
-        It fails with StoreUnavailable when the store stays away past the record's deadline.
+        It fails with StoreUnavailable when the store stays away past the record's deadline. When the store is closed, it is cancelled.
         """
+        ...
+
+    def record_then(self, record: Record, on_recorded: OnRecorded) -> None:
+        """Does the same without a future, for what every request needs. `on_recorded` may be called at once."""
         ...
 
     def mark(self, key: str, value: bytes, ttl_ms: int) -> None:
@@ -182,3 +196,21 @@ class Store(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+def recorded(record_then: Callable[[Record, OnRecorded], None], record: Record) -> asyncio.Future[bool]:
+    """Returns `Store.record` in terms of `Store.record_then`."""
+    done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+    def on_recorded(outcome: bool | Exception) -> None:
+        if done.done():  # its reader was cancelled
+            return
+        if isinstance(outcome, StoreClosed):
+            done.cancel()
+        elif isinstance(outcome, Exception):
+            done.set_exception(outcome)
+        else:
+            done.set_result(outcome)
+
+    record_then(record, on_recorded)
+    return done

@@ -87,12 +87,10 @@ class Settlement:
         job.move(Stage.RECORDING)
         if envelope.header.shadow:
             self.ack(job)
-        elif envelope.reply_to or _is_large(envelope, result.body):
+        elif envelope.reply_to or job.mark or _is_large(envelope, result.body):
             self._await_for(job, self.start(job, self._answer_slowly(job, result)))
         elif envelope.id:
-            recorded = self.record(job, result)
-            self._await_for(job, recorded)
-            recorded.add_done_callback(partial(self._recorded, job))
+            self._store.record_then(self._record_of(job, result), partial(self._recorded, job))
         else:
             self._answered(job)
 
@@ -109,26 +107,29 @@ class Settlement:
 
     def record(self, job: Job, result: Result) -> asyncio.Future[bool]:
         """Records the result of a request that has an id; see `Store.record`."""
+        return self._store.record(self._record_of(job, result))
+
+    def _record_of(self, job: Job, result: Result) -> Record:
         envelope = job.envelope
         future_id = envelope.future_id(self._backend)
         raw = (result if envelope.attempt == 1 else msgspec.structs.replace(result, attempt=envelope.attempt)).to_bytes()
         deadline_ms = envelope.header.deadline or self._store.now_ms() + int(UNLIMITED_S * 1000)
-        return self._store.record(Record(self._keys.future(future_id), raw, envelope.header.inbox, entry_of(future_id, raw), deadline_ms))
+        return Record(self._keys.future(future_id), raw, envelope.header.inbox, entry_of(future_id, raw), deadline_ms)
 
-    def _recorded(self, job: Job, done: asyncio.Future[bool]) -> None:
-        error = StoreUnavailable("the store was closed") if done.cancelled() else done.exception()
+    def _recorded(self, job: Job, outcome: bool | Exception) -> None:
         try:
-            if error is None:
+            if not isinstance(outcome, Exception):
                 self._answered(job)
-            elif isinstance(error, MQServeError):
-                self._cannot_answer(job, error)
+            elif isinstance(outcome, MQServeError):
+                self._cannot_answer(job, outcome)
             else:
-                self.fail(job, error)
+                self.fail(job, outcome)
         except Exception as unforeseen:
             self.fail(job, unforeseen)
 
     async def _answer_slowly(self, job: Job, result: Result) -> None:
-        """Answers with a large result or an AMQP reply, which take more than one step."""
+        """Answers with a large result or an AMQP reply, which take more than one step, or answers a request that has a start mark, whose
+        result others wait for."""
         envelope = job.envelope
         try:
             if envelope.id:
@@ -150,7 +151,7 @@ class Settlement:
             await _insist(lambda: self._store.set(key, body, ttl_ms=RESULT_TTL_S * 1000), until)
             kept = msgspec.structs.replace(result, body=b"", ref=key)
         first = await self.record(job, kept)
-        return result if first else await _insist(lambda: self._admission.stored(envelope, result), until)
+        return result if first or not envelope.reply_to else await _insist(lambda: self._admission.stored(envelope, result), until)
 
     def _answered(self, job: Job) -> None:
         """Acks. Unless the id is minted, and so used only once, it also deletes the counters, so that the next use of the id starts afresh.

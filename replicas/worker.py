@@ -261,7 +261,7 @@ class Worker:
             return
         context = self._contexts.new()
         if method.is_async:
-            self._run_task(self._run_async(jobs, method), context, jobs)
+            self._start_task(self._run_async(jobs, method), context, jobs)  # which ends its entry in `_tasks` itself
         elif self._pool is None:
             self._run_plain(jobs, method, context)
         else:
@@ -308,7 +308,8 @@ class Worker:
             forks.end_if_forked_since(self._depth)
 
     async def _run_async(self, jobs: Sequence[Job], method: Method) -> None:
-        assert self._execution is not None
+        task = jobs[0].task
+        assert self._execution is not None and task is not None
         try:
             running_jobs.set(jobs)
             if any([job.suspect for job in jobs]):
@@ -323,6 +324,8 @@ class Worker:
             self._cancelled(jobs, error)
         except BaseException as error:
             self._put_failed(jobs, error)
+        finally:
+            self._tasks.discard(task)
 
     def _deliver(self, jobs: Sequence[Job], answers: Sequence[Answer], context: Context | None = None) -> None:
         """Hands over the answers of a call; `context` is that of a plain call. A Response that must be run for its result runs on the
@@ -356,11 +359,15 @@ class Worker:
                 self._put(job, self._execution.failed(error, job))
 
     def _run_task(self, work: Coroutine[Any, Any, None], context: Context, jobs: Sequence[Job] = ()) -> asyncio.Task[None]:
+        task = self._start_task(work, context, jobs)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _start_task(self, work: Coroutine[Any, Any, None], context: Context, jobs: Sequence[Job]) -> asyncio.Task[None]:
         task = self._loop.create_task(work, context=context)
         for job in jobs:
             job.task = task
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
         return task
 
     def _cancel_call(self, job: Job) -> None:

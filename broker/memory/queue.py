@@ -106,6 +106,7 @@ class _Lane:
     consumers: list[EmbeddedConsumption] = field(default_factory=list)
     _turns: itertools.count[int] = field(default_factory=itertools.count)
     _waking: bool = False
+    _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     is_gone: bool = False
 
     def __repr__(self) -> str:
@@ -152,7 +153,7 @@ class _Lane:
         """Schedules one delivery round for this loop turn, however often it is called."""
         if not self._waking:
             self._waking = True
-            asyncio.get_running_loop().call_soon(self._deliver)
+            self._loop.call_soon(self._deliver)
 
     def _deliver(self) -> None:
         self._waking = False

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from ..store import Guard, Record
+from ..store import Guard, OnRecorded, Record, recorded
 from ..store_keys import LOG_LENGTH, RESULT_TTL_S
 
 _SWEEP_EVERY_S = 30.0
@@ -66,13 +66,14 @@ class EmbeddedStore:
         return int((self._epoch + time.monotonic()) * 1000)
 
     def record(self, record: Record) -> asyncio.Future[bool]:
-        done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        return recorded(self.record_then, record)
+
+    def record_then(self, record: Record, on_recorded: OnRecorded) -> None:
         fresh = self._write(record.key, record.value, RESULT_TTL_S * 1000, only_new=True)
         fresh = fresh or self._read(record.key) == record.value
         if fresh and (reader := self._readers.get(record.inbox)):
             reader([record.note])
-        done.set_result(fresh)
-        return done
+        on_recorded(fresh)
 
     def mark(self, key: str, value: bytes, ttl_ms: int) -> None:
         self._write(key, value, ttl_ms)
@@ -170,7 +171,7 @@ class EmbeddedStore:
         self._readers[inbox] = on_notes
         on_gap()
         try:
-            await asyncio.get_running_loop().create_future()  # until cancelled: `record` calls the reader itself
+            await asyncio.get_running_loop().create_future()  # until cancelled: `record_then` calls the reader itself
         finally:
             del self._readers[inbox]
 

@@ -10,13 +10,15 @@ from enum import Enum, auto
 
 from ..backoff import delays
 from ..errors import StoreUnavailable
-from ..store import Record
+from ..store import OnRecorded, Record, StoreClosed, recorded
 
 FLUSH_BATCH = 128
 FLUSH_BYTES = 4 * 1024 * 1024  # per batch, or one larger result: a call that takes longer than its budget would be retried for ever
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 1.0
 
 logger = logging.getLogger(__name__)
+
+_Waiting = tuple[Record, OnRecorded]
 
 Mark = tuple[str, bytes, int]
 """Key, value, TTL in ms; a TTL of 0 deletes the key."""
@@ -43,11 +45,12 @@ class ResultWriter:
     def __init__(self, write: Write, now_ms: Callable[[], int]) -> None:
         self._write = write
         self._now_ms = now_ms
+        self._loop = asyncio.get_running_loop()
         self._state = _State.IDLE
         self._is_idle = asyncio.Event()
         self._is_idle.set()
-        self._buffer: list[tuple[Record, asyncio.Future[bool]]] = []
-        self._batch: list[tuple[Record, asyncio.Future[bool]]] = []  # on its way
+        self._buffer: list[_Waiting] = []
+        self._batch: list[_Waiting] = []  # on its way
         self._marks: list[Mark] = []
         self._pauses = delays(_FIRST_PAUSE_S, _LONGEST_PAUSE_S)
         self._timer: asyncio.TimerHandle | None = None
@@ -57,10 +60,12 @@ class ResultWriter:
 
     def record(self, record: Record) -> asyncio.Future[bool]:
         """See `Store.record`."""
-        done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._buffer.append((record, done))
+        return recorded(self.record_then, record)
+
+    def record_then(self, record: Record, on_recorded: OnRecorded) -> None:
+        """See `Store.record_then`."""
+        self._buffer.append((record, on_recorded))
         self._flush_soon()
-        return done
 
     def mark(self, key: str, value: bytes, ttl_ms: int) -> None:
         """Writes a mark with the next batch. Nobody waits for it, and it may be lost."""
@@ -68,7 +73,7 @@ class ResultWriter:
         self._flush_soon()
 
     async def close(self, budget_s: float) -> None:
-        """Writes the remaining batches within the budget. The futures of unwritten results are cancelled."""
+        """Writes the remaining batches within the budget. The results that are left unwritten end in StoreClosed."""
         try:
             async with asyncio.timeout(budget_s):
                 await self._is_idle.wait()
@@ -78,20 +83,21 @@ class ResultWriter:
             self._state = _State.CLOSED
             if self._timer is not None:
                 self._timer.cancel()
-            self._cancel()
+            self._refuse_the_rest()
 
-    def _cancel(self) -> None:
-        for _, done in [*self._batch, *self._buffer]:
-            done.cancel()
+    def _refuse_the_rest(self) -> None:
+        rest = [*self._batch, *self._buffer]
         self._batch, self._buffer, self._marks = [], [], []
+        for _, on_recorded in rest:
+            _tell(on_recorded, StoreClosed("the store was closed"))
 
     def _flush_soon(self) -> None:
         if self._state is _State.IDLE:
             self._state = _State.COLLECTING
             self._is_idle.clear()
-            asyncio.get_running_loop().call_soon(self._flush)
+            self._loop.call_soon(self._flush)
         elif self._state is _State.CLOSED:
-            self._cancel()
+            self._refuse_the_rest()
 
     def _flush(self) -> None:
         if self._state is _State.CLOSED:
@@ -113,22 +119,20 @@ class ResultWriter:
             return
         batch, self._batch = self._batch, []
         if not isinstance(outcome, Exception):
-            for (_, done), fresh in zip(batch, outcome, strict=True):
-                if not done.done():
-                    done.set_result(bool(fresh))
+            for (_, on_recorded), fresh in zip(batch, outcome, strict=True):
+                _tell(on_recorded, bool(fresh))
             self._pauses = delays(_FIRST_PAUSE_S, _LONGEST_PAUSE_S)
             return self._flush()
         if isinstance(outcome, StoreUnavailable):
             self._buffer = self._give_up_late(batch, outcome) + self._buffer
         else:  # the owners of these results requeue their messages
             logger.error("%d results could not be written: that is a bug in mqserve, please report it", len(batch), exc_info=outcome)
-            for _, done in batch:
-                if not done.done():
-                    done.set_exception(outcome)
+            for _, on_recorded in batch:
+                _tell(on_recorded, outcome)
         self._state = _State.PAUSING
-        self._timer = asyncio.get_running_loop().call_later(next(self._pauses), self._flush)
+        self._timer = self._loop.call_later(next(self._pauses), self._flush)
 
-    def _next_batch(self) -> list[tuple[Record, asyncio.Future[bool]]]:
+    def _next_batch(self) -> list[_Waiting]:
         count = size = 0
         for record, _ in self._buffer[:FLUSH_BATCH]:
             size += len(record.value) + len(record.note)
@@ -138,13 +142,18 @@ class ResultWriter:
         batch, self._buffer = self._buffer[:count], self._buffer[count:]
         return batch
 
-    def _give_up_late(
-        self, batch: list[tuple[Record, asyncio.Future[bool]]], error: StoreUnavailable
-    ) -> list[tuple[Record, asyncio.Future[bool]]]:
-        """Returns the part of the batch that is still in time for another try. The futures of the others fail, so that their messages are
+    def _give_up_late(self, batch: Sequence[_Waiting], error: StoreUnavailable) -> list[_Waiting]:
+        """Returns the part of the batch that is still in time for another try. The others end in the error, so that their messages are
         requeued."""
         now_ms = self._now_ms()
-        for record, done in batch:
-            if record.deadline_ms <= now_ms and not done.done():
-                done.set_exception(error)
-        return [(record, done) for record, done in batch if not done.done()]
+        for record, on_recorded in batch:
+            if record.deadline_ms <= now_ms:
+                _tell(on_recorded, error)
+        return [waiting for waiting in batch if waiting[0].deadline_ms > now_ms]
+
+
+def _tell(on_recorded: OnRecorded, outcome: bool | Exception) -> None:
+    try:
+        on_recorded(outcome)
+    except Exception:  # the other results of the batch must be told all the same
+        logger.exception("the outcome of a result was not taken: that is a bug in mqserve, please report it")

@@ -23,7 +23,7 @@ from ..errors import StoreUnavailable, WrongType, words_of, wrong_type
 from ..process.rate_limited_log import RateLimitedLog
 from ..process.tasks import Tasks
 from ..settings import masked
-from ..store import WRONG_TYPE, Guard, Record
+from ..store import WRONG_TYPE, Guard, OnRecorded, Record
 from ..store_keys import LOG_LENGTH, LOG_TTL_S, StoreKeys
 from .client import FAILURES, blocking_client, heeding_cancellation, pooled_client
 from .health import StoreHealth
@@ -114,6 +114,9 @@ class RedisStore:
 
     def record(self, record: Record) -> asyncio.Future[bool]:
         return self._writer.record(record)
+
+    def record_then(self, record: Record, on_recorded: OnRecorded) -> None:
+        self._writer.record_then(record, on_recorded)
 
     def mark(self, key: str, value: bytes, ttl_ms: int) -> None:
         self._writer.mark(key, value, max(1, ttl_ms))

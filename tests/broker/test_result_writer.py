@@ -72,3 +72,13 @@ async def test_a_batch_that_cannot_be_packed_is_told_to_those_it_concerns() -> N
 
     with pytest.raises(UnicodeEncodeError):
         await ResultWriter(write, lambda: 0).record(record("a"))
+
+
+async def test_a_reader_that_raises_keeps_no_outcome_from_the_others() -> None:
+    def broken(outcome: bool | Exception) -> None:
+        raise ZeroDivisionError("a bug of the reader")
+
+    results = writer(Writing(None, None))
+    results.record_then(record("a"), broken)
+    assert await results.record(record("b")) is True
+    assert await results.record(record("c")) is True

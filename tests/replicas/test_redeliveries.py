@@ -7,8 +7,9 @@ import pytest
 
 from mqserve.broker.memory.queue import EmbeddedQueue
 from mqserve.broker.memory.store import EmbeddedStore
+from mqserve.broker.process.tasks import Tasks
 from mqserve.broker.results import Result
-from mqserve.broker.store import Record
+from mqserve.broker.store import OnRecorded, Record
 from mqserve.broker.store_keys import StoreKeys
 from mqserve.controller.state.config import BackendConfig
 from mqserve.replicas.admission import ALONE_AFTER, NOT_STARTED
@@ -97,13 +98,14 @@ class SlowToRecord(EmbeddedStore):
     def __init__(self) -> None:
         super().__init__()
         self.let = asyncio.Event()
+        self._tasks = Tasks()
 
-    def record(self, record: Record) -> asyncio.Future[bool]:
-        async def later() -> bool:
-            await self.let.wait()
-            return await EmbeddedStore.record(self, record)
+    def record_then(self, record: Record, on_recorded: OnRecorded) -> None:
+        self._tasks.start(self._record_later(record, on_recorded))
 
-        return asyncio.ensure_future(later())
+    async def _record_later(self, record: Record, on_recorded: OnRecorded) -> None:
+        await self.let.wait()
+        super().record_then(record, on_recorded)
 
 
 async def test_a_suspect_does_not_start_before_the_results_of_earlier_ones_are_stored(keys: StoreKeys) -> None:

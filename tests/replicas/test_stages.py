@@ -12,8 +12,9 @@ from mqserve.broker.envelope import Envelope
 from mqserve.broker.errors import BrokerUnavailable, StoreUnavailable
 from mqserve.broker.memory.queue import EmbeddedQueue
 from mqserve.broker.memory.store import EmbeddedStore
+from mqserve.broker.process.tasks import Tasks
 from mqserve.broker.results import Result
-from mqserve.broker.store import Record
+from mqserve.broker.store import OnRecorded, Record
 from mqserve.broker.store_keys import StoreKeys
 from mqserve.replicas import settlement
 from mqserve.replicas.settlement import Settlement
@@ -33,13 +34,14 @@ class HangingStore(EmbeddedStore):
     def __init__(self) -> None:
         super().__init__()
         self.go_on = asyncio.Event()
+        self._tasks = Tasks()
 
-    def record(self, record: Record) -> asyncio.Future[bool]:
-        return asyncio.ensure_future(self._record_later(record))
+    def record_then(self, record: Record, on_recorded: OnRecorded) -> None:
+        self._tasks.start(self._record_later(record, on_recorded))
 
-    async def _record_later(self, record: Record) -> bool:
+    async def _record_later(self, record: Record, on_recorded: OnRecorded) -> None:
         await self.go_on.wait()
-        return await super().record(record)
+        super().record_then(record, on_recorded)
 
 
 class LosingStore(EmbeddedStore):
@@ -49,13 +51,11 @@ class LosingStore(EmbeddedStore):
         super().__init__()
         self._lost = False
 
-    def record(self, record: Record) -> asyncio.Future[bool]:
+    def record_then(self, record: Record, on_recorded: OnRecorded) -> None:
         if self._lost:
-            return super().record(record)
+            return super().record_then(record, on_recorded)
         self._lost = True
-        failed: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        failed.set_exception(StoreUnavailable("away"))
-        return failed
+        on_recorded(StoreUnavailable("away"))
 
 
 @pytest.fixture
