@@ -9,11 +9,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Self
 
-from ..broker.backoff import delays
 from ..broker.errors import InstanceError
 from ..controller.detached_log import detached_log
 
-_LOOK_EVERY_S = 0.5  # at most: the first looks come sooner, for a process that is just ending
+LOOK_EVERY_S = 0.1
 
 
 class Role(Enum):
@@ -64,9 +63,8 @@ class RoleLock:
 
     async def taken(self) -> None:
         """Returns once the lock is ours, which means that no process has the role any more."""
-        pauses = delays(cap_s=_LOOK_EVERY_S)
         while not self.take():
-            await asyncio.sleep(next(pauses))
+            await asyncio.sleep(LOOK_EVERY_S)
 
     def write(self, word: bytes) -> None:
         """Leaves a word in the file for the next holder."""
