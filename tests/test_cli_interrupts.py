@@ -42,7 +42,7 @@ serve.create_endpoint("b", backend="b", route="/b")
 
 
 @pytest.mark.parametrize("command", ["run app.py", "start", "shutdown", "node", "controller", "status", "status --json"])
-@pytest.mark.parametrize("module", ["msgspec", "mqserve.proxy.main"])  # while the package is imported, early and late
+@pytest.mark.parametrize("module", ["msgspec", "mqserve.instance.starting"])  # while the package is imported, early and late
 def test_ctrl_c_while_the_command_line_imports_says_nothing(shell: CommandLine, command: str, module: str) -> None:
     came = shell.folder / "came"
     shell.file("sitecustomize.py", IMPORTS_SLOWLY.format(module=module, came=str(came)))
