@@ -24,7 +24,7 @@ def other_shards(tried: tuple[int, ...], error: MQServeError) -> tuple[int, ...]
     return FIRST if isinstance(error, NotRouted) and tried[0] else ()
 
 
-class Turns:
+class RoundRobin:
     """One sender's round robin over the queues of each backend that has more than one."""
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class Turns:
         self.is_needed = False  # whether any backend has more than one
 
     def __repr__(self) -> str:
-        return f"<Turns of {dict(self._shards)}>"
+        return f"<RoundRobin over {dict(self._shards)}>"
 
     def keep(self, shards: Mapping[str, int]) -> None:
         """Spreads over so many queues from now on. Each backend begins anywhere, so that senders do not go round together."""

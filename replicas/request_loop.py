@@ -28,11 +28,11 @@ from .handler import Handler
 from .metrics import ReplicaMetrics
 from .prefetch import SLOW_CALL_S, must_give_back, prefetch, slots
 from .register import Register
+from .rhythm import Rhythm
 from .settlement import Settlement, is_kept
 from .stages import Job, Stage
 from .stuck import check_calls, check_silence
 from .trust import SenderTrust
-from .turns import Turns
 from .worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class RequestLoop:
         self._consumers = Consumers(
             backend.name, queue, store, self._prefetch, self._on_delivery, self._settle_unstored, self._give_back_waiting
         )
-        self._turns = Turns(self._is_idle)
+        self._rhythm = Rhythm(self._is_idle)
         self.served = 0
         self._config = backend.config
         self._settlement.configure(backend.config)
@@ -110,7 +110,7 @@ class RequestLoop:
         self._config = config
         self._settlement.configure(config)
         self._worker.configure(config)
-        self._turns.wake()
+        self._rhythm.wake()
 
     @property
     def _checks_all(self) -> bool:
@@ -135,7 +135,7 @@ class RequestLoop:
         if self._end is None or at_once:
             at = time.monotonic() + (0 if at_once else self._config.graceful_shutdown_timeout_s)
             self._end = End(at, gone_result(self._backend, why), keeps_queue)
-            self._turns.wake()
+            self._rhythm.wake()
 
     def goes_on(self) -> None:
         """Takes back `will_end`, since the backend is wanted."""
@@ -155,7 +155,7 @@ class RequestLoop:
         as an attempt of the request."""
         ask_at = tune_at = time.monotonic()
         while True:
-            await self._turns.next()
+            await self._rhythm.next()
             self._give_up_late()
             if self._end is not None and not self._refuses and time.monotonic() >= self._end.at:
                 self._refuse_the_rest(self._end)
@@ -321,8 +321,8 @@ class RequestLoop:
             return delivery.requeue()
         job = Job(NOTHING, generation, delivery)
         self._register.hold(job)
-        if self._turns.rests:
-            self._turns.wake()
+        if self._rhythm.rests:
+            self._rhythm.wake()
         try:
             self._look_at(job, delivery)
         except BadEnvelope as error:

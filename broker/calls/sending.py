@@ -19,7 +19,7 @@ from ..process.rate_limited_log import RateLimitedLog
 from ..process.tasks import Tasks
 from ..queue import Queue
 from ..results import entry_of
-from ..shards import FIRST, Turns, other_shards
+from ..shards import FIRST, RoundRobin, other_shards
 from ..store import Record, Store
 from ..store_keys import StoreKeys
 from .call import Call
@@ -46,7 +46,7 @@ class RequestSender:
         self.held = HeldBytes()
         self._uncancelled = RateLimitedLog(logger)
         self._paces: defaultdict[str, Pace] = defaultdict(Pace)  # by backend
-        self._turns = Turns()
+        self._shards = RoundRobin()
         self._tasks = Tasks()
 
     def __repr__(self) -> str:
@@ -86,7 +86,7 @@ class RequestSender:
         self.held.take(size)
         call.sender, call.backend, call.deadline_ms, call.give_up_at = self, backend, deadline_ms, 0.0
         call.envelope = envelope = Envelope(call.id, body, content_type, header, expiration_ms=timeout_ms)
-        call.shards = self._turns.take(backend) if self._turns.is_needed else FIRST
+        call.shards = self._shards.take(backend) if self._shards.is_needed else FIRST
         call.pace, call.sent_at = self._paces[backend], time.monotonic()
         call.pace.sent(call.sent_at)
         self.pending.add(call)
@@ -115,7 +115,7 @@ class RequestSender:
         def settled(error: MQServeError | None) -> None:
             self.held.give(len(body))
 
-        shard = self._turns.take(backend)[0]
+        shard = self._shards.take(backend)[0]
         if len(body) > INLINE_BODY_BYTES:
             publish = partial(self._queue.publish, backend, settled=_nobody_waits, shard=shard)
             self._tasks.start(self._send_by_reference(envelope, timeout_ms, publish))
@@ -161,7 +161,7 @@ class RequestSender:
     def follow(self, backends: Mapping[str, int]) -> None:
         """Learns which backends there are, each with its number of queues, and forgets how quickly others answered: they were deleted."""
         self._paces = defaultdict(Pace, {name: pace for name, pace in self._paces.items() if name in backends})
-        self._turns.keep(backends)
+        self._shards.keep(backends)
 
     async def settle(self) -> None:
         """Until the broker has confirmed what was sent, and the store has what was cancelled; at most as long as a broker is waited for."""

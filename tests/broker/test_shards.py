@@ -14,7 +14,7 @@ from mqserve.broker.memory.queue import EmbeddedQueue
 from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.queue import Queue
 from mqserve.broker.rabbitmq.queue import open_rabbitmq
-from mqserve.broker.shards import FIRST, Turns, other_shards, shares
+from mqserve.broker.shards import FIRST, RoundRobin, other_shards, shares
 from mqserve.broker.store_keys import StoreKeys
 from tests.broker.traffic import Hands, text, until
 
@@ -33,13 +33,13 @@ def test_a_limit_is_divided_so_that_each_queue_has_some_of_it(total: int, shards
 
 
 def test_requests_go_round_the_queues() -> None:
-    turns = Turns()
-    turns.keep({"b": 3, "single": 1})
-    assert Counter(turns.take("b")[0] for _ in range(30)) == {0: 10, 1: 10, 2: 10}
-    assert all(sorted(turns.take("b")) == [0, 1, 2] for _ in range(3))
-    assert turns.take("single") == turns.take("unknown") == FIRST
-    turns.keep({"b": 1})
-    assert not turns.is_needed and turns.take("b") == FIRST
+    robin = RoundRobin()
+    robin.keep({"b": 3, "single": 1})
+    assert Counter(robin.take("b")[0] for _ in range(30)) == {0: 10, 1: 10, 2: 10}
+    assert all(sorted(robin.take("b")) == [0, 1, 2] for _ in range(3))
+    assert robin.take("single") == robin.take("unknown") == FIRST
+    robin.keep({"b": 1})
+    assert not robin.is_needed and robin.take("b") == FIRST
 
 
 def test_a_full_queue_is_followed_by_the_next_and_a_missing_one_by_the_first() -> None:

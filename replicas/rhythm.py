@@ -1,4 +1,4 @@
-"""The pace of a loop that times requests: quick turns while there are any, and slow ones while a replica is idle."""
+"""The rhythm of a loop that times requests: quick turns while there are any, and slow ones while a replica is idle."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SLOW_S = 1.0
 _RESTS_AFTER_TURNS = 20  # a second of quick turns, so that steady traffic of a few requests a second wakes nobody
 
 
-class Turns:
+class Rhythm:
     """`next()` returns after QUICK_S; when `is_idle()` has been true for a second, after SLOW_S, or at once after `wake()`. Whatever gives
     the loop something to time calls `wake()` if `rests`."""
 
@@ -26,7 +26,7 @@ class Turns:
         self.rests = False
 
     def __repr__(self) -> str:
-        return f"<Turns, {'slow' if self.rests else 'quick'}>"
+        return f"<Rhythm, {'slow' if self.rests else 'quick'}>"
 
     def wake(self) -> None:
         self._woken.set()
