@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -345,7 +346,7 @@ def _config_options(config: object) -> dict[str, Any]:
     if isinstance(config, BackendConfig):
         return config.model_dump(exclude_unset=True)
     if isinstance(config, dict):
-        return config
+        return deepcopy(config)  # a change may be made later, when the caller's dict says something else
     raise BadType(f"config must be a dict or a BackendConfig, not {type(config).__name__}")
 
 

@@ -27,7 +27,8 @@ def undo(before: Desired, made: Desired, reason: str) -> Change:
         changed_http = made.http.middlewares != before.http.middlewares and desired.http.middlewares == made.http.middlewares
         http = msgspec.structs.replace(desired.http, middlewares=before.http.middlewares) if changed_http else desired.http
         convertors = _restored(before.convertors, made.convertors, desired.convertors, _itself)
-        return msgspec.structs.replace(desired, backends=backends, endpoints=endpoints, http=http, convertors=convertors)
+        forced = tuple(name for name in desired.forced if name not in backends)
+        return msgspec.structs.replace(desired, backends=backends, endpoints=endpoints, http=http, convertors=convertors, forced=forced)
 
     return change
 
@@ -70,10 +71,14 @@ def _as_next(backend: Backend, desired: Desired, reason: str) -> Backend:
 
 
 def _without_dangling(restored: Mapping[str, Endpoint], now: Mapping[str, Endpoint], backends: set[str]) -> dict[str, Endpoint]:
-    """Keeps today's endpoint, or none, where the one before sends to a backend that somebody has deleted meanwhile."""
+    """Keeps today's endpoint, or none, where somebody has meanwhile deleted a backend of the one before, or taken its route."""
+    taken = {
+        endpoint.route: endpoint.name for endpoint in now.values() if endpoint.route is not None and restored.get(endpoint.name) == endpoint
+    }
     kept: dict[str, Endpoint] = {}
     for name, endpoint in restored.items():
-        found = endpoint if {*endpoint.traffic, *endpoint.shadows} <= backends else now.get(name)
+        is_possible = {*endpoint.traffic, *endpoint.shadows} <= backends and taken.get(endpoint.route, name) == name
+        found = endpoint if is_possible else now.get(name)
         if found is not None:
             kept[name] = found
     return kept

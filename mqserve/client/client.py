@@ -179,10 +179,10 @@ class Client(Lifetime):
         """Returns a handle of the endpoint. Raises UnknownEndpoint for an unknown one; with `missing_ok` its requests wait for it to be
         created instead."""
         sender = self.sender
-        if (block := self._block()) is not None:
-            is_known = endpoint_name in block.draft.endpoints
-        elif not (is_known := endpoint_name in sender.desired.endpoints):
-            found = self._read()
+        block = self._block()
+        is_known = endpoint_name in (block.draft.endpoints if block is not None else sender.desired.endpoints)
+        if not is_known:
+            found: Desired = self._call(self._opened.deployments.read())
             if is_known := endpoint_name in found.endpoints:
                 sender.desired = found
         if not is_known and not missing_ok:

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 from starlette.convertors import CONVERTOR_TYPES, Convertor, register_url_convertor
 
 from ..broker.errors import BadValue, UnknownEndpoint
@@ -69,6 +71,7 @@ class Block:
         self._start: Desired = self._call(self.deployments.read())
         self.draft: Desired = self._start
         self._declared: tuple[Later, ...] = ()
+        self._deleted: frozenset[str] = frozenset()  # backends
         self._convertors: tuple[tuple[str, Convertor[Any] | None], ...] = ()  # those that this process had under names declared here
 
     def is_of(self, deployments: Deployments) -> bool:
@@ -82,23 +85,23 @@ class Block:
     @contextmanager
     def inner(self) -> Iterator[None]:
         """A block inside this one: it joins this one, and an exception takes back what it has declared."""
-        before = self.draft, self._declared, self._convertors
+        before = self.draft, self._declared, self._deleted, self._convertors
         self._inner += 1
         try:
             yield
         except BaseException:
-            self._take_back(before[2])
-            self.draft, self._declared, self._convertors = before
+            self._take_back(before[-1])
+            self.draft, self._declared, self._deleted, self._convertors = before
             raise
         finally:
             self._inner -= 1
 
     def commit(self) -> None:
         """Commits what was declared, if anything was, and returns when it is in effect."""
-        declared = [later() for later in self._declared]
-        if not declared:
+        if not self._declared:
             return
         try:
+            declared = [later() for later in self._declared]
             self._call(self.deployments.deploy(declared, self._tell))
         except BaseException:
             self._take_back(())
@@ -111,17 +114,16 @@ class Block:
         else:
             self._take_back(())
 
-    def need(self, endpoint: str, *, waits: bool) -> None:
-        """Called when a handle is about to send to an endpoint that is not committed. Raises UnknownEndpoint if this block declares it,
-        unless it can be committed now, or the request `waits` for it."""
-        if endpoint not in self.draft.endpoints:
-            return
-        if self._inner or not self._commits_on_need:
-            if waits:
-                return
+    def before_call(self, endpoint: str, *, is_missing: bool, waits: bool) -> None:
+        """Called when a handle is about to send to an endpoint, which may be `is_missing` from the instance. Commits what the file of
+        `mqserve run` has declared until then, so that a call finds what the lines before it say. Raises UnknownEndpoint if another block
+        declares the endpoint, unless the request `waits` for it."""
+        if self._commits_on_need and not self._inner:
+            if self._declared:
+                self.commit()
+                self._begin()
+        elif is_missing and not waits and endpoint in self.draft.endpoints:
             raise UnknownEndpoint(f"Endpoint '{endpoint}' is declared in a deploying() block that is still open: call it after the block.")
-        self.commit()
-        self._begin()
 
     def _take_back(self, kept: tuple[tuple[str, Convertor[Any] | None], ...]) -> None:
         """Restores this process's convertors, which routes declared after them were compiled with."""
@@ -139,16 +141,15 @@ class Block:
     async def create_backend_later(self, name: str, pack: Callable[[], Packed], config: BackendConfig, options: ActorOptions) -> None:
         """For a decorated target, which can be packed only once its module is complete."""
         words = f"create_backend({name!r})"
-        if name in self._start.backends and name not in self.draft.backends:
+        if name in self._deleted:
             raise BadValue(f"backend {name!r} is deleted in this deploying() block: change it with update_backend, or delete it before")
 
         def declare() -> Declared:
             packed = pack()
-            return Declared(
-                words, changes.create_backend(self.deployments.new_backend(name, packed, config, options)), packed, is_of_backends=True
-            )
+            backend = msgspec.structs.replace(self.deployments.new_backend(name, packed, config, options), settings=stand_in.settings)
+            return Declared(words, changes.create_backend(backend), packed, is_of_backends=True)
 
-        stand_in = Backend(name, "", name, config.model_dump(exclude_unset=True), options)
+        stand_in = Backend(name, "", name, deepcopy(config.model_dump(exclude_unset=True)), options)  # the program may change its own
         self._record(changes.create_backend(stand_in), declare)
 
     async def update_backend(self, name: str, packed: Packed, options: ActorOptions | None) -> None:
@@ -159,6 +160,7 @@ class Block:
 
     async def delete_backend(self, name: str, *, force: bool = False) -> None:
         self._add(Declared(f"delete_backend({name!r})", changes.delete_backend(name, force=force)))
+        self._deleted |= {name}
 
     async def create_endpoint(self, endpoint: Endpoint) -> None:
         self._add(Declared(f"create_endpoint({endpoint.name!r})", changes.create_endpoint(endpoint)))

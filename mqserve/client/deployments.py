@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.convertors import Convertor
@@ -27,6 +29,8 @@ from .effects import DELETE_BUDGET_S, READY_MARGIN_S, ROUTE_BUDGET_S, Awaited, S
 from .membership import Membership
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 PROGRESS_EVERY_S = 5.0
 
@@ -154,11 +158,14 @@ class Deployments:
                     steps.append(_Step(changed))
                     await self._take(steps[-1], tell)
         except BaseException as error:
-            if tried := [step for step in steps if step.was_tried]:
-                await self._undo(tried, error)
+            tried = [step for step in steps if step.was_tried]
+            failure = await _whatever_comes(self._undo(tried, str(error) or "its deployment was interrupted")) if tried else ""
+            if failure and isinstance(error, MQServeError):
+                raise BackendFailed(f"{error} (and what was made until then could not be undone: {failure})") from error
             raise
-        named = {backend.code for step in steps for backend in step.made.backends.values()}
-        await self._let_go([backend for step in steps for backend in step.before.backends.values() if backend.code not in named])
+        named = {backend.code for backend in steps[-1].made.backends.values()} if steps else set()
+        passed = [backend for step in steps for seen in (step.before, step.made) for backend in seen.backends.values()]
+        await self._let_go([backend for backend in passed if backend.code not in named])
 
     async def _take(self, step: _Step, tell: Callable[[str], None]) -> None:
         committed = await self._commit(step.change)
@@ -181,12 +188,13 @@ class Deployments:
 
         await self._until(committed, look, awaited.budget_s, f"not all was in effect within {awaited.budget_s:g} s", awaited.names)
 
-    async def _undo(self, steps: Sequence[_Step], error: BaseException) -> None:
-        """Also waits until new backends are gone, so that their names are free again."""
+    async def _undo(self, steps: Sequence[_Step], reason: str) -> str:
+        """Also waits until new backends are gone, so that their names are free again. Returns why it could not be done, or an empty
+        string."""
 
         def change(desired: Desired) -> Desired:
             for step in reversed(steps):
-                desired = undo(step.before, step.made, str(error))(desired)
+                desired = undo(step.before, step.made, reason)(desired)
             return desired
 
         try:
@@ -201,8 +209,10 @@ class Deployments:
 
             await self._until(left, are_gone, drain_s + DELETE_BUDGET_S, "what was undone still drains")
             await self._let_go(undone)
-        except MQServeError as failure:  # the reason why it was to be undone says more
+        except MQServeError as failure:
             logger.warning("a deployment that failed could not be undone in order: %s", failure)
+            return str(failure)
+        return ""
 
     async def _let_go(self, backends: Sequence[Backend]) -> None:
         """Deletes code of the embedded form, whose records hold the program's objects. No later deployment has the same hash."""
@@ -366,3 +376,12 @@ def _restore_convertor(name: str, refused: str, before: str) -> changes.Change:
         return msgspec.structs.replace(desired, convertors={**others, name: before} if before else others)
 
     return change
+
+
+async def _whatever_comes(work: Coroutine[Any, Any, T]) -> T:
+    """Awaits the work to its end, also if the caller is cancelled meanwhile: a program that is interrupted while it deploys, and ends."""
+    task = asyncio.create_task(work)
+    while not task.done():
+        with suppress(asyncio.CancelledError):
+            await asyncio.shield(task)
+    return task.result()

@@ -239,7 +239,12 @@ class Lifetime:
             self._own.ending.end(why, shuts_down=shuts_down)
 
     def _call(self, work: Any) -> Any:
-        return self._opened.runtime.call(work)
+        try:
+            runtime = self._opened.runtime
+        except BaseException:
+            work.close()  # nobody will await it
+            raise
+        return runtime.call(work)
 
     def _check_open(self) -> None:
         if not self.is_open:

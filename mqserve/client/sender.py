@@ -102,8 +102,8 @@ class Sender:
         call.pending.add_done_callback(partial(self._cancel_with, call.id))  # without the call, which refers to `pending`
         awaited = [value.here() for value in (data, *arguments.values()) if isinstance(value, Future)]
         is_missing = meta.endpoint not in self.desired.endpoints
-        if is_missing and (block := open_block(self._deployments)) is not None:
-            block.need(meta.endpoint, waits=wait_for_endpoint)
+        if (block := open_block(self._deployments)) is not None:
+            block.before_call(meta.endpoint, is_missing=is_missing, waits=wait_for_endpoint)
             is_missing = meta.endpoint not in self.desired.endpoints
         if is_missing and not wait_for_endpoint:
             # another process may have created it just now: a pickled handle can arrive before the document
