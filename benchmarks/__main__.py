@@ -50,8 +50,12 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=installed(), help="beside these peers; else all that are installed")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0, help="of each sample")
-    parser.add_argument("--to", type=Path, default=results.LATEST, help="the file for the results")
-    return parser.parse_args()
+    parser.add_argument("--to", type=Path, help="the file for the results")
+    arguments = parser.parse_args()
+    if arguments.to is None:
+        is_whole = not arguments.only and set(arguments.peers) == set(PEERS)
+        arguments.to = results.LATEST if is_whole else results.PART
+    return arguments
 
 
 def chosen(names: Sequence[str]) -> list[Scenario]:

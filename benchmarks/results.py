@@ -11,7 +11,8 @@ import msgspec
 
 from .scenario import Claim, Sample
 
-LATEST = Path(__file__).parent / "results" / "latest.json"
+LATEST = Path(__file__).parent / "results" / "latest.json"  # of a whole run, which docs/performance.md shows
+PART = LATEST.with_name("part.json")  # of a run of some scenarios or peers
 LOAD_GENERATORS = ("wrk", "load")  # kinds of processes whose CPU is shown, and not counted
 
 
@@ -72,10 +73,9 @@ def value_of(sample: Sample, name: str) -> float:
 
 def ratios(case: CaseResults, subject: str, value: str, against: Sequence[str]) -> list[float]:
     """The subject's value divided by the best of the others', round by round. The best is the greatest if the value is a rate, else the
-    least. Empty if none of them was measured."""
+    least. Empty unless all of them were measured: the best may be the one that is missing."""
     best = max if value.endswith("per_second") else min
-    others = [case.samples[name] for name in against if case.samples.get(name)]
-    mine = case.samples.get(subject, [])
+    mine, others = case.samples.get(subject, []), [case.samples.get(name, []) for name in against]
     return [
         value_of(rival[0], value) / best(value_of(each, value) for each in rival[1:])
         for rival in zip(mine, *others, strict=False)

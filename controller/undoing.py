@@ -33,17 +33,17 @@ def undo(before: Desired, made: Desired, reason: str) -> Change:
     return change
 
 
-def _restored(before: Mapping[str, T], made: Mapping[str, T], now: Mapping[str, T], what: Callable[[T | None], Any]) -> dict[str, T]:
-    """Returns `now` with the entries of `before` where `made` has others that still stand. `what` returns what of an entry is compared."""
-    restored = dict(now)
-    for name in before.keys() | made.keys():
-        if what(before.get(name)) == what(made.get(name)) or what(now.get(name)) != what(made.get(name)):
-            continue
-        if name in before:
-            restored[name] = before[name]
-        else:
-            del restored[name]
-    return restored
+def _restored(before: Mapping[str, T], made: Mapping[str, T], now: Mapping[str, T], identity: Callable[[T | None], Any]) -> dict[str, T]:
+    """Returns `now` with the entries of `before` where `made` has others that still stand; `identity(entry)` is what is compared. The order
+    is that of `before`, since the older of two endpoints wins."""
+
+    def is_undone(name: str) -> bool:
+        was, became, there = identity(before.get(name)), identity(made.get(name)), identity(now.get(name))
+        return bool(was != became and there == became)
+
+    names = (*before, *(name for name in now if name not in before))
+    entries = ((name, before.get(name) if is_undone(name) else now.get(name)) for name in names)
+    return {name: entry for name, entry in entries if entry is not None}
 
 
 def _itself(entry: T | None) -> T | None:
@@ -77,7 +77,8 @@ def _without_dangling(restored: Mapping[str, Endpoint], now: Mapping[str, Endpoi
     }
     kept: dict[str, Endpoint] = {}
     for name, endpoint in restored.items():
-        is_possible = {*endpoint.traffic, *endpoint.shadows} <= backends and taken.get(endpoint.route, name) == name
+        has_room = endpoint.route is None or taken.get(endpoint.route, name) == name
+        is_possible = has_room and {*endpoint.traffic, *endpoint.shadows} <= backends
         found = endpoint if is_possible else now.get(name)
         if found is not None:
             kept[name] = found

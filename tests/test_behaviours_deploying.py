@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from starlette.convertors import Convertor
+from starlette.convertors import CONVERTOR_TYPES, Convertor
 
 import mqserve as serve
 from tests.gates import Gate
@@ -317,3 +317,43 @@ def test_a_block_of_an_async_program_belongs_to_its_task(client: serve.Client, n
 
     asyncio.run(both())
     assert set(names.backends) == {names("one"), names("two")}
+
+
+def test_what_is_declared_is_what_the_line_said_whatever_the_program_does_to_its_objects_later(client: serve.Client, names: Names) -> None:
+    user_config = {"amount": 1}
+    config: dict[str, Any] = {"user_config": user_config}
+    with client.deploying():
+        client.create_backend(names("a"), Adds, config=config)
+        user_config["amount"] = 2
+        client.create_backend(names("b"), Adds, config=config)
+        user_config["amount"] = 3
+        client.update_backend_config(names("b"), config)
+        user_config["amount"] = 4
+        for word in "ab":
+            client.create_endpoint(names(word), backend=names(word))
+    assert [client.get_handle(names(word)).remote().result(30) for word in "ab"] == [1, 3]
+
+
+def test_a_backend_created_and_deleted_in_a_block_is_not_created_once_more(client: serve.Client, names: Names) -> None:
+    with client.deploying():
+        client.create_backend(names("b"), hello)
+        client.delete_backend(names("b"))
+        with pytest.raises(serve.BadValue, match="is deleted in this deploying"):
+            client.create_backend(names("b"), other)
+    assert names.backends == []
+
+
+def test_a_handle_of_what_others_created_during_the_block_is_found_in_it(client: serve.Client, names: Names) -> None:
+    with client.deploying(), ThreadPoolExecutor(1) as elsewhere:
+        elsewhere.submit(client.create_backend, names("theirs"), hello).result(60)
+        elsewhere.submit(client.create_endpoint, names("theirs"), backend=names("theirs")).result(60)
+        assert client.get_handle(names("theirs")).remote().result(30) == "hello"
+
+
+def test_what_cannot_be_packed_leaves_neither_a_backend_nor_a_convertor(client: serve.Client, names: Names) -> None:
+    with pytest.raises(TypeError, match="not today"), client.deploying():  # noqa: PT012
+        client.register_convertor(names("shout"), Shout)
+        client.create_backend(names("b"), hello)
+        client.create_endpoint(names("e"), backend=names("b"), route=f"/{names('e')}/{{word:{names('shout')}}}")
+        raise TypeError("not today")
+    assert names("shout") not in CONVERTOR_TYPES and names.backends == []

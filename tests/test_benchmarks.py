@@ -78,6 +78,7 @@ def test_a_ratio_is_taken_round_by_round_against_the_best_of_the_others() -> Non
     assert ratios(case, "ours", "per_second", ["one", "two"]) == [5.0, 3.0, 2.0]
     assert ratios(case, "ours", "p50_ms", ["one", "two"]) == [10.0, 6.0, 4.0]
     assert ratios(case, "ours", "per_second", ["absent"]) == []
+    assert ratios(case, "ours", "per_second", ["one", "absent"]) == [], "the absent one may be the best"
 
 
 RATES = {"ours": [20.0, 18.0, 12.0], "one": [4.0, 3.0, 6.0], "two": [2.0, 6.0, 3.0]}
@@ -131,6 +132,12 @@ def test_the_page_says_what_the_results_say() -> None:
     told = results.read()
     assert page.PAGE.read_text() == page.with_block(page.PAGE.read_text(), page.block(told)), "python -m benchmarks.page writes it"
     assert page.PICTURE.read_text() == svg(told), "python -m benchmarks.page draws it"
+
+
+def test_the_results_are_of_a_whole_run_of_what_is_committed() -> None:
+    told = results.read()
+    assert [scenario.name for scenario in told.scenarios] == [scenario.name for scenario in SCENARIOS]
+    assert told.rounds >= 5 and not told.revision.endswith("+")
 
 
 def test_the_results_name_no_folder_of_the_machine() -> None:

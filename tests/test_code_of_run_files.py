@@ -143,3 +143,22 @@ serve.create_endpoint("second", backend="second", route="/second")
 """
     answer, program = answer_once_ended(either_shell, text, "/second")
     assert answer == "second after first", program.output
+
+
+def test_a_run_file_that_changes_what_it_has_called_calls_what_its_last_lines_say(either_shell: CommandLine) -> None:
+    text = """
+import mqserve as serve
+def first(request):
+    return "first"
+def second(request):
+    return "second"
+serve.create_backend("b", first)
+serve.create_endpoint("b", backend="b", route="/b")
+handle = serve.get_handle("b")
+answers = [handle.remote().result(60)]
+serve.update_backend("b", second)
+answers.append(handle.remote().result(60))
+print("answers:", *answers, flush=True)
+"""
+    answer, program = answer_once_ended(either_shell, text, "/b")
+    assert answer == "second" and "answers: first second" in program.output, program.output

@@ -11,6 +11,7 @@ async def noop(request: serve.Request) -> str:
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background program begins with SIGINT ignored
     port, backends, routes = map(int, sys.argv[1:])
     client = serve.start(http_options={"port": port})
     with client.deploying():

@@ -155,7 +155,7 @@ class Observed(msgspec.Struct, frozen=True):
         return last[1]
 
 
-_last_observed = b"", Observed()  # in the embedded form all followers read the same
+_last_observed: tuple[bytes | None, Observed] = None, Observed()  # in the embedded form all followers read the same
 
 
 def decode_document(raw: bytes, kind: type[T], what: str) -> T:
@@ -176,13 +176,13 @@ class _Read(NamedTuple):
     """The desired document that this process has read last, with its entries by their bytes. Whoever follows it decodes and checks only
     what has changed since; in the embedded form all followers share one copy."""
 
-    raw: bytes
+    raw: bytes | None
     desired: Desired
     backends: dict[bytes, Backend]
     endpoints: dict[bytes, Endpoint]
 
 
-_last = _Read(b"", Desired(), {}, {})
+_last = _Read(None, Desired(), {}, {})
 
 
 class _Split(Desired, frozen=True):

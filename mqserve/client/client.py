@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Literal, overload
@@ -21,7 +21,7 @@ from ..controller.state.documents import Desired
 from ..instance.starting import parse_middlewares
 from .arguments import check_fits, check_target, make_convertor, read_actor_options
 from .deploying import Block, Declaration, open_block, opened
-from .deployments import Deployments
+from .deployments import Deployments, TellReady
 from .futures import Future, get, wait
 from .handle import AsyncHandle, Handle
 from .lifetime import Lifetime
@@ -215,14 +215,14 @@ class Client(Lifetime):
         effect, all is undone and BackendFailed says why. An exception in the block commits nothing. The block belongs to its thread or
         task; a block inside another one joins that one.
         """
-        return self._opened_block(commits_on_need=False, tell=lambda name: None)
+        return self._opened_block(commits_on_need=False, tell=lambda name, took_s: None)
 
-    def deploying_file(self, tell: Callable[[str], None]) -> AbstractContextManager[None]:
-        """The block around the file of `mqserve run`. A handle that the file calls commits what it has declared until then; `tell` is given
-        the name of each backend that gets ready."""
+    def deploying_file(self, tell: TellReady) -> AbstractContextManager[None]:
+        """The block around the file of `mqserve run`. A handle that the file calls commits what it has declared until then; `tell` is
+        called for each backend that gets ready."""
         return self._opened_block(commits_on_need=True, tell=tell)
 
-    def _opened_block(self, *, commits_on_need: bool, tell: Callable[[str], None]) -> AbstractContextManager[None]:
+    def _opened_block(self, *, commits_on_need: bool, tell: TellReady) -> AbstractContextManager[None]:
         deployments = self._deployments
         if (outer := open_block(deployments)) is not None:
             return outer.inner()

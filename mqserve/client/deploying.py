@@ -23,7 +23,7 @@ from ..controller import changes
 from ..controller.state.config import BackendConfig
 from ..controller.state.documents import Backend, Desired, Endpoint
 from ..controller.state.resources import ActorOptions
-from .deployments import Declared, Deployments
+from .deployments import Declared, Deployments, TellReady
 
 Later = Callable[[], Declared]
 
@@ -53,7 +53,7 @@ class Block:
         deploy: Callable[[Declaration], None],
         *,
         commits_on_need: bool,
-        tell: Callable[[str], None],
+        tell: TellReady,
     ) -> None:
         self.deployments = deployments
         self._call = call

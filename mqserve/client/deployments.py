@@ -34,6 +34,9 @@ T = TypeVar("T")
 
 PROGRESS_EVERY_S = 5.0
 
+TellReady = Callable[[str, float], None]
+"""Called with the name of a backend that got ready, and with the seconds that this took."""
+
 
 @dataclass(frozen=True, slots=True)
 class Declared:
@@ -139,9 +142,9 @@ class Deployments:
         )
         await self._let_go(before)
 
-    async def deploy(self, declared: Sequence[Declared], tell: Callable[[str], None]) -> None:
-        """Makes these changes together, and returns when all of them are in effect; if one cannot be, all are undone. `tell` is given the
-        name of each backend that gets ready.
+    async def deploy(self, declared: Sequence[Declared], tell: TellReady) -> None:
+        """Makes these changes together, and returns when all of them are in effect; if one cannot be, all are undone. `tell` is called for
+        each backend that gets ready.
 
         Backends are committed first, and once they are ready the rest: so no request goes to a backend that is not there yet, and callers
         see either nothing of it or all. Raises BackendFailed, and any error of a change, with the words of its declaration.
@@ -167,18 +170,18 @@ class Deployments:
         passed = [backend for step in steps for seen in (step.before, step.made) for backend in seen.backends.values()]
         await self._let_go([backend for backend in passed if backend.code not in named])
 
-    async def _take(self, step: _Step, tell: Callable[[str], None]) -> None:
+    async def _take(self, step: _Step, tell: TellReady) -> None:
         committed = await self._commit(step.change)
         version, now_ms = (committed.epoch, committed.version), self._connections.store.now_ms()
         await self._until_in_effect(committed, Awaited(step.before, step.made, version, now_ms), tell)
 
-    async def _until_in_effect(self, committed: Desired, awaited: Awaited, tell: Callable[[str], None]) -> None:
+    async def _until_in_effect(self, committed: Desired, awaited: Awaited, tell: TellReady) -> None:
         began = told_at = time.monotonic()
 
         async def look() -> bool | None:
             nonlocal told_at
             for name in awaited.look(await self._see()):
-                tell(name)
+                tell(name, time.monotonic() - began)
             if awaited.is_over:
                 return True
             if time.monotonic() - told_at > PROGRESS_EVERY_S:

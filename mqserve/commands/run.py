@@ -43,7 +43,7 @@ def run_until_stopped(target: str, settings: Settings, http: dict[str, Any]) -> 
         options = StartOptions(parsed, incomplete=True, keeps_queues=True, tell=lambda line: click.echo(line, err=True))
         client = api.start_under_run(settings, options)
         try:
-            with client.deploying_file(_Progress()):
+            with client.deploying_file(_tell_ready):
                 with _hint(f"{target} still runs: what it declares is deployed once it has been executed"):
                     declarations, run_file = find_declarations()
                 if not clients.were_asked_for:  # it only declares, so replicas may execute it
@@ -143,14 +143,8 @@ def _hint(line: str) -> Iterator[None]:
         timer.cancel()
 
 
-class _Progress:
-    """Says which backend is ready, and how long that took."""
-
-    def __init__(self) -> None:
-        self._began = time.monotonic()
-
-    def __call__(self, name: str) -> None:
-        click.echo(f"  {printable(name)} is ready ({time.monotonic() - self._began:.1f} s)", err=True)
+def _tell_ready(name: str, took_s: float) -> None:
+    click.echo(f"  {printable(name)} is ready ({took_s:.1f} s)", err=True)
 
 
 def _announce(client: Client, settings: Settings) -> None:

@@ -84,3 +84,23 @@ def test_an_endpoint_of_a_backend_that_somebody_has_deleted_does_not_come_back()
     theirs = by(moved, changes.delete_backend("old"))
     left = by(theirs, undo(BEFORE, moved, "no"))
     assert left.endpoints["e"].traffic == {"new": 1.0} and list(left.backends) == ["new"]
+
+
+def test_a_backend_whose_forced_deletion_is_undone_drains_as_any_other() -> None:
+    forced = by(BEFORE, changes.delete_endpoint("e"), changes.delete_backend("old", force=True))
+    assert forced.forced == ("old",)
+    left = by(forced, undo(BEFORE, forced, "no"))
+    assert left.forced == () and list(left.backends) == ["old"] and list(left.endpoints) == ["e"]
+
+
+def test_endpoints_that_come_back_are_as_old_as_they_were() -> None:
+    before = by(BEFORE, *[changes.create_endpoint(endpoint(name, "old")) for name in ("a", "b", "c")])
+    deleted = by(before, changes.delete_endpoint("a"), changes.delete_endpoint("e"))
+    theirs = by(deleted, changes.create_endpoint(endpoint("d", "old")))
+    assert list(by(theirs, undo(before, deleted, "no")).endpoints) == ["e", "a", "b", "c", "d"]
+
+
+def test_an_endpoint_whose_route_somebody_has_taken_does_not_come_back() -> None:
+    deleted = by(BEFORE, changes.delete_endpoint("e"))
+    theirs = by(deleted, changes.create_endpoint(Endpoint("theirs", "/e", ("GET",), {"old": 1.0})))
+    assert list(by(theirs, undo(BEFORE, deleted, "no")).endpoints) == ["theirs"]
