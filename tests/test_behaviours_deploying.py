@@ -350,8 +350,8 @@ def test_a_handle_of_what_others_created_during_the_block_is_found_in_it(client:
         assert client.get_handle(names("theirs")).remote().result(30) == "hello"
 
 
-def test_what_cannot_be_packed_leaves_neither_a_backend_nor_a_convertor(client: serve.Client, names: Names) -> None:
-    with pytest.raises(TypeError, match="not today"), client.deploying():  # noqa: PT012
+def test_an_exception_takes_back_the_convertors_of_this_process_too(client: serve.Client, names: Names) -> None:
+    with pytest.raises(TypeError, match="not today"), client.deploying():
         client.register_convertor(names("shout"), Shout)
         client.create_backend(names("b"), hello)
         client.create_endpoint(names("e"), backend=names("b"), route=f"/{names('e')}/{{word:{names('shout')}}}")
