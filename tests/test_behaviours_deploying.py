@@ -352,8 +352,8 @@ def test_a_handle_of_what_others_created_during_the_block_is_found_in_it(client:
 
 def test_an_exception_takes_back_the_convertors_of_this_process_too(client: serve.Client, names: Names) -> None:
     with pytest.raises(TypeError, match="not today"), client.deploying():
-        client.register_convertor(names("shout"), Shout)
+        client.register_convertor("shouted", Shout)
         client.create_backend(names("b"), hello)
-        client.create_endpoint(names("e"), backend=names("b"), route=f"/{names('e')}/{{word:{names('shout')}}}")
+        client.create_endpoint(names("e"), backend=names("b"), route=f"/{names('e')}/{{word:shouted}}")
         raise TypeError("not today")
-    assert names("shout") not in CONVERTOR_TYPES and names.backends == []
+    assert "shouted" not in CONVERTOR_TYPES and names.backends == []
