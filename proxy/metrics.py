@@ -107,7 +107,7 @@ class ProxyMetrics:
         for endpoint, count in self.sent.items():
             sent.add_metric([endpoint], count)
         waiting = GaugeMetricFamily(
-            "mqserve_backend_queued_queries", "Requests of this proxy that have no answer yet.", labels=["backend", "endpoint"]
+            "mqserve_backend_queued_queries", "HTTP requests that have no answer yet.", labels=["backend", "endpoint"]
         )
         for labels, count in self.waiting.items():
             waiting.add_metric(labels, count)

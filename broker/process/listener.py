@@ -8,6 +8,7 @@ import io
 import os
 import socket
 import tempfile
+from typing import IO
 
 from ..errors import BadValue
 from . import forks
@@ -16,10 +17,17 @@ KEY_BYTES = 32
 
 
 def new_common_file() -> io.FileIO:
-    """Returns a file without a name for the proxies that share a socket. It begins with a key that only they know."""
-    with tempfile.TemporaryFile(buffering=0) as file:
+    """Returns a file without a name for the proxies that share a socket. It begins with a key that only they know. It is in memory where
+    there are such files, since a disk may be full. Raises OSError."""
+    with _unnamed_file() as file:
         file.write(os.urandom(KEY_BYTES))
         return io.FileIO(os.dup(file.fileno()), "r+b")
+
+
+def _unnamed_file() -> IO[bytes]:
+    if hasattr(os, "memfd_create"):
+        return io.FileIO(os.memfd_create("mqserve proxies"), "r+b")
+    return tempfile.TemporaryFile(buffering=0)
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -2,16 +2,18 @@
 
 import io
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 
+import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from mqserve.broker.errors import MQServeError
-from mqserve.broker.process.listener import new_common_file
+from mqserve.broker.process.listener import KEY_BYTES, new_common_file
 from mqserve.controller.state.documents import Backend, Desired, Endpoint
 from mqserve.proxy.shared_metrics import SharedMetrics
 
@@ -104,6 +106,61 @@ async def test_the_counts_of_a_proxy_that_was_killed_stay_and_what_waited_there_
         assert await value(pair[0], "mqserve_backend_queued_queries") == 7
     assert await value(pair[0], "mqserve_backend_queued_queries") == 2
     assert await value(pair[0], "mqserve_num_http_requests_total") == 1
+
+
+async def test_a_process_that_got_the_pid_of_a_dead_proxy_is_not_that_proxy(
+    pair: tuple[SharedMetrics, SharedMetrics], file: io.FileIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with another_proxy("import sys", file) as stranger:
+        one = pair[0]
+        one.waiting["b", "old"] = 5
+        monkeypatch.setattr(one, "_process", (stranger.pid, 1))
+        await one.exposition()
+        assert await value(pair[1], "mqserve_backend_queued_queries") <= 0
+
+
+async def test_a_write_that_finds_no_room_changes_nothing_and_is_said(pair: tuple[SharedMetrics, SharedMetrics], file: io.FileIO) -> None:
+    pair[0].route("/old").answered(200, 1.0)
+    await pair[0].exposition()
+    program = (
+        "import asyncio, io, os, resource, sys\n"
+        "from mqserve.broker.errors import MQServeError\n"
+        "from mqserve.proxy.shared_metrics import SharedMetrics\n"
+        "metrics = SharedMetrics(io.FileIO(int(sys.argv[1]), 'r+b'))\n"
+        "metrics.route('/old').answered(200, 1.0)\n"
+        "room = os.fstat(int(sys.argv[1])).st_size + 10\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))\n"
+        "try:\n"
+        "    asyncio.run(metrics.exposition())\n"
+        "except MQServeError as error:\n"
+        "    assert 'took 10 of' in str(error), error\n"
+        "else:\n"
+        "    sys.exit('it was written')\n"
+    )
+    with another_proxy(program, file):
+        assert await value(pair[0], "mqserve_num_http_requests_total") == 1
+
+
+UNREADABLE = {
+    "cut short": b"\x94",
+    "no MessagePack": b"\xc1" * 20,
+    "no text": msgspec.msgpack.encode([[0, 0], {}, {"old": 1}, {}]).replace(b"old", b"\xff" * 3),
+    "other buckets": msgspec.msgpack.encode([[0, 0], {"/old": [{}, [1, 2], 0.0]}, {}, {}]),
+}
+
+
+@pytest.mark.parametrize("broken", UNREADABLE)
+async def test_an_unreadable_file_counts_as_empty_and_is_said_once(
+    pair: tuple[SharedMetrics, SharedMetrics], file: io.FileIO, broken: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    content, content_at = UNREADABLE[broken], KEY_BYTES + 16
+    os.pwrite(file.fileno(), struct.pack("<QQ", content_at, len(content)) + content, KEY_BYTES)
+    for metrics in (pair[0], *pair):
+        metrics.route("/old").answered(200, 1.0)
+        await metrics.exposition()
+    assert await value(pair[1], "mqserve_num_http_requests_total") == 3
+    (said,) = caplog.messages
+    assert "unreadable and begin anew" in said
 
 
 async def test_the_series_of_a_deleted_route_ends(pair: tuple[SharedMetrics, SharedMetrics]) -> None:
