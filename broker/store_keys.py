@@ -18,7 +18,7 @@
 | `mqserve:<ns>:leader`        | string | controllers          | controllers       | none: lapses after LEADER_TTL_S |
 | `mqserve:<ns>:ended`         | string | the process that clears an instance: its id | controllers, clients | ENDED_TTL_S |
 | `mqserve:<ns>:beats`         | hash   | nodes, proxies, replicas: one field each | controller | fields dropped by the leader |
-| `mqserve:<ns>:cancelled`     | stream | senders, nodes, controller | replicas    | LOG_TTL_S, renewed by each write |
+| `mqserve:<ns>:cancelled`     | stream | senders, nodes, controller | replicas, proxies | LOG_TTL_S, renewed by each write |
 | `mqserve:<ns>:changed`       | pub/sub channel | writers of documents | watchers | -                         |
 
 `job:` and `stream:` with the `{id}` tag are reserved.

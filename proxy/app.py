@@ -45,13 +45,15 @@ class ProxyApp:
 
     def __init__(
         self, sender: RequestSender, routes: RouteTable, readiness: Callable[[], tuple[bool, dict[str, Any]]],
-        *, metrics: ProxyMetrics | None = None, common_ids: CommonIds | None = None, debug: bool = False, admin_token: str = "",
+        *, is_cancelled: Callable[[str], bool], metrics: ProxyMetrics | None = None, common_ids: CommonIds | None = None,
+        debug: bool = False, admin_token: str = "",
     ) -> None:  # fmt: skip
         self._sender = sender
         self.routes = routes
         self._readiness = readiness
         self.mint_id = common_ids.mint if common_ids is not None else mint_id
         self._common_ids = common_ids
+        self._is_cancelled = is_cancelled
         self._debug = debug
         self._metrics = metrics or ProxyMetrics()
         self.departures = Departures(sender.cancel)
@@ -229,7 +231,9 @@ class ProxyApp:
             # An id that this proxy does not know leaves traces in the store: not for anybody to make up.
             return forbidden("The request of another process")
         try:
-            return json_reply({"id": future_id, "cancelled": await self._sender.cancel_everywhere(future_id)})
+            # An id that is in the log already is not appended again: repeated DELETEs of one id would push out the notices of others.
+            cancelled = self._is_cancelled(future_id) or await self._sender.cancel_everywhere(future_id)
+            return json_reply({"id": future_id, "cancelled": cancelled})
         except MQServeError as error:
             return from_error(error, future_id)
 

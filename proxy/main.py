@@ -9,7 +9,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,9 +152,13 @@ class Proxy:
             with contextlib.suppress(MQServeError):
                 await self._store.append_log(self._keys.cancelled, notice_of_proxy(sender.pending.inbox))
 
-    def _give_up(self, heard: Cancellations, sender: RequestSender, stop: Stop) -> None:
-        """Ends the proxy if it was frozen or cut off for so long that the controller has cancelled its requests: the node then starts
+    def _on_cancelled(self, heard: Cancellations, names: Sequence[str], sender: RequestSender, stop: Stop) -> None:
+        """Answers the requests that were cancelled elsewhere, perhaps through another proxy of this port.
+
+        Ends the proxy if it was frozen or cut off for so long that the controller has cancelled its requests: the node then starts
         another."""
+        for name in names:
+            sender.end_cancelled(name)
         if heard.has(sender.pending.inbox) and not stop.is_set():
             logger.error("%s was silent for too long and its requests are not run any more: ending", self._options.proxy_id)
             stop.set()
@@ -167,10 +171,10 @@ class Proxy:
         return socket.socket(fileno=options.fd)
 
     async def _serve(self, listener: socket.socket, sender: RequestSender, queue: Queue, stop: Stop) -> None:
-        app = await self._first_app(sender, queue)
+        heard = Cancellations(self._store, self._keys, lambda names: self._on_cancelled(heard, names, sender, stop))
+        app = await self._first_app(sender, queue, heard)
         server = _Server(_uvicorn_config(self._outer))
         async with asyncio.TaskGroup() as tasks:
-            heard = Cancellations(self._store, self._keys, lambda: self._give_up(heard, sender, stop))
             minding = [tasks.create_task(work) for work in (self._follow(app), app.departures.watch_forever(), heard.listen())]
             if self._shared_metrics is not None:
                 minding.append(tasks.create_task(self._shared_metrics.share_forever()))
@@ -188,7 +192,7 @@ class Proxy:
             for task in minding:
                 task.cancel()
 
-    async def _first_app(self, sender: RequestSender, queue: Queue) -> ProxyApp:
+    async def _first_app(self, sender: RequestSender, queue: Queue, heard: Cancellations) -> ProxyApp:
         try:
             desired = Desired.from_bytes(await self._store.get(self._keys.desired))
             app = self._app = ProxyApp(
@@ -197,6 +201,7 @@ class Proxy:
                 lambda: self._readiness.look(queue),
                 metrics=self._shared_metrics,
                 common_ids=self._common_ids,
+                is_cancelled=heard.has,
                 debug=self._options.debug or desired.http.debug,
                 admin_token=self._settings.admin_token,
             )

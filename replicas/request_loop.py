@@ -79,7 +79,7 @@ class RequestLoop:
         self._handler = handler
         self._metrics = metrics
         self._trust = SenderTrust(settings)
-        self._cancellations = Cancellations(store, keys, self._give_up_cancelled)
+        self._cancellations = Cancellations(store, keys, lambda _: self._give_up_cancelled())
         self._draining = False
         self._unasked = RateLimitedLog(logger)
         self._end: End | None = None

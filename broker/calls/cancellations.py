@@ -1,4 +1,5 @@
-"""The log of cancellations: every replica reads it, so that no replica has to ask the store before a run.
+"""The log of cancellations: every replica reads it, so that no replica has to ask the store before a run, and every proxy, so that it can
+answer at once what was cancelled elsewhere.
 
 An entry of the log `cancelled` is MessagePack `[1, kind, name]`: kind `request` names a future id, kind `proxy` names the inbox of a
 proxy that died, whose clients are gone. Readers skip kinds and versions that they do not know.
@@ -7,7 +8,7 @@ proxy that died, whose clients are gone. Readers skip kinds and versions that th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -19,7 +20,7 @@ from ..store_keys import RESULT_TTL_S, StoreKeys
 
 VERSION = 1
 REQUEST, PROXY = "request", "proxy"
-KEPT = 20_000  # cancelled ids that a replica remembers; the log keeps fewer
+KEPT = 20_000  # cancelled ids that a reader remembers; the log keeps fewer
 
 # The bytes are the same whoever cancels: by that the store recognizes that two writers recorded the same result.
 CANCELLED = Result(
@@ -43,9 +44,10 @@ def notice_of_proxy(inbox: str) -> bytes:
 
 
 class Cancellations:
-    """The cancellations that this process has read from the log. `on_word` is called after each batch of entries."""
+    """The cancellations that this process has read from the log. `on_word` gets the names in each batch of
+    entries."""
 
-    def __init__(self, store: Store, keys: StoreKeys, on_word: Callable[[], None]) -> None:
+    def __init__(self, store: Store, keys: StoreKeys, on_word: Callable[[Sequence[str]], None]) -> None:
         self._store = store
         self._log = keys.cancelled
         self._on_word = on_word
@@ -76,6 +78,7 @@ class Cancellations:
         return self.has(future_id) or (header.origin == "http" and header.inbox in self._heard)
 
     def _on_entries(self, entries: list[bytes]) -> None:
+        names: list[str] = []
         for raw in entries:
             try:
                 notice = _decode(raw)
@@ -84,9 +87,10 @@ class Cancellations:
             if notice.v == VERSION and notice.kind in (REQUEST, PROXY):
                 self._heard.pop(notice.name, None)
                 self._heard[notice.name] = time.monotonic()
+                names.append(notice.name)
         while len(self._heard) > KEPT:
             del self._heard[next(iter(self._heard))]
-        self._on_word()
+        self._on_word(names)
 
 
 _encode = msgspec.msgpack.Encoder().encode

@@ -139,9 +139,13 @@ class RequestSender:
         deadline_ms = self._store.now_ms() + int(_CANCEL_BUDGET_S * 1000)
         if not await self._store.record(Record(self._keys.future(future_id), raw, "", entry_of(future_id, raw), deadline_ms)):
             return False
-        self.pending.fail(future_id, Cancelled(f"request {future_id} was cancelled"))
+        self.end_cancelled(future_id)
         await self._store.append_log(self._keys.cancelled, notice_of_request(future_id))
         return True
+
+    def end_cancelled(self, future_id: str) -> None:
+        """Tells whoever waits here that the request was cancelled, by this process or another."""
+        self.pending.fail(future_id, Cancelled(f"request {future_id} was cancelled"))
 
     async def _cancel_quietly(self, future_id: str) -> None:
         try:

@@ -20,7 +20,7 @@ MINTED = "0" * 32
 
 @pytest.fixture
 async def heard(store: Store, keys: StoreKeys) -> AsyncIterator[Cancellations]:
-    cancellations = Cancellations(store, keys, lambda: None)
+    cancellations = Cancellations(store, keys, lambda _: None)
     listening = asyncio.create_task(cancellations.listen())
     yield cancellations
     listening.cancel()
@@ -40,7 +40,7 @@ async def test_a_cancelled_request_is_named(store: Store, keys: StoreKeys, heard
 
 async def test_what_was_said_before_the_replica_came_is_heard(store: Store, keys: StoreKeys) -> None:
     await store.append_log(keys.cancelled, notice_of_request(MINTED))
-    late = Cancellations(store, keys, lambda: None)
+    late = Cancellations(store, keys, lambda _: None)
     listening = asyncio.create_task(late.listen())
     await until(lambda: late.names(request(), MINTED))
     listening.cancel()
@@ -73,7 +73,7 @@ async def test_a_callers_own_id_can_be_used_again_once_its_result_has_expired(mo
     clock = SimpleNamespace(now=1000.0)
     monkeypatch.setattr("mqserve.broker.calls.cancellations.time", SimpleNamespace(monotonic=lambda: clock.now))
     store, keys = EmbeddedStore(), StoreKeys("tests")
-    heard = Cancellations(store, keys, lambda: None)
+    heard = Cancellations(store, keys, lambda _: None)
     listening = asyncio.create_task(heard.listen())
     await store.append_log(keys.cancelled, notice_of_request("b/order-17"), notice_of_request(MINTED))
     await until(lambda: heard.has("b/order-17") and heard.has(MINTED))

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pika
 import psutil
 
 import mqserve as serve
+from mqserve.broker.queue_names import requests_exchange, routing_key
 from tests.faults.load import Load
 from tests.faults.members import Members
 from tests.gates import Gate
@@ -146,6 +148,37 @@ def test_whoever_knows_a_requests_id_may_cancel_it_at_any_worker(deploy: Deploy,
         wait_until(lambda: sum(asked.done() for asked in asking) == 1)
         gate.open()
         assert sorted(asked.result() for asked in asking) == [200, 499]
+
+
+def test_a_request_that_waits_at_one_worker_is_answered_at_once_when_another_cancels_it(
+    deploy: Deploy, members: Members, tmp_path: Path, broker_url: str, shared_namespace: str
+) -> None:
+    gate = Gate(tmp_path)
+
+    def wait(request: serve.Request) -> str:
+        gate.pass_through(request.id)
+        return "late"
+
+    (url, name), stranger = deploy.named(wait), {"Via": "1.1 a-proxy-in-front"}
+    with (
+        connections_to_all(deploy.url, wait_until(both(members))) as held,
+        pika.BlockingConnection(pika.URLParameters(broker_url)) as broker,
+        ThreadPoolExecutor() as background,
+    ):
+        (at_one, _), (at_other, _) = (connections[:2] for connections in held.values())
+        running = background.submit(httpx.get, url, timeout=30)
+        wait_until(lambda: gate.came == 1)
+        channel = broker.channel()
+        copies = channel.queue_declare("", exclusive=True).method.queue
+        channel.queue_bind(copies, requests_exchange(shared_namespace), routing_key(name))
+        for _ in range(3):
+            asked = background.submit(at_one.get, path_of(url))
+            _, copy, _ = next(channel.consume(copies, auto_ack=True, inactivity_timeout=30))
+            assert at_other.get(f"/-/futures/{copy.message_id}", "DELETE", stranger) == 200
+            assert asked.result(timeout=5) == 499
+        assert gate.came == 1, "the slow call still keeps the replica busy"
+        gate.open()
+        assert running.result().status_code == 200
 
 
 def test_a_killed_worker_costs_only_its_own_connections_and_is_replaced(deploy: Deploy, members: Members) -> None:

@@ -3,10 +3,12 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Iterable, MutableMapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
 
+from mqserve.broker.calls.cancellations import Cancellations, notice_of_request
 from mqserve.broker.calls.sending import MAX_BODY_BYTES, RequestSender
 from mqserve.broker.envelope import MAX_HEAD_BYTES, Envelope, mint_id
 from mqserve.broker.memory.queue import EmbeddedQueue
@@ -49,7 +51,8 @@ class Site:
             endpoints={"e": Endpoint("e", "/e/{key}", ("GET", "POST"), {"b": 1.0}, {"copy": 1.0})},
         )
         routes = RouteTable(self.desired, Observed())
-        self.app = ProxyApp(self.sender, routes, lambda: (self.is_ready, {"why": "told"}), admin_token=TOKEN)
+        self.heard = Cancellations(self.store, self.keys, lambda names: None)
+        self.app = ProxyApp(self.sender, routes, lambda: (self.is_ready, {"why": "told"}), is_cancelled=self.heard.has, admin_token=TOKEN)
 
     async def __aenter__(self) -> "Site":
         for backend in ("b", "copy"):
@@ -249,6 +252,21 @@ async def test_who_knows_the_id_of_a_request_that_waits_here_may_cancel_it(site:
     answer = await site.ask(f"/-/futures/{envelope.id}", method="DELETE")
     assert json.loads(answer.body) == {"id": envelope.id, "cancelled": True}
     assert (await asked).status == 499
+
+
+async def test_a_request_that_is_cancelled_again_and_again_is_in_the_log_once(site: Site) -> None:
+    token = [(b"authorization", f"Bearer {TOKEN}".encode())]
+    logged: list[bytes] = []
+    listening = [asyncio.create_task(work) for work in (site.heard.listen(), site.store.read_log(site.keys.cancelled, logged.extend))]
+    first, last = mint_id(), mint_id()
+    for future_id in (first, first, last):
+        answer = await site.ask(f"/-/futures/{future_id}", method="DELETE", headers=token)
+        assert json.loads(answer.body) == {"id": future_id, "cancelled": True}
+        await until(partial(site.heard.has, future_id))
+    await until(lambda: len(logged) >= 2)
+    assert logged == [notice_of_request(first), notice_of_request(last)]
+    for task in listening:
+        task.cancel()
 
 
 async def test_an_id_that_is_none_is_a_404_and_one_of_another_process_is_the_operators(site: Site) -> None:
