@@ -295,7 +295,7 @@ class Node:
         if unannounced := self._dead_proxies.keys() - self._announced_dead:
             with suppress(StoreUnavailable):
                 await self._store.append_log(self._keys.cancelled, *(notice_of_proxy(self._keys.inbox(name)) for name in unannounced))
-                self._announced_dead |= unannounced
+                self._announced_dead |= unannounced & self._dead_proxies.keys()  # without those that another task has dropped meanwhile
         awaited = set(self._workers() if self._proxy_wanted else ()) - {running.worker for running in self._proxies.values()}
         dead = {proxy_id for proxy_id, worker in self._dead_proxies.items() if worker not in awaited} & self._announced_dead
         if dead:
