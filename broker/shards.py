@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 from .errors import MQServeError, NotRouted, Overloaded
 
-FIRST = (0,)
-TRIES = 3  # of one request that full queues refuse, each of another queue
+FIRST = (0,)  # the queues to try where there is only the first
+TRIES = 3  # as many queues are tried for one request while each is full
 
 
 def shares(total: int, shards: int) -> list[int]:

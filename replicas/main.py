@@ -17,7 +17,7 @@ from ..broker.errors import BackendFailed, MQServeError, StoreUnavailable, words
 from ..broker.process.lifeline import Stop, stop_event
 from ..broker.process.stopping import unless
 from ..broker.queue import Queue
-from ..broker.rabbitmq.queue import PROBE_RARELY_S, open_rabbitmq
+from ..broker.rabbitmq.queue import PROBE_SELDOM_EVERY_S, open_rabbitmq
 from ..broker.redis.store import open_redis
 from ..broker.results import Result
 from ..broker.settings import Settings
@@ -65,7 +65,7 @@ async def main(settings: Settings, options: ReplicaOptions) -> int:
             seals = settings.header_seals
             open_queue = partial(
                 open_rabbitmq, settings.broker_url, settings.namespace, options.replica_id,
-                seals=seals, may_be_away=True, probe_every_s=PROBE_RARELY_S,
+                seals=seals, may_be_away=True, probe_every_s=PROBE_SELDOM_EVERY_S,
             )  # fmt: skip
             await replica.run(open_queue, stop)
         except MQServeError as error:

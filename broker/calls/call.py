@@ -21,7 +21,7 @@ class Call:
 
     __slots__ = ("backend", "deadline_ms", "envelope", "give_up_at", "id", "pace", "sender", "sent_at", "shards")
 
-    reads_alone = False  # nobody else reads the result, so that a large body leaves the store once it is read
+    reads_alone = False  # nobody else will read a large body of the result: whoever sent the call deletes it from the store once it has it
 
     id: str
     backend: str

@@ -62,6 +62,7 @@ class RabbitConsumption:
         self._on_delivery = on_delivery
         self._consuming = asyncio.Event()
         self._changed = asyncio.Event()
+        self._may_deliver = False  # the broker was asked to, and has not confirmed that it stopped
         self.cancelled = False
         self._refusal = ""
         self._channel: JoinedChannel | None = None
@@ -92,7 +93,7 @@ class RabbitConsumption:
         self._changed.set()
         with suppress(TimeoutError):
             async with asyncio.timeout(OPERATION_BUDGET_S):
-                while self._consuming.is_set():
+                while self._may_deliver:
                     await asyncio.sleep(0.005)
 
     async def close(self) -> None:
@@ -121,6 +122,7 @@ class RabbitConsumption:
                 logger.warning("cannot consume %s (%s); trying again", self._queue, self._refusal or words_of(error))
             finally:
                 self._consuming.clear()
+                self._may_deliver = False
             if not self.cancelled:
                 await asyncio.sleep(next(pauses))
 
@@ -137,6 +139,7 @@ class RabbitConsumption:
             while not self.cancelled and not lost.is_set():
                 self._changed.clear()
                 # A live qos change does not reach a running consumer: start a second one, then cancel the first.
+                self._may_deliver = True
                 async with asyncio.timeout(OPERATION_BUDGET_S):
                     await raw.basic_qos(prefetch_count=self._prefetch)
                     started = await raw.basic_consume(self._queue, _unused_callback)
@@ -148,7 +151,7 @@ class RabbitConsumption:
             if self.cancelled and not lost.is_set():
                 async with asyncio.timeout(OPERATION_BUDGET_S):
                     await raw.basic_cancel(consumer_tag)
-                self._consuming.clear()
+                self._may_deliver = False
                 while channel.held and not lost.is_set():
                     await asyncio.sleep(0.01)
         finally:
@@ -177,7 +180,8 @@ class RabbitConsumption:
 
 class ShardedConsumption:
     """Implements `Consumption` for a backend with several queues: a consumer of each, and the prefetch divided among them. RabbitMQ limits
-    each consumer alone: one limit for all of a channel (global QoS) is refused from 4.3 on."""
+    each consumer alone: one limit for all of a channel (global QoS) is refused from 4.3 on. A queue that cannot be consumed does not keep
+    the others from it: each consumer restores itself."""
 
     def __init__(self, consumptions: Sequence[RabbitConsumption]) -> None:
         self._consumptions = consumptions
@@ -191,6 +195,23 @@ class ShardedConsumption:
 
     async def cancel(self) -> None:
         await asyncio.gather(*(consumption.cancel() for consumption in self._consumptions))
+
+
+async def one_started(consumptions: Sequence[RabbitConsumption]) -> None:
+    """Returns once one of them consumes: the others go on trying by themselves, each its own queue. Raises BrokerUnavailable where none
+    consumes in our time."""
+    starts = [asyncio.create_task(consumption.started()) for consumption in consumptions]
+    try:
+        waiting = set(starts)
+        while waiting:
+            ended, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            if any(start.exception() is None for start in ended):
+                return
+        starts[0].result()
+    finally:
+        for start in starts:
+            start.cancel()
+        await asyncio.gather(*starts, return_exceptions=True)
 
 
 async def _unused_callback(message: object) -> None:

@@ -28,7 +28,7 @@ from ..shards import shares
 from ..values.header_seals import HeaderSeals
 from .channel import JoinedChannel
 from .connection import CONNECT_BUDGET_S, LONGEST_PAUSE_S, OPERATION_BUDGET_S, Link, RabbitConnection, really_cancelled, user_of
-from .consumer import RabbitConsumption, RabbitDelivery, ShardedConsumption
+from .consumer import RabbitConsumption, RabbitDelivery, ShardedConsumption, one_started
 from .dead_letters import RabbitDeadLetters, open_dead_letters
 from .topology import RabbitTopology
 
@@ -36,8 +36,8 @@ logger = logging.getLogger(__name__)
 
 STALLED_AFTER_S = 3.0  # no confirm for this long, while a publish waits for one
 _SECOND_LOOK_S = 0.1
-PROBE_EVERY_S = 1.0  # of who must know within five seconds that RabbitMQ takes no messages: proxies, and clients with handles
-PROBE_RARELY_S = 5.0  # of who seldom publishes, and asks nobody before: replicas and controllers
+PROBE_EVERY_S = 1.0  # in proxies and clients, which must know within five seconds that RabbitMQ takes no messages
+PROBE_SELDOM_EVERY_S = 5.0  # in replicas and controllers, which seldom publish and do not look first whether RabbitMQ takes it
 _LOOK_EVERY_S = 1.0
 _ALARM = "it has an alarm, of its memory or its disk"
 _PROBE = Envelope("", b"", "text/plain").to_amqp()
@@ -163,7 +163,7 @@ class RabbitQueue:
         for consumption in consumptions:
             consumption.start()
         try:
-            await asyncio.gather(*(consumption.started() for consumption in consumptions))
+            await one_started(consumptions)
         except BaseException:
             for consumption in consumptions:
                 await consumption.close()  # otherwise it could start to consume later, without an owner

@@ -9,7 +9,7 @@ from functools import partial
 from ..broker.documents import until
 from ..broker.errors import InstanceError
 from ..broker.process.lifeline import Stop, stop_event
-from ..broker.rabbitmq.queue import PROBE_RARELY_S
+from ..broker.rabbitmq.queue import PROBE_SELDOM_EVERY_S
 from ..broker.redis.store import open_redis
 from ..broker.settings import Settings
 from ..broker.store_keys import StoreKeys
@@ -30,7 +30,7 @@ async def run_controller(settings: Settings, controller_id: str, kept: Kept | No
     A controller that a keeper started belongs to the keeper's instance, and never makes a new one. It also leads while RabbitMQ is away.
     """
     stop = stop_event()
-    opening = open_connections(settings, "controller", broker_may_be_away=kept is not None, probe_every_s=PROBE_RARELY_S)
+    opening = open_connections(settings, "controller", broker_may_be_away=kept is not None, probe_every_s=PROBE_SELDOM_EVERY_S)
     async with opening as connections:
         async with keeping_supervisor(kept, settings, connections.store, stop) as trouble:
             instance = kept.instance if kept is not None else await join_or_start(connections)

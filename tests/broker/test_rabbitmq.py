@@ -15,7 +15,7 @@ from mqserve.broker.envelope import Envelope, Header, RequestHead, mint_id
 from mqserve.broker.errors import BadEnvelope, BrokerUnavailable, MQServeError, QueueMismatch
 from mqserve.broker.queue import Queue
 from mqserve.broker.queue_names import backend_queue, dead_queue, requests_exchange
-from mqserve.broker.rabbitmq.queue import PROBE_RARELY_S, RabbitQueue, open_rabbitmq
+from mqserve.broker.rabbitmq.queue import PROBE_SELDOM_EVERY_S, RabbitQueue, open_rabbitmq
 from mqserve.broker.settings import masked
 from mqserve.broker.values.header_seals import HeaderSeals, Seal
 from tests.broker.traffic import AckingHands, Hands, accepted, accepted_at_last, depth_is, publish, text, until
@@ -293,7 +293,7 @@ async def test_who_seldom_publishes_seldom_asks_whether_the_broker_takes_message
     """Each replica of a fleet would cost the broker a message a second otherwise."""
     async with (
         open_rabbitmq(broker_url, namespace, "proxy") as often,
-        open_rabbitmq(broker_url, namespace, "replica", probe_every_s=PROBE_RARELY_S) as rarely,
+        open_rabbitmq(broker_url, namespace, "replica", probe_every_s=PROBE_SELDOM_EVERY_S) as rarely,
     ):
         await often.declare("b", 1, None)
         assert await publish(often, text("a")) is None

@@ -4,15 +4,17 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
 
+import pika
 import pytest
 
 from mqserve.broker.calls.call import Ticket
 from mqserve.broker.calls.sending import RequestSender
 from mqserve.broker.envelope import Envelope, RequestHead, mint_id
-from mqserve.broker.errors import MQServeError, NotRouted, Overloaded, QueueMismatch
+from mqserve.broker.errors import BrokerUnavailable, MQServeError, NotRouted, Overloaded, QueueMismatch
 from mqserve.broker.memory.queue import EmbeddedQueue
 from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.queue import Queue
+from mqserve.broker.queue_names import backend_queue
 from mqserve.broker.rabbitmq.queue import open_rabbitmq
 from mqserve.broker.shards import FIRST, RoundRobin, other_shards, shares
 from mqserve.broker.store_keys import StoreKeys
@@ -75,6 +77,44 @@ async def test_the_prefetch_limits_what_is_held_of_all_queues_together(rabbitmq:
     await hands.hold(1)
     await ready(rabbitmq, 1)
     await consumption.cancel()
+
+
+@pytest.mark.parametrize("shard", [0, 2])
+async def test_a_queue_that_was_deleted_keeps_no_other_from_being_consumed_and_comes_back_by_itself(
+    rabbitmq: Queue, broker_url: str, namespace: str, shard: int
+) -> None:
+    await rabbitmq.declare("b", 1, None, 3)
+    await asyncio.to_thread(delete_queue, broker_url, backend_queue(namespace, "b", 1, shard))
+    hands = Hands()
+    consumption = await rabbitmq.consume("b", 1, 6, hands, 3)
+    others = [other for other in range(3) if other != shard]
+    assert [await publish(rabbitmq, text(str(other)), other) for other in others] == [None, None]
+    await hands.hold(2)
+    hands.ack_all()
+    await rabbitmq.declare("b", 1, None, 3)
+    assert await publish(rabbitmq, text("back"), shard) is None
+    await hands.hold(1)
+    assert hands.bodies[-1] == "back"
+    hands.ack_all()
+    await consumption.cancel()
+    await spread(rabbitmq, "abc")
+    await ready(rabbitmq, 3)
+
+
+async def test_a_consumer_that_is_cancelled_while_it_begins_takes_nothing_afterwards(rabbitmq: Queue) -> None:
+    await rabbitmq.declare("b", 1, None, 3)
+    await (await rabbitmq.consume("b", 1, 6, Hands(), 3)).cancel()  # one of the three consumes; the others may not yet
+    await spread(rabbitmq, "abc")
+    await ready(rabbitmq, 3)
+
+
+async def test_with_none_of_its_queues_a_backend_is_not_consumed_and_nothing_is_left_behind(
+    rabbitmq: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mqserve.broker.rabbitmq.consumer.OPERATION_BUDGET_S", 1.0)
+    with pytest.raises(BrokerUnavailable, match="did not let us consume"):
+        await rabbitmq.consume("b", 1, 6, Hands(), 3)
+    assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("consume ")]
 
 
 async def test_each_queue_takes_its_share_of_the_limit(rabbitmq: Queue) -> None:
@@ -165,6 +205,11 @@ async def publish(queue: Queue, envelope: Envelope, shard: int) -> MQServeError 
     fate: asyncio.Future[MQServeError | None] = asyncio.get_running_loop().create_future()
     queue.publish("b", envelope, fate.set_result, shard)
     return await fate
+
+
+def delete_queue(url: str, queue: str) -> None:
+    with pika.BlockingConnection(pika.URLParameters(url)) as connection:
+        connection.channel().queue_delete(queue)
 
 
 async def spread(queue: Queue, bodies: str) -> None:

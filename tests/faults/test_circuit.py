@@ -9,7 +9,7 @@ from mqserve.broker.calls.call import Ticket
 from mqserve.broker.calls.sending import RequestSender
 from mqserve.broker.envelope import Envelope, RequestHead, mint_id
 from mqserve.broker.errors import BrokerUnavailable, MQServeError
-from mqserve.broker.rabbitmq.queue import PROBE_EVERY_S, PROBE_RARELY_S, RabbitQueue, open_rabbitmq
+from mqserve.broker.rabbitmq.queue import PROBE_EVERY_S, PROBE_SELDOM_EVERY_S, RabbitQueue, open_rabbitmq
 from mqserve.broker.redis.store import open_redis
 from mqserve.broker.store_keys import StoreKeys
 from tests.broker.traffic import until
@@ -26,7 +26,7 @@ async def published(queue: RabbitQueue) -> MQServeError | None:
 
 
 @pytest.mark.row(6)
-@pytest.mark.parametrize("probe_every_s", [PROBE_EVERY_S, PROBE_RARELY_S])
+@pytest.mark.parametrize("probe_every_s", [PROBE_EVERY_S, PROBE_SELDOM_EVERY_S])
 async def test_a_frozen_broker_is_down_within_five_seconds_and_up_again_by_itself(
     broker_server: PrivateRabbitMQ, namespace: str, probe_every_s: float
 ) -> None:
