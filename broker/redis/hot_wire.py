@@ -1,7 +1,8 @@
-"""A connection to Redis of our own, for the two conversations that every request needs: the record script (`record_script.py`) and the
-inbox (`inbox.py`). All other commands go through redis-py.
+"""A connection to Redis of our own, for what every request needs, the record script (`record_script.py`) and the inbox (`inbox.py`), and
+for two commands that redis-py makes dear: the beat that each member writes every second, and the reads of large values (`store.py`). All
+other commands go through redis-py.
 
-It replaces redis-py's pool, streams, timeouts and tasks in these two places, where they cost several times as much as the command itself.
+It replaces redis-py's pool, streams, timeouts and tasks in these places, where they cost several times as much as the command itself.
 Here a command is one write to the transport, its reply one call of a function, and all deadlines of a connection share one timer. redis-py
 still opens the connection (address, TLS, login, database, library name): so a URL means the same for both, and errors have the same words.
 Then its transport gets this protocol. hiredis parses the replies.
@@ -42,19 +43,21 @@ class Lost(ConnectionError):
 class _Asked:
     """Commands that were sent together, and their replies so far."""
 
-    __slots__ = ("budget_s", "count", "on_replies", "replies")
+    __slots__ = ("budget_s", "count", "in_parts", "on_replies", "replies")
 
-    def __init__(self, count: int, on_replies: OnReplies, budget_s: float) -> None:
+    def __init__(self, count: int, on_replies: OnReplies, budget_s: float, in_parts: bool) -> None:
         self.count = count
         self.on_replies = on_replies
         self.budget_s = budget_s
+        self.in_parts = in_parts
         self.replies: list[Any] = []
 
 
 class HotWire(asyncio.Protocol):
     """One open connection. It ends once, for a reason (`error`), and is never opened again; `dial` opens another one.
 
-    It does not heed `pause_writing`: its users have one batch of a bounded size, or two short commands, under way.
+    It does not heed `pause_writing`, since what it has to write is bounded: one batch of results of a bounded size, two BLMPOPs of the
+    inbox, and one short command (a beat, or the GET of a large value) for each task that waits for its reply.
     """
 
     def __init__(self, writer: asyncio.StreamWriter) -> None:
@@ -64,6 +67,7 @@ class HotWire(asyncio.Protocol):
         self._reader = hiredis.Reader(protocolError=InvalidResponse, replyError=BaseParser.parse_error, notEnoughData=_NOT_ENOUGH)
         self._asked: deque[_Asked] = deque()
         self._oldest_since = 0.0  # monotonic: since when the server has been free to answer the oldest `_asked`
+        self._heard_at = 0.0  # monotonic: when the server last sent anything
         self._timer: asyncio.TimerHandle | None = None
         self.error: Exception | None = None  # why it ended
         self.ended: asyncio.Future[Exception] = self._loop.create_future()
@@ -76,12 +80,13 @@ class HotWire(asyncio.Protocol):
     def is_open(self) -> bool:
         return self.error is None and not self._transport.is_closing()
 
-    def ask(self, commands: bytes, count: int, on_replies: OnReplies, budget_s: float) -> None:
+    def ask(self, commands: bytes, count: int, on_replies: OnReplies, budget_s: float, *, in_parts: bool = False) -> None:
         """Sends packed commands. `on_replies` is called once, later. If the server takes longer than `budget_s`, from when it has answered
-        what was asked before, the connection ends with TimeoutError."""
+        what was asked before, the connection ends with TimeoutError. With `in_parts`, for a reply that may be long on its way, it may take
+        that long for each part."""
         if not self._asked:
             self._oldest_since = time.monotonic()
-        self._asked.append(_Asked(count, on_replies, budget_s))
+        self._asked.append(_Asked(count, on_replies, budget_s, in_parts))
         if self._timer is None:
             self._timer = self._loop.call_later(budget_s, self._check_deadline)
         try:
@@ -116,15 +121,18 @@ class HotWire(asyncio.Protocol):
         self._timer = None
         if not self._asked:
             return
-        left_s = self._oldest_since + self._asked[0].budget_s - time.monotonic()
+        oldest = self._asked[0]
+        since = max(self._oldest_since, self._heard_at) if oldest.in_parts else self._oldest_since
+        left_s = since + oldest.budget_s - time.monotonic()
         if left_s > 0:
             self._timer = self._loop.call_later(left_s, self._check_deadline)
         else:
-            self.end(TimeoutError(f"no reply within {self._asked[0].budget_s:.3g} s"))
+            self.end(TimeoutError(f"no reply within {oldest.budget_s:.3g} s"))
 
     # What the transport calls.
 
     def data_received(self, data: bytes) -> None:
+        self._heard_at = time.monotonic()
         try:
             self._reader.feed(data)
             while self.error is None and (reply := self._next_reply()) is not _NOT_ENOUGH:

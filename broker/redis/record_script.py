@@ -1,12 +1,11 @@
-"""Writes batches of results, and the marks that go with them, over a wire of its own: one script call for all results of a batch. Beats
-go over it, too."""
+"""Writes batches of results, and the marks that go with them: one script call for all results of a batch."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,8 @@ from ..process.tasks import Tasks
 from ..store import Record
 from ..store_keys import INBOX_TTL_S, RESULT_TTL_S
 from .client import FAILURES, naming_the_key
-from .hot_wire import CLOSED_BY_US, HotWire, Lost, packed
+from .hot_wire import Lost, packed
+from .kept_wire import KeptWire
 from .result_writer import Mark, OnWritten
 
 CALL_BUDGET_S = 3.0
@@ -65,8 +65,8 @@ class _Call:
 
 
 class RecordScript:
-    """Writes one batch at a time. Each call ends within CALL_BUDGET_S, by a number for each result (see record.lua) or by an error. If the
-    connection ends under way, the batch is sent once more over another one: the script knows what it has written.
+    """Writes one batch at a time over `wire`. Each call ends within CALL_BUDGET_S, by a number for each result (see record.lua) or by an
+    error. If the connection ends under way, the batch is sent once more over another one: the script knows what it has written.
 
     `on_wrote` is called after each success, and `on_odd_inbox` for each inbox that was a key of another type. `on_failed` gets each error,
     when its call began, and whether that was to write something new; it returns the error as StoreUnavailable.
@@ -74,94 +74,47 @@ class RecordScript:
 
     def __init__(
         self,
-        dial: Callable[[], Awaitable[HotWire]],
+        wire: KeptWire,
         on_wrote: Callable[[], None],
         on_odd_inbox: Callable[[str], None],
         on_failed: Callable[[Exception, float, bool], StoreUnavailable],
     ) -> None:
-        self._dial = dial
+        self._wire = wire
         self._on_wrote = on_wrote
         self._on_odd_inbox = on_odd_inbox
         self._on_failed = on_failed
-        self._wire: HotWire | None = None
-        self._dialing = asyncio.Lock()
-        self._is_closed = False
         self._tasks = Tasks()  # dials
 
     def __repr__(self) -> str:
         return f"<RecordScript over {self._wire!r}>"
 
-    async def connect(self) -> None:
-        """Opens the connection ahead of the first batch, when the server may take no more of them."""
-        await self._opened()
-
-    async def _opened(self) -> HotWire:
-        """The connection; dials if there is none, or it has ended."""
-        async with self._dialing:
-            if self._is_closed:
-                raise Lost(CLOSED_BY_US)
-            if self._wire is None or not self._wire.is_open:
-                self._wire = await self._dial()
-            return self._wire
-
-    async def ask(self, *command: str | bytes) -> Any:
-        """Sends one short command over this connection, and returns the reply: a quarter of what redis-py takes. It must be one that may
-        run twice, since it is sent once more if the connection ends under way. Raises what the server says, or why the connection ended;
-        the caller sets a time of its own for all of it."""
-        try:
-            return await self._ask(command)
-        except (Lost, TimeoutError):
-            return await self._ask(command)
-
-    async def _ask(self, command: Sequence[str | bytes]) -> Any:
-        wire = await self._opened()
-        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-
-        def replied(replies: list[Any] | Exception) -> None:
-            if not answer.done():  # its caller may have given up
-                answer.set_result(replies)
-
-        wire.ask(packed(*command), 1, replied, REPLY_S)
-        replies = await answer
-        if isinstance(replies, Exception):
-            raise replies
-        if isinstance(replies[0], Exception):
-            raise naming_the_key(replies[0], command)
-        return replies[0]
-
-    def hang_up(self) -> None:
-        """Leaves this connection: the next batch is written over a new one, perhaps to another server."""
-        if self._wire is not None:
-            self._wire.end(Lost(CLOSED_BY_US))
-
     def close(self) -> None:
-        """Ends all: calls under way are never told."""
-        self._is_closed = True
+        """Closes the wire: calls under way are never told."""
         self._tasks.cancel()
-        self.hang_up()
+        self._wire.close()
 
     def write(self, records: Sequence[Record], marks: Sequence[Mark], on_written: OnWritten) -> None:
         """Writes marks and results, in this order. `on_written` is called once, later."""
         self._send(_Call(records, marks, on_written))
 
     def _send(self, call: _Call) -> None:
-        if self._wire is None or not self._wire.is_open:
+        if (wire := self._wire.wire) is None:
             self._tasks.start(self._send_anew(call))
             return
         call.tries_left -= 1
-        self._wire.ask(call.commands, call.count, lambda replies: self._replied(call, replies), min(REPLY_S, call.left_s))
+        wire.ask(call.commands, call.count, lambda replies: self._replied(call, replies), min(REPLY_S, call.left_s))
 
     async def _send_anew(self, call: _Call) -> None:
         try:
             async with asyncio.timeout(call.left_s):
-                await self._opened()
+                await self._wire.open()
         except Exception as error:
             self._fail(call, error)
         else:
             self._send(call)
 
     def _replied(self, call: _Call, replies: list[Any] | Exception) -> None:
-        if self._is_closed:
+        if self._wire.is_closed:
             return
         if isinstance(replies, Exception):
             if call.tries_left > 0 and call.left_s > 0 and isinstance(replies, Lost | TimeoutError):
@@ -198,7 +151,7 @@ class RecordScript:
                     self._on_odd_inbox(record.inbox)
             call.on_written(reply)
         else:
-            self.hang_up()
+            self._wire.hang_up()
             self._fail(call, InvalidResponse("no reply to the record script"))
 
     def _fail(self, call: _Call, error: Exception) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -45,8 +46,12 @@ class Heard:
         self._wire = wire
         self.ends: list[tuple[str, list[Any] | Exception]] = []
 
-    def ask(self, name: str, *commands: bytes, budget_s: float = LONG_S) -> None:
-        self._wire.ask(b"".join(commands), len(commands), lambda replies: self.ends.append((name, replies)), budget_s)
+    def ask(self, name: str, *commands: bytes, budget_s: float = LONG_S, in_parts: bool = False) -> None:
+        heard = partial(self._hear, name)
+        self._wire.ask(b"".join(commands), len(commands), heard, budget_s, in_parts=in_parts)
+
+    def _hear(self, name: str, replies: list[Any] | Exception) -> None:
+        self.ends.append((name, replies))
 
     async def all(self, count: int) -> list[tuple[str, list[Any] | Exception]]:
         await until(lambda: len(self.ends) == count)
@@ -82,6 +87,19 @@ async def test_the_time_for_a_reply_counts_from_the_reply_before(store_url: str,
         for name in ("one", "two", "three"):  # the server begins with each when it is done with the one before
             heard.ask(name, packed("BLPOP", f"mqserve:{namespace}:none", 0.4), budget_s=0.7)
         assert [reply for _, reply in await heard.all(3)] == [[None]] * 3
+
+
+@pytest.mark.parametrize("in_parts", [True, False])
+async def test_a_reply_that_comes_in_parts_may_take_its_time_for_each(in_parts: bool) -> None:
+    async with odd_redis() as server, open_wire(server.url) as wire:
+        server.answers["GET"] = [b"$5\r\n"]
+        heard = Heard(wire)
+        heard.ask("slow", packed("GET", "a"), budget_s=0.5, in_parts=in_parts)
+        for part in (b"12", b"34", b"5\r\n"):
+            await asyncio.sleep(0.25)
+            server.say_to_all(part)
+        ((_, slow),) = await heard.all(1)
+        assert slow == [b"12345"] if in_parts else isinstance(slow, TimeoutError)
 
 
 def test_a_reply_that_came_while_this_process_was_held_up_counts(store_url: str) -> None:

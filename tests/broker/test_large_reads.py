@@ -7,6 +7,7 @@ import redis.asyncio as redis
 
 from mqserve.broker.redis.store import LARGE_BYTES, open_redis
 from mqserve.broker.store_keys import StoreKeys
+from tests.faults.wire import Wire
 
 pytestmark = pytest.mark.anyio
 
@@ -56,3 +57,15 @@ async def test_many_reads_under_a_lost_connection_are_all_read_over_another(stor
             if one["cmd"] == "get":
                 await other.client_kill_filter(_id=one["id"])
         assert await asyncio.gather(*reads) == [b"x" * 4_000_000] * 20
+
+
+async def test_reads_under_a_connection_that_falls_silent_are_all_read_over_another(
+    store_wire: Wire, namespace: str, keys: StoreKeys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mqserve.broker.redis.store.LARGE_SILENCE_S", 0.5)
+    async with open_redis(store_wire.url, namespace) as store:
+        await store.set(keys.body("x"), large(7), ttl_ms=60_000)
+        await store.get_large(keys.body("x"))
+        store_wire.strand()
+        async with asyncio.timeout(5):  # a large value as such may take half a minute
+            assert await asyncio.gather(*(store.get_large(keys.body("x")) for _ in range(20))) == [large(7)] * 20

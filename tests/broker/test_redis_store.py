@@ -318,15 +318,15 @@ async def test_a_beat_is_written_over_a_new_connection_when_the_old_one_breaks_o
 
 async def test_beats_and_results_that_meet_a_lost_connection_open_one_between_them(store_url: str, namespace: str, keys: StoreKeys) -> None:
     async with open_redis(store_url, namespace) as store:
-        script = store._record
-        dials, dial = [], script._dial
+        wire = store._wire
+        dials, dial = [], wire._dial
 
         async def counted() -> HotWire:
             dials.append(1)
             return await dial()
 
-        script._dial = counted
-        script.hang_up()
+        wire._dial = counted
+        wire.hang_up()
         written = store.record(Record(keys.future("f"), b"result", "", b"", deadline_ms=store.now_ms() + 60_000))
         await asyncio.gather(*(store.put_field(keys.beats, f"node {number}", b"1") for number in range(5)))
         assert await written and len(await store.fields(keys.beats)) == 5

@@ -16,6 +16,7 @@ from mqserve.broker.errors import StoreUnavailable, words_of
 from mqserve.broker.redis.client import FAILURES
 from mqserve.broker.redis.hot_wire import HotWire, Lost
 from mqserve.broker.redis.inbox import InboxReader
+from mqserve.broker.redis.kept_wire import KeptWire
 from mqserve.broker.redis.record_script import RecordScript
 from mqserve.broker.store import Record
 from tests.fuzz.material import bytes_like, cases
@@ -173,8 +174,9 @@ def test_a_batch_is_told_once_by_a_number_for_each_result_or_by_an_error(
                 raise Lost("no more")
             return wires.pop()
 
-        script = RecordScript(dial, lambda: None, lambda key: None, lambda error, since, writing: StoreUnavailable(words_of(error)))
-        await script.connect()
+        kept = KeptWire(dial, 10)
+        script = RecordScript(kept, lambda: None, lambda key: None, lambda error, since, writing: StoreUnavailable(words_of(error)))
+        await kept.open()
         script.write(records, [("m", b"1", 1), ("n", b"", 0)], outcomes.append)
         hear(wire, b"+OK\r\n:0\r\n" + data, cuts)
         check_end(wire)
