@@ -25,7 +25,8 @@ def prefetch(slots: int, limit: int, run_s: float, *, may_look_ahead: bool = Tru
     return min(limit, slots + (1 << (ahead.bit_length() - 1) if ahead else 0))
 
 
-def must_give_back(waiting: int, slots: int, prefetch: int, blocked_s: float) -> bool:
+def must_give_back(waiting: int, least: int, prefetch: int, blocked_s: float) -> bool:
     """Whether the requests that wait at the worker go back to the queue, since another replica may be idle: they wait behind a call of more
-    than SLOW_CALL_S, or calls have become so long that none would be fetched ahead. `blocked_s` is for how long no call could start."""
-    return (waiting > 0 and blocked_s > SLOW_CALL_S) or (waiting > slots and prefetch <= slots)
+    than SLOW_CALL_S, or calls have become so long that none would be fetched ahead. `least` is the prefetch without a look-ahead: the
+    slots, or the number of queues where that is higher. `blocked_s` is for how long no call could start."""
+    return (waiting > 0 and blocked_s > SLOW_CALL_S) or (waiting > least and prefetch <= least)

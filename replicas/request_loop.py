@@ -262,7 +262,8 @@ class RequestLoop:
         if self._draining:
             return
         blocked_s = self._worker.blocked_s
-        if self._may_look_ahead and must_give_back(self._worker.waiting, self._slots, self._prefetch(), blocked_s):
+        least = max(self._slots, self._config.queue_shards)  # a new consumer would fetch that much again
+        if self._may_look_ahead and must_give_back(self._worker.waiting, least, self._prefetch(), blocked_s):
             if self._consumers.held_off:
                 self._give_back_waiting()  # they were admitted meanwhile
             else:

@@ -53,7 +53,7 @@ def test_who_may_not_look_ahead_holds_what_can_run() -> None:
 
 
 @pytest.mark.parametrize(
-    ("waiting", "slots", "prefetch", "blocked_s", "goes_back"),
+    ("waiting", "least", "prefetch", "blocked_s", "goes_back"),
     [
         (0, 1, 64, 1.0, False),  # nothing waits
         (1, 1, 64, SLOW_CALL_S * 0.9, False),  # the call is quick so far
@@ -62,7 +62,9 @@ def test_who_may_not_look_ahead_holds_what_can_run() -> None:
         (2, 1, 1, 0.0, True),  # calls have become longer than the look-ahead
         (2, 1, 2, 0.0, False),
         (4, 4, 4, 0.0, False),
+        (3, 4, 4, 0.0, False),  # one slot and four queues: a new consumer would fetch them again
+        (5, 4, 4, 0.0, True),
     ],
 )
-def test_what_waits_goes_back_when_a_call_is_slow(waiting: int, slots: int, prefetch: int, blocked_s: float, goes_back: bool) -> None:
-    assert must_give_back(waiting, slots, prefetch, blocked_s) is goes_back
+def test_what_waits_goes_back_when_a_call_is_slow(waiting: int, least: int, prefetch: int, blocked_s: float, goes_back: bool) -> None:
+    assert must_give_back(waiting, least, prefetch, blocked_s) is goes_back
