@@ -145,13 +145,22 @@ class Settlement:
         """Stores the result and returns the one that counts: another run of the same request may have been first."""
         envelope, body = job.envelope, result.body
         until = job.deadline if envelope.header.deadline else time.monotonic() + UNLIMITED_S
-        kept = result
-        if _is_large(envelope, body):
+        if not _is_large(envelope, body):
+            first = await self.record(job, result)
+        else:
             key = self._keys.result_body(envelope.future_id(self._backend))
-            await _insist(lambda: self._store.set(key, body, ttl_ms=RESULT_TTL_S * 1000), until)
-            kept = msgspec.structs.replace(result, body=b"", ref=key)
-        first = await self.record(job, kept)
+            first = await _insist(lambda: self._put_body(job, key, body), until)
+            first = first and await self.record(job, msgspec.structs.replace(result, body=b"", ref=key))
         return result if first or not envelope.reply_to else await _insist(lambda: self._admission.stored(envelope, result), until)
+
+    async def _put_body(self, job: Job, key: str, body: bytes) -> bool:
+        """Writes the body of a large result, and returns True; returns False if another run was first. All runs share the key, and that
+        one's body may have been read and deleted already: nobody would delete this one."""
+        may_be_second = job.mark or job.delivery.redelivered or job.stage is Stage.RETURNED
+        if may_be_second and await self._store.get(self._keys.future(job.envelope.future_id(self._backend))) is not None:
+            return False
+        await self._store.set(key, body, ttl_ms=RESULT_TTL_S * 1000)
+        return True
 
     def _answered(self, job: Job) -> None:
         """Acks. Unless the id is minted, and so used only once, it also deletes the counters, so that the next use of the id starts afresh.

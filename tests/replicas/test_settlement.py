@@ -119,6 +119,22 @@ async def test_a_large_result_is_kept_until_the_store_takes_it_and_the_request_n
         assert not serving.worker.jobs
 
 
+async def test_a_second_run_leaves_no_large_body_behind_the_result_of_the_first(keys: StoreKeys) -> None:
+    """The proxy has read the first one's body, and deleted it."""
+    async with Serving() as lost:
+        await lost.send(minted())
+        await lost.taken()
+    async with Serving(lost.queue, lost.store) as serving:
+        job = await serving.taken()
+        assert job.delivery.redelivered
+        first = Result(ref=keys.result_body(MINTED)).to_bytes()
+        await serving.store.set(keys.future(MINTED), first)
+        serving.end(job, Result(body=LARGE))
+        await serving.settled()
+        assert await serving.store.get(keys.result_body(MINTED)) is None
+        assert await serving.store.get(keys.future(MINTED)) == first
+
+
 async def test_who_publishes_by_amqp_finds_a_body_of_1_mib_in_its_result(keys: StoreKeys) -> None:
     """The protocol says so; our own processes find a body of that size under a key of its own."""
     body = b"x" * (1024 * 1024)
