@@ -10,8 +10,9 @@ _PHASE_MS = random.randrange(10_000)  # of this process, so that those of a mach
 
 
 def next_tick_s(period_s: float) -> float:
-    """Returns the time until this process's next multiple of `period_s`: at most that long, and seldom much shorter, since what waits from
-    tick to tick begins at a tick. It is a whole number of milliseconds, as libuv's timers are: two that are due at one tick are due in the
-    same turn of the loop."""
+    """Returns the time until this process's next multiple of `period_s`, or until the one after it where less than a tenth of the period
+    is left: what waits from tick to tick begins at a tick, or a little before, since libuv counts from the time at which its turn began.
+    It is a whole number of milliseconds, as libuv's timers are: two that are due at one tick are due in the same turn of the loop."""
     period_ms = round(period_s * 1000)
-    return (period_ms - (int(time.monotonic() * 1000) + _PHASE_MS) % period_ms) / 1000
+    left_ms = period_ms - (int(time.monotonic() * 1000) + _PHASE_MS) % period_ms
+    return (left_ms if left_ms * 10 >= period_ms else left_ms + period_ms) / 1000
