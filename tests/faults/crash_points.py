@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 POINTS = {
-    "before the result is stored": "mqserve.broker.redis.store:RedisStore.record",
+    "before the result is stored": "mqserve.broker.redis.store:RedisStore.record_then",
     "before the ack, the result being stored": "mqserve.broker.rabbitmq.consumer:RabbitDelivery.ack",
     "before a message is given back": "mqserve.broker.rabbitmq.consumer:RabbitDelivery.requeue",
     "before a request is published": "mqserve.broker.rabbitmq.queue:RabbitQueue.publish",
