@@ -81,6 +81,11 @@ def in_replica() -> bool:
     return bool(_process) or getattr(_here, "context", None) is not None
 
 
+def is_constructing() -> bool:
+    """Whether the code of a replica calls this while no request runs: a constructor, mostly."""
+    return in_replica() and not running_jobs.get()
+
+
 def get_current_backend_tag() -> str:
     return get_replica_context().backend_tag
 

@@ -357,3 +357,28 @@ def test_an_exception_takes_back_the_convertors_of_this_process_too(client: serv
         client.create_endpoint(names("e"), backend=names("b"), route=f"/{names('e')}/{{word:shouted}}")
         raise TypeError("not today")
     assert "shouted" not in CONVERTOR_TYPES and names.backends == []
+
+
+class Composed:
+    def __init__(self, endpoint: str) -> None:
+        self.handle = serve.get_handle(endpoint)
+
+    def __call__(self, request: Any) -> str:
+        answer: str = self.handle.remote().result(30)
+        return f"composed {answer}"
+
+
+def test_a_constructor_gets_a_handle_of_what_is_declared_with_its_backend(client: serve.Client, names: Names) -> None:
+    with client.deploying():
+        client.create_backend(names("part"), hello)
+        client.create_endpoint(names("part"), backend=names("part"))
+        client.create_backend(names("whole"), Composed, names("part"))
+        client.create_endpoint(names("whole"), backend=names("whole"))
+    assert client.get_handle(names("whole")).remote().result(30) == "composed hello"
+
+
+def test_a_handle_of_an_unknown_endpoint_that_a_constructor_gets_says_so_when_it_is_called(client: serve.Client, names: Names) -> None:
+    client.create_backend(names("whole"), Composed, names("nowhere"))
+    client.create_endpoint(names("whole"), backend=names("whole"))
+    with pytest.raises(serve.UnknownEndpoint, match="does not exist"):
+        client.get_handle(names("whole")).remote().result(30)

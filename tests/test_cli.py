@@ -301,7 +301,7 @@ def test_a_virtual_host_that_is_not_there_gets_a_sentence(distributed_shell: Com
         ("@serve.endpoint('/a')\ndef hello(request, name): ...", "'hello' cannot be called: a handler is called with the request alone"),
         ("import not_installed", "app.py does not import .*No module named 'not_installed'"),
         ("def hello(:", "app.py does not import: invalid syntax in line 2"),
-        ("pass", "app.py declares nothing to serve: decorate"),
+        ("pass", "app.py declares no endpoint, so there is nothing to serve: decorate"),
     ],
 )
 def test_a_file_that_cannot_be_served_gets_a_sentence(shell: CommandLine, text: str, says: str) -> None:

@@ -165,3 +165,20 @@ serve.create_endpoint("said", backend="said", route="/said")
 """
     answer, program = answer_once_ended(either_shell, text, "/said")
     assert answer == "first second", program.output
+
+
+def test_a_run_file_composes_backends_by_handles_in_their_constructors(either_shell: CommandLine) -> None:
+    text = """
+import mqserve as serve
+@serve.endpoint("/part")
+def part(request):
+    return "part"
+@serve.endpoint("/whole")
+class Whole:
+    def __init__(self):
+        self.handle = serve.get_handle("part")
+    def __call__(self, request):
+        return "of a " + self.handle.remote().result(30)
+"""
+    answer, program = answer_once_ended(either_shell, text, "/whole")
+    assert answer == "of a part", program.output

@@ -19,6 +19,7 @@ from ..controller.state.beats import MemberState, ProxyBeat, living, read_beats
 from ..controller.state.config import BackendConfig
 from ..controller.state.documents import Desired
 from ..instance.starting import parse_middlewares
+from ..replicas.context import is_constructing
 from .arguments import check_fits, check_target, make_convertor, read_actor_options
 from .deploying import Block, Declaration, open_block, opened
 from .deployments import Deployments, TellReady
@@ -177,7 +178,9 @@ class Client(Lifetime):
 
     def get_handle(self, endpoint_name: str, sync: bool = True, missing_ok: bool = False) -> Handle | AsyncHandle:
         """Returns a handle of the endpoint. Raises UnknownEndpoint for an unknown one; with `missing_ok` its requests wait for it to be
-        created instead."""
+        created instead. In a backend's constructor its first call raises that error instead, since an endpoint that is declared together
+        with the backend is there once the backend is ready.
+        """
         sender = self.sender
         block = self._block()
         is_known = endpoint_name in (block.draft.endpoints if block is not None else sender.desired.endpoints)
@@ -185,7 +188,7 @@ class Client(Lifetime):
             found: Desired = self._call(self._opened.deployments.read())
             if is_known := endpoint_name in found.endpoints:
                 sender.desired = found
-        if not is_known and not missing_ok:
+        if not is_known and not missing_ok and not is_constructing():
             raise UnknownEndpoint(f"Endpoint '{endpoint_name}' does not exist.")
         kind = Handle if sync else AsyncHandle
         return kind(endpoint_name, self, missing_ok=missing_ok)

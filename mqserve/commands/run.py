@@ -52,8 +52,8 @@ def run_until_stopped(target: str, settings: Settings, http: dict[str, Any]) -> 
                     client.deploy(declaration)
                 if not client.list_endpoints():
                     raise BadValue(
-                        f"{target} declares nothing to serve: decorate a function with @serve.endpoint('/path'), "
-                        "or call serve.create_backend"
+                        f"{target} declares no endpoint, so there is nothing to serve: decorate a function with @serve.endpoint('/path'), "
+                        "or call serve.create_backend and serve.create_endpoint"
                     )
                 client.tell_complete()
             interrupts.raises = False  # before it is said that Ctrl-C stops
