@@ -46,7 +46,7 @@ def _by_process(case: CaseResults, subject: str) -> str:
     kinds: Counter[str] = Counter()
     for kind in {kind for sample in case.samples[subject] for kind in sample.cpu_us}:
         kinds[kind] = round(statistics.median(sample.cpu_us.get(kind, 0.0) for sample in case.samples[subject]))
-    ordered = sorted(kinds.items(), key=lambda item: (item[0] in LOAD_GENERATORS, -item[1]))
+    ordered = sorted(kinds.items(), key=lambda item: (item[0] in LOAD_GENERATORS, -item[1], item[0]))
     return ", ".join(f"{kind} {us}" for kind, us in ordered if us)
 
 
