@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -346,7 +347,9 @@ def _config_options(config: object) -> dict[str, Any]:
     if isinstance(config, BackendConfig):
         return config.model_dump(exclude_unset=True)
     if isinstance(config, dict):
-        return deepcopy(config)  # a change may be made later, when the caller's dict says something else
+        with suppress(Exception):  # what cannot be copied is refused where it is parsed
+            return deepcopy(config)  # a change may be made later, when the caller's dict says something else
+        return config
     raise BadType(f"config must be a dict or a BackendConfig, not {type(config).__name__}")
 
 
