@@ -26,13 +26,13 @@ from .admission import Admission
 from .consumers import Consumers
 from .handler import Handler
 from .metrics import ReplicaMetrics
-from .prefetch import SLOW_CALL_S, must_give_back, prefetch, slots
 from .register import Register
 from .rhythm import Rhythm
 from .settlement import Settlement, is_kept
 from .stages import Job, Stage
 from .stuck import check_calls, check_silence
 from .trust import SenderTrust
+from .window import Window
 from .worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,6 @@ class RequestLoop:
         self._register = Register()
         self._settlement = Settlement(backend.name, queue, store, keys, self._admission, metrics, self._register)
         self._worker = worker
-        self._handler = handler
         self._metrics = metrics
         self._trust = SenderTrust(settings)
         self._cancellations = Cancellations(store, keys, lambda _: self._give_up_cancelled())
@@ -84,8 +83,9 @@ class RequestLoop:
         self._unasked = RateLimitedLog(logger)
         self._end: End | None = None
         self._refuses = False  # whether the time of `_end` has come: requests are answered with its result
+        self._window = Window(backend.config, handler, worker)
         self._consumers = Consumers(
-            backend.name, queue, store, self._prefetch, self._on_delivery, self._settle_unstored, self._give_back_waiting
+            backend.name, queue, store, self._window.size, self._on_delivery, self._settle_unstored, self._give_back_waiting
         )
         self._rhythm = Rhythm(self._is_idle)
         self.served = 0
@@ -107,7 +107,7 @@ class RequestLoop:
 
     def configure(self, config: BackendConfig) -> None:
         """Applies the configuration from the next request on."""
-        self._config = config
+        self._config = self._window.config = config
         self._settlement.configure(config)
         self._worker.configure(config)
         self._rhythm.wake()
@@ -236,39 +236,17 @@ class RequestLoop:
         await self._consumers.stop()
         self._settlement.abandon()
 
-    @property
-    def _gathers(self) -> bool:
-        """Whether requests wait for a batch."""
-        return self._handler.accepts_batch and (self._handler.is_async or self._config.max_batch_size is not None)
-
-    @property
-    def _may_look_ahead(self) -> bool:
-        return not (self._handler.is_async or self._gathers or self._settlement.at_most_once)
-
-    @property
-    def _slots(self) -> int:
-        config, is_async = self._config, self._handler.is_async
-        batch_size = (config.max_batch_size or 1) if self._gathers else 0
-        return slots(config.concurrency(is_async), is_async=is_async, sync_threads=config.sync_threads, batch_size=batch_size)
-
-    def _prefetch(self) -> int:
-        limit = self._config.concurrency(self._handler.is_async)
-        wanted = prefetch(self._slots, limit, self._worker.run_s, may_look_ahead=self._may_look_ahead)
-        return max(wanted, self._config.queue_shards)  # at least one of each queue
-
     def _spare_the_waiting(self) -> None:
         """Stops consuming when requests would wait here behind a slow call, and gives them back once the broker sends no others; goes on
         when the call has ended."""
         if self._draining:
             return
-        blocked_s = self._worker.blocked_s
-        least = max(self._slots, self._config.queue_shards)  # a new consumer would fetch that much again
-        if self._may_look_ahead and must_give_back(self._worker.waiting, least, self._prefetch(), blocked_s):
+        if self._window.is_too_full:
             if self._consumers.held_off:
                 self._give_back_waiting()  # they were admitted meanwhile
             else:
                 self._consumers.hold_off()
-        elif self._consumers.held_off and not (self._may_look_ahead and blocked_s > SLOW_CALL_S):
+        elif self._consumers.held_off and not self._window.is_blocked:
             self._consumers.go_on()
 
     def _give_back_waiting(self) -> None:
