@@ -27,6 +27,7 @@ from . import lease
 from .desired_writes import write_next
 from .state.config import BackendConfig
 from .state.documents import Backend, Desired, Endpoint
+from .state.reading import read_desired
 from .state.resources import ActorOptions
 from .state.route_patterns import check_convertor, compile_route
 
@@ -82,7 +83,7 @@ async def look(store: Store, keys: StoreKeys, instance: str, *, any_instance: bo
                 "serve.start(), and serve.connect() joins it"
             )
         return None
-    desired = Desired.from_bytes(raw)
+    desired = read_desired(raw)
     if desired.instance != instance and not any_instance:
         raise InstanceEnded("the instance of this client has been shut down, and another one has its namespace: serve.connect() joins that")
     return raw, desired

@@ -8,6 +8,7 @@ from ..broker.errors import BadEnvelope, BadValue
 from ..broker.store import Guard, Store
 from ..broker.store_keys import StoreKeys
 from .state.documents import Desired
+from .state.reading import read_desired
 
 
 async def write_next(store: Store, keys: StoreKeys, raw: bytes | None, wanted: Desired, *, guard: Guard | None = None) -> Desired | None:
@@ -24,7 +25,7 @@ def encode(desired: Desired) -> bytes:
     """Returns the document as JSON. Raises BadValue if it could not be read back."""
     try:
         raw = desired.to_bytes()
-        Desired.from_bytes(raw)
+        read_desired(raw)
     except (BadEnvelope, UnicodeEncodeError, RecursionError) as error:
         raise BadValue(f"the change cannot be kept as JSON: {error}") from error
     return raw

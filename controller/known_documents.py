@@ -13,6 +13,7 @@ from ..broker.store_keys import StoreKeys
 from ..broker.values.code import files_of
 from . import lease
 from .state.documents import Desired, Observed
+from .state.reading import read_desired, read_observed
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class KnownDocuments:
         if self.raw_desired is None:
             return
         try:
-            found = Desired.from_bytes(self.raw_desired)
+            found = read_desired(self.raw_desired)
         except BadEnvelope as error:
             last = "the last good one goes on, and is written back when the key is deleted" if known else "there is no last good one"
             self._broken.say(f"{error}; {last}")
@@ -78,7 +79,7 @@ class KnownDocuments:
         if self.raw_observed is None:
             return
         try:
-            found = Observed.from_bytes(self.raw_observed)
+            found = read_observed(self.raw_observed)
         except BadEnvelope as error:
             self._broken_observed.say(f"{error}; the leader writes it anew")
             self.observed_is_broken = True

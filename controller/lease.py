@@ -24,7 +24,8 @@ from ..broker.store import Guard, Store
 from ..broker.store_keys import ENDED_TTL_S, LEADER_TTL_S, StoreKeys
 from ..broker.values.code import files_of
 from .desired_writes import write_next
-from .state.documents import Count, Desired, HttpOptions, decode_document
+from .state.documents import Count, Desired, HttpOptions
+from .state.reading import decode_document, read_desired
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ async def check_free(store: Store, keys: StoreKeys) -> InstanceLease | None:
 
 def _is_left(instance: str, raw: bytes | None) -> bool:
     """Whether the instance's document is there to be taken over, and not closing."""
-    desired = Desired.from_bytes(raw)
+    desired = read_desired(raw)
     return raw is not None and desired.instance == instance and not desired.closing
 
 
@@ -125,7 +126,7 @@ async def _take_over(store: Store, keys: StoreKeys, instance: str, head_node: st
         raw = await store.get(keys.desired)
         if not _is_left(instance, raw):
             raise InstanceError("the instance was shut down while it was taken over: start again")
-        old = Desired.from_bytes(raw)
+        old = read_desired(raw)
         if http is None:
             return old
         new_http = msgspec.structs.replace(http, middlewares=http.middlewares or old.http.middlewares)
@@ -136,7 +137,7 @@ async def _take_over(store: Store, keys: StoreKeys, instance: str, head_node: st
 async def give_back(store: Store, keys: StoreKeys, claim: InstanceClaim, head_node: str) -> None:
     """Undoes a claim after a failed start: the next starter finds the instance as it was, unless somebody else has claimed it by then."""
     raw = await store.get(keys.desired)
-    if claim.found is None or not _is_left(claim.id, raw) or (current := Desired.from_bytes(raw)).head_node != head_node:
+    if claim.found is None or not _is_left(claim.id, raw) or (current := read_desired(raw)).head_node != head_node:
         return
     await write_next(store, keys, raw, msgspec.structs.replace(current, head_node=claim.found.head_node, http=claim.found.http))
 
@@ -216,7 +217,7 @@ async def read_standing(store: Store, keys: StoreKeys, instance: str) -> Standin
     raw_desired, raw_lease, ended = await store.get_documents([keys.desired, keys.instance, keys.ended])
     if raw_desired is not None:
         try:
-            desired = Desired.from_bytes(raw_desired)
+            desired = read_desired(raw_desired)
         except BadEnvelope:  # followers of a broken document go on with the last good one
             return Standing.RUNS
         if desired.instance != instance:
@@ -229,7 +230,7 @@ async def read_standing(store: Store, keys: StoreKeys, instance: str) -> Standin
 
 async def _forget_documents(store: Store, keys: StoreKeys, guard: Guard) -> None:
     try:
-        desired = Desired.from_bytes(await store.get(keys.desired))
+        desired = read_desired(await store.get(keys.desired))
     except BadEnvelope:
         desired = Desired()  # the code it named stays behind: a broken document does not say which that was
     for sha256 in desired.codes:  # the files first, since the records lead to them; many of them, so some at a time

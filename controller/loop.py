@@ -34,6 +34,7 @@ from .queues import REFUSAL_S, Queues
 from .restarts import ENDED_WELL, Restarts
 from .state.beats import Beat, MemberState, ProxyBeat, ReplicaBeat, beats_of, living, read_beats
 from .state.documents import Assignment, Desired, Observed
+from .state.reading import read_desired
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -336,7 +337,7 @@ class Controller:
 
     async def _next_generation(self, name: str, generation: int) -> None:
         raw = await self._store.get(self._keys.desired)
-        desired = Desired.from_bytes(raw)
+        desired = read_desired(raw)
         if (backend := desired.backends.get(name)) is not None and backend.generation == generation:
             newer = msgspec.structs.replace(backend, generation=generation + 1)
             updated = msgspec.structs.replace(desired, backends={**desired.backends, name: newer})
@@ -391,7 +392,7 @@ class Controller:
         if forced == desired.forced:
             return
         raw = await self._store.get(self._keys.desired)
-        if raw == self._known.raw_desired and Desired.from_bytes(raw) == desired:  # a broken document is left for its operator to mend
+        if raw == self._known.raw_desired and read_desired(raw) == desired:  # a broken document is left for its operator to mend
             newer = msgspec.structs.replace(desired, forced=forced)
             await write_next(self._store, self._keys, raw, newer, guard=self._leader.claim)
 

@@ -40,6 +40,7 @@ from ..controller.state.convertors import Convertors
 from ..controller.state.documents import Desired, Observed
 from ..controller.state.following import follow_state
 from ..controller.state.presence import Presence
+from ..controller.state.reading import read_desired, read_observed
 from .app import ProxyApp
 from .common_ids import CommonIds
 from .plain_edge import PlainEdgeProtocol
@@ -194,7 +195,7 @@ class Proxy:
 
     async def _first_app(self, sender: RequestSender, queue: Queue, heard: Cancellations) -> ProxyApp:
         try:
-            desired = Desired.from_bytes(await self._store.get(self._keys.desired))
+            desired = read_desired(await self._store.get(self._keys.desired))
             app = self._app = ProxyApp(
                 sender,
                 await self._table(desired, Observed()),
@@ -230,8 +231,8 @@ class Proxy:
                     await asyncio.sleep(pause_s)
                     with contextlib.suppress(MQServeError):  # this version may never work, but a later one may
                         raw, raw_observed = await self._store.get_documents([self._keys.desired, self._keys.observed])
-                        observed = Observed.from_bytes(raw_observed)
-                        desired = Desired.from_bytes(raw) if raw is not None else desired
+                        observed = read_observed(raw_observed)
+                        desired = read_desired(raw) if raw is not None else desired
 
     def _note_serving(self, app: ProxyApp, observed: Observed) -> None:
         """Notes which backends serve, even if the routes of this version cannot be followed: a bad route must not make a backend look

@@ -16,7 +16,8 @@ from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
 from ..broker.values import code
 from ..broker.values.main_module import RunFile, stand_in_for
-from ..controller.state.documents import Backend, Desired
+from ..controller.state.documents import Backend
+from ..controller.state.reading import read_desired
 from .context import importing
 from .handler import Handler, make_handler
 from .worker import Raised, Worker
@@ -25,7 +26,7 @@ from .worker import Raised, Worker
 async def read_backend(store: Store, keys: StoreKeys, namespace: str, name: str) -> tuple[Backend, dict[str, str]]:
     """Returns the backend from the desired document, and the instance's convertors (name -> hash of their code). Raises BadValue if there
     is no such backend."""
-    desired = Desired.from_bytes(await store.get(keys.desired))
+    desired = read_desired(await store.get(keys.desired))
     if name not in desired.backends:
         known = ", ".join(sorted(desired.backends)) or "none"
         raise BadValue(f"there is no backend {name!r} in {namespace!r} (known: {known}): create it first")

@@ -20,6 +20,7 @@ from mqserve.controller.changes import commit, update_backend
 from mqserve.controller.environments import check_environment, seal_environment
 from mqserve.controller.state.config import BackendConfig
 from mqserve.controller.state.documents import Backend, Desired, Observed
+from mqserve.controller.state.reading import read_desired
 from mqserve.controller.state.resources import ActorOptions
 
 pytestmark = pytest.mark.anyio
@@ -51,7 +52,7 @@ async def test_an_update_that_fails_is_rolled_back_to_what_it_replaced_and_not_p
     await store.set(KEYS.observed, FAILING.to_bytes())
     with pytest.raises(BackendFailed, match="no model"):
         await deployments(store).update_backend("b", Packed(Code("bad", target="m:bad")), None)
-    assert Desired.from_bytes(await store.get(KEYS.desired)).backends["b"].code == "good"
+    assert read_desired(await store.get(KEYS.desired)).backends["b"].code == "good"
 
 
 async def test_a_backend_that_fails_says_why_although_it_cannot_be_deleted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +62,7 @@ async def test_a_backend_that_fails_says_why_although_it_cannot_be_deleted(monke
     await store.set(KEYS.observed, FAILING.to_bytes())
     with pytest.raises(BackendFailed, match="does not get ready: no model"):
         await deployments(store).create_backend("b", Packed(Code("bad", target="m:bad")), BackendConfig(), ActorOptions())
-    assert Desired.from_bytes(await store.get(KEYS.desired)).backends == {}
+    assert read_desired(await store.get(KEYS.desired)).backends == {}
 
 
 OLD_KEY, NEW_KEY = b"o" * 32, b"n" * 32

@@ -19,6 +19,7 @@ from mqserve.connections import Connections
 from mqserve.controller import changes
 from mqserve.controller.state.beats import ProxyBeat
 from mqserve.controller.state.documents import Desired, HttpOptions
+from mqserve.controller.state.reading import read_desired
 
 pytestmark = pytest.mark.anyio
 
@@ -47,7 +48,7 @@ class Instance:
         self.deployments = Deployments(connections, Membership(connections, "i", owns=True), lambda desired: None)
 
     async def desired(self) -> Desired:
-        return Desired.from_bytes(await self.store.get(self.keys.desired))
+        return read_desired(await self.store.get(self.keys.desired))
 
     async def refuse(self, meanwhile: changes.Change | None) -> None:
         await self.store.set(self.keys.desired, BEFORE.to_bytes())

@@ -15,6 +15,7 @@ from starlette.convertors import CONVERTOR_TYPES, Convertor, StringConvertor
 import mqserve as serve
 from mqserve.controller.state.beats import read_beats
 from mqserve.controller.state.documents import Backend, Desired, Endpoint, Observed
+from mqserve.controller.state.reading import read_desired
 from mqserve.proxy.routes import NotAllowed, RouteTable, Target
 from tests.convertors import Matching
 from tests.gates import Gate
@@ -370,7 +371,7 @@ def test_a_stored_route_that_cannot_be_matched_stops_no_proxy_and_is_told(
             return {beat.id: beat.error for beat in read.values() if beat.kind == "proxy" and beat.error}
 
         raw: Any = store.get(f"{key}:desired")
-        desired = Desired.from_bytes(raw)
+        desired = read_desired(raw)
         endpoint = Endpoint(bad, f"/{bad}/{{x:older}}", ("GET",), {next(iter(desired.backends)): 1.0})
         older = msgspec.structs.replace(desired, version=desired.version + 1, endpoints={bad: endpoint, **desired.endpoints})
         store.set(f"{key}:desired", older.to_bytes())

@@ -22,7 +22,7 @@ from mqserve.broker.store_keys import StoreKeys
 from mqserve.commands.status import Facts, read_facts, show_status
 from mqserve.controller import changes
 from mqserve.controller.lease import LAPSED_AFTER_S
-from mqserve.controller.state.documents import Desired
+from mqserve.controller.state.reading import read_desired
 from tests.faults.wire import Wire
 from tests.instances import DEADLINE_S, NOISE_S, CommandLine, Deploy, distributed_only, new_name, wait_until
 
@@ -91,7 +91,7 @@ async def test_a_proxy_that_cannot_follow_is_shown_with_its_reason_until_it_can(
 ) -> None:
     words, keys = "the code of-nobody is not in the store", StoreKeys(shared_namespace)
     async with open_redis(store_url, shared_namespace) as store, asyncio.timeout(DEADLINE_S):
-        instance = Desired.from_bytes(await store.get(keys.desired)).instance
+        instance = read_desired(await store.get(keys.desired)).instance
         for middlewares, is_shown in (("of-nobody", True), ("", False)):
             await changes.commit(store, keys, instance, changes.set_middlewares(middlewares))
             while (words in await shown(environment)) is not is_shown:

@@ -1,18 +1,15 @@
 """The two documents of an instance: the desired state (written by clients) and the observed state (written by the leading controller).
 
-Both are JSON in the store, so that an operator can read them with `redis-cli get`.
+Both are JSON in the store, so that an operator can read them with `redis-cli get`. `reading.py` reads them.
 """
 
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
-import pydantic
 
-from ...broker.errors import UNPARSABLE, BadEnvelope
-from ...broker.store import WRONG_TYPE
 from .config import BackendConfig
 from .resources import ActorOptions, Demand
 
@@ -97,17 +94,6 @@ class Desired(msgspec.Struct, frozen=True):
     def to_bytes(self) -> bytes:
         return msgspec.json.encode(self)
 
-    @classmethod
-    def from_bytes(cls, raw: bytes | None) -> Desired:
-        """Raises BadEnvelope for bytes that are no such document, or one that contradicts itself."""
-        if raw is None:
-            return cls()
-        global _last
-        last = _last  # replaced as a whole, since several threads read
-        if raw != last.raw:
-            last = _last = _read_changes(raw, last) or _read_all(raw)
-        return last.desired
-
 
 class Assignment(msgspec.Struct, frozen=True):
     """A replica that a node has to run."""
@@ -142,108 +128,3 @@ class Observed(msgspec.Struct, frozen=True):
 
     def to_bytes(self) -> bytes:
         return msgspec.json.encode(self)
-
-    @classmethod
-    def from_bytes(cls, raw: bytes | None) -> Observed:
-        """Raises BadEnvelope for bytes that are no such document."""
-        global _last_observed
-        if raw is None:
-            return cls()
-        last = _last_observed
-        if raw != last[0]:
-            last = _last_observed = raw, decode_document(raw, cls, "observed state")
-        return last[1]
-
-
-_last_observed: tuple[bytes | None, Observed] = None, Observed()  # in the embedded form all followers read the same
-
-
-def decode_document(raw: bytes, kind: type[T], what: str) -> T:
-    """Raises BadEnvelope with a sentence for an operator."""
-    if raw == WRONG_TYPE:
-        raise BadEnvelope(
-            f"the {what} in the store is no string, so another program wrote it: delete it for its controller to write it anew"
-        )
-    try:
-        return msgspec.json.decode(raw, type=kind)
-    except UNPARSABLE as error:
-        raise BadEnvelope(
-            f"the {what} in the store does not parse ({error}): mend it, or delete it for its controller to write it anew"
-        ) from error
-
-
-class _Read(NamedTuple):
-    """The desired document that this process has read last, with its entries by their bytes. Whoever follows it decodes and checks only
-    what has changed since; in the embedded form all followers share one copy."""
-
-    raw: bytes | None
-    desired: Desired
-    backends: dict[bytes, Backend]
-    endpoints: dict[bytes, Endpoint]
-
-
-_last = _Read(None, Desired(), {}, {})
-
-
-class _Split(Desired, frozen=True):
-    """A desired document whose entries are not decoded yet."""
-
-    backends: dict[str, msgspec.Raw] = {}  # type: ignore[assignment]
-    endpoints: dict[str, msgspec.Raw] = {}  # type: ignore[assignment]
-
-
-def _read_changes(raw: bytes, before: _Read) -> _Read | None:
-    """Returns None for a document in which anything is wrong."""
-    try:
-        split = msgspec.json.decode(raw, type=_Split)
-        raw_backends = {name: bytes(found) for name, found in split.backends.items()}
-        raw_endpoints = {name: bytes(found) for name, found in split.endpoints.items()}
-        backends = {name: before.backends.get(found) or _decode_backend(found) for name, found in raw_backends.items()}
-        endpoints = {name: before.endpoints.get(found) or _decode_endpoint(found) for name, found in raw_endpoints.items()}
-        new = Desired(
-            backends=backends, endpoints={name: one for name, one in endpoints.items() if raw_endpoints[name] not in before.endpoints}
-        )
-        if _contradiction(new):
-            return None
-    except UNPARSABLE:
-        return None
-    known = backends.keys()
-    for name, endpoint in endpoints.items():
-        if endpoint.name != name or not (endpoint.traffic.keys() <= known and endpoint.shadows.keys() <= known):
-            return None
-    fields = {name: getattr(split, name) for name in Desired.__struct_fields__}
-    desired = Desired(**{**fields, "backends": backends, "endpoints": endpoints})
-    return _Read(
-        raw,
-        desired,
-        {found: backends[name] for name, found in raw_backends.items()},
-        {found: endpoints[name] for name, found in raw_endpoints.items()},
-    )
-
-
-def _read_all(raw: bytes) -> _Read:
-    """Raises BadEnvelope with a sentence that says what is wrong, and where."""
-    desired = decode_document(raw, Desired, "desired state")
-    if wrong := _contradiction(desired):
-        raise BadEnvelope(f"the desired state in the store contradicts itself: {wrong}")
-    return _Read(raw, desired, {}, {})
-
-
-_decode_backend = msgspec.json.Decoder(Backend).decode
-_decode_endpoint = msgspec.json.Decoder(Endpoint).decode
-
-
-def _contradiction(desired: Desired) -> str:
-    """Returns how the document contradicts itself, or an empty string. Its readers rely on the rules checked here."""
-    for name, backend in desired.backends.items():
-        try:
-            _ = backend.config
-        except pydantic.ValidationError as error:
-            return f"backend {name!r} has a bad config ({error.errors()[0]['msg']})"
-    for name, endpoint in desired.endpoints.items():
-        if missing := {*endpoint.traffic, *endpoint.shadows} - desired.backends.keys():
-            return f"endpoint {name!r} sends to {min(missing)!r}, which is no backend"
-        if min(endpoint.traffic.values(), default=0) < 0 or not 0.999 < sum(endpoint.traffic.values()) < 1.001:
-            return f"the weights of endpoint {name!r} are not 0 or more, and 1 altogether"
-    named: list[tuple[str, Any]] = [*desired.backends.items(), *desired.endpoints.items()]
-    return next((f"{name!r} is called {thing.name!r} inside" for name, thing in named if thing.name != name), "")

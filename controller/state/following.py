@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from typing import Generic, TypeVar
 
@@ -16,6 +16,7 @@ from ...broker.errors import UNPARSABLE, BadEnvelope
 from ...broker.store import Store
 from ...broker.store_keys import StoreKeys
 from .documents import Desired, Observed
+from .reading import read_desired, read_observed
 
 logger = logging.getLogger(__name__)
 D = TypeVar("D", Desired, Observed)
@@ -27,8 +28,8 @@ class _Latest(Generic[D]):
     """The last good version of a document. An older version is refused for DOUBTED_FOR_S: it is a copy from before the store failed,
     which the leader will replace. If it still stands after that, it is accepted."""
 
-    def __init__(self, kind: type[D]) -> None:
-        self._kind: type[D] = kind
+    def __init__(self, read: Callable[[bytes], D]) -> None:
+        self._read: Callable[[bytes], D] = read
         self._doubted_since = math.inf  # monotonic
         self._broken: bytes | None = None  # the broken value that was logged last: it is read again whenever the other document changes
         self.value: D | None = None
@@ -39,7 +40,7 @@ class _Latest(Generic[D]):
 
     def take(self, raw: bytes | None) -> None:
         try:
-            found = None if raw is None else self._kind.from_bytes(raw)
+            found = None if raw is None else self._read(raw)
         except BadEnvelope as error:
             if raw != self._broken:
                 logger.warning("%s; going on with the last good one", error)
@@ -60,7 +61,7 @@ class _Latest(Generic[D]):
 async def follow_state(store: Store, keys: StoreKeys) -> AsyncIterator[tuple[Desired | None, Observed | None]]:
     """Yields both documents now and after every change. A document that is broken or older than the last one is replaced by the last good
     one."""
-    desired, observed = _Latest(Desired), _Latest(Observed)
+    desired, observed = _Latest(read_desired), _Latest(read_observed)
     instance = ""
     async for raw_desired, raw_observed in follow(store, keys.desired, keys.observed, again=lambda: desired.doubts or observed.doubts):
         if raw_desired is not None and (found := _instance_of(raw_desired)) not in ("", instance):
@@ -79,7 +80,7 @@ class _Named(msgspec.Struct):
 def _instance_of(raw: bytes) -> str:
     """Also of a document in which something else is wrong."""
     with suppress(BadEnvelope):
-        return Desired.from_bytes(raw).instance
+        return read_desired(raw).instance
     try:
         return msgspec.json.decode(raw, type=_Named).instance
     except UNPARSABLE:

@@ -22,7 +22,8 @@ from ..controller import changes
 from ..controller.environments import check_environment, seal_environment
 from ..controller.state.beats import read_beats
 from ..controller.state.config import BackendConfig
-from ..controller.state.documents import Backend, Desired, Endpoint, Observed
+from ..controller.state.documents import Backend, Desired, Endpoint
+from ..controller.state.reading import read_observed
 from ..controller.state.resources import ActorOptions
 from ..controller.undoing import undo
 from .effects import DELETE_BUDGET_S, READY_MARGIN_S, ROUTE_BUDGET_S, Awaited, Seen
@@ -314,7 +315,7 @@ class Deployments:
 
     async def _see(self) -> Seen:
         store, keys = self._connections.store, self._connections.keys
-        observed = Observed.from_bytes(await store.get(keys.observed))
+        observed = read_observed(await store.get(keys.observed))
         return Seen(observed, read_beats(await store.fields(keys.beats)), store.now_ms())
 
     async def _until(

@@ -21,7 +21,7 @@ from ..broker.queue_names import check_name
 from ..broker.settings import Settings
 from ..broker.values.header_seals import BackendSeals, Seal
 from ..connections import Connections, open_connections
-from ..controller.state.documents import Desired, Observed
+from ..controller.state.reading import read_desired, read_observed
 from ..replicas.admission import NOT_STARTED
 from ..replicas.trust import SenderTrust
 from .status_table import make_console, make_table
@@ -97,9 +97,9 @@ async def retry_dead(settings: Settings, backend: str, selection: Selection, *, 
     BadValue for an unknown id and for too many, and the broker's error for the first message that it does not take.
     """
     async with _dead_letters(settings, backend) as (connections, letters):
-        desired = Desired.from_bytes(await connections.store.get(connections.keys.desired))
+        desired = read_desired(await connections.store.get(connections.keys.desired))
         senders = SenderTrust(settings)
-        senders.demands_seals = Observed.from_bytes(await connections.store.get(connections.keys.observed)).sealed
+        senders.demands_seals = read_observed(await connections.store.get(connections.keys.observed)).sealed
         if backend not in desired.backends:
             raise UnknownBackend(f"there is no backend {backend!r} to run them: deploy it first; dead letters are kept for seven days")
         config = desired.backends[backend].config

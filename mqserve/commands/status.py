@@ -26,6 +26,7 @@ from ..broker.store_keys import StoreKeys
 from ..controller import lease
 from ..controller.state.beats import Beat, Kind, MemberState, NodeBeat, ProxyBeat, ReplicaBeat, read_beats
 from ..controller.state.documents import Desired, Observed
+from ..controller.state.reading import read_desired, read_observed
 from ..instance.role_lock import played_here
 from .status_table import make_console, print_facts
 
@@ -211,8 +212,8 @@ async def _read_stored(settings: Settings, store: Store) -> _Stored:
         return found
     found.now_ms, found.is_empty = store.now_ms(), raw_lease is None and raw_desired is None
     found.lease = _document(found, keys.instance, lambda: lease.decode_lease(raw_lease) if raw_lease is not None else None, None)
-    found.desired = _document(found, keys.desired, lambda: Desired.from_bytes(raw_desired), Desired())
-    found.observed = _document(found, keys.observed, lambda: Observed.from_bytes(raw_observed), Observed())
+    found.desired = _document(found, keys.desired, lambda: read_desired(raw_desired), Desired())
+    found.observed = _document(found, keys.observed, lambda: read_observed(raw_observed), Observed())
     try:
         found.beats = list(read_beats(await store.fields(keys.beats)).values())
     except WrongType as error:

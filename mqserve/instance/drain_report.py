@@ -10,6 +10,7 @@ from ..broker.errors import MQServeError
 from ..connections import Connections
 from ..controller.state.beats import ReplicaBeat, living, read_beats
 from ..controller.state.documents import Observed
+from ..controller.state.reading import read_observed
 
 TELL_EVERY_S = 1.0
 
@@ -46,7 +47,7 @@ async def _report_forever(connections: Connections, tell: Tell) -> None:
 
 async def _line(connections: Connections) -> str:
     """Returns the line; empty if nothing is left."""
-    observed = Observed.from_bytes(await connections.store.get(connections.keys.observed))
+    observed = read_observed(await connections.store.get(connections.keys.observed))
     beats = read_beats(await connections.store.fields(connections.keys.beats))
     replicas = [beat for beat in living(beats, ReplicaBeat, connections.store.now_ms()).values() if not beat.external]
     backends = {*observed.queues, *observed.retiring, *(beat.backend for beat in replicas)}

@@ -29,7 +29,8 @@ from ..controller.detached_log import detached_log
 from ..controller.processes import Process
 from ..controller.restarts import Restarts
 from ..controller.state.beats import MemberState, ProxyBeat, SupervisorBeat, beats_of, read_beats
-from ..controller.state.documents import Desired, HttpOptions, Observed
+from ..controller.state.documents import HttpOptions
+from ..controller.state.reading import read_desired, read_observed
 from .drain_report import Tell, reporting
 from .role_lock import Role, check_folder, is_played
 from .supervisor import Kept
@@ -297,13 +298,13 @@ async def shut_down(connections: Connections, instance: str, tell: Tell | None =
     """
 
     async def read_budget_s() -> float:
-        desired = Desired.from_bytes(await connections.store.get(connections.keys.desired))
+        desired = read_desired(await connections.store.get(connections.keys.desired))
         drains_s = [backend.config.graceful_shutdown_timeout_s for backend in desired.backends.values()]
         return SHUTDOWN_BUDGET_S + 2 * max(drains_s, default=0.0)  # time for what waits, and then for what runs
 
     async def is_cleared() -> bool | None:
         raw, raw_lease = await connections.store.get_documents([connections.keys.desired, connections.keys.instance])
-        desired = Desired.from_bytes(raw)
+        desired = read_desired(raw)
         if raw is None or desired.instance != instance:
             return True
         if not desired.closing:
@@ -336,7 +337,7 @@ async def _until_up(connections: Connections, http: HttpOptions, head_node: str,
         processes.check()
         beats = read_beats(await connections.store.fields(connections.keys.beats))
         raw_desired, raw_observed = await connections.store.get_documents([connections.keys.desired, connections.keys.observed])
-        desired, observed = Desired.from_bytes(raw_desired), Observed.from_bytes(raw_observed)
+        desired, observed = read_desired(raw_desired), read_observed(raw_observed)
         # the new controller has seen it: an instance that was taken over still has the old one's observed state
         is_led = observed.seen >= (desired.epoch, desired.version)
         proxies = [beat for beat in beats_of(beats, ProxyBeat) if beat.node == head_node] if wants_proxy else []

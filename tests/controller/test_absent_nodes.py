@@ -12,7 +12,8 @@ from mqserve.controller.absent_nodes import ABSENT_FOR_S
 from mqserve.controller.changes import commit, create_backend
 from mqserve.controller.lease import claim_instance
 from mqserve.controller.state.beats import MemberState, NodeBeat
-from mqserve.controller.state.documents import Assignment, Backend, HttpOptions, Observed
+from mqserve.controller.state.documents import Assignment, Backend, HttpOptions
+from mqserve.controller.state.reading import read_observed
 from tests.controller.test_leading import controllers, until
 
 pytestmark = pytest.mark.anyio
@@ -27,7 +28,7 @@ async def beat(store: EmbeddedStore, state: str = "ready") -> None:
 
 
 async def placed(store: EmbeddedStore) -> dict[str, Assignment]:
-    return Observed.from_bytes(await store.get(KEYS.observed)).replicas
+    return read_observed(await store.get(KEYS.observed)).replicas
 
 
 @asynccontextmanager
@@ -64,7 +65,7 @@ async def test_a_node_that_left_is_missed_after_a_moment_and_one_that_said_so_at
         else:
             await store.drop_fields(KEYS.beats, "node:n")
         await until(lambda: has_none(store), ABSENT_FOR_S / 2 if last_words == "draining" else 20)
-        assert not Observed.from_bytes(await store.get(KEYS.observed)).problems, "it is no failure of the replica's code"
+        assert not read_observed(await store.get(KEYS.observed)).problems, "it is no failure of the replica's code"
 
 
 async def has_one(store: EmbeddedStore) -> bool:

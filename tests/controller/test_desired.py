@@ -24,6 +24,7 @@ from mqserve.controller.changes import (
 )
 from mqserve.controller.state.config import BackendConfig
 from mqserve.controller.state.documents import Backend, Desired, Endpoint
+from mqserve.controller.state.reading import read_desired
 
 A = Backend("a", "sha", "module:a")
 E = Endpoint("e", "/e", ("GET",), {"a": 1.0})
@@ -139,7 +140,7 @@ def test_a_commit_is_the_next_version() -> None:
         store = await store_with(Desired(instance="i", version=7))
         committed = await commit(store, KEYS, "i", create_backend(A))
         assert (committed.version, set(committed.backends)) == (8, {"a"})
-        assert Desired.from_bytes(await store.get(KEYS.desired)) == committed
+        assert read_desired(await store.get(KEYS.desired)) == committed
 
     asyncio.run(main())
 
@@ -149,7 +150,7 @@ def test_clients_that_commit_at_once_lose_nothing_of_each_other() -> None:
         store = await store_with(Desired(instance="i"))
         names = [f"b{number}" for number in range(20)]
         await asyncio.gather(*(commit(store, KEYS, "i", create_backend(Backend(name, "sha", name))) for name in names))
-        stored = Desired.from_bytes(await store.get(KEYS.desired))
+        stored = read_desired(await store.get(KEYS.desired))
         assert (set(stored.backends), stored.version) == (set(names), 20)
 
     asyncio.run(main())

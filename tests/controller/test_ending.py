@@ -15,6 +15,7 @@ from mqserve.broker.store_keys import StoreKeys
 from mqserve.connections import Connections
 from mqserve.controller.lease import InstanceClaim, claim_instance, forget, has_ended, renew_instance
 from mqserve.controller.state.documents import Backend, Desired, HttpOptions
+from mqserve.controller.state.reading import read_desired
 from mqserve.instance.starting import StartOptions, running_instance, shut_down
 
 pytestmark = pytest.mark.anyio
@@ -57,7 +58,7 @@ async def test_an_instance_that_still_drains_is_not_cleared_under_its_controller
     async with meanwhile(lambda: renew_instance(connections.store, KEYS, held.id, "a", NO_GUARD)):
         with pytest.raises(InstanceError, match=r"still drains after 0\.3 s"):
             await shut_down(connections, held.id)
-    desired = Desired.from_bytes(await connections.store.get(KEYS.desired))
+    desired = read_desired(await connections.store.get(KEYS.desired))
     assert desired.closing and set(desired.backends) == {"b"}
 
 

@@ -10,7 +10,8 @@ from mqserve.broker.settings import Settings
 from mqserve.broker.store_keys import StoreKeys
 from mqserve.connections import Connections
 from mqserve.controller.lease import claim_instance, read_instance
-from mqserve.controller.state.documents import Desired, HttpOptions
+from mqserve.controller.state.documents import HttpOptions
+from mqserve.controller.state.reading import read_desired
 from mqserve.instance.roles import join_or_start
 from tests.controller.test_leading import controllers
 
@@ -41,7 +42,7 @@ async def test_a_controller_that_starts_while_the_configuration_is_lost_waits_un
         await store.close()  # which forgets everything
         joined = await join_or_start(links_to(store))
     assert joined == old.id
-    assert Desired.from_bytes(await store.get(KEYS.desired)).head_node == "n1"
+    assert read_desired(await store.get(KEYS.desired)).head_node == "n1"
 
 
 async def test_of_two_controllers_that_start_at_once_one_joins_the_other() -> None:

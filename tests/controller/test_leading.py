@@ -35,6 +35,7 @@ from mqserve.controller.lease import (
 from mqserve.controller.loop import SETTLE_S, Controller
 from mqserve.controller.state.beats import NodeBeat
 from mqserve.controller.state.documents import Assignment, Backend, Desired, HttpOptions, Observed
+from mqserve.controller.state.reading import read_desired, read_observed
 
 pytestmark = pytest.mark.anyio
 
@@ -194,7 +195,7 @@ async def test_one_who_clears_halfway_harms_no_later_instance(store: Store, keys
 
     frozen._before = start_anew
     await forget(frozen, keys, old.id)
-    assert Desired.from_bytes(await store.get(keys.desired)).head_node == "n2"
+    assert read_desired(await store.get(keys.desired)).head_node == "n2"
     assert await store.get(keys.instance) is not None
 
 
@@ -219,7 +220,7 @@ class Running:
     async def leads(self, name: str) -> None:
         async def is_leading() -> bool:
             raw = await self._store.get(self._keys.observed)
-            return (await leader_of(self._store, self._keys))[0] == name and Observed.from_bytes(raw).epoch > 0
+            return (await leader_of(self._store, self._keys))[0] == name and read_observed(raw).epoch > 0
 
         await until(is_leading)
 
@@ -247,7 +248,7 @@ async def test_a_controller_that_ends_gracefully_hands_over_at_once(store: Store
         left = msgspec.json.decode(await store.get(keys.leader) or b"", type=Leadership)
         assert left.at == 0 or left.controller.startswith("second"), "it waits for the lead to lapse"
         await running.leads("second")
-        assert Observed.from_bytes(await store.get(keys.observed)).epoch in (1, 2)
+        assert read_observed(await store.get(keys.observed)).epoch in (1, 2)
 
 
 async def test_all_controllers_end_with_the_instance(store: Store, keys: StoreKeys) -> None:
@@ -257,7 +258,7 @@ async def test_all_controllers_end_with_the_instance(store: Store, keys: StoreKe
             running.start(name)
         await until(lambda: exists(store, keys.observed))
         raw = await store.get(keys.desired)
-        closing = msgspec.structs.replace(Desired.from_bytes(raw), closing=True, version=1)
+        closing = msgspec.structs.replace(read_desired(raw), closing=True, version=1)
         assert await store.replace(keys.desired, raw, closing.to_bytes())
         async with asyncio.timeout(20):
             await asyncio.gather(*running.tasks.values())
@@ -301,23 +302,23 @@ async def test_one_who_only_waited_writes_back_what_the_store_lost() -> None:
         await running.leads("first")
         running.start("second")
         await asyncio.sleep(0.2)
-        before = Observed.from_bytes(await store.get(keys.observed)).epoch
+        before = read_observed(await store.get(keys.observed)).epoch
         running.stops["first"].set()
         await store.close()  # which forgets everything
         await running.tasks["first"]
         await until(lambda: exists(store, keys.desired))
-        restored = Desired.from_bytes(await store.get(keys.desired))
+        restored = read_desired(await store.get(keys.desired))
         assert (restored.instance, restored.head_node, restored.epoch) == (held.id, "n1", 2)
 
         async def is_above() -> bool:
-            return Observed.from_bytes(await store.get(keys.observed)).epoch > before
+            return read_observed(await store.get(keys.observed)).epoch > before
 
         await until(is_above)  # its own epoch was none: it goes above the one it wrote back
 
 
 async def follows(store: Store, keys: StoreKeys, version: int) -> None:
     async def has_seen() -> bool:
-        return Observed.from_bytes(await store.get(keys.observed)).seen >= (1, version)
+        return read_observed(await store.get(keys.observed)).seen >= (1, version)
 
     await until(has_seen)
 
@@ -331,17 +332,17 @@ async def test_what_was_deployed_stands_although_the_store_comes_back_with_an_ol
         older = await store.get_many([keys.desired, keys.observed])
         await commit(store, keys, held.id, register_convertor("hex", "sha"))
         await follows(store, keys, 1)
-        before = Observed.from_bytes(await store.get(keys.observed))
+        before = read_observed(await store.get(keys.observed))
         for key, document in zip((keys.desired, keys.observed), older, strict=True):
             await store.set(key, document or b"")
         await store.announce()
 
         async def is_back() -> bool:
-            return Desired.from_bytes(await store.get(keys.desired)).epoch == 2
+            return read_desired(await store.get(keys.desired)).epoch == 2
 
         await until(is_back)
-        assert Desired.from_bytes(await store.get(keys.desired)).convertors == {"hex": "sha"}
-        observed = Observed.from_bytes(await store.get(keys.observed))
+        assert read_desired(await store.get(keys.desired)).convertors == {"hex": "sha"}
+        observed = read_observed(await store.get(keys.observed))
         assert observed.seen >= before.seen and (observed.epoch, observed.version) > (before.epoch, before.version)
 
 
@@ -361,10 +362,10 @@ async def test_a_controller_that_starts_after_an_outage_gives_the_members_time_t
         await store.put_field(keys.beats, "node:n", NodeBeat("n", store.now_ms() + 60_000, takes_proxy=True).to_bytes())
 
         async def compared() -> bool:
-            return Observed.from_bytes(await store.get(keys.observed)).epoch == 8
+            return read_observed(await store.get(keys.observed)).epoch == 8
 
         await until(compared)
-        observed = Observed.from_bytes(await store.get(keys.observed))
+        observed = read_observed(await store.get(keys.observed))
         assert observed.draining == {} and observed.proxies == ("n",)
 
 
@@ -462,7 +463,7 @@ async def test_the_leader_reports_a_store_that_is_set_up_to_forget() -> None:
     async with controllers(store, keys) as running:
         running.start("first")
         await running.leads("first")
-        assert Observed.from_bytes(await store.get(keys.observed)).problems == {"the store": "it evicts"}
+        assert read_observed(await store.get(keys.observed)).problems == {"the store": "it evicts"}
 
 
 async def exists(store: Store, key: str) -> bool:

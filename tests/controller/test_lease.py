@@ -28,7 +28,8 @@ from mqserve.controller.lease import (
     renew_instance,
 )
 from mqserve.controller.loop import SETTLE_S
-from mqserve.controller.state.documents import Backend, Desired, HttpOptions
+from mqserve.controller.state.documents import Backend, HttpOptions
+from mqserve.controller.state.reading import read_desired
 from tests.instances import Deploy, started, wait_until
 from tests.servers import PrivateRabbitMQ, PrivateRedis
 
@@ -52,7 +53,7 @@ def test_a_claimed_namespace_has_an_empty_document() -> None:
     async def main() -> None:
         store = EmbeddedStore()
         held = await claim_instance(store, KEYS, "n1", HTTP, detached=False)
-        desired = Desired.from_bytes(await store.get(KEYS.desired))
+        desired = read_desired(await store.get(KEYS.desired))
         assert (await read_instance(store, KEYS)).id == held.id == desired.instance
         assert (desired.head_node, desired.backends) == ("n1", {})
 
@@ -91,7 +92,7 @@ def test_a_lapsed_instance_is_cleared() -> None:
         old = await claim_instance(store, KEYS, "n1", HTTP, detached=False)
         await lapse(store)
         new = await claim_instance(store, KEYS, "n2", HTTP, detached=False)
-        desired = Desired.from_bytes(await store.get(KEYS.desired))
+        desired = read_desired(await store.get(KEYS.desired))
         assert new.id != old.id and (desired.instance, desired.head_node) == (new.id, "n2")
 
     run(main())
@@ -103,7 +104,7 @@ DEPLOYED = {"backends": {"b": Backend("b", "sha", "b")}, "http": HttpOptions(por
 async def leave_behind(store: EmbeddedStore, **changes: Any) -> str:
     """A detached instance whose processes are gone; its id."""
     old = await claim_instance(store, KEYS, "n1", HTTP, detached=True)
-    desired = msgspec.structs.replace(Desired.from_bytes(await store.get(KEYS.desired)), version=7, **changes)
+    desired = msgspec.structs.replace(read_desired(await store.get(KEYS.desired)), version=7, **changes)
     await store.set(KEYS.desired, desired.to_bytes())
     await lapse(store)
     return old.id
@@ -115,7 +116,7 @@ def test_a_lapsed_detached_instance_is_taken_over_with_what_is_deployed_by_a_new
         store = EmbeddedStore()
         instance = await leave_behind(store, **DEPLOYED)
         claim = await claim_instance(store, KEYS, "n2", HttpOptions(port=2, middlewares=middlewares), detached=True)
-        desired = Desired.from_bytes(await store.get(KEYS.desired))
+        desired = read_desired(await store.get(KEYS.desired))
         assert claim.id == instance and claim.found is not None and claim.found.version == 7
         assert (desired.head_node, desired.http, desired.version) == ("n2", HttpOptions(port=2, middlewares=then), 8)
         assert desired.backends == DEPLOYED["backends"]
@@ -141,7 +142,7 @@ def test_an_instance_that_was_left_amid_its_end_is_not_taken_over() -> None:
         instance = await leave_behind(store, closing=True)
         claim = await claim_instance(store, KEYS, "n2", HTTP, detached=True)
         assert claim.id != instance and claim.found is None
-        assert not Desired.from_bytes(await store.get(KEYS.desired)).closing
+        assert not read_desired(await store.get(KEYS.desired)).closing
 
     run(main())
 
@@ -208,10 +209,10 @@ def test_the_leader_writes_everything_back_when_the_store_lost_its_data(
         deploy = Deploy(client)
         url = deploy.at(tell_pid)
         pid = httpx.get(url, timeout=30).json()
-        before = Desired.from_bytes(store.get(keys.desired))
+        before = read_desired(store.get(keys.desired))
         store.flushall()
         wait_until(lambda: store.get(keys.desired) is not None)
-        after = Desired.from_bytes(store.get(keys.desired))
+        after = read_desired(store.get(keys.desired))
         assert (after.epoch, after.backends, after.endpoints) == (before.epoch + 1, before.backends, before.endpoints)
         assert store.exists(*(keys.code(backend.code) for backend in after.backends.values()))
         wait_until(lambda: store.get(keys.instance) is not None)
@@ -243,7 +244,7 @@ def test_of_two_who_start_over_one_lapsed_lease_one_is_refused() -> None:
         store.looks = 0
         with pytest.raises(InstanceError, match="at the same moment"):
             await claim_instance(store, KEYS, "n3", HTTP, detached=True)
-        assert Desired.from_bytes(await store.get(KEYS.desired)).head_node == "n2"
+        assert read_desired(await store.get(KEYS.desired)).head_node == "n2"
 
     run(main())
 
@@ -293,7 +294,7 @@ def test_what_is_left_of_an_instance_is_told_from_what_is_lost() -> None:
         raw = await store.get(KEYS.desired)
         await store.set(KEYS.desired, b"no document")
         assert await read_standing(store, KEYS, held.id) is Standing.RUNS, "it is there, and its controller has a good one"
-        closing = msgspec.structs.replace(Desired.from_bytes(raw), closing=True)
+        closing = msgspec.structs.replace(read_desired(raw), closing=True)
         await store.set(KEYS.desired, closing.to_bytes())
         await store.set(KEYS.ended, held.id.encode())
         assert await read_standing(store, KEYS, held.id) is Standing.DRAINS, "its clearing was cut short"

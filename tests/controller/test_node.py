@@ -18,6 +18,7 @@ from mqserve.broker.values.signing import Signer
 from mqserve.controller.node import Node, NodeOptions, Share
 from mqserve.controller.state.beats import MemberState, NodeBeat, ProxyBeat, beats_of, read_beats
 from mqserve.controller.state.documents import Assignment, Backend, Desired, HttpOptions, Observed
+from mqserve.controller.state.reading import read_desired
 from mqserve.controller.state.resources import Demand
 
 pytestmark = pytest.mark.anyio
@@ -238,7 +239,7 @@ async def test_a_node_gives_back_the_files_that_a_store_lost(tmp_path: Path, mon
 
 async def set_workers(store: EmbeddedStore, count: int) -> None:
     before = await store.get(KEYS.desired)
-    version = Desired.from_bytes(before).version + 1
+    version = read_desired(before).version + 1
     assert await store.replace(KEYS.desired, before, Desired(version=version, http=HttpOptions(workers=count)).to_bytes())
 
 

@@ -14,6 +14,7 @@ from mqserve.controller.changes import Change, commit, create_backend, delete_ba
 from mqserve.controller.lease import claim_instance
 from mqserve.controller.state.beats import Beat, MemberState, ReplicaBeat
 from mqserve.controller.state.documents import Backend, Desired, Observed
+from mqserve.controller.state.reading import read_desired, read_observed
 from tests.broker.traffic import publish, text
 from tests.controller.test_leading import HTTP, controllers, until
 
@@ -53,10 +54,10 @@ class Led:
         return committed
 
     async def observed(self) -> Observed:
-        return Observed.from_bytes(await self.store.get(KEYS.observed))
+        return read_observed(await self.store.get(KEYS.observed))
 
     async def desired(self) -> Desired:
-        return Desired.from_bytes(await self.store.get(KEYS.desired))
+        return read_desired(await self.store.get(KEYS.desired))
 
     async def says(self, replica: Beat) -> None:
         await self.store.put_field(KEYS.beats, replica.field, replica.to_bytes())

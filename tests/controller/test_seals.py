@@ -15,6 +15,7 @@ from mqserve.controller.lease import claim_instance
 from mqserve.controller.plan import seal_problem, without_seals
 from mqserve.controller.state.beats import Beat, MemberState, NodeBeat, ProxyBeat, ReplicaBeat, beats_of, read_beats
 from mqserve.controller.state.documents import Assignment, Backend, Desired, Observed
+from mqserve.controller.state.reading import read_observed
 from mqserve.controller.state.resources import ActorOptions, Demand
 from tests.controller.test_leading import HTTP, controllers, until
 from tests.controller.test_node import KEYS, SIGNER, Launcher, replace_observed, running_node
@@ -54,7 +55,7 @@ async def test_the_leader_tells_replicas_to_demand_seals_while_everybody_seals()
     await claim_instance(store, keys, "", HTTP, detached=True)
 
     async def observed() -> Observed:
-        return Observed.from_bytes(await store.get(keys.observed))
+        return read_observed(await store.get(keys.observed))
 
     async def demands(sealed: bool) -> bool:
         found = await observed()
@@ -85,7 +86,7 @@ async def test_nothing_is_demanded_where_the_controller_has_no_key_even_before_a
     async with controllers(store, keys) as running:
         running.start("first", has_key=False)
         await running.leads("first")
-        found = Observed.from_bytes(await store.get(keys.observed))
+        found = read_observed(await store.get(keys.observed))
         assert not found.sealed and not found.problems
 
 
@@ -97,7 +98,7 @@ def test_where_nobody_has_a_key_there_is_no_problem_and_where_some_have_there_is
 
 
 def test_a_document_of_an_earlier_version_demands_nothing() -> None:
-    assert not Observed.from_bytes(b'{"epoch": 3}').sealed
+    assert not read_observed(b'{"epoch": 3}').sealed
     (beat,) = beats_of(read_beats({"proxy:p": b'{"kind": "proxy", "id": "p", "at": 1}'}), ProxyBeat)
     assert not beat.seals
 

@@ -11,7 +11,8 @@ from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.settings import Settings
 from mqserve.connections import Connections
 from mqserve.controller.lease import read_instance
-from mqserve.controller.state.documents import Desired, HttpOptions
+from mqserve.controller.state.documents import HttpOptions
+from mqserve.controller.state.reading import read_desired
 from mqserve.instance.starting import StartOptions, running_instance
 from tests.controller.test_lease import DEPLOYED, KEYS, leave_behind
 from tests.ports import free_port
@@ -25,11 +26,11 @@ async def test_a_start_that_fails_leaves_the_instance_it_took_over_as_it_is(monk
     store, nowhere = EmbeddedStore(), free_port()
     settings = Settings.read(broker_url=f"amqp://127.0.0.1:{nowhere}", store_url=f"redis://127.0.0.1:{nowhere}")
     instance = await leave_behind(store, **DEPLOYED)
-    before = Desired.from_bytes(await store.get(KEYS.desired))
+    before = read_desired(await store.get(KEYS.desired))
     connections = Connections(settings, EmbeddedQueue(), store, KEYS, "test")
     with pytest.raises(InstanceError, match=f"ended at once: see {tmp_path}"):
         async with running_instance(connections, StartOptions(HttpOptions(port=free_port()), detached=True)):
             pass
-    desired = Desired.from_bytes(await store.get(KEYS.desired))
+    desired = read_desired(await store.get(KEYS.desired))
     assert (await read_instance(store, KEYS)).id == desired.instance == instance
     assert msgspec.structs.replace(desired, version=before.version) == before and not desired.closing

@@ -9,6 +9,7 @@ from mqserve.broker.store_keys import StoreKeys
 from mqserve.controller.lease import Leadership
 from mqserve.controller.state.beats import SILENT_AFTER_S, Beat, read_beats
 from mqserve.controller.state.documents import Desired, Observed
+from mqserve.controller.state.reading import read_desired, read_observed
 
 
 class Members:
@@ -40,12 +41,12 @@ class Members:
         return {beat.pid for beat in self.beats(kind, backend)}
 
     def observed(self) -> Observed:
-        return Observed.from_bytes(self._store.get(self._keys.observed))
+        return read_observed(self._store.get(self._keys.observed))
 
     def compared(self) -> Desired:
         """What is wanted, once a leader has compared it with what is seen; until then nothing."""
         raw = self._store.get(self._keys.desired)
-        desired = Desired.from_bytes(raw) if raw else Desired()
+        desired = read_desired(raw) if raw else Desired()
         return desired if self.observed().seen == (desired.epoch, desired.version) else Desired()
 
     def leader(self) -> tuple[int, int]:

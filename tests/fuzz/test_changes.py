@@ -19,6 +19,7 @@ from mqserve.controller.plan import place_replicas
 from mqserve.controller.state.beats import NodeBeat
 from mqserve.controller.state.config import BackendConfig
 from mqserve.controller.state.documents import Assignment, Backend, Desired, Endpoint, Observed
+from mqserve.controller.state.reading import read_desired
 from mqserve.controller.state.resources import Capacity, Demand, parse_actor_options
 from mqserve.controller.state.traffic import choose
 from mqserve.proxy.routes import RouteTable
@@ -47,7 +48,7 @@ def _hashes(key: Any) -> bool:
 def attempt(make: Callable[[], changes.Change], desired: Desired) -> Desired:
     """The document after the change, or as it was where that is refused: with BadValue or BadType, and never otherwise."""
     try:
-        return Desired.from_bytes(encode(make()(desired)))
+        return read_desired(encode(make()(desired)))
     except (BadValue, BadType) as refused:
         assert str(refused)
         return desired
@@ -202,7 +203,7 @@ class DesiredMachine(RuleBasedStateMachine):
 
     @invariant()
     def it_is_read_as_it_was_written(self) -> None:
-        assert Desired.from_bytes(encode(self.desired)) == self.desired
+        assert read_desired(encode(self.desired)) == self.desired
         assert not {*self.desired.forced} & {*self.desired.backends}
 
 

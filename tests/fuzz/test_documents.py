@@ -19,6 +19,7 @@ from mqserve.controller.plan import place_proxies, place_replicas
 from mqserve.controller.state.beats import NodeBeat, read_beats
 from mqserve.controller.state.documents import Assignment, Backend, Desired, Endpoint, Observed
 from mqserve.controller.state.following import follow_state
+from mqserve.controller.state.reading import read_desired, read_observed
 from mqserve.controller.state.resources import Capacity, Demand
 from mqserve.controller.state.traffic import choose
 from mqserve.proxy.routes import RouteTable
@@ -62,10 +63,10 @@ def new_id() -> Callable[[str], str]:
     return lambda name: f"{name}#{next(numbers)}"
 
 
-def read_desired(raw: bytes) -> Desired | None:
+def live_with_desired(raw: bytes) -> Desired | None:
     """If it is read, then everybody can live with it."""
     try:
-        desired = Desired.from_bytes(raw)
+        desired = read_desired(raw)
     except BadEnvelope as refused:
         assert "the desired state in the store" in str(refused)
         return None
@@ -81,9 +82,9 @@ def read_desired(raw: bytes) -> Desired | None:
     return desired
 
 
-def read_observed(raw: bytes) -> Observed | None:
+def live_with_observed(raw: bytes) -> Observed | None:
     try:
-        observed = Observed.from_bytes(raw)
+        observed = read_observed(raw)
     except BadEnvelope as refused:
         assert "the observed state in the store" in str(refused)
         return None
@@ -96,12 +97,12 @@ def read_observed(raw: bytes) -> Observed | None:
 
 @pytest.mark.parametrize("raw", cases("desired"))
 def test_desired_states_that_did_harm_are_refused(raw: bytes) -> None:
-    assert read_desired(raw) is None
+    assert live_with_desired(raw) is None
 
 
 @pytest.mark.parametrize("raw", cases("observed"))
 def test_observed_states_that_did_harm_are_refused(raw: bytes) -> None:
-    assert read_observed(raw) is None
+    assert live_with_observed(raw) is None
 
 
 @pytest.mark.parametrize("raw", cases("beats"))
@@ -111,12 +112,12 @@ def test_beats_that_did_harm_are_left_out(raw: bytes) -> None:
 
 @given(any_document(DESIRED))
 def test_any_desired_state_is_one_to_live_with_or_refused(raw: bytes) -> None:
-    read_desired(raw)
+    live_with_desired(raw)
 
 
 @given(any_document(OBSERVED))
 def test_any_observed_state_is_one_to_live_with_or_refused(raw: bytes) -> None:
-    read_observed(raw)
+    live_with_observed(raw)
 
 
 @given(any_document(BEAT))
@@ -170,7 +171,7 @@ async def test_a_lapsed_instance_whose_desired_state_is_broken_can_be_replaced()
     await store.set(KEYS.instance, msgspec.json.encode(LEASE))
     await store.set(KEYS.desired, b"{")
     assert (await lease.claim_instance(store, KEYS, "n", DESIRED.http, detached=False)).id != "i"
-    assert Desired.from_bytes(await store.get(KEYS.desired)).version == 0
+    assert read_desired(await store.get(KEYS.desired)).version == 0
 
 
 @pytest.mark.anyio
@@ -202,7 +203,7 @@ async def test_whoever_follows_the_documents_keeps_the_last_good_ones(caplog: py
     await following.aclose()  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("read", [read_desired, read_observed])
+@pytest.mark.parametrize("read", [live_with_desired, live_with_observed])
 def test_no_document_is_a_pickle_to_be_opened(read: Callable[[bytes], Any], tmp_path: Path) -> None:
     pickled = bomb(tmp_path / "opened")
     assert read(pickled) is None and read_beats({"node:n": pickled}) == {}
