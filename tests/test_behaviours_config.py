@@ -36,6 +36,7 @@ def tags(client: serve.Client, name: str, at_least: int = 1) -> set[str]:
 
 BAD = [
     {"num_replicas": 0},
+    {"num_replicas": 10_001},
     {"num_replicas": -1},
     {"num_replicas": "many"},
     {"num_replicas": 1.5},

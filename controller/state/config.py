@@ -9,6 +9,7 @@ from pydantic_core import PydanticCustomError
 
 MAX_REQUEST_TIMEOUT_S = 25 * 60  # below RabbitMQ's consumer_timeout of 30 minutes
 MAX_QUEUE_SHARDS = 64  # one of RabbitMQ's queues uses one core at most
+MAX_REPLICAS = 10_000  # of a backend; each is a process or a thread, and a slip of the keyboard should start none
 SYNC_CONCURRENCY = 64  # of a plain handler whose calls are so short that this many take no time
 ASYNC_CONCURRENCY = 100
 
@@ -18,7 +19,7 @@ Whole = Annotated[int, Field(gt=0, lt=2**31)]
 class BackendConfig(BaseModel):
     """What a backend's user may turn while it serves. Unknown keys are refused, and assignment is validated.
 
-    num_replicas: copies of the backend.
+    num_replicas: copies of the backend, at most 10,000.
     max_batch_size: requests that an `accept_batch` handler gets at most in one call; 1 when None.
     batch_wait_timeout: seconds that a batch waits to be full; 0 takes what is there.
     max_concurrent_queries: requests that one replica holds at a time; default 100 for an async handler, twice the batch size for
@@ -39,7 +40,7 @@ class BackendConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)  # allow_inf_nan: JSON has neither
 
-    num_replicas: Whole = 1
+    num_replicas: Annotated[Whole, Field(le=MAX_REPLICAS)] = 1
     max_batch_size: Whole | None = None
     batch_wait_timeout: Annotated[float, Field(ge=0)] = 0.0
     max_concurrent_queries: Whole | None = None

@@ -56,17 +56,14 @@ class _Step:
     def __init__(self, declared: Sequence[Declared]) -> None:
         self._declared = declared
         self.before = self.made = Desired()
+        self.was_tried = False  # it may have been committed
 
     def __repr__(self) -> str:
         return f"<_Step of {len(self._declared)}>"
 
-    @property
-    def was_tried(self) -> bool:
-        """Whether it may have been committed."""
-        return self.made is not self.before
-
     def change(self, desired: Desired) -> Desired:
         self.before, self.made = desired, apply(self._declared, desired)
+        self.was_tried = True
         return self.made
 
 

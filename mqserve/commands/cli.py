@@ -357,7 +357,8 @@ def proxy(
     http_workers: int,
     proxy_id: str | None,
     node_id: str,
-    **fds: int | None,
+    fd: int | None,
+    common_fd: int | None,
 ) -> int:
     """Run HTTP proxies by hand, one or several on one port: the controller configures and shows them, but does not count them."""
     settings = _distributed(namespace, "proxy")
@@ -369,7 +370,7 @@ def proxy(
     from ..proxy.main import main as run_proxy
 
     own_id = proxy_id or f"{_own_id('proxy')}#{secrets.token_hex(3)}"  # a restarted container may get the same host name and pid again
-    options = ProxyOptions(own_id, host, port, node_id, external=proxy_id is None, debug=debug, **fds)
+    options = ProxyOptions(own_id, host, port, node_id, external=proxy_id is None, debug=debug, fd=fd, common_fd=common_fd)
     return run_loop(run_proxy(settings, options))
 
 
