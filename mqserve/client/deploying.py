@@ -142,7 +142,10 @@ class Block:
         """For a decorated target, which can be packed only once its module is complete."""
         words = f"create_backend({name!r})"
         if name in self._deleted:
-            raise BadValue(f"backend {name!r} is deleted in this deploying() block: change it with update_backend, or delete it before")
+            raise BadValue(
+                f"backend {name!r} is deleted in this deploying() block: replace its code with update_backend, or delete it "
+                "in a block of its own before"
+            )
 
         def declare() -> Declared:
             packed = pack()

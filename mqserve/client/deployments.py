@@ -211,7 +211,10 @@ class Deployments:
             await self._until(left, are_gone, drain_s + DELETE_BUDGET_S, "what was undone still drains")
             await self._let_go(undone)
         except MQServeError as failure:
-            logger.warning("a deployment that failed could not be undone in order: %s", failure)
+            logger.warning(
+                "a deployment that failed was not undone in order: %s; `mqserve status` shows what is left, and delete_endpoint and "
+                "delete_backend remove it", failure,
+            )  # fmt: skip
             return str(failure)
         return ""
 
