@@ -1,11 +1,11 @@
-"""What a request costs as an instance grows: 64 backends beside one, and 1,000 routes beside 10, under requests to all routes in turn.
+"""What a request costs as an instance grows: many backends beside one, and 1,000 routes beside 10, under requests to all routes in turn.
 
 All instances of a scenario run at once; what a larger one costs at rest is part of its requests' cost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -28,21 +28,33 @@ class Size:
     routes: int
 
 
+@dataclass(frozen=True)
+class Load:
+    """How many clients there are, and the sizes that are compared under them. `name` is said behind the form in the name of the case."""
+
+    name: str
+    clients: Callable[[Size], int]
+    sizes: tuple[Size, ...]
+
+
 class Growth:
     """Instances of several sizes, each against the first."""
 
     headline = "cpu_us"
-    cases = FORMS
 
-    def __init__(self, name: str, title: str, sizes: tuple[Size, ...]) -> None:
+    def __init__(self, name: str, title: str, loads: Sequence[Load]) -> None:
         self.name = name
         self.title = title
-        self.baseline = sizes[0].name
-        self.claims = tuple(Claim(form, sizes[-1].name, "cpu_us", against=(self.baseline,), at_most=1.1) for form in FORMS)
-        self._sizes = sizes
+        self.baseline = loads[0].sizes[0].name
+        self._cases = {f"{form}, {load.name}": (form, load) for load in loads for form in FORMS}
+        self.cases = tuple(self._cases)
+        self.claims = tuple(
+            Claim(case, load.sizes[-1].name, "cpu_us", against=(self.baseline,), at_most=1.1) for case, (_, load) in self._cases.items()
+        )
 
     def open(self, stack: ExitStack, bench: Bench) -> Mapping[str, Measure]:
-        return {size.name: self._measure(size, stack, bench) for size in self._sizes}
+        sizes = dict.fromkeys(size for _, load in self._cases.values() for size in load.sizes)
+        return {size.name: self._measure(size, stack, bench) for size in sizes}
 
     def _measure(self, size: Size, stack: ExitStack, bench: Bench) -> Measure:
         subjects: dict[str, Subject] = {}
@@ -53,10 +65,25 @@ class Growth:
                 subjects[form] = subject
 
         def measure(case: str) -> Sample | None:
-            return closed_loop(subjects[case], "", CLIENTS, bench.seconds, paths=size.routes)
+            form, load = self._cases[case]
+            if size not in load.sizes:
+                return None
+            return closed_loop(subjects[form], "", load.clients(size), bench.seconds, paths=size.routes)
 
         return measure
 
 
-BACKENDS = Growth("backends", "64 backends at once, 64 clients", (Size("1 backend", 1, 64), Size("64 backends", 64, 64)))
-ROUTES = Growth("routes", "Many routes, 64 clients", (Size("10 routes", 1, 10), Size("100 routes", 1, 100), Size("1,000 routes", 1, 1000)))
+ONE_BACKEND, BACKENDS_16, BACKENDS_64 = Size("1 backend", 1, 64), Size("16 backends", 16, 64), Size("64 backends", 64, 64)
+BACKENDS = Growth(
+    "backends",
+    "Many backends at once",
+    (
+        Load("64 clients", lambda size: CLIENTS, (ONE_BACKEND, BACKENDS_64)),  # 64 backends have one request under way in each
+        Load("16 clients per backend", lambda size: 16 * size.backends, (ONE_BACKEND, BACKENDS_16)),
+    ),
+)
+ROUTES = Growth(
+    "routes",
+    "Many routes",
+    (Load("64 clients", lambda size: CLIENTS, (Size("10 routes", 1, 10), Size("100 routes", 1, 100), Size("1,000 routes", 1, 1000))),),
+)
