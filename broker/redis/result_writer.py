@@ -1,5 +1,5 @@
-"""Batches results and marks on their way to the store: those of one loop turn leave in one call, and those that arrive during a call
-leave in the next."""
+"""Batches results and marks on their way to the store: those of one loop turn leave in one call, or in two if they are many, and those that
+arrive during a call leave in the next."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ..errors import StoreUnavailable
 from ..store import OnRecorded, Record, StoreClosed, recorded
 
 FLUSH_BATCH = 128
+EARLY_BATCH = 32  # so many leave before the turn ends: Redis and the proxy work on them while this process takes the rest of its results
 FLUSH_BYTES = 4 * 1024 * 1024  # per batch, or one larger result: a call that takes longer than its budget would be retried for ever
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 1.0
 
@@ -32,7 +33,7 @@ Write = Callable[[Sequence[Record], Sequence[Mark], OnWritten], None]
 
 class _State(Enum):
     IDLE = auto()  # nothing to write
-    COLLECTING = auto()  # until the end of this loop turn
+    COLLECTING = auto()  # until the end of this loop turn, or until there are EARLY_BATCH results
     WRITING = auto()  # a batch is on its way; what comes meanwhile waits for the next one
     PAUSING = auto()  # after a failure
     CLOSED = auto()
@@ -65,7 +66,10 @@ class ResultWriter:
     def record_then(self, record: Record, on_recorded: OnRecorded) -> None:
         """See `Store.record_then`."""
         self._buffer.append((record, on_recorded))
-        self._flush_soon()
+        if self._state is _State.COLLECTING and len(self._buffer) >= EARLY_BATCH:
+            self._flush()
+        else:
+            self._flush_soon()
 
     def mark(self, key: str, value: bytes, ttl_ms: int) -> None:
         """Writes a mark with the next batch. Nobody waits for it, and it may be lost."""
@@ -95,9 +99,13 @@ class ResultWriter:
         if self._state is _State.IDLE:
             self._state = _State.COLLECTING
             self._is_idle.clear()
-            self._loop.call_soon(self._flush)
+            self._loop.call_soon(self._end_turn)
         elif self._state is _State.CLOSED:
             self._refuse_the_rest()
+
+    def _end_turn(self) -> None:
+        if self._state is _State.COLLECTING:  # else they have left
+            self._flush()
 
     def _flush(self) -> None:
         if self._state is _State.CLOSED:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 
 from mqserve.broker.errors import StoreUnavailable
-from mqserve.broker.redis.result_writer import Mark, OnWritten, ResultWriter
+from mqserve.broker.redis.result_writer import EARLY_BATCH, Mark, OnWritten, ResultWriter
 from mqserve.broker.store import Record
 from tests.broker.traffic import until
 
@@ -64,6 +64,28 @@ async def test_what_comes_in_one_turn_leaves_in_one_batch_and_what_comes_meanwhi
     await until(lambda: writing.batches)
     await asyncio.gather(*first, results.record(record("c")))
     assert writing.batches == [(["a", "b"], ["m"]), (["c"], [])]
+
+
+async def test_many_results_leave_before_their_turn_ends_and_the_rest_when_these_are_written() -> None:
+    writing = Writing(None, None)
+    results = writer(writing)
+    names = [f"r{number}" for number in range(EARLY_BATCH + 2)]
+    written = [results.record(record(name)) for name in names]
+    early, rest = names[:EARLY_BATCH], names[EARLY_BATCH:]
+    assert writing.batches == [(early, [])]
+    assert await asyncio.gather(*written) == [True] * len(names)
+    assert writing.batches == [(early, []), (rest, [])]
+
+
+async def test_results_that_left_early_and_were_not_taken_wait_for_their_next_try() -> None:
+    writing = Writing(StoreUnavailable("away"))
+    results = writer(writing)
+    written = [results.record(record(str(number))) for number in range(EARLY_BATCH)]
+    await until(lambda: "PAUSING" in repr(results))
+    await asyncio.sleep(0)  # the end of the turn in which they came
+    assert len(writing.batches) == 1
+    writing.outcomes.append(None)
+    assert await asyncio.gather(*written) == [True] * EARLY_BATCH
 
 
 async def test_a_batch_that_cannot_be_packed_is_told_to_those_it_concerns() -> None:
