@@ -68,7 +68,7 @@ def overloaded(subject: Subject, capacity: float, seconds: float) -> Sample:
         raise SubjectFailed(f"at twice the capacity: { ({status: len(times) for status, times in latencies.items()}) }")
     accepted, refused = latencies["200"], latencies["429"]
     per_second = len(accepted) / report["ended_s"]  # what waits at the end counts, and so does the time that it takes
-    bound_ms = (MAX_QUEUED + HELD) / capacity * 1000
+    bound_ms = (MAX_QUEUED + HELD) / per_second * 1000  # a full queue, at the rate at which it was emptied: `of_capacity` judges that rate
     return Sample(
         {
             "of_capacity": per_second / capacity,
