@@ -59,6 +59,7 @@ class Header(msgspec.Struct, frozen=True, omit_defaults=True):
     ref: str = ""  # store key of a body that travels by reference
     shadow: bool = False  # a shadow copy: nobody waits for it, and its result is not stored
     once: bool = False  # never published twice (at-most-once delivery)
+    stream: Annotated[int, msgspec.Meta(ge=0, le=2)] = 0  # of a handle: 1, it takes chunks; 2, and may come back for them
     meta: RequestHead = RequestHead()
     deadline: Annotated[int, msgspec.Meta(ge=0, le=2**62)] = (
         0  # store time in ms, 0 for none; an int, since pamqp packs header floats in 32 bits, a minute off
@@ -69,7 +70,7 @@ class Header(msgspec.Struct, frozen=True, omit_defaults=True):
     def claims(self) -> bool:
         """Whether the header uses rights that need trust. Any publisher may set a deadline and a method to call; every other field needs
         trust."""
-        says = self.origin or self.inbox or self.ref or self.shadow or self.once or self.again
+        says = self.origin or self.inbox or self.ref or self.shadow or self.once or self.stream or self.again
         return bool(says) or self.meta != RequestHead(call=self.meta.call)
 
 

@@ -13,6 +13,7 @@ from .errors import UNPARSABLE, BadEnvelope
 VERSION = 1
 INLINE_BYTES = 64 * 1024  # a result up to this size rides in the inbox entry; a larger one is read by its key
 RESULT_KIND = 0
+CHUNK_KIND = 1
 
 
 class Outcome(StrEnum):
@@ -54,6 +55,7 @@ class Result(msgspec.Struct, frozen=True, omit_defaults=True):
     body: bytes = b""
     ref: str = ""  # store key of a body that travels by reference
     error: ErrorInfo | None = None
+    frames: int = 0  # of an answer that was streamed: how many there are in its stream (`streams.py`); its body is empty
 
     @property
     def outcome(self) -> Outcome | None:
@@ -76,8 +78,8 @@ class Result(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class InboxEntry(msgspec.Struct, frozen=True, array_like=True):
-    """An inbox entry `[v, id, kind, seq, payload]`. Kind 0 carries the whole result, or nothing: then read the result by its key. Other
-    kinds are reserved."""
+    """An inbox entry `[v, id, kind, seq, payload]`. Kind 0 carries the whole result, or nothing: then read the result by its key. Kind 1
+    carries the frame `seq` of a streamed answer (`streams.py`). Other kinds are reserved."""
 
     v: int
     id: str
@@ -117,7 +119,7 @@ def read_entry(raw: bytes) -> InboxEntry | None:
         note = _decode_note(raw)
     except UNPARSABLE:
         return None
-    return note if note.v == 1 and note.kind == RESULT_KIND else None
+    return note if note.v == 1 and note.kind <= CHUNK_KIND else None
 
 
 _OUTCOMES: dict[str, Outcome] = {outcome.value: outcome for outcome in Outcome}

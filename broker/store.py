@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from enum import Enum
+from typing import NamedTuple, Protocol
 
 import msgspec
 
 from .errors import StoreUnavailable
+from .store_keys import STREAM_TTL_S
 
 WRONG_TYPE = b"\0WRONGTYPE"
 """The value that a read returns for a key of another Redis type. It parses as no document of ours, so it is treated like a broken one.
@@ -30,6 +32,51 @@ class Record(msgspec.Struct, frozen=True):
 
 OnRecorded = Callable[[bool | Exception], None]
 """Called once with the outcome of a record, see `Store.record`; with StoreClosed if the store is closed first. It must not raise."""
+
+
+class Append(msgspec.Struct, frozen=True):
+    """Frames of one stream to append, and perhaps its end. It is written only if `owner` holds `claim` (or nothing: then it is set) and
+    `future` holds no result.
+
+    `frames` are numbered from `first`; those that the stream has already are passed over. `trim_to` removes the frames up to that number,
+    0 none. `ends` is the result, recorded behind the frames. Every inbox gets an entry for each frame (`notes`, one for each frame) and,
+    behind them, `end_note`.
+    """
+
+    stream: str
+    owner: str
+    future: str
+    claim: bytes
+    attempt: int
+    first: int
+    frames: tuple[bytes, ...] = ()
+    notes: tuple[bytes, ...] = ()
+    inboxes: tuple[str, ...] = ()
+    trim_to: int = 0
+    ends: bytes = b""
+    end_note: bytes = b""
+    ttl_ms: int = STREAM_TTL_S * 1000
+    after_gap: bool = False  # the store may have lost what it held before: it says where the stream ends, and takes nothing behind a gap
+
+
+class Refusal(Enum):
+    """Why the store took nothing of an Append."""
+
+    ENDED = "ended"  # a result stands there
+    TAKEN = "taken"  # another run owns the stream
+
+
+OnAppended = Callable[[int | Refusal | Exception], None]
+"""Called once with the outcome of an Append: the number of the last frame that the stream has now. It is lower than that of the last frame
+given only where `after_gap` found that the stream lacks what came before `first`: then nothing was written, and the frames from the next
+number on have to be appended again. It must not raise."""
+
+
+class Place(NamedTuple):
+    """Where an entry of a stream stands."""
+
+    attempt: int
+    seq: int
 
 
 class StoreClosed(StoreUnavailable):
@@ -100,6 +147,24 @@ class Store(Protocol):
 
     def drop_soon(self, key: str) -> None:
         """Deletes a key with the next batch of results. Nobody waits for it, and it may be lost: the key has a TTL of its own."""
+        ...
+
+    def append_then(self, append: Append, on_appended: OnAppended) -> None:
+        """Appends frames with those of the other streams of this loop turn. There is at most one Append of a stream under way. The outcome
+        is StoreUnavailable after one budget of time: the caller repeats it, with `after_gap`. `on_appended` may be called at once."""
+        ...
+
+    async def read_stream(self, key: str, after: Place, count: int = 64) -> list[tuple[Place, bytes]]:
+        """Returns up to `count` entries behind `after`, in order; none for an absent key."""
+        ...
+
+    async def last_of_stream(self, key: str) -> int:
+        """Returns the number of the last frame that was ever appended; 0 for an absent key."""
+        ...
+
+    def post(self, key: str, entry: bytes) -> None:
+        """Appends to a list that one process reads by `read_inbox`, with the next batch of results. Nobody waits for it, and it may be
+        lost."""
         ...
 
     async def get(self, key: str) -> bytes | None:

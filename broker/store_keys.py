@@ -9,6 +9,9 @@
 | `mqserve:<ns>:claim:{id}`    | string | replica, after a change of the queue's generation | replica | one day          |
 | `mqserve:<ns>:body:{id}`     | string | sender: a body by reference | replica      | the request's deadline + 60 s |
 | `mqserve:<ns>:body:{id.result}` | string | replica: a large result | waiting processes | RESULT_TTL_S, or when a proxy has read it |
+| `mqserve:<ns>:stream:{id}`   | stream | replica: frames of an answer | waiting processes | STREAM_TTL_S, or its reader |
+| `mqserve:<ns>:owner:{id}`    | string | replica: which run writes the stream | replicas, waiting processes | as the stream |
+| `mqserve:<ns>:feed:<replica>` | list  | readers of streams: credit | that replica | INBOX_TTL_S, renewed by each write |
 | `mqserve:<ns>:inbox:<pid>`   | list   | replicas             | that process      | INBOX_TTL_S, renewed by each write |
 | `mqserve:<ns>:code:<sha256>` | string: a backend's code, manifest, chunk | clients, nodes | replicas, nodes | as the next |
 | `mqserve:<ns>:code:all.<sha256>` | string: convertor, middlewares | clients | proxies, replicas | CODE_TTL_S; none while deployed |
@@ -21,13 +24,14 @@
 | `mqserve:<ns>:cancelled`     | stream | senders, nodes, controller | replicas, proxies | LOG_TTL_S, renewed by each write |
 | `mqserve:<ns>:changed`       | pub/sub channel | writers of documents | watchers | -                         |
 
-`job:` and `stream:` with the `{id}` tag are reserved.
+`job:` with the `{id}` tag is reserved.
 """
 
 from __future__ import annotations
 
 RESULT_TTL_S = 600
 INBOX_TTL_S = 120
+STREAM_TTL_S = 600
 CODE_TTL_S = 3600  # enough time to commit a deployment, or to roll it back
 LEADER_TTL_S = 6
 ENDED_TTL_S = 24 * 3600
@@ -77,6 +81,15 @@ class StoreKeys:
     def result_body(self, future_id: str) -> str:
         """The key of a large result's body. It is always made from the id: a key named in a message or a result may come from anybody."""
         return self.body(f"{future_id}.result")
+
+    def stream(self, future_id: str) -> str:
+        return f"{self._root}:stream:{{{future_id}}}"
+
+    def owner(self, future_id: str) -> str:
+        return f"{self._root}:owner:{{{future_id}}}"
+
+    def feed(self, replica_id: str) -> str:
+        return f"{self._root}:feed:{replica_id}"
 
     def inbox(self, process_id: str) -> str:
         return f"{self._root}:inbox:{process_id}"

@@ -8,8 +8,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from ..store import Guard, OnRecorded, Record, recorded
+from ..store import Append, Guard, OnAppended, OnRecorded, Place, Record, recorded
 from ..store_keys import LOG_LENGTH, RESULT_TTL_S
+from .streams import Stream, refusal
 
 _SWEEP_EVERY_S = 30.0
 
@@ -53,6 +54,7 @@ class EmbeddedStore:
         self._values: dict[str, tuple[bytes, float]] = {}  # value, monotonic expiry (inf for none)
         self._hashes: dict[str, dict[str, bytes]] = {}
         self._readers: dict[str, Callable[[list[bytes]], None]] = {}
+        self._streams: dict[str, tuple[Stream, float]] = {}  # stream, monotonic expiry
         self._logs: dict[str, deque[bytes]] = {}
         self._log_readers: dict[str, list[Callable[[list[bytes]], None]]] = {}
         self._watchers: set[asyncio.Event] = set()
@@ -75,11 +77,42 @@ class EmbeddedStore:
             reader([record.note])
         on_recorded(fresh)
 
+    def append_then(self, append: Append, on_appended: OnAppended) -> None:
+        if refused := refusal(append, self._read(append.owner), self._read(append.future)):
+            return on_appended(refused)
+        self._write(append.owner, append.claim, append.ttl_ms)
+        stream = self._stream(append.stream) or Stream()
+        stream.append(append)
+        self._streams[append.stream] = (stream, time.monotonic() + append.ttl_ms / 1000)
+        notes = list(append.notes)
+        if append.ends:
+            self._write(append.future, append.ends, RESULT_TTL_S * 1000, only_new=True)
+            notes.append(append.end_note)
+        for inbox in append.inboxes if notes else ():
+            self._post_all(inbox, notes)
+        on_appended(stream.last)
+
+    async def read_stream(self, key: str, after: Place, count: int = 64) -> list[tuple[Place, bytes]]:
+        stream = self._stream(key)
+        return [] if stream is None else stream.behind(after, count)
+
+    async def last_of_stream(self, key: str) -> int:
+        stream = self._stream(key)
+        return 0 if stream is None else stream.last
+
+    def post(self, key: str, entry: bytes) -> None:
+        self._post_all(key, [entry])
+
+    def _post_all(self, key: str, entries: list[bytes]) -> None:
+        if reader := self._readers.get(key):
+            reader(entries)
+
     def mark(self, key: str, value: bytes, ttl_ms: int) -> None:
         self._write(key, value, ttl_ms)
 
     def drop_soon(self, key: str) -> None:
         self._values.pop(key, None)
+        self._streams.pop(key, None)
 
     async def get(self, key: str) -> bytes | None:
         return self._read(key)
@@ -125,6 +158,7 @@ class EmbeddedStore:
         for key in keys:
             self._values.pop(key, None)
             self._hashes.pop(key, None)
+            self._streams.pop(key, None)
         return True
 
     async def expire(self, keys: Sequence[str], ttl_ms: int | None) -> None:
@@ -201,6 +235,10 @@ class EmbeddedStore:
         value, expiry = self._values.get(key, (None, 0.0))
         return value if expiry > time.monotonic() else None
 
+    def _stream(self, key: str) -> Stream | None:
+        stream, expiry = self._streams.get(key, (None, 0.0))
+        return stream if expiry > time.monotonic() else None
+
     def _holds(self, guard: Guard | None) -> bool:
         return guard is None or self._read(guard[0]) == guard[1]
 
@@ -212,4 +250,5 @@ class EmbeddedStore:
         if now > self._next_sweep:
             self._next_sweep = now + _SWEEP_EVERY_S
             self._values = {name: kept for name, kept in self._values.items() if kept[1] > now}
+            self._streams = {name: kept for name, kept in self._streams.items() if kept[1] > now}
         return True
