@@ -39,9 +39,14 @@ class Append(msgspec.Struct, frozen=True):
     `future` holds no result.
 
     `frames` are numbered from `first`; those that the stream has already are passed over. `trim_to` removes the frames up to that number,
-    0 none. `ends` is the result, recorded behind the frames. Every inbox gets an entry for each frame (`notes`, one for each frame) and,
-    behind them, `end_note`.
+    0 none. `ends` is the result, recorded behind the frames. Every inbox gets an entry for each frame (`note_of` it) and, behind them,
+    `end_note`.
+
+    Nothing is written behind a gap: if the store has lost frames before `first` that `trim_to` does not give up, the outcome says where the
+    stream ends.
     """
+
+    id: str
 
     stream: str
     owner: str
@@ -50,13 +55,11 @@ class Append(msgspec.Struct, frozen=True):
     attempt: int
     first: int
     frames: tuple[bytes, ...] = ()
-    notes: tuple[bytes, ...] = ()
     inboxes: tuple[str, ...] = ()
     trim_to: int = 0
     ends: bytes = b""
     end_note: bytes = b""
     ttl_ms: int = STREAM_TTL_S * 1000
-    after_gap: bool = False  # the store may have lost what it held before: it says where the stream ends, and takes nothing behind a gap
 
 
 class Refusal(Enum):
@@ -67,9 +70,9 @@ class Refusal(Enum):
 
 
 OnAppended = Callable[[int | Refusal | Exception], None]
-"""Called once with the outcome of an Append: the number of the last frame that the stream has now. It is lower than that of the last frame
-given only where `after_gap` found that the stream lacks what came before `first`: then nothing was written, and the frames from the next
-number on have to be appended again. It must not raise."""
+"""Called once with the outcome of an Append: the number of the last frame that the stream has now. If that is lower than `first - 1`, the
+store has lost frames, and nothing was written: the frames from the next number on have to be appended again, or be given up by `trim_to`.
+It must not raise."""
 
 
 class Place(NamedTuple):
@@ -151,7 +154,8 @@ class Store(Protocol):
 
     def append_then(self, append: Append, on_appended: OnAppended) -> None:
         """Appends frames with those of the other streams of this loop turn. There is at most one Append of a stream under way. The outcome
-        is StoreUnavailable after one budget of time: the caller repeats it, with `after_gap`. `on_appended` may be called at once."""
+        is StoreUnavailable after one budget of time: the caller repeats it. The store pauses between calls that fail, so it may do that at
+        once. `on_appended` may be called at once."""
         ...
 
     async def read_stream(self, key: str, after: Place, count: int = 64) -> list[tuple[Place, bytes]]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from ..store import Append, Guard, OnAppended, OnRecorded, Place, Record, recorded
 from ..store_keys import LOG_LENGTH, RESULT_TTL_S
-from .streams import Stream, refusal
+from .streams import Stream, notes_of, refusal
 
 _SWEEP_EVERY_S = 30.0
 
@@ -80,17 +80,16 @@ class EmbeddedStore:
     def append_then(self, append: Append, on_appended: OnAppended) -> None:
         if refused := refusal(append, self._read(append.owner), self._read(append.future)):
             return on_appended(refused)
-        self._write(append.owner, append.claim, append.ttl_ms)
         stream = self._stream(append.stream) or Stream()
-        stream.append(append)
-        self._streams[append.stream] = (stream, time.monotonic() + append.ttl_ms / 1000)
-        notes = list(append.notes)
-        if append.ends:
-            self._write(append.future, append.ends, RESULT_TTL_S * 1000, only_new=True)
-            notes.append(append.end_note)
-        for inbox in append.inboxes if notes else ():
-            self._post_all(inbox, notes)
-        on_appended(stream.last)
+        if (last := stream.append(append)) >= append.first - 1:
+            self._write(append.owner, append.claim, append.ttl_ms)
+            self._streams[append.stream] = (stream, time.monotonic() + append.ttl_ms / 1000)
+            if append.ends:
+                self._write(append.future, append.ends, RESULT_TTL_S * 1000, only_new=True)
+            if notes := notes_of(append):
+                for inbox in append.inboxes:
+                    self._post_all(inbox, notes)
+        on_appended(last)
 
     async def read_stream(self, key: str, after: Place, count: int = 64) -> list[tuple[Place, bytes]]:
         stream = self._stream(key)
