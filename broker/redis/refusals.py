@@ -1,9 +1,10 @@
-"""Turns Redis's refusals, and untrusted certificates, into sentences for operators."""
+"""Turns Redis's refusals, untrusted certificates and a setting that breaks our promises into sentences for operators."""
 
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
 from yarl import URL
@@ -61,6 +62,14 @@ def store_refusal(error: BaseException, url: str) -> str:
     if is_access_refused(error):
         return f"Redis refuses the login of user {user!r} ({error}): is the URL's password the one it was given? {RIGHTS_MEND}"
     return ""
+
+
+def forgetting(memory: Mapping[str, Any]) -> str:
+    """Says how a server with this `INFO memory` forgets what it took; empty if it does not."""
+    policy = memory.get("maxmemory_policy", "noeviction")
+    if policy == "noeviction" or not memory.get("maxmemory"):
+        return ""
+    return f"Redis forgets answers and configuration when it is full (maxmemory-policy {policy}): set maxmemory-policy to noeviction"
 
 
 def is_access_refused(error: BaseException) -> bool:

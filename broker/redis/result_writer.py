@@ -1,5 +1,5 @@
-"""Batches results and marks on their way to the store: those of one loop turn leave in one call, or in two if they are many, and those that
-arrive during a call leave in the next."""
+"""Batches results, marks and posts on their way to the store: those of one loop turn leave in one call, or in two if they are many, and
+those that arrive during a call leave in the next."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..store import OnRecorded, Record, StoreClosed, recorded
 FLUSH_BATCH = 128
 EARLY_BATCH = 32  # so many leave before the turn ends: Redis and the proxy work on them while this process takes the rest of its results
 FLUSH_BYTES = 4 * 1024 * 1024  # per batch, or one larger result: a call that takes longer than its budget would be retried for ever
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 1.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -24,10 +24,13 @@ _Waiting = tuple[Record, OnRecorded]
 Mark = tuple[str, bytes, int]
 """Key, value, TTL in ms; a TTL of 0 deletes the key."""
 
+Post = tuple[str, bytes]
+"""Key of a list, and the entry to append."""
+
 OnWritten = Callable[[Sequence[int] | Exception], None]
 """Gets a number for each result (0 if another result stood there first), or an error: StoreUnavailable, or another, which is a bug."""
 
-Write = Callable[[Sequence[Record], Sequence[Mark], OnWritten], None]
+Write = Callable[[Sequence[Record], Sequence[Mark], Sequence[Post], OnWritten], None]
 """Writes a batch: it calls the last argument once, later, unless it raises."""
 
 
@@ -40,8 +43,8 @@ class _State(Enum):
 
 
 class ResultWriter:
-    """Writes results and marks through a function of its owner, one batch at a time. No task, future or timer is made for a batch that is
-    written: replicas do this for every request."""
+    """Writes results, marks and posts through a function of its owner, one batch at a time. No task, future or timer is made for a batch
+    that is written: replicas do this for every request."""
 
     def __init__(self, write: Write, now_ms: Callable[[], int]) -> None:
         self._write = write
@@ -53,7 +56,8 @@ class ResultWriter:
         self._buffer: list[_Waiting] = []
         self._batch: list[_Waiting] = []  # on its way
         self._marks: list[Mark] = []
-        self._pauses = delays(_FIRST_PAUSE_S, _LONGEST_PAUSE_S)
+        self._posts: list[Post] = []
+        self._pauses = delays(FIRST_PAUSE_S, LONGEST_PAUSE_S)
         self._timer: asyncio.TimerHandle | None = None
 
     def __repr__(self) -> str:
@@ -76,6 +80,11 @@ class ResultWriter:
         self._marks.append((key, value, ttl_ms))
         self._flush_soon()
 
+    def post(self, key: str, entry: bytes) -> None:
+        """Appends to a list with the next batch. Nobody waits for it, and it may be lost."""
+        self._posts.append((key, entry))
+        self._flush_soon()
+
     async def close(self, budget_s: float) -> None:
         """Writes the remaining batches within the budget. The results that are left unwritten end in StoreClosed."""
         try:
@@ -91,7 +100,7 @@ class ResultWriter:
 
     def _refuse_the_rest(self) -> None:
         rest = [*self._batch, *self._buffer]
-        self._batch, self._buffer, self._marks = [], [], []
+        self._batch, self._buffer, self._marks, self._posts = [], [], [], []
         for _, on_recorded in rest:
             _tell(on_recorded, StoreClosed("the store was closed"))
 
@@ -110,15 +119,16 @@ class ResultWriter:
     def _flush(self) -> None:
         if self._state is _State.CLOSED:
             return
-        if not self._buffer and not self._marks:
+        if not self._buffer and not self._marks and not self._posts:
             self._state = _State.IDLE
             self._is_idle.set()
             return
         self._state = _State.WRITING
         self._batch = self._next_batch()
         marks, self._marks = self._marks, []
+        posts, self._posts = self._posts, []
         try:
-            self._write([record for record, _ in self._batch], marks, self._written)
+            self._write([record for record, _ in self._batch], marks, posts, self._written)
         except Exception as error:
             self._written(error)
 
@@ -129,7 +139,7 @@ class ResultWriter:
         if not isinstance(outcome, Exception):
             for (_, on_recorded), fresh in zip(batch, outcome, strict=True):
                 _tell(on_recorded, bool(fresh))
-            self._pauses = delays(_FIRST_PAUSE_S, _LONGEST_PAUSE_S)
+            self._pauses = delays(FIRST_PAUSE_S, LONGEST_PAUSE_S)
             return self._flush()
         if isinstance(outcome, StoreUnavailable):
             self._buffer = self._give_up_late(batch, outcome) + self._buffer

@@ -24,18 +24,22 @@ from ..errors import StoreUnavailable, WrongType, words_of, wrong_type
 from ..process.rate_limited_log import RateLimitedLog
 from ..process.tasks import Tasks
 from ..settings import masked
-from ..store import WRONG_TYPE, Guard, OnRecorded, Record
+from ..store import WRONG_TYPE, Append, Guard, OnAppended, OnRecorded, Place, Record
 from ..store_keys import LOG_LENGTH, LOG_TTL_S, StoreKeys
+from .append_script import AppendScript
+from .append_writer import AppendWriter
+from .batch_sender import CALL_BUDGET_S, REPLY_S
 from .client import FAILURES, blocking_client, heeding_cancellation, pooled_client
 from .health import StoreHealth
 from .hot_wire import HotWire, dial
 from .inbox import BLOCK_S, InboxReader
 from .kept_wire import KeptWire
 from .many_keys import expire_keys, extend_keys
-from .record_script import CALL_BUDGET_S, REPLY_S, RecordScript
 from .record_script import TEXT as RECORD_TEXT
-from .refusals import DEMOTED, key_of, refusal_code, store_refusal
+from .record_script import RecordScript
+from .refusals import DEMOTED, forgetting, key_of, refusal_code, store_refusal
 from .result_writer import ResultWriter
+from .stream_reads import read_entries, read_last
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +86,11 @@ class RedisStore:
         self.health = StoreHealth()
         self._wire = KeptWire(self._dial, REPLY_S)  # for results and beats
         self._large_wire = KeptWire(self._dial, LARGE_SILENCE_S, in_parts=True)
-        self._record = RecordScript(self._wire, self.health.wrote, self._note, self._record_failed)
+        self._record = RecordScript(self._wire, self.health.wrote, self._note, self._list_is_odd, self._write_failed)
         self._writer = ResultWriter(self._record.write, self.now_ms)
+        # Over a wire of its own: Appends may be large, and results, beats and credit are not to wait for them.
+        self._append = AppendScript(KeptWire(self._dial, REPLY_S), self.health.wrote, self._note, self._write_failed)
+        self._appends = AppendWriter(self._append.write)
         self._watchers: set[asyncio.Event] = set()
         self._taken_away = RateLimitedLog(logger)
         self._tasks: list[asyncio.Task[None]] = []
@@ -127,7 +134,14 @@ class RedisStore:
     def drop_soon(self, key: str) -> None:
         self._writer.mark(key, b"", 0)
 
-    def _record_failed(self, error: Exception, since: float, writing: bool) -> StoreUnavailable:
+    def post(self, key: str, entry: bytes) -> None:
+        self._writer.post(key, entry)
+
+    def _list_is_odd(self, key: str) -> None:
+        self._note(key)
+        self.drop_soon(key)
+
+    def _write_failed(self, error: Exception, since: float, writing: bool) -> StoreUnavailable:
         self._failed(error, max(since, time.monotonic() - CALL_BUDGET_S), writing=writing)
         return self._unavailable(error)
 
@@ -135,6 +149,25 @@ class RedisStore:
         wire = await dial(self._blocking, CALL_BUDGET_S)
         self.health.answered()
         return wire
+
+    # Streams.
+
+    def append_then(self, append: Append, on_appended: OnAppended) -> None:
+        self._appends.append_then(append, on_appended)
+
+    async def read_stream(self, key: str, after: Place, count: int = 64) -> list[tuple[Place, bytes]]:
+        try:
+            return await self._call(lambda: read_entries(self._large_wire, key, after, count), LARGE_BUDGET_S)
+        except WrongType:
+            self._note(key)
+            return []
+
+    async def last_of_stream(self, key: str) -> int:
+        try:
+            return await self._call(lambda: read_last(self._commands, key))
+        except WrongType:
+            self._note(key)
+            return 0
 
     # Documents and plain keys.
 
@@ -337,17 +370,14 @@ class RedisStore:
             memory: Any = await self._call(lambda: self._commands.info("memory"))
         except StoreUnavailable:
             return ""
-        policy = memory.get("maxmemory_policy", "noeviction")
-        if policy == "noeviction" or not memory.get("maxmemory"):
-            return ""
-        return f"Redis forgets answers and configuration when it is full (maxmemory-policy {policy}): set maxmemory-policy to noeviction"
+        return forgetting(memory)
 
     async def close(self) -> None:
-        await self._writer.close(CALL_BUDGET_S)
+        await asyncio.gather(self._writer.close(CALL_BUDGET_S), self._appends.close(CALL_BUDGET_S))
         self._record.close()
+        self._append.close()
         self._large_wire.close()
-        self._leaving.cancel()
-        for task in self._tasks:
+        for task in (self._leaving, *self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for client in (self._commands, self._large, self._blocking):

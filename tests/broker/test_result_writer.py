@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 
 from mqserve.broker.errors import StoreUnavailable
-from mqserve.broker.redis.result_writer import EARLY_BATCH, Mark, OnWritten, ResultWriter
+from mqserve.broker.redis.result_writer import EARLY_BATCH, Mark, OnWritten, Post, ResultWriter
 from mqserve.broker.store import Record
 from tests.broker.traffic import until
 
@@ -20,7 +20,7 @@ class Writing:
         self.outcomes = list(outcomes)
         self.batches: list[tuple[list[str], list[str]]] = []  # names of results, keys of marks
 
-    def write(self, records: Sequence[Record], marks: Sequence[Mark], on_written: OnWritten) -> None:
+    def write(self, records: Sequence[Record], marks: Sequence[Mark], posts: Sequence[Post], on_written: OnWritten) -> None:
         self.batches.append(([record.key for record in records], [mark[0] for mark in marks]))
         if self.outcomes:
             asyncio.get_running_loop().call_soon(on_written, self.outcomes.pop(0) or [1] * len(records))
@@ -89,7 +89,7 @@ async def test_results_that_left_early_and_were_not_taken_wait_for_their_next_tr
 
 
 async def test_a_batch_that_cannot_be_packed_is_told_to_those_it_concerns() -> None:
-    def write(records: Sequence[Record], marks: Sequence[Mark], on_written: OnWritten) -> None:
+    def write(records: Sequence[Record], marks: Sequence[Mark], posts: Sequence[Post], on_written: OnWritten) -> None:
         raise UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed")
 
     with pytest.raises(UnicodeEncodeError):

@@ -175,9 +175,11 @@ def test_a_batch_is_told_once_by_a_number_for_each_result_or_by_an_error(
             return wires.pop()
 
         kept = KeptWire(dial, 10)
-        script = RecordScript(kept, lambda: None, lambda key: None, lambda error, since, writing: StoreUnavailable(words_of(error)))
+        script = RecordScript(
+            kept, lambda: None, lambda key: None, lambda key: None, lambda error, since, writing: StoreUnavailable(words_of(error))
+        )
         await kept.open()
-        script.write(records, [("m", b"1", 1), ("n", b"", 0)], outcomes.append)
+        script.write(records, [("m", b"1", 1), ("n", b"", 0)], [], outcomes.append)
         hear(wire, b"+OK\r\n:0\r\n" + data, cuts)
         check_end(wire)
         wire.end(Lost("over"))

@@ -1,0 +1,125 @@
+"""Writes batches of Appends: one script call for all of a batch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from redis.exceptions import InvalidResponse, NoScriptError
+
+from ..errors import StoreUnavailable
+from ..store import Append, Refusal
+from ..store_keys import INBOX_TTL_S, RESULT_TTL_S
+from ..streams import note_start
+from .append_writer import OnWritten
+from .batch_sender import Batch, BatchSender
+from .client import FAILURES, naming_the_key
+from .hot_wire import HotWire, packed
+from .kept_wire import KeptWire
+
+TEXT = (Path(__file__).parent / "append.lua").read_text()
+_DIGEST = hashlib.sha1(TEXT.encode(), usedforsecurity=False).hexdigest()
+_REFUSALS = {-1: Refusal.ENDED, -2: Refusal.TAKEN}  # of append.lua
+
+
+class _Call(Batch):
+    """One batch on its way."""
+
+    __slots__ = ("appends", "by_text", "on_written", "script")
+
+    def __init__(self, script: AppendScript, appends: Sequence[Append], on_written: OnWritten) -> None:
+        super().__init__(1)
+        self.script = script
+        self.appends = appends
+        self.on_written = on_written
+        self.by_text = False
+
+    def packed_for(self, wire: HotWire) -> bytes:
+        how = ("EVAL", TEXT) if self.by_text else ("EVALSHA", _DIGEST)
+        known = self.script.known_to(wire)
+        keys: list[str] = []
+        values: list[str | bytes | int] = [RESULT_TTL_S * 1000, INBOX_TTL_S * 1000]
+        for one in self.appends:
+            keys += (one.stream, one.owner, one.future)
+            may_lack = one.first > 1 and one.stream not in known
+            values += (one.claim, one.attempt, one.first, one.trim_to, one.ttl_ms, int(may_lack), one.ends, one.end_note)
+            values += (note_start(one.id), len(one.frames), len(one.inboxes), *one.frames, *one.inboxes)
+        return packed(*how, len(keys), *keys, *values)
+
+    def replied(self, replies: list[Any] | Exception) -> None:
+        self.script.replied(self, replies)
+
+
+class AppendScript:
+    """Writes one batch at a time over `wire`. Each call ends within CALL_BUDGET_S. If the connection ends under way, the batch is sent once
+    more over another one: the script knows what it has written.
+
+    Another connection may be to a server that was restarted and lost what it had taken last. So the script looks where a stream ends before
+    it appends to it for the first time over a connection.
+
+    `on_wrote`, `on_odd_key` and `on_failed` are called as those of `RecordScript` are.
+    """
+
+    def __init__(
+        self,
+        wire: KeptWire,
+        on_wrote: Callable[[], None],
+        on_odd_key: Callable[[str], None],
+        on_failed: Callable[[Exception, float, bool], StoreUnavailable],
+    ) -> None:
+        self._sender = BatchSender(wire)
+        self._on_wrote = on_wrote
+        self._on_odd_key = on_odd_key
+        self._on_failed = on_failed
+        self._known: set[str] = set()  # streams that were appended to over `_known_to`, and go on
+        self._known_to: HotWire | None = None
+
+    def __repr__(self) -> str:
+        return f"<AppendScript by {self._sender!r}, {len(self._known)} streams>"
+
+    def close(self) -> None:
+        """Closes the wire: calls under way are never told."""
+        self._sender.close()
+
+    def write(self, appends: Sequence[Append], on_written: OnWritten) -> None:
+        """`on_written` is called once, later."""
+        self._sender.send(_Call(self, appends, on_written))
+
+    def known_to(self, wire: HotWire) -> set[str]:
+        """The streams that this connection's server has up to their last frame."""
+        if wire is not self._known_to:
+            self._known_to, self._known = wire, set()
+        return self._known
+
+    def replied(self, call: _Call, replies: list[Any] | Exception) -> None:
+        if isinstance(replies, Exception):
+            return self._fail(call, replies)
+        match replies[0]:
+            case NoScriptError() if not call.by_text:  # the server was restarted
+                call.by_text = True
+                self._sender.send(call)
+            case Exception() as error:
+                self._fail(call, naming_the_key(error, ("EVALSHA", *(one.stream for one in call.appends))))
+            case [[*ends], [*odd]] if len(ends) == len(call.appends) and all(type(end) is int for end in ends):
+                self._written(call, ends, odd)
+            case _:
+                self._sender.hang_up()
+                self._fail(call, InvalidResponse("no reply to the append script"))
+
+    def _written(self, call: _Call, ends: list[int], odd: list[Any]) -> None:
+        self._on_wrote()
+        for key in odd:
+            self._on_odd_key(key.decode(errors="replace") if isinstance(key, bytes) else str(key))
+        for one, end in zip(call.appends, ends, strict=True):
+            if end < one.first - 1 or one.ends:  # a refusal, a gap, or over
+                self._known.discard(one.stream)
+            else:
+                self._known.add(one.stream)
+        call.on_written([_REFUSALS.get(end, end) for end in ends])
+
+    def _fail(self, call: _Call, error: Exception) -> None:
+        """An error that no server causes is passed on as it is."""
+        self._known.difference_update(one.stream for one in call.appends)
+        call.on_written(self._on_failed(error, call.began, True) if isinstance(error, FAILURES) else error)
