@@ -120,7 +120,7 @@ class RedisStore:
     def now_ms(self) -> int:
         return int(time.monotonic() * 1000 + self._offset_ms)
 
-    # Results: collected in this turn, written by one script call.
+    # Results and streams: collected in this turn, written by one script call each.
 
     def record(self, record: Record) -> asyncio.Future[bool]:
         return self._writer.record(record)
@@ -149,8 +149,6 @@ class RedisStore:
         wire = await dial(self._blocking, CALL_BUDGET_S)
         self.health.answered()
         return wire
-
-    # Streams.
 
     def append_then(self, append: Append, on_appended: OnAppended) -> None:
         self._appends.append_then(append, on_appended)
@@ -377,7 +375,8 @@ class RedisStore:
         self._record.close()
         self._append.close()
         self._large_wire.close()
-        for task in (self._leaving, *self._tasks):
+        self._leaving.cancel()
+        for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for client in (self._commands, self._large, self._blocking):
