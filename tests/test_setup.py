@@ -76,10 +76,15 @@ def test_rights_end_at_the_namespace() -> None:
             assert not re.search(pattern, queue_names.backend_queue("a-bc", "x", 1))
             assert not re.search(pattern, "a-bxrequests")
     for role in ROLES:
-        assert all(rule.partition("~")[2].startswith("mqserve:a-b:") for rule in acl_rules("a-b", role) if "~" in rule)
+        assert all(rule.partition("~")[2].startswith("mqserve:a-b:") for rule in each_rule("a-b", role) if "~" in rule)
 
 
 def test_no_role_has_a_command_that_shows_or_changes_the_server() -> None:
-    granted = {rule for role in ROLES for rule in acl_rules("n", role) if rule.startswith("+")}
+    granted = {rule for role in ROLES for rule in each_rule("n", role) if rule.startswith("+")}
     assert not granted & {"+keys", "+scan", "+config", "+flushall", "+flushdb", "+debug", "+acl", "+client", "+shutdown", "+monitor"}
     assert not [rule for rule in granted if rule.startswith("+@")]
+
+
+def each_rule(namespace: str, role: str) -> list[str]:
+    """With those of selectors one by one."""
+    return " ".join(acl_rules(namespace, role)).replace("(", "").replace(")", "").split()

@@ -78,7 +78,11 @@ class EmbeddedStore:
         on_recorded(fresh)
 
     def append_then(self, append: Append, on_appended: OnAppended) -> None:
-        if refused := refusal(append, self._read(append.owner), self._read(append.future)):
+        result = self._read(append.future)
+        if result is not None and result == append.ends:  # our own, or equal
+            self._tell_readers(append)
+            return on_appended(append.first - 1 + len(append.frames))
+        if refused := refusal(append, self._read(append.owner), result):
             return on_appended(refused)
         stream = self._stream(append.stream) or Stream()
         if (last := stream.append(append)) >= append.first - 1:
@@ -86,10 +90,13 @@ class EmbeddedStore:
             self._streams[append.stream] = (stream, time.monotonic() + append.ttl_ms / 1000)
             if append.ends:
                 self._write(append.future, append.ends, RESULT_TTL_S * 1000, only_new=True)
-            if notes := notes_of(append):
-                for inbox in append.inboxes:
-                    self._post_all(inbox, notes)
+            self._tell_readers(append)
         on_appended(last)
+
+    def _tell_readers(self, append: Append) -> None:
+        if notes := notes_of(append):
+            for inbox in append.inboxes:
+                self._post_all(inbox, notes)
 
     async def read_stream(self, key: str, after: Place, count: int = 64) -> list[tuple[Place, bytes]]:
         stream = self._stream(key)
@@ -229,6 +236,7 @@ class EmbeddedStore:
     async def close(self) -> None:
         self._values.clear()
         self._hashes.clear()
+        self._streams.clear()
 
     def _read(self, key: str) -> bytes | None:
         value, expiry = self._values.get(key, (None, 0.0))

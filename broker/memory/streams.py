@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+
 from ..store import Append, Place, Refusal
 from ..streams import note_of
+
+_Entry = tuple[Place, bytes]
 
 
 class Stream:
@@ -11,33 +15,33 @@ class Stream:
 
     def __init__(self) -> None:
         self.last = 0
-        self._entries: list[tuple[Place, bytes]] = []
+        self._entries: list[_Entry] = []  # places and numbers rise
 
     def __repr__(self) -> str:
         return f"<Stream up to {self.last}, {len(self._entries)} kept>"
 
     def append(self, append: Append) -> int:
-        """Returns the number of the last frame, or of the one before a gap; see `OnAppended`."""
-        before = max(self.last, append.trim_to)
-        if before < append.first - 1:
-            return before
-        self.last = before
+        """Returns the number of the last frame; one below `first - 1` means a gap, and nothing written."""
+        before = append.first - 1
+        if max(self.last, append.trim_to) < before:
+            return max(self.last, append.trim_to)
+        attempt = max(append.attempt, self._entries[-1][0].attempt if self._entries else 0)
         for seq, frame in enumerate(append.frames, append.first):
             if seq > self.last:
-                self._entries.append((Place(append.attempt, seq), frame))
+                self._entries.append((Place(attempt, seq), frame))
                 self.last = seq
-        if append.trim_to:
-            self._entries = [entry for entry in self._entries if entry[0].seq > append.trim_to]
-        return self.last
+        del self._entries[: bisect_right(self._entries, append.trim_to, key=_seq)]
+        return max(self.last, append.trim_to, before + len(append.frames))
 
-    def behind(self, after: Place, count: int) -> list[tuple[Place, bytes]]:
-        return [entry for entry in self._entries if entry[0] > after][:count]
+    def behind(self, after: Place, count: int) -> list[_Entry]:
+        start = bisect_right(self._entries, after, key=_place)
+        return self._entries[start : start + count]
 
 
 def refusal(append: Append, owner: bytes | None, result: bytes | None) -> Refusal | None:
-    """Why nothing of it may be written. An end that stands there already is our own, of a call that was repeated."""
+    """Why nothing of it may be written."""
     if result is not None:
-        return None if append.ends and result == append.ends else Refusal.ENDED
+        return Refusal.ENDED
     return Refusal.TAKEN if owner is not None and owner != append.claim else None
 
 
@@ -45,3 +49,11 @@ def notes_of(append: Append) -> list[bytes]:
     """What each inbox is told."""
     notes = [note_of(append.id, seq, frame) for seq, frame in enumerate(append.frames, append.first)]
     return [*notes, append.end_note] if append.ends else notes
+
+
+def _place(entry: _Entry) -> Place:
+    return entry[0]
+
+
+def _seq(entry: _Entry) -> int:
+    return entry[0].seq

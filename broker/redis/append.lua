@@ -73,7 +73,8 @@ local function tell(one)
   end
 end
 
--- Appends the frames that the stream lacks. Returns the number of its last frame. One below `first - 1` means a gap, and nothing written.
+-- Appends the frames that the stream lacks. Returns the number of its last frame, and that frame's attempt. A number below `first - 1` means
+-- a gap, and nothing written.
 local function add(one)
   local attempt, last, before = one.attempt, 0, one.first - 1
   local function look()
@@ -97,7 +98,7 @@ local function add(one)
       end
     end
   end
-  return math.max(last, one.trim_to, before + #one.frames)
+  return math.max(last, one.trim_to, before + #one.frames), attempt
 end
 
 local function append(one)
@@ -109,10 +110,10 @@ local function append(one)
   if result then return ENDED end
   local owner = checked(try(one.owner, 'GET', one.owner))
   if owner and owner ~= one.claim then return TAKEN end
-  local last = add(one)
+  local last, attempt = add(one)
   if last < one.first - 1 then return last end
   redis.call('SET', one.owner, one.claim, 'PX', one.ttl)
-  if one.trim_to > 0 then trim(one.stream, one.attempt, one.trim_to) end
+  if one.trim_to > 0 then trim(one.stream, attempt, one.trim_to) end
   redis.call('PEXPIRE', one.stream, one.ttl)
   if one.ends ~= '' then redis.call('SET', one.future, one.ends, 'NX', 'PX', ARGV[1]) end
   tell(one)

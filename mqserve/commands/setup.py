@@ -30,11 +30,14 @@ class BrokerRights(NamedTuple):
 
 
 class StoreRights(NamedTuple):
-    """The rights of Redis: keys to read, keys to write, commands."""
+    """The rights of Redis: keys to read, keys to write, and commands; and keys that may only be dropped, and lists that may only be
+    appended to."""
 
     reads: frozenset[str]
     writes: frozenset[str]
     commands: tuple[str, ...]
+    drops: frozenset[str] = frozenset()
+    posts: frozenset[str] = frozenset()
 
 
 def print_setup(namespace: str, what: str, vhost: str, env: Mapping[str, str]) -> str:
@@ -108,7 +111,10 @@ _CONNECTING = ("ping", "select", "time", "script|load")  # auth and hello need n
 _DOCUMENTS = ("get", "mget", "subscribe", "unsubscribe", "publish")
 _BEATING = ("hset", "hdel")
 _TELLING = ("xadd", "pexpire")  # for cancellations
-_CALLING = ("set", "evalsha", "eval", "blmpop", *_TELLING)  # for sending requests and waiting for results
+_CALLING = ("set", "evalsha", "eval", "blmpop", "xrange", *_TELLING)  # for sending requests and waiting for results
+_STREAMING = ("xinfo|stream", "xlen", "xtrim")
+_DROPPING = ("pexpire",)
+_POSTING = ("pexpire", "rpush")
 
 
 def store_rights(namespace: str) -> dict[str, StoreRights]:
@@ -116,14 +122,19 @@ def store_rights(namespace: str) -> dict[str, StoreRights]:
     keys = StoreKeys(namespace)
     documents = {keys.desired, keys.observed}
     results = {keys.future("*"), keys.body("*")}
+    streams = {keys.stream("*"), keys.owner("*")}
+    feeds = {keys.feed("*")}
     counts = {keys.start("*"), keys.attempts("*"), keys.redeliveries("*"), keys.claim("*")}
     calls = _CONNECTING + _DOCUMENTS + _CALLING
 
     def inbox(role: str) -> set[str]:
         return {keys.inbox(f"{role}-*")}
 
-    def rights(reads: set[str], writes: set[str], commands: tuple[str, ...]) -> StoreRights:
-        return StoreRights(frozenset(reads), frozenset(writes), commands)
+    def rights(reads: set[str], writes: set[str], commands: tuple[str, ...], *, reads_streams: bool = False) -> StoreRights:
+        if not reads_streams:
+            return StoreRights(frozenset(reads), frozenset(writes), commands)
+        # Whoever reads a streamed answer drops it at its end and tells the replica what it has taken, and writes no part of it.
+        return StoreRights(frozenset(reads | streams), frozenset(writes), commands, frozenset(streams), frozenset(feeds))
 
     everything = {f"mqserve:{namespace}:*"}
     counting = ("incr", "incrby", "del")
@@ -141,17 +152,19 @@ def store_rights(namespace: str) -> dict[str, StoreRights]:
             {*documents, *results, *inbox("proxy"), keys.start("*"), keys.code(f"{FOR_ALL}*"), keys.cancelled},
             {*results, *inbox("proxy"), keys.beats, keys.cancelled},
             (*calls, *_BEATING, "xread"),
+            reads_streams=True,
         ),
         # A replica sends and waits through handles of its own; it may write to others' inboxes, but not read them.
         "replica": rights(
-            {*documents, *results, *counts, *inbox("replica"), keys.code("*"), keys.instance, keys.ended, keys.cancelled},
-            {*results, *counts, *inbox("replica"), keys.inbox("*"), keys.beats, keys.cancelled},
-            (*calls, *_BEATING, *counting, "rpush", "xread"),
+            {*documents, *results, *counts, *streams, *feeds, *inbox("replica"), keys.code("*"), keys.instance, keys.ended, keys.cancelled},
+            {*results, *counts, *streams, *feeds, *inbox("replica"), keys.inbox("*"), keys.beats, keys.cancelled},
+            (*calls, *_BEATING, *counting, *_STREAMING, "rpush", "xread"),
         ),
         "client": rights(
             {*documents, *results, *inbox("client"), keys.start("*"), keys.instance, keys.ended, keys.beats},
             {*results, *inbox("client"), keys.desired, keys.code("*"), keys.cancelled},
             (*calls, "hgetall", "exists"),  # of files it asks which the store has, and reads none
+            reads_streams=True,
         ),
     }
 
@@ -169,7 +182,15 @@ def acl_rules(namespace: str, role: str) -> list[str]:
         *(f"%W~{key}" for key in sorted(rights.writes - both)),
         "-@all",
         *(f"+{command}" for command in sorted(rights.commands)),
+        *_selector(rights.drops, _DROPPING),
+        *_selector(rights.posts, _POSTING),
     ]
+
+
+def _selector(keys: frozenset[str], commands: tuple[str, ...]) -> list[str]:
+    """The rule that allows these commands, and no others, to write these keys."""
+    rules = [*(f"%W~{key}" for key in sorted(keys)), *(f"+{command}" for command in sorted(commands))]
+    return [f"({' '.join(rules)})"] if keys else []
 
 
 def acl_file(namespace: str, passwords: Mapping[str, str]) -> str:

@@ -21,11 +21,13 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from mqserve.broker.envelope import Header, mint_id
-from mqserve.broker.redis.store import open_redis
+from mqserve.broker.redis.store import RedisStore, open_redis
 from mqserve.broker.store_keys import StoreKeys
 from mqserve.broker.values.code import Code
 from mqserve.commands.setup import acl_rules, broker_rights
 from mqserve.controller.lease import has_ended
+from tests.broker.streaming import append_of, appended, frames_of, told
+from tests.broker.traffic import until
 from tests.conftest import running
 from tests.faults.composed import ROLES, Composed, configured, dot_env
 from tests.instances import wait_until
@@ -222,6 +224,50 @@ client.delete_backend("passing")
     assert done.stdout == "two\n", done.stderr
 
 
+@pytest.mark.parametrize("role", ["proxy", "client"])
+def test_a_replica_writes_a_stream_and_its_reader_reads_it_gives_credit_and_drops_it(composed: Composed, role: str) -> None:
+    keys, name = StoreKeys("mqserve"), mint_id()
+    inbox, feed = keys.inbox(f"{role}-{name}"), keys.feed(name)
+    notes: list[bytes] = []
+    credits: list[bytes] = []
+
+    async def write(replica: RedisStore) -> None:
+        for number, trim_to in ((1, 0), (2, 1)):
+            claim = b"run %d" % number
+            assert await replica.replace(keys.owner(name), None if number == 1 else b"run 1", claim)
+            append = append_of(keys, number, b"frame", id=name, claim=claim, attempt=number, inboxes=(inbox,), trim_to=trim_to)
+            assert await appended(replica, append) == number
+        assert await replica.last_of_stream(keys.stream(name)) == 2
+
+    async def read(reader: RedisStore) -> None:
+        await until(lambda: told(notes) == [(name, 1, b"frame"), (name, 2, b"frame")])
+        assert await frames_of(reader, keys, name) == [(2, 2, b"frame")]
+        assert await reader.get(keys.owner(name)) == b"run 2"
+        reader.post(feed, b"credit")
+        await until(lambda: credits == [b"credit"])
+        for key in (keys.stream(name), keys.owner(name)):
+            reader.drop_soon(key)
+
+        async def is_gone() -> bool:
+            return not await frames_of(reader, keys, name) and await reader.get(keys.owner(name)) is None
+
+        await until(is_gone)
+
+    async def flow() -> None:
+        urls = [composed.url("redis", user) for user in ("replica", role)]
+        async with open_redis(urls[0], "mqserve") as replica, open_redis(urls[1], "mqserve") as reader:
+            listeners = [
+                asyncio.create_task(reader.read_inbox(inbox, notes.extend, lambda: None)),
+                asyncio.create_task(replica.read_inbox(feed, credits.extend, lambda: None)),
+            ]
+            await write(replica)
+            await read(reader)
+            for listener in listeners:
+                listener.cancel()
+
+    asyncio.run(flow())
+
+
 def test_an_operator_sees_the_instance_by_the_controllers_user(composed: Composed) -> None:
     shown = composed.shell("controller").run("status").stdout
     assert all(name in shown for name in ("worker", "proxy-", "double#", "/relay"))
@@ -308,11 +354,15 @@ def test_rabbitmq_takes_no_message_in_anothers_name(composed: Composed) -> None:
 ROOT_KEY = "mqserve:mqserve"
 OF_NOBODY = ["KEYS *", "SCAN 0", "CONFIG GET *", "FLUSHALL", "FLUSHDB", "DEBUG SLEEP 0", "ACL LIST", "CLIENT LIST", "MONITOR", "SHUTDOWN"]
 OF_NOBODY += ["GET mqserve:other:desired", "SET elsewhere 1", "PUBLISH elsewhere x", "MODULE LIST", "SLAVEOF NO ONE", "SAVE", "RENAME a b"]
+OF_NO_READER = [f"XADD {ROOT_KEY}:stream:{{x}} 1-1 f x", f"XTRIM {ROOT_KEY}:stream:{{x}} MINID 1", f"SET {ROOT_KEY}:owner:{{x}} x"]
+OF_NO_READER += [f"RPUSH {ROOT_KEY}:stream:{{x}} x", f"BLMPOP 1 1 {ROOT_KEY}:feed:x LEFT", f"SET {ROOT_KEY}:feed:x x"]
 OF_CONTROLLER = [f"SET {ROOT_KEY}:{name} x" for name in ("observed", "leader", "instance")]
 STORE_REFUSALS: dict[str, list[str]] = {
     "controller": [],
     "node": [
-        *(f"GET {ROOT_KEY}:{name}" for name in ("future:{x}", "body:{x}", "instance", "inbox:client-x")),
+        *(f"GET {ROOT_KEY}:{name}" for name in ("future:{x}", "body:{x}", "instance", "inbox:client-x", "owner:{x}")),
+        *OF_NO_READER,
+        *(f"{command} 0" for command in (f"PEXPIRE {ROOT_KEY}:stream:{{x}}", f"RPUSH {ROOT_KEY}:feed:x")),
         *(f"SET {ROOT_KEY}:{name} x" for name in ("desired", "future:{x}")),
         *OF_CONTROLLER,
     ],
@@ -322,6 +372,7 @@ STORE_REFUSALS: dict[str, list[str]] = {
         f"BLMPOP 1 1 {ROOT_KEY}:inbox:client-x LEFT",
         f"HGETALL {ROOT_KEY}:beats",
         f"DEL {ROOT_KEY}:future:{{x}}",
+        *OF_NO_READER,
         *OF_CONTROLLER,
     ],
     "replica": [
@@ -336,6 +387,7 @@ STORE_REFUSALS: dict[str, list[str]] = {
         *(f"GET {ROOT_KEY}:{name}" for name in ("code:x", "leader")),
         f"BLMPOP 1 1 {ROOT_KEY}:inbox:proxy-x LEFT",
         f"HSET {ROOT_KEY}:beats a b",
+        *OF_NO_READER,
         f"DEL {ROOT_KEY}:desired",
         *OF_CONTROLLER,
     ],
