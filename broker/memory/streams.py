@@ -15,6 +15,7 @@ class Stream:
 
     def __init__(self) -> None:
         self.last = 0
+        self._attempt = 0  # of that frame
         self._entries: list[_Entry] = []  # places and numbers rise
 
     def __repr__(self) -> str:
@@ -25,11 +26,10 @@ class Stream:
         before = append.first - 1
         if max(self.last, append.trim_to) < before:
             return max(self.last, append.trim_to)
-        attempt = max(append.attempt, self._entries[-1][0].attempt if self._entries else 0)
         for seq, frame in enumerate(append.frames, append.first):
             if seq > self.last:
-                self._entries.append((Place(attempt, seq), frame))
-                self.last = seq
+                self.last, self._attempt = seq, max(append.attempt, self._attempt)
+                self._entries.append((Place(self._attempt, seq), frame))
         del self._entries[: bisect_right(self._entries, append.trim_to, key=_seq)]
         return max(self.last, append.trim_to, before + len(append.frames))
 
