@@ -52,7 +52,7 @@ end
 local function trim(stream, attempt, up_to)
   while attempt > 1 do
     local found = checked(redis.pcall('XRANGE', stream, attempt, attempt, 'COUNT', 1))[1]
-    if found and tonumber(string.match(found[1], '-(%d+)')) <= up_to + 1 then break end
+    if found and tonumber(string.match(found[1], '-(%d+)')) <= up_to then break end
     attempt = attempt - 1
   end
   redis.call('XTRIM', stream, 'MINID', '=', string.format('%d-%d', attempt, up_to + 1))

@@ -102,7 +102,7 @@ class AppendScript:
                 self._sender.send(call)
             case Exception() as error:
                 self._fail(call, naming_the_key(error, ("EVALSHA", *(one.stream for one in call.appends))))
-            case [[*ends], [*odd]] if len(ends) == len(call.appends) and all(type(end) is int for end in ends):
+            case [[*ends], [*odd]] if len(ends) == len(call.appends) and all(type(end) is int and end >= -2 for end in ends):
                 self._written(call, ends, odd)
             case _:
                 self._sender.hang_up()

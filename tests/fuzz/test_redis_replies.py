@@ -13,16 +13,18 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mqserve.broker.errors import StoreUnavailable, words_of
+from mqserve.broker.redis.append_script import AppendScript
 from mqserve.broker.redis.client import FAILURES
 from mqserve.broker.redis.hot_wire import HotWire, Lost
 from mqserve.broker.redis.inbox import InboxReader
 from mqserve.broker.redis.kept_wire import KeptWire
 from mqserve.broker.redis.record_script import RecordScript
-from mqserve.broker.store import Record
+from mqserve.broker.store import Append, Record, Refusal
 from tests.fuzz.material import bytes_like, cases
 
 POPPED = b"*2\r\n$5\r\ninbox\r\n*2\r\n$3\r\none\r\n$0\r\n\r\n"
 WRITTEN = b"*2\r\n:1\r\n:0\r\n"
+APPENDED = b"*2\r\n*2\r\n:7\r\n:-2\r\n*1\r\n$1\r\nk\r\n"
 
 lines = st.binary(max_size=12).filter(lambda line: b"\r" not in line and b"\n" not in line)
 atoms = (
@@ -41,7 +43,13 @@ def many_of(inner: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
 
 
 replies = st.recursive(atoms, many_of, max_leaves=8)
-said = st.lists(replies, max_size=5).map(b"".join) | bytes_like(POPPED) | bytes_like(WRITTEN) | bytes_like(POPPED + WRITTEN)
+said = (
+    st.lists(replies, max_size=5).map(b"".join)
+    | bytes_like(POPPED)
+    | bytes_like(WRITTEN)
+    | bytes_like(POPPED + WRITTEN)
+    | bytes_like(APPENDED)
+)
 pieces = st.lists(st.integers(1, 30), max_size=6)
 
 
@@ -188,6 +196,40 @@ def test_a_batch_is_told_once_by_a_number_for_each_result_or_by_an_error(
         (outcome,) = outcomes
         assert not isinstance(outcome, Exception) or (isinstance(outcome, StoreUnavailable) and str(outcome))
         assert isinstance(outcome, Exception) or [type(how) for how in outcome] == [int, int]
+        script.close()
+
+    with_a_wire(loop, converse)
+
+
+@given(data=said, cuts=pieces)
+@example(data=b"-NOSCRIPT a\r\n" * 3, cuts=[])
+@example(data=APPENDED, cuts=[])
+def test_appends_are_told_once_where_their_streams_end_or_by_an_error(
+    loop: asyncio.AbstractEventLoop, data: bytes, cuts: list[int]
+) -> None:
+    appends = [Append(name, f"s{name}", f"o{name}", f"f{name}", b"c", 1, 7, (b"x",)) for name in ("a", "b")]
+
+    async def converse(wire: HotWire) -> None:
+        outcomes: list[Sequence[int | Refusal] | Exception] = []
+        wires = [wire]
+
+        async def dial() -> HotWire:
+            if not wires:
+                raise Lost("no more")
+            return wires.pop()
+
+        kept = KeptWire(dial, 10)
+        script = AppendScript(kept, lambda: None, lambda key: None, lambda error, since, writing: StoreUnavailable(words_of(error)))
+        await kept.open()
+        script.write(appends, outcomes.append)
+        hear(wire, data, cuts)
+        check_end(wire)
+        wire.end(Lost("over"))
+        while not outcomes:  # it dials again
+            await asyncio.sleep(0)
+        (outcome,) = outcomes
+        assert not isinstance(outcome, Exception) or (isinstance(outcome, StoreUnavailable) and str(outcome))
+        assert isinstance(outcome, Exception) or (len(outcome) == 2 and all(isinstance(one, int | Refusal) for one in outcome))
         script.close()
 
     with_a_wire(loop, converse)
