@@ -178,11 +178,6 @@ def note_of(future_id: str, seq: int, frame: bytes) -> bytes:
     return InboxEntry(1, future_id, CHUNK_KIND, seq, frame).to_bytes()
 
 
-def note_start(future_id: str) -> bytes:
-    """Returns what such an entry begins with, before the number and the frame: the store makes the entry from it."""
-    return InboxEntry(1, future_id, CHUNK_KIND, 0, b"").to_bytes()[:-3]  # without the number 0, one byte, and the empty frame, two
-
-
 _ENDINGS = {Outcome.CANCELLED: Ending.CANCELLED, Outcome.LATE: Ending.LATE, Outcome.GONE: Ending.GONE}
 _encode = msgspec.msgpack.Encoder().encode
 _decode_frame = msgspec.msgpack.Decoder(Frame).decode

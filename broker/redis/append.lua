@@ -1,7 +1,8 @@
 -- Appends frames to streams, trims them, and records their ends: all Appends of one batch (broker/store.py says what each one means).
 -- KEYS: stream, owner, future, ... in threes. ARGV: result TTL in ms, inbox TTL in ms, and for each Append: claim, attempt, number of the
 -- first frame, number up to which to trim, TTL in ms, '1' if the stream may have lost its last frames, the result ('' for none) and its
--- inbox entry, what an inbox entry of a frame begins with, how many frames, how many inboxes, the frames, the inboxes.
+-- inbox entry, how many frames, how many inboxes, the frames, the inboxes. A frame comes as its inbox entry, and the stream holds the same
+-- string: to make one from the other here would copy it twice.
 -- The inboxes are not in KEYS, because Redis would then demand the right to read them: a replica may write to an inbox and not read it.
 -- Returns two lists: for each Append the number of the stream's last frame, -1 if a result stands there, or -2 if another run owns the
 -- stream; and the keys that were of another type, which were deleted: one such key must not keep the other Appends from being written.
@@ -59,11 +60,7 @@ local function trim(stream, attempt, up_to)
 end
 
 local function tell(one)
-  local notes = {}
-  for i = 1, #one.frames do
-    local frame = one.frames[i]
-    notes[i] = one.note_start .. cmsgpack.pack(one.first + i - 1) .. '\198' .. struct.pack('>I4', #frame) .. frame  -- bin 32
-  end
+  local notes = one.frames
   if one.ends ~= '' then notes[#notes + 1] = one.end_note end
   for _, inbox in ipairs(#notes > 0 and one.inboxes or {}) do
     for from = 1, #notes, PORTION do
@@ -104,8 +101,9 @@ end
 local function append(one)
   local result = find_result(one.future)
   if result and result == one.ends then  -- our own, of a call that was repeated after its answer was lost
+    local last = one.first - 1 + #one.frames
     tell(one)
-    return one.first - 1 + #one.frames
+    return last
   end
   if result then return ENDED end
   local owner = checked(try(one.owner, 'GET', one.owner))
@@ -132,9 +130,9 @@ local outcomes = {}
 for k = 1, #KEYS, 3 do
   local one = {stream = KEYS[k], owner = KEYS[k + 1], future = KEYS[k + 2]}
   one.claim, one.attempt, one.first, one.trim_to = ARGV[at], tonumber(ARGV[at + 1]), tonumber(ARGV[at + 2]), tonumber(ARGV[at + 3])
-  one.ttl, one.may_lack, one.ends, one.end_note, one.note_start = ARGV[at + 4], ARGV[at + 5] == '1', ARGV[at + 6], ARGV[at + 7], ARGV[at + 8]
-  local frames, inboxes = tonumber(ARGV[at + 9]), tonumber(ARGV[at + 10])
-  at = at + 11
+  one.ttl, one.may_lack, one.ends, one.end_note = ARGV[at + 4], ARGV[at + 5] == '1', ARGV[at + 6], ARGV[at + 7]
+  local frames, inboxes = tonumber(ARGV[at + 8]), tonumber(ARGV[at + 9])
+  at = at + 10
   one.frames, one.inboxes = next_values(frames), next_values(inboxes)
   outcomes[#outcomes + 1] = append(one)
 end

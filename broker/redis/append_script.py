@@ -12,7 +12,7 @@ from redis.exceptions import InvalidResponse, NoScriptError
 from ..errors import StoreUnavailable
 from ..store import Append, Refusal
 from ..store_keys import INBOX_TTL_S, RESULT_TTL_S
-from ..streams import note_start
+from ..streams import note_of
 from .append_writer import OnWritten
 from .batch_sender import Batch, BatchSender
 from .client import FAILURES, naming_the_key
@@ -45,7 +45,8 @@ class _Call(Batch):
             keys += (one.stream, one.owner, one.future)
             may_lack = one.first > 1 and one.stream not in known
             values += (one.claim, one.attempt, one.first, one.trim_to, one.ttl_ms, int(may_lack), one.ends, one.end_note)
-            values += (note_start(one.id), len(one.frames), len(one.inboxes), *one.frames, *one.inboxes)
+            notes = [note_of(one.id, seq, frame) for seq, frame in enumerate(one.frames, one.first)]
+            values += (len(notes), len(one.inboxes), *notes, *one.inboxes)
         return packed(*how, len(keys), *keys, *values)
 
     def replied(self, replies: list[Any] | Exception) -> None:

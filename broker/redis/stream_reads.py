@@ -1,4 +1,5 @@
-"""Reads of streamed answers. Entries of another shape, which are not ours, are left out."""
+"""Reads of streamed answers: an entry holds what an inbox is told of the same frame. Entries of another shape, which are not ours, are left
+out."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from typing import Any
 
 from redis.exceptions import ResponseError
 
+from ..results import CHUNK_KIND, read_entry
 from ..store import Place
 from .client import Client
 from .kept_wire import KeptWire
@@ -34,8 +36,9 @@ async def read_last(client: Client, key: str) -> int:
 
 def _entry_of(reply: Any) -> tuple[Place, bytes] | None:
     match reply:
-        case [id_, [field, bytes() as frame]] if field == FIELD and (place := _place_of(id_)) is not None:
-            return place, frame
+        case [id_, [field, bytes() as raw]] if field == FIELD and (place := _place_of(id_)) is not None:
+            note = read_entry(raw)
+            return None if note is None or note.kind != CHUNK_KIND else (place, note.payload)
     return None
 
 

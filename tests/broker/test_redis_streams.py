@@ -13,6 +13,7 @@ from mqserve.broker.redis.result_writer import FLUSH_BYTES
 from mqserve.broker.redis.store import open_redis
 from mqserve.broker.store import Append, Place, Refusal, StoreClosed
 from mqserve.broker.store_keys import INBOX_TTL_S, STREAM_TTL_S, StoreKeys
+from mqserve.broker.streams import note_of
 from tests.broker.streaming import START, append_of, appended, appended_at_last, frames_of, told
 from tests.broker.test_store_contract import reading
 from tests.broker.traffic import until
@@ -47,7 +48,7 @@ async def test_each_stream_is_looked_at_when_it_is_first_appended_to_over_anothe
             await appended(store, append_of(keys, 1, b"a", b"b", b"c", id=name))
         for name in ("f", "g"):
             store_server.say("DEL", keys.stream(name))
-            store_server.say("XADD", keys.stream(name), "1-1", "f", "a")
+            store_server.say("XADD", keys.stream(name), "1-1", "f", note_of(name, 1, b"a"))
         kill_connections(store_server)
         assert await appended_at_last(store, append_of(keys, 1, b"x", id="another")) == 1  # which opens the connection
         for name in ("f", "g"):
@@ -209,7 +210,8 @@ async def test_entries_that_are_not_ours_are_left_out(store_server: PrivateRedis
     async with open_redis(store_server.url, namespace) as store:
         await appended(store, append_of(keys, 1, b"a"))
         store_server.say("XADD", keys.stream("f"), "1-2", "another", "program's")
-        store_server.say("XADD", keys.stream("f"), "1-3", "f", "b", "and", "more")
+        store_server.say("XADD", keys.stream("f"), "1-3", "f", note_of("f", 3, b"b"), "and", "more")
+        store_server.say("XADD", keys.stream("f"), "1-4", "f", "no entry")
         assert await store.read_stream(keys.stream("f"), START) == [(Place(1, 1), b"a")]
 
 

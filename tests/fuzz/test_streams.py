@@ -5,8 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mqserve.broker.errors import BadEnvelope
-from mqserve.broker.results import read_entry
-from mqserve.broker.streams import FRAME_BYTES, Credit, Form, Frame, Head, Owner, frames_of, note_of, note_start, read_credit
+from mqserve.broker.streams import FRAME_BYTES, Credit, Form, Frame, Head, Owner, frames_of, read_credit
 from tests.fuzz.material import bytes_like, good_text, plain
 
 heads = st.builds(
@@ -66,11 +65,3 @@ def test_a_chunk_is_cut_into_frames_that_are_all_of_it(size: int, head: Head | N
     assert all(len(frame.data) <= FRAME_BYTES for frame in cut)
     assert [frame.more for frame in cut] == [True] * (len(cut) - 1) + [False]
     assert [frame.head for frame in cut] == [head] + [None] * (len(cut) - 1)
-
-
-@given(good_text, st.integers(1, 2**53), st.binary(max_size=300))
-def test_a_note_begins_as_it_is_said_to(future_id: str, seq: int, frame: bytes) -> None:
-    note, start = note_of(future_id, seq, frame), note_start(future_id)
-    assert note.startswith(start) and note.endswith(frame)
-    by_the_store = start + msgspec.msgpack.encode(seq) + b"\xc6" + len(frame).to_bytes(4, "big") + frame
-    assert read_entry(by_the_store) == read_entry(note)
