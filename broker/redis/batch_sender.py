@@ -76,7 +76,7 @@ class BatchSender:
     def _replied(self, batch: Batch, replies: list[Any] | Exception) -> None:
         if self._wire.is_closed:
             return
-        if isinstance(replies, Lost | TimeoutError) and batch.tries_left > 0 and batch.left_s > 0:
+        if isinstance(replies, Exception) and isinstance(replies, Lost | TimeoutError) and batch.tries_left > 0 and batch.left_s > 0:
             self.send(batch)
         else:
             batch.replied(replies)

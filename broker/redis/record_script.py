@@ -32,15 +32,17 @@ class _Call(Batch):
     def __init__(
         self, script: RecordScript, records: Sequence[Record], marks: Sequence[Mark], posts: Sequence[Post], on_written: OnWritten
     ) -> None:
-        by_digest = [self._script("EVALSHA", _DIGEST, records)] if records else []
-        super().__init__(len(marks) + 2 * len(posts) + len(by_digest))
+        super().__init__(len(marks) + 2 * len(posts) + bool(records))
         self.script = script
         self.records = records
         self.marks = marks
         self.posts = posts
         self.on_written = on_written
         self.by_text = False
-        self.commands = b"".join([*(_packed_mark(mark) for mark in marks), *(_packed_post(post) for post in posts), *by_digest])
+        commands = [*map(_packed_mark, marks), *map(_packed_post, posts)]
+        if records:
+            commands.append(self._script("EVALSHA", _DIGEST, records))
+        self.commands = b"".join(commands)
 
     def packed_for(self, wire: HotWire) -> bytes:
         return self.commands
@@ -102,7 +104,7 @@ class RecordScript:
         if isinstance(replies, Exception):
             return self._fail(call, replies)
         marked = self._marked(call, replies)
-        posted = self._posted(call, replies[len(call.marks) :]) if call.posts else False
+        posted = bool(call.posts) and self._posted(call, replies[len(call.marks) :])
         if call.records:
             self._written(call, replies[-1])
         else:
