@@ -52,7 +52,7 @@ end
 -- the last frame to remove, and only the first attempt needs no look.
 local function trim(stream, attempt, up_to)
   while attempt > 1 do
-    local found = checked(redis.pcall('XRANGE', stream, attempt, attempt, 'COUNT', 1))[1]
+    local found = redis.call('XRANGE', stream, attempt, attempt, 'COUNT', 1)[1]
     if found and tonumber(string.match(found[1], '-(%d+)')) <= up_to then break end
     attempt = attempt - 1
   end

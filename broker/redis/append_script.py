@@ -84,6 +84,10 @@ class AppendScript:
         """Closes the wire: calls under way are never told."""
         self._sender.close()
 
+    def hang_up(self) -> None:
+        """Leaves this connection: the next batch goes over another one, perhaps to another server."""
+        self._sender.hang_up()
+
     def write(self, appends: Sequence[Append], on_written: OnWritten) -> None:
         """`on_written` is called once, later."""
         self._sender.send(_Call(self, appends, on_written))

@@ -1,6 +1,6 @@
-"""A connection to Redis of our own, for what every request needs, the record script (`record_script.py`) and the inbox (`inbox.py`), and
-for two commands that redis-py makes dear: the beat that each member writes every second, and the reads of large values (`store.py`). All
-other commands go through redis-py.
+"""A connection to Redis of our own, for what every request needs, the record script (`record_script.py`) and the inbox (`inbox.py`), for
+streams (`append_script.py`), and for two commands that redis-py makes dear: the beat that each member writes every second, and the reads of
+large values (`store.py`). All other commands go through redis-py.
 
 It replaces redis-py's pool, streams, timeouts and tasks in these places, where they cost several times as much as the command itself.
 Here a command is one write to the transport, its reply one call of a function, and all deadlines of a connection share one timer. redis-py
@@ -56,8 +56,8 @@ class _Asked:
 class HotWire(asyncio.Protocol):
     """One open connection. It ends once, for a reason (`error`), and is never opened again; `dial` opens another one.
 
-    It does not heed `pause_writing`, since what it has to write is bounded: one batch of results of a bounded size, two BLMPOPs of the
-    inbox, and one short command (a beat, or the GET of a large value) for each task that waits for its reply.
+    It does not heed `pause_writing`, since what it has to write is bounded: one batch of results or appends of a bounded size, two
+    BLMPOPs of the inbox, and one short command (a beat, or the GET of a large value) for each task that waits for its reply.
     """
 
     def __init__(self, writer: asyncio.StreamWriter) -> None:

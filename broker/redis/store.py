@@ -414,8 +414,8 @@ class RedisStore:
             self._leaving.start(self._leave_server())
 
     async def _leave_server(self) -> None:
-        self._wire.hang_up()
-        self._large_wire.hang_up()
+        for wire in (self._wire, self._large_wire, self._append):
+            wire.hang_up()
         for client in (self._commands, self._large, self._blocking):
             await client.connection_pool.disconnect(inuse_connections=False)
 

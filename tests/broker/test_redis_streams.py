@@ -146,6 +146,18 @@ async def test_what_is_not_appended_by_the_close_is_told_so(store_server: Privat
     assert [type(outcome) for outcome in outcomes[1:]] == [StoreClosed] and isinstance(outcomes[0], StoreUnavailable)
 
 
+async def test_a_demoted_server_is_left_for_the_one_that_its_address_leads_to_now(namespace: str, keys: StoreKeys) -> None:
+    with PrivateRedis() as old, PrivateRedis() as new, Wire(old.url) as wire:
+        async with open_redis(wire.url, namespace) as store:
+            assert await appended(store, append_of(keys, 1, b"a")) == 1
+            wire.lead_to(new.url)  # what is open stays open
+            old.say("REPLICAOF", "127.0.0.1", new.port)
+            assert await appended_at_last(store, append_of(keys, 2, b"b")) == 0
+            assert await appended(store, append_of(keys, 1, b"a", b"b")) == 2
+            assert new.say("XLEN", keys.stream("f")) == 2
+            old.say("REPLICAOF", "NO", "ONE")  # a primary waits for its copies before it ends
+
+
 # Keys of another type: of another program.
 
 ODD: dict[str, Callable[[StoreKeys], str]] = {
