@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import AsyncGeneratorType, GeneratorType
 from typing import Any
 
 from starlette.responses import Response
@@ -36,8 +37,8 @@ logger = logging.getLogger(__name__)
 
 _RESULTS = frozenset((type(None), bool, int, float, str, bytes, list, dict))  # most results have these types, and need no check
 
-Answer = Result | Response
-"""A result, or a Response that `respond` must run to get one."""
+Answer = Result | Response | Generator[Any, Any, Any] | AsyncGenerator[Any, Any]
+"""A result, or a Response that `respond` must run to get one, or a generator whose values are the answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +158,11 @@ class Execution:
     # Out: the answer.
 
     def _answer(self, value: Any, job: Job) -> Answer:
-        if isinstance(value, Response) and not is_whole(value):
-            return value
+        if type(value) not in _RESULTS:
+            if isinstance(value, Response) and not is_whole(value):
+                return value
+            if isinstance(value, GeneratorType | AsyncGeneratorType):
+                return value
         return self._result(value, job.envelope)
 
     def _whole(self, response: Response, job: Job) -> Result:
@@ -168,10 +172,8 @@ class Execution:
             return self.failed(error, job)
 
     def _result(self, value: Any, envelope: Envelope) -> Result:
-        if type(value) not in _RESULTS and (inspect.isawaitable(value) or inspect.isgenerator(value) or inspect.isasyncgen(value)):
-            raise BadType(
-                f"the handler returned a {type(value).__name__}, which is no result: write `async def` and await it, or return a list"
-            )
+        if type(value) not in _RESULTS and inspect.isawaitable(value):
+            raise BadType(f"the handler returned a {type(value).__name__}, which is no result: write `async def` and await it")
         if envelope.header.origin == "handle":
             result = value_result(value, self.backend, envelope.id, self.signer)
         else:

@@ -18,12 +18,13 @@ from ..broker.process.rate_limited_log import RateLimitedLog
 from ..broker.queue import Delivery, Queue
 from ..broker.results import Outcome, Phase, Result, gone_result, late_result
 from ..broker.settings import Settings
-from ..broker.store import Store
+from ..broker.store import Refusal, Store
 from ..broker.store_keys import StoreKeys
 from ..controller.state.config import MAX_REQUEST_TIMEOUT_S, BackendConfig
 from ..controller.state.documents import Backend
 from .admission import Admission
 from .consumers import Consumers
+from .flows import FlowEnds, Flows
 from .handler import Handler
 from .metrics import ReplicaMetrics
 from .register import Register
@@ -87,6 +88,8 @@ class RequestLoop:
         self._consumers = Consumers(
             backend.name, queue, store, self._window.size, self._on_delivery, self._settle_unstored, self._give_back_waiting
         )
+        self._flows = Flows(store, keys, replica_id, self._flow_ends())
+        worker.flowing.on_touched = self._flows.on_touched
         self._rhythm = Rhythm(self._is_idle)
         self.served = 0
         self._config = backend.config
@@ -162,6 +165,8 @@ class RequestLoop:
             check_calls(self._backend, self._register, self._config.request_timeout_s)
             self._mark_long_runs()
             self._spare_the_waiting()
+            if self._flows.needs_time:
+                self._flows.check()
             if (now := time.monotonic()) >= ask_at:
                 ask_at = now + _ASK_EVERY_S
                 check_silence(self._backend, self._register, self._worker)
@@ -173,7 +178,7 @@ class RequestLoop:
 
     def _is_idle(self) -> bool:
         """Whether there is nothing to time: no request, no end of the backend, no slow call."""
-        return self._register.is_empty and self._end is None and not self._consumers.held_off
+        return self._register.is_empty and self._end is None and not self._consumers.held_off and not self._flows.needs_time
 
     def _settle_unstored(self) -> bool:
         """Requeues, while the store is away, the requests that have not started and those whose results cannot be stored; returns whether
@@ -289,9 +294,38 @@ class RequestLoop:
 
     def _give_up(self, job: Job, result: Result) -> None:
         """Answers the request with `result` now. If its call runs, the slot is free only when the call has ended."""
+        flow = job.flow
+        if flow is not None:
+            result = self._flows.give_up(flow, result)
         if job.started and is_kept(job.envelope) and job.given_up is None:
             self._settlement.record(job, result).add_done_callback(_recorded_or_not)
         self._worker.give_up(job, result)
+        if flow is not None:
+            self._flows.settle_given_up(job, flow, result)
+
+    # Streams.
+
+    def _flow_ends(self) -> FlowEnds:
+        return FlowEnds(
+            shown=self._shown, streamed=self._streamed, done=self.on_done, refused=self._refused, failed=self._settlement.fail,
+            give_up=self._give_up, stop=self._worker.give_up, resume=self._worker.resume,
+        )  # fmt: skip
+
+    def _shown(self, job: Job) -> None:
+        """Gives a stream whose head is shown the time that a run has at most."""
+        job.deadline = job.started + MAX_REQUEST_TIMEOUT_S
+        job.envelope = job.envelope.due_at(self._store.now_ms() + int((job.deadline - time.monotonic()) * 1000))
+
+    def _streamed(self, job: Job, result: Result) -> None:
+        self.served += 1
+        self._metrics.done(job.envelope, result, self._store.now_ms(), job.run_s, len(job.batch) or 1)
+        self._settlement.streamed(job)
+
+    def _refused(self, job: Job, refusal: Refusal) -> None:
+        if refusal is Refusal.ENDED:
+            self._settlement.streamed(job)
+        else:
+            self._settlement.ack(job, body_stays=True)  # another run writes the stream, and needs the body
 
     # Taking.
 

@@ -169,6 +169,10 @@ class Settlement:
             self._await_for(job, self.start(job, self._admission.forget(job.envelope)))
         self.ack(job)
 
+    def streamed(self, job: Job) -> None:
+        """Acks a request whose result the store has behind the chunks of its answer."""
+        self._answered(job)
+
     def _cannot_answer(self, job: Job, error: BaseException) -> None:
         self._unanswered.say(f"giving back finished requests of {self._backend}: their results could not be stored or sent ({error})")
         self.give_back(job, later=True)

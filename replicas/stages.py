@@ -13,6 +13,7 @@ import msgspec
 from ..broker.envelope import Envelope
 from ..broker.queue import Delivery
 from ..broker.results import Phase, Result, late_result
+from .outgoing import Outgoing
 
 
 class Stage(Enum):
@@ -64,6 +65,7 @@ class Job(msgspec.Struct, eq=False):
     batch: Sequence[Job] = ()  # all jobs of its call, if there are several
     task: asyncio.Task[None] | None = None  # the task of an async call
     request: object = None  # the object that the handler got
+    flow: Outgoing | None = None  # its answer, if that is streamed
 
     @property
     def stage(self) -> Stage:

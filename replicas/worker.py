@@ -36,7 +36,9 @@ from .batching import Gathering
 from .call_contexts import CallContexts
 from .context import ReplicaContext, enter_context, running_jobs
 from .execute import Answer, Execution
+from .generators import Generators, HandOver
 from .handler import Method
+from .sinks import Sinks
 from .stages import Job
 from .suspects import BeforeSuspects, Marking
 from .threads import Threads
@@ -83,6 +85,9 @@ class Worker:
             lambda job: self._put(job, job.unwanted_result),
             lambda wait_s, callback: self._loop.call_later(wait_s, self._without_loop, callback),
         )
+        self.flowing = HandOver()
+        self.sinks = Sinks(context.backend_tag, context.replica_tag, self.flowing.touch)
+        self._generators = Generators(self, self.sinks)
         self._results: deque[tuple[Job, Result]] = deque()
         self._io_woken = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -331,10 +336,12 @@ class Worker:
         """Hands over the answers of a call; `context` is that of a plain call. A Response that must be run for its result runs on the
         loop."""
         for job, answer in zip(jobs, answers, strict=True):
-            if isinstance(answer, Response):
+            if isinstance(answer, Result):
+                self._put(job, answer)
+            elif isinstance(answer, Response):
                 self._run_task(self._respond(job, answer), copy_context() if context is None else context, [job])
             else:
-                self._put(job, answer)
+                self._generators.start(job, answer, copy_context() if context is None else context)
 
     async def _respond(self, job: Job, response: Response) -> None:
         assert self._execution is not None
@@ -375,6 +382,8 @@ class Worker:
         task = job.task
         if task is not None and all(other.given_up for other in job.batch if other.task is task):
             self._loop.call_soon(task.cancel)  # a turn later: a task that is cancelled before its first step reports no end
+        elif task is None:
+            self._generators.cancel(job)
 
     def _measure(self, jobs: Sequence[Job]) -> None:
         self.run_s = moving_average(self.run_s, time.monotonic() - jobs[0].started)
@@ -412,7 +421,67 @@ class Worker:
             self._free_threads += more_threads
         self._take()
 
+    # For generators.
+
+    @property
+    def execution(self) -> Execution:
+        assert self._execution is not None
+        return self._execution
+
+    def run_step(self, step: Callable[[], None], then: Callable[[], None]) -> None:
+        """See `generators.Host`."""
+        if self._pool is not None:
+            self._free_threads -= 1
+            return self._pool.submit(partial(self._step_pooled, step, then))
+        self._last_start = time.monotonic()
+        self.in_plain_call = True
+        try:
+            self._without_loop(step)
+        finally:
+            self.in_plain_call = False
+            then()
+
+    def _step_pooled(self, step: Callable[[], None], then: Callable[[], None]) -> None:
+        try:
+            step()
+        finally:
+            with suppress(RuntimeError):  # a call that was left to its thread may outlive the worker's loop
+                self._loop.call_soon_threadsafe(self._stepped, then)
+
+    def _stepped(self, then: Callable[[], None]) -> None:
+        self._free_threads += 1
+        then()
+        self._take()
+
+    def run_task(self, work: Coroutine[Any, Any, None], context: Context, jobs: Sequence[Job]) -> None:
+        self._run_task(work, context, jobs)
+
+    def soon(self, callback: Callable[..., None], *arguments: Any) -> None:
+        self._loop.call_soon(callback, *arguments)
+
+    def resume(self, job: Job) -> None:
+        """Lets a stream go on for which there is room. Called on the I/O loop."""
+        if job.flow is not None:
+            with suppress(RuntimeError):  # user code closed the loop, and the replica ends
+                self._loop.call_soon_threadsafe(job.flow.resume)
+
+    def put(self, job: Job, result: Result) -> None:
+        flow = job.flow
+        if flow is None or not flow.began:
+            return self._put(job, result)
+        job.run_s = time.monotonic() - job.started
+        job.request = job.task = None
+        flow.result = result
+        self.flowing.touch(job)
+
+    def cancelled(self, job: Job, error: asyncio.CancelledError) -> None:
+        if job.given_up is not None:
+            self.put(job, job.given_up)
+        elif not self.thread.is_ending:
+            self.put(job, self.execution.failed(error, job))
+
     def _cancel_tasks(self) -> None:
+        self._without_loop(self._generators.stop)
         for task in self._tasks:
             task.cancel()
 

@@ -29,8 +29,9 @@ class IdleWorker:
         self.responding = 0
         self.blocked_s = 0.0
         self.hook_since = math.inf
-        self.thread = self
+        self.thread = self.flowing = self
         self.missed = 0
+        self.on_touched: object = None
 
     def ask_for_life(self, *, may_be_busy: bool) -> None:
         pass
@@ -49,6 +50,9 @@ class IdleWorker:
 
     def give_up(self, job: Job, result: Result) -> None:
         job.given_up = result
+
+    def resume(self, job: Job) -> None:
+        pass
 
     def configure(self, config: object) -> None:
         pass

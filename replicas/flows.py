@@ -1,0 +1,296 @@
+"""All streamed answers of a replica, on its I/O loop: what is appended to them, the credit of their readers, and their time."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import msgspec
+
+from ..broker.backoff import delays, keep_running
+from ..broker.calls.cancellations import CANCELLED
+from ..broker.errors import StoreUnavailable
+from ..broker.results import ErrorInfo, Outcome, Phase, Result, entry_of
+from ..broker.store import Append, Refusal, Store, StoreClosed
+from ..broker.store_keys import STREAM_TTL_S, StoreKeys
+from ..broker.streams import IDLE_TIMEOUT_S, RESUME_GRACE_S, Credit, read_credit
+from .outgoing import Kept, Outgoing, State
+from .stages import Job
+
+logger = logging.getLogger(__name__)
+
+_READS_ON_S = 5.0  # after the last stream, so that one a second needs no new connection each
+
+
+class FlowEnds:
+    """What the loop of requests does with streams that end. `streamed` gets one whose result the store has, behind all of its frames;
+    `done` one that was given up; `refused` one that another run has taken over or ended; `failed` one that met a bug."""
+
+    def __init__(
+        self,
+        shown: Callable[[Job], None],
+        streamed: Callable[[Job, Result], None],
+        done: Callable[[Job, Result], None],
+        refused: Callable[[Job, Refusal], None],
+        failed: Callable[[Job, Exception], None],
+        give_up: Callable[[Job, Result], None],
+        stop: Callable[[Job, Result], None],
+        resume: Callable[[Job], None],
+    ) -> None:
+        self.shown = shown
+        self.streamed = streamed
+        self.done = done
+        self.refused = refused
+        self.failed = failed
+        self.give_up = give_up
+        self.stop = stop
+        self.resume = resume
+
+
+class Flows:
+    """The streams of one replica that have begun and whose jobs are not settled."""
+
+    def __init__(self, store: Store, keys: StoreKeys, replica_id: str, ends: FlowEnds) -> None:
+        self._store = store
+        self._keys = keys
+        self._feed = keys.feed(replica_id)
+        self._inboxes = keys.inbox("")
+        self._ends = ends
+        self._jobs: dict[str, Job] = {}  # by future id
+        self._reading: asyncio.Task[None] | None = None
+        self._empty_since = 0.0  # monotonic
+        self.grace_s = RESUME_GRACE_S
+
+    def __repr__(self) -> str:
+        return f"<Flows, {len(self._jobs)} under way>"
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    # From the worker's thread.
+
+    def on_touched(self, job: Job) -> None:
+        """Takes what the worker's thread has offered, and the end once there is one."""
+        flow = job.flow
+        if flow is None or not job.with_worker:  # it was settled meanwhile
+            return
+        if self._jobs.get(flow.future_id) is not job:
+            self._begin(job, flow)
+        if flow.gather():
+            flow.quiet_since = time.monotonic()
+        if flow.result is not None:
+            if flow.refused is not None:
+                return self._refused(job, flow.refused)
+            if job.given_up is not None:
+                return self._given_up(job, flow, flow.result)
+            if flow.state is State.RUNNING:
+                flow.state = State.ENDED
+        self._append(job, flow)
+
+    def _begin(self, job: Job, flow: Outgoing) -> None:
+        self._jobs[flow.future_id] = job
+        if self._reading is None:
+            read = partial(self._store.read_inbox, self._feed, self._on_credits, lambda: None)
+            self._reading = asyncio.create_task(keep_running("the reader of credit", read))
+
+    # Appending.
+
+    def _append(self, job: Job, flow: Outgoing) -> None:
+        """Appends what the reader's window takes, if nothing is under way."""
+        if flow.under_way is not None or flow.state is State.STOPPED:
+            return
+        frames = flow.next_frames()
+        ends = b""
+        if flow.state is State.ENDED and flow.is_all(frames):
+            ends = self._end_of(job, flow)
+        if frames or ends:
+            flow.under_way = append = self._append_of(flow, frames, ends)
+            self._store.append_then(append, partial(self._appended, job, flow, append))
+
+    def _append_of(self, flow: Outgoing, frames: list[Kept], ends: bytes) -> Append:
+        future_id = flow.future_id
+        return Append(
+            stream=self._keys.stream(future_id), owner=self._keys.owner(future_id), future=self._keys.future(future_id),
+            claim=flow.claim, attempt=flow.owner.attempt, first=flow.sent + 1, frames=tuple([kept.raw for kept in frames]),
+            notes=flow.notes(frames), inboxes=(flow.inbox,) if flow.inbox else (), trim_to=flow.trim_to(), ends=ends,
+            end_note=entry_of(future_id, ends) if ends else b"", ttl_ms=self._ttl_ms(flow), after_gap=flow.after_gap,
+        )  # fmt: skip
+
+    def _ttl_ms(self, flow: Outgoing) -> int:
+        """Longer than any wait between two appends."""
+        return int(max(STREAM_TTL_S, flow.idle_s + IDLE_TIMEOUT_S, self.grace_s + IDLE_TIMEOUT_S) * 1000)
+
+    def _end_of(self, job: Job, flow: Outgoing) -> bytes:
+        assert flow.result is not None
+        flow.result = msgspec.structs.replace(flow.result, frames=flow.sent + flow.unsent, attempt=job.envelope.attempt)
+        return flow.result.to_bytes()
+
+    def _appended(self, job: Job, flow: Outgoing, append: Append, outcome: int | Refusal | Exception) -> None:
+        try:
+            self._on_outcome(job, flow, append, outcome)
+        except Exception as error:
+            self._failed(job, flow, error)
+
+    def _on_outcome(self, job: Job, flow: Outgoing, append: Append, outcome: int | Refusal | Exception) -> None:
+        if flow.state is State.STOPPED or isinstance(outcome, StoreClosed):
+            return
+        if isinstance(outcome, StoreUnavailable):
+            flow.after_gap = True
+            flow.retry = asyncio.get_running_loop().call_later(next(flow.pauses), self._try_again, job, flow)
+        elif isinstance(outcome, Exception):
+            self._failed(job, flow, outcome)
+        elif isinstance(outcome, Refusal):
+            self._on_refusal(job, flow, outcome)
+        else:
+            self._took(job, flow, append, outcome)
+
+    def _try_again(self, job: Job, flow: Outgoing) -> None:
+        flow.under_way = None
+        self._append(job, flow)
+
+    def _took(self, job: Job, flow: Outgoing, append: Append, last: int) -> None:
+        flow.under_way, flow.after_gap, flow.pauses = None, False, delays()
+        if last < append.first - 1:
+            flow.go_back(last)  # what the replica does not keep any more was taken by the reader, and is lost for later ones
+            return self._append(job, flow)
+        flow.was_sent(append.first - 1 + len(append.frames), trimmed_to=append.trim_to)
+        if not flow.is_shown:
+            flow.is_shown = True
+            self._ends.shown(job)
+        if append.ends:
+            assert flow.result is not None
+            self._forget(job, flow)
+            return self._ends.streamed(job, flow.result)
+        self._append(job, flow)
+
+    def _on_refusal(self, job: Job, flow: Outgoing, refusal: Refusal) -> None:
+        """Stops the generator, since nobody will read what it makes; the message is settled when it has ended."""
+        flow.state, flow.refused = State.STOPPED, refusal
+        flow.drop_unsent()
+        if flow.result is not None:
+            self._refused(job, refusal)
+        else:
+            self._ends.stop(job, CANCELLED)
+
+    def _refused(self, job: Job, refusal: Refusal) -> None:
+        assert job.flow is not None
+        self._forget(job, job.flow)
+        self._ends.refused(job, refusal)
+
+    def _failed(self, job: Job, flow: Outgoing, error: Exception) -> None:
+        self._forget(job, flow)
+        self._ends.stop(job, CANCELLED)
+        self._ends.failed(job, error)
+
+    # Given up.
+
+    def give_up(self, flow: Outgoing, result: Result) -> Result:
+        """Stops appending for a job that is given up, and returns the result that its reader gets, which says how many frames there are."""
+        flow.state = State.STOPPED
+        flow.drop_unsent()
+        return msgspec.structs.replace(result, frames=flow.sent)
+
+    def settle_given_up(self, job: Job, flow: Outgoing, result: Result) -> None:
+        """Settles a job that was given up, if its generator has ended before; else that is done when it ends."""
+        if flow.inbox not in ("", job.envelope.header.inbox):  # the sender is told with the record of the result
+            self._store.post(flow.inbox, entry_of(flow.future_id, result.to_bytes()))
+        if flow.result is not None and job.with_worker:
+            self._given_up(job, flow, flow.result)
+
+    def _given_up(self, job: Job, flow: Outgoing, result: Result) -> None:
+        self._forget(job, flow)
+        if not flow.owner.resumable and job.given_up is not None and job.given_up.outcome is Outcome.CANCELLED:
+            self._store.drop_soon(self._keys.stream(flow.future_id))  # nobody reads it
+            self._store.drop_soon(self._keys.owner(flow.future_id))
+        self._ends.done(job, result)
+
+    def _forget(self, job: Job, flow: Outgoing) -> None:
+        flow.stop()
+        if self._jobs.get(flow.future_id) is job:
+            del self._jobs[flow.future_id]
+        if not self._jobs:
+            self._empty_since = time.monotonic()
+
+    # Credit.
+
+    def _on_credits(self, entries: list[bytes]) -> None:
+        for raw in entries:
+            credit = read_credit(raw)
+            job = self._jobs.get(credit.id) if credit is not None else None
+            if credit is not None and job is not None and job.flow is not None and credit.inbox.startswith(self._inboxes):
+                self._on_credit(job, job.flow, credit)
+
+    def _on_credit(self, job: Job, flow: Outgoing, credit: Credit) -> None:
+        if credit.left:
+            if credit.inbox == flow.inbox:
+                self._reader_is_gone(job, flow)
+            return
+        if credit.inbox != flow.inbox:  # the newest reader owns the credit
+            flow.begin_reading(credit.inbox, credit.seq)
+        flow.was_taken(credit.seq)
+        self._append(job, flow)
+        if flow.is_parked and flow.has_room:
+            self._ends.resume(job)
+
+    def pause(self, job: Job, flow: Outgoing) -> None:
+        """Lets a resumable stream wait for another reader."""
+        if not flow.paused:
+            flow.pause()
+
+    def _reader_is_gone(self, job: Job, flow: Outgoing) -> None:
+        if flow.owner.resumable:
+            self.pause(job, flow)
+        elif job.given_up is None:
+            self._ends.give_up(job, CANCELLED)
+
+    # Time.
+
+    def check(self) -> None:
+        """Ends what waits for too long, and stops reading credit when there is no stream. Called in the rhythm of the requests."""
+        now = time.monotonic()
+        for job in tuple(self._jobs.values()):
+            flow = job.flow
+            if flow is not None and job.given_up is None:
+                self._check(job, flow, now)
+        if self._reading is not None and not self._jobs and now - self._empty_since > _READS_ON_S:
+            self._reading.cancel()
+            self._reading = None
+
+    def _check(self, job: Job, flow: Outgoing, now: float) -> None:
+        flow.forget()
+        if flow.paused:
+            if now - flow.left_at > self.grace_s:
+                self._ends.give_up(job, CANCELLED)
+        elif flow.sent > flow.taken and now - flow.waits_since > IDLE_TIMEOUT_S:
+            logger.warning("the reader of a streamed answer has taken nothing for %g s, and counts as gone", IDLE_TIMEOUT_S)
+            self._reader_is_gone(job, flow)
+        elif not flow.has_room or flow.state is not State.RUNNING or not flow.is_shown:
+            flow.quiet_since = now
+        elif now - flow.quiet_since > flow.idle_s:
+            self._ends.give_up(job, _quiet(flow.idle_s))
+
+    @property
+    def needs_time(self) -> bool:
+        """Whether there is anything for `check` to do."""
+        return bool(self._jobs) or self._reading is not None
+
+    def close(self) -> None:
+        """Stops reading credit, at the end of the replica."""
+        for job in tuple(self._jobs.values()):
+            if job.flow is not None:
+                job.flow.stop()
+        self._jobs.clear()
+        if self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
+
+    def __iter__(self) -> Iterator[Job]:
+        return iter(tuple(self._jobs.values()))
+
+
+def _quiet(idle_s: float) -> Result:
+    message = f"no chunk came for {idle_s:g} s (stream_idle_timeout_s): yield more often, or allow more"
+    return Result(status=504, error=ErrorInfo(type=Outcome.LATE, message=message, phase=Phase.RUN))

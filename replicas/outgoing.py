@@ -1,0 +1,243 @@
+"""One streamed answer of this replica: the worker's thread offers chunks, and the I/O loop appends their frames to the store."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from enum import Enum
+from typing import NamedTuple
+
+from ..broker.backoff import delays
+from ..broker.results import Result
+from ..broker.store import Append, Refusal
+from ..broker.streams import WINDOW_BYTES, WINDOW_FRAMES, Frame, Head, Owner, frames_of, note_of
+
+_KEPT_S = 2.0  # Redis may lose what it was told in the last second before it died
+
+
+class State(Enum):
+    RUNNING = "running"  # its generator goes on
+    ENDED = "ended"  # its generator has ended, and the end is appended behind the frames that are left
+    STOPPED = "stopped"  # nothing of it is appended any more
+
+
+class Kept(NamedTuple):
+    """A frame that this replica keeps, since the reader has not taken it or the store may lose it."""
+
+    raw: bytes
+    size: int  # of its data
+    at: float  # monotonic
+
+
+class Outgoing:
+    """The frames of one answer, numbered from 1 through all runs of its request.
+
+    Each number has one writer: the worker's thread writes `made` and `made_bytes`, the I/O loop all others, and either reads what the other
+    one writes.
+    """
+
+    def __init__(self, future_id: str, owner: Owner, idle_s: float, shown: int = 0) -> None:
+        self.future_id = future_id
+        self.owner = owner
+        self.idle_s = idle_s
+        self.shown = shown  # frames that earlier runs have shown: this run makes them again, and they are passed over
+        self.skips_by_itself = False  # the handler has read how much was shown, and begins behind that
+        # The worker's thread.
+        self.made = 0
+        self.made_bytes = 0
+        self._head: Head | None = None
+        self._offered: deque[tuple[bytes, int]] = deque()
+        self._parked: Callable[[], None] | None = None
+        self.result: Result | None = None  # set once, after the last frame
+        # The I/O loop.
+        self.state = State.RUNNING
+        self.inbox = ""  # where the newest reader is told of frames; empty while there is no reader
+        self.paused = False
+        self.left_at = self.waits_since = self.quiet_since = time.monotonic()
+        self.claim = owner.to_bytes()
+        self.is_shown = shown > 0
+        self.refused: Refusal | None = None
+        self.retry: asyncio.TimerHandle | None = None
+        self.pauses = delays()
+        self.sent = self.taken = self._numbered = shown
+        self._counted = shown  # the last frame whose bytes are in `_taken_bytes`; a new reader may take some again
+        self._sent_bytes = self._taken_bytes = 0
+        self._kept: dict[int, Kept] = {}
+        self._first_kept = shown + 1
+        self.under_way: Append | None = None
+        self.after_gap = shown > 0
+
+    def __repr__(self) -> str:
+        return f"<Outgoing {self.future_id}, {self.state.value}: {self.made} made, {self.sent} sent, {self.taken} taken>"
+
+    # Read by both.
+
+    @property
+    def began(self) -> bool:
+        """Whether the answer can only end as a stream."""
+        return self.made > 0 or self.shown > 0
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another chunk may be made."""
+        if self.paused:
+            return False
+        ahead = self.made - self.taken
+        return ahead <= 0 or (ahead < WINDOW_FRAMES and self.made_bytes - self._taken_bytes < WINDOW_BYTES)
+
+    # In the worker's thread.
+
+    def begin(self, head: Head) -> None:
+        """Sets the head, which goes with the first frame."""
+        self._head = head
+
+    def offer(self, data: bytes, content_type: str = "") -> None:
+        """Cuts a chunk into frames. Frames that an earlier run has shown are passed over."""
+        if self.skips_by_itself and self.made < self.shown:
+            self.made = self.shown
+        head, self._head = self._head, None
+        for frame in frames_of(data, content_type, head):
+            self._make(frame)
+
+    def show_head(self) -> None:
+        """Offers the head alone, in a frame that belongs to no chunk."""
+        if self._head is not None:
+            head, self._head = self._head, None
+            self._make(Frame(b"", False, "", head))
+
+    def _make(self, frame: Frame) -> None:
+        if self.made >= self.shown:
+            self._offered.append((frame.to_bytes(), len(frame.data)))
+            self.made_bytes += len(frame.data)
+        self.made += 1
+
+    def park(self, resume: Callable[[], None]) -> bool:
+        """Has `resume` called in the worker's thread once there is room. Returns whether there is room meanwhile; `resume` is not called
+        then."""
+        self._parked = resume
+        if self.has_room:  # credit that came before the line above found nobody to wake
+            self._parked = None
+            return True
+        return False
+
+    def resume(self) -> None:
+        """Resumes whoever is parked, if anybody is and there is room."""
+        parked = self._parked
+        if parked is not None and self.has_room:
+            self._parked = None
+            parked()
+
+    # On the I/O loop.
+
+    @property
+    def is_parked(self) -> bool:
+        return self._parked is not None
+
+    @property
+    def held_bytes(self) -> int:
+        """What this replica holds of it, without overhead."""
+        return sum(kept.size for kept in self._kept.values()) + sum(size for _, size in self._offered)
+
+    def gather(self) -> int:
+        """Numbers the frames that were offered since the last time, and returns how many there were."""
+        gathered = 0
+        now = time.monotonic()
+        while self._offered:
+            raw, size = self._offered.popleft()
+            self._numbered += 1
+            gathered += 1
+            self._kept[self._numbered] = Kept(raw, size, now)
+        return gathered
+
+    @property
+    def unsent(self) -> int:
+        """The number of frames that were not appended yet."""
+        return self._numbered - self.sent
+
+    def is_all(self, frames: list[Kept]) -> bool:
+        """Whether these are all frames that are left to append."""
+        return len(frames) == self.unsent and not self._offered
+
+    def next_frames(self) -> list[Kept]:
+        """Returns the next frames that fit the reader's window; one always does if the reader has taken all before it."""
+        frames: list[Kept] = []
+        ahead, size = self.sent - self.taken, self._sent_bytes - self._taken_bytes
+        for seq in range(self.sent + 1, self._numbered + 1):
+            kept = self._kept[seq]
+            if ahead > 0 and (ahead >= WINDOW_FRAMES or size + kept.size > WINDOW_BYTES):
+                break
+            frames.append(kept)
+            ahead, size = ahead + 1, size + kept.size
+        return frames
+
+    def notes(self, frames: list[Kept]) -> tuple[bytes, ...]:
+        return tuple(note_of(self.future_id, seq, kept.raw) for seq, kept in enumerate(frames, self.sent + 1))
+
+    def trim_to(self) -> int:
+        """Returns the number of the last frame that the store need not keep."""
+        return 0 if self.owner.resumable else self.taken
+
+    def was_sent(self, last: int, *, trimmed_to: int) -> None:
+        """Notes that the stream has all frames up to `last`, and that those up to `trimmed_to` were removed."""
+        if self.sent == self.taken:
+            self.waits_since = time.monotonic()
+        for seq in range(self.sent + 1, last + 1):
+            self._sent_bytes += self._kept[seq].size
+        self.sent = max(self.sent, last)
+
+    def go_back(self, last: int) -> bool:
+        """Notes that the stream has lost all frames behind `last`. Returns whether the next one is still here; if it is not, the oldest one
+        is the next."""
+        first = max(last + 1, self._first_kept)
+        for seq in range(first, self.sent + 1):
+            self._sent_bytes -= self._kept[seq].size
+        self.sent = min(self.sent, first - 1)
+        return first == last + 1
+
+    def was_taken(self, seq: int) -> bool:
+        """Notes that the reader has all frames up to `seq`, and returns whether that is more than before."""
+        seq = min(seq, self.sent)
+        if seq <= self.taken:
+            return False
+        for taken in range(max(self._counted + 1, self._first_kept), seq + 1):
+            self._taken_bytes += self._kept[taken].size
+        self.taken, self._counted = seq, max(self._counted, seq)
+        self.waits_since = time.monotonic()
+        self.forget()
+        return True
+
+    def begin_reading(self, inbox: str, seq: int) -> None:
+        """Notes that a new reader begins behind `seq`: it may take again what an earlier one has taken."""
+        self.inbox, self.paused = inbox, False
+        self.taken = min(seq, self.taken)
+        self.waits_since = time.monotonic()
+
+    def pause(self) -> None:
+        """Notes that there is no reader."""
+        self.inbox, self.paused, self.left_at = "", True, time.monotonic()
+
+    def stop(self) -> None:
+        """Ends it: nothing more is appended."""
+        self.state = State.STOPPED
+        if self.retry is not None:
+            self.retry.cancel()
+        self._offered.clear()
+        self._kept.clear()
+        self._first_kept = self._numbered + 1
+
+    def forget(self) -> None:
+        """Forgets frames that the reader has taken and, where others may read them later, that the store has kept for a while."""
+        until = time.monotonic() - _KEPT_S if self.owner.resumable else float("inf")
+        last = min(self.taken, self.sent)
+        while self._first_kept <= last and self._kept[self._first_kept].at < until:
+            del self._kept[self._first_kept]
+            self._first_kept += 1
+
+    def drop_unsent(self) -> None:
+        """Forgets what was not appended: nobody reads it any more."""
+        self._offered.clear()
+        for seq in range(max(self.sent + 1, self._first_kept), self._numbered + 1):
+            del self._kept[seq]
+        self._numbered = self.sent

@@ -1,0 +1,226 @@
+"""Where the values go that a generator yields: into a stream, or into one piece where the caller wants one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from ..broker.calls.sending import MAX_BODY_BYTES
+from ..broker.envelope import Envelope
+from ..broker.errors import TooLarge
+from ..broker.results import Result
+from ..broker.streams import IDLE_TIMEOUT_S, Form, Head, Owner
+from ..broker.values.signing import Signer
+from .chunks import EVENTS, BodyChunks, checked, encode_item, takes_events
+from .outgoing import Outgoing
+from .replies import value_result
+from .stages import Job
+
+
+class Sink(Protocol):
+    """Takes the values of one generator, in the worker's thread."""
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the generator may go on."""
+        ...
+
+    @property
+    def wants_more(self) -> bool:
+        """Whether the generator is to go on at all."""
+        ...
+
+    def take(self, value: object) -> None:
+        """Raises MQServeError for a value that cannot be sent."""
+        ...
+
+    def park(self, resume: Callable[[], None]) -> bool:
+        """See `Outgoing.park`."""
+        ...
+
+    def end(self) -> Result:
+        """Returns the result of a generator that has ended in order."""
+        ...
+
+
+class _Unlimited:
+    """A sink that always has room."""
+
+    has_room = True
+    wants_more = True
+
+    def park(self, resume: Callable[[], None]) -> bool:
+        return True
+
+
+class Discarded(_Unlimited):
+    """For a request whose result nobody reads."""
+
+    def __init__(self, backend: str) -> None:
+        self._backend = backend
+
+    def take(self, value: object) -> None:
+        """Drops it."""
+
+    def end(self) -> Result:
+        return Result(backend=self._backend)
+
+
+class Listed(_Unlimited):
+    """Collects the values for a handle, whose caller gets them as a list."""
+
+    def __init__(self, envelope: Envelope, backend: str, signer: Signer) -> None:
+        self._envelope = envelope
+        self._backend = backend
+        self._signer = signer
+        self._values: list[Any] = []
+        self._size = 0
+
+    def take(self, value: object) -> None:
+        self._size += len(value) if isinstance(value, str | bytes | bytearray) else 1
+        _check_size(self._size)
+        self._values.append(value)
+
+    def end(self) -> Result:
+        result = value_result(self._values, self._backend, self._envelope.id, self._signer)
+        _check_size(len(result.body))
+        return result
+
+
+class Joined(_Unlimited):
+    """Joins the chunks to one body."""
+
+    def __init__(self, backend: str) -> None:
+        self._backend = backend
+        self._chunks = BodyChunks()
+        self._parts: list[bytes] = []
+        self._size = 0
+
+    def take(self, value: object) -> None:
+        part = self._chunks.encode(value)
+        self._size += len(part)
+        _check_size(self._size)
+        self._parts.append(part)
+
+    def end(self) -> Result:
+        return Result(backend=self._backend, content_type=self._chunks.content_type, body=b"".join(self._parts))
+
+
+class HeadOnly(_Unlimited):
+    """Takes one chunk for an answer to HEAD, which has the head that an answer to GET would have."""
+
+    def __init__(self, backend: str, *, events: bool) -> None:
+        self._backend = backend
+        self._events = events
+        self._chunks = BodyChunks()
+        self.wants_more = True
+
+    def take(self, value: object) -> None:
+        self.wants_more = False
+        if not self._events:
+            self._chunks.encode(value)
+
+    def end(self) -> Result:
+        return Result(backend=self._backend, content_type=EVENTS if self._events else self._chunks.content_type)
+
+
+class Flowing:
+    """Sends each value on as a chunk. `touch` has the I/O loop look at the stream."""
+
+    wants_more = True
+
+    def __init__(self, flow: Outgoing, envelope: Envelope, form: Form, signer: Signer, touch: Callable[[], None]) -> None:
+        self._flow = flow
+        self._envelope = envelope
+        self._form = form
+        self._signer = signer
+        self._touch = touch
+        self._body = BodyChunks()
+        if form is not Form.BODY:
+            flow.begin(self._head())
+
+    @property
+    def has_room(self) -> bool:
+        return self._flow.has_room
+
+    def park(self, resume: Callable[[], None]) -> bool:
+        return self._flow.park(resume)
+
+    def take(self, value: object) -> None:
+        match self._form:
+            case Form.BODY:
+                data = self._body.encode(value)
+                if not self._flow.made:
+                    self._flow.begin(self._head())
+                elif not data:
+                    return
+                self._flow.offer(data)
+            case Form.ITEMS:
+                data = encode_item(value)
+                if not data:
+                    self._flow.show_head()  # a first frame without data would belong to no chunk
+                self._flow.offer(data)
+            case Form.VALUES:
+                result = value_result(value, self._flow.owner.backend, self._envelope.id, self._signer)
+                self._flow.offer(checked(result.body), result.content_type)
+        self._touch()
+
+    def end(self) -> Result:
+        if self._form is not Form.BODY:
+            self._flow.show_head()
+        return Result(backend=self._flow.owner.backend, content_type=self._body.content_type)
+
+    def _head(self) -> Head:
+        owner = self._flow.owner
+        content_type = EVENTS if self._form is Form.ITEMS else self._body.content_type if self._form is Form.BODY else Head().content_type
+        return Head(
+            content_type=content_type, form=self._form, replica=owner.replica, resumable=owner.resumable, idle_s=self._flow.idle_s,
+        )  # fmt: skip
+
+
+def _check_size(size: int) -> None:
+    if size > MAX_BODY_BYTES:
+        raise TooLarge(
+            f"the chunks have more than {MAX_BODY_BYTES} bytes in all, which is the limit of an answer in one piece: read them as a stream",
+            status=500,
+        )
+
+
+class Sinks:
+    """Chooses the sink of a generator by what its caller takes."""
+
+    def __init__(self, backend: str, replica_id: str, touch: Callable[[Job], None]) -> None:
+        self._backend = backend
+        self._replica_id = replica_id
+        self._touch = touch
+        self.idle_s = IDLE_TIMEOUT_S
+
+    def __repr__(self) -> str:
+        return f"<Sinks of {self._backend}>"
+
+    def of(self, job: Job, signer: Signer) -> Sink:
+        envelope, header = job.envelope, job.envelope.header
+        if header.shadow or not envelope.id:
+            return Discarded(self._backend)
+        if header.origin == "handle" and not (header.stream and header.inbox):
+            return Listed(envelope, self._backend, signer)
+        if header.origin == "handle":
+            return self._flowing(job, Form.VALUES, signer, resumable=header.stream == 2)
+        events = header.origin == "http" and takes_events(header.meta.headers)
+        if header.origin == "http" and header.meta.method == "HEAD":
+            return HeadOnly(self._backend, events=events)
+        if header.origin == "http" and header.inbox:
+            return self._flowing(job, Form.ITEMS if events else Form.BODY, signer, resumable=events)
+        return Joined(self._backend)
+
+    def _flowing(self, job: Job, form: Form, signer: Signer, *, resumable: bool) -> Flowing:
+        return Flowing(self.flow(job, resumable=resumable), job.envelope, form, signer, lambda: self._touch(job))
+
+    def flow(self, job: Job, *, resumable: bool = False) -> Outgoing:
+        """Returns the stream of a job, which its admission has made if an earlier run has shown a part of it."""
+        envelope = job.envelope
+        if job.flow is None:
+            owner = Owner.new(self._replica_id, envelope.attempt, self._backend, envelope.header.meta.endpoint, resumable=resumable)
+            job.flow = Outgoing(envelope.future_id(self._backend), owner, self.idle_s)
+            job.flow.inbox = envelope.header.inbox
+        return job.flow
