@@ -17,48 +17,44 @@ from ..broker.results import ErrorInfo, Outcome, Phase, Result, entry_of
 from ..broker.store import Append, Refusal, Store, StoreClosed
 from ..broker.store_keys import STREAM_TTL_S, StoreKeys
 from ..broker.streams import IDLE_TIMEOUT_S, RESUME_GRACE_S, Credit, read_credit
+from ..controller.state.config import MAX_REQUEST_TIMEOUT_S
 from .outgoing import Kept, Outgoing, State
+from .settlement import Settlement
 from .stages import Job
+from .worker import Worker
 
 logger = logging.getLogger(__name__)
 
 _READS_ON_S = 5.0  # after the last stream, so that one a second needs no new connection each
 
 
-class FlowEnds:
-    """What the loop of requests does with streams that end. `streamed` gets one whose result the store has, behind all of its frames;
-    `done` one that was given up; `refused` one that another run has taken over or ended; `failed` one that met a bug."""
+class Flows:
+    """The streams of one replica that have begun and whose jobs are not settled.
+
+    `on_streamed` gets a job whose result the store has, behind all frames of its answer; `on_done` one that was given up, as soon as its
+    generator has ended.
+    """
 
     def __init__(
         self,
-        shown: Callable[[Job], None],
-        streamed: Callable[[Job, Result], None],
-        done: Callable[[Job, Result], None],
-        refused: Callable[[Job, Refusal], None],
-        failed: Callable[[Job, Exception], None],
+        store: Store,
+        keys: StoreKeys,
+        replica_id: str,
+        worker: Worker,
+        settlement: Settlement,
+        on_done: Callable[[Job, Result], None],
+        on_streamed: Callable[[Job, Result], None],
         give_up: Callable[[Job, Result], None],
-        stop: Callable[[Job, Result], None],
-        resume: Callable[[Job], None],
     ) -> None:
-        self.shown = shown
-        self.streamed = streamed
-        self.done = done
-        self.refused = refused
-        self.failed = failed
-        self.give_up = give_up
-        self.stop = stop
-        self.resume = resume
-
-
-class Flows:
-    """The streams of one replica that have begun and whose jobs are not settled."""
-
-    def __init__(self, store: Store, keys: StoreKeys, replica_id: str, ends: FlowEnds) -> None:
         self._store = store
         self._keys = keys
+        self._worker = worker
+        self._settlement = settlement
+        self._on_done = on_done
+        self._on_streamed = on_streamed
+        self._give_up = give_up
         self._feed = keys.feed(replica_id)
         self._inboxes = keys.inbox("")
-        self._ends = ends
         self._jobs: dict[str, Job] = {}  # by future id
         self._reading: asyncio.Task[None] | None = None
         self._empty_since = 0.0  # monotonic
@@ -113,10 +109,10 @@ class Flows:
     def _append_of(self, flow: Outgoing, frames: list[Kept], ends: bytes) -> Append:
         future_id = flow.future_id
         return Append(
-            stream=self._keys.stream(future_id), owner=self._keys.owner(future_id), future=self._keys.future(future_id),
+            id=future_id, stream=self._keys.stream(future_id), owner=self._keys.owner(future_id), future=self._keys.future(future_id),
             claim=flow.claim, attempt=flow.owner.attempt, first=flow.sent + 1, frames=tuple([kept.raw for kept in frames]),
-            notes=flow.notes(frames), inboxes=(flow.inbox,) if flow.inbox else (), trim_to=flow.trim_to(), ends=ends,
-            end_note=entry_of(future_id, ends) if ends else b"", ttl_ms=self._ttl_ms(flow), after_gap=flow.after_gap,
+            inboxes=(flow.inbox,) if flow.inbox else (), trim_to=flow.trim_to(), ends=ends,
+            end_note=entry_of(future_id, ends) if ends else b"", ttl_ms=self._ttl_ms(flow),
         )  # fmt: skip
 
     def _ttl_ms(self, flow: Outgoing) -> int:
@@ -138,7 +134,6 @@ class Flows:
         if flow.state is State.STOPPED or isinstance(outcome, StoreClosed):
             return
         if isinstance(outcome, StoreUnavailable):
-            flow.after_gap = True
             flow.retry = asyncio.get_running_loop().call_later(next(flow.pauses), self._try_again, job, flow)
         elif isinstance(outcome, Exception):
             self._failed(job, flow, outcome)
@@ -152,19 +147,24 @@ class Flows:
         self._append(job, flow)
 
     def _took(self, job: Job, flow: Outgoing, append: Append, last: int) -> None:
-        flow.under_way, flow.after_gap, flow.pauses = None, False, delays()
+        flow.under_way, flow.pauses = None, delays()
         if last < append.first - 1:
-            flow.go_back(last)  # what the replica does not keep any more was taken by the reader, and is lost for later ones
+            flow.go_back(last)
             return self._append(job, flow)
-        flow.was_sent(append.first - 1 + len(append.frames), trimmed_to=append.trim_to)
+        flow.was_sent(append.first - 1 + len(append.frames))
         if not flow.is_shown:
             flow.is_shown = True
-            self._ends.shown(job)
+            self._shown(job)
         if append.ends:
             assert flow.result is not None
             self._forget(job, flow)
-            return self._ends.streamed(job, flow.result)
+            return self._on_streamed(job, flow.result)
         self._append(job, flow)
+
+    def _shown(self, job: Job) -> None:
+        """Gives a stream whose head is shown the time that a run has at most."""
+        job.deadline = job.started + MAX_REQUEST_TIMEOUT_S
+        job.envelope = job.envelope.due_at(self._store.now_ms() + int((job.deadline - time.monotonic()) * 1000))
 
     def _on_refusal(self, job: Job, flow: Outgoing, refusal: Refusal) -> None:
         """Stops the generator, since nobody will read what it makes; the message is settled when it has ended."""
@@ -173,17 +173,20 @@ class Flows:
         if flow.result is not None:
             self._refused(job, refusal)
         else:
-            self._ends.stop(job, CANCELLED)
+            self._worker.give_up(job, CANCELLED)
 
     def _refused(self, job: Job, refusal: Refusal) -> None:
         assert job.flow is not None
         self._forget(job, job.flow)
-        self._ends.refused(job, refusal)
+        if refusal is Refusal.ENDED:
+            self._settlement.streamed(job)
+        else:
+            self._settlement.ack(job, body_stays=True)  # another run writes the stream, and needs the body
 
     def _failed(self, job: Job, flow: Outgoing, error: Exception) -> None:
         self._forget(job, flow)
-        self._ends.stop(job, CANCELLED)
-        self._ends.failed(job, error)
+        self._worker.give_up(job, CANCELLED)
+        self._settlement.fail(job, error)
 
     # Given up.
 
@@ -205,7 +208,7 @@ class Flows:
         if not flow.owner.resumable and job.given_up is not None and job.given_up.outcome is Outcome.CANCELLED:
             self._store.drop_soon(self._keys.stream(flow.future_id))  # nobody reads it
             self._store.drop_soon(self._keys.owner(flow.future_id))
-        self._ends.done(job, result)
+        self._on_done(job, result)
 
     def _forget(self, job: Job, flow: Outgoing) -> None:
         flow.stop()
@@ -233,7 +236,7 @@ class Flows:
         flow.was_taken(credit.seq)
         self._append(job, flow)
         if flow.is_parked and flow.has_room:
-            self._ends.resume(job)
+            self._worker.resume(job)
 
     def pause(self, job: Job, flow: Outgoing) -> None:
         """Lets a resumable stream wait for another reader."""
@@ -244,7 +247,7 @@ class Flows:
         if flow.owner.resumable:
             self.pause(job, flow)
         elif job.given_up is None:
-            self._ends.give_up(job, CANCELLED)
+            self._give_up(job, CANCELLED)
 
     # Time.
 
@@ -263,14 +266,14 @@ class Flows:
         flow.forget()
         if flow.paused:
             if now - flow.left_at > self.grace_s:
-                self._ends.give_up(job, CANCELLED)
+                self._give_up(job, CANCELLED)
         elif flow.sent > flow.taken and now - flow.waits_since > IDLE_TIMEOUT_S:
             logger.warning("the reader of a streamed answer has taken nothing for %g s, and counts as gone", IDLE_TIMEOUT_S)
             self._reader_is_gone(job, flow)
         elif not flow.has_room or flow.state is not State.RUNNING or not flow.is_shown:
             flow.quiet_since = now
         elif now - flow.quiet_since > flow.idle_s:
-            self._ends.give_up(job, _quiet(flow.idle_s))
+            self._give_up(job, _quiet(flow.idle_s))
 
     @property
     def needs_time(self) -> bool:

@@ -32,23 +32,20 @@ class Host(Protocol):
         """Calls `step` where plain calls run, and then `then` in the worker's thread."""
         ...
 
-    def run_task(self, work: Coroutine[Any, Any, None], context: Context, jobs: Sequence[Job]) -> None: ...
-
-    def soon(self, callback: Callable[..., None], *arguments: Any) -> None:
-        """Calls `callback` in the next turn of the worker's loop."""
-        ...
+    def run_task(self, work: Coroutine[Any, Any, None], context: Context, jobs: Sequence[Job] = ()) -> asyncio.Task[None]: ...
 
     def put(self, job: Job, result: Result) -> None:
         """Puts the result of a job, behind its chunks if it has shown any."""
         ...
 
-    def cancelled(self, job: Job, error: asyncio.CancelledError) -> None: ...
+    def cancelled(self, jobs: Sequence[Job], error: asyncio.CancelledError) -> None: ...
 
 
 class Generators:
     """The generators of one worker. Everything but `stop` runs in its thread."""
 
-    def __init__(self, host: Host, sinks: Sinks) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, host: Host, sinks: Sinks) -> None:
+        self._loop = loop
         self._host = host
         self._sinks = sinks
         self._stepped: dict[Job, Stepped] = {}
@@ -80,7 +77,7 @@ class Generators:
         self._stepped.clear()
 
     def _go_on(self, stepped: Stepped) -> None:
-        self._host.soon(self._step, stepped)
+        self._loop.call_soon(self._step, stepped)
 
     def _step(self, stepped: Stepped) -> None:
         if stepped.job.given_up is not None:
@@ -110,7 +107,7 @@ class Generators:
             finally:
                 await generator.aclose()
         except asyncio.CancelledError as error:
-            return self._host.cancelled(job, error)
+            return self._host.cancelled([job], error)
         except BaseException as error:
             result = execution.failed(error, job)
         finally:

@@ -20,7 +20,8 @@ from ..controller.state.documents import Backend
 from ..controller.state.reading import read_desired
 from .context import importing
 from .handler import Handler, make_handler
-from .worker import Raised, Worker
+from .hook_calls import Raised
+from .worker import Worker
 
 
 async def read_backend(store: Store, keys: StoreKeys, namespace: str, name: str) -> tuple[Backend, dict[str, str]]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from ..broker.backoff import delays
 from ..broker.results import Result
 from ..broker.store import Append, Refusal
-from ..broker.streams import WINDOW_BYTES, WINDOW_FRAMES, Frame, Head, Owner, frames_of, note_of
+from ..broker.streams import KEPT_BYTES, KEPT_FRAMES, WINDOW_BYTES, WINDOW_FRAMES, Frame, Head, Owner, frames_of
 
 _KEPT_S = 2.0  # Redis may lose what it was told in the last second before it died
 
@@ -42,6 +42,7 @@ class Outgoing:
         self.future_id = future_id
         self.owner = owner
         self.idle_s = idle_s
+        self.kept_frames, self.kept_bytes = KEPT_FRAMES, KEPT_BYTES
         self.shown = shown  # frames that earlier runs have shown: this run makes them again, and they are passed over
         self.skips_by_itself = False  # the handler has read how much was shown, and begins behind that
         # The worker's thread.
@@ -66,8 +67,11 @@ class Outgoing:
         self._sent_bytes = self._taken_bytes = 0
         self._kept: dict[int, Kept] = {}
         self._first_kept = shown + 1
+        self._in_store: deque[int] = deque()  # of a stream that is kept: the sizes of its frames, from the oldest one
+        self._in_store_bytes = 0
+        self._oldest = shown + 1
+        self._trim_to = 0
         self.under_way: Append | None = None
-        self.after_gap = shown > 0
 
     def __repr__(self) -> str:
         return f"<Outgoing {self.future_id}, {self.state.value}: {self.made} made, {self.sent} sent, {self.taken} taken>"
@@ -172,29 +176,39 @@ class Outgoing:
             ahead, size = ahead + 1, size + kept.size
         return frames
 
-    def notes(self, frames: list[Kept]) -> tuple[bytes, ...]:
-        return tuple(note_of(self.future_id, seq, kept.raw) for seq, kept in enumerate(frames, self.sent + 1))
-
     def trim_to(self) -> int:
-        """Returns the number of the last frame that the store need not keep."""
-        return 0 if self.owner.resumable else self.taken
+        """Returns the number of the last frame that the store need not keep: what the reader has taken, or of a stream that is kept what
+        is too much. What its reader has not taken always stays."""
+        if not self.owner.resumable:
+            self._trim_to = max(self._trim_to, self.taken)
+        while (len(self._in_store) > self.kept_frames or self._in_store_bytes > self.kept_bytes) and self._oldest <= self.taken:
+            self._in_store_bytes -= self._in_store.popleft()
+            self._trim_to = self._oldest
+            self._oldest += 1
+        return self._trim_to
 
-    def was_sent(self, last: int, *, trimmed_to: int) -> None:
-        """Notes that the stream has all frames up to `last`, and that those up to `trimmed_to` were removed."""
+    def was_sent(self, last: int) -> None:
+        """Notes that the stream has all frames up to `last`."""
         if self.sent == self.taken:
             self.waits_since = time.monotonic()
         for seq in range(self.sent + 1, last + 1):
-            self._sent_bytes += self._kept[seq].size
+            size = self._kept[seq].size
+            self._sent_bytes += size
+            if self.owner.resumable:
+                self._in_store.append(size)
+                self._in_store_bytes += size
         self.sent = max(self.sent, last)
 
-    def go_back(self, last: int) -> bool:
-        """Notes that the stream has lost all frames behind `last`. Returns whether the next one is still here; if it is not, the oldest one
-        is the next."""
+    def go_back(self, last: int) -> None:
+        """Notes that the stream has lost all frames behind `last`. Those that are not here any more are given up: the reader had them."""
         first = max(last + 1, self._first_kept)
+        if first > last + 1:
+            self._trim_to = first - 1
         for seq in range(first, self.sent + 1):
             self._sent_bytes -= self._kept[seq].size
+            if self._in_store:
+                self._in_store_bytes -= self._in_store.pop()
         self.sent = min(self.sent, first - 1)
-        return first == last + 1
 
     def was_taken(self, seq: int) -> bool:
         """Notes that the reader has all frames up to `seq`, and returns whether that is more than before."""

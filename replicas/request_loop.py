@@ -18,13 +18,13 @@ from ..broker.process.rate_limited_log import RateLimitedLog
 from ..broker.queue import Delivery, Queue
 from ..broker.results import Outcome, Phase, Result, gone_result, late_result
 from ..broker.settings import Settings
-from ..broker.store import Refusal, Store
+from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
 from ..controller.state.config import MAX_REQUEST_TIMEOUT_S, BackendConfig
 from ..controller.state.documents import Backend
 from .admission import Admission
 from .consumers import Consumers
-from .flows import FlowEnds, Flows
+from .flows import Flows
 from .handler import Handler
 from .metrics import ReplicaMetrics
 from .register import Register
@@ -88,7 +88,7 @@ class RequestLoop:
         self._consumers = Consumers(
             backend.name, queue, store, self._window.size, self._on_delivery, self._settle_unstored, self._give_back_waiting
         )
-        self._flows = Flows(store, keys, replica_id, self._flow_ends())
+        self._flows = Flows(store, keys, replica_id, worker, self._settlement, self.on_done, self._on_streamed, self._give_up)
         worker.flowing.on_touched = self._flows.on_touched
         self._rhythm = Rhythm(self._is_idle)
         self.served = 0
@@ -303,29 +303,11 @@ class RequestLoop:
         if flow is not None:
             self._flows.settle_given_up(job, flow, result)
 
-    # Streams.
-
-    def _flow_ends(self) -> FlowEnds:
-        return FlowEnds(
-            shown=self._shown, streamed=self._streamed, done=self.on_done, refused=self._refused, failed=self._settlement.fail,
-            give_up=self._give_up, stop=self._worker.give_up, resume=self._worker.resume,
-        )  # fmt: skip
-
-    def _shown(self, job: Job) -> None:
-        """Gives a stream whose head is shown the time that a run has at most."""
-        job.deadline = job.started + MAX_REQUEST_TIMEOUT_S
-        job.envelope = job.envelope.due_at(self._store.now_ms() + int((job.deadline - time.monotonic()) * 1000))
-
-    def _streamed(self, job: Job, result: Result) -> None:
+    def _on_streamed(self, job: Job, result: Result) -> None:
+        """Settles a job whose result the store has already, behind the chunks of its answer."""
         self.served += 1
         self._metrics.done(job.envelope, result, self._store.now_ms(), job.run_s, len(job.batch) or 1)
         self._settlement.streamed(job)
-
-    def _refused(self, job: Job, refusal: Refusal) -> None:
-        if refusal is Refusal.ENDED:
-            self._settlement.streamed(job)
-        else:
-            self._settlement.ack(job, body_stays=True)  # another run writes the stream, and needs the body
 
     # Taking.
 

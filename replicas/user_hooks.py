@@ -12,8 +12,9 @@ from ..broker.failures import describe
 from ..broker.process.printable import printable
 from ..controller.state.documents import Backend
 from .handler import Handler
+from .hook_calls import Raised
 from .loading import told
-from .worker import Raised, Worker
+from .worker import Worker
 
 logger = logging.getLogger(__name__)
 

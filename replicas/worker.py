@@ -13,9 +13,6 @@ task that a handler left behind; `thread.failed` is then set, and the replica en
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
-import inspect
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
@@ -26,8 +23,6 @@ from typing import Any, TypeVar
 
 from starlette.responses import Response
 
-from ..broker.errors import BackendFailed, words_of
-from ..broker.failures import Failure, describe
 from ..broker.latencies import moving_average
 from ..broker.process import forks
 from ..broker.results import Result
@@ -38,6 +33,7 @@ from .context import ReplicaContext, enter_context, running_jobs
 from .execute import Answer, Execution
 from .generators import Generators, HandOver
 from .handler import Method
+from .hook_calls import HookCalls
 from .sinks import Sinks
 from .stages import Job
 from .suspects import BeforeSuspects, Marking
@@ -46,14 +42,6 @@ from .worker_thread import WorkerThread
 
 _TURN_S = 0.01  # after starting jobs for this long the loop does its other work: async calls, health checks
 T = TypeVar("T")
-
-
-class Raised(Exception):
-    """User code raised an exception outside a request; `failure` is the exception as plain data."""
-
-    def __init__(self, failure: Failure) -> None:
-        super().__init__(failure.words)
-        self.failure = failure
 
 
 class Worker:
@@ -75,6 +63,7 @@ class Worker:
         self._loop = self.thread.loop
         self._depth = forks.depth
         self._contexts = CallContexts()
+        self._hook_calls = HookCalls(self._loop, self._contexts, self._without_loop, self.run_task)
         self._pool = self._new_pool(config.sync_threads)
         self._free_threads = config.sync_threads
         self._execution: Execution | None = None
@@ -87,14 +76,13 @@ class Worker:
         )
         self.flowing = HandOver()
         self.sinks = Sinks(context.backend_tag, context.replica_tag, self.flowing.touch)
-        self._generators = Generators(self, self.sinks)
+        self._generators = Generators(self._loop, self, self.sinks)
         self._results: deque[tuple[Job, Result]] = deque()
         self._io_woken = False
         self._tasks: set[asyncio.Task[None]] = set()
         self.run_s = 0.0  # moving average of plain calls
         self.in_plain_call = False
         self._last_start = 0.0  # monotonic
-        self.hook_since = math.inf  # monotonic: when the hook or constructor that now holds the thread began; infinite if none does
         self.responding = 0  # responses that run as ASGI apps, including their background tasks
 
     def __repr__(self) -> str:
@@ -107,15 +95,7 @@ class Worker:
         Raises Raised for any exception of `function`, and BackendFailed if the worker's loop has ended.
         """
         self.thread.start()
-        pending: concurrent.futures.Future[Any] = concurrent.futures.Future()
-        try:
-            self._loop.call_soon_threadsafe(self._call, function, constructs, pending)
-        except RuntimeError as error:  # closed
-            raise BackendFailed(f"user code has ended its replica's event loop: {words_of(error)}") from error
-        outcome = await asyncio.wrap_future(pending)
-        if isinstance(outcome, Failure):
-            raise Raised(outcome)
-        return outcome
+        return await self._hook_calls.call(function, constructs=constructs)
 
     def serve(self, execution: Execution) -> None:
         self._execution = execution
@@ -146,6 +126,11 @@ class Worker:
         if self.hook_since <= now:
             return now - self.hook_since
         return now - self._last_start if self.in_plain_call or self._free_threads <= 0 else 0.0
+
+    @property
+    def hook_since(self) -> float:
+        """Monotonic: when the hook or constructor that now holds the thread began; infinite if none does."""
+        return self._hook_calls.since
 
     def withdraw(self) -> list[Job]:
         """Removes and returns the jobs that have not started."""
@@ -180,32 +165,6 @@ class Worker:
         return Threads(threads, self._context.replica_tag, partial(enter_context, self._context)) if threads > 1 else None
 
     # In the worker's thread.
-
-    def _call(self, function: Callable[[], Any], constructs: bool, pending: concurrent.futures.Future[Any]) -> None:
-        context = self._contexts.own if constructs else self._contexts.new()
-        self.hook_since = time.monotonic()
-        try:
-            value = self._without_loop(context.run, function)
-            is_awaitable = inspect.isawaitable(value)
-        except BaseException as error:
-            forks.end_if_forked_since(self._depth, error)
-            return _resolve(pending, describe(error))
-        finally:
-            forks.end_if_forked_since(self._depth)
-            self._contexts.note_changes()
-            self.hook_since = math.inf
-        if not is_awaitable:
-            return _resolve(pending, value)
-        task = self._run_task(self._await(value, pending), context)
-        pending.add_done_callback(lambda done: self._loop.call_soon_threadsafe(task.cancel) if done.cancelled() else None)
-
-    async def _await(self, value: Any, pending: concurrent.futures.Future[Any]) -> None:
-        try:
-            _resolve(pending, await value)
-        except BaseException as error:
-            _resolve(pending, describe(error))
-        finally:
-            self._contexts.note_changes()
 
     def _take(self) -> None:
         self._without_loop(self._start_some)
@@ -326,7 +285,7 @@ class Worker:
             forks.end_if_forked_since(self._depth)
             self._deliver(jobs, answers)
         except asyncio.CancelledError as error:
-            self._cancelled(jobs, error)
+            self.cancelled(jobs, error)
         except BaseException as error:
             self._put_failed(jobs, error)
         finally:
@@ -339,7 +298,7 @@ class Worker:
             if isinstance(answer, Result):
                 self._put(job, answer)
             elif isinstance(answer, Response):
-                self._run_task(self._respond(job, answer), copy_context() if context is None else context, [job])
+                self.run_task(self._respond(job, answer), copy_context() if context is None else context, [job])
             else:
                 self._generators.start(job, answer, copy_context() if context is None else context)
 
@@ -349,23 +308,23 @@ class Worker:
         try:
             await self._execution.respond(response, job, lambda result: self._put(job, result))
         except asyncio.CancelledError as error:
-            self._cancelled([job], error)
+            self.cancelled([job], error)
         except BaseException as error:
             self._put_failed([job], error)
         finally:
             self.responding -= 1
 
-    def _cancelled(self, jobs: Sequence[Job], error: asyncio.CancelledError) -> None:
+    def cancelled(self, jobs: Sequence[Job], error: asyncio.CancelledError) -> None:
         """Answers the jobs of a cancelled task. It was cancelled because nobody waits for them, by the handler itself, or at the worker's
         end, when the jobs are requeued and get no answer."""
         assert self._execution is not None
         for job in jobs:
             if job.given_up is not None:
-                self._put(job, job.given_up)
+                self.put(job, job.given_up)
             elif not self.thread.is_ending:
-                self._put(job, self._execution.failed(error, job))
+                self.put(job, self._execution.failed(error, job))
 
-    def _run_task(self, work: Coroutine[Any, Any, None], context: Context, jobs: Sequence[Job] = ()) -> asyncio.Task[None]:
+    def run_task(self, work: Coroutine[Any, Any, None], context: Context, jobs: Sequence[Job] = ()) -> asyncio.Task[None]:
         task = self._start_task(work, context, jobs)
         task.add_done_callback(self._tasks.discard)
         return task
@@ -453,12 +412,6 @@ class Worker:
         then()
         self._take()
 
-    def run_task(self, work: Coroutine[Any, Any, None], context: Context, jobs: Sequence[Job]) -> None:
-        self._run_task(work, context, jobs)
-
-    def soon(self, callback: Callable[..., None], *arguments: Any) -> None:
-        self._loop.call_soon(callback, *arguments)
-
     def resume(self, job: Job) -> None:
         """Lets a stream go on for which there is room. Called on the I/O loop."""
         if job.flow is not None:
@@ -473,12 +426,6 @@ class Worker:
         job.request = job.task = None
         flow.result = result
         self.flowing.touch(job)
-
-    def cancelled(self, job: Job, error: asyncio.CancelledError) -> None:
-        if job.given_up is not None:
-            self.put(job, job.given_up)
-        elif not self.thread.is_ending:
-            self.put(job, self.execution.failed(error, job))
 
     def _cancel_tasks(self) -> None:
         self._without_loop(self._generators.stop)
@@ -497,8 +444,3 @@ class Worker:
         finally:
             if self._results:  # `on_done` raised; hand over the rest all the same
                 self._io.call_soon(self._hand_over)
-
-
-def _resolve(pending: concurrent.futures.Future[Any], outcome: Any) -> None:
-    with suppress(concurrent.futures.InvalidStateError):  # nobody waits for it any more
-        pending.set_result(outcome)

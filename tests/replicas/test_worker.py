@@ -17,8 +17,9 @@ from mqserve.replicas.batch_decorators import accept_batch
 from mqserve.replicas.context import ReplicaContext, cancelled, get_replica_context
 from mqserve.replicas.execute import Execution
 from mqserve.replicas.handler import make_handler
+from mqserve.replicas.hook_calls import Raised
 from mqserve.replicas.stages import Job
-from mqserve.replicas.worker import Raised, Worker
+from mqserve.replicas.worker import Worker
 from tests.broker.traffic import until
 
 pytestmark = pytest.mark.anyio
