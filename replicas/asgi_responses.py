@@ -1,9 +1,9 @@
-"""Collects what a Starlette response sends when it runs as an ASGI app, since results travel in one piece."""
+"""What a response sends when it runs as an ASGI app: collected where it comes at once or its caller takes one piece, else streamed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.responses import Response
 
@@ -18,15 +18,35 @@ def is_whole(response: Response) -> bool:
     return type(response).__call__ is Response.__call__ and response.background is None
 
 
-class Collected:
-    """Collects the parts of one response. `on_whole` is called once, with the whole response, as soon as the last part has come."""
+class Stream(Protocol):
+    """See `sinks.ResponseStream`."""
 
-    def __init__(self, on_whole: Callable[[Response], None]) -> None:
+    async def send(self, data: bytes) -> None: ...
+
+    def end(self) -> None: ...
+
+
+class Left(OSError):
+    """Nobody reads the rest of the response. Starlette takes an OSError of `send` as a client that has gone."""
+
+
+class Collected:
+    """Collects the parts of one response. `on_whole` is called once, with the whole response, as soon as the last part has come.
+
+    If a first part comes that is not the last, `begin` is called with the head: it returns the stream that takes the parts, or None. Of an
+    answer to HEAD the head alone is the whole.
+    """
+
+    def __init__(self, on_whole: Callable[[Response], None], begin: Callable[[Response], Stream | None], *, head_only: bool) -> None:
         self._on_whole = on_whole
+        self._begin = begin
+        self._head_only = head_only
         self._status = 0  # 0 until the response begins
         self._headers: list[tuple[bytes, bytes]] = []
         self._chunks: list[bytes] = []
         self._size = 0
+        self._parts = 0
+        self._stream: Stream | None = None
         self.is_whole = False
 
     def __repr__(self) -> str:
@@ -34,22 +54,47 @@ class Collected:
 
     @property
     def is_too_large(self) -> bool:
-        return self._size > MAX_BODY_BYTES
+        return self._stream is None and self._size > MAX_BODY_BYTES
 
     async def send(self, message: Message) -> None:
-        """ASGI's `send`. Raises TooLarge for a body above the limit, which also ends an endless response."""
+        """ASGI's `send`. Raises TooLarge for a body above the limit, which also ends an endless response in one piece."""
         if message["type"] == "http.response.start":
             self._status, self._headers = message["status"], list(message.get("headers", ()))
-        elif message["type"] == "http.response.body" and not self.is_whole:
-            self._take(bytes(message.get("body", b"")))
-            if not message.get("more_body"):
-                self.is_whole = True
-                whole = Response(b"".join(self._chunks), status_code=self._status)
-                whole.raw_headers = self._headers
-                self._chunks.clear()
-                self._on_whole(whole)
+        elif message["type"] == "http.response.body":
+            if self.is_whole:
+                return self._check_is_read()
+            await self._take(bytes(message.get("body", b"")), more=bool(message.get("more_body")))
 
-    def _take(self, chunk: bytes) -> None:
+    async def _take(self, chunk: bytes, *, more: bool) -> None:
+        self._parts += 1
+        if self._head_only:
+            return self._end(b"")
+        if more and self._parts == 1:
+            self._stream = self._begin(self._response(b""))
+        if self._stream is None:
+            self._collect(chunk)
+        elif chunk or self._parts == 1:
+            await self._stream.send(chunk)
+        if not more:
+            if self._stream is not None:
+                self._stream.end()
+            self._end(b"".join(self._chunks))
+
+    def _end(self, body: bytes) -> None:
+        self.is_whole = True
+        self._chunks.clear()
+        self._on_whole(self._response(body))
+
+    def _response(self, body: bytes) -> Response:
+        response = Response(body, status_code=self._status)
+        response.raw_headers = self._headers
+        return response
+
+    def _check_is_read(self) -> None:
+        if self._head_only:
+            raise Left("an answer to HEAD has no body")
+
+    def _collect(self, chunk: bytes) -> None:
         self._size += len(chunk)
         if self.is_too_large:
             self._chunks.clear()

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from types import AsyncGeneratorType, GeneratorType
 from typing import Any
 
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from ..broker.calls.sending import MAX_BODY_BYTES
@@ -25,12 +26,13 @@ from ..broker.process.printable import printable, printable_lines
 from ..broker.results import ErrorInfo, Result
 from ..broker.values.codecs import check_plain, decode_value
 from ..broker.values.signing import SealScope, Signer
-from .asgi_responses import Collected, is_whole
+from .asgi_responses import Collected, Left, is_whole
 from .batch_decorators import split_results
 from .error_results import error_result
 from .handler import Handler, Method
-from .replies import plain_result, value_result
+from .replies import plain_result, response_head, value_result
 from .requests import BadBody, Receiver, Request, ServeRequest, convert_params, http_scope
+from .sinks import Sinks
 from .stages import Job
 
 logger = logging.getLogger(__name__)
@@ -81,10 +83,14 @@ class Execution:
             _raise_if_cancelled(error)
             return self.failed(error, job)
 
-    async def respond(self, response: Response, job: Job, answer: Callable[[Result], None]) -> None:
-        """Runs a response as an ASGI app; `answer` gets its result as soon as it is complete. Nobody waits for its background task, which
-        runs after that. Raises only CancelledError, if the task is cancelled."""
-        collected = Collected(lambda whole: answer(self._whole(whole, job)))
+    async def respond(self, response: Response, job: Job, answer: Callable[[Result], None], sinks: Sinks) -> None:
+        """Runs a response as an ASGI app, and streams what comes in parts; `answer` gets its result as soon as it is complete. Nobody waits
+        for its background task, which runs after that. Raises only CancelledError, if the task is cancelled."""
+        collected = Collected(
+            lambda whole: answer(self._whole(whole, job)),
+            lambda head: sinks.response(job, *response_head(head, self.backend)),
+            head_only=job.envelope.header.meta.method == "HEAD",
+        )
         try:
             await response(http_scope(job.envelope.header.meta), Receiver(job), collected.send)
             if not collected.is_whole:
@@ -93,6 +99,8 @@ class Execution:
             _raise_if_cancelled(error)
             if collected.is_too_large:
                 answer(self._too_large())
+            elif collected.is_whole and isinstance(error, Left | ClientDisconnect):
+                pass  # an answer to HEAD was complete with its head
             elif collected.is_whole:
                 told = printable_lines(traceback_of(error).rstrip())
                 logger.error("after the answer to request %s of %s\n%s", printable(job.envelope.id), self.backend, told)

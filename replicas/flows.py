@@ -16,7 +16,7 @@ from ..broker.errors import StoreUnavailable
 from ..broker.results import ErrorInfo, Outcome, Phase, Result, entry_of
 from ..broker.store import Append, Refusal, Store, StoreClosed
 from ..broker.store_keys import STREAM_TTL_S, StoreKeys
-from ..broker.streams import IDLE_TIMEOUT_S, RESUME_GRACE_S, Credit, read_credit
+from ..broker.streams import IDLE_TIMEOUT_S, REPLICA_LOST, RESUME_GRACE_S, Credit, read_credit
 from ..controller.state.config import MAX_REQUEST_TIMEOUT_S
 from .outgoing import Kept, Outgoing, State
 from .settlement import Settlement
@@ -88,6 +88,8 @@ class Flows:
 
     def _begin(self, job: Job, flow: Outgoing) -> None:
         self._jobs[flow.future_id] = job
+        if flow.is_shown:
+            self._shown(job)  # by an earlier run
         if self._reading is None:
             read = partial(self._store.read_inbox, self._feed, self._on_credits, lambda: None)
             self._reading = asyncio.create_task(keep_running("the reader of credit", read))
@@ -121,7 +123,10 @@ class Flows:
 
     def _end_of(self, job: Job, flow: Outgoing) -> bytes:
         assert flow.result is not None
-        flow.result = msgspec.structs.replace(flow.result, frames=flow.sent + flow.unsent, attempt=job.envelope.attempt)
+        result = flow.result
+        flow.result = Result(
+            status=result.status, backend=result.backend, attempt=job.envelope.attempt, error=result.error, frames=flow.sent + flow.unsent
+        )
         return flow.result.to_bytes()
 
     def _appended(self, job: Job, flow: Outgoing, append: Append, outcome: int | Refusal | Exception) -> None:
@@ -238,14 +243,14 @@ class Flows:
         if flow.is_parked and flow.has_room:
             self._worker.resume(job)
 
-    def pause(self, job: Job, flow: Outgoing) -> None:
-        """Lets a resumable stream wait for another reader."""
-        if not flow.paused:
-            flow.pause()
+    def sender_is_gone(self, job: Job, flow: Outgoing) -> None:
+        """Notes that the process is gone that has sent the request. It may not be the one any more that reads the answer."""
+        if flow.inbox == job.envelope.header.inbox:
+            self._reader_is_gone(job, flow)
 
     def _reader_is_gone(self, job: Job, flow: Outgoing) -> None:
-        if flow.owner.resumable:
-            self.pause(job, flow)
+        if flow.can_wait:
+            flow.pause()
         elif job.given_up is None:
             self._give_up(job, CANCELLED)
 
@@ -256,7 +261,9 @@ class Flows:
         now = time.monotonic()
         for job in tuple(self._jobs.values()):
             flow = job.flow
-            if flow is not None and job.given_up is None:
+            if flow is not None and not job.with_worker:  # it was settled by the end of the backend or of this replica
+                self._forget(job, flow)
+            elif flow is not None and job.given_up is None:
                 self._check(job, flow, now)
         if self._reading is not None and not self._jobs and now - self._empty_since > _READS_ON_S:
             self._reading.cancel()
@@ -292,6 +299,12 @@ class Flows:
 
     def __iter__(self) -> Iterator[Job]:
         return iter(tuple(self._jobs.values()))
+
+
+def lost_result(backend: str, frames: int = 0) -> Result:
+    """The end of an answer of which a part was shown, and whose run does not go on."""
+    message = "the replica that made this answer was lost before its end: send the request again, or let it run again by on_death='replay'"
+    return Result(status=502, backend=backend, error=ErrorInfo(type=REPLICA_LOST, message=message), frames=frames)
 
 
 def _quiet(idle_s: float) -> Result:

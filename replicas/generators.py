@@ -120,7 +120,7 @@ class Generators:
             if not sink.wants_more:
                 break
             if not sink.has_room:
-                await room_of(sink)
+                await sink.room()
         return sink.end()
 
 
@@ -173,20 +173,6 @@ class Stepped:
             self._context.run(self._generator.close)
         except BaseException as error:
             self._execution.failed(error, self.job)  # which logs it
-
-
-async def room_of(sink: Sink) -> None:
-    """Returns once the sink has room."""
-    while not sink.has_room:
-        room: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        if sink.park(partial(_resolve, room)):
-            return
-        await room
-
-
-def _resolve(room: asyncio.Future[None]) -> None:
-    if not room.done():  # the task that waited for it was cancelled
-        room.set_result(None)
 
 
 class HandOver:

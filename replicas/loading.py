@@ -53,6 +53,8 @@ async def construct(store: Store, keys: StoreKeys, settings: Settings, worker: W
         ) from None
     except Raised as raised:
         raise BackendFailed(told(backend, "cannot be constructed", raised.failure)) from None
+    if backend.config.on_death == "replay" and handler.accepts_batch:
+        raise BackendFailed(f"backend {backend.name!r} takes batches, which cannot be replayed: leave on_death at 'fail'")
     if (backend.config.max_batch_size or 1) > 1 and not handler.accepts_batch:
         raise BackendFailed(f"backend {backend.name!r} has a max_batch_size but takes no batches: decorate it with @serve.accept_batch")
     return handler

@@ -7,12 +7,14 @@ import time
 from collections import deque
 from collections.abc import Callable
 from enum import Enum
+from functools import partial
 from typing import NamedTuple
 
 from ..broker.backoff import delays
 from ..broker.results import Result
 from ..broker.store import Append, Refusal
-from ..broker.streams import KEPT_BYTES, KEPT_FRAMES, WINDOW_BYTES, WINDOW_FRAMES, Frame, Head, Owner, frames_of
+from ..broker.streams import WINDOW_BYTES, WINDOW_FRAMES, Frame, Head, Owner, frames_of
+from ..controller.state.config import BackendConfig
 
 _KEPT_S = 2.0  # Redis may lose what it was told in the last second before it died
 
@@ -38,11 +40,11 @@ class Outgoing:
     one writes.
     """
 
-    def __init__(self, future_id: str, owner: Owner, idle_s: float, shown: int = 0) -> None:
+    def __init__(self, future_id: str, owner: Owner, inbox: str, config: BackendConfig, shown: int = 0) -> None:
         self.future_id = future_id
         self.owner = owner
-        self.idle_s = idle_s
-        self.kept_frames, self.kept_bytes = KEPT_FRAMES, KEPT_BYTES
+        self.idle_s = config.stream_idle_timeout_s
+        self._kept_frames, self._kept_bytes = config.stream_kept_frames, config.stream_kept_bytes
         self.shown = shown  # frames that earlier runs have shown: this run makes them again, and they are passed over
         self.skips_by_itself = False  # the handler has read how much was shown, and begins behind that
         # The worker's thread.
@@ -54,7 +56,7 @@ class Outgoing:
         self.result: Result | None = None  # set once, after the last frame
         # The I/O loop.
         self.state = State.RUNNING
-        self.inbox = ""  # where the newest reader is told of frames; empty while there is no reader
+        self.inbox = inbox  # where the newest reader is told of frames; empty while there is no reader
         self.paused = False
         self.left_at = self.waits_since = self.quiet_since = time.monotonic()
         self.claim = owner.to_bytes()
@@ -101,15 +103,21 @@ class Outgoing:
         """Cuts a chunk into frames. Frames that an earlier run has shown are passed over."""
         if self.skips_by_itself and self.made < self.shown:
             self.made = self.shown
-        head, self._head = self._head, None
+        head = self._take_head()
         for frame in frames_of(data, content_type, head):
             self._make(frame)
 
     def show_head(self) -> None:
         """Offers the head alone, in a frame that belongs to no chunk."""
-        if self._head is not None:
-            head, self._head = self._head, None
-            self._make(Frame(b"", False, "", head))
+        if not self.made:
+            self._make(Frame(b"", False, "", self._take_head()))
+
+    def _take_head(self) -> Head | None:
+        """Returns the head for the first frame that this run appends: a later run tells readers by it which replica takes credit now."""
+        if self.made < self.shown:
+            return None
+        head, self._head = self._head, None
+        return head
 
     def _make(self, frame: Frame) -> None:
         if self.made >= self.shown:
@@ -126,6 +134,14 @@ class Outgoing:
             return True
         return False
 
+    async def room(self) -> None:
+        """Returns once there is room."""
+        while not self.has_room:
+            room: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            if self.park(partial(_resolve, room)):
+                return
+            await room
+
     def resume(self) -> None:
         """Resumes whoever is parked, if anybody is and there is room."""
         parked = self._parked
@@ -134,6 +150,11 @@ class Outgoing:
             parked()
 
     # On the I/O loop.
+
+    @property
+    def can_wait(self) -> bool:
+        """Whether it goes on without a reader for a while: its readers know of it, and may come back."""
+        return self.owner.resumable and self.is_shown
 
     @property
     def is_parked(self) -> bool:
@@ -181,7 +202,7 @@ class Outgoing:
         is too much. What its reader has not taken always stays."""
         if not self.owner.resumable:
             self._trim_to = max(self._trim_to, self.taken)
-        while (len(self._in_store) > self.kept_frames or self._in_store_bytes > self.kept_bytes) and self._oldest <= self.taken:
+        while (len(self._in_store) > self._kept_frames or self._in_store_bytes > self._kept_bytes) and self._oldest <= self.taken:
             self._in_store_bytes -= self._in_store.popleft()
             self._trim_to = self._oldest
             self._oldest += 1
@@ -255,3 +276,8 @@ class Outgoing:
         for seq in range(max(self.sent + 1, self._first_kept), self._numbered + 1):
             del self._kept[seq]
         self._numbered = self.sent
+
+
+def _resolve(room: asyncio.Future[None]) -> None:
+    if not room.done():  # the task that waited for it was cancelled
+        room.set_result(None)

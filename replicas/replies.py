@@ -57,6 +57,17 @@ def _response_result(response: Response, backend: str) -> Result:
     )
 
 
+def response_head(response: Response, backend: str) -> tuple[Result, int | None]:
+    """Returns the head of a response that is streamed, and the length of its body if it says one. Raises NotEncodable for what cannot be
+    sent."""
+    lengths = [value for name, value in response.raw_headers if name.lower() == b"content-length"]
+    response.raw_headers = [pair for pair in response.raw_headers if pair[0].lower() != b"content-length"]
+    head = _response_result(response, backend)
+    if head.error is not None:
+        raise NotEncodable(head.error.message)
+    return head, int(lengths[0]) if len(lengths) == 1 and lengths[0].isdigit() else None
+
+
 def _no_answer(status: int, content_type: bytes, headers: Pairs) -> str:
     """Returns why a Response cannot be sent, or an empty string."""
     if not 200 <= status <= 599 or len(content_type) > 255:

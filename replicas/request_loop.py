@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ..broker.backoff import delays
 from ..broker.calls.cancellations import CANCELLED, Cancellations
 from ..broker.envelope import Envelope
-from ..broker.errors import BadEnvelope, MQServeError, StoreUnavailable
+from ..broker.errors import BadEnvelope, MQServeError
 from ..broker.process.printable import printable
 from ..broker.process.rate_limited_log import RateLimitedLog
 from ..broker.queue import Delivery, Queue
@@ -24,13 +24,14 @@ from ..controller.state.config import MAX_REQUEST_TIMEOUT_S, BackendConfig
 from ..controller.state.documents import Backend
 from .admission import Admission
 from .consumers import Consumers
-from .flows import Flows
+from .flows import Flows, lost_result
 from .handler import Handler
 from .metrics import ReplicaMetrics
 from .register import Register
 from .rhythm import Rhythm
 from .settlement import Settlement, is_kept
 from .stages import Job, Stage
+from .start_marks import StartMarks
 from .stuck import check_calls, check_silence
 from .trust import SenderTrust
 from .window import Window
@@ -41,7 +42,6 @@ logger = logging.getLogger(__name__)
 NOTHING = Envelope("", b"", "")  # stands in for the envelope of a message that could not be read
 
 _REASONS = {Outcome.CANCELLED: "cancelled", Outcome.GONE: "gone", Outcome.LATE: "late"}  # labels of the metric of dropped requests
-_LONG_RUN_S = 0.04
 _TUNE_EVERY_S = 0.25
 _ASK_EVERY_S = 0.95  # once a second; a little less, since a slow turn may end a millisecond early
 _REFUSAL_BUDGET_S = 1.5  # for storing 503 as the result of the requests that are left
@@ -76,6 +76,7 @@ class RequestLoop:
         self._admission = Admission(settings.namespace, backend.name, store, replica_id)
         self._register = Register()
         self._settlement = Settlement(backend.name, queue, store, keys, self._admission, metrics, self._register)
+        self._marks = StartMarks(self._admission, self._settlement, self._register)
         self._worker = worker
         self._metrics = metrics
         self._trust = SenderTrust(settings)
@@ -94,6 +95,7 @@ class RequestLoop:
         self.served = 0
         self._config = backend.config
         self._settlement.configure(backend.config)
+        self._flows.grace_s = backend.config.resume_grace_s
 
     def __repr__(self) -> str:
         return f"<RequestLoop of {self._backend}, generations {self.generations}, {self.running} in hand>"
@@ -112,6 +114,7 @@ class RequestLoop:
         """Applies the configuration from the next request on."""
         self._config = self._window.config = config
         self._settlement.configure(config)
+        self._flows.grace_s = config.resume_grace_s
         self._worker.configure(config)
         self._rhythm.wake()
 
@@ -163,7 +166,7 @@ class RequestLoop:
             if self._end is not None and not self._refuses and time.monotonic() >= self._end.at:
                 self._refuse_the_rest(self._end)
             check_calls(self._backend, self._register, self._config.request_timeout_s)
-            self._mark_long_runs()
+            self._marks.mark_long_runs()
             self._spare_the_waiting()
             if self._flows.needs_time:
                 self._flows.check()
@@ -204,13 +207,12 @@ class RequestLoop:
         if self._end is not None:
             until = min(until, self._end.at)
         await self._consumers.stop()
-        while (self.running or self._worker.responding) and time.monotonic() < until:
-            await asyncio.sleep(0.01)
+        await self._until(until, lambda: not (self.running or self._worker.responding))
         if self._end is not None:
             self._refuse_the_rest(self._end)
-            until = time.monotonic() + _REFUSAL_BUDGET_S
-            while self.running and time.monotonic() < until:
-                await asyncio.sleep(0.01)
+            await self._until(time.monotonic() + _REFUSAL_BUDGET_S, lambda: not self.running)
+        elif cut := self._cut_streams():
+            await self._until(time.monotonic() + _REFUSAL_BUDGET_S, lambda: all(job.stage is Stage.SETTLED for job in cut))
         for job in self._register.with_worker():
             logger.warning(
                 "request %s of %s still runs at the end of its replica's drain: %s", printable(job.envelope.id) or "without an id",
@@ -218,8 +220,24 @@ class RequestLoop:
             )  # fmt: skip
             # with at-most-once delivery its mark stays, since it may still start in a batch that gathers
             self._settlement.give_back(job, mark_stays=self._settlement.at_most_once)
+        self._flows.close()
         await self._settlement.last_steps()
         self._metrics.hand_over(0, 0)
+
+    async def _until(self, ends: float, condition: Callable[[], bool]) -> None:
+        while not condition() and time.monotonic() < ends:
+            await asyncio.sleep(0.01)
+
+    def _cut_streams(self) -> list[Job]:
+        """Ends the streams that still run at the end of the drain, unless another replica is to replay them; returns their jobs."""
+        cut = [job for job in self._flows if job.flow is not None and job.flow.is_shown and self._config.on_death != "replay"]
+        for job in cut:
+            self._drop(job, self._with_frames(job, lost_result(self._backend)))
+            self._worker.give_up(job, CANCELLED)
+        return cut
+
+    def _with_frames(self, job: Job, result: Result) -> Result:
+        return result if job.flow is None else self._flows.give_up(job.flow, result)
 
     def _refuse_the_rest(self, end: End) -> None:
         """Answers 503 to the requests that it holds and, from now on, to those that still come out of the queue. If the queue is kept,
@@ -231,7 +249,7 @@ class RequestLoop:
             if end.keeps_queue and not job.started:
                 self._settlement.give_back(job)
             else:
-                self._drop(job, job.given_up or end.result)
+                self._drop(job, job.given_up or self._with_frames(job, end.result))
             self._worker.give_up(job, end.result)
 
     async def abandon(self) -> None:
@@ -239,6 +257,7 @@ class RequestLoop:
         self._draining = True
         self._worker.withdraw()
         await self._consumers.stop()
+        self._flows.close()
         self._settlement.abandon()
 
     def _spare_the_waiting(self) -> None:
@@ -259,25 +278,9 @@ class RequestLoop:
         for job in reversed(self._worker.withdraw()):
             self._settlement.give_back(job)
 
-    def _mark_long_runs(self) -> None:
-        now = time.monotonic()
-        for job in self._register.at(Stage.RUNNING):
-            if not job.mark and now - job.started > _LONG_RUN_S:
-                job.mark = self._admission.new_mark()
-                self._admission.mark_soon(job.envelope, job.mark)
-
     async def before_suspects(self, jobs: Sequence[Job]) -> None:
-        """Stores the start marks of the suspects among the jobs before they run, so that a run that kills its replica at once counts. Waits
-        first for the results of earlier suspects, which would count as attempts of them otherwise."""
-        await self._settlement.marked_recorded()
-        for job in jobs:
-            if job.suspect and not job.mark:
-                job.mark = self._admission.new_mark()
-                try:
-                    await self._admission.mark(job.envelope, job.mark)
-                except StoreUnavailable:
-                    self._admission.mark_soon(job.envelope, job.mark)  # the run starts without it, and may be long
-                    raise
+        """See `StartMarks.before_suspects`."""
+        await self._marks.before_suspects(jobs)
 
     # Giving up.
 
@@ -289,19 +292,22 @@ class RequestLoop:
 
     def _give_up_cancelled(self) -> None:
         for job in self._register.with_worker():
-            if self._cancellations.names(job.envelope, job.envelope.future_id(self._backend)):
+            future_id = job.envelope.future_id(self._backend)
+            if not self._cancellations.names(job.envelope, future_id):
+                continue
+            if job.flow is not None and job.flow.can_wait and not self._cancellations.has(future_id):
+                self._flows.sender_is_gone(job, job.flow)  # its proxy has died, and the client may come back by another one
+            else:
                 self._give_up(job, CANCELLED)
 
     def _give_up(self, job: Job, result: Result) -> None:
         """Answers the request with `result` now. If its call runs, the slot is free only when the call has ended."""
-        flow = job.flow
-        if flow is not None:
-            result = self._flows.give_up(flow, result)
+        result = self._with_frames(job, result)
         if job.started and is_kept(job.envelope) and job.given_up is None:
-            self._settlement.record(job, result).add_done_callback(_recorded_or_not)
+            self._settlement.record_early(job, result)
         self._worker.give_up(job, result)
-        if flow is not None:
-            self._flows.settle_given_up(job, flow, result)
+        if job.flow is not None:
+            self._flows.settle_given_up(job, job.flow, result)
 
     def _on_streamed(self, job: Job, result: Result) -> None:
         """Settles a job whose result the store has already, behind the chunks of its answer."""
@@ -441,9 +447,3 @@ class RequestLoop:
             self._settlement.answer(job, result)
         except Exception as error:
             self._settlement.fail(job, error)
-
-
-def _recorded_or_not(done: asyncio.Future[bool]) -> None:
-    """Ignores a failed write: the end of the run records the result again, and requeues the message if that fails."""
-    if not done.cancelled():
-        done.exception()

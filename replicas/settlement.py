@@ -109,6 +109,11 @@ class Settlement:
         """Records the result of a request that has an id; see `Store.record`."""
         return self._store.record(self._record_of(job, result))
 
+    def record_early(self, job: Job, result: Result) -> None:
+        """Records a result before the run ends. A failed write does no harm: the end of the run records the result again, and requeues the
+        message if that fails."""
+        self.record(job, result).add_done_callback(lambda done: None if done.cancelled() else done.exception())
+
     def _record_of(self, job: Job, result: Result) -> Record:
         envelope = job.envelope
         future_id = envelope.future_id(self._backend)

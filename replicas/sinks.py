@@ -7,10 +7,11 @@ from typing import Any, Protocol
 
 from ..broker.calls.sending import MAX_BODY_BYTES
 from ..broker.envelope import Envelope
-from ..broker.errors import TooLarge
+from ..broker.errors import BadType, TooLarge
 from ..broker.results import Result
-from ..broker.streams import IDLE_TIMEOUT_S, Form, Head, Owner
+from ..broker.streams import Form, Head, Owner
 from ..broker.values.signing import Signer
+from ..controller.state.config import BackendConfig
 from .chunks import EVENTS, BodyChunks, checked, encode_item, takes_events
 from .outgoing import Outgoing
 from .replies import value_result
@@ -38,6 +39,10 @@ class Sink(Protocol):
         """See `Outgoing.park`."""
         ...
 
+    async def room(self) -> None:
+        """Returns once there is room."""
+        ...
+
     def end(self) -> Result:
         """Returns the result of a generator that has ended in order."""
         ...
@@ -51,6 +56,8 @@ class _Unlimited:
 
     def park(self, resume: Callable[[], None]) -> bool:
         return True
+
+    async def room(self) -> None: ...
 
 
 class Discarded(_Unlimited):
@@ -146,6 +153,9 @@ class Flowing:
     def park(self, resume: Callable[[], None]) -> bool:
         return self._flow.park(resume)
 
+    async def room(self) -> None:
+        await self._flow.room()
+
     def take(self, value: object) -> None:
         match self._form:
             case Form.BODY:
@@ -178,6 +188,38 @@ class Flowing:
         )  # fmt: skip
 
 
+class ResponseStream:
+    """The body of a response that flows. `length` is what its Content-Length says."""
+
+    def __init__(self, flow: Outgoing, touch: Callable[[], None], head: Result, length: int | None) -> None:
+        self._flow = flow
+        self._touch = touch
+        self._left = length
+        owner = flow.owner
+        flow.begin(Head(head.status, head.content_type, head.headers, Form.BODY, owner.replica, owner.resumable, flow.idle_s, length))
+
+    def __repr__(self) -> str:
+        return f"<ResponseStream of {self._flow!r}>"
+
+    async def send(self, data: bytes) -> None:
+        """Sends a part of the body, and returns once there is room for the next one. Raises BadType for more than the length."""
+        if self._left is not None:
+            self._left -= len(data)
+            if self._left < 0:
+                raise BadType("the response sent more bytes than its Content-Length says")
+        if data:
+            self._flow.offer(data)
+        else:
+            self._flow.show_head()
+        self._touch()
+        await self._flow.room()
+
+    def end(self) -> None:
+        """Raises BadType for a body that is shorter than its length."""
+        if self._left:
+            raise BadType(f"the response ended {self._left} bytes before its Content-Length")
+
+
 def _check_size(size: int) -> None:
     if size > MAX_BODY_BYTES:
         raise TooLarge(
@@ -189,11 +231,11 @@ def _check_size(size: int) -> None:
 class Sinks:
     """Chooses the sink of a generator by what its caller takes."""
 
-    def __init__(self, backend: str, replica_id: str, touch: Callable[[Job], None]) -> None:
+    def __init__(self, backend: str, replica_id: str, config: BackendConfig, touch: Callable[[Job], None]) -> None:
         self._backend = backend
         self._replica_id = replica_id
         self._touch = touch
-        self.idle_s = IDLE_TIMEOUT_S
+        self.config = config
 
     def __repr__(self) -> str:
         return f"<Sinks of {self._backend}>"
@@ -216,11 +258,17 @@ class Sinks:
     def _flowing(self, job: Job, form: Form, signer: Signer, *, resumable: bool) -> Flowing:
         return Flowing(self.flow(job, resumable=resumable), job.envelope, form, signer, lambda: self._touch(job))
 
+    def response(self, job: Job, head: Result, length: int | None) -> ResponseStream | None:
+        """Returns the stream of a response, or None where its caller takes one piece."""
+        header = job.envelope.header
+        if header.origin != "http" or header.shadow or not header.inbox:
+            return None
+        return ResponseStream(self.flow(job), lambda: self._touch(job), head, length)
+
     def flow(self, job: Job, *, resumable: bool = False) -> Outgoing:
         """Returns the stream of a job, which its admission has made if an earlier run has shown a part of it."""
         envelope = job.envelope
         if job.flow is None:
             owner = Owner.new(self._replica_id, envelope.attempt, self._backend, envelope.header.meta.endpoint, resumable=resumable)
-            job.flow = Outgoing(envelope.future_id(self._backend), owner, self.idle_s)
-            job.flow.inbox = envelope.header.inbox
+            job.flow = Outgoing(envelope.future_id(self._backend), owner, envelope.header.inbox, self.config)
         return job.flow

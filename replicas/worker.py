@@ -75,7 +75,7 @@ class Worker:
             lambda wait_s, callback: self._loop.call_later(wait_s, self._without_loop, callback),
         )
         self.flowing = HandOver()
-        self.sinks = Sinks(context.backend_tag, context.replica_tag, self.flowing.touch)
+        self.sinks = Sinks(context.backend_tag, context.replica_tag, config, self.flowing.touch)
         self._generators = Generators(self._loop, self, self.sinks)
         self._results: deque[tuple[Job, Result]] = deque()
         self._io_woken = False
@@ -103,7 +103,7 @@ class Worker:
     def configure(self, config: BackendConfig) -> None:
         """Applies batch size and wait from the next batch on, and the number of threads at once."""
         if config != self._config:
-            before, self._config = self._config, config
+            before, self._config, self.sinks.config = self._config, config, config
             with suppress(RuntimeError):  # user code closed the loop: the replica ends
                 self._loop.call_soon_threadsafe(self._resize, config.sync_threads - before.sync_threads)
 
@@ -306,11 +306,11 @@ class Worker:
         assert self._execution is not None
         self.responding += 1
         try:
-            await self._execution.respond(response, job, lambda result: self._put(job, result))
+            await self._execution.respond(response, job, lambda result: self.put(job, result), self.sinks)
         except asyncio.CancelledError as error:
             self.cancelled([job], error)
         except BaseException as error:
-            self._put_failed([job], error)
+            self.put(job, self._execution.failed(error, job))
         finally:
             self.responding -= 1
 

@@ -57,6 +57,12 @@ BAD = [
     {"health_check_period_s": 0},
     {"health_check_timeout_s": 0},
     {"max_surge": 0},
+    {"stream_idle_timeout_s": 0},
+    {"resume_grace_s": -1},
+    {"on_death": "retry"},
+    {"on_death": "replay", "delivery": "at_most_once"},
+    {"stream_kept_bytes": 0},
+    {"stream_kept_frames": 0},
     {"num_replica": 2},
 ]
 

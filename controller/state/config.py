@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from ...broker.streams import IDLE_TIMEOUT_S, KEPT_BYTES, KEPT_FRAMES, RESUME_GRACE_S
+
 MAX_REQUEST_TIMEOUT_S = 25 * 60  # below RabbitMQ's consumer_timeout of 30 minutes
 MAX_QUEUE_SHARDS = 64  # one of RabbitMQ's queues uses one core at most
 MAX_REPLICAS = 10_000  # of a backend; each is a process or a thread, and a slip of the keyboard should start none
@@ -36,6 +38,11 @@ class BackendConfig(BaseModel):
     health_check_period_s, health_check_timeout_s: how often the class's `check_health` is called, and how long it may take;
         a replica that fails it three times in a row is replaced.
     max_surge: replicas that may run beyond num_replicas while new code is rolled out.
+    stream_idle_timeout_s: seconds from one chunk of a streamed answer to the next, at most 25 minutes; only while its reader takes them.
+    resume_grace_s: seconds that a stream which can be resumed waits for a reader, at most 25 minutes.
+    on_death: what becomes of a streamed answer whose replica died: "fail", it ends with an error, or "replay", the handler runs again and
+        what was shown is passed over, which needs a handler that makes the same chunks again.
+    stream_kept_bytes, stream_kept_frames: what is kept at most of a stream that can be resumed; the oldest part goes first.
     """
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)  # allow_inf_nan: JSON has neither
@@ -57,6 +64,18 @@ class BackendConfig(BaseModel):
     health_check_period_s: Annotated[float, Field(gt=0)] = 10.0
     health_check_timeout_s: Annotated[float, Field(gt=0)] = 30.0
     max_surge: Whole = 1
+    stream_idle_timeout_s: Annotated[float, Field(gt=0, le=MAX_REQUEST_TIMEOUT_S)] = IDLE_TIMEOUT_S
+    resume_grace_s: Annotated[float, Field(ge=0, le=MAX_REQUEST_TIMEOUT_S)] = RESUME_GRACE_S
+    on_death: Literal["fail", "replay"] = "fail"
+    stream_kept_bytes: Whole = KEPT_BYTES
+    stream_kept_frames: Whole = KEPT_FRAMES
+
+    @model_validator(mode="after")
+    def _may_run_twice(self) -> Self:
+        if self.on_death == "replay" and self.delivery == "at_most_once":
+            wrong = "on_death 'replay' runs a request again, and with delivery 'at_most_once' none is: choose one of them"
+            raise PydanticCustomError("on_death", "{wrong}", {"wrong": wrong})
+        return self
 
     @model_validator(mode="after")
     def _fits_its_shards(self) -> Self:

@@ -20,6 +20,7 @@ from mqserve.replicas.context import ReplicaContext
 from mqserve.replicas.execute import Execution
 from mqserve.replicas.handler import make_handler
 from mqserve.replicas.metrics import ReplicaMetrics
+from mqserve.replicas.outgoing import Outgoing
 from mqserve.replicas.request_loop import RequestLoop
 from mqserve.replicas.stages import Job
 from mqserve.replicas.worker import Worker
@@ -67,6 +68,10 @@ class Serving:
     async def is_settled(self) -> bool:
         """Whether nothing waits in the queue, and nothing is held."""
         return not await self.queue.depth("b", 1) and not self.loop.running
+
+    @property
+    def flows(self) -> list[Outgoing]:
+        return [job.flow for job in self.loop._flows if job.flow is not None]
 
 
 class Reader:

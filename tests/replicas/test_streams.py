@@ -2,16 +2,27 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.background import BackgroundTask
+from starlette.exceptions import HTTPException
+from starlette.responses import FileResponse, StreamingResponse
 
+import mqserve as serve
+from mqserve.broker import store
+from mqserve.broker.calls.cancellations import notice_of_request
+from mqserve.broker.envelope import RequestHead
 from mqserve.broker.memory.queue import EmbeddedQueue
 from mqserve.broker.memory.store import EmbeddedStore
-from mqserve.broker.streams import Form
+from mqserve.broker.results import Result
+from mqserve.broker.streams import WINDOW_BYTES, WINDOW_FRAMES, Form
+from mqserve.broker.values.codecs import decode_plain
 from tests.broker.traffic import until
-from tests.replicas.streaming import EVENTS, Reader, Serving
+from tests.replicas.streaming import EVENTS, KEYS, Reader, Serving, within
 
 pytestmark = pytest.mark.anyio
 
@@ -25,6 +36,14 @@ class Place:
 
     def reader(self, name: str = "reader") -> Reader:
         return Reader(self.queue, self.store, name)
+
+    async def cancel(self, reader: Reader) -> None:
+        await self.store.append_log(KEYS.cancelled, notice_of_request(reader.id))
+
+    async def result(self, reader: Reader) -> Result | None:
+        """What the store has of a direct publisher's request."""
+        raw = await self.store.get(KEYS.future(f"b/{reader.id}"))
+        return None if raw is None else Result.from_bytes(raw)
 
 
 @pytest.fixture
@@ -84,3 +103,264 @@ async def test_events_are_one_chunk_an_item(place: Place) -> None:
         await reader.end()
         assert reader.head is not None and reader.head.form is Form.ITEMS and reader.head.resumable
         assert [frame.data for _, frame in sorted(reader.frames.items())] == [b"", b"", b"text", b'{"a":1}', b"bytes", b"null"]
+
+
+class Counted:
+    """Counts what a generator has made, and notes whether its `finally` has run, and in which thread."""
+
+    def __init__(self, chunk: bytes = b"x", pause_s: float = 0) -> None:
+        self.chunk, self.pause_s = chunk, pause_s
+        self.made = 0
+        self.ended = threading.Event()
+        self.threads: set[int] = set()
+        self.saw_cancelled = False
+
+    def plain(self, request: Any) -> Iterator[bytes]:
+        try:
+            while True:
+                self.threads.add(threading.get_ident())
+                self.made += 1
+                time.sleep(self.pause_s)
+                yield self.chunk
+        finally:
+            self.threads.add(threading.get_ident())
+            self.saw_cancelled = serve.cancelled()
+            self.ended.set()
+
+    async def asynchronous(self, request: Any) -> AsyncIterator[bytes]:
+        try:
+            while True:
+                self.made += 1
+                await asyncio.sleep(self.pause_s)
+                yield self.chunk
+        finally:
+            self.saw_cancelled = serve.cancelled()
+            self.ended.set()
+
+    def response(self, request: Any) -> StreamingResponse:
+        return StreamingResponse(self.asynchronous(request))
+
+
+KINDS = ["plain", "asynchronous", "response"]
+
+
+async def ends_soon(counted: Counted, kind: str) -> None:
+    assert await within(counted.ended.is_set, 5)
+    assert counted.saw_cancelled or kind == "response"  # Starlette leaves the end of its generator to the loop, outside of any call
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_reader_that_takes_nothing_stops_the_generator_at_the_window(place: Place, kind: str) -> None:
+    counted = Counted()
+    async with place.serve(getattr(counted, kind)) as serving:
+        reader = place.reader()
+        reader.reads = False
+        await reader.ask()
+        await until(lambda: len(reader.frames) == WINDOW_FRAMES)
+        made = counted.made
+        await asyncio.sleep(0.2)
+        assert counted.made == made <= WINDOW_FRAMES + 1 and len(reader.frames) == WINDOW_FRAMES
+        reader.credit(10)
+        await until(lambda: len(reader.frames) == WINDOW_FRAMES + 10)
+        await place.cancel(reader)
+        await ends_soon(counted, kind)
+        await until(serving.is_settled)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_large_chunks_stop_at_the_window_of_bytes(place: Place, kind: str) -> None:
+    counted = Counted(b"x" * 300_000)
+    async with place.serve(getattr(counted, kind)):
+        reader = place.reader()
+        reader.reads = False
+        await reader.ask()
+        await until(lambda: reader.size > WINDOW_BYTES - 300_000)
+        await asyncio.sleep(0.1)
+        assert reader.size <= WINDOW_BYTES and counted.made <= 5
+        reader.reads = True
+        reader.credit()
+        await until(lambda: reader.size > 5 * WINDOW_BYTES)
+        await place.cancel(reader)
+        await ends_soon(counted, kind)
+
+
+async def test_one_chunk_larger_than_the_window_comes_whole(place: Place) -> None:
+    def handler(request: Any) -> Iterator[bytes]:
+        yield bytes(range(256)) * 4096 * 5
+        yield b"end"
+
+    async with place.serve(handler):
+        reader = await place.reader().ask()
+        await reader.end()
+        assert reader.body == bytes(range(256)) * 4096 * 5 + b"end"
+
+
+@pytest.mark.parametrize("config", [{}, {"sync_threads": 2}])
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_cancelled_generator_runs_its_finally_within_a_second_and_frees_its_place(
+    place: Place, kind: str, config: dict[str, Any]
+) -> None:
+    counted = Counted(pause_s=0.02)
+    async with place.serve(getattr(counted, kind), **config) as serving:
+        reader = await place.reader().ask()
+        await until(lambda: len(reader.frames) > 3)
+        await place.cancel(reader)
+        await ends_soon(counted, kind)
+        await until(serving.is_settled)
+        assert not await place.store.last_of_stream(KEYS.stream(reader.id)) and not await place.store.get(KEYS.owner(reader.id))
+
+
+async def test_a_plain_generator_that_blocks_is_closed_after_its_step_in_its_own_thread(place: Place) -> None:
+    counted = Counted(pause_s=0.5)
+    async with place.serve(counted.plain) as serving:
+        reader = await place.reader().ask()
+        await until(lambda: len(reader.frames) == 1)
+        await place.cancel(reader)
+        await ends_soon(counted, "plain")
+        assert len(counted.threads) == 1
+        await until(serving.is_settled)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+async def test_an_error_after_the_first_chunk_ends_the_stream_with_it(place: Place, is_async: bool) -> None:
+    def plain(request: Any) -> Iterator[str]:
+        yield "one"
+        raise ValueError("odd")
+
+    async def asynchronous(request: Any) -> AsyncIterator[str]:
+        yield "one"
+        raise ValueError("odd")
+
+    async with place.serve(asynchronous if is_async else plain) as serving:
+        reader = await place.reader().ask()
+        result = await reader.end()
+        assert reader.body == b"one" and result.frames == 1 and result.status == 500
+        assert result.error is not None and result.error.message == "odd"
+        await until(serving.is_settled)
+
+
+async def test_an_error_before_the_first_chunk_is_an_answer_in_one_piece(place: Place) -> None:
+    def handler(request: Any) -> Iterator[str]:
+        raise HTTPException(404, "none here")
+        yield ""
+
+    async with place.serve(handler):
+        reader = await place.reader().ask()
+        result = await reader.end()
+        assert result.status == 404 and not result.frames and not reader.frames
+
+
+async def test_a_generator_without_chunks_is_an_empty_answer(place: Place) -> None:
+    def handler(request: Any) -> Iterator[str]:
+        yield from ()
+
+    async with place.serve(handler):
+        result = await (await place.reader().ask()).end()
+        assert result.status == 200 and not result.body and not result.frames
+        events = await place.reader("events").ask(meta=EVENTS)
+        assert (await events.end()).frames == 1 and events.head is not None and not events.size
+        values = await place.reader("values").ask(origin="handle", stream=1)
+        assert (await values.end()).frames == 1 and values.head is not None
+
+
+@pytest.mark.parametrize(
+    ("values", "content_type", "body"),
+    [
+        ([b"a", "b", bytearray(b"c")], "application/octet-stream", b"abc"),
+        (["a", b"b", ""], "text/plain; charset=utf-8", b"ab"),
+        ([{"a": 1}, "text", None], "application/x-ndjson", b'{"a":1}\n"text"\nnull\n'),
+    ],
+)
+async def test_the_first_chunk_decides_what_the_body_is(place: Place, values: list[Any], content_type: str, body: bytes) -> None:
+    async with place.serve(lambda request: (value for value in values)):
+        reader = await place.reader().ask()
+        await reader.end()
+        assert reader.head is not None and (reader.head.content_type, reader.body) == (content_type, body)
+        direct = place.reader("direct")
+        await direct.ask(origin="", inbox="")
+        await until(lambda: place.result(direct))
+        result = await place.result(direct)
+        assert result is not None and result.body == body and result.content_type == content_type  # in one piece
+
+
+async def test_a_chunk_that_does_not_fit_the_body_is_an_error_that_says_so(place: Place) -> None:
+    async with place.serve(lambda request: (value for value in ["text", 1])):
+        result = await (await place.reader().ask()).end()
+        assert result.frames == 1 and result.error is not None and "yield only str and bytes" in result.error.message
+
+
+async def test_a_handle_that_takes_chunks_gets_values_and_any_other_a_list(place: Place) -> None:
+    async with place.serve(lambda request: (value for value in [1, "two", {"three": 3}])):
+        stream = await place.reader("stream").ask(origin="handle", stream=2)
+        await stream.end()
+        assert stream.values == [1, "two", {"three": 3}] and stream.head is not None and stream.head.resumable
+        whole = await place.reader("whole").ask(origin="handle")
+        result = await whole.end()
+        assert decode_plain(result.body, result.content_type) == [1, "two", {"three": 3}] and not whole.frames
+
+
+async def test_an_answer_to_head_has_the_head_alone(place: Place) -> None:
+    counted = Counted()
+    async with place.serve(counted.plain) as serving:
+        result = await (await place.reader().ask(meta=RequestHead(method="HEAD"))).end()
+        assert (result.content_type, result.body, result.frames) == ("application/octet-stream", b"", 0)
+        assert counted.ended.is_set() and counted.made == 1
+        await until(serving.is_settled)
+    endless = Counted()
+    async with place.serve(endless.response):
+        result = await (await place.reader("other").ask(meta=RequestHead(method="HEAD"))).end()
+        assert result.status == 200 and not result.body and not result.frames
+        assert await within(endless.ended.is_set, 5)
+
+
+async def test_a_streaming_response_streams_with_its_head_and_runs_its_background_task(place: Place) -> None:
+    ran = threading.Event()
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b"12"
+        yield b"34"
+
+    def handler(request: Any) -> StreamingResponse:
+        headers = {"content-length": "4", "x-of": "ours"}
+        return StreamingResponse(body(), 201, headers, "text/odd", background=BackgroundTask(ran.set))
+
+    async with place.serve(handler):
+        reader = await place.reader().ask()
+        result = await reader.end()
+        assert reader.body == b"1234" and result.error is None and result.frames == 2
+        assert reader.head is not None and reader.head.length == 4 and reader.head.status == 201
+        assert reader.head.content_type == "text/odd; charset=utf-8" and (b"x-of", b"ours") in reader.head.headers
+        assert await within(ran.is_set, 5)
+
+
+@pytest.mark.parametrize("length", ["3", "5"])
+async def test_a_response_with_another_length_than_it_says_fails(place: Place, length: str) -> None:
+    async with place.serve(lambda request: StreamingResponse(iter([b"12", b"34"]), headers={"content-length": length})):
+        result = await (await place.reader().ask()).end()
+        assert result.error is not None and "Content-Length" in result.error.message
+
+
+async def test_a_file_is_streamed_and_a_small_one_comes_in_one_piece(place: Place, tmp_path: Path) -> None:
+    (tmp_path / "large").write_bytes(bytes(1_000_000))
+    (tmp_path / "small").write_bytes(b"small")
+    async with place.serve(lambda request: FileResponse(tmp_path / request.data)):
+        large = await place.reader("large").ask(b"large")
+        await large.end()
+        assert large.body == bytes(1_000_000) and large.head is not None and large.head.length == 1_000_000
+        small = await (await place.reader("small").ask(b"small")).end()
+        assert small.body == b"small" and not small.frames
+
+
+async def test_32_mib_to_a_slow_reader_are_never_held_here(place: Place) -> None:
+    def handler(request: Any) -> Iterator[bytes]:
+        for _ in range(512):
+            yield bytes(65_536)
+
+    async with place.serve(handler) as serving:
+        reader = await place.reader().ask()
+        most = 0
+        while reader.result is None:
+            most = max(most, sum(flow.held_bytes for flow in serving.flows))
+            await asyncio.sleep(0)
+        assert reader.size == 32 * 1024 * 1024 and most < 3 * WINDOW_BYTES
+        assert len(await place.store.read_stream(KEYS.stream(reader.id), store.Place(0, 0), 1000)) <= WINDOW_FRAMES
