@@ -123,6 +123,7 @@ class Owner(msgspec.Struct, frozen=True, omit_defaults=True):
     endpoint: str = ""
     resumable: bool = False
     token: bytes = b""
+    head_alone: bool = False  # the head was shown before the first chunk, in a frame that another run does not make again
 
     @classmethod
     def new(cls, replica: str, attempt: int, backend: str, endpoint: str = "", *, resumable: bool = False) -> Owner:
@@ -150,6 +151,7 @@ class Credit(msgspec.Struct, frozen=True, array_like=True):
     seq: int
     size: int
     left: bool = False
+    renews: bool = False  # it was told of frames before, and takes them from no later reader
 
     def to_bytes(self) -> bytes:
         return _encode(self)

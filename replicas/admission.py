@@ -22,6 +22,7 @@ from ..broker.store_keys import StoreKeys
 from ..controller.state.config import BackendConfig
 from .execute import check_direct
 from .stages import Job
+from .takeover import Takeover
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class Admission:
         self._replica_id = replica_id
         self._keys = StoreKeys(namespace)
         self._inboxes = self._keys.inbox("")
+        self._takeover = Takeover(store, self._keys, backend, replica_id)
         self._often = RateLimitedLog(logger)
 
     def __repr__(self) -> str:
@@ -92,6 +94,11 @@ class Admission:
         else:
             if (raw := await self._store.get(self._keys.future(future_id))) is not None:
                 return await self._or_its_loss(future_id, self._ours(raw))
+            if redelivered or envelope.header.again:
+                shown = await self._takeover.of(envelope, config)
+                if isinstance(shown, Result):
+                    return shown
+                job.flow = shown
             if check_copies and not redelivered and not await self._claim(future_id, config):
                 return None
             if once and not await self._may_start(envelope, job.mark, came_before=redelivered or envelope.header.again):

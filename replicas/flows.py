@@ -16,7 +16,7 @@ from ..broker.errors import StoreUnavailable
 from ..broker.results import ErrorInfo, Outcome, Phase, Result, entry_of
 from ..broker.store import Append, Refusal, Store, StoreClosed
 from ..broker.store_keys import STREAM_TTL_S, StoreKeys
-from ..broker.streams import IDLE_TIMEOUT_S, REPLICA_LOST, RESUME_GRACE_S, Credit, read_credit
+from ..broker.streams import IDLE_TIMEOUT_S, RESUME_GRACE_S, Credit, read_credit
 from ..controller.state.config import MAX_REQUEST_TIMEOUT_S
 from .outgoing import Kept, Outgoing, State
 from .settlement import Settlement
@@ -237,6 +237,8 @@ class Flows:
                 self._reader_is_gone(job, flow)
             return
         if credit.inbox != flow.inbox:  # the newest reader owns the credit
+            if credit.renews and flow.inbox:
+                return
             flow.begin_reading(credit.inbox, credit.seq)
         flow.was_taken(credit.seq)
         self._append(job, flow)
@@ -299,12 +301,6 @@ class Flows:
 
     def __iter__(self) -> Iterator[Job]:
         return iter(tuple(self._jobs.values()))
-
-
-def lost_result(backend: str, frames: int = 0) -> Result:
-    """The end of an answer of which a part was shown, and whose run does not go on."""
-    message = "the replica that made this answer was lost before its end: send the request again, or let it run again by on_death='replay'"
-    return Result(status=502, backend=backend, error=ErrorInfo(type=REPLICA_LOST, message=message), frames=frames)
 
 
 def _quiet(idle_s: float) -> Result:

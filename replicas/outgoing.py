@@ -40,15 +40,18 @@ class Outgoing:
     one writes.
     """
 
-    def __init__(self, future_id: str, owner: Owner, inbox: str, config: BackendConfig, shown: int = 0) -> None:
+    def __init__(
+        self, future_id: str, owner: Owner, inbox: str, config: BackendConfig, *, shown: int = 0, head_alone: bool = False
+    ) -> None:
         self.future_id = future_id
         self.owner = owner
         self.idle_s = config.stream_idle_timeout_s
         self._kept_frames, self._kept_bytes = config.stream_kept_frames, config.stream_kept_bytes
         self.shown = shown  # frames that earlier runs have shown: this run makes them again, and they are passed over
-        self.skips_by_itself = False  # the handler has read how much was shown, and begins behind that
+        self._head_alone = int(head_alone)
+        self._begins_behind = False  # the handler has read how much was shown
         # The worker's thread.
-        self.made = 0
+        self.made = 1 if head_alone else 0
         self.made_bytes = 0
         self._head: Head | None = None
         self._offered: deque[tuple[bytes, int]] = deque()
@@ -81,6 +84,12 @@ class Outgoing:
     # Read by both.
 
     @property
+    def resume_after(self) -> int:
+        """How many chunks of up to FRAME_BYTES earlier runs have shown. A handler that asks begins behind them by itself."""
+        self._begins_behind = True
+        return self.shown - self._head_alone
+
+    @property
     def began(self) -> bool:
         """Whether the answer can only end as a stream."""
         return self.made > 0 or self.shown > 0
@@ -101,7 +110,7 @@ class Outgoing:
 
     def offer(self, data: bytes, content_type: str = "") -> None:
         """Cuts a chunk into frames. Frames that an earlier run has shown are passed over."""
-        if self.skips_by_itself and self.made < self.shown:
+        if self._begins_behind and self.made < self.shown:
             self.made = self.shown
         head = self._take_head()
         for frame in frames_of(data, content_type, head):

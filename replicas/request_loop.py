@@ -24,7 +24,7 @@ from ..controller.state.config import MAX_REQUEST_TIMEOUT_S, BackendConfig
 from ..controller.state.documents import Backend
 from .admission import Admission
 from .consumers import Consumers
-from .flows import Flows, lost_result
+from .flows import Flows
 from .handler import Handler
 from .metrics import ReplicaMetrics
 from .register import Register
@@ -33,6 +33,7 @@ from .settlement import Settlement, is_kept
 from .stages import Job, Stage
 from .start_marks import StartMarks
 from .stuck import check_calls, check_silence
+from .takeover import lost_result
 from .trust import SenderTrust
 from .window import Window
 from .worker import Worker

@@ -82,6 +82,12 @@ class Request(StarletteRequest):
         """The body as it came."""
         return self._body
 
+    @property
+    def resume_after(self) -> int:
+        """How many chunks earlier runs of this request have shown (`on_death="replay"`); 0 in a first run. A handler that reads it has to
+        begin behind them; for any other they are passed over."""
+        return 0 if self._job.flow is None else self._job.flow.resume_after
+
     async def json(self) -> Any:
         """Like Starlette's, but raises BadBody for malformed JSON."""
         return _decode_json(self._body)
@@ -150,25 +156,25 @@ class ServeRequest:
 
     def __init__(self, job: Job, load: Callable[[], tuple[Any, dict[str, Any]]]) -> None:
         envelope = job.envelope
-        self._meta = envelope.header.meta
+        self._job = job
         self._load = load
         self._loaded: tuple[Any, dict[str, Any]] | None = None
         self._is_direct = not envelope.header.origin
         self._raw = envelope.body if self._is_direct else b""
         self.id = envelope.id
         self.attempt = envelope.attempt
-        self.method = self._meta.method
+        self.method = envelope.header.meta.method
 
     def __repr__(self) -> str:
         return f"<ServeRequest {self.method}>"
 
     @cached_property
     def headers(self) -> Headers:
-        return Headers(raw=list(self._meta.headers))
+        return Headers(raw=list(self._job.envelope.header.meta.headers))
 
     @cached_property
     def path_params(self) -> dict[str, Any]:
-        return convert_params(self._meta)
+        return convert_params(self._job.envelope.header.meta)
 
     @property
     def data(self) -> Any:
@@ -179,6 +185,11 @@ class ServeRequest:
     def raw(self) -> bytes:
         """A direct publisher's body as it came; empty for a handle's object."""
         return self._raw
+
+    @property
+    def resume_after(self) -> int:
+        """See `Request.resume_after`."""
+        return 0 if self._job.flow is None else self._job.flow.resume_after
 
     @property
     def query_params(self) -> Mapping[str, Any]:

@@ -109,7 +109,6 @@ class Reader:
             asyncio.get_running_loop().call_soon(self.credit)
 
     def credit(self, seq: int = 0, *, left: bool = False) -> None:
-        assert self.head is not None or not self.frames
         if self.head is not None:
             credit = Credit(1, self.id, self.inbox, seq or len(self.frames), self.size, left)
             self.store.post(KEYS.feed(self.head.replica), credit.to_bytes())

@@ -1,0 +1,56 @@
+"""Requests of which an earlier run has shown a part of its answer: they are ended with an error, or replayed behind that part."""
+
+from __future__ import annotations
+
+from ..broker.envelope import Envelope
+from ..broker.errors import BadEnvelope, StoreUnavailable
+from ..broker.results import ErrorInfo, Result
+from ..broker.store import Store
+from ..broker.store_keys import STREAM_TTL_S, StoreKeys
+from ..broker.streams import REPLICA_LOST, Owner
+from ..controller.state.config import BackendConfig
+from .outgoing import Outgoing
+
+
+class Takeover:
+    """Takes streams over from runs of other replicas, which may be dead or cut off: they write nothing more from then on."""
+
+    def __init__(self, store: Store, keys: StoreKeys, backend: str, replica_id: str) -> None:
+        self._store = store
+        self._keys = keys
+        self._backend = backend
+        self._replica_id = replica_id
+
+    def __repr__(self) -> str:
+        return f"<Takeover by {self._replica_id}>"
+
+    async def of(self, envelope: Envelope, config: BackendConfig) -> Outgoing | Result | None:
+        """Returns the stream that this run continues, or the result that ends it, or None if no part of the answer was shown. Raises
+        StoreUnavailable, also if another replica was faster."""
+        future_id = envelope.future_id(self._backend)
+        key = self._keys.owner(future_id)
+        raw = await self._store.get(key)
+        if raw is None:
+            return None
+        before = _read_owner(raw, self._backend)
+        owner = Owner.new(self._replica_id, before.attempt + 1, self._backend, before.endpoint, resumable=before.resumable)
+        ttl_ms = int(max(STREAM_TTL_S, config.stream_idle_timeout_s, config.resume_grace_s) * 1000)
+        if not await self._store.replace(key, raw, owner.to_bytes(), ttl_ms=ttl_ms, quiet=True):
+            raise StoreUnavailable("another run of the request takes its stream over")
+        shown = await self._store.last_of_stream(self._keys.stream(future_id))
+        if config.on_death != "replay" or config.delivery == "at_most_once":
+            return lost_result(self._backend, shown)
+        return Outgoing(future_id, owner, envelope.header.inbox, config, shown=shown, head_alone=before.head_alone)
+
+
+def lost_result(backend: str, frames: int = 0) -> Result:
+    """The end of an answer of which a part was shown, and whose run does not go on."""
+    message = "the replica that made this answer was lost before its end: send the request again, or have it run again by on_death='replay'"
+    return Result(status=502, backend=backend, error=ErrorInfo(type=REPLICA_LOST, message=message), frames=frames)
+
+
+def _read_owner(raw: bytes, backend: str) -> Owner:
+    try:
+        return Owner.from_bytes(raw)
+    except BadEnvelope:  # of another version, or nobody's
+        return Owner("", 0, backend)

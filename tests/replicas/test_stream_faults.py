@@ -1,0 +1,357 @@
+"""Streamed answers where a reader, the store or a replica fails: what is written stays one answer of one run, or ends visibly."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import pytest
+
+from mqserve.broker.calls.cancellations import notice_of_proxy
+from mqserve.broker.errors import StoreUnavailable
+from mqserve.broker.memory.queue import EmbeddedQueue
+from mqserve.broker.memory.store import EmbeddedStore
+from mqserve.broker.store import Append, OnAppended, Place
+from mqserve.broker.streams import REPLICA_LOST, WINDOW_FRAMES, Credit, Owner
+from mqserve.replicas import flows
+from tests.broker.traffic import until
+from tests.replicas.streaming import EVENTS, KEYS, Reader, Serving, within
+
+pytestmark = pytest.mark.anyio
+
+
+class Steps:
+    """A generator of numbers that goes on when it is let."""
+
+    def __init__(self, count: int = 10) -> None:
+        self.count = count
+        self.let = threading.Semaphore(0)
+        self.runs = 0
+        self.resumed: list[int] = []
+        self.ended = threading.Event()
+        self.reads = False
+
+    def __call__(self, request: Any) -> Iterator[str]:
+        self.runs += 1
+        first = request.resume_after if self.reads else 0
+        self.resumed.append(first)
+        try:
+            for number in range(first, self.count):
+                assert self.let.acquire(timeout=30)
+                yield f"{number} "
+        finally:
+            self.ended.set()
+
+    def go(self, count: int) -> None:
+        for _ in range(count):
+            self.let.release()
+
+
+ALL = b"0 1 2 3 4 5 6 7 8 9 "
+
+
+class BadStore(EmbeddedStore):
+    """Refuses appends while it is `away`, and loses what it had if it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.away = False
+        self.refused = 0
+
+    def append_then(self, append: Append, on_appended: OnAppended) -> None:
+        if self.away:
+            self.refused += 1
+            return on_appended(StoreUnavailable("it is away"))
+        super().append_then(append, on_appended)
+
+    def lose(self, future_id: str, behind: int) -> None:
+        """As a server that was killed within a second of the last writes."""
+        stream, _ = self._streams[KEYS.stream(future_id)]
+        stream.last = behind
+        stream._entries = [entry for entry in stream._entries if entry[0].seq <= behind]
+
+
+def frames_of(entries: list[Any]) -> list[int]:
+    return [place.seq for place, _ in entries]
+
+
+async def test_what_the_store_does_not_take_is_appended_again_until_it_does() -> None:
+    queue, store, steps = EmbeddedQueue(), BadStore(), Steps()
+    async with Serving(steps, queue, store) as serving:
+        reader = await Reader(queue, store).ask()
+        steps.go(3)
+        await until(lambda: len(reader.frames) == 3)
+        store.away = True
+        steps.go(4)
+        await until(lambda: store.refused > 2)
+        store.away = False
+        steps.go(3)
+        result = await reader.end()
+        assert reader.body == ALL and result.frames == 10 and steps.runs == 1
+        await until(serving.is_settled)
+
+
+@pytest.mark.parametrize("meta", [EVENTS, None])
+async def test_a_store_that_lost_its_last_second_gets_the_frames_of_it_again(meta: Any) -> None:
+    queue, store, steps = EmbeddedQueue(), BadStore(), Steps()
+    async with Serving(steps, queue, store):
+        reader = await Reader(queue, store).ask(**({} if meta is None else {"meta": meta}))
+        steps.go(6)
+        await until(lambda: len(reader.frames) == 6)
+        store.lose(reader.id, 2)
+        steps.go(4)
+        result = await reader.end()
+        assert result.frames == 10 and b"".join(frame.data for _, frame in sorted(reader.frames.items())) == ALL
+        if meta is not None:
+            assert frames_of(await store.read_stream(KEYS.stream(reader.id), Place(0, 0), 64)) == list(range(1, 11))
+
+
+async def test_a_run_whose_stream_another_one_has_taken_writes_nothing_more_and_stops() -> None:
+    queue, store, steps = EmbeddedQueue(), EmbeddedStore(), Steps()
+    async with Serving(steps, queue, store) as serving:
+        reader = await Reader(queue, store).ask()
+        steps.go(3)
+        await until(lambda: len(reader.frames) == 3)
+        await store.set(KEYS.owner(reader.id), Owner.new("b#2", 2, "b").to_bytes())
+        steps.go(7)
+        assert await within(steps.ended.is_set, 5)
+        await until(serving.is_settled)
+        assert len(reader.frames) == 3 and await store.get(KEYS.future(reader.id)) is None
+
+
+async def test_a_run_whose_request_has_a_result_stops() -> None:
+    queue, store, steps = EmbeddedQueue(), EmbeddedStore(), Steps()
+    async with Serving(steps, queue, store) as serving:
+        reader = await Reader(queue, store).ask()
+        steps.go(3)
+        await until(lambda: len(reader.frames) == 3)
+        await store.set(KEYS.future(reader.id), b"somebody's")
+        steps.go(7)
+        assert await within(steps.ended.is_set, 5)
+        await until(serving.is_settled)
+        assert await store.get(KEYS.future(reader.id)) == b"somebody's"
+
+
+async def die_in_the_middle(queue: EmbeddedQueue, store: EmbeddedStore, shown: int, **request: Any) -> Reader:
+    """A replica shows so many chunks, and is lost."""
+    steps = Steps()
+    async with Serving(steps, queue, store, replica_id="b#1") as first:
+        reader = await Reader(queue, store).ask(**request)
+        steps.go(shown)
+        await until(lambda: len(reader.frames) == shown)
+        await first.loop.abandon()
+        steps.go(1)
+    return reader
+
+
+async def test_an_answer_whose_replica_died_after_its_head_ends_with_an_error() -> None:
+    queue, store, steps = EmbeddedQueue(), EmbeddedStore(), Steps()
+    reader = await die_in_the_middle(queue, store, 4)
+    async with Serving(steps, queue, store, replica_id="b#2") as second:
+        result = await reader.end()
+        assert result.error is not None and result.error.type == REPLICA_LOST and (result.status, result.frames) == (502, 4)
+        await until(second.is_settled)
+        assert not steps.runs
+
+
+@pytest.mark.parametrize("reads", [False, True])
+async def test_with_replay_the_handler_runs_again_and_what_was_shown_is_passed_over(reads: bool) -> None:
+    queue, store, steps = EmbeddedQueue(), EmbeddedStore(), Steps()
+    steps.reads = reads
+    reader = await die_in_the_middle(queue, store, 4, meta=EVENTS)
+    async with Serving(steps, queue, store, replica_id="b#2", on_death="replay") as second:
+        steps.go(10)
+        result = await reader.end()
+        assert result.error is None and result.frames == 10 and reader.body == ALL
+        assert steps.resumed == [4 if reads else 0]
+        assert reader.head is not None and reader.head.replica == "b#2"  # which takes credit now
+        await until(second.is_settled)
+        attempts = [place.attempt for place, _ in await store.read_stream(KEYS.stream(reader.id), Place(0, 0), 64)]
+        assert attempts == [1] * 4 + [2] * 6
+
+
+async def test_an_answer_whose_replica_died_before_its_head_is_made_again_unseen() -> None:
+    queue, store, steps = EmbeddedQueue(), EmbeddedStore(), Steps()
+    reader = await die_in_the_middle(queue, store, 0)
+    async with Serving(steps, queue, store, replica_id="b#2"):
+        steps.go(10)
+        result = await reader.end()
+        assert result.error is None and reader.body == ALL and steps.runs == 1
+
+
+async def test_a_replica_that_drains_ends_what_does_not_end_by_itself() -> None:
+    queue, store, steps = EmbeddedQueue(), EmbeddedStore(), Steps()
+    async with Serving(steps, queue, store, graceful_shutdown_timeout_s=0.2) as serving:
+        reader = await Reader(queue, store).ask()
+        steps.go(4)
+        await until(lambda: len(reader.frames) == 4)
+        await serving.loop.drain(10)
+        result = await reader.end()
+        assert result.error is not None and result.error.type == REPLICA_LOST and result.frames == 4
+        steps.go(1)
+
+
+# Readers.
+
+
+def leave(reader: Reader) -> None:
+    reader.credit(left=True)
+
+
+async def test_a_resumable_stream_pauses_without_a_reader_and_goes_on_with_the_next_one() -> None:
+    queue, store = EmbeddedQueue(), EmbeddedStore()
+    made: list[int] = []
+
+    async def handler(request: Any) -> AsyncIterator[str]:
+        for number in range(300):
+            made.append(number)
+            yield f"{number} "
+            await asyncio.sleep(0.001)
+
+    async with Serving(handler, queue, store):
+        reader = await Reader(queue, store).ask(meta=EVENTS)
+        await until(lambda: len(reader.frames) > 20)
+        reader.reads = False
+        leave(reader)
+        await asyncio.sleep(0.1)
+        paused_at = len(made)
+        await asyncio.sleep(0.1)
+        assert len(made) == paused_at < 300
+        second = Reader(queue, store, "second")
+        second.id = reader.id
+        seen = len(reader.frames)
+        assert reader.head is not None
+        store.post(KEYS.feed(reader.head.replica), Credit(1, reader.id, second.inbox, seen, 0).to_bytes())
+
+        def credit() -> None:
+            assert reader.head is not None
+            taken = seen + len(second.frames)
+            store.post(KEYS.feed(reader.head.replica), Credit(1, reader.id, second.inbox, taken, 0, False, True).to_bytes())
+
+        while second.result is None:
+            credit()
+            await asyncio.sleep(0.005)
+        assert second.result.frames == 300 and len(made) == 300
+        entries = await store.read_stream(KEYS.stream(reader.id), Place(0, 0), 1000)
+        assert frames_of(entries) == list(range(1, 301))
+
+
+async def test_a_resumable_stream_to_which_nobody_comes_back_is_cancelled_after_its_grace() -> None:
+    queue, store, steps = EmbeddedQueue(), EmbeddedStore(), Steps()
+    async with Serving(steps, queue, store, resume_grace_s=0.2) as serving:
+        reader = await Reader(queue, store).ask(meta=EVENTS)
+        steps.go(2)
+        await until(lambda: len(reader.frames) == 2)
+        leave(reader)
+        steps.go(1)
+        result = await reader.end()
+        assert result.status == 499 and result.frames >= 2
+        assert await within(steps.ended.is_set, 5)
+        await until(serving.is_settled)
+
+
+@pytest.mark.parametrize("meta", [EVENTS, None])
+async def test_the_death_of_a_proxy_pauses_its_resumable_streams_and_cancels_the_others(meta: Any) -> None:
+    queue, store, steps = EmbeddedQueue(), EmbeddedStore(), Steps()
+    async with Serving(steps, queue, store) as serving:
+        reader = await Reader(queue, store).ask(**({} if meta is None else {"meta": meta}))
+        steps.go(2)
+        await until(lambda: len(reader.frames) == 2)
+        await store.append_log(KEYS.cancelled, notice_of_proxy(reader.inbox))
+        steps.go(1)
+        if meta is None:
+            assert await within(steps.ended.is_set, 5)
+            await until(serving.is_settled)
+        else:
+            (flow,) = serving.flows
+            assert flow.paused and reader.result is None
+            steps.go(10)
+
+
+@pytest.mark.parametrize("meta", [EVENTS, None])
+async def test_a_reader_that_has_frames_and_takes_none_counts_as_gone(meta: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flows, "IDLE_TIMEOUT_S", 0.3)
+    queue, store = EmbeddedQueue(), EmbeddedStore()
+    ended = threading.Event()
+
+    def handler(request: Any) -> Iterator[str]:
+        try:
+            while True:
+                yield "x"
+        finally:
+            ended.set()
+
+    async with Serving(handler, queue, store, resume_grace_s=0.1) as serving:
+        reader = Reader(queue, store)
+        reader.reads = False
+        await reader.ask(**({} if meta is None else {"meta": meta}))
+        await until(lambda: len(reader.frames) == WINDOW_FRAMES)
+        assert await within(ended.is_set, 5)
+        await until(serving.is_settled)
+
+
+async def test_a_handler_that_is_silent_for_too_long_after_its_head_is_late() -> None:
+    queue, store, steps = EmbeddedQueue(), EmbeddedStore(), Steps()
+    async with Serving(steps, queue, store, stream_idle_timeout_s=0.2) as serving:
+        reader = await Reader(queue, store).ask()
+        steps.go(2)
+        result = await reader.end()
+        assert result.status == 504 and result.frames == 2
+        assert result.error is not None and "stream_idle_timeout_s" in result.error.message
+        steps.go(1)
+        assert await within(steps.ended.is_set, 5)
+        await until(serving.is_settled)
+
+
+async def test_a_stream_may_take_longer_than_its_request_has_to_begin() -> None:
+    queue, store, steps = EmbeddedQueue(), EmbeddedStore(), Steps()
+    async with Serving(steps, queue, store):
+        reader = await Reader(queue, store).ask(timeout_s=0.4)
+        steps.go(2)
+        await until(lambda: len(reader.frames) == 2)
+        await asyncio.sleep(0.6)
+        steps.go(8)
+        result = await reader.end()
+        assert result.error is None and reader.body == ALL
+
+
+async def test_a_request_whose_head_is_late_is_late() -> None:
+    queue, store, steps = EmbeddedQueue(), EmbeddedStore(), Steps()
+    async with Serving(steps, queue, store) as serving:
+        reader = await Reader(queue, store).ask(timeout_s=0.3)
+        result = await reader.end()
+        assert result.status == 504 and not result.frames
+        steps.go(1)
+        await until(serving.is_settled)
+        assert not reader.frames
+
+
+async def test_credit_that_names_another_inbox_than_one_of_the_namespace_is_not_believed() -> None:
+    queue, store, steps = EmbeddedQueue(), EmbeddedStore(), Steps()
+    async with Serving(steps, queue, store) as serving:
+        reader = await Reader(queue, store).ask()
+        steps.go(2)
+        await until(lambda: len(reader.frames) == 2)
+        assert reader.head is not None
+        for raw in (Credit(1, reader.id, "mqserve:others:inbox:x", 2, 0).to_bytes(), b"nonsense", b""):
+            store.post(KEYS.feed(reader.head.replica), raw)
+        (flow,) = serving.flows
+        assert flow.inbox == reader.inbox
+        steps.go(8)
+        assert (await reader.end()).error is None
+
+
+async def test_of_a_resumable_stream_no_more_is_kept_than_is_settled() -> None:
+    queue, store = EmbeddedQueue(), EmbeddedStore()
+
+    async def handler(request: Any) -> AsyncIterator[str]:
+        for number in range(500):
+            yield f"{number} "
+            await asyncio.sleep(0)
+
+    async with Serving(handler, queue, store, stream_kept_frames=100):
+        reader = await Reader(queue, store).ask(meta=EVENTS)
+        await reader.end()
+        assert len(reader.frames) == 500
+        kept = frames_of(await store.read_stream(KEYS.stream(reader.id), Place(0, 0), 1000))
+        assert kept[-1] == 500 and 100 <= len(kept) <= 100 + 2 * WINDOW_FRAMES
