@@ -12,7 +12,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import AsyncGeneratorType, GeneratorType
-from typing import Any
+from typing import Any, NamedTuple
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -39,7 +39,16 @@ logger = logging.getLogger(__name__)
 
 _RESULTS = frozenset((type(None), bool, int, float, str, bytes, list, dict))  # most results have these types, and need no check
 
-Answer = Result | Response | Generator[Any, Any, Any] | AsyncGenerator[Any, Any]
+AnyGenerator = Generator[Any, Any, Any] | AsyncGenerator[Any, Any]
+
+
+class BatchSteps(NamedTuple):
+    """A generator that yields lists of items, one for each member of its batch."""
+
+    generator: AnyGenerator
+
+
+Answer = Result | Response | AnyGenerator | BatchSteps
 """A result, or a Response that `respond` must run to get one, or a generator whose values are the answer."""
 
 
@@ -106,13 +115,28 @@ class Execution:
                 logger.error("after the answer to request %s of %s\n%s", printable(job.envelope.id), self.backend, told)
             else:
                 answer(self.failed(error, job))
+        finally:
+            await self._close_body(response, job)
+
+    async def _close_body(self, response: Response, job: Job) -> None:
+        """Has the generator of a StreamingResponse run its `finally` now: Starlette leaves that to the garbage collector."""
+        body = getattr(response, "body_iterator", None)
+        if isinstance(body, AsyncGeneratorType):
+            try:
+                await body.aclose()
+            except BaseException as error:
+                _raise_if_cancelled(error)
+                self.failed(error, job)  # which logs it
 
     # A batch.
 
     def run_batch(self, method: Method, jobs: Sequence[Job]) -> list[Answer]:
         """Makes one plain call for all jobs."""
         try:
-            values = split_results(method.function([self.request(job) for job in jobs]), len(jobs))
+            value = method.function([self.request(job) for job in jobs])
+            if method.steps_batch:
+                return [BatchSteps(value)] * len(jobs)
+            values = split_results(value, len(jobs))
         except BaseException as error:
             return [self.failed(error, job) for job in jobs]
         return self._answers(values, jobs)
@@ -120,7 +144,10 @@ class Execution:
     async def run_batch_async(self, method: Method, jobs: Sequence[Job]) -> list[Answer]:
         """Makes one async call for all jobs. Raises like `run_async`."""
         try:
-            values = split_results(await method.function([self.request(job) for job in jobs]), len(jobs))
+            value = method.function([self.request(job) for job in jobs])
+            if method.steps_batch:
+                return [BatchSteps(value)] * len(jobs)
+            values = split_results(await value, len(jobs))
         except BaseException as error:
             _raise_if_cancelled(error)
             return [self.failed(error, job) for job in jobs]

@@ -173,8 +173,8 @@ class Flows:
 
     def _on_refusal(self, job: Job, flow: Outgoing, refusal: Refusal) -> None:
         """Stops the generator, since nobody will read what it makes; the message is settled when it has ended."""
-        flow.state, flow.refused = State.STOPPED, refusal
-        flow.drop_unsent()
+        flow.halt()
+        flow.refused = refusal
         if flow.result is not None:
             self._refused(job, refusal)
         else:
@@ -197,8 +197,7 @@ class Flows:
 
     def give_up(self, flow: Outgoing, result: Result) -> Result:
         """Stops appending for a job that is given up, and returns the result that its reader gets, which says how many frames there are."""
-        flow.state = State.STOPPED
-        flow.drop_unsent()
+        flow.halt()
         return msgspec.structs.replace(result, frames=flow.sent)
 
     def settle_given_up(self, job: Job, flow: Outgoing, result: Result) -> None:

@@ -14,29 +14,23 @@ from functools import partial
 from typing import Any, Protocol
 
 from ..broker.process import forks
-from ..broker.results import Result
-from .execute import Execution
-from .sinks import Sink, Sinks
+from .execute import AnyGenerator, BatchSteps, Execution
+from .outgoing import resolve
+from .receivers import BatchReceiver, Putting, Receiver, Taker
+from .sinks import Sinks
 from .stages import Job
 
 logger = logging.getLogger(__name__)
 
 
-class Host(Protocol):
+class Host(Putting, Protocol):
     """What the worker does for its generators."""
-
-    @property
-    def execution(self) -> Execution: ...
 
     def run_step(self, step: Callable[[], None], then: Callable[[], None]) -> None:
         """Calls `step` where plain calls run, and then `then` in the worker's thread."""
         ...
 
     def run_task(self, work: Coroutine[Any, Any, None], context: Context, jobs: Sequence[Job] = ()) -> asyncio.Task[None]: ...
-
-    def put(self, job: Job, result: Result) -> None:
-        """Puts the result of a job, behind its chunks if it has shown any."""
-        ...
 
     def cancelled(self, jobs: Sequence[Job], error: asyncio.CancelledError) -> None: ...
 
@@ -51,87 +45,94 @@ class Generators:
         self._stepped: dict[Job, Stepped] = {}
 
     def __repr__(self) -> str:
-        return f"<Generators, {len(self._stepped)} plain ones>"
+        return f"<Generators, {len(self._stepped)} requests of plain ones>"
 
-    def start(self, job: Job, generator: Generator[Any, Any, Any] | AsyncGenerator[Any, Any], context: Context) -> None:
+    def start(self, jobs: Sequence[Job], generator: AnyGenerator | BatchSteps, context: Context) -> None:
         """Runs a generator that a handler has made. Its result, or the error that ended it, is put as that of a call."""
-        sink = self._sinks.of(job, self._host.execution.signer)
+        signer = self._host.execution.signer
+        receivers = [Receiver(job, self._sinks.of(job, signer), self._host) for job in jobs]
+        taker: Taker = receivers[0]
+        if isinstance(generator, BatchSteps):
+            generator, taker = generator.generator, BatchReceiver(receivers)
         if isinstance(generator, AsyncGenerator):
-            self._host.run_task(self._iterate(job, generator, sink), context, [job])
+            self._host.run_task(self._iterate(jobs, generator, taker), context, jobs)
             return
-        stepped = self._stepped[job] = Stepped(job, generator, sink, context, self._host.execution)
+        stepped = Stepped(jobs, generator, taker, context, self._host.execution)
+        self._stepped.update(dict.fromkeys(jobs, stepped))
         self._go_on(stepped)
 
     def cancel(self, job: Job) -> None:
-        """Ends the plain generator of a job that was given up, at once if it is parked, else after its step."""
+        """Has the generator of a job that was given up look at that: at once if it is parked, else after its step."""
         stepped = self._stepped.get(job)
-        if stepped is not None and stepped.is_parked:
-            stepped.is_parked = False
-            self._go_on(stepped)
+        if stepped is not None:
+            self._wake(stepped)
 
     def stop(self) -> None:
         """Closes the plain generators at the worker's end."""
-        for stepped in tuple(self._stepped.values()):
+        for stepped in set(self._stepped.values()):
             if stepped.is_parked:
                 stepped.close()
         self._stepped.clear()
+
+    def _wake(self, stepped: Stepped) -> None:
+        if stepped.is_parked:
+            stepped.is_parked = False
+            self._go_on(stepped)
 
     def _go_on(self, stepped: Stepped) -> None:
         self._loop.call_soon(self._step, stepped)
 
     def _step(self, stepped: Stepped) -> None:
-        if stepped.job.given_up is not None:
-            self._host.run_step(stepped.end_given_up, partial(self._ended, stepped))
-        elif stepped.sink.has_room:
-            self._host.run_step(stepped.step, partial(self._after, stepped))
-        else:
-            stepped.is_parked = True
-            if stepped.sink.park(lambda: self.cancel(stepped.job)) or stepped.job.given_up is not None:
-                self.cancel(stepped.job)
+        if stepped.taker.is_given_up or stepped.taker.has_room:
+            return self._host.run_step(stepped.step, partial(self._after, stepped))
+        stepped.is_parked = True
+        if stepped.taker.park(partial(self._wake, stepped)) or stepped.taker.is_given_up:
+            self._wake(stepped)
 
     def _after(self, stepped: Stepped) -> None:
-        if stepped.result is not None:
-            self._ended(stepped)
-        elif stepped.job in self._stepped:
+        if stepped.is_over:
+            for job in stepped.jobs:
+                self._stepped.pop(job, None)
+        elif stepped.jobs[0] in self._stepped:  # else the worker ends
             self._go_on(stepped)
 
-    def _ended(self, stepped: Stepped) -> None:
-        if self._stepped.pop(stepped.job, None) is stepped and stepped.result is not None:
-            self._host.put(stepped.job, stepped.result)
-
-    async def _iterate(self, job: Job, generator: AsyncGenerator[Any, Any], sink: Sink) -> None:
-        execution = self._host.execution
+    async def _iterate(self, jobs: Sequence[Job], generator: AsyncGenerator[Any, Any], taker: Taker) -> None:
+        depth = self._host.execution.depth
         try:
             try:
-                result = await self._iterated(generator, sink)
+                await self._take_all(generator, taker)
             finally:
                 await generator.aclose()
         except asyncio.CancelledError as error:
-            return self._host.cancelled([job], error)
+            self._host.cancelled(taker.left, error)
         except BaseException as error:
-            result = execution.failed(error, job)
+            taker.fail(error)
+        else:
+            taker.end()
         finally:
-            forks.end_if_forked_since(execution.depth)
-        self._host.put(job, result)
+            forks.end_if_forked_since(depth)
 
-    async def _iterated(self, generator: AsyncGenerator[Any, Any], sink: Sink) -> Result:
+    async def _take_all(self, generator: AsyncGenerator[Any, Any], taker: Taker) -> None:
         async for value in generator:
-            sink.take(value)
-            if not sink.wants_more:
-                break
-            if not sink.has_room:
-                await sink.room()
-        return sink.end()
+            taker.take(value)
+            if not taker.wants_more:
+                return
+            while not taker.has_room:
+                room: asyncio.Future[None] = self._loop.create_future()
+                if not taker.park(partial(resolve, room)):
+                    await room
 
 
 class Stepped:
     """A plain generator under way. Its steps run one after the other, each in the context of its call."""
 
-    def __init__(self, job: Job, generator: Generator[Any, Any, Any], sink: Sink, context: Context, execution: Execution) -> None:
-        self.job = job
-        self.sink = sink
+    def __init__(
+        self, jobs: Sequence[Job], generator: Generator[Any, Any, Any], taker: Taker, context: Context, execution: Execution
+    ) -> None:
+        self.jobs = jobs
+        self.taker = taker
         self.is_parked = False
-        self.result: Result | None = None
+        self.is_over = False
         self._generator = generator
         self._context = context
         self._execution = execution
@@ -140,39 +141,38 @@ class Stepped:
         return f"<Stepped {self._generator!r}>"
 
     def step(self) -> None:
-        """Has the generator make its next value. Sets the result when it has ended."""
+        """Has the generator make its next value, or closes it if nobody wants one."""
         self._context.run(self._step)
         forks.end_if_forked_since(self._execution.depth)
 
     def _step(self) -> None:
         try:
-            self.sink.take(next(self._generator))
-            if self.sink.wants_more:
+            if self.taker.is_given_up:
+                self.is_over = True
+                self._close()
+                return self.taker.give_up()
+            self.taker.take(next(self._generator))
+            if self.taker.wants_more:
                 return
+            self.is_over = True
             self._generator.close()
-            self.result = self.sink.end()
         except StopIteration:
-            self.result = self._end()
+            self.is_over = True
         except BaseException as error:
-            self.result = self._execution.failed(error, self.job)
-            self.close()  # what it yielded may be what failed
-
-    def _end(self) -> Result:
-        try:
-            return self.sink.end()
-        except BaseException as error:
-            return self._execution.failed(error, self.job)
-
-    def end_given_up(self) -> None:
-        self.close()
-        self.result = self.job.unwanted_result
+            self.is_over = True
+            self._close()  # what it yielded may be what failed
+            return self.taker.fail(error)
+        self.taker.end()
 
     def close(self) -> None:
         """Has the generator run its `finally`."""
+        self._context.run(self._close)
+
+    def _close(self) -> None:
         try:
-            self._context.run(self._generator.close)
+            self._generator.close()
         except BaseException as error:
-            self._execution.failed(error, self.job)  # which logs it
+            self._execution.failed(error, self.jobs[0])  # which logs it
 
 
 class HandOver:

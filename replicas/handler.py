@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ class Method:
     is_async: bool
     accepts_batch: bool
     takes_request: bool
+    steps_batch: bool = False  # it yields a list of items, one for each request of its batch, again and again
 
 
 class Handler:
@@ -83,7 +84,8 @@ def make_method(function: Callable[..., Any]) -> Method:
     takes_request = is_given_the_request(function)
     if in_batches and not takes_request:
         raise BadType("a handler of batches needs a parameter for the list of requests: def handler(requests)")
-    return Method(function, is_async_callable(function), in_batches, takes_request)
+    steps_batch = in_batches and _is_any(_GENERATOR_FUNCTIONS, function)
+    return Method(function, is_async_callable(function), in_batches, takes_request, steps_batch)
 
 
 def is_given_the_request(function: Callable[..., Any]) -> bool:
@@ -103,9 +105,17 @@ def is_given_the_request(function: Callable[..., Any]) -> bool:
 
 
 def is_async_callable(target: Any) -> bool:
-    return inspect.iscoroutinefunction(target) or (
-        not inspect.isroutine(target) and inspect.iscoroutinefunction(getattr(target, "__call__", None))  # noqa: B004
-    )
+    """Whether calls of it run on the worker's loop: an `async def`, also one that yields."""
+    return _is_any((inspect.iscoroutinefunction, inspect.isasyncgenfunction), target)
+
+
+_GENERATOR_FUNCTIONS = (inspect.isgeneratorfunction, inspect.isasyncgenfunction)
+
+
+def _is_any(kinds: Sequence[Callable[[Any], bool]], target: Any) -> bool:
+    """Whether the function, or the `__call__` of an instance, is of one of the kinds."""
+    call = target if inspect.isroutine(target) else getattr(target, "__call__", None)  # noqa: B004
+    return any([kind(target) or kind(call) for kind in kinds])
 
 
 def _public_methods(kind: type) -> list[str]:

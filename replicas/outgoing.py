@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -59,6 +60,7 @@ class Outgoing:
         self.result: Result | None = None  # set once, after the last frame
         # The I/O loop.
         self.state = State.RUNNING
+        self.stopped_at = math.inf  # monotonic
         self.inbox = inbox  # where the newest reader is told of frames; empty while there is no reader
         self.paused = False
         self.left_at = self.waits_since = self.quiet_since = time.monotonic()
@@ -147,7 +149,7 @@ class Outgoing:
         """Returns once there is room."""
         while not self.has_room:
             room: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            if self.park(partial(_resolve, room)):
+            if self.park(partial(resolve, room)):
                 return
             await room
 
@@ -156,6 +158,12 @@ class Outgoing:
         parked = self._parked
         if parked is not None and self.has_room:
             self._parked = None
+            parked()
+
+    def wake(self) -> None:
+        """Resumes whoever is parked, since its job was given up."""
+        parked, self._parked = self._parked, None
+        if parked is not None:
             parked()
 
     # On the I/O loop.
@@ -262,9 +270,15 @@ class Outgoing:
         """Notes that there is no reader."""
         self.inbox, self.paused, self.left_at = "", True, time.monotonic()
 
+    def halt(self) -> None:
+        """Has nothing more appended, though the generator may still run."""
+        self.state = State.STOPPED
+        self.stopped_at = min(self.stopped_at, time.monotonic())
+        self._drop_unsent()
+
     def stop(self) -> None:
         """Ends it: nothing more is appended."""
-        self.state = State.STOPPED
+        self.halt()
         if self.retry is not None:
             self.retry.cancel()
         self._offered.clear()
@@ -273,13 +287,13 @@ class Outgoing:
 
     def forget(self) -> None:
         """Forgets frames that the reader has taken and, where others may read them later, that the store has kept for a while."""
-        until = time.monotonic() - _KEPT_S if self.owner.resumable else float("inf")
+        until = time.monotonic() - _KEPT_S if self.owner.resumable else math.inf
         last = min(self.taken, self.sent)
         while self._first_kept <= last and self._kept[self._first_kept].at < until:
             del self._kept[self._first_kept]
             self._first_kept += 1
 
-    def drop_unsent(self) -> None:
+    def _drop_unsent(self) -> None:
         """Forgets what was not appended: nobody reads it any more."""
         self._offered.clear()
         for seq in range(max(self.sent + 1, self._first_kept), self._numbered + 1):
@@ -287,6 +301,6 @@ class Outgoing:
         self._numbered = self.sent
 
 
-def _resolve(room: asyncio.Future[None]) -> None:
+def resolve(room: asyncio.Future[None]) -> None:
     if not room.done():  # the task that waited for it was cancelled
         room.set_result(None)

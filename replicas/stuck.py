@@ -6,7 +6,7 @@ import time
 
 from ..broker.errors import BackendFailed
 from .register import Register
-from .stages import Stage
+from .stages import Job, Stage
 from .user_hooks import RECONFIGURE_BUDGET_S
 from .worker import Worker
 
@@ -18,11 +18,16 @@ def check_calls(backend: str, register: Register, request_timeout_s: float) -> N
     # not by the request's own deadline: a client with a short one must not end replicas
     stuck_since = time.monotonic() - request_timeout_s - STUCK_AFTER_S
     for job in register.at(Stage.RUNNING):
-        if job.started < stuck_since and all(member.unwanted for member in job.batch or (job,)):
+        if job.started < stuck_since and all(_is_long_unwanted(member, stuck_since) for member in job.batch or (job,)):
             raise BackendFailed(
                 f"a call of backend {backend!r} goes on {STUCK_AFTER_S:g} s after request_timeout_s ({request_timeout_s:g} s), and ends "
                 "its replica: ask serve.cancelled() in it, or allow more"
             )
+
+
+def _is_long_unwanted(job: Job, since: float) -> bool:
+    """Whether nobody waits for the job. One that streams counts from when it was given up, since it may run for long."""
+    return job.unwanted and (job.flow is None or not job.flow.is_shown or job.flow.stopped_at < since)
 
 
 def check_silence(backend: str, register: Register, worker: Worker) -> None:

@@ -30,7 +30,7 @@ from ..controller.state.config import BackendConfig
 from .batching import Gathering
 from .call_contexts import CallContexts
 from .context import ReplicaContext, enter_context, running_jobs
-from .execute import Answer, Execution
+from .execute import Answer, BatchSteps, Execution
 from .generators import Generators, HandOver
 from .handler import Method
 from .hook_calls import HookCalls
@@ -299,8 +299,10 @@ class Worker:
                 self._put(job, answer)
             elif isinstance(answer, Response):
                 self.run_task(self._respond(job, answer), copy_context() if context is None else context, [job])
+            elif isinstance(answer, BatchSteps):
+                return self._generators.start(jobs, answer, copy_context() if context is None else context)
             else:
-                self._generators.start(job, answer, copy_context() if context is None else context)
+                self._generators.start([job], answer, copy_context() if context is None else context)
 
     async def _respond(self, job: Job, response: Response) -> None:
         assert self._execution is not None
@@ -343,6 +345,8 @@ class Worker:
             self._loop.call_soon(task.cancel)  # a turn later: a task that is cancelled before its first step reports no end
         elif task is None:
             self._generators.cancel(job)
+        elif job.flow is not None:
+            job.flow.wake()
 
     def _measure(self, jobs: Sequence[Job]) -> None:
         self.run_s = moving_average(self.run_s, time.monotonic() - jobs[0].started)
