@@ -25,6 +25,7 @@ from .worker import Worker
 
 logger = logging.getLogger(__name__)
 
+HEAD_AFTER_S = 15.0  # of server-sent events: until then the request can run again unseen
 _READS_ON_S = 5.0  # after the last stream, so that one a second needs no new connection each
 
 
@@ -272,6 +273,9 @@ class Flows:
 
     def _check(self, job: Job, flow: Outgoing, now: float) -> None:
         flow.forget()
+        if flow.early_head is not None and flow.has_made_nothing and now - job.started > HEAD_AFTER_S:
+            flow.show_head_alone(flow.early_head)
+            self._append(job, flow)
         if flow.paused:
             if now - flow.left_at > self.grace_s:
                 self._give_up(job, CANCELLED)

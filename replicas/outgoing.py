@@ -11,6 +11,8 @@ from enum import Enum
 from functools import partial
 from typing import NamedTuple
 
+import msgspec
+
 from ..broker.backoff import delays
 from ..broker.results import Result
 from ..broker.store import Append, Refusal
@@ -55,6 +57,7 @@ class Outgoing:
         self.made = 1 if head_alone else 0
         self.made_bytes = 0
         self._head: Head | None = None
+        self.early_head: Head | None = None  # one that is shown by itself if the first chunk takes long
         self._offered: deque[tuple[bytes, int]] = deque()
         self._parked: Callable[[], None] | None = None
         self.result: Result | None = None  # set once, after the last frame
@@ -181,6 +184,17 @@ class Outgoing:
     def held_bytes(self) -> int:
         """What this replica holds of it, without overhead."""
         return sum(kept.size for kept in self._kept.values()) + sum(size for _, size in self._offered)
+
+    def show_head_alone(self, head: Head) -> None:
+        """Shows the head, though there is no chunk yet. The worker's thread, which may be busy, has no part in it."""
+        self.claim = msgspec.structs.replace(self.owner, head_alone=True).to_bytes()
+        self._numbered = 1
+        self._kept[1] = Kept(Frame(b"", False, "", head).to_bytes(), 0, time.monotonic())
+
+    @property
+    def has_made_nothing(self) -> bool:
+        """Whether not even the head is on its way."""
+        return self._numbered == 0 and not self._offered
 
     def gather(self) -> int:
         """Numbers the frames that were offered since the last time, and returns how many there were."""

@@ -144,7 +144,10 @@ class Flowing:
         self._touch = touch
         self._body = BodyChunks()
         if form is not Form.BODY:
-            flow.begin(self._head())
+            flow.begin(head := self._head())
+            if form is Form.ITEMS:
+                flow.early_head = head
+                touch()  # from now on it has its time
 
     @property
     def has_room(self) -> bool:

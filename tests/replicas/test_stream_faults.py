@@ -191,6 +191,25 @@ async def test_a_replica_that_drains_ends_what_does_not_end_by_itself() -> None:
         steps.go(1)
 
 
+@pytest.mark.parametrize("reads", [False, True])
+async def test_the_head_of_events_comes_by_itself_if_the_first_one_takes_long(reads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flows, "HEAD_AFTER_S", 0.2)
+    queue, store, steps = EmbeddedQueue(), EmbeddedStore(), Steps()
+    async with Serving(steps, queue, store) as first:
+        reader = await Reader(queue, store).ask(meta=EVENTS)
+        await until(lambda: reader.head is not None and len(reader.frames) == 1 and not reader.size)
+        steps.go(3)
+        await until(lambda: reader.body == b"0 1 2 ")
+        await first.loop.abandon()
+        steps.go(1)
+    again = Steps()
+    again.reads = reads
+    async with Serving(again, queue, store, replica_id="b#2", on_death="replay"):
+        again.go(10)
+        result = await reader.end()
+        assert reader.body == ALL and result.frames == 11 and again.resumed == [3 if reads else 0]
+
+
 # Readers.
 
 
