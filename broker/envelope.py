@@ -234,6 +234,19 @@ class Envelope(msgspec.Struct, frozen=True):
         )
 
 
+class StreamReply(Envelope, frozen=True):
+    """A message of a streamed reply: the chunk `seq`, or the end behind them."""
+
+    seq: int = 0
+    ends: bool = False
+
+    def _table(self, seals: BackendSeals | None) -> bytes:
+        entries = b"\x06mq-seqI" + struct.pack(">i", self.seq)
+        if self.ends:
+            entries += b"\x06mq-endt\x01\x09mq-statusI" + struct.pack(">i", self.status)
+        return entries
+
+
 def covered_by_seal(message_id: str, content_type: str, header: Header, raw: bytes, body: bytes) -> bytes:
     """Returns the bytes that a seal covers besides the namespace and the backend. `raw` is the header as it stands in the message.
 

@@ -1,4 +1,4 @@
-"""Sends a result as a plain AMQP reply, the way every RPC tutorial teaches."""
+"""Sends a result as a plain AMQP reply, the way every RPC tutorial teaches; of a streamed answer a message for each chunk, and the end."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from functools import partial
 
 import msgspec
 
-from ..broker.envelope import NO_HEADER, Envelope
+from ..broker.envelope import NO_HEADER, Envelope, StreamReply
 from ..broker.errors import BadEnvelope, Overloaded
 from ..broker.process.printable import printable
 from ..broker.queue import Queue, fate_of
 from ..broker.results import ErrorInfo, Result
+from ..broker.streams import Frame
 from ..broker.values.codecs import JSON
 
 logger = logging.getLogger(__name__)
@@ -19,14 +20,15 @@ logger = logging.getLogger(__name__)
 MAX_REPLY_BYTES = 8 * 1024 * 1024  # RabbitMQ 4.x takes 16 MiB, and closes the channel above it
 
 
-async def send_reply(queue: Queue, backend: str, request: Envelope, result: Result, budget_s: float) -> None:
-    """Returns once the broker has taken the reply. The reply is dropped if the caller's queue is gone or full, or if AMQP cannot carry the
-    answer (a content type of 300 bytes): a retry would end the same way.
+async def send_reply(queue: Queue, backend: str, request: Envelope, result: Result, budget_s: float, chunks: int | None = None) -> None:
+    """Sends the result, or the end of an answer that was streamed in so many `chunks`. Returns once the broker has taken the reply. It is
+    dropped if the caller's queue is gone or full, or if AMQP cannot carry the answer (a content type of 300 bytes): a retry would end the
+    same way.
 
     Raises BrokerUnavailable.
     """
     try:
-        error = await fate_of(partial(queue.reply, _reply(backend, request, result), request.reply_to), budget_s)
+        error = await fate_of(partial(queue.reply, _reply(backend, request, result, chunks), request.reply_to), budget_s)
     except BadEnvelope as bad:
         error = bad
     if isinstance(error, Overloaded):
@@ -37,7 +39,7 @@ async def send_reply(queue: Queue, backend: str, request: Envelope, result: Resu
         raise error
 
 
-def _reply(backend: str, request: Envelope, result: Result) -> Envelope:
+def _reply(backend: str, request: Envelope, result: Result, chunks: int | None) -> Envelope:
     if len(result.body) > MAX_REPLY_BYTES:
         where = (
             f"read it under {request.id!r} in the store" if request.id else "send the request with a message_id and read it in the store"
@@ -47,4 +49,11 @@ def _reply(backend: str, request: Envelope, result: Result) -> Envelope:
     body, content_type = result.body, result.content_type
     if result.error is not None:
         body, content_type = msgspec.json.encode({"error": {"type": result.error.type, "message": result.error.message}}), JSON
-    return Envelope(request.id, body, content_type, NO_HEADER, correlation_id=request.correlation_id, status=result.status)
+    correlation_id, status = request.correlation_id, result.status
+    if chunks is not None:
+        return StreamReply(request.id, body, content_type, correlation_id=correlation_id, status=status, seq=chunks + 1, ends=True)
+    return Envelope(request.id, body, content_type, NO_HEADER, correlation_id=correlation_id, status=status)
+
+
+def reply_of_chunk(request: Envelope, seq: int, chunk: Frame) -> Envelope:
+    return StreamReply(request.id, chunk.data, chunk.content_type, correlation_id=request.correlation_id, seq=seq)

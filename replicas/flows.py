@@ -13,11 +13,13 @@ import msgspec
 from ..broker.backoff import delays, keep_running
 from ..broker.calls.cancellations import CANCELLED
 from ..broker.errors import StoreUnavailable
-from ..broker.results import ErrorInfo, Outcome, Phase, Result, entry_of
+from ..broker.queue import Queue
+from ..broker.results import Outcome, Result, entry_of
 from ..broker.store import Append, Refusal, Store, StoreClosed
 from ..broker.store_keys import STREAM_TTL_S, StoreKeys
 from ..broker.streams import IDLE_TIMEOUT_S, RESUME_GRACE_S, Credit, read_credit
 from ..controller.state.config import MAX_REQUEST_TIMEOUT_S
+from .amqp_streams import Replies, quiet_result
 from .outgoing import Kept, Outgoing, State
 from .settlement import Settlement
 from .stages import Job
@@ -39,6 +41,7 @@ class Flows:
     def __init__(
         self,
         store: Store,
+        queue: Queue,
         keys: StoreKeys,
         replica_id: str,
         worker: Worker,
@@ -54,6 +57,7 @@ class Flows:
         self._on_done = on_done
         self._on_streamed = on_streamed
         self._give_up = give_up
+        self._replies = Replies(queue, worker, on_done, give_up)
         self._feed = keys.feed(replica_id)
         self._inboxes = keys.inbox("")
         self._jobs: dict[str, Job] = {}  # by future id
@@ -74,15 +78,18 @@ class Flows:
         flow = job.flow
         if flow is None or not job.with_worker:  # it was settled meanwhile
             return
+        if flow.is_reply:
+            return self._replies.on_touched(job, flow)
         if self._jobs.get(flow.future_id) is not job:
             self._begin(job, flow)
+        result = flow.result  # read first: if there is one, all frames have been offered
         if flow.gather():
             flow.quiet_since = time.monotonic()
-        if flow.result is not None:
+        if result is not None:
             if flow.refused is not None:
                 return self._refused(job, flow.refused)
             if job.given_up is not None:
-                return self._given_up(job, flow, flow.result)
+                return self._given_up(job, flow, result)
             if flow.state is State.RUNNING:
                 flow.state = State.ENDED
         self._append(job, flow)
@@ -199,13 +206,15 @@ class Flows:
     def give_up(self, flow: Outgoing, result: Result) -> Result:
         """Stops appending for a job that is given up, and returns the result that its reader gets, which says how many frames there are."""
         flow.halt()
-        return msgspec.structs.replace(result, frames=flow.sent)
+        return result if flow.is_reply else msgspec.structs.replace(result, frames=flow.sent)
 
     def settle_given_up(self, job: Job, flow: Outgoing, result: Result) -> None:
         """Settles a job that was given up, if its generator has ended before; else that is done when it ends."""
         if flow.inbox not in ("", job.envelope.header.inbox):  # the sender is told with the record of the result
             self._store.post(flow.inbox, entry_of(flow.future_id, result.to_bytes()))
-        if flow.result is not None and job.with_worker:
+        if flow.is_reply:
+            self._replies.settle_given_up(job, flow)
+        elif flow.result is not None and job.with_worker:
             self._given_up(job, flow, flow.result)
 
     def _given_up(self, job: Job, flow: Outgoing, result: Result) -> None:
@@ -267,6 +276,7 @@ class Flows:
                 self._forget(job, flow)
             elif flow is not None and job.given_up is None:
                 self._check(job, flow, now)
+        self._replies.check(now)
         if self._reading is not None and not self._jobs and now - self._empty_since > _READS_ON_S:
             self._reading.cancel()
             self._reading = None
@@ -285,12 +295,12 @@ class Flows:
         elif not flow.has_room or flow.state is not State.RUNNING or not flow.is_shown:
             flow.quiet_since = now
         elif now - flow.quiet_since > flow.idle_s:
-            self._give_up(job, _quiet(flow.idle_s))
+            self._give_up(job, quiet_result(flow.idle_s))
 
     @property
     def needs_time(self) -> bool:
         """Whether there is anything for `check` to do."""
-        return bool(self._jobs) or self._reading is not None
+        return bool(self._jobs) or self._reading is not None or len(self._replies) > 0
 
     def close(self) -> None:
         """Stops reading credit, at the end of the replica."""
@@ -304,8 +314,3 @@ class Flows:
 
     def __iter__(self) -> Iterator[Job]:
         return iter(tuple(self._jobs.values()))
-
-
-def _quiet(idle_s: float) -> Result:
-    message = f"no chunk came for {idle_s:g} s (stream_idle_timeout_s): yield more often, or allow more"
-    return Result(status=504, error=ErrorInfo(type=Outcome.LATE, message=message, phase=Phase.RUN))

@@ -44,9 +44,18 @@ class Outgoing:
     """
 
     def __init__(
-        self, future_id: str, owner: Owner, inbox: str, config: BackendConfig, *, shown: int = 0, head_alone: bool = False
+        self,
+        future_id: str,
+        owner: Owner,
+        inbox: str,
+        config: BackendConfig,
+        *,
+        shown: int = 0,
+        head_alone: bool = False,
+        is_reply: bool = False,
     ) -> None:
         self.future_id = future_id
+        self.is_reply = is_reply  # it goes to a queue of its caller, not to the store
         self.owner = owner
         self.idle_s = config.stream_idle_timeout_s
         self._kept_frames, self._kept_bytes = config.stream_kept_frames, config.stream_kept_bytes
@@ -97,7 +106,7 @@ class Outgoing:
     @property
     def began(self) -> bool:
         """Whether the answer can only end as a stream."""
-        return self.made > 0 or self.shown > 0
+        return self.made > 0 or self.shown > 0 or self._numbered > 0
 
     @property
     def has_room(self) -> bool:
@@ -125,6 +134,10 @@ class Outgoing:
         """Offers the head alone, in a frame that belongs to no chunk."""
         if not self.made:
             self._make(Frame(b"", False, "", self._take_head()))
+
+    def offer_whole(self, data: bytes, content_type: str) -> None:
+        """Offers a chunk as one frame, whatever its size, for a stream that does not go to the store."""
+        self._make(Frame(data, False, content_type))
 
     def _take_head(self) -> Head | None:
         """Returns the head for the first frame that this run appends: a later run tells readers by it which replica takes credit now."""
@@ -214,7 +227,7 @@ class Outgoing:
 
     def is_all(self, frames: list[Kept]) -> bool:
         """Whether these are all frames that are left to append."""
-        return len(frames) == self.unsent and not self._offered
+        return len(frames) == self.unsent
 
     def next_frames(self) -> list[Kept]:
         """Returns the next frames that fit the reader's window; one always does if the reader has taken all before it."""

@@ -90,7 +90,7 @@ class RequestLoop:
         self._consumers = Consumers(
             backend.name, queue, store, self._window.size, self._on_delivery, self._settle_unstored, self._give_back_waiting
         )
-        self._flows = Flows(store, keys, replica_id, worker, self._settlement, self.on_done, self._on_streamed, self._give_up)
+        self._flows = Flows(store, queue, keys, replica_id, worker, self._settlement, self.on_done, self._on_streamed, self._give_up)
         worker.flowing.on_touched = self._flows.on_touched
         self._rhythm = Rhythm(self._is_idle)
         self.served = 0

@@ -140,7 +140,9 @@ class Settlement:
             if envelope.id:
                 result = await self._stored(job, result)
             if envelope.reply_to:
-                await _insist(partial(send_reply, self._queue, self._backend, envelope, result, _CONFIRM_BUDGET_S), job.deadline)
+                chunks = job.flow.sent if job.flow is not None and job.flow.is_reply else None
+                send = partial(send_reply, self._queue, self._backend, envelope, result, _CONFIRM_BUDGET_S, chunks)
+                await _insist(send, job.deadline)
         except MQServeError as error:
             self._cannot_answer(job, error)
         else:

@@ -12,9 +12,10 @@ from ..broker.results import Result
 from ..broker.streams import Form, Head, Owner
 from ..broker.values.signing import Signer
 from ..controller.state.config import BackendConfig
+from .amqp_replies import MAX_REPLY_BYTES
 from .chunks import EVENTS, BodyChunks, checked, encode_item, takes_events
 from .outgoing import Outgoing
-from .replies import value_result
+from .replies import plain_result, value_result
 from .stages import Job
 
 
@@ -39,10 +40,6 @@ class Sink(Protocol):
         """See `Outgoing.park`."""
         ...
 
-    async def room(self) -> None:
-        """Returns once there is room."""
-        ...
-
     def end(self) -> Result:
         """Returns the result of a generator that has ended in order."""
         ...
@@ -56,8 +53,6 @@ class _Unlimited:
 
     def park(self, resume: Callable[[], None]) -> bool:
         return True
-
-    async def room(self) -> None: ...
 
 
 class Discarded(_Unlimited):
@@ -156,9 +151,6 @@ class Flowing:
     def park(self, resume: Callable[[], None]) -> bool:
         return self._flow.park(resume)
 
-    async def room(self) -> None:
-        await self._flow.room()
-
     def take(self, value: object) -> None:
         match self._form:
             case Form.BODY:
@@ -189,6 +181,34 @@ class Flowing:
         return Head(
             content_type=content_type, form=self._form, replica=owner.replica, resumable=owner.resumable, idle_s=self._flow.idle_s,
         )  # fmt: skip
+
+
+class Replying:
+    """Sends each value as a message of its own to a direct publisher's queue."""
+
+    wants_more = True
+
+    def __init__(self, flow: Outgoing, backend: str, touch: Callable[[], None]) -> None:
+        self._flow = flow
+        self._backend = backend
+        self._touch = touch
+
+    @property
+    def has_room(self) -> bool:
+        return self._flow.has_room
+
+    def park(self, resume: Callable[[], None]) -> bool:
+        return self._flow.park(resume)
+
+    def take(self, value: object) -> None:
+        result = plain_result(value, self._backend)
+        if len(result.body) > MAX_REPLY_BYTES:
+            raise TooLarge(f"the handler yielded {len(result.body)} bytes, and a reply carries {MAX_REPLY_BYTES}: yield less", status=500)
+        self._flow.offer_whole(result.body, result.content_type)
+        self._touch()
+
+    def end(self) -> Result:
+        return Result(backend=self._backend, content_type="text/plain")
 
 
 class ResponseStream:
@@ -245,6 +265,9 @@ class Sinks:
 
     def of(self, job: Job, signer: Signer) -> Sink:
         envelope, header = job.envelope, job.envelope.header
+        if envelope.reply_to and not header.origin:
+            job.flow = self._new_flow(envelope, is_reply=True)
+            return Replying(job.flow, self._backend, lambda: self._touch(job))
         if header.shadow or not envelope.id:
             return Discarded(self._backend)
         if header.origin == "handle" and not (header.stream and header.inbox):
@@ -272,6 +295,9 @@ class Sinks:
         """Returns the stream of a job, which its admission has made if an earlier run has shown a part of it."""
         envelope = job.envelope
         if job.flow is None:
-            owner = Owner.new(self._replica_id, envelope.attempt, self._backend, envelope.header.meta.endpoint, resumable=resumable)
-            job.flow = Outgoing(envelope.future_id(self._backend), owner, envelope.header.inbox, self.config)
+            job.flow = self._new_flow(envelope, resumable=resumable)
         return job.flow
+
+    def _new_flow(self, envelope: Envelope, *, resumable: bool = False, is_reply: bool = False) -> Outgoing:
+        owner = Owner.new(self._replica_id, envelope.attempt, self._backend, envelope.header.meta.endpoint, resumable=resumable)
+        return Outgoing(envelope.future_id(self._backend), owner, envelope.header.inbox, self.config, is_reply=is_reply)
