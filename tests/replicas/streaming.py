@@ -7,10 +7,10 @@ from typing import Any
 
 from mqserve.broker.envelope import Envelope, Header, RequestHead, mint_id
 from mqserve.broker.memory.queue import EmbeddedQueue
-from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.process.tasks import Tasks
 from mqserve.broker.results import CHUNK_KIND, Result, read_entry
 from mqserve.broker.settings import Settings
+from mqserve.broker.store import Store
 from mqserve.broker.store_keys import StoreKeys
 from mqserve.broker.streams import Credit, Frame, Head
 from mqserve.broker.values.codecs import decode_plain
@@ -33,7 +33,7 @@ EVENTS = RequestHead(headers=((b"accept", b"text/event-stream"),), endpoint="e")
 class Serving:
     """Serves `target` as backend `b`. Use as a context manager on a running loop."""
 
-    def __init__(self, target: Any, queue: EmbeddedQueue, store: EmbeddedStore, *, replica_id: str = "b#1", **config: Any) -> None:
+    def __init__(self, target: Any, queue: EmbeddedQueue, store: Store, *, replica_id: str = "b#1", **config: Any) -> None:
         self.queue, self.store = queue, store
         self._target, self._replica_id = target, replica_id
         self._backend = Backend("b", "", "b", config)
@@ -77,7 +77,7 @@ class Serving:
 class Reader:
     """Asks backend `b`, and reads the answer. It gives credit for what it reads while `reads` is true."""
 
-    def __init__(self, queue: EmbeddedQueue, store: EmbeddedStore, inbox: str = "reader") -> None:
+    def __init__(self, queue: EmbeddedQueue, store: Store, inbox: str = "reader") -> None:
         self.queue, self.store = queue, store
         self.inbox = KEYS.inbox(inbox)
         self.id = mint_id()

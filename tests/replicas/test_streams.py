@@ -13,12 +13,14 @@ from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, StreamingResponse
 
 import mqserve as serve
-from mqserve.broker import store
 from mqserve.broker.calls.cancellations import notice_of_request
 from mqserve.broker.envelope import RequestHead
 from mqserve.broker.memory.queue import EmbeddedQueue
 from mqserve.broker.memory.store import EmbeddedStore
+from mqserve.broker.redis.store import open_redis
 from mqserve.broker.results import Result
+from mqserve.broker.store import Place as StreamPlace
+from mqserve.broker.store import Store
 from mqserve.broker.streams import WINDOW_BYTES, WINDOW_FRAMES, Form
 from mqserve.broker.values.codecs import decode_plain
 from tests.broker.traffic import until
@@ -30,8 +32,8 @@ pytestmark = pytest.mark.anyio
 class Place:
     """A broker and a store, and what is beside them."""
 
-    def __init__(self, store: EmbeddedStore | None = None) -> None:
-        self.queue, self.store = EmbeddedQueue(), store or EmbeddedStore()
+    def __init__(self, store: Store) -> None:
+        self.queue, self.store = EmbeddedQueue(), store
 
     def serve(self, target: Any, **config: Any) -> Serving:
         return Serving(target, self.queue, self.store, **config)
@@ -48,9 +50,14 @@ class Place:
         return None if raw is None else Result.from_bytes(raw)
 
 
-@pytest.fixture
-def place() -> Place:
-    return Place()
+@pytest.fixture(params=["embedded", "distributed"])
+async def place(request: pytest.FixtureRequest) -> AsyncIterator[Place]:
+    """In the distributed form the store is a real one."""
+    if request.param == "embedded":
+        yield Place(EmbeddedStore())
+        return
+    async with open_redis(request.getfixturevalue("store_url"), "tests") as redis:
+        yield Place(redis)
 
 
 def counts(request: Any) -> Iterator[str]:
@@ -346,12 +353,13 @@ async def test_a_response_with_another_length_than_it_says_fails(place: Place, l
 async def test_a_file_is_streamed_and_a_small_one_comes_in_one_piece(place: Place, tmp_path: Path) -> None:
     (tmp_path / "large").write_bytes(bytes(1_000_000))
     (tmp_path / "small").write_bytes(b"small")
-    async with place.serve(lambda request: FileResponse(tmp_path / request.data)):
+    async with place.serve(lambda request: FileResponse(tmp_path / request.data)) as serving:
         large = await place.reader("large").ask(b"large")
         await large.end()
         assert large.body == bytes(1_000_000) and large.head is not None and large.head.length == 1_000_000
         small = await (await place.reader("small").ask(b"small")).end()
         assert small.body == b"small" and not small.frames
+        await until(lambda: not serving.worker.responding)  # the files are closed
 
 
 async def test_32_mib_to_a_slow_reader_are_never_held_here(place: Place) -> None:
@@ -366,7 +374,7 @@ async def test_32_mib_to_a_slow_reader_are_never_held_here(place: Place) -> None
             most = max(most, sum(flow.held_bytes for flow in serving.flows))
             await asyncio.sleep(0)
         assert reader.size == 32 * 1024 * 1024 and most < 3 * WINDOW_BYTES
-        assert len(await place.store.read_stream(KEYS.stream(reader.id), store.Place(0, 0), 1000)) <= WINDOW_FRAMES
+        assert len(await place.store.read_stream(KEYS.stream(reader.id), StreamPlace(0, 0), 1000)) <= WINDOW_FRAMES
 
 
 # Batches.
