@@ -61,10 +61,9 @@ from .client.declared import endpoint
 from .client import pickled_clients  # noqa: F401  # says how clients and handles pickle
 from .client.futures import Future, get, wait
 from .client.handle import AsyncHandle, Handle
-from .replicas.batch_decorators import BadBatch, accept_batch, batch
+from .replicas.batch_decorators import END, BadBatch, accept_batch, batch
 from .replicas.context import ReplicaContext, cancelled, get_current_backend_tag, get_current_replica_tag, get_replica_context
 from .replicas.handler import NoSuchMethod
-from .replicas.receivers import END
 from .replicas.requests import BadBody, Request, ServeRequest
 
 __version__ = "0.1.0"

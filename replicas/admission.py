@@ -94,7 +94,9 @@ class Admission:
         else:
             if (raw := await self._store.get(self._keys.future(future_id))) is not None:
                 return await self._or_its_loss(future_id, self._ours(raw))
-            if redelivered or envelope.header.again:
+            if envelope.header.again and not redelivered and await self._takeover.is_shown(envelope):
+                return None  # that run's own message comes again if its replica dies
+            if redelivered:
                 shown = await self._takeover.of(envelope, config)
                 if isinstance(shown, Result):
                     return shown

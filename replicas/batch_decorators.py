@@ -7,8 +7,9 @@ import asyncio
 import inspect
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from enum import Enum
 from functools import wraps
-from typing import Any, Protocol, TypeVar, cast, overload
+from typing import Any, Final, Protocol, TypeVar, cast, overload
 
 from ..broker.errors import BadType, BadValue
 from ..broker.values.whole_numbers import whole_number
@@ -18,12 +19,24 @@ T = TypeVar("T", bound=Callable[..., Any])
 _MARK = "_mqserve_accepts_batch"
 
 
+class _End(Enum):
+    END = "end"
+
+    def __repr__(self) -> str:
+        return "mqserve.END"
+
+
+END: Final = _End.END
+"""Yielded by a handler of batches in the place of a member whose answer has ended."""
+
+
 class BadBatch(BadValue):
     """A batch handler's result does not fit its requests. Each request of the batch gets this error."""
 
 
 def accept_batch(target: T) -> T:
-    """Marks a function, a method or a class: it gets a list of requests, and returns as many results in their order.
+    """Marks a function, a method or a class: it gets a list of requests, and returns as many results in their order. One that yields streams
+    its answers: it yields such lists again and again, each with the next chunk of every answer, and END for one that has ended.
 
     On a class it marks `__call__` or, if there is none, all methods. Without `max_batch_size` in the config the lists have one request
     each.

@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from enum import Enum
-from typing import Final, Protocol
+from typing import Protocol
 
 from ..broker.results import Result
-from .batch_decorators import split_results
+from .batch_decorators import END, split_results
 from .execute import Execution
 from .sinks import Sink
 from .stages import Job
-
-
-class _End(Enum):
-    END = "end"
-
-    def __repr__(self) -> str:
-        return "mqserve.END"
-
-
-END: Final = _End.END
-"""Yielded by a handler of batches in the place of a member whose answer has ended."""
 
 
 class Putting(Protocol):

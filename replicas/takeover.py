@@ -24,6 +24,10 @@ class Takeover:
     def __repr__(self) -> str:
         return f"<Takeover by {self._replica_id}>"
 
+    async def is_shown(self, envelope: Envelope) -> bool:
+        """Whether an earlier run has shown a part of the answer. Raises StoreUnavailable."""
+        return await self._store.get(self._keys.owner(envelope.future_id(self._backend))) is not None
+
     async def of(self, envelope: Envelope, config: BackendConfig) -> Outgoing | Result | None:
         """Returns the stream that this run continues, or the result that ends it, or None if no part of the answer was shown. Raises
         StoreUnavailable, also if another replica was faster."""

@@ -86,6 +86,15 @@ def test_create_and_update_name_the_bad_setting_and_change_nothing(client: serve
     assert client.get_backend_config(deployed) == serve.BackendConfig()
 
 
+def test_a_handler_of_batches_cannot_be_replayed(client: serve.Client) -> None:
+    @serve.accept_batch
+    def handler(requests: list[Any]) -> list[Any]:
+        return requests
+
+    with pytest.raises(ValueError, match="on_death"):
+        client.create_backend(new_name("b"), handler, config={"on_death": "replay"})
+
+
 def test_a_number_in_a_string_is_read_as_one() -> None:
     assert serve.BackendConfig(num_replicas="3").num_replicas == 3  # type: ignore[arg-type]
 

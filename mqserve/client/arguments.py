@@ -63,5 +63,7 @@ def check_fits(name: str, target: Any, config: BackendConfig) -> None:
         return
     if (config.max_batch_size or 1) > 1 and not accepts_batch(target):
         raise BadValue(f"backend {name!r} has a max_batch_size but takes no batches: decorate it with @serve.accept_batch")
+    if config.on_death == "replay" and accepts_batch(target):
+        raise BadValue(f"backend {name!r} takes batches, which cannot be replayed: leave on_death at 'fail'")
     if config.user_config is not None and not (isinstance(target, type) and hasattr(target, "reconfigure")):
         raise BadValue(f"backend {name!r} has a user_config but no reconfigure(user_config) to take it: use a class that has one")

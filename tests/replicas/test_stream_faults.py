@@ -5,16 +5,17 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
+import msgspec
 import pytest
 
-from mqserve.broker.calls.cancellations import notice_of_proxy
+from mqserve.broker.calls.cancellations import notice_of_proxy, notice_of_request
 from mqserve.broker.errors import StoreUnavailable
 from mqserve.broker.memory.queue import EmbeddedQueue
 from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.store import Append, OnAppended, Place
 from mqserve.broker.streams import REPLICA_LOST, WINDOW_FRAMES, Credit, Owner
-from mqserve.replicas import flows
-from tests.broker.traffic import until
+from mqserve.replicas import flows, stuck
+from tests.broker.traffic import publish, until
 from tests.replicas.streaming import EVENTS, KEYS, Reader, Serving, within
 
 pytestmark = pytest.mark.anyio
@@ -177,6 +178,39 @@ async def test_an_answer_whose_replica_died_before_its_head_is_made_again_unseen
         steps.go(10)
         result = await reader.end()
         assert result.error is None and reader.body == ALL and steps.runs == 1
+
+
+async def test_a_second_copy_of_a_request_whose_answer_flows_is_dropped() -> None:
+    queue, store, steps = EmbeddedQueue(), EmbeddedStore(), Steps()
+    async with Serving(steps, queue, store, max_concurrent_queries=1) as first, Serving(steps, queue, store, replica_id="b#2") as second:
+        reader = await Reader(queue, store).ask()
+        steps.go(4)
+        await until(lambda: len(reader.frames) == 4)
+        copy = msgspec.structs.replace(reader.envelope, header=msgspec.structs.replace(reader.envelope.header, again=True))
+        assert await publish(queue, copy) is None
+
+        async def is_dropped() -> bool:
+            return not await queue.depth("b", 1) and first.loop.running + second.loop.running == 1
+
+        await until(is_dropped)
+        steps.go(6)
+        result = await reader.end()
+        assert result.error is None and reader.body == ALL and steps.runs == 1
+
+
+async def test_a_stream_that_was_long_and_is_given_up_does_not_count_as_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stuck, "STUCK_AFTER_S", 1.0)
+    queue, store, steps = EmbeddedQueue(), EmbeddedStore(), Steps()
+    async with Serving(steps, queue, store, request_timeout_s=0.1) as serving:
+        reader = await Reader(queue, store).ask()
+        steps.go(2)
+        await until(lambda: len(reader.frames) == 2)
+        await asyncio.sleep(1.3)
+        await store.append_log(KEYS.cancelled, notice_of_request(reader.id))
+        await until(lambda: reader.result is not None)
+        stuck.check_calls("b", serving.loop._register, 0.1)
+        steps.go(1)
+        await until(serving.is_settled)
 
 
 async def test_a_replica_that_drains_ends_what_does_not_end_by_itself() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sse_starlette import EventSourceResponse
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, StreamingResponse
@@ -341,6 +342,24 @@ async def test_a_streaming_response_streams_with_its_head_and_runs_its_backgroun
         assert reader.head is not None and reader.head.length == 4 and reader.head.status == 201
         assert reader.head.content_type == "text/odd; charset=utf-8" and (b"x-of", b"ours") in reader.head.headers
         assert await within(ran.is_set, 5)
+
+
+async def test_an_event_source_response_of_sse_starlette_streams_as_it_is(place: Place) -> None:
+    go_on = threading.Event()
+
+    async def events() -> AsyncIterator[dict[str, str]]:
+        yield {"data": "first"}
+        await asyncio.to_thread(go_on.wait, 30)
+        yield {"data": "second"}
+
+    async with place.serve(lambda request: EventSourceResponse(events())) as serving:
+        reader = await place.reader().ask(meta=EVENTS)
+        await until(lambda: reader.body == b"data: first\r\n\r\n")
+        assert reader.head is not None and reader.head.form is Form.BODY and not reader.head.resumable
+        go_on.set()
+        await reader.end()
+        assert reader.body == b"data: first\r\n\r\ndata: second\r\n\r\n"
+        await until(lambda: not serving.worker.responding)
 
 
 @pytest.mark.parametrize("length", ["3", "5"])
