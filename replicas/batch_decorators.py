@@ -35,8 +35,9 @@ class BadBatch(BadValue):
 
 
 def accept_batch(target: T) -> T:
-    """Marks a function, a method or a class: it gets a list of requests, and returns as many results in their order. One that yields streams
-    its answers: it yields such lists again and again, each with the next chunk of every answer, and END for one that has ended.
+    """Marks a function, a method or a class: it gets a list of requests, and returns as many results in their order.
+
+    One that yields streams its answers: each list has the next chunk of every answer, and END for one that has ended.
 
     On a class it marks `__call__` or, if there is none, all methods. Without `max_batch_size` in the config the lists have one request
     each.
