@@ -235,7 +235,8 @@ class Envelope(msgspec.Struct, frozen=True):
 
 
 class StreamReply(Envelope, frozen=True):
-    """A message of a streamed reply: the chunk `seq`, or the end behind them."""
+    """A message of a streamed reply, with the header `mq-seq`: the chunk of that number, or behind all chunks the end, with the headers
+    `mq-end` and `mq-status`."""
 
     seq: int = 0
     ends: bool = False
