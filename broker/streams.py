@@ -54,13 +54,15 @@ class Head(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Frame(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
-    """A part of a chunk, or all of it. `more` says that the chunk goes on in the next frame; `content_type` is that of a chunk which is a
-    value. A frame without data that has a head shows the head alone, and belongs to no chunk."""
+    """A part of a chunk, or all of it. `more` says that the chunk goes on in the next frame, `rest` that it began in an earlier one;
+    `content_type` is that of a chunk which is a value. A frame without data that has a head shows the head alone, and belongs to no
+    chunk."""
 
     data: bytes
     more: bool = False
     content_type: str = ""
     head: Head | None = None
+    rest: bool = False
 
     def to_bytes(self) -> bytes:
         return _encode(self)
@@ -172,7 +174,8 @@ def frames_of(data: bytes, content_type: str = "", head: Head | None = None) -> 
         yield Frame(data, False, content_type, head)
         return
     for start in range(0, len(data), FRAME_BYTES):
-        yield Frame(data[start : start + FRAME_BYTES], start + FRAME_BYTES < len(data), content_type, head if start == 0 else None)
+        has_more = start + FRAME_BYTES < len(data)
+        yield Frame(data[start : start + FRAME_BYTES], has_more, content_type, None if start else head, rest=start > 0)
 
 
 def note_of(future_id: str, seq: int, frame: bytes) -> bytes:

@@ -12,12 +12,13 @@ from ..overload import Pace
 from ..results import Result
 
 if TYPE_CHECKING:
+    from .incoming import IncomingStream
     from .sending import RequestSender
 
 
 class Call:
     """A request from its sending to its end. `RequestSender.send` sets the fields; a subclass says what happens at the end, which is
-    exactly one of `answered`, `failed` and `abandoned`."""
+    exactly one of `answered`, `began`, `failed` and `abandoned`."""
 
     __slots__ = ("backend", "deadline_ms", "envelope", "give_up_at", "id", "pace", "sender", "sent_at", "shards")
 
@@ -38,6 +39,10 @@ class Call:
 
     def answered(self, result: Result) -> None:
         """Called with the result. User errors are results, too."""
+        raise NotImplementedError
+
+    def began(self, stream: IncomingStream) -> None:
+        """Called with an answer that flows, once its head is there. The call has ended, and the stream goes on."""
         raise NotImplementedError
 
     def failed(self, error: MQServeError) -> None:
@@ -61,12 +66,21 @@ class Call:
             self.envelope = None
 
 
-class Awaited:
-    """Lets a call end in a future. Only sending fails the future; user errors are results."""
+class Ticket(Call):
+    """A call whose result is awaited. Only sending fails the future; user errors are results."""
 
-    __slots__ = ()
+    __slots__ = ("future",)
 
     future: asyncio.Future[Result]
+
+    def __init__(self, id: str) -> None:
+        self.id = id
+        self.future = asyncio.get_running_loop().create_future()
+
+    def began(self, stream: IncomingStream) -> None:
+        """It asked for an answer in one piece, and gets none."""
+        self.failed(MQServeError("the handler streamed its answer to a caller that takes it in one piece: that is a bug in mqserve"))
+        self.sender.leave(stream)
 
     def answered(self, result: Result) -> None:
         if not self.future.done():
@@ -78,13 +92,3 @@ class Awaited:
 
     def abandoned(self) -> None:
         self.future.cancel()
-
-
-class Ticket(Awaited, Call):
-    """A call whose result is awaited."""
-
-    __slots__ = ("future",)
-
-    def __init__(self, id: str) -> None:
-        self.id = id
-        self.future = asyncio.get_running_loop().create_future()

@@ -17,10 +17,12 @@ from ..errors import BadEnvelope, MQServeError, StoreUnavailable, untraced
 from ..process.printable import printable
 from ..process.tasks import Tasks
 from ..result_bodies import with_body
-from ..results import Outcome, Phase, Result, entry_of, late_result, read_entry
+from ..results import InboxEntry, Outcome, Phase, Result, entry_of, late_result, read_entry
 from ..store import Record, Store
 from ..store_keys import StoreKeys
 from .call import Call, Ticket
+from .incoming import IncomingStream
+from .incoming_streams import IncomingStreams
 
 logger = logging.getLogger(__name__)
 
@@ -50,16 +52,19 @@ class PendingResults:
         self._reading = False
         self._fetching: set[str] = set()  # ids of results whose bodies are being read
         self._tasks = Tasks(self._ended)
+        self.streams = IncomingStreams(
+            store, keys, self.inbox, self._tasks, on_head=self._on_head, on_loss=self._on_loss, on_result=self._resolve
+        )
 
     def __repr__(self) -> str:
         return f"<PendingResults of {self.inbox}, {len(self)} waiting>"
 
     def __len__(self) -> int:
-        """Requests of this process that have no result yet."""
-        return len(self._waiting)
+        """Requests of this process that have no answer yet, and streamed answers that it reads."""
+        return len(self._waiting) + len(self.streams)
 
     def __contains__(self, future_id: str) -> bool:
-        """Whether it is a request of this process that has no result yet."""
+        """Whether it is a request of this process that has no answer yet, and none has begun."""
         return future_id in self._waiting
 
     async def run(self) -> None:
@@ -74,6 +79,7 @@ class PendingResults:
             waiting, self._waiting = self._waiting, {}  # nothing else may end them now
             for call in waiting.values():
                 call.abandoned()
+            self.streams.stop()
             for future in self._strangers.values():
                 future.cancel()
 
@@ -91,7 +97,8 @@ class PendingResults:
     def fail(self, future_id: str, error: MQServeError) -> None:
         """Ends the wait with `error`, because no result will come."""
         call, stranger = self.drop(future_id), self._strangers.pop(future_id, None)
-        if call is None and stranger is None:
+        was_read = self.streams.fail(future_id, error)
+        if call is None and stranger is None and not was_read:
             return
         self._failed[future_id] = untraced(error)
         if len(self._failed) > _FAILED_KEPT:
@@ -198,12 +205,31 @@ class PendingResults:
         self._store.health.took_a_write()  # a replica stored a result, so the store takes writes again
         for raw in raw_notes:
             note = read_entry(raw)
-            if note is None or note.id not in self._waiting:
+            if note is None:
                 continue
-            if note.payload:
+            if note.kind:
+                self._on_frame(note)
+            elif note.id not in self._waiting and note.id not in self.streams:
+                continue
+            elif note.payload:
                 self._resolve(note.id, note.payload)
             else:
                 self._read_soon([note.id])
+
+    def _on_frame(self, note: InboxEntry) -> None:
+        if note.id in self._waiting:
+            self.streams.expect(note.id)
+        self.streams.hear(note.id, note.seq, note.payload)
+
+    def _on_head(self, stream: IncomingStream) -> None:
+        if (call := self.drop(stream.id, answered=True)) is not None:
+            call.began(stream)
+        else:
+            stream.abandon()  # it is late, or was cancelled
+
+    def _on_loss(self, stream: IncomingStream) -> None:
+        if (call := self.drop(stream.id)) is not None:
+            call.failed(StoreUnavailable("the beginning of the answer is not in the store any more: send the request again"))
 
     def _resolve(self, future_id: str, raw: bytes) -> None:
         try:
@@ -214,18 +240,46 @@ class PendingResults:
             if future_id not in self._fetching:  # a result may be read by key twice
                 self._fetching.add(future_id)
                 self._tasks.start(self._resolve_by_reference(future_id, result))
+        elif result.frames:
+            self._end_stream(future_id, result)
         else:
             self._set(future_id, result)
+
+    def _end_stream(self, future_id: str, result: Result) -> None:
+        """The answer is in frames, some of which may still have to be read."""
+        if future_id in self._waiting:
+            self.streams.expect(future_id)
+        self.streams.ends(future_id, result)
+        self._tell_strangers(future_id, result)
 
     def _set(self, future_id: str, result: Result) -> None:
         if (call := self.drop(future_id, answered=result.error is None or result.outcome is not Outcome.LATE)) is not None:
             call.answered(result)
-        if self._strangers and (stranger := self._strangers.pop(future_id, None)) is not None and not stranger.done():
+        elif self.streams:
+            self.streams.ends(future_id, result)
+        if self._strangers:
+            self._tell_strangers(future_id, result)
+
+    def _tell_strangers(self, future_id: str, result: Result) -> None:
+        if (stranger := self._strangers.pop(future_id, None)) is not None and not stranger.done():
             stranger.set_result(result)
 
     def _read_again(self) -> None:
-        """Reads all pending results by key, because inbox entries may have been lost."""
-        self._read_soon(list(self._waiting))
+        """Reads all pending results by key, and the streams of answers that flow, because inbox entries may have been lost."""
+        self._read_soon([*self._waiting, *self.streams])
+        self.streams.heal_all()
+        if self._waiting:
+            self._tasks.start(self._find_streams(list(self._waiting)))
+
+    async def _find_streams(self, future_ids: Sequence[str]) -> None:
+        """Begins to read the answers that have begun to flow: their first frames may be lost. A failed read is repeated."""
+        for start in range(0, len(future_ids), _READ_AT_ONCE):
+            for pause_s in delays():
+                some = [future_id for future_id in future_ids[start : start + _READ_AT_ONCE] if future_id in self._waiting]
+                with suppress(StoreUnavailable):
+                    await self.streams.find(some)
+                    break
+                await asyncio.sleep(pause_s)
 
     def _read_soon(self, future_ids: Sequence[str]) -> None:
         self._to_read.update(dict.fromkeys(future_ids))
@@ -238,7 +292,7 @@ class PendingResults:
         waits."""
         pauses = delays()
         try:
-            while wanted := [future_id for future_id in self._to_read if future_id in self._waiting][:_READ_AT_ONCE]:
+            while wanted := [id for id in self._to_read if id in self._waiting or id in self.streams][:_READ_AT_ONCE]:
                 try:
                     await self._read_by_key(wanted)
                 except StoreUnavailable as error:

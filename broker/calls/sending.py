@@ -24,6 +24,7 @@ from ..store import Record, Store
 from ..store_keys import StoreKeys
 from .call import Call
 from .cancellations import CANCELLED, notice_of_request
+from .incoming import IncomingStream
 from .pending import PendingResults
 
 logger = logging.getLogger(__name__)
@@ -129,6 +130,11 @@ class RequestSender:
         """Whoever waits here is told at once, and the replicas soon."""
         self.pending.fail(future_id, Cancelled(f"request {future_id} was cancelled by its caller"))
         self._tasks.start(self._cancel_quietly(future_id))
+
+    def leave(self, stream: IncomingStream) -> None:
+        """Stops reading a streamed answer before its end. Its request is cancelled, unless its caller may come back for the rest."""
+        if self.pending.streams.leave(stream):
+            self.cancel(stream.id)
 
     async def cancel_everywhere(self, future_id: str) -> bool:
         """Records that the request is cancelled, and tells every replica. False for one that has its result already.
