@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
+from ..broker.calls.incoming import IncomingStream
 from ..broker.calls.sending import MAX_BODY_BYTES, RequestSender
 from ..broker.envelope import MAX_HEAD_BYTES, RequestHead, is_minted, mint_id
 from ..broker.errors import BadValue, Cancelled, MQServeError, NoReplica, StoreUnavailable, TooLarge
 from ..broker.failures import name_of
 from ..broker.overload import HeldBytes
+from ..broker.process.printable import printable
 from ..broker.results import Result
+from ..broker.streams import Form
 from ..broker.values.codecs import is_plain
 from ..controller.state.documents import Desired
 from ..controller.state.traffic import choose
 from .calls import AsgiCall, HttpCall, PlainCall
 from .common_ids import CommonIds
 from .departures import Departures
+from .events import EventId, EventStreams, read_event_id
 from .metrics import CONTENT_TYPE, ProxyMetrics
 from .readiness import DOWN_AFTER_MS
-from .responses import Reply, from_error, from_result, json_reply, problem, with_length
+from .responses import NO_BODY, Reply, from_error, from_result, json_reply, problem, with_length
 from .routes import NotAllowed, RouteTable, Target
+from .streaming import CUT, CutShort, Flow, RawBody, head_reply, send_flow
 from .system_routes import SystemPath, SystemPaths, forbidden
 
 Scope = dict[str, Any]
@@ -56,14 +62,18 @@ class ProxyApp:
         self._is_cancelled = is_cancelled
         self._debug = debug
         self._metrics = metrics or ProxyMetrics()
-        self.departures = Departures(sender.cancel)
+        self.departures = Departures(self._leave)
+        self.events = EventStreams(sender.pending.streams, debug=debug)
+        self._flowing: dict[str, IncomingStream] = {}  # those that go out by ASGI, by the id of their request
         self._system = SystemPaths(
             {
                 "/-/routes": SystemPath(self._routes_listing),
                 "/-/healthz": SystemPath(self._healthz, open=True),
                 "/-/readyz": SystemPath(self._readyz, open=True),
                 "/-/metrics": SystemPath(self._metrics_page),
-                "/-/futures/": SystemPath(self._cancel, ("DELETE",), open=True),  # knowing the id is the right to it
+                # knowing the id is the right to these two
+                "/-/futures/": SystemPath(self._cancel, ("DELETE",), open=True),
+                "/-/futures/*/events": SystemPath(self._events_by_id, ("GET",), open=True),
             },
             admin_token,
         )
@@ -83,32 +93,72 @@ class ProxyApp:
         if path.startswith("/-/"):
             # Written otherwise (`/%2D/…`) it passes by a server in front that lets nobody at `/-/`.
             is_plain = (scope["raw_path"] or b"").startswith(b"/-/")
-            reply = await self._system.answer(scope) if is_plain else _not_served(None, AsgiCall(scope, self.mint_id()))
+            call = AsgiCall(scope, self.mint_id())
+            reply = await self._system.answer(scope) if is_plain else _not_served(None, call)
         else:
-            reply = await self._serve(AsgiCall(scope, self.mint_id()), receive)
+            call = AsgiCall(scope, self.mint_id())
+            reply = await self._serve(call, receive)
+        if isinstance(reply, Flow):
+            return await self._send_flow(call.id, reply, scope, receive, send)
         status, headers, body = with_length(reply, to_head=scope["method"] == "HEAD")
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
-    async def _serve(self, call: AsgiCall, receive: Receive) -> Reply:
+    async def _send_flow(self, request_id: str, flow: Flow, scope: Scope, receive: Receive, send: Send) -> None:
+        self._flowing[request_id] = flow.stream
+        self.departures.expect(request_id, receive)
+        try:
+            await send_flow(flow, send)
+        except CutShort as cut:
+            logger.info("the answer to request %s is cut: %s", flow.stream.id, printable(str(cut)))
+            if CUT in scope:
+                scope[CUT]()
+            raise
+        finally:
+            self.departures.forget(request_id)
+            del self._flowing[request_id]
+            flow.body.close()
+            self._sender.leave(flow.stream)
+
+    def _leave(self, request_id: str) -> None:
+        """The client has gone before the end of its answer."""
+        if (stream := self._flowing.get(request_id)) is not None:
+            self._sender.leave(stream)
+        else:
+            self._sender.cancel(request_id)
+
+    async def _serve(self, call: AsgiCall, receive: Receive) -> Reply | Flow:
         routes = self.routes  # one version for the whole request, whatever changes while its body comes in
         target = routes.match(call.path, call.method)
         if not isinstance(target, Target):
             return _not_served(target, call)
         call.target = target
+        reply: Reply | Flow
         try:
+            if (place := read_event_id(call.header(b"last-event-id"))) is not None:
+                return await self._resume(call, place, receive)
             wish = self._admit(call)
             body = await _read_body(receive, self._sender.held)
             self._send(call, wish, body, routes)
             del body  # it is the queue's now: what waits for an answer holds none
             self.departures.expect(call.id, receive)
             try:
-                reply = self._reply_to(call, await call.future)
+                end = await call.future
+                reply = self._flow(call, end) if isinstance(end, IncomingStream) else self._reply_to(call, end)
+            except asyncio.CancelledError:
+                call.leave()
+                raise
             finally:
                 self.departures.forget(call.id)
                 self._metrics.waiting[call.backend, target.endpoint.name] -= 1
         except MQServeError as error:
             reply = self._reply_to(call, error)
+        self._count(call, reply)
+        return reply
+
+    async def _resume(self, call: AsgiCall, place: EventId, receive: Receive) -> Reply | Flow:
+        await _read_body(receive, self._sender.held)  # it is the request again that began the stream, and nothing runs for it
+        reply = await self.events.resume(place, call.target.endpoint.name)
         self._count(call, reply)
         return reply
 
@@ -137,14 +187,32 @@ class ProxyApp:
         except Exception:
             self._break_plain(call)
 
+    def stream_plain(self, call: PlainCall, stream: IncomingStream) -> None:
+        """Begins the answer to a request that was sent."""
+        try:
+            self._metrics.waiting[call.backend, call.target.endpoint.name] -= 1
+            reply = self._flow(call, stream)
+            self._count(call, reply)
+            if isinstance(reply, Flow):
+                call.connection.stream(call, reply)
+            else:
+                call.connection.answer(call, reply)
+        except Exception:
+            self._sender.leave(stream)
+            self._break_plain(call)
+
     def abandon_plain(self, call: PlainCall) -> None:
         """Answers a request whose result this process will not read, because it ends."""
         call.keep_alive = False
         self._answer_plain(call, problem(503, "this proxy ended before the request was answered: send it again", call.id, retry_after_s=1))
 
     def leave_plain(self, call: PlainCall) -> None:
-        """The client has gone before its answer."""
+        """The client has gone before its answer began."""
         self._sender.cancel(call.id)
+
+    def leave_stream(self, stream: IncomingStream) -> None:
+        """Nobody reads on, or the answer has ended."""
+        self._sender.leave(stream)
 
     def _answer_plain(self, call: PlainCall, reply: Reply) -> None:
         self._count(call, reply)
@@ -198,8 +266,21 @@ class ProxyApp:
             return from_error(end, call.id, debug=self._debug)
         return from_result(end, call.id, debug=self._debug, to_head=call.method == "HEAD")
 
-    def _count(self, call: HttpCall, reply: Reply) -> None:
-        self._metrics.route(call.target.pattern).answered(reply[0], (time.monotonic() - call.began) * 1000)
+    def _flow(self, call: HttpCall, stream: IncomingStream) -> Reply | Flow:
+        """Returns an answer that flows; its head alone where HTTP has no body for it."""
+        head = stream.head
+        assert head is not None, "a stream is shown with its head"
+        to_head = call.method == "HEAD"
+        if to_head or head.status in NO_BODY:
+            self._sender.leave(stream)
+            return head_reply(head, call.backend, call.id, to_head=to_head)
+        if head.form is Form.ITEMS:
+            return self.events.flow(stream, call.backend)
+        return Flow(head_reply(head, call.backend, call.id), stream, RawBody(head.length))
+
+    def _count(self, call: HttpCall, reply: Reply | Flow) -> None:
+        status = reply.reply[0] if isinstance(reply, Flow) else reply[0]
+        self._metrics.route(call.target.pattern).answered(status, (time.monotonic() - call.arrived) * 1000)
 
     def _check_up(self, backend: str) -> None:
         """Whether waiting is of any use: a backend that only restarts is worth it, one without any replica for so long is not."""
@@ -237,9 +318,21 @@ class ProxyApp:
         except MQServeError as error:
             return from_error(error, future_id)
 
+    async def _events_by_id(self, scope: Scope) -> Reply | Flow:
+        future_id = scope["path"].removeprefix("/-/futures/").removesuffix("/events")
+        header = next((value for name, value in scope["headers"] if name == b"last-event-id"), b"")
+        place = read_event_id(header)
+        try:
+            return await self.events.resume(EventId(future_id, place.seq if place and place.future_id == future_id else 0))
+        except MQServeError as error:
+            return from_error(error, future_id)
+
     def _is_known(self, future_id: str) -> bool:
         """Whether this proxy waits for the request, or one that shares its port has sent it."""
-        return future_id in self._sender.pending or (self._common_ids is not None and self._common_ids.are_ours(future_id))
+        pending = self._sender.pending
+        return (
+            future_id in pending or future_id in pending.streams or (self._common_ids is not None and self._common_ids.are_ours(future_id))
+        )
 
     async def _metrics_page(self, scope: Scope) -> Reply:
         try:

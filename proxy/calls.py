@@ -6,11 +6,13 @@ import asyncio
 import time
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..broker.calls.call import Awaited, Call
+from ..broker.calls.call import Call
+from ..broker.calls.incoming import IncomingStream
 from ..broker.errors import MQServeError
 from ..broker.results import Result
 from .responses import Reply
 from .routes import Target
+from .streaming import Flow
 
 if TYPE_CHECKING:
     from .app import ProxyApp
@@ -21,10 +23,23 @@ Address = tuple[str, int]
 class HttpCall(Call):
     """The head of a request beside what any call has. `target` is set once a route has matched."""
 
-    __slots__ = ("began", "client", "headers", "http_version", "method", "path", "query", "raw_path", "scheme", "server", "state", "target")
+    __slots__ = (
+        "arrived",
+        "client",
+        "headers",
+        "http_version",
+        "method",
+        "path",
+        "query",
+        "raw_path",
+        "scheme",
+        "server",
+        "state",
+        "target",
+    )
 
     reads_alone = True
-    began: float  # monotonic
+    arrived: float  # monotonic
     method: str
     path: str
     raw_path: bytes
@@ -46,18 +61,44 @@ class HttpCall(Call):
         return next((value for name, value in self.headers if name == wanted), b"")
 
 
-class AsgiCall(Awaited, HttpCall):
-    """A request that came through ASGI: a task awaits its result."""
+class AsgiCall(HttpCall):
+    """A request that came through ASGI: a task awaits its result, or the beginning of its stream."""
 
     __slots__ = ("future",)
 
+    future: asyncio.Future[Result | IncomingStream]
+
     def __init__(self, scope: dict[str, Any], id: str) -> None:
         self.id = id
-        self.began = time.monotonic()
+        self.arrived = time.monotonic()
         self.method, self.path, self.raw_path, self.query = scope["method"], scope["path"], scope["raw_path"] or b"", scope["query_string"]
         self.headers, self.http_version, self.scheme = scope["headers"], scope["http_version"], scope["scheme"]
         self.client, self.server, self.state = scope["client"], scope["server"], scope.get("state")
         self.future = asyncio.get_running_loop().create_future()
+
+    def answered(self, result: Result) -> None:
+        if not self.future.done():
+            self.future.set_result(result)
+
+    def began(self, stream: IncomingStream) -> None:
+        if self.future.done():  # its task was cancelled
+            self.sender.leave(stream)
+        else:
+            self.future.set_result(stream)
+
+    def leave(self) -> None:
+        """Its task is cancelled, and nobody else will see a stream that has begun meanwhile."""
+        if not self.future.done() or self.future.cancelled() or self.future.exception() is not None:
+            return
+        if isinstance(stream := self.future.result(), IncomingStream):
+            self.sender.leave(stream)
+
+    def failed(self, error: MQServeError) -> None:
+        if not self.future.done():
+            self.future.set_exception(error)
+
+    def abandoned(self) -> None:
+        self.future.cancel()
 
 
 class Connection(Protocol):
@@ -65,6 +106,10 @@ class Connection(Protocol):
 
     def answer(self, call: PlainCall, reply: Reply) -> None:
         """Writes the answer, unless the client has gone."""
+        ...
+
+    def stream(self, call: PlainCall, flow: Flow) -> None:
+        """Writes an answer that flows, as long as the client takes it."""
         ...
 
 
@@ -81,14 +126,19 @@ class PlainCall(HttpCall):
     A connection holds it where uvicorn holds a `RequestResponseCycle`, and uses these names of it.
     """
 
-    __slots__ = ("app", "connection", "disconnected", "keep_alive", "response_complete", "response_started", "transport")
+    __slots__ = (
+        "app", "chunked_encoding", "connection", "disconnected", "expected_content_length", "keep_alive", "response_complete",
+        "response_started", "transport",
+    )  # fmt: skip
 
     message_event = _NobodyReads()
     keep_alive: bool
+    chunked_encoding: bool  # this and the next are set for an answer that flows
+    expected_content_length: float
 
     def __init__(self, connection: Connection, app: ProxyApp) -> None:
         self.id = app.mint_id()
-        self.began = time.monotonic()
+        self.arrived = time.monotonic()
         self.state = None
         self.connection = connection
         self.app = app
@@ -96,6 +146,9 @@ class PlainCall(HttpCall):
 
     def answered(self, result: Result) -> None:
         self.app.end_plain(self, result)
+
+    def began(self, stream: IncomingStream) -> None:
+        self.app.stream_plain(self, stream)
 
     def failed(self, error: MQServeError) -> None:
         self.app.end_plain(self, error)

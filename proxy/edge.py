@@ -7,10 +7,12 @@ the connection closed, since nobody knows where the next request would begin.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 from asyncio import BaseTransport, Transport
 from asyncio.events import TimerHandle
+from functools import partial
 from typing import Any, cast
 
 import httptools
@@ -19,9 +21,11 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from ..broker.calls.sending import MAX_BODY_BYTES
 from ..broker.envelope import MAX_HEAD_BYTES, mint_id
 from ..broker.process.printable import printable
+from .flush import Flush
 from .forwarded import NAMES, forwarders
 from .half_close import HalfClosed
 from .responses import HOP_BY_HOP, problem
+from .streaming import CUT, CutShort, cut, until_the_end
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +38,9 @@ MAX_LOOSE_BYTES = MAX_HEAD_BYTES + 4096  # the app, which tells the exact size, 
 
 NOTHING, HEAD, BODY = range(3)  # what of a request has been begun; an Enum's members take longer to look up, five times a request
 
+_TOO_LONG = f"the request line and headers take more than {MAX_HEAD_BYTES} bytes, the limit: send less, or send it in the body"
 _OURS = b"x-mqserve-"  # inside the instance only: nobody may send them in
-_WATCHED = HOP_BY_HOP | NAMES | {b"host", b"content-length", b"expect"}
+_WATCHED = HOP_BY_HOP | NAMES | {b"host", b"content-length", b"expect", b"last-event-id"}
 _HOST = re.compile(rb"[\w.~%!$&'()*+,;=:\[\]-]*", re.ASCII)
 _ABSOLUTE = re.compile(rb"https?://([^/?#]*)(/[^#]*)?", re.IGNORECASE)
 # What rights depend on (a client must not have a header removed that a server in front has set), and where the request ends.
@@ -68,8 +73,7 @@ class EdgeProtocol(HttpToolsProtocol):
         self._loose_bytes = 0  # that came in since, and that the parser may have to keep
         self._due = 0.0  # loop time by which it must advance; 0 for never
         self._timer: TimerHandle | None = None  # set for `_due` or earlier, so that most requests need not touch it
-        self._flushing: TimerHandle | None = None  # looks after an answer that the client does not take
-        self._answers = 0  # so far
+        self._flush = Flush(self.loop, self.body_timeout_s)
         self._answering: RequestResponseCycle | None = None
         self._refusal = b""
         self._again = False
@@ -88,8 +92,7 @@ class EdgeProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        if self._flushing is not None:
-            self._flushing.cancel()
+        self._flush.stop()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -136,8 +139,14 @@ class EdgeProtocol(HttpToolsProtocol):
         self.transport = cast(Transport, self._half_closed)
         for cycle in (answering, *(cycle for cycle, _ in self.pipeline)):
             cycle.transport = self.transport
-        if not answering.response_started:
+        if answering.response_started:
+            self._half_closed.watch_flow(self._between(answering))
+        else:
             self._half_closed.watch()
+
+    def _between(self, answering: Any) -> bytes:
+        """What may be sent between two parts of the answer that is under way."""
+        return b"0" if answering.chunked_encoding else b""
 
     def shutdown(self) -> None:
         if self._refusal and self._due:  # said, and lingering
@@ -256,11 +265,17 @@ class EdgeProtocol(HttpToolsProtocol):
             case b"x-forwarded-for" | b"x-forwarded-proto":
                 self._is_forwarded = True
                 return True
+            case b"last-event-id":
+                self._goes_on()
+                return True
             case b"transfer-encoding":
                 if value.lower() != b"chunked":
                     raise Refused(501, "the only transfer coding here is chunked: send the body as it is")
                 self._chunked = True
         return False
+
+    def _goes_on(self) -> None:
+        """The request may be the continuation of a streamed answer."""
 
     def _check_head(self) -> None:
         version = self.parser.get_http_version()
@@ -326,12 +341,7 @@ class EdgeProtocol(HttpToolsProtocol):
                 self._expect_within(self.head_timeout_s)
             self._loose_bytes += size
             if self._loose_bytes > MAX_LOOSE_BYTES:
-                self._refuse(
-                    Refused(
-                        431,
-                        f"the request line and headers take more than {MAX_HEAD_BYTES} bytes, the limit: send less, or send it in the body",
-                    )
-                )
+                self._refuse(Refused(431, _TOO_LONG))
 
     def _expect_within(self, seconds: float) -> None:
         self._due = self.loop.time() + seconds
@@ -361,15 +371,41 @@ class EdgeProtocol(HttpToolsProtocol):
         self._answering = cycle
         if self._half_closed is not None:
             self._half_closed.watch()
-        super()._start_asgi_task(cycle, app)
+        super()._start_asgi_task(cycle, partial(self._run, cycle, app))
+
+    async def _run(self, cycle: RequestResponseCycle, app: Any, scope: Any, receive: Any, send: Any) -> None:
+        """Runs the app. An answer that it gives up after the head, or that this proxy outlives, is cut so that the client sees it."""
+        scope[CUT] = partial(self._cut, cycle)
+        try:
+            await app(scope, receive, until_the_end(cycle) if scope["http_version"] == "1.0" else send)
+        except CutShort:
+            self._cut(cycle)
+        except asyncio.CancelledError:
+            if not cycle.response_started or cycle.response_complete:
+                raise
+            self._cut(cycle)
+
+    def _cut(self, cycle: Any) -> None:
+        if not cycle.disconnected:
+            logger.info("an answer to %s is cut", self.client)
+            cut(cycle, self.transport)
+            self._flush.watch(self.transport)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._flush.watch(self.transport)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._flush.taken += 1
 
     def on_response_complete(self) -> None:
-        self._answers += 1
+        if not self.flow.write_paused:
+            self._flush.taken += 1
         if self._refusal and not self.pipeline:
             self._say_refusal()
             return
-        if self._flushing is None and (left := self.transport.get_write_buffer_size()):
-            self._flushing = self.loop.call_later(self.body_timeout_s, self._look_at_the_flush, left, self._answers)
+        self._flush.watch(self.transport)
         if self.transport.is_closing():
             return
         self.flow.resume_reading()
@@ -379,16 +415,6 @@ class EdgeProtocol(HttpToolsProtocol):
             self._expect_within(self.linger_s)  # answered before its body was in
         elif self._phase is NOTHING and not self._loose_bytes:
             self._expect_within(self.timeout_keep_alive)
-
-    def _look_at_the_flush(self, before: int, answers: int) -> None:
-        """A client that does not read its answer must not keep it in our memory, nor hold up a drain. One that has got another answer
-        since then has read."""
-        self._flushing = None
-        left = self.transport.get_write_buffer_size()
-        if left >= before and answers == self._answers:
-            self.transport.abort()
-        elif left:
-            self._flushing = self.loop.call_later(self.body_timeout_s, self._look_at_the_flush, left, self._answers)
 
     def _refuse(self, refused: Refused) -> None:
         """Says so after what is still to be answered, and closes; what comes in from here on is discarded."""

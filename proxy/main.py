@@ -152,6 +152,7 @@ class Proxy:
         if len(sender.pending):
             with contextlib.suppress(MQServeError):
                 await self._store.append_log(self._keys.cancelled, notice_of_proxy(sender.pending.inbox))
+        await sender.settle()  # streams that were cut are cancelled by their ids
 
     def _on_cancelled(self, heard: Cancellations, names: Sequence[str], sender: RequestSender, stop: Stop) -> None:
         """Answers the requests that were cancelled elsewhere, perhaps through another proxy of this port.
@@ -185,6 +186,7 @@ class Proxy:
             self._say(MemberState.READY)
             await stop.wait()
             self._say(MemberState.DRAINING)
+            app.events.reconnect()
             await server.last_answers()
             server.end()
             await serving

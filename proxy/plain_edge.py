@@ -8,15 +8,22 @@ pipelined, they ask for `100 Continue`, their client has closed its side or does
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import math
 from typing import Any
 from urllib.parse import unquote
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
+from ..broker.process.printable import printable
 from .calls import PlainCall
 from .edge import NOTHING, EdgeProtocol, Refused
 from .responses import Reply, with_length
+from .streaming import CutShort, Flow
+
+logger = logging.getLogger(__name__)
 
 JOINED_BYTES = 64 * 1024  # a larger body is not copied behind its head
 
@@ -34,6 +41,7 @@ class PlainEdgeProtocol(EdgeProtocol):
         self._held: list[bytes] | None = None  # the body, so far, of a request that is plain if all of it comes in this read
         self._defaults: list[tuple[bytes, bytes]] = []  # the server's headers, which it makes anew every second, and their lines
         self._default_lines = b""
+        self._streamed: tuple[PlainCall, Flow] | None = None  # the answer that flows to this client now
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -59,18 +67,9 @@ class PlainEdgeProtocol(EdgeProtocol):
         if call.response_complete:
             return
         status, headers, body = with_length(reply, to_head=call.method == "HEAD")
-        if self.server_state.default_headers is not self._defaults:
-            self._defaults = self.server_state.default_headers
-            self._default_lines = b"".join([b"%b: %b\r\n" % pair for pair in self._defaults])
-        lines = [STATUS_LINE[status], self._default_lines]
-        for name, value in headers:
-            lines += (name.lower(), b": ", value, b"\r\n")
-        keep_alive = call.keep_alive
-        if _LAST in self._defaults:
-            keep_alive = False
-        elif not keep_alive:
-            lines.append(b"connection: close\r\n")
+        lines = self._head_lines(call, status, headers)
         lines.append(b"\r\n")
+        keep_alive = call.keep_alive
         call.response_started = call.response_complete = True
         if len(body) <= JOINED_BYTES or self._half_closed is not None:
             lines.append(body)
@@ -80,6 +79,81 @@ class PlainEdgeProtocol(EdgeProtocol):
         if not keep_alive:
             self.transport.close()
         self.on_response_complete()
+
+    def _head_lines(self, call: PlainCall, status: int, headers: list[tuple[bytes, bytes]]) -> list[bytes]:
+        """Returns the head of an answer but for the empty line, and notes on the call whether it is the connection's last."""
+        if self.server_state.default_headers is not self._defaults:
+            self._defaults = self.server_state.default_headers
+            self._default_lines = b"".join([b"%b: %b\r\n" % pair for pair in self._defaults])
+        lines = [STATUS_LINE[status], self._default_lines]
+        for name, value in headers:
+            lines += (name.lower(), b": ", value, b"\r\n")
+        if _LAST in self._defaults:
+            call.keep_alive = False
+        elif not call.keep_alive:
+            lines.append(b"connection: close\r\n")
+        return lines
+
+    # Answers that flow. A task for each writes what has come in one turn of the loop as one piece, while the client takes it.
+
+    def stream(self, call: PlainCall, flow: Flow) -> None:
+        has_length = any(name == b"content-length" for name, _ in flow.reply[1])
+        call.chunked_encoding = not has_length and call.http_version != "1.0"
+        call.expected_content_length = 0 if has_length or call.chunked_encoding else math.inf
+        self._streamed = (call, flow)
+        task = self.loop.create_task(self._pump(call, flow))
+        self.tasks.add(task)  # the server cancels it when the time to end has run out
+        task.add_done_callback(self.tasks.discard)
+
+    async def _pump(self, call: PlainCall, flow: Flow) -> None:
+        try:
+            if not call.response_complete:  # or the client has gone
+                lines = self._head_lines(call, *flow.reply[:2])
+                lines.append(b"transfer-encoding: chunked\r\n\r\n" if call.chunked_encoding else b"\r\n")
+                parts = [flow.body.begin(), *flow.body.of(flow.stream.take())]
+                call.response_started = True
+                self.transport.write(b"".join([*lines, _framed(call, parts)]))
+                await self._write_parts(call, flow)
+        except CutShort as cut:
+            logger.info("the answer to request %s is cut: %s", call.id, printable(str(cut)))
+            self._cut(call)
+        except asyncio.CancelledError:
+            self._cut(call)
+            raise
+        except Exception:
+            logger.exception("request %s ended in a bug in mqserve, please report it", call.id)
+            self._cut(call)
+        finally:
+            if self._streamed is not None and self._streamed[0] is call:
+                self._streamed = None
+            flow.body.close()
+            call.app.leave_stream(flow.stream)
+
+    async def _write_parts(self, call: PlainCall, flow: Flow) -> None:
+        stream, body = flow.stream, flow.body
+        while (end := stream.end) is None and not body.is_over and not call.response_complete:
+            if self.flow.write_paused:
+                await self.flow.drain()
+            elif (parts := body.of(await stream.more())) and not call.response_complete:
+                self.transport.write(_framed(call, parts))
+        if call.response_complete:
+            return
+        last = b"" if end is None else body.last(end)
+        self.transport.write(_framed(call, [last]) + (b"0\r\n\r\n" if call.chunked_encoding else b""))
+        call.response_complete = True
+        if not call.keep_alive:
+            self.transport.close()
+        self._streamed = None
+        self.on_response_complete()
+
+    def _between(self, answering: Any) -> bytes:
+        between = super()._between(answering)
+        if not between and self._streamed is not None and self._streamed[0] is answering:
+            between = self._streamed[1].body.between
+        return between
+
+    def _goes_on(self) -> None:
+        self._may_be_plain = False  # it needs the store first, so it has a task from its beginning
 
     def _feed(self, data: bytes) -> None:
         self._may_be_plain = True
@@ -121,10 +195,17 @@ class PlainEdgeProtocol(EdgeProtocol):
 
     def _give_up(self, cycle: Any) -> None:
         super()._give_up(cycle)
-        if isinstance(cycle, PlainCall):
+        if self._streamed is not None and self._streamed[0] is cycle:
+            cycle.app.leave_stream(self._streamed[1].stream)
+        elif isinstance(cycle, PlainCall):
             cycle.app.leave_plain(cycle)
 
     def _refuse(self, refused: Refused) -> None:
         if self._held is not None:  # the app has not heard of it
             self._held, self._phase = None, NOTHING
         super()._refuse(refused)
+
+
+def _framed(call: PlainCall, parts: list[bytes]) -> bytes:
+    data = b"".join(parts)
+    return b"%x\r\n%b\r\n" % (len(data), data) if data and call.chunked_encoding else data

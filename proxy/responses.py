@@ -91,11 +91,12 @@ def problem(
 
 
 def with_length(reply: Reply, *, to_head: bool) -> Reply:
-    """Returns the reply as it is sent: with a content-length where there may be one, and without the body for a HEAD request."""
+    """Returns the reply as it is sent: with a content-length where there may be one, and without the body for a HEAD request. What
+    has no body for HEAD may have one for GET, such as an answer that flows."""
     status, headers, body = reply
     if status in (204, 304):
         return status, headers, b""
-    if not (to_head and any(name == b"content-length" for name, _ in headers)):
+    if not (to_head and (not body or any(name == b"content-length" for name, _ in headers))):
         headers.append((b"content-length", b"%d" % len(body)))
     return status, headers, b"" if to_head else body
 

@@ -10,6 +10,7 @@ from typing import Any
 from ..broker.envelope import mint_id
 from ..broker.process.loopback import is_loopback, names_loopback
 from .responses import Reply, problem
+from .streaming import Flow
 
 Scope = dict[str, Any]
 
@@ -20,13 +21,13 @@ _FORWARDED = frozenset((b"forwarded", b"via", b"x-forwarded-for", b"x-forwarded-
 class SystemPath:
     """A path under `/-/`. An open one answers anybody: it reveals nothing, or knowing its path is the right to read it."""
 
-    answer: Callable[[Scope], Awaitable[Reply]]
+    answer: Callable[[Scope], Awaitable[Reply | Flow]]
     methods: tuple[str, ...] = ("GET", "HEAD")
     open: bool = False
 
 
 class SystemPaths:
-    """All system paths. One that ends in a slash covers the paths directly below it."""
+    """All system paths. One that ends in a slash covers the paths directly below it, and `*` stands for any name."""
 
     def __init__(self, paths: Mapping[str, SystemPath], admin_token: str) -> None:
         self._paths = paths
@@ -35,11 +36,12 @@ class SystemPaths:
     def __repr__(self) -> str:
         return f"<SystemPaths {', '.join(self._paths)}>"
 
-    async def answer(self, scope: Scope) -> Reply:
+    async def answer(self, scope: Scope) -> Reply | Flow:
         path = scope["path"]
         if not _is_same_origin(scope):
             return problem(403, "System paths are not answered to pages of other sites: the Origin header names another host.", mint_id())
-        system_path = self._paths.get(path) or self._paths.get(path[: path.rindex("/") + 1])
+        above, _, last = path.rpartition("/")
+        system_path = self._paths.get(path) or self._paths.get(f"{above}/") or self._paths.get(f"{above.rpartition('/')[0]}/*/{last}")
         if system_path is None:
             return problem(404, f"System path {path} not found. There are {', '.join(self._paths)}.", mint_id())
         if scope["method"] not in system_path.methods:

@@ -41,7 +41,7 @@ class Served:
     """A site behind a socket."""
 
     def __init__(self, site: Site, outermost: Outermost, server: uvicorn.Server) -> None:
-        self.site, self.outermost = site, outermost
+        self.site, self.outermost, self.server = site, outermost, server
         self.connections = server.server_state.connections
         self._port = server.servers[0].sockets[0].getsockname()[1]
 

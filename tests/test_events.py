@@ -1,0 +1,257 @@
+"""Server-sent events: a client that was cut off goes on with its stream, on any proxy, and nothing runs twice."""
+
+import json
+import random
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import pytest
+
+from tests.gates import Gate
+from tests.instances import CommandLine, Deploy, answers, wait_until
+from tests.ports import free_port
+from tests.tallies import Tally
+
+EVENTS = {"Accept": "text/event-stream"}
+
+
+class Event(NamedTuple):
+    id: str
+    kind: str
+    data: str
+
+
+def read_events(lines: Iterator[str]) -> Iterator[Event]:
+    """As a browser reads them."""
+    kind, data, last_id = "", list[str](), ""
+    for line in lines:
+        name, _, value = line.partition(":")
+        value = value.removeprefix(" ")
+        if not line:
+            if data:
+                yield Event(last_id, kind or "message", "\n".join(data))
+            kind, data = "", []
+        elif name == "id":
+            last_id = value
+        elif name == "event":
+            kind = value
+        elif name == "data":
+            data.append(value)
+
+
+def events_of(answer: httpx.Response) -> list[Event]:
+    return list(read_events(iter(answer.text.splitlines())))
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Gate:
+    return Gate(tmp_path)
+
+
+@pytest.fixture
+def tally(tmp_path: Path) -> Tally:
+    return Tally(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def proxies(form: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    """Where the proxies of the instance listen: two, where there can be two."""
+    urls = [request.getfixturevalue("client").http_url()]
+    if form == "embedded":
+        yield urls
+        return
+    shell = CommandLine(tmp_path_factory.mktemp("other"), **request.getfixturevalue("environment"))
+    port = free_port()
+    program = shell.start("proxy", "--port", str(port))
+    urls.append(f"http://127.0.0.1:{port}")
+    wait_until(lambda: answers(f"{urls[1]}/-/readyz"), told=lambda: program.output)
+    yield urls
+    shell.close()
+
+
+def count(request: Any) -> Iterator[dict[str, int]]:
+    for number in range(3):
+        yield {"number": number}
+
+
+def test_items_are_events_with_ids_and_an_end(deploy: Deploy) -> None:
+    answer = httpx.get(deploy.at(count), headers=EVENTS)
+    assert answer.headers["content-type"].startswith("text/event-stream") and answer.headers["cache-control"] == "no-store"
+    id = answer.headers["x-request-id"]
+    assert answer.text.startswith(f"id: {id}:0\nretry: 1000\n\n")
+    assert events_of(answer) == [
+        Event(f"{id}:1", "message", '{"number":0}'),
+        Event(f"{id}:2", "message", '{"number":1}'),
+        Event(f"{id}:3", "message", '{"number":2}'),
+        Event(f"{id}:3", "end", "{}"),
+    ]
+
+
+def test_curl_shows_an_event_as_it_is_made(deploy: Deploy, gate: Gate) -> None:
+    def handler(request: Any) -> Iterator[str]:
+        yield "first"
+        gate.pass_through()
+        yield "second"
+
+    with subprocess.Popen(["curl", "-sN", "-H", "Accept: text/event-stream", deploy.at(handler)], stdout=subprocess.PIPE) as curl:
+        assert curl.stdout is not None
+        events = read_events(line.decode().rstrip("\n") for line in curl.stdout)
+        assert next(events).data == "first"
+        gate.open()
+        assert [event.data for event in events] == ["second", "{}"]
+
+
+def test_a_failure_is_an_event_with_a_problem(deploy: Deploy) -> None:
+    def handler(request: Any) -> Iterator[str]:
+        yield "first"
+        raise ValueError("on purpose")
+
+    answer = httpx.get(deploy.at(handler), headers=EVENTS)
+    first, failure = events_of(answer)
+    assert (first.data, failure.kind) == ("first", "failure")
+    problem = json.loads(failure.data)
+    assert problem["status"] == 500 and problem["request_id"] == answer.headers["x-request-id"]
+    assert httpx.get(str(answer.url), headers={"Last-Event-ID": failure.id}).status_code == 204
+    assert [event.kind for event in events_of(httpx.get(str(answer.url), headers={"Last-Event-ID": first.id}))] == ["failure"]
+
+
+def numbered(total: int, tally: Tally) -> Callable[[Any], Iterator[str]]:
+    def handler(request: Any) -> Iterator[str]:
+        tally.note("began")
+        for number in range(1, total + 1):
+            yield str(number)
+            time.sleep(0.001)
+
+    return handler
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_events_are_complete_however_often_the_connection_is_cut(deploy: Deploy, proxies: list[str], tally: Tally, method: str) -> None:
+    path = deploy.at(numbered(1000, tally)).removeprefix(deploy.url)
+    for proxy in proxies:
+        wait_until(lambda proxy=proxy: httpx.get(f"{proxy}/-/routes").json().get(path))  # type: ignore[misc]
+    got: list[str] = []
+    last_id, cuts = "", sorted(random.sample(range(1, 1000), 10))
+    while not got or got[-1] != "{}":
+        url = random.choice(proxies) + path
+        headers = {**EVENTS, "Last-Event-ID": last_id} if last_id else EVENTS
+        with httpx.stream(method, url, headers=headers) as response:
+            assert response.status_code == 200, response.read()
+            for event in read_events(response.iter_lines()):
+                got.append(event.data)
+                last_id = event.id
+                if cuts and len(got) >= cuts[0]:
+                    cuts.pop(0)
+                    break
+    assert got == [*map(str, range(1, 1001)), "{}"]
+    assert tally.lines == ["began"]
+
+
+def test_nothing_is_left_behind_the_last_event(deploy: Deploy, proxies: list[str]) -> None:
+    answer = httpx.get(deploy.at(count), headers=EVENTS)
+    last = events_of(answer)[-1].id
+    for proxy in proxies:
+        path = answer.url.path
+        wait_until(lambda proxy=proxy, path=path: httpx.get(f"{proxy}/-/routes").json().get(path))  # type: ignore[misc]
+        assert httpx.get(proxy + path, headers={"Last-Event-ID": last}).status_code == 204
+
+
+def test_an_id_that_is_unknown_or_of_another_route_is_not_found(deploy: Deploy) -> None:
+    first, second = deploy.at(count), deploy.at(count)
+    id = httpx.get(first, headers=EVENTS).headers["x-request-id"]
+    assert httpx.get(first, headers={"Last-Event-ID": f"{id}:1"}).status_code == 200
+    assert httpx.get(second, headers={"Last-Event-ID": f"{id}:1"}).status_code == 404
+    assert httpx.get(first, headers={"Last-Event-ID": f"{'0' * 32}:1"}).status_code == 404
+
+
+def test_an_id_of_another_form_is_the_handlers(deploy: Deploy) -> None:
+    url = deploy.at(lambda request: request.headers["last-event-id"])
+    assert httpx.get(url, headers={"Last-Event-ID": "42"}).text == "42"
+
+
+def test_events_are_found_by_the_id_of_the_request_alone(deploy: Deploy, proxies: list[str]) -> None:
+    streamed = httpx.get(deploy.at(count), headers=EVENTS)
+    id = streamed.headers["x-request-id"]
+    for proxy in proxies:
+        assert events_of(httpx.get(f"{proxy}/-/futures/{id}/events")) == events_of(streamed)
+        rest = httpx.get(f"{proxy}/-/futures/{id}/events", headers={"Last-Event-ID": f"{id}:2"})
+        assert [event.kind for event in events_of(rest)] == ["message", "end"]
+    for unknown in ("0" * 32, "what"):
+        assert httpx.get(f"{proxies[0]}/-/futures/{unknown}/events").status_code == 404
+
+
+def test_an_answer_that_nobody_can_come_back_for_is_not_found_by_its_id(deploy: Deploy, url: str) -> None:
+    id = httpx.get(deploy.at(count)).headers["x-request-id"]
+    assert httpx.get(f"{url}/-/futures/{id}/events").status_code == 404
+
+
+def test_events_that_are_not_kept_any_more_are_a_gap(deploy: Deploy) -> None:
+    def handler(request: Any) -> Iterator[str]:
+        for number in range(1, 201):
+            yield str(number)
+
+    answer = httpx.get(deploy.at(handler, stream_kept_frames=100), headers=EVENTS)
+    assert len(events_of(answer)) == 201
+    id = answer.headers["x-request-id"]
+    gap, *rest = events_of(httpx.get(str(answer.url), headers={"Last-Event-ID": f"{id}:5"}))
+    assert gap.kind == "gap" and gap.id == f"{id}:5"
+    first = json.loads(gap.data)["first"]
+    assert 6 < first < 200 and [event.data for event in rest] == [*map(str, range(first, 201)), "{}"]
+
+
+def test_two_clients_read_one_stream(deploy: Deploy, proxies: list[str], gate: Gate, tally: Tally) -> None:
+    def handler(request: Any) -> Iterator[str]:
+        tally.note("began")
+        yield "1"
+        gate.pass_through()
+        for number in range(2, 6):
+            yield str(number)
+
+    with httpx.stream("GET", deploy.at(handler), headers=EVENTS) as one:
+        events = read_events(one.iter_lines())
+        assert next(events).data == "1"
+        id = one.headers["x-request-id"]
+        with httpx.stream("GET", f"{proxies[-1]}/-/futures/{id}/events") as other:
+            also = read_events(other.iter_lines())
+            assert next(also).data == "1"
+            gate.open()
+            assert [event.data for event in also] == ["2", "3", "4", "5", "{}"]
+        assert [event.data for event in events] == ["2", "3", "4", "5", "{}"]
+    assert tally.lines == ["began"]
+
+
+def test_a_client_that_comes_back_in_time_finds_its_stream_where_it_left_it(deploy: Deploy, proxies: list[str], tally: Tally) -> None:
+    def handler(request: Any) -> Iterator[str]:
+        try:
+            for number in range(1, 3000):
+                yield str(number)
+                time.sleep(0.0005)
+        finally:
+            tally.note("over")
+
+    with httpx.stream("GET", deploy.at(handler), headers=EVENTS) as response:
+        first = next(read_events(response.iter_lines()))
+    time.sleep(1)
+    assert not len(tally)
+    id = first.id.partition(":")[0]
+    rest = httpx.get(f"{proxies[-1]}/-/futures/{id}/events", headers={"Last-Event-ID": first.id})
+    assert [event.data for event in events_of(rest)] == [*map(str, range(2, 3000)), "{}"]
+    assert tally.lines == ["over"]
+
+
+def test_a_stream_that_nobody_comes_back_for_is_cancelled(deploy: Deploy, tally: Tally) -> None:
+    def handler(request: Any) -> Iterator[str]:
+        try:
+            while True:
+                yield "on and on"
+                time.sleep(0.01)
+        finally:
+            tally.note("over")
+
+    with httpx.stream("GET", deploy.at(handler, resume_grace_s=0.5), headers=EVENTS) as response:
+        next(read_events(response.iter_lines()))
+    wait_until(lambda: tally.lines == ["over"], 20)
