@@ -36,16 +36,16 @@ class HalfClosed:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
 
-    def watch(self, pause_s: float = FIRST_S) -> None:
+    def watch(self) -> None:
         """Sends one byte of the next answer after each pause, until the answer is written or the transport closes."""
-        self.stop()
-        self._timer = self._loop.call_later(pause_s, self._probe, pause_s)
+        self._between = b""
+        self._set_timer(FIRST_S)
 
     def watch_flow(self, between: bytes) -> None:
         """Sends `between` in the same way, as long as the answer flows and its next part does not come."""
+        self._between = between
         if between:
-            self._between = between
-            self.watch()
+            self._set_timer(FIRST_S)
 
     def stop(self) -> None:
         if self._timer is not None:
@@ -60,11 +60,17 @@ class HalfClosed:
             self._transport.write(data[self._ahead :])
         self._ahead = 0
 
+    def _set_timer(self, pause_s: float) -> None:
+        self.stop()
+        self._timer = self._loop.call_later(pause_s, self._probe, pause_s)
+
     def _probe(self, pause_s: float) -> None:
         if self._transport.is_closing():
             return
         if self._ahead < len(BEGINNING):
             self._transport.write(self._between or BEGINNING[self._ahead : self._ahead + 1])
             self._ahead += 1
-        if self._between or self._ahead < len(BEGINNING):
-            self.watch(min(pause_s * FACTOR, LONGEST_S) if self._between else pause_s * FACTOR)
+        if self._between:
+            self._set_timer(min(pause_s * FACTOR, LONGEST_S))
+        elif self._ahead < len(BEGINNING):
+            self._set_timer(pause_s * FACTOR)

@@ -113,6 +113,8 @@ class PlainEdgeProtocol(EdgeProtocol):
                 parts = [flow.body.begin(), *flow.body.of(flow.stream.take())]
                 call.response_started = True
                 self.transport.write(b"".join([*lines, _framed(call, parts)]))
+                if self._half_closed is not None:
+                    self._half_closed.watch_flow(self._between(call))
                 await self._write_parts(call, flow)
         except CutShort as cut:
             logger.info("the answer to request %s is cut: %s", call.id, printable(str(cut)))

@@ -284,3 +284,17 @@ async def dechunked(reader: asyncio.StreamReader) -> bytes:
         body += await reader.readexactly(size)
         await reader.readline()
     return body
+
+
+async def test_answers_to_a_client_that_has_closed_its_side_come_one_after_the_other(served: Served) -> None:
+    async with streaming(served, GET + GET) as stream:
+        stream.writer.write_eof()
+        await stream.run.show(b"abc")
+        await asyncio.sleep(0.6)  # for bytes ahead of the next part
+        served.site.hands.ack_all()
+        await stream.run.end()
+        await asyncio.sleep(0.3)  # for bytes ahead of the next answer
+        await served.site.answer(Result(body=b"well"))
+        answers = await stream.reader.read()
+    first, _, second = answers.partition(b"HTTP/1.1 200 OK\r\n")[2].partition(b"HTTP/1.1 200 OK\r\n")
+    assert re.search(rb"\r\n\r\n3\r\nabc\r\n0*0\r\n\r\n$", first) and second.endswith(b"\r\n\r\nwell")
