@@ -49,6 +49,7 @@ class IncomingStream:
         self._handed = self._taken = self._told = (after.seq, 0)  # (seq, size): handed out; taken; of the last credit
         self._last_word: End | None = None
         self.is_recorded = False  # whether the end is that of the request, and not of this reader alone
+        self.is_given_up = False  # whether this reader alone has ended it, and its replica has not heard of that
         self._waiter: asyncio.Future[None] | None = None
         self._nudged = False
 
@@ -171,12 +172,19 @@ class IncomingStream:
         ending, kind = (Ending.CANCELLED, str(Outcome.CANCELLED)) if isinstance(error, Cancelled) else (Ending.FAILED, name_of(type(error)))
         self._stop(End(ending, self.heard, ErrorInfo(kind, str(error)), error.status))
 
-    def lose(self, why: str = "what came next of this answer is not in the store any more: send the request again") -> None:
-        self._stop(End(Ending.LOST, self.heard, ErrorInfo(REPLICA_LOST, why), 502))
+    def lose(self) -> None:
+        """Ends it because the next frame is not in the store any more."""
+        self.is_given_up = True
+        self.break_off("what came next of this answer is not in the store any more: send the request again")
 
     def be_late(self) -> None:
+        """Ends it because nothing came for too long."""
+        self.is_given_up = True
         message = "nothing more of this answer came within its backend's stream_idle_timeout_s"
         self._stop(End(Ending.LATE, self.heard, ErrorInfo(str(Outcome.LATE), message), 504))
+
+    def break_off(self, why: str) -> None:
+        self._stop(End(Ending.LOST, self.heard, ErrorInfo(REPLICA_LOST, why), 502))
 
     def abandon(self) -> None:
         """Ends it for a consumer who does not want it any more."""

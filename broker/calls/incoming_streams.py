@@ -92,7 +92,7 @@ class IncomingStreams:
     def stop(self) -> None:
         """Ends all, since this process stops reading."""
         for stream in self._everyone():
-            stream.lose("the process that read this answer ended before it was complete: send the request again")
+            stream.break_off("the process that read this answer ended before it was complete: send the request again")
 
     def heal_all(self) -> None:
         """The inbox may have lost entries, and the replicas may not have got what was posted."""
@@ -168,9 +168,11 @@ class IncomingStreams:
     def leave(self, stream: IncomingStream) -> bool:
         """Ends it for its consumer, who does not read on. Returns whether the request has to be cancelled, since nobody can come back."""
         readers = self._readers.get(stream.id, [])
+        is_resumable = stream.head is not None and stream.head.resumable
         if stream not in readers:
-            return False
-        is_last, is_resumable = len(readers) == 1, stream.head is not None and stream.head.resumable
+            given_up, stream.is_given_up = stream.is_given_up, False
+            return given_up and not is_resumable
+        is_last = len(readers) == 1
         if is_last and is_resumable:
             self.credit(stream, left=True)
         stream.abandon()
@@ -187,7 +189,7 @@ class IncomingStreams:
             del self._readers[stream.id]
             if stream.head is None:
                 self._on_loss(stream)
-            elif not stream.head.resumable and stream.has_last_word:
+            elif not stream.head.resumable and stream.is_recorded:
                 self._store.drop_soon(self._keys.stream(stream.id))
                 self._store.drop_soon(self._keys.owner(stream.id))
 

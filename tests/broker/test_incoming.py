@@ -179,9 +179,24 @@ async def test_what_the_store_has_lost_is_told_after_what_came(reader: Reader) -
     stream = await begun(call)
     await run.show(b"2", silently=True)
     reader.store.drop_soon(reader.keys.stream(call.id))
-    reader.sender.pending.streams.ends(call.id, Result(frames=2))
+    reader.streams.ends(call.id, Result(frames=2))
     assert await rest_of(stream) == [b"1"]
     assert stream.end is not None and stream.end.outcome is Ending.LOST and stream.end.error is not None
+
+
+async def test_a_request_is_cancelled_whose_reader_alone_has_given_up(reader: Reader) -> None:
+    call = reader.asked()
+    run = reader.run_of(call)
+    await run.show(b"1")
+    stream = await begun(call)
+    await run.show(b"2", b"3", silently=True, trim_to=2)
+    reader.lose_connection()
+    assert await rest_of(stream) == [b"1"]
+    assert stream.end is not None and stream.end.outcome is Ending.LOST
+    reader.sender.leave(stream)
+    await reader.sender.settle()
+    raw = await reader.store.get(reader.keys.future(call.id))
+    assert raw is not None and Result.from_bytes(raw).outcome is Outcome.CANCELLED
 
 
 async def test_an_error_comes_after_the_frames_that_are_there(reader: Reader) -> None:
