@@ -17,6 +17,7 @@ MQServeError
 ├── RequestTimeout         no result within the request's time (also a TimeoutError)
 ├── Cancelled              the caller gave the request up
 ├── RemoteError            user code failed in a replica, and its exception could not be rebuilt here
+│   └── ReplicaLost        … or the replica died and the request does not run again: at most once, or its answer had begun to flow
 ├── BackendFailed          replicas of a backend do not get ready, or proxies cannot serve what is declared
 ├── InstanceError          no instance, a second one, or one that was shut down
 │   └── InstanceEnded      … while a client was a member of it
@@ -149,6 +150,12 @@ class Cancelled(MQServeError):
 
 class RemoteError(MQServeError):
     """User code raised an exception that could not be rebuilt here; the remote traceback is a note on this error."""
+
+
+class ReplicaLost(RemoteError):
+    """The replica died, and the request does not run again: its delivery is at most once, or its answer had begun to flow."""
+
+    status = 502
 
 
 class BackendFailed(MQServeError):

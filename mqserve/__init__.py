@@ -29,6 +29,7 @@ from .client.api import (
     shadow_traffic,
     shutdown,
     start,
+    stream,
     update_backend,
     update_backend_config,
 )
@@ -49,6 +50,7 @@ from .broker.errors import (
     NotRouted,
     Overloaded,
     RemoteError,
+    ReplicaLost,
     RequestTimeout,
     StoreUnavailable,
     TooLarge,
@@ -60,7 +62,8 @@ from .controller.state.config import BackendConfig
 from .client.declared import endpoint
 from .client import pickled_clients  # noqa: F401  # says how clients and handles pickle
 from .client.futures import Future, get, wait
-from .client.handle import AsyncHandle, Handle
+from .client.handle import AsyncHandle, Handle, StreamHandle
+from .client.streams import Stream
 from .replicas.batch_decorators import END, BadBatch, accept_batch, batch
 from .replicas.context import ReplicaContext, cancelled, get_current_backend_tag, get_current_replica_tag, get_replica_context
 from .replicas.handler import NoSuchMethod
@@ -96,10 +99,13 @@ __all__ = [
     "Overloaded",
     "RemoteError",
     "ReplicaContext",
+    "ReplicaLost",
     "Request",
     "RequestTimeout",
     "ServeRequest",
     "StoreUnavailable",
+    "Stream",
+    "StreamHandle",
     "TooLarge",
     "UnknownBackend",
     "UnknownEndpoint",
@@ -127,6 +133,7 @@ __all__ = [
     "shadow_traffic",
     "shutdown",
     "start",
+    "stream",
     "update_backend",
     "update_backend_config",
     "wait",

@@ -11,7 +11,6 @@ import inspect
 import logging
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import AsyncGeneratorType, GeneratorType
 from typing import Any, NamedTuple
 
 from starlette.requests import ClientDisconnect
@@ -121,7 +120,7 @@ class Execution:
     async def _close_body(self, response: Response, job: Job) -> None:
         """Has the generator of a StreamingResponse run its `finally` now: Starlette leaves that to the garbage collector."""
         body = getattr(response, "body_iterator", None)
-        if isinstance(body, AsyncGeneratorType):
+        if isinstance(body, AsyncGenerator):
             try:
                 await body.aclose()
             except BaseException as error:
@@ -196,7 +195,7 @@ class Execution:
         if type(value) not in _RESULTS:
             if isinstance(value, Response) and not is_whole(value):
                 return value
-            if isinstance(value, GeneratorType | AsyncGeneratorType):
+            if isinstance(value, Generator | AsyncGenerator):
                 return value
         return self._result(value, job.envelope)
 

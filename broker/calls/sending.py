@@ -71,6 +71,7 @@ class RequestSender:
         origin: str,
         timeout_s: float,
         at_most_once: bool = False,
+        stream: int = 0,
     ) -> None:
         """Sends the request of a call, whose id is set. The call ends by `timeout_s` plus at most a second: in a Result, or in Overloaded,
         NotRouted or BrokerUnavailable if the broker does not take the message, or in Cancelled.
@@ -83,7 +84,7 @@ class RequestSender:
             raise TooLarge(f"the body has {size} bytes and the limit is {MAX_BODY_BYTES}: send less, or a reference to it")
         timeout_ms = max(1, int(timeout_s * 1000))
         deadline_ms = self._store.now_ms() + timeout_ms
-        header = Header(origin=origin, inbox=self.pending.inbox, deadline=deadline_ms, meta=meta, once=at_most_once)
+        header = Header(origin=origin, inbox=self.pending.inbox, deadline=deadline_ms, meta=meta, once=at_most_once, stream=stream)
         self.held.take(size)
         call.sender, call.backend, call.deadline_ms, call.give_up_at = self, backend, deadline_ms, 0.0
         call.envelope = envelope = Envelope(call.id, body, content_type, header, expiration_ms=timeout_ms)

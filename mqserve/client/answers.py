@@ -6,9 +6,21 @@ import concurrent.futures
 import pickle
 from typing import Any
 
-from ..broker.errors import BackendGone, BadEnvelope, BadSignature, BadValue, Cancelled, NotEncodable, RemoteError, RequestTimeout
+from ..broker.errors import (
+    BackendGone,
+    BadEnvelope,
+    BadSignature,
+    BadType,
+    BadValue,
+    Cancelled,
+    NotEncodable,
+    RemoteError,
+    ReplicaLost,
+    RequestTimeout,
+)
 from ..broker.failures import add_note, describe
 from ..broker.results import ErrorInfo, Outcome, Result
+from ..broker.streams import REPLICA_LOST
 from ..broker.values.codecs import PICKLE, decode_value, media_type
 from ..broker.values.signing import SealScope, Signer
 
@@ -28,6 +40,8 @@ def read_result(result: Result, future_id: str, signer: Signer, backend: str | N
         raise BadValue(f"the result {future_id!r} is the answer of backend {result.backend!r}, not of {backend!r}")
     if result.error is not None:
         raise _exception(result.error, result, future_id, signer, plain=plain)
+    if result.frames:
+        raise BadType(f"the answer to request {future_id} was streamed: its values are read with serve.stream({future_id!r})")
     if result.content_type == "text/plain":  # without a charset: the handler returned bytes, or None
         return result.body or None
     if plain and media_type(result.content_type) == PICKLE:
@@ -49,7 +63,8 @@ def _exception(error: ErrorInfo, result: Result, future_id: str, signer: Signer,
             return RequestTimeout(error.message, phase=error.phase)
         case Outcome.GONE:
             return BackendGone(error.message)
-    exception: BaseException = RemoteError(f"{error.type}: {error.message}")
+    kind = ReplicaLost if error.type == REPLICA_LOST else RemoteError
+    exception: BaseException = kind(f"{error.type}: {error.message}")
     if error.sealed and not plain:
         try:
             opened = pickle.loads(signer.open(error.sealed, SealScope("result", result.backend, future_id, "exception")))

@@ -16,6 +16,7 @@ from .client import Client
 from .clients import clients
 from .futures import Future
 from .handle import AsyncHandle, Handle
+from .streams import Stream
 
 _is_under_run = False
 
@@ -197,6 +198,11 @@ def get_handle(endpoint_name: str, sync: bool = True, missing_ok: bool = False) 
 def future(future_id: str, backend: str | None = None) -> Future:
     """See `Client.future`."""
     return clients.current().future(future_id, backend)
+
+
+def stream(stream_id: str, after: int = 0) -> Stream:
+    """See `Client.stream`."""
+    return clients.current().stream(stream_id, after)
 
 
 def shutdown() -> None:

@@ -9,11 +9,12 @@ from typing import Any, Literal, overload
 
 from starlette.convertors import register_url_convertor
 
-from ..broker.errors import BadType, UnknownEndpoint
+from ..broker.errors import BadType, BadValue, UnknownEndpoint
 from ..broker.queue_names import check_name
 from ..broker.values import code
 from ..broker.values.backend_code import Packed, pack_backend
 from ..broker.values.main_module import RunFile
+from ..broker.values.whole_numbers import whole_number
 from ..controller import changes
 from ..controller.state.beats import MemberState, ProxyBeat, living, read_beats
 from ..controller.state.config import BackendConfig
@@ -26,6 +27,7 @@ from .deployments import Deployments, TellReady
 from .futures import Future, get, wait
 from .handle import AsyncHandle, Handle
 from .lifetime import Lifetime
+from .streams import Stream
 
 
 class Client(Lifetime):
@@ -201,6 +203,19 @@ class Client(Lifetime):
         if not isinstance(future_id, str):
             raise BadType(f"the id of a request is a text of 32 characters, not {future_id!r}: see `ref.id`")
         return self.sender.future(future_id, backend)
+
+    def stream(self, stream_id: str, after: int = 0) -> Stream:
+        """Goes on with a stream that was begun with `options(resumable=True)`, in this process or another one, behind the chunk with the
+        number `after`. It becomes the one that the handler waits for.
+
+        Raises BadType for an id that is no str, BadValue for a number below 0. Iterating raises BadValue if no such stream can be read, or
+        the chunk after that one is not kept any more.
+        """
+        if not isinstance(stream_id, str):
+            raise BadType(f"the id of a stream is a text of 32 characters, not {stream_id!r}: see `stream.id`")
+        if (number := whole_number(after)) is None or number < 0:
+            raise BadValue(f"after is the number of the last chunk that was taken (see `stream.seq`), from 0 on, not {after!r}")
+        return self.sender.resumed(stream_id, number)
 
     def get(self, refs: Future | Sequence[Future], timeout: float | None = None) -> Any:
         return get(refs, timeout)

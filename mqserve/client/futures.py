@@ -90,7 +90,7 @@ class Future:
             try:
                 found = await asyncio.wrap_future(pending)
             except asyncio.CancelledError:
-                if pending.cancelled() and not _is_cancelling():
+                if pending.cancelled() and not is_cancelling():
                     raise self._cancelled() from None
                 raise
         return source.read(*found)
@@ -204,6 +204,6 @@ def wait(refs: Sequence[Future], *, num_returns: int = 1, timeout: float | None 
     return [ref for ref in refs if id(ref) in done], [ref for ref in refs if id(ref) not in done]
 
 
-def _is_cancelling() -> bool:
+def is_cancelling() -> bool:
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Self, overload
 
 from ..broker.envelope import RequestHead
 from ..broker.errors import BadType, BadValue
 from .answers import check_results
 from .futures import Future
+from .streams import Stream
 
 if TYPE_CHECKING:
     from .sender import Sender
@@ -33,9 +34,12 @@ class HandleOptions:
     http_headers: Mapping[str, str] = field(default_factory=dict)
     request_timeout_s: float | None = None
     results: Literal["any", "plain"] = "any"
+    resumable: bool = False
 
     def __post_init__(self) -> None:
         check_results(self.results)
+        if not isinstance(self.resumable, bool):
+            raise BadValue(f"resumable must be True or False, not {self.resumable!r}")
         timeout_s = self.request_timeout_s
         if timeout_s is not None and not (isinstance(timeout_s, int | float) and 0 < timeout_s < math.inf):
             raise BadValue(f"request_timeout_s must be a number of seconds above 0, not {timeout_s!r}")
@@ -69,18 +73,54 @@ class _BaseHandle:
         missing."""
         return self._endpoint, self._home.address, self._options, self._missing_ok
 
-    def options(self, **options: Any) -> Self:
+    @overload
+    def options(self, *, stream: Literal[True], **options: Any) -> StreamHandle: ...
+    @overload
+    def options(self, *, stream: Literal[False] | None = None, **options: Any) -> Self: ...
+
+    def options(self, *, stream: bool | None = None, **options: Any) -> Self | StreamHandle:
         """Returns a handle with these options: method_name, shard_key, http_method, http_headers, request_timeout_s (which may only
-        shorten the backend's), results ("plain": no pickle in a result is opened, and a result that needs one raises NotEncodable). Later
-        ones override earlier ones. Raises BadType for another name, BadValue for a bad timeout or kind of results."""
+        shorten the backend's), results ("plain": no pickle in a result is opened, and a result that needs one raises NotEncodable),
+        resumable (a stream can be read on by its id, see `serve.stream`). Later ones override earlier ones. With stream=True the handle's
+        `remote` is `stream`, as in Ray Serve 2. Raises BadType for another name, BadValue for a bad timeout or kind of results."""
         try:
             merged = replace(self._options, **options)
         except TypeError:
-            known = ", ".join(HandleOptions.__dataclass_fields__)
+            known = ", ".join(["stream", *HandleOptions.__dataclass_fields__])
             raise BadType(f"a handle has no option {', '.join(options)}: there are {known}") from None
-        return type(self)(self._endpoint, self._home, merged, missing_ok=self._missing_ok)
+        if stream is False and isinstance(self, StreamHandle):
+            raise BadValue("this handle was made by options(stream=True): for answers in one piece take the one that it was made of")
+        kind = StreamHandle if stream else type(self)
+        return kind(self._endpoint, self._home, merged, missing_ok=self._missing_ok)
+
+    def stream(self, data: Any = None, /, **arguments: Any) -> Stream:
+        """Sends a request like `remote`, and returns at once the stream of the values that its handler yields: iterate with `for`, or with
+        `async for` in a coroutine."""
+        options = self._options
+        return self._home.sender.stream(
+            self._head(),
+            options.shard_key or "",
+            data,
+            arguments,
+            wait_for_endpoint=self._missing_ok,
+            timeout_s=options.request_timeout_s,
+            plain=options.results == "plain",
+            resumable=options.resumable,
+        )
 
     def _send(self, data: Any, arguments: dict[str, Any]) -> Future:
+        options = self._options
+        return self._home.sender.send(
+            self._head(),
+            options.shard_key or "",
+            data,
+            arguments,
+            wait_for_endpoint=self._missing_ok,
+            timeout_s=options.request_timeout_s,
+            plain=options.results == "plain",
+        )
+
+    def _head(self) -> RequestHead:
         options = self._options
         headers = {name.lower(): value for name, value in options.http_headers.items()}
         call = "" if options.method_name == "__call__" else options.method_name
@@ -89,16 +129,7 @@ class _BaseHandle:
         if options.shard_key is not None:
             headers["x-serve-shard-key"] = options.shard_key
         pairs = tuple((name.encode(), value.encode()) for name, value in headers.items())
-        meta = RequestHead(method=options.http_method.upper(), headers=pairs, endpoint=self._endpoint, call=call)
-        return self._home.sender.send(
-            meta,
-            options.shard_key or "",
-            data,
-            arguments,
-            wait_for_endpoint=self._missing_ok,
-            timeout_s=options.request_timeout_s,
-            plain=options.results == "plain",
-        )
+        return RequestHead(method=options.http_method.upper(), headers=pairs, endpoint=self._endpoint, call=call)
 
 
 class Handle(_BaseHandle):
@@ -119,3 +150,12 @@ class AsyncHandle(_BaseHandle):
     async def remote(self, data: Any = None, /, **arguments: Any) -> Future:
         """Like `Handle.remote`."""
         return self._send(data, arguments)
+
+
+class StreamHandle(_BaseHandle):
+    """A handle of `options(stream=True)`, for code written for Ray Serve 2: `for value in handle.remote(x)`, or `async for` without an
+    `await` before `remote`."""
+
+    def remote(self, data: Any = None, /, **arguments: Any) -> Stream:
+        """The same as `stream`."""
+        return self.stream(data, **arguments)

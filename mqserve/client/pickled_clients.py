@@ -7,8 +7,10 @@ from typing import Any
 
 from .client import Client
 from .clients import clients
-from .handle import Address, AsyncHandle, Handle, HandleOptions
+from .handle import Address, AsyncHandle, Handle, HandleOptions, StreamHandle
 from .sender import Sender
+
+_AnyHandle = Handle | AsyncHandle | StreamHandle
 
 
 class _FarHome:
@@ -30,16 +32,15 @@ def _find_client(address: Address) -> Client:
     return clients.at(address)
 
 
-def _reduce_handle(handle: Handle | AsyncHandle) -> Any:
+def _reduce_handle(handle: _AnyHandle) -> Any:
     return _make_handle, (type(handle), *handle._parts())
 
 
-def _make_handle(
-    kind: type[Handle | AsyncHandle], endpoint: str, address: Address, options: HandleOptions, missing_ok: bool
-) -> Handle | AsyncHandle:
+def _make_handle(kind: type[_AnyHandle], endpoint: str, address: Address, options: HandleOptions, missing_ok: bool) -> _AnyHandle:
     return kind(endpoint, _FarHome(address), options, missing_ok=missing_ok)
 
 
 copyreg.pickle(Client, _reduce_client)
 copyreg.pickle(Handle, _reduce_handle)
 copyreg.pickle(AsyncHandle, _reduce_handle)
+copyreg.pickle(StreamHandle, _reduce_handle)

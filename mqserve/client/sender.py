@@ -7,6 +7,7 @@ import asyncio
 import concurrent.futures
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -14,11 +15,13 @@ from functools import partial
 from typing import Any
 
 from ..broker.calls.call import Ticket
+from ..broker.calls.incoming import IncomingStream
 from ..broker.calls.sending import RequestSender
 from ..broker.documents import until
 from ..broker.envelope import RequestHead, is_minted, mint_id
-from ..broker.errors import BadSignature, InstanceError, MQServeError, UnknownEndpoint
+from ..broker.errors import BadSignature, BadValue, InstanceError, MQServeError, UnknownEndpoint
 from ..broker.results import Result
+from ..broker.streams import Chunk, End
 from ..broker.values.codecs import encode_value
 from ..broker.values.signing import SealScope
 from ..connections import Connections
@@ -31,6 +34,7 @@ from .deployments import Deployments
 from .futures import WAIT_LIMIT_S, Found, Future, Sent, Stored
 from .membership import Membership
 from .runtime import Runtime
+from .streams import Began, Flowing, Stream, StreamTicket
 
 APPEAR_BUDGET_S = 60.0  # how long a handle made with missing_ok waits for its endpoint
 _STOPPED = "the client reads no results any more: see its log"
@@ -38,7 +42,7 @@ _STOPPED = "the client reads no results any more: see its log"
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """One call of `remote`."""
+    """One call of `remote` or `stream`. `chunks` is that of the header: whether it takes chunks."""
 
     id: str
     meta: RequestHead
@@ -46,7 +50,8 @@ class _Call:
     data: Any
     arguments: dict[str, Any]
     within_s: float
-    pending: concurrent.futures.Future[Found]
+    pending: concurrent.futures.Future[Any]  # of Found, or of Began if it takes chunks
+    chunks: int = 0
 
 
 class Sender:
@@ -93,28 +98,50 @@ class Sender:
         request that it handles. Raises UnknownEndpoint, NotEncodable, BadSignature without the key that replicas demand, and
         InstanceError if the instance was shut down; later errors are raised by the future.
         """
+        call = _Call(mint_id(), meta, shard_key, data, arguments, min(timeout_s or math.inf, _left_s()), concurrent.futures.Future())
+        self._begin(call, wait_for_endpoint)
+        return Future(call.id, Sent(call.pending, self, plain=plain))
+
+    def stream(
+        self,
+        meta: RequestHead,
+        shard_key: str,
+        data: Any,
+        arguments: dict[str, Any],
+        *,
+        wait_for_endpoint: bool,
+        timeout_s: float | None = None,
+        plain: bool = False,
+        resumable: bool = False,
+    ) -> Stream:
+        """Sends a request like `send`, and returns the stream of its answer at once. The request's time runs to the first chunk."""
+        within_s = min(timeout_s or math.inf, _left_s())
+        call = _Call(mint_id(), meta, shard_key, data, arguments, within_s, concurrent.futures.Future(), 2 if resumable else 1)
+        self._begin(call, wait_for_endpoint)
+        return Stream(call.id, call.pending, self, plain=plain)
+
+    def _begin(self, call: _Call, wait_for_endpoint: bool) -> None:
         if self.demands_seals and not self._signer:
             raise BadSignature(
                 "the replicas of this instance take only sealed requests of handles, and this process has no key: set MQSERVE_SECRET_KEY "
                 "to the one of the instance"
             )
-        call = _Call(mint_id(), meta, shard_key, data, arguments, min(timeout_s or math.inf, _left_s()), concurrent.futures.Future())
         call.pending.add_done_callback(partial(self._cancel_with, call.id))  # without the call, which refers to `pending`
-        awaited = [value.here() for value in (data, *arguments.values()) if isinstance(value, Future)]
-        is_missing = meta.endpoint not in self.desired.endpoints
+        awaited = [value.here() for value in (call.data, *call.arguments.values()) if isinstance(value, Future)]
+        endpoint = call.meta.endpoint
+        is_missing = endpoint not in self.desired.endpoints
         if (block := open_block(self._deployments)) is not None:
-            block.before_call(meta.endpoint, is_missing=is_missing, waits=wait_for_endpoint)
-            is_missing = meta.endpoint not in self.desired.endpoints
+            block.before_call(endpoint, is_missing=is_missing, waits=wait_for_endpoint)
+            is_missing = endpoint not in self.desired.endpoints
         if is_missing and not wait_for_endpoint:
             # another process may have created it just now: a pickled handle can arrive before the document
-            if not self._runtime.call(self._is_there(meta.endpoint)):
-                raise UnknownEndpoint(f"Endpoint '{meta.endpoint}' does not exist.")
+            if not self._runtime.call(self._is_there(endpoint)):
+                raise UnknownEndpoint(f"Endpoint '{endpoint}' does not exist.")
             is_missing = False
         if awaited or is_missing:
             self._runtime.submit(self._send_later(call))
         else:
             self._send_now(call)
-        return Future(call.id, Sent(call.pending, self, plain=plain))
 
     def _send_now(self, call: _Call) -> None:
         desired = self.desired
@@ -135,7 +162,7 @@ class Sender:
                 return
             if self._over:
                 return _fail(call.pending, InstanceError(self._over))
-            ticket = Ticket(call.id)
+            ticket: Ticket | StreamTicket = StreamTicket(call.id) if call.chunks else Ticket(call.id)
             try:
                 self._requests.send(
                     ticket,
@@ -146,6 +173,7 @@ class Sender:
                     origin="handle",
                     timeout_s=min(config.request_timeout_s, call.within_s),
                     at_most_once=config.delivery == "at_most_once",
+                    stream=call.chunks,
                 )
             except MQServeError as error:
                 _fail(call.pending, error)
@@ -182,21 +210,27 @@ class Sender:
         except Exception as error:
             _fail(call.pending, error)
 
-    def _pass_on(self, done: asyncio.Future[Result], call: _Call) -> None:
+    def _pass_on(self, done: asyncio.Future[Any], call: _Call) -> None:
         pending = call.pending
         error = InstanceError(self._over or _STOPPED) if done.cancelled() else done.exception()
         if not pending.set_running_or_notify_cancel():
-            return
+            return  # and `_cancel_with` cancels the request, also one whose answer has begun
         if error is not None:
             pending.set_exception(error)
         else:
             pending.set_result((call.id, done.result()))
 
-    def _cancel_with(self, future_id: str, pending: concurrent.futures.Future[Found]) -> None:
-        if not pending.cancelled():
-            return
+    def _cancel_with(self, future_id: str, pending: concurrent.futures.Future[Any]) -> None:
+        if pending.cancelled():
+            self.cancel_soon(future_id)
+
+    def cancel_soon(self, future_id: str) -> None:
+        """Cancels a request for everybody, without waiting for that."""
+        self._post(partial(self._requests.cancel, future_id))
+
+    def _post(self, callback: Callable[[], None]) -> None:
         with suppress(InstanceError):  # the client is closed, so nobody is left to tell
-            self._runtime.post(lambda: None if self._over else self._requests.cancel(future_id))
+            self._runtime.post(lambda: None if self._over else callback())
 
     def end(self, why: str) -> None:
         """Called on the runtime thread before it stops reading results: later requests fail at once, pending ones fail when the reading
@@ -222,6 +256,58 @@ class Sender:
         if backend is not None and is_minted(future_id):
             keys.insert(0, future_id)  # try both: it may be a minted id or a publisher's own key of the same form
         return Future(future_id, Stored(keys, self, backend=backend))
+
+    # For streams.
+
+    @property
+    def over(self) -> str:
+        """Why the client has ended; empty until then."""
+        return self._over
+
+    def more(self, incoming: IncomingStream) -> concurrent.futures.Future[tuple[deque[Chunk], End | None]]:
+        """Returns a future of the next chunks of an answer, and of its end if they are the last ones. What was taken before counts as
+        taken by the caller from now on, and its replica gets credit for it."""
+        return self._runtime.submit(_taken(incoming))
+
+    def leave(self, incoming: IncomingStream) -> None:
+        """See `RequestSender.leave`; does not wait for it."""
+        self._post(partial(self._requests.leave, incoming))
+
+    def resumed(self, stream_id: str, after: int) -> Stream:
+        """See `Client.stream`."""
+        began: concurrent.futures.Future[Began] = concurrent.futures.Future()
+        self._runtime.submit(self._resume(stream_id, after, began))
+        return Stream(stream_id, began, self, after=after)
+
+    async def _resume(self, stream_id: str, after: int, began: concurrent.futures.Future[Began]) -> None:
+        try:
+            flowing = await self._resumed(stream_id, after)
+        except asyncio.CancelledError:
+            _fail(began, InstanceError(self._over or _STOPPED))
+            raise
+        except Exception as error:
+            return _fail(began, error)
+        if began.set_running_or_notify_cancel():
+            began.set_result((stream_id, flowing))
+        else:  # closed meanwhile
+            self._requests.leave(flowing.incoming)
+
+    async def _resumed(self, stream_id: str, after: int) -> Flowing:
+        streams = self._requests.pending.streams
+        owner = await streams.owner(stream_id)
+        if owner is None or not owner.resumable:
+            raise BadValue(
+                f"request {stream_id} has no stream to go on with: it has shown nothing yet, was sent without options(resumable=True), or "
+                "ended longer ago than result_ttl_s"
+            )
+        incoming, first = await streams.resume(stream_id, owner, after)
+        if first > after + 1:
+            self._requests.leave(incoming)
+            raise BadValue(
+                f"what came next after chunk {after} of stream {stream_id} is not kept any more: the first one that is there comes after "
+                f"chunk {first - 1}"
+            )
+        return Flowing(incoming, owner.backend)
 
     # For futures.
 
@@ -256,12 +342,17 @@ class Sender:
         return read_result(result, key, self._signer, backend, plain=plain or self.only_plain)
 
 
+async def _taken(incoming: IncomingStream) -> tuple[deque[Chunk], End | None]:
+    chunks = await incoming.more()
+    return deque(chunks), incoming.end  # asked here, since more may come at any time
+
+
 def _left_s() -> float:
     """Returns the time left to the request in whose handler this runs; infinite outside a handler."""
     return max(0.001, deadline() - time.monotonic())
 
 
-def _fail(pending: concurrent.futures.Future[Found], error: BaseException) -> None:
+def _fail(pending: concurrent.futures.Future[Any], error: BaseException) -> None:
     if not pending.done() and pending.set_running_or_notify_cancel():
         pending.set_exception(error)
 

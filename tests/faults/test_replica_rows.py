@@ -85,7 +85,7 @@ def test_at_most_once_tells_a_handle_that_its_replica_was_lost_and_never_runs_tw
     if mark == "lost":
         forget_mark(environment, ref.id)
     os.kill(int(tally.lines[0]), signal.SIGKILL)
-    with pytest.raises(serve.RemoteError, match="ReplicaLost"):
+    with pytest.raises(serve.ReplicaLost, match="never run twice"):
         ref.result(30)
     gate.open()
     assert len(tally) == 1
