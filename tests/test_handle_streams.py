@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 import mqserve as serve
@@ -99,6 +100,33 @@ def endless(tally: Tally) -> Handler:
             tally.note("ended")
 
     return count
+
+
+ENDED = """
+import asyncio
+
+import mqserve as serve
+
+
+async def count(request):
+    while True:
+        yield 1
+        await asyncio.sleep(0.01)
+
+
+with serve.start(http_options={"location": None}):
+    with serve.deploying():
+        serve.create_backend("count", count, config={"graceful_shutdown_timeout_s": 0.2})
+        serve.create_endpoint("count", backend="count")
+    stream, closed = serve.get_handle("count").stream(), serve.get_handle("count").stream()
+    assert next(stream) == next(closed) == 1
+try:
+    list(stream)
+except (serve.InstanceError, serve.BackendGone) as error:
+    print(error)
+closed.close()
+assert list(closed) == []
+"""
 
 
 def endless_and_plain(tally: Tally) -> Handler:
@@ -461,6 +489,17 @@ def test_who_leaves_a_stream_that_was_passed_on_cancels_both_requests(deploy: De
     wait_until(lambda: tally.lines == ["ended"], WITHIN_S)
 
 
+@pytest.mark.parametrize("pass_on", [pass_on_returned, pass_on_from_plain_code, pass_on_in_a_loop, pass_on_yielded])
+def test_a_web_client_gets_the_stream_that_a_handler_passes_on(deploy: Deploy, tmp_path: Path, pass_on: Handler) -> None:
+    tally = Tally(tmp_path)
+    inner, url = deploy(endless(tally)), deploy.at(pass_on)
+    with httpx.stream("POST", url, json=inner) as answer:
+        lines = answer.iter_lines()
+        assert [next(lines) for _ in range(3)] == ["0", "1", "2"]
+        assert answer.headers["content-type"] == "application/x-ndjson"
+    wait_until(lambda: tally.lines == ["ended"], WITHIN_S)
+
+
 def test_an_exception_is_passed_on_with_the_stream(counter: str, deploy: Deploy) -> None:
     async def pass_on(request: Any) -> Any:
         return serve.get_handle(request.data, sync=False).options(method_name="fail").stream(3)
@@ -508,6 +547,28 @@ def test_a_resumable_stream_is_cut_ten_times_and_runs_once(deploy: Deploy, tmp_p
 
     assert asyncio.run(main()) == list(range(1000))
     assert tally.lines == ["runs"]
+
+
+def test_a_resumable_stream_that_nobody_reads_on_is_cancelled(deploy: Deploy, tmp_path: Path) -> None:
+    tally = Tally(tmp_path)
+    stream = serve.get_handle(deploy(endless(tally), resume_grace_s=0.3)).options(resumable=True).stream()
+    assert next(stream) == 0
+    stream.close()
+    wait_until(lambda: tally.lines == ["ended"], WITHIN_S)
+    with pytest.raises(serve.Cancelled):
+        list(serve.stream(stream.id, after=stream.seq))
+
+
+def test_a_place_that_is_not_kept_any_more_is_refused_with_the_first_that_is(deploy: Deploy) -> None:
+    def count(request: Any) -> Iterator[int]:
+        yield from range(500)
+
+    stream = serve.get_handle(deploy(count, stream_kept_frames=100)).options(resumable=True).stream()
+    assert list(stream) == list(range(500))
+    with pytest.raises(serve.BadValue, match=r"after chunk 1 of .* is not kept any more: .* comes after chunk \d+") as refusal:
+        next(serve.stream(stream.id, after=1))
+    first = int(str(refusal.value).rpartition(" ")[2])
+    assert first >= 300 and list(serve.stream(stream.id, after=first)) == list(range(first, 500))
 
 
 def test_a_resumable_stream_is_cancelled_by_its_reader(deploy: Deploy, tmp_path: Path) -> None:
@@ -587,6 +648,25 @@ def test_a_replica_that_dies_in_between_is_told_of(client: serve.Client, deploy:
         next(stream)
 
 
+@distributed_only
+def test_a_stream_that_is_replayed_goes_on_where_its_replica_died(client: serve.Client, deploy: Deploy, tmp_path: Path) -> None:
+    tally, gate = Tally(tmp_path), Gate(tmp_path)
+
+    def count(request: Any) -> Iterator[int]:
+        tally.note(os.getpid())
+        for number in range(100):
+            if number == 50:
+                gate.pass_through()
+            yield number
+
+    stream = serve.get_handle(deploy(count, on_death="replay")).stream()
+    values = [next(stream) for _ in range(50)]
+    os.kill(int(tally.lines[0]), signal.SIGKILL)
+    gate.open()
+    assert [*values, *stream] == list(range(100))
+    assert len(tally) == 2
+
+
 @MANY_THREADS
 def test_a_forked_child_cannot_read_its_parents_stream(deploy: Deploy, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
@@ -603,6 +683,11 @@ def test_a_forked_child_cannot_read_its_parents_stream(deploy: Deploy, tmp_path:
         in_a_child(read)
     gate.open()
     assert list(stream) == [1, 2], "the child has not closed it"
+
+
+def test_the_end_of_an_instance_ends_its_streams(tmp_path: Path) -> None:
+    told = subprocess.run([sys.executable, "-c", ENDED], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert told.returncode == 0 and "shut down" in told.stdout, told.stderr
 
 
 def test_a_backend_that_is_deleted_ends_its_streams(client: serve.Client, deploy: Deploy, tmp_path: Path) -> None:
