@@ -19,11 +19,13 @@ import httpx
 import pytest
 
 import mqserve as serve
+from mqserve.replicas import flows
 from tests.children import MANY_THREADS, in_a_child
 from tests.gates import Gate
 from tests.instances import Deploy, distributed_only, wait_until
 from tests.tallies import Tally
 
+embedded_only = pytest.mark.parametrize("form", ["embedded"], indirect=True)
 WITHIN_S = 20.0  # a machine that is busy with other tests needs more than the second that is promised
 
 Handler = Callable[[Any], Any]
@@ -240,6 +242,16 @@ def test_a_handler_waits_for_a_reader_that_does_not_read(deploy: Deploy, tmp_pat
     time.sleep(0.5)  # a handler that does not wait has made all by now
     assert len(tally) < 200
     assert len(list(stream)) == 499 and len(tally) == 500
+
+
+@embedded_only
+def test_a_reader_that_takes_its_time_with_each_value_is_not_gone(counter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flows, "IDLE_TIMEOUT_S", 7.0)  # less than it takes for what comes at once
+    values = []
+    for value in serve.get_handle(counter).stream(200):
+        values.append(value)
+        time.sleep(0.15 if value < 70 else 0)
+    assert values == list(range(200))
 
 
 # Ray Serve 2.

@@ -89,6 +89,13 @@ class IncomingStream:
             self.heard_at = time.monotonic()
         return taken
 
+    def took(self, seq: int, size: int) -> None:
+        """Counts chunks up to this one, with `size` bytes since the beginning of this reader, as taken before the consumer comes back: one
+        that takes its time with each counts as gone otherwise."""
+        if self._taken[0] < seq <= self._handed[0] and self.heard_end is None:
+            self._taken = (seq, size)
+            self._tell()
+
     async def __aiter__(self) -> AsyncIterator[Chunk]:
         """Yields the chunks, each for itself. Look at `end` afterwards."""
         while self.end is None:
@@ -248,11 +255,15 @@ class IncomingStream:
     def _come_back(self) -> None:
         """Counts as taken what was handed out, and the parts of a chunk that is not complete."""
         self._taken = self._handed if self._chunks else (self.heard, self._size)
+        self._tell()
+        if not self._chunks and self.lacks_some and self.heard_end is None:
+            self._streams.heal(self)
+
+    def _tell(self) -> None:
+        """Gives credit once half the window was taken. Less is told by the next one in the rhythm of all."""
         seq, size = self._taken
         if seq - self._told[0] >= WINDOW_FRAMES // 2 or size - self._told[1] >= WINDOW_BYTES // 2:
             self._streams.credit(self)
-        if not self._chunks and self.lacks_some and self.heard_end is None:
-            self._streams.heal(self)
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

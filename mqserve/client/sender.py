@@ -269,6 +269,10 @@ class Sender:
         taken by the caller from now on, and its replica gets credit for it."""
         return self._runtime.submit(_taken(incoming))
 
+    def took(self, incoming: IncomingStream, seq: int, size: int) -> None:
+        """See `IncomingStream.took`; does not wait for it."""
+        self._post(partial(incoming.took, seq, size))
+
     def leave(self, incoming: IncomingStream) -> None:
         """See `RequestSender.leave`; does not wait for it."""
         self._post(partial(self._requests.leave, incoming))

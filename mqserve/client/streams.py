@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +24,7 @@ from .futures import WAIT_LIMIT_S, is_cancelling
 if TYPE_CHECKING:
     from .sender import Sender
 
+_TELLS_EVERY_S = 1.0
 _NOT_HERE = (
     "this stream is read by the process that this one was forked from: begin it in the child, or begin it with options(resumable=True) and "
     "go on here with serve.stream(id, after=seq)"
@@ -89,6 +91,8 @@ class Stream(AsyncGenerator[Any, None]):
         self._plain = plain
         self._source: Flowing | None = None
         self._chunks: deque[Chunk] = deque()
+        self._size = 0  # of the chunks that were taken
+        self._told_at = time.monotonic()  # the time when the replica was last told of them
         self._end: End | None = None  # behind `_chunks`
         self._state = _State.OPEN
         self._step = threading.Lock()  # held during a step
@@ -111,7 +115,7 @@ class Stream(AsyncGenerator[Any, None]):
         with self._stepping():
             while (wait := self._awaited()) is not None:
                 self._accept(_waited_for(wait))
-            if self._chunks:
+            if self._state is _State.OPEN:
                 return self._open(self._chunks.popleft())
         raise StopIteration
 
@@ -128,7 +132,7 @@ class Stream(AsyncGenerator[Any, None]):
         with self._stepping():
             while (wait := self._awaited()) is not None:
                 self._accept(await _wait_for(wait))
-            if self._chunks:
+            if self._state is _State.OPEN:
                 return self._open(self._chunks.popleft())
         raise StopAsyncIteration
 
@@ -154,7 +158,6 @@ class Stream(AsyncGenerator[Any, None]):
         after its step. A resumable one waits `resume_grace_s` for `serve.stream` to go on with it, and is cancelled then."""
         if self._state is _State.OPEN and self._depth == forks.depth:
             self._state = _State.CLOSED
-            self._chunks.clear()
             if not self._began.cancel():
                 self._began.add_done_callback(partial(_leave, self._sender))
 
@@ -199,6 +202,7 @@ class Stream(AsyncGenerator[Any, None]):
             return
         if self._source is not None:
             self._chunks, self._end = found
+            self._told_at = time.monotonic()
         elif isinstance(found[1], Flowing):
             self._source = found[1]
         else:
@@ -209,6 +213,10 @@ class Stream(AsyncGenerator[Any, None]):
     def _open(self, chunk: Chunk) -> Any:
         assert self._source is not None, "it brought the chunk"
         self.seq = chunk.seq
+        self._size += len(chunk.data)
+        if (now := time.monotonic()) > self._told_at + _TELLS_EVERY_S:
+            self._told_at = now
+            self._sender.took(self._source.incoming, self.seq, self._size)
         made = Result(backend=self._source.backend, content_type=chunk.content_type, body=chunk.data)
         return self._sender.read(self.id, made, plain=self._plain)
 
