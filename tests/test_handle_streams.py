@@ -310,6 +310,13 @@ def test_the_requests_time_ends_with_the_first_value(deploy: Deploy, tmp_path: P
     assert list(stream) == [1, 2]
 
 
+def test_a_handler_that_is_silent_for_too_long_is_late(deploy: Deploy, tmp_path: Path) -> None:
+    stream = serve.get_handle(deploy(gated(Gate(tmp_path)), stream_idle_timeout_s=0.3)).stream()
+    assert next(stream) == 0
+    with pytest.raises(serve.RequestTimeout, match="stream_idle_timeout_s"):
+        next(stream)
+
+
 def test_a_stream_that_somebody_else_cancels_raises_cancelled(deploy: Deploy, tmp_path: Path) -> None:
     tally = Tally(tmp_path)
     stream = serve.get_handle(deploy(endless(tally))).stream()
@@ -625,6 +632,20 @@ with serve.connect():
 """
 
 
+CLOSES = """
+import sys
+import mqserve as serve
+
+with serve.connect():
+    stream = serve.get_handle(sys.argv[1]).stream()
+    next(stream)
+try:
+    list(stream)
+except serve.InstanceError as error:
+    print(error)
+"""
+
+
 @distributed_only
 def test_another_process_reads_on(
     client: serve.Client, counter: str, broker_url: str, store_url: str, shared_namespace: str, tmp_path: Path
@@ -636,7 +657,6 @@ def test_another_process_reads_on(
         "MQSERVE_BROKER_URL": broker_url,
         "MQSERVE_STORE_URL": store_url,
         "MQSERVE_NAMESPACE": shared_namespace,
-        "MQSERVE_SECRET_KEY": os.environ["MQSERVE_SECRET_KEY"],
     }
     command = [sys.executable, "elsewhere.py", stream.id, str(stream.seq)]
     told = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False)
@@ -693,6 +713,8 @@ def test_a_forked_child_cannot_read_its_parents_stream(deploy: Deploy, tmp_path:
 
     with pytest.raises(serve.InstanceError, match="begin it in the child"):
         in_a_child(read)
+    with pytest.raises(serve.InstanceError, match="begin it in the child"):
+        in_a_child(stream.cancel)
     gate.open()
     assert list(stream) == [1, 2], "the child has not closed it"
 
@@ -700,6 +722,24 @@ def test_a_forked_child_cannot_read_its_parents_stream(deploy: Deploy, tmp_path:
 def test_the_end_of_an_instance_ends_its_streams(tmp_path: Path) -> None:
     told = subprocess.run([sys.executable, "-c", ENDED], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert told.returncode == 0 and "shut down" in told.stdout, told.stderr
+
+
+@distributed_only
+def test_a_client_that_is_closed_leaves_its_streams(
+    deploy: Deploy, shared_namespace: str, broker_url: str, store_url: str, tmp_path: Path
+) -> None:
+    tally = Tally(tmp_path)
+    name = deploy(endless(tally))
+    (tmp_path / "closes.py").write_text(CLOSES)
+    env = os.environ | {
+        "MQSERVE_BROKER_URL": broker_url,
+        "MQSERVE_STORE_URL": store_url,
+        "MQSERVE_NAMESPACE": shared_namespace,
+    }
+    command = [sys.executable, "closes.py", name]
+    told = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert "was closed meanwhile" in told.stdout, told.stderr
+    wait_until(lambda: tally.lines == ["ended"], WITHIN_S)
 
 
 def test_a_backend_that_is_deleted_ends_its_streams(client: serve.Client, deploy: Deploy, tmp_path: Path) -> None:

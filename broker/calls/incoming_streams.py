@@ -178,6 +178,10 @@ class IncomingStreams:
         stream.abandon()
         return is_last and not is_resumable
 
+    def leave_all(self) -> list[str]:
+        """Ends all for their consumers. Returns the requests that have to be cancelled."""
+        return [stream.id for stream in self._everyone() if self.leave(stream)]
+
     def retire(self, stream: IncomingStream) -> None:
         """It needs no more of the store."""
         readers = self._readers.get(stream.id, [])

@@ -137,6 +137,11 @@ class RequestSender:
         if self.pending.streams.leave(stream):
             self.cancel(stream.id)
 
+    def leave_all(self) -> None:
+        """Leaves all streamed answers, because this process is about to stop reading."""
+        for future_id in self.pending.streams.leave_all():
+            self.cancel(future_id)
+
     async def cancel_everywhere(self, future_id: str) -> bool:
         """Records that the request is cancelled, and tells every replica. False for one that has its result already.
 

@@ -234,8 +234,9 @@ class Sender:
 
     def end(self, why: str) -> None:
         """Called on the runtime thread before it stops reading results: later requests fail at once, pending ones fail when the reading
-        ends."""
+        ends, and streams are left."""
         self._over = why
+        self._requests.leave_all()
 
     async def _is_there(self, endpoint: str) -> bool | None:
         found = await self._membership.read()

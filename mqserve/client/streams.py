@@ -163,6 +163,7 @@ class Stream(AsyncGenerator[Any, None]):
 
     def cancel(self) -> None:
         """Cancels the request for everybody, also if it is resumable."""
+        self._check_here()
         self.close()
         self._sender.cancel_soon(self.id)
 
@@ -172,11 +173,14 @@ class Stream(AsyncGenerator[Any, None]):
 
     # The parts of a step.
 
+    def _check_here(self) -> None:
+        if self._depth != forks.depth:
+            raise InstanceError(_NOT_HERE)
+
     @contextmanager
     def _stepping(self) -> Iterator[None]:
         """Around a step of one thread or task. An exception in it ends the stream."""
-        if self._depth != forks.depth:
-            raise InstanceError(_NOT_HERE)
+        self._check_here()
         if not self._step.acquire(blocking=False):
             raise BadValue(f"another thread or task waits for the next value of stream {self.id}: let one after the other take them")
         try:
@@ -225,7 +229,7 @@ class Stream(AsyncGenerator[Any, None]):
         self._state = _State.ENDED
         if end.error is None:
             return
-        if end.outcome is Ending.LOST and self._sender.over:
+        if end.outcome in (Ending.LOST, Ending.CANCELLED) and self._sender.over:
             raise InstanceError(self._sender.over)
         self._sender.read(self.id, Result(status=end.status, backend=self._source.backend, error=end.error), plain=self._plain)
 
