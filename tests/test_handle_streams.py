@@ -744,13 +744,13 @@ def test_a_client_that_is_closed_leaves_its_streams(
 
 def test_a_backend_that_is_deleted_ends_its_streams(client: serve.Client, deploy: Deploy, tmp_path: Path) -> None:
     tally = Tally(tmp_path)
-    name = deploy(endless(tally))
+    name = deploy(endless(tally), graceful_shutdown_timeout_s=0.3)
     stream = serve.get_handle(name).stream()
     assert next(stream) == 0
     client.delete_endpoint(name)
-    client.delete_backend(name, force=True)
+    client.delete_backend(name)
     deploy.forget(name)
-    with pytest.raises(serve.MQServeError):
+    with pytest.raises(serve.BackendGone):
         for _ in stream:
             pass
-    assert tally.lines == ["ended"]
+    wait_until(lambda: tally.lines == ["ended"], WITHIN_S)
