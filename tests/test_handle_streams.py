@@ -610,12 +610,17 @@ def test_an_exception_is_read_by_id_too(counter: str) -> None:
     assert values == [0, 1, 2]
 
 
-def test_a_stream_that_cannot_be_read_by_id_is_refused_with_a_sentence(counter: str) -> None:
+def test_a_stream_that_cannot_be_read_by_id_is_refused_with_a_sentence(counter: str, deploy: Deploy) -> None:
+    url = deploy.at(Counter)
     stream = serve.get_handle(counter).stream(3)
     assert list(stream) == [0, 1, 2]
     for unknown in (stream.id, "0" * 32):
         with pytest.raises(serve.BadValue, match="has no stream to go on with"):
             next(serve.stream(unknown))
+    with httpx.stream("POST", url, json=3, headers={"Accept": "text/event-stream"}) as events:
+        events.read()
+    with pytest.raises(serve.BadValue, match="has no stream to go on with"):
+        next(serve.stream(events.headers["x-request-id"]))
     with pytest.raises(serve.BadValue, match="from 0 on, not -1"):
         serve.stream(stream.id, after=-1)
     with pytest.raises(serve.BadType, match="not 7"):

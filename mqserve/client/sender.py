@@ -21,7 +21,7 @@ from ..broker.documents import until
 from ..broker.envelope import RequestHead, is_minted, mint_id
 from ..broker.errors import BadSignature, BadValue, InstanceError, MQServeError, UnknownEndpoint
 from ..broker.results import Result
-from ..broker.streams import Chunk, End
+from ..broker.streams import Chunk, End, Form
 from ..broker.values.codecs import encode_value
 from ..broker.values.signing import SealScope
 from ..connections import Connections
@@ -300,12 +300,13 @@ class Sender:
     async def _resumed(self, stream_id: str, after: int) -> Flowing:
         streams = self._requests.pending.streams
         owner = await streams.owner(stream_id)
-        if owner is None or not owner.resumable:
+        found = await streams.resume(stream_id, owner, after, Form.VALUES) if owner is not None and owner.resumable else None
+        if owner is None or found is None:
             raise BadValue(
-                f"request {stream_id} has no stream to go on with: it has shown nothing yet, was sent without options(resumable=True), or "
-                "ended longer ago than result_ttl_s"
+                f"request {stream_id} has no stream to go on with: it has shown nothing yet, was not sent by stream() of a handle with "
+                "options(resumable=True), or ended longer ago than result_ttl_s"
             )
-        incoming, first = await streams.resume(stream_id, owner, after)
+        incoming, first = found
         if first > after + 1:
             self._requests.leave(incoming)
             raise BadValue(
