@@ -3,14 +3,18 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
+import openai
 import pytest
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from sklearn.datasets import load_digits
 
-from tests.instances import ROOT, CommandLine
+from tests.instances import ROOT, SECRET_KEY, CommandLine
 
 EXAMPLES = ROOT / "examples"
+QUESTION = "What is a replica?"
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +62,127 @@ def test_digits_refuses_what_is_no_image(digits_url: str, body: str, status: int
 
 def test_digits_has_no_image_beyond_its_data_set(digits_url: str) -> None:
     assert httpx.get(f"{digits_url}/999999", timeout=30).status_code == 404
+
+
+@pytest.fixture(scope="module")
+def chat(
+    form: str, shared_namespace: str, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[openai.OpenAI]:
+    """OpenAI's own client, of the chat example in each form."""
+    variables = {}
+    if form == "distributed":
+        variables = {f"MQSERVE_{name.upper()}": request.getfixturevalue(name) for name in ("broker_url", "store_url")}
+        variables |= {"MQSERVE_SECRET_KEY": SECRET_KEY, "MQSERVE_NAMESPACE": shared_namespace}
+    folder = tmp_path_factory.mktemp("chat")
+    shell = CommandLine(folder, MQSERVE_CODE_CACHE=str(folder / "cache"), **variables)
+    with openai.OpenAI(base_url=f"{serve_example(shell, EXAMPLES / 'chat.py')}/v1", api_key="any", timeout=30, max_retries=0) as client:
+        yield client
+    shell.close()
+
+
+def ask(chat: openai.OpenAI, text: str = QUESTION, **parameters: Any) -> ChatCompletion:
+    answer: ChatCompletion = chat.chat.completions.create(**asking(text, parameters))
+    return answer
+
+
+def stream(chat: openai.OpenAI, text: str = QUESTION, **parameters: Any) -> Iterator[ChatCompletionChunk]:
+    with chat.chat.completions.create(**asking(text, parameters), stream=True) as chunks:
+        yield from chunks
+
+
+def asking(text: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    return {"model": "readme", "messages": [{"role": "user", "content": text}], "max_tokens": 12, **parameters}
+
+
+def text_of(answer: ChatCompletion) -> str:
+    return answer.choices[0].message.content or ""
+
+
+def joined(chunks: list[ChatCompletionChunk]) -> str:
+    return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+
+
+def test_chat_lists_its_model(chat: openai.OpenAI) -> None:
+    assert [model.id for model in chat.models.list()] == ["readme"]
+    assert chat.models.retrieve("readme").owned_by == "mqserve"
+
+
+def test_chat_answers_with_a_text_its_usage_and_why_it_ended(chat: openai.OpenAI) -> None:
+    answer = ask(chat, max_tokens=3, seed=1)
+    assert (answer.object, answer.model, len(answer.choices)) == ("chat.completion", "readme", 1)
+    assert text_of(answer).startswith("Replica")
+    assert answer.choices[0].finish_reason in ("length", "stop")
+    assert answer.usage is not None and answer.usage.prompt_tokens == 5 and answer.usage.completion_tokens <= 3
+    assert answer.usage.total_tokens == 5 + answer.usage.completion_tokens
+
+
+def test_chat_streams_the_text_that_it_gives_in_one_piece_for_the_same_seed(chat: openai.OpenAI) -> None:
+    for seed in range(5):
+        whole, chunks = ask(chat, seed=seed), list(stream(chat, seed=seed))
+        assert joined(chunks) == text_of(whole)
+        assert chunks[0].choices[0].delta.role == "assistant"
+        assert [chunk.choices[0].finish_reason for chunk in chunks[-2:]] == [None, whole.choices[0].finish_reason]
+        assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_chat_ends_a_stream_with_the_usage_if_it_is_asked_to(chat: openai.OpenAI) -> None:
+    *chunks, last = stream(chat, seed=1, stream_options={"include_usage": True})
+    assert last.usage == ask(chat, seed=1).usage and not last.choices
+    assert all(chunk.usage is None for chunk in chunks)
+
+
+def test_chat_answers_differently_for_other_seeds_but_not_without_temperature(chat: openai.OpenAI) -> None:
+    assert len({text_of(ask(chat, temperature=2, seed=seed)) for seed in range(8)}) > 1
+    assert len({text_of(ask(chat, temperature=0, seed=seed)) for seed in range(3)}) == 1
+
+
+def test_chat_ends_before_a_stop_sequence_also_in_a_stream(chat: openai.OpenAI) -> None:
+    text = text_of(ask(chat, seed=2))
+    stop = text[len(text) // 2 :][:3]
+    answer = ask(chat, seed=2, stop=["not in it", stop])
+    assert (text_of(answer), answer.choices[0].finish_reason) == (text[: text.index(stop)], "stop")
+    assert joined(list(stream(chat, seed=2, stop=["not in it", stop]))) == text_of(answer)
+
+
+def test_chat_takes_parts_of_text_and_null_for_a_default(chat: openai.OpenAI) -> None:
+    parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "a replica?"}]
+    answer = ask(
+        chat, seed=3, messages=[{"role": "system", "content": ""}, {"role": "user", "content": parts}], temperature=None, stop=None
+    )
+    assert text_of(answer) == text_of(ask(chat, seed=3))
+
+
+def test_chat_says_that_there_is_no_such_model(chat: openai.OpenAI) -> None:
+    for use in (lambda: ask(chat, model="gpt-4o"), lambda: chat.models.retrieve("gpt-4o"), lambda: list(stream(chat, model="gpt-4o"))):
+        with pytest.raises(openai.NotFoundError, match="no model 'gpt-4o'") as raised:
+            use()
+        assert (raised.value.code, raised.value.param) == ("model_not_found", "model")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"n": 2}, "n"),
+        ({"temperature": 2.5}, "temperature"),
+        ({"stream_options": {"include_usage": "perhaps"}}, "stream_options.include_usage"),
+    ],
+)
+def test_chat_refuses_a_wrong_parameter_by_its_name(chat: openai.OpenAI, wrong: dict[str, Any], param: str) -> None:
+    with pytest.raises(openai.BadRequestError) as raised:
+        ask(chat, **wrong)
+    assert (raised.value.param, raised.value.type) == (param, "invalid_request_error")
+
+
+@pytest.mark.parametrize("body", ["{", "[1]", ""])
+def test_chat_refuses_a_body_that_is_no_object(chat: openai.OpenAI, body: str) -> None:
+    response = httpx.post(f"{chat.base_url}chat/completions", content=body, headers={"content-type": "application/json"})
+    assert (response.status_code, response.json()["error"]["type"]) == (400, "invalid_request_error")
+
+
+def test_chat_has_no_other_paths(chat: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="no POST /v1/embeddings") as raised:
+        chat.embeddings.create(model="readme", input="a")
+    assert raised.value.code == "unknown_url"
