@@ -11,9 +11,11 @@ from typing import Any, NoReturn, TypeVar
 import httpx
 import httpx._transports.default as transports
 import pytest
+from selenium.webdriver import Chrome
 from xdist.scheduler import LoadScopeScheduling
 
 import mqserve as serve
+from tests import browsers
 from tests.faults.wire import Wire
 from tests.instances import FORMS, ROOT, SECRET_KEY, CommandLine, Deploy, new_namespace, started
 from tests.server_programs import HOW_TO_INSTALL, ServerMissing
@@ -267,6 +269,15 @@ def distributed_shell(tmp_path: Path, broker_url: str, store_url: str, namespace
     )
     yield shell
     shell.close()
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Chrome]:
+    programs = browsers.find_browser()
+    if programs is None:
+        refuse(f"Chromium and its driver are not installed.\n{browsers.HOW_TO_INSTALL}")
+    with browsers.opened(*programs, tmp_path) as chrome:
+        yield chrome
 
 
 @pytest.fixture(params=FORMS)

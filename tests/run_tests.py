@@ -1,7 +1,7 @@
 """Run the tests on real servers: `python -m tests.run_tests [pytest arguments]`, which is what `make test` does.
 
 Takes the servers of MQSERVE_TEST_BROKER_URL and MQSERVE_TEST_STORE_URL, else makes sure that RabbitMQ and Redis can be
-started (see tests/servers.py), installing them where that needs no password.
+started (see tests/servers.py), installing them where that needs no password; in CI also the browser of tests/browsers.py.
 """
 
 import os
@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 
+from tests.browsers import find_browser
 from tests.server_programs import HOW_TO_INSTALL, missing_servers
 
 APT_INSTALL = """
@@ -36,6 +37,8 @@ def main() -> None:
         sys.exit(f"Only {given[0]} is set: set both test URLs, or neither to use private servers.")
     if not given:
         ensure_servers()
+    if os.environ.get("CI") and find_browser() is None:  # elsewhere its tests are skipped
+        install_browser()
     os.execv(sys.executable, [sys.executable, "-m", "pytest", *sys.argv[1:]])
 
 
@@ -48,6 +51,14 @@ def ensure_servers() -> None:
         missing = missing_servers()
     if missing:
         sys.exit(f"The tests run on real servers, and {', '.join(missing)}.\n{HOW_TO_INSTALL}")
+
+
+def install_browser() -> None:
+    if (root := become_root()) is not None and shutil.which("apt-get"):
+        print("Chromium is not installed: installing with apt-get", flush=True)
+        subprocess.run([*root, "apt-get", "update", "--quiet"], check=False)
+        quietly = ("env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "install", "--quiet", "--yes", "--no-install-recommends")
+        subprocess.run([*root, *quietly, "chromium", "chromium-driver"], check=False)
 
 
 def become_root() -> list[str] | None:

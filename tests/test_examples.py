@@ -1,7 +1,8 @@
 """The examples run as shipped."""
 
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,17 @@ import httpx
 import openai
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from selenium.webdriver import Chrome
+from selenium.webdriver.common.by import By
 from sklearn.datasets import load_digits
 
-from tests.instances import ROOT, SECRET_KEY, CommandLine
+from tests.faults.wire import Wire
+from tests.instances import ROOT, SECRET_KEY, CommandLine, new_namespace, wait_until
 
 EXAMPLES = ROOT / "examples"
 QUESTION = "What is a replica?"
+CHAT_TOKEN_S = 0.02  # as in chat.py
+EVENTS, EVENT_S = 12, 0.25  # as in events.py
 
 
 @pytest.fixture(scope="module")
@@ -65,19 +71,24 @@ def test_digits_has_no_image_beyond_its_data_set(digits_url: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def chat(
-    form: str, shared_namespace: str, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> Iterator[openai.OpenAI]:
-    """OpenAI's own client, of the chat example in each form."""
-    variables = {}
-    if form == "distributed":
-        variables = {f"MQSERVE_{name.upper()}": request.getfixturevalue(name) for name in ("broker_url", "store_url")}
-        variables |= {"MQSERVE_SECRET_KEY": SECRET_KEY, "MQSERVE_NAMESPACE": shared_namespace}
-    folder = tmp_path_factory.mktemp("chat")
-    shell = CommandLine(folder, MQSERVE_CODE_CACHE=str(folder / "cache"), **variables)
-    with openai.OpenAI(base_url=f"{serve_example(shell, EXAMPLES / 'chat.py')}/v1", api_key="any", timeout=30, max_retries=0) as client:
-        yield client
+def serve_in_form(form: str, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Callable[[str], str]]:
+    """Serves an example in each form; returns its URL."""
+    servers = {f"MQSERVE_{name.upper()}": request.getfixturevalue(name) for name in ("broker_url", "store_url") if form == "distributed"}
+    shell = CommandLine(tmp_path_factory.mktemp("examples"), **servers, MQSERVE_SECRET_KEY=SECRET_KEY)
+
+    def serve(file: str) -> str:
+        variables = {"MQSERVE_NAMESPACE": new_namespace(file), "MQSERVE_CODE_CACHE": str(shell.folder / "cache")}
+        return serve_example(shell.with_variables(**variables), EXAMPLES / file)
+
+    yield serve
     shell.close()
+
+
+@pytest.fixture(scope="module")
+def chat(serve_in_form: Callable[[str], str]) -> Iterator[openai.OpenAI]:
+    """OpenAI's own client, of the chat example in each form."""
+    with openai.OpenAI(base_url=f"{serve_in_form('chat.py')}/v1", api_key="any", timeout=30, max_retries=0) as client:
+        yield client
 
 
 def ask(chat: openai.OpenAI, text: str = QUESTION, **parameters: Any) -> ChatCompletion:
@@ -186,3 +197,48 @@ def test_chat_has_no_other_paths(chat: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="no POST /v1/embeddings") as raised:
         chat.embeddings.create(model="readme", input="a")
     assert raised.value.code == "unknown_url"
+
+
+def test_chat_streams_its_pieces_as_they_are_made(chat: openai.OpenAI) -> None:
+    """By OpenAI's own client: of an answer of 40 pieces the last one comes long after the first."""
+    for seed in range(50):
+        arrivals = [time.monotonic() for _ in stream(chat, seed=seed, max_tokens=40)]
+        if len(arrivals) > 40:
+            break
+    else:
+        pytest.fail("no answer is that long")
+    assert arrivals[-1] - arrivals[0] > 40 * CHAT_TOKEN_S / 2
+
+
+@pytest.fixture(scope="module")
+def events_url(serve_in_form: Callable[[str], str]) -> str:
+    return serve_in_form("events.py")
+
+
+def state_of(page: Chrome) -> str:
+    return page.find_element(By.ID, "state").text
+
+
+def steps_of(page: Chrome) -> list[str]:
+    return page.find_element(By.ID, "steps").text.splitlines()
+
+
+def numbers_of(page: Chrome) -> list[int]:
+    return [int(number) for step in steps_of(page) for number in re.findall(r"step (\d+) of", step)]
+
+
+def test_a_browser_shows_events_as_they_are_made(events_url: str, browser: Chrome) -> None:
+    browser.get(events_url)
+    wait_until(lambda: state_of(browser) == "complete", told=lambda: f"{state_of(browser)}: {steps_of(browser)}")
+    assert numbers_of(browser) == list(range(1, EVENTS + 1))
+    shown_ms = [int(time) for step in steps_of(browser) for time in re.findall(r"after (\d+) ms", step)]
+    assert shown_ms[-1] - shown_ms[0] > (EVENTS - 1) * EVENT_S * 1000 / 2
+
+
+def test_a_browser_whose_connection_was_cut_goes_on_where_it_was(events_url: str, browser: Chrome) -> None:
+    with Wire(events_url) as wire:
+        browser.get(wire.url)
+        wait_until(lambda: len(numbers_of(browser)) >= 3)
+        wire.reset()
+        wait_until(lambda: state_of(browser) == "complete", told=lambda: f"{state_of(browser)}: {steps_of(browser)}")
+    assert numbers_of(browser) == list(range(1, EVENTS + 1))
