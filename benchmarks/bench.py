@@ -29,8 +29,8 @@ class Bench:
         return open_servers(self._stack)
 
     def http_subjects(self, kind: str, stack: ExitStack) -> Iterator[Subject]:
-        """Starts everything that serves HTTP, one after the other, with its handlers of that kind: `noop` or `bodies`."""
-        ready = {"noop": HANDLERS, "bodies": ("json", "length")}[kind]
+        """Starts everything that serves HTTP, one after the other, with its handlers of that kind: `noop`, `bodies` or `streaming`."""
+        ready = {"noop": HANDLERS, "bodies": ("json", "length"), "streaming": ("fast", "async_fast", "async_paced")}[kind]
         yield from self.started("starlette", running_starlette("starlette"), stack)
         if kind == "noop":
             yield from self.started("starlette-def", running_starlette("starlette-def"), stack)
@@ -38,7 +38,7 @@ class Bench:
             servers = self.servers if form == "distributed" else None
             yield from self.started(form, running_mqserve(form, servers, program=PROGRAMS / f"{kind}.py", ready=ready), stack)
         for peer in HTTP_PEERS:
-            if peer.name in self.peers:
+            if peer.name in self.peers and (kind != "streaming" or peer.streams):
                 yield from self.started(peer.name, running_http(peer, kind, [path for path in ready if peer.has(path)]), stack)
 
     def started(self, name: str, subject: AbstractContextManager[T], stack: ExitStack) -> Iterator[T]:

