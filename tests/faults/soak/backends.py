@@ -3,6 +3,7 @@
 import asyncio
 import os
 import time
+from collections.abc import AsyncIterator, Iterator
 from typing import Any, NamedTuple
 
 import mqserve as serve
@@ -10,6 +11,8 @@ from tests.tallies import Tally
 
 REQUEST_TIMEOUT_S = 15.0
 BIG_BYTES = 200_000
+STEPS = 40  # of an answer that flows
+STEP_S = 0.025
 PROBE = 0  # the number of requests that only ask whether anybody answers: they are in no tally
 
 
@@ -81,12 +84,40 @@ class Big:
         return {**answer(number, word), "fill": request.data["fill"]}
 
 
+class Flowing:
+    """Streams a second of numbered steps."""
+
+    def __init__(self, tally: Tally) -> None:
+        self._tally = tally
+
+    async def __call__(self, request: Any) -> AsyncIterator[dict[str, Any]]:
+        number, word = begin(request, self._tally)
+        for step in steps_of(number):
+            yield {**answer(number, word), "step": step}
+            await asyncio.sleep(STEP_S)
+
+
+class Replayed:
+    """Plain code that streams, and is replayed when its replica dies: so every reader gets all of it, by the words of several runs."""
+
+    def __init__(self, tally: Tally) -> None:
+        self._tally = tally
+
+    def __call__(self, request: Any) -> Iterator[dict[str, Any]]:
+        number, word = begin(request, self._tally)
+        for step in steps_of(number):
+            yield {**answer(number, word), "step": step}
+            time.sleep(0.005)
+
+
 BACKENDS = {
     "quick": Backend(Quick, 3, "/quick/{number:int}", {}),
     "patient": Backend(Patient, 2, "/patient/{number:int}", {}),
     "batched": Backend(Batched, 2, "/batched", {"max_batch_size": 8, "batch_wait_timeout": 0.01}),
     "raising": Backend(Raising, 2, "/raising", {}),
     "big": Backend(Big, 2, "/big", {}),
+    "flowing": Backend(Flowing, 2, "/flowing/{number:int}", {}),
+    "replayed": Backend(Replayed, 2, "/replayed/{number:int}", {"on_death": "replay"}),
 }
 REPLICAS = sum(backend.replicas for backend in BACKENDS.values())
 
@@ -104,6 +135,18 @@ def answer(number: int, word: str) -> dict[str, Any]:
     return {"number": number, "square": number * number, "word": word}
 
 
+def steps_of(number: int) -> range:
+    return range(1 if number == PROBE else STEPS)
+
+
+def words_in_steps(number: int, steps: list[Any]) -> list[str]:
+    """The word of each of these steps, which are the first ones of the answer. Raises ValueError if one is missing, doubled or wrong."""
+    for step, value in enumerate(steps):
+        if value != {**answer(number, value.get("word", "")), "step": step}:
+            raise ValueError(f"{str(value)[:200]} is not step {step} of {number}")
+    return [str(value["word"]) for value in steps]
+
+
 def body_of(backend: str, number: int) -> dict[str, Any]:
     """What to send."""
     return {"number": number, "fill": "x" * BIG_BYTES} if backend == "big" else {"number": number}
@@ -111,6 +154,8 @@ def body_of(backend: str, number: int) -> dict[str, Any]:
 
 def word_in(backend: str, number: int, value: Any) -> str:
     """The word of the run that gave this answer. Raises ValueError for what is no answer to this number."""
+    if isinstance(value, list) and len(value) == STEPS and len(words := set(words_in_steps(number, value))) == 1:
+        return words.pop()  # collected from a generator
     right = (
         {**answer(number, value["word"]), **({"fill": "x" * BIG_BYTES} if backend == "big" else {})} if isinstance(value, dict) else None
     )

@@ -23,7 +23,8 @@ LAST_BEFORE_S = 12.0  # of the load's end
 
 NOTHING: frozenset[str] = frozenset()
 UNAVAILABLE = frozenset({"503", "504"})
-NO_CONNECTION = frozenset({"refused", "reset"})
+NO_CONNECTION = frozenset({"refused", "reset", "cut", "replay cut"})
+BROKE_OFF = frozenset({"cut", "failure"})  # what a stream says that is not replayed
 
 
 class Kind(NamedTuple):
@@ -200,24 +201,29 @@ class Chaos:
         server.thaw()
 
 
-BROKER_LOST = UNAVAILABLE | {"dropped"}
+BROKER_LOST = UNAVAILABLE | BROKE_OFF | {"dropped"}  # what it redelivers may be taken over
 
 KINDS = {
-    "kill -9 a replica": Kind(Chaos.kill_replica),
+    "kill -9 a replica": Kind(Chaos.kill_replica, BROKE_OFF),
     "SIGTERM a replica": Kind(Chaos.end_replica),
     "freeze a replica": Kind(Chaos.freeze_replica),
     "kill -9 a proxy": Kind(Chaos.kill_proxy, NO_CONNECTION),
     "SIGTERM a proxy": Kind(Chaos.end_proxy, NO_CONNECTION, drains=True),
     "kill -9 a controller": Kind(Chaos.kill_controller),
     "SIGTERM a controller": Kind(Chaos.end_controller),
-    "kill -9 a node": Kind(Chaos.kill_node, UNAVAILABLE),  # it may have had all replicas of a backend
+    "kill -9 a node": Kind(Chaos.kill_node, UNAVAILABLE | BROKE_OFF),  # it may have had all replicas of a backend
     "SIGTERM a node": Kind(Chaos.end_node),
     "restart RabbitMQ": Kind(Chaos.restart_broker, BROKER_LOST, is_server=True),
     "kill -9 RabbitMQ": Kind(Chaos.crash_broker, BROKER_LOST, is_server=True),
     "freeze RabbitMQ": Kind(Chaos.freeze_broker, UNAVAILABLE, is_server=True),
     "restart Redis": Kind(Chaos.restart_store, UNAVAILABLE, is_server=True),
     "kill -9 Redis": Kind(Chaos.crash_store, UNAVAILABLE, is_server=True),
-    "restart Redis without data": Kind(Chaos.empty_store, UNAVAILABLE | {"forgotten"}, is_server=True, forgets=True),
+    "restart Redis without data": Kind(
+        Chaos.empty_store,
+        UNAVAILABLE | BROKE_OFF | {"forgotten", "gap", "404", "replay cut", "replay failed"},
+        is_server=True,
+        forgets=True,
+    ),
     "freeze Redis": Kind(Chaos.freeze_store, UNAVAILABLE, is_server=True),
 }
 

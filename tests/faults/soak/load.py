@@ -19,6 +19,7 @@ from tests.faults.soak.backends import REQUEST_TIMEOUT_S, body_of, word_in, word
 from tests.faults.soak.cluster import Client, Cluster
 from tests.faults.soak.handle_client import GRACE_S
 from tests.faults.soak.ledger import End, Entry, Ledger
+from tests.faults.soak.streams import STREAM_KINDS, StreamReader
 
 PUBLISH_S = 5.0  # one try
 ACCEPT_S = 120.0  # all tries: longer than any server is away
@@ -28,7 +29,11 @@ READ_AFTER_S = 2.0
 HANDLE_SHARE = 0.22
 MIX = {  # of the rest
     "get quick": 0.30,
-    "get patient": 0.22,
+    "get patient": 0.16,
+    "flow flowing": 0.02,
+    "flow replayed": 0.01,
+    "events flowing": 0.02,
+    "events replayed": 0.01,
     "post batched": 0.12,
     "post raising": 0.05,
     "post big": 0.03,
@@ -54,6 +59,7 @@ class Load:
         self._http = httpx.AsyncClient(
             timeout=REQUEST_TIMEOUT_S + GRACE_S, limits=httpx.Limits(max_connections=None, max_keepalive_connections=20, keepalive_expiry=2)
         )
+        self._streams = StreamReader(cluster.urls, ledger, self._http, chance)
         self._direct = DirectPublisher(cluster, ledger)
 
     async def run(self, rate: float, seconds: float) -> None:
@@ -78,6 +84,9 @@ class Load:
         if way in ("get", "post"):
             proxy = self._chance.choice(list(self._cluster.urls))
             return self._call(self._ledger.send(Entry(number, way, backend, time.monotonic(), proxy=proxy)))
+        if way in STREAM_KINDS:
+            proxy = self._chance.choice(list(self._cluster.urls))
+            return self._streams.read(self._ledger.send(Entry(number, way, backend, time.monotonic(), proxy=proxy)))
         kind = " ".join([way, *durability])
         entry = Entry(number, kind, backend, time.monotonic(), key=f"{backend}/soak-{number}", persistent=not durability)
         return self._direct.publish(self._ledger.send(entry), reply=way == "publish")
