@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from tests.faults.soak.backends import REQUEST_TIMEOUT_S, STEPS, words_in_steps
+from tests.faults.soak.backends import STEPS, words_in_steps
 from tests.faults.soak.ledger import End, Entry, Ledger, told
 
 STREAM_KINDS = ("flow", "events")
