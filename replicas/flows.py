@@ -160,7 +160,9 @@ class Flows:
         self._append(job, flow)
 
     def _took(self, job: Job, flow: Outgoing, append: Append, last: int) -> None:
-        flow.under_way, flow.pauses = None, delays()
+        flow.under_way = None
+        if flow.retry is not None:
+            flow.retry, flow.pauses = None, delays()
         if last < append.first - 1:
             flow.go_back(last)
             return self._append(job, flow)

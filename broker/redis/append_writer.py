@@ -99,7 +99,8 @@ class AppendWriter:
         if not isinstance(outcome, Exception):
             for (_, on_appended), one in zip(batch, outcome, strict=True):
                 _tell(on_appended, one)
-            self._pauses = delays(FIRST_PAUSE_S, LONGEST_PAUSE_S)
+            if self._timer is not None:
+                self._timer, self._pauses = None, delays(FIRST_PAUSE_S, LONGEST_PAUSE_S)
             return self._flush()
         if not isinstance(outcome, StoreUnavailable):
             logger.error("%d streams could not be written: that is a bug in mqserve, please report it", len(batch), exc_info=outcome)
