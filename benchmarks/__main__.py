@@ -1,6 +1,6 @@
 """Measures mqserve beside its peers: every subject of a scenario in turn, in every case, round by round.
 
-    make bench                                                     (everything: about 25 minutes on 2 cores)
+    make bench                                                     (everything: about 30 minutes on 2 cores)
     make bench ARGS="--only noop-http --rounds 1 --seconds 1"      (or: python -m benchmarks --only …)
 
 Prints medians with the least and the greatest round, ratios first, and CPU microseconds per request by process, and writes all samples to
