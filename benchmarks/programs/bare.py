@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, StreamingRespon
 from starlette.routing import Route
 
 CHUNKS, CHUNK = 1000, "." * 31 + "~"
-PACED_CHUNKS, PACE_S = 100, 0.005
+PACED_CHUNKS, PACE_S = 20, 0.005
 
 
 async def async_noop(request: Request) -> PlainTextResponse:

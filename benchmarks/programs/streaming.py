@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 import mqserve as serve
 
 CHUNKS, CHUNK = 1000, "." * 31 + "~"
-PACED_CHUNKS, PACE_S = 100, 0.005
+PACED_CHUNKS, PACE_S = 20, 0.005
 
 
 @serve.endpoint("/fast")

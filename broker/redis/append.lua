@@ -1,8 +1,8 @@
 -- Appends frames to streams, trims them, and records their ends: all Appends of one batch (broker/store.py says what each one means).
 -- KEYS: stream, owner, future, ... in threes. ARGV: result TTL in ms, inbox TTL in ms, and for each Append: claim, attempt, number of the
--- first frame, number up to which to trim, TTL in ms, '1' if the stream may have lost its last frames, the result ('' for none) and its
--- inbox entry, how many frames, how many inboxes, the frames, the inboxes. A frame comes as its inbox entry, and the stream holds the same
--- string: to make one from the other here would copy it twice.
+-- first frame, number up to which the stream may be trimmed, '1' to do so, TTL in ms, '1' to renew it, '1' if the stream may have lost its
+-- last frames, the result ('' for none) and its inbox entry, how many frames, how many inboxes, the frames, the inboxes. A frame comes as
+-- its inbox entry, and the stream holds the same string: to make one from the other here would copy it twice.
 -- The inboxes are not in KEYS, because Redis would then demand the right to read them: a replica may write to an inbox and not read it.
 -- Returns two lists: for each Append the number of the stream's last frame, -1 if a result stands there, or -2 if another run owns the
 -- stream; and the keys that were of another type, which were deleted: one such key must not keep the other Appends from being written.
@@ -99,6 +99,7 @@ local function add(one)
 end
 
 local function append(one)
+  local odd_before = #odd
   local result = find_result(one.future)
   if result and result == one.ends then  -- our own, of a call that was repeated after its answer was lost
     local last = one.first - 1 + #one.frames
@@ -110,9 +111,11 @@ local function append(one)
   if owner and owner ~= one.claim then return TAKEN end
   local last, attempt = add(one)
   if last < one.first - 1 then return last end
-  redis.call('SET', one.owner, one.claim, 'PX', one.ttl)
-  if one.trim_to > 0 then trim(one.stream, attempt, one.trim_to) end
-  redis.call('PEXPIRE', one.stream, one.ttl)
+  if one.trims then trim(one.stream, attempt, one.trim_to) end
+  if one.renews or not owner or #odd > odd_before then  -- the last two: the stream may be new
+    redis.call('SET', one.owner, one.claim, 'PX', one.ttl)
+    redis.call('PEXPIRE', one.stream, one.ttl)
+  end
   if one.ends ~= '' then redis.call('SET', one.future, one.ends, 'NX', 'PX', ARGV[1]) end
   tell(one)
   return last
@@ -130,9 +133,10 @@ local outcomes = {}
 for k = 1, #KEYS, 3 do
   local one = {stream = KEYS[k], owner = KEYS[k + 1], future = KEYS[k + 2]}
   one.claim, one.attempt, one.first, one.trim_to = ARGV[at], tonumber(ARGV[at + 1]), tonumber(ARGV[at + 2]), tonumber(ARGV[at + 3])
-  one.ttl, one.may_lack, one.ends, one.end_note = ARGV[at + 4], ARGV[at + 5] == '1', ARGV[at + 6], ARGV[at + 7]
-  local frames, inboxes = tonumber(ARGV[at + 8]), tonumber(ARGV[at + 9])
-  at = at + 10
+  one.trims, one.ttl, one.renews, one.may_lack = ARGV[at + 4] == '1', ARGV[at + 5], ARGV[at + 6] == '1', ARGV[at + 7] == '1'
+  one.ends, one.end_note = ARGV[at + 8], ARGV[at + 9]
+  local frames, inboxes = tonumber(ARGV[at + 10]), tonumber(ARGV[at + 11])
+  at = at + 12
   one.frames, one.inboxes = next_values(frames), next_values(inboxes)
   outcomes[#outcomes + 1] = append(one)
 end

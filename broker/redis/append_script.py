@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from redis.exceptions import InvalidResponse, NoScriptError
 
@@ -22,12 +23,29 @@ from .kept_wire import KeptWire
 TEXT = (Path(__file__).parent / "append.lua").read_text()
 _DIGEST = hashlib.sha1(TEXT.encode(), usedforsecurity=False).hexdigest()
 _REFUSALS = {-1: Refusal.ENDED, -2: Refusal.TAKEN}  # of append.lua
+_RENEWED_AFTER_S = 30.0  # a stream lives twenty times longer, and for a minute more than any wait between two appends
+
+
+class _Known(NamedTuple):
+    """What this process has done to a stream over the present connection."""
+
+    trimmed_to: int = 0
+    expires_at: float = 0.0  # monotonic
+
+    def needs_trim(self, append: Append) -> bool:
+        return append.trim_to > self.trimmed_to or append.trim_to >= append.first
+
+    def needs_renewal(self, append: Append, now: float) -> bool:
+        return now + append.ttl_ms / 1000 > self.expires_at + _RENEWED_AFTER_S or bool(append.ends)
+
+
+_UNKNOWN = _Known()
 
 
 class _Call(Batch):
     """One batch on its way."""
 
-    __slots__ = ("appends", "by_text", "on_written", "script")
+    __slots__ = ("appends", "at", "by_text", "on_written", "script")
 
     def __init__(self, script: AppendScript, appends: Sequence[Append], on_written: OnWritten) -> None:
         super().__init__(1)
@@ -35,16 +53,21 @@ class _Call(Batch):
         self.appends = appends
         self.on_written = on_written
         self.by_text = False
+        self.at = 0.0  # monotonic; when it was packed
 
     def packed_for(self, wire: HotWire) -> bytes:
         how = ("EVAL", TEXT) if self.by_text else ("EVALSHA", _DIGEST)
         known = self.script.known_to(wire)
+        self.at = time.monotonic()
         keys: list[str] = []
         values: list[str | bytes | int] = [RESULT_TTL_S * 1000, INBOX_TTL_S * 1000]
         for one in self.appends:
             keys += (one.stream, one.owner, one.future)
+            before = known.get(one.stream, _UNKNOWN)
+            trims, renews = before.needs_trim(one), before.needs_renewal(one, self.at)
             may_lack = one.first > 1 and one.stream not in known
-            values += (one.claim, one.attempt, one.first, one.trim_to, one.ttl_ms, int(may_lack), one.ends, one.end_note)
+            values += (one.claim, one.attempt, one.first, one.trim_to, int(trims), one.ttl_ms, int(renews), int(may_lack))
+            values += (one.ends, one.end_note)
             notes = [note_of(one.id, seq, frame) for seq, frame in enumerate(one.frames, one.first)]
             values += (len(notes), len(one.inboxes), *notes, *one.inboxes)
         return packed(*how, len(keys), *keys, *values)
@@ -74,7 +97,7 @@ class AppendScript:
         self._on_wrote = on_wrote
         self._on_odd_key = on_odd_key
         self._on_failed = on_failed
-        self._known: set[str] = set()  # streams that were appended to over `_known_to`, and go on
+        self._known: dict[str, _Known] = {}  # streams that were appended to over `_known_to`, and go on
         self._known_to: HotWire | None = None
 
     def __repr__(self) -> str:
@@ -92,10 +115,10 @@ class AppendScript:
         """`on_written` is called once, later."""
         self._sender.send(_Call(self, appends, on_written))
 
-    def known_to(self, wire: HotWire) -> set[str]:
+    def known_to(self, wire: HotWire) -> dict[str, _Known]:
         """The streams that this connection's server has up to their last frame."""
         if wire is not self._known_to:
-            self._known_to, self._known = wire, set()
+            self._known_to, self._known = wire, {}
         return self._known
 
     def replied(self, call: _Call, replies: list[Any] | Exception) -> None:
@@ -119,12 +142,15 @@ class AppendScript:
             self._on_odd_key(key.decode(errors="replace") if isinstance(key, bytes) else str(key))
         for one, end in zip(call.appends, ends, strict=True):
             if end < one.first - 1 or one.ends:  # a refusal, a gap, or over
-                self._known.discard(one.stream)
+                self._known.pop(one.stream, None)
             else:
-                self._known.add(one.stream)
+                before = self._known.get(one.stream, _UNKNOWN)
+                expires_at = call.at + one.ttl_ms / 1000 if before.needs_renewal(one, call.at) else before.expires_at
+                self._known[one.stream] = _Known(one.trim_to, expires_at)
         call.on_written([_REFUSALS.get(end, end) for end in ends])
 
     def _fail(self, call: _Call, error: Exception) -> None:
         """An error that no server causes is passed on as it is."""
-        self._known.difference_update(one.stream for one in call.appends)
+        for one in call.appends:
+            self._known.pop(one.stream, None)
         call.on_written(self._on_failed(error, call.began, True) if isinstance(error, FAILURES) else error)

@@ -7,7 +7,7 @@ import time
 import litserve
 
 CHUNKS, CHUNK = 1000, "." * 31 + "~"
-PACED_CHUNKS, PACE_S = 100, 0.005
+PACED_CHUNKS, PACE_S = 20, 0.005
 
 
 class Noop(litserve.LitAPI):

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
 CHUNKS, CHUNK = 1000, "." * 31 + "~"
-PACED_CHUNKS, PACE_S = 100, 0.005
+PACED_CHUNKS, PACE_S = 20, 0.005
 OPTIONS = {"ray_actor_options": {"num_cpus": 0}}  # two cores carry its two deployments, too
 if os.environ.get("RAY_SERVE_THROUGHPUT_OPTIMIZED"):
     OPTIONS |= {"max_ongoing_requests": 100, "logging_config": {"enable_access_log": False}}
