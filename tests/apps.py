@@ -112,8 +112,7 @@ def broken() -> None:
 
 @shop.get("/thread")
 def thread() -> dict[str, Any]:
-    current = threading.current_thread()
-    return {"ident": threading.get_ident(), "name": current.name, "tag": serve.get_replica_context().backend_tag, "pid": os.getpid()}
+    return {"ident": threading.get_native_id(), "tag": serve.get_replica_context().backend_tag, "pid": os.getpid()}
 
 
 @shop.get("/page")
@@ -210,7 +209,7 @@ async def plain_app(scope: Any, receive: Any, send: Any) -> None:
     if inside.startswith("/hello/"):
         body = b'{"hello":"%s"}' % inside.removeprefix("/hello/").encode()
     else:
-        body = JSONResponse(as_json(StarletteRequest(scope))).body
+        body = bytes(JSONResponse(as_json(StarletteRequest(scope))).body)
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]})
     await send({"type": "http.response.body", "body": body})
 
