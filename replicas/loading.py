@@ -57,6 +57,8 @@ async def construct(store: Store, keys: StoreKeys, settings: Settings, worker: W
         ) from None
     except Raised as raised:
         raise BackendFailed(told(backend, doing, raised.failure)) from None
+    if handler.app is not None and backend.config.max_batch_size is not None:
+        raise BackendFailed(f"backend {backend.name!r} is an ASGI app, which takes no batches of requests: leave max_batch_size out")
     if (backend.config.max_batch_size or 1) > 1 and not handler.accepts_batch:
         raise BackendFailed(f"backend {backend.name!r} has a max_batch_size but takes no batches: decorate it with @serve.accept_batch")
     return handler

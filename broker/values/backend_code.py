@@ -19,7 +19,6 @@ from msgspec.structs import replace
 from ..errors import BadValue, NotEncodable
 from ..files import folders, roots
 from ..files.manifest import Files, read_folders
-from ..files.roots import is_installed
 from ..files.transfer import save_files
 from ..store import Store
 from ..store_keys import StoreKeys
@@ -62,7 +61,7 @@ def pack_backend(
     record = Code(name, args_type=args_type, args=packed_args, factory=factory)
     if isinstance(target, str):
         return _pack_import_string(record, target, modules, signer)
-    if (by_name := code.installed_name(target) or code.name_of_object(target, is_installed)) and not modules:
+    if (by_name := code.installed_name(target) or code.name_of_object(target, _is_installed)) and not modules:
         return Packed(replace(record, target=by_name).with_seal(signer))
     if not signer:
         raise NotEncodable(
@@ -135,6 +134,10 @@ def _own_name(target: Any, run_file: RunFile | None) -> str:
     if module is None or not hasattr(target, "__qualname__") or not definitions.is_found_by_name(target, module):
         return ""
     return f"{module.__name__}:{target.__qualname__}" if _is_importable(module, run_file) else ""
+
+
+def _is_installed(module: ModuleType) -> bool:
+    return module.__name__ != "__main__" and roots.is_installed(module)
 
 
 def _is_importable(module: ModuleType, run_file: RunFile | None) -> bool:

@@ -81,11 +81,15 @@ class Code(msgspec.Struct, frozen=True):
             return
         if self.seal:
             signer.open(self.seal, self._claim)
-        elif not self.sealed or (self.args_type, self.args) != _NO_ARGUMENTS or self.target or self.files or self.run_file or self.home:
+        elif not self.sealed or (self.args_type, self.args) != _NO_ARGUMENTS or any(self._beside_seal):
             raise BadSignature(
                 f"the code {self.name!r} in the store was not sealed by a key of this instance, but by an earlier version, by a client "
                 "without MQSERVE_SECRET_KEY, or by whoever may write there: deploy it again"
             )
+
+    @property
+    def _beside_seal(self) -> tuple[object, ...]:
+        return self.target, self.files, self.run_file, self.home, self.factory
 
     @property
     def _claim(self) -> SealScope:
