@@ -371,7 +371,7 @@ def parse_config(config: BackendConfig | dict[str, Any] | None) -> BackendConfig
 
 
 def parse_endpoint(name: str, backend: object, route: object, methods: object) -> Endpoint:
-    """Returns the endpoint. Without `methods` it has none yet: `create_endpoint` fills in those that its backend suggests. Raises BadType
+    """Returns the endpoint. Without methods it has none yet: `create_endpoint` fills in those that its backend suggests. Raises BadType
     as Ray Serve 1.x does, and BadValue for a route that does not parse."""
     if not isinstance(backend, str):
         raise BadType(f"endpoint {name!r} needs the name of its backend as a str: create_endpoint({name!r}, backend='…')")
@@ -384,7 +384,7 @@ def parse_endpoint(name: str, backend: object, route: object, methods: object) -
 
 
 def _read_methods(name: str, methods: object) -> Sequence[str]:
-    if methods is None:
+    if methods == ():
         return ()
     if not isinstance(methods, list | tuple) or not methods or not all(isinstance(method, str) for method in methods):
         raise BadType(f"methods of endpoint {name!r} must be a list of names such as ['GET', 'POST'], not {methods!r}")

@@ -132,7 +132,7 @@ def mount(
     app: Any,
     *init_args: Any,
     name: str | None = None,
-    methods: Sequence[str] | None = None,
+    methods: Sequence[str] = (),
     actor_options: dict[str, Any] | None = None,
     config: BackendConfig | dict[str, Any] | None = None,
     factory: bool = False,
@@ -180,9 +180,7 @@ def delete_backend(backend_tag: str, force: bool = False) -> None:
     clients.current().delete_backend(backend_tag, force)
 
 
-def create_endpoint(
-    endpoint_name: str, *, backend: str | None = None, route: str | None = None, methods: Sequence[str] | None = None
-) -> None:
+def create_endpoint(endpoint_name: str, *, backend: str | None = None, route: str | None = None, methods: Sequence[str] = ()) -> None:
     """See `Client.create_endpoint`."""
     clients.current().create_endpoint(endpoint_name, backend=backend, route=route, methods=methods)
 

@@ -112,7 +112,7 @@ class Client(Lifetime):
     # Endpoints.
 
     def create_endpoint(
-        self, endpoint_name: str, *, backend: str | None = None, route: str | None = None, methods: Sequence[str] | None = None
+        self, endpoint_name: str, *, backend: str | None = None, route: str | None = None, methods: Sequence[str] = ()
     ) -> None:
         """Creates an endpoint, with an HTTP route if one is given, whose traffic goes to a backend; returns when all live proxies know
         it. `methods` are GET by default. If the backend is an ASGI app, the route is a prefix, and all methods go to the app by default.
@@ -129,7 +129,7 @@ class Client(Lifetime):
         app: Any,
         *init_args: Any,
         name: str | None = None,
-        methods: Sequence[str] | None = None,
+        methods: Sequence[str] = (),
         actor_options: dict[str, Any] | None = None,
         config: BackendConfig | dict[str, Any] | None = None,
         factory: bool = False,
@@ -144,14 +144,14 @@ class Client(Lifetime):
             self.deploy(declaration)
 
     def list_endpoints(self) -> dict[str, dict[str, Any]]:
-        """Returns `{name: {"route", "methods", "traffic", "shadows", "prefix"}}`."""
+        """Returns `{name: {"route", "methods", "traffic", "shadows"}}`, and "prefix": True where the route is one."""
         return {
             name: {
                 "route": endpoint.route,
                 "methods": list(endpoint.methods),
                 "traffic": dict(endpoint.traffic),
                 "shadows": dict(endpoint.shadows),
-                "prefix": endpoint.prefix,
+                **({"prefix": True} if endpoint.prefix else {}),
             }
             for name, endpoint in self._read().endpoints.items()
         }

@@ -22,7 +22,7 @@ def endpoint(
     route: str | None,
     *,
     name: str | None = None,
-    methods: Sequence[str] | None = None,
+    methods: Sequence[str] = (),
     actor_options: dict[str, Any] | None = None,
     **config: Any,
 ) -> Callable[[T], T]:
@@ -39,7 +39,7 @@ def endpoint(
     def declare(target: T) -> T:
         chosen = name or str(getattr(target, "__name__", type(target).__name__))
         is_app = is_asgi_app(target) or makes_asgi_apps(target)
-        chosen_methods = ("GET", "POST") if methods is None and not is_app else methods
+        chosen_methods = methods if methods != () or is_app else ("GET", "POST")
         parse_endpoint(chosen, chosen, route, chosen_methods)
         declaration = Declaration(chosen, target, route, chosen_methods, parsed, actor_options)
         if not deploy_in_block(declaration):
@@ -54,7 +54,7 @@ def make_mount(
     app: Any,
     init_args: tuple[Any, ...],
     name: str | None,
-    methods: Sequence[str] | None,
+    methods: Sequence[str],
     config: BackendConfig | dict[str, Any] | None,
     actor_options: dict[str, Any] | None,
     *,

@@ -35,7 +35,7 @@ class Declaration:
     name: str
     target: Any
     route: str | None
-    methods: Sequence[str] | None
+    methods: Sequence[str]
     config: BackendConfig
     actor_options: dict[str, Any] | None = field(default=None)
     init_args: tuple[Any, ...] = ()

@@ -154,7 +154,7 @@ def _announce(client: Client, settings: Settings) -> None:
     click.echo(f"Serving on {printable(base) or 'no HTTP port'} ({form}). Ctrl-C stops.")
     for name, facts in client.list_endpoints().items():
         if base and facts["route"]:
-            below = "/…" if facts["prefix"] else ""
+            below = "/…" if facts.get("prefix") else ""
             route = facts["route"].rstrip("/") + below if below else facts["route"]
             click.echo(printable(f"  {','.join(facts['methods']):<9} {base}{route}  ({name})"))
     if base and (example := _curl(base, client)):
