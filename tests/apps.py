@@ -141,6 +141,22 @@ def behind(gate: Gate) -> FastAPI:
     return app
 
 
+def noting_its_end(tally: Tally) -> FastAPI:
+    """A factory: an app whose one endpoint runs until it is cancelled."""
+    app = FastAPI()
+
+    @app.get("/")
+    async def endless() -> None:
+        tally.note("begins")
+        try:
+            await asyncio.sleep(3600)
+        except BaseException as error:
+            tally.note(type(error).__name__)
+            raise
+
+    return app
+
+
 def telling(tally: Tally, fails: str = "") -> Any:
     """A factory: an app whose lifespan notes what it does, and fails in the way that is named."""
 

@@ -210,6 +210,14 @@ def test_a_request_past_its_deadline_is_cancelled_in_the_app(mount: Mount, tmp_p
     wait_until(lambda: httpx.get(f"{url}/free").status_code == 200)
 
 
+def test_a_client_that_leaves_ends_its_request_in_the_app(client: serve.Client, mount: Mount, tmp_path: Path) -> None:
+    tally = Tally(tmp_path)
+    url = mount(apps.noting_its_end, tally, factory=True)
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.get(f"{url}/", timeout=httpx.Timeout(30, read=0.5))
+    wait_until(lambda: tally.lines == ["begins", "CancelledError"], told=lambda: tally.lines)
+
+
 # The lifespan.
 
 
