@@ -5,7 +5,6 @@ In the embedded form code is not pickled: the process's own store holds the obje
 
 from __future__ import annotations
 
-import ast
 import asyncio
 import hashlib
 import importlib
@@ -282,32 +281,15 @@ def installed_name(target: object) -> str:
 
 def name_of_object(target: object, may_hold: Callable[[ModuleType], bool]) -> str:
     """Returns the import string of an object that is no function and no class, such as an ASGI app, from the modules that `may_hold` it;
-    '' if none has it as a global. Of several modules that have it, one that does not import it from another is taken."""
+    '' if none has it as a global."""
     if hasattr(target, "__qualname__") or isinstance(target, str):
         return ""
-    found = [
-        (module, name)
-        for module in list(sys.modules.values())
-        if isinstance(module, ModuleType)
-        for name, value in list(vars(module).items())
-        if value is target and module.__name__ != "__mp_main__" and may_hold(module)
-    ]
-    found.sort(key=lambda one: _imports(*one))
-    return f"{found[0][0].__name__}:{found[0][1]}" if found else ""
-
-
-def _imports(module: ModuleType, name: str) -> bool:
-    """Whether the source of the module imports the name."""
-    try:
-        tree = ast.parse(inspect.getsource(module))
-    except (OSError, TypeError, SyntaxError):
-        return True
-    return any(
-        name == (alias.asname or alias.name) or alias.name == "*"
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
-    )
+    for module in list(sys.modules.values()):  # in the order in which their imports ended, so the one that defines it comes first
+        if isinstance(module, ModuleType) and may_hold(module):
+            for name, value in list(vars(module).items()):
+                if value is target:
+                    return f"{module.__name__}:{name}"
+    return ""
 
 
 @contextmanager

@@ -102,7 +102,7 @@ def test_an_installed_name_that_leads_elsewhere_goes_by_value(signer: Signer, mo
 
 def test_an_object_has_the_name_that_the_module_gives_it_which_defines_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "naming_first.py").write_text("from naming_second import thing as known\nother = known\n")
+    (tmp_path / "naming_first.py").write_text("from naming_second import thing as known\n")
     (tmp_path / "naming_second.py").write_text("thing = object()\n")
     (tmp_path / "naming_third.py").write_text("from naming_second import *\n")
     names = ("naming_first", "naming_third", "naming_second")
@@ -110,7 +110,7 @@ def test_an_object_has_the_name_that_the_module_gives_it_which_defines_it(tmp_pa
     try:
         thing = modules[2].thing
         assert name_of_object(thing, lambda module: module.__name__.startswith("naming")) == "naming_second:thing"
-        assert name_of_object(thing, lambda module: module.__name__ == "naming_first") == "naming_first:other"
+        assert name_of_object(thing, lambda module: module.__name__ == "naming_first") == "naming_first:known"
         assert name_of_object(object(), lambda module: True) == ""
         assert name_of_object(len, lambda module: True) == "", "a function has a name of its own"
     finally:
