@@ -322,6 +322,7 @@ def _meta(call: HttpCall, method: str) -> RequestHead:
         headers=tuple(call.headers),
         params=call.target.params,
         route=call.target.pattern,
+        root_path=call.target.root_path,
         endpoint=call.target.endpoint.name,
         call=method,
         http_version=call.http_version,

@@ -62,9 +62,14 @@ def importing() -> Iterator[None]:
         _here.is_importing = False
 
 
+def is_importing() -> bool:
+    """Whether the code of a replica calls this while it is imported."""
+    return getattr(_here, "is_importing", False)
+
+
 def check_not_importing(what: str) -> None:
     """Raises InstanceError if a replica's code calls `what` while it is imported: each replica would call it again."""
-    if getattr(_here, "is_importing", False):
+    if is_importing():
         raise InstanceError(
             f"{what} was called while a replica imports the code: each replica would call it again. Put it behind "
             '`if __name__ == "__main__":` in a file that `python` starts, or into a program that imports the code'

@@ -24,6 +24,7 @@ from ..broker.process.printable import printable, printable_lines
 from ..broker.results import ErrorInfo, Result
 from ..broker.values.codecs import check_plain, decode_value
 from ..broker.values.signing import SealScope, Signer
+from .asgi_apps import ASGIApp, HostedApp
 from .asgi_responses import Collected, is_whole
 from .batch_decorators import split_results
 from .error_results import error_result
@@ -36,8 +37,8 @@ logger = logging.getLogger(__name__)
 
 _RESULTS = frozenset((type(None), bool, int, float, str, bytes, list, dict))  # most results have these types, and need no check
 
-Answer = Result | Response
-"""A result, or a Response that `respond` must run to get one."""
+Answer = Result | ASGIApp
+"""A result, or an ASGI app (a Response is one) that `respond` must run to get one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +81,15 @@ class Execution:
             _raise_if_cancelled(error)
             return self.failed(error, job)
 
-    async def respond(self, response: Response, job: Job, answer: Callable[[Result], None]) -> None:
-        """Runs a response as an ASGI app; `answer` gets its result as soon as it is complete. Nobody waits for its background task, which
-        runs after that. Raises only CancelledError, if the task is cancelled."""
+    async def respond(self, app: ASGIApp, job: Job, answer: Callable[[Result], None]) -> None:
+        """Runs an ASGI app, the backend's or a response; `answer` gets its result as soon as it is complete. Nobody waits for background
+        tasks, which run after that. Raises only CancelledError, if the task is cancelled."""
         collected = Collected(lambda whole: answer(self._whole(whole, job)))
         try:
-            await response(http_scope(job.envelope.header.meta), Receiver(job), collected.send)
+            await app(http_scope(job.envelope.header.meta), Receiver(job), collected.send)
             if not collected.is_whole:
-                raise BadType(f"the handler returned a {type(response).__name__} that ended before its answer did: {collected!r}")
+                what = f"{app!r}" if isinstance(app, HostedApp) else f"the handler returned a {type(app).__name__} that"
+                raise BadType(f"{what} ended before its answer did: {collected!r}")
         except BaseException as error:
             _raise_if_cancelled(error)
             if collected.is_too_large:

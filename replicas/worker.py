@@ -24,14 +24,13 @@ from contextvars import Context, copy_context
 from functools import partial
 from typing import Any, TypeVar
 
-from starlette.responses import Response
-
 from ..broker.errors import BackendFailed, words_of
 from ..broker.failures import Failure, describe
 from ..broker.latencies import moving_average
 from ..broker.process import forks
 from ..broker.results import Result
 from ..controller.state.config import BackendConfig
+from .asgi_apps import ASGIApp, check_is_http
 from .batching import Gathering
 from .call_contexts import CallContexts
 from .context import ReplicaContext, enter_context, running_jobs
@@ -90,7 +89,7 @@ class Worker:
         self.in_plain_call = False
         self._last_start = 0.0  # monotonic
         self.hook_since = math.inf  # monotonic: when the hook or constructor that now holds the thread began; infinite if none does
-        self.responding = 0  # responses that run as ASGI apps, including their background tasks
+        self.responding = 0  # ASGI apps that answer requests, and responses that run as such, including their background tasks
 
     def __repr__(self) -> str:
         return f"<Worker {self.thread!r}, {len(self._jobs)} waiting>"
@@ -261,7 +260,10 @@ class Worker:
             return
         context = self._contexts.new()
         if method.is_async:
-            self._start_task(self._run_async(jobs, method), context, jobs)  # which ends its entry in `_tasks` itself
+            if method.is_app:
+                self._run_task(self._respond(jobs[0], method.function, begins=True), context, jobs)
+            else:
+                self._start_task(self._run_async(jobs, method), context, jobs)  # which ends its entry in `_tasks` itself
         elif self._pool is None:
             self._run_plain(jobs, method, context)
         else:
@@ -328,19 +330,24 @@ class Worker:
             self._tasks.discard(task)
 
     def _deliver(self, jobs: Sequence[Job], answers: Sequence[Answer], context: Context | None = None) -> None:
-        """Hands over the answers of a call; `context` is that of a plain call. A Response that must be run for its result runs on the
-        loop."""
+        """Hands over the answers of a call; `context` is that of a plain call. What must be run for its result runs on the loop."""
         for job, answer in zip(jobs, answers, strict=True):
-            if isinstance(answer, Response):
-                self._run_task(self._respond(job, answer), copy_context() if context is None else context, [job])
-            else:
+            if isinstance(answer, Result):
                 self._put(job, answer)
+            else:
+                self._run_task(self._respond(job, answer), copy_context() if context is None else context, [job])
 
-    async def _respond(self, job: Job, response: Response) -> None:
+    async def _respond(self, job: Job, app: ASGIApp, *, begins: bool = False) -> None:
+        """Runs an ASGI app for the answer: a response that the call returned, or the backend's own, with which the call `begins`."""
         assert self._execution is not None
         self.responding += 1
         try:
-            await self._execution.respond(response, job, lambda result: self._put(job, result))
+            if begins:
+                running_jobs.set([job])
+                check_is_http(job.envelope)
+                if job.suspect:
+                    await self._marking.before_async([job])
+            await self._execution.respond(app, job, lambda result: self._put(job, result))
         except asyncio.CancelledError as error:
             self._cancelled([job], error)
         except BaseException as error:
@@ -411,6 +418,11 @@ class Worker:
             self._pool = self._new_pool(self._config.sync_threads)
             self._free_threads += more_threads
         self._take()
+
+    def keep(self, task: asyncio.Task[None]) -> None:
+        """Takes a task of the worker's loop into its register: it is cancelled when the worker ends."""
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _cancel_tasks(self) -> None:
         for task in self._tasks:
