@@ -37,7 +37,7 @@ def own_copy(name: str, target: Any) -> Any:
             with suppress(TypeError):  # an object without weak references is never the first one
                 _given[id(target)] = target
                 return target
-    return _execute_once_more(name)
+        return _execute_once_more(name)  # one at a time: what the module imports need not expect to be imported by several threads at once
 
 
 def _execute_once_more(name: str) -> Any:

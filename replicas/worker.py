@@ -71,7 +71,7 @@ class Worker:
         self.thread = WorkerThread(context)
         self._loop = self.thread.loop
         self._depth = forks.depth
-        self._contexts = CallContexts()
+        self._contexts = CallContexts(context)
         self._pool = self._new_pool(config.sync_threads)
         self._free_threads = config.sync_threads
         self._execution: Execution | None = None
