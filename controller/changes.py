@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from functools import partial
@@ -26,7 +26,7 @@ from ..broker.store_keys import StoreKeys
 from . import lease
 from .desired_writes import write_next
 from .state.config import BackendConfig
-from .state.documents import Backend, Desired, Endpoint
+from .state.documents import ANY_METHOD, Backend, CodeKind, Desired, Endpoint
 from .state.reading import read_desired
 from .state.resources import ActorOptions
 from .state.route_patterns import check_convertor, compile_route
@@ -93,6 +93,7 @@ def create_backend(backend: Backend) -> Change:
     def change(desired: Desired) -> Desired:
         if backend.name in desired.backends:
             raise BadValue(f"there is a backend {backend.name!r} already: choose another name, or change it with update_backend")
+        check_app(backend.name, backend.kind, backend.config)
         forced = tuple(name for name in desired.forced if name != backend.name)
         new = msgspec.structs.replace(backend, version=desired.version + 1)
         return msgspec.structs.replace(desired, backends={**desired.backends, backend.name: new}, forced=forced)
@@ -101,15 +102,17 @@ def create_backend(backend: Backend) -> Change:
     return change
 
 
-def update_backend(name: str, code: str, code_name: str, options: ActorOptions | None) -> Change:
+def update_backend(name: str, code: str, code_name: str, kind: CodeKind, options: ActorOptions | None) -> Change:
     """Deploys new code (and with `options` new resources) to all replicas."""
 
     def change(desired: Desired) -> Desired:
         backend = find_backend(desired, name)
+        check_app(name, kind, backend.config)
         new = msgspec.structs.replace(
             backend,
             code=code,
             code_name=code_name,
+            kind=kind,
             options=backend.options if options is None else options,
             version=desired.version + 1,
             rolled_back="",
@@ -127,7 +130,7 @@ def roll_back(failed: Backend, to: Backend, reason: str) -> Change:
         if backend.version != failed.version:
             return desired
         old = msgspec.structs.replace(
-            backend, code=to.code, code_name=to.code_name, options=to.options, version=to.version, rolled_back=reason
+            backend, code=to.code, code_name=to.code_name, kind=to.kind, options=to.options, version=to.version, rolled_back=reason
         )
         return msgspec.structs.replace(desired, backends={**desired.backends, failed.name: old})
 
@@ -142,6 +145,7 @@ def update_backend_config(name: str, config: BackendConfig | dict[str, Any]) -> 
         backend = find_backend(desired, name)
         settings = parse_config({**backend.settings, **options}).model_dump(exclude_unset=True)
         old, new = backend.config, BackendConfig.model_validate(settings)
+        check_app(name, backend.kind, new)
         updated = msgspec.structs.replace(
             backend,
             settings=settings,
@@ -151,6 +155,34 @@ def update_backend_config(name: str, config: BackendConfig | dict[str, Any]) -> 
         return msgspec.structs.replace(desired, backends={**desired.backends, name: updated})
 
     return change
+
+
+def tell_kinds(found: Mapping[str, tuple[int, CodeKind]]) -> Change:
+    """Notes what the replicas of named code have found it to be: backend -> (version, kind). Leaves alone what was deployed meanwhile."""
+
+    def change(desired: Desired) -> Desired:
+        told = {
+            name: msgspec.structs.replace(desired.backends[name], kind=kind)
+            for name, (version, kind) in found.items()
+            if name in desired.backends and desired.backends[name].version == version
+        }
+        return msgspec.structs.replace(desired, backends={**desired.backends, **told})
+
+    return change
+
+
+def check_app(name: str, kind: CodeKind, config: BackendConfig) -> None:
+    """Raises BadValue for settings that an ASGI app cannot have."""
+    if kind.is_app and config.max_batch_size is not None:
+        raise BadValue(f"backend {name!r} is an ASGI app, which takes no batches of requests: leave max_batch_size out")
+    if kind.is_app and config.on_death == "replay":
+        raise BadValue(f"backend {name!r} is an ASGI app, whose answers cannot be replayed: leave on_death at 'fail'")
+    if kind is CodeKind.APP_OBJECT and config.num_replicas > 1:
+        raise BadValue(
+            f"backend {name!r} is one app object of this process, so it can have one replica and not {config.num_replicas}: name it by an "
+            "import string ('package.module:app') or give a function that makes it (factory=True), then each replica has an app of its "
+            "own; or set MQSERVE_BROKER_URL and MQSERVE_STORE_URL, then each replica is a process"
+        )
 
 
 def needs_new_queue(old: BackendConfig, new: BackendConfig) -> bool:
@@ -193,19 +225,37 @@ def delete_backend(name: str, *, force: bool = False) -> Change:
     return change
 
 
-def create_endpoint(endpoint: Endpoint) -> Change:
+def create_endpoint(declared: Endpoint) -> Change:
     def change(desired: Desired) -> Desired:
-        for backend in endpoint.traffic:
-            find_backend(desired, backend)
-        if endpoint.name in desired.endpoints:
-            raise BadValue(f"there is an endpoint {endpoint.name!r} already: choose another name, or delete_endpoint first")
+        if declared.name in desired.endpoints:
+            raise BadValue(f"there is an endpoint {declared.name!r} already: choose another name, or delete_endpoint first")
+        endpoint = _complete(declared, [find_backend(desired, backend) for backend in declared.traffic])
         for other in desired.endpoints.values():
             if endpoint.route is not None and other.route == endpoint.route:
                 raise BadValue(f"route {endpoint.route!r} belongs to endpoint {other.name!r}: choose another, or delete that endpoint")
-        return msgspec.structs.replace(desired, endpoints={**desired.endpoints, endpoint.name: endpoint})
+        return _with_endpoint(desired, endpoint)
 
-    check_name(endpoint.name, "an endpoint")
+    check_name(declared.name, "an endpoint")
     return change
+
+
+def _complete(declared: Endpoint, backends: list[Backend]) -> Endpoint:
+    """Fills in what depends on the backends: the route to an app is a prefix, and the app decides which methods it takes."""
+    prefix = declared.route is not None and any(backend.kind.is_app for backend in backends)
+    methods = declared.methods or ((ANY_METHOD,) if prefix else ("GET",))
+    if not prefix or declared.route is None:
+        return msgspec.structs.replace(declared, methods=methods)
+    check_prefix(declared.route)
+    return msgspec.structs.replace(declared, prefix=True, route=declared.route.rstrip("/") or "/", methods=methods)
+
+
+def check_prefix(route: str) -> None:
+    """Raises BadValue for a route that cannot be a prefix."""
+    if "{" in route:
+        raise BadValue(
+            f"route {route!r} leads to an ASGI app, so it is a prefix, which has no parameters: give a prefix such as "
+            "'/v1', and write the parameters into the routes of the app"
+        )
 
 
 def delete_endpoint(name: str) -> Change:
@@ -323,19 +373,27 @@ def parse_config(config: BackendConfig | dict[str, Any] | None) -> BackendConfig
 
 
 def parse_endpoint(name: str, backend: object, route: object, methods: object) -> Endpoint:
-    """Returns the endpoint. Raises BadType as Ray Serve 1.x does, and BadValue for a route that does not parse."""
+    """Returns the endpoint. Without methods it has none yet: `create_endpoint` fills in those that its backend suggests. Raises BadType
+    as Ray Serve 1.x does, and BadValue for a route that does not parse."""
     if not isinstance(backend, str):
         raise BadType(f"endpoint {name!r} needs the name of its backend as a str: create_endpoint({name!r}, backend='…')")
     if route is not None and not (isinstance(route, str) and route.startswith("/")):
         raise BadType(f"route {route!r} of endpoint {name!r} must be None or a str that starts with '/', such as '/{name}'")
+    read = _read_methods(name, methods)
+    if route is not None:
+        _check_route(route)
+    return Endpoint(name, route, tuple(method.upper() for method in read), {backend: 1.0})
+
+
+def _read_methods(name: str, methods: object) -> Sequence[str]:
+    if methods == ():
+        return ()
     if not isinstance(methods, list | tuple) or not methods or not all(isinstance(method, str) for method in methods):
         raise BadType(f"methods of endpoint {name!r} must be a list of names such as ['GET', 'POST'], not {methods!r}")
     for method in methods:
         if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", method):
             raise BadValue(f"{method!r} is no HTTP method: methods of endpoint {name!r} are names such as 'GET'")
-    if route is not None:
-        _check_route(route)
-    return Endpoint(name, route, tuple(method.upper() for method in methods), {backend: 1.0})
+    return methods
 
 
 def _check_route(route: str) -> None:

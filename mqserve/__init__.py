@@ -24,6 +24,7 @@ from .client.api import (
     get_handle,
     list_backends,
     list_endpoints,
+    mount,
     register_convertor,
     set_traffic,
     shadow_traffic,
@@ -66,7 +67,9 @@ from .client.handle import AsyncHandle, Handle, StreamHandle
 from .client.streams import Stream
 from .replicas.batch_decorators import END, BadBatch, accept_batch, batch
 from .replicas.context import ReplicaContext, cancelled, get_current_backend_tag, get_current_replica_tag, get_replica_context
+from .replicas.asgi_apps import NoHttpRequest
 from .replicas.handler import NoSuchMethod
+from .replicas.ingress import ingress
 from .replicas.requests import BadBody, Request, ServeRequest
 
 __version__ = "0.1.0"
@@ -92,6 +95,7 @@ __all__ = [
     "InstanceEnded",
     "InstanceError",
     "MQServeError",
+    "NoHttpRequest",
     "NoReplica",
     "NoSuchMethod",
     "NotEncodable",
@@ -126,8 +130,10 @@ __all__ = [
     "get_current_replica_tag",
     "get_handle",
     "get_replica_context",
+    "ingress",
     "list_backends",
     "list_endpoints",
+    "mount",
     "register_convertor",
     "set_traffic",
     "shadow_traffic",

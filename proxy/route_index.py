@@ -1,14 +1,17 @@
-"""Finds the patterns that a path may match by their literal segments, instead of trying one after the other."""
+"""Finds the patterns that a path may match by their literal segments, and the longest prefix of a path, instead of trying one route after
+the other."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter, itemgetter
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from ..controller.state.documents import Endpoint
 from ..controller.state.route_patterns import RoutePattern
+
+T = TypeVar("T")
 
 
 class Shape(NamedTuple):
@@ -97,6 +100,29 @@ class RouteIndex:
             if len(segments) >= table.segments:
                 found += table.at(segments)
         return found
+
+
+class PrefixIndex(Generic[T]):
+    """Routes that are prefixes, `/` or `/v1`, and what each leads to. A look-up takes time in the number of segments of the deepest prefix,
+    and not in the number of prefixes or in the length of the path."""
+
+    def __init__(self, prefixes: Mapping[str, T]) -> None:
+        self._at = {route.rstrip("/"): target for route, target in prefixes.items()}
+        self._depth = max((prefix.count("/") for prefix in self._at), default=-1)
+
+    def __repr__(self) -> str:
+        return f"<PrefixIndex of {len(self._at)}>"
+
+    def find(self, path: str) -> T | None:
+        """Returns what the longest prefix of the path leads to. A prefix ends where a segment ends: `/v1` is none of `/v10`."""
+        if self._depth < 0 or path[:1] != "/":
+            return None
+        segments = path.split("/", self._depth + 1)
+        for end in range(min(len(segments), self._depth + 1), 0, -1):
+            found = self._at.get("/".join(segments[:end]))
+            if found is not None:
+                return found
+        return None
 
 
 def _shape(pattern: RoutePattern) -> Shape:

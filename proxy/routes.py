@@ -6,18 +6,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..broker.errors import BadValue
-from ..controller.state.documents import Desired, Endpoint, Observed
+from ..controller.state.documents import ANY_METHOD, Desired, Endpoint, Observed
 from ..controller.state.route_patterns import Params, compile_route
-from .route_index import PatternRoute, RouteIndex
+from .route_index import PatternRoute, PrefixIndex, RouteIndex
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The target of a request: its endpoint, the route's pattern, and the path parameters as (name, convertor, text)."""
+    """The target of a request: its endpoint, the route's pattern, the path parameters as (name, convertor, text), and the `root_path` that
+    the app gets if the route is a prefix."""
 
     endpoint: Endpoint
     pattern: str
     params: Params
+    root_path: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +29,21 @@ class NotAllowed:
     methods: tuple[str, ...]
 
 
+class _AnyMethod(frozenset[str]):
+    """The methods of an endpoint that takes them all."""
+
+    def __contains__(self, method: object) -> bool:
+        return True
+
+
+_ANY = _AnyMethod()
+Leads = tuple[frozenset[str], Target]
+"""The methods that an endpoint takes, and the target of requests with one of them."""
+
+
 class RouteTable:
     """One version of the routes, replaced as a whole when the document changes. Literal paths win over patterns, then the older route
-    wins.
+    wins. A path that neither matches goes to the longest prefix.
 
     What still applies is taken over from `before`, the previous table, so that a change of one endpoint costs little beside many.
     `left_out` holds the routes that cannot be matched here, with the reason: one such route, accepted by an older version, must not
@@ -44,11 +58,17 @@ class RouteTable:
         self.left_out: dict[str, str] = {}
         self._endpoints = desired.endpoints
         self._patterns: dict[str, PatternRoute] = {}  # by route, as the two below
-        self._literal: dict[str, tuple[frozenset[str], Target]] = {}
+        self._literal: dict[str, Leads] = {}
+        prefixes: dict[str, Leads] = {}
         for age, endpoint in enumerate(desired.endpoints.values()):
-            if endpoint.route is not None:
+            if endpoint.route is None:
+                continue
+            if endpoint.prefix:
+                prefixes[endpoint.route] = _allowed(endpoint), Target(endpoint, endpoint.route, (), endpoint.route.rstrip("/"))
+            else:
                 self._add(age, endpoint.route, endpoint, before)
         self._index = RouteIndex(self._patterns.values())
+        self._prefixes = PrefixIndex(prefixes)
 
     def _add(self, age: int, route: str, endpoint: Endpoint, before: RouteTable | None) -> None:
         """Adds a route, as it is in `before` if nothing of it has changed."""
@@ -97,8 +117,16 @@ class RouteTable:
             if method in route.methods:
                 return Target(route.endpoint, route.pattern.route, params)
             refused = refused or NotAllowed(route.endpoint.methods)
-        return refused
+        if refused is not None:
+            return refused
+        prefix = self._prefixes.find(path)
+        if prefix is None:
+            return None
+        allowed, target = prefix
+        return target if method in allowed else NotAllowed(target.endpoint.methods)
 
 
 def _allowed(endpoint: Endpoint) -> frozenset[str]:
+    if ANY_METHOD in endpoint.methods:
+        return _ANY
     return frozenset((*endpoint.methods, "HEAD") if "GET" in endpoint.methods else endpoint.methods)

@@ -10,12 +10,15 @@ from __future__ import annotations
 import decimal
 from contextvars import Context
 
+from .context import ReplicaContext, note_replica
+
 
 class CallContexts:
     """The contexts of one replica. Construction and `reconfigure` run in `own`."""
 
-    def __init__(self) -> None:
+    def __init__(self, replica: ReplicaContext) -> None:
         self.own = Context()
+        self.own.run(note_replica, replica)
         self._decimal: decimal.Context | None = None
 
     def __repr__(self) -> str:

@@ -34,6 +34,7 @@ class Request(Protocol):
 running_jobs: ContextVar[Sequence[Request]] = ContextVar("running_jobs", default=())  # the requests of the current call
 
 _here = threading.local()
+_replica: ContextVar[ReplicaContext | None] = ContextVar("replica", default=None)  # for threads that run with a copy of a call's context
 _process: list[ReplicaContext] = []  # filled if this whole process is a replica, for threads that user code starts
 
 
@@ -44,9 +45,18 @@ def enter_context(context: ReplicaContext, *, whole_process: bool = False) -> No
         _process[:] = [context]
 
 
+def note_replica(context: ReplicaContext) -> None:
+    """Notes the replica in the current context, which `asyncio.to_thread` and AnyIO take into the threads that they run."""
+    _replica.set(context)
+
+
+def _replica_here() -> ReplicaContext | None:
+    return getattr(_here, "context", None) or _replica.get() or (_process[0] if _process else None)
+
+
 def get_replica_context() -> ReplicaContext:
     """Returns the replica whose code calls this. Raises InstanceError outside of a replica."""
-    context = getattr(_here, "context", None) or (_process[0] if _process else None)
+    context = _replica_here()
     if context is None:
         raise InstanceError("there is no replica here: get_replica_context() works in a backend's own code, in its worker's threads")
     return context
@@ -62,9 +72,14 @@ def importing() -> Iterator[None]:
         _here.is_importing = False
 
 
+def is_importing() -> bool:
+    """Whether the code of a replica calls this while it is imported."""
+    return getattr(_here, "is_importing", False)
+
+
 def check_not_importing(what: str) -> None:
     """Raises InstanceError if a replica's code calls `what` while it is imported: each replica would call it again."""
-    if getattr(_here, "is_importing", False):
+    if is_importing():
         raise InstanceError(
             f"{what} was called while a replica imports the code: each replica would call it again. Put it behind "
             '`if __name__ == "__main__":` in a file that `python` starts, or into a program that imports the code'
@@ -78,7 +93,7 @@ def in_replica_process() -> bool:
 
 def in_replica() -> bool:
     """Whether the code of a replica calls this."""
-    return bool(_process) or getattr(_here, "context", None) is not None
+    return _replica_here() is not None
 
 
 def is_constructing() -> bool:

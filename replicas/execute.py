@@ -25,6 +25,7 @@ from ..broker.process.printable import printable, printable_lines
 from ..broker.results import ErrorInfo, Result
 from ..broker.values.codecs import check_plain, decode_value
 from ..broker.values.signing import SealScope, Signer
+from .asgi_apps import ASGIApp, HostedApp
 from .asgi_responses import Collected, Left, is_whole
 from .batch_decorators import split_results
 from .error_results import error_result
@@ -47,8 +48,8 @@ class BatchSteps(NamedTuple):
     generator: AnyGenerator
 
 
-Answer = Result | Response | AnyGenerator | BatchSteps
-"""A result, or a Response that `respond` must run to get one, or a generator whose values are the answer."""
+Answer = Result | ASGIApp | AnyGenerator | BatchSteps
+"""A result, or an ASGI app (a Response is one) that `respond` must run to get one, or a generator whose values are the answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,18 +92,19 @@ class Execution:
             _raise_if_cancelled(error)
             return self.failed(error, job)
 
-    async def respond(self, response: Response, job: Job, answer: Callable[[Result], None], sinks: Sinks) -> None:
-        """Runs a response as an ASGI app, and streams what comes in parts; `answer` gets its result as soon as it is complete. Nobody waits
-        for its background task, which runs after that. Raises only CancelledError, if the task is cancelled."""
+    async def respond(self, app: ASGIApp, job: Job, answer: Callable[[Result], None], sinks: Sinks) -> None:
+        """Runs an ASGI app, the backend's or a response, and streams what comes in parts; `answer` gets its result as soon as it is
+        complete. Nobody waits for background tasks, which run after that. Raises only CancelledError, if the task is cancelled."""
         collected = Collected(
             lambda whole: answer(self._whole(whole, job)),
             lambda head: sinks.response(job, *response_head(head, self.backend)),
             head_only=job.envelope.header.meta.method == "HEAD",
         )
         try:
-            await response(http_scope(job.envelope.header.meta), Receiver(job), collected.send)
+            await app(http_scope(job.envelope.header.meta), Receiver(job), collected.send)
             if not collected.is_whole:
-                raise BadType(f"the handler returned a {type(response).__name__} that ended before its answer did: {collected!r}")
+                what = f"{app!r}" if isinstance(app, HostedApp) else f"the handler returned a {type(app).__name__} that"
+                raise BadType(f"{what} ended before its answer did: {collected!r}")
         except BaseException as error:
             _raise_if_cancelled(error)
             if collected.is_too_large:
@@ -115,9 +117,9 @@ class Execution:
             else:
                 answer(self.failed(error, job))
         finally:
-            await self._close_body(response, job)
+            await self._close_body(app, job)
 
-    async def _close_body(self, response: Response, job: Job) -> None:
+    async def _close_body(self, response: ASGIApp, job: Job) -> None:
         """Has the generator of a StreamingResponse run its `finally` now: Starlette leaves that to the garbage collector."""
         body = getattr(response, "body_iterator", None)
         if isinstance(body, AsyncGenerator):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..broker.errors import BadType
+from .asgi_apps import HostedApp, is_asgi_app
 from .batch_decorators import accepts_batch
 
 RESERVED_METHODS = frozenset({"reconfigure", "check_health"})
@@ -21,24 +22,26 @@ class NoSuchMethod(BadType):
 
 @dataclass(frozen=True, slots=True, eq=False)  # compared by identity, since the user's instance inside may not be hashable
 class Method:
-    """A function or method that requests call."""
+    """A function or method that requests call, or an ASGI app that answers them."""
 
     function: Callable[..., Any]
     is_async: bool
     accepts_batch: bool
     takes_request: bool
     steps_batch: bool = False  # it yields a list of items, one for each request of its batch, again and again
+    is_app: bool = False
 
 
 class Handler:
-    """A deployed function or instance. Looks up each of its methods once."""
+    """A deployed function or instance, or an ASGI `app`. Looks up each of its methods once."""
 
     def __init__(self, target: Any, *, is_function: bool) -> None:
         self._target = target
         self._is_function = is_function
         self._methods: dict[str, Method] = {}
-        self.is_async = is_async_callable(target)
-        self.accepts_batch = accepts_batch(target)
+        self.app = HostedApp(target) if is_asgi_app(target) else None
+        self.is_async = self.app is not None or is_async_callable(target)
+        self.accepts_batch = self.app is None and accepts_batch(target)
         self._hooks = {} if is_function else {name: getattr(target, name, None) for name in RESERVED_METHODS}
 
     def __repr__(self) -> str:
@@ -53,7 +56,7 @@ class Handler:
         """Returns a public method of the user's class by its name, which is empty for `__call__`. Raises NoSuchMethod."""
         found = self._methods.get(call)
         if found is None:
-            found = self._methods[call] = make_method(self._find(call))
+            found = self._methods[call] = make_method(self._find(call)) if self.app is None else _make_app_method(self.app, call)
         return found
 
     def _find(self, call: str) -> Callable[..., Any]:
@@ -67,15 +70,24 @@ class Handler:
         return getattr(self._target, call)  # type: ignore[no-any-return]
 
 
-def make_handler(target: Any, args: list[Any]) -> Handler:
-    """Returns the handler; constructs a class. Raises the exceptions of the user's constructor, and BadType for a handler that cannot be
-    called with a request."""
+def make_handler(target: Any, args: list[Any], *, is_factory: bool = False, must_be_app: bool = False) -> Handler:
+    """Returns the handler; constructs a class, and calls a function that makes an app. Raises the exceptions of the user's constructor, and
+    BadType for a handler that cannot be called with a request, or for anything else than the app that it must be."""
     is_class = inspect.isclass(target)
-    made = target(*args) if is_class else target
+    made = target(*args) if is_class or is_factory else target
     handler = Handler(made, is_function=not is_class)
+    if must_be_app and handler.app is None:
+        what = f"its factory returned a {type(made).__name__}" if is_factory else f"it is a {type(made).__name__}"
+        raise BadType(f"{what}, which is no ASGI app: an app is called as `await app(scope, receive, send)`")
     if callable(made):  # a class may have named methods only
         handler.method("")
     return handler
+
+
+def _make_app_method(app: HostedApp, call: str) -> Method:
+    if call not in ("", "__call__"):
+        raise NoSuchMethod(f"the backend is an ASGI app, which has no method {call!r} to call: its routes are what it offers")
+    return Method(app, is_async=True, accepts_batch=False, takes_request=False, is_app=True)
 
 
 def make_method(function: Callable[..., Any]) -> Method:

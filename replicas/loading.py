@@ -18,6 +18,7 @@ from ..broker.values import code
 from ..broker.values.main_module import RunFile, stand_in_for
 from ..controller.state.documents import Backend
 from ..controller.state.reading import read_desired
+from .app_copies import own_copy
 from .context import importing
 from .handler import Handler, make_handler
 from .hook_calls import Raised
@@ -35,26 +36,33 @@ async def read_backend(store: Store, keys: StoreKeys, namespace: str, name: str)
 
 
 async def construct(store: Store, keys: StoreKeys, settings: Settings, worker: Worker, backend: Backend) -> Handler:
-    """Constructs the handler in the worker's thread, within the backend's start timeout. Raises BackendFailed with the traceback of user
-    code, or with the message of its `sys.exit()`."""
+    """Constructs the handler in the worker's thread, and starts an app, within the backend's start timeout. Raises BackendFailed with the
+    traceback of user code, or with the message of its `sys.exit()`."""
     record, restored = await _fetch(store, keys, settings, backend)
 
     def make() -> Handler:
         target, args = _import(record, restored, settings)
-        return make_handler(target, args)
+        return make_handler(target, args, is_factory=record.factory, must_be_app=backend.kind.is_app)
 
+    doing = "cannot be constructed"
     try:
         async with asyncio.timeout(backend.config.start_timeout_s):
             handler: Handler = await worker.call(make, constructs=True)
+            if (app := handler.app) is not None:
+                doing = "is an app that does not start"
+                await worker.call(lambda: app.start(worker.keep), constructs=True)
     except TimeoutError:
         raise BackendFailed(
             f"backend {backend.name!r} ({backend.code_name}) was not constructed within its start_timeout_s of "
-            f"{backend.config.start_timeout_s:g} s: raise it, or do less in the constructor"
+            f"{backend.config.start_timeout_s:g} s: raise it, or do less in the constructor or in the startup of the app"
         ) from None
     except Raised as raised:
-        raise BackendFailed(told(backend, "cannot be constructed", raised.failure)) from None
-    if backend.config.on_death == "replay" and handler.accepts_batch:
-        raise BackendFailed(f"backend {backend.name!r} takes batches, which cannot be replayed: leave on_death at 'fail'")
+        raise BackendFailed(told(backend, doing, raised.failure)) from None
+    if backend.config.on_death == "replay" and (handler.accepts_batch or handler.app is not None):
+        what = "takes batches, which" if handler.accepts_batch else "is an ASGI app, whose answers"
+        raise BackendFailed(f"backend {backend.name!r} {what} cannot be replayed: leave on_death at 'fail'")
+    if handler.app is not None and backend.config.max_batch_size is not None:
+        raise BackendFailed(f"backend {backend.name!r} is an ASGI app, which takes no batches of requests: leave max_batch_size out")
     if (backend.config.max_batch_size or 1) > 1 and not handler.accepts_batch:
         raise BackendFailed(f"backend {backend.name!r} has a max_batch_size but takes no batches: decorate it with @serve.accept_batch")
     return handler
@@ -79,7 +87,8 @@ def _import(record: code.Code | code.CodeHere, restored: Restored | None, settin
     imports. They replace those that they are copies of: the files there may be other ones by now."""
     with importing():
         if isinstance(record, code.CodeHere):
-            return code.make(record, settings.signer)
+            target, args = code.make(record, settings.signer)
+            return (own_copy(record.target, target) if isinstance(record.target, str) else target), args
         if restored is not None:
             sys.path[:] = [*map(str, restored.paths), *(path for path in sys.path if path not in restored.origins)]
             importlib.invalidate_caches()

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import socket
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from functools import partial
 from ..broker.backoff import delays
 from ..broker.errors import BackendFailed, MQServeError, StoreUnavailable, words_of
 from ..broker.process.lifeline import Stop, stop_event
+from ..broker.process.printable import printable
 from ..broker.process.stopping import unless
 from ..broker.queue import Queue
 from ..broker.rabbitmq.queue import PROBE_SELDOM_EVERY_S, open_rabbitmq
@@ -28,9 +30,11 @@ from ..controller.state.convertors import Convertors
 from ..controller.state.documents import Backend, Desired, Observed
 from ..controller.state.following import follow_state
 from ..controller.state.presence import Presence
+from .asgi_apps import HostedApp
 from .context import ReplicaContext, enter_context
 from .execute import Execution
 from .handler import Handler
+from .hook_calls import Raised
 from .loading import construct, read_backend
 from .metrics import ReplicaMetrics
 from .request_loop import RequestLoop
@@ -42,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 ORPHAN_DRAIN_S = 4.0  # the longest drain of a replica whose parent was killed
 _LAST_BREATH_S = 0.1  # from the failure of the worker's loop to the end of its thread
+_LEAST_SHUTDOWN_S = 3.0  # of an app, however long the drain before it took
 FAILED_EXIT = 3  # the user's code could not be loaded or constructed
 
 
@@ -90,6 +95,8 @@ class Replica:
         self._queue: Queue | None = None
         self._requests: RequestLoop | None = None
         self._hooks: UserHooks | None = None
+        self._is_app = False
+        self._drained_by = 0.0  # monotonic
         field = f"replica:{options.replica_id}"
         self._presence = Presence(store, self._keys.beats, field, lambda: self._beat().to_bytes(), BEAT_EVERY_S)
 
@@ -105,6 +112,7 @@ class Replica:
         self._backend = backend
         context = ReplicaContext(backend.name, self._options.replica_id)
         worker = Worker(context, backend.config, self._on_done, self._before_suspects)
+        app: HostedApp | None = None
         failure: MQServeError | None = None  # raised outside the group, which would wrap it
         async with asyncio.TaskGroup() as tasks:
             beating = tasks.create_task(self._presence.beat_forever())
@@ -114,6 +122,8 @@ class Replica:
                 handler = await unless(stop, construct(self._store, self._keys, self._settings, worker, backend))
                 if handler is None:
                     return
+                app = handler.app
+                self._is_app = app is not None
                 self._hooks = hooks = UserHooks(worker, handler)
                 await hooks.apply(backend)
                 async with open_queue() as self._queue:
@@ -123,6 +133,8 @@ class Replica:
                 if isinstance(failure, BackendFailed):
                     self._state, self._error = MemberState.FAILED, str(failure)
             finally:
+                if app is not None:
+                    await self._stop_app(worker, app)
                 worker.stop()
                 await self._presence.leave(with_last_words=self._state is MemberState.FAILED)
                 beating.cancel()
@@ -148,15 +160,29 @@ class Replica:
                 to_the_end = [tasks.create_task(requests.tune_forever()), tasks.create_task(requests.listen())]
                 await stop.wait()
                 self._say(MemberState.DRAINING)
+                drain_s = ORPHAN_DRAIN_S if stop.orphaned else math.inf
+                self._drained_by = time.monotonic() + min(drain_s, backend.config.graceful_shutdown_timeout_s)
                 for task in minding:
                     task.cancel()
-                await requests.drain(ORPHAN_DRAIN_S if stop.orphaned else math.inf)
+                await requests.drain(drain_s)
                 for task in to_the_end:
                     task.cancel()
         finally:
             metrics.end()
             await requests.abandon()  # the end of a process would requeue as well, but an embedded replica has no process of its own
         worker.thread.check()
+
+    async def _stop_app(self, worker: Worker, app: HostedApp) -> None:
+        """Runs the shutdown of an app's lifespan, in what is left of the time to drain."""
+        try:
+            async with asyncio.timeout(max(_LEAST_SHUTDOWN_S, self._drained_by - time.monotonic())):
+                await worker.call(app.stop)
+        except TimeoutError:
+            logger.warning(
+                "the app of %s has not shut down in time: give it a longer graceful_shutdown_timeout_s", self._options.replica_id
+            )
+        except (Raised, MQServeError) as error:
+            logger.warning("the app of %s has not shut down: %s", self._options.replica_id, printable(str(error)))
 
     async def _follow(self, requests: RequestLoop, hooks: UserHooks, stop: Stop) -> None:
         """Applies new configuration and new generations of the queue. Sets `stop` and returns when the replica is no longer wanted."""
@@ -235,7 +261,7 @@ class Replica:
             version=self._backend.version if self._backend else 0, generations=requests.generations if requests else (),
             follows=(0, hooks.version if hooks else 0), refused=hooks.refused if hooks else "",
             running=requests.running if requests else 0, served=requests.served if requests else 0, noted=self._store.health.noted,
-            seals=bool(self._settings.secret_keys),
+            seals=bool(self._settings.secret_keys), is_app=self._is_app,
         )  # fmt: skip
 
 

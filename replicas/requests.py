@@ -246,7 +246,7 @@ def http_scope(meta: RequestHead) -> dict[str, Any]:
         "scheme": meta.scheme,
         "path": meta.path,
         "raw_path": meta.raw_path or meta.path.encode(),
-        "root_path": "",
+        "root_path": meta.root_path,
         "query_string": meta.query,
         "headers": list(meta.headers),
         "path_params": convert_params(meta) if meta.params else {},

@@ -15,18 +15,17 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Sequence
 from contextlib import suppress
 from contextvars import Context, copy_context
 from functools import partial
 from typing import Any, TypeVar
 
-from starlette.responses import Response
-
 from ..broker.latencies import moving_average
 from ..broker.process import forks
 from ..broker.results import Result
 from ..controller.state.config import BackendConfig
+from .asgi_apps import ASGIApp, check_is_http
 from .batching import Gathering
 from .call_contexts import CallContexts
 from .context import ReplicaContext, enter_context, running_jobs
@@ -62,7 +61,7 @@ class Worker:
         self.thread = WorkerThread(context)
         self._loop = self.thread.loop
         self._depth = forks.depth
-        self._contexts = CallContexts()
+        self._contexts = CallContexts(context)
         self._hook_calls = HookCalls(self._loop, self._contexts, self._without_loop, self.run_task)
         self._pool = self._new_pool(config.sync_threads)
         self._free_threads = config.sync_threads
@@ -83,7 +82,7 @@ class Worker:
         self.run_s = 0.0  # moving average of plain calls
         self.in_plain_call = False
         self._last_start = 0.0  # monotonic
-        self.responding = 0  # responses that run as ASGI apps, including their background tasks
+        self.responding = 0  # ASGI apps that answer requests, and responses that run as such, including their background tasks
 
     def __repr__(self) -> str:
         return f"<Worker {self.thread!r}, {len(self._jobs)} waiting>"
@@ -225,7 +224,10 @@ class Worker:
             return
         context = self._contexts.new()
         if method.is_async:
-            self._start_task(self._run_async(jobs, method), context, jobs)  # which ends its entry in `_tasks` itself
+            if method.is_app:
+                self.run_task(self._respond(jobs[0], method.function, begins=True), context, jobs)
+            else:
+                self._start_task(self._run_async(jobs, method), context, jobs)  # which ends its entry in `_tasks` itself
         elif self._pool is None:
             self._run_plain(jobs, method, context)
         else:
@@ -292,23 +294,28 @@ class Worker:
             self._tasks.discard(task)
 
     def _deliver(self, jobs: Sequence[Job], answers: Sequence[Answer], context: Context | None = None) -> None:
-        """Hands over the answers of a call; `context` is that of a plain call. A Response that must be run for its result runs on the
-        loop."""
+        """Hands over the answers of a call; `context` is that of a plain call. What must be run for its result runs on the loop."""
         for job, answer in zip(jobs, answers, strict=True):
             if isinstance(answer, Result):
                 self._put(job, answer)
-            elif isinstance(answer, Response):
-                self.run_task(self._respond(job, answer), copy_context() if context is None else context, [job])
             elif isinstance(answer, BatchSteps):
                 return self._generators.start(jobs, answer, copy_context() if context is None else context)
-            else:
+            elif isinstance(answer, Generator | AsyncGenerator):
                 self._generators.start([job], answer, copy_context() if context is None else context)
+            else:
+                self.run_task(self._respond(job, answer), copy_context() if context is None else context, [job])
 
-    async def _respond(self, job: Job, response: Response) -> None:
+    async def _respond(self, job: Job, app: ASGIApp, *, begins: bool = False) -> None:
+        """Runs an ASGI app for the answer: a response that the call returned, or the backend's own, with which the call `begins`."""
         assert self._execution is not None
         self.responding += 1
         try:
-            await self._execution.respond(response, job, lambda result: self.put(job, result), self.sinks)
+            if begins:
+                running_jobs.set([job])
+                check_is_http(job.envelope)
+                if job.suspect:
+                    await self._marking.before_async([job])
+            await self._execution.respond(app, job, lambda result: self.put(job, result), self.sinks)
         except asyncio.CancelledError as error:
             self.cancelled([job], error)
         except BaseException as error:
@@ -430,6 +437,11 @@ class Worker:
         job.request = job.task = None
         flow.result = result
         self.flowing.touch(job)
+
+    def keep(self, task: asyncio.Task[None]) -> None:
+        """Takes a task of the worker's loop into its register: it is cancelled when the worker ends."""
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _cancel_tasks(self) -> None:
         self._without_loop(self._generators.stop)

@@ -97,7 +97,7 @@ class WorkerThread:
 
     def _finish(self, cancel_tasks: Callable[[], None]) -> None:
         cancel_tasks()
-        self.loop.call_soon(self.loop.stop)
+        self.loop.call_soon(self.loop.call_soon, self.loop.stop)  # a turn later: a cancelled task tells its end in the turn after its own
 
     def _log_unhandled(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """Logs an error that no code awaited. The default handler would call methods of the exception, which may be anybody's."""

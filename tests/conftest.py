@@ -31,6 +31,7 @@ GIVEN_SERVERS = bool(GIVEN_BROKER_URL or GIVEN_STORE_URL)
 # The servers themselves are asked for by tests that stop, kill or freeze them; the URLs by tests that use them.
 BREAKING_FIXTURES = {"broker_server", "store_server"}
 LONG = (
+    "test_asgi_apps",
     "test_exceptions",
     "test_behaviours_",
     "test_must_hold",

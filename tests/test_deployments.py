@@ -19,7 +19,7 @@ from mqserve.connections import Connections
 from mqserve.controller.changes import commit, update_backend
 from mqserve.controller.environments import check_environment, seal_environment
 from mqserve.controller.state.config import BackendConfig
-from mqserve.controller.state.documents import Backend, Desired, Observed
+from mqserve.controller.state.documents import Backend, CodeKind, Desired, Observed
 from mqserve.controller.state.reading import read_desired
 from mqserve.controller.state.resources import ActorOptions
 
@@ -33,7 +33,7 @@ class Meanwhile(EmbeddedStore):
     """While one client saves its code, another deploys good code."""
 
     async def put_if_absent(self, key: str, value: bytes, *, ttl_ms: int) -> None:
-        await commit(self, KEYS, "i", update_backend("b", "good", "good", None))
+        await commit(self, KEYS, "i", update_backend("b", "good", "good", CodeKind.HANDLER, None))
         await super().put_if_absent(key, value, ttl_ms=ttl_ms)
 
 
@@ -51,7 +51,7 @@ async def test_an_update_that_fails_is_rolled_back_to_what_it_replaced_and_not_p
     await store.set(KEYS.desired, Desired(instance="i", version=1, backends={"b": Backend("b", "first", "first")}).to_bytes())
     await store.set(KEYS.observed, FAILING.to_bytes())
     with pytest.raises(BackendFailed, match="no model"):
-        await deployments(store).update_backend("b", Packed(Code("bad", target="m:bad")), None)
+        await deployments(store).update_backend("b", Packed(Code("bad", target="m:bad")), CodeKind.NAMED, None)
     assert read_desired(await store.get(KEYS.desired)).backends["b"].code == "good"
 
 
@@ -61,7 +61,7 @@ async def test_a_backend_that_fails_says_why_although_it_cannot_be_deleted(monke
     await store.set(KEYS.desired, Desired(instance="i").to_bytes())
     await store.set(KEYS.observed, FAILING.to_bytes())
     with pytest.raises(BackendFailed, match="does not get ready: no model"):
-        await deployments(store).create_backend("b", Packed(Code("bad", target="m:bad")), BackendConfig(), ActorOptions())
+        await deployments(store).create_backend("b", Packed(Code("bad", target="m:bad")), CodeKind.NAMED, BackendConfig(), ActorOptions())
     assert read_desired(await store.get(KEYS.desired)).backends == {}
 
 
@@ -77,7 +77,9 @@ async def updated(before: ActorOptions, given: ActorOptions | None, *keys: bytes
     await store.set(KEYS.observed, FAILING.to_bytes())
     settings = replace(Settings.read(), secret_keys=keys)
     with pytest.raises(BackendFailed):
-        await deployments_by(settings, store, committed.append).update_backend("b", Packed(Code("new", target="m:new")), given)
+        await deployments_by(settings, store, committed.append).update_backend(
+            "b", Packed(Code("new", target="m:new")), CodeKind.NAMED, given
+        )
     return committed[0].backends["b"].options
 
 

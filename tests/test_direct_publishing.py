@@ -14,8 +14,9 @@ from pika.adapters.blocking_connection import BlockingChannel
 
 import mqserve as serve
 from mqserve.broker.envelope import Header
+from tests.apps import plain_app
 from tests.gates import Gate
-from tests.instances import Deploy, distributed_only, wait_until
+from tests.instances import CommandLine, Deploy, distributed_only, wait_until
 from tests.sealed import sealed
 
 pytestmark = distributed_only
@@ -71,6 +72,19 @@ def test_a_json_message_is_served_and_answered_like_any_rpc(channel: BlockingCha
     channel.basic_publish(exchange, summing, b"[1, 2, 3.5]", properties)
     reply, body = receive(channel, replies)
     assert (reply.correlation_id, reply.content_type, json.loads(body)) == ("question 7", "application/json", {"sum": 6.5})
+
+
+def test_a_message_to_an_app_is_unprocessable_and_no_dead_letter(
+    channel: BlockingChannel, exchange: str, client: serve.Client, joining: CommandLine
+) -> None:
+    client.mount("/unpublished", plain_app)
+    replies = own_queue(channel)
+    channel.basic_publish(exchange, "unpublished", b"1", pika.BasicProperties(content_type="application/json", reply_to=replies))
+    reply, body = receive(channel, replies)
+    assert (reply.headers or {})["mq-status"] == 422 and b"a direct publisher sends none" in body
+    assert joining.run("dead", "list", "unpublished", "--json").stdout.strip() in ("", "[]")
+    client.delete_endpoint("unpublished")
+    client.delete_backend("unpublished")
 
 
 def test_the_result_stands_in_redis_under_the_callers_own_key(

@@ -66,6 +66,15 @@ def test_digits_refuses_what_is_no_image(digits_url: str, body: str, status: int
     assert response.status_code == status
 
 
+def test_the_fastapi_app_keeps_notes_and_counts_words(shell: CommandLine) -> None:
+    url = serve_example(shell, EXAMPLES / "fastapi_app.py")
+    assert httpx.post(f"{url}/v1/notes", json={"text": "buy tea"}).json() == {"count": 1}
+    assert httpx.get(f"{url}/v1/notes").json() == [{"text": "buy tea"}]
+    assert httpx.post(f"{url}/v1/notes", json={}).status_code == 422
+    assert "/v1/openapi.json" in httpx.get(f"{url}/v1/docs").text
+    assert httpx.get(f"{url}/words/count", params={"text": "the cat and a dog"}).json() == 2
+
+
 def test_digits_has_no_image_beyond_its_data_set(digits_url: str) -> None:
     assert httpx.get(f"{digits_url}/999999", timeout=30).status_code == 404
 

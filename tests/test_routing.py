@@ -33,10 +33,16 @@ def as_it_was() -> Iterator[None]:
 
 
 def table_of(*routes: str | tuple[str, str], before: RouteTable | None = None) -> RouteTable:
-    """Of endpoints that are called like their routes, the oldest first; methods beside a route, or GET."""
-    pairs = [(route, "GET") if isinstance(route, str) else route for route in routes]
-    endpoints = {route: Endpoint(route, route, tuple(methods.split()), {"b": 1.0}) for route, methods in pairs}
+    """Of endpoints that are called like their routes, the oldest first; methods beside a route, or GET. A route that ends in `*` is a
+    prefix, which takes all methods."""
+    pairs = [(route, "*" if route[-1:] == "*" else "GET") if isinstance(route, str) else route for route in routes]
+    endpoints = {name: endpoint_of(name, tuple(methods.split())) for name, methods in pairs}
     return RouteTable(Desired(backends={"b": Backend("b", "c0de", "f")}, endpoints=endpoints), Observed(), before)
+
+
+def endpoint_of(name: str, methods: tuple[str, ...]) -> Endpoint:
+    is_prefix = name.endswith("*")
+    return Endpoint(name, (name.removesuffix("*").rstrip("/") or "/") if is_prefix else name, methods, {"b": 1.0}, prefix=is_prefix)
 
 
 def found(table: RouteTable, path: str, method: str = "GET") -> str | tuple[str, ...] | None:
@@ -84,7 +90,48 @@ def test_odd_paths_match_what_starlettes_routes_match(path: str) -> None:
     assert found(table_of("/a", "/a/{n:int}", "/{x}"), path) == expected.get(path)
 
 
+def test_the_longest_prefix_wins_and_ends_where_a_segment_ends() -> None:
+    table = table_of("/v1/*", "/v1/admin/*", "/*", "/v1/admin/x/*")
+    paths = ["/v1", "/v1/", "/v1/a/b", "/v1/admin", "/v1/admin/y", "/v1/admin/x/y/z", "/v1/administrator", "/v10", "/", "/other"]
+    ends = ["/v1/*", "/v1/*", "/v1/*", "/v1/admin/*", "/v1/admin/*", "/v1/admin/x/*", "/v1/*", "/*", "/*", "/*"]
+    assert [found(table, path) for path in paths] == ends
+
+
+def test_a_prefix_gets_only_paths_that_no_other_route_matches() -> None:
+    table = table_of("/*", "/v1/*", "/v1/exact", "/v1/items/{item:int}", ("/v1/posted/{x}", "POST"))
+    assert [found(table, path) for path in ("/v1/exact", "/v1/items/5", "/v1/items/five")] == ["/v1/exact", "/v1/items/{item:int}", "/v1/*"]
+    assert found(table, "/v1/exact", "POST") == ("GET",) and found(table, "/v1/posted/a") == ("POST",)
+
+
+def test_a_prefix_takes_the_methods_that_it_names_or_all_of_them() -> None:
+    table = table_of(("/some/*", "GET PUT"), "/all/*")
+    assert [found(table, "/some/x", method) for method in ("GET", "HEAD", "PUT", "POST")] == [
+        "/some/*",
+        "/some/*",
+        "/some/*",
+        ("GET", "PUT"),
+    ]
+    assert {found(table, "/all/x", method) for method in ("GET", "OPTIONS", "PURGE", "TRACE")} == {"/all/*"}
+
+
+def test_a_prefix_is_the_root_path_of_its_requests() -> None:
+    table = table_of("/v1/*", "/*", "/exact")
+    targets = [table.match(path, "GET") for path in ("/v1/x", "/x", "/exact")]
+    assert [target.root_path for target in targets if isinstance(target, Target)] == ["/v1", "", ""]
+
+
+@pytest.mark.parametrize("path", ["*", "", "v1/x"])
+def test_what_is_no_path_has_no_prefix(path: str) -> None:
+    assert found(table_of("/*", "/v1/*"), path) is None
+
+
 # What it takes.
+
+
+@pytest.mark.parametrize("path", ["/p9/x/y", "/p9", "/nowhere", "/a" * 30_000, "/" * 60_000])
+def test_a_thousand_prefixes_take_as_many_steps_as_ten(path: str) -> None:
+    few, many = (table_of(*[f"/p{number}/*" for number in range(10**digits)]) for digits in (1, 3))
+    assert steps(few, path) == steps(many, path) < 50
 
 
 def steps(table: RouteTable, path: str) -> int:

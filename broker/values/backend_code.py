@@ -47,18 +47,21 @@ async def save(store: Store, keys: StoreKeys, *packed: Packed) -> None:
         await code.save(store, keys, one.code)
 
 
-def pack_backend(target: object, args: tuple[Any, ...], signer: Signer, run_file: RunFile | None = None) -> Packed:
-    """`run_file` is the program's `__main__`, if replicas may execute it.
+def pack_backend(
+    target: object, args: tuple[Any, ...], signer: Signer, run_file: RunFile | None = None, *, factory: bool = False, has_app: bool = False
+) -> Packed:
+    """`run_file` is the program's `__main__`, if replicas may execute it. `factory` says that the target is to be called for an app, and
+    `has_app` that it is one, or a class that has one, which goes by name only: apps do not pickle.
 
     Raises NotEncodable, with the way out, if the target cannot travel; BadValue if its folder cannot.
     """
     name = code.name_of(target)
     args_type, packed_args = encode_value(list(args), signer, code.CLAIM)
     modules = _modules_of_values(args)
-    record = Code(name, args_type=args_type, args=packed_args)
+    record = Code(name, args_type=args_type, args=packed_args, factory=factory)
     if isinstance(target, str):
         return _pack_import_string(record, target, modules, signer)
-    if (by_name := code.installed_name(target)) and not modules:
+    if (by_name := code.installed_name(target) or code.name_of_object(target, _is_installed)) and not modules:
         return Packed(replace(record, target=by_name).with_seal(signer))
     if not signer:
         raise NotEncodable(
@@ -68,6 +71,11 @@ def pack_backend(target: object, args: tuple[Any, ...], signer: Signer, run_file
     if by_name := by_name or _own_name(target, run_file):
         record = replace(record, target=by_name)
         modules.add(by_name.partition(":")[0])
+    elif has_app:
+        raise NotEncodable(
+            f"{name} cannot travel to its replicas: an ASGI app does not pickle, and no module of yours has this one under a name that a "
+            "replica can import. Put it into a module beside the program, or give a function that makes it (factory=True)"
+        )
     else:
         payload, named = _pickle(target, name, run_file)
         modules |= named
@@ -119,12 +127,21 @@ def _pack_import_string(record: Code, target: str, modules: set[str], signer: Si
 
 
 def _own_name(target: Any, run_file: RunFile | None) -> str:
-    """Returns the import string of a definition in one of the user's files, else ''."""
+    """Returns the import string of a definition, or of an object that has a name, in one of the user's files, else ''."""
+    if not hasattr(target, "__qualname__"):
+        return code.name_of_object(target, lambda module: _is_importable(module, run_file))
     module = sys.modules.get(getattr(target, "__module__", "") or "")
     if module is None or not hasattr(target, "__qualname__") or not definitions.is_found_by_name(target, module):
         return ""
-    is_importable = run_file is not None if module.__name__ == "__main__" else roots.root_of(module) is not None
-    return f"{module.__name__}:{target.__qualname__}" if is_importable else ""
+    return f"{module.__name__}:{target.__qualname__}" if _is_importable(module, run_file) else ""
+
+
+def _is_installed(module: ModuleType) -> bool:
+    return module.__name__ != "__main__" and roots.is_installed(module)
+
+
+def _is_importable(module: ModuleType, run_file: RunFile | None) -> bool:
+    return run_file is not None if module.__name__ == "__main__" else roots.root_of(module) is not None
 
 
 def _pickle(target: object, name: str, run_file: RunFile | None) -> tuple[bytes, set[str]]:

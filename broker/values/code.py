@@ -32,7 +32,7 @@ from .signing import SealScope, Signer
 
 CLAIM = SealScope("code")
 FOR_ALL = "all."
-_ADDED = ("files", "run_file", "home")
+_ADDED = ("files", "run_file", "home", "factory")
 _NO_ARGUMENTS = (MSGPACK, msgspec.msgpack.encode([]))
 _packing = forks.Lock()  # what cloudpickle is told of a module is one for all threads, and two may deploy from one module
 
@@ -42,7 +42,8 @@ class Code(msgspec.Struct, frozen=True):
 
     `seal` is over all of the record, since a name is as good as code to whoever may choose it; empty where there is no key. `files` is the
     hash of the manifest of the files that travel with it; `run_file` is the one of them that is executed as `__main__`, as
-    `<number of its folder>/<path>`; `home` is that of the `__main__` which it comes from, where there is no such file.
+    `<number of its folder>/<path>`; `home` is that of the `__main__` which it comes from, where there is no such file. `factory` says that
+    the target is a function to call with the arguments, which returns an ASGI app.
     """
 
     name: str
@@ -54,9 +55,10 @@ class Code(msgspec.Struct, frozen=True):
     files: Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{64})?$")] = ""
     run_file: str = ""
     home: str = ""
+    factory: bool = False
 
     def to_bytes(self) -> bytes:
-        """Without the last three where they are empty: so the seals of earlier versions, which had none of them, hold."""
+        """Without the last four where they are empty: so the seals of earlier versions, which had none of them, hold."""
         fields = msgspec.structs.asdict(self)
         return msgspec.msgpack.encode({name: value for name, value in fields.items() if value or name not in _ADDED})
 
@@ -78,11 +80,15 @@ class Code(msgspec.Struct, frozen=True):
             return
         if self.seal:
             signer.open(self.seal, self._claim)
-        elif not self.sealed or (self.args_type, self.args) != _NO_ARGUMENTS or self.target or self.files or self.run_file or self.home:
+        elif not self.sealed or (self.args_type, self.args) != _NO_ARGUMENTS or any(self._beside_seal):
             raise BadSignature(
                 f"the code {self.name!r} in the store was not sealed by a key of this instance, but by an earlier version, by a client "
                 "without MQSERVE_SECRET_KEY, or by whoever may write there: deploy it again"
             )
+
+    @property
+    def _beside_seal(self) -> tuple[object, ...]:
+        return self.target, self.files, self.run_file, self.home, self.factory
 
     @property
     def _claim(self) -> SealScope:
@@ -105,11 +111,12 @@ class CodeHere(bytes):
     target: Any
     args_type: str
     args: bytes
+    factory: bool
 
     @classmethod
-    def of(cls, name: str, target: object, args_type: str, args: bytes) -> CodeHere:
+    def of(cls, name: str, target: object, args_type: str, args: bytes, *, factory: bool = False) -> CodeHere:
         here = cls(secrets.token_bytes(16))
-        here.name, here.target, here.args_type, here.args = name, target, args_type, args
+        here.name, here.target, here.args_type, here.args, here.factory = name, target, args_type, args, factory
         return here
 
     def to_bytes(self) -> bytes:
@@ -120,12 +127,12 @@ class CodeHere(bytes):
         return hashlib.sha256(self).hexdigest()
 
 
-def pack_here(target: object, args: tuple[Any, ...], signer: Signer) -> CodeHere:
+def pack_here(target: object, args: tuple[Any, ...], signer: Signer, *, factory: bool = False) -> CodeHere:
     """Packs code for the embedded form: the object itself, or an import string. Raises NotEncodable if an argument cannot be encoded."""
     if isinstance(target, str):
         split(target)
     args_type, packed_args = encode_value(list(args), signer, CLAIM)
-    return CodeHere.of(name_of(target), target, args_type, packed_args)
+    return CodeHere.of(name_of(target), target, args_type, packed_args, factory=factory)
 
 
 def pack(target: object, args: tuple[Any, ...], signer: Signer) -> Code:
@@ -270,6 +277,19 @@ def installed_name(target: object) -> str:
     if module is None or module.__name__ == "__main__" or not is_installed(module) or "<" in target.__qualname__:
         return ""
     return f"{module.__name__}:{target.__qualname__}" if definitions.is_found_by_name(target, module) else ""
+
+
+def name_of_object(target: object, may_hold: Callable[[ModuleType], bool]) -> str:
+    """Returns the import string of an object that is no function and no class, such as an ASGI app, from the modules that `may_hold` it;
+    '' if none has it as a global."""
+    if hasattr(target, "__qualname__") or isinstance(target, str):
+        return ""
+    for module in list(sys.modules.values()):  # in the order in which their imports ended, so the one that defines it comes first
+        if isinstance(module, ModuleType) and may_hold(module):
+            for name, value in list(vars(module).items()):
+                if value is target:
+                    return f"{module.__name__}:{name}"
+    return ""
 
 
 @contextmanager

@@ -102,6 +102,7 @@ class ReplicaBeat(_Beat, frozen=True, tag=Kind.REPLICA.value):
     running: Count = 0
     served: Count = 0
     seals: bool = False
+    is_app: bool = False  # whether its code is an ASGI app
 
 
 class OtherBeat(_Beat, frozen=True, tag="other"):

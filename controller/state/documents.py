@@ -5,6 +5,7 @@ Both are JSON in the store, so that an operator can read them with `redis-cli ge
 
 from __future__ import annotations
 
+from enum import Enum
 from functools import cached_property
 from typing import Annotated, Any, TypeVar
 
@@ -15,6 +16,21 @@ from .resources import ActorOptions, Demand
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 T = TypeVar("T")
+
+ANY_METHOD = "*"  # stands among an endpoint's methods for all of them
+
+
+class CodeKind(Enum):
+    """What a backend's code is."""
+
+    HANDLER = "handler"  # a function or a class that is called with requests
+    APP = "app"  # an ASGI app
+    APP_OBJECT = "app object"  # an ASGI app that is one object of an embedded instance, so one replica can have it
+    NAMED = "named"  # an import string: its replicas tell whether it is an app, and then the client that deployed it writes that here
+
+    @property
+    def is_app(self) -> bool:
+        return self in (CodeKind.APP, CodeKind.APP_OBJECT)
 
 
 class Backend(msgspec.Struct, frozen=True, dict=True):
@@ -30,6 +46,7 @@ class Backend(msgspec.Struct, frozen=True, dict=True):
     generation: Count = 1
     config_version: Count = 1
     rolled_back: str = ""  # why the last roll-out of code was undone
+    kind: CodeKind = CodeKind.HANDLER
 
     @cached_property
     def config(self) -> BackendConfig:
@@ -43,13 +60,15 @@ class Backend(msgspec.Struct, frozen=True, dict=True):
 
 
 class Endpoint(msgspec.Struct, frozen=True):
-    """A named target of traffic. With `route` None only handles reach it."""
+    """A named target of traffic. With `route` None only handles reach it. With `prefix` the route is also that of all paths below it, and
+    the `root_path` of the app that answers them."""
 
     name: str
     route: str | None
     methods: tuple[str, ...]
     traffic: dict[str, float]
     shadows: dict[str, float] = {}
+    prefix: bool = False
 
 
 class HttpOptions(msgspec.Struct, frozen=True):

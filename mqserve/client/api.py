@@ -10,10 +10,12 @@ from ..broker.errors import InstanceError
 from ..broker.settings import Settings
 from ..controller.state.config import BackendConfig
 from ..instance.starting import StartOptions, parse_http_options
-from ..replicas.context import check_not_importing
+from ..replicas.context import check_not_importing, is_importing
 from .answers import check_results
 from .client import Client
 from .clients import clients
+from .declared import declare_with_file, make_mount
+from .deploying import is_file_of_run
 from .futures import Future
 from .handle import AsyncHandle, Handle
 from .streams import Stream
@@ -112,11 +114,37 @@ def create_backend(
     actor_options: dict[str, Any] | None = None,
     ray_actor_options: dict[str, Any] | None = None,
     config: BackendConfig | dict[str, Any] | None = None,
+    factory: bool = False,
 ) -> None:
     """See `Client.create_backend`."""
     clients.current().create_backend(
-        backend_tag, func_or_class, *init_args, actor_options=actor_options, ray_actor_options=ray_actor_options, config=config
+        backend_tag,
+        func_or_class,
+        *init_args,
+        actor_options=actor_options,
+        ray_actor_options=ray_actor_options,
+        config=config,
+        factory=factory,
     )
+
+
+def mount(
+    route: str,
+    app: Any,
+    *init_args: Any,
+    name: str | None = None,
+    methods: Sequence[str] = (),
+    actor_options: dict[str, Any] | None = None,
+    config: BackendConfig | dict[str, Any] | None = None,
+    factory: bool = False,
+) -> None:
+    """See `Client.mount`. In a file under `mqserve run` it declares, as `@serve.endpoint` does, and in a replica that imports the file it
+    does nothing."""
+    if not (is_importing() or is_file_of_run()):
+        return clients.current().mount(
+            route, app, *init_args, name=name, methods=methods, actor_options=actor_options, config=config, factory=factory
+        )
+    declare_with_file(make_mount(route, app, init_args, name, methods, config, actor_options, factory=factory))
 
 
 def update_backend(
@@ -125,10 +153,11 @@ def update_backend(
     *init_args: Any,
     actor_options: dict[str, Any] | None = None,
     ray_actor_options: dict[str, Any] | None = None,
+    factory: bool = False,
 ) -> None:
     """See `Client.update_backend`."""
     clients.current().update_backend(
-        backend_tag, func_or_class, *init_args, actor_options=actor_options, ray_actor_options=ray_actor_options
+        backend_tag, func_or_class, *init_args, actor_options=actor_options, ray_actor_options=ray_actor_options, factory=factory
     )
 
 
@@ -152,7 +181,7 @@ def delete_backend(backend_tag: str, force: bool = False) -> None:
     clients.current().delete_backend(backend_tag, force)
 
 
-def create_endpoint(endpoint_name: str, *, backend: str | None = None, route: str | None = None, methods: Sequence[str] = ("GET",)) -> None:
+def create_endpoint(endpoint_name: str, *, backend: str | None = None, route: str | None = None, methods: Sequence[str] = ()) -> None:
     """See `Client.create_endpoint`."""
     clients.current().create_endpoint(endpoint_name, backend=backend, route=route, methods=methods)
 

@@ -8,8 +8,12 @@ from starlette.convertors import Convertor
 
 from ..broker.errors import BadType, BadValue
 from ..broker.values import code
+from ..controller.changes import check_app
 from ..controller.state.config import BackendConfig
+from ..controller.state.documents import CodeKind
 from ..controller.state.resources import ActorOptions, parse_actor_options
+from ..replicas.app_copies import holds_an_app
+from ..replicas.asgi_apps import is_asgi_app, makes_asgi_apps
 from ..replicas.batch_decorators import accepts_batch
 from ..replicas.handler import make_method
 
@@ -35,13 +39,45 @@ def read_actor_options(options: dict[str, Any] | None, seed_options: dict[str, A
     return parsed
 
 
-def check_target(name: object, target: Any, init_args: tuple[Any, ...]) -> None:
+def kind_of(target: Any, *, factory: bool, embedded: bool) -> CodeKind:
+    """Returns what the code is, as far as that can be seen before it is imported or constructed."""
+    if factory:
+        return CodeKind.APP
+    if isinstance(target, str):
+        return CodeKind.NAMED
+    if embedded and holds_an_app(target):
+        return CodeKind.APP_OBJECT
+    return CodeKind.APP if is_asgi_app(target) or makes_asgi_apps(target) else CodeKind.HANDLER
+
+
+def mounted(name: str, kind: CodeKind) -> CodeKind:
+    """Returns the kind of what is mounted, which is an app also where only its import string is known. Raises BadType for a handler."""
+    if kind is CodeKind.HANDLER:
+        raise BadType(
+            f"{name!r} is no ASGI app, so it cannot be mounted: decorate a function or a class with @serve.endpoint, or write factory=True "
+            "for a function that returns an app"
+        )
+    return CodeKind.APP if kind is CodeKind.NAMED else kind
+
+
+def check_target(name: object, target: Any, init_args: tuple[Any, ...], *, factory: bool = False) -> None:
     if not isinstance(name, str):
         raise BadType(f"a backend's name must be a str, not {type(name).__name__}")
+    if factory:
+        if not (isinstance(target, str) or callable(target)) or is_asgi_app(target):
+            raise BadType(
+                f"backend {name!r} needs a function that returns an ASGI app, or its import string, for factory=True, not "
+                f"{target!r}: leave factory out for the app itself"
+            )
+        return
+    if is_asgi_app(target):
+        if init_args:
+            raise BadValue(f"backend {name!r} is an ASGI app, which takes no constructor arguments: leave them out, or give a factory")
+        return
     is_function = callable(target) and hasattr(target, "__code__")
     if not (isinstance(target, str | type) or is_function):
         raise BadType(
-            f"backend {name!r} needs a function, a class or an import string 'pkg.mod:attr', not a {type(target).__name__}: "
+            f"backend {name!r} needs a function, a class, an ASGI app or an import string 'pkg.mod:attr', not a {type(target).__name__}: "
             "wrap it in a function, or give its class and constructor arguments"
         )
     if is_function:
@@ -57,11 +93,12 @@ def _check_signature(name: str, function: Any) -> None:
         raise BadValue(f"backend {name!r} cannot be called: {error}") from error
 
 
-def check_fits(name: str, target: Any, config: BackendConfig) -> None:
+def check_fits(name: str, target: Any, config: BackendConfig, kind: CodeKind) -> None:
     """What can be said before anything is sent; code named by an import string is checked where it is imported."""
+    check_app(name, kind, config)
     if isinstance(target, str):
         return
-    if (config.max_batch_size or 1) > 1 and not accepts_batch(target):
+    if not kind.is_app and (config.max_batch_size or 1) > 1 and not accepts_batch(target):
         raise BadValue(f"backend {name!r} has a max_batch_size but takes no batches: decorate it with @serve.accept_batch")
     if config.on_death == "replay" and accepts_batch(target):
         raise BadValue(f"backend {name!r} takes batches, which cannot be replayed: leave on_death at 'fail'")

@@ -18,10 +18,12 @@ from ..broker.values.whole_numbers import whole_number
 from ..controller import changes
 from ..controller.state.beats import MemberState, ProxyBeat, living, read_beats
 from ..controller.state.config import BackendConfig
-from ..controller.state.documents import Desired
+from ..controller.state.documents import CodeKind, Desired
 from ..instance.starting import parse_middlewares
+from ..replicas.app_copies import holds_an_app
 from ..replicas.context import is_constructing
-from .arguments import check_fits, check_target, make_convertor, read_actor_options
+from .arguments import check_fits, check_target, kind_of, make_convertor, mounted, read_actor_options
+from .declared import make_mount
 from .deploying import Block, Declaration, open_block, opened
 from .deployments import Deployments, TellReady
 from .futures import Future, get, wait
@@ -51,20 +53,22 @@ class Client(Lifetime):
         actor_options: dict[str, Any] | None = None,
         ray_actor_options: dict[str, Any] | None = None,
         config: BackendConfig | dict[str, Any] | None = None,
+        factory: bool = False,
     ) -> None:
-        """Deploys a function, a class or an import string; returns once all replicas are ready.
+        """Deploys a function, a class, an ASGI app or an import string; returns once all replicas are ready. With `factory` it is a
+        function that returns an ASGI app, called in each replica with `init_args`.
 
-        Raises BadValue for a name that is taken, a bad config, or arguments for a function; BadType for an object that is no function or
-        class; NotEncodable for code that cannot be pickled; BackendFailed with the remote traceback if a replica does not get ready: the
-        backend is then removed again.
+        Raises BadValue for a name that is taken, a bad config, or arguments for a function; BadType for an object that is none of these;
+        NotEncodable for code that cannot be pickled; BackendFailed with the remote traceback if a replica does not get ready: the backend
+        is then removed again.
         """
         options = read_actor_options(actor_options, ray_actor_options, embedded=self.settings.embedded)
-        check_target(backend_tag, func_or_class, init_args)
-        parsed = changes.parse_config(config)
-        check_fits(backend_tag, func_or_class, parsed)
+        check_target(backend_tag, func_or_class, init_args, factory=factory)
+        parsed, kind = changes.parse_config(config), self._kind_of(func_or_class, factory=factory)
+        check_fits(backend_tag, func_or_class, parsed, kind)
         check_name(backend_tag, "a backend")
-        packed = self._pack(func_or_class, init_args)
-        self._call(self._changing.create_backend(backend_tag, packed, parsed, options))
+        packed = self._pack(func_or_class, init_args, factory=factory)
+        self._call(self._changing.create_backend(backend_tag, packed, kind, parsed, options))
 
     def update_backend(
         self,
@@ -73,6 +77,7 @@ class Client(Lifetime):
         *init_args: Any,
         actor_options: dict[str, Any] | None = None,
         ray_actor_options: dict[str, Any] | None = None,
+        factory: bool = False,
     ) -> None:
         """Rolls out new code: new replicas start first, then the old ones drain.
 
@@ -81,9 +86,9 @@ class Client(Lifetime):
         options = None
         if actor_options is not None or ray_actor_options is not None:
             options = read_actor_options(actor_options, ray_actor_options, embedded=self.settings.embedded)
-        check_target(backend_tag, func_or_class, init_args)
-        packed = self._pack(func_or_class, init_args)
-        self._call(self._changing.update_backend(backend_tag, packed, options))
+        check_target(backend_tag, func_or_class, init_args, factory=factory)
+        packed, kind = self._pack(func_or_class, init_args, factory=factory), self._kind_of(func_or_class, factory=factory)
+        self._call(self._changing.update_backend(backend_tag, packed, kind, options))
 
     def update_backend_config(self, backend_tag: str, config_options: BackendConfig | dict[str, Any]) -> None:
         """Changes only the given fields, live; returns once the wanted number of replicas is ready and follows the change.
@@ -109,10 +114,10 @@ class Client(Lifetime):
     # Endpoints.
 
     def create_endpoint(
-        self, endpoint_name: str, *, backend: str | None = None, route: str | None = None, methods: Sequence[str] = ("GET",)
+        self, endpoint_name: str, *, backend: str | None = None, route: str | None = None, methods: Sequence[str] = ()
     ) -> None:
         """Creates an endpoint, with an HTTP route if one is given, whose traffic goes to a backend; returns when all live proxies know
-        it.
+        it. `methods` are GET by default. If the backend is an ASGI app, the route is a prefix, and all methods go to the app by default.
 
         Raises BadType and BadValue as Ray Serve 1.x does: for a missing backend name, a bad route or method, a name or route that is
         taken, or an unknown backend. Raises BackendFailed if a proxy cannot match the route; the endpoint is then removed again.
@@ -120,14 +125,35 @@ class Client(Lifetime):
         endpoint = changes.parse_endpoint(endpoint_name, backend, route, methods)
         self._call(self._changing.create_endpoint(endpoint))
 
+    def mount(
+        self,
+        route: str,
+        app: Any,
+        *init_args: Any,
+        name: str | None = None,
+        methods: Sequence[str] = (),
+        actor_options: dict[str, Any] | None = None,
+        config: BackendConfig | dict[str, Any] | None = None,
+        factory: bool = False,
+    ) -> None:
+        """Serves an ASGI app under a prefix such as "/v1": a backend and an endpoint of one `name`, by default that of the prefix. `app` is
+        the app, its import string or, with `factory`, a function that returns it.
+
+        Raises as `create_backend` and `create_endpoint` do, and then changes nothing.
+        """
+        declaration = make_mount(route, app, init_args, name, methods, config, actor_options, factory=factory)
+        with self.deploying():
+            self.deploy(declaration)
+
     def list_endpoints(self) -> dict[str, dict[str, Any]]:
-        """Returns `{name: {"route", "methods", "traffic", "shadows"}}`."""
+        """Returns `{name: {"route", "methods", "traffic", "shadows"}}`, and "prefix": True where the route is one."""
         return {
             name: {
                 "route": endpoint.route,
                 "methods": list(endpoint.methods),
                 "traffic": dict(endpoint.traffic),
                 "shadows": dict(endpoint.shadows),
+                **({"prefix": True} if endpoint.prefix else {}),
             }
             for name, endpoint in self._read().endpoints.items()
         }
@@ -247,16 +273,21 @@ class Client(Lifetime):
         return opened(Block(deployments, self._call, self.deploy, commits_on_need=commits_on_need, tell=tell))
 
     def deploy(self, declaration: Declaration) -> None:
-        """Declares a backend and an endpoint of the same name for what `@serve.endpoint` decorated, in the block that is open."""
-        name, target, config = declaration.name, declaration.target, declaration.config
+        """Declares a backend and an endpoint of the same name for what `@serve.endpoint` decorated or `serve.mount` was given, in the block
+        that is open."""
+        name, target, args, config = declaration.name, declaration.target, declaration.init_args, declaration.config
         options = read_actor_options(declaration.actor_options, None, embedded=self.settings.embedded)
-        check_target(name, target, ())
-        check_fits(name, target, config)
+        check_target(name, target, args, factory=declaration.factory)
+        kind = self._kind_of(target, factory=declaration.factory)
+        if declaration.is_mount:
+            kind = mounted(name, kind)
+        check_fits(name, target, config, kind)
         endpoint = changes.parse_endpoint(name, name, declaration.route, declaration.methods)
         block = self._block()
         assert block is not None
+        pack = partial(self._pack, target, args, factory=declaration.factory)
         with block.inner():
-            self._call(block.create_backend_later(name, partial(self._pack, target, ()), config, options))
+            self._call(block.create_backend_later(name, pack, kind, config, options))
             self._call(block.create_endpoint(endpoint))
 
     def tell_complete(self) -> None:
@@ -288,10 +319,14 @@ class Client(Lifetime):
         found: Desired = self._call(self._opened.deployments.read())
         return found
 
-    def _pack(self, target: Any, args: tuple[Any, ...]) -> Packed:
+    def _kind_of(self, target: Any, *, factory: bool) -> CodeKind:
+        return kind_of(target, factory=factory, embedded=self.settings.embedded)
+
+    def _pack(self, target: Any, args: tuple[Any, ...], *, factory: bool = False) -> Packed:
         if self.settings.embedded:
-            return Packed(code.pack_here(target, args, self.settings.signer))
-        return pack_backend(target, args, self.settings.signer, self.run_file)
+            return Packed(code.pack_here(target, args, self.settings.signer, factory=factory))
+        has_app = not factory and holds_an_app(target)
+        return pack_backend(target, args, self.settings.signer, self.run_file, factory=factory, has_app=has_app)
 
     def _pack_for_all(self, target: Any) -> code.Code | code.CodeHere:
         return code.pack_for_all(target, self.settings.signer, embedded=self.settings.embedded)

@@ -6,7 +6,7 @@ document that stood at its start and what the block has declared since, and comm
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import deepcopy
@@ -21,7 +21,7 @@ from ..broker.values import code
 from ..broker.values.backend_code import Packed
 from ..controller import changes
 from ..controller.state.config import BackendConfig
-from ..controller.state.documents import Backend, Desired, Endpoint
+from ..controller.state.documents import Backend, CodeKind, Desired, Endpoint
 from ..controller.state.resources import ActorOptions
 from .deployments import Declared, Deployments, TellReady
 
@@ -30,14 +30,17 @@ Later = Callable[[], Declared]
 
 @dataclass(frozen=True, slots=True)
 class Declaration:
-    """One function or class that was decorated with `@serve.endpoint`."""
+    """One function or class that was decorated with `@serve.endpoint`, or one app of `serve.mount`."""
 
     name: str
     target: Any
     route: str | None
-    methods: list[str]
+    methods: Sequence[str]
     config: BackendConfig
     actor_options: dict[str, Any] | None = field(default=None)
+    init_args: tuple[Any, ...] = ()
+    factory: bool = False
+    is_mount: bool = False
 
 
 class Block:
@@ -135,10 +138,12 @@ class Block:
 
     # What Deployments has, too.
 
-    async def create_backend(self, name: str, packed: Packed, config: BackendConfig, options: ActorOptions) -> None:
-        await self.create_backend_later(name, lambda: packed, config, options)
+    async def create_backend(self, name: str, packed: Packed, kind: CodeKind, config: BackendConfig, options: ActorOptions) -> None:
+        await self.create_backend_later(name, lambda: packed, kind, config, options)
 
-    async def create_backend_later(self, name: str, pack: Callable[[], Packed], config: BackendConfig, options: ActorOptions) -> None:
+    async def create_backend_later(
+        self, name: str, pack: Callable[[], Packed], kind: CodeKind, config: BackendConfig, options: ActorOptions
+    ) -> None:
         """For a decorated target, which can be packed only once its module is complete."""
         words = f"create_backend({name!r})"
         if name in self._deleted:
@@ -149,14 +154,16 @@ class Block:
 
         def declare() -> Declared:
             packed = pack()
-            backend = msgspec.structs.replace(self.deployments.new_backend(name, packed, config, options), settings=stand_in.settings)
+            backend = msgspec.structs.replace(self.deployments.new_backend(name, packed, kind, config, options), settings=stand_in.settings)
             return Declared(words, changes.create_backend(backend), packed, is_of_backends=True)
 
-        stand_in = Backend(name, "", name, deepcopy(config.model_dump(exclude_unset=True)), options)  # the program may change its own
+        settings = deepcopy(config.model_dump(exclude_unset=True))  # the program may change its own
+        stand_in = Backend(name, "", name, settings, options, kind=kind)
         self._record(changes.create_backend(stand_in), declare)
 
-    async def update_backend(self, name: str, packed: Packed, options: ActorOptions | None) -> None:
-        self._add(Declared(f"update_backend({name!r})", self.deployments.new_code(name, packed, options), packed, is_of_backends=True))
+    async def update_backend(self, name: str, packed: Packed, kind: CodeKind, options: ActorOptions | None) -> None:
+        update = self.deployments.new_code(name, packed, kind, options)
+        self._add(Declared(f"update_backend({name!r})", update, packed, is_of_backends=True))
 
     async def update_backend_config(self, name: str, config: BackendConfig | dict[str, Any]) -> None:
         self._add(Declared(f"update_backend_config({name!r})", changes.update_backend_config(name, config), is_of_backends=True))
@@ -218,6 +225,11 @@ def open_block(deployments: Deployments) -> Block | None:
     """Returns the open block of this thread or task for the client of these deployments, if there is one."""
     blocks = _blocks.get()
     return next((block for block in blocks if block.is_of(deployments)), None) if blocks else None
+
+
+def is_file_of_run() -> bool:
+    """Whether this thread or task executes the file of `mqserve run`, outside of any block that the file has opened."""
+    return bool(_blocks.get()) and all(not block.takes_decorated for block in _blocks.get())
 
 
 def deploy_in_block(declaration: Declaration) -> bool:

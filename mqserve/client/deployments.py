@@ -20,9 +20,9 @@ from ..broker.values.backend_code import Packed
 from ..connections import Connections
 from ..controller import changes
 from ..controller.environments import check_environment, seal_environment
-from ..controller.state.beats import read_beats
+from ..controller.state.beats import MemberState, read_beats
 from ..controller.state.config import BackendConfig
-from ..controller.state.documents import Backend, Desired, Endpoint
+from ..controller.state.documents import Backend, CodeKind, Desired, Endpoint
 from ..controller.state.reading import read_observed
 from ..controller.state.resources import ActorOptions
 from ..controller.undoing import undo
@@ -81,11 +81,12 @@ class Deployments:
     async def read(self) -> Desired:
         return await self._membership.read()
 
-    async def create_backend(self, name: str, packed: Packed, config: BackendConfig, options: ActorOptions) -> None:
+    async def create_backend(self, name: str, packed: Packed, kind: CodeKind, config: BackendConfig, options: ActorOptions) -> None:
         await self._save(packed)
-        committed = await self._commit(changes.create_backend(self.new_backend(name, packed, config, options)))
+        committed = await self._commit(changes.create_backend(self.new_backend(name, packed, kind, config, options)))
         try:
             await self._until_ready(committed, name)
+            await self._tell_kinds(committed)
         except BaseException:
             try:
                 await self.delete_backend(name)
@@ -93,10 +94,10 @@ class Deployments:
                 logger.warning("backend %s, which did not get ready, could not be deleted: %s", name, error)
             raise
 
-    async def update_backend(self, name: str, packed: Packed, options: ActorOptions | None) -> None:
+    async def update_backend(self, name: str, packed: Packed, kind: CodeKind, options: ActorOptions | None) -> None:
         await self._save(packed)
         before: list[Backend] = []  # what each try replaces: a roll-back goes to the last one, and not past what others deployed meanwhile
-        update = self.new_code(name, packed, options)
+        update = self.new_code(name, packed, kind, options)
 
         def change(desired: Desired) -> Desired:
             before.append(changes.find_backend(desired, name))
@@ -108,6 +109,7 @@ class Deployments:
         except BackendFailed as error:
             await self._commit(changes.roll_back(committed.backends[name], before[-1], str(error)))
             raise
+        await self._tell_kinds(committed)
         await self._let_go(before[-1:])
 
     async def update_backend_config(self, name: str, config: BackendConfig | dict[str, Any]) -> None:
@@ -154,10 +156,12 @@ class Deployments:
         apply(declared, await self.read())  # an error in the second step would come late
         steps: list[_Step] = []
         try:
-            for changed in ([one for one in declared if one.is_of_backends], [one for one in declared if not one.is_of_backends]):
-                if changed:
-                    steps.append(_Step(changed))
-                    await self._take(steps[-1], tell)
+            if of_backends := [one for one in declared if one.is_of_backends]:
+                steps.append(_Step(of_backends))
+                await self._tell_kinds(await self._take(steps[-1], tell))
+            if others := [one for one in declared if not one.is_of_backends]:
+                steps.append(_Step(others))
+                await self._take(steps[-1], tell)
         except BaseException as error:
             tried = [step for step in steps if step.was_tried]
             failure = await _whatever_comes(self._undo(tried, str(error) or "its deployment was interrupted")) if tried else ""
@@ -168,10 +172,25 @@ class Deployments:
         passed = [backend for step in steps for seen in (step.before, step.made) for backend in seen.backends.values()]
         await self._let_go([backend for backend in passed if backend.code not in named])
 
-    async def _take(self, step: _Step, tell: TellReady) -> None:
+    async def _take(self, step: _Step, tell: TellReady) -> Desired:
         committed = await self._commit(step.change)
         version, now_ms = (committed.epoch, committed.version), self._connections.store.now_ms()
         await self._until_in_effect(committed, Awaited(step.before, step.made, version, now_ms), tell)
+        return committed
+
+    async def _tell_kinds(self, committed: Desired) -> None:
+        """Notes of named code whether its replicas, which are ready, have found it to be an ASGI app: later endpoints depend on it."""
+        named = {name: backend.version for name, backend in committed.backends.items() if backend.kind is CodeKind.NAMED}
+        if not named:
+            return
+        replicas = (await self._see()).replicas()
+        found: dict[str, tuple[int, CodeKind]] = {}
+        for name, version in named.items():
+            ready = [beat for beat in replicas.get(name, ()) if beat.version == version and beat.state is MemberState.READY]
+            if ready:
+                found[name] = version, CodeKind.APP if ready[0].is_app else CodeKind.HANDLER
+        if found:
+            await self._commit(changes.tell_kinds(found))
 
     async def _until_in_effect(self, committed: Desired, awaited: Awaited, tell: TellReady) -> None:
         began = told_at = time.monotonic()
@@ -249,13 +268,14 @@ class Deployments:
         before = (await self._membership.read()).http.middlewares
         await self._commit_to_proxies(changes.set_middlewares(sha256), undo=_restore_middlewares(sha256, before))
 
-    def new_backend(self, name: str, packed: Packed, config: BackendConfig, options: ActorOptions) -> Backend:
-        return Backend(name, packed.code.sha256, packed.code.name, config.model_dump(exclude_unset=True), self._sealed(name, options))
+    def new_backend(self, name: str, packed: Packed, kind: CodeKind, config: BackendConfig, options: ActorOptions) -> Backend:
+        settings, sealed = config.model_dump(exclude_unset=True), self._sealed(name, options)
+        return Backend(name, packed.code.sha256, packed.code.name, settings, sealed, kind=kind)
 
-    def new_code(self, name: str, packed: Packed, options: ActorOptions | None) -> changes.Change:
+    def new_code(self, name: str, packed: Packed, kind: CodeKind, options: ActorOptions | None) -> changes.Change:
         def change(desired: Desired) -> Desired:
             sealed = self._sealed(name, options) if options is not None else self._sealed_anew(changes.find_backend(desired, name))
-            return changes.update_backend(name, packed.code.sha256, packed.code.name, sealed)(desired)
+            return changes.update_backend(name, packed.code.sha256, packed.code.name, kind, sealed)(desired)
 
         return change
 
@@ -356,7 +376,8 @@ def _remove_endpoint(refused: Endpoint) -> changes.Change:
 
     def change(desired: Desired) -> Desired:
         found = desired.endpoints.get(refused.name)
-        return changes.delete_endpoint(refused.name)(desired) if found is not None and found.route == refused.route else desired
+        is_refused = found is not None and (found.route or "").rstrip("/") == (refused.route or "").rstrip("/")
+        return changes.delete_endpoint(refused.name)(desired) if is_refused else desired
 
     return change
 

@@ -27,6 +27,7 @@ from ..client.client import Client
 from ..client.clients import clients
 from ..client.declared import take_declarations
 from ..client.deploying import Declaration
+from ..controller.state.documents import ANY_METHOD
 from ..instance.starting import StartOptions, parse_http_options
 
 HINT_AFTER_S = 10.0
@@ -153,7 +154,9 @@ def _announce(client: Client, settings: Settings) -> None:
     click.echo(f"Serving on {printable(base) or 'no HTTP port'} ({form}). Ctrl-C stops.")
     for name, facts in client.list_endpoints().items():
         if base and facts["route"]:
-            click.echo(printable(f"  {','.join(facts['methods']):<9} {base}{facts['route']}  ({name})"))
+            below = "/…" if facts.get("prefix") else ""
+            route = facts["route"].rstrip("/") + below if below else facts["route"]
+            click.echo(printable(f"  {','.join(facts['methods']):<9} {base}{route}  ({name})"))
     if base and (example := _curl(base, client)):
         click.echo(f"Try:\n  {printable(example)}")
     sys.stdout.flush()
@@ -163,7 +166,7 @@ def _curl(base: str, client: Client) -> str:
     """A call of the first route, ready to paste."""
     samples = {"int": "1", "float": "1.5", "uuid": "12345678-1234-5678-1234-567812345678", "path": "a/b"}
     for facts in client.list_endpoints().values():
-        if facts["route"] and "GET" in facts["methods"]:
+        if facts["route"] and {"GET", ANY_METHOD} & set(facts["methods"]):
             path = facts["route"]
             while "{" in path:
                 before, _, rest = path.partition("{")

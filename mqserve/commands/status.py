@@ -96,6 +96,7 @@ class EndpointFacts(msgspec.Struct, frozen=True):
     methods: tuple[str, ...]
     traffic: dict[str, float]
     shadows: dict[str, float]
+    prefix: bool
 
 
 class Facts(msgspec.Struct, frozen=True):
@@ -286,7 +287,7 @@ def _facts(
         _controller(stored, is_known=is_known), broker, store, members,
         tuple(_backend(name, stored, members, *counts.get(name, (None, None))) for name in stored.desired.backends),
         tuple(
-            EndpointFacts(name, endpoint.route, endpoint.methods, endpoint.traffic, endpoint.shadows)
+            EndpointFacts(name, endpoint.route, endpoint.methods, endpoint.traffic, endpoint.shadows, endpoint.prefix)
             for name, endpoint in stored.desired.endpoints.items()
         ),
         _problems(stored, members), stored.unknown, tuple(played_here(namespace)),

@@ -102,8 +102,14 @@ def _endpoints(endpoints: tuple[EndpointFacts, ...]) -> Table:
     for endpoint in endpoints:
         traffic = ", ".join(f"{backend} {weight:.0%}" for backend, weight in endpoint.traffic.items())
         traffic += "".join(f", shadow {backend} {part:.0%}" for backend, part in endpoint.shadows.items())
-        _add_row(table, endpoint.name, endpoint.route or "(handles only)", " ".join(endpoint.methods), traffic)
+        _add_row(table, endpoint.name, _route(endpoint), " ".join(endpoint.methods), traffic)
     return table
+
+
+def _route(endpoint: EndpointFacts) -> str:
+    if endpoint.route is None:
+        return "(handles only)"
+    return f"{endpoint.route.rstrip('/')}/…" if endpoint.prefix else endpoint.route
 
 
 def make_table(title: str, *columns: str) -> Table:

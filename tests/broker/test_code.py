@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import importlib
 import subprocess
 import sys
 import sysconfig
@@ -20,7 +21,7 @@ from starlette.middleware import Middleware
 from mqserve.broker.errors import BadEnvelope, BadSignature, BadValue, NotEncodable
 from mqserve.broker.store import Store
 from mqserve.broker.store_keys import StoreKeys
-from mqserve.broker.values.code import load, load_import_string, open_record, pack, save, unpack
+from mqserve.broker.values.code import load, load_import_string, name_of_object, open_record, pack, save, unpack
 from mqserve.broker.values.signing import SealScope, Signer
 
 NO_SIGNER = Signer([], "ns")
@@ -97,6 +98,24 @@ def test_an_installed_name_that_leads_elsewhere_goes_by_value(signer: Signer, mo
     original = starlette.requests.cookie_parser
     monkeypatch.setattr(starlette.requests, "cookie_parser", lambda text: {"replaced": text})
     assert pack(original, (), signer).sealed
+
+
+def test_an_object_has_the_name_that_the_module_gives_it_which_defines_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "naming_first.py").write_text("from naming_second import thing as known\n")
+    (tmp_path / "naming_second.py").write_text("thing = object()\n")
+    (tmp_path / "naming_third.py").write_text("from naming_second import *\n")
+    names = ("naming_first", "naming_third", "naming_second")
+    modules = [importlib.import_module(name) for name in names]
+    try:
+        thing = modules[2].thing
+        assert name_of_object(thing, lambda module: module.__name__.startswith("naming")) == "naming_second:thing"
+        assert name_of_object(thing, lambda module: module.__name__ == "naming_first") == "naming_first:known"
+        assert name_of_object(object(), lambda module: True) == ""
+        assert name_of_object(len, lambda module: True) == "", "a function has a name of its own"
+    finally:
+        for name in names:
+            del sys.modules[name]
 
 
 @pytest.mark.parametrize("name", ["{}:Greeter", "{}.Greeter", "{}:Greeter.Inner"])

@@ -23,7 +23,7 @@ from mqserve.controller.changes import (
     update_backend_config,
 )
 from mqserve.controller.state.config import BackendConfig
-from mqserve.controller.state.documents import Backend, Desired, Endpoint
+from mqserve.controller.state.documents import Backend, CodeKind, Desired, Endpoint
 from mqserve.controller.state.reading import read_desired
 
 A = Backend("a", "sha", "module:a")
@@ -46,7 +46,7 @@ def test_deleting_what_is_not_there_changes_nothing() -> None:
 
 
 def test_new_code_has_the_version_of_the_document_that_brings_it() -> None:
-    backend = update_backend("a", "sha2", "module:b", None)(Desired(version=7, backends={"a": A})).backends["a"]
+    backend = update_backend("a", "sha2", "module:b", CodeKind.HANDLER, None)(Desired(version=7, backends={"a": A})).backends["a"]
     assert (backend.code, backend.code_name, backend.version, backend.generation) == ("sha2", "module:b", 8, 1)
 
 
@@ -81,7 +81,7 @@ TAKEN = Desired(backends={"a": A}, endpoints={"e": E})
         (lambda: create_endpoint(E), "there is an endpoint 'e' already"),
         (lambda: create_endpoint(Endpoint("f", "/e", ("GET",), {"a": 1.0})), "route '/e' belongs to endpoint 'e'"),
         (lambda: create_endpoint(Endpoint("f", "/f", ("GET",), {"x": 1.0})), r"there is no backend 'x' \(known: a\): create it"),
-        (lambda: update_backend("x", "sha", "x", None), "there is no backend 'x'"),
+        (lambda: update_backend("x", "sha", "x", CodeKind.HANDLER, None), "there is no backend 'x'"),
         (lambda: update_backend_config("x", {}), "there is no backend 'x'"),
         (lambda: update_backend_config("a", {"num_replicas": 0}), "num_replicas"),
         (lambda: delete_backend("a"), "backend 'a' is used by endpoint 'e'"),

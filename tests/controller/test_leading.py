@@ -34,7 +34,7 @@ from mqserve.controller.lease import (
 )
 from mqserve.controller.loop import SETTLE_S, Controller
 from mqserve.controller.state.beats import NodeBeat
-from mqserve.controller.state.documents import Assignment, Backend, Desired, HttpOptions, Observed
+from mqserve.controller.state.documents import Assignment, Backend, CodeKind, Desired, HttpOptions, Observed
 from mqserve.controller.state.reading import read_desired, read_observed
 
 pytestmark = pytest.mark.anyio
@@ -398,7 +398,7 @@ async def test_code_is_kept_while_the_document_names_it_and_goes_by_itself_after
         for version, (change, told) in enumerate(
             [
                 (create_backend(Backend("b", "old", "b")), {keys.code("old"): None}),
-                (update_backend("b", "new", "b", None), {keys.code("old"): CODE_TTL_S * 1000, keys.code("new"): None}),
+                (update_backend("b", "new", "b", CodeKind.HANDLER, None), {keys.code("old"): CODE_TTL_S * 1000, keys.code("new"): None}),
                 (delete_backend("b"), {keys.code("old"): CODE_TTL_S * 1000, keys.code("new"): CODE_TTL_S * 1000}),
             ],
             start=1,
@@ -425,7 +425,7 @@ async def test_the_files_of_code_are_kept_with_it_and_go_with_it(tmp_path: Path)
         await commit(store, keys, held.id, create_backend(Backend("b", records[0].sha256, "b")))
         await follows(store, keys, 1)
         assert store.told == {keys.code(sha256): None for sha256 in first}
-        await commit(store, keys, held.id, update_backend("b", records[1].sha256, "b", None))
+        await commit(store, keys, held.id, update_backend("b", records[1].sha256, "b", CodeKind.HANDLER, None))
         await follows(store, keys, 2)
         gone = {keys.code(sha256): CODE_TTL_S * 1000 for sha256 in first - second}
         assert store.told == {keys.code(sha256): None for sha256 in first | second} | gone

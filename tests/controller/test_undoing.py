@@ -4,7 +4,7 @@ from msgspec.structs import replace
 
 from mqserve.controller import changes
 from mqserve.controller.changes import Change
-from mqserve.controller.state.documents import Backend, Desired, Endpoint
+from mqserve.controller.state.documents import Backend, CodeKind, Desired, Endpoint
 from mqserve.controller.undoing import undo
 
 
@@ -29,7 +29,7 @@ NEW = changes.create_backend(Backend("new", "c1", "f"))
 MADE = by(
     BEFORE,
     NEW,
-    changes.update_backend("old", "c2", "g", None),
+    changes.update_backend("old", "c2", "g", CodeKind.HANDLER, None),
     changes.update_backend_config("old", {"num_replicas": 5, "max_queued_requests": 9}),
     changes.create_endpoint(endpoint("e2", "new")),
     changes.set_traffic("e", {"new": 1.0}),
@@ -51,7 +51,7 @@ def test_all_is_as_before_but_for_counts_that_only_grow() -> None:
 def test_what_somebody_changed_meanwhile_stays() -> None:
     theirs = by(
         MADE,
-        changes.update_backend("old", "theirs", "g", None),
+        changes.update_backend("old", "theirs", "g", CodeKind.HANDLER, None),
         changes.set_traffic("e", {"old": 0.5, "new": 0.5}),
         changes.set_middlewares("theirs"),
         changes.register_convertor("hex", "theirs"),

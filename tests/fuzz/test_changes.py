@@ -18,7 +18,7 @@ from mqserve.controller.desired_writes import encode
 from mqserve.controller.plan import place_replicas
 from mqserve.controller.state.beats import NodeBeat
 from mqserve.controller.state.config import BackendConfig
-from mqserve.controller.state.documents import Assignment, Backend, Desired, Endpoint, Observed
+from mqserve.controller.state.documents import Assignment, Backend, CodeKind, Desired, Endpoint, Observed
 from mqserve.controller.state.reading import read_desired
 from mqserve.controller.state.resources import Capacity, Demand, parse_actor_options
 from mqserve.controller.state.traffic import choose
@@ -106,7 +106,7 @@ def test_any_config_is_parsed_and_kept_or_refused(config: Any) -> None:
 
 @given(any_options | anything)
 def test_any_actor_options_are_parsed_and_kept_or_refused(options: Any) -> None:
-    attempt(lambda: changes.update_backend("a", "c0de", "f", parse_actor_options(options)), START)
+    attempt(lambda: changes.update_backend("a", "c0de", "f", CodeKind.HANDLER, parse_actor_options(options)), START)
 
 
 @given(
@@ -132,7 +132,7 @@ def test_any_name_is_known_or_refused(name: Any) -> None:
     for make in (
         lambda: changes.delete_backend(name),
         lambda: changes.delete_endpoint(name),
-        lambda: changes.update_backend(name, "c0de", "f", None),
+        lambda: changes.update_backend(name, "c0de", "f", CodeKind.HANDLER, None),
         lambda: changes.register_convertor(name, "c0de"),
         lambda: changes.create_backend(Backend(name, "c0de", "f")),
     ):
@@ -162,7 +162,7 @@ class DesiredMachine(RuleBasedStateMachine):
     @rule(name=names)
     def update(self, name: str) -> None:
         before = self.desired.backends.get(name)
-        self.change(lambda: changes.update_backend(name, "newer", "f", None))
+        self.change(lambda: changes.update_backend(name, "newer", "f", CodeKind.HANDLER, None))
         assert before is None or self.desired.backends[name].version > max(before.version, self.desired.version)
 
     @rule(name=names)

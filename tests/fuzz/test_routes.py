@@ -125,6 +125,7 @@ def test_any_text_is_a_route_or_refused(parts: list[str]) -> None:
 # Many routes.
 
 METHODS = st.lists(st.sampled_from(["GET", "POST", "HEAD"]), min_size=1, max_size=2, unique=True)
+PREFIXES = st.sampled_from(["/", "/a", "/b", "/a/b", "/a//b", "/a/b/a", "/1", "/a-1"])
 SEGMENTS = st.sampled_from(["a", "b", "", "{x}", "{x:int}", "{x}-{y}", "a{x}", "{x:path}", "{x:path}a", "{x:int}.{y}"])
 
 
@@ -136,13 +137,18 @@ def tables(draw: st.DrawFn) -> Desired:
         route = "/" + "/".join(segment.replace("{x", f"{{x{at}").replace("{y", f"{{y{at}") for at, segment in enumerate(segments))
         if route not in {endpoint.route for endpoint in endpoints.values()}:
             endpoints[f"e{number}"] = Endpoint(f"e{number}", route, tuple(draw(METHODS)), {"b": 1.0})
+    for prefix in draw(st.lists(PREFIXES, max_size=4, unique=True)):
+        if prefix not in {endpoint.route for endpoint in endpoints.values()}:
+            endpoints[prefix] = Endpoint(prefix, prefix, tuple(draw(METHODS)), {"b": 1.0}, prefix=True)
     return Desired(backends={"b": Backend("b", "c0de", "f")}, endpoints=endpoints)
 
 
 def one_by_one(desired: Desired, path: str, method: str) -> Target | NotAllowed | None:
-    """Literal paths first; then the oldest pattern that takes path and method; then the oldest that takes the path."""
+    """Literal paths first; then the oldest pattern that takes path and method; then the oldest that takes the path; then the longest
+    prefix."""
     refused = None
-    endpoints = sorted(desired.endpoints.values(), key=lambda endpoint: "{" in (endpoint.route or ""))
+    exact = [endpoint for endpoint in desired.endpoints.values() if not endpoint.prefix]
+    endpoints = sorted(exact, key=lambda endpoint: "{" in (endpoint.route or ""))
     for endpoint in endpoints:
         assert endpoint.route is not None
         route = Route(endpoint.route, endpoint=check, methods=list(endpoint.methods))
@@ -158,7 +164,18 @@ def one_by_one(desired: Desired, path: str, method: str) -> Target | NotAllowed 
             return NotAllowed(endpoint.methods)
         if match is Match.PARTIAL:
             refused = refused or NotAllowed(endpoint.methods)
-    return refused
+    return refused or longest_prefix(desired, path, method)
+
+
+def longest_prefix(desired: Desired, path: str, method: str) -> Target | NotAllowed | None:
+    prefixes = sorted((endpoint for endpoint in desired.endpoints.values() if endpoint.prefix), key=lambda one: -len(one.route or ""))
+    for endpoint in prefixes:
+        assert endpoint.route is not None
+        root = endpoint.route.rstrip("/")
+        if (path + "/").startswith(root + "/"):
+            allowed = {*endpoint.methods, *(["HEAD"] if "GET" in endpoint.methods else [])}
+            return Target(endpoint, endpoint.route, (), root) if method in allowed else NotAllowed(endpoint.methods)
+    return None
 
 
 @given(tables(), st.data())
@@ -168,6 +185,7 @@ def test_a_table_finds_what_trying_one_by_one_finds(desired: Desired, data: st.D
     rebuilt = RouteTable(desired, Observed(), table)
     for _ in range(5):
         route = data.draw(st.sampled_from([endpoint.route or "" for endpoint in desired.endpoints.values()]))
-        path, method = data.draw(paths(route)), data.draw(st.sampled_from(["GET", "POST", "HEAD", "PUT"]))
+        below = data.draw(st.sampled_from(["", "", "/", "/x", "x", "//b"]))
+        path, method = data.draw(paths(route)) + below, data.draw(st.sampled_from(["GET", "POST", "HEAD", "PUT"]))
         assert table.match(path, method) == one_by_one(desired, path, method)
         assert rebuilt.match(path, method) == table.match(path, method)
