@@ -175,6 +175,7 @@ class Flows:
             self._forget(job, flow)
             return self._on_streamed(job, flow.result)
         self._append(job, flow)
+        self._resume(job, flow)
 
     def _shown(self, job: Job) -> None:
         """Gives a stream whose head is shown the time that a run has at most."""
@@ -253,6 +254,9 @@ class Flows:
             flow.begin_reading(credit.inbox, credit.seq)
         flow.was_taken(credit.seq)
         self._append(job, flow)
+        self._resume(job, flow)
+
+    def _resume(self, job: Job, flow: Outgoing) -> None:
         if flow.is_parked and flow.has_room:
             self._worker.resume(job)
 

@@ -82,6 +82,7 @@ class Outgoing:
         self.retry: asyncio.TimerHandle | None = None
         self.pauses = delays()
         self.sent = self.taken = self._numbered = shown
+        self._credited = shown  # what the reader has taken may be more than what is known to be sent: credit may overtake the store's reply
         self._counted = shown  # the last frame whose bytes are in `_taken_bytes`; a new reader may take some again
         self._sent_bytes = self._taken_bytes = 0
         self._kept: dict[int, Kept] = {}
@@ -263,6 +264,7 @@ class Outgoing:
                 self._in_store.append(size)
                 self._in_store_bytes += size
         self.sent = max(self.sent, last)
+        self.was_taken(self._credited)
 
     def go_back(self, last: int) -> None:
         """Notes that the stream has lost all frames behind `last`. Those that are not here any more are given up: the reader had them."""
@@ -277,7 +279,8 @@ class Outgoing:
 
     def was_taken(self, seq: int) -> bool:
         """Notes that the reader has all frames up to `seq`, and returns whether that is more than before."""
-        seq = min(seq, self.sent)
+        self._credited = max(self._credited, min(seq, self._numbered))
+        seq = min(self._credited, self.sent)
         if seq <= self.taken:
             return False
         for taken in range(max(self._counted + 1, self._first_kept), seq + 1):
@@ -290,7 +293,7 @@ class Outgoing:
     def begin_reading(self, inbox: str, seq: int) -> None:
         """Notes that a new reader begins behind `seq`: it may take again what an earlier one has taken."""
         self.inbox, self.paused = inbox, False
-        self.taken = min(seq, self.taken)
+        self.taken = self._credited = min(seq, self.taken)
         self.waits_since = time.monotonic()
 
     def pause(self) -> None:

@@ -72,6 +72,14 @@ class BadStore(EmbeddedStore):
         stream._entries = [entry for entry in stream._entries if entry[0].seq <= behind]
 
 
+class LateStore(EmbeddedStore):
+    """Its replies to appends come late, when credit for those frames may have come already."""
+
+    def append_then(self, append: Append, on_appended: OnAppended) -> None:
+        loop = asyncio.get_running_loop()
+        super().append_then(append, lambda outcome: loop.call_later(0.3, on_appended, outcome))
+
+
 def frames_of(entries: list[Any]) -> list[int]:
     return [place.seq for place, _ in entries]
 
@@ -90,6 +98,20 @@ async def test_what_the_store_does_not_take_is_appended_again_until_it_does() ->
         result = await reader.end()
         assert reader.body == ALL and result.frames == 10 and steps.runs == 1
         await until(serving.is_settled)
+
+
+async def test_credit_counts_that_overtakes_the_reply_of_the_store() -> None:
+    queue, store, steps = EmbeddedQueue(), LateStore(), Steps(WINDOW_FRAMES + 1)
+    async with Serving(steps, queue, store) as serving:
+        reader = Reader(queue, store)
+        reader.reads = False
+        await reader.ask()
+        steps.go(steps.count)
+        await until(lambda: len(reader.frames) == WINDOW_FRAMES)
+        assert serving.flows[0].sent < WINDOW_FRAMES, "the reply is still to come"
+        reader.credit()
+        result = await reader.end()
+        assert result.frames == len(reader.frames) == WINDOW_FRAMES + 1
 
 
 @pytest.mark.parametrize("meta", [EVENTS, None])
