@@ -185,6 +185,14 @@ async def test_a_stream_and_its_owner_expire_and_each_append_renews_them(store: 
     assert (await store.get(keys.owner("f")), len(await frames_of(store, keys))) == (b"run", 2)
 
 
+async def test_an_owner_that_was_lost_is_there_again_after_the_next_append(store: Store, keys: StoreKeys) -> None:
+    await appended(store, append_of(keys, 1, b"a"))
+    await store.delete(keys.owner("f"))
+    await appended(store, append_of(keys, 2, b"b"))
+    assert await store.get(keys.owner("f")) == b"run"
+    assert await appended(store, append_of(keys, 3, b"c", claim=b"another")) is Refusal.TAKEN
+
+
 async def test_a_reader_drops_a_stream_when_it_has_read_it(store: Store, keys: StoreKeys) -> None:
     await appended(store, append_of(keys, 1, b"a"))
     for key in (keys.stream("f"), keys.owner("f")):
