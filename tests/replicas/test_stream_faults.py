@@ -12,7 +12,7 @@ from mqserve.broker.calls.cancellations import notice_of_proxy, notice_of_reques
 from mqserve.broker.errors import StoreUnavailable
 from mqserve.broker.memory.queue import EmbeddedQueue
 from mqserve.broker.memory.store import EmbeddedStore
-from mqserve.broker.store import Append, OnAppended, Place
+from mqserve.broker.store import Append, OnAppended, Place, Refusal
 from mqserve.broker.streams import REPLICA_LOST, WINDOW_FRAMES, Credit, Owner
 from mqserve.replicas import flows, stuck
 from tests.broker.traffic import publish, until
@@ -77,7 +77,11 @@ class LateStore(EmbeddedStore):
 
     def append_then(self, append: Append, on_appended: OnAppended) -> None:
         loop = asyncio.get_running_loop()
-        super().append_then(append, lambda outcome: loop.call_later(0.3, on_appended, outcome))
+
+        def tell(outcome: int | Refusal | Exception) -> None:
+            loop.call_later(0.3, on_appended, outcome)
+
+        super().append_then(append, tell)
 
 
 def frames_of(entries: list[Any]) -> list[int]:
