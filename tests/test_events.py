@@ -78,6 +78,15 @@ def count(request: Any) -> Iterator[dict[str, int]]:
         yield {"number": number}
 
 
+def large(request: Any) -> Iterator[str]:
+    yield "x" * 3_000_000
+
+
+def test_an_event_may_be_larger_than_all_that_is_made_ahead_of_its_reader(deploy: Deploy) -> None:
+    answer = httpx.get(deploy.at(large), headers=EVENTS, timeout=10)
+    assert [(event.kind, len(event.data)) for event in events_of(answer)] == [("message", 3_000_000), ("end", 2)]
+
+
 def test_items_are_events_with_ids_and_an_end(deploy: Deploy) -> None:
     answer = httpx.get(deploy.at(count), headers=EVENTS)
     assert answer.headers["content-type"].startswith("text/event-stream") and answer.headers["cache-control"] == "no-store"

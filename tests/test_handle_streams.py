@@ -70,6 +70,10 @@ class Counter:
     def nothing(self, request: serve.ServeRequest) -> Iterator[int]:
         yield from ()
 
+    def large(self, request: serve.ServeRequest) -> Iterator[bytes]:
+        yield bytes(request.data)
+        yield b"end"
+
     def objects(self, request: serve.ServeRequest) -> Iterator[Any]:
         yield from (None, "", b"", "text", b"bytes", {1, 2}, [1, 2.5], Picture(b"\x00" * 200_000))
 
@@ -177,6 +181,13 @@ def test_an_async_handle_reads_the_values_in_order(counter: str, method: str) ->
 
 def test_a_generator_that_a_handler_returns_flows_too(counter: str) -> None:
     assert list(serve.get_handle(counter).options(method_name="returned").stream(3)) == [0, 2, 4]
+
+
+def test_a_value_may_be_larger_than_all_that_is_made_ahead_of_its_reader(counter: str) -> None:
+    began = time.monotonic()
+    values = list(serve.get_handle(counter).options(method_name="large").stream(20_000_000))
+    assert [len(value) for value in values] == [20_000_000, 3]
+    assert time.monotonic() - began < flows.IDLE_TIMEOUT_S / 2, "it did not stand still until somebody looked"
 
 
 def test_any_object_travels_as_a_value(counter: str) -> None:

@@ -54,6 +54,7 @@ class EmbeddedStore:
         self._values: dict[str, tuple[bytes, float]] = {}  # value, monotonic expiry (inf for none)
         self._hashes: dict[str, dict[str, bytes]] = {}
         self._readers: dict[str, Callable[[list[bytes]], None]] = {}
+        self._posts: dict[str, list[bytes]] = {}  # of this loop turn, by list
         self._streams: dict[str, tuple[Stream, float]] = {}  # stream, monotonic expiry
         self._logs: dict[str, deque[bytes]] = {}
         self._log_readers: dict[str, list[Callable[[list[bytes]], None]]] = {}
@@ -107,7 +108,15 @@ class EmbeddedStore:
         return 0 if stream is None else stream.last
 
     def post(self, key: str, entry: bytes) -> None:
-        self._post_all(key, [entry])
+        """Posts at the end of this loop turn: readers answer posts by posts, and would call each other ever deeper."""
+        if not self._posts:
+            asyncio.get_running_loop().call_soon(self._deliver_posts)
+        self._posts.setdefault(key, []).append(entry)
+
+    def _deliver_posts(self) -> None:
+        posts, self._posts = self._posts, {}
+        for key, entries in posts.items():
+            self._post_all(key, entries)
 
     def _post_all(self, key: str, entries: list[bytes]) -> None:
         if reader := self._readers.get(key):
