@@ -14,6 +14,7 @@ VERSION = 1
 INLINE_BYTES = 64 * 1024  # a result up to this size rides in the inbox entry; a larger one is read by its key
 RESULT_KIND = 0
 CHUNK_KIND = 1
+SESSION_KIND = 2
 
 
 class Outcome(StrEnum):
@@ -79,7 +80,8 @@ class Result(msgspec.Struct, frozen=True, omit_defaults=True):
 
 class InboxEntry(msgspec.Struct, frozen=True, array_like=True):
     """An inbox entry `[v, id, kind, seq, payload]`. Kind 0 carries the whole result, or nothing: then read the result by its key. Kind 1
-    carries the frame `seq` of a streamed answer (`streams.py`). Other kinds are reserved."""
+    carries the frame `seq` of a streamed answer (`streams.py`), kind 2 a word of a WebSocket session (`sessions.py`). Other kinds are
+    reserved."""
 
     v: int
     id: str
@@ -119,7 +121,7 @@ def read_entry(raw: bytes) -> InboxEntry | None:
         note = _decode_note(raw)
     except UNPARSABLE:
         return None
-    return note if note.v == 1 and note.kind <= CHUNK_KIND else None
+    return note if note.v == 1 and note.kind <= SESSION_KIND else None
 
 
 _OUTCOMES: dict[str, Outcome] = {outcome.value: outcome for outcome in Outcome}

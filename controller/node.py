@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ..broker.calls.cancellations import notice_of_proxy
+from ..broker.calls.cancellations import notice_of_proxy, notice_of_replica
 from ..broker.errors import InstanceError, StoreUnavailable, words_of
 from ..broker.process.lifeline import Stop
 from ..broker.process.ticks import next_tick_s
@@ -242,6 +242,9 @@ class Node:
         if running is not None and not running.stopping:
             self._ended[replica_id] = how or ENDED_WELL
             self._presence.tell()
+        if how:  # one that has drained has told the clients of its WebSocket sessions itself
+            with suppress(StoreUnavailable):
+                await self._store.append_log(self._keys.cancelled, notice_of_replica(self._keys.feed(replica_id)))
 
     def _workers(self) -> Sequence[int]:
         """The numbers of the workers, which are the proxies that share the socket: from 1, or 0 for one that has the socket alone."""

@@ -27,10 +27,12 @@ from .departures import Departures
 from .events import EventId, EventStreams, read_event_id
 from .metrics import CONTENT_TYPE, ProxyMetrics
 from .readiness import DOWN_AFTER_MS
+from .refusals import not_served
 from .responses import NO_BODY, Reply, from_error, from_result, json_reply, problem, with_length
-from .routes import NotAllowed, RouteTable, Target
+from .routes import RouteTable, Target
 from .streaming import CUT, CutShort, Flow, RawBody, head_reply, send_flow
 from .system_routes import SystemPath, SystemPaths, forbidden
+from .websockets import WebSockets
 
 Scope = dict[str, Any]
 Message = MutableMapping[str, Any]
@@ -64,6 +66,7 @@ class ProxyApp:
         self._metrics = metrics or ProxyMetrics()
         self.departures = Departures(self._leave)
         self.events = EventStreams(sender.pending.streams, debug=debug)
+        self.sockets = WebSockets(sender, self)
         self._flowing: dict[str, IncomingStream] = {}  # those that go out by ASGI, by the id of their request
         self._system = SystemPaths(
             {
@@ -88,13 +91,13 @@ class ProxyApp:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            return
+            return await self.sockets.serve(scope, receive, send) if scope["type"] == "websocket" else None
         path: str = scope["path"]
         if path.startswith("/-/"):
             # Written otherwise (`/%2D/…`) it passes by a server in front that lets nobody at `/-/`.
             is_plain = (scope["raw_path"] or b"").startswith(b"/-/")
             call = AsgiCall(scope, self.mint_id())
-            reply = await self._system.answer(scope) if is_plain else _not_served(None, call)
+            reply = await self._system.answer(scope) if is_plain else not_served(None, call)
         else:
             call = AsgiCall(scope, self.mint_id())
             reply = await self._serve(call, receive)
@@ -131,35 +134,35 @@ class ProxyApp:
         routes = self.routes  # one version for the whole request, whatever changes while its body comes in
         target = routes.match(call.path, call.method)
         if not isinstance(target, Target):
-            return _not_served(target, call)
+            return not_served(target, call)
         call.target = target
         reply: Reply | Flow
         try:
             if (place := read_event_id(call.header(b"last-event-id"))) is not None:
                 return await self._resume(call, place, receive)
-            wish = self._admit(call)
+            wish = self.admit(call)
             body = await _read_body(receive, self._sender.held)
-            self._send(call, wish, body, routes)
+            self.send(call, wish, body, routes)
             del body  # it is the queue's now: what waits for an answer holds none
             self.departures.expect(call.id, receive)
             try:
                 end = await call.future
-                reply = self._flow(call, end) if isinstance(end, IncomingStream) else self._reply_to(call, end)
+                reply = self._flow(call, end) if isinstance(end, IncomingStream) else self.reply_to(call, end)
             except asyncio.CancelledError:
                 call.leave()
                 raise
             finally:
                 self.departures.forget(call.id)
-                self._metrics.waiting[call.backend, target.endpoint.name] -= 1
+                self.has_ended(call)
         except MQServeError as error:
-            reply = self._reply_to(call, error)
-        self._count(call, reply)
+            reply = self.reply_to(call, error)
+        self.count(call, reply)
         return reply
 
     async def _resume(self, call: AsgiCall, place: EventId, receive: Receive) -> Reply | Flow:
         await _read_body(receive, self._sender.held)  # it is the request again that began the stream, and nothing runs for it
         reply = await self.events.resume(place, call.target.endpoint.name)
-        self._count(call, reply)
+        self.count(call, reply)
         return reply
 
     # Plain requests: the same without a task, and with no await.
@@ -170,12 +173,12 @@ class ProxyApp:
             routes = self.routes
             target = routes.match(call.path, call.method)
             if not isinstance(target, Target):
-                return call.connection.answer(call, _not_served(target, call))
+                return call.connection.answer(call, not_served(target, call))
             call.target = target
             try:
-                self._send(call, self._admit(call), body, routes)
+                self.send(call, self.admit(call), body, routes)
             except MQServeError as error:
-                self._answer_plain(call, self._reply_to(call, error))
+                self._answer_plain(call, self.reply_to(call, error))
         except Exception:
             self._break_plain(call)
 
@@ -183,16 +186,16 @@ class ProxyApp:
         """Answers a request that was sent."""
         try:
             self._metrics.waiting[call.backend, call.target.endpoint.name] -= 1
-            self._answer_plain(call, self._reply_to(call, end))
+            self._answer_plain(call, self.reply_to(call, end))
         except Exception:
             self._break_plain(call)
 
     def stream_plain(self, call: PlainCall, stream: IncomingStream) -> None:
         """Begins the answer to a request that was sent."""
         try:
-            self._metrics.waiting[call.backend, call.target.endpoint.name] -= 1
+            self.has_ended(call)
             reply = self._flow(call, stream)
-            self._count(call, reply)
+            self.count(call, reply)
             if isinstance(reply, Flow):
                 call.connection.stream(call, reply)
             else:
@@ -215,7 +218,7 @@ class ProxyApp:
         self._sender.leave(stream)
 
     def _answer_plain(self, call: PlainCall, reply: Reply) -> None:
-        self._count(call, reply)
+        self.count(call, reply)
         call.connection.answer(call, reply)
 
     def _break_plain(self, call: PlainCall) -> None:
@@ -228,7 +231,7 @@ class ProxyApp:
 
     # What both do.
 
-    def _admit(self, call: HttpCall) -> Wish:
+    def admit(self, call: HttpCall) -> Wish:
         """Returns what the request asks for. Raises MQServeError if it cannot be sent, before its body is read."""
         if call.head_bytes > MAX_HEAD_BYTES:  # an AMQP content header must fit one frame, and a larger one kills the whole connection
             size = f"{call.head_bytes} bytes and the limit is {MAX_HEAD_BYTES}"
@@ -238,7 +241,7 @@ class ProxyApp:
         self._check_up(backend)
         return backend, shadows, content_type, method, timeout_s
 
-    def _send(self, call: HttpCall, wish: Wish, body: bytes, routes: RouteTable) -> None:
+    def send(self, call: HttpCall, wish: Wish, body: bytes, routes: RouteTable) -> None:
         """Raises MQServeError if the request was not sent; otherwise it counts as waiting until its end."""
         backend, shadows, content_type, method, timeout_s = wish
         meta, endpoint = _meta(call, method), call.target.endpoint.name
@@ -261,7 +264,11 @@ class ProxyApp:
         for shadow in shadows:
             self._sender.send_shadow(shadow, body, content_type, meta, origin="http", timeout_s=routes.timeouts_s[shadow])
 
-    def _reply_to(self, call: HttpCall, end: Result | MQServeError) -> Reply:
+    def has_ended(self, call: HttpCall) -> None:
+        """A request that was sent waits no more."""
+        self._metrics.waiting[call.backend, call.target.endpoint.name] -= 1
+
+    def reply_to(self, call: HttpCall, end: Result | MQServeError) -> Reply:
         if isinstance(end, MQServeError):
             return from_error(end, call.id, debug=self._debug)
         return from_result(end, call.id, debug=self._debug, to_head=call.method == "HEAD")
@@ -278,7 +285,7 @@ class ProxyApp:
             return self.events.flow(stream, call.backend)
         return Flow(head_reply(head, call.backend, call.id), stream, RawBody(head.length))
 
-    def _count(self, call: HttpCall, reply: Reply | Flow) -> None:
+    def count(self, call: HttpCall, reply: Reply | Flow) -> None:
         status = reply.reply[0] if isinstance(reply, Flow) else reply[0]
         self._metrics.route(call.target.pattern).answered(status, (time.monotonic() - call.arrived) * 1000)
 
@@ -339,15 +346,6 @@ class ProxyApp:
             return 200, [(b"content-type", CONTENT_TYPE)], await self._metrics.exposition()
         except MQServeError as error:
             return problem(503, str(error), mint_id(), retry_after_s=1)
-
-
-def _not_served(refused: NotAllowed | None, call: HttpCall) -> Reply:
-    if refused is None:
-        detail = f"Path {call.path} not found. Please ping http://{_host(call)}/-/routes for routing table."
-        return problem(404, detail, call.id)
-    methods = list(refused.methods)
-    detail = f"Methods {call.method} not allowed. Available HTTP methods are {methods}."
-    return problem(405, detail, call.id, headers=((b"allow", ", ".join(methods).encode()),))
 
 
 async def _read_body(receive: Receive, held: HeldBytes) -> bytes:
@@ -439,9 +437,3 @@ def _is_plain(value: object) -> bool:
         return is_plain(value)
     except RecursionError:
         return False
-
-
-def _host(call: HttpCall) -> str:
-    if host := call.header(b"host"):
-        return host.decode("latin-1")[:255]
-    return "{}:{}".format(*call.server) if call.server else "..."

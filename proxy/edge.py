@@ -26,6 +26,7 @@ from .forwarded import NAMES, forwarders
 from .half_close import HalfClosed
 from .responses import HOP_BY_HOP, problem
 from .streaming import CUT, CutShort, cut, until_the_end
+from .upgrades import WebSocketProtocol, has_body, is_handshake, without_upgrade
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,8 @@ class EdgeProtocol(HttpToolsProtocol):
         self._host: bytes | None = None
         self._connection = b""
         self._chunked = False
+        self._upgrade = b""
+        self._left = False  # the connection, to a WebSocket
         self._read = b""  # what is being parsed; the head under way may stand in it, beside other bytes
         self._read_before: list[bytes] = []  # what came before of the head under way
         self._half_closed: HalfClosed | None = None  # set once the client has closed its side, if it is to be answered
@@ -92,15 +95,18 @@ class EdgeProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._flush.stop()
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._stop_timers()
         if self._half_closed is not None:
             self._half_closed.stop()
         if self._answering is not None and not self._answering.response_complete:  # not `cycle` where requests are pipelined
             self._give_up(self._answering)
         self.pipeline.clear()
+
+    def _stop_timers(self) -> None:
+        self._flush.stop()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def data_received(self, data: bytes) -> None:
         if self._refusal:
@@ -111,8 +117,11 @@ class EdgeProtocol(HttpToolsProtocol):
         except httptools.HttpParserError as error:
             cause = error.__context__
             self._refuse(cause if isinstance(cause, Refused) else self._not_http(error))
+        except Refused as refused:
+            self._refuse(refused)
         else:
-            self._watch(len(data))
+            if not self._left:
+                self._watch(len(data))
         self._read = b""  # it may be large
         if self._phase is HEAD:
             self._read_before.append(data[-MAX_LOOSE_BYTES:])
@@ -166,6 +175,7 @@ class EdgeProtocol(HttpToolsProtocol):
         self._host = None
         self._connection = b""
         self._chunked = self._is_forwarded = False
+        self._upgrade = b""
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._phase is BODY:
@@ -223,10 +233,12 @@ class EdgeProtocol(HttpToolsProtocol):
             try:
                 return self.parser.feed_data(rest)
             except httptools.HttpParserUpgrade as offer:
-                # The parser takes an `Upgrade` for the end of HTTP and the body for something else. We never change protocols, and
-                # h2c is offered by many a client with every request, so the head is read again without the offer.
+                # The parser takes an `Upgrade` for the end of HTTP, and the body for something else. h2c is offered by many a client with
+                # every request: the head of such a request is read again without the offer.
                 rest = memoryview(rest)[offer.args[0] :]
-                head = self._head_without_upgrade()
+                if self._upgrade == b"websocket" and is_handshake(self.parser):
+                    return self._begin_websocket(len(rest))
+                head = without_upgrade(self.parser, self.url, self.headers, chunked=self._chunked)
                 self._again = False
                 self.parser = httptools.HttpRequestParser(self)
                 self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does: it is ignored
@@ -234,14 +246,18 @@ class EdgeProtocol(HttpToolsProtocol):
                 self.parser.feed_data(head)
                 self._read = data
 
-    def _head_without_upgrade(self) -> bytes:
-        headers = list(self.headers)
-        if self._chunked:
-            headers.append((b"transfer-encoding", b"chunked"))
-        if not self.parser.should_keep_alive():
-            headers.append((b"connection", b"close"))
-        line = b"%b %b HTTP/%b\r\n" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
-        return b"".join([line, *(b"%b: %b\r\n" % pair for pair in headers), b"\r\n"])
+    def _begin_websocket(self, more: int) -> None:
+        """Leaves the connection to another protocol, in which the handshake is answered."""
+        if more or self._chunked or has_body(self.headers):
+            raise Refused(400, "a WebSocket handshake has no body, and nothing may follow it before its answer")
+        if self._answering is not None and not self._answering.response_complete:
+            raise Refused(400, "requests of this connection wait for their answers: open a WebSocket on a connection of its own")
+        self._left = True
+        self._stop_timers()
+        self.connections.discard(self)
+        left: Any = self
+        left.parser = None  # as at the end of the connection: the two hold each other
+        WebSocketProtocol(self).begin(self.transport, self.url, self.headers, *self._scheme_and_client())
 
     def _take(self, name: bytes, value: bytes) -> bool:
         """Notes a header that this edge acts on; whether it is for the app too."""
@@ -262,6 +278,8 @@ class EdgeProtocol(HttpToolsProtocol):
             case b"expect":
                 self.expect_100_continue = value.lower() == b"100-continue"
                 return True
+            case b"upgrade":
+                self._upgrade = value.lower()
             case b"x-forwarded-for" | b"x-forwarded-proto":
                 self._is_forwarded = True
                 return True

@@ -31,6 +31,7 @@ from ..broker.process.ticks import next_tick_s
 from ..broker.queue import Queue
 from ..broker.rabbitmq.queue import open_rabbitmq
 from ..broker.redis.store import open_redis
+from ..broker.sessions import MAX_MESSAGE_BYTES
 from ..broker.settings import Settings
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
@@ -161,6 +162,8 @@ class Proxy:
         another."""
         for name in names:
             sender.end_cancelled(name)
+            if self._app is not None:
+                self._app.sockets.replica_died(name)
         if heard.has(sender.pending.inbox) and not stop.is_set():
             logger.error("%s was silent for too long and its requests are not run any more: ending", self._options.proxy_id)
             stop.set()
@@ -187,6 +190,7 @@ class Proxy:
             await stop.wait()
             self._say(MemberState.DRAINING)
             app.events.reconnect()
+            app.sockets.drain()
             await server.last_answers()
             server.end()
             await serving
@@ -377,7 +381,8 @@ class _Server(uvicorn.Server):
 def _uvicorn_config(app: Any) -> uvicorn.Config:
     return uvicorn.Config(
         app, interface="asgi3",
-        http=PlainEdgeProtocol, ws="none", lifespan="off", access_log=False, log_config=None,
+        http=PlainEdgeProtocol, ws="none", ws_per_message_deflate=False,  # the edge changes protocols itself
+        ws_max_size=MAX_MESSAGE_BYTES, lifespan="off", access_log=False, log_config=None,
         timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=PROXY_DRAIN_S, server_header=False, date_header=True,
         proxy_headers=False,  # the edge reads them
     )  # fmt: skip

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from ..broker import backoff
+from ..broker.envelope import Pairs
 from ..broker.errors import UNPARSABLE, BadValue, MQServeError, Overloaded, public_words
 from ..broker.results import Result
 
@@ -41,10 +42,12 @@ def from_result(result: Result, request_id: str, *, debug: bool, to_head: bool =
     have."""
     if result.error is not None:
         members = _members(result.error.members) if result.error.members else NO_MEMBERS
-        return problem(result.status, _explain(result, debug=debug), request_id, headers=_safe(result), members=members)
+        return problem(
+            result.status, _explain(result, debug=debug), request_id, headers=safe_headers(result.headers, result.backend), members=members
+        )
     headers = [(b"content-type", _content_type(result.content_type, result.backend))] if result.content_type else []
     if result.headers:
-        headers += _safe(result)
+        headers += safe_headers(result.headers, result.backend)
         if to_head:
             headers += [(name, value) for name, value in result.headers if name == b"content-length" and _LENGTH.fullmatch(value)][:1]
     headers.append((b"x-request-id", request_id.encode()))
@@ -130,15 +133,15 @@ def _content_type(text: str, backend: str) -> bytes:
     return b"application/octet-stream"
 
 
-def _safe(result: Result) -> list[tuple[bytes, bytes]]:
+def safe_headers(given: Pairs, backend: str) -> list[tuple[bytes, bytes]]:
     """Returns the headers that user code may set: none that splits the response, and none about its length or the connection.
 
     A header that HTTP cannot carry is left out and logged; the answer goes on without it.
     """
     headers: list[tuple[bytes, bytes]] = []
-    for name, value in result.headers:
+    for name, value in given:
         if not _NAME.fullmatch(name) or not _VALUE.fullmatch(value):
-            logger.warning("%s answered with a header that HTTP cannot carry, %.100r: left out", result.backend, name)
+            logger.warning("%s answered with a header that HTTP cannot carry, %.100r: left out", backend, name)
         elif name.lower() not in _NOT_THEIRS:
             headers.append((name, value))
     return headers

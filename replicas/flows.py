@@ -10,16 +10,17 @@ from functools import partial
 
 import msgspec
 
-from ..broker.backoff import delays, keep_running
+from ..broker.backoff import delays
 from ..broker.calls.cancellations import CANCELLED
 from ..broker.errors import StoreUnavailable
 from ..broker.queue import Queue
 from ..broker.results import Outcome, Result, entry_of
 from ..broker.store import Append, Refusal, Store, StoreClosed
 from ..broker.store_keys import STREAM_TTL_S, StoreKeys
-from ..broker.streams import IDLE_TIMEOUT_S, RESUME_GRACE_S, Credit, read_credit
+from ..broker.streams import IDLE_TIMEOUT_S, RESUME_GRACE_S, Credit
 from ..controller.state.config import MAX_REQUEST_TIMEOUT_S
 from .amqp_streams import Replies, quiet_result
+from .feed import Feed
 from .outgoing import Kept, Outgoing, State
 from .settlement import Settlement
 from .stages import Job
@@ -28,7 +29,6 @@ from .worker import Worker
 logger = logging.getLogger(__name__)
 
 HEAD_AFTER_S = 15.0  # of server-sent events: until then the request can run again unseen
-_READS_ON_S = 5.0  # after the last stream, so that one a second needs no new connection each
 
 
 class Flows:
@@ -43,7 +43,7 @@ class Flows:
         store: Store,
         queue: Queue,
         keys: StoreKeys,
-        replica_id: str,
+        feed: Feed,
         worker: Worker,
         settlement: Settlement,
         on_done: Callable[[Job, Result], None],
@@ -58,11 +58,10 @@ class Flows:
         self._on_streamed = on_streamed
         self._give_up = give_up
         self._replies = Replies(queue, worker, on_done, give_up)
-        self._feed = keys.feed(replica_id)
+        self._feed = feed
+        feed.on_credit = self._on_credit_of
         self._inboxes = keys.inbox("")
         self._jobs: dict[str, Job] = {}  # by future id
-        self._reading: asyncio.Task[None] | None = None
-        self._empty_since = 0.0  # monotonic
         self.grace_s = RESUME_GRACE_S
 
     def __repr__(self) -> str:
@@ -98,9 +97,7 @@ class Flows:
         self._jobs[flow.future_id] = job
         if flow.is_shown:
             self._shown(job)  # by an earlier run
-        if self._reading is None:
-            read = partial(self._store.read_inbox, self._feed, self._on_credits, lambda: None)
-            self._reading = asyncio.create_task(keep_running("the reader of credit", read))
+        self._feed.need(self)
 
     # Appending.
 
@@ -232,16 +229,14 @@ class Flows:
         if self._jobs.get(flow.future_id) is job:
             del self._jobs[flow.future_id]
         if not self._jobs:
-            self._empty_since = time.monotonic()
+            self._feed.leave(self)
 
     # Credit.
 
-    def _on_credits(self, entries: list[bytes]) -> None:
-        for raw in entries:
-            credit = read_credit(raw)
-            job = self._jobs.get(credit.id) if credit is not None else None
-            if credit is not None and job is not None and job.flow is not None and credit.inbox.startswith(self._inboxes):
-                self._on_credit(job, job.flow, credit)
+    def _on_credit_of(self, credit: Credit) -> None:
+        job = self._jobs.get(credit.id)
+        if job is not None and job.flow is not None and credit.inbox.startswith(self._inboxes):
+            self._on_credit(job, job.flow, credit)
 
     def _on_credit(self, job: Job, flow: Outgoing, credit: Credit) -> None:
         if credit.left:
@@ -283,9 +278,6 @@ class Flows:
             elif flow is not None and job.given_up is None:
                 self._check(job, flow, now)
         self._replies.check(now)
-        if self._reading is not None and not self._jobs and now - self._empty_since > _READS_ON_S:
-            self._reading.cancel()
-            self._reading = None
 
     def _check(self, job: Job, flow: Outgoing, now: float) -> None:
         flow.forget()
@@ -306,7 +298,7 @@ class Flows:
     @property
     def needs_time(self) -> bool:
         """Whether there is anything for `check` to do."""
-        return bool(self._jobs) or self._reading is not None or len(self._replies) > 0
+        return bool(self._jobs) or len(self._replies) > 0
 
     def close(self) -> None:
         """Stops reading credit, at the end of the replica."""
@@ -314,9 +306,6 @@ class Flows:
             if job.flow is not None:
                 job.flow.stop()
         self._jobs.clear()
-        if self._reading is not None:
-            self._reading.cancel()
-            self._reading = None
 
     def __iter__(self) -> Iterator[Job]:
         return iter(tuple(self._jobs.values()))

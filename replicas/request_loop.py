@@ -24,11 +24,13 @@ from ..controller.state.config import MAX_REQUEST_TIMEOUT_S, BackendConfig
 from ..controller.state.documents import Backend
 from .admission import Admission
 from .consumers import Consumers
+from .feed import Feed
 from .flows import Flows
 from .handler import Handler
 from .metrics import ReplicaMetrics
 from .register import Register
 from .rhythm import Rhythm
+from .sessions import Sessions
 from .settlement import Settlement, is_kept
 from .stages import Job, Stage
 from .start_marks import StartMarks
@@ -81,7 +83,7 @@ class RequestLoop:
         self._worker = worker
         self._metrics = metrics
         self._trust = SenderTrust(settings)
-        self._cancellations = Cancellations(store, keys, lambda _: self._give_up_cancelled())
+        self._cancellations = Cancellations(store, keys, self._on_cancelled)
         self._draining = False
         self._unasked = RateLimitedLog(logger)
         self._end: End | None = None
@@ -90,8 +92,10 @@ class RequestLoop:
         self._consumers = Consumers(
             backend.name, queue, store, self._window.size, self._on_delivery, self._settle_unstored, self._give_back_waiting
         )
-        self._flows = Flows(store, queue, keys, replica_id, worker, self._settlement, self.on_done, self._on_streamed, self._give_up)
+        self._feed = Feed(store, keys.feed(replica_id))
+        self._flows = Flows(store, queue, keys, self._feed, worker, self._settlement, self.on_done, self._on_streamed, self._give_up)
         worker.flowing.on_touched = self._flows.on_touched
+        self._sessions = Sessions(store, keys, self._feed, worker.sockets, self._on_session)
         self._rhythm = Rhythm(self._is_idle)
         self.served = 0
         self._config = backend.config
@@ -208,7 +212,8 @@ class RequestLoop:
         if self._end is not None:
             until = min(until, self._end.at)
         await self._consumers.stop()
-        await self._until(until, lambda: not (self.running or self._worker.responding))
+        await self._until(until, lambda: not (self.running or self._worker.responding or self._sessions))
+        await self._sessions.close()
         if self._end is not None:
             self._refuse_the_rest(self._end)
             await self._until(time.monotonic() + _REFUSAL_BUDGET_S, lambda: not self.running)
@@ -222,6 +227,7 @@ class RequestLoop:
             # with at-most-once delivery its mark stays, since it may still start in a batch that gathers
             self._settlement.give_back(job, mark_stays=self._settlement.at_most_once)
         self._flows.close()
+        self._feed.close()
         await self._settlement.last_steps()
         self._metrics.hand_over(0, 0)
 
@@ -259,6 +265,8 @@ class RequestLoop:
         self._worker.withdraw()
         await self._consumers.stop()
         self._flows.close()
+        await self._sessions.close(0)
+        self._feed.close()
         self._settlement.abandon()
 
     def _spare_the_waiting(self) -> None:
@@ -291,7 +299,8 @@ class RequestLoop:
             if job.deadline <= now and job.given_up is None:
                 self._give_up(job, late_result(Phase.RUN if job.started else Phase.QUEUE))
 
-    def _give_up_cancelled(self) -> None:
+    def _on_cancelled(self, names: Sequence[str]) -> None:
+        self._sessions.proxies_died(names)
         for job in self._register.with_worker():
             future_id = job.envelope.future_id(self._backend)
             if not self._cancellations.names(job.envelope, future_id):
@@ -315,6 +324,12 @@ class RequestLoop:
         self.served += 1
         self._metrics.done(job.envelope, result, self._store.now_ms(), job.run_s, len(job.batch) or 1)
         self._settlement.streamed(job)
+
+    def _on_session(self, job: Job) -> None:
+        """Settles a job whose WebSocket session the app has accepted: no result is recorded."""
+        if job.with_worker:
+            job.run_s = time.monotonic() - job.started
+            self._on_streamed(job, Result(backend=self._backend))
 
     # Taking.
 

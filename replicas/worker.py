@@ -24,19 +24,22 @@ from typing import Any, TypeVar
 from ..broker.latencies import moving_average
 from ..broker.process import forks
 from ..broker.results import Result
+from ..broker.sessions import is_handshake
 from ..controller.state.config import BackendConfig
 from .asgi_apps import ASGIApp, check_is_http
 from .batching import Gathering
 from .call_contexts import CallContexts
 from .context import ReplicaContext, enter_context, running_jobs
 from .execute import Answer, BatchSteps, Execution
-from .generators import Generators, HandOver
+from .generators import Generators
+from .hand_over import HandOver
 from .handler import Method
 from .hook_calls import HookCalls
 from .sinks import Sinks
 from .stages import Job
 from .suspects import BeforeSuspects, Marking
 from .threads import Threads
+from .websockets import Sockets
 from .worker_thread import WorkerThread
 
 _TURN_S = 0.01  # after starting jobs for this long the loop does its other work: async calls, health checks
@@ -73,9 +76,10 @@ class Worker:
             lambda job: self._put(job, job.unwanted_result),
             lambda wait_s, callback: self._loop.call_later(wait_s, self._without_loop, callback),
         )
-        self.flowing = HandOver()
+        self.flowing: HandOver[Job] = HandOver(self._io)
         self.sinks = Sinks(context.backend_tag, context.replica_tag, config, self.flowing.touch)
         self._generators = Generators(self._loop, self, self.sinks)
+        self.sockets = Sockets(self._loop, self, config)
         self._results: deque[tuple[Job, Result]] = deque()
         self._io_woken = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -103,6 +107,7 @@ class Worker:
         """Applies batch size and wait from the next batch on, and the number of threads at once."""
         if config != self._config:
             before, self._config, self.sinks.config = self._config, config, config
+            self.sockets.limit = config.max_sessions
             with suppress(RuntimeError):  # user code closed the loop: the replica ends
                 self._loop.call_soon_threadsafe(self._resize, config.sync_threads - before.sync_threads)
 
@@ -225,7 +230,8 @@ class Worker:
         context = self._contexts.new()
         if method.is_async:
             if method.is_app:
-                self.run_task(self._respond(jobs[0], method.function, begins=True), context, jobs)
+                converse = self.sockets.converse if is_handshake(jobs[0].envelope) else self._answer_by
+                self.run_task(converse(jobs[0], method.function), context, jobs)
             else:
                 self._start_task(self._run_async(jobs, method), context, jobs)  # which ends its entry in `_tasks` itself
         elif self._pool is None:
@@ -304,6 +310,9 @@ class Worker:
                 self._generators.start([job], answer, copy_context() if context is None else context)
             else:
                 self.run_task(self._respond(job, answer), copy_context() if context is None else context, [job])
+
+    async def _answer_by(self, job: Job, app: ASGIApp) -> None:
+        await self._respond(job, app, begins=True)
 
     async def _respond(self, job: Job, app: ASGIApp, *, begins: bool = False) -> None:
         """Runs an ASGI app for the answer: a response that the call returned, or the backend's own, with which the call `begins`."""
@@ -391,7 +400,7 @@ class Worker:
             self._free_threads += more_threads
         self._take()
 
-    # For generators.
+    # For generators and sessions.
 
     @property
     def execution(self) -> Execution:
@@ -437,6 +446,10 @@ class Worker:
         job.request = job.task = None
         flow.result = result
         self.flowing.touch(job)
+
+    async def mark_suspect(self, job: Job) -> None:
+        """See `websockets.Host`."""
+        await self._marking.before_async([job])
 
     def keep(self, task: asyncio.Task[None]) -> None:
         """Takes a task of the worker's loop into its register: it is cancelled when the worker ends."""

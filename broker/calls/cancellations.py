@@ -2,7 +2,8 @@
 answer at once what was cancelled elsewhere.
 
 An entry of the log `cancelled` is MessagePack `[1, kind, name]`: kind `request` names a future id, kind `proxy` names the inbox of a
-proxy that died, whose clients are gone. Readers skip kinds and versions that they do not know.
+proxy that died, whose clients are gone, and kind `replica` the feed of a replica that died, with its WebSocket sessions. Readers skip kinds
+and versions that they do not know.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ..store import Store
 from ..store_keys import RESULT_TTL_S, StoreKeys
 
 VERSION = 1
-REQUEST, PROXY = "request", "proxy"
+REQUEST, PROXY, REPLICA = "request", "proxy", "replica"
 KEPT = 20_000  # cancelled ids that a reader remembers; the log keeps fewer
 
 # The bytes are the same whoever cancels: by that the store recognizes that two writers recorded the same result.
@@ -41,6 +42,10 @@ def notice_of_request(future_id: str) -> bytes:
 
 def notice_of_proxy(inbox: str) -> bytes:
     return _encode(CancelNotice(VERSION, PROXY, inbox))
+
+
+def notice_of_replica(feed: str) -> bytes:
+    return _encode(CancelNotice(VERSION, REPLICA, feed))
 
 
 class Cancellations:
@@ -84,7 +89,7 @@ class Cancellations:
                 notice = _decode(raw)
             except msgspec.MsgspecError:
                 continue
-            if notice.v == VERSION and notice.kind in (REQUEST, PROXY):
+            if notice.v == VERSION and notice.kind in (REQUEST, PROXY, REPLICA):
                 self._heard.pop(notice.name, None)
                 self._heard[notice.name] = time.monotonic()
                 names.append(notice.name)

@@ -9,7 +9,7 @@ import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from ..backoff import delays, keep_running
@@ -17,7 +17,7 @@ from ..errors import BadEnvelope, MQServeError, StoreUnavailable, untraced
 from ..process.printable import printable
 from ..process.tasks import Tasks
 from ..result_bodies import with_body
-from ..results import InboxEntry, Outcome, Phase, Result, entry_of, late_result, read_entry
+from ..results import CHUNK_KIND, SESSION_KIND, InboxEntry, Outcome, Phase, Result, entry_of, late_result, read_entry
 from ..store import Record, Store
 from ..store_keys import StoreKeys
 from .call import Call, Ticket
@@ -52,6 +52,7 @@ class PendingResults:
         self._reading = False
         self._fetching: set[str] = set()  # ids of results whose bodies are being read
         self._tasks = Tasks(self._ended)
+        self.on_session: Callable[[InboxEntry], None] = lambda entry: None
         self.streams = IncomingStreams(
             store, keys, self.inbox, self._tasks, on_head=self._on_head, on_loss=self._on_loss, on_result=self._resolve
         )
@@ -107,6 +108,9 @@ class PendingResults:
             call.failed(error)
         if stranger is not None and not stranger.done():
             stranger.set_exception(error)
+
+    def get(self, future_id: str) -> Call | None:
+        return self._waiting.get(future_id)
 
     def drop(self, future_id: str, *, answered: bool = False) -> Call | None:
         """Removes a request of this process and returns it, so that the caller can end it. Returns None for an unknown id."""
@@ -207,8 +211,10 @@ class PendingResults:
             note = read_entry(raw)
             if note is None:
                 continue
-            if note.kind:
+            if note.kind == CHUNK_KIND:
                 self._on_frame(note)
+            elif note.kind == SESSION_KIND:
+                self.on_session(note)
             elif note.id not in self._waiting and note.id not in self.streams:
                 continue
             elif note.payload:

@@ -19,12 +19,14 @@ from ..process.rate_limited_log import RateLimitedLog
 from ..process.tasks import Tasks
 from ..queue import Queue
 from ..results import entry_of
+from ..sessions import CloseCode
 from ..shards import FIRST, RoundRobin, other_shards
 from ..store import Record, Store
 from ..store_keys import StoreKeys
 from .call import Call
 from .cancellations import CANCELLED, notice_of_request
 from .incoming import IncomingStream
+from .links import Links
 from .pending import PendingResults
 
 logger = logging.getLogger(__name__)
@@ -126,6 +128,10 @@ class RequestSender:
             self._queue.publish(backend, envelope, settled, shard)
         except MQServeError as error:
             settled(error)
+
+    def new_links(self) -> Links:
+        """Returns a register for the WebSocket sessions that begin with requests of this process; `pending.on_session` gets its entries."""
+        return Links(self._store, self.pending.inbox, self._keys.feed(""), CloseCode.RESTART)
 
     def cancel(self, future_id: str) -> None:
         """Whoever waits here is told at once, and the replicas soon."""

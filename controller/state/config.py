@@ -26,6 +26,7 @@ class BackendConfig(BaseModel):
     batch_wait_timeout: seconds that a batch waits to be full; 0 takes what is there.
     max_concurrent_queries: requests that one replica holds at a time; default 100 for an async handler, twice the batch size for
         one with `max_batch_size`, and for a plain one what it can run and what runs within 2 ms, up to 64.
+    max_sessions: WebSocket sessions that one replica of an ASGI app may have; a handshake beyond them is answered 503.
     sync_threads: how many plain calls a replica runs at once; 1, since models are rarely thread-safe.
     request_timeout_s: seconds from the request's arrival to its answer, at most 25 minutes.
     max_queued_requests: waiting requests beyond which callers are told 429; None for no limit. Changing it makes a new queue.
@@ -51,6 +52,7 @@ class BackendConfig(BaseModel):
     max_batch_size: Whole | None = None
     batch_wait_timeout: Annotated[float, Field(ge=0)] = 0.0
     max_concurrent_queries: Whole | None = None
+    max_sessions: Whole = 1000
     sync_threads: Whole = 1
     request_timeout_s: Annotated[float, Field(gt=0, le=MAX_REQUEST_TIMEOUT_S)] = 60.0
     max_queued_requests: Whole | None = None

@@ -7,12 +7,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from websockets.asyncio.client import connect
 
 import mqserve as serve
+from tests import socket_apps
 from tests.bare_http import wire
 from tests.instances import Deploy, started
 
 REQUESTS = 200
+SESSIONS = 20
+OF_A_CLIENT = 7  # its transport, which is one of asyncio, and what that refers to
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +90,24 @@ def test_a_request_by_http_leaves_no_cyclic_garbage(client: serve.Client, make: 
 
         assert garbage_of(send_all) < REQUESTS
     deploy.undo()
+
+
+def test_a_websocket_session_leaves_no_cyclic_garbage(client: serve.Client) -> None:
+    client.mount("/ws", socket_apps.app)
+    url = client.http_url().replace("http", "ws", 1) + "/ws/echo"
+
+    async def talk() -> None:
+        async with connect(url) as socket:
+            await socket.send("here")
+            await socket.recv()
+
+    async def talk_all() -> None:
+        await asyncio.gather(*(talk() for _ in range(SESSIONS)))
+
+    def send_all() -> None:
+        asyncio.run(talk_all())
+
+    left = garbage_of(send_all)
+    client.delete_endpoint("ws")
+    client.delete_backend("ws")
+    assert left <= OF_A_CLIENT * SESSIONS

@@ -29,9 +29,14 @@ class IdleWorker:
         self.responding = 0
         self.blocked_s = 0.0
         self.hook_since = math.inf
-        self.thread = self.flowing = self
+        self.thread = self.flowing = self.sockets = self.touched = self
         self.missed = 0
         self.on_touched: object = None
+        self.new_link: object = None
+
+    def __len__(self) -> int:
+        """Sessions."""
+        return 0
 
     def ask_for_life(self, *, may_be_busy: bool) -> None:
         pass

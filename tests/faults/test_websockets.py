@@ -1,0 +1,199 @@
+"""WebSockets through two proxies and two replicas: every echo in order, and the right code for each session whose process ends."""
+
+import asyncio
+import itertools
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+import psutil
+import pytest
+import redis
+from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed
+
+import mqserve as serve
+from tests import socket_apps
+from tests.faults.members import Members
+from tests.instances import distributed_only, is_alive, new_name, wait_until
+
+pytestmark = distributed_only
+
+HTTP_OPTIONS = {"workers": 2}
+PER_SECOND = 10
+
+
+class Crowd:
+    """Sessions that say ten messages a second each, and compare what comes back. One that is closed connects again."""
+
+    def __init__(self, url: str, size: int) -> None:
+        self._url = url
+        self._size = size
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._talk_together()))
+        self.echoes = self.open = 0
+        self.codes: Counter[int] = Counter()  # with which sessions were ended by the other side; 1006 without a close
+        self.wrong: list[str] = []
+
+    def __repr__(self) -> str:
+        return f"<Crowd, {self.open} of {self._size} open, {self.echoes} echoes, ended {dict(self.codes)}, {self.wrong[:3]}>"
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        wait_until(lambda: self.open == self._size, told=lambda: self)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop.set()
+        self._thread.join(60)
+
+    def goes_on(self, echoes: int) -> bool:
+        """Waits for so many more, of as many sessions as ever."""
+        before = self.echoes
+        return wait_until(lambda: self.echoes >= before + echoes and self.open == self._size, told=lambda: self)
+
+    async def _talk_together(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for number in range(self._size):
+                tasks.create_task(self._talk_again_and_again(number))
+
+    async def _talk_again_and_again(self, number: int) -> None:
+        while not self._stop.is_set():
+            with suppress(OSError):  # nobody listens for a moment
+                async with connect(self._url, open_timeout=30) as socket:
+                    self.open += 1
+                    try:
+                        await self._talk(socket, number)
+                    except ConnectionClosed as closed:
+                        self.codes[closed.rcvd.code if closed.rcvd is not None else 1006] += 1
+                        await asyncio.sleep(0.5)
+                    finally:
+                        self.open -= 1
+
+    async def _talk(self, socket: Any, number: int) -> None:
+        for turn in itertools.count():
+            if self._stop.is_set():
+                return
+            due = time.monotonic() + 1 / PER_SECOND
+            await socket.send(f"{number} {turn}")
+            async with asyncio.timeout(30):
+                heard = await socket.recv()
+            if heard != f"{number} {turn}":
+                self.wrong.append(f"{number} {turn}, and back came {heard}")
+            self.echoes += 1
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
+
+
+@pytest.fixture(scope="module")
+def url(client: serve.Client) -> Iterator[str]:
+    """The app, on two replicas."""
+    name = new_name("ws")
+    client.mount(f"/{name}", socket_apps.app, config={"num_replicas": 2, "graceful_shutdown_timeout_s": 1.0})
+    yield f"{client.http_url().replace('http', 'ws', 1)}/{name}"
+    client.delete_endpoint(name)
+    client.delete_backend(name, force=True)
+
+
+@pytest.fixture
+def proxies(members: Members) -> Callable[[], set[int]]:
+    return lambda: two(members.pids("proxy"))
+
+
+@pytest.fixture
+def replicas(members: Members) -> Callable[[], set[int]]:
+    return lambda: two(members.pids("replica"))
+
+
+def two(pids: set[int]) -> set[int]:
+    alive = {pid for pid in pids if psutil.pid_exists(pid) and is_alive(psutil.Process(pid))}
+    return alive if len(alive) == 2 else set()
+
+
+def test_two_hundred_sessions_get_every_echo_in_order(
+    url: str, proxies: Callable[[], set[int]], replicas: Callable[[], set[int]], store_url: str, shared_namespace: str
+) -> None:
+    processes = [psutil.Process(pid) for pid in [*wait_until(proxies), *wait_until(replicas)]]
+    with Crowd(f"{url}/echo", 20) as crowd:  # what is opened once and kept
+        crowd.goes_on(100)
+    before = [process.num_fds() for process in processes]
+    with Crowd(f"{url}/echo", 200) as crowd:
+        crowd.goes_on(200 * PER_SECOND * 5)
+        shares = [process.num_fds() - count for process, count in zip(processes[:2], before[:2], strict=True)]
+        assert sum(shares) >= 190 and min(shares) > 10  # which proxy takes a connection is chance
+    assert not crowd.wrong and not crowd.codes
+    wait_until(lambda: all(process.num_fds() <= count + 3 for process, count in zip(processes, before, strict=True)))
+    assert not lasting_keys(store_url, shared_namespace)
+    wait_until(lambda: set(tasks_of(url)) == replicas() and max(tasks_of(url).values()) < 10)
+
+
+def tasks_of(url: str) -> dict[int, int]:
+    """The tasks of the user's loop, by the process of the replica."""
+    told = [httpx.get(f"{url.replace('ws', 'http', 1)}/tasks").json() for _ in range(8)]
+    return {one["pid"]: one["tasks"] for one in told}
+
+
+def lasting_keys(store_url: str, namespace: str) -> list[str]:
+    """The keys of results, of which sessions leave none, and other keys of requests that have no expiry."""
+    store: Any = redis.Redis.from_url(store_url)
+    found = [key.decode() for key in store.scan_iter(f"mqserve:{namespace}:*") if b"{" in key or b":feed:" in key or b":inbox:" in key]
+    return [key for key in found if store.ttl(key) == -1 or ":future:" in key]
+
+
+def test_a_replica_is_killed(url: str, replicas: Callable[[], set[int]]) -> None:
+    victim = wait_until(replicas).pop()
+    with Crowd(f"{url}/echo", 40) as crowd:
+        os.kill(victim, signal.SIGKILL)
+        began = time.monotonic()
+        wait_until(lambda: crowd.codes, told=lambda: crowd)
+        assert time.monotonic() - began < 5  # told by the node, and not by silence
+        crowd.goes_on(400)
+    assert not crowd.wrong and set(crowd.codes) == {1012} and 5 < crowd.codes[1012] < 35
+
+
+def test_a_replica_is_told_to_end(url: str, replicas: Callable[[], set[int]]) -> None:
+    victim = wait_until(replicas).pop()
+    with Crowd(f"{url}/echo", 40) as crowd:
+        os.kill(victim, signal.SIGTERM)
+        wait_until(lambda: crowd.codes, told=lambda: crowd)
+        crowd.goes_on(400)
+    assert not crowd.wrong and set(crowd.codes) == {1012} and 5 < crowd.codes[1012] < 35
+
+
+def test_a_replica_is_frozen(url: str, replicas: Callable[[], set[int]]) -> None:
+    victim = wait_until(replicas).pop()
+    with Crowd(f"{url}/echo", 10) as crowd:
+        os.kill(victim, signal.SIGSTOP)
+        try:
+            wait_until(lambda: crowd.codes, told=lambda: crowd)
+        finally:
+            with suppress(ProcessLookupError):  # its node may have killed it
+                os.kill(victim, signal.SIGCONT)
+        crowd.goes_on(100)
+    assert not crowd.wrong and set(crowd.codes) == {1012}
+
+
+def test_a_proxy_is_killed(url: str, proxies: Callable[[], set[int]], replicas: Callable[[], set[int]]) -> None:
+    victim = wait_until(proxies).pop()
+    assert wait_until(replicas)
+    with Crowd(f"{url}/echo", 40) as crowd:
+        os.kill(victim, signal.SIGKILL)
+        wait_until(lambda: crowd.codes, told=lambda: crowd)
+        crowd.goes_on(400)
+    assert not crowd.wrong and set(crowd.codes) == {1006}
+    wait_until(lambda: max(tasks_of(url).values()) < 10)  # the apps were told
+
+
+def test_a_proxy_is_told_to_end(url: str, proxies: Callable[[], set[int]]) -> None:
+    victim = wait_until(proxies).pop()
+    with Crowd(f"{url}/echo", 40) as crowd:
+        os.kill(victim, signal.SIGTERM)
+        wait_until(lambda: crowd.codes, told=lambda: crowd)
+        crowd.goes_on(400)
+    assert not crowd.wrong and set(crowd.codes) == {1001}
