@@ -24,6 +24,7 @@ from ..broker.process.printable import printable
 from .flush import Flush
 from .forwarded import NAMES, forwarders
 from .half_close import HalfClosed
+from .request_line import Refused, check_protocol, not_http, origin_form
 from .responses import HOP_BY_HOP, problem
 from .streaming import CUT, CutShort, cut, until_the_end
 from .upgrades import WebSocketProtocol, has_body, is_handshake, without_upgrade
@@ -43,21 +44,11 @@ _TOO_LONG = f"the request line and headers take more than {MAX_HEAD_BYTES} bytes
 _OURS = b"x-mqserve-"  # inside the instance only: nobody may send them in
 _WATCHED = HOP_BY_HOP | NAMES | {b"host", b"content-length", b"expect", b"last-event-id"}
 _HOST = re.compile(rb"[\w.~%!$&'()*+,;=:\[\]-]*", re.ASCII)
-_ABSOLUTE = re.compile(rb"https?://([^/?#]*)(/[^#]*)?", re.IGNORECASE)
 # What rights depend on (a client must not have a header removed that a server in front has set), and where the request ends.
 _END_TO_END = frozenset(
     b"content-length host origin authorization cookie forwarded via x-real-ip x-forwarded-for x-forwarded-host x-forwarded-proto".split()
 )
 _NAMES_NOTHING = (b"", b"keep-alive", b"close", b"Keep-Alive")
-
-
-class Refused(Exception):
-    """Raised while a request is read; `status` and `detail` are the answer."""
-
-    def __init__(self, status: int, detail: str) -> None:
-        super().__init__(detail)
-        self.status = status
-        self.detail = detail
 
 
 class EdgeProtocol(HttpToolsProtocol):
@@ -116,7 +107,11 @@ class EdgeProtocol(HttpToolsProtocol):
             self._feed(data)
         except httptools.HttpParserError as error:
             cause = error.__context__
-            self._refuse(cause if isinstance(cause, Refused) else self._not_http(error))
+            self._refuse(
+                cause
+                if isinstance(cause, Refused)
+                else not_http(error, self.url, b"".join([*self._read_before, self._read]) if self._phase is HEAD else b"")
+            )
         except Refused as refused:
             self._refuse(refused)
         else:
@@ -305,38 +300,15 @@ class EdgeProtocol(HttpToolsProtocol):
         elif self._chunked:
             raise Refused(400, "HTTP/1.0 has no chunked bodies: send a Content-Length")
         if b" %b HTTP/" % self.url not in self._read:  # the parser takes RTSP and ICE for HTTP, and does not tell
-            self._check_protocol()
+            check_protocol(self.url, b"".join([*self._read_before, self._read]))
         if self.parser.should_upgrade() and self.parser.get_method() == b"CONNECT":
             raise Refused(501, "there are no tunnels here")
         if self.url[:1] != b"/":
-            self.url = self._origin_form()
+            self.url = origin_form(self.url, self.parser.get_method(), self._host or b"")
         if b"#" in self.url:
             raise Refused(400, "a request target has no fragment: leave out what follows the #, or write %23")
         if len(self.url) > 0xFFFF:  # all that httptools can parse
             raise Refused(431, f"the request target has {len(self.url)} bytes: send less, or send it in the body")
-
-    def _check_protocol(self) -> None:
-        """Of a request line that came in pieces, or has more than one space behind the target."""
-        if re.search(b" %b +HTTP/" % re.escape(self.url), b"".join([*self._read_before, self._read])) is None:
-            raise Refused(505, "this is HTTP/1.1, and the request says another protocol")
-
-    def _not_http(self, error: httptools.HttpParserError) -> Refused:
-        """For what the parser gave up on: a request line with another protocol or version gets to know that."""
-        if self._phase is HEAD:
-            line = rb"(?m)^\S+ +%b +([A-Za-z][\w.+-]*/\d+\.\d+)\r?$" % (re.escape(self.url) or rb"\S+")
-            for protocol in re.findall(line, b"".join([*self._read_before, self._read])):
-                if protocol not in (b"HTTP/1.0", b"HTTP/1.1"):
-                    return Refused(505, f"this is HTTP/1.1, and the request says {protocol.decode()}")
-        return Refused(400, f"this is not HTTP/1.1 as RFC 9112 has it ({error})")
-
-    def _origin_form(self) -> bytes:
-        """`http://host/path`, which every server must take, only where it says the same as the Host header."""
-        if self.url == b"*" and self.parser.get_method() == b"OPTIONS":
-            return self.url
-        absolute = _ABSOLUTE.fullmatch(self.url)
-        if absolute is None or absolute[1].lower() != (self._host or b"").lower():
-            raise Refused(400, "the request target must be a path, or a URL of the host that the Host header names")
-        return absolute[2] or b"/"
 
     # Bounds of time and memory.
 

@@ -19,7 +19,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from ..broker.process.printable import printable
 from .calls import PlainCall
-from .edge import NOTHING, EdgeProtocol, Refused
+from .edge import NOTHING, EdgeProtocol
+from .request_line import Refused
 from .responses import Reply, with_length
 from .streaming import CutShort, Flow
 

@@ -7,7 +7,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 from ..broker.backoff import delays
 from ..broker.calls.cancellations import CANCELLED, Cancellations
@@ -24,6 +23,7 @@ from ..controller.state.config import MAX_REQUEST_TIMEOUT_S, BackendConfig
 from ..controller.state.documents import Backend
 from .admission import Admission
 from .consumers import Consumers
+from .endings import End
 from .feed import Feed
 from .flows import Flows
 from .handler import Handler
@@ -48,15 +48,6 @@ _REASONS = {Outcome.CANCELLED: "cancelled", Outcome.GONE: "gone", Outcome.LATE: 
 _TUNE_EVERY_S = 0.25
 _ASK_EVERY_S = 0.95  # once a second; a little less, since a slow turn may end a millisecond early
 _REFUSAL_BUDGET_S = 1.5  # for storing 503 as the result of the requests that are left
-
-
-@dataclass(frozen=True, slots=True)
-class End:
-    """The end of a backend: it was deleted, or its instance is being shut down."""
-
-    at: float  # monotonic; a request without a result by then gets `result`
-    result: Result
-    keeps_queue: bool  # requests that have not started go back to the queue, for the next instance
 
 
 class RequestLoop:
@@ -95,7 +86,7 @@ class RequestLoop:
         self._feed = Feed(store, keys.feed(replica_id))
         self._flows = Flows(store, queue, keys, self._feed, worker, self._settlement, self.on_done, self._on_streamed, self._give_up)
         worker.flowing.on_touched = self._flows.on_touched
-        self._sessions = Sessions(store, keys, self._feed, worker.sockets, self._on_session)
+        self._sessions = Sessions(store, keys, self._feed, worker.sockets, self._on_streamed)
         self._rhythm = Rhythm(self._is_idle)
         self.served = 0
         self._config = backend.config
@@ -320,16 +311,10 @@ class RequestLoop:
             self._flows.settle_given_up(job, job.flow, result)
 
     def _on_streamed(self, job: Job, result: Result) -> None:
-        """Settles a job whose result the store has already, behind the chunks of its answer."""
+        """Settles a job whose result is not to be stored: the store has it, behind the chunks of its answer, or a session has begun."""
         self.served += 1
         self._metrics.done(job.envelope, result, self._store.now_ms(), job.run_s, len(job.batch) or 1)
         self._settlement.streamed(job)
-
-    def _on_session(self, job: Job) -> None:
-        """Settles a job whose WebSocket session the app has accepted: no result is recorded."""
-        if job.with_worker:
-            job.run_s = time.monotonic() - job.started
-            self._on_streamed(job, Result(backend=self._backend))
 
     # Taking.
 

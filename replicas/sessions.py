@@ -10,6 +10,7 @@ from functools import partial
 from msgspec.structs import replace
 
 from ..broker.calls.links import Link, Links
+from ..broker.results import Result
 from ..broker.sessions import Accept, CloseCode, new_session_id
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
@@ -21,12 +22,13 @@ _LAST_WORDS_S = 1.0  # for apps to end, once their clients are told that the rep
 
 
 class Sessions:
-    """A session is here from its acceptance to its end. `settle` acks the job of one that its proxy has taken, or that ended before."""
+    """A session is here from its acceptance to its end. `settle` acks the job of one that its proxy has taken, or that ended before; no
+    result is recorded."""
 
-    def __init__(self, store: Store, keys: StoreKeys, feed: Feed, sockets: Sockets, settle: Callable[[Job], None]) -> None:
+    def __init__(self, store: Store, keys: StoreKeys, feed: Feed, sockets: Sockets, settle: Callable[[Job, Result], None]) -> None:
         self._feed = feed
         self._sockets = sockets
-        self._settle = settle
+        self._acks = settle
         self._links = Links(store, feed.key, keys.inbox(""), CloseCode.ABNORMAL)
         feed.on_session = self._links.hear
         sockets.touched.on_touched = self._on_touched
@@ -72,6 +74,11 @@ class Sessions:
             if not self._links:
                 self._feed.leave(self)
         self._sockets.told.touch(talk)
+
+    def _settle(self, job: Job) -> None:
+        if job.with_worker:  # not yet
+            job.run_s = time.monotonic() - job.started
+            self._acks(job, Result())
 
     def proxies_died(self, inboxes: Sequence[str]) -> None:
         for inbox in inboxes if self._links else ():

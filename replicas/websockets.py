@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any
 
 from starlette.websockets import WebSocketDisconnect
 
@@ -22,6 +22,7 @@ from .context import running_jobs
 from .execute import Execution
 from .hand_over import HandOver
 from .requests import http_scope
+from .responding import Host
 from .stages import Job
 
 Message = MutableMapping[str, Any]
@@ -41,21 +42,6 @@ class State(Enum):
     DENIED = "denied"
     OPEN = "open"
     CLOSED = "closed"  # by the app
-
-
-class Host(Protocol):
-    """What the worker does for its sessions."""
-
-    @property
-    def execution(self) -> Execution: ...
-
-    async def mark_suspect(self, job: Job) -> None:
-        """Stores the start mark of a job that may have killed its replica."""
-        ...
-
-    def put(self, job: Job, result: Result) -> None: ...
-
-    def cancelled(self, jobs: Sequence[Job], error: asyncio.CancelledError) -> None: ...
 
 
 class Sockets:

@@ -26,7 +26,6 @@ from ..broker.process import forks
 from ..broker.results import Result
 from ..broker.sessions import is_handshake
 from ..controller.state.config import BackendConfig
-from .asgi_apps import ASGIApp, check_is_http
 from .batching import Gathering
 from .call_contexts import CallContexts
 from .context import ReplicaContext, enter_context, running_jobs
@@ -35,6 +34,7 @@ from .generators import Generators
 from .hand_over import HandOver
 from .handler import Method
 from .hook_calls import HookCalls
+from .responding import Responding
 from .sinks import Sinks
 from .stages import Job
 from .suspects import BeforeSuspects, Marking
@@ -79,6 +79,7 @@ class Worker:
         self.flowing: HandOver[Job] = HandOver(self._io)
         self.sinks = Sinks(context.backend_tag, context.replica_tag, config, self.flowing.touch)
         self._generators = Generators(self._loop, self, self.sinks)
+        self.responding = Responding(self, self.sinks)
         self.sockets = Sockets(self._loop, self, config)
         self._results: deque[tuple[Job, Result]] = deque()
         self._io_woken = False
@@ -86,7 +87,6 @@ class Worker:
         self.run_s = 0.0  # moving average of plain calls
         self.in_plain_call = False
         self._last_start = 0.0  # monotonic
-        self.responding = 0  # ASGI apps that answer requests, and responses that run as such, including their background tasks
 
     def __repr__(self) -> str:
         return f"<Worker {self.thread!r}, {len(self._jobs)} waiting>"
@@ -139,11 +139,10 @@ class Worker:
     def withdraw(self) -> list[Job]:
         """Removes and returns the jobs that have not started."""
         withdrawn: list[Job] = []
-        while True:
-            try:
+        with suppress(IndexError):
+            while True:
                 withdrawn.append(self._jobs.pop())
-            except IndexError:
-                return withdrawn[::-1]
+        return withdrawn[::-1]
 
     def give_up(self, job: Job, result: Result) -> None:
         """Gives up a job that nobody waits for. One that has not started is done at once, an async call is cancelled, and a plain call may
@@ -230,8 +229,8 @@ class Worker:
         context = self._contexts.new()
         if method.is_async:
             if method.is_app:
-                converse = self.sockets.converse if is_handshake(jobs[0].envelope) else self._answer_by
-                self.run_task(converse(jobs[0], method.function), context, jobs)
+                run_app = self.sockets.converse if is_handshake(jobs[0].envelope) else self.responding.answer
+                self.run_task(run_app(jobs[0], method.function), context, jobs)
             else:
                 self._start_task(self._run_async(jobs, method), context, jobs)  # which ends its entry in `_tasks` itself
         elif self._pool is None:
@@ -309,38 +308,16 @@ class Worker:
             elif isinstance(answer, Generator | AsyncGenerator):
                 self._generators.start([job], answer, copy_context() if context is None else context)
             else:
-                self.run_task(self._respond(job, answer), copy_context() if context is None else context, [job])
-
-    async def _answer_by(self, job: Job, app: ASGIApp) -> None:
-        await self._respond(job, app, begins=True)
-
-    async def _respond(self, job: Job, app: ASGIApp, *, begins: bool = False) -> None:
-        """Runs an ASGI app for the answer: a response that the call returned, or the backend's own, with which the call `begins`."""
-        assert self._execution is not None
-        self.responding += 1
-        try:
-            if begins:
-                running_jobs.set([job])
-                check_is_http(job.envelope)
-                if job.suspect:
-                    await self._marking.before_async([job])
-            await self._execution.respond(app, job, lambda result: self.put(job, result), self.sinks)
-        except asyncio.CancelledError as error:
-            self.cancelled([job], error)
-        except BaseException as error:
-            self.put(job, self._execution.failed(error, job))
-        finally:
-            self.responding -= 1
+                self.run_task(self.responding.respond(job, answer), copy_context() if context is None else context, [job])
 
     def cancelled(self, jobs: Sequence[Job], error: asyncio.CancelledError) -> None:
         """Answers the jobs of a cancelled task. It was cancelled because nobody waits for them, by the handler itself, or at the worker's
         end, when the jobs are requeued and get no answer."""
-        assert self._execution is not None
         for job in jobs:
             if job.given_up is not None:
                 self.put(job, job.given_up)
             elif not self.thread.is_ending:
-                self.put(job, self._execution.failed(error, job))
+                self.put(job, self.execution.failed(error, job))
 
     def run_task(self, work: Coroutine[Any, Any, None], context: Context, jobs: Sequence[Job] = ()) -> asyncio.Task[None]:
         task = self._start_task(work, context, jobs)
@@ -388,9 +365,8 @@ class Worker:
 
     def _put_failed(self, jobs: Sequence[Job], error: BaseException) -> None:
         """Fails the jobs after an exception that no call turned into a result."""
-        assert self._execution is not None
         for job in jobs:
-            self._put(job, self._execution.failed(error, job))
+            self._put(job, self.execution.failed(error, job))
 
     def _resize(self, more_threads: int) -> None:
         if more_threads:
@@ -400,7 +376,7 @@ class Worker:
             self._free_threads += more_threads
         self._take()
 
-    # For generators and sessions.
+    # For generators, responses and sessions.
 
     @property
     def execution(self) -> Execution:
@@ -448,11 +424,11 @@ class Worker:
         self.flowing.touch(job)
 
     async def mark_suspect(self, job: Job) -> None:
-        """See `websockets.Host`."""
+        """See `responding.Host`."""
         await self._marking.before_async([job])
 
     def keep(self, task: asyncio.Task[None]) -> None:
-        """Takes a task of the worker's loop into its register: it is cancelled when the worker ends."""
+        """Takes a task of this loop into the register: it is cancelled when the worker ends."""
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
