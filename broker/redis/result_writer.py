@@ -4,6 +4,7 @@ those that arrive during a call leave in the next."""
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from enum import Enum, auto
@@ -14,6 +15,7 @@ from ..store import OnRecorded, Record, StoreClosed, recorded
 
 FLUSH_BATCH = 128
 EARLY_BATCH = 32  # so many leave before the turn ends: Redis and the proxy work on them while this process takes the rest of its results
+FEW_POSTS = 32  # fit one batch, whatever they are: the largest have 64 KiB
 FLUSH_BYTES = 4 * 1024 * 1024  # per batch, or one larger result: a call that takes longer than its budget would be retried for ever
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 1.0
 
@@ -126,7 +128,7 @@ class ResultWriter:
         self._state = _State.WRITING
         self._batch = self._next_batch()
         marks, self._marks = self._marks, []
-        posts, self._posts = self._posts, []
+        posts = self._next_posts() if self._posts else []
         try:
             self._write([record for record, _ in self._batch], marks, posts, self._written)
         except Exception as error:
@@ -159,6 +161,15 @@ class ResultWriter:
             count += 1
         batch, self._buffer = self._buffer[:count], self._buffer[count:]
         return batch
+
+    def _next_posts(self) -> list[Post]:
+        """Takes the posts that fit one batch, in their order."""
+        count = len(self._posts)
+        if count > FEW_POSTS:
+            sizes = itertools.accumulate(len(entry) for _, entry in self._posts)
+            count = max(1, sum(1 for _ in itertools.takewhile(lambda size: size <= FLUSH_BYTES, sizes)))
+        posts, self._posts = self._posts[:count], self._posts[count:]
+        return posts
 
     def _give_up_late(self, batch: Sequence[_Waiting], error: StoreUnavailable) -> list[_Waiting]:
         """Returns the part of the batch that is still in time for another try. The others end in the error, so that their messages are

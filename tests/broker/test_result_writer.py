@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 
 from mqserve.broker.errors import StoreUnavailable
-from mqserve.broker.redis.result_writer import EARLY_BATCH, Mark, OnWritten, Post, ResultWriter
+from mqserve.broker.redis.result_writer import EARLY_BATCH, FLUSH_BYTES, Mark, OnWritten, Post, ResultWriter
 from mqserve.broker.store import Record
 from tests.broker.traffic import until
 
@@ -86,6 +86,22 @@ async def test_results_that_left_early_and_were_not_taken_wait_for_their_next_tr
     assert len(writing.batches) == 1
     writing.outcomes.append(None)
     assert await asyncio.gather(*written) == [True] * EARLY_BATCH
+
+
+async def test_posts_leave_in_their_order_and_in_batches_that_the_store_takes_in_time() -> None:
+    sent: list[list[bytes]] = []
+
+    def write(records: Sequence[Record], marks: Sequence[Mark], posts: Sequence[Post], on_written: OnWritten) -> None:
+        sent.append([entry for _, entry in posts])
+        asyncio.get_running_loop().call_soon(on_written, [])
+
+    results = ResultWriter(write, lambda: 0)
+    entries = [bytes([number]) * 64 * 1024 for number in range(150)]
+    for entry in entries:
+        results.post("inbox", entry)
+    await until(lambda: "IDLE" in repr(results))
+    assert [entry for batch in sent for entry in batch] == entries
+    assert max(sum(map(len, batch)) for batch in sent) <= FLUSH_BYTES and len(sent) == 3
 
 
 async def test_a_batch_that_cannot_be_packed_is_told_to_those_it_concerns() -> None:
