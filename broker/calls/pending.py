@@ -17,7 +17,7 @@ from ..errors import BadEnvelope, MQServeError, StoreUnavailable, untraced
 from ..process.printable import printable
 from ..process.tasks import Tasks
 from ..result_bodies import with_body
-from ..results import CHUNK_KIND, SESSION_KIND, InboxEntry, Outcome, Phase, Result, entry_of, late_result, read_entry
+from ..results import CHUNK_KIND, InboxEntry, Outcome, Phase, Result, entry_of, late_result, read_entry
 from ..store import Record, Store
 from ..store_keys import StoreKeys
 from .call import Call, Ticket
@@ -211,10 +211,9 @@ class PendingResults:
             note = read_entry(raw)
             if note is None:
                 continue
-            if note.kind == CHUNK_KIND:
-                self._on_frame(note)
-            elif note.kind == SESSION_KIND:
-                self.on_session(note)
+            if note.kind:
+                on_note = self._on_frame if note.kind == CHUNK_KIND else self.on_session
+                on_note(note)
             elif note.id not in self._waiting and note.id not in self.streams:
                 continue
             elif note.payload:
