@@ -19,6 +19,7 @@ import pytest
 import redis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from websockets.sync.client import connect
 
 from mqserve.broker.envelope import Header, mint_id
 from mqserve.broker.redis.store import RedisStore, open_redis
@@ -266,6 +267,28 @@ def test_a_replica_writes_a_stream_and_its_reader_reads_it_gives_credit_and_drop
                 listener.cancel()
 
     asyncio.run(flow())
+
+
+def test_a_websocket_goes_both_ways(composed: Composed, url: str) -> None:
+    script = """
+from pathlib import Path
+import mqserve as serve
+Path("echo_app.py").write_text('\\n'.join((
+    "async def app(scope, receive, send):",
+    "    if scope['type'] == 'websocket':",
+    "        await receive()",
+    "        await send({'type': 'websocket.accept'})",
+    "        while (said := await receive())['type'] == 'websocket.receive':",
+    "            await send({'type': 'websocket.send', 'text': said['text']})",
+)))
+serve.connect().mount("/echo", "echo_app:app")
+"""
+    mounted = composed.shell("client").python(script)
+    assert mounted.returncode == 0, mounted.stderr
+    with connect(f"{url.replace('http', 'ws', 1)}/echo") as socket:
+        for number in range(200):  # beyond the first credit
+            socket.send(str(number))
+            assert socket.recv(timeout=20) == str(number)
 
 
 def test_an_operator_sees_the_instance_by_the_controllers_user(composed: Composed) -> None:
