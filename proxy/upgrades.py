@@ -44,6 +44,9 @@ def has_body(headers: Pairs) -> bool:
     return any(name == b"content-length" and value.strip(b"0") for name, value in headers)
 
 
+_TAKES_A_CLOSE_S = 2.0
+
+
 class WebSocketProtocol(WebSocketsSansIOProtocol):
     """The connection of one session. The edge has read and checked the head of the handshake, and hands it on by `begin`."""
 
@@ -107,6 +110,18 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             self.transport.resume_reading()
         self.close_timer = self.loop.call_later(self.close_timeout, self.transport.abort)
 
+    def shutdown(self) -> None:
+        """The proxy ends, and the session was told so. A client that does not even take that is not waited for."""
+        if self.handshake_complete:
+            super().shutdown()
+            self._end_within(_TAKES_A_CLOSE_S)
+
+    def _end_within(self, seconds: float) -> None:
+        """A transport that was closed waits for ever for a client that takes nothing."""
+        if self._ending is not None:
+            self._ending.cancel()
+        self._ending = None if self.disconnected else self.loop.call_later(seconds, self.transport.abort)
+
     async def run_asgi(self) -> None:
         try:
             await self.app(self.scope, self.receive, self.send)
@@ -118,8 +133,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         finally:
             if self.close_timer is None:
                 self.transport.close()
-            if not self.disconnected:  # a transport that was closed waits for ever for a client that takes nothing
-                self._ending = self.loop.call_later(self.close_timeout + 1, self.transport.abort)
+            self._end_within(self.close_timeout + 1)
 
     def keepalive_timeout(self) -> None:
         """No pong has come. While the app is slow nothing is read from the client, so none can."""

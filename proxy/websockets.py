@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from ..broker.calls.incoming import IncomingStream
@@ -30,7 +31,14 @@ Send = Callable[[Message], Awaitable[None]]
 logger = logging.getLogger(__name__)
 
 _OF_THE_HANDSHAKE = b"sec-websocket-"
+_LAST_WORDS_S = 10.0  # for an app to take what a client has said that has left
 _DRAINS = "this proxy ends: connect again"
+
+
+class Ends(MQServeError):
+    """This proxy ends."""
+
+    status = 503
 
 
 class WebSocketCall(AsgiCall):
@@ -60,6 +68,7 @@ class WebSockets:
         self._sender = sender
         self._app = app
         self._links = sender.new_links()
+        self._waiting: set[WebSocketCall] = set()
         self._drains = False
         sender.pending.on_session = self._on_entry
 
@@ -70,8 +79,11 @@ class WebSockets:
         return len(self._links)
 
     def drain(self) -> None:
-        """Closes all sessions at once, and those that are still accepted: clients connect again, to another proxy."""
+        """Closes all sessions at once, and refuses the handshakes that wait: clients connect again, to another proxy."""
         self._drains = True
+        for call in self._waiting:
+            call.failed(Ends(_DRAINS))
+            self._sender.cancel(call.id)
         self._links.lose_all(CloseCode.GOING_AWAY, _DRAINS)
 
     def replica_died(self, feed: str) -> None:
@@ -89,8 +101,7 @@ class WebSockets:
                 await _deny(send, denial)
             elif call.link is not None:
                 await self._converse(call, call.link, send)
-        except OSError:  # the client has left; what it has said before still goes to the app
-            await reading
+        except OSError:  # the client has left
             if call.link is not None:
                 await _drained(call, call.link)
         finally:
@@ -115,15 +126,20 @@ class WebSockets:
                 denial = _no_websockets(call)
             else:
                 self._app.send(call, (backend, (), content_type, method, timeout_s), b"", routes)  # a session has no shadows
-                try:
-                    end = await call.future
-                finally:
-                    self._app.has_ended(call)
+                end = await self._answer_to(call)
                 denial = None if call.link is not None else self._denial(call, end)
         except MQServeError as error:
             denial = self._app.reply_to(call, error)
         self._app.count(call, denial or (101, [], b""))
         return denial
+
+    async def _answer_to(self, call: WebSocketCall) -> Result | IncomingStream:
+        self._waiting.add(call)
+        try:
+            return await call.future
+        finally:
+            self._waiting.discard(call)
+            self._app.has_ended(call)
 
     def _denial(self, call: WebSocketCall, end: Result | IncomingStream) -> Reply:
         if isinstance(end, IncomingStream):
@@ -190,9 +206,12 @@ async def _next(call: WebSocketCall, link: Link) -> str | bytes | Close:
 
 
 async def _drained(call: WebSocketCall, link: Link) -> None:
-    """Returns when all that the client has said is with the app, or when that takes nothing."""
-    while not isinstance(await _next(call, link), Close):
-        pass
+    """Returns when all that the client has said is on its way to the app, or when that has not taken it in time. What the app still says is
+    dropped."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_LAST_WORDS_S):
+            while not isinstance(await _next(call, link), Close):
+                pass
 
 
 def _headers(call: WebSocketCall) -> list[tuple[bytes, bytes]]:

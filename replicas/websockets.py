@@ -140,7 +140,7 @@ class Conversation:
             case State.HANDSHAKE, "websocket.accept":
                 self._accept(message)
             case State.HANDSHAKE, "websocket.close":
-                self._deny(Result(status=403, backend=self._backend))
+                self._deny(Result(status=403, backend=self._backend, content_type=""))
             case State.HANDSHAKE, "websocket.http.response.start":
                 self._begin_denial(message)
             case State.DENYING, "websocket.http.response.body":
@@ -186,8 +186,10 @@ class Conversation:
     async def _say(self, message: Message) -> None:
         link = self._check_is_there()
         data, text = message.get("bytes"), message.get("text")
-        said: str | bytes = bytes(data) if data is not None else text if text is not None else b""
-        if len(said) > MAX_MESSAGE_BYTES or (isinstance(said, str) and len(said.encode()) > MAX_MESSAGE_BYTES):
+        if data is None and text is None:
+            return
+        said: str | bytes = str(text) if data is None else bytes(data)
+        if len(said) > MAX_MESSAGE_BYTES // 4 and _size(said) > MAX_MESSAGE_BYTES:
             why = f"a WebSocket message has at most {MAX_MESSAGE_BYTES} bytes"
             self._close(Close(CloseCode.TOO_BIG, why))
             raise TooLarge(f"{why}: send it in several", status=500)
@@ -239,6 +241,10 @@ def websocket_scope(meta: RequestHead) -> dict[str, Any]:
         "extensions": {"websocket.http.response": {}},
     }
     return scope
+
+
+def _size(said: str | bytes) -> int:
+    return len(said.encode() if isinstance(said, str) else said)
 
 
 def _read_close(message: Message) -> Close:

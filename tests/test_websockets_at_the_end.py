@@ -1,0 +1,36 @@
+"""The end of an instance with WebSocket sessions, in both forms."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from unittest.mock import ANY
+
+import pytest
+from websockets.sync.client import connect
+
+from tests import socket_apps
+from tests.instances import started, wait_until
+from tests.tallies import Tally
+from tests.test_websockets import denied, ended
+
+
+def test_an_instance_that_ends_closes_its_sessions_and_refuses_the_handshakes_that_wait(
+    form: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    urls = {name: request.getfixturevalue(name) for name in ("broker_url", "store_url")} if form == "distributed" else {}
+    tally = Tally(tmp_path)
+    with ThreadPoolExecutor() as threads, ExitStack() as stack:
+        with started(**urls) as client:
+            client.mount("/ws", socket_apps.app)
+            url = client.http_url().replace("http", "ws", 1) + "/ws"
+            socket = stack.enter_context(connect(f"{url}/echo"))
+            stack.enter_context(
+                connect(f"{url}/pours?tally={tally.path}&count=2000", max_queue=1, close_timeout=1)
+            )  # whose client takes nothing
+            waiting = threads.submit(denied, f"{url}/late?gate={tmp_path / 'never'}&tally={tally.path}")
+            wait_until(lambda: "asked" in tally.lines)
+            began = time.monotonic()
+        assert time.monotonic() - began < 10
+        assert ended(socket) == (1001, ANY) and waiting.result(timeout=20).status_code == 503
+    assert {"cancelled", "left 1006"} <= {*tally.lines}, tally.lines[-5:]  # Starlette has one code for all that ends a send
