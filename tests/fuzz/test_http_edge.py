@@ -4,6 +4,7 @@ import re
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 from urllib.parse import urlsplit
@@ -14,6 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import mqserve as serve
+from tests import socket_apps
 from tests.fuzz.material import cases, mutated
 from tests.instances import started
 
@@ -31,8 +33,15 @@ REQUESTS = [
     b"HEAD /files/a/b%2Fc HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n",
     b"GET /-/routes HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n",
     b"POST /echo HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 2\r\n\r\n{}",
-    b"GET /echo HTTP/1.1\r\nhost: x\r\nupgrade: websocket\r\nconnection: upgrade\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
+    b"GET /echo HTTP/1.1\r\nhost: x\r\nupgrade: h2c\r\nconnection: upgrade, http2-settings\r\nhttp2-settings: AAMAAABk\r\n\r\n",
 ]
+HANDSHAKE = (
+    b"GET /ws/echo HTTP/1.1\r\nhost: x\r\nupgrade: websocket\r\nconnection: upgrade\r\nsec-websocket-version: 13\r\n"
+    b"sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\nsec-websocket-protocol: chat\r\norigin: http://x\r\n\r\n"
+)
+FRAMES = (
+    b"\x81\x85\x37\xfa\x21\x3d\x7f\x9f\x4d\x51\x58\x82\x80\0\0\0\0\x89\x80\0\0\0\0\x88\x82\0\0\0\0\x03\xe8"  # "Hello", b"", a ping, 1000
+)
 
 
 def echo(request: serve.Request) -> dict[str, Any]:
@@ -47,6 +56,7 @@ def edge_url() -> Iterator[str]:
         client.create_backend("echo", echo)
         for number, route in enumerate(["/echo", "/item/{n:int}/{x:float}", "/files/{rest:path}"]):
             client.create_endpoint(f"echo-{number}", backend="echo", route=route, methods=["GET", "POST", "HEAD"])
+        client.mount("/ws", socket_apps.app)
         yield client.http_url()
 
 
@@ -91,6 +101,8 @@ def statuses(received: bytes, *, bodiless: bool) -> list[int]:
         assert status and all(HEADER_LINE.fullmatch(line) for line in lines), head
         found.append(int(status[1]))
         headers = dict(line.lower().split(b": ", 1) for line in lines)
+        if found[-1] == 101:
+            break  # what follows is no HTTP
         if found[-1] < 200:
             continue
         if b"content-length" not in headers:
@@ -143,6 +155,27 @@ def test_good_requests_are_all_served_however_their_bytes_come_apart(edge_url: s
 @example(request=b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
 def test_any_bytes_are_answered_or_hung_up_on(edge_url: str, request: bytes, caplog: pytest.LogCaptureFixture) -> None:
     check(edge_url, request, caplog)
+
+
+@EXAMPLES
+@given(handshake=st.just(HANDSHAKE) | mutated(HANDSHAKE), frames=st.just(FRAMES) | mutated(FRAMES))
+def test_any_bytes_of_a_websocket_are_answered_or_hung_up_on(
+    edge_url: str, handshake: bytes, frames: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    address = urlsplit(edge_url)
+    with socket.create_connection((address.hostname, address.port), timeout=SILENCE_S) as connection:
+        received = b""
+        with suppress(TimeoutError, ConnectionError):
+            connection.sendall(handshake)
+            received = connection.recv(65536)
+            connection.sendall(frames)
+            while part := connection.recv(65536):
+                received += part
+    if received:
+        statuses(received, bodiless=b"HEAD" in handshake)
+    assert httpx.get(f"{edge_url}/echo").status_code == 200
+    assert "Exception in" not in caplog.text and "Traceback" not in caplog.text and "bug in" not in caplog.text, caplog.text
+    caplog.clear()
 
 
 targets = st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=30) | st.sampled_from(
