@@ -30,6 +30,7 @@ class CloseCode(IntEnum):
     NORMAL = 1000
     GOING_AWAY = 1001  # the proxy drains
     ABNORMAL = 1006  # told to an app whose client has gone without a close; never sent
+    NO_TEXT = 1007  # a text message is no UTF-8
     TOO_BIG = 1009
     INTERNAL_ERROR = 1011  # the app raised
     RESTART = 1012  # the replica has gone, or a message was lost

@@ -11,6 +11,7 @@ import httptools
 from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.http11 import Request
+from websockets.protocol import State
 
 from ..broker.sessions import CloseCode
 
@@ -42,6 +43,14 @@ def is_handshake(parser: httptools.HttpRequestParser) -> bool:
 
 def has_body(headers: Pairs) -> bool:
     return any(name == b"content-length" and value.strip(b"0") for name, value in headers)
+
+
+def _is_utf8(parts: list[bytes]) -> bool:
+    try:
+        b"".join(parts).decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 _TAKES_A_CLOSE_S = 2.0
@@ -84,6 +93,20 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
     def data_received(self, data: bytes) -> None:
         if not self._is_broken:
             super().data_received(data)
+
+    def send_receive_event_to_app(self) -> None:
+        """Refuses text that is no UTF-8 before uvicorn fails on it, which it does where a close has come behind it."""
+        if self.curr_msg_data_type == "text" and not _is_utf8(self.frames):
+            self.frames = []
+            if self.conn.state is State.OPEN:
+                self.conn.fail(CloseCode.NO_TEXT, "a text message is UTF-8")
+                self.handle_parser_exception()
+            return
+        super().send_receive_event_to_app()
+
+    def handle_ping(self) -> None:
+        if not self._is_broken:  # by a message before it
+            super().handle_ping()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self.conn.close_rcvd is None and not self.close_sent:  # a client that has gone without a close

@@ -163,6 +163,12 @@ def test_a_larger_message_ends_its_session_with_1009(url: str) -> None:
         assert ended(socket) == (1009, ANY)
 
 
+def test_text_that_is_none_ends_its_session_with_1007(url: str) -> None:
+    with connect(f"{url}/echo") as socket:
+        socket.send(b"\xff\xfe", text=True)
+        assert ended(socket) == (1007, ANY)
+
+
 def test_an_app_of_starlette_has_websockets_too(mount: Sockets) -> None:
     with connect(f"{mount(socket_apps.starlette_app)}/echo") as socket:
         assert all(echoes(socket, str(number)) for number in range(10))
