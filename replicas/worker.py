@@ -424,7 +424,6 @@ class Worker:
         self.flowing.touch(job)
 
     async def mark_suspect(self, job: Job) -> None:
-        """See `responding.Host`."""
         await self._marking.before_async([job])
 
     def keep(self, task: asyncio.Task[None]) -> None:
