@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Sequence
 from contextvars import Context
 from functools import partial
@@ -173,33 +172,3 @@ class Stepped:
             self._generator.close()
         except BaseException as error:
             self._execution.failed(error, self.jobs[0])  # which logs it
-
-
-class HandOver:
-    """Tells the I/O loop of the streams for which there is something new, once for each turn of either loop. Made on the I/O loop."""
-
-    def __init__(self) -> None:
-        self._io = asyncio.get_running_loop()
-        self._touched: deque[Job] = deque()
-        self._woken = False
-        self.on_touched: Callable[[Job], None] = lambda job: None
-
-    def __repr__(self) -> str:
-        return f"<HandOver of {len(self._touched)}>"
-
-    def touch(self, job: Job) -> None:
-        self._touched.append(job)
-        if not self._woken:
-            self._woken = True
-            try:
-                self._io.call_soon_threadsafe(self._hand_over)
-            except RuntimeError:  # the I/O loop has ended, and the replica with it
-                pass
-
-    def _hand_over(self) -> None:
-        self._woken = False
-        touched: set[Job] = set()
-        while self._touched:
-            touched.add(self._touched.popleft())
-        for job in touched:
-            self.on_touched(job)

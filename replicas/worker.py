@@ -30,9 +30,11 @@ from .batching import Gathering
 from .call_contexts import CallContexts
 from .context import ReplicaContext, enter_context, running_jobs
 from .execute import Answer, BatchSteps, Execution
-from .generators import Generators, HandOver
+from .generators import Generators
+from .hand_over import HandOver
 from .handler import Method
 from .hook_calls import HookCalls
+from .result_hand_over import ResultHandOver
 from .sinks import Sinks
 from .stages import Job
 from .suspects import BeforeSuspects, Marking
@@ -56,8 +58,8 @@ class Worker:
         self._context = context
         self._config = config
         self._on_done = on_done
+        self._put = ResultHandOver(on_done).put
         self._marking = Marking(context.replica_tag, before_suspects)
-        self._io = asyncio.get_running_loop()
         self.thread = WorkerThread(context)
         self._loop = self.thread.loop
         self._depth = forks.depth
@@ -73,11 +75,9 @@ class Worker:
             lambda job: self._put(job, job.unwanted_result),
             lambda wait_s, callback: self._loop.call_later(wait_s, self._without_loop, callback),
         )
-        self.flowing = HandOver()
+        self.flowing: HandOver[Job] = HandOver(asyncio.get_running_loop())
         self.sinks = Sinks(context.backend_tag, context.replica_tag, config, self.flowing.touch)
         self._generators = Generators(self._loop, self, self.sinks)
-        self._results: deque[tuple[Job, Result]] = deque()
-        self._io_woken = False
         self._tasks: set[asyncio.Task[None]] = set()
         self.run_s = 0.0  # moving average of plain calls
         self.in_plain_call = False
@@ -366,17 +366,6 @@ class Worker:
         finally:
             asyncio._set_running_loop(self._loop)
 
-    def _put(self, job: Job, result: Result) -> None:
-        job.run_s = time.monotonic() - job.started if job.started else 0.0
-        job.request = job.task = None  # both refer to the job, the task by its context: break the cycles
-        self._results.append((job, result))
-        if not self._io_woken:
-            self._io_woken = True
-            try:
-                self._io.call_soon_threadsafe(self._hand_over)
-            except RuntimeError:  # a call that was left to its thread may outlive the loop it would report to
-                pass
-
     def _put_failed(self, jobs: Sequence[Job], error: BaseException) -> None:
         """Fails the jobs after an exception that no call turned into a result."""
         assert self._execution is not None
@@ -447,16 +436,3 @@ class Worker:
         self._without_loop(self._generators.stop)
         for task in self._tasks:
             task.cancel()
-
-    # On the I/O loop.
-
-    def _hand_over(self) -> None:
-        self._io_woken = False
-        try:
-            while self._results:
-                job, result = self._results.popleft()
-                self._on_done(job, result)
-                job.batch = ()  # refers to the job: break the cycle
-        finally:
-            if self._results:  # `on_done` raised; hand over the rest all the same
-                self._io.call_soon(self._hand_over)
