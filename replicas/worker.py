@@ -302,6 +302,8 @@ class Worker:
                 return self._generators.start(jobs, answer, copy_context() if context is None else context)
             elif isinstance(answer, Generator | AsyncGenerator):
                 self._generators.start([job], answer, copy_context() if context is None else context)
+            elif job.given_up is not None:  # the cancellation, which came before this, would find no task of the response
+                self._put(job, job.given_up)
             else:
                 self.run_task(self._respond(job, answer), copy_context() if context is None else context, [job])
 
@@ -389,10 +391,10 @@ class Worker:
 
     def run_step(self, step: Callable[[], None], then: Callable[[], None]) -> None:
         """See `generators.Host`."""
+        self._last_start = time.monotonic()
         if self._pool is not None:
             self._free_threads -= 1
             return self._pool.submit(partial(self._step_pooled, step, then))
-        self._last_start = time.monotonic()
         self.in_plain_call = True
         try:
             self._without_loop(step)
@@ -419,6 +421,7 @@ class Worker:
                 self._loop.call_soon_threadsafe(job.flow.resume)
 
     def put(self, job: Job, result: Result) -> None:
+        """See `receivers.Putting`."""
         flow = job.flow
         if flow is None or not flow.began:
             return self._put(job, result)
