@@ -264,10 +264,41 @@ async def test_the_head_of_events_comes_by_itself_if_the_first_one_takes_long(re
         steps.go(1)
     again = Steps()
     again.reads = reads
-    async with Serving(again, queue, store, replica_id="b#2", on_death="replay"):
-        again.go(10)
+    async with Serving(again, queue, store, replica_id="b#2", on_death="replay") as second:
+        again.go(2 if reads else 5)
+        await until(lambda: reader.body == b"0 1 2 3 4 ")
+        assert again.resumed == [3 if reads else 0]
+        await second.loop.abandon()
+        again.go(1)
+    once_more = Steps()
+    once_more.reads = reads
+    async with Serving(once_more, queue, store, replica_id="b#3", on_death="replay"):
+        once_more.go(10)
         result = await reader.end()
-        assert reader.body == ALL and result.frames == 11 and again.resumed == [3 if reads else 0]
+        assert reader.body == ALL and result.frames == 11 and once_more.resumed == [5 if reads else 0]
+
+
+async def test_a_head_that_came_by_itself_before_an_empty_event_is_passed_over_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flows, "HEAD_AFTER_S", 0.2)
+    queue, store = EmbeddedQueue(), EmbeddedStore()
+    let = threading.Semaphore(0)
+
+    def handler(request: Any) -> Iterator[str]:
+        for item in ("", "a", "b", "c"):
+            assert let.acquire(timeout=30)
+            yield item
+
+    async with Serving(handler, queue, store) as first:
+        reader = await Reader(queue, store).ask(meta=EVENTS)
+        await until(lambda: len(reader.frames) == 1)
+        let.release(2)
+        await until(lambda: reader.body == b"a")
+        await first.loop.abandon()
+        let.release()
+    async with Serving(handler, queue, store, replica_id="b#2", on_death="replay"):
+        let.release(4)
+        await reader.end()
+        assert reader.body == b"abc"
 
 
 # Readers.
