@@ -23,6 +23,7 @@ from .amqp_streams import Replies, quiet_result
 from .outgoing import Kept, Outgoing, State
 from .settlement import Settlement
 from .stages import Job
+from .takeover import behind_shown
 from .worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -78,8 +79,15 @@ class Flows:
         flow = job.flow
         if flow is None or not job.with_worker:  # it was settled meanwhile
             return
-        if flow.is_reply:
-            return self._replies.on_touched(job, flow)
+        try:
+            if flow.is_reply:
+                self._replies.on_touched(job, flow)
+            else:
+                self._take(job, flow)
+        except Exception as error:  # the other streams of the turn are looked at all the same
+            self._failed(job, flow, error)
+
+    def _take(self, job: Job, flow: Outgoing) -> None:
         if self._jobs.get(flow.future_id) is not job:
             self._begin(job, flow)
         result = flow.result  # read first: if there is one, all frames have been offered
@@ -131,7 +139,7 @@ class Flows:
 
     def _end_of(self, job: Job, flow: Outgoing) -> bytes:
         assert flow.result is not None
-        result = flow.result
+        result = behind_shown(flow.result)
         flow.result = Result(
             status=result.status, backend=result.backend, attempt=job.envelope.attempt, error=result.error, frames=flow.sent + flow.unsent
         )

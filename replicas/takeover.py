@@ -56,6 +56,15 @@ def lost_result(backend: str, frames: int = 0) -> Result:
     return Result(status=502, backend=backend, error=ErrorInfo(type=REPLICA_LOST, message=message), frames=frames)
 
 
+def behind_shown(result: Result) -> Result:
+    """Returns the end of an answer of which a part was shown: an error instead of an answer in one piece, beside which that part would look
+    whole."""
+    if result.error is not None or not (result.body or result.ref):
+        return result
+    message = "an earlier run streamed a part of this answer, and the replay returned one in one piece: a replayed handler must yield"
+    return Result(status=500, backend=result.backend, error=ErrorInfo(type="mqserve.BadType", message=message))
+
+
 def _read_owner(raw: bytes, backend: str) -> Owner:
     try:
         return Owner.from_bytes(raw)

@@ -9,9 +9,11 @@ import msgspec
 import pytest
 
 from mqserve.broker.calls.cancellations import notice_of_proxy, notice_of_request
-from mqserve.broker.errors import StoreUnavailable
+from mqserve.broker.envelope import Envelope, StreamReply
+from mqserve.broker.errors import BrokerUnavailable, StoreUnavailable
 from mqserve.broker.memory.queue import EmbeddedQueue
 from mqserve.broker.memory.store import EmbeddedStore
+from mqserve.broker.queue import Settled
 from mqserve.broker.store import Append, OnAppended, Place, Refusal
 from mqserve.broker.streams import REPLICA_LOST, WINDOW_FRAMES, Credit, Owner
 from mqserve.replicas import flows, stuck
@@ -197,6 +199,18 @@ async def test_with_replay_the_handler_runs_again_and_what_was_shown_is_passed_o
         assert attempts == [1] * 4 + [2] * 6
 
 
+async def test_an_answer_that_was_shown_in_part_and_is_replayed_in_one_piece_ends_with_an_error() -> None:
+    queue, store = EmbeddedQueue(), EmbeddedStore()
+    reader = await die_in_the_middle(queue, store, 4)
+
+    def handler(request: Any) -> str:
+        return "all of it"
+
+    async with Serving(handler, queue, store, replica_id="b#2", on_death="replay"):
+        result = await reader.end()
+        assert result.error is not None and "in one piece" in result.error.message and (result.status, result.frames) == (500, 4)
+
+
 async def test_an_answer_whose_replica_died_before_its_head_is_made_again_unseen() -> None:
     queue, store, steps = EmbeddedQueue(), EmbeddedStore(), Steps()
     reader = await die_in_the_middle(queue, store, 0)
@@ -299,6 +313,39 @@ async def test_a_head_that_came_by_itself_before_an_empty_event_is_passed_over_w
         let.release(4)
         await reader.end()
         assert reader.body == b"abc"
+
+
+class BrokenQueue(EmbeddedQueue):
+    """Says of every reply at once that it was not delivered, as if there were no connection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.chunks: list[int] = []
+
+    def reply(self, envelope: Envelope, reply_to: str, settled: Settled) -> None:
+        if isinstance(envelope, StreamReply) and not envelope.ends:
+            self.chunks.append(envelope.seq)
+        settled(BrokerUnavailable("there is no connection"))
+
+
+async def test_a_streamed_reply_ends_with_its_first_chunk_that_is_not_delivered(caplog: pytest.LogCaptureFixture) -> None:
+    queue, store = BrokenQueue(), EmbeddedStore()
+    began, let, made = threading.Event(), threading.Event(), threading.Event()
+
+    async def handler(request: Any) -> AsyncIterator[str]:
+        began.set()
+        let.wait(10)
+        for number in range(10):
+            yield str(number)
+        made.set()
+
+    async with Serving(handler, queue, store) as serving:
+        assert await publish(queue, Envelope("question", b"", "text/plain", reply_to="caller")) is None
+        await until(began.is_set)
+        let.set()
+        assert made.wait(10)  # blocks this loop, too, so that all chunks are found at once
+        await until(lambda: queue.chunks and not len(serving.loop._flows._replies))
+        assert queue.chunks == [1] and not [record for record in caplog.records if record.exc_info]
 
 
 # Readers.
