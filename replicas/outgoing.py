@@ -109,6 +109,11 @@ class Outgoing:
         return self.made > 0 or self.shown > 0 or self._numbered > 0
 
     @property
+    def is_fenced(self) -> bool:
+        """Whether its end is recorded only if no other run has taken the stream over."""
+        return self.began and not self.is_reply
+
+    @property
     def has_room(self) -> bool:
         """Whether another chunk may be made."""
         if self.paused:

@@ -148,6 +148,29 @@ async def test_a_run_whose_stream_another_one_has_taken_writes_nothing_more_and_
         assert len(reader.frames) == 3 and await store.get(KEYS.future(reader.id)) is None
 
 
+@pytest.mark.parametrize("how", ["its reader takes nothing", "its deadline"])
+async def test_a_run_whose_stream_another_one_has_taken_ends_it_for_no_reason(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a replica that was frozen, or cut off from the broker, whose reader gives its credit to the other run."""
+    monkeypatch.setattr(flows, "IDLE_TIMEOUT_S", 0.3 if how == "its reader takes nothing" else 60)
+    queue, store, steps = EmbeddedQueue(), EmbeddedStore(), Steps(1000)
+    async with Serving(steps, queue, store) as serving:
+        reader = Reader(queue, store)
+        reader.reads = False
+        await reader.ask()
+        steps.go(WINDOW_FRAMES)
+        await until(lambda: len(reader.frames) == WINDOW_FRAMES)
+        owner = Owner.new("b#2", 2, "b").to_bytes()
+        await store.set(KEYS.owner(reader.id), owner)
+        if how == "its deadline":
+            (job,) = serving.loop._flows
+            job.deadline = 0
+        steps.go(1)
+        assert await within(steps.ended.is_set, 5)
+        await until(serving.is_settled)
+        assert reader.result is None and await store.get(KEYS.future(reader.id)) is None
+        assert await store.get(KEYS.owner(reader.id)) == owner and await store.last_of_stream(KEYS.stream(reader.id)) == WINDOW_FRAMES
+
+
 async def test_a_run_whose_request_has_a_result_stops() -> None:
     queue, store, steps = EmbeddedQueue(), EmbeddedStore(), Steps()
     async with Serving(steps, queue, store) as serving:
