@@ -235,6 +235,9 @@ class Flows:
     def _given_up(self, job: Job, flow: Outgoing, result: Result) -> None:
         self._forget(job, flow)
         job.move(Stage.RECORDING)
+        self._record_given_up(job, flow, result)
+
+    def _record_given_up(self, job: Job, flow: Outgoing, result: Result) -> None:
         self._store.append_then(self._end_alone(job, flow, result), partial(self._given_up_recorded, job, flow, result))
 
     def _end_alone(self, job: Job, flow: Outgoing, result: Result) -> Append:
@@ -256,7 +259,9 @@ class Flows:
     def _settle_recorded(self, job: Job, flow: Outgoing, result: Result, outcome: int | Refusal | Exception) -> None:
         if isinstance(outcome, StoreClosed):
             return
-        if isinstance(outcome, StoreUnavailable):
+        if isinstance(outcome, StoreUnavailable) and time.monotonic() < job.deadline:
+            asyncio.get_running_loop().call_later(next(flow.pauses), self._record_given_up, job, flow, result)
+        elif isinstance(outcome, StoreUnavailable):
             self._settlement.give_back(job, later=True)
         elif isinstance(outcome, Exception):
             self._settlement.fail(job, outcome)

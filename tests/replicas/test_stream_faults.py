@@ -106,6 +106,24 @@ async def test_what_the_store_does_not_take_is_appended_again_until_it_does() ->
         await until(serving.is_settled)
 
 
+async def test_the_end_of_a_stream_that_was_given_up_is_recorded_once_the_store_takes_it() -> None:
+    queue, store, steps = EmbeddedQueue(), BadStore(), Steps()
+    async with Serving(steps, queue, store) as serving:
+        reader = await Reader(queue, store).ask()
+        steps.go(2)
+        await until(lambda: len(reader.frames) == 2)
+        store.away = True
+        await store.append_log(KEYS.cancelled, notice_of_request(reader.id))
+        steps.go(1)
+        await until(lambda: store.refused > 3)
+        assert not await queue.depth("b", 1) and serving.loop.running == 1
+        store.away = False
+        result = await reader.end()
+        assert (result.status, result.frames) == (499, 2)
+        await until(serving.is_settled)
+        assert steps.runs == 1
+
+
 async def test_credit_counts_that_overtakes_the_reply_of_the_store() -> None:
     queue, store, steps = EmbeddedQueue(), LateStore(), Steps(WINDOW_FRAMES + 1)
     async with Serving(steps, queue, store) as serving:
@@ -333,7 +351,7 @@ async def test_a_head_that_came_by_itself_before_an_empty_event_is_passed_over_w
         await first.loop.abandon()
         let.release()
     async with Serving(handler, queue, store, replica_id="b#2", on_death="replay"):
-        let.release(4)
+        let.release(20)  # the first one may take some
         await reader.end()
         assert reader.body == b"abc"
 
