@@ -440,7 +440,9 @@ async def test_a_resumable_stream_to_which_nobody_comes_back_is_cancelled_after_
         reader = await Reader(queue, store).ask(meta=EVENTS)
         steps.go(2)
         await until(lambda: len(reader.frames) == 2)
+        (flow,) = serving.flows
         leave(reader)
+        await until(lambda: flow.paused)
         steps.go(1)
         result = await reader.end()
         assert result.status == 499 and result.frames >= 2
