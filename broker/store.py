@@ -153,9 +153,9 @@ class Store(Protocol):
         ...
 
     def append_then(self, append: Append, on_appended: OnAppended) -> None:
-        """Appends frames with those of the other streams of this loop turn. There is at most one Append of a stream under way. The outcome
-        is StoreUnavailable after one budget of time: the caller repeats it. The store pauses between calls that fail, so it may do that at
-        once. `on_appended` may be called at once."""
+        """Appends frames with those of the other streams of this loop turn. There is at most one Append with frames under way
+        for a stream. The outcome is StoreUnavailable after one budget of time: the caller repeats it. The store pauses between calls that
+        fail, so it may do that at once. `on_appended` may be called at once."""
         ...
 
     async def read_stream(self, key: str, after: Place, count: int = 64) -> list[tuple[Place, bytes]]:

@@ -59,11 +59,12 @@ class Replies:
             self._go_on(job, flow)
 
     def _go_on(self, job: Job, flow: Outgoing) -> None:
-        if flow.state is not State.STOPPED:
-            for seq, kept in enumerate(flow.next_frames(), flow.sent + 1):
-                chunk = reply_of_chunk(job.envelope, seq, Frame.from_bytes(kept.raw))
-                flow.was_sent(seq)
-                self._queue.reply(chunk, job.envelope.reply_to, partial(self._confirmed, job, flow))
+        for seq, kept in enumerate(flow.next_frames(), flow.sent + 1):
+            if flow.state is State.STOPPED or seq <= flow.sent:  # perhaps since the last turn: a queue may tell the fate of a chunk at once
+                break
+            chunk = reply_of_chunk(job.envelope, seq, Frame.from_bytes(kept.raw))
+            flow.was_sent(seq)
+            self._queue.reply(chunk, job.envelope.reply_to, partial(self._confirmed, job, flow))
         is_complete = flow.state is State.ENDED and flow.taken == flow.sent and not flow.unsent
         if flow.result is not None and (is_complete or job.given_up is not None):
             self._jobs.discard(job)

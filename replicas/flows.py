@@ -23,7 +23,8 @@ from .amqp_streams import Replies, quiet_result
 from .feed import Feed
 from .outgoing import Kept, Outgoing, State
 from .settlement import Settlement
-from .stages import Job
+from .stages import Job, Stage
+from .takeover import behind_shown
 from .worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -34,8 +35,8 @@ HEAD_AFTER_S = 15.0  # of server-sent events: until then the request can run aga
 class Flows:
     """The streams of one replica that have begun and whose jobs are not settled.
 
-    `on_streamed` gets a job whose result the store has, behind all frames of its answer; `on_done` one that was given up, as soon as its
-    generator has ended.
+    `on_streamed` gets a job whose result the store has, behind the frames of its answer; `on_done` one whose chunks went to the queue of a
+    direct publisher (`Replies`).
     """
 
     def __init__(
@@ -54,7 +55,6 @@ class Flows:
         self._keys = keys
         self._worker = worker
         self._settlement = settlement
-        self._on_done = on_done
         self._on_streamed = on_streamed
         self._give_up = give_up
         self._replies = Replies(queue, worker, on_done, give_up)
@@ -77,8 +77,15 @@ class Flows:
         flow = job.flow
         if flow is None or not job.with_worker:  # it was settled meanwhile
             return
-        if flow.is_reply:
-            return self._replies.on_touched(job, flow)
+        try:
+            if flow.is_reply:
+                self._replies.on_touched(job, flow)
+            else:
+                self._take(job, flow)
+        except Exception as error:  # the other streams of the turn are looked at all the same
+            self._failed(job, flow, error)
+
+    def _take(self, job: Job, flow: Outgoing) -> None:
         if self._jobs.get(flow.future_id) is not job:
             self._begin(job, flow)
         result = flow.result  # read first: if there is one, all frames have been offered
@@ -88,7 +95,7 @@ class Flows:
             if flow.refused is not None:
                 return self._refused(job, flow.refused)
             if job.given_up is not None:
-                return self._given_up(job, flow, result)
+                return self._given_up(job, flow, job.given_up)
             if flow.state is State.RUNNING:
                 flow.state = State.ENDED
         self._append(job, flow)
@@ -128,7 +135,7 @@ class Flows:
 
     def _end_of(self, job: Job, flow: Outgoing) -> bytes:
         assert flow.result is not None
-        result = flow.result
+        result = behind_shown(flow.result)
         flow.result = Result(
             status=result.status, backend=result.backend, attempt=job.envelope.attempt, error=result.error, frames=flow.sent + flow.unsent
         )
@@ -208,21 +215,60 @@ class Flows:
         flow.halt()
         return result if flow.is_reply else msgspec.structs.replace(result, frames=flow.sent)
 
-    def settle_given_up(self, job: Job, flow: Outgoing, result: Result) -> None:
+    def record_early(self, job: Job, result: Result) -> None:
+        """See `Settlement.record_early`. Nothing is recorded of a stream that another run has taken over."""
+        flow = job.flow
+        if flow is None or not flow.is_fenced:
+            return self._settlement.record_early(job, result)
+        self._store.append_then(self._end_alone(job, flow, result), lambda outcome: None)
+
+    def settle_given_up(self, job: Job, flow: Outgoing) -> None:
         """Settles a job that was given up, if its generator has ended before; else that is done when it ends."""
-        if flow.inbox not in ("", job.envelope.header.inbox):  # the sender is told with the record of the result
-            self._store.post(flow.inbox, entry_of(flow.future_id, result.to_bytes()))
         if flow.is_reply:
             self._replies.settle_given_up(job, flow)
-        elif flow.result is not None and job.with_worker:
-            self._given_up(job, flow, flow.result)
+        elif flow.result is not None and job.given_up is not None and job.with_worker:
+            self._given_up(job, flow, job.given_up)
 
     def _given_up(self, job: Job, flow: Outgoing, result: Result) -> None:
         self._forget(job, flow)
-        if not flow.owner.resumable and job.given_up is not None and job.given_up.outcome is Outcome.CANCELLED:
-            self._store.drop_soon(self._keys.stream(flow.future_id))  # nobody reads it
-            self._store.drop_soon(self._keys.owner(flow.future_id))
-        self._on_done(job, result)
+        job.move(Stage.RECORDING)
+        self._record_given_up(job, flow, result)
+
+    def _record_given_up(self, job: Job, flow: Outgoing, result: Result) -> None:
+        self._store.append_then(self._end_alone(job, flow, result), partial(self._given_up_recorded, job, flow, result))
+
+    def _end_alone(self, job: Job, flow: Outgoing, result: Result) -> Append:
+        """The end of an answer that is given up, without what was not appended. It begins at 1, since no gap before it matters."""
+        future_id, attempt = flow.future_id, job.envelope.attempt
+        ends = (result if attempt == 1 else msgspec.structs.replace(result, attempt=attempt)).to_bytes()
+        return Append(
+            id=future_id, stream=self._keys.stream(future_id), owner=self._keys.owner(future_id), future=self._keys.future(future_id),
+            claim=flow.claim, attempt=flow.owner.attempt, first=1, inboxes=tuple({job.envelope.header.inbox, flow.inbox} - {""}),
+            ends=ends, end_note=entry_of(future_id, ends), ttl_ms=self._ttl_ms(flow),
+        )  # fmt: skip
+
+    def _given_up_recorded(self, job: Job, flow: Outgoing, result: Result, outcome: int | Refusal | Exception) -> None:
+        try:
+            self._settle_recorded(job, flow, result, outcome)
+        except Exception as error:
+            self._settlement.fail(job, error)
+
+    def _settle_recorded(self, job: Job, flow: Outgoing, result: Result, outcome: int | Refusal | Exception) -> None:
+        if isinstance(outcome, StoreClosed):
+            return
+        if isinstance(outcome, StoreUnavailable) and time.monotonic() < job.deadline:
+            asyncio.get_running_loop().call_later(next(flow.pauses), self._record_given_up, job, flow, result)
+        elif isinstance(outcome, StoreUnavailable):
+            self._settlement.give_back(job, later=True)
+        elif isinstance(outcome, Exception):
+            self._settlement.fail(job, outcome)
+        elif outcome is Refusal.TAKEN:
+            self._settlement.ack(job, body_stays=True)  # as in `_refused`
+        else:
+            if not flow.owner.resumable and result.outcome is Outcome.CANCELLED:
+                self._store.drop_soon(self._keys.stream(flow.future_id))  # nobody reads it
+                self._store.drop_soon(self._keys.owner(flow.future_id))
+            self._on_streamed(job, result)
 
     def _forget(self, job: Job, flow: Outgoing) -> None:
         flow.stop()

@@ -53,9 +53,13 @@ class Generators:
         taker: Taker = receivers[0]
         if isinstance(generator, BatchSteps):
             generator, taker = generator.generator, BatchReceiver(receivers)
+        if taker.is_given_up:  # the cancellation, which came before this, would not find the generator
+            return taker.give_up()
         if isinstance(generator, AsyncGenerator):
             self._host.run_task(self._iterate(jobs, generator, taker), context, jobs)
             return
+        for job in jobs:
+            job.task = None  # of the call, which has ended: `cancel` ends the generator
         stepped = Stepped(jobs, generator, taker, context, self._host.execution)
         self._stepped.update(dict.fromkeys(jobs, stepped))
         self._go_on(stepped)

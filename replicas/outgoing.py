@@ -51,7 +51,6 @@ class Outgoing:
         config: BackendConfig,
         *,
         shown: int = 0,
-        head_alone: bool = False,
         is_reply: bool = False,
     ) -> None:
         self.future_id = future_id
@@ -60,10 +59,10 @@ class Outgoing:
         self.idle_s = config.stream_idle_timeout_s
         self._kept_frames, self._kept_bytes = config.stream_kept_frames, config.stream_kept_bytes
         self.shown = shown  # frames that earlier runs have shown: this run makes them again, and they are passed over
-        self._head_alone = int(head_alone)
+        self._head_alone = int(owner.head_alone)  # of the frames that were shown, this run makes one less
         self._begins_behind = False  # the handler has read how much was shown
         # The worker's thread.
-        self.made = 1 if head_alone else 0
+        self.made = self._head_alone
         self.made_bytes = 0
         self._head: Head | None = None
         self.early_head: Head | None = None  # one that is shown by itself if the first chunk takes long
@@ -110,6 +109,11 @@ class Outgoing:
         return self.made > 0 or self.shown > 0 or self._numbered > 0
 
     @property
+    def is_fenced(self) -> bool:
+        """Whether its end is recorded only if no other run has taken the stream over."""
+        return self.began and not self.is_reply
+
+    @property
     def has_room(self) -> bool:
         """Whether another chunk may be made."""
         if self.paused:
@@ -133,7 +137,7 @@ class Outgoing:
 
     def show_head(self) -> None:
         """Offers the head alone, in a frame that belongs to no chunk."""
-        if not self.made:
+        if self.made == self._head_alone:
             self._make(Frame(b"", False, "", self._take_head()))
 
     def offer_whole(self, data: bytes, content_type: str) -> None:

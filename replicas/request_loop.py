@@ -305,10 +305,10 @@ class RequestLoop:
         """Answers the request with `result` now. If its call runs, the slot is free only when the call has ended."""
         result = self._with_frames(job, result)
         if job.started and is_kept(job.envelope) and job.given_up is None:
-            self._settlement.record_early(job, result)
+            self._flows.record_early(job, result)
         self._worker.give_up(job, result)
         if job.flow is not None:
-            self._flows.settle_given_up(job, job.flow, result)
+            self._flows.settle_given_up(job, job.flow)
 
     def _on_streamed(self, job: Job, result: Result) -> None:
         """Settles a job whose result is not to be stored: the store has it, behind the chunks of its answer, or a session has begun."""

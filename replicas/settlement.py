@@ -30,6 +30,7 @@ from .amqp_replies import send_reply
 from .metrics import ReplicaMetrics
 from .register import Register
 from .stages import Job, Stage
+from .takeover import behind_shown
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -136,6 +137,8 @@ class Settlement:
         """Answers with a large result or an AMQP reply, which take more than one step, or answers a request that has a start mark, whose
         result others wait for."""
         envelope = job.envelope
+        if job.flow is not None and job.flow.shown:  # such a request was delivered before, and so has a start mark
+            result = msgspec.structs.replace(behind_shown(result), frames=job.flow.sent)
         try:
             if envelope.id:
                 result = await self._stored(job, result)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from ..broker.envelope import Envelope
 from ..broker.errors import BadEnvelope, StoreUnavailable
 from ..broker.results import ErrorInfo, Result
@@ -38,19 +40,29 @@ class Takeover:
             return None
         before = _read_owner(raw, self._backend)
         owner = Owner.new(self._replica_id, before.attempt + 1, self._backend, before.endpoint, resumable=before.resumable)
+        owner = msgspec.structs.replace(owner, head_alone=before.head_alone)
         ttl_ms = int(max(STREAM_TTL_S, config.stream_idle_timeout_s, config.resume_grace_s) * 1000)
         if not await self._store.replace(key, raw, owner.to_bytes(), ttl_ms=ttl_ms, quiet=True):
             raise StoreUnavailable("another run of the request takes its stream over")
         shown = await self._store.last_of_stream(self._keys.stream(future_id))
         if config.on_death != "replay" or config.delivery == "at_most_once":
             return lost_result(self._backend, shown)
-        return Outgoing(future_id, owner, envelope.header.inbox, config, shown=shown, head_alone=before.head_alone)
+        return Outgoing(future_id, owner, envelope.header.inbox, config, shown=shown)
 
 
 def lost_result(backend: str, frames: int = 0) -> Result:
     """The end of an answer of which a part was shown, and whose run does not go on."""
     message = "the replica that made this answer was lost before its end: send the request again, or have it run again by on_death='replay'"
     return Result(status=502, backend=backend, error=ErrorInfo(type=REPLICA_LOST, message=message), frames=frames)
+
+
+def behind_shown(result: Result) -> Result:
+    """Returns the end of an answer of which a part was shown: an error instead of an answer in one piece, beside which that part would look
+    whole."""
+    if result.error is not None or not (result.body or result.ref):
+        return result
+    message = "an earlier run streamed a part of this answer, and the replay returned one in one piece: a replayed handler must yield"
+    return Result(status=500, backend=result.backend, error=ErrorInfo(type="mqserve.BadType", message=message))
 
 
 def _read_owner(raw: bytes, backend: str) -> Owner:

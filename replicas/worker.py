@@ -35,6 +35,7 @@ from .hand_over import HandOver
 from .handler import Method
 from .hook_calls import HookCalls
 from .responding import Responding
+from .result_hand_over import ResultHandOver
 from .sinks import Sinks
 from .stages import Job
 from .suspects import BeforeSuspects, Marking
@@ -59,8 +60,8 @@ class Worker:
         self._context = context
         self._config = config
         self._on_done = on_done
+        self._put = ResultHandOver(on_done).put
         self._marking = Marking(context.replica_tag, before_suspects)
-        self._io = asyncio.get_running_loop()
         self.thread = WorkerThread(context)
         self._loop = self.thread.loop
         self._depth = forks.depth
@@ -76,13 +77,11 @@ class Worker:
             lambda job: self._put(job, job.unwanted_result),
             lambda wait_s, callback: self._loop.call_later(wait_s, self._without_loop, callback),
         )
-        self.flowing: HandOver[Job] = HandOver(self._io)
+        self.flowing: HandOver[Job] = HandOver(asyncio.get_running_loop())
         self.sinks = Sinks(context.backend_tag, context.replica_tag, config, self.flowing.touch)
         self._generators = Generators(self._loop, self, self.sinks)
         self.responding = Responding(self, self.sinks)
         self.sockets = Sockets(self._loop, self, config)
-        self._results: deque[tuple[Job, Result]] = deque()
-        self._io_woken = False
         self._tasks: set[asyncio.Task[None]] = set()
         self.run_s = 0.0  # moving average of plain calls
         self.in_plain_call = False
@@ -307,6 +306,8 @@ class Worker:
                 return self._generators.start(jobs, answer, copy_context() if context is None else context)
             elif isinstance(answer, Generator | AsyncGenerator):
                 self._generators.start([job], answer, copy_context() if context is None else context)
+            elif job.given_up is not None:  # the cancellation, which came before this, would find no task of the response
+                self._put(job, job.given_up)
             else:
                 self.run_task(self.responding.respond(job, answer), copy_context() if context is None else context, [job])
 
@@ -352,17 +353,6 @@ class Worker:
         finally:
             asyncio._set_running_loop(self._loop)
 
-    def _put(self, job: Job, result: Result) -> None:
-        job.run_s = time.monotonic() - job.started if job.started else 0.0
-        job.request = job.task = None  # both refer to the job, the task by its context: break the cycles
-        self._results.append((job, result))
-        if not self._io_woken:
-            self._io_woken = True
-            try:
-                self._io.call_soon_threadsafe(self._hand_over)
-            except RuntimeError:  # a call that was left to its thread may outlive the loop it would report to
-                pass
-
     def _put_failed(self, jobs: Sequence[Job], error: BaseException) -> None:
         """Fails the jobs after an exception that no call turned into a result."""
         for job in jobs:
@@ -385,10 +375,10 @@ class Worker:
 
     def run_step(self, step: Callable[[], None], then: Callable[[], None]) -> None:
         """See `generators.Host`."""
+        self._last_start = time.monotonic()
         if self._pool is not None:
             self._free_threads -= 1
             return self._pool.submit(partial(self._step_pooled, step, then))
-        self._last_start = time.monotonic()
         self.in_plain_call = True
         try:
             self._without_loop(step)
@@ -415,6 +405,7 @@ class Worker:
                 self._loop.call_soon_threadsafe(job.flow.resume)
 
     def put(self, job: Job, result: Result) -> None:
+        """See `receivers.Putting`."""
         flow = job.flow
         if flow is None or not flow.began:
             return self._put(job, result)
@@ -435,16 +426,3 @@ class Worker:
         self._without_loop(self._generators.stop)
         for task in self._tasks:
             task.cancel()
-
-    # On the I/O loop.
-
-    def _hand_over(self) -> None:
-        self._io_woken = False
-        try:
-            while self._results:
-                job, result = self._results.popleft()
-                self._on_done(job, result)
-                job.batch = ()  # refers to the job: break the cycle
-        finally:
-            if self._results:  # `on_done` raised; hand over the rest all the same
-                self._io.call_soon(self._hand_over)

@@ -19,6 +19,7 @@ import httpx
 import pytest
 
 import mqserve as serve
+from mqserve.broker.streams import IDLE_TIMEOUT_S
 from mqserve.replicas import flows
 from tests.children import MANY_THREADS, in_a_child
 from tests.gates import Gate
@@ -187,7 +188,7 @@ def test_a_value_may_be_larger_than_all_that_is_made_ahead_of_its_reader(counter
     began = time.monotonic()
     values = list(serve.get_handle(counter).options(method_name="large").stream(20_000_000))
     assert [len(value) for value in values] == [20_000_000, 3]
-    assert time.monotonic() - began < flows.IDLE_TIMEOUT_S / 2, "it did not stand still until somebody looked"
+    assert time.monotonic() - began < IDLE_TIMEOUT_S / 2, "it did not stand still until somebody looked"
 
 
 def test_any_object_travels_as_a_value(counter: str) -> None:

@@ -249,7 +249,15 @@ def test_answers_that_have_ended_leave_no_stream_behind(deploy: Deploy, environm
     with httpx.Client() as http:
         for _ in range(50):
             assert http.get(url).text.count("\n") == 5
-    wait_until(lambda: not [*store.scan_iter(f"{pattern}stream:*"), *store.scan_iter(f"{pattern}owner:*")])
+
+    def left() -> list[Any]:
+        return [*store.scan_iter(f"{pattern}stream:*"), *store.scan_iter(f"{pattern}owner:*")]
+
+    def told() -> str:
+        futures = {key: f"{pattern}future:{key.decode().rpartition(':')[2]}" for key in left()}
+        return str([(key, store.pttl(key), store.get(future)) for key, future in futures.items()])
+
+    wait_until(lambda: not left(), told=told)
 
 
 def test_a_stream_counts_as_one_answer(deploy: Deploy, url: str) -> None:

@@ -23,6 +23,7 @@ from .kept_wire import KeptWire
 TEXT = (Path(__file__).parent / "append.lua").read_text()
 _DIGEST = hashlib.sha1(TEXT.encode(), usedforsecurity=False).hexdigest()
 _REFUSALS = {-1: Refusal.ENDED, -2: Refusal.TAKEN}  # of append.lua
+_SWEEP_ABOVE = 256  # streams
 _RENEWED_AFTER_S = 30.0  # a stream lives twenty times longer, and for a minute more than any wait between two appends
 
 
@@ -97,8 +98,9 @@ class AppendScript:
         self._on_wrote = on_wrote
         self._on_odd_key = on_odd_key
         self._on_failed = on_failed
-        self._known: dict[str, _Known] = {}  # streams that were appended to over `_known_to`, and go on
+        self._known: dict[str, _Known] = {}  # streams that were appended to over `_known_to`, and may go on
         self._known_to: HotWire | None = None
+        self._sweep_above = _SWEEP_ABOVE
 
     def __repr__(self) -> str:
         return f"<AppendScript by {self._sender!r}, {len(self._known)} streams>"
@@ -140,6 +142,8 @@ class AppendScript:
         self._on_wrote()
         for key in odd:
             self._on_odd_key(key.decode(errors="replace") if isinstance(key, bytes) else str(key))
+        if len(self._known) > self._sweep_above:
+            self._sweep(call.at)
         for one, end in zip(call.appends, ends, strict=True):
             if end < one.first - 1 or one.ends:  # a refusal, a gap, or over
                 self._known.pop(one.stream, None)
@@ -148,6 +152,11 @@ class AppendScript:
                 expires_at = call.at + one.ttl_ms / 1000 if before.needs_renewal(one, call.at) else before.expires_at
                 self._known[one.stream] = _Known(one.trim_to, expires_at)
         call.on_written([_REFUSALS.get(end, end) for end in ends])
+
+    def _sweep(self, now: float) -> None:
+        """Forgets the streams whose keys have expired: most that were given up get no end over this connection."""
+        self._known = {stream: known for stream, known in self._known.items() if known.expires_at > now}
+        self._sweep_above = max(_SWEEP_ABOVE, 2 * len(self._known))
 
     def _fail(self, call: _Call, error: Exception) -> None:
         """An error that no server causes is passed on as it is."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import re
 import time
 from collections.abc import Callable
 
@@ -254,6 +255,15 @@ async def test_appends_of_one_turn_leave_together_in_calls_of_a_bounded_size(
             assert set(await asyncio.gather(*(appended(store, append) for append in appends))) == {1}
             assert calls_of_scripts(store_server) - before <= most
         assert calls_of_scripts(store_server) - before >= 12 * len(large) / FLUSH_BYTES
+
+
+async def test_streams_that_never_end_are_not_remembered_for_longer_than_their_keys_last(
+    store_url: str, namespace: str, keys: StoreKeys
+) -> None:
+    async with open_redis(store_url, namespace) as store:
+        for number in range(1000):
+            assert await appended(store, append_of(keys, 1, b"a", id=f"left{number}", ttl_ms=50)) == 1
+        assert int(re.findall(r"(\d+) streams", repr(store._append))[0]) < 600
 
 
 async def test_all_keys_of_a_stream_expire(store_server: PrivateRedis, namespace: str, keys: StoreKeys) -> None:

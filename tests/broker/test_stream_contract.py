@@ -4,6 +4,7 @@ import asyncio
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -48,6 +49,22 @@ async def test_each_reader_is_told_of_each_frame_and_then_of_the_end(store: Stor
     for notes in (ours, theirs):
         assert told(notes) == [("f", 1, b"a"), ("f", 2, b"b" * 70_000), ("f", 3, b""), b"end"]
     assert await store.get(keys.future("f")) == b"over"
+
+
+@pytest.mark.parametrize("lost", [False, True])
+async def test_an_end_alone_from_the_first_number_is_recorded_whatever_the_stream_has(store: Store, keys: StoreKeys, lost: bool) -> None:
+    """As of an answer that is given up."""
+    ours = append_of(keys, 1, inboxes=(keys.inbox("p"),), claim=b"later run", attempt=2, ends=b"over", end_note=b"end")
+    async with reading(store, keys.inbox("p")) as notes:
+        await appended(store, append_of(keys, 1, b"a", b"b", b"c", claim=b"later run"))
+        if lost:
+            await store.delete(keys.stream("f"))
+        frames = await frames_of(store, keys)
+        assert await appended(store, msgspec.structs.replace(ours, claim=b"run")) is Refusal.TAKEN
+        assert await store.get(keys.future("f")) is None and not notes
+        assert isinstance(await appended(store, ours), int)
+        assert await store.get(keys.future("f")) == b"over" and await frames_of(store, keys) == frames
+        await until(lambda: notes == [b"end"])
 
 
 async def test_a_thousand_frames_of_one_append_are_all_told(store: Store, keys: StoreKeys) -> None:

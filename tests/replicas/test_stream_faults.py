@@ -9,9 +9,11 @@ import msgspec
 import pytest
 
 from mqserve.broker.calls.cancellations import notice_of_proxy, notice_of_request
-from mqserve.broker.errors import StoreUnavailable
+from mqserve.broker.envelope import Envelope, StreamReply
+from mqserve.broker.errors import BrokerUnavailable, StoreUnavailable
 from mqserve.broker.memory.queue import EmbeddedQueue
 from mqserve.broker.memory.store import EmbeddedStore
+from mqserve.broker.queue import Settled
 from mqserve.broker.store import Append, OnAppended, Place, Refusal
 from mqserve.broker.streams import REPLICA_LOST, WINDOW_FRAMES, Credit, Owner
 from mqserve.replicas import flows, stuck
@@ -104,6 +106,24 @@ async def test_what_the_store_does_not_take_is_appended_again_until_it_does() ->
         await until(serving.is_settled)
 
 
+async def test_the_end_of_a_stream_that_was_given_up_is_recorded_once_the_store_takes_it() -> None:
+    queue, store, steps = EmbeddedQueue(), BadStore(), Steps()
+    async with Serving(steps, queue, store) as serving:
+        reader = await Reader(queue, store).ask()
+        steps.go(2)
+        await until(lambda: len(reader.frames) == 2)
+        store.away = True
+        await store.append_log(KEYS.cancelled, notice_of_request(reader.id))
+        steps.go(1)
+        await until(lambda: store.refused > 3)
+        assert not await queue.depth("b", 1) and serving.loop.running == 1
+        store.away = False
+        result = await reader.end()
+        assert (result.status, result.frames) == (499, 2)
+        await until(serving.is_settled)
+        assert steps.runs == 1
+
+
 async def test_credit_counts_that_overtakes_the_reply_of_the_store() -> None:
     queue, store, steps = EmbeddedQueue(), LateStore(), Steps(WINDOW_FRAMES + 1)
     async with Serving(steps, queue, store) as serving:
@@ -144,6 +164,29 @@ async def test_a_run_whose_stream_another_one_has_taken_writes_nothing_more_and_
         assert await within(steps.ended.is_set, 5)
         await until(serving.is_settled)
         assert len(reader.frames) == 3 and await store.get(KEYS.future(reader.id)) is None
+
+
+@pytest.mark.parametrize("how", ["its reader takes nothing", "its deadline"])
+async def test_a_run_whose_stream_another_one_has_taken_ends_it_for_no_reason(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a replica that was frozen, or cut off from the broker, whose reader gives its credit to the other run."""
+    monkeypatch.setattr(flows, "IDLE_TIMEOUT_S", 0.3 if how == "its reader takes nothing" else 60)
+    queue, store, steps = EmbeddedQueue(), EmbeddedStore(), Steps(1000)
+    async with Serving(steps, queue, store) as serving:
+        reader = Reader(queue, store)
+        reader.reads = False
+        await reader.ask()
+        steps.go(WINDOW_FRAMES)
+        await until(lambda: len(reader.frames) == WINDOW_FRAMES)
+        owner = Owner.new("b#2", 2, "b").to_bytes()
+        await store.set(KEYS.owner(reader.id), owner)
+        if how == "its deadline":
+            (job,) = serving.loop._flows
+            job.deadline = 0
+        steps.go(1)
+        assert await within(steps.ended.is_set, 5)
+        await until(serving.is_settled)
+        assert reader.result is None and await store.get(KEYS.future(reader.id)) is None
+        assert await store.get(KEYS.owner(reader.id)) == owner and await store.last_of_stream(KEYS.stream(reader.id)) == WINDOW_FRAMES
 
 
 async def test_a_run_whose_request_has_a_result_stops() -> None:
@@ -195,6 +238,18 @@ async def test_with_replay_the_handler_runs_again_and_what_was_shown_is_passed_o
         await until(second.is_settled)
         attempts = [place.attempt for place, _ in await store.read_stream(KEYS.stream(reader.id), Place(0, 0), 64)]
         assert attempts == [1] * 4 + [2] * 6
+
+
+async def test_an_answer_that_was_shown_in_part_and_is_replayed_in_one_piece_ends_with_an_error() -> None:
+    queue, store = EmbeddedQueue(), EmbeddedStore()
+    reader = await die_in_the_middle(queue, store, 4)
+
+    def handler(request: Any) -> str:
+        return "all of it"
+
+    async with Serving(handler, queue, store, replica_id="b#2", on_death="replay"):
+        result = await reader.end()
+        assert result.error is not None and "in one piece" in result.error.message and (result.status, result.frames) == (500, 4)
 
 
 async def test_an_answer_whose_replica_died_before_its_head_is_made_again_unseen() -> None:
@@ -264,10 +319,74 @@ async def test_the_head_of_events_comes_by_itself_if_the_first_one_takes_long(re
         steps.go(1)
     again = Steps()
     again.reads = reads
-    async with Serving(again, queue, store, replica_id="b#2", on_death="replay"):
-        again.go(10)
+    async with Serving(again, queue, store, replica_id="b#2", on_death="replay") as second:
+        again.go(2 if reads else 5)
+        await until(lambda: reader.body == b"0 1 2 3 4 ")
+        assert again.resumed == [3 if reads else 0]
+        await second.loop.abandon()
+        again.go(1)
+    once_more = Steps()
+    once_more.reads = reads
+    async with Serving(once_more, queue, store, replica_id="b#3", on_death="replay"):
+        once_more.go(10)
         result = await reader.end()
-        assert reader.body == ALL and result.frames == 11 and again.resumed == [3 if reads else 0]
+        assert reader.body == ALL and result.frames == 11 and once_more.resumed == [5 if reads else 0]
+
+
+async def test_a_head_that_came_by_itself_before_an_empty_event_is_passed_over_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flows, "HEAD_AFTER_S", 0.2)
+    queue, store = EmbeddedQueue(), EmbeddedStore()
+    let = threading.Semaphore(0)
+
+    def handler(request: Any) -> Iterator[str]:
+        for item in ("", "a", "b", "c"):
+            assert let.acquire(timeout=30)
+            yield item
+
+    async with Serving(handler, queue, store) as first:
+        reader = await Reader(queue, store).ask(meta=EVENTS)
+        await until(lambda: len(reader.frames) == 1)
+        let.release(2)
+        await until(lambda: reader.body == b"a")
+        await first.loop.abandon()
+        let.release()
+    async with Serving(handler, queue, store, replica_id="b#2", on_death="replay"):
+        let.release(20)  # the first one may take some
+        await reader.end()
+        assert reader.body == b"abc"
+
+
+class BrokenQueue(EmbeddedQueue):
+    """Says of every reply at once that it was not delivered, as if there were no connection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.chunks: list[int] = []
+
+    def reply(self, envelope: Envelope, reply_to: str, settled: Settled) -> None:
+        if isinstance(envelope, StreamReply) and not envelope.ends:
+            self.chunks.append(envelope.seq)
+        settled(BrokerUnavailable("there is no connection"))
+
+
+async def test_a_streamed_reply_ends_with_its_first_chunk_that_is_not_delivered(caplog: pytest.LogCaptureFixture) -> None:
+    queue, store = BrokenQueue(), EmbeddedStore()
+    began, let, made = threading.Event(), threading.Event(), threading.Event()
+
+    async def handler(request: Any) -> AsyncIterator[str]:
+        began.set()
+        let.wait(10)
+        for number in range(10):
+            yield str(number)
+        made.set()
+
+    async with Serving(handler, queue, store) as serving:
+        assert await publish(queue, Envelope("question", b"", "text/plain", reply_to="caller")) is None
+        await until(began.is_set)
+        let.set()
+        assert made.wait(10)  # blocks this loop, too, so that all chunks are found at once
+        await until(lambda: queue.chunks and not len(serving.loop._flows._replies))
+        assert queue.chunks == [1] and not [record for record in caplog.records if record.exc_info]
 
 
 # Readers.
@@ -321,7 +440,9 @@ async def test_a_resumable_stream_to_which_nobody_comes_back_is_cancelled_after_
         reader = await Reader(queue, store).ask(meta=EVENTS)
         steps.go(2)
         await until(lambda: len(reader.frames) == 2)
+        (flow,) = serving.flows
         leave(reader)
+        await until(lambda: flow.paused)
         steps.go(1)
         result = await reader.end()
         assert result.status == 499 and result.frames >= 2

@@ -220,6 +220,43 @@ async def test_a_cancelled_generator_runs_its_finally_within_a_second_and_frees_
         assert not await place.store.last_of_stream(KEYS.stream(reader.id)) and not await place.store.get(KEYS.owner(reader.id))
 
 
+async def test_a_plain_generator_that_an_async_handler_returned_is_closed_though_its_reader_takes_nothing(place: Place) -> None:
+    counted = Counted()
+
+    async def handler(request: Any) -> Iterator[bytes]:
+        return counted.plain(request)
+
+    async with place.serve(handler) as serving:
+        reader = place.reader()
+        reader.reads = False
+        await reader.ask()
+        await until(lambda: len(reader.frames) == WINDOW_FRAMES)
+        await place.cancel(reader)
+        await ends_soon(counted)
+        await until(serving.is_settled)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sync_threads", [1, 2])
+async def test_what_a_call_returns_after_it_was_given_up_does_not_run(place: Place, kind: str, sync_threads: int) -> None:
+    counted = Counted()
+    began = threading.Event()
+
+    def handler(request: Any) -> Any:
+        began.set()
+        while not serve.cancelled():
+            time.sleep(0.01)
+        time.sleep(0.1)  # so long that the cancellation finds nothing but this call
+        return getattr(counted, kind)(request)
+
+    async with place.serve(handler, sync_threads=sync_threads) as serving:
+        reader = await place.reader().ask()
+        await until(began.is_set)
+        await place.cancel(reader)
+        await until(serving.is_settled)
+        assert not counted.made
+
+
 async def test_a_plain_generator_that_blocks_is_closed_after_its_step_in_its_own_thread(place: Place) -> None:
     counted = Counted(pause_s=0.5)
     async with place.serve(counted.plain) as serving:
