@@ -125,15 +125,18 @@ class IncomingStreams:
         if head.form is not form:
             return None
         head = msgspec.structs.replace(head, replica=owner.replica, resumable=True)
-        raw = await self._store.get(self._keys.future(future_id))  # before the frames are read: behind its end come none
-        first_there = max(after + 1, kept[0][0].seq if kept else 0)
-        place = Place(kept[0][0].attempt if kept else owner.attempt, first_there - 1)
-        stream = IncomingStream(future_id, self, head=head, after=place, told=False)
-        self._add(stream)
-        if raw is not None:
+        end: End | None = None
+        if (raw := await self._store.get(self._keys.future(future_id))) is not None:  # behind the end come no frames
             end = End.of(Result.from_bytes(raw))
             # who cancels a request does not know how many frames there are
-            stream.ends(end._replace(frames=max(end.frames, await self._store.last_of_stream(key))))
+            end = end._replace(frames=max(end.frames, await self._store.last_of_stream(key)))
+        first_there = max(after + 1, kept[0][0].seq if kept else 0)
+        place = Place(kept[0][0].attempt if kept else owner.attempt, first_there - 1)
+        # From here on nothing is awaited: a reader that is registered and whom nobody gets would never be left.
+        stream = IncomingStream(future_id, self, head=head, after=place, told=False)
+        self._add(stream)
+        if end is not None:
+            stream.ends(end)
         if stream.heard_end is None:
             self.heal(stream)
             self.credit(stream)

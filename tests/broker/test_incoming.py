@@ -11,7 +11,7 @@ from mqserve.broker.calls.call import Call
 from mqserve.broker.calls.incoming import IncomingStream
 from mqserve.broker.calls.sending import RequestSender
 from mqserve.broker.envelope import RequestHead, mint_id
-from mqserve.broker.errors import MQServeError
+from mqserve.broker.errors import MQServeError, StoreUnavailable
 from mqserve.broker.memory.queue import EmbeddedQueue
 from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.results import ErrorInfo, InboxEntry, Outcome, Result
@@ -416,3 +416,19 @@ async def test_credit_is_repeated_while_a_reader_waits(reader: Reader, monkeypat
         assert {credit.seq for credit in run.credits} == {1}
         await run.end()
         assert await taking == [b"1"]
+
+
+async def test_who_cannot_go_on_with_an_answer_leaves_no_reader(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refuse(key: str) -> int:
+        raise StoreUnavailable("the store is away")
+
+    call = reader.asked()
+    run = reader.run_of(call, Form.ITEMS, resumable=True)
+    await run.show(b"1", b"2")
+    await run.end()
+    reader.sender.leave(await begun(call))
+    await until(lambda: len(reader.streams) == 0)
+    monkeypatch.setattr(reader.store, "last_of_stream", refuse)
+    with pytest.raises(StoreUnavailable):
+        await resumed(reader, run, 0)
+    assert len(reader.streams) == 0
