@@ -220,14 +220,16 @@ class IncomingStreams:
         try:
             while self._lacking:
                 stream = next(iter(self._lacking))
+                del self._lacking[stream]  # before the read: who asks during it may lack what the read does not bring
                 try:
                     await self._heal(stream)
                 except StoreUnavailable as error:
+                    if stream.heard_end is None:
+                        self._lacking[stream] = None
                     logger.warning("cannot read the streamed answer to %s yet: %s", printable(stream.id), error)
                     await asyncio.sleep(next(pauses))
                 else:
                     pauses = delays()
-                    self._lacking.pop(stream, None)
         finally:
             self._healing = False
             self._lacking.clear()

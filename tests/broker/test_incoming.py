@@ -15,6 +15,7 @@ from mqserve.broker.errors import MQServeError, StoreUnavailable
 from mqserve.broker.memory.queue import EmbeddedQueue
 from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.results import ErrorInfo, InboxEntry, Outcome, Result
+from mqserve.broker.store import Place
 from mqserve.broker.store_keys import StoreKeys
 from mqserve.broker.streams import FRAME_BYTES, WINDOW_FRAMES, Chunk, Ending, Form, Head
 from tests.broker.flowing import Run
@@ -137,6 +138,32 @@ async def test_what_the_inbox_lost_is_read_from_the_stream(reader: Reader) -> No
     await run.show(b"5", silently=True)
     await run.end()
     assert await rest_of(stream) == [b"1", b"2", b"3", b"4", b"5"]
+
+
+async def test_what_is_lost_while_the_stream_is_read_is_read_afterwards(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = reader.asked()
+    run = reader.run_of(call)
+    await run.show(b"1")
+    stream = await begun(call)
+    reader.lose_connection()
+    await until(lambda: stream.place.seq == 1)
+    read, reading, replied = reader.store.read_stream, asyncio.Event(), asyncio.Event()
+
+    async def read_slowly(key: str, after: Place, count: int = 64) -> list[tuple[Place, bytes]]:
+        found = await read(key, after, count)
+        reading.set()
+        await replied.wait()
+        return found
+
+    monkeypatch.setattr(reader.store, "read_stream", read_slowly)
+    reader.lose_connection()
+    await reading.wait()
+    await run.show(b"2", silently=True)
+    reader.lose_connection()
+    replied.set()
+    async with asyncio.timeout(2):
+        assert [chunk.data for chunk in stream.take() or await stream.more()] == [b"1"]
+        assert [chunk.data for chunk in await stream.more()] == [b"2"]
 
 
 async def test_a_head_that_the_inbox_lost_is_found_after_a_gap(reader: Reader) -> None:
