@@ -91,8 +91,11 @@ async def resumed(reader: Reader, run: Run, after: int) -> tuple[IncomingStream,
 
 
 async def rest_of(stream: IncomingStream) -> list[bytes]:
+    chunks: list[Chunk] = []
     async with asyncio.timeout(20):
-        return [chunk.data async for chunk in stream]
+        while stream.end is None:
+            chunks += await stream.more()
+    return [chunk.data for chunk in chunks]
 
 
 async def test_the_first_frame_ends_the_wait_for_the_head(reader: Reader) -> None:
@@ -220,6 +223,20 @@ async def test_a_request_is_cancelled_whose_reader_alone_has_given_up(reader: Re
     reader.lose_connection()
     assert await rest_of(stream) == [b"1"]
     assert stream.end is not None and stream.end.outcome is Ending.LOST
+    reader.sender.leave(stream)
+    await reader.sender.settle()
+    raw = await reader.store.get(reader.keys.future(call.id))
+    assert raw is not None and Result.from_bytes(raw).outcome is Outcome.CANCELLED
+
+
+async def test_a_request_is_cancelled_whose_frames_do_not_parse(reader: Reader) -> None:
+    call = reader.asked()
+    run = reader.run_of(call)
+    await run.show(b"1")
+    stream = await begun(call)
+    await run._append([b"\xc1"], run.inboxes)
+    assert await rest_of(stream) == [b"1"]
+    assert stream.end is not None and stream.end.outcome is Ending.FAILED
     reader.sender.leave(stream)
     await reader.sender.settle()
     raw = await reader.store.get(reader.keys.future(call.id))
