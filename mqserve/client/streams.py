@@ -229,6 +229,7 @@ class Stream(AsyncGenerator[Any, None]):
         self._state = _State.ENDED
         if end.error is None:
             return
+        self._sender.leave(self._source.incoming)  # the reader alone may have ended it, and the handler go on
         if end.outcome in (Ending.LOST, Ending.CANCELLED) and self._sender.over:
             raise InstanceError(self._sender.over)
         self._sender.read(self.id, Result(status=end.status, backend=self._source.backend, error=end.error), plain=self._plain)
