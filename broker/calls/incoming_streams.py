@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 LONGER_S = 30.0  # that a reader waits for the next frame, beyond the time that a handler may take for it
 _READ_AT_ONCE = 16  # frames: a megabyte
+_ASK_AT_ONCE = 100  # streams, of two keys each: one read for thousands would hold up Redis
 _POLL_EVERY_S = 0.5
 
 OnStream = Callable[[IncomingStream], None]
@@ -267,9 +268,9 @@ class IncomingStreams:
                     for stream in everyone:
                         self.credit(stream)
                 asking = [stream for stream in everyone if not stream.is_told or (is_due and now - stream.heard_at > CREDIT_EVERY_S)]
-                if asking:
-                    with suppress(StoreUnavailable):
-                        await self._ask_for(asking)
+                with suppress(StoreUnavailable):
+                    for start in range(0, len(asking), _ASK_AT_ONCE):
+                        await self._ask_for(asking[start : start + _ASK_AT_ONCE])
         finally:
             self._tending = False
 
