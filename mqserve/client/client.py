@@ -234,8 +234,8 @@ class Client(Lifetime):
         """Goes on with a stream that was begun with `options(resumable=True)`, in this process or another one, behind the chunk with the
         number `after`. It becomes the one that the handler waits for.
 
-        Raises BadType for an id that is no str, BadValue for a number that no chunk has. Iterating raises BadValue if no such stream can be read, or
-        the chunk after that one is not kept any more.
+        Raises BadType for an id that is no str, BadValue for a number that no chunk has. Iterating raises BadValue if no such stream can be
+        read, or the chunk after that one is not kept any more.
         """
         if not isinstance(stream_id, str):
             raise BadType(f"the id of a stream is a text of 32 characters, not {stream_id!r}: see `stream.id`")
