@@ -13,9 +13,9 @@ from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
 
-from ..broker.calls.call import Call
+from ..broker.calls.call import Awaited, Call
 from ..broker.calls.incoming import IncomingStream
-from ..broker.errors import BadType, BadValue, InstanceError, MQServeError
+from ..broker.errors import BadType, BadValue, InstanceError
 from ..broker.process import forks
 from ..broker.results import Result
 from ..broker.streams import Chunk, End, Ending
@@ -41,7 +41,7 @@ class Flowing(NamedTuple):
 Began = tuple[str, Result | Flowing]  # (id, the answer)
 
 
-class StreamTicket(Call):
+class StreamTicket(Awaited, Call):
     """A call whose answer may flow. Its future ends with what flows, or with the answer in one piece."""
 
     __slots__ = ("future",)
@@ -50,20 +50,9 @@ class StreamTicket(Call):
         self.id = id
         self.future: asyncio.Future[Result | Flowing] = asyncio.get_running_loop().create_future()
 
-    def answered(self, result: Result) -> None:
-        if not self.future.done():
-            self.future.set_result(result)
-
     def began(self, stream: IncomingStream) -> None:
         if not self.future.done():
             self.future.set_result(Flowing(stream, self.backend))
-
-    def failed(self, error: MQServeError) -> None:
-        if not self.future.done():
-            self.future.set_exception(error)
-
-    def abandoned(self) -> None:
-        self.future.cancel()
 
 
 class _State(Enum):
