@@ -236,7 +236,7 @@ class IncomingStreams:
             self._lacking.clear()
 
     async def _heal(self, stream: IncomingStream) -> None:
-        """Reads until nothing is left to read, or the reader has enough."""
+        """Reads up to what the store has now, or until the reader has enough."""
         while stream.heard_end is None and not stream.is_full:
             known = (stream.told_of, stream.has_last_word)
             entries = await self._store.read_stream(self._keys.stream(stream.id), stream.place, _READ_AT_ONCE)
@@ -244,6 +244,8 @@ class IncomingStreams:
                 for place, raw in entries:
                     if stream.heard_end is None:
                         stream.read(place, raw)
+                if len(entries) < _READ_AT_ONCE and not stream.lacks_some:
+                    return  # the reader is told of later ones: to wait for a read without any would hold up the others while it flows
             elif known == (stream.told_of, stream.has_last_word):  # or it is told of more meanwhile
                 if stream.has_last_word and stream.heard_end is None:
                     stream.lose()

@@ -169,6 +169,30 @@ async def test_what_is_lost_while_the_stream_is_read_is_read_afterwards(reader: 
         assert [chunk.data for chunk in await stream.more()] == [b"2"]
 
 
+async def test_an_answer_that_flows_fast_keeps_no_other_from_being_read(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, slow = reader.asked(), reader.asked()
+    runs = [reader.run_of(call) for call in (fast, slow)]
+    for run in runs:
+        await run.show(b"1")
+    streams = [await begun(call) for call in (fast, slow)]
+    read, (key, _) = reader.store.read_stream, runs[0].keys
+
+    async def read_while_it_flows(wanted: str, after: Place, count: int = 64) -> list[tuple[Place, bytes]]:
+        if wanted == key:
+            await runs[0].show(b"more")
+        await asyncio.sleep(0)
+        return await read(wanted, after, count)
+
+    monkeypatch.setattr(reader.store, "read_stream", read_while_it_flows)
+    taking = asyncio.create_task(rest_of(streams[0]))
+    await runs[1].show(b"2", silently=True)
+    reader.lose_connection()
+    async with asyncio.timeout(2):
+        assert [chunk.data for chunk in await streams[1].more()] == [b"1"]
+        assert [chunk.data for chunk in await streams[1].more()] == [b"2"]
+    taking.cancel()
+
+
 async def test_a_head_that_the_inbox_lost_is_found_after_a_gap(reader: Reader) -> None:
     call = reader.asked()
     run = reader.run_of(call)
