@@ -138,7 +138,7 @@ class ProxyApp:
         call.target = target
         reply: Reply | Flow
         try:
-            if (place := read_event_id(call.header(b"last-event-id"))) is not None:
+            if call.method != "HEAD" and (place := read_event_id(call.header(b"last-event-id"))) is not None:
                 return await self._resume(call, place, receive)
             wish = self.admit(call)
             body = await _read_body(receive, self._sender.held)

@@ -6,7 +6,7 @@ import asyncio
 import time
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..broker.calls.call import Call
+from ..broker.calls.call import Awaited, Call
 from ..broker.calls.incoming import IncomingStream
 from ..broker.errors import MQServeError
 from ..broker.results import Result
@@ -61,7 +61,7 @@ class HttpCall(Call):
         return next((value for name, value in self.headers if name == wanted), b"")
 
 
-class AsgiCall(HttpCall):
+class AsgiCall(Awaited, HttpCall):
     """A request that came through ASGI: a task awaits its result, or the beginning of its stream."""
 
     __slots__ = ("future",)
@@ -76,10 +76,6 @@ class AsgiCall(HttpCall):
         self.client, self.server, self.state = scope["client"], scope["server"], scope.get("state")
         self.future = asyncio.get_running_loop().create_future()
 
-    def answered(self, result: Result) -> None:
-        if not self.future.done():
-            self.future.set_result(result)
-
     def began(self, stream: IncomingStream) -> None:
         if self.future.done():  # its task was cancelled
             self.sender.leave(stream)
@@ -92,13 +88,6 @@ class AsgiCall(HttpCall):
             return
         if isinstance(stream := self.future.result(), IncomingStream):
             self.sender.leave(stream)
-
-    def failed(self, error: MQServeError) -> None:
-        if not self.future.done():
-            self.future.set_exception(error)
-
-    def abandoned(self) -> None:
-        self.future.cancel()
 
 
 class Connection(Protocol):

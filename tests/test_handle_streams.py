@@ -19,6 +19,7 @@ import httpx
 import pytest
 
 import mqserve as serve
+from mqserve.broker.calls import incoming_streams
 from mqserve.broker.streams import IDLE_TIMEOUT_S
 from mqserve.replicas import flows
 from tests.children import MANY_THREADS, in_a_child
@@ -409,6 +410,26 @@ def test_who_leaves_a_stream_cancels_its_request(
     assert list(stream) == []
 
 
+@embedded_only
+def test_a_stream_that_its_reader_gives_up_cancels_its_request(deploy: Deploy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tally = Tally(tmp_path)
+
+    async def stuck(request: Any) -> AsyncIterator[int]:
+        try:
+            yield 0
+            await asyncio.sleep(1000)
+        finally:
+            tally.note("ended")
+
+    monkeypatch.setattr(incoming_streams, "LONGER_S", -60.0)
+    monkeypatch.setattr(incoming_streams, "CREDIT_EVERY_S", 0.5)
+    stream = serve.get_handle(deploy(stuck, stream_idle_timeout_s=61.0)).stream()
+    assert next(stream) == 0
+    with pytest.raises(serve.RequestTimeout):
+        next(stream)
+    wait_until(lambda: tally.lines == ["ended"], WITHIN_S)
+
+
 def test_a_loop_that_is_left_cancels_the_request(deploy: Deploy, tmp_path: Path) -> None:
     tally = Tally(tmp_path)
     handle = serve.get_handle(deploy(endless(tally)))
@@ -633,8 +654,9 @@ def test_a_stream_that_cannot_be_read_by_id_is_refused_with_a_sentence(counter: 
         events.read()
     with pytest.raises(serve.BadValue, match="has no stream to go on with"):
         next(serve.stream(events.headers["x-request-id"]))
-    with pytest.raises(serve.BadValue, match="from 0 on, not -1"):
-        serve.stream(stream.id, after=-1)
+    for no_number in (-1, 10**30):
+        with pytest.raises(serve.BadValue, match=f"from 0 on, not {no_number}"):
+            serve.stream(stream.id, after=no_number)
     with pytest.raises(serve.BadType, match="not 7"):
         serve.stream(7)  # type: ignore[arg-type]
 

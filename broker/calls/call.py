@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..envelope import Envelope
 from ..errors import MQServeError
@@ -66,8 +66,27 @@ class Call:
             self.envelope = None
 
 
-class Ticket(Call):
-    """A call whose result is awaited. Only sending fails the future; user errors are results."""
+class Awaited:
+    """Lets a call end in a future. Only sending fails the future; user errors are results."""
+
+    __slots__ = ()
+
+    future: asyncio.Future[Any]  # of a Result, or of an answer that flows
+
+    def answered(self, result: Result) -> None:
+        if not self.future.done():
+            self.future.set_result(result)
+
+    def failed(self, error: MQServeError) -> None:
+        if not self.future.done():
+            self.future.set_exception(error)
+
+    def abandoned(self) -> None:
+        self.future.cancel()
+
+
+class Ticket(Awaited, Call):
+    """A call whose result is awaited."""
 
     __slots__ = ("future",)
 
@@ -81,14 +100,3 @@ class Ticket(Call):
         """It asked for an answer in one piece, and gets none."""
         self.failed(MQServeError("the handler streamed its answer to a caller that takes it in one piece: that is a bug in mqserve"))
         self.sender.leave(stream)
-
-    def answered(self, result: Result) -> None:
-        if not self.future.done():
-            self.future.set_result(result)
-
-    def failed(self, error: MQServeError) -> None:
-        if not self.future.done():
-            self.future.set_exception(error)
-
-    def abandoned(self) -> None:
-        self.future.cancel()

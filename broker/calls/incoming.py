@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -95,12 +94,6 @@ class IncomingStream:
         if self._taken[0] < seq <= self._handed[0] and self.heard_end is None:
             self._taken = (seq, size)
             self._tell()
-
-    async def __aiter__(self) -> AsyncIterator[Chunk]:
-        """Yields the chunks, each for itself. Look at `end` afterwards."""
-        while self.end is None:
-            for chunk in await self.more():
-                yield chunk
 
     def nudge(self) -> None:
         """Lets `more` return, though nothing came."""
@@ -217,6 +210,7 @@ class IncomingStream:
         try:
             frame = Frame.from_bytes(raw)
         except BadEnvelope as error:
+            self.is_given_up = True
             return self.fail(error)
         self.heard, self.heard_at = seq, time.monotonic()
         self._size += len(frame.data)

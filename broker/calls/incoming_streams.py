@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 LONGER_S = 30.0  # that a reader waits for the next frame, beyond the time that a handler may take for it
 _READ_AT_ONCE = 16  # frames: a megabyte
+_ASK_AT_ONCE = 100  # streams, of two keys each: one read for thousands would hold up Redis
 _POLL_EVERY_S = 0.5
 
 OnStream = Callable[[IncomingStream], None]
@@ -125,15 +126,18 @@ class IncomingStreams:
         if head.form is not form:
             return None
         head = msgspec.structs.replace(head, replica=owner.replica, resumable=True)
-        raw = await self._store.get(self._keys.future(future_id))  # before the frames are read: behind its end come none
-        first_there = max(after + 1, kept[0][0].seq if kept else 0)
-        place = Place(kept[0][0].attempt if kept else owner.attempt, first_there - 1)
-        stream = IncomingStream(future_id, self, head=head, after=place, told=False)
-        self._add(stream)
-        if raw is not None:
+        end: End | None = None
+        if (raw := await self._store.get(self._keys.future(future_id))) is not None:  # behind the end come no frames
             end = End.of(Result.from_bytes(raw))
             # who cancels a request does not know how many frames there are
-            stream.ends(end._replace(frames=max(end.frames, await self._store.last_of_stream(key))))
+            end = end._replace(frames=max(end.frames, await self._store.last_of_stream(key)))
+        first_there = max(after + 1, kept[0][0].seq if kept else 0)
+        place = Place(kept[0][0].attempt if kept else owner.attempt, first_there - 1)
+        # From here on nothing is awaited: a reader that is registered and whom nobody gets would never be left.
+        stream = IncomingStream(future_id, self, head=head, after=place, told=False)
+        self._add(stream)
+        if end is not None:
+            stream.ends(end)
         if stream.heard_end is None:
             self.heal(stream)
             self.credit(stream)
@@ -217,20 +221,22 @@ class IncomingStreams:
         try:
             while self._lacking:
                 stream = next(iter(self._lacking))
+                del self._lacking[stream]  # before the read: who asks during it may lack what the read does not bring
                 try:
                     await self._heal(stream)
                 except StoreUnavailable as error:
+                    if stream.heard_end is None:
+                        self._lacking[stream] = None
                     logger.warning("cannot read the streamed answer to %s yet: %s", printable(stream.id), error)
                     await asyncio.sleep(next(pauses))
                 else:
                     pauses = delays()
-                    self._lacking.pop(stream, None)
         finally:
             self._healing = False
             self._lacking.clear()
 
     async def _heal(self, stream: IncomingStream) -> None:
-        """Reads until nothing is left to read, or the reader has enough."""
+        """Reads up to what the store has now, or until the reader has enough."""
         while stream.heard_end is None and not stream.is_full:
             known = (stream.told_of, stream.has_last_word)
             entries = await self._store.read_stream(self._keys.stream(stream.id), stream.place, _READ_AT_ONCE)
@@ -238,6 +244,8 @@ class IncomingStreams:
                 for place, raw in entries:
                     if stream.heard_end is None:
                         stream.read(place, raw)
+                if len(entries) < _READ_AT_ONCE and not stream.lacks_some:
+                    return  # the reader is told of later ones: to wait for a read without any would hold up the others while it flows
             elif known == (stream.told_of, stream.has_last_word):  # or it is told of more meanwhile
                 if stream.has_last_word and stream.heard_end is None:
                     stream.lose()
@@ -262,9 +270,9 @@ class IncomingStreams:
                     for stream in everyone:
                         self.credit(stream)
                 asking = [stream for stream in everyone if not stream.is_told or (is_due and now - stream.heard_at > CREDIT_EVERY_S)]
-                if asking:
-                    with suppress(StoreUnavailable):
-                        await self._ask_for(asking)
+                with suppress(StoreUnavailable):
+                    for start in range(0, len(asking), _ASK_AT_ONCE):
+                        await self._ask_for(asking[start : start + _ASK_AT_ONCE])
         finally:
             self._tending = False
 

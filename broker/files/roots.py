@@ -121,7 +121,8 @@ def folders_reached(modules: Iterable[str]) -> dict[Path, str]:
 
 def modules_in(root: Path) -> list[str]:
     """Returns the names of the user's modules that were imported from the folder, sorted."""
-    return sorted(name for name, module in list(sys.modules.items()) if isinstance(module, ModuleType) and root_of(module) == root)
+    modules = sys.modules.copy()  # list(….items()) makes tuples, so the collector may run in it, and a finalizer that imports a module
+    return sorted(name for name, module in modules.items() if isinstance(module, ModuleType) and root_of(module) == root)
 
 
 def names_in(module: ModuleType) -> set[str]:

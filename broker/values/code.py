@@ -286,7 +286,7 @@ def name_of_object(target: object, may_hold: Callable[[ModuleType], bool]) -> st
         return ""
     for module in list(sys.modules.values()):  # in the order in which their imports ended, so the one that defines it comes first
         if isinstance(module, ModuleType) and may_hold(module):
-            for name, value in list(vars(module).items()):
+            for name, value in vars(module).copy().items():
                 if value is target:
                     return f"{module.__name__}:{name}"
     return ""

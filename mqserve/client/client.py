@@ -234,12 +234,13 @@ class Client(Lifetime):
         """Goes on with a stream that was begun with `options(resumable=True)`, in this process or another one, behind the chunk with the
         number `after`. It becomes the one that the handler waits for.
 
-        Raises BadType for an id that is no str, BadValue for a number below 0. Iterating raises BadValue if no such stream can be read, or
-        the chunk after that one is not kept any more.
+        Raises BadType for an id that is no str, BadValue for a number that no chunk has. Iterating raises BadValue if no such stream can be
+        read, or the chunk after that one is not kept any more.
         """
         if not isinstance(stream_id, str):
             raise BadType(f"the id of a stream is a text of 32 characters, not {stream_id!r}: see `stream.id`")
-        if (number := whole_number(after)) is None or number < 0:
+        number = whole_number(after)
+        if number is None or not 0 <= number < 2**53:
             raise BadValue(f"after is the number of the last chunk that was taken (see `stream.seq`), from 0 on, not {after!r}")
         return self.sender.resumed(stream_id, number)
 

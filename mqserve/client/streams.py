@@ -13,9 +13,9 @@ from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
 
-from ..broker.calls.call import Call
+from ..broker.calls.call import Awaited, Call
 from ..broker.calls.incoming import IncomingStream
-from ..broker.errors import BadType, BadValue, InstanceError, MQServeError
+from ..broker.errors import BadType, BadValue, InstanceError
 from ..broker.process import forks
 from ..broker.results import Result
 from ..broker.streams import Chunk, End, Ending
@@ -41,7 +41,7 @@ class Flowing(NamedTuple):
 Began = tuple[str, Result | Flowing]  # (id, the answer)
 
 
-class StreamTicket(Call):
+class StreamTicket(Awaited, Call):
     """A call whose answer may flow. Its future ends with what flows, or with the answer in one piece."""
 
     __slots__ = ("future",)
@@ -50,20 +50,9 @@ class StreamTicket(Call):
         self.id = id
         self.future: asyncio.Future[Result | Flowing] = asyncio.get_running_loop().create_future()
 
-    def answered(self, result: Result) -> None:
-        if not self.future.done():
-            self.future.set_result(result)
-
     def began(self, stream: IncomingStream) -> None:
         if not self.future.done():
             self.future.set_result(Flowing(stream, self.backend))
-
-    def failed(self, error: MQServeError) -> None:
-        if not self.future.done():
-            self.future.set_exception(error)
-
-    def abandoned(self) -> None:
-        self.future.cancel()
 
 
 class _State(Enum):
@@ -229,6 +218,7 @@ class Stream(AsyncGenerator[Any, None]):
         self._state = _State.ENDED
         if end.error is None:
             return
+        self._sender.leave(self._source.incoming)  # the reader alone may have ended it, and the handler go on
         if end.outcome in (Ending.LOST, Ending.CANCELLED) and self._sender.over:
             raise InstanceError(self._sender.over)
         self._sender.read(self.id, Result(status=end.status, backend=self._source.backend, error=end.error), plain=self._plain)

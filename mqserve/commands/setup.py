@@ -111,8 +111,8 @@ _CONNECTING = ("ping", "select", "time", "script|load")  # auth and hello need n
 _DOCUMENTS = ("get", "mget", "subscribe", "unsubscribe", "publish")
 _BEATING = ("hset", "hdel")
 _TELLING = ("xadd", "pexpire")  # for cancellations
-_CALLING = ("set", "evalsha", "eval", "blmpop", "xrange", *_TELLING)  # for sending requests and waiting for results
-_STREAMING = ("xinfo|stream", "xlen", "xtrim")
+_CALLING = ("set", "evalsha", "eval", "blmpop", "xrange", "xinfo|stream", *_TELLING)  # for sending requests and waiting for results
+_STREAMING = ("xlen", "xtrim")
 _DROPPING = ("pexpire",)
 _POSTING = ("pexpire", "rpush")
 

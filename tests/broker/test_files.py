@@ -1,6 +1,7 @@
 """What of a user's folder travels with code, what is refused with the mend, and how it arrives."""
 
 import asyncio
+import gc
 import importlib
 import os
 import re
@@ -18,7 +19,7 @@ from mqserve.broker.files import manifest, walk
 from mqserve.broker.files.folders import Folders, folders_of, name_of_file, with_root
 from mqserve.broker.files.import_errors import mend_of, shadowed
 from mqserve.broker.files.manifest import File, Files, Folder, Manifest, read_folders
-from mqserve.broker.files.roots import check_root, root_of_file
+from mqserve.broker.files.roots import check_root, modules_in, root_of_file
 from mqserve.broker.files.transfer import Restored, restore_files, save_files
 from mqserve.broker.files.walk import LeftOut
 from mqserve.broker.store import Store
@@ -424,3 +425,25 @@ def test_a_module_that_is_shadowed_by_one_of_ours_is_said(restored: Restored, tm
 
 def test_a_packed_backend_is_a_record_and_its_files(signer: Signer) -> None:
     assert pack_backend("starlette.requests:Request", (), signer) == Packed(pack_backend("starlette.requests:Request", (), signer).code)
+
+
+def test_modules_are_found_while_a_finalizer_imports_others(tmp_path: Path) -> None:
+    """As a resource warning does, when the collector finds a socket that nobody closed."""
+    imported: list[str] = []
+
+    def collected(phase: str, info: dict[str, int]) -> None:
+        imported.append(f"imported_by_a_finalizer_{len(imported)}")
+        sys.modules[imported[-1]] = ModuleType(imported[-1])
+
+    thresholds = gc.get_threshold()
+    pairs = [(number, -number) for number in range(5000)]  # Python keeps freed tuples, and only new ones count for the collector
+    gc.set_threshold(1)
+    gc.callbacks.append(collected)
+    try:
+        assert modules_in(tmp_path) == []
+    finally:
+        gc.callbacks.remove(collected)
+        gc.set_threshold(*thresholds)
+        for name in imported:
+            del sys.modules[name]
+    assert imported and pairs

@@ -11,10 +11,11 @@ from mqserve.broker.calls.call import Call
 from mqserve.broker.calls.incoming import IncomingStream
 from mqserve.broker.calls.sending import RequestSender
 from mqserve.broker.envelope import RequestHead, mint_id
-from mqserve.broker.errors import MQServeError
+from mqserve.broker.errors import MQServeError, StoreUnavailable
 from mqserve.broker.memory.queue import EmbeddedQueue
 from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.results import ErrorInfo, InboxEntry, Outcome, Result
+from mqserve.broker.store import Place
 from mqserve.broker.store_keys import StoreKeys
 from mqserve.broker.streams import FRAME_BYTES, WINDOW_FRAMES, Chunk, Ending, Form, Head
 from tests.broker.flowing import Run
@@ -90,8 +91,11 @@ async def resumed(reader: Reader, run: Run, after: int) -> tuple[IncomingStream,
 
 
 async def rest_of(stream: IncomingStream) -> list[bytes]:
+    chunks: list[Chunk] = []
     async with asyncio.timeout(20):
-        return [chunk.data async for chunk in stream]
+        while stream.end is None:
+            chunks += await stream.more()
+    return [chunk.data for chunk in chunks]
 
 
 async def test_the_first_frame_ends_the_wait_for_the_head(reader: Reader) -> None:
@@ -137,6 +141,56 @@ async def test_what_the_inbox_lost_is_read_from_the_stream(reader: Reader) -> No
     await run.show(b"5", silently=True)
     await run.end()
     assert await rest_of(stream) == [b"1", b"2", b"3", b"4", b"5"]
+
+
+async def test_what_is_lost_while_the_stream_is_read_is_read_afterwards(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = reader.asked()
+    run = reader.run_of(call)
+    await run.show(b"1")
+    stream = await begun(call)
+    reader.lose_connection()
+    await until(lambda: stream.place.seq == 1)
+    read, reading, replied = reader.store.read_stream, asyncio.Event(), asyncio.Event()
+
+    async def read_slowly(key: str, after: Place, count: int = 64) -> list[tuple[Place, bytes]]:
+        found = await read(key, after, count)
+        reading.set()
+        await replied.wait()
+        return found
+
+    monkeypatch.setattr(reader.store, "read_stream", read_slowly)
+    reader.lose_connection()
+    await reading.wait()
+    await run.show(b"2", silently=True)
+    reader.lose_connection()
+    replied.set()
+    async with asyncio.timeout(2):
+        assert [chunk.data for chunk in stream.take() or await stream.more()] == [b"1"]
+        assert [chunk.data for chunk in await stream.more()] == [b"2"]
+
+
+async def test_an_answer_that_flows_fast_keeps_no_other_from_being_read(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, slow = reader.asked(), reader.asked()
+    runs = [reader.run_of(call) for call in (fast, slow)]
+    for run in runs:
+        await run.show(b"1")
+    streams = [await begun(call) for call in (fast, slow)]
+    read, (key, _) = reader.store.read_stream, runs[0].keys
+
+    async def read_while_it_flows(wanted: str, after: Place, count: int = 64) -> list[tuple[Place, bytes]]:
+        if wanted == key:
+            await runs[0].show(b"more")
+        await asyncio.sleep(0)
+        return await read(wanted, after, count)
+
+    monkeypatch.setattr(reader.store, "read_stream", read_while_it_flows)
+    taking = asyncio.create_task(rest_of(streams[0]))
+    await runs[1].show(b"2", silently=True)
+    reader.lose_connection()
+    async with asyncio.timeout(2):
+        assert [chunk.data for chunk in await streams[1].more()] == [b"1"]
+        assert [chunk.data for chunk in await streams[1].more()] == [b"2"]
+    taking.cancel()
 
 
 async def test_a_head_that_the_inbox_lost_is_found_after_a_gap(reader: Reader) -> None:
@@ -193,6 +247,20 @@ async def test_a_request_is_cancelled_whose_reader_alone_has_given_up(reader: Re
     reader.lose_connection()
     assert await rest_of(stream) == [b"1"]
     assert stream.end is not None and stream.end.outcome is Ending.LOST
+    reader.sender.leave(stream)
+    await reader.sender.settle()
+    raw = await reader.store.get(reader.keys.future(call.id))
+    assert raw is not None and Result.from_bytes(raw).outcome is Outcome.CANCELLED
+
+
+async def test_a_request_is_cancelled_whose_frames_do_not_parse(reader: Reader) -> None:
+    call = reader.asked()
+    run = reader.run_of(call)
+    await run.show(b"1")
+    stream = await begun(call)
+    await run._append([b"\xc1"], run.inboxes)
+    assert await rest_of(stream) == [b"1"]
+    assert stream.end is not None and stream.end.outcome is Ending.FAILED
     reader.sender.leave(stream)
     await reader.sender.settle()
     raw = await reader.store.get(reader.keys.future(call.id))
@@ -281,7 +349,7 @@ async def test_who_leaves_cancels_the_request_unless_it_can_be_resumed(reader: R
             await reader.sender.settle()
             raw = await reader.store.get(reader.keys.future(call.id))
             assert (raw is not None and Result.from_bytes(raw).outcome is Outcome.CANCELLED) == (not resumable)
-            assert [credit.left for credit in run.credits] == ([True] if resumable else [])
+            await until(lambda run=run, left=[True] * resumable: [credit.left for credit in run.credits] == left)  # type: ignore[misc]
 
 
 async def test_a_request_that_is_cancelled_elsewhere_ends_its_stream(reader: Reader) -> None:
@@ -317,6 +385,7 @@ async def test_a_later_reader_goes_on_where_another_stopped(reader: Reader, afte
         reader.sender.leave(first)
         stream, there = await resumed(reader, run, after)
         assert there == after + 1
+        await until(lambda: bool(run.credits) and not run.credits[-1].left)
         assert run.credits[-1].inbox == reader.sender.pending.inbox and not run.credits[-1].renews
         await run.show(b"5")
         await run.end()
@@ -339,6 +408,7 @@ async def test_two_readers_of_one_answer_get_all_of_it_and_the_later_one_gives_t
         await run.show(b"1")
         first = await begun(call)
         later, _ = await resumed(reader, run, 0)
+        await until(lambda: len(run.credits) == 1)
         given = len(run.credits)
         taking = asyncio.create_task(rest_of(first))
         for number in range(WINDOW_FRAMES):
@@ -416,3 +486,19 @@ async def test_credit_is_repeated_while_a_reader_waits(reader: Reader, monkeypat
         assert {credit.seq for credit in run.credits} == {1}
         await run.end()
         assert await taking == [b"1"]
+
+
+async def test_who_cannot_go_on_with_an_answer_leaves_no_reader(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refuse(key: str) -> int:
+        raise StoreUnavailable("the store is away")
+
+    call = reader.asked()
+    run = reader.run_of(call, Form.ITEMS, resumable=True)
+    await run.show(b"1", b"2")
+    await run.end()
+    reader.sender.leave(await begun(call))
+    await until(lambda: len(reader.streams) == 0)
+    monkeypatch.setattr(reader.store, "last_of_stream", refuse)
+    with pytest.raises(StoreUnavailable):
+        await resumed(reader, run, 0)
+    assert len(reader.streams) == 0

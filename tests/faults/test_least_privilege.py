@@ -243,6 +243,7 @@ def test_a_replica_writes_a_stream_and_its_reader_reads_it_gives_credit_and_drop
     async def read(reader: RedisStore) -> None:
         await until(lambda: told(notes) == [(name, 1, b"frame"), (name, 2, b"frame")])
         assert await frames_of(reader, keys, name) == [(2, 2, b"frame")]
+        assert await reader.last_of_stream(keys.stream(name)) == 2
         assert await reader.get(keys.owner(name)) == b"run 2"
         reader.post(feed, b"credit")
         await until(lambda: credits == [b"credit"])

@@ -258,6 +258,21 @@ async def test_events_have_ids_and_an_end(served: Served) -> None:
     )
 
 
+async def test_a_head_request_goes_on_with_no_stream(served: Served) -> None:
+    async with streaming(served, form=Form.ITEMS, resumable=True) as stream:
+        await stream.run.show(b"one")
+        await stream.head()
+        served.site.hands.ack_all()
+        async with served.wire() as (reader, writer):
+            again = b"Last-Event-ID: %b:0\r\n\r\n" % stream.run.id.encode()
+            writer.write(GET.replace(b"GET", b"HEAD").removesuffix(b"\r\n") + again)
+            async with asyncio.timeout(5):
+                assert (await served.site.taken()).header.meta.method == "HEAD"
+                await served.site.answer(Result(body=b"one"))
+                assert (await reader.readline()).endswith(b" 200 OK\r\n")
+        assert not any(credit.left for credit in stream.run.credits)
+
+
 async def test_a_silent_stream_of_events_has_comments(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(events, "SILENCE_S", 0.05)
     monkeypatch.setattr(events, "_LOOK_EVERY_S", 0.05)
