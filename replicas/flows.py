@@ -199,9 +199,15 @@ class Flows:
         assert job.flow is not None
         self._forget(job, job.flow)
         if refusal is Refusal.ENDED:
+            self._drop_keys(job.flow)  # who ended it, by cancelling the request, say, does not read it
             self._settlement.streamed(job)
         else:
             self._settlement.ack(job, body_stays=True)  # another run writes the stream, and needs the body
+
+    def _drop_keys(self, flow: Outgoing) -> None:
+        if not flow.owner.resumable:
+            self._store.drop_soon(self._keys.stream(flow.future_id))
+            self._store.drop_soon(self._keys.owner(flow.future_id))
 
     def _failed(self, job: Job, flow: Outgoing, error: Exception) -> None:
         self._forget(job, flow)
@@ -265,9 +271,8 @@ class Flows:
         elif outcome is Refusal.TAKEN:
             self._settlement.ack(job, body_stays=True)  # as in `_refused`
         else:
-            if not flow.owner.resumable and result.outcome is Outcome.CANCELLED:
-                self._store.drop_soon(self._keys.stream(flow.future_id))  # nobody reads it
-                self._store.drop_soon(self._keys.owner(flow.future_id))
+            if result.outcome is Outcome.CANCELLED:  # nobody reads it
+                self._drop_keys(flow)
             self._on_streamed(job, result)
 
     def _forget(self, job: Job, flow: Outgoing) -> None:
