@@ -55,8 +55,8 @@ class Head(msgspec.Struct, frozen=True, omit_defaults=True):
 
 class Frame(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
     """A part of a chunk, or all of it. `more` says that the chunk goes on in the next frame, `rest` that it began in an earlier one;
-    `content_type` is that of a chunk which is a value. A frame without data that has a head shows the head alone, and belongs to no
-    chunk."""
+    `content_type` is that of a chunk which is a value or empty. A frame with a head but without data and type shows the head alone, and
+    belongs to no chunk."""
 
     data: bytes
     more: bool = False

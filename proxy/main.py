@@ -189,8 +189,9 @@ class Proxy:
             self._say(MemberState.READY)
             await stop.wait()
             self._say(MemberState.DRAINING)
-            app.events.reconnect()
             app.sockets.drain()
+            if not await self._instance_closes():
+                app.events.reconnect()
             await server.last_answers()
             server.end()
             await serving
@@ -198,6 +199,13 @@ class Proxy:
                 await self._shared_metrics.close()
             for task in minding:
                 task.cancel()
+
+    async def _instance_closes(self) -> bool:
+        """Whether this proxy ends with its instance: then no other one goes on with the streams of events, which run to their end here."""
+        with contextlib.suppress(MQServeError):
+            raw = await self._store.get(self._keys.desired)
+            return raw is None or read_desired(raw).closing
+        return False
 
     async def _first_app(self, sender: RequestSender, queue: Queue, heard: Cancellations) -> ProxyApp:
         try:

@@ -61,16 +61,17 @@ def accepts_batch(target: Any) -> bool:
     return not inspect.isroutine(target) and bool(getattr(getattr(target, "__call__", None), _MARK, False))  # noqa: B004
 
 
-def split_results(value: Any, expected: int) -> list[Any]:
-    """Returns one result for each request. Raises BadBatch for a value that is not ordered or has another length."""
+def split_results(value: Any, expected: int, verb: str = "return") -> list[Any]:
+    """Returns one result for each request. Raises BadBatch for a value that is not ordered or has another length; `verb` says what the
+    handler did with it."""
     if isinstance(value, str | bytes | dict | set | frozenset) or not hasattr(value, "__iter__"):
         raise BadBatch(
-            f"a batch handler returned a {type(value).__name__}: return an ordered iterable, such as a list, with one result per request"
+            f"a batch handler {verb}ed a {type(value).__name__}: {verb} an ordered iterable, such as a list, with one result per request"
         )
     results = list(value)
     if len(results) != expected:
         raise BadBatch(
-            f"the handler doesn't preserve batch size: it got {expected} requests and returned {len(results)} results; return one for each"
+            f"the handler doesn't preserve batch size: it got {expected} requests and {verb}ed {len(results)} results; {verb} one for each"
         )
     return results
 

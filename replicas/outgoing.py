@@ -14,6 +14,7 @@ from typing import NamedTuple
 import msgspec
 
 from ..broker.backoff import delays
+from ..broker.errors import BadValue
 from ..broker.results import Result
 from ..broker.store import Append, Refusal
 from ..broker.streams import WINDOW_BYTES, WINDOW_FRAMES, Frame, Head, Owner, frames_of
@@ -122,6 +123,11 @@ class Outgoing:
         return ahead <= 0 or (ahead < WINDOW_FRAMES and self.made_bytes - self._taken_bytes < WINDOW_BYTES)
 
     # In the worker's thread.
+
+    def check_replay(self) -> None:
+        """Raises BadValue if this run has ended before what earlier ones have shown: the answer would look whole."""
+        if self.made < self.shown and not self._begins_behind:
+            raise BadValue("the replay ended before what an earlier run has shown: a replayed handler must make the same chunks again")
 
     def begin(self, head: Head) -> None:
         """Sets the head, which goes with the first frame."""

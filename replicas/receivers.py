@@ -140,7 +140,7 @@ class BatchReceiver:
         return self.has_room
 
     def take(self, value: object) -> None:
-        for place, item in enumerate(split_results(value, len(self._members))):
+        for place, item in enumerate(split_results(value, len(self._members), "yield")):
             member = self._members[place]
             if member is not None and not self._goes_on(member, item):
                 self._members[place] = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Iterator
+
 import msgspec
 from starlette.responses import Response
 
@@ -33,8 +35,9 @@ def plain_result(value: object, backend: str) -> Result:
     try:
         return Result(backend=backend, content_type=JSON, body=to_json(value))
     except (TypeError, ValueError, msgspec.MsgspecError, RecursionError) as error:
+        remedy = ", or yield the values" if isinstance(value, Iterator | AsyncIterator) else ""
         raise NotEncodable(
-            f"the handler returned a {type(value).__name__} that is no JSON ({error}): return plain data or a Response"
+            f"the handler returned a {type(value).__name__} that is no JSON ({error}): return plain data or a Response{remedy}"
         ) from error
 
 

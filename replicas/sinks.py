@@ -10,6 +10,7 @@ from ..broker.envelope import Envelope
 from ..broker.errors import BadType, TooLarge
 from ..broker.results import Result
 from ..broker.streams import Form, Head, Owner
+from ..broker.values.codecs import TEXT
 from ..broker.values.signing import Signer
 from ..controller.state.config import BackendConfig
 from .amqp_replies import MAX_REPLY_BYTES
@@ -162,9 +163,7 @@ class Flowing:
                 self._flow.offer(data)
             case Form.ITEMS:
                 data = encode_item(value)
-                if not data:
-                    self._flow.show_head()  # a first frame without data would belong to no chunk
-                self._flow.offer(data)
+                self._flow.offer(data, "" if data else TEXT)  # a first frame without data and type would belong to no chunk
             case Form.VALUES:
                 result = value_result(value, self._flow.owner.backend, self._envelope.id, self._signer)
                 self._flow.offer(checked(result.body), result.content_type)
@@ -173,6 +172,7 @@ class Flowing:
     def end(self) -> Result:
         if self._form is not Form.BODY:
             self._flow.show_head()
+        self._flow.check_replay()
         return Result(backend=self._flow.owner.backend, content_type=self._body.content_type)
 
     def _head(self) -> Head:
@@ -241,6 +241,7 @@ class ResponseStream:
         """Raises BadType for a body that is shorter than its length."""
         if self._left:
             raise BadType(f"the response ended {self._left} bytes before its Content-Length")
+        self._flow.check_replay()
 
 
 def _check_size(size: int) -> None:

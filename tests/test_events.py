@@ -1,8 +1,10 @@
 """Server-sent events: a client that was cut off goes on with its stream, on any proxy, and nothing runs twice."""
 
 import json
+import os
 import random
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -80,6 +82,57 @@ def count(request: Any) -> Iterator[dict[str, int]]:
 
 def large(request: Any) -> Iterator[str]:
     yield "x" * 3_000_000
+
+
+def empty_first(request: Any) -> Iterator[str]:
+    yield from ("", "", "three")
+
+
+def test_an_empty_first_item_is_an_event_like_any_other(deploy: Deploy) -> None:
+    answer = httpx.get(deploy.at(empty_first), headers=EVENTS)
+    id = answer.headers["x-request-id"]
+    assert [event.data for event in events_of(answer)] == ["", "", "three", "{}"]
+    rest = httpx.get(str(answer.url), headers={"Last-Event-ID": f"{id}:0"})
+    for text in (answer.text, rest.text):
+        numbers = [line.rpartition(":")[2] for line in text.splitlines() if line.startswith("id:")]
+        assert numbers == ["0", "1", "2", "3"] and text.endswith("event: end\ndata: {}\n\n")
+
+
+ENDS = """
+import threading
+import time
+
+import httpx
+import mqserve as serve
+
+
+def count(request):
+    for number in range(20):
+        yield number
+        time.sleep(0.05)
+
+
+client = serve.start(http_options={"port": 0})
+serve.create_backend("count", count)
+serve.create_endpoint("count", backend="count", route="/count")
+with httpx.stream("GET", client.http_url() + "/count", headers={"Accept": "text/event-stream"}) as answer:
+    lines = answer.iter_lines()
+    next(lines)
+    ending = threading.Thread(target=serve.shutdown)
+    ending.start()
+    rest = list(lines)
+ending.join()
+assert "retry: 100" not in rest and "data: 19" in rest and "event: end" in rest, rest
+"""
+
+
+def test_a_stream_runs_to_its_end_when_its_instance_ends(form: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    (tmp_path / "ends.py").write_text(ENDS)
+    env = dict(os.environ)
+    if form == "distributed":
+        env |= request.getfixturevalue("environment") | {"MQSERVE_NAMESPACE": f"ends-{os.getpid()}"}
+    told = subprocess.run([sys.executable, "ends.py"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert told.returncode == 0, told.stderr
 
 
 def test_an_event_may_be_larger_than_all_that_is_made_ahead_of_its_reader(deploy: Deploy) -> None:

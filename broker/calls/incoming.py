@@ -221,7 +221,7 @@ class IncomingStream:
             self.head = frame.head
         elif frame.head is not None and self.moves_to(frame.head.replica):
             self._streams.credit(self)
-        if frame.data or frame.head is None:
+        if frame.data or frame.head is None or frame.content_type:
             self._add(seq, frame)
         if is_first:
             self._streams.show(self)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Self
 
@@ -176,7 +176,7 @@ def get(refs: Future | Sequence[Future], timeout: float | None = None) -> Any:
     if not isinstance(refs, list | tuple) or not all(isinstance(ref, Future) for ref in refs):
         raise BadType(
             f"get() takes a future or a list of them, not {refs!r}: await what an async handle's remote() returns, "
-            "and make a future of an id with serve.future(id)"
+            "make a future of an id with serve.future(id), and loop over a stream"
         )
     if not refs:
         return []
@@ -187,6 +187,8 @@ def get(refs: Future | Sequence[Future], timeout: float | None = None) -> Any:
 def wait(refs: Sequence[Future], *, num_returns: int = 1, timeout: float | None = None) -> tuple[list[Future], list[Future]]:
     """Returns (done, not done), both in the order of `refs`, once `num_returns` are done or `timeout` seconds have passed; like
     `ray.wait`."""
+    if not isinstance(refs, Collection) or not all(isinstance(ref, Future) for ref in refs):
+        raise BadType(f"wait() takes a list of futures, not {refs!r}: loop over a stream")
     wanted = whole_number(num_returns)
     if wanted is None or not 0 < wanted <= len(refs):
         raise BadValue(f"num_returns must be a whole number between 1 and that of the futures ({len(refs)}), not {num_returns!r}")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
 
 from ..broker.calls.call import Awaited, Call
 from ..broker.calls.incoming import IncomingStream
-from ..broker.errors import BadType, BadValue, InstanceError
+from ..broker.errors import BadType, BadValue, Cancelled, InstanceError
 from ..broker.process import forks
 from ..broker.results import Result
 from ..broker.streams import Chunk, End, Ending
@@ -66,7 +66,8 @@ class Stream(AsyncGenerator[Any, None]):
     coroutine, or with `for` anywhere else.
 
     The handler is at most 64 chunks or 1 MiB ahead of what was taken here, then it waits. Its exception is raised behind the values that
-    came before it. Who leaves earlier cancels the request: by `close()`, at the end of a `with` block, or by letting the object go.
+    came before it. Who leaves earlier cancels the request: by `close()`, at the end of a `with` block, or by letting the object go. Whoever
+    iterates a stream that was closed before its end gets Cancelled, so that what was cut never looks whole.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class Stream(AsyncGenerator[Any, None]):
                 self._accept(_waited_for(wait))
             if self._state is _State.OPEN:
                 return self._open(self._chunks.popleft())
+            self._check_not_cut()
         raise StopIteration
 
     def __enter__(self) -> Self:
@@ -123,6 +125,7 @@ class Stream(AsyncGenerator[Any, None]):
                 self._accept(await _wait_for(wait))
             if self._state is _State.OPEN:
                 return self._open(self._chunks.popleft())
+            self._check_not_cut()
         raise StopAsyncIteration
 
     async def athrow(self, kind: Any, error: Any = None, trace: Any = None) -> Any:
@@ -144,14 +147,15 @@ class Stream(AsyncGenerator[Any, None]):
 
     def close(self) -> None:
         """Ends the stream before its end; does nothing after it. The request is cancelled: an async generator at its `await`, a plain one
-        after its step. A resumable one waits `resume_grace_s` for `serve.stream` to go on with it, and is cancelled then."""
+        after its step. A resumable one waits `resume_grace_s` for `serve.stream` to go on with it, and is cancelled then. Who waits for the
+        next value here, or asks for one later, gets Cancelled."""
         if self._state is _State.OPEN and self._depth == forks.depth:
             self._state = _State.CLOSED
             if not self._began.cancel():
                 self._began.add_done_callback(partial(_leave, self._sender))
 
     def cancel(self) -> None:
-        """Cancels the request for everybody, also if it is resumable."""
+        """Cancels the request for everybody, also if it is resumable. Whoever reads it gets Cancelled."""
         self._check_here()
         self.close()
         self._sender.cancel_soon(self.id)
@@ -165,6 +169,10 @@ class Stream(AsyncGenerator[Any, None]):
     def _check_here(self) -> None:
         if self._depth != forks.depth:
             raise InstanceError(_NOT_HERE)
+
+    def _check_not_cut(self) -> None:
+        if self._state is _State.CLOSED:
+            raise Cancelled(f"stream {self.id} was closed before its end: what was taken is not all of it")
 
     @contextmanager
     def _stepping(self) -> Iterator[None]:

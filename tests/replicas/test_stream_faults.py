@@ -252,6 +252,19 @@ async def test_an_answer_that_was_shown_in_part_and_is_replayed_in_one_piece_end
         assert result.error is not None and "in one piece" in result.error.message and (result.status, result.frames) == (500, 4)
 
 
+@pytest.mark.parametrize("yielded", [0, 2])
+async def test_a_replay_that_ends_before_what_was_shown_fails(yielded: int) -> None:
+    async def shorter(request: Any) -> AsyncIterator[str]:
+        for number in range(yielded):
+            yield str(number)
+
+    queue, store = EmbeddedQueue(), EmbeddedStore()
+    reader = await die_in_the_middle(queue, store, 4, meta=EVENTS)
+    async with Serving(shorter, queue, store, replica_id="b#2", on_death="replay"):
+        result = await reader.end()
+        assert result.error is not None and "ended before" in result.error.message and result.frames == 4
+
+
 async def test_an_answer_whose_replica_died_before_its_head_is_made_again_unseen() -> None:
     queue, store, steps = EmbeddedQueue(), EmbeddedStore(), Steps()
     reader = await die_in_the_middle(queue, store, 0)

@@ -112,7 +112,7 @@ async def test_events_are_one_chunk_an_item(place: Place) -> None:
         reader = await place.reader().ask(meta=EVENTS)
         await reader.end()
         assert reader.head is not None and reader.head.form is Form.ITEMS and reader.head.resumable
-        assert [frame.data for _, frame in sorted(reader.frames.items())] == [b"", b"", b"text", b'{"a":1}', b"bytes", b"null"]
+        assert [frame.data for _, frame in sorted(reader.frames.items())] == [b"", b"text", b'{"a":1}', b"bytes", b"null"]
 
 
 class Counted:
@@ -482,7 +482,13 @@ async def test_a_batch_that_yields_too_few_items_fails_and_says_so(place: Place)
     async with place.serve(handler, max_batch_size=2, batch_wait_timeout=10):
         readers = [await place.reader("first").ask(), await place.reader("second").ask()]
         results = [await reader.end() for reader in readers]
-        assert all(result.error is not None and "batch size" in result.error.message for result in results)
+        assert all(result.error is not None and "yielded 1 results; yield one" in result.error.message for result in results)
+
+
+async def test_an_iterator_that_a_handler_returns_is_refused_and_told_to_be_yielded(place: Place) -> None:
+    async with place.serve(lambda request: map(str, range(3))):
+        result = await (await place.reader().ask()).end()
+        assert result.error is not None and "or yield the values" in result.error.message
 
 
 @pytest.mark.parametrize("is_async", [False, True])
