@@ -41,7 +41,7 @@ def test_constructor_arguments_reach_the_class(client: serve.Client, deploy: Dep
 @pytest.mark.parametrize("target", [Adder(1), partial(hello), len, 7, None], ids=["instance", "partial", "builtin", "int", "None"])
 def test_what_is_neither_function_nor_class_is_a_type_error(client: serve.Client, target: Any) -> None:
     name = new_name("b")
-    with pytest.raises(TypeError, match="function, a class or an import string"):
+    with pytest.raises(TypeError, match="function, a class, an ASGI app or an import string"):
         client.create_backend(name, target)
     assert name not in client.list_backends()
 
