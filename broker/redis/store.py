@@ -52,6 +52,7 @@ _CLOCK_EVERY_S = 30.0
 _CLOCK_TRIES = 3  # at the beginning, for a sample that is as good as _CLOCK_GOOD_S
 _CLOCK_GOOD_S = 0.05
 _CLOCK_DRIFT = 0.001  # what two clocks may differ in a second; they differ by less
+_LAST_CALLS_S = 0.5
 _HERE = Path(__file__).parent
 T = TypeVar("T")
 
@@ -95,6 +96,7 @@ class RedisStore:
         self._taken_away = RateLimitedLog(logger)
         self._tasks: list[asyncio.Task[None]] = []
         self._leaving = Tasks()
+        self._calls = 0  # under way
 
     def __repr__(self) -> str:
         return f"<RedisStore {masked(self._url)}, {'up' if self.health.connected else 'down'}, {self._writer!r}>"
@@ -379,6 +381,10 @@ class RedisStore:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        with suppress(TimeoutError):  # a connection that a cancelled call is still opening would stay open in a pool that is closed
+            async with asyncio.timeout(_LAST_CALLS_S):
+                while self._calls:
+                    await asyncio.sleep(0.001)
         for client in (self._commands, self._large, self._blocking):
             with suppress(Exception):
                 await client.aclose()
@@ -386,12 +392,15 @@ class RedisStore:
     async def _call(self, call: Callable[[], Awaitable[T]], budget_s: float = CALL_BUDGET_S, *, writing: bool = False) -> T:
         """`writing`: what goes through only where the server takes what needs memory."""
         began = time.monotonic()
+        self._calls += 1
         try:
             async with asyncio.timeout(budget_s):
                 result = await heeding_cancellation(call)
         except FAILURES as error:
             self._failed(error, max(began, time.monotonic() - CALL_BUDGET_S), writing=writing)
             raise self._unavailable(error) from error
+        finally:
+            self._calls -= 1
         if writing:
             self.health.wrote()
         else:

@@ -219,7 +219,12 @@ class Stream(AsyncGenerator[Any, None]):
             self._told_at = now
             self._sender.took(self._source.incoming, self.seq, self._size)
         made = Result(backend=self._source.backend, content_type=chunk.content_type, body=chunk.data)
-        return self._sender.read(self.id, made, plain=self._plain)
+        try:
+            return self._sender.read(self.id, made, plain=self._plain)
+        except Exception:  # this says that there is no more
+            self.close()
+            self._state = _State.ENDED
+            raise
 
     def _finish(self, end: End) -> None:
         assert self._source is not None, "it brought the end"

@@ -262,7 +262,7 @@ async def test_streams_that_never_end_are_not_remembered_for_longer_than_their_k
 ) -> None:
     async with open_redis(store_url, namespace) as store:
         for number in range(1000):
-            assert await appended(store, append_of(keys, 1, b"a", id=f"left{number}", ttl_ms=50)) == 1
+            assert await appended(store, append_of(keys, 1, b"a", id=f"left{number}", ttl_ms=5)) == 1
         assert int(re.findall(r"(\d+) streams", repr(store._append))[0]) < 600
 
 
