@@ -17,9 +17,11 @@ from xdist.scheduler import LoadScopeScheduling
 import mqserve as serve
 from tests import browsers
 from tests.faults.wire import Wire
+from tests.gates import Gate
 from tests.instances import FORMS, ROOT, SECRET_KEY, CommandLine, Deploy, new_namespace, started
 from tests.server_programs import HOW_TO_INSTALL, ServerMissing
 from tests.servers import PrivateRabbitMQ, PrivateRedis, PrivateServer
+from tests.tallies import Tally
 
 Server = TypeVar("Server", bound=PrivateServer)
 
@@ -185,6 +187,18 @@ def running(make: Callable[[], Server]) -> Iterator[Server]:
         refuse(f"{missing}.\n{HOW_TO_INSTALL}")
     with server:
         yield server
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Gate:
+    """Holds handlers until the test opens it."""
+    return Gate(tmp_path)
+
+
+@pytest.fixture
+def tally(tmp_path: Path) -> Tally:
+    """Where handlers note what they did."""
+    return Tally(tmp_path)
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import re
 import socket
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -18,16 +17,6 @@ from tests.faults.servers_say import words_said
 from tests.gates import Gate
 from tests.instances import Deploy, wait_until
 from tests.tallies import Tally
-
-
-@pytest.fixture
-def gate(tmp_path: Path) -> Gate:
-    return Gate(tmp_path)
-
-
-@pytest.fixture
-def tally(tmp_path: Path) -> Tally:
-    return Tally(tmp_path)
 
 
 @pytest.fixture

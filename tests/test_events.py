@@ -49,16 +49,6 @@ def events_of(answer: httpx.Response) -> list[Event]:
     return list(read_events(iter(answer.text.splitlines())))
 
 
-@pytest.fixture
-def gate(tmp_path: Path) -> Gate:
-    return Gate(tmp_path)
-
-
-@pytest.fixture
-def tally(tmp_path: Path) -> Tally:
-    return Tally(tmp_path)
-
-
 @pytest.fixture(scope="module")
 def proxies(form: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     """Where the proxies of the instance listen: two, where there can be two."""

@@ -18,16 +18,6 @@ from tests.tallies import Tally
 GET = b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
-@pytest.fixture
-def gate(tmp_path: Path) -> Gate:
-    return Gate(tmp_path)
-
-
-@pytest.fixture
-def tally(tmp_path: Path) -> Tally:
-    return Tally(tmp_path)
-
-
 def path_of(url: str) -> bytes:
     return httpx.URL(url).raw_path
 

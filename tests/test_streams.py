@@ -4,7 +4,6 @@ import asyncio
 import subprocess
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,16 +17,6 @@ from tests.instances import Deploy, distributed_only, wait_until
 from tests.tallies import Tally
 
 MIB = 1024 * 1024
-
-
-@pytest.fixture
-def gate(tmp_path: Path) -> Gate:
-    return Gate(tmp_path)
-
-
-@pytest.fixture
-def tally(tmp_path: Path) -> Tally:
-    return Tally(tmp_path)
 
 
 def plain(gate: Gate) -> Callable[[Any], Iterator[str]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -30,6 +29,7 @@ from .append_script import AppendScript
 from .append_writer import AppendWriter
 from .batch_sender import CALL_BUDGET_S, REPLY_S
 from .client import FAILURES, blocking_client, heeding_cancellation, pooled_client
+from .clock import StoreClock
 from .health import StoreHealth
 from .hot_wire import HotWire, dial
 from .inbox import BLOCK_S, InboxReader
@@ -48,10 +48,6 @@ LARGE_BYTES = 64 * 1024
 LARGE_BUDGET_S = 30.0  # for what has more: bodies that travel by reference, and code. Whoever waits for it has a deadline of his own
 LARGE_SILENCE_S = 5.0  # of a server that sends a large value: then the connection is dead
 LOG_BATCH = 1000
-_CLOCK_EVERY_S = 30.0
-_CLOCK_TRIES = 3  # at the beginning, for a sample that is as good as _CLOCK_GOOD_S
-_CLOCK_GOOD_S = 0.05
-_CLOCK_DRIFT = 0.001  # what two clocks may differ in a second; they differ by less
 _LAST_CALLS_S = 0.5
 _HERE = Path(__file__).parent
 T = TypeVar("T")
@@ -81,9 +77,8 @@ class RedisStore:
         self._blocking = blocking_client(url)
         self._scripts = {"record": RECORD_TEXT, **{name: (_HERE / f"{name}.lua").read_text() for name in ("replace", "delete")}}
         self._digests: dict[str, str] = {}
-        self._offset_ms = 0.0
-        self._offset_error_s = math.inf  # at most, when it was measured
-        self._offset_measured_at = 0.0  # monotonic
+        self._clock = StoreClock(self._commands, CALL_BUDGET_S)
+        self.now_ms = self._clock.now_ms
         self.health = StoreHealth()
         self._wire = KeptWire(self._dial, REPLY_S)  # for results and beats
         self._large_wire = KeptWire(self._dial, LARGE_SILENCE_S, in_parts=True)
@@ -107,9 +102,7 @@ class RedisStore:
                 for name, text in self._scripts.items():
                     self._digests[name] = await self._commands.script_load(text)
                 await self._wire.open()  # ahead of the first batch, when the server may take no more of them
-                for _ in range(_CLOCK_TRIES):
-                    if self._offset_error_s > _CLOCK_GOOD_S:
-                        await self._measure_clock()
+                await self._clock.set()
         except FAILURES as error:
             why = f" within {CONNECT_BUDGET_S:g} s" if isinstance(error, TimeoutError) else f" ({words_of(error)})"
             raise StoreUnavailable(
@@ -117,10 +110,7 @@ class RedisStore:
                 or f"no connection to Redis at {masked(self._url)}{why}; is it running, and is MQSERVE_STORE_URL right?"
             ) from error
         self.health.answered()
-        self._tasks.append(asyncio.create_task(keep_running("the store's clock", self._keep_clock), name="keep the store's clock"))
-
-    def now_ms(self) -> int:
-        return int(time.monotonic() * 1000 + self._offset_ms)
+        self._tasks.append(asyncio.create_task(keep_running("the store's clock", self._clock.keep), name="keep the store's clock"))
 
     # Results and streams: collected in this turn, written by one script call each.
 
@@ -433,23 +423,6 @@ class RedisStore:
             return await self._commands.evalsha(self._digests[name], len(keys), *keys, *values)
         except NoScriptError:  # the server was restarted
             return await self._commands.eval(self._scripts[name], len(keys), *keys, *values)
-
-    async def _measure_clock(self) -> None:
-        """A sample is off by at most half of its round trip: one that says less than what we have already is not taken."""
-        before = time.monotonic()
-        seconds, microseconds = await heeding_cancellation(self._commands.time)
-        after = time.monotonic()
-        error_s = (after - before) / 2
-        if error_s <= self._offset_error_s + (after - self._offset_measured_at) * _CLOCK_DRIFT:
-            self._offset_ms = (seconds + microseconds / 1e6 - (before + after) / 2) * 1000
-            self._offset_error_s, self._offset_measured_at = error_s, after
-
-    async def _keep_clock(self) -> None:
-        while True:
-            await asyncio.sleep(_CLOCK_EVERY_S)
-            with suppress(*FAILURES):
-                async with asyncio.timeout(CALL_BUDGET_S):
-                    await self._measure_clock()
 
 
 def _optional(value: bytes | None) -> tuple[str, bytes]:

@@ -12,8 +12,8 @@ from mqserve.broker.calls.call import Ticket
 from mqserve.broker.calls.pending import PendingResults
 from mqserve.broker.errors import StoreUnavailable
 from mqserve.broker.overload import Pace
+from mqserve.broker.redis.batch_writer import FLUSH_BYTES
 from mqserve.broker.redis.hot_wire import HotWire
-from mqserve.broker.redis.result_writer import FLUSH_BYTES
 from mqserve.broker.redis.store import RedisStore, open_redis
 from mqserve.broker.results import Result, entry_of
 from mqserve.broker.store import Record, Store
@@ -288,7 +288,7 @@ async def test_large_results_are_written_in_calls_of_a_bounded_size(store_server
 async def test_a_look_at_the_clock_that_takes_long_is_not_believed(
     store_wire: Wire, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mqserve.broker.redis.store._CLOCK_EVERY_S", 0.3)
+    monkeypatch.setattr("mqserve.broker.redis.clock.CLOCK_EVERY_S", 0.3)
     async with open_redis(store_wire.url, namespace) as store:
 
         def offset_ms() -> float:

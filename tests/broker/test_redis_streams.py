@@ -10,7 +10,7 @@ import pytest
 import redis
 
 from mqserve.broker.errors import StoreUnavailable
-from mqserve.broker.redis.result_writer import FLUSH_BYTES
+from mqserve.broker.redis.batch_writer import FLUSH_BYTES
 from mqserve.broker.redis.store import open_redis
 from mqserve.broker.store import Append, Place, Refusal, StoreClosed
 from mqserve.broker.store_keys import INBOX_TTL_S, STREAM_TTL_S, StoreKeys

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import pytest
 
 from mqserve.broker.errors import StoreUnavailable
-from mqserve.broker.redis.result_writer import EARLY_BATCH, FLUSH_BYTES, Mark, OnWritten, Post, ResultWriter
+from mqserve.broker.redis.batch_writer import FLUSH_BYTES
+from mqserve.broker.redis.result_writer import EARLY_BATCH, Mark, OnWritten, Post, ResultWriter
 from mqserve.broker.store import Record
 from tests.broker.traffic import until
 

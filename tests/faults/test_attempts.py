@@ -17,11 +17,6 @@ pytestmark = [distributed_only, pytest.mark.row(16)]
 TWO_COUNTED_RUNS = (2, 3)  # the first run is not counted, but where its end took so long that it left a mark
 
 
-@pytest.fixture
-def tally(tmp_path: Path) -> Tally:
-    return Tally(tmp_path)
-
-
 def deadly(tally: Tally) -> Any:
     def handler(request: Any) -> str:
         if request.data == "poison":

@@ -18,11 +18,6 @@ pytestmark = distributed_only
 HELD = 64
 
 
-@pytest.fixture
-def gate(tmp_path: Path) -> Gate:
-    return Gate(tmp_path)
-
-
 def quick_but(gate: Gate) -> Callable[[Any], str]:
     """A handler of 7 µs, except for poison, which kills its replica at once, and what waits at the gate."""
 

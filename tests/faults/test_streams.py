@@ -4,7 +4,6 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -20,11 +19,6 @@ from tests.test_events import EVENTS, Event, read_events
 pytestmark = distributed_only
 
 TOTAL = 1000
-
-
-@pytest.fixture
-def tally(tmp_path: Path) -> Tally:
-    return Tally(tmp_path)
 
 
 class Proxy:
