@@ -104,6 +104,12 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             return
         super().send_receive_event_to_app()
 
+    async def send(self, message: Any) -> None:
+        await self.writable.wait()
+        if self._is_broken:  # uvicorn would take this for an app that sends after its own close
+            raise ClientDisconnected
+        await super().send(message)
+
     def handle_ping(self) -> None:
         if not self._is_broken:  # by a message before it
             super().handle_ping()
