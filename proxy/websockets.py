@@ -199,15 +199,20 @@ class WebSockets:
     # What comes in.
 
     def _on_entry(self, entry: InboxEntry) -> None:
-        word, request_id = read_word(entry), request_of(entry.id)
-        call = self._sender.pending.get(request_id) if isinstance(word, Accept) else None
-        if not isinstance(word, Accept) or not isinstance(call, WebSocketCall) or not word.feed.startswith(self._links.peers):
-            return self._links.hear(entry)
-        self._sender.pending.drop(request_id, answered=True)
-        link = Link(entry.id, word.feed, self._links, call.waiters.wake)
+        word = read_word(entry)
+        if isinstance(word, Accept) and word.feed.startswith(self._links.peers):
+            call = self._sender.pending.get(request_of(entry.id))
+            if isinstance(call, WebSocketCall):
+                return self._begin(call, entry.id, word)
+        if word is not None:
+            self._links.hear_word(entry, word)
+
+    def _begin(self, call: WebSocketCall, session_id: str, accept: Accept) -> None:
+        self._sender.pending.drop(call.id, answered=True)
+        link = Link(session_id, accept.feed, self._links, call.waiters.wake)
         self._links.add(link)
         link.credit()  # which says that the session has begun
-        call.accepted(link, word)
+        call.accepted(link, accept)
 
 
 async def _next(call: WebSocketCall, link: Link) -> str | bytes | Close:

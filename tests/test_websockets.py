@@ -284,6 +284,18 @@ def test_a_client_that_leaves_during_the_handshake_cancels_it(url: str, tmp_path
     wait_until(lambda: tally.lines == ["asked", "cancelled"])
 
 
+def test_a_client_that_speaks_before_the_answer_is_refused(url: str, tmp_path: Path) -> None:
+    tally = Tally(tmp_path)
+    host, path = url.removeprefix("ws://").split("/")
+    head = f"GET /{path}/late?gate={tmp_path / 'never'}&tally={tally.path} HTTP/1.1\r\nHost: {host}\r\n"
+    with closing(dial(host)) as wire:
+        wire.sendall(f"{head}{HANDSHAKE}Sec-WebSocket-Version: 13\r\n\r\n".encode())
+        wait_for(tally, 1)
+        wire.sendall(b"\x81\x80abcd")  # an empty text
+        assert wire.makefile("rb").readline().split()[1] == b"400"
+        wait_until(lambda: tally.lines == ["asked", "cancelled"])
+
+
 def test_a_replica_has_max_sessions_and_not_one_more(mount: Sockets) -> None:
     url = mount(socket_apps.app, config={"max_sessions": 2})
     with connect(f"{url}/echo"), connect(f"{url}/echo") as second:

@@ -250,10 +250,12 @@ class Links:
             self._timer = None
 
     def hear(self, entry: InboxEntry) -> None:
-        """Passes on an entry. Who goes on with a session that is not here is told."""
-        word = read_word(entry)
-        if word is None:
-            return
+        """Passes on what an entry says, if this process knows the word."""
+        if (word := read_word(entry)) is not None:
+            self.hear_word(entry, word)
+
+    def hear_word(self, entry: InboxEntry, word: Word) -> None:
+        """Passes on what an entry says. A process that goes on with a session that is not here is told."""
         if (link := self._links.get(entry.id)) is not None:
             return link.hear(entry.seq, word)
         sender = word.sender if isinstance(word, Taken) else word.feed if isinstance(word, Accept) else ""
