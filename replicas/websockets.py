@@ -47,8 +47,9 @@ class State(Enum):
 
 
 class Sockets:
-    """The sessions of one worker. `touched` tells the I/O loop of those that offer something, `told` the worker's loop of those for which
-    there is something. `new_link` makes the link of a session that its app accepts; it is called in the worker's thread, as all of this."""
+    """The sessions of one worker. All of it runs in the worker's thread. `touched` hands the sessions in which the app has said something
+    to the I/O loop; `told` hands those that have something for the app to the worker's loop. `new_link` makes the link of a session that
+    its app accepts."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, host: Host, config: BackendConfig) -> None:
         self._host = host

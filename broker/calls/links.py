@@ -16,7 +16,7 @@ from ..streams import CREDIT_EVERY_S, IDLE_TIMEOUT_S, WINDOW_BYTES, WINDOW_FRAME
 
 logger = logging.getLogger(__name__)
 
-SILENT_AFTER_S = 15.0  # credit is repeated every CREDIT_EVERY_S: who has not been heard for this long is dead
+SILENT_AFTER_S = 15.0  # credit is repeated every CREDIT_EVERY_S, so a side that was not heard for this long is dead
 
 _BROKEN = "a message between proxy and replica was lost: connect again"
 _SILENT = "the other side of the session is not there any more: connect again"
@@ -38,7 +38,7 @@ class Link:
         self._greeting = greeting
         self.confirmed: Callable[[], None] = _nothing
         self.heard_at = time.monotonic()
-        self.end: Close | None = None  # how it has ended, for who takes; behind the messages that are there
+        self.end: Close | None = None  # how it has ended; `take` returns it behind the messages that are there
         self.closing_since = 0.0  # monotonic, once our own close waits for credit; 0.0 before
         self._offered: deque[Part | Close] = deque()
         self._made = self._made_bytes = 0  # of what was offered
@@ -55,7 +55,7 @@ class Link:
     def __repr__(self) -> str:
         return f"<Link {self.id}, {self._sent} sent, {self._heard} heard, {self.end}>"
 
-    # For who sends and takes.
+    # Sending and taking.
 
     def offer(self, message: str | bytes) -> None:
         """Offers a message, however large. Wait for room before the next one."""
@@ -202,7 +202,7 @@ class Link:
             self._offered.clear()
             self._links.drop(self)
             self._told()
-            self._told = self.confirmed = _nothing  # they lead to who has the link: break the cycle
+            self._told = self.confirmed = _nothing  # both refer to the owner of the link: break the cycle
 
     def _post(self, seq: int, word: Word) -> None:
         self._links.post(self.peer, entry_of(self.id, seq, word))
