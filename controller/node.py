@@ -242,7 +242,7 @@ class Node:
         if running is not None and not running.stopping:
             self._ended[replica_id] = how or ENDED_WELL
             self._presence.tell()
-        if how:  # one that has drained has told the clients of its WebSocket sessions itself
+        if how:  # one that has drained has told its WebSocket sessions itself; without this notice they end a few seconds later, by silence
             with suppress(StoreUnavailable):
                 await self._store.append_log(self._keys.cancelled, notice_of_replica(self._keys.feed(replica_id)))
 

@@ -64,7 +64,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         self.logger = self.conn.logger = _quiet
         self.conn.debug = False
         self._ending: asyncio.TimerHandle | None = None
-        self._is_broken = False  # the client sends what is no WebSocket, or too much
+        self._is_broken = False  # the client sends what is no WebSocket, too much, or too early
 
     def begin(self, transport: asyncio.Transport, url: bytes, headers: Pairs, scheme: str, client: tuple[str, int] | None) -> None:
         """Takes over the connection. All else is what the edge has read of the handshake, for the app's scope."""
@@ -80,7 +80,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         self.connection_made(transport)
         transport.set_protocol(self)
         needed = [b"%b: %b\r\n" % (name, value) for name, value in headers if name in _OF_THE_HANDSHAKE]
-        self.data_received(b"".join([b"GET / HTTP/1.1\r\nconnection: upgrade\r\nupgrade: websocket\r\n", *needed, b"\r\n"]))
+        super().data_received(b"".join([b"GET / HTTP/1.1\r\nconnection: upgrade\r\nupgrade: websocket\r\n", *needed, b"\r\n"]))
 
     def handle_connect(self, event: Request) -> None:
         """Begins the session, with the scope that the edge has made."""
@@ -91,8 +91,15 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         scope |= self._read
 
     def data_received(self, data: bytes) -> None:
-        if not self._is_broken:
-            super().data_received(data)
+        if self._is_broken:
+            return
+        if self.handshake_complete:
+            return super().data_received(data)
+        # Nobody reads that yet, so nobody would notice behind it that the client leaves.
+        self._is_broken = self.handshake_complete = True
+        self.conn.send_response(self.conn.reject(400, "nothing may follow a WebSocket handshake before its answer\n"))
+        self.transport.write(b"".join(self.conn.data_to_send()))
+        self.transport.close()
 
     def send_receive_event_to_app(self) -> None:
         """Refuses text that is no UTF-8 before uvicorn fails on it, which it does where a close has come behind it."""
@@ -104,12 +111,18 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             return
         super().send_receive_event_to_app()
 
+    async def send(self, message: Any) -> None:
+        await self.writable.wait()
+        if self._is_broken:  # uvicorn would take this for an app that sends after its own close
+            raise ClientDisconnected
+        await super().send(message)
+
     def handle_ping(self) -> None:
         if not self._is_broken:  # by a message before it
             super().handle_ping()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self.conn.close_rcvd is None and not self.close_sent:  # a client that has gone without a close
+        if self.conn.close_rcvd is None:  # a client that has gone without a close
             self.queue.put_nowait({"type": "websocket.disconnect", "code": CloseCode.ABNORMAL, "reason": ""})
         super().connection_lost(exc)
         if self._ending is not None:

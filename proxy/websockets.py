@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -28,11 +27,10 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-logger = logging.getLogger(__name__)
-
 _OF_THE_HANDSHAKE = b"sec-websocket-"
 _LAST_WORDS_S = 10.0  # for an app to take what a client has said that has left
 _DRAINS = "this proxy ends: connect again"
+_UNREADABLE = "the proxy failed to read from the client: its log says why"
 
 
 class Ends(MQServeError):
@@ -82,8 +80,9 @@ class WebSockets:
         """Closes all sessions at once, and refuses the handshakes that wait: clients connect again, to another proxy."""
         self._drains = True
         for call in self._waiting:
-            call.failed(Ends(_DRAINS))
-            self._sender.cancel(call.id)
+            if not call.future.done():
+                call.failed(Ends(_DRAINS))
+                self._sender.cancel(call.id)
         self._links.lose_all(CloseCode.GOING_AWAY, _DRAINS)
 
     def replica_died(self, feed: str) -> None:
@@ -91,7 +90,8 @@ class WebSockets:
             self._links.peer_died(feed, "the replica of this session has died: connect again")
 
     async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Runs one session, from the handshake to the end of the connection."""
+        """Runs one session, from the handshake to the end of the connection. Raises what a middleware raises, in which case the client and
+        the app are told that the session has ended."""
         await receive()  # websocket.connect
         call = WebSocketCall(scope, self._app.mint_id())
         reading = asyncio.create_task(self._read(call, receive))
@@ -109,6 +109,8 @@ class WebSockets:
             if call.link is not None:
                 call.link.lose(CloseCode.ABNORMAL)
             await asyncio.wait([reading])
+        if not reading.cancelled():
+            reading.result()
 
     async def _shake_hands(self, call: WebSocketCall) -> Reply | None:
         """Sends the handshake to a replica. Returns what denies it; None if `call.link` is set."""
@@ -161,9 +163,21 @@ class WebSockets:
             await send({"type": "websocket.close", "code": said.code, "reason": said.reason})
 
     async def _read(self, call: WebSocketCall, receive: Receive) -> None:
-        """Passes on what the client says. While the app is slow, nothing is read from the client."""
+        """Passes on what the client says. While the app is slow, nothing is read from the client. Without its reader a session would stand
+        still for ever: if a middleware raises, it ends."""
+        try:
+            await self._pass_on(call, receive)
+        except Exception:
+            if call.link is not None:
+                call.link.lose(CloseCode.INTERNAL_ERROR)
+            elif not call.future.done():
+                call.failed(MQServeError(_UNREADABLE))
+                self._sender.cancel(call.id)
+            raise
+
+    async def _pass_on(self, call: WebSocketCall, receive: Receive) -> None:
         said = await receive()
-        if call.link is None and said["type"] == "websocket.disconnect":
+        if said["type"] == "websocket.disconnect" and not call.future.done():
             call.client_left = True
             return self._sender.cancel(call.id)
         await asyncio.wait([call.future])
@@ -185,15 +199,20 @@ class WebSockets:
     # What comes in.
 
     def _on_entry(self, entry: InboxEntry) -> None:
-        word, request_id = read_word(entry), request_of(entry.id)
-        call = self._sender.pending.get(request_id) if isinstance(word, Accept) else None
-        if not isinstance(word, Accept) or not isinstance(call, WebSocketCall) or not word.feed.startswith(self._links.peers):
-            return self._links.hear(entry)
-        self._sender.pending.drop(request_id, answered=True)
-        link = Link(entry.id, word.feed, self._links, call.waiters.wake)
+        word = read_word(entry)
+        if isinstance(word, Accept) and word.feed.startswith(self._links.peers):
+            call = self._sender.pending.get(request_of(entry.id))
+            if isinstance(call, WebSocketCall):
+                return self._begin(call, entry.id, word)
+        if word is not None:
+            self._links.hear_word(entry, word)
+
+    def _begin(self, call: WebSocketCall, session_id: str, accept: Accept) -> None:
+        self._sender.pending.drop(call.id, answered=True)
+        link = Link(session_id, accept.feed, self._links, call.waiters.wake)
         self._links.add(link)
         link.credit()  # which says that the session has begun
-        call.accepted(link, word)
+        call.accepted(link, accept)
 
 
 async def _next(call: WebSocketCall, link: Link) -> str | bytes | Close:

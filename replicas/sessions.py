@@ -18,6 +18,7 @@ from .feed import Feed
 from .stages import Job
 from .websockets import Conversation, Sockets
 
+_ENDS = "the replica of this session ends: connect again"
 _LAST_WORDS_S = 1.0  # for apps to end, once their clients are told that the replica ends
 
 
@@ -29,6 +30,7 @@ class Sessions:
         self._feed = feed
         self._sockets = sockets
         self._acks = settle
+        self._is_closed = False
         self._links = Links(store, feed.key, keys.inbox(""), CloseCode.ABNORMAL)
         feed.on_session = self._links.hear
         sockets.touched.on_touched = self._on_touched
@@ -48,7 +50,9 @@ class Sessions:
         return Link(new_session_id(envelope.id), envelope.header.inbox, self._links, partial(self._on_told, talk), greeting=greeting)
 
     def _on_touched(self, talk: Conversation) -> None:
-        """Sends what the app has said."""
+        """Sends what the app has said. An app that accepts after `close` is not heard: its handshake goes to another replica."""
+        if self._is_closed:
+            return
         link = talk.link
         assert link is not None, "the app has accepted"
         if not talk.is_begun:
@@ -60,6 +64,8 @@ class Sessions:
             link.credit_soon()
 
     def _begin(self, talk: Conversation, link: Link) -> None:
+        if self._is_closed:
+            return
         if not talk.job.with_worker or talk.job.given_up is not None:
             return link.lose(CloseCode.ABNORMAL, "the handshake was given up before the app accepted it")
         link.confirmed = partial(self._settle, talk.job)
@@ -85,8 +91,10 @@ class Sessions:
             self._links.peer_died(inbox, "the proxy of this session has died")
 
     async def close(self, at_most_s: float = _LAST_WORDS_S) -> None:
-        """Tells all clients to connect again, since the replica ends, and gives the apps a moment to end."""
-        self._links.lose_all(CloseCode.RESTART, "the replica of this session ends: connect again")
+        """Tells all clients to connect again, since the replica ends, and gives the apps a moment to end. No session begins
+        any more."""
+        self._is_closed = True
+        self._links.lose_all(CloseCode.RESTART, _ENDS)
         until = time.monotonic() + at_most_s
         while len(self._sockets) and time.monotonic() < until:
             await asyncio.sleep(0.01)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, MutableMapping
 from enum import Enum
 from typing import Any
@@ -28,6 +29,7 @@ from .stages import Job
 Message = MutableMapping[str, Any]
 
 _LISTS_PROTOCOLS = b"sec-websocket-protocol"
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 
 
 class ClientDisconnected(OSError):
@@ -45,8 +47,9 @@ class State(Enum):
 
 
 class Sockets:
-    """The sessions of one worker. `touched` tells the I/O loop of those that offer something, `told` the worker's loop of those for which
-    there is something. `new_link` makes the link of a session that its app accepts; it is called in the worker's thread, as all of this."""
+    """The sessions of one worker. All of it runs in the worker's thread. `touched` hands the sessions in which the app has said something
+    to the I/O loop; `told` hands those that have something for the app to the worker's loop. `new_link` makes the link of a session that
+    its app accepts."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, host: Host, config: BackendConfig) -> None:
         self._host = host
@@ -161,7 +164,10 @@ class Conversation:
 
     def _accept(self, message: Message) -> None:
         headers = tuple((bytes(name), bytes(value)) for name, value in message.get("headers", ()))
-        self.link = self._sockets.new_link(self, Accept("", message.get("subprotocol") or "", headers))
+        subprotocol = message.get("subprotocol") or ""
+        if subprotocol and not _TOKEN.fullmatch(subprotocol):
+            raise ValueError(f"{subprotocol!r} is no subprotocol that HTTP can carry: choose one of those that the client offers")
+        self.link = self._sockets.new_link(self, Accept("", subprotocol, headers))
         self.state = State.OPEN
         self._sockets.touched.touch(self)
 
@@ -251,9 +257,13 @@ def _read_close(message: Message) -> Close:
     code, reason = message.get("code", CloseCode.NORMAL), message.get("reason") or ""
     if not is_close_code(code):
         raise ValueError(f"{code!r} is no code to close a WebSocket with: 1000, or one of your own from 3000 to 4999")
-    if len(reason.encode()) > MAX_REASON_BYTES:
-        raise ValueError(f"the reason of a close has at most {MAX_REASON_BYTES} bytes")
-    return Close(code, reason)
+    return Close(code, _fitting(reason))
+
+
+def _fitting(reason: str) -> str:
+    """Cuts a reason that does not fit, between two characters: it is for people, and often the words of an error. Raising would lose the
+    code, by which the client acts."""
+    return reason.encode()[:MAX_REASON_BYTES].decode(errors="ignore")
 
 
 def _full(backend: str, limit: int) -> Result:

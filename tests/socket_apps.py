@@ -75,6 +75,11 @@ async def closes(socket: WebSocket, code: int, reason: str = "") -> None:
     await socket.close(code, reason)
 
 
+@app.websocket("/chooses")
+async def chooses(socket: WebSocket, subprotocol: str) -> None:
+    await socket.accept(subprotocol)
+
+
 @app.websocket("/raises")
 async def raises(socket: WebSocket) -> None:
     await socket.accept()
@@ -185,3 +190,19 @@ async def plain_app(scope: dict[str, Any], receive: Any, send: Any) -> None:
         await send({"type": "websocket.send", "text": "two"})
     except RuntimeError as error:
         note(scope["query_string"].decode(), f"{ended['type']} {ended['code']} {error}")
+
+
+class Chokes:
+    """A middleware that fails on what some clients say."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        async def checked() -> Any:
+            message = await receive()
+            if message.get("text") == "choke":
+                raise LookupError("the middleware chokes")
+            return message
+
+        await self._app(scope, checked, send)

@@ -169,6 +169,18 @@ def test_text_that_is_none_ends_its_session_with_1007(url: str) -> None:
         assert ended(socket) == (1007, ANY)
 
 
+def test_a_client_that_breaks_the_protocol_under_what_the_app_sends_is_no_bug(
+    url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tally = Tally(tmp_path)
+    with connect(f"{url}/pours?tally={tally.path}&count=2000", max_queue=1) as socket:
+        stands_still(lambda: len(tally))
+        socket.send(b"\xff\xfe", text=True)
+        assert ended(socket) == (1007, ANY)
+    wait_until(lambda: "left 1006" in tally.lines)
+    assert not [record for record in caplog.records if "a bug in mqserve" in record.message]
+
+
 def test_an_app_of_starlette_has_websockets_too(mount: Sockets) -> None:
     with connect(f"{mount(socket_apps.starlette_app)}/echo") as socket:
         assert all(echoes(socket, str(number)) for number in range(10))
@@ -201,6 +213,10 @@ def test_the_app_chooses_the_subprotocol_and_sets_headers(url: str) -> None:
         assert socket.response.headers["x-from"] == "the app" and socket.response.headers["connection"] == "Upgrade"
         assert len(socket.response.headers["x-request-id"]) == 32
         assert not socket.response.headers.get("sec-websocket-extensions")
+
+
+def test_a_subprotocol_that_no_header_can_carry_is_an_error_of_the_app(url: str) -> None:
+    assert denied(f"{url}/chooses?subprotocol={quote('chat' + chr(13) + chr(10) + 'x-evil: 1')}").status_code == 500
 
 
 def test_a_denial_of_the_app_is_answered_before_the_upgrade(url: str) -> None:
@@ -268,6 +284,18 @@ def test_a_client_that_leaves_during_the_handshake_cancels_it(url: str, tmp_path
     wait_until(lambda: tally.lines == ["asked", "cancelled"])
 
 
+def test_a_client_that_speaks_before_the_answer_is_refused(url: str, tmp_path: Path) -> None:
+    tally = Tally(tmp_path)
+    host, path = url.removeprefix("ws://").split("/")
+    head = f"GET /{path}/late?gate={tmp_path / 'never'}&tally={tally.path} HTTP/1.1\r\nHost: {host}\r\n"
+    with closing(dial(host)) as wire:
+        wire.sendall(f"{head}{HANDSHAKE}Sec-WebSocket-Version: 13\r\n\r\n".encode())
+        wait_for(tally, 1)
+        wire.sendall(b"\x81\x80abcd")  # an empty text
+        assert wire.makefile("rb").readline().split()[1] == b"400"
+        wait_until(lambda: tally.lines == ["asked", "cancelled"])
+
+
 def test_a_replica_has_max_sessions_and_not_one_more(mount: Sockets) -> None:
     url = mount(socket_apps.app, config={"max_sessions": 2})
     with connect(f"{url}/echo"), connect(f"{url}/echo") as second:
@@ -293,6 +321,12 @@ def test_the_app_closes_with_a_code_and_a_reason(url: str) -> None:
         with connect(f"{url}/closes?code={code}&reason={quote(reason)}") as socket:
             assert socket.recv(timeout=20) == "before"
             assert ended(socket) == (code, reason)
+
+
+def test_a_reason_that_no_close_has_room_for_is_cut_between_two_characters(url: str) -> None:
+    with connect(f"{url}/closes?code=3001&reason={quote('ü' * 100)}") as socket:
+        assert socket.recv(timeout=20) == "before"
+        assert ended(socket) == (3001, "ü" * 61)
 
 
 def test_the_app_hears_how_its_client_has_ended(url: str, tmp_path: Path) -> None:

@@ -49,14 +49,13 @@ def notice_of_replica(feed: str) -> bytes:
 
 
 class Cancellations:
-    """The cancellations that this process has read from the log. `on_word` gets the names in each batch of
-    entries."""
+    """The cancellations and deaths that this process has read from the log. `on_word` gets the names in each batch of entries."""
 
     def __init__(self, store: Store, keys: StoreKeys, on_word: Callable[[Sequence[str]], None]) -> None:
         self._store = store
         self._log = keys.cancelled
         self._on_word = on_word
-        self._heard: dict[str, float] = {}  # future id or inbox -> time of arrival, oldest first; the oldest is forgotten first
+        self._heard: dict[str, float] = {}  # future id, inbox or feed -> time of arrival, oldest first; the oldest is forgotten first
 
     def __repr__(self) -> str:
         return f"<Cancellations, {len(self._heard)} heard>"

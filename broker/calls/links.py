@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
+from ..process.rate_limited_log import RateLimitedLog
 from ..results import InboxEntry
 from ..sessions import Accept, Close, CloseCode, Over, Part, Taken, Word, entry_of, parts_of, read_word
 from ..store import Store
 from ..streams import CREDIT_EVERY_S, IDLE_TIMEOUT_S, WINDOW_BYTES, WINDOW_FRAMES
 
-SILENT_AFTER_S = 15.0  # credit is repeated every CREDIT_EVERY_S: who has not been heard for this long is dead
+logger = logging.getLogger(__name__)
+
+SILENT_AFTER_S = 15.0  # credit is repeated every CREDIT_EVERY_S, so a side that was not heard for this long is dead
 
 _BROKEN = "a message between proxy and replica was lost: connect again"
 _SILENT = "the other side of the session is not there any more: connect again"
-_SLOW = "the client took nothing for a minute after the close"
+_SLOW = "the other side of the session took nothing for a minute after the close"
 
 
 class Link:
@@ -34,7 +38,7 @@ class Link:
         self._greeting = greeting
         self.confirmed: Callable[[], None] = _nothing
         self.heard_at = time.monotonic()
-        self.end: Close | None = None  # how it has ended, for who takes; behind the messages that are there
+        self.end: Close | None = None  # how it has ended; `take` returns it behind the messages that are there
         self.closing_since = 0.0  # monotonic, once our own close waits for credit; 0.0 before
         self._offered: deque[Part | Close] = deque()
         self._made = self._made_bytes = 0  # of what was offered
@@ -51,7 +55,7 @@ class Link:
     def __repr__(self) -> str:
         return f"<Link {self.id}, {self._sent} sent, {self._heard} heard, {self.end}>"
 
-    # For who sends and takes.
+    # Sending and taking.
 
     def offer(self, message: str | bytes) -> None:
         """Offers a message, however large. Wait for room before the next one."""
@@ -95,6 +99,8 @@ class Link:
         """Sends what there is credit for. One part is always allowed."""
         while self._offered and self in self._links:
             word = self._offered[0]
+            if isinstance(word, Close) and self._greeting is not None:
+                return  # the greeting may be lost, and nothing would repeat it after the close: wait for the first word of the other side
             size = len(word.data) if isinstance(word, Part) else 0
             if len(self._under_way) >= WINDOW_FRAMES or (self._under_way and self._under_way_bytes + size > WINDOW_BYTES):
                 if not self.closing_since and isinstance(self._offered[-1], Close):
@@ -139,7 +145,7 @@ class Link:
 
     def _hear_credit(self, credit: Taken) -> None:
         if credit.sent > self._heard:
-            return self.lose(self._links.lost_code, _BROKEN)
+            return self._break_off(_BROKEN)
         while self._under_way and self._gone < credit.seq:
             size = self._under_way.popleft()
             self._under_way_bytes -= size
@@ -151,7 +157,7 @@ class Link:
 
     def _hear_next(self, seq: int, word: Part | Close) -> None:
         if seq != self._heard + 1:
-            return self.lose(self._links.lost_code, _BROKEN)
+            return self._break_off(_BROKEN)
         self._heard = seq
         if isinstance(word, Close):
             return self._finish(word)
@@ -174,12 +180,17 @@ class Link:
         if tell:
             self._post(0, Over(CloseCode.RESTART if code == CloseCode.ABNORMAL else code, reason))
 
+    def _break_off(self, why: str) -> None:
+        """Ends a session that cannot go on, and says so to operators."""
+        self._links.troubles.say(f"WebSocket sessions of {self._links.own} break off: {why}")
+        self.lose(self._links.lost_code, why)
+
     def check(self, now: float) -> None:
         """Repeats the credit, which is the sign of life, or ends a session whose other side has died."""
         if now - self.heard_at > SILENT_AFTER_S:
-            self.lose(self._links.lost_code, _SILENT)
+            self._break_off(_SILENT)
         elif self.closing_since and now - self.closing_since > IDLE_TIMEOUT_S:
-            self.lose(self._links.lost_code, _SLOW)
+            self._break_off(_SLOW)
         elif self._greeting is not None:
             self.greet()
         else:
@@ -191,7 +202,7 @@ class Link:
             self._offered.clear()
             self._links.drop(self)
             self._told()
-            self._told = self.confirmed = _nothing  # they lead to who has the link: break the cycle
+            self._told = self.confirmed = _nothing  # both refer to the owner of the link: break the cycle
 
     def _post(self, seq: int, word: Word) -> None:
         self._links.post(self.peer, entry_of(self.id, seq, word))
@@ -208,6 +219,7 @@ class Links:
         self.peers = peers
         self.lost_code = lost_code
         self.post = store.post
+        self.troubles = RateLimitedLog(logger)
         self._links: dict[str, Link] = {}
         self._due: dict[Link, None] = {}  # those whose credit goes out at the end of this turn
         self._timer: asyncio.TimerHandle | None = None
@@ -238,10 +250,12 @@ class Links:
             self._timer = None
 
     def hear(self, entry: InboxEntry) -> None:
-        """Passes on an entry. Who goes on with a session that is not here is told."""
-        word = read_word(entry)
-        if word is None:
-            return
+        """Passes on what an entry says, if this process knows the word."""
+        if (word := read_word(entry)) is not None:
+            self.hear_word(entry, word)
+
+    def hear_word(self, entry: InboxEntry, word: Word) -> None:
+        """Passes on what an entry says. A process that goes on with a session that is not here is told."""
         if (link := self._links.get(entry.id)) is not None:
             return link.hear(entry.seq, word)
         sender = word.sender if isinstance(word, Taken) else word.feed if isinstance(word, Accept) else ""

@@ -217,6 +217,32 @@ async def test_the_acceptance_is_repeated_until_there_is_an_answer() -> None:
     assert confirmed == [1] and [type(word) for word in pair.words("proxy")] == [Taken]
 
 
+async def test_a_close_waits_for_the_answer_to_the_acceptance() -> None:
+    pair = Pair()
+    settled: list[int] = []
+    pair.replica.confirmed = lambda: settled.append(1)
+    pair.replica.greet()
+    pair.replica.offer_close(Close(3001, "done"))
+    pair.replica.flush()
+    pair.store.lists["proxy"].clear()  # lost
+    assert pair.replica.end is None and not settled
+    pair.replica.check(pair.replica.heard_at + 5)
+    pair.deliver()
+    assert settled == [1] and all_of(pair.proxy) == [Close(3001, "done")] and pair.replica.end == Close(3001, "done")
+
+
+async def test_sessions_that_break_off_are_logged_once_for_all(caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(3):
+        pair = Pair()
+        later = Link(f"{ID}2", "replica", pair.proxies, lambda: None)
+        pair.proxies.add(later)
+        for link in (pair.proxy, later):
+            link.check(link.heard_at + SILENT_AFTER_S + 1)
+    assert [record.message for record in caplog.records] == [
+        "WebSocket sessions of proxy break off: the other side of the session is not there any more: connect again"
+    ] * 3
+
+
 async def test_who_is_not_heard_is_dead() -> None:
     pair = Pair()
     pair.proxy.check(pair.proxy.heard_at + SILENT_AFTER_S - 1)
