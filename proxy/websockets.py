@@ -31,7 +31,7 @@ Send = Callable[[Message], Awaitable[None]]
 logger = logging.getLogger(__name__)
 
 _OF_THE_HANDSHAKE = b"sec-websocket-"
-_LAST_WORDS_S = 10.0  # for an app to take what a client has said that has left
+_LAST_WORDS_S = 10.0  # after a client has left, the app has so long to take what it had said
 _DRAINS = "this proxy ends: connect again"
 
 

@@ -1,4 +1,4 @@
-"""Who takes what a generator yields: one request, or the members of a batch, of which each takes its item."""
+"""The takers of what a generator yields: one request, or the members of a batch, each of which takes its own item."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class Receiver:
 
 
 class BatchReceiver:
-    """The members of a batch. The slowest reader among them sets the pace; who has ended, failed or left gets no more items."""
+    """The members of a batch. The slowest reader among them sets the pace; a member that has ended, failed or left gets no more items."""
 
     def __init__(self, members: Sequence[Receiver]) -> None:
         self._members: list[Receiver | None] = list(members)

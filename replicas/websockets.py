@@ -45,8 +45,8 @@ class State(Enum):
 
 
 class Sockets:
-    """The sessions of one worker. `touched` tells the I/O loop of those that offer something, `told` the worker's loop of those for which
-    there is something. `new_link` makes the link of a session that its app accepts; it is called in the worker's thread, as all of this."""
+    """The sessions of one worker. `touched` tells the I/O loop which of them offer something, `told` tells the worker's loop for which of
+    them something has come. `new_link` makes the link of a session that its app accepts. All of this is called in the worker's thread."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, host: Host, config: BackendConfig) -> None:
         self._host = host
@@ -174,7 +174,7 @@ class Conversation:
     def _go_on_denying(self, message: Message) -> None:
         self._body += message.get("body", b"")
         if len(self._body) > MAX_BODY_BYTES:
-            raise TooLarge(f"an answer has at most {MAX_BODY_BYTES} bytes", status=500)
+            raise TooLarge(f"the answer that denies a WebSocket has more than {MAX_BODY_BYTES} bytes, the limit: send less", status=500)
         if not message.get("more_body"):
             self._deny(Result(status=self._status, backend=self._backend, content_type="", headers=self._headers, body=bytes(self._body)))
 

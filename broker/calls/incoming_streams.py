@@ -25,7 +25,7 @@ from .incoming import BEGINNING, IncomingStream
 
 logger = logging.getLogger(__name__)
 
-LONGER_S = 30.0  # that a reader waits for the next frame, beyond the time that a handler may take for it
+LONGER_S = 30.0  # a reader waits for the next frame so much longer than the handler may take for it
 _READ_AT_ONCE = 16  # frames: a megabyte
 _ASK_AT_ONCE = 100  # streams, of two keys each: one read for thousands would hold up Redis
 _POLL_EVERY_S = 0.5
@@ -70,7 +70,7 @@ class IncomingStreams:
     # What is told.
 
     def hear(self, future_id: str, seq: int, raw: bytes) -> None:
-        """Passes on a frame from the inbox. Nobody may read this answer any more."""
+        """Passes on a frame from the inbox, unless nobody here reads this answer any more."""
         for stream in list(self._readers.get(future_id, ())):
             stream.hear(seq, raw)
 
@@ -96,14 +96,14 @@ class IncomingStreams:
             stream.break_off("the process that read this answer ended before it was complete: send the request again")
 
     def heal_all(self) -> None:
-        """The inbox may have lost entries, and the replicas may not have got what was posted."""
+        """Has all streams read from the store and all credit repeated: the inbox may have lost entries, and the feeds what was posted."""
         for stream in self._everyone():
             stream.claims = True
             self.heal(stream)
             self.credit(stream)
 
     async def find(self, future_ids: Sequence[str]) -> None:
-        """Begins to read those answers to requests of this process that have begun to flow: their first frames may be lost. Raises
+        """Begins to read those answers to requests of this process that have begun to flow, since their first frames may be lost. Raises
         StoreUnavailable."""
         found = await self._store.get_many([self._keys.owner(future_id) for future_id in future_ids])
         for future_id, owner in zip(future_ids, found, strict=True):
@@ -187,7 +187,7 @@ class IncomingStreams:
         return [stream.id for stream in self._everyone() if self.leave(stream)]
 
     def retire(self, stream: IncomingStream) -> None:
-        """It needs no more of the store."""
+        """Forgets a reader that needs no more of the store."""
         readers = self._readers.get(stream.id, [])
         if stream not in readers:
             return

@@ -12,11 +12,11 @@ from ..sessions import Accept, Close, CloseCode, Over, Part, Taken, Word, entry_
 from ..store import Store
 from ..streams import CREDIT_EVERY_S, IDLE_TIMEOUT_S, WINDOW_BYTES, WINDOW_FRAMES
 
-SILENT_AFTER_S = 15.0  # credit is repeated every CREDIT_EVERY_S: who has not been heard for this long is dead
+SILENT_AFTER_S = 15.0  # a side that has not been heard for this long is dead, since credit is repeated every CREDIT_EVERY_S
 
 _BROKEN = "a message between proxy and replica was lost: connect again"
 _SILENT = "the other side of the session is not there any more: connect again"
-_SLOW = "the client took nothing for a minute after the close"
+_SLOW = "the other side took nothing for a minute after the close"
 
 
 class Link:
@@ -34,7 +34,7 @@ class Link:
         self._greeting = greeting
         self.confirmed: Callable[[], None] = _nothing
         self.heard_at = time.monotonic()
-        self.end: Close | None = None  # how it has ended, for who takes; behind the messages that are there
+        self.end: Close | None = None  # how it has ended; `take` returns this behind the messages that are there
         self.closing_since = 0.0  # monotonic, once our own close waits for credit; 0.0 before
         self._offered: deque[Part | Close] = deque()
         self._made = self._made_bytes = 0  # of what was offered
@@ -51,7 +51,7 @@ class Link:
     def __repr__(self) -> str:
         return f"<Link {self.id}, {self._sent} sent, {self._heard} heard, {self.end}>"
 
-    # For who sends and takes.
+    # For the app, or for the proxy's session: what it sends and takes.
 
     def offer(self, message: str | bytes) -> None:
         """Offers a message, however large. Wait for room before the next one."""
@@ -238,7 +238,7 @@ class Links:
             self._timer = None
 
     def hear(self, entry: InboxEntry) -> None:
-        """Passes on an entry. Who goes on with a session that is not here is told."""
+        """Passes on an entry. A peer that goes on with a session which is not here is told that it is over."""
         word = read_word(entry)
         if word is None:
             return
