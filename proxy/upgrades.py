@@ -151,7 +151,9 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         except ClientDisconnected:
             pass
         except Exception:
-            logger.exception("a WebSocket session ended in a bug in mqserve or in a middleware: please report it if it is not the middleware's")
+            logger.exception(
+                "a WebSocket session ended in a bug in mqserve or in a middleware: please report it if it is not the middleware's"
+            )
             self.send_500_response()
         finally:
             if self.close_timer is None:

@@ -200,7 +200,7 @@ class Flows:
         assert job.flow is not None
         self._forget(job, job.flow)
         if refusal is Refusal.ENDED:
-            self._drop_keys(job.flow)  # who ended it, by cancelling the request, say, does not read it
+            self._drop_keys(job.flow)  # the request was ended by somebody else, as by a cancellation, and nobody reads the stream
             self._settlement.streamed(job)
         else:
             self._settlement.ack(job, body_stays=True)  # another run writes the stream, and needs the body

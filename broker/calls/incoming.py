@@ -191,7 +191,7 @@ class IncomingStream:
         self._stop(End(Ending.LOST, self.heard, ErrorInfo(REPLICA_LOST, why), 502))
 
     def abandon(self) -> None:
-        """Ends it for a consumer who does not want it any more."""
+        """Ends it for a consumer that does not want it any more."""
         self._chunks.clear()
         self._parts.clear()
         self._held = 0

@@ -129,7 +129,7 @@ class IncomingStreams:
         end: End | None = None
         if (raw := await self._store.get(self._keys.future(future_id))) is not None:  # behind the end come no frames
             end = End.of(Result.from_bytes(raw))
-            # who cancels a request does not know how many frames there are
+            # the result of a cancelled request does not say how many frames there are: its writer did not know
             end = end._replace(frames=max(end.frames, await self._store.last_of_stream(key)))
         first_there = max(after + 1, kept[0][0].seq if kept else 0)
         place = Place(kept[0][0].attempt if kept else owner.attempt, first_there - 1)
@@ -170,7 +170,7 @@ class IncomingStreams:
         self._store.post(self._keys.feed(stream.head.replica), credit.to_bytes())
 
     def leave(self, stream: IncomingStream) -> bool:
-        """Ends it for its consumer, who does not read on. Returns whether the request has to be cancelled, since nobody can come back."""
+        """Ends it for its consumer, which does not read on. Returns whether the request has to be cancelled, since nobody can come back."""
         readers = self._readers.get(stream.id, [])
         is_resumable = stream.head is not None and stream.head.resumable
         if stream not in readers:
@@ -221,7 +221,7 @@ class IncomingStreams:
         try:
             while self._lacking:
                 stream = next(iter(self._lacking))
-                del self._lacking[stream]  # before the read: who asks during it may lack what the read does not bring
+                del self._lacking[stream]  # before the read: a stream that asks again during it may lack what the read does not bring
                 try:
                     await self._heal(stream)
                 except StoreUnavailable as error:
@@ -277,7 +277,7 @@ class IncomingStreams:
             self._tending = False
 
     async def _ask_for(self, streams: Sequence[IncomingStream]) -> None:
-        """Looks by key for the results of these and for who writes them, and reads those of them that go on. Raises StoreUnavailable."""
+        """Looks up the results and the owners of these streams, and reads those that go on. Raises StoreUnavailable."""
         ids = list(dict.fromkeys(stream.id for stream in streams))
         found = await self._store.get_many([*map(self._keys.future, ids), *map(self._keys.owner, ids)])
         for future_id, raw in zip(ids, found[: len(ids)], strict=True):

@@ -191,7 +191,7 @@ class Link:
             self._offered.clear()
             self._links.drop(self)
             self._told()
-            self._told = self.confirmed = _nothing  # they lead to who has the link: break the cycle
+            self._told = self.confirmed = _nothing  # they refer to the owner of the link: break the cycle
 
     def _post(self, seq: int, word: Word) -> None:
         self._links.post(self.peer, entry_of(self.id, seq, word))
