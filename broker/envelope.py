@@ -37,7 +37,7 @@ class RequestHead(msgspec.Struct, frozen=True, omit_defaults=True):
     headers: Pairs = ()
     params: tuple[tuple[str, str, str], ...] = ()
     route: str = ""
-    root_path: str = ""  # the route, if it is a prefix: the part of the path that an app leaves to whoever mounted it
+    root_path: str = ""  # the route, if it is a prefix: the part of the path that is not the app's
     endpoint: str = ""
     call: str = ""  # a method of the user's class, empty for __call__
     http_version: str = "1.1"

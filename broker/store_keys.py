@@ -9,9 +9,9 @@
 | `mqserve:<ns>:claim:{id}`    | string | replica, after a change of the queue's generation | replica | one day          |
 | `mqserve:<ns>:body:{id}`     | string | sender: a body by reference | replica      | the request's deadline + 60 s |
 | `mqserve:<ns>:body:{id.result}` | string | replica: a large result | waiting processes | RESULT_TTL_S, or when a proxy has read it |
-| `mqserve:<ns>:stream:{id}`   | stream | replica: frames of an answer | waiting processes | STREAM_TTL_S, or its reader |
+| `mqserve:<ns>:stream:{id}`   | stream | replica: frames of an answer | waiting processes | STREAM_TTL_S, or when its reader has all |
 | `mqserve:<ns>:owner:{id}`    | string | replica: which run writes the stream | replicas, waiting processes | as the stream |
-| `mqserve:<ns>:feed:<replica>` | list  | readers of streams: credit | that replica | INBOX_TTL_S, renewed by each write |
+| `mqserve:<ns>:feed:<replica>` | list  | readers: credit; proxies: WebSockets | that replica | INBOX_TTL_S, renewed by each write |
 | `mqserve:<ns>:inbox:<pid>`   | list   | replicas             | that process      | INBOX_TTL_S, renewed by each write |
 | `mqserve:<ns>:code:<sha256>` | string: a backend's code, manifest, chunk | clients, nodes | replicas, nodes | as the next |
 | `mqserve:<ns>:code:all.<sha256>` | string: convertor, middlewares | clients | proxies, replicas | CODE_TTL_S; none while deployed |

@@ -73,7 +73,9 @@ class Frame(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
         try:
             return _decode_frame(raw)
         except UNPARSABLE as error:
-            raise BadEnvelope(f"a part of a streamed answer does not parse ({error})") from error
+            raise BadEnvelope(
+                f"a part of a streamed answer does not parse ({error}): another program or version wrote it; send the request again"
+            ) from error
 
 
 class Chunk(NamedTuple):
@@ -140,7 +142,7 @@ class Owner(msgspec.Struct, frozen=True, omit_defaults=True):
         try:
             return _decode_owner(raw)
         except UNPARSABLE as error:
-            raise BadEnvelope(f"the owner of a stream does not parse ({error})") from error
+            raise BadEnvelope(f"the owner of the stream does not parse ({error}): another program or version wrote it") from error
 
 
 class Credit(msgspec.Struct, frozen=True, array_like=True):

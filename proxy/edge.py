@@ -377,7 +377,9 @@ class EdgeProtocol(HttpToolsProtocol):
 
     def _cut(self, cycle: Any) -> None:
         if not cycle.disconnected:
-            logger.info("an answer to %s is cut", self.client)
+            logger.info(
+                "the connection of %s is closed before the end of its answer, so that the client sees that it is not whole", self.client
+            )
             cut(cycle, self.transport)
             self._flush.watch(self.transport)
 

@@ -130,7 +130,10 @@ class EventStreams:
         """Returns the answer that goes on behind a place; where an endpoint is given, only for requests to that. Raises MQServeError."""
         owner = await self._streams.owner(place.future_id) if is_minted(place.future_id) else None
         if owner is None or not owner.resumable or (endpoint is not None and owner.endpoint != endpoint):
-            detail = "There is no answer to go on with: its id is unknown here, or nothing of it is kept any more."
+            detail = (
+                "There is no answer to go on with: its id is unknown here, or nothing of it is kept any more. Send the request again "
+                "without Last-Event-ID."
+            )
             return problem(404, detail, place.future_id)
         if (found := await self._streams.resume(place.future_id, owner, place.seq, Form.ITEMS)) is None:
             return problem(404, "This answer is not a stream of events.", place.future_id)

@@ -53,7 +53,7 @@ def _is_utf8(parts: list[bytes]) -> bool:
     return True
 
 
-_TAKES_A_CLOSE_S = 2.0
+_TAKES_A_CLOSE_S = 2.0  # the time that a client has to take the close while the proxy ends
 
 
 class WebSocketProtocol(WebSocketsSansIOProtocol):
@@ -164,7 +164,9 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         except ClientDisconnected:
             pass
         except Exception:
-            logger.exception("a WebSocket session ended in a bug in mqserve or in a middleware")
+            logger.exception(
+                "a WebSocket session ended in a bug in mqserve or in a middleware: please report it if it is not the middleware's"
+            )
             self.send_500_response()
         finally:
             if self.close_timer is None:

@@ -28,7 +28,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 _OF_THE_HANDSHAKE = b"sec-websocket-"
-_LAST_WORDS_S = 10.0  # for an app to take what a client has said that has left
+_LAST_WORDS_S = 10.0  # after a client has left, the app has so long to take what it had said
 _DRAINS = "this proxy ends: connect again"
 _UNREADABLE = "the proxy failed to read from the client: its log says why"
 

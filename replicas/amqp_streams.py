@@ -98,9 +98,8 @@ class Replies:
 
     def _check(self, job: Job, flow: Outgoing, now: float) -> None:
         if flow.sent > flow.taken and now - flow.waits_since > IDLE_TIMEOUT_S:
-            self._give_up(
-                job, Result(status=503, error=ErrorInfo("mqserve.BrokerUnavailable", "RabbitMQ confirms no chunk of this answer"))
-            )
+            why = f"RabbitMQ has confirmed no chunk of this answer for {IDLE_TIMEOUT_S:g} s: send the request again when it works"
+            self._give_up(job, Result(status=503, error=ErrorInfo("mqserve.BrokerUnavailable", why)))
         elif not flow.has_room or flow.state is not State.RUNNING or not flow.sent:
             flow.quiet_since = now
         elif now - flow.quiet_since > flow.idle_s:

@@ -13,6 +13,7 @@ import msgspec
 from ..broker.backoff import delays
 from ..broker.calls.cancellations import CANCELLED
 from ..broker.errors import StoreUnavailable
+from ..broker.process.printable import printable
 from ..broker.queue import Queue
 from ..broker.results import Outcome, Result, entry_of
 from ..broker.store import Append, Refusal, Store, StoreClosed
@@ -199,7 +200,7 @@ class Flows:
         assert job.flow is not None
         self._forget(job, job.flow)
         if refusal is Refusal.ENDED:
-            self._drop_keys(job.flow)  # who ended it, by cancelling the request, say, does not read it
+            self._drop_keys(job.flow)  # the request was ended by somebody else, as by a cancellation, and nobody reads the stream
             self._settlement.streamed(job)
         else:
             self._settlement.ack(job, body_stays=True)  # another run writes the stream, and needs the body
@@ -339,7 +340,8 @@ class Flows:
             if now - flow.left_at > self.grace_s:
                 self._give_up(job, CANCELLED)
         elif flow.sent > flow.taken and now - flow.waits_since > IDLE_TIMEOUT_S:
-            logger.warning("the reader of a streamed answer has taken nothing for %g s, and counts as gone", IDLE_TIMEOUT_S)
+            told = printable(job.envelope.id)
+            logger.warning("the reader of the streamed answer to %s has taken nothing for %g s, and counts as gone", told, IDLE_TIMEOUT_S)
             self._reader_is_gone(job, flow)
         elif not flow.has_room or flow.state is not State.RUNNING or not flow.is_shown:
             flow.quiet_since = now

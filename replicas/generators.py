@@ -15,9 +15,9 @@ from typing import Any, Protocol
 from ..broker.process import forks
 from .execute import AnyGenerator, BatchSteps, Execution
 from .outgoing import resolve
-from .receivers import BatchReceiver, Putting, Receiver, Taker
 from .sinks import Sinks
 from .stages import Job
+from .takers import BatchTaker, Putting, RequestTaker, Taker
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +49,10 @@ class Generators:
     def start(self, jobs: Sequence[Job], generator: AnyGenerator | BatchSteps, context: Context) -> None:
         """Runs a generator that a handler has made. Its result, or the error that ended it, is put as that of a call."""
         signer = self._host.execution.signer
-        receivers = [Receiver(job, self._sinks.of(job, signer), self._host) for job in jobs]
-        taker: Taker = receivers[0]
+        takers = [RequestTaker(job, self._sinks.of(job, signer), self._host) for job in jobs]
+        taker: Taker = takers[0]
         if isinstance(generator, BatchSteps):
-            generator, taker = generator.generator, BatchReceiver(receivers)
+            generator, taker = generator.generator, BatchTaker(takers)
         if taker.is_given_up:  # the cancellation, which came before this, would not find the generator
             return taker.give_up()
         if isinstance(generator, AsyncGenerator):

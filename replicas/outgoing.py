@@ -181,14 +181,14 @@ class Outgoing:
             await room
 
     def resume(self) -> None:
-        """Resumes whoever is parked, if anybody is and there is room."""
+        """Resumes the generator or response that is parked, if there is one and there is room."""
         parked = self._parked
         if parked is not None and self.has_room:
             self._parked = None
             parked()
 
     def wake(self) -> None:
-        """Resumes whoever is parked, since its job was given up."""
+        """Resumes the generator or response that is parked, since its job was given up."""
         parked, self._parked = self._parked, None
         if parked is not None:
             parked()

@@ -22,8 +22,8 @@ from ..broker.store_keys import StoreKeys
 from ..controller.state.config import MAX_REQUEST_TIMEOUT_S, BackendConfig
 from ..controller.state.documents import Backend
 from .admission import Admission
+from .backend_end import BackendEnd
 from .consumers import Consumers
-from .endings import End
 from .feed import Feed
 from .flows import Flows
 from .handler import Handler
@@ -77,7 +77,7 @@ class RequestLoop:
         self._cancellations = Cancellations(store, keys, self._on_cancelled)
         self._draining = False
         self._unasked = RateLimitedLog(logger)
-        self._end: End | None = None
+        self._end: BackendEnd | None = None
         self._refuses = False  # whether the time of `_end` has come: requests are answered with its result
         self._window = Window(backend.config, handler, worker)
         self._consumers = Consumers(
@@ -136,7 +136,7 @@ class RequestLoop:
         answered 503 with `why`."""
         if self._end is None or at_once:
             at = time.monotonic() + (0 if at_once else self._config.graceful_shutdown_timeout_s)
-            self._end = End(at, gone_result(self._backend, why), keeps_queue)
+            self._end = BackendEnd(at, gone_result(self._backend, why), keeps_queue)
             self._rhythm.wake()
 
     def goes_on(self) -> None:
@@ -237,7 +237,7 @@ class RequestLoop:
     def _with_frames(self, job: Job, result: Result) -> Result:
         return result if job.flow is None else self._flows.give_up(job.flow, result)
 
-    def _refuse_the_rest(self, end: End) -> None:
+    def _refuse_the_rest(self, end: BackendEnd) -> None:
         """Answers 503 to the requests that it holds and, from now on, to those that still come out of the queue. If the queue is kept,
         requests that have not started are requeued instead."""
         self._refuses = True

@@ -23,13 +23,13 @@ _LAST_WORDS_S = 1.0  # for apps to end, once their clients are told that the rep
 
 
 class Sessions:
-    """A session is here from its acceptance to its end. `settle` acks the job of one that its proxy has taken, or that ended before; no
-    result is recorded."""
+    """A session is here from its acceptance to its end. `ack` is called with the job of one that its proxy has taken, or that ended before;
+    no result is recorded."""
 
-    def __init__(self, store: Store, keys: StoreKeys, feed: Feed, sockets: Sockets, settle: Callable[[Job, Result], None]) -> None:
+    def __init__(self, store: Store, keys: StoreKeys, feed: Feed, sockets: Sockets, ack: Callable[[Job, Result], None]) -> None:
         self._feed = feed
         self._sockets = sockets
-        self._acks = settle
+        self._ack = ack
         self._is_closed = False
         self._links = Links(store, feed.key, keys.inbox(""), CloseCode.ABNORMAL)
         feed.on_session = self._links.hear
@@ -84,7 +84,7 @@ class Sessions:
     def _settle(self, job: Job) -> None:
         if job.with_worker:  # not yet
             job.run_s = time.monotonic() - job.started
-            self._acks(job, Result())
+            self._ack(job, Result())
 
     def proxies_died(self, inboxes: Sequence[str]) -> None:
         for inbox in inboxes if self._links else ():

@@ -180,7 +180,7 @@ class Conversation:
     def _go_on_denying(self, message: Message) -> None:
         self._body += message.get("body", b"")
         if len(self._body) > MAX_BODY_BYTES:
-            raise TooLarge(f"an answer has at most {MAX_BODY_BYTES} bytes", status=500)
+            raise TooLarge(f"the answer that denies a WebSocket has more than {MAX_BODY_BYTES} bytes, the limit: send less", status=500)
         if not message.get("more_body"):
             self._deny(Result(status=self._status, backend=self._backend, content_type="", headers=self._headers, body=bytes(self._body)))
 

@@ -405,7 +405,7 @@ class Worker:
                 self._loop.call_soon_threadsafe(job.flow.resume)
 
     def put(self, job: Job, result: Result) -> None:
-        """See `receivers.Putting`."""
+        """See `takers.Putting`."""
         flow = job.flow
         if flow is None or not flow.began:
             return self._put(job, result)

@@ -19,16 +19,17 @@ if TYPE_CHECKING:
     from .incoming_streams import IncomingStreams
 
 BEGINNING = Place(0, 0)
-TAKEN_AT_ONCE = 128 * 1024  # bytes: a slow client takes so much in less time than a reader may take nothing
+TAKEN_AT_ONCE = 128 * 1024  # bytes; few, so that also a slow client comes back for more before its reader counts as gone
 
-_FULL_FRAMES, _FULL_BYTES = 2 * WINDOW_FRAMES, 2 * WINDOW_BYTES  # more is left in the store: the window is another reader's
+# A reader holds no more than this. The replica's window does not bound it: where there are two readers, the window follows the other one.
+_FULL_FRAMES, _FULL_BYTES = 2 * WINDOW_FRAMES, 2 * WINDOW_BYTES
 
 
 class IncomingStream:
     """One reader of one streamed answer. `head` is there from the beginning for its consumer. What the consumer takes counts as taken when
     it comes back for more: that is what the replica gets credit for.
 
-    Whoever stops before `end` is there calls `RequestSender.leave`.
+    A consumer that stops before `end` is there calls `RequestSender.leave`.
     """
 
     def __init__(self, id: str, streams: IncomingStreams, *, head: Head | None = None, after: Place = BEGINNING, told: bool = True) -> None:
@@ -100,7 +101,7 @@ class IncomingStream:
         self._nudged = True
         self._wake()
 
-    # For who brings frames.
+    # For `IncomingStreams`, which brings the frames.
 
     @property
     def heard_end(self) -> End | None:
@@ -180,14 +181,17 @@ class IncomingStream:
     def be_late(self) -> None:
         """Ends it because nothing came for too long."""
         self.is_given_up = True
-        message = "nothing more of this answer came within its backend's stream_idle_timeout_s"
+        message = (
+            "nothing more of this answer came within its backend's stream_idle_timeout_s, and its replica may have died: send the request "
+            "again, or set a longer one"
+        )
         self._stop(End(Ending.LATE, self.heard, ErrorInfo(str(Outcome.LATE), message), 504))
 
     def break_off(self, why: str) -> None:
         self._stop(End(Ending.LOST, self.heard, ErrorInfo(REPLICA_LOST, why), 502))
 
     def abandon(self) -> None:
-        """Ends it for a consumer who does not want it any more."""
+        """Ends it for a consumer that does not want it any more."""
         self._chunks.clear()
         self._parts.clear()
         self._held = 0

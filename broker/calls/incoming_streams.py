@@ -25,7 +25,7 @@ from .incoming import BEGINNING, IncomingStream
 
 logger = logging.getLogger(__name__)
 
-LONGER_S = 30.0  # that a reader waits for the next frame, beyond the time that a handler may take for it
+LONGER_S = 30.0  # a reader waits for the next frame so much longer than the handler may take for it
 _READ_AT_ONCE = 16  # frames: a megabyte
 _ASK_AT_ONCE = 100  # streams, of two keys each: one read for thousands would hold up Redis
 _POLL_EVERY_S = 0.5
@@ -70,7 +70,7 @@ class IncomingStreams:
     # What is told.
 
     def hear(self, future_id: str, seq: int, raw: bytes) -> None:
-        """Passes on a frame from the inbox. Nobody may read this answer any more."""
+        """Passes on a frame from the inbox, unless nobody here reads this answer any more."""
         for stream in list(self._readers.get(future_id, ())):
             stream.hear(seq, raw)
 
@@ -96,14 +96,14 @@ class IncomingStreams:
             stream.break_off("the process that read this answer ended before it was complete: send the request again")
 
     def heal_all(self) -> None:
-        """The inbox may have lost entries, and the replicas may not have got what was posted."""
+        """Has all streams read from the store and all credit repeated: the inbox may have lost entries, and the feeds what was posted."""
         for stream in self._everyone():
             stream.claims = True
             self.heal(stream)
             self.credit(stream)
 
     async def find(self, future_ids: Sequence[str]) -> None:
-        """Begins to read those answers to requests of this process that have begun to flow: their first frames may be lost. Raises
+        """Begins to read those answers to requests of this process that have begun to flow, since their first frames may be lost. Raises
         StoreUnavailable."""
         found = await self._store.get_many([self._keys.owner(future_id) for future_id in future_ids])
         for future_id, owner in zip(future_ids, found, strict=True):
@@ -129,7 +129,7 @@ class IncomingStreams:
         end: End | None = None
         if (raw := await self._store.get(self._keys.future(future_id))) is not None:  # behind the end come no frames
             end = End.of(Result.from_bytes(raw))
-            # who cancels a request does not know how many frames there are
+            # the result of a cancelled request does not say how many frames there are: its writer did not know
             end = end._replace(frames=max(end.frames, await self._store.last_of_stream(key)))
         first_there = max(after + 1, kept[0][0].seq if kept else 0)
         place = Place(kept[0][0].attempt if kept else owner.attempt, first_there - 1)
@@ -170,7 +170,7 @@ class IncomingStreams:
         self._store.post(self._keys.feed(stream.head.replica), credit.to_bytes())
 
     def leave(self, stream: IncomingStream) -> bool:
-        """Ends it for its consumer, who does not read on. Returns whether the request has to be cancelled, since nobody can come back."""
+        """Ends it for its consumer, which does not read on. Returns whether the request has to be cancelled, since nobody can come back."""
         readers = self._readers.get(stream.id, [])
         is_resumable = stream.head is not None and stream.head.resumable
         if stream not in readers:
@@ -187,7 +187,7 @@ class IncomingStreams:
         return [stream.id for stream in self._everyone() if self.leave(stream)]
 
     def retire(self, stream: IncomingStream) -> None:
-        """It needs no more of the store."""
+        """Forgets a reader that needs no more of the store."""
         readers = self._readers.get(stream.id, [])
         if stream not in readers:
             return
@@ -221,7 +221,7 @@ class IncomingStreams:
         try:
             while self._lacking:
                 stream = next(iter(self._lacking))
-                del self._lacking[stream]  # before the read: who asks during it may lack what the read does not bring
+                del self._lacking[stream]  # before the read: a stream that asks again during it may lack what the read does not bring
                 try:
                     await self._heal(stream)
                 except StoreUnavailable as error:
@@ -277,7 +277,7 @@ class IncomingStreams:
             self._tending = False
 
     async def _ask_for(self, streams: Sequence[IncomingStream]) -> None:
-        """Looks by key for the results of these and for who writes them, and reads those of them that go on. Raises StoreUnavailable."""
+        """Looks up the results and the owners of these streams, and reads those that go on. Raises StoreUnavailable."""
         ids = list(dict.fromkeys(stream.id for stream in streams))
         found = await self._store.get_many([*map(self._keys.future, ids), *map(self._keys.owner, ids)])
         for future_id, raw in zip(ids, found[: len(ids)], strict=True):

@@ -1,4 +1,4 @@
-"""Those who wait on one event loop until something has changed, and then look again."""
+"""Tasks of one event loop that wait until something has changed, and then look again."""
 
 from __future__ import annotations
 

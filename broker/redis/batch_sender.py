@@ -17,7 +17,7 @@ TRIES = 2
 
 
 class Batch(ABC):
-    """Commands that leave together, which must be such as may run twice."""
+    """Commands that leave together. They may be sent twice, so running them again must do no harm."""
 
     __slots__ = ("began", "count", "tries_left")
 
@@ -36,7 +36,7 @@ class Batch(ABC):
 
     @abstractmethod
     def replied(self, replies: list[Any] | Exception) -> None:
-        """Takes the replies, or why there are none. It is called once for each time that the batch was sent to its end."""
+        """Takes the replies, or the reason why there are none. Called once for each `BatchSender.send` of this batch."""
 
 
 class BatchSender:
@@ -50,7 +50,7 @@ class BatchSender:
         return f"<BatchSender over {self._wire!r}>"
 
     def close(self) -> None:
-        """Closes the wire: batches under way are never told."""
+        """Closes the wire. Batches under way get no reply."""
         self._tasks.cancel()
         self._wire.close()
 

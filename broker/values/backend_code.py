@@ -131,7 +131,7 @@ def _own_name(target: Any, run_file: RunFile | None) -> str:
     if not hasattr(target, "__qualname__"):
         return code.name_of_object(target, lambda module: _is_importable(module, run_file))
     module = sys.modules.get(getattr(target, "__module__", "") or "")
-    if module is None or not hasattr(target, "__qualname__") or not definitions.is_found_by_name(target, module):
+    if module is None or not definitions.is_found_by_name(target, module):
         return ""
     return f"{module.__name__}:{target.__qualname__}" if _is_importable(module, run_file) else ""
 

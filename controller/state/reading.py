@@ -1,5 +1,5 @@
-"""Reads the two documents. Each process keeps the last ones that it has read: whoever follows a document decodes and checks only what has
-changed since, and in the embedded form all followers share one copy, which nobody may change."""
+"""Reads the two documents. Each process keeps the last ones that it has read, so that a follower decodes and checks only what has changed
+since. In the embedded form all followers share one copy, which nobody may change."""
 
 from __future__ import annotations
 

@@ -66,8 +66,8 @@ class Stream(AsyncGenerator[Any, None]):
     coroutine, or with `for` anywhere else.
 
     The handler is at most 64 chunks or 1 MiB ahead of what was taken here, then it waits. Its exception is raised behind the values that
-    came before it. Who leaves earlier cancels the request: by `close()`, at the end of a `with` block, or by letting the object go. Whoever
-    iterates a stream that was closed before its end gets Cancelled, so that what was cut never looks whole.
+    came before it. Leaving earlier cancels the request: by `close()`, at the end of a `with` block, or by letting the object go. Iterating
+    a stream that was closed before its end raises Cancelled, so that what was cut never looks whole.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class Stream(AsyncGenerator[Any, None]):
                 self._began.add_done_callback(partial(_leave, self._sender))
 
     def cancel(self) -> None:
-        """Cancels the request for everybody, also if it is resumable. Whoever reads it gets Cancelled."""
+        """Cancels the request for everybody, also if it is resumable. Its readers get Cancelled."""
         self._check_here()
         self.close()
         self._sender.cancel_soon(self.id)

@@ -133,7 +133,7 @@ def store_rights(namespace: str) -> dict[str, StoreRights]:
     def rights(reads: set[str], writes: set[str], commands: tuple[str, ...], *, reads_streams: bool = False) -> StoreRights:
         if not reads_streams:
             return StoreRights(frozenset(reads), frozenset(writes), commands)
-        # Whoever reads a streamed answer drops it at its end and tells the replica what it has taken, and writes no part of it.
+        # The reader of a streamed answer drops it at its end and tells the replica what it has taken, but writes no part of it.
         return StoreRights(frozenset(reads | streams), frozenset(writes), commands, frozenset(streams), frozenset(feeds))
 
     everything = {f"mqserve:{namespace}:*"}

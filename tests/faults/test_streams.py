@@ -64,6 +64,7 @@ def numbers(events: list[Event]) -> list[str]:
     return [event.data for event in events if event.kind == "message"]
 
 
+@pytest.mark.row(30)
 def test_a_replica_that_is_killed_leaves_no_answer_that_looks_whole(deploy: Deploy, members: Members, tally: Tally) -> None:
     url, name = deploy.named(numbered(tally))
     [pid] = members.pids("replica", name)
@@ -74,6 +75,7 @@ def test_a_replica_that_is_killed_leaves_no_answer_that_looks_whole(deploy: Depl
     assert tally.lines == ["began"]
 
 
+@pytest.mark.row(30)
 def test_a_replica_that_is_killed_ends_its_events_with_a_failure(deploy: Deploy, members: Members, tally: Tally) -> None:
     url, name = deploy.named(numbered(tally))
     [pid] = members.pids("replica", name)
@@ -84,6 +86,7 @@ def test_a_replica_that_is_killed_ends_its_events_with_a_failure(deploy: Deploy,
     assert tally.lines == ["began"]
 
 
+@pytest.mark.row(30)
 def test_with_replay_the_answer_is_whole_though_its_replica_is_killed(deploy: Deploy, members: Members, tally: Tally) -> None:
     url, name = deploy.named(numbered(tally, 0.001), on_death="replay")
     [pid] = members.pids("replica", name)
@@ -92,6 +95,7 @@ def test_with_replay_the_answer_is_whole_though_its_replica_is_killed(deploy: De
     assert events[-1].kind == "end" and tally.lines == ["began", "began"]
 
 
+@pytest.mark.row(31)
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
 def test_events_go_on_by_another_proxy_when_theirs_ends(deploy: Deploy, joining: CommandLine, tally: Tally, end: signal.Signals) -> None:
     path = deploy.at(numbered(tally)).removeprefix(deploy.url)
@@ -101,6 +105,7 @@ def test_events_go_on_by_another_proxy_when_theirs_ends(deploy: Deploy, joining:
     assert events[-1].kind == "end" and tally.lines == ["began"]
 
 
+@pytest.mark.row(31)
 @pytest.mark.parametrize("kindly", [True, False])
 def test_events_are_complete_though_the_store_is_restarted(
     deploy: Deploy, store_server: PrivateRedis, tally: Tally, *, kindly: bool

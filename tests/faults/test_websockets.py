@@ -24,7 +24,7 @@ from tests import socket_apps
 from tests.faults.members import Members
 from tests.instances import distributed_only, is_alive, new_name, wait_until
 
-pytestmark = distributed_only
+pytestmark = [distributed_only, pytest.mark.row(32)]
 
 HTTP_OPTIONS = {"workers": 2}
 PER_SECOND = 10

@@ -1,4 +1,4 @@
-"""Who takes what a generator yields: one request, or the members of a batch, of which each takes its item."""
+"""The takers of what a generator yields: one request, or the members of a batch, each of which takes its own item."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Taker(Protocol):
     def give_up(self) -> None: ...
 
 
-class Receiver:
+class RequestTaker:
     """One request that takes the values."""
 
     def __init__(self, job: Job, sink: Sink, results: Putting) -> None:
@@ -66,7 +66,7 @@ class Receiver:
         self._results = results
 
     def __repr__(self) -> str:
-        return f"<Receiver by {self._sink!r}>"
+        return f"<RequestTaker by {self._sink!r}>"
 
     @property
     def left(self) -> Sequence[Job]:
@@ -104,17 +104,17 @@ class Receiver:
         self._results.put(self.job, self.job.unwanted_result)
 
 
-class BatchReceiver:
-    """The members of a batch. The slowest reader among them sets the pace; who has ended, failed or left gets no more items."""
+class BatchTaker:
+    """The members of a batch. The slowest reader among them sets the pace; a member that has ended, failed or left gets no more items."""
 
-    def __init__(self, members: Sequence[Receiver]) -> None:
-        self._members: list[Receiver | None] = list(members)
+    def __init__(self, members: Sequence[RequestTaker]) -> None:
+        self._members: list[RequestTaker | None] = list(members)
 
     def __repr__(self) -> str:
-        return f"<BatchReceiver of {len(self.left)}>"
+        return f"<BatchTaker of {len(self.left)}>"
 
     @property
-    def _left(self) -> list[Receiver]:
+    def _left(self) -> list[RequestTaker]:
         return [member for member in self._members if member is not None]
 
     @property
@@ -145,7 +145,7 @@ class BatchReceiver:
             if member is not None and not self._goes_on(member, item):
                 self._members[place] = None
 
-    def _goes_on(self, member: Receiver, item: object) -> bool:
+    def _goes_on(self, member: RequestTaker, item: object) -> bool:
         """Gives a member its item; returns whether it takes more."""
         if member.is_given_up:
             member.give_up()

@@ -8,7 +8,7 @@ from ..broker.results import Result
 
 
 @dataclass(frozen=True, slots=True)
-class End:
+class BackendEnd:
     """The end of a backend: it was deleted, or its instance is being shut down."""
 
     at: float  # monotonic; a request without a result by then gets `result`
