@@ -92,6 +92,7 @@ class Flows:
         result = flow.result  # read first: if there is one, all frames have been offered
         if flow.gather():
             flow.quiet_since = time.monotonic()
+            self._resume(job, flow)  # there is room, if chunks were joined
         if result is not None:
             if flow.refused is not None:
                 return self._refused(job, flow.refused)

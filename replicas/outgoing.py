@@ -17,9 +17,10 @@ from ..broker.backoff import delays
 from ..broker.errors import BadValue
 from ..broker.results import Result
 from ..broker.store import Append, Refusal
-from ..broker.streams import WINDOW_BYTES, WINDOW_FRAMES, Frame, Head, Owner, frames_of
+from ..broker.streams import FRAME_BYTES, WINDOW_BYTES, WINDOW_FRAMES, Frame, Head, Owner, frames_of
 from ..controller.state.config import BackendConfig
 
+JOINED_BYTES = FRAME_BYTES  # chunks of a body that wait to be appended become frames of at most this size
 _KEPT_S = 2.0  # Redis may lose what it was told in the last second before it died
 
 
@@ -53,6 +54,7 @@ class Outgoing:
         *,
         shown: int = 0,
         is_reply: bool = False,
+        joins: bool = False,
     ) -> None:
         self.future_id = future_id
         self.is_reply = is_reply  # it goes to a queue of its caller, not to the store
@@ -60,6 +62,7 @@ class Outgoing:
         self.idle_s = config.stream_idle_timeout_s
         self._kept_frames, self._kept_bytes = config.stream_kept_frames, config.stream_kept_bytes
         self.shown = shown  # frames that earlier runs have shown: this run makes them again, and they are passed over
+        self._joins = joins  # the boundaries of its chunks mean nothing, and no replay counts them
         self._head_alone = int(owner.head_alone)  # of the frames that were shown, this run makes one less
         self._begins_behind = False  # the handler has read how much was shown
         # The worker's thread.
@@ -67,7 +70,7 @@ class Outgoing:
         self.made_bytes = 0
         self._head: Head | None = None
         self.early_head: Head | None = None  # one that is shown by itself if the first chunk takes long
-        self._offered: deque[tuple[bytes, int]] = deque()
+        self._offered: deque[Frame] = deque()
         self._parked: Callable[[], None] | None = None
         self.result: Result | None = None  # set once, after the last frame
         # The I/O loop.
@@ -83,6 +86,7 @@ class Outgoing:
         self.pauses = delays()
         self.sent = self.taken = self._numbered = shown
         self._credited = shown  # what the reader has taken may be more than what is known to be sent: credit may overtake the store's reply
+        self._saved = 0  # frames that were joined with the one before them
         self._counted = shown  # the last frame whose bytes are in `_taken_bytes`; a new reader may take some again
         self._sent_bytes = self._taken_bytes = 0
         self._kept: dict[int, Kept] = {}
@@ -119,7 +123,7 @@ class Outgoing:
         """Whether another chunk may be made."""
         if self.paused:
             return False
-        ahead = self.made - self.taken
+        ahead = self.made - self._saved - self.taken
         return ahead <= 0 or (ahead < WINDOW_FRAMES and self.made_bytes - self._taken_bytes < WINDOW_BYTES)
 
     # In the worker's thread.
@@ -159,7 +163,7 @@ class Outgoing:
 
     def _make(self, frame: Frame) -> None:
         if self.made >= self.shown:
-            self._offered.append((frame.to_bytes(), len(frame.data)))
+            self._offered.append(frame)
             self.made_bytes += len(frame.data)
         self.made += 1
 
@@ -207,7 +211,7 @@ class Outgoing:
     @property
     def held_bytes(self) -> int:
         """What this replica holds of it, without overhead."""
-        return sum(kept.size for kept in self._kept.values()) + sum(size for _, size in self._offered)
+        return sum(kept.size for kept in self._kept.values()) + sum(len(frame.data) for frame in self._offered)
 
     def show_head_alone(self, head: Head) -> None:
         """Shows the head, though there is no chunk yet. The worker's thread, which may be busy, has no part in it."""
@@ -225,11 +229,22 @@ class Outgoing:
         gathered = 0
         now = time.monotonic()
         while self._offered:
-            raw, size = self._offered.popleft()
+            frame = self._offered.popleft()
+            if self._joins:
+                frame = self._with_next(frame)
             self._numbered += 1
             gathered += 1
-            self._kept[self._numbered] = Kept(raw, size, now)
+            self._kept[self._numbered] = Kept(frame.to_bytes(), len(frame.data), now)
         return gathered
+
+    def _with_next(self, frame: Frame) -> Frame:
+        """Joins the frame with those behind it that fit into it."""
+        parts, size = [frame.data], len(frame.data)
+        while self._offered and size + len(self._offered[0].data) <= JOINED_BYTES:
+            parts.append(self._offered.popleft().data)
+            size += len(parts[-1])
+            self._saved += 1
+        return Frame(b"".join(parts), head=frame.head) if len(parts) > 1 else frame
 
     @property
     def unsent(self) -> int:

@@ -283,22 +283,23 @@ class Sinks:
         return Joined(self._backend)
 
     def _flowing(self, job: Job, form: Form, signer: Signer, *, resumable: bool) -> Flowing:
-        return Flowing(self.flow(job, resumable=resumable), job.envelope, form, signer, lambda: self._touch(job))
+        flow = self.flow(job, resumable=resumable, is_body=form is Form.BODY)
+        return Flowing(flow, job.envelope, form, signer, lambda: self._touch(job))
 
     def response(self, job: Job, head: Result, length: int | None) -> ResponseStream | None:
         """Returns the stream of a response, or None where its caller takes one piece."""
         header = job.envelope.header
         if header.origin != "http" or header.shadow or not header.inbox:
             return None
-        return ResponseStream(self.flow(job), lambda: self._touch(job), head, length)
+        return ResponseStream(self.flow(job, is_body=True), lambda: self._touch(job), head, length)
 
-    def flow(self, job: Job, *, resumable: bool = False) -> Outgoing:
+    def flow(self, job: Job, *, resumable: bool = False, is_body: bool = False) -> Outgoing:
         """Returns the stream of a job, which its admission has made if an earlier run has shown a part of it."""
         envelope = job.envelope
         if job.flow is None:
-            job.flow = self._new_flow(envelope, resumable=resumable)
+            job.flow = self._new_flow(envelope, resumable=resumable, joins=is_body and self.config.on_death != "replay")
         return job.flow
 
-    def _new_flow(self, envelope: Envelope, *, resumable: bool = False, is_reply: bool = False) -> Outgoing:
+    def _new_flow(self, envelope: Envelope, *, resumable: bool = False, is_reply: bool = False, joins: bool = False) -> Outgoing:
         owner = Owner.new(self._replica_id, envelope.attempt, self._backend, envelope.header.meta.endpoint, resumable=resumable)
-        return Outgoing(envelope.future_id(self._backend), owner, envelope.header.inbox, self.config, is_reply=is_reply)
+        return Outgoing(envelope.future_id(self._backend), owner, envelope.header.inbox, self.config, is_reply=is_reply, joins=joins)

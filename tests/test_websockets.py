@@ -370,6 +370,7 @@ def test_a_replica_that_ends_closes_its_sessions_with_1012(client: serve.Client,
         wait_until(lambda: len(tally))
         sockets.undo()
         assert ended(socket) == (1012, ANY)
+    wait_until(lambda: len(tally) > 1)
     assert tally.lines[1].startswith("1012")
 
 

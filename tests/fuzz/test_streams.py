@@ -41,7 +41,7 @@ def test_an_owner_of_any_bytes_is_an_owner_or_refused(raw: bytes) -> None:
     try:
         assert isinstance(Owner.from_bytes(raw), Owner)
     except BadEnvelope as refused:
-        assert "the owner of a stream" in str(refused)
+        assert "the owner of the stream" in str(refused)
 
 
 @given(bytes_like(CREDIT) | any_bytes)

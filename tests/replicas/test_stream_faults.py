@@ -16,11 +16,17 @@ from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.queue import Settled
 from mqserve.broker.store import Append, OnAppended, Place, Refusal
 from mqserve.broker.streams import REPLICA_LOST, WINDOW_FRAMES, Credit, Owner
-from mqserve.replicas import flows, stuck
+from mqserve.replicas import flows, outgoing, stuck
 from tests.broker.traffic import publish, until
 from tests.replicas.streaming import EVENTS, KEYS, Reader, Serving, within
 
 pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(autouse=True)
+def each_chunk_is_a_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks are joined by chance of time, and these tests count frames."""
+    monkeypatch.setattr(outgoing, "JOINED_BYTES", 0)
 
 
 class Steps:
