@@ -13,7 +13,7 @@ from .slow_handlers import BATCHING, REPLICAS
 from .streaming import STREAMING
 
 SCENARIOS: tuple[Scenario, ...] = (
-    NOOP_HTTP, BODIES_HTTP, HANDLES, REPLICAS, BATCHING, BACKENDS, ROUTES, AMQP, OVERLOAD, MEMORY, IDLE,
+    NOOP_HTTP, BODIES_HTTP, HANDLES, REPLICAS, BATCHING, BACKENDS, ROUTES, AMQP, OVERLOAD, STREAMING, MEMORY, IDLE,
 )  # fmt: skip
-BY_NAME_ONLY: tuple[Scenario, ...] = (STREAMING, MILLION)
+BY_NAME_ONLY: tuple[Scenario, ...] = (MILLION,)
 """Those that run when `--only` names them."""
