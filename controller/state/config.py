@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from ...broker.streams import IDLE_TIMEOUT_S, KEPT_BYTES, KEPT_FRAMES, RESUME_GRACE_S
+from .retries import Retry
 
 MAX_REQUEST_TIMEOUT_S = 25 * 60  # below RabbitMQ's consumer_timeout of 30 minutes
 MAX_QUEUE_SHARDS = 64  # one of RabbitMQ's queues uses one core at most
@@ -44,6 +45,7 @@ class BackendConfig(BaseModel):
     on_death: what becomes of a streamed answer whose replica died: "fail", it ends with an error, or "replay", the handler runs again and
         what was shown is passed over, which needs a handler that makes the same chunks again.
     stream_kept_bytes, stream_kept_frames: what is kept at most of a stream that can be resumed; the oldest part goes first.
+    retry: how jobs are tried again whose handler raised an exception; None: they are not.
     """
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)  # allow_inf_nan: JSON has neither
@@ -71,12 +73,14 @@ class BackendConfig(BaseModel):
     on_death: Literal["fail", "replay"] = "fail"
     stream_kept_bytes: Whole = KEPT_BYTES
     stream_kept_frames: Whole = KEPT_FRAMES
+    retry: Retry | None = None
 
     @model_validator(mode="after")
     def _may_run_twice(self) -> Self:
-        if self.on_death == "replay" and self.delivery == "at_most_once":
-            wrong = "on_death 'replay' runs a request again, and with delivery 'at_most_once' none is: choose one of them"
-            raise PydanticCustomError("on_death", "{wrong}", {"wrong": wrong})
+        again = "on_death 'replay'" if self.on_death == "replay" else "retry" if self.retry is not None else ""
+        if again and self.delivery == "at_most_once":
+            wrong = f"{again} runs a request again, and with delivery 'at_most_once' none is: choose one of them"
+            raise PydanticCustomError("delivery", "{wrong}", {"wrong": wrong})
         return self
 
     @model_validator(mode="after")
