@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Generator, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Self, overload
 
 from ..broker.envelope import RequestHead
 from ..broker.errors import BadType, BadValue
 from .answers import check_results
 from .futures import Future
+from .mapping import map_items, map_items_soon
 from .streams import Stream
 
 if TYPE_CHECKING:
@@ -143,6 +145,18 @@ class Handle(_BaseHandle):
         """
         return self._send(data, arguments)
 
+    def map(
+        self, items: Iterable[Any], *, ordered: bool = True, in_flight: int = 100, progress: bool | None = None
+    ) -> Generator[Any, None, None]:
+        """Sends a request for each item and yields their values, in the order of the items or, with `ordered=False`, as they come. At most
+        `in_flight` items have been sent whose values were not taken, so the items may be endless. Shows a progress bar on standard error if
+        that is a terminal, or as `progress` says.
+
+        The first error is raised in the place of its value. It ends the rest, as leaving the loop does: what is under way is cancelled.
+        """
+        send = partial(self._send, arguments={})
+        return map_items(send, items, self._endpoint, ordered=ordered, in_flight=in_flight, progress=progress)
+
 
 class AsyncHandle(_BaseHandle):
     """A handle for coroutines: `ref = await handle.remote(x)`, then `await ref`."""
@@ -150,6 +164,13 @@ class AsyncHandle(_BaseHandle):
     async def remote(self, data: Any = None, /, **arguments: Any) -> Future:
         """Like `Handle.remote`."""
         return self._send(data, arguments)
+
+    def map(
+        self, items: Iterable[Any], *, ordered: bool = True, in_flight: int = 100, progress: bool | None = None
+    ) -> AsyncGenerator[Any, None]:
+        """Like `Handle.map`, for `async for`."""
+        send = partial(self._send, arguments={})
+        return map_items_soon(send, items, self._endpoint, ordered=ordered, in_flight=in_flight, progress=progress)
 
 
 class StreamHandle(_BaseHandle):
