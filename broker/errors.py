@@ -24,7 +24,8 @@ MQServeError
 ├── BadValue               a value that mqserve refuses (also a ValueError)
 ├── BadType                an argument of the wrong type (also a TypeError)
 ├── UnknownBackend         neither a backend of that name nor dead letters of one
-└── UnknownEndpoint        (also a KeyError)
+├── UnknownEndpoint        (also a KeyError)
+└── UnknownJob             nothing is known of a job of that id (also a KeyError)
 """
 
 import msgspec
@@ -186,6 +187,15 @@ class UnknownEndpoint(MQServeError, KeyError):
     """No endpoint of that name."""
 
     def __str__(self) -> str:  # KeyError would print the repr
+        return str(self.args[0])
+
+
+class UnknownJob(MQServeError, KeyError):
+    """Nothing is known of a job of that id (any more)."""
+
+    status = 404
+
+    def __str__(self) -> str:
         return str(self.args[0])
 
 
