@@ -22,9 +22,10 @@ class JobStore(Protocol):
     """One process's access to the records of jobs. Calls end within the store's budget, with StoreUnavailable if need be; the batched ones
     go with the others of their loop turn."""
 
-    def add_then(self, future_id: str, facts: JobFacts, on_done: OnDone) -> None:
+    def add_then(self, future_id: str, facts: JobFacts, on_done: OnDone, message: bytes = b"") -> None:
         """Writes the record of a job that the broker has confirmed, unless it is there, in a batch. Nothing is changed of a job that has
-        begun or ended meanwhile."""
+        begun or ended meanwhile. The message is kept beside it for a retry: as long as the job, then as long as its result, and for
+        MESSAGE_TTL_S after a success."""
         ...
 
     async def begin(self, run: Run) -> Begun:
@@ -41,6 +42,11 @@ class JobStore(Protocol):
         is another run's, or the job has a result."""
         ...
 
+    async def give_back(self, future_id: str, token: bytes) -> None:
+        """Ends the lease of a run that was given back before its end, and takes the run out of the record, since it is no attempt. Does
+        nothing if the lease is another run's."""
+        ...
+
     def end_then(self, end: JobEnd, on_done: OnDone) -> None:
         """Records the end of a job, in a batch. True if this is its first result (or equal to the first). Only the first writer changes the
         record, tells those who wait, and adds the end to the outbox."""
@@ -54,9 +60,13 @@ class JobStore(Protocol):
         """Returns the record; None for a job that is not known (any more). Raises BadEnvelope for what is none."""
         ...
 
+    async def message(self, future_id: str) -> bytes | None:
+        """Returns the message that was kept with the record."""
+        ...
+
     async def wait(self, future_id: str, inbox: str) -> JobRecord | None:
-        """Has the inbox told of the end of the job, by the note of its result, for two minutes, and returns the record as it is then. The
-        inbox is registered first, so that no end is missed."""
+        """Has the inbox told of the end of the job, by the note of its result, for WAIT_TTL_S, and returns the record as it is then. The
+        inbox is registered first, so that no end is missed. Batched, too: thousands may be renewed at once."""
         ...
 
     async def follow(self, future_id: str, inbox: str) -> JobRecord | None:

@@ -7,7 +7,7 @@ written once, so that it cannot go back. docs/protocol.md has the contract.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from typing import TypeVar
 
@@ -15,15 +15,19 @@ import msgspec
 
 from .envelope import Whole
 from .errors import UNPARSABLE, BadEnvelope
-from .results import Outcome, Result
+from .results import EVENT_KIND, InboxEntry, Outcome, Result
 
 JOB_RESULT_TTL_S = 24 * 3600  # of a job whose backend and sender say nothing else
 LEASE_MS = 10_000
 RENEW_EVERY_S = 3.0
 UNENDED_TTL_S = 37 * 24 * 3600  # of the record of a job without a result: the longest delay and the longest run, and seven days beside
+MESSAGE_TTL_S = 600  # of the message of a job that succeeded: few run again
+WAIT_TTL_S = 120  # of the word that somebody waits for a job, or follows it
 KEPT_EVENTS = 1000
 KEPT_ATTEMPTS = 100
 MAX_RESULT_TTL_S = 30 * 24 * 3600
+MAX_DELAY_S = 30 * 24 * 3600
+PRIORITIES = {"high": 4, "normal": 2, "low": 0}  # AMQP's, strict within the queue; a direct publisher that names none is low
 
 T = TypeVar("T")
 
@@ -42,7 +46,8 @@ class JobState(StrEnum):
 
 
 class JobFacts(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What is known of a job when it is sent, and does not change: the field `facts` of its record."""
+    """What is known of a job when it is sent, and does not change: the field `facts` of its record. The backend is empty where the store
+    has lost the facts and knows only how the job ended."""
 
     backend: str
     endpoint: str = ""
@@ -58,9 +63,10 @@ class JobFacts(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Attempt(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One run: the field `run:<number>` of the record when it begins, and `end:<number>` when it has failed and is tried again."""
+    """One run: the field `run:<number>` of the record when it begins, and `end:<number>` when it has failed and is tried again. In the
+    store the field's name says the number."""
 
-    number: int
+    number: int = 0
     replica: str = ""
     started_ms: Whole = 0
     ended_ms: Whole = 0
@@ -134,7 +140,7 @@ class Held(msgspec.Struct, frozen=True):
 
 
 class Done(msgspec.Struct, frozen=True):
-    """The job has a result."""
+    """The job has ended. `result` is empty if its result is not kept any more."""
 
     result: bytes
 
@@ -167,16 +173,40 @@ def state_of(result: Result) -> JobState:
     return JobState.SUCCEEDED
 
 
-def record_of(future_id: str, fields: dict[bytes, bytes], *, has_result: bool) -> JobRecord:
+def score_of(facts: JobFacts) -> int:
+    """Returns the place of a job among those of its backend that have not begun: by priority, then by time. An integer that a double holds
+    exactly, since Redis's scores are doubles."""
+    return (9 - min(facts.priority, 9)) * 10**13 + max(facts.created_ms, facts.not_before_ms)
+
+
+def matches(record: JobRecord, backend: str, tag: str, states: Sequence[str]) -> bool:
+    """Whether a list with these filters has the job; an empty filter lets all pass."""
+    facts = record.facts
+    return (not backend or facts.backend == backend) and (not tag or facts.tag == tag) and (not states or record.state in states)
+
+
+def event_entry(future_id: str, seq: int, event: bytes) -> bytes:
+    """Returns the inbox entry that tells of an event of a job."""
+    return InboxEntry(1, future_id, EVENT_KIND, seq, event).to_bytes()
+
+
+def record_of(future_id: str, fields: Mapping[bytes, bytes], *, has_result: bool) -> JobRecord:
     """Reads the fields of a record. Raises BadEnvelope for what is none."""
-    facts = _parsed(_decode_facts, fields.get(b"facts", b""), "the record of a job")
+    try:
+        return _record_of(future_id, fields, has_result)
+    except (ValueError, msgspec.MsgspecError) as error:
+        raise BadEnvelope(f"the record of job {future_id} does not parse ({error}): another program or version wrote it") from error
+
+
+def _record_of(future_id: str, fields: Mapping[bytes, bytes], has_result: bool) -> JobRecord:
+    facts = _parsed(_decode_facts, fields[b"facts"], "what is known of a job") if b"facts" in fields else JobFacts(backend="")
     started = sorted((int(name[4:]), raw) for name, raw in fields.items() if name.startswith(b"run:"))
     ended = {int(name[4:]): raw for name, raw in fields.items() if name.startswith(b"end:")}
-    attempts = tuple(_attempt(raw, ended.get(number)) for number, raw in started)
+    attempts = tuple(_attempt(number, raw, ended.get(number)) for number, raw in started)
     final = fields.get(b"state")
     if final is not None:
         state = JobState(final.decode())
-    elif attempts and not attempts[-1].again_ms:
+    elif attempts and attempts[-1].number not in ended:
         state = JobState.RUNNING
     else:
         state = JobState.QUEUED
@@ -188,12 +218,12 @@ def record_of(future_id: str, fields: dict[bytes, bytes], *, has_result: bool) -
     )  # fmt: skip
 
 
-def _attempt(started: bytes, ended: bytes | None) -> Attempt:
+def _attempt(number: int, started: bytes, ended: bytes | None) -> Attempt:
     attempt = _parsed(_decode_attempt, started, "a run of a job")
     if ended is None:
-        return attempt
+        return msgspec.structs.replace(attempt, number=number)
     end = _parsed(_decode_attempt, ended, "a run of a job")
-    return msgspec.structs.replace(attempt, ended_ms=end.ended_ms, error=end.error, again_ms=end.again_ms)
+    return msgspec.structs.replace(attempt, number=number, ended_ms=end.ended_ms, error=end.error, again_ms=end.again_ms)
 
 
 def _parsed(decode: Callable[[bytes], T], raw: bytes, what: str) -> T:

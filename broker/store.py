@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 import msgspec
 
 from .errors import StoreUnavailable
+from .job_store import JobStore
 from .store_keys import STREAM_TTL_S
 
 WRONG_TYPE = b"\0WRONGTYPE"
@@ -127,6 +128,11 @@ class Store(Protocol):
 
     @property
     def health(self) -> Health: ...
+
+    @property
+    def jobs(self) -> JobStore:
+        """What is kept of jobs."""
+        ...
 
     def now_ms(self) -> int:
         """Store time, from the last offset measured; it goes on while the store is away."""

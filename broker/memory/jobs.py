@@ -1,0 +1,249 @@
+"""The jobs of the embedded form, in memory. docs/design.md says what each step means; `redis/jobs.lua` takes the same ones."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from ..job_store import NumberedEvent, OnDone
+from ..jobs import (
+    KEPT_ATTEMPTS,
+    KEPT_EVENTS,
+    LEASE_MS,
+    MESSAGE_TTL_S,
+    UNENDED_TTL_S,
+    WAIT_TTL_S,
+    Attempt,
+    Begun,
+    Done,
+    EventKind,
+    Held,
+    JobEnd,
+    JobEvent,
+    JobFacts,
+    JobRecord,
+    JobState,
+    Leased,
+    Run,
+    event_entry,
+    matches,
+    record_of,
+    score_of,
+)
+from ..store_keys import StoreKeys
+from .expiring import Expiring
+
+
+class _Job:
+    """What is kept of one job."""
+
+    def __init__(self) -> None:
+        self.fields: dict[bytes, bytes] = {}
+        self.created_ms = 0
+        self.backend = ""
+        self.score: int | None = None  # while it has not begun
+        self.runs = 0
+        self.token: bytes | None = None  # of the latest run; empty once that was given back or is tried again
+        self.lease: tuple[bytes, float] = (b"", 0.0)  # token, monotonic expiry
+        self.events: deque[NumberedEvent] = deque(maxlen=KEPT_EVENTS)
+        self.last_event = 0
+        self.waiters = Expiring[str]()  # inboxes
+        self.followers = Expiring[str]()
+
+    def __repr__(self) -> str:
+        return f"<_Job {sorted(self.fields)}, {self.runs} runs>"
+
+    @property
+    def has_ended(self) -> bool:
+        return b"state" in self.fields
+
+    def is_of(self, token: bytes) -> bool:
+        """Whether no other run has begun since this one did."""
+        return self.token is None or self.token == token
+
+    def keep_fact(self, facts: JobFacts) -> bool:
+        """Returns whether the record has not had any."""
+        is_new = b"facts" not in self.fields
+        if is_new:
+            self.fields[b"facts"] = facts.to_bytes()
+            self.backend, self.created_ms = facts.backend, facts.created_ms
+        return is_new
+
+
+class EmbeddedJobs:
+    """Implements `JobStore`. `values` are those of the store, `post` appends to an inbox."""
+
+    def __init__(self, keys: StoreKeys, values: Expiring[bytes], post: Callable[[str, bytes], None], now_ms: Callable[[], int]) -> None:
+        self._keys = keys
+        self._values = values
+        self._post = post
+        self._now_ms = now_ms
+        self._jobs = Expiring[_Job]()
+
+    def __repr__(self) -> str:
+        return f"<EmbeddedJobs, {len(self._jobs)} of them>"
+
+    def clear(self) -> None:
+        self._jobs.clear()
+
+    # Writing.
+
+    def add_then(self, future_id: str, facts: JobFacts, on_done: OnDone, message: bytes = b"") -> None:
+        job = self._jobs.get(future_id) or _Job()
+        if job.keep_fact(facts) and not job.has_ended and not job.runs:
+            job.score = score_of(facts)
+            self._tell(future_id, job, _state(JobState.QUEUED, facts.created_ms))
+        if not job.has_ended:
+            self._jobs.put(future_id, job, UNENDED_TTL_S * 1000)
+            if message:
+                self._values.put(self._keys.message(future_id), message, UNENDED_TTL_S * 1000)
+        on_done(True)
+
+    async def begin(self, run: Run) -> Begun:
+        job = self._jobs.get(run.id) or _Job()
+        if (result := self._values.get(self._keys.future(run.id))) is not None or job.has_ended:
+            return Done(result or b"")
+        holder, until = job.lease
+        left_ms = int((until - time.monotonic()) * 1000) + 1
+        if left_ms > 0 and holder != run.token:
+            return Held(left_ms)
+        job.lease = (run.token, time.monotonic() + LEASE_MS / 1000)
+        if job.token != run.token:
+            job.keep_fact(run.facts)
+            job.runs += 1
+            job.token, job.score = run.token, None
+            job.fields[b"run:%d" % job.runs] = Attempt(replica=run.replica, started_ms=run.now_ms).to_bytes()
+            for old in (b"run:%d" % (job.runs - KEPT_ATTEMPTS), b"end:%d" % (job.runs - KEPT_ATTEMPTS)):
+                job.fields.pop(old, None)
+            self._tell(run.id, job, _state(JobState.RUNNING, run.now_ms))
+        self._jobs.put(run.id, job, run.ttl_s * 1000)
+        return Leased(job.runs)
+
+    async def renew(self, future_id: str, token: bytes) -> bool:
+        job = self._jobs.get(future_id)
+        if job is None:
+            return True
+        if job.is_of(token) and not job.has_ended:
+            job.lease = (token, time.monotonic() + LEASE_MS / 1000)
+        return job.is_of(token)
+
+    async def try_again(self, future_id: str, token: bytes, attempt: Attempt) -> bool:
+        job, name, raw = self._jobs.get(future_id) or _Job(), b"end:%d" % attempt.number, attempt.to_bytes()
+        if job.fields.get(name) == raw:  # our own
+            return True
+        if not job.is_of(token) or job.has_ended or self._values.get(self._keys.future(future_id)) is not None:
+            return False
+        job.fields[name] = raw
+        job.token, job.lease = b"", (b"", 0.0)
+        self._tell(future_id, job, _state(JobState.QUEUED, attempt.ended_ms))
+        self._jobs.put(future_id, job, UNENDED_TTL_S * 1000)
+        return True
+
+    async def give_back(self, future_id: str, token: bytes) -> None:
+        job = self._jobs.get(future_id)
+        if job is None or job.token != token or job.has_ended:
+            return
+        job.fields.pop(b"run:%d" % job.runs, None)
+        job.runs -= 1
+        job.token, job.lease = b"", (b"", 0.0)
+        self._tell(future_id, job, _state(JobState.QUEUED, self._now_ms()))
+
+    def end_then(self, end: JobEnd, on_done: OnDone) -> None:
+        future, ttl_ms = self._keys.future(end.id), end.result_ttl_ms
+        if not self._values.put(future, end.result, ttl_ms, only_new=True) and self._values.get(future) != end.result:
+            return on_done(False)
+        job = self._jobs.get(end.id) or _Job()
+        if not job.has_ended:
+            job.fields |= {b"state": end.state.encode(), b"status": b"%d" % end.status, b"ended": b"%d" % end.ended_ms}
+            job.score = None
+            self._jobs.put(end.id, job, 2 * ttl_ms)
+            self._values.expire(
+                self._keys.message(end.id), min(ttl_ms, MESSAGE_TTL_S * 1000) if end.state is JobState.SUCCEEDED else ttl_ms
+            )
+            self._tell(end.id, job, _state(end.state, end.ended_ms))
+        if job.lease[0] == end.token:
+            job.lease = (b"", 0.0)
+        for inbox in {*filter(None, [end.inbox]), *job.waiters}:
+            self._post(inbox, end.note)
+        on_done(True)
+
+    def note(self, future_id: str, token: bytes, event: JobEvent) -> None:
+        job = self._jobs.get(future_id)
+        if job is None or job.token != token or job.has_ended:
+            return
+        if event.kind is EventKind.PROGRESS:
+            job.fields[b"progress"] = event.to_bytes()
+        self._tell(future_id, job, event)
+
+    async def forget(self, future_id: str) -> bool:
+        job = self._jobs.get(future_id)
+        if job is not None and not job.has_ended:
+            return False
+        self._jobs.pop(future_id)
+        for key in (self._keys.future(future_id), self._keys.result_body(future_id), self._keys.message(future_id)):
+            self._values.pop(key)
+        return True
+
+    def _tell(self, future_id: str, job: _Job, event: JobEvent) -> None:
+        job.last_event += 1
+        job.events.append(NumberedEvent(job.last_event, event))
+        for inbox in job.followers:
+            self._post(inbox, event_entry(future_id, job.last_event, event.to_bytes()))
+
+    # Reading.
+
+    async def read(self, future_id: str) -> JobRecord | None:
+        job = self._jobs.get(future_id)
+        if job is None or not job.fields:
+            return None
+        return record_of(future_id, job.fields, has_result=self._values.get(self._keys.future(future_id)) is not None)
+
+    async def message(self, future_id: str) -> bytes | None:
+        return self._values.get(self._keys.message(future_id))
+
+    async def wait(self, future_id: str, inbox: str) -> JobRecord | None:
+        self._registered(future_id).waiters.put(inbox, inbox, WAIT_TTL_S * 1000)
+        return await self.read(future_id)
+
+    async def follow(self, future_id: str, inbox: str) -> JobRecord | None:
+        self._registered(future_id).followers.put(inbox, inbox, WAIT_TTL_S * 1000)
+        return await self.read(future_id)
+
+    def _registered(self, future_id: str) -> _Job:
+        """Somebody may wait for a job that is not known yet."""
+        if (job := self._jobs.get(future_id)) is None:
+            job = _Job()
+            self._jobs.put(future_id, job, WAIT_TTL_S * 1000)
+        elif not job.fields:
+            self._jobs.extend(future_id, WAIT_TTL_S * 1000)
+        return job
+
+    async def events(self, future_id: str, after: int = 0) -> Sequence[NumberedEvent]:
+        job = self._jobs.get(future_id)
+        return [] if job is None else [event for event in job.events if event.seq > after]
+
+    async def place(self, future_id: str, facts: JobFacts) -> int | None:
+        mine = self._jobs.get(future_id)
+        if mine is None or mine.score is None:
+            return None
+        others = [job for name in self._jobs if (job := self._jobs.get(name)) is not None and job.backend == facts.backend]
+        return sum(1 for job in others if job.score is not None and job.score < mine.score)
+
+    async def list(self, *, backend: str = "", tag: str = "", states: Sequence[str] = (), at_most: int = 100) -> Sequence[JobRecord]:
+        found: list[JobRecord] = []
+        for name in sorted(self._jobs, key=self._created_ms, reverse=True):
+            record = await self.read(name)
+            if record is not None and matches(record, backend, tag, states):
+                found.append(record)
+                if len(found) >= at_most:
+                    break
+        return found
+
+    def _created_ms(self, future_id: str) -> int:
+        job = self._jobs.get(future_id)
+        return 0 if job is None else job.created_ms
+
+
+def _state(state: JobState, at_ms: int) -> JobEvent:
+    return JobEvent(EventKind.STATE, at_ms, state)
