@@ -149,6 +149,12 @@ class Cancelled(MQServeError):
     status = 499
 
 
+class ResultGone(MQServeError):
+    """The job has ended, and its result is not kept any more."""
+
+    status = 410
+
+
 class RemoteError(MQServeError):
     """User code raised an exception that could not be rebuilt here; the remote traceback is a note on this error."""
 
