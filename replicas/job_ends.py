@@ -13,12 +13,11 @@ import msgspec
 from ..broker.dead_letters import Attempt as LostRun
 from ..broker.dead_letters import Death
 from ..broker.envelope import Envelope, JobHead
-from ..broker.job_store import OnDone
 from ..broker.jobs import JOB_RESULT_TTL_S, MAX_RESULT_TTL_S, Attempt, JobEnd, JobRecord, JobState, state_of
 from ..broker.process.printable import printable
 from ..broker.queue import Queue, fate_of
-from ..broker.results import ErrorInfo, Outcome, Phase, Result, entry_of
-from ..broker.store import Store, StoreClosed
+from ..broker.results import Outcome, Result, entry_of
+from ..broker.store import Store, recorded
 from ..controller.state.config import BackendConfig
 from ..controller.state.retries import is_exhausted, next_pause_s
 from .stages import KeptJob
@@ -50,9 +49,7 @@ class JobEnds:
         """Records the result, and with it the end of the job; as `Store.record`, but tries once. What the handler has said before goes
         first."""
         self.tell(job)
-        done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._store.jobs.end_then(self._end_of(job, result), partial(_settle, done))
-        return done
+        return recorded(self._store.jobs.end_then, self._end_of(job, result))
 
     def tell(self, job: KeptJob) -> None:
         """Writes what the handler has said since the last time."""
@@ -129,12 +126,6 @@ def history(record: JobRecord | None) -> list[LostRun]:
     ]
 
 
-def expired_result(backend: str) -> Result:
-    """The result of a job that was not begun in time."""
-    message = "no replica had begun the job by its deadline: give it more time, or add replicas"
-    return Result(status=504, backend=backend, error=ErrorInfo(type=Outcome.LATE, message=message, phase=Phase.QUEUE))
-
-
 def _state_of(job: KeptJob, result: Result) -> JobState:
     return JobState.EXPIRED if result.outcome is Outcome.LATE and not job.begun else state_of(result)
 
@@ -157,17 +148,3 @@ def _for_another_try(envelope: Envelope, again_ms: int, now_ms: int) -> Envelope
     header = msgspec.structs.replace(header, job=head)
     body = b"" if header.ref else envelope.body
     return msgspec.structs.replace(envelope, header=header, body=body, persistent=True, expiration_ms=0)
-
-
-def _settle(done: asyncio.Future[bool], outcome: bool | Exception) -> None:
-    if done.done():
-        return
-    if isinstance(outcome, StoreClosed):
-        done.cancel()
-    elif isinstance(outcome, Exception):
-        done.set_exception(outcome)
-    else:
-        done.set_result(outcome)
-
-
-_: type[OnDone] | None = None
