@@ -77,6 +77,7 @@ class Settlement:
         self._unanswered, self._undead, self._set_aside_words = RateLimitedLog(logger), RateLimitedLog(logger), RateLimitedLog(logger)
         self._bugs = RateLimitedLog(logger, logging.ERROR)
         self.at_most_once = False
+        self._result_ttl_ms = 0  # 0: as any other
 
     def __repr__(self) -> str:
         return f"<Settlement of {self._backend}, {len(self._tasks)} under way>"
@@ -84,6 +85,7 @@ class Settlement:
     def configure(self, config: BackendConfig) -> None:
         self.at_most_once = config.delivery == "at_most_once"
         self._job_ends.config = config
+        self._result_ttl_ms = int((config.result_ttl_s or 0) * 1000)
 
     # Answering.
 
@@ -127,7 +129,7 @@ class Settlement:
         future_id = envelope.future_id(self._backend)
         raw = (result if envelope.attempt == 1 else msgspec.structs.replace(result, attempt=envelope.attempt)).to_bytes()
         deadline_ms = envelope.header.deadline or self._store.now_ms() + int(UNLIMITED_S * 1000)
-        return Record(self._keys.future(future_id), raw, envelope.header.inbox, entry_of(future_id, raw), deadline_ms)
+        return Record(self._keys.future(future_id), raw, envelope.header.inbox, entry_of(future_id, raw), deadline_ms, self._result_ttl_ms)
 
     def _recorded(self, job: Job, outcome: bool | Exception) -> None:
         try:
@@ -196,15 +198,15 @@ class Settlement:
         may_be_second = job.mark or job.delivery.redelivered or job.stage is Stage.RETURNED
         if may_be_second and await self._store.get(self._keys.future(job.envelope.future_id(self._backend))) is not None:
             return False
-        ttl_ms = self._job_ends.result_ttl_ms(job.envelope) if isinstance(job, KeptJob) else RESULT_TTL_S * 1000
-        await self._store.set(key, body, ttl_ms=ttl_ms)
+        kept_ms = self._job_ends.result_ttl_ms(job.envelope) if isinstance(job, KeptJob) else self._result_ttl_ms
+        await self._store.set(key, body, ttl_ms=kept_ms or RESULT_TTL_S * 1000)
         return True
 
     def _answered(self, job: Job) -> None:
         """Acks. Unless the id is minted, and so used only once, it also deletes the counters, so that the next use of the id starts afresh.
         With at-most-once delivery they stay, so that the id never runs twice."""
-        may_have_counters = job.delivery.redelivered or job.mark and not _has_record(job)
-        if may_have_counters and not job.envelope.minted and not (self.at_most_once and job.envelope.id):
+        came_again = job.delivery.redelivered or bool(job.mark)
+        if came_again and not (job.envelope.minted or _is_recorded(job) or (self.at_most_once and job.envelope.id)):
             self._await_for(job, self.start(job, self._admission.forget(job.envelope)))
         self.ack(job)
 
@@ -269,7 +271,7 @@ class Settlement:
         """Requeues the message for other replicas. Removes its start mark first, or its run would count as an attempt though the replica
         lives. Of a request that was admitted and has not started it notes that (NOT_STARTED), so that its next delivery does not count
         as a redelivery. With at-most-once delivery it notes it of each that has not started, and the mark of one that has started stays,
-        so that it never runs again.
+        so that it never runs again. The lease of a job ends, so that another replica may begin at once.
 
         `later` requeues after a pause, for failures of broker or store: at once, the message would be redelivered at full speed. Its slot
         stays taken meanwhile.
@@ -280,7 +282,9 @@ class Settlement:
             return
         waited = job.stage is Stage.ADMITTED and not job.suspect and bool(job.envelope.id) and not self._store.health.trouble
         job.move(Stage.LEAVING)
-        if self.at_most_once and job.envelope.id and not job.started and not mark_stays:
+        if isinstance(job, KeptJob) and job.is_recorded:
+            self._give_back_job(job, later)
+        elif self.at_most_once and job.envelope.id and not job.started and not mark_stays:
             self.start(job, self._requeue_unstarted(job, later))
         elif job.mark and not mark_stays and not self.at_most_once:
             self.start(job, self._unmark_and_requeue(job, later))
@@ -301,6 +305,20 @@ class Settlement:
                 job.move(Stage.RETURNED)
                 job.delivery.requeue()
         return not recording and not self._register.at(Stage.RETURNED)
+
+    def _give_back_job(self, job: KeptJob, later: bool) -> None:
+        """Ends its lease; the run is no attempt then. With at-most-once delivery a run that has started stays in the record."""
+        if job.begun and not (self.at_most_once and job.started):
+            self.start(job, self._end_lease_and_requeue(job, later))
+        else:
+            self._requeue_soon(job, later)
+
+    async def _end_lease_and_requeue(self, job: KeptJob, later: bool) -> None:
+        try:
+            await self._store.jobs.give_back(job.envelope.future_id(self._backend), job.mark)
+        except StoreUnavailable as error:
+            logger.warning("a job of %s goes back before its lease has ended, for which the next replica waits: %s", self._backend, error)
+        self._requeue_soon(job, later)
 
     async def _unmark_and_requeue(self, job: Job, later: bool) -> None:
         try:
@@ -376,6 +394,11 @@ class Settlement:
 def is_kept(envelope: Envelope) -> bool:
     """Whether the result is stored: not for a request without an id (fire and forget), and not for a shadow, whose result nobody reads."""
     return bool(envelope.id) and not envelope.header.shadow
+
+
+def _is_recorded(job: Job) -> bool:
+    """Whether it is a job of which the store has a record."""
+    return isinstance(job, KeptJob) and job.is_recorded
 
 
 def _is_large(envelope: Envelope, body: bytes) -> bool:
