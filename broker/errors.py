@@ -16,6 +16,8 @@ MQServeError
 ├── TooLarge               a body or a head above the limit
 ├── RequestTimeout         no result within the request's time (also a TimeoutError)
 ├── Cancelled              the caller gave the request up
+├── JobGoesOn              the job has not ended
+├── ResultGone             the job has ended, and its result, or its message, is not kept any more
 ├── RemoteError            user code failed in a replica, and its exception could not be rebuilt here
 │   └── ReplicaLost        … or the replica died and the request does not run again: at most once, or its answer had begun to flow
 ├── BackendFailed          replicas of a backend do not get ready, or proxies cannot serve what is declared
@@ -147,6 +149,18 @@ class Cancelled(MQServeError):
     """The caller gave the request up before it had a result."""
 
     status = 499
+
+
+class JobGoesOn(MQServeError):
+    """The job has not ended, which it must have for what was asked."""
+
+    status = 409
+
+
+class ResultGone(MQServeError):
+    """The job has ended, and its result, or its message, is not kept any more."""
+
+    status = 410
 
 
 class RemoteError(MQServeError):

@@ -35,7 +35,7 @@ Those of jobs. Until a job ends, they live for UNENDED_TTL_S:
 | `mqserve:<ns>:waiters:{id}`  | set of inboxes | waiting processes | who ends it  | WAIT_TTL_S, renewed       |
 | `mqserve:<ns>:followers:{id}` | set of inboxes | followers   | writers of events | WAIT_TTL_S, renewed       |
 | `mqserve:<ns>:waiting:<backend>` | sorted set: ids that have not begun | sender, replica, who ends it | who asks for a place | removed |
-| `mqserve:<ns>:jobs`          | sorted set: ids by time of creation | sender, replica | operators | removed in passing once there is no record |
+| `mqserve:<ns>:jobs`          | sorted set: ids by time of creation | sender, replica | operators | removed some time after the record |
 | `mqserve:<ns>:group:{id}`    | string: how many jobs it has | sender of many jobs | clients | UNENDED_TTL_S, from its sending |
 | `mqserve:<ns>:ends`          | stream of ENDS_LENGTH: what has ended | who ends it | controller | none               |
 """

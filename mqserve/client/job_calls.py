@@ -14,7 +14,7 @@ import msgspec
 from ..broker.calls.job_events import JobFollower
 from ..broker.calls.job_sending import JobSender, JobTerms
 from ..broker.calls.sending import RequestSender
-from ..broker.envelope import RequestHead
+from ..broker.envelope import RequestHead, mint_id
 from ..broker.errors import UnknownJob
 from ..broker.job_groups import GroupFacts
 from ..broker.job_store import NumberedEvent
@@ -115,7 +115,8 @@ class JobCalls:
         return self.wait(self._retry(key, plain))
 
     async def _retry(self, key: str, plain: bool) -> Job:
-        new_id = await self._jobs.retry(key)
+        new_id = mint_id()
+        await self._jobs.retry(key, new_id)
         return self.job(new_id, new_id, plain=plain, exists=True)
 
     # Asking.
@@ -134,7 +135,7 @@ class JobCalls:
         return JobStatus.of(record, place)
 
     async def _known(self, key: str) -> JobRecord:
-        record = await self._store.jobs.read(key)
+        record = await self._jobs.look(key)
         if record is None:
             raise UnknownJob(
                 f"nothing is known of a job {key!r}: nobody sent it, or its record is gone, which stays twice as long as its result; a "
@@ -147,7 +148,7 @@ class JobCalls:
         return self.wait(self._is_done(key))
 
     async def _is_done(self, key: str) -> bool:
-        record = await self._store.jobs.read(key)
+        record = await self._jobs.look(key)
         return record is not None and record.state.is_final
 
     def first_result(self, key: str, *, exists: bool) -> concurrent.futures.Future[Found]:
@@ -160,12 +161,8 @@ class JobCalls:
         return key, await self._requests.pending.job_result(key, None)
 
     def cancel(self, key: str) -> bool:
-        """See `Future.cancel`."""
-        return self.wait(self._cancel(key))
-
-    async def _cancel(self, key: str) -> bool:
-        await self._known(key)
-        return await self._jobs.cancel(key)
+        """See `Future.cancel`. Raises UnknownJob."""
+        return self.wait(self._jobs.cancel(key))
 
     def read(self, key: str, result: Result, *, plain: bool) -> Any:
         """See `Sender.read`."""
@@ -188,7 +185,7 @@ class JobCalls:
 
     async def states(self, keys: Sequence[str]) -> list[JobState | None]:
         """Returns the state of each job; None for one that is not known."""
-        records = await self._some_at_a_time(self._store.jobs.read, keys)
+        records = await self._some_at_a_time(self._jobs.look, keys)
         return [None if record is None else record.state for record in records]
 
     async def cancel_all(self, keys: Sequence[str]) -> int:
