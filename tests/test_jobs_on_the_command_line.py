@@ -1,5 +1,6 @@
 """`mqserve jobs` and `mqserve call`."""
 
+import asyncio
 import json
 import signal
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ import pytest
 import mqserve as serve
 from tests.gates import Gate
 from tests.instances import CommandLine, Deploy, distributed_only, new_name, wait_until
+from tests.tallies import Tally
 
 pytestmark = distributed_only
 
@@ -185,15 +187,16 @@ def test_ctrl_c_leaves_a_job_and_says_how_to_find_it(joining: CommandLine, deplo
     assert "let go" not in calling.output
 
 
-def test_ctrl_c_cancels_a_call_that_is_waited_for(joining: CommandLine, deploy: Deploy, gate: Gate) -> None:
+def test_ctrl_c_cancels_a_call_that_is_waited_for(joining: CommandLine, deploy: Deploy, tally: Tally) -> None:
     async def hold(request: serve.ServeRequest) -> None:
+        tally.note("began")
         try:
-            await gate.pass_through_async()
+            await asyncio.Event().wait()
         finally:
-            (gate._folder / "came-cancelled").touch()
+            tally.note("ended")
 
     calling = joining.start("call", deploy(hold))
-    wait_until(lambda: gate.came == 1)
+    wait_until(lambda: tally.lines == ["began"])
     calling.signal(signal.SIGINT)
     assert calling.wait() == 130
-    wait_until(lambda: gate.came == 2)
+    wait_until(lambda: tally.lines == ["began", "ended"])
