@@ -380,13 +380,25 @@ OF_NOBODY = ["KEYS *", "SCAN 0", "CONFIG GET *", "FLUSHALL", "FLUSHDB", "DEBUG S
 OF_NOBODY += ["GET mqserve:other:desired", "SET elsewhere 1", "PUBLISH elsewhere x", "MODULE LIST", "SLAVEOF NO ONE", "SAVE", "RENAME a b"]
 OF_NO_READER = [f"XADD {ROOT_KEY}:stream:{{x}} 1-1 f x", f"XTRIM {ROOT_KEY}:stream:{{x}} MINID 1", f"SET {ROOT_KEY}:owner:{{x}} x"]
 OF_NO_READER += [f"RPUSH {ROOT_KEY}:stream:{{x}} x", f"BLMPOP 1 1 {ROOT_KEY}:feed:x LEFT", f"SET {ROOT_KEY}:feed:x x"]
+OF_NO_CALLER = [
+    f"ZRANGE {ROOT_KEY}:jobs 0 -1",
+    f"ZRANDMEMBER {ROOT_KEY}:jobs",
+    f"XRANGE {ROOT_KEY}:ends - +",
+    f"GET {ROOT_KEY}:lease:{{x}}",
+]
+OF_NO_CALLER += [f"SET {ROOT_KEY}:lease:{{x}} x", f"HINCRBY {ROOT_KEY}:job:{{x}} runs 1"]
 OF_CONTROLLER = [f"SET {ROOT_KEY}:{name} x" for name in ("observed", "leader", "instance")]
 STORE_REFUSALS: dict[str, list[str]] = {
     "controller": [],
     "node": [
         *(f"GET {ROOT_KEY}:{name}" for name in ("future:{x}", "body:{x}", "instance", "inbox:client-x", "owner:{x}")),
         *OF_NO_READER,
-        *(f"{command} 0" for command in (f"PEXPIRE {ROOT_KEY}:stream:{{x}}", f"RPUSH {ROOT_KEY}:feed:x")),
+        *(
+            f"{command} 0"
+            for command in (f"PEXPIRE {ROOT_KEY}:stream:{{x}}", f"RPUSH {ROOT_KEY}:feed:x", f"RPUSH {ROOT_KEY}:inbox:client-x")
+        ),
+        f"HGETALL {ROOT_KEY}:job:{{x}}",
+        *OF_NO_CALLER,
         *(f"SET {ROOT_KEY}:{name} x" for name in ("desired", "future:{x}")),
         *OF_CONTROLLER,
     ],
@@ -397,6 +409,7 @@ STORE_REFUSALS: dict[str, list[str]] = {
         f"HGETALL {ROOT_KEY}:beats",
         f"DEL {ROOT_KEY}:future:{{x}}",
         *OF_NO_READER,
+        *OF_NO_CALLER,
         *OF_CONTROLLER,
     ],
     "replica": [
@@ -404,6 +417,8 @@ STORE_REFUSALS: dict[str, list[str]] = {
         *(f"BLMPOP 1 1 {ROOT_KEY}:inbox:{whose}-x LEFT" for whose in ("client", "proxy")),
         f"HGETALL {ROOT_KEY}:beats",
         f"DEL {ROOT_KEY}:desired",
+        f"ZRANGE {ROOT_KEY}:jobs 0 -1",
+        f"XRANGE {ROOT_KEY}:ends - +",
         *OF_CONTROLLER,
     ],
     "client": [
@@ -412,6 +427,7 @@ STORE_REFUSALS: dict[str, list[str]] = {
         f"BLMPOP 1 1 {ROOT_KEY}:inbox:proxy-x LEFT",
         f"HSET {ROOT_KEY}:beats a b",
         *OF_NO_READER,
+        *OF_NO_CALLER,
         f"DEL {ROOT_KEY}:desired",
         *OF_CONTROLLER,
     ],
