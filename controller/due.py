@@ -9,17 +9,20 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Collection
-from functools import partial
+from collections.abc import Collection
 from typing import Protocol
 
 from ..broker.dead_letters import Death
 from ..broker.envelope import Envelope
 from ..broker.errors import BadEnvelope, MQServeError, NotRouted
-from ..broker.later import GONE_BEFORE_ITS_TIME, DueJob, Later, longest_wait_s
+from ..broker.job_store import JobStore
+from ..broker.jobs import JOB_RESULT_TTL_S, JobEnd, state_of
+from ..broker.later import DueJob, Later
 from ..broker.process.rate_limited_log import RateLimitedLog
 from ..broker.process.tasks import Tasks
-from ..broker.queue import Consumption, Settled, fate_of
+from ..broker.queue import Consumption
+from ..broker.results import ErrorInfo, Outcome, Result, entry_of
+from ..broker.store import Store
 from .queues import WhileLeading
 
 logger = logging.getLogger(__name__)
@@ -27,7 +30,6 @@ logger = logging.getLogger(__name__)
 HELD = 200  # jobs that are on their way at once
 DECLARE_AGAIN_S = 15.0  # a broker may come back empty
 TRY_AGAIN_S = 1.0
-CONFIRM_BUDGET_S = 5.0
 _LAST_CONFIRMS_S = 2.0
 
 
@@ -48,11 +50,11 @@ class Senders(Protocol):
 class DueJobs:
     """The jobs whose time the leader looks at. It takes some while it leads (`go_on`), and none otherwise (`stop`)."""
 
-    def __init__(self, later: Later, senders: Senders, now_ms: Callable[[], int], while_leading: WhileLeading) -> None:
+    def __init__(self, later: Later, senders: Senders, store: Store, while_leading: WhileLeading) -> None:
         self._later = later
         self._while_leading = while_leading
         self._senders = senders
-        self._now_ms = now_ms
+        self._store = store
         self._backends: Collection[str] = ()
         self._consumption: Consumption | None = None
         self._declared_at = -math.inf  # monotonic
@@ -111,7 +113,7 @@ class DueJobs:
         job.ack()
 
     async def _send_on(self, job: DueJob) -> None:
-        """Has the broker confirm the job in another queue. Raises the broker's error."""
+        """Returns once the broker has the job elsewhere. Raises the errors of broker and store."""
         if not job.backend:
             return self._odd.say("a message among the jobs that wait names no backend (mq-to), and is dropped: see docs/protocol.md")
         try:
@@ -119,21 +121,44 @@ class DueJobs:
             self._senders.check_header(envelope)
             self._senders.check_pickle(envelope)
         except BadEnvelope as error:
-            return await self._later.set_aside(job, Death(str(error), died_at_ms=self._now_ms()))
+            return await self._later.set_aside(job, Death(str(error), died_at_ms=self._store.now_ms()))
         due_ms = envelope.header.job.not_before_ms if envelope.header.job is not None else 0
-        if (left_ms := due_ms - self._now_ms()) > 0:
-            return await self._let_wait(job, longest_wait_s(left_ms))
-        error = await fate_of(partial(self._later.forward, job), CONFIRM_BUDGET_S)
-        if isinstance(error, NotRouted) and job.backend not in self._backends:
-            await self._later.set_aside(job, GONE_BEFORE_ITS_TIME)
-        elif error is not None:
-            raise error
+        if (left_ms := due_ms - self._store.now_ms()) > 0:
+            return await self._later.wait(job, left_ms)
+        try:
+            await self._later.forward(job)
+        except NotRouted:
+            if job.backend in self._backends:
+                raise  # its queue is about to be declared
+            await self._bury(job, envelope)
 
-    async def _let_wait(self, job: DueJob, wait_s: int) -> None:
-        publish: Callable[[Settled], None] = partial(self._later.wait, job, wait_s)
-        error = await fate_of(publish, CONFIRM_BUDGET_S)
-        if isinstance(error, NotRouted):  # the first job that waits for so long, or the broker came back empty
-            await self._later.declare_wait(wait_s)
-            error = await fate_of(publish, CONFIRM_BUDGET_S)
-        if error is not None:
-            raise error
+    async def _bury(self, job: DueJob, envelope: Envelope) -> None:
+        """Ends a job whose backend is gone, as replicas end those that wait when theirs goes."""
+        why = f"backend {job.backend!r} was deleted before the time of this job came"
+        if future_id := envelope.future_id(job.backend):
+            info = ErrorInfo(type=Outcome.GONE, message=f"{why}: submit it again once it is served")
+            result = Result(status=503, backend=job.backend, error=info)
+            raw = result.to_bytes()
+            asked_s = envelope.header.job.result_ttl_s if envelope.header.job is not None else 0
+            end = JobEnd(
+                future_id, raw, entry_of(future_id, raw), state_of(result), result.status, job.backend, self._store.now_ms(),
+                (asked_s or JOB_RESULT_TTL_S) * 1000, inbox=envelope.header.inbox,
+            )  # fmt: skip
+            await _ended(self._store.jobs, end)
+        await self._later.set_aside(job, Death(f"{why}: deploy it again, and retry this", died_at_ms=self._store.now_ms()))
+
+
+async def _ended(jobs: JobStore, end: JobEnd) -> None:
+    """Returns once the end is recorded. Raises StoreUnavailable."""
+    done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def on_done(outcome: bool | Exception) -> None:
+        if done.done():
+            return
+        if isinstance(outcome, Exception):
+            done.set_exception(outcome)
+        else:
+            done.set_result(None)
+
+    jobs.end_then(end, on_done)
+    await done
