@@ -60,6 +60,7 @@ class JobCalls:
         self._keys = connections.keys
         self._signer = connections.settings.signer
         self._requests = requests
+        self.refusal = ""  # why the store is to take no new jobs; the client sets it when the document changes
         self._jobs = JobSender(connections.queue, connections.store, connections.keys, requests.held, self._signer)
 
     def __repr__(self) -> str:
@@ -107,7 +108,7 @@ class JobCalls:
         return self._send(order, backend, content_type, body, terms)
 
     async def _send(self, order: Order, backend: str, content_type: str, body: bytes, terms: JobTerms) -> Job:
-        await self._jobs.submit(order.id, backend, body, content_type, order.meta, origin="handle", terms=terms)
+        await self._jobs.submit(order.id, backend, body, content_type, order.meta, origin="handle", terms=terms, refusal=self.refusal)
         return self.job(order.id, order.id, plain=order.plain, expires_ms=terms.expires_ms)
 
     def retry(self, key: str, *, plain: bool) -> Job:
@@ -116,7 +117,7 @@ class JobCalls:
 
     async def _retry(self, key: str, plain: bool) -> Job:
         new_id = mint_id()
-        facts = await self._jobs.retry(key, new_id)
+        facts = await self._jobs.retry(key, new_id, refusal=self.refusal)
         return self.job(new_id, new_id, plain=plain, expires_ms=facts.expires_ms)
 
     # Asking.
