@@ -10,19 +10,16 @@ import logging
 import math
 import time
 from collections.abc import Collection
-from typing import Protocol
 
 from ..broker.dead_letters import Death
 from ..broker.envelope import Envelope
 from ..broker.errors import BadEnvelope, MQServeError, NotRouted
-from ..broker.job_store import JobStore
-from ..broker.jobs import JOB_RESULT_TTL_S, JobEnd, state_of
 from ..broker.later import DueJob, Later
 from ..broker.process.rate_limited_log import RateLimitedLog
 from ..broker.process.tasks import Tasks
 from ..broker.queue import Consumption
-from ..broker.results import ErrorInfo, Outcome, Result, entry_of
 from ..broker.store import Store
+from .job_ends import Senders, end_as_gone
 from .queues import WhileLeading
 
 logger = logging.getLogger(__name__)
@@ -31,20 +28,6 @@ HELD = 200  # jobs that are on their way at once
 DECLARE_AGAIN_S = 15.0  # a broker may come back empty
 TRY_AGAIN_S = 1.0
 _LAST_CONFIRMS_S = 2.0
-
-
-class Senders(Protocol):
-    """Decides whose messages count: what the leader publishes again, it vouches for."""
-
-    demands_seals: bool
-
-    def check_header(self, envelope: Envelope) -> None:
-        """Raises BadSignature."""
-        ...
-
-    def check_pickle(self, envelope: Envelope) -> None:
-        """Raises BadEnvelope."""
-        ...
 
 
 class DueJobs:
@@ -135,30 +118,5 @@ class DueJobs:
     async def _bury(self, job: DueJob, envelope: Envelope) -> None:
         """Ends a job whose backend is gone, as replicas end those that wait when theirs goes."""
         why = f"backend {job.backend!r} was deleted before the time of this job came"
-        if future_id := envelope.future_id(job.backend):
-            info = ErrorInfo(type=Outcome.GONE, message=f"{why}: submit it again once it is served")
-            result = Result(status=503, backend=job.backend, error=info)
-            raw = result.to_bytes()
-            asked_s = envelope.header.job.result_ttl_s if envelope.header.job is not None else 0
-            end = JobEnd(
-                future_id, raw, entry_of(future_id, raw), state_of(result), result.status, job.backend, self._store.now_ms(),
-                (asked_s or JOB_RESULT_TTL_S) * 1000, inbox=envelope.header.inbox,
-            )  # fmt: skip
-            await _ended(self._store.jobs, end)
+        await end_as_gone(self._store, job.backend, envelope, why)
         await self._later.set_aside(job, Death(f"{why}: deploy it again, and retry this", died_at_ms=self._store.now_ms()))
-
-
-async def _ended(jobs: JobStore, end: JobEnd) -> None:
-    """Returns once the end is recorded. Raises StoreUnavailable."""
-    done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def on_done(outcome: bool | Exception) -> None:
-        if done.done():
-            return
-        if isinstance(outcome, Exception):
-            done.set_exception(outcome)
-        else:
-            done.set_result(None)
-
-    jobs.end_then(end, on_done)
-    await done

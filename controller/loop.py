@@ -30,7 +30,8 @@ from ..broker.store_keys import CODE_TTL_S, StoreKeys
 from . import lease, plan
 from .absent_nodes import AbsentNodes
 from .desired_writes import write_next
-from .due import DueJobs, Senders
+from .due import DueJobs
+from .job_ends import Leftovers, Senders
 from .job_limits import job_limit_s, job_problems
 from .known_documents import KnownDocuments
 from .queues import REFUSAL_S, Queues
@@ -76,6 +77,7 @@ class Controller:
         self._trouble = trouble  # what this process's keeper has to report to operators
         # None where replicas, which judge senders likewise, cannot start either
         self._due = DueJobs(queue.later, senders, store, self._while_leading) if senders is not None else None
+        self._leftovers = Leftovers(queue, store, senders) if senders is not None else None
         self._consumer_timeout_s = consumer_timeout_s
         self._leader = lease.Leader(store, keys, controller_id, kept_by)
         self._known = KnownDocuments(store, keys, instance)
@@ -92,7 +94,7 @@ class Controller:
         self._restarts: dict[tuple[str, int], Restarts] = defaultdict(Restarts)  # by (backend, version)
         self._were_ready: set[str] = set()
         self._counted: set[str] = set()  # replicas whose death is counted already and that the observed document still names
-        self._queues = Queues(self._queue, self._while_leading, self._next_generation)
+        self._queues = Queues(self._queue, self._while_leading, self._next_generation, self._leftovers)
         self._had_node_at = time.monotonic()
         self._closing_since = math.inf  # monotonic
         self._absent_nodes = AbsentNodes()
