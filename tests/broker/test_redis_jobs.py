@@ -64,7 +64,7 @@ async def test_a_batch_of_large_messages_is_divided(store_url: str, namespace: s
 
 async def test_each_key_expires_in_its_time(store_server: PrivateRedis, namespace: str, keys: StoreKeys) -> None:
     def ttl_s(key: str) -> float:
-        return round(store_server.say("PTTL", key) / 1000)
+        return round(float(store_server.say("PTTL", key)) / 1000)
 
     async with open_redis(store_server.url, namespace) as store:
         await added(store, message=b"message")
