@@ -29,6 +29,7 @@ import mqserve as serve
 from mqserve.broker import queue_names
 from mqserve.broker.dead_letters import Attempt
 from mqserve.broker.envelope import Header, RequestHead
+from mqserve.broker.later import LONGEST_WAIT_S
 from mqserve.broker.results import ErrorInfo, Result
 from mqserve.broker.settings import Settings
 from mqserve.broker.store_keys import RESULT_TTL_S, StoreKeys
@@ -427,6 +428,12 @@ def test_names_and_numbers_of_the_protocol_are_the_codes() -> None:
         StoreKeys(ns).future(f"{backend}/<message_id>"),
         f"`{queue_names.requests_exchange(ns)}`",
         f"`{queue_names.backend_queue(ns, backend, 0)}`".replace("0", "<n>"),
+        f"`{queue_names.jobs_exchange(ns)}`",
+        f"`{queue_names.jobs_queue(ns, backend, 0)}`".replace("0", "<n>"),
+        f"`{queue_names.later_exchange(ns)}`",
+        f"`{queue_names.later_queue(ns, 0)}`".replace("0", "<s>"),
+        f"`{queue_names.due_queue(ns)}`",
+        f"{LONGEST_WAIT_S:,} seconds",
         f"`{queue_names.dead_exchange(ns)}`",
         f"`{queue_names.dead_queue(ns, backend)}`",
         f"{queue_names.DEAD_LETTER_LIMIT:,} messages",
@@ -438,7 +445,9 @@ def test_names_and_numbers_of_the_protocol_are_the_codes() -> None:
 
 def test_every_header_of_ours_is_described() -> None:
     headers = set(
-        re.findall(r"\bmq-[a-z-]+[a-z]", (ROOT / "broker" / "dead_letters.py").read_text() + (ROOT / "broker" / "envelope.py").read_text())
+        re.findall(
+            r"\bmq-[a-z-]+[a-z]", "".join((ROOT / "broker" / f"{name}.py").read_text() for name in ("dead_letters", "envelope", "later"))
+        )
     )
     assert headers == set(re.findall(r"`(mq-[a-z-]+)`", TEXT[PROTOCOL]))
 
