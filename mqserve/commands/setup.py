@@ -137,6 +137,7 @@ class _Kinds:
         self.jobs = {keys.job("*"), keys.message("*"), keys.events("*"), keys.waiters("*"), keys.followers("*"), keys.waiting("*")}
         self.lists = {keys.jobs, keys.ends}
         self.runs = {keys.lease("*"), keys.jobs}
+        self.groups = {keys.group("*")}
         self.inboxes = {keys.inbox("*")}
         self._keys = keys
 
@@ -161,7 +162,7 @@ def store_rights(namespace: str) -> dict[str, StoreRights]:
         return StoreRights(frozenset(reads), frozenset(writes), commands, frozenset(kinds.streams), frozenset(kinds.feeds | kinds.inboxes))
 
     everything = {f"mqserve:{namespace}:*"}
-    run = results | kinds.counts | kinds.streams | kinds.feeds | kinds.jobs | kinds.runs | kinds.inboxes_of("replica")
+    run = results | kinds.counts | kinds.streams | kinds.feeds | kinds.jobs | kinds.runs | kinds.groups | kinds.inboxes_of("replica")
     return {
         "controller": rights(
             everything, everything, (*_CALLS, *_BEATING, *_COUNTING, *_RUNNING_JOBS, "info", "persist", "xread", "zrange")
@@ -186,8 +187,8 @@ def store_rights(namespace: str) -> dict[str, StoreRights]:
         ),
         "client": caller_rights(
             "client",
-            {*documents, keys.start("*"), keys.instance, keys.ended, keys.beats},
-            {keys.desired, keys.code("*"), keys.cancelled},
+            {*documents, *kinds.groups, keys.start("*"), keys.instance, keys.ended, keys.beats},
+            {*kinds.groups, keys.desired, keys.code("*"), keys.cancelled},
             _CALLS,
         ),
     }
