@@ -84,7 +84,7 @@ class EventKind(StrEnum):
 
 
 class JobEvent(msgspec.Struct, frozen=True, omit_defaults=True):
-    """An entry of the stream `events:{id}`, and what those who follow the job are told."""
+    """An entry of the list `events:{id}`, and what those who follow the job are told."""
 
     kind: EventKind
     at_ms: Whole = 0
@@ -162,6 +162,11 @@ class JobEnd(msgspec.Struct, frozen=True):
     result_ttl_ms: int
     token: bytes = b""  # of the run, whose lease ends with it
     inbox: str = ""
+
+
+def priority_name(number: int) -> str:
+    """Returns the word for a priority; of one that only a direct publisher can set, the number."""
+    return next((name for name, its in PRIORITIES.items() if its == number), str(number))
 
 
 def state_of(result: Result) -> JobState:

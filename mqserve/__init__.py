@@ -22,6 +22,7 @@ from .client.api import (
     future,
     get_backend_config,
     get_handle,
+    group,
     job,
     list_backends,
     list_endpoints,
@@ -32,6 +33,7 @@ from .client.api import (
     shutdown,
     start,
     stream,
+    submit_many,
     update_backend,
     update_backend_config,
 )
@@ -64,10 +66,12 @@ from .broker.errors import (
 )
 from .client.client import Client
 from .controller.state.config import BackendConfig
+from .controller.state.retries import Retry
 from .client.declared import endpoint
 from .client import pickled_clients  # noqa: F401  # says how clients and handles pickle
 from .client.futures import Future, get, wait
 from .client.gathering import as_completed, gather
+from .client.groups import Group, GroupStatus
 from .client.handle import AsyncHandle, Handle, StreamHandle
 from .client.jobs import Job, JobAttempt, JobEvent, JobEvents, JobStatus
 from .client.streams import Stream
@@ -76,6 +80,7 @@ from .replicas.batch_decorators import END, BadBatch, accept_batch, batch
 from .replicas.context import ReplicaContext, cancelled, get_current_backend_tag, get_current_replica_tag, get_replica_context
 from .replicas.asgi_apps import NoHttpRequest
 from .replicas.handler import NoSuchMethod
+from .replicas.job_words import RetryLater, log, progress
 from .replicas.ingress import ingress
 from .replicas.requests import BadBody, Request, ServeRequest
 
@@ -97,6 +102,8 @@ __all__ = [
     "Cancelled",
     "Client",
     "Future",
+    "Group",
+    "GroupStatus",
     "HTTPException",
     "Handle",
     "InstanceEnded",
@@ -121,6 +128,8 @@ __all__ = [
     "Request",
     "RequestTimeout",
     "ResultGone",
+    "Retry",
+    "RetryLater",
     "ServeRequest",
     "StoreUnavailable",
     "Stream",
@@ -148,17 +157,21 @@ __all__ = [
     "get_current_replica_tag",
     "get_handle",
     "get_replica_context",
+    "group",
     "ingress",
     "job",
     "list_backends",
     "list_endpoints",
+    "log",
     "mount",
+    "progress",
     "register_convertor",
     "set_traffic",
     "shadow_traffic",
     "shutdown",
     "start",
     "stream",
+    "submit_many",
     "update_backend",
     "update_backend_config",
     "wait",

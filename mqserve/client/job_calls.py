@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import math
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..broker.calls.job_events import JobFollower
 from ..broker.calls.job_sending import JobSender, JobTerms
 from ..broker.calls.sending import RequestSender
-from ..broker.envelope import RequestHead
-from ..broker.errors import UnknownJob
+from ..broker.envelope import RequestHead, mint_id
+from ..broker.errors import InstanceError, UnknownJob
+from ..broker.job_groups import GroupFacts
 from ..broker.job_store import NumberedEvent
-from ..broker.jobs import PRIORITIES, JobRecord, JobState
+from ..broker.jobs import PRIORITIES, UNENDED_TTL_S, JobRecord, JobState
 from ..broker.results import Result
 from ..broker.values.codecs import encode_value
 from ..broker.values.signing import SealScope
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from .sender import Sender
 
 T = TypeVar("T")
+_EXPIRED_AFTER_S = 6.0  # a job that was not begun so long after its time will not begin
+_AT_ONCE = 200  # questions about the members of a group
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +57,10 @@ class JobCalls:
         self._sender = sender
         self._runtime = runtime
         self._store = connections.store
+        self._keys = connections.keys
         self._signer = connections.settings.signer
         self._requests = requests
+        self.refusal = ""  # why the store is to take no new jobs; the client sets it when the document changes
         self._jobs = JobSender(connections.queue, connections.store, connections.keys, requests.held, self._signer)
 
     def __repr__(self) -> str:
@@ -102,22 +108,23 @@ class JobCalls:
         return self._send(order, backend, content_type, body, terms)
 
     async def _send(self, order: Order, backend: str, content_type: str, body: bytes, terms: JobTerms) -> Job:
-        await self._jobs.submit(order.id, backend, body, content_type, order.meta, origin="handle", terms=terms)
-        return self.job(order.id, order.id, plain=order.plain, exists=True)
+        await self._jobs.submit(order.id, backend, body, content_type, order.meta, origin="handle", terms=terms, refusal=self.refusal)
+        return self.job(order.id, order.id, plain=order.plain, expires_ms=terms.expires_ms)
 
     def retry(self, key: str, *, plain: bool) -> Job:
         """See `Job.retry`."""
         return self.wait(self._retry(key, plain))
 
     async def _retry(self, key: str, plain: bool) -> Job:
-        new_id = await self._jobs.retry(key)
-        return self.job(new_id, new_id, plain=plain, exists=True)
+        new_id = mint_id()
+        facts = await self._jobs.retry(key, new_id, refusal=self.refusal)
+        return self.job(new_id, new_id, plain=plain, expires_ms=facts.expires_ms)
 
     # Asking.
 
-    def job(self, key: str, job_id: str, *, plain: bool = False, exists: bool = False) -> Job:
-        """Returns a job. `exists`: it was sent, so it is waited for even if the store does not know it."""
-        return Job(job_id, Kept(key, self, plain=plain, exists=exists))
+    def job(self, key: str, job_id: str, *, plain: bool = False, expires_ms: int | None = None) -> Job:
+        """Returns a job. One of which it is known when it expires (0: never) was sent: it is waited for even if the store has lost it."""
+        return Job(job_id, Kept(key, self, plain=plain, expires_ms=expires_ms))
 
     def status(self, key: str) -> JobStatus:
         """See `Job.status`."""
@@ -129,7 +136,7 @@ class JobCalls:
         return JobStatus.of(record, place)
 
     async def _known(self, key: str) -> JobRecord:
-        record = await self._store.jobs.read(key)
+        record = await self._jobs.look(key)
         if record is None:
             raise UnknownJob(
                 f"nothing is known of a job {key!r}: nobody sent it, or its record is gone, which stays twice as long as its result; a "
@@ -142,29 +149,64 @@ class JobCalls:
         return self.wait(self._is_done(key))
 
     async def _is_done(self, key: str) -> bool:
-        record = await self._store.jobs.read(key)
+        record = await self._jobs.look(key)
         return record is not None and record.state.is_final
 
-    def first_result(self, key: str, *, exists: bool) -> concurrent.futures.Future[Found]:
+    def first_result(self, key: str, expires_ms: int | None) -> concurrent.futures.Future[Found]:
         """Returns a future of the result. Cancel it to stop waiting."""
-        return self._runtime.submit(self._first_result(key, exists))
+        return self._runtime.submit(self._first_result(key, expires_ms))
 
-    async def _first_result(self, key: str, exists: bool) -> Found:
-        if not exists:
-            await self._known(key)
+    async def _first_result(self, key: str, expires_ms: int | None) -> Found:
+        if expires_ms is None:
+            expires_ms = (await self._known(key)).facts.expires_ms
+        if expires_ms:
+            left_s = (expires_ms - self._store.now_ms()) / 1000
+            with suppress(TimeoutError):
+                return key, await self._requests.pending.job_result(key, max(0.0, left_s) + _EXPIRED_AFTER_S)
+            await self._jobs.look(key)  # nobody else may notice that it was not begun in time
         return key, await self._requests.pending.job_result(key, None)
 
     def cancel(self, key: str) -> bool:
-        """See `Future.cancel`."""
-        return self.wait(self._cancel(key))
-
-    async def _cancel(self, key: str) -> bool:
-        await self._known(key)
-        return await self._jobs.cancel(key)
+        """See `Future.cancel`. Raises UnknownJob."""
+        return self.wait(self._jobs.cancel(key))
 
     def read(self, key: str, result: Result, *, plain: bool) -> Any:
         """See `Sender.read`."""
         return self._sender.read(key, result, plain=plain)
+
+    # Groups.
+
+    def group_of(self, total: int, order: Order) -> GroupFacts:
+        """Returns what is to be known of a group of such jobs."""
+        now_ms = self._store.now_ms()
+        return GroupFacts(total, order.meta.endpoint, now_ms, timing_of(order.options, now_ms).expires_ms)
+
+    async def keep_group(self, group_id: str, facts: GroupFacts) -> None:
+        await self._store.set(self._keys.group(group_id), facts.to_bytes(), ttl_ms=UNENDED_TTL_S * 1000)
+
+    async def group_facts(self, group_id: str) -> GroupFacts:
+        """Raises UnknownJob."""
+        raw = await self._store.get(self._keys.group(group_id))
+        if raw is None:
+            raise UnknownJob(
+                f"nothing is known of a group {group_id!r}: nobody sent it, or that was more than {UNENDED_TTL_S // 86400} days ago"
+            )
+        return GroupFacts.from_bytes(raw)
+
+    async def states(self, keys: Sequence[str]) -> list[JobState | None]:
+        """Returns the state of each job; None for one that is not known."""
+        records = await self._some_at_a_time(self._jobs.look, keys)
+        return [None if record is None else record.state for record in records]
+
+    async def cancel_all(self, keys: Sequence[str]) -> int:
+        """Cancels jobs for everybody, and returns how many had no result yet."""
+        return sum(await self._some_at_a_time(self._jobs.cancel, keys))
+
+    async def _some_at_a_time(self, ask: Callable[[str], Awaitable[T]], keys: Sequence[str]) -> list[T]:
+        found: list[T] = []
+        for start in range(0, len(keys), _AT_ONCE):
+            found += await asyncio.gather(*map(ask, keys[start : start + _AT_ONCE]))
+        return found
 
     # Following.
 
@@ -175,7 +217,10 @@ class JobCalls:
 
     async def next_event(self, following: JobFollower) -> NumberedEvent | None:
         """Returns the next event; None behind the last one."""
-        return await anext(following, None)
+        event = await anext(following, None)
+        if event is None and not following.has_ended:
+            raise InstanceError(self._sender.over or "the client follows no jobs any more")
+        return event
 
     def stop(self, following: JobFollower) -> None:
         """Ends following, from any thread."""

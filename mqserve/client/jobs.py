@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 from ..broker.calls.job_events import JobFollower
 from ..broker.errors import BadValue
 from ..broker.job_store import NumberedEvent
-from ..broker.jobs import Attempt, EventKind, JobRecord, JobState
+from ..broker.jobs import Attempt, EventKind, JobRecord, JobState, priority_name
 from ..broker.process import forks
 from ..broker.results import Result
 from ..broker.values.whole_numbers import whole_number
@@ -58,7 +58,7 @@ class JobStatus:
     """The HTTP status of its result; 0 while it has none."""
     has_result: bool
     """Whether its result can be read. It is kept for `result_ttl_s`, the record for twice as long."""
-    priority: int
+    priority: str
     tag: str
     retry_of: str
 
@@ -82,7 +82,7 @@ class JobStatus:
             position=position,
             status=record.status,
             has_result=record.has_result,
-            priority=facts.priority,
+            priority=priority_name(facts.priority),
             tag=facts.tag,
             retry_of=facts.retry_of,
         )
@@ -137,7 +137,8 @@ class Job(Future):
 
     def retry(self) -> Job:
         """Sends a job that has ended once more, as a new one, whose status names this one in `retry_of`; a result is written only once.
-        Raises BadValue for one that has not ended, or whose request is not kept any more, and the errors of `handle.submit`."""
+        Raises JobGoesOn for one that has not ended, UnknownJob, ResultGone if its request is not kept any more (ten minutes behind a
+        success, else as long as its result), and the errors of `handle.submit`."""
         kept = self._kept
         return kept.calls.retry(kept.key, plain=kept.plain)
 
@@ -157,15 +158,15 @@ class Kept:
     limit_s = None
     not_yet = state = ""
 
-    def __init__(self, key: str, calls: JobCalls, *, plain: bool, exists: bool, found: Found | None = None) -> None:
+    def __init__(self, key: str, calls: JobCalls, *, plain: bool, expires_ms: int | None, found: Found | None = None) -> None:
         self.key = key
         self.calls = calls
         self.plain = plain
-        self._exists = exists  # it was sent, so an unknown one is one that the store has lost
+        self._expires_ms = expires_ms  # store time, 0 for never; None if it is not known whether there is such a job
         self._found = found
 
     def in_child(self, future_id: str) -> Kept:
-        return Kept(self.key, self.calls.here(), plain=self.plain, exists=self._exists, found=self._found)
+        return Kept(self.key, self.calls.here(), plain=self.plain, expires_ms=self._expires_ms, found=self._found)
 
     @contextmanager
     def waiting(self) -> Iterator[concurrent.futures.Future[Found]]:
@@ -174,7 +175,7 @@ class Kept:
             done.set_result(self._found)
             yield done
             return
-        pending = self.calls.first_result(self.key, exists=self._exists)
+        pending = self.calls.first_result(self.key, self._expires_ms)
         try:
             yield pending
         finally:
