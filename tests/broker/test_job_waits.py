@@ -202,7 +202,7 @@ async def test_ends_reach_who_waits_though_connections_are_killed(store_server: 
     async with open_redis(store_server.url, namespace) as store, running(store, keys) as pending:
         names = [f"job-{number}" for number in range(200)]
         waits = [asyncio.create_task(pending.job_result(name, None)) for name in names]
-        await until(lambda: len(list(pending.jobs)) == 200)
+        await until(lambda: store_server.say("EXISTS", *map(keys.waiters, names)) == 200)
         for name in names:
             if name.endswith("0"):
                 kill_connections(store_server)
