@@ -341,7 +341,7 @@ class EmbeddedQueue:
 
     async def unbind(self, backend: str, generation: int, shards: int = 1) -> None:
         found = self._generations.get((backend, generation))
-        if found in (bound := self._bindings.get(backend, [])):
+        if found is not None and found in (bound := self._bindings.get(backend, [])):
             bound.remove(found)
             if not bound:
                 del self._bindings[backend]
