@@ -246,6 +246,11 @@ class Envelope(msgspec.Struct, frozen=True):
         )
 
 
+def persistent(envelope: Envelope) -> Envelope:
+    """Returns the envelope as a message that survives a restart of the broker."""
+    return envelope if envelope.persistent else replace(envelope, persistent=True)
+
+
 class StreamReply(Envelope, frozen=True):
     """A message of a streamed reply, with the header `mq-seq`: the chunk of that number, or behind all chunks the end, with the headers
     `mq-end` and `mq-status`."""

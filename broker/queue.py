@@ -90,7 +90,7 @@ class Queue(Protocol):
     """One process's access to the broker.
 
     A generation of a backend has `shards` queues, which all its replicas consume; in memory it has one in any case, since that is never
-    the limit. `shard` names one of them, from 0.
+    the limit. `shard` names one of them, from 0. And it has one queue for jobs, without a limit of length, which comes and goes with it.
     """
 
     @property
@@ -112,6 +112,10 @@ class Queue(Protocol):
         """Publishes to one queue of the backend. Raises TooLarge before anything is sent."""
         ...
 
+    def publish_job(self, backend: str, envelope: Envelope, settled: Settled) -> None:
+        """Publishes to the backend's queue for jobs: as `publish`, and what the broker has confirmed survives its restart."""
+        ...
+
     def reply(self, envelope: Envelope, reply_to: str, settled: Settled) -> None:
         """Publishes to a caller's own AMQP queue. A queue that no longer exists is no error."""
         ...
@@ -126,23 +130,32 @@ class Queue(Protocol):
         ...
 
     def republish(self, letter: DeadLetter, settled: Settled) -> None:
-        """Publishes a dead letter's message to its backend's queue. The letter stays until it is removed."""
+        """Publishes a dead letter's message to its backend's queue, or to that for jobs if it came from there. The letter stays until it is
+        removed."""
         ...
 
     async def consume(
-        self, backend: str, generation: int, prefetch: int, on_delivery: Callable[[Delivery], None], shards: int = 1
+        self,
+        backend: str,
+        generation: int,
+        prefetch: int,
+        on_delivery: Callable[[Delivery], None],
+        shards: int = 1,
+        *,
+        jobs: bool = False,
     ) -> Consumption:
-        """Consumes all queues of the generation and returns once the broker sends deliveries. The prefetch is divided among them, at least
-        1 for each. Raises BrokerUnavailable after our budget."""
+        """Consumes all queues of the generation (with `jobs`: the one for jobs, and no other) and returns once the broker sends deliveries.
+        The prefetch is divided among them, at least 1 for each. Raises BrokerUnavailable after our budget."""
         ...
 
     async def declare(self, backend: str, generation: int, max_length: int | None, shards: int = 1) -> None:
-        """Makes sure that the generation's queues and the dead letter queue exist and are bound. `max_length` is divided among the queues.
-        Idempotent. Raises QueueMismatch if one of them exists with other arguments."""
+        """Makes sure that the generation's queues and the dead letter queue exist and are bound. `max_length` is divided among the queues;
+        that for jobs has no limit. Idempotent. Raises QueueMismatch if one of them exists with other arguments."""
         ...
 
     async def count_shards(self, backend: str, generation: int, known: int = 0) -> int:
-        """The number of queues that the generation has on the broker, whatever its documents say. `known` ones are not looked for."""
+        """The number of queues that the generation has on the broker beside that for jobs, whatever its documents say. `known` ones are not
+        looked for."""
         ...
 
     async def unbind(self, backend: str, generation: int, shards: int = 1) -> None:
@@ -150,7 +163,11 @@ class Queue(Protocol):
         ...
 
     async def depth(self, backend: str, generation: int, shards: int = 1) -> int | None:
-        """The number of ready messages in all its queues, or None if there is no such queue."""
+        """The number of ready messages in all its queues, that for jobs included, or None if there is no such queue."""
+        ...
+
+    async def count_jobs(self, backend: str, generation: int) -> int | None:
+        """The number of ready messages in its queue for jobs, or None if there is no such queue."""
         ...
 
     async def count_dead(self, backend: str) -> int | None:
@@ -158,8 +175,9 @@ class Queue(Protocol):
         ...
 
     async def delete(self, backend: str, generation: int, shards: int = 1, *, only_if_empty: bool) -> bool:
-        """Deletes the generation's queues, the last one first; returns whether all are gone. With `only_if_empty` it stops at the first one
-        that is not empty. Without, the backend is gone too: its dead letters stay for operators, but an empty queue of them is deleted."""
+        """Deletes the generation's queues, that for jobs first and then from the last to the first; returns whether all are gone. With
+        `only_if_empty` it stops at the first one that is not empty. Without, the backend is gone too: its dead letters stay for operators,
+        but an empty queue of them is deleted."""
         ...
 
     async def close(self) -> None: ...

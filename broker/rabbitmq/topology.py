@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ T = TypeVar("T")
 _CLOSE_BUDGET_S = 1.0
 # Explicit, although it is the default: a virtual host may have another default, and quorum queues have no priorities.
 _CLASSIC = {"x-queue-type": "classic"}
+_JOBS = {**_CLASSIC, "x-max-priority": queue_names.MAX_PRIORITY, "x-consumer-timeout": queue_names.JOB_UNACKED_MS}
 
 
 class RabbitTopology:
@@ -30,13 +31,19 @@ class RabbitTopology:
         self._link = link
         self._namespace = namespace
         self._requests = queue_names.requests_exchange(namespace)
+        self._jobs = queue_names.jobs_exchange(namespace)
 
     def __repr__(self) -> str:
         return f"<RabbitTopology of {self._namespace!r}>"
 
+    def _names(self, backend: str, generation: int, shards: int) -> list[str]:
+        """All queues of a generation, in the order in which they are declared."""
+        waits = [queue_names.backend_queue(self._namespace, backend, generation, shard) for shard in range(shards)]
+        return [*waits, queue_names.jobs_queue(self._namespace, backend, generation)]
+
     async def declare(self, backend: str, generation: int, max_length: int | None, shards: int) -> None:
-        """Declares the queues from the first to the last, and `delete` deletes them from the last to the first. So there is never a gap,
-        and `count_shards` finds all of them."""
+        """Declares the queues from the first to the last and then that for jobs, and `delete` deletes them in the opposite order. So there
+        is never a gap, `count_shards` finds all of them, and no queue for jobs is left without them."""
         await self._declare_dead_letters(backend)
         lengths = [None] * shards if max_length is None else shares(max_length, shards)
 
@@ -46,6 +53,10 @@ class RabbitTopology:
                 name = queue_names.backend_queue(self._namespace, backend, generation, shard)
                 await channel.queue_declare(name, durable=True, arguments=_arguments(length))
                 await channel.queue_bind(name, self._requests, queue_names.routing_key(backend, shard))
+            jobs = queue_names.jobs_queue(self._namespace, backend, generation)
+            await channel.exchange_declare(self._jobs, exchange_type="direct", durable=True)
+            await channel.queue_declare(jobs, durable=True, arguments=_JOBS)
+            await channel.queue_bind(jobs, self._jobs, backend)
 
         try:
             await self._on_own_channel(declare)
@@ -79,37 +90,50 @@ class RabbitTopology:
 
     async def unbind(self, backend: str, generation: int, shards: int) -> None:
         for shard in range(shards):
-            await self._unbind(backend, generation, shard)
+            name = queue_names.backend_queue(self._namespace, backend, generation, shard)
+            await self._unbind(name, self._requests, queue_names.routing_key(backend, shard))
+        await self._unbind(queue_names.jobs_queue(self._namespace, backend, generation), self._jobs, backend)
 
-    async def _unbind(self, backend: str, generation: int, shard: int) -> None:
-        name = queue_names.backend_queue(self._namespace, backend, generation, shard)
-
+    async def _unbind(self, name: str, exchange: str, key: str) -> None:
         async def unbind(channel: Channel) -> None:
-            await channel.queue_unbind(name, self._requests, queue_names.routing_key(backend, shard))
+            await channel.queue_unbind(name, exchange, key)
 
         with suppress(aiormq.exceptions.ChannelNotFoundEntity):
             await self._on_own_channel(unbind)
 
     async def depth(self, backend: str, generation: int, shards: int) -> int | None:
-        names = [queue_names.backend_queue(self._namespace, backend, generation, shard) for shard in range(shards)]
-        counts = [count for name in names if (count := await self._count(name)) is not None]
+        counts = [count for count in await self._count_all(self._names(backend, generation, shards)) if count is not None]
         return sum(counts) if counts else None
+
+    async def count_jobs(self, backend: str, generation: int) -> int | None:
+        return await self._count(queue_names.jobs_queue(self._namespace, backend, generation))
 
     async def count_dead(self, backend: str) -> int | None:
         return await self._count(queue_names.dead_queue(self._namespace, backend))
 
     async def _count(self, name: str) -> int | None:
-        async def count(channel: Channel) -> int | None:
-            return (await channel.queue_declare(name, passive=True)).message_count
+        return (await self._count_all([name]))[0]
 
-        try:
-            return await self._on_own_channel(count)
-        except aiormq.exceptions.ChannelNotFoundEntity:
-            return None
+    async def _count_all(self, names: Sequence[str]) -> list[int | None]:
+        """Returns the number of ready messages in each queue, None for one that is not there, which costs its channel."""
+        counts: list[int | None] = []
+
+        async def count(channel: Channel) -> None:
+            while len(counts) < len(names):
+                counts.append((await channel.queue_declare(names[len(counts)], passive=True)).message_count)
+
+        while len(counts) < len(names):
+            try:
+                await self._on_own_channel(count)
+            except aiormq.exceptions.ChannelNotFoundEntity:
+                counts.append(None)
+        return counts
 
     async def delete(self, backend: str, generation: int, shards: int, *, only_if_empty: bool) -> bool:
-        for shard in reversed(range(shards)):
-            name = queue_names.backend_queue(self._namespace, backend, generation, shard)
+        names = self._names(backend, generation, shards)
+        if only_if_empty and any(await self._count_all(names)):  # otherwise the empty ones would be gone before the one that is not
+            return False
+        for name in reversed(names):
             if not await self._delete_queue(name, only_if_empty=only_if_empty):
                 return False
         if not only_if_empty:
@@ -158,7 +182,7 @@ class RabbitTopology:
 
 def _arguments(max_length: int | None) -> dict[str, Any]:
     limit = {} if max_length is None else {"x-max-length": max_length}
-    return {**_CLASSIC, "x-max-priority": 4, "x-overflow": "reject-publish", **limit}
+    return {**_CLASSIC, "x-max-priority": queue_names.MAX_PRIORITY, "x-overflow": "reject-publish", **limit}
 
 
 def _foreign(error: Exception) -> MQServeError:
