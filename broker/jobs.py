@@ -26,6 +26,8 @@ WAIT_TTL_S = 120  # of the word that somebody waits for a job, or follows it
 KEPT_EVENTS = 1000
 KEPT_ATTEMPTS = 100
 MAX_RESULT_TTL_S = 30 * 24 * 3600
+MAX_DELAY_S = 30 * 24 * 3600
+PRIORITIES = {"high": 4, "normal": 2, "low": 0}  # AMQP's, strict within the queue; a direct publisher that names none is low
 
 T = TypeVar("T")
 

@@ -63,6 +63,7 @@ from .controller.state.config import BackendConfig
 from .client.declared import endpoint
 from .client import pickled_clients  # noqa: F401  # says how clients and handles pickle
 from .client.futures import Future, get, wait
+from .client.gathering import as_completed, gather
 from .client.handle import AsyncHandle, Handle, StreamHandle
 from .client.streams import Stream
 from .replicas.batch_decorators import END, BadBatch, accept_batch, batch
@@ -114,6 +115,7 @@ __all__ = [
     "UnknownBackend",
     "UnknownEndpoint",
     "accept_batch",
+    "as_completed",
     "batch",
     "cancelled",
     "connect",
@@ -124,6 +126,7 @@ __all__ = [
     "deploying",
     "endpoint",
     "future",
+    "gather",
     "get",
     "get_backend_config",
     "get_current_backend_tag",

@@ -25,7 +25,7 @@ from ..broker.streams import Chunk, End, Form
 from ..broker.values.codecs import encode_value
 from ..broker.values.signing import SealScope
 from ..connections import Connections
-from ..controller.state.documents import Desired
+from ..controller.state.documents import Desired, Endpoint
 from ..controller.state.traffic import choose
 from ..replicas.context import deadline
 from .answers import read_result
@@ -121,14 +121,20 @@ class Sender:
         return Stream(call.id, call.pending, self, plain=plain)
 
     def _begin(self, call: _Call, wait_for_endpoint: bool) -> None:
+        call.pending.add_done_callback(partial(self._cancel_with, call.id))  # without the call, which refers to `pending`
+        if self.has_to_wait(call.meta.endpoint, call.data, call.arguments, wait_for_endpoint=wait_for_endpoint):
+            self._runtime.submit(self._send_later(call))
+        else:
+            self._send_now(call)
+
+    def has_to_wait(self, endpoint: str, data: Any, arguments: dict[str, Any], *, wait_for_endpoint: bool) -> bool:
+        """Whether `ready` has to be awaited before the request can be sent. Raises what `send` does."""
         if self.demands_seals and not self._signer:
             raise BadSignature(
                 "the replicas of this instance take only sealed requests of handles, and this process has no key: set MQSERVE_SECRET_KEY "
                 "to the one of the instance"
             )
-        call.pending.add_done_callback(partial(self._cancel_with, call.id))  # without the call, which refers to `pending`
-        awaited = [value.here() for value in (call.data, *call.arguments.values()) if isinstance(value, Future)]
-        endpoint = call.meta.endpoint
+        awaited = [value.here() for value in (data, *arguments.values()) if isinstance(value, Future)]
         is_missing = endpoint not in self.desired.endpoints
         if (block := open_block(self._deployments)) is not None:
             block.before_call(endpoint, is_missing=is_missing, waits=wait_for_endpoint)
@@ -138,19 +144,26 @@ class Sender:
             if not self._runtime.call(self._is_there(endpoint)):
                 raise UnknownEndpoint(f"Endpoint '{endpoint}' does not exist.")
             is_missing = False
-        if awaited or is_missing:
-            self._runtime.submit(self._send_later(call))
-        else:
-            self._send_now(call)
+        return bool(awaited) or is_missing
+
+    async def ready(self, endpoint: str, data: Any, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Returns the arguments with the values of futures, once the endpoint is there."""
+        if endpoint not in self.desired.endpoints:
+            await self._until_there(endpoint)
+        return await _resolved(data), {name: await _resolved(value) for name, value in arguments.items()}
 
     def _send_now(self, call: _Call) -> None:
         desired = self.desired
-        endpoint = desired.endpoints.get(call.meta.endpoint)
-        if endpoint is None:  # deleted while its arguments were awaited
-            raise UnknownEndpoint(f"Endpoint '{call.meta.endpoint}' does not exist.")
-        backend, shadows = choose(endpoint, call.shard_key)
+        backend, shadows = choose(self.find_endpoint(desired, call.meta.endpoint), call.shard_key)
         copies = [self._prepare_shadow(desired, shadow, call) for shadow in shadows]
         self._runtime.post(self._prepare(desired, backend, call, copies))
+
+    def find_endpoint(self, desired: Desired, name: str) -> Endpoint:
+        """Raises UnknownEndpoint for one that was deleted while the arguments of a call were awaited."""
+        endpoint = desired.endpoints.get(name)
+        if endpoint is None:
+            raise UnknownEndpoint(f"Endpoint '{name}' does not exist.")
+        return endpoint
 
     def _prepare(self, desired: Desired, backend: str, call: _Call, copies: Sequence[Callable[[], None]]) -> Callable[[], None]:
         """Returns a function that sends the request and then its shadow copies; if the request is refused, no copies are sent."""
@@ -199,10 +212,7 @@ class Sender:
 
     async def _send_later(self, call: _Call) -> None:
         try:
-            if call.meta.endpoint not in self.desired.endpoints:
-                await self._until_there(call.meta.endpoint)
-            data = await _resolved(call.data)
-            arguments = {name: await _resolved(value) for name, value in call.arguments.items()}
+            data, arguments = await self.ready(call.meta.endpoint, call.data, call.arguments)
             await asyncio.to_thread(self._send_now, replace(call, data=data, arguments=arguments))
         except asyncio.CancelledError:
             _fail(call.pending, InstanceError(self._over or _STOPPED))
