@@ -155,8 +155,8 @@ class PlainEdgeProtocol(EdgeProtocol):
             between = self._streamed[1].body.between
         return between
 
-    def _goes_on(self) -> None:
-        self._may_be_plain = False  # it needs the store first, so it has a task from its beginning
+    def _asks_more(self) -> None:
+        self._may_be_plain = False  # it has to await something, so it has a task from its beginning
 
     def _feed(self, data: bytes) -> None:
         self._may_be_plain = True

@@ -14,7 +14,7 @@ from .streaming import Flow
 
 Scope = dict[str, Any]
 
-_FORWARDED = frozenset((b"forwarded", b"via", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip"))
+_FORWARDED = frozenset((b"forwarded", b"via", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-prefix", b"x-real-ip"))
 
 
 @dataclass(frozen=True, slots=True)
