@@ -144,7 +144,7 @@ class DeadLetter:
         now."""
         properties = copy.copy(self.properties)
         properties.user_id = user or None
-        return _pack(properties)
+        return pack_properties(properties)
 
 
 def digest_of(backend: str, body: bytes) -> str:
@@ -163,10 +163,10 @@ def dead_letter_to_amqp(backend: str, properties: Basic.Properties, death: Death
     theirs: dict[str, Any] = {name: value for name, value in (properties.headers or {}).items() if name not in ("CC", "mq-job")}
     for kept in (theirs, {name: value for name, value in theirs.items() if name in ("mq", "mq-seal")}):
         with suppress(Exception):
-            packed = _pack(_as_dead(properties, {**kept, **ours}))
+            packed = pack_properties(_as_dead(properties, {**kept, **ours}))
             if len(packed) <= _MAX_HEAD_BYTES:
                 return packed
-    return _pack(_as_dead(properties, ours))
+    return pack_properties(_as_dead(properties, ours))
 
 
 def read_properties(packed: bytes) -> Basic.Properties:
@@ -190,7 +190,8 @@ def _with_headers(properties: Basic.Properties, headers: dict[str, Any]) -> Basi
     return other
 
 
-def _pack(properties: Basic.Properties) -> bytes:
+def pack_properties(properties: Basic.Properties) -> bytes:
+    """Packs the property flags and list of any message."""
     return ContentHeader(0, 0, properties).marshal()[12:]
 
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from .dead_letters import DeadLetter, Death
 from .envelope import Envelope
 from .errors import BrokerUnavailable, MQServeError
+
+if TYPE_CHECKING:
+    from .later import Later
 
 Settled = Callable[[MQServeError | None], None]
 """Called once with the outcome of a publish: None when the broker has confirmed the message, else the error (Overloaded, NotRouted,
@@ -94,6 +97,16 @@ class Queue(Protocol):
     """
 
     @property
+    def broker_version(self) -> str:
+        """The version of RabbitMQ, such as "3.10.8", as it said when it was connected last; empty before that, and in memory."""
+        ...
+
+    @property
+    def later(self) -> Later | None:
+        """The queues in which jobs wait for their time; None in memory, where nobody has to forward them."""
+        ...
+
+    @property
     def down_s(self) -> float:
         """For how long the broker has taken no messages; 0 while it does."""
         ...
@@ -114,6 +127,11 @@ class Queue(Protocol):
 
     def publish_job(self, backend: str, envelope: Envelope, settled: Settled) -> None:
         """Publishes to the backend's queue for jobs: as `publish`, and what the broker has confirmed survives its restart."""
+        ...
+
+    def publish_later(self, backend: str, envelope: Envelope, delay_s: float, settled: Settled) -> None:
+        """Publishes a job that waits for its time first: until `header.job.not_before_ms`, which is `delay_s` from now. RabbitMQ has it up
+        to a second longer, and for as long as no controller leads. If the backend is gone by then, it becomes a dead letter."""
         ...
 
     def reply(self, envelope: Envelope, reply_to: str, settled: Settled) -> None:

@@ -266,6 +266,11 @@ class Store(Protocol):
         """Runs until cancelled: passes on the entries that the log holds, and then those appended."""
         ...
 
+    async def fullness(self, *, was_full: bool) -> str:
+        """Why the store should be given no new jobs, in words fit for strangers: it is almost full, or was and has not much room yet. Empty
+        while it may, or if it refuses the question."""
+        ...
+
     async def misconfiguration(self) -> str:
         """Which setting of the server breaks our promises, with the mend; empty if none does, or if it refuses the question."""
         ...

@@ -22,6 +22,7 @@ from .client.api import (
     future,
     get_backend_config,
     get_handle,
+    job,
     list_backends,
     list_endpoints,
     mount,
@@ -45,6 +46,7 @@ from .broker.errors import (
     Cancelled,
     InstanceEnded,
     InstanceError,
+    JobGoesOn,
     MQServeError,
     NoReplica,
     NotEncodable,
@@ -53,10 +55,12 @@ from .broker.errors import (
     RemoteError,
     ReplicaLost,
     RequestTimeout,
+    ResultGone,
     StoreUnavailable,
     TooLarge,
     UnknownBackend,
     UnknownEndpoint,
+    UnknownJob,
 )
 from .client.client import Client
 from .controller.state.config import BackendConfig
@@ -65,7 +69,9 @@ from .client import pickled_clients  # noqa: F401  # says how clients and handle
 from .client.futures import Future, get, wait
 from .client.gathering import as_completed, gather
 from .client.handle import AsyncHandle, Handle, StreamHandle
+from .client.jobs import Job, JobAttempt, JobEvent, JobEvents, JobStatus
 from .client.streams import Stream
+from .broker.jobs import JobState
 from .replicas.batch_decorators import END, BadBatch, accept_batch, batch
 from .replicas.context import ReplicaContext, cancelled, get_current_backend_tag, get_current_replica_tag, get_replica_context
 from .replicas.asgi_apps import NoHttpRequest
@@ -95,6 +101,13 @@ __all__ = [
     "Handle",
     "InstanceEnded",
     "InstanceError",
+    "Job",
+    "JobAttempt",
+    "JobEvent",
+    "JobEvents",
+    "JobGoesOn",
+    "JobState",
+    "JobStatus",
     "MQServeError",
     "NoHttpRequest",
     "NoReplica",
@@ -107,6 +120,7 @@ __all__ = [
     "ReplicaLost",
     "Request",
     "RequestTimeout",
+    "ResultGone",
     "ServeRequest",
     "StoreUnavailable",
     "Stream",
@@ -114,6 +128,7 @@ __all__ = [
     "TooLarge",
     "UnknownBackend",
     "UnknownEndpoint",
+    "UnknownJob",
     "accept_batch",
     "as_completed",
     "batch",
@@ -134,6 +149,7 @@ __all__ = [
     "get_handle",
     "get_replica_context",
     "ingress",
+    "job",
     "list_backends",
     "list_endpoints",
     "mount",

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 INLINE_BODY_BYTES = 1024 * 1024  # a larger body goes to the store and travels by reference
 MAX_BODY_BYTES = 64 * 1024 * 1024
 REPUBLISH_BUDGET_S = 3.0  # how long a broker that is away is waited for
-_REPUBLISH_EVERY_S = 0.2  # on the average
+REPUBLISH_EVERY_S = 0.2  # on the average
 _CANCEL_BUDGET_S = 5.0
 
 
@@ -211,8 +211,8 @@ class RequestSender:
         maybe_sent = isinstance(error, BrokerUnavailable) and error.maybe_sent
         if isinstance(error, BrokerUnavailable) and not (maybe_sent and envelope.header.once) and self._may_try_again(call):
             if maybe_sent:
-                call.envelope = replace(envelope, header=_again(envelope.header))
-            asyncio.get_running_loop().call_later(_REPUBLISH_EVERY_S * random.uniform(0.5, 1.5), self._publish_again, call)
+                call.envelope = replace(envelope, header=again(envelope.header))
+            asyncio.get_running_loop().call_later(REPUBLISH_EVERY_S * random.uniform(0.5, 1.5), self._publish_again, call)
             return
         if others := other_shards(call.shards, error):
             call.shards = others
@@ -249,5 +249,6 @@ def _nobody_waits(error: MQServeError | None) -> None:
     """A shadow that cannot be published is not missed."""
 
 
-def _again(header: Header) -> Header:
+def again(header: Header) -> Header:
+    """Returns the header of a message that may have been delivered before."""
     return replace(header, again=True)

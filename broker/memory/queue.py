@@ -16,10 +16,12 @@ from typing import NamedTuple
 from ..dead_letters import DeadLetter, Death, dead_letter_to_amqp, read_properties
 from ..envelope import Envelope, persistent
 from ..errors import BrokerUnavailable, MQServeError, NotRouted, Overloaded, QueueMismatch, UnknownBackend
+from ..later import GONE_BEFORE_ITS_TIME
 from ..overload import HeldBytes
 from ..queue import Delivery, Settled
 from ..queue_names import DEAD_LETTER_LIMIT, MAX_PRIORITY
 
+_TICK_S = 0.001  # the clock of the store is in whole ms, and no job may come early by it
 MAX_WAITING_BYTES = 256 * 1024 * 1024  # for all queues together, because they use this process's memory
 
 
@@ -133,6 +135,12 @@ class _Lane:
         self.wake()
         return None
 
+    def put_later(self, envelope: Envelope) -> None:
+        """Takes a message that was accepted before, and has waited elsewhere since."""
+        self.held.take_back(len(envelope.body))
+        self.levels[min(envelope.priority, MAX_PRIORITY)].append(_Waiting(envelope, False, math.inf))
+        self.wake()
+
     def _drop_late(self) -> None:
         """Drops expired messages from the heads, as RabbitMQ does, so that they take no place from others."""
         now = time.monotonic()
@@ -220,9 +228,15 @@ class EmbeddedQueue:
         self._bindings: dict[str, list[_Generation]] = {}
         self._held = HeldBytes(MAX_WAITING_BYTES)
         self._dead: dict[str, deque[DeadLetter]] = {}
+        self._timers: set[asyncio.TimerHandle] = set()  # of jobs that wait for their time
+        self.later = None
 
     def __repr__(self) -> str:
         return f"<EmbeddedQueue {list(self._generations.values())}>"
+
+    @property
+    def broker_version(self) -> str:
+        return ""
 
     @property
     def down_s(self) -> float:
@@ -250,16 +264,42 @@ class EmbeddedQueue:
         refusals = [generation.jobs.put(job) for generation in self._bindings.get(backend, ())]
         settled(next((refusal for refusal in refusals if refusal), None) if refusals else _not_routed(backend))
 
+    def publish_later(self, backend: str, envelope: Envelope, delay_s: float, settled: Settled) -> None:
+        envelope.check_head()
+        try:
+            self._held.take(len(envelope.body))
+        except Overloaded as error:
+            return settled(error)
+
+        def come_due() -> None:
+            self._timers.discard(timer)
+            self._held.give(len(envelope.body))
+            self._bring_back(backend, persistent(envelope))
+
+        timer = asyncio.get_running_loop().call_later(delay_s + _TICK_S, come_due)
+        self._timers.add(timer)
+        settled(None)
+
+    def _bring_back(self, backend: str, job: Envelope) -> None:
+        """Puts a job whose time has come among the others, however many bytes these have: it was accepted."""
+        bound = self._bindings.get(backend)
+        if not bound:
+            return self._bury(backend, job, GONE_BEFORE_ITS_TIME, is_job=True)
+        for generation in bound:
+            generation.jobs.put_later(job)
+
     def reply(self, envelope: Envelope, reply_to: str, settled: Settled) -> None:
         settled(None)  # the embedded form has no AMQP reply queues
 
     def dead_letter(self, backend: str, delivery: Delivery, death: Death, settled: Settled) -> None:
         assert isinstance(delivery, EmbeddedDelivery)
-        envelope = delivery.envelope()
-        packed = dead_letter_to_amqp(backend, read_properties(envelope.to_amqp()), death, is_job=delivery.is_job)
+        self._bury(backend, delivery.envelope(), death, is_job=delivery.is_job)
+        settled(None)
+
+    def _bury(self, backend: str, envelope: Envelope, death: Death, *, is_job: bool) -> None:
+        packed = dead_letter_to_amqp(backend, read_properties(envelope.to_amqp()), death, is_job=is_job)
         letters = self._dead.setdefault(backend, deque(maxlen=DEAD_LETTER_LIMIT))
         letters.append(DeadLetter.from_amqp(backend, read_properties(packed), envelope.body))
-        settled(None)
 
     @asynccontextmanager
     async def dead_letters(self, backend: str, at_most: int | None = None) -> AsyncIterator[EmbeddedDeadLetters]:
@@ -342,6 +382,9 @@ class EmbeddedQueue:
         return True
 
     async def close(self) -> None:
+        for timer in self._timers:
+            timer.cancel()
+        self._timers.clear()
         self._generations.clear()
         self._bindings.clear()
 

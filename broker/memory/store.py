@@ -233,6 +233,9 @@ class EmbeddedStore:
         finally:
             readers.remove(on_entries)
 
+    async def fullness(self, *, was_full: bool) -> str:
+        return ""
+
     async def misconfiguration(self) -> str:
         return ""
 

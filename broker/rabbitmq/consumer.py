@@ -14,7 +14,6 @@ from ..backoff import delays
 from ..envelope import Envelope
 from ..errors import BrokerUnavailable, words_of
 from ..process.stopping import first_of
-from ..queue import Delivery
 from ..shards import shares
 from ..values.header_seals import BackendSeals
 from .channel import JoinedChannel
@@ -67,7 +66,7 @@ class RabbitConsumption:
         link: Link,
         queue: str,
         prefetch: int,
-        on_delivery: Callable[[Delivery], None],
+        on_delivery: Callable[[RabbitDelivery], None],
         seals: BackendSeals | None,
         delivery: type[RabbitDelivery] = RabbitDelivery,
     ) -> None:

@@ -22,6 +22,7 @@ from ..backoff import delays
 from ..dead_letters import DeadLetter, Death, dead_letter_to_amqp
 from ..envelope import Envelope, persistent
 from ..errors import BrokerUnavailable, words_of
+from ..later import addressed
 from ..process.ticks import next_tick_s
 from ..queue import Consumption, Delivery, Settled, fate_of
 from ..shards import shares
@@ -30,6 +31,7 @@ from .channel import JoinedChannel
 from .connection import CONNECT_BUDGET_S, LONGEST_PAUSE_S, OPERATION_BUDGET_S, Link, RabbitConnection, really_cancelled, user_of
 from .consumer import RabbitConsumption, RabbitDelivery, RabbitJobDelivery, ShardedConsumption, one_started
 from .dead_letters import RabbitDeadLetters, open_dead_letters
+from .later import RabbitLater
 from .topology import RabbitTopology
 
 logger = logging.getLogger(__name__)
@@ -101,6 +103,7 @@ class RabbitQueue:
         self._publishing = Link(url, f"mqserve {namespace} {process_id} publishing")
         self._consuming = Link(url, f"mqserve {namespace} {process_id} consuming")
         self._topology = RabbitTopology(self._publishing, namespace)
+        self.later = RabbitLater(namespace, self._topology, seals, self._user, self._publish, self._consume_queue)
         self._consumptions: list[RabbitConsumption] = []
         self._channel: JoinedChannel | None = None
         self._down_since = time.monotonic()
@@ -116,6 +119,10 @@ class RabbitQueue:
     def start(self) -> None:
         """From now on a publishing channel is kept open."""
         self._opener = asyncio.create_task(self._keep_channel(), name="keep the publishing channel open")
+
+    @property
+    def broker_version(self) -> str:
+        return self._publishing.broker_version
 
     @property
     def down_s(self) -> float:
@@ -136,6 +143,11 @@ class RabbitQueue:
     def publish_job(self, backend: str, envelope: Envelope, settled: Settled) -> None:
         properties = persistent(envelope).to_amqp(self._user, self._seals.of(backend))
         self._publish(self._jobs, backend, properties, envelope.body, envelope.id, settled)
+
+    def publish_later(self, backend: str, envelope: Envelope, delay_s: float, settled: Settled) -> None:
+        properties = addressed(persistent(envelope), backend).to_amqp(self._user, self._seals.of(backend))
+        exchange = queue_names.later_exchange(self._namespace)
+        self._publish(exchange, queue_names.DUE_KEY, properties, envelope.body, envelope.id, settled)
 
     def reply(self, envelope: Envelope, reply_to: str, settled: Settled) -> None:
         self._publish("", reply_to, envelope.to_amqp(self._user), envelope.body, envelope.id, settled)
@@ -176,6 +188,16 @@ class RabbitQueue:
             RabbitConsumption(self._consuming, queue, share, on_delivery, self._seals.of(backend), delivery)
             for queue, share in zip(queues, shares(prefetch, len(queues)), strict=True)
         ]
+        await self._start(consumptions)
+        return consumptions[0] if len(consumptions) == 1 else ShardedConsumption(consumptions)
+
+    async def _consume_queue(self, queue: str, prefetch: int, on_delivery: Callable[[RabbitDelivery], None]) -> Consumption:
+        """Consumes a queue that is no backend's."""
+        consumption = RabbitConsumption(self._consuming, queue, prefetch, on_delivery, None)
+        await self._start([consumption])
+        return consumption
+
+    async def _start(self, consumptions: list[RabbitConsumption]) -> None:
         for consumption in consumptions:
             consumption.start()
         try:
@@ -185,7 +207,6 @@ class RabbitQueue:
                 await consumption.close()  # otherwise it could start to consume later, without an owner
             raise
         self._consumptions = [kept for kept in self._consumptions if not kept.cancelled] + consumptions
-        return consumptions[0] if len(consumptions) == 1 else ShardedConsumption(consumptions)
 
     async def declare(self, backend: str, generation: int, max_length: int | None, shards: int = 1) -> None:
         await self._topology.declare(backend, generation, max_length, shards)

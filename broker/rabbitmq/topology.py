@@ -44,7 +44,7 @@ class RabbitTopology:
     async def declare(self, backend: str, generation: int, max_length: int | None, shards: int) -> None:
         """Declares the queues from the first to the last and then that for jobs, and `delete` deletes them in the opposite order. So there
         is never a gap, `count_shards` finds all of them, and no queue for jobs is left without them."""
-        await self._declare_dead_letters(backend)
+        await self.declare_dead_letters(backend)
         lengths = [None] * shards if max_length is None else shares(max_length, shards)
 
         async def declare(channel: Channel) -> None:
@@ -65,7 +65,32 @@ class RabbitTopology:
                 raise _foreign(error) from error
             raise QueueMismatch(f"generation {generation} of the queue of {backend!r} exists with other arguments") from error
 
-    async def _declare_dead_letters(self, backend: str) -> None:
+    async def declare_due(self) -> None:
+        due, later = queue_names.due_queue(self._namespace), queue_names.later_exchange(self._namespace)
+
+        async def declare(channel: Channel) -> None:
+            await channel.exchange_declare(later, exchange_type="direct", durable=True)
+            await channel.queue_declare(due, durable=True, arguments=_CLASSIC)
+            await channel.queue_bind(due, later, queue_names.DUE_KEY)
+
+        await self._declare(declare)
+
+    async def declare_wait(self, wait_s: int) -> None:
+        name, later = queue_names.later_queue(self._namespace, wait_s), queue_names.later_exchange(self._namespace)
+        arguments: dict[str, Any] = {
+            **_CLASSIC,
+            "x-message-ttl": wait_s * 1000,
+            "x-dead-letter-exchange": later,
+            "x-dead-letter-routing-key": queue_names.DUE_KEY,
+        }
+
+        async def declare(channel: Channel) -> None:
+            await channel.queue_declare(name, durable=True, arguments=arguments)
+            await channel.queue_bind(name, later, str(wait_s))
+
+        await self._declare(declare)
+
+    async def declare_dead_letters(self, backend: str) -> None:
         arguments: dict[str, Any] = {
             **_CLASSIC,
             "x-max-length": queue_names.DEAD_LETTER_LIMIT,
@@ -78,6 +103,9 @@ class RabbitTopology:
             await channel.queue_declare(name, durable=True, arguments=arguments)
             await channel.queue_bind(name, dead, backend)
 
+        await self._declare(declare)
+
+    async def _declare(self, declare: Callable[[Channel], Awaitable[None]]) -> None:
         try:
             await self._on_own_channel(declare)
         except aiormq.exceptions.ChannelPreconditionFailed as error:
@@ -137,10 +165,12 @@ class RabbitTopology:
             if not await self._delete_queue(name, only_if_empty=only_if_empty):
                 return False
         if not only_if_empty:
-            await self._delete_empty_dead_letters(backend)
+            await self.delete_empty([queue_names.dead_queue(self._namespace, backend)])
         return True
 
     async def _delete_queue(self, name: str, *, only_if_empty: bool) -> bool:
+        """Returns False for a queue that is in use, or not empty. One that is not there counts as deleted."""
+
         async def delete(channel: Channel) -> None:
             await channel.queue_delete(name, if_unused=only_if_empty, if_empty=only_if_empty)
 
@@ -152,9 +182,12 @@ class RabbitTopology:
             return False
         return True
 
-    async def _delete_empty_dead_letters(self, backend: str) -> None:
+    async def delete_empty(self, names: Sequence[str]) -> None:
+        """Deletes the queues in this order, up to the first one that is in use, or not empty."""
+
         async def delete(channel: Channel) -> None:
-            await channel.queue_delete(queue_names.dead_queue(self._namespace, backend), if_unused=True, if_empty=True)
+            for name in names:
+                await channel.queue_delete(name, if_unused=True, if_empty=True)
 
         with suppress(aiormq.exceptions.ChannelNotFoundEntity, aiormq.exceptions.ChannelPreconditionFailed):
             await self._on_own_channel(delete)

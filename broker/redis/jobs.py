@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from ..errors import BadEnvelope, StoreUnavailable, WrongType
@@ -91,14 +92,14 @@ class RedisJobs:
                 raise _strange(other)
 
     async def renew(self, future_id: str, token: bytes) -> bool:
-        return await self._steps.take(self._step("renew", future_id, "lease", token=token)) == 1
+        return bool(await self._steps.take(self._step("renew", future_id, "lease", token=token)) == 1)
 
     async def try_again(self, future_id: str, token: bytes, attempt: Attempt) -> bool:
         step = self._step(
             "try_again", future_id, "future", "lease", *_EVENT_KEYS, token=token, name=f"end:{attempt.number}", attempt=attempt.to_bytes(),
             event=_state(JobState.QUEUED, attempt.ended_ms),
         )  # fmt: skip
-        return await self._steps.take(step) == 1
+        return bool(await self._steps.take(step) == 1)
 
     async def give_back(self, future_id: str, token: bytes) -> None:
         event = _state(JobState.QUEUED, self._now_ms())
@@ -119,7 +120,7 @@ class RedisJobs:
 
     async def forget(self, future_id: str) -> bool:
         keys = {"message_key": self._keys.message(future_id), "result_body": self._keys.result_body(future_id)}
-        return await self._steps.take(self._step("forget", future_id, "future", "events", "body", **keys)) == 1
+        return bool(await self._steps.take(self._step("forget", future_id, "future", "events", "body", **keys)) == 1)
 
     # Reading.
 
@@ -155,8 +156,7 @@ class RedisJobs:
     async def list(self, *, backend: str = "", tag: str = "", states: Sequence[str] = (), at_most: int = 100) -> Sequence[JobRecord]:
         records: list[JobRecord] = []
         for start in range(0, _LOOKED_AT, _LISTED_AT_ONCE):
-            end = start + _LISTED_AT_ONCE - 1
-            ids: Any = await self._call(lambda start=start, end=end: self._client.zrange(self._keys.jobs, start, end, desc=True))
+            ids: Any = await self._call(partial(self._client.zrange, self._keys.jobs, start, start + _LISTED_AT_ONCE - 1, desc=True))
             for record in await asyncio.gather(*(self._read_if_sound(raw.decode(errors="replace")) for raw in ids)):
                 if record is not None and matches(record, backend, tag, states):
                     records.append(record)

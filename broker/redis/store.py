@@ -39,7 +39,7 @@ from .kept_wire import KeptWire
 from .many_keys import expire_keys, extend_keys
 from .record_script import TEXT as RECORD_TEXT
 from .record_script import RecordScript
-from .refusals import DEMOTED, forgetting, key_of, refusal_code, store_refusal
+from .refusals import DEMOTED, almost_full, forgetting, key_of, refusal_code, store_refusal
 from .result_writer import ResultWriter
 from .stream_reads import read_entries, read_last
 
@@ -358,6 +358,13 @@ class RedisStore:
                 if not await self._took_away(key, error):
                     log.say(f"lost the log at {masked(self._url)} ({store_refusal(error, self._url) or words_of(error)}); reconnecting")
                 await asyncio.sleep(next(pauses))
+
+    async def fullness(self, *, was_full: bool) -> str:
+        try:
+            memory: Any = await self._call(lambda: self._commands.info("memory"))
+        except StoreUnavailable:
+            return ""
+        return almost_full(memory, was_full=was_full)
 
     async def misconfiguration(self) -> str:
         try:

@@ -18,6 +18,7 @@ from .declared import declare_with_file, make_mount
 from .deploying import is_file_of_run
 from .futures import Future
 from .handle import AsyncHandle, Handle
+from .jobs import Job
 from .streams import Stream
 
 _is_under_run = False
@@ -227,6 +228,11 @@ def get_handle(endpoint_name: str, sync: bool = True, missing_ok: bool = False) 
 def future(future_id: str, backend: str | None = None) -> Future:
     """See `Client.future`."""
     return clients.current().future(future_id, backend)
+
+
+def job(job_id: str, backend: str | None = None) -> Job:
+    """See `Client.job`."""
+    return clients.current().job(job_id, backend)
 
 
 def stream(stream_id: str, after: int = 0) -> Stream:

@@ -28,6 +28,7 @@ from .deploying import Block, Declaration, open_block, opened
 from .deployments import Deployments, TellReady
 from .futures import Future, get, wait
 from .handle import AsyncHandle, Handle
+from .jobs import Job
 from .lifetime import Lifetime
 from .streams import Stream
 
@@ -229,6 +230,16 @@ class Client(Lifetime):
         if not isinstance(future_id, str):
             raise BadType(f"the id of a request is a text of 32 characters, not {future_id!r}: see `ref.id`")
         return self.sender.future(future_id, backend)
+
+    def job(self, job_id: str, backend: str | None = None) -> Job:
+        """Returns any job, by the id that mqserve minted or by a publisher's own `message_id` and its `backend`. It asks the store when it
+        is used, which raises UnknownJob for an id that nothing is known of.
+
+        Raises BadType for an id that is no str.
+        """
+        if not isinstance(job_id, str):
+            raise BadType(f"the id of a job is a text of 32 characters, not {job_id!r}: see `job.id`")
+        return self.sender.jobs.job(job_id if backend is None else f"{backend}/{job_id}", job_id)
 
     def stream(self, stream_id: str, after: int = 0) -> Stream:
         """Goes on with a stream that was begun with `options(resumable=True)`, in this process or another one, behind the chunk with the

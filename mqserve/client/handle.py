@@ -9,11 +9,13 @@ from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Self, overload
 
-from ..broker.envelope import RequestHead
+from ..broker.envelope import RequestHead, mint_id
 from ..broker.errors import BadType, BadValue
 from .answers import check_results
 from .futures import Future
+from .job_calls import Order
 from .job_options import Priority, check_job_options
+from .jobs import Job
 from .mapping import map_items, map_items_soon
 from .streams import Stream
 
@@ -136,6 +138,19 @@ class _BaseHandle:
             plain=options.results == "plain",
         )
 
+    def _order(self, data: Any, arguments: dict[str, Any]) -> Order:
+        options = self._options
+        return Order(
+            mint_id(),
+            self._head(),
+            options.shard_key or "",
+            options,
+            data,
+            arguments,
+            wait_for_endpoint=self._missing_ok,
+            plain=options.results == "plain",
+        )
+
     def _head(self) -> RequestHead:
         options = self._options
         headers = {name.lower(): value for name, value in options.http_headers.items()}
@@ -159,6 +174,17 @@ class Handle(_BaseHandle):
         """
         return self._send(data, arguments)
 
+    def submit(self, data: Any = None, /, **arguments: Any) -> Job:
+        """Sends a job: a request that is kept until it is done, and that any process finds again by its id. Returns once the broker has
+        confirmed its message, which survives a restart of the broker. The handler sees the arguments as those of `remote`.
+
+        Neither `request_timeout_s` nor the time left to a handler that calls this limits a job; shadows get no copy of it. Raises
+        NotEncodable, UnknownEndpoint, BadValue for an `eta` that is too far away, and what kept the job from being accepted: Overloaded,
+        TooLarge, NotRouted, BrokerUnavailable (with `maybe_sent`, it may have been accepted all the same) and StoreUnavailable.
+        """
+        jobs = self._home.sender.jobs
+        return jobs.wait(jobs.submit(self._order(data, arguments)))
+
     def map(
         self, items: Iterable[Any], *, ordered: bool = True, in_flight: int = 100, progress: bool | None = None
     ) -> Generator[Any, None, None]:
@@ -178,6 +204,11 @@ class AsyncHandle(_BaseHandle):
     async def remote(self, data: Any = None, /, **arguments: Any) -> Future:
         """Like `Handle.remote`."""
         return self._send(data, arguments)
+
+    async def submit(self, data: Any = None, /, **arguments: Any) -> Job:
+        """Like `Handle.submit`."""
+        jobs = self._home.sender.jobs
+        return await jobs.wait_soon(jobs.submit(self._order(data, arguments)))
 
     def map(
         self, items: Iterable[Any], *, ordered: bool = True, in_flight: int = 100, progress: bool | None = None

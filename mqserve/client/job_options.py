@@ -11,7 +11,9 @@ from ..broker.jobs import MAX_DELAY_S, MAX_RESULT_TTL_S, PRIORITIES
 
 MAX_TAG_LENGTH = 200
 _DAY_S = 24 * 3600
-_OPENABLE_S = 30 * _DAY_S  # behind its delay: how long a job may wait in its queue and among the dead letters until a pickle in it is opened
+_OPENABLE_S = (
+    30 * _DAY_S
+)  # behind its delay: how long a job may wait in its queue and among the dead letters until a pickle in it is opened
 
 Priority = Literal["high", "normal", "low"]
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
+from ..broker.calls.job_events import JobFollower
 from ..broker.errors import BadValue
 from ..broker.job_store import NumberedEvent
 from ..broker.jobs import Attempt, EventKind, JobRecord, JobState
@@ -201,7 +202,7 @@ class JobEvents:
         """The number of the last event that was taken."""
         self._key = key
         self._calls = calls
-        self._following: Following | None = None
+        self._following: JobFollower | None = None
         self._depth = forks.depth
 
     def __repr__(self) -> str:
@@ -238,7 +239,7 @@ class JobEvents:
         """Runs on the runtime thread."""
         if self._following is None:
             self._following = await self._calls.follow(self._key, self.seq)
-        return await self._following.next()
+        return await self._calls.next_event(self._following)
 
     def _taken(self, event: NumberedEvent | None, end: type[Exception]) -> JobEvent:
         if event is None:

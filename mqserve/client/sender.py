@@ -32,6 +32,7 @@ from .answers import read_result
 from .deploying import open_block
 from .deployments import Deployments
 from .futures import WAIT_LIMIT_S, Found, Future, Sent, Stored
+from .job_calls import JobCalls
 from .membership import Membership
 from .runtime import Runtime
 from .streams import Began, Flowing, Stream, StreamTicket
@@ -73,6 +74,7 @@ class Sender:
         self._deployments = deployments
         self.find = find  # returns the client's sender in this process: a forked child has another one
         self._signer = connections.settings.signer
+        self.jobs = JobCalls(self, runtime, connections, requests)
         self._over = ""  # why the client has ended, once it has
         self.desired = Desired()
         self.only_plain = False  # open no pickle in a result
@@ -236,9 +238,10 @@ class Sender:
 
     def cancel_soon(self, future_id: str) -> None:
         """Cancels a request for everybody, without waiting for that."""
-        self._post(partial(self._requests.cancel, future_id))
+        self.post(partial(self._requests.cancel, future_id))
 
-    def _post(self, callback: Callable[[], None]) -> None:
+    def post(self, callback: Callable[[], None]) -> None:
+        """Runs it on the runtime thread, soon, unless the client has ended."""
         with suppress(InstanceError):  # the client is closed, so nobody is left to tell
             self._runtime.post(lambda: None if self._over else callback())
 
@@ -282,11 +285,11 @@ class Sender:
 
     def took(self, incoming: IncomingStream, seq: int, size: int) -> None:
         """See `IncomingStream.took`; does not wait for it."""
-        self._post(partial(incoming.took, seq, size))
+        self.post(partial(incoming.took, seq, size))
 
     def leave(self, incoming: IncomingStream) -> None:
         """See `RequestSender.leave`; does not wait for it."""
-        self._post(partial(self._requests.leave, incoming))
+        self.post(partial(self._requests.leave, incoming))
 
     def resumed(self, stream_id: str, after: int) -> Stream:
         """See `Client.stream`."""

@@ -23,7 +23,7 @@ from ..instance.starting import MAX_WORKERS
 from . import logs
 from .endings import end_if_closing_hangs, interrupts, leave_now, one_sentence
 from .options import distributed, http_options, http_settings, kept_options, namespace_option, read_settings, with_options
-from .request_commands import dead
+from .request_commands import call, dead, jobs
 from .setup import FORMATS, print_setup
 
 
@@ -43,7 +43,8 @@ def cli(verbose: bool) -> None:
     _log(verbose)
 
 
-cli.add_command(dead)
+for command in (call, jobs, dead):
+    cli.add_command(command)
 
 
 @cli.command()

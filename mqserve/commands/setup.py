@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ..broker.errors import BadValue
-from ..broker.queue_names import dead_exchange, dead_queue, requests_exchange
+from ..broker.queue_names import dead_exchange, dead_queue, due_queue, jobs_exchange, later_exchange, requests_exchange
 from ..broker.settings import read_secret
 from ..broker.store_keys import StoreKeys
 from ..broker.values.code import FOR_ALL
@@ -69,16 +69,18 @@ def read_passwords(env: Mapping[str, str]) -> dict[str, str]:
 
 def broker_rights(namespace: str) -> dict[str, BrokerRights]:
     """Returns the rights by role. A node has none, since it handles no messages."""
-    requests, dead = re.escape(requests_exchange(namespace)), re.escape(dead_exchange(namespace))
-    backends, dead_letters = re.escape(f"{namespace}.backend."), re.escape(dead_queue(namespace, ""))
+    exchanges = (requests_exchange(namespace), jobs_exchange(namespace), later_exchange(namespace))
+    sending, dead = "|".join(map(re.escape, exchanges)), re.escape(dead_exchange(namespace))
+    backends = f"{re.escape(f'{namespace}.backend.')}.*|{re.escape(f'{namespace}.jobs.')}.*"
+    waiting = f"{re.escape(due_queue(namespace))}|{re.escape(f'{namespace}.later.')}[0-9]+"
     nothing = "^$"
-    everything = f"^({requests}|{dead}|{backends}.*|{dead_letters}.*)$"
+    everything = f"^({sending}|{dead}|{backends}|{waiting}|{re.escape(dead_queue(namespace, ''))}.*)$"
     return {
         "controller": BrokerRights(everything, everything, everything),
-        "proxy": BrokerRights(nothing, f"^{requests}$", nothing),
+        "proxy": BrokerRights(nothing, f"^({sending})$", nothing),
         # amq.default: replies go to `reply_to` over it. It reaches every queue of the virtual host, so give that right to nobody else.
-        "replica": BrokerRights(nothing, rf"^({requests}|{dead}|amq\.default)$", f"^{backends}.*$"),
-        "client": BrokerRights(nothing, f"^{requests}$", nothing),
+        "replica": BrokerRights(nothing, rf"^({sending}|{dead}|amq\.default)$", f"^({backends})$"),
+        "client": BrokerRights(nothing, f"^({sending})$", nothing),
     }
 
 

@@ -1,0 +1,182 @@
+"""The jobs of one client: it sends them, and asks the store about them, on the runtime thread."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import math
+from collections.abc import Coroutine
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ..broker.calls.job_events import JobFollower
+from ..broker.calls.job_sending import JobSender, JobTerms
+from ..broker.calls.sending import RequestSender
+from ..broker.envelope import RequestHead
+from ..broker.errors import UnknownJob
+from ..broker.job_store import NumberedEvent
+from ..broker.jobs import PRIORITIES, JobRecord, JobState
+from ..broker.results import Result
+from ..broker.values.codecs import encode_value
+from ..broker.values.signing import SealScope
+from ..connections import Connections
+from ..controller.state.traffic import choose
+from .futures import Found
+from .job_options import JobOptions, timing_of
+from .jobs import Job, JobStatus, Kept
+from .runtime import Runtime
+
+if TYPE_CHECKING:
+    from .sender import Sender
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """One call of `submit`."""
+
+    id: str
+    meta: RequestHead
+    shard_key: str
+    options: JobOptions
+    data: Any
+    arguments: dict[str, Any]
+    wait_for_endpoint: bool
+    plain: bool
+
+
+class JobCalls:
+    """The jobs of one client, in one process."""
+
+    def __init__(self, sender: Sender, runtime: Runtime, connections: Connections, requests: RequestSender) -> None:
+        self._sender = sender
+        self._runtime = runtime
+        self._store = connections.store
+        self._signer = connections.settings.signer
+        self._requests = requests
+        self._jobs = JobSender(connections.queue, connections.store, connections.keys, requests.held, self._signer)
+
+    def __repr__(self) -> str:
+        return f"<JobCalls of {self._requests!r}>"
+
+    def here(self) -> JobCalls:
+        """Returns those of the client in this process: a forked child has others."""
+        return self._sender.find().jobs
+
+    def wait(self, work: Coroutine[Any, Any, T]) -> T:
+        """Runs the work on the runtime thread, and waits for it here."""
+        return self._runtime.call(work)
+
+    async def wait_soon(self, work: Coroutine[Any, Any, T]) -> T:
+        """Does the same in a coroutine."""
+        return await asyncio.wrap_future(self._runtime.submit(work))
+
+    # Sending.
+
+    def submit(self, order: Order) -> Coroutine[Any, Any, Job]:
+        """Returns the work that sends a job, for `wait` and `wait_soon`. Raises what `Sender.send` does."""
+        waits = self._sender.has_to_wait(order.meta.endpoint, order.data, order.arguments, wait_for_endpoint=order.wait_for_endpoint)
+        return self._submit_later(order) if waits else self._encoded(order)
+
+    async def _submit_later(self, order: Order) -> Job:
+        data, arguments = await self._sender.ready(order.meta.endpoint, order.data, order.arguments)
+        work = await asyncio.to_thread(self._encoded, replace(order, data=data, arguments=arguments))
+        return await work
+
+    def _encoded(self, order: Order) -> Coroutine[Any, Any, Job]:
+        """Encodes the job in the caller's thread, and returns the work that sends it."""
+        desired, options = self._sender.desired, order.options
+        backend, _ = choose(self._sender.find_endpoint(desired, order.meta.endpoint), order.shard_key)
+        timing = timing_of(options, self._store.now_ms())
+        scope = SealScope("request", backend, order.id)
+        content_type, body = encode_value([order.data, order.arguments], self._signer, scope, timing.openable_ms)
+        terms = JobTerms(
+            not_before_ms=timing.not_before_ms,
+            expires_ms=timing.expires_ms,
+            result_ttl_s=math.ceil(options.result_ttl_s or 0),
+            priority=PRIORITIES[options.priority],
+            tag=options.tag,
+            once=desired.backends[backend].config.delivery == "at_most_once",
+        )
+        return self._send(order, backend, content_type, body, terms)
+
+    async def _send(self, order: Order, backend: str, content_type: str, body: bytes, terms: JobTerms) -> Job:
+        await self._jobs.submit(order.id, backend, body, content_type, order.meta, origin="handle", terms=terms)
+        return self.job(order.id, order.id, plain=order.plain, exists=True)
+
+    def retry(self, key: str, *, plain: bool) -> Job:
+        """See `Job.retry`."""
+        return self.wait(self._retry(key, plain))
+
+    async def _retry(self, key: str, plain: bool) -> Job:
+        new_id = await self._jobs.retry(key)
+        return self.job(new_id, new_id, plain=plain, exists=True)
+
+    # Asking.
+
+    def job(self, key: str, job_id: str, *, plain: bool = False, exists: bool = False) -> Job:
+        """Returns a job. `exists`: it was sent, so it is waited for even if the store does not know it."""
+        return Job(job_id, Kept(key, self, plain=plain, exists=exists))
+
+    def status(self, key: str) -> JobStatus:
+        """See `Job.status`."""
+        return self.wait(self._status(key))
+
+    async def _status(self, key: str) -> JobStatus:
+        record = await self._known(key)
+        place = await self._store.jobs.place(key, record.facts) if record.state is JobState.QUEUED else None
+        return JobStatus.of(record, place)
+
+    async def _known(self, key: str) -> JobRecord:
+        record = await self._store.jobs.read(key)
+        if record is None:
+            raise UnknownJob(
+                f"nothing is known of a job {key!r}: nobody sent it, or its record is gone, which stays twice as long as its result; a "
+                "publisher's own message_id needs its backend, too"
+            )
+        return record
+
+    def is_done(self, key: str) -> bool:
+        """See `Future.done`."""
+        return self.wait(self._is_done(key))
+
+    async def _is_done(self, key: str) -> bool:
+        record = await self._store.jobs.read(key)
+        return record is not None and record.state.is_final
+
+    def first_result(self, key: str, *, exists: bool) -> concurrent.futures.Future[Found]:
+        """Returns a future of the result. Cancel it to stop waiting."""
+        return self._runtime.submit(self._first_result(key, exists))
+
+    async def _first_result(self, key: str, exists: bool) -> Found:
+        if not exists:
+            await self._known(key)
+        return key, await self._requests.pending.job_result(key, None)
+
+    def cancel(self, key: str) -> bool:
+        """See `Future.cancel`."""
+        return self.wait(self._cancel(key))
+
+    async def _cancel(self, key: str) -> bool:
+        await self._known(key)
+        return await self._jobs.cancel(key)
+
+    def read(self, key: str, result: Result, *, plain: bool) -> Any:
+        """See `Sender.read`."""
+        return self._sender.read(key, result, plain=plain)
+
+    # Following.
+
+    async def follow(self, key: str, after: int) -> JobFollower:
+        """Begins to follow the events of a job, on the runtime thread; `stop` ends that."""
+        await self._known(key)
+        return await self._requests.pending.followers.follow(key, after)
+
+    async def next_event(self, following: JobFollower) -> NumberedEvent | None:
+        """Returns the next event; None behind the last one."""
+        return await anext(following, None)
+
+    def stop(self, following: JobFollower) -> None:
+        """Ends following, from any thread."""
+        self._sender.post(lambda: self._requests.pending.followers.leave(following))

@@ -1,0 +1,240 @@
+"""`mqserve jobs`: lists jobs, shows, cancels, retries, watches and forgets them. No command opens a pickle."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.text import Text
+
+from ..broker.errors import BadValue, MQServeError
+from ..broker.job_store import JobStore
+from ..broker.jobs import PRIORITIES, JobEvent, JobRecord, JobState
+from ..broker.process.printable import printable
+from ..broker.settings import Settings
+from ..connections import Connections, open_connections
+from .printing import print_json, print_sentence, when
+from .status_table import make_console, make_table
+
+ASK_ABOVE = 10
+_AT_MOST = 10_000  # jobs that one command acts on
+_COLORS = {
+    JobState.RUNNING: "yellow",
+    JobState.SUCCEEDED: "green",
+    JobState.FAILED: "red",
+    JobState.EXPIRED: "red",
+    JobState.CANCELLED: "dim",
+}
+UNENDED = (JobState.QUEUED, JobState.RUNNING)
+ENDED = tuple(state for state in JobState if state.is_final)
+
+
+class Filter(NamedTuple):
+    """Which jobs a list has."""
+
+    backend: str = ""
+    tag: str = ""
+    states: tuple[JobState, ...] = ()
+
+
+class Selection(NamedTuple):
+    """The jobs that a command acts on: those with these ids, or those that the filter lets through."""
+
+    ids: tuple[str, ...]
+    filter: Filter
+
+    @classmethod
+    def read(cls, ids: tuple[str, ...], filter: Filter, *, everything: bool) -> Selection:
+        """Parses the arguments. Raises BadValue for none of them, and for ids beside a filter."""
+        is_filtered = everything or filter != Filter()
+        if bool(ids) == is_filtered:
+            raise BadValue("name jobs by their ids, as `mqserve jobs list` shows them, or choose by --backend, --tag, --state or --all")
+        return cls(ids, filter)
+
+
+async def list_jobs(settings: Settings, filter: Filter, limit: int, *, as_json: bool, console: Console | None = None) -> int:
+    """Prints the latest jobs as a table, or as JSON, one per line."""
+    console = console or make_console()
+    async with _connected(settings) as connections:
+        jobs = connections.store.jobs
+        found = await _listed(jobs, filter, limit)
+        if as_json:
+            return print_json(console, [facts_of(record, await _place(jobs, record)) for record in found])
+    if not found:
+        return print_sentence(console, "There are no such jobs." if filter != Filter() else "There are no jobs.")
+    console.print(table_of(found, limit))
+    return 0
+
+
+async def show_jobs(settings: Settings, ids: Sequence[str], *, as_json: bool, console: Console | None = None) -> int:
+    """Prints all that is known of each job. Raises BadValue for an unknown id, after the others."""
+    console = console or make_console()
+    missing: list[str] = []
+    async with _connected(settings) as connections:
+        jobs = connections.store.jobs
+        for job_id in ids:
+            record = await jobs.read(job_id)
+            if record is None:
+                missing.append(job_id)
+                continue
+            facts = facts_of(record, await _place(jobs, record)) | {"history": history_of(record)}
+            facts["events"] = [event_facts(number, event) for number, event in await jobs.events(job_id)]
+            if as_json:
+                print_json(console, [facts])
+            else:
+                _print_facts(console, facts)
+    if missing:
+        raise BadValue(no_such(missing))
+    return 0
+
+
+async def purge_jobs(settings: Settings, selection: Selection, *, yes: bool, console: Console | None = None) -> int:
+    """Removes record, result and events of jobs that have ended. Raises BadValue for ids that are unknown or have not ended."""
+
+    return await act(settings, selection, PURGE, yes=yes, console=console)
+
+
+async def _forget(connections: Connections, record: JobRecord) -> bool:
+    return await connections.store.jobs.forget(record.id)
+
+
+class Act(NamedTuple):
+    """What a command does to jobs in these states. `step` returns False for one that has changed its state meanwhile."""
+
+    verb: str
+    done: str
+    states: tuple[JobState, ...]
+    refusal: str  # for one that was named and is in another state
+    step: Callable[[Connections, JobRecord], Awaitable[bool]]
+
+
+PURGE = Act("purge", "purged", ENDED, "has not ended: cancel it first", _forget)
+
+
+async def act(settings: Settings, selection: Selection, act: Act, *, yes: bool, console: Console | None) -> int:
+    """Does it to all jobs that are selected, and prints how many these were."""
+    kept: list[str] = []
+    count = 0
+    async with _connected(settings) as connections:
+        records = await _selected(connections.store.jobs, selection, act.states, kept)
+        if not selection.ids and len(records) > ASK_ABOVE and not yes:
+            raise BadValue(f"there are {len(records)} such jobs: add --yes to {act.verb} them all")
+        for record in records:
+            if record.state in act.states and await act.step(connections, record):
+                count += 1
+            elif selection.ids:
+                kept.append(f"job {printable(record.id)} {act.refusal}")
+    if kept:
+        raise MQServeError("; ".join([f"{act.done}: {count}", *kept]))
+    return print_sentence(console, f"{count} {act.done}." if count or selection.ids else "There are no such jobs.")
+
+
+async def _selected(jobs: JobStore, selection: Selection, states: tuple[JobState, ...], kept: list[str]) -> Sequence[JobRecord]:
+    if not selection.ids:
+        wanted = tuple(state for state in selection.filter.states or states if state in states)
+        return await _listed(jobs, selection.filter._replace(states=wanted), _AT_MOST) if wanted else ()
+    read = [(job_id, await jobs.read(job_id)) for job_id in selection.ids]
+    kept += [no_such([job_id]) for job_id, record in read if record is None]
+    return [record for _, record in read if record is not None]
+
+
+@asynccontextmanager
+async def _connected(settings: Settings) -> AsyncIterator[Connections]:
+    async with open_connections(settings, "jobs", broker_may_be_away=True) as connections:
+        yield connections
+
+
+async def _listed(jobs: JobStore, filter: Filter, at_most: int) -> Sequence[JobRecord]:
+    return await jobs.list(backend=filter.backend, tag=filter.tag, states=filter.states, at_most=at_most)
+
+
+async def _place(jobs: JobStore, record: JobRecord) -> int | None:
+    return await jobs.place(record.id, record.facts) if record.state is JobState.QUEUED else None
+
+
+# What is printed.
+
+
+def facts_of(record: JobRecord, place: int | None) -> dict[str, Any]:
+    """Returns what is known of a job, under the names that it has over HTTP."""
+    facts, progress = record.facts, record.progress
+    return {
+        "id": record.id,
+        "status": record.state.value,
+        "backend": facts.backend,
+        "endpoint": facts.endpoint,
+        "created_at": _time(facts.created_ms),
+        "not_before": _time(facts.not_before_ms),
+        "expires_at": _time(facts.expires_ms),
+        "started_at": _time(record.started_ms),
+        "ended_at": _time(record.ended_ms),
+        "attempts": len(record.attempts),
+        "progress": None if progress is None else progress.fraction,
+        "message": "" if progress is None else progress.text,
+        "position": place,
+        "http_status": record.status or None,
+        "has_result": record.has_result,
+        "priority": next((name for name, number in PRIORITIES.items() if number == facts.priority), facts.priority),
+        "tag": facts.tag,
+        "retry_of": facts.retry_of,
+    }
+
+
+def history_of(record: JobRecord) -> list[dict[str, Any]]:
+    return [
+        {
+            "attempt": attempt.number,
+            "replica": attempt.replica,
+            "started_at": _time(attempt.started_ms),
+            "ended_at": _time(attempt.ended_ms),
+            "error": attempt.error,
+            "again_at": _time(attempt.again_ms),
+        }
+        for attempt in record.attempts
+    ]
+
+
+def event_facts(number: int, event: JobEvent) -> dict[str, Any]:
+    facts = {"seq": number, "event": event.kind.value, "at": _time(event.at_ms)}
+    more = {"status": event.state, "progress": event.fraction, "message": event.text}
+    return facts | {name: value for name, value in more.items() if value not in ("", None)}
+
+
+def table_of(records: Sequence[JobRecord], limit: int) -> Any:
+    """Returns rich's table of jobs, the latest first."""
+    title = f"Jobs, the latest {limit}" if len(records) == limit else "Jobs"
+    table = make_table(title, "id", "status", "for", "tag", "created", "runs", "progress")
+    for record in records:
+        facts = record.facts
+        target = facts.endpoint or facts.backend
+        progress = "" if record.progress is None else progress_words(record.progress)
+        words = (target, facts.tag, when(facts.created_ms) if facts.created_ms else "", str(len(record.attempts)), progress)
+        state = Text(record.state.value, _COLORS.get(record.state, ""))
+        table.add_row(Text(printable(record.id)), state, *(Text(printable(word)) for word in words))
+    return table
+
+
+def progress_words(event: JobEvent) -> str:
+    return " ".join(word for word in ("" if event.fraction is None else f"{event.fraction:.0%}", event.text) if word)
+
+
+def no_such(ids: Sequence[str]) -> str:
+    return "; ".join(f"nothing is known of a job {printable(job_id)!r}: see `mqserve jobs list`" for job_id in ids)
+
+
+def _time(ms: int) -> str | None:
+    return when(ms).replace(" UTC", "Z").replace(" ", "T") if ms else None
+
+
+def _print_facts(console: Console, facts: dict[str, Any]) -> None:
+    for name, value in facts.items():
+        if name in ("history", "events"):
+            lines = ["  ".join(printable(str(part)) for part in entry.values() if part not in ("", None)) for entry in value]
+            text = "".join(f"\n    {line}" for line in lines)
+        else:
+            text = printable(str(value))
+        if value not in ("", None, []):
+            console.print(Text.assemble((f"{name.replace('_', ' ')}: ", "dim"), text), highlight=False, soft_wrap=True)
+    console.print()
