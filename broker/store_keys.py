@@ -36,6 +36,7 @@ Those of jobs. Until a job ends, they live for UNENDED_TTL_S:
 | `mqserve:<ns>:followers:{id}` | set of inboxes | followers   | writers of events | WAIT_TTL_S, renewed       |
 | `mqserve:<ns>:waiting:<backend>` | sorted set: ids that have not begun | sender, replica, who ends it | who asks for a place | removed |
 | `mqserve:<ns>:jobs`          | sorted set: ids by time of creation | sender, replica | operators | removed some time after the record |
+| `mqserve:<ns>:group:{id}`    | string: how many jobs it has | sender of many jobs | clients | UNENDED_TTL_S, from its sending |
 | `mqserve:<ns>:ends`          | stream of ENDS_LENGTH: what has ended | who ends it | controller | none               |
 """
 
@@ -90,6 +91,9 @@ class StoreKeys:
         """All keys about a request's runs, the result included. Without them the request runs as if it had never run."""
         kinds = (self.future, self.start, self.claim, self.attempts, self.redeliveries, self.job, self.lease, self.events)
         return tuple(key(future_id) for key in kinds)
+
+    def group(self, group_id: str) -> str:
+        return f"{self._root}:group:{{{group_id}}}"
 
     def body(self, future_id: str) -> str:
         return f"{self._root}:body:{{{future_id}}}"

@@ -22,6 +22,7 @@ from .client.api import (
     future,
     get_backend_config,
     get_handle,
+    group,
     job,
     list_backends,
     list_endpoints,
@@ -32,6 +33,7 @@ from .client.api import (
     shutdown,
     start,
     stream,
+    submit_many,
     update_backend,
     update_backend_config,
 )
@@ -68,6 +70,7 @@ from .client.declared import endpoint
 from .client import pickled_clients  # noqa: F401  # says how clients and handles pickle
 from .client.futures import Future, get, wait
 from .client.gathering import as_completed, gather
+from .client.groups import Group, GroupStatus
 from .client.handle import AsyncHandle, Handle, StreamHandle
 from .client.jobs import Job, JobAttempt, JobEvent, JobEvents, JobStatus
 from .client.streams import Stream
@@ -97,6 +100,8 @@ __all__ = [
     "Cancelled",
     "Client",
     "Future",
+    "Group",
+    "GroupStatus",
     "HTTPException",
     "Handle",
     "InstanceEnded",
@@ -148,6 +153,7 @@ __all__ = [
     "get_current_replica_tag",
     "get_handle",
     "get_replica_context",
+    "group",
     "ingress",
     "job",
     "list_backends",
@@ -159,6 +165,7 @@ __all__ = [
     "shutdown",
     "start",
     "stream",
+    "submit_many",
     "update_backend",
     "update_backend_config",
     "wait",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, overload
 
@@ -11,12 +11,14 @@ from ..broker.settings import Settings
 from ..controller.state.config import BackendConfig
 from ..instance.starting import StartOptions, parse_http_options
 from ..replicas.context import check_not_importing, is_importing
+from . import groups
 from .answers import check_results
 from .client import Client
 from .clients import clients
 from .declared import declare_with_file, make_mount
 from .deploying import is_file_of_run
 from .futures import Future
+from .groups import Group
 from .handle import AsyncHandle, Handle
 from .jobs import Job
 from .streams import Stream
@@ -233,6 +235,22 @@ def future(future_id: str, backend: str | None = None) -> Future:
 def job(job_id: str, backend: str | None = None) -> Job:
     """See `Client.job`."""
     return clients.current().job(job_id, backend)
+
+
+@overload
+def submit_many(handle: Handle, items: Iterable[Any]) -> Group: ...
+@overload
+def submit_many(handle: AsyncHandle, items: Iterable[Any]) -> Coroutine[Any, Any, Group]: ...
+
+
+def submit_many(handle: Handle | AsyncHandle, items: Iterable[Any]) -> Group | Coroutine[Any, Any, Group]:
+    """See `Client.submit_many`."""
+    return groups.submit_many(handle, items)
+
+
+def group(group_id: str) -> Group:
+    """See `Client.group`."""
+    return clients.current().group(group_id)
 
 
 def stream(stream_id: str, after: int = 0) -> Stream:

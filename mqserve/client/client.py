@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Literal, overload
@@ -27,6 +27,7 @@ from .declared import make_mount
 from .deploying import Block, Declaration, open_block, opened
 from .deployments import Deployments, TellReady
 from .futures import Future, get, wait
+from .groups import Group, submit_many
 from .handle import AsyncHandle, Handle
 from .jobs import Job
 from .lifetime import Lifetime
@@ -240,6 +241,26 @@ class Client(Lifetime):
         if not isinstance(job_id, str):
             raise BadType(f"the id of a job is a text of 32 characters, not {job_id!r}: see `job.id`")
         return self.sender.jobs.job(job_id if backend is None else f"{backend}/{job_id}", job_id)
+
+    @overload
+    def submit_many(self, handle: Handle, items: Iterable[Any]) -> Group: ...
+    @overload
+    def submit_many(self, handle: AsyncHandle, items: Iterable[Any]) -> Coroutine[Any, Any, Group]: ...
+
+    def submit_many(self, handle: Handle | AsyncHandle, items: Iterable[Any]) -> Group | Coroutine[Any, Any, Group]:
+        """Sends a job for each item by `handle.submit`, and returns them as a group with one id; with an async handle, await it. An error
+        ends the sending, and has a note that says how many jobs were sent before.
+
+        Raises BadType for what is no handle or no series of items, and what `submit` does.
+        """
+        return submit_many(handle, items)
+
+    def group(self, group_id: str) -> Group:
+        """Returns a group by its id, in any process. Raises UnknownJob if nothing is known of it, BadType for an id that is no str."""
+        if not isinstance(group_id, str):
+            raise BadType(f"the id of a group is a text of 32 characters, not {group_id!r}: see `group.id`")
+        jobs = self.sender.jobs
+        return Group(group_id, jobs.wait(jobs.group_facts(group_id)), jobs)
 
     def stream(self, stream_id: str, after: int = 0) -> Stream:
         """Goes on with a stream that was begun with `options(resumable=True)`, in this process or another one, behind the chunk with the

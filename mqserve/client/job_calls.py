@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import math
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
 
 from ..broker.calls.job_events import JobFollower
 from ..broker.calls.job_sending import JobSender, JobTerms
 from ..broker.calls.sending import RequestSender
-from ..broker.envelope import RequestHead
+from ..broker.envelope import RequestHead, mint_id
 from ..broker.errors import UnknownJob
+from ..broker.job_groups import GroupFacts
 from ..broker.job_store import NumberedEvent
-from ..broker.jobs import PRIORITIES, JobRecord, JobState
+from ..broker.jobs import PRIORITIES, UNENDED_TTL_S, JobRecord, JobState
 from ..broker.results import Result
 from ..broker.values.codecs import encode_value
 from ..broker.values.signing import SealScope
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from .sender import Sender
 
 T = TypeVar("T")
+_AT_ONCE = 200  # questions about the members of a group
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,7 @@ class JobCalls:
         self._sender = sender
         self._runtime = runtime
         self._store = connections.store
+        self._keys = connections.keys
         self._signer = connections.settings.signer
         self._requests = requests
         self._jobs = JobSender(connections.queue, connections.store, connections.keys, requests.held, self._signer)
@@ -110,7 +115,8 @@ class JobCalls:
         return self.wait(self._retry(key, plain))
 
     async def _retry(self, key: str, plain: bool) -> Job:
-        new_id = await self._jobs.retry(key)
+        new_id = mint_id()
+        await self._jobs.retry(key, new_id)
         return self.job(new_id, new_id, plain=plain, exists=True)
 
     # Asking.
@@ -129,7 +135,7 @@ class JobCalls:
         return JobStatus.of(record, place)
 
     async def _known(self, key: str) -> JobRecord:
-        record = await self._store.jobs.read(key)
+        record = await self._jobs.look(key)
         if record is None:
             raise UnknownJob(
                 f"nothing is known of a job {key!r}: nobody sent it, or its record is gone, which stays twice as long as its result; a "
@@ -142,7 +148,7 @@ class JobCalls:
         return self.wait(self._is_done(key))
 
     async def _is_done(self, key: str) -> bool:
-        record = await self._store.jobs.read(key)
+        record = await self._jobs.look(key)
         return record is not None and record.state.is_final
 
     def first_result(self, key: str, *, exists: bool) -> concurrent.futures.Future[Found]:
@@ -155,16 +161,42 @@ class JobCalls:
         return key, await self._requests.pending.job_result(key, None)
 
     def cancel(self, key: str) -> bool:
-        """See `Future.cancel`."""
-        return self.wait(self._cancel(key))
-
-    async def _cancel(self, key: str) -> bool:
-        await self._known(key)
-        return await self._jobs.cancel(key)
+        """See `Future.cancel`. Raises UnknownJob."""
+        return self.wait(self._jobs.cancel(key))
 
     def read(self, key: str, result: Result, *, plain: bool) -> Any:
         """See `Sender.read`."""
         return self._sender.read(key, result, plain=plain)
+
+    # Groups.
+
+    async def keep_group(self, group_id: str, facts: GroupFacts) -> None:
+        kept = msgspec.structs.replace(facts, created_ms=self._store.now_ms())
+        await self._store.set(self._keys.group(group_id), kept.to_bytes(), ttl_ms=UNENDED_TTL_S * 1000)
+
+    async def group_facts(self, group_id: str) -> GroupFacts:
+        """Raises UnknownJob."""
+        raw = await self._store.get(self._keys.group(group_id))
+        if raw is None:
+            raise UnknownJob(
+                f"nothing is known of a group {group_id!r}: nobody sent it, or that was more than {UNENDED_TTL_S // 86400} days ago"
+            )
+        return GroupFacts.from_bytes(raw)
+
+    async def states(self, keys: Sequence[str]) -> list[JobState | None]:
+        """Returns the state of each job; None for one that is not known."""
+        records = await self._some_at_a_time(self._jobs.look, keys)
+        return [None if record is None else record.state for record in records]
+
+    async def cancel_all(self, keys: Sequence[str]) -> int:
+        """Cancels jobs for everybody, and returns how many had no result yet."""
+        return sum(await self._some_at_a_time(self._jobs.cancel, keys))
+
+    async def _some_at_a_time(self, ask: Callable[[str], Awaitable[T]], keys: Sequence[str]) -> list[T]:
+        found: list[T] = []
+        for start in range(0, len(keys), _AT_ONCE):
+            found += await asyncio.gather(*map(ask, keys[start : start + _AT_ONCE]))
+        return found
 
     # Following.
 

@@ -137,7 +137,8 @@ class Job(Future):
 
     def retry(self) -> Job:
         """Sends a job that has ended once more, as a new one, whose status names this one in `retry_of`; a result is written only once.
-        Raises BadValue for one that has not ended, or whose request is not kept any more, and the errors of `handle.submit`."""
+        Raises JobGoesOn for one that has not ended, UnknownJob, ResultGone if its request is not kept any more (ten minutes behind a
+        success, else as long as its result), and the errors of `handle.submit`."""
         kept = self._kept
         return kept.calls.retry(kept.key, plain=kept.plain)
 
