@@ -16,9 +16,7 @@ from ..broker.calls.sending import RequestSender
 from ..broker.envelope import is_minted, mint_id
 from ..broker.errors import JobGone, MQServeError
 from ..broker.jobs import JobRecord, JobState, state_of
-from ..broker.result_bodies import BodyGone, with_body
-from ..broker.results import Result
-from ..broker.store_keys import StoreKeys
+from ..broker.result_bodies import BodyGone
 from .common_ids import CommonIds
 from .events import EventId, EventStreams, read_event_id
 from .job_events import JobFeed
@@ -41,24 +39,28 @@ class Futures:
     """What a proxy answers about requests by their ids. `path` is the setting, and may change."""
 
     def __init__(
-        self, sender: RequestSender, jobs: JobSender, keys: StoreKeys, polls: Polls, events: EventStreams,
+        self, sender: RequestSender, jobs: JobSender, polls: Polls, events: EventStreams,
         *, is_cancelled: Callable[[str], bool], trusts: Callable[[Scope], bool], common_ids: CommonIds | None, debug: bool,
     ) -> None:  # fmt: skip
         self._sender = sender
         self._jobs = jobs
-        self._store = jobs.store
-        self._keys = keys
+        self._records = jobs.store.jobs
         self._polls = polls
         self._events = events
         self._is_cancelled = is_cancelled
         self._trusts = trusts
         self._common_ids = common_ids
         self._debug = debug
-        self.path = SYSTEM_PATH
+        self.move(SYSTEM_PATH)
         self.refusal = ""  # why no new jobs are taken
 
     def __repr__(self) -> str:
         return f"<Futures at {self.path}>"
+
+    def move(self, path: str) -> None:
+        """From now on they stand at this path, too."""
+        self.path = path
+        self.own = ("/-/", f"{path}/")  # how the paths begin that are no endpoint's
 
     def links(self, scope: Scope) -> Links:
         return Links.of(scope, self.path)
@@ -100,7 +102,7 @@ class Futures:
     async def _state(self, future_id: str, scope: Scope, receive: Receive) -> Reply:
         if (record := await self._record(future_id, scope, receive)) is not None:
             return json_reply(await self.view(record, scope))
-        if (result := await self._recorded(future_id)) is not None:
+        if (result := await self._sender.pending.peek_head(future_id)) is not None:
             return json_reply(result_view(future_id, result, state_of(result), self.links(scope), debug=self._debug))
         return _unknown(future_id)
 
@@ -117,28 +119,23 @@ class Futures:
     async def view(self, record: JobRecord, scope: Scope) -> dict[str, Any]:
         """Returns what a client gets to know of a job. Raises StoreUnavailable."""
         is_queued = record.state is JobState.QUEUED
-        position = await self._store.jobs.place(record.id, record.facts) if is_queued else None
-        failed = await self._recorded(record.id) if record.has_result and record.state is not JobState.SUCCEEDED else None
+        position = await self._records.place(record.id, record.facts) if is_queued else None
+        failed = await self._sender.pending.peek_head(record.id) if record.has_result and record.state is not JobState.SUCCEEDED else None
         return job_view(record, self.links(scope), position=position, result=failed, debug=self._debug)
-
-    async def _recorded(self, future_id: str) -> Result | None:
-        """Returns the result, without a body that stands in a key of its own."""
-        raw = await self._store.get(self._keys.future(future_id))
-        return None if raw is None else Result.from_bytes(raw)
 
     # Its answer.
 
     async def _result(self, future_id: str, scope: Scope, receive: Receive) -> Reply:
         record = await self._record(future_id, scope, receive)
-        if (result := await self._recorded(future_id)) is None:
+        try:
+            result = await self._sender.pending.peek(future_id)
+        except BodyGone as error:
+            raise JobGone(str(error)) from error
+        if result is None:
             return await self._not_there(future_id, record, scope)
         if result.frames:
             return 303, [(b"location", self.links(scope).events(future_id).encode())], b""
-        try:
-            whole = await with_body(self._store, self._keys, future_id, result)
-        except BodyGone as error:
-            raise JobGone(str(error)) from error
-        return from_result(whole, future_id, debug=self._debug, to_head=scope["method"] == "HEAD")
+        return from_result(result, future_id, debug=self._debug, to_head=scope["method"] == "HEAD")
 
     async def _not_there(self, future_id: str, record: JobRecord | None, scope: Scope) -> Reply:
         if record is None:
@@ -154,7 +151,7 @@ class Futures:
         after = place.seq if place is not None and place.future_id == future_id else 0
         if (record := await self._jobs.look(future_id)) is None:
             return await self._events.resume(EventId(future_id, after))
-        if after and record.state.is_final and not await self._store.jobs.events(future_id, after):
+        if after and record.state.is_final and not await self._records.events(future_id, after):
             return 204, [(b"x-request-id", future_id.encode())], b""  # it has all of them: a browser does not come back after that
         followers = self._sender.pending.followers
         return JobFeed(await followers.follow(future_id, after), followers, self._polls, receive)

@@ -1,7 +1,7 @@
 """What happens to a job, as server-sent events: its states, its progress, and what its handler logs.
 
-The id of an event is `<job id>:<number>`. The feed ends behind the final state; a client that was cut off before that sends the last id that
-it has as `Last-Event-ID`, to any proxy.
+The id of an event is `<job id>:<number>`. The feed ends behind the final state; a client that was cut off before that sends the last id
+that it has as `Last-Event-ID`, to any proxy.
 """
 
 from __future__ import annotations

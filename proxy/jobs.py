@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
 
 from ..broker.calls.job_sending import JobSender, JobTerms
 from ..broker.calls.sending import RequestSender
 from ..broker.envelope import RequestHead, mint_id
 from ..broker.errors import MQServeError
-from ..broker.jobs import JobFacts
+from ..broker.jobs import PRIORITIES, JobFacts
 from .calls import AsgiCall
 from .futures import Futures, Receive, Scope
 from .job_views import RETRY_AFTER, new_job_view
 from .polls import Polls
-from .preferences import JobWish, Preference
+from .preferences import Headers, Preference, result_ttl_of
 from .responses import Reply, from_result, json_reply
 
 
@@ -33,15 +31,15 @@ class Jobs:
     def __repr__(self) -> str:
         return f"<Jobs over {self._jobs!r}>"
 
-    async def submit(
-        self, call: AsgiCall, backend: str, body: bytes, content_type: str, meta: RequestHead, wish: JobWish, *, once: bool
-    ) -> JobFacts:
-        """Sends the request of a call as a job. Raises MQServeError if it was not accepted."""
-        expires_ms = 0 if wish.begins_within_s == math.inf else self._sender.now_ms() + math.ceil(wish.begins_within_s * 1000)
-        terms = JobTerms(expires_ms=expires_ms, result_ttl_s=wish.result_ttl_s, priority=wish.priority, once=once)
-        return await self._jobs.submit(
-            call.id, backend, body, content_type, meta, origin="http", terms=terms, refusal=self._futures.refusal
-        )
+    def terms(self, headers: Headers, begins_within_s: float, priority: str, *, once: bool) -> JobTerms:
+        """Returns what the headers of a job say of it. Raises BadValue."""
+        expires_ms = 0 if begins_within_s == math.inf else self._sender.now_ms() + math.ceil(begins_within_s * 1000)
+        return JobTerms(expires_ms=expires_ms, result_ttl_s=result_ttl_of(headers), priority=PRIORITIES[priority], once=once)
+
+    async def submit(self, future_id: str, backend: str, body: bytes, content_type: str, meta: RequestHead, terms: JobTerms) -> JobFacts:
+        """Sends a request as a job. Raises MQServeError if it was not accepted."""
+        refusal = self._futures.refusal
+        return await self._jobs.submit(future_id, backend, body, content_type, meta, origin="http", terms=terms, refusal=refusal)
 
     async def answer(self, call: AsgiCall, facts: JobFacts, preference: Preference, scope: Scope, receive: Receive) -> Reply:
         """Returns the answer itself, if the client waits for it and it is there in time, else 202."""

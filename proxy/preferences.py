@@ -13,6 +13,8 @@ from ..broker.jobs import MAX_RESULT_TTL_S, PRIORITIES
 MAX_WAIT_S = 60  # for what is not there yet: longer than that, many a server in front gives up
 RESULT_TTL_HEADER = b"x-result-ttl"
 PRIORITY_HEADER = b"x-priority"
+WAIT_PRIORITIES = {"high": 4, "normal": 0, "low": 0}
+"""AMQP's priorities of requests that wait. There is none below normal: each normal request would pay for a property that says so."""
 
 _PREFERENCE = re.compile(r'([!#$%&\'*+.^_`|~0-9A-Za-z-]+)(?:\s*=\s*"?([^",;]*)"?)?(?:\s*;[^,]*)?')
 _SECONDS = re.compile(r"[0-9]{1,9}")
@@ -38,14 +40,6 @@ class Preference(NamedTuple):
         return b", ".join([b"respond-async", *wait] if self.is_async else wait)
 
 
-class JobWish(NamedTuple):
-    """What the headers of a job say. `begins_within_s` is infinite where it waits for ever; `result_ttl_s` is 0 for the backend's own."""
-
-    begins_within_s: float
-    result_ttl_s: int
-    priority: int
-
-
 def read_preference(headers: Headers) -> Preference | None:
     """Returns None for a request that is no job. Preferences that are not known or not written right are passed over, as the RFC says."""
     given: dict[str, str] = {}
@@ -61,18 +55,18 @@ def read_preference(headers: Headers) -> Preference | None:
     return Preference(is_async, min(MAX_WAIT_S, int(wait)))
 
 
-def read_job_wish(headers: Headers, begins_within_s: float) -> JobWish:
-    """Raises BadValue for what is not written right: a job that is kept otherwise than its client believes is found too late."""
-    result_ttl_s, priority = 0, PRIORITIES["normal"]
-    for name, value in headers:
-        if name == RESULT_TTL_HEADER:
-            result_ttl_s = _result_ttl(value.decode("latin-1"))
-        elif name == PRIORITY_HEADER:
-            priority = PRIORITIES[priority_name(value)]
-    return JobWish(begins_within_s, result_ttl_s, priority)
+def result_ttl_of(headers: Headers) -> int:
+    """Returns for how many seconds the result is to be kept; 0 for as long as the backend says. Raises BadValue."""
+    value = next((value.decode("latin-1") for name, value in headers if name == RESULT_TTL_HEADER), None)
+    if value is None:
+        return 0
+    seconds = int(value) if _SECONDS.fullmatch(value) else 0
+    if not 1 <= seconds <= MAX_RESULT_TTL_S:
+        raise BadValue(f"X-Result-TTL must be a whole number of seconds from 1 to {MAX_RESULT_TTL_S} (30 days)")
+    return seconds
 
 
-def priority_name(value: bytes) -> str:
+def read_priority(value: bytes) -> str:
     """Raises BadValue."""
     name = value.decode("latin-1").lower()
     if name not in PRIORITIES:
@@ -92,13 +86,6 @@ def wait_of(query: bytes) -> float:
     if not 0 <= wait_s < math.inf:
         raise BadValue(f"wait must be a number of seconds, such as ?wait=30: at most {MAX_WAIT_S}")
     return min(wait_s, MAX_WAIT_S)
-
-
-def _result_ttl(value: str) -> int:
-    seconds = int(value) if _SECONDS.fullmatch(value) else 0
-    if not 1 <= seconds <= MAX_RESULT_TTL_S:
-        raise BadValue(f"X-Result-TTL must be a whole number of seconds from 1 to {MAX_RESULT_TTL_S} (30 days)")
-    return seconds
 
 
 def _split(value: str) -> list[str]:

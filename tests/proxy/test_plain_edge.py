@@ -23,6 +23,7 @@ class Outermost:
 
     def __init__(self, site: Site) -> None:
         self.plain: Any = site.app
+        self.apart = APART
         self._app = site.app
         self.asgi = 0
 
