@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
+from ..broker.calls.idempotency import IdempotencyKeys
 from ..broker.calls.incoming import IncomingStream
 from ..broker.calls.job_sending import JobSender
 from ..broker.calls.sending import MAX_BODY_BYTES, RequestSender
@@ -24,8 +25,9 @@ from .common_ids import CommonIds
 from .departures import Departures
 from .events import EventId, EventStreams, read_event_id
 from .futures import Answer, Futures
+from .idempotency import KEY_HEADER, keyed, read_key
 from .job_events import JobFeed
-from .jobs import Jobs
+from .jobs import JobCall, Jobs
 from .metrics import CONTENT_TYPE, ProxyMetrics
 from .polls import Polls
 from .preferences import WAIT_PRIORITIES, Headers, Preference, read_preference
@@ -47,15 +49,15 @@ Wish = tuple[str, Sequence[str], str, str, float, str]
 
 logger = logging.getLogger(__name__)
 
-_ASKING = frozenset((b"last-event-id", b"prefer"))  # headers of requests that are served otherwise
+_ASKING = frozenset((b"last-event-id", b"prefer", KEY_HEADER))  # headers of requests that are served otherwise
 
 
 class ProxyApp:
     """Reads `routes` anew for each request: whoever follows the desired document replaces it."""
 
     def __init__(
-        self, sender: RequestSender, jobs: JobSender, routes: RouteTable, readiness: Callable[[], tuple[bool, dict[str, Any]]],
-        *, is_cancelled: Callable[[str], bool], metrics: ProxyMetrics | None = None, common_ids: CommonIds | None = None,
+        self, sender: RequestSender, jobs: JobSender, idempotency: IdempotencyKeys, routes: RouteTable,
+        readiness: Callable[[], tuple[bool, dict[str, Any]]], *, is_cancelled: Callable[[str], bool], metrics: ProxyMetrics | None = None, common_ids: CommonIds | None = None,
         debug: bool = False, admin_token: str = "",
     ) -> None:  # fmt: skip
         self._sender = sender
@@ -81,7 +83,7 @@ class ProxyApp:
         self.futures = Futures(
             sender, jobs, self.polls, self.events, is_cancelled=is_cancelled, trusts=self._system.trusts, common_ids=common_ids, debug=debug
         )
-        self.jobs = Jobs(sender, jobs, self.futures, self.polls, debug=debug)
+        self.jobs = Jobs(sender, jobs, idempotency, self.futures, self.polls, debug=debug)
 
     def __repr__(self) -> str:
         return f"<ProxyApp {self.routes!r}>"
@@ -175,25 +177,30 @@ class ProxyApp:
         for name, value in asking:
             if name == b"last-event-id" and (place := read_event_id(value)) is not None:
                 return await self._resume(call, place, receive)
-        if (preference := read_preference(asking)) is not None:
-            return await self._serve_job(call, preference, scope, receive)
-        return None
+        preference, key = read_preference(asking), read_key(asking)
+        return await self._serve_job(call, preference, key, scope, receive) if preference is not None or key else None
 
     async def _resume(self, call: AsgiCall, place: EventId, receive: Receive) -> Reply | Flow:
         await _read_body(receive, self._sender.held)  # it is the request again that began the stream, and nothing runs for it
         return await self.events.resume(place, call.target.endpoint.name)
 
-    async def _serve_job(self, call: AsgiCall, preference: Preference, scope: Scope, receive: Receive) -> Reply:
+    async def _serve_job(self, call: AsgiCall, preference: Preference | None, key: bytes, scope: Scope, receive: Receive) -> Reply:
         routes = self.routes
-        backend, shadows, content_type, method, begins_within_s, priority = self.admit(call, is_job=True)
-        terms = self.jobs.terms(call.headers, begins_within_s, priority, once=backend in routes.at_most_once)
+        backend, shadows, content_type, method, timeout_s, priority = self.admit(call, is_job=preference is not None)
+        terms = self.jobs.terms(call.headers, timeout_s, priority, once=backend in routes.at_most_once, is_awaited=preference is None)
         body = await _read_body(receive, self._sender.held)
-        meta = head_of(call, method)
-        facts = await self.jobs.submit(call.id, backend, body, content_type, meta, terms)
-        self._metrics.sent[call.target.endpoint.name] += 1
-        for shadow in shadows:
-            self._sender.send_shadow(shadow, body, content_type, meta, origin="http", timeout_s=routes.timeouts_s[shadow])
-        return await self.jobs.answer(call, facts, preference, scope, receive)
+        meta, endpoint = head_of(call, method), call.target.endpoint.name
+        wait_s = preference.wait_s or 0 if preference is not None else min(timeout_s, routes.timeouts_s[backend])
+
+        def sent() -> None:
+            self._metrics.sent[endpoint] += 1
+            for shadow in shadows:
+                self._sender.send_shadow(shadow, body, content_type, meta, origin="http", timeout_s=routes.timeouts_s[shadow])
+
+        job = JobCall(call.id, backend, body, content_type, meta, terms, preference, wait_s, scope, receive, sent)
+        if not key:
+            return await self.jobs.serve(job)
+        return await self.jobs.serve_keyed(job, await keyed(call, key, backend, content_type, body))
 
     # Plain requests: the same without a task, and with no await.
 

@@ -19,6 +19,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ..broker.backoff import delays
 from ..broker.calls.cancellations import Cancellations, notice_of_proxy
+from ..broker.calls.idempotency import IdempotencyKeys
 from ..broker.calls.job_sending import JobSender
 from ..broker.calls.sending import RequestSender
 from ..broker.errors import BackendFailed, MQServeError, StoreUnavailable
@@ -215,6 +216,7 @@ class Proxy:
             app = self._app = ProxyApp(
                 sender,
                 JobSender(queue, self._store, self._keys, sender.held, self._settings.signer),
+                IdempotencyKeys(self._store, self._keys),
                 await self._table(desired, Observed()),
                 lambda: self._readiness.look(queue),
                 metrics=self._shared_metrics,

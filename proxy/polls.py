@@ -17,7 +17,7 @@ class Polls:
     def __init__(self, departures: Departures) -> None:
         self._departures = departures
         self._waits: dict[str, asyncio.Task[Any]] = {}  # by an id of the HTTP request that waits, which is not that of what it waits for
-        self._ending = False
+        self.are_ending = False
 
     def __repr__(self) -> str:
         return f"<Polls, {len(self)} wait>"
@@ -28,7 +28,7 @@ class Polls:
     async def until(self, call_id: str, receive: Receive, wanted: Coroutine[Any, Any, T]) -> T | None:
         """Returns what was waited for; None if its time is up (TimeoutError) or the wait ends early. Raises what it raises."""
         task = asyncio.ensure_future(wanted)
-        if self._ending:
+        if self.are_ending:
             task.cancel()
         self._waits[call_id] = task
         self._departures.expect(call_id, receive)
@@ -54,6 +54,6 @@ class Polls:
 
     def end(self) -> None:
         """Ends all waits, and those that come."""
-        self._ending = True
+        self.are_ending = True
         for task in self._waits.values():
             task.cancel()

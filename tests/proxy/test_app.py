@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from mqserve.broker.calls.cancellations import Cancellations, notice_of_request
+from mqserve.broker.calls.idempotency import IdempotencyKeys
 from mqserve.broker.calls.job_sending import JobSender
 from mqserve.broker.calls.sending import MAX_BODY_BYTES, RequestSender
 from mqserve.broker.envelope import MAX_HEAD_BYTES, Envelope, mint_id
@@ -56,7 +57,8 @@ class Site:
         self.heard = Cancellations(self.store, self.keys, lambda names: None)
         jobs = JobSender(self.queue, self.store, self.keys, self.sender.held, Signer((), "tests"))
         readiness = lambda: (self.is_ready, {"why": "told"})  # noqa: E731
-        self.app = ProxyApp(self.sender, jobs, routes, readiness, is_cancelled=self.heard.has, admin_token=TOKEN)
+        keys = IdempotencyKeys(self.store, self.keys)
+        self.app = ProxyApp(self.sender, jobs, keys, routes, readiness, is_cancelled=self.heard.has, admin_token=TOKEN)
 
     async def __aenter__(self) -> "Site":
         for backend in ("b", "copy"):
