@@ -16,6 +16,7 @@ class GroupFacts(msgspec.Struct, frozen=True, omit_defaults=True):
     total: Whole
     endpoint: str = ""
     created_ms: Whole = 0
+    expires_ms: Whole = 0  # its jobs do not begin after that; 0: they wait for ever
 
     def to_bytes(self) -> bytes:
         return _encode(self)

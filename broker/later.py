@@ -2,7 +2,7 @@
 
 Each travels with the header `mq-to`, which names its backend, to the queue `<ns>.due`. The leading controller takes it from there: if its
 time has come it goes to the jobs of its backend, else into a queue whose messages RabbitMQ moves back to `<ns>.due` after 1, 2, 4, … s.
-In memory a timer of the event loop does all of this.
+In memory timers of the event loop stand for the latter.
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ import msgspec
 
 from .dead_letters import Death
 from .envelope import Envelope
-from .queue import Consumption, Settled
+from .queue import Consumption
 from .values.header_seals import BackendSeals
 
 LONGEST_WAIT_S = 2**20  # a job that waits for longer waits again
 WAITS_S = tuple(2**exponent for exponent in range(21))
-
-GONE_BEFORE_ITS_TIME = Death("its backend was deleted before its time came: deploy it again, and retry this")
 
 _TO = b"\x05mq-toS"
 _pack_length = struct.Struct(">I").pack
@@ -73,10 +71,6 @@ class Later(Protocol):
         """Makes sure that `<ns>.due` exists and is bound. Idempotent."""
         ...
 
-    async def declare_wait(self, wait_s: int) -> None:
-        """Makes sure that the queue exists in which jobs wait for so long. Idempotent."""
-        ...
-
     async def delete_if_empty(self) -> None:
         """Deletes the queues unless a job waits in one of them: then all that lead to `<ns>.due` stay, and that stays, too."""
         ...
@@ -85,15 +79,14 @@ class Later(Protocol):
         """Consumes `<ns>.due`. Raises BrokerUnavailable after our budget."""
         ...
 
-    def forward(self, job: DueJob, settled: Settled) -> None:
-        """Publishes the message to the jobs of its backend."""
+    async def forward(self, job: DueJob) -> None:
+        """Has the broker confirm the message among the jobs of its backend. Raises NotRouted, and the broker's errors."""
         ...
 
-    def wait(self, job: DueJob, wait_s: int, settled: Settled) -> None:
-        """Publishes the message to the queue in which it waits for so long. NotRouted if that is not declared."""
+    async def wait(self, job: DueJob, left_ms: int) -> None:
+        """Has the broker confirm the message where it waits for so long, or for a part of that. Raises the broker's errors."""
         ...
 
     async def set_aside(self, job: DueJob, death: Death) -> None:
-        """Publishes the message to the dead letters of its backend, whose queue it declares: the backend may be gone. Raises the broker's
-        error."""
+        """Has the broker confirm the message among the dead letters of its backend, which may be gone. Raises the broker's errors."""
         ...

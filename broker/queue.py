@@ -102,8 +102,8 @@ class Queue(Protocol):
         ...
 
     @property
-    def later(self) -> Later | None:
-        """The queues in which jobs wait for their time; None in memory, where nobody has to forward them."""
+    def later(self) -> Later:
+        """The queues in which jobs wait for their time, for the leading controller."""
         ...
 
     @property
@@ -130,8 +130,8 @@ class Queue(Protocol):
         ...
 
     def publish_later(self, backend: str, envelope: Envelope, delay_s: float, settled: Settled) -> None:
-        """Publishes a job that waits for its time first: until `header.job.not_before_ms`, which is `delay_s` from now. RabbitMQ has it up
-        to a second longer, and for as long as no controller leads. If the backend is gone by then, it becomes a dead letter."""
+        """Publishes a job that waits for its time first: until `header.job.not_before_ms`, which is `delay_s` from now: the queue in
+        memory has no clock of the store. With RabbitMQ it may take a second more. Then the leading controller sends it on (`later`)."""
         ...
 
     def reply(self, envelope: Envelope, reply_to: str, settled: Settled) -> None:

@@ -29,6 +29,7 @@ class Record(msgspec.Struct, frozen=True):
     inbox: str
     note: bytes
     deadline_ms: int  # store time; until then the write is tried again
+    ttl_ms: int = 0  # 0: RESULT_TTL_S
 
 
 OnRecorded = Callable[[bool | Exception], None]

@@ -9,17 +9,17 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Collection
-from functools import partial
-from typing import Protocol
+from collections.abc import Collection
 
 from ..broker.dead_letters import Death
 from ..broker.envelope import Envelope
 from ..broker.errors import BadEnvelope, MQServeError, NotRouted
-from ..broker.later import GONE_BEFORE_ITS_TIME, DueJob, Later, longest_wait_s
+from ..broker.later import DueJob, Later
 from ..broker.process.rate_limited_log import RateLimitedLog
 from ..broker.process.tasks import Tasks
-from ..broker.queue import Consumption, Settled, fate_of
+from ..broker.queue import Consumption
+from ..broker.store import Store
+from .job_ends import Senders, end_as_gone
 from .queues import WhileLeading
 
 logger = logging.getLogger(__name__)
@@ -27,32 +27,17 @@ logger = logging.getLogger(__name__)
 HELD = 200  # jobs that are on their way at once
 DECLARE_AGAIN_S = 15.0  # a broker may come back empty
 TRY_AGAIN_S = 1.0
-CONFIRM_BUDGET_S = 5.0
 _LAST_CONFIRMS_S = 2.0
-
-
-class Senders(Protocol):
-    """Decides whose messages count: what the leader publishes again, it vouches for."""
-
-    demands_seals: bool
-
-    def check_header(self, envelope: Envelope) -> None:
-        """Raises BadSignature."""
-        ...
-
-    def check_pickle(self, envelope: Envelope) -> None:
-        """Raises BadEnvelope."""
-        ...
 
 
 class DueJobs:
     """The jobs whose time the leader looks at. It takes some while it leads (`go_on`), and none otherwise (`stop`)."""
 
-    def __init__(self, later: Later, senders: Senders, now_ms: Callable[[], int], while_leading: WhileLeading) -> None:
+    def __init__(self, later: Later, senders: Senders, store: Store, while_leading: WhileLeading) -> None:
         self._later = later
         self._while_leading = while_leading
         self._senders = senders
-        self._now_ms = now_ms
+        self._store = store
         self._backends: Collection[str] = ()
         self._consumption: Consumption | None = None
         self._declared_at = -math.inf  # monotonic
@@ -111,7 +96,7 @@ class DueJobs:
         job.ack()
 
     async def _send_on(self, job: DueJob) -> None:
-        """Has the broker confirm the job in another queue. Raises the broker's error."""
+        """Returns once the broker has the job elsewhere. Raises the errors of broker and store."""
         if not job.backend:
             return self._odd.say("a message among the jobs that wait names no backend (mq-to), and is dropped: see docs/protocol.md")
         try:
@@ -119,21 +104,19 @@ class DueJobs:
             self._senders.check_header(envelope)
             self._senders.check_pickle(envelope)
         except BadEnvelope as error:
-            return await self._later.set_aside(job, Death(str(error), died_at_ms=self._now_ms()))
+            return await self._later.set_aside(job, Death(str(error), died_at_ms=self._store.now_ms()))
         due_ms = envelope.header.job.not_before_ms if envelope.header.job is not None else 0
-        if (left_ms := due_ms - self._now_ms()) > 0:
-            return await self._let_wait(job, longest_wait_s(left_ms))
-        error = await fate_of(partial(self._later.forward, job), CONFIRM_BUDGET_S)
-        if isinstance(error, NotRouted) and job.backend not in self._backends:
-            await self._later.set_aside(job, GONE_BEFORE_ITS_TIME)
-        elif error is not None:
-            raise error
+        if (left_ms := due_ms - self._store.now_ms()) > 0:
+            return await self._later.wait(job, left_ms)
+        try:
+            await self._later.forward(job)
+        except NotRouted:
+            if job.backend in self._backends:
+                raise  # its queue is about to be declared
+            await self._bury(job, envelope)
 
-    async def _let_wait(self, job: DueJob, wait_s: int) -> None:
-        publish: Callable[[Settled], None] = partial(self._later.wait, job, wait_s)
-        error = await fate_of(publish, CONFIRM_BUDGET_S)
-        if isinstance(error, NotRouted):  # the first job that waits for so long, or the broker came back empty
-            await self._later.declare_wait(wait_s)
-            error = await fate_of(publish, CONFIRM_BUDGET_S)
-        if error is not None:
-            raise error
+    async def _bury(self, job: DueJob, envelope: Envelope) -> None:
+        """Ends a job whose backend is gone, as replicas end those that wait when theirs goes."""
+        why = f"backend {job.backend!r} was deleted before the time of this job came"
+        await end_as_gone(self._store, job.backend, envelope, why)
+        await self._later.set_aside(job, Death(f"{why}: deploy it again, and retry this", died_at_ms=self._store.now_ms()))

@@ -30,7 +30,8 @@ from ..broker.store_keys import CODE_TTL_S, StoreKeys
 from . import lease, plan
 from .absent_nodes import AbsentNodes
 from .desired_writes import write_next
-from .due import DueJobs, Senders
+from .due import DueJobs
+from .job_ends import Leftovers, Senders
 from .job_limits import job_limit_s, job_problems
 from .known_documents import KnownDocuments
 from .queues import REFUSAL_S, Queues
@@ -74,9 +75,9 @@ class Controller:
         self._queue = queue
         self._instance = instance
         self._trouble = trouble  # what this process's keeper has to report to operators
-        # None in memory, and where replicas, which judge senders likewise, cannot start either
-        takes_due = queue.later is not None and senders is not None
-        self._due = DueJobs(queue.later, senders, store.now_ms, self._while_leading) if takes_due else None
+        # None where replicas, which judge senders likewise, cannot start either
+        self._due = DueJobs(queue.later, senders, store, self._while_leading) if senders is not None else None
+        self._leftovers = Leftovers(queue, store, senders) if senders is not None else None
         self._consumer_timeout_s = consumer_timeout_s
         self._leader = lease.Leader(store, keys, controller_id, kept_by)
         self._known = KnownDocuments(store, keys, instance)
@@ -84,7 +85,7 @@ class Controller:
         self._is_first_look = True
         self._settled_at = 0.0  # monotonic; until then missing members are ignored
         self._store_checks = StoreChecks(store)
-        self._waiting, self._queues_wait = RateLimitedLog(logger), RateLimitedLog(logger)
+        self._waiting, self._queues_wait, self._due_waits = RateLimitedLog(logger), RateLimitedLog(logger), RateLimitedLog(logger)
         self._begin(0)
 
     def _begin(self, epoch: int) -> None:
@@ -93,7 +94,7 @@ class Controller:
         self._restarts: dict[tuple[str, int], Restarts] = defaultdict(Restarts)  # by (backend, version)
         self._were_ready: set[str] = set()
         self._counted: set[str] = set()  # replicas whose death is counted already and that the observed document still names
-        self._queues = Queues(self._queue, self._while_leading, self._next_generation)
+        self._queues = Queues(self._queue, self._while_leading, self._next_generation, self._leftovers)
         self._had_node_at = time.monotonic()
         self._closing_since = math.inf  # monotonic
         self._absent_nodes = AbsentNodes()
@@ -176,13 +177,13 @@ class Controller:
         new = self._place(desired, observed, beats)
         try:
             new = await self._queues.keep(desired, new, beats, self._store.now_ms())
-            await self._keep_due(desired, new)
             self._queues_wait.over()
         except BrokerUnavailable as error:
             self._queues_wait.say(f"the queues wait: {error}")  # replicas and proxies go on without the broker
         await self._write(observed, new)
         await self._forget_silent(new, beats)
         await self._forget_forced(desired, new, beats)
+        await self._keep_due(desired, new)
         return desired.closing and await self._is_down(desired, new, beats)
 
     async def _fields_of_beats(self) -> dict[str, bytes]:
@@ -365,9 +366,14 @@ class Controller:
     async def _keep_due(self, desired: Desired, observed: Observed) -> None:
         """Looks after the jobs that wait for their time, from the first backend on until the instance closes."""
         if desired.closing:
-            await self._stop_due()
-        elif self._due is not None and (desired.backends or self._due.is_going_on):
+            return await self._stop_due()
+        if self._due is None or not (desired.backends or self._due.is_going_on):
+            return
+        try:
             await self._due.go_on(desired.backends, sealed=observed.sealed)
+            self._due_waits.over()
+        except BrokerUnavailable as error:
+            self._due_waits.say(f"jobs that wait for their time wait longer: {error}")
 
     async def _stop_due(self) -> None:
         if self._due is not None:

@@ -15,6 +15,7 @@ import msgspec
 from ..broker.errors import BrokerUnavailable, MQServeError, QueueMismatch, StoreUnavailable
 from ..broker.queue import Queue
 from . import lease
+from .job_ends import Leftovers
 from .restarts import Restarts
 from .state.beats import Beat, MemberState, NodeBeat, ReplicaBeat, living
 from .state.documents import Backend, Desired, Observed
@@ -63,8 +64,15 @@ class Queues:
     """A leader's memory of the queues between comparisons. `next_generation(name, generation)` increments the generation in the desired
     document if the current queue cannot be declared."""
 
-    def __init__(self, queue: Queue, while_leading: WhileLeading, next_generation: Callable[[str, int], Awaitable[None]]) -> None:
+    def __init__(
+        self,
+        queue: Queue,
+        while_leading: WhileLeading,
+        next_generation: Callable[[str, int], Awaitable[None]],
+        leftovers: Leftovers | None = None,
+    ) -> None:
         self._queue = queue
+        self._leftovers = leftovers  # None where nobody can tell whose messages count
         self._while_leading = while_leading
         self._next_generation = next_generation
         self._declared: dict[tuple[str, int, int | None, int], float] = {}  # monotonic time of the declaration
@@ -104,6 +112,8 @@ class Queues:
                     continue
                 is_served_on = name in desired.backends and not desired.closing
                 keep_content = is_served_on or (desired.closing and desired.keeps_queues)
+                if not keep_content and not await self._end_jobs(name, generation):
+                    continue
                 delete = partial(self._queue.delete, name, generation, shards.of(name, generation))
                 if await self._while_leading(partial(delete, only_if_empty=keep_content)):
                     if keep_content and not is_served_on:
@@ -125,6 +135,10 @@ class Queues:
             retiring={name: tuple(generations) for name, generations in retiring.items() if generations},
             shards=shards.of_all(queues, retiring),
         )
+
+    async def _end_jobs(self, name: str, generation: int) -> bool:
+        """Whether no job is left that would be deleted with its queue, without an end."""
+        return self._leftovers is None or await self._while_leading(partial(self._leftovers.end_some, name, generation))
 
     def _find_left_behind(self, desired: Desired, observed: Observed) -> None:
         """Notes generations that the document does not name: those of a leader that could not write, and those of an earlier instance,

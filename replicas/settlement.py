@@ -73,12 +73,14 @@ class Settlement:
         self._unanswered, self._undead, self._set_aside_words = RateLimitedLog(logger), RateLimitedLog(logger), RateLimitedLog(logger)
         self._bugs = RateLimitedLog(logger, logging.ERROR)
         self.at_most_once = False
+        self._result_ttl_ms = 0  # 0: as any other
 
     def __repr__(self) -> str:
         return f"<Settlement of {self._backend}, {len(self._tasks)} under way>"
 
     def configure(self, config: BackendConfig) -> None:
         self.at_most_once = config.delivery == "at_most_once"
+        self._result_ttl_ms = int((config.result_ttl_s or 0) * 1000)
 
     # Answering.
 
@@ -120,7 +122,7 @@ class Settlement:
         future_id = envelope.future_id(self._backend)
         raw = (result if envelope.attempt == 1 else msgspec.structs.replace(result, attempt=envelope.attempt)).to_bytes()
         deadline_ms = envelope.header.deadline or self._store.now_ms() + int(UNLIMITED_S * 1000)
-        return Record(self._keys.future(future_id), raw, envelope.header.inbox, entry_of(future_id, raw), deadline_ms)
+        return Record(self._keys.future(future_id), raw, envelope.header.inbox, entry_of(future_id, raw), deadline_ms, self._result_ttl_ms)
 
     def _recorded(self, job: Job, outcome: bool | Exception) -> None:
         try:
@@ -169,7 +171,7 @@ class Settlement:
         may_be_second = job.mark or job.delivery.redelivered or job.stage is Stage.RETURNED
         if may_be_second and await self._store.get(self._keys.future(job.envelope.future_id(self._backend))) is not None:
             return False
-        await self._store.set(key, body, ttl_ms=RESULT_TTL_S * 1000)
+        await self._store.set(key, body, ttl_ms=self._result_ttl_ms or RESULT_TTL_S * 1000)
         return True
 
     def _answered(self, job: Job) -> None:

@@ -145,6 +145,9 @@ class Unwilling(EmbeddedQueue):
     async def depth(self, backend: str, generation: int, shards: int = 1) -> int | None:
         raise BrokerUnavailable("RabbitMQ does not let user 'client' do this")
 
+    async def count_jobs(self, backend: str, generation: int) -> int | None:
+        raise BrokerUnavailable("RabbitMQ does not let user 'client' do this")
+
     async def count_dead(self, backend: str) -> int | None:
         raise BrokerUnavailable("RabbitMQ does not let user 'client' do this")
 
@@ -160,7 +163,7 @@ async def test_what_rabbitmq_does_not_say_is_not_known(
     name = deploy(lambda request: "well")
     found = await facts(environment)
     (backend,) = [backend for backend in found.backends if backend.name == name]
-    assert (backend.waiting, backend.dead_letters, backend.state) == (None, None, "ready")
+    assert (backend.waiting, backend.jobs, backend.dead_letters, backend.state) == (None, None, None, "ready")
     assert found.unknown == {"what waits, and dead letters": "RabbitMQ does not let user 'client' do this"}
     row = next(line.split() for line in (await shown(environment)).splitlines() if line.startswith(f"{name} "))
     assert row[-5:] == ["?", "1", "1", "?", "ready"], row

@@ -11,17 +11,17 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 from ..dead_letters import DeadLetter, Death, dead_letter_to_amqp, read_properties
 from ..envelope import Envelope, persistent
 from ..errors import BrokerUnavailable, MQServeError, NotRouted, Overloaded, QueueMismatch, UnknownBackend
-from ..later import GONE_BEFORE_ITS_TIME
 from ..overload import HeldBytes
 from ..queue import Delivery, Settled
 from ..queue_names import DEAD_LETTER_LIMIT, MAX_PRIORITY
+from .later import EmbeddedLater
 
-_TICK_S = 0.001  # the clock of the store is in whole ms, and no job may come early by it
 MAX_WAITING_BYTES = 256 * 1024 * 1024  # for all queues together, because they use this process's memory
 
 
@@ -135,7 +135,7 @@ class _Lane:
         self.wake()
         return None
 
-    def put_later(self, envelope: Envelope) -> None:
+    def put_accepted(self, envelope: Envelope) -> None:
         """Takes a message that was accepted before, and has waited elsewhere since."""
         self.held.take_back(len(envelope.body))
         self.levels[min(envelope.priority, MAX_PRIORITY)].append(_Waiting(envelope, False, math.inf))
@@ -228,8 +228,7 @@ class EmbeddedQueue:
         self._bindings: dict[str, list[_Generation]] = {}
         self._held = HeldBytes(MAX_WAITING_BYTES)
         self._dead: dict[str, deque[DeadLetter]] = {}
-        self._timers: set[asyncio.TimerHandle] = set()  # of jobs that wait for their time
-        self.later = None
+        self.later = EmbeddedLater(self._held, self._forward, partial(self._bury, is_job=True))
 
     def __repr__(self) -> str:
         return f"<EmbeddedQueue {list(self._generations.values())}>"
@@ -266,27 +265,16 @@ class EmbeddedQueue:
 
     def publish_later(self, backend: str, envelope: Envelope, delay_s: float, settled: Settled) -> None:
         envelope.check_head()
-        try:
-            self._held.take(len(envelope.body))
-        except Overloaded as error:
-            return settled(error)
+        self.later.put(backend, persistent(envelope), delay_s, settled)
 
-        def come_due() -> None:
-            self._timers.discard(timer)
-            self._held.give(len(envelope.body))
-            self._bring_back(backend, persistent(envelope))
-
-        timer = asyncio.get_running_loop().call_later(delay_s + _TICK_S, come_due)
-        self._timers.add(timer)
-        settled(None)
-
-    def _bring_back(self, backend: str, job: Envelope) -> None:
-        """Puts a job whose time has come among the others, however many bytes these have: it was accepted."""
+    def _forward(self, backend: str, job: Envelope) -> NotRouted | None:
+        """Puts a job whose time has come among the others, however many bytes these have: it was accepted before."""
         bound = self._bindings.get(backend)
         if not bound:
-            return self._bury(backend, job, GONE_BEFORE_ITS_TIME, is_job=True)
+            return _not_routed(backend)
         for generation in bound:
-            generation.jobs.put_later(job)
+            generation.jobs.put_accepted(job)
+        return None
 
     def reply(self, envelope: Envelope, reply_to: str, settled: Settled) -> None:
         settled(None)  # the embedded form has no AMQP reply queues
@@ -382,9 +370,7 @@ class EmbeddedQueue:
         return True
 
     async def close(self) -> None:
-        for timer in self._timers:
-            timer.cancel()
-        self._timers.clear()
+        self.later.close()
         self._generations.clear()
         self._bindings.clear()
 

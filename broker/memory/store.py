@@ -72,7 +72,7 @@ class EmbeddedStore:
         return recorded(self.record_then, record)
 
     def record_then(self, record: Record, on_recorded: OnRecorded) -> None:
-        fresh = self._values.put(record.key, record.value, RESULT_TTL_S * 1000, only_new=True)
+        fresh = self._values.put(record.key, record.value, record.ttl_ms or RESULT_TTL_S * 1000, only_new=True)
         fresh = fresh or self._values.get(record.key) == record.value
         if fresh and (reader := self._readers.get(record.inbox)):
             reader([record.note])

@@ -11,8 +11,8 @@ from pamqp.commands import Basic
 from .. import queue_names
 from ..dead_letters import Death, dead_letter_to_amqp, pack_properties
 from ..envelope import Envelope
-from ..errors import BadValue
-from ..later import WAITS_S, DueJob
+from ..errors import BadValue, NotRouted
+from ..later import WAITS_S, DueJob, longest_wait_s
 from ..queue import Consumption, Settled, fate_of
 from ..values.header_seals import HeaderSeals
 from .connection import OPERATION_BUDGET_S
@@ -67,9 +67,6 @@ class RabbitLater:
     async def declare(self) -> None:
         await self._topology.declare_due()
 
-    async def declare_wait(self, wait_s: int) -> None:
-        await self._topology.declare_wait(wait_s)
-
     async def delete_if_empty(self) -> None:
         waits = [queue_names.later_queue(self._namespace, wait_s) for wait_s in WAITS_S]
         await self._topology.delete_empty([*waits, queue_names.due_queue(self._namespace)])
@@ -80,45 +77,51 @@ class RabbitLater:
 
         return await self._consume_queue(queue_names.due_queue(self._namespace), prefetch, hand_over)
 
-    def forward(self, job: DueJob, settled: Settled) -> None:
-        properties, body = self._message(job, keeps_target=False)
-        self._publish(queue_names.jobs_exchange(self._namespace), job.backend, properties, body, _id_of(job), settled)
+    async def forward(self, job: DueJob) -> None:
+        await self._publish_now(queue_names.jobs_exchange(self._namespace), job.backend, job, self._properties(job))
 
-    def wait(self, job: DueJob, wait_s: int, settled: Settled) -> None:
-        properties, body = self._message(job, keeps_target=True)
-        self._publish(queue_names.later_exchange(self._namespace), str(wait_s), properties, body, _id_of(job), settled)
+    async def wait(self, job: DueJob, left_ms: int) -> None:
+        wait_s, exchange = longest_wait_s(left_ms), queue_names.later_exchange(self._namespace)
+        properties = self._properties(job, to=job.backend)
+        try:
+            await self._publish_now(exchange, str(wait_s), job, properties)
+        except NotRouted:  # the first job that waits for so long, or the broker came back empty
+            await self._topology.declare_wait(wait_s)
+            await self._publish_now(exchange, str(wait_s), job, properties)
 
     async def set_aside(self, job: DueJob, death: Death) -> None:
-        assert isinstance(job, RabbitDueJob)
         await self._topology.declare_dead_letters(job.backend)
-        packed = dead_letter_to_amqp(job.backend, _cleared(job.delivery.properties), death, is_job=True)
-        publish = partial(self._publish, queue_names.dead_exchange(self._namespace), job.backend, packed, job.delivery.body, _id_of(job))
+        packed = dead_letter_to_amqp(job.backend, _cleared(job), death, is_job=True)
+        await self._publish_now(queue_names.dead_exchange(self._namespace), job.backend, job, packed)
+
+    def _properties(self, job: DueJob, *, to: str = "") -> bytes:
+        """Packs the properties of the message, to be published by this process's user, without what RabbitMQ noted when it moved it."""
+        properties = _cleared(job)
+        if to:
+            properties.headers = {**(properties.headers or {}), "mq-to": to}
+        properties.user_id = self._user or None
+        properties.delivery_mode = 2
+        return pack_properties(properties)
+
+    async def _publish_now(self, exchange: str, key: str, job: DueJob, properties: bytes) -> None:
+        delivery = _delivery(job)
+        publish = partial(self._publish, exchange, key, properties, delivery.body, delivery.properties.message_id or "")
         if error := await fate_of(publish, OPERATION_BUDGET_S):
             raise error
 
-    def _message(self, job: DueJob, *, keeps_target: bool) -> tuple[bytes, bytes]:
-        """Returns the packed properties and the body of the message, to be published by this process's user, without what RabbitMQ noted
-        when it moved it."""
-        assert isinstance(job, RabbitDueJob)
-        properties = _cleared(job.delivery.properties)
-        if keeps_target:
-            properties.headers = {**(properties.headers or {}), "mq-to": job.backend}
-        properties.user_id = self._user or None
-        properties.delivery_mode = 2
-        return pack_properties(properties), job.delivery.body
+
+def _delivery(job: DueJob) -> RabbitDelivery:
+    assert isinstance(job, RabbitDueJob)
+    return job.delivery
 
 
-def _cleared(properties: Basic.Properties) -> Basic.Properties:
-    """Returns a copy with our own headers only, and without an expiration."""
+def _cleared(job: DueJob) -> Basic.Properties:
+    """Returns a copy of the properties with our own headers only, and without an expiration."""
+    properties = _delivery(job).properties
     cleared = copy.copy(properties)
     cleared.headers = {name: value for name, value in (properties.headers or {}).items() if name in ("mq", "mq-seal")}
     cleared.expiration = None
     return cleared
-
-
-def _id_of(job: DueJob) -> str:
-    assert isinstance(job, RabbitDueJob)
-    return job.delivery.properties.message_id or ""
 
 
 def _name(value: object) -> str:

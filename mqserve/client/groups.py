@@ -62,7 +62,7 @@ class Group:
     def jobs(self) -> Sequence[Job]:
         """The members, as any job: for `serve.as_completed`, say."""
         ids = [member_id(self.id, number) for number in range(len(self))]
-        return [self._calls.job(job_id, job_id, plain=self._plain, exists=True) for job_id in ids]
+        return [self._calls.job(job_id, job_id, plain=self._plain, expires_ms=self._facts.expires_ms) for job_id in ids]
 
     def __iter__(self) -> Iterator[Job]:
         return iter(self.jobs)
@@ -103,7 +103,7 @@ class _Sending:
         self._items = list(items)
         self._sent = 0
         order = handle._order(None, {})
-        facts = GroupFacts(len(self._items), order.meta.endpoint)
+        facts = self.calls.group_of(len(self._items), order)
         self.group = Group(mint_id(), facts, self.calls, plain=order.plain)
 
     def all_now(self) -> Group:

@@ -6,10 +6,9 @@ import asyncio
 import concurrent.futures
 import math
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
-
-import msgspec
 
 from ..broker.calls.job_events import JobFollower
 from ..broker.calls.job_sending import JobSender, JobTerms
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from .sender import Sender
 
 T = TypeVar("T")
+_EXPIRED_AFTER_S = 6.0  # a job that was not begun so long after its time will not begin
 _AT_ONCE = 200  # questions about the members of a group
 
 
@@ -60,6 +60,7 @@ class JobCalls:
         self._keys = connections.keys
         self._signer = connections.settings.signer
         self._requests = requests
+        self.refusal = ""  # why the store is to take no new jobs; the client sets it when the document changes
         self._jobs = JobSender(connections.queue, connections.store, connections.keys, requests.held, self._signer)
 
     def __repr__(self) -> str:
@@ -107,8 +108,8 @@ class JobCalls:
         return self._send(order, backend, content_type, body, terms)
 
     async def _send(self, order: Order, backend: str, content_type: str, body: bytes, terms: JobTerms) -> Job:
-        await self._jobs.submit(order.id, backend, body, content_type, order.meta, origin="handle", terms=terms)
-        return self.job(order.id, order.id, plain=order.plain, exists=True)
+        await self._jobs.submit(order.id, backend, body, content_type, order.meta, origin="handle", terms=terms, refusal=self.refusal)
+        return self.job(order.id, order.id, plain=order.plain, expires_ms=terms.expires_ms)
 
     def retry(self, key: str, *, plain: bool) -> Job:
         """See `Job.retry`."""
@@ -116,14 +117,14 @@ class JobCalls:
 
     async def _retry(self, key: str, plain: bool) -> Job:
         new_id = mint_id()
-        await self._jobs.retry(key, new_id)
-        return self.job(new_id, new_id, plain=plain, exists=True)
+        facts = await self._jobs.retry(key, new_id, refusal=self.refusal)
+        return self.job(new_id, new_id, plain=plain, expires_ms=facts.expires_ms)
 
     # Asking.
 
-    def job(self, key: str, job_id: str, *, plain: bool = False, exists: bool = False) -> Job:
-        """Returns a job. `exists`: it was sent, so it is waited for even if the store does not know it."""
-        return Job(job_id, Kept(key, self, plain=plain, exists=exists))
+    def job(self, key: str, job_id: str, *, plain: bool = False, expires_ms: int | None = None) -> Job:
+        """Returns a job. One of which it is known when it expires (0: never) was sent: it is waited for even if the store has lost it."""
+        return Job(job_id, Kept(key, self, plain=plain, expires_ms=expires_ms))
 
     def status(self, key: str) -> JobStatus:
         """See `Job.status`."""
@@ -151,13 +152,18 @@ class JobCalls:
         record = await self._jobs.look(key)
         return record is not None and record.state.is_final
 
-    def first_result(self, key: str, *, exists: bool) -> concurrent.futures.Future[Found]:
+    def first_result(self, key: str, expires_ms: int | None) -> concurrent.futures.Future[Found]:
         """Returns a future of the result. Cancel it to stop waiting."""
-        return self._runtime.submit(self._first_result(key, exists))
+        return self._runtime.submit(self._first_result(key, expires_ms))
 
-    async def _first_result(self, key: str, exists: bool) -> Found:
-        if not exists:
-            await self._known(key)
+    async def _first_result(self, key: str, expires_ms: int | None) -> Found:
+        if expires_ms is None:
+            expires_ms = (await self._known(key)).facts.expires_ms
+        if expires_ms:
+            left_s = (expires_ms - self._store.now_ms()) / 1000
+            with suppress(TimeoutError):
+                return key, await self._requests.pending.job_result(key, max(0.0, left_s) + _EXPIRED_AFTER_S)
+            await self._jobs.look(key)  # nobody else may notice that it was not begun in time
         return key, await self._requests.pending.job_result(key, None)
 
     def cancel(self, key: str) -> bool:
@@ -170,9 +176,13 @@ class JobCalls:
 
     # Groups.
 
+    def group_of(self, total: int, order: Order) -> GroupFacts:
+        """Returns what is to be known of a group of such jobs."""
+        now_ms = self._store.now_ms()
+        return GroupFacts(total, order.meta.endpoint, now_ms, timing_of(order.options, now_ms).expires_ms)
+
     async def keep_group(self, group_id: str, facts: GroupFacts) -> None:
-        kept = msgspec.structs.replace(facts, created_ms=self._store.now_ms())
-        await self._store.set(self._keys.group(group_id), kept.to_bytes(), ttl_ms=UNENDED_TTL_S * 1000)
+        await self._store.set(self._keys.group(group_id), facts.to_bytes(), ttl_ms=UNENDED_TTL_S * 1000)
 
     async def group_facts(self, group_id: str) -> GroupFacts:
         """Raises UnknownJob."""

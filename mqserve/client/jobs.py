@@ -158,15 +158,15 @@ class Kept:
     limit_s = None
     not_yet = state = ""
 
-    def __init__(self, key: str, calls: JobCalls, *, plain: bool, exists: bool, found: Found | None = None) -> None:
+    def __init__(self, key: str, calls: JobCalls, *, plain: bool, expires_ms: int | None, found: Found | None = None) -> None:
         self.key = key
         self.calls = calls
         self.plain = plain
-        self._exists = exists  # it was sent, so an unknown one is one that the store has lost
+        self._expires_ms = expires_ms  # store time, 0 for never; None if it is not known whether there is such a job
         self._found = found
 
     def in_child(self, future_id: str) -> Kept:
-        return Kept(self.key, self.calls.here(), plain=self.plain, exists=self._exists, found=self._found)
+        return Kept(self.key, self.calls.here(), plain=self.plain, expires_ms=self._expires_ms, found=self._found)
 
     @contextmanager
     def waiting(self) -> Iterator[concurrent.futures.Future[Found]]:
@@ -175,7 +175,7 @@ class Kept:
             done.set_result(self._found)
             yield done
             return
-        pending = self.calls.first_result(self.key, exists=self._exists)
+        pending = self.calls.first_result(self.key, self._expires_ms)
         try:
             yield pending
         finally:

@@ -13,12 +13,14 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..broker.errors import BadValue
+from ..broker.errors import BadValue, MQServeError
+from ..broker.failures import describe
 from ..broker.jobs import EventKind, JobState
 from ..broker.process.interrupts import Interrupts
 from ..broker.process.printable import printable
 from ..broker.settings import Settings
 from ..client.client import Client
+from ..client.futures import Future
 from ..client.jobs import Job, JobEvent
 from ..client.session import open_client
 from .endings import FAILED
@@ -31,11 +33,10 @@ def call_endpoint(settings: Settings, endpoint: str, data: str) -> int:
     with _joined(settings) as client:
         ref = client.get_handle(endpoint).remote(value)
         try:
-            answer = ref.result()
+            _print_answer(_value_of(ref))
         except KeyboardInterrupt:
             ref.cancel()
             raise
-    _print_answer(answer)
     return 0
 
 
@@ -47,7 +48,7 @@ def call_later(settings: Settings, endpoint: str, data: str, interrupts: Interru
         interrupts.first = f"\nJob {job.id} goes on: `mqserve jobs watch {job.id}` shows it again, `mqserve jobs cancel {job.id}` ends it."
         click.echo(f"Job {job.id}", err=True)
         _watch(job, Console(stderr=True))
-        _print_answer(job.result())
+        _print_answer(_value_of(job))
     return 0
 
 
@@ -85,6 +86,16 @@ def _parsed(data: str) -> Any:
         return json.loads(data)
     except ValueError as error:
         raise BadValue(f"--data is no JSON ({error}): write texts in double quotes, or @FILE for the content of a file") from error
+
+
+def _value_of(ref: Future) -> Any:
+    """Raises an exception of the handler as one of ours, so that it gets one sentence."""
+    try:
+        return ref.result()
+    except MQServeError:
+        raise
+    except Exception as error:
+        raise MQServeError(f"the handler raised {describe(error).words}") from error
 
 
 def _print_answer(answer: Any) -> None:

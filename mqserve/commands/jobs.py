@@ -9,9 +9,12 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.text import Text
 
-from ..broker.errors import BadValue, MQServeError
+from ..broker.calls.job_sending import JobSender
+from ..broker.envelope import mint_id
+from ..broker.errors import BadValue, JobGoesOn, MQServeError, ResultGone, UnknownJob
 from ..broker.job_store import JobStore
 from ..broker.jobs import PRIORITIES, JobEvent, JobRecord, JobState
+from ..broker.overload import HeldBytes
 from ..broker.process.printable import printable
 from ..broker.settings import Settings
 from ..connections import Connections, open_connections
@@ -29,6 +32,7 @@ _COLORS = {
 }
 UNENDED = (JobState.QUEUED, JobState.RUNNING)
 ENDED = tuple(state for state in JobState if state.is_final)
+FAILED = (JobState.FAILED, JobState.CANCELLED, JobState.EXPIRED)
 
 
 class Filter(NamedTuple):
@@ -96,6 +100,34 @@ async def purge_jobs(settings: Settings, selection: Selection, *, yes: bool, con
     return await act(settings, selection, PURGE, yes=yes, console=console)
 
 
+async def cancel_jobs(settings: Settings, selection: Selection, *, yes: bool, console: Console | None = None) -> int:
+    """Cancels jobs that have not ended. Raises BadValue for ids that are unknown or have ended."""
+    return await act(settings, selection, CANCEL, yes=yes, console=console)
+
+
+async def retry_jobs(settings: Settings, selection: Selection, *, yes: bool, console: Console | None = None) -> int:
+    """Sends jobs that have ended again, and prints the ids of the new ones. Raises ResultGone for one whose message is not kept."""
+    console = console or make_console()
+
+    async def retry(connections: Connections, record: JobRecord) -> bool:
+        new_id = mint_id()
+        await _sender(connections).retry(record.id, new_id)
+        console.print(f"{printable(record.id)} again as {new_id}", highlight=False, markup=False, soft_wrap=True)
+        return True
+
+    states = ENDED if selection.ids or selection.filter.states else FAILED
+    again = Act("retry", "retried", states, "has not ended: cancel it first", retry)
+    return await act(settings, selection, again, yes=yes, console=console)
+
+
+async def _cancel(connections: Connections, record: JobRecord) -> bool:
+    return await _sender(connections).cancel(record.id)
+
+
+def _sender(connections: Connections) -> JobSender:
+    return JobSender(connections.queue, connections.store, connections.keys, HeldBytes(), connections.settings.signer)
+
+
 async def _forget(connections: Connections, record: JobRecord) -> bool:
     return await connections.store.jobs.forget(record.id)
 
@@ -110,6 +142,7 @@ class Act(NamedTuple):
     step: Callable[[Connections, JobRecord], Awaitable[bool]]
 
 
+CANCEL = Act("cancel", "cancelled", UNENDED, "has ended already", _cancel)
 PURGE = Act("purge", "purged", ENDED, "has not ended: cancel it first", _forget)
 
 
@@ -122,9 +155,13 @@ async def act(settings: Settings, selection: Selection, act: Act, *, yes: bool, 
         if not selection.ids and len(records) > ASK_ABOVE and not yes:
             raise BadValue(f"there are {len(records)} such jobs: add --yes to {act.verb} them all")
         for record in records:
-            if record.state in act.states and await act.step(connections, record):
-                count += 1
-            elif selection.ids:
+            try:
+                taken = record.state in act.states and await act.step(connections, record)
+            except (JobGoesOn, ResultGone, UnknownJob) as error:
+                kept.append(printable(str(error)))
+                continue
+            count += taken
+            if not taken and selection.ids:
                 kept.append(f"job {printable(record.id)} {act.refusal}")
     if kept:
         raise MQServeError("; ".join([f"{act.done}: {count}", *kept]))

@@ -112,37 +112,58 @@ def _rabbitmq_hash(password: str) -> str:
 _CONNECTING = ("ping", "select", "time", "script|load")  # auth and hello need no right
 _DOCUMENTS = ("get", "mget", "subscribe", "unsubscribe", "publish")
 _BEATING = ("hset", "hdel")
+_COUNTING = ("incr", "incrby", "del")
 _TELLING = ("xadd", "pexpire")  # for cancellations
 _CALLING = ("set", "evalsha", "eval", "blmpop", "xrange", "xinfo|stream", *_TELLING)  # for sending requests and waiting for results
+_SENDING_JOBS = ("exists", "hgetall", "hmget", "hset", "hsetnx", "sadd", "smembers", "zadd", "zrank", "zrem")  # waiting, and ending them
+_RUNNING_JOBS = ("hdel", "hget", "hincrby", "pttl", "zrandmember")
 _STREAMING = ("xlen", "xtrim")
 _DROPPING = ("pexpire",)
 _POSTING = ("pexpire", "rpush")
+_CALLS = _CONNECTING + _DOCUMENTS + _CALLING + _SENDING_JOBS
+
+
+class _Kinds:
+    """Keys that the same roles may use."""
+
+    def __init__(self, keys: StoreKeys) -> None:
+        self.documents = {keys.desired, keys.observed}
+        self.results = {keys.future("*"), keys.body("*")}
+        self.streams = {keys.stream("*"), keys.owner("*")}
+        self.feeds = {keys.feed("*")}
+        self.counts = {keys.start("*"), keys.attempts("*"), keys.redeliveries("*"), keys.claim("*")}
+        self.jobs = {keys.job("*"), keys.message("*"), keys.events("*"), keys.waiters("*"), keys.followers("*"), keys.waiting("*")}
+        self.lists = {keys.jobs, keys.ends}
+        self.runs = {keys.lease("*"), keys.jobs}
+        self.groups = {keys.group("*")}
+        self.inboxes = {keys.inbox("*")}
+        self._keys = keys
+
+    def inboxes_of(self, role: str) -> set[str]:
+        return {self._keys.inbox(f"{role}-*")}
 
 
 def store_rights(namespace: str) -> dict[str, StoreRights]:
     """Returns the rights by role."""
     keys = StoreKeys(namespace)
-    documents = {keys.desired, keys.observed}
-    results = {keys.future("*"), keys.body("*")}
-    streams = {keys.stream("*"), keys.owner("*")}
-    feeds = {keys.feed("*")}
-    counts = {keys.start("*"), keys.attempts("*"), keys.redeliveries("*"), keys.claim("*")}
-    calls = _CONNECTING + _DOCUMENTS + _CALLING
+    kinds = _Kinds(keys)
+    documents, results = kinds.documents, kinds.results
 
-    def inbox(role: str) -> set[str]:
-        return {keys.inbox(f"{role}-*")}
+    def rights(reads: set[str], writes: set[str], commands: tuple[str, ...]) -> StoreRights:
+        return StoreRights(frozenset(reads), frozenset(writes), commands)
 
-    def rights(reads: set[str], writes: set[str], commands: tuple[str, ...], *, reads_streams: bool = False) -> StoreRights:
-        if not reads_streams:
-            return StoreRights(frozenset(reads), frozenset(writes), commands)
-        # The reader of a streamed answer drops it at its end and tells the replica what it has taken, but writes no part of it.
-        return StoreRights(frozenset(reads | streams), frozenset(writes), commands, frozenset(streams), frozenset(feeds))
+    def caller_rights(role: str, reads: set[str], writes: set[str], commands: tuple[str, ...]) -> StoreRights:
+        """The reader of a streamed answer drops it at its end and tells the replica what it has taken, but writes no part of it. Who
+        cancels a job tells the inboxes of those who wait for it. Ids of jobs can be added to their list, and not be read there."""
+        both = results | kinds.jobs | kinds.inboxes_of(role)
+        reads, writes = reads | both | kinds.streams, writes | both | kinds.lists
+        return StoreRights(frozenset(reads), frozenset(writes), commands, frozenset(kinds.streams), frozenset(kinds.feeds | kinds.inboxes))
 
     everything = {f"mqserve:{namespace}:*"}
-    counting = ("incr", "incrby", "del")
+    run = results | kinds.counts | kinds.streams | kinds.feeds | kinds.jobs | kinds.runs | kinds.groups | kinds.inboxes_of("replica")
     return {
         "controller": rights(
-            everything, everything, (*calls, *_BEATING, *counting, "exists", "hgetall", "info", "persist", "rpush", "xread")
+            everything, everything, (*_CALLS, *_BEATING, *_COUNTING, *_RUNNING_JOBS, "info", "persist", "rpush", "xread", "zrange")
         ),
         # After a loss of data it gives back the files of code, which are checked against their hashes wherever they are read.
         "node": rights(
@@ -150,23 +171,23 @@ def store_rights(namespace: str) -> dict[str, StoreRights]:
             {keys.beats, keys.cancelled, keys.code("*")},
             (*_CONNECTING, *_DOCUMENTS, *_BEATING, *_TELLING, "exists", "hgetall", "set"),
         ),
-        "proxy": rights(
-            {*documents, *results, *inbox("proxy"), keys.start("*"), keys.code(f"{FOR_ALL}*"), keys.cancelled},
-            {*results, *inbox("proxy"), keys.beats, keys.cancelled},
-            (*calls, *_BEATING, "xread"),
-            reads_streams=True,
+        "proxy": caller_rights(
+            "proxy",
+            {*documents, keys.start("*"), keys.code(f"{FOR_ALL}*"), keys.cancelled},
+            {keys.beats, keys.cancelled},
+            (*_CALLS, *_BEATING, "xread"),
         ),
         # A replica sends and waits through handles of its own; it may write to others' inboxes, but not read them.
         "replica": rights(
-            {*documents, *results, *counts, *streams, *feeds, *inbox("replica"), keys.code("*"), keys.instance, keys.ended, keys.cancelled},
-            {*results, *counts, *streams, *feeds, *inbox("replica"), keys.inbox("*"), keys.beats, keys.cancelled},
-            (*calls, *_BEATING, *counting, *_STREAMING, "rpush", "xread"),
+            run | documents | {keys.code("*"), keys.instance, keys.ended, keys.cancelled},
+            run | kinds.inboxes | kinds.lists | {keys.beats, keys.cancelled},
+            (*_CALLS, *_BEATING, *_COUNTING, *_RUNNING_JOBS, *_STREAMING, "rpush", "xread"),
         ),
-        "client": rights(
-            {*documents, *results, *inbox("client"), keys.start("*"), keys.instance, keys.ended, keys.beats},
-            {*results, *inbox("client"), keys.desired, keys.code("*"), keys.cancelled},
-            (*calls, "hgetall", "exists"),  # of files it asks which the store has, and reads none
-            reads_streams=True,
+        "client": caller_rights(
+            "client",
+            {*documents, *kinds.groups, keys.start("*"), keys.instance, keys.ended, keys.beats},
+            {*kinds.groups, keys.desired, keys.code("*"), keys.cancelled},
+            _CALLS,
         ),
     }
 
@@ -183,7 +204,7 @@ def acl_rules(namespace: str, role: str) -> list[str]:
         *(f"%R~{key}" for key in sorted(rights.reads - both)),
         *(f"%W~{key}" for key in sorted(rights.writes - both)),
         "-@all",
-        *(f"+{command}" for command in sorted(rights.commands)),
+        *(f"+{command}" for command in sorted(set(rights.commands))),
         *_selector(rights.drops, _DROPPING),
         *_selector(rights.posts, _POSTING),
     ]

@@ -21,6 +21,7 @@ from mqserve.broker.store_keys import CODE_TTL_S, LEADER_TTL_S, StoreKeys
 from mqserve.broker.values.backend_code import Packed, save
 from mqserve.broker.values.code import Code
 from mqserve.controller.changes import commit, create_backend, delete_backend, register_convertor, update_backend
+from mqserve.controller.job_ends import Senders
 from mqserve.controller.lease import (
     InstanceLease,
     Leader,
@@ -212,9 +213,9 @@ class Running:
         self.stops: dict[str, Stop] = {}
         self.tasks: dict[str, asyncio.Task[None]] = {}
 
-    def start(self, name: str, queue: Queue | None = None, *, has_key: bool = True) -> None:
+    def start(self, name: str, queue: Queue | None = None, *, has_key: bool = True, senders: Senders | None = None) -> None:
         self.stops[name] = Stop()
-        controller = Controller(self._store, self._keys, queue or EmbeddedQueue(), name, self._instance, has_key=has_key)
+        controller = Controller(self._store, self._keys, queue or EmbeddedQueue(), name, self._instance, has_key=has_key, senders=senders)
         self.tasks[name] = asyncio.create_task(controller.run(self.stops[name]))
 
     async def leads(self, name: str) -> None:
