@@ -57,8 +57,8 @@ class ProxyApp:
 
     def __init__(
         self, sender: RequestSender, jobs: JobSender, idempotency: IdempotencyKeys, routes: RouteTable,
-        readiness: Callable[[], tuple[bool, dict[str, Any]]], *, is_cancelled: Callable[[str], bool], metrics: ProxyMetrics | None = None, common_ids: CommonIds | None = None,
-        debug: bool = False, admin_token: str = "",
+        readiness: Callable[[], tuple[bool, dict[str, Any]]], *, is_cancelled: Callable[[str], bool],
+        metrics: ProxyMetrics | None = None, common_ids: CommonIds | None = None, debug: bool = False, admin_token: str = "",
     ) -> None:  # fmt: skip
         self._sender = sender
         self.routes = routes
