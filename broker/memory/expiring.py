@@ -34,6 +34,11 @@ class Expiring(Generic[T]):
         entry = self._entries.get(key)
         return entry[0] if entry is not None and entry[1] > time.monotonic() else None
 
+    def left_ms(self, key: str) -> int:
+        """Returns for how much longer the entry stands, rounded up; 0 if there is none, and also if it never expires."""
+        _, expiry = self._entries.get(key, (None, 0.0))
+        return max(0, math.ceil((expiry - time.monotonic()) * 1000)) if expiry != math.inf else 0
+
     def put(self, key: str, value: T, ttl_ms: float | None, *, only_new: bool = False) -> bool:
         """Writes the entry, for ever if `ttl_ms` is None. With `only_new` it does nothing, and returns False, where there is one."""
         now = time.monotonic()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -45,7 +44,6 @@ class _Job:
         self.score: int | None = None  # while it has not begun
         self.runs = 0
         self.token: bytes | None = None  # of the latest run; empty once that was given back or is tried again
-        self.lease: tuple[bytes, float] = (b"", 0.0)  # token, monotonic expiry
         self.events: deque[NumberedEvent] = deque(maxlen=KEPT_EVENTS)
         self.last_event = 0
         self.waiters = Expiring[str]()  # inboxes
@@ -104,11 +102,10 @@ class EmbeddedJobs:
         job = self._jobs.get(run.id) or _Job()
         if (result := self._values.get(self._keys.future(run.id))) is not None or job.has_ended:
             return Done(result or b"")
-        holder, until = job.lease
-        left_ms = int((until - time.monotonic()) * 1000) + 1
-        if left_ms > 0 and holder != run.token:
-            return Held(left_ms)
-        job.lease = (run.token, time.monotonic() + LEASE_MS / 1000)
+        lease = self._keys.lease(run.id)
+        if self._values.get(lease) not in (None, run.token):
+            return Held(max(1, self._values.left_ms(lease)))
+        self._values.put(lease, run.token, LEASE_MS)
         if job.token != run.token:
             job.keep_fact(run.facts)
             job.runs += 1
@@ -125,7 +122,7 @@ class EmbeddedJobs:
         if job is None:
             return True
         if job.is_of(token) and not job.has_ended:
-            job.lease = (token, time.monotonic() + LEASE_MS / 1000)
+            self._values.put(self._keys.lease(future_id), token, LEASE_MS)
         return job.is_of(token)
 
     async def try_again(self, future_id: str, token: bytes, attempt: Attempt) -> bool:
@@ -135,7 +132,7 @@ class EmbeddedJobs:
         if not job.is_of(token) or job.has_ended or self._values.get(self._keys.future(future_id)) is not None:
             return False
         job.fields[name] = raw
-        job.token, job.lease = b"", (b"", 0.0)
+        self._release(future_id, job)
         self._tell(future_id, job, _state(JobState.QUEUED, attempt.ended_ms))
         self._jobs.put(future_id, job, UNENDED_TTL_S * 1000)
         return True
@@ -146,7 +143,7 @@ class EmbeddedJobs:
             return
         job.fields.pop(b"run:%d" % job.runs, None)
         job.runs -= 1
-        job.token, job.lease = b"", (b"", 0.0)
+        self._release(future_id, job)
         self._tell(future_id, job, _state(JobState.QUEUED, self._now_ms()))
 
     def end_then(self, end: JobEnd, on_done: OnDone) -> None:
@@ -162,8 +159,8 @@ class EmbeddedJobs:
                 self._keys.message(end.id), min(ttl_ms, MESSAGE_TTL_S * 1000) if end.state is JobState.SUCCEEDED else ttl_ms
             )
             self._tell(end.id, job, _state(end.state, end.ended_ms))
-        if job.lease[0] == end.token:
-            job.lease = (b"", 0.0)
+        if end.token and self._values.get(self._keys.lease(end.id)) == end.token:
+            self._values.pop(self._keys.lease(end.id))
         for inbox in {*filter(None, [end.inbox]), *job.waiters}:
             self._post(inbox, end.note)
         on_done(True)
@@ -184,6 +181,10 @@ class EmbeddedJobs:
         for key in (self._keys.future(future_id), self._keys.result_body(future_id), self._keys.message(future_id)):
             self._values.pop(key)
         return True
+
+    def _release(self, future_id: str, job: _Job) -> None:
+        job.token = b""
+        self._values.pop(self._keys.lease(future_id))
 
     def _tell(self, future_id: str, job: _Job, event: JobEvent) -> None:
         job.last_event += 1

@@ -22,6 +22,7 @@ from .kept_wire import KeptWire
 TEXT = (Path(__file__).parent / "jobs.lua").read_text()
 _DIGEST = hashlib.sha1(TEXT.encode(), usedforsecurity=False).hexdigest()
 _READS = frozenset(["read", "place"])
+_ANSWER_S = CALL_BUDGET_S + 0.5  # a batch that fails says why by then; a step that still waits for another batch is not taken any more
 
 OnOutcome = Callable[[Any], None]
 """Called once with the outcome of a step, or with an exception."""
@@ -52,7 +53,7 @@ class JobSteps(BatchWriter[Step]):
         self._flush_soon()
 
     async def take(self, step: Step) -> Any:
-        """Returns the outcome. Raises StoreUnavailable, at the latest after CALL_BUDGET_S."""
+        """Returns the outcome. Raises StoreUnavailable, at the latest after _ANSWER_S."""
         outcome: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
         def on_outcome(found: Any) -> None:
@@ -61,10 +62,10 @@ class JobSteps(BatchWriter[Step]):
 
         self.take_then(step, on_outcome)
         try:
-            async with asyncio.timeout(CALL_BUDGET_S):
+            async with asyncio.timeout(_ANSWER_S):
                 found = await outcome
         except TimeoutError:
-            raise StoreUnavailable(f"Redis took no step of a job within {CALL_BUDGET_S:g} s") from None
+            raise StoreUnavailable(f"Redis took no step of a job within {_ANSWER_S:g} s") from None
         finally:
             if not outcome.done():
                 self._buffer = [waiting for waiting in self._buffer if waiting[1] is not on_outcome]  # nobody wants it taken any more

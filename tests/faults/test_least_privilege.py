@@ -6,7 +6,7 @@ import asyncio
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,8 @@ from msgspec.structs import replace
 from websockets.sync.client import connect
 
 from mqserve.broker.envelope import Header, mint_id
+from mqserve.broker.errors import StoreUnavailable
+from mqserve.broker.jobs import Attempt, EventKind, JobEvent, JobState, Leased
 from mqserve.broker.rabbitmq.queue import open_rabbitmq
 from mqserve.broker.redis.store import RedisStore, open_redis
 from mqserve.broker.results import Result
@@ -31,8 +33,10 @@ from mqserve.broker.store_keys import StoreKeys
 from mqserve.broker.values.code import Code
 from mqserve.commands.setup import acl_rules, broker_rights
 from mqserve.controller.lease import has_ended
+from tests.broker.keeping_jobs import FACTS, added, begun, ended
 from tests.broker.streaming import append_of, appended, frames_of, told
 from tests.broker.test_later import job_due_in
+from tests.broker.test_store_contract import reading
 from tests.broker.traffic import until
 from tests.conftest import running
 from tests.faults.composed import ROLES, Composed, configured, dot_env
@@ -492,6 +496,43 @@ def test_a_script_is_no_way_round(composed: Composed, role: str) -> None:
         for call in (f"'SET', '{ROOT_KEY}:leader', 'x'", "'KEYS', '*'", "'FLUSHALL'"):
             with pytest.raises(redis.exceptions.ResponseError, match=r"can't (access|run)"):
                 store.eval(f"return redis.call({call})", 0)
+
+
+async def play_jobs(composed: Composed) -> None:
+    def opened(role: str) -> AbstractAsyncContextManager[RedisStore]:
+        return open_redis(composed.url("redis", role), "mqserve")
+
+    keys, first, second = StoreKeys("mqserve"), mint_id(), mint_id()
+    proxys, clients = keys.inbox("proxy-test"), keys.inbox("client-test")
+    async with opened("client") as client, opened("proxy") as proxy, opened("replica") as replica, opened("controller") as controller:
+        async with reading(proxy, proxys) as told_the_proxy, reading(client, clients) as told_the_client:
+            await added(client, first, message=b"message")
+            await proxy.jobs.wait(first, proxys)
+            await client.jobs.follow(first, clients)
+            assert await proxy.jobs.place(first, FACTS) == 0
+            assert await begun(replica, id=first) == Leased(1)
+            assert await replica.jobs.renew(first, b"run")
+            replica.jobs.note(first, b"run", JobEvent(EventKind.PROGRESS, fraction=0.5))
+            assert await replica.jobs.try_again(first, b"run", Attempt(1, error="no"))
+            assert await begun(replica, b"another", first) == Leased(2)
+            await replica.jobs.give_back(first, b"another")
+            assert await begun(replica, b"third", first) == Leased(2)
+            assert await ended(replica, first, token=b"third")
+            await until(lambda: b"note of result" in told_the_proxy and len(told_the_client) == 7)
+            assert await proxy.jobs.message(first) == b"message" and len(await client.jobs.events(first)) == 8
+            await added(proxy, second)
+            await client.jobs.wait(second, clients)
+            assert await ended(proxy, second, b"cancelled", state=JobState.CANCELLED)
+            await until(lambda: b"note of cancelled" in told_the_client)
+        for store in (client, proxy, replica):
+            with pytest.raises(StoreUnavailable, match="does not let user"):
+                await store.jobs.list()
+        assert {first, second} <= {record.id for record in await controller.jobs.list()}
+        assert await controller.jobs.forget(first) and await controller.jobs.forget(second)
+
+
+def test_each_role_plays_its_part_in_jobs(composed: Composed) -> None:
+    asyncio.run(play_jobs(composed))
 
 
 def test_redis_lets_nobody_in_without_a_name(composed: Composed) -> None:
