@@ -164,6 +164,11 @@ class JobEnd(msgspec.Struct, frozen=True):
     inbox: str = ""
 
 
+def priority_name(number: int) -> str:
+    """Returns the word for a priority; of one that only a direct publisher can set, the number."""
+    return next((name for name, its in PRIORITIES.items() if its == number), str(number))
+
+
 def state_of(result: Result) -> JobState:
     """Returns the state that a result means."""
     if result.outcome is Outcome.CANCELLED:

@@ -33,6 +33,7 @@ from mqserve.broker.later import LONGEST_WAIT_S
 from mqserve.broker.results import ErrorInfo, Result
 from mqserve.broker.settings import Settings
 from mqserve.broker.store_keys import RESULT_TTL_S, StoreKeys
+from mqserve.client.handle import HandleOptions
 from mqserve.commands.cli import cli
 from mqserve.commands.status import BackendFacts, ControllerFacts, EndpointFacts, Facts, MemberFacts, ServerFacts
 from mqserve.controller.state.config import BackendConfig
@@ -43,7 +44,8 @@ from tests.ports import free_port
 
 ROOT = Path(__file__).parent.parent
 README, PROTOCOL = ROOT / "README.md", ROOT / "docs" / "protocol.md"
-FROM_RAY, MONITORING = ROOT / "docs" / "from-ray-serve.md", ROOT / "docs" / "guide" / "monitoring.md"
+FROM_RAY, FROM_CELERY = ROOT / "docs" / "from-ray-serve.md", ROOT / "docs" / "from-celery.md"
+MONITORING = ROOT / "docs" / "guide" / "monitoring.md"
 GUIDE = sorted(page for page in (ROOT / "docs" / "guide").glob("*.md") if page.name != "README.md")
 DOCUMENTS = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 TEXT = {document: document.read_text() for document in DOCUMENTS}
@@ -316,6 +318,7 @@ def test_every_flag_is_in_the_text_and_the_other_way_round() -> None:
         "-k",
     }  # of docker, node, curl, openssl, python, pytest; click's own
     elsewhere |= {"-a", "--http-location", "--head", "--address", "--metrics-export-port"}  # of Ray
+    elsewhere |= {"--concurrency", "--autoscale"}  # of Celery
     missing = [option.opts for option in options if not mentioned & set(option.opts)]
     assert not missing
     assert mentioned - elsewhere <= {name for option in options for name in option.opts}
@@ -398,6 +401,22 @@ def test_what_ray_serves_names_are_mapped_to_exists() -> None:
     known |= {*BackendConfig.model_fields, *LOCATIONS, *known_variables(), *documented_metrics(), *vars(builtins)}
     known |= {"X-SERVE-CALL-METHOD", "X-SERVE-SHARD-KEY", "/-/routes", "/api/{user_id:int}"}
     assert not set(re.findall(r"`([^`]+)`", " ".join(middle))) - known
+
+
+def test_what_celerys_names_are_mapped_to_exists() -> None:
+    """The middle column: our own names, without their arguments."""
+    middle = [re.split(r" *\| *", line)[2] for line in TEXT[FROM_CELERY].splitlines() if line.startswith("| ")]
+    known = {f"serve.{name}" for name in serve.__all__} | {f"handle.{name}" for name in dir(serve.Handle)}
+    known |= {f"mqserve {command}" for command in cli.commands} | {f"mqserve jobs {name}" for name in commands_in("jobs")}
+    known |= {*BackendConfig.model_fields, *HandleOptions.__dataclass_fields__, *dir(serve.Job), *dir(serve.Handle)}
+    known |= {"request.id", "request.attempt", "await job", "@serve.endpoint"}
+    assert not {re.sub(r"\(.*", "", name) for name in re.findall(r"`([^`]+)`", " ".join(middle))} - known
+
+
+def commands_in(name: str) -> list[str]:
+    group = cli.commands[name]
+    assert isinstance(group, click.Group)
+    return list(group.commands)
 
 
 def test_every_public_name_is_in_the_docs_and_the_other_way_round() -> None:

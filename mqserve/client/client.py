@@ -234,13 +234,15 @@ class Client(Lifetime):
 
     def job(self, job_id: str, backend: str | None = None) -> Job:
         """Returns any job, by the id that mqserve minted or by a publisher's own `message_id` and its `backend`. It asks the store when it
-        is used, which raises UnknownJob for an id that nothing is known of.
+        is used, which raises UnknownJob for an id that nothing is known of. A publisher's job is not known before it begins, so its
+        `result` waits for it.
 
         Raises BadType for an id that is no str.
         """
         if not isinstance(job_id, str):
             raise BadType(f"the id of a job is a text of 32 characters, not {job_id!r}: see `job.id`")
-        return self.sender.jobs.job(job_id if backend is None else f"{backend}/{job_id}", job_id)
+        jobs = self.sender.jobs
+        return jobs.job(job_id, job_id) if backend is None else jobs.job(f"{backend}/{job_id}", job_id, expires_ms=0)
 
     @overload
     def submit_many(self, handle: Handle, items: Iterable[Any]) -> Group: ...

@@ -14,7 +14,7 @@ from ..broker.calls.job_events import JobFollower
 from ..broker.calls.job_sending import JobSender, JobTerms
 from ..broker.calls.sending import RequestSender
 from ..broker.envelope import RequestHead, mint_id
-from ..broker.errors import UnknownJob
+from ..broker.errors import InstanceError, UnknownJob
 from ..broker.job_groups import GroupFacts
 from ..broker.job_store import NumberedEvent
 from ..broker.jobs import PRIORITIES, UNENDED_TTL_S, JobRecord, JobState
@@ -217,7 +217,10 @@ class JobCalls:
 
     async def next_event(self, following: JobFollower) -> NumberedEvent | None:
         """Returns the next event; None behind the last one."""
-        return await anext(following, None)
+        event = await anext(following, None)
+        if event is None and not following.has_ended:
+            raise InstanceError(self._sender.over or "the client follows no jobs any more")
+        return event
 
     def stop(self, following: JobFollower) -> None:
         """Ends following, from any thread."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 from ..broker.calls.job_events import JobFollower
 from ..broker.errors import BadValue
 from ..broker.job_store import NumberedEvent
-from ..broker.jobs import Attempt, EventKind, JobRecord, JobState
+from ..broker.jobs import Attempt, EventKind, JobRecord, JobState, priority_name
 from ..broker.process import forks
 from ..broker.results import Result
 from ..broker.values.whole_numbers import whole_number
@@ -58,7 +58,7 @@ class JobStatus:
     """The HTTP status of its result; 0 while it has none."""
     has_result: bool
     """Whether its result can be read. It is kept for `result_ttl_s`, the record for twice as long."""
-    priority: int
+    priority: str
     tag: str
     retry_of: str
 
@@ -82,7 +82,7 @@ class JobStatus:
             position=position,
             status=record.status,
             has_result=record.has_result,
-            priority=facts.priority,
+            priority=priority_name(facts.priority),
             tag=facts.tag,
             retry_of=facts.retry_of,
         )

@@ -13,7 +13,7 @@ from ..broker.calls.job_sending import JobSender
 from ..broker.envelope import mint_id
 from ..broker.errors import BadValue, JobGoesOn, MQServeError, ResultGone, UnknownJob
 from ..broker.job_store import JobStore
-from ..broker.jobs import PRIORITIES, JobEvent, JobRecord, JobState
+from ..broker.jobs import JobEvent, JobRecord, JobState, priority_name
 from ..broker.overload import HeldBytes
 from ..broker.process.printable import printable
 from ..broker.settings import Settings
@@ -213,7 +213,7 @@ def facts_of(record: JobRecord, place: int | None) -> dict[str, Any]:
         "position": place,
         "http_status": record.status or None,
         "has_result": record.has_result,
-        "priority": next((name for name, number in PRIORITIES.items() if number == facts.priority), facts.priority),
+        "priority": priority_name(facts.priority),
         "tag": facts.tag,
         "retry_of": facts.retry_of,
     }
