@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import msgspec
 
 from .errors import StoreUnavailable
 from .job_store import JobStore
 from .store_keys import STREAM_TTL_S
+
+T = TypeVar("T")
 
 WRONG_TYPE = b"\0WRONGTYPE"
 """The value that a read returns for a key of another Redis type. It parses as no document of ours, so it is treated like a broken one.
@@ -279,8 +281,8 @@ class Store(Protocol):
     async def close(self) -> None: ...
 
 
-def recorded(record_then: Callable[[Record, OnRecorded], None], record: Record) -> asyncio.Future[bool]:
-    """Returns `Store.record` in terms of `Store.record_then`."""
+def recorded(record_then: Callable[[T, OnRecorded], None], record: T) -> asyncio.Future[bool]:
+    """Returns `Store.record` in terms of `Store.record_then`, or what `JobStore.end_then` tells."""
     done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
 
     def on_recorded(outcome: bool | Exception) -> None:

@@ -29,6 +29,9 @@ class Register:
         """Returns the jobs that wait for user code or run."""
         return [job for job in self._jobs if job.with_worker]
 
+    def count_with_worker(self) -> int:
+        return sum([job.with_worker for job in self._jobs])
+
     @property
     def is_empty(self) -> bool:
         return not self._jobs

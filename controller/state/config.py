@@ -9,6 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from ...broker.jobs import MAX_RESULT_TTL_S
 from ...broker.streams import IDLE_TIMEOUT_S, KEPT_BYTES, KEPT_FRAMES, RESUME_GRACE_S
+from .retries import Retry
 
 MAX_REQUEST_TIMEOUT_S = 25 * 60  # below RabbitMQ's consumer_timeout of 30 minutes
 MAX_QUEUE_SHARDS = 64  # one of RabbitMQ's queues uses one core at most
@@ -50,6 +51,7 @@ class BackendConfig(BaseModel):
     job_slots: jobs that one replica holds at a time; default half of what it runs at a time, at least 1.
     job_timeout_s: seconds that a job may run, at most 7 days. The default is lower where RabbitMQ is older than 3.12.
     result_ttl_s: seconds that results are kept, at most 30 days; when None, ten minutes, and those of jobs a day.
+    retry: how jobs are tried again whose handler raised an exception; None: they are not.
     """
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)  # allow_inf_nan: JSON has neither
@@ -80,12 +82,14 @@ class BackendConfig(BaseModel):
     job_slots: Whole | None = None
     job_timeout_s: Annotated[float, Field(gt=0, le=MAX_JOB_TIMEOUT_S)] = 3600.0
     result_ttl_s: Annotated[float, Field(ge=MIN_RESULT_TTL_S, le=MAX_RESULT_TTL_S)] | None = None
+    retry: Retry | None = None
 
     @model_validator(mode="after")
     def _may_run_twice(self) -> Self:
-        if self.on_death == "replay" and self.delivery == "at_most_once":
-            wrong = "on_death 'replay' runs a request again, and with delivery 'at_most_once' none is: choose one of them"
-            raise PydanticCustomError("on_death", "{wrong}", {"wrong": wrong})
+        again = "on_death 'replay'" if self.on_death == "replay" else "retry" if self.retry is not None else ""
+        if again and self.delivery == "at_most_once":
+            wrong = f"{again} runs a request again, and with delivery 'at_most_once' none is: choose one of them"
+            raise PydanticCustomError("delivery", "{wrong}", {"wrong": wrong})
         return self
 
     @model_validator(mode="after")
