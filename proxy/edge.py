@@ -216,7 +216,7 @@ class EdgeProtocol(HttpToolsProtocol):
         self.url, self.expect_100_continue = url, expects
         self.headers = self.scope["headers"] = headers
         if self._is_forwarded:
-            self.scope[PREFIX] = self._forwarders.prefix(self.headers, self.client)
+            cast(Any, self.scope)[PREFIX] = self._forwarders.prefix(self.headers, self.client)
         self.scope["scheme"], self.scope["client"] = self._scheme_and_client()
         super().on_headers_complete()
 

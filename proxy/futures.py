@@ -14,7 +14,7 @@ from urllib.parse import unquote
 from ..broker.calls.job_sending import JobSender
 from ..broker.calls.sending import RequestSender
 from ..broker.envelope import is_minted, mint_id
-from ..broker.errors import JobGone, MQServeError
+from ..broker.errors import MQServeError, ResultGone
 from ..broker.jobs import JobRecord, JobState, state_of
 from ..broker.result_bodies import BodyGone
 from .common_ids import CommonIds
@@ -130,7 +130,7 @@ class Futures:
         try:
             result = await self._sender.pending.peek(future_id)
         except BodyGone as error:
-            raise JobGone(str(error)) from error
+            raise ResultGone(str(error)) from error
         if result is None:
             return await self._not_there(future_id, record, scope)
         if result.frames:
@@ -141,7 +141,7 @@ class Futures:
         if record is None:
             return _unknown(future_id)
         if record.state.is_final:
-            raise JobGone(f"job {future_id} has {record.state}, and its result is not kept any more")
+            raise ResultGone(f"job {future_id} has {record.state}, and its result is not kept any more")
         status, headers, body = json_reply(await self.view(record, scope), 202)
         return status, [*headers, RETRY_AFTER, self.links(scope).location(future_id)], body
 

@@ -41,8 +41,7 @@ class JobFeed:
             headers = [*EVENT_HEADERS, (b"x-request-id", follower.id.encode())]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             await self._send_part(send, b"retry: %d\n\n" % RETRY_MS)
-            while not follower.is_over:
-                events = await self.polls.until(mint_id(), self.receive, follower.more(COMMENT_EVERY_S))
+            while (events := await self.polls.until(mint_id(), self.receive, follower.more(COMMENT_EVERY_S))) or not follower.is_over:
                 if events is None:
                     await self._send_part(send, b"retry: %d\n\n" % RECONNECT_MS)
                     break

@@ -12,7 +12,7 @@ from ..broker.calls.idempotency import KEY_TTL_S, Claim, IdempotencyKeys, frees_
 from ..broker.calls.job_sending import JobSender, JobTerms
 from ..broker.calls.sending import RequestSender
 from ..broker.envelope import RequestHead, mint_id
-from ..broker.errors import BrokerUnavailable, JobGone, MQServeError
+from ..broker.errors import BrokerUnavailable, MQServeError, ResultGone
 from ..broker.jobs import PRIORITIES, JobFacts
 from ..broker.result_bodies import BodyGone
 from ..broker.results import Result
@@ -99,7 +99,7 @@ class Jobs:
         else:
             record = await self._jobs.look(call.id)
             if record is not None and record.state.is_final and not record.has_result:
-                raise JobGone(f"the request with this key has {record.state}, and its result is not kept any more: make a new key")
+                raise ResultGone(f"the request with this key has {record.state}, and its result is not kept any more: make a new key")
             # without a record nobody knows whether the first one was sent at all
             facts = await self._submit(call) if record is None else record.facts
             status, headers, body = await self._answer_keyed(call, facts, keyed, claim)
@@ -120,7 +120,7 @@ class Jobs:
         try:
             return await self._sender.pending.peek(future_id)
         except BodyGone as error:
-            raise JobGone(str(error)) from error
+            raise ResultGone(str(error)) from error
 
     async def _submit(self, call: JobCall) -> JobFacts:
         facts = await self._jobs.submit(

@@ -45,7 +45,7 @@ class Site:
     `hands` hold it. Use as a context manager."""
 
     def __init__(self, **settings: Any) -> None:
-        self.queue, self.store, self.keys = EmbeddedQueue(), EmbeddedStore(), StoreKeys("tests")
+        self.queue, self.store, self.keys = EmbeddedQueue(), EmbeddedStore("tests"), StoreKeys("tests")
         self.hands = Hands()
         self.is_ready = True
         self.sender = RequestSender(self.queue, self.store, self.keys, "test")

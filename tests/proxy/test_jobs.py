@@ -64,10 +64,10 @@ class JobSite(Site):
         async def send(message: MutableMapping[str, Any]) -> None:
             parts.append(message.get("body", b""))
 
+        path, headers = f"/-/futures/{future_id}/events", [(b"last-event-id", last)] if last else []
         scope = {
-            "type": "http", "method": "GET", "path": f"/-/futures/{future_id}/events", "raw_path": f"/-/futures/{future_id}/events".encode(),
-            "query_string": b"", "headers": [(b"last-event-id", last)] if last else [], "http_version": "1.1", "scheme": "http",
-            "client": FAR, "server": None,
+            "type": "http", "method": "GET", "path": path, "raw_path": path.encode(), "query_string": b"", "headers": headers,
+            "http_version": "1.1", "scheme": "http", "client": FAR, "server": None,
         }  # fmt: skip
         async with asyncio.timeout(20):
             await self.app(scope, receive, send)
@@ -243,8 +243,6 @@ async def test_a_job_that_failed_says_why_without_the_words_of_the_handlers_exce
 
 async def test_a_job_that_was_not_begun_in_time_has_expired(site: JobSite) -> None:
     envelope, _ = await site.submitted((b"x-request-timeout-seconds", b"0.001"))
-    site.store.skew_ms = 10_000  # type: ignore[attr-defined]
-    await asyncio.sleep(0)
     now_ms = site.store.now_ms
     site.store.now_ms = lambda: now_ms() + 10_000  # type: ignore[method-assign]
     assert (await site.state(envelope.id))["status"] == "expired"
@@ -283,10 +281,10 @@ async def test_an_unknown_id_is_a_404(site: JobSite) -> None:
 async def test_the_job_of_a_publishers_own_key_needs_the_token(site: JobSite) -> None:
     site.end("b/their key", Result(body=b"theirs"))
     path, token = "/-/futures/b%2Ftheir%20key/result", [(b"authorization", f"Bearer {TOKEN}".encode())]
-    scope = {"path": "/-/futures/b/their key/result", "raw_path": path.encode(), "client": FAR}
-    assert (await site.ask("", **scope)).status == 403  # type: ignore[arg-type]
-    assert (await site.ask("", headers=token, **scope)).body == b"theirs"  # type: ignore[arg-type]
-    view = await site.state("b/their key")
+    decoded, raw = "/-/futures/b/their key/result", path.encode()
+    assert (await site.ask(decoded, raw_path=raw, client=FAR)).status == 403
+    assert (await site.ask(decoded, raw_path=raw, client=FAR, headers=token)).body == b"theirs"
+    view = await site.state("b/their%20key", client=("127.0.0.1", 1), headers=token)
     assert (view["status"], view["result_url"]) == ("succeeded", path)
 
 
@@ -404,3 +402,114 @@ async def test_the_paths_stand_at_the_setting_too_and_links_follow_it(site: JobS
 async def test_links_begin_with_the_prefix_that_a_trusted_server_says(site: JobSite) -> None:
     envelope, answer = await site.submitted(**{"mqserve.prefix": "/api"})
     assert answer.headers["location"] == f"/api/-/futures/{envelope.id}"
+
+
+# Keys by which a client sends a request again.
+
+
+def key(name: bytes = b"one") -> tuple[bytes, bytes]:
+    return (b"idempotency-key", name)
+
+
+async def test_a_request_with_a_key_waits_for_its_answer_and_the_same_again_gets_that_one(site: JobSite) -> None:
+    asked = asyncio.create_task(site.ask("/e/x", method="POST", body=[b"data"], headers=[key()]))
+    await site.jobs.hold(1)
+    envelope = site.jobs.held[0].envelope()
+    again = asyncio.create_task(site.ask("/e/x", method="POST", body=[b"da", b"ta"], headers=[key()]))
+    await until(lambda: len(site.app.polls) == 2)
+    site.end(envelope.id, Result(status=201, body=b"done"))
+    first, second = await asked, await again
+    third = await site.ask("/e/x", method="POST", body=[b"data"], headers=[key()])
+    assert [(answer.status, answer.body) for answer in (first, second, third)] == [(201, b"done")] * 3
+    assert [answer.headers.get("idempotent-replayed") for answer in (first, second, third)] == [None, "true", "true"]
+    assert {answer.headers["x-request-id"] for answer in (first, second, third)} == {envelope.id}
+    assert (envelope.persistent, envelope.priority, len(site.jobs)) == (True, 4, 1)
+
+
+async def test_the_same_key_with_another_request_is_a_422(site: JobSite) -> None:
+    await site.submitted(key(), method="POST", body=[b"data"])
+    others: list[dict[str, Any]] = [
+        {"method": "POST", "body": [b"other"]},
+        {"method": "GET", "body": [b"data"]},
+        {"method": "POST", "body": [b"data"], "query_string": b"q=1"},
+        {"method": "POST", "body": [b"data"], "raw_path": b"/e/%78"},
+        {"method": "POST", "body": [b"data"], "headers": [ASYNC, key(), (b"content-type", b"text/plain")]},
+    ]
+    for other in others:
+        answer = await site.ask("/e/x", **{"headers": [ASYNC, key()], **other})
+        assert (answer.status, "another request" in answer.detail) == (422, True)
+    assert len(site.jobs) == 1
+
+
+async def test_a_key_is_that_of_one_client(site: JobSite) -> None:
+    ids = set[str]()
+    for name in (b"ada", b"bob", b"ada"):
+        answer = await site.ask("/e/x", headers=[ASYNC, key(), (b"authorization", name)])
+        ids.add(json.loads(answer.body)["id"])
+    await site.jobs.hold(2)
+    assert len(ids) == 2
+
+
+async def test_a_job_with_a_key_that_is_sent_again_is_the_same_job_in_its_state(site: JobSite) -> None:
+    envelope, _ = await site.submitted(key())
+    assert envelope.header.job is not None and envelope.header.job.result_ttl_s == 24 * 3600
+    await site.begun(envelope.id)
+    answer = await site.ask("/e/x", headers=[ASYNC, key()])
+    view = json.loads(answer.body)
+    assert (answer.status, view["id"], view["status"], answer.headers["location"]) == (
+        202, envelope.id, "running", f"/-/futures/{envelope.id}",
+    )  # fmt: skip
+    assert len(site.jobs) == 1
+
+
+@pytest.mark.parametrize("status", [429, 503])
+async def test_an_answer_that_says_try_again_frees_the_key(site: JobSite, status: int) -> None:
+    asked = asyncio.create_task(site.ask("/e/x", headers=[key()]))
+    await site.jobs.hold(1)
+    site.end(site.jobs.held[0].envelope().id, Result(status=status))
+    assert (await asked).status == status
+    asked = asyncio.create_task(site.ask("/e/x", headers=[key()]))
+    await site.jobs.hold(2)
+    site.end(site.jobs.held[1].envelope().id, Result(body=b"now"))
+    assert (await asked).body == b"now"
+
+
+async def test_an_error_of_the_handler_is_the_answer_from_then_on(site: JobSite) -> None:
+    envelope, _ = await site.submitted(key())
+    site.end(envelope.id, FAILED)
+    answer = await site.ask("/e/x", headers=[key()])
+    assert (answer.status, answer.headers["idempotent-replayed"], len(site.jobs)) == (500, "true", 1)
+
+
+async def test_a_request_that_was_refused_has_no_key(site: JobSite) -> None:
+    site.app.futures.refusal = "full"
+    assert (await site.ask("/e/x", headers=[ASYNC, key()])).status == 503
+    site.app.futures.refusal = ""
+    assert (await site.submitted(key()))[1].status == 202
+
+
+async def test_a_key_whose_proxy_died_before_it_sent_is_sent_by_the_next_under_the_same_id(site: JobSite) -> None:
+    publish, begun = site.queue.publish_job, asyncio.Event()
+    site.queue.publish_job = lambda *_: begun.set()  # type: ignore[method-assign]
+    dying = asyncio.create_task(site.ask("/e/x", headers=[key()]))
+    await begun.wait()
+    dying.cancel()
+    site.queue.publish_job = publish  # type: ignore[method-assign]
+    envelope, answer = await site.submitted(key())
+    assert (answer.status, answer.headers["idempotent-replayed"], envelope.header.again) == (202, "true", True)
+    assert json.loads(answer.body)["id"] == envelope.id
+
+
+async def test_a_client_that_loses_its_connection_finds_the_answer_by_its_key(site: JobSite) -> None:
+    gone = asyncio.Event()
+    asked = asyncio.create_task(site.ask("/e/x", headers=[key()], gone=gone))
+    await site.jobs.hold(1)
+    gone.set()
+    assert (await asked).status == 504
+    site.end(site.jobs.held[0].envelope().id, Result(body=b"kept"))
+    assert (await site.ask("/e/x", headers=[key()])).body == b"kept"
+
+
+async def test_a_key_that_is_none_is_a_400(site: JobSite) -> None:
+    for headers in ([key(b"")], [key(b"x" * 256)], [key(), key()]):
+        assert (await site.ask("/e/x", headers=headers)).status == 400
