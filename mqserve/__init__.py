@@ -66,6 +66,7 @@ from .broker.errors import (
 )
 from .client.client import Client
 from .controller.state.config import BackendConfig
+from .controller.state.retries import Retry
 from .client.declared import endpoint
 from .client import pickled_clients  # noqa: F401  # says how clients and handles pickle
 from .client.futures import Future, get, wait
@@ -79,6 +80,7 @@ from .replicas.batch_decorators import END, BadBatch, accept_batch, batch
 from .replicas.context import ReplicaContext, cancelled, get_current_backend_tag, get_current_replica_tag, get_replica_context
 from .replicas.asgi_apps import NoHttpRequest
 from .replicas.handler import NoSuchMethod
+from .replicas.job_words import RetryLater, log, progress
 from .replicas.ingress import ingress
 from .replicas.requests import BadBody, Request, ServeRequest
 
@@ -126,6 +128,8 @@ __all__ = [
     "Request",
     "RequestTimeout",
     "ResultGone",
+    "Retry",
+    "RetryLater",
     "ServeRequest",
     "StoreUnavailable",
     "Stream",
@@ -158,7 +162,9 @@ __all__ = [
     "job",
     "list_backends",
     "list_endpoints",
+    "log",
     "mount",
+    "progress",
     "register_convertor",
     "set_traffic",
     "shadow_traffic",

@@ -120,10 +120,9 @@ class JobEnds:
 
 def history(record: JobRecord | None) -> list[LostRun]:
     """Returns the runs of a job as a dead letter has them."""
-    return [
-        LostRun(attempt.replica, attempt.started_ms, attempt.error if attempt.ended_ms else "its replica was lost before there was a result")
-        for attempt in (record.attempts if record is not None else ())
-    ]
+    lost = "its replica was lost before there was a result"
+    attempts = record.attempts if record is not None else ()
+    return [LostRun(attempt.replica, attempt.started_ms, attempt.error if attempt.ended_ms else lost) for attempt in attempts]
 
 
 def _state_of(job: KeptJob, result: Result) -> JobState:

@@ -27,8 +27,8 @@ from ..broker.store_keys import RESULT_TTL_S, StoreKeys
 from ..controller.state.config import BackendConfig
 from .admission import Admission, LostBody, Poison
 from .amqp_replies import send_reply
-from .metrics import ReplicaMetrics
 from .job_ends import JobEnds
+from .metrics import ReplicaMetrics
 from .register import Register
 from .stages import Job, KeptJob, Stage
 from .takeover import behind_shown

@@ -19,6 +19,8 @@ from ..broker.results import ErrorInfo, Outcome, Phase, Result, late_result
 from .job_words import JobWords
 from .outgoing import Outgoing
 
+NOTHING = Envelope("", b"", "")  # stands in for the envelope of a message that could not be read
+
 
 class Stage(Enum):
     """How far a request has come. docs/design.md draws the moves."""

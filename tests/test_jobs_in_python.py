@@ -318,7 +318,7 @@ def test_events_are_read_in_coroutines_and_by_several_readers(doubling: str) -> 
 
     async def main() -> list[list[str]]:
         job = await serve.get_handle(doubling, sync=False).options(delay_s=0.5).submit(1)
-        return await asyncio.gather(states(job), states(serve.job(job.id)))
+        return list(await asyncio.gather(states(job), states(serve.job(job.id))))
 
     assert asyncio.run(main()) == [["queued", "running", "succeeded"]] * 2
 

@@ -189,6 +189,6 @@ def test_gather_raises_an_error_while_others_are_under_way(deploy: Deploy) -> No
 
 @pytest.mark.parametrize("name", ["as_completed", "gather"])
 def test_what_is_no_future_is_refused_in_one_sentence(client: serve.Client, name: str) -> None:
-    arguments = {"as_completed": [[1]], "gather": [1]}[name]
+    arguments: list[Any] = {"as_completed": [[1]], "gather": [1]}[name]  # type: ignore[assignment]
     with pytest.raises(serve.BadType, match="futures and jobs"):
         getattr(serve, name)(*arguments)
