@@ -198,7 +198,8 @@ for i = 1, #KEYS do
   if is_taken then
     outcomes[i] = outcome
   else
-    outcomes[i] = {err = type(outcome) == 'table' and outcome.err or 'ERR ' .. tostring(outcome)}
+    local message = tostring(outcome)  -- Redis's pcall gives the words of an error alone
+    outcomes[i] = {err = string.find(message, '^%u+ ') and message or 'ERR ' .. message}
   end
 end
 return {outcomes, odd}

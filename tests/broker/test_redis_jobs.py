@@ -102,9 +102,9 @@ async def test_each_end_is_in_the_outbox_once(store_server: PrivateRedis, namesp
         await ended(store, result=b"another")
         await ended(store, "g", state=JobState.EXPIRED)
         found = [fields for _, fields in store_server.say("XRANGE", keys.ends, "-", "+")]
-    assert [[bytes(part) for part in fields] for fields in found] == [
-        [b"id", b"f", b"state", b"succeeded", b"backend", b"b"],
-        [b"id", b"g", b"state", b"expired", b"backend", b"b"],
+    assert found == [
+        {b"id": b"f", b"state": b"succeeded", b"backend": b"b"},
+        {b"id": b"g", b"state": b"expired", b"backend": b"b"},
     ]
 
 
