@@ -43,7 +43,7 @@ class LaterEnvelope(Envelope, frozen=True):
 
 def addressed(envelope: Envelope, backend: str) -> LaterEnvelope:
     """Returns the envelope of a job for that backend as one that waits first."""
-    return LaterEnvelope(*msgspec.structs.astuple(envelope), to=backend)
+    return LaterEnvelope(*msgspec.structs.astuple(envelope), backend)
 
 
 class DueJob(Protocol):

@@ -20,8 +20,8 @@ T = TypeVar("T")
 
 _CLOSE_BUDGET_S = 1.0
 # Explicit, although it is the default: a virtual host may have another default, and quorum queues have no priorities.
-_CLASSIC = {"x-queue-type": "classic"}
-_JOBS = {**_CLASSIC, "x-max-priority": queue_names.MAX_PRIORITY, "x-consumer-timeout": queue_names.JOB_UNACKED_MS}
+_CLASSIC: dict[str, Any] = {"x-queue-type": "classic"}
+_JOBS: dict[str, Any] = {**_CLASSIC, "x-max-priority": queue_names.MAX_PRIORITY, "x-consumer-timeout": queue_names.JOB_UNACKED_MS}
 
 
 class RabbitTopology:
@@ -69,7 +69,8 @@ class RabbitTopology:
         due, later = queue_names.due_queue(self._namespace), queue_names.later_exchange(self._namespace)
 
         async def declare(channel: Channel) -> None:
-            await channel.exchange_declare(later, exchange_type="direct", durable=True)
+            for exchange in (later, self._jobs):  # the latter may be gone with all backends, and to publish to it would close the channel
+                await channel.exchange_declare(exchange, exchange_type="direct", durable=True)
             await channel.queue_declare(due, durable=True, arguments=_CLASSIC)
             await channel.queue_bind(due, later, queue_names.DUE_KEY)
 

@@ -13,7 +13,7 @@ from mqserve.broker.errors import MQServeError
 from mqserve.broker.jobs import JobState
 from mqserve.broker.later import WAITS_S, addressed, longest_wait_s
 from mqserve.broker.memory.store import EmbeddedStore
-from mqserve.broker.queue import Queue
+from mqserve.broker.queue import Delivery, Queue
 from mqserve.broker.rabbitmq.queue import RabbitQueue, open_rabbitmq
 from mqserve.broker.results import Result
 from mqserve.broker.settings import Settings
@@ -42,7 +42,12 @@ async def test_a_job_comes_when_its_time_has_come_and_not_before(queue: Queue, s
     arrived_ms: list[int] = []
     await queue.declare("b", 1, None)
     hands = Hands()
-    await queue.consume("b", 1, 10, lambda delivery: (arrived_ms.append(store.now_ms()), hands(delivery))[1], jobs=True)
+
+    def take(delivery: Delivery) -> None:
+        arrived_ms.append(store.now_ms())
+        hands(delivery)
+
+    await queue.consume("b", 1, 10, take, jobs=True)
     async with forwarding(queue, store):
         job = job_due_in(store, delay_s)
         assert await publish_later(queue, job, delay_s) is None
@@ -193,7 +198,7 @@ async def forwarding(
 
 def job_due_in(store: Store, delay_s: float) -> Envelope:
     now_ms = store.now_ms()
-    head = JobHead(created_ms=now_ms, not_before_ms=now_ms + int(delay_s * 1000) if delay_s else 0)
+    head = JobHead(created_ms=now_ms, not_before_ms=now_ms + int(delay_s * 1000))
     return Envelope(mint_id(), b"body", "text/plain", Header(origin="handle", job=head), priority=1)
 
 

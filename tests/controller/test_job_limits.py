@@ -79,9 +79,10 @@ def test_the_consumer_timeout_that_is_told_has_to_be_a_time(text: str) -> None:
 
 
 def test_the_consumer_timeout_reaches_children() -> None:
-    told = Settings.read({"MQSERVE_CONSUMER_TIMEOUT_S": "86700"})
+    urls = {"MQSERVE_BROKER_URL": "amqp://localhost", "MQSERVE_STORE_URL": "redis://localhost"}
+    told = Settings.read({**urls, "MQSERVE_CONSUMER_TIMEOUT_S": "86700"})
     assert told.to_env()["MQSERVE_CONSUMER_TIMEOUT_S"] == "86700"
-    assert "MQSERVE_CONSUMER_TIMEOUT_S" not in Settings.read({}).to_env()
+    assert "MQSERVE_CONSUMER_TIMEOUT_S" not in Settings.read(urls).to_env()
 
 
 @pytest.mark.parametrize(

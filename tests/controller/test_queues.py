@@ -67,7 +67,7 @@ class Led:
 
 @asynccontextmanager
 async def led(queue: EmbeddedQueue, senders: Senders | None = None) -> AsyncIterator[Led]:
-    store = EmbeddedStore()
+    store = EmbeddedStore("tests")
     held = await claim_instance(store, KEYS, "", HTTP, detached=True)
     async with controllers(store, KEYS) as running:
         running.start("first", queue, senders=senders)
