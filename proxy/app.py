@@ -186,18 +186,13 @@ class ProxyApp:
 
     async def _serve_job(self, call: AsgiCall, preference: Preference | None, key: bytes, scope: Scope, receive: Receive) -> Reply:
         routes = self.routes
-        backend, shadows, content_type, method, timeout_s, priority = self.admit(call, is_job=preference is not None)
-        terms = self.jobs.terms(call.headers, timeout_s, priority, once=backend in routes.at_most_once, is_awaited=preference is None)
+        backend, _, content_type, method, timeout_s, priority = self.admit(call, is_job=preference is not None)
+        is_once = backend in routes.at_most_once
+        terms = self.jobs.terms(call.headers, timeout_s, priority, once=is_once, is_awaited=preference is None)
         body = await _read_body(receive, self._sender.held)
-        meta, endpoint = head_of(call, method), call.target.endpoint.name
         wait_s = preference.wait_s or 0 if preference is not None else min(timeout_s, routes.timeouts_s[backend])
-
-        def sent() -> None:
-            self._metrics.sent[endpoint] += 1
-            for shadow in shadows:
-                self._sender.send_shadow(shadow, body, content_type, meta, origin="http", timeout_s=routes.timeouts_s[shadow])
-
-        job = JobCall(call.id, backend, body, content_type, meta, terms, preference, wait_s, scope, receive, sent)
+        self._metrics.sent[call.target.endpoint.name] += 1
+        job = JobCall(call.id, backend, body, content_type, head_of(call, method), terms, preference, wait_s, scope, receive)
         if not key:
             return await self.jobs.serve(job)
         return await self.jobs.serve_keyed(job, await keyed(call, key, backend, content_type, body))

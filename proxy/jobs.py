@@ -42,7 +42,6 @@ class JobCall:
     wait_s: float
     scope: Scope
     receive: Receive
-    sent: Callable[[], None]  # called when it was accepted
 
 
 class Jobs:
@@ -123,11 +122,9 @@ class Jobs:
             raise ResultGone(str(error)) from error
 
     async def _submit(self, call: JobCall) -> JobFacts:
-        facts = await self._jobs.submit(
+        return await self._jobs.submit(
             call.id, call.backend, call.body, call.content_type, call.meta, origin="http", terms=call.terms, refusal=self._futures.refusal
         )
-        call.sent()
-        return facts
 
     async def _awaited(self, call: JobCall) -> Result | None:
         """Returns the result, if the client waits for it and it is there in time. The job was accepted in any case."""
