@@ -10,6 +10,7 @@ import pytest
 from mqserve.broker.envelope import Envelope, mint_id
 from mqserve.broker.jobs import Attempt, EventKind, JobEnd, JobEvent, JobFacts, JobState, Leased, Run, state_of
 from mqserve.broker.results import ErrorInfo, Result, entry_of
+from mqserve.proxy.forwarded import forwarders
 from mqserve.proxy.preferences import Preference, read_preference
 from tests.broker.traffic import Hands, until
 from tests.proxy.test_app import TOKEN, Answer, Site
@@ -395,6 +396,21 @@ async def test_the_paths_stand_at_the_setting_too_and_links_follow_it(site: JobS
     assert (await site.ask(f"/jobs/{envelope.id}", headers=page)).status == 200
     assert (await site.ask(f"/-/futures/{envelope.id}", headers=page)).status == 403
     assert (await site.ask("/jobs", raw_path=b"/jobs")).status == 404
+
+
+@pytest.mark.parametrize(
+    ("peer", "told", "prefix"),
+    [
+        ("10.0.0.1", b"/api/v1/", "/api/v1"),
+        ("192.0.2.1", b"/api", ""),
+        ("10.0.0.1", b"//evil.example", ""),
+        ("10.0.0.1", b"https://evil.example", ""),
+        ("10.0.0.1", b"/a\r\nb", ""),
+        ("10.0.0.1", b"/", ""),
+    ],
+)
+def test_a_prefix_counts_from_a_trusted_server_and_if_it_is_a_path(peer: str, told: bytes, prefix: str) -> None:
+    assert forwarders("10.0.0.1").prefix([(b"x-forwarded-prefix", told)], (peer, 1)) == prefix
 
 
 async def test_links_begin_with_the_prefix_that_a_trusted_server_says(site: JobSite) -> None:
