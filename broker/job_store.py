@@ -12,7 +12,7 @@ OnDone = Callable[[bool | Exception], None]
 
 
 class NumberedEvent(NamedTuple):
-    """An event with its place in the stream of its job, from 1."""
+    """An event with its place among those of its job, from 1."""
 
     seq: int
     event: JobEvent

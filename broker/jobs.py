@@ -84,7 +84,7 @@ class EventKind(StrEnum):
 
 
 class JobEvent(msgspec.Struct, frozen=True, omit_defaults=True):
-    """An entry of the stream `events:{id}`, and what those who follow the job are told."""
+    """An entry of the list `events:{id}`, and what those who follow the job are told."""
 
     kind: EventKind
     at_ms: Whole = 0

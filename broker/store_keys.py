@@ -30,7 +30,7 @@ Those of jobs. Until a job ends, they live for UNENDED_TTL_S:
 |------------------------------|--------|----------------------|-------------------|---------------------------|
 | `mqserve:<ns>:job:{id}`      | hash   | sender, replica, whoever ends it | all   | twice that of the result  |
 | `mqserve:<ns>:message:{id}`  | string | sender               | sender of a retry | as the result, after a success MESSAGE_TTL_S |
-| `mqserve:<ns>:events:{id}`   | stream of KEPT_EVENTS | as the record | followers | as the result             |
+| `mqserve:<ns>:events:{id}`   | list of KEPT_EVENTS | as the record | followers | as the result             |
 | `mqserve:<ns>:lease:{id}`    | string: token of a run | replica | replicas       | LEASE_MS, renewed every RENEW_EVERY_S |
 | `mqserve:<ns>:waiters:{id}`  | set of inboxes | waiting processes | who ends it  | WAIT_TTL_S, renewed       |
 | `mqserve:<ns>:followers:{id}` | set of inboxes | followers   | writers of events | WAIT_TTL_S, renewed       |

@@ -1,4 +1,4 @@
-"""What happens to jobs, as a process follows it: the inbox tells of each event, and the store's stream has what the inbox did not bring."""
+"""What happens to jobs, as a process follows it: the inbox tells of each event, and the store has what the inbox did not bring."""
 
 from __future__ import annotations
 

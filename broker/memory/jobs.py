@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -33,6 +34,8 @@ from ..jobs import (
 from ..store_keys import StoreKeys
 from .expiring import Expiring
 
+_Place = tuple[int, str]  # the score, and the id
+
 
 class _Job:
     """What is kept of one job."""
@@ -41,7 +44,7 @@ class _Job:
         self.fields: dict[bytes, bytes] = {}
         self.created_ms = 0
         self.backend = ""
-        self.score: int | None = None  # while it has not begun
+        self.place: _Place | None = None  # while it has not begun
         self.runs = 0
         self.token: bytes | None = None  # of the latest run; empty once that was given back or is tried again
         self.events: deque[NumberedEvent] = deque(maxlen=KEPT_EVENTS)
@@ -78,19 +81,22 @@ class EmbeddedJobs:
         self._post = post
         self._now_ms = now_ms
         self._jobs = Expiring[_Job]()
+        self._waiting: dict[str, list[_Place]] = {}  # by backend, in order: those that have not begun
 
     def __repr__(self) -> str:
         return f"<EmbeddedJobs, {len(self._jobs)} of them>"
 
     def clear(self) -> None:
         self._jobs.clear()
+        self._waiting.clear()
 
     # Writing.
 
     def add_then(self, future_id: str, facts: JobFacts, on_done: OnDone, message: bytes = b"") -> None:
         job = self._jobs.get(future_id) or _Job()
         if job.keep_fact(facts) and not job.has_ended and not job.runs:
-            job.score = score_of(facts)
+            job.place = (score_of(facts), future_id)
+            insort(self._waiting.setdefault(facts.backend, []), job.place)
             self._tell(future_id, job, _state(JobState.QUEUED, facts.created_ms))
         if not job.has_ended:
             self._jobs.put(future_id, job, UNENDED_TTL_S * 1000)
@@ -109,7 +115,8 @@ class EmbeddedJobs:
         if job.token != run.token:
             job.keep_fact(run.facts)
             job.runs += 1
-            job.token, job.score = run.token, None
+            job.token = run.token
+            self._leave_queue(job)
             job.fields[b"run:%d" % job.runs] = Attempt(replica=run.replica, started_ms=run.now_ms).to_bytes()
             for old in (b"run:%d" % (job.runs - KEPT_ATTEMPTS), b"end:%d" % (job.runs - KEPT_ATTEMPTS)):
                 job.fields.pop(old, None)
@@ -153,7 +160,7 @@ class EmbeddedJobs:
         job = self._jobs.get(end.id) or _Job()
         if not job.has_ended:
             job.fields |= {b"state": end.state.encode(), b"status": b"%d" % end.status, b"ended": b"%d" % end.ended_ms}
-            job.score = None
+            self._leave_queue(job)
             self._jobs.put(end.id, job, 2 * ttl_ms)
             self._values.expire(
                 self._keys.message(end.id), min(ttl_ms, MESSAGE_TTL_S * 1000) if end.state is JobState.SUCCEEDED else ttl_ms
@@ -181,6 +188,15 @@ class EmbeddedJobs:
         for key in (self._keys.future(future_id), self._keys.result_body(future_id), self._keys.message(future_id)):
             self._values.pop(key)
         return True
+
+    def _leave_queue(self, job: _Job) -> None:
+        if job.place is None:
+            return
+        waiting = self._waiting[job.backend]
+        del waiting[bisect_left(waiting, job.place)]
+        job.place = None
+        if not waiting:
+            del self._waiting[job.backend]
 
     def _release(self, future_id: str, job: _Job) -> None:
         job.token = b""
@@ -225,11 +241,8 @@ class EmbeddedJobs:
         return [] if job is None else [event for event in job.events if event.seq > after]
 
     async def place(self, future_id: str, facts: JobFacts) -> int | None:
-        mine = self._jobs.get(future_id)
-        if mine is None or mine.score is None:
-            return None
-        others = [job for name in self._jobs if (job := self._jobs.get(name)) is not None and job.backend == facts.backend]
-        return sum(1 for job in others if job.score is not None and job.score < mine.score)
+        job = self._jobs.get(future_id)
+        return None if job is None or job.place is None else bisect_left(self._waiting[job.backend], job.place)
 
     async def list(self, *, backend: str = "", tag: str = "", states: Sequence[str] = (), at_most: int = 100) -> Sequence[JobRecord]:
         found: list[JobRecord] = []

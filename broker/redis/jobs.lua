@@ -7,7 +7,7 @@
 -- keys that were of another type, which were deleted.
 local JOBS, ENDS, RECORD = ARGV[1], ARGV[2], ARGV[3]  -- the third is the beginning of a record's key, up to the id
 local INBOX_TTL, LEASE_TTL, UNENDED_TTL, WAIT_TTL, MESSAGE_TTL = ARGV[4], ARGV[5], ARGV[6], ARGV[7], ARGV[8]
-local KEPT_EVENTS, KEPT_ATTEMPTS, KEPT_ENDS = ARGV[9], tonumber(ARGV[10]), ARGV[11]
+local KEPT_EVENTS, KEPT_ATTEMPTS, KEPT_ENDS = tonumber(ARGV[9]), tonumber(ARGV[10]), ARGV[11]
 local FIRST = 12
 local SWEPT = 2  -- ids that each run looks at
 local odd = {}
@@ -32,10 +32,13 @@ local function entry_of(id, seq, event)
   return '\149\1' .. cmsgpack.pack(id) .. '\3' .. cmsgpack.pack(seq) .. '\198' .. struct.pack('>I4', #event) .. event
 end
 
+-- Events are a list of inbox entries: a stream, whose numbers would do, takes 4 KiB with its first one.
 local function add_event(one, event)
-  local seq = tonumber(string.match(run('XADD', one.events, 'MAXLEN', '~', KEPT_EVENTS, '0-*', 'e', event), '-(%d+)'))
-  if seq == 1 then redis.call('PEXPIRE', one.events, UNENDED_TTL) end
-  for _, inbox in ipairs(run('SMEMBERS', one.followers)) do tell(inbox, entry_of(one.id, seq, event)) end
+  local entry = entry_of(one.id, run('HINCRBY', one.record, 'events', 1), event)
+  local length = run('RPUSH', one.events, entry)
+  if length == 1 then redis.call('PEXPIRE', one.events, UNENDED_TTL) end
+  if length > KEPT_EVENTS then redis.call('LTRIM', one.events, -KEPT_EVENTS, -1) end
+  for _, inbox in ipairs(run('SMEMBERS', one.followers)) do tell(inbox, entry) end
 end
 
 -- Returns whether the record has had no facts.

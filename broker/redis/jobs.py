@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -27,13 +26,13 @@ from ..jobs import (
     record_of,
     score_of,
 )
+from ..results import EVENT_KIND, read_entry
 from ..store_keys import StoreKeys
 from .client import Client
 from .job_script import JobScript, JobSteps, Step
 
 _LISTED_AT_ONCE = 100  # records
 _LOOKED_AT = 20_000  # records that a list reads at most
-_SEQ = re.compile(rb"0-(\d{1,18})")
 
 
 class Call(Protocol):
@@ -144,10 +143,10 @@ class RedisJobs:
     async def events(self, future_id: str, after: int = 0) -> Sequence[NumberedEvent]:
         key = self._keys.events(future_id)
         try:
-            found: Any = await self._call(lambda: self._client.xrange(key, f"(0-{after}", "+"))
+            found: Any = await self._call(lambda: self._client.lrange(key, 0, -1))
         except WrongType:
             return []
-        return [event for place, fields in found if (event := _event(place, fields)) is not None]
+        return [event for raw in found if (event := _event(raw)) is not None and event.seq > after]
 
     async def place(self, future_id: str, facts: JobFacts) -> int | None:
         found = await self._steps.take(self._step("place", future_id, waiting=self._keys.waiting(facts.backend)))
@@ -199,13 +198,13 @@ def _record(future_id: str, outcome: Any) -> JobRecord | None:
     raise _strange(outcome)
 
 
-def _event(place: Any, fields: Any) -> NumberedEvent | None:
-    """An entry of another shape is not ours."""
-    found = _SEQ.fullmatch(place) if isinstance(place, bytes) else None
-    if found is None or not isinstance(fields, dict) or b"e" not in fields:
+def _event(raw: bytes) -> NumberedEvent | None:
+    """What an inbox was told of the same event. An entry of another shape is not ours."""
+    entry = read_entry(raw)
+    if entry is None or entry.kind != EVENT_KIND:
         return None
     try:
-        return NumberedEvent(int(found[1]), JobEvent.from_bytes(fields[b"e"]))
+        return NumberedEvent(entry.seq, JobEvent.from_bytes(entry.payload))
     except BadEnvelope:
         return None
 

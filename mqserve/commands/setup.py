@@ -115,8 +115,10 @@ _BEATING = ("hset", "hdel")
 _COUNTING = ("incr", "incrby", "del")
 _TELLING = ("xadd", "pexpire")  # for cancellations
 _CALLING = ("set", "evalsha", "eval", "blmpop", "xrange", "xinfo|stream", *_TELLING)  # for sending requests and waiting for results
-_SENDING_JOBS = ("exists", "hgetall", "hmget", "hset", "hsetnx", "sadd", "smembers", "zadd", "zrank", "zrem")  # waiting, and ending them
-_RUNNING_JOBS = ("hdel", "hget", "hincrby", "pttl", "zrandmember")
+_SENDING_JOBS = (  # and waiting for them, and ending them
+    "exists", "hgetall", "hincrby", "hmget", "hset", "hsetnx", "lrange", "ltrim", "rpush", "sadd", "smembers", "zadd", "zrank", "zrem",
+)  # fmt: skip
+_RUNNING_JOBS = ("hdel", "hget", "pttl", "zrandmember")
 _STREAMING = ("xlen", "xtrim")
 _DROPPING = ("pexpire",)
 _POSTING = ("pexpire", "rpush")
@@ -163,7 +165,7 @@ def store_rights(namespace: str) -> dict[str, StoreRights]:
     run = results | kinds.counts | kinds.streams | kinds.feeds | kinds.jobs | kinds.runs | kinds.groups | kinds.inboxes_of("replica")
     return {
         "controller": rights(
-            everything, everything, (*_CALLS, *_BEATING, *_COUNTING, *_RUNNING_JOBS, "info", "persist", "rpush", "xread", "zrange")
+            everything, everything, (*_CALLS, *_BEATING, *_COUNTING, *_RUNNING_JOBS, "info", "persist", "xread", "zrange")
         ),
         # After a loss of data it gives back the files of code, which are checked against their hashes wherever they are read.
         "node": rights(
@@ -181,7 +183,7 @@ def store_rights(namespace: str) -> dict[str, StoreRights]:
         "replica": rights(
             run | documents | {keys.code("*"), keys.instance, keys.ended, keys.cancelled},
             run | kinds.inboxes | kinds.lists | {keys.beats, keys.cancelled},
-            (*_CALLS, *_BEATING, *_COUNTING, *_RUNNING_JOBS, *_STREAMING, "rpush", "xread"),
+            (*_CALLS, *_BEATING, *_COUNTING, *_RUNNING_JOBS, *_STREAMING, "xread"),
         ),
         "client": caller_rights(
             "client",

@@ -21,6 +21,7 @@ from mqserve.broker.errors import (
     UnknownJob,
 )
 from mqserve.broker.jobs import JobFacts, JobState
+from mqserve.broker.later import DueJob
 from mqserve.broker.memory.queue import EmbeddedQueue
 from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.overload import HeldBytes
@@ -99,14 +100,16 @@ async def test_a_large_body_travels_by_reference_and_is_kept_as_long_as_the_job(
 
 async def test_a_job_waits_for_its_time(keys: StoreKeys, signer: Signer) -> None:
     queue, store = EmbeddedQueue(), EmbeddedStore()
-    sender, hands = JobSender(queue, store, keys, HeldBytes(), signer), await consumed(queue)
+    sender, hands, due = JobSender(queue, store, keys, HeldBytes(), signer), await consumed(queue), list[DueJob]()
+    await queue.later.consume(1, due.append)  # as the leading controller does
     soon = await submitted(sender, terms=JobTerms(not_before_ms=store.now_ms() + 300))
     at_once = await submitted(sender, terms=JobTerms(not_before_ms=store.now_ms() - 300))
     await hands.hold(1)
     assert hands.held[0].envelope().id == at_once
     record = await store.jobs.read(soon)
     assert record is not None and record.facts.not_before_ms > record.facts.created_ms
-    await hands.hold(2)
+    await until(lambda: due)
+    assert due[0].envelope().id == soon and store.now_ms() >= record.facts.not_before_ms
 
 
 # What is refused.

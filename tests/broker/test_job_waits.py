@@ -148,9 +148,7 @@ async def test_registrations_are_renewed_before_they_lapse(store: Store, keys: S
             task.cancel()
 
 
-async def test_a_store_that_takes_no_registration_is_said_at_once(
-    namespace: str, keys: StoreKeys, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_store_that_takes_no_registration_is_said_at_once(namespace: str, keys: StoreKeys, monkeypatch: pytest.MonkeyPatch) -> None:
     store = EmbeddedStore(namespace)
     monkeypatch.setattr(store.jobs, "wait", away)
     async with running(store, keys) as pending:
@@ -204,7 +202,7 @@ async def test_ends_reach_who_waits_though_connections_are_killed(store_server: 
     async with open_redis(store_server.url, namespace) as store, running(store, keys) as pending:
         names = [f"job-{number}" for number in range(200)]
         waits = [asyncio.create_task(pending.job_result(name, None)) for name in names]
-        await until(lambda: len(list(pending.jobs)) == 200)
+        await until(lambda: store_server.say("EXISTS", *map(keys.waiters, names)) == 200)
         for name in names:
             if name.endswith("0"):
                 kill_connections(store_server)

@@ -18,9 +18,11 @@ from mqserve.broker.jobs import (
     JobFacts,
     JobState,
     Leased,
+    event_entry,
 )
 from mqserve.broker.redis.batch_writer import FLUSH_BYTES
 from mqserve.broker.redis.store import open_redis
+from mqserve.broker.results import entry_of
 from mqserve.broker.store import StoreClosed
 from mqserve.broker.store_keys import StoreKeys
 from tests.broker.keeping_jobs import FACTS, added, begun, end_of, ended, state_of
@@ -62,7 +64,7 @@ async def test_a_batch_of_large_messages_is_divided(store_url: str, namespace: s
 
 async def test_each_key_expires_in_its_time(store_server: PrivateRedis, namespace: str, keys: StoreKeys) -> None:
     def ttl_s(key: str) -> float:
-        return round(store_server.say("PTTL", key) / 1000)
+        return round(float(store_server.say("PTTL", key)) / 1000)
 
     async with open_redis(store_server.url, namespace) as store:
         await added(store, message=b"message")
@@ -242,7 +244,7 @@ async def test_a_key_of_another_type_is_replaced_and_the_job_lives_on(
 ) -> None:
     async with open_redis(store_server.url, namespace) as store:
         await added(store, "sound")
-        command = ("LPUSH", getattr(keys, kind)("f"), "x") if kind != "lease" else ("HSET", keys.lease("f"), "x", "y")
+        command = ("HSET", getattr(keys, kind)("f"), "x", "y") if kind != "job" else ("SET", keys.job("f"), "x")
         store_server.say(*command)
         await asyncio.gather(added(store, message=b"message"), added(store, "too"))
         assert await begun(store) == Leased(1)
@@ -266,9 +268,8 @@ async def test_an_inbox_of_another_type_keeps_no_end_from_being_recorded(
 async def test_events_and_records_of_other_shapes_are_left_out(store_server: PrivateRedis, namespace: str, keys: StoreKeys) -> None:
     async with open_redis(store_server.url, namespace) as store:
         await added(store)
-        store_server.say("XADD", keys.events("f"), "0-5", "e", b"\xc1")
-        store_server.say("XADD", keys.events("f"), "0-6", "x", "y")
-        store_server.say("XADD", keys.events("f"), "7-1", "e", JobEvent(EventKind.LOG).to_bytes())
+        for entry in (b"\xc1", entry_of("f", b"result"), event_entry("f", 2, b"\xc1")):
+            store_server.say("RPUSH", keys.events("f"), entry)
         assert [seq for seq, _ in await store.jobs.events("f")] == [1]
         store_server.say("HSET", keys.job("odd"), "facts", b"\xc1")
         store_server.say("ZADD", keys.jobs, "5", "odd", "6", "gone")

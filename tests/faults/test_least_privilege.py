@@ -434,7 +434,7 @@ OF_NO_CALLER = [
     f"XRANGE {ROOT_KEY}:ends - +",
     f"GET {ROOT_KEY}:lease:{{x}}",
 ]
-OF_NO_CALLER += [f"SET {ROOT_KEY}:lease:{{x}} x", f"HINCRBY {ROOT_KEY}:job:{{x}} runs 1"]
+OF_NO_CALLER += [f"SET {ROOT_KEY}:lease:{{x}} x", f"DEL {ROOT_KEY}:job:{{x}}"]
 OF_CONTROLLER = [f"SET {ROOT_KEY}:{name} x" for name in ("observed", "leader", "instance")]
 STORE_REFUSALS: dict[str, list[str]] = {
     "controller": [],
