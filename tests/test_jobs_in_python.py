@@ -23,7 +23,7 @@ class OddDigit(Exception):
 
 
 async def double(request: serve.ServeRequest) -> Any:
-    if request.data == "odd":
+    if isinstance(request.data, str) and request.data == "odd":
         raise OddDigit("that is odd")
     return request.data * int(request.query_params.get("times", 2))
 

@@ -111,13 +111,13 @@ class JobSender:
         return await self.store.jobs.read(future_id)
 
     async def cancel(self, future_id: str) -> bool:
-        """Records that the job is cancelled, and tells every replica. False for one that has another end already. Raises UnknownJob, and
+        """Records that the job is cancelled, and tells every replica. False for one that has ended already. Raises UnknownJob, and
         StoreUnavailable."""
         record = await self._known(future_id)
         if not await self._end(record, CANCELLED, JobState.CANCELLED, self.store.now_ms()):
             return False
-        await self.store.append_log(self._keys.cancelled, notice_of_request(future_id))
-        return True
+        await self.store.append_log(self._keys.cancelled, notice_of_request(future_id))  # also again, since the first word may be lost
+        return not record.state.is_final
 
     async def retry(self, future_id: str, new_id: str, *, refusal: str = "") -> JobFacts:
         """Sends the message of a job that has ended once more, as a job of its own. Raises UnknownJob, JobGoesOn, ResultGone if the message
