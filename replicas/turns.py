@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 from .consumers import Consumers
 from .job_runs import JobRuns
 from .places import Places
 from .register import Register
 from .settlement import Settlement
-from .stages import KeptJob, Stage
+from .stages import Job, KeptJob, Stage
 from .window import Window
 from .worker import Worker
+
+_FOLLOWS_S = 1.0  # within this time the broker goes by a new prefetch
 
 
 class Turns:
@@ -31,11 +34,14 @@ class Turns:
         self.submit = worker.submit
         self.has_jobs = False
         self.awaits_ends = False  # whether something comes next when a call has ended
+        self._rested_at = 0.0  # monotonic: since when there have been no jobs; 0 while there are
+        self._taken_before: set[Job] | None = None  # what was taken under a prefetch that left room for jobs, once that is known
 
     def __repr__(self) -> str:
         return f"<Turns by {self._window!r}, {self._places!r}>"
 
     def job_came(self) -> None:
+        self._rested_at = 0.0
         if not self.has_jobs:
             self.has_jobs = self.awaits_ends = True
             self.submit = self._places.add_request
@@ -64,10 +70,22 @@ class Turns:
         """Does what jobs need from time to time, while there are any (`has_jobs`)."""
         self.jobs.check()
         self._window.jobs = self.jobs.in_hand
-        if not (self.jobs or self._places.has_waiting):
+        if self.jobs or self._places.has_waiting:
+            self._rested_at = 0.0
+        elif self._is_at_rest():
             self.has_jobs = False
             self.submit = self._worker.submit
             self.awaits_ends = self.consumers.held_off
+
+    def _is_at_rest(self) -> bool:
+        """Whether the prefetch alone keeps the limit again. What was taken before it rose counts beside it, and has to be settled first."""
+        if not self._rested_at:
+            self._rested_at, self._taken_before = time.monotonic(), None
+        elif self._taken_before is not None:
+            self._taken_before = {job for job in self._taken_before if job.stage is not Stage.SETTLED}
+        elif time.monotonic() - self._rested_at > _FOLLOWS_S:
+            self._taken_before = set(self._register)
+        return self._taken_before is not None and not self._taken_before
 
     def give_back_waiting(self) -> None:
         """Requeues what has not started, the last one first: the queue in memory puts each at its head."""

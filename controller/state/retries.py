@@ -39,7 +39,7 @@ class Retry(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     attempts: Annotated[int, Field(gt=0, le=10_000)] = 5
-    on: tuple[Annotated[str, BeforeValidator(_named), Field(min_length=1)], ...] = ("Exception",)
+    on: tuple[Annotated[str | type[BaseException], BeforeValidator(_named)], ...] = ("Exception",)  # validated to names
     backoff_s: _Seconds = 1.0
     factor: Annotated[float, Field(ge=1, le=100)] = 2.0
     max_backoff_s: _Seconds = 300.0
