@@ -20,6 +20,8 @@ JOBS, POLLS = 1_000, 10_000
 QUEUED, FIRST = 50_000, 10_000
 BODY = b"x" * 1000
 
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
 
 @pytest.fixture
 def alone(broker_url: str, store_url: str) -> Iterator[serve.Client]:
@@ -34,27 +36,27 @@ class Connections:
     def __init__(self, url: str) -> None:
         self._address = urlsplit(url)
 
-    async def ask(self, streams: tuple[asyncio.StreamReader, asyncio.StreamWriter], head: str, body: bytes = b"") -> tuple[int, bytes]:
+    async def ask(self, streams: Streams, line: str, *headers: str, body: bytes = b"") -> tuple[int, bytes]:
         reader, writer = streams
-        writer.write(f"{head} HTTP/1.1\r\nHost: {self._address.netloc}\r\nContent-Length: {len(body)}\r\n".encode() + b"\r\n" + body)
+        lines = [f"{line} HTTP/1.1", f"Host: {self._address.netloc}", f"Content-Length: {len(body)}", *headers, "", ""]
+        writer.write("\r\n".join(lines).encode() + body)
         answered = (await reader.readuntil(b"\r\n\r\n")).decode()
         length = next(int(line[16:]) for line in answered.splitlines() if line.lower().startswith("content-length: "))
         return int(answered.split(" ", 2)[1]), await reader.readexactly(length)
 
-    async def open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def open(self) -> Streams:
         return await asyncio.open_connection(self._address.hostname, self._address.port)
 
     async def submit(self, count: int, at_once: int = 64) -> list[str]:
         """The ids of so many jobs."""
         ids: list[str] = []
-        path = f"POST {self._address.path} HTTP/1.1\r\nPrefer: respond-async\r\nX-Ignored:"
 
         async def some() -> None:
             streams = await self.open()
             while len(ids) < count:
                 ids.append("")
                 at = len(ids) - 1
-                status, body = await self.ask(streams, path, BODY)
+                status, body = await self.ask(streams, f"POST {self._address.path}", "Prefer: respond-async", body=BODY)
                 assert status == 202, body
                 ids[at] = json.loads(body)["id"]
             streams[1].close()

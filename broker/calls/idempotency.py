@@ -6,6 +6,7 @@ the answer of the first one. docs/protocol.md has the contract.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import struct
 
@@ -20,6 +21,7 @@ VERSION = 1
 KEY_TTL_S = 24 * 3600
 _TRY_AGAIN = frozenset((429, 503))
 _TRIES = 5
+_FREED_MS = 1
 
 
 class Claim(msgspec.Struct, frozen=True, array_like=True):
@@ -64,13 +66,15 @@ class IdempotencyKeys:
         for _ in range(_TRIES):
             if await self._store.set(key, raw, ttl_ms=ttl_s * 1000, only_new=True):
                 return claim
-            if (found := await self._store.get(key)) is not None:
+            if found := await self._store.get(key):
                 return _checked(found, claim)
+            await asyncio.sleep(_FREED_MS / 500)
         raise StoreUnavailable("an idempotency key is freed as often as it is claimed", public="try again")
 
     async def free(self, scope: bytes, claim: Claim) -> None:
-        """Gives the key back, if the claim still stands, so that the next request runs. Raises StoreUnavailable."""
-        await self._store.replace(self._keys.idempotent(scope.hex()), _encode(claim), None, quiet=True)
+        """Gives the key back, if the claim still stands, so that the next request runs: nothing stands there, and expires at once, since
+        proxies have no right to delete. Raises StoreUnavailable."""
+        await self._store.replace(self._keys.idempotent(scope.hex()), _encode(claim), b"", ttl_ms=_FREED_MS, quiet=True)
 
 
 def _checked(raw: bytes, claim: Claim) -> Claim:
