@@ -16,7 +16,6 @@ PRIORITY_HEADER = b"x-priority"
 WAIT_PRIORITIES = {"high": 4, "normal": 0, "low": 0}
 """AMQP's priorities of requests that wait. There is none below normal: each normal request would pay for a property that says so."""
 
-_PREFERENCE = re.compile(r'([!#$%&\'*+.^_`|~0-9A-Za-z-]+)(?:\s*=\s*"?([^",;]*)"?)?(?:\s*;[^,]*)?')
 _SECONDS = re.compile(r"[0-9]{1,9}")
 
 Headers = Iterable[tuple[bytes, bytes]]
@@ -46,8 +45,8 @@ def read_preference(headers: Headers) -> Preference | None:
     for name, value in headers:
         if name == b"prefer":
             for part in _split(value.decode("latin-1")):
-                if (found := _PREFERENCE.fullmatch(part.strip())) is not None:
-                    given.setdefault(found[1].lower(), (found[2] or "").strip())  # the first one counts
+                token, _, word = part.partition(";")[0].partition("=")
+                given.setdefault(token.strip().lower(), word.strip().strip('"'))  # the first one counts
     is_async = "respond-async" in given
     wait = given.get("wait", "")
     if not _SECONDS.fullmatch(wait):

@@ -176,6 +176,7 @@ def mortal(joining: CommandLine) -> Iterator[tuple[str, Any]]:
     yield f"http://127.0.0.1:{port}", program
 
 
+@pytest.mark.row(11)
 @distributed_only
 def test_a_job_outlives_the_proxy_that_accepted_it(deploy: Deploy, mortal: tuple[str, Any], gate: Gate) -> None:
     def handler(request: Any) -> str:
@@ -192,6 +193,7 @@ def test_a_job_outlives_the_proxy_that_accepted_it(deploy: Deploy, mortal: tuple
     assert httpx.get(f"{deploy.url}/-/futures/{id}/result").text == "kept"
 
 
+@pytest.mark.row(11)
 @distributed_only
 def test_a_request_with_a_key_outlives_its_proxy(deploy: Deploy, mortal: tuple[str, Any], gate: Gate, tally: Tally) -> None:
     def handler(request: Any) -> str:

@@ -146,8 +146,10 @@ async def test_a_header_of_a_job_that_says_nothing_is_a_400_and_nothing_is_sent(
 
 
 async def test_a_request_that_waits_may_have_a_priority_too(site: JobSite) -> None:
-    _, answer = await site.exchanged(Result(body=b"first"), headers=[(b"x-priority", b"high")])
-    assert answer.body == b"first"
+    envelope, _ = await site.exchanged(Result(), headers=[(b"x-priority", b"high")])
+    assert envelope.priority == 4
+    envelope, _ = await site.exchanged(Result(), headers=[(b"x-priority", b"low")])
+    assert envelope.priority == 0
 
 
 async def test_a_head_request_is_never_a_job(site: JobSite) -> None:
