@@ -194,8 +194,8 @@ class Queue(Protocol):
 
     async def delete(self, backend: str, generation: int, shards: int = 1, *, only_if_empty: bool) -> bool:
         """Deletes the generation's queues, that for jobs first and then from the last to the first; returns whether all are gone. With
-        `only_if_empty` it stops at the first one that is not empty. Without, the backend is gone too: its dead letters stay for operators,
-        but an empty queue of them is deleted."""
+        `only_if_empty` none is deleted while one is not empty or in use; one that gets a message meanwhile stays, and those declared before.
+        Without, the backend is gone too: its dead letters stay for operators, but an empty queue of them is deleted."""
         ...
 
     async def close(self) -> None: ...
