@@ -20,7 +20,7 @@ from ..broker.result_bodies import BodyGone
 from .common_ids import CommonIds
 from .events import EventId, EventStreams, read_event_id
 from .job_events import JobFeed
-from .job_views import RETRY_AFTER, Links, job_view, new_job_view, result_view
+from .job_views import Links, job_view, new_job_view, result_view, state_reply
 from .polls import Polls
 from .preferences import wait_of
 from .responses import Reply, from_error, from_result, json_reply, problem
@@ -101,9 +101,9 @@ class Futures:
 
     async def _state(self, future_id: str, scope: Scope, receive: Receive) -> Reply:
         if (record := await self._record(future_id, scope, receive)) is not None:
-            return json_reply(await self.view(record, scope))
+            return state_reply(await self.view(record, scope))
         if (result := await self._sender.pending.peek_head(future_id)) is not None:
-            return json_reply(result_view(future_id, result, state_of(result), self.links(scope), debug=self._debug))
+            return state_reply(result_view(future_id, result, state_of(result), self.links(scope), debug=self._debug))
         return _unknown(future_id)
 
     async def _record(self, future_id: str, scope: Scope, receive: Receive) -> JobRecord | None:
@@ -142,8 +142,7 @@ class Futures:
             return _unknown(future_id)
         if record.state.is_final:
             raise ResultGone(f"job {future_id} has {record.state}, and its result is not kept any more")
-        status, headers, body = json_reply(await self.view(record, scope), 202)
-        return status, [*headers, RETRY_AFTER, self.links(scope).location(future_id)], body
+        return self.links(scope).promise(await self.view(record, scope))
 
     async def _follow(self, future_id: str, scope: Scope, receive: Receive) -> Answer:
         header = next((value for name, value in scope["headers"] if name == b"last-event-id"), b"")
@@ -180,8 +179,7 @@ class Futures:
         new_id = mint_id() if self._common_ids is None else self._common_ids.mint()
         facts = await self._jobs.retry(future_id, new_id, refusal=self.refusal)
         links = self.links(scope)
-        status, headers, body = json_reply(new_job_view(new_id, facts, links), 202)
-        return status, [*headers, RETRY_AFTER, links.location(new_id)], body
+        return links.promise(new_job_view(new_id, facts, links))
 
 
 def _read_path(path: str) -> tuple[str, str]:

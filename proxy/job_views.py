@@ -10,11 +10,12 @@ from ..broker.envelope import is_minted
 from ..broker.jobs import Attempt, JobEvent, JobFacts, JobRecord, JobState
 from ..broker.results import Result
 from .forwarded import PREFIX
-from .responses import explain
+from .responses import Reply, explain, json_reply
 
 Header = tuple[bytes, bytes]
 
-RETRY_AFTER: Header = (b"retry-after", b"1")
+_NOT_STORED: Header = (b"cache-control", b"no-store")
+_RETRY_AFTER: Header = (b"retry-after", b"1")
 
 
 class Links(NamedTuple):
@@ -35,8 +36,16 @@ class Links(NamedTuple):
     def events(self, future_id: str) -> str:
         return f"{self.state(future_id)}/events"
 
-    def location(self, future_id: str) -> Header:
-        return b"location", self.state(future_id).encode()
+    def promise(self, view: dict[str, Any]) -> Reply:
+        """Returns 202 for a job of which this is known."""
+        status, headers, body = json_reply(view, 202)
+        return status, [*headers, _NOT_STORED, _RETRY_AFTER, (b"location", self.state(view["id"]).encode())], body
+
+
+def state_reply(view: dict[str, Any]) -> Reply:
+    """Returns 200 with what is known."""
+    status, headers, body = json_reply(view)
+    return status, [*headers, _NOT_STORED], body
 
 
 def job_view(record: JobRecord, links: Links, *, position: int | None, result: Result | None, debug: bool) -> dict[str, Any]:

@@ -18,10 +18,10 @@ from ..broker.result_bodies import BodyGone
 from ..broker.results import Result
 from .futures import Futures
 from .idempotency import REPLAYED, KeyedCall
-from .job_views import RETRY_AFTER, new_job_view
+from .job_views import new_job_view
 from .polls import Polls
 from .preferences import Headers, Preference, result_ttl_of
-from .responses import Reply, from_result, json_reply, problem
+from .responses import Reply, from_result, problem
 
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[Any]]
@@ -152,9 +152,8 @@ class Jobs:
             with suppress(MQServeError):
                 if (record := await self._jobs.look(call.id)) is not None:
                     view = await self._futures.view(record, call.scope)
-        status, headers, body = json_reply(view, 202)
-        applied = (b"preference-applied", preference.applied_to_promise)
-        return status, [*headers, (b"x-request-id", call.id.encode()), RETRY_AFTER, links.location(call.id), applied], body
+        status, headers, body = links.promise(view)
+        return status, [*headers, (b"x-request-id", call.id.encode()), (b"preference-applied", preference.applied_to_promise)], body
 
     def _not_in_time(self, call: JobCall) -> Reply:
         mend = "ask again with the same Idempotency-Key"
