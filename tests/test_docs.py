@@ -511,7 +511,7 @@ def test_every_link_leads_somewhere(document: Path) -> None:
 
 
 def test_the_readme_stays_short() -> None:
-    assert len(TEXT[README].splitlines()) < 260
+    assert len(TEXT[README].splitlines()) < 270
 
 
 def table(document: Path, first_heading: str) -> list[list[str]]:
