@@ -22,6 +22,7 @@ from .state.documents import Backend, Desired, Observed
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+Generations = dict[str, list[int]]  # by backend
 
 DECLARE_AGAIN_S = 15.0  # a broker may come back empty
 LOOKED_FOR = 3  # generations around the current one that are looked for: the last leader, or an earlier instance, may have made them
@@ -108,24 +109,8 @@ class Queues:
                     retiring.setdefault(name, []).append(generation)
         for name in list(retiring):
             for generation in list(retiring[name]):
-                if name not in desired.forced and _is_held(name, generation, beats, now_ms):
-                    continue
-                is_served_on = name in desired.backends and not desired.closing
-                keep_content = is_served_on or (desired.closing and desired.keeps_queues)
-                if not keep_content and not await self._end_jobs(name, generation):
-                    continue
-                delete = partial(self._queue.delete, name, generation, shards.of(name, generation))
-                if await self._while_leading(partial(delete, only_if_empty=keep_content)):
-                    if keep_content and not is_served_on:
-                        await self._while_leading(partial(delete, only_if_empty=False))  # the backend, and its empty dead letters
-                    self._forget_declared(name, generation)
-                    self._unbound.discard((name, generation))
-                    self._left_behind.get(name, set()).discard(generation)
-                elif is_served_on:  # a replica died and its messages were requeued
-                    left = await self._count_shards(name, generation)  # those behind the one that is not empty are deleted
-                    shards.note(name, generation, max(1, left))
-                    queues.setdefault(name, []).insert(0, generation)
-                retiring[name].remove(generation)
+                if name in desired.forced or not _is_held(name, generation, beats, now_ms):
+                    await self._retire(name, generation, desired, queues, retiring, shards)
         self._refusals = defaultdict(Restarts, {name: kept for name, kept in self._refusals.items() if name in desired.backends})
         refused = {name: kept.reason for name, kept in self._refusals.items() if kept.early_deaths >= REPORTED_REFUSALS}
         return msgspec.structs.replace(
@@ -135,6 +120,27 @@ class Queues:
             retiring={name: tuple(generations) for name, generations in retiring.items() if generations},
             shards=shards.of_all(queues, retiring),
         )
+
+    async def _retire(
+        self, name: str, generation: int, desired: Desired, queues: Generations, retiring: Generations, shards: Shards
+    ) -> None:
+        """Deletes a generation that nobody holds, or returns it to `queues` if messages wait in it that the backend is to run."""
+        is_served_on = name in desired.backends and not desired.closing
+        keep_content = is_served_on or (desired.closing and desired.keeps_queues)
+        if not keep_content and not await self._end_jobs(name, generation):
+            return
+        delete = partial(self._queue.delete, name, generation, shards.of(name, generation))
+        if await self._while_leading(partial(delete, only_if_empty=keep_content)):
+            if keep_content and not is_served_on:
+                await self._while_leading(partial(delete, only_if_empty=False))  # the backend, and its empty dead letters
+            self._forget_declared(name, generation)
+            self._unbound.discard((name, generation))
+            self._left_behind.get(name, set()).discard(generation)
+        elif is_served_on:  # a replica died and its messages were requeued
+            left = await self._count_shards(name, generation)  # those behind one that got a message in this moment are deleted
+            shards.note(name, generation, max(1, left))
+            queues.setdefault(name, []).insert(0, generation)
+        retiring[name].remove(generation)
 
     async def _end_jobs(self, name: str, generation: int) -> bool:
         """Whether no job is left that would be deleted with its queue, without an end."""
