@@ -18,9 +18,9 @@ from ..broker.errors import MQServeError, ResultGone
 from ..broker.jobs import JobRecord, JobState, state_of
 from ..broker.result_bodies import BodyGone
 from .common_ids import CommonIds
-from .events import EventId, EventStreams, read_event_id
+from .events import EventId, EventStreams
 from .job_events import JobFeed
-from .job_views import Links, job_view, new_job_view, result_view, state_reply
+from .job_views import Links, job_view, name_of, new_job_view, result_view, state_reply
 from .polls import Polls
 from .preferences import wait_of
 from .responses import Reply, from_error, from_result, json_reply, problem
@@ -95,7 +95,7 @@ class Futures:
                 return await self._cancel(future_id, scope)
             return await self._state(future_id, scope, receive)
         except MQServeError as error:
-            return from_error(error, future_id, debug=self._debug)
+            return from_error(error, name_of(future_id), debug=self._debug)
 
     # What is known of it.
 
@@ -135,7 +135,7 @@ class Futures:
             return await self._not_there(future_id, record, scope)
         if result.frames:
             return 303, [(b"location", self.links(scope).events(future_id).encode())], b""
-        return from_result(result, future_id, debug=self._debug, to_head=scope["method"] == "HEAD")
+        return from_result(result, name_of(future_id), debug=self._debug, to_head=scope["method"] == "HEAD")
 
     async def _not_there(self, future_id: str, record: JobRecord | None, scope: Scope) -> Reply:
         if record is None:
@@ -145,13 +145,12 @@ class Futures:
         return self.links(scope).promise(await self.view(record, scope))
 
     async def _follow(self, future_id: str, scope: Scope, receive: Receive) -> Answer:
-        header = next((value for name, value in scope["headers"] if name == b"last-event-id"), b"")
-        place = read_event_id(header)
-        after = place.seq if place is not None and place.future_id == future_id else 0
+        place, _, seq = next((value for name, value in scope["headers"] if name == b"last-event-id"), b"").rpartition(b":")
+        after = int(seq) if place == name_of(future_id).encode() and seq.isdigit() and len(seq) <= 15 else 0
         if (record := await self._jobs.look(future_id)) is None:
             return await self._events.resume(EventId(future_id, after))
         if after and record.state.is_final and not await self._records.events(future_id, after):
-            return 204, [(b"x-request-id", future_id.encode())], b""  # it has all of them: a browser does not come back after that
+            return 204, [(b"x-request-id", name_of(future_id).encode())], b""  # it has all of them: a browser does not come back after that
         followers = self._sender.pending.followers
         return JobFeed(await followers.follow(future_id, after), followers, self._polls, receive)
 
@@ -192,5 +191,5 @@ def _unknown(future_id: str) -> Reply:
     return problem(
         404,
         "Nothing is known of a request of this id: there was none, its result is not kept any more, or it is no job and has no result yet.",
-        future_id,
+        name_of(future_id),
     )

@@ -16,7 +16,7 @@ from ..broker.calls.job_events import JobFollower, JobFollowers
 from ..broker.envelope import mint_id
 from ..broker.job_store import NumberedEvent
 from .events import EVENT_HEADERS, RECONNECT_MS, RETRY_MS
-from .job_views import event_view
+from .job_views import event_view, name_of
 from .polls import Polls
 
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -38,7 +38,7 @@ class JobFeed:
         """Sends by ASGI until the job has ended, or its client has gone, or this proxy ends: then the client comes back to another one."""
         follower = self.follower
         try:
-            headers = [*EVENT_HEADERS, (b"x-request-id", follower.id.encode())]
+            headers = [*EVENT_HEADERS, (b"x-request-id", name_of(follower.id).encode())]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             await self._send_part(send, b"retry: %d\n\n" % RETRY_MS)
             while (events := await self.polls.until(mint_id(), self.receive, follower.more(COMMENT_EVERY_S))) or not follower.is_over:
@@ -57,4 +57,4 @@ class JobFeed:
 def _lines(future_id: str, numbered: NumberedEvent) -> bytes:
     seq, event = numbered
     data = msgspec.json.encode(event_view(event))
-    return b"id: %b:%d\nevent: %b\ndata: %b\n\n" % (future_id.encode(), seq, event.kind.encode(), data)
+    return b"id: %b:%d\nevent: %b\ndata: %b\n\n" % (name_of(future_id).encode(), seq, event.kind.encode(), data)

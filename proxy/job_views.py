@@ -28,7 +28,7 @@ class Links(NamedTuple):
         return cls(scope.get(PREFIX, "") + futures_path)
 
     def state(self, future_id: str) -> str:
-        return f"{self.root}/{quote(future_id, safe='')}"
+        return f"{self.root}/{name_of(future_id)}"
 
     def result(self, future_id: str) -> str:
         return f"{self.state(future_id)}/result"
@@ -40,6 +40,11 @@ class Links(NamedTuple):
         """Returns 202 for a job of which this is known."""
         status, headers, body = json_reply(view, 202)
         return status, [*headers, _NOT_STORED, _RETRY_AFTER, (b"location", self.state(view["id"]).encode())], body
+
+
+def name_of(future_id: str) -> str:
+    """Returns the id as it stands in paths, headers and events: a publisher's own key may hold line ends."""
+    return quote(future_id, safe="")
 
 
 def state_reply(view: dict[str, Any]) -> Reply:

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.anyio
 
 ASYNC = (b"prefer", b"respond-async")
 FAR = ("192.0.2.1", 1)
+WITH_TOKEN = (b"authorization", f"Bearer {TOKEN}".encode())
 FAILED = Result(status=500, error=ErrorInfo(type="ValueError", message="secret words", traceback="Traceback …"))
 
 
@@ -54,7 +55,7 @@ class JobSite(Site):
         found: dict[str, Any] = json.loads(answer.body)
         return found
 
-    async def events(self, future_id: str, last: bytes = b"") -> list[tuple[str, str, Any]]:
+    async def events(self, future_id: str, last: bytes = b"", *headers: tuple[bytes, bytes]) -> list[tuple[str, str, Any]]:
         """The id, kind and data of each event until the feed ends."""
         parts: list[bytes] = []
 
@@ -65,9 +66,9 @@ class JobSite(Site):
         async def send(message: MutableMapping[str, Any]) -> None:
             parts.append(message.get("body", b""))
 
-        path, headers = f"/-/futures/{future_id}/events", [(b"last-event-id", last)] if last else []
+        path, headers = f"/-/futures/{future_id}/events", (*headers, (b"last-event-id", last))
         scope = {
-            "type": "http", "method": "GET", "path": path, "raw_path": path.encode(), "query_string": b"", "headers": headers,
+            "type": "http", "method": "GET", "path": path, "raw_path": path.encode(), "query_string": b"", "headers": list(headers),
             "http_version": "1.1", "scheme": "http", "client": FAR, "server": None,
         }  # fmt: skip
         async with asyncio.timeout(20):
@@ -281,12 +282,22 @@ async def test_an_unknown_id_is_a_404(site: JobSite) -> None:
 
 async def test_the_job_of_a_publishers_own_key_needs_the_token(site: JobSite) -> None:
     site.end("b/their key", Result(body=b"theirs"))
-    path, token = "/-/futures/b%2Ftheir%20key/result", [(b"authorization", f"Bearer {TOKEN}".encode())]
+    path, token = "/-/futures/b%2Ftheir%20key/result", [WITH_TOKEN]
     decoded, raw = "/-/futures/b/their key/result", path.encode()
     assert (await site.ask(decoded, raw_path=raw, client=FAR)).status == 403
     assert (await site.ask(decoded, raw_path=raw, client=FAR, headers=token)).body == b"theirs"
     view = await site.state("b/their%20key", client=("127.0.0.1", 1), headers=token)
     assert (view["status"], view["result_url"]) == ("succeeded", path)
+
+
+async def test_a_publishers_own_key_adds_no_lines_to_an_answer(site: JobSite) -> None:
+    site.end("b/x\r\nevil: 1", Result())
+    for part in ("", "/result"):
+        answer = await site.ask(f"/-/futures/b%2Fx%0D%0Aevil:%201{part}", headers=[WITH_TOKEN])
+        assert answer.status == 200 and not any("\n" in value for value in answer.headers.values())
+    events = await site.events("b%2Fx%0D%0Aevil%3A%201", b"", WITH_TOKEN)
+    assert [event[0] for event in events] == ["b%2Fx%0D%0Aevil%3A%201:1"]
+    assert await site.events("b%2Fx%0D%0Aevil%3A%201", events[0][0].encode(), WITH_TOKEN) == []
 
 
 # Its answer.
