@@ -162,6 +162,19 @@ def test_bodies_and_results_beyond_a_megabyte_are_served(url: str) -> None:
     assert httpx.post(f"{url}/double", content="x" * 1_500_000, headers={"content-type": "text/plain"}, timeout=30).text == "x" * 3_000_000
 
 
+def test_a_job_and_a_request_with_a_key_are_served_and_found_by_http(url: str) -> None:
+    job = httpx.post(f"{url}/double", json=21, headers={"Prefer": "respond-async"}, timeout=30)
+    place = f"{url}{job.headers['location']}"
+    assert httpx.get(f"{place}/result?wait=30", timeout=40).text == "42"
+    assert httpx.get(place).json()["status"] == "succeeded"
+    assert httpx.get(f"{place}/events").text.count("event: state") == 3
+    again = httpx.post(f"{place}/retry").json()["id"]
+    assert httpx.delete(f"{url}/-/futures/{again}").status_code == 200
+    for replayed in (None, "true"):
+        answer = httpx.post(f"{url}/double", json=4, headers={"Idempotency-Key": "one"}, timeout=30)
+        assert (answer.text, answer.headers.get("idempotent-replayed")) == ("8", replayed)
+
+
 @pytest.mark.parametrize("role", ["client", "replica"])
 def test_whoever_calls_may_ask_whether_the_instance_was_shut_down(composed: Composed, role: str) -> None:
     async def ask() -> bool:
