@@ -117,7 +117,7 @@ class DeadLetter:
 
     def renewed(self, deadline_ms: int, seals: BackendSeals | None = None) -> DeadLetter:
         """Returns a copy to publish again: without an inbox, since nobody waits any more, with a new deadline, and with `again`, since it
-        may have run before.
+        may have run before. A job may begin at any time from now on, and has all its tries once more.
 
         A valid seal is made anew with the current key. An invalid one is not: a new seal would vouch for what a stranger wrote.
         """
@@ -130,7 +130,9 @@ class DeadLetter:
             return self
         fields = msgspec.msgpack.decode(headers["mq"])  # keep fields that only a newer version knows
         kept = {name: value for name, value in fields.items() if name not in ("inbox", "deadline", "again")}
-        deadline = {"deadline": deadline_ms} if envelope.header.deadline else {}
+        if isinstance(kept.get("job"), dict):
+            kept["job"] = {name: value for name, value in kept["job"].items() if name not in ("tries", "not_before_ms")}
+        deadline = {"deadline": deadline_ms} if envelope.header.deadline and not self.is_job else {}
         again = {"again": True} if envelope.header.claims else {}  # the id of a direct publisher is looked up in any case
         raw = msgspec.msgpack.encode({**kept, **deadline, **again})  # these two stay the last fields, as the seal requires
         headers["mq"] = bytearray(raw)

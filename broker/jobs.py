@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import msgspec
 
-from .envelope import Whole
+from .envelope import Envelope, Whole
 from .errors import UNPARSABLE, BadEnvelope
 from .results import EVENT_KIND, InboxEntry, Outcome, Result
 
@@ -176,6 +176,16 @@ def state_of(result: Result) -> JobState:
     if result.error is not None or result.status >= 500:
         return JobState.FAILED
     return JobState.SUCCEEDED
+
+
+def facts_of(backend: str, envelope: Envelope, now_ms: int) -> JobFacts:
+    """Returns what a record says of the job in a message, for those who find it without one: its sender had no time to write it, or is a
+    direct publisher."""
+    header, priority = envelope.header, envelope.priority
+    endpoint, expires_ms = header.meta.endpoint, header.deadline
+    if (head := header.job) is None:
+        return JobFacts(backend, endpoint, now_ms, expires_ms, priority=priority)
+    return JobFacts(backend, endpoint, head.created_ms or now_ms, expires_ms, head.not_before_ms, priority, head.tag, head.retry_of)
 
 
 def score_of(facts: JobFacts) -> int:

@@ -13,7 +13,7 @@ import msgspec
 
 from ..broker.backoff import delays
 from ..broker.errors import BadEnvelope, MQServeError, StoreUnavailable
-from ..broker.jobs import RENEW_EVERY_S, Done, Held, JobFacts, Leased, Run
+from ..broker.jobs import RENEW_EVERY_S, Done, Held, Leased, Run, facts_of
 from ..broker.process.printable import printable
 from ..broker.process.rate_limited_log import RateLimitedLog
 from ..broker.process.tasks import Tasks
@@ -182,7 +182,9 @@ class JobRuns:
         job.begun = True  # it may have the lease from now on
         future_id = job.envelope.future_id(self._backend)
         now_ms = self._store.now_ms()
-        match await self._store.jobs.begin(Run(future_id, job.mark, self._replica_id, self._facts_of(job, now_ms), now_ms)):
+        match await self._store.jobs.begin(
+            Run(future_id, job.mark, self._replica_id, facts_of(self._backend, job.envelope, now_ms), now_ms)
+        ):
             case Done(raw):
                 await self._is_done(job, future_id, raw)
             case Held(left_ms):
@@ -236,15 +238,6 @@ class JobRuns:
                 raise Poison(why, history(record)[:-1])
         job.envelope = msgspec.structs.replace(job.envelope, attempt=attempt)
         return True
-
-    def _facts_of(self, job: KeptJob, now_ms: int) -> JobFacts:
-        """What a record says that the replica has to write: the sender had no time to, or is a direct publisher."""
-        header, priority = job.envelope.header, job.envelope.priority
-        endpoint, expires_ms = header.meta.endpoint, header.deadline
-        if (head := header.job) is None:
-            return JobFacts(self._backend, endpoint, now_ms, expires_ms, priority=priority)
-        created_ms = head.created_ms or now_ms
-        return JobFacts(self._backend, endpoint, created_ms, expires_ms, head.not_before_ms, priority, head.tag, head.retry_of)
 
     # In the rhythm of the replica.
 

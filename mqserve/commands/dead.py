@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -13,6 +14,7 @@ from rich.text import Text
 from ..broker.dead_letters import DeadLetter
 from ..broker.envelope import Envelope
 from ..broker.errors import BadEnvelope, BadValue, MQServeError, UnknownBackend
+from ..broker.jobs import UNENDED_TTL_S, facts_of
 from ..broker.process.printable import printable
 from ..broker.queue import DeadLetters, fate_of
 from ..broker.queue_names import check_name
@@ -167,16 +169,27 @@ async def _retry(
     seals = connections.settings.header_seals.of(letter.backend)
     envelope = _check(letter, senders, seals)
     future_id = envelope.future_id(letter.backend) or letter.name
+    kept_ms = UNENDED_TTL_S * 1000 if letter.is_job else timeout_ms + _BODY_KEPT_MS
     if envelope.header.ref:
-        await _keep_body(connections, connections.keys.body(envelope.id), timeout_ms)
+        await _keep_body(connections, connections.keys.body(envelope.id), kept_ms)
     if future_id not in forgotten:  # of two letters with one id, the second must find the first one's result
         await connections.store.delete(*connections.keys.of_runs(future_id))
         if once:  # otherwise a replica would assume that the request was started before
-            await connections.store.set(connections.keys.start(future_id), NOT_STARTED, ttl_ms=timeout_ms + _BODY_KEPT_MS)
+            await connections.store.set(connections.keys.start(future_id), NOT_STARTED, ttl_ms=kept_ms)
         forgotten.add(future_id)
     renewed = letter.renewed(connections.store.now_ms() + timeout_ms, seals)
     if error := await fate_of(partial(connections.queue.republish, renewed), CONFIRM_BUDGET_S):
         raise error
+    if letter.is_job and envelope.id:
+        await _note_job(connections, letter.backend, future_id, renewed.envelope(seals))
+
+
+async def _note_job(connections: Connections, backend: str, future_id: str, envelope: Envelope) -> None:
+    """Writes the record of a job that waits again; without one nobody would know of it until it begins."""
+    facts = facts_of(backend, envelope, connections.store.now_ms())
+    noted: asyncio.Future[bool | Exception] = asyncio.get_running_loop().create_future()
+    connections.store.jobs.add_then(future_id, facts, noted.set_result)
+    await noted
 
 
 def _check(letter: DeadLetter, senders: SenderTrust, seals: BackendSeals | None) -> Envelope:
@@ -193,11 +206,11 @@ def _check(letter: DeadLetter, senders: SenderTrust, seals: BackendSeals | None)
     return envelope
 
 
-async def _keep_body(connections: Connections, key: str, timeout_ms: int) -> None:
+async def _keep_body(connections: Connections, key: str, kept_ms: int) -> None:
     body = await connections.store.get_large(key)
     if body is None:
         raise _Keep("its body, of more than 1 MiB, was kept in the store until its deadline and is gone, so nothing can run it: drop it")
-    await connections.store.set(key, body, ttl_ms=timeout_ms + _BODY_KEPT_MS)
+    await connections.store.set(key, body, ttl_ms=kept_ms)
 
 
 def _facts(letter: DeadLetter) -> dict[str, Any]:

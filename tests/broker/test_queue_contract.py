@@ -419,7 +419,7 @@ async def test_a_dead_job_goes_back_to_the_jobs(queue: Queue) -> None:
     hands = Hands()
     await queue.declare("b", 1, None)
     consumption = await queue.consume("b", 1, 10, hands, jobs=True)
-    sent = Envelope("an id", b"body", "text/x", Header(origin="handle", job=JobHead(created_ms=7)))
+    sent = Envelope("an id", b"body", "text/x", Header(origin="handle", deadline=1, job=JobHead(created_ms=7, tries=5, not_before_ms=6)))
     assert await publish_job(queue, sent) is None
     await hands.hold(1)
     fate = asyncio.get_running_loop().create_future()
@@ -434,6 +434,10 @@ async def test_a_dead_job_goes_back_to_the_jobs(queue: Queue) -> None:
             assert await again is None
             await letters.remove(letter)
     assert await queue.count_jobs("b", 1) == 1
+    await queue.consume("b", 1, 10, hands, jobs=True)
+    await hands.hold(1)
+    renewed = Header(origin="handle", job=JobHead(created_ms=7), again=True)
+    assert hands.held[0].envelope() == replace(sent, header=renewed, persistent=True), "it may begin at any time, and has all its tries"
 
 
 async def test_what_has_expired_takes_nobodys_place(queue: Queue) -> None:
