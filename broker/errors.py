@@ -18,6 +18,7 @@ MQServeError
 ├── Cancelled              the caller gave the request up
 ├── JobGoesOn              the job has not ended
 ├── ResultGone             the job has ended, and its result, or its message, is not kept any more
+├── KeyMisused             the idempotency key was sent with another request
 ├── RemoteError            user code failed in a replica, and its exception could not be rebuilt here
 │   └── ReplicaLost        … or the replica died and the request does not run again: at most once, or its answer had begun to flow
 ├── BackendFailed          replicas of a backend do not get ready, or proxies cannot serve what is declared
@@ -161,6 +162,12 @@ class ResultGone(MQServeError):
     """The job has ended, and its result, or its message, is not kept any more."""
 
     status = 410
+
+
+class KeyMisused(MQServeError):
+    """An idempotency key names one request, and this is another one."""
+
+    status = 422
 
 
 class RemoteError(MQServeError):

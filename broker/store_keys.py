@@ -37,6 +37,7 @@ Those of jobs. Until a job ends, they live for UNENDED_TTL_S:
 | `mqserve:<ns>:waiting:<backend>` | sorted set: ids that have not begun | sender, replica, who ends it | who asks for a place | removed |
 | `mqserve:<ns>:jobs`          | sorted set: ids by time of creation | sender, replica | operators | removed some time after the record |
 | `mqserve:<ns>:group:{id}`    | string: how many jobs it has | sender of many jobs | clients | UNENDED_TTL_S, from its sending |
+| `mqserve:<ns>:idempotent:<sha256>` | string: which request has the key | senders (NX) | senders | KEY_TTL_S, from its sending |
 | `mqserve:<ns>:ends`          | stream of ENDS_LENGTH: what has ended | who ends it | controller | none               |
 """
 
@@ -125,6 +126,9 @@ class StoreKeys:
 
     def followers(self, future_id: str) -> str:
         return f"{self._root}:followers:{{{future_id}}}"
+
+    def idempotent(self, scope: str) -> str:
+        return f"{self._root}:idempotent:{scope}"
 
     def waiting(self, backend: str) -> str:
         return f"{self._root}:waiting:{backend}"

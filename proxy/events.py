@@ -27,8 +27,8 @@ _LOOK_EVERY_S = 5.0
 
 _PLACE = re.compile(rb"([0-9a-f]{32}):(\d{1,15})")
 _LINE_END = re.compile(rb"\r\n|\r|\n")
-_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")]
-_OURS = frozenset(name for name, _ in _HEADERS)
+EVENT_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")]
+_OURS = frozenset(name for name, _ in EVENT_HEADERS)
 
 
 class EventId(NamedTuple):
@@ -124,7 +124,7 @@ class EventStreams:
         assert stream.head is not None, "a stream is shown with its head"
         status, headers, _ = head_reply(stream.head, backend, stream.id)
         kept = [(name, value) for name, value in headers if name.lower() not in _OURS and name != b"content-length"]
-        return Flow((status, [*_HEADERS, *kept], b""), stream, EventBody(stream, self, after, gap, debug=self._debug))
+        return Flow((status, [*EVENT_HEADERS, *kept], b""), stream, EventBody(stream, self, after, gap, debug=self._debug))
 
     async def resume(self, place: EventId, endpoint: str | None = None) -> Reply | Flow:
         """Returns the answer that goes on behind a place; where an endpoint is given, only for requests to that. Raises MQServeError."""

@@ -89,7 +89,7 @@ SHELL_LINES = [line for block in BLOCKS if block.language == "sh" for line in bl
 
 def printed_by(script: str) -> list[str]:
     """What the comments behind its prints say, in no particular order."""
-    return sorted(re.findall(r"^ *(?:console\.log|print)\(.*\);?  ?# (.+)$", script, re.MULTILINE))
+    return sorted(re.findall(r"^ *(?:console\.log|print)\(.*\);?  ?(?:#|//) (.+)$", script, re.MULTILINE))
 
 
 def code_of(line: str) -> str:
@@ -511,7 +511,7 @@ def test_every_link_leads_somewhere(document: Path) -> None:
 
 
 def test_the_readme_stays_short() -> None:
-    assert len(TEXT[README].splitlines()) < 260
+    assert len(TEXT[README].splitlines()) < 270
 
 
 def table(document: Path, first_heading: str) -> list[list[str]]:

@@ -299,7 +299,7 @@ def test_events_tell_what_happened_and_what_happens(deploy: Deploy, gate: Gate) 
         serve.log("almost there")
         return "done"
 
-    job = serve.get_handle(deploy(report)).submit()
+    job = serve.get_handle(deploy(report)).options(delay_s=0.1).submit()  # it might begin before it is known to be queued
     events = job.events()
     seen = [next(events) for _ in range(3)]
     assert [(event.kind, event.state or event.text) for event in seen] == [("state", "queued"), ("state", "running"), ("progress", "begun")]

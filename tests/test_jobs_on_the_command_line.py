@@ -68,7 +68,7 @@ def test_jobs_are_listed_by_what_is_asked_for(joining: CommandLine, doubling: st
 
 
 def test_a_job_is_shown_with_its_runs_and_events(joining: CommandLine, doubling: str) -> None:
-    job = serve.get_handle(doubling).submit(21)
+    job = serve.get_handle(doubling).options(delay_s=0.1).submit(21)  # it might begin before it is known to be queued
     assert job.result(timeout=30) == 42
     [shown] = as_json(joining, "jobs", "show", job.id)
     assert shown["status"] == "succeeded" and shown["progress"] == 0.5 and shown["history"][0]["attempt"] == 1
@@ -128,7 +128,7 @@ def test_what_to_act_on_has_to_be_said_in_one_way(joining: CommandLine, client: 
 
 
 def test_a_job_is_watched_to_its_end(joining: CommandLine, doubling: str) -> None:
-    handle = serve.get_handle(doubling)
+    handle = serve.get_handle(doubling).options(delay_s=0.1)
     good, bad = handle.submit(21), handle.submit("odd")
     assert [line.split()[1] for line in printed(joining, "jobs", "watch", good.id).splitlines()] == [
         "queued",

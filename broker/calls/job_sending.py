@@ -42,6 +42,7 @@ class JobTerms:
     tag: str = ""
     retry_of: str = ""
     once: bool = False  # the backend's delivery is at most once
+    again: bool = False  # it may have been sent before
 
 
 NO_TERMS = JobTerms()
@@ -87,7 +88,7 @@ class JobSender:
             raise TooLarge(f"the body has {size} bytes and the limit is {MAX_BODY_BYTES}: send less, or a reference to it")
         now_ms = self.store.now_ms()
         head = JobHead(now_ms, terms.result_ttl_s, 0, terms.not_before_ms, terms.tag, terms.retry_of)
-        header = Header(origin=origin, deadline=terms.expires_ms, meta=meta, once=terms.once, job=head)
+        header = Header(origin=origin, deadline=terms.expires_ms, meta=meta, once=terms.once, job=head, again=terms.again)
         envelope = Envelope(future_id, body, content_type, header, priority=terms.priority, persistent=True)
         facts = JobFacts(backend, meta.endpoint, now_ms, terms.expires_ms, terms.not_before_ms, terms.priority, terms.tag, terms.retry_of)
         self.held.take(size)

@@ -200,8 +200,13 @@ class PendingResults:
 
     async def peek(self, future_id: str) -> Result | None:
         """The result if the store has it, else None."""
+        result = await self.peek_head(future_id)
+        return None if result is None else await with_body(self._store, self._keys, future_id, result)
+
+    async def peek_head(self, future_id: str) -> Result | None:
+        """The result if the store has it, without a body that has a key of its own."""
         raw = await self._store.get(self._keys.future(future_id))
-        return None if raw is None else await with_body(self._store, self._keys, future_id, Result.from_bytes(raw))
+        return None if raw is None else Result.from_bytes(raw)
 
     async def _fail_while_refused(self) -> None:
         """Fails the requests that were sent after the store began to refuse writes, because their results cannot be stored. Requests sent

@@ -74,6 +74,7 @@ class RequestSender:
         timeout_s: float,
         at_most_once: bool = False,
         stream: int = 0,
+        priority: int = 0,
     ) -> None:
         """Sends the request of a call, whose id is set. The call ends by `timeout_s` plus at most a second: in a Result, or in Overloaded,
         NotRouted or BrokerUnavailable if the broker does not take the message, or in Cancelled.
@@ -89,7 +90,7 @@ class RequestSender:
         header = Header(origin=origin, inbox=self.pending.inbox, deadline=deadline_ms, meta=meta, once=at_most_once, stream=stream)
         self.held.take(size)
         call.sender, call.backend, call.deadline_ms, call.give_up_at = self, backend, deadline_ms, 0.0
-        call.envelope = envelope = Envelope(call.id, body, content_type, header, expiration_ms=timeout_ms)
+        call.envelope = envelope = Envelope(call.id, body, content_type, header, "", "", priority, timeout_ms)
         call.shards = self._shards.take(backend) if self._shards.is_needed else FIRST
         call.pace, call.sent_at = self._paces[backend], time.monotonic()
         call.pace.sent(call.sent_at)

@@ -155,7 +155,7 @@ class RedisJobs:
     async def list(self, *, backend: str = "", tag: str = "", states: Sequence[str] = (), at_most: int = 100) -> Sequence[JobRecord]:
         records: list[JobRecord] = []
         for start in range(0, _LOOKED_AT, _LISTED_AT_ONCE):
-            ids: Any = await self._call(partial(self._client.zrange, self._keys.jobs, start, start + _LISTED_AT_ONCE - 1, desc=True))
+            ids: Any = await self._call(partial(self._client.zrevrange, self._keys.jobs, start, start + _LISTED_AT_ONCE - 1))
             for record in await asyncio.gather(*(self._read_if_sound(raw.decode(errors="replace")) for raw in ids)):
                 if record is not None and matches(record, backend, tag, states):
                     records.append(record)

@@ -81,6 +81,7 @@ class HttpOptions(msgspec.Struct, frozen=True):
     middlewares: str = ""
     debug: bool = False
     workers: Count = 1
+    futures_path: str = "/-/futures"  # where requests are found by their ids
 
 
 class Desired(msgspec.Struct, frozen=True):

@@ -39,8 +39,8 @@ def start(
     """Starts an instance and returns its client; it ends with this process unless `detached`.
 
     http_options: host, port, location ("HeadOnly", "EveryNode", "NoServer" or None), workers (proxies on one port), middlewares,
-    debug. Without URLs (here or in MQSERVE_BROKER_URL and MQSERVE_STORE_URL) everything runs inside this process. Under `mqserve run` it
-    returns the client of the running instance.
+    debug, futures_path (where requests are found by their ids). Without URLs (here or in MQSERVE_BROKER_URL and MQSERVE_STORE_URL)
+    everything runs inside this process. Under `mqserve run` it returns the client of the running instance.
 
     Raises InstanceError if the namespace has a live instance or this process runs one, BadValue for a bad option or a port in use,
     BrokerUnavailable and StoreUnavailable within ten seconds.

@@ -190,7 +190,7 @@ def supervisor(namespace: str | None, **kept: Any) -> int:
 
 @cli.command()
 @namespace_option
-@with_options(http_options[:2] + http_options[3:])
+@with_options(http_options[:2] + http_options[4:])
 @click.option("--proxy-id", hidden=True)
 @click.option("--node-id", hidden=True, default="")
 @click.option("--fd", hidden=True, type=int)

@@ -10,6 +10,7 @@ import click
 
 from ..broker.errors import MQServeError
 from ..broker.settings import Settings
+from ..controller.state.documents import HttpOptions
 from ..instance.starting import LOCATIONS, MAX_WORKERS
 
 
@@ -38,6 +39,10 @@ http_options = [
     click.option(
         "--location", envvar="MQSERVE_HTTP_LOCATION", type=click.Choice(LOCATIONS), default="HeadOnly", show_default=True,
         help="Which nodes run a proxy.",
+    ),
+    click.option(
+        "--futures-path", envvar="MQSERVE_FUTURES_PATH", default=HttpOptions().futures_path, show_default=True,
+        help="Where requests are found by their ids.",
     ),
     click.option("--debug", is_flag=True, envvar="MQSERVE_DEBUG", help="Show tracebacks in HTTP answers."),
     click.option(

@@ -43,7 +43,13 @@ def jobs() -> None:
 filter_options = [
     click.option("--backend", default="", help="Only jobs of this backend."),
     click.option("--tag", default="", help="Only jobs with this tag."),
-    click.option("--state", "states", multiple=True, type=click.Choice([*JobState]), help="Only jobs in this state; may be given again."),
+    click.option(
+        "--state",
+        "states",
+        multiple=True,
+        type=click.Choice([state.value for state in JobState]),
+        help="Only jobs in this state; may be given again.",
+    ),
 ]
 job_selection_options = [
     click.argument("ids", nargs=-1, metavar="[ID]..."),

@@ -157,7 +157,7 @@ def store_rights(namespace: str) -> dict[str, StoreRights]:
     def caller_rights(role: str, reads: set[str], writes: set[str], commands: tuple[str, ...]) -> StoreRights:
         """The reader of a streamed answer drops it at its end and tells the replica what it has taken, but writes no part of it. Who
         cancels a job tells the inboxes of those who wait for it. Ids of jobs can be added to their list, and not be read there."""
-        both = results | kinds.jobs | kinds.inboxes_of(role)
+        both = results | kinds.jobs | kinds.inboxes_of(role) | {keys.idempotent("*")}
         reads, writes = reads | both | kinds.streams, writes | both | kinds.lists
         return StoreRights(frozenset(reads), frozenset(writes), commands, frozenset(kinds.streams), frozenset(kinds.feeds | kinds.inboxes))
 
@@ -165,7 +165,7 @@ def store_rights(namespace: str) -> dict[str, StoreRights]:
     run = results | kinds.counts | kinds.streams | kinds.feeds | kinds.jobs | kinds.runs | kinds.groups | kinds.inboxes_of("replica")
     return {
         "controller": rights(
-            everything, everything, (*_CALLS, *_BEATING, *_COUNTING, *_RUNNING_JOBS, "info", "persist", "xread", "zrange")
+            everything, everything, (*_CALLS, *_BEATING, *_COUNTING, *_RUNNING_JOBS, "info", "persist", "xread", "zrevrange")
         ),
         # After a loss of data it gives back the files of code, which are checked against their hashes wherever they are read.
         "node": rights(

@@ -162,6 +162,19 @@ def test_bodies_and_results_beyond_a_megabyte_are_served(url: str) -> None:
     assert httpx.post(f"{url}/double", content="x" * 1_500_000, headers={"content-type": "text/plain"}, timeout=30).text == "x" * 3_000_000
 
 
+def test_a_job_and_a_request_with_a_key_are_served_and_found_by_http(url: str) -> None:
+    job = httpx.post(f"{url}/double", json=21, headers={"Prefer": "respond-async"}, timeout=30)
+    place = f"{url}{job.headers['location']}"
+    assert httpx.get(f"{place}/result?wait=30", timeout=40).text == "42"
+    assert httpx.get(place).json()["status"] == "succeeded"
+    assert httpx.get(f"{place}/events").text.count("event: state") == 3
+    again = httpx.post(f"{place}/retry").json()["id"]
+    assert httpx.delete(f"{url}/-/futures/{again}").status_code == 200
+    for replayed in (None, "true"):
+        answer = httpx.post(f"{url}/double", json=4, headers={"Idempotency-Key": "one"}, timeout=30)
+        assert (answer.text, answer.headers.get("idempotent-replayed")) == ("8", replayed)
+
+
 @pytest.mark.parametrize("role", ["client", "replica"])
 def test_whoever_calls_may_ask_whether_the_instance_was_shut_down(composed: Composed, role: str) -> None:
     async def ask() -> bool:
@@ -429,7 +442,7 @@ OF_NOBODY += ["GET mqserve:other:desired", "SET elsewhere 1", "PUBLISH elsewhere
 OF_NO_READER = [f"XADD {ROOT_KEY}:stream:{{x}} 1-1 f x", f"XTRIM {ROOT_KEY}:stream:{{x}} MINID 1", f"SET {ROOT_KEY}:owner:{{x}} x"]
 OF_NO_READER += [f"RPUSH {ROOT_KEY}:stream:{{x}} x", f"BLMPOP 1 1 {ROOT_KEY}:feed:x LEFT", f"SET {ROOT_KEY}:feed:x x"]
 OF_NO_CALLER = [
-    f"ZRANGE {ROOT_KEY}:jobs 0 -1",
+    f"ZREVRANGE {ROOT_KEY}:jobs 0 -1",
     f"ZRANDMEMBER {ROOT_KEY}:jobs",
     f"XRANGE {ROOT_KEY}:ends - +",
     f"GET {ROOT_KEY}:lease:{{x}}",
@@ -465,7 +478,7 @@ STORE_REFUSALS: dict[str, list[str]] = {
         *(f"BLMPOP 1 1 {ROOT_KEY}:inbox:{whose}-x LEFT" for whose in ("client", "proxy")),
         f"HGETALL {ROOT_KEY}:beats",
         f"DEL {ROOT_KEY}:desired",
-        f"ZRANGE {ROOT_KEY}:jobs 0 -1",
+        f"ZREVRANGE {ROOT_KEY}:jobs 0 -1",
         f"XRANGE {ROOT_KEY}:ends - +",
         *OF_CONTROLLER,
     ],
