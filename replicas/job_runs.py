@@ -136,7 +136,6 @@ class JobRuns:
             if not job.is_recorded:
                 await self._admit_unrecorded(job)
             elif await self._is_leased(job):
-                job.envelope = await self._admission.ready(job.envelope)
                 self._run(job)
         except BadEnvelope as error:
             await self._settlement.refuse(job, error)
@@ -224,7 +223,7 @@ class JobRuns:
             self._settlement.ack(job)
 
     async def _may_run(self, job: KeptJob, future_id: str, attempt: int) -> bool:
-        """Whether a leased job is to run: not if that would be a run too many. Raises Poison then."""
+        """Whether a leased job is to run, which has its body then: not if that would be a run too many. Raises Poison then."""
         tries = job.envelope.header.job.tries if job.envelope.header.job is not None else 0
         if attempt > 1 + tries:  # not all of its earlier runs have ended in order
             record = await self._store.jobs.read(future_id)
@@ -236,7 +235,7 @@ class JobRuns:
                 await self._store.jobs.give_back(future_id, job.mark)  # this is no run
                 why = f"{len(lost)} runs of it were started and left no result (max_attempts): the replicas that ran it died"
                 raise Poison(why, history(record)[:-1])
-        job.envelope = msgspec.structs.replace(job.envelope, attempt=attempt)
+        job.envelope = await self._admission.ready(msgspec.structs.replace(job.envelope, attempt=attempt))
         return True
 
     # In the rhythm of the replica.

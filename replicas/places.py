@@ -13,12 +13,18 @@ class Places:
 
     Who finds no place waits here, and gets one in turn: a job, then a request, then a job. A job has a place from the moment in which it
     `begin`s: its lease is taken then, and it is run later.
+
+    `limits` and `with_worker` are those of all together, and of jobs among them.
     """
 
     def __init__(
-        self, limit: Callable[[], int], with_worker: Callable[[], int], run: Callable[[Job], None], begin: Callable[[KeptJob], None]
+        self,
+        limits: Callable[[], tuple[int, int]],
+        with_worker: Callable[[], tuple[int, int]],
+        run: Callable[[Job], None],
+        begin: Callable[[KeptJob], None],
     ) -> None:
-        self._limit = limit
+        self._limits = limits
         self._with_worker = with_worker
         self._run = run
         self._begin = begin
@@ -28,7 +34,7 @@ class Places:
         self._is_turn_of_jobs = True
 
     def __repr__(self) -> str:
-        return f"<Places for {self._limit()}, {len(self._jobs)} jobs and {len(self._requests)} requests wait>"
+        return f"<Places for {self._limits()}, {len(self._jobs)} jobs and {len(self._requests)} requests wait>"
 
     @property
     def has_waiting(self) -> bool:
@@ -54,17 +60,22 @@ class Places:
         if not self._jobs and not self._requests:
             return
         self._requests = deque([job for job in self._requests if job.with_worker])  # others were answered meanwhile
-        free = self._limit() - len(self._beginning) - (self._with_worker() - len(self._requests))
-        while free > 0 and (self._jobs or self._requests):
-            free -= 1
-            if self._jobs and (self._is_turn_of_jobs or not self._requests):
+        (limit, job_limit), (running, running_jobs) = self._limits(), self._with_worker()
+        free = limit - len(self._beginning) - (running - len(self._requests))
+        free_for_jobs = job_limit - len(self._beginning) - running_jobs
+        while free > 0:
+            if self._jobs and free_for_jobs > 0 and (self._is_turn_of_jobs or not self._requests):
                 self._is_turn_of_jobs = False
+                free_for_jobs -= 1
                 job = self._jobs.popleft()
                 self._beginning.add(job)
                 self._begin(job)
-            else:
+            elif self._requests:
                 self._is_turn_of_jobs = True
                 self._run(self._requests.popleft())
+            else:
+                return
+            free -= 1
 
     def withdraw_jobs(self) -> list[KeptJob]:
         """Removes and returns the jobs that have not begun."""

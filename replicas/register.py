@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .stages import Job, Stage
+from .stages import Job, KeptJob, Stage
 
 
 class Register:
@@ -29,8 +29,10 @@ class Register:
         """Returns the jobs that wait for user code or run."""
         return [job for job in self._jobs if job.with_worker]
 
-    def count_with_worker(self) -> int:
-        return sum([job.with_worker for job in self._jobs])
+    def count_with_worker(self) -> tuple[int, int]:
+        """Returns how many requests and jobs are with the worker, and how many of these are jobs."""
+        found = self.with_worker()
+        return len(found), sum([isinstance(job, KeptJob) for job in found])
 
     @property
     def is_empty(self) -> bool:

@@ -37,11 +37,12 @@ class Window:
         """The prefetch of jobs."""
         return self.config.held_jobs(self._handler.is_async)
 
-    def places(self) -> int:
-        """How many requests and jobs may be with the worker. None while a slow call would keep them waiting: they go elsewhere then."""
+    def places(self) -> tuple[int, int]:
+        """How many requests and jobs may be with the worker, and how many jobs: no more than can run, since those that have begun count as
+        run if the replica dies. None while a slow call would keep them waiting: they go elsewhere then."""
         if self.is_blocked:
-            return 0
-        return self.config.concurrency(self._handler.is_async) if self._may_look_ahead else self._slots
+            return 0, 0
+        return self.config.concurrency(self._handler.is_async) if self._may_look_ahead else self._slots, self._slots
 
     @property
     def is_blocked(self) -> bool:

@@ -169,10 +169,11 @@ def test_a_direct_publisher_may_send_a_job_without_an_id(
     wait_until(lambda: tally.lines == ["anonymous"])
 
 
-def test_a_job_that_has_had_all_its_attempts_is_a_dead_letter_with_its_history(
-    client: serve.Client, deploy: Deploy, operator: CommandLine
+def test_a_job_that_has_had_all_its_attempts_is_a_dead_letter_with_its_history_and_a_retry_starts_afresh(
+    client: serve.Client, deploy: Deploy, operator: CommandLine, tally: Tally
 ) -> None:
     def fail(request: serve.ServeRequest) -> None:
+        tally.note(request.attempt)
         raise ConnectionError(f"run {request.attempt}")
 
     name = deploy(fail, retry=serve.Retry(attempts=3, on=(OSError,), backoff_s=0.1))
@@ -182,3 +183,5 @@ def test_a_job_that_has_had_all_its_attempts_is_a_dead_letter_with_its_history(
     (letter,) = dead_letters(operator, name)
     assert "run 3" in letter["reason"]
     assert ["run 1" in letter["attempts"][0]["ended"], "run 3" in letter["attempts"][2]["ended"]] == [True, True]
+    assert operator.run("dead", "retry", name, "--all").returncode == 0
+    wait_until(lambda: tally.lines == ["1", "2", "3"] * 2)
