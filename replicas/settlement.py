@@ -205,8 +205,9 @@ class Settlement:
     def _answered(self, job: Job) -> None:
         """Acks. Unless the id is minted, and so used only once, it also deletes the counters, so that the next use of the id starts afresh.
         With at-most-once delivery they stay, so that the id never runs twice."""
-        came_again = job.delivery.redelivered or bool(job.mark)
-        if came_again and not (job.envelope.minted or _is_recorded(job) or (self.at_most_once and job.envelope.id)):
+        if (job.delivery.redelivered or job.mark) and not (
+            job.envelope.minted or _is_recorded(job) or (self.at_most_once and job.envelope.id)
+        ):
             self._await_for(job, self.start(job, self._admission.forget(job.envelope)))
         self.ack(job)
 

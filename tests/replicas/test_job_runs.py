@@ -8,7 +8,7 @@ import pytest
 
 from mqserve.broker.envelope import Envelope, Header, JobHead
 from mqserve.broker.errors import BrokerUnavailable, StoreUnavailable
-from mqserve.broker.jobs import Attempt, Begun, JobRecord, JobState, Run
+from mqserve.broker.jobs import Attempt, Begun, JobFacts, JobRecord, JobState, Run
 from mqserve.broker.memory import jobs as memory_jobs
 from mqserve.broker.memory.jobs import EmbeddedJobs
 from mqserve.broker.memory.queue import EmbeddedQueue
@@ -175,8 +175,8 @@ async def test_a_job_whose_runs_killed_max_attempts_replicas_is_a_dead_letter_an
     assert (record.state, record.status, len(record.attempts)) == (JobState.FAILED, 500, 2)
 
 
-def job_facts() -> Any:
-    return memory_jobs.JobFacts("b", created_ms=1000)
+def job_facts() -> JobFacts:
+    return JobFacts("b", created_ms=1000)
 
 
 @pytest.mark.parametrize("record", ["kept", "lost"])
