@@ -197,6 +197,7 @@ def test_a_result_is_kept_as_long_as_its_sender_says(doubling: str) -> None:
         ({"priority": "urgent"}, "'high', 'normal', 'low'"),
         ({"result_ttl_s": 31 * 24 * 3600}, "result_ttl_s"),
         ({"tag": "a\nb"}, "printable"),
+        ({"idempotency_key": "k" * 256}, "255 bytes"),
     ],
 )
 def test_an_option_that_makes_no_sense_is_refused_with_the_way_out(doubling: str, options: dict[str, Any], words: str) -> None:
@@ -210,6 +211,46 @@ def test_an_option_that_makes_no_sense_is_refused_with_the_way_out(doubling: str
 def test_a_time_that_cannot_come_is_refused_when_the_job_is_sent(doubling: str, options: dict[str, Any]) -> None:
     with pytest.raises(serve.BadValue):
         serve.get_handle(doubling).options(**options).submit(1)
+
+
+def test_a_job_with_a_key_is_sent_once(deploy: Deploy, tally: Tally) -> None:
+    def note(request: serve.ServeRequest) -> Any:
+        tally.note("ran")
+        return request.data
+
+    endpoint = deploy(note)
+    handle = serve.get_handle(endpoint).options(idempotency_key="order 17")
+    one, two = handle.submit(1), handle.submit(1)
+    assert one.id == two.id and two.result(timeout=30) == 1
+    assert handle.submit(1).id == one.id and len(tally) == 1
+    with pytest.raises(serve.KeyMisused):
+        handle.submit(2)
+    assert handle.options(idempotency_key="order 18").submit(2).result(timeout=30) == 2
+    with pytest.raises(serve.BadValue, match="many"):
+        serve.submit_many(handle, [1])
+
+
+def test_jobs_with_one_key_that_are_sent_at_once_are_one(deploy: Deploy, tally: Tally) -> None:
+    def note(request: serve.ServeRequest) -> Any:
+        tally.note("ran")
+        return len(request.data)
+
+    endpoint = deploy(note)
+
+    async def main() -> tuple[set[str], list[int]]:
+        handle = serve.get_handle(endpoint, sync=False).options(idempotency_key="order 17")
+        jobs = await asyncio.gather(*[handle.submit((1, 2)) for _ in range(20)])  # a tuple travels as a pickle
+        return {job.id for job in jobs}, await serve.gather(*jobs)
+
+    ids, values = asyncio.run(main())
+    assert len(ids) == 1 and values == [2] * 20 and len(tally) == 1
+
+
+def test_a_key_is_free_again_when_its_job_was_not_accepted(client: serve.Client, deploy: Deploy) -> None:
+    handle = serve.get_handle(deploy(double)).options(idempotency_key="too large at first")
+    with pytest.raises(serve.TooLarge):
+        handle.submit(b"x" * (65 * 1024 * 1024))
+    assert handle.submit(21).result(timeout=30) == 42
 
 
 # Ending and repeating.

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 
 from ..errors import BadEnvelope, StoreUnavailable
 from ..job_store import NumberedEvent
-from ..jobs import EventKind, JobEvent, JobRecord, JobState
+from ..jobs import KEPT_EVENTS, EventKind, JobEvent, JobRecord, JobState
 from ..process.tasks import Tasks
 from ..results import InboxEntry
 from ..store import Store
@@ -26,13 +27,15 @@ class JobFollower:
     Use it in `JobFollowers.follow`. It waits also for a job that is not known yet. `more` is for readers with a time of their own.
     """
 
-    def __init__(self, id: str, after: int) -> None:
+    def __init__(self, id: str, after: int, read_on: Callable[[], None]) -> None:
         self.id = id
+        self._read_on = read_on  # reads behind `heard` from the store
         self.heard = after  # the number of the last event that came in
         self.has_ended = False  # whether the final state has come in
         self._events: deque[NumberedEvent] = deque()
         self._news = asyncio.Event()
         self._is_stopped = False
+        self._is_behind = False  # whether some were dropped, since the reader takes too few
 
     def __repr__(self) -> str:
         return f"<JobFollower of {self.id} up to {self.heard}, {len(self._events)} to take>"
@@ -45,7 +48,9 @@ class JobFollower:
             if self.is_over:
                 raise StopAsyncIteration
             await self._wait()
-        return self._events.popleft()
+        event = self._events.popleft()
+        self._catch_up()
+        return event
 
     async def more(self, timeout_s: float | None = None) -> list[NumberedEvent]:
         """Waits until there is something, and takes it all. Returns nothing at the end, and after `timeout_s`."""
@@ -55,6 +60,7 @@ class JobFollower:
                     await self._wait()
         taken = list(self._events)
         self._events.clear()
+        self._catch_up()
         return taken
 
     @property
@@ -68,6 +74,8 @@ class JobFollower:
         is_final = event.kind is EventKind.STATE and event.state in _FINAL
         if self.is_over or (seq <= self.heard and not is_final):
             return True
+        if self._is_full():
+            return True
         if seq > self.heard + 1:
             return False
         self._add(numbered, is_final)
@@ -76,6 +84,8 @@ class JobFollower:
     def take_all(self, events: list[NumberedEvent], record: JobRecord | None) -> None:
         """Takes what the store has now; those before the first one are not kept any more. A job that has ended has no more."""
         for numbered in events:
+            if self._is_full():
+                return
             self.heard = max(self.heard, numbered.seq - 1)
             self.take(numbered)
         if record is not None and record.state.is_final and not self.has_ended:
@@ -84,6 +94,16 @@ class JobFollower:
     def stop(self) -> None:
         self._is_stopped = True
         self._news.set()
+
+    def _is_full(self) -> bool:
+        """Whether the reader holds as many as are kept, so that it can read the later ones again."""
+        self._is_behind = self._is_behind or len(self._events) >= KEPT_EVENTS
+        return self._is_behind
+
+    def _catch_up(self) -> None:
+        if self._is_behind and not self._events:
+            self._is_behind = False
+            self._read_on()
 
     async def _wait(self) -> None:
         self._news.clear()
@@ -113,7 +133,7 @@ class JobFollowers:
     async def follow(self, future_id: str, after: int = 0) -> JobFollower:
         """Begins to follow the events behind the number `after`. Call `leave` at the end. Raises StoreUnavailable, and BadEnvelope for what
         is no record."""
-        follower = JobFollower(future_id, after)
+        follower = JobFollower(future_id, after, lambda: self._heal_soon(future_id))
         self._followers.setdefault(future_id, []).append(follower)
         self._registrations.begin()
         try:
@@ -141,7 +161,7 @@ class JobFollowers:
             logger.warning("leaving out an event: %s", error)
             return
         if not all([follower.take(NumberedEvent(entry.seq, event)) for follower in followers]):
-            self._tasks.start(self._heal(entry.id))
+            self._heal_soon(entry.id)
 
     def register_again(self) -> None:
         self._registrations.renew_now()
@@ -151,6 +171,9 @@ class JobFollowers:
         for followers in self._followers.values():
             for follower in followers:
                 follower.stop()
+
+    def _heal_soon(self, future_id: str) -> None:
+        self._tasks.start(self._heal(future_id))
 
     async def _heal(self, future_id: str) -> None:
         try:

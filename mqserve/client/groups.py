@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, overload
 
 from ..broker.envelope import mint_id
-from ..broker.errors import BadType, MQServeError
+from ..broker.errors import BadType, BadValue, MQServeError
 from ..broker.job_groups import GroupFacts, member_id
 from ..broker.jobs import JobState
 from .gathering import Gathered
@@ -103,6 +103,8 @@ class _Sending:
         self._items = list(items)
         self._sent = 0
         order = handle._order(None, {})
+        if order.options.idempotency_key:
+            raise BadValue("an idempotency_key names one job, and submit_many() sends many: take a handle without it")
         facts = self.calls.group_of(len(self._items), order)
         self.group = Group(mint_id(), facts, self.calls, plain=order.plain)
 

@@ -47,6 +47,7 @@ class HandleOptions:
     priority: Priority = "normal"
     result_ttl_s: float | None = None
     tag: str = ""
+    idempotency_key: str = ""
 
     def __post_init__(self) -> None:
         check_results(self.results)
@@ -98,7 +99,8 @@ class _BaseHandle:
         `remote` is `stream`, as in Ray Serve 2.
 
         Of `submit` alone: delay_s or eta (it does not begin before), expires_s (it begins within so many seconds from now, or never),
-        priority ("high", "normal" or "low"), result_ttl_s (how long its result is kept), tag (a word by which jobs are listed).
+        priority ("high", "normal" or "low"), result_ttl_s (how long its result is kept), tag (a word by which jobs are listed),
+        idempotency_key (a second job with the same key is not sent, and the first one is returned instead).
 
         Raises BadType for another name, BadType and BadValue for a bad value."""
         try:
@@ -177,6 +179,9 @@ class Handle(_BaseHandle):
     def submit(self, data: Any = None, /, **arguments: Any) -> Job:
         """Sends a job: a request that is kept until it is done, and that any process finds again by its id. Returns once the broker has
         confirmed its message, which survives a restart of the broker. The handler sees the arguments as those of `remote`.
+
+        With an `idempotency_key` that a job of this endpoint has had within 24 hours (or its `result_ttl_s`), that job is returned, unless
+        it was not begun in time. KeyMisused is raised if it had other data, as far as that is not pickled.
 
         Neither `request_timeout_s` nor the time left to a handler that calls this limits a job; shadows get no copy of it. Raises
         NotEncodable, UnknownEndpoint, BadValue for an `eta` that is too far away, and what kept the job from being accepted: Overloaded,

@@ -10,16 +10,17 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..broker.calls.idempotency import KEY_TTL_S, VERSION, Claim, IdempotencyKeys, digest_of
 from ..broker.calls.job_events import JobFollower
 from ..broker.calls.job_sending import JobSender, JobTerms
 from ..broker.calls.sending import RequestSender
 from ..broker.envelope import RequestHead, mint_id
-from ..broker.errors import InstanceError, UnknownJob
+from ..broker.errors import BrokerUnavailable, InstanceError, MQServeError, StoreUnavailable, UnknownJob
 from ..broker.job_groups import GroupFacts
 from ..broker.job_store import NumberedEvent
 from ..broker.jobs import PRIORITIES, UNENDED_TTL_S, JobRecord, JobState
 from ..broker.results import Result
-from ..broker.values.codecs import encode_value
+from ..broker.values.codecs import PICKLE, encode_value
 from ..broker.values.signing import SealScope
 from ..connections import Connections
 from ..controller.state.traffic import choose
@@ -61,6 +62,7 @@ class JobCalls:
         self._signer = connections.settings.signer
         self._requests = requests
         self.refusal = ""  # why the store is to take no new jobs; the client sets it when the document changes
+        self._once = IdempotencyKeys(connections.store, connections.keys)
         self._jobs = JobSender(connections.queue, connections.store, connections.keys, requests.held, self._signer)
 
     def __repr__(self) -> str:
@@ -90,22 +92,47 @@ class JobCalls:
         work = await asyncio.to_thread(self._encoded, replace(order, data=data, arguments=arguments))
         return await work
 
-    def _encoded(self, order: Order) -> Coroutine[Any, Any, Job]:
-        """Encodes the job in the caller's thread, and returns the work that sends it."""
+    def _encoded(self, order: Order, claimed: Claim | None = None) -> Coroutine[Any, Any, Job]:
+        """Encodes the job in the caller's thread, and returns the work that sends it. `claimed`: it may have been sent before, under that
+        id and to that backend."""
         desired, options = self._sender.desired, order.options
-        backend, _ = choose(self._sender.find_endpoint(desired, order.meta.endpoint), order.shard_key)
+        endpoint = self._sender.find_endpoint(desired, order.meta.endpoint)
+        backend = choose(endpoint, order.shard_key).backend if claimed is None else claimed.backend
+        its = desired.backends.get(backend)
         timing = timing_of(options, self._store.now_ms())
         scope = SealScope("request", backend, order.id)
         content_type, body = encode_value([order.data, order.arguments], self._signer, scope, timing.openable_ms)
         terms = JobTerms(
             not_before_ms=timing.not_before_ms,
             expires_ms=timing.expires_ms,
-            result_ttl_s=math.ceil(options.result_ttl_s or 0),
+            result_ttl_s=math.ceil(options.result_ttl_s or (KEY_TTL_S if options.idempotency_key else 0)),
             priority=PRIORITIES[options.priority],
             tag=options.tag,
-            once=desired.backends[backend].config.delivery == "at_most_once",
+            once=its is not None and its.config.delivery == "at_most_once",
+            again=claimed is not None,
         )
-        return self._send(order, backend, content_type, body, terms)
+        send = self._send_once if options.idempotency_key and claimed is None else self._send
+        return send(order, backend, content_type, body, terms)
+
+    async def _send_once(self, order: Order, backend: str, content_type: str, body: bytes, terms: JobTerms) -> Job:
+        """Sends it, unless a job with its key was sent before: then that one is returned."""
+        scope = digest_of(b"handle", order.meta.endpoint.encode(), order.options.idempotency_key.encode())
+        shown = b"" if content_type == PICKLE else body  # two pickles of one value may differ
+        claim = Claim(VERSION, order.id, backend, digest_of(order.meta.call.encode(), content_type.encode(), shown))
+        while (stands := await self._once.claim(scope, claim, terms.result_ttl_s)) != claim:
+            record = await self._jobs.look(stands.id)
+            if record is None:  # who claimed the key may have ended before it sent the job; a second message of one id does no harm
+                return await (await asyncio.to_thread(self._encoded, replace(order, id=stands.id), stands))
+            if record.state is not JobState.EXPIRED:
+                return self.job(stands.id, stands.id, plain=order.plain, expires_ms=record.facts.expires_ms)
+            await self._once.free(scope, stands)
+        try:
+            return await self._send(order, backend, content_type, body, terms)
+        except MQServeError as error:
+            if not (isinstance(error, BrokerUnavailable) and error.maybe_sent):
+                with suppress(StoreUnavailable):  # then the same request may still be sent under its id
+                    await self._once.free(scope, claim)
+            raise
 
     async def _send(self, order: Order, backend: str, content_type: str, body: bytes, terms: JobTerms) -> Job:
         await self._jobs.submit(order.id, backend, body, content_type, order.meta, origin="handle", terms=terms, refusal=self.refusal)

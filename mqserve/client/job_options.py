@@ -10,6 +10,7 @@ from ..broker.errors import BadType, BadValue
 from ..broker.jobs import MAX_DELAY_S, MAX_RESULT_TTL_S, PRIORITIES
 
 MAX_TAG_LENGTH = 200
+MAX_KEY_LENGTH = 255
 _DAY_S = 24 * 3600
 _OPENABLE_S = (
     30 * _DAY_S
@@ -39,6 +40,9 @@ class JobOptions(Protocol):
     @property
     def tag(self) -> str: ...
 
+    @property
+    def idempotency_key(self) -> str: ...
+
 
 class Timing(NamedTuple):
     """When a job may begin, in store time: not before, and not after; 0 for no limit. `openable_ms` is how long its seal has to hold."""
@@ -64,6 +68,11 @@ def check_job_options(options: JobOptions) -> None:
         raise BadType(f"a tag is a text, by which jobs are found together, not {options.tag!r}")
     if len(options.tag) > MAX_TAG_LENGTH or not options.tag.isprintable():
         raise BadValue(f"a tag has at most {MAX_TAG_LENGTH} printable characters, and {options.tag[:40]!r} is none")
+    key = options.idempotency_key
+    if not isinstance(key, str):
+        raise BadType(f"an idempotency_key is a text of the caller's choice, a new one for each job, not {key!r}")
+    if len(key.encode(errors="replace")) > MAX_KEY_LENGTH:
+        raise BadValue(f"an idempotency_key has at most {MAX_KEY_LENGTH} bytes, and this one begins with {key[:40]!r}")
 
 
 def _check_eta(options: JobOptions) -> None:

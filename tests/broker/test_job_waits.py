@@ -11,7 +11,7 @@ from mqserve.broker.calls.job_events import JobFollower
 from mqserve.broker.calls.pending import PendingResults
 from mqserve.broker.errors import BadEnvelope, ResultGone, StoreUnavailable
 from mqserve.broker.job_store import NumberedEvent
-from mqserve.broker.jobs import EventKind, JobEvent, JobState
+from mqserve.broker.jobs import KEPT_EVENTS, EventKind, JobEvent, JobState
 from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.redis.store import open_redis
 from mqserve.broker.results import INLINE_BYTES, Result, entry_of
@@ -282,6 +282,20 @@ async def test_one_who_follows_a_job_that_is_not_known_yet_hears_of_it(store: St
     assert [text for _, text in await all_of(follower)] == ["running", "succeeded"]
 
 
+async def test_a_reader_that_takes_nothing_holds_no_more_than_is_kept_and_goes_on_with_that(store: Store, pending: PendingResults) -> None:
+    await begun(store)
+    follower = await pending.followers.follow("f")
+    for number in range(5 * KEPT_EVENTS):
+        store.jobs.note("f", b"run", JobEvent(EventKind.LOG, text=str(number)))
+    await succeeded(store)
+    await store.jobs.read("f")
+    await asyncio.sleep(0.1)
+    assert len(follower._events) <= KEPT_EVENTS
+    texts = [text for _, text in await all_of(follower)]
+    assert texts[:2] == ["running", "0"] and texts[-2:] == [str(5 * KEPT_EVENTS - 1), "succeeded"]
+    assert len(texts) <= 2 * KEPT_EVENTS
+
+
 async def test_one_that_stops_following_leaves_nothing(store: Store, pending: PendingResults) -> None:
     before = asyncio.all_tasks()
     one, other = await pending.followers.follow("f"), await pending.followers.follow("f")
@@ -315,7 +329,7 @@ async def test_one_cannot_follow_what_is_no_record(store_server: PrivateRedis, n
 @pytest.mark.parametrize("state", [state for state in JobState if state.is_final])
 def test_a_follower_ends_behind_any_final_state_whatever_its_number(state: JobState) -> None:
     """A store that lost everything counts anew."""
-    follower = JobFollower("f", 10)
+    follower = JobFollower("f", 10, lambda: None)
     assert follower.take(NumberedEvent(3, JobEvent(EventKind.STATE, state="running")))
     assert not follower.is_over
     assert follower.take(NumberedEvent(4, JobEvent(EventKind.STATE, state=state)))

@@ -1,4 +1,5 @@
-"""Jobs that wait for their time while RabbitMQ restarts, and while the leading controller is killed: each comes, and none comes early."""
+"""Jobs that wait for their time while RabbitMQ restarts, and while the leading controller is killed: each comes, and none comes early. And
+for how long RabbitMQ lets a replica hold one."""
 
 import asyncio
 import signal
@@ -15,10 +16,11 @@ from mqserve.broker.settings import Settings
 from mqserve.broker.store import Store
 from mqserve.broker.store_keys import StoreKeys
 from mqserve.controller.changes import commit, create_backend
+from mqserve.controller.job_limits import job_limit_s
 from mqserve.controller.lease import read_instance
 from mqserve.controller.state.documents import Backend
 from tests.broker.test_later import forwarding, job_due_in, publish_later
-from tests.broker.traffic import until
+from tests.broker.traffic import Hands, publish, publish_job, text, until
 from tests.faults.members import Members
 from tests.instances import ROOT, SECRET_KEY, CommandLine, wait_until
 from tests.servers import PrivateRabbitMQ
@@ -108,3 +110,31 @@ async def test_the_death_of_the_leading_controller_loses_no_job_that_waits(shell
         assert members.leader()[0] == second.pid
     members.close()
     check_none_was_early(arrivals, due_ms)
+
+
+@pytest.fixture
+def impatient(broker_server: PrivateRabbitMQ) -> Iterator[str]:
+    """The URL of a RabbitMQ that takes a message back from its consumer after 3 s, by its configuration."""
+    settings = {"consumer_timeout": (3000, 1_800_000), "channel_tick_interval": (1000, 60_000)}
+    for setting, (value_ms, _) in settings.items():
+        broker_server.eval(f"application:set_env(rabbit, {setting}, {value_ms})")
+    yield broker_server.url
+    for setting, (_, default_ms) in settings.items():
+        broker_server.eval(f"application:set_env(rabbit, {setting}, {default_ms})")
+
+
+async def test_a_replica_may_hold_a_job_for_longer_than_rabbitmqs_configuration_says_from_3_12_on(impatient: str, namespace: str) -> None:
+    async with open_rabbitmq(impatient, namespace, "test") as queue:
+        await queue.declare("b", 1, None)
+        waits, jobs = Hands(), Hands()
+        await queue.consume("b", 1, 10, waits)
+        await queue.consume("b", 1, 10, jobs, jobs=True)
+        assert await publish(queue, text("a wait")) is None
+        assert await publish_job(queue, text("a job")) is None
+        await until(lambda: len(waits) > 1, BUDGET_S)
+        assert waits.held[-1].redelivered
+        if not job_limit_s(queue.broker_version, 3.0):
+            await asyncio.sleep(5)  # time enough to take it back, too
+            assert len(jobs) == 1
+        else:
+            await until(lambda: len(jobs) > 1, BUDGET_S)

@@ -399,7 +399,7 @@ def test_a_job_that_waits_comes_to_its_backend_by_the_clients_user(composed: Com
             open_redis(settings.store_url, "mqserve") as store,
             open_rabbitmq(settings.broker_url, "mqserve", "test", seals=settings.header_seals) as queue,
         ):
-            job = replace(job_due_in(store, 1.0), body=b"21", content_type="application/json")
+            job = replace(job_due_in(store, 1.0), body=msgspec.msgpack.encode([21, {}]), content_type="application/msgpack")
             fate = asyncio.get_running_loop().create_future()
             queue.publish_later("double", job, 1.0, fate.set_result)
             assert await fate is None

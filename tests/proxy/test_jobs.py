@@ -2,83 +2,20 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, MutableMapping
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
-from mqserve.broker.envelope import Envelope, mint_id
-from mqserve.broker.jobs import Attempt, EventKind, JobEnd, JobEvent, JobFacts, JobState, Leased, Run, state_of
-from mqserve.broker.results import ErrorInfo, Result, entry_of
+from mqserve.broker.envelope import mint_id
+from mqserve.broker.jobs import Attempt, EventKind, JobEvent, JobState
+from mqserve.broker.results import Result
 from mqserve.proxy.forwarded import forwarders
 from mqserve.proxy.preferences import Preference, read_preference
 from tests.broker.traffic import Hands, until
-from tests.proxy.test_app import TOKEN, Answer, Site
+from tests.proxy.job_site import ASYNC, FAILED, FAR, WITH_TOKEN, JobSite
 
 pytestmark = pytest.mark.anyio
-
-ASYNC = (b"prefer", b"respond-async")
-FAR = ("192.0.2.1", 1)
-WITH_TOKEN = (b"authorization", f"Bearer {TOKEN}".encode())
-FAILED = Result(status=500, error=ErrorInfo(type="ValueError", message="secret words", traceback="Traceback …"))
-
-
-class JobSite(Site):
-    """A site whose jobs are held by `jobs`, which the test runs as a replica would."""
-
-    async def __aenter__(self) -> "JobSite":
-        await super().__aenter__()
-        self.jobs = Hands()
-        await self.queue.consume("b", 1, 1000, self.jobs, jobs=True)
-        return self
-
-    async def submitted(self, *headers: tuple[bytes, bytes], **request: Any) -> tuple[Envelope, Answer]:
-        before = len(self.jobs)
-        answer = await self.ask("/e/x", headers=[ASYNC, *headers], **request)
-        await self.jobs.hold(before + 1)
-        return self.jobs.held[-1].envelope(), answer
-
-    async def begun(self, future_id: str) -> bytes:
-        token = mint_id().encode()
-        run = Run(future_id, token, "replica", JobFacts("b", "e"), self.store.now_ms())
-        assert isinstance(await self.store.jobs.begin(run), Leased)
-        return token
-
-    def end(self, future_id: str, result: Result, *, ttl_ms: int = 60_000) -> None:
-        raw = result.to_bytes()
-        note, now_ms = entry_of(future_id, raw), self.store.now_ms()
-        self.store.jobs.end_then(JobEnd(future_id, raw, note, state_of(result), result.status, "b", now_ms, ttl_ms), lambda outcome: None)
-
-    async def state(self, future_id: str, query: bytes = b"", **scope: Any) -> dict[str, Any]:
-        answer = await self.ask(f"/-/futures/{future_id}", query_string=query, **scope)
-        assert answer.status == 200, answer.body
-        found: dict[str, Any] = json.loads(answer.body)
-        return found
-
-    async def events(self, future_id: str, last: bytes = b"", *headers: tuple[bytes, bytes]) -> list[tuple[str, str, Any]]:
-        """The id, kind and data of each event until the feed ends."""
-        parts: list[bytes] = []
-
-        async def receive() -> MutableMapping[str, Any]:
-            await asyncio.Event().wait()
-            return {}
-
-        async def send(message: MutableMapping[str, Any]) -> None:
-            parts.append(message.get("body", b""))
-
-        path, headers = f"/-/futures/{future_id}/events", (*headers, (b"last-event-id", last))
-        scope = {
-            "type": "http", "method": "GET", "path": path, "raw_path": path.encode(), "query_string": b"", "headers": list(headers),
-            "http_version": "1.1", "scheme": "http", "client": FAR, "server": None,
-        }  # fmt: skip
-        async with asyncio.timeout(20):
-            await self.app(scope, receive, send)
-        found = []
-        for block in b"".join(parts).decode().split("\n\n"):
-            fields = dict(line.split(": ", 1) for line in block.splitlines() if not line.startswith(":"))
-            if "data" in fields:
-                found.append((fields["id"], fields["event"], json.loads(fields["data"])))
-        return found
 
 
 @pytest.fixture
@@ -429,114 +366,3 @@ def test_a_prefix_counts_from_a_trusted_server_and_if_it_is_a_path(peer: str, to
 async def test_links_begin_with_the_prefix_that_a_trusted_server_says(site: JobSite) -> None:
     envelope, answer = await site.submitted(**{"mqserve.prefix": "/api"})
     assert answer.headers["location"] == f"/api/-/futures/{envelope.id}"
-
-
-# Keys by which a client sends a request again.
-
-
-def key(name: bytes = b"one") -> tuple[bytes, bytes]:
-    return (b"idempotency-key", name)
-
-
-async def test_a_request_with_a_key_waits_for_its_answer_and_the_same_again_gets_that_one(site: JobSite) -> None:
-    asked = asyncio.create_task(site.ask("/e/x", method="POST", body=[b"data"], headers=[key()]))
-    await site.jobs.hold(1)
-    envelope = site.jobs.held[0].envelope()
-    again = asyncio.create_task(site.ask("/e/x", method="POST", body=[b"da", b"ta"], headers=[key()]))
-    await until(lambda: len(site.app.polls) == 2)
-    site.end(envelope.id, Result(status=201, body=b"done"))
-    first, second = await asked, await again
-    third = await site.ask("/e/x", method="POST", body=[b"data"], headers=[key()])
-    assert [(answer.status, answer.body) for answer in (first, second, third)] == [(201, b"done")] * 3
-    assert [answer.headers.get("idempotent-replayed") for answer in (first, second, third)] == [None, "true", "true"]
-    assert {answer.headers["x-request-id"] for answer in (first, second, third)} == {envelope.id}
-    assert (envelope.persistent, envelope.priority, len(site.jobs)) == (True, 4, 1)
-
-
-async def test_the_same_key_with_another_request_is_a_422(site: JobSite) -> None:
-    await site.submitted(key(), method="POST", body=[b"data"])
-    others: list[dict[str, Any]] = [
-        {"method": "POST", "body": [b"other"]},
-        {"method": "GET", "body": [b"data"]},
-        {"method": "POST", "body": [b"data"], "query_string": b"q=1"},
-        {"method": "POST", "body": [b"data"], "raw_path": b"/e/%78"},
-        {"method": "POST", "body": [b"data"], "headers": [ASYNC, key(), (b"content-type", b"text/plain")]},
-    ]
-    for other in others:
-        answer = await site.ask("/e/x", **{"headers": [ASYNC, key()], **other})
-        assert (answer.status, "another request" in answer.detail) == (422, True)
-    assert len(site.jobs) == 1
-
-
-async def test_a_key_is_that_of_one_client(site: JobSite) -> None:
-    ids = set[str]()
-    for name in (b"ada", b"bob", b"ada"):
-        answer = await site.ask("/e/x", headers=[ASYNC, key(), (b"authorization", name)])
-        ids.add(json.loads(answer.body)["id"])
-    await site.jobs.hold(2)
-    assert len(ids) == 2
-
-
-async def test_a_job_with_a_key_that_is_sent_again_is_the_same_job_in_its_state(site: JobSite) -> None:
-    envelope, _ = await site.submitted(key())
-    assert envelope.header.job is not None and envelope.header.job.result_ttl_s == 24 * 3600
-    await site.begun(envelope.id)
-    answer = await site.ask("/e/x", headers=[ASYNC, key()])
-    view = json.loads(answer.body)
-    assert (answer.status, view["id"], view["status"], answer.headers["location"]) == (
-        202, envelope.id, "running", f"/-/futures/{envelope.id}",
-    )  # fmt: skip
-    assert len(site.jobs) == 1
-
-
-@pytest.mark.parametrize("status", [429, 503])
-async def test_an_answer_that_says_try_again_frees_the_key(site: JobSite, status: int) -> None:
-    asked = asyncio.create_task(site.ask("/e/x", headers=[key()]))
-    await site.jobs.hold(1)
-    site.end(site.jobs.held[0].envelope().id, Result(status=status))
-    assert (await asked).status == status
-    asked = asyncio.create_task(site.ask("/e/x", headers=[key()]))
-    await site.jobs.hold(2)
-    site.end(site.jobs.held[1].envelope().id, Result(body=b"now"))
-    assert (await asked).body == b"now"
-
-
-async def test_an_error_of_the_handler_is_the_answer_from_then_on(site: JobSite) -> None:
-    envelope, _ = await site.submitted(key())
-    site.end(envelope.id, FAILED)
-    answer = await site.ask("/e/x", headers=[key()])
-    assert (answer.status, answer.headers["idempotent-replayed"], len(site.jobs)) == (500, "true", 1)
-
-
-async def test_a_request_that_was_refused_has_no_key(site: JobSite) -> None:
-    site.app.futures.refusal = "full"
-    assert (await site.ask("/e/x", headers=[ASYNC, key()])).status == 503
-    site.app.futures.refusal = ""
-    assert (await site.submitted(key()))[1].status == 202
-
-
-async def test_a_key_whose_proxy_died_before_it_sent_is_sent_by_the_next_under_the_same_id(site: JobSite) -> None:
-    publish, begun = site.queue.publish_job, asyncio.Event()
-    site.queue.publish_job = lambda *_: begun.set()  # type: ignore[method-assign]
-    dying = asyncio.create_task(site.ask("/e/x", headers=[key()]))
-    await begun.wait()
-    dying.cancel()
-    site.queue.publish_job = publish  # type: ignore[method-assign]
-    envelope, answer = await site.submitted(key())
-    assert (answer.status, answer.headers["idempotent-replayed"], envelope.header.again) == (202, "true", True)
-    assert json.loads(answer.body)["id"] == envelope.id
-
-
-async def test_a_client_that_loses_its_connection_finds_the_answer_by_its_key(site: JobSite) -> None:
-    gone = asyncio.Event()
-    asked = asyncio.create_task(site.ask("/e/x", headers=[key()], gone=gone))
-    await site.jobs.hold(1)
-    gone.set()
-    assert (await asked).status == 504
-    site.end(site.jobs.held[0].envelope().id, Result(body=b"kept"))
-    assert (await site.ask("/e/x", headers=[key()])).body == b"kept"
-
-
-async def test_a_key_that_is_none_is_a_400(site: JobSite) -> None:
-    for headers in ([key(b"")], [key(b"x" * 256)], [key(), key()]):
-        assert (await site.ask("/e/x", headers=headers)).status == 400
