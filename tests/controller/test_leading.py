@@ -467,5 +467,32 @@ async def test_the_leader_reports_a_store_that_is_set_up_to_forget() -> None:
         assert read_observed(await store.get(keys.observed)).problems == {"the store": "it evicts"}
 
 
+async def test_the_leader_tells_all_that_the_store_is_almost_full_and_no_more_once_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Filling(EmbeddedStore):
+        def __init__(self) -> None:
+            super().__init__()
+            self.why = "it is full to 80%"
+            self.was_full: list[bool] = []
+
+        async def fullness(self, *, was_full: bool) -> str:
+            self.was_full.append(was_full)
+            return self.why
+
+    monkeypatch.setattr("mqserve.controller.store_checks.MEMORY_EVERY_S", 0.1)
+    store, keys = Filling(), StoreKeys("tests")
+    await claim_instance(store, keys, "", HTTP, detached=True)
+
+    async def says(why: str) -> bool:
+        observed = read_observed(await store.get(keys.observed))
+        return (observed.store_is_full, "the store's memory" in observed.problems) == (why, bool(why))
+
+    async with controllers(store, keys) as running:
+        running.start("first")
+        await until(lambda: says("it is full to 80%"))
+        store.why = ""
+        await until(lambda: says(""))
+    assert store.was_full[:2] == [False, True]
+
+
 async def exists(store: Store, key: str) -> bool:
     return await store.get(key) is not None
