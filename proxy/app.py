@@ -189,13 +189,12 @@ class ProxyApp:
         backend, _, content_type, method, timeout_s, priority = self.admit(call, is_job=preference is not None)
         is_once = backend in routes.at_most_once
         terms = self.jobs.terms(call.headers, timeout_s, priority, once=is_once, is_awaited=preference is None)
-        body = await _read_body(receive, self._sender.held)
         wait_s = preference.wait_s or 0 if preference is not None else min(timeout_s, routes.timeouts_s[backend])
-        self._metrics.sent[call.target.endpoint.name] += 1
+        body = await _read_body(receive, self._sender.held)
         job = JobCall(call.id, backend, body, content_type, head_of(call, method), terms, preference, wait_s, scope, receive)
-        if not key:
-            return await self.jobs.serve(job)
-        return await self.jobs.serve_keyed(job, await keyed(call, key, backend, content_type, body))
+        del body
+        self._metrics.sent[call.target.endpoint.name] += 1
+        return await (self.jobs.serve_keyed(job, await keyed(call, key, job)) if key else self.jobs.serve(job))
 
     # Plain requests: the same without a task, and with no await.
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..broker.calls.idempotency import VERSION, Claim, digest_of
 from ..broker.errors import BadValue
 from .calls import HttpCall
 from .preferences import Headers
+
+if TYPE_CHECKING:
+    from .jobs import JobCall
 
 KEY_HEADER = b"idempotency-key"
 REPLAYED = (b"idempotent-replayed", b"true")
@@ -34,10 +37,10 @@ def read_key(headers: Headers) -> bytes:
     return found[0]
 
 
-async def keyed(call: HttpCall, key: bytes, backend: str, content_type: str, body: bytes) -> KeyedCall:
+async def keyed(call: HttpCall, key: bytes, job: JobCall) -> KeyedCall:
     """A key counts for one endpoint and one `Authorization`, so that nobody gets the answers of others."""
     authorization = hashlib.sha256(call.header(b"authorization")).digest()
     scope = digest_of(call.target.endpoint.name.encode(), authorization, key)
-    parts = (call.method.encode(), call.raw_path, call.query, content_type.encode(), body)
-    fingerprint = digest_of(*parts) if len(body) <= _HASHED_AT_ONCE else await asyncio.to_thread(digest_of, *parts)
-    return KeyedCall(scope, Claim(VERSION, call.id, backend, fingerprint))
+    parts = (call.method.encode(), call.raw_path, call.query, job.content_type.encode(), job.body)
+    fingerprint = digest_of(*parts) if len(job.body) <= _HASHED_AT_ONCE else await asyncio.to_thread(digest_of, *parts)
+    return KeyedCall(scope, Claim(VERSION, job.id, job.backend, fingerprint))

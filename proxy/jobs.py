@@ -27,10 +27,10 @@ Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[Any]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class JobCall:
     """A request on its way to be a job. Its client waits for `wait_s`; without a preference it waits as for any request, and hears of no
-    job."""
+    job. The body is given up when it is sent: what waits for an answer holds none."""
 
     id: str
     backend: str
@@ -77,7 +77,7 @@ class Jobs:
         """Does the same, unless a request with this key was sent before: then its answer is returned. An answer that says "try again" frees
         the key."""
         ttl_s = call.terms.result_ttl_s or KEY_TTL_S
-        call = replace(call, terms=replace(call.terms, result_ttl_s=ttl_s))  # as long as the key names it
+        call.terms = replace(call.terms, result_ttl_s=ttl_s)  # as long as the key names it
         while (claim := await self._keys.claim(keyed.scope, keyed.claim, ttl_s)) != keyed.claim:
             found = await self._peek(claim.id)
             if found is None or not frees_key(found):
@@ -92,7 +92,7 @@ class Jobs:
         return await self._answer_keyed(call, facts, keyed, claim)
 
     async def _serve_again(self, call: JobCall, keyed: KeyedCall, claim: Claim, found: Result | None) -> Reply:
-        call = replace(call, id=claim.id, backend=claim.backend, terms=replace(call.terms, again=True))
+        call.id, call.backend, call.terms = claim.id, claim.backend, replace(call.terms, again=True)
         if found is not None:
             status, headers, body = self._reply_of(call, found)
         else:
@@ -128,6 +128,7 @@ class Jobs:
 
     async def _awaited(self, call: JobCall) -> Result | None:
         """Returns the result, if the client waits for it and it is there in time. The job was accepted in any case."""
+        call.body = b""
         if not call.wait_s:
             return None
         with suppress(MQServeError):
