@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from typing import Any, NamedTuple
 
 from rich.console import Console
+from rich.live import Live
 from rich.text import Text
 
 from ..broker.calls.job_sending import JobSender
@@ -22,6 +24,7 @@ from .printing import print_json, print_sentence, when
 from .status_table import make_console, make_table
 
 ASK_ABOVE = 10
+_LOOK_EVERY_S = 1.0
 _AT_MOST = 10_000  # jobs that one command acts on
 _COLORS = {
     JobState.RUNNING: "yellow",
@@ -70,6 +73,35 @@ async def list_jobs(settings: Settings, filter: Filter, limit: int, *, as_json: 
         return print_sentence(console, "There are no such jobs." if filter != Filter() else "There are no jobs.")
     console.print(table_of(found, limit))
     return 0
+
+
+async def watch_jobs(settings: Settings, filter: Filter, limit: int, *, as_json: bool, console: Console | None = None) -> int:
+    """Shows the latest jobs until it is interrupted: as a table that changes in a terminal, else a line, or JSON, for each that is new or
+    has changed its state."""
+    console = console or make_console()
+    seen: dict[str, JobState] = {}
+    async with _connected(settings) as connections:
+        with ExitStack() as stack:
+            live = stack.enter_context(Live(console=console, auto_refresh=False)) if console.is_terminal and not as_json else None
+            while True:
+                found = await _listed(connections.store.jobs, filter, limit)
+                if live is not None:
+                    live.update(table_of(found, limit), refresh=True)
+                else:
+                    _print_changes(console, [record for record in reversed(found) if seen.get(record.id) != record.state], as_json)
+                    seen = {record.id: record.state for record in found}
+                await asyncio.sleep(_LOOK_EVERY_S)
+
+
+def _print_changes(console: Console, records: Sequence[JobRecord], as_json: bool) -> None:
+    for record in records:
+        facts = facts_of(record, None)
+        if as_json:
+            print_json(console, [facts])
+        else:
+            words = (facts["id"], facts["status"], facts["endpoint"] or facts["backend"], facts["tag"])
+            print_sentence(console, " ".join(printable(word) for word in words if word))
+    console.file.flush()
 
 
 async def show_jobs(settings: Settings, ids: Sequence[str], *, as_json: bool, console: Console | None = None) -> int:
