@@ -137,7 +137,8 @@ def test_a_job_is_watched_to_its_end(joining: CommandLine, doubling: str) -> Non
         "succeeded",
     ]
     watched = joining.run("jobs", "watch", bad.id, "--json")
-    assert watched.returncode == 1
+    assert watched.returncode == 1 and "that is odd" in watched.stderr and "Traceback" not in watched.stderr
+    assert as_json(joining, "jobs", "show", bad.id)[0]["error"] == "ValueError: that is odd"
     assert [json.loads(line)["status"] for line in watched.stdout.splitlines()] == ["queued", "running", "failed"]
 
 

@@ -18,6 +18,7 @@ from ..broker.job_store import JobStore
 from ..broker.jobs import JobEvent, JobRecord, JobState, priority_name
 from ..broker.overload import HeldBytes
 from ..broker.process.printable import printable
+from ..broker.results import Result
 from ..broker.settings import Settings
 from ..connections import Connections, open_connections
 from .printing import print_json, print_sentence, when
@@ -115,7 +116,8 @@ async def show_jobs(settings: Settings, ids: Sequence[str], *, as_json: bool, co
             if record is None:
                 missing.append(job_id)
                 continue
-            facts = facts_of(record, await _place(jobs, record)) | {"history": history_of(record)}
+            facts = facts_of(record, await _place(jobs, record)) | {"error": await _error(connections, record)}
+            facts["history"] = history_of(record)
             facts["events"] = [event_facts(number, event) for number, event in await jobs.events(job_id)]
             if as_json:
                 print_json(console, [facts])
@@ -223,6 +225,13 @@ async def _place(jobs: JobStore, record: JobRecord) -> int | None:
     return await jobs.place(record.id, record.facts) if record.state is JobState.QUEUED else None
 
 
+async def _error(connections: Connections, record: JobRecord) -> str | None:
+    """Returns the type and message of what its result says went wrong; None if there is no such result."""
+    raw = await connections.store.get(connections.keys.future(record.id)) if record.has_result else None
+    error = None if raw is None else Result.from_bytes(raw).error
+    return None if error is None else f"{error.type}: {error.message}"
+
+
 # What is printed.
 
 
@@ -275,6 +284,7 @@ def table_of(records: Sequence[JobRecord], limit: int) -> Any:
     """Returns rich's table of jobs, the latest first."""
     title = f"Jobs, the latest {limit}" if len(records) == limit else "Jobs"
     table = make_table(title, "id", "status", "for", "tag", "created", "runs", "progress")
+    table.columns[0].no_wrap = True  # it is there to be copied
     for record in records:
         facts = record.facts
         target = facts.endpoint or facts.backend
