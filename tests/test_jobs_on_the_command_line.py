@@ -137,8 +137,18 @@ def test_a_job_is_watched_to_its_end(joining: CommandLine, doubling: str) -> Non
         "succeeded",
     ]
     watched = joining.run("jobs", "watch", bad.id, "--json")
-    assert watched.returncode == 1
+    assert watched.returncode == 1 and "that is odd" in watched.stderr and "Traceback" not in watched.stderr
+    assert as_json(joining, "jobs", "show", bad.id)[0]["error"] == "ValueError: that is odd"
     assert [json.loads(line)["status"] for line in watched.stdout.splitlines()] == ["queued", "running", "failed"]
+
+
+def test_the_latest_jobs_are_watched_until_ctrl_c(joining: CommandLine, doubling: str) -> None:
+    tag = new_name("tag")
+    watching = joining.start("jobs", "watch", "--tag", tag)
+    job = serve.get_handle(doubling).options(tag=tag).submit(21)
+    assert watching.wait_for(f"{job.id} succeeded").endswith(f"{doubling} {tag}")
+    watching.signal(signal.SIGINT)
+    assert watching.wait() == 130 and "Traceback" not in watching.output
 
 
 # Calls.

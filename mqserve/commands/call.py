@@ -53,8 +53,9 @@ def call_later(settings: Settings, endpoint: str, data: str, interrupts: Interru
 
 
 def watch_by_id(settings: Settings, job_id: str, interrupts: Interrupts, *, as_json: bool) -> int:
-    """Shows what happens to a job until it has ended. The exit code is 0 if it succeeded."""
+    """Shows what happens to a job until it has ended. Raises the reason of one that has not succeeded."""
     with _joined(settings) as client:
+        client.sender.only_plain = True  # a job of any sender is watched: its result is not unpickled
         job = client.job(job_id)
         job.status()  # raises UnknownJob
         interrupts.first = "\nThe job goes on."
@@ -63,7 +64,10 @@ def watch_by_id(settings: Settings, job_id: str, interrupts: Interrupts, *, as_j
                 print_json(Console(), [_facts(event)])
         else:
             _watch(job, Console())
-        return 0 if job.status().state is JobState.SUCCEEDED else FAILED
+        if job.status().state is JobState.SUCCEEDED:
+            return 0
+        job.result()  # raises why, which gets one sentence
+        return FAILED
 
 
 @contextmanager

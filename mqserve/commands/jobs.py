@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from typing import Any, NamedTuple
 
 from rich.console import Console
+from rich.live import Live
 from rich.text import Text
 
 from ..broker.calls.job_sending import JobSender
@@ -16,12 +18,14 @@ from ..broker.job_store import JobStore
 from ..broker.jobs import JobEvent, JobRecord, JobState, priority_name
 from ..broker.overload import HeldBytes
 from ..broker.process.printable import printable
+from ..broker.results import Result
 from ..broker.settings import Settings
 from ..connections import Connections, open_connections
 from .printing import print_json, print_sentence, when
 from .status_table import make_console, make_table
 
 ASK_ABOVE = 10
+_LOOK_EVERY_S = 1.0
 _AT_MOST = 10_000  # jobs that one command acts on
 _COLORS = {
     JobState.RUNNING: "yellow",
@@ -72,6 +76,35 @@ async def list_jobs(settings: Settings, filter: Filter, limit: int, *, as_json: 
     return 0
 
 
+async def watch_jobs(settings: Settings, filter: Filter, limit: int, *, as_json: bool, console: Console | None = None) -> int:
+    """Shows the latest jobs until it is interrupted: as a table that changes in a terminal, else a line, or JSON, for each that is new or
+    has changed its state."""
+    console = console or make_console()
+    seen: dict[str, JobState] = {}
+    async with _connected(settings) as connections:
+        with ExitStack() as stack:
+            live = stack.enter_context(Live(console=console, auto_refresh=False)) if console.is_terminal and not as_json else None
+            while True:
+                found = await _listed(connections.store.jobs, filter, limit)
+                if live is not None:
+                    live.update(table_of(found, limit), refresh=True)
+                else:
+                    _print_changes(console, [record for record in reversed(found) if seen.get(record.id) != record.state], as_json)
+                    seen = {record.id: record.state for record in found}
+                await asyncio.sleep(_LOOK_EVERY_S)
+
+
+def _print_changes(console: Console, records: Sequence[JobRecord], as_json: bool) -> None:
+    for record in records:
+        facts = facts_of(record, None)
+        if as_json:
+            print_json(console, [facts])
+        else:
+            words = (facts["id"], facts["status"], facts["endpoint"] or facts["backend"], facts["tag"])
+            print_sentence(console, " ".join(printable(word) for word in words if word))
+    console.file.flush()
+
+
 async def show_jobs(settings: Settings, ids: Sequence[str], *, as_json: bool, console: Console | None = None) -> int:
     """Prints all that is known of each job. Raises BadValue for an unknown id, after the others."""
     console = console or make_console()
@@ -83,7 +116,8 @@ async def show_jobs(settings: Settings, ids: Sequence[str], *, as_json: bool, co
             if record is None:
                 missing.append(job_id)
                 continue
-            facts = facts_of(record, await _place(jobs, record)) | {"history": history_of(record)}
+            facts = facts_of(record, await _place(jobs, record)) | {"error": await _error(connections, record)}
+            facts["history"] = history_of(record)
             facts["events"] = [event_facts(number, event) for number, event in await jobs.events(job_id)]
             if as_json:
                 print_json(console, [facts])
@@ -191,6 +225,13 @@ async def _place(jobs: JobStore, record: JobRecord) -> int | None:
     return await jobs.place(record.id, record.facts) if record.state is JobState.QUEUED else None
 
 
+async def _error(connections: Connections, record: JobRecord) -> str | None:
+    """Returns the type and message of what its result says went wrong; None if there is no such result."""
+    raw = await connections.store.get(connections.keys.future(record.id)) if record.has_result else None
+    error = None if raw is None else Result.from_bytes(raw).error
+    return None if error is None else f"{error.type}: {error.message}"
+
+
 # What is printed.
 
 
@@ -243,6 +284,7 @@ def table_of(records: Sequence[JobRecord], limit: int) -> Any:
     """Returns rich's table of jobs, the latest first."""
     title = f"Jobs, the latest {limit}" if len(records) == limit else "Jobs"
     table = make_table(title, "id", "status", "for", "tag", "created", "runs", "progress")
+    table.columns[0].no_wrap = True  # it is there to be copied
     for record in records:
         facts = record.facts
         target = facts.endpoint or facts.backend

@@ -91,15 +91,22 @@ def show_jobs(ids: tuple[str, ...], namespace: str | None, as_json: bool) -> int
 
 
 @jobs.command("watch")
-@click.argument("job_id", metavar="ID")
+@click.argument("job_id", metavar="[ID]", default="")
+@with_options(filter_options)
 @namespace_option
+@click.option("--limit", type=click.IntRange(1), default=30, show_default=True, help="The largest number of jobs to watch without an ID.")
 @json_option
 @one_sentence
-def watch_job(job_id: str, namespace: str | None, as_json: bool) -> int:
-    """Show what happens to a job until it has ended."""
-    from .call import watch_by_id
+def watch_jobs(job_id: str, namespace: str | None, limit: int, as_json: bool, **filter: Any) -> int:
+    """Show what happens to a job until it has ended; without ID, what happens to the latest jobs."""
+    settings = distributed(namespace, "jobs watch")
+    if job_id:
+        from .call import watch_by_id
 
-    return watch_by_id(distributed(namespace, "jobs watch"), job_id, interrupts, as_json=as_json)
+        return watch_by_id(settings, job_id, interrupts, as_json=as_json)
+    from . import jobs
+
+    return run_loop(jobs.watch_jobs(settings, _filter(**filter), limit, as_json=as_json))
 
 
 @jobs.command("cancel")
