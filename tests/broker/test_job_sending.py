@@ -225,7 +225,7 @@ async def test_a_job_is_cancelled_once_and_whoever_waits_is_told(sender: JobSend
     id = await submitted(sender)
     wait = asyncio.create_task(pending.job_result(id, BUDGET_S))
     await until(lambda: id in pending.jobs)
-    assert await sender.cancel(id) and await sender.cancel(id)
+    assert await sender.cancel(id) and not await sender.cancel(id)
     assert (await wait).status == 499
     assert await state_of(store, id) == "cancelled"
     await until(lambda: any(id.encode() in entry for entry in heard))
@@ -275,7 +275,7 @@ async def test_a_job_that_has_ended_is_sent_once_more_as_another(sender: JobSend
     assert (second.id, second.body, second.content_type, second.priority) == (new, first.body, first.content_type, 2)
     assert second.header.meta == META and second.header.job is not None
     assert (second.header.job.retry_of, second.header.job.result_ttl_s, second.header.job.tag) == (id, 60, "t")
-    assert 0 <= facts.expires_ms - facts.created_ms - 60_000 < 1000 and facts.retry_of == id
+    assert abs(facts.expires_ms - facts.created_ms - 60_000) < 1000 and facts.retry_of == id
     assert await state_of(store, new) == "queued" and await state_of(store, id) == "failed"
 
 

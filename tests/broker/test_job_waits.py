@@ -216,6 +216,26 @@ async def test_ends_reach_who_waits_though_connections_are_killed(store_server: 
             assert {result.body for result in await asyncio.gather(*waits)} == {b"done"}
 
 
+async def test_who_waits_or_follows_hears_of_the_end_though_the_store_came_back_empty(
+    store_server: PrivateRedis, namespace: str, keys: StoreKeys
+) -> None:
+    async with (
+        open_redis(store_server.url, namespace) as store,
+        open_redis(store_server.url, namespace) as replicas,
+        running(store, keys) as pending,
+    ):
+        await added(store)
+        await begun(replicas)
+        wait, follower = asyncio.create_task(pending.job_result("f", None)), await pending.followers.follow("f")
+        await until(lambda: store_server.say("EXISTS", keys.waiters("f")))
+        await asyncio.to_thread(store_server.stop)
+        await asyncio.to_thread(store_server.start)
+        await until(lambda: store_server.say("EXISTS", keys.waiters("f"), keys.followers("f")) == 2)
+        await succeeded(replicas, token=b"run")
+        assert await waited(wait) == b"done"
+        assert [text for _, text in await all_of(follower)] == ["queued", "running", "succeeded"]
+
+
 # Following.
 
 
