@@ -24,7 +24,8 @@ from .queues import WhileLeading
 
 logger = logging.getLogger(__name__)
 
-HELD = 200  # jobs that are on their way at once
+HELD = 64  # jobs that are on their way at once: each may have a body of 1 MiB
+AGAIN_MS = 1000
 DECLARE_AGAIN_S = 15.0  # a broker may come back empty
 TRY_AGAIN_S = 1.0
 _LAST_CONFIRMS_S = 2.0
@@ -111,9 +112,10 @@ class DueJobs:
         try:
             await self._later.forward(job)
         except NotRouted:
-            if job.backend in self._backends:
-                raise  # its queue is about to be declared
-            await self._bury(job, envelope)
+            if job.backend in self._backends:  # its queue is about to be declared, and jobs of others must not wait for that
+                await self._later.wait(job, AGAIN_MS)
+            else:
+                await self._bury(job, envelope)
 
     async def _bury(self, job: DueJob, envelope: Envelope) -> None:
         """Ends a job whose backend is gone, as replicas end those that wait when theirs goes."""

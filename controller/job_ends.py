@@ -17,7 +17,7 @@ from ..broker.store import Store
 
 logger = logging.getLogger(__name__)
 
-HELD = 500  # jobs whose end is on its way
+HELD = 64  # jobs whose end is on its way: each may have a body of 1 MiB
 TURN_S = 2.0  # for as long the leader looks after nothing else
 _LOOK_EVERY_S = 0.02
 

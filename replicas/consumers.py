@@ -13,7 +13,7 @@ from functools import partial
 from typing import NamedTuple
 
 from ..broker.backoff import delays
-from ..broker.errors import MQServeError
+from ..broker.errors import BrokerUnavailable, MQServeError
 from ..broker.process.ticks import next_tick_s
 from ..broker.queue import Consumption, Delivery, Queue
 from ..broker.store import Store
@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 STORE_AWAY_S = 3.0
 _LOOK_EVERY_S = 0.25
 _LOOK_AT_REST_EVERY_S = 1.0  # while the store is well and the wanted generations are taken
+_WITHOUT_JOBS_S = 10.0  # after the broker has not let us consume jobs
 _HEAD_START_S = 0.02  # for a job to arrive, and to begin, before requests that would keep it out
 
 
@@ -59,6 +60,7 @@ class Consumers:
         self._wanted: Mapping[int, int] = {}  # generation -> its number of queues
         self._consumptions: dict[tuple[int, Lane], Consumption] = {}
         self._jobs_first = False
+        self._no_jobs_before = 0.0  # monotonic
         self._look = asyncio.Event()
         self.paused = False  # the store is away
         self.held_off = False  # a call is slow
@@ -134,24 +136,39 @@ class Consumers:
 
     @property
     def _has_wanted(self) -> bool:
-        return {(generation, lane) for generation in self._wanted for lane in self._lanes} == set(self._consumptions)
+        missing = {(generation, lane) for generation in self._wanted for lane in self._lanes_now} - self._consumptions.keys()
+        return not missing and all([generation in self._wanted for generation, _ in self._consumptions])
+
+    @property
+    def _lanes_now(self) -> list[Lane]:
+        return [lane for lane in self._lanes if not lane.jobs or time.monotonic() >= self._no_jobs_before]
 
     async def _take(self, generations: Mapping[int, int]) -> None:
-        """Consumes exactly these generations. Raises BrokerUnavailable; the consumers that it started before that stay."""
+        """Consumes exactly these generations. Raises BrokerUnavailable if it cannot take requests; the consumers that it started before
+        that stay."""
         jobs_first, self._jobs_first = self._jobs_first, False
-        for lane in sorted(self._lanes, key=lambda lane: lane.jobs is not jobs_first):
-            for generation, shards in generations.items():
-                if (generation, lane) in self._consumptions:
-                    continue
+        for lane in sorted(self._lanes_now, key=lambda lane: lane.jobs is not jobs_first):
+            if not lane.jobs:
+                await self._take_from(lane, generations)
+                continue
+            try:
+                await self._take_from(lane, generations)
+            except BrokerUnavailable as error:  # an earlier version's controller has no such queue, or our user may not read it
+                self._no_jobs_before = time.monotonic() + _WITHOUT_JOBS_S
+                logger.warning("a replica of %s takes requests and no jobs yet: %s", self._backend, error)
+            if jobs_first:
+                await asyncio.sleep(_HEAD_START_S)
+        for generation, lane in [kept for kept in self._consumptions if kept[0] not in generations]:
+            await self._consumptions.pop((generation, lane)).cancel()
+
+    async def _take_from(self, lane: Lane, generations: Mapping[int, int]) -> None:
+        for generation, shards in generations.items():
+            if (generation, lane) not in self._consumptions:
                 if generation > self._latest:
                     self._latest, self.moved_at = generation, time.monotonic()
                 take = partial(lane.on_delivery, generation)
                 consumption = await self._queue.consume(self._backend, generation, lane.prefetch(), take, shards, jobs=lane.jobs)
                 self._consumptions[generation, lane] = consumption
-            if lane.jobs and jobs_first:
-                await asyncio.sleep(_HEAD_START_S)
-        for generation, lane in [kept for kept in self._consumptions if kept[0] not in generations]:
-            await self._consumptions.pop((generation, lane)).cancel()
 
     async def stop(self) -> None:
         """Cancels the consumers. No delivery follows; earlier ones can still be settled."""

@@ -303,3 +303,33 @@ def test_no_more_run_at_a_time_than_max_concurrent_queries(client: serve.Client,
     for job in jobs:
         job.result(60)
     assert len(tally) == 40 and max(map(int, tally.lines)) <= 3
+
+
+def test_a_job_whose_call_never_ends_costs_its_replica_and_has_failed_before(client: serve.Client, deploy: Deploy, gate: Gate) -> None:
+    def wait(request: serve.ServeRequest) -> str:
+        if request.data == "stuck":
+            gate.pass_through()
+        return "done"
+
+    handle = client.get_handle(deploy(wait, job_timeout_s=0.3))
+    stuck = handle.submit("stuck")
+    with pytest.raises(serve.RequestTimeout):
+        stuck.result(10)
+    assert handle.submit("next").result(60) == "done", "the replica is replaced 10 s later"
+    assert ended(stuck).attempts == 1 and gate.came == 1
+    gate.open()
+
+
+def test_a_roll_out_loses_no_job(client: serve.Client, deploy: Deploy, tally: Tally) -> None:
+    async def work(request: serve.ServeRequest) -> int:
+        await asyncio.sleep(0.05)
+        tally.note(request.data)
+        return int(request.data)
+
+    name = deploy(work, max_concurrent_queries=4, graceful_shutdown_timeout_s=5)
+    handle = client.get_handle(name)
+    jobs = [handle.submit(number) for number in range(60)]
+    client.update_backend(name, work)
+    assert [job.result(60) for job in jobs] == list(range(60))
+    assert sorted(map(int, tally.lines)) == list(range(60)), "each ran once"
+    assert {job.status().attempts for job in jobs} == {1}

@@ -39,8 +39,26 @@ class EmbeddedDueJob:
         self._later.come_due(self)
 
 
+class EmbeddedTaking:
+    """Implements `Consumption` of the jobs whose time has come. The latest one gets them."""
+
+    def __init__(self, later: EmbeddedLater, on_due: Callable[[DueJob], None]) -> None:
+        self._later = later
+        self.on_due = on_due
+
+    def __repr__(self) -> str:
+        return f"<EmbeddedTaking of {self._later!r}>"
+
+    def set_prefetch(self, prefetch: int) -> None:
+        """Does nothing: a job is on its way for a loop turn."""
+
+    async def cancel(self) -> None:
+        if self._later.taking is self:
+            self._later.taking = None
+
+
 class EmbeddedLater:
-    """Implements `Later`, and `Consumption` for its one consumer. `forward` puts a job among those of its backend, whatever room they
+    """Implements `Later`. `forward` puts a job among those of its backend, whatever room they
     leave, and returns NotRouted if there is none; `set_aside` makes it a dead letter."""
 
     def __init__(
@@ -54,7 +72,7 @@ class EmbeddedLater:
         self._set_aside = set_aside
         self._timers: set[asyncio.TimerHandle] = set()
         self._due: deque[DueJob] = deque()
-        self._take: Callable[[DueJob], None] | None = None
+        self.taking: EmbeddedTaking | None = None
 
     def __repr__(self) -> str:
         return f"<EmbeddedLater, {len(self._timers)} waiting, {len(self._due)} due>"
@@ -76,10 +94,10 @@ class EmbeddedLater:
         self._timers.add(timer)
 
     def come_due(self, job: DueJob) -> None:
-        if self._take is None:
+        if self.taking is None:
             self._due.append(job)
         else:
-            self._take(job)
+            self.taking.on_due(job)
 
     async def declare(self) -> None:
         """Does nothing: there are no queues."""
@@ -87,17 +105,11 @@ class EmbeddedLater:
     async def delete_if_empty(self) -> None:
         """Does nothing."""
 
-    async def consume(self, prefetch: int, on_due: Callable[[DueJob], None]) -> EmbeddedLater:
-        self._take = on_due
+    async def consume(self, prefetch: int, on_due: Callable[[DueJob], None]) -> EmbeddedTaking:
+        self.taking = EmbeddedTaking(self, on_due)
         while self._due:
             on_due(self._due.popleft())
-        return self
-
-    def set_prefetch(self, prefetch: int) -> None:
-        """Does nothing: a job is on its way for a loop turn."""
-
-    async def cancel(self) -> None:
-        self._take = None
+        return self.taking
 
     async def forward(self, job: DueJob) -> None:
         if error := self._forward(job.backend, job.envelope()):

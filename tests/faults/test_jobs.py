@@ -16,10 +16,10 @@ import mqserve as serve
 from mqserve.broker.jobs import JobState
 from tests.gates import Gate
 from tests.instances import NOISE_S, CommandLine, Deploy, distributed_only, wait_until
-from tests.servers import PrivateRabbitMQ
+from tests.servers import PrivateRabbitMQ, PrivateRedis
 from tests.tallies import Tally
 
-pytestmark = distributed_only
+pytestmark = [distributed_only, pytest.mark.row(33)]
 
 AGAIN_WITHIN_S = 15.0
 
@@ -185,3 +185,17 @@ def test_a_job_that_has_had_all_its_attempts_is_a_dead_letter_with_its_history_a
     assert ["run 1" in letter["attempts"][0]["ended"], "run 3" in letter["attempts"][2]["ended"]] == [True, True]
     assert operator.run("dead", "retry", name, "--all").returncode == 0
     wait_until(lambda: tally.lines == ["1", "2", "3"] * 2)
+
+
+def test_a_redis_that_lost_everything_loses_no_job_that_runs_or_waits(
+    client: serve.Client, deploy: Deploy, tally: Tally, gate: Gate, store_server: PrivateRedis
+) -> None:
+    handle = client.get_handle(deploy(waiting_at(gate, tally)))
+    running = handle.submit()
+    wait_until(lambda: gate.came == 1)
+    waiting = handle.submit()
+    store_server.kill()
+    store_server.start()
+    gate.open()
+    assert running.result(120) == 1 and waiting.result(120) == 1
+    assert running.status().state is JobState.SUCCEEDED

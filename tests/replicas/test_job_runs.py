@@ -350,3 +350,16 @@ async def test_a_result_is_kept_for_as_long_as_the_sender_says() -> None:
         assert serving.server._settlement._job_ends.result_ttl_ms(a_job()) == 100_000
         asked = msgspec.structs.replace(a_job(), header=Header(origin="handle", job=JobHead(result_ttl_s=7)))
         assert serving.server._settlement._job_ends.result_ttl_ms(asked) == 7_000
+
+
+async def test_a_replica_that_may_not_take_jobs_takes_requests() -> None:
+    class WithoutJobs(EmbeddedQueue):
+        async def consume(self, *arguments: Any, jobs: bool = False, **named: Any) -> Any:
+            if jobs:
+                raise BrokerUnavailable("ACCESS_REFUSED")
+            return await super().consume(*arguments, jobs=jobs, **named)
+
+    async with Serving(WithoutJobs()) as serving:
+        await serving.send(request())
+        serving.end(await serving.taken(), Result())
+        await serving.settled()
