@@ -27,6 +27,7 @@ _LOOK_EVERY_S = 5.0
 
 _PLACE = re.compile(rb"([0-9a-f]{32}):(\d{1,15})")
 _LINE_END = re.compile(rb"\r\n|\r|\n")
+_COMMENT = b":\n"  # without an empty line: some clients take a block without data for an event
 _HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")]
 _OURS = frozenset(name for name, _ in _HEADERS)
 
@@ -47,7 +48,7 @@ def read_event_id(raw: bytes) -> EventId | None:
 class EventBody:
     """A streamed answer as server-sent events, behind the event `after`. `gap` is the first number that is there, if others should be."""
 
-    between = b":\n"
+    between = _COMMENT
 
     def __init__(self, stream: IncomingStream, owner: EventStreams, after: int = 0, gap: int = 0, *, debug: bool = False) -> None:
         self.stream = stream
@@ -66,7 +67,7 @@ class EventBody:
     def begin(self) -> bytes:
         self._owner.add(self)
         if not self._is_resumable:
-            return b": \n\n"
+            return _COMMENT
         first = b"id: %b%d\nretry: %d\n\n" % (self._id, self._after, RETRY_MS)
         return first + b'event: gap\ndata: {"first":%d}\n\n' % self._gap if self._gap else first
 
@@ -78,7 +79,7 @@ class EventBody:
         if not chunks and now - self._sent_at < SILENCE_S:
             return []
         self._sent_at = now
-        return [self._event(chunk) for chunk in chunks] if chunks else [b": \n\n"]
+        return [self._event(chunk) for chunk in chunks] if chunks else [_COMMENT]
 
     def last(self, end: End) -> bytes:
         if end.outcome is Ending.DONE:
