@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -122,6 +123,15 @@ async def late(socket: WebSocket, gate: str, tally: str) -> None:
     except asyncio.CancelledError:
         note(tally, "cancelled")
         raise
+
+
+@app.websocket("/blocks")
+async def blocks(socket: WebSocket, gate: str) -> None:
+    """Blocks the loop of its replica until the gate opens."""
+    await socket.accept()
+    await socket.receive_text()
+    while not os.path.exists(gate):  # noqa: ASYNC240
+        time.sleep(0.005)  # noqa: ASYNC251
 
 
 @app.websocket("/pours")

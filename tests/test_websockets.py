@@ -22,6 +22,7 @@ from websockets.http11 import Response
 from websockets.sync.client import ClientConnection, connect
 
 import mqserve as serve
+from mqserve.replicas import stuck
 from tests import socket_apps
 from tests.instances import Deploy, new_name, wait_until
 from tests.tallies import Tally
@@ -372,6 +373,21 @@ def test_a_replica_that_ends_closes_its_sessions_with_1012(client: serve.Client,
         assert ended(socket) == (1012, ANY)
     wait_until(lambda: len(tally) > 1)
     assert tally.lines[1].startswith("1012")
+
+
+def test_an_app_that_blocks_its_loop_ends_all_sessions_of_its_replica_with_1012_and_another_replica_serves(
+    client: serve.Client, mount: Sockets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stuck, "STUCK_AFTER_S", 1.0)  # in this process; those of the distributed form take their ten seconds
+    gate = tmp_path / "gate"
+    url = mount("tests.socket_apps:app")
+    with connect(f"{url}/blocks?gate={gate}") as blocking, connect(f"{url}/echo") as other:
+        assert echoes(other, "before")
+        blocking.send("now")
+        assert ended(other) == (1012, ANY)
+        assert ended(blocking) == (1012, ANY)
+    wait_until(lambda: is_taken(f"{url}/echo"))
+    gate.touch()
 
 
 def test_sessions_go_on_while_their_replica_drains(client: serve.Client, mount: Sockets) -> None:
