@@ -10,8 +10,13 @@ from ..broker.results import ErrorInfo, Result
 from ..broker.store import Store
 from ..broker.store_keys import STREAM_TTL_S, StoreKeys
 from ..broker.streams import REPLICA_LOST, Owner
-from ..controller.state.config import BackendConfig
+from ..controller.state.config import MAX_REQUEST_TIMEOUT_S, BackendConfig
 from .outgoing import Outgoing
+
+
+def is_kept_for_replay(envelope: Envelope) -> bool:
+    """Whether the broker keeps the message beyond its deadline, for MAX_REQUEST_TIMEOUT_S (`BackendConfig.replay_s`)."""
+    return envelope.expiration_ms > MAX_REQUEST_TIMEOUT_S * 1000 and bool(envelope.header.origin)
 
 
 class Takeover:

@@ -172,6 +172,7 @@ class Sender:
                     call.meta,
                     origin="handle",
                     timeout_s=min(config.request_timeout_s, call.within_s),
+                    replay_s=config.replay_s,
                     at_most_once=config.delivery == "at_most_once",
                     stream=call.chunks,
                 )

@@ -19,6 +19,7 @@ from tests.test_events import EVENTS, Event, read_events
 pytestmark = distributed_only
 
 TOTAL = 1000
+TIMEOUT_S = 1.5
 
 
 class Proxy:
@@ -92,6 +93,25 @@ def test_with_replay_the_answer_is_whole_though_its_replica_is_killed(deploy: De
     [pid] = members.pids("replica", name)
     events = follow([deploy.url], url.removeprefix(deploy.url), lambda count: os.kill(pid, signal.SIGKILL) if count == 100 else None)
     assert numbers(events) == [*map(str, range(1, TOTAL + 1))]
+    assert events[-1].kind == "end" and tally.lines == ["began", "began"]
+
+
+@pytest.mark.row(30)
+def test_with_replay_the_answer_is_whole_though_its_replica_is_killed_after_request_timeout_s(
+    deploy: Deploy, members: Members, tally: Tally
+) -> None:
+    url, name = deploy.named(numbered(tally, 0.004), on_death="replay", request_timeout_s=TIMEOUT_S)
+    [pid] = members.pids("replica", name)
+    began = time.monotonic()
+    killed: list[int] = []
+
+    def kill(count: int) -> None:
+        if not killed and time.monotonic() > began + 1.5 * TIMEOUT_S:
+            killed.append(count)
+            os.kill(pid, signal.SIGKILL)
+
+    events = follow([deploy.url], url.removeprefix(deploy.url), kill)
+    assert killed and numbers(events) == [*map(str, range(1, TOTAL + 1))]
     assert events[-1].kind == "end" and tally.lines == ["began", "began"]
 
 
