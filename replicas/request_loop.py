@@ -19,6 +19,7 @@ from ..broker.results import Outcome, Phase, Result, gone_result, late_result
 from ..broker.settings import Settings
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
+from ..broker.streams import lost_result
 from ..controller.state.config import MAX_REQUEST_TIMEOUT_S, BackendConfig
 from ..controller.state.documents import Backend
 from .admission import Admission
@@ -35,7 +36,6 @@ from .settlement import Settlement, is_kept
 from .stages import Job, Stage
 from .start_marks import StartMarks
 from .stuck import check_calls, check_silence
-from .takeover import lost_result
 from .trust import SenderTrust
 from .window import Window
 from .worker import Worker
