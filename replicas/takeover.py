@@ -44,7 +44,7 @@ class Takeover:
         if raw is None:
             return None
         before = _read_owner(raw, self._backend)
-        replays = config.on_death == "replay" and before.replays  # else its frames may be joined ones, which another run does not make again
+        replays = config.on_death == "replay" and before.replays  # else its frames may be joined ones, which no run makes again
         owner = Owner.new(self._replica_id, before.attempt + 1, self._backend, before.endpoint, resumable=before.resumable, replays=replays)
         owner = msgspec.structs.replace(owner, head_alone=before.head_alone)
         ttl_ms = int(max(STREAM_TTL_S, config.stream_idle_timeout_s, config.resume_grace_s) * 1000)

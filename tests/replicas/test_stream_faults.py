@@ -217,10 +217,10 @@ async def test_a_run_whose_request_has_a_result_stops() -> None:
         assert await store.get(KEYS.future(reader.id)) == b"somebody's"
 
 
-async def die_in_the_middle(queue: EmbeddedQueue, store: EmbeddedStore, shown: int, **request: Any) -> Reader:
+async def die_in_the_middle(queue: EmbeddedQueue, store: EmbeddedStore, shown: int, on_death: str = "replay", **request: Any) -> Reader:
     """A replica shows so many chunks, and is lost."""
     steps = Steps()
-    async with Serving(steps, queue, store, replica_id="b#1") as first:
+    async with Serving(steps, queue, store, replica_id="b#1", on_death=on_death) as first:
         reader = await Reader(queue, store).ask(**request)
         steps.go(shown)
         await until(lambda: len(reader.frames) == shown)
@@ -279,6 +279,14 @@ async def test_an_answer_that_is_not_replayed_ends_as_lost_though_its_request_ti
         assert result.error is not None and result.error.type == REPLICA_LOST and result.frames == 4 and not steps.runs
 
 
+async def test_an_answer_that_began_before_on_death_was_set_to_replay_ends_as_lost() -> None:
+    queue, store, steps = EmbeddedQueue(), EmbeddedStore(), Steps()
+    reader = await die_in_the_middle(queue, store, 4, on_death="fail")
+    async with Serving(steps, queue, store, replica_id="b#2", on_death="replay"):
+        result = await reader.end()
+        assert result.error is not None and result.error.type == REPLICA_LOST and result.frames == 4 and not steps.runs
+
+
 async def test_a_request_that_showed_nothing_in_its_time_is_late_and_not_run_again() -> None:
     queue, store, steps = EmbeddedQueue(), EmbeddedStore(), Steps()
     reader = await lose_after_its_time(queue, store, 0)
@@ -290,7 +298,7 @@ async def test_a_request_that_showed_nothing_in_its_time_is_late_and_not_run_aga
 
 async def test_two_copies_of_a_request_that_come_again_together_are_run_one_after_the_other() -> None:
     queue, store, steps, again = EmbeddedQueue(), SlowStore(), Steps(), Steps(200)
-    async with Serving(steps, queue, store) as first:
+    async with Serving(steps, queue, store, on_death="replay") as first:
         reader = await Reader(queue, store).ask(meta=EVENTS)
         steps.go(4)
         await until(lambda: len(reader.frames) == 4)
@@ -389,7 +397,7 @@ async def test_a_replica_that_drains_ends_what_does_not_end_by_itself() -> None:
 async def test_the_head_of_events_comes_by_itself_if_the_first_one_takes_long(reads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flows, "HEAD_AFTER_S", 0.2)
     queue, store, steps = EmbeddedQueue(), EmbeddedStore(), Steps()
-    async with Serving(steps, queue, store) as first:
+    async with Serving(steps, queue, store, on_death="replay") as first:
         reader = await Reader(queue, store).ask(meta=EVENTS)
         await until(lambda: reader.head is not None and len(reader.frames) == 1 and not reader.size)
         steps.go(3)
@@ -422,7 +430,7 @@ async def test_a_head_that_came_by_itself_before_an_empty_event_is_passed_over_w
             assert let.acquire(timeout=30)
             yield item
 
-    async with Serving(handler, queue, store) as first:
+    async with Serving(handler, queue, store, on_death="replay") as first:
         reader = await Reader(queue, store).ask(meta=EVENTS)
         await until(lambda: len(reader.frames) == 1)
         let.release(2)
