@@ -255,6 +255,7 @@ class ProxyApp:
                 meta,
                 origin="http",
                 timeout_s=min(timeout_s, routes.timeouts_s[backend]),
+                replay_s=routes.replays_s[backend],
                 at_most_once=backend in routes.at_most_once,
             )
         except MQServeError:

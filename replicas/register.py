@@ -29,6 +29,12 @@ class Register:
         """Returns the jobs that wait for user code or run."""
         return [job for job in self._jobs if job.with_worker]
 
+    def has_copy(self, job: Job, backend: str) -> bool:
+        """Whether another copy of the request runs here, or is about to. Two would take the stream of their answer from each other."""
+        future_id = job.envelope.future_id(backend)
+        others = (other for other in self._jobs if other is not job and (other.with_worker or other.stage is Stage.HELD))
+        return bool(future_id) and any(other.envelope.future_id(backend) == future_id for other in others)
+
     @property
     def is_empty(self) -> bool:
         return not self._jobs

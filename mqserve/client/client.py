@@ -233,10 +233,10 @@ class Client(Lifetime):
 
     def stream(self, stream_id: str, after: int = 0) -> Stream:
         """Goes on with a stream that was begun with `options(resumable=True)`, in this process or another one, behind the chunk with the
-        number `after`. It becomes the one that the handler waits for.
+        number `after`. It becomes the one that the handler waits for. With `after` 0 the stream may begin later.
 
         Raises BadType for an id that is no str, BadValue for a number that no chunk has. Iterating raises BadValue if no such stream can be
-        read, or the chunk after that one is not kept any more.
+        read, if none begins within the longest `request_timeout_s` of the backends, or if the chunk after that one is not kept any more.
         """
         if not isinstance(stream_id, str):
             raise BadType(f"the id of a stream is a text of 32 characters, not {stream_id!r}: see `stream.id`")

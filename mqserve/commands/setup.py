@@ -124,7 +124,8 @@ def store_rights(namespace: str) -> dict[str, StoreRights]:
     results = {keys.future("*"), keys.body("*")}
     streams = {keys.stream("*"), keys.owner("*")}
     feeds = {keys.feed("*")}
-    counts = {keys.start("*"), keys.attempts("*"), keys.redeliveries("*"), keys.claim("*")}
+    losses = {keys.lost("*")}
+    runs = {keys.start("*"), keys.attempts("*"), keys.redeliveries("*"), keys.claim("*"), *streams, *feeds}
     calls = _CONNECTING + _DOCUMENTS + _CALLING
 
     def inbox(role: str) -> set[str]:
@@ -134,7 +135,7 @@ def store_rights(namespace: str) -> dict[str, StoreRights]:
         if not reads_streams:
             return StoreRights(frozenset(reads), frozenset(writes), commands)
         # The reader of a streamed answer drops it at its end and tells the replica what it has taken, but writes no part of it.
-        return StoreRights(frozenset(reads | streams), frozenset(writes), commands, frozenset(streams), frozenset(feeds))
+        return StoreRights(frozenset(reads | streams | losses), frozenset(writes), commands, frozenset(streams), frozenset(feeds))
 
     everything = {f"mqserve:{namespace}:*"}
     counting = ("incr", "incrby", "del")
@@ -145,7 +146,7 @@ def store_rights(namespace: str) -> dict[str, StoreRights]:
         # After a loss of data it gives back the files of code, which are checked against their hashes wherever they are read.
         "node": rights(
             {*documents, keys.beats, keys.code("*")},
-            {keys.beats, keys.cancelled, keys.code("*")},
+            {keys.beats, keys.cancelled, *losses, keys.code("*")},
             (*_CONNECTING, *_DOCUMENTS, *_BEATING, *_TELLING, "exists", "hgetall", "set"),
         ),
         "proxy": rights(
@@ -156,8 +157,8 @@ def store_rights(namespace: str) -> dict[str, StoreRights]:
         ),
         # A replica sends and waits through handles of its own; it may write to others' inboxes, but not read them.
         "replica": rights(
-            {*documents, *results, *counts, *streams, *feeds, *inbox("replica"), keys.code("*"), keys.instance, keys.ended, keys.cancelled},
-            {*results, *counts, *streams, *feeds, *inbox("replica"), keys.inbox("*"), keys.beats, keys.cancelled},
+            {*documents, *results, *runs, *losses, *inbox("replica"), keys.code("*"), keys.instance, keys.ended, keys.cancelled},
+            {*results, *runs, *inbox("replica"), keys.inbox("*"), keys.beats, keys.cancelled},
             (*calls, *_BEATING, *counting, *_STREAMING, "rpush", "xread"),
         ),
         "client": rights(
