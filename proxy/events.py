@@ -18,6 +18,7 @@ from ..broker.envelope import is_minted
 from ..broker.results import Result
 from ..broker.streams import Chunk, End, Ending, Form
 from .responses import Reply, from_result, problem
+from .routes import Target
 from .streaming import Flow, head_reply
 
 RETRY_MS = 1000  # after which a client that was cut off comes back
@@ -120,17 +121,18 @@ class EventStreams:
     def __repr__(self) -> str:
         return f"<EventStreams, {len(self._bodies)} open>"
 
-    def flow(self, stream: IncomingStream, backend: str, *, after: int = 0, gap: int = 0) -> Flow:
+    def flow(self, stream: IncomingStream, backend: str, route: str | None, *, after: int = 0, gap: int = 0) -> Flow:
         """Returns the answer that sends a stream as events."""
         assert stream.head is not None, "a stream is shown with its head"
         status, headers, _ = head_reply(stream.head, backend, stream.id)
         kept = [(name, value) for name, value in headers if name.lower() not in _OURS and name != b"content-length"]
-        return Flow((status, [*_HEADERS, *kept], b""), stream, EventBody(stream, self, after, gap, debug=self._debug))
+        return Flow((status, [*_HEADERS, *kept], b""), stream, EventBody(stream, self, after, gap, debug=self._debug), route)
 
-    async def resume(self, place: EventId, endpoint: str | None = None) -> Reply | Flow:
-        """Returns the answer that goes on behind a place; where an endpoint is given, only for requests to that. Raises MQServeError."""
+    async def resume(self, place: EventId, target: Target | None = None) -> Reply | Flow:
+        """Returns the answer that goes on behind a place; where a target is given, only for requests to its endpoint. Raises
+        MQServeError."""
         owner = await self._streams.owner(place.future_id) if is_minted(place.future_id) else None
-        if owner is None or not owner.resumable or (endpoint is not None and owner.endpoint != endpoint):
+        if owner is None or not owner.resumable or (target is not None and owner.endpoint != target.endpoint.name):
             detail = (
                 "There is no answer to go on with: its id is unknown here, or nothing of it is kept any more. Send the request again "
                 "without Last-Event-ID."
@@ -141,7 +143,8 @@ class EventStreams:
         stream, first = found
         if (end := stream.heard_end) is not None and (end.outcome is Ending.DONE or place.seq > end.frames):
             return 204, [(b"x-request-id", place.future_id.encode())], b""
-        return self.flow(stream, owner.backend, after=place.seq, gap=first if first > place.seq + 1 else 0)
+        route = target.pattern if target is not None else None
+        return self.flow(stream, owner.backend, route, after=place.seq, gap=first if first > place.seq + 1 else 0)
 
     def add(self, body: EventBody) -> None:
         self._bodies.add(body)

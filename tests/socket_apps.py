@@ -14,6 +14,7 @@ from starlette.routing import WebSocketRoute
 import mqserve as serve
 
 CHUNK = "x" * 60_000
+_FROM_HERE = [(b"x-from", b"the app"), (b"x-process", b"%d" % os.getpid())]
 
 
 def note(tally: str, word: str) -> None:
@@ -45,7 +46,7 @@ async def tasks() -> dict[str, int]:
 @app.websocket("/echo")
 async def echo(socket: WebSocket) -> None:
     offered = socket.scope["subprotocols"]
-    await socket.accept(subprotocol=offered[0] if offered else None, headers=[(b"x-from", b"the app"), (b"connection", b"close")])
+    await socket.accept(subprotocol=offered[0] if offered else None, headers=[*_FROM_HERE, (b"connection", b"close")])
     while (said := await socket.receive())["type"] == "websocket.receive":
         await socket.send({**said, "type": "websocket.send"})
 
