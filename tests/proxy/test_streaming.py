@@ -351,8 +351,8 @@ async def test_a_silent_stream_of_events_has_comments(served: Served, monkeypatc
     async with streaming(served, form=Form.ITEMS, resumable=True) as stream:
         await stream.run.show(b"one")
         async with asyncio.timeout(20):
-            await stream.reader.readuntil(b": \n\n")
-            await stream.reader.readuntil(b": \n\n")
+            await stream.reader.readuntil(b"\r\n:\n")
+            await stream.reader.readuntil(b"\r\n:\n")
 
 
 async def test_a_proxy_that_ends_sends_resumable_clients_elsewhere(served: Served) -> None:
