@@ -8,7 +8,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -96,6 +96,9 @@ class Replica:
         self._requests: RequestLoop | None = None
         self._hooks: UserHooks | None = None
         self._is_app = False
+        self._convertors_of: tuple[int, int] | None = None  # (epoch, version) of the desired document whose convertors it has
+        self._convertor_error = ""
+        self._told_convertors: Mapping[str, str] = {}  # those of that version
         self._drained_by = 0.0  # monotonic
         field = f"replica:{options.replica_id}"
         self._presence = Presence(store, self._keys.beats, field, lambda: self._beat().to_bytes(), BEAT_EVERY_S)
@@ -117,7 +120,8 @@ class Replica:
         async with asyncio.TaskGroup() as tasks:
             beating = tasks.create_task(self._presence.beat_forever())
             try:
-                await self._convertors.register(convertors)
+                if not self._settings.embedded:  # this process has them, and may meanwhile have later ones of the same names
+                    await self._convertors.register(convertors)
                 # before the broker: a constructor that holds the GIL would make a connection miss its heartbeats
                 handler = await unless(stop, construct(self._store, self._keys, self._settings, worker, backend))
                 if handler is None:
@@ -186,6 +190,7 @@ class Replica:
 
     async def _follow(self, requests: RequestLoop, hooks: UserHooks, stop: Stop) -> None:
         """Applies new configuration and new generations of the queue. Sets `stop` and returns when the replica is no longer wanted."""
+        await self._follow_convertors()
         async for read_desired, read_observed in follow_state(self._store, self._keys):
             desired, observed = read_desired or Desired(), read_observed or Observed()
             name = self._options.backend
@@ -197,7 +202,8 @@ class Replica:
                 logger.info("%s is not wanted any more", self._options.replica_id)
                 stop.set()
                 return
-            await self._learn_convertors(desired)
+            if read_desired is not None:
+                await self._learn_convertors(read_desired)
             if name in desired.backends:
                 requests.configure(desired.backends[name].config)
                 await self._reconfigure(hooks, desired.backends[name])
@@ -218,15 +224,33 @@ class Replica:
         else:
             requests.goes_on()
 
+    async def _follow_convertors(self) -> None:
+        """Has the clients that add a convertor from now on wait for this replica. The beat is written before the document is read and any
+        request is taken: a client that does not see the beat has committed before, so the replica reads its convertor."""
+        self._convertors_of = (0, 0)
+        for pause_s in delays():
+            if await self._presence.beat():
+                return
+            await asyncio.sleep(pause_s)
+
     async def _learn_convertors(self, desired: Desired) -> None:
-        """Registers the instance's convertors, also those added after this replica started. Without one, requests of its routes get 422."""
+        """Registers the instance's convertors, also those added after this replica started, and tells the clients that wait for that.
+        Without one, requests of its routes get 422."""
+        error = ""
         for pause_s in delays():
             try:
-                return await self._convertors.register(desired.convertors)
+                await self._convertors.register(desired.convertors)
+                break
             except StoreUnavailable:
                 await asyncio.sleep(pause_s)
-            except Exception as error:  # a convertor is user code
-                return logger.warning("%s cannot make the convertors of its instance: %s", self._options.replica_id, words_of(error))
+            except Exception as failure:  # a convertor is user code
+                error = words_of(failure)
+                logger.warning("%s cannot make the convertors of its instance: %s", self._options.replica_id, error)
+                break
+        is_news = (desired.convertors, error) != (self._told_convertors, self._convertor_error)
+        self._convertors_of, self._told_convertors, self._convertor_error = (desired.epoch, desired.version), desired.convertors, error
+        if is_news:
+            self._presence.tell()
 
     async def _reconfigure(self, hooks: UserHooks, backend: Backend) -> None:
         try:
@@ -263,6 +287,7 @@ class Replica:
             follows=(0, hooks.version if hooks else 0), refused=hooks.refused if hooks else "",
             running=requests.running if requests else 0, served=requests.served if requests else 0, noted=self._store.health.noted,
             seals=bool(self._settings.secret_keys), is_app=self._is_app,
+            convertors=self._convertors_of, convertor_error=self._convertor_error,
         )  # fmt: skip
 
 

@@ -103,6 +103,8 @@ class ReplicaBeat(_Beat, frozen=True, tag=Kind.REPLICA.value):
     served: Count = 0
     seals: bool = False
     is_app: bool = False  # whether its code is an ASGI app
+    convertors: tuple[Count, Count] | None = None  # (epoch, version) of the document whose convertors it has; None: it follows none yet
+    convertor_error: str = ""  # why it cannot make one of those
 
 
 class OtherBeat(_Beat, frozen=True, tag="other"):

@@ -179,10 +179,11 @@ class Client(Lifetime):
         self._call(self._changing.shadow_traffic(endpoint_name, backend_tag, proportion))
 
     def register_convertor(self, name: str, convertor: Any) -> None:
-        """Registers a path convertor (a Starlette `Convertor` class or its import string) for routes: `{value:name}`.
+        """Registers a path convertor (a Starlette `Convertor` class or its import string) for routes: `{value:name}`;
+        returns when all live proxies and replicas know it.
 
         Raises BadValue if it is no convertor, or if a route that uses the name could not be matched with it. Raises BackendFailed if a
-        proxy cannot load it; the last good one is then restored.
+        proxy or a replica cannot make it; the last good one is then restored.
         """
         packed = self._pack_for_all(convertor)
         made = make_convertor(convertor)
@@ -291,9 +292,9 @@ class Client(Lifetime):
         """Returns a block whose declarations take effect together at its end, which waits for all of them.
 
         Inside, every method that changes the instance validates and records its change, and the lists show what is declared so far. At
-        the end the backends start all at once; when they are ready, all endpoints and traffic change as one. If a part cannot take
-        effect, all is undone and BackendFailed says why. An exception in the block commits nothing. The block belongs to its thread or
-        task; a block inside another one joins that one.
+        the end the backends start all at once; when they are ready, and new convertors known, all endpoints and traffic change as one.
+        If a part cannot take effect, all is undone and BackendFailed says why. An exception in the block commits nothing. The block
+        belongs to its thread or task; a block inside another one joins that one.
         """
         return EnteredOnce(self._opened_block(commits_on_need=False, tell=lambda name, took_s: None))
 

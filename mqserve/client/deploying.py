@@ -155,7 +155,7 @@ class Block:
         def declare() -> Declared:
             packed = pack()
             backend = msgspec.structs.replace(self.deployments.new_backend(name, packed, kind, config, options), settings=stand_in.settings)
-            return Declared(words, changes.create_backend(backend), packed, is_of_backends=True)
+            return Declared(words, changes.create_backend(backend), packed, goes_first=True)
 
         settings = deepcopy(config.model_dump(exclude_unset=True))  # the program may change its own
         stand_in = Backend(name, "", name, settings, options, kind=kind)
@@ -163,10 +163,10 @@ class Block:
 
     async def update_backend(self, name: str, packed: Packed, kind: CodeKind, options: ActorOptions | None) -> None:
         update = self.deployments.new_code(name, packed, kind, options)
-        self._add(Declared(f"update_backend({name!r})", update, packed, is_of_backends=True))
+        self._add(Declared(f"update_backend({name!r})", update, packed, goes_first=True))
 
     async def update_backend_config(self, name: str, config: BackendConfig | dict[str, Any]) -> None:
-        self._add(Declared(f"update_backend_config({name!r})", changes.update_backend_config(name, config), is_of_backends=True))
+        self._add(Declared(f"update_backend_config({name!r})", changes.update_backend_config(name, config), goes_first=True))
 
     async def delete_backend(self, name: str, *, force: bool = False) -> None:
         self._add(Declared(f"delete_backend({name!r})", changes.delete_backend(name, force=force)))
@@ -186,7 +186,8 @@ class Block:
 
     async def register_convertor(self, name: str, packed: code.Code | code.CodeHere, convertor: Convertor[Any]) -> None:
         change = changes.register_convertor(name, code.FOR_ALL + packed.sha256, convertor)
-        self._add(Declared(f"register_convertor({name!r})", change, proxy_code=packed))
+        is_new = name not in self.draft.convertors
+        self._add(Declared(f"register_convertor({name!r})", change, proxy_code=packed, goes_first=is_new))
         self._convertors = (*self._convertors, (name, CONVERTOR_TYPES.get(name)))
 
     async def set_middlewares(self, packed: code.Code | code.CodeHere | None) -> None:

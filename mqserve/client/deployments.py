@@ -26,7 +26,7 @@ from ..controller.state.documents import Backend, CodeKind, Desired, Endpoint
 from ..controller.state.reading import read_observed
 from ..controller.state.resources import ActorOptions
 from ..controller.undoing import undo
-from .effects import DELETE_BUDGET_S, READY_MARGIN_S, ROUTE_BUDGET_S, Awaited, Seen
+from .effects import DELETE_BUDGET_S, READY_MARGIN_S, ROUTE_BUDGET_S, Awaited, Refusal, Seen, listed
 from .membership import Membership
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class Declared:
     change: changes.Change
     backend_code: Packed | None = None
     proxy_code: code.Code | code.CodeHere | None = None
-    is_of_backends: bool = False  # it makes or changes a backend, so it takes time and is in no caller's way
+    goes_first: bool = False  # it takes time and is in no caller's way: a change of a backend, a convertor that no route can use yet
 
 
 class _Step:
@@ -146,8 +146,9 @@ class Deployments:
         """Makes these changes together, and returns when all of them are in effect; if one cannot be, all are undone. `tell` is called for
         each backend that gets ready.
 
-        Backends are committed first, and once they are ready the rest: so no request goes to a backend that is not there yet, and callers
-        see either nothing of it or all. Raises BackendFailed, and any error of a change, with the words of its declaration.
+        Backends and new convertors are committed first, and once they are ready the rest: so no request goes to a backend that is not there
+        yet, or has parameters that its replica cannot convert, and callers see either nothing of it or all. Raises BackendFailed, and any
+        error of a change, with the words of its declaration.
         """
         await self._save(*[one.backend_code for one in declared if one.backend_code is not None])
         for one in declared:
@@ -156,10 +157,10 @@ class Deployments:
         apply(declared, await self.read())  # an error in the second step would come late
         steps: list[_Step] = []
         try:
-            if of_backends := [one for one in declared if one.is_of_backends]:
-                steps.append(_Step(of_backends))
+            if first := [one for one in declared if one.goes_first]:
+                steps.append(_Step(first))
                 await self._tell_kinds(await self._take(steps[-1], tell))
-            if others := [one for one in declared if not one.is_of_backends]:
+            if others := [one for one in declared if not one.goes_first]:
                 steps.append(_Step(others))
                 await self._take(steps[-1], tell)
         except BaseException as error:
@@ -261,7 +262,7 @@ class Deployments:
         sha256 = await self._save_for_all(packed)
         before = (await self._membership.read()).convertors.get(name, "")
         change = changes.register_convertor(name, sha256, convertor)
-        await self._commit_to_proxies(change, undo=_restore_convertor(name, sha256, before))
+        await self._commit_to_proxies(change, undo=_restore_convertor(name, sha256, before), of_convertors=True)
 
     async def set_middlewares(self, packed: code.Code | code.CodeHere | None) -> None:
         sha256 = await self._save_for_all(packed) if packed is not None else ""
@@ -301,24 +302,26 @@ class Deployments:
         self._on_commit(committed)
         return committed
 
-    async def _commit_to_proxies(self, change: changes.Change, *, undo: changes.Change | None = None) -> None:
-        """Returns once all live proxies follow. Raises BackendFailed with the words of one that cannot, after `undo` if there is one."""
+    async def _commit_to_proxies(self, change: changes.Change, *, undo: changes.Change | None = None, of_convertors: bool = False) -> None:
+        """Returns once all live proxies follow, and with `of_convertors` all replicas have learned them. Raises BackendFailed with the
+        words of a member that cannot, after `undo` if there is one."""
         committed = await self._commit(change)
         version = (committed.epoch, committed.version)
-        refused = ""
+        refusal: Refusal | None = None
+        behind: list[str] = []
 
         async def is_answered() -> bool | None:
-            nonlocal refused
+            nonlocal refusal, behind
             seen = await self._see()
-            refused = seen.refusal_by_proxies(version)
-            return True if refused or seen.is_followed_by_proxies(version) else None
+            refusal, behind = seen.refusal(version, of_convertors=of_convertors), seen.behind(version, of_convertors=of_convertors)
+            return True if refusal or not behind else None
 
-        late = "the change is stored, but not all proxies follow it yet: see `mqserve status`"
-        await self._until(committed, is_answered, ROUTE_BUDGET_S, late)
-        if refused:
+        late = "the change is stored, but not in effect everywhere yet: see `mqserve status`"
+        await self._until(committed, is_answered, ROUTE_BUDGET_S, late, lambda: listed(behind))
+        if refusal:
             if undo is not None:
                 await self._commit(undo)
-            raise BackendFailed(f"a proxy cannot follow the change, which is {'undone' if undo else 'stored'}: {refused}")
+            raise BackendFailed(f"{refusal.member} cannot follow the change, which is {'undone' if undo else 'stored'}: {refusal.words}")
 
     async def _until_ready(self, committed: Desired, name: str) -> None:
         """Raises BackendFailed with the first failure's own words."""

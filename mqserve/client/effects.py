@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..broker.errors import BackendFailed
 from ..controller.state.beats import Beat, MemberState, ProxyBeat, ReplicaBeat, beats_of, living
@@ -15,7 +16,16 @@ READY_MARGIN_S = 15.0
 START_SHARE_S = 1.0  # replicas that start together share the cores, so each of them gives all the others this much more time
 NAMED_AT_MOST = 5
 
+PROXIES_ARE_BEHIND = "not all proxies follow it"
+
 Version = tuple[int, int]  # (epoch, version) of a desired document
+
+
+class Refusal(NamedTuple):
+    """A member that cannot follow a change."""
+
+    member: str
+    words: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,15 +36,32 @@ class Seen:
     beats: Mapping[str, Beat]
     now_ms: int
 
-    def refusal_by_proxies(self, version: Version) -> str:
-        """Returns the words of a live proxy that cannot follow this version, else an empty string."""
-        return next((proxy.refused for proxy in self._proxies() if proxy.refuses >= version), "")
+    def refusal(self, version: Version, *, of_convertors: bool) -> Refusal | None:
+        """Returns why a live proxy cannot follow this version, or, with `of_convertors`, a replica its convertors."""
+        for proxy in self._proxies():
+            if proxy.refuses >= version:
+                return Refusal("a proxy", proxy.refused)
+        for replica in self._replicas_with_convertors() if of_convertors else ():
+            if replica.convertor_error and _convertors_of(replica) >= version:
+                return Refusal(f"replica {replica.id}", replica.convertor_error)
+        return None
 
-    def is_followed_by_proxies(self, version: Version) -> bool:
-        return all(proxy.follows >= version for proxy in self._proxies())
+    def behind(self, version: Version, *, of_convertors: bool) -> list[str]:
+        """Returns as clauses what live proxies, and with `of_convertors` replicas, do not follow yet."""
+        clauses = [] if all(proxy.follows >= version for proxy in self._proxies()) else [PROXIES_ARE_BEHIND]
+        if of_convertors:
+            late = [replica.id for replica in self._replicas_with_convertors() if _convertors_of(replica) < version]
+            clauses += [f"replica {name} has not learned its convertors" for name in late]
+        return clauses
 
     def _proxies(self) -> list[ProxyBeat]:
         return [beat for beat in living(self.beats, ProxyBeat, self.now_ms).values() if beat.state is MemberState.READY]
+
+    def _replicas_with_convertors(self) -> list[ReplicaBeat]:
+        """The replicas that follow the convertors of the document. Those that do not say so are of an earlier version, or start and read
+        the document before their first request; those that drain follow nothing, and their last requests were sent before."""
+        replicas = living(self.beats, ReplicaBeat, self.now_ms).values()
+        return [beat for beat in replicas if beat.convertors is not None and beat.state is not MemberState.DRAINING]
 
     def replicas(self) -> dict[str, list[ReplicaBeat]]:
         """Returns the beats of all replicas, by backend."""
@@ -77,6 +104,10 @@ class Seen:
         return "; ".join(f"{name}: {problem}" for name, problem in {**told, **self.observed.problems}.items())
 
 
+def _convertors_of(replica: ReplicaBeat) -> Version:
+    return replica.convertors or (0, 0)
+
+
 class Awaited:
     """What a change of many parts, from the document `before` to `made`, still waits for."""
 
@@ -85,7 +116,8 @@ class Awaited:
         self._since_ms = since_ms
         self._starting = {name: backend for name, backend in made.backends.items() if before.backends.get(name) != backend}
         self._going = {name: backend for name, backend in before.backends.items() if name not in made.backends}
-        self._proxies_follow = False
+        self._has_convertors = made.convertors != before.convertors
+        self._behind = [PROXIES_ARE_BEHIND]
         self.count = len(self._starting)
 
     def __repr__(self) -> str:
@@ -102,9 +134,10 @@ class Awaited:
 
     def look(self, seen: Seen) -> list[str]:
         """Returns the backends that have got ready since the last look. Raises BackendFailed with the first failure's own words."""
-        if refused := seen.refusal_by_proxies(self._version):
-            raise BackendFailed(f"a proxy cannot follow the change: {refused}")
-        self._proxies_follow = self._proxies_follow or seen.is_followed_by_proxies(self._version)
+        if refusal := seen.refusal(self._version, of_convertors=self._has_convertors):
+            raise BackendFailed(f"{refusal.member} cannot follow the change: {refusal.words}")
+        if self._behind:  # a member that joins later reads this version first
+            self._behind = seen.behind(self._version, of_convertors=self._has_convertors)
         replicas = seen.replicas()
         ready = [
             name
@@ -118,12 +151,17 @@ class Awaited:
 
     @property
     def is_over(self) -> bool:
-        return self._proxies_follow and not self._starting and not self._going
+        return not self._behind and not self._starting and not self._going
 
     def names(self) -> str:
         """Names what is missing, as a clause."""
         missing = [f"backend {name!r} is not ready" for name in self._starting]
         missing += [f"backend {name!r} still drains" for name in self._going]
-        missing += [] if self._proxies_follow else ["not all proxies follow it"]
-        more = f" and {len(missing) - NAMED_AT_MOST} more" if len(missing) > NAMED_AT_MOST else ""
-        return ", ".join(missing[:NAMED_AT_MOST]) + more
+        missing += self._behind
+        return listed(missing)
+
+
+def listed(missing: Sequence[str]) -> str:
+    """Returns them as one clause, of bounded length."""
+    more = f" and {len(missing) - NAMED_AT_MOST} more" if len(missing) > NAMED_AT_MOST else ""
+    return ", ".join(missing[:NAMED_AT_MOST]) + more

@@ -327,6 +327,8 @@ def _member(beat: Beat, stored: _Stored) -> MemberFacts:
         state = "unknown" if stored.refusal else "gone"  # the store takes nobody's beats, so silence does not mean death
     silent_s = max(0.0, (stored.now_ms - beat.at) / 1000)
     refused = beat.refused if isinstance(beat, ProxyBeat | ReplicaBeat) else ""
+    if isinstance(beat, ReplicaBeat):
+        refused = refused or beat.convertor_error
     facts = MemberFacts(
         beat.kind, beat.id, state, beat.state, silent_s, beat.node, beat.host, beat.pid, beat.url, beat.external,
         trouble=refused or beat.error or beat.noted,
