@@ -102,6 +102,11 @@ class JobRuns:
         """The number of jobs that have a place, or wait for one."""
         return sum(isinstance(job, KeptJob) and job.stage in _IN_HAND for job in self._register) - len(self._lapsing)
 
+    @property
+    def lapsing(self) -> int:
+        """The number of jobs that wait for the lease of another run to lapse."""
+        return len(self._lapsing)
+
     # Taking.
 
     def take(self, generation: int, delivery: Delivery) -> None:

@@ -69,7 +69,7 @@ class Turns:
     def check_jobs(self) -> None:
         """Does what jobs need from time to time, while there are any (`has_jobs`)."""
         self.jobs.check()
-        self._window.jobs = self.jobs.in_hand
+        self._window.jobs, self._window.lapsing = self.jobs.in_hand, self.jobs.lapsing
         if self.jobs or self._places.has_waiting:
             self._rested_at = 0.0
         elif self._is_at_rest():

@@ -13,13 +13,14 @@ _STEPS = 8  # of the prefetch, while jobs take a part of the places: each change
 
 
 class Window:
-    """`config` is replaced when the replica gets another one. `jobs` is the number of jobs in hand."""
+    """`config` is replaced when the replica gets another one. `jobs` is the number of jobs in hand, `lapsing` that of copies of jobs that
+    run elsewhere."""
 
     def __init__(self, config: BackendConfig, handler: Handler, worker: Worker) -> None:
         self.config = config
         self._handler = handler
         self._worker = worker
-        self.jobs = 0
+        self.jobs = self.lapsing = 0
 
     def __repr__(self) -> str:
         return f"<Window of {self.size()}{', blocked' if self.is_blocked else ''}>"
@@ -34,8 +35,8 @@ class Window:
         return max(wanted, self.config.queue_shards)  # at least one of each queue
 
     def job_slots(self) -> int:
-        """The prefetch of jobs."""
-        return self.config.held_jobs(self._handler.is_async)
+        """The prefetch of jobs. A copy that waits for a lease keeps no other job out: it may wait for long."""
+        return self.config.held_jobs(self._handler.is_async) + self.lapsing
 
     def places(self) -> tuple[int, int]:
         """How many requests and jobs may be with the worker, and how many jobs: no more than can run, since those that have begun count as

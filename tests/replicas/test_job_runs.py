@@ -96,6 +96,22 @@ async def test_a_second_copy_waits_for_the_lease_and_is_acked_when_the_job_has_i
     assert len((await record_of(first)).attempts) == 1
 
 
+async def test_a_copy_that_waits_for_a_lease_keeps_no_other_job_out() -> None:
+    async with Serving(tunes=True) as first:
+        await first.send_job(a_job())
+        job = await begun_by(first)
+        async with beside(first) as second:
+            await takes_nothing_more(first)
+            await first.send_job(a_job(again=True))
+            await until(lambda: second.server.running == 1)
+            await first.send_job(msgspec.structs.replace(a_job(), id="0" * 32))
+            other = await begun_by(second)
+            assert other.envelope.id == "0" * 32
+            second.end(other, Result())
+            first.end(job, Result())
+            await first.settled()
+
+
 async def test_what_a_frozen_replica_ran_runs_elsewhere_and_its_waking_changes_nothing(short_leases: None) -> None:
     async with Serving() as frozen:
         await frozen.send_job(a_job())
