@@ -7,6 +7,7 @@ import signal
 import time
 import uuid
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pika
@@ -224,10 +225,13 @@ def test_no_job_is_lost_while_replicas_are_killed(client: serve.Client, deploy: 
         await asyncio.sleep(0.05)
         return int(request.data)
 
+    def has_begun(runs: int) -> bool:
+        return len(tally) > runs
+
     handle = client.get_handle(deploy(work, num_replicas=2, max_concurrent_queries=8, max_attempts=10))
     jobs = [handle.submit(number) for number in range(400)]
     for killed in range(3):
-        wait_until(lambda done=killed: len(tally) > 100 * (done + 1) - 50)
+        wait_until(partial(has_begun, 100 * killed + 50))
         os.kill(int(tally.lines[-1]), signal.SIGKILL)
     assert [job.result(120) for job in jobs] == list(range(400))
     states = [ended(job) for job in jobs]
