@@ -11,6 +11,7 @@
 | `mqserve:<ns>:body:{id.result}` | string | replica: a large result | waiting processes | RESULT_TTL_S, or when a proxy has read it |
 | `mqserve:<ns>:stream:{id}`   | stream | replica: frames of an answer | waiting processes | STREAM_TTL_S, or when its reader has all |
 | `mqserve:<ns>:owner:{id}`    | string | replica: which run writes the stream | replicas, waiting processes | as the stream |
+| `mqserve:<ns>:lost:<replica>` | string | its node, when it has died | readers of streams | LOST_TTL_S |
 | `mqserve:<ns>:feed:<replica>` | list  | readers: credit; proxies: WebSockets | that replica | INBOX_TTL_S, renewed by each write |
 | `mqserve:<ns>:inbox:<pid>`   | list   | replicas; whoever ends a job | that process | INBOX_TTL_S, renewed by each write |
 | `mqserve:<ns>:code:<sha256>` | string: a backend's code, manifest, chunk | clients, nodes | replicas, nodes | as the next |
@@ -46,6 +47,7 @@ from __future__ import annotations
 RESULT_TTL_S = 600
 INBOX_TTL_S = 120
 STREAM_TTL_S = 600
+LOST_TTL_S = 30 * 60  # longer than any run
 CODE_TTL_S = 3600  # enough time to commit a deployment, or to roll it back
 LEADER_TTL_S = 6
 ENDED_TTL_S = 24 * 3600
@@ -135,6 +137,9 @@ class StoreKeys:
 
     def feed(self, replica_id: str) -> str:
         return f"{self._root}:feed:{replica_id}"
+
+    def lost(self, replica_id: str) -> str:
+        return f"{self._root}:lost:{replica_id}"
 
     def inbox(self, process_id: str) -> str:
         return f"{self._root}:inbox:{process_id}"

@@ -128,10 +128,11 @@ class Owner(msgspec.Struct, frozen=True, omit_defaults=True):
     resumable: bool = False
     token: bytes = b""
     head_alone: bool = False  # the head was shown before the first chunk, in a frame that another run does not make again
+    replays: bool = False  # another replica goes on with the answer if this one dies
 
     @classmethod
-    def new(cls, replica: str, attempt: int, backend: str, endpoint: str = "", *, resumable: bool = False) -> Owner:
-        return cls(replica, attempt, backend, endpoint, resumable, os.urandom(8))
+    def new(cls, replica: str, attempt: int, backend: str, endpoint: str = "", *, resumable: bool = False, replays: bool = False) -> Owner:
+        return cls(replica, attempt, backend, endpoint, resumable, os.urandom(8), replays=replays)
 
     def to_bytes(self) -> bytes:
         return _encode(self)
@@ -159,6 +160,12 @@ class Credit(msgspec.Struct, frozen=True, array_like=True):
 
     def to_bytes(self) -> bytes:
         return _encode(self)
+
+
+def lost_result(backend: str, frames: int = 0) -> Result:
+    """Returns the end of an answer of which a part was shown, and whose run does not go on."""
+    message = "the replica that made this answer was lost before its end: send the request again, or have it run again by on_death='replay'"
+    return Result(status=502, backend=backend, error=ErrorInfo(type=REPLICA_LOST, message=message), frames=frames)
 
 
 def read_credit(raw: bytes) -> Credit | None:

@@ -259,6 +259,11 @@ def check_prefix(route: str) -> None:
             f"route {route!r} leads to an ASGI app, so it is a prefix, which has no parameters: give a prefix such as "
             "'/v1', and write the parameters into the routes of the app"
         )
+    if {"", ".", ".."}.intersection(route.removesuffix("/").split("/")[1:]):
+        raise BadValue(
+            f"prefix {route!r} has a segment that is empty, '.' or '..': clients and servers in front resolve these, so that no request "
+            "would arrive; write it without, such as '/v1'"
+        )
 
 
 def delete_endpoint(name: str) -> Change:

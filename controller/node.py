@@ -20,7 +20,7 @@ from ..broker.errors import InstanceError, StoreUnavailable, words_of
 from ..broker.process.lifeline import Stop
 from ..broker.process.ticks import next_tick_s
 from ..broker.store import Store
-from ..broker.store_keys import StoreKeys
+from ..broker.store_keys import LOST_TTL_S, StoreKeys
 from ..broker.values.signing import Signer
 from .environments import check_environment, find_python
 from .lost_files import put_back_files
@@ -242,8 +242,9 @@ class Node:
         if running is not None and not running.stopping:
             self._ended[replica_id] = how or ENDED_WELL
             self._presence.tell()
-        if how:  # one that has drained has told its WebSocket sessions itself; without this notice they end a few seconds later, by silence
+        if how:  # one that has drained has ended its streams and WebSocket sessions itself; without this notice they end later, by silence
             with suppress(StoreUnavailable):
+                await self._store.set(self._keys.lost(replica_id), b"1", ttl_ms=LOST_TTL_S * 1000)
                 await self._store.append_log(self._keys.cancelled, notice_of_replica(self._keys.feed(replica_id)))
 
     def _workers(self) -> Sequence[int]:

@@ -36,7 +36,7 @@ from .refusals import not_served
 from .request_heads import head_of, read_headers
 from .responses import NO_BODY, Reply, from_error, from_result, json_reply, problem, with_length
 from .routes import RouteTable, Target
-from .streaming import CUT, CutShort, Flow, RawBody, head_reply, send_flow
+from .streaming import CUT, CutShort, Flow, FlowEnd, RawBody, head_reply, send_flow
 from .system_routes import SystemPath, SystemPaths
 from .websockets import WebSockets
 
@@ -119,22 +119,23 @@ class ProxyApp:
     async def _send_flow(self, request_id: str, flow: Flow, scope: Scope, receive: Receive, send: Send) -> None:
         self._flowing[request_id] = flow.stream
         self.departures.expect(request_id, receive)
+        ended = FlowEnd.FAILED
         try:
-            await send_flow(flow, send)
+            ended = await send_flow(flow, send)
         except CutShort as cut:
+            ended = cut.end
             logger.info("the answer to request %s is cut: %s", flow.stream.id, printable(str(cut)))
             if CUT in scope:
                 scope[CUT]()
             raise
         finally:
             self.departures.forget(request_id)
-            del self._flowing[request_id]
-            flow.body.close()
-            self._sender.leave(flow.stream)
+            has_left = self._flowing.pop(request_id, None) is None
+            self.end_flow(flow, FlowEnd.CANCELLED if has_left and ended is FlowEnd.FAILED else ended)
 
     def _leave(self, request_id: str) -> None:
         """The client has gone before the end of its answer."""
-        if (stream := self._flowing.get(request_id)) is not None:
+        if (stream := self._flowing.pop(request_id, None)) is not None:
             self._sender.leave(stream)
         elif not self.polls.leave(request_id):
             self._sender.cancel(request_id)
@@ -182,7 +183,7 @@ class ProxyApp:
 
     async def _resume(self, call: AsgiCall, place: EventId, receive: Receive) -> Reply | Flow:
         await _read_body(receive, self._sender.held)  # it is the request again that began the stream, and nothing runs for it
-        return await self.events.resume(place, call.target.endpoint.name)
+        return await self.events.resume(place, call.target)
 
     async def _serve_job(self, call: AsgiCall, preference: Preference | None, key: bytes, scope: Scope, receive: Receive) -> Reply:
         routes = self.routes
@@ -245,8 +246,15 @@ class ProxyApp:
         self._sender.cancel(call.id)
 
     def leave_stream(self, stream: IncomingStream) -> None:
-        """Nobody reads on, or the answer has ended."""
+        """The client has gone before the end of its answer."""
         self._sender.leave(stream)
+
+    def end_flow(self, flow: Flow, ended: FlowEnd) -> None:
+        """Nothing more of the answer is sent."""
+        flow.body.close()
+        self._sender.leave(flow.stream)
+        if flow.route is not None:
+            self._metrics.route(flow.route).streams[ended] += 1
 
     def _answer_plain(self, call: PlainCall, reply: Reply) -> None:
         self.count(call, reply)
@@ -287,6 +295,7 @@ class ProxyApp:
                 meta,
                 origin="http",
                 timeout_s=min(timeout_s, routes.timeouts_s[backend]),
+                replay_s=routes.replays_s[backend],
                 at_most_once=backend in routes.at_most_once,
                 priority=WAIT_PRIORITIES[priority],
             )
@@ -315,8 +324,8 @@ class ProxyApp:
             self._sender.leave(stream)
             return head_reply(head, call.backend, call.id, to_head=to_head)
         if head.form is Form.ITEMS:
-            return self.events.flow(stream, call.backend)
-        return Flow(head_reply(head, call.backend, call.id), stream, RawBody(head.length))
+            return self.events.flow(stream, call.backend, call.target.pattern)
+        return Flow(head_reply(head, call.backend, call.id), stream, RawBody(head.length), call.target.pattern)
 
     def count(self, call: HttpCall, reply: Reply | Flow) -> None:
         status = reply.reply[0] if isinstance(reply, Flow) else reply[0]

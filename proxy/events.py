@@ -18,6 +18,7 @@ from ..broker.envelope import is_minted
 from ..broker.results import Result
 from ..broker.streams import Chunk, End, Ending, Form
 from .responses import Reply, from_result, problem
+from .routes import Target
 from .streaming import Flow, head_reply
 
 RETRY_MS = 1000  # after which a client that was cut off comes back
@@ -28,6 +29,7 @@ _LOOK_EVERY_S = 5.0
 _PLACE = re.compile(rb"([0-9a-f]{32}):(\d{1,15})")
 _LINE_END = re.compile(rb"\r\n|\r|\n")
 EVENT_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")]
+COMMENT = b":\n"  # without an empty line: some clients take a block without data for an event
 _OURS = frozenset(name for name, _ in EVENT_HEADERS)
 
 
@@ -47,7 +49,7 @@ def read_event_id(raw: bytes) -> EventId | None:
 class EventBody:
     """A streamed answer as server-sent events, behind the event `after`. `gap` is the first number that is there, if others should be."""
 
-    between = b":\n"
+    between = COMMENT
 
     def __init__(self, stream: IncomingStream, owner: EventStreams, after: int = 0, gap: int = 0, *, debug: bool = False) -> None:
         self.stream = stream
@@ -66,7 +68,7 @@ class EventBody:
     def begin(self) -> bytes:
         self._owner.add(self)
         if not self._is_resumable:
-            return b": \n\n"
+            return COMMENT
         first = b"id: %b%d\nretry: %d\n\n" % (self._id, self._after, RETRY_MS)
         return first + b'event: gap\ndata: {"first":%d}\n\n' % self._gap if self._gap else first
 
@@ -78,7 +80,7 @@ class EventBody:
         if not chunks and now - self._sent_at < SILENCE_S:
             return []
         self._sent_at = now
-        return [self._event(chunk) for chunk in chunks] if chunks else [b": \n\n"]
+        return [self._event(chunk) for chunk in chunks] if chunks else [COMMENT]
 
     def last(self, end: End) -> bytes:
         if end.outcome is Ending.DONE:
@@ -119,17 +121,18 @@ class EventStreams:
     def __repr__(self) -> str:
         return f"<EventStreams, {len(self._bodies)} open>"
 
-    def flow(self, stream: IncomingStream, backend: str, *, after: int = 0, gap: int = 0) -> Flow:
+    def flow(self, stream: IncomingStream, backend: str, route: str | None, *, after: int = 0, gap: int = 0) -> Flow:
         """Returns the answer that sends a stream as events."""
         assert stream.head is not None, "a stream is shown with its head"
         status, headers, _ = head_reply(stream.head, backend, stream.id)
         kept = [(name, value) for name, value in headers if name.lower() not in _OURS and name != b"content-length"]
-        return Flow((status, [*EVENT_HEADERS, *kept], b""), stream, EventBody(stream, self, after, gap, debug=self._debug))
+        return Flow((status, [*EVENT_HEADERS, *kept], b""), stream, EventBody(stream, self, after, gap, debug=self._debug), route)
 
-    async def resume(self, place: EventId, endpoint: str | None = None) -> Reply | Flow:
-        """Returns the answer that goes on behind a place; where an endpoint is given, only for requests to that. Raises MQServeError."""
+    async def resume(self, place: EventId, target: Target | None = None) -> Reply | Flow:
+        """Returns the answer that goes on behind a place; where a target is given, only for requests to its endpoint. Raises
+        MQServeError."""
         owner = await self._streams.owner(place.future_id) if is_minted(place.future_id) else None
-        if owner is None or not owner.resumable or (endpoint is not None and owner.endpoint != endpoint):
+        if owner is None or not owner.resumable or (target is not None and owner.endpoint != target.endpoint.name):
             detail = (
                 "There is no answer to go on with: its id is unknown here, or nothing of it is kept any more. Send the request again "
                 "without Last-Event-ID."
@@ -140,7 +143,8 @@ class EventStreams:
         stream, first = found
         if (end := stream.heard_end) is not None and (end.outcome is Ending.DONE or place.seq > end.frames):
             return 204, [(b"x-request-id", place.future_id.encode())], b""
-        return self.flow(stream, owner.backend, after=place.seq, gap=first if first > place.seq + 1 else 0)
+        route = target.pattern if target is not None else None
+        return self.flow(stream, owner.backend, route, after=place.seq, gap=first if first > place.seq + 1 else 0)
 
     def add(self, body: EventBody) -> None:
         self._bodies.add(body)

@@ -164,6 +164,7 @@ class Proxy:
         another."""
         for name in names:
             sender.end_cancelled(name)
+            sender.pending.streams.replica_died(name)
             if self._app is not None:
                 self._app.sockets.replica_died(name)
         if heard.has(sender.pending.inbox) and not stop.is_set():

@@ -16,6 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 from ..broker.latencies import LATENCY_BUCKETS_MS
 from ..controller.state.documents import Desired
+from .streaming import FlowEnd
 
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 
@@ -25,6 +26,7 @@ class RouteCounts:
 
     def __init__(self) -> None:
         self.statuses: Counter[int] = Counter()
+        self.streams: Counter[FlowEnd] = Counter()
         self.latencies = [0] * (len(LATENCY_BUCKETS_MS) + 1)
         self.latency_sum_ms = 0.0
 
@@ -35,6 +37,7 @@ class RouteCounts:
 
     def add(self, other: RouteCounts) -> None:
         self.statuses.update(other.statuses)
+        self.streams.update(other.streams)
         self.latencies = [mine + theirs for mine, theirs in zip(self.latencies, other.latencies, strict=True)]
         self.latency_sum_ms += other.latency_sum_ms
 
@@ -97,11 +100,14 @@ class ProxyMetrics:
         self._forget_deleted()
         requests = CounterMetricFamily("mqserve_num_http_requests", "HTTP requests that matched a route.", labels=["route"])
         responses = CounterMetricFamily("mqserve_num_http_responses", "HTTP answers by status.", labels=["route", "status"])
+        streams = CounterMetricFamily("mqserve_num_http_streams", "Streamed HTTP answers that ended, by how.", labels=["route", "outcome"])
         latency = HistogramMetricFamily("mqserve_http_latency_ms", "From a request's arrival to its answer.", labels=["route"])
         for pattern, counts in self.routes.items():
             requests.add_metric([pattern], counts.statuses.total())
             for status, count in counts.statuses.items():
                 responses.add_metric([pattern, str(status)], count)
+            for ended, count in counts.streams.items():
+                streams.add_metric([pattern, ended], count)
             latency.add_metric([pattern], _cumulative(counts.latencies), counts.latency_sum_ms)
         sent = CounterMetricFamily("mqserve_num_router_requests", "Requests sent to an endpoint.", labels=["endpoint"])
         for endpoint, count in self.sent.items():
@@ -111,7 +117,7 @@ class ProxyMetrics:
         )
         for labels, count in self.waiting.items():
             waiting.add_metric(labels, count)
-        yield from (requests, responses, latency, sent, waiting)
+        yield from (requests, responses, streams, latency, sent, waiting)
 
 
 def _cumulative(counts: list[int]) -> list[tuple[str, float]]:

@@ -23,7 +23,7 @@ from .calls import PlainCall
 from .edge import NOTHING, EdgeProtocol
 from .request_line import Refused
 from .responses import Reply, with_length
-from .streaming import CutShort, Flow
+from .streaming import CutShort, Flow, FlowEnd
 
 logger = logging.getLogger(__name__)
 
@@ -108,8 +108,11 @@ class PlainEdgeProtocol(EdgeProtocol):
         task.add_done_callback(self.tasks.discard)
 
     async def _pump(self, call: PlainCall, flow: Flow) -> None:
+        ended = FlowEnd.FAILED
         try:
-            if not call.response_complete:  # or the client has gone
+            if call.response_complete:  # the client has gone
+                ended = FlowEnd.CANCELLED
+            else:
                 lines = self._head_lines(call, *flow.reply[:2])
                 lines.append(b"transfer-encoding: chunked\r\n\r\n" if call.chunked_encoding else b"\r\n")
                 parts = [flow.body.begin(), *flow.body.of(flow.stream.take())]
@@ -117,8 +120,9 @@ class PlainEdgeProtocol(EdgeProtocol):
                 self.transport.write(b"".join([*lines, _framed(call, parts)]))
                 if self._half_closed is not None:
                     self._half_closed.watch_flow(self._between(call))
-                await self._write_parts(call, flow)
+                ended = await self._write_parts(call, flow)
         except CutShort as cut:
+            ended = cut.end
             logger.info("the answer to request %s is cut: %s", call.id, printable(str(cut)))
             self._cut(call)
         except asyncio.CancelledError:
@@ -130,10 +134,9 @@ class PlainEdgeProtocol(EdgeProtocol):
         finally:
             if self._streamed is not None and self._streamed[0] is call:
                 self._streamed = None
-            flow.body.close()
-            call.app.leave_stream(flow.stream)
+            call.app.end_flow(flow, ended)
 
-    async def _write_parts(self, call: PlainCall, flow: Flow) -> None:
+    async def _write_parts(self, call: PlainCall, flow: Flow) -> FlowEnd:
         stream, body = flow.stream, flow.body
         while (end := stream.end) is None and not body.is_over and not call.response_complete:
             if self.flow.write_paused:
@@ -141,7 +144,7 @@ class PlainEdgeProtocol(EdgeProtocol):
             elif (parts := body.of(await stream.more())) and not call.response_complete:
                 self.transport.write(_framed(call, parts))
         if call.response_complete:
-            return
+            return FlowEnd.CANCELLED
         last = b"" if end is None else body.last(end)
         self.transport.write(_framed(call, [last]) + (b"0\r\n\r\n" if call.chunked_encoding else b""))
         call.response_complete = True
@@ -149,6 +152,7 @@ class PlainEdgeProtocol(EdgeProtocol):
             self.transport.close()
         self._streamed = None
         self.on_response_complete()
+        return FlowEnd.of(end)
 
     def _between(self, answering: Any) -> bytes:
         between = super()._between(answering)

@@ -53,6 +53,7 @@ class RouteTable:
     def __init__(self, desired: Desired, observed: Observed, before: RouteTable | None = None) -> None:
         self.version = (desired.epoch, desired.version)
         self.timeouts_s = {name: backend.config.request_timeout_s for name, backend in desired.backends.items()}
+        self.replays_s = {name: backend.config.replay_s for name, backend in desired.backends.items()}
         self.at_most_once = {name for name, backend in desired.backends.items() if backend.config.delivery == "at_most_once"}
         self.apps = {name for name, backend in desired.backends.items() if backend.kind.is_app}  # which alone take WebSockets
         self.down_since = observed.down_since  # backend -> store ms since which no replica has been ready or starting

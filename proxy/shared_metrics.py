@@ -30,6 +30,7 @@ from ..broker.process.listener import KEY_BYTES
 from ..broker.process.rate_limited_log import RateLimitedLog
 from ..controller.state.documents import Desired
 from .metrics import ProxyMetrics
+from .streaming import FlowEnd
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ _ProcessKey = tuple[int, int]
 
 class _Route(msgspec.Struct, array_like=True):
     statuses: dict[int, int]
+    streams: dict[FlowEnd, int]
     latencies: list[int]
     latency_sum_ms: float
 
@@ -181,13 +183,17 @@ def _loaded(stored: _Sums) -> ProxyMetrics:
     sums = ProxyMetrics()
     for pattern, route in stored.routes.items():
         counts = sums.route(pattern)
-        counts.statuses, counts.latencies, counts.latency_sum_ms = Counter(route.statuses), route.latencies, route.latency_sum_ms
+        counts.statuses, counts.streams = Counter(route.statuses), Counter(route.streams)
+        counts.latencies, counts.latency_sum_ms = route.latencies, route.latency_sum_ms
     sums.sent = Counter(stored.sent)
     return sums
 
 
 def _packed(sums: ProxyMetrics, follows: tuple[int, int], waiting: dict[_ProcessKey, list[tuple[str, str, int]]]) -> _Sums:
-    routes = {pattern: _Route(dict(counts.statuses), counts.latencies, counts.latency_sum_ms) for pattern, counts in sums.routes.items()}
+    routes = {
+        pattern: _Route(dict(counts.statuses), dict(counts.streams), counts.latencies, counts.latency_sum_ms)
+        for pattern, counts in sums.routes.items()
+    }
     return _Sums(follows, routes, dict(sums.sent), waiting)
 
 

@@ -8,6 +8,7 @@ import struct
 from asyncio import Transport
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, Protocol
 
 from ..broker.calls.incoming import IncomingStream
@@ -23,8 +24,34 @@ CUT = "mqserve.cut"
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER: closed at once, without a FIN
 
 
+class FlowEnd(StrEnum):
+    """How a streamed answer ended for its client, as the metrics count it."""
+
+    COMPLETE = "complete"
+    FAILED = "failed"
+    CANCELLED = "cancelled"  # the client left, or the request was cancelled
+    MOVED = "moved"  # this proxy ends, and the client goes on by another one
+
+    @classmethod
+    def of(cls, end: End | None) -> FlowEnd:
+        """What an answer that was sent up to here ended in; None where its body was over before the answer."""
+        if end is None:
+            return cls.MOVED
+        match end.outcome:
+            case Ending.DONE:
+                return cls.COMPLETE
+            case Ending.CANCELLED:
+                return cls.CANCELLED
+            case _:
+                return cls.FAILED
+
+
 class CutShort(Exception):
     """An answer whose head is out stays incomplete, and its client has to see that."""
+
+    def __init__(self, why: str, end: FlowEnd = FlowEnd.FAILED) -> None:
+        super().__init__(why)
+        self.end = end
 
 
 class Body(Protocol):
@@ -59,11 +86,12 @@ class Body(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """An answer that flows: its status and headers in `reply`."""
+    """An answer that flows: its status and headers in `reply`. `route` is the pattern of the route that counts it, if one does."""
 
     reply: Reply
     stream: IncomingStream
     body: Body
+    route: str | None
 
 
 class RawBody:
@@ -91,7 +119,7 @@ class RawBody:
 
     def last(self, end: End) -> bytes:
         if end.outcome is not Ending.DONE:
-            raise CutShort(end.error.message if end.error is not None else end.outcome.value)
+            raise CutShort(end.error.message if end.error is not None else end.outcome.value, FlowEnd.of(end))
         if self._left:
             raise CutShort(f"the handler made {self._left} bytes less than the Content-Length that it gave")
         return b""
@@ -109,8 +137,9 @@ def head_reply(head: Head, backend: str, request_id: str, *, to_head: bool = Fal
     return status, headers, b""
 
 
-async def send_flow(flow: Flow, send: Send) -> None:
-    """Sends it by ASGI. Raises CutShort for an answer that stays incomplete: the connection has to be cut before a middleware ends it."""
+async def send_flow(flow: Flow, send: Send) -> FlowEnd:
+    """Sends it by ASGI, and returns how it ended. Raises CutShort for an answer that stays incomplete: the connection has to be cut before
+    a middleware ends it."""
     status, headers, _ = flow.reply
     stream, body = flow.stream, flow.body
     await send({"type": "http.response.start", "status": status, "headers": headers})
@@ -118,6 +147,7 @@ async def send_flow(flow: Flow, send: Send) -> None:
     while (end := stream.end) is None and not body.is_over:
         await _send_part(send, body.of(await stream.more()))
     await send({"type": "http.response.body", "body": b"" if end is None else body.last(end)})
+    return FlowEnd.of(end)
 
 
 async def _send_part(send: Send, parts: list[bytes]) -> None:

@@ -22,7 +22,7 @@ from ..broker.store_keys import StoreKeys
 from ..controller.state.config import BackendConfig
 from .execute import check_direct
 from .stages import Job
-from .takeover import Takeover
+from .takeover import Takeover, is_kept_for_replay
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +109,10 @@ class Admission:
             envelope = msgspec.structs.replace(envelope, attempt=await self._count(job, config.max_attempts, is_alone))
         return await self.ready(envelope)
 
+    async def is_shown(self, envelope: Envelope) -> bool:
+        """See `Takeover.is_shown`. False for a request without an id, whose answer is not streamed."""
+        return bool(envelope.id) and await self._takeover.is_shown(envelope)
+
     async def ready(self, envelope: Envelope) -> Envelope:
         """Returns the envelope with its body, checked. Called after its runs were counted, since the check of a body may kill the
         replica."""
@@ -160,7 +164,10 @@ class Admission:
         return envelope.future_id(self._backend) or digest_of(self._backend, envelope.body)
 
     def _mark_ttl_ms(self, envelope: Envelope) -> int:
-        """Returns the TTL of a start mark. It ends after the deadline, past which a request never runs again."""
+        """Returns the TTL of a start mark. It ends after the deadline, past which a request never runs again, or after the time for which
+        the broker keeps the message for a replay."""
+        if is_kept_for_replay(envelope):
+            return envelope.expiration_ms + _AFTER_DEADLINE_MS
         deadline_ms = envelope.header.deadline
         return max(1, deadline_ms - self._store.now_ms() + _AFTER_DEADLINE_MS) if deadline_ms else _COUNTERS_TTL_MS
 

@@ -104,8 +104,8 @@ class Flows:
 
     def _begin(self, job: Job, flow: Outgoing) -> None:
         self._jobs[flow.future_id] = job
-        if flow.is_shown:
-            self._shown(job)  # by an earlier run
+        if flow.is_shown:  # by an earlier run
+            self.give_time(job)
         self._feed.need(self)
 
     # Appending.
@@ -175,7 +175,7 @@ class Flows:
         flow.was_sent(append.first - 1 + len(append.frames))
         if not flow.is_shown:
             flow.is_shown = True
-            self._shown(job)
+            self.give_time(job)
         if append.ends:
             assert flow.result is not None
             self._forget(job, flow)
@@ -183,9 +183,9 @@ class Flows:
         self._append(job, flow)
         self._resume(job, flow)
 
-    def _shown(self, job: Job) -> None:
-        """Gives a stream whose head is shown the time that a run has at most."""
-        job.deadline = job.started + MAX_REQUEST_TIMEOUT_S
+    def give_time(self, job: Job) -> None:
+        """Gives a stream whose head is shown the time that a run has at most, from its beginning or, if it has not begun, from now."""
+        job.deadline = (job.started or time.monotonic()) + MAX_REQUEST_TIMEOUT_S
         job.envelope = job.envelope.due_at(self._store.now_ms() + int((job.deadline - time.monotonic()) * 1000))
 
     def _on_refusal(self, job: Job, flow: Outgoing, refusal: Refusal) -> None:

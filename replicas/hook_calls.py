@@ -60,6 +60,8 @@ class HookCalls:
     # In the thread.
 
     def _call(self, function: Callable[[], Any], constructs: bool, pending: concurrent.futures.Future[Any]) -> None:
+        if pending.cancelled():  # the thread was blocked for so long that its caller has gone
+            return
         context = self._contexts.own if constructs else self._contexts.new()
         self.since = time.monotonic()
         try:

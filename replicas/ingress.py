@@ -17,6 +17,7 @@ K = TypeVar("K", bound=type)
 
 _APP = "_mqserve_app"
 _SELF = "mqserve.self"  # in the scope of a request
+_IS_GIVEN = "_mqserve_self"  # an attribute of methods that declare `self` as a dependency
 
 
 def ingress(app: ASGIApp) -> Callable[[K], K]:
@@ -36,6 +37,8 @@ def ingress(app: ASGIApp) -> Callable[[K], K]:
         _give_self(app, target)
 
         async def call(self: Any, scope: Scope, receive: Callable[[], Any], send: Callable[[Message], Any]) -> None:
+            if scope["type"] == "lifespan":
+                _give_self(app, target)  # routes of routers that the app has included after the class
             scope[_SELF] = self
             await app(scope, receive, send)
 
@@ -52,26 +55,40 @@ def app_of(target: Any) -> ASGIApp | None:
 
 
 def _give_self(app: Any, target: type) -> None:
-    """Declares `self` as a dependency in each method of the class that is a FastAPI route of the app, and lets FastAPI read it again."""
+    """Declares `self` as a dependency in each method of the class that is a FastAPI route of the app, or of a router that the app includes,
+    and lets FastAPI read it again. Leaves alone those that have it."""
     methods = [value for base in target.__mro__ for value in vars(base).values() if inspect.isfunction(value)]
-    routes = getattr(app, "routes", ())
-    found = [route for route in routes if any(getattr(route, "endpoint", None) is method for method in methods)]
+    found = [
+        (router, route)
+        for router in _routers(getattr(app, "router", None))
+        for route in router.routes
+        if any(getattr(route, "endpoint", None) is method and _IS_GIVEN not in vars(method) for method in methods)
+    ]
     if not found:
         return
-    try:
-        from fastapi import APIRouter, Depends
-        from fastapi.requests import HTTPConnection
-    except ImportError:  # routes of something else, which reads no signatures
-        return
+    from fastapi import APIRouter, Depends
+    from fastapi.requests import HTTPConnection
 
     async def instance(connection: HTTPConnection) -> Any:  # async, since FastAPI runs plain ones in threads
         return connection.scope[_SELF]
 
     instance.__annotations__["connection"] = HTTPConnection  # where annotations are text, FastAPI would look for the name in this module
-    for method in {route.endpoint for route in found}:
+    for method in {route.endpoint for _, route in found}:
         _declare_self(method, Depends(instance))
-    for route in found:
-        _read_again(app.router, route, APIRouter())
+    for router, route in found:
+        _read_again(router, route, APIRouter())
+
+
+def _routers(router: Any) -> list[Any]:
+    """Returns the router of a FastAPI app and those that it includes, each once. Some versions of FastAPI keep an included router, others
+    copy its routes."""
+    found: list[Any] = [router] if hasattr(router, "include_router") else []
+    for one in found:
+        for route in one.routes:
+            included = getattr(route, "original_router", None)
+            if included is not None and all(included is not other for other in found):
+                found.append(included)
+    return found
 
 
 def _declare_self(method: Any, dependency: Any) -> None:
@@ -80,17 +97,21 @@ def _declare_self(method: Any, dependency: Any) -> None:
     keyword_only = [one.replace(kind=one.KEYWORD_ONLY) if one.kind is one.POSITIONAL_OR_KEYWORD else one for one in others]
     declared = first.replace(default=dependency, kind=first.KEYWORD_ONLY, annotation=Any)
     method.__signature__ = signature.replace(parameters=[declared, *keyword_only])
+    setattr(method, _IS_GIVEN, True)
 
 
 def _read_again(router: Any, route: Any, own: Any) -> None:
     """Includes the route in its own router once more, in its place: FastAPI reads the signature of a route that is included."""
     own.routes.append(route)
-    common, router.dependencies = router.dependencies, []  # the route has them
+    common = {name: getattr(router, name) for name in ("prefix", "dependencies", "tags", "callbacks")}  # the route has them
     count, at = len(router.routes), router.routes.index(route)
     try:
+        for name, value in common.items():
+            setattr(router, name, type(value)())
         router.include_router(own)
     finally:
-        router.dependencies = common
+        for name, value in common.items():
+            setattr(router, name, value)
     included = router.routes[count:]
     del router.routes[count:]
     router.routes[at : at + 1] = included

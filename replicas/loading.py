@@ -16,9 +16,9 @@ from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
 from ..broker.values import code
 from ..broker.values.main_module import RunFile, stand_in_for
-from ..controller.state.documents import Backend
+from ..controller.state.documents import Backend, CodeKind
 from ..controller.state.reading import read_desired
-from .app_copies import own_copy
+from .app_copies import check_is_alone, own_copy
 from .context import importing
 from .handler import Handler, make_handler
 from .hook_calls import Raised
@@ -39,6 +39,8 @@ async def construct(store: Store, keys: StoreKeys, settings: Settings, worker: W
     """Constructs the handler in the worker's thread, and starts an app, within the backend's start timeout. Raises BackendFailed with the
     traceback of user code, or with the message of its `sys.exit()`."""
     record, restored = await _fetch(store, keys, settings, backend)
+    if backend.kind is CodeKind.APP_OBJECT and isinstance(record, code.CodeHere):
+        await check_is_alone(store, keys, backend, record.target)
 
     def make() -> Handler:
         target, args = _import(record, restored, settings)

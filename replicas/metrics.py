@@ -16,6 +16,8 @@ from prometheus_client import Counter, Gauge, Histogram
 from ..broker.envelope import Envelope
 from ..broker.latencies import LATENCY_BUCKETS_MS
 from ..broker.results import Result
+from ..controller.state.config import MAX_REQUEST_TIMEOUT_S
+from .takeover import is_kept_for_replay
 
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 _BACKEND, _REPLICA = ["backend"], ["backend", "replica"]
@@ -60,7 +62,8 @@ class ReplicaMetrics:
         else:
             self._failed += 1
         if envelope.header.deadline and envelope.expiration_ms:
-            sent_ms = envelope.header.deadline - envelope.expiration_ms
+            timeout_ms = envelope.expiration_ms - (MAX_REQUEST_TIMEOUT_S * 1000 if is_kept_for_replay(envelope) else 0)
+            sent_ms = envelope.header.deadline - timeout_ms
             self._queuing.add(max(0.0, now_ms - sent_ms - run_s * 1000))
         processing = self._processing.get(batch_size)
         if processing is None:

@@ -34,6 +34,12 @@ class Register:
         found = self.with_worker()
         return len(found), sum([isinstance(job, KeptJob) for job in found])
 
+    def has_copy(self, job: Job, backend: str) -> bool:
+        """Whether another copy of the request runs here, or is about to. Two would take the stream of their answer from each other."""
+        future_id = job.envelope.future_id(backend)
+        others = (other for other in self._jobs if other is not job and (other.with_worker or other.stage is Stage.HELD))
+        return bool(future_id) and any(other.envelope.future_id(backend) == future_id for other in others)
+
     @property
     def is_empty(self) -> bool:
         return not self._jobs

@@ -19,6 +19,7 @@ from ..broker.results import Outcome, Phase, Result, gone_result, late_result
 from ..broker.settings import Settings
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
+from ..broker.streams import lost_result
 from ..controller.state.config import MAX_REQUEST_TIMEOUT_S, BackendConfig
 from ..controller.state.documents import Backend
 from .admission import Admission
@@ -40,7 +41,6 @@ from .settlement import Settlement
 from .stages import NOTHING, Job, KeptJob, Stage
 from .start_marks import StartMarks
 from .stuck import check_calls, check_silence
-from .takeover import lost_result
 from .turns import Turns
 from .window import Window
 from .worker import Worker
@@ -334,11 +334,11 @@ class RequestLoop:
         job.deadline = time.monotonic() + left_s
         if (self._end is not None or self._draining) and self._is_over(job):
             return
-        if left_s <= 0:
+        if left_s <= 0 and not delivery.redelivered:
             self.drop(job, late_result(Phase.QUEUE))
         elif self._is_cancelled(job):
             self.drop(job, CANCELLED)
-        elif (delivery.redelivered or header.again) and self._runs_here(envelope):
+        elif (delivery.redelivered or header.again) and self._register.has_copy(job, self._backend):
             self._settlement.give_back(job, later=True, mark_stays=True)  # its run here goes on; requeue until its result is stored
         elif delivery.redelivered or header.again or header.ref or not envelope.minted or self._checks_all:
             self._settlement.start(job, self.admit(job))
@@ -372,6 +372,8 @@ class RequestLoop:
             job.mark = self._admission.new_mark()
         for pause_s in delays():
             try:
+                if job.unwanted and not await self._admission.is_shown(job.envelope):
+                    return self.drop(job, job.unwanted_result)
                 return self._admitted(job, await self._ask(job))
             except BadEnvelope as error:
                 return await self._settlement.refuse(job, error)
@@ -399,11 +401,9 @@ class RequestLoop:
             self.drop(job, CANCELLED)
         else:
             job.envelope = admitted
+            if job.flow is not None:
+                self._flows.give_time(job)
             self.run(job)
-
-    def _runs_here(self, envelope: Envelope) -> bool:
-        future_id = envelope.future_id(self._backend)
-        return bool(future_id) and any(job.envelope.future_id(self._backend) == future_id for job in self._register.with_worker())
 
     def run(self, job: Job) -> None:
         job.move(Stage.ADMITTED)

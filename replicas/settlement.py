@@ -31,7 +31,7 @@ from .job_ends import JobEnds
 from .metrics import ReplicaMetrics
 from .register import Register
 from .stages import Job, KeptJob, Stage
-from .takeover import behind_shown
+from .takeover import behind_shown, is_kept_for_replay
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -204,10 +204,10 @@ class Settlement:
 
     def _answered(self, job: Job) -> None:
         """Acks. Unless the id is minted, and so used only once, it also deletes the counters, so that the next use of the id starts afresh.
-        With at-most-once delivery they stay, so that the id never runs twice."""
-        if (job.delivery.redelivered or job.mark) and not (
-            job.envelope.minted or _is_recorded(job) or (self.at_most_once and job.envelope.id)
-        ):
+        With at-most-once delivery they stay, so that the id never runs twice. Those of a message that is kept for a replay go, too, since
+        they would stay long. The record of a job counts for itself."""
+        leaves_some = not (job.envelope.minted or _is_recorded(job)) or is_kept_for_replay(job.envelope)
+        if (job.delivery.redelivered or job.mark) and leaves_some and not (self.at_most_once and job.envelope.id):
             self._await_for(job, self.start(job, self._admission.forget(job.envelope)))
         self.ack(job)
 

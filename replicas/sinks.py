@@ -309,9 +309,11 @@ class Sinks:
         """Returns the stream of a job, which its admission has made if an earlier run has shown a part of it."""
         envelope = job.envelope
         if job.flow is None:
-            job.flow = self._new_flow(envelope, resumable=resumable, joins=is_body and self.config.on_death != "replay")
+            job.flow = self._new_flow(envelope, resumable=resumable, is_body=is_body)
         return job.flow
 
-    def _new_flow(self, envelope: Envelope, *, resumable: bool = False, is_reply: bool = False, joins: bool = False) -> Outgoing:
-        owner = Owner.new(self._replica_id, envelope.attempt, self._backend, envelope.header.meta.endpoint, resumable=resumable)
-        return Outgoing(envelope.future_id(self._backend), owner, envelope.header.inbox, self.config, is_reply=is_reply, joins=joins)
+    def _new_flow(self, envelope: Envelope, *, resumable: bool = False, is_reply: bool = False, is_body: bool = False) -> Outgoing:
+        future_id, endpoint, config = envelope.future_id(self._backend), envelope.header.meta.endpoint, self.config
+        replays = config.on_death == "replay"
+        owner = Owner.new(self._replica_id, envelope.attempt, self._backend, endpoint, resumable=resumable, replays=replays)
+        return Outgoing(future_id, owner, envelope.header.inbox, config, is_reply=is_reply, joins=is_body and not replays)

@@ -9,9 +9,14 @@ from ..broker.errors import BadEnvelope, StoreUnavailable
 from ..broker.results import ErrorInfo, Result
 from ..broker.store import Store
 from ..broker.store_keys import STREAM_TTL_S, StoreKeys
-from ..broker.streams import REPLICA_LOST, Owner
-from ..controller.state.config import BackendConfig
+from ..broker.streams import Owner, lost_result
+from ..controller.state.config import MAX_REQUEST_TIMEOUT_S, BackendConfig
 from .outgoing import Outgoing
+
+
+def is_kept_for_replay(envelope: Envelope) -> bool:
+    """Whether the broker keeps the message beyond its deadline, for MAX_REQUEST_TIMEOUT_S (`BackendConfig.replay_s`)."""
+    return envelope.expiration_ms > MAX_REQUEST_TIMEOUT_S * 1000 and bool(envelope.header.origin)
 
 
 class Takeover:
@@ -39,21 +44,16 @@ class Takeover:
         if raw is None:
             return None
         before = _read_owner(raw, self._backend)
-        owner = Owner.new(self._replica_id, before.attempt + 1, self._backend, before.endpoint, resumable=before.resumable)
+        replays = config.on_death == "replay" and before.replays  # else its frames may be joined ones, which no run makes again
+        owner = Owner.new(self._replica_id, before.attempt + 1, self._backend, before.endpoint, resumable=before.resumable, replays=replays)
         owner = msgspec.structs.replace(owner, head_alone=before.head_alone)
         ttl_ms = int(max(STREAM_TTL_S, config.stream_idle_timeout_s, config.resume_grace_s) * 1000)
         if not await self._store.replace(key, raw, owner.to_bytes(), ttl_ms=ttl_ms, quiet=True):
             raise StoreUnavailable("another run of the request takes its stream over")
         shown = await self._store.last_of_stream(self._keys.stream(future_id))
-        if config.on_death != "replay" or config.delivery == "at_most_once":
+        if not replays:
             return lost_result(self._backend, shown)
         return Outgoing(future_id, owner, envelope.header.inbox, config, shown=shown)
-
-
-def lost_result(backend: str, frames: int = 0) -> Result:
-    """The end of an answer of which a part was shown, and whose run does not go on."""
-    message = "the replica that made this answer was lost before its end: send the request again, or have it run again by on_death='replay'"
-    return Result(status=502, backend=backend, error=ErrorInfo(type=REPLICA_LOST, message=message), frames=frames)
 
 
 def behind_shown(result: Result) -> Result:

@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import BackgroundTasks, Depends, FastAPI, Form, Request, Response, UploadFile
+from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, Form, Request, Response, UploadFile
 from litestar import Litestar
 from litestar import get as litestar_get
 from litestar import post as litestar_post
@@ -255,6 +255,7 @@ async def silent(scope: Any, receive: Any, send: Any) -> None:
 # A class whose methods are routes.
 
 api = FastAPI()
+parts = APIRouter(prefix="/parts")
 
 
 @serve.ingress(api)
@@ -276,9 +277,16 @@ class Multiplier:
     async def times_posted(self, numbers: list[int]) -> list[int]:
         return [number * self.factor for number in numbers]
 
+    @parts.get("/half/{number}")
+    def half(self, number: int) -> float:
+        return number * self.factor / 2
+
     @api.get("/factor")
     def get_factor(self, connection: Annotated[str, Depends(opened)]) -> int:
         return self.factor
+
+
+api.include_router(parts)
 
 
 @api.get("/outside/{number}")

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ from starlette.routing import WebSocketRoute
 import mqserve as serve
 
 CHUNK = "x" * 60_000
+_FROM_HERE = [(b"x-from", b"the app"), (b"x-process", b"%d" % os.getpid())]
 
 
 def note(tally: str, word: str) -> None:
@@ -44,7 +46,7 @@ async def tasks() -> dict[str, int]:
 @app.websocket("/echo")
 async def echo(socket: WebSocket) -> None:
     offered = socket.scope["subprotocols"]
-    await socket.accept(subprotocol=offered[0] if offered else None, headers=[(b"x-from", b"the app"), (b"connection", b"close")])
+    await socket.accept(subprotocol=offered[0] if offered else None, headers=[*_FROM_HERE, (b"connection", b"close")])
     while (said := await socket.receive())["type"] == "websocket.receive":
         await socket.send({**said, "type": "websocket.send"})
 
@@ -122,6 +124,15 @@ async def late(socket: WebSocket, gate: str, tally: str) -> None:
     except asyncio.CancelledError:
         note(tally, "cancelled")
         raise
+
+
+@app.websocket("/blocks")
+async def blocks(socket: WebSocket, gate: str) -> None:
+    """Blocks the loop of its replica until the gate opens."""
+    await socket.accept()
+    await socket.receive_text()
+    while not os.path.exists(gate):  # noqa: ASYNC240
+        time.sleep(0.005)  # noqa: ASYNC251
 
 
 @app.websocket("/pours")

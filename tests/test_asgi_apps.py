@@ -8,7 +8,8 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI, WebSocket
+from fastapi.testclient import TestClient
 
 import mqserve as serve
 from mqserve.replicas.asgi_apps import is_asgi_app, makes_asgi_apps
@@ -154,12 +155,11 @@ def test_head_gets_the_head_of_an_answer(mount: Mount) -> None:
     assert (got.status_code, got.headers["content-length"], got.content) == (200, "15", b"")
 
 
-def test_an_exception_is_the_apps_own_500_and_logged_once(mount: Mount, form: str, caplog: pytest.LogCaptureFixture) -> None:
-    url = mount(apps.shop)
+def test_an_exception_is_the_apps_own_500_and_logged_once(shop: str, form: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.ERROR):
-        failed = httpx.get(f"{url}/broken")
+        failed = httpx.get(f"{shop}/broken")
         assert (failed.status_code, failed.text) == (500, "Internal Server Error")
-        assert httpx.get(f"{url}/items/1").status_code == 200
+        assert httpx.get(f"{shop}/items/1").status_code == 200
     if form == "embedded":
         told = wait_until(lambda: [record.getMessage() for record in caplog.records if "no such thing" in record.getMessage()])
         assert len(told) == 1 and "LookupError" in told[0]
@@ -365,6 +365,25 @@ def test_one_object_is_for_one_replica_in_the_embedded_form(client: serve.Client
         client.update_backend_config("shop", {"num_replicas": 2})
 
 
+def test_an_app_object_belongs_to_one_backend_in_the_embedded_form(client: serve.Client, mount: Mount, form: str) -> None:
+    """Each replica of the distributed form is a process, with an app of its own."""
+    first = mount(apps.starlette_app)
+    name = first.rpartition("/")[2]
+    if form == "distributed":
+        assert httpx.get(f"{mount(apps.starlette_app)}/hello/ada").json() == {"hello": "ada"}
+        return
+    with pytest.raises(serve.BackendFailed, match=rf"the same app object as backend '{name}'.*backend='{name}', route="):
+        mount(apps.starlette_app)
+    with pytest.raises(serve.BackendFailed, match="the same app object"), client.deploying():
+        mount(apps.litestar_app)
+        mount(apps.litestar_app)
+    client.update_backend(name, apps.starlette_app)
+    client.create_endpoint("second", backend=name, route="/second")
+    assert httpx.get(f"{client.http_url()}/second/where/x").json()["root_path"] == "/second"
+    client.delete_endpoint("second")
+    assert httpx.get(f"{first}/hello/ada").json() == {"hello": "ada"}
+
+
 # A class whose methods are routes.
 
 
@@ -375,6 +394,38 @@ def test_the_methods_of_a_class_are_routes_with_its_one_instance(mount: Mount) -
     assert httpx.post(f"{url}/times", json=[1, 2]).json() == [3, 6]
     assert httpx.get(f"{url}/factor").json() == 3
     assert httpx.get(f"{url}/outside/4").json() == 4
+    assert httpx.get(f"{url}/parts/half/4").json() == 6
+
+
+@pytest.mark.parametrize("included", ["before", "after"])
+def test_the_methods_of_a_class_may_be_routes_of_a_router_that_the_app_includes(included: str) -> None:
+    app, router = FastAPI(), APIRouter(prefix="/parts", tags=["parts"])
+
+    class Parts:
+        def __init__(self) -> None:
+            self.whole = 12
+
+        @router.get("/{number}")
+        def part(self, number: int) -> float:
+            return self.whole / number
+
+        @router.websocket("/told")
+        async def tell(self, socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.send_json(self.whole)
+            await socket.close()
+
+    if included == "before":
+        app.include_router(router, prefix="/v1")
+    parts: Any = serve.ingress(app)(Parts)()
+    if included == "after":
+        app.include_router(router, prefix="/v1")
+    with TestClient(parts.__call__) as client:
+        assert client.get("/v1/parts/4").json() == 3
+        operation = client.get("/openapi.json").json()["paths"]["/v1/parts/{number}"]["get"]
+        assert [one["name"] for one in operation["parameters"]] == ["number"] and operation["tags"] == ["parts"]
+        with client.websocket_connect("/v1/parts/told") as socket:
+            assert socket.receive_json() == 12
 
 
 def test_the_schema_of_a_class_shows_no_self(mount: Mount) -> None:

@@ -175,6 +175,17 @@ def test_a_block_inside_a_block_joins_it_and_its_exception_takes_back_only_its_o
     assert version(client) == before + 1 and names.backends == [names("outer"), names("inner")]
 
 
+def test_a_block_is_for_one_with(client: serve.Client, names: Names) -> None:
+    block = client.deploying()
+    with block:
+        client.create_backend(names("b"), hello)
+        with pytest.raises(serve.BadValue, match="was entered before"), block:
+            pass
+    with pytest.raises(serve.BadValue, match="was entered before"), block:
+        pass
+    assert names.backends == [names("b")]
+
+
 def test_a_handle_of_what_is_only_declared_says_so_when_it_is_called(client: serve.Client, names: Names) -> None:
     with client.deploying():
         client.create_backend(names("b"), hello)

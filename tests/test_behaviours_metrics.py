@@ -3,7 +3,7 @@
 import multiprocessing
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import httpx
@@ -11,6 +11,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import mqserve as serve
+from tests.gates import Gate
 from tests.instances import SECRET_KEY, CommandLine, Deploy, distributed_only, new_name, new_namespace, started, wait_until
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
@@ -101,6 +102,29 @@ def test_a_proxy_counts_requests_by_the_pattern_of_their_route(pages: Pages, dep
     assert f"{route}/7" not in text and "nobody" not in text, "a raw path is a label, and there are endlessly many"
 
 
+def test_a_proxy_counts_streamed_answers_by_how_they_ended(pages: Pages, deploy_here: Deploy, gate: Gate) -> None:
+    def stream(request: Any) -> Iterator[str]:
+        yield "first"
+        if request.data == b"fails":
+            raise ValueError("on purpose")
+        if request.data == b"waits":
+            gate.pass_through()
+        yield "second"
+
+    route = f"/{new_name('r')}"
+    deploy_here(stream, route=route, methods=("POST",))
+    url = f"{pages.client.http_url()}{route}"
+    assert [httpx.post(url).text for _ in range(3)] == ["firstsecond"] * 3
+    with pytest.raises(httpx.RemoteProtocolError):
+        httpx.post(url, content="fails")
+    with httpx.stream("POST", url, content="waits") as left:
+        next(left.iter_raw())
+    for outcome, count in {"complete": 3, "failed": 1, "cancelled": 1}.items():
+        at_last(partial(pages.value, "mqserve_num_http_streams_total", route=route, outcome=outcome), count)
+    assert pages.value("mqserve_num_http_responses_total", route=route, status="200") == 5
+    gate.open()
+
+
 def test_a_replica_counts_answers_errors_and_time(pages: Pages, deploy_here: Deploy) -> None:
     import time
 
@@ -148,11 +172,7 @@ def test_shadow_requests_count_as_any(pages: Pages, deploy_here: Deploy) -> None
     at_last(lambda: pages.value("mqserve_backend_request_counter_total", backend=shadow), 5)
 
 
-def test_what_replicas_hold_is_a_gauge(pages: Pages, deploy_here: Deploy, tmp_path: Path) -> None:
-    from tests.gates import Gate
-
-    gate = Gate(tmp_path)
-
+def test_what_replicas_hold_is_a_gauge(pages: Pages, deploy_here: Deploy, gate: Gate) -> None:
     async def wait(request: Any) -> None:
         await gate.pass_through_async()
 

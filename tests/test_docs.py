@@ -431,8 +431,12 @@ def documented_metrics() -> dict[str, set[str]]:
 
 def test_the_table_of_metrics_is_what_the_pages_show() -> None:
     """In the embedded form one page has all of them."""
+
+    def once(request: Any) -> Iterator[str]:
+        yield "once"
+
     with started() as client:
-        client.create_backend("measured", lambda request: "once")
+        client.create_backend("measured", once)
         client.create_endpoint("measured", backend="measured", route="/measured")
         assert httpx.get(f"{client.http_url()}/measured").text == "once"
         shown = wait_until(lambda: len(found := metrics_at(f"{client.http_url()}/-/metrics")) >= len(documented_metrics()) and found)

@@ -290,3 +290,29 @@ def test_a_stream_that_nobody_comes_back_for_is_cancelled(deploy: Deploy, tally:
     with httpx.stream("GET", deploy.at(handler, resume_grace_s=0.5), headers=EVENTS) as response:
         next(read_events(response.iter_lines()))
     wait_until(lambda: tally.lines == ["over"], 20)
+
+
+@pytest.mark.parametrize("form", ["embedded"], indirect=True)
+def test_a_silent_stream_sends_comments_and_no_blocks_without_data(deploy: Deploy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some clients take such a block for an event."""
+    monkeypatch.setattr("mqserve.proxy.events.SILENCE_S", 0.1)
+    monkeypatch.setattr("mqserve.proxy.events._LOOK_EVERY_S", 0.05)
+    gate = Gate(tmp_path)
+
+    def waits(request: Any) -> Iterator[int]:
+        yield 1
+        gate.pass_through()
+        yield 2
+
+    blocks: list[list[str]] = [[]]
+    with httpx.stream("GET", deploy.at(waits), headers=EVENTS) as answer:
+        for line in answer.iter_lines():
+            blocks[-1].append(line)
+            if not line:
+                blocks.append([])
+            elif line == ":":
+                gate.open()
+    opening, *rest, nothing = blocks
+    assert opening[1].startswith("retry:") and not nothing
+    assert all(any(line.startswith("data:") for line in block) for block in rest), rest
+    assert any(line == ":" for block in rest for line in block)

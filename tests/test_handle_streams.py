@@ -672,13 +672,47 @@ def test_an_exception_is_read_by_id_too(counter: str) -> None:
     assert values == [0, 1, 2]
 
 
+def test_a_stream_that_has_shown_nothing_yet_is_awaited_by_its_id(deploy: Deploy, tmp_path: Path) -> None:
+    gate = Gate(tmp_path)
+
+    def late(request: Any) -> Iterator[int]:
+        gate.pass_through()
+        yield from range(5)
+
+    stream = serve.get_handle(deploy(late)).options(resumable=True).stream()
+    with ThreadPoolExecutor() as others:
+        reading = others.submit(lambda: list(serve.stream(stream.id)))
+        wait_until(lambda: gate.came, WITHIN_S)
+        assert not reading.done()
+        gate.open()
+        assert reading.result(30) == [0, 1, 2, 3, 4]
+    assert list(serve.stream(stream.id)) == [0, 1, 2, 3, 4]
+
+
+def test_a_request_that_fails_before_its_first_value_says_so_to_who_awaits_its_stream_by_id(deploy: Deploy) -> None:
+    def slow(request: Any) -> Iterator[float]:
+        time.sleep(1)
+        yield 1 / request.data
+
+    stream = serve.get_handle(deploy(slow)).options(resumable=True).stream(0)
+    with pytest.raises(ZeroDivisionError):
+        next(serve.stream(stream.id))
+
+
+def test_the_wait_for_a_stream_that_nobody_begins_ends_when_its_reader_closes_it(counter: str) -> None:
+    stream = serve.stream("0" * 32)
+    threading.Timer(0.3, stream.close).start()
+    with pytest.raises(serve.Cancelled):
+        next(stream)
+
+
 def test_a_stream_that_cannot_be_read_by_id_is_refused_with_a_sentence(counter: str, deploy: Deploy) -> None:
     url = deploy.at(Counter)
     stream = serve.get_handle(counter).stream(3)
     assert list(stream) == [0, 1, 2]
-    for unknown in (stream.id, "0" * 32):
+    for unknown, after in ((stream.id, 0), ("0" * 32, 1)):
         with pytest.raises(serve.BadValue, match="has no stream to go on with"):
-            next(serve.stream(unknown))
+            next(serve.stream(unknown, after=after))
     with httpx.stream("POST", url, json=3, headers={"Accept": "text/event-stream"}) as events:
         events.read()
     with pytest.raises(serve.BadValue, match="has no stream to go on with"):

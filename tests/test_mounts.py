@@ -77,6 +77,11 @@ def test_a_mount_that_fails_leaves_nothing(client: serve.Client, tmp_path: Path)
         client.mount("/failing", apps.telling, Tally(tmp_path), "startup", factory=True)
     with pytest.raises(serve.BadValue, match="has no parameters"):
         client.mount("/{tenant}", apps.shop)
+    for prefix in ("//app", "/a//b", "/a/../b", "/./a", "//"):
+        with pytest.raises(serve.BadValue, match="has a segment that is empty"):
+            client.mount(prefix, apps.shop)
+    with pytest.raises(serve.BadType, match="takes the settings of the backend as config="):
+        client.mount("/app", apps.shop, num_replicas=2)  # type: ignore[arg-type]
     with pytest.raises(serve.BadValue, match="belongs to the system"):
         client.mount("/-/app", apps.shop)
     with pytest.raises(serve.BadType, match="no ASGI app, so it cannot be mounted"):
@@ -158,6 +163,8 @@ def test_a_file_that_mounts_an_app_is_run(shell_of: str, request: pytest.Fixture
     file = shell.file("app.py", FILE.replace("REPLICAS", "2" if is_distributed else "1"))
     program = shell.start("run", file, "--port", str(port))
     program.wait_for("Ctrl-C stops")
+    curl = program.wait_for("curl ").strip()
+    assert curl == f"curl http://127.0.0.1:{port}/api/docs" and httpx.get(curl.removeprefix("curl ")).status_code == 200
     url = f"http://127.0.0.1:{port}"
     pids = set()
 

@@ -44,6 +44,17 @@ def test_a_proxy_that_drains_must_answer_what_it_had() -> None:
     assert judge([replace(reset, sent=99.0)], [ended], {})
 
 
+def test_a_session_ends_with_a_code_that_its_fault_allows_to_sessions() -> None:
+    ended = Fault(
+        "end a proxy", proxy="a", allows=frozenset({"reset"}), sessions=frozenset({"1001"}), drains=True, began=100.0, recovered=103.0
+    )
+    session = replace(ANSWERED, kind="talk", end=End.FAILED, detail="1001", words=set(), sent=98.0, ended=100.1)
+    assert judge([session], [ended], {}) == []
+    assert judge([replace(session, detail="1012")], [ended], {})
+    assert judge([replace(session, detail="reset")], [ended], {})
+    assert judge([replace(session, kind="get")], [ended], {})
+
+
 @pytest.mark.parametrize(
     ("entry", "runs"),
     [

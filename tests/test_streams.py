@@ -4,6 +4,7 @@ import asyncio
 import subprocess
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -11,7 +12,6 @@ import psutil
 import pytest
 import redis
 
-import mqserve as serve
 from tests.gates import Gate
 from tests.instances import Deploy, distributed_only, wait_until
 from tests.tallies import Tally
@@ -220,21 +220,29 @@ def is_ours(process: psutil.Process) -> bool:
 
 
 @distributed_only
-def test_no_process_holds_what_a_slow_client_has_not_read(client: serve.Client, deploy: Deploy) -> None:
+def test_neither_a_process_nor_redis_holds_what_a_slow_client_has_not_read(deploy: Deploy, environment: dict[str, str]) -> None:
     url = deploy.at(megabytes)
+    store = redis.Redis.from_url(environment["MQSERVE_STORE_URL"])
     for _ in range(2):
         assert len(httpx.get(url).content) == 32 * MIB  # what a process keeps of its first large answer it keeps once
     children = [process for process in psutil.Process().children(recursive=True) if is_ours(process)]
     assert children
     before = {process.pid: process.memory_info().rss for process in children}
     highest: dict[int, int] = dict.fromkeys(before, 0)
+    used_before, most_used = used_memory(store), 0
     with httpx.stream("GET", url) as response:
         for number, _ in enumerate(response.iter_raw(MIB)):
             if number < 12:
                 time.sleep(0.2)
             for pid, size in grown(children, before).items():
                 highest[pid] = max(highest[pid], size)
+            most_used = max(most_used, used_memory(store) - used_before)
     assert max(highest.values()) < 8, highest
+    assert most_used < 8 * MIB
+
+
+def used_memory(store: Any) -> int:
+    return int(store.info("memory")["used_memory"])
 
 
 @distributed_only
@@ -254,6 +262,27 @@ def test_answers_that_have_ended_leave_no_stream_behind(deploy: Deploy, environm
         return str([(key, store.pttl(key), store.get(future)) for key, future in futures.items()])
 
     wait_until(lambda: not left(), told=told)
+
+
+@distributed_only
+def test_two_hundred_downloads_that_are_left_in_the_middle_leave_no_key_behind(deploy: Deploy, environment: dict[str, str]) -> None:
+    url = deploy.at(megabytes)
+    store = redis.Redis.from_url(environment["MQSERVE_STORE_URL"])
+    of_requests = f"mqserve:{environment['MQSERVE_NAMESPACE']}:*{{*}}"
+
+    def leave_after(parts: int) -> None:
+        with http.stream("GET", url) as response:
+            for _, _ in zip(range(parts), response.iter_raw(MIB // 4), strict=False):
+                pass
+
+    def left() -> list[bytes]:
+        """All but what stays of any request until it expires: its result, and the mark that it was started."""
+        return [key for key in store.scan_iter(of_requests) if b":future:" not in key and b":start:" not in key]
+
+    with httpx.Client(timeout=60) as http, ThreadPoolExecutor(16) as clients:
+        list(clients.map(leave_after, [1, 2, 5, 9] * 50))
+    wait_until(lambda: not left(), told=lambda: [(key, store.pttl(key)) for key in left()])
+    assert all(store.pttl(key) != -1 for key in store.scan_iter(of_requests))
 
 
 def test_a_stream_counts_as_one_answer(deploy: Deploy, url: str) -> None:

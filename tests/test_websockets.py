@@ -22,6 +22,7 @@ from websockets.http11 import Response
 from websockets.sync.client import ClientConnection, connect
 
 import mqserve as serve
+from mqserve.replicas import stuck
 from tests import socket_apps
 from tests.instances import Deploy, new_name, wait_until
 from tests.tallies import Tally
@@ -272,7 +273,7 @@ def test_large_headers_arrive(url: str) -> None:
 
 def test_a_handshake_that_no_app_answers_in_time_is_a_504(mount: Sockets, tmp_path: Path) -> None:
     tally = Tally(tmp_path)
-    url = mount(socket_apps.app, config={"request_timeout_s": 0.5})
+    url = mount("tests.socket_apps:app", config={"request_timeout_s": 0.5})
     assert denied(f"{url}/late?gate={tmp_path / 'never'}&tally={tally.path}").status_code == 504
     wait_until(lambda: tally.lines == ["asked", "cancelled"])
 
@@ -297,7 +298,7 @@ def test_a_client_that_speaks_before_the_answer_is_refused(url: str, tmp_path: P
 
 
 def test_a_replica_has_max_sessions_and_not_one_more(mount: Sockets) -> None:
-    url = mount(socket_apps.app, config={"max_sessions": 2})
+    url = mount("tests.socket_apps:app", config={"max_sessions": 2})
     with connect(f"{url}/echo"), connect(f"{url}/echo") as second:
         answer = denied(f"{url}/echo")
         assert answer.status_code == 503 and "max_sessions" in problem_of(answer) and answer.headers["retry-after"] == "1"
@@ -306,7 +307,7 @@ def test_a_replica_has_max_sessions_and_not_one_more(mount: Sockets) -> None:
 
 
 def test_sessions_take_no_room_of_requests(mount: Sockets) -> None:
-    url = mount(socket_apps.app, config={"max_concurrent_queries": 1})
+    url = mount("tests.socket_apps:app", config={"max_concurrent_queries": 1})
     with ExitStack() as stack:
         sockets = [stack.enter_context(connect(f"{url}/echo")) for _ in range(5)]
         assert httpx.get(f"{url.replace('ws', 'http', 1)}/plain").json() == "plain"
@@ -364,7 +365,7 @@ def test_sending_after_the_close_raises_in_the_app(mount: Sockets, tmp_path: Pat
 
 def test_a_replica_that_ends_closes_its_sessions_with_1012(client: serve.Client, tmp_path: Path) -> None:
     sockets, tally = Sockets(client), Tally(tmp_path)
-    url = sockets(socket_apps.app, config={"graceful_shutdown_timeout_s": 0.5})
+    url = sockets("tests.socket_apps:app", config={"graceful_shutdown_timeout_s": 0.5})
     with connect(f"{url}/hears?tally={tally.path}") as socket:
         socket.send("one")
         wait_until(lambda: len(tally))
@@ -374,12 +375,27 @@ def test_a_replica_that_ends_closes_its_sessions_with_1012(client: serve.Client,
     assert tally.lines[1].startswith("1012")
 
 
+def test_an_app_that_blocks_its_loop_ends_all_sessions_of_its_replica_with_1012_and_another_replica_serves(
+    client: serve.Client, mount: Sockets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stuck, "STUCK_AFTER_S", 1.0)  # in this process; those of the distributed form take their ten seconds
+    gate = tmp_path / "gate"
+    url = mount("tests.socket_apps:app")
+    with connect(f"{url}/blocks?gate={gate}") as blocking, connect(f"{url}/echo") as other:
+        assert echoes(other, "before")
+        blocking.send("now")
+        assert ended(other) == (1012, ANY)
+        assert ended(blocking) == (1012, ANY)
+    wait_until(lambda: is_taken(f"{url}/echo"))
+    gate.touch()
+
+
 def test_sessions_go_on_while_their_replica_drains(client: serve.Client, mount: Sockets) -> None:
-    url = mount(socket_apps.app, config={"graceful_shutdown_timeout_s": 30})
+    url = mount("tests.socket_apps:app", config={"graceful_shutdown_timeout_s": 30})
     name = url.rpartition("/")[2]
     with connect(f"{url}/echo") as socket, ThreadPoolExecutor() as threads:
         assert echoes(socket, "before")
-        updating = threads.submit(client.update_backend, name, socket_apps.app)
+        updating = threads.submit(client.update_backend, name, "tests.socket_apps:app")
         wait_until(lambda: is_taken(f"{url}/echo"))
         assert echoes(socket, "during")
         socket.close()

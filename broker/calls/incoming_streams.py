@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 
 import msgspec
@@ -17,10 +17,10 @@ from ..backoff import delays
 from ..errors import BadEnvelope, MQServeError, StoreUnavailable
 from ..process.printable import printable
 from ..process.tasks import Tasks
-from ..results import Result
-from ..store import Place, Store
+from ..results import Result, entry_of
+from ..store import Place, Record, Store
 from ..store_keys import StoreKeys
-from ..streams import CREDIT_EVERY_S, IDLE_TIMEOUT_S, Credit, End, Form, Frame, Head, Owner
+from ..streams import CREDIT_EVERY_S, IDLE_TIMEOUT_S, Credit, End, Form, Frame, Head, Owner, lost_result
 from .incoming import BEGINNING, IncomingStream
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ LONGER_S = 30.0  # a reader waits for the next frame so much longer than the han
 _READ_AT_ONCE = 16  # frames: a megabyte
 _ASK_AT_ONCE = 100  # streams, of two keys each: one read for thousands would hold up Redis
 _POLL_EVERY_S = 0.5
+_RECORD_BUDGET_MS = 5_000
 
 OnStream = Callable[[IncomingStream], None]
 OnRaw = Callable[[str, bytes], None]
@@ -47,6 +48,7 @@ class IncomingStreams:
         self._store = store
         self._keys = keys
         self._inbox = inbox
+        self._feeds = keys.feed("")
         self._tasks = tasks
         self._on_head = on_head
         self._on_loss = on_loss
@@ -89,6 +91,11 @@ class IncomingStreams:
         for stream in readers:
             stream.fail(error)
         return bool(readers)
+
+    def replica_died(self, feed: str) -> None:
+        """Looks at once after the answers that the replica with this feed made; other names mean nothing here."""
+        if feed.startswith(self._feeds) and (cut := [stream for stream in self._everyone() if self._feed_of(stream) == feed]):
+            self._tasks.start(self._look_after(cut))
 
     def stop(self) -> None:
         """Ends all, since this process stops reading."""
@@ -167,7 +174,7 @@ class IncomingStreams:
         seq, size = stream.taken
         stream.credited()
         credit = Credit(1, stream.id, self._inbox, seq, size, left, renews=not stream.claims)
-        self._store.post(self._keys.feed(stream.head.replica), credit.to_bytes())
+        self._store.post(self._feeds + stream.head.replica, credit.to_bytes())
 
     def leave(self, stream: IncomingStream) -> bool:
         """Ends it for its consumer, which does not read on. Returns whether the request has to be cancelled, since nobody can come back."""
@@ -203,6 +210,9 @@ class IncomingStreams:
 
     def _everyone(self) -> list[IncomingStream]:
         return [stream for readers in self._readers.values() for stream in readers]
+
+    def _feed_of(self, stream: IncomingStream) -> str:
+        return "" if stream.head is None else self._feeds + stream.head.replica
 
     def _is_read_by_another(self, stream: IncomingStream) -> bool:
         readers = self._readers.get(stream.id)
@@ -270,20 +280,27 @@ class IncomingStreams:
                     for stream in everyone:
                         self.credit(stream)
                 asking = [stream for stream in everyone if not stream.is_told or (is_due and now - stream.heard_at > CREDIT_EVERY_S)]
-                with suppress(StoreUnavailable):
-                    for start in range(0, len(asking), _ASK_AT_ONCE):
-                        await self._ask_for(asking[start : start + _ASK_AT_ONCE])
+                await self._look_after(asking)
         finally:
             self._tending = False
 
+    async def _look_after(self, streams: Sequence[IncomingStream]) -> None:
+        with suppress(StoreUnavailable):
+            for start in range(0, len(streams), _ASK_AT_ONCE):
+                await self._ask_for(streams[start : start + _ASK_AT_ONCE])
+
     async def _ask_for(self, streams: Sequence[IncomingStream]) -> None:
-        """Looks up the results and the owners of these streams, and reads those that go on. Raises StoreUnavailable."""
+        """Looks up the results and the owners of these streams, ends those whose replica has died, and reads those that go on. Raises
+        StoreUnavailable."""
         ids = list(dict.fromkeys(stream.id for stream in streams))
         found = await self._store.get_many([*map(self._keys.future, ids), *map(self._keys.owner, ids)])
         for future_id, raw in zip(ids, found[: len(ids)], strict=True):
             if raw is not None and future_id in self._readers:
                 self._on_result(future_id, raw)
         owners = {future_id: read_owner(future_id, raw) for future_id, raw in zip(ids, found[len(ids) :], strict=True)}
+        await self._end_lost(
+            {future_id: owner for future_id, owner in owners.items() if owner and not owner.replays and future_id in self._readers}
+        )
         for stream in streams:
             if stream.has_last_word or stream.id not in self._readers:
                 continue
@@ -293,6 +310,22 @@ class IncomingStreams:
                 self.heal(stream)
             if self._is_too_quiet(stream):
                 stream.be_late()
+
+    async def _end_lost(self, owners: Mapping[str, Owner]) -> None:
+        """Ends the answers whose replica has died and which no other one replays. Raises StoreUnavailable."""
+        replicas = list({owner.replica for owner in owners.values()})
+        lost = await self._store.get_many([self._keys.lost(replica) for replica in replicas]) if replicas else []
+        dead = {replica for replica, raw in zip(replicas, lost, strict=True) if raw is not None}
+        cut = [(future_id, owner.backend) for future_id, owner in owners.items() if owner.replica in dead]
+        await asyncio.gather(*(self._record_loss(future_id, backend) for future_id, backend in cut))
+
+    async def _record_loss(self, future_id: str, backend: str) -> None:
+        """Records that the answer has ended, unless it has its end already, and tells its readers."""
+        raw = lost_result(backend, await self._store.last_of_stream(self._keys.stream(future_id))).to_bytes()
+        key, until_ms = self._keys.future(future_id), self._store.now_ms() + _RECORD_BUDGET_MS
+        await self._store.record(Record(key, raw, "", entry_of(future_id, raw), until_ms))
+        if (recorded := await self._store.get(key)) is not None and future_id in self._readers:
+            self._on_result(future_id, recorded)
 
     @staticmethod
     def _is_too_quiet(stream: IncomingStream) -> bool:

@@ -72,12 +72,14 @@ class RequestSender:
         *,
         origin: str,
         timeout_s: float,
+        replay_s: float = 0,
         at_most_once: bool = False,
         stream: int = 0,
         priority: int = 0,
     ) -> None:
         """Sends the request of a call, whose id is set. The call ends by `timeout_s` plus at most a second: in a Result, or in Overloaded,
-        NotRouted or BrokerUnavailable if the broker does not take the message, or in Cancelled.
+        NotRouted or BrokerUnavailable if the broker does not take the message, or in Cancelled. The broker keeps the message for `replay_s`
+        longer: if its replica dies while the answer flows, another one replays that.
 
         Raises TooLarge for more than 64 MiB of body or 64 KiB of head, and Overloaded if this process holds too much already: then the
         call never began.
@@ -90,14 +92,15 @@ class RequestSender:
         header = Header(origin=origin, inbox=self.pending.inbox, deadline=deadline_ms, meta=meta, once=at_most_once, stream=stream)
         self.held.take(size)
         call.sender, call.backend, call.deadline_ms, call.give_up_at = self, backend, deadline_ms, 0.0
-        call.envelope = envelope = Envelope(call.id, body, content_type, header, "", "", priority, timeout_ms)
+        kept_ms = timeout_ms + int(replay_s * 1000)
+        call.envelope = envelope = Envelope(call.id, body, content_type, header, "", "", priority, kept_ms)
         call.shards = self._shards.take(backend) if self._shards.is_needed else FIRST
         call.pace, call.sent_at = self._paces[backend], time.monotonic()
         call.pace.sent(call.sent_at)
         self.pending.add(call)
         try:
             if size > INLINE_BODY_BYTES:
-                self._tasks.start(self._send_by_reference(envelope, timeout_ms, partial(self._publish_reference, call)))
+                self._tasks.start(self._send_by_reference(envelope, partial(self._publish_reference, call)))
             else:
                 self._queue.publish(backend, envelope, call.settled, call.shards[0])
         except MQServeError:
@@ -123,7 +126,7 @@ class RequestSender:
         shard = self._shards.take(backend)[0]
         if len(body) > INLINE_BODY_BYTES:
             publish = partial(self._queue.publish, backend, settled=_nobody_waits, shard=shard)
-            self._tasks.start(self._send_by_reference(envelope, timeout_ms, publish))
+            self._tasks.start(self._send_by_reference(envelope, publish))
             return
         try:
             self._queue.publish(backend, envelope, settled, shard)
@@ -234,10 +237,10 @@ class RequestSender:
             call.give_up_at = call.sent_at + REPUBLISH_BUDGET_S - away_before_s
         return now < call.give_up_at and call.id in self.pending
 
-    async def _send_by_reference(self, envelope: Envelope, timeout_ms: int, publish: Callable[[Envelope], None]) -> None:
+    async def _send_by_reference(self, envelope: Envelope, publish: Callable[[Envelope], None]) -> None:
         key = self._keys.body(envelope.id)
         try:
-            await self._store.set(key, envelope.body, ttl_ms=timeout_ms + 60_000)
+            await self._store.set(key, envelope.body, ttl_ms=envelope.expiration_ms + 60_000)
             header = replace(envelope.header, ref=key)
             publish(replace(envelope, body=b"", header=header))
         except MQServeError as error:

@@ -109,6 +109,11 @@ class BackendConfig(BaseModel):
             return "with delivery 'at_most_once' there is one queue: queue_shards would let a replica hold, and lose, what it does not run"
         return ""
 
+    @property
+    def replay_s(self) -> float:
+        """How long the broker keeps a request beyond its time, so that another replica can replay its answer: a run ends after that."""
+        return MAX_REQUEST_TIMEOUT_S if self.on_death == "replay" else 0
+
     def concurrency(self, is_async: bool) -> int:
         """The number of requests that one replica holds at most, from all senders; recomputed whenever one of its inputs changes."""
         if self.max_concurrent_queries is not None:

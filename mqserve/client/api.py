@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Coroutine, Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal, overload
+from typing import Any, Literal, Never, overload
 
 from ..broker.errors import InstanceError
 from ..broker.settings import Settings
@@ -140,14 +140,15 @@ def mount(
     actor_options: dict[str, Any] | None = None,
     config: BackendConfig | dict[str, Any] | None = None,
     factory: bool = False,
+    **misplaced: Never,
 ) -> None:
     """See `Client.mount`. In a file under `mqserve run` it declares, as `@serve.endpoint` does, and in a replica that imports the file it
     does nothing."""
     if not (is_importing() or is_file_of_run()):
         return clients.current().mount(
-            route, app, *init_args, name=name, methods=methods, actor_options=actor_options, config=config, factory=factory
+            route, app, *init_args, name=name, methods=methods, actor_options=actor_options, config=config, factory=factory, **misplaced
         )
-    declare_with_file(make_mount(route, app, init_args, name, methods, config, actor_options, factory=factory))
+    declare_with_file(make_mount(route, app, init_args, name, methods, config, actor_options, misplaced, factory=factory))
 
 
 def update_backend(

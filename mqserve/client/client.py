@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Coroutine, Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, Literal, overload
+from typing import Any, Literal, Never, overload
 
 from starlette.convertors import register_url_convertor
 
@@ -24,7 +24,7 @@ from ..replicas.app_copies import holds_an_app
 from ..replicas.context import is_constructing
 from .arguments import check_fits, check_target, kind_of, make_convertor, mounted, read_actor_options
 from .declared import make_mount
-from .deploying import Block, Declaration, open_block, opened
+from .deploying import Block, Declaration, EnteredOnce, open_block, opened
 from .deployments import Deployments, TellReady
 from .futures import Future, get, wait
 from .groups import Group, submit_many
@@ -137,13 +137,14 @@ class Client(Lifetime):
         actor_options: dict[str, Any] | None = None,
         config: BackendConfig | dict[str, Any] | None = None,
         factory: bool = False,
+        **misplaced: Never,
     ) -> None:
         """Serves an ASGI app under a prefix such as "/v1": a backend and an endpoint of one `name`, by default that of the prefix. `app` is
         the app, its import string or, with `factory`, a function that returns it.
 
         Raises as `create_backend` and `create_endpoint` do, and then changes nothing.
         """
-        declaration = make_mount(route, app, init_args, name, methods, config, actor_options, factory=factory)
+        declaration = make_mount(route, app, init_args, name, methods, config, actor_options, misplaced, factory=factory)
         with self.deploying():
             self.deploy(declaration)
 
@@ -266,10 +267,10 @@ class Client(Lifetime):
 
     def stream(self, stream_id: str, after: int = 0) -> Stream:
         """Goes on with a stream that was begun with `options(resumable=True)`, in this process or another one, behind the chunk with the
-        number `after`. It becomes the one that the handler waits for.
+        number `after`. It becomes the one that the handler waits for. With `after` 0 the stream may begin later.
 
         Raises BadType for an id that is no str, BadValue for a number that no chunk has. Iterating raises BadValue if no such stream can be
-        read, or the chunk after that one is not kept any more.
+        read, if none begins within the longest `request_timeout_s` of the backends, or if the chunk after that one is not kept any more.
         """
         if not isinstance(stream_id, str):
             raise BadType(f"the id of a stream is a text of 32 characters, not {stream_id!r}: see `stream.id`")
@@ -294,7 +295,7 @@ class Client(Lifetime):
         effect, all is undone and BackendFailed says why. An exception in the block commits nothing. The block belongs to its thread or
         task; a block inside another one joins that one.
         """
-        return self._opened_block(commits_on_need=False, tell=lambda name, took_s: None)
+        return EnteredOnce(self._opened_block(commits_on_need=False, tell=lambda name, took_s: None))
 
     def deploying_file(self, tell: TellReady) -> AbstractContextManager[None]:
         """The block around the file of `mqserve run`. A handle that the file calls commits what it has declared until then; `tell` is

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ..broker.errors import BadType, BadValue
@@ -34,6 +34,8 @@ def endpoint(
     """
     if callable(route):
         raise BadType(f"@serve.endpoint needs a route: write @serve.endpoint('/{getattr(route, '__name__', 'name')}')")
+    if "config" in config:
+        raise BadValue("@serve.endpoint takes settings of the backend as keywords: num_replicas=2, not config={'num_replicas': 2}")
     parsed = parse_config(config)
 
     def declare(target: T) -> T:
@@ -57,10 +59,15 @@ def make_mount(
     methods: Sequence[str],
     config: BackendConfig | dict[str, Any] | None,
     actor_options: dict[str, Any] | None,
+    misplaced: Mapping[str, Any],
     *,
     factory: bool,
 ) -> Declaration:
-    """Returns the declaration of an app under a prefix. Raises BadType and BadValue for a bad route, method or setting."""
+    """Returns the declaration of an app under a prefix. Raises BadType and BadValue for a bad route, method or setting, and for keywords
+    that `serve.mount` does not have."""
+    if misplaced:
+        settings = ", ".join(f"{name!r}: …" for name in misplaced)
+        raise BadType(f"serve.mount has no {', '.join(misplaced)}: it takes the settings of the backend as config={{{settings}}}")
     if not isinstance(route, str):
         raise BadType(f"serve.mount takes the prefix and then the app, as in serve.mount('/v1', app), not {route!r}")
     check_prefix(route)

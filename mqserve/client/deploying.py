@@ -7,7 +7,7 @@ document that stood at its start and what the block has declared since, and comm
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -205,6 +205,26 @@ class Block:
 
 
 _blocks: ContextVar[tuple[Block, ...]] = ContextVar("deploying", default=())
+
+
+class EnteredOnce:
+    """A block for one `with`: a second one would declare into what is committed. Raises BadValue for that."""
+
+    def __init__(self, block: AbstractContextManager[None]) -> None:
+        self._block = block
+        self._was_entered = False
+
+    def __repr__(self) -> str:
+        return f"<deploying() block, {'entered' if self._was_entered else 'not entered'}>"
+
+    def __enter__(self) -> None:
+        if self._was_entered:
+            raise BadValue("this deploying() block was entered before: call deploying() anew for each `with`")
+        self._was_entered = True
+        self._block.__enter__()
+
+    def __exit__(self, *raised: Any) -> bool | None:
+        return self._block.__exit__(*raised)
 
 
 @contextmanager

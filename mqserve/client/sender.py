@@ -21,7 +21,7 @@ from ..broker.documents import until
 from ..broker.envelope import RequestHead, is_minted, mint_id
 from ..broker.errors import BadSignature, BadValue, InstanceError, MQServeError, UnknownEndpoint
 from ..broker.results import Result
-from ..broker.streams import Chunk, End, Form
+from ..broker.streams import Chunk, End, Form, Owner
 from ..broker.values.codecs import encode_value
 from ..broker.values.signing import SealScope
 from ..connections import Connections
@@ -38,6 +38,7 @@ from .runtime import Runtime
 from .streams import Began, Flowing, Stream, StreamTicket
 
 APPEAR_BUDGET_S = 60.0  # how long a handle made with missing_ok waits for its endpoint
+_BEGINNING_EVERY_S = 0.2  # how often the store is asked whether a stream has begun
 _STOPPED = "the client reads no results any more: see its log"
 
 
@@ -187,6 +188,7 @@ class Sender:
                     call.meta,
                     origin="handle",
                     timeout_s=min(config.request_timeout_s, call.within_s),
+                    replay_s=config.replay_s,
                     at_most_once=config.delivery == "at_most_once",
                     stream=call.chunks,
                 )
@@ -299,25 +301,27 @@ class Sender:
 
     async def _resume(self, stream_id: str, after: int, began: concurrent.futures.Future[Began]) -> None:
         try:
-            flowing = await self._resumed(stream_id, after)
+            found = await self._resumed(stream_id, after, began)
         except asyncio.CancelledError:
             _fail(began, InstanceError(self._over or _STOPPED))
             raise
         except Exception as error:
             return _fail(began, error)
         if began.set_running_or_notify_cancel():
-            began.set_result((stream_id, flowing))
-        else:  # closed meanwhile
-            self._requests.leave(flowing.incoming)
+            began.set_result((stream_id, found))
+        elif isinstance(found, Flowing):  # closed meanwhile
+            self._requests.leave(found.incoming)
 
-    async def _resumed(self, stream_id: str, after: int) -> Flowing:
+    async def _resumed(self, stream_id: str, after: int, began: concurrent.futures.Future[Began]) -> Result | Flowing:
         streams = self._requests.pending.streams
-        owner = await streams.owner(stream_id)
+        owner = await self._beginning(stream_id, began) if after == 0 else await streams.owner(stream_id)
+        if isinstance(owner, Result):
+            return owner
         found = await streams.resume(stream_id, owner, after, Form.VALUES) if owner is not None and owner.resumable else None
         if owner is None or found is None:
             raise BadValue(
-                f"request {stream_id} has no stream to go on with: it has shown nothing yet, was not sent by stream() of a handle with "
-                "options(resumable=True), or ended longer ago than result_ttl_s"
+                f"request {stream_id} has no stream to go on with: it has shown nothing in its time, was not sent by stream() of a handle "
+                "with options(resumable=True), or ended longer ago than result_ttl_s"
             )
         incoming, first = found
         if first > after + 1:
@@ -327,6 +331,21 @@ class Sender:
                 f"chunk {first - 1}"
             )
         return Flowing(incoming, owner.backend)
+
+    async def _beginning(self, stream_id: str, began: concurrent.futures.Future[Began]) -> Owner | Result | None:
+        """Waits until the stream has begun. Returns the result of a request that failed before that, and None where none begins in the time
+        that a request may take, or before its reader closes it."""
+        pending = self._requests.pending
+        until = time.monotonic() + max((backend.config.request_timeout_s for backend in self.desired.backends.values()), default=0)
+        while True:
+            result = await pending.peek(stream_id)  # before the owner: a stream may begin and end in between
+            if (owner := await pending.streams.owner(stream_id)) is not None:
+                return owner
+            if result is not None:
+                return None if result.error is None else result
+            if time.monotonic() > until or began.cancelled():
+                return None
+            await asyncio.sleep(_BEGINNING_EVERY_S)
 
     # For futures.
 

@@ -29,6 +29,7 @@ from ..client.declared import take_declarations
 from ..client.deploying import Declaration
 from ..controller.state.documents import ANY_METHOD
 from ..instance.starting import StartOptions, parse_http_options
+from ..replicas.ingress import app_of
 
 HINT_AFTER_S = 10.0
 
@@ -58,7 +59,7 @@ def run_until_stopped(target: str, settings: Settings, http: dict[str, Any]) -> 
                     )
                 client.tell_complete()
             interrupts.raises = False  # before it is said that Ctrl-C stops
-            _announce(client, settings)
+            _announce(client, settings, {declaration.name: declaration.target for declaration in declarations})
             while not interrupts.came and not client.has_ended:
                 time.sleep(0.2)
             click.echo("The instance was shut down." if client.has_ended else DRAINING, err=True)
@@ -148,7 +149,8 @@ def _tell_ready(name: str, took_s: float) -> None:
     click.echo(f"  {printable(name)} is ready ({took_s:.1f} s)", err=True)
 
 
-def _announce(client: Client, settings: Settings) -> None:
+def _announce(client: Client, settings: Settings, targets: dict[str, Any]) -> None:
+    """`targets` are the functions, classes and apps that the file declares, by the names of their endpoints."""
     form = "embedded" if settings.embedded else f"distributed, namespace {settings.namespace!r}"
     base = client.http_url()
     click.echo(f"Serving on {printable(base) or 'no HTTP port'} ({form}). Ctrl-C stops.")
@@ -157,17 +159,20 @@ def _announce(client: Client, settings: Settings) -> None:
             below = "/…" if facts.get("prefix") else ""
             route = facts["route"].rstrip("/") + below if below else facts["route"]
             click.echo(printable(f"  {','.join(facts['methods']):<9} {base}{route}  ({name})"))
-    if base and (example := _curl(base, client)):
+    if base and (example := _curl(base, client, targets)):
         click.echo(f"Try:\n  {printable(example)}")
     sys.stdout.flush()
 
 
-def _curl(base: str, client: Client) -> str:
-    """A call of the first route, ready to paste."""
+def _curl(base: str, client: Client, targets: dict[str, Any]) -> str:
+    """A call of the first route, ready to paste. Of a FastAPI app it is the docs page: such an app need not have anything else that answers
+    a GET without parameters."""
     samples = {"int": "1", "float": "1.5", "uuid": "12345678-1234-5678-1234-567812345678", "path": "a/b"}
-    for facts in client.list_endpoints().values():
+    for name, facts in client.list_endpoints().items():
         if facts["route"] and {"GET", ANY_METHOD} & set(facts["methods"]):
             path = facts["route"]
+            if facts.get("prefix"):
+                return f"curl {base}{path.rstrip('/')}{_docs_path(targets.get(name)) or '/'}"
             while "{" in path:
                 before, _, rest = path.partition("{")
                 parameter, _, after = rest.partition("}")
@@ -175,3 +180,10 @@ def _curl(base: str, client: Client) -> str:
                 path = before + samples.get(kind, "you" if name == "name" else "1") + after
             return f"curl {base}{path}"
     return ""
+
+
+def _docs_path(target: Any) -> str:
+    """Returns the path of the docs page of a FastAPI app, or an empty string."""
+    app = app_of(target)
+    path = getattr(target if app is None else app, "docs_url", None)
+    return path if isinstance(path, str) else ""

@@ -133,6 +133,7 @@ class _Kinds:
         self.results = {keys.future("*"), keys.body("*")}
         self.streams = {keys.stream("*"), keys.owner("*")}
         self.feeds = {keys.feed("*")}
+        self.losses = {keys.lost("*")}
         self.counts = {keys.start("*"), keys.attempts("*"), keys.redeliveries("*"), keys.claim("*")}
         self.jobs = {keys.job("*"), keys.message("*"), keys.events("*"), keys.waiters("*"), keys.followers("*"), keys.waiting("*")}
         self.lists = {keys.jobs, keys.ends}
@@ -158,7 +159,7 @@ def store_rights(namespace: str) -> dict[str, StoreRights]:
         """The reader of a streamed answer drops it at its end and tells the replica what it has taken, but writes no part of it. Who
         cancels a job tells the inboxes of those who wait for it. Ids of jobs can be added to their list, and not be read there."""
         both = results | kinds.jobs | kinds.inboxes_of(role) | {keys.idempotent("*")}
-        reads, writes = reads | both | kinds.streams, writes | both | kinds.lists
+        reads, writes = reads | both | kinds.streams | kinds.losses, writes | both | kinds.lists
         return StoreRights(frozenset(reads), frozenset(writes), commands, frozenset(kinds.streams), frozenset(kinds.feeds | kinds.inboxes))
 
     everything = {f"mqserve:{namespace}:*"}
@@ -170,7 +171,7 @@ def store_rights(namespace: str) -> dict[str, StoreRights]:
         # After a loss of data it gives back the files of code, which are checked against their hashes wherever they are read.
         "node": rights(
             {*documents, keys.beats, keys.code("*")},
-            {keys.beats, keys.cancelled, keys.code("*")},
+            {keys.beats, keys.cancelled, *kinds.losses, keys.code("*")},
             (*_CONNECTING, *_DOCUMENTS, *_BEATING, *_TELLING, "exists", "hgetall", "set"),
         ),
         "proxy": caller_rights(
@@ -181,7 +182,7 @@ def store_rights(namespace: str) -> dict[str, StoreRights]:
         ),
         # A replica sends and waits through handles of its own; it may write to others' inboxes, but not read them.
         "replica": rights(
-            run | documents | {keys.code("*"), keys.instance, keys.ended, keys.cancelled},
+            run | documents | kinds.losses | {keys.code("*"), keys.instance, keys.ended, keys.cancelled},
             run | kinds.inboxes | kinds.lists | {keys.beats, keys.cancelled},
             (*_CALLS, *_BEATING, *_COUNTING, *_RUNNING_JOBS, *_STREAMING, "xread"),
         ),

@@ -13,11 +13,13 @@ from tests.broker.streaming import appended
 class Run:
     """One answer. Use as a context manager, if it is to hear credit."""
 
-    def __init__(self, store: Store, keys: StoreKeys, id: str, inbox: str, head: Head, endpoint: str = "e") -> None:
+    def __init__(
+        self, store: Store, keys: StoreKeys, id: str, inbox: str, head: Head, endpoint: str = "e", *, replays: bool = False
+    ) -> None:
         self._store, self._keys, self.id = store, keys, id
         self.inboxes = (inbox,)
         self.head: Head | None = head
-        self.owner = Owner.new(head.replica, 1, "b", endpoint, resumable=head.resumable)
+        self.owner = Owner.new(head.replica, 1, "b", endpoint, resumable=head.resumable, replays=replays)
         self.last = 0
         self.credits: list[Credit] = []
 

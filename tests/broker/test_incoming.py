@@ -58,9 +58,9 @@ class Reader:
         self.sender.send(call, "b", b"", "text/plain", RequestHead(), origin="http", timeout_s=timeout_s)
         return call
 
-    def run_of(self, call: Reading, form: Form = Form.BODY, *, resumable: bool = False) -> Run:
+    def run_of(self, call: Reading, form: Form = Form.BODY, *, resumable: bool = False, replays: bool = False) -> Run:
         head = Head(form=form, replica="r", resumable=resumable)
-        return Run(self.store, self.keys, call.id, self.sender.pending.inbox, head)
+        return Run(self.store, self.keys, call.id, self.sender.pending.inbox, head, replays=replays)
 
     def lose_connection(self) -> None:
         """As the store says it when entries of the inbox may be lost."""
@@ -117,6 +117,41 @@ async def test_chunks_come_in_order_and_all_that_is_there_at_once(reader: Reader
     await run.show(b"d")
     await run.end()
     assert await rest_of(stream) == [b"d"]
+    assert stream.end is not None and stream.end.outcome is Ending.DONE
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+async def test_an_answer_whose_replica_has_died_ends_as_lost_behind_all_that_it_has_shown(
+    reader: Reader, monkeypatch: pytest.MonkeyPatch, *, is_told: bool
+) -> None:
+    monkeypatch.setattr(incoming_streams, "CREDIT_EVERY_S", 60 if is_told else 0.2)
+    call = reader.asked()
+    run = reader.run_of(call)
+    await run.show(b"a")
+    await run.show(b"b", silently=True)
+    stream = await begun(call)
+    await reader.store.set(reader.keys.lost("r"), b"1")
+    if is_told:
+        reader.streams.replica_died(reader.keys.feed("another"))
+        reader.streams.replica_died(reader.keys.feed("r"))
+    assert await rest_of(stream) == [b"a", b"b"]
+    assert stream.end is not None and (stream.end.outcome, stream.end.status) == (Ending.LOST, 502)
+    recorded = await reader.store.get(reader.keys.future(run.id))
+    assert recorded is not None and Result.from_bytes(recorded).frames == 2
+    assert not len(reader.streams) and not await run.stands()
+
+
+async def test_an_answer_whose_replica_has_died_and_that_another_one_replays_goes_on(reader: Reader) -> None:
+    call = reader.asked()
+    run = reader.run_of(call, replays=True)
+    await run.show(b"a")
+    stream = await begun(call)
+    await reader.store.set(reader.keys.lost("r"), b"1")
+    reader.streams.replica_died(reader.keys.feed("r"))
+    await asyncio.sleep(0.1)
+    await run.show(b"b")
+    await run.end()
+    assert await rest_of(stream) == [b"a", b"b"]
     assert stream.end is not None and stream.end.outcome is Ending.DONE
 
 

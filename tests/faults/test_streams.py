@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+import mqserve as serve
 from tests.faults.members import Members
 from tests.instances import CommandLine, Deploy, Program, answers, distributed_only, wait_until
 from tests.ports import free_port
@@ -19,6 +20,8 @@ from tests.test_events import EVENTS, Event, read_events
 pytestmark = distributed_only
 
 TOTAL = 1000
+TIMEOUT_S = 1.5
+SOON_S = 5.0
 
 
 class Proxy:
@@ -92,6 +95,44 @@ def test_with_replay_the_answer_is_whole_though_its_replica_is_killed(deploy: De
     [pid] = members.pids("replica", name)
     events = follow([deploy.url], url.removeprefix(deploy.url), lambda count: os.kill(pid, signal.SIGKILL) if count == 100 else None)
     assert numbers(events) == [*map(str, range(1, TOTAL + 1))]
+    assert events[-1].kind == "end" and tally.lines == ["began", "began"]
+
+
+@pytest.mark.row(30)
+def test_a_replica_that_is_killed_after_request_timeout_s_ends_its_answers_soon(deploy: Deploy, members: Members, tally: Tally) -> None:
+    url, name = deploy.named(numbered(tally), request_timeout_s=TIMEOUT_S, max_concurrent_queries=2, sync_threads=2)
+    [pid] = members.pids("replica", name)
+    stream = serve.get_handle(name).stream()
+    assert next(stream) == "1"
+    with httpx.stream("GET", url) as response, pytest.raises(httpx.RemoteProtocolError):
+        began, killed_at = time.monotonic(), 0.0
+        for _ in response.iter_raw():
+            if not killed_at and time.monotonic() > began + 1.5 * TIMEOUT_S:
+                killed_at = time.monotonic()
+                os.kill(pid, signal.SIGKILL)
+    assert killed_at and time.monotonic() < killed_at + SOON_S
+    with pytest.raises(serve.ReplicaLost):
+        list(stream)
+    assert time.monotonic() < killed_at + 10 + SOON_S  # a handle hears nothing of its replica, and asks for it
+    assert tally.lines == ["began", "began"]
+
+
+@pytest.mark.row(30)
+def test_with_replay_the_answer_is_whole_though_its_replica_is_killed_after_request_timeout_s(
+    deploy: Deploy, members: Members, tally: Tally
+) -> None:
+    url, name = deploy.named(numbered(tally, 0.004), on_death="replay", request_timeout_s=TIMEOUT_S)
+    [pid] = members.pids("replica", name)
+    began = time.monotonic()
+    killed: list[int] = []
+
+    def kill(count: int) -> None:
+        if not killed and time.monotonic() > began + 1.5 * TIMEOUT_S:
+            killed.append(count)
+            os.kill(pid, signal.SIGKILL)
+
+    events = follow([deploy.url], url.removeprefix(deploy.url), kill)
+    assert killed and numbers(events) == [*map(str, range(1, TOTAL + 1))]
     assert events[-1].kind == "end" and tally.lines == ["began", "began"]
 
 

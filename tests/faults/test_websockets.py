@@ -39,13 +39,18 @@ class Crowd:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._talk_together()))
         self.echoes = self.open = 0
-        self.codes: Counter[int] = Counter()  # with which sessions were ended by the other side; 1006 without a close
+        self.ends: list[tuple[int, int]] = []  # of sessions that the other side ended: replica's pid, code; 1006 without a close
         self.refused: Counter[str] = Counter()  # why handshakes failed
         self.wrong: list[str] = []
 
     def __repr__(self) -> str:
-        ended = f"ended {dict(self.codes)}, refused {dict(self.refused)}"
+        ended = f"ended {dict(Counter(self.ends))}, refused {dict(self.refused)}"
         return f"<Crowd, {self.open} of {self._size} open, {self.echoes} echoes, {ended}, {self.wrong[:3]}>"
+
+    @property
+    def codes(self) -> Counter[int]:
+        """With which sessions were ended by the other side."""
+        return Counter(code for _, code in self.ends)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -74,7 +79,9 @@ class Crowd:
                     try:
                         await self._talk(socket, number)
                     except ConnectionClosed as closed:
-                        self.codes[closed.rcvd.code if closed.rcvd is not None else 1006] += 1
+                        assert socket.response is not None
+                        replica = int(socket.response.headers["x-process"])
+                        self.ends.append((replica, closed.rcvd.code if closed.rcvd is not None else 1006))
                         await asyncio.sleep(0.5)
                     finally:
                         self.open -= 1
@@ -134,8 +141,39 @@ def test_two_hundred_sessions_get_every_echo_in_order(
         assert sum(shares) >= 190 and min(shares) > 10  # which proxy takes a connection is chance
     assert not crowd.wrong and not crowd.codes and not crowd.refused, crowd
     wait_until(lambda: all(process.num_fds() <= count + 3 for process, count in zip(processes, before, strict=True)))
-    assert not lasting_keys(store_url, shared_namespace)
+    keys = keys_of_requests(store_url, shared_namespace)
+    assert -1 not in keys.values() and not any(":future:" in key for key in keys)  # sessions have no results
     wait_until(lambda: set(tasks_of(url)) == replicas() and max(tasks_of(url).values()) < 10)
+
+
+def test_two_hundred_sessions_go_on_while_a_replica_and_a_proxy_are_killed(
+    url: str, proxies: Callable[[], set[int]], replicas: Callable[[], set[int]], store_url: str, shared_namespace: str
+) -> None:
+    members = (proxies, replicas)
+    with Crowd(f"{url}/echo", 20) as crowd:  # what is opened once and kept
+        wait_until(lambda: proxies() and replicas())
+        crowd.goes_on(100)
+    before = [most_descriptors(pids()) for pids in members]
+    with Crowd(f"{url}/echo", 200) as crowd:
+        crowd.goes_on(200 * PER_SECOND * 5)
+        replica = wait_until(replicas).pop()
+        os.kill(replica, signal.SIGKILL)
+        wait_until(lambda: crowd.ends, told=lambda: crowd)
+        crowd.goes_on(200 * PER_SECOND * 8)
+        ended = len(crowd.ends)
+        os.kill(wait_until(proxies).pop(), signal.SIGKILL)
+        wait_until(lambda: len(crowd.ends) > ended, told=lambda: crowd)
+        crowd.goes_on(200 * PER_SECOND * 7)
+    assert not crowd.wrong, crowd
+    assert set(crowd.ends[:ended]) == {(replica, 1012)} and {code for _, code in crowd.ends[ended:]} == {1006}, crowd
+    for pids, most in zip(members, before, strict=True):
+        wait_until(lambda pids=pids, most=most: (now := pids()) and most_descriptors(now) <= most + 3)  # type: ignore[misc]
+    assert -1 not in keys_of_requests(store_url, shared_namespace).values()
+    wait_until(lambda: set(tasks_of(url)) == replicas() and max(tasks_of(url).values()) < 10)
+
+
+def most_descriptors(pids: set[int]) -> int:
+    return max(psutil.Process(pid).num_fds() for pid in pids)
 
 
 def tasks_of(url: str) -> dict[int, int]:
@@ -144,11 +182,11 @@ def tasks_of(url: str) -> dict[int, int]:
     return {one["pid"]: one["tasks"] for one in told}
 
 
-def lasting_keys(store_url: str, namespace: str) -> list[str]:
-    """The keys of results, of which sessions leave none, and other keys of requests that have no expiry."""
+def keys_of_requests(store_url: str, namespace: str) -> dict[str, int]:
+    """Each with the seconds until it expires; -1 if it does not."""
     store: Any = redis.Redis.from_url(store_url)
-    found = [key.decode() for key in store.scan_iter(f"mqserve:{namespace}:*") if b"{" in key or b":feed:" in key or b":inbox:" in key]
-    return [key for key in found if store.ttl(key) == -1 or ":future:" in key]
+    found = [key for key in store.scan_iter(f"mqserve:{namespace}:*") if b"{" in key or b":feed:" in key or b":inbox:" in key]
+    return {key.decode(): store.ttl(key) for key in found}
 
 
 def test_a_replica_is_killed(url: str, replicas: Callable[[], set[int]]) -> None:

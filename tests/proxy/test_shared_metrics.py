@@ -16,6 +16,7 @@ from mqserve.broker.errors import MQServeError
 from mqserve.broker.process.listener import KEY_BYTES, new_common_file
 from mqserve.controller.state.documents import Backend, Desired, Endpoint
 from mqserve.proxy.shared_metrics import SharedMetrics
+from mqserve.proxy.streaming import FlowEnd
 
 pytestmark = pytest.mark.anyio
 
@@ -68,11 +69,13 @@ async def test_each_proxy_shows_the_sums_of_all(pair: tuple[SharedMetrics, Share
     for metrics, count in ((one, 3), (other, 4)):
         for _ in range(count):
             metrics.route("/old").answered(200, 7.0)
+        metrics.route("/old").streams[FlowEnd.CANCELLED] += count
         metrics.sent["old"] += count
     await other.exposition()
     for metrics in (one, other):
         assert await value(metrics, "mqserve_num_http_requests_total", route="/old") == 7
         assert await value(metrics, "mqserve_num_http_responses_total", route="/old", status="200") == 7
+        assert await value(metrics, "mqserve_num_http_streams_total", route="/old", outcome="cancelled") == 7
         assert await value(metrics, "mqserve_http_latency_ms_bucket", route="/old", le="5.0") == 0
         assert await value(metrics, "mqserve_http_latency_ms_bucket", route="/old", le="10.0") == 7
         assert await value(metrics, "mqserve_http_latency_ms_sum", route="/old") == 49

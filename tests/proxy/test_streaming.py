@@ -3,11 +3,12 @@ one that was cut."""
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.middleware.gzip import GZipMiddleware
 
@@ -15,6 +16,7 @@ from mqserve.broker.results import ErrorInfo, Outcome, Result
 from mqserve.broker.streams import Form, Head
 from mqserve.proxy import events
 from mqserve.proxy.plain_edge import PlainEdgeProtocol
+from mqserve.proxy.streaming import FlowEnd
 from tests.broker.flowing import Run
 from tests.broker.traffic import until
 from tests.proxy.test_plain_edge import Served, serving
@@ -245,6 +247,76 @@ async def test_a_middleware_passes_chunks_on_and_a_failure(middleware: Any) -> N
             assert await stream.reader.read() == b""
 
 
+async def counted(served: Served) -> dict[str, float]:
+    """The streamed answers that the metrics page knows, by how they ended."""
+    async with served.wire() as (reader, writer):
+        writer.write(b"GET /-/metrics HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
+        page = (await reader.read()).partition(b"\r\n\r\n")[2].decode()
+    families = text_string_to_metric_families(page)
+    return {
+        sample.labels["outcome"]: sample.value
+        for family in families
+        for sample in family.samples
+        if sample.name == "mqserve_num_http_streams_total"
+    }
+
+
+async def complete(stream: Stream) -> None:
+    await stream.run.end()
+
+
+async def fail(stream: Stream) -> None:
+    await stream.run.end(BOO)
+
+
+async def leave(stream: Stream) -> None:
+    stream.writer.close()
+
+
+async def cancel(stream: Stream) -> None:
+    await stream.served.site.sender.cancel_everywhere(stream.run.id)
+
+
+async def move(stream: Stream) -> None:
+    stream.served.site.app.events.reconnect()
+
+
+ENDS: dict[str, list[tuple[Callable[[Stream], Awaitable[None]], dict[str, Any]]]] = {
+    "complete": [(complete, {}), (complete, {"form": Form.ITEMS, "resumable": True})],
+    "failed": [(fail, {}), (fail, {"form": Form.ITEMS, "resumable": True}), (complete, {"length": 9})],
+    "cancelled": [(leave, {}), (leave, {"form": Form.ITEMS, "resumable": True}), (cancel, {})],
+    "moved": [(move, {"form": Form.ITEMS, "resumable": True})],
+}
+
+
+@pytest.mark.parametrize("outcome", ENDS)
+@pytest.mark.parametrize("middleware", [None, Passing])
+async def test_each_streamed_answer_is_counted_once_by_how_it_ended(served: Served, outcome: str, middleware: Any) -> None:
+    if middleware is not None:
+        served.outermost.plain, served.outermost._app = None, middleware(served.site.app)
+    for end, head in ENDS[outcome]:
+        async with streaming(served, **head) as stream:
+            await stream.run.show(b"abc")
+            await stream.head()
+            await end(stream)
+            if end is not leave:
+                await stream.reader.read(64)
+            served.site.hands.ack_all()
+    async with asyncio.timeout(10):
+        while sum((counts := await counted(served)).values()) < len(ENDS[outcome]):
+            await asyncio.sleep(0.02)
+    assert counts == {outcome: len(ENDS[outcome])}
+
+
+async def test_an_answer_that_a_server_cuts_at_its_end_has_failed(served: Served) -> None:
+    async with streaming(served) as stream:
+        await stream.run.show(b"abc")
+        await stream.head()
+        served.server.should_exit = True
+        await stream.reader.read()
+    await until(lambda: served.site.app._metrics.routes["/e/{key}"].streams == {FlowEnd.FAILED: 1})
+
+
 async def test_events_have_ids_and_an_end(served: Served) -> None:
     async with streaming(served, form=Form.ITEMS, resumable=True, content_type="text/event-stream") as stream:
         await stream.run.show(b"one\r\ntwo\rthree\n", b"")
@@ -279,8 +351,8 @@ async def test_a_silent_stream_of_events_has_comments(served: Served, monkeypatc
     async with streaming(served, form=Form.ITEMS, resumable=True) as stream:
         await stream.run.show(b"one")
         async with asyncio.timeout(20):
-            await stream.reader.readuntil(b": \n\n")
-            await stream.reader.readuntil(b": \n\n")
+            await stream.reader.readuntil(b"\r\n:\n")
+            await stream.reader.readuntil(b"\r\n:\n")
 
 
 async def test_a_proxy_that_ends_sends_resumable_clients_elsewhere(served: Served) -> None:

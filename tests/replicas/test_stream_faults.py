@@ -14,6 +14,7 @@ from mqserve.broker.errors import BrokerUnavailable, StoreUnavailable
 from mqserve.broker.memory.queue import EmbeddedQueue
 from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.queue import Settled
+from mqserve.broker.results import Outcome
 from mqserve.broker.store import Append, OnAppended, Place, Refusal
 from mqserve.broker.streams import REPLICA_LOST, WINDOW_FRAMES, Credit, Owner
 from mqserve.replicas import flows, outgoing, stuck
@@ -27,6 +28,14 @@ pytestmark = pytest.mark.anyio
 def each_chunk_is_a_frame(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks are joined by chance of time, and these tests count frames."""
     monkeypatch.setattr(outgoing, "JOINED_BYTES", 0)
+
+
+class SlowStore(EmbeddedStore):
+    """Takes a while to say where a stream ends."""
+
+    async def last_of_stream(self, key: str) -> int:
+        await asyncio.sleep(1)
+        return await super().last_of_stream(key)
 
 
 class Steps:
@@ -209,10 +218,10 @@ async def test_a_run_whose_request_has_a_result_stops() -> None:
         assert await store.get(KEYS.future(reader.id)) == b"somebody's"
 
 
-async def die_in_the_middle(queue: EmbeddedQueue, store: EmbeddedStore, shown: int, **request: Any) -> Reader:
+async def die_in_the_middle(queue: EmbeddedQueue, store: EmbeddedStore, shown: int, on_death: str = "replay", **request: Any) -> Reader:
     """A replica shows so many chunks, and is lost."""
     steps = Steps()
-    async with Serving(steps, queue, store, replica_id="b#1") as first:
+    async with Serving(steps, queue, store, replica_id="b#1", on_death=on_death) as first:
         reader = await Reader(queue, store).ask(**request)
         steps.go(shown)
         await until(lambda: len(reader.frames) == shown)
@@ -245,6 +254,65 @@ async def test_with_replay_the_handler_runs_again_and_what_was_shown_is_passed_o
         await until(second.is_settled)
         attempts = [place.attempt for place, _ in await store.read_stream(KEYS.stream(reader.id), Place(0, 0), 64)]
         assert attempts == [1] * 4 + [2] * 6
+
+
+async def lose_after_its_time(queue: EmbeddedQueue, store: EmbeddedStore, shown: int) -> Reader:
+    reader = await die_in_the_middle(queue, store, shown, meta=EVENTS, timeout_s=0.3)
+    await until(lambda: store.now_ms() > reader.envelope.header.deadline)
+    return reader
+
+
+async def test_an_answer_is_replayed_though_its_request_timeout_has_passed() -> None:
+    queue, store, steps = EmbeddedQueue(), EmbeddedStore(), Steps()
+    reader = await lose_after_its_time(queue, store, 4)
+    async with Serving(steps, queue, store, replica_id="b#2", on_death="replay") as second:
+        steps.go(10)
+        result = await reader.end()
+        assert result.error is None and result.frames == 10 and reader.body == ALL
+        await until(second.is_settled)
+
+
+async def test_an_answer_that_is_not_replayed_ends_as_lost_though_its_request_timeout_has_passed() -> None:
+    queue, store, steps = EmbeddedQueue(), EmbeddedStore(), Steps()
+    reader = await lose_after_its_time(queue, store, 4)
+    async with Serving(steps, queue, store, replica_id="b#2"):
+        result = await reader.end()
+        assert result.error is not None and result.error.type == REPLICA_LOST and result.frames == 4 and not steps.runs
+
+
+async def test_an_answer_that_began_before_on_death_was_set_to_replay_ends_as_lost() -> None:
+    queue, store, steps = EmbeddedQueue(), EmbeddedStore(), Steps()
+    reader = await die_in_the_middle(queue, store, 4, on_death="fail")
+    async with Serving(steps, queue, store, replica_id="b#2", on_death="replay"):
+        result = await reader.end()
+        assert result.error is not None and result.error.type == REPLICA_LOST and result.frames == 4 and not steps.runs
+
+
+async def test_a_request_that_showed_nothing_in_its_time_is_late_and_not_run_again() -> None:
+    queue, store, steps = EmbeddedQueue(), EmbeddedStore(), Steps()
+    reader = await lose_after_its_time(queue, store, 0)
+    async with Serving(steps, queue, store, replica_id="b#2", on_death="replay") as second:
+        result = await reader.end()
+        assert result.outcome is Outcome.LATE and not steps.runs
+        await until(second.is_settled)
+
+
+async def test_two_copies_of_a_request_that_come_again_together_are_run_one_after_the_other() -> None:
+    queue, store, steps, again = EmbeddedQueue(), SlowStore(), Steps(), Steps(200)
+    async with Serving(steps, queue, store, on_death="replay") as first:
+        reader = await Reader(queue, store).ask(meta=EVENTS)
+        steps.go(4)
+        await until(lambda: len(reader.frames) == 4)
+        copy = msgspec.structs.replace(reader.envelope, header=msgspec.structs.replace(reader.envelope.header, again=True))
+        assert await publish(queue, copy) is None
+        await until(lambda: first.loop.running == 2)  # it is given back, again and again
+        await first.loop.abandon()
+        steps.go(1)
+    async with Serving(again, queue, store, replica_id="b#2", on_death="replay", sync_threads=2) as second:
+        again.go(200)  # more than a window: the stream needs the credit of its reader
+        result = await reader.end()
+        assert result.error is None and result.frames == 200 and again.runs == 1
+        await until(second.is_settled)
 
 
 async def test_an_answer_that_was_shown_in_part_and_is_replayed_in_one_piece_ends_with_an_error() -> None:
@@ -330,7 +398,7 @@ async def test_a_replica_that_drains_ends_what_does_not_end_by_itself() -> None:
 async def test_the_head_of_events_comes_by_itself_if_the_first_one_takes_long(reads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flows, "HEAD_AFTER_S", 0.2)
     queue, store, steps = EmbeddedQueue(), EmbeddedStore(), Steps()
-    async with Serving(steps, queue, store) as first:
+    async with Serving(steps, queue, store, on_death="replay") as first:
         reader = await Reader(queue, store).ask(meta=EVENTS)
         await until(lambda: reader.head is not None and len(reader.frames) == 1 and not reader.size)
         steps.go(3)
@@ -363,7 +431,7 @@ async def test_a_head_that_came_by_itself_before_an_empty_event_is_passed_over_w
             assert let.acquire(timeout=30)
             yield item
 
-    async with Serving(handler, queue, store) as first:
+    async with Serving(handler, queue, store, on_death="replay") as first:
         reader = await Reader(queue, store).ask(meta=EVENTS)
         await until(lambda: len(reader.frames) == 1)
         let.release(2)

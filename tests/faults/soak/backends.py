@@ -4,7 +4,11 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from typing import Any, NamedTuple
+
+from starlette.responses import PlainTextResponse
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
 import mqserve as serve
 from tests.tallies import Tally
@@ -13,6 +17,8 @@ REQUEST_TIMEOUT_S = 15.0
 BIG_BYTES = 200_000
 STEPS = 40  # of an answer that flows
 STEP_S = 0.025
+GOODBYE = "goodbye"  # of a session, which its app then closes
+ENDED = 4000  # with this code
 PROBE = 0  # the number of requests that only ask whether anybody answers: they are in no tally
 
 
@@ -110,6 +116,28 @@ class Replayed:
             time.sleep(0.005)
 
 
+class Talking:
+    """An ASGI app: a session of it says the word of its run, and then what it hears."""
+
+    def __init__(self, tally: Tally) -> None:
+        self._tally = tally
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "websocket":
+            with suppress(WebSocketDisconnect):
+                await self._talk(WebSocket(scope, receive, send))
+        elif scope["type"] == "http":
+            await PlainTextResponse("talk to me")(scope, receive, send)
+
+    async def _talk(self, socket: WebSocket) -> None:
+        word = begin_run(int(socket.url.path.rpartition("/")[2]), self._tally)
+        await socket.accept()
+        await socket.send_text(word)
+        while (said := await socket.receive_text()) != GOODBYE:
+            await socket.send_text(said)
+        await socket.close(ENDED)
+
+
 BACKENDS = {
     "quick": Backend(Quick, 3, "/quick/{number:int}", {}),
     "patient": Backend(Patient, 2, "/patient/{number:int}", {}),
@@ -118,6 +146,7 @@ BACKENDS = {
     "big": Backend(Big, 2, "/big", {}),
     "flowing": Backend(Flowing, 2, "/flowing/{number:int}", {}),
     "replayed": Backend(Replayed, 2, "/replayed/{number:int}", {"on_death": "replay"}),
+    "talking": Backend(Talking, 2, "/talking", {}),
 }
 REPLICAS = sum(backend.replicas for backend in BACKENDS.values())
 
@@ -125,10 +154,14 @@ REPLICAS = sum(backend.replicas for backend in BACKENDS.values())
 def begin(request: Any, tally: Tally) -> tuple[int, str]:
     """The number of the request and the word of this run, in the tally before anything else happens."""
     number = request.path_params["number"] if "number" in request.path_params else request.data["number"]
+    return number, begin_run(number, tally)
+
+
+def begin_run(number: int, tally: Tally) -> str:
     word = os.urandom(6).hex()
     if number != PROBE:
         tally.note(f"{number} {os.getpid()} {word}")
-    return number, word
+    return word
 
 
 def answer(number: int, word: str) -> dict[str, Any]:

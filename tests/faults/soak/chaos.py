@@ -25,13 +25,15 @@ NOTHING: frozenset[str] = frozenset()
 UNAVAILABLE = frozenset({"503", "504"})
 NO_CONNECTION = frozenset({"refused", "reset", "cut", "replay cut"})
 BROKE_OFF = frozenset({"cut", "failure"})  # what a stream says that is not replayed
+RESTARTED = frozenset({"1012"})  # what a session ends with whose replica has gone, or of which something was lost
 
 
 class Kind(NamedTuple):
-    """One row of the fault table: what it does, and what a request may say of it."""
+    """One row of the fault table: what it does, what a request may say of it, and how a session may end."""
 
     act: Callable[["Chaos", Fault], Awaitable[None]]
     allows: frozenset[str] = NOTHING
+    sessions: frozenset[str] = NOTHING
     is_server: bool = False
     drains: bool = False
     forgets: bool = False
@@ -75,7 +77,8 @@ class Chaos:
                 if kind.is_server:
                     await server_whole.wait()
                     server_whole.clear()
-                fault = Fault(due.kind, allows=kind.allows, drains=kind.drains, forgets=kind.forgets, began=time.monotonic())
+                fault = Fault(due.kind, allows=kind.allows, sessions=kind.sessions, drains=kind.drains, forgets=kind.forgets)
+                fault.began = time.monotonic()
                 self.faults.append(fault)
                 await kind.act(self, fault)
                 fault.mended = time.monotonic()
@@ -202,29 +205,31 @@ class Chaos:
 
 
 BROKER_LOST = UNAVAILABLE | BROKE_OFF | {"dropped"}  # what it redelivers may be taken over
+STORE_LOST = UNAVAILABLE | RESTARTED  # of sessions: what was under way in it
 
 KINDS = {
-    "kill -9 a replica": Kind(Chaos.kill_replica, BROKE_OFF),
+    "kill -9 a replica": Kind(Chaos.kill_replica, BROKE_OFF, RESTARTED),
     "SIGTERM a replica": Kind(Chaos.end_replica),
     "freeze a replica": Kind(Chaos.freeze_replica),
-    "kill -9 a proxy": Kind(Chaos.kill_proxy, NO_CONNECTION),
-    "SIGTERM a proxy": Kind(Chaos.end_proxy, NO_CONNECTION, drains=True),
+    "kill -9 a proxy": Kind(Chaos.kill_proxy, NO_CONNECTION, frozenset({"refused", "reset", "1006"})),
+    "SIGTERM a proxy": Kind(Chaos.end_proxy, NO_CONNECTION, frozenset({"refused", "reset", "503", "1001"}), drains=True),
     "kill -9 a controller": Kind(Chaos.kill_controller),
     "SIGTERM a controller": Kind(Chaos.end_controller),
-    "kill -9 a node": Kind(Chaos.kill_node, UNAVAILABLE | BROKE_OFF),  # it may have had all replicas of a backend
+    "kill -9 a node": Kind(Chaos.kill_node, UNAVAILABLE | BROKE_OFF, UNAVAILABLE | RESTARTED),  # it may have had all replicas of a backend
     "SIGTERM a node": Kind(Chaos.end_node),
-    "restart RabbitMQ": Kind(Chaos.restart_broker, BROKER_LOST, is_server=True),
-    "kill -9 RabbitMQ": Kind(Chaos.crash_broker, BROKER_LOST, is_server=True),
-    "freeze RabbitMQ": Kind(Chaos.freeze_broker, UNAVAILABLE, is_server=True),
-    "restart Redis": Kind(Chaos.restart_store, UNAVAILABLE, is_server=True),
-    "kill -9 Redis": Kind(Chaos.crash_store, UNAVAILABLE, is_server=True),
+    "restart RabbitMQ": Kind(Chaos.restart_broker, BROKER_LOST, UNAVAILABLE, is_server=True),
+    "kill -9 RabbitMQ": Kind(Chaos.crash_broker, BROKER_LOST, UNAVAILABLE, is_server=True),
+    "freeze RabbitMQ": Kind(Chaos.freeze_broker, UNAVAILABLE, UNAVAILABLE, is_server=True),
+    "restart Redis": Kind(Chaos.restart_store, UNAVAILABLE, STORE_LOST, is_server=True),
+    "kill -9 Redis": Kind(Chaos.crash_store, UNAVAILABLE, STORE_LOST, is_server=True),
     "restart Redis without data": Kind(
         Chaos.empty_store,
         UNAVAILABLE | BROKE_OFF | {"forgotten", "gap", "404", "replay cut", "replay failed"},
+        STORE_LOST,
         is_server=True,
         forgets=True,
     ),
-    "freeze Redis": Kind(Chaos.freeze_store, UNAVAILABLE, is_server=True),
+    "freeze Redis": Kind(Chaos.freeze_store, UNAVAILABLE, STORE_LOST, is_server=True),
 }
 
 

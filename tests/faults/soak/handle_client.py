@@ -55,7 +55,7 @@ def deploy(client: serve.Client, name: str, tally: Tally) -> None:
 
 def load(client: serve.Client, rate: float, seconds: float, seed: int) -> None:
     chance = random.Random(seed)
-    names = [name for name in BACKENDS if name != "big"]
+    names = [name for name in BACKENDS if name not in ("big", "talking")]
     handles = {name: client.get_handle(name) for name in names}
     until, due, number = time.monotonic() + seconds, time.monotonic(), FIRST_NUMBER
     with ThreadPoolExecutor(WAITERS) as waiters:

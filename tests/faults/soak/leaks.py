@@ -11,7 +11,7 @@ import psutil
 
 from mqserve.broker import queue_names
 from mqserve.broker.later import WAITS_S
-from mqserve.broker.store_keys import INBOX_TTL_S, LOG_TTL_S, RESULT_TTL_S, STREAM_TTL_S
+from mqserve.broker.store_keys import INBOX_TTL_S, LOG_TTL_S, LOST_TTL_S, RESULT_TTL_S, STREAM_TTL_S
 from tests.faults.soak.backends import BACKENDS, REPLICAS
 from tests.faults.soak.cluster import Cluster
 
@@ -26,6 +26,7 @@ KEYS: Mapping[str, float | None] = {
     r"(attempts|redeliveries|claim):\{.+\}": DAY_S,
     r"(inbox|feed):.+": INBOX_TTL_S,
     r"(stream|owner):\{.+\}": STREAM_TTL_S,
+    r"lost:.+": LOST_TTL_S,
     r"cancelled": LOG_TTL_S,
     r"code:[0-9a-f]{64}": None,
     r"desired|observed|instance|leader|beats": None,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 LATE_REDELIVERY_S = 5.0
+SESSION = "talk"  # the kind of a WebSocket session
 REDIAL_S = 4.0  # a handle's process dials for itself, and may do so later than the proxies by which a recovery is told
 
 
@@ -26,14 +27,15 @@ class End(StrEnum):
 class Fault:
     """One thing that was broken, in monotonic seconds; `recovered` is infinite until it is, or for ever.
 
-    `allows`: what a request may say of it.
+    `allows`: what a request may say of it; `sessions`: with which status or code a session may end.
     """
 
     kind: str
     target: str = ""
     allows: frozenset[str] = frozenset()
+    sessions: frozenset[str] = frozenset()
     proxy: str = ""  # only requests that went by this proxy
-    drains: bool = False  # what was there before it began must not be hurt
+    drains: bool = False  # what was there before it began must not be hurt, but for sessions
     forgets: bool = False  # the results that stood in the store are gone
     began: float = 0.0
     mended: float = 0.0
@@ -44,9 +46,10 @@ class Fault:
 
     def excuses(self, entry: "Entry", detail: str) -> bool:
         since = entry.sent - (REDIAL_S if entry.kind == "handle" else 0)
-        if detail not in self.allows or not self.overlaps(since, entry.ended):
+        is_session = entry.kind == SESSION
+        if detail not in (self.sessions if is_session else self.allows) or not self.overlaps(since, entry.ended):
             return False
-        if self.drains and entry.sent < self.began - 0.2:
+        if self.drains and not is_session and entry.sent < self.began - 0.2:
             return False
         return not self.proxy or self.proxy == entry.proxy
 

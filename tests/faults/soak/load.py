@@ -5,7 +5,7 @@ import itertools
 import json
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,8 @@ from redis.exceptions import RedisError
 from tests.faults.soak.backends import REQUEST_TIMEOUT_S, body_of, word_in, word_in_refusal
 from tests.faults.soak.cluster import Client, Cluster
 from tests.faults.soak.handle_client import GRACE_S
-from tests.faults.soak.ledger import End, Entry, Ledger
+from tests.faults.soak.ledger import SESSION, End, Entry, Ledger
+from tests.faults.soak.sessions import Talker
 from tests.faults.soak.streams import STREAM_KINDS, StreamReader
 
 PUBLISH_S = 5.0  # one try
@@ -28,12 +29,13 @@ READ_AFTER_S = 2.0
 
 HANDLE_SHARE = 0.22
 MIX = {  # of the rest
-    "get quick": 0.30,
-    "get patient": 0.16,
+    "get quick": 0.28,
+    "get patient": 0.15,
     "flow flowing": 0.02,
     "flow replayed": 0.01,
     "events flowing": 0.02,
     "events replayed": 0.01,
+    f"{SESSION} talking": 0.03,
     "post batched": 0.12,
     "post raising": 0.05,
     "post big": 0.03,
@@ -59,7 +61,13 @@ class Load:
         self._http = httpx.AsyncClient(
             timeout=REQUEST_TIMEOUT_S + GRACE_S, limits=httpx.Limits(max_connections=None, max_keepalive_connections=20, keepalive_expiry=2)
         )
-        self._streams = StreamReader(cluster.urls, ledger, self._http, chance)
+        streams, talker = StreamReader(cluster.urls, ledger, self._http, chance), Talker(cluster.urls, ledger)
+        self._by_proxy: dict[str, Callable[[Entry], Coroutine[Any, Any, None]]] = {
+            "get": self._call,
+            "post": self._call,
+            **dict.fromkeys(STREAM_KINDS, streams.read),
+            SESSION: talker.talk,
+        }
         self._direct = DirectPublisher(cluster, ledger)
 
     async def run(self, rate: float, seconds: float) -> None:
@@ -81,12 +89,9 @@ class Load:
     def _request(self, kind: str) -> Any:
         way, *durability, backend = kind.split()
         number = next(self._numbers)
-        if way in ("get", "post"):
+        if way in self._by_proxy:
             proxy = self._chance.choice(list(self._cluster.urls))
-            return self._call(self._ledger.send(Entry(number, way, backend, time.monotonic(), proxy=proxy)))
-        if way in STREAM_KINDS:
-            proxy = self._chance.choice(list(self._cluster.urls))
-            return self._streams.read(self._ledger.send(Entry(number, way, backend, time.monotonic(), proxy=proxy)))
+            return self._by_proxy[way](self._ledger.send(Entry(number, way, backend, time.monotonic(), proxy=proxy)))
         kind = " ".join([way, *durability])
         entry = Entry(number, kind, backend, time.monotonic(), key=f"{backend}/soak-{number}", persistent=not durability)
         return self._direct.publish(self._ledger.send(entry), reply=way == "publish")
