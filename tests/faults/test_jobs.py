@@ -1,5 +1,6 @@
 """Jobs whose replica dies, freezes or drains, whose servers restart, and those of direct publishers."""
 
+import asyncio
 import json
 import os
 import signal
@@ -160,6 +161,22 @@ def test_a_direct_publisher_sends_a_job_by_its_message_id_and_finds_it_again(
     assert ended(job).attempts == 1, "the same id is the same job"
 
 
+def test_a_direct_publishers_job_is_tried_again_like_any_other(
+    client: serve.Client, deploy: Deploy, environment: dict[str, str], channel: BlockingChannel, tally: Tally
+) -> None:
+    def flaky(request: serve.ServeRequest) -> int:
+        tally.note(request.data)
+        if request.attempt == 1:
+            raise ConnectionError("not yet")
+        return int(request.attempt)
+
+    name, key = deploy(flaky, retry=serve.Retry(on=(OSError,), backoff_s=0.1)), uuid.uuid4().hex
+    properties = pika.BasicProperties(content_type="text/plain", message_id=key, delivery_mode=2)
+    channel.basic_publish(f"{environment['MQSERVE_NAMESPACE']}.jobs", name, b"published", properties, mandatory=True)
+    assert client.job(key, backend=name).result(60) == 2
+    assert tally.lines == ["published"] * 2
+
+
 def test_a_direct_publisher_may_send_a_job_without_an_id(
     client: serve.Client, deploy: Deploy, environment: dict[str, str], channel: BlockingChannel, tally: Tally
 ) -> None:
@@ -199,3 +216,20 @@ def test_a_redis_that_lost_everything_loses_no_job_that_runs_or_waits(
     gate.open()
     assert running.result(120) == 1 and waiting.result(120) == 1
     assert running.status().state is JobState.SUCCEEDED
+
+
+def test_no_job_is_lost_while_replicas_are_killed(client: serve.Client, deploy: Deploy, tally: Tally) -> None:
+    async def work(request: serve.ServeRequest) -> int:
+        tally.note(os.getpid())
+        await asyncio.sleep(0.05)
+        return int(request.data)
+
+    handle = client.get_handle(deploy(work, num_replicas=2, max_concurrent_queries=8, max_attempts=10))
+    jobs = [handle.submit(number) for number in range(400)]
+    for killed in range(3):
+        wait_until(lambda done=killed: len(tally) > 100 * (done + 1) - 50)
+        os.kill(int(tally.lines[-1]), signal.SIGKILL)
+    assert [job.result(120) for job in jobs] == list(range(400))
+    states = [ended(job) for job in jobs]
+    assert {status.state for status in states} == {JobState.SUCCEEDED}
+    assert sum(status.attempts for status in states) >= len(tally), "each run was in its record before it began"
