@@ -5,7 +5,7 @@ import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -14,7 +14,7 @@ import pytest
 
 import mqserve as serve
 from tests.gates import Gate
-from tests.instances import Deploy, distributed_only, wait_until
+from tests.instances import Deploy, distributed_only, started, wait_until
 from tests.tallies import Tally
 
 
@@ -427,6 +427,29 @@ def test_nothing_is_known_of_a_group_that_nobody_sent(doubling: str) -> None:
         serve.group("0" * 32)
     with pytest.raises(serve.BadType, match="handle"):
         serve.submit_many("double", [1])  # type: ignore[call-overload]
+
+
+def test_whoever_waits_or_follows_is_told_that_the_client_was_shut_down() -> None:
+    outcomes: list[BaseException] = []
+
+    def wait(what: Callable[[], object]) -> None:
+        try:
+            what()
+        except serve.InstanceError as error:
+            outcomes.append(error)
+
+    with started() as client:
+        client.create_backend("b", double)
+        client.create_endpoint("b", backend="b")
+        job = client.get_handle("b").options(delay_s=600).submit(1)
+        events = job.events()
+        assert next(events).state == "queued"
+        waits = [threading.Thread(target=wait, args=(what,)) for what in (job.result, lambda: list(events), serve.gather(job).result)]
+        for waiting in waits:
+            waiting.start()
+    for waiting in waits:
+        waiting.join(30)
+    assert len(outcomes) == 3 and all("shut down" in str(error) for error in outcomes)
 
 
 # Other processes.

@@ -71,7 +71,7 @@ def test_a_job_is_shown_with_its_runs_and_events(joining: CommandLine, doubling:
     job = serve.get_handle(doubling).options(delay_s=0.1).submit(21)  # it might begin before it is known to be queued
     assert job.result(timeout=30) == 42
     [shown] = as_json(joining, "jobs", "show", job.id)
-    assert shown["status"] == "succeeded" and shown["progress"] == 0.5 and shown["history"][0]["attempt"] == 1
+    assert shown["status"] == "succeeded" and shown["progress"]["fraction"] == 0.5 and shown["history"][0]["number"] == 1
     assert [event.get("status", event["event"]) for event in shown["events"]] == ["queued", "running", "progress", "succeeded"]
     assert "half of it" in printed(joining, "jobs", "show", job.id)
 
@@ -138,7 +138,7 @@ def test_a_job_is_watched_to_its_end(joining: CommandLine, doubling: str) -> Non
     ]
     watched = joining.run("jobs", "watch", bad.id, "--json")
     assert watched.returncode == 1 and "that is odd" in watched.stderr and "Traceback" not in watched.stderr
-    assert as_json(joining, "jobs", "show", bad.id)[0]["error"] == "ValueError: that is odd"
+    assert as_json(joining, "jobs", "show", bad.id)[0]["error"] == {"type": "ValueError", "message": "that is odd"}
     assert [json.loads(line)["status"] for line in watched.stdout.splitlines()] == ["queued", "running", "failed"]
 
 

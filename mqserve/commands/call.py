@@ -158,5 +158,5 @@ def _line(event: JobEvent) -> str:
 def _facts(event: JobEvent) -> dict[str, Any]:
     at = None if event.at is None else event.at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
     facts = {"seq": event.seq, "event": event.kind.value, "at": at}
-    more = {"status": event.state, "progress": event.fraction, "message": event.text}
+    more = {"status": event.state, "fraction": event.fraction, "text": event.text}
     return facts | {name: value for name, value in more.items() if value not in ("", None)}

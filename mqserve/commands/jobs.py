@@ -21,7 +21,7 @@ from ..broker.process.printable import printable
 from ..broker.results import Result
 from ..broker.settings import Settings
 from ..connections import Connections, open_connections
-from .printing import print_json, print_sentence, when
+from .printing import print_json, print_sentence, rfc3339, when
 from .status_table import make_console, make_table
 
 ASK_ABOVE = 10
@@ -225,11 +225,11 @@ async def _place(jobs: JobStore, record: JobRecord) -> int | None:
     return await jobs.place(record.id, record.facts) if record.state is JobState.QUEUED else None
 
 
-async def _error(connections: Connections, record: JobRecord) -> str | None:
+async def _error(connections: Connections, record: JobRecord) -> dict[str, str] | None:
     """Returns the type and message of what its result says went wrong; None if there is no such result."""
     raw = await connections.store.get(connections.keys.future(record.id)) if record.has_result else None
     error = None if raw is None else Result.from_bytes(raw).error
-    return None if error is None else f"{error.type}: {error.message}"
+    return None if error is None else {"type": error.type, "message": error.message}
 
 
 # What is printed.
@@ -243,14 +243,13 @@ def facts_of(record: JobRecord, place: int | None) -> dict[str, Any]:
         "status": record.state.value,
         "backend": facts.backend,
         "endpoint": facts.endpoint,
-        "created_at": _time(facts.created_ms),
-        "not_before": _time(facts.not_before_ms),
-        "expires_at": _time(facts.expires_ms),
-        "started_at": _time(record.started_ms),
-        "ended_at": _time(record.ended_ms),
+        "created_at": rfc3339(facts.created_ms),
+        "not_before": rfc3339(facts.not_before_ms),
+        "expires_at": rfc3339(facts.expires_ms),
+        "started_at": rfc3339(record.started_ms),
+        "ended_at": rfc3339(record.ended_ms),
         "attempts": len(record.attempts),
-        "progress": None if progress is None else progress.fraction,
-        "message": "" if progress is None else progress.text,
+        "progress": None if progress is None else _said_by(progress),
         "position": place,
         "http_status": record.status or None,
         "has_result": record.has_result,
@@ -263,21 +262,24 @@ def facts_of(record: JobRecord, place: int | None) -> dict[str, Any]:
 def history_of(record: JobRecord) -> list[dict[str, Any]]:
     return [
         {
-            "attempt": attempt.number,
+            "number": attempt.number,
             "replica": attempt.replica,
-            "started_at": _time(attempt.started_ms),
-            "ended_at": _time(attempt.ended_ms),
+            "started_at": rfc3339(attempt.started_ms),
+            "ended_at": rfc3339(attempt.ended_ms),
             "error": attempt.error,
-            "again_at": _time(attempt.again_ms),
+            "again_at": rfc3339(attempt.again_ms),
         }
         for attempt in record.attempts
     ]
 
 
 def event_facts(number: int, event: JobEvent) -> dict[str, Any]:
-    facts = {"seq": number, "event": event.kind.value, "at": _time(event.at_ms)}
-    more = {"status": event.state, "progress": event.fraction, "message": event.text}
-    return facts | {name: value for name, value in more.items() if value not in ("", None)}
+    return {"seq": number, "event": event.kind.value, **_said_by(event)}
+
+
+def _said_by(event: JobEvent) -> dict[str, Any]:
+    facts = {"at": rfc3339(event.at_ms), "status": event.state, "fraction": event.fraction, "text": event.text}
+    return {name: value for name, value in facts.items() if value not in ("", None)}
 
 
 def table_of(records: Sequence[JobRecord], limit: int) -> Any:
@@ -303,15 +305,13 @@ def no_such(ids: Sequence[str]) -> str:
     return "; ".join(f"nothing is known of a job {printable(job_id)!r}: see `mqserve jobs list`" for job_id in ids)
 
 
-def _time(ms: int) -> str | None:
-    return when(ms).replace(" UTC", "Z").replace(" ", "T") if ms else None
-
-
 def _print_facts(console: Console, facts: dict[str, Any]) -> None:
     for name, value in facts.items():
         if name in ("history", "events"):
             lines = ["  ".join(printable(str(part)) for part in entry.values() if part not in ("", None)) for entry in value]
             text = "".join(f"\n    {line}" for line in lines)
+        elif isinstance(value, dict):
+            text = "  ".join(printable(str(part)) for part in value.values())
         else:
             text = printable(str(value))
         if value not in ("", None, []):

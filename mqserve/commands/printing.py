@@ -29,3 +29,8 @@ def when(store_ms: int) -> str:
         return f"{datetime.fromtimestamp(store_ms / 1000, UTC):%Y-%m-%d %H:%M:%S} UTC"
     except (OverflowError, ValueError, OSError):
         return "at no time there is"
+
+
+def rfc3339(store_ms: int) -> str | None:
+    """Returns a time for scripts; None for 0."""
+    return datetime.fromtimestamp(store_ms / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z") if store_ms else None
