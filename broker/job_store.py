@@ -25,7 +25,7 @@ class JobStore(Protocol):
     def add_then(self, future_id: str, facts: JobFacts, on_done: OnDone, message: bytes = b"") -> None:
         """Writes the record of a job that the broker has confirmed, unless it is there, in a batch. Nothing is changed of a job that has
         begun or ended meanwhile. The message is kept beside it for a retry: as long as the job, then as long as its result, and for
-        MESSAGE_TTL_S after a success."""
+        MESSAGE_TTL_S after a success; that of a job which ended before its record came, as long as most results."""
         ...
 
     async def begin(self, run: Run) -> Begun:

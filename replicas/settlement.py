@@ -206,10 +206,15 @@ class Settlement:
         """Acks. Unless the id is minted, and so used only once, it also deletes the counters, so that the next use of the id starts afresh.
         With at-most-once delivery they stay, so that the id never runs twice. Those of a message that is kept for a replay go, too, since
         they would stay long. The record of a job counts for itself."""
-        leaves_some = not (job.envelope.minted or _is_recorded(job)) or is_kept_for_replay(job.envelope)
-        if (job.delivery.redelivered or job.mark) and leaves_some and not (self.at_most_once and job.envelope.id):
+        if (job.delivery.redelivered or job.mark) and self._leaves_counters(job):
             self._await_for(job, self.start(job, self._admission.forget(job.envelope)))
         self.ack(job)
+
+    def _leaves_counters(self, job: Job) -> bool:
+        envelope = job.envelope
+        if self.at_most_once and envelope.id:
+            return False
+        return not (envelope.minted or _is_recorded(job)) or is_kept_for_replay(envelope)
 
     def streamed(self, job: Job) -> None:
         """Acks a request whose result the store has behind the chunks of its answer."""

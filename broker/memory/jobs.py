@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from ..job_store import NumberedEvent, OnDone
 from ..jobs import (
+    JOB_RESULT_TTL_S,
     KEPT_ATTEMPTS,
     KEPT_EVENTS,
     LEASE_MS,
@@ -98,10 +99,13 @@ class EmbeddedJobs:
             job.place = (score_of(facts), future_id)
             insort(self._waiting.setdefault(facts.backend, []), job.place)
             self._tell(future_id, job, _state(JobState.QUEUED, facts.created_ms))
-        if not job.has_ended:
-            self._jobs.put(future_id, job, UNENDED_TTL_S * 1000)
-            if message:
-                self._values.put(self._keys.message(future_id), message, UNENDED_TTL_S * 1000)
+        ttl_s = UNENDED_TTL_S
+        if job.has_ended:  # it may be tried again all the same
+            ttl_s = MESSAGE_TTL_S if job.fields[b"state"] == JobState.SUCCEEDED.encode() else JOB_RESULT_TTL_S
+        else:
+            self._jobs.put(future_id, job, ttl_s * 1000)
+        if message:
+            self._values.put(self._keys.message(future_id), message, ttl_s * 1000)
         on_done(True)
 
     async def begin(self, run: Run) -> Begun:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from redis.exceptions import InvalidResponse, NoScriptError
 
 from ..errors import StoreUnavailable
-from ..jobs import KEPT_ATTEMPTS, KEPT_EVENTS, LEASE_MS, MESSAGE_TTL_S, UNENDED_TTL_S, WAIT_TTL_S
+from ..jobs import JOB_RESULT_TTL_S, KEPT_ATTEMPTS, KEPT_EVENTS, LEASE_MS, MESSAGE_TTL_S, UNENDED_TTL_S, WAIT_TTL_S
 from ..store_keys import ENDS_LENGTH, INBOX_TTL_S, StoreKeys
 from .batch_sender import CALL_BUDGET_S, Batch, BatchSender
 from .batch_writer import BatchWriter
@@ -124,7 +124,8 @@ class JobScript:
         self._on_wrote = on_wrote
         self._on_odd_key = on_odd_key
         self._on_failed = on_failed
-        times = (INBOX_TTL_S * 1000, LEASE_MS, UNENDED_TTL_S * 1000, WAIT_TTL_S * 1000, MESSAGE_TTL_S * 1000)
+        ttls_s = (UNENDED_TTL_S, WAIT_TTL_S, MESSAGE_TTL_S, JOB_RESULT_TTL_S)
+        times = (INBOX_TTL_S * 1000, LEASE_MS, *(ttl_s * 1000 for ttl_s in ttls_s))
         self.constants = (keys.jobs, keys.ends, keys.job("").removesuffix("}"), *times, KEPT_EVENTS, KEPT_ATTEMPTS, ENDS_LENGTH)
 
     def __repr__(self) -> str:

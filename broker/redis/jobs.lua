@@ -6,9 +6,9 @@
 -- Returns two lists: for each step its outcome, which may be an error, since one step must not keep the others from being taken; and the
 -- keys that were of another type, which were deleted.
 local JOBS, ENDS, RECORD = ARGV[1], ARGV[2], ARGV[3]  -- the third is the beginning of a record's key, up to the id
-local INBOX_TTL, LEASE_TTL, UNENDED_TTL, WAIT_TTL, MESSAGE_TTL = ARGV[4], ARGV[5], ARGV[6], ARGV[7], ARGV[8]
-local KEPT_EVENTS, KEPT_ATTEMPTS, KEPT_ENDS = tonumber(ARGV[9]), tonumber(ARGV[10]), ARGV[11]
-local FIRST = 12
+local INBOX_TTL, LEASE_TTL, UNENDED_TTL, WAIT_TTL, MESSAGE_TTL, RESULT_TTL = ARGV[4], ARGV[5], ARGV[6], ARGV[7], ARGV[8], ARGV[9]
+local KEPT_EVENTS, KEPT_ATTEMPTS, KEPT_ENDS = tonumber(ARGV[10]), tonumber(ARGV[11]), ARGV[12]
+local FIRST = 13
 local SWEPT = 2  -- ids that each run looks at
 local odd = {}
 
@@ -75,7 +75,12 @@ local steps = {}
 function steps.add(one)
   local is_new = keep_facts(one)
   local state, _, runs = look(one.record)
-  if state then return 1 end
+  if state then  -- it has ended already, and may be tried again all the same
+    if one.message ~= '' then
+      redis.call('SET', one.message_key, one.message, 'PX', state == 'succeeded' and MESSAGE_TTL or RESULT_TTL)
+    end
+    return 1
+  end
   redis.call('PEXPIRE', one.record, UNENDED_TTL)
   if is_new and not runs then
     run('ZADD', one.waiting, one.score, one.id)

@@ -123,6 +123,14 @@ async def test_the_message_of_a_job_is_kept_for_a_retry(store: Store) -> None:
     assert await store.jobs.message("f") == b"\0message\xff"
 
 
+@pytest.mark.parametrize("state", [JobState.SUCCEEDED, JobState.FAILED])
+async def test_a_job_that_ended_before_its_sender_was_told_can_be_retried(store: Store, state: JobState) -> None:
+    await begun(store)
+    await ended(store, state=state)
+    await added(store, message=b"message")
+    assert (await state_of(store), await store.jobs.message("f")) == (state, b"message")
+
+
 async def test_what_has_ended_can_be_forgotten_and_nothing_else(store: Store, keys: StoreKeys) -> None:
     await added(store, message=b"message")
     await added(store, "other")

@@ -168,8 +168,9 @@ def test_a_job_and_a_request_with_a_key_are_served_and_found_by_http(url: str) -
     assert httpx.get(f"{place}/result?wait=30", timeout=40).text == "42"
     assert httpx.get(place).json()["status"] == "succeeded"
     assert '"status":"succeeded"' in httpx.get(f"{place}/events").text
-    again = httpx.post(f"{place}/retry").json()["id"]
-    assert httpx.delete(f"{url}/-/futures/{again}").status_code == 200
+    again = httpx.post(f"{place}/retry")
+    assert again.status_code == 202, again.text
+    assert httpx.delete(f"{url}{again.headers['location']}").status_code == 200
     for replayed in (None, "true"):
         answer = httpx.post(f"{url}/double", json=4, headers={"Idempotency-Key": "one"}, timeout=30)
         assert (answer.text, answer.headers.get("idempotent-replayed")) == ("8", replayed)
