@@ -21,7 +21,9 @@ T = TypeVar("T")
 _CLOSE_BUDGET_S = 1.0
 # Explicit, although it is the default: a virtual host may have another default, and quorum queues have no priorities.
 _CLASSIC: dict[str, Any] = {"x-queue-type": "classic"}
-_JOBS: dict[str, Any] = {**_CLASSIC, "x-max-priority": queue_names.MAX_PRIORITY, "x-consumer-timeout": queue_names.JOB_UNACKED_MS}
+_JOBS: dict[str, Any] = {**_CLASSIC, "x-max-priority": queue_names.MAX_PRIORITY}
+_TIMEOUT = "x-consumer-timeout"
+_UNACKED: dict[str, Any] = {_TIMEOUT: queue_names.JOB_UNACKED_MS}
 
 
 class RabbitTopology:
@@ -32,6 +34,7 @@ class RabbitTopology:
         self._namespace = namespace
         self._requests = queue_names.requests_exchange(namespace)
         self._jobs = queue_names.jobs_exchange(namespace)
+        self._tells_timeout = True  # whether queues for jobs are declared with `x-consumer-timeout`
 
     def __repr__(self) -> str:
         return f"<RabbitTopology of {self._namespace!r}>"
@@ -53,17 +56,32 @@ class RabbitTopology:
                 name = queue_names.backend_queue(self._namespace, backend, generation, shard)
                 await channel.queue_declare(name, durable=True, arguments=_arguments(length))
                 await channel.queue_bind(name, self._requests, queue_names.routing_key(backend, shard))
-            jobs = queue_names.jobs_queue(self._namespace, backend, generation)
-            await channel.exchange_declare(self._jobs, exchange_type="direct", durable=True)
-            await channel.queue_declare(jobs, durable=True, arguments=_JOBS)
-            await channel.queue_bind(jobs, self._jobs, backend)
 
         try:
             await self._on_own_channel(declare)
+            await self._declare_jobs(backend, generation)
         except aiormq.exceptions.ChannelPreconditionFailed as error:
             if " for exchange '" in str(error):  # the name cannot fake this: names hold no space and no quote
                 raise _foreign(error) from error
             raise QueueMismatch(f"generation {generation} of the queue of {backend!r} exists with other arguments") from error
+
+    async def _declare_jobs(self, backend: str, generation: int) -> None:
+        """RabbitMQ 4.3.2 and later refuse the timeout for a classic queue, which has none there; versions before need it. A queue that an
+        earlier version made has it, whatever the version is now. So a refusal of it is followed by the other form, which is kept."""
+        name = queue_names.jobs_queue(self._namespace, backend, generation)
+
+        async def declare(channel: Channel) -> None:
+            await channel.exchange_declare(self._jobs, exchange_type="direct", durable=True)
+            await channel.queue_declare(name, durable=True, arguments={**_JOBS, **(_UNACKED if self._tells_timeout else {})})
+            await channel.queue_bind(name, self._jobs, backend)
+
+        try:
+            await self._on_own_channel(declare)
+        except aiormq.exceptions.ChannelPreconditionFailed as error:
+            if _TIMEOUT not in str(error):
+                raise
+            self._tells_timeout = not self._tells_timeout
+            await self._on_own_channel(declare)
 
     async def declare_due(self) -> None:
         due, later = queue_names.due_queue(self._namespace), queue_names.later_exchange(self._namespace)
