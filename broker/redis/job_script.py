@@ -126,7 +126,15 @@ class JobScript:
         self._on_failed = on_failed
         ttls_s = (UNENDED_TTL_S, WAIT_TTL_S, MESSAGE_TTL_S, JOB_RESULT_TTL_S)
         times = (INBOX_TTL_S * 1000, LEASE_MS, *(ttl_s * 1000 for ttl_s in ttls_s))
-        self.constants = (keys.jobs, keys.ends, keys.job("").removesuffix("}"), *times, KEPT_EVENTS, KEPT_ATTEMPTS, ENDS_LENGTH)
+        self.constants: tuple[str | int, ...] = (
+            keys.jobs,
+            keys.ends,
+            keys.job("").removesuffix("}"),
+            *times,
+            KEPT_EVENTS,
+            KEPT_ATTEMPTS,
+            ENDS_LENGTH,
+        )
 
     def __repr__(self) -> str:
         return f"<JobScript by {self._sender!r}>"
