@@ -12,7 +12,7 @@ from ..broker.calls.idempotency import KEY_TTL_S, Claim, IdempotencyKeys, frees_
 from ..broker.calls.job_sending import JobSender, JobTerms
 from ..broker.calls.sending import RequestSender
 from ..broker.envelope import RequestHead, mint_id
-from ..broker.errors import BrokerUnavailable, MQServeError, ResultGone
+from ..broker.errors import BadValue, BrokerUnavailable, MQServeError, ResultGone
 from ..broker.jobs import PRIORITIES, JobFacts
 from ..broker.result_bodies import BodyGone
 from ..broker.results import Result
@@ -20,7 +20,7 @@ from .futures import Futures
 from .idempotency import REPLAYED, KeyedCall
 from .job_views import new_job_view
 from .polls import Polls
-from .preferences import Headers, Preference, result_ttl_of
+from .preferences import Headers, Preference, not_before_of, result_ttl_of
 from .responses import Reply, from_result, problem
 
 Scope = dict[str, Any]
@@ -63,9 +63,13 @@ class Jobs:
     def terms(self, headers: Headers, begins_within_s: float, priority: str, *, once: bool, is_awaited: bool) -> JobTerms:
         """Returns what the headers of a job say of it. One whose client waits as for any request goes first, unless it says otherwise.
         Raises BadValue."""
-        expires_ms = 0 if begins_within_s == math.inf else self._sender.now_ms() + math.ceil(begins_within_s * 1000)
+        now_ms = self._sender.now_ms()
+        expires_ms = 0 if begins_within_s == math.inf else now_ms + math.ceil(begins_within_s * 1000)
+        not_before_ms = not_before_of(headers, now_ms)
+        if 0 < expires_ms <= not_before_ms:
+            raise BadValue("X-Not-Before is later than X-Request-Timeout-Seconds allows the job to begin: raise that, or leave it out")
         level = PRIORITIES["high" if is_awaited and priority == "normal" else priority]
-        return JobTerms(expires_ms=expires_ms, result_ttl_s=result_ttl_of(headers), priority=level, once=once)
+        return JobTerms(not_before_ms, expires_ms, result_ttl_of(headers), level, once=once)
 
     async def serve(self, call: JobCall) -> Reply:
         """Sends the request. Returns the answer itself, if the client waits for it and it is there in time, else 202. Raises MQServeError

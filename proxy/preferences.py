@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from datetime import datetime
+from email.utils import parsedate_to_datetime
 from typing import NamedTuple
 
 from ..broker.errors import BadValue
-from ..broker.jobs import MAX_RESULT_TTL_S, PRIORITIES
+from ..broker.jobs import MAX_DELAY_S, MAX_RESULT_TTL_S, PRIORITIES
 
 MAX_WAIT_S = 60  # for what is not there yet: longer than that, many a server in front gives up
 RESULT_TTL_HEADER = b"x-result-ttl"
 PRIORITY_HEADER = b"x-priority"
+NOT_BEFORE_HEADER = b"x-not-before"
 WAIT_PRIORITIES = {"high": 4, "normal": 0, "low": 0}
 """AMQP's priorities of requests that wait. There is none below normal: each normal request would pay for a property that says so."""
 
@@ -56,13 +59,39 @@ def read_preference(headers: Headers) -> Preference | None:
 
 def result_ttl_of(headers: Headers) -> int:
     """Returns for how many seconds the result is to be kept; 0 for as long as the backend says. Raises BadValue."""
-    value = next((value.decode("latin-1") for name, value in headers if name == RESULT_TTL_HEADER), None)
-    if value is None:
+    if (value := _value_of(headers, RESULT_TTL_HEADER)) is None:
         return 0
     seconds = int(value) if _SECONDS.fullmatch(value) else 0
     if not 1 <= seconds <= MAX_RESULT_TTL_S:
         raise BadValue(f"X-Result-TTL must be a whole number of seconds from 1 to {MAX_RESULT_TTL_S} (30 days)")
     return seconds
+
+
+def not_before_of(headers: Headers, now_ms: int) -> int:
+    """Returns the time, in ms since 1970, before which the job does not begin; 0 for none. Raises BadValue."""
+    if (value := _value_of(headers, NOT_BEFORE_HEADER)) is None:
+        return 0
+    if (at := _time_of(value)) is None:
+        raise BadValue("X-Not-Before must be a time with its zone, such as 2030-01-31T03:00:00Z, or an HTTP date")
+    not_before_ms = math.ceil(at.timestamp() * 1000)
+    if not_before_ms > now_ms + MAX_DELAY_S * 1000:
+        raise BadValue("X-Not-Before is more than 30 days away, and a job waits no longer than that for its time")
+    return not_before_ms if not_before_ms > now_ms else 0
+
+
+def _time_of(text: str) -> datetime | None:
+    for read in (datetime.fromisoformat, parsedate_to_datetime):
+        try:
+            at = read(text)
+        except (ValueError, TypeError, OverflowError, IndexError):
+            continue
+        if at.tzinfo is not None:
+            return at
+    return None
+
+
+def _value_of(headers: Headers, wanted: bytes) -> str | None:
+    return next((value.decode("latin-1") for name, value in headers if name == wanted), None)
 
 
 def read_priority(value: bytes) -> str:

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from mqserve.broker.errors import BadValue
 from mqserve.proxy.idempotency import MAX_KEY_LENGTH, read_key
-from mqserve.proxy.preferences import MAX_WAIT_S, read_preference, read_priority, result_ttl_of, wait_of
+from mqserve.proxy.preferences import MAX_WAIT_S, not_before_of, read_preference, read_priority, result_ttl_of, wait_of
 
 words = st.sampled_from([b"respond-async", b"wait", b"=", b'"', b",", b";", b" ", b"10", b"\xff", b"wait=5"])
+times = st.text("0123456789-:TZ+. ,GMTWedMar", max_size=40).map(str.encode)
 lines = st.lists(words | st.binary(max_size=5), max_size=12).map(b"".join)
 
 
@@ -21,9 +22,14 @@ def test_a_preference_is_read_or_passed_over(values: list[bytes]) -> None:
     assert found is None or found.wait_s is None or 0 <= found.wait_s <= MAX_WAIT_S
 
 
-@given(lines)
+@given(lines | times)
 def test_other_headers_are_read_or_refused(value: bytes) -> None:
-    for read in (lambda: result_ttl_of([(b"x-result-ttl", value)]), lambda: read_priority(value), lambda: wait_of(b"wait=" + value)):
+    for read in (
+        lambda: result_ttl_of([(b"x-result-ttl", value)]),
+        lambda: not_before_of([(b"x-not-before", value)], 0),
+        lambda: read_priority(value),
+        lambda: wait_of(b"wait=" + value),
+    ):
         try:
             read()
         except BadValue:

@@ -2,7 +2,9 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from typing import Any
 
 import pytest
@@ -76,11 +78,35 @@ async def test_the_headers_of_a_job_say_how_it_is_kept(site: JobSite) -> None:
 
 
 @pytest.mark.parametrize(
-    "header", [(b"x-result-ttl", b"0"), (b"x-result-ttl", b"2592001"), (b"x-result-ttl", b"1.5"), (b"x-priority", b"urgent")]
-)
+    "header",
+    [
+        (b"x-result-ttl", b"0"), (b"x-result-ttl", b"2592001"), (b"x-result-ttl", b"1.5"), (b"x-priority", b"urgent"),
+        (b"x-not-before", b"soon"), (b"x-not-before", b"2030-01-31T03:00:00"), (b"x-not-before", b"9999-12-31T23:59:59Z"),
+    ],
+)  # fmt: skip
 async def test_a_header_of_a_job_that_says_nothing_is_a_400_and_nothing_is_sent(site: JobSite, header: tuple[bytes, bytes]) -> None:
     answer = await site.ask("/e/x", headers=[ASYNC, header])
     assert (answer.status, len(site.jobs)) == (400, 0)
+
+
+@pytest.mark.parametrize("write", [datetime.isoformat, format_datetime])
+async def test_a_job_waits_for_its_time(site: JobSite, write: Callable[[datetime], str]) -> None:
+    later = datetime.now(UTC).replace(microsecond=0) + timedelta(hours=2)
+    answer = await site.ask("/e/x", headers=[ASYNC, (b"x-not-before", write(later).encode())])
+    assert answer.status == 202 and len(site.jobs) == 0
+    record = await site.store.jobs.read(json.loads(answer.body)["id"])
+    assert record is not None and record.facts.not_before_ms == later.timestamp() * 1000
+
+
+async def test_a_time_that_has_passed_is_no_reason_to_wait(site: JobSite) -> None:
+    envelope, _ = await site.submitted((b"x-not-before", b"Wed, 20 Mar 2024 03:00:00 GMT"))
+    assert envelope.header.job is not None and not envelope.header.job.not_before_ms
+
+
+async def test_a_job_whose_time_comes_after_it_has_to_begin_is_refused(site: JobSite) -> None:
+    later = (datetime.now(UTC) + timedelta(hours=2)).isoformat().encode()
+    answer = await site.ask("/e/x", headers=[ASYNC, (b"x-not-before", later), (b"x-request-timeout-seconds", b"60")])
+    assert (answer.status, len(site.jobs)) == (400, 0) and b"X-Request-Timeout-Seconds" in answer.body
 
 
 async def test_a_request_that_waits_may_have_a_priority_too(site: JobSite) -> None:
