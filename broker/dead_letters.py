@@ -25,7 +25,7 @@ MAX_REASON = 2000  # characters
 MAX_TRACEBACK_BYTES = 16 * 1024
 MAX_ATTEMPTS_KEPT = 100
 _MAX_HEAD_BYTES = 120 * 1024  # a content header must fit one frame (128 KiB), or it kills the connection
-_OURS = ("mq-reason", "mq-traceback", "mq-attempts", "mq-backend", "mq-died-at", "mq-user")
+_OURS = ("mq-reason", "mq-traceback", "mq-attempts", "mq-backend", "mq-died-at", "mq-user", "mq-job")
 
 
 class Attempt(msgspec.Struct, frozen=True):
@@ -79,7 +79,7 @@ class Death(msgspec.Struct, frozen=True):
 class DeadLetter:
     """A letter read from the dead letter queue: the death, and the message without the headers that describe the death.
 
-    `sender` is the AMQP user who sent the message, as RabbitMQ told the replica that set it aside.
+    `sender` is the AMQP user who sent the message, as RabbitMQ told the replica that set it aside. `is_job`: it waited among the jobs.
     """
 
     backend: str
@@ -87,12 +87,14 @@ class DeadLetter:
     properties: Basic.Properties
     body: bytes
     sender: str = ""
+    is_job: bool = False
 
     @classmethod
     def from_amqp(cls, backend: str, properties: Basic.Properties, body: bytes) -> DeadLetter:
         headers: dict[str, Any] = properties.headers or {}
         theirs = {name: value for name, value in headers.items() if name not in _OURS}
-        return cls(backend, Death.from_headers(headers), _with_headers(properties, theirs), body, _text(headers.get("mq-user")))
+        sender, is_job = _text(headers.get("mq-user")), headers.get("mq-job") is True
+        return cls(backend, Death.from_headers(headers), _with_headers(properties, theirs), body, sender, is_job)
 
     @property
     def id(self) -> str:
@@ -115,7 +117,7 @@ class DeadLetter:
 
     def renewed(self, deadline_ms: int, seals: BackendSeals | None = None) -> DeadLetter:
         """Returns a copy to publish again: without an inbox, since nobody waits any more, with a new deadline, and with `again`, since it
-        may have run before.
+        may have run before. A job may begin at any time from now on, and has all its tries once more.
 
         A valid seal is made anew with the current key. An invalid one is not: a new seal would vouch for what a stranger wrote.
         """
@@ -128,7 +130,9 @@ class DeadLetter:
             return self
         fields = msgspec.msgpack.decode(headers["mq"])  # keep fields that only a newer version knows
         kept = {name: value for name, value in fields.items() if name not in ("inbox", "deadline", "again")}
-        deadline = {"deadline": deadline_ms} if envelope.header.deadline else {}
+        if isinstance(kept.get("job"), dict):
+            kept["job"] = {name: value for name, value in kept["job"].items() if name not in ("tries", "not_before_ms")}
+        deadline = {"deadline": deadline_ms} if envelope.header.deadline and not self.is_job else {}
         again = {"again": True} if envelope.header.claims else {}  # the id of a direct publisher is looked up in any case
         raw = msgspec.msgpack.encode({**kept, **deadline, **again})  # these two stay the last fields, as the seal requires
         headers["mq"] = bytearray(raw)
@@ -142,7 +146,7 @@ class DeadLetter:
         now."""
         properties = copy.copy(self.properties)
         properties.user_id = user or None
-        return _pack(properties)
+        return pack_properties(properties)
 
 
 def digest_of(backend: str, body: bytes) -> str:
@@ -150,19 +154,21 @@ def digest_of(backend: str, body: bytes) -> str:
     return hashlib.sha256(backend.encode() + b"\0" + body).hexdigest()[:32]
 
 
-def dead_letter_to_amqp(backend: str, properties: Basic.Properties, death: Death) -> bytes:
+def dead_letter_to_amqp(backend: str, properties: Basic.Properties, death: Death, *, is_job: bool = False) -> bytes:
     """Packs the property flags and list of a dead letter. Headers of the sender are dropped if they do not fit or cannot be encoded
     again."""
     ours = death.to_headers(backend)
     ours["mq-user"] = properties.user_id or ""  # always set, so that a sender's own header of that name cannot pass for it
-    # CC would route a copy to another queue
-    theirs: dict[str, Any] = {name: value for name, value in (properties.headers or {}).items() if name != "CC"}
+    if is_job:
+        ours["mq-job"] = True
+    # CC would route a copy to another queue, and a sender's own `mq-job` would pass for ours
+    theirs: dict[str, Any] = {name: value for name, value in (properties.headers or {}).items() if name not in ("CC", "mq-job")}
     for kept in (theirs, {name: value for name, value in theirs.items() if name in ("mq", "mq-seal")}):
         with suppress(Exception):
-            packed = _pack(_as_dead(properties, {**kept, **ours}))
+            packed = pack_properties(_as_dead(properties, {**kept, **ours}))
             if len(packed) <= _MAX_HEAD_BYTES:
                 return packed
-    return _pack(_as_dead(properties, ours))
+    return pack_properties(_as_dead(properties, ours))
 
 
 def read_properties(packed: bytes) -> Basic.Properties:
@@ -186,7 +192,8 @@ def _with_headers(properties: Basic.Properties, headers: dict[str, Any]) -> Basi
     return other
 
 
-def _pack(properties: Basic.Properties) -> bytes:
+def pack_properties(properties: Basic.Properties) -> bytes:
+    """Packs the property flags and list of any message."""
     return ContentHeader(0, 0, properties).marshal()[12:]
 
 

@@ -21,6 +21,7 @@ MAX_HEAD_BYTES = 64 * 1024  # request line and headers: a content header must fi
 MINTED_ID_LENGTH = 32
 SEALED_BODY_BYTES = 256  # the seal covers bodies up to this size; of larger ones it covers only the length
 
+Whole = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 Pairs = tuple[tuple[bytes, bytes], ...]
 
 
@@ -48,6 +49,17 @@ class RequestHead(msgspec.Struct, frozen=True, omit_defaults=True):
     lost_state: dict[str, str] | None = None  # name -> type of the values that are not plain data and stayed behind
 
 
+class JobHead(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The header field `job`: the request is one that nobody waits for (`jobs.py`). Times are store time in ms."""
+
+    created_ms: Whole = 0
+    result_ttl_s: Whole = 0  # 0: as the backend says
+    tries: Whole = 0  # runs of it that have failed and were to be tried again
+    not_before_ms: Whole = 0
+    tag: str = ""
+    retry_of: str = ""
+
+
 class Header(msgspec.Struct, frozen=True, omit_defaults=True):
     """Our AMQP header `mq`. Direct publishers do not send it, so every field has a default.
 
@@ -61,17 +73,16 @@ class Header(msgspec.Struct, frozen=True, omit_defaults=True):
     shadow: bool = False  # a shadow copy: nobody waits for it, and its result is not stored
     once: bool = False  # never published twice (at-most-once delivery)
     stream: Annotated[int, msgspec.Meta(ge=0, le=2)] = 0  # of a handle: 1, it takes chunks; 2, and may come back for them
+    job: JobHead | None = None
     meta: RequestHead = RequestHead()
-    deadline: Annotated[int, msgspec.Meta(ge=0, le=2**62)] = (
-        0  # store time in ms, 0 for none; an int, since pamqp packs header floats in 32 bits, a minute off
-    )
+    deadline: Whole = 0  # store time in ms, 0 for none; an int, since pamqp packs header floats in 32 bits, a minute off
     again: bool = False  # the message was published before, and may have been delivered: look for a result first
 
     @property
     def claims(self) -> bool:
         """Whether the header uses rights that need trust. Any publisher may set a deadline and a method to call; every other field needs
         trust."""
-        says = self.origin or self.inbox or self.ref or self.shadow or self.once or self.stream or self.again
+        says = self.origin or self.inbox or self.ref or self.shadow or self.once or self.stream or self.job or self.again
         return bool(says) or self.meta != RequestHead(call=self.meta.call)
 
 
@@ -233,6 +244,11 @@ class Envelope(msgspec.Struct, frozen=True):
             user_id=properties.user_id or "",
             seal=seal,
         )
+
+
+def persistent(envelope: Envelope) -> Envelope:
+    """Returns the envelope as a message that survives a restart of the broker."""
+    return envelope if envelope.persistent else replace(envelope, persistent=True)
 
 
 class StreamReply(Envelope, frozen=True):

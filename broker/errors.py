@@ -16,6 +16,9 @@ MQServeError
 ├── TooLarge               a body or a head above the limit
 ├── RequestTimeout         no result within the request's time (also a TimeoutError)
 ├── Cancelled              the caller gave the request up
+├── JobGoesOn              the job has not ended
+├── ResultGone             the job has ended, and its result, or its message, is not kept any more
+├── KeyMisused             the idempotency key was sent with another request
 ├── RemoteError            user code failed in a replica, and its exception could not be rebuilt here
 │   └── ReplicaLost        … or the replica died and the request does not run again: at most once, or its answer had begun to flow
 ├── BackendFailed          replicas of a backend do not get ready, or proxies cannot serve what is declared
@@ -24,7 +27,8 @@ MQServeError
 ├── BadValue               a value that mqserve refuses (also a ValueError)
 ├── BadType                an argument of the wrong type (also a TypeError)
 ├── UnknownBackend         neither a backend of that name nor dead letters of one
-└── UnknownEndpoint        (also a KeyError)
+├── UnknownEndpoint        (also a KeyError)
+└── UnknownJob             nothing is known of a job of that id (also a KeyError)
 """
 
 import msgspec
@@ -148,6 +152,24 @@ class Cancelled(MQServeError):
     status = 499
 
 
+class JobGoesOn(MQServeError):
+    """The job has not ended, which it must have for what was asked."""
+
+    status = 409
+
+
+class ResultGone(MQServeError):
+    """The job has ended, and its result, or its message, is not kept any more."""
+
+    status = 410
+
+
+class KeyMisused(MQServeError):
+    """An idempotency key names one request, and this is another one."""
+
+    status = 422
+
+
 class RemoteError(MQServeError):
     """User code raised an exception that could not be rebuilt here; the remote traceback is a note on this error."""
 
@@ -186,6 +208,15 @@ class UnknownEndpoint(MQServeError, KeyError):
     """No endpoint of that name."""
 
     def __str__(self) -> str:  # KeyError would print the repr
+        return str(self.args[0])
+
+
+class UnknownJob(MQServeError, KeyError):
+    """Nothing is known of a job of that id (any more)."""
+
+    status = 404
+
+    def __str__(self) -> str:
         return str(self.args[0])
 
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from .dead_letters import DeadLetter, Death
 from .envelope import Envelope
 from .errors import BrokerUnavailable, MQServeError
+
+if TYPE_CHECKING:
+    from .later import Later
 
 Settled = Callable[[MQServeError | None], None]
 """Called once with the outcome of a publish: None when the broker has confirmed the message, else the error (Overloaded, NotRouted,
@@ -90,8 +93,18 @@ class Queue(Protocol):
     """One process's access to the broker.
 
     A generation of a backend has `shards` queues, which all its replicas consume; in memory it has one in any case, since that is never
-    the limit. `shard` names one of them, from 0.
+    the limit. `shard` names one of them, from 0. And it has one queue for jobs, without a limit of length, which comes and goes with it.
     """
+
+    @property
+    def broker_version(self) -> str:
+        """The version of RabbitMQ, such as "3.10.8", as it said when it was connected last; empty before that, and in memory."""
+        ...
+
+    @property
+    def later(self) -> Later:
+        """The queues in which jobs wait for their time, for the leading controller."""
+        ...
 
     @property
     def down_s(self) -> float:
@@ -112,6 +125,15 @@ class Queue(Protocol):
         """Publishes to one queue of the backend. Raises TooLarge before anything is sent."""
         ...
 
+    def publish_job(self, backend: str, envelope: Envelope, settled: Settled) -> None:
+        """Publishes to the backend's queue for jobs: as `publish`, and what the broker has confirmed survives its restart."""
+        ...
+
+    def publish_later(self, backend: str, envelope: Envelope, delay_s: float, settled: Settled) -> None:
+        """Publishes a job that waits for its time first: until `header.job.not_before_ms`, which is `delay_s` from now: the queue in
+        memory has no clock of the store. With RabbitMQ it may take a second more. Then the leading controller sends it on (`later`)."""
+        ...
+
     def reply(self, envelope: Envelope, reply_to: str, settled: Settled) -> None:
         """Publishes to a caller's own AMQP queue. A queue that no longer exists is no error."""
         ...
@@ -126,23 +148,32 @@ class Queue(Protocol):
         ...
 
     def republish(self, letter: DeadLetter, settled: Settled) -> None:
-        """Publishes a dead letter's message to its backend's queue. The letter stays until it is removed."""
+        """Publishes a dead letter's message to its backend's queue, or to that for jobs if it came from there. The letter stays until it is
+        removed."""
         ...
 
     async def consume(
-        self, backend: str, generation: int, prefetch: int, on_delivery: Callable[[Delivery], None], shards: int = 1
+        self,
+        backend: str,
+        generation: int,
+        prefetch: int,
+        on_delivery: Callable[[Delivery], None],
+        shards: int = 1,
+        *,
+        jobs: bool = False,
     ) -> Consumption:
-        """Consumes all queues of the generation and returns once the broker sends deliveries. The prefetch is divided among them, at least
-        1 for each. Raises BrokerUnavailable after our budget."""
+        """Consumes all queues of the generation (with `jobs`: the one for jobs, and no other) and returns once the broker sends deliveries.
+        The prefetch is divided among them, at least 1 for each. Raises BrokerUnavailable after our budget."""
         ...
 
     async def declare(self, backend: str, generation: int, max_length: int | None, shards: int = 1) -> None:
-        """Makes sure that the generation's queues and the dead letter queue exist and are bound. `max_length` is divided among the queues.
-        Idempotent. Raises QueueMismatch if one of them exists with other arguments."""
+        """Makes sure that the generation's queues and the dead letter queue exist and are bound. `max_length` is divided among the queues;
+        that for jobs has no limit. Idempotent. Raises QueueMismatch if one of them exists with other arguments."""
         ...
 
     async def count_shards(self, backend: str, generation: int, known: int = 0) -> int:
-        """The number of queues that the generation has on the broker, whatever its documents say. `known` ones are not looked for."""
+        """The number of queues that the generation has on the broker beside that for jobs, whatever its documents say. `known` ones are not
+        looked for."""
         ...
 
     async def unbind(self, backend: str, generation: int, shards: int = 1) -> None:
@@ -150,7 +181,11 @@ class Queue(Protocol):
         ...
 
     async def depth(self, backend: str, generation: int, shards: int = 1) -> int | None:
-        """The number of ready messages in all its queues, or None if there is no such queue."""
+        """The number of ready messages in all its queues, that for jobs included, or None if there is no such queue."""
+        ...
+
+    async def count_jobs(self, backend: str, generation: int) -> int | None:
+        """The number of ready messages in its queue for jobs, or None if there is no such queue."""
         ...
 
     async def count_dead(self, backend: str) -> int | None:
@@ -158,8 +193,10 @@ class Queue(Protocol):
         ...
 
     async def delete(self, backend: str, generation: int, shards: int = 1, *, only_if_empty: bool) -> bool:
-        """Deletes the generation's queues, the last one first; returns whether all are gone. With `only_if_empty` it stops at the first one
-        that is not empty. Without, the backend is gone too: its dead letters stay for operators, but an empty queue of them is deleted."""
+        """Deletes the generation's queues, that for jobs first and then from the last to the first; returns whether all are gone. With
+        `only_if_empty` none is deleted while one is not empty or in use; one that gets a message meanwhile stays, with those declared
+        before it.
+        Without, the backend is gone too: its dead letters stay for operators, but an empty queue of them is deleted."""
         ...
 
     async def close(self) -> None: ...

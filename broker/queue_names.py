@@ -5,11 +5,16 @@
 | `{ns}.requests`               | direct exchange, durable | controller  | proxies, handles, all | -         |
 | `{ns}.backend.{name}.{gen}`   | classic queue, durable   | controller  | -                     | replicas  |
 | `{ns}.backend.{name}.{gen}#1` | the same, second shard   | controller  | -                     | replicas  |
+| `{ns}.jobs`                   | direct exchange, durable | controller  | proxies, handles, all | -         |
+| `{ns}.jobs.{name}.{gen}`      | classic queue, durable   | controller  | -                     | replicas  |
+| `{ns}.later`                  | direct exchange, durable | controller  | all but nodes         | -         |
+| `{ns}.due`                    | classic queue, durable   | controller  | -                     | leader    |
+| `{ns}.later.{seconds}`        | classic queue, durable   | controller  | -                     | - : its messages expire to `{ns}.later` |
 | `{ns}.dead`                   | direct exchange, durable | controller  | replicas              | -         |
 | `{ns}.dead.{name}`            | classic queue, durable   | controller  | -                     | operators |
 
-The routing key is the backend's name on both exchanges. A backend with `queue_shards` has more queues: shard 1 has the routing key
-`{name}#1`, and so on. No name of a backend contains a `#`.
+The routing key is the backend's name on these exchanges, except for `{ns}.later`: `due`, or how many seconds a job waits. A backend with
+`queue_shards` has more queues: shard 1 has the routing key `{name}#1`, and so on. No name of a backend contains a `#`.
 """
 
 from __future__ import annotations
@@ -23,6 +28,9 @@ _NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,100}")
 
 DEAD_LETTER_LIMIT = 10_000
 DEAD_LETTER_TTL_MS = 7 * 24 * 3600 * 1000
+MAX_PRIORITY = 4
+DUE_KEY = "due"
+JOB_UNACKED_MS = 8 * 24 * 3600 * 1000  # for how long a replica may hold a job: longer than the longest run, and all that comes before it
 
 
 def check_namespace(namespace: str) -> str:
@@ -47,6 +55,26 @@ def routing_key(backend: str, shard: int = 0) -> str:
 
 def backend_queue(namespace: str, backend: str, generation: int, shard: int = 0) -> str:
     return routing_key(f"{namespace}.backend.{backend}.{generation}", shard)
+
+
+def jobs_exchange(namespace: str) -> str:
+    return f"{namespace}.jobs"
+
+
+def jobs_queue(namespace: str, backend: str, generation: int) -> str:
+    return f"{namespace}.jobs.{backend}.{generation}"
+
+
+def later_exchange(namespace: str) -> str:
+    return f"{namespace}.later"
+
+
+def later_queue(namespace: str, wait_s: int) -> str:
+    return f"{namespace}.later.{wait_s}"
+
+
+def due_queue(namespace: str) -> str:
+    return f"{namespace}.due"
 
 
 def dead_exchange(namespace: str) -> str:

@@ -20,5 +20,7 @@ async def with_body(store: Store, keys: StoreKeys, future_id: str, result: Resul
         return result
     body = await store.get_large(keys.result_body(future_id))
     if body is None:
-        raise BodyGone("the body of the result is gone from the store: kept for ten minutes, or until a proxy has read it for its client")
+        raise BodyGone(
+            "the body of the result is gone from the store: kept as long as the result, or until a proxy has read it for its client"
+        )
     return msgspec.structs.replace(result, body=body, ref="")

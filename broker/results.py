@@ -15,6 +15,7 @@ INLINE_BYTES = 64 * 1024  # a result up to this size rides in the inbox entry; a
 RESULT_KIND = 0
 CHUNK_KIND = 1
 SESSION_KIND = 2
+EVENT_KIND = 3
 
 
 class Outcome(StrEnum):
@@ -80,8 +81,8 @@ class Result(msgspec.Struct, frozen=True, omit_defaults=True):
 
 class InboxEntry(msgspec.Struct, frozen=True, array_like=True):
     """An inbox entry `[v, id, kind, seq, payload]`. Kind 0 carries the whole result, or nothing: then read the result by its key. Kind 1
-    carries the frame `seq` of a streamed answer (`streams.py`), kind 2 a word of a WebSocket session (`sessions.py`). Other kinds are
-    reserved."""
+    carries the frame `seq` of a streamed answer (`streams.py`), kind 2 a word of a WebSocket session (`sessions.py`), kind 3 the event
+    `seq` of a job (`jobs.py`). Other kinds are reserved."""
 
     v: int
     id: str
@@ -121,7 +122,7 @@ def read_entry(raw: bytes) -> InboxEntry | None:
         note = _decode_note(raw)
     except UNPARSABLE:
         return None
-    return note if note.v == 1 and note.kind <= SESSION_KIND else None
+    return note if note.v == 1 and note.kind <= EVENT_KIND else None
 
 
 _OUTCOMES: dict[str, Outcome] = {outcome.value: outcome for outcome in Outcome}

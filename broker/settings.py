@@ -3,6 +3,7 @@ whole."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,7 @@ from .values.signing import MIN_KEY_BYTES, Signer
 
 PREFIX = "MQSERVE_"
 MIN_TOKEN_LENGTH = 16
+CONSUMER_TIMEOUT_S = 1800.0  # RabbitMQ's default
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,7 @@ class Settings:
     proxy_store_url: str = field(default="", repr=False)
     trusted_users: tuple[str, ...] = ()  # RabbitMQ users whose sealed pickles replicas open; empty: any user
     header_users: tuple[str, ...] = ()  # RabbitMQ users whose `mq` headers replicas trust without a valid seal
+    consumer_timeout_s: float = CONSUMER_TIMEOUT_S  # what rabbitmq.conf says; only a RabbitMQ before 3.12 heeds it for jobs
 
     @property
     def embedded(self) -> bool:
@@ -87,6 +90,7 @@ class Settings:
             proxy_store_url=url("MQSERVE_PROXY_STORE_URL"),
             trusted_users=_users(env, "MQSERVE_TRUSTED_USERS"),
             header_users=_users(env, "MQSERVE_HEADER_USERS"),
+            consumer_timeout_s=_seconds(env, "MQSERVE_CONSUMER_TIMEOUT_S", CONSUMER_TIMEOUT_S),
         )
         _ = settings.signer  # validates the keys now, so that a short one fails here and not at the first request
         return settings
@@ -119,6 +123,7 @@ class Settings:
             "MQSERVE_PROXY_STORE_URL": self.proxy_store_url,
             "MQSERVE_TRUSTED_USERS": ",".join(self.trusted_users),
             "MQSERVE_HEADER_USERS": ",".join(self.header_users),
+            "MQSERVE_CONSUMER_TIMEOUT_S": "" if self.consumer_timeout_s == CONSUMER_TIMEOUT_S else f"{self.consumer_timeout_s:g}",
         }
         return env | {name: value for name, value in others.items() if value}
 
@@ -140,6 +145,17 @@ def read_secret(env: Mapping[str, str], name: str) -> str:
 def _users(env: Mapping[str, str], name: str) -> tuple[str, ...]:
     """Splits a comma-separated list."""
     return tuple(user.strip() for user in env.get(name, "").split(",") if user.strip())
+
+
+def _seconds(env: Mapping[str, str], name: str, default: float) -> float:
+    text = env.get(name, "")
+    try:
+        found = float(text) if text else default
+    except ValueError:
+        found = math.nan
+    if not 0 < found < math.inf:
+        raise BadValue(f"{name} is {text!r}, and has to be a number of seconds, such as {default:g}")
+    return found
 
 
 def masked(url: str) -> str:

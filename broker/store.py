@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import msgspec
 
 from .errors import StoreUnavailable
+from .job_store import JobStore
 from .store_keys import STREAM_TTL_S
+
+T = TypeVar("T")
 
 WRONG_TYPE = b"\0WRONGTYPE"
 """The value that a read returns for a key of another Redis type. It parses as no document of ours, so it is treated like a broken one.
@@ -28,6 +31,7 @@ class Record(msgspec.Struct, frozen=True):
     inbox: str
     note: bytes
     deadline_ms: int  # store time; until then the write is tried again
+    ttl_ms: int = 0  # 0: RESULT_TTL_S
 
 
 OnRecorded = Callable[[bool | Exception], None]
@@ -127,6 +131,11 @@ class Store(Protocol):
 
     @property
     def health(self) -> Health: ...
+
+    @property
+    def jobs(self) -> JobStore:
+        """What is kept of jobs."""
+        ...
 
     def now_ms(self) -> int:
         """Store time, from the last offset measured; it goes on while the store is away."""
@@ -260,6 +269,11 @@ class Store(Protocol):
         """Runs until cancelled: passes on the entries that the log holds, and then those appended."""
         ...
 
+    async def fullness(self, *, was_full: bool) -> str:
+        """Why the store should be given no new jobs, in words fit for strangers: it is almost full, or was and has not much room yet. Empty
+        while it may, or if it refuses the question."""
+        ...
+
     async def misconfiguration(self) -> str:
         """Which setting of the server breaks our promises, with the mend; empty if none does, or if it refuses the question."""
         ...
@@ -267,8 +281,8 @@ class Store(Protocol):
     async def close(self) -> None: ...
 
 
-def recorded(record_then: Callable[[Record, OnRecorded], None], record: Record) -> asyncio.Future[bool]:
-    """Returns `Store.record` in terms of `Store.record_then`."""
+def recorded(record_then: Callable[[T, OnRecorded], None], record: T) -> asyncio.Future[bool]:
+    """Returns `Store.record` in terms of `Store.record_then`, or what `JobStore.end_then` tells."""
     done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
 
     def on_recorded(outcome: bool | Exception) -> None:

@@ -13,7 +13,7 @@
 | `mqserve:<ns>:owner:{id}`    | string | replica: which run writes the stream | replicas, waiting processes | as the stream |
 | `mqserve:<ns>:lost:<replica>` | string | its node, when it has died | readers of streams | LOST_TTL_S |
 | `mqserve:<ns>:feed:<replica>` | list  | readers: credit; proxies: WebSockets | that replica | INBOX_TTL_S, renewed by each write |
-| `mqserve:<ns>:inbox:<pid>`   | list   | replicas             | that process      | INBOX_TTL_S, renewed by each write |
+| `mqserve:<ns>:inbox:<pid>`   | list   | replicas; whoever ends a job | that process | INBOX_TTL_S, renewed by each write |
 | `mqserve:<ns>:code:<sha256>` | string: a backend's code, manifest, chunk | clients, nodes | replicas, nodes | as the next |
 | `mqserve:<ns>:code:all.<sha256>` | string: convertor, middlewares | clients | proxies, replicas | CODE_TTL_S; none while deployed |
 | `mqserve:<ns>:desired`       | string | clients, by compare-and-set | all        | none                      |
@@ -25,7 +25,21 @@
 | `mqserve:<ns>:cancelled`     | stream | senders, nodes, controller | replicas, proxies | LOG_TTL_S, renewed by each write |
 | `mqserve:<ns>:changed`       | pub/sub channel | writers of documents | watchers | -                         |
 
-`job:` with the `{id}` tag is reserved.
+Those of jobs. Until a job ends, they live for UNENDED_TTL_S:
+
+| key                          | type   | writer               | reader            | expiry after the end      |
+|------------------------------|--------|----------------------|-------------------|---------------------------|
+| `mqserve:<ns>:job:{id}`      | hash   | sender, replica, whoever ends it | all   | twice that of the result  |
+| `mqserve:<ns>:message:{id}`  | string | sender               | sender of a retry | as the result, after a success MESSAGE_TTL_S |
+| `mqserve:<ns>:events:{id}`   | list of KEPT_EVENTS | as the record | followers | as the result             |
+| `mqserve:<ns>:lease:{id}`    | string: token of a run | replica | replicas       | LEASE_MS, renewed every RENEW_EVERY_S |
+| `mqserve:<ns>:waiters:{id}`  | set of inboxes | waiting processes | who ends it  | WAIT_TTL_S, renewed       |
+| `mqserve:<ns>:followers:{id}` | set of inboxes | followers   | writers of events | WAIT_TTL_S, renewed       |
+| `mqserve:<ns>:waiting:<backend>` | sorted set: ids that have not begun | sender, replica, who ends it | who asks for a place | removed |
+| `mqserve:<ns>:jobs`          | sorted set: ids by time of creation | sender, replica | operators | removed some time after the record |
+| `mqserve:<ns>:group:{id}`    | string: how many jobs it has | sender of many jobs | clients | UNENDED_TTL_S, from its sending |
+| `mqserve:<ns>:idempotent:<sha256>` | string: which request has the key | senders (NX) | senders | KEY_TTL_S, from its sending |
+| `mqserve:<ns>:ends`          | stream of ENDS_LENGTH: what has ended | who ends it | controller | none               |
 """
 
 from __future__ import annotations
@@ -39,6 +53,7 @@ LEADER_TTL_S = 6
 ENDED_TTL_S = 24 * 3600
 LOG_TTL_S = 30 * 60
 LOG_LENGTH = 10_000
+ENDS_LENGTH = 100_000
 
 
 class StoreKeys:
@@ -53,6 +68,8 @@ class StoreKeys:
         self.ended = f"{self._root}:ended"
         self.beats = f"{self._root}:beats"
         self.cancelled = f"{self._root}:cancelled"
+        self.jobs = f"{self._root}:jobs"
+        self.ends = f"{self._root}:ends"
         self.changed = f"{self._root}:changed"
 
     def __repr__(self) -> str:
@@ -75,7 +92,11 @@ class StoreKeys:
 
     def of_runs(self, future_id: str) -> tuple[str, ...]:
         """All keys about a request's runs, the result included. Without them the request runs as if it had never run."""
-        return tuple(key(future_id) for key in (self.future, self.start, self.claim, self.attempts, self.redeliveries))
+        kinds = (self.future, self.start, self.claim, self.attempts, self.redeliveries, self.job, self.lease, self.events)
+        return tuple(key(future_id) for key in kinds)
+
+    def group(self, group_id: str) -> str:
+        return f"{self._root}:group:{{{group_id}}}"
 
     def body(self, future_id: str) -> str:
         return f"{self._root}:body:{{{future_id}}}"
@@ -89,6 +110,30 @@ class StoreKeys:
 
     def owner(self, future_id: str) -> str:
         return f"{self._root}:owner:{{{future_id}}}"
+
+    def job(self, future_id: str) -> str:
+        return f"{self._root}:job:{{{future_id}}}"
+
+    def message(self, future_id: str) -> str:
+        return f"{self._root}:message:{{{future_id}}}"
+
+    def lease(self, future_id: str) -> str:
+        return f"{self._root}:lease:{{{future_id}}}"
+
+    def events(self, future_id: str) -> str:
+        return f"{self._root}:events:{{{future_id}}}"
+
+    def waiters(self, future_id: str) -> str:
+        return f"{self._root}:waiters:{{{future_id}}}"
+
+    def followers(self, future_id: str) -> str:
+        return f"{self._root}:followers:{{{future_id}}}"
+
+    def idempotent(self, scope: str) -> str:
+        return f"{self._root}:idempotent:{scope}"
+
+    def waiting(self, backend: str) -> str:
+        return f"{self._root}:waiting:{backend}"
 
     def feed(self, replica_id: str) -> str:
         return f"{self._root}:feed:{replica_id}"

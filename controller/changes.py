@@ -25,6 +25,7 @@ from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
 from . import lease
 from .desired_writes import write_next
+from .job_limits import check_job_timeouts
 from .state.config import BackendConfig
 from .state.documents import ANY_METHOD, Backend, CodeKind, Desired, Endpoint
 from .state.reading import read_desired
@@ -49,7 +50,9 @@ async def commit(store: Store, keys: StoreKeys, instance: str, change: Change, *
                 return current
             if current.closing:
                 raise InstanceError(IS_CLOSING)
-            wanted = msgspec.structs.replace(change(current), operations=(*current.operations, operation)[-_KEPT_OPERATIONS:])
+            changed = change(current)
+            await check_job_timeouts(store, keys, current, changed)
+            wanted = msgspec.structs.replace(changed, operations=(*current.operations, operation)[-_KEPT_OPERATIONS:])
             if (written := await write_next(store, keys, raw, wanted)) is not None:
                 return written
         except StoreUnavailable:

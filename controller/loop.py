@@ -24,17 +24,22 @@ from ..broker.errors import BrokerUnavailable, MQServeError, WrongType
 from ..broker.process.rate_limited_log import RateLimitedLog
 from ..broker.process.stopping import first_of
 from ..broker.queue import Queue
+from ..broker.settings import CONSUMER_TIMEOUT_S
 from ..broker.store import Store
 from ..broker.store_keys import CODE_TTL_S, StoreKeys
 from . import lease, plan
 from .absent_nodes import AbsentNodes
 from .desired_writes import write_next
+from .due import DueJobs
+from .job_ends import Leftovers, Senders
+from .job_limits import job_limit_s, job_problems
 from .known_documents import KnownDocuments
 from .queues import REFUSAL_S, Queues
 from .restarts import ENDED_WELL, Restarts
 from .state.beats import Beat, MemberState, ProxyBeat, ReplicaBeat, beats_of, living, read_beats
 from .state.documents import Assignment, Desired, Observed
 from .state.reading import read_desired
+from .store_checks import StoreChecks
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -45,7 +50,6 @@ LOST_PROXY_AFTER_S = 25.0  # without a beat for this long: its node, which kills
 SETTLE_S = 3.0  # after the store lost its data or was away, members get this long to beat again
 AWAY_AFTER_S = 4.0  # if the last look at the store was longer ago, the store may have been away, and beats could not land either
 NODE_GRACE_S = 20.0  # a node that starts beside its controller, or was late once, is no reason to fail a backend
-ASK_STORE_EVERY_S = 60.0  # how often the store's durability settings are checked
 
 
 class Controller:
@@ -62,6 +66,8 @@ class Controller:
         has_key: bool,
         kept_by: str = "",
         trouble: Callable[[], str] = lambda: "",
+        senders: Senders | None = None,
+        consumer_timeout_s: float = CONSUMER_TIMEOUT_S,
     ) -> None:
         self._store = store
         self._has_key = has_key
@@ -69,14 +75,17 @@ class Controller:
         self._queue = queue
         self._instance = instance
         self._trouble = trouble  # what this process's keeper has to report to operators
+        # None where replicas, which judge senders likewise, cannot start either
+        self._due = DueJobs(queue.later, senders, store, self._while_leading) if senders is not None else None
+        self._leftovers = Leftovers(queue, store, senders) if senders is not None else None
+        self._consumer_timeout_s = consumer_timeout_s
         self._leader = lease.Leader(store, keys, controller_id, kept_by)
         self._known = KnownDocuments(store, keys, instance)
         self._looked_at = -math.inf  # monotonic time of the last look at the store
         self._is_first_look = True
         self._settled_at = 0.0  # monotonic; until then missing members are ignored
-        self._misconfiguration = ""  # of the store's server
-        self._asked_at = -math.inf  # monotonic time of the last check for it
-        self._waiting, self._queues_wait = RateLimitedLog(logger), RateLimitedLog(logger)
+        self._store_checks = StoreChecks(store)
+        self._waiting, self._queues_wait, self._due_waits = RateLimitedLog(logger), RateLimitedLog(logger), RateLimitedLog(logger)
         self._begin(0)
 
     def _begin(self, epoch: int) -> None:
@@ -85,7 +94,7 @@ class Controller:
         self._restarts: dict[tuple[str, int], Restarts] = defaultdict(Restarts)  # by (backend, version)
         self._were_ready: set[str] = set()
         self._counted: set[str] = set()  # replicas whose death is counted already and that the observed document still names
-        self._queues = Queues(self._queue, self._while_leading, self._next_generation)
+        self._queues = Queues(self._queue, self._while_leading, self._next_generation, self._leftovers)
         self._had_node_at = time.monotonic()
         self._closing_since = math.inf  # monotonic
         self._absent_nodes = AbsentNodes()
@@ -111,6 +120,7 @@ class Controller:
                 await first_of(changed, stop, timeout_s=TICK_S)
         finally:
             self._store.unwatch(changed)
+            await self._stop_due()
             with suppress(MQServeError):
                 await self._leader.release()
 
@@ -122,6 +132,8 @@ class Controller:
             self._begin(self._leader.epoch)
         elif not leads and self._is_first_look:
             logger.info("another controller leads: waiting to take over")
+        if not leads:
+            await self._stop_due()
         self._is_first_look = False
         await self._known.read()
         self._note_look()
@@ -160,7 +172,7 @@ class Controller:
         beats = read_beats(await self._fields_of_beats())
         if time.monotonic() < self._settled_at and plan.somebody_is_missed(observed, beats, self._store.now_ms()):
             return False
-        await self._ask_store()
+        await self._store_checks.ask()
         beats = self._absent_nodes.added_to(beats)
         new = self._place(desired, observed, beats)
         try:
@@ -171,7 +183,8 @@ class Controller:
         await self._write(observed, new)
         await self._forget_silent(new, beats)
         await self._forget_forced(desired, new, beats)
-        return desired.closing and await self._is_down(new, beats)
+        await self._keep_due(desired, new)
+        return desired.closing and await self._is_down(desired, new, beats)
 
     async def _fields_of_beats(self) -> dict[str, bytes]:
         try:
@@ -189,13 +202,6 @@ class Controller:
         if not await lease.renew_instance(self._store, self._keys, self._instance, self._leader.name, self._leader.claim):
             raise lease.NotLeading("the instance's lease was not renewed: another controller leads")
         self._renewed_at = began
-
-    async def _ask_store(self) -> None:
-        if time.monotonic() - self._asked_at < ASK_STORE_EVERY_S:
-            return
-        self._asked_at, before, self._misconfiguration = time.monotonic(), self._misconfiguration, await self._store.misconfiguration()
-        if self._misconfiguration and self._misconfiguration != before:
-            logger.warning("%s", self._misconfiguration)
 
     async def _write_back(self) -> None:
         """Restores the documents, assignments included, and gives members time to beat again: a loss of data must not stop running
@@ -250,6 +256,8 @@ class Controller:
             placement = plan.place_replicas(desired, assigned, still_draining, ready - set(ended), nodes, may_start, _new_replica_id)
         placed = plan.of_backends(placement.replicas, {*desired.backends, *observed.queues})
         leaving = {**observed.draining, **assigned}
+        version = self._queue.broker_version
+        limit_s = job_limit_s(version, self._consumer_timeout_s) if version else observed.job_limit_s
         may_yet_come = not nodes and now - self._had_node_at < NODE_GRACE_S
         return msgspec.structs.replace(
             observed,
@@ -258,8 +266,10 @@ class Controller:
             replicas=placed,
             draining={name: kept for name, kept in leaving.items() if name not in placed and name in replicas},
             proxies=() if desired.closing else plan.place_proxies(desired, nodes),
-            problems=self._problems(desired, beats, {} if may_yet_come else placement.unplaced),
+            problems=self._problems(desired, beats, {} if may_yet_come else placement.unplaced) | job_problems(desired, limit_s),
             down_since=self._down_since(desired, observed, placed, replicas, now_ms),
+            job_limit_s=limit_s,
+            store_is_full=self._store_checks.is_full,
             sealed=self._has_key and not plan.without_seals(beats),
             serving=tuple(sorted({replicas[name].backend for name in ready} & set(desired.backends))),
         )
@@ -313,8 +323,7 @@ class Controller:
                 problems[f"proxy on {beat.node or beat.host}"] = beat.error
         if problem := plan.seal_problem(beats, has_key=self._has_key):
             problems["requests without a seal"] = problem
-        if self._misconfiguration:
-            problems["the store"] = self._misconfiguration
+        problems |= self._store_checks.problems
         if noted := self._store.health.noted:
             problems["a key in the store"] = noted
         if trouble := self._trouble():
@@ -353,6 +362,22 @@ class Controller:
                 return await act()
         except TimeoutError:
             raise BrokerUnavailable("RabbitMQ took longer than this controller's lease lasts") from None
+
+    async def _keep_due(self, desired: Desired, observed: Observed) -> None:
+        """Looks after the jobs that wait for their time, from the first backend on until the instance closes."""
+        if desired.closing:
+            return await self._stop_due()
+        if self._due is None or not (desired.backends or self._due.is_going_on):
+            return
+        try:
+            await self._due.go_on(desired.backends, sealed=observed.sealed)
+            self._due_waits.over()
+        except BrokerUnavailable as error:
+            self._due_waits.say(f"jobs that wait for their time wait longer: {error}")
+
+    async def _stop_due(self) -> None:
+        if self._due is not None:
+            await self._due.stop()
 
     # Writing.
 
@@ -396,12 +421,15 @@ class Controller:
             newer = msgspec.structs.replace(desired, forced=forced)
             await write_next(self._store, self._keys, raw, newer, guard=self._leader.claim)
 
-    async def _is_down(self, observed: Observed, beats: dict[str, Beat]) -> bool:
+    async def _is_down(self, desired: Desired, observed: Observed, beats: dict[str, Beat]) -> bool:
         """Whether nothing of the closing instance is left; then deletes its documents, too."""
         now_ms = self._store.now_ms()
         children = [*living(beats, ReplicaBeat, now_ms).values(), *living(beats, ProxyBeat, now_ms).values()]
         if any(not child.external for child in children) or observed.queues or observed.retiring:
             return False
+        if self._due is not None and desired.backends:
+            with suppress(BrokerUnavailable):  # then queues are left without a job, or with one for the next instance of the namespace
+                await self._due.tidy()
         return await lease.forget(self._store, self._keys, self._instance, self._leader.claim)
 
 

@@ -15,12 +15,14 @@ import msgspec
 from ..broker.errors import BrokerUnavailable, MQServeError, QueueMismatch, StoreUnavailable
 from ..broker.queue import Queue
 from . import lease
+from .job_ends import Leftovers
 from .restarts import Restarts
 from .state.beats import Beat, MemberState, NodeBeat, ReplicaBeat, living
 from .state.documents import Backend, Desired, Observed
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+Generations = dict[str, list[int]]  # by backend
 
 DECLARE_AGAIN_S = 15.0  # a broker may come back empty
 LOOKED_FOR = 3  # generations around the current one that are looked for: the last leader, or an earlier instance, may have made them
@@ -63,8 +65,15 @@ class Queues:
     """A leader's memory of the queues between comparisons. `next_generation(name, generation)` increments the generation in the desired
     document if the current queue cannot be declared."""
 
-    def __init__(self, queue: Queue, while_leading: WhileLeading, next_generation: Callable[[str, int], Awaitable[None]]) -> None:
+    def __init__(
+        self,
+        queue: Queue,
+        while_leading: WhileLeading,
+        next_generation: Callable[[str, int], Awaitable[None]],
+        leftovers: Leftovers | None = None,
+    ) -> None:
         self._queue = queue
+        self._leftovers = leftovers  # None where nobody can tell whose messages count
         self._while_leading = while_leading
         self._next_generation = next_generation
         self._declared: dict[tuple[str, int, int | None, int], float] = {}  # monotonic time of the declaration
@@ -100,22 +109,8 @@ class Queues:
                     retiring.setdefault(name, []).append(generation)
         for name in list(retiring):
             for generation in list(retiring[name]):
-                if name not in desired.forced and _is_held(name, generation, beats, now_ms):
-                    continue
-                is_served_on = name in desired.backends and not desired.closing
-                keep_content = is_served_on or (desired.closing and desired.keeps_queues)
-                delete = partial(self._queue.delete, name, generation, shards.of(name, generation))
-                if await self._while_leading(partial(delete, only_if_empty=keep_content)):
-                    if keep_content and not is_served_on:
-                        await self._while_leading(partial(delete, only_if_empty=False))  # the backend, and its empty dead letters
-                    self._forget_declared(name, generation)
-                    self._unbound.discard((name, generation))
-                    self._left_behind.get(name, set()).discard(generation)
-                elif is_served_on:  # a replica died and its messages were requeued
-                    left = await self._count_shards(name, generation)  # those behind the one that is not empty are deleted
-                    shards.note(name, generation, max(1, left))
-                    queues.setdefault(name, []).insert(0, generation)
-                retiring[name].remove(generation)
+                if name in desired.forced or not _is_held(name, generation, beats, now_ms):
+                    await self._retire(name, generation, desired, queues, retiring, shards)
         self._refusals = defaultdict(Restarts, {name: kept for name, kept in self._refusals.items() if name in desired.backends})
         refused = {name: kept.reason for name, kept in self._refusals.items() if kept.early_deaths >= REPORTED_REFUSALS}
         return msgspec.structs.replace(
@@ -125,6 +120,31 @@ class Queues:
             retiring={name: tuple(generations) for name, generations in retiring.items() if generations},
             shards=shards.of_all(queues, retiring),
         )
+
+    async def _retire(
+        self, name: str, generation: int, desired: Desired, queues: Generations, retiring: Generations, shards: Shards
+    ) -> None:
+        """Deletes a generation that nobody holds, or returns it to `queues` if messages wait in it that the backend is to run."""
+        is_served_on = name in desired.backends and not desired.closing
+        keep_content = is_served_on or (desired.closing and desired.keeps_queues)
+        if not keep_content and not await self._end_jobs(name, generation):
+            return
+        delete = partial(self._queue.delete, name, generation, shards.of(name, generation))
+        if await self._while_leading(partial(delete, only_if_empty=keep_content)):
+            if keep_content and not is_served_on:
+                await self._while_leading(partial(delete, only_if_empty=False))  # the backend, and its empty dead letters
+            self._forget_declared(name, generation)
+            self._unbound.discard((name, generation))
+            self._left_behind.get(name, set()).discard(generation)
+        elif is_served_on:  # a replica died and its messages were requeued
+            left = await self._count_shards(name, generation)  # those behind one that got a message in this moment are deleted
+            shards.note(name, generation, max(1, left))
+            queues.setdefault(name, []).insert(0, generation)
+        retiring[name].remove(generation)
+
+    async def _end_jobs(self, name: str, generation: int) -> bool:
+        """Whether no job is left that would be deleted with its queue, without an end."""
+        return self._leftovers is None or await self._while_leading(partial(self._leftovers.end_some, name, generation))
 
     def _find_left_behind(self, desired: Desired, observed: Observed) -> None:
         """Notes generations that the document does not name: those of a leader that could not write, and those of an earlier instance,

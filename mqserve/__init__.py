@@ -22,6 +22,8 @@ from .client.api import (
     future,
     get_backend_config,
     get_handle,
+    group,
+    job,
     list_backends,
     list_endpoints,
     mount,
@@ -31,6 +33,7 @@ from .client.api import (
     shutdown,
     start,
     stream,
+    submit_many,
     update_backend,
     update_backend_config,
 )
@@ -45,6 +48,8 @@ from .broker.errors import (
     Cancelled,
     InstanceEnded,
     InstanceError,
+    JobGoesOn,
+    KeyMisused,
     MQServeError,
     NoReplica,
     NotEncodable,
@@ -53,22 +58,30 @@ from .broker.errors import (
     RemoteError,
     ReplicaLost,
     RequestTimeout,
+    ResultGone,
     StoreUnavailable,
     TooLarge,
     UnknownBackend,
     UnknownEndpoint,
+    UnknownJob,
 )
 from .client.client import Client
 from .controller.state.config import BackendConfig
+from .controller.state.retries import Retry
 from .client.declared import endpoint
 from .client import pickled_clients  # noqa: F401  # says how clients and handles pickle
 from .client.futures import Future, get, wait
+from .client.gathering import as_completed, gather
+from .client.groups import Group, GroupStatus
 from .client.handle import AsyncHandle, Handle, StreamHandle
+from .client.jobs import Job, JobAttempt, JobEvent, JobEvents, JobStatus
 from .client.streams import Stream
+from .broker.jobs import JobState
 from .replicas.batch_decorators import END, BadBatch, accept_batch, batch
 from .replicas.context import ReplicaContext, cancelled, get_current_backend_tag, get_current_replica_tag, get_replica_context
 from .replicas.asgi_apps import NoHttpRequest
 from .replicas.handler import NoSuchMethod
+from .replicas.job_words import RetryLater, log, progress
 from .replicas.ingress import ingress
 from .replicas.requests import BadBody, Request, ServeRequest
 
@@ -90,10 +103,20 @@ __all__ = [
     "Cancelled",
     "Client",
     "Future",
+    "Group",
+    "GroupStatus",
     "HTTPException",
     "Handle",
     "InstanceEnded",
     "InstanceError",
+    "Job",
+    "JobAttempt",
+    "JobEvent",
+    "JobEvents",
+    "JobGoesOn",
+    "JobState",
+    "JobStatus",
+    "KeyMisused",
     "MQServeError",
     "NoHttpRequest",
     "NoReplica",
@@ -106,6 +129,9 @@ __all__ = [
     "ReplicaLost",
     "Request",
     "RequestTimeout",
+    "ResultGone",
+    "Retry",
+    "RetryLater",
     "ServeRequest",
     "StoreUnavailable",
     "Stream",
@@ -113,7 +139,9 @@ __all__ = [
     "TooLarge",
     "UnknownBackend",
     "UnknownEndpoint",
+    "UnknownJob",
     "accept_batch",
+    "as_completed",
     "batch",
     "cancelled",
     "connect",
@@ -124,22 +152,28 @@ __all__ = [
     "deploying",
     "endpoint",
     "future",
+    "gather",
     "get",
     "get_backend_config",
     "get_current_backend_tag",
     "get_current_replica_tag",
     "get_handle",
     "get_replica_context",
+    "group",
     "ingress",
+    "job",
     "list_backends",
     "list_endpoints",
+    "log",
     "mount",
+    "progress",
     "register_convertor",
     "set_traffic",
     "shadow_traffic",
     "shutdown",
     "start",
     "stream",
+    "submit_many",
     "update_backend",
     "update_backend_config",
     "wait",

@@ -40,7 +40,7 @@ async def open_connections(
     process_id = f"{role}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
     keys = StoreKeys(settings.namespace)
     if settings.embedded:
-        yield Connections(settings, EmbeddedQueue(), EmbeddedStore(), keys, process_id)
+        yield Connections(settings, EmbeddedQueue(), EmbeddedStore(settings.namespace), keys, process_id)
         return
     async with (
         open_redis(settings.store_url, settings.namespace) as store,

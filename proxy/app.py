@@ -4,69 +4,72 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
+from ..broker.calls.idempotency import IdempotencyKeys
 from ..broker.calls.incoming import IncomingStream
+from ..broker.calls.job_sending import JobSender
 from ..broker.calls.sending import MAX_BODY_BYTES, RequestSender
-from ..broker.envelope import MAX_HEAD_BYTES, RequestHead, is_minted, mint_id
-from ..broker.errors import BadValue, Cancelled, MQServeError, NoReplica, StoreUnavailable, TooLarge
-from ..broker.failures import name_of
+from ..broker.envelope import MAX_HEAD_BYTES, mint_id
+from ..broker.errors import Cancelled, MQServeError, NoReplica, StoreUnavailable, TooLarge
 from ..broker.overload import HeldBytes
 from ..broker.process.printable import printable
 from ..broker.results import Result
 from ..broker.streams import Form
-from ..broker.values.codecs import is_plain
 from ..controller.state.documents import Desired
 from ..controller.state.traffic import choose
 from .calls import AsgiCall, HttpCall, PlainCall
 from .common_ids import CommonIds
 from .departures import Departures
 from .events import EventId, EventStreams, read_event_id
+from .futures import Answer, Futures
+from .idempotency import KEY_HEADER, keyed, read_key
+from .job_events import JobFeed
+from .jobs import JobCall, Jobs
 from .metrics import CONTENT_TYPE, ProxyMetrics
+from .polls import Polls
+from .preferences import WAIT_PRIORITIES, Headers, Preference, read_preference
 from .readiness import DOWN_AFTER_MS
 from .refusals import not_served
+from .request_heads import head_of, read_headers
 from .responses import NO_BODY, Reply, from_error, from_result, json_reply, problem, with_length
 from .routes import RouteTable, Target
 from .streaming import CUT, CutShort, Flow, FlowEnd, RawBody, head_reply, send_flow
-from .system_routes import SystemPath, SystemPaths, forbidden
+from .system_routes import SystemPath, SystemPaths
 from .websockets import WebSockets
 
 Scope = dict[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-Wish = tuple[str, Sequence[str], str, str, float]
-"""Backend, shadows, content type, method to call, seconds that the client allows."""
+Wish = tuple[str, Sequence[str], str, str, float, str]
+"""Backend, shadows, content type, method to call, seconds that the client allows, priority."""
 
 logger = logging.getLogger(__name__)
 
-CALL_METHOD_HEADER = b"x-serve-call-method"
-SHARD_KEY_HEADER = b"x-serve-shard-key"
-TIMEOUT_HEADER = b"x-request-timeout-seconds"
+_ASKING = frozenset((b"last-event-id", b"prefer", KEY_HEADER))  # headers of requests that are served otherwise
 
 
 class ProxyApp:
     """Reads `routes` anew for each request: whoever follows the desired document replaces it."""
 
     def __init__(
-        self, sender: RequestSender, routes: RouteTable, readiness: Callable[[], tuple[bool, dict[str, Any]]],
-        *, is_cancelled: Callable[[str], bool], metrics: ProxyMetrics | None = None, common_ids: CommonIds | None = None,
-        debug: bool = False, admin_token: str = "",
+        self, sender: RequestSender, jobs: JobSender, idempotency: IdempotencyKeys, routes: RouteTable,
+        readiness: Callable[[], tuple[bool, dict[str, Any]]], *, is_cancelled: Callable[[str], bool],
+        metrics: ProxyMetrics | None = None, common_ids: CommonIds | None = None, debug: bool = False, admin_token: str = "",
     ) -> None:  # fmt: skip
         self._sender = sender
         self.routes = routes
         self._readiness = readiness
         self.mint_id = common_ids.mint if common_ids is not None else mint_id
-        self._common_ids = common_ids
-        self._is_cancelled = is_cancelled
         self._debug = debug
         self._metrics = metrics or ProxyMetrics()
         self.departures = Departures(self._leave)
         self.events = EventStreams(sender.pending.streams, debug=debug)
         self.sockets = WebSockets(sender, self)
+        self.polls = Polls(self.departures)
         self._flowing: dict[str, IncomingStream] = {}  # those that go out by ASGI, by the id of their request
         self._system = SystemPaths(
             {
@@ -74,12 +77,13 @@ class ProxyApp:
                 "/-/healthz": SystemPath(self._healthz, open=True),
                 "/-/readyz": SystemPath(self._readyz, open=True),
                 "/-/metrics": SystemPath(self._metrics_page),
-                # knowing the id is the right to these two
-                "/-/futures/": SystemPath(self._cancel, ("DELETE",), open=True),
-                "/-/futures/*/events": SystemPath(self._events_by_id, ("GET",), open=True),
             },
             admin_token,
         )
+        self.futures = Futures(
+            sender, jobs, self.polls, self.events, is_cancelled=is_cancelled, trusts=self._system.trusts, common_ids=common_ids, debug=debug
+        )
+        self.jobs = Jobs(sender, jobs, idempotency, self.futures, self.polls, debug=debug)
 
     def __repr__(self) -> str:
         return f"<ProxyApp {self.routes!r}>"
@@ -92,20 +96,25 @@ class ProxyApp:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.sockets.serve(scope, receive, send) if scope["type"] == "websocket" else None
-        path: str = scope["path"]
-        if path.startswith("/-/"):
-            # Written otherwise (`/%2D/…`) it passes by a server in front that lets nobody at `/-/`.
-            is_plain = (scope["raw_path"] or b"").startswith(b"/-/")
-            call = AsgiCall(scope, self.mint_id())
-            reply = await self._system.answer(scope) if is_plain else not_served(None, call)
-        else:
-            call = AsgiCall(scope, self.mint_id())
-            reply = await self._serve(call, receive)
+        call = AsgiCall(scope, self.mint_id())
+        reply = await (
+            self._answer_own(call, scope, receive) if call.path.startswith(self.futures.own) else self._serve(call, scope, receive)
+        )
         if isinstance(reply, Flow):
             return await self._send_flow(call.id, reply, scope, receive, send)
-        status, headers, body = with_length(reply, to_head=scope["method"] == "HEAD")
+        if isinstance(reply, JobFeed):
+            return await reply.send(send)
+        status, headers, body = with_length(reply, to_head=call.method == "HEAD")
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
+
+    async def _answer_own(self, call: AsgiCall, scope: Scope, receive: Receive) -> Answer:
+        """Answers the paths that are no endpoint's. One that is written otherwise (`/%2D/…`) is none of them: it passes by a server in
+        front that lets nobody at `/-/`."""
+        if root := self.futures.root_of(call.raw_path):
+            refusal = self._system.refusal(scope) if root.startswith("/-/") else None
+            return refusal or await self.futures.answer(scope, receive, root)
+        return await self._system.answer(scope) if call.raw_path.startswith(b"/-/") else not_served(None, call)
 
     async def _send_flow(self, request_id: str, flow: Flow, scope: Scope, receive: Receive, send: Send) -> None:
         self._flowing[request_id] = flow.stream
@@ -128,19 +137,21 @@ class ProxyApp:
         """The client has gone before the end of its answer."""
         if (stream := self._flowing.pop(request_id, None)) is not None:
             self._sender.leave(stream)
-        else:
+        elif not self.polls.leave(request_id):
             self._sender.cancel(request_id)
 
-    async def _serve(self, call: AsgiCall, receive: Receive) -> Reply | Flow:
+    async def _serve(self, call: AsgiCall, scope: Scope, receive: Receive) -> Reply | Flow:
         routes = self.routes  # one version for the whole request, whatever changes while its body comes in
         target = routes.match(call.path, call.method)
         if not isinstance(target, Target):
             return not_served(target, call)
         call.target = target
-        reply: Reply | Flow
+        reply: Reply | Flow | None
         try:
-            if call.method != "HEAD" and (place := read_event_id(call.header(b"last-event-id"))) is not None:
-                return await self._resume(call, place, receive)
+            asking = [header for header in call.headers if header[0] in _ASKING]
+            if asking and (reply := await self._serve_otherwise(call, asking, scope, receive)) is not None:
+                self.count(call, reply)
+                return reply
             wish = self.admit(call)
             body = await _read_body(receive, self._sender.held)
             self.send(call, wish, body, routes)
@@ -160,11 +171,31 @@ class ProxyApp:
         self.count(call, reply)
         return reply
 
+    async def _serve_otherwise(self, call: AsgiCall, asking: Headers, scope: Scope, receive: Receive) -> Reply | Flow | None:
+        """Serves a request that goes on with a stream, or is a job; None for any other. Raises MQServeError."""
+        if call.method == "HEAD":
+            return None
+        for name, value in asking:
+            if name == b"last-event-id" and (place := read_event_id(value)) is not None:
+                return await self._resume(call, place, receive)
+        preference, key = read_preference(asking), read_key(asking)
+        return await self._serve_job(call, preference, key, scope, receive) if preference is not None or key else None
+
     async def _resume(self, call: AsgiCall, place: EventId, receive: Receive) -> Reply | Flow:
         await _read_body(receive, self._sender.held)  # it is the request again that began the stream, and nothing runs for it
-        reply = await self.events.resume(place, call.target)
-        self.count(call, reply)
-        return reply
+        return await self.events.resume(place, call.target)
+
+    async def _serve_job(self, call: AsgiCall, preference: Preference | None, key: bytes, scope: Scope, receive: Receive) -> Reply:
+        routes = self.routes
+        backend, _, content_type, method, timeout_s, priority = self.admit(call, is_job=preference is not None)
+        is_once = backend in routes.at_most_once
+        terms = self.jobs.terms(call.headers, timeout_s, priority, once=is_once, is_awaited=preference is None)
+        wait_s = preference.wait_s or 0 if preference is not None else min(timeout_s, routes.timeouts_s[backend])
+        body = await _read_body(receive, self._sender.held)
+        job = JobCall(call.id, backend, body, content_type, head_of(call, method), terms, preference, wait_s, scope, receive)
+        del body
+        self._metrics.sent[call.target.endpoint.name] += 1
+        return await (self.jobs.serve_keyed(job, await keyed(call, key, job)) if key else self.jobs.serve(job))
 
     # Plain requests: the same without a task, and with no await.
 
@@ -239,20 +270,21 @@ class ProxyApp:
 
     # What both do.
 
-    def admit(self, call: HttpCall) -> Wish:
-        """Returns what the request asks for. Raises MQServeError if it cannot be sent, before its body is read."""
+    def admit(self, call: HttpCall, *, is_job: bool = False) -> Wish:
+        """Returns what the request asks for. Raises MQServeError if it cannot be sent, before its body is read. A job is worth to be sent
+        while no replica is there."""
         if call.head_bytes > MAX_HEAD_BYTES:  # an AMQP content header must fit one frame, and a larger one kills the whole connection
             size = f"{call.head_bytes} bytes and the limit is {MAX_HEAD_BYTES}"
             raise TooLarge(f"the request line and headers take {size}: send less, or send it in the body", status=431)
-        content_type, method, shard_key, timeout_s = _read_headers(call.headers)
+        content_type, method, shard_key, timeout_s, priority = read_headers(call.headers)
         backend, shadows = choose(call.target.endpoint, shard_key)
-        self._check_up(backend)
-        return backend, shadows, content_type, method, timeout_s
+        self._check_up(backend, is_job=is_job)
+        return backend, shadows, content_type, method, timeout_s, priority
 
     def send(self, call: HttpCall, wish: Wish, body: bytes, routes: RouteTable) -> None:
         """Raises MQServeError if the request was not sent; otherwise it counts as waiting until its end."""
-        backend, shadows, content_type, method, timeout_s = wish
-        meta, endpoint = _meta(call, method), call.target.endpoint.name
+        backend, shadows, content_type, method, timeout_s, priority = wish
+        meta, endpoint = head_of(call, method), call.target.endpoint.name
         self._metrics.waiting[backend, endpoint] += 1  # before it is sent, since it may end at once
         try:
             self._sender.send(
@@ -265,6 +297,7 @@ class ProxyApp:
                 timeout_s=min(timeout_s, routes.timeouts_s[backend]),
                 replay_s=routes.replays_s[backend],
                 at_most_once=backend in routes.at_most_once,
+                priority=WAIT_PRIORITIES[priority],
             )
         except MQServeError:
             self._metrics.waiting[backend, endpoint] -= 1
@@ -298,11 +331,11 @@ class ProxyApp:
         status = reply.reply[0] if isinstance(reply, Flow) else reply[0]
         self._metrics.route(call.target.pattern).answered(status, (time.monotonic() - call.arrived) * 1000)
 
-    def _check_up(self, backend: str) -> None:
+    def _check_up(self, backend: str, *, is_job: bool) -> None:
         """Whether waiting is of any use: a backend that only restarts is worth it, one without any replica for so long is not."""
         if trouble := self._sender.trouble:
             raise StoreUnavailable(f"no result could be stored or read: {trouble}", public=trouble)
-        if not self.routes.down_since:
+        if is_job or not self.routes.down_since:
             return
         down_since = self.routes.down_since.get(backend)
         if down_since is not None and self._sender.now_ms() - down_since > DOWN_AFTER_MS:
@@ -319,36 +352,6 @@ class ProxyApp:
     async def _readyz(self, scope: Scope) -> Reply:
         ready, facts = self._readiness()
         return json_reply({"ready": ready, **facts}, 200 if ready else 503)
-
-    async def _cancel(self, scope: Scope) -> Reply:
-        future_id = scope["path"].removeprefix("/-/futures/")
-        if not is_minted(future_id):
-            return problem(404, "That is no request's id: it is what X-Request-ID or a handle's future says, 32 hex digits.", mint_id())
-        if not (self._is_known(future_id) or self._system.trusts(scope)):
-            # An id that this proxy does not know leaves traces in the store: not for anybody to make up.
-            return forbidden("The request of another process")
-        try:
-            # An id that is in the log already is not appended again: repeated DELETEs of one id would push out the notices of others.
-            cancelled = self._is_cancelled(future_id) or await self._sender.cancel_everywhere(future_id)
-            return json_reply({"id": future_id, "cancelled": cancelled})
-        except MQServeError as error:
-            return from_error(error, future_id)
-
-    async def _events_by_id(self, scope: Scope) -> Reply | Flow:
-        future_id = scope["path"].removeprefix("/-/futures/").removesuffix("/events")
-        header = next((value for name, value in scope["headers"] if name == b"last-event-id"), b"")
-        place = read_event_id(header)
-        try:
-            return await self.events.resume(EventId(future_id, place.seq if place and place.future_id == future_id else 0))
-        except MQServeError as error:
-            return from_error(error, future_id)
-
-    def _is_known(self, future_id: str) -> bool:
-        """Whether this proxy waits for the request, or one that shares its port has sent it."""
-        pending = self._sender.pending
-        return (
-            future_id in pending or future_id in pending.streams or (self._common_ids is not None and self._common_ids.are_ours(future_id))
-        )
 
     async def _metrics_page(self, scope: Scope) -> Reply:
         try:
@@ -385,64 +388,3 @@ async def _next_part(receive: Receive) -> Message:
     if message["type"] == "http.disconnect":
         raise Cancelled("the client went away before its request was complete")
     return message
-
-
-def _read_headers(headers: list[tuple[bytes, bytes]]) -> tuple[str, str, str, float]:
-    """(content type, method to call, shard key, seconds that the client allows). Raises BadValue for a bad number of them."""
-    content_type, call, shard_key, timeout_s = b"application/octet-stream", b"", b"", math.inf
-    for name, value in headers:
-        if name == b"content-type":
-            content_type = value
-        elif name == CALL_METHOD_HEADER:
-            call = value
-        elif name == SHARD_KEY_HEADER:
-            shard_key = value
-        elif name == TIMEOUT_HEADER:
-            timeout_s = min(timeout_s, _read_timeout(value))
-    return content_type.decode("ascii", "ignore")[:255], call.decode("latin-1"), shard_key.decode("latin-1"), timeout_s
-
-
-def _read_timeout(value: bytes) -> float:
-    try:
-        timeout_s = float(value)
-    except ValueError:
-        timeout_s = math.nan
-    if not 0 < timeout_s < math.inf:
-        raise BadValue("X-Request-Timeout-Seconds must be a number of seconds above 0, such as 2.5: the backend's own limit is the highest")
-    return timeout_s
-
-
-def _meta(call: HttpCall, method: str) -> RequestHead:
-    travelling, lost = _travelling(call.state) if call.state else (None, None)
-    return RequestHead(
-        call.method,
-        call.path,  # two by position: with more than 15 keywords CPython makes a dict for the call, and that costs four times as much
-        raw_path=call.raw_path if b"%" in call.raw_path else b"",
-        query=call.query,
-        headers=tuple(call.headers),
-        params=call.target.params,
-        route=call.target.pattern,
-        root_path=call.target.root_path,
-        endpoint=call.target.endpoint.name,
-        call=method,
-        http_version=call.http_version,
-        scheme=call.scheme,
-        client=call.client,
-        server=call.server,
-        state=travelling,
-        lost_state=lost,
-    )
-
-
-def _travelling(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """What middlewares set on `request.state`: what is plain data, and of the rest the types, for whoever asks for it in a replica."""
-    named = {name: value for name, value in state.items() if isinstance(name, str)}
-    plain = {name: value for name, value in named.items() if _is_plain(value)}
-    return plain, {name: name_of(type(value)) for name, value in named.items() if name not in plain}
-
-
-def _is_plain(value: object) -> bool:
-    try:
-        return is_plain(value)
-    except RecursionError:
-        return False

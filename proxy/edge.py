@@ -22,7 +22,7 @@ from ..broker.calls.sending import MAX_BODY_BYTES
 from ..broker.envelope import MAX_HEAD_BYTES, mint_id
 from ..broker.process.printable import printable
 from .flush import Flush
-from .forwarded import NAMES, forwarders
+from .forwarded import NAMES, PREFIX, forwarders
 from .half_close import HalfClosed
 from .request_line import Refused, check_protocol, not_http, origin_form
 from .responses import HOP_BY_HOP, problem
@@ -42,11 +42,12 @@ NOTHING, HEAD, BODY = range(3)  # what of a request has been begun; an Enum's me
 
 _TOO_LONG = f"the request line and headers take more than {MAX_HEAD_BYTES} bytes, the limit: send less, or send it in the body"
 _OURS = b"x-mqserve-"  # inside the instance only: nobody may send them in
-_WATCHED = HOP_BY_HOP | NAMES | {b"host", b"content-length", b"expect", b"last-event-id"}
+_WATCHED = HOP_BY_HOP | NAMES | {b"host", b"content-length", b"expect", b"last-event-id", b"prefer", b"idempotency-key"}
 _HOST = re.compile(rb"[\w.~%!$&'()*+,;=:\[\]-]*", re.ASCII)
 # What rights depend on (a client must not have a header removed that a server in front has set), and where the request ends.
 _END_TO_END = frozenset(
-    b"content-length host origin authorization cookie forwarded via x-real-ip x-forwarded-for x-forwarded-host x-forwarded-proto".split()
+    b"content-length host origin authorization cookie forwarded via x-real-ip x-forwarded-for x-forwarded-host x-forwarded-prefix "
+    b"x-forwarded-proto".split()
 )
 _NAMES_NOTHING = (b"", b"keep-alive", b"close", b"Keep-Alive")
 
@@ -214,6 +215,8 @@ class EdgeProtocol(HttpToolsProtocol):
         super().on_message_begin()  # makes a scope
         self.url, self.expect_100_continue = url, expects
         self.headers = self.scope["headers"] = headers
+        if self._is_forwarded:
+            cast(Any, self.scope)[PREFIX] = self._forwarders.prefix(self.headers, self.client)
         self.scope["scheme"], self.scope["client"] = self._scheme_and_client()
         super().on_headers_complete()
 
@@ -275,11 +278,11 @@ class EdgeProtocol(HttpToolsProtocol):
                 return True
             case b"upgrade":
                 self._upgrade = value.lower()
-            case b"x-forwarded-for" | b"x-forwarded-proto":
+            case b"x-forwarded-for" | b"x-forwarded-proto" | b"x-forwarded-prefix":
                 self._is_forwarded = True
                 return True
-            case b"last-event-id":
-                self._goes_on()
+            case b"last-event-id" | b"prefer" | b"idempotency-key":
+                self._asks_more()
                 return True
             case b"transfer-encoding":
                 if value.lower() != b"chunked":
@@ -287,8 +290,8 @@ class EdgeProtocol(HttpToolsProtocol):
                 self._chunked = True
         return False
 
-    def _goes_on(self) -> None:
-        """The request may be the continuation of a streamed answer."""
+    def _asks_more(self) -> None:
+        """The request may be the continuation of a streamed answer, a job, or one that was sent before."""
 
     def _check_head(self) -> None:
         version = self.parser.get_http_version()

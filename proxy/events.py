@@ -28,9 +28,9 @@ _LOOK_EVERY_S = 5.0
 
 _PLACE = re.compile(rb"([0-9a-f]{32}):(\d{1,15})")
 _LINE_END = re.compile(rb"\r\n|\r|\n")
-_COMMENT = b":\n"  # without an empty line: some clients take a block without data for an event
-_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")]
-_OURS = frozenset(name for name, _ in _HEADERS)
+EVENT_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")]
+COMMENT = b":\n"  # without an empty line: some clients take a block without data for an event
+_OURS = frozenset(name for name, _ in EVENT_HEADERS)
 
 
 class EventId(NamedTuple):
@@ -49,7 +49,7 @@ def read_event_id(raw: bytes) -> EventId | None:
 class EventBody:
     """A streamed answer as server-sent events, behind the event `after`. `gap` is the first number that is there, if others should be."""
 
-    between = _COMMENT
+    between = COMMENT
 
     def __init__(self, stream: IncomingStream, owner: EventStreams, after: int = 0, gap: int = 0, *, debug: bool = False) -> None:
         self.stream = stream
@@ -68,7 +68,7 @@ class EventBody:
     def begin(self) -> bytes:
         self._owner.add(self)
         if not self._is_resumable:
-            return _COMMENT
+            return COMMENT
         first = b"id: %b%d\nretry: %d\n\n" % (self._id, self._after, RETRY_MS)
         return first + b'event: gap\ndata: {"first":%d}\n\n' % self._gap if self._gap else first
 
@@ -80,7 +80,7 @@ class EventBody:
         if not chunks and now - self._sent_at < SILENCE_S:
             return []
         self._sent_at = now
-        return [self._event(chunk) for chunk in chunks] if chunks else [_COMMENT]
+        return [self._event(chunk) for chunk in chunks] if chunks else [COMMENT]
 
     def last(self, end: End) -> bytes:
         if end.outcome is Ending.DONE:
@@ -126,7 +126,7 @@ class EventStreams:
         assert stream.head is not None, "a stream is shown with its head"
         status, headers, _ = head_reply(stream.head, backend, stream.id)
         kept = [(name, value) for name, value in headers if name.lower() not in _OURS and name != b"content-length"]
-        return Flow((status, [*_HEADERS, *kept], b""), stream, EventBody(stream, self, after, gap, debug=self._debug), route)
+        return Flow((status, [*EVENT_HEADERS, *kept], b""), stream, EventBody(stream, self, after, gap, debug=self._debug), route)
 
     async def resume(self, place: EventId, target: Target | None = None) -> Reply | Flow:
         """Returns the answer that goes on behind a place; where a target is given, only for requests to its endpoint. Raises

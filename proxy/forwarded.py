@@ -1,20 +1,25 @@
-"""The servers in front of a proxy whose word about a request's client counts (`X-Forwarded-For`, `X-Forwarded-Proto`).
+"""The servers in front of a proxy whose word about a request counts: about its client (`X-Forwarded-For`, `X-Forwarded-Proto`), and about
+the part of the path that they take away (`X-Forwarded-Prefix`).
 
 uvicorn's middleware does the same for ASGI apps, but a plain request is served without ASGI. So the edge does it for all requests.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
-NAMES = frozenset((b"x-forwarded-for", b"x-forwarded-proto"))
+NAMES = frozenset((b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-prefix"))
+PREFIX = "mqserve.prefix"
+"""Where the scope of a request has the prefix that a trusted server says."""
 
 Client = tuple[str, int] | None
 
+_PREFIX = re.compile(r"(?:/[\w.~!$&'()*+,;=:@%-]+)+/?", re.ASCII)
 _SCHEMES = frozenset(("http", "https", "ws", "wss"))
 
 
@@ -47,6 +52,13 @@ class Forwarders:
             if host:
                 return scheme, (host, port)
         return scheme, peer
+
+    def prefix(self, headers: Iterable[tuple[bytes, bytes]], peer: Client) -> str:
+        """Returns what stands before the path for the client, without a slash at its end; empty if no trusted peer says it."""
+        if (peer[0] if peer else None) not in self._trusted:
+            return ""
+        told = next((value.decode("latin-1") for name, value in headers if name == b"x-forwarded-prefix"), "")
+        return told.rstrip("/") if _PREFIX.fullmatch(told) else ""
 
 
 def forwarders(allowed: str | list[str]) -> Forwarders:

@@ -19,6 +19,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ..broker.backoff import delays
 from ..broker.calls.cancellations import Cancellations, notice_of_proxy
+from ..broker.calls.idempotency import IdempotencyKeys
+from ..broker.calls.job_sending import JobSender
 from ..broker.calls.sending import RequestSender
 from ..broker.errors import BackendFailed, MQServeError, StoreUnavailable
 from ..broker.failures import LEAVING, describe, traceback_of
@@ -44,7 +46,7 @@ from ..controller.state.presence import Presence
 from ..controller.state.reading import read_desired, read_observed
 from .app import ProxyApp
 from .common_ids import CommonIds
-from .plain_edge import PlainEdgeProtocol
+from .plain_edge import APART, PlainEdgeProtocol
 from .readiness import Readiness
 from .routes import RouteTable
 from .shared_metrics import SharedMetrics
@@ -191,6 +193,7 @@ class Proxy:
             await stop.wait()
             self._say(MemberState.DRAINING)
             app.sockets.drain()
+            app.polls.end()
             if not await self._instance_closes():
                 app.events.reconnect()
             await server.last_answers()
@@ -213,6 +216,8 @@ class Proxy:
             desired = read_desired(await self._store.get(self._keys.desired))
             app = self._app = ProxyApp(
                 sender,
+                JobSender(queue, self._store, self._keys, sender.held, self._settings.signer),
+                IdempotencyKeys(self._store, self._keys),
                 await self._table(desired, Observed()),
                 lambda: self._readiness.look(queue),
                 metrics=self._shared_metrics,
@@ -221,6 +226,7 @@ class Proxy:
                 debug=self._options.debug or desired.http.debug,
                 admin_token=self._settings.admin_token,
             )
+            self._move_futures(app, desired.http.futures_path)
             self._outer.app, self._middlewares = await self._with_middlewares(app, desired), desired.http.middlewares
         except (Exception, *LEAVING) as error:  # users' middlewares and convertors may raise anything
             raise BackendFailed(_why(error)) from error
@@ -253,6 +259,7 @@ class Proxy:
         """Notes which backends serve, even if the routes of this version cannot be followed: a bad route must not make a backend look
         down."""
         app.routes.down_since = observed.down_since
+        app.futures.refusal = observed.store_is_full
         self._readiness.see(observed)
 
     async def _take_over(self, app: ProxyApp, desired: Desired, observed: Observed) -> None:
@@ -263,6 +270,7 @@ class Proxy:
             outer = await self._with_middlewares(app, desired)
         new = [why for route, why in table.left_out.items() if route not in app.routes.left_out]
         app.routes, self._outer.app, self._middlewares = table, outer, desired.http.middlewares
+        self._move_futures(app, desired.http.futures_path)
         app.forget_deleted(desired)
         self._readiness.follow(desired, observed)
         if new:  # follow the rest: one bad route must not affect the others
@@ -270,6 +278,10 @@ class Proxy:
         elif self._refused not in table.left_out.values():
             self._refuses, self._refused = (0, 0), ""
         self._presence.tell()
+
+    def _move_futures(self, app: ProxyApp, path: str) -> None:
+        app.futures.move(path)
+        self._outer.apart = (*APART, path.encode() + b"/")
 
     def _refuse(self, desired: Desired, why: str) -> None:
         """Reports that this version cannot be followed. The client that committed it waits for that, and may undo the change."""
@@ -335,6 +347,7 @@ class _Outermost:
 
     def __init__(self) -> None:
         self.app: Any = None
+        self.apart = APART
 
     @property
     def plain(self) -> ProxyApp | None:

@@ -3,7 +3,8 @@
 uvicorn makes a scope, a cycle, an event, a task and a timer for each request, and writes head and body one after the other. A request that
 came whole in one read, while no other one of its connection is being answered and no middleware wants it, needs none of them: it is one
 object, `PlainCall`, and its answer one write. All other requests take uvicorn's path: more of the body is still to come, they are
-pipelined, they ask for `100 Continue`, their client has closed its side or does not take its answers, or their path may be under `/-/`.
+pipelined, they ask for `100 Continue` or to be a job, their client has closed its side or does not take its answers, or their path may be
+under `/-/`.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ logger = logging.getLogger(__name__)
 
 JOINED_BYTES = 64 * 1024  # a larger body is not copied behind its head
 
-_PERHAPS_OURS = (b"/-", b"/%")  # how a path under /-/ may begin; those are answered by coroutines
+APART: tuple[bytes, ...] = (b"/-", b"/%")  # how a path may begin that is no endpoint's; those are answered by coroutines
 _LAST = (b"connection", b"close")  # among the server's headers while it drains
 
 
 class PlainEdgeProtocol(EdgeProtocol):
-    """One connection. `app.plain` is the app for plain requests, or None."""
+    """One connection. `app.plain` is the app for plain requests, or None; the paths that begin as one of `app.apart` are not plain."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -159,8 +160,8 @@ class PlainEdgeProtocol(EdgeProtocol):
             between = self._streamed[1].body.between
         return between
 
-    def _goes_on(self) -> None:
-        self._may_be_plain = False  # it needs the store first, so it has a task from its beginning
+    def _asks_more(self) -> None:
+        self._may_be_plain = False  # it has to await something, so it has a task from its beginning
 
     def _feed(self, data: bytes) -> None:
         self._may_be_plain = True
@@ -183,7 +184,7 @@ class PlainEdgeProtocol(EdgeProtocol):
         return (
             (not self.cycle or self.cycle.response_complete)
             and self._outermost.plain is not None
-            and self.url[:2] not in _PERHAPS_OURS
+            and not self.url.startswith(self._outermost.apart)
             and not (self.expect_100_continue or self.flow.write_paused or self._half_closed or self.transport.is_closing())
         )
 

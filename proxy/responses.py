@@ -43,7 +43,7 @@ def from_result(result: Result, request_id: str, *, debug: bool, to_head: bool =
     if result.error is not None:
         members = _members(result.error.members) if result.error.members else NO_MEMBERS
         return problem(
-            result.status, _explain(result, debug=debug), request_id, headers=safe_headers(result.headers, result.backend), members=members
+            result.status, explain(result, debug=debug), request_id, headers=safe_headers(result.headers, result.backend), members=members
         )
     headers = [(b"content-type", _content_type(result.content_type, result.backend))] if result.content_type else []
     if result.headers:
@@ -115,7 +115,8 @@ def json_reply(value: object, status: int = 200) -> Reply:
     return status, [(b"content-type", b"application/json")], msgspec.json.encode(value)
 
 
-def _explain(result: Result, *, debug: bool) -> str:
+def explain(result: Result, *, debug: bool) -> str:
+    """Returns what a web client gets to know of an error."""
     assert result.error is not None
     # without a traceback the message is meant for the client, whether the handler wrote it or we did
     if result.status == 500 and result.error.traceback:

@@ -10,24 +10,23 @@ from typing import Any
 from ..broker.envelope import mint_id
 from ..broker.process.loopback import is_loopback, names_loopback
 from .responses import Reply, problem
-from .streaming import Flow
 
 Scope = dict[str, Any]
 
-_FORWARDED = frozenset((b"forwarded", b"via", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip"))
+_FORWARDED = frozenset((b"forwarded", b"via", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-prefix", b"x-real-ip"))
 
 
 @dataclass(frozen=True, slots=True)
 class SystemPath:
     """A path under `/-/`. An open one answers anybody: it reveals nothing, or knowing its path is the right to read it."""
 
-    answer: Callable[[Scope], Awaitable[Reply | Flow]]
+    answer: Callable[[Scope], Awaitable[Reply]]
     methods: tuple[str, ...] = ("GET", "HEAD")
     open: bool = False
 
 
 class SystemPaths:
-    """All system paths. One that ends in a slash covers the paths directly below it, and `*` stands for any name."""
+    """All system paths but those of `futures.py`."""
 
     def __init__(self, paths: Mapping[str, SystemPath], admin_token: str) -> None:
         self._paths = paths
@@ -36,20 +35,26 @@ class SystemPaths:
     def __repr__(self) -> str:
         return f"<SystemPaths {', '.join(self._paths)}>"
 
-    async def answer(self, scope: Scope) -> Reply | Flow:
+    async def answer(self, scope: Scope) -> Reply:
+        if (refusal := self.refusal(scope)) is not None:
+            return refusal
         path = scope["path"]
-        if not _is_same_origin(scope):
-            return problem(403, "System paths are not answered to pages of other sites: the Origin header names another host.", mint_id())
-        above, _, last = path.rpartition("/")
-        system_path = self._paths.get(path) or self._paths.get(f"{above}/") or self._paths.get(f"{above.rpartition('/')[0]}/*/{last}")
-        if system_path is None:
-            return problem(404, f"System path {path} not found. There are {', '.join(self._paths)}.", mint_id())
+        if (system_path := self._paths.get(path)) is None:
+            return problem(
+                404, f"System path {path} not found. There are {', '.join(self._paths)}, and those under /-/futures/.", mint_id()
+            )
         if scope["method"] not in system_path.methods:
             allowed = ", ".join(system_path.methods)
             return problem(405, f"{path} takes {allowed}.", mint_id(), headers=((b"allow", allowed.encode()),))
         if not (system_path.open or self.trusts(scope)):
             return forbidden(path)
         return await system_path.answer(scope)
+
+    def refusal(self, scope: Scope) -> Reply | None:
+        """Returns the answer to a page of another site; None for all others."""
+        if _is_same_origin(scope):
+            return None
+        return problem(403, "System paths are not answered to pages of other sites: the Origin header names another host.", mint_id())
 
     def trusts(self, scope: Scope) -> bool:
         """Whether the request comes from this machine, or carries the token."""

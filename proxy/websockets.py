@@ -123,11 +123,11 @@ class WebSockets:
         call.target = target
         denial: Reply | None = None
         try:
-            backend, _, content_type, method, timeout_s = self._app.admit(call)
+            backend, _, content_type, method, timeout_s, priority = self._app.admit(call)
             if backend not in routes.apps:
                 denial = _no_websockets(call)
             else:
-                self._app.send(call, (backend, (), content_type, method, timeout_s), b"", routes)  # a session has no shadows
+                self._app.send(call, (backend, (), content_type, method, timeout_s, priority), b"", routes)  # a session has no shadows
                 end = await self._answer_to(call)
                 denial = None if call.link is not None else self._denial(call, end)
         except MQServeError as error:

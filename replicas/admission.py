@@ -93,7 +93,7 @@ class Admission:
                 raise Poison("it was delivered before and has no id, so nobody can tell whether it ran (delivery is at_most_once)")
         else:
             if (raw := await self._store.get(self._keys.future(future_id))) is not None:
-                return await self._or_its_loss(future_id, self._ours(raw))
+                return await self.result_in(future_id, raw)
             if envelope.header.again and not redelivered and await self._takeover.is_shown(envelope):
                 return None  # that run's own message comes again if its replica dies
             if redelivered:
@@ -104,16 +104,16 @@ class Admission:
             if check_copies and not redelivered and not await self._claim(future_id, config):
                 return None
             if once and not await self._may_start(envelope, job.mark, came_before=redelivered or envelope.header.again):
-                return _lost(self._backend)
+                return replica_lost(self._backend)
         if redelivered and not once:
             envelope = msgspec.structs.replace(envelope, attempt=await self._count(job, config.max_attempts, is_alone))
-        return await self._ready(envelope)
+        return await self.ready(envelope)
 
     async def is_shown(self, envelope: Envelope) -> bool:
         """See `Takeover.is_shown`. False for a request without an id, whose answer is not streamed."""
         return bool(envelope.id) and await self._takeover.is_shown(envelope)
 
-    async def _ready(self, envelope: Envelope) -> Envelope:
+    async def ready(self, envelope: Envelope) -> Envelope:
         """Returns the envelope with its body, checked. Called after its runs were counted, since the check of a body may kill the
         replica."""
         if key := envelope.header.ref:
@@ -176,6 +176,10 @@ class Admission:
         future_id = envelope.future_id(self._backend)
         raw = await self._store.get(self._keys.future(future_id))
         return ours if raw is None else await self._or_its_loss(future_id, Result.from_bytes(raw))
+
+    async def result_in(self, future_id: str, raw: bytes) -> Result:
+        """Returns a stored result of this backend with its body. Raises BadEnvelope as `_ours` does."""
+        return await self._or_its_loss(future_id, self._ours(raw))
 
     def _ours(self, raw: bytes) -> Result:
         """Parses a stored result. Raises BadEnvelope if it is another backend's: names and callers' ids may have slashes, so two backends
@@ -255,6 +259,6 @@ def _read_attempts(raw: bytes | None) -> list[Attempt]:
         return []
 
 
-def _lost(backend: str) -> Result:
+def replica_lost(backend: str) -> Result:
     message = "the replica that had this request was lost, and may have started it: it is never run twice (delivery is at_most_once)"
     return Result(status=502, backend=backend, error=ErrorInfo(type="mqserve.ReplicaLost", message=message))

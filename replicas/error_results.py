@@ -21,6 +21,7 @@ from ..broker.process.printable import printable
 from ..broker.results import ErrorInfo, Phase, Result
 from ..broker.values import pickling
 from ..broker.values.signing import SealScope, Signer
+from .job_words import RetryLater
 from .validation import Data, find_invalid
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,8 @@ def _told(error: BaseException, data: Data) -> Told:
             return _of_http(error)  # type: ignore[arg-type]
         if issubclass(kind, MQServeError):
             return _of_ours(error)  # type: ignore[arg-type]
+        if issubclass(kind, RetryLater):
+            return Told(503, is_meant=True, headers=_retry_after(error.after_s))  # type: ignore[attr-defined]
         if invalid := find_invalid(error, data):
             first = invalid[0]
             where = ".".join(map(str, first.loc))
@@ -92,8 +95,11 @@ def _of_http(error: HTTPException) -> Told:
 def _of_ours(error: MQServeError) -> Told:
     status = error.status if error.status in range(400, 600) else 500  # a user's subclass may have any
     retry_after_s = error.retry_after_s if isinstance(error, Overloaded) else backoff.retry_after_s() if status == 503 else 0
-    headers = ((b"retry-after", b"%d" % math.ceil(retry_after_s)),) if retry_after_s else ()
-    return Told(status, writable(public_words(error), MAX_MESSAGE), headers=headers)
+    return Told(status, writable(public_words(error), MAX_MESSAGE), headers=_retry_after(retry_after_s) if retry_after_s else ())
+
+
+def _retry_after(after_s: float) -> Pairs:
+    return ((b"retry-after", b"%d" % math.ceil(after_s)),)
 
 
 def _members(members: dict[str, object]) -> bytes:

@@ -19,7 +19,7 @@ from starlette.responses import Response
 from ..broker.calls.sending import MAX_BODY_BYTES
 from ..broker.envelope import Envelope
 from ..broker.errors import BadEnvelope, BadType
-from ..broker.failures import traceback_of
+from ..broker.failures import name_of, traceback_of
 from ..broker.process import forks
 from ..broker.process.printable import printable, printable_lines
 from ..broker.results import ErrorInfo, Result
@@ -30,10 +30,11 @@ from .asgi_responses import Collected, Left, is_whole
 from .batch_decorators import split_results
 from .error_results import error_result
 from .handler import Handler, Method
+from .job_words import RetryLater
 from .replies import plain_result, response_head, value_result
 from .requests import BadBody, Receiver, Request, ServeRequest, convert_params, http_scope
 from .sinks import Sinks
-from .stages import Job
+from .stages import Job, KeptJob
 
 logger = logging.getLogger(__name__)
 
@@ -224,11 +225,23 @@ class Execution:
         """Returns the exception as a result, and logs the traceback of a 500. Raises nothing, whatever the exception is."""
         forks.end_if_forked_since(self.depth, error)
         envelope = job.envelope
+        if isinstance(job, KeptJob):
+            _note_failure(job, error)
         result = error_result(error, self.backend, envelope.future_id(self.backend), self.signer, lambda: _brought(job.request))
         if result.status == 500 and result.error is not None and result.error.traceback:
             told = printable_lines(result.error.traceback.rstrip())
             logger.error("request %s of %s failed\n%s", printable(envelope.id) or "without an id", self.backend, told)
         return result
+
+
+def _note_failure(job: KeptJob, error: BaseException) -> None:
+    """Notes by which exception a job has failed, for the decision whether it is tried again. Raises nothing."""
+    kind = type(error)
+    try:
+        job.error_names = tuple([name_of(base) for base in type.__dict__["__mro__"].__get__(kind)])  # past a metaclass that may lie
+        job.again_after_s = error.after_s if issubclass(kind, RetryLater) else None  # type: ignore[attr-defined]
+    except BaseException:
+        job.error_names, job.again_after_s = (name_of(kind),), None
 
 
 def _brought(request: object) -> Mapping[str, Any]:

@@ -197,6 +197,7 @@ class Replica:
             self._look_for_the_end(requests, read_desired)
             if observed.epoch:  # 0 if the store lost the document
                 requests.demand_seals(observed.sealed)
+                requests.limit_jobs(observed.job_limit_s)
             if observed.epoch and not self._is_wanted(observed):
                 logger.info("%s is not wanted any more", self._options.replica_id)
                 stop.set()

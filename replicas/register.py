@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .stages import Job, Stage
+from .stages import Job, KeptJob, Stage
 
 
 class Register:
@@ -28,6 +28,11 @@ class Register:
     def with_worker(self) -> list[Job]:
         """Returns the jobs that wait for user code or run."""
         return [job for job in self._jobs if job.with_worker]
+
+    def count_with_worker(self) -> tuple[int, int]:
+        """Returns how many requests and jobs are with the worker, and how many of these are jobs."""
+        found = self.with_worker()
+        return len(found), sum([isinstance(job, KeptJob) for job in found])
 
     def has_copy(self, job: Job, backend: str) -> bool:
         """Whether another copy of the request runs here, or is about to. Two would take the stream of their answer from each other."""

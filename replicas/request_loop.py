@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from ..broker.backoff import delays
-from ..broker.calls.cancellations import CANCELLED, Cancellations
+from ..broker.calls.cancellations import CANCELLED
 from ..broker.envelope import Envelope
 from ..broker.errors import BadEnvelope, MQServeError
 from ..broker.process.printable import printable
@@ -24,25 +24,28 @@ from ..controller.state.config import MAX_REQUEST_TIMEOUT_S, BackendConfig
 from ..controller.state.documents import Backend
 from .admission import Admission
 from .backend_end import BackendEnd
-from .consumers import Consumers
+from .consumers import Consumers, Lane
 from .feed import Feed
 from .flows import Flows
+from .giving_up import GivingUp
 from .handler import Handler
+from .job_ends import JobEnds
+from .job_runs import JobRuns
 from .metrics import ReplicaMetrics
+from .places import Places
+from .reading import Reading
 from .register import Register
 from .rhythm import Rhythm
 from .sessions import Sessions
-from .settlement import Settlement, is_kept
-from .stages import Job, Stage
+from .settlement import Settlement
+from .stages import NOTHING, Job, KeptJob, Stage
 from .start_marks import StartMarks
 from .stuck import check_calls, check_silence
-from .trust import SenderTrust
+from .turns import Turns
 from .window import Window
 from .worker import Worker
 
 logger = logging.getLogger(__name__)
-
-NOTHING = Envelope("", b"", "")  # stands in for the envelope of a message that could not be read
 
 _REASONS = {Outcome.CANCELLED: "cancelled", Outcome.GONE: "gone", Outcome.LATE: "late"}  # labels of the metric of dropped requests
 _TUNE_EVERY_S = 0.25
@@ -69,24 +72,35 @@ class RequestLoop:
         keys = StoreKeys(settings.namespace)
         self._admission = Admission(settings.namespace, backend.name, store, replica_id)
         self._register = Register()
-        self._settlement = Settlement(backend.name, queue, store, keys, self._admission, metrics, self._register)
+        ends = JobEnds(backend.name, store, queue, backend.config)
+        self._settlement = Settlement(backend.name, queue, store, keys, self._admission, metrics, self._register, ends)
         self._marks = StartMarks(self._admission, self._settlement, self._register)
         self._worker = worker
         self._metrics = metrics
-        self._trust = SenderTrust(settings)
-        self._cancellations = Cancellations(store, keys, self._on_cancelled)
+        self._reading = Reading(settings, self._admission)
+        self._read = self._reading.read
+        self._giving_up = GivingUp(backend.name, store, keys, self._register, worker)
         self._draining = False
         self._unasked = RateLimitedLog(logger)
         self._end: BackendEnd | None = None
         self._refuses = False  # whether the time of `_end` has come: requests are answered with its result
         self._window = Window(backend.config, handler, worker)
-        self._consumers = Consumers(
-            backend.name, queue, store, self._window.size, self._on_delivery, self._settle_unstored, self._give_back_waiting
-        )
+        places = Places(self._window.places, self._register.count_with_worker, worker.submit, lambda job: self._jobs.begin(job))
+        self._turns = Turns(self._window, places, self._register, self._settlement, worker)
+        self._jobs = JobRuns(
+            backend.name, replica_id, store, self._register, self._settlement, self._admission, ends, self._reading, self, places,
+            worker.submit,
+        )  # fmt: skip
+        self._is_cancelled = self._giving_up.is_cancelled
+        lanes = (Lane(self._window.size, self._on_delivery), Lane(self._window.job_slots, self._on_job, jobs=True))
+        self._consumers = Consumers(backend.name, queue, store, lanes, self._settle_unstored, self._turns.give_back_waiting)
+        self._turns.consumers, self._turns.jobs = self._consumers, self._jobs
         self._feed = Feed(store, keys.feed(replica_id))
-        self._flows = Flows(store, queue, keys, self._feed, worker, self._settlement, self.on_done, self._on_streamed, self._give_up)
+        give_up = self._giving_up.give_up
+        self._flows = Flows(store, queue, keys, self._feed, worker, self._settlement, self.on_done, self._on_streamed, give_up)
         worker.flowing.on_touched = self._flows.on_touched
         self._sessions = Sessions(store, keys, self._feed, worker.sockets, self._on_streamed)
+        self._giving_up.flows, self._giving_up.sessions = self._flows, self._sessions
         self._rhythm = Rhythm(self._is_idle)
         self.served = 0
         self._config = backend.config
@@ -123,9 +137,13 @@ class RequestLoop:
         """Whether messages may be in two queues: one sent while the binding moved to a later generation can be, until it times out."""
         return time.monotonic() < self._consumers.moved_at + self._config.request_timeout_s
 
+    def limit_jobs(self, limit_s: int) -> None:
+        """Sets how long a job may run on this broker, 0 for any time."""
+        self._jobs.limit_s = limit_s
+
     def demand_seals(self, demanded: bool) -> None:
         """Sets whether a header without a seal is refused. Has no effect without a key to check seals with."""
-        self._trust.demands_seals = demanded
+        self._reading.demand_seals(demanded)
 
     def want(self, generations: Mapping[int, int]) -> None:
         """Consumes exactly these generations from now on, each with its number of queues."""
@@ -158,12 +176,15 @@ class RequestLoop:
         ask_at = tune_at = time.monotonic()
         while True:
             await self._rhythm.next()
-            self._give_up_late()
+            self._giving_up.give_up_late()
             if self._end is not None and not self._refuses and time.monotonic() >= self._end.at:
                 self._refuse_the_rest(self._end)
             check_calls(self._backend, self._register, self._config.request_timeout_s)
             self._marks.mark_long_runs()
-            self._spare_the_waiting()
+            if self._turns.has_jobs:
+                self._turns.check_jobs()
+            if not self._draining:
+                self._turns.check()
             if self._flows.needs_time:
                 self._flows.check()
             if (now := time.monotonic()) >= ask_at:
@@ -183,12 +204,12 @@ class RequestLoop:
         """Requeues, while the store is away, the requests that have not started and those whose results cannot be stored; returns whether
         no result is left to store. With at-most-once delivery it requeues none, since NOT_STARTED cannot be stored for them."""
         if not self._settlement.at_most_once:
-            self._give_back_waiting()
+            self._turns.give_back_waiting()
         return self._settlement.give_back_unstored()
 
     async def listen(self) -> None:
         """Follows the log of cancelled requests until cancelled itself."""
-        await self._cancellations.listen()
+        await self._giving_up.listen()
 
     async def drain(self, at_most_s: float) -> None:
         """Stops consuming, requeues requests that have not started, and finishes the rest within the graceful shutdown timeout or
@@ -199,7 +220,7 @@ class RequestLoop:
         self._draining = True
         until = time.monotonic() + min(at_most_s, self._config.graceful_shutdown_timeout_s)
         if self._end is None or self._end.keeps_queue:
-            self._give_back_waiting()
+            self._turns.give_back_waiting()
         if self._end is not None:
             until = min(until, self._end.at)
         await self._consumers.stop()
@@ -230,24 +251,23 @@ class RequestLoop:
         """Ends the streams that still run at the end of the drain, unless another replica is to replay them; returns their jobs."""
         cut = [job for job in self._flows if job.flow is not None and job.flow.is_shown and self._config.on_death != "replay"]
         for job in cut:
-            self._drop(job, self._with_frames(job, lost_result(self._backend)))
+            self.drop(job, self._giving_up.with_frames(job, lost_result(self._backend)))
             self._worker.give_up(job, CANCELLED)
         return cut
 
-    def _with_frames(self, job: Job, result: Result) -> Result:
-        return result if job.flow is None else self._flows.give_up(job.flow, result)
-
     def _refuse_the_rest(self, end: BackendEnd) -> None:
         """Answers 503 to the requests that it holds and, from now on, to those that still come out of the queue. If the queue is kept,
-        requests that have not started are requeued instead."""
+        jobs, and requests that have not started, are requeued instead."""
         self._refuses = True
         if end.keeps_queue:
             self._consumers.want({})
+        for job in self._jobs.withdraw():
+            self.ends_here(job)
         for job in self._register.with_worker():
-            if end.keeps_queue and not job.started:
+            if end.keeps_queue and (isinstance(job, KeptJob) or not job.started):
                 self._settlement.give_back(job)
             else:
-                self._drop(job, job.given_up or self._with_frames(job, end.result))
+                self.drop(job, job.given_up or self._giving_up.with_frames(job, end.result))
             self._worker.give_up(job, end.result)
 
     async def abandon(self) -> None:
@@ -255,60 +275,15 @@ class RequestLoop:
         self._draining = True
         self._worker.withdraw()
         await self._consumers.stop()
+        self._jobs.close()
         self._flows.close()
         await self._sessions.close(0)
         self._feed.close()
         self._settlement.abandon()
 
-    def _spare_the_waiting(self) -> None:
-        """Stops consuming when requests would wait here behind a slow call, and gives them back once the broker sends no others; goes on
-        when the call has ended."""
-        if self._draining:
-            return
-        if self._window.is_too_full:
-            if self._consumers.held_off:
-                self._give_back_waiting()  # they were admitted meanwhile
-            else:
-                self._consumers.hold_off()
-        elif self._consumers.held_off and not self._window.is_blocked:
-            self._consumers.go_on()
-
-    def _give_back_waiting(self) -> None:
-        """Requeues the requests that have not started, the last one first: the queue in memory puts each at its head."""
-        for job in reversed(self._worker.withdraw()):
-            self._settlement.give_back(job)
-
     async def before_suspects(self, jobs: Sequence[Job]) -> None:
         """See `StartMarks.before_suspects`."""
         await self._marks.before_suspects(jobs)
-
-    # Giving up.
-
-    def _give_up_late(self) -> None:
-        now = time.monotonic()
-        for job in self._register.with_worker():
-            if job.deadline <= now and job.given_up is None:
-                self._give_up(job, late_result(Phase.RUN if job.started else Phase.QUEUE))
-
-    def _on_cancelled(self, names: Sequence[str]) -> None:
-        self._sessions.proxies_died(names)
-        for job in self._register.with_worker():
-            future_id = job.envelope.future_id(self._backend)
-            if not self._cancellations.names(job.envelope, future_id):
-                continue
-            if job.flow is not None and job.flow.can_wait and not self._cancellations.has(future_id):
-                self._flows.sender_is_gone(job, job.flow)  # its proxy has died, and the client may come back by another one
-            else:
-                self._give_up(job, CANCELLED)
-
-    def _give_up(self, job: Job, result: Result) -> None:
-        """Answers the request with `result` now. If its call runs, the slot is free only when the call has ended."""
-        result = self._with_frames(job, result)
-        if job.started and is_kept(job.envelope) and job.given_up is None:
-            self._flows.record_early(job, result)
-        self._worker.give_up(job, result)
-        if job.flow is not None:
-            self._flows.settle_given_up(job, job.flow)
 
     def _on_streamed(self, job: Job, result: Result) -> None:
         """Settles a job whose result is not to be stored: the store has it, behind the chunks of its answer, or a session has begun."""
@@ -332,6 +307,13 @@ class RequestLoop:
         except Exception as error:
             self._settlement.fail(job, error)
 
+    def _on_job(self, generation: int, delivery: Delivery) -> None:
+        if (self._draining or self._consumers.paused or self._consumers.held_off) and self._is_for_others():
+            return delivery.requeue()
+        self._turns.job_came()
+        self._rhythm.wake()
+        self._jobs.take(generation, delivery)
+
     def _is_for_others(self) -> bool:
         """Whether a message that arrives while this replica takes none is requeued at once, for other replicas. A deleted backend has no
         other replica, and with at-most-once delivery NOT_STARTED must be stored first."""
@@ -350,43 +332,48 @@ class RequestLoop:
                 left_s = MAX_REQUEST_TIMEOUT_S
                 job.envelope = envelope = envelope.due_at(now_ms + MAX_REQUEST_TIMEOUT_S * 1000)
         job.deadline = time.monotonic() + left_s
-        if self._end is not None and (self._refuses or self._draining):
-            return self._settlement.give_back(job) if self._end.keeps_queue else self._drop(job, self._end.result)
-        if self._draining:
-            return self._settlement.give_back(job)
+        if (self._end is not None or self._draining) and self._is_over(job):
+            return
         if left_s <= 0 and not delivery.redelivered:
-            self._drop(job, late_result(Phase.QUEUE))
-        elif self._is_cancelled(envelope):
-            self._drop(job, CANCELLED)
+            self.drop(job, late_result(Phase.QUEUE))
+        elif self._is_cancelled(job):
+            self.drop(job, CANCELLED)
         elif (delivery.redelivered or header.again) and self._register.has_copy(job, self._backend):
             self._settlement.give_back(job, later=True, mark_stays=True)  # its run here goes on; requeue until its result is stored
         elif delivery.redelivered or header.again or header.ref or not envelope.minted or self._checks_all:
-            self._settlement.start(job, self._admit(job))
+            self._settlement.start(job, self.admit(job))
         else:
-            self._run(job)  # the first delivery of a minted id cannot have run before, so the store is not asked
+            self.run(job)  # the first delivery of a minted id cannot have run before, so the store is not asked
 
-    def _read(self, job: Job, delivery: Delivery) -> None:
-        """Sets the job's envelope, without its header if that is not believed. Raises BadEnvelope for a message to refuse."""
-        envelope = delivery.envelope()
-        if envelope.reply_to:
-            self._admission.check_reply_to(envelope)
-        try:
-            self._trust.check_header(envelope)
-        except Exception:
-            job.envelope = envelope.without_header()
-            raise
-        self._admission.check_keys(envelope)
-        job.envelope = envelope
-        self._trust.check_pickle(envelope)
+    def _is_over(self, job: Job) -> bool:
+        """Answers or requeues a request at the end of the backend or of this replica; returns whether it did."""
+        if self._end is not None and (self._refuses or self._draining) and not self._end.keeps_queue:
+            self.drop(job, self._end.result)
+        elif self._draining or self._keeps_rest:
+            self._settlement.give_back(job)
+        else:
+            return False
+        return True
 
-    async def _admit(self, job: Job) -> None:
+    # For requests and jobs.
+
+    def ends_here(self, job: Job) -> bool:
+        """See `job_runs.Host`."""
+        if (self._end is not None or self._draining) and self._is_over(job):
+            return True
+        if not self._is_cancelled(job):
+            return False
+        self.drop(job, CANCELLED)
+        return True
+
+    async def admit(self, job: Job) -> None:
         """Asks the store about the request, then runs, answers or requeues it."""
         if self._settlement.at_most_once:
             job.mark = self._admission.new_mark()
         for pause_s in delays():
             try:
                 if job.unwanted and not await self._admission.is_shown(job.envelope):
-                    return self._drop(job, job.unwanted_result)
+                    return self.drop(job, job.unwanted_result)
                 return self._admitted(job, await self._ask(job))
             except BadEnvelope as error:
                 return await self._settlement.refuse(job, error)
@@ -395,7 +382,7 @@ class RequestLoop:
                     self._unasked.say(f"giving back redelivered requests of {self._backend} until the store can be asked for them: {error}")
                     return self._settlement.give_back(job, later=True)
             if job.unwanted:
-                return self._drop(job, job.unwanted_result)
+                return self.drop(job, job.unwanted_result)
             await asyncio.sleep(pause_s)  # hold it: no replica would run it again, since NOT_STARTED cannot be stored now
 
     async def _ask(self, job: Job) -> Envelope | Result | None:
@@ -407,25 +394,22 @@ class RequestLoop:
         elif isinstance(admitted, Result):
             self._settlement.answer(job, admitted)
         elif self._end is not None and self._refuses and not self._end.keeps_queue:
-            self._drop(job, self._end.result)
+            self.drop(job, self._end.result)
         elif self._draining or self._keeps_rest:
             self._settlement.give_back(job)
-        elif self._is_cancelled(admitted):  # while the store was asked
-            self._drop(job, CANCELLED)
+        elif self._is_cancelled(job):  # while the store was asked
+            self.drop(job, CANCELLED)
         else:
             job.envelope = admitted
             if job.flow is not None:
                 self._flows.give_time(job)
-            self._run(job)
+            self.run(job)
 
-    def _is_cancelled(self, envelope: Envelope) -> bool:
-        return bool(self._cancellations) and self._cancellations.names(envelope, envelope.future_id(self._backend))
-
-    def _run(self, job: Job) -> None:
+    def run(self, job: Job) -> None:
         job.move(Stage.ADMITTED)
-        self._worker.submit(job)
+        self._turns.submit(job)
 
-    def _drop(self, job: Job, result: Result) -> None:
+    def drop(self, job: Job, result: Result) -> None:
         """Answers the request with `result`, not with one of user code, and counts it as dropped."""
         if result.outcome is not None:
             self._metrics.dropped[_REASONS[result.outcome]] += 1
@@ -433,14 +417,14 @@ class RequestLoop:
 
     def on_done(self, job: Job, result: Result) -> None:
         """Answers a job that the worker has finished, unless it was requeued or answered meanwhile."""
-        if self._consumers.held_off:
-            self._consumers.go_on()
+        if self._turns.awaits_ends:
+            self._turns.call_ended()
         if not job.with_worker:
             return
         try:
             is_unwanted = job.unwanted
             if is_unwanted and not job.started:
-                return self._drop(job, job.unwanted_result)
+                return self.drop(job, job.unwanted_result)
             self.served += 1
             if is_unwanted:  # its caller was told this before, and must read the same from the store
                 result = job.unwanted_result

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +20,7 @@ from ..broker.envelope import RequestHead
 from ..broker.errors import UNPARSABLE, BadEnvelope, BadType
 from ..broker.failures import describe
 from ..broker.values.codecs import JSON, decode_plain, media_type
+from ..controller.state.config import MAX_JOB_TIMEOUT_S
 from .form_bodies import FORMS, BadForm, as_dict, parse_form
 from .stages import Job
 
@@ -81,6 +84,11 @@ class Request(StarletteRequest):
     def raw(self) -> bytes:
         """The body as it came."""
         return self._body
+
+    @property
+    def deadline(self) -> datetime:
+        """When its time is spent: then nobody waits for the answer any more, or the job has run for `job_timeout_s`."""
+        return deadline_of(self._job)
 
     @property
     def resume_after(self) -> int:
@@ -187,6 +195,11 @@ class ServeRequest:
         return self._raw
 
     @property
+    def deadline(self) -> datetime:
+        """See `Request.deadline`."""
+        return deadline_of(self._job)
+
+    @property
     def resume_after(self) -> int:
         """See `Request.resume_after`."""
         return 0 if self._job.flow is None else self._job.flow.resume_after
@@ -226,6 +239,10 @@ class _Arguments(dict[str, Any]):
 
     def multi_items(self) -> list[tuple[str, Any]]:
         return [(key, item) for key in self for item in self.getlist(key)]
+
+
+def deadline_of(job: Job) -> datetime:
+    return datetime.now(UTC) + timedelta(seconds=min(job.deadline - time.monotonic(), MAX_JOB_TIMEOUT_S))
 
 
 def convert_params(meta: RequestHead) -> dict[str, Any]:

@@ -27,9 +27,10 @@ from ..broker.store_keys import RESULT_TTL_S, StoreKeys
 from ..controller.state.config import BackendConfig
 from .admission import Admission, LostBody, Poison
 from .amqp_replies import send_reply
+from .job_ends import JobEnds
 from .metrics import ReplicaMetrics
 from .register import Register
-from .stages import Job, Stage
+from .stages import Job, KeptJob, Stage
 from .takeover import behind_shown, is_kept_for_replay
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ INLINE_RESULT_BYTES = 256 * 1024  # a larger body gets a key of its own: a scrip
 INLINE_FOR_STRANGERS_BYTES = 1024 * 1024  # who publishes by AMQP may read the result by its key, and finds the body in it up to this size
 GIVE_BACK_AFTER_S = 0.5
 UNLIMITED_S = 60.0  # for a request without a deadline: how long storing its result is retried
+JOB_UNLIMITED_S = 600.0  # for a job, whose run may have taken days
 _CONFIRM_BUDGET_S = 10.0
 _LAST_STEPS_S = 5.0
 _MARKED_BUDGET_S = 1.0
@@ -60,8 +62,10 @@ class Settlement:
         admission: Admission,
         metrics: ReplicaMetrics,
         register: Register,
+        job_ends: JobEnds,
     ) -> None:
         self._backend = backend
+        self._job_ends = job_ends
         self._queue = queue
         self._store = store
         self._keys = keys
@@ -73,12 +77,15 @@ class Settlement:
         self._unanswered, self._undead, self._set_aside_words = RateLimitedLog(logger), RateLimitedLog(logger), RateLimitedLog(logger)
         self._bugs = RateLimitedLog(logger, logging.ERROR)
         self.at_most_once = False
+        self._result_ttl_ms = 0  # 0: as any other
 
     def __repr__(self) -> str:
         return f"<Settlement of {self._backend}, {len(self._tasks)} under way>"
 
     def configure(self, config: BackendConfig) -> None:
         self.at_most_once = config.delivery == "at_most_once"
+        self._job_ends.config = config
+        self._result_ttl_ms = int((config.result_ttl_s or 0) * 1000)
 
     # Answering.
 
@@ -107,7 +114,9 @@ class Settlement:
             await asyncio.wait(self._marked, timeout=_MARKED_BUDGET_S)
 
     def record(self, job: Job, result: Result) -> asyncio.Future[bool]:
-        """Records the result of a request that has an id; see `Store.record`."""
+        """Records the result of a request that has an id; see `Store.record`. That of a job is not retried here."""
+        if isinstance(job, KeptJob):
+            return self._job_ends.record(job, result)
         return self._store.record(self._record_of(job, result))
 
     def record_early(self, job: Job, result: Result) -> None:
@@ -120,7 +129,7 @@ class Settlement:
         future_id = envelope.future_id(self._backend)
         raw = (result if envelope.attempt == 1 else msgspec.structs.replace(result, attempt=envelope.attempt)).to_bytes()
         deadline_ms = envelope.header.deadline or self._store.now_ms() + int(UNLIMITED_S * 1000)
-        return Record(self._keys.future(future_id), raw, envelope.header.inbox, entry_of(future_id, raw), deadline_ms)
+        return Record(self._keys.future(future_id), raw, envelope.header.inbox, entry_of(future_id, raw), deadline_ms, self._result_ttl_ms)
 
     def _recorded(self, job: Job, outcome: bool | Exception) -> None:
         try:
@@ -134,33 +143,53 @@ class Settlement:
             self.fail(job, unforeseen)
 
     async def _answer_slowly(self, job: Job, result: Result) -> None:
-        """Answers with a large result or an AMQP reply, which take more than one step, or answers a request that has a start mark, whose
-        result others wait for."""
+        """Answers with a large result or an AMQP reply, which take more than one step, or answers a job, or a request that has a start
+        mark, whose result others wait for."""
         envelope = job.envelope
         if job.flow is not None and job.flow.shown:  # such a request was delivered before, and so has a start mark
             result = msgspec.structs.replace(behind_shown(result), frames=job.flow.sent)
         try:
+            if isinstance(job, KeptJob) and await self._goes_on(job, result):
+                return self.ack(job)
             if envelope.id:
                 result = await self._stored(job, result)
             if envelope.reply_to:
                 chunks = job.flow.sent if job.flow is not None and job.flow.is_reply else None
                 send = partial(send_reply, self._queue, self._backend, envelope, result, _CONFIRM_BUDGET_S, chunks)
-                await _insist(send, job.deadline)
+                await _insist(send, self._until(job) if isinstance(job, KeptJob) else job.deadline)
         except MQServeError as error:
             self._cannot_answer(job, error)
         else:
             self._answered(job)
 
+    async def _goes_on(self, job: KeptJob, result: Result) -> bool:
+        """Whether the job has failed and another run of it was arranged, so that this is no end. One that has had all its attempts becomes
+        a dead letter before its result is recorded, since a message that has a result is acked."""
+        until = self._until(job)
+        if (pause_s := self._job_ends.pause_s(job, result)) is not None:
+            await self._job_ends.try_again(job, result, pause_s, lambda act: _insist(act, until))
+            return True
+        death = await _insist(lambda: self._job_ends.death_of(job, result), until)
+        if death is not None and (failure := await self._set_aside(job.delivery, death)):
+            raise failure
+        return False
+
+    def _until(self, job: Job) -> float:
+        """Until when an answer is retried while broker or store are away."""
+        if isinstance(job, KeptJob):
+            return time.monotonic() + JOB_UNLIMITED_S
+        return job.deadline if job.envelope.header.deadline else time.monotonic() + UNLIMITED_S
+
     async def _stored(self, job: Job, result: Result) -> Result:
         """Stores the result and returns the one that counts: another run of the same request may have been first."""
-        envelope, body = job.envelope, result.body
-        until = job.deadline if envelope.header.deadline else time.monotonic() + UNLIMITED_S
+        envelope, body, until = job.envelope, result.body, self._until(job)
         if not _is_large(envelope, body):
-            first = await self.record(job, result)
+            first = await _insist(lambda: self.record(job, result), until)
         else:
             key = self._keys.result_body(envelope.future_id(self._backend))
             first = await _insist(lambda: self._put_body(job, key, body), until)
-            first = first and await self.record(job, msgspec.structs.replace(result, body=b"", ref=key))
+            small = msgspec.structs.replace(result, body=b"", ref=key)
+            first = first and await _insist(lambda: self.record(job, small), until)
         return result if first or not envelope.reply_to else await _insist(lambda: self._admission.stored(envelope, result), until)
 
     async def _put_body(self, job: Job, key: str, body: bytes) -> bool:
@@ -169,17 +198,23 @@ class Settlement:
         may_be_second = job.mark or job.delivery.redelivered or job.stage is Stage.RETURNED
         if may_be_second and await self._store.get(self._keys.future(job.envelope.future_id(self._backend))) is not None:
             return False
-        await self._store.set(key, body, ttl_ms=RESULT_TTL_S * 1000)
+        kept_ms = self._job_ends.result_ttl_ms(job.envelope) if isinstance(job, KeptJob) else self._result_ttl_ms
+        await self._store.set(key, body, ttl_ms=kept_ms or RESULT_TTL_S * 1000)
         return True
 
     def _answered(self, job: Job) -> None:
         """Acks. Unless the id is minted, and so used only once, it also deletes the counters, so that the next use of the id starts afresh.
         With at-most-once delivery they stay, so that the id never runs twice. Those of a message that is kept for a replay go, too, since
-        they would stay long."""
-        leaves_some = not job.envelope.minted or is_kept_for_replay(job.envelope)
-        if (job.delivery.redelivered or job.mark) and leaves_some and not (self.at_most_once and job.envelope.id):
+        they would stay long. The record of a job counts for itself."""
+        if (job.delivery.redelivered or job.mark) and self._leaves_counters(job):
             self._await_for(job, self.start(job, self._admission.forget(job.envelope)))
         self.ack(job)
+
+    def _leaves_counters(self, job: Job) -> bool:
+        envelope = job.envelope
+        if self.at_most_once and envelope.id:
+            return False
+        return not (envelope.minted or _is_recorded(job)) or is_kept_for_replay(envelope)
 
     def streamed(self, job: Job) -> None:
         """Acks a request whose result the store has behind the chunks of its answer."""
@@ -190,14 +225,14 @@ class Settlement:
         self.give_back(job, later=True)
 
     def ack(self, job: Job, *, body_stays: bool = False) -> None:
-        """Acks the message and, unless `body_stays`, deletes a body that travelled by reference."""
+        """Acks the message and, unless `body_stays`, deletes a body that travelled by reference. That of a job stays for retries."""
         stage = job.stage
         if stage is Stage.SETTLED:
             return
         self._register.settle(job)
         if stage is not Stage.RETURNED:
             job.delivery.ack()
-            if job.envelope.header.ref and not body_stays:
+            if job.envelope.header.ref and not (body_stays or isinstance(job, KeptJob)):
                 self._store.drop_soon(job.envelope.header.ref)
 
     # Setting aside.
@@ -208,7 +243,8 @@ class Settlement:
         if job.envelope.header.shadow and isinstance(error, LostBody):
             return self.ack(job)  # redelivered after its run had deleted the body
         job.move(Stage.LEAVING)
-        if failure := await self._set_aside(job.delivery, error):
+        death = Death(str(error), attempts=error.attempts if isinstance(error, Poison) else (), died_at_ms=self._store.now_ms())
+        if failure := await self._set_aside(job.delivery, death):
             self._undead.say(
                 f"messages of {self._backend} that are to be dead letters go back to the queue, and come round again: {failure}"
             )
@@ -217,21 +253,19 @@ class Settlement:
         refusal = Result(status=status, backend=self._backend, error=ErrorInfo(type=f"mqserve.{type(error).__name__}", message=str(error)))
         try:
             if is_kept(job.envelope):
-                await self.record(job, refusal)
+                await _insist(lambda: self.record(job, refusal), time.monotonic() + (UNLIMITED_S if isinstance(job, KeptJob) else 0))
             if job.envelope.reply_to:
                 await send_reply(self._queue, self._backend, job.envelope, refusal, _CONFIRM_BUDGET_S)
         except Exception as failure:  # any kind: it is a dead letter, and must not become a second one
             logger.warning("cannot tell the sender of a refused message of %s: %s", self._backend, words_of(failure))
         self.ack(job, body_stays=True)  # a retry of the dead letter needs the body
 
-    async def _set_aside(self, delivery: Delivery, error: BadEnvelope) -> MQServeError | None:
+    async def _set_aside(self, delivery: Delivery, death: Death) -> MQServeError | None:
         """Publishes the message to the dead letters. Returns the error if that failed."""
-        attempts = error.attempts if isinstance(error, Poison) else ()
-        death = Death(str(error), attempts=attempts, died_at_ms=self._store.now_ms())
         failure = await fate_of(partial(self._queue.dead_letter, self._backend, delivery, death), _CONFIRM_BUDGET_S)
         if failure is None:
             self._metrics.dropped["dead letter"] += 1
-            why = printable(str(error))
+            why = printable(death.reason)
             self._set_aside_words.say(
                 f"a message of {self._backend} is a dead letter (`mqserve dead list {self._backend}` shows all): {why}"
             )
@@ -243,7 +277,7 @@ class Settlement:
         """Requeues the message for other replicas. Removes its start mark first, or its run would count as an attempt though the replica
         lives. Of a request that was admitted and has not started it notes that (NOT_STARTED), so that its next delivery does not count
         as a redelivery. With at-most-once delivery it notes it of each that has not started, and the mark of one that has started stays,
-        so that it never runs again.
+        so that it never runs again. The lease of a job ends, so that another replica may begin at once.
 
         `later` requeues after a pause, for failures of broker or store: at once, the message would be redelivered at full speed. Its slot
         stays taken meanwhile.
@@ -254,7 +288,9 @@ class Settlement:
             return
         waited = job.stage is Stage.ADMITTED and not job.suspect and bool(job.envelope.id) and not self._store.health.trouble
         job.move(Stage.LEAVING)
-        if self.at_most_once and job.envelope.id and not job.started and not mark_stays:
+        if isinstance(job, KeptJob) and job.is_recorded:
+            self._give_back_job(job, later)
+        elif self.at_most_once and job.envelope.id and not job.started and not mark_stays:
             self.start(job, self._requeue_unstarted(job, later))
         elif job.mark and not mark_stays and not self.at_most_once:
             self.start(job, self._unmark_and_requeue(job, later))
@@ -275,6 +311,20 @@ class Settlement:
                 job.move(Stage.RETURNED)
                 job.delivery.requeue()
         return not recording and not self._register.at(Stage.RETURNED)
+
+    def _give_back_job(self, job: KeptJob, later: bool) -> None:
+        """Ends its lease; the run is no attempt then. With at-most-once delivery a run that has started stays in the record."""
+        if job.begun and not (self.at_most_once and job.started):
+            self.start(job, self._end_lease_and_requeue(job, later))
+        else:
+            self._requeue_soon(job, later)
+
+    async def _end_lease_and_requeue(self, job: KeptJob, later: bool) -> None:
+        try:
+            await self._store.jobs.give_back(job.envelope.future_id(self._backend), job.mark)
+        except StoreUnavailable as error:
+            logger.warning("a job of %s goes back before its lease has ended, for which the next replica waits: %s", self._backend, error)
+        self._requeue_soon(job, later)
 
     async def _unmark_and_requeue(self, job: Job, later: bool) -> None:
         try:
@@ -350,6 +400,11 @@ class Settlement:
 def is_kept(envelope: Envelope) -> bool:
     """Whether the result is stored: not for a request without an id (fire and forget), and not for a shadow, whose result nobody reads."""
     return bool(envelope.id) and not envelope.header.shadow
+
+
+def _is_recorded(job: Job) -> bool:
+    """Whether it is a job of which the store has a record."""
+    return isinstance(job, KeptJob) and job.is_recorded
 
 
 def _is_large(envelope: Envelope, body: bytes) -> bool:

@@ -17,7 +17,7 @@ from .amqp_replies import MAX_REPLY_BYTES
 from .chunks import EVENTS, BodyChunks, checked, encode_item, takes_events
 from .outgoing import Outgoing
 from .replies import plain_result, value_result
-from .stages import Job
+from .stages import Job, KeptJob
 
 
 class Sink(Protocol):
@@ -266,6 +266,8 @@ class Sinks:
 
     def of(self, job: Job, signer: Signer) -> Sink:
         envelope, header = job.envelope, job.envelope.header
+        if isinstance(job, KeptJob):
+            return self._of_job(envelope, signer)
         if envelope.reply_to and not header.origin:
             job.flow = self._new_flow(envelope, is_reply=True)
             return Replying(job.flow, self._backend, lambda: self._touch(job))
@@ -282,6 +284,16 @@ class Sinks:
             return self._flowing(job, Form.ITEMS if events else Form.BODY, signer, resumable=events)
         return Joined(self._backend)
 
+    def _of_job(self, envelope: Envelope, signer: Signer) -> Sink:
+        """The answer of a job is one piece."""
+        header = envelope.header
+        if not envelope.id and not envelope.reply_to:
+            return Discarded(self._backend)
+        if header.origin == "handle":
+            return Listed(envelope, self._backend, signer)
+        is_head = header.origin == "http" and header.meta.method == "HEAD"
+        return HeadOnly(self._backend, events=takes_events(header.meta.headers)) if is_head else Joined(self._backend)
+
     def _flowing(self, job: Job, form: Form, signer: Signer, *, resumable: bool) -> Flowing:
         flow = self.flow(job, resumable=resumable, is_body=form is Form.BODY)
         return Flowing(flow, job.envelope, form, signer, lambda: self._touch(job))
@@ -289,7 +301,7 @@ class Sinks:
     def response(self, job: Job, head: Result, length: int | None) -> ResponseStream | None:
         """Returns the stream of a response, or None where its caller takes one piece."""
         header = job.envelope.header
-        if header.origin != "http" or header.shadow or not header.inbox:
+        if header.origin != "http" or header.shadow or not header.inbox or isinstance(job, KeptJob):
             return None
         return ResponseStream(self.flow(job, is_body=True), lambda: self._touch(job), head, length)
 

@@ -1,4 +1,7 @@
-"""One request in a replica, from its delivery to its settlement: the stages that it goes through, and the moves between them."""
+"""One request in a replica, from its delivery to its settlement: the stages that it goes through, and the moves between them.
+
+Here every request is a `Job` of the worker. One that came from the backend's queue for jobs is a `KeptJob`.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,11 @@ import msgspec
 
 from ..broker.envelope import Envelope
 from ..broker.queue import Delivery
-from ..broker.results import Phase, Result, late_result
+from ..broker.results import ErrorInfo, Outcome, Phase, Result, late_result
+from .job_words import JobWords
 from .outgoing import Outgoing
+
+NOTHING = Envelope("", b"", "")  # stands in for the envelope of a message that could not be read
 
 
 class Stage(Enum):
@@ -93,3 +99,29 @@ class Job(msgspec.Struct, eq=False):
     def unwanted_result(self) -> Result:
         """The result that its sender gets instead of the handler's."""
         return self.given_up or late_result(Phase.RUN if self.started else Phase.QUEUE)
+
+
+class KeptJob(Job):
+    """A request from the backend's queue for jobs (`broker/jobs.py`). If it has an id, the store has a record of it, each run takes a lease
+    first, and `mark` is the token of that run. `deadline` is that of the run, once there is one."""
+
+    timeout_s: float = 0.0  # of the run
+    begun: bool = False  # the record has this run, or may have it
+    words: JobWords = msgspec.field(default_factory=JobWords)
+
+    error_names: Sequence[str] = ()  # the handler has raised an exception of this type, by its name and those of its bases
+    again_after_s: float | None = None  # the handler wants to be called again after that
+
+    @property
+    def is_recorded(self) -> bool:
+        return bool(self.envelope.id)
+
+    @property
+    def unwanted_result(self) -> Result:
+        return self.given_up or spent_result(self.timeout_s)
+
+
+def spent_result(timeout_s: float) -> Result:
+    """Returns the result of a job whose run took too long."""
+    message = f"the job was still running after {timeout_s:g} s ({Phase.RUN}): allow it more (the backend's job_timeout_s)"
+    return Result(status=504, error=ErrorInfo(type=Outcome.LATE, message=message, phase=Phase.RUN))

@@ -6,7 +6,7 @@ import time
 
 from ..broker.errors import BackendFailed
 from .register import Register
-from .stages import Job, Stage
+from .stages import Job, KeptJob, Stage
 from .user_hooks import RECONFIGURE_BUDGET_S
 from .worker import Worker
 
@@ -14,15 +14,23 @@ STUCK_AFTER_S = 10.0
 
 
 def check_calls(backend: str, register: Register, request_timeout_s: float) -> None:
-    """Raises BackendFailed if a call goes on STUCK_AFTER_S after `request_timeout_s` and nobody waits for it: nothing else ends it."""
+    """Raises BackendFailed if a call goes on STUCK_AFTER_S after `request_timeout_s`, that of a job after `job_timeout_s`, and nobody waits
+    for it: nothing else ends it."""
     # not by the request's own deadline: a client with a short one must not end replicas
-    stuck_since = time.monotonic() - request_timeout_s - STUCK_AFTER_S
+    now = time.monotonic()
     for job in register.at(Stage.RUNNING):
+        allowed_s = max([_allowed_s(member, request_timeout_s) for member in job.batch or (job,)])
+        stuck_since = now - allowed_s - STUCK_AFTER_S
         if job.started < stuck_since and all(_is_long_unwanted(member, stuck_since) for member in job.batch or (job,)):
+            setting = "job_timeout_s" if isinstance(job, KeptJob) else "request_timeout_s"
             raise BackendFailed(
-                f"a call of backend {backend!r} goes on {STUCK_AFTER_S:g} s after request_timeout_s ({request_timeout_s:g} s), and ends "
-                "its replica: ask serve.cancelled() in it, or allow more"
+                f"a call of backend {backend!r} goes on {STUCK_AFTER_S:g} s after {setting} ({allowed_s:g} s), and ends its replica: "
+                "ask serve.cancelled() in it, or allow more"
             )
+
+
+def _allowed_s(job: Job, request_timeout_s: float) -> float:
+    return job.timeout_s if isinstance(job, KeptJob) else request_timeout_s
 
 
 def _is_long_unwanted(job: Job, since: float) -> bool:

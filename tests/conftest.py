@@ -18,7 +18,8 @@ import mqserve as serve
 from tests import browsers
 from tests.faults.wire import Wire
 from tests.gates import Gate
-from tests.instances import FORMS, ROOT, SECRET_KEY, CommandLine, Deploy, new_namespace, started
+from tests.instances import FORMS, ROOT, SECRET_KEY, CommandLine, Deploy, answers, new_namespace, started, wait_until
+from tests.ports import free_port
 from tests.server_programs import HOW_TO_INSTALL, ServerMissing
 from tests.servers import PrivateRabbitMQ, PrivateRedis, PrivateServer
 from tests.tallies import Tally
@@ -253,6 +254,22 @@ def environment(client: serve.Client, shared_namespace: str, broker_url: str, st
         "MQSERVE_NAMESPACE": shared_namespace,
         "PYTHONPATH": str(ROOT),  # handlers of the tests may use their gates and tallies
     }
+
+
+@pytest.fixture(scope="module")
+def proxies(form: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    """Where the proxies of the instance listen: two, where there can be two."""
+    urls = [request.getfixturevalue("client").http_url()]
+    if form == "embedded":
+        yield urls
+        return
+    shell = CommandLine(tmp_path_factory.mktemp("other"), **request.getfixturevalue("environment"))
+    port = free_port()
+    program = shell.start("proxy", "--port", str(port))
+    urls.append(f"http://127.0.0.1:{port}")
+    wait_until(lambda: answers(f"{urls[1]}/-/readyz"), told=lambda: program.output)
+    yield urls
+    shell.close()
 
 
 @pytest.fixture

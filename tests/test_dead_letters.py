@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 from pika.adapters.blocking_connection import BlockingChannel
 
 import mqserve as serve
-from mqserve.broker.envelope import Header, RequestHead, mint_id
+from mqserve.broker.envelope import Header, JobHead, RequestHead, mint_id
 from mqserve.commands.cli import cli
 from tests.instances import CommandLine, Deploy, distributed_only, wait_until
 from tests.sealed import sealed
@@ -237,6 +237,22 @@ def test_a_body_that_is_gone_from_the_store_stays_and_is_said(
     refused = dead("retry", backend, name)
     assert refused.exit_code == 1 and f"retried: 0; {name} stays: its body" in refused.stderr
     assert letters(backend) == 1
+
+
+def test_a_job_is_tried_again_as_a_job(
+    client: serve.Client, deploy: Deploy, dead: Dead, bury: Send, letters: Count, shared_namespace: str, tmp_path: Path
+) -> None:
+    backend, name = deploy(doubling(Tally(tmp_path))), mint_id()
+    body = msgspec.msgpack.encode([21, {}])
+    header = Header(origin="handle", deadline=1, job=JobHead(created_ms=1, tries=4, tag="night"))
+    headers = sealed(shared_namespace, backend, name, header, body=body, content_type="application/msgpack")
+    bury(backend, body, message_id=name, headers={**headers, "mq-job": True}, content_type="application/msgpack")
+    retried = dead("retry", backend, name)
+    assert retried.stdout == "1 retried.\n", retried.stderr
+    job = serve.job(name)
+    assert job.result(timeout=30) == 42
+    assert (job.status().state, job.status().attempts) == ("succeeded", 1)
+    assert letters(backend) == 0
 
 
 # Whose letters they are.

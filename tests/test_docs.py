@@ -29,19 +29,23 @@ import mqserve as serve
 from mqserve.broker import queue_names
 from mqserve.broker.dead_letters import Attempt
 from mqserve.broker.envelope import Header, RequestHead
+from mqserve.broker.later import LONGEST_WAIT_S
 from mqserve.broker.results import ErrorInfo, Result
 from mqserve.broker.settings import Settings
 from mqserve.broker.store_keys import RESULT_TTL_S, StoreKeys
+from mqserve.client.handle import HandleOptions
 from mqserve.commands.cli import cli
 from mqserve.commands.status import BackendFacts, ControllerFacts, EndpointFacts, Facts, MemberFacts, ServerFacts
 from mqserve.controller.state.config import BackendConfig
 from mqserve.instance.starting import LOCATIONS
+from tests.conftest import refuse
 from tests.instances import SECRET_KEY, CommandLine, new_namespace, started, wait_until
 from tests.ports import free_port
 
 ROOT = Path(__file__).parent.parent
 README, PROTOCOL = ROOT / "README.md", ROOT / "docs" / "protocol.md"
-FROM_RAY, MONITORING = ROOT / "docs" / "from-ray-serve.md", ROOT / "docs" / "guide" / "monitoring.md"
+FROM_RAY, FROM_CELERY = ROOT / "docs" / "from-ray-serve.md", ROOT / "docs" / "from-celery.md"
+MONITORING = ROOT / "docs" / "guide" / "monitoring.md"
 GUIDE = sorted(page for page in (ROOT / "docs" / "guide").glob("*.md") if page.name != "README.md")
 DOCUMENTS = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 TEXT = {document: document.read_text() for document in DOCUMENTS}
@@ -52,7 +56,7 @@ CODE = "\n".join(
 
 SCRIPTS = ("handle", "face", "plain-results", "handle-streams")  # Python that needs nothing
 WALKTHROUGHS = {"hello": "", "digits": "examples/digits.py"}  # shell that serves, or asks what serves this file
-OVER_AMQP = ("orders.py", "pika", "redis", "future", "publish")
+OVER_AMQP = ("orders.py", "pika", "redis", "future", "publish", "pika-job", "redis-job", "amqplib-job")
 ON_SERVERS = ("dead-letters", "delivery", "dependency-management", "resources")  # of the guide: these need RabbitMQ and Redis
 IN_ONE_PROCESS = [page.stem for page in GUIDE if page.stem not in ON_SERVERS]
 BESIDE = ("shop_metrics.py",)  # imported by a page's program
@@ -85,7 +89,7 @@ SHELL_LINES = [line for block in BLOCKS if block.language == "sh" for line in bl
 
 def printed_by(script: str) -> list[str]:
     """What the comments behind its prints say, in no particular order."""
-    return sorted(re.findall(r"^ *(?:console\.log|print)\(.*\);?  ?# (.+)$", script, re.MULTILINE))
+    return sorted(re.findall(r"^ *(?:console\.log|print)\(.*\);?  ?(?:#|//) (.+)$", script, re.MULTILINE))
 
 
 def code_of(line: str) -> str:
@@ -209,7 +213,7 @@ def orders(broker_url: str, store_url: str, tmp_path_factory: pytest.TempPathFac
 def runs_as_shown(name: str, shell: CommandLine) -> None:
     """The example under the shell's namespace rather than the default one."""
     namespace = shell.env["MQSERVE_NAMESPACE"]
-    script = NAMED[name].replace("mqserve.requests", f"{namespace}.requests").replace("mqserve:mqserve:", f"mqserve:{namespace}:")
+    script = NAMED[name].replace('"mqserve.', f'"{namespace}.').replace("mqserve:mqserve:", f"mqserve:{namespace}:")
     done = shell.python(script)
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.splitlines()) == printed_by(script)
@@ -231,11 +235,40 @@ def test_the_readmes_published_message_is_served(orders: CommandLine) -> None:
     assert read.stdout == "42\n", read.stderr
 
 
+def test_the_pika_example_of_a_job_leads_to_its_result(orders: CommandLine) -> None:
+    runs_as_shown("pika-job", orders)
+    runs_as_shown("redis-job", orders)
+
+
 @pytest.mark.skipif(shutil.which("node") is None, reason="there is no node here to parse it")
-def test_the_node_example_parses(tmp_path: Path) -> None:
-    (tmp_path / "example.js").write_text(NAMED["amqplib"])
+@pytest.mark.parametrize("name", ["amqplib", "amqplib-job"])
+def test_the_node_example_parses(name: str, tmp_path: Path) -> None:
+    (tmp_path / "example.js").write_text(NAMED[name])
     parsed = subprocess.run(["node", "--check", "example.js"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert parsed.returncode == 0, parsed.stderr
+
+
+@pytest.fixture(scope="module")
+def amqplib(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of Node's modules with amqplib, from npm."""
+    folder = tmp_path_factory.mktemp("node")
+    if shutil.which("npm") is None:
+        refuse("there is no npm here: install nodejs and npm")
+    installed = subprocess.run(["npm", "install", "--no-audit", "--no-fund", "amqplib@0.10"], cwd=folder, capture_output=True, timeout=100)
+    if installed.returncode:
+        refuse(f"npm cannot install amqplib: {installed.stderr.decode()[-500:]}")
+    return str(folder / "node_modules")
+
+
+@pytest.mark.long
+def test_the_node_examples_are_served(orders: CommandLine, amqplib: str) -> None:
+    for name in ("amqplib", "amqplib-job"):
+        script = NAMED[name].replace('"mqserve.', f'"{orders.env["MQSERVE_NAMESPACE"]}.')
+        done = subprocess.run(["node", "-e", script], env={**orders.env, "NODE_PATH": amqplib}, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert sorted(done.stdout.splitlines()) == printed_by(script), done.stderr
+    read = orders.python("import mqserve as s; s.connect(); print(s.job('order-20', backend='orders').result(timeout=30))")
+    assert read.stdout == "{'total': 42}\n", read.stderr
 
 
 # The command line.
@@ -285,6 +318,7 @@ def test_every_flag_is_in_the_text_and_the_other_way_round() -> None:
         "-k",
     }  # of docker, node, curl, openssl, python, pytest; click's own
     elsewhere |= {"-a", "--http-location", "--head", "--address", "--metrics-export-port"}  # of Ray
+    elsewhere |= {"--concurrency", "--autoscale"}  # of Celery
     missing = [option.opts for option in options if not mentioned & set(option.opts)]
     assert not missing
     assert mentioned - elsewhere <= {name for option in options for name in option.opts}
@@ -369,6 +403,22 @@ def test_what_ray_serves_names_are_mapped_to_exists() -> None:
     assert not set(re.findall(r"`([^`]+)`", " ".join(middle))) - known
 
 
+def test_what_celerys_names_are_mapped_to_exists() -> None:
+    """The middle column: our own names, without their arguments."""
+    middle = [re.split(r" *\| *", line)[2] for line in TEXT[FROM_CELERY].splitlines() if line.startswith("| ")]
+    known = {f"serve.{name}" for name in serve.__all__} | {f"handle.{name}" for name in dir(serve.Handle)}
+    known |= {f"mqserve {command}" for command in cli.commands} | {f"mqserve jobs {name}" for name in commands_in("jobs")}
+    known |= {*BackendConfig.model_fields, *HandleOptions.__dataclass_fields__, *dir(serve.Job), *dir(serve.Handle)}
+    known |= {"request.id", "request.attempt", "await job", "@serve.endpoint"}
+    assert not {re.sub(r"\(.*", "", name) for name in re.findall(r"`([^`]+)`", " ".join(middle))} - known
+
+
+def commands_in(name: str) -> list[str]:
+    group = cli.commands[name]
+    assert isinstance(group, click.Group)
+    return list(group.commands)
+
+
 def test_every_public_name_is_in_the_docs_and_the_other_way_round() -> None:
     mentioned = set(re.findall(r"(?<![\w./-])serve\.(\w+)", EVERYTHING.replace("serve.deployment", ""))) - {"HTTPOptions"}
     assert mentioned <= {*serve.__all__, "__version__"}
@@ -431,6 +481,12 @@ def test_names_and_numbers_of_the_protocol_are_the_codes() -> None:
         StoreKeys(ns).future(f"{backend}/<message_id>"),
         f"`{queue_names.requests_exchange(ns)}`",
         f"`{queue_names.backend_queue(ns, backend, 0)}`".replace("0", "<n>"),
+        f"`{queue_names.jobs_exchange(ns)}`",
+        f"`{queue_names.jobs_queue(ns, backend, 0)}`".replace("0", "<n>"),
+        f"`{queue_names.later_exchange(ns)}`",
+        f"`{queue_names.later_queue(ns, 0)}`".replace("0", "<s>"),
+        f"`{queue_names.due_queue(ns)}`",
+        f"{LONGEST_WAIT_S:,} seconds",
         f"`{queue_names.dead_exchange(ns)}`",
         f"`{queue_names.dead_queue(ns, backend)}`",
         f"{queue_names.DEAD_LETTER_LIMIT:,} messages",
@@ -442,7 +498,9 @@ def test_names_and_numbers_of_the_protocol_are_the_codes() -> None:
 
 def test_every_header_of_ours_is_described() -> None:
     headers = set(
-        re.findall(r"\bmq-[a-z-]+[a-z]", (ROOT / "broker" / "dead_letters.py").read_text() + (ROOT / "broker" / "envelope.py").read_text())
+        re.findall(
+            r"\bmq-[a-z-]+[a-z]", "".join((ROOT / "broker" / f"{name}.py").read_text() for name in ("dead_letters", "envelope", "later"))
+        )
     )
     assert headers == set(re.findall(r"`(mq-[a-z-]+)`", TEXT[PROTOCOL]))
 
@@ -457,7 +515,7 @@ def test_every_link_leads_somewhere(document: Path) -> None:
 
 
 def test_the_readme_stays_short() -> None:
-    assert len(TEXT[README].splitlines()) < 250
+    assert len(TEXT[README].splitlines()) < 270
 
 
 def table(document: Path, first_heading: str) -> list[list[str]]:

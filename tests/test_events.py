@@ -14,8 +14,7 @@ import httpx
 import pytest
 
 from tests.gates import Gate
-from tests.instances import CommandLine, Deploy, answers, wait_until
-from tests.ports import free_port
+from tests.instances import Deploy, wait_until
 from tests.tallies import Tally
 
 EVENTS = {"Accept": "text/event-stream"}
@@ -47,22 +46,6 @@ def read_events(lines: Iterator[str]) -> Iterator[Event]:
 
 def events_of(answer: httpx.Response) -> list[Event]:
     return list(read_events(iter(answer.text.splitlines())))
-
-
-@pytest.fixture(scope="module")
-def proxies(form: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
-    """Where the proxies of the instance listen: two, where there can be two."""
-    urls = [request.getfixturevalue("client").http_url()]
-    if form == "embedded":
-        yield urls
-        return
-    shell = CommandLine(tmp_path_factory.mktemp("other"), **request.getfixturevalue("environment"))
-    port = free_port()
-    program = shell.start("proxy", "--port", str(port))
-    urls.append(f"http://127.0.0.1:{port}")
-    wait_until(lambda: answers(f"{urls[1]}/-/readyz"), told=lambda: program.output)
-    yield urls
-    shell.close()
 
 
 def count(request: Any) -> Iterator[dict[str, int]]:

@@ -23,7 +23,9 @@ from mqserve.commands.status import Facts, read_facts, show_status
 from mqserve.controller import changes
 from mqserve.controller.lease import LAPSED_AFTER_S
 from mqserve.controller.state.reading import read_desired
+from tests.broker.traffic import until
 from tests.faults.wire import Wire
+from tests.gates import Gate
 from tests.instances import DEADLINE_S, CommandLine, Deploy, distributed_only, new_name, wait_until
 
 pytestmark = [distributed_only, pytest.mark.anyio]
@@ -139,10 +141,30 @@ async def test_dead_letters_are_counted_by_backend(
         connection.channel().queue_purge(f"{shared_namespace}.dead.{name}")
 
 
+async def test_jobs_that_wait_have_a_column_where_there_are_any(
+    client: serve.Client, deploy: Deploy, environment: dict[str, str], gate: Gate
+) -> None:
+    assert " jobs " not in (await shown(environment)).split("Endpoints")[0].split("Backends")[1]
+    name = deploy(lambda request: gate.pass_through(), job_slots=1)
+    jobs = [client.get_handle(name).submit(number) for number in range(3)]
+
+    async def wait() -> bool:
+        return [backend.jobs for backend in (await facts(environment)).backends if backend.name == name] == [2]
+
+    await until(wait)
+    row = next(line.split() for line in (await shown(environment)).splitlines() if line.startswith(f"{name} "))
+    assert row[-6:] == ["0", "1", "1", "2", "0", "ready"], row
+    gate.open()
+    assert [job.result(timeout=30) for job in jobs] == [None] * 3
+
+
 class Unwilling(EmbeddedQueue):
     """As RabbitMQ 4.3 is to a user who may not configure the queues."""
 
     async def depth(self, backend: str, generation: int, shards: int = 1) -> int | None:
+        raise BrokerUnavailable("RabbitMQ does not let user 'client' do this")
+
+    async def count_jobs(self, backend: str, generation: int) -> int | None:
         raise BrokerUnavailable("RabbitMQ does not let user 'client' do this")
 
     async def count_dead(self, backend: str) -> int | None:
@@ -160,7 +182,7 @@ async def test_what_rabbitmq_does_not_say_is_not_known(
     name = deploy(lambda request: "well")
     found = await facts(environment)
     (backend,) = [backend for backend in found.backends if backend.name == name]
-    assert (backend.waiting, backend.dead_letters, backend.state) == (None, None, "ready")
+    assert (backend.waiting, backend.jobs, backend.dead_letters, backend.state) == (None, None, None, "ready")
     assert found.unknown == {"what waits, and dead letters": "RabbitMQ does not let user 'client' do this"}
     row = next(line.split() for line in (await shown(environment)).splitlines() if line.startswith(f"{name} "))
     assert row[-5:] == ["?", "1", "1", "?", "ready"], row

@@ -1,5 +1,5 @@
-"""The results that this process waits for. The inbox announces the results of its own requests; results of other processes' requests are
-polled."""
+"""The results that this process waits for. The inbox announces those of its own requests, and of all jobs that it waits for; results of
+other processes' requests are polled."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 from ..backoff import delays, keep_running
 from ..errors import BadEnvelope, MQServeError, StoreUnavailable, untraced
 from ..process.printable import printable
 from ..process.tasks import Tasks
 from ..result_bodies import with_body
-from ..results import CHUNK_KIND, InboxEntry, Outcome, Phase, Result, entry_of, late_result, read_entry
+from ..results import CHUNK_KIND, EVENT_KIND, InboxEntry, Outcome, Phase, Result, entry_of, late_result, read_entry
 from ..store import Record, Store
 from ..store_keys import StoreKeys
 from .call import Call, Ticket
 from .incoming import IncomingStream
 from .incoming_streams import IncomingStreams
+from .job_events import JobFollowers
+from .job_waits import JobWaits
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +54,8 @@ class PendingResults:
         self._reading = False
         self._fetching: set[str] = set()  # ids of results whose bodies are being read
         self._tasks = Tasks(self._ended)
+        self.jobs = JobWaits(store, self.inbox, self._tasks, self._read_soon, self.fail)
+        self.followers = JobFollowers(store, self.inbox, self._tasks)
         self.on_session: Callable[[InboxEntry], None] = lambda entry: None
         self.streams = IncomingStreams(
             store, keys, self.inbox, self._tasks, on_head=self._on_head, on_loss=self._on_loss, on_result=self._resolve
@@ -81,6 +85,7 @@ class PendingResults:
             for call in waiting.values():
                 call.abandoned()
             self.streams.stop()
+            self.followers.stop()
             for future in self._strangers.values():
                 future.cancel()
 
@@ -130,19 +135,38 @@ class PendingResults:
                 return found
             if (failed := self._failed.get(future_id)) is not None:
                 raise untraced(failed)
-            future = self._strangers.setdefault(future_id, asyncio.get_running_loop().create_future())
+            future = self._stranger(future_id)
             if not self._polling:
                 self._polling = True
                 self._tasks.start(self._poll_strangers())
-        self._listeners[future_id] += 1
-        try:
+        with self._listening(future_id):
             async with asyncio.timeout(timeout_s):
                 return await asyncio.shield(future)
+
+    async def job_result(self, future_id: str, timeout_s: float | None) -> Result:
+        """Waits for the result of a job, whichever process sent it, without asking for it again and again; also of one that is not known
+        yet. Raises TimeoutError, which ends this wait and not the job, ResultGone for a job whose result is not kept any more, and
+        StoreUnavailable."""
+        future = self._stranger(future_id)  # before it is registered: its end may be told at once
+        with self._listening(future_id):
+            async with asyncio.timeout(timeout_s):
+                await self.jobs.register(future_id)
+                return await asyncio.shield(future)
+
+    def _stranger(self, future_id: str) -> asyncio.Future[Result]:
+        return self._strangers.setdefault(future_id, asyncio.get_running_loop().create_future())
+
+    @contextmanager
+    def _listening(self, future_id: str) -> Iterator[None]:
+        self._listeners[future_id] += 1
+        try:
+            yield
         finally:
             self._listeners[future_id] -= 1
             if not self._listeners[future_id]:
                 del self._listeners[future_id]
                 self._strangers.pop(future_id, None)
+                self.jobs.drop(future_id)
 
     async def has_result(self, future_ids: Sequence[str]) -> bool:
         """Whether at least one of these requests has a result or has failed; reads the store once. Raises StoreUnavailable."""
@@ -167,17 +191,22 @@ class PendingResults:
     async def _poll_strangers(self) -> None:
         """Polls for the results of other processes' requests, with one read for all of them: their replicas do not write to our inbox."""
         try:
-            while self._strangers:
+            while polled := [future_id for future_id in self._strangers if future_id not in self.jobs]:
                 await asyncio.sleep(_POLL_EVERY_S)
                 with suppress(StoreUnavailable):
-                    await self._read_by_key(list(self._strangers))
+                    await self._read_by_key(polled)
         finally:
             self._polling = False
 
     async def peek(self, future_id: str) -> Result | None:
         """The result if the store has it, else None."""
+        result = await self.peek_head(future_id)
+        return None if result is None else await with_body(self._store, self._keys, future_id, result)
+
+    async def peek_head(self, future_id: str) -> Result | None:
+        """The result if the store has it, without a body that has a key of its own."""
         raw = await self._store.get(self._keys.future(future_id))
-        return None if raw is None else await with_body(self._store, self._keys, future_id, Result.from_bytes(raw))
+        return None if raw is None else Result.from_bytes(raw)
 
     async def _fail_while_refused(self) -> None:
         """Fails the requests that were sent after the store began to refuse writes, because their results cannot be stored. Requests sent
@@ -212,14 +241,21 @@ class PendingResults:
             if note is None:
                 continue
             if note.kind:
-                on_note = self._on_frame if note.kind == CHUNK_KIND else self.on_session
-                on_note(note)
-            elif note.id not in self._waiting and note.id not in self.streams:
+                self._on_other(note)
+            elif note.id not in self._waiting and note.id not in self.streams and note.id not in self._strangers:
                 continue
             elif note.payload:
                 self._resolve(note.id, note.payload)
             else:
                 self._read_soon([note.id])
+
+    def _on_other(self, note: InboxEntry) -> None:
+        if note.kind == CHUNK_KIND:
+            self._on_frame(note)
+        elif note.kind == EVENT_KIND:
+            self.followers.hear(note)
+        else:
+            self.on_session(note)
 
     def _on_frame(self, note: InboxEntry) -> None:
         if note.id in self._waiting:
@@ -273,6 +309,8 @@ class PendingResults:
         """Reads all pending results by key, and the streams of answers that flow, because inbox entries may have been lost."""
         self._read_soon([*self._waiting, *self.streams])
         self.streams.heal_all()
+        self.jobs.register_again()
+        self.followers.register_again()
         if self._waiting:
             self._tasks.start(self._find_streams(list(self._waiting)))
 
@@ -297,7 +335,7 @@ class PendingResults:
         waits."""
         pauses = delays()
         try:
-            while wanted := [id for id in self._to_read if id in self._waiting or id in self.streams][:_READ_AT_ONCE]:
+            while wanted := [id for id in self._to_read if self._is_wanted(id)][:_READ_AT_ONCE]:
                 try:
                     await self._read_by_key(wanted)
                 except StoreUnavailable as error:
@@ -310,6 +348,9 @@ class PendingResults:
         finally:
             self._reading = False
             self._to_read.clear()
+
+    def _is_wanted(self, future_id: str) -> bool:
+        return future_id in self._waiting or future_id in self.streams or future_id in self._strangers
 
     async def _read_by_key(self, future_ids: Sequence[str]) -> None:
         """Resolves the requests that have a result. Raises StoreUnavailable."""

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 INLINE_BODY_BYTES = 1024 * 1024  # a larger body goes to the store and travels by reference
 MAX_BODY_BYTES = 64 * 1024 * 1024
 REPUBLISH_BUDGET_S = 3.0  # how long a broker that is away is waited for
-_REPUBLISH_EVERY_S = 0.2  # on the average
+REPUBLISH_EVERY_S = 0.2  # on the average
 _CANCEL_BUDGET_S = 5.0
 
 
@@ -75,6 +75,7 @@ class RequestSender:
         replay_s: float = 0,
         at_most_once: bool = False,
         stream: int = 0,
+        priority: int = 0,
     ) -> None:
         """Sends the request of a call, whose id is set. The call ends by `timeout_s` plus at most a second: in a Result, or in Overloaded,
         NotRouted or BrokerUnavailable if the broker does not take the message, or in Cancelled. The broker keeps the message for `replay_s`
@@ -92,7 +93,7 @@ class RequestSender:
         self.held.take(size)
         call.sender, call.backend, call.deadline_ms, call.give_up_at = self, backend, deadline_ms, 0.0
         kept_ms = timeout_ms + int(replay_s * 1000)
-        call.envelope = envelope = Envelope(call.id, body, content_type, header, expiration_ms=kept_ms)
+        call.envelope = envelope = Envelope(call.id, body, content_type, header, "", "", priority, kept_ms)
         call.shards = self._shards.take(backend) if self._shards.is_needed else FIRST
         call.pace, call.sent_at = self._paces[backend], time.monotonic()
         call.pace.sent(call.sent_at)
@@ -214,8 +215,8 @@ class RequestSender:
         maybe_sent = isinstance(error, BrokerUnavailable) and error.maybe_sent
         if isinstance(error, BrokerUnavailable) and not (maybe_sent and envelope.header.once) and self._may_try_again(call):
             if maybe_sent:
-                call.envelope = replace(envelope, header=_again(envelope.header))
-            asyncio.get_running_loop().call_later(_REPUBLISH_EVERY_S * random.uniform(0.5, 1.5), self._publish_again, call)
+                call.envelope = replace(envelope, header=again(envelope.header))
+            asyncio.get_running_loop().call_later(REPUBLISH_EVERY_S * random.uniform(0.5, 1.5), self._publish_again, call)
             return
         if others := other_shards(call.shards, error):
             call.shards = others
@@ -252,5 +253,6 @@ def _nobody_waits(error: MQServeError | None) -> None:
     """A shadow that cannot be published is not missed."""
 
 
-def _again(header: Header) -> Header:
+def again(header: Header) -> Header:
+    """Returns the header of a message that may have been delivered before."""
     return replace(header, again=True)

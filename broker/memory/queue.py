@@ -1,5 +1,5 @@
-"""The queue in memory: one queue per backend (however many shards it is to have), with priorities, a length limit, prefetch and dead
-letters, on one event loop."""
+"""The queue in memory: per backend one queue (however many shards it is to have) and one for jobs, with priorities, a length limit,
+prefetch and dead letters, on one event loop."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 from ..dead_letters import DeadLetter, Death, dead_letter_to_amqp, read_properties
-from ..envelope import Envelope
+from ..envelope import Envelope, persistent
 from ..errors import BrokerUnavailable, MQServeError, NotRouted, Overloaded, QueueMismatch, UnknownBackend
 from ..overload import HeldBytes
 from ..queue import Delivery, Settled
-from ..queue_names import DEAD_LETTER_LIMIT
+from ..queue_names import DEAD_LETTER_LIMIT, MAX_PRIORITY
+from .later import EmbeddedLater
 
 MAX_WAITING_BYTES = 256 * 1024 * 1024  # for all queues together, because they use this process's memory
-MAX_PRIORITY = 4  # x-max-priority of the real queue: higher priorities count as this one
 
 
 class EmbeddedDelivery:
@@ -34,6 +35,11 @@ class EmbeddedDelivery:
         self._lane = lane
         self._consumption = consumption
         self.redelivered = redelivered
+
+    @property
+    def is_job(self) -> bool:
+        """Whether it came from the queue for jobs."""
+        return self._lane.is_for_jobs
 
     def envelope(self) -> Envelope:
         return self._envelope
@@ -97,11 +103,12 @@ class _Waiting(NamedTuple):
 
 @dataclass(eq=False)
 class _Lane:
-    """The queue of one generation of a backend."""
+    """One queue of a generation of a backend. A priority above MAX_PRIORITY counts as that."""
 
     name: str
     max_length: int | None
     held: HeldBytes
+    is_for_jobs: bool = False
     levels: list[deque[_Waiting]] = field(default_factory=lambda: [deque() for _ in range(MAX_PRIORITY + 1)])
     consumers: list[EmbeddedConsumption] = field(default_factory=list)
     _turns: itertools.count[int] = field(default_factory=itertools.count)
@@ -127,6 +134,12 @@ class _Lane:
         self.levels[min(envelope.priority, MAX_PRIORITY)].append(_Waiting(envelope, False, expires))
         self.wake()
         return None
+
+    def put_accepted(self, envelope: Envelope) -> None:
+        """Takes a message that was accepted before, and has waited elsewhere since."""
+        self.held.take_back(len(envelope.body))
+        self.levels[min(envelope.priority, MAX_PRIORITY)].append(_Waiting(envelope, False, math.inf))
+        self.wake()
 
     def _drop_late(self) -> None:
         """Drops expired messages from the heads, as RabbitMQ does, so that they take no place from others."""
@@ -168,6 +181,17 @@ class _Lane:
                 ready[next(self._turns) % len(ready)].take(envelope, redelivered)
 
 
+class _Generation(NamedTuple):
+    """The two queues of one generation of a backend."""
+
+    waits: _Lane
+    jobs: _Lane
+
+    def is_idle(self) -> bool:
+        """Whether nothing waits in them, and nobody consumes them."""
+        return not any(len(lane) or lane.consumers for lane in self)
+
+
 class EmbeddedDeadLetters:
     """Implements `DeadLetters`."""
 
@@ -200,13 +224,18 @@ class EmbeddedQueue:
     """Implements `Queue`."""
 
     def __init__(self) -> None:
-        self._lanes: dict[tuple[str, int], _Lane] = {}
-        self._bindings: dict[str, list[_Lane]] = {}
+        self._generations: dict[tuple[str, int], _Generation] = {}
+        self._bindings: dict[str, list[_Generation]] = {}
         self._held = HeldBytes(MAX_WAITING_BYTES)
         self._dead: dict[str, deque[DeadLetter]] = {}
+        self.later = EmbeddedLater(self._held, self._forward, partial(self._bury, is_job=True))
 
     def __repr__(self) -> str:
-        return f"<EmbeddedQueue {list(self._lanes.values())}>"
+        return f"<EmbeddedQueue {list(self._generations.values())}>"
+
+    @property
+    def broker_version(self) -> str:
+        return ""
 
     @property
     def down_s(self) -> float:
@@ -222,21 +251,43 @@ class EmbeddedQueue:
 
     def publish(self, backend: str, envelope: Envelope, settled: Settled, shard: int = 0) -> None:
         envelope.check_head()
-        lanes = self._bindings.get(backend)
-        if not lanes:
-            return settled(NotRouted(f"no queue is bound to {backend!r}: is the backend deployed?"))
-        refusals = [lane.put(envelope) for lane in lanes]
+        bound = self._bindings.get(backend)
+        if not bound:
+            return settled(_not_routed(backend))
+        refusals = [generation.waits.put(envelope) for generation in bound]
         settled(next((refusal for refusal in refusals if refusal), None))
+
+    def publish_job(self, backend: str, envelope: Envelope, settled: Settled) -> None:
+        envelope.check_head()
+        job = persistent(envelope)
+        refusals = [generation.jobs.put(job) for generation in self._bindings.get(backend, ())]
+        settled(next((refusal for refusal in refusals if refusal), None) if refusals else _not_routed(backend))
+
+    def publish_later(self, backend: str, envelope: Envelope, delay_s: float, settled: Settled) -> None:
+        envelope.check_head()
+        self.later.put(backend, persistent(envelope), delay_s, settled)
+
+    def _forward(self, backend: str, job: Envelope) -> NotRouted | None:
+        """Puts a job whose time has come among the others, however many bytes these have: it was accepted before."""
+        bound = self._bindings.get(backend)
+        if not bound:
+            return _not_routed(backend)
+        for generation in bound:
+            generation.jobs.put_accepted(job)
+        return None
 
     def reply(self, envelope: Envelope, reply_to: str, settled: Settled) -> None:
         settled(None)  # the embedded form has no AMQP reply queues
 
     def dead_letter(self, backend: str, delivery: Delivery, death: Death, settled: Settled) -> None:
-        envelope = delivery.envelope()
-        packed = dead_letter_to_amqp(backend, read_properties(envelope.to_amqp()), death)
+        assert isinstance(delivery, EmbeddedDelivery)
+        self._bury(backend, delivery.envelope(), death, is_job=delivery.is_job)
+        settled(None)
+
+    def _bury(self, backend: str, envelope: Envelope, death: Death, *, is_job: bool) -> None:
+        packed = dead_letter_to_amqp(backend, read_properties(envelope.to_amqp()), death, is_job=is_job)
         letters = self._dead.setdefault(backend, deque(maxlen=DEAD_LETTER_LIMIT))
         letters.append(DeadLetter.from_amqp(backend, read_properties(packed), envelope.body))
-        settled(None)
 
     @asynccontextmanager
     async def dead_letters(self, backend: str, at_most: int | None = None) -> AsyncIterator[EmbeddedDeadLetters]:
@@ -252,57 +303,77 @@ class EmbeddedQueue:
                 self._dead[backend] = letters  # an empty deque may have been deleted meanwhile
 
     def republish(self, letter: DeadLetter, settled: Settled) -> None:
-        self.publish(letter.backend, letter.envelope(), settled)
+        publish = self.publish_job if letter.is_job else self.publish
+        publish(letter.backend, letter.envelope(), settled)
 
     async def consume(
-        self, backend: str, generation: int, prefetch: int, on_delivery: Callable[[Delivery], None], shards: int = 1
+        self,
+        backend: str,
+        generation: int,
+        prefetch: int,
+        on_delivery: Callable[[Delivery], None],
+        shards: int = 1,
+        *,
+        jobs: bool = False,
     ) -> EmbeddedConsumption:
-        lane = self._lanes.get((backend, generation))
-        if lane is None:
+        found = self._generations.get((backend, generation))
+        if found is None:
             raise BrokerUnavailable(f"there is no generation {generation} of the queue of {backend!r}")
+        lane = found.jobs if jobs else found.waits
         consumption = EmbeddedConsumption(lane, prefetch, on_delivery)
         lane.consumers.append(consumption)
         lane.wake()
         return consumption
 
     async def declare(self, backend: str, generation: int, max_length: int | None, shards: int = 1) -> None:
-        lane = self._lanes.setdefault((backend, generation), _Lane(f"{backend}.{generation}", max_length, self._held))
-        if lane.max_length != max_length:
+        name = f"{backend}.{generation}"
+        lanes = _Lane(name, max_length, self._held), _Lane(f"{name}, for jobs", None, self._held, is_for_jobs=True)
+        found = self._generations.setdefault((backend, generation), _Generation(*lanes))
+        if found.waits.max_length != max_length:
             raise QueueMismatch(f"generation {generation} of the queue of {backend!r} exists with other arguments")
         self._dead.setdefault(backend, deque(maxlen=DEAD_LETTER_LIMIT))
         bound = self._bindings.setdefault(backend, [])
-        if lane not in bound:
-            bound.append(lane)
+        if found not in bound:
+            bound.append(found)
 
     async def count_shards(self, backend: str, generation: int, known: int = 0) -> int:
-        return known or int((backend, generation) in self._lanes)
+        return known or int((backend, generation) in self._generations)
 
     async def unbind(self, backend: str, generation: int, shards: int = 1) -> None:
-        lane = self._lanes.get((backend, generation))
-        if lane in (bound := self._bindings.get(backend, [])):
-            bound.remove(lane)
+        found = self._generations.get((backend, generation))
+        if found is not None and found in (bound := self._bindings.get(backend, [])):
+            bound.remove(found)
             if not bound:
                 del self._bindings[backend]
 
     async def depth(self, backend: str, generation: int, shards: int = 1) -> int | None:
-        lane = self._lanes.get((backend, generation))
-        return None if lane is None else len(lane)
+        found = self._generations.get((backend, generation))
+        return None if found is None else sum(map(len, found))
+
+    async def count_jobs(self, backend: str, generation: int) -> int | None:
+        found = self._generations.get((backend, generation))
+        return None if found is None else len(found.jobs)
 
     async def count_dead(self, backend: str) -> int | None:
         letters = self._dead.get(backend)
         return None if letters is None else len(letters)
 
     async def delete(self, backend: str, generation: int, shards: int = 1, *, only_if_empty: bool) -> bool:
-        lane = self._lanes.get((backend, generation))
-        if lane is not None and only_if_empty and (len(lane) or lane.consumers):
+        found = self._generations.get((backend, generation))
+        if found is not None and only_if_empty and not found.is_idle():
             return False
         await self.unbind(backend, generation)
-        if (gone := self._lanes.pop((backend, generation), None)) is not None:
-            gone.drop()
+        for lane in self._generations.pop((backend, generation), ()):
+            lane.drop()
         if not only_if_empty and not self._dead.get(backend):
             self._dead.pop(backend, None)
         return True
 
     async def close(self) -> None:
-        self._lanes.clear()
+        self.later.close()
+        self._generations.clear()
         self._bindings.clear()
+
+
+def _not_routed(backend: str) -> NotRouted:
+    return NotRouted(f"no queue is bound to {backend!r}: is the backend deployed?")

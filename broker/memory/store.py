@@ -9,10 +9,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from ..store import Append, Guard, OnAppended, OnRecorded, Place, Record, recorded
-from ..store_keys import LOG_LENGTH, RESULT_TTL_S
+from ..store_keys import LOG_LENGTH, RESULT_TTL_S, StoreKeys
+from .expiring import Expiring
+from .jobs import EmbeddedJobs
 from .streams import Stream, notes_of, refusal
-
-_SWEEP_EVERY_S = 30.0
 
 
 class AlwaysWell:
@@ -47,20 +47,20 @@ class AlwaysWell:
 
 
 class EmbeddedStore:
-    """Implements `Store`. Expired keys are gone for every reader at once, and from memory with the next sweep."""
+    """Implements `Store`. The namespace is that of its jobs' results, whose keys it makes itself."""
 
-    def __init__(self) -> None:
+    def __init__(self, namespace: str = "mqserve") -> None:
         self._epoch = time.time() - time.monotonic()  # read once: a step of the wall clock must not move deadlines
-        self._values: dict[str, tuple[bytes, float]] = {}  # value, monotonic expiry (inf for none)
+        self._values = Expiring[bytes]()
         self._hashes: dict[str, dict[str, bytes]] = {}
         self._readers: dict[str, Callable[[list[bytes]], None]] = {}
         self._posts: dict[str, list[bytes]] = {}  # of this loop turn, by list
-        self._streams: dict[str, tuple[Stream, float]] = {}  # stream, monotonic expiry
+        self._streams = Expiring[Stream]()
         self._logs: dict[str, deque[bytes]] = {}
         self._log_readers: dict[str, list[Callable[[list[bytes]], None]]] = {}
         self._watchers: set[asyncio.Event] = set()
         self.health = AlwaysWell()
-        self._next_sweep = 0.0
+        self.jobs = EmbeddedJobs(StoreKeys(namespace), self._values, self.post, self.now_ms)
 
     def __repr__(self) -> str:
         return f"<EmbeddedStore {len(self._values)} keys>"
@@ -72,25 +72,25 @@ class EmbeddedStore:
         return recorded(self.record_then, record)
 
     def record_then(self, record: Record, on_recorded: OnRecorded) -> None:
-        fresh = self._write(record.key, record.value, RESULT_TTL_S * 1000, only_new=True)
-        fresh = fresh or self._read(record.key) == record.value
+        fresh = self._values.put(record.key, record.value, record.ttl_ms or RESULT_TTL_S * 1000, only_new=True)
+        fresh = fresh or self._values.get(record.key) == record.value
         if fresh and (reader := self._readers.get(record.inbox)):
             reader([record.note])
         on_recorded(fresh)
 
     def append_then(self, append: Append, on_appended: OnAppended) -> None:
-        result = self._read(append.future)
+        result = self._values.get(append.future)
         if result is not None and result == append.ends:  # our own, or equal
             self._tell_readers(append)
             return on_appended(append.first - 1 + len(append.frames))
-        if refused := refusal(append, self._read(append.owner), result):
+        if refused := refusal(append, self._values.get(append.owner), result):
             return on_appended(refused)
-        stream = self._stream(append.stream) or Stream()
+        stream = self._streams.get(append.stream) or Stream()
         if (last := stream.append(append)) >= append.first - 1:
-            self._write(append.owner, append.claim, append.ttl_ms)
-            self._streams[append.stream] = (stream, time.monotonic() + append.ttl_ms / 1000)
+            self._values.put(append.owner, append.claim, append.ttl_ms)
+            self._streams.put(append.stream, stream, append.ttl_ms)
             if append.ends:
-                self._write(append.future, append.ends, RESULT_TTL_S * 1000, only_new=True)
+                self._values.put(append.future, append.ends, RESULT_TTL_S * 1000, only_new=True)
             self._tell_readers(append)
         on_appended(last)
 
@@ -100,11 +100,11 @@ class EmbeddedStore:
                 self._post_all(inbox, notes)
 
     async def read_stream(self, key: str, after: Place, count: int = 64) -> list[tuple[Place, bytes]]:
-        stream = self._stream(key)
+        stream = self._streams.get(key)
         return [] if stream is None else stream.behind(after, count)
 
     async def last_of_stream(self, key: str) -> int:
-        stream = self._stream(key)
+        stream = self._streams.get(key)
         return 0 if stream is None else stream.last
 
     def post(self, key: str, entry: bytes) -> None:
@@ -123,70 +123,64 @@ class EmbeddedStore:
             reader(entries)
 
     def mark(self, key: str, value: bytes, ttl_ms: int) -> None:
-        self._write(key, value, ttl_ms)
+        self._values.put(key, value, ttl_ms)
 
     def drop_soon(self, key: str) -> None:
-        self._values.pop(key, None)
-        self._streams.pop(key, None)
+        self._values.pop(key)
+        self._streams.pop(key)
 
     async def get(self, key: str) -> bytes | None:
-        return self._read(key)
+        return self._values.get(key)
 
     async def get_large(self, key: str) -> bytes | None:
-        return self._read(key)
+        return self._values.get(key)
 
     async def get_many(self, keys: Sequence[str]) -> list[bytes | None]:
-        return [self._read(key) for key in keys]
+        return [self._values.get(key) for key in keys]
 
     async def get_documents(self, keys: Sequence[str]) -> list[bytes | None]:
-        return [self._read(key) for key in keys]
+        return [self._values.get(key) for key in keys]
 
     async def set(self, key: str, value: bytes, *, ttl_ms: int | None = None, only_new: bool = False) -> bool:
-        return self._write(key, value, ttl_ms, only_new=only_new) or self._read(key) == value
+        return self._values.put(key, value, ttl_ms, only_new=only_new) or self._values.get(key) == value
 
     async def put_if_absent(self, key: str, value: bytes, *, ttl_ms: int) -> None:
-        if not self._write(key, value, ttl_ms, only_new=True):
-            value, expiry = self._values[key]
-            self._values[key] = (value, max(expiry, time.monotonic() + ttl_ms / 1000))
+        if not self._values.put(key, value, ttl_ms, only_new=True):
+            self._values.extend(key, ttl_ms)
 
     async def replace(
         self, key: str, old: bytes | None, new: bytes | None, *, ttl_ms: int = 0, guard: Guard | None = None, quiet: bool = False
     ) -> bool:
-        if self._read(key) != old or not self._holds(guard):
+        if self._values.get(key) != old or not self._holds(guard):
             return False
         if new is None:
-            self._values.pop(key, None)
+            self._values.pop(key)
         else:
-            self._write(key, new, ttl_ms or None)
+            self._values.put(key, new, ttl_ms or None)
         if not quiet:
             await self.announce()
         return True
 
     async def increment(self, key: str, ttl_ms: int) -> int:
-        count = int(self._read(key) or 0) + 1
-        self._write(key, str(count).encode(), ttl_ms)
+        count = int(self._values.get(key) or 0) + 1
+        self._values.put(key, str(count).encode(), ttl_ms)
         return count
 
     async def delete(self, *keys: str, guard: Guard | None = None) -> bool:
         if not self._holds(guard):
             return False
         for key in keys:
-            self._values.pop(key, None)
+            self._values.pop(key)
             self._hashes.pop(key, None)
-            self._streams.pop(key, None)
+            self._streams.pop(key)
         return True
 
     async def expire(self, keys: Sequence[str], ttl_ms: int | None) -> None:
         for key in keys:
-            if (value := self._read(key)) is not None:
-                self._write(key, value, ttl_ms)
+            self._values.expire(key, ttl_ms)
 
     async def extend(self, keys: Sequence[str], ttl_ms: int) -> frozenset[str]:
-        for key in keys:
-            if self._read(key) is not None:
-                value, expiry = self._values[key]
-                self._values[key] = (value, max(expiry, time.monotonic() + ttl_ms / 1000))
-        return frozenset(key for key in keys if key not in self._values)
+        return frozenset([key for key in keys if not self._values.extend(key, ttl_ms)])
 
     async def put_field(self, key: str, field: str, value: bytes) -> None:
         self._hashes.setdefault(key, {})[field] = value
@@ -239,6 +233,9 @@ class EmbeddedStore:
         finally:
             readers.remove(on_entries)
 
+    async def fullness(self, *, was_full: bool) -> str:
+        return ""
+
     async def misconfiguration(self) -> str:
         return ""
 
@@ -246,25 +243,7 @@ class EmbeddedStore:
         self._values.clear()
         self._hashes.clear()
         self._streams.clear()
-
-    def _read(self, key: str) -> bytes | None:
-        value, expiry = self._values.get(key, (None, 0.0))
-        return value if expiry > time.monotonic() else None
-
-    def _stream(self, key: str) -> Stream | None:
-        stream, expiry = self._streams.get(key, (None, 0.0))
-        return stream if expiry > time.monotonic() else None
+        self.jobs.clear()
 
     def _holds(self, guard: Guard | None) -> bool:
-        return guard is None or self._read(guard[0]) == guard[1]
-
-    def _write(self, key: str, value: bytes, ttl_ms: int | None, *, only_new: bool = False) -> bool:
-        now = time.monotonic()
-        if only_new and key in self._values and self._values[key][1] > now:
-            return False
-        self._values[key] = (value, now + ttl_ms / 1000 if ttl_ms is not None else float("inf"))
-        if now > self._next_sweep:
-            self._next_sweep = now + _SWEEP_EVERY_S
-            self._values = {name: kept for name, kept in self._values.items() if kept[1] > now}
-            self._streams = {name: kept for name, kept in self._streams.items() if kept[1] > now}
-        return True
+        return guard is None or self._values.get(guard[0]) == guard[1]

@@ -45,6 +45,12 @@ class RabbitConnection:
         """Whether RabbitMQ said (`connection.blocked`) that it does not read from this connection."""
         return self.hot.frames.is_blocked
 
+    @property
+    def broker_version(self) -> str:
+        """What RabbitMQ said when the connection was opened."""
+        assert self._amqp.transport is not None
+        return str(self._amqp.transport.connection.server_properties.get("version", ""))
+
     async def open(self) -> None:
         """Raises within CONNECT_BUDGET_S; then the connection is closed."""
         try:
@@ -88,6 +94,7 @@ class Link:
         self._up = asyncio.Event()
         self._last_error: BaseException | None = None
         self.connection: RabbitConnection | None = None
+        self.broker_version = ""  # of the latest connection
         self._keeper: asyncio.Task[None] | None = None
         self._lost = asyncio.Event()
         self._ending: set[asyncio.Task[None]] = set()
@@ -136,6 +143,7 @@ class Link:
                 self._last_error = error
                 await asyncio.sleep(next(pauses))
                 continue
+            self.broker_version = self.connection.broker_version
             lost = self._lost = asyncio.Event()
             self.connection.on_loss(lost.set)
             pauses = delays(cap_s=LONGEST_PAUSE_S)

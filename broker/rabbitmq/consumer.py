@@ -14,7 +14,6 @@ from ..backoff import delays
 from ..envelope import Envelope
 from ..errors import BrokerUnavailable, words_of
 from ..process.stopping import first_of
-from ..queue import Delivery
 from ..shards import shares
 from ..values.header_seals import BackendSeals
 from .channel import JoinedChannel
@@ -30,6 +29,7 @@ class RabbitDelivery:
     """Implements `Delivery`."""
 
     __slots__ = ("_channel", "_seals", "_tag", "body", "properties", "redelivered")
+    is_job = False  # whether it came from the queue for jobs
 
     def __init__(
         self, channel: JoinedChannel, tag: int, redelivered: bool, properties: Basic.Properties, body: bytes, seals: BackendSeals | None
@@ -51,11 +51,27 @@ class RabbitDelivery:
         self._channel.requeue(self._tag)
 
 
+class RabbitJobDelivery(RabbitDelivery):
+    """A delivery from the queue for jobs."""
+
+    __slots__ = ()
+    is_job = True
+
+
 class RabbitConsumption:
     """Implements `Consumption`: one consumer, which restores itself after any loss, independently of others."""
 
-    def __init__(self, link: Link, queue: str, prefetch: int, on_delivery: Callable[[Delivery], None], seals: BackendSeals | None) -> None:
+    def __init__(
+        self,
+        link: Link,
+        queue: str,
+        prefetch: int,
+        on_delivery: Callable[[RabbitDelivery], None],
+        seals: BackendSeals | None,
+        delivery: type[RabbitDelivery] = RabbitDelivery,
+    ) -> None:
         self._link = link
+        self._delivery = delivery
         self._seals = seals
         self._queue = queue
         self._prefetch = prefetch
@@ -175,7 +191,7 @@ class RabbitConsumption:
 
     def _hand_over(self, tag: int, redelivered: bool, properties: Basic.Properties, body: bytes) -> None:
         assert self._channel is not None
-        self._on_delivery(RabbitDelivery(self._channel, tag, redelivered, properties, body, self._seals))
+        self._on_delivery(self._delivery(self._channel, tag, redelivered, properties, body, self._seals))
 
 
 class ShardedConsumption:

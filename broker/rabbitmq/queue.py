@@ -20,16 +20,18 @@ import aiormq
 from .. import queue_names
 from ..backoff import delays
 from ..dead_letters import DeadLetter, Death, dead_letter_to_amqp
-from ..envelope import Envelope
+from ..envelope import Envelope, persistent
 from ..errors import BrokerUnavailable, words_of
+from ..later import addressed
 from ..process.ticks import next_tick_s
 from ..queue import Consumption, Delivery, Settled, fate_of
 from ..shards import shares
 from ..values.header_seals import HeaderSeals
 from .channel import JoinedChannel
 from .connection import CONNECT_BUDGET_S, LONGEST_PAUSE_S, OPERATION_BUDGET_S, Link, RabbitConnection, really_cancelled, user_of
-from .consumer import RabbitConsumption, RabbitDelivery, ShardedConsumption, one_started
+from .consumer import RabbitConsumption, RabbitDelivery, RabbitJobDelivery, ShardedConsumption, one_started
 from .dead_letters import RabbitDeadLetters, open_dead_letters
+from .later import RabbitLater
 from .topology import RabbitTopology
 
 logger = logging.getLogger(__name__)
@@ -96,10 +98,12 @@ class RabbitQueue:
         self._namespace = namespace
         self._seals = seals
         self._requests = queue_names.requests_exchange(namespace)
+        self._jobs = queue_names.jobs_exchange(namespace)
         self._user = user_of(url)
         self._publishing = Link(url, f"mqserve {namespace} {process_id} publishing")
         self._consuming = Link(url, f"mqserve {namespace} {process_id} consuming")
         self._topology = RabbitTopology(self._publishing, namespace)
+        self.later = RabbitLater(namespace, self._topology, seals, self._user, self._publish, self._consume_queue)
         self._consumptions: list[RabbitConsumption] = []
         self._channel: JoinedChannel | None = None
         self._down_since = time.monotonic()
@@ -117,6 +121,10 @@ class RabbitQueue:
         self._opener = asyncio.create_task(self._keep_channel(), name="keep the publishing channel open")
 
     @property
+    def broker_version(self) -> str:
+        return self._publishing.broker_version
+
+    @property
     def down_s(self) -> float:
         if self._channel is not None and self._channel.is_open:
             return 0.0
@@ -132,12 +140,21 @@ class RabbitQueue:
         self._publish(self._requests, key, properties, envelope.body, envelope.id, settled)
         self._has_exchange = True
 
+    def publish_job(self, backend: str, envelope: Envelope, settled: Settled) -> None:
+        properties = persistent(envelope).to_amqp(self._user, self._seals.of(backend))
+        self._publish(self._jobs, backend, properties, envelope.body, envelope.id, settled)
+
+    def publish_later(self, backend: str, envelope: Envelope, delay_s: float, settled: Settled) -> None:
+        properties = addressed(persistent(envelope), backend).to_amqp(self._user, self._seals.of(backend))
+        exchange = queue_names.later_exchange(self._namespace)
+        self._publish(exchange, queue_names.DUE_KEY, properties, envelope.body, envelope.id, settled)
+
     def reply(self, envelope: Envelope, reply_to: str, settled: Settled) -> None:
         self._publish("", reply_to, envelope.to_amqp(self._user), envelope.body, envelope.id, settled)
 
     def dead_letter(self, backend: str, delivery: Delivery, death: Death, settled: Settled) -> None:
         assert isinstance(delivery, RabbitDelivery)
-        packed = dead_letter_to_amqp(backend, delivery.properties, death)
+        packed = dead_letter_to_amqp(backend, delivery.properties, death, is_job=delivery.is_job)
         message_id = delivery.properties.message_id or ""
         self._publish(queue_names.dead_exchange(self._namespace), backend, packed, delivery.body, message_id, settled)
 
@@ -145,7 +162,8 @@ class RabbitQueue:
         return open_dead_letters(self._consuming, queue_names.dead_queue(self._namespace, backend), backend, at_most)
 
     def republish(self, letter: DeadLetter, settled: Settled) -> None:
-        self._publish(self._requests, letter.backend, letter.to_amqp(self._user), letter.body, letter.id, settled)
+        exchange = self._jobs if letter.is_job else self._requests
+        self._publish(exchange, letter.backend, letter.to_amqp(self._user), letter.body, letter.id, settled)
 
     def _publish(self, exchange: str, key: str, properties: bytes, body: bytes, message_id: str, settled: Settled) -> None:
         if self._channel is None:
@@ -153,13 +171,33 @@ class RabbitQueue:
         self._channel.publish(exchange, key, properties, body, message_id, settled)
 
     async def consume(
-        self, backend: str, generation: int, prefetch: int, on_delivery: Callable[[Delivery], None], shards: int = 1
+        self,
+        backend: str,
+        generation: int,
+        prefetch: int,
+        on_delivery: Callable[[Delivery], None],
+        shards: int = 1,
+        *,
+        jobs: bool = False,
     ) -> Consumption:
         queues = [queue_names.backend_queue(self._namespace, backend, generation, shard) for shard in range(shards)]
+        delivery = RabbitDelivery
+        if jobs:
+            queues, delivery = [queue_names.jobs_queue(self._namespace, backend, generation)], RabbitJobDelivery
         consumptions = [
-            RabbitConsumption(self._consuming, queue, share, on_delivery, self._seals.of(backend))
-            for queue, share in zip(queues, shares(prefetch, shards), strict=True)
+            RabbitConsumption(self._consuming, queue, share, on_delivery, self._seals.of(backend), delivery)
+            for queue, share in zip(queues, shares(prefetch, len(queues)), strict=True)
         ]
+        await self._start(consumptions)
+        return consumptions[0] if len(consumptions) == 1 else ShardedConsumption(consumptions)
+
+    async def _consume_queue(self, queue: str, prefetch: int, on_delivery: Callable[[RabbitDelivery], None]) -> Consumption:
+        """Consumes a queue that is no backend's."""
+        consumption = RabbitConsumption(self._consuming, queue, prefetch, on_delivery, None)
+        await self._start([consumption])
+        return consumption
+
+    async def _start(self, consumptions: list[RabbitConsumption]) -> None:
         for consumption in consumptions:
             consumption.start()
         try:
@@ -169,7 +207,6 @@ class RabbitQueue:
                 await consumption.close()  # otherwise it could start to consume later, without an owner
             raise
         self._consumptions = [kept for kept in self._consumptions if not kept.cancelled] + consumptions
-        return consumptions[0] if shards == 1 else ShardedConsumption(consumptions)
 
     async def declare(self, backend: str, generation: int, max_length: int | None, shards: int = 1) -> None:
         await self._topology.declare(backend, generation, max_length, shards)
@@ -182,6 +219,9 @@ class RabbitQueue:
 
     async def depth(self, backend: str, generation: int, shards: int = 1) -> int | None:
         return await self._topology.depth(backend, generation, shards)
+
+    async def count_jobs(self, backend: str, generation: int) -> int | None:
+        return await self._topology.count_jobs(backend, generation)
 
     async def count_dead(self, backend: str) -> int | None:
         return await self._topology.count_dead(backend)

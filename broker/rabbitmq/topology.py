@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -20,7 +20,10 @@ T = TypeVar("T")
 
 _CLOSE_BUDGET_S = 1.0
 # Explicit, although it is the default: a virtual host may have another default, and quorum queues have no priorities.
-_CLASSIC = {"x-queue-type": "classic"}
+_CLASSIC: dict[str, Any] = {"x-queue-type": "classic"}
+_JOBS: dict[str, Any] = {**_CLASSIC, "x-max-priority": queue_names.MAX_PRIORITY}
+_TIMEOUT = "x-consumer-timeout"
+_UNACKED: dict[str, Any] = {_TIMEOUT: queue_names.JOB_UNACKED_MS}
 
 
 class RabbitTopology:
@@ -30,14 +33,21 @@ class RabbitTopology:
         self._link = link
         self._namespace = namespace
         self._requests = queue_names.requests_exchange(namespace)
+        self._jobs = queue_names.jobs_exchange(namespace)
+        self._tells_timeout = True  # whether queues for jobs are declared with `x-consumer-timeout`
 
     def __repr__(self) -> str:
         return f"<RabbitTopology of {self._namespace!r}>"
 
+    def _names(self, backend: str, generation: int, shards: int) -> list[str]:
+        """All queues of a generation, in the order in which they are declared."""
+        waits = [queue_names.backend_queue(self._namespace, backend, generation, shard) for shard in range(shards)]
+        return [*waits, queue_names.jobs_queue(self._namespace, backend, generation)]
+
     async def declare(self, backend: str, generation: int, max_length: int | None, shards: int) -> None:
-        """Declares the queues from the first to the last, and `delete` deletes them from the last to the first. So there is never a gap,
-        and `count_shards` finds all of them."""
-        await self._declare_dead_letters(backend)
+        """Declares the queues from the first to the last and then that for jobs, and `delete` deletes them in the opposite order. So there
+        is never a gap, `count_shards` finds all of them, and no queue for jobs is left without them."""
+        await self.declare_dead_letters(backend)
         lengths = [None] * shards if max_length is None else shares(max_length, shards)
 
         async def declare(channel: Channel) -> None:
@@ -49,12 +59,57 @@ class RabbitTopology:
 
         try:
             await self._on_own_channel(declare)
+            await self._declare_jobs(backend, generation)
         except aiormq.exceptions.ChannelPreconditionFailed as error:
             if " for exchange '" in str(error):  # the name cannot fake this: names hold no space and no quote
                 raise _foreign(error) from error
             raise QueueMismatch(f"generation {generation} of the queue of {backend!r} exists with other arguments") from error
 
-    async def _declare_dead_letters(self, backend: str) -> None:
+    async def _declare_jobs(self, backend: str, generation: int) -> None:
+        """RabbitMQ 4.3.2 and later refuse the timeout for a classic queue, which has none there; versions before need it. A queue that an
+        earlier version made has it, whatever the version is now. So a refusal of it is followed by the other form, which is kept."""
+        name = queue_names.jobs_queue(self._namespace, backend, generation)
+
+        async def declare(channel: Channel) -> None:
+            await channel.exchange_declare(self._jobs, exchange_type="direct", durable=True)
+            await channel.queue_declare(name, durable=True, arguments={**_JOBS, **(_UNACKED if self._tells_timeout else {})})
+            await channel.queue_bind(name, self._jobs, backend)
+
+        try:
+            await self._on_own_channel(declare)
+        except aiormq.exceptions.ChannelPreconditionFailed as error:
+            if _TIMEOUT not in str(error):
+                raise
+            self._tells_timeout = not self._tells_timeout
+            await self._on_own_channel(declare)
+
+    async def declare_due(self) -> None:
+        due, later = queue_names.due_queue(self._namespace), queue_names.later_exchange(self._namespace)
+
+        async def declare(channel: Channel) -> None:
+            for exchange in (later, self._jobs):  # the latter may be gone with all backends, and to publish to it would close the channel
+                await channel.exchange_declare(exchange, exchange_type="direct", durable=True)
+            await channel.queue_declare(due, durable=True, arguments=_CLASSIC)
+            await channel.queue_bind(due, later, queue_names.DUE_KEY)
+
+        await self._declare(declare)
+
+    async def declare_wait(self, wait_s: int) -> None:
+        name, later = queue_names.later_queue(self._namespace, wait_s), queue_names.later_exchange(self._namespace)
+        arguments: dict[str, Any] = {
+            **_CLASSIC,
+            "x-message-ttl": wait_s * 1000,
+            "x-dead-letter-exchange": later,
+            "x-dead-letter-routing-key": queue_names.DUE_KEY,
+        }
+
+        async def declare(channel: Channel) -> None:
+            await channel.queue_declare(name, durable=True, arguments=arguments)
+            await channel.queue_bind(name, later, str(wait_s))
+
+        await self._declare(declare)
+
+    async def declare_dead_letters(self, backend: str) -> None:
         arguments: dict[str, Any] = {
             **_CLASSIC,
             "x-max-length": queue_names.DEAD_LETTER_LIMIT,
@@ -67,6 +122,9 @@ class RabbitTopology:
             await channel.queue_declare(name, durable=True, arguments=arguments)
             await channel.queue_bind(name, dead, backend)
 
+        await self._declare(declare)
+
+    async def _declare(self, declare: Callable[[Channel], Awaitable[None]]) -> None:
         try:
             await self._on_own_channel(declare)
         except aiormq.exceptions.ChannelPreconditionFailed as error:
@@ -79,44 +137,59 @@ class RabbitTopology:
 
     async def unbind(self, backend: str, generation: int, shards: int) -> None:
         for shard in range(shards):
-            await self._unbind(backend, generation, shard)
+            name = queue_names.backend_queue(self._namespace, backend, generation, shard)
+            await self._unbind(name, self._requests, queue_names.routing_key(backend, shard))
+        await self._unbind(queue_names.jobs_queue(self._namespace, backend, generation), self._jobs, backend)
 
-    async def _unbind(self, backend: str, generation: int, shard: int) -> None:
-        name = queue_names.backend_queue(self._namespace, backend, generation, shard)
-
+    async def _unbind(self, name: str, exchange: str, key: str) -> None:
         async def unbind(channel: Channel) -> None:
-            await channel.queue_unbind(name, self._requests, queue_names.routing_key(backend, shard))
+            await channel.queue_unbind(name, exchange, key)
 
         with suppress(aiormq.exceptions.ChannelNotFoundEntity):
             await self._on_own_channel(unbind)
 
     async def depth(self, backend: str, generation: int, shards: int) -> int | None:
-        names = [queue_names.backend_queue(self._namespace, backend, generation, shard) for shard in range(shards)]
-        counts = [count for name in names if (count := await self._count(name)) is not None]
+        counts = [count for count in await self._count_all(self._names(backend, generation, shards)) if count is not None]
         return sum(counts) if counts else None
+
+    async def count_jobs(self, backend: str, generation: int) -> int | None:
+        return await self._count(queue_names.jobs_queue(self._namespace, backend, generation))
 
     async def count_dead(self, backend: str) -> int | None:
         return await self._count(queue_names.dead_queue(self._namespace, backend))
 
     async def _count(self, name: str) -> int | None:
-        async def count(channel: Channel) -> int | None:
-            return (await channel.queue_declare(name, passive=True)).message_count
+        return (await self._count_all([name]))[0]
 
-        try:
-            return await self._on_own_channel(count)
-        except aiormq.exceptions.ChannelNotFoundEntity:
-            return None
+    async def _count_all(self, names: Sequence[str]) -> list[int | None]:
+        """Returns the number of ready messages in each queue, None for one that is not there, which costs its channel."""
+        counts: list[int | None] = []
+
+        async def count(channel: Channel) -> None:
+            while len(counts) < len(names):
+                counts.append((await channel.queue_declare(names[len(counts)], passive=True)).message_count)
+
+        while len(counts) < len(names):
+            try:
+                await self._on_own_channel(count)
+            except aiormq.exceptions.ChannelNotFoundEntity:
+                counts.append(None)
+        return counts
 
     async def delete(self, backend: str, generation: int, shards: int, *, only_if_empty: bool) -> bool:
-        for shard in reversed(range(shards)):
-            name = queue_names.backend_queue(self._namespace, backend, generation, shard)
+        names = self._names(backend, generation, shards)
+        if only_if_empty and any(await self._count_all(names)):  # otherwise the empty ones would be gone before the one that is not
+            return False
+        for name in reversed(names):
             if not await self._delete_queue(name, only_if_empty=only_if_empty):
                 return False
         if not only_if_empty:
-            await self._delete_empty_dead_letters(backend)
+            await self.delete_empty([queue_names.dead_queue(self._namespace, backend)])
         return True
 
     async def _delete_queue(self, name: str, *, only_if_empty: bool) -> bool:
+        """Returns False for a queue that is in use, or not empty. One that is not there counts as deleted."""
+
         async def delete(channel: Channel) -> None:
             await channel.queue_delete(name, if_unused=only_if_empty, if_empty=only_if_empty)
 
@@ -128,9 +201,12 @@ class RabbitTopology:
             return False
         return True
 
-    async def _delete_empty_dead_letters(self, backend: str) -> None:
+    async def delete_empty(self, names: Sequence[str]) -> None:
+        """Deletes the queues in this order, up to the first one that is in use, or not empty."""
+
         async def delete(channel: Channel) -> None:
-            await channel.queue_delete(queue_names.dead_queue(self._namespace, backend), if_unused=True, if_empty=True)
+            for name in names:
+                await channel.queue_delete(name, if_unused=True, if_empty=True)
 
         with suppress(aiormq.exceptions.ChannelNotFoundEntity, aiormq.exceptions.ChannelPreconditionFailed):
             await self._on_own_channel(delete)
@@ -158,7 +234,7 @@ class RabbitTopology:
 
 def _arguments(max_length: int | None) -> dict[str, Any]:
     limit = {} if max_length is None else {"x-max-length": max_length}
-    return {**_CLASSIC, "x-max-priority": 4, "x-overflow": "reject-publish", **limit}
+    return {**_CLASSIC, "x-max-priority": queue_names.MAX_PRIORITY, "x-overflow": "reject-publish", **limit}
 
 
 def _foreign(error: Exception) -> MQServeError:

@@ -30,10 +30,13 @@ def read_header(frame_data: bytes) -> ContentHeader:
     try:
         return _read_strictly(frame_data)
     except Exception as error:  # ValueError and its kin, RecursionError, the errors of datetime and decimal
+        if len(frame_data) < _FIXED_BYTES:  # no broker sends that: aiormq ends the connection
+            raise
         weight, body_size = struct.unpack(">HQ", frame_data[2:12])
         properties = UnreadableProperties()
         properties.why = str(error)[:200]
         return ContentHeader(weight, body_size, properties)
 
 
+_FIXED_BYTES = 12  # class, weight, size of the body
 _read_strictly = frame._unmarshal_header_frame

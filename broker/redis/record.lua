@@ -1,5 +1,6 @@
 -- Writes the results of one batch: each with SET NX, and only the first writer adds an entry to the inbox of the waiting process.
--- KEYS: future keys. ARGV: result TTL in ms, inbox TTL in ms, then result, entry, inbox key, ... in threes (inbox "": no entry).
+-- KEYS: future keys. ARGV: result TTL in ms, inbox TTL in ms, then result, entry, inbox key, ... in threes (inbox "": no entry), then in
+-- pairs the number of each result that has another TTL, and that.
 -- The inboxes are not in KEYS, because Redis would then demand the right to read them: a replica may write to an inbox and not read it.
 -- Returns for each result: 1 if it stands there now, 0 if another result stood there first, 2 if it stands there now and the inbox was a
 -- key of another type, which was deleted: one such inbox must not keep the other results from being announced.
@@ -22,10 +23,13 @@ local function stands(key, result)
   return found == result
 end
 
+local ttls = {}
+for at = 3 + 3 * #KEYS, #ARGV, 2 do ttls[tonumber(ARGV[at])] = ARGV[at + 1] end
+
 local written = {}
 for i = 1, #KEYS do
   local result, note, inbox = ARGV[3 * i], ARGV[3 * i + 1], ARGV[3 * i + 2]
-  if redis.call('SET', KEYS[i], result, 'NX', 'PX', ARGV[1]) then
+  if redis.call('SET', KEYS[i], result, 'NX', 'PX', ttls[i] or ARGV[1]) then
     written[#written + 1] = tell(inbox, note)
   elseif stands(KEYS[i], result) then
     -- An equal result: our own, of a call that was retried after its answer was lost, or another writer's (cancelled, late).

@@ -63,6 +63,9 @@ class _Call(Batch):
         values: list[bytes | str | int] = [RESULT_TTL_S * 1000, INBOX_TTL_S * 1000]
         for record in records:
             values += (record.value, record.note, record.inbox)
+        for place, record in enumerate(records, 1):
+            if record.ttl_ms:
+                values += (place, record.ttl_ms)
         return packed(command, script, len(records), *(record.key for record in records), *values)
 
 

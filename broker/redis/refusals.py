@@ -21,6 +21,8 @@ class Refused(NamedTuple):
     mend: str
 
 
+FULL_FROM = 0.8  # of maxmemory
+ROOM_AGAIN_BELOW = 0.75  # lower, so that jobs are not refused and taken in turn
 REFUSED_WRITES = {
     "OOM": Refused("it is full", "raise its maxmemory, or take out what else is in it"),
     "READONLY": Refused("it is a read-only copy", "MQSERVE_STORE_URL must lead to the primary"),
@@ -70,6 +72,14 @@ def forgetting(memory: Mapping[str, Any]) -> str:
     if policy == "noeviction" or not memory.get("maxmemory"):
         return ""
     return f"Redis forgets answers and configuration when it is full (maxmemory-policy {policy}): set maxmemory-policy to noeviction"
+
+
+def almost_full(memory: Mapping[str, Any], *, was_full: bool) -> str:
+    """Says that a server with this `INFO memory` is almost full; empty if it is not."""
+    limit, used = memory.get("maxmemory", 0), memory.get("used_memory", 0)
+    if not limit or used < limit * (ROOM_AGAIN_BELOW if was_full else FULL_FROM):
+        return ""
+    return f"the store of results is full to {FULL_FROM:.0%}, and takes no new jobs"
 
 
 def is_access_refused(error: BaseException) -> bool:

@@ -33,11 +33,13 @@ from .clock import StoreClock
 from .health import StoreHealth
 from .hot_wire import HotWire, dial
 from .inbox import BLOCK_S, InboxReader
+from .job_script import JobScript
+from .jobs import RedisJobs
 from .kept_wire import KeptWire
 from .many_keys import expire_keys, extend_keys
 from .record_script import TEXT as RECORD_TEXT
 from .record_script import RecordScript
-from .refusals import DEMOTED, forgetting, key_of, refusal_code, store_refusal
+from .refusals import DEMOTED, almost_full, forgetting, key_of, refusal_code, store_refusal
 from .result_writer import ResultWriter
 from .stream_reads import read_entries, read_last
 
@@ -87,6 +89,8 @@ class RedisStore:
         # Over a wire of its own: Appends may be large, and results, beats and credit are not to wait for them.
         self._append = AppendScript(KeptWire(self._dial, REPLY_S), self.health.wrote, self._note, self._write_failed)
         self._appends = AppendWriter(self._append.write)
+        steps = JobScript(KeptWire(self._dial, REPLY_S), keys, self.health.wrote, self._note, self._write_failed)
+        self.jobs = RedisJobs(keys, steps, self._commands, self._call, self.now_ms)
         self._watchers: set[asyncio.Event] = set()
         self._taken_away = RateLimitedLog(logger)
         self._tasks: list[asyncio.Task[None]] = []
@@ -355,6 +359,13 @@ class RedisStore:
                     log.say(f"lost the log at {masked(self._url)} ({store_refusal(error, self._url) or words_of(error)}); reconnecting")
                 await asyncio.sleep(next(pauses))
 
+    async def fullness(self, *, was_full: bool) -> str:
+        try:
+            memory: Any = await self._call(lambda: self._commands.info("memory"))
+        except StoreUnavailable:
+            return ""
+        return almost_full(memory, was_full=was_full)
+
     async def misconfiguration(self) -> str:
         try:
             memory: Any = await self._call(lambda: self._commands.info("memory"))
@@ -363,7 +374,7 @@ class RedisStore:
         return forgetting(memory)
 
     async def close(self) -> None:
-        await asyncio.gather(self._writer.close(CALL_BUDGET_S), self._appends.close(CALL_BUDGET_S))
+        await asyncio.gather(*(writer.close(CALL_BUDGET_S) for writer in (self._writer, self._appends, self.jobs)))
         self._record.close()
         self._append.close()
         self._large_wire.close()
@@ -413,7 +424,7 @@ class RedisStore:
             self._leaving.start(self._leave_server())
 
     async def _leave_server(self) -> None:
-        for wire in (self._wire, self._large_wire, self._append):
+        for wire in (self._wire, self._large_wire, self._append, self.jobs):
             wire.hang_up()
         for client in (self._commands, self._large, self._blocking):
             await client.connection_pool.disconnect(inuse_connections=False)

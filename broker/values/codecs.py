@@ -24,8 +24,9 @@ def media_type(content_type: str) -> str:
     return content_type.partition(";")[0].strip().lower()
 
 
-def encode_value(value: object, signer: Signer, claim: SealScope) -> tuple[str, bytes]:
-    """Returns (content type, bytes) that `decode_value` turns back into an equal value of the same types.
+def encode_value(value: object, signer: Signer, claim: SealScope, lifetime_ms: int = 0) -> tuple[str, bytes]:
+    """Returns (content type, bytes) that `decode_value` turns back into an equal value of the same types. `lifetime_ms` is how long a
+    pickle can be opened, by default as long as its purpose says.
 
     Raises NotEncodable if the value cannot be pickled, or needs a pickle and there is no key to seal it.
     """
@@ -46,7 +47,7 @@ def encode_value(value: object, signer: Signer, claim: SealScope) -> tuple[str, 
         payload = pickling.dumps(value)
     except Exception as error:
         raise NotEncodable(f"a value with a {odd or _odd_type(value)} in it cannot travel: it does not pickle ({error})") from error
-    return PICKLE, signer.seal(payload, _with_type(claim))
+    return PICKLE, signer.seal(payload, _with_type(claim), lifetime_ms)
 
 
 def decode_value(body: bytes, content_type: str, signer: Signer, claim: SealScope) -> Any:
@@ -55,6 +56,14 @@ def decode_value(body: bytes, content_type: str, signer: Signer, claim: SealScop
     if media_type(content_type) == PICKLE:
         return load_pickle(signer.open(body, _with_type(claim)))
     return decode_plain(body, content_type)
+
+
+def sealed_anew(body: bytes, content_type: str, signer: Signer, claim: SealScope, new: SealScope, lifetime_ms: int = 0) -> bytes:
+    """Returns the bytes of an encoded value for another scope; only those of a pickle differ. Raises BadSignature for a pickle that we did
+    not seal."""
+    if media_type(content_type) != PICKLE:
+        return body
+    return signer.seal(signer.open(body, _with_type(claim)), _with_type(new), lifetime_ms)
 
 
 def load_pickle(pickled: bytes) -> Any:

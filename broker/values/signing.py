@@ -12,6 +12,7 @@ import hmac
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Literal
 
 import msgspec
@@ -23,9 +24,9 @@ MIN_KEY_BYTES = 32
 Purpose = Literal["code", "request", "result"]
 
 _DAY_MS = 24 * 3600 * 1000
-# Seals expire by the wall clock, so lifetimes are days: a request may stay among the dead letters for seven, a result is kept for
-# minutes.
-LIFETIMES_MS = {"code": 0, "request": 8 * _DAY_MS, "result": _DAY_MS}  # 0: for ever
+# Seals expire by the wall clock, so lifetimes are days: a request may stay among the dead letters for seven (a job says how long it may
+# wait), a result is kept for at most thirty.
+LIFETIMES_MS = {"code": 0, "request": 8 * _DAY_MS, "result": 31 * _DAY_MS}  # 0: for ever
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +65,11 @@ class Signer:
     def __repr__(self) -> str:
         return f"<Signer of {self._namespace} with {len(self._keys)} keys>"
 
-    def seal(self, payload: bytes, claim: SealScope) -> bytes:
-        """Returns the payload, sealed for the lifetime of its purpose. Raises BadSignature without a key."""
+    def seal(self, payload: bytes, claim: SealScope, lifetime_ms: int = 0) -> bytes:
+        """Returns the payload, sealed for `lifetime_ms`, or for the lifetime of its purpose. Raises BadSignature without a key."""
         if not self._keys:
             raise BadSignature("nothing can be signed: MQSERVE_SECRET_KEY is not set")
-        lifetime_ms = LIFETIMES_MS[claim.purpose]
+        lifetime_ms = lifetime_ms or LIFETIMES_MS[claim.purpose]
         expires_ms = int(self._clock() * 1000) + lifetime_ms if lifetime_ms else 0
         mac = self._mac(self._current, payload, claim, expires_ms)
         return msgspec.msgpack.encode([1, self._current, expires_ms, mac, payload])
@@ -86,10 +87,14 @@ class Signer:
                 f"the seal does not fit: the bytes were not signed as {claim.purpose} for {claim.backend or 'this instance'}"
             )
         if expires_ms and self._clock() * 1000 > expires_ms:
-            raise BadSignature(f"the seal has expired: a {claim.purpose} is good for {LIFETIMES_MS[claim.purpose] // _DAY_MS} days")
+            raise BadSignature(f"the seal of this {claim.purpose} has expired: it was good until {_date(expires_ms)}")
         return payload
 
     def _mac(self, key_id: str, payload: bytes, claim: SealScope, expires_ms: int) -> bytes:
         digest = hashlib.sha256(payload).digest()
         signed = [1, key_id, self._namespace, claim.purpose, claim.backend, claim.id, claim.content_type, expires_ms, digest]
         return hmac.digest(self._keys[key_id], msgspec.msgpack.encode(signed), "sha256")
+
+
+def _date(ms: int) -> str:
+    return f"{datetime.fromtimestamp(ms / 1000, UTC):%Y-%m-%d %H:%M} UTC"

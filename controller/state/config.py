@@ -7,13 +7,17 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from ...broker.jobs import MAX_RESULT_TTL_S
 from ...broker.streams import IDLE_TIMEOUT_S, KEPT_BYTES, KEPT_FRAMES, RESUME_GRACE_S
+from .retries import Retry
 
 MAX_REQUEST_TIMEOUT_S = 25 * 60  # below RabbitMQ's consumer_timeout of 30 minutes
 MAX_QUEUE_SHARDS = 64  # one of RabbitMQ's queues uses one core at most
 MAX_REPLICAS = 10_000  # of a backend; each is a process or a thread, and a slip of the keyboard should start none
 SYNC_CONCURRENCY = 64  # of a plain handler whose calls are so short that this many take no time
 ASYNC_CONCURRENCY = 100
+MAX_JOB_TIMEOUT_S = 7 * 24 * 3600  # a day below what the queue for jobs allows (JOB_UNACKED_MS)
+MIN_RESULT_TTL_S = 1
 
 Whole = Annotated[int, Field(gt=0, lt=2**31)]
 
@@ -44,6 +48,10 @@ class BackendConfig(BaseModel):
     on_death: what becomes of a streamed answer whose replica died: "fail", it ends with an error, or "replay", the handler runs again and
         what was shown is passed over, which needs a handler that makes the same chunks again.
     stream_kept_bytes, stream_kept_frames: what is kept at most of a stream that can be resumed; the oldest part goes first.
+    job_slots: jobs that one replica holds at a time; default half of what it runs at a time, at least 1.
+    job_timeout_s: seconds that a job may run, at most 7 days. The default is lower where RabbitMQ is older than 3.12.
+    result_ttl_s: seconds that results are kept, at most 30 days; when None, ten minutes, and those of jobs a day.
+    retry: how jobs are tried again whose handler raised an exception; None: they are not.
     """
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)  # allow_inf_nan: JSON has neither
@@ -71,12 +79,17 @@ class BackendConfig(BaseModel):
     on_death: Literal["fail", "replay"] = "fail"
     stream_kept_bytes: Whole = KEPT_BYTES
     stream_kept_frames: Whole = KEPT_FRAMES
+    job_slots: Whole | None = None
+    job_timeout_s: Annotated[float, Field(gt=0, le=MAX_JOB_TIMEOUT_S)] = 3600.0
+    result_ttl_s: Annotated[float, Field(ge=MIN_RESULT_TTL_S, le=MAX_RESULT_TTL_S)] | None = None
+    retry: Retry | None = None
 
     @model_validator(mode="after")
     def _may_run_twice(self) -> Self:
-        if self.on_death == "replay" and self.delivery == "at_most_once":
-            wrong = "on_death 'replay' runs a request again, and with delivery 'at_most_once' none is: choose one of them"
-            raise PydanticCustomError("on_death", "{wrong}", {"wrong": wrong})
+        again = "on_death 'replay'" if self.on_death == "replay" else "retry" if self.retry is not None else ""
+        if again and self.delivery == "at_most_once":
+            wrong = f"{again} runs a request again, and with delivery 'at_most_once' none is: choose one of them"
+            raise PydanticCustomError("delivery", "{wrong}", {"wrong": wrong})
         return self
 
     @model_validator(mode="after")
@@ -108,3 +121,15 @@ class BackendConfig(BaseModel):
         if self.max_batch_size is not None and (self.batch_wait_timeout > 0 or not is_async):
             return 2 * self.max_batch_size
         return ASYNC_CONCURRENCY if is_async else max(SYNC_CONCURRENCY, 2 * self.sync_threads)
+
+    def held_jobs(self, is_async: bool) -> int:
+        """The number of jobs that one replica holds at most. By default they leave half of the places to requests that somebody waits
+        for."""
+        if self.job_slots is not None:
+            return self.job_slots
+        runs = self.concurrency(is_async) if is_async or self.max_batch_size is not None else self.sync_threads
+        return max(1, runs // 2)
+
+    def longest_job_s(self, limit_s: int) -> float:
+        """The time that a job may run, where RabbitMQ holds its message for `limit_s` at most; 0 for no such limit."""
+        return min(self.job_timeout_s, limit_s) if limit_s else self.job_timeout_s

@@ -81,6 +81,7 @@ class HttpOptions(msgspec.Struct, frozen=True):
     middlewares: str = ""
     debug: bool = False
     workers: Count = 1
+    futures_path: str = "/-/futures"  # where requests are found by their ids
 
 
 class Desired(msgspec.Struct, frozen=True):
@@ -140,6 +141,8 @@ class Observed(msgspec.Struct, frozen=True):
     down_since: dict[str, Count] = {}  # backend -> store ms since when no replica has been ready or starting
     sealed: bool = False  # all proxies and replicas seal their requests, so replicas demand seals
     serving: tuple[str, ...] | None = None  # backends with a ready replica; None: written by an earlier version
+    job_limit_s: Count = 0  # how long a job may run on this broker; 0 for no limit beside that of its backend, or none known
+    store_is_full: str = ""  # why no new jobs are taken, in words fit for strangers
 
     def shards_of(self, backend: str, generation: int) -> int:
         """The number of queues of that generation."""

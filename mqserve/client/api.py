@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, Never, overload
 
@@ -11,13 +11,16 @@ from ..broker.settings import Settings
 from ..controller.state.config import BackendConfig
 from ..instance.starting import StartOptions, parse_http_options
 from ..replicas.context import check_not_importing, is_importing
+from . import groups
 from .answers import check_results
 from .client import Client
 from .clients import clients
 from .declared import declare_with_file, make_mount
 from .deploying import is_file_of_run
 from .futures import Future
+from .groups import Group
 from .handle import AsyncHandle, Handle
+from .jobs import Job
 from .streams import Stream
 
 _is_under_run = False
@@ -36,8 +39,8 @@ def start(
     """Starts an instance and returns its client; it ends with this process unless `detached`.
 
     http_options: host, port, location ("HeadOnly", "EveryNode", "NoServer" or None), workers (proxies on one port), middlewares,
-    debug. Without URLs (here or in MQSERVE_BROKER_URL and MQSERVE_STORE_URL) everything runs inside this process. Under `mqserve run` it
-    returns the client of the running instance.
+    debug, futures_path (where requests are found by their ids). Without URLs (here or in MQSERVE_BROKER_URL and MQSERVE_STORE_URL)
+    everything runs inside this process. Under `mqserve run` it returns the client of the running instance.
 
     Raises InstanceError if the namespace has a live instance or this process runs one, BadValue for a bad option or a port in use,
     BrokerUnavailable and StoreUnavailable within ten seconds.
@@ -228,6 +231,27 @@ def get_handle(endpoint_name: str, sync: bool = True, missing_ok: bool = False) 
 def future(future_id: str, backend: str | None = None) -> Future:
     """See `Client.future`."""
     return clients.current().future(future_id, backend)
+
+
+def job(job_id: str, backend: str | None = None) -> Job:
+    """See `Client.job`."""
+    return clients.current().job(job_id, backend)
+
+
+@overload
+def submit_many(handle: Handle, items: Iterable[Any]) -> Group: ...
+@overload
+def submit_many(handle: AsyncHandle, items: Iterable[Any]) -> Coroutine[Any, Any, Group]: ...
+
+
+def submit_many(handle: Handle | AsyncHandle, items: Iterable[Any]) -> Group | Coroutine[Any, Any, Group]:
+    """See `Client.submit_many`."""
+    return groups.submit_many(handle, items)
+
+
+def group(group_id: str) -> Group:
+    """See `Client.group`."""
+    return clients.current().group(group_id)
 
 
 def stream(stream_id: str, after: int = 0) -> Stream:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Literal, Never, overload
@@ -27,7 +27,9 @@ from .declared import make_mount
 from .deploying import Block, Declaration, EnteredOnce, open_block, opened
 from .deployments import Deployments, TellReady
 from .futures import Future, get, wait
+from .groups import Group, submit_many
 from .handle import AsyncHandle, Handle
+from .jobs import Job
 from .lifetime import Lifetime
 from .streams import Stream
 
@@ -231,6 +233,38 @@ class Client(Lifetime):
         if not isinstance(future_id, str):
             raise BadType(f"the id of a request is a text of 32 characters, not {future_id!r}: see `ref.id`")
         return self.sender.future(future_id, backend)
+
+    def job(self, job_id: str, backend: str | None = None) -> Job:
+        """Returns any job, by the id that mqserve minted or by a publisher's own `message_id` and its `backend`. It asks the store when it
+        is used, which raises UnknownJob for an id that nothing is known of. A publisher's job is not known before it begins, so its
+        `result` waits for it.
+
+        Raises BadType for an id that is no str.
+        """
+        if not isinstance(job_id, str):
+            raise BadType(f"the id of a job is a text of 32 characters, not {job_id!r}: see `job.id`")
+        jobs = self.sender.jobs
+        return jobs.job(job_id, job_id) if backend is None else jobs.job(f"{backend}/{job_id}", job_id, expires_ms=0)
+
+    @overload
+    def submit_many(self, handle: Handle, items: Iterable[Any]) -> Group: ...
+    @overload
+    def submit_many(self, handle: AsyncHandle, items: Iterable[Any]) -> Coroutine[Any, Any, Group]: ...
+
+    def submit_many(self, handle: Handle | AsyncHandle, items: Iterable[Any]) -> Group | Coroutine[Any, Any, Group]:
+        """Sends a job for each item by `handle.submit`, and returns them as a group with one id; with an async handle, await it. An error
+        ends the sending, and has a note that says how many jobs were sent before.
+
+        Raises BadType for what is no handle or no series of items, and what `submit` does.
+        """
+        return submit_many(handle, items)
+
+    def group(self, group_id: str) -> Group:
+        """Returns a group by its id, in any process. Raises UnknownJob if nothing is known of it, BadType for an id that is no str."""
+        if not isinstance(group_id, str):
+            raise BadType(f"the id of a group is a text of 32 characters, not {group_id!r}: see `group.id`")
+        jobs = self.sender.jobs
+        return Group(group_id, jobs.wait(jobs.group_facts(group_id)), jobs)
 
     def stream(self, stream_id: str, after: int = 0) -> Stream:
         """Goes on with a stream that was begun with `options(resumable=True)`, in this process or another one, behind the chunk with the

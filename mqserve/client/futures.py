@@ -7,7 +7,7 @@ import concurrent.futures
 import threading
 from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from ..broker.errors import BadType, BadValue, Cancelled
 from ..broker.process import forks
@@ -31,7 +31,7 @@ class Future:
     A future of `serve.future` does not poll in the background: only `result()`, `done()`, `await` and `serve.wait` ask the store.
     """
 
-    def __init__(self, future_id: str, source: Sent | Stored) -> None:
+    def __init__(self, future_id: str, source: Source) -> None:
         self.id = future_id
         self._source = source
         self._depth = forks.depth
@@ -55,8 +55,8 @@ class Future:
         store cannot be asked, and the handler's exception: of its own type if it could be pickled (the remote traceback is a note on it),
         else RemoteError."""
         source = self.here()._source
-        limit_s = WAIT_LIMIT_S if timeout is None else timeout
-        if limit_s <= 0:
+        limit_s = source.limit_s if timeout is None else timeout
+        if limit_s is not None and limit_s <= 0:
             if not source.done():
                 raise self._not_yet(limit_s)
             limit_s = _READ_BUDGET_S
@@ -66,7 +66,7 @@ class Future:
             except concurrent.futures.CancelledError:
                 raise self._cancelled() from None
             except concurrent.futures.TimeoutError:
-                if pending.done():
+                if pending.done() or limit_s is None:
                     raise  # the request's own error, not the end of this wait
                 raise self._not_yet(limit_s) from None
         return source.read(*found)  # outside the try: an error raised here is the handler's
@@ -95,6 +95,18 @@ class Future:
                 raise
         return source.read(*found)
 
+    def waiting(self) -> AbstractContextManager[concurrent.futures.Future[Found]]:
+        """Returns a block in which a result is waited for, by the future that it yields; `value_of` opens what that found."""
+        return self.here()._source.waiting()
+
+    def value_of(self, waited: concurrent.futures.Future[Found]) -> Any:
+        """Returns the value, or raises the error, of a wait that has ended."""
+        try:
+            found = waited.result(0)
+        except concurrent.futures.CancelledError:
+            raise self._cancelled() from None
+        return self._source.read(*found)
+
     def _not_yet(self, limit_s: float) -> TimeoutError:
         return TimeoutError(f"request {self.id} has no result yet after {limit_s:g} s{self._source.not_yet}")
 
@@ -102,8 +114,41 @@ class Future:
         return Cancelled(f"request {self.id} was cancelled by its caller")
 
 
+class Source(Protocol):
+    """Where the result of a future comes from."""
+
+    @property
+    def limit_s(self) -> float | None:
+        """How long `result` waits if it is given no time."""
+        ...
+
+    @property
+    def not_yet(self) -> str:
+        """The end of the sentence that says that there is no result yet."""
+        ...
+
+    @property
+    def state(self) -> str:
+        """For `repr`; empty if it is not known."""
+        ...
+
+    def in_child(self, future_id: str) -> Source:
+        """Returns the source to use in a forked child."""
+        ...
+
+    def waiting(self) -> AbstractContextManager[concurrent.futures.Future[Found]]: ...
+
+    def done(self) -> bool: ...
+
+    def cancel(self) -> bool: ...
+
+    def read(self, key: str, result: Result) -> Any: ...
+
+
 class Sent:
     """The result of a request sent by this process; it resolves without polling."""
+
+    limit_s = WAIT_LIMIT_S
 
     def __init__(self, pending: concurrent.futures.Future[Found], sender: Sender, *, plain: bool) -> None:
         self._pending = pending
@@ -138,6 +183,7 @@ class Sent:
 class Stored:
     """A result that is read from the store, under the first of these keys that has one. Each waiter polls for itself."""
 
+    limit_s = WAIT_LIMIT_S
     state = ""  # unknown, since nobody has asked the store
     not_yet = ": wait again, if somebody sent it; the message_id of a published message needs its backend, too"
 
@@ -194,7 +240,7 @@ def wait(refs: Sequence[Future], *, num_returns: int = 1, timeout: float | None 
         raise BadValue(f"num_returns must be a whole number between 1 and that of the futures ({len(refs)}), not {num_returns!r}")
     in_time = False
     with ExitStack() as stack:
-        pending = [stack.enter_context(ref.here()._source.waiting()) for ref in refs]
+        pending = [stack.enter_context(ref.waiting()) for ref in refs]
         try:
             for count, _ in enumerate(concurrent.futures.as_completed(set(pending), timeout), start=1):
                 if in_time := count >= wanted:

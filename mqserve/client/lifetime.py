@@ -182,6 +182,7 @@ class Lifetime:
     async def _follow_forever(self, own: Opened) -> None:
         async for desired, observed in follow_state(own.connections.store, own.connections.keys):
             own.sender.demands_seals = observed is not None and observed.sealed
+            own.sender.jobs.refusal = "" if observed is None else observed.store_is_full
             if await own.membership.saw(desired) and desired is not None:
                 self._follow(desired)
             elif own.membership.has_ended:

@@ -25,13 +25,14 @@ from ..broker.streams import Chunk, End, Form, Owner
 from ..broker.values.codecs import encode_value
 from ..broker.values.signing import SealScope
 from ..connections import Connections
-from ..controller.state.documents import Desired
+from ..controller.state.documents import Desired, Endpoint
 from ..controller.state.traffic import choose
 from ..replicas.context import deadline
 from .answers import read_result
 from .deploying import open_block
 from .deployments import Deployments
 from .futures import WAIT_LIMIT_S, Found, Future, Sent, Stored
+from .job_calls import JobCalls
 from .membership import Membership
 from .runtime import Runtime
 from .streams import Began, Flowing, Stream, StreamTicket
@@ -74,6 +75,7 @@ class Sender:
         self._deployments = deployments
         self.find = find  # returns the client's sender in this process: a forked child has another one
         self._signer = connections.settings.signer
+        self.jobs = JobCalls(self, runtime, connections, requests)
         self._over = ""  # why the client has ended, once it has
         self.desired = Desired()
         self.only_plain = False  # open no pickle in a result
@@ -122,14 +124,20 @@ class Sender:
         return Stream(call.id, call.pending, self, plain=plain)
 
     def _begin(self, call: _Call, wait_for_endpoint: bool) -> None:
+        call.pending.add_done_callback(partial(self._cancel_with, call.id))  # without the call, which refers to `pending`
+        if self.has_to_wait(call.meta.endpoint, call.data, call.arguments, wait_for_endpoint=wait_for_endpoint):
+            self._runtime.submit(self._send_later(call))
+        else:
+            self._send_now(call)
+
+    def has_to_wait(self, endpoint: str, data: Any, arguments: dict[str, Any], *, wait_for_endpoint: bool) -> bool:
+        """Whether `ready` has to be awaited before the request can be sent. Raises what `send` does."""
         if self.demands_seals and not self._signer:
             raise BadSignature(
                 "the replicas of this instance take only sealed requests of handles, and this process has no key: set MQSERVE_SECRET_KEY "
                 "to the one of the instance"
             )
-        call.pending.add_done_callback(partial(self._cancel_with, call.id))  # without the call, which refers to `pending`
-        awaited = [value.here() for value in (call.data, *call.arguments.values()) if isinstance(value, Future)]
-        endpoint = call.meta.endpoint
+        awaited = [value.here() for value in (data, *arguments.values()) if isinstance(value, Future)]
         is_missing = endpoint not in self.desired.endpoints
         if (block := open_block(self._deployments)) is not None:
             block.before_call(endpoint, is_missing=is_missing, waits=wait_for_endpoint)
@@ -139,19 +147,26 @@ class Sender:
             if not self._runtime.call(self._is_there(endpoint)):
                 raise UnknownEndpoint(f"Endpoint '{endpoint}' does not exist.")
             is_missing = False
-        if awaited or is_missing:
-            self._runtime.submit(self._send_later(call))
-        else:
-            self._send_now(call)
+        return bool(awaited) or is_missing
+
+    async def ready(self, endpoint: str, data: Any, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Returns the arguments with the values of futures, once the endpoint is there."""
+        if endpoint not in self.desired.endpoints:
+            await self._until_there(endpoint)
+        return await _resolved(data), {name: await _resolved(value) for name, value in arguments.items()}
 
     def _send_now(self, call: _Call) -> None:
         desired = self.desired
-        endpoint = desired.endpoints.get(call.meta.endpoint)
-        if endpoint is None:  # deleted while its arguments were awaited
-            raise UnknownEndpoint(f"Endpoint '{call.meta.endpoint}' does not exist.")
-        backend, shadows = choose(endpoint, call.shard_key)
+        backend, shadows = choose(self.find_endpoint(desired, call.meta.endpoint), call.shard_key)
         copies = [self._prepare_shadow(desired, shadow, call) for shadow in shadows]
         self._runtime.post(self._prepare(desired, backend, call, copies))
+
+    def find_endpoint(self, desired: Desired, name: str) -> Endpoint:
+        """Raises UnknownEndpoint for one that was deleted while the arguments of a call were awaited."""
+        endpoint = desired.endpoints.get(name)
+        if endpoint is None:
+            raise UnknownEndpoint(f"Endpoint '{name}' does not exist.")
+        return endpoint
 
     def _prepare(self, desired: Desired, backend: str, call: _Call, copies: Sequence[Callable[[], None]]) -> Callable[[], None]:
         """Returns a function that sends the request and then its shadow copies; if the request is refused, no copies are sent."""
@@ -201,10 +216,7 @@ class Sender:
 
     async def _send_later(self, call: _Call) -> None:
         try:
-            if call.meta.endpoint not in self.desired.endpoints:
-                await self._until_there(call.meta.endpoint)
-            data = await _resolved(call.data)
-            arguments = {name: await _resolved(value) for name, value in call.arguments.items()}
+            data, arguments = await self.ready(call.meta.endpoint, call.data, call.arguments)
             await asyncio.to_thread(self._send_now, replace(call, data=data, arguments=arguments))
         except asyncio.CancelledError:
             _fail(call.pending, InstanceError(self._over or _STOPPED))
@@ -228,9 +240,10 @@ class Sender:
 
     def cancel_soon(self, future_id: str) -> None:
         """Cancels a request for everybody, without waiting for that."""
-        self._post(partial(self._requests.cancel, future_id))
+        self.post(partial(self._requests.cancel, future_id))
 
-    def _post(self, callback: Callable[[], None]) -> None:
+    def post(self, callback: Callable[[], None]) -> None:
+        """Runs it on the runtime thread, soon, unless the client has ended."""
         with suppress(InstanceError):  # the client is closed, so nobody is left to tell
             self._runtime.post(lambda: None if self._over else callback())
 
@@ -274,11 +287,11 @@ class Sender:
 
     def took(self, incoming: IncomingStream, seq: int, size: int) -> None:
         """See `IncomingStream.took`; does not wait for it."""
-        self._post(partial(incoming.took, seq, size))
+        self.post(partial(incoming.took, seq, size))
 
     def leave(self, incoming: IncomingStream) -> None:
         """See `RequestSender.leave`; does not wait for it."""
-        self._post(partial(self._requests.leave, incoming))
+        self.post(partial(self._requests.leave, incoming))
 
     def resumed(self, stream_id: str, after: int) -> Stream:
         """See `Client.stream`."""

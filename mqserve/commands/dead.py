@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from rich.text import Text
 from ..broker.dead_letters import DeadLetter
 from ..broker.envelope import Envelope
 from ..broker.errors import BadEnvelope, BadValue, MQServeError, UnknownBackend
+from ..broker.jobs import UNENDED_TTL_S, facts_of
 from ..broker.process.printable import printable
 from ..broker.queue import DeadLetters, fate_of
 from ..broker.queue_names import check_name
@@ -24,6 +24,7 @@ from ..connections import Connections, open_connections
 from ..controller.state.reading import read_desired, read_observed
 from ..replicas.admission import NOT_STARTED
 from ..replicas.trust import SenderTrust
+from .printing import print_json, print_sentence, when
 from .status_table import make_console, make_table
 
 ASK_ABOVE = 10
@@ -61,13 +62,13 @@ async def list_dead(settings: Settings, backend: str, limit: int, *, as_json: bo
         facts = [_facts(letter) async for letter in letters]
     facts.sort(key=lambda fact: fact["died_at_ms"])
     if as_json:
-        return _print_json(console, facts)
+        return print_json(console, facts)
     if not facts:
-        return _print(console, _none(backend))
+        return print_sentence(console, _none(backend))
     title = f"Dead letters of {backend}" + (f", {len(facts)} of {waiting}" if waiting > len(facts) else "")
     table = make_table(title, "id", "died at", "attempts", "reason")
     for fact in facts:
-        columns = (fact["id"], _when(fact["died_at_ms"]), str(len(fact["attempts"])), fact["reason"])
+        columns = (fact["id"], when(fact["died_at_ms"]), str(len(fact["attempts"])), fact["reason"])
         table.add_row(*(Text(printable(column)) for column in columns))
     console.print(table)
     return 0
@@ -82,7 +83,7 @@ async def show_dead(settings: Settings, backend: str, name: str, *, as_json: boo
     if not found:
         raise BadValue(_no_such(backend, name))
     if as_json:
-        return _print_json(console, found)
+        return print_json(console, found)
     for fact in found:
         for key, value in fact.items():
             _print_fact(console, key, value)
@@ -106,7 +107,7 @@ async def retry_dead(settings: Settings, backend: str, selection: Selection, *, 
         timeout_ms = int(config.request_timeout_s * 1000)
         retry = partial(_retry, connections, senders, timeout_ms, config.delivery == "at_most_once", set())
         told = await _settle(backend, letters, selection, retry, "retry", "retried", yes)
-    return _print(console, told)
+    return print_sentence(console, told)
 
 
 async def drop_dead(settings: Settings, backend: str, selection: Selection, *, yes: bool, console: Console | None = None) -> int:
@@ -117,7 +118,7 @@ async def drop_dead(settings: Settings, backend: str, selection: Selection, *, y
 
     async with _dead_letters(settings, backend) as (_, letters):
         told = await _settle(backend, letters, selection, drop, "drop", "dropped", yes)
-    return _print(console, told)
+    return print_sentence(console, told)
 
 
 @asynccontextmanager
@@ -168,16 +169,27 @@ async def _retry(
     seals = connections.settings.header_seals.of(letter.backend)
     envelope = _check(letter, senders, seals)
     future_id = envelope.future_id(letter.backend) or letter.name
+    kept_ms = UNENDED_TTL_S * 1000 if letter.is_job else timeout_ms + _BODY_KEPT_MS
     if envelope.header.ref:
-        await _keep_body(connections, connections.keys.body(envelope.id), timeout_ms)
+        await _keep_body(connections, connections.keys.body(envelope.id), kept_ms)
     if future_id not in forgotten:  # of two letters with one id, the second must find the first one's result
         await connections.store.delete(*connections.keys.of_runs(future_id))
         if once:  # otherwise a replica would assume that the request was started before
-            await connections.store.set(connections.keys.start(future_id), NOT_STARTED, ttl_ms=timeout_ms + _BODY_KEPT_MS)
+            await connections.store.set(connections.keys.start(future_id), NOT_STARTED, ttl_ms=kept_ms)
         forgotten.add(future_id)
     renewed = letter.renewed(connections.store.now_ms() + timeout_ms, seals)
     if error := await fate_of(partial(connections.queue.republish, renewed), CONFIRM_BUDGET_S):
         raise error
+    if letter.is_job and envelope.id:
+        await _note_job(connections, letter.backend, future_id, renewed.envelope(seals))
+
+
+async def _note_job(connections: Connections, backend: str, future_id: str, envelope: Envelope) -> None:
+    """Writes the record of a job that waits again; without one nobody would know of it until it begins."""
+    facts = facts_of(backend, envelope, connections.store.now_ms())
+    noted: asyncio.Future[bool | Exception] = asyncio.get_running_loop().create_future()
+    connections.store.jobs.add_then(future_id, facts, noted.set_result)
+    await noted
 
 
 def _check(letter: DeadLetter, senders: SenderTrust, seals: BackendSeals | None) -> Envelope:
@@ -194,11 +206,11 @@ def _check(letter: DeadLetter, senders: SenderTrust, seals: BackendSeals | None)
     return envelope
 
 
-async def _keep_body(connections: Connections, key: str, timeout_ms: int) -> None:
+async def _keep_body(connections: Connections, key: str, kept_ms: int) -> None:
     body = await connections.store.get_large(key)
     if body is None:
         raise _Keep("its body, of more than 1 MiB, was kept in the store until its deadline and is gone, so nothing can run it: drop it")
-    await connections.store.set(key, body, ttl_ms=timeout_ms + _BODY_KEPT_MS)
+    await connections.store.set(key, body, ttl_ms=kept_ms)
 
 
 def _facts(letter: DeadLetter) -> dict[str, Any]:
@@ -236,37 +248,18 @@ async def _all_facts(connections: Connections, letter: DeadLetter) -> dict[str, 
     return facts
 
 
-def _print(console: Console | None, sentence: str) -> int:
-    (console or make_console()).print(sentence, highlight=False, markup=False, soft_wrap=True)
-    return 0
-
-
-def _print_json(console: Console, facts: list[dict[str, Any]]) -> int:
-    for fact in facts:
-        # DEL is the only control character that JSON does not escape
-        console.file.write(json.dumps(fact).replace("\x7f", "\\u007f") + "\n")
-    return 0
-
-
 def _print_fact(console: Console, key: str, value: Any) -> None:
     name = key.removesuffix("_ms").replace("_", " ")
     if key == "died_at_ms":
-        value = _when(value)
+        value = when(value)
     elif key == "attempts":
-        value = "\n".join(f"{_when(run['started_ms'])}  {printable(run['replica'])}: {printable(run['ended'])}" for run in value)
+        value = "\n".join(f"{when(run['started_ms'])}  {printable(run['replica'])}: {printable(run['ended'])}" for run in value)
     elif key == "headers":
         value = "\n".join(f"{printable(header)}: {printable(text)}" for header, text in value.items())
     if value not in ("", None):
         lines = [printable(line) for line in str(value).splitlines()]
         shown = lines[0] if len(lines) == 1 else "".join(f"\n    {line}" for line in lines)
         console.print(Text.assemble((f"{name}: ", "dim"), shown), highlight=False, soft_wrap=True)
-
-
-def _when(store_ms: int) -> str:
-    try:
-        return f"{datetime.fromtimestamp(store_ms / 1000, UTC):%Y-%m-%d %H:%M:%S} UTC"
-    except (OverflowError, ValueError, OSError):
-        return "at no time there is"
 
 
 def _none(backend: str) -> str:

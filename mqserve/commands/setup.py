@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ..broker.errors import BadValue
-from ..broker.queue_names import dead_exchange, dead_queue, requests_exchange
+from ..broker.queue_names import dead_exchange, dead_queue, due_queue, jobs_exchange, later_exchange, requests_exchange
 from ..broker.settings import read_secret
 from ..broker.store_keys import StoreKeys
 from ..broker.values.code import FOR_ALL
@@ -69,16 +69,18 @@ def read_passwords(env: Mapping[str, str]) -> dict[str, str]:
 
 def broker_rights(namespace: str) -> dict[str, BrokerRights]:
     """Returns the rights by role. A node has none, since it handles no messages."""
-    requests, dead = re.escape(requests_exchange(namespace)), re.escape(dead_exchange(namespace))
-    backends, dead_letters = re.escape(f"{namespace}.backend."), re.escape(dead_queue(namespace, ""))
+    exchanges = (requests_exchange(namespace), jobs_exchange(namespace), later_exchange(namespace))
+    sending, dead = "|".join(map(re.escape, exchanges)), re.escape(dead_exchange(namespace))
+    backends = f"{re.escape(f'{namespace}.backend.')}.*|{re.escape(f'{namespace}.jobs.')}.*"
+    waiting = f"{re.escape(due_queue(namespace))}|{re.escape(f'{namespace}.later.')}[0-9]+"
     nothing = "^$"
-    everything = f"^({requests}|{dead}|{backends}.*|{dead_letters}.*)$"
+    everything = f"^({sending}|{dead}|{backends}|{waiting}|{re.escape(dead_queue(namespace, ''))}.*)$"
     return {
         "controller": BrokerRights(everything, everything, everything),
-        "proxy": BrokerRights(nothing, f"^{requests}$", nothing),
+        "proxy": BrokerRights(nothing, f"^({sending})$", nothing),
         # amq.default: replies go to `reply_to` over it. It reaches every queue of the virtual host, so give that right to nobody else.
-        "replica": BrokerRights(nothing, rf"^({requests}|{dead}|amq\.default)$", f"^{backends}.*$"),
-        "client": BrokerRights(nothing, f"^{requests}$", nothing),
+        "replica": BrokerRights(nothing, rf"^({sending}|{dead}|amq\.default)$", f"^({backends})$"),
+        "client": BrokerRights(nothing, f"^({sending})$", nothing),
     }
 
 
@@ -110,62 +112,85 @@ def _rabbitmq_hash(password: str) -> str:
 _CONNECTING = ("ping", "select", "time", "script|load")  # auth and hello need no right
 _DOCUMENTS = ("get", "mget", "subscribe", "unsubscribe", "publish")
 _BEATING = ("hset", "hdel")
+_COUNTING = ("incr", "incrby", "del")
 _TELLING = ("xadd", "pexpire")  # for cancellations
 _CALLING = ("set", "evalsha", "eval", "blmpop", "xrange", "xinfo|stream", *_TELLING)  # for sending requests and waiting for results
+_SENDING_JOBS = (  # and waiting for them, and ending them
+    "exists", "hgetall", "hincrby", "hmget", "hset", "hsetnx", "lrange", "ltrim", "rpush", "sadd", "smembers", "zadd", "zrank", "zrem",
+)  # fmt: skip
+_RUNNING_JOBS = ("hdel", "hget", "pttl", "zrandmember")
 _STREAMING = ("xlen", "xtrim")
 _DROPPING = ("pexpire",)
 _POSTING = ("pexpire", "rpush")
+_CALLS = _CONNECTING + _DOCUMENTS + _CALLING + _SENDING_JOBS
+
+
+class _Kinds:
+    """Keys that the same roles may use."""
+
+    def __init__(self, keys: StoreKeys) -> None:
+        self.documents = {keys.desired, keys.observed}
+        self.results = {keys.future("*"), keys.body("*")}
+        self.streams = {keys.stream("*"), keys.owner("*")}
+        self.feeds = {keys.feed("*")}
+        self.losses = {keys.lost("*")}
+        self.counts = {keys.start("*"), keys.attempts("*"), keys.redeliveries("*"), keys.claim("*")}
+        self.jobs = {keys.job("*"), keys.message("*"), keys.events("*"), keys.waiters("*"), keys.followers("*"), keys.waiting("*")}
+        self.lists = {keys.jobs, keys.ends}
+        self.runs = {keys.lease("*"), keys.jobs}
+        self.groups = {keys.group("*")}
+        self.inboxes = {keys.inbox("*")}
+        self._keys = keys
+
+    def inboxes_of(self, role: str) -> set[str]:
+        return {self._keys.inbox(f"{role}-*")}
 
 
 def store_rights(namespace: str) -> dict[str, StoreRights]:
     """Returns the rights by role."""
     keys = StoreKeys(namespace)
-    documents = {keys.desired, keys.observed}
-    results = {keys.future("*"), keys.body("*")}
-    streams = {keys.stream("*"), keys.owner("*")}
-    feeds = {keys.feed("*")}
-    losses = {keys.lost("*")}
-    runs = {keys.start("*"), keys.attempts("*"), keys.redeliveries("*"), keys.claim("*"), *streams, *feeds}
-    calls = _CONNECTING + _DOCUMENTS + _CALLING
+    kinds = _Kinds(keys)
+    documents, results = kinds.documents, kinds.results
 
-    def inbox(role: str) -> set[str]:
-        return {keys.inbox(f"{role}-*")}
+    def rights(reads: set[str], writes: set[str], commands: tuple[str, ...]) -> StoreRights:
+        return StoreRights(frozenset(reads), frozenset(writes), commands)
 
-    def rights(reads: set[str], writes: set[str], commands: tuple[str, ...], *, reads_streams: bool = False) -> StoreRights:
-        if not reads_streams:
-            return StoreRights(frozenset(reads), frozenset(writes), commands)
-        # The reader of a streamed answer drops it at its end and tells the replica what it has taken, but writes no part of it.
-        return StoreRights(frozenset(reads | streams | losses), frozenset(writes), commands, frozenset(streams), frozenset(feeds))
+    def caller_rights(role: str, reads: set[str], writes: set[str], commands: tuple[str, ...]) -> StoreRights:
+        """The reader of a streamed answer drops it at its end and tells the replica what it has taken, but writes no part of it. Who
+        cancels a job tells the inboxes of those who wait for it. Ids of jobs can be added to their list, and not be read there."""
+        both = results | kinds.jobs | kinds.inboxes_of(role) | {keys.idempotent("*")}
+        reads, writes = reads | both | kinds.streams | kinds.losses, writes | both | kinds.lists
+        return StoreRights(frozenset(reads), frozenset(writes), commands, frozenset(kinds.streams), frozenset(kinds.feeds | kinds.inboxes))
 
     everything = {f"mqserve:{namespace}:*"}
-    counting = ("incr", "incrby", "del")
+    run = results | kinds.counts | kinds.streams | kinds.feeds | kinds.jobs | kinds.runs | kinds.groups | kinds.inboxes_of("replica")
     return {
         "controller": rights(
-            everything, everything, (*calls, *_BEATING, *counting, "exists", "hgetall", "info", "persist", "rpush", "xread")
+            everything, everything, (*_CALLS, *_BEATING, *_COUNTING, *_RUNNING_JOBS, "info", "persist", "xread", "zrevrange")
         ),
         # After a loss of data it gives back the files of code, which are checked against their hashes wherever they are read.
         "node": rights(
             {*documents, keys.beats, keys.code("*")},
-            {keys.beats, keys.cancelled, *losses, keys.code("*")},
+            {keys.beats, keys.cancelled, *kinds.losses, keys.code("*")},
             (*_CONNECTING, *_DOCUMENTS, *_BEATING, *_TELLING, "exists", "hgetall", "set"),
         ),
-        "proxy": rights(
-            {*documents, *results, *inbox("proxy"), keys.start("*"), keys.code(f"{FOR_ALL}*"), keys.cancelled},
-            {*results, *inbox("proxy"), keys.beats, keys.cancelled},
-            (*calls, *_BEATING, "xread"),
-            reads_streams=True,
+        "proxy": caller_rights(
+            "proxy",
+            {*documents, keys.start("*"), keys.code(f"{FOR_ALL}*"), keys.cancelled},
+            {keys.beats, keys.cancelled},
+            (*_CALLS, *_BEATING, "xread"),
         ),
         # A replica sends and waits through handles of its own; it may write to others' inboxes, but not read them.
         "replica": rights(
-            {*documents, *results, *runs, *losses, *inbox("replica"), keys.code("*"), keys.instance, keys.ended, keys.cancelled},
-            {*results, *runs, *inbox("replica"), keys.inbox("*"), keys.beats, keys.cancelled},
-            (*calls, *_BEATING, *counting, *_STREAMING, "rpush", "xread"),
+            run | documents | kinds.losses | {keys.code("*"), keys.instance, keys.ended, keys.cancelled},
+            run | kinds.inboxes | kinds.lists | {keys.beats, keys.cancelled},
+            (*_CALLS, *_BEATING, *_COUNTING, *_RUNNING_JOBS, *_STREAMING, "xread"),
         ),
-        "client": rights(
-            {*documents, *results, *inbox("client"), keys.start("*"), keys.instance, keys.ended, keys.beats},
-            {*results, *inbox("client"), keys.desired, keys.code("*"), keys.cancelled},
-            (*calls, "hgetall", "exists"),  # of files it asks which the store has, and reads none
-            reads_streams=True,
+        "client": caller_rights(
+            "client",
+            {*documents, *kinds.groups, keys.start("*"), keys.instance, keys.ended, keys.beats},
+            {*kinds.groups, keys.desired, keys.code("*"), keys.cancelled},
+            _CALLS,
         ),
     }
 
@@ -182,7 +207,7 @@ def acl_rules(namespace: str, role: str) -> list[str]:
         *(f"%R~{key}" for key in sorted(rights.reads - both)),
         *(f"%W~{key}" for key in sorted(rights.writes - both)),
         "-@all",
-        *(f"+{command}" for command in sorted(rights.commands)),
+        *(f"+{command}" for command in sorted(set(rights.commands))),
         *_selector(rights.drops, _DROPPING),
         *_selector(rights.posts, _POSTING),
     ]

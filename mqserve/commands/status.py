@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import click
 import msgspec
@@ -77,7 +77,7 @@ class MemberFacts(msgspec.Struct, frozen=True):
 
 
 class BackendFacts(msgspec.Struct, frozen=True):
-    """A backend. `waiting` and `dead_letters` are null if RabbitMQ does not answer."""
+    """A backend. `waiting`, `jobs` (which wait in their own queue) and `dead_letters` are null if RabbitMQ does not answer."""
 
     name: str
     code: str
@@ -88,6 +88,7 @@ class BackendFacts(msgspec.Struct, frozen=True):
     waiting: int | None
     dead_letters: int | None
     trouble: str
+    jobs: int | None = None
 
 
 class EndpointFacts(msgspec.Struct, frozen=True):
@@ -240,8 +241,16 @@ def _document(found: _Stored, key: str, decode: Callable[[], T], default: T) -> 
         return default
 
 
-async def _count(queue: Queue, stored: _Stored) -> dict[str, tuple[int | None, int | None]]:
-    """Returns by backend: waiting messages and dead letters; None if RabbitMQ does not answer."""
+class _Counts(NamedTuple):
+    """What RabbitMQ has of a backend; None where it does not answer."""
+
+    waiting: int | None = None
+    jobs: int | None = None
+    dead_letters: int | None = None
+
+
+async def _count(queue: Queue, stored: _Stored) -> dict[str, _Counts]:
+    """Returns the counts by backend."""
     refusals: set[str] = set()
 
     async def asked(count: Awaitable[int | None]) -> int | None:
@@ -251,18 +260,24 @@ async def _count(queue: Queue, stored: _Stored) -> dict[str, tuple[int | None, i
             refusals.add(str(error))
             return None
 
-    async def of_one(name: str) -> tuple[int | None, int | None]:
+    async def of_one(name: str) -> _Counts:
         observed = stored.observed
         generations = [(generation, observed.shards_of(name, generation)) for generation in observed.queues.get(name, ())]
-        depths = [await asked(queue.depth(name, generation, shards)) for generation, shards in generations]
-        known = [depth for depth in depths if depth is not None]
-        return (sum(known) if len(known) == len(depths) else None), await asked(queue.count_dead(name))
+        both = _sum([await asked(queue.depth(name, generation, shards)) for generation, shards in generations])
+        jobs = _sum([await asked(queue.count_jobs(name, generation)) for generation, _ in generations])
+        waiting = max(0, both - jobs) if both is not None and jobs is not None else None  # it was counted first
+        return _Counts(waiting, jobs, await asked(queue.count_dead(name)))
 
     names = list(stored.desired.backends)
     counts = dict(zip(names, await asyncio.gather(*map(of_one, names)), strict=True))
     if refusals:
         stored.unknown[_IN_THE_BROKER] = "; ".join(sorted(refusals))
     return counts
+
+
+def _sum(counts: Sequence[int | None]) -> int | None:
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
 
 
 # Turns the documents and beats into facts.
@@ -273,9 +288,7 @@ def _store_facts(settings: Settings, trouble: str, stored: _Stored) -> ServerFac
     return ServerFacts(masked(settings.store_url), state, trouble or stored.refusal)
 
 
-def _facts(
-    namespace: str, broker: ServerFacts, store: ServerFacts, stored: _Stored, counts: Mapping[str, tuple[int | None, int | None]]
-) -> Facts:
+def _facts(namespace: str, broker: ServerFacts, store: ServerFacts, stored: _Stored, counts: Mapping[str, _Counts]) -> Facts:
     is_known = bool(stored.now_ms)
     state: Literal["runs", "drains", "none", "unknown"] = "drains" if stored.desired.closing else "runs"
     if not is_known or stored.is_empty:
@@ -285,7 +298,7 @@ def _facts(
     return Facts(
         namespace, state, held.id if held else stored.desired.instance, held.owner if held else "", held is not None and held.detached,
         _controller(stored, is_known=is_known), broker, store, members,
-        tuple(_backend(name, stored, members, *counts.get(name, (None, None))) for name in stored.desired.backends),
+        tuple(_backend(name, stored, members, counts.get(name, _Counts())) for name in stored.desired.backends),
         tuple(
             EndpointFacts(name, endpoint.route, endpoint.methods, endpoint.traffic, endpoint.shadows, endpoint.prefix)
             for name, endpoint in stored.desired.endpoints.items()
@@ -328,7 +341,7 @@ def _member(beat: Beat, stored: _Stored) -> MemberFacts:
     return facts
 
 
-def _backend(name: str, stored: _Stored, members: Sequence[MemberFacts], waiting: int | None, dead_letters: int | None) -> BackendFacts:
+def _backend(name: str, stored: _Stored, members: Sequence[MemberFacts], counts: _Counts) -> BackendFacts:
     backend = stored.desired.backends[name]
     mine = [member for member in members if member.kind == Kind.REPLICA and member.backend == name]
     ready = sum(member.said is MemberState.READY and member.state in (MemberState.READY, "unknown") for member in mine)
@@ -340,7 +353,9 @@ def _backend(name: str, stored: _Stored, members: Sequence[MemberFacts], waiting
         state = "failing"
     elif backend.rolled_back:
         trouble = f"the last roll-out was undone: {backend.rolled_back}"
-    return BackendFacts(name, backend.code_name, backend.version, state, ready, wanted, waiting, dead_letters, trouble)
+    return BackendFacts(
+        name, backend.code_name, backend.version, state, ready, wanted, counts.waiting, counts.dead_letters, trouble, counts.jobs
+    )
 
 
 def _problems(stored: _Stored, members: Sequence[MemberFacts]) -> dict[str, str]:

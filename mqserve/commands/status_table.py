@@ -17,7 +17,7 @@ Span = str | tuple[str, str]  # a text, or (text, style)
 
 PIPE_WIDTH = 240
 NOT_KNOWN = "?"
-_NUMBERS = ("ready", "wanted", "waiting", "dead", "running", "served")
+_NUMBERS = ("ready", "wanted", "jobs", "waiting", "dead", "running", "served")
 
 
 def print_facts(console: Console, facts: Facts) -> None:
@@ -86,9 +86,11 @@ def _members(members: tuple[MemberFacts, ...]) -> Table:
 
 
 def _backends(backends: tuple[BackendFacts, ...]) -> Table:
-    table = make_table("Backends", "backend", "code", "dead", "ready", "wanted", "waiting", "state")
+    have_jobs = any(backend.jobs for backend in backends)
+    table = make_table("Backends", "backend", "code", "dead", "ready", "wanted", *(["jobs"] if have_jobs else []), "waiting", "state")
     for backend in backends:
-        counts = (_count(backend.dead_letters), str(backend.ready), str(backend.wanted), _count(backend.waiting))
+        jobs = [_count(backend.jobs)] if have_jobs else []
+        counts = (_count(backend.dead_letters), str(backend.ready), str(backend.wanted), *jobs, _count(backend.waiting))
         _add_row(table, backend.name, f"{backend.code} (version {backend.version})", *counts, _colored(backend.state))
     return table
 

@@ -18,6 +18,7 @@ from ..controller.machine_resources import measure_node
 from ..controller.node import Node, NodeOptions, Share
 from ..proxy.main import Proxy, ProxyOptions
 from ..replicas.main import Replica, ReplicaOptions
+from ..replicas.trust import SenderTrust
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +29,11 @@ def start_embedded(connections: Connections, instance: str, node_id: str, stop: 
 
     async def control() -> None:
         """Runs a new controller, which adopts what runs, as one in another process does."""
-        await Controller(connections.store, connections.keys, connections.queue, connections.process_id, instance, has_key=has_key).run(
-            stop
+        senders = SenderTrust(connections.settings)
+        controller = Controller(
+            connections.store, connections.keys, connections.queue, connections.process_id, instance, has_key=has_key, senders=senders
         )
+        await controller.run(stop)
 
     options = NodeOptions(node_id, capacity=measure_node(None, None, {}))
     node = Node(options, connections.store, connections.keys, EmbeddedLauncher(connections), connections.settings.signer)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 from ..broker.documents import until
-from ..broker.errors import InstanceError
+from ..broker.errors import BackendFailed, InstanceError
 from ..broker.process.lifeline import Stop, stop_event
 from ..broker.rabbitmq.queue import PROBE_SELDOM_EVERY_S
 from ..broker.redis.store import open_redis
@@ -19,6 +19,7 @@ from ..controller.loop import Controller
 from ..controller.node import Node, NodeOptions, check_name_is_free
 from ..controller.node_metrics import serve_metrics
 from ..controller.processes import ProcessLauncher
+from ..replicas.trust import SenderTrust
 from .supervisor import Kept, keeping_supervisor
 
 JOIN_TRIES = 3
@@ -43,11 +44,21 @@ async def run_controller(settings: Settings, controller_id: str, kept: Kept | No
                 has_key=bool(settings.secret_keys),
                 kept_by=kept.token if kept is not None else "",
                 trouble=trouble,
+                senders=_senders(settings),
+                consumer_timeout_s=settings.consumer_timeout_s,
             )
             await controller.run(stop)
         if stop.orphaned:  # the starter was killed: free the namespace at once; the queues keep the accepted requests
             await lease.forget(connections.store, connections.keys, instance)
     return 0
+
+
+def _senders(settings: Settings) -> SenderTrust | None:
+    """Returns None where no replica can tell senders apart either: each says so, and none starts."""
+    try:
+        return SenderTrust(settings)
+    except BackendFailed:
+        return None
 
 
 async def run_node(settings: Settings, options: NodeOptions, metrics_host: str, metrics_port: int, kept: Kept | None = None) -> int:

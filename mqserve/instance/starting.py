@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import secrets
 import socket
 import time
@@ -44,6 +45,7 @@ START_BUDGET_S = 30.0
 SHUTDOWN_BUDGET_S = 45.0
 UNLED_AFTER_S = lease.LAPSED_AFTER_S + 5.0  # an instance without a leader for this long will not get one: a standby would have taken over
 LOCATIONS = ("HeadOnly", "EveryNode", "NoServer")
+_FUTURES_PATH = re.compile(r"(?:/[\w.~-]+)+", re.ASCII)
 MAX_WORKERS = 64  # each is a process with connections of its own to RabbitMQ and Redis
 
 
@@ -67,7 +69,7 @@ def parse_http_options(options: object) -> tuple[HttpOptions, tuple[object, ...]
         options = {}
     if not isinstance(options, dict):
         raise BadType(f"http_options must be a dict such as {{'port': 8000}}, not {type(options).__name__}")
-    known = {"host", "port", "location", "middlewares", "debug", "workers"}
+    known = {"host", "port", "location", "middlewares", "debug", "workers", "futures_path"}
     if unknown := set(options) - known:
         raise BadValue(f"http_options has no {', '.join(sorted(map(str, unknown)))}: there are {', '.join(sorted(known))}")
     host, port = options.get("host", "127.0.0.1"), whole_number(options.get("port", 8000))
@@ -85,8 +87,20 @@ def parse_http_options(options: object) -> tuple[HttpOptions, tuple[object, ...]
         raise BadValue(
             f"http_options workers {options['workers']!r} must be a whole number from 1 to {MAX_WORKERS}: one for each core, at most"
         )
-    http = HttpOptions(host, port, location, debug=bool(options.get("debug", False)), workers=workers)
+    futures_path = _futures_path(options.get("futures_path", HttpOptions().futures_path))
+    http = HttpOptions(host, port, location, debug=bool(options.get("debug", False)), workers=workers, futures_path=futures_path)
     return http, parse_middlewares(options.get("middlewares"))
+
+
+def _futures_path(path: object) -> str:
+    if not isinstance(path, str):
+        raise BadType(f"http_options futures_path must be a path such as '/jobs', not {path!r}")
+    if not _FUTURES_PATH.fullmatch(path) or (path.startswith("/-/") and path != HttpOptions().futures_path):
+        raise BadValue(
+            f"http_options futures_path {path!r} must be a path of letters, digits, '.', '_', '~' and '-', such as '/jobs', without a "
+            f"slash at its end; of those under /-/ it can only be {HttpOptions().futures_path}"
+        )
+    return path
 
 
 def parse_middlewares(middlewares: object) -> tuple[object, ...]:

@@ -31,7 +31,7 @@ async def queue(form: str, request: pytest.FixtureRequest, namespace: str) -> As
 @pytest.fixture
 async def store(form: str, request: pytest.FixtureRequest, namespace: str) -> AsyncIterator[Store]:
     if form == "embedded":
-        yield EmbeddedStore()
+        yield EmbeddedStore(namespace)
         return
     async with open_redis(request.getfixturevalue("store_url"), namespace) as redis:
         yield redis

@@ -6,10 +6,10 @@ import pytest
 from msgspec.structs import replace
 
 from mqserve.broker.dead_letters import Attempt, DeadLetter, Death, digest_of
-from mqserve.broker.envelope import Envelope, Header, RequestHead
+from mqserve.broker.envelope import Envelope, Header, JobHead, RequestHead
 from mqserve.broker.errors import NotRouted, Overloaded, QueueMismatch, TooLarge, UnknownBackend
 from mqserve.broker.queue import Queue
-from tests.broker.traffic import AckingHands, Hands, accepted, depth_is, publish, text, until
+from tests.broker.traffic import AckingHands, Hands, accepted, depth_is, publish, publish_job, text, until
 
 pytestmark = pytest.mark.anyio
 
@@ -362,6 +362,82 @@ async def read(queue: Queue, count: int) -> list[DeadLetter]:
 
     await until(all_there)
     return found
+
+
+async def test_a_job_waits_in_a_queue_of_its_own_and_is_taken_by_who_asks_for_jobs(queue: Queue) -> None:
+    hands, jobs = await consumed(queue), Hands()
+    await accepted(queue, text("a wait"))
+    assert await publish_job(queue, text("a job", priority=3)) is None
+    await depth_is(queue, 1)
+    assert await queue.count_jobs("b", 1) == 1
+    await queue.consume("b", 1, 10, jobs, jobs=True)
+    await jobs.hold(1)
+    await hands.hold(1)
+    assert (hands.bodies, jobs.bodies) == (["a wait"], ["a job"])
+    assert jobs.held[0].envelope() == text("a job", priority=3, persistent=True)
+
+
+async def test_jobs_have_no_part_in_the_limit_of_the_waits(queue: Queue) -> None:
+    await queue.declare("b", 1, max_length=1)
+    await accepted(queue, text("a wait"))
+    assert [await publish_job(queue, text(f"job {number}")) for number in range(3)] == [None] * 3
+    assert isinstance(await publish(queue, text("one too many")), Overloaded)
+
+
+async def test_a_job_of_a_higher_priority_is_delivered_first(queue: Queue) -> None:
+    await queue.declare("b", 1, None)
+    for job in (text("low"), text("middle", priority=2), text("high", priority=4)):
+        assert await publish_job(queue, job) is None
+    hands = AckingHands()
+    await queue.consume("b", 1, 1, hands, jobs=True)
+    await until(lambda: len(hands.seen) == 3)
+    assert hands.seen == ["high", "middle", "low"]
+
+
+async def test_a_job_for_an_unknown_backend_is_not_routed(queue: Queue) -> None:
+    await queue.declare("b", 1, None)
+    assert isinstance(await publish_job(queue, text("lost"), backend="unknown"), NotRouted)
+
+
+async def test_a_generation_is_deleted_only_when_no_job_waits_in_it_either(queue: Queue) -> None:
+    await queue.declare("b", 1, None)
+    assert await publish_job(queue, text("old")) is None
+    await queue.unbind("b", 1)
+    assert isinstance(await publish_job(queue, text("new")), NotRouted)
+    assert not await queue.delete("b", 1, only_if_empty=True)
+    assert (await queue.depth("b", 1), await queue.count_shards("b", 1)) == (1, 1)
+    jobs = Hands()
+    consumption = await queue.consume("b", 1, 10, jobs, jobs=True)
+    await jobs.hold(1)
+    jobs.ack_all()
+    await consumption.cancel()
+    await until(lambda: queue.delete("b", 1, only_if_empty=True))
+    assert (await queue.depth("b", 1), await queue.count_jobs("b", 1), await queue.count_shards("b", 1)) == (None, None, 0)
+
+
+async def test_a_dead_job_goes_back_to_the_jobs(queue: Queue) -> None:
+    hands = Hands()
+    await queue.declare("b", 1, None)
+    consumption = await queue.consume("b", 1, 10, hands, jobs=True)
+    sent = Envelope("an id", b"body", "text/x", Header(origin="handle", deadline=1, job=JobHead(created_ms=7, tries=5, not_before_ms=6)))
+    assert await publish_job(queue, sent) is None
+    await hands.hold(1)
+    fate = asyncio.get_running_loop().create_future()
+    queue.dead_letter("b", hands.held[0], DEATH, fate.set_result)
+    assert await fate is None
+    hands.ack_all()
+    await consumption.cancel()
+    async with queue.dead_letters("b") as letters:
+        async for letter in letters:
+            again = asyncio.get_running_loop().create_future()
+            queue.republish(letter.renewed(deadline_ms=77), again.set_result)
+            assert await again is None
+            await letters.remove(letter)
+    assert await queue.count_jobs("b", 1) == 1
+    await queue.consume("b", 1, 10, hands, jobs=True)
+    await hands.hold(1)
+    renewed = Header(origin="handle", job=JobHead(created_ms=7), again=True)
+    assert hands.held[0].envelope() == replace(sent, header=renewed, persistent=True), "it may begin at any time, and has all its tries"
 
 
 async def test_what_has_expired_takes_nobodys_place(queue: Queue) -> None:

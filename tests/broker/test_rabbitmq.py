@@ -4,18 +4,22 @@ import asyncio
 import dataclasses
 import gc
 import time
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 import pika
 import pytest
+from aiormq.exceptions import ChannelPreconditionFailed
 from yarl import URL
 
 from mqserve.broker.dead_letters import Death
 from mqserve.broker.envelope import Envelope, Header, RequestHead, mint_id
 from mqserve.broker.errors import BadEnvelope, BrokerUnavailable, MQServeError, QueueMismatch
 from mqserve.broker.queue import Queue
-from mqserve.broker.queue_names import backend_queue, dead_queue, requests_exchange
+from mqserve.broker.queue_names import JOB_UNACKED_MS, backend_queue, dead_queue, requests_exchange
+from mqserve.broker.rabbitmq.connection import Link
 from mqserve.broker.rabbitmq.queue import PROBE_SELDOM_EVERY_S, RabbitQueue, open_rabbitmq
+from mqserve.broker.rabbitmq.topology import RabbitTopology
 from mqserve.broker.settings import masked
 from mqserve.broker.values.header_seals import HeaderSeals, Seal
 from tests.broker.traffic import AckingHands, Hands, accepted, accepted_at_last, depth_is, publish, text, until
@@ -306,3 +310,60 @@ async def test_who_seldom_publishes_seldom_asks_whether_the_broker_takes_message
 def published_by(queue: RabbitQueue) -> int:
     assert queue._channel is not None
     return queue._channel._next_tag
+
+
+T = TypeVar("T")
+
+
+class NewerChannel:
+    """A channel to a RabbitMQ of 4.3.2 or later, as far as queues for jobs go: it refuses a timeout for a new classic queue, and compares
+    it where the queue is there."""
+
+    def __init__(self, queues: dict[str, dict[str, Any]], refused: list[str]) -> None:
+        self._queues = queues
+        self._refused = refused
+
+    async def exchange_declare(self, *_: object, **__: object) -> None: ...
+
+    async def queue_bind(self, *_: object, **__: object) -> None: ...
+
+    async def queue_declare(self, name: str, *, durable: bool, arguments: dict[str, Any]) -> None:
+        known, timeout = self._queues.get(name), "x-consumer-timeout"
+        if known is None and timeout in arguments:
+            self._refuse(f"invalid arg '{timeout}' for queue '{name}' in vhost '/' of queue type rabbit_classic_queue")
+        if known is not None and known.get(timeout) != arguments.get(timeout):
+            self._refuse(f"inequivalent arg '{timeout}' for queue '{name}' in vhost '/'")
+        self._queues[name] = arguments
+
+    def _refuse(self, why: str) -> None:
+        self._refused.append(why)
+        raise ChannelPreconditionFailed(f"PRECONDITION_FAILED - {why}")
+
+
+class NewerTopology(RabbitTopology):
+    """Declares on such a RabbitMQ."""
+
+    def __init__(self) -> None:
+        super().__init__(Link("amqp://nowhere", "test"), "n")
+        self.queues: dict[str, dict[str, Any]] = {}
+        self.refused: list[str] = []
+
+    async def _on_own_channel(self, act: Callable[[Any], Awaitable[T]]) -> T:
+        return await act(NewerChannel(self.queues, self.refused))
+
+
+async def test_a_broker_that_refuses_a_timeout_for_classic_queues_gets_the_queue_for_jobs_without_one() -> None:
+    topology = NewerTopology()
+    for generation in (1, 2, 1, 2):
+        await topology.declare("b", generation, None, 1)
+    assert "x-consumer-timeout" not in topology.queues["n.jobs.b.1"] and topology.queues["n.jobs.b.2"]["x-max-priority"] == 4
+    assert len(topology.refused) == 1, "it asks again and again"
+
+
+async def test_a_queue_for_jobs_that_an_earlier_rabbitmq_made_with_a_timeout_is_kept() -> None:
+    topology = NewerTopology()
+    topology.queues["n.jobs.old.1"] = {"x-consumer-timeout": JOB_UNACKED_MS}
+    for _ in range(2):
+        for backend in ("new", "old"):
+            await topology.declare(backend, 1, None, 1)
+    assert "x-consumer-timeout" in topology.queues["n.jobs.old.1"] and "x-consumer-timeout" not in topology.queues["n.jobs.new.1"]

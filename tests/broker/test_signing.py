@@ -37,7 +37,7 @@ def test_a_seal_of_another_namespace_is_refused() -> None:
         Signer([NEW], "one").open(Signer([NEW], "other").seal(b"payload", CLAIM), CLAIM)
 
 
-@pytest.mark.parametrize(("purpose", "days"), [("request", 8), ("result", 1)])
+@pytest.mark.parametrize(("purpose", "days"), [("request", 8), ("result", 31)])
 def test_a_seal_holds_until_its_expiry(purpose: Purpose, days: int) -> None:
     now = [1_000_000.0]
     signer, claim = Signer([NEW], "ns", clock=lambda: now[0]), replace(CLAIM, purpose=purpose)
@@ -47,6 +47,17 @@ def test_a_seal_holds_until_its_expiry(purpose: Purpose, days: int) -> None:
     now[0] += 1
     with pytest.raises(BadSignature, match="expired"):
         signer.open(sealed, claim)
+
+
+def test_a_sealer_may_say_how_long_its_seal_holds() -> None:
+    now = [1_000_000.0]
+    signer = Signer([NEW], "ns", clock=lambda: now[0])
+    sealed = signer.seal(b"payload", CLAIM, lifetime_ms=40 * 24 * 3600 * 1000)
+    now[0] += 40 * 24 * 3600
+    assert signer.open(sealed, CLAIM) == b"payload"
+    now[0] += 1
+    with pytest.raises(BadSignature, match=r"expired: it was good until 1970-02-21"):
+        signer.open(sealed, CLAIM)
 
 
 def test_code_does_not_expire() -> None:

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
+from msgspec.structs import replace
 
 from mqserve.broker.store import Record, Store
 from mqserve.broker.store_keys import StoreKeys
@@ -77,6 +78,17 @@ async def test_only_new_leaves_a_taken_key_alone(store: Store, keys: StoreKeys) 
     assert await store.set(keys.leader, b"mine", only_new=True)
     assert not await store.set(keys.leader, b"yours", only_new=True)
     assert await store.get(keys.leader) == b"mine"
+
+
+async def test_a_result_is_kept_for_its_own_time_beside_others(store: Store, keys: StoreKeys) -> None:
+    short = [replace(result(keys.future(name), b"short"), ttl_ms=50) for name in ("a", "c")]
+    long = result(keys.future("b"), b"long")
+    assert await asyncio.gather(*(store.record(record) for record in (short[0], long, short[1]))) == [True] * 3
+
+    async def are_gone() -> bool:
+        return await store.get_many([record.key for record in (short[0], long, short[1])]) == [None, b"long", None]
+
+    await until(are_gone)
 
 
 async def test_a_value_expires_and_its_key_is_new_again(store: Store, keys: StoreKeys) -> None:

@@ -40,6 +40,13 @@ def publish(queue: Queue, envelope: Envelope, backend: str = "b") -> asyncio.Fut
     return fate
 
 
+def publish_job(queue: Queue, envelope: Envelope, backend: str = "b") -> asyncio.Future[MQServeError | None]:
+    """The same for a job."""
+    fate: asyncio.Future[MQServeError | None] = asyncio.get_running_loop().create_future()
+    queue.publish_job(backend, envelope, fate.set_result)
+    return fate
+
+
 async def accepted(queue: Queue, *envelopes: Envelope, backend: str = "b") -> None:
     """Publishes in order, and waits until all are accepted."""
     async with asyncio.timeout(BUDGET_S):

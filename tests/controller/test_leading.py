@@ -21,6 +21,7 @@ from mqserve.broker.store_keys import CODE_TTL_S, LEADER_TTL_S, StoreKeys
 from mqserve.broker.values.backend_code import Packed, save
 from mqserve.broker.values.code import Code
 from mqserve.controller.changes import commit, create_backend, delete_backend, register_convertor, update_backend
+from mqserve.controller.job_ends import Senders
 from mqserve.controller.lease import (
     InstanceLease,
     Leader,
@@ -36,6 +37,7 @@ from mqserve.controller.loop import SETTLE_S, Controller
 from mqserve.controller.state.beats import NodeBeat
 from mqserve.controller.state.documents import Assignment, Backend, CodeKind, Desired, HttpOptions, Observed
 from mqserve.controller.state.reading import read_desired, read_observed
+from tests.broker import test_later, traffic
 
 pytestmark = pytest.mark.anyio
 
@@ -212,9 +214,9 @@ class Running:
         self.stops: dict[str, Stop] = {}
         self.tasks: dict[str, asyncio.Task[None]] = {}
 
-    def start(self, name: str, queue: Queue | None = None, *, has_key: bool = True) -> None:
+    def start(self, name: str, queue: Queue | None = None, *, has_key: bool = True, senders: Senders | None = None) -> None:
         self.stops[name] = Stop()
-        controller = Controller(self._store, self._keys, queue or EmbeddedQueue(), name, self._instance, has_key=has_key)
+        controller = Controller(self._store, self._keys, queue or EmbeddedQueue(), name, self._instance, has_key=has_key, senders=senders)
         self.tasks[name] = asyncio.create_task(controller.run(self.stops[name]))
 
     async def leads(self, name: str) -> None:
@@ -464,6 +466,57 @@ async def test_the_leader_reports_a_store_that_is_set_up_to_forget() -> None:
         running.start("first")
         await running.leads("first")
         assert read_observed(await store.get(keys.observed)).problems == {"the store": "it evicts"}
+
+
+async def test_only_the_leader_looks_after_jobs_that_wait_and_the_next_one_goes_on(store: Store, keys: StoreKeys) -> None:
+    held = await claim_instance(store, keys, "", HTTP, detached=True)
+    await commit(store, keys, held.id, create_backend(Backend("b", "sha", "b")))
+    queue = EmbeddedQueue()
+    async with controllers(store, keys) as running:
+        running.start("first", queue, senders=test_later.Trusting())
+        await running.leads("first")
+        await traffic.until(lambda: queue.later.taking)
+        first = queue.later.taking
+        running.start("second", queue, senders=test_later.Trusting())
+        assert await test_later.publish_later(queue, test_later.job_due_in(store, 0.5), 0.5) is None
+        await traffic.until(lambda: queue.count_jobs("b", 1))
+        assert queue.later.taking is first, "another one consumes, too"
+        running.stops["first"].set()
+        await running.leads("second")
+        await traffic.until(lambda: queue.later.taking is not first and queue.later.taking)
+        assert await test_later.publish_later(queue, test_later.job_due_in(store, 0), 0) is None
+
+        async def are_there() -> bool:
+            return await queue.count_jobs("b", 1) == 2
+
+        await traffic.until(are_there)
+
+
+async def test_the_leader_tells_all_that_the_store_is_almost_full_and_no_more_once_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Filling(EmbeddedStore):
+        def __init__(self) -> None:
+            super().__init__()
+            self.why = "it is full to 80%"
+            self.was_full: list[bool] = []
+
+        async def fullness(self, *, was_full: bool) -> str:
+            self.was_full.append(was_full)
+            return self.why
+
+    monkeypatch.setattr("mqserve.controller.store_checks.MEMORY_EVERY_S", 0.1)
+    store, keys = Filling(), StoreKeys("tests")
+    await claim_instance(store, keys, "", HTTP, detached=True)
+
+    async def says(why: str) -> bool:
+        observed = read_observed(await store.get(keys.observed))
+        return (observed.store_is_full, "the store's memory" in observed.problems) == (why, bool(why))
+
+    async with controllers(store, keys) as running:
+        running.start("first")
+        await until(lambda: says("it is full to 80%"))
+        store.why = ""
+        await until(lambda: says(""))
+    assert store.was_full[:2] == [False, True]
 
 
 async def exists(store: Store, key: str) -> bool:

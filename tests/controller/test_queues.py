@@ -11,11 +11,13 @@ from mqserve.broker.memory.queue import EmbeddedQueue
 from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.store_keys import StoreKeys
 from mqserve.controller.changes import Change, commit, create_backend, delete_backend, update_backend_config
+from mqserve.controller.job_ends import Senders
 from mqserve.controller.lease import claim_instance
 from mqserve.controller.state.beats import Beat, MemberState, ReplicaBeat
 from mqserve.controller.state.documents import Backend, Desired, Observed
 from mqserve.controller.state.reading import read_desired, read_observed
-from tests.broker.traffic import publish, text
+from tests.broker.test_later import Trusting, job_due_in
+from tests.broker.traffic import publish, publish_job, text
 from tests.controller.test_leading import HTTP, controllers, until
 
 pytestmark = pytest.mark.anyio
@@ -64,11 +66,11 @@ class Led:
 
 
 @asynccontextmanager
-async def led(queue: EmbeddedQueue) -> AsyncIterator[Led]:
-    store = EmbeddedStore()
+async def led(queue: EmbeddedQueue, senders: Senders | None = None) -> AsyncIterator[Led]:
+    store = EmbeddedStore("tests")
     held = await claim_instance(store, KEYS, "", HTTP, detached=True)
     async with controllers(store, KEYS) as running:
-        running.start("first", queue)
+        running.start("first", queue, senders=senders)
         yield Led(store, held.id)
 
 
@@ -93,6 +95,33 @@ async def test_the_queue_of_a_backend_that_was_deleted_and_is_there_again_is_its
         await ticks(instance, 3)
         observed = await instance.observed()
         assert (observed.queues, observed.retiring, ("b", 1) in queue.deleted) == ({"b": (1,)}, {}, False)
+
+
+async def test_jobs_of_a_deleted_backend_that_has_no_replica_end_before_their_queue_goes() -> None:
+    queue = EmbeddedQueue()
+    async with led(queue, Trusting()) as instance:
+        await instance.change(create_backend(B))
+        jobs = [job_due_in(instance.store, 0) for _ in range(20)]
+        for job in jobs:
+            assert await publish_job(queue, job) is None
+        await instance.change(delete_backend("b"))
+
+        async def is_gone() -> bool:
+            return await queue.depth("b", 1) is None
+
+        await until(is_gone)
+        assert None not in await instance.store.get_many([KEYS.future(job.id) for job in jobs])
+
+
+async def test_jobs_stay_when_their_queue_moves_to_another_generation() -> None:
+    queue = EmbeddedQueue()
+    async with led(queue, Trusting()) as instance:
+        await instance.change(create_backend(B))
+        assert await publish_job(queue, job_due_in(instance.store, 0)) is None
+        await instance.change(update_backend_config("b", {"max_queued_requests": 7}))
+        await ticks(instance, 3)
+        assert (await queue.count_jobs("b", 1), await queue.count_jobs("b", 2)) == (1, 0)
+        assert (await instance.observed()).queues == {"b": (1, 2)}
 
 
 class Refusing(EmbeddedQueue):

@@ -6,7 +6,7 @@ import asyncio
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,15 +19,24 @@ import pytest
 import redis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from websockets.sync.client import connect
 
 from mqserve.broker.envelope import Header, mint_id
+from mqserve.broker.errors import StoreUnavailable
+from mqserve.broker.jobs import Attempt, EventKind, JobEvent, JobState, Leased
+from mqserve.broker.rabbitmq.queue import open_rabbitmq
 from mqserve.broker.redis.store import RedisStore, open_redis
+from mqserve.broker.results import Result
+from mqserve.broker.settings import Settings
 from mqserve.broker.store_keys import StoreKeys
 from mqserve.broker.values.code import Code
 from mqserve.commands.setup import acl_rules, broker_rights
 from mqserve.controller.lease import has_ended
+from tests.broker.keeping_jobs import FACTS, added, begun, ended
 from tests.broker.streaming import append_of, appended, frames_of, told
+from tests.broker.test_later import job_due_in
+from tests.broker.test_store_contract import reading
 from tests.broker.traffic import until
 from tests.conftest import running
 from tests.faults.composed import ROLES, Composed, configured, dot_env
@@ -151,6 +160,20 @@ def test_http_is_served_by_every_proxy(composed: Composed) -> None:
 
 def test_bodies_and_results_beyond_a_megabyte_are_served(url: str) -> None:
     assert httpx.post(f"{url}/double", content="x" * 1_500_000, headers={"content-type": "text/plain"}, timeout=30).text == "x" * 3_000_000
+
+
+def test_a_job_and_a_request_with_a_key_are_served_and_found_by_http(url: str) -> None:
+    job = httpx.post(f"{url}/double", json=21, headers={"Prefer": "respond-async"}, timeout=30)
+    place = f"{url}{job.headers['location']}"
+    assert httpx.get(f"{place}/result?wait=30", timeout=40).text == "42"
+    assert httpx.get(place).json()["status"] == "succeeded"
+    assert '"status":"succeeded"' in httpx.get(f"{place}/events").text
+    again = httpx.post(f"{place}/retry")
+    assert again.status_code == 202, again.text
+    assert httpx.delete(f"{url}{again.headers['location']}").status_code == 200
+    for replayed in (None, "true"):
+        answer = httpx.post(f"{url}/double", json=4, headers={"Idempotency-Key": "one"}, timeout=30)
+        assert (answer.text, answer.headers.get("idempotent-replayed")) == ("8", replayed)
 
 
 @pytest.mark.parametrize("role", ["client", "replica"])
@@ -317,6 +340,7 @@ def test_user_code_finds_no_credentials_but_its_own(composed: Composed, url: str
 # What each role is refused: RabbitMQ.
 
 QUEUE = "mqserve.backend.double.1"
+JOBS = "mqserve.jobs.double.1"
 
 
 def publish(exchange: str, key: str = "double") -> Callable[[Any], object]:
@@ -329,6 +353,11 @@ def publish(exchange: str, key: str = "double") -> Callable[[Any], object]:
 
 BROKER_ACTS: dict[str, Callable[[Any], object]] = {
     "consume a backend's queue": lambda channel: channel.basic_consume(QUEUE, print),
+    "consume a backend's jobs": lambda channel: channel.basic_consume(JOBS, print),
+    "consume jobs that wait": lambda channel: channel.basic_consume("mqserve.due", print),
+    "publish straight to the jobs": publish("", JOBS),
+    "declare a queue of jobs": lambda channel: channel.queue_declare("mqserve.jobs.mine.1", durable=True),
+    "declare a queue to wait in": lambda channel: channel.queue_declare("mqserve.later.3", durable=True),
     "consume dead letters": lambda channel: channel.basic_consume("mqserve.dead.double", print),
     "publish straight to a queue": publish("", QUEUE),
     "publish to the dead letters": publish("mqserve.dead"),
@@ -341,13 +370,46 @@ BROKER_ACTS: dict[str, Callable[[Any], object]] = {
     "declare a foreign queue": lambda channel: channel.queue_declare("foreign"),
 }
 ALLOWED = {  # of these; publishing a request is what everybody may
-    "replica": {"consume a backend's queue", "publish straight to a queue", "publish to the dead letters", "purge a queue"},
+    "replica": {
+        *("consume a backend's queue", "consume a backend's jobs", "publish straight to a queue", "publish straight to the jobs"),
+        *("publish to the dead letters", "purge a queue"),
+    },
     "proxy": set[str](),
     "client": set[str](),
 }
 BROKER_REFUSALS = [(role, act) for role, allowed in ALLOWED.items() for act in BROKER_ACTS if act not in allowed]
 BROKER_REFUSALS += [("controller", "publish straight to a queue"), ("controller", "publish to another exchange")]
-BROKER_REFUSALS += [("controller", "declare a foreign queue")]
+BROKER_REFUSALS += [("controller", "declare a foreign queue"), ("controller", "publish straight to the jobs")]
+
+
+@pytest.mark.parametrize("role", ["controller", "proxy", "replica", "client"])
+@pytest.mark.parametrize("exchange", ["mqserve.requests", "mqserve.jobs"])
+def test_every_role_may_send_requests_and_jobs(composed: Composed, role: str, exchange: str) -> None:
+    with pika.BlockingConnection(pika.URLParameters(composed.url("amqp", role))) as connection:
+        channel = connection.channel()
+        channel.confirm_delivery()
+        properties = pika.BasicProperties(content_type="application/json", message_id=mint_id(), delivery_mode=2)
+        channel.basic_publish(exchange, "double", b"1", properties, mandatory=True)
+
+
+def test_a_job_that_waits_comes_to_its_backend_by_the_clients_user(composed: Composed) -> None:
+    settings = Settings.read(composed.shell("client").env)
+
+    async def submit() -> None:
+        async with (
+            open_redis(settings.store_url, "mqserve") as store,
+            open_rabbitmq(settings.broker_url, "mqserve", "test", seals=settings.header_seals) as queue,
+        ):
+            job = replace(job_due_in(store, 1.0), body=msgspec.msgpack.encode([21, {}]), content_type="application/msgpack")
+            fate = asyncio.get_running_loop().create_future()
+            queue.publish_later("double", job, 1.0, fate.set_result)
+            assert await fate is None
+            async with asyncio.timeout(30):
+                while (raw := await store.get(StoreKeys("mqserve").future(job.id))) is None:
+                    await asyncio.sleep(0.05)
+            assert Result.from_bytes(raw).status == 200
+
+    asyncio.run(submit())
 
 
 @pytest.mark.parametrize(("role", "act"), BROKER_REFUSALS)
@@ -380,13 +442,25 @@ OF_NOBODY = ["KEYS *", "SCAN 0", "CONFIG GET *", "FLUSHALL", "FLUSHDB", "DEBUG S
 OF_NOBODY += ["GET mqserve:other:desired", "SET elsewhere 1", "PUBLISH elsewhere x", "MODULE LIST", "SLAVEOF NO ONE", "SAVE", "RENAME a b"]
 OF_NO_READER = [f"XADD {ROOT_KEY}:stream:{{x}} 1-1 f x", f"XTRIM {ROOT_KEY}:stream:{{x}} MINID 1", f"SET {ROOT_KEY}:owner:{{x}} x"]
 OF_NO_READER += [f"RPUSH {ROOT_KEY}:stream:{{x}} x", f"BLMPOP 1 1 {ROOT_KEY}:feed:x LEFT", f"SET {ROOT_KEY}:feed:x x"]
+OF_NO_CALLER = [
+    f"ZREVRANGE {ROOT_KEY}:jobs 0 -1",
+    f"ZRANDMEMBER {ROOT_KEY}:jobs",
+    f"XRANGE {ROOT_KEY}:ends - +",
+    f"GET {ROOT_KEY}:lease:{{x}}",
+]
+OF_NO_CALLER += [f"SET {ROOT_KEY}:lease:{{x}} x", f"DEL {ROOT_KEY}:job:{{x}}"]
 OF_CONTROLLER = [f"SET {ROOT_KEY}:{name} x" for name in ("observed", "leader", "instance")]
 STORE_REFUSALS: dict[str, list[str]] = {
     "controller": [],
     "node": [
         *(f"GET {ROOT_KEY}:{name}" for name in ("future:{x}", "body:{x}", "instance", "inbox:client-x", "owner:{x}")),
         *OF_NO_READER,
-        *(f"{command} 0" for command in (f"PEXPIRE {ROOT_KEY}:stream:{{x}}", f"RPUSH {ROOT_KEY}:feed:x")),
+        *(
+            f"{command} 0"
+            for command in (f"PEXPIRE {ROOT_KEY}:stream:{{x}}", f"RPUSH {ROOT_KEY}:feed:x", f"RPUSH {ROOT_KEY}:inbox:client-x")
+        ),
+        f"HGETALL {ROOT_KEY}:job:{{x}}",
+        *OF_NO_CALLER,
         *(f"SET {ROOT_KEY}:{name} x" for name in ("desired", "future:{x}")),
         *OF_CONTROLLER,
     ],
@@ -397,6 +471,7 @@ STORE_REFUSALS: dict[str, list[str]] = {
         f"HGETALL {ROOT_KEY}:beats",
         f"DEL {ROOT_KEY}:future:{{x}}",
         *OF_NO_READER,
+        *OF_NO_CALLER,
         *OF_CONTROLLER,
     ],
     "replica": [
@@ -404,6 +479,8 @@ STORE_REFUSALS: dict[str, list[str]] = {
         *(f"BLMPOP 1 1 {ROOT_KEY}:inbox:{whose}-x LEFT" for whose in ("client", "proxy")),
         f"HGETALL {ROOT_KEY}:beats",
         f"DEL {ROOT_KEY}:desired",
+        f"ZREVRANGE {ROOT_KEY}:jobs 0 -1",
+        f"XRANGE {ROOT_KEY}:ends - +",
         *OF_CONTROLLER,
     ],
     "client": [
@@ -412,6 +489,7 @@ STORE_REFUSALS: dict[str, list[str]] = {
         f"BLMPOP 1 1 {ROOT_KEY}:inbox:proxy-x LEFT",
         f"HSET {ROOT_KEY}:beats a b",
         *OF_NO_READER,
+        *OF_NO_CALLER,
         f"DEL {ROOT_KEY}:desired",
         *OF_CONTROLLER,
     ],
@@ -432,6 +510,43 @@ def test_a_script_is_no_way_round(composed: Composed, role: str) -> None:
         for call in (f"'SET', '{ROOT_KEY}:leader', 'x'", "'KEYS', '*'", "'FLUSHALL'"):
             with pytest.raises(redis.exceptions.ResponseError, match=r"can't (access|run)"):
                 store.eval(f"return redis.call({call})", 0)
+
+
+async def play_jobs(composed: Composed) -> None:
+    def opened(role: str) -> AbstractAsyncContextManager[RedisStore]:
+        return open_redis(composed.url("redis", role), "mqserve")
+
+    keys, first, second = StoreKeys("mqserve"), mint_id(), mint_id()
+    proxys, clients = keys.inbox("proxy-test"), keys.inbox("client-test")
+    async with opened("client") as client, opened("proxy") as proxy, opened("replica") as replica, opened("controller") as controller:
+        async with reading(proxy, proxys) as told_the_proxy, reading(client, clients) as told_the_client:
+            await added(client, first, message=b"message")
+            await proxy.jobs.wait(first, proxys)
+            await client.jobs.follow(first, clients)
+            assert await proxy.jobs.place(first, FACTS) == 0
+            assert await begun(replica, id=first) == Leased(1)
+            assert await replica.jobs.renew(first, b"run")
+            replica.jobs.note(first, b"run", JobEvent(EventKind.PROGRESS, fraction=0.5))
+            assert await replica.jobs.try_again(first, b"run", Attempt(1, error="no"))
+            assert await begun(replica, b"another", first) == Leased(2)
+            await replica.jobs.give_back(first, b"another")
+            assert await begun(replica, b"third", first) == Leased(2)
+            assert await ended(replica, first, token=b"third")
+            await until(lambda: b"note of result" in told_the_proxy and len(told_the_client) == 7)
+            assert await proxy.jobs.message(first) == b"message" and len(await client.jobs.events(first)) == 8
+            await added(proxy, second)
+            await client.jobs.wait(second, clients)
+            assert await ended(proxy, second, b"cancelled", state=JobState.CANCELLED)
+            await until(lambda: b"note of cancelled" in told_the_client)
+        for store in (client, proxy, replica):
+            with pytest.raises(StoreUnavailable, match="does not let user"):
+                await store.jobs.list()
+        assert {first, second} <= {record.id for record in await controller.jobs.list()}
+        assert await controller.jobs.forget(first) and await controller.jobs.forget(second)
+
+
+def test_each_role_plays_its_part_in_jobs(composed: Composed) -> None:
+    asyncio.run(play_jobs(composed))
 
 
 def test_redis_lets_nobody_in_without_a_name(composed: Composed) -> None:

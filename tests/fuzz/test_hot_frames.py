@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from aiormq.connection import FrameReceiver
 from aiormq.exceptions import AMQPError
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pamqp import commands, frame, header
 from pamqp.body import ContentBody
@@ -210,6 +210,7 @@ def test_what_a_broker_says_is_read_as_aiormq_reads_it_however_it_is_cut(stream:
 
 
 @given(streams().flatmap(mutated) | st.binary(max_size=100), st.integers())
+@example(b"\x02\x00\x03\x00\x00\x00\x04\x00<\x00\x0b\xce", 0)  # a header that is too short for its fixed part
 def test_bytes_that_are_no_amqp_end_the_connection_or_are_aiormqs_wherever_they_are_cut(stream: bytes, seed: int) -> None:
     """aiormq is stricter about strings that we do not read, and ends where we go on: never the other way with another result."""
     whole = read_by_us([stream])

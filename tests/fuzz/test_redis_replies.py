@@ -12,19 +12,24 @@ import redis.exceptions
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mqserve.broker.errors import StoreUnavailable, words_of
+from mqserve.broker.errors import BadEnvelope, StoreUnavailable, words_of
+from mqserve.broker.jobs import Done, Held, JobFacts, JobRecord, Leased, Run
 from mqserve.broker.redis.append_script import AppendScript
 from mqserve.broker.redis.client import FAILURES
 from mqserve.broker.redis.hot_wire import HotWire, Lost
 from mqserve.broker.redis.inbox import InboxReader
+from mqserve.broker.redis.job_script import JobScript
+from mqserve.broker.redis.jobs import RedisJobs
 from mqserve.broker.redis.kept_wire import KeptWire
 from mqserve.broker.redis.record_script import RecordScript
 from mqserve.broker.store import Append, Record, Refusal
+from mqserve.broker.store_keys import StoreKeys
 from tests.fuzz.material import bytes_like, cases
 
 POPPED = b"*2\r\n$5\r\ninbox\r\n*2\r\n$3\r\none\r\n$0\r\n\r\n"
 WRITTEN = b"*2\r\n:1\r\n:0\r\n"
 APPENDED = b"*2\r\n*2\r\n:7\r\n:-2\r\n*1\r\n$1\r\nk\r\n"
+STEPPED = b"*2\r\n*2\r\n*2\r\n$6\r\nleased\r\n:1\r\n*2\r\n*2\r\n$5\r\nstate\r\n$6\r\nfailed\r\n:1\r\n*1\r\n$1\r\nk\r\n"
 
 lines = st.binary(max_size=12).filter(lambda line: b"\r" not in line and b"\n" not in line)
 atoms = (
@@ -49,6 +54,7 @@ said = (
     | bytes_like(WRITTEN)
     | bytes_like(POPPED + WRITTEN)
     | bytes_like(APPENDED)
+    | bytes_like(STEPPED)
 )
 pieces = st.lists(st.integers(1, 30), max_size=6)
 
@@ -231,5 +237,41 @@ def test_appends_are_told_once_where_their_streams_end_or_by_an_error(
         assert not isinstance(outcome, Exception) or (isinstance(outcome, StoreUnavailable) and str(outcome))
         assert isinstance(outcome, Exception) or (len(outcome) == 2 and all(isinstance(one, int | Refusal) for one in outcome))
         script.close()
+
+    with_a_wire(loop, converse)
+
+
+@given(data=said, cuts=pieces)
+@example(data=b"-NOSCRIPT a\r\n" * 3, cuts=[])
+@example(data=STEPPED, cuts=[])
+@example(data=b"*2\r\n*2\r\n-OOM a\r\n:1\r\n*0\r\n", cuts=[])
+def test_steps_of_jobs_are_told_once_what_came_of_them_or_an_error(loop: asyncio.AbstractEventLoop, data: bytes, cuts: list[int]) -> None:
+    async def converse(wire: HotWire) -> None:
+        wires = [wire]
+
+        async def dial() -> HotWire:
+            if not wires:
+                raise Lost("no more")
+            return wires.pop()
+
+        async def call(ask: Callable[[], Awaitable[Any]]) -> Any:
+            return await ask()
+
+        kept = KeptWire(dial, 10)
+        script = JobScript(
+            kept, StoreKeys("ns"), lambda: None, lambda key: None, lambda error, since, writing: StoreUnavailable(words_of(error))
+        )
+        jobs = RedisJobs(StoreKeys("ns"), script, None, call, lambda: 0)  # type: ignore[arg-type]
+        await kept.open()
+        asked = [asyncio.ensure_future(jobs.begin(Run("f", b"t", "r", JobFacts("b"), 1))), asyncio.ensure_future(jobs.read("f"))]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        hear(wire, data, cuts)
+        check_end(wire)
+        wire.end(Lost("over"))
+        begun, read = await asyncio.gather(*asked, return_exceptions=True)
+        assert isinstance(begun, Leased | Held | Done | StoreUnavailable)
+        assert read is None or isinstance(read, JobRecord | StoreUnavailable | BadEnvelope)
+        await jobs.close(0.01)
 
     with_a_wire(loop, converse)

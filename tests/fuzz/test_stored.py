@@ -1,5 +1,6 @@
 """What stands in the store: results, notes, code and whatever is sealed. It is what was written, or it is refused; no pickle is opened."""
 
+import asyncio
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mqserve.broker.calls.idempotency import Claim, IdempotencyKeys
 from mqserve.broker.errors import BadEnvelope, BadSignature, MQServeError, NotEncodable
 from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.results import ErrorInfo, InboxEntry, Result, entry_of, read_entry
@@ -203,4 +205,20 @@ def test_code_of_any_bytes_is_code_or_refused(raw: bytes) -> None:
     try:
         code.unpack(raw, hashlib.sha256(raw).hexdigest(), Signer([], "ns"))
     except (MQServeError, ImportError) as refused:
+        assert str(refused)
+
+
+HELD = Claim(1, "i" * 32, "b", b"f" * 32)
+
+
+@given(bytes_like(msgspec.msgpack.encode(HELD)) | plain.map(msgspec.msgpack.encode))
+def test_what_stands_at_an_idempotency_key_is_a_claim_or_refused(raw: bytes) -> None:
+    async def claim() -> Claim:
+        store, keys = EmbeddedStore(), StoreKeys("ns")
+        await store.set(keys.idempotent(b"scope".hex()), raw)
+        return await IdempotencyKeys(store, keys).claim(b"scope", HELD)
+
+    try:
+        assert asyncio.run(claim()).fingerprint == HELD.fingerprint
+    except MQServeError as refused:
         assert str(refused)

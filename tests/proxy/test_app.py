@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from mqserve.broker.calls.cancellations import Cancellations, notice_of_request
+from mqserve.broker.calls.idempotency import IdempotencyKeys
+from mqserve.broker.calls.job_sending import JobSender
 from mqserve.broker.calls.sending import MAX_BODY_BYTES, RequestSender
 from mqserve.broker.envelope import MAX_HEAD_BYTES, Envelope, mint_id
 from mqserve.broker.memory.queue import EmbeddedQueue
@@ -16,6 +18,7 @@ from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.results import Result, entry_of
 from mqserve.broker.store import Record
 from mqserve.broker.store_keys import StoreKeys
+from mqserve.broker.values.signing import Signer
 from mqserve.controller.state.documents import Backend, Desired, Endpoint, Observed
 from mqserve.proxy.app import ProxyApp
 from mqserve.proxy.readiness import DOWN_AFTER_MS
@@ -42,7 +45,7 @@ class Site:
     `hands` hold it. Use as a context manager."""
 
     def __init__(self, **settings: Any) -> None:
-        self.queue, self.store, self.keys = EmbeddedQueue(), EmbeddedStore(), StoreKeys("tests")
+        self.queue, self.store, self.keys = EmbeddedQueue(), EmbeddedStore("tests"), StoreKeys("tests")
         self.hands = Hands()
         self.is_ready = True
         self.sender = RequestSender(self.queue, self.store, self.keys, "test")
@@ -52,7 +55,10 @@ class Site:
         )
         routes = RouteTable(self.desired, Observed())
         self.heard = Cancellations(self.store, self.keys, lambda names: None)
-        self.app = ProxyApp(self.sender, routes, lambda: (self.is_ready, {"why": "told"}), is_cancelled=self.heard.has, admin_token=TOKEN)
+        jobs = JobSender(self.queue, self.store, self.keys, self.sender.held, Signer((), "tests"))
+        readiness = lambda: (self.is_ready, {"why": "told"})  # noqa: E731
+        keys = IdempotencyKeys(self.store, self.keys)
+        self.app = ProxyApp(self.sender, jobs, keys, routes, readiness, is_cancelled=self.heard.has, admin_token=TOKEN)
 
     async def __aenter__(self) -> "Site":
         for backend in ("b", "copy"):

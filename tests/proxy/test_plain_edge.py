@@ -11,7 +11,7 @@ import uvicorn
 
 from mqserve.broker.calls.sending import INLINE_BODY_BYTES
 from mqserve.broker.results import ErrorInfo, Result
-from mqserve.proxy.plain_edge import JOINED_BYTES, PlainEdgeProtocol
+from mqserve.proxy.plain_edge import APART, JOINED_BYTES, PlainEdgeProtocol
 from tests.broker.traffic import until
 from tests.proxy.test_app import Site
 
@@ -23,6 +23,7 @@ class Outermost:
 
     def __init__(self, site: Site) -> None:
         self.plain: Any = site.app
+        self.apart = APART
         self._app = site.app
         self.asgi = 0
 

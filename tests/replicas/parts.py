@@ -15,7 +15,7 @@ from mqserve.replicas.metrics import ReplicaMetrics
 from mqserve.replicas.request_loop import RequestLoop
 from mqserve.replicas.stages import Job
 from mqserve.replicas.worker import Worker
-from tests.broker.traffic import publish, until
+from tests.broker.traffic import publish, publish_job, until
 
 MINTED = "a" * 32
 
@@ -64,7 +64,8 @@ class IdleWorker:
 
 
 class Serving:
-    """A server that takes from some generations of backend `b`. Use as a context manager on a running loop."""
+    """A server that takes from some generations of backend `b`. Use as a context manager on a running loop. Unless it `tunes`, it is as
+    one that is frozen: it renews no leases."""
 
     def __init__(
         self,
@@ -73,11 +74,13 @@ class Serving:
         *,
         generations: tuple[int, ...] = (1,),
         replica_id: str = "b#1",
+        tunes: bool = False,
         **config: Any,
     ) -> None:
         self._generations = generations
+        self._tunes = tunes
         self.queue = queue or EmbeddedQueue()
-        self.store = store or EmbeddedStore()
+        self.store = store or EmbeddedStore("tests")
         self.worker = IdleWorker()
         backend = Backend("b", "", "b", config)
         self.server = RequestLoop(
@@ -90,7 +93,10 @@ class Serving:
         for generation in self._generations:
             await self.queue.declare("b", generation, None)
         self.server.want(dict.fromkeys(self._generations, 1))
-        self._tasks = [asyncio.create_task(work) for work in (self.server.keep_taking_forever(lambda: None), self.server.listen())]
+        works = [self.server.keep_taking_forever(lambda: None), self.server.listen()]
+        if self._tunes:
+            works.append(self.server.tune_forever())
+        self._tasks = [asyncio.create_task(work) for work in works]
         await until(lambda: self.server.generations == self._generations)
         return self
 
@@ -102,6 +108,9 @@ class Serving:
 
     async def send(self, envelope: Envelope) -> None:
         assert await publish(self.queue, envelope) is None
+
+    async def send_job(self, envelope: Envelope) -> None:
+        assert await publish_job(self.queue, envelope) is None
 
     async def taken(self) -> Job:
         """The only request that is to run."""

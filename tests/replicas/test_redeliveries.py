@@ -166,7 +166,7 @@ async def test_a_slow_call_does_not_make_the_store_be_asked_about_every_request(
     async with Serving(generations=(2,)) as serving:
         consumers = serving.server._consumers
         moved_at = consumers.moved_at
-        consumers.hold_off()
+        consumers.hold_off(jobs_first=False)
         await until(lambda: not consumers.generations)
         consumers.go_on()
         await until(lambda: consumers.generations)

@@ -256,7 +256,7 @@ async def test_a_request_that_is_cancelled_while_it_is_looked_up_does_not_run(ke
         await serving.send(minted(again=True))
         await asked.wait()
         await serving.store.append_log(keys.cancelled, notice_of_request(MINTED))
-        await until(lambda: bool(serving.server._cancellations))
+        await until(lambda: bool(serving.server._giving_up._cancellations))
         go_on.set()
         await serving.settled()
         assert not serving.worker.jobs

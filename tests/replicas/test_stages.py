@@ -94,7 +94,7 @@ async def answered() -> None:
 async def cancelled_before_it_ran() -> None:
     async with Serving() as serving:
         await serving.store.append_log(StoreKeys("tests").cancelled, notice_of_request(MINTED))
-        await until(lambda: bool(serving.server._cancellations))
+        await until(lambda: bool(serving.server._giving_up._cancellations))
         await serving.send(minted())
         await serving.settled()
 
@@ -218,11 +218,11 @@ def broken(find: Callable[[Serving], Any], name: str, how: Callable[..., Any] = 
 
 
 STEPS: dict[str, Break] = {
-    "reading it": broken(lambda serving: serving.server._trust, "check_header"),
+    "reading it": broken(lambda serving: serving.server._reading._trust, "check_header"),
     "looking at it": broken(lambda serving: serving.server._admission, "check_keys"),
     "looking it up": broken(lambda serving: serving.server._admission, "admit", fails_later),
     "asking the store": broken(lambda serving: serving.store, "get", fails_later),
-    "giving it to the worker": broken(lambda serving: serving.worker, "submit"),
+    "giving it to the worker": broken(lambda serving: serving.server._turns, "submit"),
     "counting it": broken(lambda serving: serving.server._metrics, "done"),
     "storing its result": broken(lambda serving: serving.store, "record"),
     "the store's own task": broken(lambda serving: serving.store, "record", lambda record: asyncio.ensure_future(fails_later())),
@@ -305,7 +305,7 @@ async def test_cancellations_are_heard_again_after_a_bug_in_what_was_told_of_one
 
     async with Serving(store=LogThatFailsOnce()) as serving:
         await serving.store.append_log(StoreKeys("tests").cancelled, notice_of_request(MINTED))
-        await until(lambda: bool(serving.server._cancellations))
+        await until(lambda: bool(serving.server._giving_up._cancellations))
         await serving.send(minted())
         await serving.settled()
         assert not serving.worker.jobs

@@ -84,7 +84,8 @@ class BadStore(EmbeddedStore):
 
     def lose(self, future_id: str, behind: int) -> None:
         """As a server that was killed within a second of the last writes."""
-        stream, _ = self._streams[KEYS.stream(future_id)]
+        stream = self._streams.get(KEYS.stream(future_id))
+        assert stream is not None
         stream.last = behind
         stream._entries = [entry for entry in stream._entries if entry[0].seq <= behind]
 

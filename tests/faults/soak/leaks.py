@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import psutil
 
 from mqserve.broker import queue_names
+from mqserve.broker.later import WAITS_S
 from mqserve.broker.store_keys import INBOX_TTL_S, LOG_TTL_S, LOST_TTL_S, RESULT_TTL_S, STREAM_TTL_S
 from tests.faults.soak.backends import BACKENDS, REPLICAS
 from tests.faults.soak.cluster import Cluster
@@ -54,16 +55,20 @@ async def until_quiet(check: Callable[[], Coroutine[Any, Any, list[str]]]) -> li
 
 
 async def queues(cluster: Cluster) -> list[str]:
-    """No message waits or is held, and each queue belongs to a backend."""
+    """No message waits or is held, and each queue belongs to a backend, or is one in which jobs wait for their time."""
     listed = await asyncio.to_thread(
         cluster.broker.ctl, "list_queues", "--no-table-headers", "name", "messages_ready", "messages_unacknowledged"
     )
     rows = [line.split("\t") for line in listed.splitlines()]
+    waits = {queue_names.later_queue(cluster.namespace, wait_s) for wait_s in WAITS_S}  # made when they are needed
     ours = [(name, int(ready), int(held)) for name, ready, held in rows if queue_names.is_ours(cluster.namespace, name)]
     expected = {queue_names.backend_queue(cluster.namespace, name, 1) for name in BACKENDS}
+    expected |= {queue_names.jobs_queue(cluster.namespace, name, 1) for name in BACKENDS} | {queue_names.due_queue(cluster.namespace)}
     expected |= {queue_names.dead_queue(cluster.namespace, name) for name in BACKENDS}
     found = [f"queue {name} has {ready} messages ready and {held} unacknowledged" for name, ready, held in ours if ready or held]
-    return found + [f"queues are not as the backends are: {name}" for name in expected.symmetric_difference(name for name, _, _ in ours)]
+    return found + [
+        f"queues are not as the backends are: {name}" for name in expected.symmetric_difference({name for name, _, _ in ours} - waits)
+    ]
 
 
 async def keys(cluster: Cluster) -> list[str]:

@@ -1,0 +1,258 @@
+"""Sends jobs: a persistent message, which the broker confirms, and then their record. Also ends them, and sends them once more."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from dataclasses import dataclass
+
+from msgspec.structs import replace
+
+from ..envelope import Envelope, Header, JobHead, RequestHead
+from ..errors import BrokerUnavailable, JobGoesOn, MQServeError, ResultGone, StoreUnavailable, TooLarge, UnknownJob
+from ..jobs import JOB_RESULT_TTL_S, MESSAGE_TTL_S, UNENDED_TTL_S, JobEnd, JobFacts, JobRecord, JobState
+from ..overload import HeldBytes
+from ..process.printable import printable
+from ..process.rate_limited_log import RateLimitedLog
+from ..queue import Queue
+from ..results import Phase, Result, entry_of, late_result
+from ..store import Store
+from ..store_keys import StoreKeys
+from ..values.codecs import sealed_anew
+from ..values.signing import SealScope, Signer
+from .cancellations import CANCELLED, notice_of_request
+from .kept_messages import KeptMessage
+from .sending import INLINE_BODY_BYTES, MAX_BODY_BYTES, REPUBLISH_BUDGET_S, REPUBLISH_EVERY_S, again
+
+logger = logging.getLogger(__name__)
+
+_EXPIRED_AFTER_MS = 5000  # behind its time a replica may still begin a job, as its own clock goes
+
+
+@dataclass(frozen=True, slots=True)
+class JobTerms:
+    """What the sender of a job says of it beside the request. Times are store time in ms, 0 for none."""
+
+    not_before_ms: int = 0
+    expires_ms: int = 0  # it does not begin after that
+    result_ttl_s: int = 0  # 0: as the backend says
+    priority: int = 0
+    tag: str = ""
+    retry_of: str = ""
+    once: bool = False  # the backend's delivery is at most once
+    again: bool = False  # it may have been sent before
+
+
+NO_TERMS = JobTerms()
+
+
+class JobSender:
+    """One per process that sends jobs. `held` counts the bytes of the process that the broker has not taken."""
+
+    def __init__(self, queue: Queue, store: Store, keys: StoreKeys, held: HeldBytes, signer: Signer) -> None:
+        self.queue = queue
+        self.store = store
+        self.held = held
+        self._keys = keys
+        self._signer = signer
+        self._unrecorded = RateLimitedLog(logger)
+
+    def __repr__(self) -> str:
+        return f"<JobSender over {self.queue!r}>"
+
+    async def submit(
+        self,
+        future_id: str,
+        backend: str,
+        body: bytes,
+        content_type: str,
+        meta: RequestHead,
+        *,
+        origin: str,
+        terms: JobTerms = NO_TERMS,
+        refusal: str = "",
+    ) -> JobFacts:
+        """Sends a job. Returns once the broker has confirmed its message and the store has its record, or could not take that: then its
+        replica writes it.
+
+        Raises TooLarge, Overloaded if this process holds too much already, NotRouted, BrokerUnavailable, and StoreUnavailable for a body
+        that the store does not take, and if `refusal` says why the store is to take no jobs. The job was not accepted then, unless the
+        broker may have it (`maybe_sent`).
+        """
+        if refusal:
+            raise StoreUnavailable(refusal, public=refusal)
+        size = len(body)
+        if size > MAX_BODY_BYTES:
+            raise TooLarge(f"the body has {size} bytes and the limit is {MAX_BODY_BYTES}: send less, or a reference to it")
+        now_ms = self.store.now_ms()
+        head = JobHead(now_ms, terms.result_ttl_s, 0, terms.not_before_ms, terms.tag, terms.retry_of)
+        header = Header(origin=origin, deadline=terms.expires_ms, meta=meta, once=terms.once, job=head, again=terms.again)
+        envelope = Envelope(future_id, body, content_type, header, priority=terms.priority, persistent=True)
+        facts = JobFacts(backend, meta.endpoint, now_ms, terms.expires_ms, terms.not_before_ms, terms.priority, terms.tag, terms.retry_of)
+        self.held.take(size)
+        try:
+            if size > INLINE_BODY_BYTES:
+                envelope = await self._by_reference(envelope)
+            kept = KeptMessage.of(envelope).sealed(self._signer, backend, future_id)
+            await _Submission(self, backend, envelope, facts, kept).accepted()
+        finally:
+            self.held.give(size)
+        return facts
+
+    async def look(self, future_id: str) -> JobRecord | None:
+        """Returns the record, after it has ended a job that was not begun in time; None for a job that is not known (any more)."""
+        record = await self.store.jobs.read(future_id)
+        if record is None or not _is_expired(record, now_ms := self.store.now_ms()):
+            return record
+        result = late_result(Phase.QUEUE)
+        await self._end(record, result, JobState.EXPIRED, now_ms)
+        return await self.store.jobs.read(future_id)
+
+    async def cancel(self, future_id: str) -> bool:
+        """Records that the job is cancelled, and tells every replica. False for one that has ended already. Raises UnknownJob, and
+        StoreUnavailable."""
+        record = await self._known(future_id)
+        if not await self._end(record, CANCELLED, JobState.CANCELLED, self.store.now_ms()):
+            return False
+        await self.store.append_log(self._keys.cancelled, notice_of_request(future_id))  # also again, since the first word may be lost
+        return not record.state.is_final
+
+    async def retry(self, future_id: str, new_id: str, *, refusal: str = "") -> JobFacts:
+        """Sends the message of a job that has ended once more, as a job of its own. Raises UnknownJob, JobGoesOn, ResultGone if the message
+        is not kept (any more), BadSignature if it was not this instance that kept it, and what `submit` raises."""
+        record = await self._known(future_id)
+        if not record.state.is_final:
+            raise JobGoesOn(f"job {future_id} is {record.state}: a job can be retried once it has ended; cancel it first")
+        facts, raw = record.facts, await self.store.jobs.message(future_id)
+        if raw is None:
+            raise ResultGone(
+                f"the message of job {future_id} is not kept (any more), so it cannot be retried: send it again (a success keeps it for "
+                f"{MESSAGE_TTL_S // 60} minutes, any other end as long as the result; a direct publisher's job has none)"
+            )
+        kept = KeptMessage.opened(raw, self._signer, facts.backend, future_id)
+        header, body = kept.header, kept.body
+        if header.ref:
+            body = await self._body_of(future_id)
+        body = sealed_anew(
+            body, kept.content_type, self._signer, SealScope("request", facts.backend, future_id),
+            SealScope("request", facts.backend, new_id), UNENDED_TTL_S * 1000,
+        )  # fmt: skip
+        within_ms = header.deadline - facts.created_ms if header.deadline else 0
+        expires_ms = self.store.now_ms() + within_ms if within_ms else 0
+        ttl_s = header.job.result_ttl_s if header.job is not None else 0
+        terms = JobTerms(0, expires_ms, ttl_s, kept.priority, facts.tag, future_id, header.once)
+        return await self.submit(
+            new_id, facts.backend, body, kept.content_type, header.meta, origin=header.origin, terms=terms, refusal=refusal
+        )
+
+    async def _known(self, future_id: str) -> JobRecord:
+        record = await self.store.jobs.read(future_id)
+        if record is None:
+            raise UnknownJob(f"nothing is known of job {printable(future_id)}: there was none, or its record is not kept any more")
+        return record
+
+    async def _body_of(self, future_id: str) -> bytes:
+        body = await self.store.get_large(self._keys.body(future_id))
+        if body is None:
+            raise ResultGone(f"the body of job {future_id} is not kept any more, so it cannot be retried: send it again")
+        return body
+
+    async def _end(self, record: JobRecord, result: Result, state: JobState, now_ms: int) -> bool:
+        raw = result.to_bytes()
+        note, ttl_ms = entry_of(record.id, raw), JOB_RESULT_TTL_S * 1000
+        outcome: asyncio.Future[bool | Exception] = asyncio.get_running_loop().create_future()
+
+        def ended(found: bool | Exception) -> None:
+            if not outcome.done():
+                outcome.set_result(found)
+
+        end = JobEnd(record.id, raw, note, state, result.status, record.facts.backend, now_ms, ttl_ms)
+        self.store.jobs.end_then(end, ended)
+        found = await outcome
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def add(self, future_id: str, facts: JobFacts, kept: bytes, accepted: asyncio.Future[None]) -> None:
+        """Writes the record of a job that the broker has, and then counts it as accepted."""
+
+        def added(outcome: bool | Exception) -> None:
+            if isinstance(outcome, Exception):
+                self._unrecorded.say(f"jobs are accepted without a record, which their replicas write when they begin: {outcome}")
+            if not accepted.done():
+                accepted.set_result(None)
+
+        self.store.jobs.add_then(future_id, facts, added, kept)
+
+    def drop_body(self, future_id: str) -> None:
+        """The message will not come, so nobody asks for its body."""
+        self.store.drop_soon(self._keys.body(future_id))
+
+    async def _by_reference(self, envelope: Envelope) -> Envelope:
+        key = self._keys.body(envelope.id)
+        await self.store.set(key, envelope.body, ttl_ms=UNENDED_TTL_S * 1000)
+        return replace(envelope, body=b"", header=replace(envelope.header, ref=key))
+
+
+class _Submission:
+    """One job on its way to the broker: published again while the broker is away, as requests are."""
+
+    __slots__ = ("_accepted", "_backend", "_envelope", "_facts", "_kept", "_sender", "_sent_at")
+
+    def __init__(self, sender: JobSender, backend: str, envelope: Envelope, facts: JobFacts, kept: bytes) -> None:
+        self._sender = sender
+        self._backend = backend
+        self._envelope = envelope
+        self._facts = facts
+        self._kept = kept
+        self._sent_at = time.monotonic()
+        self._accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def __repr__(self) -> str:
+        return f"<_Submission of {self._envelope.id}>"
+
+    async def accepted(self) -> None:
+        self._publish()
+        await self._accepted
+
+    def _publish(self) -> None:
+        queue, not_before_ms = self._sender.queue, self._facts.not_before_ms
+        left_ms = not_before_ms - self._sender.store.now_ms() if not_before_ms else 0
+        try:
+            if left_ms > 0:
+                queue.publish_later(self._backend, self._envelope, left_ms / 1000, self._settled)
+            else:
+                queue.publish_job(self._backend, self._envelope, self._settled)
+        except MQServeError as error:
+            self._fail(error)
+
+    def _settled(self, error: MQServeError | None) -> None:
+        if error is None:
+            return self._sender.add(self._envelope.id, self._facts, self._kept, self._accepted)
+        maybe_sent = isinstance(error, BrokerUnavailable) and error.maybe_sent
+        if isinstance(error, BrokerUnavailable) and not (maybe_sent and self._envelope.header.once) and self._may_try_again():
+            if maybe_sent:
+                self._envelope = replace(self._envelope, header=again(self._envelope.header))
+            asyncio.get_running_loop().call_later(REPUBLISH_EVERY_S * random.uniform(0.5, 1.5), self._publish)
+            return
+        self._fail(error)
+
+    def _may_try_again(self) -> bool:
+        """Whether the broker may be waited for: for REPUBLISH_BUDGET_S in all, and what it was away before the job counts."""
+        waited_s = time.monotonic() - self._sent_at
+        return max(waited_s, self._sender.queue.down_s) < REPUBLISH_BUDGET_S and not self._accepted.cancelled()
+
+    def _fail(self, error: MQServeError) -> None:
+        header = self._envelope.header
+        if header.ref and not (header.again or (isinstance(error, BrokerUnavailable) and error.maybe_sent)):
+            self._sender.drop_body(self._envelope.id)
+        if not self._accepted.done():
+            self._accepted.set_exception(error)
+
+
+def _is_expired(record: JobRecord, now_ms: int) -> bool:
+    """Whether no replica will begin it any more."""
+    expires_ms = record.facts.expires_ms
+    return record.state is JobState.QUEUED and not record.attempts and 0 < expires_ms < now_ms - _EXPIRED_AFTER_MS

@@ -1,0 +1,267 @@
+"""The jobs of the embedded form, in memory. docs/design.md says what each step means; `redis/jobs.lua` takes the same ones."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from ..job_store import NumberedEvent, OnDone
+from ..jobs import (
+    JOB_RESULT_TTL_S,
+    KEPT_ATTEMPTS,
+    KEPT_EVENTS,
+    LEASE_MS,
+    MESSAGE_TTL_S,
+    UNENDED_TTL_S,
+    WAIT_TTL_S,
+    Attempt,
+    Begun,
+    Done,
+    EventKind,
+    Held,
+    JobEnd,
+    JobEvent,
+    JobFacts,
+    JobRecord,
+    JobState,
+    Leased,
+    Run,
+    event_entry,
+    matches,
+    record_of,
+    score_of,
+)
+from ..store_keys import StoreKeys
+from .expiring import Expiring
+
+_Place = tuple[int, str]  # the score, and the id
+
+
+class _Job:
+    """What is kept of one job."""
+
+    def __init__(self) -> None:
+        self.fields: dict[bytes, bytes] = {}
+        self.created_ms = 0
+        self.backend = ""
+        self.place: _Place | None = None  # while it has not begun
+        self.runs = 0
+        self.token: bytes | None = None  # of the latest run; empty once that was given back or is tried again
+        self.events: deque[NumberedEvent] = deque(maxlen=KEPT_EVENTS)
+        self.last_event = 0
+        self.waiters = Expiring[str]()  # inboxes
+        self.followers = Expiring[str]()
+
+    def __repr__(self) -> str:
+        return f"<_Job {sorted(self.fields)}, {self.runs} runs>"
+
+    @property
+    def has_ended(self) -> bool:
+        return b"state" in self.fields
+
+    def is_of(self, token: bytes) -> bool:
+        """Whether no other run has begun since this one did."""
+        return self.token is None or self.token == token
+
+    def keep_fact(self, facts: JobFacts) -> bool:
+        """Returns whether the record has not had any."""
+        is_new = b"facts" not in self.fields
+        if is_new:
+            self.fields[b"facts"] = facts.to_bytes()
+            self.backend, self.created_ms = facts.backend, facts.created_ms
+        return is_new
+
+
+class EmbeddedJobs:
+    """Implements `JobStore`. `values` are those of the store, `post` appends to an inbox."""
+
+    def __init__(self, keys: StoreKeys, values: Expiring[bytes], post: Callable[[str, bytes], None], now_ms: Callable[[], int]) -> None:
+        self._keys = keys
+        self._values = values
+        self._post = post
+        self._now_ms = now_ms
+        self._jobs = Expiring[_Job]()
+        self._waiting: dict[str, list[_Place]] = {}  # by backend, in order: those that have not begun
+
+    def __repr__(self) -> str:
+        return f"<EmbeddedJobs, {len(self._jobs)} of them>"
+
+    def clear(self) -> None:
+        self._jobs.clear()
+        self._waiting.clear()
+
+    # Writing.
+
+    def add_then(self, future_id: str, facts: JobFacts, on_done: OnDone, message: bytes = b"") -> None:
+        job = self._jobs.get(future_id) or _Job()
+        if job.keep_fact(facts) and not job.has_ended and not job.runs:
+            job.place = (score_of(facts), future_id)
+            insort(self._waiting.setdefault(facts.backend, []), job.place)
+            self._tell(future_id, job, _state(JobState.QUEUED, facts.created_ms))
+        ttl_s = UNENDED_TTL_S
+        if job.has_ended:  # it may be tried again all the same
+            ttl_s = MESSAGE_TTL_S if job.fields[b"state"] == JobState.SUCCEEDED.encode() else JOB_RESULT_TTL_S
+        else:
+            self._jobs.put(future_id, job, ttl_s * 1000)
+        if message:
+            self._values.put(self._keys.message(future_id), message, ttl_s * 1000)
+        on_done(True)
+
+    async def begin(self, run: Run) -> Begun:
+        job = self._jobs.get(run.id) or _Job()
+        if (result := self._values.get(self._keys.future(run.id))) is not None or job.has_ended:
+            return Done(result or b"")
+        lease = self._keys.lease(run.id)
+        if self._values.get(lease) not in (None, run.token):
+            return Held(max(1, self._values.left_ms(lease)))
+        self._values.put(lease, run.token, LEASE_MS)
+        if job.token != run.token:
+            job.keep_fact(run.facts)
+            job.runs += 1
+            job.token = run.token
+            self._leave_queue(job)
+            job.fields[b"run:%d" % job.runs] = Attempt(replica=run.replica, started_ms=run.now_ms).to_bytes()
+            for old in (b"run:%d" % (job.runs - KEPT_ATTEMPTS), b"end:%d" % (job.runs - KEPT_ATTEMPTS)):
+                job.fields.pop(old, None)
+            self._tell(run.id, job, _state(JobState.RUNNING, run.now_ms))
+        self._jobs.put(run.id, job, run.ttl_s * 1000)
+        return Leased(job.runs)
+
+    async def renew(self, future_id: str, token: bytes) -> bool:
+        job = self._jobs.get(future_id)
+        if job is None:
+            return True
+        if job.is_of(token) and not job.has_ended:
+            self._values.put(self._keys.lease(future_id), token, LEASE_MS)
+        return job.is_of(token)
+
+    async def try_again(self, future_id: str, token: bytes, attempt: Attempt) -> bool:
+        job, name, raw = self._jobs.get(future_id) or _Job(), b"end:%d" % attempt.number, attempt.to_bytes()
+        if job.fields.get(name) == raw:  # our own
+            return True
+        if not job.is_of(token) or job.has_ended or self._values.get(self._keys.future(future_id)) is not None:
+            return False
+        job.fields[name] = raw
+        self._release(future_id, job)
+        self._tell(future_id, job, _state(JobState.QUEUED, attempt.ended_ms))
+        self._jobs.put(future_id, job, UNENDED_TTL_S * 1000)
+        return True
+
+    async def give_back(self, future_id: str, token: bytes) -> None:
+        job = self._jobs.get(future_id)
+        if job is None or job.token != token or job.has_ended:
+            return
+        job.fields.pop(b"run:%d" % job.runs, None)
+        job.runs -= 1
+        self._release(future_id, job)
+        self._tell(future_id, job, _state(JobState.QUEUED, self._now_ms()))
+
+    def end_then(self, end: JobEnd, on_done: OnDone) -> None:
+        future, ttl_ms = self._keys.future(end.id), end.result_ttl_ms
+        if not self._values.put(future, end.result, ttl_ms, only_new=True) and self._values.get(future) != end.result:
+            return on_done(False)
+        job = self._jobs.get(end.id) or _Job()
+        if not job.has_ended:
+            job.fields |= {b"state": end.state.encode(), b"status": b"%d" % end.status, b"ended": b"%d" % end.ended_ms}
+            self._leave_queue(job)
+            self._jobs.put(end.id, job, 2 * ttl_ms)
+            self._values.expire(
+                self._keys.message(end.id), min(ttl_ms, MESSAGE_TTL_S * 1000) if end.state is JobState.SUCCEEDED else ttl_ms
+            )
+            self._tell(end.id, job, _state(end.state, end.ended_ms))
+        if end.token and self._values.get(self._keys.lease(end.id)) == end.token:
+            self._values.pop(self._keys.lease(end.id))
+        for inbox in {*filter(None, [end.inbox]), *job.waiters}:
+            self._post(inbox, end.note)
+        on_done(True)
+
+    def note(self, future_id: str, token: bytes, event: JobEvent) -> None:
+        job = self._jobs.get(future_id)
+        if job is None or job.token != token or job.has_ended:
+            return
+        if event.kind is EventKind.PROGRESS:
+            job.fields[b"progress"] = event.to_bytes()
+        self._tell(future_id, job, event)
+
+    async def forget(self, future_id: str) -> bool:
+        job = self._jobs.get(future_id)
+        if job is not None and not job.has_ended:
+            return False
+        self._jobs.pop(future_id)
+        for key in (self._keys.future(future_id), self._keys.result_body(future_id), self._keys.message(future_id)):
+            self._values.pop(key)
+        return True
+
+    def _leave_queue(self, job: _Job) -> None:
+        if job.place is None:
+            return
+        waiting = self._waiting[job.backend]
+        del waiting[bisect_left(waiting, job.place)]
+        job.place = None
+        if not waiting:
+            del self._waiting[job.backend]
+
+    def _release(self, future_id: str, job: _Job) -> None:
+        job.token = b""
+        self._values.pop(self._keys.lease(future_id))
+
+    def _tell(self, future_id: str, job: _Job, event: JobEvent) -> None:
+        job.last_event += 1
+        job.events.append(NumberedEvent(job.last_event, event))
+        for inbox in job.followers:
+            self._post(inbox, event_entry(future_id, job.last_event, event.to_bytes()))
+
+    # Reading.
+
+    async def read(self, future_id: str) -> JobRecord | None:
+        job = self._jobs.get(future_id)
+        if job is None or not job.fields:
+            return None
+        return record_of(future_id, job.fields, has_result=self._values.get(self._keys.future(future_id)) is not None)
+
+    async def message(self, future_id: str) -> bytes | None:
+        return self._values.get(self._keys.message(future_id))
+
+    async def wait(self, future_id: str, inbox: str) -> JobRecord | None:
+        self._registered(future_id).waiters.put(inbox, inbox, WAIT_TTL_S * 1000)
+        return await self.read(future_id)
+
+    async def follow(self, future_id: str, inbox: str) -> JobRecord | None:
+        self._registered(future_id).followers.put(inbox, inbox, WAIT_TTL_S * 1000)
+        return await self.read(future_id)
+
+    def _registered(self, future_id: str) -> _Job:
+        """Somebody may wait for a job that is not known yet."""
+        if (job := self._jobs.get(future_id)) is None:
+            job = _Job()
+            self._jobs.put(future_id, job, WAIT_TTL_S * 1000)
+        elif not job.fields:
+            self._jobs.extend(future_id, WAIT_TTL_S * 1000)
+        return job
+
+    async def events(self, future_id: str, after: int = 0) -> Sequence[NumberedEvent]:
+        job = self._jobs.get(future_id)
+        return [] if job is None else [event for event in job.events if event.seq > after]
+
+    async def place(self, future_id: str, facts: JobFacts) -> int | None:
+        job = self._jobs.get(future_id)
+        return None if job is None or job.place is None else bisect_left(self._waiting[job.backend], job.place)
+
+    async def list(self, *, backend: str = "", tag: str = "", states: Sequence[str] = (), at_most: int = 100) -> Sequence[JobRecord]:
+        found: list[JobRecord] = []
+        for name in sorted(self._jobs, key=self._created_ms, reverse=True):
+            record = await self.read(name)
+            if record is not None and matches(record, backend, tag, states):
+                found.append(record)
+                if len(found) >= at_most:
+                    break
+        return found
+
+    def _created_ms(self, future_id: str) -> int:
+        job = self._jobs.get(future_id)
+        return 0 if job is None else job.created_ms
+
+
+def _state(state: JobState, at_ms: int) -> JobEvent:
+    return JobEvent(EventKind.STATE, at_ms, state)

@@ -1,0 +1,131 @@
+"""The queues on RabbitMQ in which jobs wait for their time."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Awaitable, Callable
+from functools import partial
+
+from pamqp.commands import Basic
+
+from .. import queue_names
+from ..dead_letters import Death, dead_letter_to_amqp, pack_properties
+from ..envelope import Envelope
+from ..errors import BadValue, NotRouted
+from ..later import WAITS_S, DueJob, longest_wait_s
+from ..queue import Consumption, Settled, fate_of
+from ..values.header_seals import HeaderSeals
+from .connection import OPERATION_BUDGET_S
+from .consumer import RabbitDelivery
+from .topology import RabbitTopology
+
+Publish = Callable[[str, str, bytes, bytes, str, Settled], None]
+"""Publishes to an exchange: its name, routing key, packed properties, body, message id, and whom to tell."""
+
+ConsumeQueue = Callable[[str, int, Callable[[RabbitDelivery], None]], Awaitable[Consumption]]
+
+
+class RabbitDueJob:
+    """Implements `DueJob`."""
+
+    __slots__ = ("_seals", "backend", "delivery")
+
+    def __init__(self, delivery: RabbitDelivery, seals: HeaderSeals) -> None:
+        self.delivery = delivery
+        self.backend = _name((delivery.properties.headers or {}).get("mq-to"))
+        self._seals = seals
+
+    def __repr__(self) -> str:
+        return f"<RabbitDueJob {self.delivery.properties.message_id} for {self.backend!r}>"
+
+    def envelope(self) -> Envelope:
+        return Envelope.from_amqp(self.delivery.properties, self.delivery.body, self._seals.of(self.backend))
+
+    def ack(self) -> None:
+        self.delivery.ack()
+
+    def requeue(self) -> None:
+        self.delivery.requeue()
+
+
+class RabbitLater:
+    """Implements `Later`. `publish` and `consume_queue` are those of the process's queue, `user` its AMQP user."""
+
+    def __init__(
+        self, namespace: str, topology: RabbitTopology, seals: HeaderSeals, user: str, publish: Publish, consume_queue: ConsumeQueue
+    ) -> None:
+        self._namespace = namespace
+        self._topology = topology
+        self._seals = seals
+        self._user = user
+        self._publish = publish
+        self._consume_queue = consume_queue
+
+    def __repr__(self) -> str:
+        return f"<RabbitLater of {self._namespace!r}>"
+
+    async def declare(self) -> None:
+        await self._topology.declare_due()
+
+    async def delete_if_empty(self) -> None:
+        waits = [queue_names.later_queue(self._namespace, wait_s) for wait_s in WAITS_S]
+        await self._topology.delete_empty([*waits, queue_names.due_queue(self._namespace)])
+
+    async def consume(self, prefetch: int, on_due: Callable[[DueJob], None]) -> Consumption:
+        def hand_over(delivery: RabbitDelivery) -> None:
+            on_due(RabbitDueJob(delivery, self._seals))
+
+        return await self._consume_queue(queue_names.due_queue(self._namespace), prefetch, hand_over)
+
+    async def forward(self, job: DueJob) -> None:
+        await self._publish_now(queue_names.jobs_exchange(self._namespace), job.backend, job, self._properties(job))
+
+    async def wait(self, job: DueJob, left_ms: int) -> None:
+        wait_s, exchange = longest_wait_s(left_ms), queue_names.later_exchange(self._namespace)
+        properties = self._properties(job, to=job.backend)
+        try:
+            await self._publish_now(exchange, str(wait_s), job, properties)
+        except NotRouted:  # the first job that waits for so long, or the broker came back empty
+            await self._topology.declare_wait(wait_s)
+            await self._publish_now(exchange, str(wait_s), job, properties)
+
+    async def set_aside(self, job: DueJob, death: Death) -> None:
+        await self._topology.declare_dead_letters(job.backend)
+        packed = dead_letter_to_amqp(job.backend, _cleared(job), death, is_job=True)
+        await self._publish_now(queue_names.dead_exchange(self._namespace), job.backend, job, packed)
+
+    def _properties(self, job: DueJob, *, to: str = "") -> bytes:
+        """Packs the properties of the message, to be published by this process's user, without what RabbitMQ noted when it moved it."""
+        properties = _cleared(job)
+        if to:
+            properties.headers = {**(properties.headers or {}), "mq-to": to}
+        properties.user_id = self._user or None
+        properties.delivery_mode = 2
+        return pack_properties(properties)
+
+    async def _publish_now(self, exchange: str, key: str, job: DueJob, properties: bytes) -> None:
+        delivery = _delivery(job)
+        publish = partial(self._publish, exchange, key, properties, delivery.body, delivery.properties.message_id or "")
+        if error := await fate_of(publish, OPERATION_BUDGET_S):
+            raise error
+
+
+def _delivery(job: DueJob) -> RabbitDelivery:
+    assert isinstance(job, RabbitDueJob)
+    return job.delivery
+
+
+def _cleared(job: DueJob) -> Basic.Properties:
+    """Returns a copy of the properties with our own headers only, and without an expiration."""
+    properties = _delivery(job).properties
+    cleared = copy.copy(properties)
+    cleared.headers = {name: value for name, value in (properties.headers or {}).items() if name in ("mq", "mq-seal")}
+    cleared.expiration = None
+    return cleared
+
+
+def _name(value: object) -> str:
+    try:
+        return queue_names.check_name(value, "a backend") if isinstance(value, str) else ""
+    except BadValue:
+        return ""

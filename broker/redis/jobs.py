@@ -1,0 +1,213 @@
+"""The jobs of the distributed form: each method is a step that `jobs.lua` takes, but for reads of what may be long."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+from ..errors import BadEnvelope, StoreUnavailable, WrongType
+from ..job_store import NumberedEvent, OnDone
+from ..jobs import (
+    Attempt,
+    Begun,
+    Done,
+    EventKind,
+    Held,
+    JobEnd,
+    JobEvent,
+    JobFacts,
+    JobRecord,
+    JobState,
+    Leased,
+    Run,
+    matches,
+    record_of,
+    score_of,
+)
+from ..results import EVENT_KIND, read_entry
+from ..store_keys import StoreKeys
+from .client import Client
+from .job_script import JobScript, JobSteps, Step
+
+_LISTED_AT_ONCE = 100  # records
+_LOOKED_AT = 20_000  # records that a list reads at most
+
+
+class Call(Protocol):
+    """Makes a call to the store within its budget."""
+
+    async def __call__(self, call: Callable[[], Awaitable[Any]]) -> Any: ...
+
+
+class RedisJobs:
+    """Implements `JobStore`."""
+
+    def __init__(self, keys: StoreKeys, script: JobScript, client: Client, call: Call, now_ms: Callable[[], int]) -> None:
+        self._keys = keys
+        self._script = script
+        self._client = client
+        self._call = call
+        self._now_ms = now_ms
+        self._steps = JobSteps(script.take)
+
+    def __repr__(self) -> str:
+        return f"<RedisJobs {self._steps!r}>"
+
+    async def close(self, budget_s: float) -> None:
+        """Takes the remaining steps within the budget."""
+        await self._steps.close(budget_s)
+        self._script.close()
+
+    def hang_up(self) -> None:
+        self._script.hang_up()
+
+    # Writing.
+
+    def add_then(self, future_id: str, facts: JobFacts, on_done: OnDone, message: bytes = b"") -> None:
+        step = self._step(
+            "add", future_id, *_EVENT_KEYS, waiting=self._keys.waiting(facts.backend), message_key=self._keys.message(future_id),
+            facts=facts.to_bytes(), message=message, score=score_of(facts), created=facts.created_ms,
+            event=_state(JobState.QUEUED, facts.created_ms),
+        )  # fmt: skip
+        self._steps.take_then(step, lambda outcome: on_done(_done(outcome)))
+
+    async def begin(self, run: Run) -> Begun:
+        attempt = Attempt(replica=run.replica, started_ms=run.now_ms)
+        step = self._step(
+            "begin", run.id, "future", "lease", *_EVENT_KEYS, waiting=self._keys.waiting(run.facts.backend), token=run.token,
+            facts=run.facts.to_bytes(), created=run.facts.created_ms, run=attempt.to_bytes(), ttl=run.ttl_s * 1000,
+            event=_state(JobState.RUNNING, run.now_ms),
+        )  # fmt: skip
+        match await self._steps.take(step):
+            case [b"leased", int() as number]:
+                return Leased(number)
+            case [b"held", int() as left_ms]:
+                return Held(left_ms)
+            case [b"done", bytes() as result]:
+                return Done(result)
+            case other:
+                raise _strange(other)
+
+    async def renew(self, future_id: str, token: bytes) -> bool:
+        return bool(await self._steps.take(self._step("renew", future_id, "lease", token=token)) == 1)
+
+    async def try_again(self, future_id: str, token: bytes, attempt: Attempt) -> bool:
+        step = self._step(
+            "try_again", future_id, "future", "lease", *_EVENT_KEYS, token=token, name=f"end:{attempt.number}", attempt=attempt.to_bytes(),
+            event=_state(JobState.QUEUED, attempt.ended_ms),
+        )  # fmt: skip
+        return bool(await self._steps.take(step) == 1)
+
+    async def give_back(self, future_id: str, token: bytes) -> None:
+        event = _state(JobState.QUEUED, self._now_ms())
+        await self._steps.take(self._step("give_back", future_id, "lease", *_EVENT_KEYS, token=token, event=event))
+
+    def end_then(self, end: JobEnd, on_done: OnDone) -> None:
+        step = self._step(
+            "end", end.id, "future", "lease", "waiters", "body", *_EVENT_KEYS,
+            waiting=self._keys.waiting(end.backend), message_key=self._keys.message(end.id), backend=end.backend, result=end.result,
+            note=end.note, state=end.state, status=end.status, ended=end.ended_ms, ttl=end.result_ttl_ms, token=end.token, inbox=end.inbox,
+            event=_state(end.state, end.ended_ms),
+        )  # fmt: skip
+        self._steps.take_then(step, lambda outcome: on_done(_done(outcome)))
+
+    def note(self, future_id: str, token: bytes, event: JobEvent) -> None:
+        step = self._step("note", future_id, *_EVENT_KEYS, token=token, kind=event.kind, event=event.to_bytes())
+        self._steps.take_then(step, _not_missed)
+
+    async def forget(self, future_id: str) -> bool:
+        keys = {"message_key": self._keys.message(future_id), "result_body": self._keys.result_body(future_id)}
+        return bool(await self._steps.take(self._step("forget", future_id, "future", "events", "body", **keys)) == 1)
+
+    # Reading.
+
+    async def read(self, future_id: str) -> JobRecord | None:
+        return _record(future_id, await self._steps.take(self._step("read", future_id, "future")))
+
+    async def message(self, future_id: str) -> bytes | None:
+        key = self._keys.message(future_id)
+        try:
+            found: Any = await self._call(lambda: self._client.get(key))
+        except WrongType:
+            return None
+        return found  # type: ignore[no-any-return]
+
+    async def wait(self, future_id: str, inbox: str) -> JobRecord | None:
+        return _record(future_id, await self._steps.take(self._step("wait", future_id, "future", "waiters", inbox=inbox)))
+
+    async def follow(self, future_id: str, inbox: str) -> JobRecord | None:
+        return _record(future_id, await self._steps.take(self._step("follow", future_id, "future", "followers", inbox=inbox)))
+
+    async def events(self, future_id: str, after: int = 0) -> Sequence[NumberedEvent]:
+        key = self._keys.events(future_id)
+        try:
+            found: Any = await self._call(lambda: self._client.lrange(key, 0, -1))
+        except WrongType:
+            return []
+        return [event for raw in found if (event := _event(raw)) is not None and event.seq > after]
+
+    async def place(self, future_id: str, facts: JobFacts) -> int | None:
+        found = await self._steps.take(self._step("place", future_id, waiting=self._keys.waiting(facts.backend)))
+        return found if isinstance(found, int) and found >= 0 else None
+
+    async def list(self, *, backend: str = "", tag: str = "", states: Sequence[str] = (), at_most: int = 100) -> Sequence[JobRecord]:
+        records: list[JobRecord] = []
+        for start in range(0, _LOOKED_AT, _LISTED_AT_ONCE):
+            ids: Any = await self._call(partial(self._client.zrevrange, self._keys.jobs, start, start + _LISTED_AT_ONCE - 1))
+            for record in await asyncio.gather(*(self._read_if_sound(raw.decode(errors="replace")) for raw in ids)):
+                if record is not None and matches(record, backend, tag, states):
+                    records.append(record)
+            if len(records) >= at_most or len(ids) < _LISTED_AT_ONCE:
+                break
+        return records[:at_most]
+
+    async def _read_if_sound(self, future_id: str) -> JobRecord | None:
+        try:
+            return await self.read(future_id)
+        except BadEnvelope:
+            return None
+
+    def _step(self, name: str, future_id: str, /, *keys: str, **arguments: str | bytes | int) -> Step:
+        """`keys` are names of keys of this job, which are those of the script's arguments, too."""
+        found: dict[str, str | bytes | int] = {key: getattr(self._keys, key)(future_id) for key in keys}
+        return Step(name, self._keys.job(future_id), {"id": future_id, **found, **arguments})
+
+
+_EVENT_KEYS = ("events", "followers")
+
+
+def _state(state: JobState, at_ms: int) -> bytes:
+    return JobEvent(EventKind.STATE, at_ms, state).to_bytes()
+
+
+def _done(outcome: Any) -> bool | Exception:
+    return outcome if isinstance(outcome, Exception) else outcome == 1
+
+
+def _not_missed(outcome: Any) -> None:
+    """An event that is lost is not missed."""
+
+
+def _record(future_id: str, outcome: Any) -> JobRecord | None:
+    match outcome:
+        case [[*pairs], int() as has_result] if len(pairs) % 2 == 0 and all(isinstance(part, bytes) for part in pairs):
+            fields = dict(zip(pairs[::2], pairs[1::2], strict=True))
+            return record_of(future_id, fields, has_result=bool(has_result)) if fields else None
+    raise _strange(outcome)
+
+
+def _event(raw: bytes) -> NumberedEvent | None:
+    """What an inbox was told of the same event. An entry of another shape is not ours."""
+    entry = read_entry(raw)
+    if entry is None or entry.kind != EVENT_KIND:
+        return None
+    try:
+        return NumberedEvent(entry.seq, JobEvent.from_bytes(entry.payload))
+    except BadEnvelope:
+        return None
+
+
+def _strange(outcome: Any) -> StoreUnavailable:
+    return StoreUnavailable(f"Redis answered a step of a job with {str(outcome)[:100]!r}: its script is another version's")

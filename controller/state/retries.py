@@ -1,0 +1,75 @@
+"""When a job whose handler has failed is tried again: the setting `retry` of a backend, and the decision."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from ...broker.failures import name_of
+
+MAX_BACKOFF_S = 7 * 24 * 3600
+
+
+def _named(kind: Any) -> Any:
+    """Returns the name of an exception class. A str is a name already."""
+    if isinstance(kind, type):
+        if issubclass(kind, BaseException):
+            return name_of(kind)
+        wrong = f"`on` names exceptions, and {name_of(kind)} is none"
+        raise PydanticCustomError("retry_on", "{wrong}", {"wrong": wrong})
+    return kind.removeprefix("builtins.") if isinstance(kind, str) else kind
+
+
+_Seconds = Annotated[float, Field(ge=0, le=MAX_BACKOFF_S)]
+
+
+class Retry(BaseModel):
+    """How a job is tried again whose handler raised an exception. Requests that somebody waits for are not.
+
+    attempts: runs of one job, the first one included; after the last one the job has failed, and becomes a dead letter, too.
+    on: classes of exceptions, or their names such as "OSError" and "httpx.ConnectError"; also those of their subclasses count.
+    backoff_s, factor, max_backoff_s: seconds from the first run to the second; by what it grows each time; and at most.
+    jitter: makes each pause shorter by up to a half, at random, so that jobs that failed together do not come together again.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    attempts: Annotated[int, Field(gt=0, le=10_000)] = 5
+    on: tuple[Annotated[str | type[BaseException], BeforeValidator(_named)], ...] = ("Exception",)  # validated to names
+    backoff_s: _Seconds = 1.0
+    factor: Annotated[float, Field(ge=1, le=100)] = 2.0
+    max_backoff_s: _Seconds = 300.0
+    jitter: bool = True
+
+    def is_on(self, error_names: Sequence[str]) -> bool:
+        """Whether an exception of this type is retried, by the names of its class and of those that it inherits from."""
+        return not frozenset(self.on).isdisjoint(error_names)
+
+    def pause_s(self, tries: int, chance: Callable[[], float] = random.random) -> float:
+        """Returns the pause before the next run, after so many that have failed before the last one."""
+        try:
+            pause_s = min(self.max_backoff_s, self.backoff_s * self.factor**tries)
+        except OverflowError:
+            pause_s = self.max_backoff_s
+        return pause_s * (1 - chance() / 2) if self.jitter else pause_s
+
+
+def next_pause_s(retry: Retry | None, error_names: Sequence[str], again_after_s: float | None, tries: int) -> float | None:
+    """Returns after how many seconds a job is tried again that has just failed, after `tries` runs that failed before; None if it is not,
+    since it was the last run, or this failure is final. `again_after_s` is what the handler asked for, if it did (`RetryLater`): that needs
+    no setting, but as many attempts as there are."""
+    asked = again_after_s is not None
+    rule = retry or Retry()
+    if tries + 1 >= rule.attempts or not (asked or (retry is not None and retry.is_on(error_names))):
+        return None
+    return again_after_s if again_after_s is not None else rule.pause_s(tries)
+
+
+def is_exhausted(retry: Retry | None, error_names: Sequence[str], again_after_s: float | None, tries: int) -> bool:
+    """Whether a failed job is not tried again only because it has had all its attempts."""
+    is_retried = again_after_s is not None or (retry is not None and retry.is_on(error_names))
+    return is_retried and tries + 1 >= (retry or Retry()).attempts

@@ -1,0 +1,319 @@
+"""`mqserve jobs`: lists jobs, shows, cancels, retries, watches and forgets them. No command opens a pickle."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import ExitStack, asynccontextmanager
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from ..broker.calls.job_sending import JobSender
+from ..broker.envelope import mint_id
+from ..broker.errors import BadValue, JobGoesOn, MQServeError, ResultGone, UnknownJob
+from ..broker.job_store import JobStore
+from ..broker.jobs import JobEvent, JobRecord, JobState, priority_name
+from ..broker.overload import HeldBytes
+from ..broker.process.printable import printable
+from ..broker.results import Result
+from ..broker.settings import Settings
+from ..connections import Connections, open_connections
+from .printing import print_json, print_sentence, rfc3339, when
+from .status_table import make_console, make_table
+
+ASK_ABOVE = 10
+_LOOK_EVERY_S = 1.0
+_AT_MOST = 10_000  # jobs that one command acts on
+_COLORS = {
+    JobState.RUNNING: "yellow",
+    JobState.SUCCEEDED: "green",
+    JobState.FAILED: "red",
+    JobState.EXPIRED: "red",
+    JobState.CANCELLED: "dim",
+}
+UNENDED = (JobState.QUEUED, JobState.RUNNING)
+ENDED = tuple(state for state in JobState if state.is_final)
+FAILED = (JobState.FAILED, JobState.CANCELLED, JobState.EXPIRED)
+
+
+class Filter(NamedTuple):
+    """Which jobs a list has."""
+
+    backend: str = ""
+    tag: str = ""
+    states: tuple[JobState, ...] = ()
+
+
+class Selection(NamedTuple):
+    """The jobs that a command acts on: those with these ids, or those that the filter lets through."""
+
+    ids: tuple[str, ...]
+    filter: Filter
+
+    @classmethod
+    def read(cls, ids: tuple[str, ...], filter: Filter, *, everything: bool) -> Selection:
+        """Parses the arguments. Raises BadValue for none of them, and for ids beside a filter."""
+        is_filtered = everything or filter != Filter()
+        if bool(ids) == is_filtered:
+            raise BadValue("name jobs by their ids, as `mqserve jobs list` shows them, or choose by --backend, --tag, --state or --all")
+        return cls(ids, filter)
+
+
+async def list_jobs(settings: Settings, filter: Filter, limit: int, *, as_json: bool, console: Console | None = None) -> int:
+    """Prints the latest jobs as a table, or as JSON, one per line."""
+    console = console or make_console()
+    async with _connected(settings) as connections:
+        jobs = connections.store.jobs
+        found = await _listed(jobs, filter, limit)
+        if as_json:
+            return print_json(console, [facts_of(record, await _place(jobs, record)) for record in found])
+    if not found:
+        return print_sentence(console, "There are no such jobs." if filter != Filter() else "There are no jobs.")
+    console.print(table_of(found, limit))
+    return 0
+
+
+async def watch_jobs(settings: Settings, filter: Filter, limit: int, *, as_json: bool, console: Console | None = None) -> int:
+    """Shows the latest jobs until it is interrupted: as a table that changes in a terminal, else a line, or JSON, for each that is new or
+    has changed its state."""
+    console = console or make_console()
+    seen: dict[str, JobState] = {}
+    async with _connected(settings) as connections:
+        with ExitStack() as stack:
+            live = stack.enter_context(Live(console=console, auto_refresh=False)) if console.is_terminal and not as_json else None
+            while True:
+                found = await _listed(connections.store.jobs, filter, limit)
+                if live is not None:
+                    live.update(table_of(found, limit), refresh=True)
+                else:
+                    _print_changes(console, [record for record in reversed(found) if seen.get(record.id) != record.state], as_json)
+                    seen = {record.id: record.state for record in found}
+                await asyncio.sleep(_LOOK_EVERY_S)
+
+
+def _print_changes(console: Console, records: Sequence[JobRecord], as_json: bool) -> None:
+    for record in records:
+        facts = facts_of(record, None)
+        if as_json:
+            print_json(console, [facts])
+        else:
+            words = (facts["id"], facts["status"], facts["endpoint"] or facts["backend"], facts["tag"])
+            print_sentence(console, " ".join(printable(word) for word in words if word))
+    console.file.flush()
+
+
+async def show_jobs(settings: Settings, ids: Sequence[str], *, as_json: bool, console: Console | None = None) -> int:
+    """Prints all that is known of each job. Raises BadValue for an unknown id, after the others."""
+    console = console or make_console()
+    missing: list[str] = []
+    async with _connected(settings) as connections:
+        jobs = connections.store.jobs
+        for job_id in ids:
+            record = await jobs.read(job_id)
+            if record is None:
+                missing.append(job_id)
+                continue
+            facts = facts_of(record, await _place(jobs, record)) | {"error": await _error(connections, record)}
+            facts["history"] = history_of(record)
+            facts["events"] = [event_facts(number, event) for number, event in await jobs.events(job_id)]
+            if as_json:
+                print_json(console, [facts])
+            else:
+                _print_facts(console, facts)
+    if missing:
+        raise BadValue(no_such(missing))
+    return 0
+
+
+async def purge_jobs(settings: Settings, selection: Selection, *, yes: bool, console: Console | None = None) -> int:
+    """Removes record, result and events of jobs that have ended. Raises BadValue for ids that are unknown or have not ended."""
+
+    return await act(settings, selection, PURGE, yes=yes, console=console)
+
+
+async def cancel_jobs(settings: Settings, selection: Selection, *, yes: bool, console: Console | None = None) -> int:
+    """Cancels jobs that have not ended. Raises BadValue for ids that are unknown or have ended."""
+    return await act(settings, selection, CANCEL, yes=yes, console=console)
+
+
+async def retry_jobs(settings: Settings, selection: Selection, *, yes: bool, console: Console | None = None) -> int:
+    """Sends jobs that have ended again, and prints the ids of the new ones. Raises ResultGone for one whose message is not kept."""
+    console = console or make_console()
+
+    async def retry(connections: Connections, record: JobRecord) -> bool:
+        new_id = mint_id()
+        await _sender(connections).retry(record.id, new_id)
+        console.print(f"{printable(record.id)} again as {new_id}", highlight=False, markup=False, soft_wrap=True)
+        return True
+
+    states = ENDED if selection.ids or selection.filter.states else FAILED
+    again = Act("retry", "retried", states, "has not ended: cancel it first", retry)
+    return await act(settings, selection, again, yes=yes, console=console)
+
+
+async def _cancel(connections: Connections, record: JobRecord) -> bool:
+    return await _sender(connections).cancel(record.id)
+
+
+def _sender(connections: Connections) -> JobSender:
+    return JobSender(connections.queue, connections.store, connections.keys, HeldBytes(), connections.settings.signer)
+
+
+async def _forget(connections: Connections, record: JobRecord) -> bool:
+    return await connections.store.jobs.forget(record.id)
+
+
+class Act(NamedTuple):
+    """What a command does to jobs in these states. `step` returns False for one that has changed its state meanwhile."""
+
+    verb: str
+    done: str
+    states: tuple[JobState, ...]
+    refusal: str  # for one that was named and is in another state
+    step: Callable[[Connections, JobRecord], Awaitable[bool]]
+
+
+CANCEL = Act("cancel", "cancelled", UNENDED, "has ended already", _cancel)
+PURGE = Act("purge", "purged", ENDED, "has not ended: cancel it first", _forget)
+
+
+async def act(settings: Settings, selection: Selection, act: Act, *, yes: bool, console: Console | None) -> int:
+    """Does it to all jobs that are selected, and prints how many these were."""
+    kept: list[str] = []
+    count = 0
+    async with _connected(settings) as connections:
+        records = await _selected(connections.store.jobs, selection, act.states, kept)
+        if not selection.ids and len(records) > ASK_ABOVE and not yes:
+            raise BadValue(f"there are {len(records)} such jobs: add --yes to {act.verb} them all")
+        for record in records:
+            try:
+                taken = record.state in act.states and await act.step(connections, record)
+            except (JobGoesOn, ResultGone, UnknownJob) as error:
+                kept.append(printable(str(error)))
+                continue
+            count += taken
+            if not taken and selection.ids:
+                kept.append(f"job {printable(record.id)} {act.refusal}")
+    if kept:
+        raise MQServeError("; ".join([f"{act.done}: {count}", *kept]))
+    return print_sentence(console, f"{count} {act.done}." if count or selection.ids else "There are no such jobs.")
+
+
+async def _selected(jobs: JobStore, selection: Selection, states: tuple[JobState, ...], kept: list[str]) -> Sequence[JobRecord]:
+    if not selection.ids:
+        wanted = tuple(state for state in selection.filter.states or states if state in states)
+        return await _listed(jobs, selection.filter._replace(states=wanted), _AT_MOST) if wanted else ()
+    read = [(job_id, await jobs.read(job_id)) for job_id in selection.ids]
+    kept += [no_such([job_id]) for job_id, record in read if record is None]
+    return [record for _, record in read if record is not None]
+
+
+@asynccontextmanager
+async def _connected(settings: Settings) -> AsyncIterator[Connections]:
+    async with open_connections(settings, "jobs", broker_may_be_away=True) as connections:
+        yield connections
+
+
+async def _listed(jobs: JobStore, filter: Filter, at_most: int) -> Sequence[JobRecord]:
+    return await jobs.list(backend=filter.backend, tag=filter.tag, states=filter.states, at_most=at_most)
+
+
+async def _place(jobs: JobStore, record: JobRecord) -> int | None:
+    return await jobs.place(record.id, record.facts) if record.state is JobState.QUEUED else None
+
+
+async def _error(connections: Connections, record: JobRecord) -> dict[str, str] | None:
+    """Returns the type and message of what its result says went wrong; None if there is no such result."""
+    raw = await connections.store.get(connections.keys.future(record.id)) if record.has_result else None
+    error = None if raw is None else Result.from_bytes(raw).error
+    return None if error is None else {"type": error.type, "message": error.message}
+
+
+# What is printed.
+
+
+def facts_of(record: JobRecord, place: int | None) -> dict[str, Any]:
+    """Returns what is known of a job, under the names that it has over HTTP."""
+    facts, progress = record.facts, record.progress
+    return {
+        "id": record.id,
+        "status": record.state.value,
+        "backend": facts.backend,
+        "endpoint": facts.endpoint,
+        "created_at": rfc3339(facts.created_ms),
+        "not_before": rfc3339(facts.not_before_ms),
+        "expires_at": rfc3339(facts.expires_ms),
+        "started_at": rfc3339(record.started_ms),
+        "ended_at": rfc3339(record.ended_ms),
+        "attempts": len(record.attempts),
+        "progress": None if progress is None else _said_by(progress),
+        "position": place,
+        "http_status": record.status or None,
+        "has_result": record.has_result,
+        "priority": priority_name(facts.priority),
+        "tag": facts.tag,
+        "retry_of": facts.retry_of,
+    }
+
+
+def history_of(record: JobRecord) -> list[dict[str, Any]]:
+    return [
+        {
+            "number": attempt.number,
+            "replica": attempt.replica,
+            "started_at": rfc3339(attempt.started_ms),
+            "ended_at": rfc3339(attempt.ended_ms),
+            "error": attempt.error,
+            "again_at": rfc3339(attempt.again_ms),
+        }
+        for attempt in record.attempts
+    ]
+
+
+def event_facts(number: int, event: JobEvent) -> dict[str, Any]:
+    return {"seq": number, "event": event.kind.value, **_said_by(event)}
+
+
+def _said_by(event: JobEvent) -> dict[str, Any]:
+    facts = {"at": rfc3339(event.at_ms), "status": event.state, "fraction": event.fraction, "text": event.text}
+    return {name: value for name, value in facts.items() if value not in ("", None)}
+
+
+def table_of(records: Sequence[JobRecord], limit: int) -> Any:
+    """Returns rich's table of jobs, the latest first."""
+    title = f"Jobs, the latest {limit}" if len(records) == limit else "Jobs"
+    table = make_table(title, "id", "status", "for", "tag", "created", "runs", "progress")
+    table.columns[0].no_wrap = True  # it is there to be copied
+    for record in records:
+        facts = record.facts
+        target = facts.endpoint or facts.backend
+        progress = "" if record.progress is None else progress_words(record.progress)
+        words = (target, facts.tag, when(facts.created_ms) if facts.created_ms else "", str(len(record.attempts)), progress)
+        state = Text(record.state.value, _COLORS.get(record.state, ""))
+        table.add_row(Text(printable(record.id)), state, *(Text(printable(word)) for word in words))
+    return table
+
+
+def progress_words(event: JobEvent) -> str:
+    return " ".join(word for word in ("" if event.fraction is None else f"{event.fraction:.0%}", event.text) if word)
+
+
+def no_such(ids: Sequence[str]) -> str:
+    return "; ".join(f"nothing is known of a job {printable(job_id)!r}: see `mqserve jobs list`" for job_id in ids)
+
+
+def _print_facts(console: Console, facts: dict[str, Any]) -> None:
+    for name, value in facts.items():
+        if name in ("history", "events"):
+            lines = ["  ".join(printable(str(part)) for part in entry.values() if part not in ("", None)) for entry in value]
+            text = "".join(f"\n    {line}" for line in lines)
+        elif isinstance(value, dict):
+            text = "  ".join(printable(str(part)) for part in value.values())
+        else:
+            text = printable(str(value))
+        if value not in ("", None, []):
+            console.print(Text.assemble((f"{name.replace('_', ' ')}: ", "dim"), text), highlight=False, soft_wrap=True)
+    console.print()

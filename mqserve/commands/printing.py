@@ -1,0 +1,36 @@
+"""What commands about requests print: one sentence, JSON for scripts, and times."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from typing import Any
+
+from rich.console import Console
+
+from .status_table import make_console
+
+
+def print_sentence(console: Console | None, sentence: str) -> int:
+    (console or make_console()).print(sentence, highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def print_json(console: Console, facts: Iterable[dict[str, Any]]) -> int:
+    for fact in facts:
+        # DEL is the only control character that JSON does not escape
+        console.file.write(json.dumps(fact).replace("\x7f", "\\u007f") + "\n")
+    return 0
+
+
+def when(store_ms: int) -> str:
+    try:
+        return f"{datetime.fromtimestamp(store_ms / 1000, UTC):%Y-%m-%d %H:%M:%S} UTC"
+    except (OverflowError, ValueError, OSError):
+        return "at no time there is"
+
+
+def rfc3339(store_ms: int) -> str | None:
+    """Returns a time for scripts; None for 0."""
+    return datetime.fromtimestamp(store_ms / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z") if store_ms else None

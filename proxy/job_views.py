@@ -1,0 +1,129 @@
+"""Jobs as clients see them: their state as JSON, and where their result and events are found."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+from ..broker.envelope import is_minted
+from ..broker.jobs import Attempt, JobEvent, JobFacts, JobRecord, JobState
+from ..broker.results import Result
+from .forwarded import PREFIX
+from .responses import Reply, explain, json_reply
+
+Header = tuple[bytes, bytes]
+
+_NOT_STORED: Header = (b"cache-control", b"no-store")
+_RETRY_AFTER: Header = (b"retry-after", b"1")
+
+
+class Links(NamedTuple):
+    """Where the paths about jobs stand for one client: `root` ends without a slash."""
+
+    root: str
+
+    @classmethod
+    def of(cls, scope: dict[str, Any], futures_path: str) -> Links:
+        return cls(scope.get(PREFIX, "") + futures_path)
+
+    def state(self, future_id: str) -> str:
+        return f"{self.root}/{name_of(future_id)}"
+
+    def result(self, future_id: str) -> str:
+        return f"{self.state(future_id)}/result"
+
+    def events(self, future_id: str) -> str:
+        return f"{self.state(future_id)}/events"
+
+    def promise(self, view: dict[str, Any]) -> Reply:
+        """Returns 202 for a job of which this is known."""
+        status, headers, body = json_reply(view, 202)
+        return status, [*headers, _NOT_STORED, _RETRY_AFTER, (b"location", self.state(view["id"]).encode())], body
+
+
+def name_of(future_id: str) -> str:
+    """Returns the id as it stands in paths, headers and events: a publisher's own key may hold line ends."""
+    return quote(future_id, safe="")
+
+
+def state_reply(view: dict[str, Any]) -> Reply:
+    """Returns 200 with what is known."""
+    status, headers, body = json_reply(view)
+    return status, [*headers, _NOT_STORED], body
+
+
+def job_view(record: JobRecord, links: Links, *, position: int | None, result: Result | None, debug: bool) -> dict[str, Any]:
+    """Returns what a client gets to know of a job. `result` is there for one that has failed."""
+    view = {
+        **_facts(record.id, record.facts, record.state, links),
+        "started_at": time_of(record.started_ms),
+        "ended_at": time_of(record.ended_ms),
+        "attempts": len(record.attempts),
+        "history": [_attempt(attempt, debug=debug) for attempt in record.attempts if attempt.ended_ms],
+        "progress": None if record.progress is None else event_view(record.progress),
+        "position": position,
+        "error": None if result is None else _error(result, debug=debug),
+    }
+    return _known(view)
+
+
+def new_job_view(future_id: str, facts: JobFacts, links: Links) -> dict[str, Any]:
+    """Returns the view of a job that was accepted now."""
+    return _known(_facts(future_id, facts, JobState.QUEUED, links))
+
+
+def result_view(future_id: str, result: Result, state: JobState, links: Links, *, debug: bool) -> dict[str, Any]:
+    """Returns what is known of a request that is no job and has a result."""
+    return _known({"id": future_id, "status": state, "result_url": links.result(future_id), "error": _error(result, debug=debug)})
+
+
+def event_view(event: JobEvent) -> dict[str, Any]:
+    """Returns the data of an event."""
+    return _known({"at": time_of(event.at_ms), "status": event.state, "fraction": event.fraction, "text": event.text})
+
+
+def time_of(ms: int) -> str | None:
+    """Returns the time as RFC 3339 has it; None for 0."""
+    return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z") if ms else None
+
+
+def _facts(future_id: str, facts: JobFacts, state: JobState, links: Links) -> dict[str, Any]:
+    """A caller's own key names its backend already, which is otherwise nothing for strangers."""
+    return {
+        "id": future_id,
+        "status": state,
+        "endpoint": facts.endpoint,
+        "backend": "" if is_minted(future_id) else facts.backend,
+        "created_at": time_of(facts.created_ms),
+        "not_before": time_of(facts.not_before_ms),
+        "expires_at": time_of(facts.expires_ms),
+        "tag": facts.tag,
+        "retry_of": facts.retry_of,
+        "result_url": links.result(future_id),
+        "events_url": links.events(future_id),
+    }
+
+
+def _attempt(attempt: Attempt, *, debug: bool) -> dict[str, Any]:
+    """The message of a handler's exception is for its operators, as in the answer of status 500."""
+    return _known(
+        {
+            "number": attempt.number,
+            "started_at": time_of(attempt.started_ms),
+            "ended_at": time_of(attempt.ended_ms),
+            "error": attempt.error if debug else attempt.error.partition(":")[0],
+            "again_at": time_of(attempt.again_ms),
+        }
+    )
+
+
+def _error(result: Result, *, debug: bool) -> dict[str, Any] | None:
+    if result.error is None:
+        return None
+    return {"type": result.error.type, "message": explain(result, debug=debug), "status": result.status}
+
+
+def _known(view: dict[str, Any]) -> dict[str, Any]:
+    """Returns the view without what is not there."""
+    return {name: value for name, value in view.items() if value not in (None, "", [])}

@@ -1,0 +1,167 @@
+"""Requests that are sent as jobs: those that their clients do not wait for, or not for long, and those that may be sent again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..broker.calls.idempotency import KEY_TTL_S, Claim, IdempotencyKeys, frees_key
+from ..broker.calls.job_sending import JobSender, JobTerms
+from ..broker.calls.sending import RequestSender
+from ..broker.envelope import RequestHead, mint_id
+from ..broker.errors import BadValue, BrokerUnavailable, MQServeError, ResultGone
+from ..broker.jobs import PRIORITIES, JobFacts
+from ..broker.result_bodies import BodyGone
+from ..broker.results import Result
+from .futures import Futures
+from .idempotency import REPLAYED, KeyedCall
+from .job_views import new_job_view
+from .polls import Polls
+from .preferences import Headers, Preference, not_before_of, result_ttl_of
+from .responses import Reply, from_result, problem
+
+Scope = dict[str, Any]
+Receive = Callable[[], Awaitable[Any]]
+
+
+@dataclass(slots=True)
+class JobCall:
+    """A request on its way to be a job. Its client waits for `wait_s`; without a preference it waits as for any request, and hears of no
+    job. The body is given up when it is sent: what waits for an answer holds none."""
+
+    id: str
+    backend: str
+    body: bytes
+    content_type: str
+    meta: RequestHead
+    terms: JobTerms
+    preference: Preference | None
+    wait_s: float
+    scope: Scope
+    receive: Receive
+
+
+class Jobs:
+    """The jobs that come through one proxy."""
+
+    def __init__(
+        self, sender: RequestSender, jobs: JobSender, keys: IdempotencyKeys, futures: Futures, polls: Polls, *, debug: bool
+    ) -> None:
+        self._sender = sender
+        self._jobs = jobs
+        self._keys = keys
+        self._futures = futures
+        self._polls = polls
+        self._debug = debug
+
+    def __repr__(self) -> str:
+        return f"<Jobs over {self._jobs!r}>"
+
+    def terms(self, headers: Headers, begins_within_s: float, priority: str, *, once: bool, is_awaited: bool) -> JobTerms:
+        """Returns what the headers of a job say of it. One whose client waits as for any request goes first, unless it says otherwise.
+        Raises BadValue."""
+        now_ms = self._sender.now_ms()
+        expires_ms = 0 if begins_within_s == math.inf else now_ms + math.ceil(begins_within_s * 1000)
+        not_before_ms = not_before_of(headers, now_ms)
+        if 0 < expires_ms <= not_before_ms:
+            raise BadValue("X-Not-Before is later than X-Request-Timeout-Seconds allows the job to begin: raise that, or leave it out")
+        level = PRIORITIES["high" if is_awaited and priority == "normal" else priority]
+        return JobTerms(not_before_ms, expires_ms, result_ttl_of(headers), level, once=once)
+
+    async def serve(self, call: JobCall) -> Reply:
+        """Sends the request. Returns the answer itself, if the client waits for it and it is there in time, else 202. Raises MQServeError
+        for a job that was not accepted."""
+        facts = await self._submit(call)
+        return await self._answer(call, facts, await self._awaited(call))
+
+    async def serve_keyed(self, call: JobCall, keyed: KeyedCall) -> Reply:
+        """Does the same, unless a request with this key was sent before: then its answer is returned. An answer that says "try again" frees
+        the key."""
+        ttl_s = call.terms.result_ttl_s or KEY_TTL_S
+        call.terms = replace(call.terms, result_ttl_s=ttl_s)  # as long as the key names it
+        while (claim := await self._keys.claim(keyed.scope, keyed.claim, ttl_s)) != keyed.claim:
+            found = await self._peek(claim.id)
+            if found is None or not frees_key(found):
+                return await self._serve_again(call, keyed, claim, found)
+            await self._keys.free(keyed.scope, claim)
+        try:
+            facts = await self._submit(call)
+        except MQServeError as error:
+            if not (isinstance(error, BrokerUnavailable) and error.maybe_sent):
+                await self._free(keyed, claim)
+            raise
+        return await self._answer_keyed(call, facts, keyed, claim)
+
+    async def _serve_again(self, call: JobCall, keyed: KeyedCall, claim: Claim, found: Result | None) -> Reply:
+        call.id, call.backend, call.terms = claim.id, claim.backend, replace(call.terms, again=True)
+        if found is not None:
+            status, headers, body = self._reply_of(call, found)
+        else:
+            record = await self._jobs.look(call.id)
+            if record is not None and record.state.is_final and not record.has_result:
+                raise ResultGone(f"the request with this key has {record.state}, and its result is not kept any more: make a new key")
+            # without a record nobody knows whether the first one was sent at all
+            facts = await self._submit(call) if record is None else record.facts
+            status, headers, body = await self._answer_keyed(call, facts, keyed, claim)
+        return status, [*headers, REPLAYED], body
+
+    async def _answer_keyed(self, call: JobCall, facts: JobFacts, keyed: KeyedCall, claim: Claim) -> Reply:
+        result = await self._awaited(call)
+        if result is not None and frees_key(result):
+            await self._free(keyed, claim)
+        return await self._answer(call, facts, result)
+
+    async def _free(self, keyed: KeyedCall, claim: Claim) -> None:
+        """One that cannot be freed frees itself: whoever finds its answer does it."""
+        with suppress(MQServeError):
+            await self._keys.free(keyed.scope, claim)
+
+    async def _peek(self, future_id: str) -> Result | None:
+        try:
+            return await self._sender.pending.peek(future_id)
+        except BodyGone as error:
+            raise ResultGone(str(error)) from error
+
+    async def _submit(self, call: JobCall) -> JobFacts:
+        return await self._jobs.submit(
+            call.id, call.backend, call.body, call.content_type, call.meta, origin="http", terms=call.terms, refusal=self._futures.refusal
+        )
+
+    async def _awaited(self, call: JobCall) -> Result | None:
+        """Returns the result, if the client waits for it and it is there in time. The job was accepted in any case."""
+        call.body = b""
+        if not call.wait_s:
+            return None
+        with suppress(MQServeError):
+            return await self._polls.until(mint_id(), call.receive, self._sender.pending.job_result(call.id, call.wait_s))
+        return None
+
+    async def _answer(self, call: JobCall, facts: JobFacts, result: Result | None) -> Reply:
+        if result is not None:
+            return self._reply_of(call, result)
+        return self._not_in_time(call) if call.preference is None else await self._promise(call, facts, call.preference)
+
+    def _reply_of(self, call: JobCall, result: Result) -> Reply:
+        status, headers, body = from_result(result, call.id, debug=self._debug)
+        if call.preference is not None and call.wait_s:
+            headers.append((b"preference-applied", call.preference.applied_to_answer))
+        return status, headers, body
+
+    async def _promise(self, call: JobCall, facts: JobFacts, preference: Preference) -> Reply:
+        links = self._futures.links(call.scope)
+        view = new_job_view(call.id, facts, links)
+        if call.wait_s or call.terms.again:  # it may have begun
+            with suppress(MQServeError):
+                if (record := await self._jobs.look(call.id)) is not None:
+                    view = await self._futures.view(record, call.scope)
+        status, headers, body = links.promise(view)
+        return status, [*headers, (b"x-request-id", call.id.encode()), (b"preference-applied", preference.applied_to_promise)], body
+
+    def _not_in_time(self, call: JobCall) -> Reply:
+        mend = "ask again with the same Idempotency-Key"
+        if self._polls.are_ending:
+            return problem(503, f"this proxy ends before there is an answer: {mend}", call.id, retry_after_s=1)
+        return problem(504, f"there is no answer yet, and the request goes on: {mend}", call.id, retry_after_s=1)

@@ -1,0 +1,387 @@
+"""What both stores keep of jobs: the same tests on the one in memory and on Redis."""
+
+import asyncio
+
+import msgspec
+import pytest
+
+from mqserve.broker.errors import BadEnvelope
+from mqserve.broker.jobs import (
+    KEPT_ATTEMPTS,
+    KEPT_EVENTS,
+    LEASE_MS,
+    Attempt,
+    Done,
+    EventKind,
+    Held,
+    JobEvent,
+    JobFacts,
+    JobState,
+    Leased,
+    Run,
+    record_of,
+)
+from mqserve.broker.results import EVENT_KIND, read_entry
+from mqserve.broker.store import Record, Store
+from mqserve.broker.store_keys import StoreKeys
+from tests.broker.keeping_jobs import FACTS, added, begun, ended, state_of
+from tests.broker.test_store_contract import reading
+from tests.broker.traffic import until
+
+pytestmark = pytest.mark.anyio
+
+
+# The record.
+
+
+async def test_a_job_that_was_sent_is_queued_with_what_is_known_of_it(store: Store) -> None:
+    facts = JobFacts("b", "e", created_ms=1000, expires_ms=2000, not_before_ms=1500, priority=3, tag="nightly", retry_of="another")
+    await added(store, facts=facts)
+    record = await store.jobs.read("f")
+    assert record is not None
+    assert (record.id, record.facts, record.state, record.attempts, record.has_result) == ("f", facts, JobState.QUEUED, (), False)
+
+
+async def test_nothing_is_known_of_a_job_that_was_not_sent(store: Store) -> None:
+    assert await store.jobs.read("f") is None
+    assert await store.jobs.message("f") is None
+    assert await store.jobs.events("f") == []
+    assert await store.jobs.place("f", FACTS) is None
+    assert await store.jobs.list() == []
+
+
+async def test_a_replica_writes_the_record_where_it_is_missing_and_the_sender_who_comes_later_changes_nothing(store: Store) -> None:
+    assert await begun(store) == Leased(1)
+    before = await store.jobs.read("f")
+    await added(store, facts=JobFacts("b", "another", created_ms=5))
+    assert await store.jobs.read("f") == before
+    assert before is not None and before.state is JobState.RUNNING and before.facts == FACTS
+
+
+async def test_a_job_runs_and_succeeds(store: Store, keys: StoreKeys) -> None:
+    await added(store)
+    assert await begun(store) == Leased(1)
+    assert await state_of(store) == "running"
+    assert await ended(store, token=b"run")
+    record = await store.jobs.read("f")
+    assert record is not None
+    assert (record.state, record.status, record.started_ms, record.ended_ms) == (JobState.SUCCEEDED, 200, 2000, 3000)
+    assert record.attempts == (Attempt(1, "replica-1", 2000),)
+    assert record.has_result and await store.get(keys.future("f")) == b"result"
+
+
+async def test_only_the_first_end_counts(store: Store, keys: StoreKeys) -> None:
+    await added(store)
+    assert await ended(store, state=JobState.CANCELLED, status=499)
+    assert not await ended(store, result=b"another")
+    assert await ended(store), "an equal one may be the same, sent again"
+    record = await store.jobs.read("f")
+    assert record is not None and (record.state, record.status) == (JobState.CANCELLED, 499)
+    assert await store.get(keys.future("f")) == b"result"
+
+
+async def test_a_record_of_which_only_the_end_is_left_can_be_read(store: Store) -> None:
+    """Redis lost the rest."""
+    assert await ended(store)
+    record = await store.jobs.read("f")
+    assert record is not None and (record.state, record.facts) == (JobState.SUCCEEDED, JobFacts(backend=""))
+    await added(store)
+    record = await store.jobs.read("f")
+    assert record is not None and (record.state, record.facts) == (JobState.SUCCEEDED, FACTS)
+
+
+async def test_a_result_goes_first_and_the_record_stays_as_long_again(store: Store, keys: StoreKeys) -> None:
+    await added(store, message=b"message")
+    assert await ended(store, result_ttl_ms=300)
+    assert await store.get(keys.future("f")) == b"result"
+
+    async def result_is_gone() -> bool:
+        return await store.get(keys.future("f")) is None
+
+    await until(result_is_gone)
+    record = await store.jobs.read("f")
+    assert record is not None and record.state is JobState.SUCCEEDED and not record.has_result
+    assert await store.jobs.message("f") is None
+    assert await begun(store) == Done(b""), "it does not run again"
+
+    async def record_is_gone() -> bool:
+        return await store.jobs.read("f") is None
+
+    await until(record_is_gone)
+
+
+async def test_a_result_that_stands_already_keeps_a_job_from_running(store: Store, keys: StoreKeys) -> None:
+    await store.record(Record(keys.future("f"), b"another", "", b"", 0))
+    assert await begun(store) == Done(b"another")
+    assert not await ended(store)
+
+
+async def test_the_message_of_a_job_is_kept_for_a_retry(store: Store) -> None:
+    await added(store, message=b"\0message\xff")
+    await begun(store)
+    await ended(store, state=JobState.FAILED, status=500)
+    assert await store.jobs.message("f") == b"\0message\xff"
+
+
+@pytest.mark.parametrize("state", [JobState.SUCCEEDED, JobState.FAILED])
+async def test_a_job_that_ended_before_its_sender_was_told_can_be_retried(store: Store, state: JobState) -> None:
+    await begun(store)
+    await ended(store, state=state)
+    await added(store, message=b"message")
+    assert (await state_of(store), await store.jobs.message("f")) == (state, b"message")
+
+
+async def test_what_has_ended_can_be_forgotten_and_nothing_else(store: Store, keys: StoreKeys) -> None:
+    await added(store, message=b"message")
+    await added(store, "other")
+    assert not await store.jobs.forget("f")
+    await begun(store)
+    assert not await store.jobs.forget("f")
+    await ended(store)
+    assert await store.jobs.forget("f")
+    assert await store.jobs.read("f") is None
+    assert (await store.jobs.message("f"), await store.get(keys.future("f")), await store.jobs.events("f")) == (None, None, [])
+    assert [record.id for record in await store.jobs.list()] == ["other"]
+
+
+async def test_a_thousand_jobs_of_one_turn_are_all_kept(store: Store) -> None:
+    names = [f"job-{number}" for number in range(1000)]
+    await asyncio.gather(*(added(store, name, message=name.encode()) for name in names))
+    assert all(one == Leased(1) for one in await asyncio.gather(*(begun(store, name.encode(), name) for name in names)))
+    assert all(await asyncio.gather(*(ended(store, name, token=name.encode()) for name in names)))
+    assert {record.state for name in names if (record := await store.jobs.read(name))} == {JobState.SUCCEEDED}
+
+
+# Leases.
+
+
+async def test_a_second_run_waits_for_the_lease_of_the_first(store: Store) -> None:
+    assert await begun(store) == Leased(1)
+    held = await begun(store, b"another")
+    assert isinstance(held, Held) and LEASE_MS - 5000 < held.left_ms <= LEASE_MS
+    assert await store.jobs.renew("f", b"run")
+    assert not await store.jobs.renew("f", b"another")
+
+
+async def test_a_beginning_that_is_said_again_is_the_same_run(store: Store) -> None:
+    assert await begun(store) == await begun(store) == Leased(1)
+    record = await store.jobs.read("f")
+    assert record is not None and len(record.attempts) == 1
+
+
+async def test_a_run_whose_lease_lapsed_writes_nothing_once_another_has_begun(store: Store, keys: StoreKeys) -> None:
+    await added(store)
+    await begun(store)
+    await store.delete(keys.lease("f"))
+    assert await begun(store, b"another") == Leased(2)
+    await store.delete(keys.lease("f"))
+    before = (await store.jobs.read("f"), await store.jobs.events("f"))
+    store.jobs.note("f", b"run", JobEvent(EventKind.PROGRESS, 1, fraction=0.5))
+    assert not await store.jobs.renew("f", b"run")
+    assert not await store.jobs.try_again("f", b"run", Attempt(1, error="stale"))
+    await store.jobs.give_back("f", b"run")
+    assert (await store.jobs.read("f"), await store.jobs.events("f")) == before
+    assert await ended(store, token=b"run"), "its result counts: it is the same work"
+    assert await state_of(store) == "succeeded"
+
+
+async def test_a_lease_that_lapsed_is_renewed_by_its_run_if_no_other_began(store: Store, keys: StoreKeys) -> None:
+    await begun(store)
+    await store.delete(keys.lease("f"))
+    assert await store.jobs.renew("f", b"run")
+    assert isinstance(await begun(store, b"another"), Held)
+
+
+async def test_the_end_of_a_job_ends_the_lease_of_its_run_alone(store: Store) -> None:
+    await begun(store)
+    await ended(store, token=b"stale")
+    assert await store.jobs.renew("f", b"run"), "it goes on, in vain"
+    assert await begun(store, b"another") == Done(b"result")
+
+
+async def test_a_run_that_is_given_back_is_no_attempt_and_another_begins_at_once(store: Store) -> None:
+    await added(store)
+    await begun(store)
+    await store.jobs.give_back("f", b"run")
+    assert await state_of(store) == "queued"
+    assert await begun(store, b"another") == Leased(1)
+    record = await store.jobs.read("f")
+    assert record is not None and len(record.attempts) == 1
+
+
+# Another try.
+
+
+async def test_a_run_that_failed_is_written_down_and_the_job_waits_for_another(store: Store) -> None:
+    await added(store)
+    await begun(store)
+    failed = Attempt(1, ended_ms=2500, error="OSError: no", again_ms=4000)
+    assert await store.jobs.try_again("f", b"run", failed)
+    assert await store.jobs.try_again("f", b"run", failed), "said again"
+    assert await state_of(store) == "queued"
+    assert await begun(store, b"another") == Leased(2)
+    record = await store.jobs.read("f")
+    assert record is not None and record.state is JobState.RUNNING
+    assert record.attempts == (Attempt(1, "replica-1", 2000, 2500, "OSError: no", 4000), Attempt(2, "replica-1", 2000))
+
+
+async def test_a_job_that_was_cancelled_meanwhile_is_not_tried_again(store: Store) -> None:
+    await begun(store)
+    await ended(store, state=JobState.CANCELLED)
+    assert not await store.jobs.try_again("f", b"run", Attempt(1, error="OSError"))
+    assert await state_of(store) == "cancelled"
+
+
+async def test_only_the_latest_attempts_are_kept(store: Store) -> None:
+    for number in range(1, KEPT_ATTEMPTS + 4):
+        assert await begun(store, b"%d" % number) == Leased(number)
+        assert await store.jobs.try_again("f", b"%d" % number, Attempt(number, error=str(number)))
+    record = await store.jobs.read("f")
+    assert record is not None
+    assert [attempt.number for attempt in record.attempts] == list(range(4, KEPT_ATTEMPTS + 4))
+    assert [attempt.error for attempt in record.attempts] == [str(number) for number in range(4, KEPT_ATTEMPTS + 4)]
+
+
+# Events, and who is told of them.
+
+
+async def test_what_happens_to_a_job_is_numbered_and_can_be_read_from_any_number_on(store: Store) -> None:
+    await added(store)
+    await begun(store)
+    store.jobs.note("f", b"run", JobEvent(EventKind.PROGRESS, 2100, fraction=0.5, text="half"))
+    store.jobs.note("f", b"run", JobEvent(EventKind.LOG, 2200, text="a line"))
+    store.jobs.note("f", b"stale", JobEvent(EventKind.LOG, 2300, text="of another run"))
+    await ended(store)
+    store.jobs.note("f", b"run", JobEvent(EventKind.LOG, 3100, text="behind the end"))
+    record = await store.jobs.read("f")
+    assert record is not None and record.progress == JobEvent(EventKind.PROGRESS, 2100, fraction=0.5, text="half")
+    assert list(await store.jobs.events("f")) == [
+        (1, JobEvent(EventKind.STATE, 1000, "queued")),
+        (2, JobEvent(EventKind.STATE, 2000, "running")),
+        (3, JobEvent(EventKind.PROGRESS, 2100, fraction=0.5, text="half")),
+        (4, JobEvent(EventKind.LOG, 2200, text="a line")),
+        (5, JobEvent(EventKind.STATE, 3000, "succeeded")),
+    ]
+    assert [seq for seq, _ in await store.jobs.events("f", 3)] == [4, 5]
+
+
+async def test_only_the_latest_events_are_kept(store: Store) -> None:
+    await begun(store)
+    for number in range(KEPT_EVENTS + 500):
+        store.jobs.note("f", b"run", JobEvent(EventKind.LOG, number))
+    await ended(store)
+    events = await store.jobs.events("f")
+    assert [seq for seq, _ in events] == list(range(503, KEPT_EVENTS + 503))
+
+
+async def test_who_waits_is_told_of_the_end_and_so_is_the_sender_each_once(store: Store, keys: StoreKeys) -> None:
+    async with (
+        reading(store, keys.inbox("p")) as waiting,
+        reading(store, keys.inbox("s")) as sending,
+        reading(store, keys.inbox("q")) as other,
+    ):
+        await added(store)
+        assert (record := await store.jobs.wait("f", keys.inbox("p"))) is not None and record.state is JobState.QUEUED
+        await store.jobs.wait("f", keys.inbox("p"))
+        await store.jobs.wait("f", keys.inbox("s"))
+        await store.jobs.wait("g", keys.inbox("q"))
+        await begun(store)
+        await ended(store, inbox=keys.inbox("s"))
+        await until(lambda: waiting and sending)
+        await ended(store, result=b"too late")
+        await ended(store, "g")
+        await until(lambda: other)
+    assert (waiting, sending, other) == ([b"note of result"], [b"note of result"], [b"note of result"])
+
+
+async def test_who_waits_for_a_job_that_is_not_known_yet_is_told_all_the_same(store: Store, keys: StoreKeys) -> None:
+    async with reading(store, keys.inbox("p")) as notes:
+        assert await store.jobs.wait("f", keys.inbox("p")) is None
+        assert await store.jobs.follow("f", keys.inbox("p")) is None
+        assert await store.jobs.read("f") is None
+        await begun(store)
+        await ended(store)
+        await until(lambda: b"note of result" in notes)
+
+
+async def test_who_waits_for_a_job_that_has_ended_learns_it_at_once(store: Store, keys: StoreKeys) -> None:
+    await ended(store)
+    record = await store.jobs.wait("f", keys.inbox("p"))
+    assert record is not None and record.state is JobState.SUCCEEDED and record.has_result
+
+
+async def test_who_follows_a_job_is_told_of_each_event_with_its_number(store: Store, keys: StoreKeys) -> None:
+    id = "a longer id than thirty-one bytes, as a publisher may have/\N{GREEK SMALL LETTER ALPHA}"
+    async with reading(store, keys.inbox("p")) as notes:
+        await added(store, id)
+        assert (record := await store.jobs.follow(id, keys.inbox("p"))) is not None and record.state is JobState.QUEUED
+        await begun(store, id=id)
+        for number in range(200):
+            store.jobs.note(id, b"run", JobEvent(EventKind.LOG, 7, text="x" * number))
+        await ended(store, id)
+        await until(lambda: len(notes) == 202)
+    entries = [entry for note in notes if (entry := read_entry(note)) is not None]
+    assert [(entry.id, entry.kind, entry.seq) for entry in entries] == [(id, EVENT_KIND, seq) for seq in range(2, 204)]
+    assert [JobEvent.from_bytes(entry.payload) for entry in entries] == [event for _, event in await store.jobs.events(id, 1)]
+
+
+# Places and lists.
+
+
+async def test_the_place_of_a_job_is_by_priority_and_then_by_time(store: Store) -> None:
+    for name, priority, created_ms, backend in [
+        ("a", 0, 10, "b"),
+        ("c", 0, 30, "b"),
+        ("d", 4, 40, "b"),
+        ("e", 0, 5, "other"),
+        ("f", 0, 20, "b"),
+    ]:
+        await added(store, name, JobFacts(backend, created_ms=created_ms, priority=priority))
+    assert [await store.jobs.place(name, JobFacts("b")) for name in "dafc"] == [0, 1, 2, 3]
+    await begun(store, id="d", facts=JobFacts("b"))
+    await ended(store, "a")
+    assert [await store.jobs.place(name, JobFacts("b")) for name in "dafc"] == [None, None, 0, 1]
+
+
+async def test_a_job_that_waits_for_its_time_stands_behind_those_before_it(store: Store) -> None:
+    await added(store, "later", JobFacts("b", created_ms=10, not_before_ms=500))
+    await added(store, "now", JobFacts("b", created_ms=400))
+    assert [await store.jobs.place(name, JobFacts("b")) for name in ("now", "later")] == [0, 1]
+
+
+async def test_jobs_are_listed_latest_first_and_by_backend_tag_and_state(store: Store) -> None:
+    for number in range(230):
+        await added(store, f"job-{number}", JobFacts("b" if number % 2 else "a", created_ms=number + 1, tag="t" if number == 10 else ""))
+    await begun(store, id="job-3", facts=JobFacts("b", created_ms=4))
+    await ended(store, "job-5")
+    assert [record.id for record in await store.jobs.list(at_most=3)] == ["job-229", "job-228", "job-227"]
+    assert len(await store.jobs.list(at_most=1000)) == 230
+    assert [record.id for record in await store.jobs.list(tag="t")] == ["job-10"]
+    assert [record.id for record in await store.jobs.list(backend="a", at_most=2)] == ["job-228", "job-226"]
+    assert [record.id for record in await store.jobs.list(states=["running", "succeeded"])] == ["job-5", "job-3"]
+    assert not await store.jobs.list(backend="a", states=["running"])
+
+
+# What is no record.
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {b"facts": b"\xc1"},
+        {b"state": b"unheard of"},
+        {b"state": b"\xff"},
+        {b"run:x": Attempt().to_bytes()},
+        {b"run:1": b""},
+        {b"state": b"failed", b"status": b"many"},
+        {b"progress": msgspec.msgpack.encode({"kind": "smell"})},
+    ],
+)
+def test_what_is_no_record_is_refused(fields: dict[bytes, bytes]) -> None:
+    with pytest.raises(BadEnvelope, match="another program or version"):
+        record_of("f", fields, has_result=False)
+
+
+async def test_the_backend_of_a_run_is_that_of_its_facts(store: Store) -> None:
+    await store.jobs.begin(Run("f", b"run", "r", JobFacts("of the run"), now_ms=5))
+    assert [record.id for record in await store.jobs.list(backend="of the run")] == ["f"]

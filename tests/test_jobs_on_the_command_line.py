@@ -1,0 +1,212 @@
+"""`mqserve jobs` and `mqserve call`."""
+
+import asyncio
+import json
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import mqserve as serve
+from tests.gates import Gate
+from tests.instances import CommandLine, Deploy, distributed_only, new_name, wait_until
+from tests.tallies import Tally
+
+pytestmark = distributed_only
+
+
+def double(request: serve.ServeRequest) -> Any:
+    if request.data == "odd":
+        raise ValueError("that is odd")
+    serve.progress(0.5, "half of it")
+    return request.data * 2
+
+
+@pytest.fixture(scope="module")
+def doubling(client: serve.Client) -> Iterator[str]:
+    deploy = Deploy(client)
+    yield deploy(double)
+    deploy.undo()
+
+
+@pytest.fixture
+def held(deploy: Deploy, gate: Gate) -> Iterator[serve.Job]:
+    """A job that runs until the test ends."""
+
+    async def hold(request: serve.ServeRequest) -> str:
+        await gate.pass_through_async()
+        return "let go"
+
+    job = serve.get_handle(deploy(hold)).submit()
+    wait_until(lambda: gate.came == 1)
+    yield job
+    gate.open()
+    job.cancel()
+
+
+def printed(shell: CommandLine, *arguments: str) -> str:
+    done = shell.run(*arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def as_json(shell: CommandLine, *arguments: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in printed(shell, *arguments, "--json").splitlines()]
+
+
+def test_jobs_are_listed_by_what_is_asked_for(joining: CommandLine, doubling: str) -> None:
+    tag = new_name("tag")
+    good, bad = (serve.get_handle(doubling).options(tag=tag).submit(data) for data in (21, "odd"))
+    serve.wait([good, bad], num_returns=2, timeout=30)
+    assert [job["id"] for job in as_json(joining, "jobs", "list", "--tag", tag)] == [bad.id, good.id]
+    [failed] = as_json(joining, "jobs", "list", "--backend", doubling, "--state", "failed", "--state", "expired")
+    assert (failed["id"], failed["status"], failed["http_status"], failed["attempts"], failed["tag"]) == (bad.id, "failed", 500, 1, tag)
+    table = printed(joining, "jobs", "list", "--tag", tag)
+    assert good.id in table and "succeeded" in table and "half of it" in table
+    assert printed(joining, "jobs", "list", "--tag", "nobodys") == "There are no such jobs.\n"
+
+
+def test_a_job_is_shown_with_its_runs_and_events(joining: CommandLine, doubling: str) -> None:
+    job = serve.get_handle(doubling).options(delay_s=0.1).submit(21)  # it might begin before it is known to be queued
+    assert job.result(timeout=30) == 42
+    [shown] = as_json(joining, "jobs", "show", job.id)
+    assert shown["status"] == "succeeded" and shown["progress"]["fraction"] == 0.5 and shown["history"][0]["number"] == 1
+    assert [event.get("status", event["event"]) for event in shown["events"]] == ["queued", "running", "progress", "succeeded"]
+    assert "half of it" in printed(joining, "jobs", "show", job.id)
+
+
+def test_an_unknown_job_gets_one_sentence(joining: CommandLine, client: serve.Client) -> None:
+    for command in ("show", "watch", "cancel", "retry", "purge"):
+        done = joining.run("jobs", command, "nobodys")
+        assert done.returncode == 1 and "nothing is known of" in done.stderr and "Traceback" not in done.stderr, command
+
+
+def test_a_job_is_cancelled_by_its_id(joining: CommandLine, held: serve.Job) -> None:
+    assert printed(joining, "jobs", "cancel", held.id) == "1 cancelled.\n"
+    assert held.status().state == "cancelled"
+    again = joining.run("jobs", "cancel", held.id)
+    assert again.returncode == 1 and "has ended already" in again.stderr
+
+
+def test_jobs_are_cancelled_by_their_tag(joining: CommandLine, doubling: str) -> None:
+    tag = new_name("tag")
+    jobs = [serve.get_handle(doubling).options(tag=tag, delay_s=600).submit(number) for number in range(11)]
+    refused = joining.run("jobs", "cancel", "--tag", tag)
+    assert refused.returncode == 1 and "add --yes" in refused.stderr
+    assert printed(joining, "jobs", "cancel", "--tag", tag, "--yes") == "11 cancelled.\n"
+    assert {job.status().state for job in jobs} == {"cancelled"}
+    assert printed(joining, "jobs", "cancel", "--tag", tag) == "There are no such jobs.\n"
+
+
+def test_a_job_that_failed_is_retried(joining: CommandLine, doubling: str) -> None:
+    tag = new_name("tag")
+    job = serve.get_handle(doubling).options(tag=tag).submit("odd")
+    serve.wait([job], timeout=30)
+    again = printed(joining, "jobs", "retry", "--tag", tag)
+    assert f"{job.id} again as " in again and again.endswith("1 retried.\n")
+    new = serve.job(again.split()[3])
+    with pytest.raises(ValueError, match="odd"):
+        new.result(timeout=30)
+    assert new.status().retry_of == job.id
+
+
+def test_jobs_that_have_ended_are_forgotten(joining: CommandLine, doubling: str, held: serve.Job) -> None:
+    job = serve.get_handle(doubling).submit(1)
+    assert job.result(timeout=30) == 2
+    assert printed(joining, "jobs", "purge", job.id) == "1 purged.\n"
+    with pytest.raises(serve.UnknownJob):
+        job.status()
+    refused = joining.run("jobs", "purge", held.id)
+    assert refused.returncode == 1 and "cancel it first" in refused.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["an-id", "--all"], ["an-id", "--tag", "t"]], ids=["neither", "both", "both, by a tag"])
+def test_what_to_act_on_has_to_be_said_in_one_way(joining: CommandLine, client: serve.Client, arguments: list[str]) -> None:
+    done = joining.run("jobs", "cancel", *arguments)
+    assert done.returncode == 1 and "by their ids" in done.stderr
+
+
+def test_a_job_is_watched_to_its_end(joining: CommandLine, doubling: str) -> None:
+    handle = serve.get_handle(doubling).options(delay_s=0.1)
+    good, bad = handle.submit(21), handle.submit("odd")
+    assert [line.split()[1] for line in printed(joining, "jobs", "watch", good.id).splitlines()] == [
+        "queued",
+        "running",
+        "50%",
+        "succeeded",
+    ]
+    watched = joining.run("jobs", "watch", bad.id, "--json")
+    assert watched.returncode == 1 and "that is odd" in watched.stderr and "Traceback" not in watched.stderr
+    assert as_json(joining, "jobs", "show", bad.id)[0]["error"] == {"type": "ValueError", "message": "that is odd"}
+    assert [json.loads(line)["status"] for line in watched.stdout.splitlines()] == ["queued", "running", "failed"]
+
+
+def test_the_latest_jobs_are_watched_until_ctrl_c(joining: CommandLine, doubling: str) -> None:
+    tag = new_name("tag")
+    watching = joining.start("jobs", "watch", "--tag", tag)
+    job = serve.get_handle(doubling).options(tag=tag).submit(21)
+    assert watching.wait_for(f"{job.id} succeeded").endswith(f"{doubling} {tag}")
+    watching.signal(signal.SIGINT)
+    assert watching.wait() == 130 and "Traceback" not in watching.output
+
+
+# Calls.
+
+
+def test_a_call_prints_the_answer(joining: CommandLine, doubling: str) -> None:
+    assert printed(joining, "call", doubling, "--data", "21") == "42\n"
+    assert printed(joining, "call", doubling, "--data", '"ab"') == "abab\n"
+    joining.file("list.json", '["é"]')
+    assert printed(joining, "call", doubling, "--data", "@list.json") == '["é", "é"]\n'
+
+
+def test_a_call_that_fails_gets_the_error(joining: CommandLine, doubling: str) -> None:
+    for later in ((), ("--later",)):
+        done = joining.run("call", doubling, "--data", '"odd"', *later)
+        assert done.returncode == 1 and "that is odd" in done.stderr and done.stdout == "", done.stderr
+
+
+@pytest.mark.parametrize(("data", "words"), [("odd", "is no JSON"), ("@nowhere.json", "cannot be read")])
+def test_data_that_is_none_is_refused_in_one_sentence(joining: CommandLine, doubling: str, data: str, words: str) -> None:
+    done = joining.run("call", doubling, "--data", data)
+    assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_call_for_later_is_a_job(joining: CommandLine, doubling: str) -> None:
+    done = joining.run("call", doubling, "--data", "21", "--later", "--tag", "from-the-shell")
+    assert done.stdout == "42\n"
+    name, job_id = done.stderr.splitlines()[0].split()
+    assert name == "Job" and serve.job(job_id).status().tag == "from-the-shell"
+    assert "half of it" in done.stderr
+
+
+def test_ctrl_c_leaves_a_job_and_says_how_to_find_it(joining: CommandLine, deploy: Deploy, gate: Gate) -> None:
+    async def hold(request: serve.ServeRequest) -> str:
+        await gate.pass_through_async()
+        return "let go"
+
+    calling = joining.start("call", deploy(hold), "--later")
+    job_id = calling.wait_for("Job ").split()[1]
+    calling.wait_for("running")
+    calling.signal(signal.SIGINT)
+    assert calling.wait() == 130
+    assert f"mqserve jobs watch {job_id}" in calling.output and "Traceback" not in calling.output
+    gate.open()
+    assert serve.job(job_id).result(timeout=30) == "let go"
+    assert "let go" not in calling.output
+
+
+def test_ctrl_c_cancels_a_call_that_is_waited_for(joining: CommandLine, deploy: Deploy, tally: Tally) -> None:
+    async def hold(request: serve.ServeRequest) -> None:
+        tally.note("began")
+        try:
+            await asyncio.Event().wait()
+        finally:
+            tally.note("ended")
+
+    calling = joining.start("call", deploy(hold))
+    wait_until(lambda: tally.lines == ["began"])
+    calling.signal(signal.SIGINT)
+    assert calling.wait() == 130
+    wait_until(lambda: tally.lines == ["began", "ended"])
