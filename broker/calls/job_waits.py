@@ -71,7 +71,7 @@ class Registrations:
             ids = [future_id for future_id, outcome in pairs if isinstance(outcome, StoreUnavailable) and future_id in still]
             if not ids:
                 return
-            logger.warning("cannot wait for %d jobs as it should be, yet: the store takes no registrations", len(ids))
+            logger.warning("the ends of %d jobs that are waited for may be heard late: the store is away, and is asked again", len(ids))
             await asyncio.sleep(pause_s)
 
 
