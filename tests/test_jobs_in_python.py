@@ -195,9 +195,11 @@ def test_a_result_is_kept_as_long_as_its_sender_says(doubling: str) -> None:
         ({"eta": datetime.now(UTC), "delay_s": 1}, "one of them"),
         ({"expires_s": 0}, "expires_s"),
         ({"priority": "urgent"}, "'high', 'normal', 'low'"),
+        ({"priority": ["high"]}, "'high', 'normal', 'low'"),
         ({"result_ttl_s": 31 * 24 * 3600}, "result_ttl_s"),
         ({"tag": "a\nb"}, "printable"),
         ({"idempotency_key": "k" * 256}, "255 bytes"),
+        ({"idempotency_key": "\ud800"}, "UTF-8"),
     ],
 )
 def test_an_option_that_makes_no_sense_is_refused_with_the_way_out(doubling: str, options: dict[str, Any], words: str) -> None:

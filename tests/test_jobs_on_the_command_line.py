@@ -127,6 +127,11 @@ def test_what_to_act_on_has_to_be_said_in_one_way(joining: CommandLine, client: 
     assert done.returncode == 1 and "by their ids" in done.stderr
 
 
+def test_a_job_is_watched_by_its_id_or_chosen_by_a_filter(joining: CommandLine, client: serve.Client) -> None:
+    done = joining.run("jobs", "watch", "an-id", "--tag", "t")
+    assert done.returncode == 1 and "leave out" in done.stderr
+
+
 def test_a_job_is_watched_to_its_end(joining: CommandLine, doubling: str) -> None:
     handle = serve.get_handle(doubling).options(delay_s=0.1)
     good, bad = handle.submit(21), handle.submit("odd")
@@ -171,6 +176,12 @@ def test_a_call_that_fails_gets_the_error(joining: CommandLine, doubling: str) -
 def test_data_that_is_none_is_refused_in_one_sentence(joining: CommandLine, doubling: str, data: str, words: str) -> None:
     done = joining.run("call", doubling, "--data", data)
     assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("option", [("--tag", "t"), ("--delay", "60")], ids=["tag", "delay"])
+def test_an_option_of_jobs_is_refused_for_a_call_that_is_none(joining: CommandLine, doubling: str, option: tuple[str, str]) -> None:
+    done = joining.run("call", doubling, "--data", "21", *option)
+    assert done.returncode == 1 and done.stdout == "" and "--later" in done.stderr
 
 
 def test_a_call_for_later_is_a_job(joining: CommandLine, doubling: str) -> None:

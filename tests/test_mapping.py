@@ -163,6 +163,16 @@ def test_gather_returns_the_values_in_their_order(doubling: str) -> None:
     assert serve.gather().result() == []
 
 
+def test_gather_without_time_returns_what_is_there(doubling: str) -> None:
+    handle = serve.get_handle(doubling)
+    refs = [handle.submit(1), handle.remote(2)]
+    assert serve.gather(*refs).result(timeout=30) == [2, 4]
+    found = serve.job(refs[0].id), serve.future(refs[1].id)  # whose results have to be read from the store
+    assert serve.gather(*found).result(timeout=0) == [2, 4]
+    with pytest.raises(TimeoutError):
+        serve.gather(found[0], serve.future("0" * 32)).result(timeout=0)
+
+
 def test_gather_raises_the_first_error_or_returns_it_in_its_place(doubling: str) -> None:
     handle = serve.get_handle(doubling)
     refs = [handle.remote(1), handle.remote("odd"), handle.remote(2)]

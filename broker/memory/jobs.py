@@ -166,9 +166,9 @@ class EmbeddedJobs:
             job.fields |= {b"state": end.state.encode(), b"status": b"%d" % end.status, b"ended": b"%d" % end.ended_ms}
             self._leave_queue(job)
             self._jobs.put(end.id, job, 2 * ttl_ms)
-            self._values.expire(
-                self._keys.message(end.id), min(ttl_ms, MESSAGE_TTL_S * 1000) if end.state is JobState.SUCCEEDED else ttl_ms
-            )
+            kept_ms = min(ttl_ms, MESSAGE_TTL_S * 1000) if end.state is JobState.SUCCEEDED else ttl_ms
+            for key in (self._keys.message(end.id), self._keys.body(end.id)):
+                self._values.expire(key, kept_ms)
             self._tell(end.id, job, _state(end.state, end.ended_ms))
         if end.token and self._values.get(self._keys.lease(end.id)) == end.token:
             self._values.pop(self._keys.lease(end.id))
@@ -189,7 +189,8 @@ class EmbeddedJobs:
         if job is not None and not job.has_ended:
             return False
         self._jobs.pop(future_id)
-        for key in (self._keys.future(future_id), self._keys.result_body(future_id), self._keys.message(future_id)):
+        keys = self._keys
+        for key in (keys.future(future_id), keys.result_body(future_id), keys.message(future_id), keys.body(future_id)):
             self._values.pop(key)
         return True
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .sender import Sender
 
 WAIT_LIMIT_S = 25 * 60  # longer than any request lives
-_READ_BUDGET_S = 10.0  # for reading a result that is already stored
+READ_BUDGET_S = 10.0  # for reading a result that is already stored
 _moving = forks.Lock()  # held while a future moves into a forked child
 
 Found = tuple[str, Result]  # (key, result)
@@ -59,7 +59,7 @@ class Future:
         if limit_s is not None and limit_s <= 0:
             if not source.done():
                 raise self._not_yet(limit_s)
-            limit_s = _READ_BUDGET_S
+            limit_s = READ_BUDGET_S
         with source.waiting() as pending:
             try:
                 found = pending.result(limit_s)

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, NamedTuple, Self
 
 from ..broker.errors import BadType
-from .futures import Found, Future
+from .futures import READ_BUDGET_S, Found, Future
 
 
 class Arrived(NamedTuple):
@@ -140,7 +140,12 @@ class Gathered:
         return f"<Gathered of {len(self._refs)}>"
 
     def result(self, timeout: float | None = None) -> list[Any]:
-        """Waits for all. Raises the first error there is, without waiting for the others, and TimeoutError after `timeout` seconds."""
+        """Waits for all. Raises the first error there is, without waiting for the others, and TimeoutError after `timeout` seconds (with 0,
+        if one is not done)."""
+        if timeout is not None and timeout <= 0:
+            if not self.done():
+                raise TimeoutError("not all of the futures have a result yet")
+            timeout = READ_BUDGET_S
         until = None if timeout is None else time.monotonic() + timeout
         values: dict[int, Any] = {}
         with Arrivals(self._refs) as arrivals:

@@ -12,9 +12,8 @@ from ..broker.jobs import MAX_DELAY_S, MAX_RESULT_TTL_S, PRIORITIES
 MAX_TAG_LENGTH = 200
 MAX_KEY_LENGTH = 255
 _DAY_S = 24 * 3600
-_OPENABLE_S = (
-    30 * _DAY_S
-)  # behind its delay: how long a job may wait in its queue and among the dead letters until a pickle in it is opened
+# Behind its delay: how long a job may wait in its queue and among the dead letters until a pickle in it is opened.
+_OPENABLE_S = 30 * _DAY_S
 
 Priority = Literal["high", "normal", "low"]
 
@@ -60,7 +59,7 @@ def check_job_options(options: JobOptions) -> None:
         _check_eta(options)
     if options.expires_s is not None and not (_is_seconds(options.expires_s, at_most=365 * _DAY_S) and options.expires_s > 0):
         raise BadValue(f"expires_s is the number of seconds within which the job may begin, above 0, not {options.expires_s!r}")
-    if options.priority not in PRIORITIES:
+    if not isinstance(options.priority, str) or options.priority not in PRIORITIES:
         raise BadValue(f"priority must be one of {', '.join(map(repr, PRIORITIES))}, not {options.priority!r}")
     if options.result_ttl_s is not None and not _is_seconds(options.result_ttl_s, at_least=1, at_most=MAX_RESULT_TTL_S):
         raise BadValue(f"result_ttl_s must be a number of seconds from 1 to {MAX_RESULT_TTL_S} (30 days), not {options.result_ttl_s!r}")
@@ -71,7 +70,11 @@ def check_job_options(options: JobOptions) -> None:
     key = options.idempotency_key
     if not isinstance(key, str):
         raise BadType(f"an idempotency_key is a text of the caller's choice, a new one for each job, not {key!r}")
-    if len(key.encode(errors="replace")) > MAX_KEY_LENGTH:
+    try:
+        size = len(key.encode())
+    except UnicodeEncodeError as error:
+        raise BadValue(f"an idempotency_key is compared as UTF-8, and {key[:40]!r} has none ({error.reason})") from error
+    if size > MAX_KEY_LENGTH:
         raise BadValue(f"an idempotency_key has at most {MAX_KEY_LENGTH} bytes, and this one begins with {key[:40]!r}")
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..broker.errors import BadValue
 from ..broker.jobs import JobState
 from ..broker.process.lifeline import run as run_loop
 from .endings import interrupts, one_sentence
@@ -30,6 +31,8 @@ def call(endpoint: str, namespace: str | None, data: str, later: bool, tag: str,
     from .call import call_endpoint, call_later
 
     settings = distributed(namespace, "call")
+    if not later and (tag or delay):
+        raise BadValue("only a job has a tag or a delay: add --later, or leave out --tag and --delay")
     if later:
         return call_later(settings, endpoint, data, interrupts, tag=tag, delay_s=delay)
     return call_endpoint(settings, endpoint, data)
@@ -103,6 +106,8 @@ def watch_jobs(job_id: str, namespace: str | None, limit: int, as_json: bool, **
     if job_id:
         from .call import watch_by_id
 
+        if any(filter.values()):
+            raise BadValue("a job that is named by its id needs no --backend, --tag or --state: leave out the one or the others")
         return watch_by_id(settings, job_id, interrupts, as_json=as_json)
     from . import jobs
 

@@ -144,6 +144,23 @@ async def test_what_has_ended_can_be_forgotten_and_nothing_else(store: Store, ke
     assert [record.id for record in await store.jobs.list()] == ["other"]
 
 
+async def test_a_large_body_goes_with_the_message_that_names_it(store: Store, keys: StoreKeys) -> None:
+    for name in ("f", "forgotten"):
+        await added(store, name, message=b"message")
+        await store.set(keys.body(name), b"body", ttl_ms=3_600_000)
+        await begun(store, id=name)
+    await ended(store, "forgotten")
+    assert await store.jobs.forget("forgotten")
+    assert await store.get(keys.body("forgotten")) is None
+    await ended(store, state=JobState.FAILED, status=500, result_ttl_ms=300)
+    assert await store.get(keys.body("f")) == b"body", "a retry needs it"
+
+    async def body_is_gone() -> bool:
+        return await store.get(keys.body("f")) is None
+
+    await until(body_is_gone)
+
+
 async def test_a_thousand_jobs_of_one_turn_are_all_kept(store: Store) -> None:
     names = [f"job-{number}" for number in range(1000)]
     await asyncio.gather(*(added(store, name, message=name.encode()) for name in names))
