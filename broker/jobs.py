@@ -114,6 +114,7 @@ class JobRecord(msgspec.Struct, frozen=True):
     attempts: tuple[Attempt, ...] = ()
     progress: JobEvent | None = None
     has_result: bool = False
+    has_begun: bool = False  # also if that run was given back, and is no attempt
 
 
 class Run(msgspec.Struct, frozen=True):
@@ -230,6 +231,7 @@ def _record_of(future_id: str, fields: Mapping[bytes, bytes], has_result: bool) 
         id=future_id, facts=facts, state=state, started_ms=attempts[0].started_ms if attempts else 0,
         ended_ms=int(fields.get(b"ended", 0)), status=int(fields.get(b"status", 0)), attempts=attempts,
         progress=None if progress is None else JobEvent.from_bytes(progress), has_result=has_result,
+        has_begun=b"runs" in fields,
     )  # fmt: skip
 
 

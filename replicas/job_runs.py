@@ -214,7 +214,7 @@ class JobRuns:
         record = await self._store.jobs.read(job.envelope.future_id(self._backend)) if redelivered else None
         if needs_proof and record is None:  # a missing record proves nothing, since the store may have lost its data
             self._host.drop(job, replica_lost(self._backend))
-        elif is_late and not (record is not None and record.attempts):
+        elif is_late and not (record is not None and record.has_begun):
             self._host.drop(job, late_result(Phase.QUEUE))
         else:
             return False

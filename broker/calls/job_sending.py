@@ -253,6 +253,6 @@ class _Submission:
 
 
 def _is_expired(record: JobRecord, now_ms: int) -> bool:
-    """Whether no replica will begin it any more."""
+    """Whether no replica will begin it any more. One that has begun in time may run again after that."""
     expires_ms = record.facts.expires_ms
-    return record.state is JobState.QUEUED and not record.attempts and 0 < expires_ms < now_ms - _EXPIRED_AFTER_MS
+    return record.state is JobState.QUEUED and not record.has_begun and 0 < expires_ms < now_ms - _EXPIRED_AFTER_MS

@@ -119,6 +119,7 @@ class EmbeddedJobs:
         if job.token != run.token:
             job.keep_fact(run.facts)
             job.runs += 1
+            job.fields[b"runs"] = b"%d" % job.runs
             job.token = run.token
             self._leave_queue(job)
             job.fields[b"run:%d" % job.runs] = Attempt(replica=run.replica, started_ms=run.now_ms).to_bytes()
@@ -154,6 +155,7 @@ class EmbeddedJobs:
             return
         job.fields.pop(b"run:%d" % job.runs, None)
         job.runs -= 1
+        job.fields[b"runs"] = b"%d" % job.runs
         self._release(future_id, job)
         self._tell(future_id, job, _state(JobState.QUEUED, self._now_ms()))
 

@@ -165,6 +165,21 @@ async def test_a_job_that_a_drain_gives_back_begins_elsewhere_at_once_and_that_i
     assert [run.replica for run in (await record_of(second)).attempts] == ["b#2"]
 
 
+async def test_a_job_that_began_in_time_and_was_given_back_runs_again_after_that_time() -> None:
+    async with Serving(graceful_shutdown_timeout_s=0) as first:
+        expires_ms = first.store.now_ms() + 300
+        await first.send_job(a_job(deadline=expires_ms))
+        (await begun_by(first)).started = 1.0
+        async with beside(first) as second:
+            await takes_nothing_more(second)
+            await first.server.drain(0)
+            await until(lambda: second.store.now_ms() > expires_ms)
+            second.server.want({1: 1})
+            second.end(await begun_by(second), Result())
+            await second.settled()
+    assert (await record_of(second)).state is JobState.SUCCEEDED
+
+
 async def test_jobs_without_a_place_wait_and_a_drain_gives_them_back() -> None:
     async with Serving(max_concurrent_queries=1, job_slots=5, graceful_shutdown_timeout_s=0) as serving:
         for number in range(3):
