@@ -71,8 +71,8 @@ class Leftovers:
         return f"<Leftovers of {self._queue!r}>"
 
     async def end_some(self, backend: str, generation: int) -> bool:
-        """Ends jobs for a while; returns whether none is left. Jobs whose end could not be recorded return to the queue. Raises
-        BrokerUnavailable."""
+        """Ends jobs for a while; returns whether none is left: neither in the queue nor on its way to its end. Jobs whose end could not be
+        recorded return to the queue. Raises BrokerUnavailable."""
         if not await self._queue.count_jobs(backend, generation):
             return True
         tasks = Tasks()
@@ -88,7 +88,7 @@ class Leftovers:
         finally:
             await consumption.cancel()
             await tasks.wait(TURN_S)
-        return not await self._queue.count_jobs(backend, generation)
+        return not tasks and not await self._queue.count_jobs(backend, generation)
 
     async def _end(self, backend: str, delivery: Delivery) -> None:
         try:
@@ -99,5 +99,8 @@ class Leftovers:
             logger.warning("a message among the jobs of backend %s, which is gone, is dropped: %s", backend, error)
         except MQServeError as error:
             logger.warning("a job of backend %s, which is gone, has no end yet: %s", backend, error)
+            return delivery.requeue()
+        except Exception:
+            logger.exception("a job of backend %s, which is gone, has no end yet: that is a bug in mqserve, please report it", backend)
             return delivery.requeue()
         delivery.ack()

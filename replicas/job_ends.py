@@ -20,7 +20,7 @@ from ..broker.results import Outcome, Result, entry_of
 from ..broker.store import Store, recorded
 from ..controller.state.config import BackendConfig
 from ..controller.state.retries import is_exhausted, next_pause_s
-from .stages import KeptJob
+from .stages import KeptJob, Stage
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -94,7 +94,8 @@ class JobEnds:
         error = f"{result.error.type}: {result.error.message}"[:MAX_ERROR]
         attempt = Attempt(envelope.attempt, ended_ms=now_ms, error=error, again_ms=again_ms)
         future_id = envelope.future_id(self._backend)
-        if await insist(lambda: self._store.jobs.try_again(future_id, job.mark, attempt)):
+        is_taken = await insist(lambda: self._store.jobs.try_again(future_id, job.mark, attempt))
+        if is_taken and job.stage is not Stage.RETURNED:  # that one's message is in the queue already, and is its next try
             again = _for_another_try(envelope, again_ms, now_ms)
             failure = await fate_of(partial(self._queue.publish_later, self._backend, again, pause_s), _CONFIRM_BUDGET_S)
             if failure is not None:

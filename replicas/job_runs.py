@@ -193,6 +193,8 @@ class JobRuns:
                 await self._is_done(job, future_id, raw)
             case Held(left_ms):
                 job.begun = False
+                if self._host.ends_here(job):
+                    return False
                 self._lapsing[job] = asyncio.get_running_loop().call_later(left_ms / 1000 + _BEHIND_LEASE_S, self._ask_again, job)
             case Leased(attempt):
                 return await self._may_run(job, future_id, attempt)
@@ -267,7 +269,7 @@ class JobRuns:
             is_ours = await self._store.jobs.renew(job.envelope.future_id(self._backend), job.mark)
         except MQServeError as error:
             return self._lost.say(f"the leases of jobs of {self._backend} cannot be renewed: {error}")
-        if not is_ours:
+        if not is_ours and job.stage in _WITH_WORKER:  # its run has not ended meanwhile
             told = printable(job.envelope.id)
             self._lost.say(f"job {told} of {self._backend} runs elsewhere, too, since its lease had lapsed: the first result counts")
 
@@ -288,4 +290,5 @@ class JobRuns:
 
 
 _IN_HAND = (Stage.HELD, Stage.ADMITTED, Stage.RUNNING)
+_WITH_WORKER = (Stage.ADMITTED, Stage.RUNNING)
 _LEASED = (Stage.HELD, Stage.ADMITTED, Stage.RUNNING, Stage.RECORDING)

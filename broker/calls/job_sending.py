@@ -28,6 +28,7 @@ from .sending import INLINE_BODY_BYTES, MAX_BODY_BYTES, REPUBLISH_BUDGET_S, REPU
 
 logger = logging.getLogger(__name__)
 
+_CANCELLED_TTL_S = 7 * 24 * 3600  # of a job that waits: its message may stand in its queue for as long
 _EXPIRED_AFTER_MS = 5000  # behind its time a replica may still begin a job, as its own clock goes
 
 
@@ -161,7 +162,7 @@ class JobSender:
 
     async def _end(self, record: JobRecord, result: Result, state: JobState, now_ms: int) -> bool:
         raw = result.to_bytes()
-        note, ttl_ms = entry_of(record.id, raw), JOB_RESULT_TTL_S * 1000
+        note, ttl_ms = entry_of(record.id, raw), _kept_ms(record, now_ms)
         outcome: asyncio.Future[bool | Exception] = asyncio.get_running_loop().create_future()
 
         def ended(found: bool | Exception) -> None:
@@ -256,3 +257,12 @@ def _is_expired(record: JobRecord, now_ms: int) -> bool:
     """Whether no replica will begin it any more. One that has begun in time may run again after that."""
     expires_ms = record.facts.expires_ms
     return record.state is JobState.QUEUED and not record.has_begun and 0 < expires_ms < now_ms - _EXPIRED_AFTER_MS
+
+
+def _kept_ms(record: JobRecord, now_ms: int) -> int:
+    """Returns for how long an end is kept that no replica has recorded. The message of a job that waits still comes to one, which runs it
+    unless it finds the end."""
+    if record.state is not JobState.QUEUED:
+        return JOB_RESULT_TTL_S * 1000
+    due_ms = max(record.facts.not_before_ms, *(attempt.again_ms for attempt in record.attempts), now_ms)
+    return due_ms - now_ms + _CANCELLED_TTL_S * 1000

@@ -3,7 +3,12 @@
 import pytest
 from msgspec.structs import replace
 
-from mqserve.broker.jobs import JobState
+from mqserve.broker.errors import StoreUnavailable
+from mqserve.broker.job_store import OnDone
+from mqserve.broker.jobs import JobEnd, JobState
+from mqserve.broker.memory.expiring import Expiring
+from mqserve.broker.memory.jobs import EmbeddedJobs
+from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.queue import Queue
 from mqserve.broker.results import Result
 from mqserve.broker.store import Store
@@ -47,6 +52,29 @@ async def test_a_job_of_a_direct_publisher_ends_under_its_own_key_and_one_withou
         assert await publish_job(queue, direct) is None
     await until(lambda: Leftovers(queue, store, Trusting()).end_some("b", 1))
     assert Result.from_bytes(await store.get(keys.future("b/order-1")) or b"").status == 503
+
+
+class SilentJobs(EmbeddedJobs):
+    """Answers an end when the test says so."""
+
+    def __init__(self, store: EmbeddedStore, keys: StoreKeys) -> None:
+        super().__init__(keys, Expiring(), store.post, store.now_ms)
+        self.asked: list[OnDone] = []
+
+    def end_then(self, end: JobEnd, on_done: OnDone) -> None:
+        self.asked.append(on_done)
+
+
+async def test_a_job_whose_end_is_still_being_recorded_counts_as_left(queue: Queue, keys: StoreKeys) -> None:
+    """Otherwise its queue would be deleted before it comes back."""
+    store = EmbeddedStore()
+    store.jobs = silent = SilentJobs(store, keys)
+    await queue.declare("b", 1, None)
+    assert await publish_job(queue, job_due_in(store, 0)) is None
+    assert not await Leftovers(queue, store, Trusting()).end_some("b", 1)
+    assert silent.asked and await queue.count_jobs("b", 1) == 0
+    silent.asked[0](StoreUnavailable("it is away"))
+    await until(lambda: queue.count_jobs("b", 1))
 
 
 async def test_a_queue_that_is_not_there_has_no_jobs_left(queue: Queue, store: Store) -> None:

@@ -20,7 +20,8 @@ from mqserve.broker.errors import (
     TooLarge,
     UnknownJob,
 )
-from mqserve.broker.jobs import JobFacts, JobState
+from mqserve.broker.job_store import OnDone
+from mqserve.broker.jobs import JobEnd, JobFacts, JobState
 from mqserve.broker.later import DueJob
 from mqserve.broker.memory.queue import EmbeddedQueue
 from mqserve.broker.memory.store import EmbeddedStore
@@ -237,6 +238,28 @@ async def test_a_job_is_cancelled_once_and_whoever_waits_is_told(sender: JobSend
     for task in (listening, reading):
         task.cancel()
     await asyncio.gather(listening, reading, return_exceptions=True)
+
+
+async def test_the_end_of_a_job_that_waits_is_kept_until_its_message_has_come(
+    sender: JobSender, store: Store, queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message of a delayed job cannot be taken back: a replica that finds no end would run it after all."""
+    kept_ms: list[int] = []
+    end_then = store.jobs.end_then
+
+    def noting(end: JobEnd, on_done: OnDone) -> None:
+        kept_ms.append(end.result_ttl_ms)
+        end_then(end, on_done)
+
+    monkeypatch.setattr(store.jobs, "end_then", noting)
+    await queue.declare("b", 1, None)
+    await queue.later.declare()
+    month_ms = 30 * 24 * 3600 * 1000
+    assert await sender.cancel(await submitted(sender, terms=JobTerms(not_before_ms=store.now_ms() + month_ms)))
+    running = await submitted(sender)
+    await begun(store, id=running)
+    assert await sender.cancel(running)
+    assert kept_ms[0] > month_ms > kept_ms[1]
 
 
 async def test_a_job_that_was_not_begun_in_time_has_expired(sender: JobSender, store: Store, queue: Queue) -> None:

@@ -326,6 +326,36 @@ async def test_a_job_whose_next_try_the_broker_does_not_take_runs_again_at_once(
     assert [envelope.header.job and envelope.header.job.tries for envelope, _ in queue.later_ones] == [1]
 
 
+class AwayTries(EmbeddedJobs):
+    """Notes no next try while the store is away."""
+
+    away = True
+    asked = 0
+
+    async def try_again(self, id: str, token: bytes, attempt: Attempt) -> bool:
+        self.asked += 1
+        if self.away:
+            raise StoreUnavailable("it is away")
+        return await super().try_again(id, token, attempt)
+
+
+async def test_a_failed_job_that_went_back_meanwhile_is_not_published_a_second_time() -> None:
+    """The message that went back to the queue is its next try."""
+    queue, store = LaterQueue(), EmbeddedStore("tests")
+    store.jobs = jobs = AwayTries(store.jobs._keys, store.jobs._values, store.jobs._post, store.jobs._now_ms)
+    async with Serving(queue, store, retry={"attempts": 3, "jitter": False}) as serving:
+        await serving.send_job(a_job())
+        fail(serving, await begun_by(serving))
+        await until(lambda: jobs.asked)
+        assert not serving.server._settlement.give_back_unstored(), "as a drain does"
+        await takes_nothing_more(serving)
+        jobs.away = False
+        await until(lambda: serving.server._settlement.give_back_unstored())
+    record = await record_of(serving)
+    assert record.state is JobState.QUEUED and record.attempts[0].error == "OSError: no luck"
+    assert not queue.later_ones
+
+
 async def test_the_last_failure_is_the_result_and_the_message_a_dead_letter_with_its_history() -> None:
     async with Serving(LaterQueue(), retry={"attempts": 2, "on": ["OSError"]}) as serving:
         earlier = Run(MINTED, b"1", "b#9", facts=job_facts(), now_ms=2000)
