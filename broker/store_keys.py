@@ -18,6 +18,7 @@
 | `mqserve:<ns>:code:all.<sha256>` | string: convertor, middlewares | clients | proxies, replicas | CODE_TTL_S; none while deployed |
 | `mqserve:<ns>:desired`       | string | clients, by compare-and-set | all        | none                      |
 | `mqserve:<ns>:observed`      | string | leading controller   | all               | none                      |
+| `mqserve:<ns>:firings`       | string: the last firing of each schedule | leading controller | controllers, clients | none |
 | `mqserve:<ns>:instance`      | string | starter, controller  | starters, clients | none: it is a lease       |
 | `mqserve:<ns>:leader`        | string | controllers          | controllers       | none: lapses after LEADER_TTL_S |
 | `mqserve:<ns>:ended`         | string | the process that clears an instance: its id | controllers, clients | ENDED_TTL_S |
@@ -63,6 +64,7 @@ class StoreKeys:
         self._root = f"mqserve:{namespace}"
         self.desired = f"{self._root}:desired"
         self.observed = f"{self._root}:observed"
+        self.firings = f"{self._root}:firings"
         self.instance = f"{self._root}:instance"
         self.leader = f"{self._root}:leader"
         self.ended = f"{self._root}:ended"

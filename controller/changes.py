@@ -270,6 +270,8 @@ def delete_endpoint(name: str) -> Change:
     """Deletes an endpoint; does nothing for an unknown name, as in Ray Serve 1.x."""
 
     def change(desired: Desired) -> Desired:
+        if schedules := [schedule.name for schedule in desired.schedules.values() if schedule.endpoint == name]:
+            raise BadValue(f"endpoint {name!r} is called by schedule {schedules[0]!r}: delete that with delete_schedule first")
         return msgspec.structs.replace(desired, endpoints={key: kept for key, kept in desired.endpoints.items() if key != name})
 
     return change

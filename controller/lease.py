@@ -238,7 +238,7 @@ async def _forget_documents(store: Store, keys: StoreKeys, guard: Guard) -> None
         files = list(await files_of(store, keys, raw) or ()) if raw is not None else []
         for at in range(0, len(files), FILES_AT_ONCE):
             await store.delete(*map(keys.code, files[at : at + FILES_AT_ONCE]), guard=guard)
-    await store.delete(keys.desired, keys.observed, keys.beats, keys.leader, *map(keys.code, desired.codes), guard=guard)
+    await store.delete(keys.desired, keys.observed, keys.firings, keys.beats, keys.leader, *map(keys.code, desired.codes), guard=guard)
     await store.announce()
 
 

@@ -20,17 +20,21 @@ from typing import TypeVar
 import msgspec
 
 from ..broker.calls.cancellations import notice_of_proxy
+from ..broker.calls.job_sending import JobSender
 from ..broker.errors import BrokerUnavailable, MQServeError, WrongType
+from ..broker.overload import HeldBytes
 from ..broker.process.rate_limited_log import RateLimitedLog
 from ..broker.process.stopping import first_of
 from ..broker.queue import Queue
 from ..broker.settings import CONSUMER_TIMEOUT_S
 from ..broker.store import Store
 from ..broker.store_keys import CODE_TTL_S, StoreKeys
+from ..broker.values.signing import Signer
 from . import lease, plan
 from .absent_nodes import AbsentNodes
 from .desired_writes import write_next
 from .due import DueJobs
+from .firing import Firings
 from .job_ends import Leftovers, Senders
 from .job_limits import job_limit_s, job_problems
 from .known_documents import KnownDocuments
@@ -63,14 +67,14 @@ class Controller:
         controller_id: str,
         instance: str,
         *,
-        has_key: bool,
+        signer: Signer,
         kept_by: str = "",
         trouble: Callable[[], str] = lambda: "",
         senders: Senders | None = None,
         consumer_timeout_s: float = CONSUMER_TIMEOUT_S,
     ) -> None:
         self._store = store
-        self._has_key = has_key
+        self._has_key = bool(signer)
         self._keys = keys
         self._queue = queue
         self._instance = instance
@@ -80,6 +84,7 @@ class Controller:
         self._leftovers = Leftovers(queue, store, senders) if senders is not None else None
         self._consumer_timeout_s = consumer_timeout_s
         self._leader = lease.Leader(store, keys, controller_id, kept_by)
+        self._firings = Firings(JobSender(queue, store, keys, HeldBytes(), signer), store, keys, signer, self._leader)
         self._known = KnownDocuments(store, keys, instance)
         self._looked_at = -math.inf  # monotonic time of the last look at the store
         self._is_first_look = True
@@ -323,7 +328,7 @@ class Controller:
                 problems[f"proxy on {beat.node or beat.host}"] = beat.error
         if problem := plan.seal_problem(beats, has_key=self._has_key):
             problems["requests without a seal"] = problem
-        problems |= self._store_checks.problems
+        problems |= self._store_checks.problems | self._firings.problems
         if noted := self._store.health.noted:
             problems["a key in the store"] = noted
         if trouble := self._trouble():
@@ -364,9 +369,10 @@ class Controller:
             raise BrokerUnavailable("RabbitMQ took longer than this controller's lease lasts") from None
 
     async def _keep_due(self, desired: Desired, observed: Observed) -> None:
-        """Looks after the jobs that wait for their time, from the first backend on until the instance closes."""
+        """Looks after schedules, and the jobs that wait for their time, from the first backend on until the instance closes."""
         if desired.closing:
             return await self._stop_due()
+        self._firings.go_on(desired, observed)
         if self._due is None or not (desired.backends or self._due.is_going_on):
             return
         try:
@@ -376,6 +382,7 @@ class Controller:
             self._due_waits.say(f"jobs that wait for their time wait longer: {error}")
 
     async def _stop_due(self) -> None:
+        await self._firings.stop()
         if self._due is not None:
             await self._due.stop()
 

@@ -27,8 +27,11 @@ def undo(before: Desired, made: Desired, reason: str) -> Change:
         changed_http = made.http.middlewares != before.http.middlewares and desired.http.middlewares == made.http.middlewares
         http = msgspec.structs.replace(desired.http, middlewares=before.http.middlewares) if changed_http else desired.http
         convertors = _restored(before.convertors, made.convertors, desired.convertors, _itself)
+        schedules = _restored(before.schedules, made.schedules, desired.schedules, _itself)
         forced = tuple(name for name in desired.forced if name not in backends)
-        return msgspec.structs.replace(desired, backends=backends, endpoints=endpoints, http=http, convertors=convertors, forced=forced)
+        return msgspec.structs.replace(
+            desired, backends=backends, endpoints=endpoints, http=http, convertors=convertors, schedules=schedules, forced=forced
+        )
 
     return change
 

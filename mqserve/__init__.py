@@ -18,6 +18,7 @@ from .client.api import (
     create_endpoint,
     delete_backend,
     delete_endpoint,
+    delete_schedule,
     deploying,
     future,
     get_backend_config,
@@ -26,8 +27,12 @@ from .client.api import (
     job,
     list_backends,
     list_endpoints,
+    list_schedules,
     mount,
+    pause_schedule,
     register_convertor,
+    resume_schedule,
+    schedule,
     set_traffic,
     shadow_traffic,
     shutdown,
@@ -75,6 +80,7 @@ from .client.gathering import as_completed, gather
 from .client.groups import Group, GroupStatus
 from .client.handle import AsyncHandle, Handle, StreamHandle
 from .client.jobs import Job, JobAttempt, JobEvent, JobEvents, JobStatus
+from .client.schedules import ScheduleStatus
 from .client.streams import Stream
 from .broker.jobs import JobState
 from .replicas.batch_decorators import END, BadBatch, accept_batch, batch
@@ -132,6 +138,7 @@ __all__ = [
     "ResultGone",
     "Retry",
     "RetryLater",
+    "ScheduleStatus",
     "ServeRequest",
     "StoreUnavailable",
     "Stream",
@@ -149,6 +156,7 @@ __all__ = [
     "create_endpoint",
     "delete_backend",
     "delete_endpoint",
+    "delete_schedule",
     "deploying",
     "endpoint",
     "future",
@@ -164,10 +172,14 @@ __all__ = [
     "job",
     "list_backends",
     "list_endpoints",
+    "list_schedules",
     "log",
     "mount",
+    "pause_schedule",
     "progress",
     "register_convertor",
+    "resume_schedule",
+    "schedule",
     "set_traffic",
     "shadow_traffic",
     "shutdown",

@@ -21,12 +21,12 @@ from ..errors import UNPARSABLE, BadSignature, BadValue
 
 MIN_KEY_BYTES = 32
 
-Purpose = Literal["code", "request", "result"]
+Purpose = Literal["code", "request", "result", "schedule"]
 
 _DAY_MS = 24 * 3600 * 1000
 # Seals expire by the wall clock, so lifetimes are days: a request may stay among the dead letters for seven (a job says how long it may
 # wait), a result is kept for at most thirty.
-LIFETIMES_MS = {"code": 0, "request": 8 * _DAY_MS, "result": 31 * _DAY_MS}  # 0: for ever
+LIFETIMES_MS = {"code": 0, "schedule": 0, "request": 8 * _DAY_MS, "result": 31 * _DAY_MS}  # 0: for ever
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +89,12 @@ class Signer:
         if expires_ms and self._clock() * 1000 > expires_ms:
             raise BadSignature(f"the seal of this {claim.purpose} has expired: it was good until {_date(expires_ms)}")
         return payload
+
+    def derived_id(self, *parts: str | int) -> str:
+        """Returns the id of something that follows from these parts, in the form of a minted one: whoever makes it again makes the same.
+        Nobody can tell it without the key; where there is none, one of the parts has to be secret."""
+        key = hmac.digest(self._keys.get(self._current, b""), b"mqserve derived id 1", "sha256")  # a separate key for each use
+        return hmac.digest(key, msgspec.msgpack.encode([self._namespace, *parts]), "sha256")[:16].hex()
 
     def _mac(self, key_id: str, payload: bytes, claim: SealScope, expires_ms: int) -> bytes:
         digest = hashlib.sha256(payload).digest()

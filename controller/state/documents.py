@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from enum import Enum
 from functools import cached_property
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
@@ -15,6 +15,7 @@ from .config import BackendConfig
 from .resources import ActorOptions, Demand
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+CatchUp = Literal["skip", "once"]
 T = TypeVar("T")
 
 ANY_METHOD = "*"  # stands among an endpoint's methods for all of them
@@ -71,6 +72,20 @@ class Endpoint(msgspec.Struct, frozen=True):
     prefix: bool = False
 
 
+class Schedule(msgspec.Struct, frozen=True):
+    """A call of an endpoint that becomes a job at each time of a cron expression (`cron.py`)."""
+
+    name: str
+    endpoint: str
+    cron: str
+    timezone: str
+    call: bytes  # a ScheduledCall
+    token: str  # random: from it follow the ids of its jobs
+    catch_up: CatchUp = "skip"  # for what was missed: nothing, or one job
+    since_ms: Count = 0  # store time: it fires for what comes later
+    paused: bool = False
+
+
 class HttpOptions(msgspec.Struct, frozen=True):
     """Where proxies listen and on which nodes; `workers` of them share each node's socket. `middlewares` is the sha256 of their code,
     empty for none."""
@@ -95,6 +110,7 @@ class Desired(msgspec.Struct, frozen=True):
     backends: dict[str, Backend] = {}
     endpoints: dict[str, Endpoint] = {}
     convertors: dict[str, str] = {}  # name -> sha256 of its code
+    schedules: dict[str, Schedule] = {}
     forced: tuple[str, ...] = ()  # backends deleted by force: their queues and replicas do not drain
     closing: bool = False  # the instance is being shut down
     keeps_queues: bool = False  # messages that wait when it closes are left for the next instance of the namespace

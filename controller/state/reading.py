@@ -127,7 +127,7 @@ def _contradiction(desired: Desired, before: Desired) -> str:
             return f"endpoint {name!r} sends to {min({*endpoint.traffic, *endpoint.shadows} - known)!r}, which is no backend"
         if endpoint is not before.endpoints.get(name) and not _are_shares(endpoint.traffic):
             return f"the weights of endpoint {name!r} are not 0 or more, and 1 altogether"
-    named: list[tuple[str, Any]] = [*desired.backends.items(), *desired.endpoints.items()]
+    named: list[tuple[str, Any]] = [*desired.backends.items(), *desired.endpoints.items(), *desired.schedules.items()]
     return next((f"{name!r} is called {thing.name!r} inside" for name, thing in named if thing.name != name), "")
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, Never, overload
 from ..broker.errors import InstanceError
 from ..broker.settings import Settings
 from ..controller.state.config import BackendConfig
+from ..controller.state.documents import CatchUp
 from ..instance.starting import StartOptions, parse_http_options
 from ..replicas.context import check_not_importing, is_importing
 from . import groups
@@ -21,6 +22,7 @@ from .futures import Future
 from .groups import Group
 from .handle import AsyncHandle, Handle
 from .jobs import Job
+from .schedules import ScheduleStatus
 from .streams import Stream
 
 _is_under_run = False
@@ -213,6 +215,39 @@ def shadow_traffic(endpoint_name: str, backend_tag: str, proportion: float) -> N
 def register_convertor(name: str, convertor: Any) -> None:
     """See `Client.register_convertor`."""
     clients.current().register_convertor(name, convertor)
+
+
+def schedule(
+    name: str,
+    endpoint: str | Handle | AsyncHandle,
+    *,
+    cron: str,
+    timezone: str = "UTC",
+    data: Any = None,
+    catch_up: CatchUp = "skip",
+) -> None:
+    """See `Client.schedule`."""
+    clients.current().schedule(name, endpoint, cron=cron, timezone=timezone, data=data, catch_up=catch_up)
+
+
+def list_schedules() -> dict[str, ScheduleStatus]:
+    """See `Client.list_schedules`."""
+    return clients.current().list_schedules()
+
+
+def pause_schedule(name: str) -> None:
+    """See `Client.pause_schedule`."""
+    clients.current().pause_schedule(name)
+
+
+def resume_schedule(name: str) -> None:
+    """See `Client.resume_schedule`."""
+    clients.current().resume_schedule(name)
+
+
+def delete_schedule(name: str) -> None:
+    """See `Client.delete_schedule`."""
+    clients.current().delete_schedule(name)
 
 
 @overload

@@ -18,7 +18,8 @@ from ..broker.values.whole_numbers import whole_number
 from ..controller import changes
 from ..controller.state.beats import MemberState, ProxyBeat, living, read_beats
 from ..controller.state.config import BackendConfig
-from ..controller.state.documents import CodeKind, Desired
+from ..controller.state.documents import CatchUp, CodeKind, Desired
+from ..controller.state.firings import read_firings
 from ..instance.starting import parse_middlewares
 from ..replicas.app_copies import holds_an_app
 from ..replicas.context import is_constructing
@@ -31,6 +32,7 @@ from .groups import Group, submit_many
 from .handle import AsyncHandle, Handle
 from .jobs import Job
 from .lifetime import Lifetime
+from .schedules import ScheduleStatus, check_handle, make_schedule
 from .streams import Stream
 
 
@@ -198,6 +200,52 @@ class Client(Lifetime):
         """
         parsed = parse_middlewares(middlewares)
         self._call(self._changing.set_middlewares(self._pack_for_all(list(parsed)) if parsed else None))
+
+    # Schedules.
+
+    def schedule(
+        self,
+        name: str,
+        endpoint: str | Handle | AsyncHandle,
+        *,
+        cron: str,
+        timezone: str = "UTC",
+        data: Any = None,
+        catch_up: CatchUp = "skip",
+    ) -> None:
+        """Sends a job to the endpoint at each time that the cron expression names in that time zone; the handler sees `data` as
+        `request.data`. Six fields begin with seconds. A handle in the place of the endpoint's name says how the jobs are treated, by its
+        options. Whatever is more than a minute late, since no controller or no broker was there, was missed: `catch_up="once"` sends one
+        job for all of that.
+
+        A schedule of the same name is replaced. One with the same times goes on where it was, and stays paused if it was. Raises BadType
+        and BadValue for a bad name, expression or zone and for an unknown endpoint, NotEncodable, and TooLarge above 16 KiB of data.
+        """
+        handle = Handle(endpoint, self) if isinstance(endpoint, str) else check_handle(endpoint)
+        signer, demands_seals = self.settings.signer, self.sender.demands_seals
+        made = make_schedule(
+            name, handle, data, cron=cron, timezone=timezone, catch_up=catch_up, signer=signer, demands_seals=demands_seals
+        )
+        self._call(self._changing.set_schedule(made, self._connections.store.now_ms))
+
+    def list_schedules(self) -> dict[str, ScheduleStatus]:
+        """Returns the schedules, each with its next and its last firing."""
+        desired, connections = self._read(), self._connections
+        last = read_firings(self._call(connections.store.get(connections.keys.firings)))
+        now_ms = connections.store.now_ms()
+        return {name: ScheduleStatus.of(schedule, last.get(name), now_ms) for name, schedule in desired.schedules.items()}
+
+    def pause_schedule(self, name: str) -> None:
+        """Lets a schedule fire no more until it is resumed. Raises BadValue for an unknown one."""
+        self._call(self._changing.pause_schedule(name))
+
+    def resume_schedule(self, name: str) -> None:
+        """Lets a schedule fire again, from now on. Raises BadValue for an unknown one."""
+        self._call(self._changing.resume_schedule(name, self._connections.store.now_ms))
+
+    def delete_schedule(self, name: str) -> None:
+        """Deletes a schedule. Its jobs stay. Does nothing for an unknown name."""
+        self._call(self._changing.delete_schedule(name))
 
     # Requests.
 

@@ -20,8 +20,9 @@ from ..broker.errors import BadValue, UnknownEndpoint
 from ..broker.values import code
 from ..broker.values.backend_code import Packed
 from ..controller import changes
+from ..controller.schedule_changes import Now, delete_schedule, pause_schedule, resume_schedule, set_schedule
 from ..controller.state.config import BackendConfig
-from ..controller.state.documents import Backend, CodeKind, Desired, Endpoint
+from ..controller.state.documents import Backend, CodeKind, Desired, Endpoint, Schedule
 from ..controller.state.resources import ActorOptions
 from .deployments import Declared, Deployments, TellReady
 
@@ -193,6 +194,21 @@ class Block:
     async def set_middlewares(self, packed: code.Code | code.CodeHere | None) -> None:
         sha256 = code.FOR_ALL + packed.sha256 if packed is not None else ""
         self._add(Declared("set_middlewares", changes.set_middlewares(sha256), proxy_code=packed))
+
+    async def set_schedule(self, schedule: Schedule, now: Now) -> None:
+        """The endpoint may be that of a decorated function, which `mqserve run` deploys when the file has been executed."""
+        comes_last = self._commits_on_need and schedule.endpoint not in self.draft.endpoints
+        declared = Declared(f"schedule({schedule.name!r})", set_schedule(schedule, now), comes_last=comes_last)
+        self._record(set_schedule(schedule, now, checks_endpoint=not comes_last), lambda: declared)
+
+    async def pause_schedule(self, name: str) -> None:
+        self._add(Declared(f"pause_schedule({name!r})", pause_schedule(name)))
+
+    async def resume_schedule(self, name: str, now: Now) -> None:
+        self._add(Declared(f"resume_schedule({name!r})", resume_schedule(name, now)))
+
+    async def delete_schedule(self, name: str) -> None:
+        self._add(Declared(f"delete_schedule({name!r})", delete_schedule(name)))
 
     async def complete(self) -> None:
         self._add(Declared("complete", changes.complete))

@@ -20,9 +20,10 @@ from ..broker.values.backend_code import Packed
 from ..connections import Connections
 from ..controller import changes
 from ..controller.environments import check_environment, seal_environment
+from ..controller.schedule_changes import Now, delete_schedule, pause_schedule, resume_schedule, set_schedule
 from ..controller.state.beats import MemberState, read_beats
 from ..controller.state.config import BackendConfig
-from ..controller.state.documents import Backend, CodeKind, Desired, Endpoint
+from ..controller.state.documents import Backend, CodeKind, Desired, Endpoint, Schedule
 from ..controller.state.reading import read_observed
 from ..controller.state.resources import ActorOptions
 from ..controller.undoing import undo
@@ -48,6 +49,7 @@ class Declared:
     backend_code: Packed | None = None
     proxy_code: code.Code | code.CodeHere | None = None
     goes_first: bool = False  # it takes time and is in no caller's way: a change of a backend, a convertor that no route can use yet
+    comes_last: bool = False  # it needs what the file of `mqserve run` declares only at its end
 
 
 class _Step:
@@ -150,6 +152,7 @@ class Deployments:
         yet, or has parameters that its replica cannot convert, and callers see either nothing of it or all. Raises BackendFailed, and any
         error of a change, with the words of its declaration.
         """
+        declared = sorted(declared, key=lambda one: one.comes_last)
         await self._save(*[one.backend_code for one in declared if one.backend_code is not None])
         for one in declared:
             if one.proxy_code is not None:
@@ -254,6 +257,18 @@ class Deployments:
 
     async def shadow_traffic(self, name: str, backend: str, proportion: object) -> None:
         await self._commit_to_proxies(changes.shadow_traffic(name, backend, proportion))
+
+    async def set_schedule(self, schedule: Schedule, now: Now) -> None:
+        await self._commit(set_schedule(schedule, now))
+
+    async def pause_schedule(self, name: str) -> None:
+        await self._commit(pause_schedule(name))
+
+    async def resume_schedule(self, name: str, now: Now) -> None:
+        await self._commit(resume_schedule(name, now))
+
+    async def delete_schedule(self, name: str) -> None:
+        await self._commit(delete_schedule(name))
 
     async def complete(self) -> None:
         await self._commit_to_proxies(changes.complete)

@@ -188,7 +188,7 @@ def store_rights(namespace: str) -> dict[str, StoreRights]:
         ),
         "client": caller_rights(
             "client",
-            {*documents, *kinds.groups, keys.start("*"), keys.instance, keys.ended, keys.beats},
+            {*documents, *kinds.groups, keys.start("*"), keys.instance, keys.ended, keys.beats, keys.firings},
             {*kinds.groups, keys.desired, keys.code("*"), keys.cancelled},
             _CALLS,
         ),

@@ -25,14 +25,13 @@ logger = logging.getLogger(__name__)
 
 def start_embedded(connections: Connections, instance: str, node_id: str, stop: Stop) -> list[asyncio.Task[None]]:
     """Starts the controller and the node, and returns their tasks."""
-    has_key = bool(connections.settings.secret_keys)
-
     async def control() -> None:
         """Runs a new controller, which adopts what runs, as one in another process does."""
         senders = SenderTrust(connections.settings)
         controller = Controller(
-            connections.store, connections.keys, connections.queue, connections.process_id, instance, has_key=has_key, senders=senders
-        )
+            connections.store, connections.keys, connections.queue, connections.process_id, instance,
+            signer=connections.settings.signer, senders=senders,
+        )  # fmt: skip
         await controller.run(stop)
 
     options = NodeOptions(node_id, capacity=measure_node(None, None, {}))

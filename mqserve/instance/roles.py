@@ -41,7 +41,7 @@ async def run_controller(settings: Settings, controller_id: str, kept: Kept | No
                 connections.queue,
                 controller_id,
                 instance,
-                has_key=bool(settings.secret_keys),
+                signer=settings.signer,
                 kept_by=kept.token if kept is not None else "",
                 trouble=trouble,
                 senders=_senders(settings),
