@@ -24,7 +24,7 @@ from ..broker.values.signing import Signer
 from .cron import LATE_MS, cron_of, due
 from .lease import Leader, NotLeading
 from .state.documents import Backend, Desired, Observed, Schedule
-from .state.firings import Firing, firings_to_bytes, read_firings
+from .state.firings import Firing, firings_to_bytes, problem_of, read_firings
 from .state.traffic import choose
 
 logger = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ class Firings:
     def _forget_but(self, schedules: set[Schedule]) -> None:
         self._next = {schedule: at for schedule, at in self._next.items() if schedule in schedules}
         self._passed = {schedule: at for schedule, at in self._passed.items() if schedule in schedules}
-        names = {_problem_of(schedule) for schedule in schedules}
+        names = {problem_of(schedule.name) for schedule in schedules}
         self.problems = {name: problem for name, problem in self.problems.items() if name in names}
 
     def _is_due(self, schedule: Schedule, now_ms: int) -> bool:
@@ -129,7 +129,7 @@ class Firings:
             try:
                 self._next[schedule] = cron_of(schedule.cron, schedule.timezone).next_after(self._after(schedule))
             except BadValue as error:  # another machine, or another version, could read it
-                self.problems[_problem_of(schedule)] = str(error)
+                self.problems[problem_of(schedule.name)] = str(error)
                 return False
         at = self._next[schedule]
         return at is not None and at <= now_ms
@@ -152,10 +152,13 @@ class Firings:
                 self._check_leads()
                 self._known[schedule.name] = Firing(at_ms, await self._send(schedule, at_ms))
             self._passed[schedule] = now_ms - LATE_MS
-            self.problems.pop(_problem_of(schedule), None)
+            self.problems.pop(problem_of(schedule.name), None)
         except MQServeError as error:
-            self.problems[_problem_of(schedule)] = f"it is due and was not sent: {error}"
+            self.problems[problem_of(schedule.name)] = f"it is due and was not sent: {error}"
             self._unsent.say(f"schedule {schedule.name} is due and was not sent: {error}")
+        except Exception as error:  # the others fire all the same
+            self.problems[problem_of(schedule.name)] = f"it is due and was not sent, by a bug in mqserve: {error!r}"
+            logger.exception("schedule %s is due and was not sent: that is a bug in mqserve, please report it", schedule.name)
         self._next[schedule] = cron.next_after(self._after(schedule))
 
     def _check_leads(self) -> None:
@@ -198,19 +201,15 @@ class Firings:
             self._written = {}
 
     async def _write(self) -> None:
-        """Raises NotLeading if another leader has taken over. What a store has lost is written again."""
-        known = self._known or {}
-        raw = firings_to_bytes(known)
+        """Raises NotLeading if another controller has taken over. What the store has lost is written again."""
         for _ in range(2):
+            known = dict(self._known or {})
+            raw = firings_to_bytes(known)
             if await self._store.replace(self._keys.firings, self._raw, raw, guard=self._leader.claim, quiet=True):
-                self._raw, self._written = raw, dict(known)
+                self._raw, self._written = raw, known
                 return
             await self._read()
         raise NotLeading("the firings of schedules were not noted: another controller leads")
-
-
-def _problem_of(schedule: Schedule) -> str:
-    return f"schedule {schedule.name}"
 
 
 def _runs_once(backend: Backend) -> bool:

@@ -134,6 +134,7 @@ class Controller:
         leads = await self._leader.lead()
         if leads and self._leader.epoch != self._epoch:
             logger.info("leading, under epoch %d", self._leader.epoch)
+            await self._stop_due()  # it may have led before, and another controller since
             self._begin(self._leader.epoch)
         elif not leads and self._is_first_look:
             logger.info("another controller leads: waiting to take over")

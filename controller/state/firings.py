@@ -24,3 +24,8 @@ def read_firings(raw: bytes | None) -> dict[str, Firing]:
 
 def firings_to_bytes(firings: Mapping[str, Firing]) -> bytes:
     return msgspec.json.encode(firings)
+
+
+def problem_of(schedule: str) -> str:
+    """Returns what the trouble of a schedule is called among the problems of the observed state."""
+    return f"schedule {schedule}"

@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import click
@@ -24,8 +25,10 @@ from ..broker.settings import Settings, masked
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
 from ..controller import lease
+from ..controller.cron import next_time
 from ..controller.state.beats import Beat, Kind, MemberState, NodeBeat, ProxyBeat, ReplicaBeat, read_beats
-from ..controller.state.documents import Desired, Observed
+from ..controller.state.documents import Desired, Observed, Schedule
+from ..controller.state.firings import Firing, problem_of, read_firings
 from ..controller.state.reading import read_desired, read_observed
 from ..instance.role_lock import played_here
 from .status_table import make_console, print_facts
@@ -100,6 +103,21 @@ class EndpointFacts(msgspec.Struct, frozen=True):
     prefix: bool
 
 
+class ScheduleFacts(msgspec.Struct, frozen=True):
+    """A schedule. Times are in UTC; `next_at` is null while it is paused, `last_at` before its first firing, whose job is `last_job`."""
+
+    name: str
+    endpoint: str
+    cron: str
+    timezone: str
+    catch_up: str
+    paused: bool
+    next_at: datetime | None
+    last_at: datetime | None
+    last_job: str
+    trouble: str
+
+
 class Facts(msgspec.Struct, frozen=True):
     """All facts. `problems` maps a name to what is wrong with it, `unknown` lists what could not be read, with the reason. `here` lists
     which of a detached instance's three processes run on this machine, which needs no server to find out."""
@@ -115,6 +133,7 @@ class Facts(msgspec.Struct, frozen=True):
     members: tuple[MemberFacts, ...] = ()
     backends: tuple[BackendFacts, ...] = ()
     endpoints: tuple[EndpointFacts, ...] = ()
+    schedules: tuple[ScheduleFacts, ...] = ()
     problems: dict[str, str] = {}
     unknown: dict[str, str] = {}
     here: tuple[str, ...] = ()
@@ -196,6 +215,7 @@ class _Stored:
     lease: lease.InstanceLease | None = None
     desired: Desired = field(default_factory=Desired)
     observed: Observed = field(default_factory=Observed)
+    firings: dict[str, Firing] = field(default_factory=dict)
     beats: list[Beat] = field(default_factory=list)
     now_ms: int = 0
     is_empty: bool = False
@@ -208,7 +228,8 @@ async def _read_stored(settings: Settings, store: Store) -> _Stored:
     keys = StoreKeys(settings.namespace)
     found = _Stored()
     try:
-        raw_lease, raw_desired, raw_observed = await store.get_documents([keys.instance, keys.desired, keys.observed])
+        documents = [keys.instance, keys.desired, keys.observed, keys.firings]
+        raw_lease, raw_desired, raw_observed, raw_firings = await store.get_documents(documents)
     except StoreUnavailable as error:
         found.unknown[_IN_THE_STORE] = str(error)
         return found
@@ -216,6 +237,7 @@ async def _read_stored(settings: Settings, store: Store) -> _Stored:
     found.lease = _document(found, keys.instance, lambda: lease.decode_lease(raw_lease) if raw_lease is not None else None, None)
     found.desired = _document(found, keys.desired, lambda: read_desired(raw_desired), Desired())
     found.observed = _document(found, keys.observed, lambda: read_observed(raw_observed), Observed())
+    found.firings = _document(found, keys.firings, lambda: read_firings(raw_firings), {})
     try:
         found.beats = list(read_beats(await store.fields(keys.beats)).values())
     except WrongType as error:
@@ -303,6 +325,7 @@ def _facts(namespace: str, broker: ServerFacts, store: ServerFacts, stored: _Sto
             EndpointFacts(name, endpoint.route, endpoint.methods, endpoint.traffic, endpoint.shadows, endpoint.prefix)
             for name, endpoint in stored.desired.endpoints.items()
         ),
+        tuple(_schedule(schedule, stored) for schedule in stored.desired.schedules.values()),
         _problems(stored, members), stored.unknown, tuple(played_here(namespace)),
     )  # fmt: skip
 
@@ -356,6 +379,16 @@ def _backend(name: str, stored: _Stored, members: Sequence[MemberFacts], counts:
     return BackendFacts(
         name, backend.code_name, backend.version, state, ready, wanted, counts.waiting, counts.dead_letters, trouble, counts.jobs
     )
+
+
+def _schedule(schedule: Schedule, stored: _Stored) -> ScheduleFacts:
+    last, next_ms = stored.firings.get(schedule.name), next_time(schedule, stored.now_ms)
+    return ScheduleFacts(
+        schedule.name, schedule.endpoint, schedule.cron, schedule.timezone, schedule.catch_up, schedule.paused,
+        datetime.fromtimestamp(next_ms / 1000, UTC) if next_ms is not None else None,
+        datetime.fromtimestamp(last.at / 1000, UTC) if last is not None else None,
+        last.job if last is not None else "", stored.observed.problems.get(problem_of(schedule.name), ""),
+    )  # fmt: skip
 
 
 def _problems(stored: _Stored, members: Sequence[MemberFacts]) -> dict[str, str]:

@@ -11,7 +11,9 @@ from rich.text import Text
 from ..broker.process.printable import INDENT, printable_lines
 
 if TYPE_CHECKING:
-    from .status import BackendFacts, ControllerFacts, EndpointFacts, Facts, MemberFacts, ServerFacts
+    from datetime import datetime
+
+    from .status import BackendFacts, ControllerFacts, EndpointFacts, Facts, MemberFacts, ScheduleFacts, ServerFacts
 
 Span = str | tuple[str, str]  # a text, or (text, style)
 
@@ -32,6 +34,8 @@ def print_facts(console: Console, facts: Facts) -> None:
         console.print(_members(facts.members))
         console.print(_backends(facts.backends))
         console.print(_endpoints(facts.endpoints))
+        if facts.schedules:
+            console.print(_schedules(facts.schedules))
     if facts.here and facts.state == "unknown":
         _print(console, f"On this machine run: {', '.join(facts.here)}")
     for name, problem in facts.problems.items():
@@ -106,6 +110,19 @@ def _endpoints(endpoints: tuple[EndpointFacts, ...]) -> Table:
         traffic += "".join(f", shadow {backend} {part:.0%}" for backend, part in endpoint.shadows.items())
         _add_row(table, endpoint.name, _route(endpoint), " ".join(endpoint.methods), traffic)
     return table
+
+
+def _schedules(schedules: tuple[ScheduleFacts, ...]) -> Table:
+    table = make_table("Schedules", "schedule", "endpoint", "cron", "next", "last", "last job")
+    for schedule in schedules:
+        upcoming: Span = ("paused", "yellow") if schedule.paused else _time(schedule.next_at)
+        times = f"{schedule.cron} ({schedule.timezone})"
+        _add_row(table, schedule.name, schedule.endpoint, times, upcoming, _time(schedule.last_at), schedule.last_job)
+    return table
+
+
+def _time(at: datetime | None) -> str:
+    return f"{at:%Y-%m-%d %H:%M:%S} UTC" if at is not None else "-"
 
 
 def _route(endpoint: EndpointFacts) -> str:

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 def start_embedded(connections: Connections, instance: str, node_id: str, stop: Stop) -> list[asyncio.Task[None]]:
     """Starts the controller and the node, and returns their tasks."""
+
     async def control() -> None:
         """Runs a new controller, which adopts what runs, as one in another process does."""
         senders = SenderTrust(connections.settings)
