@@ -1,5 +1,6 @@
 """Schedules, in both forms: an endpoint's jobs at the times of a cron expression."""
 
+import json
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 import mqserve as serve
-from tests.instances import CommandLine, Deploy, new_name, wait_until
+from tests.instances import CommandLine, Deploy, distributed_only, new_name, wait_until
 from tests.ports import free_port
 
 EVERY_SECOND = "* * * * * *"
@@ -127,6 +128,21 @@ def test_its_next_time_is_that_of_its_time_zone(telling: str, name: str) -> None
     status = serve.list_schedules()[name]
     assert status.next_at is not None and status.next_at.tzinfo is UTC
     assert (status.next_at.hour, status.next_at.minute) == (21, 30)
+
+
+@distributed_only
+def test_the_status_shows_schedules(telling: str, name: str, joining: CommandLine) -> None:
+    serve.schedule(name, telling, cron=EVERY_SECOND)
+    last = fired(name)
+    serve.pause_schedule(name)
+    shown = joining.run("status").stdout
+    row = next(line for line in shown.splitlines() if line.startswith(name))
+    assert telling in row and "* * * * * * (UTC)" in row and "paused" in row
+    [facts] = [facts for facts in json.loads(joining.run("status", "--json").stdout)["schedules"] if facts["name"] == name]
+    assert (facts["paused"], facts["next_at"], facts["trouble"]) == (True, None, "") and facts["last_job"]
+    assert last.last_at is not None and datetime.fromisoformat(facts["last_at"]) >= last.last_at
+    serve.resume_schedule(name)
+    assert wait_until(lambda: serve.list_schedules()[name].next_at)
 
 
 def test_an_endpoint_with_a_schedule_is_not_deleted(telling: str, name: str) -> None:

@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tests.ports import free_port
 from tests.tallies import Tally
 
 CHANGE_OF_LEADERS_S = 10 + 15  # what is promised, and what a busy machine may add
+KILLING_S = 60.0
 
 
 class Cluster:
@@ -186,3 +188,34 @@ def test_a_roll_out_whose_controller_is_killed_is_finished_by_the_next(cluster: 
         updating.result(90)
         wait_until(lambda: len(cluster.members.pids("replica")) == 3 and not cluster.members.beats("replica", state="draining"))
     assert not load.failed and load.texts == {"served", "newer"} and len(made) == 3
+
+
+def test_no_time_of_a_schedule_is_missed_or_fired_for_twice_while_leaders_are_killed(cluster: Cluster, tmp_path: Path) -> None:
+    ran = Tally(tmp_path)
+
+    def note(request: serve.ServeRequest) -> str:
+        ran.note(request.headers["x-scheduled-for"])
+        return str(request.headers["x-scheduled-for"])
+
+    client = cluster.client
+    client.create_backend("b", note)
+    client.create_endpoint("b", backend="b")
+    client.schedule("each-second", "b", cron="* * * * * *")
+    until = time.monotonic() + KILLING_S
+    kills = 0
+    while time.monotonic() < until:
+        came = len(ran)
+        wait_until(lambda: len(ran) > came)  # noqa: B023
+        leader = cluster.leader()
+        leader.kill()
+        kills += 1
+        cluster.wait_for_another(leader, CHANGE_OF_LEADERS_S)
+        cluster.complete()
+    client.pause_schedule("each-second")
+    last = client.list_schedules()["each-second"]
+    assert last.last_at is not None
+    assert datetime.fromisoformat(client.job(last.last_job).result(timeout=30)) == last.last_at
+    client.delete_schedule("each-second")
+    times = sorted(map(datetime.fromisoformat, ran.lines))
+    seconds = (times[-1] - times[0]).total_seconds()
+    assert times == [times[0] + timedelta(seconds=second) for second in range(int(seconds) + 1)], f"{kills} leaders were killed"
