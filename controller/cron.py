@@ -47,7 +47,7 @@ class Cron:
         return CronSim(self._expression, datetime.fromtimestamp(ms / 1000, self._zone), reverse=reverse)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=256)  # most expressions come again, and an odd one takes a millisecond
 def cron_of(expression: str, timezone: str) -> Cron:
     """Returns the expression, read once. Raises BadType and BadValue."""
     if not isinstance(expression, str):

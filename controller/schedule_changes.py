@@ -23,7 +23,7 @@ def check_schedule(cron: str, timezone: str, catch_up: CatchUp) -> None:
 
 
 def set_schedule(declared: Schedule, now: Now, *, checks_endpoint: bool = True) -> Change:
-    """Creates a schedule, or replaces the one of its name. One with the same times goes on where it was, and stays paused if it was."""
+    """Creates a schedule, or replaces the one of its name: with the same times it goes on where that was, and stays paused if that was."""
 
     def change(desired: Desired) -> Desired:
         if checks_endpoint:

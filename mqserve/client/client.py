@@ -218,7 +218,7 @@ class Client(Lifetime):
         options. Whatever is more than a minute late, since no controller or no broker was there, was missed: `catch_up="once"` sends one
         job for all of that.
 
-        A schedule of the same name is replaced. One with the same times goes on where it was, and stays paused if it was. Raises BadType
+        A schedule of the same name is replaced; with the same times it goes on where it was, and it stays paused if it was. Raises BadType
         and BadValue for a bad name, expression or zone and for an unknown endpoint, NotEncodable, and TooLarge above 16 KiB of data.
         """
         handle = Handle(endpoint, self) if isinstance(endpoint, str) else check_handle(endpoint)
