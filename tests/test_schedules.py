@@ -167,6 +167,8 @@ def test_what_cannot_be_scheduled_is_refused(telling: str) -> None:
         serve.schedule("s", tell, cron=NIGHTLY)  # type: ignore[arg-type]
     with pytest.raises(serve.BadValue, match="no delay_s or eta"):
         serve.schedule("s", serve.get_handle(telling).options(delay_s=1), cron=NIGHTLY)
+    with pytest.raises(serve.BadValue, match="no idempotency_key"):
+        serve.schedule("s", serve.get_handle(telling).options(idempotency_key="k"), cron=NIGHTLY)
     with pytest.raises(serve.TooLarge, match="give a reference to it"):
         serve.schedule("s", telling, cron=NIGHTLY, data="x" * 20_000)
     with pytest.raises(serve.BadValue, match="there is no schedule 's'"):

@@ -65,6 +65,8 @@ def make_schedule(
     options, endpoint = order.options, order.meta.endpoint
     if options.delay_s or options.eta is not None:
         raise BadValue(f"schedule {name!r} says by itself when its jobs begin: give its handle no delay_s or eta")
+    if options.idempotency_key:
+        raise BadValue(f"each job of schedule {name!r} has an id of its own: give its handle no idempotency_key")
     content_type, body = encode_data(data, signer, endpoint, name)
     call = ScheduledCall(
         VERSION,
