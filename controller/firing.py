@@ -202,7 +202,7 @@ class Firings:
 
     async def _write(self) -> None:
         """Raises NotLeading if another controller has taken over. What the store has lost is written again."""
-        for _ in range(2):
+        for _ in range(2):  # the first guard may be an old one: the lead is renewed meanwhile
             known = dict(self._known or {})
             raw = firings_to_bytes(known)
             if await self._store.replace(self._keys.firings, self._raw, raw, guard=self._leader.claim, quiet=True):
