@@ -58,6 +58,7 @@ class JobHead(msgspec.Struct, frozen=True, omit_defaults=True):
     not_before_ms: Whole = 0
     tag: str = ""
     retry_of: str = ""
+    callback: str = ""  # the URL that is told of its end
 
 
 class Header(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -18,6 +18,13 @@ class NumberedEvent(NamedTuple):
     event: JobEvent
 
 
+class PlacedEnd(NamedTuple):
+    """An entry of the outbox with its place there."""
+
+    place: str
+    note: bytes  # of an `EndNote`
+
+
 class JobStore(Protocol):
     """One process's access to the records of jobs. Calls end within the store's budget, with StoreUnavailable if need be; the batched ones
     go with the others of their loop turn."""
@@ -49,7 +56,7 @@ class JobStore(Protocol):
 
     def end_then(self, end: JobEnd, on_done: OnDone) -> None:
         """Records the end of a job, in a batch. True if this is its first result (or equal to the first). Only the first writer changes the
-        record, tells those who wait, and adds the end to the outbox."""
+        record, tells those who wait, and adds the end to the outbox if something follows from it."""
         ...
 
     def note(self, future_id: str, token: bytes, event: JobEvent) -> None:
@@ -75,6 +82,14 @@ class JobStore(Protocol):
 
     async def events(self, future_id: str, after: int = 0) -> Sequence[NumberedEvent]:
         """Returns the events behind that number which are kept, in order."""
+        ...
+
+    async def ends(self, at_most: int) -> Sequence[PlacedEnd]:
+        """Returns the first entries of the outbox."""
+        ...
+
+    async def drop_ends(self, up_to: str) -> None:
+        """Removes the entries of the outbox up to that place."""
         ...
 
     async def place(self, future_id: str, facts: JobFacts) -> int | None:

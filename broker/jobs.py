@@ -57,6 +57,7 @@ class JobFacts(msgspec.Struct, frozen=True, omit_defaults=True):
     priority: int = 0
     tag: str = ""
     retry_of: str = ""
+    callback: str = ""  # the URL that is told of its end
 
     def to_bytes(self) -> bytes:
         return _encode(self)
@@ -163,6 +164,31 @@ class JobEnd(msgspec.Struct, frozen=True):
     result_ttl_ms: int
     token: bytes = b""  # of the run, whose lease ends with it
     inbox: str = ""
+    endpoint: str = ""
+    callback: str = ""  # the URL that is told of it
+
+    @property
+    def outbox_entry(self) -> bytes:
+        """What the outbox says of it; empty if nothing follows from it."""
+        if not self.callback:
+            return b""
+        return _encode(EndNote(self.id, self.state, self.ended_ms, self.endpoint, self.callback))
+
+
+class EndNote(msgspec.Struct, frozen=True, omit_defaults=True):
+    """An entry of the outbox, the stream `ends`: the end of a job from which something follows. The leading controller does that, and then
+    removes the entry."""
+
+    id: str
+    state: JobState
+    ended_ms: Whole
+    endpoint: str = ""
+    callback: str = ""
+
+    @classmethod
+    def from_bytes(cls, raw: bytes) -> EndNote:
+        """Raises BadEnvelope."""
+        return _parsed(_decode_end, raw, "an entry of the outbox")
 
 
 def priority_name(number: int) -> str:
@@ -186,7 +212,9 @@ def facts_of(backend: str, envelope: Envelope, now_ms: int) -> JobFacts:
     endpoint, expires_ms = header.meta.endpoint, header.deadline
     if (head := header.job) is None:
         return JobFacts(backend, endpoint, now_ms, expires_ms, priority=priority)
-    return JobFacts(backend, endpoint, head.created_ms or now_ms, expires_ms, head.not_before_ms, priority, head.tag, head.retry_of)
+    return JobFacts(
+        backend, endpoint, head.created_ms or now_ms, expires_ms, head.not_before_ms, priority, head.tag, head.retry_of, head.callback
+    )
 
 
 def score_of(facts: JobFacts) -> int:
@@ -254,3 +282,4 @@ _encode = msgspec.msgpack.Encoder().encode
 _decode_facts = msgspec.msgpack.Decoder(JobFacts).decode
 _decode_attempt = msgspec.msgpack.Decoder(Attempt).decode
 _decode_event = msgspec.msgpack.Decoder(JobEvent).decode
+_decode_end = msgspec.msgpack.Decoder(EndNote).decode

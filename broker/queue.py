@@ -17,6 +17,7 @@ from .errors import BrokerUnavailable, MQServeError
 
 if TYPE_CHECKING:
     from .later import Later
+    from .webhooks import Webhooks
 
 Settled = Callable[[MQServeError | None], None]
 """Called once with the outcome of a publish: None when the broker has confirmed the message, else the error (Overloaded, NotRouted,
@@ -104,6 +105,11 @@ class Queue(Protocol):
     @property
     def later(self) -> Later:
         """The queues in which jobs wait for their time, for the leading controller."""
+        ...
+
+    @property
+    def webhooks(self) -> Webhooks:
+        """The queues of webhooks, for controllers."""
         ...
 
     @property

@@ -10,11 +10,16 @@
 | `{ns}.later`                  | direct exchange, durable | controller  | all but nodes         | -         |
 | `{ns}.due`                    | classic queue, durable   | controller  | -                     | leader    |
 | `{ns}.later.{seconds}`        | classic queue, durable   | controller  | -                     | - : its messages expire to `{ns}.later` |
+| `{ns}.webhooks`               | direct exchange, durable | controller  | controllers           | -         |
+| `{ns}.webhooks`               | classic queue, durable   | controller  | -                     | controllers |
+| `{ns}.webhooks.{seconds}`     | classic queue, durable   | controller  | -                     | - : as those of `{ns}.later.{seconds}` |
+| `{ns}.webhooks.dead`          | classic queue, durable   | controller  | -                     | operators |
 | `{ns}.dead`                   | direct exchange, durable | controller  | replicas              | -         |
 | `{ns}.dead.{name}`            | classic queue, durable   | controller  | -                     | operators |
 
-The routing key is the backend's name on these exchanges, except for `{ns}.later`: `due`, or how many seconds a job waits. A backend with
-`queue_shards` has more queues: shard 1 has the routing key `{name}#1`, and so on. No name of a backend contains a `#`.
+The routing key is the backend's name on these exchanges, except for `{ns}.later` and `{ns}.webhooks`: `due`, `dead`, or how many seconds a
+message waits. A backend with `queue_shards` has more queues: shard 1 has the routing key `{name}#1`, and so on. No name of a backend
+contains a `#`.
 """
 
 from __future__ import annotations
@@ -30,6 +35,7 @@ DEAD_LETTER_LIMIT = 10_000
 DEAD_LETTER_TTL_MS = 7 * 24 * 3600 * 1000
 MAX_PRIORITY = 4
 DUE_KEY = "due"
+DEAD_KEY = "dead"
 JOB_UNACKED_MS = 8 * 24 * 3600 * 1000  # for how long a replica may hold a job: longer than the longest run, and all that comes before it
 
 
@@ -75,6 +81,22 @@ def later_queue(namespace: str, wait_s: int) -> str:
 
 def due_queue(namespace: str) -> str:
     return f"{namespace}.due"
+
+
+def webhooks_exchange(namespace: str) -> str:
+    return f"{namespace}.webhooks"
+
+
+def webhooks_queue(namespace: str) -> str:
+    return f"{namespace}.webhooks"
+
+
+def webhooks_wait_queue(namespace: str, wait_s: int) -> str:
+    return f"{namespace}.webhooks.{wait_s}"
+
+
+def dead_webhooks_queue(namespace: str) -> str:
+    return f"{namespace}.webhooks.dead"
 
 
 def dead_exchange(namespace: str) -> str:

@@ -12,11 +12,13 @@ from typing import Self
 
 from yarl import URL
 
+from .callbacks import NO_CALLBACK_SETTINGS, CallbackSettings
 from .errors import BadValue
 from .process.tls import secured
 from .queue_names import check_namespace
 from .values.header_seals import HeaderSeals
 from .values.signing import MIN_KEY_BYTES, Signer
+from .values.webhook_signing import derived_secret, read_webhook_secret
 
 PREFIX = "MQSERVE_"
 MIN_TOKEN_LENGTH = 16
@@ -38,6 +40,7 @@ class Settings:
     proxy_store_url: str = field(default="", repr=False)
     trusted_users: tuple[str, ...] = ()  # RabbitMQ users whose sealed pickles replicas open; empty: any user
     header_users: tuple[str, ...] = ()  # RabbitMQ users whose `mq` headers replicas trust without a valid seal
+    callbacks: CallbackSettings = NO_CALLBACK_SETTINGS
     consumer_timeout_s: float = CONSUMER_TIMEOUT_S  # what rabbitmq.conf says; only a RabbitMQ before 3.12 heeds it for jobs
 
     @property
@@ -48,6 +51,13 @@ class Settings:
     @property
     def signer(self) -> Signer:
         return Signer(self.secret_keys, self.namespace)
+
+    @property
+    def webhook_secrets(self) -> tuple[bytes, ...]:
+        """What webhooks are signed with, the current one first; none without a key."""
+        if self.callbacks.secret:
+            return (read_webhook_secret(self.callbacks.secret),)
+        return tuple(derived_secret(key, self.namespace) for key in self.secret_keys)
 
     @property
     def header_seals(self) -> HeaderSeals:
@@ -90,14 +100,17 @@ class Settings:
             proxy_store_url=url("MQSERVE_PROXY_STORE_URL"),
             trusted_users=_users(env, "MQSERVE_TRUSTED_USERS"),
             header_users=_users(env, "MQSERVE_HEADER_USERS"),
+            callbacks=CallbackSettings.read(env, read_secret(env, "WEBHOOK_SECRET")),
             consumer_timeout_s=_seconds(env, "MQSERVE_CONSUMER_TIMEOUT_S", CONSUMER_TIMEOUT_S),
         )
         _ = settings.signer  # validates the keys now, so that a short one fails here and not at the first request
+        if settings.callbacks.rules.hosts and not settings.webhook_secrets:
+            raise BadValue("MQSERVE_CALLBACK_HOSTS is set, and there is nothing to sign webhooks with: set MQSERVE_SECRET_KEY, too")
         return settings
 
     def for_replica(self) -> Self:
-        """Returns the settings for a node's replica: with the replica's own credentials if the node has some for it, without the proxy's
-        and the admin token."""
+        """Returns the settings for a node's replica: with the replica's own credentials if the node has some for it, without the proxy's,
+        the admin token and what is about webhooks."""
         return replace(self._for_child(self.replica_broker_url, self.replica_store_url), admin_token="")
 
     def for_proxy(self) -> Self:
@@ -107,7 +120,7 @@ class Settings:
     def _for_child(self, broker_url: str, store_url: str) -> Self:
         return replace(
             self, broker_url=broker_url or self.broker_url, store_url=store_url or self.store_url,
-            replica_broker_url="", replica_store_url="", proxy_broker_url="", proxy_store_url="",
+            replica_broker_url="", replica_store_url="", proxy_broker_url="", proxy_store_url="", callbacks=NO_CALLBACK_SETTINGS,
         )  # fmt: skip
 
     def to_env(self) -> dict[str, str]:
@@ -125,7 +138,10 @@ class Settings:
             "MQSERVE_HEADER_USERS": ",".join(self.header_users),
             "MQSERVE_CONSUMER_TIMEOUT_S": "" if self.consumer_timeout_s == CONSUMER_TIMEOUT_S else f"{self.consumer_timeout_s:g}",
         }
-        return env | {name: value for name, value in others.items() if value}
+        return env | {name: value for name, value in (others | self.callbacks.to_env()).items() if value}
+
+
+DEFAULTS = Settings()
 
 
 def read_secret(env: Mapping[str, str], name: str) -> str:

@@ -40,7 +40,7 @@ Those of jobs. Until a job ends, they live for UNENDED_TTL_S:
 | `mqserve:<ns>:jobs`          | sorted set: ids by time of creation | sender, replica | operators | removed some time after the record |
 | `mqserve:<ns>:group:{id}`    | string: how many jobs it has | sender of many jobs | clients | UNENDED_TTL_S, from its sending |
 | `mqserve:<ns>:idempotent:<sha256>` | string: which request has the key | senders (NX) | senders | KEY_TTL_S, from its sending |
-| `mqserve:<ns>:ends`          | stream of ENDS_LENGTH: what has ended | who ends it | controller | none               |
+| `mqserve:<ns>:ends`          | stream: ends from which something follows | who ends it | leading controller | removed once that is sent |
 """
 
 from __future__ import annotations
@@ -54,7 +54,6 @@ LEADER_TTL_S = 6
 ENDED_TTL_S = 24 * 3600
 LOG_TTL_S = 30 * 60
 LOG_LENGTH = 10_000
-ENDS_LENGTH = 100_000
 
 
 class StoreKeys:

@@ -7,7 +7,7 @@ import logging
 import time
 from typing import Protocol
 
-from ..broker.envelope import Envelope
+from ..broker.envelope import Envelope, JobHead
 from ..broker.errors import BadEnvelope, MQServeError
 from ..broker.jobs import JOB_RESULT_TTL_S, JobEnd, state_of
 from ..broker.process.tasks import Tasks
@@ -43,10 +43,11 @@ async def end_as_gone(store: Store, backend: str, envelope: Envelope, why: str) 
         return
     result = Result(status=503, backend=backend, error=ErrorInfo(type=Outcome.GONE, message=f"{why}: submit it again once it is served"))
     raw = result.to_bytes()
-    asked_s = envelope.header.job.result_ttl_s if envelope.header.job is not None else 0
+    head = envelope.header.job or JobHead()
     end = JobEnd(
         future_id, raw, entry_of(future_id, raw), state_of(result), result.status, backend, store.now_ms(),
-        (asked_s or JOB_RESULT_TTL_S) * 1000, inbox=envelope.header.inbox,
+        (head.result_ttl_s or JOB_RESULT_TTL_S) * 1000, inbox=envelope.header.inbox, endpoint=envelope.header.meta.endpoint,
+        callback=head.callback,
     )  # fmt: skip
     done: asyncio.Future[bool | Exception] = asyncio.get_running_loop().create_future()
 

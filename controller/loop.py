@@ -26,10 +26,9 @@ from ..broker.overload import HeldBytes
 from ..broker.process.rate_limited_log import RateLimitedLog
 from ..broker.process.stopping import first_of
 from ..broker.queue import Queue
-from ..broker.settings import CONSUMER_TIMEOUT_S
+from ..broker.settings import DEFAULTS, Settings
 from ..broker.store import Store
 from ..broker.store_keys import CODE_TTL_S, StoreKeys
-from ..broker.values.signing import Signer
 from . import lease, plan
 from .absent_nodes import AbsentNodes
 from .desired_writes import write_next
@@ -44,6 +43,7 @@ from .state.beats import Beat, MemberState, ProxyBeat, ReplicaBeat, beats_of, li
 from .state.documents import Assignment, Desired, Observed
 from .state.reading import read_desired
 from .store_checks import StoreChecks
+from .webhooks import Callbacks
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -67,13 +67,13 @@ class Controller:
         controller_id: str,
         instance: str,
         *,
-        signer: Signer,
         kept_by: str = "",
         trouble: Callable[[], str] = lambda: "",
         senders: Senders | None = None,
-        consumer_timeout_s: float = CONSUMER_TIMEOUT_S,
+        settings: Settings = DEFAULTS,
     ) -> None:
         self._store = store
+        signer = settings.signer
         self._has_key = bool(signer)
         self._keys = keys
         self._queue = queue
@@ -82,7 +82,8 @@ class Controller:
         # None where replicas, which judge senders likewise, cannot start either
         self._due = DueJobs(queue.later, senders, store, self._while_leading) if senders is not None else None
         self._leftovers = Leftovers(queue, store, senders) if senders is not None else None
-        self._consumer_timeout_s = consumer_timeout_s
+        self._callbacks = Callbacks(queue, store, settings)
+        self._consumer_timeout_s = settings.consumer_timeout_s
         self._leader = lease.Leader(store, keys, controller_id, kept_by)
         self._firings = Firings(JobSender(queue, store, keys, HeldBytes(), signer), store, keys, signer, self._leader)
         self._known = KnownDocuments(store, keys, instance)
@@ -126,6 +127,7 @@ class Controller:
         finally:
             self._store.unwatch(changed)
             await self._stop_due()
+            await self._callbacks.stop()
             with suppress(MQServeError):
                 await self._leader.release()
 
@@ -157,6 +159,7 @@ class Controller:
             if leads:
                 await self._write_back()
             return False
+        await self._callbacks.turn(known.desired, leads=leads)
         return leads and await self._tick(known.desired)
 
     def _note_look(self) -> None:
@@ -276,6 +279,7 @@ class Controller:
             down_since=self._down_since(desired, observed, placed, replicas, now_ms),
             job_limit_s=limit_s,
             store_is_full=self._store_checks.is_full,
+            callbacks=self._callbacks.rules,
             sealed=self._has_key and not plan.without_seals(beats),
             serving=tuple(sorted({replicas[name].backend for name in ready} & set(desired.backends))),
         )
@@ -438,6 +442,7 @@ class Controller:
         if self._due is not None and desired.backends:
             with suppress(BrokerUnavailable):  # then queues are left without a job, or with one for the next instance of the namespace
                 await self._due.tidy()
+                await self._callbacks.tidy()
         return await lease.forget(self._store, self._keys, self._instance, self._leader.claim)
 
 

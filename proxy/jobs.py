@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..broker.callbacks import NO_CALLBACKS
 from ..broker.calls.idempotency import KEY_TTL_S, Claim, IdempotencyKeys, frees_key
 from ..broker.calls.job_sending import JobSender, JobTerms
 from ..broker.calls.sending import RequestSender
@@ -20,7 +21,7 @@ from .futures import Futures
 from .idempotency import REPLAYED, KeyedCall
 from .job_views import new_job_view
 from .polls import Polls
-from .preferences import Headers, Preference, not_before_of, result_ttl_of
+from .preferences import Headers, Preference, callback_of, not_before_of, result_ttl_of
 from .responses import Reply, from_result, problem
 
 Scope = dict[str, Any]
@@ -56,6 +57,7 @@ class Jobs:
         self._futures = futures
         self._polls = polls
         self._debug = debug
+        self.callbacks = NO_CALLBACKS
 
     def __repr__(self) -> str:
         return f"<Jobs over {self._jobs!r}>"
@@ -69,7 +71,10 @@ class Jobs:
         if 0 < expires_ms <= not_before_ms:
             raise BadValue("X-Not-Before is later than X-Request-Timeout-Seconds allows the job to begin: raise that, or leave it out")
         level = PRIORITIES["high" if is_awaited and priority == "normal" else priority]
-        return JobTerms(not_before_ms, expires_ms, result_ttl_of(headers), level, once=once)
+        callback = callback_of(headers)
+        if callback:
+            self.callbacks.check(callback)
+        return JobTerms(not_before_ms, expires_ms, result_ttl_of(headers), level, callback=callback, once=once)
 
     async def serve(self, call: JobCall) -> Reply:
         """Sends the request. Returns the answer itself, if the client waits for it and it is there in time, else 202. Raises MQServeError

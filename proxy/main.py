@@ -259,7 +259,7 @@ class Proxy:
         """Notes which backends serve, even if the routes of this version cannot be followed: a bad route must not make a backend look
         down."""
         app.routes.down_since = observed.down_since
-        app.futures.refusal = observed.store_is_full
+        app.futures.refusal, app.jobs.callbacks = observed.store_is_full, observed.callbacks
         self._readiness.see(observed)
 
     async def _take_over(self, app: ProxyApp, desired: Desired, observed: Observed) -> None:

@@ -14,6 +14,7 @@ from ..broker.jobs import MAX_DELAY_S, MAX_RESULT_TTL_S, PRIORITIES
 
 MAX_WAIT_S = 60  # for what is not there yet: longer than that, many a server in front gives up
 RESULT_TTL_HEADER = b"x-result-ttl"
+CALLBACK_HEADER = b"x-callback-url"
 PRIORITY_HEADER = b"x-priority"
 NOT_BEFORE_HEADER = b"x-not-before"
 WAIT_PRIORITIES = {"high": 4, "normal": 0, "low": 0}
@@ -65,6 +66,11 @@ def result_ttl_of(headers: Headers) -> int:
     if not 1 <= seconds <= MAX_RESULT_TTL_S:
         raise BadValue(f"X-Result-TTL must be a whole number of seconds from 1 to {MAX_RESULT_TTL_S} (30 days)")
     return seconds
+
+
+def callback_of(headers: Headers) -> str:
+    """Returns the URL that is to be told of the end of the job; empty for none."""
+    return _value_of(headers, CALLBACK_HEADER) or ""
 
 
 def not_before_of(headers: Headers, now_ms: int) -> int:

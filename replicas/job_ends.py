@@ -65,7 +65,8 @@ class JobEnds:
         return JobEnd(
             id=future_id, result=raw, note=entry_of(future_id, raw), state=_state_of(job, result), status=result.status,
             backend=self._backend, ended_ms=self._store.now_ms(), result_ttl_ms=self.result_ttl_ms(envelope), token=job.mark,
-            inbox=envelope.header.inbox,
+            inbox=envelope.header.inbox, endpoint=envelope.header.meta.endpoint,
+            callback=envelope.header.job.callback if envelope.header.job is not None else "",
         )  # fmt: skip
 
     def result_ttl_ms(self, envelope: Envelope) -> int:

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from ..envelope import Envelope, Header, JobHead, RequestHead
 from ..errors import BrokerUnavailable, JobGoesOn, MQServeError, ResultGone, StoreUnavailable, TooLarge, UnknownJob
-from ..jobs import JOB_RESULT_TTL_S, MESSAGE_TTL_S, UNENDED_TTL_S, JobEnd, JobFacts, JobRecord, JobState
+from ..jobs import JOB_RESULT_TTL_S, MESSAGE_TTL_S, UNENDED_TTL_S, JobEnd, JobFacts, JobRecord, JobState, facts_of
 from ..overload import HeldBytes
 from ..process.printable import printable
 from ..process.rate_limited_log import RateLimitedLog
@@ -42,6 +42,7 @@ class JobTerms:
     priority: int = 0
     tag: str = ""
     retry_of: str = ""
+    callback: str = ""  # the URL that is told of its end
     once: bool = False  # the backend's delivery is at most once
     again: bool = False  # it may have been sent before
 
@@ -88,10 +89,10 @@ class JobSender:
         if size > MAX_BODY_BYTES:
             raise TooLarge(f"the body has {size} bytes and the limit is {MAX_BODY_BYTES}: send less, or a reference to it")
         now_ms = self.store.now_ms()
-        head = JobHead(now_ms, terms.result_ttl_s, 0, terms.not_before_ms, terms.tag, terms.retry_of)
+        head = JobHead(now_ms, terms.result_ttl_s, 0, terms.not_before_ms, terms.tag, terms.retry_of, terms.callback)
         header = Header(origin=origin, deadline=terms.expires_ms, meta=meta, once=terms.once, job=head, again=terms.again)
         envelope = Envelope(future_id, body, content_type, header, priority=terms.priority, persistent=True)
-        facts = JobFacts(backend, meta.endpoint, now_ms, terms.expires_ms, terms.not_before_ms, terms.priority, terms.tag, terms.retry_of)
+        facts = facts_of(backend, envelope, now_ms)
         self.held.take(size)
         try:
             if size > INLINE_BODY_BYTES:
@@ -143,7 +144,7 @@ class JobSender:
         within_ms = header.deadline - facts.created_ms if header.deadline else 0
         expires_ms = self.store.now_ms() + within_ms if within_ms else 0
         ttl_s = header.job.result_ttl_s if header.job is not None else 0
-        terms = JobTerms(0, expires_ms, ttl_s, kept.priority, facts.tag, future_id, header.once)
+        terms = JobTerms(0, expires_ms, ttl_s, kept.priority, facts.tag, future_id, facts.callback, header.once)
         return await self.submit(
             new_id, facts.backend, body, kept.content_type, header.meta, origin=header.origin, terms=terms, refusal=refusal
         )
@@ -169,7 +170,10 @@ class JobSender:
             if not outcome.done():
                 outcome.set_result(found)
 
-        end = JobEnd(record.id, raw, note, state, result.status, record.facts.backend, now_ms, ttl_ms)
+        facts = record.facts
+        end = JobEnd(
+            record.id, raw, note, state, result.status, facts.backend, now_ms, ttl_ms, endpoint=facts.endpoint, callback=facts.callback
+        )
         self.store.jobs.end_then(end, ended)
         found = await outcome
         if isinstance(found, Exception):

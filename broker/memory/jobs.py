@@ -5,8 +5,9 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import islice
 
-from ..job_store import NumberedEvent, OnDone
+from ..job_store import NumberedEvent, OnDone, PlacedEnd
 from ..jobs import (
     JOB_RESULT_TTL_S,
     KEPT_ATTEMPTS,
@@ -83,6 +84,8 @@ class EmbeddedJobs:
         self._now_ms = now_ms
         self._jobs = Expiring[_Job]()
         self._waiting: dict[str, list[_Place]] = {}  # by backend, in order: those that have not begun
+        self._ends: deque[PlacedEnd] = deque()
+        self._last_end = 0
 
     def __repr__(self) -> str:
         return f"<EmbeddedJobs, {len(self._jobs)} of them>"
@@ -90,6 +93,7 @@ class EmbeddedJobs:
     def clear(self) -> None:
         self._jobs.clear()
         self._waiting.clear()
+        self._ends.clear()
 
     # Writing.
 
@@ -172,6 +176,9 @@ class EmbeddedJobs:
             for key in (self._keys.message(end.id), self._keys.body(end.id)):
                 self._values.expire(key, kept_ms)
             self._tell(end.id, job, _state(end.state, end.ended_ms))
+            if end.outbox_entry:
+                self._last_end += 1
+                self._ends.append(PlacedEnd(str(self._last_end), end.outbox_entry))
         if end.token and self._values.get(self._keys.lease(end.id)) == end.token:
             self._values.pop(self._keys.lease(end.id))
         for inbox in {*filter(None, [end.inbox]), *job.waiters}:
@@ -246,6 +253,13 @@ class EmbeddedJobs:
     async def events(self, future_id: str, after: int = 0) -> Sequence[NumberedEvent]:
         job = self._jobs.get(future_id)
         return [] if job is None else [event for event in job.events if event.seq > after]
+
+    async def ends(self, at_most: int) -> Sequence[PlacedEnd]:
+        return list(islice(self._ends, at_most))
+
+    async def drop_ends(self, up_to: str) -> None:
+        while self._ends and int(self._ends[0].place) <= int(up_to):
+            self._ends.popleft()
 
     async def place(self, future_id: str, facts: JobFacts) -> int | None:
         job = self._jobs.get(future_id)

@@ -21,6 +21,7 @@ from ..overload import HeldBytes
 from ..queue import Delivery, Settled
 from ..queue_names import DEAD_LETTER_LIMIT, MAX_PRIORITY
 from .later import EmbeddedLater
+from .webhooks import EmbeddedWebhooks
 
 MAX_WAITING_BYTES = 256 * 1024 * 1024  # for all queues together, because they use this process's memory
 
@@ -229,6 +230,7 @@ class EmbeddedQueue:
         self._held = HeldBytes(MAX_WAITING_BYTES)
         self._dead: dict[str, deque[DeadLetter]] = {}
         self.later = EmbeddedLater(self._held, self._forward, partial(self._bury, is_job=True))
+        self.webhooks = EmbeddedWebhooks()
 
     def __repr__(self) -> str:
         return f"<EmbeddedQueue {list(self._generations.values())}>"
@@ -371,6 +373,7 @@ class EmbeddedQueue:
 
     async def close(self) -> None:
         self.later.close()
+        self.webhooks.close()
         self._generations.clear()
         self._bindings.clear()
 

@@ -33,6 +33,7 @@ from .consumer import RabbitConsumption, RabbitDelivery, RabbitJobDelivery, Shar
 from .dead_letters import RabbitDeadLetters, open_dead_letters
 from .later import RabbitLater
 from .topology import RabbitTopology
+from .webhooks import RabbitWebhooks
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +105,7 @@ class RabbitQueue:
         self._consuming = Link(url, f"mqserve {namespace} {process_id} consuming")
         self._topology = RabbitTopology(self._publishing, namespace)
         self.later = RabbitLater(namespace, self._topology, seals, self._user, self._publish, self._consume_queue)
+        self.webhooks = RabbitWebhooks(namespace, self._topology, self._publish, self._consume_queue)
         self._consumptions: list[RabbitConsumption] = []
         self._channel: JoinedChannel | None = None
         self._down_since = time.monotonic()

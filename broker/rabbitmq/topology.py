@@ -24,6 +24,7 @@ _CLASSIC: dict[str, Any] = {"x-queue-type": "classic"}
 _JOBS: dict[str, Any] = {**_CLASSIC, "x-max-priority": queue_names.MAX_PRIORITY}
 _TIMEOUT = "x-consumer-timeout"
 _UNACKED: dict[str, Any] = {_TIMEOUT: queue_names.JOB_UNACKED_MS}
+_DEAD: dict[str, Any] = {**_CLASSIC, "x-max-length": queue_names.DEAD_LETTER_LIMIT, "x-message-ttl": queue_names.DEAD_LETTER_TTL_MS}
 
 
 class RabbitTopology:
@@ -95,31 +96,44 @@ class RabbitTopology:
         await self._declare(declare)
 
     async def declare_wait(self, wait_s: int) -> None:
-        name, later = queue_names.later_queue(self._namespace, wait_s), queue_names.later_exchange(self._namespace)
+        await self._declare_wait(queue_names.later_queue(self._namespace, wait_s), queue_names.later_exchange(self._namespace), wait_s)
+
+    async def declare_webhooks(self) -> None:
+        exchange, due = queue_names.webhooks_exchange(self._namespace), queue_names.webhooks_queue(self._namespace)
+        dead = queue_names.dead_webhooks_queue(self._namespace)
+
+        async def declare(channel: Channel) -> None:
+            await channel.exchange_declare(exchange, exchange_type="direct", durable=True)
+            await channel.queue_declare(due, durable=True, arguments=_CLASSIC)
+            await channel.queue_bind(due, exchange, queue_names.DUE_KEY)
+            await channel.queue_declare(dead, durable=True, arguments=_DEAD)
+            await channel.queue_bind(dead, exchange, queue_names.DEAD_KEY)
+
+        await self._declare(declare)
+
+    async def declare_webhooks_wait(self, wait_s: int) -> None:
+        exchange = queue_names.webhooks_exchange(self._namespace)
+        await self._declare_wait(queue_names.webhooks_wait_queue(self._namespace, wait_s), exchange, wait_s)
+
+    async def _declare_wait(self, name: str, exchange: str, wait_s: int) -> None:
         arguments: dict[str, Any] = {
             **_CLASSIC,
             "x-message-ttl": wait_s * 1000,
-            "x-dead-letter-exchange": later,
+            "x-dead-letter-exchange": exchange,
             "x-dead-letter-routing-key": queue_names.DUE_KEY,
         }
 
         async def declare(channel: Channel) -> None:
             await channel.queue_declare(name, durable=True, arguments=arguments)
-            await channel.queue_bind(name, later, str(wait_s))
+            await channel.queue_bind(name, exchange, str(wait_s))
 
         await self._declare(declare)
 
     async def declare_dead_letters(self, backend: str) -> None:
-        arguments: dict[str, Any] = {
-            **_CLASSIC,
-            "x-max-length": queue_names.DEAD_LETTER_LIMIT,
-            "x-message-ttl": queue_names.DEAD_LETTER_TTL_MS,
-        }
-
         async def declare(channel: Channel) -> None:
             dead, name = queue_names.dead_exchange(self._namespace), queue_names.dead_queue(self._namespace, backend)
             await channel.exchange_declare(dead, exchange_type="direct", durable=True)
-            await channel.queue_declare(name, durable=True, arguments=arguments)
+            await channel.queue_declare(name, durable=True, arguments=_DEAD)
             await channel.queue_bind(name, dead, backend)
 
         await self._declare(declare)

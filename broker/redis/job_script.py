@@ -12,7 +12,7 @@ from redis.exceptions import InvalidResponse, NoScriptError
 
 from ..errors import StoreUnavailable
 from ..jobs import JOB_RESULT_TTL_S, KEPT_ATTEMPTS, KEPT_EVENTS, LEASE_MS, MESSAGE_TTL_S, UNENDED_TTL_S, WAIT_TTL_S
-from ..store_keys import ENDS_LENGTH, INBOX_TTL_S, StoreKeys
+from ..store_keys import INBOX_TTL_S, StoreKeys
 from .batch_sender import CALL_BUDGET_S, Batch, BatchSender
 from .batch_writer import BatchWriter
 from .client import FAILURES, naming_the_key
@@ -126,15 +126,8 @@ class JobScript:
         self._on_failed = on_failed
         ttls_s = (UNENDED_TTL_S, WAIT_TTL_S, MESSAGE_TTL_S, JOB_RESULT_TTL_S)
         times = (INBOX_TTL_S * 1000, LEASE_MS, *(ttl_s * 1000 for ttl_s in ttls_s))
-        self.constants: tuple[str | int, ...] = (
-            keys.jobs,
-            keys.ends,
-            keys.job("").removesuffix("}"),
-            *times,
-            KEPT_EVENTS,
-            KEPT_ATTEMPTS,
-            ENDS_LENGTH,
-        )
+        record = keys.job("").removesuffix("}")
+        self.constants: tuple[str | int, ...] = (keys.jobs, keys.ends, record, *times, KEPT_EVENTS, KEPT_ATTEMPTS)
 
     def __repr__(self) -> str:
         return f"<JobScript by {self._sender!r}>"

@@ -7,8 +7,8 @@
 -- keys that were of another type, which were deleted.
 local JOBS, ENDS, RECORD = ARGV[1], ARGV[2], ARGV[3]  -- the third is the beginning of a record's key, up to the id
 local INBOX_TTL, LEASE_TTL, UNENDED_TTL, WAIT_TTL, MESSAGE_TTL, RESULT_TTL = ARGV[4], ARGV[5], ARGV[6], ARGV[7], ARGV[8], ARGV[9]
-local KEPT_EVENTS, KEPT_ATTEMPTS, KEPT_ENDS = tonumber(ARGV[10]), tonumber(ARGV[11]), ARGV[12]
-local FIRST = 13
+local KEPT_EVENTS, KEPT_ATTEMPTS = tonumber(ARGV[10]), tonumber(ARGV[11])
+local FIRST = 12
 local SWEPT = 2  -- ids that each run looks at
 local odd = {}
 
@@ -154,7 +154,7 @@ steps['end'] = function(one)
     local kept = one.state == 'succeeded' and math.min(one.ttl, MESSAGE_TTL) or one.ttl
     redis.call('PEXPIRE', one.message_key, kept)
     redis.call('PEXPIRE', one.body, kept)
-    run('XADD', ENDS, 'MAXLEN', '~', KEPT_ENDS, '*', 'id', one.id, 'state', one.state, 'backend', one.backend)
+    if one.outbox ~= '' then run('XADD', ENDS, '*', 'end', one.outbox) end
   end
   if one.token ~= '' and run('GET', one.lease) == one.token then redis.call('PEXPIRE', one.lease, 0) end
   if one.inbox ~= '' then tell(one.inbox, one.note) end

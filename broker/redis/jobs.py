@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol
 
 from ..errors import BadEnvelope, StoreUnavailable, WrongType
-from ..job_store import NumberedEvent, OnDone
+from ..job_store import NumberedEvent, OnDone, PlacedEnd
 from ..jobs import (
     Attempt,
     Begun,
@@ -107,8 +108,9 @@ class RedisJobs:
     def end_then(self, end: JobEnd, on_done: OnDone) -> None:
         step = self._step(
             "end", end.id, "future", "lease", "waiters", "body", *_EVENT_KEYS,
-            waiting=self._keys.waiting(end.backend), message_key=self._keys.message(end.id), backend=end.backend, result=end.result,
-            note=end.note, state=end.state, status=end.status, ended=end.ended_ms, ttl=end.result_ttl_ms, token=end.token, inbox=end.inbox,
+            waiting=self._keys.waiting(end.backend), message_key=self._keys.message(end.id), result=end.result,
+            note=end.note, outbox=end.outbox_entry, state=end.state, status=end.status, ended=end.ended_ms, ttl=end.result_ttl_ms,
+            token=end.token, inbox=end.inbox,
             event=_state(end.state, end.ended_ms),
         )  # fmt: skip
         self._steps.take_then(step, lambda outcome: on_done(_done(outcome)))
@@ -151,6 +153,18 @@ class RedisJobs:
     async def place(self, future_id: str, facts: JobFacts) -> int | None:
         found = await self._steps.take(self._step("place", future_id, waiting=self._keys.waiting(facts.backend)))
         return found if isinstance(found, int) and found >= 0 else None
+
+    async def ends(self, at_most: int) -> Sequence[PlacedEnd]:
+        try:
+            found: Any = await self._call(lambda: self._client.xrange(self._keys.ends, count=at_most))
+        except WrongType:
+            return []  # the next end replaces it
+        return [PlacedEnd(place.decode(), fields.get(b"end", b"")) for place, fields in found]
+
+    async def drop_ends(self, up_to: str) -> None:
+        ms, _, seq = up_to.partition("-")
+        with suppress(WrongType):
+            await self._call(lambda: self._client.xtrim(self._keys.ends, minid=f"{ms}-{int(seq) + 1}", approximate=False))
 
     async def list(self, *, backend: str = "", tag: str = "", states: Sequence[str] = (), at_most: int = 100) -> Sequence[JobRecord]:
         records: list[JobRecord] = []

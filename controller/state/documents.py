@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
+from ...broker.callbacks import NO_CALLBACKS, CallbackRules
 from .config import BackendConfig
 from .resources import ActorOptions, Demand
 
@@ -159,6 +160,7 @@ class Observed(msgspec.Struct, frozen=True):
     serving: tuple[str, ...] | None = None  # backends with a ready replica; None: written by an earlier version
     job_limit_s: Count = 0  # how long a job may run on this broker; 0 for no limit beside that of its backend, or none known
     store_is_full: str = ""  # why no new jobs are taken, in words fit for strangers
+    callbacks: CallbackRules = NO_CALLBACKS  # which callback URLs jobs may have
 
     def shards_of(self, backend: str, generation: int) -> int:
         """The number of queues of that generation."""

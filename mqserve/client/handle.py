@@ -48,6 +48,7 @@ class HandleOptions:
     result_ttl_s: float | None = None
     tag: str = ""
     idempotency_key: str = ""
+    callback_url: str = ""
 
     def __post_init__(self) -> None:
         check_results(self.results)
@@ -100,7 +101,8 @@ class _BaseHandle:
 
         Of `submit` alone: delay_s or eta (it does not begin before), expires_s (it begins within so many seconds from now, or never),
         priority ("high", "normal" or "low"), result_ttl_s (how long its result is kept), tag (a word by which jobs are listed),
-        idempotency_key (a second job with the same key is not sent, and the first one is returned instead).
+        idempotency_key (a second job with the same key is not sent, and the first one is returned instead), callback_url (a URL that is
+        told of the job's end).
 
         Raises BadType for another name, BadType and BadValue for a bad value."""
         try:

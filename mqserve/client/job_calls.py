@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..broker.callbacks import CallbackRules
 from ..broker.calls.idempotency import KEY_TTL_S, VERSION, Claim, IdempotencyKeys, digest_of
 from ..broker.calls.job_events import JobFollower
 from ..broker.calls.job_sending import JobSender, JobTerms
@@ -23,6 +24,7 @@ from ..broker.results import Result
 from ..broker.values.codecs import PICKLE, encode_value
 from ..broker.values.signing import SealScope
 from ..connections import Connections
+from ..controller.state.reading import read_observed
 from ..controller.state.traffic import choose
 from .futures import Found
 from .job_options import JobOptions, timing_of
@@ -62,6 +64,7 @@ class JobCalls:
         self._signer = connections.settings.signer
         self._requests = requests
         self.refusal = ""  # why the store is to take no new jobs; the client sets it when the document changes
+        self.callbacks: CallbackRules | None = None  # which callback URLs are taken; None: not known yet
         self._once = IdempotencyKeys(connections.store, connections.keys)
         self._jobs = JobSender(connections.queue, connections.store, connections.keys, requests.held, self._signer)
 
@@ -108,6 +111,7 @@ class JobCalls:
             result_ttl_s=math.ceil(options.result_ttl_s or (KEY_TTL_S if options.idempotency_key else 0)),
             priority=PRIORITIES[options.priority],
             tag=options.tag,
+            callback=options.callback_url,
             once=its is not None and its.config.delivery == "at_most_once",
             again=claimed is not None,
         )
@@ -135,8 +139,15 @@ class JobCalls:
             raise
 
     async def _send(self, order: Order, backend: str, content_type: str, body: bytes, terms: JobTerms) -> Job:
+        if terms.callback:
+            (await self._callback_rules()).check(terms.callback)
         await self._jobs.submit(order.id, backend, body, content_type, order.meta, origin="handle", terms=terms, refusal=self.refusal)
         return self.job(order.id, order.id, plain=order.plain, expires_ms=terms.expires_ms)
+
+    async def _callback_rules(self) -> CallbackRules:
+        if self.callbacks is None:
+            self.callbacks = read_observed(await self._store.get(self._keys.observed)).callbacks
+        return self.callbacks
 
     def retry(self, key: str, *, plain: bool) -> Job:
         """See `Job.retry`."""

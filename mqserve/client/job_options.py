@@ -42,6 +42,9 @@ class JobOptions(Protocol):
     @property
     def idempotency_key(self) -> str: ...
 
+    @property
+    def callback_url(self) -> str: ...
+
 
 class Timing(NamedTuple):
     """When a job may begin, in store time: not before, and not after; 0 for no limit. `openable_ms` is how long its seal has to hold."""
@@ -67,6 +70,8 @@ def check_job_options(options: JobOptions) -> None:
         raise BadType(f"a tag is a text, by which jobs are found together, not {options.tag!r}")
     if len(options.tag) > MAX_TAG_LENGTH or not options.tag.isprintable():
         raise BadValue(f"a tag has at most {MAX_TAG_LENGTH} printable characters, and {options.tag[:40]!r} is none")
+    if not isinstance(options.callback_url, str):
+        raise BadType(f"a callback_url is a text, such as 'https://hooks.example.com/jobs', not {options.callback_url!r}")
     key = options.idempotency_key
     if not isinstance(key, str):
         raise BadType(f"an idempotency_key is a text of the caller's choice, a new one for each job, not {key!r}")

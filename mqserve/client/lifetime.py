@@ -183,6 +183,7 @@ class Lifetime:
         async for desired, observed in follow_state(own.connections.store, own.connections.keys):
             own.sender.demands_seals = observed is not None and observed.sealed
             own.sender.jobs.refusal = "" if observed is None else observed.store_is_full
+            own.sender.jobs.callbacks = None if observed is None else observed.callbacks
             if await own.membership.saw(desired) and desired is not None:
                 self._follow(desired)
             elif own.membership.has_ended:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ..broker.errors import BadValue
-from ..broker.queue_names import dead_exchange, dead_queue, due_queue, jobs_exchange, later_exchange, requests_exchange
+from ..broker.queue_names import dead_exchange, dead_queue, due_queue, jobs_exchange, later_exchange, requests_exchange, webhooks_queue
 from ..broker.settings import read_secret
 from ..broker.store_keys import StoreKeys
 from ..broker.values.code import FOR_ALL
@@ -74,7 +74,8 @@ def broker_rights(namespace: str) -> dict[str, BrokerRights]:
     backends = f"{re.escape(f'{namespace}.backend.')}.*|{re.escape(f'{namespace}.jobs.')}.*"
     waiting = f"{re.escape(due_queue(namespace))}|{re.escape(f'{namespace}.later.')}[0-9]+"
     nothing = "^$"
-    everything = f"^({sending}|{dead}|{backends}|{waiting}|{re.escape(dead_queue(namespace, ''))}.*)$"
+    webhooks = rf"{re.escape(webhooks_queue(namespace))}(\.[a-z0-9]+)?"
+    everything = f"^({sending}|{dead}|{backends}|{waiting}|{webhooks}|{re.escape(dead_queue(namespace, ''))}.*)$"
     return {
         "controller": BrokerRights(everything, everything, everything),
         "proxy": BrokerRights(nothing, f"^({sending})$", nothing),
@@ -166,7 +167,7 @@ def store_rights(namespace: str) -> dict[str, StoreRights]:
     run = results | kinds.counts | kinds.streams | kinds.feeds | kinds.jobs | kinds.runs | kinds.groups | kinds.inboxes_of("replica")
     return {
         "controller": rights(
-            everything, everything, (*_CALLS, *_BEATING, *_COUNTING, *_RUNNING_JOBS, "info", "persist", "xread", "zrevrange")
+            everything, everything, (*_CALLS, *_BEATING, *_COUNTING, *_RUNNING_JOBS, "info", "persist", "xread", "xtrim", "zrevrange")
         ),
         # After a loss of data it gives back the files of code, which are checked against their hashes wherever they are read.
         "node": rights(

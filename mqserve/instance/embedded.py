@@ -31,7 +31,7 @@ def start_embedded(connections: Connections, instance: str, node_id: str, stop: 
         senders = SenderTrust(connections.settings)
         controller = Controller(
             connections.store, connections.keys, connections.queue, connections.process_id, instance,
-            signer=connections.settings.signer, senders=senders,
+            senders=senders, settings=connections.settings,
         )  # fmt: skip
         await controller.run(stop)
 

@@ -41,11 +41,10 @@ async def run_controller(settings: Settings, controller_id: str, kept: Kept | No
                 connections.queue,
                 controller_id,
                 instance,
-                signer=settings.signer,
                 kept_by=kept.token if kept is not None else "",
                 trouble=trouble,
                 senders=_senders(settings),
-                consumer_timeout_s=settings.consumer_timeout_s,
+                settings=settings,
             )
             await controller.run(stop)
         if stop.orphaned:  # the starter was killed: free the namespace at once; the queues keep the accepted requests

@@ -20,7 +20,7 @@ from mqserve.broker.store import Store
 from mqserve.broker.store_keys import CODE_TTL_S, LEADER_TTL_S, StoreKeys
 from mqserve.broker.values.backend_code import Packed, save
 from mqserve.broker.values.code import Code
-from mqserve.broker.values.signing import MIN_KEY_BYTES, Signer
+from mqserve.broker.values.signing import MIN_KEY_BYTES
 from mqserve.controller.changes import commit, create_backend, delete_backend, register_convertor, update_backend
 from mqserve.controller.job_ends import Senders
 from mqserve.controller.lease import (
@@ -217,8 +217,8 @@ class Running:
 
     def start(self, name: str, queue: Queue | None = None, *, has_key: bool = True, senders: Senders | None = None) -> None:
         self.stops[name] = Stop()
-        signer = Signer([b"k" * MIN_KEY_BYTES] if has_key else [], "tests")
-        controller = Controller(self._store, self._keys, queue or EmbeddedQueue(), name, self._instance, signer=signer, senders=senders)
+        settings = replace(DEFAULTS, namespace="tests", secret_keys=(b"k" * MIN_KEY_BYTES,) if has_key else ())
+        controller = Controller(self._store, self._keys, queue or EmbeddedQueue(), name, self._instance, senders=senders, settings=settings)
         self.tasks[name] = asyncio.create_task(controller.run(self.stops[name]))
 
     async def leads(self, name: str) -> None:

@@ -1,0 +1,85 @@
+"""The queues of webhooks on RabbitMQ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from pamqp.commands import Basic
+
+from .. import queue_names
+from ..dead_letters import pack_properties
+from ..errors import NotRouted
+from ..queue import Consumption, fate_of
+from ..webhooks import WAITS_S, Webhook, WebhookDelivery
+from .connection import OPERATION_BUDGET_S
+from .consumer import RabbitDelivery
+from .later import ConsumeQueue, Publish
+from .topology import RabbitTopology
+
+
+class RabbitWebhookDelivery:
+    """Implements `WebhookDelivery`."""
+
+    __slots__ = ("_delivery",)
+
+    def __init__(self, delivery: RabbitDelivery) -> None:
+        self._delivery = delivery
+
+    def __repr__(self) -> str:
+        return f"<RabbitWebhookDelivery {self._delivery.properties.message_id}>"
+
+    def webhook(self) -> Webhook:
+        return Webhook.from_bytes(self._delivery.body)
+
+    def ack(self) -> None:
+        self._delivery.ack()
+
+    def requeue(self) -> None:
+        self._delivery.requeue()
+
+
+class RabbitWebhooks:
+    """Implements `Webhooks`. `publish` and `consume_queue` are those of the process's queue."""
+
+    def __init__(self, namespace: str, topology: RabbitTopology, publish: Publish, consume_queue: ConsumeQueue) -> None:
+        self._namespace = namespace
+        self._topology = topology
+        self._publish = publish
+        self._consume_queue = consume_queue
+
+    def __repr__(self) -> str:
+        return f"<RabbitWebhooks of {self._namespace!r}>"
+
+    async def declare(self) -> None:
+        await self._topology.declare_webhooks()
+
+    async def delete_if_empty(self) -> None:
+        waits = [queue_names.webhooks_wait_queue(self._namespace, wait_s) for wait_s in WAITS_S]
+        await self._topology.delete_empty([*waits, queue_names.webhooks_queue(self._namespace)])
+        await self._topology.delete_empty([queue_names.dead_webhooks_queue(self._namespace)])
+
+    async def consume(self, prefetch: int, on_delivery: Callable[[WebhookDelivery], None]) -> Consumption:
+        def hand_over(delivery: RabbitDelivery) -> None:
+            on_delivery(RabbitWebhookDelivery(delivery))
+
+        return await self._consume_queue(queue_names.webhooks_queue(self._namespace), prefetch, hand_over)
+
+    async def send(self, webhook: Webhook) -> None:
+        await self._publish_now(queue_names.DUE_KEY, webhook)
+
+    async def wait(self, webhook: Webhook, wait_s: int) -> None:
+        try:
+            await self._publish_now(str(wait_s), webhook)
+        except NotRouted:  # the first one that waits for so long, or the broker came back empty
+            await self._topology.declare_webhooks_wait(wait_s)
+            await self._publish_now(str(wait_s), webhook)
+
+    async def set_aside(self, webhook: Webhook) -> None:
+        await self._publish_now(queue_names.DEAD_KEY, webhook)
+
+    async def _publish_now(self, key: str, webhook: Webhook) -> None:
+        properties = pack_properties(Basic.Properties(content_type="application/json", delivery_mode=2, message_id=webhook.id))
+        exchange = queue_names.webhooks_exchange(self._namespace)
+        if error := await fate_of(partial(self._publish, exchange, key, properties, webhook.to_bytes(), webhook.id), OPERATION_BUDGET_S):
+            raise error

@@ -1,0 +1,154 @@
+"""Posts to the receivers of webhooks: to a checked address, without redirects and proxies, and within a time.
+
+A callback URL comes from whoever submits a job, so it must not reach what only this machine reaches. The host is resolved once, and the
+connection goes to an address that was checked: a name that resolves to another one a moment later is not asked again. asyncio connects to
+an address under the name of its host (SNI), and h11, which uvicorn brings along, writes and reads HTTP/1.1: a client library would resolve
+by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+import ssl
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+
+import h11
+from yarl import URL
+
+from ..broker.callbacks import Network
+from ..broker.errors import MQServeError, words_of
+
+ATTEMPT_S = 15.0  # from the look-up of the name to the answer
+_CONNECT_S = 5.0
+_MAX_ANSWER_BYTES = 64 * 1024
+_READ_BYTES = 16 * 1024
+
+_UNICAST = ipaddress.ip_network("2000::/3")  # all that is assigned for global use, but for NAT64
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
+
+
+class NotReceived(MQServeError):
+    """The receiver did not take a webhook."""
+
+
+async def resolve(host: str, port: int) -> Sequence[str]:
+    """Returns the addresses of a host. Raises OSError."""
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [str(address[0]) for *_, address in found]
+
+
+class Receivers:
+    """Receivers have global addresses, or one of `networks`."""
+
+    def __init__(self, networks: Sequence[Network] = (), resolve: Resolve = resolve, context: ssl.SSLContext | None = None) -> None:
+        self._networks = networks
+        self._resolve = resolve
+        self._context = context
+
+    def __repr__(self) -> str:
+        return f"<Receivers, of {len(self._networks)} networks beside global addresses>"
+
+    async def post(self, url: URL, headers: Mapping[str, str], body: bytes) -> int:
+        """Returns the status of the answer. Raises NotReceived where there is none in time."""
+        try:
+            async with asyncio.timeout(ATTEMPT_S):
+                reader, writer = await self._connect(url)
+                try:
+                    return await _exchange(reader, writer, url, headers, body)
+                finally:
+                    writer.transport.abort()  # nothing of the connection is kept, and a slow receiver must not hold up its end
+        except TimeoutError:
+            raise NotReceived(f"there was no answer within {ATTEMPT_S:g} s") from None
+        except (OSError, ValueError, h11.ProtocolError) as error:
+            raise NotReceived(words_of(error)) from error
+
+    async def _connect(self, url: URL) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        host, port = url.raw_host or "", url.port or 443
+        context = self._tls() if url.scheme == "https" else None
+        failure: Exception = NotReceived(f"{host} has no address")
+        for address in await self._checked(host, port):
+            try:
+                async with asyncio.timeout(_CONNECT_S):
+                    return await asyncio.open_connection(address, port, ssl=context, server_hostname=host if context else None)
+            except TimeoutError:
+                failure = NotReceived(f"{host} took no connection within {_CONNECT_S:g} s")
+            except OSError as error:
+                failure = error
+        raise failure
+
+    def _tls(self) -> ssl.SSLContext:
+        if self._context is None:
+            self._context = ssl.create_default_context()
+        return self._context
+
+    async def _checked(self, host: str, port: int) -> list[str]:
+        """Returns the addresses that may be asked."""
+        found = await self._resolve(host, port)
+        checked = [address for address in dict.fromkeys(found) if self._may_ask(address)]
+        if found and not checked:
+            raise NotReceived(f"{host} has no global address, and is in none of MQSERVE_CALLBACK_NETWORKS")
+        return checked
+
+    def _may_ask(self, text: str) -> bool:
+        try:
+            address = ipaddress.ip_address(text)
+        except ValueError:  # one of this machine's links (fe80::1%eth0)
+            return False
+        return is_global(address) or any(address in network for network in self._networks)
+
+
+def is_global(address: Address) -> bool:
+    """Whether anybody's packets reach the address. One that holds an IPv4 address (mapped, NAT64, 6to4) is as global as that."""
+    if isinstance(address, ipaddress.IPv4Address):
+        return address.is_global and not (address.is_multicast or address.is_reserved)
+    inner = address.ipv4_mapped or address.sixtofour
+    if inner is None and address in _NAT64:
+        inner = ipaddress.IPv4Address(address.packed[-4:])
+    if inner is not None:
+        return is_global(inner)
+    return address in _UNICAST and address.is_global and address.teredo is None
+
+
+async def _exchange(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, url: URL, headers: Mapping[str, str], body: bytes) -> int:
+    """Sends the request, and returns the status of its answer, of whose body it reads no more than a part."""
+    connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=_MAX_ANSWER_BYTES)
+    fields = {"Host": _authority(url), "Connection": "close", "Content-Length": str(len(body)), **headers}
+    request = h11.Request(method="POST", target=url.raw_path_qs, headers=list(fields.items()))
+    for event in (request, h11.Data(data=body), h11.EndOfMessage()):
+        writer.write(connection.send(event) or b"")
+    await writer.drain()
+    return await _status(reader, connection)
+
+
+async def _status(reader: asyncio.StreamReader, connection: h11.Connection) -> int:
+    """Reads on behind the status: a receiver that is cut off while it answers would take that for a failure."""
+    status, left = 0, _MAX_ANSWER_BYTES
+    try:
+        while True:
+            match event := connection.next_event():
+                case h11.Response():
+                    status = event.status_code
+                case h11.EndOfMessage() | h11.ConnectionClosed() | h11.PAUSED:
+                    break
+                case h11.NEED_DATA:
+                    if left <= 0:
+                        break
+                    read = await reader.read(min(left, _READ_BYTES))
+                    left -= len(read)
+                    connection.receive_data(read)
+    except (OSError, TimeoutError, h11.ProtocolError):
+        if not status:
+            raise
+    if not status:
+        raise NotReceived(f"there is no answer of HTTP in the first {_MAX_ANSWER_BYTES // 1024} KiB")
+    return status
+
+
+def _authority(url: URL) -> str:
+    host = f"[{url.raw_host}]" if ":" in (url.raw_host or "") else url.raw_host
+    return f"{host}" if url.is_default_port() else f"{host}:{url.port}"

@@ -1,0 +1,184 @@
+"""Webhooks: the leader puts them into their queue, and every controller sends them from there."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import NamedTuple
+
+from msgspec.structs import replace
+
+from ..broker.callbacks import CallbackRules
+from ..broker.errors import BadEnvelope, BadValue, MQServeError
+from ..broker.process.printable import printable
+from ..broker.process.rate_limited_log import RateLimitedLog
+from ..broker.process.tasks import Tasks
+from ..broker.queue import Consumption, Queue
+from ..broker.settings import Settings
+from ..broker.store import Store
+from ..broker.values.webhook_signing import WebhookSigner
+from ..broker.webhooks import Webhook, WebhookDelivery, Webhooks, next_wait_s
+from .outbox import Outbox
+from .receivers import NotReceived, Receivers
+from .state.documents import Desired
+
+logger = logging.getLogger(__name__)
+
+HELD = 256  # webhooks that are on their way at once: a slow receiver holds up others only beyond that
+DECLARE_AGAIN_S = 15.0  # a broker may come back empty
+TRY_AGAIN_S = 1.0
+MAX_ERROR = 500  # characters
+_GONE = 410  # the receiver wants no more
+_LAST_ANSWERS_S = 2.0
+
+
+class Failure(NamedTuple):
+    """Why a webhook was not delivered. A final one is not tried again."""
+
+    error: str
+    is_final: bool = False
+
+
+class WebhookSending:
+    """Takes webhooks from their queue while it is told to (`go_on`, `stop`), and posts each to its receiver. A webhook is acked once it is
+    delivered, or the broker has it elsewhere."""
+
+    def __init__(self, webhooks: Webhooks, store: Store, signer: WebhookSigner, rules: CallbackRules, receivers: Receivers) -> None:
+        self._webhooks = webhooks
+        self._store = store
+        self._signer = signer
+        self._rules = rules
+        self._receivers = receivers
+        self._keeping: asyncio.Task[None] | None = None
+        self._consumption: Consumption | None = None
+        self._tasks = Tasks()
+        self._waits, self._trouble = RateLimitedLog(logger), RateLimitedLog(logger)
+
+    def __repr__(self) -> str:
+        return f"<WebhookSending, {len(self._tasks)} on their way{', stopped' if self._keeping is None else ''}>"
+
+    def go_on(self) -> None:
+        """Takes webhooks from now on. The broker may be away."""
+        if self._keeping is None:
+            self._keeping = asyncio.create_task(self._keep(), name="consume the webhooks")
+
+    async def stop(self) -> None:
+        """Takes no more. Those that are on their way are finished, or given back after a moment."""
+        keeping, self._keeping = self._keeping, None
+        if keeping is None:
+            return
+        keeping.cancel()
+        await asyncio.gather(keeping, return_exceptions=True)
+        consumption, self._consumption = self._consumption, None
+        if consumption is not None:
+            await consumption.cancel()
+        await self._tasks.wait(_LAST_ANSWERS_S)
+        self._tasks.cancel()
+
+    async def _keep(self) -> None:
+        while True:
+            pause_s = DECLARE_AGAIN_S
+            try:
+                await self._webhooks.declare()
+                if self._consumption is None:
+                    self._consumption = await self._webhooks.consume(HELD, self._take)
+                self._waits.over()
+            except MQServeError as error:
+                self._waits.say(f"webhooks wait: {error}")
+                pause_s = TRY_AGAIN_S
+            await asyncio.sleep(pause_s)
+
+    def _take(self, delivery: WebhookDelivery) -> None:
+        self._tasks.start(self._settle(delivery))
+
+    async def _settle(self, delivery: WebhookDelivery) -> None:
+        try:
+            webhook = delivery.webhook()
+        except BadEnvelope as error:
+            logger.warning("a message among the webhooks is dropped: %s", error)
+            return delivery.ack()
+        try:
+            failure = await self._post(webhook)
+            if failure is not None:
+                await self._put_off(webhook, failure)
+        except asyncio.CancelledError:
+            delivery.requeue()
+            raise
+        delivery.ack()
+
+    async def _post(self, webhook: Webhook) -> Failure | None:
+        """Returns None once the receiver has it."""
+        body = webhook.body.encode()
+        try:
+            url = self._rules.check(webhook.url)
+            headers = self._signer.headers(webhook.id, body, int(time.time()))
+            status = await self._receivers.post(url, {"Content-Type": "application/json", "User-Agent": "mqserve", **headers}, body)
+        except BadValue as error:
+            return Failure(str(error), is_final=True)
+        except NotReceived as error:
+            return Failure(str(error))
+        except Exception as error:
+            logger.exception("webhook %s was not sent: that is a bug in mqserve, please report it", printable(webhook.id))
+            return Failure(repr(error))
+        return None if 200 <= status < 300 else Failure(f"the receiver answered with status {status}", is_final=status == _GONE)
+
+    async def _put_off(self, webhook: Webhook, failure: Failure) -> None:
+        """Returns once the broker has the webhook among those that wait, or among the dead ones."""
+        wait_s = None if failure.is_final else next_wait_s(webhook, self._store.now_ms())
+        failed = replace(webhook, tries=webhook.tries + 1, error=failure.error[:MAX_ERROR])
+        while True:
+            try:
+                if wait_s is None:
+                    await self._webhooks.set_aside(failed)
+                else:
+                    await self._webhooks.wait(failed, wait_s)
+                break
+            except MQServeError as error:
+                self._trouble.say(f"a webhook that its receiver did not take stays where it is: {error}")
+            await asyncio.sleep(TRY_AGAIN_S)
+        self._trouble.over()
+        name, why = printable(webhook.id), printable(failed.error)
+        if wait_s is None:
+            logger.error("webhook %s is given up, and is a dead letter now: %s", name, why)
+        else:
+            logger.info("webhook %s is sent again in %d s: %s", name, wait_s, why)
+
+
+class Callbacks:
+    """What one controller does for callbacks. Where hosts are set that may be called, each sends webhooks, and the leader fills their
+    queue."""
+
+    def __init__(self, queue: Queue, store: Store, settings: Settings) -> None:
+        signer = WebhookSigner(settings.webhook_secrets)
+        self.rules = settings.callbacks.rules
+        self._webhooks = queue.webhooks
+        self._outbox = Outbox(store, queue.webhooks, signer, self.rules)
+        self._sending = WebhookSending(queue.webhooks, store, signer, self.rules, Receivers(settings.callbacks.networks))
+
+    def __repr__(self) -> str:
+        return f"<Callbacks {self._outbox!r}, {self._sending!r}>"
+
+    async def turn(self, desired: Desired, *, leads: bool) -> None:
+        """Looks after them, from the first backend on. When the instance closes the leader goes on until `tidy`. The leader empties the
+        outbox also where nobody may be called: a direct publisher may ask for it nevertheless."""
+        if not leads:
+            await self._outbox.stop()
+        elif desired.backends:
+            self._outbox.go_on(desired.http.futures_path)
+        if desired.closing and not leads:
+            await self._sending.stop()
+        elif desired.backends and self.rules.hosts:
+            self._sending.go_on()
+
+    async def stop(self) -> None:
+        await self._outbox.stop()
+        await self._sending.stop()
+
+    async def tidy(self) -> None:
+        """Deletes the queues at the end of an instance, if no webhook waits in them. Raises the errors of broker and store."""
+        await self._outbox.stop()
+        await self._outbox.send_some()
+        await self._sending.stop()
+        if self.rules.hosts:
+            await self._webhooks.delete_if_empty()
