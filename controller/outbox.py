@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from datetime import UTC, datetime
+from urllib.parse import quote
 
 import msgspec
 
@@ -13,6 +14,7 @@ from ..broker.callbacks import CallbackRules
 from ..broker.errors import BadEnvelope, BadValue, MQServeError
 from ..broker.jobs import EndNote
 from ..broker.process.rate_limited_log import RateLimitedLog
+from ..broker.process.ticks import next_tick_s
 from ..broker.store import Store
 from ..broker.values.webhook_signing import WebhookSigner
 from ..broker.webhooks import VERSION, Webhook, Webhooks
@@ -20,7 +22,8 @@ from ..broker.webhooks import VERSION, Webhook, Webhooks
 logger = logging.getLogger(__name__)
 
 SENT_AT_ONCE = 100
-LOOK_EVERY_S = 0.5
+LOOK_EVERY_S = 1.0
+LOOK_SELDOM_EVERY_S = 60.0  # where nobody may be told: for what was accepted before that was so
 
 
 class Outbox:
@@ -64,7 +67,7 @@ class Outbox:
                 logger.exception("what follows from the ends of jobs waits: that is a bug in mqserve, please report it")
                 is_empty = True
             if is_empty:
-                await asyncio.sleep(LOOK_EVERY_S)
+                await asyncio.sleep(next_tick_s(LOOK_EVERY_S if self._rules.hosts else LOOK_SELDOM_EVERY_S))
 
     async def send_some(self) -> int:
         """Sends the first entries, and returns how many there were. Raises the errors of broker and store."""
@@ -87,6 +90,11 @@ class Outbox:
             return None
         event = f"job.{end.state}"
         at = datetime.fromtimestamp(end.ended_ms / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        data = {"id": end.id, "status": end.state, "endpoint": end.endpoint, "result_url": f"{self._futures_path}/{end.id}/result"}
+        data = {
+            "id": end.id,
+            "status": end.state,
+            "endpoint": end.endpoint,
+            "result_url": f"{self._futures_path}/{quote(end.id, safe='')}/result",
+        }
         body = msgspec.json.encode({"type": event, "timestamp": at, "data": data}).decode()
         return Webhook(VERSION, self._signer.id_of(end.id, event), end.callback, body, self._store.now_ms())

@@ -33,6 +33,7 @@ from mqserve.broker.later import LONGEST_WAIT_S
 from mqserve.broker.results import ErrorInfo, Result
 from mqserve.broker.settings import Settings
 from mqserve.broker.store_keys import RESULT_TTL_S, StoreKeys
+from mqserve.broker.webhooks import WAITS_S
 from mqserve.client.handle import HandleOptions
 from mqserve.commands.cli import cli
 from mqserve.commands.status import BackendFacts, ControllerFacts, EndpointFacts, Facts, MemberFacts, ServerFacts
@@ -487,6 +488,10 @@ def test_names_and_numbers_of_the_protocol_are_the_codes() -> None:
         f"`{queue_names.later_queue(ns, 0)}`".replace("0", "<s>"),
         f"`{queue_names.due_queue(ns)}`",
         f"{LONGEST_WAIT_S:,} seconds",
+        f"`{queue_names.webhooks_queue(ns)}`",
+        f"`{queue_names.webhooks_wait_queue(ns, 0)}`".replace("0", "<s>"),
+        f"`{queue_names.dead_webhooks_queue(ns)}`",
+        f"{WAITS_S[-1]:,} seconds",
         f"`{queue_names.dead_exchange(ns)}`",
         f"`{queue_names.dead_queue(ns, backend)}`",
         f"{queue_names.DEAD_LETTER_LIMIT:,} messages",

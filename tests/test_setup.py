@@ -73,7 +73,8 @@ def test_the_rights_include_the_queues_of_a_backend_with_shards() -> None:
 def test_the_rights_include_the_queues_of_jobs() -> None:
     rights, queue = broker_rights("shop"), queue_names.jobs_queue("shop", "x", 1)
     assert re.search(rights["replica"].read, queue) and re.search(rights["controller"].configure, queue)
-    for name in (queue_names.due_queue("shop"), queue_names.later_queue("shop", 2**20)):
+    webhooks = (queue_names.webhooks_queue("shop"), queue_names.webhooks_wait_queue("shop", 8192), queue_names.dead_webhooks_queue("shop"))
+    for name in (queue_names.due_queue("shop"), queue_names.later_queue("shop", 2**20), *webhooks):
         assert re.search(rights["controller"].read, name)
         assert not any(re.search(right, name) for role in ("proxy", "replica", "client") for right in rights[role])
 

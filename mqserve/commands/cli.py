@@ -25,6 +25,7 @@ from .endings import end_if_closing_hangs, interrupts, leave_now, one_sentence
 from .options import distributed, http_options, http_settings, kept_options, namespace_option, read_settings, with_options
 from .request_commands import call, dead, jobs
 from .setup import FORMATS, print_setup
+from .webhooks import webhooks
 
 
 def main() -> None:
@@ -43,7 +44,7 @@ def cli(verbose: bool) -> None:
     _log(verbose)
 
 
-for command in (call, jobs, dead):
+for command in (call, jobs, dead, webhooks):
     cli.add_command(command)
 
 
