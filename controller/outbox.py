@@ -11,7 +11,7 @@ from urllib.parse import quote
 import msgspec
 
 from ..broker.callbacks import CallbackRules
-from ..broker.errors import BadEnvelope, BadValue, MQServeError
+from ..broker.errors import BadEnvelope, MQServeError
 from ..broker.jobs import EndNote
 from ..broker.process.rate_limited_log import RateLimitedLog
 from ..broker.process.ticks import next_tick_s
@@ -85,11 +85,11 @@ class Outbox:
         try:
             end = EndNote.from_bytes(raw)
             self._rules.check(end.callback)
-        except (BadEnvelope, BadValue) as error:
+            at = datetime.fromtimestamp(end.ended_ms / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        except (BadEnvelope, ValueError, OverflowError) as error:  # the last two are of a time that is none: all senders may write here
             self._odd.say(f"the end of a job is told to nobody: {error}")
             return None
         event = f"job.{end.state}"
-        at = datetime.fromtimestamp(end.ended_ms / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         data = {
             "id": end.id,
             "status": end.state,

@@ -13,6 +13,7 @@ import ipaddress
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 
 import h11
 from yarl import URL
@@ -22,6 +23,7 @@ from ..broker.errors import MQServeError, words_of
 
 ATTEMPT_S = 15.0  # from the look-up of the name to the answer
 _CONNECT_S = 5.0
+_BODY_S = 2.0
 _MAX_ANSWER_BYTES = 64 * 1024
 _READ_BYTES = 16 * 1024
 
@@ -55,20 +57,24 @@ class Receivers:
 
     async def post(self, url: URL, headers: Mapping[str, str], body: bytes) -> int:
         """Returns the status of the answer. Raises NotReceived where there is none in time."""
+        writer: asyncio.StreamWriter | None = None
         try:
             async with asyncio.timeout(ATTEMPT_S):
                 reader, writer = await self._connect(url)
-                try:
-                    return await _exchange(reader, writer, url, headers, body)
-                finally:
-                    writer.transport.abort()  # nothing of the connection is kept, and a slow receiver must not hold up its end
+                answer = await _ask(reader, writer, url, headers, body)
+                status = await answer.status()
+            await answer.pass_over_body()
         except TimeoutError:
             raise NotReceived(f"there was no answer within {ATTEMPT_S:g} s") from None
         except (OSError, ValueError, h11.ProtocolError) as error:
             raise NotReceived(words_of(error)) from error
+        finally:
+            if writer is not None:
+                writer.transport.abort()  # nothing of the connection is kept, and a slow receiver must not hold up its end
+        return status
 
     async def _connect(self, url: URL) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        host, port = url.raw_host or "", url.port or 443
+        host, port = (url.raw_host or "").rstrip("."), url.port or 443
         context = self._tls() if url.scheme == "https" else None
         failure: Exception = NotReceived(f"{host} has no address")
         for address in await self._checked(host, port):
@@ -95,10 +101,7 @@ class Receivers:
         return checked
 
     def _may_ask(self, text: str) -> bool:
-        try:
-            address = ipaddress.ip_address(text)
-        except ValueError:  # one of this machine's links (fe80::1%eth0)
-            return False
+        address = ipaddress.ip_address(text)
         return is_global(address) or any(address in network for network in self._networks)
 
 
@@ -114,39 +117,52 @@ def is_global(address: Address) -> bool:
     return address in _UNICAST and address.is_global and address.teredo is None
 
 
-async def _exchange(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, url: URL, headers: Mapping[str, str], body: bytes) -> int:
-    """Sends the request, and returns the status of its answer, of whose body it reads no more than a part."""
+async def _ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, url: URL, headers: Mapping[str, str], body: bytes) -> _Answer:
     connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=_MAX_ANSWER_BYTES)
     fields = {"Host": _authority(url), "Connection": "close", "Content-Length": str(len(body)), **headers}
     request = h11.Request(method="POST", target=url.raw_path_qs, headers=list(fields.items()))
     for event in (request, h11.Data(data=body), h11.EndOfMessage()):
         writer.write(connection.send(event) or b"")
     await writer.drain()
-    return await _status(reader, connection)
+    return _Answer(reader, connection)
 
 
-async def _status(reader: asyncio.StreamReader, connection: h11.Connection) -> int:
-    """Reads on behind the status: a receiver that is cut off while it answers would take that for a failure."""
-    status, left = 0, _MAX_ANSWER_BYTES
-    try:
-        while True:
-            match event := connection.next_event():
-                case h11.Response():
-                    status = event.status_code
-                case h11.EndOfMessage() | h11.ConnectionClosed() | h11.PAUSED:
-                    break
-                case h11.NEED_DATA:
-                    if left <= 0:
-                        break
-                    read = await reader.read(min(left, _READ_BYTES))
-                    left -= len(read)
-                    connection.receive_data(read)
-    except (OSError, TimeoutError, h11.ProtocolError):
-        if not status:
-            raise
-    if not status:
-        raise NotReceived(f"there is no answer of HTTP in the first {_MAX_ANSWER_BYTES // 1024} KiB")
-    return status
+class _Answer:
+    """What a receiver says. No more than a part of it is read."""
+
+    def __init__(self, reader: asyncio.StreamReader, connection: h11.Connection) -> None:
+        self._reader = reader
+        self._connection = connection
+        self._left = _MAX_ANSWER_BYTES
+
+    def __repr__(self) -> str:
+        return f"<_Answer, {self._left} bytes more at most>"
+
+    async def status(self) -> int:
+        """Raises NotReceived, and the errors of the connection."""
+        while (event := await self._next()) is not None:
+            if isinstance(event, h11.Response):
+                return event.status_code
+            if not isinstance(event, h11.InformationalResponse):
+                break
+        raise NotReceived("it sent no answer of HTTP")
+
+    async def pass_over_body(self) -> None:
+        """Reads on for a moment: a receiver that is cut off while it answers would take that for a failure."""
+        with suppress(OSError, TimeoutError, h11.ProtocolError):
+            async with asyncio.timeout(_BODY_S):
+                while isinstance(await self._next(), h11.Data):
+                    pass
+
+    async def _next(self) -> object:
+        """Returns the next event of h11; None where enough is read."""
+        while (event := self._connection.next_event()) is h11.NEED_DATA:
+            if self._left <= 0:
+                return None
+            read = await self._reader.read(min(self._left, _READ_BYTES))
+            self._left -= len(read)
+            self._connection.receive_data(read)
+        return event
 
 
 def _authority(url: URL) -> str:

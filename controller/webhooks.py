@@ -178,7 +178,8 @@ class Callbacks:
     async def tidy(self) -> None:
         """Deletes the queues at the end of an instance, if no webhook waits in them. Raises the errors of broker and store."""
         await self._outbox.stop()
-        await self._outbox.send_some()
+        while await self._outbox.send_some():
+            pass
         await self._sending.stop()
         if self.rules.hosts:
             await self._webhooks.delete_if_empty()
