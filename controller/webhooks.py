@@ -136,6 +136,8 @@ class WebhookSending:
                 break
             except MQServeError as error:
                 self._trouble.say(f"a webhook that its receiver did not take stays where it is: {error}")
+            except Exception:
+                logger.exception("a webhook stays where it is: that is a bug in mqserve, please report it")
             await asyncio.sleep(TRY_AGAIN_S)
         self._trouble.over()
         name, why = printable(webhook.id), printable(failed.error)

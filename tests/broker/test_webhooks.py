@@ -230,7 +230,8 @@ async def speaking(said: bytes) -> AsyncIterator[int]:
 
 
 async def test_https_goes_to_the_checked_address_under_the_name_of_the_host() -> None:
-    authority, asked = trustme.CA(), []
+    authority = trustme.CA()
+    asked: list[str | None] = []
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("hooks.example").configure_cert(context)
     context.sni_callback = lambda sock, name, its: asked.append(name)
@@ -275,7 +276,8 @@ def webhook_to(port: int, since_ms: int = 0) -> Webhook:
 
 
 def test_the_pauses_grow_up_to_two_hours_and_end_after_a_day() -> None:
-    pauses, now_ms, tries = [], 0, 0
+    pauses: list[int] = []
+    now_ms = tries = 0
     while (pause_s := next_wait_s(Webhook(VERSION, "", "", "", 0, tries), now_ms)) is not None:
         pauses.append(pause_s)
         tries, now_ms = tries + 1, now_ms + pause_s * 1000
