@@ -358,6 +358,8 @@ BROKER_ACTS: dict[str, Callable[[Any], object]] = {
     "publish straight to the jobs": publish("", JOBS),
     "declare a queue of jobs": lambda channel: channel.queue_declare("mqserve.jobs.mine.1", durable=True),
     "declare a queue to wait in": lambda channel: channel.queue_declare("mqserve.later.3", durable=True),
+    "consume webhooks": lambda channel: channel.basic_consume("mqserve.webhooks", print),
+    "publish webhooks": publish("mqserve.webhooks", "due"),
     "consume dead letters": lambda channel: channel.basic_consume("mqserve.dead.double", print),
     "publish straight to a queue": publish("", QUEUE),
     "publish to the dead letters": publish("mqserve.dead"),
