@@ -104,7 +104,8 @@ class Settings:
             consumer_timeout_s=_seconds(env, "MQSERVE_CONSUMER_TIMEOUT_S", CONSUMER_TIMEOUT_S),
         )
         _ = settings.signer  # validates the keys now, so that a short one fails here and not at the first request
-        if settings.callbacks.rules.hosts and not settings.webhook_secrets:
+        signs = bool(settings.webhook_secrets)  # validates the secret, too
+        if settings.callbacks.rules.hosts and not signs:
             raise BadValue("MQSERVE_CALLBACK_HOSTS is set, and there is nothing to sign webhooks with: set MQSERVE_SECRET_KEY, too")
         return settings
 
