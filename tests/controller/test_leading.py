@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from mqserve.broker.memory.queue import EmbeddedQueue
 from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.process.lifeline import Stop
 from mqserve.broker.queue import Queue
+from mqserve.broker.settings import DEFAULTS
 from mqserve.broker.store import Store
 from mqserve.broker.store_keys import CODE_TTL_S, LEADER_TTL_S, StoreKeys
 from mqserve.broker.values.backend_code import Packed, save
