@@ -177,6 +177,11 @@ def test_priority_goes_before_the_order_of_sending(deploy: Deploy, gate: Gate, t
     assert tally.lines == ["first", "high", "normal", "low"]
 
 
+def test_a_published_job_of_which_nothing_is_known_is_not_said_to_go_on(doubling: str) -> None:
+    with pytest.raises(TimeoutError, match="if somebody published it"):
+        serve.job("never-sent", backend=doubling).result(timeout=0.1)
+
+
 def test_a_result_is_kept_as_long_as_its_sender_says(doubling: str) -> None:
     job = serve.get_handle(doubling).options(result_ttl_s=1).submit(1)
     assert job.result(timeout=30) == 2

@@ -149,7 +149,9 @@ class Job(Future):
         return source
 
     def _not_yet(self, limit_s: float) -> TimeoutError:
-        return TimeoutError(f"job {self.id} has no result yet after {limit_s:g} s; it goes on, and serve.job(id) finds it again")
+        known = "it goes on, and serve.job(id) finds it again"
+        published = "wait again, if somebody published it to this backend: nothing is known of it before it begins"
+        return TimeoutError(f"job {self.id} has no result yet after {limit_s:g} s; {known if self._kept.key == self.id else published}")
 
 
 class Kept:
