@@ -140,6 +140,8 @@ def _teller(console: Console) -> Iterator[Callable[[JobEvent], None]]:
         def tell(event: JobEvent) -> None:
             if event.kind is EventKind.STATE:
                 bar.update(task, description=str(event.state))
+                if event.state is JobState.SUCCEEDED:  # whatever the handler said last
+                    bar.update(task, total=1.0, completed=1.0)
             elif event.kind is EventKind.PROGRESS:
                 bar.update(task, total=1.0, completed=event.fraction or 0.0, words=printable(event.text))
             else:
