@@ -67,6 +67,7 @@ class JobEnds:
             backend=self._backend, ended_ms=self._store.now_ms(), result_ttl_ms=self.result_ttl_ms(envelope), token=job.mark,
             inbox=envelope.header.inbox, endpoint=envelope.header.meta.endpoint,
             callback=envelope.header.job.callback if envelope.header.job is not None else "",
+            stage=envelope.header.job.stage if envelope.header.job is not None else None,
         )  # fmt: skip
 
     def result_ttl_ms(self, envelope: Envelope) -> int:
