@@ -56,7 +56,8 @@ class JobStore(Protocol):
 
     def end_then(self, end: JobEnd, on_done: OnDone) -> None:
         """Records the end of a job, in a batch. True if this is its first result (or equal to the first). Only the first writer changes the
-        record, tells those who wait, and adds the end to the outbox if something follows from it."""
+        record, tells those who wait, and adds the end to the outbox if something follows from it. False also for the failure of a run
+        after which another has begun: that one's end counts. A late success is the same work, and counts."""
         ...
 
     def note(self, future_id: str, token: bytes, event: JobEvent) -> None:

@@ -162,7 +162,7 @@ class JobEnd(msgspec.Struct, frozen=True):
     backend: str
     ended_ms: int
     result_ttl_ms: int
-    token: bytes = b""  # of the run, whose lease ends with it
+    token: bytes = b""  # of the run, whose lease ends with it; empty if it is none's, and counts whatever runs
     inbox: str = ""
     endpoint: str = ""
     callback: str = ""  # the URL that is told of it

@@ -63,11 +63,19 @@ class JobEnds:
         future_id = envelope.future_id(self._backend)
         raw = (result if envelope.attempt == 1 else msgspec.structs.replace(result, attempt=envelope.attempt)).to_bytes()
         return JobEnd(
-            id=future_id, result=raw, note=entry_of(future_id, raw), state=_state_of(job, result), status=result.status,
-            backend=self._backend, ended_ms=self._store.now_ms(), result_ttl_ms=self.result_ttl_ms(envelope), token=job.mark,
-            inbox=envelope.header.inbox, endpoint=envelope.header.meta.endpoint,
+            id=future_id,
+            result=raw,
+            note=entry_of(future_id, raw),
+            state=_state_of(job, result),
+            status=result.status,
+            backend=self._backend,
+            ended_ms=self._store.now_ms(),
+            result_ttl_ms=self.result_ttl_ms(envelope),
+            token=job.mark if job.begun else b"",
+            inbox=envelope.header.inbox,
+            endpoint=envelope.header.meta.endpoint,
             callback=envelope.header.job.callback if envelope.header.job is not None else "",
-        )  # fmt: skip
+        )
 
     def result_ttl_ms(self, envelope: Envelope) -> int:
         asked = envelope.header.job.result_ttl_s if envelope.header.job is not None else 0
@@ -112,6 +120,8 @@ class JobEnds:
             return None
         assert result.error is not None
         record = await self._store.jobs.read(job.envelope.future_id(self._backend))
+        if record is not None and record.attempts and record.attempts[-1].number != job.envelope.attempt:
+            return None  # another run has begun since then, and its end counts
         error = f"{result.error.type}: {result.error.message}"
         runs = history(record)
         if runs:

@@ -239,7 +239,8 @@ class JobRuns:
                 self._host.drop(job, replica_lost(self._backend))
                 return False
             if len(lost) >= self._config.max_attempts:
-                await self._store.jobs.give_back(future_id, job.mark)  # this is no run
+                await self._store.jobs.give_back(future_id, job.mark)
+                job.begun = False  # this is no run
                 why = f"{len(lost)} runs of it were started and left no result (max_attempts): the replicas that ran it died"
                 raise Poison(why, history(record)[:-1])
         job.envelope = await self._admission.ready(msgspec.structs.replace(job.envelope, attempt=attempt))

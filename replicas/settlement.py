@@ -152,7 +152,10 @@ class Settlement:
             if isinstance(job, KeptJob) and await self._goes_on(job, result):
                 return self.ack(job)
             if envelope.id:
-                result = await self._stored(job, result)
+                stored = await self._stored(job, result)
+                if stored is None and isinstance(job, KeptJob):
+                    return self.ack(job)  # another run has begun since then: it answers
+                result = stored or result
             if envelope.reply_to:
                 chunks = job.flow.sent if job.flow is not None and job.flow.is_reply else None
                 send = partial(send_reply, self._queue, self._backend, envelope, result, _CONFIRM_BUDGET_S, chunks)
@@ -180,8 +183,9 @@ class Settlement:
             return time.monotonic() + JOB_UNLIMITED_S
         return job.deadline if job.envelope.header.deadline else time.monotonic() + UNLIMITED_S
 
-    async def _stored(self, job: Job, result: Result) -> Result:
-        """Stores the result and returns the one that counts: another run of the same request may have been first."""
+    async def _stored(self, job: Job, result: Result) -> Result | None:
+        """Stores the result and returns the one that counts: another run of the same request may have been first. None if that one's is not
+        there (yet, or any more)."""
         envelope, body, until = job.envelope, result.body, self._until(job)
         if not _is_large(envelope, body):
             first = await _insist(lambda: self.record(job, result), until)
@@ -190,7 +194,7 @@ class Settlement:
             first = await _insist(lambda: self._put_body(job, key, body), until)
             small = msgspec.structs.replace(result, body=b"", ref=key)
             first = first and await _insist(lambda: self.record(job, small), until)
-        return result if first or not envelope.reply_to else await _insist(lambda: self._admission.stored(envelope, result), until)
+        return result if first or not envelope.reply_to else await _insist(lambda: self._admission.stored(envelope), until)
 
     async def _put_body(self, job: Job, key: str, body: bytes) -> bool:
         """Writes the body of a large result, and returns True; returns False if another run was first. All runs share the key, and that

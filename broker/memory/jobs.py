@@ -165,9 +165,11 @@ class EmbeddedJobs:
 
     def end_then(self, end: JobEnd, on_done: OnDone) -> None:
         future, ttl_ms = self._keys.future(end.id), end.result_ttl_ms
+        job = self._jobs.get(end.id) or _Job()
+        if end.token and not job.is_of(end.token) and end.state is not JobState.SUCCEEDED and self._values.get(future) != end.result:
+            return on_done(False)
         if not self._values.put(future, end.result, ttl_ms, only_new=True) and self._values.get(future) != end.result:
             return on_done(False)
-        job = self._jobs.get(end.id) or _Job()
         if not job.has_ended:
             job.fields |= {b"state": end.state.encode(), b"status": b"%d" % end.status, b"ended": b"%d" % end.ended_ms}
             self._leave_queue(job)

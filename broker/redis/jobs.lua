@@ -144,6 +144,10 @@ end
 steps['end'] = function(one)
   local found = run('GET', one.future)
   if found and found ~= one.result then return 0 end
+  if not found and one.token ~= '' and one.state ~= 'succeeded' then
+    local _, latest = look(one.record)
+    if latest and latest ~= one.token then return 0 end
+  end
   if not found then redis.call('SET', one.future, one.result, 'PX', one.ttl) end
   if run('HSETNX', one.record, 'state', one.state) == 1 then
     redis.call('HSET', one.record, 'status', one.status, 'ended', one.ended)

@@ -202,6 +202,23 @@ async def test_a_run_whose_lease_lapsed_writes_nothing_once_another_has_begun(st
     assert await state_of(store) == "succeeded"
 
 
+async def test_the_failure_of_a_run_does_not_count_once_another_has_begun(store: Store, keys: StoreKeys) -> None:
+    await begun(store)
+    await store.delete(keys.lease("f"))
+    assert await begun(store, b"another") == Leased(2)
+    assert not await ended(store, token=b"run", state=JobState.FAILED, status=500)
+    assert await state_of(store) == "running" and await store.get(keys.future("f")) is None
+    assert await ended(store, token=b"another", result=b"another", state=JobState.FAILED, status=500)
+    assert not await ended(store, token=b"run", state=JobState.FAILED, status=500)
+    assert await state_of(store) == "failed"
+
+
+async def test_an_end_that_is_no_run_counts_beside_one(store: Store) -> None:
+    await begun(store)
+    assert await ended(store, state=JobState.CANCELLED, status=499)
+    assert await state_of(store) == "cancelled"
+
+
 async def test_a_lease_that_lapsed_is_renewed_by_its_run_if_no_other_began(store: Store, keys: StoreKeys) -> None:
     await begun(store)
     await store.delete(keys.lease("f"))

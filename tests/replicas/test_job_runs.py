@@ -150,6 +150,55 @@ async def test_a_late_success_counts_if_it_is_the_first_result(short_leases: Non
     assert raw is not None and Result.from_bytes(raw).body == b"of the first run"
 
 
+class CallersQueue(EmbeddedQueue):
+    """Notes the replies to a direct publisher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.replies: list[bytes] = []
+
+    def reply(self, envelope: Envelope, reply_to: str, settled: Settled) -> None:
+        self.replies.append(envelope.body)
+        settled(None)
+
+
+@pytest.mark.parametrize("waits_at_a_queue", [False, True])
+async def test_a_late_failure_does_not_count_beside_another_run(short_leases: None, waits_at_a_queue: bool) -> None:
+    queue, sent = CallersQueue(), request(reply_to="caller") if waits_at_a_queue else a_job()
+    job_id = sent.future_id("b")
+    async with Serving(queue) as frozen:
+        await frozen.send_job(sent)
+        stale = await begun_by(frozen)
+        async with beside(frozen) as other:
+            await takes_nothing_more(frozen)
+            await frozen.send_job(sent)
+            job = await begun_by(other)
+            fail(frozen, stale)
+            await until(lambda: not frozen.server.running)
+            assert (await record_of(frozen, job_id)).state is JobState.RUNNING and not queue.replies
+            other.end(job, Result(body=b"of the second run"))
+            await other.settled()
+    assert (await record_of(other, job_id)).state is JobState.SUCCEEDED
+    assert queue.replies == ([b"of the second run"] if waits_at_a_queue else [])
+
+
+async def test_a_late_failure_beside_another_run_is_no_dead_letter(short_leases: None) -> None:
+    retry = {"attempts": 1, "on": ["OSError"]}
+    async with Serving(retry=retry) as frozen:
+        await frozen.send_job(a_job())
+        stale = await begun_by(frozen)
+        async with beside(frozen, retry=retry) as other:
+            await takes_nothing_more(frozen)
+            await frozen.send_job(a_job(again=True))
+            job = await begun_by(other)
+            fail(frozen, stale)
+            await until(lambda: not frozen.server.running)
+            assert await frozen.queue.count_dead("b") == 0
+            fail(other, job)
+            await other.settled()
+            assert await frozen.queue.count_dead("b") == 1
+
+
 async def test_a_job_that_a_drain_gives_back_begins_elsewhere_at_once_and_that_is_no_attempt() -> None:
     async with Serving(graceful_shutdown_timeout_s=0) as first:
         await first.send_job(a_job())
