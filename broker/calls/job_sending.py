@@ -202,9 +202,9 @@ class JobSender:
 
 
 class _Submission:
-    """One job on its way to the broker: published again while the broker is away, as requests are."""
+    """One job on its way to the broker: published again while the broker is away, as requests are, and as long as its sender waits."""
 
-    __slots__ = ("_accepted", "_backend", "_envelope", "_facts", "_kept", "_sender", "_sent_at")
+    __slots__ = ("_accepted", "_again", "_backend", "_envelope", "_facts", "_kept", "_sender", "_sent_at")
 
     def __init__(self, sender: JobSender, backend: str, envelope: Envelope, facts: JobFacts, kept: bytes) -> None:
         self._sender = sender
@@ -214,15 +214,22 @@ class _Submission:
         self._kept = kept
         self._sent_at = time.monotonic()
         self._accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._again: asyncio.TimerHandle | None = None  # publishes it again
 
     def __repr__(self) -> str:
         return f"<_Submission of {self._envelope.id}>"
 
     async def accepted(self) -> None:
         self._publish()
-        await self._accepted
+        try:
+            await self._accepted
+        finally:
+            if self._again is not None:  # its sender has left meanwhile
+                self._again.cancel()
+                self._drop_body(maybe_sent=False)
 
     def _publish(self) -> None:
+        self._again = None
         queue, not_before_ms = self._sender.queue, self._facts.not_before_ms
         left_ms = not_before_ms - self._sender.store.now_ms() if not_before_ms else 0
         try:
@@ -240,7 +247,7 @@ class _Submission:
         if isinstance(error, BrokerUnavailable) and not (maybe_sent and self._envelope.header.once) and self._may_try_again():
             if maybe_sent:
                 self._envelope = replace(self._envelope, header=again(self._envelope.header))
-            asyncio.get_running_loop().call_later(REPUBLISH_EVERY_S * random.uniform(0.5, 1.5), self._publish)
+            self._again = asyncio.get_running_loop().call_later(REPUBLISH_EVERY_S * random.uniform(0.5, 1.5), self._publish)
             return
         self._fail(error)
 
@@ -250,11 +257,14 @@ class _Submission:
         return max(waited_s, self._sender.queue.down_s) < REPUBLISH_BUDGET_S and not self._accepted.cancelled()
 
     def _fail(self, error: MQServeError) -> None:
-        header = self._envelope.header
-        if header.ref and not (header.again or (isinstance(error, BrokerUnavailable) and error.maybe_sent)):
-            self._sender.drop_body(self._envelope.id)
+        self._drop_body(maybe_sent=isinstance(error, BrokerUnavailable) and error.maybe_sent)
         if not self._accepted.done():
             self._accepted.set_exception(error)
+
+    def _drop_body(self, *, maybe_sent: bool) -> None:
+        header = self._envelope.header
+        if header.ref and not (header.again or maybe_sent):
+            self._sender.drop_body(self._envelope.id)
 
 
 def _is_expired(record: JobRecord, now_ms: int) -> bool:

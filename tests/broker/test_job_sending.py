@@ -6,7 +6,7 @@ import pytest
 
 from mqserve.broker.calls.job_sending import JobSender, JobTerms
 from mqserve.broker.calls.pending import PendingResults
-from mqserve.broker.calls.sending import INLINE_BODY_BYTES, MAX_BODY_BYTES
+from mqserve.broker.calls.sending import INLINE_BODY_BYTES, MAX_BODY_BYTES, REPUBLISH_EVERY_S
 from mqserve.broker.envelope import Envelope, RequestHead, mint_id
 from mqserve.broker.errors import (
     BadEnvelope,
@@ -212,6 +212,17 @@ async def test_a_caller_who_leaves_does_not_keep_an_accepted_job_from_its_record
     await asyncio.gather(leaving, return_exceptions=True)
     queue.settled(None)
     assert await state_of(store) == "queued" and sender.held.held == 0
+
+
+async def test_a_caller_who_leaves_while_the_broker_is_away_leaves_nothing_behind(keys: StoreKeys, signer: Signer) -> None:
+    queue, store = QueueThatIsAway(1, maybe_sent=False), EmbeddedStore()
+    sender, hands = JobSender(queue, store, keys, HeldBytes(), signer), await consumed(queue)
+    leaving = asyncio.create_task(submitted(sender, "f", b"x" * (INLINE_BODY_BYTES + 1)))
+    await until(lambda: not queue.refusals)
+    leaving.cancel()
+    await asyncio.gather(leaving, return_exceptions=True)
+    await asyncio.sleep(3 * REPUBLISH_EVERY_S)
+    assert not hands.held and await store.get(keys.body("f")) is None and sender.held.held == 0
 
 
 # Ends that a sender writes.
