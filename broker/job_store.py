@@ -102,5 +102,5 @@ class JobStore(Protocol):
         ...
 
     async def forget(self, future_id: str) -> bool:
-        """Removes record, result and events of a job that has ended. Returns False for one that has not."""
+        """Removes record, result and events of a job that has ended. Returns False for one that has not; one that is not known is gone."""
         ...

@@ -49,7 +49,6 @@ class _Job:
         self.place: _Place | None = None  # while it has not begun
         self.runs = 0
         self.token: bytes | None = None  # of the latest run; empty once that was given back or is tried again
-        self.events: deque[NumberedEvent] = deque(maxlen=KEPT_EVENTS)
         self.last_event = 0
         self.waiters = Expiring[str]()  # inboxes
         self.followers = Expiring[str]()
@@ -83,6 +82,7 @@ class EmbeddedJobs:
         self._post = post
         self._now_ms = now_ms
         self._jobs = Expiring[_Job]()
+        self._events = Expiring[deque[NumberedEvent]]()  # as long as the result, where the record stays as long again
         self._waiting: dict[str, list[_Place]] = {}  # by backend, in order: those that have not begun
         self._ends: deque[PlacedEnd] = deque()
         self._last_end = 0
@@ -92,6 +92,7 @@ class EmbeddedJobs:
 
     def clear(self) -> None:
         self._jobs.clear()
+        self._events.clear()
         self._waiting.clear()
         self._ends.clear()
 
@@ -178,6 +179,7 @@ class EmbeddedJobs:
             for key in (self._keys.message(end.id), self._keys.body(end.id)):
                 self._values.expire(key, kept_ms)
             self._tell(end.id, job, _state(end.state, end.ended_ms))
+            self._events.expire(end.id, ttl_ms)
             if end.outbox_entry:
                 self._last_end += 1
                 self._ends.append(PlacedEnd(str(self._last_end), end.outbox_entry))
@@ -197,9 +199,10 @@ class EmbeddedJobs:
 
     async def forget(self, future_id: str) -> bool:
         job = self._jobs.get(future_id)
-        if job is not None and not job.has_ended:
+        if job is not None and job.fields and not job.has_ended:
             return False
         self._jobs.pop(future_id)
+        self._events.pop(future_id)
         keys = self._keys
         for key in (keys.future(future_id), keys.result_body(future_id), keys.message(future_id), keys.body(future_id)):
             self._values.pop(key)
@@ -220,7 +223,10 @@ class EmbeddedJobs:
 
     def _tell(self, future_id: str, job: _Job, event: JobEvent) -> None:
         job.last_event += 1
-        job.events.append(NumberedEvent(job.last_event, event))
+        if (events := self._events.get(future_id)) is None:
+            events = deque(maxlen=KEPT_EVENTS)
+            self._events.put(future_id, events, UNENDED_TTL_S * 1000)
+        events.append(NumberedEvent(job.last_event, event))
         for inbox in job.followers:
             self._post(inbox, event_entry(future_id, job.last_event, event.to_bytes()))
 
@@ -253,8 +259,7 @@ class EmbeddedJobs:
         return job
 
     async def events(self, future_id: str, after: int = 0) -> Sequence[NumberedEvent]:
-        job = self._jobs.get(future_id)
-        return [] if job is None else [event for event in job.events if event.seq > after]
+        return [event for event in self._events.get(future_id) or () if event.seq > after]
 
     async def ends(self, at_most: int) -> Sequence[PlacedEnd]:
         return list(islice(self._ends, at_most))

@@ -47,6 +47,7 @@ class JobSteps(BatchWriter[Step]):
     def __init__(self, take: Callable[[Sequence[Step], OnTaken], None]) -> None:
         super().__init__()
         self._take = take
+        self._left: set[OnOutcome] = set()  # those of callers who do not wait any more
 
     def take_then(self, step: Step, on_outcome: OnOutcome) -> None:
         self._buffer.append((step, on_outcome))
@@ -67,11 +68,17 @@ class JobSteps(BatchWriter[Step]):
         except TimeoutError:
             raise StoreUnavailable(f"Redis took no step of a job within {_ANSWER_S:g} s") from None
         finally:
-            if not outcome.done():
-                self._buffer = [waiting for waiting in self._buffer if waiting[1] is not on_outcome]  # nobody wants it taken any more
+            if outcome.cancelled():  # with its reader
+                self._left.add(on_outcome)
         if isinstance(found, Exception):
             raise found
         return found
+
+    def _flush(self) -> None:
+        if self._left:  # nobody wants their steps taken any more
+            left, self._left = self._left, set()
+            self._buffer = [waiting for waiting in self._buffer if waiting[1] not in left]
+        super()._flush()
 
     def _send(self) -> None:
         self._take([step for step, _ in self._batch], self._written)

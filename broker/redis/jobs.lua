@@ -102,7 +102,7 @@ function steps.begin(one)
   if latest ~= one.token then
     keep_facts(one)
     runs = run('HINCRBY', one.record, 'runs', 1)
-    redis.call('HSET', one.record, 'token', one.token, 'run:' .. runs, one.run)
+    redis.call('HSET', one.record, 'token', one.token, 'noted', 0, 'run:' .. runs, one.run)
     if runs > KEPT_ATTEMPTS then redis.call('HDEL', one.record, 'run:' .. runs - KEPT_ATTEMPTS, 'end:' .. runs - KEPT_ATTEMPTS) end
     run('ZREM', one.waiting, one.id)
     add_event(one, one.event)
@@ -171,6 +171,8 @@ end
 function steps.note(one)
   local state, latest = look(one.record)
   if latest ~= one.token or state then return 0 end
+  if tonumber(run('HGET', one.record, 'noted') or 0) >= tonumber(one.number) then return 1 end  -- our own
+  redis.call('HSET', one.record, 'noted', one.number)
   if one.kind == 'progress' then redis.call('HSET', one.record, 'progress', one.event) end
   add_event(one, one.event)
   return 1

@@ -16,6 +16,7 @@ from mqserve.broker.jobs import (
     Held,
     JobEvent,
     JobFacts,
+    JobRecord,
     JobState,
     Leased,
     Run,
@@ -96,7 +97,7 @@ async def test_a_result_goes_first_and_the_record_stays_as_long_again(store: Sto
     assert await store.get(keys.future("f")) == b"result"
 
     async def result_is_gone() -> bool:
-        return await store.get(keys.future("f")) is None
+        return await store.get(keys.future("f")) is None and not await store.jobs.events("f")
 
     await until(result_is_gone)
     record = await store.jobs.read("f")
@@ -142,6 +143,12 @@ async def test_what_has_ended_can_be_forgotten_and_nothing_else(store: Store, ke
     assert await store.jobs.read("f") is None
     assert (await store.jobs.message("f"), await store.get(keys.future("f")), await store.jobs.events("f")) == (None, None, [])
     assert [record.id for record in await store.jobs.list()] == ["other"]
+
+
+async def test_what_is_not_known_counts_as_forgotten(store: Store, keys: StoreKeys) -> None:
+    assert await store.jobs.forget("f")
+    await store.jobs.wait("f", keys.inbox("p"))
+    assert await store.jobs.forget("f"), "though somebody waits for it"
 
 
 async def test_a_large_body_goes_with_the_message_that_names_it(store: Store, keys: StoreKeys) -> None:
@@ -395,6 +402,27 @@ async def test_jobs_are_listed_latest_first_and_by_backend_tag_and_state(store: 
     assert [record.id for record in await store.jobs.list(backend="a", at_most=2)] == ["job-228", "job-226"]
     assert [record.id for record in await store.jobs.list(states=["running", "succeeded"])] == ["job-5", "job-3"]
     assert not await store.jobs.list(backend="a", states=["running"])
+
+
+async def test_a_list_has_each_job_once_though_others_come_and_go_meanwhile(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = [f"job-{number}" for number in range(300)]
+    for number, name in enumerate(before):
+        await added(store, name, JobFacts("b", created_ms=1000 + number // 120))  # many at one time
+    for name in before[:100:10]:
+        await ended(store, name)
+    read, reads = store.jobs.read, 0
+
+    async def reading_slowly(future_id: str) -> JobRecord | None:
+        nonlocal reads
+        reads += 1
+        if reads % 50 == 0:
+            await added(store, f"new-{reads}", JobFacts("b", created_ms=2000 + reads))
+        return await read(future_id)
+
+    monkeypatch.setattr(store.jobs, "read", reading_slowly)
+    found = [record.id for record in await store.jobs.list(at_most=1000)]
+    assert reads >= 300 and len(set(found)) == len(found)
+    assert {name for name in found if name.startswith("job-")} == set(before)
 
 
 # What is no record.

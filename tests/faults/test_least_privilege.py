@@ -445,7 +445,7 @@ OF_NOBODY += ["GET mqserve:other:desired", "SET elsewhere 1", "PUBLISH elsewhere
 OF_NO_READER = [f"XADD {ROOT_KEY}:stream:{{x}} 1-1 f x", f"XTRIM {ROOT_KEY}:stream:{{x}} MINID 1", f"SET {ROOT_KEY}:owner:{{x}} x"]
 OF_NO_READER += [f"RPUSH {ROOT_KEY}:stream:{{x}} x", f"BLMPOP 1 1 {ROOT_KEY}:feed:x LEFT", f"SET {ROOT_KEY}:feed:x x"]
 OF_NO_CALLER = [
-    f"ZREVRANGE {ROOT_KEY}:jobs 0 -1",
+    f"ZRANGE {ROOT_KEY}:jobs 0 -1",
     f"ZRANDMEMBER {ROOT_KEY}:jobs",
     f"XRANGE {ROOT_KEY}:ends - +",
     f"GET {ROOT_KEY}:lease:{{x}}",
@@ -481,7 +481,7 @@ STORE_REFUSALS: dict[str, list[str]] = {
         *(f"BLMPOP 1 1 {ROOT_KEY}:inbox:{whose}-x LEFT" for whose in ("client", "proxy")),
         f"HGETALL {ROOT_KEY}:beats",
         f"DEL {ROOT_KEY}:desired",
-        f"ZREVRANGE {ROOT_KEY}:jobs 0 -1",
+        f"ZRANGE {ROOT_KEY}:jobs 0 -1",
         f"XRANGE {ROOT_KEY}:ends - +",
         *OF_CONTROLLER,
     ],
