@@ -18,7 +18,7 @@ from ..process.printable import printable
 from ..process.rate_limited_log import RateLimitedLog
 from ..queue import Queue
 from ..results import Phase, Result, entry_of, late_result
-from ..store import Store
+from ..store import Store, recorded
 from ..store_keys import StoreKeys
 from ..values.codecs import sealed_anew
 from ..values.signing import SealScope, Signer
@@ -164,21 +164,11 @@ class JobSender:
     async def _end(self, record: JobRecord, result: Result, state: JobState, now_ms: int) -> bool:
         raw = result.to_bytes()
         note, ttl_ms = entry_of(record.id, raw), _kept_ms(record, now_ms)
-        outcome: asyncio.Future[bool | Exception] = asyncio.get_running_loop().create_future()
-
-        def ended(found: bool | Exception) -> None:
-            if not outcome.done():
-                outcome.set_result(found)
-
         facts = record.facts
         end = JobEnd(
             record.id, raw, note, state, result.status, facts.backend, now_ms, ttl_ms, endpoint=facts.endpoint, callback=facts.callback
         )
-        self.store.jobs.end_then(end, ended)
-        found = await outcome
-        if isinstance(found, Exception):
-            raise found
-        return found
+        return await recorded(self.store.jobs.end_then, end)
 
     def add(self, future_id: str, facts: JobFacts, kept: bytes, accepted: asyncio.Future[None]) -> None:
         """Writes the record of a job that the broker has, and then counts it as accepted."""

@@ -186,7 +186,7 @@ class RedisJobs:
         before: float | str = "+inf"
         passed = 0  # of that time
         while len(seen) < _LOOKED_AT:
-            page = partial(self._client.zrange, self._keys.jobs, before, "-inf", desc=True, byscore=True)  # type: ignore[arg-type]
+            page = partial(self._client.zrange, self._keys.jobs, before, "-inf", desc=True, byscore=True)
             found: Any = await self._call(partial(page, offset=passed, num=_LISTED_AT_ONCE, withscores=True))
             yield [raw.decode(errors="replace") for raw, _ in found if raw not in seen]
             if len(found) < _LISTED_AT_ONCE:
