@@ -17,6 +17,7 @@ from ..broker.dead_letters import Death
 from ..broker.envelope import Envelope
 from ..broker.errors import BadEnvelope, BrokerUnavailable, MQServeError, StoreUnavailable, words_of
 from ..broker.failures import traceback_of
+from ..broker.jobs import facts_of
 from ..broker.process.printable import printable, printable_lines
 from ..broker.process.rate_limited_log import RateLimitedLog
 from ..broker.process.tasks import Tasks
@@ -325,7 +326,8 @@ class Settlement:
 
     async def _end_lease_and_requeue(self, job: KeptJob, later: bool) -> None:
         try:
-            await self._store.jobs.give_back(job.envelope.future_id(self._backend), job.mark)
+            facts = facts_of(self._backend, job.envelope, self._store.now_ms())
+            await self._store.jobs.give_back(job.envelope.future_id(self._backend), job.mark, facts)
         except StoreUnavailable as error:
             logger.warning("a job of %s goes back before its lease has ended, for which the next replica waits: %s", self._backend, error)
         self._requeue_soon(job, later)

@@ -29,6 +29,7 @@ from .sending import INLINE_BODY_BYTES, MAX_BODY_BYTES, REPUBLISH_BUDGET_S, REPU
 logger = logging.getLogger(__name__)
 
 _CANCELLED_TTL_S = 7 * 24 * 3600  # of a job that waits: its message may stand in its queue for as long
+_STOPPED_TTL_S = 600  # of a job that runs, at least: its message comes again if its replica dies before it has heard of the end
 _EXPIRED_AFTER_MS = 5000  # behind its time a replica may still begin a job, as its own clock goes
 
 
@@ -267,6 +268,7 @@ def _kept_ms(record: JobRecord, now_ms: int) -> int:
     """Returns for how long an end is kept that no replica has recorded. The message of a job that waits still comes to one, which runs it
     unless it finds the end."""
     if record.state is not JobState.QUEUED:
-        return JOB_RESULT_TTL_S * 1000
+        kept_s = record.attempts[-1].result_ttl_s if record.attempts else 0
+        return max(kept_s or JOB_RESULT_TTL_S, _STOPPED_TTL_S) * 1000
     due_ms = max(record.facts.not_before_ms, *(attempt.again_ms for attempt in record.attempts), now_ms)
     return due_ms - now_ms + _CANCELLED_TTL_S * 1000

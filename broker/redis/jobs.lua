@@ -53,6 +53,11 @@ local function look(record)
   return found[1], found[2], found[3]
 end
 
+local function join_queue(one)
+  run('ZADD', one.waiting, one.score, one.id)
+  redis.call('PEXPIRE', one.waiting, UNENDED_TTL)
+end
+
 -- Removes ids whose records have expired. Each run looks at more of them than it adds, so that they stay a part of all.
 local function sweep()
   for _, id in ipairs(run('ZRANDMEMBER', JOBS, SWEPT)) do
@@ -83,8 +88,7 @@ function steps.add(one)
   end
   redis.call('PEXPIRE', one.record, UNENDED_TTL)
   if is_new and not runs then
-    run('ZADD', one.waiting, one.score, one.id)
-    redis.call('PEXPIRE', one.waiting, UNENDED_TTL)
+    join_queue(one)
     add_event(one, one.event)
   end
   if one.message ~= '' then redis.call('SET', one.message_key, one.message, 'PX', UNENDED_TTL) end
@@ -126,6 +130,7 @@ function steps.try_again(one)
   redis.call('HSET', one.record, one.name, one.attempt, 'token', '')
   redis.call('PEXPIRE', one.record, UNENDED_TTL)
   redis.call('PEXPIRE', one.lease, 0)
+  join_queue(one)
   add_event(one, one.event)
   return 1
 end
@@ -137,6 +142,7 @@ function steps.give_back(one)
   redis.call('HINCRBY', one.record, 'runs', -1)
   redis.call('HSET', one.record, 'token', '')
   redis.call('PEXPIRE', one.lease, 0)
+  join_queue(one)
   add_event(one, one.event)
   return 1
 end

@@ -77,7 +77,7 @@ class RedisJobs:
         self._steps.take_then(step, lambda outcome: on_done(_done(outcome)))
 
     async def begin(self, run: Run) -> Begun:
-        attempt = Attempt(replica=run.replica, started_ms=run.now_ms)
+        attempt = Attempt(replica=run.replica, started_ms=run.now_ms, result_ttl_s=run.result_ttl_s)
         step = self._step(
             "begin", run.id, "future", "lease", *_EVENT_KEYS, waiting=self._keys.waiting(run.facts.backend), token=run.token,
             facts=run.facts.to_bytes(), created=run.facts.created_ms, run=attempt.to_bytes(), ttl=run.ttl_s * 1000,
@@ -96,16 +96,20 @@ class RedisJobs:
     async def renew(self, future_id: str, token: bytes) -> bool:
         return bool(await self._steps.take(self._step("renew", future_id, "lease", token=token)) == 1)
 
-    async def try_again(self, future_id: str, token: bytes, attempt: Attempt) -> bool:
+    async def try_again(self, future_id: str, token: bytes, attempt: Attempt, facts: JobFacts) -> bool:
         step = self._step(
             "try_again", future_id, "future", "lease", *_EVENT_KEYS, token=token, name=f"end:{attempt.number}", attempt=attempt.to_bytes(),
+            waiting=self._keys.waiting(facts.backend), score=score_of(facts, attempt.again_ms),
             event=_state(JobState.QUEUED, attempt.ended_ms),
         )  # fmt: skip
         return bool(await self._steps.take(step) == 1)
 
-    async def give_back(self, future_id: str, token: bytes) -> None:
-        event = _state(JobState.QUEUED, self._now_ms())
-        await self._steps.take(self._step("give_back", future_id, "lease", *_EVENT_KEYS, token=token, event=event))
+    async def give_back(self, future_id: str, token: bytes, facts: JobFacts) -> None:
+        step = self._step(
+            "give_back", future_id, "lease", *_EVENT_KEYS, token=token, waiting=self._keys.waiting(facts.backend), score=score_of(facts),
+            event=_state(JobState.QUEUED, self._now_ms()),
+        )  # fmt: skip
+        await self._steps.take(step)
 
     def end_then(self, end: JobEnd, on_done: OnDone) -> None:
         step = self._step(

@@ -202,8 +202,8 @@ async def test_a_run_whose_lease_lapsed_writes_nothing_once_another_has_begun(st
     before = (await store.jobs.read("f"), await store.jobs.events("f"))
     store.jobs.note("f", b"run", JobEvent(EventKind.PROGRESS, 1, fraction=0.5))
     assert not await store.jobs.renew("f", b"run")
-    assert not await store.jobs.try_again("f", b"run", Attempt(1, error="stale"))
-    await store.jobs.give_back("f", b"run")
+    assert not await store.jobs.try_again("f", b"run", Attempt(1, error="stale"), FACTS)
+    await store.jobs.give_back("f", b"run", FACTS)
     assert (await store.jobs.read("f"), await store.jobs.events("f")) == before
     assert await ended(store, token=b"run"), "its result counts: it is the same work"
     assert await state_of(store) == "succeeded"
@@ -243,7 +243,7 @@ async def test_the_end_of_a_job_ends_the_lease_of_its_run_alone(store: Store) ->
 async def test_a_run_that_is_given_back_is_no_attempt_and_another_begins_at_once(store: Store) -> None:
     await added(store)
     await begun(store)
-    await store.jobs.give_back("f", b"run")
+    await store.jobs.give_back("f", b"run", FACTS)
     record = await store.jobs.read("f")
     assert record is not None and record.state is JobState.QUEUED and record.has_begun, "so it does not expire any more"
     assert await begun(store, b"another") == Leased(1)
@@ -258,8 +258,8 @@ async def test_a_run_that_failed_is_written_down_and_the_job_waits_for_another(s
     await added(store)
     await begun(store)
     failed = Attempt(1, ended_ms=2500, error="OSError: no", again_ms=4000)
-    assert await store.jobs.try_again("f", b"run", failed)
-    assert await store.jobs.try_again("f", b"run", failed), "said again"
+    assert await store.jobs.try_again("f", b"run", failed, FACTS)
+    assert await store.jobs.try_again("f", b"run", failed, FACTS), "said again"
     assert await state_of(store) == "queued"
     assert await begun(store, b"another") == Leased(2)
     record = await store.jobs.read("f")
@@ -270,14 +270,14 @@ async def test_a_run_that_failed_is_written_down_and_the_job_waits_for_another(s
 async def test_a_job_that_was_cancelled_meanwhile_is_not_tried_again(store: Store) -> None:
     await begun(store)
     await ended(store, state=JobState.CANCELLED)
-    assert not await store.jobs.try_again("f", b"run", Attempt(1, error="OSError"))
+    assert not await store.jobs.try_again("f", b"run", Attempt(1, error="OSError"), FACTS)
     assert await state_of(store) == "cancelled"
 
 
 async def test_only_the_latest_attempts_are_kept(store: Store) -> None:
     for number in range(1, KEPT_ATTEMPTS + 4):
         assert await begun(store, b"%d" % number) == Leased(number)
-        assert await store.jobs.try_again("f", b"%d" % number, Attempt(number, error=str(number)))
+        assert await store.jobs.try_again("f", b"%d" % number, Attempt(number, error=str(number)), FACTS)
     record = await store.jobs.read("f")
     assert record is not None
     assert [attempt.number for attempt in record.attempts] == list(range(4, KEPT_ATTEMPTS + 4))
@@ -383,6 +383,20 @@ async def test_the_place_of_a_job_is_by_priority_and_then_by_time(store: Store) 
     await begun(store, id="d", facts=JobFacts("b"))
     await ended(store, "a")
     assert [await store.jobs.place(name, JobFacts("b")) for name in "dafc"] == [None, None, 0, 1]
+
+
+async def test_a_job_that_waits_again_has_a_place_again(store: Store) -> None:
+    first, second, third = (JobFacts("b", created_ms=created_ms) for created_ms in (10, 20, 30))
+    for name, facts in (("given back", first), ("tried again", second), ("waits", third)):
+        await added(store, name, facts)
+        if facts is not third:
+            await begun(store, id=name, facts=facts)
+    await store.jobs.give_back("given back", b"run", first)
+    assert await store.jobs.try_again("tried again", b"run", Attempt(1, ended_ms=50, error="no", again_ms=70), second)
+    assert [await store.jobs.place(name, FACTS) for name in ("given back", "waits", "tried again")] == [0, 1, 2]
+    await begun(store, b"another", "given back", first)
+    await ended(store, "tried again", state=JobState.CANCELLED)
+    assert [await store.jobs.place(name, FACTS) for name in ("given back", "waits", "tried again")] == [None, 0, None]
 
 
 async def test_a_job_that_waits_for_its_time_stands_behind_those_before_it(store: Store) -> None:

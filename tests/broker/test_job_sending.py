@@ -21,7 +21,7 @@ from mqserve.broker.errors import (
     UnknownJob,
 )
 from mqserve.broker.job_store import OnDone
-from mqserve.broker.jobs import JobEnd, JobFacts, JobState
+from mqserve.broker.jobs import JOB_RESULT_TTL_S, JobEnd, JobFacts, JobState, Run
 from mqserve.broker.later import DueJob
 from mqserve.broker.memory.queue import EmbeddedQueue
 from mqserve.broker.memory.store import EmbeddedStore
@@ -31,7 +31,7 @@ from mqserve.broker.store import Store
 from mqserve.broker.store_keys import StoreKeys
 from mqserve.broker.values.codecs import PICKLE, decode_value, encode_value
 from mqserve.broker.values.signing import SealScope, Signer
-from tests.broker.keeping_jobs import begun, ended, state_of
+from tests.broker.keeping_jobs import FACTS, begun, ended, state_of
 from tests.broker.traffic import BUDGET_S, Hands, until
 
 pytestmark = pytest.mark.anyio
@@ -251,10 +251,8 @@ async def test_a_job_is_cancelled_once_and_whoever_waits_is_told(sender: JobSend
     await asyncio.gather(listening, reading, return_exceptions=True)
 
 
-async def test_the_end_of_a_job_that_waits_is_kept_until_its_message_has_come(
-    sender: JobSender, store: Store, queue: Queue, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The message of a delayed job cannot be taken back: a replica that finds no end would run it after all."""
+def noted_ends(store: Store, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Returns for how many ms each end that is recorded from now on is kept."""
     kept_ms: list[int] = []
     end_then = store.jobs.end_then
 
@@ -263,6 +261,14 @@ async def test_the_end_of_a_job_that_waits_is_kept_until_its_message_has_come(
         end_then(end, on_done)
 
     monkeypatch.setattr(store.jobs, "end_then", noting)
+    return kept_ms
+
+
+async def test_the_end_of_a_job_that_waits_is_kept_until_its_message_has_come(
+    sender: JobSender, store: Store, queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message of a delayed job cannot be taken back: a replica that finds no end would run it after all."""
+    kept_ms = noted_ends(store, monkeypatch)
     await queue.declare("b", 1, None)
     await queue.later.declare()
     month_ms = 30 * 24 * 3600 * 1000
@@ -271,6 +277,18 @@ async def test_the_end_of_a_job_that_waits_is_kept_until_its_message_has_come(
     await begun(store, id=running)
     assert await sender.cancel(running)
     assert kept_ms[0] > month_ms > kept_ms[1]
+
+
+async def test_the_end_of_a_job_that_runs_is_kept_as_long_as_its_replica_would_keep_its_result(
+    sender: JobSender, store: Store, queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept_ms = noted_ends(store, monkeypatch)
+    await queue.declare("b", 1, None)
+    for kept_s in (3600, 0, 1):
+        id = await submitted(sender)
+        await store.jobs.begin(Run(id, b"run", "r", FACTS, now_ms=2000, result_ttl_s=kept_s))
+        assert await sender.cancel(id)
+    assert kept_ms == [3_600_000, JOB_RESULT_TTL_S * 1000, 600_000], "until its message cannot come again, at least"
 
 
 async def test_a_job_that_was_not_begun_in_time_has_expired(sender: JobSender, store: Store, queue: Queue) -> None:
@@ -288,7 +306,7 @@ async def test_a_job_that_has_begun_does_not_expire(sender: JobSender, store: St
     await queue.declare("b", 1, None)
     id = await submitted(sender, terms=JobTerms(expires_ms=store.now_ms() - 10_000))
     await begun(store, id=id)
-    await store.jobs.give_back(id, b"run")
+    await store.jobs.give_back(id, b"run", FACTS)
     await begun(store, b"another", id)
     record = await sender.look(id)
     assert record is not None and record.state is JobState.RUNNING

@@ -108,9 +108,9 @@ async def test_steps_whose_answers_were_lost_are_taken_once(store_wire: Wire, na
         for step in (
             lambda: added(store),
             lambda: begun(store),
-            lambda: store.jobs.try_again("f", b"run", Attempt(1, ended_ms=5, error="no")),
+            lambda: store.jobs.try_again("f", b"run", Attempt(1, ended_ms=5, error="no"), FACTS),
             lambda: begun(store, b"second"),
-            lambda: store.jobs.give_back("f", b"second"),
+            lambda: store.jobs.give_back("f", b"second", FACTS),
             lambda: begun(store, b"third"),
             lambda: ended(store, token=b"third"),
         ):
@@ -138,7 +138,7 @@ async def test_events_whose_answers_were_lost_are_added_once(store_wire: Wire, n
                 await asyncio.sleep(0.1)
                 store_wire.reset()
                 store_wire.mend()
-            await store.jobs.give_back("f", run)
+            await store.jobs.give_back("f", run, FACTS)
         words = [event.text or event.state for _, event in await store.jobs.events("f")]
     assert words == 2 * ["running", "one", "two", "queued"]
 

@@ -1,6 +1,7 @@
 """Jobs of one replica beside those of another: who has the lease of a job, what a run without it may write, and what is given back."""
 
 import asyncio
+import time
 from typing import Any
 
 import msgspec
@@ -381,11 +382,11 @@ class AwayTries(EmbeddedJobs):
     away = True
     asked = 0
 
-    async def try_again(self, id: str, token: bytes, attempt: Attempt) -> bool:
+    async def try_again(self, id: str, token: bytes, attempt: Attempt, facts: JobFacts) -> bool:
         self.asked += 1
         if self.away:
             raise StoreUnavailable("it is away")
-        return await super().try_again(id, token, attempt)
+        return await super().try_again(id, token, attempt, facts)
 
 
 async def test_a_failed_job_that_went_back_meanwhile_is_not_published_a_second_time() -> None:
@@ -409,7 +410,7 @@ async def test_the_last_failure_is_the_result_and_the_message_a_dead_letter_with
     async with Serving(LaterQueue(), retry={"attempts": 2, "on": ["OSError"]}) as serving:
         earlier = Run(MINTED, b"1", "b#9", facts=job_facts(), now_ms=2000)
         await serving.store.jobs.begin(earlier)
-        await serving.store.jobs.try_again(MINTED, b"1", Attempt(1, ended_ms=2500, error="OSError: at first", again_ms=2600))
+        await serving.store.jobs.try_again(MINTED, b"1", Attempt(1, ended_ms=2500, error="OSError: at first", again_ms=2600), job_facts())
         await serving.send_job(msgspec.structs.replace(a_job(), header=Header(origin="handle", job=JobHead(created_ms=1000, tries=1))))
         job = await begun_by(serving)
         assert job.envelope.attempt == 2
@@ -430,6 +431,21 @@ async def test_who_waits_at_a_queue_for_the_reply_gets_the_first_failure() -> No
         fail(serving, await begun_by(serving))
         await serving.settled()
     assert queue.later_ones == [] and (await record_of(serving, "b/order-17")).state is JobState.FAILED
+
+
+async def test_a_job_that_never_ran_in_its_time_has_expired_and_one_that_did_was_still_running() -> None:
+    async with Serving(job_timeout_s=7) as serving:
+        for started, state, words in ((0.0, JobState.EXPIRED, "still waited"), (1.0, JobState.FAILED, "still running after 7 s")):
+            sent = msgspec.structs.replace(a_job(), id=f"{started:032.0f}")
+            await serving.send_job(sent)
+            job = await begun_by(serving)
+            job.started, job.deadline = started, time.monotonic()
+            serving.worker.jobs.remove(job)
+            serving.server.on_done(job, job.unwanted_result)
+            await serving.settled()
+            assert (await record_of(serving, sent.id)).state is state
+            raw = await serving.store.get(KEYS.future(sent.id))
+            assert raw is not None and words in str(Result.from_bytes(raw).error)
 
 
 async def test_the_end_of_a_backend_ends_its_jobs() -> None:
