@@ -150,6 +150,20 @@ def test_after_its_last_attempt_a_job_has_failed_with_the_error_of_its_handler_a
     assert ended(job).state is JobState.FAILED and tally.lines == ["1", "2"]
 
 
+def test_a_job_with_a_large_body_can_be_sent_once_more(client: serve.Client, deploy: Deploy, tally: Tally) -> None:
+    def measure(request: serve.ServeRequest) -> int:
+        tally.note()
+        if len(tally) == 1:
+            raise ValueError("not now")
+        return len(request.data)
+
+    job = client.get_handle(deploy(measure)).submit("x" * 1_500_000)
+    with pytest.raises(ValueError, match="not now"):
+        job.result(30)
+    again = job.retry()
+    assert again.result(30) == 1_500_000 and again.status().retry_of == job.id
+
+
 def test_an_error_that_retry_does_not_name_is_the_result_at_once(client: serve.Client, deploy: Deploy, tally: Tally) -> None:
     job = client.get_handle(deploy(failing(tally, 9, lambda: KeyError("a")), retry=serve.Retry(on=(OSError,), backoff_s=0.1))).submit()
     with pytest.raises(KeyError):

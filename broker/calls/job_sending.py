@@ -60,6 +60,7 @@ class JobSender:
         self.held = held
         self._keys = keys
         self._signer = signer
+        self._reading = asyncio.Lock()  # a large body is read before `held` can count it: one at a time
         self._unrecorded = RateLimitedLog(logger)
 
     def __repr__(self) -> str:
@@ -135,17 +136,21 @@ class JobSender:
                 f"{MESSAGE_TTL_S // 60} minutes, any other end as long as the result; a direct publisher's job has none)"
             )
         kept = KeptMessage.opened(raw, self._signer, facts.backend, future_id)
-        header, body = kept.header, kept.body
-        if header.ref:
-            body = await self._body_of(future_id)
+        if not kept.header.ref:
+            return await self._send_kept(kept, kept.body, record, new_id, refusal)
+        async with self._reading:
+            return await self._send_kept(kept, await self._body_of(future_id), record, new_id, refusal)
+
+    async def _send_kept(self, kept: KeptMessage, body: bytes, record: JobRecord, new_id: str, refusal: str) -> JobFacts:
+        header, facts = kept.header, record.facts
         body = sealed_anew(
-            body, kept.content_type, self._signer, SealScope("request", facts.backend, future_id),
+            body, kept.content_type, self._signer, SealScope("request", facts.backend, record.id),
             SealScope("request", facts.backend, new_id), UNENDED_TTL_S * 1000,
         )  # fmt: skip
         within_ms = header.deadline - facts.created_ms if header.deadline else 0
         expires_ms = self.store.now_ms() + within_ms if within_ms else 0
         ttl_s = header.job.result_ttl_s if header.job is not None else 0
-        terms = JobTerms(0, expires_ms, ttl_s, kept.priority, facts.tag, future_id, facts.callback, header.once)
+        terms = JobTerms(0, expires_ms, ttl_s, kept.priority, facts.tag, record.id, facts.callback, header.once)
         return await self.submit(
             new_id, facts.backend, body, kept.content_type, header.meta, origin=header.origin, terms=terms, refusal=refusal
         )

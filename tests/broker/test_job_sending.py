@@ -355,6 +355,28 @@ async def test_a_large_body_is_sent_once_more(sender: JobSender, store: Store, k
         await sender.retry(id, mint_id())
 
 
+async def test_large_bodies_are_read_one_at_a_time(sender: JobSender, store: Store, queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody knows how large they are before that."""
+    await queue.declare("b", 1, None)
+    ids = [await submitted(sender, body=b"x" * (INLINE_BODY_BYTES + 1)) for _ in range(5)]
+    for id in ids:
+        await ended(store, id, state=JobState.FAILED)
+    get_large, uncounted, most = store.get_large, 0, 0
+
+    async def reading(key: str) -> bytes | None:
+        nonlocal uncounted, most
+        uncounted += 1
+        most = max(most, uncounted)
+        found = await get_large(key)
+        await asyncio.sleep(0.01)
+        uncounted -= 1
+        return found
+
+    monkeypatch.setattr(store, "get_large", reading)
+    await asyncio.gather(*(sender.retry(id, mint_id()) for id in ids))
+    assert most == 1 and sender.held.held == 0
+
+
 async def test_a_job_whose_message_is_not_kept_is_not_sent_once_more(sender: JobSender, store: Store) -> None:
     with pytest.raises(UnknownJob):
         await sender.retry("unknown", mint_id())
