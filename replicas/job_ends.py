@@ -13,10 +13,10 @@ import msgspec
 from ..broker.dead_letters import Attempt as LostRun
 from ..broker.dead_letters import Death
 from ..broker.envelope import Envelope, JobHead
-from ..broker.jobs import JOB_RESULT_TTL_S, MAX_RESULT_TTL_S, Attempt, JobEnd, JobRecord, JobState, state_of
+from ..broker.jobs import JOB_RESULT_TTL_S, MAX_RESULT_TTL_S, Attempt, JobEnd, JobRecord, JobState, facts_of, state_of
 from ..broker.process.printable import printable
 from ..broker.queue import Queue, fate_of
-from ..broker.results import Outcome, Result, entry_of
+from ..broker.results import Outcome, Phase, Result, entry_of
 from ..broker.store import Store, recorded
 from ..controller.state.config import BackendConfig
 from ..controller.state.retries import is_exhausted, next_pause_s
@@ -63,11 +63,19 @@ class JobEnds:
         future_id = envelope.future_id(self._backend)
         raw = (result if envelope.attempt == 1 else msgspec.structs.replace(result, attempt=envelope.attempt)).to_bytes()
         return JobEnd(
-            id=future_id, result=raw, note=entry_of(future_id, raw), state=_state_of(job, result), status=result.status,
-            backend=self._backend, ended_ms=self._store.now_ms(), result_ttl_ms=self.result_ttl_ms(envelope), token=job.mark,
-            inbox=envelope.header.inbox, endpoint=envelope.header.meta.endpoint,
+            id=future_id,
+            result=raw,
+            note=entry_of(future_id, raw),
+            state=_state_of(result),
+            status=result.status,
+            backend=self._backend,
+            ended_ms=self._store.now_ms(),
+            result_ttl_ms=self.result_ttl_ms(envelope),
+            token=job.mark if job.begun else b"",
+            inbox=envelope.header.inbox,
+            endpoint=envelope.header.meta.endpoint,
             callback=envelope.header.job.callback if envelope.header.job is not None else "",
-        )  # fmt: skip
+        )
 
     def result_ttl_ms(self, envelope: Envelope) -> int:
         asked = envelope.header.job.result_ttl_s if envelope.header.job is not None else 0
@@ -94,8 +102,9 @@ class JobEnds:
         again_ms = now_ms + int(pause_s * 1000)
         error = f"{result.error.type}: {result.error.message}"[:MAX_ERROR]
         attempt = Attempt(envelope.attempt, ended_ms=now_ms, error=error, again_ms=again_ms)
+        facts = facts_of(self._backend, envelope, now_ms)
         future_id = envelope.future_id(self._backend)
-        is_taken = await insist(lambda: self._store.jobs.try_again(future_id, job.mark, attempt))
+        is_taken = await insist(lambda: self._store.jobs.try_again(future_id, job.mark, attempt, facts))
         if is_taken and job.stage is not Stage.RETURNED:  # that one's message is in the queue already, and is its next try
             again = _for_another_try(envelope, again_ms, now_ms)
             failure = await fate_of(partial(self._queue.publish_later, self._backend, again, pause_s), _CONFIRM_BUDGET_S)
@@ -112,6 +121,8 @@ class JobEnds:
             return None
         assert result.error is not None
         record = await self._store.jobs.read(job.envelope.future_id(self._backend))
+        if record is not None and record.attempts and record.attempts[-1].number != job.envelope.attempt:
+            return None  # another run has begun since then, and its end counts
         error = f"{result.error.type}: {result.error.message}"
         runs = history(record)
         if runs:
@@ -127,8 +138,9 @@ def history(record: JobRecord | None) -> list[LostRun]:
     return [LostRun(attempt.replica, attempt.started_ms, attempt.error if attempt.ended_ms else lost) for attempt in attempts]
 
 
-def _state_of(job: KeptJob, result: Result) -> JobState:
-    return JobState.EXPIRED if result.outcome is Outcome.LATE and not job.begun else state_of(result)
+def _state_of(result: Result) -> JobState:
+    never_ran = result.outcome is Outcome.LATE and result.error is not None and result.error.phase is Phase.QUEUE
+    return JobState.EXPIRED if never_ran else state_of(result)
 
 
 def _has_failed(job: KeptJob, result: Result) -> bool:

@@ -39,7 +39,7 @@ from .loading import construct, read_backend
 from .metrics import ReplicaMetrics
 from .request_loop import RequestLoop
 from .stages import Job
-from .user_hooks import ConfigLost, UserHooks
+from .user_hooks import UserHooks
 from .worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -157,6 +157,7 @@ class Replica:
             async with asyncio.TaskGroup() as tasks:
                 minding = [
                     tasks.create_task(self._follow(requests, hooks, stop)),
+                    tasks.create_task(hooks.apply_forever(self._options.replica_id)),
                     tasks.create_task(hooks.check_health_forever(backend)),
                     tasks.create_task(_stop_with(worker, stop)),
                     tasks.create_task(requests.keep_taking_forever(lambda: self._say(MemberState.READY))),
@@ -206,7 +207,9 @@ class Replica:
                 await self._learn_convertors(read_desired)
             if name in desired.backends:
                 requests.configure(desired.backends[name].config)
-                await self._reconfigure(hooks, desired.backends[name])
+                hooks.want(desired.backends[name])
+                if not requests.generations:
+                    await hooks.settled()  # before it takes its first request
             if generations := observed.queues.get(name, ()):
                 requests.want({generation: observed.shards_of(name, generation) for generation in generations})
 
@@ -251,14 +254,6 @@ class Replica:
         self._convertors_of, self._told_convertors, self._convertor_error = (desired.epoch, desired.version), desired.convertors, error
         if is_news:
             self._presence.tell()
-
-    async def _reconfigure(self, hooks: UserHooks, backend: Backend) -> None:
-        try:
-            await hooks.apply(backend)
-        except ConfigLost:
-            raise
-        except BackendFailed as error:
-            logger.warning("%s keeps its last good user_config: %s", self._options.replica_id, error)
 
     def _is_wanted(self, observed: Observed) -> bool:
         if self._options.external:

@@ -17,6 +17,7 @@ from ..broker.dead_letters import Death
 from ..broker.envelope import Envelope
 from ..broker.errors import BadEnvelope, BrokerUnavailable, MQServeError, StoreUnavailable, words_of
 from ..broker.failures import traceback_of
+from ..broker.jobs import facts_of
 from ..broker.process.printable import printable, printable_lines
 from ..broker.process.rate_limited_log import RateLimitedLog
 from ..broker.process.tasks import Tasks
@@ -152,7 +153,10 @@ class Settlement:
             if isinstance(job, KeptJob) and await self._goes_on(job, result):
                 return self.ack(job)
             if envelope.id:
-                result = await self._stored(job, result)
+                stored = await self._stored(job, result)
+                if stored is None and isinstance(job, KeptJob):
+                    return self.ack(job)  # another run has begun since then: it answers
+                result = stored or result
             if envelope.reply_to:
                 chunks = job.flow.sent if job.flow is not None and job.flow.is_reply else None
                 send = partial(send_reply, self._queue, self._backend, envelope, result, _CONFIRM_BUDGET_S, chunks)
@@ -180,8 +184,9 @@ class Settlement:
             return time.monotonic() + JOB_UNLIMITED_S
         return job.deadline if job.envelope.header.deadline else time.monotonic() + UNLIMITED_S
 
-    async def _stored(self, job: Job, result: Result) -> Result:
-        """Stores the result and returns the one that counts: another run of the same request may have been first."""
+    async def _stored(self, job: Job, result: Result) -> Result | None:
+        """Stores the result and returns the one that counts: another run of the same request may have been first. None if that one's is not
+        there (yet, or any more)."""
         envelope, body, until = job.envelope, result.body, self._until(job)
         if not _is_large(envelope, body):
             first = await _insist(lambda: self.record(job, result), until)
@@ -190,7 +195,7 @@ class Settlement:
             first = await _insist(lambda: self._put_body(job, key, body), until)
             small = msgspec.structs.replace(result, body=b"", ref=key)
             first = first and await _insist(lambda: self.record(job, small), until)
-        return result if first or not envelope.reply_to else await _insist(lambda: self._admission.stored(envelope, result), until)
+        return result if first or not envelope.reply_to else await _insist(lambda: self._admission.stored(envelope), until)
 
     async def _put_body(self, job: Job, key: str, body: bytes) -> bool:
         """Writes the body of a large result, and returns True; returns False if another run was first. All runs share the key, and that
@@ -321,7 +326,8 @@ class Settlement:
 
     async def _end_lease_and_requeue(self, job: KeptJob, later: bool) -> None:
         try:
-            await self._store.jobs.give_back(job.envelope.future_id(self._backend), job.mark)
+            facts = facts_of(self._backend, job.envelope, self._store.now_ms())
+            await self._store.jobs.give_back(job.envelope.future_id(self._backend), job.mark, facts)
         except StoreUnavailable as error:
             logger.warning("a job of %s goes back before its lease has ended, for which the next replica waits: %s", self._backend, error)
         self._requeue_soon(job, later)
