@@ -78,6 +78,7 @@ def make_schedule(
         options.tag or name,
         math.ceil(options.result_ttl_s or 0),
         math.ceil((options.expires_s or 0) * 1000),
+        options.callback_url,
     )
     sealed = call.sealed(signer, endpoint, name)
     if len(sealed) > MAX_BYTES:
