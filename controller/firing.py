@@ -16,28 +16,44 @@ from ..broker.process.rate_limited_log import RateLimitedLog
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
 from ..broker.values.signing import Signer
-from .cron import LATE_MS, Cron, cron_of, due
+from .cron import LATE_MS, cron_of, due
 from .lease import Leader, NotLeading
 from .scheduled_jobs import send_scheduled
 from .state.documents import Desired, Observed, Schedule
-from .state.firings import Firing, firings_to_bytes, problem_of, read_firings
+from .state.firings import Firing, firings_to_bytes, problem_of, read_firings, times_of
 
 logger = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 5.0  # store time may be set anew
 TRY_AGAIN_S = 1.0
+NOTHING_NOTED = Firing()
 
 
 class _Course:
-    """How far one schedule is: its times until `settled_ms` have their jobs, or were missed."""
+    """How far one schedule is: its times until `settled_ms` have their jobs, or were missed.
 
-    def __init__(self, cron: Cron, settled_ms: int) -> None:
-        self.cron = cron
+    It goes on where the schedule of the same name and times was in an instance that has ended: what was due between the two belongs to that
+    one, whose token it has. So a job that was sent and not noted there has the same id here.
+    """
+
+    def __init__(self, schedule: Schedule, noted: Firing) -> None:
+        """Raises BadValue for times that this machine cannot read."""
+        self.cron = cron_of(schedule.cron, schedule.timezone)
         self.unsent = RateLimitedLog(logger)
-        self.settle(settled_ms)
+        self._schedule = schedule
+        is_its_own = noted.token == schedule.token
+        self._before = noted.token if not is_its_own and noted.times == times_of(schedule) else ""
+        self.settle(noted.until if self._before else max(schedule.since_ms, noted.at, noted.until if is_its_own else 0))
 
     def __repr__(self) -> str:
-        return f"<_Course of {self.cron!r} until {self.settled_ms}>"
+        return f"<_Course of {self._schedule.name} until {self.settled_ms}>"
+
+    def token_at(self, ms: int) -> str:
+        return self._before if self._before and ms <= self._schedule.since_ms else self._schedule.token
+
+    def noted(self, last: Firing) -> Firing:
+        """Returns what the next leader has to know."""
+        return Firing(last.at, last.job, self.settled_ms, times_of(self._schedule), self.token_at(self.settled_ms))
 
     def settle(self, until_ms: int) -> None:
         self.settled_ms = until_ms
@@ -115,7 +131,7 @@ class Firings:
         if self._known is None:
             await self._read()
             self._known = dict(self._written)
-        schedules = self._desired.schedules
+        desired, schedules = self._desired, self._desired.schedules
         self._forget_but({schedule for schedule in schedules.values() if not schedule.paused})
         now_ms = self._store.now_ms()
         if firing := [schedule for schedule in schedules.values() if not schedule.paused and self._is_due(schedule, now_ms)]:
@@ -123,7 +139,10 @@ class Firings:
             async with asyncio.TaskGroup() as tasks:
                 for schedule in firing:
                     tasks.create_task(self._fire(schedule, now_ms))
-        self._known = {name: fired for name, fired in self._known.items() if name in schedules}
+        for schedule in schedules.values():
+            self._note(schedule)
+        if not desired.incomplete:  # its starter may yet declare those of the instance before
+            self._known = {name: fired for name, fired in self._known.items() if name in schedules}
         if self._known != self._written:
             await self._write()
         return self._pause_s()
@@ -143,10 +162,8 @@ class Firings:
     def _is_due(self, schedule: Schedule, now_ms: int) -> bool:
         assert self._known is not None
         if schedule not in self._courses:
-            fired = self._known.get(schedule.name)
-            settled_ms = max(schedule.since_ms, fired.at if fired is not None else 0)
             try:
-                self._courses[schedule] = _Course(cron_of(schedule.cron, schedule.timezone), settled_ms)
+                self._courses[schedule] = _Course(schedule, self._known.get(schedule.name, NOTHING_NOTED))
             except BadValue as error:  # another machine, or another version, could read it
                 self.problems[problem_of(schedule.name)] = str(error)
                 return False
@@ -162,10 +179,10 @@ class Firings:
         try:
             for at_ms in times:
                 self._check_leads()
-                job_id = self._signer.derived_id("firing", schedule.name, schedule.token, at_ms)
+                job_id = self._signer.derived_id("firing", schedule.name, course.token_at(at_ms), at_ms)
                 await send_scheduled(self._jobs, self._signer, self._desired, schedule, job_id, at_ms, refusal=self._refusal)
-                self._known[schedule.name] = Firing(at_ms, job_id)
                 course.settle(at_ms)
+                self._known[schedule.name] = course.noted(Firing(at_ms, job_id))
             course.settle(max(course.settled_ms, now_ms - LATE_MS))
             self.problems.pop(problem_of(schedule.name), None)
             course.unsent.over()
@@ -176,6 +193,15 @@ class Firings:
             self.problems[problem_of(schedule.name)] = f"it is due and was not sent, by a bug in mqserve: {error!r}"
             logger.exception("schedule %s is due and was not sent: that is a bug in mqserve, please report it", schedule.name)
 
+    def _note(self, schedule: Schedule) -> None:
+        """A time that is made up for must not be one at which it was paused, so the next instance does not go on with one that is."""
+        assert self._known is not None
+        last = self._known.get(schedule.name, NOTHING_NOTED)
+        if schedule.paused:
+            self._known[schedule.name] = Firing(last.at, last.job, token=schedule.token)
+        elif (course := self._courses.get(schedule)) is not None and (last.token, last.times) != (schedule.token, times_of(schedule)):
+            self._known[schedule.name] = course.noted(last)
+
     def _check_leads(self) -> None:
         if not self._leader.still_leads():
             raise NotLeading("another controller took over, or may do so now")
@@ -184,6 +210,8 @@ class Firings:
 
     async def _read(self) -> None:
         self._raw = await self._store.get(self._keys.firings)
+        if self._known is None:
+            await self._store.expire([self._keys.firings], None)  # an instance that has ended left it
         try:
             self._written = read_firings(self._raw)
         except BadEnvelope as error:

@@ -1,6 +1,7 @@
 """Schedules, in both forms: an endpoint's jobs at the times of a cron expression."""
 
 import json
+import signal
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -203,11 +204,13 @@ def test_what_cannot_be_scheduled_is_refused(telling: str) -> None:
 
 
 def test_an_asgi_app_is_not_scheduled(client: serve.Client) -> None:
-    deploy = Deploy(client)
-    app = deploy(Starlette(), route="/app")
+    app = new_name("app")
+    serve.create_backend(app, Starlette, factory=True)
+    serve.create_endpoint(app, backend=app, route=f"/{app}")
     with pytest.raises(serve.BadValue, match="answers HTTP requests, and a schedule sends none"):
         serve.schedule("s", app, cron=NIGHTLY)
-    deploy.undo()
+    serve.delete_endpoint(app)
+    serve.delete_backend(app)
 
 
 def test_a_schedule_is_declared_together_with_its_endpoint(client: serve.Client, name: str) -> None:
@@ -250,6 +253,18 @@ assert "often" in serve.list_schedules()
 def test_a_file_of_run_schedules_what_it_decorates(shell: CommandLine) -> None:
     program = shell.start("run", shell.file("app.py", FILE), "--port", str(free_port()))
     wait_until(lambda: "cleaned all" in program.output, told=lambda: program.output)
+
+
+def test_a_file_of_run_that_is_started_again_goes_on_where_its_schedule_was(distributed_shell: CommandLine) -> None:
+    file = distributed_shell.file("app.py", FILE.replace("request.data", 'request.headers["x-scheduled-for"]'))
+    times: list[datetime] = []
+    for _ in range(2):
+        program = distributed_shell.start("run", file, "--port", str(free_port()))
+        wait_until(lambda: program.output.count("cleaned") >= 3, told=lambda: program.output)  # noqa: B023
+        program.signal(signal.SIGINT)
+        program.wait()
+        times += [datetime.fromisoformat(line.split()[1]) for line in program.output.splitlines() if line.startswith("cleaned")]
+    assert sorted(times) == [min(times) + timedelta(seconds=number) for number in range(len(times))]
 
 
 def test_a_file_of_run_that_schedules_what_is_not_there_is_refused(shell: CommandLine) -> None:

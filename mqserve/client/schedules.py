@@ -47,7 +47,7 @@ class ScheduleStatus:
             schedule.catch_up,
             schedule.paused,
             _time(next_time(schedule, now_ms)),
-            _time(last.at if last is not None else None),
+            _time(last.at if last is not None and last.job else None),
             last.job if last is not None else "",
         )
 

@@ -121,7 +121,7 @@ class ScheduleFacts(msgspec.Struct, frozen=True):
     def of(cls, schedule: Schedule, last: Firing | None, observed: Observed, now_ms: int) -> ScheduleFacts:
         return cls(
             schedule.name, schedule.endpoint, schedule.cron, schedule.timezone, schedule.catch_up, schedule.paused,
-            _at(next_time(schedule, now_ms)), _at(last.at if last is not None else None),
+            _at(next_time(schedule, now_ms)), _at(last.at if last is not None and last.job else None),
             last.job if last is not None else "", observed.problems.get(problem_of(schedule.name), ""),
         )  # fmt: skip
 

@@ -63,6 +63,9 @@ class Recorder(JobSender):
     def __repr__(self) -> str:
         return f"<Recorder of {len(self.sent)}>"
 
+    def count(self, schedule: str) -> int:
+        return sum(job.schedule == schedule for job in self.sent)
+
     async def submit(
         self,
         future_id: str,
@@ -133,13 +136,13 @@ async def until(condition: Callable[[], object], budget_s: float = 20) -> None:
             await asyncio.sleep(0.01)
 
 
-async def noted(store: Store, keys: StoreKeys, jobs: Recorder, name: str = "s") -> None:
-    """Returns once the store has the last job of the schedule."""
+async def noted(store: Store, keys: StoreKeys, jobs: Recorder, name: str = "s", more_than: int = 0) -> None:
+    """Returns once the store has the last job of the schedule, of more than so many."""
     async with asyncio.timeout(20):
         while True:
             found = read_firings(await store.get(keys.firings)).get(name)
             sent = [job.id for job in jobs.sent if job.schedule == name]
-            if found is not None and found.job == sent[-1]:
+            if found is not None and len(sent) > more_than and found.job == sent[-1]:
                 return
             await asyncio.sleep(0.01)
 
@@ -208,6 +211,55 @@ async def test_a_bug_with_one_schedule_stops_no_other(store: Store, keys: StoreK
         await until(lambda: jobs.sent)
         assert "schedule broken" in firings.problems
         await until(lambda: len(jobs.sent) >= 2)
+
+
+async def test_it_goes_on_where_that_of_an_ended_instance_was(store: Store, keys: StoreKeys) -> None:
+    """What was due between the two has the ids of the earlier one, which may have sent it already."""
+    jobs, now = Recorder(), store.now_ms()
+    before = {"s": Firing(until=now - 2 * YEAR_MS, times=f"{YEARLY} UTC", token="old")}
+    await store.set(keys.firings, firings_to_bytes(before), ttl_ms=60_000)
+    desired = document(scheduled(YEARLY, now, catch_up="once"), scheduled(EVERY_SECOND, now, name="marker"))
+    for leader in ("first", "second"):
+        async with firing(jobs, store, keys, desired, leader):
+            await noted(store, keys, jobs, "marker", more_than=jobs.count("marker"))
+    [job] = [job for job in jobs.sent if job.schedule == "s"]
+    assert job.id == SIGNER.derived_id("firing", "s", "old", job.at_ms)
+    assert {job.id for job in jobs.sent if job.schedule == "marker"} == {
+        SIGNER.derived_id("firing", "marker", "t", job.at_ms) for job in jobs.sent if job.schedule == "marker"
+    }
+
+
+@pytest.mark.parametrize("times", ["", f"{HOURLY} UTC", f"{YEARLY} Europe/Berlin"])
+async def test_it_does_not_go_on_where_another_was_or_one_that_was_paused(store: Store, keys: StoreKeys, times: str) -> None:
+    jobs, now = Recorder(), store.now_ms()
+    await store.set(keys.firings, firings_to_bytes({"s": Firing(until=now - 2 * YEAR_MS, times=times, token="old")}))
+    desired = document(scheduled(YEARLY, now, catch_up="once"), scheduled(EVERY_SECOND, now, name="marker"))
+    async with firing(jobs, store, keys, desired):
+        await noted(store, keys, jobs, "marker", more_than=0)
+    assert {job.schedule for job in jobs.sent} == {"marker"}
+
+
+async def test_what_the_next_instance_has_to_know_is_noted_before_the_first_firing(store: Store, keys: StoreKeys) -> None:
+    jobs, now = Recorder(), store.now_ms()
+    paused = msgspec.structs.replace(scheduled(YEARLY, now, name="paused"), paused=True)
+    desired = document(scheduled(YEARLY, now), paused, scheduled(EVERY_SECOND, now, name="marker"))
+    async with firing(jobs, store, keys, desired):
+        await noted(store, keys, jobs, "marker", more_than=0)
+    found = read_firings(await store.get(keys.firings))
+    assert found["s"] == Firing(until=now, times=f"{YEARLY} UTC", token="t")
+    assert found["paused"] == Firing(token="t")
+
+
+async def test_those_of_an_ended_instance_are_kept_until_all_is_declared(store: Store, keys: StoreKeys) -> None:
+    jobs, now, yet = Recorder(), store.now_ms(), Firing(until=5, times=f"{YEARLY} UTC", token="old")
+    await store.set(keys.firings, firings_to_bytes({"yet to come": yet}))
+    marker = scheduled(EVERY_SECOND, now, name="marker")
+    async with firing(jobs, store, keys, document(marker, incomplete=True)) as firings:
+        await noted(store, keys, jobs, "marker", more_than=0)
+        assert read_firings(await store.get(keys.firings))["yet to come"] == yet
+        firings.go_on(document(marker), Observed())
+        await noted(store, keys, jobs, "marker", more_than=jobs.count("marker"))
+        assert set(read_firings(await store.get(keys.firings))) == {"marker"}
 
 
 async def test_one_that_cannot_be_sent_makes_no_other_late(store: Store, keys: StoreKeys) -> None:
