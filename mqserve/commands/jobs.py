@@ -21,7 +21,7 @@ from ..broker.process.printable import printable
 from ..broker.results import Result
 from ..broker.settings import Settings
 from ..connections import Connections, open_connections
-from .printing import print_json, print_sentence, rfc3339, when
+from .printing import print_about, print_json, print_sentence, rfc3339, when
 from .status_table import make_console, make_table
 
 ASK_ABOVE = 10
@@ -122,7 +122,7 @@ async def show_jobs(settings: Settings, ids: Sequence[str], *, as_json: bool, co
             if as_json:
                 print_json(console, [facts])
             else:
-                _print_facts(console, facts)
+                print_about(console, facts)
     if missing:
         raise BadValue(no_such(missing))
     return 0
@@ -303,17 +303,3 @@ def progress_words(event: JobEvent) -> str:
 
 def no_such(ids: Sequence[str]) -> str:
     return "; ".join(f"nothing is known of a job {printable(job_id)!r}: see `mqserve jobs list`" for job_id in ids)
-
-
-def _print_facts(console: Console, facts: dict[str, Any]) -> None:
-    for name, value in facts.items():
-        if name in ("history", "events"):
-            lines = ["  ".join(printable(str(part)) for part in entry.values() if part not in ("", None)) for entry in value]
-            text = "".join(f"\n    {line}" for line in lines)
-        elif isinstance(value, dict):
-            text = "  ".join(printable(str(part)) for part in value.values())
-        else:
-            text = printable(str(value))
-        if value not in ("", None, []):
-            console.print(Text.assemble((f"{name.replace('_', ' ')}: ", "dim"), text), highlight=False, soft_wrap=True)
-    console.print()

@@ -255,6 +255,19 @@ client.delete_backend("passing")
     assert done.stdout == "two\n", done.stderr
 
 
+def test_the_controllers_user_fires_what_the_clients_user_has_scheduled(composed: Composed) -> None:
+    script = (
+        "import time, mqserve as serve; serve.schedule('often', 'members', cron='* * * * * *', data={'a'})\n"
+        "while not (job := serve.list_schedules()['often'].last_job): time.sleep(0.1)\n"
+        "print(sorted(serve.job(job).result(timeout=20)), sorted(serve.run_schedule('often').result(timeout=20)))"
+    )
+    client = composed.shell("client")
+    done = client.python(script)
+    assert done.stdout == "['a', 'c'] ['a', 'c']\n", done.stderr
+    for command, said in (("pause", "1 paused.\n"), ("resume", "1 resumed.\n"), ("delete", "1 deleted.\n")):
+        assert client.run("schedules", command, "often").stdout == said
+
+
 @pytest.mark.parametrize("role", ["proxy", "client"])
 def test_a_replica_writes_a_stream_and_its_reader_reads_it_gives_credit_and_drops_it(composed: Composed, role: str) -> None:
     keys, name = StoreKeys("mqserve"), mint_id()
