@@ -14,7 +14,7 @@ from tests.instances import SECRET_KEY, CommandLine, Deploy, started, wait_until
 from tests.ports import free_port
 from tests.receivers import Received, Receiver, receiving
 
-CALLBACKS = {"MQSERVE_CALLBACK_HOSTS": "localhost", "MQSERVE_CALLBACK_NETWORKS": "127.0.0.0/8,::1", "MQSERVE_CALLBACK_HTTP": "1"}
+CALLBACKS = {"MQSERVE_CALLBACK_HOSTS": "localhost:*", "MQSERVE_CALLBACK_NETWORKS": "127.0.0.0/8,::1", "MQSERVE_CALLBACK_HTTP": "1"}
 ASYNC = {"Prefer": "respond-async"}
 
 

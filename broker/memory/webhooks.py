@@ -22,6 +22,10 @@ class EmbeddedWebhookDelivery:
     def __repr__(self) -> str:
         return f"<EmbeddedWebhookDelivery {self._webhook.id}>"
 
+    @property
+    def is_lost(self) -> bool:
+        return False
+
     def webhook(self) -> Webhook:
         return self._webhook
 

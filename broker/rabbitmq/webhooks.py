@@ -29,6 +29,10 @@ class RabbitWebhookDelivery:
     def __repr__(self) -> str:
         return f"<RabbitWebhookDelivery {self._delivery.properties.message_id}>"
 
+    @property
+    def is_lost(self) -> bool:
+        return self._delivery.is_lost
+
     def webhook(self) -> Webhook:
         return Webhook.from_bytes(self._delivery.body)
 
