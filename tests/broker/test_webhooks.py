@@ -553,6 +553,7 @@ async def test_what_is_in_the_outbox_is_sent_once_more_after_a_death_under_the_s
     queue, signer = EmbeddedQueue(), WebhookSigner(SECRETS, "ns")
     await recorded(store.jobs.end_then, end_of(store, "one", "https://hooks.example/1"))
     await recorded(store.jobs.end_then, end_of(store, "two", "https://elsewhere.example/"))
+    await recorded(store.jobs.end_then, end_of(store, "three", "no url"))
 
     class Dying(EmbeddedWebhooks):
         async def send(self, webhook: Webhook) -> None:
@@ -562,10 +563,10 @@ async def test_what_is_in_the_outbox_is_sent_once_more_after_a_death_under_the_s
     dying = Dying()
     with pytest.raises(RuntimeError):
         await Outbox(store, dying, signer, RULES).send_some()
-    assert await Outbox(store, queue.webhooks, signer, RULES).send_some() == 2
+    assert await Outbox(store, queue.webhooks, signer, RULES).send_some() == 3
     assert (
         [webhook.id for webhook in dying.waiting]
         == [webhook.id for webhook in queue.webhooks.waiting]
-        == [signer.id_of("one", "job.succeeded")]
+        == [signer.id_of(job, "job.succeeded") for job in ("one", "two")]
     )
     assert not await store.jobs.ends(10)
