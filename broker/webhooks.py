@@ -7,13 +7,14 @@ delivered waits, in a queue whose messages RabbitMQ moves back after 2, 4, 8, â€
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 import msgspec
 from yarl import URL
 
 from .errors import UNPARSABLE, BadEnvelope
-from .queue import Consumption
+from .queue import Consumption, DeadLetters
 
 VERSION = 1
 WAITS_S: tuple[int, ...] = tuple(2**exponent for exponent in range(1, 14))  # between two tries: from 2 s to two hours and a quarter
@@ -84,8 +85,9 @@ class Webhooks(Protocol):
     """The queues of webhooks on the broker, for controllers. Methods that publish return once the broker has confirmed the message, and
     raise its errors."""
 
-    async def declare(self) -> None:
-        """Makes sure that `<ns>.webhooks` and the queue of dead ones exist and are bound. Idempotent."""
+    async def declare(self) -> int:
+        """Makes sure that `<ns>.webhooks` and the queue of dead ones exist and are bound. Idempotent. Returns how many dead ones there are
+        that nobody holds."""
         ...
 
     async def delete_if_empty(self) -> None:
@@ -106,6 +108,10 @@ class Webhooks(Protocol):
 
     async def set_aside(self, webhook: Webhook) -> None:
         """Puts it among the dead ones."""
+        ...
+
+    def dead(self, at_most: int | None = None) -> AbstractAsyncContextManager[DeadLetters]:
+        """Takes the dead ones, of which each body is a webhook's message. Raises UnknownBackend where there is no queue of them."""
         ...
 
 

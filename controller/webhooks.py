@@ -54,6 +54,7 @@ class WebhookSending:
         self._keeping: asyncio.Task[None] | None = None
         self._consumption: Consumption | None = None
         self._tasks = Tasks()
+        self.given_up = 0  # how many are dead letters
         self._waits, self._trouble = RateLimitedLog(logger), RateLimitedLog(logger)
 
     def __repr__(self) -> str:
@@ -81,7 +82,7 @@ class WebhookSending:
         while True:
             pause_s = DECLARE_AGAIN_S
             try:
-                await self._webhooks.declare()
+                self.given_up = await self._webhooks.declare()
                 if self._consumption is None:
                     self._consumption = await self._webhooks.consume(HELD, self._take)
                 self._waits.over()
@@ -166,6 +167,13 @@ class Callbacks:
 
     def __repr__(self) -> str:
         return f"<Callbacks {self._outbox!r}, {self._sending!r}>"
+
+    @property
+    def problems(self) -> dict[str, str]:
+        """What operators are told, for the observed document."""
+        if not (count := self._sending.given_up):
+            return {}
+        return {"webhooks": f"{count} were given up: `mqserve webhooks list` shows why, `mqserve webhooks retry` sends them again"}
 
     async def turn(self, desired: Desired, *, leads: bool) -> None:
         """Looks after them, from the first backend on. When the instance closes the leader goes on until `tidy`. The leader empties the

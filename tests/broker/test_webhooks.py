@@ -346,14 +346,14 @@ class Hasty(EmbeddedWebhooks):
     def __init__(self) -> None:
         super().__init__()
         self.waits: list[int] = []
-        self.dead: list[Webhook] = []
+        self.given_up: list[Webhook] = []
 
     async def wait(self, webhook: Webhook, wait_s: int) -> None:
         self.waits.append(wait_s)
         await self.send(webhook)
 
     async def set_aside(self, webhook: Webhook) -> None:
-        self.dead.append(webhook)
+        self.given_up.append(webhook)
 
 
 @asynccontextmanager
@@ -393,8 +393,8 @@ async def test_one_that_nobody_took_for_a_day_is_a_dead_letter_with_the_reason()
     with receiving(lambda number: (503, {})) as receiver:
         async with sending(webhooks):
             await webhooks.send(webhook_to(receiver.port, EmbeddedStore("ns").now_ms() - GIVEN_UP_AFTER_MS))
-            await until(lambda: webhooks.dead)
-    assert (webhooks.dead[0].tries, "503" in webhooks.dead[0].error) == (1, True)
+            await until(lambda: webhooks.given_up)
+    assert (webhooks.given_up[0].tries, "503" in webhooks.given_up[0].error) == (1, True)
 
 
 async def test_one_to_a_host_that_may_not_be_called_any_more_waits_for_other_settings() -> None:
@@ -404,15 +404,15 @@ async def test_one_to_a_host_that_may_not_be_called_any_more_waits_for_other_set
         await webhooks.send(webhook)
         await until(lambda: len(webhooks.waits) >= 3)
         await webhooks.send(msgspec.structs.replace(webhook, since_ms=0))
-        await until(lambda: webhooks.dead)
-    assert "MQSERVE_CALLBACK_HOSTS" in webhooks.dead[0].error
+        await until(lambda: webhooks.given_up)
+    assert "MQSERVE_CALLBACK_HOSTS" in webhooks.given_up[0].error
 
 
 async def test_one_whose_url_makes_no_sense_is_a_dead_letter_at_once() -> None:
     webhooks = Hasty()
     async with sending(webhooks):
         await webhooks.send(Webhook(VERSION, "msg_1", "no url", BODY, EmbeddedStore("ns").now_ms()))
-        await until(lambda: webhooks.dead)
+        await until(lambda: webhooks.given_up)
     assert not webhooks.waits
 
 
@@ -439,7 +439,7 @@ async def test_a_receiver_that_is_gone_for_good_is_not_asked_again() -> None:
     with receiving(lambda number: (410, {})) as receiver:
         async with sending(webhooks):
             await webhooks.send(webhook_to(receiver.port, EmbeddedStore("ns").now_ms()))
-            await until(lambda: webhooks.dead)
+            await until(lambda: webhooks.given_up)
         assert len(receiver.received) == 1 and not webhooks.waits
 
 
