@@ -173,7 +173,7 @@ class Callbacks:
         """What operators are told, for the observed document."""
         if not (count := self._sending.given_up):
             return {}
-        return {"webhooks": f"{count} were given up: `mqserve webhooks list` shows why, `mqserve webhooks retry` sends them again"}
+        return {"webhooks given up": f"{count}: `mqserve webhooks list` shows why, `mqserve webhooks retry` sends them again"}
 
     async def turn(self, desired: Desired, *, leads: bool) -> None:
         """Looks after them, from the first backend on. When the instance closes the leader goes on until `tidy`. The leader empties the

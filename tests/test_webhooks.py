@@ -222,7 +222,7 @@ import mqserve as serve
 client = serve.start(http_options={"port": 0})
 client.create_backend("b", lambda request: None)
 client.create_endpoint("b", backend="b", route="/b")
-answer = httpx.post(f"{client.http_url()}/b", headers={"Prefer": "respond-async", "X-Callback-URL": "https://hooks.example/"})
+answer = httpx.get(f"{client.http_url()}/b", headers={"Prefer": "respond-async", "X-Callback-URL": "https://hooks.example/"})
 print(answer.status_code, "MQSERVE_CALLBACK_HOSTS" in answer.text)
 client.shutdown()
 """
