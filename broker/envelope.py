@@ -81,10 +81,12 @@ class Header(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def claims(self) -> bool:
-        """Whether the header uses rights that need trust. Any publisher may set a deadline and a method to call; every other field needs
-        trust."""
-        says = self.origin or self.inbox or self.ref or self.shadow or self.once or self.stream or self.job or self.again
-        return bool(says) or self.meta != RequestHead(call=self.meta.call)
+        """Whether the header uses rights that need trust. Any publisher may set a deadline, a method to call, and a job's callback URL;
+        every other field needs trust."""
+        says = self.origin or self.inbox or self.ref or self.shadow or self.once or self.stream or self.again
+        if says or (self.job is not None and self.job != JobHead(callback=self.job.callback)):
+            return True
+        return self.meta != RequestHead(call=self.meta.call)
 
 
 NO_HEADER = Header()

@@ -18,7 +18,7 @@ from .process.tls import secured
 from .queue_names import check_namespace
 from .values.header_seals import HeaderSeals
 from .values.signing import MIN_KEY_BYTES, Signer
-from .values.webhook_signing import derived_secret, read_webhook_secret
+from .values.webhook_signing import derived_secret, read_webhook_secrets
 
 PREFIX = "MQSERVE_"
 MIN_TOKEN_LENGTH = 16
@@ -54,9 +54,9 @@ class Settings:
 
     @property
     def webhook_secrets(self) -> tuple[bytes, ...]:
-        """What webhooks are signed with, the current one first; none without a key."""
+        """What webhooks are signed with, the current one first; none without a key. Receivers are given the current one."""
         if self.callbacks.secret:
-            return (read_webhook_secret(self.callbacks.secret),)
+            return read_webhook_secrets(self.callbacks.secret)
         return tuple(derived_secret(key, self.namespace) for key in self.secret_keys)
 
     @property

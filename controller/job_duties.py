@@ -56,7 +56,7 @@ class JobDuties:
     @property
     def problems(self) -> dict[str, str]:
         """What operators are told, for the observed document."""
-        return self._firings.problems
+        return self._firings.problems | self._callbacks.problems
 
     @property
     def callbacks(self) -> CallbackRules:

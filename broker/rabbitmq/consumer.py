@@ -41,6 +41,11 @@ class RabbitDelivery:
         self.properties = properties
         self.body = body
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether its channel has ended, so that RabbitMQ delivers it again."""
+        return not self._channel.is_open
+
     def envelope(self) -> Envelope:
         return Envelope.from_amqp(self.properties, self.body, self._seals)
 

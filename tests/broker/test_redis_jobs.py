@@ -13,6 +13,7 @@ from mqserve.broker.jobs import (
     WAIT_TTL_S,
     Attempt,
     Done,
+    EndNote,
     EventKind,
     JobEvent,
     JobFacts,
@@ -94,8 +95,20 @@ async def test_ids_whose_records_have_expired_leave_the_list(store_server: Priva
             await begun(store, id=str(number))
             await ended(store, str(number), result_ttl_ms=1)
         assert store_server.say("ZCARD", keys.jobs) < 500
-        assert store_server.say("EXISTS", keys.waiting("b")) == 0
-        assert store_server.say("EXISTS", keys.ends) == 0, "nothing follows from their ends"
+        assert store_server.say("EXISTS", keys.waiting("b"), keys.ends) == 0
+
+
+async def test_each_end_from_which_something_follows_is_in_the_outbox_once(
+    store_server: PrivateRedis, namespace: str, keys: StoreKeys
+) -> None:
+    async with open_redis(store_server.url, namespace) as store:
+        await added(store)
+        for _ in range(3):
+            await ended(store, callback="https://hooks.example/")
+        await ended(store, result=b"another", callback="https://hooks.example/")
+        await ended(store, "g", state=JobState.EXPIRED)
+        found = [EndNote.from_bytes(fields[b"end"]) for _, fields in store_server.say("XRANGE", keys.ends, "-", "+")]
+    assert found == [EndNote("f", JobState.SUCCEEDED, found[0].ended_ms, callback="https://hooks.example/")]
 
 
 # The connection ends, or leads nowhere.
