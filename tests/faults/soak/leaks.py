@@ -17,7 +17,7 @@ from tests.faults.soak.backends import BACKENDS, REPLICAS
 from tests.faults.soak.cluster import Cluster
 
 QUIET_S = 45.0
-STORE_CONNECTIONS = 16 + 4  # of one process at most: its pool, its readers, its subscription, and one being replaced
+STORE_CONNECTIONS = 16 + 4 + 4  # of one process at most: its pool, its wires, its readers, its subscription, and one being replaced
 DAY_S = 24 * 3600
 
 # What follows `mqserve:<ns>:` -> how long it lives at most; None: no expiry. From broker/store_keys.py.
