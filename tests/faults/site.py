@@ -1,8 +1,6 @@
 """A whole instance for tests that kill any part of it: the soak's cluster, whose servers keep their data, driven by plain code."""
 
 import asyncio
-import os
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,9 +45,6 @@ class Site:
         """As a crash would, and starts it again as whoever runs it would."""
         member.program.kill()
         self.cluster.start_member(member)
-
-    def kill_replica(self, pid: int) -> None:
-        os.kill(pid, signal.SIGKILL)
 
     def kill_server(self, server: PrivateServer) -> None:
         """As a crash would; returns when it is back, with its data, and the proxies take requests again."""

@@ -5,6 +5,7 @@ import asyncio
 import faulthandler
 import os
 import random
+import signal
 import subprocess
 import threading
 import time
@@ -173,8 +174,9 @@ def deaths(site: Site, tally: Tally) -> Iterator[Counter[str]]:
     def kill_replicas() -> None:
         while not ended.wait(random.uniform(*PAUSES_S)):
             with suppress(redis.RedisError, OSError):  # Redis is away, or the replica has gone
-                site.kill_replica(random.choice(sorted(site.members.pids("replica", "b")) or [0]))
-                killed["replica"] += 1
+                if pids := site.members.pids("replica", "b"):
+                    os.kill(random.choice(sorted(pids)), signal.SIGKILL)
+                    killed["replica"] += 1
 
     def kill_servers() -> None:
         for server, runs in ((site.cluster.broker, BROKER_AFTER), (site.cluster.store, STORE_AFTER)):
@@ -247,7 +249,7 @@ def test_each_of_ten_thousand_jobs_has_one_recorded_end_whatever_dies(site: Site
     print(f"refused, and sent again: {dict(senders.refused)}")
 
     assert len(senders.ids) == len(ends) == counts.total() == JOBS
-    assert killed["RabbitMQ"] == killed["Redis"] == 1 and killed["replica"] >= 5
+    assert killed["RabbitMQ"] == killed["Redis"] == 1 and killed["replica"] >= 3
     assert all(counts[state] for state in ENDS), counts
     for number, id in senders.ids.items():
         check_end(number, *ends[id])
