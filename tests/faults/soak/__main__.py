@@ -241,6 +241,10 @@ def report(outcome: Outcome, console: Console) -> None:
     if details:
         console.print("of those: " + ", ".join(f"{count} {detail}" for detail, count in details.most_common()))
 
+    if rerun := [entry for entry in outcome.ledger.entries.values() if len(outcome.runs.get(entry.number, ())) > 1]:
+        when = ", ".join(f"{entry.kind} at {entry.sent - outcome.began:.0f} s" for entry in rerun[:SHOWN])
+        console.print(f"sent when, of those that ran twice: {when}")
+
     for finding in outcome.findings[:SHOWN]:
         console.print(f"✗ {finding}", markup=False, style="red")
     if len(outcome.findings) > SHOWN:
