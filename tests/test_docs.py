@@ -39,7 +39,6 @@ from mqserve.commands.cli import cli
 from mqserve.commands.status import BackendFacts, ControllerFacts, EndpointFacts, Facts, MemberFacts, ServerFacts
 from mqserve.controller.state.config import BackendConfig
 from mqserve.instance.starting import LOCATIONS
-from tests.conftest import refuse
 from tests.instances import SECRET_KEY, CommandLine, new_namespace, started, wait_until
 from tests.ports import free_port
 
@@ -247,18 +246,6 @@ def test_the_node_example_parses(name: str, tmp_path: Path) -> None:
     (tmp_path / "example.js").write_text(NAMED[name])
     parsed = subprocess.run(["node", "--check", "example.js"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert parsed.returncode == 0, parsed.stderr
-
-
-@pytest.fixture(scope="module")
-def amqplib(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The folder of Node's modules with amqplib, from npm."""
-    folder = tmp_path_factory.mktemp("node")
-    if shutil.which("npm") is None:
-        refuse("there is no npm here: install nodejs and npm")
-    installed = subprocess.run(["npm", "install", "--no-audit", "--no-fund", "amqplib@0.10"], cwd=folder, capture_output=True, timeout=100)
-    if installed.returncode:
-        refuse(f"npm cannot install amqplib: {installed.stderr.decode()[-500:]}")
-    return str(folder / "node_modules")
 
 
 @pytest.mark.long
