@@ -29,7 +29,7 @@ from ..shards import shares
 from ..values.header_seals import HeaderSeals
 from .channel import JoinedChannel
 from .connection import CONNECT_BUDGET_S, LONGEST_PAUSE_S, OPERATION_BUDGET_S, Link, RabbitConnection, really_cancelled, user_of
-from .consumer import RabbitConsumption, RabbitDelivery, RabbitJobDelivery, ShardedConsumption, one_started
+from .consumer import AddressedDelivery, RabbitConsumption, RabbitDelivery, RabbitJobDelivery, ShardedConsumption, one_started
 from .dead_letters import RabbitDeadLetters, open_dead_letters
 from .later import RabbitLater
 from .topology import RabbitTopology
@@ -194,8 +194,8 @@ class RabbitQueue:
         return consumptions[0] if len(consumptions) == 1 else ShardedConsumption(consumptions)
 
     async def _consume_queue(self, queue: str, prefetch: int, on_delivery: Callable[[RabbitDelivery], None]) -> Consumption:
-        """Consumes a queue that is no backend's."""
-        consumption = RabbitConsumption(self._consuming, queue, prefetch, on_delivery, None)
+        """Consumes a queue that is no backend's. Each delivery is an AddressedDelivery."""
+        consumption = RabbitConsumption(self._consuming, queue, prefetch, on_delivery, None, AddressedDelivery)
         await self._start([consumption])
         return consumption
 

@@ -20,6 +20,8 @@ from mqserve.broker.settings import Settings
 from mqserve.broker.store import Store
 from mqserve.broker.store_keys import StoreKeys
 from mqserve.controller.due import DueJobs
+from mqserve.controller.endpoint_jobs import EndpointJobs
+from mqserve.controller.state.documents import Backend, Desired
 from mqserve.replicas.trust import SenderTrust
 from tests.broker.traffic import Hands, until
 
@@ -188,8 +190,9 @@ async def forwarding(
     async def leading(act: Callable[[], Awaitable[T]]) -> T:
         return await act()
 
-    due = DueJobs(queue.later, senders or Trusting(), store, leading)
-    await due.go_on(backends, sealed=sealed)
+    endpoints = EndpointJobs("test", queue, store, StoreKeys("test"))
+    due = DueJobs(queue.later, endpoints, senders or Trusting(), store, leading)
+    await due.go_on(Desired(backends={name: Backend(name, "", name) for name in backends}), sealed=sealed)
     try:
         yield due
     finally:
