@@ -74,7 +74,7 @@ class EndpointJobs:
         errors of broker and store."""
         try:
             endpoint = await self._find(name)
-            await self._forward(endpoint, _checked(job.envelope()))
+            await self._forward(endpoint, check_published(job.envelope()))
         except BadEnvelope as error:
             await self._refuse(job, name, error)
 
@@ -161,20 +161,20 @@ class EndpointJobs:
         await recorded(self._store.jobs.end_then, end)
 
 
-def _is_name(name: str) -> bool:
-    try:
-        return bool(check_name(name, "an endpoint"))
-    except BadValue:
-        return False
-
-
-def _checked(published: Envelope) -> Envelope:
+def check_published(published: Envelope) -> Envelope:
     """Raises BadEnvelope for what nobody may send to an endpoint."""
     if published.header.claims:
         raise BadSignature("the mq header says more than a direct publisher may (deadline and meta.call): leave the header out")
     if media_type(published.content_type) == PICKLE:
         raise BadEnvelope("a pickle from a direct publisher is never opened: send JSON, MessagePack, text or bytes")
     return published
+
+
+def _is_name(name: str) -> bool:
+    try:
+        return bool(check_name(name, "an endpoint"))
+    except BadValue:
+        return False
 
 
 def _forwarded(published: Envelope, endpoint: str, now_ms: int) -> Envelope:

@@ -164,8 +164,10 @@ class RabbitQueue:
         return open_dead_letters(self._consuming, queue_names.dead_queue(self._namespace, backend), backend, at_most)
 
     def republish(self, letter: DeadLetter, settled: Settled) -> None:
-        exchange = self._jobs if letter.is_job else self._requests
-        self._publish(exchange, letter.backend, letter.to_amqp(self._user), letter.body, letter.id, settled)
+        exchange, key = self._jobs if letter.is_job else self._requests, letter.backend
+        if letter.endpoint:
+            exchange, key = queue_names.endpoints_exchange(self._namespace), letter.endpoint
+        self._publish(exchange, key, letter.to_amqp(self._user), letter.body, letter.id, settled)
 
     def _publish(self, exchange: str, key: str, properties: bytes, body: bytes, message_id: str, settled: Settled) -> None:
         if self._channel is None:

@@ -152,7 +152,8 @@ def purge_jobs(ids: tuple[str, ...], everything: bool, yes: bool, namespace: str
 
 @click.group()
 def dead() -> None:
-    """List, show, retry and drop dead letters, the messages that were set aside."""
+    """List, show, retry and drop dead letters, the messages that were set aside. BACKEND is @endpoints for messages that were published to
+    an endpoint and got no further."""
 
 
 selection_options = [
