@@ -59,6 +59,7 @@ class JobHead(msgspec.Struct, frozen=True, omit_defaults=True):
     tag: str = ""
     retry_of: str = ""
     callback: str = ""  # the URL that is told of its end
+    reply_to: str = ""  # of one that was published to an endpoint: the queue that gets the answer
 
 
 class Header(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -110,6 +111,16 @@ def is_minted(text: str) -> bool:
     return _MINTED.fullmatch(text) is not None
 
 
+def endpoint_key(endpoint: str, message_id: str) -> str:
+    """The id under which the result of a message is stored that was published to an endpoint. No name has an `@`, so no other id is the
+    same."""
+    return f"@{endpoint}@{message_id}"
+
+
+def is_endpoint_key(future_id: str) -> bool:
+    return future_id.startswith("@")
+
+
 _MINTED = re.compile(f"[0-9a-f]{{{MINTED_ID_LENGTH}}}")
 _MINTED_AT_ONCE = 64
 _minted: list[str] = []
@@ -149,8 +160,13 @@ class Envelope(msgspec.Struct, frozen=True):
         return bool(self.header.origin) and len(self.id) == MINTED_ID_LENGTH
 
     def future_id(self, backend: str) -> str:
-        """The id under which the result is stored. A minted id is used as it is; a caller's own key is scoped to the backend."""
-        return self.id if self.minted or not self.id else f"{backend}/{self.id}"
+        """The id under which the result is stored. A minted id is used as it is; a caller's own key is scoped to the backend, or to the
+        endpoint if it was published to that: then its sender does not know the backend."""
+        if self.minted or not self.id:
+            return self.id
+        if not self.header.origin and self.header.meta.endpoint:
+            return endpoint_key(self.header.meta.endpoint, self.id)
+        return f"{backend}/{self.id}"
 
     def without_header(self) -> Self:
         """Returns a copy without the header, as if a direct publisher had sent it, because the header is not trusted."""

@@ -154,8 +154,8 @@ class Queue(Protocol):
         ...
 
     def republish(self, letter: DeadLetter, settled: Settled) -> None:
-        """Publishes a dead letter's message to its backend's queue, or to that for jobs if it came from there. The letter stays until it is
-        removed."""
+        """Publishes a dead letter's message to its backend's queue, or to that for jobs if it came from there, or to its endpoint if it got
+        no further. The letter stays until it is removed."""
         ...
 
     async def consume(

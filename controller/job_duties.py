@@ -19,6 +19,7 @@ from ..broker.settings import Settings
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
 from .due import DueJobs
+from .endpoint_jobs import EndpointJobs
 from .firing import Firings
 from .job_ends import Leftovers, Senders
 from .lease import Leader
@@ -44,7 +45,8 @@ class JobDuties:
         settings: Settings,
     ) -> None:
         signer = settings.signer
-        self._due = DueJobs(queue.later, senders, store, while_leading) if senders is not None else None
+        endpoints = EndpointJobs(settings.namespace, queue, store, keys)
+        self._due = DueJobs(queue.later, endpoints, senders, store, while_leading) if senders is not None else None
         self._firings = Firings(JobSender(queue, store, keys, HeldBytes(), signer), store, keys, signer, leader)
         self._callbacks = Callbacks(queue, store, settings)
         self._due_waits = RateLimitedLog(logger)
@@ -75,7 +77,7 @@ class JobDuties:
         if self._due is None or not (desired.backends or self._due.is_going_on):
             return
         try:
-            await self._due.go_on(desired.backends, sealed=observed.sealed)
+            await self._due.go_on(desired, sealed=observed.sealed)
             self._due_waits.over()
         except BrokerUnavailable as error:
             self._due_waits.say(f"jobs that wait for their time wait longer: {error}")

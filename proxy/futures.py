@@ -13,7 +13,7 @@ from urllib.parse import unquote
 
 from ..broker.calls.job_sending import JobSender
 from ..broker.calls.sending import RequestSender
-from ..broker.envelope import is_minted, mint_id
+from ..broker.envelope import is_endpoint_key, is_minted, mint_id
 from ..broker.errors import MQServeError, ResultGone
 from ..broker.jobs import JobRecord, JobState, state_of
 from ..broker.result_bodies import BodyGone
@@ -80,7 +80,7 @@ class Futures:
             allowed = ", ".join(methods)
             return problem(405, f"{scope['path']} takes {allowed}.", mint_id(), headers=((b"allow", allowed.encode()),))
         if not is_minted(future_id):
-            if "/" not in future_id:
+            if "/" not in future_id and not is_endpoint_key(future_id):
                 return problem(404, "That is no request's id: it is what X-Request-ID or a handle's future says, 32 hex digits.", mint_id())
             if not self._trusts(scope):
                 return forbidden("A request by its sender's own key")

@@ -11,7 +11,7 @@ import msgspec
 
 from ..broker import queue_names
 from ..broker.dead_letters import Attempt, digest_of
-from ..broker.envelope import Envelope, is_minted
+from ..broker.envelope import Envelope, is_endpoint_key, is_minted
 from ..broker.errors import BadEnvelope, StoreUnavailable
 from ..broker.process.printable import printable
 from ..broker.process.rate_limited_log import RateLimitedLog
@@ -179,13 +179,13 @@ class Admission:
 
     async def result_in(self, future_id: str, raw: bytes) -> Result:
         """Returns a stored result of this backend with its body. Raises BadEnvelope as `_ours` does."""
-        return await self._or_its_loss(future_id, self._ours(raw))
+        return await self._or_its_loss(future_id, self._ours(future_id, raw))
 
-    def _ours(self, raw: bytes) -> Result:
+    def _ours(self, future_id: str, raw: bytes) -> Result:
         """Parses a stored result. Raises BadEnvelope if it is another backend's: names and callers' ids may have slashes, so two backends
-        can share a key."""
+        can share a key. That of an endpoint may be of any of its backends."""
         result = Result.from_bytes(raw)
-        if result.backend not in ("", self._backend):
+        if result.backend not in ("", self._backend) and not is_endpoint_key(future_id):
             raise BadEnvelope(f"under its id stands a result of backend {result.backend!r}: use another message_id")
         return result
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from ..broker.amqp_replies import send_reply
 from ..broker.backoff import delays
 from ..broker.dead_letters import Death
 from ..broker.envelope import Envelope
@@ -27,7 +28,6 @@ from ..broker.store import Record, Store
 from ..broker.store_keys import RESULT_TTL_S, StoreKeys
 from ..controller.state.config import BackendConfig
 from .admission import Admission, LostBody, Poison
-from .amqp_replies import send_reply
 from .job_ends import JobEnds
 from .metrics import ReplicaMetrics
 from .register import Register

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from ..broker.amqp_replies import MAX_REPLY_BYTES
 from ..broker.calls.sending import MAX_BODY_BYTES
 from ..broker.envelope import Envelope
 from ..broker.errors import BadType, TooLarge
@@ -13,7 +14,6 @@ from ..broker.streams import Form, Head, Owner
 from ..broker.values.codecs import TEXT
 from ..broker.values.signing import Signer
 from ..controller.state.config import BackendConfig
-from .amqp_replies import MAX_REPLY_BYTES
 from .chunks import EVENTS, BodyChunks, checked, encode_item, takes_events
 from .outgoing import Outgoing
 from .replies import plain_result, value_result

@@ -30,6 +30,7 @@ class RabbitDelivery:
 
     __slots__ = ("_channel", "_seals", "_tag", "body", "properties", "redelivered")
     is_job = False  # whether it came from the queue for jobs
+    has_address = False  # whether it says where it was published
 
     def __init__(
         self, channel: JoinedChannel, tag: int, redelivered: bool, properties: Basic.Properties, body: bytes, seals: BackendSeals | None
@@ -61,6 +62,19 @@ class RabbitJobDelivery(RabbitDelivery):
 
     __slots__ = ()
     is_job = True
+
+
+class AddressedDelivery(RabbitDelivery):
+    """A delivery that says where it was published."""
+
+    __slots__ = ("exchange", "routing_key")
+    has_address = True
+
+    def __init__(
+        self, channel: JoinedChannel, tag: int, redelivered: bool, properties: Basic.Properties, body: bytes, seals: BackendSeals | None
+    ) -> None:
+        super().__init__(channel, tag, redelivered, properties, body, seals)
+        self.exchange, self.routing_key = channel.address
 
 
 class RabbitConsumption:
@@ -150,7 +164,7 @@ class RabbitConsumption:
     async def _consume(self, connection: RabbitConnection) -> None:
         """Consumes until the channel is lost or, after `cancel`, until every delivery in hand is settled."""
         raw = await connection.open_channel(confirms=False)
-        channel = self._channel = JoinedChannel(raw, connection.hot, self._hand_over)
+        channel = self._channel = JoinedChannel(raw, connection.hot, self._hand_over, wants_address=self._delivery.has_address)
         lost = asyncio.Event()
         raw.on_consumer_cancel_callbacks.add(lambda _: lost.set())
         closing = asyncio.create_task(channel.wait_closed())

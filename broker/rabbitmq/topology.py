@@ -86,12 +86,15 @@ class RabbitTopology:
 
     async def declare_due(self) -> None:
         due, later = queue_names.due_queue(self._namespace), queue_names.later_exchange(self._namespace)
+        endpoints = queue_names.endpoints_exchange(self._namespace)
 
         async def declare(channel: Channel) -> None:
             for exchange in (later, self._jobs):  # the latter may be gone with all backends, and to publish to it would close the channel
                 await channel.exchange_declare(exchange, exchange_type="direct", durable=True)
             await channel.queue_declare(due, durable=True, arguments=_CLASSIC)
             await channel.queue_bind(due, later, queue_names.DUE_KEY)
+            await channel.exchange_declare(endpoints, exchange_type="topic", durable=True)  # so that rights may depend on the routing key
+            await channel.queue_bind(due, endpoints, "#")
 
         await self._declare(declare)
 

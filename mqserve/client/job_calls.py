@@ -190,7 +190,7 @@ class JobCalls:
         if record is None:
             raise UnknownJob(
                 f"nothing is known of a job {key!r}: nobody sent it, or its record is gone, which stays twice as long as its result; a "
-                "publisher's own message_id needs its backend, too"
+                "publisher's own message_id needs its backend or endpoint, too"
             )
         return record
 

@@ -227,7 +227,8 @@ def run_schedule(name: str, namespace: str | None) -> int:
 
 @click.group()
 def dead() -> None:
-    """List, show, retry and drop dead letters, the messages that were set aside."""
+    """List, show, retry and drop dead letters, the messages that were set aside. BACKEND is @endpoints for messages that were published to
+    an endpoint and got no further."""
 
 
 selection_options = [

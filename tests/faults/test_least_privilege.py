@@ -239,6 +239,31 @@ def test_a_direct_publisher_gets_its_reply_and_its_dead_letter(composed: Compose
     wait_until(lambda: "mqserve.dead.double\t1" in composed.broker.ctl("list_queues", "name", "messages"))
 
 
+def test_a_direct_publisher_reaches_only_the_endpoints_that_its_topic_permission_names(composed: Composed) -> None:
+    composed.broker.ctl("add_user", "endpoint-publisher", "secret")
+    composed.broker.ctl("set_permissions", "endpoint-publisher", r"^replies$", r"^(mqserve\.endpoints|replies)$", r"^replies$")
+    composed.broker.ctl("set_topic_permissions", "endpoint-publisher", "mqserve.endpoints", "^(double|missing)$", "^$")
+    parameters = pika.URLParameters(f"amqp://endpoint-publisher:secret@127.0.0.1:{composed.broker.port}/")
+    with pika.BlockingConnection(parameters) as connection:
+        channel = connection.channel()
+        channel.queue_declare("replies", exclusive=True)
+        for endpoint in ("double", "missing"):
+            properties = pika.BasicProperties(content_type="application/json", reply_to="replies", correlation_id=endpoint, message_id="m")
+            channel.basic_publish("mqserve.endpoints", endpoint, b"21", properties)
+        answers = {}
+        for method, properties, body in channel.consume("replies", auto_ack=True, inactivity_timeout=20):
+            assert method is not None, composed.outputs()
+            answers[properties.correlation_id] = (properties.headers["mq-status"], body)
+            if len(answers) == 2:
+                break
+        with pytest.raises(pika.exceptions.ChannelClosedByBroker, match="ACCESS_REFUSED"):
+            channel.confirm_delivery()
+            channel.basic_publish("mqserve.endpoints", "fail", b"1")
+    assert answers["double"] == (200, b"42")
+    assert answers["missing"][0] == 404
+    wait_until(lambda: "mqserve.dead.@endpoints\t1" in composed.broker.ctl("list_queues", "name", "messages"))
+
+
 def test_a_backend_comes_changes_and_goes_by_the_clients_user(composed: Composed) -> None:
     script = """
 import mqserve as serve

@@ -7,13 +7,13 @@ from functools import partial
 
 import msgspec
 
-from ..broker.envelope import NO_HEADER, Envelope, StreamReply
-from ..broker.errors import BadEnvelope, Overloaded
-from ..broker.process.printable import printable
-from ..broker.queue import Queue, fate_of
-from ..broker.results import ErrorInfo, Result
-from ..broker.streams import Frame
-from ..broker.values.codecs import JSON
+from .envelope import NO_HEADER, Envelope, StreamReply
+from .errors import BadEnvelope, Overloaded
+from .process.printable import printable
+from .queue import Queue, fate_of
+from .results import ErrorInfo, Result
+from .streams import Frame
+from .values.codecs import JSON
 
 logger = logging.getLogger(__name__)
 
