@@ -40,11 +40,12 @@ async def send_reply(queue: Queue, backend: str, request: Envelope, result: Resu
 
 
 def _reply(backend: str, request: Envelope, result: Result, chunks: int | None) -> Envelope:
-    if len(result.body) > MAX_REPLY_BYTES:
+    size = len(result.body) if result.file is None else result.file.size
+    if size > MAX_REPLY_BYTES:
         where = (
             f"read it under {request.id!r} in the store" if request.id else "send the request with a message_id and read it in the store"
         )
-        message = f"the result has {len(result.body)} bytes, and a reply carries {MAX_REPLY_BYTES}: {where}"
+        message = f"the result has {size} bytes, and a reply carries {MAX_REPLY_BYTES}: {where}"
         result = Result(status=500, backend=backend, error=ErrorInfo(type="mqserve.TooLarge", message=message))
     body, content_type = result.body, result.content_type
     if result.error is not None:

@@ -16,7 +16,8 @@ from ..broker.envelope import Envelope, JobHead
 from ..broker.jobs import JOB_RESULT_TTL_S, MAX_RESULT_TTL_S, Attempt, JobEnd, JobRecord, JobState, state_of
 from ..broker.process.printable import printable
 from ..broker.queue import Queue, fate_of
-from ..broker.results import Outcome, Result, entry_of
+from ..broker.result_files import MAX_IN_STORE, RECORDED_WITHIN_MS, NotWritten
+from ..broker.results import ErrorInfo, Outcome, Result, entry_of
 from ..broker.store import Store, recorded
 from ..controller.state.config import BackendConfig
 from ..controller.state.retries import is_exhausted, next_pause_s
@@ -27,6 +28,7 @@ T = TypeVar("T")
 
 MAX_ERROR = 500  # characters of an error in the history of a job
 _CONFIRM_BUDGET_S = 10.0
+_IN_A_FILE = "file"  # the `ref` of a body that is no value in the store
 
 Insist = Callable[[Callable[[], Awaitable[T]]], Awaitable[T]]
 
@@ -57,6 +59,19 @@ class JobEnds:
             future_id = job.envelope.future_id(self._backend)
             for event in job.words.take(self._store.now_ms()):
                 self._store.jobs.note(future_id, job.mark, event)
+
+    async def filed(self, job: KeptJob, result: Result) -> Result:
+        """Returns the result with its body in a file, if it is too large for the store; or an error, if it cannot be written."""
+        if len(result.body) <= MAX_IN_STORE or not job.is_recorded:
+            return result
+        future_id = job.envelope.future_id(self._backend)
+        expires_ms = self._store.now_ms() + RECORDED_WITHIN_MS + self.result_ttl_ms(job.envelope)
+        try:
+            file = await self._store.files.put(future_id, result.body, expires_ms)
+        except NotWritten as error:
+            logger.error("the result of job %s of %s is lost: %r", printable(job.envelope.id), self._backend, error.__cause__)
+            return Result(status=500, backend=self._backend, error=ErrorInfo(type="mqserve.NotWritten", message=str(error)))
+        return msgspec.structs.replace(result, body=b"", ref=_IN_A_FILE, file=file)
 
     def _end_of(self, job: KeptJob, result: Result) -> JobEnd:
         envelope = job.envelope

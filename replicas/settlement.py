@@ -149,8 +149,10 @@ class Settlement:
         if job.flow is not None and job.flow.shown:  # such a request was delivered before, and so has a start mark
             result = msgspec.structs.replace(behind_shown(result), frames=job.flow.sent)
         try:
-            if isinstance(job, KeptJob) and await self._goes_on(job, result):
-                return self.ack(job)
+            if isinstance(job, KeptJob):
+                if await self._goes_on(job, result):
+                    return self.ack(job)
+                result = await self._job_ends.filed(job, result)
             if envelope.id:
                 result = await self._stored(job, result)
             if envelope.reply_to:
