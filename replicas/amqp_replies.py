@@ -7,13 +7,14 @@ from functools import partial
 
 import msgspec
 
-from ..broker.envelope import NO_HEADER, Envelope, StreamReply
+from ..broker.envelope import NO_HEADER, Envelope, EventReply, StreamReply
 from ..broker.errors import BadEnvelope, Overloaded
+from ..broker.jobs import JobEvent
 from ..broker.process.printable import printable
 from ..broker.queue import Queue, fate_of
 from ..broker.results import ErrorInfo, Result
 from ..broker.streams import Frame
-from ..broker.values.codecs import JSON
+from ..broker.values.codecs import JSON, TEXT
 
 logger = logging.getLogger(__name__)
 
@@ -58,3 +59,9 @@ def _reply(backend: str, request: Envelope, result: Result, chunks: int | None) 
 
 def reply_of_chunk(request: Envelope, seq: int, chunk: Frame) -> Envelope:
     return StreamReply(request.id, chunk.data, chunk.content_type, correlation_id=request.correlation_id, seq=seq)
+
+
+def reply_of_event(request: Envelope, event: JobEvent) -> Envelope:
+    """Returns what the caller is told of progress, or of a line of the log."""
+    body, correlation_id = event.text.encode(), request.correlation_id
+    return EventReply(request.id, body, TEXT, correlation_id=correlation_id, kind=event.kind, fraction=event.fraction)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
@@ -13,6 +14,7 @@ import msgspec
 from ..broker.dead_letters import Attempt as LostRun
 from ..broker.dead_letters import Death
 from ..broker.envelope import Envelope, JobHead
+from ..broker.errors import MQServeError
 from ..broker.jobs import JOB_RESULT_TTL_S, MAX_RESULT_TTL_S, Attempt, JobEnd, JobRecord, JobState, state_of
 from ..broker.process.printable import printable
 from ..broker.queue import Queue, fate_of
@@ -21,6 +23,7 @@ from ..broker.results import ErrorInfo, Outcome, Result, entry_of
 from ..broker.store import Store, recorded
 from ..controller.state.config import BackendConfig
 from ..controller.state.retries import is_exhausted, next_pause_s
+from .amqp_replies import reply_of_event
 from .stages import KeptJob, Stage
 
 logger = logging.getLogger(__name__)
@@ -54,11 +57,16 @@ class JobEnds:
         return recorded(self._store.jobs.end_then, self._end_of(job, result))
 
     def tell(self, job: KeptJob) -> None:
-        """Writes what the handler has said since the last time."""
-        if job.words and job.begun:
-            future_id = job.envelope.future_id(self._backend)
-            for event in job.words.take(self._store.now_ms()):
+        """Passes on what the handler has said since the last time. Nobody waits for that, and it may be lost."""
+        if not job.words:
+            return
+        future_id = job.envelope.future_id(self._backend)
+        for event in job.words.take(self._store.now_ms()):
+            if job.begun:
                 self._store.jobs.note(future_id, job.mark, event)
+            if job.tells_caller:
+                with suppress(MQServeError):
+                    self._queue.reply(reply_of_event(job.envelope, event), job.envelope.reply_to, _may_be_lost)
 
     async def filed(self, job: KeptJob, result: Result) -> Result:
         """Returns the result with its body in a file, if it is too large for the store; or an error, if it cannot be written."""
@@ -133,6 +141,10 @@ class JobEnds:
             runs[-1] = msgspec.structs.replace(runs[-1], ended=error[:MAX_ERROR])
         reason = f"it has failed {tries + 1} times, and is not tried again (retry): {error}"
         return Death(reason, result.error.traceback, tuple(runs), self._store.now_ms())
+
+
+def _may_be_lost(error: MQServeError | None) -> None:
+    """Does nothing: the caller's queue may be full or gone."""
 
 
 def history(record: JobRecord | None) -> list[LostRun]:

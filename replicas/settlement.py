@@ -171,6 +171,7 @@ class Settlement:
         if (pause_s := self._job_ends.pause_s(job, result)) is not None:
             await self._job_ends.try_again(job, result, pause_s, lambda act: _insist(act, until))
             return True
+        self._job_ends.tell(job)  # before the reply
         death = await _insist(lambda: self._job_ends.death_of(job, result), until)
         if death is not None and (failure := await self._set_aside(job.delivery, death)):
             raise failure

@@ -41,6 +41,10 @@ class RabbitDelivery:
         self.properties = properties
         self.body = body
 
+    @property
+    def wants_events(self) -> bool:
+        return (self.properties.headers or {}).get("mq-events") is True
+
     def envelope(self) -> Envelope:
         return Envelope.from_amqp(self.properties, self.body, self._seals)
 
