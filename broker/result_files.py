@@ -8,6 +8,7 @@ name. The time of its last change is set to when it expires, and the leading con
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import re
 import secrets
@@ -142,7 +143,8 @@ class ResultFiles:
         readable_by_group = path.parent.stat().st_mode & 0o040  # whoever shares the folder with others says so by its mode
         descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with os.fdopen(descriptor, "wb", buffering=0) as output:
-            os.fchmod(descriptor, 0o600 | readable_by_group)
+            if readable_by_group:
+                os.fchmod(descriptor, 0o640)
             left = memoryview(body)
             while left:
                 left = left[output.write(left) :]
@@ -167,12 +169,11 @@ class ResultFiles:
     def _open(self, future_id: str, file: BodyFile) -> OpenBody:
         stored, digest, left = self._opened(future_id, file), sha256(), file.size
         try:
-            while left > 0 and (piece := stored.read(min(left, PIECE_BYTES))):
+            while left and (piece := stored.read(min(left, PIECE_BYTES))):
                 digest.update(piece)
                 left -= len(piece)
             if digest.digest() != file.sha256:
                 raise _changed(future_id)
-            stored.seek(0)
         except BaseException:
             stored.close()
             raise
@@ -185,7 +186,7 @@ class ResultFiles:
                 "have it"
             )
         try:
-            opened = open(self._path(self._folder, future_id, file), "rb", buffering=0)  # noqa: SIM115 - whoever gets it closes it
+            opened = open(self._path(self._folder, future_id, file), "rb")  # noqa: SIM115 - whoever gets it closes it
         except FileNotFoundError:
             raise BodyGone(f"the result of job {future_id} is not kept any more: its file is gone from the result store") from None
         except OSError as error:
@@ -221,9 +222,10 @@ class OpenBody:
         return f"<OpenBody of {self.size} bytes>"
 
     async def pieces(self) -> AsyncGenerator[bytes]:
-        left = self.size
-        while left and (piece := await asyncio.to_thread(self._stored.read, min(left, PIECE_BYTES))):
-            left -= len(piece)
+        at, descriptor = 0, self._stored.fileno()
+        # pread moves no offset: a cancelled read may come behind the close, and the descriptor be another file's by then
+        while at < self.size and (piece := await asyncio.to_thread(os.pread, descriptor, min(self.size - at, PIECE_BYTES), at)):
+            at += len(piece)
             yield piece
 
     def close(self) -> None:
@@ -249,10 +251,13 @@ def _changed(future_id: str) -> Unreadable:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes a new name last."""
+    """Makes a new name last, where the file system can do that."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 

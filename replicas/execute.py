@@ -214,8 +214,9 @@ class Execution:
     def _result(self, value: Any, job: Job) -> Result:
         if type(value) not in _RESULTS and inspect.isawaitable(value):
             raise BadType(f"the handler returned a {type(value).__name__}, which is no result: write `async def` and await it")
-        if job.envelope.header.origin == "handle":
-            result = value_result(value, self.backend, job.envelope.id, self.signer)
+        envelope = job.envelope
+        if envelope.header.origin == "handle":
+            result = value_result(value, self.backend, envelope.id, self.signer)
         else:
             result = plain_result(value, self.backend)
         return result if len(result.body) <= _ALWAYS_TAKEN or len(result.body) <= self._limit(job).max_bytes else self._too_large(job)

@@ -7,10 +7,12 @@ from typing import Any
 
 import httpx
 import numpy as np
+import pika
 import pytest
 
 import mqserve as serve
 from tests.instances import CommandLine, Deploy, distributed_only, started
+from tests.test_direct_publishing import own_queue, receive
 from tests.test_jobs_over_http import state_of, submitted
 
 MIB = 2**20
@@ -160,3 +162,16 @@ def test_a_client_without_the_folder_says_what_to_set(deploy: Deploy, environmen
     shell = CommandLine(tmp_path, **{name: value for name, value in environment.items() if name != "MQSERVE_RESULT_STORE"})
     done = shell.python(f"import mqserve as serve; serve.connect(); serve.job({id!r}).result(timeout=30)")
     assert done.returncode == 1 and "set MQSERVE_RESULT_STORE" in done.stderr
+
+
+@distributed_only
+def test_a_direct_publisher_is_told_where_its_large_result_is(deploy: Deploy, broker_url: str, shared_namespace: str, files: Any) -> None:
+    backend = deploy(count_up)
+    with pika.BlockingConnection(pika.URLParameters(broker_url)) as connection:
+        channel = connection.channel()
+        replies = own_queue(channel)
+        properties = pika.BasicProperties(content_type="application/json", message_id="large", reply_to=replies, delivery_mode=2)
+        channel.basic_publish(f"{shared_namespace}.jobs", backend, b"1", properties)
+        reply, body = receive(channel, replies)
+    assert (reply.headers or {})["mq-status"] == 500 and b"mqserve.TooLarge" in body and b"read it under 'large'" in body
+    assert serve.job("large", backend=backend).result(timeout=30) == COUNTED and len(files()) == 1
