@@ -13,11 +13,12 @@ import os
 import re
 import secrets
 import time
-from collections.abc import AsyncGenerator
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from .errors import BadValue, MQServeError, ResultGone
@@ -28,9 +29,13 @@ MAX_IN_FILE = 1024 * 1024 * 1024
 PIECE_BYTES = 256 * 1024  # of a file that is sent on
 RECORDED_WITHIN_MS = 3600 * 1000  # a result is recorded by then, if it ever is
 _PROBE_BUDGET_S = 5.0
+_BUDGET_S = 600.0  # for a file; results of jobs are worth some patience
+_AT_ONCE = 8
 _UNFINISHED = ".part"
 _OURS = re.compile(r"[0-9a-f]{64}-[0-9a-f]{64}|(probe-)?[0-9a-f]+\.part")  # nothing else in the folder is ever removed
 _UNFINISHED_FOR_S = 24 * 3600
+
+T = TypeVar("T")
 
 NO_FOLDER_LIMIT = ResultLimit(
     MAX_IN_STORE,
@@ -57,12 +62,13 @@ class NotWritten(MQServeError):
 
 
 class ResultFiles:
-    """The files of one namespace; there are none without a folder. Reading and writing is done in threads, since a folder that others share
-    may be slow."""
+    """The files of one namespace; there are none without a folder. Reading and writing is done in threads of their own, since a folder that
+    others share may be slow, or hang."""
 
     def __init__(self, folder: Path | None, namespace: str) -> None:
         self._root = folder
         self._folder = folder / namespace if folder is not None else None
+        self._threads = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="result files") if folder is not None else None
 
     def __repr__(self) -> str:
         return f"<ResultFiles in {self._folder}>"
@@ -81,38 +87,50 @@ class ResultFiles:
             return ""
         try:
             async with asyncio.timeout(_PROBE_BUDGET_S):
-                await asyncio.to_thread(self._probe)
-        except OSError as error:  # also TimeoutError
-            why = error.strerror or f"no answer within {_PROBE_BUDGET_S:g} s"
+                await self._in_thread(self._probe)
+        except OSError as error:
             return (
-                f"MQSERVE_RESULT_STORE names {self._root}, where this process cannot write ({why}): make the folder, and let its user "
-                f"write there; jobs with results above {MAX_IN_STORE // 2**20} MiB fail until then"
+                f"MQSERVE_RESULT_STORE names {self._root}, where this process cannot write ({_why(error)}): make the folder, and let its "
+                f"user write there; jobs with results above {MAX_IN_STORE // 2**20} MiB fail until then"
             )
         return ""
 
     async def put(self, future_id: str, body: bytes, expires_ms: int) -> BodyFile:
         """Writes the body of a result that expires at that store time. It survives the end of the machine once this returns. Raises
         NotWritten."""
-        return await asyncio.to_thread(self._put, future_id, body, expires_ms)
+        try:
+            return await self._in_thread(self._put, future_id, body, expires_ms)
+        except OSError as error:
+            raise NotWritten(
+                f"the result has {len(body)} bytes, and could not be written to the result store ({_why(error)}): mend that "
+                "(MQSERVE_RESULT_STORE), and retry the job"
+            ) from error
 
     async def read(self, future_id: str, file: BodyFile) -> bytes:
         """Raises BodyGone."""
-        return await asyncio.to_thread(self._read, future_id, file)
+        with _reading(future_id):
+            return await self._in_thread(self._read, future_id, file)
 
     async def open(self, future_id: str, file: BodyFile) -> OpenBody:
         """Returns the body to be read in pieces, after its check. Raises BodyGone."""
-        return await asyncio.to_thread(self._open, future_id, file)
+        with _reading(future_id):
+            return await self._in_thread(self._open, future_id, file)
 
     async def drop(self, future_id: str, file: BodyFile) -> None:
         """Removes a file, if it is there. What cannot be removed now goes when it has expired."""
         if self._folder is not None:
             with suppress(OSError):
-                await asyncio.to_thread(self._path(self._folder, future_id, file).unlink)
+                await self._in_thread(self._path(self._folder, future_id, file).unlink)
 
     async def sweep(self, now_ms: int) -> int:
         """Removes the files that have expired at that store time, and what others that died were writing. Returns how many there were.
         Raises OSError."""
-        return await asyncio.to_thread(self._sweep, now_ms)
+        return await self._in_thread(self._sweep, now_ms)
+
+    async def _in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Raises TimeoutError, an OSError, for a folder that hangs: a thread is lost to it, and nobody waits for that."""
+        async with asyncio.timeout(_BUDGET_S):
+            return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
     def _probe(self) -> None:
         assert self._folder is not None
@@ -129,14 +147,10 @@ class ResultFiles:
         try:
             self._make_folder()
             self._write(part, path, body, expires_ms / 1000)
-        except OSError as error:
+        except OSError:
             with suppress(OSError):
                 part.unlink(missing_ok=True)
-            why = error.strerror or type(error).__name__
-            raise NotWritten(
-                f"the result has {len(body)} bytes, and could not be written to the result store ({why}): mend that "
-                "(MQSERVE_RESULT_STORE), and retry the job"
-            ) from error
+            raise
         return file
 
     def _write(self, part: Path, path: Path, body: bytes, expires_s: float) -> None:
@@ -177,7 +191,7 @@ class ResultFiles:
         except BaseException:
             stored.close()
             raise
-        return OpenBody(stored, file.size)
+        return OpenBody(stored, file.size, self._in_thread)
 
     def _opened(self, future_id: str, file: BodyFile) -> BinaryIO:
         if self._folder is None:
@@ -185,13 +199,7 @@ class ResultFiles:
                 f"the result of job {future_id} is a file, and this process was not told where: set MQSERVE_RESULT_STORE as its replicas "
                 "have it"
             )
-        try:
-            opened = open(self._path(self._folder, future_id, file), "rb")  # noqa: SIM115 - whoever gets it closes it
-        except FileNotFoundError:
-            raise BodyGone(f"the result of job {future_id} is not kept any more: its file is gone from the result store") from None
-        except OSError as error:
-            raise Unreadable(f"the result of job {future_id} cannot be read from the result store ({error.strerror})") from error
-        return opened
+        return open(self._path(self._folder, future_id, file), "rb")
 
     def _path(self, folder: Path, future_id: str, file: BodyFile) -> Path:
         return folder / f"{sha256(future_id.encode(errors='surrogatepass')).hexdigest()}-{file.sha256.hex()}"
@@ -214,8 +222,9 @@ class ResultFiles:
 class OpenBody:
     """A body that is read in pieces. Whoever has it closes it, or reads all of it."""
 
-    def __init__(self, stored: BinaryIO, size: int) -> None:
+    def __init__(self, stored: BinaryIO, size: int, in_thread: Callable[..., Awaitable[bytes]]) -> None:
         self._stored = stored
+        self._in_thread = in_thread
         self.size = size
 
     def __repr__(self) -> str:
@@ -224,7 +233,7 @@ class OpenBody:
     async def pieces(self) -> AsyncGenerator[bytes]:
         at, descriptor = 0, self._stored.fileno()
         # pread moves no offset: a cancelled read may come behind the close, and the descriptor be another file's by then
-        while at < self.size and (piece := await asyncio.to_thread(os.pread, descriptor, min(self.size - at, PIECE_BYTES), at)):
+        while at < self.size and (piece := await self._in_thread(os.pread, descriptor, min(self.size - at, PIECE_BYTES), at)):
             at += len(piece)
             yield piece
 
@@ -244,6 +253,21 @@ def parse_result_store(text: str) -> Path | None:
             "file:///mnt/mqserve-results"
         )
     return Path(path)
+
+
+@contextmanager
+def _reading(future_id: str) -> Iterator[None]:
+    """Raises BodyGone for what the file system says."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise BodyGone(f"the result of job {future_id} is not kept any more: its file is gone from the result store") from None
+    except OSError as error:
+        raise Unreadable(f"the result of job {future_id} cannot be read from the result store ({_why(error)})") from error
+
+
+def _why(error: OSError) -> str:
+    return error.strerror or "it does not answer"
 
 
 def _changed(future_id: str) -> Unreadable:

@@ -50,7 +50,8 @@ class Sweeps:
             try:
                 count = await self._files.sweep(self._store.now_ms())
             except OSError as error:
-                self.problems = {_PROBLEM: f"its folder cannot be read and tidied here ({error.strerror}): see MQSERVE_RESULT_STORE"}
+                why = error.strerror or "it does not answer"
+                self.problems = {_PROBLEM: f"its folder cannot be read and tidied here ({why}): see MQSERVE_RESULT_STORE"}
                 self._unswept.say(f"expired results stay in {self._files!r}: {error}")
             else:
                 self.problems = {}

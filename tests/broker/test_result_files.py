@@ -2,12 +2,14 @@
 
 import asyncio
 import os
+import threading
 import time
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
+from mqserve.broker import result_files
 from mqserve.broker.errors import BadValue
 from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.result_bodies import with_body
@@ -75,6 +77,11 @@ async def test_a_file_that_is_gone_or_changed_is_told_apart(files: ResultFiles, 
             with pytest.raises(Unreadable, match="is not what its replica wrote"):
                 await read("a", file)
     path.unlink()
+    path.mkdir()
+    for read in (files.read, files.open):
+        with pytest.raises(Unreadable, match="Is a directory"):
+            await read("a", file)
+    path.rmdir()
     for read in (files.read, files.open):
         with pytest.raises(BodyGone, match="is gone from the result store") as raised:
             await read("a", file)
@@ -113,6 +120,24 @@ async def test_a_full_disk_is_told_and_keeps_no_part(files: ResultFiles, tmp_pat
     with pytest.raises(NotWritten, match="No space left on device"):
         await files.put("a", BODY, LATER_MS)
     assert names(tmp_path) == []
+
+
+async def test_a_folder_that_hangs_is_told(files: ResultFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = await files.put("a", BODY, LATER_MS)
+    goes_on = threading.Event()
+    monkeypatch.setattr(result_files, "_BUDGET_S", 0.05)
+    monkeypatch.setattr(result_files, "_PROBE_BUDGET_S", 0.05)
+    for _ in range(result_files._AT_ONCE):
+        asyncio.get_running_loop().run_in_executor(files._threads, goes_on.wait)
+    with pytest.raises(NotWritten, match="it does not answer"):
+        await files.put("b", BODY, LATER_MS)
+    for read in (files.read, files.open):
+        with pytest.raises(Unreadable, match="it does not answer"):
+            await read("a", file)
+    assert "it does not answer" in await files.trouble()
+    goes_on.set()
+    monkeypatch.undo()
+    assert await files.read("a", file) == BODY
 
 
 async def test_what_has_expired_is_swept_and_nothing_of_others(files: ResultFiles, tmp_path: Path) -> None:
