@@ -284,6 +284,20 @@ class StreamReply(Envelope, frozen=True):
         return entries
 
 
+class EventReply(Envelope, frozen=True):
+    """What a handler says of its job before the reply comes: with the header `mq-event` and, for progress, `mq-fraction`. That is a text,
+    since pika reads AMQP's floats as whole numbers."""
+
+    kind: str = ""
+    fraction: float | None = None
+
+    def _table(self, seals: BackendSeals | None) -> bytes:
+        entries = b"\x08mq-eventS" + _long(self.kind)
+        if self.fraction is not None:
+            entries += b"\x0bmq-fractionS" + _long(f"{self.fraction:.6g}")
+        return entries
+
+
 def covered_by_seal(message_id: str, content_type: str, header: Header, raw: bytes, body: bytes) -> bytes:
     """Returns the bytes that a seal covers besides the namespace and the backend. `raw` is the header as it stands in the message.
 
@@ -320,6 +334,12 @@ def _short(text: str) -> bytes:
     if len(raw) > 255:
         raise BadEnvelope(f"{raw[:40]!r}… has {len(raw)} bytes, and an AMQP property holds 255")
     return bytes((len(raw),)) + raw
+
+
+def _long(text: str) -> bytes:
+    """Encodes an AMQP longstr."""
+    raw = text.encode()
+    return _pack_length(len(raw)) + raw
 
 
 _often = lru_cache(maxsize=256)(_short)  # for texts that come again: content types, times, users

@@ -15,7 +15,8 @@ from ..broker.envelope import Envelope, is_endpoint_key, is_minted
 from ..broker.errors import BadEnvelope, StoreUnavailable
 from ..broker.process.printable import printable
 from ..broker.process.rate_limited_log import RateLimitedLog
-from ..broker.result_bodies import BodyGone, with_body
+from ..broker.result_bodies import with_body
+from ..broker.result_files import BodyGone
 from ..broker.results import ErrorInfo, Result
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys

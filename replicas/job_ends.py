@@ -5,18 +5,22 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
 import msgspec
 
+from ..broker.amqp_replies import reply_of_event
 from ..broker.dead_letters import Attempt as LostRun
 from ..broker.dead_letters import Death
 from ..broker.envelope import Envelope, JobHead
+from ..broker.errors import MQServeError
 from ..broker.jobs import JOB_RESULT_TTL_S, MAX_RESULT_TTL_S, Attempt, JobEnd, JobRecord, JobState, facts_of, state_of
 from ..broker.process.printable import printable
 from ..broker.queue import Queue, fate_of
-from ..broker.results import Outcome, Phase, Result, entry_of
+from ..broker.result_files import MAX_IN_STORE, RECORDED_WITHIN_MS, NotWritten
+from ..broker.results import ErrorInfo, Outcome, Phase, Result, entry_of
 from ..broker.store import Store, recorded
 from ..controller.state.config import BackendConfig
 from ..controller.state.retries import is_exhausted, next_pause_s
@@ -27,6 +31,7 @@ T = TypeVar("T")
 
 MAX_ERROR = 500  # characters of an error in the history of a job
 _CONFIRM_BUDGET_S = 10.0
+_IN_A_FILE = "file"  # the `ref` of a body that is no value in the store
 
 Insist = Callable[[Callable[[], Awaitable[T]]], Awaitable[T]]
 
@@ -52,11 +57,29 @@ class JobEnds:
         return recorded(self._store.jobs.end_then, self._end_of(job, result))
 
     def tell(self, job: KeptJob) -> None:
-        """Writes what the handler has said since the last time."""
-        if job.words and job.begun:
-            future_id = job.envelope.future_id(self._backend)
-            for event in job.words.take(self._store.now_ms()):
+        """Passes on what the handler has said since the last time. Nobody waits for that, and it may be lost."""
+        if not job.words:
+            return
+        future_id = job.envelope.future_id(self._backend)
+        for event in job.words.take(self._store.now_ms()):
+            if job.begun:
                 self._store.jobs.note(future_id, job.mark, event)
+            if job.tells_caller:
+                with suppress(MQServeError):
+                    self._queue.reply(reply_of_event(job.envelope, event), job.envelope.reply_to, _may_be_lost)
+
+    async def filed(self, job: KeptJob, result: Result) -> Result:
+        """Returns the result with its body in a file, if it is too large for the store; or an error, if it cannot be written."""
+        if len(result.body) <= MAX_IN_STORE or not job.is_recorded:
+            return result
+        future_id = job.envelope.future_id(self._backend)
+        expires_ms = self._store.now_ms() + RECORDED_WITHIN_MS + self.result_ttl_ms(job.envelope)
+        try:
+            file = await self._store.files.put(future_id, result.body, expires_ms)
+        except NotWritten as error:
+            logger.error("the result of job %s of %s is lost: %r", printable(job.envelope.id), self._backend, error.__cause__)
+            return Result(status=500, backend=self._backend, error=ErrorInfo(type="mqserve.NotWritten", message=str(error)))
+        return msgspec.structs.replace(result, body=b"", ref=_IN_A_FILE, file=file)
 
     def _end_of(self, job: KeptJob, result: Result) -> JobEnd:
         envelope = job.envelope
@@ -129,6 +152,10 @@ class JobEnds:
             runs[-1] = msgspec.structs.replace(runs[-1], ended=error[:MAX_ERROR])
         reason = f"it has failed {tries + 1} times, and is not tried again (retry): {error}"
         return Death(reason, result.error.traceback, tuple(runs), self._store.now_ms())
+
+
+def _may_be_lost(error: MQServeError | None) -> None:
+    """Does nothing: the caller's queue may be full or gone."""
 
 
 def history(record: JobRecord | None) -> list[LostRun]:

@@ -124,6 +124,7 @@ class JobRuns:
         self._reading.read(job, delivery)
         if is_handshake(job.envelope):
             raise BadEnvelope("a WebSocket cannot be opened by a job, which nobody waits for: connect to its route")
+        job.tells_caller = bool(job.envelope.reply_to) and delivery.wants_events
         if job.is_recorded:
             job.mark = secrets.token_bytes(TOKEN_BYTES)
         if not self._host.ends_here(job):
@@ -259,8 +260,9 @@ class JobRuns:
                     self._renewing.start(self._renew(job))
         if now >= self._tell_at:
             self._tell_at = now + TAKEN_EVERY_S
-            for job in self._leased():
-                self._ends.tell(job)
+            for held in self._register:
+                if isinstance(held, KeptJob) and held.words and held.stage in _LEASED:
+                    self._ends.tell(held)
 
     def _leased(self) -> list[KeptJob]:
         return [job for job in self._register if isinstance(job, KeptJob) and job.begun and job.stage in _LEASED]

@@ -64,7 +64,7 @@ async def main(settings: Settings, options: ReplicaOptions) -> int:
     """Runs a replica as a process and returns the exit code."""
     stop = stop_event()
     enter_context(ReplicaContext(options.backend, options.replica_id), whole_process=True)
-    async with open_redis(settings.store_url, settings.namespace) as store:
+    async with open_redis(settings.store_url, settings.namespace, settings.result_files) as store:
         replica = Replica(settings, options, store)
         try:
             seals = settings.header_seals
@@ -148,7 +148,9 @@ class Replica:
     async def _serve(self, queue: Queue, worker: Worker, handler: Handler, hooks: UserHooks, stop: Stop) -> None:
         assert self._backend is not None
         backend = self._backend
-        worker.serve(Execution(backend.name, handler, self._settings.signer))
+        worker.serve(Execution(backend.name, handler, self._settings.signer, self._store.files.limit))
+        if trouble := await self._store.files.trouble():
+            logger.error("%s: %s", self._options.replica_id, trouble)
         metrics = ReplicaMetrics(backend.name, self._options.replica_id)
         requests = RequestLoop(self._settings, backend, queue, self._store, worker, handler, metrics, self._options.replica_id)
         self._requests = requests

@@ -108,6 +108,7 @@ class KeptJob(Job):
     timeout_s: float = 0.0  # of the run
     begun: bool = False  # the record has this run, or may have it
     words: JobWords = msgspec.field(default_factory=JobWords)
+    tells_caller: bool = False  # whoever waits at a queue for the reply gets what the handler says, too
 
     error_names: Sequence[str] = ()  # the handler has raised an exception of this type, by its name and those of its bases
     again_after_s: float | None = None  # the handler wants to be called again after that

@@ -56,7 +56,7 @@ CODE = "\n".join(
 
 SCRIPTS = ("handle", "face", "plain-results", "handle-streams")  # Python that needs nothing
 WALKTHROUGHS = {"hello": "", "digits": "examples/digits.py"}  # shell that serves, or asks what serves this file
-OVER_AMQP = ("orders.py", "pika", "redis", "future", "publish", "pika-job", "redis-job", "amqplib-job")
+OVER_AMQP = ("orders.py", "pika", "redis", "future", "publish", "pika-job", "redis-job", "amqplib-job", "amqplib-events")
 ON_SERVERS = ("dead-letters", "delivery", "dependency-management", "resources")  # of the guide: these need RabbitMQ and Redis
 IN_ONE_PROCESS = [page.stem for page in GUIDE if page.stem not in ON_SERVERS]
 BESIDE = ("shop_metrics.py",)  # imported by a page's program
@@ -241,7 +241,7 @@ def test_the_pika_example_of_a_job_leads_to_its_result(orders: CommandLine) -> N
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="there is no node here to parse it")
-@pytest.mark.parametrize("name", ["amqplib", "amqplib-job"])
+@pytest.mark.parametrize("name", ["amqplib", "amqplib-job", "amqplib-events"])
 def test_the_node_example_parses(name: str, tmp_path: Path) -> None:
     (tmp_path / "example.js").write_text(NAMED[name])
     parsed = subprocess.run(["node", "--check", "example.js"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
@@ -250,7 +250,7 @@ def test_the_node_example_parses(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_the_node_examples_are_served(orders: CommandLine, amqplib: str) -> None:
-    for name in ("amqplib", "amqplib-job"):
+    for name in ("amqplib", "amqplib-job", "amqplib-events"):
         script = NAMED[name].replace('"mqserve.', f'"{orders.env["MQSERVE_NAMESPACE"]}.')
         done = subprocess.run(["node", "-e", script], env={**orders.env, "NODE_PATH": amqplib}, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr

@@ -39,6 +39,10 @@ class EmbeddedDelivery:
         self.redelivered = redelivered
 
     @property
+    def wants_events(self) -> bool:
+        return False  # there are no AMQP reply queues
+
+    @property
     def is_job(self) -> bool:
         """Whether it came from the queue for jobs."""
         return self._lane.is_for_jobs

@@ -18,6 +18,7 @@ from ..broker.job_store import JobStore
 from ..broker.jobs import JobEvent, JobRecord, JobState, priority_name
 from ..broker.overload import HeldBytes
 from ..broker.process.printable import printable
+from ..broker.result_bodies import forget_job
 from ..broker.results import Result
 from ..broker.settings import Settings
 from ..connections import Connections, open_connections
@@ -163,7 +164,7 @@ def _sender(connections: Connections) -> JobSender:
 
 
 async def _forget(connections: Connections, record: JobRecord) -> bool:
-    return await connections.store.jobs.forget(record.id)
+    return await forget_job(connections.store, connections.keys, record.id)
 
 
 class Act(NamedTuple):

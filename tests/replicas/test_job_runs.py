@@ -1,7 +1,9 @@
 """Jobs of one replica beside those of another: who has the lease of a job, what a run without it may write, and what is given back."""
 
 import asyncio
+import os
 import time
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -15,6 +17,8 @@ from mqserve.broker.memory.jobs import EmbeddedJobs
 from mqserve.broker.memory.queue import EmbeddedQueue
 from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.queue import Settled
+from mqserve.broker.result_bodies import with_body
+from mqserve.broker.result_files import MAX_IN_STORE, ResultFiles
 from mqserve.broker.results import ErrorInfo, Result
 from mqserve.broker.store_keys import StoreKeys
 from mqserve.replicas import job_runs
@@ -198,6 +202,26 @@ async def test_a_late_failure_beside_another_run_is_no_dead_letter(short_leases:
             fail(other, job)
             await other.settled()
             assert await frozen.queue.count_dead("b") == 1
+
+
+async def test_of_two_runs_with_large_results_only_the_file_of_the_first_stays(short_leases: None, tmp_path: Path) -> None:
+    store = EmbeddedStore("tests", ResultFiles(tmp_path, "tests"))
+    async with Serving(store=store) as frozen:
+        await frozen.send_job(a_job())
+        stale = await begun_by(frozen)
+        async with beside(frozen) as other:
+            await takes_nothing_more(frozen)
+            await frozen.send_job(a_job(again=True))
+            job = await begun_by(other)
+            other.end(job, Result(body=b"2" * (MAX_IN_STORE + 1)))
+            await other.settled()
+            frozen.end(stale, Result(body=b"1" * (MAX_IN_STORE + 1)))
+            await frozen.settled()
+    raw = await store.get(KEYS.future(MINTED))
+    assert raw is not None
+    result = Result.from_bytes(raw)
+    assert result.file is not None and (await with_body(store, KEYS, MINTED, result)).body[:1] == b"2"
+    assert len(os.listdir(tmp_path / "tests")) == 1
 
 
 async def test_a_job_that_a_drain_gives_back_begins_elsewhere_at_once_and_that_is_no_attempt() -> None:
