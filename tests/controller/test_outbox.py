@@ -167,7 +167,7 @@ class Instance:
     async def submit(self) -> Envelope:
         sent_id = stage_id(self.signer, PIPELINE, 0)
         kind, body = encode_value([1, {}], self.signer, SealScope("request", "one", sent_id))
-        terms = JobTerms(stages=Stages("p", STAGES), tag="t")
+        terms = JobTerms(stages=Stages("p", STAGES), tag="t", callback="https://hooks.example/")
         await self.jobs.submit(PIPELINE, "one", body, kind, RequestHead(endpoint="p"), origin="handle", terms=terms)
         await until(lambda: bool(self.arrived))
         return self.arrived.pop()
@@ -204,6 +204,8 @@ async def test_the_end_of_a_stage_sends_the_next_one_with_its_result(store: Stor
         await instance.stages.send(await instance.end_stage(message, (1, 2)))
         record = await store.jobs.read(PIPELINE)
         assert record is not None and (record.state, record.facts.tag) == ("succeeded", "t")
+        notes = [EndNote.from_bytes(entry.note) for entry in await store.jobs.ends(100)]
+        assert [note.id for note in notes if note.callback] == [PIPELINE], "a callback is told of the end of the whole alone"
 
 
 async def test_a_second_sending_has_the_id_of_the_first(store: Store, keys: StoreKeys) -> None:
