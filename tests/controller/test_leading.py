@@ -407,7 +407,7 @@ class Expiring(EmbeddedStore):
         self.told: dict[str, int | None] = {}
 
     async def expire(self, keys: Sequence[str], ttl_ms: int | None) -> None:
-        self.told.update(dict.fromkeys(keys, ttl_ms))
+        self.told.update({key: ttl_ms for key in keys if ":code:" in key})
         await super().expire(keys, ttl_ms)
 
 
