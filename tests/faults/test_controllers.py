@@ -51,6 +51,10 @@ class Cluster:
             if not running:
                 self.leader()
 
+    @property
+    def controllers(self) -> list[Program]:
+        return [controller for controller in self._controllers.values() if not controller.ended]
+
     def close(self) -> None:
         for controller in self._controllers.values():
             if not controller.ended:
