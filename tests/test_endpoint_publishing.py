@@ -205,6 +205,14 @@ def test_a_header_that_does_not_parse_makes_a_dead_letter(
     assert (body, dead.headers["mq-endpoint"], dead.headers["mq"]) == (b"1", split, raw)
 
 
+def test_properties_that_cannot_be_read_make_a_dead_letter(
+    channel: BlockingChannel, exchange: str, split: str, environment: dict[str, str]
+) -> None:
+    channel.basic_publish(exchange, split, b"1", as_json(message_id=b"\xff\xfe"))
+    dead, body = receive(channel, dead_queue(environment))
+    assert (body, dead.headers["mq-endpoint"]) == (b"1", split) and "cannot be read" in dead.headers["mq-reason"]
+
+
 @pytest.mark.parametrize("key", ["", "a@b", "x" * 200, "snow \N{SNOWMAN}"])
 def test_a_routing_key_that_is_no_name_is_refused_and_no_other_key_gets_its_end(
     client: serve.Client, channel: BlockingChannel, exchange: str, environment: dict[str, str], key: str
