@@ -60,6 +60,7 @@ class JobHead(msgspec.Struct, frozen=True, omit_defaults=True):
     retry_of: str = ""
     callback: str = ""  # the URL that is told of its end
     reply_to: str = ""  # of one that was published to an endpoint: the queue that gets the answer
+    tells: bool = False  # likewise: that queue gets what its handler says, too
 
 
 class Header(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -82,10 +83,12 @@ class Header(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def claims(self) -> bool:
-        """Whether the header uses rights that need trust. Any publisher may set a deadline and a method to call; every other field needs
-        trust."""
-        says = self.origin or self.inbox or self.ref or self.shadow or self.once or self.stream or self.job or self.again
-        return bool(says) or self.meta != RequestHead(call=self.meta.call)
+        """Whether the header uses rights that need trust. Any publisher may set a deadline, a method to call, and a job's callback URL;
+        every other field needs trust."""
+        says = self.origin or self.inbox or self.ref or self.shadow or self.once or self.stream or self.again
+        if says or (self.job is not None and self.job != JobHead(callback=self.job.callback)):
+            return True
+        return self.meta != RequestHead(call=self.meta.call)
 
 
 NO_HEADER = Header()
@@ -282,6 +285,20 @@ class StreamReply(Envelope, frozen=True):
         return entries
 
 
+class EventReply(Envelope, frozen=True):
+    """What a handler says of its job before the reply comes: with the header `mq-event` and, for progress, `mq-fraction`. That is a text,
+    since pika reads AMQP's floats as whole numbers."""
+
+    kind: str = ""
+    fraction: float | None = None
+
+    def _table(self, seals: BackendSeals | None) -> bytes:
+        entries = b"\x08mq-eventS" + _long(self.kind)
+        if self.fraction is not None:
+            entries += b"\x0bmq-fractionS" + _long(f"{self.fraction:.6g}")
+        return entries
+
+
 def covered_by_seal(message_id: str, content_type: str, header: Header, raw: bytes, body: bytes) -> bytes:
     """Returns the bytes that a seal covers besides the namespace and the backend. `raw` is the header as it stands in the message.
 
@@ -318,6 +335,12 @@ def _short(text: str) -> bytes:
     if len(raw) > 255:
         raise BadEnvelope(f"{raw[:40]!r}… has {len(raw)} bytes, and an AMQP property holds 255")
     return bytes((len(raw),)) + raw
+
+
+def _long(text: str) -> bytes:
+    """Encodes an AMQP longstr."""
+    raw = text.encode()
+    return _pack_length(len(raw)) + raw
 
 
 _often = lru_cache(maxsize=256)(_short)  # for texts that come again: content types, times, users

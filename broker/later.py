@@ -62,6 +62,11 @@ class DueJob(Protocol):
         endpoint."""
         ...
 
+    @property
+    def wants_events(self) -> bool:
+        """See `Delivery.wants_events`."""
+        ...
+
     def envelope(self) -> Envelope:
         """The envelope, its seal checked as of a message to that backend; one to an endpoint has none. Raises BadEnvelope."""
         ...

@@ -47,6 +47,11 @@ class Delivery(Protocol):
     @property
     def redelivered(self) -> bool: ...
 
+    @property
+    def wants_events(self) -> bool:
+        """Whether its sender asks for messages about its job before the reply. It cannot be asked of bytes that do not parse."""
+        ...
+
     def envelope(self) -> Envelope:
         """Raises BadEnvelope for bytes that will never parse."""
         ...

@@ -1,5 +1,5 @@
 """What a controller does for jobs, beside its comparisons. The leader fires schedules, forwards jobs whose time has come, and sends what
-follows from the ends of jobs; each controller posts webhooks.
+follows from the ends of jobs, and removes large results that have expired; each controller posts webhooks.
 
 A new duty is added here: `Controller` tells all of them together when to begin, to stop, and to tidy up.
 """
@@ -25,6 +25,7 @@ from .job_ends import Leftovers, Senders
 from .lease import Leader
 from .queues import WhileLeading
 from .state.documents import Desired, Observed
+from .sweeps import Sweeps
 from .webhooks import Callbacks
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class JobDuties:
         self._due = DueJobs(queue.later, endpoints, senders, store, while_leading) if senders is not None else None
         self._firings = Firings(JobSender(queue, store, keys, HeldBytes(), signer), store, keys, signer, leader)
         self._callbacks = Callbacks(queue, store, settings)
+        self._sweeps = Sweeps(store)
         self._due_waits = RateLimitedLog(logger)
         self.leftovers = Leftovers(queue, store, senders) if senders is not None else None
 
@@ -58,7 +60,7 @@ class JobDuties:
     @property
     def problems(self) -> dict[str, str]:
         """What operators are told, for the observed document."""
-        return self._firings.problems
+        return self._firings.problems | self._callbacks.problems | self._sweeps.problems
 
     @property
     def callbacks(self) -> CallbackRules:
@@ -74,6 +76,7 @@ class JobDuties:
         if desired.closing:
             return await self.step_down()
         self._firings.go_on(desired, observed)
+        self._sweeps.go_on()
         if self._due is None or not (desired.backends or self._due.is_going_on):
             return
         try:
@@ -85,6 +88,7 @@ class JobDuties:
     async def step_down(self) -> None:
         """Ends what `lead_on` began."""
         await self._firings.stop()
+        await self._sweeps.stop()
         if self._due is not None:
             await self._due.stop()
 

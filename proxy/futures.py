@@ -16,20 +16,20 @@ from ..broker.calls.sending import RequestSender
 from ..broker.envelope import is_endpoint_key, is_minted, mint_id
 from ..broker.errors import MQServeError, ResultGone
 from ..broker.jobs import JobRecord, JobState, state_of
-from ..broker.result_bodies import BodyGone
 from .common_ids import CommonIds
 from .events import EventId, EventStreams
 from .job_events import JobFeed
 from .job_views import Links, job_view, name_of, new_job_view, result_view, state_reply
 from .polls import Polls
 from .preferences import wait_of
-from .responses import Reply, from_error, from_result, json_reply, problem
+from .responses import Reply, from_error, json_reply, problem
+from .stored_bodies import AnyReply, reply_of
 from .streaming import Flow
 from .system_routes import forbidden
 
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[Any]]
-Answer = Reply | Flow | JobFeed
+Answer = AnyReply | Flow | JobFeed
 
 SYSTEM_PATH = "/-/futures"
 _PARTS = ("result", "events", "retry")
@@ -125,17 +125,15 @@ class Futures:
 
     # Its answer.
 
-    async def _result(self, future_id: str, scope: Scope, receive: Receive) -> Reply:
+    async def _result(self, future_id: str, scope: Scope, receive: Receive) -> AnyReply:
         record = await self._record(future_id, scope, receive)
-        try:
-            result = await self._sender.pending.peek(future_id)
-        except BodyGone as error:
-            raise ResultGone(str(error)) from error
+        result = await self._sender.pending.peek(future_id)
         if result is None:
             return await self._not_there(future_id, record, scope)
         if result.frames:
             return 303, [(b"location", self.links(scope).events(future_id).encode())], b""
-        return from_result(result, name_of(future_id), debug=self._debug, to_head=scope["method"] == "HEAD")
+        files, to_head = self._jobs.store.files, scope["method"] == "HEAD"
+        return await reply_of(files, future_id, result, name_of(future_id), debug=self._debug, to_head=to_head)
 
     async def _not_there(self, future_id: str, record: JobRecord | None, scope: Scope) -> Reply:
         if record is None:

@@ -15,7 +15,8 @@ from ..broker.envelope import Envelope, is_endpoint_key, is_minted
 from ..broker.errors import BadEnvelope, StoreUnavailable
 from ..broker.process.printable import printable
 from ..broker.process.rate_limited_log import RateLimitedLog
-from ..broker.result_bodies import BodyGone, with_body
+from ..broker.result_bodies import with_body
+from ..broker.result_files import BodyGone
 from ..broker.results import ErrorInfo, Result
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
@@ -171,11 +172,11 @@ class Admission:
         deadline_ms = envelope.header.deadline
         return max(1, deadline_ms - self._store.now_ms() + _AFTER_DEADLINE_MS) if deadline_ms else _COUNTERS_TTL_MS
 
-    async def stored(self, envelope: Envelope, ours: Result) -> Result:
-        """Returns the stored result, which another run of the same request recorded first; `ours` if there is none."""
+    async def stored(self, envelope: Envelope) -> Result | None:
+        """Returns the stored result, which another run of the same request recorded first; None if there is none."""
         future_id = envelope.future_id(self._backend)
         raw = await self._store.get(self._keys.future(future_id))
-        return ours if raw is None else await self._or_its_loss(future_id, Result.from_bytes(raw))
+        return None if raw is None else await self._or_its_loss(future_id, Result.from_bytes(raw))
 
     async def result_in(self, future_id: str, raw: bytes) -> Result:
         """Returns a stored result of this backend with its body. Raises BadEnvelope as `_ours` does."""

@@ -42,6 +42,15 @@ class RabbitDelivery:
         self.properties = properties
         self.body = body
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether its channel has ended, so that RabbitMQ delivers it again."""
+        return not self._channel.is_open
+
+    @property
+    def wants_events(self) -> bool:
+        return (self.properties.headers or {}).get("mq-events") is True
+
     def envelope(self) -> Envelope:
         return Envelope.from_amqp(self.properties, self.body, self._seals)
 

@@ -40,6 +40,10 @@ class RabbitDueJob:
         target = repr(self.backend) if self.endpoint is None else f"endpoint {self.endpoint!r}"
         return f"<RabbitDueJob {self.delivery.properties.message_id} for {target}>"
 
+    @property
+    def wants_events(self) -> bool:
+        return self.delivery.wants_events
+
     def envelope(self) -> Envelope:
         seals = self._seals.of(self.backend) if self.endpoint is None else None
         return Envelope.from_amqp(self.delivery.properties, self.delivery.body, seals)

@@ -105,7 +105,7 @@ class RabbitQueue:
         self._consuming = Link(url, f"mqserve {namespace} {process_id} consuming")
         self._topology = RabbitTopology(self._publishing, namespace)
         self.later = RabbitLater(namespace, self._topology, seals, self._user, self._publish, self._consume_queue)
-        self.webhooks = RabbitWebhooks(namespace, self._topology, self._publish, self._consume_queue)
+        self.webhooks = RabbitWebhooks(namespace, self._topology, self._publish, self._consume_queue, self._consuming)
         self._consumptions: list[RabbitConsumption] = []
         self._channel: JoinedChannel | None = None
         self._down_since = time.monotonic()

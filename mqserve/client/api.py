@@ -245,6 +245,11 @@ def resume_schedule(name: str) -> None:
     clients.current().resume_schedule(name)
 
 
+def run_schedule(name: str) -> Job:
+    """See `Client.run_schedule`."""
+    return clients.current().run_schedule(name)
+
+
 def delete_schedule(name: str) -> None:
     """See `Client.delete_schedule`."""
     clients.current().delete_schedule(name)

@@ -17,6 +17,7 @@ from ..broker.values.backend_code import Packed, pack_backend
 from ..broker.values.main_module import RunFile
 from ..broker.values.whole_numbers import whole_number
 from ..controller import changes
+from ..controller.schedule_changes import find_schedule
 from ..controller.state.beats import MemberState, ProxyBeat, living, read_beats
 from ..controller.state.config import BackendConfig
 from ..controller.state.documents import CatchUp, CodeKind, Desired
@@ -227,6 +228,8 @@ class Client(Lifetime):
         made = make_schedule(
             name, handle, data, cron=cron, timezone=timezone, catch_up=catch_up, signer=signer, demands_seals=demands_seals
         )
+        if url := handle._options.callback_url:
+            self._call(self.sender.jobs.check_callback(url))
         self._call(self._changing.set_schedule(made, self._connections.store.now_ms))
 
     def list_schedules(self) -> dict[str, ScheduleStatus]:
@@ -243,6 +246,14 @@ class Client(Lifetime):
     def resume_schedule(self, name: str) -> None:
         """Lets a schedule fire again, from now on. Raises BadValue for an unknown one."""
         self._call(self._changing.resume_schedule(name, self._connections.store.now_ms))
+
+    def run_schedule(self, name: str) -> Job:
+        """Sends a job of a schedule now, beside its times, also while it is paused. Raises BadValue for an unknown one, and what `submit`
+        does.
+        """
+        desired = self._call(self._opened.deployments.read())
+        jobs = self.sender.jobs
+        return jobs.wait(jobs.run_schedule(desired, find_schedule(desired, name)))
 
     def delete_schedule(self, name: str) -> None:
         """Deletes a schedule. Its jobs stay. Does nothing for an unknown name."""

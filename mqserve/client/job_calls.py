@@ -24,6 +24,8 @@ from ..broker.results import Result
 from ..broker.values.codecs import PICKLE, encode_value
 from ..broker.values.signing import SealScope
 from ..connections import Connections
+from ..controller.scheduled_jobs import send_scheduled
+from ..controller.state.documents import Desired, Schedule
 from ..controller.state.reading import read_observed
 from ..controller.state.traffic import choose
 from .futures import Found
@@ -140,9 +142,19 @@ class JobCalls:
 
     async def _send(self, order: Order, backend: str, content_type: str, body: bytes, terms: JobTerms) -> Job:
         if terms.callback:
-            (await self._callback_rules()).check(terms.callback)
+            await self.check_callback(terms.callback)
         await self._jobs.submit(order.id, backend, body, content_type, order.meta, origin="handle", terms=terms, refusal=self.refusal)
         return self.job(order.id, order.id, plain=order.plain, expires_ms=terms.expires_ms)
+
+    async def run_schedule(self, desired: Desired, schedule: Schedule) -> Job:
+        """See `Client.run_schedule`."""
+        job_id, now_ms = mint_id(), self._store.now_ms()
+        facts = await send_scheduled(self._jobs, self._signer, desired, schedule, job_id, now_ms, refusal=self.refusal)
+        return self.job(job_id, job_id, expires_ms=facts.expires_ms)
+
+    async def check_callback(self, url: str) -> None:
+        """Raises BadValue for a callback URL that the controllers do not allow."""
+        (await self._callback_rules()).check(url)
 
     async def _callback_rules(self) -> CallbackRules:
         if self.callbacks is None:
