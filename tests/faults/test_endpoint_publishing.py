@@ -156,7 +156,7 @@ async def test_messages_wait_while_no_controller_is_there_and_the_death_of_the_l
             await commit(store, keys, instance, create_backend(Backend(backend, "", backend)))
         await commit(store, keys, instance, create_endpoint(HALVES))
         await until(lambda: members.observed().queues == {"a": (1,), "b": (1,)})
-        await until(partial(is_declared, queue, f"{namespace}.due"))
+        await until(partial(is_declared, queue, f"{namespace}.dead.@endpoints"))  # the last of what the leader makes
         first.signal(signal.SIGKILL)
         sent = await asyncio.to_thread(publish_many, broker_url, namespace, 200)
         await arrivals.consume(queue)
