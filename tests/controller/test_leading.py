@@ -400,7 +400,7 @@ async def test_a_new_instance_does_not_wait_for_anybody() -> None:
 
 
 class Expiring(EmbeddedStore):
-    """Tells what was said of the time that keys have."""
+    """Tells what was said of the time that code has."""
 
     def __init__(self) -> None:
         super().__init__()
