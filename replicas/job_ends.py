@@ -98,6 +98,7 @@ class JobEnds:
             inbox=envelope.header.inbox,
             endpoint=envelope.header.meta.endpoint,
             callback=envelope.header.job.callback if envelope.header.job is not None else "",
+            stage=envelope.header.job.stage if envelope.header.job is not None else None,
         )
 
     def result_ttl_ms(self, envelope: Envelope) -> int:

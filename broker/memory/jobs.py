@@ -27,6 +27,7 @@ from ..jobs import (
     JobRecord,
     JobState,
     Leased,
+    Pipeline,
     Run,
     event_entry,
     matches,
@@ -74,17 +75,26 @@ class _Job:
 
 
 class EmbeddedJobs:
-    """Implements `JobStore`. `values` are those of the store, `post` appends to an inbox."""
+    """Implements `JobStore`. `values` are those of the store, `post` appends to an inbox, `on_end` is called for each entry of the
+    outbox."""
 
-    def __init__(self, keys: StoreKeys, values: Expiring[bytes], post: Callable[[str, bytes], None], now_ms: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        keys: StoreKeys,
+        values: Expiring[bytes],
+        post: Callable[[str, bytes], None],
+        now_ms: Callable[[], int],
+        on_end: Callable[[], None] = lambda: None,
+    ) -> None:
         self._keys = keys
         self._values = values
         self._post = post
         self._now_ms = now_ms
+        self._on_end = on_end
         self._jobs = Expiring[_Job]()
         self._events = Expiring[deque[NumberedEvent]]()  # as long as the result, where the record stays as long again
         self._waiting: dict[str, list[_Place]] = {}  # by backend, in order: those that wait
-        self._ends: deque[PlacedEnd] = deque()
+        self._ends: dict[str, bytes] = {}  # by place, in order
         self._last_end = 0
 
     def __repr__(self) -> str:
@@ -101,7 +111,8 @@ class EmbeddedJobs:
     def add_then(self, future_id: str, facts: JobFacts, on_done: OnDone, message: bytes = b"") -> None:
         job = self._jobs.get(future_id) or _Job()
         if job.keep_fact(facts) and not job.has_ended and not job.runs:
-            self._join_queue(future_id, job, facts.backend, score_of(facts))
+            if not facts.stages:  # a pipeline waits in no queue
+                self._join_queue(future_id, job, facts.backend, score_of(facts))
             self._tell(future_id, job, _state(JobState.QUEUED, facts.created_ms))
         ttl_s = UNENDED_TTL_S
         if job.has_ended:  # it may be tried again all the same
@@ -130,8 +141,23 @@ class EmbeddedJobs:
             for old in (b"run:%d" % (job.runs - KEPT_ATTEMPTS), b"end:%d" % (job.runs - KEPT_ATTEMPTS)):
                 job.fields.pop(old, None)
             self._tell(run.id, job, _state(JobState.RUNNING, run.now_ms))
+            if run.pipeline is not None:
+                self._begin_pipeline(run.pipeline, run, is_first_run=job.runs == 1)
         self._jobs.put(run.id, job, run.ttl_s * 1000)
         return Leased(job.runs)
+
+    def _begin_pipeline(self, pipeline: Pipeline, run: Run, *, is_first_run: bool) -> None:
+        whole = self._jobs.get(pipeline.id) or _Job()
+        if whole.has_ended:
+            return
+        whole.keep_fact(pipeline.facts)
+        if not whole.runs:
+            whole.runs = 1
+            whole.fields |= {b"runs": b"1", b"run:1": Attempt(replica=run.replica, started_ms=run.now_ms).to_bytes()}
+            self._tell(pipeline.id, whole, _state(JobState.RUNNING, run.now_ms))
+        if is_first_run:
+            self._tell(pipeline.id, whole, JobEvent(EventKind.LOG, run.now_ms, text=pipeline.note))
+        self._jobs.put(pipeline.id, whole, UNENDED_TTL_S * 1000)
 
     async def renew(self, future_id: str, token: bytes) -> bool:
         job = self._jobs.get(future_id)
@@ -181,7 +207,8 @@ class EmbeddedJobs:
             self._events.expire(end.id, ttl_ms)
             if end.outbox_entry:
                 self._last_end += 1
-                self._ends.append(PlacedEnd(str(self._last_end), end.outbox_entry))
+                self._ends[str(self._last_end)] = end.outbox_entry
+                self._on_end()
         if end.token and self._values.get(self._keys.lease(end.id)) == end.token:
             self._values.pop(self._keys.lease(end.id))
         for inbox in {*filter(None, [end.inbox]), *job.waiters}:
@@ -267,12 +294,13 @@ class EmbeddedJobs:
     async def events(self, future_id: str, after: int = 0) -> Sequence[NumberedEvent]:
         return [event for event in self._events.get(future_id) or () if event.seq > after]
 
-    async def ends(self, at_most: int) -> Sequence[PlacedEnd]:
-        return list(islice(self._ends, at_most))
+    async def ends(self, at_most: int, after: str = "") -> Sequence[PlacedEnd]:
+        behind = (PlacedEnd(place, note) for place, note in self._ends.items() if not after or int(place) > int(after))
+        return list(islice(behind, at_most))
 
-    async def drop_ends(self, up_to: str) -> None:
-        while self._ends and int(self._ends[0].place) <= int(up_to):
-            self._ends.popleft()
+    async def drop_ends(self, *places: str) -> None:
+        for place in places:
+            self._ends.pop(place, None)
 
     async def place(self, future_id: str, facts: JobFacts) -> int | None:
         job = self._jobs.get(future_id)
