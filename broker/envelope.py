@@ -49,6 +49,13 @@ class RequestHead(msgspec.Struct, frozen=True, omit_defaults=True):
     lost_state: dict[str, str] | None = None  # name -> type of the values that are not plain data and stayed behind
 
 
+class Member(msgspec.Struct, frozen=True, array_like=True):
+    """The place of a job in a group (`job_groups.py`)."""
+
+    group: str
+    number: Whole  # from 0
+
+
 class JobHead(msgspec.Struct, frozen=True, omit_defaults=True):
     """The header field `job`: the request is one that nobody waits for (`jobs.py`). Times are store time in ms."""
 
@@ -59,6 +66,7 @@ class JobHead(msgspec.Struct, frozen=True, omit_defaults=True):
     tag: str = ""
     retry_of: str = ""
     callback: str = ""  # the URL that is told of its end
+    member: Member | None = None
 
 
 class Header(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import msgspec
 
-from .envelope import Envelope, Whole
+from .envelope import Envelope, Member, Whole
 from .errors import UNPARSABLE, BadEnvelope
 from .results import EVENT_KIND, InboxEntry, Outcome, Result
 
@@ -58,6 +58,7 @@ class JobFacts(msgspec.Struct, frozen=True, omit_defaults=True):
     tag: str = ""
     retry_of: str = ""
     callback: str = ""  # the URL that is told of its end
+    member: Member | None = None
 
     def to_bytes(self) -> bytes:
         return _encode(self)
@@ -166,6 +167,7 @@ class JobEnd(msgspec.Struct, frozen=True):
     inbox: str = ""
     endpoint: str = ""
     callback: str = ""  # the URL that is told of it
+    member: Member | None = None
 
     @property
     def outbox_entry(self) -> bytes:
@@ -173,6 +175,13 @@ class JobEnd(msgspec.Struct, frozen=True):
         if not self.callback:
             return b""
         return _encode(EndNote(self.id, self.state, self.ended_ms, self.endpoint, self.callback))
+
+    @property
+    def last_of_group_entry(self) -> bytes:
+        """What the outbox says if all jobs of its group have ended with this one; empty without a group."""
+        if self.member is None:
+            return b""
+        return _encode(EndNote(self.id, self.state, self.ended_ms, self.endpoint, group=self.member.group))
 
 
 class EndNote(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -184,6 +193,7 @@ class EndNote(msgspec.Struct, frozen=True, omit_defaults=True):
     ended_ms: Whole
     endpoint: str = ""
     callback: str = ""
+    group: str = ""  # all jobs of that group have ended with it, and another one follows
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> EndNote:
@@ -213,8 +223,9 @@ def facts_of(backend: str, envelope: Envelope, now_ms: int) -> JobFacts:
     if (head := header.job) is None:
         return JobFacts(backend, endpoint, now_ms, expires_ms, priority=priority)
     return JobFacts(
-        backend, endpoint, head.created_ms or now_ms, expires_ms, head.not_before_ms, priority, head.tag, head.retry_of, head.callback
-    )
+        backend, endpoint, head.created_ms or now_ms, expires_ms, head.not_before_ms, priority, head.tag, head.retry_of, head.callback,
+        head.member,
+    )  # fmt: skip
 
 
 def score_of(facts: JobFacts) -> int:

@@ -60,13 +60,13 @@ class JobEnds:
 
     def _end_of(self, job: KeptJob, result: Result) -> JobEnd:
         envelope = job.envelope
-        future_id = envelope.future_id(self._backend)
+        head, future_id = envelope.header.job or JobHead(), envelope.future_id(self._backend)
         raw = (result if envelope.attempt == 1 else msgspec.structs.replace(result, attempt=envelope.attempt)).to_bytes()
         return JobEnd(
             id=future_id, result=raw, note=entry_of(future_id, raw), state=_state_of(job, result), status=result.status,
             backend=self._backend, ended_ms=self._store.now_ms(), result_ttl_ms=self.result_ttl_ms(envelope), token=job.mark,
             inbox=envelope.header.inbox, endpoint=envelope.header.meta.endpoint,
-            callback=envelope.header.job.callback if envelope.header.job is not None else "",
+            callback=head.callback, member=head.member,
         )  # fmt: skip
 
     def result_ttl_ms(self, envelope: Envelope) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from msgspec.structs import replace
 
-from ..envelope import Envelope, Header, JobHead, RequestHead
+from ..envelope import Envelope, Header, JobHead, Member, RequestHead
 from ..errors import BrokerUnavailable, JobGoesOn, MQServeError, ResultGone, StoreUnavailable, TooLarge, UnknownJob
 from ..jobs import JOB_RESULT_TTL_S, MESSAGE_TTL_S, UNENDED_TTL_S, JobEnd, JobFacts, JobRecord, JobState, facts_of
 from ..overload import HeldBytes
@@ -43,6 +43,8 @@ class JobTerms:
     tag: str = ""
     retry_of: str = ""
     callback: str = ""  # the URL that is told of its end
+    member: Member | None = None
+    created_ms: int = 0  # 0: now
     once: bool = False  # the backend's delivery is at most once
     again: bool = False  # it may have been sent before
 
@@ -89,7 +91,9 @@ class JobSender:
         if size > MAX_BODY_BYTES:
             raise TooLarge(f"the body has {size} bytes and the limit is {MAX_BODY_BYTES}: send less, or a reference to it")
         now_ms = self.store.now_ms()
-        head = JobHead(now_ms, terms.result_ttl_s, 0, terms.not_before_ms, terms.tag, terms.retry_of, terms.callback)
+        head = JobHead(
+            terms.created_ms or now_ms, terms.result_ttl_s, 0, terms.not_before_ms, terms.tag, terms.retry_of, terms.callback, terms.member
+        )
         header = Header(origin=origin, deadline=terms.expires_ms, meta=meta, once=terms.once, job=head, again=terms.again)
         envelope = Envelope(future_id, body, content_type, header, priority=terms.priority, persistent=True)
         facts = facts_of(backend, envelope, now_ms)
@@ -121,6 +125,10 @@ class JobSender:
         await self.store.append_log(self._keys.cancelled, notice_of_request(future_id))  # also again, since the first word may be lost
         return not record.state.is_final
 
+    async def fail(self, future_id: str, result: Result) -> None:
+        """Records that a job which waits has failed, unless it has ended. Raises UnknownJob, and StoreUnavailable."""
+        await self._end(await self._known(future_id), result, JobState.FAILED, self.store.now_ms())
+
     async def retry(self, future_id: str, new_id: str, *, refusal: str = "") -> JobFacts:
         """Sends the message of a job that has ended once more, as a job of its own. Raises UnknownJob, JobGoesOn, ResultGone if the message
         is not kept (any more), BadSignature if it was not this instance that kept it, and what `submit` raises."""
@@ -144,7 +152,7 @@ class JobSender:
         within_ms = header.deadline - facts.created_ms if header.deadline else 0
         expires_ms = self.store.now_ms() + within_ms if within_ms else 0
         ttl_s = header.job.result_ttl_s if header.job is not None else 0
-        terms = JobTerms(0, expires_ms, ttl_s, kept.priority, facts.tag, future_id, facts.callback, header.once)
+        terms = JobTerms(0, expires_ms, ttl_s, kept.priority, facts.tag, future_id, facts.callback, once=header.once)
         return await self.submit(
             new_id, facts.backend, body, kept.content_type, header.meta, origin=header.origin, terms=terms, refusal=refusal
         )
@@ -172,8 +180,9 @@ class JobSender:
 
         facts = record.facts
         end = JobEnd(
-            record.id, raw, note, state, result.status, facts.backend, now_ms, ttl_ms, endpoint=facts.endpoint, callback=facts.callback
-        )
+            record.id, raw, note, state, result.status, facts.backend, now_ms, ttl_ms, endpoint=facts.endpoint, callback=facts.callback,
+            member=facts.member,
+        )  # fmt: skip
         self.store.jobs.end_then(end, ended)
         found = await outcome
         if isinstance(found, Exception):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 
+from ..envelope import Member
+from ..job_groups import ENDS, STATE_OF_BYTE, GroupFacts, GroupRecord, ends_in
 from ..job_store import NumberedEvent, OnDone, PlacedEnd
 from ..jobs import (
     JOB_RESULT_TTL_S,
@@ -46,6 +48,7 @@ class _Job:
         self.fields: dict[bytes, bytes] = {}
         self.created_ms = 0
         self.backend = ""
+        self.is_held = False  # it is sent once others have ended
         self.place: _Place | None = None  # while it has not begun
         self.runs = 0
         self.token: bytes | None = None  # of the latest run; empty once that was given back or is tried again
@@ -66,12 +69,25 @@ class _Job:
         return self.token is None or self.token == token
 
     def keep_fact(self, facts: JobFacts) -> bool:
-        """Returns whether the record has not had any."""
-        is_new = b"facts" not in self.fields
+        """Returns whether the record has not had any, or those of a job that was held."""
+        is_new = b"facts" not in self.fields or self.is_held
         if is_new:
+            self.is_held = False
             self.fields[b"facts"] = facts.to_bytes()
             self.backend, self.created_ms = facts.backend, facts.created_ms
         return is_new
+
+
+class _Group:
+    """What is kept of one group."""
+
+    def __init__(self, facts: GroupFacts, call: bytes) -> None:
+        self.facts = facts
+        self.call = call
+        self.ends = bytearray(facts.total)
+
+    def __repr__(self) -> str:
+        return f"<_Group of {self.facts.total}>"
 
 
 class EmbeddedJobs:
@@ -83,6 +99,7 @@ class EmbeddedJobs:
         self._post = post
         self._now_ms = now_ms
         self._jobs = Expiring[_Job]()
+        self._groups = Expiring[_Group]()
         self._waiting: dict[str, list[_Place]] = {}  # by backend, in order: those that have not begun
         self._ends: deque[PlacedEnd] = deque()
         self._last_end = 0
@@ -92,6 +109,7 @@ class EmbeddedJobs:
 
     def clear(self) -> None:
         self._jobs.clear()
+        self._groups.clear()
         self._waiting.clear()
         self._ends.clear()
 
@@ -177,13 +195,27 @@ class EmbeddedJobs:
                 self._values.expire(key, kept_ms)
             self._tell(end.id, job, _state(end.state, end.ended_ms))
             if end.outbox_entry:
-                self._last_end += 1
-                self._ends.append(PlacedEnd(str(self._last_end), end.outbox_entry))
+                self._add_end(end.outbox_entry)
+            if end.member is not None:
+                self._count(end.member, end)
         if end.token and self._values.get(self._keys.lease(end.id)) == end.token:
             self._values.pop(self._keys.lease(end.id))
         for inbox in {*filter(None, [end.inbox]), *job.waiters}:
             self._post(inbox, end.note)
         on_done(True)
+
+    def _add_end(self, entry: bytes) -> None:
+        self._last_end += 1
+        self._ends.append(PlacedEnd(str(self._last_end), entry))
+
+    def _count(self, member: Member, end: JobEnd) -> None:
+        group = self._groups.get(member.group)
+        if group is None or member.number >= len(group.ends) or group.ends[member.number]:
+            return
+        group.ends[member.number] = _BYTE_OF_STATE[end.state]
+        self._groups.extend(member.group, UNENDED_TTL_S * 1000)
+        if group.call and 0 not in group.ends:
+            self._add_end(end.last_of_group_entry)
 
     def note(self, future_id: str, token: bytes, event: JobEvent) -> None:
         job = self._jobs.get(future_id)
@@ -202,6 +234,16 @@ class EmbeddedJobs:
         for key in (keys.future(future_id), keys.result_body(future_id), keys.message(future_id), keys.body(future_id)):
             self._values.pop(key)
         return True
+
+    async def hold(self, future_id: str, facts: JobFacts) -> None:
+        job = self._jobs.get(future_id) or _Job()
+        if job.keep_fact(facts):
+            job.is_held = True
+            self._jobs.put(future_id, job, UNENDED_TTL_S * 1000)
+            self._tell(future_id, job, _state(JobState.QUEUED, facts.created_ms))
+
+    async def keep_group(self, group_id: str, facts: GroupFacts, call: bytes = b"") -> None:
+        self._groups.put(group_id, _Group(facts, call), UNENDED_TTL_S * 1000, only_new=True)
 
     def _leave_queue(self, job: _Job) -> None:
         if job.place is None:
@@ -223,6 +265,15 @@ class EmbeddedJobs:
             self._post(inbox, event_entry(future_id, job.last_event, event.to_bytes()))
 
     # Reading.
+
+    async def group(self, group_id: str) -> GroupRecord | None:
+        if (group := self._groups.get(group_id)) is None:
+            return None
+        return GroupRecord(group.facts, {state: group.ends.count(_BYTE_OF_STATE[state]) for state in ENDS}, group.call)
+
+    async def group_ends(self, group_id: str) -> Mapping[int, JobState]:
+        group = self._groups.get(group_id)
+        return {} if group is None else ends_in(group.ends)
 
     async def read(self, future_id: str) -> JobRecord | None:
         job = self._jobs.get(future_id)
@@ -278,6 +329,9 @@ class EmbeddedJobs:
     def _created_ms(self, future_id: str) -> int:
         job = self._jobs.get(future_id)
         return 0 if job is None else job.created_ms
+
+
+_BYTE_OF_STATE = {state: byte for byte, state in STATE_OF_BYTE.items()}
 
 
 def _state(state: JobState, at_ms: int) -> JobEvent:

@@ -21,7 +21,7 @@ from .kept_wire import KeptWire
 
 TEXT = (Path(__file__).parent / "jobs.lua").read_text()
 _DIGEST = hashlib.sha1(TEXT.encode(), usedforsecurity=False).hexdigest()
-_READS = frozenset(["read", "place"])
+_READS = frozenset(["read", "place", "group"])
 _ANSWER_S = CALL_BUDGET_S + 0.5  # a batch that fails says why by then; a step that still waits for another batch is not taken any more
 
 OnOutcome = Callable[[Any], None]
