@@ -66,6 +66,7 @@ class JobHead(msgspec.Struct, frozen=True, omit_defaults=True):
     tag: str = ""
     retry_of: str = ""
     callback: str = ""  # the URL that is told of its end
+    carried: bool = False  # its body holds results of other jobs (`values/carried.py`)
     member: Member | None = None
 
 
@@ -153,6 +154,11 @@ class Envelope(msgspec.Struct, frozen=True):
     def minted(self) -> bool:
         """Whether the id was minted by us (and so is globally unique) rather than chosen by the caller."""
         return bool(self.header.origin) and len(self.id) == MINTED_ID_LENGTH
+
+    @property
+    def carries(self) -> bool:
+        """Whether the body holds results of other jobs."""
+        return self.header.job is not None and self.header.job.carried
 
     def future_id(self, backend: str) -> str:
         """The id under which the result is stored. A minted id is used as it is; a caller's own key is scoped to the backend."""

@@ -43,6 +43,7 @@ class JobTerms:
     tag: str = ""
     retry_of: str = ""
     callback: str = ""  # the URL that is told of its end
+    carried: bool = False  # the body holds results of other jobs
     member: Member | None = None
     created_ms: int = 0  # 0: now
     once: bool = False  # the backend's delivery is at most once
@@ -92,8 +93,9 @@ class JobSender:
             raise TooLarge(f"the body has {size} bytes and the limit is {MAX_BODY_BYTES}: send less, or a reference to it")
         now_ms = self.store.now_ms()
         head = JobHead(
-            terms.created_ms or now_ms, terms.result_ttl_s, 0, terms.not_before_ms, terms.tag, terms.retry_of, terms.callback, terms.member
-        )
+            terms.created_ms or now_ms, terms.result_ttl_s, 0, terms.not_before_ms, terms.tag, terms.retry_of, terms.callback,
+            terms.carried, terms.member,
+        )  # fmt: skip
         header = Header(origin=origin, deadline=terms.expires_ms, meta=meta, once=terms.once, job=head, again=terms.again)
         envelope = Envelope(future_id, body, content_type, header, priority=terms.priority, persistent=True)
         facts = facts_of(backend, envelope, now_ms)
@@ -151,8 +153,10 @@ class JobSender:
         )  # fmt: skip
         within_ms = header.deadline - facts.created_ms if header.deadline else 0
         expires_ms = self.store.now_ms() + within_ms if within_ms else 0
-        ttl_s = header.job.result_ttl_s if header.job is not None else 0
-        terms = JobTerms(0, expires_ms, ttl_s, kept.priority, facts.tag, future_id, facts.callback, once=header.once)
+        head = header.job or JobHead()
+        terms = JobTerms(
+            0, expires_ms, head.result_ttl_s, kept.priority, facts.tag, future_id, facts.callback, carried=head.carried, once=header.once
+        )
         return await self.submit(
             new_id, facts.backend, body, kept.content_type, header.meta, origin=header.origin, terms=terms, refusal=refusal
         )
