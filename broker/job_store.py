@@ -94,8 +94,8 @@ class JobStore(Protocol):
         ...
 
     async def hold(self, future_id: str, facts: JobFacts) -> None:
-        """Writes the record of a job that is sent once others have ended, unless it is there. Its facts, which name no backend yet, give way
-        to those of `add_then`."""
+        """Writes the record of a job that is sent once others have ended, unless it is there. Its facts, which name no backend yet, give
+        way to those of `add_then`."""
         ...
 
     async def keep_group(self, group_id: str, facts: GroupFacts, call: bytes = b"") -> None:

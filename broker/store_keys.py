@@ -38,8 +38,8 @@ Those of jobs. Until a job ends, they live for UNENDED_TTL_S:
 | `mqserve:<ns>:followers:{id}` | set of inboxes | followers   | writers of events | WAIT_TTL_S, renewed       |
 | `mqserve:<ns>:waiting:<backend>` | sorted set: ids that have not begun | sender, replica, who ends it | who asks for a place | removed |
 | `mqserve:<ns>:jobs`          | sorted set: ids by time of creation | sender, replica | operators | removed some time after the record |
-| `mqserve:<ns>:group:{id}`    | hash: facts, and counts of ends | sender of many jobs, who ends one | clients, controllers | UNENDED_TTL_S, renewed by each end |
-| `mqserve:<ns>:group:{id.ends}` | string: a byte for each job, how it has ended | who ends one | as the counts | as the counts |
+| `mqserve:<ns>:group:{id}`    | hash: facts, counts of ends | sender, who ends jobs | clients, controllers | none: UNENDED_TTL_S, renewed |
+| `mqserve:<ns>:group:{id.ends}` | string: a byte for each member's end | who ends jobs | clients, controllers | as the counts |
 | `mqserve:<ns>:idempotent:<sha256>` | string: which request has the key | senders (NX) | senders | KEY_TTL_S, from its sending |
 | `mqserve:<ns>:ends`          | stream: ends from which something follows | who ends it | leading controller | removed once that is sent |
 """

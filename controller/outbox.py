@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import suppress
 from datetime import UTC, datetime
 from urllib.parse import quote
 
@@ -18,19 +19,20 @@ from ..broker.process.ticks import next_tick_s
 from ..broker.store import Store
 from ..broker.values.webhook_signing import WebhookSigner
 from ..broker.webhooks import VERSION, Webhook, Webhooks
+from .chords import Chords
 
 logger = logging.getLogger(__name__)
 
 SENT_AT_ONCE = 100
 LOOK_EVERY_S = 1.0
-LOOK_SELDOM_EVERY_S = 60.0  # where nobody may be told: for what was accepted before that was so
 
 
 class Outbox:
     """Sends while it is told to (`go_on`, `stop`)."""
 
-    def __init__(self, store: Store, webhooks: Webhooks, signer: WebhookSigner, rules: CallbackRules) -> None:
+    def __init__(self, store: Store, webhooks: Webhooks, signer: WebhookSigner, rules: CallbackRules, chords: Chords) -> None:
         self._store = store
+        self._chords = chords
         self._webhooks = webhooks
         self._signer = signer
         self._rules = rules
@@ -67,12 +69,16 @@ class Outbox:
                 logger.exception("what follows from the ends of jobs waits: that is a bug in mqserve, please report it")
                 is_empty = True
             if is_empty:
-                await asyncio.sleep(next_tick_s(LOOK_EVERY_S if self._rules.hosts else LOOK_SELDOM_EVERY_S))
+                await asyncio.sleep(next_tick_s(LOOK_EVERY_S))
 
     async def send_some(self) -> int:
         """Sends the first entries, and returns how many there were. Raises the errors of broker and store."""
         entries = await self._store.jobs.ends(SENT_AT_ONCE)
         if entries:
+            for entry in entries:
+                with suppress(BadEnvelope):
+                    if group_id := EndNote.from_bytes(entry.note).group:
+                        await self._chords.follow(group_id)
             found = [webhook for entry in entries if (webhook := self._webhook_of(entry.note)) is not None]
             if found and not self._is_declared:
                 await self._webhooks.declare()
@@ -84,6 +90,8 @@ class Outbox:
     def _webhook_of(self, raw: bytes) -> Webhook | None:
         try:
             end = EndNote.from_bytes(raw)
+            if end.group:
+                return None
             self._rules.check(end.callback)
             at = datetime.fromtimestamp(end.ended_ms / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         except (BadEnvelope, ValueError, OverflowError) as error:  # the last two are of a time that is none: all senders may write here

@@ -10,15 +10,19 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from ..broker.callbacks import CallbackRules
+from ..broker.calls.job_sending import JobSender
 from ..broker.errors import BadEnvelope, BadValue, MQServeError
+from ..broker.overload import HeldBytes
 from ..broker.process.printable import printable
 from ..broker.process.rate_limited_log import RateLimitedLog
 from ..broker.process.tasks import Tasks
 from ..broker.queue import Consumption, Queue
 from ..broker.settings import Settings
 from ..broker.store import Store
+from ..broker.store_keys import StoreKeys
 from ..broker.values.webhook_signing import WebhookSigner
 from ..broker.webhooks import Webhook, WebhookDelivery, Webhooks, next_wait_s
+from .chords import Chords
 from .outbox import Outbox
 from .receivers import NotReceived, Receivers
 from .state.documents import Desired
@@ -155,7 +159,9 @@ class Callbacks:
         signer = WebhookSigner(settings.webhook_secrets)
         self.rules = settings.callbacks.rules
         self._webhooks = queue.webhooks
-        self._outbox = Outbox(store, queue.webhooks, signer, self.rules)
+        keys = StoreKeys(settings.namespace)
+        self._chords = Chords(JobSender(queue, store, keys, HeldBytes(), settings.signer), store, keys, settings.signer)
+        self._outbox = Outbox(store, queue.webhooks, signer, self.rules, self._chords)
         self._sending = WebhookSending(queue.webhooks, store, signer, self.rules, Receivers(settings.callbacks.networks))
 
     def __repr__(self) -> str:
@@ -164,6 +170,7 @@ class Callbacks:
     async def turn(self, desired: Desired, *, leads: bool) -> None:
         """Looks after them, from the first backend on. When the instance closes the leader goes on until `tidy`. The leader empties the
         outbox also where nobody may be called: a direct publisher may ask for it nevertheless."""
+        self._chords.desired = desired
         if not leads:
             await self._outbox.stop()
         elif desired.backends:

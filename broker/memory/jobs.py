@@ -273,7 +273,7 @@ class EmbeddedJobs:
 
     async def group_ends(self, group_id: str) -> Mapping[int, JobState]:
         group = self._groups.get(group_id)
-        return {} if group is None else ends_in(group.ends)
+        return {} if group is None else ends_in(bytes(group.ends))
 
     async def read(self, future_id: str) -> JobRecord | None:
         job = self._jobs.get(future_id)

@@ -132,9 +132,7 @@ class RedisJobs:
 
     async def hold(self, future_id: str, facts: JobFacts) -> None:
         event = _state(JobState.QUEUED, facts.created_ms)
-        await self._steps.take(
-            self._step("hold", future_id, *_EVENT_KEYS, facts=facts.to_bytes(), created=facts.created_ms, event=event)
-        )
+        await self._steps.take(self._step("hold", future_id, *_EVENT_KEYS, facts=facts.to_bytes(), created=facts.created_ms, event=event))
 
     async def keep_group(self, group_id: str, facts: GroupFacts, call: bytes = b"") -> None:
         await self._steps.take(

@@ -279,7 +279,9 @@ def submit_many(handle: Handle, items: Iterable[Any], then: Handle | AsyncHandle
 def submit_many(handle: AsyncHandle, items: Iterable[Any], then: Handle | AsyncHandle | None = None) -> Coroutine[Any, Any, Group]: ...
 
 
-def submit_many(handle: Handle | AsyncHandle, items: Iterable[Any], then: Handle | AsyncHandle | None = None) -> Group | Coroutine[Any, Any, Group]:
+def submit_many(
+    handle: Handle | AsyncHandle, items: Iterable[Any], then: Handle | AsyncHandle | None = None
+) -> Group | Coroutine[Any, Any, Group]:
     """See `Client.submit_many`."""
     return groups.submit_many(handle, items, then)
 

@@ -297,15 +297,20 @@ class Client(Lifetime):
     @overload
     def submit_many(self, handle: Handle, items: Iterable[Any], then: Handle | AsyncHandle | None = None) -> Group: ...
     @overload
-    def submit_many(self, handle: AsyncHandle, items: Iterable[Any], then: Handle | AsyncHandle | None = None) -> Coroutine[Any, Any, Group]: ...
+    def submit_many(
+        self, handle: AsyncHandle, items: Iterable[Any], then: Handle | AsyncHandle | None = None
+    ) -> Coroutine[Any, Any, Group]: ...
 
-    def submit_many(self, handle: Handle | AsyncHandle, items: Iterable[Any], then: Handle | AsyncHandle | None = None) -> Group | Coroutine[Any, Any, Group]:
+    def submit_many(
+        self, handle: Handle | AsyncHandle, items: Iterable[Any], then: Handle | AsyncHandle | None = None
+    ) -> Group | Coroutine[Any, Any, Group]:
         """Sends a job for each item by `handle.submit`, and returns them as a group with one id; with an async handle, await it. An error
         ends the sending, and has a note that says how many jobs were sent before.
 
-        With `then`, a handle of either kind, its endpoint gets one job more once all have succeeded: the list of their results, in the order
-        of the items, as `then.submit([…])` would pass it, with the options of that handle. `group.then` is that job, from the start. Where
-        some of the others fail, are cancelled or expire, or sending them fails, it fails with MembersFailed. Without items it gets [].
+        With `then`, a handle of either kind, its endpoint gets one job more once all have succeeded: the list of their results, in the
+        order of the items, as `then.submit([…])` would pass it, with the options of that handle. `group.then` is that job, from the start.
+        Where one of the others fails, is cancelled or expires, or sending them fails, it fails with MembersFailed. Without items it gets
+        [].
 
         Raises BadType for what is no handle or no series of items, and what `submit` does.
         """

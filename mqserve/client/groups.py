@@ -41,8 +41,8 @@ class GroupStatus:
 
 
 class Group:
-    """Many jobs under one id; `serve.submit_many` and `serve.group` return one. `jobs` has them in the order of the items, and `then` is the
-    job that gets all their results, if there is one."""
+    """Many jobs under one id; `serve.submit_many` and `serve.group` return one. `jobs` has them in the order of the items, `then` is
+    the job that gets all their results, if there is one."""
 
     def __init__(self, group_id: str, facts: GroupFacts, calls: JobCalls, *, plain: bool = False, then_plain: bool = False) -> None:
         self.id = group_id
@@ -67,8 +67,8 @@ class Group:
         return iter(self.jobs)
 
     def status(self) -> GroupStatus:
-        """Returns the counts as they are now. The store counts, so that costs the same for a group of any size. Raises UnknownJob if nothing
-        is known of the group (any more), and StoreUnavailable."""
+        """Returns the counts as they are now. The store counts, so that costs the same for a group of any size. Raises UnknownJob if
+        nothing is known of the group (any more), and StoreUnavailable."""
         calls = self._calls.here()
         ended = calls.wait(calls.group_now(self.id)).ended
         return GroupStatus(len(self), len(self) - sum(ended.values()), **{state.value: count for state, count in ended.items()})
@@ -189,9 +189,7 @@ def _order_of(handle: Handle | AsyncHandle) -> Order:
 @overload
 def submit_many(handle: Handle, items: Iterable[Any], then: Handle | AsyncHandle | None = None) -> Group: ...
 @overload
-def submit_many(
-    handle: AsyncHandle, items: Iterable[Any], then: Handle | AsyncHandle | None = None
-) -> Coroutine[Any, Any, Group]: ...
+def submit_many(handle: AsyncHandle, items: Iterable[Any], then: Handle | AsyncHandle | None = None) -> Coroutine[Any, Any, Group]: ...
 @overload
 def submit_many(
     handle: Handle | AsyncHandle, items: Iterable[Any], then: Handle | AsyncHandle | None = None

@@ -1,0 +1,132 @@
+"""Chords: once all jobs of a group have succeeded, the leader sends the job that gets their results. That job's id is in the call which the
+group keeps, so a leader that dies on the way costs nothing: the next one sends the same job again, which replicas recognize by its record.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from contextlib import suppress
+
+from ..broker.calls.chord_calls import ChordCall
+from ..broker.calls.job_sending import JobSender, JobTerms
+from ..broker.calls.sending import MAX_BODY_BYTES
+from ..broker.errors import BadEnvelope, MembersFailed, TooLarge, UnknownJob
+from ..broker.job_groups import GroupFacts, member_id
+from ..broker.jobs import JobState
+from ..broker.process.printable import printable
+from ..broker.process.rate_limited_log import RateLimitedLog
+from ..broker.result_bodies import BodyGone, with_body
+from ..broker.results import Result, members_failed
+from ..broker.store import Store
+from ..broker.store_keys import StoreKeys
+from ..broker.values.carried import CARRIED, CarriedResult, carry_all
+from ..broker.values.signing import Signer
+from .state.documents import Desired
+from .state.reading import read_observed
+from .state.traffic import choose
+
+logger = logging.getLogger(__name__)
+
+_READ_AT_ONCE = 50  # results, of at most 256 KiB each
+_NAMED = 3  # jobs in an error
+_FRAME_BYTES = 100  # of a result's id, backend and content type beside its body
+
+
+class Chords:
+    """Sends what follows from groups. `desired` is the document that the leader goes by."""
+
+    def __init__(self, jobs: JobSender, store: Store, keys: StoreKeys, signer: Signer) -> None:
+        self._jobs = jobs
+        self._store = store
+        self._keys = keys
+        self._signer = signer
+        self._odd = RateLimitedLog(logger)
+        self.desired = Desired()
+
+    def __repr__(self) -> str:
+        return f"<Chords over {self._jobs!r}>"
+
+    async def follow(self, group_id: str) -> None:
+        """Sends the job that follows a group whose jobs have all ended, or ends it if it cannot have their results. Raises the errors of
+        broker and store, after which it may be called again."""
+        group = await self._store.jobs.group(group_id)
+        if group is None or not group.call:
+            return
+        try:
+            call = ChordCall.opened(group.call, self._signer, group_id)
+        except BadEnvelope as error:
+            self._odd.say(f"a group is followed by no job, since that was not kept by a process with this instance's key ({error})")
+            return await self._fail(self._signer.derived_id("chord", group_id), f"what was kept of this job cannot be used: {error}")
+        record = await self._jobs.look(call.id)
+        if record is not None and (record.state.is_final or record.facts.backend):
+            return  # it was cancelled, say, or a leader before has sent it
+        try:
+            await self._check_ends(group_id, group.facts, group.ended[JobState.SUCCEEDED])
+            await self._send(call, carry_all(await self._results(group_id, group.facts)))
+        except (MembersFailed, TooLarge) as error:
+            await self._fail(call.id, str(error))
+
+    async def _send(self, call: ChordCall, body: bytes) -> None:
+        desired, refusal = self.desired, read_observed(await self._store.get(self._keys.observed)).store_is_full
+        endpoint = desired.endpoints.get(call.head.endpoint)
+        if endpoint is None:
+            raise MembersFailed(f"there is no endpoint {call.head.endpoint!r} any more, which was to get the results of a group")
+        backend, _ = choose(endpoint, call.shard_key or call.id)  # by the id, so that a second sending goes the same way
+        terms = JobTerms(
+            not_before_ms=call.not_before_ms,
+            expires_ms=call.expires_ms,
+            result_ttl_s=call.result_ttl_s,
+            priority=call.priority,
+            tag=call.tag,
+            callback=call.callback,
+            carried=True,
+            created_ms=call.created_ms,
+            once=desired.backends[backend].config.delivery == "at_most_once",
+        )
+        await self._jobs.submit(call.id, backend, body, CARRIED, call.head, origin="handle", terms=terms, refusal=refusal)
+
+    async def _check_ends(self, group_id: str, facts: GroupFacts, succeeded: int) -> None:
+        """Raises MembersFailed, and names the first ones, unless all have succeeded."""
+        if succeeded == facts.total:
+            return
+        ends = await self._store.jobs.group_ends(group_id)
+        others = {number: state for number, state in sorted(ends.items()) if state is not JobState.SUCCEEDED}
+        counts = ", ".join(f"{count} {state}" for state, count in sorted(Counter(others.values()).items()))
+        named = [f"{member_id(group_id, number)} ({state})" for number, state in list(others.items())[:_NAMED]]
+        more = " and others" if len(others) > _NAMED else ""
+        raise MembersFailed(f"not all of the {facts.total} jobs of its group have succeeded: {counts}; {', '.join(named)}{more}")
+
+    async def _results(self, group_id: str, facts: GroupFacts) -> list[CarriedResult]:
+        """Raises MembersFailed if one is not kept any more, and TooLarge."""
+        found: list[CarriedResult] = []
+        size = 0
+        ids = [member_id(group_id, number) for number in range(facts.total)]
+        for start in range(0, len(ids), _READ_AT_ONCE):
+            some = ids[start : start + _READ_AT_ONCE]
+            for member, raw in zip(some, await self._store.get_many([self._keys.future(member) for member in some]), strict=True):
+                result = await self._result(member, raw)
+                size += len(result.body) + _FRAME_BYTES
+                if size > MAX_BODY_BYTES:
+                    raise TooLarge(
+                        f"the results of the {facts.total} jobs of its group have more than {MAX_BODY_BYTES} bytes together, the limit of "
+                        "a job's body: return less, or references to it"
+                    )
+                found.append(CarriedResult(result.content_type, result.body, result.backend, member))
+        return found
+
+    async def _result(self, member: str, raw: bytes | None) -> Result:
+        if raw is None:
+            raise MembersFailed(f"the result of job {member} of its group is not kept any more: raise result_ttl_s of those jobs")
+        try:
+            result = await with_body(self._store, self._keys, member, Result.from_bytes(raw))
+        except (BadEnvelope, BodyGone) as error:
+            raise MembersFailed(f"the result of job {member} of its group cannot be read: {error}") from error
+        if result.error is not None or result.frames:
+            what = "was streamed, and is not in one piece" if result.error is None else f"is an error, {printable(result.error.type)}"
+            raise MembersFailed(f"the result of job {member} of its group {what}")
+        return result
+
+    async def _fail(self, job_id: str, why: str) -> None:
+        with suppress(UnknownJob):
+            await self._jobs.fail(job_id, members_failed(why))
