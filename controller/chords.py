@@ -11,13 +11,13 @@ from contextlib import suppress
 from ..broker.calls.chord_calls import ChordCall
 from ..broker.calls.job_sending import JobSender, JobTerms
 from ..broker.calls.sending import MAX_BODY_BYTES
-from ..broker.errors import BadEnvelope, MembersFailed, TooLarge, UnknownJob
+from ..broker.errors import BackendGone, BadEnvelope, MembersFailed, TooLarge, UnknownJob
 from ..broker.job_groups import GroupFacts, member_id
 from ..broker.jobs import JobState
 from ..broker.process.printable import printable
 from ..broker.process.rate_limited_log import RateLimitedLog
 from ..broker.result_bodies import BodyGone, with_body
-from ..broker.results import Result, members_failed
+from ..broker.results import ErrorInfo, Outcome, Result, members_failed
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
 from ..broker.values.carried import CARRIED, CarriedResult, carry_all
@@ -57,7 +57,8 @@ class Chords:
             call = ChordCall.opened(group.call, self._signer, group_id)
         except BadEnvelope as error:
             self._odd.say(f"a group is followed by no job, since that was not kept by a process with this instance's key ({error})")
-            return await self._fail(self._signer.derived_id("chord", group_id), f"what was kept of this job cannot be used: {error}")
+            result = members_failed(f"what was kept of this job until all jobs of its group have ended cannot be used: {error}")
+            return await self._fail(self._signer.derived_id("chord", group_id), result)
         record = await self._jobs.look(call.id)
         if record is not None and (record.state.is_final or record.facts.backend):
             return  # it was cancelled, say, or a leader before has sent it
@@ -65,13 +66,15 @@ class Chords:
             await self._check_ends(group_id, group.facts, group.ended[JobState.SUCCEEDED])
             await self._send(call, carry_all(await self._results(group_id, group.facts)))
         except (MembersFailed, TooLarge) as error:
-            await self._fail(call.id, str(error))
+            await self._fail(call.id, members_failed(str(error)))
+        except BackendGone as error:
+            await self._fail(call.id, _gone(str(error)))
 
     async def _send(self, call: ChordCall, body: bytes) -> None:
         desired, refusal = self.desired, read_observed(await self._store.get(self._keys.observed)).store_is_full
         endpoint = desired.endpoints.get(call.head.endpoint)
-        if endpoint is None:
-            raise MembersFailed(f"there is no endpoint {call.head.endpoint!r} any more, which was to get the results of a group")
+        if endpoint is None or desired.closing:
+            raise BackendGone("the instance was shut down" if desired.closing else f"endpoint {call.head.endpoint!r} was deleted")
         backend, _ = choose(endpoint, call.shard_key or call.id)  # by the id, so that a second sending goes the same way
         terms = JobTerms(
             not_before_ms=call.not_before_ms,
@@ -127,6 +130,11 @@ class Chords:
             raise MembersFailed(f"the result of job {member} of its group {what}")
         return result
 
-    async def _fail(self, job_id: str, why: str) -> None:
+    async def _fail(self, job_id: str, result: Result) -> None:
         with suppress(UnknownJob):
-            await self._jobs.fail(job_id, members_failed(why))
+            await self._jobs.fail(job_id, result)
+
+
+def _gone(why: str) -> Result:
+    message = f"{why} before this job, which follows a group, was sent: send the group again once it is served"
+    return Result(status=503, error=ErrorInfo(type=Outcome.GONE, message=message))

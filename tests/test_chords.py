@@ -174,7 +174,7 @@ def test_an_endpoint_that_is_gone_fails_the_chord(deploy: Deploy, gate: Gate) ->
     serve.delete_endpoint(name)
     gate.open()
     assert group.then is not None
-    with pytest.raises(serve.MembersFailed, match=f"there is no endpoint '{name}' any more"):
+    with pytest.raises(serve.BackendGone, match=f"endpoint '{name}' was deleted"):
         group.then.result(timeout=30)
 
 
