@@ -6,6 +6,7 @@ import asyncio
 import re
 from typing import Any
 
+import httpx
 import pytest
 
 import mqserve as serve
@@ -211,3 +212,21 @@ def test_results_that_no_job_can_carry_fail_the_chord(making: serve.Handle, tell
     assert group.then is not None
     with pytest.raises(serve.MembersFailed, match="the results of the 10 jobs of its group have more than 67108864 bytes together"):
         group.then.result(timeout=60)
+
+
+def test_a_group_has_its_counts_under_its_id_by_http(client: serve.Client, making: serve.Handle, telling: serve.Handle) -> None:
+    group = serve.submit_many(making, [1, "fails"], then=telling)
+    wait_until(group.done)
+    url = f"{client.http_url()}/-/futures/{group.id}"
+    found = httpx.get(url)
+    assert found.status_code == 200 and found.headers["cache-control"] == "no-store"
+    counts = {name: value for name, value in found.json().items() if isinstance(value, int)}
+    assert counts == {"total": 2, "pending": 0, "succeeded": 1, "failed": 1, "cancelled": 0, "expired": 0}
+    assert found.json()["endpoint"] == making._endpoint
+    assert group.then is not None
+    wait_until(lambda: group.then is not None and group.then.done())
+    then = httpx.get(client.http_url() + found.json()["then_url"]).json()
+    assert (then["id"], then["status"], then["error"]["type"], then["error"]["status"]) == (
+        group.then.id, "failed", "mqserve.MembersFailed", 424,
+    )  # fmt: skip
+    assert httpx.get(f"{url}/result").status_code == 404
