@@ -56,6 +56,13 @@ class Member(msgspec.Struct, frozen=True, array_like=True):
     number: Whole  # from 0
 
 
+class Stage(msgspec.Struct, frozen=True, array_like=True):
+    """The place of a job in a pipeline. `plan` is what all its stages have in common (`pipelines.py`), sealed where there is a key."""
+
+    plan: bytes
+    index: Whole
+
+
 class JobHead(msgspec.Struct, frozen=True, omit_defaults=True):
     """The header field `job`: the request is one that nobody waits for (`jobs.py`). Times are store time in ms."""
 
@@ -67,6 +74,7 @@ class JobHead(msgspec.Struct, frozen=True, omit_defaults=True):
     retry_of: str = ""
     callback: str = ""  # the URL that is told of its end
     carried: bool = False  # its body holds results of other jobs (`values/carried.py`)
+    stage: Stage | None = None  # of a pipeline
     member: Member | None = None
 
 

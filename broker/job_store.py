@@ -38,7 +38,7 @@ class JobStore(Protocol):
 
     async def begin(self, run: Run) -> Begun:
         """Takes the lease for a run, unless the job has a result or another run's lease lives. Writes the record if it is missing, the
-        beginning of the run, and the event."""
+        beginning of the run, and the event. The first stage of a pipeline begins that, too, and each one tells of itself there."""
         ...
 
     async def renew(self, future_id: str, token: bytes) -> bool:
@@ -85,12 +85,12 @@ class JobStore(Protocol):
         """Returns the events behind that number which are kept, in order."""
         ...
 
-    async def ends(self, at_most: int) -> Sequence[PlacedEnd]:
-        """Returns the first entries of the outbox."""
+    async def ends(self, at_most: int, after: str = "") -> Sequence[PlacedEnd]:
+        """Returns the first entries of the outbox, or the first ones behind a place."""
         ...
 
-    async def drop_ends(self, up_to: str) -> None:
-        """Removes the entries of the outbox up to that place."""
+    async def drop_ends(self, *places: str) -> None:
+        """Removes the entries of the outbox at these places."""
         ...
 
     async def hold(self, future_id: str, facts: JobFacts) -> None:

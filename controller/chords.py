@@ -4,7 +4,7 @@ group keeps, so a leader that dies on the way costs nothing: the next one sends 
 
 from __future__ import annotations
 
-import logging
+import asyncio
 from collections import Counter
 from contextlib import suppress
 
@@ -13,9 +13,8 @@ from ..broker.calls.job_sending import JobSender, JobTerms
 from ..broker.calls.sending import MAX_BODY_BYTES
 from ..broker.errors import BackendGone, BadEnvelope, MembersFailed, TooLarge, UnknownJob
 from ..broker.job_groups import GroupFacts, member_id
-from ..broker.jobs import JobState
+from ..broker.jobs import EndNote, JobState
 from ..broker.process.printable import printable
-from ..broker.process.rate_limited_log import RateLimitedLog
 from ..broker.result_bodies import BodyGone, with_body
 from ..broker.results import ErrorInfo, Outcome, Result, members_failed
 from ..broker.store import Store
@@ -23,10 +22,7 @@ from ..broker.store_keys import StoreKeys
 from ..broker.values.carried import CARRIED, CarriedResult, carry_all
 from ..broker.values.signing import Signer
 from .state.documents import Desired
-from .state.reading import read_observed
-from .state.traffic import choose
-
-logger = logging.getLogger(__name__)
+from .state.traffic import choose, entry_of, stages_of
 
 _READ_AT_ONCE = 50  # results, of at most 256 KiB each
 _NAMED = 3  # jobs in an error
@@ -34,33 +30,42 @@ _FRAME_BYTES = 100  # of a result's id, backend and content type beside its body
 
 
 class Chords:
-    """Sends what follows from groups. `desired` is the document that the leader goes by."""
+    """Sends what follows from the groups of one instance, as the document says that `follow` got last."""
 
     def __init__(self, jobs: JobSender, store: Store, keys: StoreKeys, signer: Signer) -> None:
         self._jobs = jobs
         self._store = store
         self._keys = keys
         self._signer = signer
-        self._odd = RateLimitedLog(logger)
-        self.desired = Desired()
+        self._desired = Desired()
+        self._refusal = ""
+        self._one = asyncio.Lock()  # at a time: each may have 64 MiB
 
     def __repr__(self) -> str:
         return f"<Chords over {self._jobs!r}>"
 
-    async def follow(self, group_id: str) -> None:
-        """Sends the job that follows a group whose jobs have all ended, or ends it if it cannot have their results. Raises the errors of
-        broker and store, after which it may be called again."""
+    def follow(self, desired: Desired, refusal: str) -> None:
+        """`refusal` says why the store is to take no jobs."""
+        self._desired, self._refusal = desired, refusal
+
+    async def send(self, end: EndNote) -> None:
+        """Sends the job that follows a group whose jobs have all ended, or ends it if it cannot have their results. May be called again for
+        the same group. Raises the errors of broker and store, and BadEnvelope for a group that no process of this instance has sent."""
+        async with self._one:
+            await self._send_after(end.group)
+
+    async def _send_after(self, group_id: str) -> None:
         group = await self._store.jobs.group(group_id)
         if group is None or not group.call:
             return
         try:
             call = ChordCall.opened(group.call, self._signer, group_id)
         except BadEnvelope as error:
-            self._odd.say(f"a group is followed by no job, since that was not kept by a process with this instance's key ({error})")
             result = members_failed(f"what was kept of this job until all jobs of its group have ended cannot be used: {error}")
-            return await self._fail(self._signer.derived_id("chord", group_id), result)
+            await self._fail(self._signer.derived_id("chord", group_id), result)
+            raise
         record = await self._jobs.look(call.id)
-        if record is not None and (record.state.is_final or record.facts.backend):
+        if record is not None and (record.state is not JobState.QUEUED or record.facts.backend or record.facts.stages):
             return  # it was cancelled, say, or a leader before has sent it
         try:
             await self._check_ends(group_id, group.facts, group.ended[JobState.SUCCEEDED])
@@ -71,11 +76,12 @@ class Chords:
             await self._fail(call.id, _gone(str(error)))
 
     async def _send(self, call: ChordCall, body: bytes) -> None:
-        desired, refusal = self.desired, read_observed(await self._store.get(self._keys.observed)).store_is_full
+        desired = self._desired
         endpoint = desired.endpoints.get(call.head.endpoint)
         if endpoint is None or desired.closing:
             raise BackendGone("the instance was shut down" if desired.closing else f"endpoint {call.head.endpoint!r} was deleted")
-        backend, _ = choose(endpoint, call.shard_key or call.id)  # by the id, so that a second sending goes the same way
+        shard_key = call.shard_key or call.id  # so that a second sending goes the same way
+        backend, _ = choose(entry_of(endpoint, desired.endpoints), shard_key)
         terms = JobTerms(
             not_before_ms=call.not_before_ms,
             expires_ms=call.expires_ms,
@@ -84,10 +90,11 @@ class Chords:
             tag=call.tag,
             callback=call.callback,
             carried=True,
+            stages=stages_of(endpoint, call.shard_key),
             created_ms=call.created_ms,
             once=desired.backends[backend].config.delivery == "at_most_once",
         )
-        await self._jobs.submit(call.id, backend, body, CARRIED, call.head, origin="handle", terms=terms, refusal=refusal)
+        await self._jobs.submit(call.id, backend, body, CARRIED, call.head, origin="handle", terms=terms, refusal=self._refusal)
 
     async def _check_ends(self, group_id: str, facts: GroupFacts, succeeded: int) -> None:
         """Raises MembersFailed, and names the first ones, unless all have succeeded."""

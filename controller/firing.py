@@ -17,6 +17,7 @@ from ..broker.calls.job_sending import JobSender, JobTerms
 from ..broker.calls.scheduled_calls import ScheduledCall
 from ..broker.errors import BadEnvelope, BadValue, MQServeError
 from ..broker.jobs import UNENDED_TTL_S
+from ..broker.pipelines import message_id
 from ..broker.process.rate_limited_log import RateLimitedLog
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
@@ -25,7 +26,7 @@ from .cron import LATE_MS, cron_of, due
 from .lease import Leader, NotLeading
 from .state.documents import Backend, Desired, Observed, Schedule
 from .state.firings import Firing, firings_to_bytes, problem_of, read_firings
-from .state.traffic import choose
+from .state.traffic import choose, entry_of, stages_of
 
 logger = logging.getLogger(__name__)
 
@@ -176,8 +177,11 @@ class Firings:
         except BadEnvelope as error:
             raise BadEnvelope(f"its call was not made by a process with this instance's key ({error}): declare it again") from error
         job_id = self._signer.derived_id("firing", schedule.name, schedule.token, at_ms)
-        backend, _ = choose(endpoint, call.shard_key or job_id)  # by the id, so that a second sending goes the same way
-        body = call.body_for(self._signer, schedule.endpoint, schedule.name, backend, job_id, UNENDED_TTL_S * 1000)
+        stages = stages_of(endpoint, call.shard_key)
+        # by the id, so that a second sending goes the same way
+        backend, _ = choose(entry_of(endpoint, self._desired.endpoints), call.shard_key or job_id)
+        sent_id = message_id(self._signer, job_id, stages)
+        body = call.body_for(self._signer, schedule.endpoint, schedule.name, backend, sent_id, UNENDED_TTL_S * 1000)
         headers = (*call.head.headers, (b"x-schedule", schedule.name.encode()), (b"x-scheduled-for", _iso(at_ms).encode()))
         head = msgspec.structs.replace(call.head, headers=headers)
         terms = JobTerms(
@@ -186,6 +190,7 @@ class Firings:
             priority=call.priority,
             tag=call.tag,
             once=_runs_once(self._desired.backends[backend]),
+            stages=stages,
         )
         await self._jobs.submit(job_id, backend, body, call.content_type, head, origin="handle", terms=terms, refusal=self._refusal)
         return job_id

@@ -39,11 +39,11 @@ from .job_limits import job_limit_s, job_problems
 from .known_documents import KnownDocuments
 from .queues import REFUSAL_S, Queues
 from .restarts import ENDED_WELL, Restarts
+from .sequels import Sequels
 from .state.beats import Beat, MemberState, ProxyBeat, ReplicaBeat, beats_of, living, read_beats
 from .state.documents import Assignment, Desired, Observed
 from .state.reading import read_desired
 from .store_checks import StoreChecks
-from .webhooks import Callbacks
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -82,10 +82,10 @@ class Controller:
         # None where replicas, which judge senders likewise, cannot start either
         self._due = DueJobs(queue.later, senders, store, self._while_leading) if senders is not None else None
         self._leftovers = Leftovers(queue, store, senders) if senders is not None else None
-        self._callbacks = Callbacks(queue, store, settings)
         self._consumer_timeout_s = settings.consumer_timeout_s
         self._leader = lease.Leader(store, keys, controller_id, kept_by)
         self._firings = Firings(JobSender(queue, store, keys, HeldBytes(), signer), store, keys, signer, self._leader)
+        self._sequels = Sequels(queue, store, keys, settings)
         self._known = KnownDocuments(store, keys, instance)
         self._looked_at = -math.inf  # monotonic time of the last look at the store
         self._is_first_look = True
@@ -127,7 +127,7 @@ class Controller:
         finally:
             self._store.unwatch(changed)
             await self._stop_due()
-            await self._callbacks.stop()
+            await self._sequels.stop()
             with suppress(MQServeError):
                 await self._leader.release()
 
@@ -159,7 +159,7 @@ class Controller:
             if leads:
                 await self._write_back()
             return False
-        await self._callbacks.turn(known.desired, leads=leads)
+        await self._sequels.turn(known.desired, known.observed, leads=leads)
         return leads and await self._tick(known.desired)
 
     def _note_look(self) -> None:
@@ -279,7 +279,7 @@ class Controller:
             down_since=self._down_since(desired, observed, placed, replicas, now_ms),
             job_limit_s=limit_s,
             store_is_full=self._store_checks.is_full,
-            callbacks=self._callbacks.rules,
+            callbacks=self._sequels.rules,
             sealed=self._has_key and not plan.without_seals(beats),
             serving=tuple(sorted({replicas[name].backend for name in ready} & set(desired.backends))),
         )
@@ -442,7 +442,7 @@ class Controller:
         if self._due is not None and desired.backends:
             with suppress(BrokerUnavailable):  # then queues are left without a job, or with one for the next instance of the namespace
                 await self._due.tidy()
-                await self._callbacks.tidy()
+                await self._sequels.tidy()
         return await lease.forget(self._store, self._keys, self._instance, self._leader.claim)
 
 

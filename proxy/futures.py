@@ -121,10 +121,11 @@ class Futures:
 
     async def view(self, record: JobRecord, scope: Scope) -> dict[str, Any]:
         """Returns what a client gets to know of a job. Raises StoreUnavailable."""
-        is_queued = record.state is JobState.QUEUED
+        is_queued = record.state is JobState.QUEUED and not record.facts.stages
+        stages = await self._jobs.stages(record)
         position = await self._records.place(record.id, record.facts) if is_queued else None
         failed = await self._sender.pending.peek_head(record.id) if record.has_result and record.state is not JobState.SUCCEEDED else None
-        return job_view(record, self.links(scope), position=position, result=failed, debug=self._debug)
+        return job_view(record, self.links(scope), position=position, result=failed, debug=self._debug, stages=stages)
 
     # Its answer.
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
+from ..broker.calls.job_sending import StageRecord
 from ..broker.envelope import is_minted
 from ..broker.job_groups import GroupRecord
 from ..broker.jobs import Attempt, JobEvent, JobFacts, JobRecord, JobState
@@ -54,8 +56,10 @@ def state_reply(view: dict[str, Any]) -> Reply:
     return status, [*headers, _NOT_STORED], body
 
 
-def job_view(record: JobRecord, links: Links, *, position: int | None, result: Result | None, debug: bool) -> dict[str, Any]:
-    """Returns what a client gets to know of a job. `result` is there for one that has failed."""
+def job_view(
+    record: JobRecord, links: Links, *, position: int | None, result: Result | None, debug: bool, stages: Sequence[StageRecord] = ()
+) -> dict[str, Any]:
+    """Returns what a client gets to know of a job. `result` is there for one that has failed, `stages` for a pipeline."""
     view = {
         **_facts(record.id, record.facts, record.state, links),
         "started_at": time_of(record.started_ms),
@@ -64,6 +68,7 @@ def job_view(record: JobRecord, links: Links, *, position: int | None, result: R
         "history": [_attempt(attempt, debug=debug) for attempt in record.attempts if attempt.ended_ms],
         "progress": None if record.progress is None else event_view(record.progress),
         "position": position,
+        "stages": [_known({"endpoint": stage.endpoint, "id": stage.id, "status": stage.state}) for stage in stages],
         "error": None if result is None else _error(result, debug=debug),
     }
     return _known(view)

@@ -66,7 +66,7 @@ class JobEnds:
             id=future_id, result=raw, note=entry_of(future_id, raw), state=_state_of(job, result), status=result.status,
             backend=self._backend, ended_ms=self._store.now_ms(), result_ttl_ms=self.result_ttl_ms(envelope), token=job.mark,
             inbox=envelope.header.inbox, endpoint=envelope.header.meta.endpoint,
-            callback=head.callback, member=head.member,
+            callback=head.callback, stage=head.stage, member=head.member,
         )  # fmt: skip
 
     def result_ttl_ms(self, envelope: Envelope) -> int:

@@ -29,6 +29,7 @@ from ..jobs import (
     JobRecord,
     JobState,
     Leased,
+    Pipeline,
     Run,
     event_entry,
     matches,
@@ -91,17 +92,26 @@ class _Group:
 
 
 class EmbeddedJobs:
-    """Implements `JobStore`. `values` are those of the store, `post` appends to an inbox."""
+    """Implements `JobStore`. `values` are those of the store, `post` appends to an inbox, `on_end` is called for each entry of the
+    outbox."""
 
-    def __init__(self, keys: StoreKeys, values: Expiring[bytes], post: Callable[[str, bytes], None], now_ms: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        keys: StoreKeys,
+        values: Expiring[bytes],
+        post: Callable[[str, bytes], None],
+        now_ms: Callable[[], int],
+        on_end: Callable[[], None] = lambda: None,
+    ) -> None:
         self._keys = keys
         self._values = values
         self._post = post
         self._now_ms = now_ms
+        self._on_end = on_end
         self._jobs = Expiring[_Job]()
         self._groups = Expiring[_Group]()
         self._waiting: dict[str, list[_Place]] = {}  # by backend, in order: those that have not begun
-        self._ends: deque[PlacedEnd] = deque()
+        self._ends: dict[str, bytes] = {}  # by place, in order
         self._last_end = 0
 
     def __repr__(self) -> str:
@@ -118,8 +128,9 @@ class EmbeddedJobs:
     def add_then(self, future_id: str, facts: JobFacts, on_done: OnDone, message: bytes = b"") -> None:
         job = self._jobs.get(future_id) or _Job()
         if job.keep_fact(facts) and not job.has_ended and not job.runs:
-            job.place = (score_of(facts), future_id)
-            insort(self._waiting.setdefault(facts.backend, []), job.place)
+            if not facts.stages:  # a pipeline waits in no queue
+                job.place = (score_of(facts), future_id)
+                insort(self._waiting.setdefault(facts.backend, []), job.place)
             self._tell(future_id, job, _state(JobState.QUEUED, facts.created_ms))
         ttl_s = UNENDED_TTL_S
         if job.has_ended:  # it may be tried again all the same
@@ -148,8 +159,23 @@ class EmbeddedJobs:
             for old in (b"run:%d" % (job.runs - KEPT_ATTEMPTS), b"end:%d" % (job.runs - KEPT_ATTEMPTS)):
                 job.fields.pop(old, None)
             self._tell(run.id, job, _state(JobState.RUNNING, run.now_ms))
+            if run.pipeline is not None:
+                self._begin_pipeline(run.pipeline, run, is_first_run=job.runs == 1)
         self._jobs.put(run.id, job, run.ttl_s * 1000)
         return Leased(job.runs)
+
+    def _begin_pipeline(self, pipeline: Pipeline, run: Run, *, is_first_run: bool) -> None:
+        whole = self._jobs.get(pipeline.id) or _Job()
+        if whole.has_ended:
+            return
+        whole.keep_fact(pipeline.facts)
+        if not whole.runs:
+            whole.runs = 1
+            whole.fields |= {b"runs": b"1", b"run:1": Attempt(replica=run.replica, started_ms=run.now_ms).to_bytes()}
+            self._tell(pipeline.id, whole, _state(JobState.RUNNING, run.now_ms))
+        if is_first_run:
+            self._tell(pipeline.id, whole, JobEvent(EventKind.LOG, run.now_ms, text=pipeline.note))
+        self._jobs.put(pipeline.id, whole, UNENDED_TTL_S * 1000)
 
     async def renew(self, future_id: str, token: bytes) -> bool:
         job = self._jobs.get(future_id)
@@ -206,7 +232,8 @@ class EmbeddedJobs:
 
     def _add_end(self, entry: bytes) -> None:
         self._last_end += 1
-        self._ends.append(PlacedEnd(str(self._last_end), entry))
+        self._ends[str(self._last_end)] = entry
+        self._on_end()
 
     def _count(self, member: Member, end: JobEnd) -> None:
         group = self._groups.get(member.group)
@@ -305,12 +332,13 @@ class EmbeddedJobs:
         job = self._jobs.get(future_id)
         return [] if job is None else [event for event in job.events if event.seq > after]
 
-    async def ends(self, at_most: int) -> Sequence[PlacedEnd]:
-        return list(islice(self._ends, at_most))
+    async def ends(self, at_most: int, after: str = "") -> Sequence[PlacedEnd]:
+        behind = (PlacedEnd(place, note) for place, note in self._ends.items() if not after or int(place) > int(after))
+        return list(islice(behind, at_most))
 
-    async def drop_ends(self, up_to: str) -> None:
-        while self._ends and int(self._ends[0].place) <= int(up_to):
-            self._ends.popleft()
+    async def drop_ends(self, *places: str) -> None:
+        for place in places:
+            self._ends.pop(place, None)
 
     async def place(self, future_id: str, facts: JobFacts) -> int | None:
         job = self._jobs.get(future_id)

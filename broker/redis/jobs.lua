@@ -89,6 +89,20 @@ local function register(one, set)
   return read(one)
 end
 
+-- A pipeline runs from the first run of a stage on, and tells of the first run of each one.
+local function begin_pipeline(one, is_first_run)
+  local whole = {id = one.pipeline_id, record = one.pipeline_record, events = one.pipeline_events, followers = one.pipeline_followers,
+                 facts = one.pipeline_facts, created = one.pipeline_created}
+  if look(whole.record) then return end  -- it has ended: it was cancelled a moment ago
+  keep_facts(whole)
+  if run('HSETNX', whole.record, 'run:1', one.run) == 1 then
+    redis.call('HSET', whole.record, 'runs', 1)
+    add_event(whole, one.event)
+  end
+  if is_first_run then add_event(whole, one.pipeline_note) end
+  redis.call('PEXPIRE', whole.record, UNENDED_TTL)
+end
+
 local steps = {}
 
 function steps.add(one)
@@ -102,8 +116,10 @@ function steps.add(one)
   end
   redis.call('PEXPIRE', one.record, UNENDED_TTL)
   if is_new and not runs then
-    run('ZADD', one.waiting, one.score, one.id)
-    redis.call('PEXPIRE', one.waiting, UNENDED_TTL)
+    if one.waiting ~= '' then  -- a pipeline waits in no queue
+      run('ZADD', one.waiting, one.score, one.id)
+      redis.call('PEXPIRE', one.waiting, UNENDED_TTL)
+    end
     add_event(one, one.event)
   end
   if one.message ~= '' then redis.call('SET', one.message_key, one.message, 'PX', UNENDED_TTL) end
@@ -146,6 +162,7 @@ function steps.begin(one)
     if runs > KEPT_ATTEMPTS then redis.call('HDEL', one.record, 'run:' .. runs - KEPT_ATTEMPTS, 'end:' .. runs - KEPT_ATTEMPTS) end
     run('ZREM', one.waiting, one.id)
     add_event(one, one.event)
+    if one.pipeline_id then begin_pipeline(one, tonumber(runs) == 1) end
     sweep()
   end
   redis.call('PEXPIRE', one.record, one.ttl)

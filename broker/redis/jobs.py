@@ -69,7 +69,8 @@ class RedisJobs:
 
     def add_then(self, future_id: str, facts: JobFacts, on_done: OnDone, message: bytes = b"") -> None:
         step = self._step(
-            "add", future_id, *_EVENT_KEYS, waiting=self._keys.waiting(facts.backend), message_key=self._keys.message(future_id),
+            "add", future_id, *_EVENT_KEYS, waiting="" if facts.stages else self._keys.waiting(facts.backend),
+            message_key=self._keys.message(future_id),
             facts=facts.to_bytes(), message=message, score=score_of(facts), created=facts.created_ms,
             event=_state(JobState.QUEUED, facts.created_ms),
         )  # fmt: skip
@@ -80,7 +81,7 @@ class RedisJobs:
         step = self._step(
             "begin", run.id, "future", "lease", *_EVENT_KEYS, waiting=self._keys.waiting(run.facts.backend), token=run.token,
             facts=run.facts.to_bytes(), created=run.facts.created_ms, run=attempt.to_bytes(), ttl=run.ttl_s * 1000,
-            event=_state(JobState.RUNNING, run.now_ms),
+            event=_state(JobState.RUNNING, run.now_ms), **self._pipeline(run),
         )  # fmt: skip
         match await self._steps.take(step):
             case [b"leased", int() as number]:
@@ -91,6 +92,16 @@ class RedisJobs:
                 return Done(result)
             case other:
                 raise _strange(other)
+
+    def _pipeline(self, run: Run) -> dict[str, str | bytes | int]:
+        if (pipeline := run.pipeline) is None:
+            return {}
+        keys = {key: getattr(self._keys, key)(pipeline.id) for key in _EVENT_KEYS}
+        whole = {
+            "id": pipeline.id, "record": self._keys.job(pipeline.id), **keys, "facts": pipeline.facts.to_bytes(),
+            "created": pipeline.facts.created_ms, "note": JobEvent(EventKind.LOG, run.now_ms, text=pipeline.note).to_bytes(),
+        }  # fmt: skip
+        return {f"pipeline_{name}": value for name, value in whole.items()}
 
     async def renew(self, future_id: str, token: bytes) -> bool:
         return bool(await self._steps.take(self._step("renew", future_id, "lease", token=token)) == 1)
@@ -185,17 +196,17 @@ class RedisJobs:
         found = await self._steps.take(self._step("place", future_id, waiting=self._keys.waiting(facts.backend)))
         return found if isinstance(found, int) and found >= 0 else None
 
-    async def ends(self, at_most: int) -> Sequence[PlacedEnd]:
+    async def ends(self, at_most: int, after: str = "") -> Sequence[PlacedEnd]:
+        first = f"({after}" if after else "-"
         try:
-            found: Any = await self._call(lambda: self._client.xrange(self._keys.ends, count=at_most))
+            found: Any = await self._call(lambda: self._client.xrange(self._keys.ends, min=first, count=at_most))
         except WrongType:
             return []  # the next end replaces it
         return [PlacedEnd(place.decode(), fields.get(b"end", b"")) for place, fields in found]
 
-    async def drop_ends(self, up_to: str) -> None:
-        ms, _, seq = up_to.partition("-")
+    async def drop_ends(self, *places: str) -> None:
         with suppress(WrongType):
-            await self._call(lambda: self._client.xtrim(self._keys.ends, minid=f"{ms}-{int(seq) + 1}", approximate=False))
+            await self._call(lambda: self._client.xdel(self._keys.ends, *places))
 
     async def list(self, *, backend: str = "", tag: str = "", states: Sequence[str] = (), at_most: int = 100) -> Sequence[JobRecord]:
         records: list[JobRecord] = []

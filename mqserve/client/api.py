@@ -250,6 +250,21 @@ def delete_schedule(name: str) -> None:
     clients.current().delete_schedule(name)
 
 
+def create_pipeline(name: str, stages: Sequence[str], *, route: str | None = None, methods: Sequence[str] = ()) -> None:
+    """See `Client.create_pipeline`."""
+    clients.current().create_pipeline(name, stages, route=route, methods=methods)
+
+
+def list_pipelines() -> dict[str, dict[str, Any]]:
+    """See `Client.list_pipelines`."""
+    return clients.current().list_pipelines()
+
+
+def delete_pipeline(name: str) -> None:
+    """See `Client.delete_pipeline`."""
+    clients.current().delete_pipeline(name)
+
+
 @overload
 def get_handle(endpoint_name: str, *, missing_ok: bool = False) -> Handle: ...
 @overload

@@ -16,6 +16,7 @@ from ..broker.values.backend_code import Packed, pack_backend
 from ..broker.values.main_module import RunFile
 from ..broker.values.whole_numbers import whole_number
 from ..controller import changes
+from ..controller.pipeline_changes import parse_pipeline
 from ..controller.state.beats import MemberState, ProxyBeat, living, read_beats
 from ..controller.state.config import BackendConfig
 from ..controller.state.documents import CatchUp, CodeKind, Desired
@@ -161,6 +162,7 @@ class Client(Lifetime):
                 **({"prefix": True} if endpoint.prefix else {}),
             }
             for name, endpoint in self._read().endpoints.items()
+            if not endpoint.stages
         }
 
     def delete_endpoint(self, endpoint: str) -> None:
@@ -200,6 +202,29 @@ class Client(Lifetime):
         """
         parsed = parse_middlewares(middlewares)
         self._call(self._changing.set_middlewares(self._pack_for_all(list(parsed)) if parsed else None))
+
+    # Pipelines.
+
+    def create_pipeline(self, name: str, stages: Sequence[str], *, route: str | None = None, methods: Sequence[str] = ()) -> None:
+        """Creates a pipeline: an endpoint whose requests are jobs that go through the endpoints `stages`, each of which gets the result of
+        the one before it as `request.data`. A handle calls it by its name, HTTP at its route (GET and POST, if `methods` says nothing).
+
+        Raises BadType and BadValue for a bad name, list or route, an unknown endpoint and one that is a pipeline, a name or route that is
+        taken. Raises BackendFailed if a proxy cannot match the route; the pipeline is then removed again.
+        """
+        self._call(self._changing.create_pipeline(parse_pipeline(name, stages, route, methods)))
+
+    def list_pipelines(self) -> dict[str, dict[str, Any]]:
+        """Returns `{name: {"route", "methods", "stages"}}`."""
+        return {
+            name: {"route": endpoint.route, "methods": list(endpoint.methods), "stages": list(endpoint.stages)}
+            for name, endpoint in self._read().endpoints.items()
+            if endpoint.stages
+        }
+
+    def delete_pipeline(self, name: str) -> None:
+        """Deletes a pipeline, but not its endpoints. What is under way in it goes on. Does nothing for an unknown name."""
+        self._call(self._changing.delete_pipeline(name))
 
     # Schedules.
 

@@ -22,12 +22,13 @@ from ..broker.errors import BrokerUnavailable, InstanceError, MQServeError, Stor
 from ..broker.job_groups import GroupFacts, GroupRecord, member_id
 from ..broker.job_store import NumberedEvent
 from ..broker.jobs import PRIORITIES, UNENDED_TTL_S, JobRecord, JobState
+from ..broker.pipelines import message_id
 from ..broker.results import Result, members_failed
 from ..broker.values.codecs import PICKLE, encode_value
 from ..broker.values.signing import SealScope
 from ..connections import Connections
 from ..controller.state.reading import read_observed
-from ..controller.state.traffic import choose
+from ..controller.state.traffic import choose, entry_of, stages_of
 from .futures import Found
 from .job_options import JobOptions, timing_of
 from .jobs import Job, JobStatus, Kept
@@ -91,22 +92,23 @@ class JobCalls:
     def submit(self, order: Order) -> Coroutine[Any, Any, Job]:
         """Returns the work that sends a job, for `wait` and `wait_soon`. Raises what `Sender.send` does."""
         waits = self._sender.has_to_wait(order.meta.endpoint, order.data, order.arguments, wait_for_endpoint=order.wait_for_endpoint)
-        return self._submit_later(order) if waits else self._encoded(order)
+        return self._submit_later(order) if waits else self.encoded(order)
 
     async def _submit_later(self, order: Order) -> Job:
         data, arguments = await self._sender.ready(order.meta.endpoint, order.data, order.arguments)
-        work = await asyncio.to_thread(self._encoded, replace(order, data=data, arguments=arguments))
+        work = await asyncio.to_thread(self.encoded, replace(order, data=data, arguments=arguments))
         return await work
 
-    def _encoded(self, order: Order, claimed: Claim | None = None) -> Coroutine[Any, Any, Job]:
+    def encoded(self, order: Order, claimed: Claim | None = None) -> Coroutine[Any, Any, Job]:
         """Encodes the job in the caller's thread, and returns the work that sends it. `claimed`: it may have been sent before, under that
         id and to that backend."""
         desired, options = self._sender.desired, order.options
         endpoint = self._sender.find_endpoint(desired, order.meta.endpoint)
-        backend = choose(endpoint, order.shard_key).backend if claimed is None else claimed.backend
+        first, stages = entry_of(endpoint, desired.endpoints), stages_of(endpoint, order.shard_key)
+        backend = choose(first, order.shard_key).backend if claimed is None else claimed.backend
         its = desired.backends.get(backend)
         timing = timing_of(options, self._store.now_ms())
-        scope = SealScope("request", backend, order.id)
+        scope = SealScope("request", backend, message_id(self._signer, order.id, stages))
         content_type, body = encode_value([order.data, order.arguments], self._signer, scope, timing.openable_ms)
         terms = JobTerms(
             not_before_ms=timing.not_before_ms,
@@ -118,6 +120,7 @@ class JobCalls:
             member=order.member,
             once=its is not None and its.config.delivery == "at_most_once",
             again=claimed is not None,
+            stages=stages,
         )
         send = self._send_once if options.idempotency_key and claimed is None else self._send
         return send(order, backend, content_type, body, terms)
@@ -130,7 +133,7 @@ class JobCalls:
         while (stands := await self._once.claim(scope, claim, terms.result_ttl_s)) != claim:
             record = await self._jobs.look(stands.id)
             if record is None:  # who claimed the key may have ended before it sent the job; a second message of one id does no harm
-                return await (await asyncio.to_thread(self._encoded, replace(order, id=stands.id), stands))
+                return await (await asyncio.to_thread(self.encoded, replace(order, id=stands.id), stands))
             if record.state is not JobState.EXPIRED:
                 return self.job(stands.id, stands.id, plain=order.plain, expires_ms=record.facts.expires_ms)
             await self._once.free(scope, stands)
@@ -176,8 +179,9 @@ class JobCalls:
 
     async def _status(self, key: str) -> JobStatus:
         record = await self._known(key)
-        place = await self._store.jobs.place(key, record.facts) if record.state is JobState.QUEUED else None
-        return JobStatus.of(record, place)
+        waits = record.state is JobState.QUEUED and not record.facts.stages
+        place = await self._store.jobs.place(key, record.facts) if waits else None
+        return JobStatus.of(record, place, await self._jobs.stages(record))
 
     async def _known(self, key: str) -> JobRecord:
         record = await self._jobs.look(key)
@@ -213,6 +217,11 @@ class JobCalls:
     def cancel(self, key: str) -> bool:
         """See `Future.cancel`. Raises UnknownJob."""
         return self.wait(self._jobs.cancel(key))
+
+    async def cancel_soon(self, key: str) -> None:
+        """Does the same for a caller that has gone."""
+        with suppress(UnknownJob, StoreUnavailable):
+            await self._jobs.cancel(key)
 
     def read(self, key: str, result: Result, *, plain: bool) -> Any:
         """See `Sender.read`."""

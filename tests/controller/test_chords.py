@@ -10,7 +10,7 @@ import pytest
 from mqserve.broker.calls.chord_calls import VERSION, ChordCall
 from mqserve.broker.calls.job_sending import JobSender
 from mqserve.broker.envelope import Member, RequestHead
-from mqserve.broker.errors import BrokerUnavailable, MQServeError, NotRouted, StoreUnavailable
+from mqserve.broker.errors import BadEnvelope, BrokerUnavailable, MQServeError, NotRouted, StoreUnavailable
 from mqserve.broker.job_groups import GroupFacts, member_id
 from mqserve.broker.jobs import Done, EndNote, JobState, Leased
 from mqserve.broker.memory.queue import EmbeddedQueue
@@ -22,7 +22,7 @@ from mqserve.broker.values.carried import read_carried
 from mqserve.broker.values.codecs import encode_value
 from mqserve.broker.values.signing import MIN_KEY_BYTES, SealScope, Signer
 from mqserve.controller.chords import Chords
-from mqserve.controller.state.documents import Backend, Desired, Endpoint, Observed
+from mqserve.controller.state.documents import Backend, Desired, Endpoint
 from tests.broker.keeping_jobs import begun, ended
 from tests.broker.traffic import Hands
 
@@ -32,6 +32,8 @@ SIGNER = Signer([b"k" * MIN_KEY_BYTES], "tests")
 STRANGER = Signer([b"s" * MIN_KEY_BYTES], "tests")
 DESIRED = Desired(backends={"b": Backend("b", "", "b")}, endpoints={"then": Endpoint("then", None, (), {"b": 1.0})})
 CALL = ChordCall(VERSION, "the chord", RequestHead(endpoint="then"), "", 4, "t", "", 60, 1000, 0, 0)
+
+END = EndNote("the last", JobState.SUCCEEDED, 5, group="g")
 
 
 class OddQueue(EmbeddedQueue):
@@ -59,7 +61,7 @@ class Site:
 
     def another_leader(self) -> Chords:
         chords = Chords(JobSender(self.queue, self.store, self.keys, HeldBytes(), SIGNER), self.store, self.keys, SIGNER)
-        chords.desired = DESIRED
+        chords.follow(DESIRED, "")
         return chords
 
     async def begin(self, total: int, signer: Signer = SIGNER, call: ChordCall = CALL) -> None:
@@ -73,6 +75,9 @@ class Site:
         content_type, body = encode_value(value, SIGNER, SealScope("result", "a", job_id))
         raw = Result(backend="a", content_type=content_type, body=body).to_bytes()
         await ended(self.store, job_id, raw, state=state, member=Member("g", number), backend="a", **fields)
+
+    async def follow(self) -> None:
+        await self.chords.send(END)
 
     async def groups_to_follow(self) -> list[str]:
         return [EndNote.from_bytes(entry.note).group for entry in await self.store.jobs.ends(10)]
@@ -105,7 +110,7 @@ async def test_the_results_of_a_group_are_sent_in_order_once_all_have_succeeded(
         assert not await site.groups_to_follow()
         await site.end(number, value)
     assert await site.groups_to_follow() == ["g"]
-    await site.chords.follow("g")
+    await site.follow()
     assert await site.sent() == [[{0}, None, "two"]]
     record = await site.store.jobs.read(CALL.id)
     assert record is not None
@@ -115,15 +120,15 @@ async def test_the_results_of_a_group_are_sent_in_order_once_all_have_succeeded(
 async def test_a_leader_that_comes_after_one_which_has_sent_it_sends_nothing(site: Site) -> None:
     await site.begin(1)
     await site.end(0, 1)
-    await site.chords.follow("g")
-    await site.another_leader().follow("g")
+    await site.follow()
+    await site.another_leader().send(END)
     assert len(await site.sent()) == 1
 
 
 async def test_a_second_sending_by_a_leader_that_knows_nothing_of_the_first_is_recognized(site: Site) -> None:
     await site.begin(1)
     await site.end(0, 1)
-    await asyncio.gather(site.chords.follow("g"), site.another_leader().follow("g"))
+    await asyncio.gather(site.follow(), site.another_leader().send(END))
     sent = await site.sent()
     assert sent == [[1]] * len(sent), "with the same id and the same argument"
     assert await begun(site.store, b"one", CALL.id) == Leased(1)
@@ -137,20 +142,19 @@ async def test_what_cannot_be_sent_now_is_sent_later(store: Store, keys: StoreKe
     await site.begin(1)
     await site.end(0, 1)
     with pytest.raises(type(error)):
-        await site.chords.follow("g")
-    await site.chords.follow("g")
+        await site.follow()
+    await site.follow()
     assert await site.sent() == [[1]]
 
 
 async def test_a_full_store_gets_no_chord_until_it_has_room(site: Site) -> None:
     await site.begin(1)
     await site.end(0, 1)
-    full = Observed(store_is_full="it is almost full")
-    await site.store.set(site.keys.observed, msgspec.json.encode(full))
+    site.chords.follow(DESIRED, "it is almost full")
     with pytest.raises(StoreUnavailable, match="almost full"):
-        await site.chords.follow("g")
-    await site.store.delete(site.keys.observed)
-    await site.chords.follow("g")
+        await site.follow()
+    site.chords.follow(DESIRED, "")
+    await site.follow()
     assert await site.sent() == [[1]]
 
 
@@ -159,7 +163,7 @@ async def test_a_group_with_ends_of_other_kinds_fails_its_chord_and_names_the_fi
     states = [JobState.SUCCEEDED, JobState.FAILED, JobState.EXPIRED, JobState.CANCELLED, JobState.FAILED, JobState.SUCCEEDED]
     for number, state in enumerate(states):
         await site.end(number, number, state)
-    await site.chords.follow("g")
+    await site.follow()
     named = ", ".join(f"{member_id('g', number)} ({state})" for number, state in list(enumerate(states))[1:4])
     assert await site.chord() == (
         JobState.FAILED,
@@ -171,7 +175,7 @@ async def test_a_group_with_ends_of_other_kinds_fails_its_chord_and_names_the_fi
 async def test_a_chord_that_was_cancelled_or_has_expired_is_not_sent(site: Site) -> None:
     await site.begin(1, call=msgspec.structs.replace(CALL, expires_ms=1))
     await site.end(0, 1)
-    await site.chords.follow("g")
+    await site.follow()
     assert (await site.chord())[0] is JobState.EXPIRED and not await site.sent()
 
 
@@ -179,7 +183,8 @@ async def test_a_call_that_no_process_with_the_key_has_made_is_not_sent(site: Si
     derived = SIGNER.derived_id("chord", "g")
     await site.begin(1, STRANGER, msgspec.structs.replace(CALL, id=derived))
     await site.end(0, 1)
-    await site.chords.follow("g")
+    with pytest.raises(BadEnvelope):
+        await site.follow()
     record = await site.store.jobs.read(derived)
     assert record is not None and record.state is JobState.FAILED and not await site.sent()
 
@@ -187,7 +192,8 @@ async def test_a_call_that_no_process_with_the_key_has_made_is_not_sent(site: Si
 async def test_the_call_of_one_group_is_no_call_of_another(site: Site) -> None:
     await site.store.jobs.keep_group("g", GroupFacts(1), CALL.sealed(SIGNER, "another"))
     await site.end(0, 1)
-    await site.chords.follow("g")
+    with pytest.raises(BadEnvelope):
+        await site.follow()
     assert not await site.sent()
 
 
@@ -195,22 +201,22 @@ async def test_what_stands_in_the_place_of_a_result_fails_the_chord(site: Site) 
     await site.begin(2)
     await site.end(0, 1)
     await ended(site.store, member_id("g", 1), b"\xc1", member=Member("g", 1))
-    await site.chords.follow("g")
+    await site.follow()
     state, error = await site.chord()
     assert state is JobState.FAILED and "cannot be read" in error and member_id("g", 1) in error
 
 
 async def test_nothing_follows_from_a_group_that_is_not_known_or_has_no_call(site: Site) -> None:
-    await site.chords.follow("nobody's")
+    await site.chords.send(msgspec.structs.replace(END, group="nobody's"))
     await site.store.jobs.keep_group("g", GroupFacts(0))
-    await site.chords.follow("g")
+    await site.follow()
     assert not await site.sent()
 
 
 async def test_an_instance_that_closes_ends_its_chords(site: Site) -> None:
     await site.begin(1)
     await site.end(0, 1)
-    site.chords.desired = msgspec.structs.replace(DESIRED, closing=True)
-    await site.chords.follow("g")
+    site.chords.follow(msgspec.structs.replace(DESIRED, closing=True), "")
+    await site.follow()
     state, error = await site.chord()
     assert state is JobState.FAILED and error.startswith("mqserve.BackendGone: the instance was shut down")
