@@ -29,7 +29,9 @@ def make(request: serve.ServeRequest) -> Any:
         raise OSError("that fails")
     if what == "point":
         return Point(7)
-    return {"bytes": b"\0\xff", "text": "é", "none": None, "large": "x" * 2_000_000, "huge": b"x" * 7_000_000}.get(what, what)
+    return {"bytes": b"\0\xff", "text": "é", "none": None, "large": "x" * 2_000_000, "huge": b"x" * 7_000_000}.get(
+        what if isinstance(what, str) else "", what
+    )
 
 
 @pytest.fixture
@@ -212,6 +214,26 @@ def test_results_that_no_job_can_carry_fail_the_chord(making: serve.Handle, tell
     assert group.then is not None
     with pytest.raises(serve.MembersFailed, match="the results of the 10 jobs of its group have more than 67108864 bytes together"):
         group.then.result(timeout=60)
+
+
+def test_pipelines_are_members_of_groups_and_follow_them(client: serve.Client, making: serve.Handle, telling: serve.Handle) -> None:
+    name = f"{making._endpoint}-p"
+    client.create_pipeline(name, [making._endpoint, telling._endpoint])
+    try:
+        handle = serve.get_handle(name)
+        group = serve.submit_many(handle, [1, 2], then=handle.options(tag="whole"))
+        assert group.then is not None and group.then.status().state is serve.JobState.QUEUED
+        each: list[Any] = [[number, {}, "GET", None, 1] for number in (1, 2)]
+        assert group.then.result(timeout=60) == [each, {}, "GET", None, 1]
+        assert group.status() == serve.GroupStatus(2, 0, 2, 0, 0, 0)
+        status = group.then.status()
+        assert (status.state, status.tag, [stage.state for stage in status.stages]) == ("succeeded", "whole", ["succeeded"] * 2)
+        failed = serve.submit_many(handle, [1, "fails"], then=handle)
+        assert failed.then is not None
+        with pytest.raises(serve.MembersFailed, match="1 failed"):
+            failed.then.result(timeout=60)
+    finally:
+        client.delete_pipeline(name)
 
 
 def test_a_group_has_its_counts_under_its_id_by_http(client: serve.Client, making: serve.Handle, telling: serve.Handle) -> None:
