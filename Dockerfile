@@ -1,6 +1,6 @@
 FROM python:3.12-slim
 
-RUN useradd --create-home --uid 10001 mqserve
+RUN useradd --create-home --uid 10001 mqserve && install --directory --owner=mqserve --mode=0700 /var/lib/mqserve/results
 
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./

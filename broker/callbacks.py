@@ -18,22 +18,30 @@ MAX_URL_LENGTH = 2000
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 _HOST = re.compile(r"(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*")
+_PORT = re.compile(r":(\*|[0-9]{1,5})")
+ANY_PORT = "*"
 _WRITTEN = re.compile(r"[!-\[\]-~]+")  # printable ASCII without blanks and backslashes, which parsers read in different ways
 
 
+class NotAllowed(BadValue):
+    """A callback URL that other settings would allow."""
+
+
 class CallbackRules(msgspec.Struct, frozen=True):
-    """Which callback URLs are taken: those of these hosts, each a name or `*.` and the end of one; by http only if that is allowed."""
+    """Which callback URLs are taken: those of these hosts, by http only if that is allowed. Each host is a name, or `*.` and the end of
+    one, with `:` and a port behind it (`*` for any) if that is not the one of the scheme."""
 
     hosts: tuple[str, ...] = ()
     http: bool = False
 
     def check(self, url: str) -> URL:
-        """Returns the URL, parsed. Raises BadValue for one that is not taken, with the reason."""
+        """Returns the URL, parsed, with its path and query as they are written. Raises NotAllowed for one that these settings refuse, and
+        BadValue for any other that is not taken, with the reason."""
         if len(url) > MAX_URL_LENGTH or not _WRITTEN.fullmatch(url):
             raise BadValue(f"a callback URL has at most {MAX_URL_LENGTH} characters of ASCII, without blanks: percent-encode the others")
         try:
-            parsed = URL(url)
-            host, _ = (parsed.raw_host or "").rstrip(".").lower(), parsed.port
+            parsed = URL(url, encoded=True)
+            host, port = (parsed.raw_host or "").rstrip(".").lower(), parsed.port
         except ValueError as error:
             raise BadValue(f"the callback URL does not parse ({error}): write it as https://host/path") from None
         if parsed.scheme not in ("https", "http") or not host:
@@ -42,10 +50,13 @@ class CallbackRules(msgspec.Struct, frozen=True):
             raise BadValue("a callback URL has no user, no password and no fragment: what it is sent is signed instead")
         if not self.hosts:
             raise BadValue("this instance calls nobody back: set MQSERVE_CALLBACK_HOSTS for its controllers, or ask for the result")
-        if not any(_matches(host, allowed) for allowed in self.hosts):
-            raise BadValue(f"{host!r} is none of the hosts that may be called back: its operator lists them in MQSERVE_CALLBACK_HOSTS")
+        ports = {its_port for its_host, its_port in map(_divided, self.hosts) if _matches(host, its_host)}
+        if not ports:
+            raise NotAllowed(f"{host!r} is none of the hosts that may be called back: its operator lists them in MQSERVE_CALLBACK_HOSTS")
+        if not ports & {ANY_PORT, str(port), "" if parsed.is_default_port() else None}:
+            raise NotAllowed(f"{host!r} may not be called back at port {port}: its operator lists host:port in MQSERVE_CALLBACK_HOSTS")
         if parsed.scheme == "http" and not self.http:
-            raise BadValue("a callback URL begins with https://: http:// is taken only if the controllers have MQSERVE_CALLBACK_HTTP=1")
+            raise NotAllowed("a callback URL begins with https://: http:// is taken only if the controllers have MQSERVE_CALLBACK_HTTP=1")
         return parsed
 
 
@@ -66,8 +77,12 @@ class CallbackSettings:
         """Raises BadValue."""
         hosts = tuple(host.lower() for host in _listed(env, "MQSERVE_CALLBACK_HOSTS"))
         for host in hosts:
-            if not _HOST.fullmatch(host) and not _is_address(host):
-                raise BadValue(f"MQSERVE_CALLBACK_HOSTS names {host!r}: write names of hosts, such as hooks.example.com or *.example.com")
+            name, port = _divided(host)
+            if not (_HOST.fullmatch(name) or _is_address(name)) or (port not in ("", ANY_PORT) and not 1 <= int(port) <= 65535):
+                raise BadValue(
+                    f"MQSERVE_CALLBACK_HOSTS names {host!r}: write names of hosts, such as hooks.example.com, *.example.com or "
+                    "hooks.example.com:8443"
+                )
         rules = CallbackRules(hosts, http=env.get("MQSERVE_CALLBACK_HTTP") == "1")
         return cls(rules, tuple(map(_network, _listed(env, "MQSERVE_CALLBACK_NETWORKS"))), secret)
 
@@ -82,6 +97,15 @@ class CallbackSettings:
 
 
 NO_CALLBACK_SETTINGS = CallbackSettings()
+
+
+def _divided(host: str) -> tuple[str, str]:
+    """Returns a host of the settings, and its port; empty without one. An IPv6 address with a port has brackets."""
+    if _is_address(host):
+        return host, ""
+    end = host.rfind(":")
+    name, port = (host[:end], host[end + 1 :]) if end >= 0 and _PORT.fullmatch(host, end) else (host, "")
+    return name[1:-1] if name[:1] == "[" and name[-1:] == "]" else name, port
 
 
 def _matches(host: str, allowed: str) -> bool:

@@ -25,7 +25,8 @@ MAX_REASON = 2000  # characters
 MAX_TRACEBACK_BYTES = 16 * 1024
 MAX_ATTEMPTS_KEPT = 100
 _MAX_HEAD_BYTES = 120 * 1024  # a content header must fit one frame (128 KiB), or it kills the connection
-_OURS = ("mq-reason", "mq-traceback", "mq-attempts", "mq-backend", "mq-died-at", "mq-user", "mq-job")
+_NOT_KEPT = ("CC", "mq-job", "mq-endpoint")
+_OURS = ("mq-reason", "mq-traceback", "mq-attempts", "mq-backend", "mq-died-at", "mq-user", "mq-job", "mq-endpoint")
 
 
 class Attempt(msgspec.Struct, frozen=True):
@@ -79,7 +80,8 @@ class Death(msgspec.Struct, frozen=True):
 class DeadLetter:
     """A letter read from the dead letter queue: the death, and the message without the headers that describe the death.
 
-    `sender` is the AMQP user who sent the message, as RabbitMQ told the replica that set it aside. `is_job`: it waited among the jobs.
+    `sender` is the AMQP user who sent the message, as RabbitMQ told the process that set it aside. `is_job`: it waited among the jobs.
+    `endpoint` is the one that it was published to, if it got no further.
     """
 
     backend: str
@@ -88,13 +90,15 @@ class DeadLetter:
     body: bytes
     sender: str = ""
     is_job: bool = False
+    endpoint: str = ""
 
     @classmethod
     def from_amqp(cls, backend: str, properties: Basic.Properties, body: bytes) -> DeadLetter:
         headers: dict[str, Any] = properties.headers or {}
         theirs = {name: value for name, value in headers.items() if name not in _OURS}
         sender, is_job = _text(headers.get("mq-user")), headers.get("mq-job") is True
-        return cls(backend, Death.from_headers(headers), _with_headers(properties, theirs), body, sender, is_job)
+        endpoint = _text(headers.get("mq-endpoint"))
+        return cls(backend, Death.from_headers(headers), _with_headers(properties, theirs), body, sender, is_job, endpoint)
 
     @property
     def id(self) -> str:
@@ -154,15 +158,19 @@ def digest_of(backend: str, body: bytes) -> str:
     return hashlib.sha256(backend.encode() + b"\0" + body).hexdigest()[:32]
 
 
-def dead_letter_to_amqp(backend: str, properties: Basic.Properties, death: Death, *, is_job: bool = False) -> bytes:
+def dead_letter_to_amqp(
+    backend: str, properties: Basic.Properties, death: Death, *, is_job: bool = False, endpoint: str | None = None
+) -> bytes:
     """Packs the property flags and list of a dead letter. Headers of the sender are dropped if they do not fit or cannot be encoded
-    again."""
+    again. `endpoint` is the one that it was published to."""
     ours = death.to_headers(backend)
     ours["mq-user"] = properties.user_id or ""  # always set, so that a sender's own header of that name cannot pass for it
     if is_job:
         ours["mq-job"] = True
-    # CC would route a copy to another queue, and a sender's own `mq-job` would pass for ours
-    theirs: dict[str, Any] = {name: value for name, value in (properties.headers or {}).items() if name not in ("CC", "mq-job")}
+    if endpoint is not None:
+        ours["mq-endpoint"] = endpoint
+    # CC would route a copy to another queue, and a sender's own header of these names would pass for ours
+    theirs: dict[str, Any] = {name: value for name, value in (properties.headers or {}).items() if name not in _NOT_KEPT}
     for kept in (theirs, {name: value for name, value in theirs.items() if name in ("mq", "mq-seal")}):
         with suppress(Exception):
             packed = pack_properties(_as_dead(properties, {**kept, **ours}))

@@ -73,6 +73,7 @@ class JobHead(msgspec.Struct, frozen=True, omit_defaults=True):
     tag: str = ""
     retry_of: str = ""
     callback: str = ""  # the URL that is told of its end
+    reply_to: str = ""  # of one that was published to an endpoint: the queue that gets the answer
     carried: bool = False  # its body holds results of other jobs (`values/carried.py`)
     stage: Stage | None = None  # of a pipeline
     member: Member | None = None
@@ -98,10 +99,12 @@ class Header(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def claims(self) -> bool:
-        """Whether the header uses rights that need trust. Any publisher may set a deadline and a method to call; every other field needs
-        trust."""
-        says = self.origin or self.inbox or self.ref or self.shadow or self.once or self.stream or self.job or self.again
-        return bool(says) or self.meta != RequestHead(call=self.meta.call)
+        """Whether the header uses rights that need trust. Any publisher may set a deadline, a method to call, and a job's callback URL;
+        every other field needs trust."""
+        says = self.origin or self.inbox or self.ref or self.shadow or self.once or self.stream or self.again
+        if says or (self.job is not None and self.job != JobHead(callback=self.job.callback)):
+            return True
+        return self.meta != RequestHead(call=self.meta.call)
 
 
 NO_HEADER = Header()
@@ -123,6 +126,16 @@ def mint_id() -> str:
 def is_minted(text: str) -> bool:
     """Whether `text` has the form of a minted id."""
     return _MINTED.fullmatch(text) is not None
+
+
+def endpoint_key(endpoint: str, message_id: str) -> str:
+    """The id under which the result of a message is stored that was published to an endpoint. No name has an `@`, so no other id is the
+    same."""
+    return f"@{endpoint}@{message_id}"
+
+
+def is_endpoint_key(future_id: str) -> bool:
+    return future_id.startswith("@")
 
 
 _MINTED = re.compile(f"[0-9a-f]{{{MINTED_ID_LENGTH}}}")
@@ -169,8 +182,13 @@ class Envelope(msgspec.Struct, frozen=True):
         return self.header.job is not None and self.header.job.carried
 
     def future_id(self, backend: str) -> str:
-        """The id under which the result is stored. A minted id is used as it is; a caller's own key is scoped to the backend."""
-        return self.id if self.minted or not self.id else f"{backend}/{self.id}"
+        """The id under which the result is stored. A minted id is used as it is; a caller's own key is scoped to the backend, or to the
+        endpoint if it was published to that: then its sender does not know the backend."""
+        if self.minted or not self.id:
+            return self.id
+        if not self.header.origin and self.header.meta.endpoint:
+            return endpoint_key(self.header.meta.endpoint, self.id)
+        return f"{backend}/{self.id}"
 
     def without_header(self) -> Self:
         """Returns a copy without the header, as if a direct publisher had sent it, because the header is not trusted."""
@@ -288,6 +306,20 @@ class StreamReply(Envelope, frozen=True):
         return entries
 
 
+class EventReply(Envelope, frozen=True):
+    """What a handler says of its job before the reply comes: with the header `mq-event` and, for progress, `mq-fraction`. That is a text,
+    since pika reads AMQP's floats as whole numbers."""
+
+    kind: str = ""
+    fraction: float | None = None
+
+    def _table(self, seals: BackendSeals | None) -> bytes:
+        entries = b"\x08mq-eventS" + _long(self.kind)
+        if self.fraction is not None:
+            entries += b"\x0bmq-fractionS" + _long(f"{self.fraction:.6g}")
+        return entries
+
+
 def covered_by_seal(message_id: str, content_type: str, header: Header, raw: bytes, body: bytes) -> bytes:
     """Returns the bytes that a seal covers besides the namespace and the backend. `raw` is the header as it stands in the message.
 
@@ -324,6 +356,12 @@ def _short(text: str) -> bytes:
     if len(raw) > 255:
         raise BadEnvelope(f"{raw[:40]!r}… has {len(raw)} bytes, and an AMQP property holds 255")
     return bytes((len(raw),)) + raw
+
+
+def _long(text: str) -> bytes:
+    """Encodes an AMQP longstr."""
+    raw = text.encode()
+    return _pack_length(len(raw)) + raw
 
 
 _often = lru_cache(maxsize=256)(_short)  # for texts that come again: content types, times, users

@@ -45,19 +45,20 @@ class JobStore(Protocol):
         """Prolongs the lease. Returns False if it is another run's by now."""
         ...
 
-    async def try_again(self, future_id: str, token: bytes, attempt: Attempt) -> bool:
-        """Notes that a run has failed and when the job is tried again, and ends its lease. Returns False, and writes nothing, if the lease
-        is another run's, or the job has a result."""
+    async def try_again(self, future_id: str, token: bytes, attempt: Attempt, facts: JobFacts) -> bool:
+        """Notes that a run has failed and when the job is tried again, and ends its lease: it waits among the others from then on. Returns
+        False, and writes nothing, if the lease is another run's, or the job has a result."""
         ...
 
-    async def give_back(self, future_id: str, token: bytes) -> None:
-        """Ends the lease of a run that was given back before its end, and takes the run out of the record, since it is no attempt. Does
-        nothing if the lease is another run's."""
+    async def give_back(self, future_id: str, token: bytes, facts: JobFacts) -> None:
+        """Ends the lease of a run that was given back before its end, and takes the run out of the record, since it is no attempt: it waits
+        among the others again. Does nothing if the lease is another run's."""
         ...
 
     def end_then(self, end: JobEnd, on_done: OnDone) -> None:
         """Records the end of a job, in a batch. True if this is its first result (or equal to the first). Only the first writer changes the
-        record, tells those who wait, adds the end to the outbox if something follows from it, and counts it for the job's group."""
+        record, tells those who wait, adds the end to the outbox if something follows from it, and counts it for the job's group. False also
+        for the failure of a run after which another has begun: that one's end counts. A late success is the same work, and counts."""
         ...
 
     def note(self, future_id: str, token: bytes, event: JobEvent) -> None:
@@ -112,7 +113,7 @@ class JobStore(Protocol):
         ...
 
     async def place(self, future_id: str, facts: JobFacts) -> int | None:
-        """Returns how many jobs of its backend, which have not begun, stand before it; None for one that has begun. An estimate."""
+        """Returns how many waiting jobs of its backend stand before it; None for one that does not wait. An estimate."""
         ...
 
     async def list(self, *, backend: str = "", tag: str = "", states: Sequence[str] = (), at_most: int = 100) -> Sequence[JobRecord]:
@@ -120,5 +121,5 @@ class JobStore(Protocol):
         ...
 
     async def forget(self, future_id: str) -> bool:
-        """Removes record, result and events of a job that has ended. Returns False for one that has not."""
+        """Removes record, result and events of a job that has ended. Returns False for one that has not; one that is not known is gone."""
         ...

@@ -77,6 +77,7 @@ class Attempt(msgspec.Struct, frozen=True, omit_defaults=True):
     ended_ms: Whole = 0
     error: str = ""  # type and message
     again_ms: Whole = 0  # when it is tried again
+    result_ttl_s: Whole = 0  # how long its replica would keep its result
 
     def to_bytes(self) -> bytes:
         return _encode(self)
@@ -138,7 +139,8 @@ class Run(msgspec.Struct, frozen=True):
     replica: str
     facts: JobFacts  # for a record that is missing
     now_ms: int
-    ttl_s: int = UNENDED_TTL_S
+    ttl_s: int = UNENDED_TTL_S  # of the record
+    result_ttl_s: int = 0
     pipeline: Pipeline | None = None  # if it is that of a stage
 
 
@@ -175,7 +177,7 @@ class JobEnd(msgspec.Struct, frozen=True):
     backend: str
     ended_ms: int
     result_ttl_ms: int
-    token: bytes = b""  # of the run, whose lease ends with it
+    token: bytes = b""  # of the run, whose lease ends with it; empty if it is none's, and counts whatever runs
     inbox: str = ""
     endpoint: str = ""
     callback: str = ""  # the URL that is told of it
@@ -254,10 +256,10 @@ def facts_of(backend: str, envelope: Envelope, now_ms: int) -> JobFacts:
     )  # fmt: skip
 
 
-def score_of(facts: JobFacts) -> int:
-    """Returns the place of a job among those of its backend that have not begun: by priority, then by time. An integer that a double holds
-    exactly, since Redis's scores are doubles."""
-    return (9 - min(facts.priority, 9)) * 10**13 + max(facts.created_ms, facts.not_before_ms)
+def score_of(facts: JobFacts, again_ms: int = 0) -> int:
+    """Returns the place of a job among those of its backend that wait: by priority, then by time. `again_ms`: when it is tried again. An
+    integer that a double holds exactly, since Redis's scores are doubles."""
+    return (9 - min(facts.priority, 9)) * 10**13 + max(facts.created_ms, facts.not_before_ms, again_ms)
 
 
 def matches(record: JobRecord, backend: str, tag: str, states: Sequence[str]) -> bool:

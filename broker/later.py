@@ -1,8 +1,10 @@
-"""Jobs that wait for their time.
+"""Jobs that wait for their time, and those that were published to an endpoint.
 
 Each travels with the header `mq-to`, which names its backend, to the queue `<ns>.due`. The leading controller takes it from there: if its
 time has come it goes to the jobs of its backend, else into a queue whose messages RabbitMQ moves back to `<ns>.due` after 1, 2, 4, … s.
 In memory timers of the event loop stand for the latter.
+
+What is published to the exchange `<ns>.endpoints` comes to the same queue, with the endpoint's name as its routing key.
 """
 
 from __future__ import annotations
@@ -50,12 +52,18 @@ class DueJob(Protocol):
     """One message of `<ns>.due`, unacked. It ends with exactly one call of `ack` or `requeue`."""
 
     @property
+    def endpoint(self) -> str | None:
+        """The routing key of a message that was published to the exchange for endpoints; None for others."""
+        ...
+
+    @property
     def backend(self) -> str:
-        """The backend that it is for, as `mq-to` says, which anybody may have written; empty if that is no name."""
+        """The backend that it is for, as `mq-to` says, which anybody may have written; empty if that is no name, and for a message to an
+        endpoint."""
         ...
 
     def envelope(self) -> Envelope:
-        """The envelope, its seal checked as of a message to that backend. Raises BadEnvelope."""
+        """The envelope, its seal checked as of a message to that backend; one to an endpoint has none. Raises BadEnvelope."""
         ...
 
     def ack(self) -> None: ...
@@ -68,7 +76,7 @@ class Later(Protocol):
     (`Queue.publish_later`)."""
 
     async def declare(self) -> None:
-        """Makes sure that `<ns>.due` exists and is bound. Idempotent."""
+        """Makes sure that `<ns>.due` exists and is bound, also to the exchange for endpoints. Idempotent."""
         ...
 
     async def delete_if_empty(self) -> None:
@@ -88,5 +96,6 @@ class Later(Protocol):
         ...
 
     async def set_aside(self, job: DueJob, death: Death) -> None:
-        """Has the broker confirm the message among the dead letters of its backend, which may be gone. Raises the broker's errors."""
+        """Has the broker confirm the message among the dead letters of its backend, which may be gone, or among those of endpoints. Raises
+        the broker's errors."""
         ...

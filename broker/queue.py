@@ -47,6 +47,11 @@ class Delivery(Protocol):
     @property
     def redelivered(self) -> bool: ...
 
+    @property
+    def wants_events(self) -> bool:
+        """Whether its sender asks for messages about its job before the reply. It cannot be asked of bytes that do not parse."""
+        ...
+
     def envelope(self) -> Envelope:
         """Raises BadEnvelope for bytes that will never parse."""
         ...
@@ -154,8 +159,8 @@ class Queue(Protocol):
         ...
 
     def republish(self, letter: DeadLetter, settled: Settled) -> None:
-        """Publishes a dead letter's message to its backend's queue, or to that for jobs if it came from there. The letter stays until it is
-        removed."""
+        """Publishes a dead letter's message to its backend's queue, or to that for jobs if it came from there, or to its endpoint if it got
+        no further. The letter stays until it is removed."""
         ...
 
     async def consume(

@@ -8,6 +8,7 @@
 | `{ns}.jobs`                   | direct exchange, durable | controller  | proxies, handles, all | -         |
 | `{ns}.jobs.{name}.{gen}`      | classic queue, durable   | controller  | -                     | replicas  |
 | `{ns}.later`                  | direct exchange, durable | controller  | all but nodes         | -         |
+| `{ns}.endpoints`              | topic exchange, durable  | controller  | direct publishers     | -         |
 | `{ns}.due`                    | classic queue, durable   | controller  | -                     | leader    |
 | `{ns}.later.{seconds}`        | classic queue, durable   | controller  | -                     | - : its messages expire to `{ns}.later` |
 | `{ns}.webhooks`               | direct exchange, durable | controller  | controllers           | -         |
@@ -16,10 +17,11 @@
 | `{ns}.webhooks.dead`          | classic queue, durable   | controller  | -                     | operators |
 | `{ns}.dead`                   | direct exchange, durable | controller  | replicas              | -         |
 | `{ns}.dead.{name}`            | classic queue, durable   | controller  | -                     | operators |
+| `{ns}.dead.@endpoints`        | the same                 | controller  | -                     | operators |
 
-The routing key is the backend's name on these exchanges, except for `{ns}.later` and `{ns}.webhooks`: `due`, `dead`, or how many seconds a
-message waits. A backend with `queue_shards` has more queues: shard 1 has the routing key `{name}#1`, and so on. No name of a backend
-contains a `#`.
+The routing key is the backend's name on these exchanges, except for `{ns}.endpoints`: the endpoint's name; and for `{ns}.later` and
+`{ns}.webhooks`: `due`, `dead`, or how many seconds a message waits. A backend with `queue_shards` has more queues: shard 1 has the routing
+key `{name}#1`, and so on. No name of a backend contains a `#`, or an `@`. `{ns}.due` gets what is published to `{ns}.endpoints`, too.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ DEAD_LETTER_TTL_MS = 7 * 24 * 3600 * 1000
 MAX_PRIORITY = 4
 DUE_KEY = "due"
 DEAD_KEY = "dead"
+ENDPOINTS = "@endpoints"  # stands for a backend at the dead letters of those who published to an endpoint
 JOB_UNACKED_MS = 8 * 24 * 3600 * 1000  # for how long a replica may hold a job: longer than the longest run, and all that comes before it
 
 
@@ -77,6 +80,10 @@ def later_exchange(namespace: str) -> str:
 
 def later_queue(namespace: str, wait_s: int) -> str:
     return f"{namespace}.later.{wait_s}"
+
+
+def endpoints_exchange(namespace: str) -> str:
+    return f"{namespace}.endpoints"
 
 
 def due_queue(namespace: str) -> str:

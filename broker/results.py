@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import msgspec
 
@@ -46,6 +46,20 @@ class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     phase: Phase = Phase.QUEUE
 
 
+class BodyFile(msgspec.Struct, frozen=True, array_like=True):
+    """The body of a job's result that is a file of its own (`result_files.py`). It names no path: that is made of the id and the hash."""
+
+    size: Annotated[int, msgspec.Meta(ge=0)]
+    sha256: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+
+
+class ResultLimit(NamedTuple):
+    """How large a result may be, and what is said of one that is larger."""
+
+    max_bytes: int
+    refusal: str
+
+
 class Result(msgspec.Struct, frozen=True, omit_defaults=True):
     """The result of one request. `status` is an HTTP status, also for callers that do not use HTTP."""
 
@@ -59,6 +73,7 @@ class Result(msgspec.Struct, frozen=True, omit_defaults=True):
     ref: str = ""  # store key of a body that travels by reference
     error: ErrorInfo | None = None
     frames: int = 0  # of an answer that was streamed: how many there are in its stream (`streams.py`); its body is empty
+    file: BodyFile | None = None  # a body that is a file; `ref` is set, too, or an older process would take it as empty
 
     @property
     def outcome(self) -> Outcome | None:

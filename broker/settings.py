@@ -16,9 +16,10 @@ from .callbacks import NO_CALLBACK_SETTINGS, CallbackSettings
 from .errors import BadValue
 from .process.tls import secured
 from .queue_names import check_namespace
+from .result_files import ResultFiles, parse_result_store
 from .values.header_seals import HeaderSeals
 from .values.signing import MIN_KEY_BYTES, Signer
-from .values.webhook_signing import derived_secret, read_webhook_secret
+from .values.webhook_signing import derived_secret, read_webhook_secrets
 
 PREFIX = "MQSERVE_"
 MIN_TOKEN_LENGTH = 16
@@ -42,6 +43,7 @@ class Settings:
     header_users: tuple[str, ...] = ()  # RabbitMQ users whose `mq` headers replicas trust without a valid seal
     callbacks: CallbackSettings = NO_CALLBACK_SETTINGS
     consumer_timeout_s: float = CONSUMER_TIMEOUT_S  # what rabbitmq.conf says; only a RabbitMQ before 3.12 heeds it for jobs
+    result_folder: Path | None = None  # of large results of jobs
 
     @property
     def embedded(self) -> bool:
@@ -53,10 +55,14 @@ class Settings:
         return Signer(self.secret_keys, self.namespace)
 
     @property
+    def result_files(self) -> ResultFiles:
+        return ResultFiles(self.result_folder, self.namespace)
+
+    @property
     def webhook_secrets(self) -> tuple[bytes, ...]:
-        """What webhooks are signed with, the current one first; none without a key."""
+        """What webhooks are signed with, the current one first; none without a key. Receivers are given the current one."""
         if self.callbacks.secret:
-            return (read_webhook_secret(self.callbacks.secret),)
+            return read_webhook_secrets(self.callbacks.secret)
         return tuple(derived_secret(key, self.namespace) for key in self.secret_keys)
 
     @property
@@ -102,6 +108,7 @@ class Settings:
             header_users=_users(env, "MQSERVE_HEADER_USERS"),
             callbacks=CallbackSettings.read(env, read_secret(env, "WEBHOOK_SECRET")),
             consumer_timeout_s=_seconds(env, "MQSERVE_CONSUMER_TIMEOUT_S", CONSUMER_TIMEOUT_S),
+            result_folder=parse_result_store(env.get("MQSERVE_RESULT_STORE", "")),
         )
         _ = settings.signer  # validates the keys now, so that a short one fails here and not at the first request
         signs = bool(settings.webhook_secrets)  # validates the secret, too
@@ -137,6 +144,7 @@ class Settings:
             "MQSERVE_PROXY_STORE_URL": self.proxy_store_url,
             "MQSERVE_TRUSTED_USERS": ",".join(self.trusted_users),
             "MQSERVE_HEADER_USERS": ",".join(self.header_users),
+            "MQSERVE_RESULT_STORE": self.result_folder.as_uri() if self.result_folder is not None else "",
             "MQSERVE_CONSUMER_TIMEOUT_S": "" if self.consumer_timeout_s == CONSUMER_TIMEOUT_S else f"{self.consumer_timeout_s:g}",
         }
         return env | {name: value for name, value in (others | self.callbacks.to_env()).items() if value}

@@ -11,6 +11,7 @@ import msgspec
 
 from .errors import StoreUnavailable
 from .job_store import JobStore
+from .result_files import ResultFiles
 from .store_keys import STREAM_TTL_S
 
 T = TypeVar("T")
@@ -135,6 +136,11 @@ class Store(Protocol):
     @property
     def jobs(self) -> JobStore:
         """What is kept of jobs."""
+        ...
+
+    @property
+    def files(self) -> ResultFiles:
+        """Where large results of jobs are kept."""
         ...
 
     def now_ms(self) -> int:

@@ -18,7 +18,7 @@
 | `mqserve:<ns>:code:all.<sha256>` | string: convertor, middlewares | clients | proxies, replicas | CODE_TTL_S; none while deployed |
 | `mqserve:<ns>:desired`       | string | clients, by compare-and-set | all        | none                      |
 | `mqserve:<ns>:observed`      | string | leading controller   | all               | none                      |
-| `mqserve:<ns>:firings`       | string: the last firing of each schedule | leading controller | controllers, clients | none |
+| `mqserve:<ns>:firings`       | string: firings of schedules | leading controller | the same, clients | none; FIRINGS_TTL_S after an end |
 | `mqserve:<ns>:instance`      | string | starter, controller  | starters, clients | none: it is a lease       |
 | `mqserve:<ns>:leader`        | string | controllers          | controllers       | none: lapses after LEADER_TTL_S |
 | `mqserve:<ns>:ended`         | string | the process that clears an instance: its id | controllers, clients | ENDED_TTL_S |
@@ -53,6 +53,7 @@ LOST_TTL_S = 30 * 60  # longer than any run
 CODE_TTL_S = 3600  # enough time to commit a deployment, or to roll it back
 LEADER_TTL_S = 6
 ENDED_TTL_S = 24 * 3600
+FIRINGS_TTL_S = 31 * 24 * 3600  # those of a schedule that fires once a month are made up for, too
 LOG_TTL_S = 30 * 60
 LOG_LENGTH = 10_000
 

@@ -7,12 +7,14 @@ delivered waits, in a queue whose messages RabbitMQ moves back after 2, 4, 8, â€
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 import msgspec
+from yarl import URL
 
 from .errors import UNPARSABLE, BadEnvelope
-from .queue import Consumption
+from .queue import Consumption, DeadLetters
 
 VERSION = 1
 WAITS_S: tuple[int, ...] = tuple(2**exponent for exponent in range(1, 14))  # between two tries: from 2 s to two hours and a quarter
@@ -30,6 +32,14 @@ class Webhook(msgspec.Struct, frozen=True, omit_defaults=True):
     tries: int = 0  # that have failed
     error: str = ""  # of the latest one
 
+    @property
+    def receiver(self) -> str:
+        """The host that it goes to, for operators: the rest of the URL may hold a secret. Empty where the URL does not parse."""
+        try:
+            return URL(self.url, encoded=True).raw_host or ""
+        except ValueError:
+            return ""
+
     def to_bytes(self) -> bytes:
         return msgspec.json.encode(self)
 
@@ -45,15 +55,22 @@ class Webhook(msgspec.Struct, frozen=True, omit_defaults=True):
         return webhook
 
 
-def next_wait_s(webhook: Webhook, now_ms: int) -> int | None:
-    """Returns how long a webhook waits after a failed try; None if it is given up."""
+def next_wait_s(webhook: Webhook, now_ms: int, at_least_s: float = 0.0) -> int | None:
+    """Returns how long a webhook waits after a failed try; None if it is given up. `at_least_s` is what its receiver asks for, which counts
+    up to the longest wait."""
     if now_ms - webhook.since_ms >= GIVEN_UP_AFTER_MS:
         return None
-    return WAITS_S[min(webhook.tries, len(WAITS_S) - 1)]
+    wait_s = WAITS_S[min(webhook.tries, len(WAITS_S) - 1)]
+    return next((longer_s for longer_s in WAITS_S if longer_s >= max(wait_s, at_least_s)), WAITS_S[-1])
 
 
 class WebhookDelivery(Protocol):
     """One message of `<ns>.webhooks`, unacked. It ends with exactly one call of `ack` or `requeue`."""
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the connection that it came by has ended, so that it is delivered again."""
+        ...
 
     def webhook(self) -> Webhook:
         """Raises BadEnvelope."""
@@ -68,8 +85,9 @@ class Webhooks(Protocol):
     """The queues of webhooks on the broker, for controllers. Methods that publish return once the broker has confirmed the message, and
     raise its errors."""
 
-    async def declare(self) -> None:
-        """Makes sure that `<ns>.webhooks` and the queue of dead ones exist and are bound. Idempotent."""
+    async def declare(self) -> int:
+        """Makes sure that `<ns>.webhooks` and the queue of dead ones exist and are bound. Idempotent. Returns how many dead ones there are
+        that nobody holds."""
         ...
 
     async def delete_if_empty(self) -> None:
@@ -90,6 +108,10 @@ class Webhooks(Protocol):
 
     async def set_aside(self, webhook: Webhook) -> None:
         """Puts it among the dead ones."""
+        ...
+
+    def dead(self, at_most: int | None = None) -> AbstractAsyncContextManager[DeadLetters]:
+        """Takes the dead ones, of which each body is a webhook's message. Raises UnknownBackend where there is no queue of them."""
         ...
 
 

@@ -11,11 +11,12 @@ from contextlib import suppress
 from ..broker.calls.chord_calls import ChordCall
 from ..broker.calls.job_sending import JobSender, JobTerms
 from ..broker.calls.sending import MAX_BODY_BYTES
-from ..broker.errors import BackendGone, BadEnvelope, MembersFailed, TooLarge, UnknownJob
+from ..broker.errors import BackendGone, BadEnvelope, MembersFailed, MQServeError, TooLarge, UnknownJob
 from ..broker.job_groups import GroupFacts, member_id
 from ..broker.jobs import EndNote, JobState
 from ..broker.process.printable import printable
-from ..broker.result_bodies import BodyGone, with_body
+from ..broker.result_bodies import with_body
+from ..broker.result_files import BodyGone
 from ..broker.results import ErrorInfo, Outcome, Result, members_failed
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
@@ -115,27 +116,22 @@ class Chords:
         for start in range(0, len(ids), _READ_AT_ONCE):
             some = ids[start : start + _READ_AT_ONCE]
             for member, raw in zip(some, await self._store.get_many([self._keys.future(member) for member in some]), strict=True):
-                result = await self._result(member, raw)
+                head = _head_of(member, raw)
+                if size + _size_of(head) > MAX_BODY_BYTES:
+                    raise _too_large(facts.total)
+                result = await self._whole(member, head)
                 size += len(result.body) + _FRAME_BYTES
                 if size > MAX_BODY_BYTES:
-                    raise TooLarge(
-                        f"the results of the {facts.total} jobs of its group have more than {MAX_BODY_BYTES} bytes together, the limit of "
-                        "a job's body: return less, or references to it"
-                    )
+                    raise _too_large(facts.total)
                 found.append(CarriedResult(result.content_type, result.body, result.backend, member))
         return found
 
-    async def _result(self, member: str, raw: bytes | None) -> Result:
-        if raw is None:
-            raise MembersFailed(f"the result of job {member} of its group is not kept any more: raise result_ttl_s of those jobs")
+    async def _whole(self, member: str, head: Result) -> Result:
+        """Returns a result with its body, wherever that stands. Raises MembersFailed, and StoreUnavailable."""
         try:
-            result = await with_body(self._store, self._keys, member, Result.from_bytes(raw))
-        except (BadEnvelope, BodyGone) as error:
-            raise MembersFailed(f"the result of job {member} of its group cannot be read: {error}") from error
-        if result.error is not None or result.frames:
-            what = "was streamed, and is not in one piece" if result.error is None else f"is an error, {printable(result.error.type)}"
-            raise MembersFailed(f"the result of job {member} of its group {what}")
-        return result
+            return await with_body(self._store, self._keys, member, head)
+        except BodyGone as error:
+            raise _unreadable(member, error) from error
 
     async def _fail(self, job_id: str, result: Result) -> None:
         with suppress(UnknownJob):
@@ -145,3 +141,34 @@ class Chords:
 def _gone(why: str) -> Result:
     message = f"{why} before this job, which follows a group, was sent: send the group again once it is served"
     return Result(status=503, error=ErrorInfo(type=Outcome.GONE, message=message))
+
+
+def _head_of(member: str, raw: bytes | None) -> Result:
+    """Raises MembersFailed for what is no value."""
+    if raw is None:
+        raise MembersFailed(f"the result of job {member} of its group is not kept any more: raise result_ttl_s of those jobs")
+    try:
+        head = Result.from_bytes(raw)
+    except BadEnvelope as error:
+        raise _unreadable(member, error) from error
+    if head.error is not None:
+        raise MembersFailed(f"the result of job {member} of its group is an error, {printable(head.error.type)}")
+    if head.frames:
+        raise MembersFailed(f"the result of job {member} of its group was streamed, and is not in one piece: let it return a list")
+    return head
+
+
+def _size_of(head: Result) -> int:
+    """Returns the size of a body as far as it is known before that is read."""
+    return len(head.body) if head.file is None else head.file.size
+
+
+def _unreadable(member: str, error: MQServeError) -> MembersFailed:
+    return MembersFailed(f"the result of job {member} of its group cannot be read: {error}")
+
+
+def _too_large(total: int) -> TooLarge:
+    return TooLarge(
+        f"the results of the {total} jobs of its group have more than {MAX_BODY_BYTES} bytes together, the limit of a job's body: return "
+        "less, or references to it"
+    )

@@ -1,4 +1,5 @@
-"""Jobs that wait for their time: the leader takes them from the broker, and sends each to its backend or lets it wait on.
+"""Jobs that wait for their time: the leader takes them from the broker, and sends each to its backend or lets it wait on. From the same
+queue it takes what was published to endpoints (`endpoint_jobs.py`).
 
 A job is acked once the broker has it elsewhere, so none is lost, and two leaders may both send it: replicas know it by its id.
 """
@@ -19,8 +20,10 @@ from ..broker.process.rate_limited_log import RateLimitedLog
 from ..broker.process.tasks import Tasks
 from ..broker.queue import Consumption
 from ..broker.store import Store
+from .endpoint_jobs import EndpointJobs
 from .job_ends import Senders, end_as_gone
 from .queues import WhileLeading
+from .state.documents import Desired
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +37,9 @@ _LAST_CONFIRMS_S = 2.0
 class DueJobs:
     """The jobs whose time the leader looks at. It takes some while it leads (`go_on`), and none otherwise (`stop`)."""
 
-    def __init__(self, later: Later, senders: Senders, store: Store, while_leading: WhileLeading) -> None:
+    def __init__(self, later: Later, endpoints: EndpointJobs, senders: Senders, store: Store, while_leading: WhileLeading) -> None:
         self._later = later
+        self._endpoints = endpoints
         self._while_leading = while_leading
         self._senders = senders
         self._store = store
@@ -52,9 +56,10 @@ class DueJobs:
     def is_going_on(self) -> bool:
         return self._consumption is not None
 
-    async def go_on(self, backends: Collection[str], *, sealed: bool) -> None:
-        """Takes jobs from now on, for the backends that exist. Raises BrokerUnavailable."""
-        self._backends, self._senders.demands_seals = backends, sealed
+    async def go_on(self, desired: Desired, *, sealed: bool) -> None:
+        """Takes jobs from now on, for the backends and endpoints that exist. Raises BrokerUnavailable."""
+        self._backends, self._senders.demands_seals = desired.backends, sealed
+        self._endpoints.follow(desired.endpoints)
         if time.monotonic() - self._declared_at > DECLARE_AGAIN_S:
             await self._while_leading(self._later.declare)
             self._declared_at = time.monotonic()
@@ -98,6 +103,8 @@ class DueJobs:
 
     async def _send_on(self, job: DueJob) -> None:
         """Returns once the broker has the job elsewhere. Raises the errors of broker and store."""
+        if job.endpoint is not None:
+            return await self._endpoints.send_on(job, job.endpoint)
         if not job.backend:
             return self._odd.say("a message among the jobs that wait names no backend (mq-to), and is dropped: see docs/protocol.md")
         try:

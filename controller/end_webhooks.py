@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from urllib.parse import quote
 
 import msgspec
 
-from ..broker.callbacks import CallbackRules
+from ..broker.callbacks import CallbackRules, NotAllowed
 from ..broker.errors import BadEnvelope, BadValue, MQServeError
 from ..broker.jobs import EndNote
 from ..broker.values.webhook_signing import WebhookSigner
@@ -43,7 +44,8 @@ class EndWebhooks:
 
     def _webhook_of(self, end: EndNote) -> Webhook:
         try:
-            self._rules.check(end.callback)
+            with suppress(NotAllowed):  # those who send it may have other settings, and keep it until they have
+                self._rules.check(end.callback)
             at = datetime.fromtimestamp(end.ended_ms / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         except (BadValue, ValueError, OverflowError) as error:  # of a time that is none: all senders may write to the outbox
             raise BadEnvelope(f"it is told to nobody: {error}") from error

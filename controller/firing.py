@@ -8,30 +8,61 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from datetime import UTC, datetime
-
-import msgspec
 
 from ..broker.backoff import keep_running
-from ..broker.calls.job_sending import JobSender, JobTerms
-from ..broker.calls.scheduled_calls import ScheduledCall
+from ..broker.calls.job_sending import JobSender
 from ..broker.errors import BadEnvelope, BadValue, MQServeError
-from ..broker.jobs import UNENDED_TTL_S
-from ..broker.pipelines import message_id
 from ..broker.process.rate_limited_log import RateLimitedLog
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
 from ..broker.values.signing import Signer
 from .cron import LATE_MS, cron_of, due
 from .lease import Leader, NotLeading
-from .state.documents import Backend, Desired, Observed, Schedule
-from .state.firings import Firing, firings_to_bytes, problem_of, read_firings
-from .state.traffic import choose, entry_of, stages_of
+from .scheduled_jobs import send_scheduled
+from .state.documents import Desired, Observed, Schedule
+from .state.firings import Firing, firings_to_bytes, problem_of, read_firings, times_of
 
 logger = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 5.0  # store time may be set anew
 TRY_AGAIN_S = 1.0
+NOTHING_NOTED = Firing()
+
+
+class _Course:
+    """How far one schedule is: its times until `settled_ms` have their jobs, or were missed.
+
+    It goes on where the schedule of the same name and times was in an instance that has ended: what was due between the two belongs to that
+    one, whose token it has. So a job that was sent and not noted there has the same id here.
+    """
+
+    def __init__(self, schedule: Schedule, noted: Firing) -> None:
+        """Raises BadValue for times that this machine cannot read."""
+        self.cron = cron_of(schedule.cron, schedule.timezone)
+        self.unsent = RateLimitedLog(logger)
+        self._schedule = schedule
+        is_its_own = noted.token == schedule.token
+        self._before = noted.token if not is_its_own and noted.times == times_of(schedule) else ""
+        self.settle(noted.until if self._before else max(schedule.since_ms, noted.at, noted.until if is_its_own else 0))
+
+    def __repr__(self) -> str:
+        return f"<_Course of {self._schedule.name} until {self.settled_ms}>"
+
+    def token_at(self, ms: int) -> str:
+        return self._before if self._before and ms <= self._schedule.since_ms else self._schedule.token
+
+    def noted(self, last: Firing) -> Firing:
+        """Returns what the next leader has to know."""
+        return Firing(last.at, last.job, self.settled_ms, times_of(self._schedule), self.token_at(self.settled_ms))
+
+    def settle(self, until_ms: int) -> None:
+        self.settled_ms = until_ms
+        self.next_ms = self.cron.next_after(until_ms)
+
+    def is_due(self, now_ms: int) -> bool:
+        if self.settled_ms > now_ms + LATE_MS:  # store time was set back, and must not keep it from firing until it is there again
+            self.settle(now_ms)
+        return self.next_ms is not None and self.next_ms <= now_ms
 
 
 class Firings:
@@ -47,7 +78,7 @@ class Firings:
         self._refusal = ""
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self._trouble, self._unsent = RateLimitedLog(logger), RateLimitedLog(logger)
+        self._trouble = RateLimitedLog(logger)
         self.problems: dict[str, str] = {}
         self._begin()
 
@@ -56,8 +87,7 @@ class Firings:
         self._known: dict[str, Firing] | None = None  # None until it was read
         self._written: dict[str, Firing] = {}
         self._raw: bytes | None = None  # as it stands in the store
-        self._next: dict[Schedule, int | None] = {}  # the next time of each
-        self._passed: dict[Schedule, int] = {}  # until when the times of each are settled; what the document of firings does not say
+        self._courses: dict[Schedule, _Course] = {}
 
     def __repr__(self) -> str:
         return f"<Firings of {len(self._desired.schedules)} schedules{', stopped' if self._task is None else ''}>"
@@ -101,104 +131,87 @@ class Firings:
         if self._known is None:
             await self._read()
             self._known = dict(self._written)
-        schedules = self._desired.schedules
+        desired, schedules = self._desired, self._desired.schedules
         self._forget_but({schedule for schedule in schedules.values() if not schedule.paused})
         now_ms = self._store.now_ms()
-        if firing := [schedule for schedule in schedules.values() if self._is_due(schedule, now_ms)]:
+        if firing := [schedule for schedule in schedules.values() if not schedule.paused and self._is_due(schedule, now_ms)]:
             self._check_leads()
             async with asyncio.TaskGroup() as tasks:
                 for schedule in firing:
                     tasks.create_task(self._fire(schedule, now_ms))
-        self._known = {name: fired for name, fired in self._known.items() if name in schedules}
+        for schedule in schedules.values():
+            self._note(schedule)
+        if not desired.incomplete:  # its starter may yet declare those of the instance before
+            self._known = {name: fired for name, fired in self._known.items() if name in schedules}
         if self._known != self._written:
             await self._write()
-        if self.problems:
-            return TRY_AGAIN_S
+        return self._pause_s()
+
+    def _pause_s(self) -> float:
+        """Returns for how long nothing is due: one that could not be sent, and is tried again, makes no other late."""
+        sound = [course for schedule, course in self._courses.items() if problem_of(schedule.name) not in self.problems]
         now_ms = self._store.now_ms()
-        return max(0.0, min([LOOK_EVERY_S, *((at - now_ms) / 1000 for at in self._next.values() if at is not None)]))
+        until_due_s = [(course.next_ms - now_ms) / 1000 for course in sound if course.next_ms is not None]
+        return max(0.0, min([TRY_AGAIN_S if self.problems else LOOK_EVERY_S, *until_due_s]))
 
     def _forget_but(self, schedules: set[Schedule]) -> None:
-        self._next = {schedule: at for schedule, at in self._next.items() if schedule in schedules}
-        self._passed = {schedule: at for schedule, at in self._passed.items() if schedule in schedules}
+        self._courses = {schedule: course for schedule, course in self._courses.items() if schedule in schedules}
         names = {problem_of(schedule.name) for schedule in schedules}
         self.problems = {name: problem for name, problem in self.problems.items() if name in names}
 
     def _is_due(self, schedule: Schedule, now_ms: int) -> bool:
-        if schedule.paused:
-            return False
-        if schedule not in self._next:
+        assert self._known is not None
+        if schedule not in self._courses:
             try:
-                self._next[schedule] = cron_of(schedule.cron, schedule.timezone).next_after(self._after(schedule))
+                self._courses[schedule] = _Course(schedule, self._known.get(schedule.name, NOTHING_NOTED))
             except BadValue as error:  # another machine, or another version, could read it
                 self.problems[problem_of(schedule.name)] = str(error)
                 return False
-        at = self._next[schedule]
-        return at is not None and at <= now_ms
-
-    def _after(self, schedule: Schedule) -> int:
-        """Returns the moment behind which its times are not settled yet."""
-        assert self._known is not None
-        fired = self._known.get(schedule.name)
-        return max(schedule.since_ms, self._passed.get(schedule, 0), fired.at if fired is not None else 0)
+        return self._courses[schedule].is_due(now_ms)
 
     async def _fire(self, schedule: Schedule, now_ms: int) -> None:
         """Sends the jobs that are due, in order, up to the first one that is not taken. That one is tried again for a minute."""
         assert self._known is not None
-        cron = cron_of(schedule.cron, schedule.timezone)
-        times = due(cron, self._after(schedule), now_ms, once=schedule.catch_up == "once")
+        course = self._courses[schedule]
+        times = due(course.cron, course.settled_ms, now_ms, once=schedule.catch_up == "once")
         if not times:
             logger.warning("schedule %s has missed its time, by more than %d s", schedule.name, LATE_MS // 1000)
         try:
             for at_ms in times:
                 self._check_leads()
-                self._known[schedule.name] = Firing(at_ms, await self._send(schedule, at_ms))
-            self._passed[schedule] = now_ms - LATE_MS
+                job_id = self._signer.derived_id("firing", schedule.name, course.token_at(at_ms), at_ms)
+                await send_scheduled(self._jobs, self._signer, self._desired, schedule, job_id, at_ms, refusal=self._refusal)
+                course.settle(at_ms)
+                self._known[schedule.name] = course.noted(Firing(at_ms, job_id))
+            course.settle(max(course.settled_ms, now_ms - LATE_MS))
             self.problems.pop(problem_of(schedule.name), None)
+            course.unsent.over()
         except MQServeError as error:
             self.problems[problem_of(schedule.name)] = f"it is due and was not sent: {error}"
-            self._unsent.say(f"schedule {schedule.name} is due and was not sent: {error}")
+            course.unsent.say(f"schedule {schedule.name} is due and was not sent: {error}")
         except Exception as error:  # the others fire all the same
             self.problems[problem_of(schedule.name)] = f"it is due and was not sent, by a bug in mqserve: {error!r}"
             logger.exception("schedule %s is due and was not sent: that is a bug in mqserve, please report it", schedule.name)
-        self._next[schedule] = cron.next_after(self._after(schedule))
+
+    def _note(self, schedule: Schedule) -> None:
+        """A time that is made up for must not be one at which it was paused, so the next instance does not go on with one that is."""
+        assert self._known is not None
+        last = self._known.get(schedule.name, NOTHING_NOTED)
+        if schedule.paused:
+            self._known[schedule.name] = Firing(last.at, last.job, token=schedule.token)
+        elif (course := self._courses.get(schedule)) is not None and (last.token, last.times) != (schedule.token, times_of(schedule)):
+            self._known[schedule.name] = course.noted(last)
 
     def _check_leads(self) -> None:
         if not self._leader.still_leads():
             raise NotLeading("another controller took over, or may do so now")
 
-    async def _send(self, schedule: Schedule, at_ms: int) -> str:
-        """Returns the id of the job once the broker has it. Raises what `JobSender.submit` does, BadEnvelope for a call that is not ours,
-        and BadValue without the endpoint."""
-        endpoint = self._desired.endpoints.get(schedule.endpoint)
-        if endpoint is None:
-            raise BadValue(f"there is no endpoint {schedule.endpoint!r} any more: create it, or delete the schedule")
-        try:
-            call = ScheduledCall.opened(schedule.call, self._signer, schedule.endpoint, schedule.name)
-        except BadEnvelope as error:
-            raise BadEnvelope(f"its call was not made by a process with this instance's key ({error}): declare it again") from error
-        job_id = self._signer.derived_id("firing", schedule.name, schedule.token, at_ms)
-        stages = stages_of(endpoint, call.shard_key)
-        # by the id, so that a second sending goes the same way
-        backend, _ = choose(entry_of(endpoint, self._desired.endpoints), call.shard_key or job_id)
-        sent_id = message_id(self._signer, job_id, stages)
-        body = call.body_for(self._signer, schedule.endpoint, schedule.name, backend, sent_id, UNENDED_TTL_S * 1000)
-        headers = (*call.head.headers, (b"x-schedule", schedule.name.encode()), (b"x-scheduled-for", _iso(at_ms).encode()))
-        head = msgspec.structs.replace(call.head, headers=headers)
-        terms = JobTerms(
-            expires_ms=self._store.now_ms() + call.expires_ms if call.expires_ms else 0,
-            result_ttl_s=call.result_ttl_s,
-            priority=call.priority,
-            tag=call.tag,
-            once=_runs_once(self._desired.backends[backend]),
-            stages=stages,
-        )
-        await self._jobs.submit(job_id, backend, body, call.content_type, head, origin="handle", terms=terms, refusal=self._refusal)
-        return job_id
-
     # What is kept.
 
     async def _read(self) -> None:
         self._raw = await self._store.get(self._keys.firings)
+        if self._known is None:
+            await self._store.expire([self._keys.firings], None)  # an instance that has ended left it
         try:
             self._written = read_firings(self._raw)
         except BadEnvelope as error:
@@ -215,11 +228,3 @@ class Firings:
                 return
             await self._read()
         raise NotLeading("the firings of schedules were not noted: another controller leads")
-
-
-def _runs_once(backend: Backend) -> bool:
-    return backend.config.delivery == "at_most_once"
-
-
-def _iso(ms: int) -> str:
-    return f"{datetime.fromtimestamp(ms / 1000, UTC):%Y-%m-%dT%H:%M:%SZ}"

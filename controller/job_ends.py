@@ -13,7 +13,7 @@ from ..broker.jobs import JOB_RESULT_TTL_S, JobEnd, state_of
 from ..broker.process.tasks import Tasks
 from ..broker.queue import Delivery, Queue
 from ..broker.results import ErrorInfo, Outcome, Result, entry_of
-from ..broker.store import Store
+from ..broker.store import Store, recorded
 
 logger = logging.getLogger(__name__)
 
@@ -49,15 +49,7 @@ async def end_as_gone(store: Store, backend: str, envelope: Envelope, why: str) 
         (head.result_ttl_s or JOB_RESULT_TTL_S) * 1000, inbox=envelope.header.inbox, endpoint=envelope.header.meta.endpoint,
         callback=head.callback, stage=head.stage, member=head.member,
     )  # fmt: skip
-    done: asyncio.Future[bool | Exception] = asyncio.get_running_loop().create_future()
-
-    def on_done(outcome: bool | Exception) -> None:
-        if not done.done():
-            done.set_result(outcome)
-
-    store.jobs.end_then(end, on_done)
-    if isinstance(outcome := await done, Exception):
-        raise outcome
+    await recorded(store.jobs.end_then, end)
 
 
 class Leftovers:

@@ -21,7 +21,7 @@ import msgspec
 
 from ..broker.errors import BadEnvelope, InstanceError, MQServeError
 from ..broker.store import Guard, Store
-from ..broker.store_keys import ENDED_TTL_S, LEADER_TTL_S, StoreKeys
+from ..broker.store_keys import ENDED_TTL_S, FIRINGS_TTL_S, LEADER_TTL_S, StoreKeys
 from ..broker.values.code import files_of
 from .desired_writes import write_next
 from .state.documents import Count, Desired, HttpOptions
@@ -180,7 +180,8 @@ async def renew_instance(store: Store, keys: StoreKeys, instance: str, leader: s
 
 
 async def forget(store: Store, keys: StoreKeys, instance: str, guard: Guard | None = None) -> bool:
-    """Deletes all documents of this instance, but not those of a later one; results of its requests stay until they expire.
+    """Deletes all documents of this instance, but not those of a later one; results of its requests stay until they expire, and so do the
+    firings of schedules where its queues stay.
 
     Returns False if the guard refused it. If this process dies in the middle, the next call deletes the rest.
     """
@@ -238,7 +239,11 @@ async def _forget_documents(store: Store, keys: StoreKeys, guard: Guard) -> None
         files = list(await files_of(store, keys, raw) or ()) if raw is not None else []
         for at in range(0, len(files), FILES_AT_ONCE):
             await store.delete(*map(keys.code, files[at : at + FILES_AT_ONCE]), guard=guard)
-    await store.delete(keys.desired, keys.observed, keys.firings, keys.beats, keys.leader, *map(keys.code, desired.codes), guard=guard)
+    # The firings of schedules stay where messages do: the next instance of the namespace makes up for what was missed in between.
+    firings = {keys.firings} if desired.closing and not desired.keeps_queues else set()
+    gone = [keys.desired, keys.observed, keys.beats, keys.leader, *firings, *map(keys.code, desired.codes)]
+    if await store.delete(*gone, guard=guard) and not firings:
+        await store.expire([keys.firings], FIRINGS_TTL_S * 1000)  # the leader's next write takes the TTL away
     await store.announce()
 
 

@@ -20,9 +20,7 @@ from typing import TypeVar
 import msgspec
 
 from ..broker.calls.cancellations import notice_of_proxy
-from ..broker.calls.job_sending import JobSender
 from ..broker.errors import BrokerUnavailable, MQServeError, WrongType
-from ..broker.overload import HeldBytes
 from ..broker.process.rate_limited_log import RateLimitedLog
 from ..broker.process.stopping import first_of
 from ..broker.queue import Queue
@@ -32,14 +30,12 @@ from ..broker.store_keys import CODE_TTL_S, StoreKeys
 from . import lease, plan
 from .absent_nodes import AbsentNodes
 from .desired_writes import write_next
-from .due import DueJobs
-from .firing import Firings
-from .job_ends import Leftovers, Senders
+from .job_duties import JobDuties
+from .job_ends import Senders
 from .job_limits import job_limit_s, job_problems
 from .known_documents import KnownDocuments
 from .queues import REFUSAL_S, Queues
 from .restarts import ENDED_WELL, Restarts
-from .sequels import Sequels
 from .state.beats import Beat, MemberState, ProxyBeat, ReplicaBeat, beats_of, living, read_beats
 from .state.documents import Assignment, Desired, Observed
 from .state.reading import read_desired
@@ -73,25 +69,20 @@ class Controller:
         settings: Settings = DEFAULTS,
     ) -> None:
         self._store = store
-        signer = settings.signer
-        self._has_key = bool(signer)
+        self._has_key = bool(settings.signer)
         self._keys = keys
         self._queue = queue
         self._instance = instance
         self._trouble = trouble  # what this process's keeper has to report to operators
-        # None where replicas, which judge senders likewise, cannot start either
-        self._due = DueJobs(queue.later, senders, store, self._while_leading) if senders is not None else None
-        self._leftovers = Leftovers(queue, store, senders) if senders is not None else None
         self._consumer_timeout_s = settings.consumer_timeout_s
         self._leader = lease.Leader(store, keys, controller_id, kept_by)
-        self._firings = Firings(JobSender(queue, store, keys, HeldBytes(), signer), store, keys, signer, self._leader)
-        self._sequels = Sequels(queue, store, keys, settings)
+        self._job_duties = JobDuties(store, keys, queue, self._leader, self._while_leading, senders, settings)
         self._known = KnownDocuments(store, keys, instance)
         self._looked_at = -math.inf  # monotonic time of the last look at the store
         self._is_first_look = True
         self._settled_at = 0.0  # monotonic; until then missing members are ignored
         self._store_checks = StoreChecks(store)
-        self._waiting, self._queues_wait, self._due_waits = RateLimitedLog(logger), RateLimitedLog(logger), RateLimitedLog(logger)
+        self._waiting, self._queues_wait = RateLimitedLog(logger), RateLimitedLog(logger)
         self._begin(0)
 
     def _begin(self, epoch: int) -> None:
@@ -100,7 +91,7 @@ class Controller:
         self._restarts: dict[tuple[str, int], Restarts] = defaultdict(Restarts)  # by (backend, version)
         self._were_ready: set[str] = set()
         self._counted: set[str] = set()  # replicas whose death is counted already and that the observed document still names
-        self._queues = Queues(self._queue, self._while_leading, self._next_generation, self._leftovers)
+        self._queues = Queues(self._queue, self._while_leading, self._next_generation, self._job_duties.leftovers)
         self._had_node_at = time.monotonic()
         self._closing_since = math.inf  # monotonic
         self._absent_nodes = AbsentNodes()
@@ -126,8 +117,7 @@ class Controller:
                 await first_of(changed, stop, timeout_s=TICK_S)
         finally:
             self._store.unwatch(changed)
-            await self._stop_due()
-            await self._sequels.stop()
+            await self._job_duties.stop()
             with suppress(MQServeError):
                 await self._leader.release()
 
@@ -136,12 +126,12 @@ class Controller:
         leads = await self._leader.lead()
         if leads and self._leader.epoch != self._epoch:
             logger.info("leading, under epoch %d", self._leader.epoch)
-            await self._stop_due()  # it may have led before, and another controller since
+            await self._job_duties.step_down()  # it may have led before, and another controller since
             self._begin(self._leader.epoch)
         elif not leads and self._is_first_look:
             logger.info("another controller leads: waiting to take over")
         if not leads:
-            await self._stop_due()
+            await self._job_duties.step_down()
         self._is_first_look = False
         await self._known.read()
         self._note_look()
@@ -159,7 +149,7 @@ class Controller:
             if leads:
                 await self._write_back()
             return False
-        await self._sequels.turn(known.desired, known.observed, leads=leads)
+        await self._job_duties.go_on(known.desired, known.observed, leads=leads)
         return leads and await self._tick(known.desired)
 
     def _note_look(self) -> None:
@@ -192,7 +182,7 @@ class Controller:
         await self._write(observed, new)
         await self._forget_silent(new, beats)
         await self._forget_forced(desired, new, beats)
-        await self._keep_due(desired, new)
+        await self._job_duties.lead_on(desired, new)
         return desired.closing and await self._is_down(desired, new, beats)
 
     async def _fields_of_beats(self) -> dict[str, bytes]:
@@ -279,7 +269,7 @@ class Controller:
             down_since=self._down_since(desired, observed, placed, replicas, now_ms),
             job_limit_s=limit_s,
             store_is_full=self._store_checks.is_full,
-            callbacks=self._sequels.rules,
+            callbacks=self._job_duties.callbacks,
             sealed=self._has_key and not plan.without_seals(beats),
             serving=tuple(sorted({replicas[name].backend for name in ready} & set(desired.backends))),
         )
@@ -333,7 +323,7 @@ class Controller:
                 problems[f"proxy on {beat.node or beat.host}"] = beat.error
         if problem := plan.seal_problem(beats, has_key=self._has_key):
             problems["requests without a seal"] = problem
-        problems |= self._store_checks.problems | self._firings.problems
+        problems |= self._store_checks.problems | self._job_duties.problems
         if noted := self._store.health.noted:
             problems["a key in the store"] = noted
         if trouble := self._trouble():
@@ -372,24 +362,6 @@ class Controller:
                 return await act()
         except TimeoutError:
             raise BrokerUnavailable("RabbitMQ took longer than this controller's lease lasts") from None
-
-    async def _keep_due(self, desired: Desired, observed: Observed) -> None:
-        """Looks after schedules, and the jobs that wait for their time, from the first backend on until the instance closes."""
-        if desired.closing:
-            return await self._stop_due()
-        self._firings.go_on(desired, observed)
-        if self._due is None or not (desired.backends or self._due.is_going_on):
-            return
-        try:
-            await self._due.go_on(desired.backends, sealed=observed.sealed)
-            self._due_waits.over()
-        except BrokerUnavailable as error:
-            self._due_waits.say(f"jobs that wait for their time wait longer: {error}")
-
-    async def _stop_due(self) -> None:
-        await self._firings.stop()
-        if self._due is not None:
-            await self._due.stop()
 
     # Writing.
 
@@ -439,10 +411,8 @@ class Controller:
         children = [*living(beats, ReplicaBeat, now_ms).values(), *living(beats, ProxyBeat, now_ms).values()]
         if any(not child.external for child in children) or observed.queues or observed.retiring:
             return False
-        if self._due is not None and desired.backends:
-            with suppress(BrokerUnavailable):  # then queues are left without a job, or with one for the next instance of the namespace
-                await self._due.tidy()
-                await self._sequels.tidy()
+        if desired.backends:
+            await self._job_duties.tidy()
         return await lease.forget(self._store, self._keys, self._instance, self._leader.claim)
 
 

@@ -11,11 +11,13 @@ import logging
 import msgspec
 
 from ..broker.calls.job_sending import JobSender, JobTerms
+from ..broker.calls.sending import MAX_BODY_BYTES
 from ..broker.envelope import RequestHead, Stage
 from ..broker.errors import BadEnvelope, BadSignature, TooLarge
 from ..broker.jobs import JOB_RESULT_TTL_S, MAX_RESULT_TTL_S, EndNote, JobEnd, JobState
 from ..broker.pipelines import Plan, stage_id
-from ..broker.result_bodies import BodyGone, with_body
+from ..broker.result_bodies import with_body
+from ..broker.result_files import MAX_IN_STORE, RECORDED_WITHIN_MS, BodyGone
 from ..broker.results import ErrorInfo, Result, entry_of
 from ..broker.store import Store, recorded
 from ..broker.store_keys import StoreKeys
@@ -64,6 +66,11 @@ class NextStages:
         if raw is None:
             return await self._end(plan, _failed("mqserve.ResultGone", f"the result of stage {plan.stages[index]!r} is not kept any more"))
         result = Result.from_bytes(raw)
+        if result.file is not None and result.file.size > MAX_BODY_BYTES:
+            message = (
+                f"the result of stage {plan.stages[index]!r} has {result.file.size} bytes, and one of a pipeline {MAX_BODY_BYTES} at most"
+            )
+            return await self._end(plan, _failed("mqserve.TooLarge", message))
         if result.ref:
             async with self._large:
                 return await self._go_on(plan, index, end.state, await self._whole(plan, index, end.id, result))
@@ -130,12 +137,15 @@ class NextStages:
     async def _end(self, plan: Plan, result: Result, state: JobState = JobState.FAILED) -> None:
         """Records the end of the pipeline, unless it has one."""
         ttl_ms = self._ttl_s(plan, result) * 1000
-        if len(result.body) > _INLINE_BYTES:
-            key = self._keys.result_body(plan.id)
+        now_ms = self._store.now_ms()
+        key = self._keys.result_body(plan.id)
+        if len(result.body) > MAX_IN_STORE and self._store.files:
+            file = await self._store.files.put(plan.id, result.body, now_ms + RECORDED_WITHIN_MS + ttl_ms)
+            result = msgspec.structs.replace(result, body=b"", ref=key, file=file)
+        elif len(result.body) > _INLINE_BYTES:
             await self._store.set(key, result.body, ttl_ms=ttl_ms)
             result = msgspec.structs.replace(result, body=b"", ref=key)
         raw = result.to_bytes()
-        now_ms = self._store.now_ms()
         end = JobEnd(
             plan.id, raw, entry_of(plan.id, raw), JobState.FAILED if result.error is not None and state is JobState.SUCCEEDED else state,
             result.status, "", now_ms, ttl_ms, endpoint=plan.name, callback=plan.callback, member=plan.member,

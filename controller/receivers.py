@@ -3,17 +3,23 @@
 A callback URL comes from whoever submits a job, so it must not reach what only this machine reaches. The host is resolved once, and the
 connection goes to an address that was checked: a name that resolves to another one a moment later is not asked again. asyncio connects to
 an address under the name of its host (SNI), and h11, which uvicorn brings along, writes and reads HTTP/1.1: a client library would resolve
-by itself.
+by itself. Names are looked up in threads of their own, since a name server that does not answer would take those of the event loop, by
+which RabbitMQ and Redis are found, too.
 """
 
 from __future__ import annotations
 
 import asyncio
 import ipaddress
+import re
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from email.utils import parsedate_to_datetime
+from typing import NamedTuple
 
 import h11
 from yarl import URL
@@ -26,9 +32,15 @@ _CONNECT_S = 5.0
 _BODY_S = 2.0
 _MAX_ANSWER_BYTES = 64 * 1024
 _READ_BYTES = 16 * 1024
+SLOW_S = 2.0
+SHARE = 64  # posts on their way at once to one receiver that was slow
+_SLOW_KEPT = 10_000
 
 _UNICAST = ipaddress.ip_network("2000::/3")  # all that is assigned for global use, but for NAT64
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# Not global, although Python takes them for that: assignments of protocols (until 3.13), and where Azure answers its machines.
+_ODD = (ipaddress.ip_network("192.0.0.0/24"), ipaddress.ip_network("168.63.129.16/32"))
+_SECONDS = re.compile(r"[0-9]{1,9}")
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
@@ -38,32 +50,63 @@ class NotReceived(MQServeError):
     """The receiver did not take a webhook."""
 
 
+class Answer(NamedTuple):
+    """What a receiver says; `retry_after_s` is 0 where it does not say when it wants to be asked again."""
+
+    status: int
+    retry_after_s: float = 0.0
+
+
 async def resolve(host: str, port: int) -> Sequence[str]:
-    """Returns the addresses of a host. Raises OSError."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return [str(address[0]) for *_, address in found]
+    """Returns the addresses of a host. Raises OSError, and UnicodeError for what cannot be a name."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[Sequence[str]] = loop.create_future()
+
+    def settle(found: Sequence[str], error: Exception | None) -> None:
+        if not done.done():
+            done.set_result(found) if error is None else done.set_exception(error)
+
+    def look() -> None:
+        found: list[str] = []
+        failure: Exception | None = None
+        try:
+            found = [str(address[0]) for *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+        except (OSError, UnicodeError) as error:
+            failure = error
+        with suppress(RuntimeError):  # the loop has ended meanwhile
+            loop.call_soon_threadsafe(settle, found, failure)
+
+    threading.Thread(target=look, name="look up a receiver", daemon=True).start()
+    return await done
 
 
 class Receivers:
-    """Receivers have global addresses, or one of `networks`."""
+    """Receivers have global addresses, or one of `networks`.
+
+    A receiver whose latest answer took longer than SLOW_S, or did not come, is given SHARE posts at once, and refused more: it must not
+    take the room of all the others.
+    """
 
     def __init__(self, networks: Sequence[Network] = (), resolve: Resolve = resolve, context: ssl.SSLContext | None = None) -> None:
         self._networks = networks
         self._resolve = resolve
         self._context = context
+        self._under_way: dict[str, int] = {}  # by host and port
+        self._slow: set[str] = set()
 
     def __repr__(self) -> str:
         return f"<Receivers, of {len(self._networks)} networks beside global addresses>"
 
-    async def post(self, url: URL, headers: Mapping[str, str], body: bytes) -> int:
-        """Returns the status of the answer. Raises NotReceived where there is none in time."""
+    async def post(self, url: URL, headers: Mapping[str, str], body: bytes) -> Answer:
+        """Returns the answer. Raises NotReceived where there is none in time."""
         writer: asyncio.StreamWriter | None = None
         try:
-            async with asyncio.timeout(ATTEMPT_S):
-                reader, writer = await self._connect(url)
-                answer = await _ask(reader, writer, url, headers, body)
-                status = await answer.status()
-            await answer.pass_over_body()
+            with self._share_of(_authority(url)):
+                async with asyncio.timeout(ATTEMPT_S):
+                    reader, writer = await self._connect(url)
+                    reply = await _ask(reader, writer, url, headers, body)
+                    answer = await reply.answer()
+            await reply.pass_over_body()
         except TimeoutError:
             raise NotReceived(f"there was no answer within {ATTEMPT_S:g} s") from None
         except (OSError, ValueError, h11.ProtocolError) as error:
@@ -71,7 +114,26 @@ class Receivers:
         finally:
             if writer is not None:
                 writer.transport.abort()  # nothing of the connection is kept, and a slow receiver must not hold up its end
-        return status
+        return answer
+
+    @contextmanager
+    def _share_of(self, receiver: str) -> Iterator[None]:
+        """Holds one of the posts that a receiver may have at once. Raises NotReceived."""
+        under_way = self._under_way.get(receiver, 0)
+        if receiver in self._slow and under_way >= SHARE:
+            raise NotReceived(f"it is slow to answer, and {SHARE} others are on their way to it")
+        self._under_way[receiver] = under_way + 1
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            if time.monotonic() - began < SLOW_S:
+                self._slow.discard(receiver)
+            elif len(self._slow) < _SLOW_KEPT:
+                self._slow.add(receiver)
+            self._under_way[receiver] -= 1
+            if not self._under_way[receiver]:
+                del self._under_way[receiver]
 
     async def _connect(self, url: URL) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         host, port = (url.raw_host or "").rstrip("."), url.port or 443
@@ -108,7 +170,7 @@ class Receivers:
 def is_global(address: Address) -> bool:
     """Whether anybody's packets reach the address. One that holds an IPv4 address (mapped, NAT64, 6to4) is as global as that."""
     if isinstance(address, ipaddress.IPv4Address):
-        return address.is_global and not (address.is_multicast or address.is_reserved)
+        return address.is_global and not (address.is_multicast or address.is_reserved or any(address in odd for odd in _ODD))
     inner = address.ipv4_mapped or address.sixtofour
     if inner is None and address in _NAT64:
         inner = ipaddress.IPv4Address(address.packed[-4:])
@@ -117,17 +179,17 @@ def is_global(address: Address) -> bool:
     return address in _UNICAST and address.is_global and address.teredo is None
 
 
-async def _ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, url: URL, headers: Mapping[str, str], body: bytes) -> _Answer:
+async def _ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, url: URL, headers: Mapping[str, str], body: bytes) -> _Reply:
     connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=_MAX_ANSWER_BYTES)
     fields = {"Host": _authority(url), "Connection": "close", "Content-Length": str(len(body)), **headers}
     request = h11.Request(method="POST", target=url.raw_path_qs, headers=list(fields.items()))
     for event in (request, h11.Data(data=body), h11.EndOfMessage()):
         writer.write(connection.send(event) or b"")
     await writer.drain()
-    return _Answer(reader, connection)
+    return _Reply(reader, connection)
 
 
-class _Answer:
+class _Reply:
     """What a receiver says. No more than a part of it is read."""
 
     def __init__(self, reader: asyncio.StreamReader, connection: h11.Connection) -> None:
@@ -136,13 +198,14 @@ class _Answer:
         self._left = _MAX_ANSWER_BYTES
 
     def __repr__(self) -> str:
-        return f"<_Answer, {self._left} bytes more at most>"
+        return f"<_Reply, {self._left} bytes more at most>"
 
-    async def status(self) -> int:
+    async def answer(self) -> Answer:
         """Raises NotReceived, and the errors of the connection."""
         while (event := await self._next()) is not None:
             if isinstance(event, h11.Response):
-                return event.status_code
+                said = next((value for name, value in event.headers if name == b"retry-after"), b"")
+                return Answer(event.status_code, _seconds_until(said.decode("latin-1").strip()))
             if not isinstance(event, h11.InformationalResponse):
                 break
         raise NotReceived("it sent no answer of HTTP")
@@ -163,6 +226,16 @@ class _Answer:
             self._left -= len(read)
             self._connection.receive_data(read)
         return event
+
+
+def _seconds_until(text: str) -> float:
+    """Reads a `Retry-After`, which is a number of seconds or an HTTP date; one that is neither counts as none."""
+    if _SECONDS.fullmatch(text):
+        return float(text)
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError, IndexError):
+        return 0.0
 
 
 def _authority(url: URL) -> str:

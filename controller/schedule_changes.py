@@ -27,7 +27,7 @@ def set_schedule(declared: Schedule, now: Now, *, checks_endpoint: bool = True) 
 
     def change(desired: Desired) -> Desired:
         if checks_endpoint:
-            find_endpoint(desired, declared.endpoint)
+            _check_endpoint(desired, declared.endpoint)
         old = desired.schedules.get(declared.name)
         if old is not None and (old.cron, old.timezone) == (declared.cron, declared.timezone):
             new = msgspec.structs.replace(declared, token=old.token, since_ms=old.since_ms, paused=old.paused)
@@ -71,6 +71,16 @@ def find_schedule(desired: Desired, name: str) -> Schedule:
         known = ", ".join(sorted(desired.schedules)) or "none yet"
         raise BadValue(f"there is no schedule {name!r} (known: {known}): create it with serve.schedule first")
     return desired.schedules[name]
+
+
+def _check_endpoint(desired: Desired, name: str) -> None:
+    """Raises BadValue for an endpoint that is not there, or that takes no jobs of handles."""
+    for backend in find_endpoint(desired, name).traffic:
+        if desired.backends[backend].kind.is_app:
+            raise BadValue(
+                f"endpoint {name!r} sends to the ASGI app {backend!r}, which answers HTTP requests, and a schedule sends none: schedule an "
+                "endpoint of a function or a class"
+            )
 
 
 def _with(desired: Desired, schedule: Schedule) -> Desired:

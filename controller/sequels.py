@@ -23,7 +23,10 @@ class Sequels:
     """The part of one controller. Webhooks are posted where hosts are set that may be called."""
 
     def __init__(self, queue: Queue, store: Store, keys: StoreKeys, settings: Settings) -> None:
-        signer, jobs = WebhookSigner(settings.webhook_secrets), JobSender(queue, store, keys, HeldBytes(), settings.signer)
+        signer, jobs = (
+            WebhookSigner(settings.webhook_secrets, settings.namespace),
+            JobSender(queue, store, keys, HeldBytes(), settings.signer),
+        )
         self.rules = settings.callbacks.rules
         self._webhooks = queue.webhooks
         self._posting = WebhookSending(queue.webhooks, store, signer, self.rules, Receivers(settings.callbacks.networks))
@@ -35,6 +38,13 @@ class Sequels:
 
     def __repr__(self) -> str:
         return f"<Sequels {self._outbox!r}, {self._posting!r}>"
+
+    @property
+    def problems(self) -> dict[str, str]:
+        """What operators are told, for the observed document."""
+        if not (count := self._posting.given_up):
+            return {}
+        return {"webhooks given up": f"{count}: `mqserve webhooks list` shows why, `mqserve webhooks retry` sends them again"}
 
     async def turn(self, desired: Desired, observed: Observed | None, *, leads: bool) -> None:
         """Looks after them, from the first backend on. When the instance closes the leader goes on until `tidy`. The leader sees to the

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
-from ..broker.callbacks import CallbackRules
+from ..broker.callbacks import CallbackRules, NotAllowed
 from ..broker.errors import BadEnvelope, BadValue, MQServeError
 from ..broker.process.printable import printable
 from ..broker.process.rate_limited_log import RateLimitedLog
@@ -35,6 +35,7 @@ class Failure(NamedTuple):
 
     error: str
     is_final: bool = False
+    retry_after_s: float = 0.0  # what the receiver asks for
 
 
 class WebhookSending:
@@ -50,6 +51,7 @@ class WebhookSending:
         self._keeping: asyncio.Task[None] | None = None
         self._consumption: Consumption | None = None
         self._tasks = Tasks()
+        self.given_up = 0  # how many are dead letters
         self._waits, self._trouble = RateLimitedLog(logger), RateLimitedLog(logger)
 
     def __repr__(self) -> str:
@@ -77,7 +79,7 @@ class WebhookSending:
         while True:
             pause_s = DECLARE_AGAIN_S
             try:
-                await self._webhooks.declare()
+                self.given_up = await self._webhooks.declare()
                 if self._consumption is None:
                     self._consumption = await self._webhooks.consume(HELD, self._take)
                 self._waits.over()
@@ -98,7 +100,7 @@ class WebhookSending:
         try:
             failure = await self._post(webhook)
             if failure is not None:
-                await self._put_off(webhook, failure)
+                await self._put_off(delivery, webhook, failure)
         except asyncio.CancelledError:
             delivery.requeue()
             raise
@@ -110,35 +112,40 @@ class WebhookSending:
         try:
             url = self._rules.check(webhook.url)
             headers = self._signer.headers(webhook.id, body, int(time.time()))
-            status = await self._receivers.post(url, {"Content-Type": "application/json", "User-Agent": "mqserve", **headers}, body)
+            answer = await self._receivers.post(url, {"Content-Type": "application/json", "User-Agent": "mqserve", **headers}, body)
+        except (NotAllowed, NotReceived) as error:  # another controller may have other settings, or this one soon
+            return Failure(str(error))
         except BadValue as error:
             return Failure(str(error), is_final=True)
-        except NotReceived as error:
-            return Failure(str(error))
         except Exception as error:
             logger.exception("webhook %s was not sent: that is a bug in mqserve, please report it", printable(webhook.id))
             return Failure(repr(error))
-        return None if 200 <= status < 300 else Failure(f"the receiver answered with status {status}", is_final=status == _GONE)
+        if 200 <= answer.status < 300:
+            return None
+        return Failure(f"the receiver answered with status {answer.status}", answer.status == _GONE, answer.retry_after_s)
 
-    async def _put_off(self, webhook: Webhook, failure: Failure) -> None:
-        """Returns once the broker has the webhook among those that wait, or among the dead ones."""
-        wait_s = None if failure.is_final else next_wait_s(webhook, self._store.now_ms())
+    async def _put_off(self, delivery: WebhookDelivery, webhook: Webhook, failure: Failure) -> None:
+        """Returns once the broker has the webhook among those that wait, or among the dead ones; or delivers it again anyway."""
+        wait_s = None if failure.is_final else next_wait_s(webhook, self._store.now_ms(), failure.retry_after_s)
         failed = replace(webhook, tries=webhook.tries + 1, error=failure.error[:MAX_ERROR])
-        while True:
+        while not delivery.is_lost:
             try:
                 if wait_s is None:
                     await self._webhooks.set_aside(failed)
                 else:
                     await self._webhooks.wait(failed, wait_s)
-                break
+                self._trouble.over()
+                return _tell(failed, wait_s)
             except MQServeError as error:
                 self._trouble.say(f"a webhook that its receiver did not take stays where it is: {error}")
             except Exception:
                 logger.exception("a webhook stays where it is: that is a bug in mqserve, please report it")
             await asyncio.sleep(TRY_AGAIN_S)
-        self._trouble.over()
-        name, why = printable(webhook.id), printable(failed.error)
-        if wait_s is None:
-            logger.error("webhook %s is given up, and is a dead letter now: %s", name, why)
-        else:
-            logger.info("webhook %s is sent again in %d s: %s", name, wait_s, why)
+
+
+def _tell(failed: Webhook, wait_s: int | None) -> None:
+    name, receiver, why = printable(failed.id), printable(failed.receiver), printable(failed.error)
+    if wait_s is None:
+        logger.error("webhook %s to %s is given up, and is a dead letter now: %s", name, receiver, why)
+    else:
+        logger.info("webhook %s to %s is sent again in %d s: %s", name, receiver, wait_s, why)

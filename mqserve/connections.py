@@ -40,10 +40,10 @@ async def open_connections(
     process_id = f"{role}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
     keys = StoreKeys(settings.namespace)
     if settings.embedded:
-        yield Connections(settings, EmbeddedQueue(), EmbeddedStore(settings.namespace), keys, process_id)
+        yield Connections(settings, EmbeddedQueue(), EmbeddedStore(settings.namespace, settings.result_files), keys, process_id)
         return
     async with (
-        open_redis(settings.store_url, settings.namespace) as store,
+        open_redis(settings.store_url, settings.namespace, settings.result_files) as store,
         open_rabbitmq(
             settings.broker_url, settings.namespace, process_id,
             seals=settings.header_seals, may_be_away=broker_may_be_away, probe_every_s=probe_every_s,

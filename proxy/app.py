@@ -37,6 +37,7 @@ from .refusals import not_served
 from .request_heads import head_of, read_headers, shard_key_of
 from .responses import NO_BODY, Reply, from_error, from_result, json_reply, problem, with_length
 from .routes import Piped, RouteTable, Target
+from .stored_bodies import AnyReply, Download
 from .streaming import CUT, CutShort, Flow, FlowEnd, RawBody, head_reply, send_flow
 from .system_routes import SystemPath, SystemPaths
 from .websockets import WebSockets
@@ -72,6 +73,7 @@ class ProxyApp:
         self.sockets = WebSockets(sender, self)
         self.polls = Polls(self.departures)
         self._flowing: dict[str, IncomingStream] = {}  # those that go out by ASGI, by the id of their request
+        self._downloads: dict[str, Download] = {}
         self._system = SystemPaths(
             {
                 "/-/routes": SystemPath(self._routes_listing),
@@ -105,7 +107,10 @@ class ProxyApp:
             return await self._send_flow(call.id, reply, scope, receive, send)
         if isinstance(reply, JobFeed):
             return await reply.send(send)
-        status, headers, body = with_length(reply, to_head=call.method == "HEAD")
+        status, headers, body = reply
+        if not isinstance(body, bytes):
+            return await self._send_download(call.id, Download(status, headers, body), receive, send)
+        status, headers, body = with_length((status, headers, body), to_head=call.method == "HEAD")
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
@@ -134,14 +139,25 @@ class ProxyApp:
             has_left = self._flowing.pop(request_id, None) is None
             self.end_flow(flow, FlowEnd.CANCELLED if has_left and ended is FlowEnd.FAILED else ended)
 
+    async def _send_download(self, request_id: str, download: Download, receive: Receive, send: Send) -> None:
+        self._downloads[request_id] = download
+        self.departures.expect(request_id, receive)
+        try:
+            await download.send(send)
+        finally:
+            self.departures.forget(request_id)
+            del self._downloads[request_id]
+
     def _leave(self, request_id: str) -> None:
         """The client has gone before the end of its answer."""
-        if (stream := self._flowing.pop(request_id, None)) is not None:
+        if (download := self._downloads.get(request_id)) is not None:
+            download.has_left = True
+        elif (stream := self._flowing.pop(request_id, None)) is not None:
             self._sender.leave(stream)
         elif not self.polls.leave(request_id):
             self._sender.cancel(request_id)
 
-    async def _serve(self, call: AsgiCall, scope: Scope, receive: Receive) -> Reply | Flow:
+    async def _serve(self, call: AsgiCall, scope: Scope, receive: Receive) -> AnyReply | Flow:
         routes = self.routes  # one version for the whole request, whatever changes while its body comes in
         target = routes.match(call.path, call.method)
         if isinstance(target, Piped):
@@ -149,7 +165,7 @@ class ProxyApp:
         elif not isinstance(target, Target):
             return not_served(target, call)
         call.target = target
-        reply: Reply | Flow | None
+        reply: AnyReply | Flow | None
         try:
             asking = [header for header in call.headers if header[0] in _ASKING]
             is_odd = asking or target.endpoint.stages
@@ -175,7 +191,7 @@ class ProxyApp:
         self.count(call, reply)
         return reply
 
-    async def _serve_otherwise(self, call: AsgiCall, asking: Headers, scope: Scope, receive: Receive) -> Reply | Flow | None:
+    async def _serve_otherwise(self, call: AsgiCall, asking: Headers, scope: Scope, receive: Receive) -> AnyReply | Flow | None:
         """Serves a request that goes on with a stream, or is a job; None for any other. Raises MQServeError."""
         is_piped = bool(call.target.endpoint.stages)
         if call.method == "HEAD" and not is_piped:
@@ -191,7 +207,7 @@ class ProxyApp:
         await _read_body(receive, self._sender.held)  # it is the request again that began the stream, and nothing runs for it
         return await self.events.resume(place, call.target)
 
-    async def _serve_job(self, call: AsgiCall, preference: Preference | None, key: bytes, scope: Scope, receive: Receive) -> Reply:
+    async def _serve_job(self, call: AsgiCall, preference: Preference | None, key: bytes, scope: Scope, receive: Receive) -> AnyReply:
         routes, endpoint = self.routes, call.target.endpoint
         first = routes.entry(endpoint)
         is_asked = preference is not None or bool(endpoint.stages)
@@ -342,7 +358,7 @@ class ProxyApp:
             return self.events.flow(stream, call.backend, call.target.pattern)
         return Flow(head_reply(head, call.backend, call.id), stream, RawBody(head.length), call.target.pattern)
 
-    def count(self, call: HttpCall, reply: Reply | Flow) -> None:
+    def count(self, call: HttpCall, reply: AnyReply | Flow) -> None:
         status = reply.reply[0] if isinstance(reply, Flow) else reply[0]
         self._metrics.route(call.target.pattern).answered(status, (time.monotonic() - call.arrived) * 1000)
 

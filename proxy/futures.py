@@ -14,23 +14,23 @@ from urllib.parse import unquote
 
 from ..broker.calls.job_sending import JobSender
 from ..broker.calls.sending import RequestSender
-from ..broker.envelope import is_minted, mint_id
+from ..broker.envelope import is_endpoint_key, is_minted, mint_id
 from ..broker.errors import MQServeError, ResultGone
 from ..broker.jobs import JobRecord, JobState, state_of
-from ..broker.result_bodies import BodyGone
 from .common_ids import CommonIds
 from .events import EventId, EventStreams
 from .job_events import JobFeed
 from .job_views import Links, group_view, job_view, name_of, new_job_view, result_view, state_reply
 from .polls import Polls
 from .preferences import wait_of
-from .responses import Reply, from_error, from_result, json_reply, problem
+from .responses import Reply, from_error, json_reply, problem
+from .stored_bodies import AnyReply, reply_of
 from .streaming import Flow
 from .system_routes import forbidden
 
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[Any]]
-Answer = Reply | Flow | JobFeed
+Answer = AnyReply | Flow | JobFeed
 
 SYSTEM_PATH = "/-/futures"
 _PARTS = ("result", "events", "retry")
@@ -81,7 +81,7 @@ class Futures:
             allowed = ", ".join(methods)
             return problem(405, f"{scope['path']} takes {allowed}.", mint_id(), headers=((b"allow", allowed.encode()),))
         if not is_minted(future_id):
-            if "/" not in future_id:
+            if "/" not in future_id and not is_endpoint_key(future_id):
                 return problem(404, "That is no request's id: it is what X-Request-ID or a handle's future says, 32 hex digits.", mint_id())
             if not self._trusts(scope):
                 return forbidden("A request by its sender's own key")
@@ -129,17 +129,15 @@ class Futures:
 
     # Its answer.
 
-    async def _result(self, future_id: str, scope: Scope, receive: Receive) -> Reply:
+    async def _result(self, future_id: str, scope: Scope, receive: Receive) -> AnyReply:
         record = await self._record(future_id, scope, receive)
-        try:
-            result = await self._sender.pending.peek(future_id)
-        except BodyGone as error:
-            raise ResultGone(str(error)) from error
+        result = await self._sender.pending.peek(future_id)
         if result is None:
             return await self._not_there(future_id, record, scope)
         if result.frames:
             return 303, [(b"location", self.links(scope).events(future_id).encode())], b""
-        return from_result(result, name_of(future_id), debug=self._debug, to_head=scope["method"] == "HEAD")
+        files, to_head = self._jobs.store.files, scope["method"] == "HEAD"
+        return await reply_of(files, future_id, result, name_of(future_id), debug=self._debug, to_head=to_head)
 
     async def _not_there(self, future_id: str, record: JobRecord | None, scope: Scope) -> Reply:
         if record is None:

@@ -15,14 +15,14 @@ from ..broker.calls.sending import RequestSender
 from ..broker.envelope import RequestHead, mint_id
 from ..broker.errors import BadValue, BrokerUnavailable, MQServeError, ResultGone
 from ..broker.jobs import PRIORITIES, JobFacts
-from ..broker.result_bodies import BodyGone
 from ..broker.results import Result
 from .futures import Futures
 from .idempotency import KEY_HEADER, REPLAYED, KeyedCall
 from .job_views import new_job_view
 from .polls import Polls
 from .preferences import Headers, Preference, callback_of, not_before_of, result_ttl_of
-from .responses import Reply, from_result, problem
+from .responses import Reply, problem
+from .stored_bodies import AnyReply, reply_of
 
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[Any]]
@@ -76,19 +76,19 @@ class Jobs:
             self.callbacks.check(callback)
         return JobTerms(not_before_ms, expires_ms, result_ttl_of(headers), level, callback=callback, once=once)
 
-    async def serve(self, call: JobCall) -> Reply:
+    async def serve(self, call: JobCall) -> AnyReply:
         """Sends the request. Returns the answer itself, if the client waits for it and it is there in time, else 202. Raises MQServeError
         for a job that was not accepted."""
         facts = await self._submit(call)
         return await self._answer(call, facts, await self._awaited(call))
 
-    async def serve_keyed(self, call: JobCall, keyed: KeyedCall) -> Reply:
+    async def serve_keyed(self, call: JobCall, keyed: KeyedCall) -> AnyReply:
         """Does the same, unless a request with this key was sent before: then its answer is returned. An answer that says "try again" frees
         the key."""
         ttl_s = call.terms.result_ttl_s or KEY_TTL_S
         call.terms = replace(call.terms, result_ttl_s=ttl_s)  # as long as the key names it
         while (claim := await self._keys.claim(keyed.scope, keyed.claim, ttl_s)) != keyed.claim:
-            found = await self._peek(claim.id)
+            found = await self._sender.pending.peek(claim.id)
             if found is None or not frees_key(found):
                 return await self._serve_again(call, keyed, claim, found)
             await self._keys.free(keyed.scope, claim)
@@ -100,10 +100,10 @@ class Jobs:
             raise
         return await self._answer_keyed(call, facts, keyed, claim)
 
-    async def _serve_again(self, call: JobCall, keyed: KeyedCall, claim: Claim, found: Result | None) -> Reply:
+    async def _serve_again(self, call: JobCall, keyed: KeyedCall, claim: Claim, found: Result | None) -> AnyReply:
         call.id, call.backend, call.terms = claim.id, claim.backend, replace(call.terms, again=True)
         if found is not None:
-            status, headers, body = self._reply_of(call, found)
+            status, headers, body = await self._reply_of(call, found)
         else:
             record = await self._jobs.look(call.id)
             if record is not None and record.state.is_final and not record.has_result:
@@ -113,7 +113,7 @@ class Jobs:
             status, headers, body = await self._answer_keyed(call, facts, keyed, claim)
         return status, [*headers, REPLAYED], body
 
-    async def _answer_keyed(self, call: JobCall, facts: JobFacts, keyed: KeyedCall, claim: Claim) -> Reply:
+    async def _answer_keyed(self, call: JobCall, facts: JobFacts, keyed: KeyedCall, claim: Claim) -> AnyReply:
         result = await self._awaited(call)
         if result is not None and frees_key(result):
             await self._free(keyed, claim)
@@ -123,12 +123,6 @@ class Jobs:
         """One that cannot be freed frees itself: whoever finds its answer does it."""
         with suppress(MQServeError):
             await self._keys.free(keyed.scope, claim)
-
-    async def _peek(self, future_id: str) -> Result | None:
-        try:
-            return await self._sender.pending.peek(future_id)
-        except BodyGone as error:
-            raise ResultGone(str(error)) from error
 
     async def _submit(self, call: JobCall) -> JobFacts:
         return await self._jobs.submit(
@@ -144,13 +138,13 @@ class Jobs:
             return await self._polls.until(mint_id(), call.receive, self._sender.pending.job_result(call.id, call.wait_s))
         return None
 
-    async def _answer(self, call: JobCall, facts: JobFacts, result: Result | None) -> Reply:
+    async def _answer(self, call: JobCall, facts: JobFacts, result: Result | None) -> AnyReply:
         if result is not None:
-            return self._reply_of(call, result)
+            return await self._reply_of(call, result)
         return self._not_in_time(call) if call.preference is None else await self._promise(call, facts, call.preference)
 
-    def _reply_of(self, call: JobCall, result: Result) -> Reply:
-        status, headers, body = from_result(result, call.id, debug=self._debug)
+    async def _reply_of(self, call: JobCall, result: Result) -> AnyReply:
+        status, headers, body = await reply_of(self._jobs.store.files, call.id, result, call.id, debug=self._debug)
         if call.preference is not None and call.wait_s:
             headers.append((b"preference-applied", call.preference.applied_to_answer))
         return status, headers, body

@@ -80,7 +80,7 @@ class ProxyOptions:
 async def main(settings: Settings, options: ProxyOptions) -> int:
     """Runs a proxy as a process; returns the exit code."""
     stop = stop_event()
-    async with open_redis(settings.store_url, settings.namespace) as store:
+    async with open_redis(settings.store_url, settings.namespace, settings.result_files) as store:
         proxy = Proxy(settings, options, store)
         async with open_rabbitmq(
             settings.broker_url, settings.namespace, options.proxy_id, seals=settings.header_seals, may_be_away=True, sends_only=True
@@ -131,7 +131,7 @@ class Proxy:
         carries the reason, too.
         """
         self._queue = queue
-        sender = RequestSender(queue, self._store, self._keys, self._options.proxy_id)
+        sender = RequestSender(queue, self._store, self._keys, self._options.proxy_id, leaves_files=True)
         failure: MQServeError | None = None  # raised outside the group, which would wrap it
         async with asyncio.TaskGroup() as tasks:
             beating, reading = tasks.create_task(self._presence.beat_forever()), tasks.create_task(sender.run())

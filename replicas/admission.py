@@ -11,11 +11,12 @@ import msgspec
 
 from ..broker import queue_names
 from ..broker.dead_letters import Attempt, digest_of
-from ..broker.envelope import Envelope, is_minted
+from ..broker.envelope import Envelope, is_endpoint_key, is_minted
 from ..broker.errors import BadEnvelope, StoreUnavailable
 from ..broker.process.printable import printable
 from ..broker.process.rate_limited_log import RateLimitedLog
-from ..broker.result_bodies import BodyGone, with_body
+from ..broker.result_bodies import with_body
+from ..broker.result_files import BodyGone
 from ..broker.results import ErrorInfo, Result
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
@@ -171,21 +172,21 @@ class Admission:
         deadline_ms = envelope.header.deadline
         return max(1, deadline_ms - self._store.now_ms() + _AFTER_DEADLINE_MS) if deadline_ms else _COUNTERS_TTL_MS
 
-    async def stored(self, envelope: Envelope, ours: Result) -> Result:
-        """Returns the stored result, which another run of the same request recorded first; `ours` if there is none."""
+    async def stored(self, envelope: Envelope) -> Result | None:
+        """Returns the stored result, which another run of the same request recorded first; None if there is none."""
         future_id = envelope.future_id(self._backend)
         raw = await self._store.get(self._keys.future(future_id))
-        return ours if raw is None else await self._or_its_loss(future_id, Result.from_bytes(raw))
+        return None if raw is None else await self._or_its_loss(future_id, Result.from_bytes(raw))
 
     async def result_in(self, future_id: str, raw: bytes) -> Result:
         """Returns a stored result of this backend with its body. Raises BadEnvelope as `_ours` does."""
-        return await self._or_its_loss(future_id, self._ours(raw))
+        return await self._or_its_loss(future_id, self._ours(future_id, raw))
 
-    def _ours(self, raw: bytes) -> Result:
+    def _ours(self, future_id: str, raw: bytes) -> Result:
         """Parses a stored result. Raises BadEnvelope if it is another backend's: names and callers' ids may have slashes, so two backends
-        can share a key."""
+        can share a key. That of an endpoint may be of any of its backends."""
         result = Result.from_bytes(raw)
-        if result.backend not in ("", self._backend):
+        if result.backend not in ("", self._backend) and not is_endpoint_key(future_id):
             raise BadEnvelope(f"under its id stands a result of backend {result.backend!r}: use another message_id")
         return result
 

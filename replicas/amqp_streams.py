@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable
 from functools import partial
 
+from ..broker.amqp_replies import reply_of_chunk
 from ..broker.errors import MQServeError, Overloaded
 from ..broker.process.rate_limited_log import RateLimitedLog
 from ..broker.queue import Queue
 from ..broker.results import ErrorInfo, Outcome, Phase, Result
 from ..broker.streams import IDLE_TIMEOUT_S, Frame
-from .amqp_replies import reply_of_chunk
 from .outgoing import Outgoing, State
 from .stages import Job
 from .worker import Worker

@@ -7,7 +7,6 @@ from typing import Any, Protocol
 
 from starlette.responses import Response
 
-from ..broker.calls.sending import MAX_BODY_BYTES
 from ..broker.errors import TooLarge
 
 Message = MutableMapping[str, Any]
@@ -37,10 +36,13 @@ class Collected:
     answer to HEAD the head alone is the whole.
     """
 
-    def __init__(self, on_whole: Callable[[Response], None], begin: Callable[[Response], Stream | None], *, head_only: bool) -> None:
+    def __init__(
+        self, on_whole: Callable[[Response], None], begin: Callable[[Response], Stream | None], *, head_only: bool, at_most: int
+    ) -> None:
         self._on_whole = on_whole
         self._begin = begin
         self._head_only = head_only
+        self._at_most = at_most
         self._status = 0  # 0 until the response begins
         self._headers: list[tuple[bytes, bytes]] = []
         self._chunks: list[bytes] = []
@@ -54,7 +56,7 @@ class Collected:
 
     @property
     def is_too_large(self) -> bool:
-        return self._stream is None and self._size > MAX_BODY_BYTES
+        return self._stream is None and self._size > self._at_most
 
     async def send(self, message: Message) -> None:
         """ASGI's `send`. Raises TooLarge for a body above the limit, which also ends an endless response in one piece."""
@@ -98,5 +100,5 @@ class Collected:
         self._size += len(chunk)
         if self.is_too_large:
             self._chunks.clear()
-            raise TooLarge(f"the answer has more than {MAX_BODY_BYTES} bytes")
+            raise TooLarge(f"the answer has more than {self._at_most} bytes")
         self._chunks.append(chunk)

@@ -16,13 +16,12 @@ from typing import Any, NamedTuple
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from ..broker.calls.sending import MAX_BODY_BYTES
 from ..broker.envelope import Envelope
 from ..broker.errors import BadEnvelope, BadType
 from ..broker.failures import name_of, traceback_of
 from ..broker.process import forks
 from ..broker.process.printable import printable, printable_lines
-from ..broker.results import ErrorInfo, Result
+from ..broker.results import ErrorInfo, Result, ResultLimit
 from ..broker.values.carried import read_carried
 from ..broker.values.codecs import check_plain, decode_value
 from ..broker.values.signing import SealScope, Signer
@@ -34,12 +33,14 @@ from .handler import Handler, Method
 from .job_words import RetryLater
 from .replies import plain_result, response_head, value_result
 from .requests import BadBody, Receiver, Request, ServeRequest, convert_params, http_scope
-from .sinks import Sinks
+from .sinks import WAIT_LIMIT, Sinks
 from .stages import Job, KeptJob
 
 logger = logging.getLogger(__name__)
 
 _RESULTS = frozenset((type(None), bool, int, float, str, bytes, list, dict))  # most results have these types, and need no check
+
+_ALWAYS_TAKEN = 1024 * 1024  # bytes of a result: the limit of no request is lower
 
 AnyGenerator = Generator[Any, Any, Any] | AsyncGenerator[Any, Any]
 
@@ -61,6 +62,7 @@ class Execution:
     backend: str
     handler: Handler
     signer: Signer
+    job_limit: ResultLimit = WAIT_LIMIT  # of the results of jobs
     depth: int = field(default_factory=lambda: forks.depth)
 
     def method(self, job: Job) -> Method | Result:
@@ -101,6 +103,7 @@ class Execution:
             lambda whole: answer(self._whole(whole, job)),
             lambda head: sinks.response(job, *response_head(head, self.backend)),
             head_only=job.envelope.header.meta.method == "HEAD",
+            at_most=self._limit(job).max_bytes,
         )
         try:
             await app(http_scope(job.envelope.header.meta), Receiver(job), collected.send)
@@ -110,7 +113,7 @@ class Execution:
         except BaseException as error:
             _raise_if_cancelled(error)
             if collected.is_too_large:
-                answer(self._too_large())
+                answer(self._too_large(job))
             elif collected.is_whole and isinstance(error, Left | ClientDisconnect):
                 pass  # an answer to HEAD was complete with its head
             elif collected.is_whole:
@@ -203,26 +206,30 @@ class Execution:
                 return value
             if isinstance(value, Generator | AsyncGenerator):
                 return value
-        return self._result(value, job.envelope)
+        return self._result(value, job)
 
     def _whole(self, response: Response, job: Job) -> Result:
         try:
-            return self._result(response, job.envelope)
+            return self._result(response, job)
         except BaseException as error:
             return self.failed(error, job)
 
-    def _result(self, value: Any, envelope: Envelope) -> Result:
+    def _result(self, value: Any, job: Job) -> Result:
         if type(value) not in _RESULTS and inspect.isawaitable(value):
             raise BadType(f"the handler returned a {type(value).__name__}, which is no result: write `async def` and await it")
+        envelope = job.envelope
         if envelope.header.origin == "handle":
             result = value_result(value, self.backend, envelope.id, self.signer)
         else:
             result = plain_result(value, self.backend)
-        return result if len(result.body) <= MAX_BODY_BYTES else self._too_large()
+        return result if len(result.body) <= _ALWAYS_TAKEN or len(result.body) <= self._limit(job).max_bytes else self._too_large(job)
 
-    def _too_large(self) -> Result:
-        message = f"the result has more than {MAX_BODY_BYTES} bytes, which is the limit: return less, or a reference to it"
-        return Result(status=500, backend=self.backend, error=ErrorInfo(type="mqserve.TooLarge", message=message))
+    def _limit(self, job: Job) -> ResultLimit:
+        return self.job_limit if isinstance(job, KeptJob) else WAIT_LIMIT
+
+    def _too_large(self, job: Job) -> Result:
+        error = ErrorInfo(type="mqserve.TooLarge", message=self._limit(job).refusal)
+        return Result(status=500, backend=self.backend, error=error)
 
     def failed(self, error: BaseException, job: Job) -> Result:
         """Returns the exception as a result, and logs the traceback of a 500. Raises nothing, whatever the exception is."""

@@ -5,18 +5,22 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
 import msgspec
 
+from ..broker.amqp_replies import reply_of_event
 from ..broker.dead_letters import Attempt as LostRun
 from ..broker.dead_letters import Death
 from ..broker.envelope import Envelope, JobHead
-from ..broker.jobs import JOB_RESULT_TTL_S, MAX_RESULT_TTL_S, Attempt, JobEnd, JobRecord, JobState, state_of
+from ..broker.errors import MQServeError
+from ..broker.jobs import JOB_RESULT_TTL_S, MAX_RESULT_TTL_S, Attempt, JobEnd, JobRecord, JobState, facts_of, state_of
 from ..broker.process.printable import printable
 from ..broker.queue import Queue, fate_of
-from ..broker.results import Outcome, Result, entry_of
+from ..broker.result_files import MAX_IN_STORE, RECORDED_WITHIN_MS, NotWritten
+from ..broker.results import ErrorInfo, Outcome, Phase, Result, entry_of
 from ..broker.store import Store, recorded
 from ..controller.state.config import BackendConfig
 from ..controller.state.retries import is_exhausted, next_pause_s
@@ -27,6 +31,7 @@ T = TypeVar("T")
 
 MAX_ERROR = 500  # characters of an error in the history of a job
 _CONFIRM_BUDGET_S = 10.0
+_IN_A_FILE = "file"  # the `ref` of a body that is no value in the store
 
 Insist = Callable[[Callable[[], Awaitable[T]]], Awaitable[T]]
 
@@ -52,22 +57,50 @@ class JobEnds:
         return recorded(self._store.jobs.end_then, self._end_of(job, result))
 
     def tell(self, job: KeptJob) -> None:
-        """Writes what the handler has said since the last time."""
-        if job.words and job.begun:
-            future_id = job.envelope.future_id(self._backend)
-            for event in job.words.take(self._store.now_ms()):
+        """Passes on what the handler has said since the last time. Nobody waits for that, and it may be lost."""
+        if not job.words:
+            return
+        future_id = job.envelope.future_id(self._backend)
+        for event in job.words.take(self._store.now_ms()):
+            if job.begun:
                 self._store.jobs.note(future_id, job.mark, event)
+            if job.tells_caller:
+                with suppress(MQServeError):
+                    self._queue.reply(reply_of_event(job.envelope, event), job.envelope.reply_to, _may_be_lost)
+
+    async def filed(self, job: KeptJob, result: Result) -> Result:
+        """Returns the result with its body in a file, if it is too large for the store; or an error, if it cannot be written."""
+        if len(result.body) <= MAX_IN_STORE or not job.is_recorded:
+            return result
+        future_id = job.envelope.future_id(self._backend)
+        expires_ms = self._store.now_ms() + RECORDED_WITHIN_MS + self.result_ttl_ms(job.envelope)
+        try:
+            file = await self._store.files.put(future_id, result.body, expires_ms)
+        except NotWritten as error:
+            logger.error("the result of job %s of %s is lost: %r", printable(job.envelope.id), self._backend, error.__cause__)
+            return Result(status=500, backend=self._backend, error=ErrorInfo(type="mqserve.NotWritten", message=str(error)))
+        return msgspec.structs.replace(result, body=b"", ref=_IN_A_FILE, file=file)
 
     def _end_of(self, job: KeptJob, result: Result) -> JobEnd:
         envelope = job.envelope
         head, future_id = envelope.header.job or JobHead(), envelope.future_id(self._backend)
         raw = (result if envelope.attempt == 1 else msgspec.structs.replace(result, attempt=envelope.attempt)).to_bytes()
         return JobEnd(
-            id=future_id, result=raw, note=entry_of(future_id, raw), state=_state_of(job, result), status=result.status,
-            backend=self._backend, ended_ms=self._store.now_ms(), result_ttl_ms=self.result_ttl_ms(envelope), token=job.mark,
-            inbox=envelope.header.inbox, endpoint=envelope.header.meta.endpoint,
-            callback=head.callback, stage=head.stage, member=head.member,
-        )  # fmt: skip
+            id=future_id,
+            result=raw,
+            note=entry_of(future_id, raw),
+            state=_state_of(result),
+            status=result.status,
+            backend=self._backend,
+            ended_ms=self._store.now_ms(),
+            result_ttl_ms=self.result_ttl_ms(envelope),
+            token=job.mark if job.begun else b"",
+            inbox=envelope.header.inbox,
+            endpoint=envelope.header.meta.endpoint,
+            callback=head.callback,
+            stage=head.stage,
+            member=head.member,
+        )
 
     def result_ttl_ms(self, envelope: Envelope) -> int:
         asked = envelope.header.job.result_ttl_s if envelope.header.job is not None else 0
@@ -94,8 +127,9 @@ class JobEnds:
         again_ms = now_ms + int(pause_s * 1000)
         error = f"{result.error.type}: {result.error.message}"[:MAX_ERROR]
         attempt = Attempt(envelope.attempt, ended_ms=now_ms, error=error, again_ms=again_ms)
+        facts = facts_of(self._backend, envelope, now_ms)
         future_id = envelope.future_id(self._backend)
-        is_taken = await insist(lambda: self._store.jobs.try_again(future_id, job.mark, attempt))
+        is_taken = await insist(lambda: self._store.jobs.try_again(future_id, job.mark, attempt, facts))
         if is_taken and job.stage is not Stage.RETURNED:  # that one's message is in the queue already, and is its next try
             again = _for_another_try(envelope, again_ms, now_ms)
             failure = await fate_of(partial(self._queue.publish_later, self._backend, again, pause_s), _CONFIRM_BUDGET_S)
@@ -112,12 +146,18 @@ class JobEnds:
             return None
         assert result.error is not None
         record = await self._store.jobs.read(job.envelope.future_id(self._backend))
+        if record is not None and record.attempts and record.attempts[-1].number != job.envelope.attempt:
+            return None  # another run has begun since then, and its end counts
         error = f"{result.error.type}: {result.error.message}"
         runs = history(record)
         if runs:
             runs[-1] = msgspec.structs.replace(runs[-1], ended=error[:MAX_ERROR])
         reason = f"it has failed {tries + 1} times, and is not tried again (retry): {error}"
         return Death(reason, result.error.traceback, tuple(runs), self._store.now_ms())
+
+
+def _may_be_lost(error: MQServeError | None) -> None:
+    """Does nothing: the caller's queue may be full or gone."""
 
 
 def history(record: JobRecord | None) -> list[LostRun]:
@@ -127,8 +167,9 @@ def history(record: JobRecord | None) -> list[LostRun]:
     return [LostRun(attempt.replica, attempt.started_ms, attempt.error if attempt.ended_ms else lost) for attempt in attempts]
 
 
-def _state_of(job: KeptJob, result: Result) -> JobState:
-    return JobState.EXPIRED if result.outcome is Outcome.LATE and not job.begun else state_of(result)
+def _state_of(result: Result) -> JobState:
+    never_ran = result.outcome is Outcome.LATE and result.error is not None and result.error.phase is Phase.QUEUE
+    return JobState.EXPIRED if never_ran else state_of(result)
 
 
 def _has_failed(job: KeptJob, result: Result) -> bool:

@@ -13,7 +13,7 @@ import msgspec
 
 from ..broker.backoff import delays
 from ..broker.errors import BadEnvelope, MQServeError, StoreUnavailable
-from ..broker.jobs import RENEW_EVERY_S, Done, Held, Leased, Run, facts_of
+from ..broker.jobs import RENEW_EVERY_S, Done, Held, JobFacts, Leased, Run, facts_of
 from ..broker.pipelines import place_of
 from ..broker.process.printable import printable
 from ..broker.process.rate_limited_log import RateLimitedLog
@@ -128,6 +128,7 @@ class JobRuns:
         self._reading.read(job, delivery)
         if is_handshake(job.envelope):
             raise BadEnvelope("a WebSocket cannot be opened by a job, which nobody waits for: connect to its route")
+        job.tells_caller = bool(job.envelope.reply_to) and delivery.wants_events
         if job.is_recorded:
             job.mark = secrets.token_bytes(TOKEN_BYTES)
         if not self._host.ends_here(job):
@@ -191,7 +192,9 @@ class JobRuns:
         facts = facts_of(self._backend, job.envelope, now_ms)
         pipeline = None if facts.stage is None else place_of(facts.stage, self._signer)
         job.begun = True  # it may have the lease from now on
-        match await self._store.jobs.begin(Run(future_id, job.mark, self._replica_id, facts, now_ms, pipeline=pipeline)):
+        kept_s = self._ends.result_ttl_ms(job.envelope) // 1000
+        run = Run(future_id, job.mark, self._replica_id, facts, now_ms, result_ttl_s=kept_s, pipeline=pipeline)
+        match await self._store.jobs.begin(run):
             case Done(raw):
                 await self._is_done(job, future_id, raw)
             case Held(left_ms):
@@ -200,7 +203,7 @@ class JobRuns:
                     return False
                 self._lapsing[job] = asyncio.get_running_loop().call_later(left_ms / 1000 + _BEHIND_LEASE_S, self._ask_again, job)
             case Leased(attempt):
-                return await self._may_run(job, future_id, attempt)
+                return await self._may_run(job, future_id, attempt, facts)
         return False
 
     def _ask_again(self, job: KeptJob) -> None:
@@ -232,7 +235,7 @@ class JobRuns:
         else:
             self._settlement.ack(job)
 
-    async def _may_run(self, job: KeptJob, future_id: str, attempt: int) -> bool:
+    async def _may_run(self, job: KeptJob, future_id: str, attempt: int, facts: JobFacts) -> bool:
         """Whether a leased job is to run, which has its body then: not if that would be a run too many. Raises Poison then."""
         tries = job.envelope.header.job.tries if job.envelope.header.job is not None else 0
         if attempt > 1 + tries:  # not all of its earlier runs have ended in order
@@ -242,7 +245,8 @@ class JobRuns:
                 self._host.drop(job, replica_lost(self._backend))
                 return False
             if len(lost) >= self._config.max_attempts:
-                await self._store.jobs.give_back(future_id, job.mark)  # this is no run
+                await self._store.jobs.give_back(future_id, job.mark, facts)
+                job.begun = False  # this is no run
                 why = f"{len(lost)} runs of it were started and left no result (max_attempts): the replicas that ran it died"
                 raise Poison(why, history(record)[:-1])
         job.envelope = await self._admission.ready(msgspec.structs.replace(job.envelope, attempt=attempt))
@@ -261,8 +265,9 @@ class JobRuns:
                     self._renewing.start(self._renew(job))
         if now >= self._tell_at:
             self._tell_at = now + TAKEN_EVERY_S
-            for job in self._leased():
-                self._ends.tell(job)
+            for held in self._register:
+                if isinstance(held, KeptJob) and held.words and held.stage in _LEASED:
+                    self._ends.tell(held)
 
     def _leased(self) -> list[KeptJob]:
         return [job for job in self._register if isinstance(job, KeptJob) and job.begun and job.stage in _LEASED]

@@ -39,7 +39,7 @@ from .loading import construct, read_backend
 from .metrics import ReplicaMetrics
 from .request_loop import RequestLoop
 from .stages import Job
-from .user_hooks import ConfigLost, UserHooks
+from .user_hooks import UserHooks
 from .worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ async def main(settings: Settings, options: ReplicaOptions) -> int:
     """Runs a replica as a process and returns the exit code."""
     stop = stop_event()
     enter_context(ReplicaContext(options.backend, options.replica_id), whole_process=True)
-    async with open_redis(settings.store_url, settings.namespace) as store:
+    async with open_redis(settings.store_url, settings.namespace, settings.result_files) as store:
         replica = Replica(settings, options, store)
         try:
             seals = settings.header_seals
@@ -148,7 +148,9 @@ class Replica:
     async def _serve(self, queue: Queue, worker: Worker, handler: Handler, hooks: UserHooks, stop: Stop) -> None:
         assert self._backend is not None
         backend = self._backend
-        worker.serve(Execution(backend.name, handler, self._settings.signer))
+        worker.serve(Execution(backend.name, handler, self._settings.signer, self._store.files.limit))
+        if trouble := await self._store.files.trouble():
+            logger.error("%s: %s", self._options.replica_id, trouble)
         metrics = ReplicaMetrics(backend.name, self._options.replica_id)
         requests = RequestLoop(self._settings, backend, queue, self._store, worker, handler, metrics, self._options.replica_id)
         self._requests = requests
@@ -157,6 +159,7 @@ class Replica:
             async with asyncio.TaskGroup() as tasks:
                 minding = [
                     tasks.create_task(self._follow(requests, hooks, stop)),
+                    tasks.create_task(hooks.apply_forever(self._options.replica_id)),
                     tasks.create_task(hooks.check_health_forever(backend)),
                     tasks.create_task(_stop_with(worker, stop)),
                     tasks.create_task(requests.keep_taking_forever(lambda: self._say(MemberState.READY))),
@@ -206,7 +209,9 @@ class Replica:
                 await self._learn_convertors(read_desired)
             if name in desired.backends:
                 requests.configure(desired.backends[name].config)
-                await self._reconfigure(hooks, desired.backends[name])
+                hooks.want(desired.backends[name])
+                if not requests.generations:
+                    await hooks.settled()  # before it takes its first request
             if generations := observed.queues.get(name, ()):
                 requests.want({generation: observed.shards_of(name, generation) for generation in generations})
 
@@ -251,14 +256,6 @@ class Replica:
         self._convertors_of, self._told_convertors, self._convertor_error = (desired.epoch, desired.version), desired.convertors, error
         if is_news:
             self._presence.tell()
-
-    async def _reconfigure(self, hooks: UserHooks, backend: Backend) -> None:
-        try:
-            await hooks.apply(backend)
-        except ConfigLost:
-            raise
-        except BackendFailed as error:
-            logger.warning("%s keeps its last good user_config: %s", self._options.replica_id, error)
 
     def _is_wanted(self, observed: Observed) -> bool:
         if self._options.external:

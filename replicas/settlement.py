@@ -7,26 +7,28 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
 
+from ..broker.amqp_replies import send_reply
 from ..broker.backoff import delays
 from ..broker.dead_letters import Death
 from ..broker.envelope import Envelope
 from ..broker.errors import BadEnvelope, BrokerUnavailable, MQServeError, StoreUnavailable, words_of
 from ..broker.failures import traceback_of
+from ..broker.jobs import facts_of
 from ..broker.process.printable import printable, printable_lines
 from ..broker.process.rate_limited_log import RateLimitedLog
 from ..broker.process.tasks import Tasks
 from ..broker.queue import Delivery, Queue, fate_of
-from ..broker.results import ErrorInfo, Result, entry_of
+from ..broker.results import BodyFile, ErrorInfo, Result, entry_of
 from ..broker.store import Record, Store
 from ..broker.store_keys import RESULT_TTL_S, StoreKeys
 from ..controller.state.config import BackendConfig
 from .admission import Admission, LostBody, Poison
-from .amqp_replies import send_reply
 from .job_ends import JobEnds
 from .metrics import ReplicaMetrics
 from .register import Register
@@ -149,10 +151,15 @@ class Settlement:
         if job.flow is not None and job.flow.shown:  # such a request was delivered before, and so has a start mark
             result = msgspec.structs.replace(behind_shown(result), frames=job.flow.sent)
         try:
-            if isinstance(job, KeptJob) and await self._goes_on(job, result):
-                return self.ack(job)
+            if isinstance(job, KeptJob):
+                if await self._goes_on(job, result):
+                    return self.ack(job)
+                result = await self._job_ends.filed(job, result)
             if envelope.id:
-                result = await self._stored(job, result)
+                stored = await self._stored(job, result)
+                if stored is None and isinstance(job, KeptJob):
+                    return self.ack(job)  # another run has begun since then: it answers
+                result = stored or result
             if envelope.reply_to:
                 chunks = job.flow.sent if job.flow is not None and job.flow.is_reply else None
                 send = partial(send_reply, self._queue, self._backend, envelope, result, _CONFIRM_BUDGET_S, chunks)
@@ -169,6 +176,7 @@ class Settlement:
         if (pause_s := self._job_ends.pause_s(job, result)) is not None:
             await self._job_ends.try_again(job, result, pause_s, lambda act: _insist(act, until))
             return True
+        self._job_ends.tell(job)  # before the reply
         death = await _insist(lambda: self._job_ends.death_of(job, result), until)
         if death is not None and (failure := await self._set_aside(job.delivery, death)):
             raise failure
@@ -180,8 +188,9 @@ class Settlement:
             return time.monotonic() + JOB_UNLIMITED_S
         return job.deadline if job.envelope.header.deadline else time.monotonic() + UNLIMITED_S
 
-    async def _stored(self, job: Job, result: Result) -> Result:
-        """Stores the result and returns the one that counts: another run of the same request may have been first."""
+    async def _stored(self, job: Job, result: Result) -> Result | None:
+        """Stores the result and returns the one that counts: another run of the same request may have been first. None if that one's is not
+        there (yet, or any more)."""
         envelope, body, until = job.envelope, result.body, self._until(job)
         if not _is_large(envelope, body):
             first = await _insist(lambda: self.record(job, result), until)
@@ -190,7 +199,16 @@ class Settlement:
             first = await _insist(lambda: self._put_body(job, key, body), until)
             small = msgspec.structs.replace(result, body=b"", ref=key)
             first = first and await _insist(lambda: self.record(job, small), until)
-        return result if first or not envelope.reply_to else await _insist(lambda: self._admission.stored(envelope, result), until)
+        if result.file is not None and not first:
+            await self._drop_file(envelope.future_id(self._backend), result.file)
+        return result if first or not envelope.reply_to else await _insist(lambda: self._admission.stored(envelope), until)
+
+    async def _drop_file(self, future_id: str, file: BodyFile) -> None:
+        """Removes the file of a result that does not count, unless that which counts has the same one. Else it goes when it expires."""
+        with suppress(MQServeError):
+            raw = await self._store.get(self._keys.future(future_id))
+            if raw is not None and Result.from_bytes(raw).file != file:
+                await self._store.files.drop(future_id, file)
 
     async def _put_body(self, job: Job, key: str, body: bytes) -> bool:
         """Writes the body of a large result, and returns True; returns False if another run was first. All runs share the key, and that
@@ -321,7 +339,8 @@ class Settlement:
 
     async def _end_lease_and_requeue(self, job: KeptJob, later: bool) -> None:
         try:
-            await self._store.jobs.give_back(job.envelope.future_id(self._backend), job.mark)
+            facts = facts_of(self._backend, job.envelope, self._store.now_ms())
+            await self._store.jobs.give_back(job.envelope.future_id(self._backend), job.mark, facts)
         except StoreUnavailable as error:
             logger.warning("a job of %s goes back before its lease has ended, for which the next replica waits: %s", self._backend, error)
         self._requeue_soon(job, later)

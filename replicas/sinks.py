@@ -5,19 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from ..broker.amqp_replies import MAX_REPLY_BYTES
 from ..broker.calls.sending import MAX_BODY_BYTES
 from ..broker.envelope import Envelope
 from ..broker.errors import BadType, TooLarge
-from ..broker.results import Result
+from ..broker.results import Result, ResultLimit
 from ..broker.streams import Form, Head, Owner
 from ..broker.values.codecs import TEXT
 from ..broker.values.signing import Signer
 from ..controller.state.config import BackendConfig
-from .amqp_replies import MAX_REPLY_BYTES
 from .chunks import EVENTS, BodyChunks, checked, encode_item, takes_events
 from .outgoing import Outgoing
 from .replies import plain_result, value_result
 from .stages import Job, KeptJob
+
+WAIT_LIMIT = ResultLimit(
+    MAX_BODY_BYTES, f"the result has more than {MAX_BODY_BYTES} bytes, which is the limit: return less, or a reference to it"
+)
+_JOINED_LIMIT = ResultLimit(
+    MAX_BODY_BYTES,
+    f"the chunks have more than {MAX_BODY_BYTES} bytes in all, which is the limit of an answer in one piece: read them as a stream",
+)
 
 
 class Sink(Protocol):
@@ -72,29 +80,31 @@ class Discarded(_Unlimited):
 class Listed(_Unlimited):
     """Collects the values for a handle, whose caller gets them as a list."""
 
-    def __init__(self, envelope: Envelope, backend: str, signer: Signer) -> None:
+    def __init__(self, envelope: Envelope, backend: str, signer: Signer, limit: ResultLimit) -> None:
         self._envelope = envelope
         self._backend = backend
         self._signer = signer
+        self._limit = limit
         self._values: list[Any] = []
         self._size = 0
 
     def take(self, value: object) -> None:
         self._size += len(value) if isinstance(value, str | bytes | bytearray) else 1
-        _check_size(self._size)
+        _check_size(self._size, self._limit)
         self._values.append(value)
 
     def end(self) -> Result:
         result = value_result(self._values, self._backend, self._envelope.id, self._signer)
-        _check_size(len(result.body))
+        _check_size(len(result.body), self._limit)
         return result
 
 
 class Joined(_Unlimited):
     """Joins the chunks to one body."""
 
-    def __init__(self, backend: str) -> None:
+    def __init__(self, backend: str, limit: ResultLimit) -> None:
         self._backend = backend
+        self._limit = limit
         self._chunks = BodyChunks()
         self._parts: list[bytes] = []
         self._size = 0
@@ -102,7 +112,7 @@ class Joined(_Unlimited):
     def take(self, value: object) -> None:
         part = self._chunks.encode(value)
         self._size += len(part)
-        _check_size(self._size)
+        _check_size(self._size, self._limit)
         self._parts.append(part)
 
     def end(self) -> Result:
@@ -244,12 +254,9 @@ class ResponseStream:
         self._flow.check_replay()
 
 
-def _check_size(size: int) -> None:
-    if size > MAX_BODY_BYTES:
-        raise TooLarge(
-            f"the chunks have more than {MAX_BODY_BYTES} bytes in all, which is the limit of an answer in one piece: read them as a stream",
-            status=500,
-        )
+def _check_size(size: int, limit: ResultLimit) -> None:
+    if size > limit.max_bytes:
+        raise TooLarge(limit.refusal, status=500)
 
 
 class Sinks:
@@ -260,6 +267,7 @@ class Sinks:
         self._replica_id = replica_id
         self._touch = touch
         self.config = config
+        self.job_limit = WAIT_LIMIT  # of the results of jobs
 
     def __repr__(self) -> str:
         return f"<Sinks of {self._backend}>"
@@ -274,7 +282,7 @@ class Sinks:
         if header.shadow or not envelope.id:
             return Discarded(self._backend)
         if header.origin == "handle" and not (header.stream and header.inbox):
-            return Listed(envelope, self._backend, signer)
+            return Listed(envelope, self._backend, signer, _JOINED_LIMIT)
         if header.origin == "handle":
             return self._flowing(job, Form.VALUES, signer, resumable=header.stream == 2)
         events = header.origin == "http" and takes_events(header.meta.headers)
@@ -282,7 +290,7 @@ class Sinks:
             return HeadOnly(self._backend, events=events)
         if header.origin == "http" and header.inbox:
             return self._flowing(job, Form.ITEMS if events else Form.BODY, signer, resumable=events)
-        return Joined(self._backend)
+        return Joined(self._backend, _JOINED_LIMIT)
 
     def _of_job(self, envelope: Envelope, signer: Signer) -> Sink:
         """The answer of a job is one piece."""
@@ -290,9 +298,9 @@ class Sinks:
         if not envelope.id and not envelope.reply_to:
             return Discarded(self._backend)
         if header.origin == "handle":
-            return Listed(envelope, self._backend, signer)
+            return Listed(envelope, self._backend, signer, self.job_limit)
         is_head = header.origin == "http" and header.meta.method == "HEAD"
-        return HeadOnly(self._backend, events=takes_events(header.meta.headers)) if is_head else Joined(self._backend)
+        return HeadOnly(self._backend, events=takes_events(header.meta.headers)) if is_head else Joined(self._backend, self.job_limit)
 
     def _flowing(self, job: Job, form: Form, signer: Signer, *, resumable: bool) -> Flowing:
         flow = self.flow(job, resumable=resumable, is_body=form is Form.BODY)

@@ -108,6 +108,7 @@ class KeptJob(Job):
     timeout_s: float = 0.0  # of the run
     begun: bool = False  # the record has this run, or may have it
     words: JobWords = msgspec.field(default_factory=JobWords)
+    tells_caller: bool = False  # whoever waits at a queue for the reply gets what the handler says, too
 
     error_names: Sequence[str] = ()  # the handler has raised an exception of this type, by its name and those of its bases
     again_after_s: float | None = None  # the handler wants to be called again after that
@@ -118,10 +119,15 @@ class KeptJob(Job):
 
     @property
     def unwanted_result(self) -> Result:
-        return self.given_up or spent_result(self.timeout_s)
+        return self.given_up or spent_result(self.timeout_s, is_running=bool(self.started))
 
 
-def spent_result(timeout_s: float) -> Result:
-    """Returns the result of a job whose run took too long."""
-    message = f"the job was still running after {timeout_s:g} s ({Phase.RUN}): allow it more (the backend's job_timeout_s)"
-    return Result(status=504, error=ErrorInfo(type=Outcome.LATE, message=message, phase=Phase.RUN))
+def spent_result(timeout_s: float, *, is_running: bool) -> Result:
+    """Returns the result of a job whose run took too long, or did not begin though the job had its place."""
+    if is_running:
+        phase, where, mend = Phase.RUN, "was still running", "allow it more (the backend's job_timeout_s)"
+    else:
+        phase, where, mend = Phase.QUEUE, "still waited for the handler of its replica", "the calls before it take too long, or never end"
+    return Result(
+        status=504, error=ErrorInfo(type=Outcome.LATE, message=f"the job {where} after {timeout_s:g} s ({phase}): {mend}", phase=phase)
+    )

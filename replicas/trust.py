@@ -34,7 +34,7 @@ class SenderTrust:
     def check_header(self, envelope: Envelope) -> None:
         """Raises BadSignature for a header whose sender is not trusted; nothing in it may be used."""
         if envelope.seal is Seal.VALID:
-            if envelope.reply_to:
+            if envelope.reply_to and envelope.reply_to != _sealed_reply_to(envelope):
                 raise BadSignature("a sealed message with a reply_to was not sent by mqserve: somebody repeats it to have the answer")
             return
         if not self._is_checked or not envelope.header.claims:
@@ -66,6 +66,10 @@ class SenderTrust:
                 f"a sealed pickle of RabbitMQ's user {envelope.user_id!r} is not opened: MQSERVE_TRUSTED_USERS of this replica names "
                 f"{', '.join(sorted(self._pickle_users))}"
             )
+
+
+def _sealed_reply_to(envelope: Envelope) -> str:
+    return envelope.header.job.reply_to if envelope.header.job is not None else ""
 
 
 def _own_user(settings: Settings) -> str:

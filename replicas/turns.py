@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 
 from .consumers import Consumers
@@ -15,6 +16,7 @@ from .window import Window
 from .worker import Worker
 
 _FOLLOWS_S = 1.0  # within this time the broker goes by a new prefetch
+_LONG_JOB_S = 1.0  # what waits behind shorter ones stays
 
 
 class Turns:
@@ -56,15 +58,30 @@ class Turns:
     def check(self) -> None:
         """Stops consuming when requests would wait here behind a slow call, and gives them back once the broker sends no others; goes on
         when the call has ended. Called in the rhythm of the replica."""
-        if self._window.is_too_full or (self.has_jobs and self._window.is_blocked and self._places.has_waiting):
+        if self._window.is_too_full or (self.has_jobs and self._keeps_others_waiting()):
             if self.consumers.held_off:
                 self.give_back_waiting()  # they were admitted meanwhile
             else:
                 is_in_job = any(isinstance(job, KeptJob) for job in self._register.at(Stage.RUNNING))
                 self.consumers.hold_off(jobs_first=not is_in_job)
                 self.awaits_ends = True
-        elif self.consumers.held_off and not self._window.is_blocked:
+        elif self.consumers.held_off and not (self._window.is_blocked or self._long_jobs_have_all()):
             self._go_on()
+
+    def _keeps_others_waiting(self) -> bool:
+        """Whether what waits here would begin sooner elsewhere, or in the queue as soon as this replica is free."""
+        if self._places.has_waiting and self._window.is_blocked:
+            return True
+        return bool(self._places.has_waiting or self._worker.waiting) and self._long_jobs_have_all()
+
+    def _long_jobs_have_all(self) -> bool:
+        """Whether nothing can begin, since jobs that have run for long have all places or threads: they may go on for days. Requests that
+        run end in their time."""
+        running = self._register.at(Stage.RUNNING)
+        since = max([job.started for job in running], default=math.inf)
+        if time.monotonic() - since < _LONG_JOB_S or not all(isinstance(job, KeptJob) for job in running):
+            return False
+        return len(running) >= self._window.places()[0] or self._worker.blocked_s > 0
 
     def check_jobs(self) -> None:
         """Does what jobs need from time to time, while there are any (`has_jobs`)."""

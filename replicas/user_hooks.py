@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
+from contextlib import suppress
 from copy import deepcopy
 from typing import Any
 
@@ -35,9 +37,36 @@ class UserHooks:
         self._told: Any = None
         self.version = 0  # the config version followed
         self.refused = ""  # why the last one was refused, empty if it was not
+        self._wanted: Backend | None = None
+        self._news, self._idle = asyncio.Event(), asyncio.Event()
 
     def __repr__(self) -> str:
         return f"<UserHooks at {self.version}{', refused' if self.refused else ''}>"
+
+    def want(self, backend: Backend) -> None:
+        """Has `apply_forever` apply this user_config. That may take as long as the call that holds the thread: a job may run for days."""
+        self._wanted = backend
+        self._idle.clear()
+        self._news.set()
+
+    async def settled(self) -> None:
+        """Waits until the last one that was wanted is followed, or refused."""
+        await self._idle.wait()
+
+    async def apply_forever(self, replica_id: str) -> None:
+        """Applies what is wanted. Raises ConfigLost."""
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            assert self._wanted is not None
+            try:
+                await self.apply(self._wanted)
+            except ConfigLost:
+                raise
+            except BackendFailed as error:
+                logger.warning("%s keeps its last good user_config: %s", replica_id, error)
+            if not self._news.is_set():
+                self._idle.set()
 
     async def apply(self, backend: Backend) -> None:
         """Calls `reconfigure` if the user_config has changed. Raises BackendFailed if the code refuses it or is not healthy afterwards;
@@ -94,11 +123,26 @@ class UserHooks:
                 f"backend {backend.name!r} has a user_config but no reconfigure(user_config) to take it: give its class one"
             )
         try:
-            async with asyncio.timeout(RECONFIGURE_BUDGET_S):
-                await self._worker.call(lambda: reconfigure(deepcopy(user_config)), constructs=True)  # all readers share it
-                if check is not None:
-                    await self._worker.call(check)
+            await self._call(lambda: reconfigure(deepcopy(user_config)), constructs=True)  # all readers share it
+            if check is not None:
+                await self._call(check)
         except Raised as raised:
             raise BackendFailed(told(backend, "refuses its user_config", raised.failure)) from None
         except TimeoutError:
             raise BackendFailed(f"backend {backend.name!r} did not take its user_config within {RECONFIGURE_BUDGET_S:g} s") from None
+
+    async def _call(self, hook: Callable[[], Any], *, constructs: bool = False) -> None:
+        """Calls a hook. Raises TimeoutError if it takes longer than RECONFIGURE_BUDGET_S. What it waits for the thread does not count."""
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(None) as limit:
+
+            def begins() -> None:
+                with suppress(RuntimeError):  # it has ended already
+                    limit.reschedule(loop.time() + RECONFIGURE_BUDGET_S)
+
+            def call() -> Any:
+                with suppress(RuntimeError):  # the replica's loop has ended
+                    loop.call_soon_threadsafe(begins)
+                return hook()
+
+            await self._worker.call(call, constructs=constructs)

@@ -101,6 +101,7 @@ class Worker:
 
     def serve(self, execution: Execution) -> None:
         self._execution = execution
+        self.sinks.job_limit = execution.job_limit
 
     def configure(self, config: BackendConfig) -> None:
         """Applies batch size and wait from the next batch on, and the number of threads at once."""

@@ -3,7 +3,9 @@
 import functools
 import gc
 import os
+import shutil
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -310,6 +312,18 @@ def browser(tmp_path: Path) -> Iterator[Chrome]:
         refuse(f"Chromium and its driver are not installed.\n{browsers.HOW_TO_INSTALL}")
     with browsers.opened(*programs, tmp_path) as chrome:
         yield chrome
+
+
+@pytest.fixture(scope="session")
+def amqplib(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of Node's modules with amqplib, from npm."""
+    folder = tmp_path_factory.mktemp("node")
+    if shutil.which("npm") is None:
+        refuse("there is no npm here: install nodejs and npm")
+    installed = subprocess.run(["npm", "install", "--no-audit", "--no-fund", "amqplib@0.10"], cwd=folder, capture_output=True, timeout=100)
+    if installed.returncode:
+        refuse(f"npm cannot install amqplib: {installed.stderr.decode()[-500:]}")
+    return str(folder / "node_modules")
 
 
 @pytest.fixture(params=FORMS)

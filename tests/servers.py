@@ -185,11 +185,14 @@ class PrivateServer(ABC):
         except OSError:
             return False
 
-    def _log_tail(self, lines: int = 40) -> str:
+    @property
+    def log(self) -> str:
+        """What it has printed, in all of its runs."""
         log = self._folder / "server.log" if self._folder else None
-        if log is None or not log.exists():
-            return "(no log)"
-        return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+        return log.read_text(errors="replace") if log is not None and log.exists() else ""
+
+    def _log_tail(self, lines: int = 40) -> str:
+        return "\n".join(self.log.splitlines()[-lines:]) or "(no log)"
 
 
 class PrivateRedis(PrivateServer):

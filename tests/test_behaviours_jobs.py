@@ -80,6 +80,38 @@ def test_a_handler_knows_the_number_and_the_deadline_of_its_run(client: serve.Cl
     assert attempt == 1 and 0 < left_s <= 50
 
 
+@pytest.mark.parametrize("kind", ["plain", "async", "batch", "at most once"])
+def test_requests_do_not_wait_behind_a_job_that_has_all_places_of_a_replica(
+    client: serve.Client, deploy: Deploy, gate: Gate, kind: str
+) -> None:
+    def plain(request: serve.ServeRequest) -> str:
+        if request.data == "job":
+            gate.pass_through()
+        return serve.get_current_replica_tag()
+
+    async def coroutine(request: serve.ServeRequest) -> str:
+        if request.data == "job":
+            await gate.pass_through_async()
+        return serve.get_current_replica_tag()
+
+    @serve.accept_batch
+    def batch(requests: list[serve.ServeRequest]) -> list[str]:
+        return [plain(request) for request in requests]
+
+    handlers: dict[str, Any] = {"plain": plain, "async": coroutine, "batch": batch, "at most once": plain}
+    config: dict[str, Any] = {
+        "async": {"max_concurrent_queries": 1},
+        "batch": {"max_batch_size": 2},
+        "at most once": {"delivery": "at_most_once"},
+    }
+    handle = client.get_handle(deploy(handlers[kind], num_replicas=2, **config.get(kind, {})))
+    job = handle.submit("job")
+    wait_until(lambda: gate.came == 1)
+    tags = {future.result(20) for future in [handle.remote("request") for _ in range(20)]}
+    gate.open()
+    assert len(tags) == 1 and job.result(30) not in tags
+
+
 class Flaky(Exception):
     """Whatever a handler may raise."""
 
@@ -116,6 +148,20 @@ def test_after_its_last_attempt_a_job_has_failed_with_the_error_of_its_handler_a
     with pytest.raises(FileNotFoundError, match="no such file"):
         job.result(60)
     assert ended(job).state is JobState.FAILED and tally.lines == ["1", "2"]
+
+
+def test_a_job_with_a_large_body_can_be_sent_once_more(client: serve.Client, deploy: Deploy, tally: Tally) -> None:
+    def measure(request: serve.ServeRequest) -> int:
+        tally.note()
+        if len(tally) == 1:
+            raise ValueError("not now")
+        return len(request.data)
+
+    job = client.get_handle(deploy(measure)).submit("x" * 1_500_000)
+    with pytest.raises(ValueError, match="not now"):
+        job.result(30)
+    again = job.retry()
+    assert again.result(30) == 1_500_000 and again.status().retry_of == job.id
 
 
 def test_an_error_that_retry_does_not_name_is_the_result_at_once(client: serve.Client, deploy: Deploy, tally: Tally) -> None:

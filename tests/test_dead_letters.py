@@ -20,7 +20,7 @@ from pika.adapters.blocking_connection import BlockingChannel
 import mqserve as serve
 from mqserve.broker.envelope import Header, JobHead, RequestHead, mint_id
 from mqserve.commands.cli import cli
-from tests.instances import CommandLine, Deploy, distributed_only, wait_until
+from tests.instances import CommandLine, Deploy, distributed_only, new_name, wait_until
 from tests.sealed import sealed
 from tests.tallies import Tally
 
@@ -344,3 +344,28 @@ def test_neither_ids_nor_all_or_both_get_a_sentence(dead: Dead, arguments: tuple
 def lines_of(done: Result) -> list[dict[str, Any]]:
     assert done.exit_code == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+# Of endpoints.
+
+
+def test_a_message_to_an_unknown_endpoint_is_listed_and_sent_again_once_there_is_one(
+    client: serve.Client, channel: BlockingChannel, shared_namespace: str, dead: Dead, deploy: Deploy
+) -> None:
+    name, endpoint = deploy(lambda request: request.data * 2), new_name("later")
+    for key, headers in (("good", None), ("claims", {"mq": msgspec.msgpack.encode({"origin": "handle"})})):
+        properties = pika.BasicProperties(content_type="application/json", message_id=key, headers=headers)
+        channel.basic_publish(f"{shared_namespace}.endpoints", endpoint, b"21", properties)
+        with pytest.raises(serve.RemoteError):
+            client.job(key, endpoint=endpoint).result(timeout=30)
+    shown = json.loads(dead("show", "@endpoints", "good", "--json").stdout)
+    assert (shown["endpoint"], shown["body"], shown["sent_by"]) == (endpoint, "21", "an AMQP client")
+    refused = dead("retry", "@endpoints", "good")
+    assert refused.exit_code == 1 and "create it first" in refused.output
+    client.create_endpoint(endpoint, backend=name)
+    assert dead("retry", "@endpoints", "good").stdout == "1 retried.\n"
+    assert client.job("good", endpoint=endpoint).result(timeout=30) == 42
+    refused = dead("retry", "@endpoints", "--all")
+    assert refused.exit_code == 1 and "no endpoint takes it" in refused.output
+    assert dead("drop", "@endpoints", "--all").stdout == "1 dropped.\n"
+    client.delete_endpoint(endpoint)

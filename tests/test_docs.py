@@ -39,7 +39,6 @@ from mqserve.commands.cli import cli
 from mqserve.commands.status import BackendFacts, ControllerFacts, EndpointFacts, Facts, MemberFacts, ServerFacts
 from mqserve.controller.state.config import BackendConfig
 from mqserve.instance.starting import LOCATIONS
-from tests.conftest import refuse
 from tests.instances import SECRET_KEY, CommandLine, new_namespace, started, wait_until
 from tests.ports import free_port
 
@@ -57,7 +56,7 @@ CODE = "\n".join(
 
 SCRIPTS = ("handle", "face", "plain-results", "handle-streams")  # Python that needs nothing
 WALKTHROUGHS = {"hello": "", "digits": "examples/digits.py"}  # shell that serves, or asks what serves this file
-OVER_AMQP = ("orders.py", "pika", "redis", "future", "publish", "pika-job", "redis-job", "amqplib-job")
+OVER_AMQP = ("orders.py", "pika", "redis", "future", "publish", "pika-job", "redis-job", "amqplib-job", "amqplib-events")
 ON_SERVERS = ("dead-letters", "delivery", "dependency-management", "resources")  # of the guide: these need RabbitMQ and Redis
 IN_ONE_PROCESS = [page.stem for page in GUIDE if page.stem not in ON_SERVERS]
 BESIDE = ("shop_metrics.py",)  # imported by a page's program
@@ -242,28 +241,16 @@ def test_the_pika_example_of_a_job_leads_to_its_result(orders: CommandLine) -> N
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="there is no node here to parse it")
-@pytest.mark.parametrize("name", ["amqplib", "amqplib-job"])
+@pytest.mark.parametrize("name", ["amqplib", "amqplib-job", "amqplib-events"])
 def test_the_node_example_parses(name: str, tmp_path: Path) -> None:
     (tmp_path / "example.js").write_text(NAMED[name])
     parsed = subprocess.run(["node", "--check", "example.js"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert parsed.returncode == 0, parsed.stderr
 
 
-@pytest.fixture(scope="module")
-def amqplib(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The folder of Node's modules with amqplib, from npm."""
-    folder = tmp_path_factory.mktemp("node")
-    if shutil.which("npm") is None:
-        refuse("there is no npm here: install nodejs and npm")
-    installed = subprocess.run(["npm", "install", "--no-audit", "--no-fund", "amqplib@0.10"], cwd=folder, capture_output=True, timeout=100)
-    if installed.returncode:
-        refuse(f"npm cannot install amqplib: {installed.stderr.decode()[-500:]}")
-    return str(folder / "node_modules")
-
-
 @pytest.mark.long
 def test_the_node_examples_are_served(orders: CommandLine, amqplib: str) -> None:
-    for name in ("amqplib", "amqplib-job"):
+    for name in ("amqplib", "amqplib-job", "amqplib-events"):
         script = NAMED[name].replace('"mqserve.', f'"{orders.env["MQSERVE_NAMESPACE"]}.')
         done = subprocess.run(["node", "-e", script], env={**orders.env, "NODE_PATH": amqplib}, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr

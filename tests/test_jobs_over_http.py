@@ -229,3 +229,11 @@ def test_a_proxy_that_is_told_to_end_answers_those_who_wait_at_once(deploy: Depl
     wait_until(lambda: program.ended)
     assert state_of(deploy.url, id)["status"] == "running"
     gate.open()
+
+
+def test_a_job_with_a_result_that_the_store_does_not_keep_fails_with_the_mend(deploy: Deploy, url: str) -> None:
+    at = deploy.at(lambda request: b"x" * (8 * 2**20 + 1))
+    assert len(httpx.get(at).content) == 8 * 2**20 + 1
+    state = state_of(url, submitted(at), wait_s=60)
+    assert (state["status"], state["error"]["type"]) == ("failed", "mqserve.TooLarge")
+    assert "more than 8 MiB" in state["error"]["message"] and "MQSERVE_RESULT_STORE" in state["error"]["message"]

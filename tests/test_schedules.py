@@ -1,12 +1,15 @@
 """Schedules, in both forms: an endpoint's jobs at the times of a cron expression."""
 
 import json
+import signal
+import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import numpy as np
 import pytest
+from starlette.applications import Starlette
 
 import mqserve as serve
 from tests.instances import CommandLine, Deploy, distributed_only, new_name, wait_until
@@ -114,6 +117,21 @@ def test_a_paused_schedule_does_not_fire_until_it_is_resumed(telling: str, name:
     assert quiet.last_at <= later.last_at < resumed.last_at
 
 
+def test_a_schedule_is_run_at_once_when_it_is_asked_for(telling: str, name: str) -> None:
+    before = datetime.now(UTC) - timedelta(minutes=5)  # the store's clock is another one
+    serve.schedule(name, serve.get_handle(telling).options(priority="high"), cron=NIGHTLY, data={1, 2})
+    serve.pause_schedule(name)
+    jobs = [serve.run_schedule(name), serve.run_schedule(name)]
+    assert jobs[0].id != jobs[1].id
+    for job in jobs:
+        data, schedule, at = job.result(timeout=30)
+        assert (data, schedule) == ({1, 2}, name) and datetime.fromisoformat(at) > before
+        assert (job.status().priority, job.status().tag) == ("high", name)
+    assert serve.list_schedules()[name].last_job == ""
+    with pytest.raises(serve.BadValue, match="there is no schedule 'nothing'"):
+        serve.run_schedule("nothing")
+
+
 def test_a_schedule_that_is_declared_again_goes_on(telling: str, name: str) -> None:
     serve.schedule(name, telling, cron=NIGHTLY, timezone="Europe/Berlin")
     serve.pause_schedule(name)
@@ -167,6 +185,14 @@ def test_what_cannot_be_scheduled_is_refused(telling: str) -> None:
         serve.schedule("s", tell, cron=NIGHTLY)  # type: ignore[arg-type]
     with pytest.raises(serve.BadValue, match="no delay_s or eta"):
         serve.schedule("s", serve.get_handle(telling).options(delay_s=1), cron=NIGHTLY)
+    with pytest.raises(serve.BadType, match="cron is a text"):
+        serve.schedule("s", telling, cron=["@daily"])  # type: ignore[arg-type]
+    with pytest.raises(serve.BadType, match="timezone is the name"):
+        serve.schedule("s", telling, cron=NIGHTLY, timezone=["UTC"])  # type: ignore[arg-type]
+    with pytest.raises(serve.NotEncodable, match="cannot travel"):
+        serve.schedule("s", telling, cron=NIGHTLY, data=threading.Lock())
+    with pytest.raises(serve.BadValue, match="calls nobody back"):
+        serve.schedule("s", serve.get_handle(telling).options(callback_url="https://e.example/"), cron=NIGHTLY)
     with pytest.raises(serve.BadValue, match="no idempotency_key"):
         serve.schedule("s", serve.get_handle(telling).options(idempotency_key="k"), cron=NIGHTLY)
     with pytest.raises(serve.TooLarge, match="give a reference to it"):
@@ -175,6 +201,16 @@ def test_what_cannot_be_scheduled_is_refused(telling: str) -> None:
         serve.pause_schedule("s")
     serve.delete_schedule("s")
     assert "s" not in serve.list_schedules()
+
+
+def test_an_asgi_app_is_not_scheduled(client: serve.Client) -> None:
+    app = new_name("app")
+    serve.create_backend(app, Starlette, factory=True)
+    serve.create_endpoint(app, backend=app, route=f"/{app}")
+    with pytest.raises(serve.BadValue, match="answers HTTP requests, and a schedule sends none"):
+        serve.schedule("s", app, cron=NIGHTLY)
+    serve.delete_endpoint(app)
+    serve.delete_backend(app)
 
 
 def test_a_schedule_is_declared_together_with_its_endpoint(client: serve.Client, name: str) -> None:
@@ -217,6 +253,18 @@ assert "often" in serve.list_schedules()
 def test_a_file_of_run_schedules_what_it_decorates(shell: CommandLine) -> None:
     program = shell.start("run", shell.file("app.py", FILE), "--port", str(free_port()))
     wait_until(lambda: "cleaned all" in program.output, told=lambda: program.output)
+
+
+def test_a_file_of_run_that_is_started_again_goes_on_where_its_schedule_was(distributed_shell: CommandLine) -> None:
+    file = distributed_shell.file("app.py", FILE.replace("request.data", 'request.headers["x-scheduled-for"]'))
+    times: list[datetime] = []
+    for _ in range(2):
+        program = distributed_shell.start("run", file, "--port", str(free_port()))
+        wait_until(lambda: program.output.count("cleaned") >= 3, told=lambda: program.output)  # noqa: B023
+        program.signal(signal.SIGINT)
+        program.wait()
+        times += [datetime.fromisoformat(line.split()[1]) for line in program.output.splitlines() if line.startswith("cleaned")]
+    assert sorted(times) == [min(times) + timedelta(seconds=number) for number in range(len(times))]
 
 
 def test_a_file_of_run_that_schedules_what_is_not_there_is_refused(shell: CommandLine) -> None:

@@ -79,6 +79,18 @@ def test_the_rights_include_the_queues_of_jobs() -> None:
         assert not any(re.search(right, name) for role in ("proxy", "replica", "client") for right in rights[role])
 
 
+def test_no_role_but_the_controller_has_rights_on_the_exchange_for_endpoints_since_only_direct_publishers_use_it() -> None:
+    rights, name = broker_rights("shop"), queue_names.endpoints_exchange("shop")
+    assert all(re.search(right, name) for right in rights["controller"])
+    assert not any(re.search(right, name) for role in ("proxy", "replica", "client") for right in rights[role])
+
+
+def test_the_default_exchange_is_only_written_by_those_who_answer_direct_publishers() -> None:
+    every = [(role, right, pattern) for role, rights in broker_rights("shop").items() for right, pattern in rights._asdict().items()]
+    able = {(role, right) for role, right, pattern in every if re.search(pattern, "amq.default")}
+    assert able == {("controller", "write"), ("replica", "write")}
+
+
 def test_rights_end_at_the_namespace() -> None:
     for rights in broker_rights("a-b").values():
         for pattern in rights:

@@ -3,9 +3,14 @@
 import random
 from dataclasses import replace
 
+import msgspec
 import pytest
 
+from mqserve.broker.jobs import JobFacts, JobRecord, JobState
+from mqserve.broker.results import Result
+from tests.faults.soak.backends import FIRINGS_FROM
 from tests.faults.soak.chaos import KINDS, plan
+from tests.faults.soak.jobs import Kept, compare, enter_firings
 from tests.faults.soak.leaks import in_logs
 from tests.faults.soak.ledger import End, Entry, Fault, Ledger, judge, runs_of
 
@@ -83,6 +88,41 @@ def test_a_second_end_is_a_finding() -> None:
 
 def test_runs_are_read_by_number() -> None:
     assert runs_of(["7 100 w", "8 100 x", "7 101 v"]) == {7: ["w", "v"], 8: ["x"]}
+
+
+def kept(state: JobState, number: int = 0) -> Kept:
+    """A firing's job, in the store."""
+    return Kept(
+        JobRecord("j", JobFacts("ticking", tag="each-second"), state),
+        Result(body=msgspec.json.encode({"number": number}), content_type="application/json"),
+    )
+
+
+def test_the_record_of_a_job_says_how_it_ended_for_its_sender() -> None:
+    job = replace(ANSWERED, kind="job", key="j")
+    assert compare([job], {"j": kept(JobState.SUCCEEDED)}, []) == []
+    assert compare([job], {"j": kept(JobState.FAILED)}, [])
+    assert compare([job], {}, [])
+    assert compare([job], {}, [replace(RESTART, forgets=True, mended=101.0)]) == []
+
+
+def test_each_second_has_a_firing_with_one_result() -> None:
+    first = FIRINGS_FROM
+    runs = {number: ["w"] for number in range(first, first + 3)}
+    jobs = {f"{number}": kept(JobState.SUCCEEDED, number) for number in runs}
+    ledger = Ledger()
+    assert enter_firings(ledger, runs, jobs, []) == []
+    assert judge(ledger.entries.values(), [], runs) == []
+    assert enter_firings(Ledger(), runs, {**jobs, "again": kept(JobState.SUCCEEDED, first)}, [])
+    assert enter_firings(Ledger(), runs, {}, []) and enter_firings(Ledger(), {}, {}, [])
+
+
+def test_a_second_without_a_firing_is_lost() -> None:
+    runs = {FIRINGS_FROM: ["w"], FIRINGS_FROM + 2: ["v"]}
+    ledger = Ledger()
+    enter_firings(ledger, runs, {}, [])
+    (found,) = judge(ledger.entries.values(), [], runs)
+    assert "lost" in found
 
 
 def test_a_log_may_hold_the_handlers_tracebacks_and_no_others() -> None:

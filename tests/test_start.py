@@ -1,5 +1,6 @@
 """Starting an instance from Python: what is refused, and what one process may have."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,6 +48,12 @@ def test_middlewares_that_cannot_be_made_start_nothing_and_are_said() -> None:
 
 def test_middlewares_that_another_process_cannot_make_start_nothing_and_are_said(broker_url: str, store_url: str) -> None:
     start_with_middlewares_that_are_not_there(broker_url=broker_url, store_url=store_url)
+
+
+def test_a_folder_of_results_that_is_not_there_starts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MQSERVE_RESULT_STORE", (tmp_path / "nowhere").as_uri())
+    with pytest.raises(serve.InstanceError, match=r"MQSERVE_RESULT_STORE names .*nowhere.*No such file or directory"), started():
+        pass
 
 
 def test_an_instance_may_follow_another() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from mqserve.broker.envelope import NO_HEADER, Envelope, Header, RequestHead
+from mqserve.broker.envelope import NO_HEADER, Envelope, Header, JobHead, RequestHead
 from mqserve.broker.errors import BackendFailed, BadEnvelope, BadSignature
 from mqserve.broker.settings import Settings
 from mqserve.broker.values.codecs import JSON, PICKLE
@@ -28,6 +28,7 @@ CLAIMS = [
     Header(meta=RequestHead(headers=((b"cookie", b"x"),))),
     Header(meta=RequestHead(client=("192.0.2.1", 1))),
     Header(meta=RequestHead(endpoint="other")),
+    Header(job=JobHead(reply_to="theirs")),
 ]
 
 
@@ -59,6 +60,15 @@ def test_anything_more_counts_only_with_a_seal_once_seals_are_demanded(header: H
     for seal in (Seal.NONE, Seal.FOREIGN, Seal.BROKEN):
         with pytest.raises(BadSignature, match="says more than a direct publisher may"):
             ours.check_header(message(header, seal, user_id="own"))
+
+
+def test_a_sealed_message_is_answered_only_where_its_seal_says() -> None:
+    """As one that was published to an endpoint: the controller, which seals it, says in the header who asked."""
+    sealed = message(Header(job=JobHead(reply_to="theirs")), Seal.VALID, reply_to="theirs")
+    senders(KEY).check_header(sealed)
+    for other in (replace(sealed, reply_to="mine"), message(OURS, Seal.VALID, reply_to="mine")):
+        with pytest.raises(BadSignature, match="repeats it to have the answer"):
+            senders(KEY).check_header(other)
 
 
 @pytest.mark.parametrize("header", CLAIMS)

@@ -1,20 +1,27 @@
 """Webhooks, in both forms: a job that names a callback URL has its end told there, signed."""
 
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
+import pika
 import pytest
+from click.testing import CliRunner, Result
 from standardwebhooks import Webhook as Library
 
 import mqserve as serve
 from mqserve.broker.values.webhook_signing import derived_secret, written
-from tests.instances import SECRET_KEY, CommandLine, Deploy, started, wait_until
+from mqserve.commands.cli import cli
+from tests.gates import Gate
+from tests.instances import SECRET_KEY, CommandLine, Deploy, distributed_only, new_name, started, wait_until
 from tests.ports import free_port
 from tests.receivers import Received, Receiver, receiving
 
-CALLBACKS = {"MQSERVE_CALLBACK_HOSTS": "localhost", "MQSERVE_CALLBACK_NETWORKS": "127.0.0.0/8,::1", "MQSERVE_CALLBACK_HTTP": "1"}
+CALLBACKS = {"MQSERVE_CALLBACK_HOSTS": "localhost:*", "MQSERVE_CALLBACK_NETWORKS": "127.0.0.0/8,::1", "MQSERVE_CALLBACK_HTTP": "1"}
 ASYNC = {"Prefer": "respond-async"}
 
 
@@ -85,6 +92,110 @@ def test_a_job_that_is_cancelled_before_its_time_is_told_as_that(
     assert first_of(receiver, shared_namespace)["type"] == "job.cancelled"
 
 
+def test_a_job_that_is_cancelled_while_it_runs_is_told_as_that(
+    client: serve.Client, deploy: Deploy, receiver: Receiver, shared_namespace: str, tmp_path: Path
+) -> None:
+    gate = Gate(tmp_path)
+    handle = client.get_handle(deploy(lambda request: gate.pass_through()))
+    job = handle.options(callback_url=f"http://localhost:{receiver.port}/").submit()
+    wait_until(lambda: gate.came)
+    assert job.cancel()
+    hook = first_of(receiver, shared_namespace)
+    assert (hook["type"], hook["data"]["id"]) == ("job.cancelled", job.id)
+    gate.open()
+
+
+def test_a_job_that_could_not_begin_in_time_and_one_whose_backend_is_deleted_are_told_as_that(
+    client: serve.Client, deploy: Deploy, receiver: Receiver, shared_namespace: str, tmp_path: Path
+) -> None:
+    gate = Gate(tmp_path)
+    name = deploy(lambda request: gate.pass_through(), max_concurrent_queries=1)
+    handle = client.get_handle(name).options(callback_url=f"http://localhost:{receiver.port}/")
+    handle.options(callback_url="").submit()
+    wait_until(lambda: gate.came)
+    late, left = handle.options(expires_s=0.1).submit(), handle.submit()
+    wait_until(lambda: late.status().state == "expired")
+    hook = first_of(receiver, shared_namespace)
+    assert (hook["type"], hook["data"]["id"]) == ("job.expired", late.id)
+    client.delete_endpoint(name)
+    client.delete_backend(name, force=True)
+    deploy.forget(name)
+    wait_until(lambda: len(receiver.received) == 2)
+    hook = told(receiver.received[1], shared_namespace)
+    assert (hook["type"], hook["data"]["id"]) == ("job.failed", left.id)
+
+
+def test_a_request_that_is_sent_again_with_its_key_is_told_of_once(
+    client: serve.Client, deploy: Deploy, receiver: Receiver, shared_namespace: str
+) -> None:
+    url, name = deploy.named(lambda request: request.data)
+    callback = f"http://localhost:{receiver.port}/"
+    headers = {"Idempotency-Key": new_name("key"), "X-Callback-URL": callback}
+    for replayed in (None, "true"):
+        answer = httpx.post(url, json="by HTTP", headers=headers)
+        assert (answer.text, answer.headers.get("idempotent-replayed")) == ("by HTTP", replayed)
+    handle = client.get_handle(name).options(callback_url=callback)
+    keyed = handle.options(idempotency_key=new_name("key"))
+    jobs = [keyed.submit("by a handle") for _ in range(2)]
+    assert jobs[0].id == jobs[1].id and jobs[1].result(30) == "by a handle"
+    last = handle.submit("last")
+    wait_until(lambda: last.id in {told(received, shared_namespace)["data"]["id"] for received in receiver.received})
+    ids = [told(received, shared_namespace)["data"]["id"] for received in receiver.received]
+    assert sorted(ids) == sorted([answer.headers["x-request-id"], jobs[0].id, last.id])
+
+
+def test_a_retry_over_http_is_told_of_under_its_own_id(deploy: Deploy, receiver: Receiver, shared_namespace: str) -> None:
+    url = deploy.at(lambda request: "done")
+    first = httpx.post(url, headers={**ASYNC, "X-Callback-URL": f"http://localhost:{receiver.port}/"}).json()["id"]
+    assert first_of(receiver, shared_namespace)["data"]["id"] == first
+    again = httpx.post(f"{deploy.url}/-/futures/{first}/retry")
+    assert again.status_code == 202, again.text
+    wait_until(lambda: len(receiver.received) == 2)
+    assert told(receiver.received[1], shared_namespace)["data"]["id"] == again.json()["id"] != first
+
+
+@distributed_only
+def test_a_direct_publisher_names_its_callback_in_the_header(
+    client: serve.Client, deploy: Deploy, receiver: Receiver, shared_namespace: str, broker_url: str
+) -> None:
+    name = deploy(lambda request: request.data)
+    job = {"callback": f"http://localhost:{receiver.port}/"}
+    with pika.BlockingConnection(pika.URLParameters(broker_url)) as connection:
+        channel = connection.channel()
+        for key, head in (("mine", job), ("not-mine", {**job, "tag": "a right that needs a seal"})):
+            properties = pika.BasicProperties(
+                content_type="application/json", message_id=key, delivery_mode=2, headers={"mq": msgspec.msgpack.encode({"job": head})}
+            )
+            channel.basic_publish(f"{shared_namespace}.jobs", name, b"21", properties)
+    assert client.job("mine", backend=name).result(30) == 21
+    hook = first_of(receiver, shared_namespace)
+    assert (hook["type"], hook["data"]["id"], hook["data"]["endpoint"]) == ("job.succeeded", f"{name}/mine", "")
+    with pytest.raises(serve.MQServeError):
+        client.job("not-mine", backend=name).result(1)
+
+
+@distributed_only
+def test_a_webhook_that_was_given_up_is_shown_and_sent_again_under_its_id(
+    client: serve.Client, deploy: Deploy, shared_namespace: str, environment: dict[str, str]
+) -> None:
+    def run(*arguments: str) -> Result:
+        return CliRunner(env={**environment, **CALLBACKS}).invoke(cli, ["webhooks", *arguments])
+
+    assert "No webhooks" in run("list").output
+    with receiving(lambda number: (410 if number == 1 else 204, {})) as receiver:
+        job = client.get_handle(deploy(lambda request: None)).options(callback_url=f"http://localhost:{receiver.port}/").submit()
+        wait_until(lambda: run("list", "--json").output)
+        shown = json.loads(run("list", "--json").output)
+        assert (shown["job"], shown["type"], shown["receiver"], shown["tries"]) == (job.id, "job.succeeded", "localhost", 1)
+        assert "410" in shown["error"] and shown["id"] == receiver.received[0].headers["webhook-id"]
+        assert shown["id"][:20] in run("list").output.replace("\n", "")
+        assert run("retry").exit_code == run("retry", "another").exit_code == 1
+        assert "1 sent again" in run("retry", shown["id"]).output
+        wait_until(lambda: len(receiver.received) == 2)
+        assert told(receiver.received[1], shared_namespace)["data"]["id"] == job.id
+        assert receiver.received[1].headers["webhook-id"] == shown["id"] and "No webhooks" in run("drop", "--all").output
+
+
 def test_a_receiver_that_is_down_is_told_once_it_is_up(client: serve.Client, deploy: Deploy, shared_namespace: str) -> None:
     port = free_port()
     job = client.get_handle(deploy(lambda request: "done")).options(callback_url=f"http://localhost:{port}/").submit()
@@ -104,12 +215,21 @@ def test_a_job_with_a_callback_that_is_not_allowed_is_refused_and_not_sent(
         client.get_handle(name).options(callback_url=callback).submit()
 
 
-def test_without_the_setting_nobody_is_called(receiver: Receiver) -> None:
-    with started() as client:
-        answer = httpx.post(
-            Deploy(client).at(lambda request: None), headers={**ASYNC, "X-Callback-URL": f"http://localhost:{receiver.port}/"}
-        )
-        assert answer.status_code == 400 and "MQSERVE_CALLBACK_HOSTS" in answer.text
+WITHOUT_THE_SETTING = """
+import httpx
+import mqserve as serve
+
+client = serve.start(http_options={"port": 0})
+client.create_backend("b", lambda request: None)
+client.create_endpoint("b", backend="b", route="/b")
+answer = httpx.get(f"{client.http_url()}/b", headers={"Prefer": "respond-async", "X-Callback-URL": "https://hooks.example/"})
+print(answer.status_code, "MQSERVE_CALLBACK_HOSTS" in answer.text)
+client.shutdown()
+"""
+
+
+def test_without_the_setting_nobody_is_called(shell: CommandLine) -> None:
+    assert shell.python(WITHOUT_THE_SETTING).stdout == "400 True\n"
 
 
 def test_the_command_prints_the_secret_of_the_environment_or_that_of_the_key(shell: CommandLine) -> None:

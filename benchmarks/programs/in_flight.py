@@ -14,7 +14,7 @@ from collections import deque
 
 class Caller:
     """How results are had: `begin` sends and `finish` waits for it (sync), `call` does both (async). One of the two is enough: it then
-    stands for the other, since the program has no other."""
+    stands for the other, since the program has no other. Where `begin` itself waits, `finish` has nothing to do."""
 
     def __init__(self, begin=None, finish=None, call=None):
         self.begin, self.finish, self.call = begin, finish, call

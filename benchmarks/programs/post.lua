@@ -17,14 +17,15 @@ end
 local MB = 1000000
 local BODIES = {
   empty = function() return "application/json", "{}" end,
+  job = function() return "application/json", "{}", "respond-async" end,
   json = function() return "application/json", items(10000) end,
   octets = function() return "application/octet-stream", string.rep("x", MB) end,
   text = function() return "application/json", '{"data":"' .. string.rep("x", MB) .. '"}' end,
 }
 
 function init(arguments)
-  local kind, body = BODIES[arguments[1]]()
-  request_of_all = wrk.format("POST", nil, { ["Content-Type"] = kind }, body)
+  local kind, body, prefer = BODIES[arguments[1]]()
+  request_of_all = wrk.format("POST", nil, { ["Content-Type"] = kind, ["Prefer"] = prefer }, body)
 end
 
 function request()

@@ -11,9 +11,10 @@ from .noop_http import NOOP_HTTP
 from .overload import OVERLOAD
 from .slow_handlers import BATCHING, REPLICAS
 from .streaming import STREAMING
+from .submission import SUBMISSION
 
 SCENARIOS: tuple[Scenario, ...] = (
     NOOP_HTTP, BODIES_HTTP, HANDLES, REPLICAS, BATCHING, BACKENDS, ROUTES, AMQP, OVERLOAD, STREAMING, MEMORY, IDLE,
 )  # fmt: skip
-BY_NAME_ONLY: tuple[Scenario, ...] = (MILLION,)
+BY_NAME_ONLY: tuple[Scenario, ...] = (MILLION, SUBMISSION)
 """Those that run when `--only` names them."""

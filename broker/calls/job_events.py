@@ -125,6 +125,7 @@ class JobFollowers:
         self._inbox = inbox
         self._tasks = tasks
         self._followers: dict[str, list[JobFollower]] = {}
+        self._healing: dict[str, bool] = {}  # jobs that are read from the store now, each with whether that is to be done again
         self._registrations = Registrations(tasks, self._read, lambda: list(self._followers))
 
     def __repr__(self) -> str:
@@ -173,13 +174,20 @@ class JobFollowers:
                 follower.stop()
 
     def _heal_soon(self, future_id: str) -> None:
-        self._tasks.start(self._heal(future_id))
+        """Has the job read once for all that comes in behind one gap."""
+        if future_id not in self._healing:
+            self._tasks.start(self._heal(future_id))
+        self._healing[future_id] = True
 
     async def _heal(self, future_id: str) -> None:
         try:
-            await self._read(future_id)
+            while self._healing[future_id]:  # what came in meanwhile may be younger than what was read
+                self._healing[future_id] = False
+                await self._read(future_id)
         except (StoreUnavailable, BadEnvelope) as error:  # the next renewal reads again
             logger.warning("cannot read the events of job %s yet: %s", future_id, error)
+        finally:
+            del self._healing[future_id]
 
     async def _read(self, future_id: str) -> None:
         """Registers, and then reads what came before."""

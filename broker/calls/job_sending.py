@@ -21,7 +21,7 @@ from ..process.printable import printable
 from ..process.rate_limited_log import RateLimitedLog
 from ..queue import Queue
 from ..results import Phase, Result, entry_of, late_result
-from ..store import Store
+from ..store import Store, recorded
 from ..store_keys import StoreKeys
 from ..values.codecs import sealed_anew
 from ..values.signing import SealScope, Signer
@@ -32,6 +32,7 @@ from .sending import INLINE_BODY_BYTES, MAX_BODY_BYTES, REPUBLISH_BUDGET_S, REPU
 logger = logging.getLogger(__name__)
 
 _CANCELLED_TTL_S = 7 * 24 * 3600  # of a job that waits: its message may stand in its queue for as long
+_STOPPED_TTL_S = 600  # of a job that runs, at least: its message comes again if its replica dies before it has heard of the end
 _EXPIRED_AFTER_MS = 5000  # behind its time a replica may still begin a job, as its own clock goes
 
 
@@ -75,6 +76,7 @@ class JobSender:
         self.held = held
         self._keys = keys
         self._signer = signer
+        self._reading = asyncio.Lock()  # a large body is read before `held` can count it: one at a time
         self._unrecorded = RateLimitedLog(logger)
 
     def __repr__(self) -> str:
@@ -115,8 +117,8 @@ class JobSender:
             terms = dataclasses.replace(terms, retry_of="", callback="", member=None, stage=stage)
             meta = replace(meta, endpoint=stages.first)
         head = JobHead(
-            created_ms, terms.result_ttl_s, 0, terms.not_before_ms, terms.tag, terms.retry_of, terms.callback, terms.carried, terms.stage,
-            terms.member,
+            created_ms, terms.result_ttl_s, 0, terms.not_before_ms, terms.tag, terms.retry_of, terms.callback,
+            carried=terms.carried, stage=terms.stage, member=terms.member,
         )  # fmt: skip
         header = Header(origin=origin, deadline=terms.expires_ms, meta=meta, once=terms.once, job=head, again=terms.again)
         sent_id = message_id(self._signer, future_id, stages)
@@ -184,10 +186,15 @@ class JobSender:
             raise BadValue(f"job {future_id} is a stage of pipeline {whole}: retry that, which goes on from the stage that failed")
         sent = record if not record.facts.stages else await self._stage_to_repeat(record)
         kept = await self._kept_message(sent)
-        header, body, facts = kept.header, kept.body, record.facts
+        if not kept.header.ref:
+            return await self._send_kept(kept, kept.body, record, sent, new_id, refusal)
+        async with self._reading:
+            return await self._send_kept(kept, await self._body_of(sent.id), record, sent, new_id, refusal)
+
+    async def _send_kept(self, kept: KeptMessage, body: bytes, record: JobRecord, sent: JobRecord, new_id: str, refusal: str) -> JobFacts:
+        """Sends the message of `sent` once more, which is the job of the record or, if that is a pipeline, one of its stages."""
+        header, facts = kept.header, record.facts
         stages = None if sent is record else self._rest_of(record, sent, header.job)
-        if header.ref:
-            body = await self._body_of(sent.id)
         backend, new_message = sent.facts.backend, message_id(self._signer, new_id, stages)
         body = sealed_anew(
             body, kept.content_type, self._signer, SealScope("request", backend, sent.id), SealScope("request", backend, new_message),
@@ -197,7 +204,7 @@ class JobSender:
         head = header.job or JobHead()
         terms = JobTerms(
             expires_ms=self.store.now_ms() + within_ms if within_ms else 0, result_ttl_s=head.result_ttl_s, priority=kept.priority,
-            tag=facts.tag, retry_of=future_id, callback=facts.callback, once=header.once, stages=stages, carried=head.carried,
+            tag=facts.tag, retry_of=record.id, callback=facts.callback, once=header.once, stages=stages, carried=head.carried,
         )  # fmt: skip
         return await self.submit(new_id, backend, body, kept.content_type, header.meta, origin=header.origin, terms=terms, refusal=refusal)
 
@@ -256,22 +263,12 @@ class JobSender:
     async def _end(self, record: JobRecord, result: Result, state: JobState, now_ms: int) -> bool:
         raw = result.to_bytes()
         note, ttl_ms = entry_of(record.id, raw), _kept_ms(record, now_ms)
-        outcome: asyncio.Future[bool | Exception] = asyncio.get_running_loop().create_future()
-
-        def ended(found: bool | Exception) -> None:
-            if not outcome.done():
-                outcome.set_result(found)
-
         facts = record.facts
         end = JobEnd(
             record.id, raw, note, state, result.status, facts.backend, now_ms, ttl_ms, endpoint=facts.endpoint, callback=facts.callback,
             stage=facts.stage, member=facts.member,
         )  # fmt: skip
-        self.store.jobs.end_then(end, ended)
-        found = await outcome
-        if isinstance(found, Exception):
-            raise found
-        return found
+        return await recorded(self.store.jobs.end_then, end)
 
     def add(self, future_id: str, facts: JobFacts, kept: bytes, plan: Plan | None, accepted: asyncio.Future[None]) -> None:
         """Writes the record of a job that the broker has, and that of the pipeline of which it is the first stage, and then counts it as
@@ -301,9 +298,9 @@ class JobSender:
 
 
 class _Submission:
-    """One job on its way to the broker: published again while the broker is away, as requests are."""
+    """One job on its way to the broker: published again while the broker is away, as requests are, and as long as its sender waits."""
 
-    __slots__ = ("_accepted", "_backend", "_envelope", "_facts", "_kept", "_plan", "_sender", "_sent_at")
+    __slots__ = ("_accepted", "_again", "_backend", "_envelope", "_facts", "_kept", "_plan", "_sender", "_sent_at")
 
     def __init__(self, sender: JobSender, backend: str, envelope: Envelope, facts: JobFacts, kept: bytes, plan: Plan | None) -> None:
         self._sender = sender
@@ -314,15 +311,22 @@ class _Submission:
         self._plan = plan
         self._sent_at = time.monotonic()
         self._accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._again: asyncio.TimerHandle | None = None  # publishes it again
 
     def __repr__(self) -> str:
         return f"<_Submission of {self._envelope.id}>"
 
     async def accepted(self) -> None:
         self._publish()
-        await self._accepted
+        try:
+            await self._accepted
+        finally:
+            if self._again is not None:  # its sender has left meanwhile
+                self._again.cancel()
+                self._drop_body(maybe_sent=False)
 
     def _publish(self) -> None:
+        self._again = None
         queue, not_before_ms = self._sender.queue, self._facts.not_before_ms
         left_ms = not_before_ms - self._sender.store.now_ms() if not_before_ms else 0
         try:
@@ -340,7 +344,7 @@ class _Submission:
         if isinstance(error, BrokerUnavailable) and not (maybe_sent and self._envelope.header.once) and self._may_try_again():
             if maybe_sent:
                 self._envelope = replace(self._envelope, header=again(self._envelope.header))
-            asyncio.get_running_loop().call_later(REPUBLISH_EVERY_S * random.uniform(0.5, 1.5), self._publish)
+            self._again = asyncio.get_running_loop().call_later(REPUBLISH_EVERY_S * random.uniform(0.5, 1.5), self._publish)
             return
         self._fail(error)
 
@@ -350,11 +354,14 @@ class _Submission:
         return max(waited_s, self._sender.queue.down_s) < REPUBLISH_BUDGET_S and not self._accepted.cancelled()
 
     def _fail(self, error: MQServeError) -> None:
-        header = self._envelope.header
-        if header.ref and not (header.again or (isinstance(error, BrokerUnavailable) and error.maybe_sent)):
-            self._sender.drop_body(self._envelope.id)
+        self._drop_body(maybe_sent=isinstance(error, BrokerUnavailable) and error.maybe_sent)
         if not self._accepted.done():
             self._accepted.set_exception(error)
+
+    def _drop_body(self, *, maybe_sent: bool) -> None:
+        header = self._envelope.header
+        if header.ref and not (header.again or maybe_sent):
+            self._sender.drop_body(self._envelope.id)
 
 
 def _plan_of(job_id: str, stages: Stages, origin: str, terms: JobTerms, now_ms: int) -> Plan:
@@ -375,6 +382,7 @@ def _kept_ms(record: JobRecord, now_ms: int) -> int:
     """Returns for how long an end is kept that no replica has recorded. The message of a job that waits still comes to one, which runs it
     unless it finds the end."""
     if record.state is not JobState.QUEUED:
-        return JOB_RESULT_TTL_S * 1000
+        kept_s = record.attempts[-1].result_ttl_s if record.attempts else 0
+        return max(kept_s or JOB_RESULT_TTL_S, _STOPPED_TTL_S) * 1000
     due_ms = max(record.facts.not_before_ms, *(attempt.again_ms for attempt in record.attempts), now_ms)
     return due_ms - now_ms + _CANCELLED_TTL_S * 1000

@@ -37,11 +37,13 @@ _IDLE_AFTER_S = 2.0  # members write a heartbeat every second, so a pause this l
 
 
 class PendingResults:
-    """One inbox, one reader and one timer for the whole process. `run` must be running for any result to arrive."""
+    """One inbox, one reader and one timer for the whole process. `run` must be running for any result to arrive. With `leaves_files`
+    results whose bodies are files come without them."""
 
-    def __init__(self, store: Store, keys: StoreKeys, process_id: str) -> None:
+    def __init__(self, store: Store, keys: StoreKeys, process_id: str, *, leaves_files: bool = False) -> None:
         self._store = store
         self._keys = keys
+        self._leaves_files = leaves_files
         self.inbox = keys.inbox(process_id)
         self._waiting: dict[str, Call] = {}
         self._failed: dict[str, MQServeError] = {}  # error of each of the latest requests that failed before a result could come
@@ -201,7 +203,12 @@ class PendingResults:
     async def peek(self, future_id: str) -> Result | None:
         """The result if the store has it, else None."""
         result = await self.peek_head(future_id)
-        return None if result is None else await with_body(self._store, self._keys, future_id, result)
+        return None if result is None else await self._with_body(future_id, result)
+
+    async def _with_body(self, future_id: str, result: Result) -> Result:
+        if result.file is not None and self._leaves_files:
+            return result
+        return await with_body(self._store, self._keys, future_id, result)
 
     async def peek_head(self, future_id: str) -> Result | None:
         """The result if the store has it, without a body that has a key of its own."""
@@ -365,7 +372,7 @@ class PendingResults:
         try:
             for pause_s in delays():
                 try:
-                    whole = await with_body(self._store, self._keys, future_id, result)
+                    whole = await self._with_body(future_id, result)
                     if (call := self._waiting.get(future_id)) is not None and call.reads_alone:
                         self._store.drop_soon(self._keys.result_body(future_id))
                     return self._set(future_id, whole)

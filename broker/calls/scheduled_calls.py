@@ -26,7 +26,8 @@ class ScheduledCall(msgspec.Struct, frozen=True, array_like=True):
     priority: int
     tag: str
     result_ttl_s: Whole  # 0: as the backend says
-    expires_ms: Whole  # from its time on; 0 for never
+    expires_ms: Whole  # from its sending on; 0 for never
+    callback: str = ""  # the URL that is told of the end of each job
 
     def sealed(self, signer: Signer, endpoint: str, schedule: str) -> bytes:
         raw = _encode(self)

@@ -41,11 +41,11 @@ _CANCEL_BUDGET_S = 5.0
 class RequestSender:
     """One per process that sends requests. `run` must be running for any result to arrive; it owns every task in here."""
 
-    def __init__(self, queue: Queue, store: Store, keys: StoreKeys, process_id: str) -> None:
+    def __init__(self, queue: Queue, store: Store, keys: StoreKeys, process_id: str, *, leaves_files: bool = False) -> None:
         self._queue = queue
         self._store = store
         self._keys = keys
-        self.pending = PendingResults(store, keys, process_id)
+        self.pending = PendingResults(store, keys, process_id, leaves_files=leaves_files)
         self.held = HeldBytes()
         self._uncancelled = RateLimitedLog(logger)
         self._paces: defaultdict[str, Pace] = defaultdict(Pace)  # by backend

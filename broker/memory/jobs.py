@@ -48,12 +48,11 @@ class _Job:
     def __init__(self) -> None:
         self.fields: dict[bytes, bytes] = {}
         self.created_ms = 0
-        self.backend = ""
         self.is_held = False  # it is sent once others have ended
-        self.place: _Place | None = None  # while it has not begun
+        self.place: _Place | None = None  # while it waits
+        self.queue = ""  # the backend among whose jobs
         self.runs = 0
         self.token: bytes | None = None  # of the latest run; empty once that was given back or is tried again
-        self.events: deque[NumberedEvent] = deque(maxlen=KEPT_EVENTS)
         self.last_event = 0
         self.waiters = Expiring[str]()  # inboxes
         self.followers = Expiring[str]()
@@ -75,7 +74,7 @@ class _Job:
         if is_new:
             self.is_held = False
             self.fields[b"facts"] = facts.to_bytes()
-            self.backend, self.created_ms = facts.backend, facts.created_ms
+            self.created_ms = facts.created_ms
         return is_new
 
 
@@ -109,8 +108,9 @@ class EmbeddedJobs:
         self._now_ms = now_ms
         self._on_end = on_end
         self._jobs = Expiring[_Job]()
+        self._events = Expiring[deque[NumberedEvent]]()  # as long as the result, where the record stays as long again
         self._groups = Expiring[_Group]()
-        self._waiting: dict[str, list[_Place]] = {}  # by backend, in order: those that have not begun
+        self._waiting: dict[str, list[_Place]] = {}  # by backend, in order: those that wait
         self._ends: dict[str, bytes] = {}  # by place, in order
         self._last_end = 0
 
@@ -120,6 +120,7 @@ class EmbeddedJobs:
     def clear(self) -> None:
         self._jobs.clear()
         self._groups.clear()
+        self._events.clear()
         self._waiting.clear()
         self._ends.clear()
 
@@ -129,8 +130,7 @@ class EmbeddedJobs:
         job = self._jobs.get(future_id) or _Job()
         if job.keep_fact(facts) and not job.has_ended and not job.runs:
             if not facts.stages:  # a pipeline waits in no queue
-                job.place = (score_of(facts), future_id)
-                insort(self._waiting.setdefault(facts.backend, []), job.place)
+                self._join_queue(future_id, job, facts.backend, score_of(facts))
             self._tell(future_id, job, _state(JobState.QUEUED, facts.created_ms))
         ttl_s = UNENDED_TTL_S
         if job.has_ended:  # it may be tried again all the same
@@ -155,7 +155,7 @@ class EmbeddedJobs:
             job.fields[b"runs"] = b"%d" % job.runs
             job.token = run.token
             self._leave_queue(job)
-            job.fields[b"run:%d" % job.runs] = Attempt(replica=run.replica, started_ms=run.now_ms).to_bytes()
+            job.fields[b"run:%d" % job.runs] = Attempt(replica=run.replica, started_ms=run.now_ms, result_ttl_s=run.result_ttl_s).to_bytes()
             for old in (b"run:%d" % (job.runs - KEPT_ATTEMPTS), b"end:%d" % (job.runs - KEPT_ATTEMPTS)):
                 job.fields.pop(old, None)
             self._tell(run.id, job, _state(JobState.RUNNING, run.now_ms))
@@ -185,33 +185,35 @@ class EmbeddedJobs:
             self._values.put(self._keys.lease(future_id), token, LEASE_MS)
         return job.is_of(token)
 
-    async def try_again(self, future_id: str, token: bytes, attempt: Attempt) -> bool:
+    async def try_again(self, future_id: str, token: bytes, attempt: Attempt, facts: JobFacts) -> bool:
         job, name, raw = self._jobs.get(future_id) or _Job(), b"end:%d" % attempt.number, attempt.to_bytes()
         if job.fields.get(name) == raw:  # our own
             return True
         if not job.is_of(token) or job.has_ended or self._values.get(self._keys.future(future_id)) is not None:
             return False
         job.fields[name] = raw
-        self._release(future_id, job)
+        self._release(future_id, job, facts.backend, score_of(facts, attempt.again_ms))
         self._tell(future_id, job, _state(JobState.QUEUED, attempt.ended_ms))
         self._jobs.put(future_id, job, UNENDED_TTL_S * 1000)
         return True
 
-    async def give_back(self, future_id: str, token: bytes) -> None:
+    async def give_back(self, future_id: str, token: bytes, facts: JobFacts) -> None:
         job = self._jobs.get(future_id)
         if job is None or job.token != token or job.has_ended:
             return
         job.fields.pop(b"run:%d" % job.runs, None)
         job.runs -= 1
         job.fields[b"runs"] = b"%d" % job.runs
-        self._release(future_id, job)
+        self._release(future_id, job, facts.backend, score_of(facts))
         self._tell(future_id, job, _state(JobState.QUEUED, self._now_ms()))
 
     def end_then(self, end: JobEnd, on_done: OnDone) -> None:
         future, ttl_ms = self._keys.future(end.id), end.result_ttl_ms
+        job = self._jobs.get(end.id) or _Job()
+        if end.token and not job.is_of(end.token) and end.state is not JobState.SUCCEEDED and self._values.get(future) != end.result:
+            return on_done(False)
         if not self._values.put(future, end.result, ttl_ms, only_new=True) and self._values.get(future) != end.result:
             return on_done(False)
-        job = self._jobs.get(end.id) or _Job()
         if not job.has_ended:
             job.fields |= {b"state": end.state.encode(), b"status": b"%d" % end.status, b"ended": b"%d" % end.ended_ms}
             self._leave_queue(job)
@@ -220,6 +222,7 @@ class EmbeddedJobs:
             for key in (self._keys.message(end.id), self._keys.body(end.id)):
                 self._values.expire(key, kept_ms)
             self._tell(end.id, job, _state(end.state, end.ended_ms))
+            self._events.expire(end.id, ttl_ms)
             if end.outbox_entry:
                 self._add_end(end.outbox_entry)
             if end.member is not None:
@@ -254,9 +257,10 @@ class EmbeddedJobs:
 
     async def forget(self, future_id: str) -> bool:
         job = self._jobs.get(future_id)
-        if job is not None and not job.has_ended:
+        if job is not None and job.fields and not job.has_ended:
             return False
         self._jobs.pop(future_id)
+        self._events.pop(future_id)
         keys = self._keys
         for key in (keys.future(future_id), keys.result_body(future_id), keys.message(future_id), keys.body(future_id)):
             self._values.pop(key)
@@ -272,22 +276,32 @@ class EmbeddedJobs:
     async def keep_group(self, group_id: str, facts: GroupFacts, call: bytes = b"") -> None:
         self._groups.put(group_id, _Group(facts, call), UNENDED_TTL_S * 1000, only_new=True)
 
+    def _join_queue(self, future_id: str, job: _Job, backend: str, score: int) -> None:
+        self._leave_queue(job)
+        job.place, job.queue = (score, future_id), backend
+        insort(self._waiting.setdefault(backend, []), job.place)
+
     def _leave_queue(self, job: _Job) -> None:
         if job.place is None:
             return
-        waiting = self._waiting[job.backend]
+        waiting = self._waiting[job.queue]
         del waiting[bisect_left(waiting, job.place)]
         job.place = None
         if not waiting:
-            del self._waiting[job.backend]
+            del self._waiting[job.queue]
 
-    def _release(self, future_id: str, job: _Job) -> None:
+    def _release(self, future_id: str, job: _Job, backend: str, score: int) -> None:
+        """Has the job wait for another run."""
         job.token = b""
         self._values.pop(self._keys.lease(future_id))
+        self._join_queue(future_id, job, backend, score)
 
     def _tell(self, future_id: str, job: _Job, event: JobEvent) -> None:
         job.last_event += 1
-        job.events.append(NumberedEvent(job.last_event, event))
+        if (events := self._events.get(future_id)) is None:
+            events = deque(maxlen=KEPT_EVENTS)
+            self._events.put(future_id, events, UNENDED_TTL_S * 1000)
+        events.append(NumberedEvent(job.last_event, event))
         for inbox in job.followers:
             self._post(inbox, event_entry(future_id, job.last_event, event.to_bytes()))
 
@@ -329,8 +343,7 @@ class EmbeddedJobs:
         return job
 
     async def events(self, future_id: str, after: int = 0) -> Sequence[NumberedEvent]:
-        job = self._jobs.get(future_id)
-        return [] if job is None else [event for event in job.events if event.seq > after]
+        return [event for event in self._events.get(future_id) or () if event.seq > after]
 
     async def ends(self, at_most: int, after: str = "") -> Sequence[PlacedEnd]:
         behind = (PlacedEnd(place, note) for place, note in self._ends.items() if not after or int(place) > int(after))
@@ -342,7 +355,7 @@ class EmbeddedJobs:
 
     async def place(self, future_id: str, facts: JobFacts) -> int | None:
         job = self._jobs.get(future_id)
-        return None if job is None or job.place is None else bisect_left(self._waiting[job.backend], job.place)
+        return None if job is None or job.place is None else bisect_left(self._waiting[job.queue], job.place)
 
     async def list(self, *, backend: str = "", tag: str = "", states: Sequence[str] = (), at_most: int = 100) -> Sequence[JobRecord]:
         found: list[JobRecord] = []

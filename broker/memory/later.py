@@ -20,6 +20,7 @@ class EmbeddedDueJob:
     """Implements `DueJob`."""
 
     __slots__ = ("_envelope", "_later", "backend")
+    endpoint: str | None = None  # nobody else can publish in memory
 
     def __init__(self, later: EmbeddedLater, backend: str, envelope: Envelope) -> None:
         self._later = later

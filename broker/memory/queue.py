@@ -20,6 +20,7 @@ from ..errors import BrokerUnavailable, MQServeError, NotRouted, Overloaded, Que
 from ..overload import HeldBytes
 from ..queue import Delivery, Settled
 from ..queue_names import DEAD_LETTER_LIMIT, MAX_PRIORITY
+from .dead_letters import EmbeddedDeadLetters
 from .later import EmbeddedLater
 from .webhooks import EmbeddedWebhooks
 
@@ -36,6 +37,10 @@ class EmbeddedDelivery:
         self._lane = lane
         self._consumption = consumption
         self.redelivered = redelivered
+
+    @property
+    def wants_events(self) -> bool:
+        return False  # there are no AMQP reply queues
 
     @property
     def is_job(self) -> bool:
@@ -191,34 +196,6 @@ class _Generation(NamedTuple):
     def is_idle(self) -> bool:
         """Whether nothing waits in them, and nobody consumes them."""
         return not any(len(lane) or lane.consumers for lane in self)
-
-
-class EmbeddedDeadLetters:
-    """Implements `DeadLetters`."""
-
-    def __init__(self, letters: deque[DeadLetter], at_most: int | None) -> None:
-        self._letters = letters
-        self._at_most = at_most
-        self.waiting = len(letters)
-        self._held: list[DeadLetter] = []
-
-    def __repr__(self) -> str:
-        return f"<EmbeddedDeadLetters {len(self._held)} held>"
-
-    async def __aiter__(self) -> AsyncIterator[DeadLetter]:
-        for _ in range(self.waiting if self._at_most is None else min(self._at_most, self.waiting)):
-            if not self._letters:
-                return
-            self._held.append(letter := self._letters.popleft())
-            yield letter
-
-    async def remove(self, letter: DeadLetter) -> None:
-        self._held = [held for held in self._held if held is not letter]
-
-    def put_back(self) -> None:
-        """Puts the held letters back. If there is no room for all, the oldest are dropped."""
-        room = DEAD_LETTER_LIMIT - len(self._letters)
-        self._letters.extendleft(self._held[: -room - 1 : -1])
 
 
 class EmbeddedQueue:

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from ..result_files import NO_FILES, ResultFiles
 from ..store import Append, Guard, OnAppended, OnRecorded, Place, Record, recorded
 from ..store_keys import LOG_LENGTH, RESULT_TTL_S, StoreKeys
 from .expiring import Expiring
@@ -49,7 +50,8 @@ class AlwaysWell:
 class EmbeddedStore:
     """Implements `Store`. The namespace is that of its jobs' results, whose keys it makes itself."""
 
-    def __init__(self, namespace: str = "mqserve") -> None:
+    def __init__(self, namespace: str = "mqserve", files: ResultFiles = NO_FILES) -> None:
+        self.files = files
         self._epoch = time.time() - time.monotonic()  # read once: a step of the wall clock must not move deadlines
         self._values = Expiring[bytes]()
         self._hashes: dict[str, dict[str, bytes]] = {}

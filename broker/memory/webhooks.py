@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
+from pamqp.commands import Basic
+
+from ..dead_letters import DeadLetter, Death
 from ..queue_names import DEAD_LETTER_LIMIT
 from ..webhooks import Webhook, WebhookDelivery
+from .dead_letters import EmbeddedDeadLetters
 
 
 class EmbeddedWebhookDelivery:
@@ -21,6 +26,10 @@ class EmbeddedWebhookDelivery:
 
     def __repr__(self) -> str:
         return f"<EmbeddedWebhookDelivery {self._webhook.id}>"
+
+    @property
+    def is_lost(self) -> bool:
+        return False
 
     def webhook(self) -> Webhook:
         return self._webhook
@@ -61,13 +70,14 @@ class EmbeddedWebhooks:
         self.taking: EmbeddedWebhookTaking | None = None
         self._unsettled = 0
         self._timers: set[asyncio.TimerHandle] = set()
-        self._dead: deque[Webhook] = deque(maxlen=DEAD_LETTER_LIMIT)
+        self._dead: deque[DeadLetter] = deque(maxlen=DEAD_LETTER_LIMIT)
 
     def __repr__(self) -> str:
         return f"<EmbeddedWebhooks, {len(self.waiting) + len(self._timers)} waiting, {len(self._dead)} dead>"
 
-    async def declare(self) -> None:
-        """Does nothing: there are no queues."""
+    async def declare(self) -> int:
+        """Only counts: there are no queues."""
+        return len(self._dead)
 
     async def delete_if_empty(self) -> None:
         """Does nothing."""
@@ -91,7 +101,15 @@ class EmbeddedWebhooks:
         self._timers.add(timer)
 
     async def set_aside(self, webhook: Webhook) -> None:
-        self._dead.append(webhook)
+        self._dead.append(DeadLetter("", Death(webhook.error), Basic.Properties(message_id=webhook.id), webhook.to_bytes()))
+
+    @asynccontextmanager
+    async def dead(self, at_most: int | None = None) -> AsyncIterator[EmbeddedDeadLetters]:
+        taken = EmbeddedDeadLetters(self._dead, at_most)
+        try:
+            yield taken
+        finally:
+            taken.put_back()
 
     def deliver(self) -> None:
         """Hands over what the consumer has room for."""

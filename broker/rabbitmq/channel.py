@@ -31,11 +31,18 @@ class JoinedChannel:
     """Owns one channel that aiormq opened, until it is closed or its connection ends."""
 
     def __init__(
-        self, channel: Channel, hot: HotProtocol, on_delivery: Callable[[int, bool, Basic.Properties, bytes], None] | None = None
+        self,
+        channel: Channel,
+        hot: HotProtocol,
+        on_delivery: Callable[[int, bool, Basic.Properties, bytes], None] | None = None,
+        *,
+        wants_address: bool = False,
     ) -> None:
         self._channel = channel
         self._hot = hot
         self._on_delivery = on_delivery
+        self.wants_address = wants_address
+        self.address = ("", "")  # exchange and routing key of the latest delivery, if they are wanted
         self._loop = asyncio.get_running_loop()
         self._out: deque[bytes] = deque()  # each one a whole group of frames
         self._flushing = False
@@ -179,6 +186,9 @@ class JoinedChannel:
 
     def on_writable(self) -> None:
         self._flush_soon()
+
+    def on_address(self, exchange: str, routing_key: str) -> None:
+        self.address = exchange, routing_key
 
     def on_delivery(self, tag: int, redelivered: bool, properties: Basic.Properties, body: bytes) -> None:
         if self._on_delivery is not None:

@@ -30,6 +30,7 @@ class RabbitDelivery:
 
     __slots__ = ("_channel", "_seals", "_tag", "body", "properties", "redelivered")
     is_job = False  # whether it came from the queue for jobs
+    has_address = False  # whether it says where it was published
 
     def __init__(
         self, channel: JoinedChannel, tag: int, redelivered: bool, properties: Basic.Properties, body: bytes, seals: BackendSeals | None
@@ -40,6 +41,15 @@ class RabbitDelivery:
         self.redelivered = redelivered
         self.properties = properties
         self.body = body
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether its channel has ended, so that RabbitMQ delivers it again."""
+        return not self._channel.is_open
+
+    @property
+    def wants_events(self) -> bool:
+        return (self.properties.headers or {}).get("mq-events") is True
 
     def envelope(self) -> Envelope:
         return Envelope.from_amqp(self.properties, self.body, self._seals)
@@ -56,6 +66,19 @@ class RabbitJobDelivery(RabbitDelivery):
 
     __slots__ = ()
     is_job = True
+
+
+class AddressedDelivery(RabbitDelivery):
+    """A delivery that says where it was published."""
+
+    __slots__ = ("exchange", "routing_key")
+    has_address = True
+
+    def __init__(
+        self, channel: JoinedChannel, tag: int, redelivered: bool, properties: Basic.Properties, body: bytes, seals: BackendSeals | None
+    ) -> None:
+        super().__init__(channel, tag, redelivered, properties, body, seals)
+        self.exchange, self.routing_key = channel.address
 
 
 class RabbitConsumption:
@@ -145,7 +168,7 @@ class RabbitConsumption:
     async def _consume(self, connection: RabbitConnection) -> None:
         """Consumes until the channel is lost or, after `cancel`, until every delivery in hand is settled."""
         raw = await connection.open_channel(confirms=False)
-        channel = self._channel = JoinedChannel(raw, connection.hot, self._hand_over)
+        channel = self._channel = JoinedChannel(raw, connection.hot, self._hand_over, wants_address=self._delivery.has_address)
         lost = asyncio.Event()
         raw.on_consumer_cancel_callbacks.add(lambda _: lost.set())
         closing = asyncio.create_task(channel.wait_closed())

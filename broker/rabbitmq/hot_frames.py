@@ -63,6 +63,12 @@ class BrokenStream(Exception):
 class HotChannel(Protocol):
     """What a channel is told about its hot frames, while the bytes arrive."""
 
+    wants_address: bool  # whether `on_address` is called
+
+    def on_address(self, exchange: str, routing_key: str) -> None:
+        """Where the next delivery was published. It costs every message some time, and only the leading controller asks for it."""
+        ...
+
     def on_delivery(self, tag: int, redelivered: bool, properties: Basic.Properties, body: bytes) -> None: ...
 
     def on_return(self, returned: Basic.Return, properties: Basic.Properties) -> None: ...
@@ -187,6 +193,8 @@ class FrameReader:
                 raise BrokenStream("a basic.deliver is too short")
             tag, bits = _read_tag(data, at)
             self._contents[number] = _Content(tag, bool(bits & 1), None)
+            if channel.wants_address:
+                channel.on_address(*_read_address(data, at + 9, end))
             return True
         if method in _CONFIRMS:
             if begin + 13 > end:
@@ -206,6 +214,15 @@ class FrameReader:
             return channel.on_return(content.returned, content.properties)
         body = content.parts[0] if len(content.parts) == 1 else b"".join(content.parts)
         channel.on_delivery(content.tag, content.redelivered, content.properties, body)
+
+
+def _read_address(data: bytes, at: int, end: int) -> tuple[str, str]:
+    """Reads the exchange and the routing key of a delivery. Bytes that are no UTF-8 become characters that no name has."""
+    key_at = at + 1 + data[at] if at < end else end
+    key_end = key_at + 1 + data[key_at] if key_at < end else end + 1
+    if key_end > end:
+        raise BrokenStream("a basic.deliver is too short")
+    return data[at + 1 : key_at].decode(errors="replace"), data[key_at + 1 : key_end].decode(errors="replace")
 
 
 def _read_return(whole_frame: bytes) -> Basic.Return:

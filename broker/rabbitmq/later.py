@@ -16,7 +16,7 @@ from ..later import WAITS_S, DueJob, longest_wait_s
 from ..queue import Consumption, Settled, fate_of
 from ..values.header_seals import HeaderSeals
 from .connection import OPERATION_BUDGET_S
-from .consumer import RabbitDelivery
+from .consumer import AddressedDelivery, RabbitDelivery
 from .topology import RabbitTopology
 
 Publish = Callable[[str, str, bytes, bytes, str, Settled], None]
@@ -28,18 +28,21 @@ ConsumeQueue = Callable[[str, int, Callable[[RabbitDelivery], None]], Awaitable[
 class RabbitDueJob:
     """Implements `DueJob`."""
 
-    __slots__ = ("_seals", "backend", "delivery")
+    __slots__ = ("_seals", "backend", "delivery", "endpoint")
 
-    def __init__(self, delivery: RabbitDelivery, seals: HeaderSeals) -> None:
+    def __init__(self, delivery: RabbitDelivery, seals: HeaderSeals, endpoint: str | None) -> None:
         self.delivery = delivery
-        self.backend = _name((delivery.properties.headers or {}).get("mq-to"))
+        self.endpoint = endpoint
+        self.backend = _name((delivery.properties.headers or {}).get("mq-to")) if endpoint is None else ""
         self._seals = seals
 
     def __repr__(self) -> str:
-        return f"<RabbitDueJob {self.delivery.properties.message_id} for {self.backend!r}>"
+        target = repr(self.backend) if self.endpoint is None else f"endpoint {self.endpoint!r}"
+        return f"<RabbitDueJob {self.delivery.properties.message_id} for {target}>"
 
     def envelope(self) -> Envelope:
-        return Envelope.from_amqp(self.delivery.properties, self.delivery.body, self._seals.of(self.backend))
+        seals = self._seals.of(self.backend) if self.endpoint is None else None
+        return Envelope.from_amqp(self.delivery.properties, self.delivery.body, seals)
 
     def ack(self) -> None:
         self.delivery.ack()
@@ -72,8 +75,12 @@ class RabbitLater:
         await self._topology.delete_empty([*waits, queue_names.due_queue(self._namespace)])
 
     async def consume(self, prefetch: int, on_due: Callable[[DueJob], None]) -> Consumption:
+        endpoints = queue_names.endpoints_exchange(self._namespace)
+
         def hand_over(delivery: RabbitDelivery) -> None:
-            on_due(RabbitDueJob(delivery, self._seals))
+            assert isinstance(delivery, AddressedDelivery)
+            endpoint = delivery.routing_key if delivery.exchange == endpoints else None
+            on_due(RabbitDueJob(delivery, self._seals, endpoint))
 
         return await self._consume_queue(queue_names.due_queue(self._namespace), prefetch, hand_over)
 
@@ -90,9 +97,12 @@ class RabbitLater:
             await self._publish_now(exchange, str(wait_s), job, properties)
 
     async def set_aside(self, job: DueJob, death: Death) -> None:
-        await self._topology.declare_dead_letters(job.backend)
-        packed = dead_letter_to_amqp(job.backend, _cleared(job), death, is_job=True)
-        await self._publish_now(queue_names.dead_exchange(self._namespace), job.backend, job, packed)
+        backend, properties = job.backend, _cleared(job)
+        if job.endpoint is not None:
+            backend, properties = queue_names.ENDPOINTS, _delivery(job).properties
+        await self._topology.declare_dead_letters(backend)
+        packed = dead_letter_to_amqp(backend, properties, death, is_job=True, endpoint=job.endpoint)
+        await self._publish_now(queue_names.dead_exchange(self._namespace), backend, job, packed)
 
     def _properties(self, job: DueJob, *, to: str = "") -> bytes:
         """Packs the properties of the message, to be published by this process's user, without what RabbitMQ noted when it moved it."""

@@ -29,7 +29,7 @@ from ..shards import shares
 from ..values.header_seals import HeaderSeals
 from .channel import JoinedChannel
 from .connection import CONNECT_BUDGET_S, LONGEST_PAUSE_S, OPERATION_BUDGET_S, Link, RabbitConnection, really_cancelled, user_of
-from .consumer import RabbitConsumption, RabbitDelivery, RabbitJobDelivery, ShardedConsumption, one_started
+from .consumer import AddressedDelivery, RabbitConsumption, RabbitDelivery, RabbitJobDelivery, ShardedConsumption, one_started
 from .dead_letters import RabbitDeadLetters, open_dead_letters
 from .later import RabbitLater
 from .topology import RabbitTopology
@@ -105,7 +105,7 @@ class RabbitQueue:
         self._consuming = Link(url, f"mqserve {namespace} {process_id} consuming")
         self._topology = RabbitTopology(self._publishing, namespace)
         self.later = RabbitLater(namespace, self._topology, seals, self._user, self._publish, self._consume_queue)
-        self.webhooks = RabbitWebhooks(namespace, self._topology, self._publish, self._consume_queue)
+        self.webhooks = RabbitWebhooks(namespace, self._topology, self._publish, self._consume_queue, self._consuming)
         self._consumptions: list[RabbitConsumption] = []
         self._channel: JoinedChannel | None = None
         self._down_since = time.monotonic()
@@ -164,8 +164,10 @@ class RabbitQueue:
         return open_dead_letters(self._consuming, queue_names.dead_queue(self._namespace, backend), backend, at_most)
 
     def republish(self, letter: DeadLetter, settled: Settled) -> None:
-        exchange = self._jobs if letter.is_job else self._requests
-        self._publish(exchange, letter.backend, letter.to_amqp(self._user), letter.body, letter.id, settled)
+        exchange, key = self._jobs if letter.is_job else self._requests, letter.backend
+        if letter.endpoint:
+            exchange, key = queue_names.endpoints_exchange(self._namespace), letter.endpoint
+        self._publish(exchange, key, letter.to_amqp(self._user), letter.body, letter.id, settled)
 
     def _publish(self, exchange: str, key: str, properties: bytes, body: bytes, message_id: str, settled: Settled) -> None:
         if self._channel is None:
@@ -194,8 +196,8 @@ class RabbitQueue:
         return consumptions[0] if len(consumptions) == 1 else ShardedConsumption(consumptions)
 
     async def _consume_queue(self, queue: str, prefetch: int, on_delivery: Callable[[RabbitDelivery], None]) -> Consumption:
-        """Consumes a queue that is no backend's."""
-        consumption = RabbitConsumption(self._consuming, queue, prefetch, on_delivery, None)
+        """Consumes a queue that is no backend's. Each delivery is an AddressedDelivery."""
+        consumption = RabbitConsumption(self._consuming, queue, prefetch, on_delivery, None, AddressedDelivery)
         await self._start([consumption])
         return consumption
 

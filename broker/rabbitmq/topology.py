@@ -86,30 +86,35 @@ class RabbitTopology:
 
     async def declare_due(self) -> None:
         due, later = queue_names.due_queue(self._namespace), queue_names.later_exchange(self._namespace)
+        endpoints = queue_names.endpoints_exchange(self._namespace)
 
         async def declare(channel: Channel) -> None:
             for exchange in (later, self._jobs):  # the latter may be gone with all backends, and to publish to it would close the channel
                 await channel.exchange_declare(exchange, exchange_type="direct", durable=True)
             await channel.queue_declare(due, durable=True, arguments=_CLASSIC)
             await channel.queue_bind(due, later, queue_names.DUE_KEY)
+            await channel.exchange_declare(endpoints, exchange_type="topic", durable=True)  # so that rights may depend on the routing key
+            await channel.queue_bind(due, endpoints, "#")
 
         await self._declare(declare)
 
     async def declare_wait(self, wait_s: int) -> None:
         await self._declare_wait(queue_names.later_queue(self._namespace, wait_s), queue_names.later_exchange(self._namespace), wait_s)
 
-    async def declare_webhooks(self) -> None:
+    async def declare_webhooks(self) -> int:
+        """Returns how many dead ones there are."""
         exchange, due = queue_names.webhooks_exchange(self._namespace), queue_names.webhooks_queue(self._namespace)
         dead = queue_names.dead_webhooks_queue(self._namespace)
 
-        async def declare(channel: Channel) -> None:
+        async def declare(channel: Channel) -> int:
             await channel.exchange_declare(exchange, exchange_type="direct", durable=True)
             await channel.queue_declare(due, durable=True, arguments=_CLASSIC)
             await channel.queue_bind(due, exchange, queue_names.DUE_KEY)
-            await channel.queue_declare(dead, durable=True, arguments=_DEAD)
+            declared = await channel.queue_declare(dead, durable=True, arguments=_DEAD)
             await channel.queue_bind(dead, exchange, queue_names.DEAD_KEY)
+            return declared.message_count or 0
 
-        await self._declare(declare)
+        return await self._declare(declare)
 
     async def declare_webhooks_wait(self, wait_s: int) -> None:
         exchange = queue_names.webhooks_exchange(self._namespace)
@@ -138,9 +143,9 @@ class RabbitTopology:
 
         await self._declare(declare)
 
-    async def _declare(self, declare: Callable[[Channel], Awaitable[None]]) -> None:
+    async def _declare(self, declare: Callable[[Channel], Awaitable[T]]) -> T:
         try:
-            await self._on_own_channel(declare)
+            return await self._on_own_channel(declare)
         except aiormq.exceptions.ChannelPreconditionFailed as error:
             raise _foreign(error) from error
 

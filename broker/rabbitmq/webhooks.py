@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 
 from pamqp.commands import Basic
@@ -12,8 +13,9 @@ from ..dead_letters import pack_properties
 from ..errors import NotRouted
 from ..queue import Consumption, fate_of
 from ..webhooks import WAITS_S, Webhook, WebhookDelivery
-from .connection import OPERATION_BUDGET_S
+from .connection import OPERATION_BUDGET_S, Link
 from .consumer import RabbitDelivery
+from .dead_letters import RabbitDeadLetters, open_dead_letters
 from .later import ConsumeQueue, Publish
 from .topology import RabbitTopology
 
@@ -29,6 +31,10 @@ class RabbitWebhookDelivery:
     def __repr__(self) -> str:
         return f"<RabbitWebhookDelivery {self._delivery.properties.message_id}>"
 
+    @property
+    def is_lost(self) -> bool:
+        return self._delivery.is_lost
+
     def webhook(self) -> Webhook:
         return Webhook.from_bytes(self._delivery.body)
 
@@ -42,17 +48,18 @@ class RabbitWebhookDelivery:
 class RabbitWebhooks:
     """Implements `Webhooks`. `publish` and `consume_queue` are those of the process's queue."""
 
-    def __init__(self, namespace: str, topology: RabbitTopology, publish: Publish, consume_queue: ConsumeQueue) -> None:
+    def __init__(self, namespace: str, topology: RabbitTopology, publish: Publish, consume_queue: ConsumeQueue, consuming: Link) -> None:
         self._namespace = namespace
         self._topology = topology
         self._publish = publish
         self._consume_queue = consume_queue
+        self._consuming = consuming
 
     def __repr__(self) -> str:
         return f"<RabbitWebhooks of {self._namespace!r}>"
 
-    async def declare(self) -> None:
-        await self._topology.declare_webhooks()
+    async def declare(self) -> int:
+        return await self._topology.declare_webhooks()
 
     async def delete_if_empty(self) -> None:
         waits = [queue_names.webhooks_wait_queue(self._namespace, wait_s) for wait_s in WAITS_S]
@@ -77,6 +84,9 @@ class RabbitWebhooks:
 
     async def set_aside(self, webhook: Webhook) -> None:
         await self._publish_now(queue_names.DEAD_KEY, webhook)
+
+    def dead(self, at_most: int | None = None) -> AbstractAsyncContextManager[RabbitDeadLetters]:
+        return open_dead_letters(self._consuming, queue_names.dead_webhooks_queue(self._namespace), queue_names.DEAD_KEY, at_most)
 
     async def _publish_now(self, key: str, webhook: Webhook) -> None:
         properties = pack_properties(Basic.Properties(content_type="application/json", delivery_mode=2, message_id=webhook.id))

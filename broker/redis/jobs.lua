@@ -72,6 +72,11 @@ local function look(record)
   return found[1], found[2], found[3]
 end
 
+local function join_queue(one)
+  run('ZADD', one.waiting, one.score, one.id)
+  redis.call('PEXPIRE', one.waiting, UNENDED_TTL)
+end
+
 -- Removes ids whose records have expired. Each run looks at more of them than it adds, so that they stay a part of all.
 local function sweep()
   for _, id in ipairs(run('ZRANDMEMBER', JOBS, SWEPT)) do
@@ -116,10 +121,7 @@ function steps.add(one)
   end
   redis.call('PEXPIRE', one.record, UNENDED_TTL)
   if is_new and not runs then
-    if one.waiting ~= '' then  -- a pipeline waits in no queue
-      run('ZADD', one.waiting, one.score, one.id)
-      redis.call('PEXPIRE', one.waiting, UNENDED_TTL)
-    end
+    if one.waiting ~= '' then join_queue(one) end  -- a pipeline waits in no queue
     add_event(one, one.event)
   end
   if one.message ~= '' then redis.call('SET', one.message_key, one.message, 'PX', UNENDED_TTL) end
@@ -158,7 +160,7 @@ function steps.begin(one)
   if latest ~= one.token then
     keep_facts(one)
     runs = run('HINCRBY', one.record, 'runs', 1)
-    redis.call('HSET', one.record, 'token', one.token, 'run:' .. runs, one.run)
+    redis.call('HSET', one.record, 'token', one.token, 'noted', 0, 'run:' .. runs, one.run)
     if runs > KEPT_ATTEMPTS then redis.call('HDEL', one.record, 'run:' .. runs - KEPT_ATTEMPTS, 'end:' .. runs - KEPT_ATTEMPTS) end
     run('ZREM', one.waiting, one.id)
     add_event(one, one.event)
@@ -183,6 +185,7 @@ function steps.try_again(one)
   redis.call('HSET', one.record, one.name, one.attempt, 'token', '')
   redis.call('PEXPIRE', one.record, UNENDED_TTL)
   redis.call('PEXPIRE', one.lease, 0)
+  join_queue(one)
   add_event(one, one.event)
   return 1
 end
@@ -194,6 +197,7 @@ function steps.give_back(one)
   redis.call('HINCRBY', one.record, 'runs', -1)
   redis.call('HSET', one.record, 'token', '')
   redis.call('PEXPIRE', one.lease, 0)
+  join_queue(one)
   add_event(one, one.event)
   return 1
 end
@@ -201,6 +205,10 @@ end
 steps['end'] = function(one)
   local found = run('GET', one.future)
   if found and found ~= one.result then return 0 end
+  if not found and one.token ~= '' and one.state ~= 'succeeded' then
+    local _, latest = look(one.record)
+    if latest and latest ~= one.token then return 0 end
+  end
   if not found then redis.call('SET', one.future, one.result, 'PX', one.ttl) end
   if run('HSETNX', one.record, 'state', one.state) == 1 then
     redis.call('HSET', one.record, 'status', one.status, 'ended', one.ended)
@@ -225,6 +233,8 @@ end
 function steps.note(one)
   local state, latest = look(one.record)
   if latest ~= one.token or state then return 0 end
+  if tonumber(run('HGET', one.record, 'noted') or 0) >= tonumber(one.number) then return 1 end  -- our own
+  redis.call('HSET', one.record, 'noted', one.number)
   if one.kind == 'progress' then redis.call('HSET', one.record, 'progress', one.event) end
   add_event(one, one.event)
   return 1

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import count
 from typing import Any, Protocol
 
 from ..errors import BadEnvelope, StoreUnavailable, WrongType
@@ -53,6 +54,7 @@ class RedisJobs:
         self._call = call
         self._now_ms = now_ms
         self._steps = JobSteps(script.take)
+        self._notes = count(1)
 
     def __repr__(self) -> str:
         return f"<RedisJobs {self._steps!r}>"
@@ -77,7 +79,7 @@ class RedisJobs:
         self._steps.take_then(step, lambda outcome: on_done(_done(outcome)))
 
     async def begin(self, run: Run) -> Begun:
-        attempt = Attempt(replica=run.replica, started_ms=run.now_ms)
+        attempt = Attempt(replica=run.replica, started_ms=run.now_ms, result_ttl_s=run.result_ttl_s)
         step = self._step(
             "begin", run.id, "future", "lease", *_EVENT_KEYS, waiting=self._keys.waiting(run.facts.backend), token=run.token,
             facts=run.facts.to_bytes(), created=run.facts.created_ms, run=attempt.to_bytes(), ttl=run.ttl_s * 1000,
@@ -106,16 +108,20 @@ class RedisJobs:
     async def renew(self, future_id: str, token: bytes) -> bool:
         return bool(await self._steps.take(self._step("renew", future_id, "lease", token=token)) == 1)
 
-    async def try_again(self, future_id: str, token: bytes, attempt: Attempt) -> bool:
+    async def try_again(self, future_id: str, token: bytes, attempt: Attempt, facts: JobFacts) -> bool:
         step = self._step(
             "try_again", future_id, "future", "lease", *_EVENT_KEYS, token=token, name=f"end:{attempt.number}", attempt=attempt.to_bytes(),
+            waiting=self._keys.waiting(facts.backend), score=score_of(facts, attempt.again_ms),
             event=_state(JobState.QUEUED, attempt.ended_ms),
         )  # fmt: skip
         return bool(await self._steps.take(step) == 1)
 
-    async def give_back(self, future_id: str, token: bytes) -> None:
-        event = _state(JobState.QUEUED, self._now_ms())
-        await self._steps.take(self._step("give_back", future_id, "lease", *_EVENT_KEYS, token=token, event=event))
+    async def give_back(self, future_id: str, token: bytes, facts: JobFacts) -> None:
+        step = self._step(
+            "give_back", future_id, "lease", *_EVENT_KEYS, token=token, waiting=self._keys.waiting(facts.backend), score=score_of(facts),
+            event=_state(JobState.QUEUED, self._now_ms()),
+        )  # fmt: skip
+        await self._steps.take(step)
 
     def end_then(self, end: JobEnd, on_done: OnDone) -> None:
         step = self._step(
@@ -134,7 +140,8 @@ class RedisJobs:
         return {**keys, "number": member.number, "last_of_group": end.last_of_group_entry}
 
     def note(self, future_id: str, token: bytes, event: JobEvent) -> None:
-        step = self._step("note", future_id, *_EVENT_KEYS, token=token, kind=event.kind, event=event.to_bytes())
+        number = next(self._notes)  # by which the script knows one that is sent twice: each run has its notes from one process, in order
+        step = self._step("note", future_id, *_EVENT_KEYS, token=token, number=number, kind=event.kind, event=event.to_bytes())
         self._steps.take_then(step, _not_missed)
 
     async def forget(self, future_id: str) -> bool:
@@ -210,14 +217,30 @@ class RedisJobs:
 
     async def list(self, *, backend: str = "", tag: str = "", states: Sequence[str] = (), at_most: int = 100) -> Sequence[JobRecord]:
         records: list[JobRecord] = []
-        for start in range(0, _LOOKED_AT, _LISTED_AT_ONCE):
-            ids: Any = await self._call(partial(self._client.zrevrange, self._keys.jobs, start, start + _LISTED_AT_ONCE - 1))
-            for record in await asyncio.gather(*(self._read_if_sound(raw.decode(errors="replace")) for raw in ids)):
+        async for ids in self._ids():
+            for record in await asyncio.gather(*map(self._read_if_sound, ids)):
                 if record is not None and matches(record, backend, tag, states):
                     records.append(record)
-            if len(records) >= at_most or len(ids) < _LISTED_AT_ONCE:
+            if len(records) >= at_most:
                 break
         return records[:at_most]
+
+    async def _ids(self) -> AsyncIterator[Sequence[str]]:
+        """Yields the ids of the latest jobs, page by page, each once. A page begins at the time of the last job before it, since jobs that
+        come and go meanwhile change the ranks of the others."""
+        seen: set[bytes] = set()
+        before: float | str = "+inf"
+        passed = 0  # of that time
+        while len(seen) < _LOOKED_AT:
+            page = partial(self._client.zrange, self._keys.jobs, before, "-inf", desc=True, byscore=True)
+            found: Any = await self._call(partial(page, offset=passed, num=_LISTED_AT_ONCE, withscores=True))
+            yield [raw.decode(errors="replace") for raw, _ in found if raw not in seen]
+            if len(found) < _LISTED_AT_ONCE:
+                return
+            seen.update(raw for raw, _ in found)
+            last = found[-1][1]
+            passed = sum(score == last for _, score in found) + (passed if last == before else 0)
+            before = last
 
     async def _read_if_sound(self, future_id: str) -> JobRecord | None:
         try:

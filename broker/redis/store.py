@@ -22,6 +22,7 @@ from ..envelope import mint_id
 from ..errors import StoreUnavailable, WrongType, words_of, wrong_type
 from ..process.rate_limited_log import RateLimitedLog
 from ..process.tasks import Tasks
+from ..result_files import NO_FILES, ResultFiles
 from ..settings import masked
 from ..store import WRONG_TYPE, Append, Guard, OnAppended, OnRecorded, Place, Record
 from ..store_keys import LOG_LENGTH, LOG_TTL_S, StoreKeys
@@ -56,9 +57,9 @@ T = TypeVar("T")
 
 
 @asynccontextmanager
-async def open_redis(url: str, namespace: str) -> AsyncIterator[RedisStore]:
+async def open_redis(url: str, namespace: str, files: ResultFiles = NO_FILES) -> AsyncIterator[RedisStore]:
     """Connected on entry, or StoreUnavailable within CONNECT_BUDGET_S; closed on exit."""
-    store = RedisStore(url, namespace)
+    store = RedisStore(url, namespace, files)
     try:
         await store.connect()
         yield store
@@ -69,8 +70,9 @@ async def open_redis(url: str, namespace: str) -> AsyncIterator[RedisStore]:
 class RedisStore:
     """Implements `Store`; made by `open_redis`."""
 
-    def __init__(self, url: str, namespace: str) -> None:
+    def __init__(self, url: str, namespace: str, files: ResultFiles = NO_FILES) -> None:
         self._url = url
+        self.files = files
         keys = StoreKeys(namespace)
         self._channel = keys.changed
         self._probe_key = keys.future(f"probe-{mint_id()}")  # a result is what all but nodes may write

@@ -245,6 +245,11 @@ def resume_schedule(name: str) -> None:
     clients.current().resume_schedule(name)
 
 
+def run_schedule(name: str) -> Job:
+    """See `Client.run_schedule`."""
+    return clients.current().run_schedule(name)
+
+
 def delete_schedule(name: str) -> None:
     """See `Client.delete_schedule`."""
     clients.current().delete_schedule(name)
@@ -278,14 +283,14 @@ def get_handle(endpoint_name: str, sync: bool = True, missing_ok: bool = False) 
     return clients.current().get_handle(endpoint_name, sync, missing_ok)  # type: ignore[call-overload,no-any-return]
 
 
-def future(future_id: str, backend: str | None = None) -> Future:
+def future(future_id: str, backend: str | None = None, *, endpoint: str | None = None) -> Future:
     """See `Client.future`."""
-    return clients.current().future(future_id, backend)
+    return clients.current().future(future_id, backend, endpoint=endpoint)
 
 
-def job(job_id: str, backend: str | None = None) -> Job:
+def job(job_id: str, backend: str | None = None, *, endpoint: str | None = None) -> Job:
     """See `Client.job`."""
-    return clients.current().job(job_id, backend)
+    return clients.current().job(job_id, backend, endpoint=endpoint)
 
 
 @overload

@@ -9,6 +9,7 @@ from typing import Any, Literal, Never, overload
 
 from starlette.convertors import register_url_convertor
 
+from ..broker.envelope import endpoint_key
 from ..broker.errors import BadType, BadValue, UnknownEndpoint
 from ..broker.queue_names import check_name
 from ..broker.values import code
@@ -17,6 +18,7 @@ from ..broker.values.main_module import RunFile
 from ..broker.values.whole_numbers import whole_number
 from ..controller import changes
 from ..controller.pipeline_changes import parse_pipeline
+from ..controller.schedule_changes import find_schedule
 from ..controller.state.beats import MemberState, ProxyBeat, living, read_beats
 from ..controller.state.config import BackendConfig
 from ..controller.state.documents import CatchUp, CodeKind, Desired
@@ -251,6 +253,8 @@ class Client(Lifetime):
         made = make_schedule(
             name, handle, data, cron=cron, timezone=timezone, catch_up=catch_up, signer=signer, demands_seals=demands_seals
         )
+        if url := handle._options.callback_url:
+            self._call(self.sender.jobs.check_callback(url))
         self._call(self._changing.set_schedule(made, self._connections.store.now_ms))
 
     def list_schedules(self) -> dict[str, ScheduleStatus]:
@@ -267,6 +271,14 @@ class Client(Lifetime):
     def resume_schedule(self, name: str) -> None:
         """Lets a schedule fire again, from now on. Raises BadValue for an unknown one."""
         self._call(self._changing.resume_schedule(name, self._connections.store.now_ms))
+
+    def run_schedule(self, name: str) -> Job:
+        """Sends a job of a schedule now, beside its times, also while it is paused. Raises BadValue for an unknown one, and what `submit`
+        does.
+        """
+        desired = self._call(self._opened.deployments.read())
+        jobs = self.sender.jobs
+        return jobs.wait(jobs.run_schedule(desired, find_schedule(desired, name)))
 
     def delete_schedule(self, name: str) -> None:
         """Deletes a schedule. Its jobs stay. Does nothing for an unknown name."""
@@ -298,26 +310,27 @@ class Client(Lifetime):
         kind = Handle if sync else AsyncHandle
         return kind(endpoint_name, self, missing_ok=missing_ok)
 
-    def future(self, future_id: str, backend: str | None = None) -> Future:
-        """Returns the future of any request, by the id that mqserve minted or by a publisher's own `message_id` and its `backend`.
+    def future(self, future_id: str, backend: str | None = None, *, endpoint: str | None = None) -> Future:
+        """Returns the future of any request, by the id that mqserve minted or by a publisher's own `message_id` and the `backend` or the
+        `endpoint` that it was published to.
 
-        Raises BadType for an id that is no str.
+        Raises BadType for an id that is no str, BadValue for both.
         """
         if not isinstance(future_id, str):
             raise BadType(f"the id of a request is a text of 32 characters, not {future_id!r}: see `ref.id`")
-        return self.sender.future(future_id, backend)
+        return self.sender.future(future_id, backend, _key_of(future_id, backend, endpoint))
 
-    def job(self, job_id: str, backend: str | None = None) -> Job:
-        """Returns any job, by the id that mqserve minted or by a publisher's own `message_id` and its `backend`. It asks the store when it
-        is used, which raises UnknownJob for an id that nothing is known of. A publisher's job is not known before it begins, so its
-        `result` waits for it.
+    def job(self, job_id: str, backend: str | None = None, *, endpoint: str | None = None) -> Job:
+        """Returns any job, by the id that mqserve minted or by a publisher's own `message_id` and the `backend` or the `endpoint` that it
+        was published to. It asks the store when it is used, which raises UnknownJob for an id that nothing is known of. A publisher's job
+        may not be known before it begins, so its `result` waits for it.
 
-        Raises BadType for an id that is no str.
+        Raises BadType for an id that is no str, BadValue for both.
         """
         if not isinstance(job_id, str):
             raise BadType(f"the id of a job is a text of 32 characters, not {job_id!r}: see `job.id`")
-        jobs = self.sender.jobs
-        return jobs.job(job_id, job_id) if backend is None else jobs.job(f"{backend}/{job_id}", job_id, expires_ms=0)
+        key, jobs = _key_of(job_id, backend, endpoint), self.sender.jobs
+        return jobs.job(job_id, job_id) if key == job_id else jobs.job(key, job_id, expires_ms=0)
 
     @overload
     def submit_many(self, handle: Handle, items: Iterable[Any], then: Handle | AsyncHandle | None = None) -> Group: ...
@@ -449,3 +462,12 @@ class Client(Lifetime):
 
     def _pack_for_all(self, target: Any) -> code.Code | code.CodeHere:
         return code.pack_for_all(target, self.settings.signer, embedded=self.settings.embedded)
+
+
+def _key_of(own_id: str, backend: str | None, endpoint: str | None) -> str:
+    """Returns the id under which the result stands. Raises BadValue."""
+    if backend is not None and endpoint is not None:
+        raise BadValue("give the backend or the endpoint that the message was published to, not both")
+    if endpoint is not None:
+        return endpoint_key(endpoint, own_id)
+    return own_id if backend is None else f"{backend}/{own_id}"

@@ -185,7 +185,7 @@ class Stored:
 
     limit_s = WAIT_LIMIT_S
     state = ""  # unknown, since nobody has asked the store
-    not_yet = ": wait again, if somebody sent it; the message_id of a published message needs its backend, too"
+    not_yet = ": wait again, if somebody sent it; the message_id of a published message needs its backend or endpoint, too"
 
     def __init__(self, keys: Sequence[str], sender: Sender, *, backend: str | None = None, plain: bool = False) -> None:
         self._keys = keys

@@ -27,6 +27,8 @@ from ..broker.results import Result, members_failed
 from ..broker.values.codecs import PICKLE, encode_value
 from ..broker.values.signing import SealScope
 from ..connections import Connections
+from ..controller.scheduled_jobs import send_scheduled
+from ..controller.state.documents import Desired, Schedule
 from ..controller.state.reading import read_observed
 from ..controller.state.traffic import choose, entry_of, stages_of
 from .futures import Found
@@ -146,17 +148,25 @@ class JobCalls:
             raise
 
     async def _send(self, order: Order, backend: str, content_type: str, body: bytes, terms: JobTerms) -> Job:
-        await self._check_callback(terms.callback)
+        if terms.callback:
+            await self.check_callback(terms.callback)
         await self._jobs.submit(order.id, backend, body, content_type, order.meta, origin="handle", terms=terms, refusal=self.refusal)
         return self.job(order.id, order.id, plain=order.plain, expires_ms=terms.expires_ms)
 
-    async def _check_callback(self, url: str) -> None:
-        """Raises BadValue."""
-        if not url:
-            return
+    async def run_schedule(self, desired: Desired, schedule: Schedule) -> Job:
+        """See `Client.run_schedule`."""
+        job_id, now_ms = mint_id(), self._store.now_ms()
+        facts = await send_scheduled(self._jobs, self._signer, desired, schedule, job_id, now_ms, refusal=self.refusal)
+        return self.job(job_id, job_id, expires_ms=facts.expires_ms)
+
+    async def check_callback(self, url: str) -> None:
+        """Raises BadValue for a callback URL that the controllers do not allow."""
+        (await self._callback_rules()).check(url)
+
+    async def _callback_rules(self) -> CallbackRules:
         if self.callbacks is None:
             self.callbacks = read_observed(await self._store.get(self._keys.observed)).callbacks
-        self.callbacks.check(url)
+        return self.callbacks
 
     def retry(self, key: str, *, plain: bool) -> Job:
         """See `Job.retry`."""
@@ -188,7 +198,7 @@ class JobCalls:
         if record is None:
             raise UnknownJob(
                 f"nothing is known of a job {key!r}: nobody sent it, or its record is gone, which stays twice as long as its result; a "
-                "publisher's own message_id needs its backend, too"
+                "publisher's own message_id needs its backend or endpoint, too"
             )
         return record
 
@@ -252,7 +262,8 @@ class JobCalls:
         """Writes the record of a group, and that of the job that gets its results."""
         raw = b""
         if call is not None:
-            await self._check_callback(call.callback)
+            if call.callback:
+                await self.check_callback(call.callback)
             await self._store.jobs.hold(call.id, call.facts)
             raw = call.sealed(self._signer, group_id)
         await self._store.jobs.keep_group(group_id, facts, raw)

@@ -47,7 +47,7 @@ class ScheduleStatus:
             schedule.catch_up,
             schedule.paused,
             _time(next_time(schedule, now_ms)),
-            _time(last.at if last is not None else None),
+            _time(last.at if last is not None and last.job else None),
             last.job if last is not None else "",
         )
 
@@ -78,6 +78,7 @@ def make_schedule(
         options.tag or name,
         math.ceil(options.result_ttl_s or 0),
         math.ceil((options.expires_s or 0) * 1000),
+        options.callback_url,
     )
     sealed = call.sealed(signer, endpoint, name)
     if len(sealed) > MAX_BYTES:

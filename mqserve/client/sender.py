@@ -306,9 +306,9 @@ class Sender:
         except TimeoutError:
             raise UnknownEndpoint(f"Endpoint '{endpoint}' does not exist, and did not appear within {APPEAR_BUDGET_S:g} s.") from None
 
-    def future(self, future_id: str, backend: str | None) -> Future:
-        """See `Client.future`."""
-        keys = [future_id] if backend is None else [f"{backend}/{future_id}"]
+    def future(self, future_id: str, backend: str | None, key: str) -> Future:
+        """See `Client.future`. Its result stands under `key`."""
+        keys = [key]
         if backend is not None and is_minted(future_id):
             keys.insert(0, future_id)  # try both: it may be a minted id or a publisher's own key of the same form
         return Future(future_id, Stored(keys, self, backend=backend))

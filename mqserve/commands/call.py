@@ -30,7 +30,7 @@ from .printing import print_json
 def call_endpoint(settings: Settings, endpoint: str, data: str) -> int:
     """Sends a request and prints its answer. Ctrl-C cancels it."""
     value = _parsed(data)
-    with _joined(settings) as client:
+    with joined(settings) as client:
         ref = client.get_handle(endpoint).remote(value)
         try:
             _print_answer(_value_of(ref))
@@ -43,7 +43,7 @@ def call_endpoint(settings: Settings, endpoint: str, data: str) -> int:
 def call_later(settings: Settings, endpoint: str, data: str, interrupts: Interrupts, *, tag: str, delay_s: float) -> int:
     """Sends a job, and shows what happens to it until it has ended. Prints its id on standard error and its answer on standard output."""
     value = _parsed(data)
-    with _joined(settings) as client:
+    with joined(settings) as client:
         job = client.get_handle(endpoint).options(tag=tag, delay_s=delay_s).submit(value)
         interrupts.first = f"\nJob {job.id} goes on: `mqserve jobs watch {job.id}` shows it again, `mqserve jobs cancel {job.id}` ends it."
         click.echo(f"Job {job.id}", err=True)
@@ -54,7 +54,7 @@ def call_later(settings: Settings, endpoint: str, data: str, interrupts: Interru
 
 def watch_by_id(settings: Settings, job_id: str, interrupts: Interrupts, *, as_json: bool) -> int:
     """Shows what happens to a job until it has ended. Raises the reason of one that has not succeeded."""
-    with _joined(settings) as client:
+    with joined(settings) as client:
         client.sender.only_plain = True  # a job of any sender is watched: its result is not unpickled
         job = client.job(job_id)
         job.status()  # raises UnknownJob
@@ -71,7 +71,7 @@ def watch_by_id(settings: Settings, job_id: str, interrupts: Interrupts, *, as_j
 
 
 @contextmanager
-def _joined(settings: Settings) -> Iterator[Client]:
+def joined(settings: Settings) -> Iterator[Client]:
     client = open_client(settings, None)
     try:
         yield client

@@ -23,7 +23,7 @@ from ..instance.starting import MAX_WORKERS
 from . import logs
 from .endings import end_if_closing_hangs, interrupts, leave_now, one_sentence
 from .options import distributed, http_options, http_settings, kept_options, namespace_option, read_settings, with_options
-from .request_commands import call, dead, jobs
+from .request_commands import call, dead, jobs, schedules
 from .setup import FORMATS, print_setup
 from .webhooks import webhooks
 
@@ -44,7 +44,7 @@ def cli(verbose: bool) -> None:
     _log(verbose)
 
 
-for command in (call, jobs, dead, webhooks):
+for command in (call, jobs, schedules, dead, webhooks):
     cli.add_command(command)
 
 

@@ -12,16 +12,18 @@ from rich.console import Console
 from rich.text import Text
 
 from ..broker.dead_letters import DeadLetter
-from ..broker.envelope import Envelope
+from ..broker.envelope import Envelope, endpoint_key
 from ..broker.errors import BadEnvelope, BadValue, MQServeError, UnknownBackend
 from ..broker.jobs import UNENDED_TTL_S, facts_of
 from ..broker.pipelines import Plan
 from ..broker.process.printable import printable
 from ..broker.queue import DeadLetters, fate_of
-from ..broker.queue_names import check_name
+from ..broker.queue_names import ENDPOINTS, check_name
 from ..broker.settings import Settings
 from ..broker.values.header_seals import BackendSeals, Seal
 from ..connections import Connections, open_connections
+from ..controller.endpoint_jobs import check_published
+from ..controller.state.documents import Desired
 from ..controller.state.reading import read_desired, read_observed
 from ..replicas.admission import NOT_STARTED
 from ..replicas.trust import SenderTrust
@@ -100,13 +102,9 @@ async def retry_dead(settings: Settings, backend: str, selection: Selection, *, 
     """
     async with _dead_letters(settings, backend) as (connections, letters):
         desired = read_desired(await connections.store.get(connections.keys.desired))
-        senders = SenderTrust(settings)
-        senders.demands_seals = read_observed(await connections.store.get(connections.keys.observed)).sealed
-        if backend not in desired.backends:
-            raise UnknownBackend(f"there is no backend {backend!r} to run them: deploy it first; dead letters are kept for seven days")
-        config = desired.backends[backend].config
-        timeout_ms = int(config.request_timeout_s * 1000)
-        retry = partial(_retry, connections, senders, timeout_ms, config.delivery == "at_most_once", set())
+        retry: Callable[[DeadLetter], Awaitable[None]] = partial(_retry_at_endpoint, connections, desired)
+        if backend != ENDPOINTS:
+            retry = await _retry_at_backend(connections, settings, desired, backend)
         told = await _settle(backend, letters, selection, retry, "retry", "retried", yes)
     return print_sentence(console, told)
 
@@ -124,7 +122,8 @@ async def drop_dead(settings: Settings, backend: str, selection: Selection, *, y
 
 @asynccontextmanager
 async def _dead_letters(settings: Settings, backend: str, at_most: int | None = None) -> AsyncIterator[tuple[Connections, DeadLetters]]:
-    check_name(backend, "a backend")
+    if backend != ENDPOINTS:
+        check_name(backend, "a backend")
     async with open_connections(settings, "dead") as connections, connections.queue.dead_letters(backend, at_most) as letters:
         yield connections, letters
 
@@ -162,6 +161,32 @@ async def _settle(
 
 class _Keep(Exception):
     """The reason why one letter stays, while others go on."""
+
+
+async def _retry_at_backend(
+    connections: Connections, settings: Settings, desired: Desired, backend: str
+) -> Callable[[DeadLetter], Awaitable[None]]:
+    senders = SenderTrust(settings)
+    senders.demands_seals = read_observed(await connections.store.get(connections.keys.observed)).sealed
+    if backend not in desired.backends:
+        raise UnknownBackend(f"there is no backend {backend!r} to run them: deploy it first; dead letters are kept for seven days")
+    config = desired.backends[backend].config
+    timeout_ms = int(config.request_timeout_s * 1000)
+    return partial(_retry, connections, senders, timeout_ms, config.delivery == "at_most_once", set())
+
+
+async def _retry_at_endpoint(connections: Connections, desired: Desired, letter: DeadLetter) -> None:
+    """Publishes a message to its endpoint again. What was wrong with any other but an unknown endpoint stays wrong."""
+    if letter.endpoint not in desired.endpoints:
+        raise _Keep(f"there is no endpoint {letter.endpoint!r}: create it first")
+    try:
+        check_published(letter.envelope())
+    except BadEnvelope as error:
+        raise _Keep(f"no endpoint takes it, even if it is sent again: {error}") from error
+    if letter.id:
+        await connections.store.delete(*connections.keys.of_runs(endpoint_key(letter.endpoint, letter.id)))
+    if failure := await fate_of(partial(connections.queue.republish, letter), CONFIRM_BUDGET_S):
+        raise failure
 
 
 async def _retry(
@@ -229,6 +254,8 @@ async def _all_facts(connections: Connections, letter: DeadLetter) -> dict[str, 
     names = ("content_type", "content_encoding", "reply_to", "correlation_id", "priority", "message_type", "app_id", "timestamp")
     facts |= {name: str(value) for name in names if (value := getattr(properties, name))}
     facts["headers"] = {str(name): str(value) for name, value in (properties.headers or {}).items() if name not in ("mq", "mq-seal")}
+    if letter.endpoint:
+        facts["endpoint"] = letter.endpoint
     seals = connections.settings.header_seals.of(letter.backend)
     try:
         envelope = letter.envelope(seals)

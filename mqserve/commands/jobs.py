@@ -18,10 +18,11 @@ from ..broker.job_store import JobStore
 from ..broker.jobs import JobEvent, JobRecord, JobState, priority_name
 from ..broker.overload import HeldBytes
 from ..broker.process.printable import printable
+from ..broker.result_bodies import forget_job
 from ..broker.results import Result
 from ..broker.settings import Settings
 from ..connections import Connections, open_connections
-from .printing import print_json, print_sentence, rfc3339, when
+from .printing import print_about, print_json, print_sentence, rfc3339, when
 from .status_table import make_console, make_table
 
 ASK_ABOVE = 10
@@ -126,7 +127,7 @@ async def show_jobs(settings: Settings, ids: Sequence[str], *, as_json: bool, co
             if as_json:
                 print_json(console, [facts])
             else:
-                _print_facts(console, facts)
+                print_about(console, facts)
     if missing:
         raise BadValue(no_such(missing))
     return 0
@@ -169,7 +170,7 @@ def _sender(connections: Connections) -> JobSender:
 
 
 async def _forget(connections: Connections, record: JobRecord) -> bool:
-    return await connections.store.jobs.forget(record.id)
+    return await forget_job(connections.store, connections.keys, record.id)
 
 
 class Act(NamedTuple):
@@ -310,17 +311,3 @@ def progress_words(event: JobEvent) -> str:
 
 def no_such(ids: Sequence[str]) -> str:
     return "; ".join(f"nothing is known of a job {printable(job_id)!r}: see `mqserve jobs list`" for job_id in ids)
-
-
-def _print_facts(console: Console, facts: dict[str, Any]) -> None:
-    for name, value in facts.items():
-        if name in ("stages", "history", "events"):
-            lines = ["  ".join(printable(str(part)) for part in entry.values() if part not in ("", None)) for entry in value]
-            text = "".join(f"\n    {line}" for line in lines)
-        elif isinstance(value, dict):
-            text = "  ".join(printable(str(part)) for part in value.values())
-        else:
-            text = printable(str(value))
-        if value not in ("", None, []):
-            console.print(Text.assemble((f"{name.replace('_', ' ')}: ", "dim"), text), highlight=False, soft_wrap=True)
-    console.print()

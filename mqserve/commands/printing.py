@@ -8,7 +8,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
+from ..broker.process.printable import printable
 from .status_table import make_console
 
 
@@ -22,6 +24,20 @@ def print_json(console: Console, facts: Iterable[dict[str, Any]]) -> int:
         # DEL is the only control character that JSON does not escape
         console.file.write(json.dumps(fact).replace("\x7f", "\\u007f") + "\n")
     return 0
+
+
+def print_about(console: Console, facts: dict[str, Any]) -> None:
+    """Prints all facts about one thing, one per line, but those that are empty; of a list each entry has a line of its own."""
+    for name, value in facts.items():
+        text = "".join(f"\n    {_joined(entry)}" for entry in value) if isinstance(value, list) else _joined(value)
+        if value not in ("", None, []):
+            console.print(Text.assemble((f"{name.replace('_', ' ')}: ", "dim"), text), highlight=False, soft_wrap=True)
+    console.print()
+
+
+def _joined(fact: Any) -> str:
+    parts = fact.values() if isinstance(fact, dict) else [fact]
+    return "  ".join(printable(str(part)) for part in parts if part not in ("", None))
 
 
 def when(store_ms: int) -> str:

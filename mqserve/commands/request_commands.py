@@ -1,4 +1,4 @@
-"""The commands about requests: calls, jobs and dead letters."""
+"""The commands about requests: calls, jobs, schedules and dead letters."""
 
 from __future__ import annotations
 
@@ -151,8 +151,84 @@ def purge_jobs(ids: tuple[str, ...], everything: bool, yes: bool, namespace: str
 
 
 @click.group()
+def schedules() -> None:
+    """List, show, pause, resume, delete and run schedules, which send jobs at the times of a cron expression."""
+
+
+names_argument = click.argument("names", nargs=-1, required=True, metavar="NAME...")
+
+
+@schedules.command("list")
+@namespace_option
+@json_option
+@one_sentence
+def list_schedules(namespace: str | None, as_json: bool) -> int:
+    """List schedules, with the next and the last time of each."""
+    from .schedules import list_schedules
+
+    return run_loop(list_schedules(distributed(namespace, "schedules list"), as_json=as_json))
+
+
+@schedules.command("show")
+@names_argument
+@namespace_option
+@json_option
+@one_sentence
+def show_schedules(names: tuple[str, ...], namespace: str | None, as_json: bool) -> int:
+    """Show schedules in full: the next five times, and what their jobs are like."""
+    from .schedules import show_schedules
+
+    return run_loop(show_schedules(distributed(namespace, "schedules show"), names, as_json=as_json))
+
+
+@schedules.command("pause")
+@names_argument
+@namespace_option
+@one_sentence
+def pause_schedules(names: tuple[str, ...], namespace: str | None) -> int:
+    """Let schedules fire no more until they are resumed."""
+    from .schedules import pause_schedules
+
+    return run_loop(pause_schedules(distributed(namespace, "schedules pause"), names))
+
+
+@schedules.command("resume")
+@names_argument
+@namespace_option
+@one_sentence
+def resume_schedules(names: tuple[str, ...], namespace: str | None) -> int:
+    """Let schedules fire again, from now on."""
+    from .schedules import resume_schedules
+
+    return run_loop(resume_schedules(distributed(namespace, "schedules resume"), names))
+
+
+@schedules.command("delete")
+@names_argument
+@namespace_option
+@one_sentence
+def delete_schedules(names: tuple[str, ...], namespace: str | None) -> int:
+    """Delete schedules; the jobs that they sent stay."""
+    from .schedules import delete_schedules
+
+    return run_loop(delete_schedules(distributed(namespace, "schedules delete"), names))
+
+
+@schedules.command("run")
+@click.argument("name")
+@namespace_option
+@one_sentence
+def run_schedule(name: str, namespace: str | None) -> int:
+    """Send a job of NAME now, beside its times, also while it is paused."""
+    from .schedules import run_schedule
+
+    return run_schedule(distributed(namespace, "schedules run"), name)
+
+
+@click.group()
 def dead() -> None:
-    """List, show, retry and drop dead letters, the messages that were set aside."""
+    """List, show, retry and drop dead letters, the messages that were set aside. BACKEND is @endpoints for messages that were published to
+    an endpoint and got no further."""
 
 
 selection_options = [

@@ -12,7 +12,16 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ..broker.errors import BadValue
-from ..broker.queue_names import dead_exchange, dead_queue, due_queue, jobs_exchange, later_exchange, requests_exchange, webhooks_queue
+from ..broker.queue_names import (
+    dead_exchange,
+    dead_queue,
+    due_queue,
+    endpoints_exchange,
+    jobs_exchange,
+    later_exchange,
+    requests_exchange,
+    webhooks_queue,
+)
 from ..broker.settings import read_secret
 from ..broker.store_keys import StoreKeys
 from ..broker.values.code import FOR_ALL
@@ -72,14 +81,14 @@ def broker_rights(namespace: str) -> dict[str, BrokerRights]:
     exchanges = (requests_exchange(namespace), jobs_exchange(namespace), later_exchange(namespace))
     sending, dead = "|".join(map(re.escape, exchanges)), re.escape(dead_exchange(namespace))
     backends = f"{re.escape(f'{namespace}.backend.')}.*|{re.escape(f'{namespace}.jobs.')}.*"
-    waiting = f"{re.escape(due_queue(namespace))}|{re.escape(f'{namespace}.later.')}[0-9]+"
+    waiting = f"{re.escape(endpoints_exchange(namespace))}|{re.escape(due_queue(namespace))}|{re.escape(f'{namespace}.later.')}[0-9]+"
     nothing = "^$"
     webhooks = rf"{re.escape(webhooks_queue(namespace))}(\.[a-z0-9]+)?"
-    everything = f"^({sending}|{dead}|{backends}|{waiting}|{webhooks}|{re.escape(dead_queue(namespace, ''))}.*)$"
+    everything = f"{sending}|{dead}|{backends}|{waiting}|{webhooks}|{re.escape(dead_queue(namespace, ''))}.*"
     return {
-        "controller": BrokerRights(everything, everything, everything),
-        "proxy": BrokerRights(nothing, f"^({sending})$", nothing),
         # amq.default: replies go to `reply_to` over it. It reaches every queue of the virtual host, so give that right to nobody else.
+        "controller": BrokerRights(f"^({everything})$", rf"^({everything}|amq\.default)$", f"^({everything})$"),
+        "proxy": BrokerRights(nothing, f"^({sending})$", nothing),
         "replica": BrokerRights(nothing, rf"^({sending}|{dead}|amq\.default)$", f"^({backends})$"),
         "client": BrokerRights(nothing, f"^({sending})$", nothing),
     }
@@ -169,7 +178,7 @@ def store_rights(namespace: str) -> dict[str, StoreRights]:
     run = results | kinds.counts | kinds.streams | kinds.feeds | kinds.jobs | kinds.runs | kinds.groups | kinds.inboxes_of("replica")
     return {
         "controller": rights(
-            everything, everything, (*_CALLS, *_BEATING, *_COUNTING, *_RUNNING_JOBS, "info", "persist", "xdel", "xread", "zrevrange")
+            everything, everything, (*_CALLS, *_BEATING, *_COUNTING, *_RUNNING_JOBS, "info", "persist", "xdel", "xread", "zrange")
         ),
         # After a loss of data it gives back the files of code, which are checked against their hashes wherever they are read.
         "node": rights(

@@ -118,6 +118,14 @@ class ScheduleFacts(msgspec.Struct, frozen=True):
     last_job: str
     trouble: str
 
+    @classmethod
+    def of(cls, schedule: Schedule, last: Firing | None, observed: Observed, now_ms: int) -> ScheduleFacts:
+        return cls(
+            schedule.name, schedule.endpoint, schedule.cron, schedule.timezone, schedule.catch_up, schedule.paused,
+            _at(next_time(schedule, now_ms)), _at(last.at if last is not None and last.job else None),
+            last.job if last is not None else "", observed.problems.get(problem_of(schedule.name), ""),
+        )  # fmt: skip
+
 
 class Facts(msgspec.Struct, frozen=True):
     """All facts. `problems` maps a name to what is wrong with it, `unknown` lists what could not be read, with the reason. `here` lists
@@ -326,7 +334,10 @@ def _facts(namespace: str, broker: ServerFacts, store: ServerFacts, stored: _Sto
             EndpointFacts(name, endpoint.route, endpoint.methods, endpoint.traffic, endpoint.shadows, endpoint.prefix, endpoint.stages)
             for name, endpoint in stored.desired.endpoints.items()
         ),
-        tuple(_schedule(schedule, stored) for schedule in stored.desired.schedules.values()),
+        tuple(
+            ScheduleFacts.of(schedule, stored.firings.get(name), stored.observed, stored.now_ms)
+            for name, schedule in stored.desired.schedules.items()
+        ),
         _problems(stored, members), stored.unknown, tuple(played_here(namespace)),
     )  # fmt: skip
 
@@ -382,14 +393,8 @@ def _backend(name: str, stored: _Stored, members: Sequence[MemberFacts], counts:
     )
 
 
-def _schedule(schedule: Schedule, stored: _Stored) -> ScheduleFacts:
-    last, next_ms = stored.firings.get(schedule.name), next_time(schedule, stored.now_ms)
-    return ScheduleFacts(
-        schedule.name, schedule.endpoint, schedule.cron, schedule.timezone, schedule.catch_up, schedule.paused,
-        datetime.fromtimestamp(next_ms / 1000, UTC) if next_ms is not None else None,
-        datetime.fromtimestamp(last.at / 1000, UTC) if last is not None else None,
-        last.job if last is not None else "", stored.observed.problems.get(problem_of(schedule.name), ""),
-    )  # fmt: skip
+def _at(ms: int | None) -> datetime | None:
+    return None if ms is None else datetime.fromtimestamp(ms / 1000, UTC)
 
 
 def _problems(stored: _Stored, members: Sequence[MemberFacts]) -> dict[str, str]:

@@ -11,6 +11,7 @@ from rich.text import Text
 from ..broker.process.printable import INDENT, printable_lines
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from datetime import datetime
 
     from .status import BackendFacts, ControllerFacts, EndpointFacts, Facts, MemberFacts, ScheduleFacts, ServerFacts
@@ -35,7 +36,7 @@ def print_facts(console: Console, facts: Facts) -> None:
         console.print(_backends(facts.backends))
         console.print(_endpoints(facts.endpoints))
         if facts.schedules:
-            console.print(_schedules(facts.schedules))
+            console.print(schedules_table(facts.schedules))
     if facts.here and facts.state == "unknown":
         _print(console, f"On this machine run: {', '.join(facts.here)}")
     for name, problem in facts.problems.items():
@@ -113,7 +114,7 @@ def _endpoints(endpoints: tuple[EndpointFacts, ...]) -> Table:
     return table
 
 
-def _schedules(schedules: tuple[ScheduleFacts, ...]) -> Table:
+def schedules_table(schedules: Sequence[ScheduleFacts]) -> Table:
     table = make_table("Schedules", "schedule", "endpoint", "cron", "next", "last", "last job")
     for schedule in schedules:
         upcoming: Span = ("paused", "yellow") if schedule.paused else _time(schedule.next_at)

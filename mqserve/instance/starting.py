@@ -134,6 +134,8 @@ async def running_instance(connections: Connections, options: StartOptions) -> A
             raise
     if options.detached:
         check_folder(connections.settings.namespace)
+    if trouble := await connections.store.files.trouble():
+        raise InstanceError(trouble)
     if not connections.settings.embedded:
         await _check_not_kept(connections)
     if options.middlewares:

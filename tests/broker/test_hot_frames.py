@@ -29,8 +29,12 @@ def delivery(number: int, *bodies: bytes, tag: int = 7) -> bytes:
 class Told:
     """A channel that remembers what it is told."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, wants_address: bool = False) -> None:
         self.heard: list[Any] = []
+        self.wants_address = wants_address
+
+    def on_address(self, exchange: str, routing_key: str) -> None:
+        self.heard.append((exchange, routing_key))
 
     def on_delivery(self, tag: int, redelivered: bool, properties: Basic.Properties, body: bytes) -> None:
         self.heard.append((tag, redelivered, properties.message_id, body))
@@ -100,6 +104,25 @@ async def test_frames_of_other_channels_and_other_methods_are_passed_on_unchange
     reading.frames.feed(b"".join(other + delivery(HOT, b"a") for other in others))
     assert reading.passed_on == b"".join(others)
     assert len(reading.channel.heard) == len(others)
+
+
+async def test_a_channel_that_wants_it_is_told_first_where_a_delivery_was_published() -> None:
+    reading = Reading()
+    reading.channel.wants_address = True
+    raw = delivery(HOT, b"body")
+    odd = raw.replace(b"\x08exchange\x03key", b"\x08\xff\xfe\xfdxxxxx\x03key")
+    reading.frames.feed(raw + odd)
+    assert reading.channel.heard[:2] == [("exchange", "key"), (7, True, "m", b"body")]
+    assert reading.channel.heard[2] == ("\N{REPLACEMENT CHARACTER}" * 3 + "xxxxx", "key")
+
+
+@pytest.mark.parametrize("end", [b"\x01e", b"\x01e\x02k", b"\x05e", b""])
+async def test_an_address_that_is_cut_off_ends_the_connection(end: bytes) -> None:
+    reading = Reading()
+    reading.channel.wants_address = True
+    payload = b"\x00\x3c\x00\x3c\x01c" + bytes(9) + end
+    with pytest.raises(BrokenStream):
+        reading.frames.feed(b"\x01\x00\x01" + len(payload).to_bytes(4) + payload + b"\xce")
 
 
 async def test_contents_of_two_channels_may_be_mixed() -> None:

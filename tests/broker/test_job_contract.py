@@ -19,6 +19,7 @@ from mqserve.broker.jobs import (
     Held,
     JobEvent,
     JobFacts,
+    JobRecord,
     JobState,
     Leased,
     Run,
@@ -99,7 +100,7 @@ async def test_a_result_goes_first_and_the_record_stays_as_long_again(store: Sto
     assert await store.get(keys.future("f")) == b"result"
 
     async def result_is_gone() -> bool:
-        return await store.get(keys.future("f")) is None
+        return await store.get(keys.future("f")) is None and not await store.jobs.events("f")
 
     await until(result_is_gone)
     record = await store.jobs.read("f")
@@ -145,6 +146,12 @@ async def test_what_has_ended_can_be_forgotten_and_nothing_else(store: Store, ke
     assert await store.jobs.read("f") is None
     assert (await store.jobs.message("f"), await store.get(keys.future("f")), await store.jobs.events("f")) == (None, None, [])
     assert [record.id for record in await store.jobs.list()] == ["other"]
+
+
+async def test_what_is_not_known_counts_as_forgotten(store: Store, keys: StoreKeys) -> None:
+    assert await store.jobs.forget("f")
+    await store.jobs.wait("f", keys.inbox("p"))
+    assert await store.jobs.forget("f"), "though somebody waits for it"
 
 
 async def test_a_large_body_goes_with_the_message_that_names_it(store: Store, keys: StoreKeys) -> None:
@@ -198,11 +205,28 @@ async def test_a_run_whose_lease_lapsed_writes_nothing_once_another_has_begun(st
     before = (await store.jobs.read("f"), await store.jobs.events("f"))
     store.jobs.note("f", b"run", JobEvent(EventKind.PROGRESS, 1, fraction=0.5))
     assert not await store.jobs.renew("f", b"run")
-    assert not await store.jobs.try_again("f", b"run", Attempt(1, error="stale"))
-    await store.jobs.give_back("f", b"run")
+    assert not await store.jobs.try_again("f", b"run", Attempt(1, error="stale"), FACTS)
+    await store.jobs.give_back("f", b"run", FACTS)
     assert (await store.jobs.read("f"), await store.jobs.events("f")) == before
     assert await ended(store, token=b"run"), "its result counts: it is the same work"
     assert await state_of(store) == "succeeded"
+
+
+async def test_the_failure_of_a_run_does_not_count_once_another_has_begun(store: Store, keys: StoreKeys) -> None:
+    await begun(store)
+    await store.delete(keys.lease("f"))
+    assert await begun(store, b"another") == Leased(2)
+    assert not await ended(store, token=b"run", state=JobState.FAILED, status=500)
+    assert await state_of(store) == "running" and await store.get(keys.future("f")) is None
+    assert await ended(store, token=b"another", result=b"another", state=JobState.FAILED, status=500)
+    assert not await ended(store, token=b"run", state=JobState.FAILED, status=500)
+    assert await state_of(store) == "failed"
+
+
+async def test_an_end_that_is_no_run_counts_beside_one(store: Store) -> None:
+    await begun(store)
+    assert await ended(store, state=JobState.CANCELLED, status=499)
+    assert await state_of(store) == "cancelled"
 
 
 async def test_a_lease_that_lapsed_is_renewed_by_its_run_if_no_other_began(store: Store, keys: StoreKeys) -> None:
@@ -222,7 +246,7 @@ async def test_the_end_of_a_job_ends_the_lease_of_its_run_alone(store: Store) ->
 async def test_a_run_that_is_given_back_is_no_attempt_and_another_begins_at_once(store: Store) -> None:
     await added(store)
     await begun(store)
-    await store.jobs.give_back("f", b"run")
+    await store.jobs.give_back("f", b"run", FACTS)
     record = await store.jobs.read("f")
     assert record is not None and record.state is JobState.QUEUED and record.has_begun, "so it does not expire any more"
     assert await begun(store, b"another") == Leased(1)
@@ -237,8 +261,8 @@ async def test_a_run_that_failed_is_written_down_and_the_job_waits_for_another(s
     await added(store)
     await begun(store)
     failed = Attempt(1, ended_ms=2500, error="OSError: no", again_ms=4000)
-    assert await store.jobs.try_again("f", b"run", failed)
-    assert await store.jobs.try_again("f", b"run", failed), "said again"
+    assert await store.jobs.try_again("f", b"run", failed, FACTS)
+    assert await store.jobs.try_again("f", b"run", failed, FACTS), "said again"
     assert await state_of(store) == "queued"
     assert await begun(store, b"another") == Leased(2)
     record = await store.jobs.read("f")
@@ -249,14 +273,14 @@ async def test_a_run_that_failed_is_written_down_and_the_job_waits_for_another(s
 async def test_a_job_that_was_cancelled_meanwhile_is_not_tried_again(store: Store) -> None:
     await begun(store)
     await ended(store, state=JobState.CANCELLED)
-    assert not await store.jobs.try_again("f", b"run", Attempt(1, error="OSError"))
+    assert not await store.jobs.try_again("f", b"run", Attempt(1, error="OSError"), FACTS)
     assert await state_of(store) == "cancelled"
 
 
 async def test_only_the_latest_attempts_are_kept(store: Store) -> None:
     for number in range(1, KEPT_ATTEMPTS + 4):
         assert await begun(store, b"%d" % number) == Leased(number)
-        assert await store.jobs.try_again("f", b"%d" % number, Attempt(number, error=str(number)))
+        assert await store.jobs.try_again("f", b"%d" % number, Attempt(number, error=str(number)), FACTS)
     record = await store.jobs.read("f")
     assert record is not None
     assert [attempt.number for attempt in record.attempts] == list(range(4, KEPT_ATTEMPTS + 4))
@@ -364,6 +388,20 @@ async def test_the_place_of_a_job_is_by_priority_and_then_by_time(store: Store) 
     assert [await store.jobs.place(name, JobFacts("b")) for name in "dafc"] == [None, None, 0, 1]
 
 
+async def test_a_job_that_waits_again_has_a_place_again(store: Store) -> None:
+    first, second, third = (JobFacts("b", created_ms=created_ms) for created_ms in (10, 20, 30))
+    for name, facts in (("given back", first), ("tried again", second), ("waits", third)):
+        await added(store, name, facts)
+        if facts is not third:
+            await begun(store, id=name, facts=facts)
+    await store.jobs.give_back("given back", b"run", first)
+    assert await store.jobs.try_again("tried again", b"run", Attempt(1, ended_ms=50, error="no", again_ms=70), second)
+    assert [await store.jobs.place(name, FACTS) for name in ("given back", "waits", "tried again")] == [0, 1, 2]
+    await begun(store, b"another", "given back", first)
+    await ended(store, "tried again", state=JobState.CANCELLED)
+    assert [await store.jobs.place(name, FACTS) for name in ("given back", "waits", "tried again")] == [None, 0, None]
+
+
 async def test_a_job_that_waits_for_its_time_stands_behind_those_before_it(store: Store) -> None:
     await added(store, "later", JobFacts("b", created_ms=10, not_before_ms=500))
     await added(store, "now", JobFacts("b", created_ms=400))
@@ -381,6 +419,27 @@ async def test_jobs_are_listed_latest_first_and_by_backend_tag_and_state(store: 
     assert [record.id for record in await store.jobs.list(backend="a", at_most=2)] == ["job-228", "job-226"]
     assert [record.id for record in await store.jobs.list(states=["running", "succeeded"])] == ["job-5", "job-3"]
     assert not await store.jobs.list(backend="a", states=["running"])
+
+
+async def test_a_list_has_each_job_once_though_others_come_and_go_meanwhile(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = [f"job-{number}" for number in range(300)]
+    for number, name in enumerate(before):
+        await added(store, name, JobFacts("b", created_ms=1000 + number // 120))  # many at one time
+    for name in before[:100:10]:
+        await ended(store, name)
+    read, reads = store.jobs.read, 0
+
+    async def reading_slowly(future_id: str) -> JobRecord | None:
+        nonlocal reads
+        reads += 1
+        if reads % 50 == 0:
+            await added(store, f"new-{reads}", JobFacts("b", created_ms=2000 + reads))
+        return await read(future_id)
+
+    monkeypatch.setattr(store.jobs, "read", reading_slowly)
+    found = [record.id for record in await store.jobs.list(at_most=1000)]
+    assert reads >= 300 and len(set(found)) == len(found)
+    assert {name for name in found if name.startswith("job-")} == set(before)
 
 
 # What is no record.

@@ -6,7 +6,7 @@ import pytest
 
 from mqserve.broker.calls.job_sending import JobSender, JobTerms
 from mqserve.broker.calls.pending import PendingResults
-from mqserve.broker.calls.sending import INLINE_BODY_BYTES, MAX_BODY_BYTES
+from mqserve.broker.calls.sending import INLINE_BODY_BYTES, MAX_BODY_BYTES, REPUBLISH_EVERY_S
 from mqserve.broker.envelope import Envelope, RequestHead, mint_id
 from mqserve.broker.errors import (
     BadEnvelope,
@@ -21,7 +21,7 @@ from mqserve.broker.errors import (
     UnknownJob,
 )
 from mqserve.broker.job_store import OnDone
-from mqserve.broker.jobs import JobEnd, JobFacts, JobState
+from mqserve.broker.jobs import JOB_RESULT_TTL_S, JobEnd, JobFacts, JobState, Run
 from mqserve.broker.later import DueJob
 from mqserve.broker.memory.queue import EmbeddedQueue
 from mqserve.broker.memory.store import EmbeddedStore
@@ -31,7 +31,7 @@ from mqserve.broker.store import Store
 from mqserve.broker.store_keys import StoreKeys
 from mqserve.broker.values.codecs import PICKLE, decode_value, encode_value
 from mqserve.broker.values.signing import SealScope, Signer
-from tests.broker.keeping_jobs import begun, ended, state_of
+from tests.broker.keeping_jobs import FACTS, begun, ended, state_of
 from tests.broker.traffic import BUDGET_S, Hands, until
 
 pytestmark = pytest.mark.anyio
@@ -214,6 +214,17 @@ async def test_a_caller_who_leaves_does_not_keep_an_accepted_job_from_its_record
     assert await state_of(store) == "queued" and sender.held.held == 0
 
 
+async def test_a_caller_who_leaves_while_the_broker_is_away_leaves_nothing_behind(keys: StoreKeys, signer: Signer) -> None:
+    queue, store = QueueThatIsAway(1, maybe_sent=False), EmbeddedStore()
+    sender, hands = JobSender(queue, store, keys, HeldBytes(), signer), await consumed(queue)
+    leaving = asyncio.create_task(submitted(sender, "f", b"x" * (INLINE_BODY_BYTES + 1)))
+    await until(lambda: not queue.refusals)
+    leaving.cancel()
+    await asyncio.gather(leaving, return_exceptions=True)
+    await asyncio.sleep(3 * REPUBLISH_EVERY_S)
+    assert not hands.held and await store.get(keys.body("f")) is None and sender.held.held == 0
+
+
 # Ends that a sender writes.
 
 
@@ -240,10 +251,8 @@ async def test_a_job_is_cancelled_once_and_whoever_waits_is_told(sender: JobSend
     await asyncio.gather(listening, reading, return_exceptions=True)
 
 
-async def test_the_end_of_a_job_that_waits_is_kept_until_its_message_has_come(
-    sender: JobSender, store: Store, queue: Queue, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The message of a delayed job cannot be taken back: a replica that finds no end would run it after all."""
+def noted_ends(store: Store, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Returns for how many ms each end that is recorded from now on is kept."""
     kept_ms: list[int] = []
     end_then = store.jobs.end_then
 
@@ -252,6 +261,14 @@ async def test_the_end_of_a_job_that_waits_is_kept_until_its_message_has_come(
         end_then(end, on_done)
 
     monkeypatch.setattr(store.jobs, "end_then", noting)
+    return kept_ms
+
+
+async def test_the_end_of_a_job_that_waits_is_kept_until_its_message_has_come(
+    sender: JobSender, store: Store, queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message of a delayed job cannot be taken back: a replica that finds no end would run it after all."""
+    kept_ms = noted_ends(store, monkeypatch)
     await queue.declare("b", 1, None)
     await queue.later.declare()
     month_ms = 30 * 24 * 3600 * 1000
@@ -260,6 +277,18 @@ async def test_the_end_of_a_job_that_waits_is_kept_until_its_message_has_come(
     await begun(store, id=running)
     assert await sender.cancel(running)
     assert kept_ms[0] > month_ms > kept_ms[1]
+
+
+async def test_the_end_of_a_job_that_runs_is_kept_as_long_as_its_replica_would_keep_its_result(
+    sender: JobSender, store: Store, queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept_ms = noted_ends(store, monkeypatch)
+    await queue.declare("b", 1, None)
+    for kept_s in (3600, 0, 1):
+        id = await submitted(sender)
+        await store.jobs.begin(Run(id, b"run", "r", FACTS, now_ms=2000, result_ttl_s=kept_s))
+        assert await sender.cancel(id)
+    assert kept_ms == [3_600_000, JOB_RESULT_TTL_S * 1000, 600_000], "until its message cannot come again, at least"
 
 
 async def test_a_job_that_was_not_begun_in_time_has_expired(sender: JobSender, store: Store, queue: Queue) -> None:
@@ -277,7 +306,7 @@ async def test_a_job_that_has_begun_does_not_expire(sender: JobSender, store: St
     await queue.declare("b", 1, None)
     id = await submitted(sender, terms=JobTerms(expires_ms=store.now_ms() - 10_000))
     await begun(store, id=id)
-    await store.jobs.give_back(id, b"run")
+    await store.jobs.give_back(id, b"run", FACTS)
     await begun(store, b"another", id)
     record = await sender.look(id)
     assert record is not None and record.state is JobState.RUNNING
@@ -324,6 +353,28 @@ async def test_a_large_body_is_sent_once_more(sender: JobSender, store: Store, k
     await store.delete(keys.body(id))
     with pytest.raises(ResultGone, match="body of job"):
         await sender.retry(id, mint_id())
+
+
+async def test_large_bodies_are_read_one_at_a_time(sender: JobSender, store: Store, queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody knows how large they are before that."""
+    await queue.declare("b", 1, None)
+    ids = [await submitted(sender, body=b"x" * (INLINE_BODY_BYTES + 1)) for _ in range(5)]
+    for id in ids:
+        await ended(store, id, state=JobState.FAILED)
+    get_large, uncounted, most = store.get_large, 0, 0
+
+    async def reading(key: str) -> bytes | None:
+        nonlocal uncounted, most
+        uncounted += 1
+        most = max(most, uncounted)
+        found = await get_large(key)
+        await asyncio.sleep(0.01)
+        uncounted -= 1
+        return found
+
+    monkeypatch.setattr(store, "get_large", reading)
+    await asyncio.gather(*(sender.retry(id, mint_id()) for id in ids))
+    assert most == 1 and sender.held.held == 0
 
 
 async def test_a_job_whose_message_is_not_kept_is_not_sent_once_more(sender: JobSender, store: Store) -> None:

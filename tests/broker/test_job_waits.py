@@ -1,20 +1,21 @@
 """Waiting for jobs and following them, in any process: both stores."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 
-from mqserve.broker.calls.job_events import JobFollower
+from mqserve.broker.calls.job_events import JobFollower, JobFollowers
 from mqserve.broker.calls.pending import PendingResults
 from mqserve.broker.errors import BadEnvelope, ResultGone, StoreUnavailable
 from mqserve.broker.job_store import NumberedEvent
 from mqserve.broker.jobs import KEPT_EVENTS, EventKind, JobEvent, JobState
 from mqserve.broker.memory.store import EmbeddedStore
+from mqserve.broker.process.tasks import Tasks
 from mqserve.broker.redis.store import open_redis
-from mqserve.broker.results import INLINE_BYTES, Result, entry_of
+from mqserve.broker.results import EVENT_KIND, INLINE_BYTES, InboxEntry, Result, entry_of
 from mqserve.broker.store import Store
 from mqserve.broker.store_keys import StoreKeys
 from tests.broker.keeping_jobs import added, begun, ended
@@ -281,6 +282,32 @@ async def test_events_that_the_inbox_did_not_bring_are_read(store: Store, keys: 
     store.jobs.note("f", b"run", JobEvent(EventKind.LOG, text="5"))
     await succeeded(store)
     assert [text for _, text in await all_of(follower)] == ["running", "0", "1", "2", "3", "4", "5", "succeeded"]
+
+
+async def test_all_that_comes_in_behind_one_gap_is_read_in_few_turns(keys: StoreKeys, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, tasks, reads = EmbeddedStore(), Tasks(), list[int]()
+    events = store.jobs.events
+
+    async def slowly(future_id: str, after: int = 0) -> Sequence[NumberedEvent]:
+        found = await events(future_id, after)
+        reads.append(len(found))
+        await asyncio.sleep(0.05)  # what comes in meanwhile is not among them
+        return found
+
+    followers = JobFollowers(store, keys.inbox("p"), tasks)
+    await begun(store)
+    follower = await followers.follow("f")
+    monkeypatch.setattr(store.jobs, "events", slowly)
+    for number in range(2, 202):
+        store.jobs.note("f", b"run", JobEvent(EventKind.LOG, text=str(number)))
+        if number > 2:  # the inbox has lost that one
+            followers.hear(InboxEntry(1, "f", EVENT_KIND, number, JobEvent(EventKind.LOG, text=str(number)).to_bytes()))
+        if number == 100:
+            await until(lambda: reads)
+    await until(lambda: follower.heard == 201)
+    assert len(reads) == 2
+    assert [seq for seq, _ in await follower.more()] == list(range(1, 202))
+    followers.leave(follower)
 
 
 def forget_followers(store: Store) -> None:

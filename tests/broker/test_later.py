@@ -1,7 +1,7 @@
 """Jobs that wait for their time: when they come, where they go, and whose they have to be."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
@@ -20,6 +20,8 @@ from mqserve.broker.settings import Settings
 from mqserve.broker.store import Store
 from mqserve.broker.store_keys import StoreKeys
 from mqserve.controller.due import DueJobs
+from mqserve.controller.endpoint_jobs import EndpointJobs
+from mqserve.controller.state.documents import Backend, Desired, Endpoint
 from mqserve.replicas.trust import SenderTrust
 from tests.broker.traffic import Hands, until
 
@@ -181,15 +183,23 @@ class Trusting:
 
 @asynccontextmanager
 async def forwarding(
-    queue: Queue, store: Store, *, backends: tuple[str, ...] = ("b", "other"), senders: SenderTrust | None = None, sealed: bool = False
+    queue: Queue,
+    store: Store,
+    *,
+    backends: tuple[str, ...] = ("b", "other"),
+    endpoints: Mapping[str, Endpoint] = {},
+    senders: SenderTrust | None = None,
+    sealed: bool = False,
+    namespace: str = "test",
 ) -> AsyncIterator[DueJobs]:
-    """As a leading controller looks after the jobs that wait."""
+    """As a leading controller looks after the jobs that wait, and those to endpoints."""
 
     async def leading(act: Callable[[], Awaitable[T]]) -> T:
         return await act()
 
-    due = DueJobs(queue.later, senders or Trusting(), store, leading)
-    await due.go_on(backends, sealed=sealed)
+    due = DueJobs(queue.later, EndpointJobs(namespace, queue, store, StoreKeys(namespace)), senders or Trusting(), store, leading)
+    desired = Desired(backends={name: Backend(name, "", name) for name in backends}, endpoints=dict(endpoints))
+    await due.go_on(desired, sealed=sealed)
     try:
         yield due
     finally:

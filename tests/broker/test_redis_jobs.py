@@ -13,6 +13,7 @@ from mqserve.broker.jobs import (
     WAIT_TTL_S,
     Attempt,
     Done,
+    EndNote,
     EventKind,
     JobEvent,
     JobFacts,
@@ -20,7 +21,9 @@ from mqserve.broker.jobs import (
     Leased,
     event_entry,
 )
-from mqserve.broker.redis.batch_writer import FLUSH_BYTES
+from mqserve.broker.redis import job_script
+from mqserve.broker.redis.batch_writer import FLUSH_BATCH, FLUSH_BYTES
+from mqserve.broker.redis.job_script import JobSteps, Step
 from mqserve.broker.redis.store import open_redis
 from mqserve.broker.results import entry_of
 from mqserve.broker.store import StoreClosed
@@ -28,7 +31,7 @@ from mqserve.broker.store_keys import StoreKeys
 from tests.broker.keeping_jobs import FACTS, added, begun, end_of, ended, state_of
 from tests.broker.test_redis_streams import kill_connections
 from tests.broker.test_store_contract import reading
-from tests.broker.traffic import until
+from tests.broker.traffic import BUDGET_S, until
 from tests.faults.wire import Wire
 from tests.servers import PrivateRedis
 
@@ -92,22 +95,20 @@ async def test_ids_whose_records_have_expired_leave_the_list(store_server: Priva
             await begun(store, id=str(number))
             await ended(store, str(number), result_ttl_ms=1)
         assert store_server.say("ZCARD", keys.jobs) < 500
-        assert store_server.say("EXISTS", keys.waiting("b")) == 0
-        assert store_server.say("XLEN", keys.ends) == 1000
+        assert store_server.say("EXISTS", keys.waiting("b"), keys.ends) == 0
 
 
-async def test_each_end_is_in_the_outbox_once(store_server: PrivateRedis, namespace: str, keys: StoreKeys) -> None:
+async def test_each_end_from_which_something_follows_is_in_the_outbox_once(
+    store_server: PrivateRedis, namespace: str, keys: StoreKeys
+) -> None:
     async with open_redis(store_server.url, namespace) as store:
         await added(store)
         for _ in range(3):
-            await ended(store)
-        await ended(store, result=b"another")
+            await ended(store, callback="https://hooks.example/")
+        await ended(store, result=b"another", callback="https://hooks.example/")
         await ended(store, "g", state=JobState.EXPIRED)
-        found = [fields for _, fields in store_server.say("XRANGE", keys.ends, "-", "+")]
-    assert found == [
-        {b"id": b"f", b"state": b"succeeded", b"backend": b"b"},
-        {b"id": b"g", b"state": b"expired", b"backend": b"b"},
-    ]
+        found = [EndNote.from_bytes(fields[b"end"]) for _, fields in store_server.say("XRANGE", keys.ends, "-", "+")]
+    assert found == [EndNote("f", JobState.SUCCEEDED, found[0].ended_ms, callback="https://hooks.example/")]
 
 
 # The connection ends, or leads nowhere.
@@ -120,9 +121,9 @@ async def test_steps_whose_answers_were_lost_are_taken_once(store_wire: Wire, na
         for step in (
             lambda: added(store),
             lambda: begun(store),
-            lambda: store.jobs.try_again("f", b"run", Attempt(1, ended_ms=5, error="no")),
+            lambda: store.jobs.try_again("f", b"run", Attempt(1, ended_ms=5, error="no"), FACTS),
             lambda: begun(store, b"second"),
-            lambda: store.jobs.give_back("f", b"second"),
+            lambda: store.jobs.give_back("f", b"second", FACTS),
             lambda: begun(store, b"third"),
             lambda: ended(store, token=b"third"),
         ):
@@ -138,6 +139,33 @@ async def test_steps_whose_answers_were_lost_are_taken_once(store_wire: Wire, na
         states = [event.state for _, event in await store.jobs.events("f")]
         assert states == ["queued", "running", "queued", "running", "queued", "running", "succeeded"]
         await until(lambda: b"note of result" in notes)
+
+
+async def test_events_whose_answers_were_lost_are_added_once(store_wire: Wire, namespace: str) -> None:
+    async with open_redis(store_wire.url, namespace) as store:
+        for run in (b"run", b"second"):  # the numbers begin anew with each run
+            await begun(store, run)
+            for word in ("one", "two"):
+                store_wire.hold_answers()
+                store.jobs.note("f", run, JobEvent(EventKind.LOG, text=word))
+                await asyncio.sleep(0.1)
+                store_wire.reset()
+                store_wire.mend()
+            await store.jobs.give_back("f", run, FACTS)
+        words = [event.text or event.state for _, event in await store.jobs.events("f")]
+    assert words == 2 * ["running", "one", "two", "queued"]
+
+
+async def test_callers_who_do_not_wait_any_more_cost_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_script, "_ANSWER_S", 0.05)
+    sent: list[Step] = []
+    steps = JobSteps(lambda batch, on_taken: sent.extend(batch))  # which answers nothing
+    async with asyncio.timeout(BUDGET_S):
+        outcomes = await asyncio.gather(*(steps.take(Step("read", str(n), {})) for n in range(20_000)), return_exceptions=True)
+    assert {type(outcome) for outcome in outcomes} == {StoreUnavailable}
+    steps._written(StoreUnavailable("no answer"))
+    await until(lambda: not steps._buffer)
+    assert len(sent) == FLUSH_BATCH, "what nobody waits for is not sent"
 
 
 async def test_a_partition_without_a_fin_is_said_in_time(store_wire: Wire, namespace: str) -> None:

@@ -6,27 +6,29 @@ import ssl
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from email.utils import formatdate
 
+import msgspec
 import pytest
 import trustme
 from standardwebhooks import Webhook as Library
 from yarl import URL
 
-from mqserve.broker.callbacks import CallbackRules, CallbackSettings
-from mqserve.broker.errors import BadValue
+from mqserve.broker.callbacks import CallbackRules, CallbackSettings, NotAllowed
+from mqserve.broker.errors import BadValue, BrokerUnavailable
 from mqserve.broker.jobs import EndNote, JobEnd, JobState, Sequel
 from mqserve.broker.memory.queue import EmbeddedQueue
 from mqserve.broker.memory.store import EmbeddedStore
-from mqserve.broker.memory.webhooks import EmbeddedWebhooks
+from mqserve.broker.memory.webhooks import EmbeddedWebhookDelivery, EmbeddedWebhooks
 from mqserve.broker.queue import Queue
 from mqserve.broker.settings import Settings
 from mqserve.broker.store import Store, recorded
 from mqserve.broker.store_keys import StoreKeys
-from mqserve.broker.values.webhook_signing import WebhookSigner, written
+from mqserve.broker.values.webhook_signing import WebhookSigner, derived_secret, written
 from mqserve.broker.webhooks import GIVEN_UP_AFTER_MS, VERSION, WAITS_S, Webhook, WebhookDelivery, next_wait_s
 from mqserve.controller.end_webhooks import EndWebhooks
 from mqserve.controller.outbox import Outbox
-from mqserve.controller.receivers import NotReceived, Receivers, is_global
+from mqserve.controller.receivers import NotReceived, Receivers, is_global, resolve
 from mqserve.controller.webhooks import WebhookSending
 from tests.broker.traffic import until
 from tests.ports import free_port
@@ -35,7 +37,7 @@ from tests.receivers import receiving
 pytestmark = pytest.mark.anyio
 
 SECRETS = [b"a secret of a receiver, 32 bytes.", b"another one, which is 32 bytes.."]
-RULES = CallbackRules(("hooks.example", "*.inner.example"), http=True)
+RULES = CallbackRules(("hooks.example:*", "*.inner.example"), http=True)
 LOCAL = [ipaddress.ip_network("127.0.0.1/32")]
 BODY = '{"type":"job.succeeded"}'
 
@@ -48,6 +50,39 @@ BODY = '{"type":"job.succeeded"}'
 )
 def test_a_url_of_a_host_that_is_set_is_taken(url: str) -> None:
     assert RULES.check(url).raw_path
+
+
+def test_path_and_query_are_sent_as_they_are_written() -> None:
+    assert RULES.check("https://hooks.example/a%2Fb?x=%20&y=%7E").raw_path_qs == "/a%2Fb?x=%20&y=%7E"
+
+
+@pytest.mark.parametrize(
+    ("host", "url", "is_taken"),
+    [
+        ("hooks.example", "https://hooks.example:443/", True),
+        ("hooks.example", "http://hooks.example:80/", True),
+        ("hooks.example", "https://hooks.example:8443/", False),
+        ("hooks.example", "https://hooks.example:80/", False),
+        ("hooks.example", "https://hooks.example:0/", False),
+        ("hooks.example:8443", "https://hooks.example:8443/", True),
+        ("hooks.example:8443", "https://hooks.example/", False),
+        ("hooks.example:*", "https://hooks.example:22/", True),
+        ("*.hooks.example:8443", "https://a.hooks.example:8443/", True),
+        ("::1", "https://[::1]/", True),
+        ("[::1]:8443", "https://[::1]:8443/", True),
+        ("[::1]:8443", "https://[::1%25lo]:8443/", False),
+        ("127.0.0.1", "https://2130706433/", False),
+        ("127.0.0.1", "https://0x7f.1/", False),
+        ("127.0.0.1", "https://[::ffff:127.0.0.1]/", False),
+    ],
+)
+def test_a_host_is_called_at_the_port_of_its_scheme_unless_the_setting_names_another(host: str, url: str, is_taken: bool) -> None:
+    rules = CallbackSettings.read({"MQSERVE_CALLBACK_HOSTS": host, "MQSERVE_CALLBACK_HTTP": "1"}, "").rules
+    if is_taken:
+        assert rules.check(url).port
+    else:
+        with pytest.raises(NotAllowed):
+            rules.check(url)
 
 
 @pytest.mark.parametrize(
@@ -84,13 +119,13 @@ def test_without_hosts_nobody_is_called_and_without_leave_nobody_by_http() -> No
 def test_the_settings_go_to_the_controllers_and_not_to_their_children() -> None:
     env = {
         "MQSERVE_SECRET_KEY": "k" * 32,
-        "MQSERVE_CALLBACK_HOSTS": "Hooks.example, *.inner.example",
+        "MQSERVE_CALLBACK_HOSTS": "Hooks.example:*, *.inner.example",
         "MQSERVE_CALLBACK_HTTP": "1",
         "MQSERVE_CALLBACK_NETWORKS": "10.0.0.0/8",
-        "MQSERVE_WEBHOOK_SECRET": written(SECRETS[0]),
+        "MQSERVE_WEBHOOK_SECRET": ", ".join(map(written, SECRETS)),
     }
     settings = Settings.read(env)
-    assert settings.callbacks.rules == RULES and settings.webhook_secrets == (SECRETS[0],)
+    assert settings.callbacks.rules == RULES and settings.webhook_secrets == tuple(SECRETS)
     assert Settings.read(settings.to_env()) == settings
     assert settings.for_proxy().callbacks == settings.for_replica().callbacks == CallbackSettings()
 
@@ -100,9 +135,12 @@ def test_the_settings_go_to_the_controllers_and_not_to_their_children() -> None:
     [
         ("MQSERVE_CALLBACK_HOSTS", "*"),
         ("MQSERVE_CALLBACK_HOSTS", "https://hooks.example"),
+        ("MQSERVE_CALLBACK_HOSTS", "hooks.example:https"),
+        ("MQSERVE_CALLBACK_HOSTS", "hooks.example:0"),
         ("MQSERVE_CALLBACK_NETWORKS", "10.0.0.1/8"),
         ("MQSERVE_WEBHOOK_SECRET", "whsec_short"),
         ("MQSERVE_WEBHOOK_SECRET", "no secret that is written right"),
+        ("MQSERVE_WEBHOOK_SECRET", f"{written(SECRETS[0])},whsec_short"),
     ],
 )
 def test_settings_that_are_wrong_are_refused(name: str, value: str) -> None:
@@ -130,6 +168,7 @@ def test_a_global_address_may_be_asked(text: str) -> None:
         "127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.1.1", "255.255.255.255",
         "240.0.0.1", "::1", "::", "fe80::1", "fc00::1", "fec0::1", "ff0e::1", "::ffff:127.0.0.1", "::ffff:169.254.169.254",
         "64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe", "64:ff9b:1::1", "2002:7f00:1::1", "2002:a9fe:a9fe::", "2001:0:5db8:d822::1", "2001:db8::1",
+        "168.63.129.16", "192.0.0.192", "::ffff:168.63.129.16",
         "::127.0.0.1", "fd00:ec2::254",
     ],
 )  # fmt: skip
@@ -150,7 +189,7 @@ class Names:
 
 
 async def post(receiver_port: int, names: Names, host: str = "hooks.example") -> int:
-    return await Receivers(LOCAL, names).post(URL(f"http://{host}:{receiver_port}/x?y=1"), {}, b"body")
+    return (await Receivers(LOCAL, names).post(URL(f"http://{host}:{receiver_port}/x?y=1"), {}, b"body")).status
 
 
 async def test_a_name_that_changes_its_address_after_the_check_is_not_asked_again() -> None:
@@ -201,7 +240,8 @@ async def test_a_slow_receiver_is_given_up(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     "said", [b"SSH-2.0-OpenSSH\r\n", b"HTTP/1.1 200 OK\r\nX: " + b"x" * 100_000, b"HTTP/1.1 100 Continue\r\n\r\n" * 4000]
 )
-async def test_what_is_no_answer_is_read_only_in_part(said: bytes) -> None:
+async def test_what_is_no_answer_is_read_only_in_part(said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mqserve.controller.receivers.ATTEMPT_S", 0.5)
     async with speaking(said) as port:
         with pytest.raises(NotReceived):
             await post(port, Names(["127.0.0.1"]))
@@ -248,7 +288,7 @@ async def test_https_goes_to_the_checked_address_under_the_name_of_the_host() ->
     async with server:
         port = server.sockets[0].getsockname()[1]
         receivers = Receivers(LOCAL, Names(["127.0.0.1"]), trusting)
-        assert await receivers.post(URL(f"https://hooks.example:{port}/"), {}, b"body") == 200
+        assert (await receivers.post(URL(f"https://hooks.example:{port}/"), {}, b"body")).status == 200
         with pytest.raises(NotReceived, match="certificate"):
             await receivers.post(URL(f"https://other.example:{port}/"), {}, b"body")
     assert asked == ["hooks.example", "other.example"]
@@ -259,15 +299,25 @@ async def test_https_goes_to_the_checked_address_under_the_name_of_the_host() ->
 
 @pytest.mark.parametrize("secret", SECRETS)
 def test_the_library_of_the_receiver_takes_the_signature_of_each_secret(secret: bytes) -> None:
-    signer = WebhookSigner(SECRETS)
+    signer = WebhookSigner(SECRETS, "ns")
     headers = signer.headers(signer.id_of("job", "job.failed"), BODY.encode(), int(time.time()))
     assert Library(written(secret)).verify(BODY, headers) == {"type": "job.succeeded"}
 
 
 def test_a_webhook_has_the_same_id_in_each_try_and_another_one_than_others() -> None:
-    signer = WebhookSigner(SECRETS)
+    signer = WebhookSigner(SECRETS, "ns")
     assert signer.id_of("a", "job.failed") == signer.id_of("a", "job.failed")
-    assert len({signer.id_of(job, event) for job in ("a", "b") for event in ("job.failed", "job.succeeded")}) == 4
+    signers = (signer, WebhookSigner(SECRETS, "another"))
+    assert len({one.id_of(job, event) for one in signers for job in ("a", "b") for event in ("job.failed", "job.succeeded")}) == 8
+    assert WebhookSigner(SECRETS[1:], "ns").id_of("a", "job.failed") == signer.id_of("a", "job.failed"), "once the secret has changed"
+
+
+def test_while_the_key_is_changed_webhooks_have_the_signatures_of_both() -> None:
+    earlier, later = "e" * 32, "l" * 32
+    settings = Settings.read({"MQSERVE_SECRET_KEY": later, "MQSERVE_SECRET_KEY_PREVIOUS": earlier})
+    headers = WebhookSigner(settings.webhook_secrets, settings.namespace).headers("msg_1", BODY.encode(), int(time.time()))
+    for key in (earlier, later):
+        assert Library(written(derived_secret(key.encode(), settings.namespace))).verify(BODY, headers)
 
 
 # What becomes of them.
@@ -287,26 +337,31 @@ def test_the_pauses_grow_up_to_two_hours_and_end_after_a_day() -> None:
     assert GIVEN_UP_AFTER_MS <= now_ms < GIVEN_UP_AFTER_MS + 8192_000
 
 
+@pytest.mark.parametrize(("asked_s", "waits_s"), [(0, 8), (7, 8), (9, 16), (3600, 4096), (10**8, 8192)])
+def test_a_receiver_that_says_when_it_wants_to_be_asked_again_is_not_asked_before(asked_s: float, waits_s: int) -> None:
+    assert next_wait_s(Webhook(VERSION, "", "", "", 0, tries=2), 0, asked_s) == waits_s
+
+
 class Hasty(EmbeddedWebhooks):
     """Notes how long webhooks are to wait, and lets none wait."""
 
     def __init__(self) -> None:
         super().__init__()
         self.waits: list[int] = []
-        self.dead: list[Webhook] = []
+        self.given_up: list[Webhook] = []
 
     async def wait(self, webhook: Webhook, wait_s: int) -> None:
         self.waits.append(wait_s)
         await self.send(webhook)
 
     async def set_aside(self, webhook: Webhook) -> None:
-        self.dead.append(webhook)
+        self.given_up.append(webhook)
 
 
 @asynccontextmanager
 async def sending(webhooks: EmbeddedWebhooks, *addresses: str) -> AsyncIterator[None]:
     store = EmbeddedStore("ns")
-    sender = WebhookSending(webhooks, store, WebhookSigner(SECRETS), RULES, Receivers(LOCAL, Names(addresses or ["127.0.0.1"])))
+    sender = WebhookSending(webhooks, store, WebhookSigner(SECRETS, "ns"), RULES, Receivers(LOCAL, Names(addresses or ["127.0.0.1"])))
     sender.go_on()
     try:
         yield
@@ -340,17 +395,45 @@ async def test_one_that_nobody_took_for_a_day_is_a_dead_letter_with_the_reason()
     with receiving(lambda number: (503, {})) as receiver:
         async with sending(webhooks):
             await webhooks.send(webhook_to(receiver.port, EmbeddedStore("ns").now_ms() - GIVEN_UP_AFTER_MS))
-            await until(lambda: webhooks.dead)
-    assert (webhooks.dead[0].tries, "503" in webhooks.dead[0].error) == (1, True)
+            await until(lambda: webhooks.given_up)
+    assert (webhooks.given_up[0].tries, "503" in webhooks.given_up[0].error) == (1, True)
 
 
-@pytest.mark.parametrize("url", ["http://other.example/x", "no url"])
-async def test_one_to_a_host_that_may_not_be_called_any_more_is_a_dead_letter_at_once(url: str) -> None:
+async def test_one_to_a_host_that_may_not_be_called_any_more_waits_for_other_settings() -> None:
+    webhooks = Hasty()
+    webhook = Webhook(VERSION, "msg_1", "http://other.example/x", BODY, EmbeddedStore("ns").now_ms())
+    async with sending(webhooks):
+        await webhooks.send(webhook)
+        await until(lambda: len(webhooks.waits) >= 3)
+        await webhooks.send(msgspec.structs.replace(webhook, since_ms=0))
+        await until(lambda: webhooks.given_up)
+    assert "MQSERVE_CALLBACK_HOSTS" in webhooks.given_up[0].error
+
+
+async def test_one_whose_url_makes_no_sense_is_a_dead_letter_at_once() -> None:
     webhooks = Hasty()
     async with sending(webhooks):
-        await webhooks.send(Webhook(VERSION, "msg_1", url, BODY, 0))
-        await until(lambda: webhooks.dead)
+        await webhooks.send(Webhook(VERSION, "msg_1", "no url", BODY, EmbeddedStore("ns").now_ms()))
+        await until(lambda: webhooks.given_up)
     assert not webhooks.waits
+
+
+async def test_one_that_its_connection_has_lost_is_left_to_the_broker_which_has_it_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Away(EmbeddedWebhooks):
+        asked = 0
+
+        async def wait(self, webhook: Webhook, wait_s: int) -> None:
+            Away.asked += 1
+            raise BrokerUnavailable("away")
+
+    monkeypatch.setattr("mqserve.controller.webhooks.TRY_AGAIN_S", 0.01)
+    webhooks = Away()
+    async with sending(webhooks, "127.0.0.2"):
+        await webhooks.send(webhook_to(1, EmbeddedStore("ns").now_ms()))
+        await until(lambda: Away.asked >= 3)
+        monkeypatch.setattr(EmbeddedWebhookDelivery, "is_lost", True)
+        await until(lambda: not webhooks.waiting and not webhooks._unsettled)
+    assert not webhooks.waiting
 
 
 async def test_a_receiver_that_is_gone_for_good_is_not_asked_again() -> None:
@@ -358,8 +441,64 @@ async def test_a_receiver_that_is_gone_for_good_is_not_asked_again() -> None:
     with receiving(lambda number: (410, {})) as receiver:
         async with sending(webhooks):
             await webhooks.send(webhook_to(receiver.port, EmbeddedStore("ns").now_ms()))
-            await until(lambda: webhooks.dead)
+            await until(lambda: webhooks.given_up)
         assert len(receiver.received) == 1 and not webhooks.waits
+
+
+@pytest.mark.parametrize("as_date", [False, True])
+async def test_a_receiver_that_is_busy_is_asked_again_when_it_says(as_date: bool) -> None:
+    webhooks, said = Hasty(), formatdate(time.time() + 30, usegmt=True) if as_date else "30"
+    with receiving(lambda number: (429, {"Retry-After": said}) if number == 1 else (204, {})) as receiver:
+        async with sending(webhooks):
+            await webhooks.send(webhook_to(receiver.port, EmbeddedStore("ns").now_ms()))
+            await until(lambda: len(receiver.received) == 2)
+    assert webhooks.waits == [32]
+
+
+async def test_a_receiver_that_is_slow_has_a_share_of_the_room_and_others_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mqserve.controller.receivers.SLOW_S", 0.05)
+    monkeypatch.setattr("mqserve.controller.receivers.ATTEMPT_S", 0.2)
+    monkeypatch.setattr("mqserve.controller.receivers.SHARE", 2)
+    async with speaking(b"") as silent:
+        receivers = Receivers(LOCAL, Names(["127.0.0.1"]))
+
+        async def ask(port: int) -> str:
+            try:
+                return str((await receivers.post(URL(f"http://hooks.example:{port}/"), {}, b"body")).status)
+            except NotReceived as error:
+                return str(error)
+
+        assert all("no answer" in said for said in await asyncio.gather(*(ask(silent) for _ in range(5))))
+        with receiving() as receiver:
+            again = [asyncio.create_task(ask(silent)) for _ in range(5)]
+            said = await asyncio.gather(*(ask(receiver.port) for _ in range(5)))
+            assert said == ["200"] * 5
+            assert sorted("is slow" in one for one in await asyncio.gather(*again)) == [False, False, True, True, True]
+
+
+async def test_a_receiver_that_has_become_quick_again_has_no_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mqserve.controller.receivers.SHARE", 1)
+    with receiving() as receiver:
+        receivers, url = Receivers(LOCAL, Names(["127.0.0.1"])), URL(f"http://hooks.example:{receiver.port}/")
+        monkeypatch.setattr("mqserve.controller.receivers.SLOW_S", 0)
+        await receivers.post(url, {}, b"body")
+        monkeypatch.setattr("mqserve.controller.receivers.SLOW_S", 10)
+        await receivers.post(url, {}, b"body")
+        answers = await asyncio.gather(*(receivers.post(url, {}, b"body") for _ in range(5)))
+        assert [answer.status for answer in answers] == [200] * 5
+
+
+async def test_names_are_looked_up_beside_the_loop_and_what_is_none_has_no_address() -> None:
+    assert "127.0.0.1" in await resolve("localhost", 80)
+    for name in ("x" * 64 + ".example", "name.invalid", "2130706433.invalid"):
+        with pytest.raises((OSError, UnicodeError)):
+            await resolve(name, 80)
+
+
+@pytest.mark.parametrize("host", ["2130706433", "0177.0.0.1", "0x7f.1", "0", "localhost"])
+async def test_other_ways_to_write_an_address_lead_nowhere_either(host: str) -> None:
+    with pytest.raises(NotReceived):
+        await Receivers().post(URL(f"http://{host}:80/"), {}, b"body")
 
 
 async def test_nothing_goes_to_a_forbidden_address() -> None:
@@ -418,9 +557,10 @@ def outbox_of(store: Store, webhooks: EmbeddedWebhooks, signer: WebhookSigner) -
 
 
 async def test_what_is_in_the_outbox_is_sent_once_more_after_a_death_under_the_same_id(store: Store) -> None:
-    queue, signer = EmbeddedQueue(), WebhookSigner(SECRETS)
+    queue, signer = EmbeddedQueue(), WebhookSigner(SECRETS, "ns")
     await recorded(store.jobs.end_then, end_of(store, "one", "https://hooks.example/1"))
     await recorded(store.jobs.end_then, end_of(store, "two", "https://elsewhere.example/"))
+    await recorded(store.jobs.end_then, end_of(store, "three", "no url"))
 
     class Dying(EmbeddedWebhooks):
         async def send(self, webhook: Webhook) -> None:
@@ -434,6 +574,6 @@ async def test_what_is_in_the_outbox_is_sent_once_more_after_a_death_under_the_s
     assert (
         [webhook.id for webhook in dying.waiting]
         == [webhook.id for webhook in queue.webhooks.waiting]
-        == [signer.id_of("one", "job.succeeded")]
+        == [signer.id_of(job, "job.succeeded") for job in ("one", "two")]
     )
     assert not await store.jobs.ends(10)

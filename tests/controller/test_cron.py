@@ -1,13 +1,13 @@
 """When schedules fire."""
 
 from datetime import UTC, datetime, timedelta
-from itertools import pairwise
+from itertools import islice, pairwise
 from zoneinfo import ZoneInfo
 
 import pytest
 
 import mqserve as serve
-from mqserve.controller.cron import LATE_MS, Cron, due, next_time
+from mqserve.controller.cron import LATE_MS, Cron, due, next_time, next_times
 from mqserve.controller.state.documents import Schedule
 
 BERLIN = ZoneInfo("Europe/Berlin")
@@ -65,7 +65,17 @@ def test_back_and_forth_are_the_same_times(expression: str, start: datetime) -> 
         assert cron.next_after(after - 1) == after
 
 
-@pytest.mark.parametrize("expression", ["", "x", "* * * *", "61 * * * *", "@daily", "* * * * * * *"])
+@pytest.mark.parametrize(
+    ("word", "expression"),
+    [("@hourly", "0 * * * *"), ("@daily", "0 0 * * *"), (" @Weekly ", "0 0 * * 0"), ("@monthly", "0 0 1 * *"), ("@yearly", "0 0 1 1 *")],
+)
+def test_the_words_of_crontabs_are_read(word: str, expression: str) -> None:
+    starts = [berlin("2026-03-28"), berlin("2026-10-24"), berlin("2026-12-31")]
+    word_times = [Cron(word, "Europe/Berlin").next_after(start) for start in starts]
+    assert word_times == [Cron(expression, "Europe/Berlin").next_after(start) for start in starts]
+
+
+@pytest.mark.parametrize("expression", ["", "x", "* * * *", "61 * * * *", "@reboot", "* * * * * * *", "9" * 5000 + " * * * *"])
 def test_what_is_no_cron_expression_is_refused(expression: str) -> None:
     with pytest.raises(serve.BadValue, match="is no cron expression"):
         Cron(expression, "UTC")
@@ -117,3 +127,9 @@ def test_a_paused_schedule_has_no_next_time() -> None:
     assert next_time(schedule, MIDNIGHT) == MIDNIGHT + HOUR_MS
     paused = Schedule("s", "e", "0 * * * *", "UTC", b"", "token", paused=True)
     assert next_time(paused, MIDNIGHT) is None
+    assert list(next_times(paused, MIDNIGHT)) == []
+
+
+def test_the_next_times_follow_each_other() -> None:
+    schedule = Schedule("s", "e", "0 * * * *", "UTC", b"", "token")
+    assert list(islice(next_times(schedule, MIDNIGHT), 3)) == [MIDNIGHT + hour * HOUR_MS for hour in (1, 2, 3)]

@@ -1,8 +1,10 @@
 """The leader fires schedules: each time once, in spite of leaders that die, of brokers that are away, and of calls that nobody signed."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from datetime import datetime
 from typing import Any
 
 import msgspec
@@ -23,7 +25,7 @@ from mqserve.controller.firing import Firings
 from mqserve.controller.lease import Leader
 from mqserve.controller.schedule_changes import delete_schedule, pause_schedule, resume_schedule, set_schedule
 from mqserve.controller.state.documents import Backend, CatchUp, Desired, Endpoint, Observed, Schedule
-from mqserve.controller.state.firings import Firing, read_firings
+from mqserve.controller.state.firings import Firing, firings_to_bytes, read_firings
 from mqserve.controller.undoing import undo
 
 pytestmark = pytest.mark.anyio
@@ -37,13 +39,15 @@ ENDPOINT = Endpoint("e", None, (), {"b": 1.0})
 class Sent:
     """One job that was given to the sender."""
 
-    def __init__(self, job_id: str, backend: str, body: bytes, content_type: str, head: RequestHead, terms: JobTerms) -> None:
+    def __init__(self, job_id: str, backend: str, body: bytes, content_type: str, head: RequestHead, terms: JobTerms, sent_ms: int) -> None:
         self.id = job_id
         self.backend = backend
         self.content_type = content_type
         self.body = body
         self.schedule = dict(head.headers)[b"x-schedule"].decode()
         self.at = dict(head.headers)[b"x-scheduled-for"].decode()
+        self.at_ms = int(datetime.fromisoformat(self.at).timestamp() * 1000)
+        self.sent_ms = sent_ms
         self.terms = terms
 
 
@@ -59,6 +63,9 @@ class Recorder(JobSender):
     def __repr__(self) -> str:
         return f"<Recorder of {len(self.sent)}>"
 
+    def count(self, schedule: str) -> int:
+        return sum(job.schedule == schedule for job in self.sent)
+
     async def submit(
         self,
         future_id: str,
@@ -73,17 +80,27 @@ class Recorder(JobSender):
     ) -> JobFacts:
         if self.failures:
             raise self.failures.pop(0)
-        self.sent.append(Sent(future_id, backend, body, content_type, meta, terms))
+        self.sent.append(Sent(future_id, backend, body, content_type, meta, terms, time.time_ns() // 1_000_000))
         await self.takes.wait()
         return JobFacts(backend)
 
 
 def scheduled(
-    cron: str, since_ms: int, *, catch_up: CatchUp = "skip", data: Any = 7, name: str = "s", signer: Signer = SIGNER, token: str = "t"
+    cron: str,
+    since_ms: int,
+    *,
+    catch_up: CatchUp = "skip",
+    data: Any = 7,
+    name: str = "s",
+    endpoint: str = "e",
+    signer: Signer = SIGNER,
+    token: str = "t",
+    expires_ms: int = 0,
+    callback: str = "",
 ) -> Schedule:
-    content_type, body = encode_data(data, signer, "e", name)
-    call = ScheduledCall(VERSION, content_type, body, RequestHead(endpoint="e"), "", 2, "night", 60, 0)
-    return Schedule(name, "e", cron, "UTC", call.sealed(signer, "e", name), token, catch_up, since_ms)
+    content_type, body = encode_data(data, signer, endpoint, name)
+    call = ScheduledCall(VERSION, content_type, body, RequestHead(endpoint=endpoint), "", 2, "night", 60, expires_ms, callback)
+    return Schedule(name, endpoint, cron, "UTC", call.sealed(signer, endpoint, name), token, catch_up, since_ms)
 
 
 def document(*schedules: Schedule, **changes: Any) -> Desired:
@@ -119,13 +136,13 @@ async def until(condition: Callable[[], object], budget_s: float = 20) -> None:
             await asyncio.sleep(0.01)
 
 
-async def noted(store: Store, keys: StoreKeys, jobs: Recorder, name: str = "s") -> None:
-    """Returns once the store has the last job of the schedule."""
+async def noted(store: Store, keys: StoreKeys, jobs: Recorder, name: str = "s", more_than: int = 0) -> None:
+    """Returns once the store has the last job of the schedule, of more than so many."""
     async with asyncio.timeout(20):
         while True:
             found = read_firings(await store.get(keys.firings)).get(name)
             sent = [job.id for job in jobs.sent if job.schedule == name]
-            if found is not None and found.job == sent[-1]:
+            if found is not None and len(sent) > more_than and found.job == sent[-1]:
                 return
             await asyncio.sleep(0.01)
 
@@ -194,6 +211,96 @@ async def test_a_bug_with_one_schedule_stops_no_other(store: Store, keys: StoreK
         await until(lambda: jobs.sent)
         assert "schedule broken" in firings.problems
         await until(lambda: len(jobs.sent) >= 2)
+
+
+async def test_it_goes_on_where_that_of_an_ended_instance_was(store: Store, keys: StoreKeys) -> None:
+    """What was due between the two has the ids of the earlier one, which may have sent it already."""
+    jobs, now = Recorder(), store.now_ms()
+    before = {"s": Firing(until=now - 2 * YEAR_MS, times=f"{YEARLY} UTC", token="old")}
+    await store.set(keys.firings, firings_to_bytes(before), ttl_ms=60_000)
+    desired = document(scheduled(YEARLY, now, catch_up="once"), scheduled(EVERY_SECOND, now, name="marker"))
+    for leader in ("first", "second"):
+        async with firing(jobs, store, keys, desired, leader):
+            await noted(store, keys, jobs, "marker", more_than=jobs.count("marker"))
+    [job] = [job for job in jobs.sent if job.schedule == "s"]
+    assert job.id == SIGNER.derived_id("firing", "s", "old", job.at_ms)
+    assert {job.id for job in jobs.sent if job.schedule == "marker"} == {
+        SIGNER.derived_id("firing", "marker", "t", job.at_ms) for job in jobs.sent if job.schedule == "marker"
+    }
+
+
+@pytest.mark.parametrize("times", ["", f"{HOURLY} UTC", f"{YEARLY} Europe/Berlin"])
+async def test_it_does_not_go_on_where_another_was_or_one_that_was_paused(store: Store, keys: StoreKeys, times: str) -> None:
+    jobs, now = Recorder(), store.now_ms()
+    await store.set(keys.firings, firings_to_bytes({"s": Firing(until=now - 2 * YEAR_MS, times=times, token="old")}))
+    desired = document(scheduled(YEARLY, now, catch_up="once"), scheduled(EVERY_SECOND, now, name="marker"))
+    async with firing(jobs, store, keys, desired):
+        await noted(store, keys, jobs, "marker", more_than=0)
+    assert {job.schedule for job in jobs.sent} == {"marker"}
+
+
+async def test_what_the_next_instance_has_to_know_is_noted_before_the_first_firing(store: Store, keys: StoreKeys) -> None:
+    jobs, now = Recorder(), store.now_ms()
+    paused = msgspec.structs.replace(scheduled(YEARLY, now, name="paused"), paused=True)
+    desired = document(scheduled(YEARLY, now), paused, scheduled(EVERY_SECOND, now, name="marker"))
+    async with firing(jobs, store, keys, desired):
+        await noted(store, keys, jobs, "marker", more_than=0)
+    found = read_firings(await store.get(keys.firings))
+    assert found["s"] == Firing(until=now, times=f"{YEARLY} UTC", token="t")
+    assert found["paused"] == Firing(token="t")
+
+
+async def test_those_of_an_ended_instance_are_kept_until_all_is_declared(store: Store, keys: StoreKeys) -> None:
+    jobs, now, yet = Recorder(), store.now_ms(), Firing(until=5, times=f"{YEARLY} UTC", token="old")
+    await store.set(keys.firings, firings_to_bytes({"yet to come": yet}))
+    marker = scheduled(EVERY_SECOND, now, name="marker")
+    async with firing(jobs, store, keys, document(marker, incomplete=True)) as firings:
+        await noted(store, keys, jobs, "marker", more_than=0)
+        assert read_firings(await store.get(keys.firings))["yet to come"] == yet
+        firings.go_on(document(marker), Observed())
+        await noted(store, keys, jobs, "marker", more_than=jobs.count("marker"))
+        assert set(read_firings(await store.get(keys.firings))) == {"marker"}
+
+
+async def test_one_that_cannot_be_sent_makes_no_other_late(store: Store, keys: StoreKeys) -> None:
+    """One without its endpoint is tried again each second, and others go by their own times meanwhile."""
+    await asyncio.sleep((1500 - store.now_ms() % 1000) / 1000)  # looked at each second from here on, all would be half a second late
+    lost = scheduled(EVERY_SECOND, store.now_ms() - 1000, name="lost", endpoint="gone")
+    jobs = Recorder()
+    async with firing(jobs, store, keys, document(lost, scheduled(EVERY_SECOND, store.now_ms(), name="sound"))) as firings:
+        await until(lambda: len(jobs.sent) >= 4)
+        assert "no endpoint 'gone' any more" in firings.problems["schedule lost"]
+    assert {job.schedule for job in jobs.sent} == {"sound"}
+    assert min(job.sent_ms - job.at_ms for job in jobs.sent) < 400
+
+
+async def test_a_clock_that_is_set_back_stops_no_schedule(store: Store, keys: StoreKeys) -> None:
+    """What was fired, and what was declared, while the clock was wrong lies in the future then."""
+    jobs, now = Recorder(), store.now_ms()
+    fired, declared = scheduled(EVERY_SECOND, now, name="fired"), scheduled(EVERY_SECOND, now + YEAR_MS, name="declared")
+    await store.set(keys.firings, firings_to_bytes({"fired": Firing(now + YEAR_MS, "j")}))
+    async with firing(jobs, store, keys, document(fired, declared)):
+        await until(lambda: {job.schedule for job in jobs.sent} == {"fired", "declared"})
+    assert min(job.at_ms for job in jobs.sent) > now
+
+
+async def test_a_clock_that_is_set_back_a_little_fires_for_no_time_twice(store: Store, keys: StoreKeys) -> None:
+    jobs, until_ms = Recorder(), store.now_ms() + 2000
+    await store.set(keys.firings, firings_to_bytes({"s": Firing(until_ms, "j")}))
+    async with firing(jobs, store, keys, document(scheduled(EVERY_SECOND, 5))):
+        await until(lambda: jobs.sent)
+    assert jobs.sent[0].at_ms > until_ms
+
+
+async def test_its_jobs_are_treated_as_the_call_says(store: Store, keys: StoreKeys) -> None:
+    jobs = Recorder()
+    jobs.store = store
+    schedule = scheduled(YEARLY, store.now_ms() - 2 * YEAR_MS, catch_up="once", expires_ms=60_000, callback="https://e.example/hook")
+    async with firing(jobs, store, keys, document(schedule)):
+        await until(lambda: jobs.sent)
+    [job] = jobs.sent
+    assert job.terms.callback == "https://e.example/hook"
+    assert 0 < job.terms.expires_ms - store.now_ms() <= 60_000
 
 
 async def test_a_call_that_nobody_signed_is_not_sent(store: Store, keys: StoreKeys) -> None:

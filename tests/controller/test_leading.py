@@ -204,6 +204,21 @@ async def test_one_who_clears_halfway_harms_no_later_instance(store: Store, keys
     assert await store.get(keys.instance) is not None
 
 
+@pytest.mark.parametrize(("closing", "keeps_queues", "stay"), [(True, False, False), (True, True, True), (False, False, True)])
+async def test_the_firings_of_schedules_stay_where_the_queues_of_an_instance_do(
+    store: Store, keys: StoreKeys, closing: bool, keeps_queues: bool, stay: bool
+) -> None:
+    held = await claim_instance(store, keys, "", HTTP, detached=False)
+    raw = await store.get(keys.desired)
+    desired = msgspec.structs.replace(read_desired(raw), closing=closing, keeps_queues=keeps_queues)
+    assert await store.replace(keys.desired, raw, desired.to_bytes())
+    await store.set(keys.firings, b"{}")
+    await forget(store, keys, held.id)
+    assert await store.get_many([keys.desired, keys.firings]) == [None, b"{}" if stay else None]
+    await claim_instance(store, keys, "", HTTP, detached=False)
+    assert await store.get(keys.firings) == (b"{}" if stay else None)
+
+
 # Controllers, as tasks of one process.
 
 

@@ -72,6 +72,9 @@ class Composed:
         return self.programs[service]
 
     def _located(self, value: str) -> str:
+        if value.startswith("file://"):
+            (results := self.folder / "results").mkdir(exist_ok=True)
+            return results.as_uri()
         return value.replace("@rabbitmq:5672", f"@127.0.0.1:{self.broker.port}").replace("@redis:6379", f"@127.0.0.1:{self.store.port}")
 
     def outputs(self) -> str:

@@ -21,6 +21,7 @@ from tests.tallies import Tally
 
 CHANGE_OF_LEADERS_S = 10 + 15  # what is promised, and what a busy machine may add
 KILLING_S = 60.0
+LEADS_OR_WAITS = "mqserve.controller.loop: "  # the first that a controller says: that it leads, or that another one does
 
 
 class Cluster:
@@ -44,12 +45,17 @@ class Cluster:
         )
 
     def complete(self) -> None:
-        """Starts as many controllers as have ended; the first one alone, so that there is an instance to join."""
+        """Starts as many controllers as have ended, the first one alone, so that there is an instance to join. Returns once they have
+        joined, since one that comes after the end of the instance starts another."""
+        started: list[Program] = []
         while len(running := [controller for controller in self._controllers.values() if not controller.ended]) < 3:
-            controller = self._shell.start("controller")
+            controller = self._shell.start("--verbose", "controller")
             self._controllers[controller.pid] = controller
+            started.append(controller)
             if not running:
-                self.leader()
+                controller.wait_for(LEADS_OR_WAITS)
+        for controller in started:
+            controller.wait_for(LEADS_OR_WAITS)
 
     def close(self) -> None:
         for controller in self._controllers.values():

@@ -114,13 +114,16 @@ def test_a_drain_gives_a_job_back_and_it_begins_elsewhere_at_once(client: serve.
     assert ended(job).attempts == 1
 
 
+def one_runs_and_one_waits(handle: serve.Handle, gate: Gate) -> tuple[serve.Job, serve.Job]:
+    running = handle.submit()
+    wait_until(lambda: gate.came == 1)
+    return running, handle.submit()
+
+
 def test_a_job_that_waited_or_ran_while_rabbitmq_restarted_is_done(
     client: serve.Client, deploy: Deploy, tally: Tally, gate: Gate, broker_server: PrivateRabbitMQ
 ) -> None:
-    handle = client.get_handle(deploy(waiting_at(gate, tally)))
-    running = handle.submit()
-    wait_until(lambda: gate.came == 1)
-    waiting = handle.submit()
+    running, waiting = one_runs_and_one_waits(client.get_handle(deploy(waiting_at(gate, tally))), gate)
     broker_server.stop()
     broker_server.start()
     gate.open()
@@ -208,10 +211,7 @@ def test_a_job_that_has_had_all_its_attempts_is_a_dead_letter_with_its_history_a
 def test_a_redis_that_lost_everything_loses_no_job_that_runs_or_waits(
     client: serve.Client, deploy: Deploy, tally: Tally, gate: Gate, store_server: PrivateRedis
 ) -> None:
-    handle = client.get_handle(deploy(waiting_at(gate, tally)))
-    running = handle.submit()
-    wait_until(lambda: gate.came == 1)
-    waiting = handle.submit()
+    running, waiting = one_runs_and_one_waits(client.get_handle(deploy(waiting_at(gate, tally))), gate)
     store_server.kill()
     store_server.start()
     gate.open()

@@ -90,8 +90,15 @@ def hold(request):
     return f"held {len(request.data)}"
 
 
-for target in (double, relay, members, slow, environment, fail, witness, hold):
+def at_second_try(request):
+    if request.attempt == 1:
+        raise OSError("not yet")
+    return sorted(request.data)
+
+
+for target in (double, relay, members, slow, environment, fail, witness, hold, at_second_try):
     configs = {slow: {"request_timeout_s": 3}, hold: {"request_timeout_s": 600, "sync_threads": 4}, relay: {"queue_shards": 3}}
+    configs[at_second_try] = {"retry": {"attempts": 2, "on": ["OSError"], "backoff_s": 1.5}}
     config = configs.get(target, {})
     client.create_backend(target.__name__, target, config=config)
     client.create_endpoint(target.__name__, backend=target.__name__, route=f"/{target.__name__}", methods=["GET", "POST"])
@@ -233,6 +240,31 @@ def test_a_direct_publisher_gets_its_reply_and_its_dead_letter(composed: Compose
     wait_until(lambda: "mqserve.dead.double\t1" in composed.broker.ctl("list_queues", "name", "messages"))
 
 
+def test_a_direct_publisher_reaches_only_the_endpoints_that_its_topic_permission_names(composed: Composed) -> None:
+    composed.broker.ctl("add_user", "endpoint-publisher", "secret")
+    composed.broker.ctl("set_permissions", "endpoint-publisher", r"^replies$", r"^(mqserve\.endpoints|replies)$", r"^replies$")
+    composed.broker.ctl("set_topic_permissions", "endpoint-publisher", "mqserve.endpoints", "^(double|missing)$", "^$")
+    parameters = pika.URLParameters(f"amqp://endpoint-publisher:secret@127.0.0.1:{composed.broker.port}/")
+    with pika.BlockingConnection(parameters) as connection:
+        channel = connection.channel()
+        channel.queue_declare("replies", exclusive=True)
+        for endpoint in ("double", "missing"):
+            properties = pika.BasicProperties(content_type="application/json", reply_to="replies", correlation_id=endpoint, message_id="m")
+            channel.basic_publish("mqserve.endpoints", endpoint, b"21", properties)
+        answers = {}
+        for method, properties, body in channel.consume("replies", auto_ack=True, inactivity_timeout=20):
+            assert method is not None, composed.outputs()
+            answers[properties.correlation_id] = (properties.headers["mq-status"], body)
+            if len(answers) == 2:
+                break
+        with pytest.raises(pika.exceptions.ChannelClosedByBroker, match="ACCESS_REFUSED"):
+            channel.confirm_delivery()
+            channel.basic_publish("mqserve.endpoints", "fail", b"1")
+    assert answers["double"] == (200, b"42")
+    assert answers["missing"][0] == 404
+    wait_until(lambda: "mqserve.dead.@endpoints\t1" in composed.broker.ctl("list_queues", "name", "messages"))
+
+
 def test_a_backend_comes_changes_and_goes_by_the_clients_user(composed: Composed) -> None:
     script = """
 import mqserve as serve
@@ -247,6 +279,19 @@ client.delete_backend("passing")
 """
     done = composed.shell("client").python(script)
     assert done.stdout == "two\n", done.stderr
+
+
+def test_the_controllers_user_fires_what_the_clients_user_has_scheduled(composed: Composed) -> None:
+    script = (
+        "import time, mqserve as serve; serve.schedule('often', 'members', cron='* * * * * *', data={'a'})\n"
+        "while not (job := serve.list_schedules()['often'].last_job): time.sleep(0.1)\n"
+        "print(sorted(serve.job(job).result(timeout=20)), sorted(serve.run_schedule('often').result(timeout=20)))"
+    )
+    client = composed.shell("client")
+    done = client.python(script)
+    assert done.stdout == "['a', 'c'] ['a', 'c']\n", done.stderr
+    for command, said in (("pause", "1 paused.\n"), ("resume", "1 resumed.\n"), ("delete", "1 deleted.\n")):
+        assert client.run("schedules", command, "often").stdout == said
 
 
 @pytest.mark.parametrize("role", ["proxy", "client"])
@@ -446,7 +491,7 @@ OF_NOBODY += ["GET mqserve:other:desired", "SET elsewhere 1", "PUBLISH elsewhere
 OF_NO_READER = [f"XADD {ROOT_KEY}:stream:{{x}} 1-1 f x", f"XTRIM {ROOT_KEY}:stream:{{x}} MINID 1", f"SET {ROOT_KEY}:owner:{{x}} x"]
 OF_NO_READER += [f"RPUSH {ROOT_KEY}:stream:{{x}} x", f"BLMPOP 1 1 {ROOT_KEY}:feed:x LEFT", f"SET {ROOT_KEY}:feed:x x"]
 OF_NO_CALLER = [
-    f"ZREVRANGE {ROOT_KEY}:jobs 0 -1",
+    f"ZRANGE {ROOT_KEY}:jobs 0 -1",
     f"ZRANDMEMBER {ROOT_KEY}:jobs",
     f"XRANGE {ROOT_KEY}:ends - +",
     f"GET {ROOT_KEY}:lease:{{x}}",
@@ -483,7 +528,7 @@ STORE_REFUSALS: dict[str, list[str]] = {
         *(f"BLMPOP 1 1 {ROOT_KEY}:inbox:{whose}-x LEFT" for whose in ("client", "proxy")),
         f"HGETALL {ROOT_KEY}:beats",
         f"DEL {ROOT_KEY}:desired",
-        f"ZREVRANGE {ROOT_KEY}:jobs 0 -1",
+        f"ZRANGE {ROOT_KEY}:jobs 0 -1",
         f"XRANGE {ROOT_KEY}:ends - +",
         *OF_CONTROLLER,
     ],
@@ -531,9 +576,9 @@ async def play_jobs(composed: Composed) -> None:
             assert await begun(replica, id=first) == Leased(1)
             assert await replica.jobs.renew(first, b"run")
             replica.jobs.note(first, b"run", JobEvent(EventKind.PROGRESS, fraction=0.5))
-            assert await replica.jobs.try_again(first, b"run", Attempt(1, error="no"))
+            assert await replica.jobs.try_again(first, b"run", Attempt(1, error="no"), FACTS)
             assert await begun(replica, b"another", first) == Leased(2)
-            await replica.jobs.give_back(first, b"another")
+            await replica.jobs.give_back(first, b"another", FACTS)
             assert await begun(replica, b"third", first) == Leased(2)
             assert await ended(replica, first, token=b"third")
             await until(lambda: b"note of result" in told_the_proxy and len(told_the_client) == 7)
@@ -628,6 +673,28 @@ def test_a_pickle_is_refused(composed: Composed, role: str, user_id: str | None,
     result = send_pickle(composed, role, user_id)
     assert result["status"] == 422
     assert why in result["error"]["message"]
+
+
+PICKLED_JOB = """
+import mqserve as serve
+
+serve.connect()
+job = serve.get_handle("at_second_try").submit({"a", "b"})
+assert job.result(60) == ["a", "b"]
+again = job.retry()
+assert again.result(60) == ["a", "b"] and again.status().retry_of == job.id
+print(job.id)
+"""
+
+
+def test_a_pickled_job_is_tried_and_sent_again_by_those_who_are_trusted_and_by_nobody_else(composed: Composed, url: str) -> None:
+    """Its next try passes through the leading controller; over HTTP the proxy's user sends it again."""
+    ran = composed.shell("client").python(PICKLED_JOB, deadline_s=180)
+    assert ran.returncode == 0, ran.stderr
+    again = httpx.post(f"{url}/-/futures/{ran.stdout.strip()}/retry", timeout=30)
+    assert again.status_code == 202
+    view = httpx.get(f"{url}{again.headers['location']}?wait=30", timeout=60).json()
+    assert (view["status"], view["error"]["status"]) == ("failed", 422)
 
 
 # Requests: believed by their seal.

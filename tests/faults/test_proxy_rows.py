@@ -17,8 +17,8 @@ import pytest
 import redis
 
 import mqserve as serve
+from mqserve.broker.amqp_replies import MAX_REPLY_BYTES
 from mqserve.broker.calls.sending import MAX_BODY_BYTES
-from mqserve.replicas.amqp_replies import MAX_REPLY_BYTES
 from tests.faults import skewed_clock
 from tests.faults.crowd import Crowd
 from tests.faults.wire import Wire

@@ -110,9 +110,14 @@ def values_of(properties: Basic.Properties) -> Any:
 class Channel:
     """One hot channel of a reading."""
 
+    wants_address = False
+
     def __init__(self, reading: Reading, number: int) -> None:
         self._reading = reading
         self._number = number
+
+    def on_address(self, exchange: str, routing_key: str) -> None:
+        raise AssertionError
 
     def on_delivery(self, tag: int, redelivered: bool, properties: Basic.Properties, body: bytes) -> None:
         self._reading.deliver(self._number, tag, redelivered, properties, body)

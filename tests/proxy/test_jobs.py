@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mqserve.broker.envelope import mint_id
-from mqserve.broker.jobs import Attempt, EventKind, JobEvent, JobState
+from mqserve.broker.jobs import Attempt, EventKind, JobEvent, JobFacts, JobState
 from mqserve.broker.results import Result
 from mqserve.proxy.forwarded import forwarders
 from mqserve.proxy.preferences import Preference, read_preference
@@ -197,7 +197,8 @@ async def test_a_job_that_failed_says_why_without_the_words_of_the_handlers_exce
     envelope, _ = await site.submitted()
     token = await site.begun(envelope.id)
     now_ms = site.store.now_ms()
-    await site.store.jobs.try_again(envelope.id, token, Attempt(1, "", now_ms, now_ms, "OSError: secret", now_ms + 1000))
+    failed = Attempt(1, "", now_ms, now_ms, "OSError: secret", now_ms + 1000)
+    await site.store.jobs.try_again(envelope.id, token, failed, JobFacts("b", "e"))
     view = await site.state(envelope.id)
     assert (view["status"], view["history"][0]["error"]) == ("queued", "OSError")
     site.end(envelope.id, FAILED)

@@ -1,6 +1,9 @@
 """Jobs of one replica beside those of another: who has the lease of a job, what a run without it may write, and what is given back."""
 
 import asyncio
+import os
+import time
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -14,6 +17,8 @@ from mqserve.broker.memory.jobs import EmbeddedJobs
 from mqserve.broker.memory.queue import EmbeddedQueue
 from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.queue import Settled
+from mqserve.broker.result_bodies import with_body
+from mqserve.broker.result_files import MAX_IN_STORE, ResultFiles
 from mqserve.broker.results import ErrorInfo, Result
 from mqserve.broker.store_keys import StoreKeys
 from mqserve.replicas import job_runs
@@ -148,6 +153,75 @@ async def test_a_late_success_counts_if_it_is_the_first_result(short_leases: Non
             await other.settled()
     raw = await other.store.get(KEYS.future(MINTED))
     assert raw is not None and Result.from_bytes(raw).body == b"of the first run"
+
+
+class CallersQueue(EmbeddedQueue):
+    """Notes the replies to a direct publisher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.replies: list[bytes] = []
+
+    def reply(self, envelope: Envelope, reply_to: str, settled: Settled) -> None:
+        self.replies.append(envelope.body)
+        settled(None)
+
+
+@pytest.mark.parametrize("waits_at_a_queue", [False, True])
+async def test_a_late_failure_does_not_count_beside_another_run(short_leases: None, waits_at_a_queue: bool) -> None:
+    queue, sent = CallersQueue(), request(reply_to="caller") if waits_at_a_queue else a_job()
+    job_id = sent.future_id("b")
+    async with Serving(queue) as frozen:
+        await frozen.send_job(sent)
+        stale = await begun_by(frozen)
+        async with beside(frozen) as other:
+            await takes_nothing_more(frozen)
+            await frozen.send_job(sent)
+            job = await begun_by(other)
+            fail(frozen, stale)
+            await until(lambda: not frozen.server.running)
+            assert (await record_of(frozen, job_id)).state is JobState.RUNNING and not queue.replies
+            other.end(job, Result(body=b"of the second run"))
+            await other.settled()
+    assert (await record_of(other, job_id)).state is JobState.SUCCEEDED
+    assert queue.replies == ([b"of the second run"] if waits_at_a_queue else [])
+
+
+async def test_a_late_failure_beside_another_run_is_no_dead_letter(short_leases: None) -> None:
+    retry = {"attempts": 1, "on": ["OSError"]}
+    async with Serving(retry=retry) as frozen:
+        await frozen.send_job(a_job())
+        stale = await begun_by(frozen)
+        async with beside(frozen, retry=retry) as other:
+            await takes_nothing_more(frozen)
+            await frozen.send_job(a_job(again=True))
+            job = await begun_by(other)
+            fail(frozen, stale)
+            await until(lambda: not frozen.server.running)
+            assert await frozen.queue.count_dead("b") == 0
+            fail(other, job)
+            await other.settled()
+            assert await frozen.queue.count_dead("b") == 1
+
+
+async def test_of_two_runs_with_large_results_only_the_file_of_the_first_stays(short_leases: None, tmp_path: Path) -> None:
+    store = EmbeddedStore("tests", ResultFiles(tmp_path, "tests"))
+    async with Serving(store=store) as frozen:
+        await frozen.send_job(a_job())
+        stale = await begun_by(frozen)
+        async with beside(frozen) as other:
+            await takes_nothing_more(frozen)
+            await frozen.send_job(a_job(again=True))
+            job = await begun_by(other)
+            other.end(job, Result(body=b"2" * (MAX_IN_STORE + 1)))
+            await other.settled()
+            frozen.end(stale, Result(body=b"1" * (MAX_IN_STORE + 1)))
+            await frozen.settled()
+    raw = await store.get(KEYS.future(MINTED))
+    assert raw is not None
+    result = Result.from_bytes(raw)
+    assert result.file is not None and (await with_body(store, KEYS, MINTED, result)).body[:1] == b"2"
+    assert len(os.listdir(tmp_path / "tests")) == 1
 
 
 async def test_a_job_that_a_drain_gives_back_begins_elsewhere_at_once_and_that_is_no_attempt() -> None:
@@ -332,11 +406,11 @@ class AwayTries(EmbeddedJobs):
     away = True
     asked = 0
 
-    async def try_again(self, id: str, token: bytes, attempt: Attempt) -> bool:
+    async def try_again(self, id: str, token: bytes, attempt: Attempt, facts: JobFacts) -> bool:
         self.asked += 1
         if self.away:
             raise StoreUnavailable("it is away")
-        return await super().try_again(id, token, attempt)
+        return await super().try_again(id, token, attempt, facts)
 
 
 async def test_a_failed_job_that_went_back_meanwhile_is_not_published_a_second_time() -> None:
@@ -360,7 +434,7 @@ async def test_the_last_failure_is_the_result_and_the_message_a_dead_letter_with
     async with Serving(LaterQueue(), retry={"attempts": 2, "on": ["OSError"]}) as serving:
         earlier = Run(MINTED, b"1", "b#9", facts=job_facts(), now_ms=2000)
         await serving.store.jobs.begin(earlier)
-        await serving.store.jobs.try_again(MINTED, b"1", Attempt(1, ended_ms=2500, error="OSError: at first", again_ms=2600))
+        await serving.store.jobs.try_again(MINTED, b"1", Attempt(1, ended_ms=2500, error="OSError: at first", again_ms=2600), job_facts())
         await serving.send_job(msgspec.structs.replace(a_job(), header=Header(origin="handle", job=JobHead(created_ms=1000, tries=1))))
         job = await begun_by(serving)
         assert job.envelope.attempt == 2
@@ -381,6 +455,21 @@ async def test_who_waits_at_a_queue_for_the_reply_gets_the_first_failure() -> No
         fail(serving, await begun_by(serving))
         await serving.settled()
     assert queue.later_ones == [] and (await record_of(serving, "b/order-17")).state is JobState.FAILED
+
+
+async def test_a_job_that_never_ran_in_its_time_has_expired_and_one_that_did_was_still_running() -> None:
+    async with Serving(job_timeout_s=7) as serving:
+        for started, state, words in ((0.0, JobState.EXPIRED, "still waited"), (1.0, JobState.FAILED, "still running after 7 s")):
+            sent = msgspec.structs.replace(a_job(), id=f"{started:032.0f}")
+            await serving.send_job(sent)
+            job = await begun_by(serving)
+            job.started, job.deadline = started, time.monotonic()
+            serving.worker.jobs.remove(job)
+            serving.server.on_done(job, job.unwanted_result)
+            await serving.settled()
+            assert (await record_of(serving, sent.id)).state is state
+            raw = await serving.store.get(KEYS.future(sent.id))
+            assert raw is not None and words in str(Result.from_bytes(raw).error)
 
 
 async def test_the_end_of_a_backend_ends_its_jobs() -> None:

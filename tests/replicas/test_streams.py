@@ -166,18 +166,24 @@ async def ends_soon(counted: Counted) -> None:
     assert counted.saw_cancelled
 
 
+async def one_that_takes_nothing(place: Place, counted: Counted, at_most: int) -> Reader:
+    """A reader that has a full window, and the generator stands still behind so many chunks at most."""
+    reader = place.reader()
+    reader.reads = False
+    await reader.ask()
+    await until(lambda: len(reader.frames) == WINDOW_FRAMES)
+    made = counted.made
+    await asyncio.sleep(0.2)
+    assert counted.made == made <= at_most and len(reader.frames) == WINDOW_FRAMES
+    return reader
+
+
 @pytest.mark.usefixtures("each_chunk_is_a_frame")
 @pytest.mark.parametrize("kind", KINDS)
 async def test_a_reader_that_takes_nothing_stops_the_generator_at_the_window(place: Place, kind: str) -> None:
     counted = Counted()
     async with place.serve(getattr(counted, kind)) as serving:
-        reader = place.reader()
-        reader.reads = False
-        await reader.ask()
-        await until(lambda: len(reader.frames) == WINDOW_FRAMES)
-        made = counted.made
-        await asyncio.sleep(0.2)
-        assert counted.made == made <= WINDOW_FRAMES + 1 and len(reader.frames) == WINDOW_FRAMES
+        reader = await one_that_takes_nothing(place, counted, WINDOW_FRAMES + 1)
         reader.credit(10)
         await until(lambda: len(reader.frames) == WINDOW_FRAMES + 10)
         await place.cancel(reader)
@@ -206,13 +212,7 @@ async def test_large_chunks_stop_at_the_window_of_bytes(place: Place, kind: str)
 async def test_small_chunks_of_a_body_that_come_fast_travel_together_and_stop_at_the_window(place: Place, kind: str) -> None:
     counted = Counted()
     async with place.serve(getattr(counted, kind)) as serving:
-        reader = place.reader()
-        reader.reads = False
-        await reader.ask()
-        await until(lambda: len(reader.frames) == WINDOW_FRAMES)
-        made = counted.made
-        await asyncio.sleep(0.2)
-        assert counted.made == made <= WINDOW_FRAMES * (WINDOW_FRAMES + 1) and len(reader.frames) == WINDOW_FRAMES
+        reader = await one_that_takes_nothing(place, counted, WINDOW_FRAMES * (WINDOW_FRAMES + 1))
         reader.reads = True
         reader.credit()
         await until(lambda: reader.size > 20 * WINDOW_FRAMES)

@@ -23,8 +23,9 @@ from tests.faults.soak import leaks
 from tests.faults.soak.backends import REPLICAS, word_in_refusal
 from tests.faults.soak.chaos import KINDS, Chaos, plan, recovery_s
 from tests.faults.soak.cluster import Client, Cluster, running_cluster
+from tests.faults.soak.jobs import Kept, compare, counts_of, enter_firings, read_jobs, unended
 from tests.faults.soak.ledger import End, Entry, Fault, Ledger, judge, runs_of, told
-from tests.faults.soak.load import HANDLE_SHARE, Load, follow_client, read_results
+from tests.faults.soak.load import DIRECT_JOB, HANDLE_SHARE, Load, follow_client, read_results
 from tests.instances import new_namespace
 from tests.run_tests import ensure_servers
 
@@ -33,6 +34,7 @@ SETTLE_S = 60.0
 COLLECT_S = 60.0  # what direct publishes get to be answered after the load
 SHUTDOWN_S = 60.0
 TELL_EVERY_S = 5.0
+JOB_KINDS = ("job", "submit", DIRECT_JOB)
 SHOWN = 30  # findings; more of the same say no more
 
 
@@ -50,6 +52,7 @@ class Outcome:
     ledger: Ledger
     faults: list[Fault]
     runs: dict[int, list[str]]
+    jobs: dict[str, Kept]
     began: float
     findings: list[str]
 
@@ -62,11 +65,16 @@ async def soak(options: Options, folder: Path, console: Console) -> Outcome:
             tally = Path(str((await client.until("deployed", DEPLOY_S))["tally"]))
             baseline = await _settled(cluster)
             console.print(f"{REPLICAS} replicas, 2 controllers, 2 nodes, 2 proxies are there; seed {options.seed}")
-            outcome = Outcome(Ledger(), [], {}, time.monotonic(), [])
+            outcome = Outcome(Ledger(), [], {}, {}, time.monotonic(), [])
             await _load(options, cluster, client, outcome, console)
+            outcome.findings += await leaks.until_quiet(lambda: unended(cluster))
+            outcome.jobs = await read_jobs(cluster)
             outcome.runs = runs_of(await asyncio.to_thread(_lines, tally))
+            outcome.findings += enter_firings(outcome.ledger, outcome.runs, outcome.jobs, outcome.faults)
             outcome.findings += outcome.ledger.findings + judge(outcome.ledger.entries.values(), outcome.faults, outcome.runs)
             outcome.findings += await _compare_with_store(cluster, outcome)
+            sent_as_jobs = [entry for entry in outcome.ledger.entries.values() if entry.kind in JOB_KINDS]
+            outcome.findings += compare(sent_as_jobs, outcome.jobs, outcome.faults)
             outcome.findings += await _look_for_leaks(cluster, baseline)
             outcome.findings += await _shut_down(cluster, client)
             outcome.findings += cluster.findings + leaks.in_logs([*cluster.logs(), ("client", client.log.read_text())])
@@ -227,9 +235,15 @@ def report(outcome: Outcome, console: Console) -> None:
         if len(entries) != sum(ends[end] for end in End):
             outcome.findings.append(f"{kind}: {len(entries)} were sent, and {ends} ended")
     console.print(ended)
+    counts = counts_of(outcome.jobs)
+    console.print(f"{len(outcome.jobs)} jobs in the store: " + ", ".join(f"{count} {state}" for state, count in sorted(counts.items())))
     details = Counter(f"{entry.kind}: {entry.detail}" for entry in outcome.ledger.entries.values() if entry.detail)
     if details:
         console.print("of those: " + ", ".join(f"{count} {detail}" for detail, count in details.most_common()))
+
+    if rerun := [entry for entry in outcome.ledger.entries.values() if len(outcome.runs.get(entry.number, ())) > 1]:
+        when = ", ".join(f"{entry.kind} at {entry.sent - outcome.began:.0f} s" for entry in rerun[:SHOWN])
+        console.print(f"sent when, of those that ran twice: {when}")
 
     for finding in outcome.findings[:SHOWN]:
         console.print(f"✗ {finding}", markup=False, style="red")

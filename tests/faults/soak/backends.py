@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
+from datetime import datetime
 from typing import Any, NamedTuple
 
 from starlette.responses import PlainTextResponse
@@ -20,10 +21,16 @@ STEP_S = 0.025
 GOODBYE = "goodbye"  # of a session, which its app then closes
 ENDED = 4000  # with this code
 PROBE = 0  # the number of requests that only ask whether anybody answers: they are in no tally
+TRIES = 3  # of the jobs that are tried again; the last one succeeds
+FIRINGS_FROM = 1_000_000_000  # the number of a firing is its time, in seconds since 1970, and no other number is as high
 
 
 class Refused(Exception):
     """What one of the backends raises, always."""
+
+
+class NotYet(Exception):
+    """What one of the backends raises in all tries of a job but the last."""
 
 
 class Backend(NamedTuple):
@@ -138,6 +145,31 @@ class Talking:
         await socket.close(ENDED)
 
 
+class Retried:
+    """Async code that needs several tries for a job. The ones that failed are in no tally, since each job has them."""
+
+    def __init__(self, tally: Tally) -> None:
+        self._tally = tally
+
+    async def __call__(self, request: Any) -> dict[str, Any]:
+        if request.attempt < TRIES and request.data["number"] != PROBE:
+            raise NotYet(f"{request.data['number']}")
+        number, word = begin(request, self._tally)
+        return answer(number, word)
+
+
+class Ticking:
+    """What a schedule calls, once a second."""
+
+    def __init__(self, tally: Tally) -> None:
+        self._tally = tally
+
+    async def __call__(self, request: Any) -> dict[str, Any]:
+        at = request.headers.get("x-scheduled-for")
+        number = int(datetime.fromisoformat(at).timestamp()) if at else PROBE
+        return answer(number, begin_run(number, self._tally))
+
+
 BACKENDS = {
     "quick": Backend(Quick, 3, "/quick/{number:int}", {}),
     "patient": Backend(Patient, 2, "/patient/{number:int}", {}),
@@ -147,7 +179,10 @@ BACKENDS = {
     "flowing": Backend(Flowing, 2, "/flowing/{number:int}", {}),
     "replayed": Backend(Replayed, 2, "/replayed/{number:int}", {"on_death": "replay"}),
     "talking": Backend(Talking, 2, "/talking", {}),
+    "retried": Backend(Retried, 2, "/retried", {"retry": serve.Retry(attempts=5, on=(NotYet,), backoff_s=0.5, factor=1)}),
+    "ticking": Backend(Ticking, 1, "/ticking", {}),
 }
+SCHEDULES = {"each-second": ("ticking", "* * * * * *")}  # endpoint and cron
 REPLICAS = sum(backend.replicas for backend in BACKENDS.values())
 
 

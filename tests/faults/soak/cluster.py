@@ -138,6 +138,11 @@ class Cluster:
         host = socket.gethostname()
         return next((member.name for member in self.controllers if led_by == f"controller-{host}-{member.program.pid}"), "")
 
+    async def job_ids(self) -> list[str]:
+        """Of all jobs that the store knows."""
+        raws: list[Any] = await self.redis.zrange(self.keys.jobs, 0, -1)
+        return [raw.decode() for raw in raws]
+
     async def ailment(self, http: httpx.AsyncClient) -> str:
         """What keeps the cluster from being whole; empty when nothing does."""
         if not all((self.broker.running, self.store.running)):

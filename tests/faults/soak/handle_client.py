@@ -1,4 +1,4 @@
-"""The soak's own client, a process of its own: deploys the backends, calls them by handle, shuts the instance down.
+"""The soak's own client, a process of its own: deploys the backends, calls them by handle, as jobs too, shuts the instance down.
 
 Reads commands from its input, one per line: `load RATE SECONDS SEED`, `shutdown`. Writes one JSON object per line, of what it did.
 """
@@ -9,19 +9,32 @@ import random
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mqserve as serve
-from mqserve.broker.errors import BrokerUnavailable, MQServeError, NoReplica, NotRouted, Overloaded, RequestTimeout, StoreUnavailable
-from tests.faults.soak.backends import BACKENDS, REQUEST_TIMEOUT_S
-from tests.faults.soak.ledger import End
+from mqserve.broker.errors import (
+    BrokerUnavailable,
+    MQServeError,
+    NoReplica,
+    NotRouted,
+    Overloaded,
+    RequestTimeout,
+    StoreUnavailable,
+    UnknownJob,
+)
+from tests.faults.soak.backends import BACKENDS, REQUEST_TIMEOUT_S, SCHEDULES
+from tests.faults.soak.ledger import JOB_S, End
 from tests.tallies import Tally
 
 FIRST_NUMBER = 1_000_000  # the numbers below are the soak's
 GRACE_S = 10.0
 WAITERS = 400
+JOBS_SHARE = 0.3
+JOB_BACKENDS = ("quick", "patient", "raising", "retried")
 UNAVAILABLE = (BrokerUnavailable, StoreUnavailable, NoReplica, NotRouted)
 
 _printing = threading.Lock()
@@ -55,20 +68,28 @@ def deploy(client: serve.Client, name: str, tally: Tally) -> None:
 
 def load(client: serve.Client, rate: float, seconds: float, seed: int) -> None:
     chance = random.Random(seed)
-    names = [name for name in BACKENDS if name not in ("big", "talking")]
-    handles = {name: client.get_handle(name) for name in names}
+    names = [name for name in BACKENDS if name not in ("big", "talking", "retried", "ticking")]
+    handles = {name: client.get_handle(name) for name in (*names, *JOB_BACKENDS)}
+    for name, (endpoint, cron) in SCHEDULES.items():
+        client.schedule(name, endpoint, cron=cron)
     until, due, number = time.monotonic() + seconds, time.monotonic(), FIRST_NUMBER
     with ThreadPoolExecutor(WAITERS) as waiters:
         while (due := due + chance.expovariate(rate)) < until:
             time.sleep(max(0, due - time.monotonic()))
             number += 1
+            if chance.random() < JOBS_SHARE:
+                name = chance.choice(JOB_BACKENDS)
+                waiters.submit(send_job, handles[name], name, number)
+                continue
             name = chance.choice(names)
             sent = time.monotonic()
             future = handles[name].remote({"number": number})
-            say(event="sent", number=number, backend=name, at=sent, key=future.id)
+            say(event="sent", kind="handle", number=number, backend=name, at=sent, key=future.id)
             if chance.random() < 0.25:
                 future = client.future(future.id)  # as another part of the program would read it
             waiters.submit(wait_for, future, number, sent)
+    for name in SCHEDULES:
+        until_done(partial(client.delete_schedule, name))
 
 
 def wait_for(future: serve.Future, number: int, sent: float) -> None:
@@ -91,6 +112,41 @@ def wait_for(future: serve.Future, number: int, sent: float) -> None:
         else:
             end, detail = End.FAILED, repr(error)
     say(event="end", number=number, end=end, detail=detail, value=value, at=time.monotonic())
+
+
+def send_job(handle: serve.Handle, backend: str, number: int) -> None:
+    """Sends a job and waits for it. One that has not ended in time is left open: that is judged with the rest."""
+    sent = time.monotonic()
+    try:
+        job = handle.submit({"number": number})
+    except UNAVAILABLE:
+        say(event="sent", kind="submit", number=number, backend=backend, at=sent, key="")
+        return say(event="end", number=number, end=End.FAILED, detail="503", value=None, at=time.monotonic())
+    say(event="sent", kind="submit", number=number, backend=backend, at=sent, key=job.id)
+    until = sent + JOB_S
+    while (left_s := until - time.monotonic()) > 0:
+        end, detail, value = End.ANSWERED, "", None
+        try:
+            value = job.result(left_s)
+        except TimeoutError:
+            return None
+        except (*UNAVAILABLE, UnknownJob):  # the store is away, or has lost it
+            time.sleep(0.5)
+            continue
+        except Exception as error:
+            end, value = (End.USER_ERROR, str(error)) if type(error).__name__ == "Refused" else (End.FAILED, None)
+            detail = "" if end is End.USER_ERROR else repr(error)
+        return say(event="end", number=number, end=end, detail=detail, value=value, at=time.monotonic())
+
+
+def until_done(act: Callable[[], object]) -> None:
+    """Again and again where a server is away."""
+    while True:
+        try:
+            act()
+            return
+        except UNAVAILABLE:
+            time.sleep(0.5)
 
 
 def say(**what: Any) -> None:

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import psutil
 
 from mqserve.broker import queue_names
+from mqserve.broker.jobs import JOB_RESULT_TTL_S, WAIT_TTL_S
 from mqserve.broker.later import WAITS_S
 from mqserve.broker.store_keys import INBOX_TTL_S, LOG_TTL_S, LOST_TTL_S, RESULT_TTL_S, STREAM_TTL_S
 from tests.faults.soak.backends import BACKENDS, REPLICAS
 from tests.faults.soak.cluster import Cluster
 
 QUIET_S = 45.0
-STORE_CONNECTIONS = 16 + 4  # of one process at most: its pool, its readers, its subscription, and one being replaced
+STORE_CONNECTIONS = 16 + 4 + 4  # of one process at most: its pool, its wires, its readers, its subscription, and one being replaced
 DAY_S = 24 * 3600
 
 # What follows `mqserve:<ns>:` -> how long it lives at most; None: no expiry. From broker/store_keys.py.
@@ -29,12 +30,15 @@ KEYS: Mapping[str, float | None] = {
     r"lost:.+": LOST_TTL_S,
     r"cancelled": LOG_TTL_S,
     r"code:[0-9a-f]{64}": None,
-    r"desired|observed|instance|leader|beats": None,
+    r"desired|observed|instance|leader|beats|firings|ends|jobs": None,
+    r"job:\{.+\}": 2 * JOB_RESULT_TTL_S,  # all jobs have ended
+    r"(message|events):\{.+\}": JOB_RESULT_TTL_S,
+    r"(waiters|followers):\{.+\}": WAIT_TTL_S,
 }
 
 SUSPICIOUS = ("never retrieved", "Task was destroyed", "never awaited", "Unclosed", "bug in mqserve", "ResourceWarning", "Segmentation")
 # The last line of a traceback that may stand in a log, and why.
-ALLOWED_TRACEBACKS = (re.compile(r"(\w+\.)*Refused: "),)  # the backend that raises, as its author wants to see it
+ALLOWED_TRACEBACKS = (re.compile(r"(\w+\.)*(Refused|NotYet): "),)  # the backends that raise, as their author wants to see it
 
 
 class Connections(NamedTuple):
@@ -72,8 +76,9 @@ async def queues(cluster: Cluster) -> list[str]:
 
 
 async def keys(cluster: Cluster) -> list[str]:
-    """Only documented ones, each with its expiry."""
+    """Only documented ones, each with its expiry, and none of a lease or a place in a queue: no job waits or runs any more."""
     root = f"mqserve:{cluster.namespace}:"
+    jobs = set(await cluster.job_ids())
     found = []
     async for raw in cluster.redis.scan_iter(match="*", count=500):
         key = raw.decode()
@@ -81,6 +86,8 @@ async def keys(cluster: Cluster) -> list[str]:
             found.append(f"key {key} is none of the namespace's")
             continue
         limit_s = next((limit_s for pattern, limit_s in KEYS.items() if re.fullmatch(pattern, key.removeprefix(root))), 0)
+        if key.startswith(f"{root}future:") and key[len(root) + len("future:{") : -1] in jobs:
+            limit_s = JOB_RESULT_TTL_S
         if limit_s == 0:
             found.append(f"key {key} is of no documented kind")
         elif limit_s is not None and not -1 < await cluster.redis.ttl(key) <= limit_s and await cluster.redis.exists(key):

@@ -2,12 +2,15 @@
 
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 LATE_REDELIVERY_S = 5.0
 SESSION = "talk"  # the kind of a WebSocket session
+FIRING = "firing"  # the kind of a schedule's job
+HANDLE_KINDS = ("handle", "submit")
+JOB_S = 60.0  # in which a job ends, once it was accepted: longer than any server is away
 REDIAL_S = 4.0  # a handle's process dials for itself, and may do so later than the proxies by which a recovery is told
 
 
@@ -18,7 +21,7 @@ class End(StrEnum):
     USER_ERROR = "user error"  # of the backend that raises
     EXPIRED = "expired"  # 504: its time was spent
     FAILED = "failed"  # another status, or no connection
-    DROPPED = "dropped"  # of a direct publish: a transient message that a restarted broker forgot, or a result that an emptied store did
+    DROPPED = "dropped"  # a transient message that a restarted broker forgot, or a result that an emptied store did
     HANGING = "hanging"
     LOST = "lost"
 
@@ -45,7 +48,7 @@ class Fault:
         return since <= self.recovered and until >= self.began
 
     def excuses(self, entry: "Entry", detail: str) -> bool:
-        since = entry.sent - (REDIAL_S if entry.kind == "handle" else 0)
+        since = entry.sent - (REDIAL_S if entry.kind in HANDLE_KINDS else 0)
         is_session = entry.kind == SESSION
         if detail not in (self.sessions if is_session else self.allows) or not self.overlaps(since, entry.ended):
             return False
@@ -96,6 +99,13 @@ class Ledger:
                 self.findings.append(f"{told(entry)} ended again, as {end} {detail}")
                 return
             entry.end, entry.detail, entry.ended = end, detail, now
+
+    def hear(self, entry: Entry, read: Callable[[], str]) -> None:
+        """Notes which run an answer is of; a wrong one is a finding."""
+        try:
+            entry.words.add(read())
+        except (ValueError, KeyError, TypeError) as error:
+            self.findings.append(f"{entry.kind} to {entry.backend}, number {entry.number}: a wrong answer: {error}")
 
     def counts(self) -> Counter[str]:
         return Counter(str(entry.end) if entry.end else "open" for entry in list(self.entries.values()))

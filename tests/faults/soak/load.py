@@ -18,6 +18,7 @@ from redis.exceptions import RedisError
 from tests.faults.soak.backends import REQUEST_TIMEOUT_S, body_of, word_in, word_in_refusal
 from tests.faults.soak.cluster import Client, Cluster
 from tests.faults.soak.handle_client import GRACE_S
+from tests.faults.soak.jobs import JobSender
 from tests.faults.soak.ledger import SESSION, End, Entry, Ledger
 from tests.faults.soak.sessions import Talker
 from tests.faults.soak.streams import STREAM_KINDS, StreamReader
@@ -46,7 +47,15 @@ MIX = {  # of the rest
     "publish big": 0.01,
     "forget patient": 0.06,
     "forget batched": 0.04,
+    "job quick": 0.05,
+    "job patient": 0.03,
+    "job raising": 0.02,
+    "job retried": 0.04,
+    "keep quick": 0.03,
+    "keep raising": 0.01,
+    "keep retried": 0.02,
 }
+DIRECT_JOB = "keep"  # the kind of a job that a direct publisher sends
 
 
 class Load:
@@ -67,6 +76,7 @@ class Load:
             "post": self._call,
             **dict.fromkeys(STREAM_KINDS, streams.read),
             SESSION: talker.talk,
+            "job": JobSender(cluster.urls, ledger, self._http, chance).send,
         }
         self._direct = DirectPublisher(cluster, ledger)
 
@@ -112,7 +122,7 @@ class Load:
         entry.key = answer.headers.get("x-request-id", "")
         match answer.status_code:
             case 200:
-                hear(self._ledger, entry, lambda: word_in(entry.backend, entry.number, answer.json()))
+                self._ledger.hear(entry, lambda: word_in(entry.backend, entry.number, answer.json()))
                 self._end(entry, End.ANSWERED)
             case 500 if "Refused" in answer.text:
                 self._end(entry, End.USER_ERROR)  # its word stands in the store only
@@ -132,7 +142,7 @@ class DirectPublisher:
         self._cluster = cluster
         self._ledger = ledger
         self._replies = f"soak-{cluster.namespace}"  # durable, and no queue of the instance
-        self._exchange: AbstractExchange | None = None
+        self._exchanges: dict[str, AbstractExchange] = {}  # of requests and of jobs, while there is a connection
 
     async def keep_connected(self) -> None:
         while True:
@@ -143,13 +153,14 @@ class DirectPublisher:
                     await replies.consume(self._on_reply, no_ack=True)
                     closed = asyncio.Event()
                     connection.close_callbacks.add(lambda *_, closed=closed: closed.set())
-                    self._exchange = await channel.get_exchange(f"{self._cluster.namespace}.requests", ensure=False)
+                    for kind in ("requests", "jobs"):
+                        self._exchanges[kind] = await channel.get_exchange(f"{self._cluster.namespace}.{kind}", ensure=False)
                     await closed.wait()
             except (Exception, asyncio.CancelledError) as error:
                 if was_cancelled(error):
                     raise
             finally:
-                self._exchange = None
+                self._exchanges.clear()
             await asyncio.sleep(0.5)
 
     async def publish(self, entry: Entry, *, reply: bool) -> None:
@@ -163,9 +174,10 @@ class DirectPublisher:
         )
         while not entry.accepted:
             try:
-                if self._exchange is None:
+                exchange = self._exchanges.get("jobs" if entry.kind == DIRECT_JOB else "requests")
+                if exchange is None:
                     raise ConnectionError("RabbitMQ is away")
-                await self._exchange.publish(message, entry.backend, timeout=PUBLISH_S)
+                await exchange.publish(message, entry.backend, timeout=PUBLISH_S)
                 entry.accepted = time.monotonic()
             except (Exception, asyncio.CancelledError) as error:
                 if was_cancelled(error):
@@ -201,12 +213,12 @@ class DirectPublisher:
 
     def _settle(self, entry: Entry, status: int, value: Any, error: dict[str, Any] | None) -> None:
         if error is not None and status == 500 and error["type"].endswith("Refused"):
-            hear(self._ledger, entry, lambda: word_in_refusal(entry.number, error["message"]))
+            self._ledger.hear(entry, lambda: word_in_refusal(entry.number, error["message"]))
             end, detail = End.USER_ERROR, ""
         elif error is not None:
             end, detail = End.FAILED, f"{status} {error['type']}"
         else:
-            hear(self._ledger, entry, lambda: word_in(entry.backend, entry.number, value))
+            self._ledger.hear(entry, lambda: word_in(entry.backend, entry.number, value))
             end, detail = End.ANSWERED, ""
         if entry.end is None:  # a reply may come twice, and after the result was read
             self._ledger.end(entry, end, time.monotonic(), detail)
@@ -226,26 +238,18 @@ async def follow_client(client: Client, ledger: Ledger) -> None:
     """Enters what the handle client says, until it says that its load is over."""
     async for said in client.lines():
         match said:
-            case {"event": "sent", "number": int(number), "backend": str(backend), "at": float(at), "key": str(key)}:
-                ledger.send(Entry(number, "handle", backend, at, key=key))
+            case {"event": "sent", "kind": str(kind), "number": int(number), "backend": str(backend), "at": float(at), "key": str(key)}:
+                ledger.send(Entry(number, kind, backend, at, key=key, persistent=kind == "submit"))
             case {"event": "end", "number": int(number), "end": str(end), "detail": str(detail), "value": value, "at": float(at)}:
                 entry = ledger.entries[number]
                 if end == End.ANSWERED:
-                    hear(ledger, entry, partial(word_in, entry.backend, number, value))
+                    ledger.hear(entry, partial(word_in, entry.backend, number, value))
                 elif end == End.USER_ERROR:
-                    hear(ledger, entry, partial(word_in_refusal, number, str(value)))
+                    ledger.hear(entry, partial(word_in_refusal, number, str(value)))
                 ledger.end(entry, End(end), at, detail)
             case {"event": "loaded"}:
                 return
     raise RuntimeError(f"the client ended by itself:\n{client.log.read_text()}")
-
-
-def hear(ledger: Ledger, entry: Entry, read: Callable[[], str]) -> None:
-    """Notes which run this answer is of; a wrong one is a finding."""
-    try:
-        entry.words.add(read())
-    except (ValueError, KeyError, TypeError) as error:
-        ledger.findings.append(f"{entry.kind} to {entry.backend}, number {entry.number}: a wrong answer: {error}")
 
 
 def was_cancelled(error: BaseException) -> bool:

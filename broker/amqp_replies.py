@@ -7,13 +7,14 @@ from functools import partial
 
 import msgspec
 
-from ..broker.envelope import NO_HEADER, Envelope, StreamReply
-from ..broker.errors import BadEnvelope, Overloaded
-from ..broker.process.printable import printable
-from ..broker.queue import Queue, fate_of
-from ..broker.results import ErrorInfo, Result
-from ..broker.streams import Frame
-from ..broker.values.codecs import JSON
+from .envelope import NO_HEADER, Envelope, EventReply, StreamReply
+from .errors import BadEnvelope, Overloaded
+from .jobs import JobEvent
+from .process.printable import printable
+from .queue import Queue, fate_of
+from .results import ErrorInfo, Result
+from .streams import Frame
+from .values.codecs import JSON, TEXT
 
 logger = logging.getLogger(__name__)
 
@@ -40,11 +41,12 @@ async def send_reply(queue: Queue, backend: str, request: Envelope, result: Resu
 
 
 def _reply(backend: str, request: Envelope, result: Result, chunks: int | None) -> Envelope:
-    if len(result.body) > MAX_REPLY_BYTES:
+    size = len(result.body) if result.file is None else result.file.size
+    if size > MAX_REPLY_BYTES:
         where = (
             f"read it under {request.id!r} in the store" if request.id else "send the request with a message_id and read it in the store"
         )
-        message = f"the result has {len(result.body)} bytes, and a reply carries {MAX_REPLY_BYTES}: {where}"
+        message = f"the result has {size} bytes, and a reply carries {MAX_REPLY_BYTES}: {where}"
         result = Result(status=500, backend=backend, error=ErrorInfo(type="mqserve.TooLarge", message=message))
     body, content_type = result.body, result.content_type
     if result.error is not None:
@@ -57,3 +59,9 @@ def _reply(backend: str, request: Envelope, result: Result, chunks: int | None) 
 
 def reply_of_chunk(request: Envelope, seq: int, chunk: Frame) -> Envelope:
     return StreamReply(request.id, chunk.data, chunk.content_type, correlation_id=request.correlation_id, seq=seq)
+
+
+def reply_of_event(request: Envelope, event: JobEvent) -> Envelope:
+    """Returns what the caller is told of progress, or of a line of the log."""
+    body, correlation_id = event.text.encode(), request.correlation_id
+    return EventReply(request.id, body, TEXT, correlation_id=correlation_id, kind=event.kind, fraction=event.fraction)
