@@ -49,6 +49,13 @@ class RequestHead(msgspec.Struct, frozen=True, omit_defaults=True):
     lost_state: dict[str, str] | None = None  # name -> type of the values that are not plain data and stayed behind
 
 
+class Member(msgspec.Struct, frozen=True, array_like=True):
+    """The place of a job in a group (`job_groups.py`)."""
+
+    group: str
+    number: Whole  # from 0
+
+
 class Stage(msgspec.Struct, frozen=True, array_like=True):
     """The place of a job in a pipeline. `plan` is what all its stages have in common (`pipelines.py`), sealed where there is a key."""
 
@@ -67,8 +74,10 @@ class JobHead(msgspec.Struct, frozen=True, omit_defaults=True):
     retry_of: str = ""
     callback: str = ""  # the URL that is told of its end
     reply_to: str = ""  # of one that was published to an endpoint: the queue that gets the answer
+    tells: bool = False  # likewise: that queue gets what its handler says, too
     carried: bool = False  # its body holds results of other jobs (`values/carried.py`)
     stage: Stage | None = None  # of a pipeline
+    member: Member | None = None
 
 
 class Header(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import msgspec
 
-from .envelope import Envelope, Stage, Whole
+from .envelope import Envelope, Member, Stage, Whole
 from .errors import UNPARSABLE, BadEnvelope
 from .results import EVENT_KIND, InboxEntry, Outcome, Result
 
@@ -61,6 +61,7 @@ class JobFacts(msgspec.Struct, frozen=True, omit_defaults=True):
     stage: Stage | None = None  # its place in a pipeline
     stages: tuple[str, ...] = ()  # of a pipeline: its endpoints, in order. It is no message itself: its first stage is
     done: tuple[str, ...] = ()  # of a pipeline that goes on where another one failed: the ids of the stages that it takes over
+    member: Member | None = None
 
     def to_bytes(self) -> bytes:
         return _encode(self)
@@ -181,6 +182,7 @@ class JobEnd(msgspec.Struct, frozen=True):
     endpoint: str = ""
     callback: str = ""  # the URL that is told of it
     stage: Stage | None = None
+    member: Member | None = None
 
     @property
     def outbox_entry(self) -> bytes:
@@ -188,12 +190,20 @@ class JobEnd(msgspec.Struct, frozen=True):
         note = EndNote(self.id, self.state, self.ended_ms, self.endpoint, self.callback, self.stage)
         return _encode(note) if note.sequels else b""
 
+    @property
+    def last_of_group_entry(self) -> bytes:
+        """What the outbox says if all jobs of its group have ended with this one; empty without a group."""
+        if self.member is None:
+            return b""
+        return _encode(EndNote(self.id, self.state, self.ended_ms, self.endpoint, group=self.member.group))
+
 
 class Sequel(Enum):
     """What may follow from the end of a job."""
 
     WEBHOOK = "webhook"
     STAGE = "next stage of a pipeline"
+    CHORD = "job that gets the results of a group"
 
 
 class EndNote(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -206,10 +216,11 @@ class EndNote(msgspec.Struct, frozen=True, omit_defaults=True):
     endpoint: str = ""
     callback: str = ""
     stage: Stage | None = None
+    group: str = ""  # all jobs of that group have ended with it, and another one follows
 
     @property
     def sequels(self) -> tuple[Sequel, ...]:
-        follows = ((Sequel.WEBHOOK, self.callback), (Sequel.STAGE, self.stage))
+        follows = ((Sequel.WEBHOOK, self.callback), (Sequel.STAGE, self.stage), (Sequel.CHORD, self.group))
         return tuple(sequel for sequel, wanted in follows if wanted)
 
     @classmethod
@@ -241,7 +252,7 @@ def facts_of(backend: str, envelope: Envelope, now_ms: int) -> JobFacts:
         return JobFacts(backend, endpoint, now_ms, expires_ms, priority=priority)
     return JobFacts(
         backend, endpoint, head.created_ms or now_ms, expires_ms, head.not_before_ms, priority, head.tag, head.retry_of, head.callback,
-        head.stage,
+        head.stage, member=head.member,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from .envelope import Stage, Whole
+from .envelope import Member, Stage, Whole
 from .errors import UNPARSABLE, BadEnvelope
 from .jobs import JobFacts, Pipeline
 from .values.signing import SealScope, Signer
@@ -54,6 +54,7 @@ class Plan(msgspec.Struct, frozen=True, array_like=True):
     tag: str
     retry_of: str
     callback: str
+    member: Member | None = None
 
     def sealed(self, signer: Signer) -> bytes:
         raw = _encode(self)
@@ -77,7 +78,7 @@ class Plan(msgspec.Struct, frozen=True, array_like=True):
         """What the record of the pipeline says of it."""
         return JobFacts(
             "", self.name, self.created_ms, self.expires_ms, self.not_before_ms, self.priority, self.tag, self.retry_of, self.callback,
-            stages=self.stages, done=self.done,
+            stages=self.stages, done=self.done, member=self.member,
         )  # fmt: skip
 
     def begun_by(self, index: int) -> Pipeline:

@@ -148,7 +148,7 @@ class NextStages:
         raw = result.to_bytes()
         end = JobEnd(
             plan.id, raw, entry_of(plan.id, raw), JobState.FAILED if result.error is not None and state is JobState.SUCCEEDED else state,
-            result.status, "", now_ms, ttl_ms, endpoint=plan.name, callback=plan.callback,
+            result.status, "", now_ms, ttl_ms, endpoint=plan.name, callback=plan.callback, member=plan.member,
         )  # fmt: skip
         await recorded(self._store.jobs.end_then, end)
 

@@ -10,6 +10,7 @@ from ..broker.settings import Settings
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
 from ..broker.values.webhook_signing import WebhookSigner
+from .chords import Chords
 from .end_webhooks import EndWebhooks
 from .next_stages import NextStages
 from .outbox import Outbox
@@ -31,7 +32,9 @@ class Sequels:
         self._posting = WebhookSending(queue.webhooks, store, signer, self.rules, Receivers(settings.callbacks.networks))
         self._ends = EndWebhooks(queue.webhooks, signer, self.rules, store.now_ms)
         self._stages = NextStages(jobs, store, keys, settings.signer)
-        self._outbox = Outbox(store, keys, {Sequel.WEBHOOK: self._ends.send, Sequel.STAGE: self._stages.send})
+        self._chords = Chords(jobs, store, keys, settings.signer)
+        sequels = {Sequel.WEBHOOK: self._ends.send, Sequel.STAGE: self._stages.send, Sequel.CHORD: self._chords.send}
+        self._outbox = Outbox(store, keys, sequels)
 
     def __repr__(self) -> str:
         return f"<Sequels {self._outbox!r}, {self._posting!r}>"
@@ -50,7 +53,8 @@ class Sequels:
             await self._outbox.stop()
         elif desired.backends:
             self._ends.futures_path = desired.http.futures_path
-            self._stages.follow(desired, "" if observed is None else observed.store_is_full)
+            for sending in (self._stages, self._chords):
+                sending.follow(desired, "" if observed is None else observed.store_is_full)
             self._outbox.go_on()
         if desired.closing and not leads:
             await self._posting.stop()

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
-from ..envelope import Envelope, Header, JobHead, RequestHead, Stage
+from ..envelope import Envelope, Header, JobHead, Member, RequestHead, Stage
 from ..errors import BadEnvelope, BadValue, BrokerUnavailable, JobGoesOn, MQServeError, ResultGone, StoreUnavailable, TooLarge, UnknownJob
 from ..jobs import JOB_RESULT_TTL_S, MESSAGE_TTL_S, UNENDED_TTL_S, JobEnd, JobFacts, JobRecord, JobState, facts_of
 from ..overload import HeldBytes
@@ -47,6 +47,8 @@ class JobTerms:
     tag: str = ""
     retry_of: str = ""
     callback: str = ""  # the URL that is told of its end
+    member: Member | None = None
+    created_ms: int = 0  # 0: now
     once: bool = False  # the backend's delivery is at most once
     again: bool = False  # it may have been sent before
     stages: Stages | None = None  # its endpoint is a pipeline
@@ -107,14 +109,16 @@ class JobSender:
             raise TooLarge(f"the body has {size} bytes and the limit is {MAX_BODY_BYTES}: send less, or a reference to it")
         now_ms = self.store.now_ms()
         plan: Plan | None = None
+        created_ms = terms.created_ms or now_ms
         if (stages := terms.stages) is not None:
-            plan = _plan_of(future_id, stages, origin, terms, now_ms)
+            plan = _plan_of(future_id, stages, origin, terms, created_ms)
             stage = Stage(plan.sealed(self._signer), len(plan.done))
-            terms = dataclasses.replace(terms, retry_of="", callback="", stage=stage)  # what concerns the whole is said of that alone
+            # what concerns the whole is said of that alone
+            terms = dataclasses.replace(terms, retry_of="", callback="", member=None, stage=stage)
             meta = replace(meta, endpoint=stages.first)
         head = JobHead(
-            now_ms, terms.result_ttl_s, 0, terms.not_before_ms, terms.tag, terms.retry_of, terms.callback,
-            carried=terms.carried, stage=terms.stage,
+            created_ms, terms.result_ttl_s, 0, terms.not_before_ms, terms.tag, terms.retry_of, terms.callback,
+            carried=terms.carried, stage=terms.stage, member=terms.member,
         )  # fmt: skip
         header = Header(origin=origin, deadline=terms.expires_ms, meta=meta, once=terms.once, job=head, again=terms.again)
         sent_id = message_id(self._signer, future_id, stages)
@@ -166,6 +170,10 @@ class JobSender:
             if stage is not None and (not stage.state.is_final or stage.state is JobState.CANCELLED):
                 await self._cancel(stage)
                 return
+
+    async def fail(self, future_id: str, result: Result) -> None:
+        """Records that a job which waits has failed, unless it has ended. Raises UnknownJob, and StoreUnavailable."""
+        await self._end(await self._known(future_id), result, JobState.FAILED, self.store.now_ms())
 
     async def retry(self, future_id: str, new_id: str, *, refusal: str = "") -> JobFacts:
         """Sends the message of a job that has ended once more, as a job of its own. Raises UnknownJob, JobGoesOn, ResultGone if the message
@@ -258,7 +266,7 @@ class JobSender:
         facts = record.facts
         end = JobEnd(
             record.id, raw, note, state, result.status, facts.backend, now_ms, ttl_ms, endpoint=facts.endpoint, callback=facts.callback,
-            stage=facts.stage,
+            stage=facts.stage, member=facts.member,
         )  # fmt: skip
         return await recorded(self.store.jobs.end_then, end)
 
@@ -360,6 +368,7 @@ def _plan_of(job_id: str, stages: Stages, origin: str, terms: JobTerms, now_ms: 
     return Plan(
         VERSION, job_id, stages.pipeline, stages.endpoints, stages.done, origin, stages.shard_key, now_ms, terms.not_before_ms,
         terms.expires_ms, terms.result_ttl_s, terms.priority, terms.tag, terms.retry_of, terms.callback,
+        terms.member,
     )  # fmt: skip
 
 

@@ -13,13 +13,14 @@ from ..broker.errors import (
     BadType,
     BadValue,
     Cancelled,
+    MembersFailed,
     NotEncodable,
     RemoteError,
     ReplicaLost,
     RequestTimeout,
 )
 from ..broker.failures import add_note, describe
-from ..broker.results import ErrorInfo, Outcome, Result
+from ..broker.results import MEMBERS_FAILED, ErrorInfo, Outcome, Result
 from ..broker.streams import REPLICA_LOST
 from ..broker.values.carried import BYTES_OR_NONE
 from ..broker.values.codecs import PICKLE, decode_value, media_type
@@ -64,6 +65,8 @@ def _exception(error: ErrorInfo, result: Result, future_id: str, signer: Signer,
             return RequestTimeout(error.message, phase=error.phase)
         case Outcome.GONE:
             return BackendGone(error.message)
+    if error.type == MEMBERS_FAILED:
+        return MembersFailed(error.message)
     kind = ReplicaLost if error.type == REPLICA_LOST else RemoteError
     exception: BaseException = kind(f"{error.type}: {error.message}")
     if error.sealed and not plain:

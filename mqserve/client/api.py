@@ -294,14 +294,16 @@ def job(job_id: str, backend: str | None = None, *, endpoint: str | None = None)
 
 
 @overload
-def submit_many(handle: Handle, items: Iterable[Any]) -> Group: ...
+def submit_many(handle: Handle, items: Iterable[Any], then: Handle | AsyncHandle | None = None) -> Group: ...
 @overload
-def submit_many(handle: AsyncHandle, items: Iterable[Any]) -> Coroutine[Any, Any, Group]: ...
+def submit_many(handle: AsyncHandle, items: Iterable[Any], then: Handle | AsyncHandle | None = None) -> Coroutine[Any, Any, Group]: ...
 
 
-def submit_many(handle: Handle | AsyncHandle, items: Iterable[Any]) -> Group | Coroutine[Any, Any, Group]:
+def submit_many(
+    handle: Handle | AsyncHandle, items: Iterable[Any], then: Handle | AsyncHandle | None = None
+) -> Group | Coroutine[Any, Any, Group]:
     """See `Client.submit_many`."""
-    return groups.submit_many(handle, items)
+    return groups.submit_many(handle, items, then)
 
 
 def group(group_id: str) -> Group:

@@ -333,24 +333,33 @@ class Client(Lifetime):
         return jobs.job(job_id, job_id) if key == job_id else jobs.job(key, job_id, expires_ms=0)
 
     @overload
-    def submit_many(self, handle: Handle, items: Iterable[Any]) -> Group: ...
+    def submit_many(self, handle: Handle, items: Iterable[Any], then: Handle | AsyncHandle | None = None) -> Group: ...
     @overload
-    def submit_many(self, handle: AsyncHandle, items: Iterable[Any]) -> Coroutine[Any, Any, Group]: ...
+    def submit_many(
+        self, handle: AsyncHandle, items: Iterable[Any], then: Handle | AsyncHandle | None = None
+    ) -> Coroutine[Any, Any, Group]: ...
 
-    def submit_many(self, handle: Handle | AsyncHandle, items: Iterable[Any]) -> Group | Coroutine[Any, Any, Group]:
+    def submit_many(
+        self, handle: Handle | AsyncHandle, items: Iterable[Any], then: Handle | AsyncHandle | None = None
+    ) -> Group | Coroutine[Any, Any, Group]:
         """Sends a job for each item by `handle.submit`, and returns them as a group with one id; with an async handle, await it. An error
         ends the sending, and has a note that says how many jobs were sent before.
 
+        With `then`, a handle of either kind, its endpoint gets one job more once all have succeeded: the list of their results, in the
+        order of the items, as `then.submit([…])` would pass it, with the options of that handle. `group.then` is that job, from the start.
+        Where one of the others fails, is cancelled or expires, or sending them fails, it fails with MembersFailed. Without items it gets
+        [].
+
         Raises BadType for what is no handle or no series of items, and what `submit` does.
         """
-        return submit_many(handle, items)
+        return submit_many(handle, items, then)
 
     def group(self, group_id: str) -> Group:
         """Returns a group by its id, in any process. Raises UnknownJob if nothing is known of it, BadType for an id that is no str."""
         if not isinstance(group_id, str):
             raise BadType(f"the id of a group is a text of 32 characters, not {group_id!r}: see `group.id`")
         jobs = self.sender.jobs
-        return Group(group_id, jobs.wait(jobs.group_facts(group_id)), jobs)
+        return Group(group_id, jobs.wait(jobs.group(group_id)).facts, jobs)
 
     def stream(self, stream_id: str, after: int = 0) -> Stream:
         """Goes on with a stream that was begun with `options(resumable=True)`, in this process or another one, behind the chunk with the

@@ -11,17 +11,19 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..broker.callbacks import CallbackRules
+from ..broker.calls.chord_calls import VERSION as CHORD_VERSION
+from ..broker.calls.chord_calls import ChordCall
 from ..broker.calls.idempotency import KEY_TTL_S, VERSION, Claim, IdempotencyKeys, digest_of
 from ..broker.calls.job_events import JobFollower
 from ..broker.calls.job_sending import JobSender, JobTerms
 from ..broker.calls.sending import RequestSender
-from ..broker.envelope import RequestHead, mint_id
+from ..broker.envelope import Member, RequestHead, mint_id
 from ..broker.errors import BrokerUnavailable, InstanceError, MQServeError, StoreUnavailable, UnknownJob
-from ..broker.job_groups import GroupFacts
+from ..broker.job_groups import GroupFacts, GroupRecord, member_id
 from ..broker.job_store import NumberedEvent
 from ..broker.jobs import PRIORITIES, UNENDED_TTL_S, JobRecord, JobState
 from ..broker.pipelines import message_id
-from ..broker.results import Result
+from ..broker.results import Result, members_failed
 from ..broker.values.codecs import PICKLE, encode_value
 from ..broker.values.signing import SealScope
 from ..connections import Connections
@@ -54,6 +56,7 @@ class Order:
     arguments: dict[str, Any]
     wait_for_endpoint: bool
     plain: bool
+    member: Member | None = None
 
 
 class JobCalls:
@@ -116,6 +119,7 @@ class JobCalls:
             priority=PRIORITIES[options.priority],
             tag=options.tag,
             callback=options.callback_url,
+            member=order.member,
             once=its is not None and its.config.delivery == "at_most_once",
             again=claimed is not None,
             stages=stages,
@@ -235,27 +239,57 @@ class JobCalls:
 
     # Groups.
 
-    def group_of(self, total: int, order: Order) -> GroupFacts:
-        """Returns what is to be known of a group of such jobs."""
+    def group_of(self, total: int, order: Order, then: str) -> GroupFacts:
+        """Returns what is to be known of a group of such jobs. `then` is the id of the job that gets their results."""
         now_ms = self._store.now_ms()
-        return GroupFacts(total, order.meta.endpoint, now_ms, timing_of(order.options, now_ms).expires_ms)
+        return GroupFacts(total, order.meta.endpoint, now_ms, timing_of(order.options, now_ms).expires_ms, then)
 
-    async def keep_group(self, group_id: str, facts: GroupFacts) -> None:
-        await self._store.set(self._keys.group(group_id), facts.to_bytes(), ttl_ms=UNENDED_TTL_S * 1000)
+    def chord_id(self, group_id: str) -> str:
+        """Returns the id of the job that gets all results of a group."""
+        return self._signer.derived_id("chord", group_id)
 
-    async def group_facts(self, group_id: str) -> GroupFacts:
+    def chord_call(self, order: Order) -> ChordCall:
+        """Returns the job that gets all results of a group, as the group keeps it. Raises what `submit` does."""
+        self._sender.has_to_wait(order.meta.endpoint, None, {}, wait_for_endpoint=order.wait_for_endpoint)
+        options, now_ms = order.options, self._store.now_ms()
+        timing = timing_of(options, now_ms)
+        return ChordCall(
+            CHORD_VERSION, order.id, order.meta, order.shard_key, PRIORITIES[options.priority], options.tag, options.callback_url,
+            math.ceil(options.result_ttl_s or 0), now_ms, timing.not_before_ms, timing.expires_ms,
+        )  # fmt: skip
+
+    async def keep_group(self, group_id: str, facts: GroupFacts, call: ChordCall | None) -> None:
+        """Writes the record of a group, and that of the job that gets its results."""
+        raw = b""
+        if call is not None:
+            if call.callback:
+                await self.check_callback(call.callback)
+            await self._store.jobs.hold(call.id, call.facts)
+            raw = call.sealed(self._signer, group_id)
+        await self._store.jobs.keep_group(group_id, facts, raw)
+
+    async def fail_chord(self, chord_id: str, why: str) -> None:
+        """Ends the job that was to get the results of a group, which will not have them."""
+        await self._jobs.fail(chord_id, members_failed(why))
+
+    async def group(self, group_id: str) -> GroupRecord:
         """Raises UnknownJob."""
-        raw = await self._store.get(self._keys.group(group_id))
-        if raw is None:
+        record = await self._store.jobs.group(group_id)
+        if record is None:
             raise UnknownJob(
-                f"nothing is known of a group {group_id!r}: nobody sent it, or that was more than {UNENDED_TTL_S // 86400} days ago"
+                f"nothing is known of a group {group_id!r}: nobody sent it, or none of its jobs has ended for {UNENDED_TTL_S // 86400} days"
             )
-        return GroupFacts.from_bytes(raw)
+        return record
 
-    async def states(self, keys: Sequence[str]) -> list[JobState | None]:
-        """Returns the state of each job; None for one that is not known."""
-        records = await self._some_at_a_time(self._jobs.look, keys)
-        return [None if record is None else record.state for record in records]
+    async def group_now(self, group_id: str) -> GroupRecord:
+        """Returns the record of a group after it has ended those of its jobs that were not begun in time. Raises UnknownJob."""
+        record = await self.group(group_id)
+        facts, ended = record.facts, sum(record.ended.values())
+        if ended == facts.total or not 0 < facts.expires_ms < self._store.now_ms() - _EXPIRED_AFTER_S * 1000:
+            return record
+        known = await self._store.jobs.group_ends(group_id)
+        await self._some_at_a_time(self._jobs.look, [member_id(group_id, number) for number in range(facts.total) if number not in known])
+        return await self.group(group_id)
 
     async def cancel_all(self, keys: Sequence[str]) -> int:
         """Cancels jobs for everybody, and returns how many had no result yet."""

@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from websockets.sync.client import connect
 
-from mqserve.broker.envelope import Header, Stage, mint_id
+from mqserve.broker.envelope import Header, Member, Stage, mint_id
 from mqserve.broker.errors import StoreUnavailable
+from mqserve.broker.job_groups import GroupFacts, member_id
 from mqserve.broker.jobs import Attempt, EndNote, EventKind, JobEvent, JobFacts, JobState, Leased, Pipeline, Run
 from mqserve.broker.rabbitmq.queue import open_rabbitmq
 from mqserve.broker.redis.store import RedisStore, open_redis
@@ -517,6 +518,7 @@ STORE_REFUSALS: dict[str, list[str]] = {
             for command in (f"PEXPIRE {ROOT_KEY}:stream:{{x}}", f"RPUSH {ROOT_KEY}:feed:x", f"RPUSH {ROOT_KEY}:inbox:client-x")
         ),
         f"HGETALL {ROOT_KEY}:job:{{x}}",
+        f"HGETALL {ROOT_KEY}:group:{{x}}",
         *OF_NO_CALLER,
         *(f"SET {ROOT_KEY}:{name} x" for name in ("desired", "future:{x}")),
         *OF_CONTROLLER,
@@ -605,6 +607,16 @@ async def play_jobs(composed: Composed) -> None:
                 return third not in {EndNote.from_bytes(end.note).id for end in await controller.jobs.ends(1000)}
 
             await until(is_dropped)  # by the instance's controller, since its plan makes no sense
+            group, last = mint_id(), mint_id()
+            await client.jobs.hold(last, JobFacts("", "e", 1000))
+            await client.jobs.keep_group(group, GroupFacts(3, "e", then=last), b"call")
+            for number, store in enumerate((replica, proxy, client)):
+                member = member_id(group, number)
+                await added(client, member)
+                assert await ended(store, member, member=Member(group, number))
+            for store in (client, proxy, replica, controller):
+                found = await store.jobs.group(group)
+                assert found is not None and found.ended[JobState.SUCCEEDED] == 3 and len(await store.jobs.group_ends(group)) == 3
         for store in (client, proxy, replica):
             with pytest.raises(StoreUnavailable, match="does not let user"):
                 await store.jobs.list()
