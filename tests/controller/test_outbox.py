@@ -106,6 +106,21 @@ async def test_an_entry_that_takes_long_holds_up_no_other(store: Store, keys: St
     assert len(await store.jobs.ends(10)) == 1
 
 
+async def test_each_of_many_entries_is_sent_once_however_many_come_meanwhile(store: Store, keys: StoreKeys) -> None:
+    seen: list[str] = []
+
+    async def send(note: EndNote) -> None:
+        await asyncio.sleep(0.001 * (len(seen) % 3))
+        seen.append(note.id)
+
+    async with reading(store, keys, send):
+        for number in range(500):
+            await end(store, str(number))
+        await until(lambda: len(seen) >= 500)
+        await until_empty(store)
+    assert sorted(seen, key=int) == [str(number) for number in range(500)]
+
+
 async def test_an_entry_that_makes_no_sense_is_dropped(store: Store, keys: StoreKeys) -> None:
     async def send(note: EndNote) -> None:
         raise BadEnvelope("it makes none")
