@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import date
@@ -108,6 +109,14 @@ def test_a_plain_call_waits_for_the_last_stage(pipeline: str) -> None:
 
     assert asyncio.run(main()) == [{"of": "ab", "size": 2}]
     assert list(serve.get_handle(pipeline).map(["a", "bc"])) == [[{"of": "a", "size": 1}], [{"of": "bc", "size": 2}]]
+
+
+def test_no_stage_waits_for_somebody_to_look(pipeline: str) -> None:
+    handle = serve.get_handle(pipeline)
+    began = time.monotonic()
+    for _ in range(10):
+        handle.submit("abc").result(timeout=30)
+    assert time.monotonic() - began < 10, "20 times the leader has passed a result on"
 
 
 def test_many_of_them_are_a_group(pipeline: str) -> None:
