@@ -62,6 +62,11 @@ class DueJob(Protocol):
         endpoint."""
         ...
 
+    @property
+    def wants_events(self) -> bool:
+        """See `Delivery.wants_events`."""
+        ...
+
     def envelope(self) -> Envelope:
         """The envelope, its seal checked as of a message to that backend; one to an endpoint has none. Raises BadEnvelope."""
         ...
@@ -76,11 +81,13 @@ class Later(Protocol):
     (`Queue.publish_later`)."""
 
     async def declare(self) -> None:
-        """Makes sure that `<ns>.due` exists and is bound, also to the exchange for endpoints. Idempotent."""
+        """Makes sure that `<ns>.due` exists and is bound, also to the exchange for endpoints, and that their dead letters have a queue.
+        Idempotent."""
         ...
 
     async def delete_if_empty(self) -> None:
-        """Deletes the queues unless a job waits in one of them: then all that lead to `<ns>.due` stay, and that stays, too."""
+        """Deletes the queues unless a job waits in one of them: then all that lead to `<ns>.due` stay, and that stays, too. The queue of
+        the dead letters of endpoints goes if it is empty."""
         ...
 
     async def consume(self, prefetch: int, on_due: Callable[[DueJob], None]) -> Consumption:

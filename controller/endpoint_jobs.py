@@ -74,7 +74,7 @@ class EndpointJobs:
         errors of broker and store."""
         try:
             endpoint = await self._find(name)
-            await self._forward(endpoint, check_published(job.envelope()))
+            await self._forward(endpoint, check_published(job.envelope()), tells=job.wants_events)
         except BadEnvelope as error:
             await self._refuse(job, name, error)
 
@@ -110,9 +110,9 @@ class EndpointJobs:
                     self._read = self._endpoints
             self._read_at = began_at
 
-    async def _forward(self, endpoint: Endpoint, published: Envelope) -> None:
+    async def _forward(self, endpoint: Endpoint, published: Envelope, *, tells: bool) -> None:
         backend, _ = choose(endpoint, published.id)  # by the id, so that a second copy goes the same way
-        envelope = _forwarded(published, endpoint.name, self._store.now_ms())
+        envelope = _forwarded(published, endpoint.name, self._store.now_ms(), tells=tells)
         error = await fate_of(partial(self._queue.publish_job, backend, envelope), _CONFIRM_BUDGET_S)
         if isinstance(error, NotRouted):  # its queue is about to be declared, and jobs of others must not wait for that
             error = await fate_of(partial(self._queue.publish_later, backend, envelope, AGAIN_S), _CONFIRM_BUDGET_S)
@@ -136,7 +136,7 @@ class EndpointJobs:
         self._refused.say(f"a message to endpoint {printable(name)} is a dead letter ({shown}): {printable(str(error))}")
         await self._later.set_aside(job, Death(str(error), died_at_ms=self._store.now_ms()))
         try:
-            published = job.envelope().without_header()
+            published = job.envelope()
         except BadEnvelope:
             return  # as for any message whose header does not parse: nobody knows what its sender meant
         status = error.status if isinstance(error, UnknownTarget) else 422
@@ -144,21 +144,21 @@ class EndpointJobs:
         result = Result(status=status, error=ErrorInfo(type=f"mqserve.{kind}", message=str(error)))
         try:
             if published.id and _is_name(name):
-                await self._end(name, published.id, result)
+                await self._end(name, published, result)
             if published.reply_to and not is_ours(self._namespace, published.reply_to):
                 await send_reply(self._queue, ENDPOINTS, published, result, _CONFIRM_BUDGET_S)
         except MQServeError as failure:
             self._untold.say(f"the sender of a message to an endpoint is not told that it was refused: {failure}")
 
-    async def _end(self, name: str, message_id: str, result: Result) -> None:
+    async def _end(self, name: str, published: Envelope, result: Result) -> None:
         """Records the end, unless a message of this id has been accepted before: then that one's counts."""
-        future_id = endpoint_key(name, message_id)
+        future_id = endpoint_key(name, published.id)
         if await self._store.jobs.read(future_id) is not None:
             return
         raw = result.to_bytes()
         end = JobEnd(
             future_id, raw, entry_of(future_id, raw), JobState.FAILED, result.status, "", self._store.now_ms(), JOB_RESULT_TTL_S * 1000,
-            endpoint=name,
+            endpoint=name, callback=_callback_of(published),
         )  # fmt: skip
         await recorded(self._store.jobs.end_then, end)
 
@@ -166,7 +166,7 @@ class EndpointJobs:
 def check_published(published: Envelope) -> Envelope:
     """Raises BadEnvelope for what nobody may send to an endpoint."""
     if published.header.claims:
-        raise BadSignature("the mq header says more than a direct publisher may (deadline and meta.call): leave the header out")
+        raise BadSignature("the mq header says more than a direct publisher may (deadline, meta.call, job.callback): leave the header out")
     if media_type(published.content_type) == PICKLE:
         raise BadEnvelope("a pickle from a direct publisher is never opened: send JSON, MessagePack, text or bytes")
     return published
@@ -179,10 +179,15 @@ def _is_name(name: str) -> bool:
         return False
 
 
-def _forwarded(published: Envelope, endpoint: str, now_ms: int) -> Envelope:
+def _callback_of(published: Envelope) -> str:
+    """Returns the URL that is told of the end, which is the one thing that any publisher may say of a job."""
+    return published.header.job.callback if published.header.job is not None and not published.header.claims else ""
+
+
+def _forwarded(published: Envelope, endpoint: str, now_ms: int, *, tells: bool) -> Envelope:
     """Returns the message to its backend. The queue for the answer is in the header, too, which the seal covers: a sealed message that
     asks for an answer elsewhere is refused."""
-    job = JobHead(created_ms=now_ms, reply_to=published.reply_to)
+    job = JobHead(created_ms=now_ms, callback=_callback_of(published), reply_to=published.reply_to, tells=tells)
     meta = RequestHead(endpoint=endpoint, call=published.header.meta.call)
     header = Header(job=job, meta=meta, deadline=published.header.deadline)
     return replace(published, header=header, persistent=True)

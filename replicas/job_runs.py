@@ -128,7 +128,9 @@ class JobRuns:
         self._reading.read(job, delivery)
         if is_handshake(job.envelope):
             raise BadEnvelope("a WebSocket cannot be opened by a job, which nobody waits for: connect to its route")
-        job.tells_caller = bool(job.envelope.reply_to) and delivery.wants_events
+        head = job.envelope.header.job
+        asks = delivery.wants_events or (head is not None and head.tells)
+        job.tells_caller = asks and bool(job.envelope.reply_to)
         if job.is_recorded:
             job.mark = secrets.token_bytes(TOKEN_BYTES)
         if not self._host.ends_here(job):

@@ -56,7 +56,10 @@ CODE = "\n".join(
 
 SCRIPTS = ("handle", "face", "plain-results", "handle-streams")  # Python that needs nothing
 WALKTHROUGHS = {"hello": "", "digits": "examples/digits.py"}  # shell that serves, or asks what serves this file
-OVER_AMQP = ("orders.py", "pika", "redis", "future", "publish", "pika-job", "redis-job", "amqplib-job", "amqplib-events")
+OVER_AMQP = (
+    "orders.py", "pika", "redis", "future", "publish", "pika-job", "redis-job", "pika-endpoint",
+    "amqplib-job", "amqplib-events", "amqplib-endpoint",
+)  # fmt: skip
 ON_SERVERS = ("dead-letters", "delivery", "dependency-management", "resources")  # of the guide: these need RabbitMQ and Redis
 IN_ONE_PROCESS = [page.stem for page in GUIDE if page.stem not in ON_SERVERS]
 BESIDE = ("shop_metrics.py",)  # imported by a page's program
@@ -240,8 +243,12 @@ def test_the_pika_example_of_a_job_leads_to_its_result(orders: CommandLine) -> N
     runs_as_shown("redis-job", orders)
 
 
+def test_the_pika_example_of_a_message_to_an_endpoint_leads_to_its_result(orders: CommandLine) -> None:
+    runs_as_shown("pika-endpoint", orders)
+
+
 @pytest.mark.skipif(shutil.which("node") is None, reason="there is no node here to parse it")
-@pytest.mark.parametrize("name", ["amqplib", "amqplib-job", "amqplib-events"])
+@pytest.mark.parametrize("name", ["amqplib", "amqplib-job", "amqplib-events", "amqplib-endpoint"])
 def test_the_node_example_parses(name: str, tmp_path: Path) -> None:
     (tmp_path / "example.js").write_text(NAMED[name])
     parsed = subprocess.run(["node", "--check", "example.js"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
@@ -250,12 +257,14 @@ def test_the_node_example_parses(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_the_node_examples_are_served(orders: CommandLine, amqplib: str) -> None:
-    for name in ("amqplib", "amqplib-job", "amqplib-events"):
+    for name in ("amqplib", "amqplib-job", "amqplib-events", "amqplib-endpoint"):
         script = NAMED[name].replace('"mqserve.', f'"{orders.env["MQSERVE_NAMESPACE"]}.')
         done = subprocess.run(["node", "-e", script], env={**orders.env, "NODE_PATH": amqplib}, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         assert sorted(done.stdout.splitlines()) == printed_by(script), done.stderr
     read = orders.python("import mqserve as s; s.connect(); print(s.job('order-20', backend='orders').result(timeout=30))")
+    assert read.stdout == "{'total': 42}\n", read.stderr
+    read = orders.python("import mqserve as s; s.connect(); print(s.job('order-24', endpoint='orders').result(timeout=30))")
     assert read.stdout == "{'total': 42}\n", read.stderr
 
 

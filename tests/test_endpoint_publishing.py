@@ -10,6 +10,7 @@ import httpx
 import msgspec
 import pika
 import pytest
+import redis
 from pika.adapters.blocking_connection import BlockingChannel
 
 import mqserve as serve
@@ -205,6 +206,14 @@ def test_a_header_that_does_not_parse_makes_a_dead_letter(
     assert (body, dead.headers["mq-endpoint"], dead.headers["mq"]) == (b"1", split, raw)
 
 
+def test_properties_that_cannot_be_read_make_a_dead_letter(
+    channel: BlockingChannel, exchange: str, split: str, environment: dict[str, str]
+) -> None:
+    channel.basic_publish(exchange, split, b"1", as_json(message_id=b"\xff\xfe"))
+    dead, body = receive(channel, dead_queue(environment))
+    assert (body, dead.headers["mq-endpoint"]) == (b"1", split) and "cannot be read" in dead.headers["mq-reason"]
+
+
 @pytest.mark.parametrize("key", ["", "a@b", "x" * 200, "snow \N{SNOWMAN}"])
 def test_a_routing_key_that_is_no_name_is_refused_and_no_other_key_gets_its_end(
     client: serve.Client, channel: BlockingChannel, exchange: str, environment: dict[str, str], key: str
@@ -236,6 +245,28 @@ def test_a_deadline_and_a_method_count_as_for_jobs_to_a_backend(
         reply, body = receive(channel, replies)
         assert reply.headers["mq-status"] == status, body
     assert str(client.job(late, endpoint=split).status().state) == "expired"
+
+
+def test_what_the_handler_says_comes_first_where_the_message_asks_for_it(channel: BlockingChannel, exchange: str, deploy: Deploy) -> None:
+    def speak(request: serve.ServeRequest) -> str:
+        serve.log("a line")
+        return "done"
+
+    name, replies = deploy(speak), own_queue(channel)
+    channel.basic_publish(exchange, name, b"1", as_json(message_id=uuid.uuid4().hex, reply_to=replies, headers={"mq-events": True}))
+    received = [receive(channel, replies) for _ in range(2)]
+    assert [(reply.headers.get("mq-event"), body) for reply, body in received] == [("log", b"a line"), (None, b"done")]
+
+
+def test_a_callback_url_of_the_publisher_stands_in_the_record(
+    client: serve.Client, channel: BlockingChannel, exchange: str, split: str, store_url: str, environment: dict[str, str]
+) -> None:
+    key, header = uuid.uuid4().hex, {"job": {"callback": "https://example.com/told"}}
+    channel.basic_publish(exchange, split, b"1", as_json(message_id=key, headers={"mq": msgspec.msgpack.encode(header)}))
+    client.job(key, endpoint=split).result(timeout=30)
+    with redis.Redis.from_url(store_url) as store:
+        facts = store.hget(f"mqserve:{environment['MQSERVE_NAMESPACE']}:job:{{@{split}@{key}}}", "facts")
+    assert isinstance(facts, bytes) and msgspec.msgpack.decode(facts)["callback"] == "https://example.com/told"
 
 
 def test_a_job_that_waits_is_known_and_can_be_cancelled(

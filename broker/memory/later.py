@@ -21,6 +21,7 @@ class EmbeddedDueJob:
 
     __slots__ = ("_envelope", "_later", "backend")
     endpoint: str | None = None  # nobody else can publish in memory
+    wants_events = False
 
     def __init__(self, later: EmbeddedLater, backend: str, envelope: Envelope) -> None:
         self._later = later

@@ -40,6 +40,10 @@ class RabbitDueJob:
         target = repr(self.backend) if self.endpoint is None else f"endpoint {self.endpoint!r}"
         return f"<RabbitDueJob {self.delivery.properties.message_id} for {target}>"
 
+    @property
+    def wants_events(self) -> bool:
+        return self.delivery.wants_events
+
     def envelope(self) -> Envelope:
         seals = self._seals.of(self.backend) if self.endpoint is None else None
         return Envelope.from_amqp(self.delivery.properties, self.delivery.body, seals)
@@ -73,6 +77,7 @@ class RabbitLater:
     async def delete_if_empty(self) -> None:
         waits = [queue_names.later_queue(self._namespace, wait_s) for wait_s in WAITS_S]
         await self._topology.delete_empty([*waits, queue_names.due_queue(self._namespace)])
+        await self._topology.delete_empty([queue_names.dead_queue(self._namespace, queue_names.ENDPOINTS)])
 
     async def consume(self, prefetch: int, on_due: Callable[[DueJob], None]) -> Consumption:
         endpoints = queue_names.endpoints_exchange(self._namespace)
@@ -98,9 +103,10 @@ class RabbitLater:
 
     async def set_aside(self, job: DueJob, death: Death) -> None:
         backend, properties = job.backend, _cleared(job)
-        if job.endpoint is not None:
+        if job.endpoint is None:
+            await self._topology.declare_dead_letters(backend)
+        else:  # anybody may send many of them, so their queue is declared once
             backend, properties = queue_names.ENDPOINTS, _delivery(job).properties
-        await self._topology.declare_dead_letters(backend)
         packed = dead_letter_to_amqp(backend, properties, death, is_job=True, endpoint=job.endpoint)
         await self._publish_now(queue_names.dead_exchange(self._namespace), backend, job, packed)
 

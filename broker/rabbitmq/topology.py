@@ -97,6 +97,7 @@ class RabbitTopology:
             await channel.queue_bind(due, endpoints, "#")
 
         await self._declare(declare)
+        await self.declare_dead_letters(queue_names.ENDPOINTS)
 
     async def declare_wait(self, wait_s: int) -> None:
         await self._declare_wait(queue_names.later_queue(self._namespace, wait_s), queue_names.later_exchange(self._namespace), wait_s)

@@ -13,7 +13,7 @@ import pytest
 from mqserve.broker.envelope import mint_id
 from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.queue import Delivery, Queue
-from mqserve.broker.rabbitmq.queue import RabbitQueue, open_rabbitmq
+from mqserve.broker.rabbitmq.queue import open_rabbitmq
 from mqserve.broker.redis.store import open_redis
 from mqserve.broker.settings import Settings
 from mqserve.broker.store_keys import StoreKeys
@@ -21,7 +21,7 @@ from mqserve.controller.changes import commit, create_backend, create_endpoint
 from mqserve.controller.lease import read_instance
 from mqserve.controller.state.documents import Backend, Endpoint
 from mqserve.replicas.trust import SenderTrust
-from tests.broker.test_later import forwarding
+from tests.broker.test_later import count, forwarding
 from tests.broker.traffic import Hands, until
 from tests.faults.members import Members
 from tests.instances import ROOT, SECRET_KEY, CommandLine, wait_until
@@ -134,6 +134,10 @@ def shell(broker_url: str, store_url: str, tmp_path: Path, namespace: str) -> It
     shell.close()
 
 
+async def is_declared(queue: Queue, name: str) -> bool:
+    return await count(queue, name) is not None
+
+
 async def test_messages_wait_while_no_controller_is_there_and_the_death_of_the_leader_loses_none(
     shell: CommandLine, broker_url: str, store_url: str, namespace: str
 ) -> None:
@@ -152,8 +156,7 @@ async def test_messages_wait_while_no_controller_is_there_and_the_death_of_the_l
             await commit(store, keys, instance, create_backend(Backend(backend, "", backend)))
         await commit(store, keys, instance, create_endpoint(HALVES))
         await until(lambda: members.observed().queues == {"a": (1,), "b": (1,)})
-        assert isinstance(queue, RabbitQueue)
-        await until(lambda: queue._topology._count(f"{namespace}.due"))
+        await until(partial(is_declared, queue, f"{namespace}.dead.@endpoints"))  # the last of what the leader makes
         first.signal(signal.SIGKILL)
         sent = await asyncio.to_thread(publish_many, broker_url, namespace, 200)
         await arrivals.consume(queue)

@@ -48,7 +48,7 @@ def url(session_broker: PrivateRabbitMQ, store_url: str, namespace: str, tmp_pat
 def stranger(session_broker: PrivateRabbitMQ, namespace: str) -> Iterator[str]:
     """The RabbitMQ URL of one who may publish requests and read answers."""
     session_broker.ctl("add_user", "stranger", "secret")
-    session_broker.ctl("set_permissions", "stranger", "^answers-", rf"^{namespace}\.requests$", "^answers-")
+    session_broker.ctl("set_permissions", "stranger", "^answers-", rf"^{namespace}\.(requests|endpoints)$", "^answers-")
     yield f"amqp://stranger:secret@127.0.0.1:{session_broker.port}/"
     session_broker.ctl("delete_user", "stranger")
 
@@ -74,6 +74,13 @@ def test_a_header_of_the_replicas_own_user_counts_where_the_message_says_whose_i
     assert b"Request" in answer(session_broker.url, namespace, FORGED[0], own)[1]
 
 
+def test_a_strangers_message_to_an_endpoint_is_answered_and_lends_its_header_no_trust(url: str, stranger: str, namespace: str) -> None:
+    assert answer(stranger, namespace, Header(deadline=2**50), "stranger", "endpoints") == (200, b"<ServeRequest GET>")
+    for header in FORGED:
+        status, body = answer(stranger, namespace, header, "stranger", "endpoints")
+        assert status == 422 and json.loads(body)["error"]["type"] == "mqserve.BadSignature", body
+
+
 def test_a_dead_letter_is_retried_for_whom_its_sender_was_and_not_for_who_retries_it(
     url: str, session_broker: PrivateRabbitMQ, stranger: str, store_url: str, namespace: str, tmp_path: Path
 ) -> None:
@@ -84,7 +91,7 @@ def test_a_dead_letter_is_retried_for_whom_its_sender_was_and_not_for_who_retrie
     assert refused.returncode == 1 and "no replica would run it, even if it is sent again" in refused.stderr, refused
 
 
-def answer(url: str, namespace: str, header: Header, user_id: str | None) -> tuple[int, bytes]:
+def answer(url: str, namespace: str, header: Header, user_id: str | None, exchange: str = "requests") -> tuple[int, bytes]:
     """What comes back to a message of a header's author."""
     with pika.BlockingConnection(pika.URLParameters(url)) as connection:
         channel = connection.channel()
@@ -96,7 +103,7 @@ def answer(url: str, namespace: str, header: Header, user_id: str | None) -> tup
             user_id=user_id,
             headers={"mq": msgspec.msgpack.encode(header)},
         )
-        channel.basic_publish(f"{namespace}.requests", "told", b"1", properties)
+        channel.basic_publish(f"{namespace}.{exchange}", "told", b"1", properties)
         found: list[tuple[int, bytes]] = []
 
         def look() -> Any:
