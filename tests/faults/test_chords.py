@@ -72,7 +72,7 @@ def test_a_chord_of_a_thousand_follows_once_while_replicas_and_leaders_are_kille
     client.delete_backend("add")
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.3, 0.6, 0.9, 1.2])
+@pytest.mark.parametrize("seconds", [0.0, 0.01, 0.03, 0.1])
 def test_a_leader_that_is_killed_when_a_group_is_complete_leaves_its_chord_to_the_next(
     cluster: Cluster,
     adding: Tally,
