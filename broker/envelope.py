@@ -49,6 +49,20 @@ class RequestHead(msgspec.Struct, frozen=True, omit_defaults=True):
     lost_state: dict[str, str] | None = None  # name -> type of the values that are not plain data and stayed behind
 
 
+class Member(msgspec.Struct, frozen=True, array_like=True):
+    """The place of a job in a group (`job_groups.py`)."""
+
+    group: str
+    number: Whole  # from 0
+
+
+class Stage(msgspec.Struct, frozen=True, array_like=True):
+    """The place of a job in a pipeline. `plan` is what all its stages have in common (`pipelines.py`), sealed where there is a key."""
+
+    plan: bytes
+    index: Whole
+
+
 class JobHead(msgspec.Struct, frozen=True, omit_defaults=True):
     """The header field `job`: the request is one that nobody waits for (`jobs.py`). Times are store time in ms."""
 
@@ -61,6 +75,9 @@ class JobHead(msgspec.Struct, frozen=True, omit_defaults=True):
     callback: str = ""  # the URL that is told of its end
     reply_to: str = ""  # of one that was published to an endpoint: the queue that gets the answer
     tells: bool = False  # likewise: that queue gets what its handler says, too
+    carried: bool = False  # its body holds results of other jobs (`values/carried.py`)
+    stage: Stage | None = None  # of a pipeline
+    member: Member | None = None
 
 
 class Header(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -159,6 +176,11 @@ class Envelope(msgspec.Struct, frozen=True):
     def minted(self) -> bool:
         """Whether the id was minted by us (and so is globally unique) rather than chosen by the caller."""
         return bool(self.header.origin) and len(self.id) == MINTED_ID_LENGTH
+
+    @property
+    def carries(self) -> bool:
+        """Whether the body holds results of other jobs."""
+        return self.header.job is not None and self.header.job.carried
 
     def future_id(self, backend: str) -> str:
         """The id under which the result is stored. A minted id is used as it is; a caller's own key is scoped to the backend, or to the

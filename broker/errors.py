@@ -18,6 +18,7 @@ MQServeError
 ├── Cancelled              the caller gave the request up
 ├── JobGoesOn              the job has not ended
 ├── ResultGone             the job has ended, and its result, or its message, is not kept any more
+├── MembersFailed          a job was to get the results of others, and not all of these have succeeded
 ├── KeyMisused             the idempotency key was sent with another request
 ├── RemoteError            user code failed in a replica, and its exception could not be rebuilt here
 │   └── ReplicaLost        … or the replica died and the request does not run again: at most once, or its answer had begun to flow
@@ -162,6 +163,12 @@ class ResultGone(MQServeError):
     """The job has ended, and its result, or its message, is not kept any more."""
 
     status = 410
+
+
+class MembersFailed(MQServeError):
+    """The job was to get the results of others, and not all of these are there."""
+
+    status = 424
 
 
 class KeyMisused(MQServeError):

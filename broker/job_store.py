@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
-from .jobs import Attempt, Begun, JobEnd, JobEvent, JobFacts, JobRecord, Run
+from .job_groups import GroupFacts, GroupRecord
+from .jobs import Attempt, Begun, JobEnd, JobEvent, JobFacts, JobRecord, JobState, Run
 
 OnDone = Callable[[bool | Exception], None]
 """Called once with the outcome of a write, as `OnRecorded` is. It must not raise."""
@@ -37,7 +38,7 @@ class JobStore(Protocol):
 
     async def begin(self, run: Run) -> Begun:
         """Takes the lease for a run, unless the job has a result or another run's lease lives. Writes the record if it is missing, the
-        beginning of the run, and the event."""
+        beginning of the run, and the event. The first stage of a pipeline begins that, too, and each one tells of itself there."""
         ...
 
     async def renew(self, future_id: str, token: bytes) -> bool:
@@ -56,8 +57,8 @@ class JobStore(Protocol):
 
     def end_then(self, end: JobEnd, on_done: OnDone) -> None:
         """Records the end of a job, in a batch. True if this is its first result (or equal to the first). Only the first writer changes the
-        record, tells those who wait, and adds the end to the outbox if something follows from it. False also for the failure of a run
-        after which another has begun: that one's end counts. A late success is the same work, and counts."""
+        record, tells those who wait, adds the end to the outbox if something follows from it, and counts it for the job's group. False also
+        for the failure of a run after which another has begun: that one's end counts. A late success is the same work, and counts."""
         ...
 
     def note(self, future_id: str, token: bytes, event: JobEvent) -> None:
@@ -85,12 +86,30 @@ class JobStore(Protocol):
         """Returns the events behind that number which are kept, in order."""
         ...
 
-    async def ends(self, at_most: int) -> Sequence[PlacedEnd]:
-        """Returns the first entries of the outbox."""
+    async def ends(self, at_most: int, after: str = "") -> Sequence[PlacedEnd]:
+        """Returns the first entries of the outbox, or the first ones behind a place."""
         ...
 
-    async def drop_ends(self, up_to: str) -> None:
-        """Removes the entries of the outbox up to that place."""
+    async def drop_ends(self, *places: str) -> None:
+        """Removes the entries of the outbox at these places."""
+        ...
+
+    async def hold(self, future_id: str, facts: JobFacts) -> None:
+        """Writes the record of a job that is sent once others have ended, unless it is there. Its facts, which name no backend yet, give
+        way to those of `add_then`."""
+        ...
+
+    async def keep_group(self, group_id: str, facts: GroupFacts, call: bytes = b"") -> None:
+        """Writes the record of a group, unless it is there. From then on the end of each member is counted by the step that ends it, once.
+        With a `call` the last of them adds an entry to the outbox."""
+        ...
+
+    async def group(self, group_id: str) -> GroupRecord | None:
+        """Raises BadEnvelope for what is none."""
+        ...
+
+    async def group_ends(self, group_id: str) -> Mapping[int, JobState]:
+        """Returns the members that have ended, by their numbers."""
         ...
 
     async def place(self, future_id: str, facts: JobFacts) -> int | None:

@@ -8,12 +8,12 @@ written once, so that it cannot go back. docs/protocol.md has the contract.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from enum import StrEnum
+from enum import Enum, StrEnum
 from typing import TypeVar
 
 import msgspec
 
-from .envelope import Envelope, Whole
+from .envelope import Envelope, Member, Stage, Whole
 from .errors import UNPARSABLE, BadEnvelope
 from .results import EVENT_KIND, InboxEntry, Outcome, Result
 
@@ -58,6 +58,10 @@ class JobFacts(msgspec.Struct, frozen=True, omit_defaults=True):
     tag: str = ""
     retry_of: str = ""
     callback: str = ""  # the URL that is told of its end
+    stage: Stage | None = None  # its place in a pipeline
+    stages: tuple[str, ...] = ()  # of a pipeline: its endpoints, in order. It is no message itself: its first stage is
+    done: tuple[str, ...] = ()  # of a pipeline that goes on where another one failed: the ids of the stages that it takes over
+    member: Member | None = None
 
     def to_bytes(self) -> bytes:
         return _encode(self)
@@ -119,6 +123,14 @@ class JobRecord(msgspec.Struct, frozen=True):
     has_begun: bool = False  # also if that run was given back, and is no attempt
 
 
+class Pipeline(msgspec.Struct, frozen=True):
+    """The pipeline of a stage that begins: its record says that it runs, and tells of the stage with `note`."""
+
+    id: str
+    facts: JobFacts  # for a record that is missing
+    note: str
+
+
 class Run(msgspec.Struct, frozen=True):
     """A run that asks for the lease of its job. `token` is random, and names the run from then on."""
 
@@ -129,6 +141,7 @@ class Run(msgspec.Struct, frozen=True):
     now_ms: int
     ttl_s: int = UNENDED_TTL_S  # of the record
     result_ttl_s: int = 0
+    pipeline: Pipeline | None = None  # if it is that of a stage
 
 
 class Leased(msgspec.Struct, frozen=True):
@@ -168,13 +181,29 @@ class JobEnd(msgspec.Struct, frozen=True):
     inbox: str = ""
     endpoint: str = ""
     callback: str = ""  # the URL that is told of it
+    stage: Stage | None = None
+    member: Member | None = None
 
     @property
     def outbox_entry(self) -> bytes:
         """What the outbox says of it; empty if nothing follows from it."""
-        if not self.callback:
+        note = EndNote(self.id, self.state, self.ended_ms, self.endpoint, self.callback, self.stage)
+        return _encode(note) if note.sequels else b""
+
+    @property
+    def last_of_group_entry(self) -> bytes:
+        """What the outbox says if all jobs of its group have ended with this one; empty without a group."""
+        if self.member is None:
             return b""
-        return _encode(EndNote(self.id, self.state, self.ended_ms, self.endpoint, self.callback))
+        return _encode(EndNote(self.id, self.state, self.ended_ms, self.endpoint, group=self.member.group))
+
+
+class Sequel(Enum):
+    """What may follow from the end of a job."""
+
+    WEBHOOK = "webhook"
+    STAGE = "next stage of a pipeline"
+    CHORD = "job that gets the results of a group"
 
 
 class EndNote(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -186,6 +215,13 @@ class EndNote(msgspec.Struct, frozen=True, omit_defaults=True):
     ended_ms: Whole
     endpoint: str = ""
     callback: str = ""
+    stage: Stage | None = None
+    group: str = ""  # all jobs of that group have ended with it, and another one follows
+
+    @property
+    def sequels(self) -> tuple[Sequel, ...]:
+        follows = ((Sequel.WEBHOOK, self.callback), (Sequel.STAGE, self.stage), (Sequel.CHORD, self.group))
+        return tuple(sequel for sequel, wanted in follows if wanted)
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> EndNote:
@@ -215,8 +251,9 @@ def facts_of(backend: str, envelope: Envelope, now_ms: int) -> JobFacts:
     if (head := header.job) is None:
         return JobFacts(backend, endpoint, now_ms, expires_ms, priority=priority)
     return JobFacts(
-        backend, endpoint, head.created_ms or now_ms, expires_ms, head.not_before_ms, priority, head.tag, head.retry_of, head.callback
-    )
+        backend, endpoint, head.created_ms or now_ms, expires_ms, head.not_before_ms, priority, head.tag, head.retry_of, head.callback,
+        head.stage, member=head.member,
+    )  # fmt: skip
 
 
 def score_of(facts: JobFacts, again_ms: int = 0) -> int:

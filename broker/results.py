@@ -8,7 +8,7 @@ from typing import Annotated, NamedTuple
 import msgspec
 
 from .envelope import Pairs
-from .errors import UNPARSABLE, BadEnvelope
+from .errors import UNPARSABLE, BadEnvelope, MembersFailed
 
 VERSION = 1
 INLINE_BYTES = 64 * 1024  # a result up to this size rides in the inbox entry; a larger one is read by its key
@@ -16,6 +16,7 @@ RESULT_KIND = 0
 CHUNK_KIND = 1
 SESSION_KIND = 2
 EVENT_KIND = 3
+MEMBERS_FAILED = "mqserve.MembersFailed"  # the type in an ErrorInfo
 
 
 class Outcome(StrEnum):
@@ -124,6 +125,11 @@ def gone_result(backend: str, why: str) -> Result:
     """Returns the result of a request whose backend ended before it. `why` is a clause such as "backend 'a' was deleted"."""
     message = f"{why}, and the request had no result within graceful_shutdown_timeout_s: send it again once it is served again"
     return Result(status=503, backend=backend, error=ErrorInfo(type=Outcome.GONE, message=message))
+
+
+def members_failed(why: str) -> Result:
+    """Returns the result of a job that was to get the results of others, and does not. `why` is a sentence."""
+    return Result(status=MembersFailed.status, error=ErrorInfo(type=MEMBERS_FAILED, message=why))
 
 
 def entry_of(future_id: str, result: bytes) -> bytes:

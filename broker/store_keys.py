@@ -38,7 +38,8 @@ Those of jobs. Until a job ends, they live for UNENDED_TTL_S:
 | `mqserve:<ns>:followers:{id}` | set of inboxes | followers   | writers of events | WAIT_TTL_S, renewed       |
 | `mqserve:<ns>:waiting:<backend>` | sorted set: ids that have not begun | sender, replica, who ends it | who asks for a place | removed |
 | `mqserve:<ns>:jobs`          | sorted set: ids by time of creation | sender, replica | operators | removed some time after the record |
-| `mqserve:<ns>:group:{id}`    | string: how many jobs it has | sender of many jobs | clients | UNENDED_TTL_S, from its sending |
+| `mqserve:<ns>:group:{id}`    | hash: facts, counts of ends | sender, who ends jobs | clients, controllers | none: UNENDED_TTL_S, renewed |
+| `mqserve:<ns>:group:{id.ends}` | string: a byte for each member's end | who ends jobs | clients, controllers | as the counts |
 | `mqserve:<ns>:idempotent:<sha256>` | string: which request has the key | senders (NX) | senders | KEY_TTL_S, from its sending |
 | `mqserve:<ns>:ends`          | stream: ends from which something follows | who ends it | leading controller | removed once that is sent |
 """
@@ -99,6 +100,9 @@ class StoreKeys:
 
     def group(self, group_id: str) -> str:
         return f"{self._root}:group:{{{group_id}}}"
+
+    def group_ends(self, group_id: str) -> str:
+        return self.group(f"{group_id}.ends")
 
     def body(self, future_id: str) -> str:
         return f"{self._root}:body:{{{future_id}}}"

@@ -233,13 +233,18 @@ def create_endpoint(declared: Endpoint) -> Change:
         if declared.name in desired.endpoints:
             raise BadValue(f"there is an endpoint {declared.name!r} already: choose another name, or delete_endpoint first")
         endpoint = _complete(declared, [find_backend(desired, backend) for backend in declared.traffic])
-        for other in desired.endpoints.values():
-            if endpoint.route is not None and other.route == endpoint.route:
-                raise BadValue(f"route {endpoint.route!r} belongs to endpoint {other.name!r}: choose another, or delete that endpoint")
+        check_route_is_free(desired, endpoint)
         return _with_endpoint(desired, endpoint)
 
     check_name(declared.name, "an endpoint")
     return change
+
+
+def check_route_is_free(desired: Desired, endpoint: Endpoint) -> None:
+    """Raises BadValue if another endpoint has the route."""
+    for other in desired.endpoints.values():
+        if endpoint.route is not None and other.route == endpoint.route:
+            raise BadValue(f"route {endpoint.route!r} belongs to endpoint {other.name!r}: choose another, or delete that endpoint")
 
 
 def _complete(declared: Endpoint, backends: list[Backend]) -> Endpoint:
@@ -270,11 +275,20 @@ def delete_endpoint(name: str) -> Change:
     """Deletes an endpoint; does nothing for an unknown name, as in Ray Serve 1.x."""
 
     def change(desired: Desired) -> Desired:
-        if schedules := [schedule.name for schedule in desired.schedules.values() if schedule.endpoint == name]:
-            raise BadValue(f"endpoint {name!r} is called by schedule {schedules[0]!r}: delete that with delete_schedule first")
+        if (found := desired.endpoints.get(name)) is not None and found.stages:
+            raise BadValue(f"{name!r} is a pipeline: delete it with delete_pipeline")
+        check_is_unscheduled(desired, name)
+        if pipelines := [other.name for other in desired.endpoints.values() if name in other.stages]:
+            raise BadValue(f"endpoint {name!r} is a stage of pipeline {pipelines[0]!r}: delete that with delete_pipeline first")
         return msgspec.structs.replace(desired, endpoints={key: kept for key, kept in desired.endpoints.items() if key != name})
 
     return change
+
+
+def check_is_unscheduled(desired: Desired, name: str) -> None:
+    """Raises BadValue if a schedule calls the endpoint."""
+    if schedules := [schedule.name for schedule in desired.schedules.values() if schedule.endpoint == name]:
+        raise BadValue(f"endpoint {name!r} is called by schedule {schedules[0]!r}: delete that with delete_schedule first")
 
 
 def set_traffic(name: str, traffic: object) -> Change:
@@ -282,7 +296,7 @@ def set_traffic(name: str, traffic: object) -> Change:
     weights = parse_traffic(traffic)
 
     def change(desired: Desired) -> Desired:
-        endpoint = find_endpoint(desired, name)
+        endpoint = _with_traffic(find_endpoint(desired, name))
         for backend in weights:
             find_backend(desired, backend)
         return _with_endpoint(desired, msgspec.structs.replace(endpoint, traffic=weights))
@@ -296,7 +310,7 @@ def shadow_traffic(name: str, backend: str, proportion: object) -> Change:
         raise BadType(f"the proportion of shadow traffic must be a number from 0 to 1, not {proportion!r}")
 
     def change(desired: Desired) -> Desired:
-        endpoint = find_endpoint(desired, name)
+        endpoint = _with_traffic(find_endpoint(desired, name))
         find_backend(desired, backend)
         shadows = {key: kept for key, kept in endpoint.shadows.items() if key != backend}
         if proportion:
@@ -328,6 +342,13 @@ def find_endpoint(desired: Desired, name: str) -> Endpoint:
         known = ", ".join(sorted(desired.endpoints)) or "none yet"
         raise BadValue(f"there is no endpoint {name!r} (known: {known}): create it with create_endpoint first")
     return desired.endpoints[name]
+
+
+def _with_traffic(endpoint: Endpoint) -> Endpoint:
+    """Raises BadValue for a pipeline."""
+    if endpoint.stages:
+        raise BadValue(f"{endpoint.name!r} is a pipeline, which has no traffic of its own: set that of its endpoint {endpoint.stages[0]!r}")
+    return endpoint
 
 
 def _with_endpoint(desired: Desired, endpoint: Endpoint) -> Desired:
@@ -387,15 +408,21 @@ def parse_endpoint(name: str, backend: object, route: object, methods: object) -
     as Ray Serve 1.x does, and BadValue for a route that does not parse."""
     if not isinstance(backend, str):
         raise BadType(f"endpoint {name!r} needs the name of its backend as a str: create_endpoint({name!r}, backend='…')")
-    if route is not None and not (isinstance(route, str) and route.startswith("/")):
+    read = read_methods(name, methods)
+    return Endpoint(name, parse_route(name, route), tuple(method.upper() for method in read), {backend: 1.0})
+
+
+def parse_route(name: str, route: object) -> str | None:
+    """Raises BadType and BadValue for a route that cannot be served."""
+    if route is None:
+        return None
+    if not (isinstance(route, str) and route.startswith("/")):
         raise BadType(f"route {route!r} of endpoint {name!r} must be None or a str that starts with '/', such as '/{name}'")
-    read = _read_methods(name, methods)
-    if route is not None:
-        _check_route(route)
-    return Endpoint(name, route, tuple(method.upper() for method in read), {backend: 1.0})
+    _check_route(route)
+    return route
 
 
-def _read_methods(name: str, methods: object) -> Sequence[str]:
+def read_methods(name: str, methods: object) -> Sequence[str]:
     if methods == ():
         return ()
     if not isinstance(methods, list | tuple) or not methods or not all(isinstance(method, str) for method in methods):

@@ -91,6 +91,8 @@ class EndpointJobs:
             found = self._read.get(name)
         if found is None:
             raise UnknownTarget(f"there is no endpoint {name!r}: its routing key has to be the name of one that is deployed")
+        if found.stages:
+            raise BadEnvelope(f"{name!r} is a pipeline, which takes requests of HTTP and of handles: publish to the endpoint of a stage")
         return found
 
     async def _look_again(self) -> None:

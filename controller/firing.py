@@ -80,6 +80,7 @@ class Firings:
         self._task: asyncio.Task[None] | None = None
         self._trouble = RateLimitedLog(logger)
         self.problems: dict[str, str] = {}
+        self._sent: dict[str, Firing] = {}  # what this process knew when it led before
         self._begin()
 
     def _begin(self) -> None:
@@ -109,6 +110,7 @@ class Firings:
         task.cancel()
         await asyncio.wait([task])
         self.problems = {}
+        self._sent = self._known or self._sent
         self._begin()
 
     async def _fire_forever(self) -> None:
@@ -130,7 +132,7 @@ class Firings:
         """Fires what is due, and returns how long nothing else is. Raises StoreUnavailable, and NotLeading."""
         if self._known is None:
             await self._read()
-            self._known = dict(self._written)
+            self._known = self._written | self._lost()
         desired, schedules = self._desired, self._desired.schedules
         self._forget_but({schedule for schedule in schedules.values() if not schedule.paused})
         now_ms = self._store.now_ms()
@@ -146,6 +148,16 @@ class Firings:
         if self._known != self._written:
             await self._write()
         return self._pause_s()
+
+    def _lost(self) -> dict[str, Firing]:
+        """Returns what this process knew when it led before, where what is noted says less: the store has lost that."""
+        return {
+            schedule.name: sent
+            for schedule in self._desired.schedules.values()
+            if (sent := self._sent.get(schedule.name)) is not None
+            and sent.token == schedule.token
+            and sent.until > self._written.get(schedule.name, NOTHING_NOTED).until
+        }
 
     def _pause_s(self) -> float:
         """Returns for how long nothing is due: one that could not be sent, and is tried again, makes no other late."""

@@ -24,9 +24,9 @@ from .firing import Firings
 from .job_ends import Leftovers, Senders
 from .lease import Leader
 from .queues import WhileLeading
+from .sequels import Sequels
 from .state.documents import Desired, Observed
 from .sweeps import Sweeps
-from .webhooks import Callbacks
 
 logger = logging.getLogger(__name__)
 
@@ -49,28 +49,28 @@ class JobDuties:
         endpoints = EndpointJobs(settings.namespace, queue, store, keys)
         self._due = DueJobs(queue.later, endpoints, senders, store, while_leading) if senders is not None else None
         self._firings = Firings(JobSender(queue, store, keys, HeldBytes(), signer), store, keys, signer, leader)
-        self._callbacks = Callbacks(queue, store, settings)
+        self._sequels = Sequels(queue, store, keys, settings)
         self._sweeps = Sweeps(store)
         self._due_waits = RateLimitedLog(logger)
         self.leftovers = Leftovers(queue, store, senders) if senders is not None else None
 
     def __repr__(self) -> str:
-        return f"<JobDuties {self._due!r}, {self._firings!r}, {self._callbacks!r}>"
+        return f"<JobDuties {self._due!r}, {self._firings!r}, {self._sequels!r}>"
 
     @property
     def problems(self) -> dict[str, str]:
         """What operators are told, for the observed document."""
         due = self._due.problems if self._due is not None else {}
-        return self._firings.problems | self._callbacks.problems | self._sweeps.problems | due
+        return self._firings.problems | self._sequels.problems | self._sweeps.problems | due
 
     @property
     def callbacks(self) -> CallbackRules:
         """Which callback URLs jobs may have."""
-        return self._callbacks.rules
+        return self._sequels.rules
 
-    async def go_on(self, desired: Desired, *, leads: bool) -> None:
+    async def go_on(self, desired: Desired, observed: Observed | None, *, leads: bool) -> None:
         """Does what each controller does. Called in each round."""
-        await self._callbacks.turn(desired, leads=leads)
+        await self._sequels.turn(desired, observed, leads=leads)
 
     async def lead_on(self, desired: Desired, observed: Observed) -> None:
         """Does what the leader alone does, from the first backend on until the instance closes. Called after each comparison."""
@@ -95,7 +95,7 @@ class JobDuties:
 
     async def stop(self) -> None:
         await self.step_down()
-        await self._callbacks.stop()
+        await self._sequels.stop()
 
     async def tidy(self) -> None:
         """Deletes the queues at the end of an instance, if they are empty. If the broker is away they are left, without a job, or with one
@@ -103,4 +103,4 @@ class JobDuties:
         if self._due is not None:
             with suppress(BrokerUnavailable):
                 await self._due.tidy()
-                await self._callbacks.tidy()
+                await self._sequels.tidy()

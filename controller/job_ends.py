@@ -47,7 +47,7 @@ async def end_as_gone(store: Store, backend: str, envelope: Envelope, why: str) 
     end = JobEnd(
         future_id, raw, entry_of(future_id, raw), state_of(result), result.status, backend, store.now_ms(),
         (head.result_ttl_s or JOB_RESULT_TTL_S) * 1000, inbox=envelope.header.inbox, endpoint=envelope.header.meta.endpoint,
-        callback=head.callback,
+        callback=head.callback, stage=head.stage, member=head.member,
     )  # fmt: skip
     await recorded(store.jobs.end_then, end)
 

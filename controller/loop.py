@@ -149,7 +149,7 @@ class Controller:
             if leads:
                 await self._write_back()
             return False
-        await self._job_duties.go_on(known.desired, leads=leads)
+        await self._job_duties.go_on(known.desired, known.observed, leads=leads)
         return leads and await self._tick(known.desired)
 
     def _note_look(self) -> None:

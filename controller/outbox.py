@@ -1,102 +1,141 @@
-"""The outbox: what follows from the ends of jobs. The leading controller sends it, and then removes the entry, so it is sent again where
-the leader dies in between, under the same id."""
+"""The outbox: the ends of jobs from which something follows. The leading controller sees to that, and then removes the entry, so it is done
+again where the leader dies in between; whatever follows has an id that makes a second time recognizable.
+
+An entry whose sequel cannot be sent yet stays and is tried again later; it holds up no other.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import suppress
-from datetime import UTC, datetime
-from urllib.parse import quote
+import time
+from collections.abc import Awaitable, Callable, Mapping
 
-import msgspec
-
-from ..broker.callbacks import CallbackRules, NotAllowed
+from ..broker.backoff import keep_running
 from ..broker.errors import BadEnvelope, MQServeError
-from ..broker.jobs import EndNote
+from ..broker.job_store import PlacedEnd
+from ..broker.jobs import EndNote, Sequel
 from ..broker.process.rate_limited_log import RateLimitedLog
-from ..broker.process.ticks import next_tick_s
+from ..broker.process.tasks import Tasks
 from ..broker.store import Store
-from ..broker.values.webhook_signing import WebhookSigner
-from ..broker.webhooks import VERSION, Webhook, Webhooks
+from ..broker.store_keys import StoreKeys
 
 logger = logging.getLogger(__name__)
 
-SENT_AT_ONCE = 100
-LOOK_EVERY_S = 1.0
-LOOK_SELDOM_EVERY_S = 60.0  # where nobody may be told: for what was accepted before that was so
+READ_AT_ONCE = 100
+SENT_AT_ONCE = 64
+HELD = 10_000  # entries that wait for another try; beyond that nothing new is read
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
+LOOK_SELDOM_EVERY_S = 60.0  # beside being woken: a wake-up may be lost
+
+Send = Callable[[EndNote], Awaitable[None]]
+"""Sees to what follows from an end. Raises MQServeError if it cannot yet, BadEnvelope if it never will."""
 
 
 class Outbox:
-    """Sends while it is told to (`go_on`, `stop`)."""
+    """Works while it is told to (`go_on`, `stop`). `sequels` says who sees to what."""
 
-    def __init__(self, store: Store, webhooks: Webhooks, signer: WebhookSigner, rules: CallbackRules) -> None:
+    def __init__(self, store: Store, keys: StoreKeys, sequels: Mapping[Sequel, Send]) -> None:
         self._store = store
-        self._webhooks = webhooks
-        self._signer = signer
-        self._rules = rules
-        self._futures_path = ""
-        self._is_declared = False
-        self._task: asyncio.Task[None] | None = None
-        self._trouble, self._odd = RateLimitedLog(logger), RateLimitedLog(logger)
+        self._key = keys.ends
+        self._sequels = sequels
+        self._work: list[asyncio.Task[None]] = []
+        self._arrived = asyncio.Event()
+        self._sending = Tasks()
+        self._slots = asyncio.Semaphore(SENT_AT_ONCE)
+        self._again: dict[str, tuple[float, float]] = {}  # by place: when it is tried again (monotonic), and the pause before that
+        self._in_hand: set[str] = set()  # places of entries that are being sent
+        self._away, self._trouble, self._odd = RateLimitedLog(logger), RateLimitedLog(logger), RateLimitedLog(logger)
 
     def __repr__(self) -> str:
-        return f"<Outbox{', stopped' if self._task is None else ''}>"
+        return f"<Outbox, {len(self._in_hand)} in hand, {len(self._again)} wait{'' if self._work else ', stopped'}>"
 
-    def go_on(self, futures_path: str) -> None:
-        """Sends from now on. `futures_path` is where proxies answer about jobs."""
-        self._futures_path = futures_path
-        if self._task is None:
-            self._task = asyncio.create_task(self._send_forever(), name="send what follows from the ends of jobs")
+    def go_on(self) -> None:
+        if not self._work:
+            works = (("the reader of the outbox", self._read_forever), ("the listener to the outbox", self._listen))
+            self._work = [asyncio.create_task(keep_running(what, work), name=what) for what, work in works]
 
     async def stop(self) -> None:
-        task, self._task = self._task, None
-        if task is not None:
+        work, self._work = self._work, []
+        for task in work:
             task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        await asyncio.gather(*work, return_exceptions=True)
+        self._sending.cancel()
+        await self._sending.wait(LONGEST_PAUSE_S)
+        self._again.clear()
+        self._in_hand.clear()
+        self._slots = asyncio.Semaphore(SENT_AT_ONCE)  # one that was cancelled before it began has given nothing back
 
-    async def _send_forever(self) -> None:
+    async def send_all(self) -> None:
+        """Goes through the outbox once. Raises StoreUnavailable."""
+        await self._read()
+        await self._sending.wait(LONGEST_PAUSE_S)
+
+    async def _listen(self) -> None:
+        await self._store.read_log(self._key, lambda _: self._arrived.set())
+
+    async def _read_forever(self) -> None:
         while True:
+            self._arrived.clear()
             try:
-                is_empty = await self.send_some() < SENT_AT_ONCE
-                self._trouble.over()
+                await self._read()
+                self._away.over()
             except MQServeError as error:
-                self._is_declared = False  # the broker may come back empty
-                self._trouble.say(f"what follows from the ends of jobs waits: {error}")
-                is_empty = True
-            except Exception:
-                logger.exception("what follows from the ends of jobs waits: that is a bug in mqserve, please report it")
-                is_empty = True
-            if is_empty:
-                await asyncio.sleep(next_tick_s(LOOK_EVERY_S if self._rules.hosts else LOOK_SELDOM_EVERY_S))
+                self._away.say(f"what follows from the ends of jobs waits: {error}")
+                await asyncio.sleep(FIRST_PAUSE_S)
+            try:
+                async with asyncio.timeout(self._pause_s()):
+                    await self._arrived.wait()
+            except TimeoutError:
+                pass
 
-    async def send_some(self) -> int:
-        """Sends the first entries, and returns how many there were. Raises the errors of broker and store."""
-        entries = await self._store.jobs.ends(SENT_AT_ONCE)
-        if entries:
-            found = [webhook for entry in entries if (webhook := self._webhook_of(entry.note)) is not None]
-            if found and not self._is_declared:
-                await self._webhooks.declare()
-                self._is_declared = True
-            await asyncio.gather(*map(self._webhooks.send, found))
-            await self._store.jobs.drop_ends(entries[-1].place)
-        return len(entries)
+    def _pause_s(self) -> float:
+        soonest = min((at for at, _ in self._again.values()), default=float("inf"))
+        return min(LOOK_SELDOM_EVERY_S, max(0.05, soonest - time.monotonic()))
 
-    def _webhook_of(self, raw: bytes) -> Webhook | None:
+    async def _read(self) -> None:
+        """Begins with all entries whose time has come. Raises StoreUnavailable."""
+        after, seen = "", set[str]()
+        while entries := await self._store.jobs.ends(READ_AT_ONCE, after):
+            for entry in entries:
+                seen.add(entry.place)
+                if entry.place not in self._in_hand and self._again.get(entry.place, (0.0, 0.0))[0] <= time.monotonic():
+                    await self._slots.acquire()
+                    self._in_hand.add(entry.place)
+                    self._sending.start(self._send(entry))
+            after = entries[-1].place
+            if len(self._again) >= HELD:
+                return
+        self._again = {place: again for place, again in self._again.items() if place in seen or place in self._in_hand}
+
+    async def _send(self, entry: PlacedEnd) -> None:
         try:
-            end = EndNote.from_bytes(raw)
-            with suppress(NotAllowed):  # those who send it may have other settings, and keep it until they have
-                self._rules.check(end.callback)
-            at = datetime.fromtimestamp(end.ended_ms / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        except (BadEnvelope, ValueError, OverflowError) as error:  # the last two are of a time that is none: all senders may write here
-            self._odd.say(f"the end of a job is told to nobody: {error}")
-            return None
-        event = f"job.{end.state}"
-        data = {
-            "id": end.id,
-            "status": end.state,
-            "endpoint": end.endpoint,
-            "result_url": f"{self._futures_path}/{quote(end.id, safe='')}/result",
-        }
-        body = msgspec.json.encode({"type": event, "timestamp": at, "data": data}).decode()
-        return Webhook(VERSION, self._signer.id_of(end.id, event), end.callback, body, self._store.now_ms())
+            await self._send_sequels(entry.note)
+            await self._store.jobs.drop_ends(entry.place)
+            self._again.pop(entry.place, None)
+        except MQServeError as error:
+            self._put_off(entry.place)
+            self._trouble.say(f"what follows from the end of a job waits: {error}")
+        except Exception:
+            self._put_off(entry.place)
+            logger.exception("what follows from the end of a job waits: that is a bug in mqserve, please report it")
+        finally:
+            self._in_hand.discard(entry.place)
+            self._slots.release()
+
+    async def _send_sequels(self, raw: bytes) -> None:
+        try:
+            note = EndNote.from_bytes(raw)
+        except BadEnvelope as error:
+            return self._odd.say(f"an entry of the outbox is dropped: {error}")
+        for sequel in note.sequels:
+            try:
+                await self._sequels[sequel](note)
+            except BadEnvelope as error:  # all senders may write here
+                self._odd.say(f"nothing follows from the end of a job ({sequel.value}): {error}")
+
+    def _put_off(self, place: str) -> None:
+        _, pause_s = self._again.get(place, (0.0, FIRST_PAUSE_S / 2))
+        pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+        self._again[place] = (time.monotonic() + pause_s, pause_s)
+        self._arrived.set()  # the reader has another time to wait for

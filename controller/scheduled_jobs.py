@@ -10,9 +10,10 @@ from ..broker.calls.job_sending import JobSender, JobTerms
 from ..broker.calls.scheduled_calls import ScheduledCall
 from ..broker.errors import BadEnvelope, BadValue
 from ..broker.jobs import UNENDED_TTL_S, JobFacts
+from ..broker.pipelines import message_id
 from ..broker.values.signing import Signer
 from .state.documents import Desired, Schedule
-from .state.traffic import choose
+from .state.traffic import choose, entry_of, stages_of
 
 
 async def send_scheduled(
@@ -24,8 +25,12 @@ async def send_scheduled(
     if endpoint is None:
         raise BadValue(f"there is no endpoint {schedule.endpoint!r} any more: create it, or delete the schedule")
     call = opened_call(schedule, signer)
-    backend, _ = choose(endpoint, call.shard_key or job_id)  # by the id, so that a second sending goes the same way
-    body = call.body_for(signer, schedule.endpoint, schedule.name, backend, job_id, UNENDED_TTL_S * 1000)
+    stages = stages_of(endpoint, call.shard_key)
+    backend, _ = choose(
+        entry_of(endpoint, desired.endpoints), call.shard_key or job_id
+    )  # by the id, so that a second one goes the same way
+    sent_id = message_id(signer, job_id, stages)
+    body = call.body_for(signer, schedule.endpoint, schedule.name, backend, sent_id, UNENDED_TTL_S * 1000)
     headers = (*call.head.headers, (b"x-schedule", schedule.name.encode()), (b"x-scheduled-for", _iso(at_ms).encode()))
     head = msgspec.structs.replace(call.head, headers=headers)
     terms = JobTerms(
@@ -35,6 +40,7 @@ async def send_scheduled(
         tag=call.tag,
         callback=call.callback,
         once=desired.backends[backend].config.delivery == "at_most_once",
+        stages=stages,
     )
     return await jobs.submit(job_id, backend, body, call.content_type, head, origin="handle", terms=terms, refusal=refusal)
 

@@ -22,6 +22,7 @@ def undo(before: Desired, made: Desired, reason: str) -> Change:
         backends = {name: _as_next(backend, desired, reason) for name, backend in restored.items()}
         endpoints = _restored(before.endpoints, made.endpoints, desired.endpoints, _itself)
         endpoints = _without_dangling(endpoints, desired.endpoints, {*backends, *desired.backends})
+        endpoints = _with_stages(endpoints, desired.endpoints)
         for endpoint in endpoints.values():  # of somebody else, who uses a backend of ours
             backends |= {name: desired.backends[name] for name in (*endpoint.traffic, *endpoint.shadows) if name not in backends}
         changed_http = made.http.middlewares != before.http.middlewares and desired.http.middlewares == made.http.middlewares
@@ -86,3 +87,13 @@ def _without_dangling(restored: Mapping[str, Endpoint], now: Mapping[str, Endpoi
         if found is not None:
             kept[name] = found
     return kept
+
+
+def _with_stages(restored: Mapping[str, Endpoint], now: Mapping[str, Endpoint]) -> dict[str, Endpoint]:
+    """Leaves out a restored pipeline whose stages somebody has deleted, and keeps the stages of one that somebody else has made."""
+    kept: dict[str, Endpoint] = dict(restored)
+    for name, endpoint in restored.items():
+        for stage in endpoint.stages:
+            if stage not in kept and stage in now and now.get(name) == endpoint:
+                kept[stage] = now[stage]
+    return {name: endpoint for name, endpoint in kept.items() if set(endpoint.stages) <= kept.keys()}

@@ -1,4 +1,4 @@
-"""Webhooks: the leader puts them into their queue, and every controller sends them from there."""
+"""Webhooks: every controller takes them from their queue and posts them. `end_webhooks.py` puts them there."""
 
 from __future__ import annotations
 
@@ -14,14 +14,11 @@ from ..broker.errors import BadEnvelope, BadValue, MQServeError
 from ..broker.process.printable import printable
 from ..broker.process.rate_limited_log import RateLimitedLog
 from ..broker.process.tasks import Tasks
-from ..broker.queue import Consumption, Queue
-from ..broker.settings import Settings
+from ..broker.queue import Consumption
 from ..broker.store import Store
 from ..broker.values.webhook_signing import WebhookSigner
 from ..broker.webhooks import Webhook, WebhookDelivery, Webhooks, next_wait_s
-from .outbox import Outbox
 from .receivers import NotReceived, Receivers
-from .state.documents import Desired
 
 logger = logging.getLogger(__name__)
 
@@ -152,50 +149,3 @@ def _tell(failed: Webhook, wait_s: int | None) -> None:
         logger.error("webhook %s to %s is given up, and is a dead letter now: %s", name, receiver, why)
     else:
         logger.info("webhook %s to %s is sent again in %d s: %s", name, receiver, wait_s, why)
-
-
-class Callbacks:
-    """What one controller does for callbacks. Where hosts are set that may be called, each sends webhooks, and the leader fills their
-    queue."""
-
-    def __init__(self, queue: Queue, store: Store, settings: Settings) -> None:
-        signer = WebhookSigner(settings.webhook_secrets, settings.namespace)
-        self.rules = settings.callbacks.rules
-        self._webhooks = queue.webhooks
-        self._outbox = Outbox(store, queue.webhooks, signer, self.rules)
-        self._sending = WebhookSending(queue.webhooks, store, signer, self.rules, Receivers(settings.callbacks.networks))
-
-    def __repr__(self) -> str:
-        return f"<Callbacks {self._outbox!r}, {self._sending!r}>"
-
-    @property
-    def problems(self) -> dict[str, str]:
-        """What operators are told, for the observed document."""
-        if not (count := self._sending.given_up):
-            return {}
-        return {"webhooks given up": f"{count}: `mqserve webhooks list` shows why, `mqserve webhooks retry` sends them again"}
-
-    async def turn(self, desired: Desired, *, leads: bool) -> None:
-        """Looks after them, from the first backend on. When the instance closes the leader goes on until `tidy`. The leader empties the
-        outbox also where nobody may be called: a direct publisher may ask for it nevertheless."""
-        if not leads:
-            await self._outbox.stop()
-        elif desired.backends:
-            self._outbox.go_on(desired.http.futures_path)
-        if desired.closing and not leads:
-            await self._sending.stop()
-        elif desired.backends and self.rules.hosts:
-            self._sending.go_on()
-
-    async def stop(self) -> None:
-        await self._outbox.stop()
-        await self._sending.stop()
-
-    async def tidy(self) -> None:
-        """Deletes the queues at the end of an instance, if no webhook waits in them. Raises the errors of broker and store."""
-        await self._outbox.stop()
-        while await self._outbox.send_some():
-            pass
-        await self._sending.stop()
-        if self.rules.hosts:
-            await self._webhooks.delete_if_empty()

@@ -16,8 +16,10 @@ from .client.api import (
     connect,
     create_backend,
     create_endpoint,
+    create_pipeline,
     delete_backend,
     delete_endpoint,
+    delete_pipeline,
     delete_schedule,
     deploying,
     future,
@@ -27,6 +29,7 @@ from .client.api import (
     job,
     list_backends,
     list_endpoints,
+    list_pipelines,
     list_schedules,
     mount,
     pause_schedule,
@@ -56,6 +59,7 @@ from .broker.errors import (
     InstanceError,
     JobGoesOn,
     KeyMisused,
+    MembersFailed,
     MQServeError,
     NoReplica,
     NotEncodable,
@@ -80,7 +84,7 @@ from .client.futures import Future, get, wait
 from .client.gathering import as_completed, gather
 from .client.groups import Group, GroupStatus
 from .client.handle import AsyncHandle, Handle, StreamHandle
-from .client.jobs import Job, JobAttempt, JobEvent, JobEvents, JobStatus
+from .client.jobs import Job, JobAttempt, JobEvent, JobEvents, JobStage, JobStatus
 from .client.schedules import ScheduleStatus
 from .client.streams import Stream
 from .broker.jobs import JobState
@@ -121,10 +125,12 @@ __all__ = [
     "JobEvent",
     "JobEvents",
     "JobGoesOn",
+    "JobStage",
     "JobState",
     "JobStatus",
     "KeyMisused",
     "MQServeError",
+    "MembersFailed",
     "NoHttpRequest",
     "NoReplica",
     "NoSuchMethod",
@@ -155,8 +161,10 @@ __all__ = [
     "connect",
     "create_backend",
     "create_endpoint",
+    "create_pipeline",
     "delete_backend",
     "delete_endpoint",
+    "delete_pipeline",
     "delete_schedule",
     "deploying",
     "endpoint",
@@ -173,6 +181,7 @@ __all__ = [
     "job",
     "list_backends",
     "list_endpoints",
+    "list_pipelines",
     "list_schedules",
     "log",
     "mount",

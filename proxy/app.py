@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..broker.calls.idempotency import IdempotencyKeys
@@ -18,8 +19,8 @@ from ..broker.overload import HeldBytes
 from ..broker.process.printable import printable
 from ..broker.results import Result
 from ..broker.streams import Form
-from ..controller.state.documents import Desired
-from ..controller.state.traffic import choose
+from ..controller.state.documents import Desired, Endpoint
+from ..controller.state.traffic import choose, stages_of
 from .calls import AsgiCall, HttpCall, PlainCall
 from .common_ids import CommonIds
 from .departures import Departures
@@ -33,9 +34,9 @@ from .polls import Polls
 from .preferences import WAIT_PRIORITIES, Headers, Preference, read_preference
 from .readiness import DOWN_AFTER_MS
 from .refusals import not_served
-from .request_heads import head_of, read_headers
+from .request_heads import head_of, read_headers, shard_key_of
 from .responses import NO_BODY, Reply, from_error, from_result, json_reply, problem, with_length
-from .routes import RouteTable, Target
+from .routes import Piped, RouteTable, Target
 from .stored_bodies import AnyReply, Download
 from .streaming import CUT, CutShort, Flow, FlowEnd, RawBody, head_reply, send_flow
 from .system_routes import SystemPath, SystemPaths
@@ -159,13 +160,16 @@ class ProxyApp:
     async def _serve(self, call: AsgiCall, scope: Scope, receive: Receive) -> AnyReply | Flow:
         routes = self.routes  # one version for the whole request, whatever changes while its body comes in
         target = routes.match(call.path, call.method)
-        if not isinstance(target, Target):
+        if isinstance(target, Piped):
+            target = target.target
+        elif not isinstance(target, Target):
             return not_served(target, call)
         call.target = target
         reply: AnyReply | Flow | None
         try:
             asking = [header for header in call.headers if header[0] in _ASKING]
-            if asking and (reply := await self._serve_otherwise(call, asking, scope, receive)) is not None:
+            is_odd = asking or target.endpoint.stages
+            if is_odd and (reply := await self._serve_otherwise(call, asking, scope, receive)) is not None:
                 self.count(call, reply)
                 return reply
             wish = self.admit(call)
@@ -189,24 +193,30 @@ class ProxyApp:
 
     async def _serve_otherwise(self, call: AsgiCall, asking: Headers, scope: Scope, receive: Receive) -> AnyReply | Flow | None:
         """Serves a request that goes on with a stream, or is a job; None for any other. Raises MQServeError."""
-        if call.method == "HEAD":
+        is_piped = bool(call.target.endpoint.stages)
+        if call.method == "HEAD" and not is_piped:
             return None
         for name, value in asking:
             if name == b"last-event-id" and (place := read_event_id(value)) is not None:
                 return await self._resume(call, place, receive)
         preference, key = read_preference(asking), read_key(asking)
-        return await self._serve_job(call, preference, key, scope, receive) if preference is not None or key else None
+        is_job = is_piped or preference is not None or key
+        return await self._serve_job(call, preference, key, scope, receive) if is_job else None
 
     async def _resume(self, call: AsgiCall, place: EventId, receive: Receive) -> Reply | Flow:
         await _read_body(receive, self._sender.held)  # it is the request again that began the stream, and nothing runs for it
         return await self.events.resume(place, call.target)
 
     async def _serve_job(self, call: AsgiCall, preference: Preference | None, key: bytes, scope: Scope, receive: Receive) -> AnyReply:
-        routes = self.routes
-        backend, _, content_type, method, timeout_s, priority = self.admit(call, is_job=preference is not None)
+        routes, endpoint = self.routes, call.target.endpoint
+        first = routes.entry(endpoint)
+        is_asked = preference is not None or bool(endpoint.stages)
+        backend, _, content_type, method, timeout_s, priority = self.admit(call, first, is_job=is_asked)
         is_once = backend in routes.at_most_once
         terms = self.jobs.terms(call.headers, timeout_s, priority, once=is_once, is_awaited=preference is None)
-        wait_s = preference.wait_s or 0 if preference is not None else min(timeout_s, routes.timeouts_s[backend])
+        terms = replace(terms, stages=stages_of(endpoint, shard_key_of(call.headers)))
+        longest_s = routes.longest_s(endpoint) if endpoint.stages else routes.timeouts_s[backend]
+        wait_s = preference.wait_s or 0 if preference is not None else min(timeout_s, longest_s)
         body = await _read_body(receive, self._sender.held)
         job = JobCall(call.id, backend, body, content_type, head_of(call, method), terms, preference, wait_s, scope, receive)
         del body
@@ -215,13 +225,17 @@ class ProxyApp:
 
     # Plain requests: the same without a task, and with no await.
 
-    def begin_plain(self, call: PlainCall, body: bytes) -> None:
-        """Serves a plain request. `call.connection` gets its answer, now or later."""
+    def begin_plain(self, call: PlainCall, body: bytes) -> bool:
+        """Serves a plain request. `call.connection` gets its answer, now or later. Returns False for a request that is a job, which has to
+        await something: it has to come by ASGI."""
         try:
             routes = self.routes
             target = routes.match(call.path, call.method)
             if not isinstance(target, Target):
-                return call.connection.answer(call, not_served(target, call))
+                if isinstance(target, Piped):
+                    return False
+                call.connection.answer(call, not_served(target, call))
+                return True
             call.target = target
             try:
                 self.send(call, self.admit(call), body, routes)
@@ -229,6 +243,7 @@ class ProxyApp:
                 self._answer_plain(call, self.reply_to(call, error))
         except Exception:
             self._break_plain(call)
+        return True
 
     def end_plain(self, call: PlainCall, end: Result | MQServeError) -> None:
         """Answers a request that was sent."""
@@ -286,14 +301,14 @@ class ProxyApp:
 
     # What both do.
 
-    def admit(self, call: HttpCall, *, is_job: bool = False) -> Wish:
-        """Returns what the request asks for. Raises MQServeError if it cannot be sent, before its body is read. A job is worth to be sent
-        while no replica is there."""
+    def admit(self, call: HttpCall, endpoint: Endpoint | None = None, *, is_job: bool = False) -> Wish:
+        """Returns what the request asks for; `endpoint` is where it goes, if that is not its own. Raises MQServeError if it cannot be sent,
+        before its body is read. A job is worth to be sent while no replica is there."""
         if call.head_bytes > MAX_HEAD_BYTES:  # an AMQP content header must fit one frame, and a larger one kills the whole connection
             size = f"{call.head_bytes} bytes and the limit is {MAX_HEAD_BYTES}"
             raise TooLarge(f"the request line and headers take {size}: send less, or send it in the body", status=431)
         content_type, method, shard_key, timeout_s, priority = read_headers(call.headers)
-        backend, shadows = choose(call.target.endpoint, shard_key)
+        backend, shadows = choose(endpoint or call.target.endpoint, shard_key)
         self._check_up(backend, is_job=is_job)
         return backend, shadows, content_type, method, timeout_s, priority
 

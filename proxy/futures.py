@@ -1,4 +1,5 @@
-"""The paths about one request, found by its id: its state, its result, its events, its end, and sending it once more.
+"""The paths about one request, found by its id: its state, its result, its events, its end, and sending it once more. A group of jobs has
+its counts under its id.
 
 They stand at `/-/futures/{id}`, and also at the setting `futures_path`, since servers in front often hide `/-/`. Knowing a minted id is the
 right to all of them; a caller's own key is no secret, so that needs the token.
@@ -19,7 +20,7 @@ from ..broker.jobs import JobRecord, JobState, state_of
 from .common_ids import CommonIds
 from .events import EventId, EventStreams
 from .job_events import JobFeed
-from .job_views import Links, job_view, name_of, new_job_view, result_view, state_reply
+from .job_views import Links, group_view, job_view, name_of, new_job_view, result_view, state_reply
 from .polls import Polls
 from .preferences import wait_of
 from .responses import Reply, from_error, json_reply, problem
@@ -104,6 +105,8 @@ class Futures:
             return state_reply(await self.view(record, scope))
         if (result := await self._sender.pending.peek_head(future_id)) is not None:
             return state_reply(result_view(future_id, result, state_of(result), self.links(scope), debug=self._debug))
+        if (group := await self._records.group(future_id)) is not None:
+            return state_reply(group_view(future_id, group, self.links(scope)))
         return _unknown(future_id)
 
     async def _record(self, future_id: str, scope: Scope, receive: Receive) -> JobRecord | None:
@@ -118,10 +121,11 @@ class Futures:
 
     async def view(self, record: JobRecord, scope: Scope) -> dict[str, Any]:
         """Returns what a client gets to know of a job. Raises StoreUnavailable."""
-        is_queued = record.state is JobState.QUEUED
+        is_queued = record.state is JobState.QUEUED and not record.facts.stages
+        stages = await self._jobs.stages(record)
         position = await self._records.place(record.id, record.facts) if is_queued else None
         failed = await self._sender.pending.peek_head(record.id) if record.has_result and record.state is not JobState.SUCCEEDED else None
-        return job_view(record, self.links(scope), position=position, result=failed, debug=self._debug)
+        return job_view(record, self.links(scope), position=position, result=failed, debug=self._debug, stages=stages)
 
     # Its answer.
 

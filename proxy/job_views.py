@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
+from ..broker.calls.job_sending import StageRecord
 from ..broker.envelope import is_minted
+from ..broker.job_groups import GroupRecord
 from ..broker.jobs import Attempt, JobEvent, JobFacts, JobRecord, JobState
 from ..broker.results import Result
 from .forwarded import PREFIX
@@ -53,8 +56,10 @@ def state_reply(view: dict[str, Any]) -> Reply:
     return status, [*headers, _NOT_STORED], body
 
 
-def job_view(record: JobRecord, links: Links, *, position: int | None, result: Result | None, debug: bool) -> dict[str, Any]:
-    """Returns what a client gets to know of a job. `result` is there for one that has failed."""
+def job_view(
+    record: JobRecord, links: Links, *, position: int | None, result: Result | None, debug: bool, stages: Sequence[StageRecord] = ()
+) -> dict[str, Any]:
+    """Returns what a client gets to know of a job. `result` is there for one that has failed, `stages` for a pipeline."""
     view = {
         **_facts(record.id, record.facts, record.state, links),
         "started_at": time_of(record.started_ms),
@@ -63,6 +68,7 @@ def job_view(record: JobRecord, links: Links, *, position: int | None, result: R
         "history": [_attempt(attempt, debug=debug) for attempt in record.attempts if attempt.ended_ms],
         "progress": None if record.progress is None else event_view(record.progress),
         "position": position,
+        "stages": [_known({"endpoint": stage.endpoint, "id": stage.id, "status": stage.state}) for stage in stages],
         "error": None if result is None else _error(result, debug=debug),
     }
     return _known(view)
@@ -76,6 +82,19 @@ def new_job_view(future_id: str, facts: JobFacts, links: Links) -> dict[str, Any
 def result_view(future_id: str, result: Result, state: JobState, links: Links, *, debug: bool) -> dict[str, Any]:
     """Returns what is known of a request that is no job and has a result."""
     return _known({"id": future_id, "status": state, "result_url": links.result(future_id), "error": _error(result, debug=debug)})
+
+
+def group_view(group_id: str, group: GroupRecord, links: Links) -> dict[str, Any]:
+    """Returns what is known of a group. Its counts are there also where they are 0."""
+    facts, counts = group.facts, {state.value: count for state, count in group.ended.items()}
+    view = {
+        "id": group_id,
+        "endpoint": facts.endpoint,
+        "created_at": time_of(facts.created_ms),
+        "expires_at": time_of(facts.expires_ms),
+        "then_url": links.state(facts.then) if facts.then else "",
+    }
+    return {**_known(view), "total": facts.total, "pending": facts.total - sum(counts.values()), **counts}
 
 
 def event_view(event: JobEvent) -> dict[str, Any]:

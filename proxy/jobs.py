@@ -17,7 +17,7 @@ from ..broker.errors import BadValue, BrokerUnavailable, MQServeError, ResultGon
 from ..broker.jobs import PRIORITIES, JobFacts
 from ..broker.results import Result
 from .futures import Futures
-from .idempotency import REPLAYED, KeyedCall
+from .idempotency import KEY_HEADER, REPLAYED, KeyedCall
 from .job_views import new_job_view
 from .polls import Polls
 from .preferences import Headers, Preference, callback_of, not_before_of, result_ttl_of
@@ -161,6 +161,8 @@ class Jobs:
 
     def _not_in_time(self, call: JobCall) -> Reply:
         mend = "ask again with the same Idempotency-Key"
+        if not any(name == KEY_HEADER for name, _ in call.scope["headers"]):
+            mend = f"ask for {self._futures.links(call.scope).state(call.id)}"
         if self._polls.are_ending:
             return problem(503, f"this proxy ends before there is an answer: {mend}", call.id, retry_after_s=1)
         return problem(504, f"there is no answer yet, and the request goes on: {mend}", call.id, retry_after_s=1)

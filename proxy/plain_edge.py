@@ -198,8 +198,13 @@ class PlainEdgeProtocol(EdgeProtocol):
         call.keep_alive = call.http_version != "1.0" and self.parser.should_keep_alive()
         call.headers, call.server = self.headers, self.server
         call.scheme, call.client = self._scheme_and_client()
-        self.cycle = self._answering = call
-        call.app.begin_plain(call, body)
+        before, self.cycle = self.cycle, call
+        self._answering = call
+        if not call.app.begin_plain(call, body):  # it is a job, which takes uvicorn's path after all
+            self.cycle = self._answering = before
+            super()._begin()
+            super().on_body(body)
+            super().on_message_complete()
 
     def _give_up(self, cycle: Any) -> None:
         super()._give_up(cycle)

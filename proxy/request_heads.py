@@ -38,6 +38,10 @@ def read_headers(headers: list[tuple[bytes, bytes]]) -> tuple[str, str, str, flo
     return content_type.decode("ascii", "ignore")[:255], call.decode("latin-1"), shard_key.decode("latin-1"), timeout_s, priority
 
 
+def shard_key_of(headers: list[tuple[bytes, bytes]]) -> str:
+    return next((value.decode("latin-1") for name, value in reversed(headers) if name == SHARD_KEY_HEADER), "")
+
+
 def _read_timeout(value: bytes) -> float:
     try:
         timeout_s = float(value)

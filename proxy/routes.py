@@ -8,6 +8,7 @@ from typing import Any
 from ..broker.errors import BadValue
 from ..controller.state.documents import ANY_METHOD, Desired, Endpoint, Observed
 from ..controller.state.route_patterns import Params, compile_route
+from ..controller.state.traffic import entry_of
 from .route_index import PatternRoute, PrefixIndex, RouteIndex
 
 
@@ -20,6 +21,17 @@ class Target:
     pattern: str
     params: Params
     root_path: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Piped:
+    """The target is a pipeline, whose requests are jobs. It is no `Target`, so that nobody who serves other requests has to ask."""
+
+    target: Target
+
+    @property
+    def endpoint(self) -> Endpoint:
+        return self.target.endpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +49,7 @@ class _AnyMethod(frozenset[str]):
 
 
 _ANY = _AnyMethod()
-Leads = tuple[frozenset[str], Target]
+Leads = tuple[frozenset[str], Target | Piped]
 """The methods that an endpoint takes, and the target of requests with one of them."""
 
 
@@ -77,7 +89,7 @@ class RouteTable:
         literal = before._literal.get(route) if before is not None else None
         if literal is not None:
             is_same = literal[1].endpoint is endpoint
-            self._literal[route] = literal if is_same else (_allowed(endpoint), Target(endpoint, route, ()))
+            self._literal[route] = literal if is_same else (_allowed(endpoint), _target(endpoint, route, ()))
             return
         known = before._patterns.get(route) if before is not None else None
         if known is not None and known.pattern.is_current():
@@ -92,7 +104,15 @@ class RouteTable:
         if pattern.variables:
             self._patterns[route] = PatternRoute.of(age, pattern, endpoint, _allowed(endpoint))
         else:
-            self._literal[route] = (_allowed(endpoint), Target(endpoint, route, ()))
+            self._literal[route] = (_allowed(endpoint), _target(endpoint, route, ()))
+
+    def entry(self, endpoint: Endpoint) -> Endpoint:
+        """Returns the endpoint whose traffic decides where a request goes first."""
+        return entry_of(endpoint, self._endpoints)
+
+    def longest_s(self, pipeline: Endpoint) -> float:
+        """Returns how long its requests may be awaited: as long as those of all its stages one after the other."""
+        return sum(max(self.timeouts_s[backend] for backend in self._endpoints[stage].traffic) for stage in pipeline.stages)
 
     @property
     def listing(self) -> dict[str, list[Any]]:
@@ -106,7 +126,7 @@ class RouteTable:
     def __repr__(self) -> str:
         return f"<RouteTable {self.version}, {len(self._endpoints)} endpoints, {len(self.left_out)} left out>"
 
-    def match(self, path: str, method: str) -> Target | NotAllowed | None:
+    def match(self, path: str, method: str) -> Target | Piped | NotAllowed | None:
         literal = self._literal.get(path)
         if literal is not None:
             allowed, target = literal
@@ -117,7 +137,7 @@ class RouteTable:
             if params is None:
                 continue
             if method in route.methods:
-                return Target(route.endpoint, route.pattern.route, params)
+                return _target(route.endpoint, route.pattern.route, params)
             refused = refused or NotAllowed(route.endpoint.methods)
         if refused is not None:
             return refused
@@ -126,6 +146,11 @@ class RouteTable:
             return None
         allowed, target = prefix
         return target if method in allowed else NotAllowed(target.endpoint.methods)
+
+
+def _target(endpoint: Endpoint, pattern: str, params: Params) -> Target | Piped:
+    target = Target(endpoint, pattern, params)
+    return Piped(target) if endpoint.stages else target
 
 
 def _allowed(endpoint: Endpoint) -> frozenset[str]:

@@ -17,7 +17,7 @@ from ..broker.sessions import Accept, Close, CloseCode, read_word, request_of
 from .calls import AsgiCall, HttpCall
 from .refusals import not_served
 from .responses import Reply, problem, safe_headers, with_length
-from .routes import Target
+from .routes import Piped, Target
 
 if TYPE_CHECKING:
     from .app import ProxyApp
@@ -116,6 +116,8 @@ class WebSockets:
         """Sends the handshake to a replica. Returns what denies it; None if `call.link` is set."""
         routes = self._app.routes
         target = routes.match(call.path, call.method)
+        if isinstance(target, Piped):
+            return _no_websockets(call)
         if not isinstance(target, Target):
             return not_served(target, call)
         if self._drains:

@@ -38,8 +38,8 @@ class NoHttpRequest(BadType):
 
 def check_is_http(envelope: Envelope) -> None:
     """Raises NoHttpRequest for a request that an app cannot answer."""
-    if envelope.header.origin != "http":
-        sender = "a handle" if envelope.header.origin == "handle" else "a direct publisher"
+    if envelope.header.origin != "http" or envelope.carries:
+        sender = "a job after others" if envelope.carries else "a handle" if envelope.header.origin == "handle" else "a direct publisher"
         raise NoHttpRequest(
             f"the backend is an ASGI app, which answers HTTP requests, and {sender} sends none: call its route, or send this to a backend "
             "that is a function or a class"

@@ -22,6 +22,7 @@ from ..broker.failures import name_of, traceback_of
 from ..broker.process import forks
 from ..broker.process.printable import printable, printable_lines
 from ..broker.results import ErrorInfo, Result, ResultLimit
+from ..broker.values.carried import read_carried
 from ..broker.values.codecs import check_plain, decode_value
 from ..broker.values.signing import SealScope, Signer
 from .asgi_apps import ASGIApp, HostedApp
@@ -176,7 +177,7 @@ class Execution:
         return method.function()
 
     def request(self, job: Job) -> Request | ServeRequest:
-        if job.envelope.header.origin == "http":
+        if job.envelope.header.origin == "http" and not job.envelope.carries:
             job.request = Request(job)
         else:
             job.request = ServeRequest(job, lambda: self._content(job.envelope))
@@ -185,6 +186,8 @@ class Execution:
     def _content(self, envelope: Envelope) -> tuple[Any, dict[str, Any]]:
         """Returns (data, keyword arguments)."""
         try:
+            if envelope.carries:  # web clients send no pickles, and so their jobs carry none
+                return read_carried(envelope.body, self.signer, plain=envelope.header.origin != "handle"), {}
             claim = SealScope("request", self.backend, envelope.id)
             content = decode_value(envelope.body, envelope.content_type, self.signer, claim)
         except BadEnvelope as error:

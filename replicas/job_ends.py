@@ -83,7 +83,7 @@ class JobEnds:
 
     def _end_of(self, job: KeptJob, result: Result) -> JobEnd:
         envelope = job.envelope
-        future_id = envelope.future_id(self._backend)
+        head, future_id = envelope.header.job or JobHead(), envelope.future_id(self._backend)
         raw = (result if envelope.attempt == 1 else msgspec.structs.replace(result, attempt=envelope.attempt)).to_bytes()
         return JobEnd(
             id=future_id,
@@ -97,7 +97,9 @@ class JobEnds:
             token=job.mark if job.begun else b"",
             inbox=envelope.header.inbox,
             endpoint=envelope.header.meta.endpoint,
-            callback=envelope.header.job.callback if envelope.header.job is not None else "",
+            callback=head.callback,
+            stage=head.stage,
+            member=head.member,
         )
 
     def result_ttl_ms(self, envelope: Envelope) -> int:

@@ -14,6 +14,7 @@ import msgspec
 from ..broker.backoff import delays
 from ..broker.errors import BadEnvelope, MQServeError, StoreUnavailable
 from ..broker.jobs import RENEW_EVERY_S, Done, Held, JobFacts, Leased, Run, facts_of
+from ..broker.pipelines import place_of
 from ..broker.process.printable import printable
 from ..broker.process.rate_limited_log import RateLimitedLog
 from ..broker.process.tasks import Tasks
@@ -21,6 +22,7 @@ from ..broker.queue import Delivery
 from ..broker.results import Phase, Result, late_result
 from ..broker.sessions import is_handshake
 from ..broker.store import Store
+from ..broker.values.signing import Signer
 from ..controller.state.config import BackendConfig
 from .admission import Admission, Poison, replica_lost
 from .job_ends import JobEnds, history
@@ -68,6 +70,7 @@ class JobRuns:
         reading: Reading,
         host: Host,
         places: Places,
+        signer: Signer,
         submit: Callable[[Job], None],
     ) -> None:
         self._backend = backend
@@ -80,6 +83,7 @@ class JobRuns:
         self._reading = reading
         self._host = host
         self._places = places
+        self._signer = signer
         self._submit = submit
         self._lapsing: dict[KeptJob, asyncio.TimerHandle] = {}  # jobs of which another run has the lease
         self._renewing = Tasks()
@@ -186,12 +190,13 @@ class JobRuns:
         """Raises StoreUnavailable, and BadEnvelope for a job to refuse."""
         if await self._is_late_or_lost(job):
             return False
-        job.begun = True  # it may have the lease from now on
-        future_id = job.envelope.future_id(self._backend)
-        now_ms = self._store.now_ms()
+        future_id, now_ms = job.envelope.future_id(self._backend), self._store.now_ms()
         facts = facts_of(self._backend, job.envelope, now_ms)
+        pipeline = None if facts.stage is None else place_of(facts.stage, self._signer)
+        job.begun = True  # it may have the lease from now on
         kept_s = self._ends.result_ttl_ms(job.envelope) // 1000
-        match await self._store.jobs.begin(Run(future_id, job.mark, self._replica_id, facts, now_ms, result_ttl_s=kept_s)):
+        run = Run(future_id, job.mark, self._replica_id, facts, now_ms, result_ttl_s=kept_s, pipeline=pipeline)
+        match await self._store.jobs.begin(run):
             case Done(raw):
                 await self._is_done(job, future_id, raw)
             case Held(left_ms):

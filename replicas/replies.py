@@ -10,6 +10,7 @@ from starlette.responses import Response
 from ..broker.envelope import MAX_HEAD_BYTES, Pairs
 from ..broker.errors import NotEncodable
 from ..broker.results import ErrorInfo, Result
+from ..broker.values.carried import BYTES_OR_NONE
 from ..broker.values.codecs import JSON, TEXT, encode_value
 from ..broker.values.signing import SealScope, Signer
 from .jsonable import to_json
@@ -27,9 +28,9 @@ def plain_result(value: object, backend: str) -> Result:
     if isinstance(value, Response):
         return _response_result(value, backend)
     if value is None:
-        return Result(backend=backend, content_type="text/plain")
+        return Result(backend=backend, content_type=BYTES_OR_NONE)
     if isinstance(value, bytes | bytearray | memoryview):
-        return Result(backend=backend, content_type="text/plain", body=bytes(value))
+        return Result(backend=backend, content_type=BYTES_OR_NONE, body=bytes(value))
     if isinstance(value, str):
         return Result(backend=backend, content_type=TEXT, body=str.encode(value))
     try:

@@ -89,7 +89,7 @@ class RequestLoop:
         self._turns = Turns(self._window, places, self._register, self._settlement, worker)
         self._jobs = JobRuns(
             backend.name, replica_id, store, self._register, self._settlement, self._admission, ends, self._reading, self, places,
-            worker.submit,
+            settings.signer, worker.submit,
         )  # fmt: skip
         self._is_cancelled = self._giving_up.is_cancelled
         lanes = (Lane(self._window.size, self._on_delivery), Lane(self._window.job_slots, self._on_job, jobs=True))

@@ -55,8 +55,10 @@ class SenderTrust:
 
     def check_pickle(self, envelope: Envelope) -> None:
         """Raises BadEnvelope, before anything is decoded, for a pickle without a `user_id` or with one that is not trusted."""
-        if not self._is_checked or envelope.header.origin == "http" or media_type(envelope.content_type) != PICKLE:
-            return  # the body of an HTTP request is never opened as a pickle
+        if not self._is_checked or envelope.header.origin == "http":  # the body of an HTTP request is never opened as a pickle
+            return
+        if media_type(envelope.content_type) != PICKLE and not envelope.carries:  # what a job carries may be pickles
+            return
         if not envelope.user_id:
             raise BadEnvelope("a sealed pickle without the AMQP property user_id is not opened: set it to the sender's user, as handles do")
         if self._pickle_users and envelope.user_id not in self._pickle_users:

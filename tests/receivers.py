@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 
+Answer = tuple[int, dict[str, str]]
+
 
 class Received(NamedTuple):
     path: str
@@ -14,17 +16,22 @@ class Received(NamedTuple):
 
 
 class Receiver:
-    """`answer` returns the status and headers for each request, of which it gets the number."""
+    """`answer` returns the status and headers for each request, of which it gets the number. Those that were answered with success are
+    in `taken`, too."""
 
-    def __init__(self, address: str, port: int, answer: Callable[[int], tuple[int, dict[str, str]]]) -> None:
+    def __init__(self, address: str, port: int, answer: Callable[[int], Answer]) -> None:
         self.received: list[Received] = []
+        self.taken: list[Received] = []
         receiver = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
-                receiver.received.append(Received(self.path, {k.lower(): v for k, v in self.headers.items()}, body))
+                received = Received(self.path, {k.lower(): v for k, v in self.headers.items()}, body)
+                receiver.received.append(received)
                 status, headers = answer(len(receiver.received))
+                if status < 300:
+                    receiver.taken.append(received)
                 self.send_response(status)
                 for name, value in {"Content-Length": "0", **headers}.items():
                     self.send_header(name, value)
@@ -39,7 +46,7 @@ class Receiver:
 
 @contextmanager
 def receiving(
-    answer: Callable[[int], tuple[int, dict[str, str]]] = lambda number: (200, {}), *, address: str = "127.0.0.1", port: int = 0
+    answer: Callable[[int], Answer] = lambda number: (200, {}), *, address: str = "127.0.0.1", port: int = 0
 ) -> Iterator[Receiver]:
     receiver = Receiver(address, port, answer)
     thread = threading.Thread(target=receiver.server.serve_forever, kwargs={"poll_interval": 0.05})

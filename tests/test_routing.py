@@ -16,7 +16,7 @@ import mqserve as serve
 from mqserve.controller.state.beats import read_beats
 from mqserve.controller.state.documents import Backend, Desired, Endpoint, Observed
 from mqserve.controller.state.reading import read_desired
-from mqserve.proxy.routes import NotAllowed, RouteTable, Target
+from mqserve.proxy.routes import NotAllowed, Piped, RouteTable, Target
 from tests.convertors import Matching
 from tests.gates import Gate
 from tests.instances import CommandLine, Deploy, answers, distributed_only, new_name, wait_until
@@ -48,6 +48,8 @@ def endpoint_of(name: str, methods: tuple[str, ...]) -> Endpoint:
 def found(table: RouteTable, path: str, method: str = "GET") -> str | tuple[str, ...] | None:
     """The route, or the methods that there are instead."""
     match table.match(path, method):
+        case Piped(target):
+            return target.pattern
         case Target(endpoint):
             return endpoint.name
         case NotAllowed(methods):

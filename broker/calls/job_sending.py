@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import random
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from msgspec.structs import replace
 
-from ..envelope import Envelope, Header, JobHead, RequestHead
-from ..errors import BrokerUnavailable, JobGoesOn, MQServeError, ResultGone, StoreUnavailable, TooLarge, UnknownJob
+from ..envelope import Envelope, Header, JobHead, Member, RequestHead, Stage
+from ..errors import BadEnvelope, BadValue, BrokerUnavailable, JobGoesOn, MQServeError, ResultGone, StoreUnavailable, TooLarge, UnknownJob
 from ..jobs import JOB_RESULT_TTL_S, MESSAGE_TTL_S, UNENDED_TTL_S, JobEnd, JobFacts, JobRecord, JobState, facts_of
 from ..overload import HeldBytes
+from ..pipelines import VERSION, Plan, Stages, message_id, stage_ids
 from ..process.printable import printable
 from ..process.rate_limited_log import RateLimitedLog
 from ..queue import Queue
@@ -44,11 +47,24 @@ class JobTerms:
     tag: str = ""
     retry_of: str = ""
     callback: str = ""  # the URL that is told of its end
+    member: Member | None = None
+    created_ms: int = 0  # 0: now
     once: bool = False  # the backend's delivery is at most once
     again: bool = False  # it may have been sent before
+    stages: Stages | None = None  # its endpoint is a pipeline
+    stage: Stage | None = None  # it is sent as a stage of one
+    carried: bool = False  # its body holds results of other jobs
 
 
 NO_TERMS = JobTerms()
+
+
+class StageRecord(NamedTuple):
+    """What is known of one stage of a pipeline. Without a state it is not sent yet."""
+
+    endpoint: str
+    id: str
+    state: JobState | None
 
 
 class JobSender:
@@ -79,7 +95,8 @@ class JobSender:
         refusal: str = "",
     ) -> JobFacts:
         """Sends a job. Returns once the broker has confirmed its message and the store has its record, or could not take that: then its
-        replica writes it.
+        replica writes it. Of a pipeline the message is its first stage, which has an id of its own (`message_id`), and `meta` is that of
+        its request.
 
         Raises TooLarge, Overloaded if this process holds too much already, NotRouted, BrokerUnavailable, and StoreUnavailable for a body
         that the store does not take, and if `refusal` says why the store is to take no jobs. The job was not accepted then, unless the
@@ -91,19 +108,31 @@ class JobSender:
         if size > MAX_BODY_BYTES:
             raise TooLarge(f"the body has {size} bytes and the limit is {MAX_BODY_BYTES}: send less, or a reference to it")
         now_ms = self.store.now_ms()
-        head = JobHead(now_ms, terms.result_ttl_s, 0, terms.not_before_ms, terms.tag, terms.retry_of, terms.callback)
+        plan: Plan | None = None
+        created_ms = terms.created_ms or now_ms
+        if (stages := terms.stages) is not None:
+            plan = _plan_of(future_id, stages, origin, terms, created_ms)
+            stage = Stage(plan.sealed(self._signer), len(plan.done))
+            # what concerns the whole is said of that alone
+            terms = dataclasses.replace(terms, retry_of="", callback="", member=None, stage=stage)
+            meta = replace(meta, endpoint=stages.first)
+        head = JobHead(
+            created_ms, terms.result_ttl_s, 0, terms.not_before_ms, terms.tag, terms.retry_of, terms.callback,
+            carried=terms.carried, stage=terms.stage, member=terms.member,
+        )  # fmt: skip
         header = Header(origin=origin, deadline=terms.expires_ms, meta=meta, once=terms.once, job=head, again=terms.again)
-        envelope = Envelope(future_id, body, content_type, header, priority=terms.priority, persistent=True)
+        sent_id = message_id(self._signer, future_id, stages)
+        envelope = Envelope(sent_id, body, content_type, header, priority=terms.priority, persistent=True)
         facts = facts_of(backend, envelope, now_ms)
         self.held.take(size)
         try:
             if size > INLINE_BODY_BYTES:
                 envelope = await self._by_reference(envelope)
-            kept = KeptMessage.of(envelope).sealed(self._signer, backend, future_id)
-            await _Submission(self, backend, envelope, facts, kept).accepted()
+            kept = KeptMessage.of(envelope).sealed(self._signer, backend, sent_id)
+            await _Submission(self, backend, envelope, facts, kept, plan).accepted()
         finally:
             self.held.give(size)
-        return facts
+        return facts if plan is None else plan.facts
 
     async def look(self, future_id: str) -> JobRecord | None:
         """Returns the record, after it has ended a job that was not begun in time; None for a job that is not known (any more)."""
@@ -118,10 +147,33 @@ class JobSender:
         """Records that the job is cancelled, and tells every replica. False for one that has ended already. Raises UnknownJob, and
         StoreUnavailable."""
         record = await self._known(future_id)
+        if not await self._cancel(record):
+            return False
+        await self._cancel_stages(record)
+        return not record.state.is_final
+
+    async def _cancel(self, record: JobRecord) -> bool:
+        """Returns False for one that has another end."""
         if not await self._end(record, CANCELLED, JobState.CANCELLED, self.store.now_ms()):
             return False
-        await self.store.append_log(self._keys.cancelled, notice_of_request(future_id))  # also again, since the first word may be lost
-        return not record.state.is_final
+        await self.store.append_log(self._keys.cancelled, notice_of_request(record.id))  # also again, since the first word may be lost
+        return True
+
+    async def _cancel_stages(self, record: JobRecord) -> None:
+        """Cancels the stage of a pipeline that is under way. Where none is, the next one may be on its way to the broker: its end is
+        recorded, so that it will not run."""
+        names = record.facts.stages
+        for index, place in enumerate(stage_ids(self._signer, record.id, record.facts)):
+            stage = await self.store.jobs.read(place)
+            if stage is None and index >= len(record.facts.done):
+                stage = JobRecord(place, JobFacts("", names[index]), JobState.QUEUED)
+            if stage is not None and (not stage.state.is_final or stage.state is JobState.CANCELLED):
+                await self._cancel(stage)
+                return
+
+    async def fail(self, future_id: str, result: Result) -> None:
+        """Records that a job which waits has failed, unless it has ended. Raises UnknownJob, and StoreUnavailable."""
+        await self._end(await self._known(future_id), result, JobState.FAILED, self.store.now_ms())
 
     async def retry(self, future_id: str, new_id: str, *, refusal: str = "") -> JobFacts:
         """Sends the message of a job that has ended once more, as a job of its own. Raises UnknownJob, JobGoesOn, ResultGone if the message
@@ -129,31 +181,72 @@ class JobSender:
         record = await self._known(future_id)
         if not record.state.is_final:
             raise JobGoesOn(f"job {future_id} is {record.state}: a job can be retried once it has ended; cancel it first")
-        facts, raw = record.facts, await self.store.jobs.message(future_id)
+        if record.facts.stage is not None:
+            whole = Plan.opened(record.facts.stage.plan, self._signer).id
+            raise BadValue(f"job {future_id} is a stage of pipeline {whole}: retry that, which goes on from the stage that failed")
+        sent = record if not record.facts.stages else await self._stage_to_repeat(record)
+        kept = await self._kept_message(sent)
+        if not kept.header.ref:
+            return await self._send_kept(kept, kept.body, record, sent, new_id, refusal)
+        async with self._reading:
+            return await self._send_kept(kept, await self._body_of(sent.id), record, sent, new_id, refusal)
+
+    async def _send_kept(self, kept: KeptMessage, body: bytes, record: JobRecord, sent: JobRecord, new_id: str, refusal: str) -> JobFacts:
+        """Sends the message of `sent` once more, which is the job of the record or, if that is a pipeline, one of its stages."""
+        header, facts = kept.header, record.facts
+        stages = None if sent is record else self._rest_of(record, sent, header.job)
+        backend, new_message = sent.facts.backend, message_id(self._signer, new_id, stages)
+        body = sealed_anew(
+            body, kept.content_type, self._signer, SealScope("request", backend, sent.id), SealScope("request", backend, new_message),
+            UNENDED_TTL_S * 1000,
+        )  # fmt: skip
+        within_ms = header.deadline - sent.facts.created_ms if header.deadline else 0
+        head = header.job or JobHead()
+        terms = JobTerms(
+            expires_ms=self.store.now_ms() + within_ms if within_ms else 0, result_ttl_s=head.result_ttl_s, priority=kept.priority,
+            tag=facts.tag, retry_of=record.id, callback=facts.callback, once=header.once, stages=stages, carried=head.carried,
+        )  # fmt: skip
+        return await self.submit(new_id, backend, body, kept.content_type, header.meta, origin=header.origin, terms=terms, refusal=refusal)
+
+    async def _kept_message(self, record: JobRecord) -> KeptMessage:
+        """Returns the message of a job that has ended."""
+        raw = await self.store.jobs.message(record.id)
         if raw is None:
             raise ResultGone(
-                f"the message of job {future_id} is not kept (any more), so it cannot be retried: send it again (a success keeps it for "
+                f"the message of job {record.id} is not kept (any more), so it cannot be retried: send it again (a success keeps it for "
                 f"{MESSAGE_TTL_S // 60} minutes, any other end as long as the result; a direct publisher's job has none)"
             )
-        kept = KeptMessage.opened(raw, self._signer, facts.backend, future_id)
-        if not kept.header.ref:
-            return await self._send_kept(kept, kept.body, record, new_id, refusal)
-        async with self._reading:
-            return await self._send_kept(kept, await self._body_of(future_id), record, new_id, refusal)
+        return KeptMessage.opened(raw, self._signer, record.facts.backend, record.id)
 
-    async def _send_kept(self, kept: KeptMessage, body: bytes, record: JobRecord, new_id: str, refusal: str) -> JobFacts:
-        header, facts = kept.header, record.facts
-        body = sealed_anew(
-            body, kept.content_type, self._signer, SealScope("request", facts.backend, record.id),
-            SealScope("request", facts.backend, new_id), UNENDED_TTL_S * 1000,
-        )  # fmt: skip
-        within_ms = header.deadline - facts.created_ms if header.deadline else 0
-        expires_ms = self.store.now_ms() + within_ms if within_ms else 0
-        ttl_s = header.job.result_ttl_s if header.job is not None else 0
-        terms = JobTerms(0, expires_ms, ttl_s, kept.priority, facts.tag, record.id, facts.callback, header.once)
-        return await self.submit(
-            new_id, facts.backend, body, kept.content_type, header.meta, origin=header.origin, terms=terms, refusal=refusal
-        )
+    async def _stage_to_repeat(self, record: JobRecord) -> JobRecord:
+        """Returns the last stage that was sent of a pipeline which has ended; the first one, if all of them have succeeded."""
+        latest: JobRecord | None = None
+        for place in stage_ids(self._signer, record.id, record.facts)[len(record.facts.done) :]:
+            stage = await self.store.jobs.read(place)
+            if stage is None or not stage.facts.backend:  # it was cancelled before it was sent
+                break
+            latest = stage
+            if record.state is JobState.SUCCEEDED:
+                break
+        if latest is None:
+            raise ResultGone(f"of the stages of pipeline {record.id} nothing is known any more, so it cannot be retried: send it again")
+        return latest
+
+    def _rest_of(self, record: JobRecord, sent: JobRecord, head: JobHead | None) -> Stages:
+        """Returns what is left of a pipeline from that stage on. Raises BadEnvelope, and BadSignature."""
+        if head is None or head.stage is None or (plan := Plan.opened(head.stage.plan, self._signer)).id != record.id:
+            raise BadEnvelope(f"the message of job {sent.id} is no stage of pipeline {record.id}: another program wrote it")
+        done = tuple(stage_ids(self._signer, record.id, plan.facts)[: head.stage.index])
+        return Stages(plan.name, plan.stages, plan.shard_key, done)
+
+    async def stages(self, record: JobRecord) -> list[StageRecord]:
+        """Returns what is known of each stage of a pipeline; nothing for any other job."""
+        found: list[StageRecord] = []
+        ids = stage_ids(self._signer, record.id, record.facts)
+        for name, place, stage in zip(record.facts.stages, ids, await asyncio.gather(*map(self.store.jobs.read, ids)), strict=True):
+            state = stage.state if stage is not None else JobState.SUCCEEDED if place in record.facts.done else None
+            found.append(StageRecord(name, place, state))
+        return found
 
     async def _known(self, future_id: str) -> JobRecord:
         record = await self.store.jobs.read(future_id)
@@ -172,19 +265,26 @@ class JobSender:
         note, ttl_ms = entry_of(record.id, raw), _kept_ms(record, now_ms)
         facts = record.facts
         end = JobEnd(
-            record.id, raw, note, state, result.status, facts.backend, now_ms, ttl_ms, endpoint=facts.endpoint, callback=facts.callback
-        )
+            record.id, raw, note, state, result.status, facts.backend, now_ms, ttl_ms, endpoint=facts.endpoint, callback=facts.callback,
+            stage=facts.stage, member=facts.member,
+        )  # fmt: skip
         return await recorded(self.store.jobs.end_then, end)
 
-    def add(self, future_id: str, facts: JobFacts, kept: bytes, accepted: asyncio.Future[None]) -> None:
-        """Writes the record of a job that the broker has, and then counts it as accepted."""
+    def add(self, future_id: str, facts: JobFacts, kept: bytes, plan: Plan | None, accepted: asyncio.Future[None]) -> None:
+        """Writes the record of a job that the broker has, and that of the pipeline of which it is the first stage, and then counts it as
+        accepted."""
 
-        def added(outcome: bool | Exception) -> None:
+        def noted(outcome: bool | Exception) -> None:
             if isinstance(outcome, Exception):
                 self._unrecorded.say(f"jobs are accepted without a record, which their replicas write when they begin: {outcome}")
+
+        def added(outcome: bool | Exception) -> None:
+            noted(outcome)
             if not accepted.done():
                 accepted.set_result(None)
 
+        if plan is not None:
+            self.store.jobs.add_then(plan.id, plan.facts, noted)
         self.store.jobs.add_then(future_id, facts, added, kept)
 
     def drop_body(self, future_id: str) -> None:
@@ -200,14 +300,15 @@ class JobSender:
 class _Submission:
     """One job on its way to the broker: published again while the broker is away, as requests are, and as long as its sender waits."""
 
-    __slots__ = ("_accepted", "_again", "_backend", "_envelope", "_facts", "_kept", "_sender", "_sent_at")
+    __slots__ = ("_accepted", "_again", "_backend", "_envelope", "_facts", "_kept", "_plan", "_sender", "_sent_at")
 
-    def __init__(self, sender: JobSender, backend: str, envelope: Envelope, facts: JobFacts, kept: bytes) -> None:
+    def __init__(self, sender: JobSender, backend: str, envelope: Envelope, facts: JobFacts, kept: bytes, plan: Plan | None) -> None:
         self._sender = sender
         self._backend = backend
         self._envelope = envelope
         self._facts = facts
         self._kept = kept
+        self._plan = plan
         self._sent_at = time.monotonic()
         self._accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._again: asyncio.TimerHandle | None = None  # publishes it again
@@ -238,7 +339,7 @@ class _Submission:
 
     def _settled(self, error: MQServeError | None) -> None:
         if error is None:
-            return self._sender.add(self._envelope.id, self._facts, self._kept, self._accepted)
+            return self._sender.add(self._envelope.id, self._facts, self._kept, self._plan, self._accepted)
         maybe_sent = isinstance(error, BrokerUnavailable) and error.maybe_sent
         if isinstance(error, BrokerUnavailable) and not (maybe_sent and self._envelope.header.once) and self._may_try_again():
             if maybe_sent:
@@ -261,6 +362,14 @@ class _Submission:
         header = self._envelope.header
         if header.ref and not (header.again or maybe_sent):
             self._sender.drop_body(self._envelope.id)
+
+
+def _plan_of(job_id: str, stages: Stages, origin: str, terms: JobTerms, now_ms: int) -> Plan:
+    return Plan(
+        VERSION, job_id, stages.pipeline, stages.endpoints, stages.done, origin, stages.shard_key, now_ms, terms.not_before_ms,
+        terms.expires_ms, terms.result_ttl_s, terms.priority, terms.tag, terms.retry_of, terms.callback,
+        terms.member,
+    )  # fmt: skip
 
 
 def _is_expired(record: JobRecord, now_ms: int) -> bool:

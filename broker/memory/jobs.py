@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 
+from ..envelope import Member
+from ..job_groups import ENDS, STATE_OF_BYTE, GroupFacts, GroupRecord, ends_in
 from ..job_store import NumberedEvent, OnDone, PlacedEnd
 from ..jobs import (
     JOB_RESULT_TTL_S,
@@ -27,6 +29,7 @@ from ..jobs import (
     JobRecord,
     JobState,
     Leased,
+    Pipeline,
     Run,
     event_entry,
     matches,
@@ -45,6 +48,7 @@ class _Job:
     def __init__(self) -> None:
         self.fields: dict[bytes, bytes] = {}
         self.created_ms = 0
+        self.is_held = False  # it is sent once others have ended
         self.place: _Place | None = None  # while it waits
         self.queue = ""  # the backend among whose jobs
         self.runs = 0
@@ -65,26 +69,49 @@ class _Job:
         return self.token is None or self.token == token
 
     def keep_fact(self, facts: JobFacts) -> bool:
-        """Returns whether the record has not had any."""
-        is_new = b"facts" not in self.fields
+        """Returns whether the record has not had any, or those of a job that was held."""
+        is_new = b"facts" not in self.fields or self.is_held
         if is_new:
+            self.is_held = False
             self.fields[b"facts"] = facts.to_bytes()
             self.created_ms = facts.created_ms
         return is_new
 
 
-class EmbeddedJobs:
-    """Implements `JobStore`. `values` are those of the store, `post` appends to an inbox."""
+class _Group:
+    """What is kept of one group."""
 
-    def __init__(self, keys: StoreKeys, values: Expiring[bytes], post: Callable[[str, bytes], None], now_ms: Callable[[], int]) -> None:
+    def __init__(self, facts: GroupFacts, call: bytes) -> None:
+        self.facts = facts
+        self.call = call
+        self.ends = bytearray(facts.total)
+
+    def __repr__(self) -> str:
+        return f"<_Group of {self.facts.total}>"
+
+
+class EmbeddedJobs:
+    """Implements `JobStore`. `values` are those of the store, `post` appends to an inbox, `on_end` is called for each entry of the
+    outbox."""
+
+    def __init__(
+        self,
+        keys: StoreKeys,
+        values: Expiring[bytes],
+        post: Callable[[str, bytes], None],
+        now_ms: Callable[[], int],
+        on_end: Callable[[], None] = lambda: None,
+    ) -> None:
         self._keys = keys
         self._values = values
         self._post = post
         self._now_ms = now_ms
+        self._on_end = on_end
         self._jobs = Expiring[_Job]()
         self._events = Expiring[deque[NumberedEvent]]()  # as long as the result, where the record stays as long again
+        self._groups = Expiring[_Group]()
         self._waiting: dict[str, list[_Place]] = {}  # by backend, in order: those that wait
-        self._ends: deque[PlacedEnd] = deque()
+        self._ends: dict[str, bytes] = {}  # by place, in order
         self._last_end = 0
 
     def __repr__(self) -> str:
@@ -92,6 +119,7 @@ class EmbeddedJobs:
 
     def clear(self) -> None:
         self._jobs.clear()
+        self._groups.clear()
         self._events.clear()
         self._waiting.clear()
         self._ends.clear()
@@ -101,7 +129,8 @@ class EmbeddedJobs:
     def add_then(self, future_id: str, facts: JobFacts, on_done: OnDone, message: bytes = b"") -> None:
         job = self._jobs.get(future_id) or _Job()
         if job.keep_fact(facts) and not job.has_ended and not job.runs:
-            self._join_queue(future_id, job, facts.backend, score_of(facts))
+            if not facts.stages:  # a pipeline waits in no queue
+                self._join_queue(future_id, job, facts.backend, score_of(facts))
             self._tell(future_id, job, _state(JobState.QUEUED, facts.created_ms))
         ttl_s = UNENDED_TTL_S
         if job.has_ended:  # it may be tried again all the same
@@ -130,8 +159,23 @@ class EmbeddedJobs:
             for old in (b"run:%d" % (job.runs - KEPT_ATTEMPTS), b"end:%d" % (job.runs - KEPT_ATTEMPTS)):
                 job.fields.pop(old, None)
             self._tell(run.id, job, _state(JobState.RUNNING, run.now_ms))
+            if run.pipeline is not None:
+                self._begin_pipeline(run.pipeline, run, is_first_run=job.runs == 1)
         self._jobs.put(run.id, job, run.ttl_s * 1000)
         return Leased(job.runs)
+
+    def _begin_pipeline(self, pipeline: Pipeline, run: Run, *, is_first_run: bool) -> None:
+        whole = self._jobs.get(pipeline.id) or _Job()
+        if whole.has_ended:
+            return
+        whole.keep_fact(pipeline.facts)
+        if not whole.runs:
+            whole.runs = 1
+            whole.fields |= {b"runs": b"1", b"run:1": Attempt(replica=run.replica, started_ms=run.now_ms).to_bytes()}
+            self._tell(pipeline.id, whole, _state(JobState.RUNNING, run.now_ms))
+        if is_first_run:
+            self._tell(pipeline.id, whole, JobEvent(EventKind.LOG, run.now_ms, text=pipeline.note))
+        self._jobs.put(pipeline.id, whole, UNENDED_TTL_S * 1000)
 
     async def renew(self, future_id: str, token: bytes) -> bool:
         job = self._jobs.get(future_id)
@@ -180,13 +224,28 @@ class EmbeddedJobs:
             self._tell(end.id, job, _state(end.state, end.ended_ms))
             self._events.expire(end.id, ttl_ms)
             if end.outbox_entry:
-                self._last_end += 1
-                self._ends.append(PlacedEnd(str(self._last_end), end.outbox_entry))
+                self._add_end(end.outbox_entry)
+            if end.member is not None:
+                self._count(end.member, end)
         if end.token and self._values.get(self._keys.lease(end.id)) == end.token:
             self._values.pop(self._keys.lease(end.id))
         for inbox in {*filter(None, [end.inbox]), *job.waiters}:
             self._post(inbox, end.note)
         on_done(True)
+
+    def _add_end(self, entry: bytes) -> None:
+        self._last_end += 1
+        self._ends[str(self._last_end)] = entry
+        self._on_end()
+
+    def _count(self, member: Member, end: JobEnd) -> None:
+        group = self._groups.get(member.group)
+        if group is None or member.number >= len(group.ends) or group.ends[member.number]:
+            return
+        group.ends[member.number] = _BYTE_OF_STATE[end.state]
+        self._groups.extend(member.group, UNENDED_TTL_S * 1000)
+        if group.call and 0 not in group.ends:
+            self._add_end(end.last_of_group_entry)
 
     def note(self, future_id: str, token: bytes, event: JobEvent) -> None:
         job = self._jobs.get(future_id)
@@ -206,6 +265,16 @@ class EmbeddedJobs:
         for key in (keys.future(future_id), keys.result_body(future_id), keys.message(future_id), keys.body(future_id)):
             self._values.pop(key)
         return True
+
+    async def hold(self, future_id: str, facts: JobFacts) -> None:
+        job = self._jobs.get(future_id) or _Job()
+        if job.keep_fact(facts):
+            job.is_held = True
+            self._jobs.put(future_id, job, UNENDED_TTL_S * 1000)
+            self._tell(future_id, job, _state(JobState.QUEUED, facts.created_ms))
+
+    async def keep_group(self, group_id: str, facts: GroupFacts, call: bytes = b"") -> None:
+        self._groups.put(group_id, _Group(facts, call), UNENDED_TTL_S * 1000, only_new=True)
 
     def _join_queue(self, future_id: str, job: _Job, backend: str, score: int) -> None:
         self._leave_queue(job)
@@ -238,6 +307,15 @@ class EmbeddedJobs:
 
     # Reading.
 
+    async def group(self, group_id: str) -> GroupRecord | None:
+        if (group := self._groups.get(group_id)) is None:
+            return None
+        return GroupRecord(group.facts, {state: group.ends.count(_BYTE_OF_STATE[state]) for state in ENDS}, group.call)
+
+    async def group_ends(self, group_id: str) -> Mapping[int, JobState]:
+        group = self._groups.get(group_id)
+        return {} if group is None else ends_in(bytes(group.ends))
+
     async def read(self, future_id: str) -> JobRecord | None:
         job = self._jobs.get(future_id)
         if job is None or not job.fields:
@@ -267,12 +345,13 @@ class EmbeddedJobs:
     async def events(self, future_id: str, after: int = 0) -> Sequence[NumberedEvent]:
         return [event for event in self._events.get(future_id) or () if event.seq > after]
 
-    async def ends(self, at_most: int) -> Sequence[PlacedEnd]:
-        return list(islice(self._ends, at_most))
+    async def ends(self, at_most: int, after: str = "") -> Sequence[PlacedEnd]:
+        behind = (PlacedEnd(place, note) for place, note in self._ends.items() if not after or int(place) > int(after))
+        return list(islice(behind, at_most))
 
-    async def drop_ends(self, up_to: str) -> None:
-        while self._ends and int(self._ends[0].place) <= int(up_to):
-            self._ends.popleft()
+    async def drop_ends(self, *places: str) -> None:
+        for place in places:
+            self._ends.pop(place, None)
 
     async def place(self, future_id: str, facts: JobFacts) -> int | None:
         job = self._jobs.get(future_id)
@@ -291,6 +370,9 @@ class EmbeddedJobs:
     def _created_ms(self, future_id: str) -> int:
         job = self._jobs.get(future_id)
         return 0 if job is None else job.created_ms
+
+
+_BYTE_OF_STATE = {state: byte for byte, state in STATE_OF_BYTE.items()}
 
 
 def _state(state: JobState, at_ms: int) -> JobEvent:

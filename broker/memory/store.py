@@ -62,7 +62,8 @@ class EmbeddedStore:
         self._log_readers: dict[str, list[Callable[[list[bytes]], None]]] = {}
         self._watchers: set[asyncio.Event] = set()
         self.health = AlwaysWell()
-        self.jobs = EmbeddedJobs(StoreKeys(namespace), self._values, self.post, self.now_ms)
+        keys = StoreKeys(namespace)
+        self.jobs = EmbeddedJobs(keys, self._values, self.post, self.now_ms, lambda: self._wake_readers(keys.ends))
 
     def __repr__(self) -> str:
         return f"<EmbeddedStore {len(self._values)} keys>"
@@ -234,6 +235,11 @@ class EmbeddedStore:
             await asyncio.get_running_loop().create_future()  # until cancelled: `append_log` calls the readers itself
         finally:
             readers.remove(on_entries)
+
+    def _wake_readers(self, key: str) -> None:
+        """For a log that others write: its readers only learn that there is more."""
+        for on_entries in self._log_readers.get(key, ()):
+            on_entries([])
 
     async def fullness(self, *, was_full: bool) -> str:
         return ""

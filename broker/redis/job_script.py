@@ -16,7 +16,7 @@ from .client import naming_the_key
 from .hot_wire import HotWire, packed
 from .kept_wire import KeptWire
 
-_READS = frozenset(["read", "place"])
+_READS = frozenset(["read", "place", "group"])
 _ANSWER_S = CALL_BUDGET_S + 0.5  # a batch that fails says why by then; a step that still waits for another batch is not taken any more
 
 OnOutcome = Callable[[Any], None]

@@ -41,11 +41,30 @@ local function add_event(one, event)
   for _, inbox in ipairs(run('SMEMBERS', one.followers)) do tell(inbox, entry) end
 end
 
--- Returns whether the record has had no facts.
+-- Returns whether the record has had no facts, or those of a job that was held.
 local function keep_facts(one)
-  local is_new = run('HSETNX', one.record, 'facts', one.facts) == 1
-  if is_new then run('ZADD', JOBS, one.created, one.id) end
-  return is_new
+  if run('HSETNX', one.record, 'facts', one.facts) == 1 then
+    run('ZADD', JOBS, one.created, one.id)
+    return true
+  end
+  local is_held = run('HMGET', one.record, 'held')[1] == '1'
+  if is_held then redis.call('HSET', one.record, 'facts', one.facts, 'held', '0') end
+  return is_held
+end
+
+-- Counts the end of a job for its group. The byte of the member says whether that was done.
+local function count(one)
+  local total = tonumber(run('HMGET', one.group, 'total')[1] or 0)
+  local number = tonumber(one.number)
+  if number >= total then return end  -- the group is not known any more
+  local known = run('GETRANGE', one.group_ends, number, number)
+  if known ~= '' and known ~= '\0' then return end
+  run('SETRANGE', one.group_ends, number, string.sub(one.state, 1, 1))
+  redis.call('HINCRBY', one.group, one.state, 1)
+  local ended = redis.call('HINCRBY', one.group, 'ended', 1)
+  redis.call('PEXPIRE', one.group, UNENDED_TTL)
+  redis.call('PEXPIRE', one.group_ends, UNENDED_TTL)
+  if ended == total and run('HMGET', one.group, 'call')[1] then run('XADD', ENDS, '*', 'end', one.last_of_group) end
 end
 
 local function look(record)
@@ -75,6 +94,20 @@ local function register(one, set)
   return read(one)
 end
 
+-- A pipeline runs from the first run of a stage on, and tells of the first run of each one.
+local function begin_pipeline(one, is_first_run)
+  local whole = {id = one.pipeline_id, record = one.pipeline_record, events = one.pipeline_events, followers = one.pipeline_followers,
+                 facts = one.pipeline_facts, created = one.pipeline_created}
+  if look(whole.record) then return end  -- it has ended: it was cancelled a moment ago
+  keep_facts(whole)
+  if run('HSETNX', whole.record, 'run:1', one.run) == 1 then
+    redis.call('HSET', whole.record, 'runs', 1)
+    add_event(whole, one.event)
+  end
+  if is_first_run then add_event(whole, one.pipeline_note) end
+  redis.call('PEXPIRE', whole.record, UNENDED_TTL)
+end
+
 local steps = {}
 
 function steps.add(one)
@@ -88,12 +121,33 @@ function steps.add(one)
   end
   redis.call('PEXPIRE', one.record, UNENDED_TTL)
   if is_new and not runs then
-    join_queue(one)
+    if one.waiting ~= '' then join_queue(one) end  -- a pipeline waits in no queue
     add_event(one, one.event)
   end
   if one.message ~= '' then redis.call('SET', one.message_key, one.message, 'PX', UNENDED_TTL) end
   return 1
 end
+
+function steps.hold(one)
+  if keep_facts(one) then
+    redis.call('HSET', one.record, 'held', '1')
+    redis.call('PEXPIRE', one.record, UNENDED_TTL)
+    add_event(one, one.event)
+  end
+  return 1
+end
+
+-- The record is that of a group in this step and the next one.
+function steps.keep_group(one)
+  if run('HSETNX', one.record, 'facts', one.facts) == 1 then
+    redis.call('HSET', one.record, 'total', one.total)
+    if one.call ~= '' then redis.call('HSET', one.record, 'call', one.call) end
+    redis.call('PEXPIRE', one.record, UNENDED_TTL)
+  end
+  return 1
+end
+
+function steps.group(one) return run('HGETALL', one.record) end
 
 function steps.begin(one)
   local result = run('GET', one.future)
@@ -110,6 +164,7 @@ function steps.begin(one)
     if runs > KEPT_ATTEMPTS then redis.call('HDEL', one.record, 'run:' .. runs - KEPT_ATTEMPTS, 'end:' .. runs - KEPT_ATTEMPTS) end
     run('ZREM', one.waiting, one.id)
     add_event(one, one.event)
+    if one.pipeline_id then begin_pipeline(one, tonumber(runs) == 1) end
     sweep()
   end
   redis.call('PEXPIRE', one.record, one.ttl)
@@ -165,6 +220,7 @@ steps['end'] = function(one)
     redis.call('PEXPIRE', one.message_key, kept)
     redis.call('PEXPIRE', one.body, kept)
     if one.outbox ~= '' then run('XADD', ENDS, '*', 'end', one.outbox) end
+    if one.group then count(one) end
   end
   if one.token ~= '' and run('GET', one.lease) == one.token then redis.call('PEXPIRE', one.lease, 0) end
   if one.inbox ~= '' then tell(one.inbox, one.note) end

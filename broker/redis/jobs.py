@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import count
 from typing import Any, Protocol
 
 from ..errors import BadEnvelope, StoreUnavailable, WrongType
+from ..job_groups import ENDS, GroupFacts, GroupRecord, ends_in
 from ..job_store import NumberedEvent, OnDone, PlacedEnd
 from ..jobs import (
     Attempt,
@@ -70,7 +71,8 @@ class RedisJobs:
 
     def add_then(self, future_id: str, facts: JobFacts, on_done: OnDone, message: bytes = b"") -> None:
         step = self._step(
-            "add", future_id, *_EVENT_KEYS, waiting=self._keys.waiting(facts.backend), message_key=self._keys.message(future_id),
+            "add", future_id, *_EVENT_KEYS, waiting="" if facts.stages else self._keys.waiting(facts.backend),
+            message_key=self._keys.message(future_id),
             facts=facts.to_bytes(), message=message, score=score_of(facts), created=facts.created_ms,
             event=_state(JobState.QUEUED, facts.created_ms),
         )  # fmt: skip
@@ -81,7 +83,7 @@ class RedisJobs:
         step = self._step(
             "begin", run.id, "future", "lease", *_EVENT_KEYS, waiting=self._keys.waiting(run.facts.backend), token=run.token,
             facts=run.facts.to_bytes(), created=run.facts.created_ms, run=attempt.to_bytes(), ttl=run.ttl_s * 1000,
-            event=_state(JobState.RUNNING, run.now_ms),
+            event=_state(JobState.RUNNING, run.now_ms), **self._pipeline(run),
         )  # fmt: skip
         match await self._steps.take(step):
             case [b"leased", int() as number]:
@@ -92,6 +94,16 @@ class RedisJobs:
                 return Done(result)
             case other:
                 raise _strange(other)
+
+    def _pipeline(self, run: Run) -> dict[str, str | bytes | int]:
+        if (pipeline := run.pipeline) is None:
+            return {}
+        keys = {key: getattr(self._keys, key)(pipeline.id) for key in _EVENT_KEYS}
+        whole = {
+            "id": pipeline.id, "record": self._keys.job(pipeline.id), **keys, "facts": pipeline.facts.to_bytes(),
+            "created": pipeline.facts.created_ms, "note": JobEvent(EventKind.LOG, run.now_ms, text=pipeline.note).to_bytes(),
+        }  # fmt: skip
+        return {f"pipeline_{name}": value for name, value in whole.items()}
 
     async def renew(self, future_id: str, token: bytes) -> bool:
         return bool(await self._steps.take(self._step("renew", future_id, "lease", token=token)) == 1)
@@ -117,9 +129,15 @@ class RedisJobs:
             waiting=self._keys.waiting(end.backend), message_key=self._keys.message(end.id), result=end.result,
             note=end.note, outbox=end.outbox_entry, state=end.state, status=end.status, ended=end.ended_ms, ttl=end.result_ttl_ms,
             token=end.token, inbox=end.inbox,
-            event=_state(end.state, end.ended_ms),
+            event=_state(end.state, end.ended_ms), **self._of_group(end),
         )  # fmt: skip
         self._steps.take_then(step, lambda outcome: on_done(_done(outcome)))
+
+    def _of_group(self, end: JobEnd) -> dict[str, str | bytes | int]:
+        if (member := end.member) is None:
+            return {}
+        keys: dict[str, str | bytes | int] = {"group": self._keys.group(member.group), "group_ends": self._keys.group_ends(member.group)}
+        return {**keys, "number": member.number, "last_of_group": end.last_of_group_entry}
 
     def note(self, future_id: str, token: bytes, event: JobEvent) -> None:
         number = next(self._notes)  # by which the script knows one that is sent twice: each run has its notes from one process, in order
@@ -130,7 +148,31 @@ class RedisJobs:
         keys = {"message_key": self._keys.message(future_id), "result_body": self._keys.result_body(future_id)}
         return bool(await self._steps.take(self._step("forget", future_id, "future", "events", "body", **keys)) == 1)
 
+    async def hold(self, future_id: str, facts: JobFacts) -> None:
+        event = _state(JobState.QUEUED, facts.created_ms)
+        await self._steps.take(self._step("hold", future_id, *_EVENT_KEYS, facts=facts.to_bytes(), created=facts.created_ms, event=event))
+
+    async def keep_group(self, group_id: str, facts: GroupFacts, call: bytes = b"") -> None:
+        await self._steps.take(
+            Step("keep_group", self._keys.group(group_id), {"facts": facts.to_bytes(), "total": facts.total, "call": call})
+        )
+
     # Reading.
+
+    async def group(self, group_id: str) -> GroupRecord | None:
+        found = _pairs(await self._steps.take(Step("group", self._keys.group(group_id), {})))
+        if b"facts" not in found:
+            return None
+        counts = {state: _number(found.get(state.encode(), b"0")) for state in ENDS}
+        return GroupRecord(GroupFacts.from_bytes(found[b"facts"]), counts, found.get(b"call", b""))
+
+    async def group_ends(self, group_id: str) -> Mapping[int, JobState]:
+        key = self._keys.group_ends(group_id)
+        try:
+            found: Any = await self._call(lambda: self._client.get(key))
+        except WrongType:
+            return {}
+        return ends_in(found or b"")
 
     async def read(self, future_id: str) -> JobRecord | None:
         return _record(future_id, await self._steps.take(self._step("read", future_id, "future")))
@@ -161,17 +203,17 @@ class RedisJobs:
         found = await self._steps.take(self._step("place", future_id, waiting=self._keys.waiting(facts.backend)))
         return found if isinstance(found, int) and found >= 0 else None
 
-    async def ends(self, at_most: int) -> Sequence[PlacedEnd]:
+    async def ends(self, at_most: int, after: str = "") -> Sequence[PlacedEnd]:
+        first = f"({after}" if after else "-"
         try:
-            found: Any = await self._call(lambda: self._client.xrange(self._keys.ends, count=at_most))
+            found: Any = await self._call(lambda: self._client.xrange(self._keys.ends, min=first, count=at_most))
         except WrongType:
             return []  # the next end replaces it
         return [PlacedEnd(place.decode(), fields.get(b"end", b"")) for place, fields in found]
 
-    async def drop_ends(self, up_to: str) -> None:
-        ms, _, seq = up_to.partition("-")
+    async def drop_ends(self, *places: str) -> None:
         with suppress(WrongType):
-            await self._call(lambda: self._client.xtrim(self._keys.ends, minid=f"{ms}-{int(seq) + 1}", approximate=False))
+            await self._call(lambda: self._client.xdel(self._keys.ends, *places))
 
     async def list(self, *, backend: str = "", tag: str = "", states: Sequence[str] = (), at_most: int = 100) -> Sequence[JobRecord]:
         records: list[JobRecord] = []
@@ -229,10 +271,25 @@ def _not_missed(outcome: Any) -> None:
 
 def _record(future_id: str, outcome: Any) -> JobRecord | None:
     match outcome:
-        case [[*pairs], int() as has_result] if len(pairs) % 2 == 0 and all(isinstance(part, bytes) for part in pairs):
-            fields = dict(zip(pairs[::2], pairs[1::2], strict=True))
+        case [[*_] as found, int() as has_result]:
+            fields = _pairs(found)
             return record_of(future_id, fields, has_result=bool(has_result)) if fields else None
     raise _strange(outcome)
+
+
+def _pairs(outcome: Any) -> dict[bytes, bytes]:
+    """Returns the fields of a hash."""
+    match outcome:
+        case [*pairs] if len(pairs) % 2 == 0 and all(isinstance(part, bytes) for part in pairs):
+            return dict(zip(pairs[::2], pairs[1::2], strict=True))
+    raise _strange(outcome)
+
+
+def _number(raw: bytes) -> int:
+    """Raises BadEnvelope."""
+    if not raw.isdigit():
+        raise BadEnvelope(f"a count of a group does not parse ({raw[:20]!r}): another program wrote it")
+    return int(raw)
 
 
 def _event(raw: bytes) -> NumberedEvent | None:

@@ -21,12 +21,14 @@ from ..errors import UNPARSABLE, BadSignature, BadValue
 
 MIN_KEY_BYTES = 32
 
-Purpose = Literal["code", "request", "result", "schedule"]
+Purpose = Literal["chord", "code", "pipeline", "request", "result", "schedule"]
 
 _DAY_MS = 24 * 3600 * 1000
 # Seals expire by the wall clock, so lifetimes are days: a request may stay among the dead letters for seven (a job says how long it may
 # wait), a result is kept for at most thirty.
-LIFETIMES_MS = {"code": 0, "schedule": 0, "request": 8 * _DAY_MS, "result": 31 * _DAY_MS}  # 0: for ever
+LIFETIMES_MS = {  # 0: for ever
+    "chord": 0, "code": 0, "pipeline": 0, "schedule": 0, "request": 8 * _DAY_MS, "result": 31 * _DAY_MS,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,7 +63,8 @@ class Backend(msgspec.Struct, frozen=True, dict=True):
 
 class Endpoint(msgspec.Struct, frozen=True):
     """A named target of traffic. With `route` None only handles reach it. With `prefix` the route is also that of all paths below it, and
-    the `root_path` of the app that answers them."""
+    the `root_path` of the app that answers them. One with `stages` is a pipeline, which has no traffic of its own: they are the names of
+    the endpoints that its requests go through."""
 
     name: str
     route: str | None
@@ -71,6 +72,7 @@ class Endpoint(msgspec.Struct, frozen=True):
     traffic: dict[str, float]
     shadows: dict[str, float] = {}
     prefix: bool = False
+    stages: tuple[str, ...] = ()
 
 
 class Schedule(msgspec.Struct, frozen=True):

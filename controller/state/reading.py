@@ -125,7 +125,10 @@ def _contradiction(desired: Desired, before: Desired) -> str:
     for name, endpoint in desired.endpoints.items():
         if not (endpoint.traffic.keys() <= known and endpoint.shadows.keys() <= known):
             return f"endpoint {name!r} sends to {min({*endpoint.traffic, *endpoint.shadows} - known)!r}, which is no backend"
-        if endpoint is not before.endpoints.get(name) and not _are_shares(endpoint.traffic):
+        for stage in endpoint.stages:
+            if stage not in desired.endpoints or desired.endpoints[stage].stages:
+                return f"pipeline {name!r} has the stage {stage!r}, which is no endpoint"
+        if endpoint is not before.endpoints.get(name) and not endpoint.stages and not _are_shares(endpoint.traffic):
             return f"the weights of endpoint {name!r} are not 0 or more, and 1 altogether"
     named: list[tuple[str, Any]] = [*desired.backends.items(), *desired.endpoints.items(), *desired.schedules.items()]
     return next((f"{name!r} is called {thing.name!r} inside" for name, thing in named if thing.name != name), "")

@@ -7,7 +7,18 @@ import random
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from ...broker.pipelines import Stages
 from .documents import Endpoint
+
+
+def entry_of(endpoint: Endpoint, endpoints: Mapping[str, Endpoint]) -> Endpoint:
+    """Returns the endpoint whose traffic decides where a request goes first: that of the first stage of a pipeline, else its own."""
+    return endpoints[endpoint.stages[0]] if endpoint.stages else endpoint
+
+
+def stages_of(endpoint: Endpoint, shard_key: str) -> Stages | None:
+    """Returns what a request goes through if the endpoint is a pipeline."""
+    return Stages(endpoint.name, endpoint.stages, shard_key) if endpoint.stages else None
 
 
 class Choice(NamedTuple):

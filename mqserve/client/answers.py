@@ -13,14 +13,16 @@ from ..broker.errors import (
     BadType,
     BadValue,
     Cancelled,
+    MembersFailed,
     NotEncodable,
     RemoteError,
     ReplicaLost,
     RequestTimeout,
 )
 from ..broker.failures import add_note, describe
-from ..broker.results import ErrorInfo, Outcome, Result
+from ..broker.results import MEMBERS_FAILED, ErrorInfo, Outcome, Result
 from ..broker.streams import REPLICA_LOST
+from ..broker.values.carried import BYTES_OR_NONE
 from ..broker.values.codecs import PICKLE, decode_value, media_type
 from ..broker.values.signing import SealScope, Signer
 
@@ -42,7 +44,7 @@ def read_result(result: Result, future_id: str, signer: Signer, backend: str | N
         raise _exception(result.error, result, future_id, signer, plain=plain)
     if result.frames:
         raise BadType(f"the answer to request {future_id} was streamed: its values are read with serve.stream({future_id!r})")
-    if result.content_type == "text/plain":  # without a charset: the handler returned bytes, or None
+    if result.content_type == BYTES_OR_NONE:
         return result.body or None
     if plain and media_type(result.content_type) == PICKLE:
         raise NotEncodable(
@@ -63,6 +65,8 @@ def _exception(error: ErrorInfo, result: Result, future_id: str, signer: Signer,
             return RequestTimeout(error.message, phase=error.phase)
         case Outcome.GONE:
             return BackendGone(error.message)
+    if error.type == MEMBERS_FAILED:
+        return MembersFailed(error.message)
     kind = ReplicaLost if error.type == REPLICA_LOST else RemoteError
     exception: BaseException = kind(f"{error.type}: {error.message}")
     if error.sealed and not plain:

@@ -255,6 +255,21 @@ def delete_schedule(name: str) -> None:
     clients.current().delete_schedule(name)
 
 
+def create_pipeline(name: str, stages: Sequence[str], *, route: str | None = None, methods: Sequence[str] = ()) -> None:
+    """See `Client.create_pipeline`."""
+    clients.current().create_pipeline(name, stages, route=route, methods=methods)
+
+
+def list_pipelines() -> dict[str, dict[str, Any]]:
+    """See `Client.list_pipelines`."""
+    return clients.current().list_pipelines()
+
+
+def delete_pipeline(name: str) -> None:
+    """See `Client.delete_pipeline`."""
+    clients.current().delete_pipeline(name)
+
+
 @overload
 def get_handle(endpoint_name: str, *, missing_ok: bool = False) -> Handle: ...
 @overload
@@ -279,14 +294,16 @@ def job(job_id: str, backend: str | None = None, *, endpoint: str | None = None)
 
 
 @overload
-def submit_many(handle: Handle, items: Iterable[Any]) -> Group: ...
+def submit_many(handle: Handle, items: Iterable[Any], then: Handle | AsyncHandle | None = None) -> Group: ...
 @overload
-def submit_many(handle: AsyncHandle, items: Iterable[Any]) -> Coroutine[Any, Any, Group]: ...
+def submit_many(handle: AsyncHandle, items: Iterable[Any], then: Handle | AsyncHandle | None = None) -> Coroutine[Any, Any, Group]: ...
 
 
-def submit_many(handle: Handle | AsyncHandle, items: Iterable[Any]) -> Group | Coroutine[Any, Any, Group]:
+def submit_many(
+    handle: Handle | AsyncHandle, items: Iterable[Any], then: Handle | AsyncHandle | None = None
+) -> Group | Coroutine[Any, Any, Group]:
     """See `Client.submit_many`."""
-    return groups.submit_many(handle, items)
+    return groups.submit_many(handle, items, then)
 
 
 def group(group_id: str) -> Group:

@@ -17,6 +17,7 @@ from ..broker.values.backend_code import Packed, pack_backend
 from ..broker.values.main_module import RunFile
 from ..broker.values.whole_numbers import whole_number
 from ..controller import changes
+from ..controller.pipeline_changes import parse_pipeline
 from ..controller.schedule_changes import find_schedule
 from ..controller.state.beats import MemberState, ProxyBeat, living, read_beats
 from ..controller.state.config import BackendConfig
@@ -163,6 +164,7 @@ class Client(Lifetime):
                 **({"prefix": True} if endpoint.prefix else {}),
             }
             for name, endpoint in self._read().endpoints.items()
+            if not endpoint.stages
         }
 
     def delete_endpoint(self, endpoint: str) -> None:
@@ -202,6 +204,29 @@ class Client(Lifetime):
         """
         parsed = parse_middlewares(middlewares)
         self._call(self._changing.set_middlewares(self._pack_for_all(list(parsed)) if parsed else None))
+
+    # Pipelines.
+
+    def create_pipeline(self, name: str, stages: Sequence[str], *, route: str | None = None, methods: Sequence[str] = ()) -> None:
+        """Creates a pipeline: an endpoint whose requests are jobs that go through the endpoints `stages`, each of which gets the result of
+        the one before it as `request.data`. A handle calls it by its name, HTTP at its route (GET and POST, if `methods` says nothing).
+
+        Raises BadType and BadValue for a bad name, list or route, an unknown endpoint and one that is a pipeline, a name or route that is
+        taken. Raises BackendFailed if a proxy cannot match the route; the pipeline is then removed again.
+        """
+        self._call(self._changing.create_pipeline(parse_pipeline(name, stages, route, methods)))
+
+    def list_pipelines(self) -> dict[str, dict[str, Any]]:
+        """Returns `{name: {"route", "methods", "stages"}}`."""
+        return {
+            name: {"route": endpoint.route, "methods": list(endpoint.methods), "stages": list(endpoint.stages)}
+            for name, endpoint in self._read().endpoints.items()
+            if endpoint.stages
+        }
+
+    def delete_pipeline(self, name: str) -> None:
+        """Deletes a pipeline, but not its endpoints. What is under way in it goes on. Does nothing for an unknown name."""
+        self._call(self._changing.delete_pipeline(name))
 
     # Schedules.
 
@@ -308,24 +333,33 @@ class Client(Lifetime):
         return jobs.job(job_id, job_id) if key == job_id else jobs.job(key, job_id, expires_ms=0)
 
     @overload
-    def submit_many(self, handle: Handle, items: Iterable[Any]) -> Group: ...
+    def submit_many(self, handle: Handle, items: Iterable[Any], then: Handle | AsyncHandle | None = None) -> Group: ...
     @overload
-    def submit_many(self, handle: AsyncHandle, items: Iterable[Any]) -> Coroutine[Any, Any, Group]: ...
+    def submit_many(
+        self, handle: AsyncHandle, items: Iterable[Any], then: Handle | AsyncHandle | None = None
+    ) -> Coroutine[Any, Any, Group]: ...
 
-    def submit_many(self, handle: Handle | AsyncHandle, items: Iterable[Any]) -> Group | Coroutine[Any, Any, Group]:
+    def submit_many(
+        self, handle: Handle | AsyncHandle, items: Iterable[Any], then: Handle | AsyncHandle | None = None
+    ) -> Group | Coroutine[Any, Any, Group]:
         """Sends a job for each item by `handle.submit`, and returns them as a group with one id; with an async handle, await it. An error
         ends the sending, and has a note that says how many jobs were sent before.
 
+        With `then`, a handle of either kind, its endpoint gets one job more once all have succeeded: the list of their results, in the
+        order of the items, as `then.submit([…])` would pass it, with the options of that handle. `group.then` is that job, from the start.
+        Where one of the others fails, is cancelled or expires, or sending them fails, it fails with MembersFailed. Without items it gets
+        [].
+
         Raises BadType for what is no handle or no series of items, and what `submit` does.
         """
-        return submit_many(handle, items)
+        return submit_many(handle, items, then)
 
     def group(self, group_id: str) -> Group:
         """Returns a group by its id, in any process. Raises UnknownJob if nothing is known of it, BadType for an id that is no str."""
         if not isinstance(group_id, str):
             raise BadType(f"the id of a group is a text of 32 characters, not {group_id!r}: see `group.id`")
         jobs = self.sender.jobs
-        return Group(group_id, jobs.wait(jobs.group_facts(group_id)), jobs)
+        return Group(group_id, jobs.wait(jobs.group(group_id)).facts, jobs)
 
     def stream(self, stream_id: str, after: int = 0) -> Stream:
         """Goes on with a stream that was begun with `options(resumable=True)`, in this process or another one, behind the chunk with the

@@ -20,6 +20,7 @@ from ..broker.errors import BadValue, UnknownEndpoint
 from ..broker.values import code
 from ..broker.values.backend_code import Packed
 from ..controller import changes
+from ..controller.pipeline_changes import create_pipeline, delete_pipeline
 from ..controller.schedule_changes import Now, delete_schedule, pause_schedule, resume_schedule, set_schedule
 from ..controller.state.config import BackendConfig
 from ..controller.state.documents import Backend, CodeKind, Desired, Endpoint, Schedule
@@ -178,6 +179,15 @@ class Block:
 
     async def delete_endpoint(self, name: str) -> None:
         self._add(Declared(f"delete_endpoint({name!r})", changes.delete_endpoint(name)))
+
+    async def create_pipeline(self, pipeline: Endpoint) -> None:
+        """Its stages may be decorated functions, which `mqserve run` deploys when the file has been executed."""
+        comes_last = self._commits_on_need and not set(pipeline.stages) <= self.draft.endpoints.keys()
+        declared = Declared(f"create_pipeline({pipeline.name!r})", create_pipeline(pipeline), comes_last=comes_last)
+        self._record(create_pipeline(pipeline, checks_stages=not comes_last), lambda: declared)
+
+    async def delete_pipeline(self, name: str) -> None:
+        self._add(Declared(f"delete_pipeline({name!r})", delete_pipeline(name)))
 
     async def set_traffic(self, name: str, traffic: object) -> None:
         self._add(Declared(f"set_traffic({name!r})", changes.set_traffic(name, traffic)))

@@ -20,6 +20,7 @@ from ..broker.values.backend_code import Packed
 from ..connections import Connections
 from ..controller import changes
 from ..controller.environments import check_environment, seal_environment
+from ..controller.pipeline_changes import create_pipeline, delete_pipeline
 from ..controller.schedule_changes import Now, delete_schedule, pause_schedule, resume_schedule, set_schedule
 from ..controller.state.beats import MemberState, read_beats
 from ..controller.state.config import BackendConfig
@@ -252,6 +253,12 @@ class Deployments:
     async def delete_endpoint(self, name: str) -> None:
         await self._commit_to_proxies(changes.delete_endpoint(name))
 
+    async def create_pipeline(self, pipeline: Endpoint) -> None:
+        await self._commit_to_proxies(create_pipeline(pipeline), undo=_remove_endpoint(pipeline))
+
+    async def delete_pipeline(self, name: str) -> None:
+        await self._commit_to_proxies(delete_pipeline(name))
+
     async def set_traffic(self, name: str, traffic: object) -> None:
         await self._commit_to_proxies(changes.set_traffic(name, traffic))
 
@@ -395,7 +402,8 @@ def _remove_endpoint(refused: Endpoint) -> changes.Change:
     def change(desired: Desired) -> Desired:
         found = desired.endpoints.get(refused.name)
         is_refused = found is not None and (found.route or "").rstrip("/") == (refused.route or "").rstrip("/")
-        return changes.delete_endpoint(refused.name)(desired) if is_refused else desired
+        delete = delete_pipeline if refused.stages else changes.delete_endpoint
+        return delete(refused.name)(desired) if is_refused else desired
 
     return change
 

@@ -11,23 +11,26 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..broker.callbacks import CallbackRules
+from ..broker.calls.chord_calls import VERSION as CHORD_VERSION
+from ..broker.calls.chord_calls import ChordCall
 from ..broker.calls.idempotency import KEY_TTL_S, VERSION, Claim, IdempotencyKeys, digest_of
 from ..broker.calls.job_events import JobFollower
 from ..broker.calls.job_sending import JobSender, JobTerms
 from ..broker.calls.sending import RequestSender
-from ..broker.envelope import RequestHead, mint_id
+from ..broker.envelope import Member, RequestHead, mint_id
 from ..broker.errors import BrokerUnavailable, InstanceError, MQServeError, StoreUnavailable, UnknownJob
-from ..broker.job_groups import GroupFacts
+from ..broker.job_groups import GroupFacts, GroupRecord, member_id
 from ..broker.job_store import NumberedEvent
 from ..broker.jobs import PRIORITIES, UNENDED_TTL_S, JobRecord, JobState
-from ..broker.results import Result
+from ..broker.pipelines import message_id
+from ..broker.results import Result, members_failed
 from ..broker.values.codecs import PICKLE, encode_value
 from ..broker.values.signing import SealScope
 from ..connections import Connections
 from ..controller.scheduled_jobs import send_scheduled
 from ..controller.state.documents import Desired, Schedule
 from ..controller.state.reading import read_observed
-from ..controller.state.traffic import choose
+from ..controller.state.traffic import choose, entry_of, stages_of
 from .futures import Found
 from .job_options import JobOptions, timing_of
 from .jobs import Job, JobStatus, Kept
@@ -53,6 +56,7 @@ class Order:
     arguments: dict[str, Any]
     wait_for_endpoint: bool
     plain: bool
+    member: Member | None = None
 
 
 class JobCalls:
@@ -90,22 +94,23 @@ class JobCalls:
     def submit(self, order: Order) -> Coroutine[Any, Any, Job]:
         """Returns the work that sends a job, for `wait` and `wait_soon`. Raises what `Sender.send` does."""
         waits = self._sender.has_to_wait(order.meta.endpoint, order.data, order.arguments, wait_for_endpoint=order.wait_for_endpoint)
-        return self._submit_later(order) if waits else self._encoded(order)
+        return self._submit_later(order) if waits else self.encoded(order)
 
     async def _submit_later(self, order: Order) -> Job:
         data, arguments = await self._sender.ready(order.meta.endpoint, order.data, order.arguments)
-        work = await asyncio.to_thread(self._encoded, replace(order, data=data, arguments=arguments))
+        work = await asyncio.to_thread(self.encoded, replace(order, data=data, arguments=arguments))
         return await work
 
-    def _encoded(self, order: Order, claimed: Claim | None = None) -> Coroutine[Any, Any, Job]:
+    def encoded(self, order: Order, claimed: Claim | None = None) -> Coroutine[Any, Any, Job]:
         """Encodes the job in the caller's thread, and returns the work that sends it. `claimed`: it may have been sent before, under that
         id and to that backend."""
         desired, options = self._sender.desired, order.options
         endpoint = self._sender.find_endpoint(desired, order.meta.endpoint)
-        backend = choose(endpoint, order.shard_key).backend if claimed is None else claimed.backend
+        first, stages = entry_of(endpoint, desired.endpoints), stages_of(endpoint, order.shard_key)
+        backend = choose(first, order.shard_key).backend if claimed is None else claimed.backend
         its = desired.backends.get(backend)
         timing = timing_of(options, self._store.now_ms())
-        scope = SealScope("request", backend, order.id)
+        scope = SealScope("request", backend, message_id(self._signer, order.id, stages))
         content_type, body = encode_value([order.data, order.arguments], self._signer, scope, timing.openable_ms)
         terms = JobTerms(
             not_before_ms=timing.not_before_ms,
@@ -114,8 +119,10 @@ class JobCalls:
             priority=PRIORITIES[options.priority],
             tag=options.tag,
             callback=options.callback_url,
+            member=order.member,
             once=its is not None and its.config.delivery == "at_most_once",
             again=claimed is not None,
+            stages=stages,
         )
         send = self._send_once if options.idempotency_key and claimed is None else self._send
         return send(order, backend, content_type, body, terms)
@@ -128,7 +135,7 @@ class JobCalls:
         while (stands := await self._once.claim(scope, claim, terms.result_ttl_s)) != claim:
             record = await self._jobs.look(stands.id)
             if record is None:  # who claimed the key may have ended before it sent the job; a second message of one id does no harm
-                return await (await asyncio.to_thread(self._encoded, replace(order, id=stands.id), stands))
+                return await (await asyncio.to_thread(self.encoded, replace(order, id=stands.id), stands))
             if record.state is not JobState.EXPIRED:
                 return self.job(stands.id, stands.id, plain=order.plain, expires_ms=record.facts.expires_ms)
             await self._once.free(scope, stands)
@@ -182,8 +189,9 @@ class JobCalls:
 
     async def _status(self, key: str) -> JobStatus:
         record = await self._known(key)
-        place = await self._store.jobs.place(key, record.facts) if record.state is JobState.QUEUED else None
-        return JobStatus.of(record, place)
+        waits = record.state is JobState.QUEUED and not record.facts.stages
+        place = await self._store.jobs.place(key, record.facts) if waits else None
+        return JobStatus.of(record, place, await self._jobs.stages(record))
 
     async def _known(self, key: str) -> JobRecord:
         record = await self._jobs.look(key)
@@ -220,33 +228,68 @@ class JobCalls:
         """See `Future.cancel`. Raises UnknownJob."""
         return self.wait(self._jobs.cancel(key))
 
+    async def cancel_soon(self, key: str) -> None:
+        """Does the same for a caller that has gone."""
+        with suppress(UnknownJob, StoreUnavailable):
+            await self._jobs.cancel(key)
+
     def read(self, key: str, result: Result, *, plain: bool) -> Any:
         """See `Sender.read`."""
         return self._sender.read(key, result, plain=plain)
 
     # Groups.
 
-    def group_of(self, total: int, order: Order) -> GroupFacts:
-        """Returns what is to be known of a group of such jobs."""
+    def group_of(self, total: int, order: Order, then: str) -> GroupFacts:
+        """Returns what is to be known of a group of such jobs. `then` is the id of the job that gets their results."""
         now_ms = self._store.now_ms()
-        return GroupFacts(total, order.meta.endpoint, now_ms, timing_of(order.options, now_ms).expires_ms)
+        return GroupFacts(total, order.meta.endpoint, now_ms, timing_of(order.options, now_ms).expires_ms, then)
 
-    async def keep_group(self, group_id: str, facts: GroupFacts) -> None:
-        await self._store.set(self._keys.group(group_id), facts.to_bytes(), ttl_ms=UNENDED_TTL_S * 1000)
+    def chord_id(self, group_id: str) -> str:
+        """Returns the id of the job that gets all results of a group."""
+        return self._signer.derived_id("chord", group_id)
 
-    async def group_facts(self, group_id: str) -> GroupFacts:
+    def chord_call(self, order: Order) -> ChordCall:
+        """Returns the job that gets all results of a group, as the group keeps it. Raises what `submit` does."""
+        self._sender.has_to_wait(order.meta.endpoint, None, {}, wait_for_endpoint=order.wait_for_endpoint)
+        options, now_ms = order.options, self._store.now_ms()
+        timing = timing_of(options, now_ms)
+        return ChordCall(
+            CHORD_VERSION, order.id, order.meta, order.shard_key, PRIORITIES[options.priority], options.tag, options.callback_url,
+            math.ceil(options.result_ttl_s or 0), now_ms, timing.not_before_ms, timing.expires_ms,
+        )  # fmt: skip
+
+    async def keep_group(self, group_id: str, facts: GroupFacts, call: ChordCall | None) -> None:
+        """Writes the record of a group, and that of the job that gets its results."""
+        raw = b""
+        if call is not None:
+            if call.callback:
+                await self.check_callback(call.callback)
+            await self._store.jobs.hold(call.id, call.facts)
+            raw = call.sealed(self._signer, group_id)
+        await self._store.jobs.keep_group(group_id, facts, raw)
+
+    async def fail_chord(self, chord_id: str, why: str) -> None:
+        """Ends the job that was to get the results of a group, which will not have them."""
+        await self._jobs.fail(chord_id, members_failed(why))
+
+    async def group(self, group_id: str) -> GroupRecord:
         """Raises UnknownJob."""
-        raw = await self._store.get(self._keys.group(group_id))
-        if raw is None:
+        record = await self._store.jobs.group(group_id)
+        if record is None:
             raise UnknownJob(
-                f"nothing is known of a group {group_id!r}: nobody sent it, or that was more than {UNENDED_TTL_S // 86400} days ago"
+                f"nothing is known of a group {group_id!r}: nobody sent it, or none of its jobs has ended for {UNENDED_TTL_S // 86400} days"
             )
-        return GroupFacts.from_bytes(raw)
+        return record
 
-    async def states(self, keys: Sequence[str]) -> list[JobState | None]:
-        """Returns the state of each job; None for one that is not known."""
-        records = await self._some_at_a_time(self._jobs.look, keys)
-        return [None if record is None else record.state for record in records]
+    async def group_now(self, group_id: str) -> GroupRecord:
+        """Returns the record of a group after it has ended those of its jobs that were not begun in time. Raises UnknownJob."""
+        record = await self.group(group_id)
+        facts, ended = record.facts, sum(record.ended.values())
+        if ended == facts.total or not 0 < facts.expires_ms < self._store.now_ms() - _EXPIRED_AFTER_S * 1000:
+            return record
+        known = await self._store.jobs.group_ends(group_id)
+        await self._some_at_a_time(self._jobs.look, [member_id(group_id, number) for number in range(facts.total) if number not in known])
+        return await self.group(group_id)
 
     async def cancel_all(self, keys: Sequence[str]) -> int:
         """Cancels jobs for everybody, and returns how many had no result yet."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal, NamedTuple, Protocol
 
@@ -44,6 +45,20 @@ class JobOptions(Protocol):
 
     @property
     def callback_url(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class NoOptions:
+    """Those of a request that is a job because its endpoint is a pipeline."""
+
+    delay_s: float = 0
+    eta: datetime | None = None
+    expires_s: float | None = None
+    priority: Priority = "high"  # its caller waits
+    result_ttl_s: float | None = None
+    tag: str = ""
+    idempotency_key: str = ""
+    callback_url: str = ""
 
 
 class Timing(NamedTuple):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import concurrent.futures
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from ..broker.calls.job_events import JobFollower
+from ..broker.calls.job_sending import StageRecord
 from ..broker.errors import BadValue
 from ..broker.job_store import NumberedEvent
 from ..broker.jobs import Attempt, EventKind, JobRecord, JobState, priority_name
@@ -32,6 +33,15 @@ class JobAttempt:
     ended_at: datetime | None
     error: str
     again_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class JobStage:
+    """One stage of a pipeline: a job with an id of its own. Without a state it is not sent yet."""
+
+    endpoint: str
+    id: str
+    state: JobState | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +71,11 @@ class JobStatus:
     priority: str
     tag: str
     retry_of: str
+    stages: tuple[JobStage, ...] = ()
+    """Those of a pipeline, in order."""
 
     @classmethod
-    def of(cls, record: JobRecord, position: int | None) -> JobStatus:
+    def of(cls, record: JobRecord, position: int | None, stages: Sequence[StageRecord] = ()) -> JobStatus:
         facts, progress = record.facts, record.progress
         return cls(
             id=record.id,
@@ -85,6 +97,7 @@ class JobStatus:
             priority=priority_name(facts.priority),
             tag=facts.tag,
             retry_of=facts.retry_of,
+            stages=tuple(JobStage(stage.endpoint, stage.id, stage.state) for stage in stages),
         )
 
 

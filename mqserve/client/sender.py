@@ -8,7 +8,7 @@ import concurrent.futures
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,8 +19,8 @@ from ..broker.calls.incoming import IncomingStream
 from ..broker.calls.sending import RequestSender
 from ..broker.documents import until
 from ..broker.envelope import RequestHead, is_minted, mint_id
-from ..broker.errors import BadSignature, BadValue, InstanceError, MQServeError, UnknownEndpoint
-from ..broker.results import Result
+from ..broker.errors import BadSignature, BadValue, InstanceError, MQServeError, RequestTimeout, UnknownEndpoint
+from ..broker.results import Phase, Result
 from ..broker.streams import Chunk, End, Form, Owner
 from ..broker.values.codecs import encode_value
 from ..broker.values.signing import SealScope
@@ -32,7 +32,8 @@ from .answers import read_result
 from .deploying import open_block
 from .deployments import Deployments
 from .futures import WAIT_LIMIT_S, Found, Future, Sent, Stored
-from .job_calls import JobCalls
+from .job_calls import JobCalls, Order
+from .job_options import NoOptions
 from .membership import Membership
 from .runtime import Runtime
 from .streams import Began, Flowing, Stream, StreamTicket
@@ -76,6 +77,7 @@ class Sender:
         self.find = find  # returns the client's sender in this process: a forked child has another one
         self._signer = connections.settings.signer
         self.jobs = JobCalls(self, runtime, connections, requests)
+        self._piped: set[str] = set()  # ids of requests to pipelines that have no result yet
         self._over = ""  # why the client has ended, once it has
         self.desired = Desired()
         self.only_plain = False  # open no pickle in a result
@@ -157,9 +159,42 @@ class Sender:
 
     def _send_now(self, call: _Call) -> None:
         desired = self.desired
-        backend, shadows = choose(self.find_endpoint(desired, call.meta.endpoint), call.shard_key)
+        endpoint = self.find_endpoint(desired, call.meta.endpoint)
+        if endpoint.stages:
+            return self._send_through(desired, endpoint, call)
+        backend, shadows = choose(endpoint, call.shard_key)
         copies = [self._prepare_shadow(desired, shadow, call) for shadow in shadows]
         self._runtime.post(self._prepare(desired, backend, call, copies))
+
+    def _send_through(self, desired: Desired, pipeline: Endpoint, call: _Call) -> None:
+        """Sends a request to a pipeline: a job whose caller waits for it. Raises BadValue for one that wants a stream."""
+        if call.chunks:
+            raise BadValue(f"{pipeline.name!r} is a pipeline, whose answer comes in one piece: call remote() or submit()")
+        order = Order(
+            call.id, call.meta, call.shard_key, NoOptions(), call.data, call.arguments, wait_for_endpoint=False, plain=False
+        )  # fmt: skip
+        work, within_s = self.jobs.encoded(order), min(call.within_s, _longest_s(desired, pipeline))
+        self._piped.add(call.id)
+        call.pending.add_done_callback(lambda _: self._piped.discard(call.id))
+        self._runtime.submit(self._await_pipeline(call, work, within_s))
+
+    async def _await_pipeline(self, call: _Call, work: Coroutine[Any, Any, Any], within_s: float) -> None:
+        try:
+            if call.pending.cancelled():
+                return work.close()
+            await work
+            result = await self._requests.pending.job_result(call.id, within_s)
+        except asyncio.CancelledError:
+            _fail(call.pending, InstanceError(self._over or _STOPPED))
+            raise
+        except TimeoutError:
+            after = f"pipeline {call.meta.endpoint!r} has no result after {within_s:g} s, and goes on: serve.job({call.id!r}) finds it"
+            _fail(call.pending, RequestTimeout(after, phase=Phase.RUN))
+        except Exception as error:
+            _fail(call.pending, error)
+        else:
+            if call.pending.set_running_or_notify_cancel():
+                call.pending.set_result((call.id, result))
 
     def find_endpoint(self, desired: Desired, name: str) -> Endpoint:
         """Raises UnknownEndpoint for one that was deleted while the arguments of a call were awaited."""
@@ -235,7 +270,12 @@ class Sender:
             pending.set_result((call.id, done.result()))
 
     def _cancel_with(self, future_id: str, pending: concurrent.futures.Future[Any]) -> None:
-        if pending.cancelled():
+        if not pending.cancelled():
+            return
+        if future_id in self._piped:
+            with suppress(InstanceError):
+                self._runtime.submit(self.jobs.cancel_soon(future_id))
+        else:
             self.cancel_soon(future_id)
 
     def cancel_soon(self, future_id: str) -> None:
@@ -383,6 +423,12 @@ class Sender:
 async def _taken(incoming: IncomingStream) -> tuple[deque[Chunk], End | None]:
     chunks = await incoming.more()
     return deque(chunks), incoming.end  # asked here, since more may come at any time
+
+
+def _longest_s(desired: Desired, pipeline: Endpoint) -> float:
+    """Returns how long its requests may be awaited: as long as those of all its stages one after the other."""
+    backends = [[desired.backends[name] for name in desired.endpoints[stage].traffic] for stage in pipeline.stages]
+    return sum(max(backend.config.request_timeout_s for backend in stage) for stage in backends)
 
 
 def _left_s() -> float:

@@ -15,6 +15,7 @@ from ..broker.dead_letters import DeadLetter
 from ..broker.envelope import Envelope, endpoint_key
 from ..broker.errors import BadEnvelope, BadValue, MQServeError, UnknownBackend
 from ..broker.jobs import UNENDED_TTL_S, facts_of
+from ..broker.pipelines import Plan
 from ..broker.process.printable import printable
 from ..broker.queue import DeadLetters, fate_of
 from ..broker.queue_names import ENDPOINTS, check_name
@@ -202,6 +203,9 @@ async def _retry(
         if once:  # otherwise a replica would assume that the request was started before
             await connections.store.set(connections.keys.start(future_id), NOT_STARTED, ttl_ms=kept_ms)
         forgotten.add(future_id)
+        if envelope.header.job is not None and envelope.header.job.stage is not None:  # its pipeline, which ended with it, goes on
+            plan = Plan.opened(envelope.header.job.stage.plan, connections.settings.signer)
+            await connections.store.delete(*connections.keys.of_runs(plan.id))
     renewed = letter.renewed(connections.store.now_ms() + timeout_ms, seals)
     if error := await fate_of(partial(connections.queue.republish, renewed), CONFIRM_BUDGET_S):
         raise error

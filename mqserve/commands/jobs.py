@@ -118,6 +118,10 @@ async def show_jobs(settings: Settings, ids: Sequence[str], *, as_json: bool, co
                 missing.append(job_id)
                 continue
             facts = facts_of(record, await _place(jobs, record)) | {"error": await _error(connections, record)}
+            facts["stages"] = [
+                {"endpoint": stage.endpoint, "id": stage.id, "status": stage.state and stage.state.value}
+                for stage in await _sender(connections).stages(record)
+            ]
             facts["history"] = history_of(record)
             facts["events"] = [event_facts(number, event) for number, event in await jobs.events(job_id)]
             if as_json:
@@ -145,6 +149,8 @@ async def retry_jobs(settings: Settings, selection: Selection, *, yes: bool, con
     console = console or make_console()
 
     async def retry(connections: Connections, record: JobRecord) -> bool:
+        if record.facts.stage is not None and not selection.ids:
+            return False  # its pipeline is retried
         new_id = mint_id()
         await _sender(connections).retry(record.id, new_id)
         console.print(f"{printable(record.id)} again as {new_id}", highlight=False, markup=False, soft_wrap=True)
@@ -223,7 +229,8 @@ async def _listed(jobs: JobStore, filter: Filter, at_most: int) -> Sequence[JobR
 
 
 async def _place(jobs: JobStore, record: JobRecord) -> int | None:
-    return await jobs.place(record.id, record.facts) if record.state is JobState.QUEUED else None
+    waits = record.state is JobState.QUEUED and not record.facts.stages
+    return await jobs.place(record.id, record.facts) if waits else None
 
 
 async def _error(connections: Connections, record: JobRecord) -> dict[str, str] | None:

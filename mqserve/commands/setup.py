@@ -126,7 +126,8 @@ _COUNTING = ("incr", "incrby", "del")
 _TELLING = ("xadd", "pexpire")  # for cancellations
 _CALLING = ("set", "evalsha", "eval", "blmpop", "xrange", "xinfo|stream", *_TELLING)  # for sending requests and waiting for results
 _SENDING_JOBS = (  # and waiting for them, and ending them
-    "exists", "hgetall", "hincrby", "hmget", "hset", "hsetnx", "lrange", "ltrim", "rpush", "sadd", "smembers", "zadd", "zrank", "zrem",
+    "exists", "getrange", "hgetall", "hincrby", "hmget", "hset", "hsetnx", "lrange", "ltrim", "rpush", "sadd", "setrange", "smembers",
+    "zadd", "zrank", "zrem",
 )  # fmt: skip
 _RUNNING_JOBS = ("hdel", "hget", "pttl", "zrandmember")
 _STREAMING = ("xlen", "xtrim")
@@ -167,8 +168,9 @@ def store_rights(namespace: str) -> dict[str, StoreRights]:
 
     def caller_rights(role: str, reads: set[str], writes: set[str], commands: tuple[str, ...]) -> StoreRights:
         """The reader of a streamed answer drops it at its end and tells the replica what it has taken, but writes no part of it. Who
-        cancels a job tells the inboxes of those who wait for it. Ids of jobs can be added to their list, and not be read there."""
-        both = results | kinds.jobs | kinds.inboxes_of(role) | {keys.idempotent("*")}
+        cancels a job tells the inboxes of those who wait for it, and counts it for its group. Ids of jobs can be added to their list, and
+        not be read there."""
+        both = results | kinds.jobs | kinds.groups | kinds.inboxes_of(role) | {keys.idempotent("*")}
         reads, writes = reads | both | kinds.streams | kinds.losses, writes | both | kinds.lists
         return StoreRights(frozenset(reads), frozenset(writes), commands, frozenset(kinds.streams), frozenset(kinds.feeds | kinds.inboxes))
 
@@ -176,7 +178,7 @@ def store_rights(namespace: str) -> dict[str, StoreRights]:
     run = results | kinds.counts | kinds.streams | kinds.feeds | kinds.jobs | kinds.runs | kinds.groups | kinds.inboxes_of("replica")
     return {
         "controller": rights(
-            everything, everything, (*_CALLS, *_BEATING, *_COUNTING, *_RUNNING_JOBS, "info", "persist", "xread", "xtrim", "zrange")
+            everything, everything, (*_CALLS, *_BEATING, *_COUNTING, *_RUNNING_JOBS, "info", "persist", "xdel", "xread", "zrange")
         ),
         # After a loss of data it gives back the files of code, which are checked against their hashes wherever they are read.
         "node": rights(
@@ -198,8 +200,8 @@ def store_rights(namespace: str) -> dict[str, StoreRights]:
         ),
         "client": caller_rights(
             "client",
-            {*documents, *kinds.groups, keys.start("*"), keys.instance, keys.ended, keys.beats, keys.firings},
-            {*kinds.groups, keys.desired, keys.code("*"), keys.cancelled},
+            {*documents, keys.start("*"), keys.instance, keys.ended, keys.beats, keys.firings},
+            {keys.desired, keys.code("*"), keys.cancelled},
             _CALLS,
         ),
     }

@@ -101,6 +101,7 @@ class EndpointFacts(msgspec.Struct, frozen=True):
     traffic: dict[str, float]
     shadows: dict[str, float]
     prefix: bool
+    stages: tuple[str, ...] = ()  # of a pipeline: the endpoints that its requests go through
 
 
 class ScheduleFacts(msgspec.Struct, frozen=True):
@@ -330,7 +331,7 @@ def _facts(namespace: str, broker: ServerFacts, store: ServerFacts, stored: _Sto
         _controller(stored, is_known=is_known), broker, store, members,
         tuple(_backend(name, stored, members, counts.get(name, _Counts())) for name in stored.desired.backends),
         tuple(
-            EndpointFacts(name, endpoint.route, endpoint.methods, endpoint.traffic, endpoint.shadows, endpoint.prefix)
+            EndpointFacts(name, endpoint.route, endpoint.methods, endpoint.traffic, endpoint.shadows, endpoint.prefix, endpoint.stages)
             for name, endpoint in stored.desired.endpoints.items()
         ),
         tuple(

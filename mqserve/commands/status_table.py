@@ -108,6 +108,7 @@ def _endpoints(endpoints: tuple[EndpointFacts, ...]) -> Table:
     table = make_table("Endpoints", "endpoint", "route", "methods", "traffic")
     for endpoint in endpoints:
         traffic = ", ".join(f"{backend} {weight:.0%}" for backend, weight in endpoint.traffic.items())
+        traffic += " → ".join(endpoint.stages)
         traffic += "".join(f", shadow {backend} {part:.0%}" for backend, part in endpoint.shadows.items())
         _add_row(table, endpoint.name, _route(endpoint), " ".join(endpoint.methods), traffic)
     return table

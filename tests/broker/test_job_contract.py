@@ -5,13 +5,16 @@ import asyncio
 import msgspec
 import pytest
 
+from mqserve.broker.envelope import Member
 from mqserve.broker.errors import BadEnvelope
+from mqserve.broker.job_groups import GroupFacts
 from mqserve.broker.jobs import (
     KEPT_ATTEMPTS,
     KEPT_EVENTS,
     LEASE_MS,
     Attempt,
     Done,
+    EndNote,
     EventKind,
     Held,
     JobEvent,
@@ -462,3 +465,103 @@ def test_what_is_no_record_is_refused(fields: dict[bytes, bytes]) -> None:
 async def test_the_backend_of_a_run_is_that_of_its_facts(store: Store) -> None:
     await store.jobs.begin(Run("f", b"run", "r", JobFacts("of the run"), now_ms=5))
     assert [record.id for record in await store.jobs.list(backend="of the run")] == ["f"]
+
+
+# Groups.
+
+
+def member(number: int, group: str = "g") -> Member:
+    return Member(group, number)
+
+
+async def counts_of(store: Store, group: str = "g") -> tuple[int, int, int, int]:
+    record = await store.jobs.group(group)
+    assert record is not None
+    ended = record.ended
+    return ended[JobState.SUCCEEDED], ended[JobState.FAILED], ended[JobState.CANCELLED], ended[JobState.EXPIRED]
+
+
+async def test_the_ends_of_a_group_s_jobs_are_counted_by_state(store: Store) -> None:
+    facts = GroupFacts(5, "e", 1000, 2000, "the id of another job")
+    await store.jobs.keep_group("g", facts)
+    for number, state in enumerate([JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED, JobState.EXPIRED]):
+        assert await ended(store, f"m{number}", state=state, member=member(number))
+    assert await counts_of(store) == (1, 1, 1, 1)
+    record = await store.jobs.group("g")
+    assert record is not None and (record.facts, record.call) == (facts, b"")
+    assert dict(await store.jobs.group_ends("g")) == {
+        0: JobState.SUCCEEDED, 1: JobState.FAILED, 2: JobState.CANCELLED, 3: JobState.EXPIRED,
+    }  # fmt: skip
+    assert await store.jobs.ends(10) == [], "nothing follows from it"
+
+
+async def test_an_end_is_counted_once_however_often_it_is_written(store: Store, keys: StoreKeys) -> None:
+    await store.jobs.keep_group("g", GroupFacts(2), b"call")
+    await asyncio.gather(*(ended(store, "m1", member=member(1)) for _ in range(10)))
+    assert not await ended(store, "m1", b"another", state=JobState.FAILED, member=member(1))
+    assert await counts_of(store) == (1, 0, 0, 0)
+    await ended(store, "m0", member=member(0), result_ttl_ms=50)
+    assert [EndNote.from_bytes(entry.note).group for entry in await store.jobs.ends(10)] == ["g"]
+
+    async def is_forgotten() -> bool:
+        return await store.jobs.read("m0") is None
+
+    await until(is_forgotten)
+    await ended(store, "m0", state=JobState.FAILED, member=member(0))
+    assert await counts_of(store) == (2, 0, 0, 0), "also once its record has gone"
+    assert len(await store.jobs.ends(10)) == 1, "and nothing follows from it again"
+
+
+async def test_the_last_end_of_a_group_with_a_call_is_in_the_outbox(store: Store) -> None:
+    await store.jobs.keep_group("g", GroupFacts(300), b"call")
+    await asyncio.gather(*(ended(store, f"m{number}", member=member(number)) for number in reversed(range(1, 300))))
+    assert await store.jobs.ends(10) == []
+    await ended(store, "m0", state=JobState.FAILED, callback="https://hooks.example/", member=member(0))
+    found = [EndNote.from_bytes(entry.note) for entry in await store.jobs.ends(10)]
+    assert [(note.id, note.callback, note.group) for note in found] == [("m0", "https://hooks.example/", ""), ("m0", "", "g")]
+    assert await counts_of(store) == (299, 1, 0, 0)
+
+
+async def test_a_group_is_written_once_and_one_that_is_not_known_counts_nothing(store: Store) -> None:
+    await ended(store, "m0", member=member(0))
+    assert await store.jobs.group("g") is None and dict(await store.jobs.group_ends("g")) == {}
+    await store.jobs.keep_group("g", GroupFacts(2), b"call")
+    await ended(store, "m1", member=member(1))
+    await store.jobs.keep_group("g", GroupFacts(1), b"another")
+    record = await store.jobs.group("g")
+    assert record is not None and (record.facts.total, record.call) == (2, b"call")
+    assert await counts_of(store) == (1, 0, 0, 0)
+    await ended(store, "m7", member=member(7))
+    assert await counts_of(store) == (1, 0, 0, 0), "the group has no such member"
+
+
+async def test_a_job_that_is_held_is_queued_without_a_place_until_it_is_sent(store: Store) -> None:
+    held = JobFacts("", "e", 1000, tag="t")
+    for _ in range(2):
+        await store.jobs.hold("f", held)
+    record = await store.jobs.read("f")
+    assert record is not None and (record.state, record.facts) == (JobState.QUEUED, held)
+    assert await store.jobs.place("f", held) is None
+    assert [found.id for found in await store.jobs.list(tag="t")] == ["f"]
+    sent = JobFacts("b", "e", 1000, tag="t")
+    await added(store, facts=sent)
+    await added(store, facts=JobFacts("c", "e", 1000))
+    record = await store.jobs.read("f")
+    assert record is not None and record.facts == sent and await store.jobs.place("f", sent) == 0
+    assert await begun(store, facts=sent) == Leased(1)
+    await store.jobs.hold("f", held)
+    record = await store.jobs.read("f")
+    assert record is not None and record.facts == sent and record.state is JobState.RUNNING
+
+
+async def test_a_job_that_is_held_may_end_before_it_is_sent(store: Store) -> None:
+    await store.jobs.hold("f", JobFacts("", "e", 1000))
+    assert await ended(store, state=JobState.CANCELLED, backend="")
+    assert await begun(store) == Done(b"result")
+
+
+async def test_a_replica_may_find_a_held_job_before_its_sender_has_written_that_it_was_sent(store: Store) -> None:
+    await store.jobs.hold("f", JobFacts("", "e", 1000))
+    assert await begun(store) == Leased(1)
+    record = await store.jobs.read("f")
+    assert record is not None and record.facts == FACTS

@@ -351,6 +351,20 @@ async def test_firings_that_the_store_has_lost_are_written_again(store: Store, k
         await noted(store, keys, jobs, "yearly")
 
 
+async def test_a_leader_that_leads_anew_after_the_store_has_lost_all_sends_nothing_again(store: Store, keys: StoreKeys) -> None:
+    jobs, now = Recorder(), store.now_ms()
+    yearly, often = scheduled(YEARLY, now - 2 * YEAR_MS, catch_up="once", name="yearly"), scheduled(EVERY_SECOND, now, name="often")
+    async with firing(jobs, store, keys, document(yearly)) as firings:
+        await until(lambda: jobs.sent)
+        await noted(store, keys, jobs, "yearly")
+        await firings.stop()
+        await store.delete(keys.firings)
+        firings.go_on(document(yearly, often), Observed())
+        await until(lambda: jobs.count("often"))
+        await noted(store, keys, jobs, "yearly")
+    assert jobs.count("yearly") == 1
+
+
 async def test_a_controller_that_does_not_lead_fires_nothing(store: Store, keys: StoreKeys) -> None:
     desired = document(scheduled(EVERY_SECOND, store.now_ms() - 3000))
     sleeping, leading = Recorder(), Recorder()

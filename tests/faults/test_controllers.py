@@ -57,6 +57,10 @@ class Cluster:
         for controller in started:
             controller.wait_for(LEADS_OR_WAITS)
 
+    @property
+    def controllers(self) -> list[Program]:
+        return [controller for controller in self._controllers.values() if not controller.ended]
+
     def close(self) -> None:
         for controller in self._controllers.values():
             if not controller.ended:

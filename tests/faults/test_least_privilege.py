@@ -22,9 +22,10 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from websockets.sync.client import connect
 
-from mqserve.broker.envelope import Header, mint_id
+from mqserve.broker.envelope import Header, Member, mint_id
 from mqserve.broker.errors import StoreUnavailable
-from mqserve.broker.jobs import Attempt, EventKind, JobEvent, JobState, Leased
+from mqserve.broker.job_groups import GroupFacts, member_id
+from mqserve.broker.jobs import Attempt, EventKind, JobEvent, JobFacts, JobState, Leased
 from mqserve.broker.rabbitmq.queue import open_rabbitmq
 from mqserve.broker.redis.store import RedisStore, open_redis
 from mqserve.broker.results import Result
@@ -507,6 +508,7 @@ STORE_REFUSALS: dict[str, list[str]] = {
             for command in (f"PEXPIRE {ROOT_KEY}:stream:{{x}}", f"RPUSH {ROOT_KEY}:feed:x", f"RPUSH {ROOT_KEY}:inbox:client-x")
         ),
         f"HGETALL {ROOT_KEY}:job:{{x}}",
+        f"HGETALL {ROOT_KEY}:group:{{x}}",
         *OF_NO_CALLER,
         *(f"SET {ROOT_KEY}:{name} x" for name in ("desired", "future:{x}")),
         *OF_CONTROLLER,
@@ -585,6 +587,16 @@ async def play_jobs(composed: Composed) -> None:
             await client.jobs.wait(second, clients)
             assert await ended(proxy, second, b"cancelled", state=JobState.CANCELLED)
             await until(lambda: b"note of cancelled" in told_the_client)
+            group, last = mint_id(), mint_id()
+            await client.jobs.hold(last, JobFacts("", "e", 1000))
+            await client.jobs.keep_group(group, GroupFacts(3, "e", then=last), b"call")
+            for number, store in enumerate((replica, proxy, client)):
+                member = member_id(group, number)
+                await added(client, member)
+                assert await ended(store, member, member=Member(group, number))
+            for store in (client, proxy, replica, controller):
+                found = await store.jobs.group(group)
+                assert found is not None and found.ended[JobState.SUCCEEDED] == 3 and len(await store.jobs.group_ends(group)) == 3
         for store in (client, proxy, replica):
             with pytest.raises(StoreUnavailable, match="does not let user"):
                 await store.jobs.list()
