@@ -207,6 +207,18 @@ def test_an_answer_to_a_queue_of_the_instance_is_refused_and_the_job_has_its_end
     assert receive(channel, dead_queue(environment))[0].reply_to == ours
 
 
+def test_a_pipeline_takes_no_published_message_and_says_so(
+    client: serve.Client, channel: BlockingChannel, exchange: str, split: str, environment: dict[str, str]
+) -> None:
+    pipeline, replies = new_name("p"), own_queue(channel)
+    client.create_pipeline(pipeline, [split])
+    channel.basic_publish(exchange, pipeline, b"1", as_json(reply_to=replies))
+    reply, body = receive(channel, replies)
+    assert (reply.headers or {})["mq-status"] == 422 and b"is a pipeline" in body
+    assert "is a pipeline" in receive(channel, dead_queue(environment))[0].headers["mq-reason"]
+    client.delete_pipeline(pipeline)
+
+
 @pytest.mark.parametrize("raw", [b"\xc1\xff", "text"])
 def test_a_header_that_does_not_parse_makes_a_dead_letter(
     channel: BlockingChannel, exchange: str, split: str, environment: dict[str, str], raw: bytes | str
