@@ -233,7 +233,7 @@ def test_the_receiver_of_the_guide_for_node_takes_what_is_genuine_and_each_once(
         body, now_s = b'{"type":"again","data":{"endpoint":"e"}}', int(time.time())
         both = earlier.headers("msg_1", body, now_s)
         both["webhook-signature"] += " " + old.headers("msg_1", body, now_s)["webhook-signature"]
-        posts = (both, both, forger.headers("msg_2", body, now_s), old.headers("msg_3", body, now_s - 3600), {})
+        posts: list[dict[str, str]] = [both, both, forger.headers("msg_2", body, now_s), old.headers("msg_3", body, now_s - 3600), {}]
         statuses = [httpx.post(f"http://127.0.0.1:{port}/", content=body, headers=headers).status_code for headers in posts]
         assert statuses == [204, 204, 401, 401, 401]
         assert node.output.splitlines() == [f"job.succeeded {name}", "again e"]
