@@ -63,7 +63,19 @@ OVER_AMQP = (
 ON_SERVERS = ("dead-letters", "delivery", "dependency-management", "resources")  # of the guide: these need RabbitMQ and Redis
 IN_ONE_PROCESS = [page.stem for page in GUIDE if page.stem not in ON_SERVERS]
 BESIDE = ("shop_metrics.py",)  # imported by a page's program
-RUN = {"hello.py", "distributed", "setup", "amqplib", *SCRIPTS, *WALKTHROUGHS, *OVER_AMQP, *IN_ONE_PROCESS, *ON_SERVERS, *BESIDE}
+RUN = {
+    "hello.py",
+    "distributed",
+    "setup",
+    "amqplib",
+    "webhooks-node",
+    *SCRIPTS,
+    *WALKTHROUGHS,
+    *OVER_AMQP,
+    *IN_ONE_PROCESS,
+    *ON_SERVERS,
+    *BESIDE,
+}
 NOT_RUN = {"make demo\nmake test\n"}
 
 DOUBLE = '\n\n@serve.endpoint(None, name="double")\ndef double(request):\n    return request.data * 2\n'  # for README's `publish`

@@ -415,6 +415,7 @@ BROKER_ACTS: dict[str, Callable[[Any], object]] = {
     "declare a queue of jobs": lambda channel: channel.queue_declare("mqserve.jobs.mine.1", durable=True),
     "declare a queue to wait in": lambda channel: channel.queue_declare("mqserve.later.3", durable=True),
     "consume webhooks": lambda channel: channel.basic_consume("mqserve.webhooks", print),
+    "consume webhooks that were given up": lambda channel: channel.basic_consume("mqserve.webhooks.dead", print),
     "publish webhooks": publish("mqserve.webhooks", "due"),
     "consume dead letters": lambda channel: channel.basic_consume("mqserve.dead.double", print),
     "publish straight to a queue": publish("", QUEUE),
