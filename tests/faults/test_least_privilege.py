@@ -203,6 +203,15 @@ def test_a_replica_calls_another_backend_with_a_pickled_object(url: str) -> None
     assert httpx.get(f"{url}/relay", timeout=30).text == "3"
 
 
+def test_a_large_result_of_a_job_is_read_from_its_file_by_every_proxy(composed: Composed, url: str) -> None:
+    job = httpx.post(f"{url}/double", json="x" * 5_000_000, headers={"Prefer": "respond-async"}, timeout=30).json()["id"]
+    for service in ("proxy-1", "proxy-2"):
+        at = f"http://127.0.0.1:{composed.ports[service]}/-/futures/{job}"
+        assert httpx.get(f"{at}?wait=30", timeout=60).json()["status"] == "succeeded"
+        assert httpx.get(f"{at}/result", timeout=30).text == "x" * 10_000_000
+    assert len(list((composed.folder / "results" / "mqserve").iterdir())) == 1
+
+
 def test_a_client_calls_by_handle_and_reads_results_by_id(composed: Composed) -> None:
     script = """
 import mqserve as serve
@@ -389,7 +398,7 @@ def test_user_code_finds_no_credentials_but_its_own(composed: Composed, url: str
     assert set(found) == {
         *("MQSERVE_BROKER_URL", "MQSERVE_STORE_URL", "MQSERVE_SECRET_KEY", "MQSERVE_NAMESPACE"),
         *("MQSERVE_TRUSTED_USERS", "MQSERVE_HEADER_USERS"),
-        "MQSERVE_VERBOSE",
+        *("MQSERVE_RESULT_STORE", "MQSERVE_VERBOSE"),
     }
 
 
