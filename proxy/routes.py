@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..broker.errors import BadValue
+from ..broker.errors import BadValue, NotRouted
 from ..controller.state.documents import ANY_METHOD, Desired, Endpoint, Observed
 from ..controller.state.route_patterns import Params, compile_route
 from ..controller.state.traffic import entry_of
@@ -107,12 +107,17 @@ class RouteTable:
             self._literal[route] = (_allowed(endpoint), _target(endpoint, route, ()))
 
     def entry(self, endpoint: Endpoint) -> Endpoint:
-        """Returns the endpoint whose traffic decides where a request goes first."""
-        return entry_of(endpoint, self._endpoints)
+        """Returns the endpoint whose traffic decides where a request goes first. Raises NotRouted for a pipeline of an earlier table
+        whose endpoints have gone with it."""
+        try:
+            return entry_of(endpoint, self._endpoints)
+        except KeyError as error:
+            raise NotRouted(f"pipeline {endpoint.name!r} was deleted a moment ago, with its endpoints") from error
 
     def longest_s(self, pipeline: Endpoint) -> float:
         """Returns how long its requests may be awaited: as long as those of all its stages one after the other."""
-        return sum(max(self.timeouts_s[backend] for backend in self._endpoints[stage].traffic) for stage in pipeline.stages)
+        stages = [self._endpoints[name].traffic for name in pipeline.stages if name in self._endpoints]
+        return sum(max(self.timeouts_s[backend] for backend in traffic) for traffic in stages)
 
     @property
     def listing(self) -> dict[str, list[Any]]:

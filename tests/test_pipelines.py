@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -426,7 +427,30 @@ def test_a_schedule_may_call_a_pipeline(pipeline: str) -> None:
 
 
 @distributed_only
-def test_the_command_line_shows_them(pipeline: str, stages: list[str], environment: dict[str, str], tmp_path: Any) -> None:
+def test_a_dead_stage_that_is_sent_again_has_its_pipeline_go_on(
+    deploy: Deploy, stages: list[str], tally: Tally, environment: dict[str, str], tmp_path: Path
+) -> None:
+    def fail_twice(data: Any) -> Any:
+        if tally.lines.count("fails") <= 2:
+            raise OSError("not yet")
+        return data
+
+    retry = serve.Retry(attempts=2, on=(OSError,), backoff_s=0.01)
+    first, fails = deploy(counting(tally, "first")), deploy(counting(tally, "fails", fail_twice), retry=retry)
+    with made_of([first, fails, stages[2]]) as name:
+        job = serve.get_handle(name).submit("abc")
+        with pytest.raises(OSError, match="not yet"):
+            job.result(timeout=30)
+        done = CommandLine(tmp_path, **environment).run("dead", "retry", fails, "--all")
+        assert done.returncode == 0, done.stderr
+        wait_until(lambda: serve.job(job.id).status().state == "succeeded", told=lambda: job.status())
+        assert serve.job(job.id).result(timeout=30) == ["abc"]
+        assert [stage.state for stage in job.status().stages] == ["succeeded"] * 3
+    assert tally.lines == ["first", "fails", "fails", "fails"]
+
+
+@distributed_only
+def test_the_command_line_shows_them(pipeline: str, stages: list[str], environment: dict[str, str], tmp_path: Path) -> None:
     shell = CommandLine(tmp_path, **environment)
     job = serve.get_handle(pipeline).submit("abc")
     job.result(timeout=30)
