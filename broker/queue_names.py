@@ -13,7 +13,7 @@
 | `{ns}.later.{seconds}`        | classic queue, durable   | controller  | -                     | - : its messages expire to `{ns}.later` |
 | `{ns}.webhooks`               | direct exchange, durable | controller  | controllers           | -         |
 | `{ns}.webhooks`               | classic queue, durable   | controller  | -                     | controllers |
-| `{ns}.webhooks.{seconds}`     | classic queue, durable   | controller  | -                     | - : as those of `{ns}.later.{seconds}` |
+| `{ns}.webhooks.{seconds}`     | quorum queue             | controller  | -                     | - : they expire to `{ns}.webhooks` |
 | `{ns}.webhooks.dead`          | classic queue, durable   | controller  | -                     | operators |
 | `{ns}.dead`                   | direct exchange, durable | controller  | replicas              | -         |
 | `{ns}.dead.{name}`            | classic queue, durable   | controller  | -                     | operators |

@@ -91,7 +91,7 @@ class Webhooks(Protocol):
         ...
 
     async def delete_if_empty(self) -> None:
-        """Deletes the queues, unless a webhook waits in one of them: then all that lead to `<ns>.webhooks` stay, and that stays, too."""
+        """Deletes `<ns>.webhooks` unless a webhook is in it, or is to come back to it, and the queue of dead ones unless there is one."""
         ...
 
     async def consume(self, prefetch: int, on_delivery: Callable[[WebhookDelivery], None]) -> Consumption:

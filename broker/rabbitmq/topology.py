@@ -22,6 +22,13 @@ _CLOSE_BUDGET_S = 1.0
 # Explicit, although it is the default: a virtual host may have another default, and quorum queues have no priorities.
 _CLASSIC: dict[str, Any] = {"x-queue-type": "classic"}
 _JOBS: dict[str, Any] = {**_CLASSIC, "x-max-priority": queue_names.MAX_PRIORITY}
+# A classic queue drops what it has moved before that is on disk, so a crash of RabbitMQ loses what was moved in the last seconds.
+_MOVING_ONCE_ON_DISK: dict[str, Any] = {
+    "x-queue-type": "quorum",
+    "x-dead-letter-strategy": "at-least-once",
+    "x-overflow": "reject-publish",
+}
+UNUSED_S = 2 * 3600
 _TIMEOUT = "x-consumer-timeout"
 _UNACKED: dict[str, Any] = {_TIMEOUT: queue_names.JOB_UNACKED_MS}
 _DEAD: dict[str, Any] = {**_CLASSIC, "x-max-length": queue_names.DEAD_LETTER_LIMIT, "x-message-ttl": queue_names.DEAD_LETTER_TTL_MS}
@@ -100,7 +107,8 @@ class RabbitTopology:
         await self.declare_dead_letters(queue_names.ENDPOINTS)
 
     async def declare_wait(self, wait_s: int) -> None:
-        await self._declare_wait(queue_names.later_queue(self._namespace, wait_s), queue_names.later_exchange(self._namespace), wait_s)
+        name, exchange = queue_names.later_queue(self._namespace, wait_s), queue_names.later_exchange(self._namespace)
+        await self._declare_wait(name, exchange, wait_s, _CLASSIC)
 
     async def declare_webhooks(self) -> int:
         """Returns how many dead ones there are."""
@@ -118,12 +126,13 @@ class RabbitTopology:
         return await self._declare(declare)
 
     async def declare_webhooks_wait(self, wait_s: int) -> None:
-        exchange = queue_names.webhooks_exchange(self._namespace)
-        await self._declare_wait(queue_names.webhooks_wait_queue(self._namespace, wait_s), exchange, wait_s)
+        """The queue is gone once nobody has declared it for as long as a message waits, and UNUSED_S more."""
+        name, exchange = queue_names.webhooks_wait_queue(self._namespace, wait_s), queue_names.webhooks_exchange(self._namespace)
+        await self._declare_wait(name, exchange, wait_s, {**_MOVING_ONCE_ON_DISK, "x-expires": (wait_s + UNUSED_S) * 1000})
 
-    async def _declare_wait(self, name: str, exchange: str, wait_s: int) -> None:
+    async def _declare_wait(self, name: str, exchange: str, wait_s: int, kind: dict[str, Any]) -> None:
         arguments: dict[str, Any] = {
-            **_CLASSIC,
+            **kind,
             "x-message-ttl": wait_s * 1000,
             "x-dead-letter-exchange": exchange,
             "x-dead-letter-routing-key": queue_names.DUE_KEY,
@@ -169,7 +178,7 @@ class RabbitTopology:
             await self._on_own_channel(unbind)
 
     async def depth(self, backend: str, generation: int, shards: int) -> int | None:
-        counts = [count for count in await self._count_all(self._names(backend, generation, shards)) if count is not None]
+        counts = [count for count in await self.count_all(self._names(backend, generation, shards)) if count is not None]
         return sum(counts) if counts else None
 
     async def count_jobs(self, backend: str, generation: int) -> int | None:
@@ -179,9 +188,9 @@ class RabbitTopology:
         return await self._count(queue_names.dead_queue(self._namespace, backend))
 
     async def _count(self, name: str) -> int | None:
-        return (await self._count_all([name]))[0]
+        return (await self.count_all([name]))[0]
 
-    async def _count_all(self, names: Sequence[str]) -> list[int | None]:
+    async def count_all(self, names: Sequence[str]) -> list[int | None]:
         """Returns the number of ready messages in each queue, None for one that is not there, which costs its channel."""
         counts: list[int | None] = []
 
@@ -198,7 +207,7 @@ class RabbitTopology:
 
     async def delete(self, backend: str, generation: int, shards: int, *, only_if_empty: bool) -> bool:
         names = self._names(backend, generation, shards)
-        if only_if_empty and any(await self._count_all(names)):  # otherwise the empty ones would be gone before the one that is not
+        if only_if_empty and any(await self.count_all(names)):  # otherwise the empty ones would be gone before the one that is not
             return False
         for name in reversed(names):
             if not await self._delete_queue(name, only_if_empty=only_if_empty):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from functools import partial
@@ -17,7 +19,7 @@ from .connection import OPERATION_BUDGET_S, Link
 from .consumer import RabbitDelivery
 from .dead_letters import RabbitDeadLetters, open_dead_letters
 from .later import ConsumeQueue, Publish
-from .topology import RabbitTopology
+from .topology import UNUSED_S, RabbitTopology
 
 
 class RabbitWebhookDelivery:
@@ -54,6 +56,7 @@ class RabbitWebhooks:
         self._publish = publish
         self._consume_queue = consume_queue
         self._consuming = consuming
+        self._declared_at: dict[int, float] = {}  # by how long their messages wait; monotonic
 
     def __repr__(self) -> str:
         return f"<RabbitWebhooks of {self._namespace!r}>"
@@ -62,9 +65,11 @@ class RabbitWebhooks:
         return await self._topology.declare_webhooks()
 
     async def delete_if_empty(self) -> None:
-        waits = [queue_names.webhooks_wait_queue(self._namespace, wait_s) for wait_s in WAITS_S]
-        await self._topology.delete_empty([*waits, queue_names.webhooks_queue(self._namespace)])
         await self._topology.delete_empty([queue_names.dead_webhooks_queue(self._namespace)])
+        # those in which they wait go by themselves: a quorum queue cannot be deleted only if it is empty
+        waits = [queue_names.webhooks_wait_queue(self._namespace, wait_s) for wait_s in WAITS_S]
+        if not any(await self._topology.count_all(waits)):
+            await self._topology.delete_empty([queue_names.webhooks_queue(self._namespace)])
 
     async def consume(self, prefetch: int, on_delivery: Callable[[WebhookDelivery], None]) -> Consumption:
         def hand_over(delivery: RabbitDelivery) -> None:
@@ -76,11 +81,17 @@ class RabbitWebhooks:
         await self._publish_now(queue_names.DUE_KEY, webhook)
 
     async def wait(self, webhook: Webhook, wait_s: int) -> None:
+        if time.monotonic() - self._declared_at.get(wait_s, -math.inf) > UNUSED_S / 2:
+            await self._declare_wait(wait_s)
         try:
             await self._publish_now(str(wait_s), webhook)
-        except NotRouted:  # the first one that waits for so long, or the broker came back empty
-            await self._topology.declare_webhooks_wait(wait_s)
+        except NotRouted:  # the broker came back empty
+            await self._declare_wait(wait_s)
             await self._publish_now(str(wait_s), webhook)
+
+    async def _declare_wait(self, wait_s: int) -> None:
+        await self._topology.declare_webhooks_wait(wait_s)
+        self._declared_at[wait_s] = time.monotonic()
 
     async def set_aside(self, webhook: Webhook) -> None:
         await self._publish_now(queue_names.DEAD_KEY, webhook)

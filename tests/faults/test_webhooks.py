@@ -11,6 +11,7 @@ import pytest
 from standardwebhooks import Webhook as Library
 
 from mqserve.broker.callbacks import CallbackRules
+from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.rabbitmq.queue import open_rabbitmq
 from mqserve.broker.redis.store import open_redis
 from mqserve.broker.values.webhook_signing import WebhookSigner, derived_secret, written
@@ -24,6 +25,7 @@ from tests.faults.test_controllers import CHANGE_OF_LEADERS_S, Cluster
 from tests.instances import ROOT, SECRET_KEY, CommandLine, new_namespace, wait_until
 from tests.ports import free_port
 from tests.receivers import Answer, Receiver, receiving
+from tests.servers import PrivateRabbitMQ
 from tests.test_webhooks import CALLBACKS
 
 FORBIDDEN = "http://169.254.169.254/latest/meta-data"
@@ -96,6 +98,26 @@ async def test_each_receiver_has_it_once_it_takes_it_and_a_forbidden_address_nev
                 await sender.stop()
         assert await queue.webhooks.declare() == 0, "none is given up"
         await queue.webhooks.delete_if_empty()
+
+
+@pytest.mark.anyio
+@pytest.mark.usefixtures("short_waits")
+@pytest.mark.parametrize("how", ["stop", "kill"])
+async def test_a_restart_of_rabbitmq_loses_no_webhook(broker_server: PrivateRabbitMQ, namespace: str, how: str) -> None:
+    store, signer = EmbeddedStore(namespace), WebhookSigner(SECRETS, namespace)
+    async with open_rabbitmq(broker_server.url, namespace, "test") as queue:
+        with receiving(lambda number: (503 if number <= 150 else 204, {})) as receiver:
+            sender = WebhookSending(queue.webhooks, store, signer, CallbackRules(("localhost:*",), http=True), Receivers(LOCAL))
+            await queue.webhooks.declare()
+            url, since_ms = f"http://localhost:{receiver.port}/", store.now_ms()
+            sent = [Webhook(VERSION, f"msg_{number}", url, BODY, since_ms) for number in range(100)]
+            await asyncio.gather(*map(queue.webhooks.send, sent))
+            sender.go_on()
+            await until(lambda: len(receiver.received) >= 50)
+            await asyncio.to_thread(getattr(broker_server, how))
+            await asyncio.to_thread(broker_server.start)
+            await until(lambda: {taken.headers["webhook-id"] for taken in receiver.taken} == {webhook.id for webhook in sent}, 60)
+            await sender.stop()
 
 
 # Controllers that are killed.
