@@ -74,7 +74,7 @@ class JobHead(msgspec.Struct, frozen=True, omit_defaults=True):
     retry_of: str = ""
     callback: str = ""  # the URL that is told of its end
     reply_to: str = ""  # of one that was published to an endpoint: the queue that gets the answer
-    tells: bool = False  # likewise: that queue gets what its handler says, too
+    tells: bool = False  # likewise: it had the header mq-events
     carried: bool = False  # its body holds results of other jobs (`values/carried.py`)
     stage: Stage | None = None  # of a pipeline
     member: Member | None = None

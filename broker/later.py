@@ -80,9 +80,9 @@ class Later(Protocol):
     """The queues on the broker in which jobs wait for their time, for the leading controller. Everybody else only publishes
     (`Queue.publish_later`)."""
 
-    async def declare(self) -> None:
+    async def declare(self) -> int:
         """Makes sure that `<ns>.due` exists and is bound, also to the exchange for endpoints, and that their dead letters have a queue.
-        Idempotent."""
+        Idempotent. Returns how many of these there are."""
         ...
 
     async def delete_if_empty(self) -> None:

@@ -6,9 +6,8 @@ the ids of recent operations, so that a retry of the same call recognizes that.
 
 from __future__ import annotations
 
-import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from copy import deepcopy
 from functools import partial
@@ -25,12 +24,13 @@ from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
 from . import lease
 from .desired_writes import write_next
+from .endpoint_parsing import parse_traffic
 from .job_limits import check_job_timeouts
 from .state.config import BackendConfig
 from .state.documents import ANY_METHOD, Backend, CodeKind, Desired, Endpoint
 from .state.reading import read_desired
 from .state.resources import ActorOptions
-from .state.route_patterns import check_convertor, compile_route
+from .state.route_patterns import check_convertor
 
 Change = Callable[[Desired], Desired]
 
@@ -320,23 +320,6 @@ def shadow_traffic(name: str, backend: str, proportion: object) -> Change:
     return change
 
 
-def parse_traffic(traffic: object) -> dict[str, float]:
-    """Returns the weights. Raises BadType unless `traffic` is a dict of numbers, BadValue for negative weights or a sum other than 1
-    (within 1e-5, as in Ray Serve 1.x)."""
-    if not isinstance(traffic, dict):
-        raise BadType(f"traffic must be a dict such as {{'new': 0.1, 'old': 0.9}}, not {type(traffic).__name__}")
-    for backend, weight in traffic.items():
-        if not isinstance(backend, str):
-            raise BadType(f"traffic goes to backends by name, and {backend!r} is no str")
-        if isinstance(weight, bool) or not isinstance(weight, int | float):
-            raise BadType(f"the weight of backend {backend!r} must be a number, not {weight!r}")
-        if not 0 <= weight < 2:
-            raise BadValue(f"the weight of backend {backend!r} is {weight}: weights are 0 or more, and sum to 1")
-    if abs(sum(traffic.values()) - 1) > 1e-5:
-        raise BadValue(f"the weights {traffic} sum to {sum(traffic.values()):g}: they must sum to 1")
-    return {backend: float(weight) for backend, weight in traffic.items()}
-
-
 def find_endpoint(desired: Desired, name: str) -> Endpoint:
     if not isinstance(name, str) or name not in desired.endpoints:
         known = ", ".join(sorted(desired.endpoints)) or "none yet"
@@ -401,42 +384,6 @@ def parse_config(config: BackendConfig | dict[str, Any] | None) -> BackendConfig
     if not exact:
         raise BadValue("user_config must be plain data (None, bool, numbers, str, lists, str-keyed dicts): it is kept as JSON")
     return parsed
-
-
-def parse_endpoint(name: str, backend: object, route: object, methods: object) -> Endpoint:
-    """Returns the endpoint. Without methods it has none yet: `create_endpoint` fills in those that its backend suggests. Raises BadType
-    as Ray Serve 1.x does, and BadValue for a route that does not parse."""
-    if not isinstance(backend, str):
-        raise BadType(f"endpoint {name!r} needs the name of its backend as a str: create_endpoint({name!r}, backend='…')")
-    read = read_methods(name, methods)
-    return Endpoint(name, parse_route(name, route), tuple(method.upper() for method in read), {backend: 1.0})
-
-
-def parse_route(name: str, route: object) -> str | None:
-    """Raises BadType and BadValue for a route that cannot be served."""
-    if route is None:
-        return None
-    if not (isinstance(route, str) and route.startswith("/")):
-        raise BadType(f"route {route!r} of endpoint {name!r} must be None or a str that starts with '/', such as '/{name}'")
-    _check_route(route)
-    return route
-
-
-def read_methods(name: str, methods: object) -> Sequence[str]:
-    if methods == ():
-        return ()
-    if not isinstance(methods, list | tuple) or not methods or not all(isinstance(method, str) for method in methods):
-        raise BadType(f"methods of endpoint {name!r} must be a list of names such as ['GET', 'POST'], not {methods!r}")
-    for method in methods:
-        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", method):
-            raise BadValue(f"{method!r} is no HTTP method: methods of endpoint {name!r} are names such as 'GET'")
-    return methods
-
-
-def _check_route(route: str) -> None:
-    if route == "/-" or route.startswith("/-/"):
-        raise BadValue(f"route {route!r} lies under '/-/', which belongs to the system: choose another")
-    compile_route(route)
 
 
 def _config_options(config: object) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from ..broker.later import DueJob, Later
 from ..broker.process.rate_limited_log import RateLimitedLog
 from ..broker.process.tasks import Tasks
 from ..broker.queue import Consumption
+from ..broker.queue_names import ENDPOINTS
 from ..broker.store import Store
 from .endpoint_jobs import EndpointJobs
 from .job_ends import Senders, end_as_gone
@@ -46,11 +47,19 @@ class DueJobs:
         self._backends: Collection[str] = ()
         self._consumption: Consumption | None = None
         self._declared_at = -math.inf  # monotonic
+        self._dead = 0  # messages to endpoints that were set aside
         self._tasks = Tasks()
         self._trouble, self._odd = RateLimitedLog(logger), RateLimitedLog(logger)
 
     def __repr__(self) -> str:
         return f"<DueJobs, {len(self._tasks)} on their way{', stopped' if self._consumption is None else ''}>"
+
+    @property
+    def problems(self) -> dict[str, str]:
+        """What operators are told."""
+        if not (self.is_going_on and self._dead):
+            return {}
+        return {"messages to endpoints refused": f"{self._dead}: `mqserve dead list {ENDPOINTS}` shows why"}
 
     @property
     def is_going_on(self) -> bool:
@@ -61,7 +70,7 @@ class DueJobs:
         self._backends, self._senders.demands_seals = desired.backends, sealed
         self._endpoints.follow(desired.endpoints)
         if time.monotonic() - self._declared_at > DECLARE_AGAIN_S:
-            await self._while_leading(self._later.declare)
+            self._dead = await self._while_leading(self._later.declare)
             self._declared_at = time.monotonic()
         if self._consumption is None:
             self._consumption = await self._while_leading(lambda: self._later.consume(HELD, self._take))

@@ -74,7 +74,7 @@ class EndpointJobs:
         errors of broker and store."""
         try:
             endpoint = await self._find(name)
-            await self._forward(endpoint, check_published(job.envelope()), tells=job.wants_events)
+            await self._forward(endpoint, check_published(job.envelope(), self._namespace), tells=job.wants_events)
         except BadEnvelope as error:
             await self._refuse(job, name, error)
 
@@ -163,8 +163,10 @@ class EndpointJobs:
         await recorded(self._store.jobs.end_then, end)
 
 
-def check_published(published: Envelope) -> Envelope:
+def check_published(published: Envelope, namespace: str) -> Envelope:
     """Raises BadEnvelope for what nobody may send to an endpoint."""
+    if is_ours(namespace, published.reply_to):
+        raise BadEnvelope(f"reply_to names {published.reply_to!r}, a queue of this instance: name a queue of your own")
     if published.header.claims:
         raise BadSignature("the mq header says more than a direct publisher may (deadline, meta.call, job.callback): leave the header out")
     if media_type(published.content_type) == PICKLE:

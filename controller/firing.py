@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import suppress
 
 from ..broker.backoff import keep_running
 from ..broker.calls.job_sending import JobSender
@@ -80,7 +81,7 @@ class Firings:
         self._task: asyncio.Task[None] | None = None
         self._trouble = RateLimitedLog(logger)
         self.problems: dict[str, str] = {}
-        self._sent: dict[str, Firing] = {}  # what this process knew when it led before
+        self._sent: dict[str, Firing] = {}  # what this process knew when it last led, or what the leader has noted since
         self._begin()
 
     def _begin(self) -> None:
@@ -101,6 +102,11 @@ class Firings:
             self._changed.set()
         if self._task is None and desired.schedules:
             self._task = asyncio.create_task(keep_running("the firing of schedules", self._fire_forever), name="fire schedules")
+
+    async def follow(self) -> None:
+        """Keeps a copy of what the leader notes: if the store loses it, this process may be the one that leads next."""
+        with suppress(BadEnvelope):
+            self._sent = read_firings(await self._store.get(self._keys.firings)) or self._sent
 
     async def stop(self) -> None:
         """Fires no more. A job that is on its way may be sent once more by the next leader."""
@@ -150,7 +156,7 @@ class Firings:
         return self._pause_s()
 
     def _lost(self) -> dict[str, Firing]:
-        """Returns what this process knew when it led before, where what is noted says less: the store has lost that."""
+        """Returns what this process knows better than the store, which has lost what was noted."""
         return {
             schedule.name: sent
             for schedule in self._desired.schedules.values()

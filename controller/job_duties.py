@@ -60,7 +60,8 @@ class JobDuties:
     @property
     def problems(self) -> dict[str, str]:
         """What operators are told, for the observed document."""
-        return self._firings.problems | self._sequels.problems | self._sweeps.problems
+        due = self._due.problems if self._due is not None else {}
+        return self._firings.problems | self._sequels.problems | self._sweeps.problems | due
 
     @property
     def callbacks(self) -> CallbackRules:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from ..broker.backoff import keep_running
 from ..broker.errors import BadEnvelope, MQServeError
@@ -45,6 +45,7 @@ class Outbox:
         self._slots = asyncio.Semaphore(SENT_AT_ONCE)
         self._again: dict[str, tuple[float, float]] = {}  # by place: when it is tried again (monotonic), and the pause before that
         self._in_hand: set[str] = set()  # places of entries that are being sent
+        self._removed: set[str] = set()  # places of entries that were removed since the reader has asked for more
         self._away, self._trouble, self._odd = RateLimitedLog(logger), RateLimitedLog(logger), RateLimitedLog(logger)
 
     def __repr__(self) -> str:
@@ -83,6 +84,7 @@ class Outbox:
             except MQServeError as error:
                 self._away.say(f"what follows from the ends of jobs waits: {error}")
                 await asyncio.sleep(FIRST_PAUSE_S)
+                continue
             try:
                 async with asyncio.timeout(self._pause_s()):
                     await self._arrived.wait()
@@ -96,10 +98,10 @@ class Outbox:
     async def _read(self) -> None:
         """Begins with all entries whose time has come. Raises StoreUnavailable."""
         after, seen = "", set[str]()
-        while entries := await self._store.jobs.ends(READ_AT_ONCE, after):
+        while entries := await self._entries_behind(after):
             for entry in entries:
                 seen.add(entry.place)
-                if entry.place not in self._in_hand and self._again.get(entry.place, (0.0, 0.0))[0] <= time.monotonic():
+                if self._is_due(entry.place):
                     await self._slots.acquire()
                     self._in_hand.add(entry.place)
                     self._sending.start(self._send(entry))
@@ -108,10 +110,19 @@ class Outbox:
                 return
         self._again = {place: again for place, again in self._again.items() if place in seen or place in self._in_hand}
 
+    async def _entries_behind(self, place: str) -> Sequence[PlacedEnd]:
+        self._removed.clear()
+        return await self._store.jobs.ends(READ_AT_ONCE, place)
+
+    def _is_due(self, place: str) -> bool:
+        again_at, _ = self._again.get(place, (0.0, 0.0))
+        return place not in self._in_hand and place not in self._removed and again_at <= time.monotonic()
+
     async def _send(self, entry: PlacedEnd) -> None:
         try:
             await self._send_sequels(entry.note)
             await self._store.jobs.drop_ends(entry.place)
+            self._removed.add(entry.place)
             self._again.pop(entry.place, None)
         except MQServeError as error:
             self._put_off(entry.place)

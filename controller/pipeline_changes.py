@@ -6,7 +6,8 @@ import msgspec
 
 from ..broker.errors import BadType, BadValue
 from ..broker.queue_names import check_name
-from .changes import Change, check_is_unscheduled, check_route_is_free, find_endpoint, parse_route, read_methods
+from .changes import Change, check_is_unscheduled, check_route_is_free, find_endpoint
+from .endpoint_parsing import parse_route, read_methods
 from .state.documents import Desired, Endpoint
 
 MAX_STAGES = 100

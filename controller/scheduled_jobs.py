@@ -25,10 +25,8 @@ async def send_scheduled(
     if endpoint is None:
         raise BadValue(f"there is no endpoint {schedule.endpoint!r} any more: create it, or delete the schedule")
     call = opened_call(schedule, signer)
-    stages = stages_of(endpoint, call.shard_key)
-    backend, _ = choose(
-        entry_of(endpoint, desired.endpoints), call.shard_key or job_id
-    )  # by the id, so that a second one goes the same way
+    stages, entry = stages_of(endpoint, call.shard_key), entry_of(endpoint, desired.endpoints)
+    backend, _ = choose(entry, call.shard_key or job_id)  # by the id, so that a second sending goes the same way
     sent_id = message_id(signer, job_id, stages)
     body = call.body_for(signer, schedule.endpoint, schedule.name, backend, sent_id, UNENDED_TTL_S * 1000)
     headers = (*call.head.headers, (b"x-schedule", schedule.name.encode()), (b"x-scheduled-for", _iso(at_ms).encode()))

@@ -350,7 +350,7 @@ def lines_of(done: Result) -> list[dict[str, Any]]:
 
 
 def test_a_message_to_an_unknown_endpoint_is_listed_and_sent_again_once_there_is_one(
-    client: serve.Client, channel: BlockingChannel, shared_namespace: str, dead: Dead, deploy: Deploy
+    client: serve.Client, channel: BlockingChannel, shared_namespace: str, dead: Dead, deploy: Deploy, environment: dict[str, str]
 ) -> None:
     name, endpoint = deploy(lambda request: request.data * 2), new_name("later")
     for key, headers in (("good", None), ("claims", {"mq": msgspec.msgpack.encode({"origin": "handle"})})):
@@ -358,6 +358,7 @@ def test_a_message_to_an_unknown_endpoint_is_listed_and_sent_again_once_there_is
         channel.basic_publish(f"{shared_namespace}.endpoints", endpoint, b"21", properties)
         with pytest.raises(serve.RemoteError):
             client.job(key, endpoint=endpoint).result(timeout=30)
+    wait_until(lambda: "messages to endpoints refused: 2" in CliRunner(env=environment).invoke(cli, ["status"]).stdout)
     shown = json.loads(dead("show", "@endpoints", "good", "--json").stdout)
     assert (shown["endpoint"], shown["body"], shown["sent_by"]) == (endpoint, "21", "an AMQP client")
     refused = dead("retry", "@endpoints", "good")

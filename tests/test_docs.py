@@ -28,7 +28,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import mqserve as serve
 from mqserve.broker import queue_names
 from mqserve.broker.dead_letters import Attempt
-from mqserve.broker.envelope import Header, RequestHead
+from mqserve.broker.envelope import Header, RequestHead, endpoint_key
 from mqserve.broker.later import LONGEST_WAIT_S
 from mqserve.broker.results import ErrorInfo, Result
 from mqserve.broker.settings import Settings
@@ -63,7 +63,19 @@ OVER_AMQP = (
 ON_SERVERS = ("dead-letters", "delivery", "dependency-management", "resources")  # of the guide: these need RabbitMQ and Redis
 IN_ONE_PROCESS = [page.stem for page in GUIDE if page.stem not in ON_SERVERS]
 BESIDE = ("shop_metrics.py",)  # imported by a page's program
-RUN = {"hello.py", "distributed", "setup", "amqplib", *SCRIPTS, *WALKTHROUGHS, *OVER_AMQP, *IN_ONE_PROCESS, *ON_SERVERS, *BESIDE}
+RUN = {
+    "hello.py",
+    "distributed",
+    "setup",
+    "amqplib",
+    "webhooks-node",
+    *SCRIPTS,
+    *WALKTHROUGHS,
+    *OVER_AMQP,
+    *IN_ONE_PROCESS,
+    *ON_SERVERS,
+    *BESIDE,
+}
 NOT_RUN = {"make demo\nmake test\n"}
 
 DOUBLE = '\n\n@serve.endpoint(None, name="double")\ndef double(request):\n    return request.data * 2\n'  # for README's `publish`
@@ -483,6 +495,9 @@ def test_names_and_numbers_of_the_protocol_are_the_codes() -> None:
         f"`{queue_names.later_exchange(ns)}`",
         f"`{queue_names.later_queue(ns, 0)}`".replace("0", "<s>"),
         f"`{queue_names.due_queue(ns)}`",
+        f"`{queue_names.endpoints_exchange(ns)}`",
+        f"`{queue_names.dead_queue(ns, queue_names.ENDPOINTS)}`",
+        f"`{endpoint_key('<endpoint>', '<message_id>')}`",
         f"{LONGEST_WAIT_S:,} seconds",
         f"`{queue_names.webhooks_queue(ns)}`",
         f"`{queue_names.webhooks_wait_queue(ns, 0)}`".replace("0", "<s>"),

@@ -197,6 +197,28 @@ def test_what_no_direct_publisher_may_send_is_refused_under_its_own_key(
     assert reason in receive(channel, dead_queue(environment))[0].headers["mq-reason"]
 
 
+def test_an_answer_to_a_queue_of_the_instance_is_refused_and_the_job_has_its_end(
+    client: serve.Client, channel: BlockingChannel, exchange: str, split: str, environment: dict[str, str]
+) -> None:
+    key, ours = uuid.uuid4().hex, f"{environment['MQSERVE_NAMESPACE']}.due"
+    channel.basic_publish(exchange, split, b"1", as_json(message_id=key, reply_to=ours))
+    with pytest.raises(serve.RemoteError, match="a queue of this instance"):
+        client.job(key, endpoint=split).result(timeout=30)
+    assert receive(channel, dead_queue(environment))[0].reply_to == ours
+
+
+def test_a_pipeline_takes_no_published_message_and_says_so(
+    client: serve.Client, channel: BlockingChannel, exchange: str, split: str, environment: dict[str, str]
+) -> None:
+    pipeline, replies = new_name("p"), own_queue(channel)
+    client.create_pipeline(pipeline, [split])
+    channel.basic_publish(exchange, pipeline, b"1", as_json(reply_to=replies))
+    reply, body = receive(channel, replies)
+    assert (reply.headers or {})["mq-status"] == 422 and b"is a pipeline" in body
+    assert "is a pipeline" in receive(channel, dead_queue(environment))[0].headers["mq-reason"]
+    client.delete_pipeline(pipeline)
+
+
 @pytest.mark.parametrize("raw", [b"\xc1\xff", "text"])
 def test_a_header_that_does_not_parse_makes_a_dead_letter(
     channel: BlockingChannel, exchange: str, split: str, environment: dict[str, str], raw: bytes | str

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import date
@@ -110,6 +111,19 @@ def test_a_plain_call_waits_for_the_last_stage(pipeline: str) -> None:
     assert list(serve.get_handle(pipeline).map(["a", "bc"])) == [[{"of": "a", "size": 1}], [{"of": "bc", "size": 2}]]
 
 
+def test_no_stage_waits_for_somebody_to_look(pipeline: str) -> None:
+    handle = serve.get_handle(pipeline)
+    began = time.monotonic()
+    for _ in range(10):
+        handle.submit("abc").result(timeout=30)
+    assert time.monotonic() - began < 10, "20 times the leader has passed a result on"
+
+
+def test_many_of_them_are_a_group(pipeline: str) -> None:
+    group = serve.submit_many(serve.get_handle(pipeline), ["a", "bc"])
+    assert group.results(timeout=30) == [[{"of": "a", "size": 1}], [{"of": "bc", "size": 2}]]
+
+
 def test_a_pipeline_of_one_stage_is_that_stage(stages: list[str]) -> None:
     with made_of(stages[1:2]) as name:
         assert serve.get_handle(name).submit("abc").result(timeout=30) == {"of": "abc", "size": 3}
@@ -135,10 +149,22 @@ def test_large_results_go_from_stage_to_stage(stages: list[str]) -> None:
 def test_a_web_client_waits_for_the_last_stage(stages: list[str], url: str) -> None:
     route = f"/{new_name('r')}"
     with made_of(stages, route):
-        for _ in range(2):  # the second one on a connection that is open
-            answer = httpx.post(f"{url}{route}", json="abc ", timeout=30)
-            assert (answer.status_code, answer.json()) == (200, [{"of": "abc", "size": 3}])
+        with httpx.Client(timeout=30) as connection:
+            for path in (route, route.replace("r", "%72", 1), route):  # what is plain until its route is known, one after the other
+                answer = connection.post(f"{url}{path}", json="abc ")
+                assert (answer.status_code, answer.json()) == (200, [{"of": "abc", "size": 3}])
+                assert connection.get(f"{url}/-/routes").status_code in (200, 403)
         assert state_of(url, answer.headers["x-request-id"])["status"] == "succeeded"
+
+
+def test_a_web_client_may_send_its_body_in_parts_and_ask_for_the_head_alone(stages: list[str], url: str) -> None:
+    route = f"/{new_name('r')}"
+    with made_of(stages, route):
+        answer = httpx.post(f"{url}{route}", content=iter([b"a", b"bc"]), headers={"Content-Type": "text/plain"}, timeout=30)
+        assert answer.json() == [{"of": "abc", "size": 3}]
+        assert (answer := httpx.head(f"{url}{route}", headers={"Content-Type": "text/plain"}, timeout=30)).status_code == 200
+        assert not answer.content and int(answer.headers["content-length"]) > 0
+        assert httpx.put(f"{url}{route}").status_code == 405
 
 
 def test_a_web_clients_job_is_found_by_its_id_with_its_stages(stages: list[str], url: str) -> None:

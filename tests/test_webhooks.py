@@ -1,6 +1,9 @@
 """Webhooks, in both forms: a job that names a callback URL has its end told there, signed."""
 
 import json
+import os
+import shutil
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,12 +17,13 @@ from click.testing import CliRunner, Result
 from standardwebhooks import Webhook as Library
 
 import mqserve as serve
-from mqserve.broker.values.webhook_signing import derived_secret, written
+from mqserve.broker.values.webhook_signing import WebhookSigner, derived_secret, written
 from mqserve.commands.cli import cli
 from tests.gates import Gate
-from tests.instances import SECRET_KEY, CommandLine, Deploy, distributed_only, new_name, started, wait_until
+from tests.instances import SECRET_KEY, CommandLine, Deploy, Program, distributed_only, new_name, started, wait_until
 from tests.ports import free_port
 from tests.receivers import Received, Receiver, receiving
+from tests.test_docs import NAMED
 
 CALLBACKS = {"MQSERVE_CALLBACK_HOSTS": "localhost:*", "MQSERVE_CALLBACK_NETWORKS": "127.0.0.0/8,::1", "MQSERVE_CALLBACK_HTTP": "1"}
 ASYNC = {"Prefer": "respond-async"}
@@ -213,6 +217,26 @@ def test_a_job_with_a_callback_that_is_not_allowed_is_refused_and_not_sent(
     assert answer.status_code == 400 and "callback" in answer.text.lower(), answer.text
     with pytest.raises(serve.BadValue):
         client.get_handle(name).options(callback_url=callback).submit()
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="there is no node here to run it")
+def test_the_receiver_of_the_guide_for_node_takes_what_is_genuine_and_each_once(
+    client: serve.Client, deploy: Deploy, shared_namespace: str, tmp_path: Path
+) -> None:
+    port, secret = free_port(), derived_secret(SECRET_KEY.encode(), shared_namespace)
+    (tmp_path / "receiver.js").write_text(NAMED["webhooks-node"])
+    with Program(["node", "receiver.js"], tmp_path, {**os.environ, "PORT": str(port), "WEBHOOK_SECRET": written(secret)}) as node:
+        name, url = deploy(lambda request: None), f"http://localhost:{port}/"
+        client.get_handle(name).options(callback_url=url).submit()
+        node.wait_for(f"job.succeeded {name}")
+        old, earlier, forger = (WebhookSigner([key], "ns") for key in (secret, b"the next secret of 32 bytes or so", b"x" * 32))
+        body, now_s = b'{"type":"again","data":{"endpoint":"e"}}', int(time.time())
+        both = earlier.headers("msg_1", body, now_s)
+        both["webhook-signature"] += " " + old.headers("msg_1", body, now_s)["webhook-signature"]
+        posts: list[dict[str, str]] = [both, both, forger.headers("msg_2", body, now_s), old.headers("msg_3", body, now_s - 3600), {}]
+        statuses = [httpx.post(f"http://127.0.0.1:{port}/", content=body, headers=headers).status_code for headers in posts]
+        assert statuses == [204, 204, 401, 401, 401]
+        assert node.output.splitlines() == [f"job.succeeded {name}", "again e"]
 
 
 WITHOUT_THE_SETTING = """

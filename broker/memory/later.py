@@ -101,8 +101,9 @@ class EmbeddedLater:
         else:
             self.taking.on_due(job)
 
-    async def declare(self) -> None:
+    async def declare(self) -> int:
         """Does nothing: there are no queues."""
+        return 0
 
     async def delete_if_empty(self) -> None:
         """Does nothing."""

@@ -71,8 +71,9 @@ class RabbitLater:
     def __repr__(self) -> str:
         return f"<RabbitLater of {self._namespace!r}>"
 
-    async def declare(self) -> None:
+    async def declare(self) -> int:
         await self._topology.declare_due()
+        return await self._topology.count_dead(queue_names.ENDPOINTS) or 0
 
     async def delete_if_empty(self) -> None:
         waits = [queue_names.later_queue(self._namespace, wait_s) for wait_s in WAITS_S]

@@ -9,17 +9,16 @@ from typing import Any, Literal, Never, overload
 
 from starlette.convertors import register_url_convertor
 
-from ..broker.envelope import endpoint_key
-from ..broker.errors import BadType, BadValue, UnknownEndpoint
+from ..broker.errors import BadValue, UnknownEndpoint
 from ..broker.queue_names import check_name
 from ..broker.values import code
 from ..broker.values.backend_code import Packed, pack_backend
 from ..broker.values.main_module import RunFile
 from ..broker.values.whole_numbers import whole_number
 from ..controller import changes
+from ..controller.endpoint_parsing import parse_endpoint
 from ..controller.pipeline_changes import parse_pipeline
 from ..controller.schedule_changes import find_schedule
-from ..controller.state.beats import MemberState, ProxyBeat, living, read_beats
 from ..controller.state.config import BackendConfig
 from ..controller.state.documents import CatchUp, CodeKind, Desired
 from ..controller.state.firings import read_firings
@@ -35,6 +34,7 @@ from .groups import Group, submit_many
 from .handle import AsyncHandle, Handle
 from .jobs import Job
 from .lifetime import Lifetime
+from .listing import check_id, endpoints_of, key_of, pipelines_of, url_among
 from .schedules import ScheduleStatus, check_handle, make_schedule
 from .streams import Stream
 
@@ -129,7 +129,7 @@ class Client(Lifetime):
         Raises BadType and BadValue as Ray Serve 1.x does: for a missing backend name, a bad route or method, a name or route that is
         taken, or an unknown backend. Raises BackendFailed if a proxy cannot match the route; the endpoint is then removed again.
         """
-        endpoint = changes.parse_endpoint(endpoint_name, backend, route, methods)
+        endpoint = parse_endpoint(endpoint_name, backend, route, methods)
         self._call(self._changing.create_endpoint(endpoint))
 
     def mount(
@@ -155,17 +155,7 @@ class Client(Lifetime):
 
     def list_endpoints(self) -> dict[str, dict[str, Any]]:
         """Returns `{name: {"route", "methods", "traffic", "shadows"}}`, and "prefix": True where the route is one."""
-        return {
-            name: {
-                "route": endpoint.route,
-                "methods": list(endpoint.methods),
-                "traffic": dict(endpoint.traffic),
-                "shadows": dict(endpoint.shadows),
-                **({"prefix": True} if endpoint.prefix else {}),
-            }
-            for name, endpoint in self._read().endpoints.items()
-            if not endpoint.stages
-        }
+        return endpoints_of(self._read())
 
     def delete_endpoint(self, endpoint: str) -> None:
         """Deletes the endpoint, but not its backends; returns when all live proxies know that."""
@@ -218,11 +208,7 @@ class Client(Lifetime):
 
     def list_pipelines(self) -> dict[str, dict[str, Any]]:
         """Returns `{name: {"route", "methods", "stages"}}`."""
-        return {
-            name: {"route": endpoint.route, "methods": list(endpoint.methods), "stages": list(endpoint.stages)}
-            for name, endpoint in self._read().endpoints.items()
-            if endpoint.stages
-        }
+        return pipelines_of(self._read())
 
     def delete_pipeline(self, name: str) -> None:
         """Deletes a pipeline, but not its endpoints. What is under way in it goes on. Does nothing for an unknown name."""
@@ -316,9 +302,8 @@ class Client(Lifetime):
 
         Raises BadType for an id that is no str, BadValue for both.
         """
-        if not isinstance(future_id, str):
-            raise BadType(f"the id of a request is a text of 32 characters, not {future_id!r}: see `ref.id`")
-        return self.sender.future(future_id, backend, _key_of(future_id, backend, endpoint))
+        check_id("request", "ref.id", future_id)
+        return self.sender.future(future_id, backend, key_of(future_id, backend, endpoint))
 
     def job(self, job_id: str, backend: str | None = None, *, endpoint: str | None = None) -> Job:
         """Returns any job, by the id that mqserve minted or by a publisher's own `message_id` and the `backend` or the `endpoint` that it
@@ -327,9 +312,8 @@ class Client(Lifetime):
 
         Raises BadType for an id that is no str, BadValue for both.
         """
-        if not isinstance(job_id, str):
-            raise BadType(f"the id of a job is a text of 32 characters, not {job_id!r}: see `job.id`")
-        key, jobs = _key_of(job_id, backend, endpoint), self.sender.jobs
+        check_id("job", "job.id", job_id)
+        key, jobs = key_of(job_id, backend, endpoint), self.sender.jobs
         return jobs.job(job_id, job_id) if key == job_id else jobs.job(key, job_id, expires_ms=0)
 
     @overload
@@ -356,8 +340,7 @@ class Client(Lifetime):
 
     def group(self, group_id: str) -> Group:
         """Returns a group by its id, in any process. Raises UnknownJob if nothing is known of it, BadType for an id that is no str."""
-        if not isinstance(group_id, str):
-            raise BadType(f"the id of a group is a text of 32 characters, not {group_id!r}: see `group.id`")
+        check_id("group", "group.id", group_id)
         jobs = self.sender.jobs
         return Group(group_id, jobs.wait(jobs.group(group_id)).facts, jobs)
 
@@ -368,8 +351,7 @@ class Client(Lifetime):
         Raises BadType for an id that is no str, BadValue for a number that no chunk has. Iterating raises BadValue if no such stream can be
         read, if none begins within the longest `request_timeout_s` of the backends, or if the chunk after that one is not kept any more.
         """
-        if not isinstance(stream_id, str):
-            raise BadType(f"the id of a stream is a text of 32 characters, not {stream_id!r}: see `stream.id`")
+        check_id("stream", "stream.id", stream_id)
         number = whole_number(after)
         if number is None or not 0 <= number < 2**53:
             raise BadValue(f"after is the number of the last chunk that was taken (see `stream.seq`), from 0 on, not {after!r}")
@@ -414,7 +396,7 @@ class Client(Lifetime):
         if declaration.is_mount:
             kind = mounted(name, kind)
         check_fits(name, target, config, kind)
-        endpoint = changes.parse_endpoint(name, name, declaration.route, declaration.methods)
+        endpoint = parse_endpoint(name, name, declaration.route, declaration.methods)
         block = self._block()
         assert block is not None
         pack = partial(self._pack, target, args, factory=declaration.factory)
@@ -428,11 +410,8 @@ class Client(Lifetime):
 
     def http_url(self) -> str:
         """The URL of the first live proxy, the instance's own before external ones: "http://127.0.0.1:8000"; empty if there is none."""
-        beats = read_beats(self._call(self._connections.store.fields(self._connections.keys.beats)))
-        proxies = living(beats, ProxyBeat, self._connections.store.now_ms()).values()
-        return next(
-            (beat.url for beat in sorted(proxies, key=lambda beat: (beat.external, beat.id)) if beat.state is MemberState.READY), ""
-        )
+        store = self._connections.store
+        return url_among(self._call(store.fields(self._connections.keys.beats)), store.now_ms())
 
     def _block(self) -> Block | None:
         return open_block(self._opened.deployments)
@@ -462,12 +441,3 @@ class Client(Lifetime):
 
     def _pack_for_all(self, target: Any) -> code.Code | code.CodeHere:
         return code.pack_for_all(target, self.settings.signer, embedded=self.settings.embedded)
-
-
-def _key_of(own_id: str, backend: str | None, endpoint: str | None) -> str:
-    """Returns the id under which the result stands. Raises BadValue."""
-    if backend is not None and endpoint is not None:
-        raise BadValue("give the backend or the endpoint that the message was published to, not both")
-    if endpoint is not None:
-        return endpoint_key(endpoint, own_id)
-    return own_id if backend is None else f"{backend}/{own_id}"

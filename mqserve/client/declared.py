@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ..broker.errors import BadType, BadValue
-from ..controller.changes import check_prefix, parse_config, parse_endpoint
+from ..controller.changes import check_prefix, parse_config
+from ..controller.endpoint_parsing import parse_endpoint
 from ..controller.state.config import BackendConfig
 from ..replicas.asgi_apps import is_asgi_app, makes_asgi_apps
 from ..replicas.context import is_importing

@@ -180,7 +180,7 @@ async def _retry_at_endpoint(connections: Connections, desired: Desired, letter:
     if letter.endpoint not in desired.endpoints:
         raise _Keep(f"there is no endpoint {letter.endpoint!r}: create it first")
     try:
-        check_published(letter.envelope())
+        check_published(letter.envelope(), connections.settings.namespace)
     except BadEnvelope as error:
         raise _Keep(f"no endpoint takes it, even if it is sent again: {error}") from error
     if letter.id:

@@ -5,7 +5,7 @@ import asyncio
 import msgspec
 import pytest
 
-from mqserve.broker.envelope import Member
+from mqserve.broker.envelope import Member, Stage
 from mqserve.broker.errors import BadEnvelope
 from mqserve.broker.job_groups import GroupFacts
 from mqserve.broker.jobs import (
@@ -22,6 +22,7 @@ from mqserve.broker.jobs import (
     JobRecord,
     JobState,
     Leased,
+    Pipeline,
     Run,
     record_of,
 )
@@ -465,6 +466,74 @@ def test_what_is_no_record_is_refused(fields: dict[bytes, bytes]) -> None:
 async def test_the_backend_of_a_run_is_that_of_its_facts(store: Store) -> None:
     await store.jobs.begin(Run("f", b"run", "r", JobFacts("of the run"), now_ms=5))
     assert [record.id for record in await store.jobs.list(backend="of the run")] == ["f"]
+
+
+# Pipelines.
+
+
+WHOLE = JobFacts("", "p", created_ms=7, tag="t", stages=("one", "two"))
+
+
+async def stage_begun(store: Store, index: int, token: bytes = b"run") -> None:
+    pipeline = Pipeline("whole", WHOLE, f"stage {index}")
+    assert isinstance(await store.jobs.begin(Run(f"stage-{index}", token, "r", FACTS, 1000 + index, pipeline=pipeline)), Leased)
+
+
+async def told(store: Store) -> list[str]:
+    return [event.event.state or event.event.text for event in await store.jobs.events("whole")]
+
+
+async def test_a_pipeline_waits_in_no_queue(store: Store) -> None:
+    await added(store, "whole", WHOLE)
+    record = await store.jobs.read("whole")
+    assert record is not None and (record.state, record.facts) == (JobState.QUEUED, WHOLE)
+    assert await store.jobs.place("whole", WHOLE) is None
+
+
+async def test_a_pipeline_runs_from_the_first_run_of_a_stage_on_and_tells_of_each_stage_once(store: Store, keys: StoreKeys) -> None:
+    await added(store, "whole", WHOLE)
+    async with reading(store, keys.inbox("p")) as notes:
+        await store.jobs.follow("whole", keys.inbox("p"))
+        await stage_begun(store, 1)
+        await stage_begun(store, 1)  # its answer was lost
+        assert await store.jobs.try_again("stage-1", b"run", Attempt(1, error="no"), FACTS)
+        await stage_begun(store, 1, b"second")
+        await stage_begun(store, 2)
+        await until(lambda: len(notes) == 3)
+    record = await store.jobs.read("whole")
+    assert record is not None and (record.state, record.started_ms, record.has_begun) == (JobState.RUNNING, 1001, True)
+    assert await told(store) == ["queued", "running", "stage 1", "stage 2"]
+
+
+async def test_a_stage_writes_the_record_of_its_pipeline_where_it_is_missing(store: Store) -> None:
+    await stage_begun(store, 1)
+    record = await store.jobs.read("whole")
+    assert record is not None and (record.state, record.facts) == (JobState.RUNNING, WHOLE)
+    await added(store, "whole", WHOLE)
+    assert await store.jobs.read("whole") == record
+
+
+async def test_a_stage_that_begins_late_changes_nothing_of_a_pipeline_that_has_ended(store: Store) -> None:
+    await added(store, "whole", WHOLE)
+    await ended(store, "whole", state=JobState.CANCELLED)
+    await stage_begun(store, 1)
+    record = await store.jobs.read("whole")
+    assert record is not None and (record.state, record.attempts) == (JobState.CANCELLED, ())
+    assert await told(store) == ["queued", "cancelled"]
+
+
+async def test_the_end_of_a_stage_is_in_the_outbox_and_that_of_another_job_is_not(store: Store) -> None:
+    await ended(store)
+    for number in range(3):
+        for _ in range(2):
+            await ended(store, f"stage-{number}", stage=Stage(b"plan", number))
+    first, second, third = await store.jobs.ends(10)
+    assert [EndNote.from_bytes(end.note).id for end in (first, second, third)] == ["stage-0", "stage-1", "stage-2"]
+    assert EndNote.from_bytes(second.note).stage == Stage(b"plan", 1)
+    assert await store.jobs.ends(1, first.place) == [second]
+    await store.jobs.drop_ends(second.place)
+    assert await store.jobs.ends(10) == [first, third]
+    assert await store.jobs.ends(10, third.place) == []
 
 
 # Groups.

@@ -17,11 +17,11 @@ from mqserve.controller.changes import (
     delete_backend,
     delete_endpoint,
     parse_config,
-    parse_endpoint,
     register_convertor,
     update_backend,
     update_backend_config,
 )
+from mqserve.controller.endpoint_parsing import parse_endpoint
 from mqserve.controller.state.config import BackendConfig
 from mqserve.controller.state.documents import Backend, CodeKind, Desired, Endpoint
 from mqserve.controller.state.reading import read_desired

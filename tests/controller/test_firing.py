@@ -365,6 +365,25 @@ async def test_a_leader_that_leads_anew_after_the_store_has_lost_all_sends_nothi
     assert jobs.count("yearly") == 1
 
 
+async def test_another_leader_knows_what_was_sent_although_the_store_has_lost_all(store: Store, keys: StoreKeys) -> None:
+    jobs, now = Recorder(), store.now_ms()
+    yearly, often = scheduled(YEARLY, now - 2 * YEAR_MS, catch_up="once", name="yearly"), scheduled(EVERY_SECOND, now, name="often")
+    leader = Leader(store, keys, "second")
+    second = Firings(jobs, store, keys, SIGNER, leader)
+    async with firing(jobs, store, keys, document(yearly), "first"):
+        await until(lambda: jobs.sent)
+        await noted(store, keys, jobs, "yearly")
+        await second.follow()
+    await store.delete(keys.firings)
+    await second.follow()
+    assert await leader.lead()
+    second.go_on(document(yearly, often), Observed())
+    await until(lambda: jobs.count("often"))
+    await noted(store, keys, jobs, "yearly")
+    await second.stop()
+    assert jobs.count("yearly") == 1
+
+
 async def test_a_controller_that_does_not_lead_fires_nothing(store: Store, keys: StoreKeys) -> None:
     desired = document(scheduled(EVERY_SECOND, store.now_ms() - 3000))
     sleeping, leading = Recorder(), Recorder()

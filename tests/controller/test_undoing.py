@@ -4,6 +4,7 @@ from msgspec.structs import replace
 
 from mqserve.controller import changes
 from mqserve.controller.changes import Change
+from mqserve.controller.pipeline_changes import create_pipeline, delete_pipeline
 from mqserve.controller.state.documents import Backend, CodeKind, Desired, Endpoint
 from mqserve.controller.undoing import undo
 
@@ -104,3 +105,26 @@ def test_an_endpoint_whose_route_somebody_has_taken_does_not_come_back() -> None
     deleted = by(BEFORE, changes.delete_endpoint("e"))
     theirs = by(deleted, changes.create_endpoint(Endpoint("theirs", "/e", ("GET",), {"old": 1.0})))
     assert list(by(theirs, undo(BEFORE, deleted, "no")).endpoints) == ["theirs"]
+
+
+def pipeline(*stages: str) -> Change:
+    return create_pipeline(Endpoint("p", "/p", ("GET",), {}, stages=stages))
+
+
+def test_a_pipeline_goes_with_the_endpoints_that_it_was_made_with() -> None:
+    made = by(BEFORE, NEW, changes.create_endpoint(endpoint("e2", "new")), pipeline("e", "e2"))
+    assert by(made, undo(BEFORE, made, "no")).endpoints == BEFORE.endpoints
+
+
+def test_a_pipeline_that_somebody_else_has_made_meanwhile_keeps_its_stages() -> None:
+    made = by(BEFORE, NEW, changes.create_endpoint(endpoint("e2", "new")))
+    left = by(by(made, pipeline("e", "e2")), undo(BEFORE, made, "no"))
+    assert left.endpoints["p"].stages == ("e", "e2") and "e2" in left.endpoints and "new" in left.backends
+
+
+def test_a_pipeline_that_was_deleted_does_not_come_back_without_its_stages() -> None:
+    before = by(BEFORE, changes.create_endpoint(endpoint("e2", "old")), pipeline("e2"))
+    made = by(before, delete_pipeline("p"))
+    now = by(made, changes.delete_endpoint("e2"))
+    assert by(now, undo(before, made, "no")).endpoints == BEFORE.endpoints
+    assert by(made, undo(before, made, "no")).endpoints == before.endpoints

@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from websockets.sync.client import connect
 
-from mqserve.broker.envelope import Header, Member, mint_id
+from mqserve.broker.envelope import Header, Member, Stage, mint_id
 from mqserve.broker.errors import StoreUnavailable
 from mqserve.broker.job_groups import GroupFacts, member_id
-from mqserve.broker.jobs import Attempt, EventKind, JobEvent, JobFacts, JobState, Leased
+from mqserve.broker.jobs import Attempt, EndNote, EventKind, JobEvent, JobFacts, JobState, Leased, Pipeline, Run
 from mqserve.broker.rabbitmq.queue import open_rabbitmq
 from mqserve.broker.redis.store import RedisStore, open_redis
 from mqserve.broker.results import Result
@@ -203,6 +203,15 @@ def test_a_replica_calls_another_backend_with_a_pickled_object(url: str) -> None
     assert httpx.get(f"{url}/relay", timeout=30).text == "3"
 
 
+def test_a_large_result_of_a_job_is_read_from_its_file_by_every_proxy(composed: Composed, url: str) -> None:
+    job = httpx.post(f"{url}/double", json="x" * 5_000_000, headers={"Prefer": "respond-async"}, timeout=30).json()["id"]
+    for service in ("proxy-1", "proxy-2"):
+        at = f"http://127.0.0.1:{composed.ports[service]}/-/futures/{job}"
+        assert httpx.get(f"{at}?wait=30", timeout=60).json()["status"] == "succeeded"
+        assert httpx.get(f"{at}/result", timeout=30).text == "x" * 10_000_000
+    assert len(list((composed.folder / "results" / "mqserve").iterdir())) == 1
+
+
 def test_a_client_calls_by_handle_and_reads_results_by_id(composed: Composed) -> None:
     script = """
 import mqserve as serve
@@ -294,6 +303,16 @@ def test_the_controllers_user_fires_what_the_clients_user_has_scheduled(composed
         assert client.run("schedules", command, "often").stdout == said
 
 
+def test_the_controllers_user_sends_the_stages_of_a_pipeline_that_the_clients_user_has_made(composed: Composed) -> None:
+    script = (
+        "import mqserve as serve; serve.create_pipeline('twice', ['double', 'double'])\n"
+        "job = serve.get_handle('twice').submit(21); print(job.result(timeout=20), *(stage.state for stage in job.status().stages))\n"
+        "print(job.retry().result(timeout=20)); serve.delete_pipeline('twice')"
+    )
+    done = composed.shell("client").python(script)
+    assert done.stdout == "84 succeeded succeeded\n84\n", done.stderr
+
+
 @pytest.mark.parametrize("role", ["proxy", "client"])
 def test_a_replica_writes_a_stream_and_its_reader_reads_it_gives_credit_and_drops_it(composed: Composed, role: str) -> None:
     keys, name = StoreKeys("mqserve"), mint_id()
@@ -379,7 +398,7 @@ def test_user_code_finds_no_credentials_but_its_own(composed: Composed, url: str
     assert set(found) == {
         *("MQSERVE_BROKER_URL", "MQSERVE_STORE_URL", "MQSERVE_SECRET_KEY", "MQSERVE_NAMESPACE"),
         *("MQSERVE_TRUSTED_USERS", "MQSERVE_HEADER_USERS"),
-        "MQSERVE_VERBOSE",
+        *("MQSERVE_RESULT_STORE", "MQSERVE_VERBOSE"),
     }
 
 
@@ -405,6 +424,7 @@ BROKER_ACTS: dict[str, Callable[[Any], object]] = {
     "declare a queue of jobs": lambda channel: channel.queue_declare("mqserve.jobs.mine.1", durable=True),
     "declare a queue to wait in": lambda channel: channel.queue_declare("mqserve.later.3", durable=True),
     "consume webhooks": lambda channel: channel.basic_consume("mqserve.webhooks", print),
+    "consume webhooks that were given up": lambda channel: channel.basic_consume("mqserve.webhooks.dead", print),
     "publish webhooks": publish("mqserve.webhooks", "due"),
     "consume dead letters": lambda channel: channel.basic_consume("mqserve.dead.double", print),
     "publish straight to a queue": publish("", QUEUE),
@@ -565,7 +585,8 @@ async def play_jobs(composed: Composed) -> None:
     def opened(role: str) -> AbstractAsyncContextManager[RedisStore]:
         return open_redis(composed.url("redis", role), "mqserve")
 
-    keys, first, second = StoreKeys("mqserve"), mint_id(), mint_id()
+    keys = StoreKeys("mqserve")
+    first, second, third, whole = (mint_id() for _ in range(4))
     proxys, clients = keys.inbox("proxy-test"), keys.inbox("client-test")
     async with opened("client") as client, opened("proxy") as proxy, opened("replica") as replica, opened("controller") as controller:
         async with reading(proxy, proxys) as told_the_proxy, reading(client, clients) as told_the_client:
@@ -587,6 +608,15 @@ async def play_jobs(composed: Composed) -> None:
             await client.jobs.wait(second, clients)
             assert await ended(proxy, second, b"cancelled", state=JobState.CANCELLED)
             await until(lambda: b"note of cancelled" in told_the_client)
+            stage = Run(third, b"run", "r", FACTS, 1, pipeline=Pipeline(whole, JobFacts("", "p", stages=("e",)), "stage e (1 of 1)"))
+            assert await replica.jobs.begin(stage) == Leased(1)
+            assert await ended(replica, third, token=b"run", stage=Stage(b"plan", 0))
+            assert await ended(controller, whole)
+
+            async def is_dropped() -> bool:
+                return third not in {EndNote.from_bytes(end.note).id for end in await controller.jobs.ends(1000)}
+
+            await until(is_dropped)  # by the instance's controller, since its plan makes no sense
             group, last = mint_id(), mint_id()
             await client.jobs.hold(last, JobFacts("", "e", 1000))
             await client.jobs.keep_group(group, GroupFacts(3, "e", then=last), b"call")

@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from mqserve.broker.errors import BadType, BadValue
 from mqserve.controller import changes
 from mqserve.controller.desired_writes import encode
+from mqserve.controller.endpoint_parsing import parse_endpoint
 from mqserve.controller.plan import place_replicas
 from mqserve.controller.state.beats import NodeBeat
 from mqserve.controller.state.config import BackendConfig
@@ -78,7 +79,7 @@ def test_traffic_that_did_harm_is_refused(traffic: dict[Any, Any]) -> None:
 @pytest.mark.parametrize("method", ["GET\r\nx-injected: 1", "", "GET POST", "\ud800", "grüße"])
 def test_a_method_that_is_no_token_is_refused(method: str) -> None:
     with pytest.raises(BadValue, match="no HTTP method"):
-        changes.parse_endpoint("e", "a", "/e", ["GET", method])
+        parse_endpoint("e", "a", "/e", ["GET", method])
 
 
 @pytest.mark.parametrize("amount", [float("nan"), float("inf"), 10**400, -1])
@@ -116,7 +117,7 @@ def test_any_actor_options_are_parsed_and_kept_or_refused(options: Any) -> None:
     st.lists(any_text, max_size=2) | anything,
 )
 def test_any_endpoint_is_parsed_and_routed_or_refused(name: Any, backend: Any, route: Any, methods: Any) -> None:
-    RouteTable(attempt(lambda: changes.create_endpoint(changes.parse_endpoint(name, backend, route, methods)), START), Observed())
+    RouteTable(attempt(lambda: changes.create_endpoint(parse_endpoint(name, backend, route, methods)), START), Observed())
 
 
 @given(any_name, any_traffic | anything, any_name, anything)
@@ -176,7 +177,7 @@ class DesiredMachine(RuleBasedStateMachine):
 
     @rule(name=names, backend=names, route=st.sampled_from([None, "/x", "/y", "/{n:int}", "/-/x"]))
     def create_endpoint(self, name: str, backend: str, route: str | None) -> None:
-        self.change(lambda: changes.create_endpoint(changes.parse_endpoint(name, backend, route, ["GET"])))
+        self.change(lambda: changes.create_endpoint(parse_endpoint(name, backend, route, ["GET"])))
 
     @rule(name=names)
     def delete_endpoint(self, name: str) -> None:

@@ -10,7 +10,7 @@ from starlette.convertors import CONVERTOR_TYPES
 from starlette.routing import Match, Route, compile_path
 
 from mqserve.broker.errors import BadValue
-from mqserve.controller.changes import parse_endpoint
+from mqserve.controller.endpoint_parsing import parse_endpoint
 from mqserve.controller.state.documents import Backend, Desired, Endpoint, Observed
 from mqserve.controller.state.route_patterns import compile_route
 from mqserve.proxy.routes import NotAllowed, RouteTable, Target
