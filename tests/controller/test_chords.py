@@ -213,6 +213,16 @@ async def test_nothing_follows_from_a_group_that_is_not_known_or_has_no_call(sit
     assert not await site.sent()
 
 
+async def test_a_word_that_comes_too_soon_changes_nothing(site: Site) -> None:
+    await site.begin(2)
+    await site.end(0, 1)
+    await site.follow()
+    assert (await site.chord())[0] is JobState.QUEUED and not await site.sent()
+    await site.end(1, 2)
+    await site.follow()
+    assert await site.sent() == [[1, 2]]
+
+
 async def test_an_instance_that_closes_ends_its_chords(site: Site) -> None:
     await site.begin(1)
     await site.end(0, 1)
