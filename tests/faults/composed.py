@@ -25,8 +25,15 @@ def dot_env() -> dict[str, str]:
 
 
 def interpolated(text: str, env: Mapping[str, str]) -> str:
-    """As Compose does it: `${NAME:?why}` and `$$`."""
-    return re.sub(r"\$\$|\$\{(\w+)(?::\?[^}]*)?\}", lambda found: env[found[1]] if found[1] else "$", text)
+    """As Compose does it: `${NAME:?why}`, `${NAME:-default}` and `$$`."""
+
+    def value(found: re.Match[str]) -> str:
+        name, otherwise = found[1], found[2]
+        if name is None:
+            return "$"
+        return env[name] if otherwise is None else env.get(name) or otherwise
+
+    return re.sub(r"\$\$|\$\{(\w+)(?::\?[^}]*|:-([^}]*))?\}", value, text)
 
 
 def configured(name: str, env: Mapping[str, str]) -> str:
