@@ -19,9 +19,10 @@ ROLES = ("controller", "node", "proxy", "replica", "client")
 
 
 def dot_env() -> dict[str, str]:
-    """What an operator would fill in."""
+    """What an operator has to fill in."""
     names = re.findall(r"^(\w+)=", (ROOT / ".env.example").read_text(), re.MULTILINE)
-    return {name: secrets.token_hex(32) for name in names}
+    optional = set(re.findall(r"\$\{(\w+):-", (ROOT / "compose.yaml").read_text()))
+    return {name: secrets.token_hex(32) for name in names if name not in optional}
 
 
 def interpolated(text: str, env: Mapping[str, str]) -> str:
