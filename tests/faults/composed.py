@@ -19,14 +19,22 @@ ROLES = ("controller", "node", "proxy", "replica", "client")
 
 
 def dot_env() -> dict[str, str]:
-    """What an operator would fill in."""
+    """What an operator has to fill in."""
     names = re.findall(r"^(\w+)=", (ROOT / ".env.example").read_text(), re.MULTILINE)
-    return {name: secrets.token_hex(32) for name in names}
+    optional = set(re.findall(r"\$\{(\w+):-", (ROOT / "compose.yaml").read_text()))
+    return {name: secrets.token_hex(32) for name in names if name not in optional}
 
 
 def interpolated(text: str, env: Mapping[str, str]) -> str:
-    """As Compose does it: `${NAME:?why}` and `$$`."""
-    return re.sub(r"\$\$|\$\{(\w+)(?::\?[^}]*)?\}", lambda found: env[found[1]] if found[1] else "$", text)
+    """As Compose does it: `${NAME:?why}`, `${NAME:-default}` and `$$`."""
+
+    def value(found: re.Match[str]) -> str:
+        name, otherwise = found[1], found[2]
+        if name is None:
+            return "$"
+        return env[name] if otherwise is None else env.get(name) or otherwise
+
+    return re.sub(r"\$\$|\$\{(\w+)(?::\?[^}]*|:-([^}]*))?\}", value, text)
 
 
 def configured(name: str, env: Mapping[str, str]) -> str:
