@@ -19,14 +19,15 @@ ROLES = ("controller", "node", "proxy", "replica", "client")
 
 
 def dot_env() -> dict[str, str]:
-    """What an operator would fill in."""
+    """What an operator would fill in; what may be empty is."""
     names = re.findall(r"^(\w+)=", (ROOT / ".env.example").read_text(), re.MULTILINE)
-    return {name: secrets.token_hex(32) for name in names}
+    optional = re.findall(r"\$\{(\w+):-\}", (ROOT / "compose.yaml").read_text())
+    return {name: "" if name in optional else secrets.token_hex(32) for name in names}
 
 
 def interpolated(text: str, env: Mapping[str, str]) -> str:
-    """As Compose does it: `${NAME:?why}` and `$$`."""
-    return re.sub(r"\$\$|\$\{(\w+)(?::\?[^}]*)?\}", lambda found: env[found[1]] if found[1] else "$", text)
+    """As Compose does it: `${NAME:?why}`, `${NAME:-}` and `$$`."""
+    return re.sub(r"\$\$|\$\{(\w+)(?::[?-][^}]*)?\}", lambda found: env[found[1]] if found[1] else "$", text)
 
 
 def configured(name: str, env: Mapping[str, str]) -> str:
