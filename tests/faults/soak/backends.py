@@ -22,6 +22,7 @@ GOODBYE = "goodbye"  # of a session, which its app then closes
 ENDED = 4000  # with this code
 PROBE = 0  # the number of requests that only ask whether anybody answers: they are in no tally
 TRIES = 3  # of the jobs that are tried again; the last one succeeds
+PASSES = 2  # stages of a pipeline before its last one
 FIRINGS_FROM = 1_000_000_000  # the number of a firing is its time, in seconds since 1970, and no other number is as high
 
 
@@ -158,6 +159,29 @@ class Retried:
         return answer(number, word)
 
 
+class Passing:
+    """A stage of a pipeline, which notes nothing: it says how often the request has come by."""
+
+    def __init__(self, tally: Tally) -> None:
+        pass
+
+    async def __call__(self, request: Any) -> dict[str, Any]:
+        return {"number": request.data["number"], "passed": request.data.get("passed", 0) + 1}
+
+
+class Arriving:
+    """The last stage, which finds that the others were there."""
+
+    def __init__(self, tally: Tally) -> None:
+        self._tally = tally
+
+    async def __call__(self, request: Any) -> dict[str, Any]:
+        number, word = begin(request, self._tally)
+        if number != PROBE and request.data.get("passed") != PASSES:
+            raise ValueError(f"{number} has passed {request.data.get('passed', 0)} stages")
+        return answer(number, word)
+
+
 class Ticking:
     """What a schedule calls, once a second."""
 
@@ -180,8 +204,11 @@ BACKENDS = {
     "replayed": Backend(Replayed, 2, "/replayed/{number:int}", {"on_death": "replay"}),
     "talking": Backend(Talking, 2, "/talking", {}),
     "retried": Backend(Retried, 2, "/retried", {"retry": serve.Retry(attempts=5, on=(NotYet,), backoff_s=0.5, factor=1)}),
+    "passing": Backend(Passing, 2, "/passing", {}),
+    "arriving": Backend(Arriving, 1, "/arriving", {}),
     "ticking": Backend(Ticking, 1, "/ticking", {}),
 }
+PIPELINES = {"piped": ["passing"] * PASSES + ["arriving"]}  # each with a route of its name
 SCHEDULES = {"each-second": ("ticking", "* * * * * *")}  # endpoint and cron
 REPLICAS = sum(backend.replicas for backend in BACKENDS.values())
 

@@ -26,7 +26,7 @@ from mqserve.broker.errors import (
     StoreUnavailable,
     UnknownJob,
 )
-from tests.faults.soak.backends import BACKENDS, REQUEST_TIMEOUT_S, SCHEDULES
+from tests.faults.soak.backends import BACKENDS, PIPELINES, REQUEST_TIMEOUT_S, SCHEDULES
 from tests.faults.soak.ledger import JOB_S, End
 from tests.tallies import Tally
 
@@ -34,7 +34,8 @@ FIRST_NUMBER = 1_000_000  # the numbers below are the soak's
 GRACE_S = 10.0
 WAITERS = 400
 JOBS_SHARE = 0.3
-JOB_BACKENDS = ("quick", "patient", "raising", "retried")
+JOB_BACKENDS = ("quick", "patient", "raising", "retried", *PIPELINES)
+NOT_CALLED = ("big", "talking", "retried", "ticking", "passing", "arriving")
 UNAVAILABLE = (BrokerUnavailable, StoreUnavailable, NoReplica, NotRouted)
 
 _printing = threading.Lock()
@@ -46,6 +47,8 @@ def main() -> None:
     tally = Tally(Path(sys.argv[1]))
     with ThreadPoolExecutor() as threads:
         list(threads.map(lambda name: deploy(client, name, tally), BACKENDS))
+    for name, stages in PIPELINES.items():
+        client.create_pipeline(name, stages, route=f"/{name}")
     say(event="deployed", tally=str(tally.path))
     for line in sys.stdin:
         match line.split():
@@ -68,7 +71,7 @@ def deploy(client: serve.Client, name: str, tally: Tally) -> None:
 
 def load(client: serve.Client, rate: float, seconds: float, seed: int) -> None:
     chance = random.Random(seed)
-    names = [name for name in BACKENDS if name not in ("big", "talking", "retried", "ticking")]
+    names = [name for name in BACKENDS if name not in NOT_CALLED]
     handles = {name: client.get_handle(name) for name in (*names, *JOB_BACKENDS)}
     for name, (endpoint, cron) in SCHEDULES.items():
         client.schedule(name, endpoint, cron=cron)

@@ -68,7 +68,7 @@ async def queues(cluster: Cluster) -> list[str]:
     ours = [(name, int(ready), int(held)) for name, ready, held in rows if queue_names.is_ours(cluster.namespace, name)]
     expected = {queue_names.backend_queue(cluster.namespace, name, 1) for name in BACKENDS}
     expected |= {queue_names.jobs_queue(cluster.namespace, name, 1) for name in BACKENDS} | {queue_names.due_queue(cluster.namespace)}
-    expected |= {queue_names.dead_queue(cluster.namespace, name) for name in BACKENDS}
+    expected |= {queue_names.dead_queue(cluster.namespace, name) for name in (*BACKENDS, queue_names.ENDPOINTS)}
     found = [f"queue {name} has {ready} messages ready and {held} unacknowledged" for name, ready, held in ours if ready or held]
     return found + [
         f"queues are not as the backends are: {name}" for name in expected.symmetric_difference({name for name, _, _ in ours} - waits)

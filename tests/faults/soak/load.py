@@ -51,6 +51,7 @@ MIX = {  # of the rest
     "job patient": 0.03,
     "job raising": 0.02,
     "job retried": 0.04,
+    "job piped": 0.04,
     "keep quick": 0.03,
     "keep raising": 0.01,
     "keep retried": 0.02,
