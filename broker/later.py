@@ -86,8 +86,8 @@ class Later(Protocol):
         ...
 
     async def delete_if_empty(self) -> None:
-        """Deletes the queues unless a job waits in one of them: then all that lead to `<ns>.due` stay, and that stays, too. The queue of
-        the dead letters of endpoints goes if it is empty."""
+        """Deletes `<ns>.due` and the queues that lead there, unless a job waits in one of them, and the queue of the dead letters of
+        endpoints unless there is one."""
         ...
 
     async def consume(self, prefetch: int, on_due: Callable[[DueJob], None]) -> Consumption:
@@ -98,8 +98,9 @@ class Later(Protocol):
         """Has the broker confirm the message among the jobs of its backend. Raises NotRouted, and the broker's errors."""
         ...
 
-    async def wait(self, job: DueJob, left_ms: int) -> None:
-        """Has the broker confirm the message where it waits for so long, or for a part of that. Raises the broker's errors."""
+    async def wait(self, job: DueJob, left_ms: int) -> bool:
+        """Has the broker confirm the message where it waits for so long, or for a part of that. Returns False if there is no such place
+        yet: then a part of the time has passed, and the broker has the message nowhere else. Raises the broker's errors."""
         ...
 
     async def set_aside(self, job: DueJob, death: Death) -> None:

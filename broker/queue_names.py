@@ -10,7 +10,7 @@
 | `{ns}.later`                  | direct exchange, durable | controller  | all but nodes         | -         |
 | `{ns}.endpoints`              | topic exchange, durable  | controller  | direct publishers     | -         |
 | `{ns}.due`                    | classic queue, durable   | controller  | -                     | leader    |
-| `{ns}.later.{seconds}`        | classic queue, durable   | controller  | -                     | - : its messages expire to `{ns}.later` |
+| `{ns}.later.{seconds}`        | quorum queue             | controller  | -                     | - : they expire to `{ns}.due` |
 | `{ns}.webhooks`               | direct exchange, durable | controller  | controllers           | -         |
 | `{ns}.webhooks`               | classic queue, durable   | controller  | -                     | controllers |
 | `{ns}.webhooks.{seconds}`     | quorum queue             | controller  | -                     | - : they expire to `{ns}.webhooks` |

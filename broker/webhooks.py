@@ -91,7 +91,8 @@ class Webhooks(Protocol):
         ...
 
     async def delete_if_empty(self) -> None:
-        """Deletes `<ns>.webhooks` unless a webhook is in it, or is to come back to it, and the queue of dead ones unless there is one."""
+        """Deletes `<ns>.webhooks` and the queues that lead there, unless a webhook waits in one of them, and the queue of dead ones unless
+        there is one."""
         ...
 
     async def consume(self, prefetch: int, on_delivery: Callable[[WebhookDelivery], None]) -> Consumption:

@@ -123,13 +123,15 @@ class DueJobs:
         except BadEnvelope as error:
             return await self._later.set_aside(job, Death(str(error), died_at_ms=self._store.now_ms()))
         due_ms = envelope.header.job.not_before_ms if envelope.header.job is not None else 0
-        if (left_ms := due_ms - self._store.now_ms()) > 0:
-            return await self._later.wait(job, left_ms)
+        while (left_ms := due_ms - self._store.now_ms()) > 0:
+            if await self._later.wait(job, left_ms):
+                return
         try:
             await self._later.forward(job)
         except NotRouted:
             if job.backend in self._backends:  # its queue is about to be declared, and jobs of others must not wait for that
-                await self._later.wait(job, AGAIN_MS)
+                while not await self._later.wait(job, AGAIN_MS):
+                    pass
             else:
                 await self._bury(job, envelope)
 

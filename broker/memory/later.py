@@ -118,9 +118,10 @@ class EmbeddedLater:
         if error := self._forward(job.backend, job.envelope()):
             raise error
 
-    async def wait(self, job: DueJob, left_ms: int) -> None:
+    async def wait(self, job: DueJob, left_ms: int) -> bool:
         self.held.take_back(len(job.envelope().body))  # the message that is acked now gives as much
         self._start_timer(EmbeddedDueJob(self, job.backend, job.envelope()), left_ms / 1000)
+        return True
 
     async def set_aside(self, job: DueJob, death: Death) -> None:
         self._set_aside(job.backend, job.envelope(), death)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -11,13 +12,14 @@ from pamqp.commands import Basic
 from .. import queue_names
 from ..dead_letters import Death, dead_letter_to_amqp, pack_properties
 from ..envelope import Envelope
-from ..errors import BadValue, NotRouted
+from ..errors import BadValue
 from ..later import WAITS_S, DueJob, longest_wait_s
 from ..queue import Consumption, Settled, fate_of
 from ..values.header_seals import HeaderSeals
 from .connection import OPERATION_BUDGET_S
 from .consumer import AddressedDelivery, RabbitDelivery
 from .topology import RabbitTopology
+from .waits import RabbitWaits
 
 Publish = Callable[[str, str, bytes, bytes, str, Settled], None]
 """Publishes to an exchange: its name, routing key, packed properties, body, message id, and whom to tell."""
@@ -67,6 +69,8 @@ class RabbitLater:
         self._user = user
         self._publish = publish
         self._consume_queue = consume_queue
+        exchange, target = queue_names.later_exchange(namespace), queue_names.due_queue(namespace)
+        self._waits = RabbitWaits(topology, exchange, target, partial(queue_names.later_queue, namespace), WAITS_S)
 
     def __repr__(self) -> str:
         return f"<RabbitLater of {self._namespace!r}>"
@@ -76,8 +80,7 @@ class RabbitLater:
         return await self._topology.count_dead(queue_names.ENDPOINTS) or 0
 
     async def delete_if_empty(self) -> None:
-        waits = [queue_names.later_queue(self._namespace, wait_s) for wait_s in WAITS_S]
-        await self._topology.delete_empty([*waits, queue_names.due_queue(self._namespace)])
+        await self._waits.delete_if_empty()
         await self._topology.delete_empty([queue_names.dead_queue(self._namespace, queue_names.ENDPOINTS)])
 
     async def consume(self, prefetch: int, on_due: Callable[[DueJob], None]) -> Consumption:
@@ -93,14 +96,14 @@ class RabbitLater:
     async def forward(self, job: DueJob) -> None:
         await self._publish_now(queue_names.jobs_exchange(self._namespace), job.backend, job, self._properties(job))
 
-    async def wait(self, job: DueJob, left_ms: int) -> None:
+    async def wait(self, job: DueJob, left_ms: int) -> bool:
         wait_s, exchange = longest_wait_s(left_ms), queue_names.later_exchange(self._namespace)
+        if fresh_s := await self._waits.fresh_s(wait_s):
+            await asyncio.sleep(min(fresh_s, left_ms / 1000))
+            return False
         properties = self._properties(job, to=job.backend)
-        try:
-            await self._publish_now(exchange, str(wait_s), job, properties)
-        except NotRouted:  # the first job that waits for so long, or the broker came back empty
-            await self._topology.declare_wait(wait_s)
-            await self._publish_now(exchange, str(wait_s), job, properties)
+        await self._waits.put(wait_s, lambda key: self._publish_now(exchange, key, job, properties))
+        return True
 
     async def set_aside(self, job: DueJob, death: Death) -> None:
         backend, properties = job.backend, _cleared(job)

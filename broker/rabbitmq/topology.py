@@ -28,7 +28,6 @@ _MOVING_ONCE_ON_DISK: dict[str, Any] = {
     "x-dead-letter-strategy": "at-least-once",
     "x-overflow": "reject-publish",
 }
-UNUSED_S = 2 * 3600
 _TIMEOUT = "x-consumer-timeout"
 _UNACKED: dict[str, Any] = {_TIMEOUT: queue_names.JOB_UNACKED_MS}
 _DEAD: dict[str, Any] = {**_CLASSIC, "x-max-length": queue_names.DEAD_LETTER_LIMIT, "x-message-ttl": queue_names.DEAD_LETTER_TTL_MS}
@@ -106,10 +105,6 @@ class RabbitTopology:
         await self._declare(declare)
         await self.declare_dead_letters(queue_names.ENDPOINTS)
 
-    async def declare_wait(self, wait_s: int) -> None:
-        name, exchange = queue_names.later_queue(self._namespace, wait_s), queue_names.later_exchange(self._namespace)
-        await self._declare_wait(name, exchange, wait_s, _CLASSIC)
-
     async def declare_webhooks(self) -> int:
         """Returns how many dead ones there are."""
         exchange, due = queue_names.webhooks_exchange(self._namespace), queue_names.webhooks_queue(self._namespace)
@@ -125,14 +120,10 @@ class RabbitTopology:
 
         return await self._declare(declare)
 
-    async def declare_webhooks_wait(self, wait_s: int) -> None:
-        """The queue is gone once nobody has declared it for as long as a message waits, and UNUSED_S more."""
-        name, exchange = queue_names.webhooks_wait_queue(self._namespace, wait_s), queue_names.webhooks_exchange(self._namespace)
-        await self._declare_wait(name, exchange, wait_s, {**_MOVING_ONCE_ON_DISK, "x-expires": (wait_s + UNUSED_S) * 1000})
-
-    async def _declare_wait(self, name: str, exchange: str, wait_s: int, kind: dict[str, Any]) -> None:
+    async def declare_wait(self, name: str, exchange: str, wait_s: int) -> None:
+        """The queue has no `x-expires`: declaring a quorum queue again does not renew that, and what is in the queue is lost with it."""
         arguments: dict[str, Any] = {
-            **kind,
+            **_MOVING_ONCE_ON_DISK,
             "x-message-ttl": wait_s * 1000,
             "x-dead-letter-exchange": exchange,
             "x-dead-letter-routing-key": queue_names.DUE_KEY,
@@ -167,10 +158,10 @@ class RabbitTopology:
     async def unbind(self, backend: str, generation: int, shards: int) -> None:
         for shard in range(shards):
             name = queue_names.backend_queue(self._namespace, backend, generation, shard)
-            await self._unbind(name, self._requests, queue_names.routing_key(backend, shard))
-        await self._unbind(queue_names.jobs_queue(self._namespace, backend, generation), self._jobs, backend)
+            await self.unbind_queue(name, self._requests, queue_names.routing_key(backend, shard))
+        await self.unbind_queue(queue_names.jobs_queue(self._namespace, backend, generation), self._jobs, backend)
 
-    async def _unbind(self, name: str, exchange: str, key: str) -> None:
+    async def unbind_queue(self, name: str, exchange: str, key: str) -> None:
         async def unbind(channel: Channel) -> None:
             await channel.queue_unbind(name, exchange, key)
 
@@ -210,13 +201,13 @@ class RabbitTopology:
         if only_if_empty and any(await self.count_all(names)):  # otherwise the empty ones would be gone before the one that is not
             return False
         for name in reversed(names):
-            if not await self._delete_queue(name, only_if_empty=only_if_empty):
+            if not await self.delete_queue(name, only_if_empty=only_if_empty):
                 return False
         if not only_if_empty:
             await self.delete_empty([queue_names.dead_queue(self._namespace, backend)])
         return True
 
-    async def _delete_queue(self, name: str, *, only_if_empty: bool) -> bool:
+    async def delete_queue(self, name: str, *, only_if_empty: bool) -> bool:
         """Returns False for a queue that is in use, or not empty. One that is not there counts as deleted."""
 
         async def delete(channel: Channel) -> None:

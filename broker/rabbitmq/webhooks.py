@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from functools import partial
@@ -12,14 +10,14 @@ from pamqp.commands import Basic
 
 from .. import queue_names
 from ..dead_letters import pack_properties
-from ..errors import NotRouted
 from ..queue import Consumption, fate_of
 from ..webhooks import WAITS_S, Webhook, WebhookDelivery
 from .connection import OPERATION_BUDGET_S, Link
 from .consumer import RabbitDelivery
 from .dead_letters import RabbitDeadLetters, open_dead_letters
 from .later import ConsumeQueue, Publish
-from .topology import UNUSED_S, RabbitTopology
+from .topology import RabbitTopology
+from .waits import RabbitWaits
 
 
 class RabbitWebhookDelivery:
@@ -56,7 +54,8 @@ class RabbitWebhooks:
         self._publish = publish
         self._consume_queue = consume_queue
         self._consuming = consuming
-        self._declared_at: dict[int, float] = {}  # by how long their messages wait; monotonic
+        exchange, target = queue_names.webhooks_exchange(namespace), queue_names.webhooks_queue(namespace)
+        self._waits = RabbitWaits(topology, exchange, target, partial(queue_names.webhooks_wait_queue, namespace), WAITS_S)
 
     def __repr__(self) -> str:
         return f"<RabbitWebhooks of {self._namespace!r}>"
@@ -66,10 +65,7 @@ class RabbitWebhooks:
 
     async def delete_if_empty(self) -> None:
         await self._topology.delete_empty([queue_names.dead_webhooks_queue(self._namespace)])
-        # those in which they wait go by themselves: a quorum queue cannot be deleted only if it is empty
-        waits = [queue_names.webhooks_wait_queue(self._namespace, wait_s) for wait_s in WAITS_S]
-        if not any(await self._topology.count_all(waits)):
-            await self._topology.delete_empty([queue_names.webhooks_queue(self._namespace)])
+        await self._waits.delete_if_empty()
 
     async def consume(self, prefetch: int, on_delivery: Callable[[WebhookDelivery], None]) -> Consumption:
         def hand_over(delivery: RabbitDelivery) -> None:
@@ -81,17 +77,7 @@ class RabbitWebhooks:
         await self._publish_now(queue_names.DUE_KEY, webhook)
 
     async def wait(self, webhook: Webhook, wait_s: int) -> None:
-        if time.monotonic() - self._declared_at.get(wait_s, -math.inf) > UNUSED_S / 2:
-            await self._declare_wait(wait_s)
-        try:
-            await self._publish_now(str(wait_s), webhook)
-        except NotRouted:  # the broker came back empty
-            await self._declare_wait(wait_s)
-            await self._publish_now(str(wait_s), webhook)
-
-    async def _declare_wait(self, wait_s: int) -> None:
-        await self._topology.declare_webhooks_wait(wait_s)
-        self._declared_at[wait_s] = time.monotonic()
+        await self._waits.put(wait_s, lambda key: self._publish_now(key, webhook))
 
     async def set_aside(self, webhook: Webhook) -> None:
         await self._publish_now(queue_names.DEAD_KEY, webhook)

@@ -1,10 +1,12 @@
 """Jobs that wait for their time: when they come, where they go, and whose they have to be."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
+import aiormq
 import pytest
 from msgspec.structs import replace
 
@@ -15,6 +17,7 @@ from mqserve.broker.later import WAITS_S, addressed, longest_wait_s
 from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.queue import Delivery, Queue
 from mqserve.broker.rabbitmq.queue import RabbitQueue, open_rabbitmq
+from mqserve.broker.rabbitmq.waits import FRESH_S
 from mqserve.broker.results import Result
 from mqserve.broker.settings import Settings
 from mqserve.broker.store import Store
@@ -151,7 +154,10 @@ async def test_a_message_without_a_target_is_dropped_and_keeps_no_other_one_up(b
             await until(lambda: queue.count_jobs("b", 1))
 
 
-async def test_the_queues_go_at_the_end_unless_a_job_waits_in_them(broker_url: str, namespace: str) -> None:
+async def test_the_queues_go_at_the_end_unless_a_job_waits_in_them(
+    broker_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mqserve.broker.rabbitmq.waits.FRESH_S", 0)
     store = EmbeddedStore(namespace)
     async with open_rabbitmq(broker_url, namespace, "test") as queue:
         await queue.declare("b", 1, None)
@@ -164,6 +170,41 @@ async def test_the_queues_go_at_the_end_unless_a_job_waits_in_them(broker_url: s
             await until(lambda: queue.count_jobs("b", 1))
             await due.tidy()
         assert [await count(queue, f"{namespace}.{name}") for name in ("due", "later.1", "later.2")] == [None] * 3
+
+
+async def test_a_queue_in_which_jobs_wait_takes_them_once_it_is_older_than_a_crash_could_undo(broker_url: str, namespace: str) -> None:
+    store = EmbeddedStore(namespace)
+    async with open_rabbitmq(broker_url, namespace, "test") as queue:
+        await queue.declare("b", 1, None)
+        async with forwarding(queue, store):
+            made = time.monotonic()
+            assert await publish_later(queue, job_due_in(store, 14), 14) is None
+            await until(lambda: count(queue, f"{namespace}.later.8"))
+            assert time.monotonic() - made >= FRESH_S
+            assert await publish_later(queue, job_due_in(store, 9), 9) is None
+            await until(lambda: held_in(queue, f"{namespace}.later.8", 2), FRESH_S)
+
+
+async def held_in(queue: Queue, name: str, wanted: int) -> bool:
+    return await count(queue, name) == wanted
+
+
+async def test_a_queue_of_another_kind_is_not_used_for_jobs_that_wait(broker_url: str, namespace: str) -> None:
+    """Such as a classic one, which would lose what it moves while RabbitMQ crashes."""
+    store = EmbeddedStore(namespace)
+    async with open_rabbitmq(broker_url, namespace, "test") as queue:
+        await queue.declare("b", 1, None)
+        async with forwarding(queue, store):
+            connection = await aiormq.connect(broker_url)
+            try:
+                channel = await connection.channel()
+                await channel.queue_declare(f"{namespace}.later.1", durable=True)
+                await channel.queue_bind(f"{namespace}.later.1", f"{namespace}.later", "1")
+                assert await publish_later(queue, job_due_in(store, 1.9), 1.9) is None
+                await until(lambda: queue.count_jobs("b", 1))
+                assert await count(queue, f"{namespace}.later.1") == 0
+            finally:
+                await connection.close()
 
 
 async def count(queue: Queue, name: str) -> int | None:
