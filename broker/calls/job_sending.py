@@ -13,7 +13,18 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from ..envelope import Envelope, Header, JobHead, Member, RequestHead, Stage
-from ..errors import BadEnvelope, BadValue, BrokerUnavailable, JobGoesOn, MQServeError, ResultGone, StoreUnavailable, TooLarge, UnknownJob
+from ..errors import (
+    BadEnvelope,
+    BadValue,
+    BrokerUnavailable,
+    JobGoesOn,
+    MQServeError,
+    NotRouted,
+    ResultGone,
+    StoreUnavailable,
+    TooLarge,
+    UnknownJob,
+)
 from ..jobs import JOB_RESULT_TTL_S, MESSAGE_TTL_S, UNENDED_TTL_S, JobEnd, JobFacts, JobRecord, JobState, facts_of
 from ..overload import HeldBytes
 from ..pipelines import VERSION, Plan, Stages, message_id, stage_ids
@@ -341,12 +352,17 @@ class _Submission:
         if error is None:
             return self._sender.add(self._envelope.id, self._facts, self._kept, self._plan, self._accepted)
         maybe_sent = isinstance(error, BrokerUnavailable) and error.maybe_sent
-        if isinstance(error, BrokerUnavailable) and not (maybe_sent and self._envelope.header.once) and self._may_try_again():
+        passes = isinstance(error, BrokerUnavailable) or self._is_early(error)
+        if passes and not (maybe_sent and self._envelope.header.once) and self._may_try_again():
             if maybe_sent:
                 self._envelope = replace(self._envelope, header=again(self._envelope.header))
             self._again = asyncio.get_running_loop().call_later(REPUBLISH_EVERY_S * random.uniform(0.5, 1.5), self._publish)
             return
         self._fail(error)
+
+    def _is_early(self, error: MQServeError) -> bool:
+        """Whether the queue of those that wait is not there yet: the leader declares it behind those of the first backends."""
+        return isinstance(error, NotRouted) and self._facts.not_before_ms > 0
 
     def _may_try_again(self) -> bool:
         """Whether the broker may be waited for: for REPUBLISH_BUDGET_S in all, and what it was away before the job counts."""

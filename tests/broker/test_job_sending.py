@@ -185,6 +185,16 @@ async def test_a_job_fails_when_the_broker_stays_away(keys: StoreKeys, signer: S
     assert sender.held.held == 0
 
 
+async def test_a_delayed_job_waits_a_moment_for_the_queue_of_those_that_wait(queue: Queue, store: Store, sender: JobSender) -> None:
+    """The leader declares it behind those of the first backends."""
+    await queue.declare("b", 1, None)
+    task = asyncio.create_task(submitted(sender, terms=JobTerms(not_before_ms=store.now_ms() + 60_000)))
+    await asyncio.sleep(0.5)  # it is refused meanwhile, once or more
+    await queue.later.declare()
+    record = await store.jobs.read(await task)
+    assert record is not None and record.state is JobState.QUEUED
+
+
 async def test_a_job_whose_record_cannot_be_written_is_accepted_all_the_same(
     keys: StoreKeys, signer: Signer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
