@@ -275,7 +275,9 @@ def delete_endpoint(name: str) -> Change:
     """Deletes an endpoint; does nothing for an unknown name, as in Ray Serve 1.x."""
 
     def change(desired: Desired) -> Desired:
-        if (found := desired.endpoints.get(name)) is not None and found.stages:
+        if not isinstance(name, str) or name not in desired.endpoints:
+            return desired
+        if desired.endpoints[name].stages:
             raise BadValue(f"{name!r} is a pipeline: delete it with delete_pipeline")
         check_is_unscheduled(desired, name)
         if pipelines := [other.name for other in desired.endpoints.values() if name in other.stages]:

@@ -1,9 +1,7 @@
 """Whoever registers a convertor may use it at once: the call waits until the replicas know it, too. In both forms."""
 
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -54,81 +52,66 @@ def pass_the_proxies(client: serve.Client, backend: str) -> None:
         client.delete_endpoint(name)
 
 
-@contextmanager
-def busy_replica(client: serve.Client, deploy: Deploy, folder: Path) -> Iterator[tuple[str, Callable[[], Future[Any]]]]:
-    """A backend whose replica lives and follows nothing, since its code applies a new user_config; and a call that ends this."""
-    gate = Gate(folder)
+def late_in_replicas(gate: Gate, kind: type[Shout]) -> type[Shout]:
+    """A convertor that replicas have made only when the gate is opened. In the embedded form they share the process with the proxies."""
 
-    class Busy:
-        async def reconfigure(self, is_busy: bool) -> None:
-            if is_busy:
-                await gate.pass_through_async()
+    class Late(kind):  # type: ignore[valid-type,misc]
+        def __init__(self) -> None:
+            if "replica" in sys.argv:
+                gate.pass_through()
 
-        def __call__(self, request: Any) -> str:
-            return word(request)
-
-    backend = deploy(Busy, user_config=False)
-    with ThreadPoolExecutor(1) as elsewhere:
-        busy = elsewhere.submit(client.update_backend_config, backend, {"user_config": True})
-        wait_until(lambda: gate.came)
-
-        def go_on() -> Future[Any]:
-            gate.open()
-            return busy
-
-        try:
-            yield backend, go_on
-        finally:
-            go_on().result(60)
+    return Late
 
 
+@distributed_only
 def test_who_registers_a_convertor_waits_for_a_replica_that_learns_late(client: serve.Client, deploy: Deploy, tmp_path: Path) -> None:
-    kind, name = new_kind(), new_name("e")
-    with busy_replica(client, deploy, tmp_path) as (backend, go_on), ThreadPoolExecutor(1) as elsewhere:
-        registering = elsewhere.submit(client.register_convertor, kind, Shout)
-        wait_until(lambda: is_registered(client, kind))
+    kind, name, gate, backend = new_kind(), new_name("e"), Gate(tmp_path), deploy(word)
+    with ThreadPoolExecutor(1) as elsewhere:
+        registering = elsewhere.submit(client.register_convertor, kind, late_in_replicas(gate, Shout))
+        wait_until(lambda: gate.came)
         pass_the_proxies(client, backend)
         assert not registering.done()
-        go_on()
+        gate.open()
         registering.result(60)
-        client.create_endpoint(name, backend=backend, route=f"/{name}/{{word:{kind}}}")
-        assert httpx.get(f"{client.http_url()}/{name}/ABC").text == "abc"
-        client.delete_endpoint(name)
+    client.create_endpoint(name, backend=backend, route=f"/{name}/{{word:{kind}}}")
+    assert httpx.get(f"{client.http_url()}/{name}/ABC").text == "abc"
+    client.delete_endpoint(name)
 
 
+@distributed_only
 def test_a_block_opens_a_route_only_when_the_replicas_know_its_convertor(client: serve.Client, deploy: Deploy, tmp_path: Path) -> None:
-    kind, name = new_kind(), new_name("e")
-    with busy_replica(client, deploy, tmp_path) as (backend, go_on), ThreadPoolExecutor(1) as elsewhere:
+    kind, name, gate, backend = new_kind(), new_name("e"), Gate(tmp_path), deploy(word)
 
-        def declare() -> None:
-            with client.deploying():
-                client.register_convertor(kind, Shout)
-                client.create_endpoint(name, backend=backend, route=f"/{name}/{{word:{kind}}}")
+    def declare() -> None:
+        with client.deploying():
+            client.register_convertor(kind, late_in_replicas(gate, Shout))
+            client.create_endpoint(name, backend=backend, route=f"/{name}/{{word:{kind}}}")
 
+    with ThreadPoolExecutor(1) as elsewhere:
         declaring = elsewhere.submit(declare)
-        wait_until(lambda: is_registered(client, kind))
+        wait_until(lambda: gate.came)
         pass_the_proxies(client, backend)
         assert httpx.get(f"{client.http_url()}/{name}/ABC").status_code == 404
-        go_on()
+        gate.open()
         declaring.result(60)
-        assert httpx.get(f"{client.http_url()}/{name}/ABC").text == "abc"
-        client.delete_endpoint(name)
+    assert httpx.get(f"{client.http_url()}/{name}/ABC").text == "abc"
+    client.delete_endpoint(name)
 
 
+@distributed_only
 def test_a_convertor_that_replaces_another_is_in_effect_when_the_call_returns(client: serve.Client, deploy: Deploy, tmp_path: Path) -> None:
-    kind, name = new_kind(), new_name("e")
+    kind, name, gate, backend = new_kind(), new_name("e"), Gate(tmp_path), deploy(word)
     client.register_convertor(kind, Shout)
-    with busy_replica(client, deploy, tmp_path) as (backend, go_on), ThreadPoolExecutor(1) as elsewhere:
-        client.create_endpoint(name, backend=backend, route=f"/{name}/{{word:{kind}}}")
-        first = client.sender.desired.convertors[kind]
-        registering = elsewhere.submit(client.register_convertor, kind, Whisper)
-        wait_until(lambda: client.sender.desired.convertors[kind] != first)
+    client.create_endpoint(name, backend=backend, route=f"/{name}/{{word:{kind}}}")
+    with ThreadPoolExecutor(1) as elsewhere:
+        registering = elsewhere.submit(client.register_convertor, kind, late_in_replicas(gate, Whisper))
+        wait_until(lambda: gate.came)
         pass_the_proxies(client, backend)
         assert not registering.done()
-        go_on()
+        gate.open()
         registering.result(60)
-        assert httpx.get(f"{client.http_url()}/{name}/ABC").text == "abc?"
-        client.delete_endpoint(name)
+    assert httpx.get(f"{client.http_url()}/{name}/ABC").text == "abc?"
+    client.delete_endpoint(name)
 
 
 def test_a_replica_that_is_starting_is_not_waited_for_and_learns_before_its_first_request(
