@@ -446,8 +446,7 @@ ALLOWED = {  # of these; publishing a request is what everybody may
     "client": set[str](),
 }
 BROKER_REFUSALS = [(role, act) for role, allowed in ALLOWED.items() for act in BROKER_ACTS if act not in allowed]
-BROKER_REFUSALS += [("controller", "publish straight to a queue"), ("controller", "publish to another exchange")]
-BROKER_REFUSALS += [("controller", "declare a foreign queue"), ("controller", "publish straight to the jobs")]
+BROKER_REFUSALS += [("controller", "publish to another exchange"), ("controller", "declare a foreign queue")]
 
 
 @pytest.mark.parametrize("role", ["controller", "proxy", "replica", "client"])
