@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -154,23 +155,25 @@ class JobSender:
         await self._end(record, result, JobState.EXPIRED, now_ms)
         return await self.store.jobs.read(future_id)
 
-    async def cancel(self, future_id: str) -> bool:
-        """Records that the job is cancelled, and tells every replica. False for one that has ended already. Raises UnknownJob, and
-        StoreUnavailable."""
+    async def cancel(self, future_id: str, is_told: Callable[[str], bool] = lambda _: False) -> bool:
+        """Records that the job is cancelled, and tells every replica, unless `is_told` says that they have heard of that id. False for one
+        that has ended already. Raises UnknownJob, and StoreUnavailable: then it may have ended, and not everybody was told, so call it
+        again."""
         record = await self._known(future_id)
-        if not await self._cancel(record):
+        if not await self._cancel(record, is_told):
             return False
-        await self._cancel_stages(record)
+        await self._cancel_stages(record, is_told)
         return not record.state.is_final
 
-    async def _cancel(self, record: JobRecord) -> bool:
+    async def _cancel(self, record: JobRecord, is_told: Callable[[str], bool]) -> bool:
         """Returns False for one that has another end."""
         if not await self._end(record, CANCELLED, JobState.CANCELLED, self.store.now_ms()):
             return False
-        await self.store.append_log(self._keys.cancelled, notice_of_request(record.id))  # also again, since the first word may be lost
+        if not is_told(record.id):
+            await self.store.append_log(self._keys.cancelled, notice_of_request(record.id))
         return True
 
-    async def _cancel_stages(self, record: JobRecord) -> None:
+    async def _cancel_stages(self, record: JobRecord, is_told: Callable[[str], bool]) -> None:
         """Cancels the stage of a pipeline that is under way. Where none is, the next one may be on its way to the broker: its end is
         recorded, so that it will not run."""
         names = record.facts.stages
@@ -179,7 +182,7 @@ class JobSender:
             if stage is None and index >= len(record.facts.done):
                 stage = JobRecord(place, JobFacts("", names[index]), JobState.QUEUED)
             if stage is not None and (not stage.state.is_final or stage.state is JobState.CANCELLED):
-                await self._cancel(stage)
+                await self._cancel(stage, is_told)
                 return
 
     async def fail(self, future_id: str, result: Result) -> None:
