@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
-from ..envelope import Envelope, Header, JobHead, Member, RequestHead, Stage
+from ..backoff import delays
+from ..envelope import Envelope, Header, JobHead, Member, RequestHead, Stage, is_minted
 from ..errors import (
     BadEnvelope,
     BadValue,
@@ -45,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 _CANCELLED_TTL_S = 7 * 24 * 3600  # of a job that waits: its message may stand in its queue for as long
 _STOPPED_TTL_S = 600  # of a job that runs, at least: its message comes again if its replica dies before it has heard of the end
+_KEPT_WITHIN_MS = 3000  # after the end of a job its message is in the store, if it ever is
 _EXPIRED_AFTER_MS = 5000  # behind its time a replica may still begin a job, as its own clock goes
 
 
@@ -223,14 +225,18 @@ class JobSender:
         return await self.submit(new_id, backend, body, kept.content_type, header.meta, origin=header.origin, terms=terms, refusal=refusal)
 
     async def _kept_message(self, record: JobRecord) -> KeptMessage:
-        """Returns the message of a job that has ended."""
-        raw = await self.store.jobs.message(record.id)
-        if raw is None:
-            raise ResultGone(
-                f"the message of job {record.id} is not kept (any more), so it cannot be retried: send it again (a success keeps it for "
-                f"{MESSAGE_TTL_S // 60} minutes, any other end as long as the result; a direct publisher's job has none)"
-            )
-        return KeptMessage.opened(raw, self._signer, record.facts.backend, record.id)
+        """Returns the message of a job that has ended. Its sender keeps it once the broker has confirmed it: after a short run, that may be
+        a moment after the end."""
+        for pause_s in delays():
+            if (raw := await self.store.jobs.message(record.id)) is not None:
+                return KeptMessage.opened(raw, self._signer, record.facts.backend, record.id)
+            if not is_minted(record.id) or self.store.now_ms() - record.ended_ms > _KEPT_WITHIN_MS:
+                break
+            await asyncio.sleep(pause_s)
+        raise ResultGone(
+            f"the message of job {record.id} is not kept (any more), so it cannot be retried: send it again (a success keeps it for "
+            f"{MESSAGE_TTL_S // 60} minutes, any other end as long as the result; a direct publisher's job has none)"
+        )
 
     async def _stage_to_repeat(self, record: JobRecord) -> JobRecord:
         """Returns the last stage that was sent of a pipeline which has ended; the first one, if all of them have succeeded."""
