@@ -22,6 +22,7 @@ from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
 from ..broker.values.carried import CARRIED, CarriedResult, carry_all
 from ..broker.values.signing import Signer
+from .late_endpoints import document_with
 from .state.documents import Desired
 from .state.traffic import choose, entry_of, stages_of
 
@@ -77,7 +78,7 @@ class Chords:
             await self._fail(call.id, _gone(str(error)))
 
     async def _send(self, call: ChordCall, body: bytes) -> None:
-        desired = self._desired
+        desired = await document_with(call.head.endpoint, self._desired, self._store, self._keys)
         endpoint = desired.endpoints.get(call.head.endpoint)
         if endpoint is None or desired.closing:
             raise BackendGone("the instance was shut down" if desired.closing else f"endpoint {call.head.endpoint!r} was deleted")

@@ -24,6 +24,7 @@ from ..broker.store_keys import StoreKeys
 from ..broker.values.carried import CARRIED, CarriedResult, carry_one
 from ..broker.values.codecs import sealed_anew
 from ..broker.values.signing import SealScope, Signer
+from .late_endpoints import document_with
 from .state.documents import Desired
 from .state.traffic import choose
 
@@ -96,7 +97,8 @@ class NextStages:
     async def _send(self, plan: Plan, index: int, result: Result) -> None:
         """Raises what `JobSender.submit` does."""
         name = plan.stages[index]
-        endpoint = self._desired.endpoints.get(name)
+        desired = await document_with(name, self._desired, self._store, self._keys)
+        endpoint = desired.endpoints.get(name)
         if endpoint is None or endpoint.stages:
             message = f"there is no endpoint {name!r} any more, which is stage {index + 1} of {len(plan.stages)}"
             return await self._end(plan, _failed("mqserve.UnknownEndpoint", message, 503))
@@ -108,7 +110,7 @@ class NextStages:
             result_ttl_s=plan.result_ttl_s,
             priority=plan.priority,
             tag=plan.tag,
-            once=self._desired.backends[backend].config.delivery == "at_most_once",
+            once=desired.backends[backend].config.delivery == "at_most_once",
             stage=Stage(plan.sealed(self._signer), index),
             carried=True,
         )

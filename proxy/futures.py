@@ -159,13 +159,14 @@ class Futures:
     # Its end, and another beginning.
 
     async def _cancel(self, future_id: str, scope: Scope) -> Reply:
-        if await self._jobs.look(future_id) is not None:
-            cancelled = self._is_cancelled(future_id) or await self._jobs.cancel(future_id)
+        # An id that is in the log already is not appended again: repeated DELETEs of one id would push out the notices of others.
+        if (record := await self._jobs.look(future_id)) is not None:
+            # also one that is cancelled: the store may have failed before the stage of a pipeline was, too
+            cancelled = await self._jobs.cancel(future_id, self._is_cancelled) or record.state is JobState.CANCELLED
         else:
             if not (self._is_known(future_id) or self._trusts(scope)):
                 # An id that this proxy does not know leaves traces in the store: not for anybody to make up.
                 return forbidden("The request of another process")
-            # An id that is in the log already is not appended again: repeated DELETEs of one id would push out the notices of others.
             cancelled = self._is_cancelled(future_id) or await self._sender.cancel_everywhere(future_id)
         return json_reply({"id": future_id, "cancelled": cancelled})
 

@@ -212,6 +212,7 @@ def test_a_group_that_is_not_sent_to_its_end_fails_its_chord(making: serve.Handl
         group.then.result(timeout=30)
     wait_until(lambda: group.status().succeeded == 200)
     assert group.status().pending == 101
+    assert group.cancel() == 0, "all that were sent have ended"
 
 
 def test_what_cannot_be_a_chord_is_refused(making: serve.Handle, telling: serve.Handle) -> None:

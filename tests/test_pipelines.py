@@ -333,6 +333,28 @@ def test_a_call_that_is_cancelled_cancels_its_pipeline(deploy: Deploy, stages: l
         gate.open()
 
 
+def test_a_call_that_is_cancelled_while_it_is_sent_leaves_no_pipeline_behind(deploy: Deploy, stages: list[str], gate: Gate) -> None:
+    async def wait(request: Any) -> Any:
+        await gate.pass_through_async()
+
+    def has_ended(job_id: str) -> bool:
+        try:
+            return serve.job(job_id).status().state == "cancelled"
+        except serve.UnknownJob:
+            return True  # it was never sent
+
+    with made_of([deploy(wait), stages[0]]) as name:
+        handle = serve.get_handle(name)
+        refs = []
+        for number in range(40):
+            refs.append(handle.remote(number))
+            time.sleep(0.0002 * (number % 20))  # so that some of them are on their way to the broker, and not there yet
+            assert refs[-1].cancel()
+        handle.submit("the last one").status()  # what was sent before is known by now
+        wait_until(lambda: all(has_ended(ref.id) for ref in refs))
+        gate.open()
+
+
 def test_a_pipeline_begins_at_its_time(pipeline: str) -> None:
     job = serve.get_handle(pipeline).options(delay_s=0.5).submit("abc")
     status = job.status()

@@ -7,12 +7,14 @@ import dataclasses
 import logging
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from msgspec.structs import replace
 
-from ..envelope import Envelope, Header, JobHead, Member, RequestHead, Stage
+from ..backoff import delays
+from ..envelope import Envelope, Header, JobHead, Member, RequestHead, Stage, is_minted
 from ..errors import (
     BadEnvelope,
     BadValue,
@@ -44,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 _CANCELLED_TTL_S = 7 * 24 * 3600  # of a job that waits: its message may stand in its queue for as long
 _STOPPED_TTL_S = 600  # of a job that runs, at least: its message comes again if its replica dies before it has heard of the end
+_KEPT_WITHIN_MS = 3000  # after the end of a job its message is in the store, if it ever is
 _EXPIRED_AFTER_MS = 5000  # behind its time a replica may still begin a job, as its own clock goes
 
 
@@ -154,23 +157,25 @@ class JobSender:
         await self._end(record, result, JobState.EXPIRED, now_ms)
         return await self.store.jobs.read(future_id)
 
-    async def cancel(self, future_id: str) -> bool:
-        """Records that the job is cancelled, and tells every replica. False for one that has ended already. Raises UnknownJob, and
-        StoreUnavailable."""
+    async def cancel(self, future_id: str, is_told: Callable[[str], bool] = lambda _: False) -> bool:
+        """Records that the job is cancelled, and tells every replica, unless `is_told` says that they have heard of that id. False for one
+        that has ended already. Raises UnknownJob, and StoreUnavailable: then it may have ended, and not everybody was told, so call it
+        again."""
         record = await self._known(future_id)
-        if not await self._cancel(record):
+        if not await self._cancel(record, is_told):
             return False
-        await self._cancel_stages(record)
+        await self._cancel_stages(record, is_told)
         return not record.state.is_final
 
-    async def _cancel(self, record: JobRecord) -> bool:
+    async def _cancel(self, record: JobRecord, is_told: Callable[[str], bool]) -> bool:
         """Returns False for one that has another end."""
         if not await self._end(record, CANCELLED, JobState.CANCELLED, self.store.now_ms()):
             return False
-        await self.store.append_log(self._keys.cancelled, notice_of_request(record.id))  # also again, since the first word may be lost
+        if not is_told(record.id):
+            await self.store.append_log(self._keys.cancelled, notice_of_request(record.id))
         return True
 
-    async def _cancel_stages(self, record: JobRecord) -> None:
+    async def _cancel_stages(self, record: JobRecord, is_told: Callable[[str], bool]) -> None:
         """Cancels the stage of a pipeline that is under way. Where none is, the next one may be on its way to the broker: its end is
         recorded, so that it will not run."""
         names = record.facts.stages
@@ -179,7 +184,7 @@ class JobSender:
             if stage is None and index >= len(record.facts.done):
                 stage = JobRecord(place, JobFacts("", names[index]), JobState.QUEUED)
             if stage is not None and (not stage.state.is_final or stage.state is JobState.CANCELLED):
-                await self._cancel(stage)
+                await self._cancel(stage, is_told)
                 return
 
     async def fail(self, future_id: str, result: Result) -> None:
@@ -220,14 +225,18 @@ class JobSender:
         return await self.submit(new_id, backend, body, kept.content_type, header.meta, origin=header.origin, terms=terms, refusal=refusal)
 
     async def _kept_message(self, record: JobRecord) -> KeptMessage:
-        """Returns the message of a job that has ended."""
-        raw = await self.store.jobs.message(record.id)
-        if raw is None:
-            raise ResultGone(
-                f"the message of job {record.id} is not kept (any more), so it cannot be retried: send it again (a success keeps it for "
-                f"{MESSAGE_TTL_S // 60} minutes, any other end as long as the result; a direct publisher's job has none)"
-            )
-        return KeptMessage.opened(raw, self._signer, record.facts.backend, record.id)
+        """Returns the message of a job that has ended. Its sender keeps it once the broker has confirmed it: after a short run, that may be
+        a moment after the end."""
+        for pause_s in delays():
+            if (raw := await self.store.jobs.message(record.id)) is not None:
+                return KeptMessage.opened(raw, self._signer, record.facts.backend, record.id)
+            if not is_minted(record.id) or self.store.now_ms() - record.ended_ms > _KEPT_WITHIN_MS:
+                break
+            await asyncio.sleep(pause_s)
+        raise ResultGone(
+            f"the message of job {record.id} is not kept (any more), so it cannot be retried: send it again (a success keeps it for "
+            f"{MESSAGE_TTL_S // 60} minutes, any other end as long as the result; a direct publisher's job has none)"
+        )
 
     async def _stage_to_repeat(self, record: JobRecord) -> JobRecord:
         """Returns the last stage that was sent of a pipeline which has ended; the first one, if all of them have succeeded."""

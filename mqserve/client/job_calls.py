@@ -292,8 +292,15 @@ class JobCalls:
         return await self.group(group_id)
 
     async def cancel_all(self, keys: Sequence[str]) -> int:
-        """Cancels jobs for everybody, and returns how many had no result yet."""
-        return sum(await self._some_at_a_time(self._jobs.cancel, keys))
+        """Cancels jobs for everybody, and returns how many had no result yet. Passes over those of which nothing is known: they were never
+        sent, or are forgotten."""
+        return sum(await self._some_at_a_time(self._cancel_if_known, keys))
+
+    async def _cancel_if_known(self, key: str) -> bool:
+        try:
+            return await self._jobs.cancel(key)
+        except UnknownJob:
+            return False
 
     async def _some_at_a_time(self, ask: Callable[[str], Awaitable[T]], keys: Sequence[str]) -> list[T]:
         found: list[T] = []

@@ -183,6 +183,8 @@ class Sender:
             if call.pending.cancelled():
                 return work.close()
             await work
+            if call.pending.cancelled():  # while it was sent: its record was not there yet to be ended
+                return await self.jobs.cancel_soon(call.id)
             result = await self._requests.pending.job_result(call.id, within_s)
         except asyncio.CancelledError:
             _fail(call.pending, InstanceError(self._over or _STOPPED))

@@ -135,7 +135,6 @@ async def show_jobs(settings: Settings, ids: Sequence[str], *, as_json: bool, co
 
 async def purge_jobs(settings: Settings, selection: Selection, *, yes: bool, console: Console | None = None) -> int:
     """Removes record, result and events of jobs that have ended. Raises BadValue for ids that are unknown or have not ended."""
-
     return await act(settings, selection, PURGE, yes=yes, console=console)
 
 

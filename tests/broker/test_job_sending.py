@@ -396,6 +396,21 @@ async def test_a_job_whose_message_is_not_kept_is_not_sent_once_more(sender: Job
         await sender.retry("f", mint_id())
 
 
+async def test_a_message_that_is_kept_a_moment_after_the_end_of_its_job_is_sent_once_more(
+    sender: JobSender, store: Store, keys: StoreKeys, hands: Hands
+) -> None:
+    """RabbitMQ delivers a message before it confirms it, so a short run ends before its sender has written the record."""
+    id = await submitted(sender)
+    kept = await store.jobs.message(id)
+    assert kept is not None
+    await store.delete(keys.message(id))
+    await ended(store, id, ended_ms=store.now_ms())
+    retried = asyncio.create_task(sender.retry(id, mint_id()))
+    await asyncio.sleep(0.05)  # so that it finds none at first
+    await store.set(keys.message(id), kept)
+    assert (await retried).retry_of == id
+
+
 async def test_a_message_that_this_instance_did_not_keep_is_not_sent(
     sender: JobSender, store: Store, keys: StoreKeys, queue: Queue
 ) -> None:

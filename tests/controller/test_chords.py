@@ -147,6 +147,15 @@ async def test_what_cannot_be_sent_now_is_sent_later(store: Store, keys: StoreKe
     assert await site.sent() == [[1]]
 
 
+async def test_a_chord_goes_to_an_endpoint_of_which_the_leader_has_not_heard_yet(site: Site) -> None:
+    await site.begin(1)
+    await site.end(0, 1)
+    site.chords.follow(Desired(), "")
+    await site.store.set(site.keys.desired, msgspec.json.encode(DESIRED))
+    await site.follow()
+    assert await site.sent() == [[1]]
+
+
 async def test_a_full_store_gets_no_chord_until_it_has_room(site: Site) -> None:
     await site.begin(1)
     await site.end(0, 1)

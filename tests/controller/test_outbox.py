@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
@@ -234,6 +235,15 @@ async def test_a_second_sending_has_the_id_of_the_first(store: Store, keys: Stor
             await instance.stages.send(note)
         await until(lambda: len(instance.arrived) == 2)
         assert {message.id for message in instance.arrived} == {stage_id(SIGNER, PIPELINE, 1)}
+
+
+async def test_a_stage_goes_to_an_endpoint_of_which_the_leader_has_not_heard_yet(store: Store, keys: StoreKeys) -> None:
+    async with Instance(store, keys) as instance:
+        note = await instance.end_stage(await instance.submit(), 1)
+        instance.stages.follow(Desired(), "")
+        await store.set(keys.desired, msgspec.json.encode(DESIRED))
+        await instance.stages.send(note)
+        assert (await instance.next()).header.meta.endpoint == "two"
 
 
 async def test_the_end_of_a_pipeline_is_written_once_and_then_nothing_follows(store: Store, keys: StoreKeys) -> None:

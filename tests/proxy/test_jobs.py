@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mqserve.broker.calls.cancellations import CANCELLED, notice_of_request
 from mqserve.broker.envelope import mint_id
 from mqserve.broker.jobs import Attempt, EventKind, JobEvent, JobFacts, JobState
 from mqserve.broker.results import Result
@@ -343,6 +344,26 @@ async def test_a_job_that_has_ended_cannot_be_cancelled(site: JobSite) -> None:
     site.end(envelope.id, Result())
     answer = await site.ask(f"/-/futures/{envelope.id}", method="DELETE")
     assert json.loads(answer.body) == {"id": envelope.id, "cancelled": False}
+
+
+async def test_a_pipeline_that_is_cancelled_once_more_ends_the_stage_that_the_first_time_left(site: JobSite) -> None:
+    logged: list[bytes] = []
+    listening = [asyncio.create_task(work) for work in (site.heard.listen(), site.store.read_log(site.keys.cancelled, logged.extend))]
+    whole = mint_id()
+    site.store.jobs.add_then(whole, JobFacts("", "p", stages=("one", "two")), lambda outcome: None)
+    stage = (await site.state(whole))["stages"][0]["id"]
+    await site.begun(stage)
+    site.end(whole, CANCELLED)  # and then the store was away
+    await site.store.append_log(site.keys.cancelled, notice_of_request(whole))
+    await until(lambda: site.heard.has(whole))
+    for _ in range(2):
+        answer = await site.ask(f"/-/futures/{whole}", method="DELETE")
+        assert json.loads(answer.body) == {"id": whole, "cancelled": True}
+        await until(lambda: site.heard.has(stage))
+    assert [one["status"] for one in (await site.state(whole))["stages"] if "status" in one] == ["cancelled"]
+    assert logged == [notice_of_request(whole), notice_of_request(stage)]
+    for task in listening:
+        task.cancel()
 
 
 async def test_a_job_that_has_ended_is_sent_again_under_another_id(site: JobSite) -> None:
