@@ -164,10 +164,14 @@ class Instance:
         self.signer = signer
         self.queue = EmbeddedQueue()
         self.jobs = JobSender(self.queue, store, keys, HeldBytes(), signer)
-        self.stages = NextStages(self.jobs, store, keys, signer)
-        self.stages.follow(DESIRED, "")
+        self.stages = self.leader_with(signer)
         self.arrived: list[Envelope] = []
         self._consumptions: list[Consumption] = []
+
+    def leader_with(self, signer: Signer) -> NextStages:
+        stages = NextStages(JobSender(self.queue, self.store, self.keys, HeldBytes(), signer), self.store, self.keys, signer)
+        stages.follow(DESIRED, "")
+        return stages
 
     async def __aenter__(self) -> "Instance":
         for name in STAGES:
@@ -184,7 +188,7 @@ class Instance:
         delivery.ack()
 
     async def submit(self) -> Envelope:
-        sent_id = stage_id(self.signer, PIPELINE, 0)
+        sent_id = stage_id(PIPELINE, 0)
         kind, body = encode_value([1, {}], self.signer, SealScope("request", "one", sent_id))
         terms = JobTerms(stages=Stages("p", STAGES), tag="t", callback="https://hooks.example/")
         await self.jobs.submit(PIPELINE, "one", body, kind, RequestHead(endpoint="p"), origin="handle", terms=terms)
@@ -218,7 +222,7 @@ async def test_the_end_of_a_stage_sends_the_next_one_with_its_result(store: Stor
         for number in (1, 2):
             await instance.stages.send(await instance.end_stage(message, {"after": number}))
             message = await instance.next()
-            assert (message.id, message.header.meta.endpoint) == (stage_id(SIGNER, PIPELINE, number), STAGES[number])
+            assert (message.id, message.header.meta.endpoint) == (stage_id(PIPELINE, number), STAGES[number])
             assert message.carries and read_carried(message.body, SIGNER, plain=False) == {"after": number}
         await instance.stages.send(await instance.end_stage(message, (1, 2)))
         record = await store.jobs.read(PIPELINE)
@@ -233,7 +237,17 @@ async def test_a_second_sending_has_the_id_of_the_first(store: Store, keys: Stor
         for _ in range(2):  # the first leader died before it removed the entry
             await instance.stages.send(note)
         await until(lambda: len(instance.arrived) == 2)
-        assert {message.id for message in instance.arrived} == {stage_id(SIGNER, PIPELINE, 1)}
+        assert {message.id for message in instance.arrived} == {stage_id(PIPELINE, 1)}
+
+
+async def test_a_pipeline_goes_on_while_the_secret_key_is_rotated(store: Store, keys: StoreKeys) -> None:
+    old, new = b"k" * MIN_KEY_BYTES, b"n" * MIN_KEY_BYTES
+    async with Instance(store, keys, Signer([old, new], "tests")) as instance:
+        note = await instance.end_stage(await instance.submit(), 1)
+        await instance.leader_with(Signer([new, old], "tests")).send(note)
+        await instance.stages.send(note)  # by one that has the old key still
+        await until(lambda: len(instance.arrived) == 2)
+        assert {message.id for message in instance.arrived} == {stage_id(PIPELINE, 1)}
 
 
 async def test_the_end_of_a_pipeline_is_written_once_and_then_nothing_follows(store: Store, keys: StoreKeys) -> None:
