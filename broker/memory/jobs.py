@@ -210,9 +210,12 @@ class EmbeddedJobs:
     def end_then(self, end: JobEnd, on_done: OnDone) -> None:
         future, ttl_ms = self._keys.future(end.id), end.result_ttl_ms
         job = self._jobs.get(end.id) or _Job()
-        if end.token and not job.is_of(end.token) and end.state is not JobState.SUCCEEDED and self._values.get(future) != end.result:
-            return on_done(False)
-        if not self._values.put(future, end.result, ttl_ms, only_new=True) and self._values.get(future) != end.result:
+        if (found := self._values.get(future)) is None:
+            is_stale = bool(end.token) and end.state is not JobState.SUCCEEDED and not job.is_of(end.token)
+            if job.has_ended or is_stale:  # one that has ended has no result any more
+                return on_done(False)
+            self._values.put(future, end.result, ttl_ms)
+        elif found != end.result:
             return on_done(False)
         if not job.has_ended:
             job.fields |= {b"state": end.state.encode(), b"status": b"%d" % end.status, b"ended": b"%d" % end.ended_ms}

@@ -205,11 +205,12 @@ end
 steps['end'] = function(one)
   local found = run('GET', one.future)
   if found and found ~= one.result then return 0 end
-  if not found and one.token ~= '' and one.state ~= 'succeeded' then
-    local _, latest = look(one.record)
-    if latest and latest ~= one.token then return 0 end
+  if not found then
+    local state, latest = look(one.record)
+    if state then return 0 end  -- it has ended, and its result is not kept any more
+    if one.token ~= '' and one.state ~= 'succeeded' and latest and latest ~= one.token then return 0 end
+    redis.call('SET', one.future, one.result, 'PX', one.ttl)
   end
-  if not found then redis.call('SET', one.future, one.result, 'PX', one.ttl) end
   if run('HSETNX', one.record, 'state', one.state) == 1 then
     redis.call('HSET', one.record, 'status', one.status, 'ended', one.ended)
     redis.call('PEXPIRE', one.record, 2 * one.ttl)

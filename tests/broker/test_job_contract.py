@@ -75,6 +75,15 @@ async def test_a_job_runs_and_succeeds(store: Store, keys: StoreKeys) -> None:
     assert record.has_result and await store.get(keys.future("f")) == b"result"
 
 
+async def test_a_job_whose_result_has_gone_gets_no_other(store: Store, keys: StoreKeys) -> None:
+    await added(store)
+    assert await ended(store)
+    await store.delete(keys.future("f"))
+    assert not await ended(store, result=b"cancelled", state=JobState.CANCELLED, status=499)
+    record = await store.jobs.read("f")
+    assert record is not None and (record.state, record.has_result) == (JobState.SUCCEEDED, False)
+
+
 async def test_only_the_first_end_counts(store: Store, keys: StoreKeys) -> None:
     await added(store)
     assert await ended(store, state=JobState.CANCELLED, status=499)
