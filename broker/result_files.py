@@ -247,7 +247,7 @@ def parse_result_store(text: str) -> Path | None:
         return None
     url = urlsplit(text)
     path = unquote(url.path)
-    if url.scheme != "file" or url.netloc not in ("", "localhost") or path in ("", "/") or "\0" in path:
+    if url.scheme != "file" or url.netloc not in ("", "localhost") or not path.startswith("/") or path == "/" or "\0" in path:
         raise BadValue(
             f"MQSERVE_RESULT_STORE is {text!r}, and has to name a folder that all processes of the instance share, such as "
             "file:///mnt/mqserve-results"

@@ -163,7 +163,9 @@ async def test_runs_that_end_alike_write_at_the_same_time(files: ResultFiles, tm
     assert len(set(written)) == len(names(tmp_path)) == 1
 
 
-@pytest.mark.parametrize("text", ["/mnt/results", "s3://bucket/results", "file://host/results", "file:", "file:///", "file://results"])
+@pytest.mark.parametrize(
+    "text", ["/mnt/results", "s3://bucket/results", "file://host/results", "file:", "file:///", "file://results", "file:results"]
+)
 def test_the_setting_names_a_folder(text: str) -> None:
     with pytest.raises(BadValue, match="file:///mnt/mqserve-results"):
         Settings.read({"MQSERVE_RESULT_STORE": text})
