@@ -65,7 +65,11 @@ class NextStages:
         raw = await self._store.get(self._keys.future(end.id))
         if raw is None:
             return await self._end(plan, _failed("mqserve.ResultGone", f"the result of stage {plan.stages[index]!r} is not kept any more"))
-        result = Result.from_bytes(raw)
+        try:
+            result = Result.from_bytes(raw)
+        except BadEnvelope as error:  # of the result, and not of the entry: that was ours
+            message = f"the result of stage {plan.stages[index]!r} cannot be read: {error}"
+            return await self._end(plan, _failed("mqserve.BadEnvelope", message))
         if result.file is not None and result.file.size > MAX_BODY_BYTES:
             message = (
                 f"the result of stage {plan.stages[index]!r} has {result.file.size} bytes, and one of a pipeline {MAX_BODY_BYTES} at most"
@@ -79,8 +83,8 @@ class NextStages:
     async def _whole(self, plan: Plan, index: int, job_id: str, result: Result) -> Result:
         try:
             return await with_body(self._store, self._keys, job_id, result)
-        except BodyGone:
-            return _failed("mqserve.ResultGone", f"the body of the result of stage {plan.stages[index]!r} is not kept any more")
+        except BodyGone as error:
+            return _failed("mqserve.ResultGone", f"the result of stage {plan.stages[index]!r} cannot be passed on: {error}")
 
     async def _go_on(self, plan: Plan, index: int, state: JobState, result: Result) -> None:
         if result.frames:

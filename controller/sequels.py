@@ -49,12 +49,12 @@ class Sequels:
     async def turn(self, desired: Desired, observed: Observed | None, *, leads: bool) -> None:
         """Looks after them, from the first backend on. When the instance closes the leader goes on until `tidy`. The leader sees to the
         outbox also where nobody may be called: a direct publisher may ask for it nevertheless."""
+        self._ends.futures_path = desired.http.futures_path
+        for sending in (self._stages, self._chords):
+            sending.follow(desired, "" if observed is None else observed.store_is_full)
         if not leads:
             await self._outbox.stop()
         elif desired.backends:
-            self._ends.futures_path = desired.http.futures_path
-            for sending in (self._stages, self._chords):
-                sending.follow(desired, "" if observed is None else observed.store_is_full)
             self._outbox.go_on()
         if desired.closing and not leads:
             await self._posting.stop()

@@ -16,6 +16,7 @@ from mqserve.broker.overload import HeldBytes
 from mqserve.broker.pipelines import VERSION, Plan, Stages, stage_id
 from mqserve.broker.queue import Consumption, Delivery
 from mqserve.broker.results import ErrorInfo, Result, entry_of
+from mqserve.broker.settings import Settings
 from mqserve.broker.store import Store, recorded
 from mqserve.broker.store_keys import StoreKeys
 from mqserve.broker.values.carried import read_carried
@@ -23,6 +24,7 @@ from mqserve.broker.values.codecs import encode_value
 from mqserve.broker.values.signing import MIN_KEY_BYTES, SealScope, Signer
 from mqserve.controller.next_stages import NextStages
 from mqserve.controller.outbox import Outbox, Send
+from mqserve.controller.sequels import Sequels
 from mqserve.controller.state.documents import Backend, Desired, Endpoint
 from tests.broker.traffic import until
 
@@ -196,7 +198,7 @@ class Instance:
         return self.arrived.pop()
 
     async def end_stage(self, message: Envelope, value: object = None, *, error: ErrorInfo | None = None) -> EndNote:
-        """What the outbox then says of it."""
+        """Returns what the outbox then says of it."""
         backend, head = message.header.meta.endpoint, message.header.job
         assert head is not None
         kind, body = encode_value(value, self.signer, SealScope("result", backend, message.id))
@@ -205,11 +207,14 @@ class Instance:
         await end(
             self.store, message.id, result=result.to_bytes(), note=entry_of(message.id, b""), state=state, stage=head.stage, callback=""
         )
-        return EndNote.from_bytes((await self.store.jobs.ends(100))[-1].note)
+        return EndNote(message.id, state, self.store.now_ms(), stage=head.stage)
 
     async def next(self) -> Envelope:
         await until(lambda: bool(self.arrived))
         return self.arrived.pop()
+
+    async def has_ended(self) -> bool:
+        return await self.result() is not None
 
     async def result(self) -> Result | None:
         raw = await self.store.get(self.keys.future(PIPELINE))
@@ -299,6 +304,19 @@ async def test_an_endpoint_that_is_gone_ends_the_pipeline_with_a_sentence(store:
         assert record is not None and record.state == "failed"
 
 
+async def test_what_follows_is_sent_by_the_document_as_it_is_also_once_the_last_backend_is_gone(store: Store, keys: StoreKeys) -> None:
+    async with Instance(store, keys) as instance:
+        message = await instance.submit()
+        sequels = Sequels(instance.queue, store, keys, Settings("tests", secret_keys=(b"k" * MIN_KEY_BYTES,)))
+        await sequels.turn(DESIRED, None, leads=True)
+        await sequels.turn(Desired(), None, leads=True)
+        await instance.end_stage(message, 1)
+        await until(instance.has_ended)
+        await sequels.stop()
+        found = await instance.result()
+        assert found is not None and found.error is not None and "no endpoint 'two' any more" in found.error.message
+
+
 async def test_a_result_that_is_gone_ends_the_pipeline_with_a_sentence(store: Store, keys: StoreKeys) -> None:
     async with Instance(store, keys) as instance:
         message = await instance.submit()
@@ -307,6 +325,16 @@ async def test_a_result_that_is_gone_ends_the_pipeline_with_a_sentence(store: St
         await instance.stages.send(note)
         found = await instance.result()
         assert found is not None and found.error is not None and "is not kept any more" in found.error.message
+
+
+async def test_what_stands_in_the_place_of_a_result_ends_the_pipeline_with_a_sentence(store: Store, keys: StoreKeys) -> None:
+    async with Instance(store, keys) as instance:
+        message = await instance.submit()
+        note = await instance.end_stage(message, 1)
+        await store.set(keys.future(message.id), b"\xc1", ttl_ms=60_000)
+        await instance.stages.send(note)
+        found = await instance.result()
+        assert found is not None and found.error is not None and "the result of stage 'one' cannot be read" in found.error.message
 
 
 async def test_a_store_that_is_full_has_the_next_stage_wait(store: Store, keys: StoreKeys) -> None:
