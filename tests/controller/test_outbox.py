@@ -1,7 +1,7 @@
 """The outbox: what follows from the ends of jobs is done once for each, in spite of leaders that die, and no entry holds up another."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from mqserve.broker.calls.job_sending import JobSender, JobTerms
 from mqserve.broker.envelope import Envelope, RequestHead, Stage
 from mqserve.broker.errors import BadEnvelope, BrokerUnavailable
+from mqserve.broker.job_store import PlacedEnd
 from mqserve.broker.jobs import EndNote, JobEnd, JobRecord, JobState, Sequel
 from mqserve.broker.memory.queue import EmbeddedQueue
 from mqserve.broker.overload import HeldBytes
@@ -94,6 +95,32 @@ async def test_an_entry_that_fails_holds_up_no_other_and_is_tried_again(store: S
         may_pass = True
         await until(lambda: seen == ["second", "first"])
         await until_empty(store)
+
+
+async def test_the_outbox_is_not_read_again_for_each_entry_that_fails(
+    store: Store, keys: StoreKeys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads, failed = 0, 0
+    ends = store.jobs.ends
+
+    async def counted(at_most: int, after: str = "") -> Sequence[PlacedEnd]:
+        nonlocal reads
+        reads += 1
+        return await ends(at_most, after)
+
+    async def send(note: EndNote) -> None:
+        nonlocal failed
+        await asyncio.sleep(0.01 * int(note.id))
+        failed += 1
+        raise BrokerUnavailable("away")
+
+    for number in range(50):
+        await end(store, str(number))
+    monkeypatch.setattr(store.jobs, "ends", counted)
+    async with reading(store, keys, send):
+        await until(lambda: failed >= 50)
+        assert reads < 25
+        await until(lambda: failed >= 100)
 
 
 async def test_an_entry_that_takes_long_holds_up_no_other(store: Store, keys: StoreKeys) -> None:
