@@ -23,10 +23,8 @@ class Sequels:
     """The part of one controller. Webhooks are posted where hosts are set that may be called."""
 
     def __init__(self, queue: Queue, store: Store, keys: StoreKeys, settings: Settings) -> None:
-        signer, jobs = (
-            WebhookSigner(settings.webhook_secrets, settings.namespace),
-            JobSender(queue, store, keys, HeldBytes(), settings.signer),
-        )
+        signer = WebhookSigner(settings.webhook_secrets, settings.namespace)
+        jobs = JobSender(queue, store, keys, HeldBytes(), settings.signer)
         self.rules = settings.callbacks.rules
         self._webhooks = queue.webhooks
         self._posting = WebhookSending(queue.webhooks, store, signer, self.rules, Receivers(settings.callbacks.networks))

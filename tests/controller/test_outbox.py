@@ -1,8 +1,9 @@
 """The outbox: what follows from the ends of jobs is done once for each, in spite of leaders that die, and no entry holds up another."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import TypeVar
 
 import pytest
 from msgspec.structs import replace
@@ -23,6 +24,8 @@ from mqserve.broker.store_keys import StoreKeys
 from mqserve.broker.values.carried import read_carried
 from mqserve.broker.values.codecs import encode_value
 from mqserve.broker.values.signing import MIN_KEY_BYTES, SealScope, Signer
+from mqserve.controller.job_duties import JobDuties
+from mqserve.controller.lease import Leader
 from mqserve.controller.next_stages import NextStages
 from mqserve.controller.outbox import Outbox, Send
 from mqserve.controller.sequels import Sequels
@@ -30,6 +33,8 @@ from mqserve.controller.state.documents import Backend, Desired, Endpoint
 from tests.broker.traffic import until
 
 pytestmark = pytest.mark.anyio
+
+T = TypeVar("T")
 
 SIGNER = Signer([b"k" * MIN_KEY_BYTES], "tests")
 STAGES = ("one", "two", "three")
@@ -342,6 +347,18 @@ async def test_what_follows_is_sent_by_the_document_as_it_is_also_once_the_last_
         await sequels.stop()
         found = await instance.result()
         assert found is not None and found.error is not None and "no endpoint 'two' any more" in found.error.message
+
+
+async def test_the_outbox_is_gone_through_at_the_end_of_an_instance_also_where_no_replica_can_start(store: Store, keys: StoreKeys) -> None:
+    async def at_once(act: Callable[[], Awaitable[T]]) -> T:
+        return await act()
+
+    async with Instance(store, keys) as instance:
+        await instance.end_stage(await instance.submit(), error=ErrorInfo("ValueError", "no"))
+        settings = Settings("tests", secret_keys=(b"k" * MIN_KEY_BYTES,))
+        duties = JobDuties(store, keys, instance.queue, Leader(store, keys, "c"), at_once, None, settings)
+        await duties.tidy()
+        await until(instance.has_ended)
 
 
 async def test_a_result_that_is_gone_ends_the_pipeline_with_a_sentence(store: Store, keys: StoreKeys) -> None:
