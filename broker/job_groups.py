@@ -55,6 +55,11 @@ def member_id(group_id: str, number: int) -> str:
     return hmac.digest(group_id.encode(), b"mqserve member %d" % number, "sha256")[:16].hex()
 
 
+def chord_id(group_id: str) -> str:
+    """Returns the id of the job that gets all results of a group."""
+    return hmac.digest(group_id.encode(), b"mqserve chord", "sha256")[:16].hex()
+
+
 def ends_in(raw: bytes) -> dict[int, JobState]:
     """Returns the members that have ended, from what stands at `group:{id.ends}`."""
     return {number: STATE_OF_BYTE[byte] for number, byte in enumerate(raw) if byte in STATE_OF_BYTE}

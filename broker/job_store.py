@@ -58,7 +58,8 @@ class JobStore(Protocol):
     def end_then(self, end: JobEnd, on_done: OnDone) -> None:
         """Records the end of a job, in a batch. True if this is its first result (or equal to the first). Only the first writer changes the
         record, tells those who wait, adds the end to the outbox if something follows from it, and counts it for the job's group. False also
-        for the failure of a run after which another has begun: that one's end counts. A late success is the same work, and counts."""
+        for the failure of a run after which another has begun: that one's end counts. A late success is the same work, and counts. False
+        for any other end of a job that has ended and whose result is not kept any more."""
         ...
 
     def note(self, future_id: str, token: bytes, event: JobEvent) -> None:

@@ -7,6 +7,7 @@ that the later ones need, so that a store that lost everything holds up no pipel
 
 from __future__ import annotations
 
+import hmac
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -88,19 +89,20 @@ class Plan(msgspec.Struct, frozen=True, array_like=True):
         return Pipeline(self.id, self.facts, f"stage {self.stages[index]} ({index + 1} of {len(self.stages)})")
 
 
-def stage_id(signer: Signer, pipeline_id: str, index: int) -> str:
-    """Returns the id of a stage. It is the same whoever sends the stage, so a second sending is recognized."""
-    return signer.derived_id("stage", pipeline_id, index)
+def stage_id(pipeline_id: str, index: int) -> str:
+    """Returns the id of a stage. It is the same whoever sends the stage, so a second sending is recognized: also if the secret key is
+    rotated on the way. The pipeline's id, which is a right, cannot be told from it."""
+    return hmac.digest(pipeline_id.encode(), b"mqserve stage %d" % index, "sha256")[:16].hex()
 
 
-def message_id(signer: Signer, job_id: str, stages: Stages | None) -> str:
+def message_id(job_id: str, stages: Stages | None) -> str:
     """Returns the id of the message that a job sends: its own, or that of its first stage."""
-    return job_id if stages is None else stage_id(signer, job_id, len(stages.done))
+    return job_id if stages is None else stage_id(job_id, len(stages.done))
 
 
-def stage_ids(signer: Signer, pipeline_id: str, facts: JobFacts) -> Sequence[str]:
+def stage_ids(pipeline_id: str, facts: JobFacts) -> Sequence[str]:
     """Returns the ids of all stages, also of those that are not sent yet."""
-    return [*facts.done, *(stage_id(signer, pipeline_id, index) for index in range(len(facts.done), len(facts.stages)))]
+    return [*facts.done, *(stage_id(pipeline_id, index) for index in range(len(facts.done), len(facts.stages)))]
 
 
 def place_of(stage: Stage, signer: Signer) -> Pipeline:

@@ -14,14 +14,15 @@ import re
 import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from .errors import BadValue, MQServeError, ResultGone
+from .process.daemon_threads import in_daemon_thread
 from .results import BodyFile, ResultLimit
 
 MAX_IN_STORE = 8 * 1024 * 1024  # of a job's result: it is kept for hours, and Redis keeps all in memory
@@ -68,7 +69,7 @@ class ResultFiles:
     def __init__(self, folder: Path | None, namespace: str) -> None:
         self._root = folder
         self._folder = folder / namespace if folder is not None else None
-        self._threads = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="result files") if folder is not None else None
+        self._free = asyncio.Semaphore(_AT_ONCE)  # threads
 
     def __repr__(self) -> str:
         return f"<ResultFiles in {self._folder}>"
@@ -130,7 +131,8 @@ class ResultFiles:
     async def _in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         """Raises TimeoutError, an OSError, for a folder that hangs: a thread is lost to it, and nobody waits for that."""
         async with asyncio.timeout(_BUDGET_S):
-            return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+            await self._free.acquire()
+            return await in_daemon_thread("result files", partial(function, *arguments), on_end=self._free.release)
 
     def _probe(self) -> None:
         assert self._folder is not None
@@ -247,7 +249,7 @@ def parse_result_store(text: str) -> Path | None:
         return None
     url = urlsplit(text)
     path = unquote(url.path)
-    if url.scheme != "file" or url.netloc not in ("", "localhost") or path in ("", "/") or "\0" in path:
+    if url.scheme != "file" or url.netloc not in ("", "localhost") or not path.startswith("/") or path == "/" or "\0" in path:
         raise BadValue(
             f"MQSERVE_RESULT_STORE is {text!r}, and has to name a folder that all processes of the instance share, such as "
             "file:///mnt/mqserve-results"

@@ -13,6 +13,7 @@ from typing import Protocol
 import msgspec
 from yarl import URL
 
+from .envelope import Whole
 from .errors import UNPARSABLE, BadEnvelope
 from .queue import Consumption, DeadLetters
 
@@ -28,8 +29,8 @@ class Webhook(msgspec.Struct, frozen=True, omit_defaults=True):
     id: str
     url: str
     body: str
-    since_ms: int  # store time of the first try
-    tries: int = 0  # that have failed
+    since_ms: Whole  # store time of the first try
+    tries: Whole = 0  # that have failed
     error: str = ""  # of the latest one
 
     @property

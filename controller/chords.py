@@ -12,7 +12,7 @@ from ..broker.calls.chord_calls import ChordCall
 from ..broker.calls.job_sending import JobSender, JobTerms
 from ..broker.calls.sending import MAX_BODY_BYTES
 from ..broker.errors import BackendGone, BadEnvelope, MembersFailed, MQServeError, TooLarge, UnknownJob
-from ..broker.job_groups import GroupFacts, member_id
+from ..broker.job_groups import GroupFacts, chord_id, member_id
 from ..broker.jobs import EndNote, JobState
 from ..broker.process.printable import printable
 from ..broker.result_bodies import with_body
@@ -64,7 +64,7 @@ class Chords:
             call = ChordCall.opened(group.call, self._signer, group_id)
         except BadEnvelope as error:
             result = members_failed(f"what was kept of this job until all jobs of its group have ended cannot be used: {error}")
-            await self._fail(self._signer.derived_id("chord", group_id), result)
+            await self._fail(chord_id(group_id), result)
             raise
         record = await self._jobs.look(call.id)
         if record is not None and (record.state is not JobState.QUEUED or record.facts.backend or record.facts.stages):

@@ -1,4 +1,4 @@
-"""What a controller does for jobs, beside its comparisons. The leader fires schedules, forwards jobs whose time has come, and sends what
+"""What a controller does for jobs, beside its comparisons. The leader fires schedules, forwards jobs whose time has come, sends what
 follows from the ends of jobs, and removes large results that have expired; each controller posts webhooks.
 
 A new duty is added here: `Controller` tells all of them together when to begin, to stop, and to tidy up.
@@ -100,7 +100,7 @@ class JobDuties:
     async def tidy(self) -> None:
         """Deletes the queues at the end of an instance, if they are empty. If the broker is away they are left, without a job, or with one
         for the next instance of the namespace."""
-        if self._due is not None:
-            with suppress(BrokerUnavailable):
+        with suppress(BrokerUnavailable):
+            if self._due is not None:
                 await self._due.tidy()
-                await self._sequels.tidy()
+            await self._sequels.tidy()

@@ -58,7 +58,7 @@ class NextStages:
         of broker and store, and BadEnvelope for what is no stage of ours."""
         assert end.stage is not None
         plan, index = Plan.opened(end.stage.plan, self._signer), end.stage.index
-        if not 0 <= index < len(plan.stages) or end.id != stage_id(self._signer, plan.id, index):
+        if not 0 <= index < len(plan.stages) or end.id != stage_id(plan.id, index):
             raise BadEnvelope(f"it says that it was stage {index} of a pipeline, and its id is none of that")
         record = await self._store.jobs.read(plan.id)
         if record is not None and (record.state.is_final or record.has_result):
@@ -66,7 +66,11 @@ class NextStages:
         raw = await self._store.get(self._keys.future(end.id))
         if raw is None:
             return await self._end(plan, _failed("mqserve.ResultGone", f"the result of stage {plan.stages[index]!r} is not kept any more"))
-        result = Result.from_bytes(raw)
+        try:
+            result = Result.from_bytes(raw)
+        except BadEnvelope as error:  # of the result, and not of the entry: that was ours
+            message = f"the result of stage {plan.stages[index]!r} cannot be read: {error}"
+            return await self._end(plan, _failed("mqserve.BadEnvelope", message))
         if result.file is not None and result.file.size > MAX_BODY_BYTES:
             message = (
                 f"the result of stage {plan.stages[index]!r} has {result.file.size} bytes, and one of a pipeline {MAX_BODY_BYTES} at most"
@@ -80,8 +84,8 @@ class NextStages:
     async def _whole(self, plan: Plan, index: int, job_id: str, result: Result) -> Result:
         try:
             return await with_body(self._store, self._keys, job_id, result)
-        except BodyGone:
-            return _failed("mqserve.ResultGone", f"the body of the result of stage {plan.stages[index]!r} is not kept any more")
+        except BodyGone as error:
+            return _failed("mqserve.ResultGone", f"the result of stage {plan.stages[index]!r} cannot be passed on: {error}")
 
     async def _go_on(self, plan: Plan, index: int, state: JobState, result: Result) -> None:
         if result.frames:
@@ -102,9 +106,9 @@ class NextStages:
         if endpoint is None or endpoint.stages:
             message = f"there is no endpoint {name!r} any more, which is stage {index + 1} of {len(plan.stages)}"
             return await self._end(plan, _failed("mqserve.UnknownEndpoint", message, 503))
-        job_id = stage_id(self._signer, plan.id, index)
+        job_id = stage_id(plan.id, index)
         backend, _ = choose(endpoint, plan.shard_key or job_id)  # by the id, so that a second sending goes the same way
-        before = stage_id(self._signer, plan.id, index - 1)
+        before = stage_id(plan.id, index - 1)
         body = carry_one(CarriedResult(result.content_type, result.body, result.backend, before))
         terms = JobTerms(
             result_ttl_s=plan.result_ttl_s,
@@ -119,7 +123,7 @@ class NextStages:
 
     def _taken_over(self, plan: Plan, index: int, result: Result) -> Result:
         """Returns the result of a stage as that of the pipeline, so that a pickle in it opens under the id of that."""
-        old, new = (SealScope("result", result.backend, job) for job in (stage_id(self._signer, plan.id, index), plan.id))
+        old, new = (SealScope("result", result.backend, job) for job in (stage_id(plan.id, index), plan.id))
         try:
             body = sealed_anew(result.body, result.content_type, self._signer, old, new)
         except BadSignature as refused:

@@ -92,8 +92,12 @@ class Outbox:
                 pass
 
     def _pause_s(self) -> float:
+        """Returns for how long nothing is tried again. Thousands of entries may wait for that, each to its own time: the outbox is not read
+        for each of them."""
+        if self._in_hand:
+            return FIRST_PAUSE_S  # one of them may fail meanwhile
         soonest = min((at for at, _ in self._again.values()), default=float("inf"))
-        return min(LOOK_SELDOM_EVERY_S, max(0.05, soonest - time.monotonic()))
+        return min(LOOK_SELDOM_EVERY_S, max(FIRST_PAUSE_S, soonest - time.monotonic()))
 
     async def _read(self) -> None:
         """Begins with all entries whose time has come. Raises StoreUnavailable."""
@@ -149,4 +153,3 @@ class Outbox:
         _, pause_s = self._again.get(place, (0.0, FIRST_PAUSE_S / 2))
         pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
         self._again[place] = (time.monotonic() + pause_s, pause_s)
-        self._arrived.set()  # the reader has another time to wait for

@@ -14,11 +14,11 @@ import ipaddress
 import re
 import socket
 import ssl
-import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from email.utils import parsedate_to_datetime
+from functools import partial
 from typing import NamedTuple
 
 import h11
@@ -26,6 +26,7 @@ from yarl import URL
 
 from ..broker.callbacks import Network
 from ..broker.errors import MQServeError, words_of
+from ..broker.process.daemon_threads import in_daemon_thread
 
 ATTEMPT_S = 15.0  # from the look-up of the name to the answer
 _CONNECT_S = 5.0
@@ -59,25 +60,8 @@ class Answer(NamedTuple):
 
 async def resolve(host: str, port: int) -> Sequence[str]:
     """Returns the addresses of a host. Raises OSError, and UnicodeError for what cannot be a name."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[Sequence[str]] = loop.create_future()
-
-    def settle(found: Sequence[str], error: Exception | None) -> None:
-        if not done.done():
-            done.set_result(found) if error is None else done.set_exception(error)
-
-    def look() -> None:
-        found: list[str] = []
-        failure: Exception | None = None
-        try:
-            found = [str(address[0]) for *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-        except (OSError, UnicodeError) as error:
-            failure = error
-        with suppress(RuntimeError):  # the loop has ended meanwhile
-            loop.call_soon_threadsafe(settle, found, failure)
-
-    threading.Thread(target=look, name="look up a receiver", daemon=True).start()
-    return await done
+    found = await in_daemon_thread("look up a receiver", partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM))
+    return [str(address[0]) for *_, address in found]
 
 
 class Receivers:

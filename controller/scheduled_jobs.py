@@ -27,7 +27,7 @@ async def send_scheduled(
     call = opened_call(schedule, signer)
     stages, entry = stages_of(endpoint, call.shard_key), entry_of(endpoint, desired.endpoints)
     backend, _ = choose(entry, call.shard_key or job_id)  # by the id, so that a second sending goes the same way
-    sent_id = message_id(signer, job_id, stages)
+    sent_id = message_id(job_id, stages)
     body = call.body_for(signer, schedule.endpoint, schedule.name, backend, sent_id, UNENDED_TTL_S * 1000)
     headers = (*call.head.headers, (b"x-schedule", schedule.name.encode()), (b"x-scheduled-for", _iso(at_ms).encode()))
     head = msgspec.structs.replace(call.head, headers=headers)

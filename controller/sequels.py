@@ -23,10 +23,8 @@ class Sequels:
     """The part of one controller. Webhooks are posted where hosts are set that may be called."""
 
     def __init__(self, queue: Queue, store: Store, keys: StoreKeys, settings: Settings) -> None:
-        signer, jobs = (
-            WebhookSigner(settings.webhook_secrets, settings.namespace),
-            JobSender(queue, store, keys, HeldBytes(), settings.signer),
-        )
+        signer = WebhookSigner(settings.webhook_secrets, settings.namespace)
+        jobs = JobSender(queue, store, keys, HeldBytes(), settings.signer)
         self.rules = settings.callbacks.rules
         self._webhooks = queue.webhooks
         self._posting = WebhookSending(queue.webhooks, store, signer, self.rules, Receivers(settings.callbacks.networks))
@@ -49,12 +47,12 @@ class Sequels:
     async def turn(self, desired: Desired, observed: Observed | None, *, leads: bool) -> None:
         """Looks after them, from the first backend on. When the instance closes the leader goes on until `tidy`. The leader sees to the
         outbox also where nobody may be called: a direct publisher may ask for it nevertheless."""
+        self._ends.futures_path = desired.http.futures_path
+        for sending in (self._stages, self._chords):
+            sending.follow(desired, "" if observed is None else observed.store_is_full)
         if not leads:
             await self._outbox.stop()
         elif desired.backends:
-            self._ends.futures_path = desired.http.futures_path
-            for sending in (self._stages, self._chords):
-                sending.follow(desired, "" if observed is None else observed.store_is_full)
             self._outbox.go_on()
         if desired.closing and not leads:
             await self._posting.stop()

@@ -221,7 +221,7 @@ class JobRuns:
         needs_proof = self._settlement.at_most_once and redelivered
         if not (needs_proof or is_late):
             return False
-        record = await self._store.jobs.read(job.envelope.future_id(self._backend)) if redelivered else None
+        record = await self._store.jobs.read(job.envelope.future_id(self._backend))  # of a first delivery, too: another copy may run
         if needs_proof and record is None:  # a missing record proves nothing, since the store may have lost its data
             self._host.drop(job, replica_lost(self._backend))
         elif is_late and not (record is not None and record.has_begun):

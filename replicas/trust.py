@@ -9,7 +9,7 @@ from ..broker.settings import Settings
 from ..broker.values.codecs import PICKLE, media_type
 from ..broker.values.header_seals import Seal
 
-_CLAIMS = "the mq header says more than a direct publisher may (deadline and meta.call)"
+_CLAIMS = "the mq header says more than a direct publisher may (deadline, meta.call, job.callback)"
 
 
 class SenderTrust:

@@ -135,7 +135,7 @@ class JobSender:
             carried=terms.carried, stage=terms.stage, member=terms.member,
         )  # fmt: skip
         header = Header(origin=origin, deadline=terms.expires_ms, meta=meta, once=terms.once, job=head, again=terms.again)
-        sent_id = message_id(self._signer, future_id, stages)
+        sent_id = message_id(future_id, stages)
         envelope = Envelope(sent_id, body, content_type, header, priority=terms.priority, persistent=True)
         facts = facts_of(backend, envelope, now_ms)
         self.held.take(size)
@@ -179,7 +179,7 @@ class JobSender:
         """Cancels the stage of a pipeline that is under way. Where none is, the next one may be on its way to the broker: its end is
         recorded, so that it will not run."""
         names = record.facts.stages
-        for index, place in enumerate(stage_ids(self._signer, record.id, record.facts)):
+        for index, place in enumerate(stage_ids(record.id, record.facts)):
             stage = await self.store.jobs.read(place)
             if stage is None and index >= len(record.facts.done):
                 stage = JobRecord(place, JobFacts("", names[index]), JobState.QUEUED)
@@ -211,7 +211,7 @@ class JobSender:
         """Sends the message of `sent` once more, which is the job of the record or, if that is a pipeline, one of its stages."""
         header, facts = kept.header, record.facts
         stages = None if sent is record else self._rest_of(record, sent, header.job)
-        backend, new_message = sent.facts.backend, message_id(self._signer, new_id, stages)
+        backend, new_message = sent.facts.backend, message_id(new_id, stages)
         body = sealed_anew(
             body, kept.content_type, self._signer, SealScope("request", backend, sent.id), SealScope("request", backend, new_message),
             UNENDED_TTL_S * 1000,
@@ -241,7 +241,7 @@ class JobSender:
     async def _stage_to_repeat(self, record: JobRecord) -> JobRecord:
         """Returns the last stage that was sent of a pipeline which has ended; the first one, if all of them have succeeded."""
         latest: JobRecord | None = None
-        for place in stage_ids(self._signer, record.id, record.facts)[len(record.facts.done) :]:
+        for place in stage_ids(record.id, record.facts)[len(record.facts.done) :]:
             stage = await self.store.jobs.read(place)
             if stage is None or not stage.facts.backend:  # it was cancelled before it was sent
                 break
@@ -256,13 +256,13 @@ class JobSender:
         """Returns what is left of a pipeline from that stage on. Raises BadEnvelope, and BadSignature."""
         if head is None or head.stage is None or (plan := Plan.opened(head.stage.plan, self._signer)).id != record.id:
             raise BadEnvelope(f"the message of job {sent.id} is no stage of pipeline {record.id}: another program wrote it")
-        done = tuple(stage_ids(self._signer, record.id, plan.facts)[: head.stage.index])
+        done = tuple(stage_ids(record.id, plan.facts)[: head.stage.index])
         return Stages(plan.name, plan.stages, plan.shard_key, done)
 
     async def stages(self, record: JobRecord) -> list[StageRecord]:
         """Returns what is known of each stage of a pipeline; nothing for any other job."""
         found: list[StageRecord] = []
-        ids = stage_ids(self._signer, record.id, record.facts)
+        ids = stage_ids(record.id, record.facts)
         for name, place, stage in zip(record.facts.stages, ids, await asyncio.gather(*map(self.store.jobs.read, ids)), strict=True):
             state = stage.state if stage is not None else JobState.SUCCEEDED if place in record.facts.done else None
             found.append(StageRecord(name, place, state))

@@ -61,6 +61,10 @@ class _Job:
         return f"<_Job {sorted(self.fields)}, {self.runs} runs>"
 
     @property
+    def has_facts(self) -> bool:
+        return b"facts" in self.fields
+
+    @property
     def has_ended(self) -> bool:
         return b"state" in self.fields
 
@@ -68,9 +72,9 @@ class _Job:
         """Whether no other run has begun since this one did."""
         return self.token is None or self.token == token
 
-    def keep_fact(self, facts: JobFacts) -> bool:
+    def keep_facts(self, facts: JobFacts) -> bool:
         """Returns whether the record has not had any, or those of a job that was held."""
-        is_new = b"facts" not in self.fields or self.is_held
+        is_new = not self.has_facts or self.is_held
         if is_new:
             self.is_held = False
             self.fields[b"facts"] = facts.to_bytes()
@@ -128,7 +132,7 @@ class EmbeddedJobs:
 
     def add_then(self, future_id: str, facts: JobFacts, on_done: OnDone, message: bytes = b"") -> None:
         job = self._jobs.get(future_id) or _Job()
-        if job.keep_fact(facts) and not job.has_ended and not job.runs:
+        if job.keep_facts(facts) and not job.has_ended and not job.runs:
             if not facts.stages:  # a pipeline waits in no queue
                 self._join_queue(future_id, job, facts.backend, score_of(facts))
             self._tell(future_id, job, _state(JobState.QUEUED, facts.created_ms))
@@ -150,12 +154,12 @@ class EmbeddedJobs:
             return Held(max(1, self._values.left_ms(lease)))
         self._values.put(lease, run.token, LEASE_MS)
         if job.token != run.token:
-            job.keep_fact(run.facts)
+            job.keep_facts(run.facts)
             job.runs += 1
             job.fields[b"runs"] = b"%d" % job.runs
             job.token = run.token
             self._leave_queue(job)
-            job.fields[b"run:%d" % job.runs] = Attempt(replica=run.replica, started_ms=run.now_ms, result_ttl_s=run.result_ttl_s).to_bytes()
+            job.fields[b"run:%d" % job.runs] = _attempt_of(run)
             for old in (b"run:%d" % (job.runs - KEPT_ATTEMPTS), b"end:%d" % (job.runs - KEPT_ATTEMPTS)):
                 job.fields.pop(old, None)
             self._tell(run.id, job, _state(JobState.RUNNING, run.now_ms))
@@ -168,10 +172,10 @@ class EmbeddedJobs:
         whole = self._jobs.get(pipeline.id) or _Job()
         if whole.has_ended:
             return
-        whole.keep_fact(pipeline.facts)
+        whole.keep_facts(pipeline.facts)
         if not whole.runs:
             whole.runs = 1
-            whole.fields |= {b"runs": b"1", b"run:1": Attempt(replica=run.replica, started_ms=run.now_ms).to_bytes()}
+            whole.fields |= {b"runs": b"1", b"run:1": _attempt_of(run)}
             self._tell(pipeline.id, whole, _state(JobState.RUNNING, run.now_ms))
         if is_first_run:
             self._tell(pipeline.id, whole, JobEvent(EventKind.LOG, run.now_ms, text=pipeline.note))
@@ -210,9 +214,12 @@ class EmbeddedJobs:
     def end_then(self, end: JobEnd, on_done: OnDone) -> None:
         future, ttl_ms = self._keys.future(end.id), end.result_ttl_ms
         job = self._jobs.get(end.id) or _Job()
-        if end.token and not job.is_of(end.token) and end.state is not JobState.SUCCEEDED and self._values.get(future) != end.result:
-            return on_done(False)
-        if not self._values.put(future, end.result, ttl_ms, only_new=True) and self._values.get(future) != end.result:
+        if (found := self._values.get(future)) is None:
+            is_stale = bool(end.token) and end.state is not JobState.SUCCEEDED and not job.is_of(end.token)
+            if job.has_ended or is_stale:  # one that has ended has no result any more
+                return on_done(False)
+            self._values.put(future, end.result, ttl_ms)
+        elif found != end.result:
             return on_done(False)
         if not job.has_ended:
             job.fields |= {b"state": end.state.encode(), b"status": b"%d" % end.status, b"ended": b"%d" % end.ended_ms}
@@ -268,7 +275,8 @@ class EmbeddedJobs:
 
     async def hold(self, future_id: str, facts: JobFacts) -> None:
         job = self._jobs.get(future_id) or _Job()
-        if job.keep_fact(facts):
+        if not job.has_facts:
+            job.keep_facts(facts)
             job.is_held = True
             self._jobs.put(future_id, job, UNENDED_TTL_S * 1000)
             self._tell(future_id, job, _state(JobState.QUEUED, facts.created_ms))
@@ -373,6 +381,10 @@ class EmbeddedJobs:
 
 
 _BYTE_OF_STATE = {state: byte for byte, state in STATE_OF_BYTE.items()}
+
+
+def _attempt_of(run: Run) -> bytes:
+    return Attempt(replica=run.replica, started_ms=run.now_ms, result_ttl_s=run.result_ttl_s).to_bytes()
 
 
 def _state(state: JobState, at_ms: int) -> JobEvent:

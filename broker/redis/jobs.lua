@@ -41,12 +41,15 @@ local function add_event(one, event)
   for _, inbox in ipairs(run('SMEMBERS', one.followers)) do tell(inbox, entry) end
 end
 
+local function keep_first_facts(one)
+  local is_first = run('HSETNX', one.record, 'facts', one.facts) == 1
+  if is_first then run('ZADD', JOBS, one.created, one.id) end
+  return is_first
+end
+
 -- Returns whether the record has had no facts, or those of a job that was held.
 local function keep_facts(one)
-  if run('HSETNX', one.record, 'facts', one.facts) == 1 then
-    run('ZADD', JOBS, one.created, one.id)
-    return true
-  end
+  if keep_first_facts(one) then return true end
   local is_held = run('HMGET', one.record, 'held')[1] == '1'
   if is_held then redis.call('HSET', one.record, 'facts', one.facts, 'held', '0') end
   return is_held
@@ -129,7 +132,7 @@ function steps.add(one)
 end
 
 function steps.hold(one)
-  if keep_facts(one) then
+  if keep_first_facts(one) then
     redis.call('HSET', one.record, 'held', '1')
     redis.call('PEXPIRE', one.record, UNENDED_TTL)
     add_event(one, one.event)
@@ -205,11 +208,12 @@ end
 steps['end'] = function(one)
   local found = run('GET', one.future)
   if found and found ~= one.result then return 0 end
-  if not found and one.token ~= '' and one.state ~= 'succeeded' then
-    local _, latest = look(one.record)
-    if latest and latest ~= one.token then return 0 end
+  if not found then
+    local state, latest = look(one.record)
+    if state then return 0 end  -- it has ended, and its result is not kept any more
+    if one.token ~= '' and one.state ~= 'succeeded' and latest and latest ~= one.token then return 0 end
+    redis.call('SET', one.future, one.result, 'PX', one.ttl)
   end
-  if not found then redis.call('SET', one.future, one.result, 'PX', one.ttl) end
   if run('HSETNX', one.record, 'state', one.state) == 1 then
     redis.call('HSET', one.record, 'status', one.status, 'ended', one.ended)
     redis.call('PEXPIRE', one.record, 2 * one.ttl)

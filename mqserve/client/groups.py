@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, overload
 from ..broker.calls.chord_calls import ChordCall
 from ..broker.envelope import Member, mint_id
 from ..broker.errors import BadType, BadValue, MQServeError, UnknownJob
-from ..broker.job_groups import GroupFacts, member_id
+from ..broker.job_groups import GroupFacts, chord_id, member_id
 from .gathering import Gathered
 from .handle import AsyncHandle, Handle
 from .jobs import Job
@@ -103,7 +103,7 @@ class _Sending:
         self._items = list(items)
         self._sent = 0
         group_id, order = mint_id(), _order_of(handle)
-        self._last = None if then is None else replace(_order_of(then), id=self.calls.chord_id(group_id))
+        self._last = None if then is None else replace(_order_of(then), id=chord_id(group_id))
         self._call: ChordCall | None = None
         if self._last is not None:
             self._call = self.calls.chord_call(self._last) if self._items else None

@@ -110,7 +110,7 @@ class JobCalls:
         backend = choose(first, order.shard_key).backend if claimed is None else claimed.backend
         its = desired.backends.get(backend)
         timing = timing_of(options, self._store.now_ms())
-        scope = SealScope("request", backend, message_id(self._signer, order.id, stages))
+        scope = SealScope("request", backend, message_id(order.id, stages))
         content_type, body = encode_value([order.data, order.arguments], self._signer, scope, timing.openable_ms)
         terms = JobTerms(
             not_before_ms=timing.not_before_ms,
@@ -243,10 +243,6 @@ class JobCalls:
         """Returns what is to be known of a group of such jobs. `then` is the id of the job that gets their results."""
         now_ms = self._store.now_ms()
         return GroupFacts(total, order.meta.endpoint, now_ms, timing_of(order.options, now_ms).expires_ms, then)
-
-    def chord_id(self, group_id: str) -> str:
-        """Returns the id of the job that gets all results of a group."""
-        return self._signer.derived_id("chord", group_id)
 
     def chord_call(self, order: Order) -> ChordCall:
         """Returns the job that gets all results of a group, as the group keeps it. Raises what `submit` does."""

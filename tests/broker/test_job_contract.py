@@ -75,6 +75,15 @@ async def test_a_job_runs_and_succeeds(store: Store, keys: StoreKeys) -> None:
     assert record.has_result and await store.get(keys.future("f")) == b"result"
 
 
+async def test_a_job_whose_result_has_gone_gets_no_other(store: Store, keys: StoreKeys) -> None:
+    await added(store)
+    assert await ended(store)
+    await store.delete(keys.future("f"))
+    assert not await ended(store, result=b"cancelled", state=JobState.CANCELLED, status=499)
+    record = await store.jobs.read("f")
+    assert record is not None and (record.state, record.has_result) == (JobState.SUCCEEDED, False)
+
+
 async def test_only_the_first_end_counts(store: Store, keys: StoreKeys) -> None:
     await added(store)
     assert await ended(store, state=JobState.CANCELLED, status=499)
@@ -476,7 +485,8 @@ WHOLE = JobFacts("", "p", created_ms=7, tag="t", stages=("one", "two"))
 
 async def stage_begun(store: Store, index: int, token: bytes = b"run") -> None:
     pipeline = Pipeline("whole", WHOLE, f"stage {index}")
-    assert isinstance(await store.jobs.begin(Run(f"stage-{index}", token, "r", FACTS, 1000 + index, pipeline=pipeline)), Leased)
+    run = Run(f"stage-{index}", token, "r", FACTS, 1000 + index, result_ttl_s=60, pipeline=pipeline)
+    assert isinstance(await store.jobs.begin(run), Leased)
 
 
 async def told(store: Store) -> list[str]:
@@ -501,7 +511,8 @@ async def test_a_pipeline_runs_from_the_first_run_of_a_stage_on_and_tells_of_eac
         await stage_begun(store, 2)
         await until(lambda: len(notes) == 3)
     record = await store.jobs.read("whole")
-    assert record is not None and (record.state, record.started_ms, record.has_begun) == (JobState.RUNNING, 1001, True)
+    assert record is not None and (record.state, record.has_begun) == (JobState.RUNNING, True)
+    assert record.attempts == (Attempt(1, "r", 1001, result_ttl_s=60),)
     assert await told(store) == ["queued", "running", "stage 1", "stage 2"]
 
 
@@ -610,6 +621,7 @@ async def test_a_job_that_is_held_is_queued_without_a_place_until_it_is_sent(sto
         await store.jobs.hold("f", held)
     record = await store.jobs.read("f")
     assert record is not None and (record.state, record.facts) == (JobState.QUEUED, held)
+    assert [one.event.state for one in await store.jobs.events("f")] == ["queued"], "the second time is that of an answer that was lost"
     assert await store.jobs.place("f", held) is None
     assert [found.id for found in await store.jobs.list(tag="t")] == ["f"]
     sent = JobFacts("b", "e", 1000, tag="t")

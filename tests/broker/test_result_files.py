@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+import subprocess
+import sys
 import threading
 import time
 from hashlib import sha256
@@ -128,7 +130,8 @@ async def test_a_folder_that_hangs_is_told(files: ResultFiles, monkeypatch: pyte
     monkeypatch.setattr(result_files, "_BUDGET_S", 0.05)
     monkeypatch.setattr(result_files, "_PROBE_BUDGET_S", 0.05)
     for _ in range(result_files._AT_ONCE):
-        asyncio.get_running_loop().run_in_executor(files._threads, goes_on.wait)
+        with pytest.raises(TimeoutError):
+            await files._in_thread(goes_on.wait)
     with pytest.raises(NotWritten, match="it does not answer"):
         await files.put("b", BODY, LATER_MS)
     for read in (files.read, files.open):
@@ -138,6 +141,24 @@ async def test_a_folder_that_hangs_is_told(files: ResultFiles, monkeypatch: pyte
     goes_on.set()
     monkeypatch.undo()
     assert await files.read("a", file) == BODY
+
+
+def test_a_process_ends_while_the_folder_hangs(tmp_path: Path) -> None:
+    program = """
+import asyncio, time
+from pathlib import Path
+from mqserve.broker import result_files
+
+result_files._BUDGET_S = 0.05
+files = result_files.ResultFiles(Path("."), "tests")
+files._read = lambda *_: time.sleep(3600)
+try:
+    asyncio.run(files.read("a", None))
+except result_files.Unreadable as error:
+    print(error)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=30, check=True)
+    assert "it does not answer" in ended.stdout
 
 
 async def test_what_has_expired_is_swept_and_nothing_of_others(files: ResultFiles, tmp_path: Path) -> None:
@@ -163,7 +184,9 @@ async def test_runs_that_end_alike_write_at_the_same_time(files: ResultFiles, tm
     assert len(set(written)) == len(names(tmp_path)) == 1
 
 
-@pytest.mark.parametrize("text", ["/mnt/results", "s3://bucket/results", "file://host/results", "file:", "file:///", "file://results"])
+@pytest.mark.parametrize(
+    "text", ["/mnt/results", "s3://bucket/results", "file://host/results", "file:", "file:///", "file://results", "file:results"]
+)
 def test_the_setting_names_a_folder(text: str) -> None:
     with pytest.raises(BadValue, match="file:///mnt/mqserve-results"):
         Settings.read({"MQSERVE_RESULT_STORE": text})

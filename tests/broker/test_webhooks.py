@@ -11,11 +11,12 @@ from email.utils import formatdate
 import msgspec
 import pytest
 import trustme
+from msgspec.structs import replace
 from standardwebhooks import Webhook as Library
 from yarl import URL
 
 from mqserve.broker.callbacks import CallbackRules, CallbackSettings, NotAllowed
-from mqserve.broker.errors import BadValue, BrokerUnavailable
+from mqserve.broker.errors import BadEnvelope, BadValue, BrokerUnavailable
 from mqserve.broker.jobs import EndNote, JobEnd, JobState, Sequel
 from mqserve.broker.memory.queue import EmbeddedQueue
 from mqserve.broker.memory.store import EmbeddedStore
@@ -416,6 +417,12 @@ async def test_one_whose_url_makes_no_sense_is_a_dead_letter_at_once() -> None:
         await webhooks.send(Webhook(VERSION, "msg_1", "no url", BODY, EmbeddedStore("ns").now_ms()))
         await until(lambda: webhooks.given_up)
     assert not webhooks.waits
+
+
+@pytest.mark.parametrize("number", ["tries", "since_ms"])
+def test_a_message_whose_numbers_are_none_is_no_webhook(number: str) -> None:
+    with pytest.raises(BadEnvelope):
+        Webhook.from_bytes(replace(webhook_to(1), **{number: -99}).to_bytes())
 
 
 async def test_one_that_its_connection_has_lost_is_left_to_the_broker_which_has_it_still(monkeypatch: pytest.MonkeyPatch) -> None:

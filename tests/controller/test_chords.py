@@ -11,7 +11,7 @@ from mqserve.broker.calls.chord_calls import VERSION, ChordCall
 from mqserve.broker.calls.job_sending import JobSender
 from mqserve.broker.envelope import Member, RequestHead
 from mqserve.broker.errors import BadEnvelope, BrokerUnavailable, MQServeError, NotRouted, StoreUnavailable
-from mqserve.broker.job_groups import GroupFacts, member_id
+from mqserve.broker.job_groups import GroupFacts, chord_id, member_id
 from mqserve.broker.jobs import Done, EndNote, JobState, Leased
 from mqserve.broker.memory.queue import EmbeddedQueue
 from mqserve.broker.overload import HeldBytes
@@ -189,7 +189,7 @@ async def test_a_chord_that_was_cancelled_or_has_expired_is_not_sent(site: Site)
 
 
 async def test_a_call_that_no_process_with_the_key_has_made_is_not_sent(site: Site) -> None:
-    derived = SIGNER.derived_id("chord", "g")
+    derived = chord_id("g")
     await site.begin(1, STRANGER, msgspec.structs.replace(CALL, id=derived))
     await site.end(0, 1)
     with pytest.raises(BadEnvelope):

@@ -1,8 +1,9 @@
 """The outbox: what follows from the ends of jobs is done once for each, in spite of leaders that die, and no entry holds up another."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import TypeVar
 
 import msgspec
 import pytest
@@ -11,23 +12,30 @@ from msgspec.structs import replace
 from mqserve.broker.calls.job_sending import JobSender, JobTerms
 from mqserve.broker.envelope import Envelope, RequestHead, Stage
 from mqserve.broker.errors import BadEnvelope, BrokerUnavailable
+from mqserve.broker.job_store import PlacedEnd
 from mqserve.broker.jobs import EndNote, JobEnd, JobRecord, JobState, Sequel
 from mqserve.broker.memory.queue import EmbeddedQueue
 from mqserve.broker.overload import HeldBytes
 from mqserve.broker.pipelines import VERSION, Plan, Stages, stage_id
 from mqserve.broker.queue import Consumption, Delivery
 from mqserve.broker.results import ErrorInfo, Result, entry_of
+from mqserve.broker.settings import Settings
 from mqserve.broker.store import Store, recorded
 from mqserve.broker.store_keys import StoreKeys
 from mqserve.broker.values.carried import read_carried
 from mqserve.broker.values.codecs import encode_value
 from mqserve.broker.values.signing import MIN_KEY_BYTES, SealScope, Signer
+from mqserve.controller.job_duties import JobDuties
+from mqserve.controller.lease import Leader
 from mqserve.controller.next_stages import NextStages
 from mqserve.controller.outbox import Outbox, Send
+from mqserve.controller.sequels import Sequels
 from mqserve.controller.state.documents import Backend, Desired, Endpoint
 from tests.broker.traffic import until
 
 pytestmark = pytest.mark.anyio
+
+T = TypeVar("T")
 
 SIGNER = Signer([b"k" * MIN_KEY_BYTES], "tests")
 STAGES = ("one", "two", "three")
@@ -93,6 +101,32 @@ async def test_an_entry_that_fails_holds_up_no_other_and_is_tried_again(store: S
         may_pass = True
         await until(lambda: seen == ["second", "first"])
         await until_empty(store)
+
+
+async def test_the_outbox_is_not_read_again_for_each_entry_that_fails(
+    store: Store, keys: StoreKeys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads, failed = 0, 0
+    ends = store.jobs.ends
+
+    async def counted(at_most: int, after: str = "") -> Sequence[PlacedEnd]:
+        nonlocal reads
+        reads += 1
+        return await ends(at_most, after)
+
+    async def send(note: EndNote) -> None:
+        nonlocal failed
+        await asyncio.sleep(0.01 * int(note.id))
+        failed += 1
+        raise BrokerUnavailable("away")
+
+    for number in range(50):
+        await end(store, str(number))
+    monkeypatch.setattr(store.jobs, "ends", counted)
+    async with reading(store, keys, send):
+        await until(lambda: failed >= 50)
+        assert reads < 25
+        await until(lambda: failed >= 100)
 
 
 async def test_an_entry_that_takes_long_holds_up_no_other(store: Store, keys: StoreKeys) -> None:
@@ -165,10 +199,14 @@ class Instance:
         self.signer = signer
         self.queue = EmbeddedQueue()
         self.jobs = JobSender(self.queue, store, keys, HeldBytes(), signer)
-        self.stages = NextStages(self.jobs, store, keys, signer)
-        self.stages.follow(DESIRED, "")
+        self.stages = self.leader_with(signer)
         self.arrived: list[Envelope] = []
         self._consumptions: list[Consumption] = []
+
+    def leader_with(self, signer: Signer) -> NextStages:
+        stages = NextStages(JobSender(self.queue, self.store, self.keys, HeldBytes(), signer), self.store, self.keys, signer)
+        stages.follow(DESIRED, "")
+        return stages
 
     async def __aenter__(self) -> "Instance":
         for name in STAGES:
@@ -185,7 +223,7 @@ class Instance:
         delivery.ack()
 
     async def submit(self) -> Envelope:
-        sent_id = stage_id(self.signer, PIPELINE, 0)
+        sent_id = stage_id(PIPELINE, 0)
         kind, body = encode_value([1, {}], self.signer, SealScope("request", "one", sent_id))
         terms = JobTerms(stages=Stages("p", STAGES), tag="t", callback="https://hooks.example/")
         await self.jobs.submit(PIPELINE, "one", body, kind, RequestHead(endpoint="p"), origin="handle", terms=terms)
@@ -193,7 +231,7 @@ class Instance:
         return self.arrived.pop()
 
     async def end_stage(self, message: Envelope, value: object = None, *, error: ErrorInfo | None = None) -> EndNote:
-        """What the outbox then says of it."""
+        """Returns what the outbox then says of it."""
         backend, head = message.header.meta.endpoint, message.header.job
         assert head is not None
         kind, body = encode_value(value, self.signer, SealScope("result", backend, message.id))
@@ -202,11 +240,14 @@ class Instance:
         await end(
             self.store, message.id, result=result.to_bytes(), note=entry_of(message.id, b""), state=state, stage=head.stage, callback=""
         )
-        return EndNote.from_bytes((await self.store.jobs.ends(100))[-1].note)
+        return EndNote(message.id, state, self.store.now_ms(), stage=head.stage)
 
     async def next(self) -> Envelope:
         await until(lambda: bool(self.arrived))
         return self.arrived.pop()
+
+    async def has_ended(self) -> bool:
+        return await self.result() is not None
 
     async def result(self) -> Result | None:
         raw = await self.store.get(self.keys.future(PIPELINE))
@@ -219,7 +260,7 @@ async def test_the_end_of_a_stage_sends_the_next_one_with_its_result(store: Stor
         for number in (1, 2):
             await instance.stages.send(await instance.end_stage(message, {"after": number}))
             message = await instance.next()
-            assert (message.id, message.header.meta.endpoint) == (stage_id(SIGNER, PIPELINE, number), STAGES[number])
+            assert (message.id, message.header.meta.endpoint) == (stage_id(PIPELINE, number), STAGES[number])
             assert message.carries and read_carried(message.body, SIGNER, plain=False) == {"after": number}
         await instance.stages.send(await instance.end_stage(message, (1, 2)))
         record = await store.jobs.read(PIPELINE)
@@ -234,7 +275,17 @@ async def test_a_second_sending_has_the_id_of_the_first(store: Store, keys: Stor
         for _ in range(2):  # the first leader died before it removed the entry
             await instance.stages.send(note)
         await until(lambda: len(instance.arrived) == 2)
-        assert {message.id for message in instance.arrived} == {stage_id(SIGNER, PIPELINE, 1)}
+        assert {message.id for message in instance.arrived} == {stage_id(PIPELINE, 1)}
+
+
+async def test_a_pipeline_goes_on_while_the_secret_key_is_rotated(store: Store, keys: StoreKeys) -> None:
+    old, new = b"k" * MIN_KEY_BYTES, b"n" * MIN_KEY_BYTES
+    async with Instance(store, keys, Signer([old, new], "tests")) as instance:
+        note = await instance.end_stage(await instance.submit(), 1)
+        await instance.leader_with(Signer([new, old], "tests")).send(note)
+        await instance.stages.send(note)  # by one that has the old key still
+        await until(lambda: len(instance.arrived) == 2)
+        assert {message.id for message in instance.arrived} == {stage_id(PIPELINE, 1)}
 
 
 async def test_a_stage_goes_to_an_endpoint_of_which_the_leader_has_not_heard_yet(store: Store, keys: StoreKeys) -> None:
@@ -295,6 +346,31 @@ async def test_an_endpoint_that_is_gone_ends_the_pipeline_with_a_sentence(store:
         assert record is not None and record.state == "failed"
 
 
+async def test_what_follows_is_sent_by_the_document_as_it_is_also_once_the_last_backend_is_gone(store: Store, keys: StoreKeys) -> None:
+    async with Instance(store, keys) as instance:
+        message = await instance.submit()
+        sequels = Sequels(instance.queue, store, keys, Settings("tests", secret_keys=(b"k" * MIN_KEY_BYTES,)))
+        await sequels.turn(DESIRED, None, leads=True)
+        await sequels.turn(Desired(), None, leads=True)
+        await instance.end_stage(message, 1)
+        await until(instance.has_ended)
+        await sequels.stop()
+        found = await instance.result()
+        assert found is not None and found.error is not None and "no endpoint 'two' any more" in found.error.message
+
+
+async def test_the_outbox_is_gone_through_at_the_end_of_an_instance_also_where_no_replica_can_start(store: Store, keys: StoreKeys) -> None:
+    async def at_once(act: Callable[[], Awaitable[T]]) -> T:
+        return await act()
+
+    async with Instance(store, keys) as instance:
+        await instance.end_stage(await instance.submit(), error=ErrorInfo("ValueError", "no"))
+        settings = Settings("tests", secret_keys=(b"k" * MIN_KEY_BYTES,))
+        duties = JobDuties(store, keys, instance.queue, Leader(store, keys, "c"), at_once, None, settings)
+        await duties.tidy()
+        await until(instance.has_ended)
+
+
 async def test_a_result_that_is_gone_ends_the_pipeline_with_a_sentence(store: Store, keys: StoreKeys) -> None:
     async with Instance(store, keys) as instance:
         message = await instance.submit()
@@ -303,6 +379,16 @@ async def test_a_result_that_is_gone_ends_the_pipeline_with_a_sentence(store: St
         await instance.stages.send(note)
         found = await instance.result()
         assert found is not None and found.error is not None and "is not kept any more" in found.error.message
+
+
+async def test_what_stands_in_the_place_of_a_result_ends_the_pipeline_with_a_sentence(store: Store, keys: StoreKeys) -> None:
+    async with Instance(store, keys) as instance:
+        message = await instance.submit()
+        note = await instance.end_stage(message, 1)
+        await store.set(keys.future(message.id), b"\xc1", ttl_ms=60_000)
+        await instance.stages.send(note)
+        found = await instance.result()
+        assert found is not None and found.error is not None and "the result of stage 'one' cannot be read" in found.error.message
 
 
 async def test_a_store_that_is_full_has_the_next_stage_wait(store: Store, keys: StoreKeys) -> None:

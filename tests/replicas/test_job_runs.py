@@ -101,6 +101,22 @@ async def test_a_second_copy_waits_for_the_lease_and_is_acked_when_the_job_has_i
     assert len((await record_of(first)).attempts) == 1
 
 
+async def test_a_second_copy_that_comes_when_the_time_to_begin_is_over_does_not_end_the_run() -> None:
+    async with Serving(tunes=True) as first:
+        sent = a_job(deadline=first.store.now_ms() + 300)
+        await first.send_job(sent)
+        job = await begun_by(first)
+        await until(lambda: first.store.now_ms() > sent.header.deadline)
+        async with beside(first) as second:
+            await takes_nothing_more(first)
+            await first.send_job(sent)
+            await until(lambda: second.server.running == 1)
+            assert (await record_of(first)).state is JobState.RUNNING
+            first.end(job, Result(body=b"done"))
+            await first.settled()
+    assert (await record_of(first)).state is JobState.SUCCEEDED
+
+
 async def test_a_copy_that_waits_for_a_lease_keeps_no_other_job_out() -> None:
     async with Serving(tunes=True) as first:
         await first.send_job(a_job())
