@@ -408,6 +408,14 @@ def test_a_large_group_is_sent_from_a_coroutine_and_read_in_order(doubling: str)
     assert asyncio.run(main()) == [2 * number for number in range(500)]
 
 
+def test_a_group_that_is_asked_for_as_a_job_is_told_apart_from_an_unknown_one(doubling: str) -> None:
+    group = serve.submit_many(serve.get_handle(doubling), [1])
+    job = serve.job(group.id)
+    for ask in (job.status, job.cancel, job.result):
+        with pytest.raises(serve.UnknownJob, match=r"is the id of a group, not of a job: serve\.group\("):
+            ask()
+
+
 def test_the_jobs_of_a_group_are_jobs(doubling: str) -> None:
     group = serve.submit_many(serve.get_handle(doubling), [1, 2, 3])
     assert sorted(job.result() for job in serve.as_completed(group.jobs, timeout=30)) == [2, 4, 6]

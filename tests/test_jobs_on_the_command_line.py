@@ -99,6 +99,17 @@ def test_jobs_are_cancelled_by_their_tag(joining: CommandLine, doubling: str) ->
     assert printed(joining, "jobs", "cancel", "--tag", tag) == "There are no such jobs.\n"
 
 
+def test_the_id_of_a_group_shows_its_counts_and_cancels_its_jobs(joining: CommandLine, doubling: str) -> None:
+    group = serve.submit_many(serve.get_handle(doubling).options(delay_s=600), [1, 2, 3])
+    [shown] = as_json(joining, "jobs", "show", group.id)
+    assert (shown["group"], shown["total"], shown["pending"], shown["cancelled"]) == (group.id, 3, 3, 0)
+    refused = joining.run("jobs", "retry", group.id)
+    assert refused.returncode == 1 and "is the id of a group" in refused.stderr
+    assert printed(joining, "jobs", "cancel", group.id) == "3 cancelled.\n"
+    assert group.status().cancelled == 3 and printed(joining, "jobs", "cancel", group.id) == "0 cancelled.\n"
+    assert "cancelled: 3" in printed(joining, "jobs", "show", group.id)
+
+
 def test_a_job_that_failed_is_retried(joining: CommandLine, doubling: str) -> None:
     tag = new_name("tag")
     job = serve.get_handle(doubling).options(tag=tag).submit("odd")

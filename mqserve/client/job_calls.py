@@ -196,6 +196,8 @@ class JobCalls:
     async def _known(self, key: str) -> JobRecord:
         record = await self._jobs.look(key)
         if record is None:
+            if await self._store.jobs.group(key) is not None:
+                raise UnknownJob(f"{key!r} is the id of a group, not of a job: serve.group({key!r}) finds it")
             raise UnknownJob(
                 f"nothing is known of a job {key!r}: nobody sent it, or its record is gone, which stays twice as long as its result; a "
                 "publisher's own message_id needs its backend or endpoint, too"
@@ -226,7 +228,14 @@ class JobCalls:
 
     def cancel(self, key: str) -> bool:
         """See `Future.cancel`. Raises UnknownJob."""
-        return self.wait(self._jobs.cancel(key))
+        return self.wait(self._cancel(key))
+
+    async def _cancel(self, key: str) -> bool:
+        try:
+            return await self._jobs.cancel(key)
+        except UnknownJob:
+            await self._known(key)  # raises, and tells a group from an id that nobody has
+            raise
 
     async def cancel_soon(self, key: str) -> None:
         """Does the same for a caller that has gone."""

@@ -14,6 +14,7 @@ from rich.text import Text
 from ..broker.calls.job_sending import JobSender
 from ..broker.envelope import mint_id
 from ..broker.errors import BadValue, JobGoesOn, MQServeError, ResultGone, UnknownJob
+from ..broker.job_groups import GroupRecord, member_id
 from ..broker.job_store import JobStore
 from ..broker.jobs import JobEvent, JobRecord, JobState, priority_name
 from ..broker.overload import HeldBytes
@@ -107,7 +108,7 @@ def _print_changes(console: Console, records: Sequence[JobRecord], as_json: bool
 
 
 async def show_jobs(settings: Settings, ids: Sequence[str], *, as_json: bool, console: Console | None = None) -> int:
-    """Prints all that is known of each job. Raises BadValue for an unknown id, after the others."""
+    """Prints all that is known of each job, and the counts of a group. Raises BadValue for an unknown id, after the others."""
     console = console or make_console()
     missing: list[str] = []
     async with _connected(settings) as connections:
@@ -115,7 +116,10 @@ async def show_jobs(settings: Settings, ids: Sequence[str], *, as_json: bool, co
         for job_id in ids:
             record = await jobs.read(job_id)
             if record is None:
-                missing.append(job_id)
+                if (group := await jobs.group(job_id)) is None:
+                    missing.append(job_id)
+                else:
+                    _print_one(console, group_facts(job_id, group), as_json)
                 continue
             facts = facts_of(record, await _place(jobs, record)) | {"error": await _error(connections, record)}
             facts["stages"] = [
@@ -124,13 +128,17 @@ async def show_jobs(settings: Settings, ids: Sequence[str], *, as_json: bool, co
             ]
             facts["history"] = history_of(record)
             facts["events"] = [event_facts(number, event) for number, event in await jobs.events(job_id)]
-            if as_json:
-                print_json(console, [facts])
-            else:
-                print_about(console, facts)
+            _print_one(console, facts, as_json)
     if missing:
         raise BadValue(no_such(missing))
     return 0
+
+
+def _print_one(console: Console, facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(console, [facts])
+    else:
+        print_about(console, facts)
 
 
 async def purge_jobs(settings: Settings, selection: Selection, *, yes: bool, console: Console | None = None) -> int:
@@ -139,7 +147,7 @@ async def purge_jobs(settings: Settings, selection: Selection, *, yes: bool, con
 
 
 async def cancel_jobs(settings: Settings, selection: Selection, *, yes: bool, console: Console | None = None) -> int:
-    """Cancels jobs that have not ended. Raises BadValue for ids that are unknown or have ended."""
+    """Cancels jobs that have not ended, of a group all these. Raises MQServeError for ids that are unknown or have ended."""
     return await act(settings, selection, CANCEL, yes=yes, console=console)
 
 
@@ -180,9 +188,10 @@ class Act(NamedTuple):
     states: tuple[JobState, ...]
     refusal: str  # for one that was named and is in another state
     step: Callable[[Connections, JobRecord], Awaitable[bool]]
+    takes_groups: bool = False  # the id of a group stands for its members
 
 
-CANCEL = Act("cancel", "cancelled", UNENDED, "has ended already", _cancel)
+CANCEL = Act("cancel", "cancelled", UNENDED, "has ended already", _cancel, takes_groups=True)
 PURGE = Act("purge", "purged", ENDED, "has not ended: cancel it first", _forget)
 
 
@@ -191,7 +200,7 @@ async def act(settings: Settings, selection: Selection, act: Act, *, yes: bool, 
     kept: list[str] = []
     count = 0
     async with _connected(settings) as connections:
-        records = await _selected(connections.store.jobs, selection, act.states, kept)
+        records = await _selected(connections.store.jobs, selection, act, kept)
         if not selection.ids and len(records) > ASK_ABOVE and not yes:
             raise BadValue(f"there are {len(records)} such jobs: add --yes to {act.verb} them all")
         for record in records:
@@ -201,20 +210,37 @@ async def act(settings: Settings, selection: Selection, act: Act, *, yes: bool, 
                 kept.append(printable(str(error)))
                 continue
             count += taken
-            if not taken and selection.ids:
+            if not taken and record.id in selection.ids:
                 kept.append(f"job {printable(record.id)} {act.refusal}")
     if kept:
         raise MQServeError("; ".join([f"{act.done}: {count}", *kept]))
     return print_sentence(console, f"{count} {act.done}." if count or selection.ids else "There are no such jobs.")
 
 
-async def _selected(jobs: JobStore, selection: Selection, states: tuple[JobState, ...], kept: list[str]) -> Sequence[JobRecord]:
+async def _selected(jobs: JobStore, selection: Selection, act: Act, kept: list[str]) -> Sequence[JobRecord]:
+    """Returns the records of the jobs. Adds to `kept` why there is none for an id."""
     if not selection.ids:
-        wanted = tuple(state for state in selection.filter.states or states if state in states)
+        wanted = tuple(state for state in selection.filter.states or act.states if state in act.states)
         return await _listed(jobs, selection.filter._replace(states=wanted), _AT_MOST) if wanted else ()
-    read = [(job_id, await jobs.read(job_id)) for job_id in selection.ids]
-    kept += [no_such([job_id]) for job_id, record in read if record is None]
-    return [record for _, record in read if record is not None]
+    found: list[JobRecord] = []
+    for job_id in selection.ids:
+        if (record := await jobs.read(job_id)) is not None:
+            found.append(record)
+        elif (group := await jobs.group(job_id)) is None:
+            kept.append(no_such([job_id]))
+        elif act.takes_groups:
+            found += await _members(jobs, job_id, group, act.states)
+        else:
+            kept.append(f"{printable(job_id)!r} is the id of a group, not of a job: {act.verb} its jobs by their own ids")
+    return found
+
+
+async def _members(jobs: JobStore, group_id: str, group: GroupRecord, states: tuple[JobState, ...]) -> list[JobRecord]:
+    """Returns the records of a group's jobs that are in one of these states."""
+    ended = await jobs.group_ends(group_id)
+    places = [member_id(group_id, number) for number in range(group.facts.total) if ended.get(number, JobState.QUEUED) in states]
+    records = [await jobs.read(place) for place in places]
+    return [record for record in records if record is not None and record.state in states]
 
 
 @asynccontextmanager
@@ -240,6 +266,21 @@ async def _error(connections: Connections, record: JobRecord) -> dict[str, str] 
 
 
 # What is printed.
+
+
+def group_facts(group_id: str, group: GroupRecord) -> dict[str, Any]:
+    """Returns what is known of a group, and how many of its jobs have ended in which way."""
+    facts, counts = group.facts, {state.value: count for state, count in group.ended.items()}
+    return {
+        "group": group_id,
+        "endpoint": facts.endpoint,
+        "created_at": rfc3339(facts.created_ms),
+        "expires_at": rfc3339(facts.expires_ms),
+        "total": facts.total,
+        "pending": facts.total - sum(counts.values()),
+        **counts,
+        "then": facts.then,
+    }
 
 
 def facts_of(record: JobRecord, place: int | None) -> dict[str, Any]:
