@@ -153,7 +153,7 @@ def test_a_job_that_expires_before_it_begins_never_runs(deploy: Deploy, gate: Ga
     first = handle.submit("first")
     wait_until(lambda: gate.came == 1)
     second = handle.options(expires_s=0.2).submit("second")
-    with pytest.raises(serve.RequestTimeout):
+    with pytest.raises(serve.RequestTimeout, match=r"allow it more .*expires_s.*X-Request-Timeout-Seconds"):
         second.result(timeout=40)
     assert second.status().state == "expired"
     gate.open()

@@ -19,10 +19,14 @@ from ..broker.job_store import JobStore
 from ..broker.jobs import JobEvent, JobRecord, JobState, priority_name
 from ..broker.overload import HeldBytes
 from ..broker.process.printable import printable
+from ..broker.redis.store import open_redis
 from ..broker.result_bodies import forget_job
 from ..broker.results import Result
 from ..broker.settings import Settings
+from ..broker.store import Store
+from ..broker.store_keys import StoreKeys
 from ..connections import Connections, open_connections
+from ..controller import lease
 from .printing import print_about, print_json, print_sentence, rfc3339, when
 from .status_table import make_console, make_table
 
@@ -65,11 +69,13 @@ class Selection(NamedTuple):
 
 
 async def list_jobs(settings: Settings, filter: Filter, limit: int, *, as_json: bool, console: Console | None = None) -> int:
-    """Prints the latest jobs as a table, or as JSON, one per line."""
+    """Prints the latest jobs as a table, or as JSON, one per line. Raises InstanceError where there are neither jobs nor an instance."""
     console = console or make_console()
-    async with _connected(settings) as connections:
-        jobs = connections.store.jobs
+    async with _opened(settings) as (store, keys):
+        jobs = store.jobs
         found = await _listed(jobs, filter, limit)
+        if not found and await store.get(keys.desired) is None:
+            raise lease.no_instance()
         if as_json:
             return print_json(console, [facts_of(record, await _place(jobs, record)) for record in found])
     if not found:
@@ -83,11 +89,11 @@ async def watch_jobs(settings: Settings, filter: Filter, limit: int, *, as_json:
     has changed its state."""
     console = console or make_console()
     seen: dict[str, JobState] = {}
-    async with _connected(settings) as connections:
+    async with _opened(settings) as (store, _):
         with ExitStack() as stack:
             live = stack.enter_context(Live(console=console, auto_refresh=False)) if console.is_terminal and not as_json else None
             while True:
-                found = await _listed(connections.store.jobs, filter, limit)
+                found = await _listed(store.jobs, filter, limit)
                 if live is not None:
                     live.update(table_of(found, limit), refresh=True)
                 else:
@@ -164,7 +170,7 @@ async def retry_jobs(settings: Settings, selection: Selection, *, yes: bool, con
         return True
 
     states = ENDED if selection.ids or selection.filter.states else FAILED
-    again = Act("retry", "retried", states, "has not ended: cancel it first", retry)
+    again = Act("retry", "retried", states, "has not ended: cancel it first", retry, sends=True)
     return await act(settings, selection, again, yes=yes, console=console)
 
 
@@ -189,6 +195,7 @@ class Act(NamedTuple):
     refusal: str  # for one that was named and is in another state
     step: Callable[[Connections, JobRecord], Awaitable[bool]]
     takes_groups: bool = False  # the id of a group stands for its members
+    sends: bool = False  # it needs RabbitMQ
 
 
 CANCEL = Act("cancel", "cancelled", UNENDED, "has ended already", _cancel, takes_groups=True)
@@ -199,7 +206,7 @@ async def act(settings: Settings, selection: Selection, act: Act, *, yes: bool, 
     """Does it to all jobs that are selected, and prints how many these were."""
     kept: list[str] = []
     count = 0
-    async with _connected(settings) as connections:
+    async with _connected(settings, broker_may_be_away=not act.sends) as connections:
         records = await _selected(connections.store.jobs, selection, act, kept)
         if not selection.ids and len(records) > ASK_ABOVE and not yes:
             raise BadValue(f"there are {len(records)} such jobs: add --yes to {act.verb} them all")
@@ -212,9 +219,20 @@ async def act(settings: Settings, selection: Selection, act: Act, *, yes: bool, 
             count += taken
             if not taken and record.id in selection.ids:
                 kept.append(f"job {printable(record.id)} {act.refusal}")
+        told = f"{count} {act.done}." if count or selection.ids else await _none(connections.store.jobs, selection.filter, act)
     if kept:
         raise MQServeError("; ".join([f"{act.done}: {count}", *kept]))
-    return print_sentence(console, f"{count} {act.done}." if count or selection.ids else "There are no such jobs.")
+    return print_sentence(console, told)
+
+
+async def _none(jobs: JobStore, filter: Filter, act: Act) -> str:
+    """Returns the sentence for a filter that found no job to act on: perhaps it lets others through."""
+    others = len(await _listed(jobs, filter, _AT_MOST))
+    if not others:
+        return "There are no such jobs."
+    *first, last = act.states
+    there = "is 1 such job" if others == 1 else f"are {others} such jobs"
+    return f"0 {act.done}: there {there}, and none that is {', '.join(first)} or {last}."
 
 
 async def _selected(jobs: JobStore, selection: Selection, act: Act, kept: list[str]) -> Sequence[JobRecord]:
@@ -244,8 +262,15 @@ async def _members(jobs: JobStore, group_id: str, group: GroupRecord, states: tu
 
 
 @asynccontextmanager
-async def _connected(settings: Settings) -> AsyncIterator[Connections]:
-    async with open_connections(settings, "jobs", broker_may_be_away=True) as connections:
+async def _opened(settings: Settings) -> AsyncIterator[tuple[Store, StoreKeys]]:
+    """For what does without RabbitMQ."""
+    async with open_redis(settings.store_url, settings.namespace) as store:
+        yield store, StoreKeys(settings.namespace)
+
+
+@asynccontextmanager
+async def _connected(settings: Settings, *, broker_may_be_away: bool = True) -> AsyncIterator[Connections]:
+    async with open_connections(settings, "jobs", broker_may_be_away=broker_may_be_away) as connections:
         yield connections
 
 
