@@ -230,7 +230,7 @@ def test_a_job_with_a_key_is_sent_once(deploy: Deploy, tally: Tally) -> None:
     one, two = handle.submit(1), handle.submit(1)
     assert one.id == two.id and two.result(timeout=30) == 1
     assert handle.submit(1).id == one.id and len(tally) == 1
-    with pytest.raises(serve.KeyMisused):
+    with pytest.raises(serve.KeyMisused, match="method_name, data and arguments must be the same"):
         handle.submit(2)
     assert handle.options(idempotency_key="order 18").submit(2).result(timeout=30) == 2
     with pytest.raises(serve.BadValue, match="many"):

@@ -189,6 +189,8 @@ def test_the_latest_jobs_are_watched_until_ctrl_c(joining: CommandLine, doubling
 def test_a_call_prints_the_answer(joining: CommandLine, doubling: str) -> None:
     assert printed(joining, "call", doubling, "--data", "21") == "42\n"
     assert printed(joining, "call", doubling, "--data", '"ab"') == "abab\n"
+    unknown = joining.run("call", "nobodys").stderr
+    assert unknown.startswith("Error: Endpoint 'nobodys' does not exist. Known: ") and doubling in unknown and "Deploy it first." in unknown
     joining.file("list.json", '["é"]')
     assert printed(joining, "call", doubling, "--data", "@list.json") == '["é", "é"]\n'
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..broker.callbacks import CallbackRules
 from ..broker.calls.chord_calls import VERSION as CHORD_VERSION
 from ..broker.calls.chord_calls import ChordCall
-from ..broker.calls.idempotency import KEY_TTL_S, VERSION, Claim, IdempotencyKeys, digest_of
+from ..broker.calls.idempotency import KEY_TTL_S, MISUSED_BY_HANDLE, VERSION, Claim, IdempotencyKeys, digest_of
 from ..broker.calls.job_events import JobFollower
 from ..broker.calls.job_sending import JobSender, JobTerms
 from ..broker.calls.sending import RequestSender
@@ -71,7 +71,7 @@ class JobCalls:
         self._requests = requests
         self.refusal = ""  # why the store is to take no new jobs; the client sets it when the document changes
         self.callbacks: CallbackRules | None = None  # which callback URLs are taken; None: not known yet
-        self._once = IdempotencyKeys(connections.store, connections.keys)
+        self._once = IdempotencyKeys(connections.store, connections.keys, misuse=MISUSED_BY_HANDLE)
         self._jobs = JobSender(connections.queue, connections.store, connections.keys, requests.held, self._signer)
 
     def __repr__(self) -> str:

@@ -18,11 +18,11 @@ from ..broker.queue import DeadLetters
 from ..broker.settings import Settings
 from ..broker.webhooks import Webhook
 from ..connections import Connections, open_connections
+from .dead import EXCEPT_HELD
 from .printing import print_json, print_sentence, when
 from .status_table import make_console, make_table
 
 ASK_ABOVE = 10
-_NONE = "No webhooks were given up, except those that another command holds."
 
 Act = Callable[[Connections, DeadLetter], Awaitable[None]]
 
@@ -30,15 +30,16 @@ Act = Callable[[Connections, DeadLetter], Awaitable[None]]
 async def list_webhooks(settings: Settings, limit: int, *, as_json: bool, console: Console | None = None) -> int:
     """Prints them as a table, or as JSON, one per line."""
     console = console or make_console()
-    waiting, facts = 0, list[dict[str, Any]]()
+    waiting, elsewhere, facts = 0, False, list[dict[str, Any]]()
     with suppress(UnknownBackend):
         async with _given_up(settings, limit) as (_, letters):
-            waiting, facts = letters.waiting, [_facts(letter) async for letter in letters]
+            waiting, elsewhere = letters.waiting, letters.is_read_elsewhere
+            facts = [_facts(letter) async for letter in letters]
     facts.sort(key=lambda fact: fact["since_ms"])
     if as_json:
         return print_json(console, facts)
     if not facts:
-        return print_sentence(console, _NONE)
+        return print_sentence(console, _none(elsewhere))
     title = "Webhooks that were given up" + (f", {len(facts)} of {waiting}" if waiting > len(facts) else "")
     table = make_table(title, "id", "first try", "job", "event", "receiver", "tries", "error")
     for fact in facts:
@@ -81,8 +82,10 @@ async def _settle(settings: Settings, ids: tuple[str, ...], everything: bool, ye
         raise BadValue("name them by their ids, as `mqserve webhooks list` shows them, or use --all")
     seen: list[str] = []
     kept: list[str] = []
+    elsewhere = False
     try:
         async with _given_up(settings) as (connections, letters):
+            elsewhere = letters.is_read_elsewhere
             if everything and letters.waiting > ASK_ABOVE and not yes:
                 raise BadValue(f"{letters.waiting} webhooks were given up: add --yes to {verb} them all")
             async for letter in letters:
@@ -101,7 +104,11 @@ async def _settle(settings: Settings, ids: tuple[str, ...], everything: bool, ye
     told = f"{len(seen) - len(kept)} {done}"
     if kept or missing:
         raise MQServeError("; ".join([told, *kept, *missing]))
-    return print_sentence(None, f"{told}." if seen else _NONE)
+    return print_sentence(None, f"{told}." if seen else _none(elsewhere))
+
+
+def _none(is_read_elsewhere: bool) -> str:
+    return f"No webhooks were given up{EXCEPT_HELD if is_read_elsewhere else ''}."
 
 
 def _facts(letter: DeadLetter) -> dict[str, Any]:
