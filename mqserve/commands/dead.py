@@ -28,7 +28,7 @@ from ..controller.state.reading import read_desired, read_observed
 from ..replicas.admission import NOT_STARTED
 from ..replicas.trust import SenderTrust
 from .printing import print_json, print_sentence, when
-from .status_table import make_console, make_table
+from .status_table import fitting_table, make_console, print_table
 
 ASK_ABOVE = 10
 EXCEPT_HELD = ", except those that another command holds"
@@ -70,11 +70,9 @@ async def list_dead(settings: Settings, backend: str, limit: int, *, as_json: bo
     if not facts:
         return print_sentence(console, _none(backend, elsewhere))
     title = f"Dead letters of {backend}" + (f", {len(facts)} of {waiting}" if waiting > len(facts) else "")
-    table = make_table(title, "id", "died at", "attempts", "reason")
-    for fact in facts:
-        columns = (fact["id"], when(fact["died_at_ms"]), str(len(fact["attempts"])), fact["reason"])
-        table.add_row(*(Text(printable(column)) for column in columns))
-    console.print(table)
+    rows = [(fact["id"], when(fact["died_at_ms"]), str(len(fact["attempts"])), fact["reason"]) for fact in facts]
+    cells = [[Text(printable(word)) for word in row] for row in rows]
+    print_table(console, fitting_table(console, title, ("id", "died at", "attempts", "reason"), cells, ("attempts", "died at")))
     return 0
 
 

@@ -20,7 +20,7 @@ from ..broker.webhooks import Webhook
 from ..connections import Connections, open_connections
 from .dead import EXCEPT_HELD
 from .printing import print_json, print_sentence, when
-from .status_table import make_console, make_table
+from .status_table import fitting_table, make_console, print_table
 
 ASK_ABOVE = 10
 
@@ -41,11 +41,13 @@ async def list_webhooks(settings: Settings, limit: int, *, as_json: bool, consol
     if not facts:
         return print_sentence(console, _none(elsewhere))
     title = "Webhooks that were given up" + (f", {len(facts)} of {waiting}" if waiting > len(facts) else "")
-    table = make_table(title, "id", "first try", "job", "event", "receiver", "tries", "error")
-    for fact in facts:
-        columns = (fact["id"], when(fact["since_ms"]), fact["job"], fact["type"], fact["receiver"], str(fact["tries"]), fact["error"])
-        table.add_row(*(Text(printable(column)) for column in columns))
-    console.print(table)
+    rows = [
+        (fact["id"], when(fact["since_ms"]), fact["job"], fact["type"], fact["receiver"], str(fact["tries"]), fact["error"])
+        for fact in facts
+    ]
+    columns = ("id", "first try", "job", "event", "receiver", "tries", "error")
+    cells = [[Text(printable(word)) for word in row] for row in rows]
+    print_table(console, fitting_table(console, title, columns, cells, ("tries", "first try", "event", "receiver", "job")))
     return 0
 
 

@@ -28,7 +28,7 @@ from ..broker.store_keys import StoreKeys
 from ..connections import Connections, open_connections
 from ..controller import lease
 from .printing import print_about, print_json, print_sentence, rfc3339, when
-from .status_table import make_console, make_table
+from .status_table import fitting_table, make_console, print_table
 
 ASK_ABOVE = 10
 _LOOK_EVERY_S = 1.0
@@ -80,7 +80,7 @@ async def list_jobs(settings: Settings, filter: Filter, limit: int, *, as_json: 
             return print_json(console, [facts_of(record, await _place(jobs, record)) for record in found])
     if not found:
         return print_sentence(console, "There are no such jobs." if filter != Filter() else "There are no jobs.")
-    console.print(table_of(found, limit))
+    print_table(console, table_of(console, found, limit))
     return 0
 
 
@@ -95,7 +95,7 @@ async def watch_jobs(settings: Settings, filter: Filter, limit: int, *, as_json:
             while True:
                 found = await _listed(store.jobs, filter, limit)
                 if live is not None:
-                    live.update(table_of(found, limit), refresh=True)
+                    live.update(table_of(console, found, limit), refresh=True)
                 else:
                     _print_changes(console, [record for record in reversed(found) if seen.get(record.id) != record.state], as_json)
                     seen = {record.id: record.state for record in found}
@@ -355,19 +355,19 @@ def _said_by(event: JobEvent) -> dict[str, Any]:
     return {name: value for name, value in facts.items() if value not in ("", None)}
 
 
-def table_of(records: Sequence[JobRecord], limit: int) -> Any:
+def table_of(console: Console, records: Sequence[JobRecord], limit: int) -> Any:
     """Returns rich's table of jobs, the latest first."""
     title = f"Jobs, the latest {limit}" if len(records) == limit else "Jobs"
-    table = make_table(title, "id", "status", "for", "tag", "created", "runs", "progress")
-    table.columns[0].no_wrap = True  # it is there to be copied
+    rows: list[list[Text]] = []
     for record in records:
         facts = record.facts
         target = facts.endpoint or facts.backend
         progress = "" if record.progress is None else progress_words(record.progress)
         words = (target, facts.tag, when(facts.created_ms) if facts.created_ms else "", str(len(record.attempts)), progress)
         state = Text(record.state.value, _COLORS.get(record.state, ""))
-        table.add_row(Text(printable(record.id)), state, *(Text(printable(word)) for word in words))
-    return table
+        rows.append([Text(printable(record.id)), state, *(Text(printable(word)) for word in words)])
+    columns = ("id", "status", "for", "tag", "created", "runs", "progress")
+    return fitting_table(console, title, columns, rows, ("runs", "tag", "created", "progress"))
 
 
 def progress_words(event: JobEvent) -> str:
