@@ -86,6 +86,11 @@ class DeadLetters(Protocol):
         """The number of letters at the start, without those that other consumers hold. Letters that arrive later are not taken."""
         ...
 
+    @property
+    def is_read_elsewhere(self) -> bool:
+        """Whether another consumer read these letters at the start, which may hold some."""
+        ...
+
     def __aiter__(self) -> AsyncIterator[DeadLetter]:
         """Yields each letter once, oldest first, except that RabbitMQ's oldest comes last. Iterate only once."""
         ...

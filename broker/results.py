@@ -121,6 +121,13 @@ def late_result(phase: Phase, unstored: str = "") -> Result:
     return Result(status=504, error=ErrorInfo(type=Outcome.LATE, message=message, phase=phase))
 
 
+def expired_result() -> Result:
+    """Returns the result of a job that was not begun in time."""
+    mend = "allow it more (`expires_s` of a handle, X-Request-Timeout-Seconds over HTTP, `deadline` of a message), or add replicas"
+    message = f"the job was still waiting when its time to begin was over ({Phase.QUEUE}): {mend}"
+    return Result(status=504, error=ErrorInfo(type=Outcome.LATE, message=message, phase=Phase.QUEUE))
+
+
 def gone_result(backend: str, why: str) -> Result:
     """Returns the result of a request whose backend ended before it. `why` is a clause such as "backend 'a' was deleted"."""
     message = f"{why}, and the request had no result within graceful_shutdown_timeout_s: send it again once it is served again"

@@ -30,6 +30,7 @@ from .state.config import BackendConfig
 from .state.documents import ANY_METHOD, Backend, CodeKind, Desired, Endpoint
 from .state.reading import read_desired
 from .state.resources import ActorOptions
+from .state.retries import sentence_of
 from .state.route_patterns import check_convertor
 
 Change = Callable[[Desired], Desired]
@@ -378,7 +379,7 @@ def parse_config(config: BackendConfig | dict[str, Any] | None) -> BackendConfig
     try:
         parsed = BackendConfig.model_validate(_config_options({} if config is None else config))
     except pydantic.ValidationError as error:
-        raise BadValue(f"bad backend config: {_sentence(error)}") from error
+        raise BadValue(f"bad backend config: {sentence_of(error, BackendConfig)}") from error
     try:
         exact = msgspec.json.decode(msgspec.json.encode(parsed.user_config)) == parsed.user_config
     except Exception:  # cycles, surrogates, numbers that are not finite, errors of a user's `==`
@@ -396,13 +397,3 @@ def _config_options(config: object) -> dict[str, Any]:
             return deepcopy(config)  # a change may be made later, when the caller's dict says something else
         return config
     raise BadType(f"config must be a dict or a BackendConfig, not {type(config).__name__}")
-
-
-def _sentence(error: pydantic.ValidationError) -> str:
-    first = error.errors()[0]
-    field = ".".join(map(str, first["loc"]))
-    if not field:
-        return first["msg"]
-    if first["type"] == "extra_forbidden":
-        return f"there is no setting {field!r}; there are {', '.join(BackendConfig.model_fields)}"
-    return f"{field}: {first['msg'].lower()}, not {first.get('input')!r}"

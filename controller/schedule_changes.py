@@ -68,8 +68,12 @@ def delete_schedule(name: str) -> Change:
 
 def find_schedule(desired: Desired, name: str) -> Schedule:
     if not isinstance(name, str) or name not in desired.schedules:
-        known = ", ".join(sorted(desired.schedules)) or "none yet"
-        raise BadValue(f"there is no schedule {name!r} (known: {known}): create it with serve.schedule first")
+        known = ", ".join(sorted(desired.schedules))
+        raise BadValue(
+            f"there is no schedule {name!r} (known: {known}): name one of these, or see `mqserve schedules list`"
+            if known
+            else f"there is no schedule {name!r}, and no other one: serve.schedule creates them"
+        )
     return desired.schedules[name]
 
 

@@ -19,7 +19,7 @@ from ..broker.process.printable import printable
 from ..broker.process.rate_limited_log import RateLimitedLog
 from ..broker.process.tasks import Tasks
 from ..broker.queue import Delivery
-from ..broker.results import Phase, Result, late_result
+from ..broker.results import Result, expired_result
 from ..broker.sessions import is_handshake
 from ..broker.store import Store
 from ..broker.values.signing import Signer
@@ -225,7 +225,7 @@ class JobRuns:
         if needs_proof and record is None:  # a missing record proves nothing, since the store may have lost its data
             self._host.drop(job, replica_lost(self._backend))
         elif is_late and not (record is not None and record.has_begun):
-            self._host.drop(job, late_result(Phase.QUEUE))
+            self._host.drop(job, expired_result())
         else:
             return False
         return True

@@ -101,6 +101,23 @@ def test_code_of_an_importable_module_ships_by_name(either_shell: CommandLine) -
     assert httpx.get(f"{url}/till", timeout=30).text == "from shop"
 
 
+def test_run_lists_routes_pipelines_and_schedules(shell: CommandLine) -> None:
+    file = shell.file(
+        "all.py",
+        "import mqserve as serve\n"
+        "client = serve.start()\n"
+        "client.create_backend('b', lambda request: request.data)\n"
+        "client.create_endpoint('first', backend='b', route='/first')\n"
+        "client.create_endpoint('second', backend='b')\n"
+        "client.create_pipeline('both', ['first', 'second'], route='/both')\n"
+        "client.schedule('nightly', 'second', cron='0 3 * * *')\n",
+    )
+    program = shell.start("run", file, "--port", "0")
+    program.wait_for("Try:")
+    assert "/first  (first)" in program.output and "/both  (both: first → second)" in program.output
+    assert "schedule  nightly: 0 3 * * * (UTC) to second, next at " in program.output
+
+
 def test_a_block_in_the_file_does_not_end_the_instance_of_run(shell: CommandLine) -> None:
     file = shell.file(
         "block.py",

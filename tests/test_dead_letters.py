@@ -175,7 +175,15 @@ def test_many_are_not_touched_without_a_yes_and_can_be_listed_in_part(
     assert dead("drop", backend, "--all", "--yes").stdout == "11 dropped.\n"
     assert letters(backend) == 0
     for none in (dead("drop", backend, "--all"), dead("list", backend)):
-        assert none.exit_code == 0 and "has no dead letters" in none.stdout
+        assert none.exit_code == 0 and none.stdout == f"Backend '{backend}' has no dead letters.\n"
+
+
+def test_letters_that_another_consumer_holds_are_spoken_of(
+    deploy: Deploy, dead: Dead, bury: Send, channel: BlockingChannel, shared_namespace: str, tmp_path: Path
+) -> None:
+    backend = deploy(doubling(Tally(tmp_path)))
+    channel.basic_consume(f"{shared_namespace}.dead.{backend}", lambda *_: None)
+    assert "has no dead letters, except those that another command holds." in dead("list", backend).stdout
 
 
 TWO_AT_ONCE = 20

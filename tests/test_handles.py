@@ -329,6 +329,8 @@ def test_an_unknown_endpoint_is_a_key_error_with_a_sentence(client: serve.Client
     with pytest.raises(KeyError) as caught:
         serve.get_handle("nobody")
     assert str(caught.value) == "Endpoint 'nobody' does not exist."
+    [note] = caught.value.__notes__
+    assert note.startswith("Known: ") and note.endswith(". Deploy it first.")
 
 
 def test_a_missing_endpoint_may_be_made_later(client: serve.Client, tools: str) -> None:

@@ -153,7 +153,7 @@ def test_a_job_that_expires_before_it_begins_never_runs(deploy: Deploy, gate: Ga
     first = handle.submit("first")
     wait_until(lambda: gate.came == 1)
     second = handle.options(expires_s=0.2).submit("second")
-    with pytest.raises(serve.RequestTimeout):
+    with pytest.raises(serve.RequestTimeout, match=r"allow it more .*expires_s.*X-Request-Timeout-Seconds"):
         second.result(timeout=40)
     assert second.status().state == "expired"
     gate.open()
@@ -230,7 +230,7 @@ def test_a_job_with_a_key_is_sent_once(deploy: Deploy, tally: Tally) -> None:
     one, two = handle.submit(1), handle.submit(1)
     assert one.id == two.id and two.result(timeout=30) == 1
     assert handle.submit(1).id == one.id and len(tally) == 1
-    with pytest.raises(serve.KeyMisused):
+    with pytest.raises(serve.KeyMisused, match="method_name, data and arguments must be the same"):
         handle.submit(2)
     assert handle.options(idempotency_key="order 18").submit(2).result(timeout=30) == 2
     with pytest.raises(serve.BadValue, match="many"):
@@ -406,6 +406,14 @@ def test_a_large_group_is_sent_from_a_coroutine_and_read_in_order(doubling: str)
         return await group
 
     assert asyncio.run(main()) == [2 * number for number in range(500)]
+
+
+def test_a_group_that_is_asked_for_as_a_job_is_told_apart_from_an_unknown_one(doubling: str) -> None:
+    group = serve.submit_many(serve.get_handle(doubling), [1])
+    job = serve.job(group.id)
+    for ask in (job.status, job.cancel, job.result):
+        with pytest.raises(serve.UnknownJob, match=r"is the id of a group, not of a job: serve\.group\("):
+            ask()
 
 
 def test_the_jobs_of_a_group_are_jobs(doubling: str) -> None:

@@ -82,6 +82,21 @@ def test_an_unknown_job_gets_one_sentence(joining: CommandLine, client: serve.Cl
         assert done.returncode == 1 and "nothing is known of" in done.stderr and "Traceback" not in done.stderr, command
 
 
+def test_where_no_instance_runs_the_list_of_jobs_says_so(joining: CommandLine, client: serve.Client) -> None:
+    done = joining.run("jobs", "list", "--namespace", new_name("nobodys"))
+    assert done.returncode == 1 and "no instance runs under this namespace" in done.stderr
+
+
+def test_a_list_of_jobs_does_without_rabbitmq_and_a_retry_says_that_it_is_away(joining: CommandLine, doubling: str) -> None:
+    tag, away = new_name("tag"), joining.with_variables(MQSERVE_BROKER_URL="amqp://guest:guest@127.0.0.1:1/")
+    job = serve.get_handle(doubling).options(tag=tag).submit(21)
+    assert job.result(timeout=30) == 42
+    listed = away.run("jobs", "list", "--tag", tag)
+    assert job.id in listed.stdout and not listed.stderr
+    refused = away.run("jobs", "retry", job.id)
+    assert refused.returncode == 1 and "is it running, and is MQSERVE_BROKER_URL right?" in refused.stderr and "<" not in refused.stderr
+
+
 def test_a_job_is_cancelled_by_its_id(joining: CommandLine, held: serve.Job) -> None:
     assert printed(joining, "jobs", "cancel", held.id) == "1 cancelled.\n"
     assert held.status().state == "cancelled"
@@ -96,7 +111,19 @@ def test_jobs_are_cancelled_by_their_tag(joining: CommandLine, doubling: str) ->
     assert refused.returncode == 1 and "add --yes" in refused.stderr
     assert printed(joining, "jobs", "cancel", "--tag", tag, "--yes") == "11 cancelled.\n"
     assert {job.status().state for job in jobs} == {"cancelled"}
-    assert printed(joining, "jobs", "cancel", "--tag", tag) == "There are no such jobs.\n"
+    assert printed(joining, "jobs", "cancel", "--tag", tag) == "0 cancelled: there are 11 such jobs, and none that is queued or running.\n"
+    assert printed(joining, "jobs", "cancel", "--tag", "nobodys") == "There are no such jobs.\n"
+
+
+def test_the_id_of_a_group_shows_its_counts_and_cancels_its_jobs(joining: CommandLine, doubling: str) -> None:
+    group = serve.submit_many(serve.get_handle(doubling).options(delay_s=600), [1, 2, 3])
+    [shown] = as_json(joining, "jobs", "show", group.id)
+    assert (shown["group"], shown["total"], shown["pending"], shown["cancelled"]) == (group.id, 3, 3, 0)
+    refused = joining.run("jobs", "retry", group.id)
+    assert refused.returncode == 1 and "is the id of a group" in refused.stderr
+    assert printed(joining, "jobs", "cancel", group.id) == "3 cancelled.\n"
+    assert group.status().cancelled == 3 and printed(joining, "jobs", "cancel", group.id) == "0 cancelled.\n"
+    assert "cancelled: 3" in printed(joining, "jobs", "show", group.id)
 
 
 def test_a_job_that_failed_is_retried(joining: CommandLine, doubling: str) -> None:
@@ -162,6 +189,8 @@ def test_the_latest_jobs_are_watched_until_ctrl_c(joining: CommandLine, doubling
 def test_a_call_prints_the_answer(joining: CommandLine, doubling: str) -> None:
     assert printed(joining, "call", doubling, "--data", "21") == "42\n"
     assert printed(joining, "call", doubling, "--data", '"ab"') == "abab\n"
+    unknown = joining.run("call", "nobodys").stderr
+    assert unknown.startswith("Error: Endpoint 'nobodys' does not exist. Known: ") and doubling in unknown and "Deploy it first." in unknown
     joining.file("list.json", '["é"]')
     assert printed(joining, "call", doubling, "--data", "@list.json") == '["é", "é"]\n'
 

@@ -40,6 +40,16 @@ def frees_key(result: Result) -> bool:
     )
 
 
+_MISUSED_OVER_HTTP = (
+    "this Idempotency-Key was sent with another request: method, path, query, content type and body must be the same; make a new key for "
+    "each request"
+)
+MISUSED_BY_HANDLE = (
+    "this idempotency_key was sent with another call of the endpoint: method_name, data and arguments must be the same; make a new key "
+    "for each call"
+)
+
+
 def digest_of(*parts: bytes) -> bytes:
     """Returns the SHA-256 of the parts, each with its length: none can pass for the end of another."""
     found = hashlib.sha256()
@@ -50,11 +60,13 @@ def digest_of(*parts: bytes) -> bytes:
 
 
 class IdempotencyKeys:
-    """The keys of one namespace. `scope` is a digest of the key and of all within which it counts."""
+    """The keys of one namespace. `scope` is a digest of the key and of all within which it counts. `misuse` says, in the words of the
+    senders, that a key was sent with another request."""
 
-    def __init__(self, store: Store, keys: StoreKeys) -> None:
+    def __init__(self, store: Store, keys: StoreKeys, *, misuse: str = _MISUSED_OVER_HTTP) -> None:
         self._store = store
         self._keys = keys
+        self._misuse = misuse
 
     def __repr__(self) -> str:
         return f"<IdempotencyKeys of {self._keys!r}>"
@@ -67,7 +79,7 @@ class IdempotencyKeys:
             if await self._store.set(key, raw, ttl_ms=ttl_s * 1000, only_new=True):
                 return claim
             if found := await self._store.get(key):
-                return _checked(found, claim)
+                return _checked(found, claim, self._misuse)
             await asyncio.sleep(_FREED_MS / 500)
         raise StoreUnavailable("an idempotency key is freed as often as it is claimed", public="try again")
 
@@ -77,16 +89,13 @@ class IdempotencyKeys:
         await self._store.replace(self._keys.idempotent(scope.hex()), _encode(claim), b"", ttl_ms=_FREED_MS, quiet=True)
 
 
-def _checked(raw: bytes, claim: Claim) -> Claim:
+def _checked(raw: bytes, claim: Claim, misuse: str) -> Claim:
     try:
         found = _decode(raw)
     except UNPARSABLE as error:
         raise StoreUnavailable(f"what an idempotency key holds does not parse ({error}): another program or version wrote it") from error
     if found.fingerprint != claim.fingerprint:
-        raise KeyMisused(
-            "this Idempotency-Key was sent with another request: method, path, query, content type and body must be the same; make a new "
-            "key for each request"
-        )
+        raise KeyMisused(misuse)
     return found
 
 

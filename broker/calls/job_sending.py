@@ -33,7 +33,7 @@ from ..pipelines import VERSION, Plan, Stages, message_id, stage_ids
 from ..process.printable import printable
 from ..process.rate_limited_log import RateLimitedLog
 from ..queue import Queue
-from ..results import Phase, Result, entry_of, late_result
+from ..results import Result, entry_of, expired_result
 from ..store import Store, recorded
 from ..store_keys import StoreKeys
 from ..values.codecs import sealed_anew
@@ -153,8 +153,7 @@ class JobSender:
         record = await self.store.jobs.read(future_id)
         if record is None or not _is_expired(record, now_ms := self.store.now_ms()):
             return record
-        result = late_result(Phase.QUEUE)
-        await self._end(record, result, JobState.EXPIRED, now_ms)
+        await self._end(record, expired_result(), JobState.EXPIRED, now_ms)
         return await self.store.jobs.read(future_id)
 
     async def cancel(self, future_id: str, is_told: Callable[[str], bool] = lambda _: False) -> bool:

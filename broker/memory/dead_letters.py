@@ -16,6 +16,7 @@ class EmbeddedDeadLetters:
         self._letters = letters
         self._at_most = at_most
         self.waiting = len(letters)
+        self.is_read_elsewhere = False
         self._held: list[DeadLetter] = []
 
     def __repr__(self) -> str:

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 CONNECT_BUDGET_S = 5.0
 OPERATION_BUDGET_S = 5.0
+MEND = "is it running, and is MQSERVE_BROKER_URL right?"
 HEARTBEAT_S = 10
 LONGEST_PAUSE_S = 2.0  # the longest delay between two tries: consumers must be back within ten seconds of the server's start
 _END_BUDGET_S = 2.0
@@ -106,6 +107,11 @@ class Link:
         return f"<Link {self._name} to {masked(self._url)}, {'up' if self.is_up else 'down'}>"
 
     @property
+    def server(self) -> str:
+        """Where it connects to, for messages."""
+        return f"RabbitMQ at {masked(self._url)}"
+
+    @property
     def is_up(self) -> bool:
         return self._up.is_set()
 
@@ -119,9 +125,7 @@ class Link:
         except TimeoutError:
             reason = f": {words_of(self._last_error)}" if self._last_error else ""
             raise BrokerUnavailable(
-                broker_refusal(self._last_error, self._url)
-                or f"no connection to RabbitMQ at {masked(self._url)} within {budget_s:g} s{reason}; is it running, "
-                "and is MQSERVE_BROKER_URL right?"
+                broker_refusal(self._last_error, self._url) or f"no connection to {self.server} within {budget_s:g} s{reason}; {MEND}"
             ) from self._last_error
         assert self.connection is not None
         return self.connection

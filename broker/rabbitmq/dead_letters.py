@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager, suppress
 
 import aiormq
 from aiormq.abc import DeliveredMessage
-from pamqp.commands import Basic
+from pamqp.commands import Basic, Queue
 
 from ..dead_letters import DeadLetter
 from ..errors import BrokerUnavailable, UnknownBackend, words_of
@@ -59,18 +59,19 @@ class RabbitDeadLetters:
         self._consumed: asyncio.Queue[DeliveredMessage] = asyncio.Queue()
         self._tags: dict[int, int] = {}  # id() of a letter -> delivery tag
         self.waiting = 0
+        self.is_read_elsewhere = False
 
     def __repr__(self) -> str:
         return f"<RabbitDeadLetters of {self._queue}, {self.waiting} at the beginning>"
 
     async def begin(self) -> None:
-        self.waiting = await self.look()
+        found = await self.look()
+        self.waiting, self.is_read_elsewhere = found.message_count or 0, bool(found.consumer_count)
         await self._channel.basic_qos(prefetch_count=1, timeout=OPERATION_BUDGET_S)
         await self._channel.basic_consume(self._queue, self._consumed.put, timeout=OPERATION_BUDGET_S)
 
-    async def look(self) -> int:
-        declared = await self._channel.queue_declare(self._queue, passive=True, timeout=OPERATION_BUDGET_S)
-        return declared.message_count or 0
+    async def look(self) -> Queue.DeclareOk:
+        return await self._channel.queue_declare(self._queue, passive=True, timeout=OPERATION_BUDGET_S)
 
     async def __aiter__(self) -> AsyncIterator[DeadLetter]:
         if not self.waiting:

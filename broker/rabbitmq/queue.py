@@ -28,7 +28,7 @@ from ..queue import Consumption, Delivery, Settled, fate_of
 from ..shards import shares
 from ..values.header_seals import HeaderSeals
 from .channel import JoinedChannel
-from .connection import CONNECT_BUDGET_S, LONGEST_PAUSE_S, OPERATION_BUDGET_S, Link, RabbitConnection, really_cancelled, user_of
+from .connection import CONNECT_BUDGET_S, LONGEST_PAUSE_S, MEND, OPERATION_BUDGET_S, Link, RabbitConnection, really_cancelled, user_of
 from .consumer import AddressedDelivery, RabbitConsumption, RabbitDelivery, RabbitJobDelivery, ShardedConsumption, one_started
 from .dead_letters import RabbitDeadLetters, open_dead_letters
 from .later import RabbitLater
@@ -171,7 +171,9 @@ class RabbitQueue:
 
     def _publish(self, exchange: str, key: str, properties: bytes, body: bytes, message_id: str, settled: Settled) -> None:
         if self._channel is None:
-            return settled(BrokerUnavailable(f"no connection to RabbitMQ ({self._publishing!r})", public=_ALARM if self._has_alarm else ""))
+            return settled(
+                BrokerUnavailable(f"no connection to {self._publishing.server}; {MEND}", public=_ALARM if self._has_alarm else "")
+            )
         self._channel.publish(exchange, key, properties, body, message_id, settled)
 
     async def consume(
@@ -238,7 +240,7 @@ class RabbitQueue:
             async with asyncio.timeout(OPERATION_BUDGET_S):
                 await self._opened.wait()
         except TimeoutError:
-            raise BrokerUnavailable(f"RabbitMQ opened no channel within {OPERATION_BUDGET_S:g} s: {self._publishing!r}") from None
+            raise BrokerUnavailable(f"{self._publishing.server} opened no channel within {OPERATION_BUDGET_S:g} s; {MEND}") from None
 
     async def close(self) -> None:
         for consumption in self._consumptions:

@@ -13,7 +13,7 @@ from aiormq.channel import Channel
 from .. import queue_names
 from ..errors import BrokerUnavailable, MQServeError, QueueMismatch, words_of
 from ..shards import shares
-from .connection import OPERATION_BUDGET_S, Link, really_cancelled
+from .connection import MEND, OPERATION_BUDGET_S, Link, really_cancelled
 from .refusals import broker_refusal
 
 T = TypeVar("T")
@@ -249,7 +249,7 @@ class RabbitTopology:
             if isinstance(error, asyncio.CancelledError) and really_cancelled():
                 raise
             refusal = broker_refusal(error)
-            raise BrokerUnavailable(refusal or f"RabbitMQ did not answer ({words_of(error)}): {self._link!r}") from error
+            raise BrokerUnavailable(refusal or f"{self._link.server} did not answer ({words_of(error)}); {MEND}") from error
 
 
 def _arguments(max_length: int | None) -> dict[str, Any]:

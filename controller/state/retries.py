@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from ...broker.errors import BadValue
 from ...broker.failures import name_of
 
 MAX_BACKOFF_S = 7 * 24 * 3600
@@ -19,9 +19,25 @@ def _named(kind: Any) -> Any:
     if isinstance(kind, type):
         if issubclass(kind, BaseException):
             return name_of(kind)
-        wrong = f"`on` names exceptions, and {name_of(kind)} is none"
-        raise PydanticCustomError("retry_on", "{wrong}", {"wrong": wrong})
-    return kind.removeprefix("builtins.") if isinstance(kind, str) else kind
+        raise BadValue(f"`on` names exceptions, and {name_of(kind)} is none")
+    if not isinstance(kind, str):
+        raise BadValue(f"`on` names exceptions, by their classes or as str, and {kind!r} is neither")
+    return kind.removeprefix("builtins.")
+
+
+def sentence_of(error: ValidationError, model: type[BaseModel]) -> str:
+    """Returns what is wrong with the settings of a model, the first thing if there are several."""
+    first = error.errors()[0]
+    field, kind = ".".join(map(str, first["loc"])), first["type"]
+    if not field:
+        return first["msg"]
+    if kind == "extra_forbidden":
+        return f"there is no setting {field!r}; there are {', '.join(model.model_fields)}"
+    if isinstance(known := first.get("ctx", {}).get("error"), BadValue):
+        return f"{field}: {known}"
+    if field == "retry" and kind == "model_type":
+        return f"retry: give serve.Retry(…), or a dict of its settings, not {first.get('input')!r}"
+    return f"{field}: {first['msg'].lower()}, not {first.get('input')!r}"
 
 
 _Seconds = Annotated[float, Field(ge=0, le=MAX_BACKOFF_S)]
@@ -44,6 +60,15 @@ class Retry(BaseModel):
     factor: Annotated[float, Field(ge=1, le=100)] = 2.0
     max_backoff_s: _Seconds = 300.0
     jitter: bool = True
+
+    if not TYPE_CHECKING:  # type checkers know the settings
+
+        def __init__(self, **settings: Any) -> None:
+            """Raises BadValue, naming the setting. BackendConfig, of which a Retry may be a part, makes that an error of its own."""
+            try:
+                super().__init__(**settings)
+            except ValidationError as error:
+                raise BadValue(f"bad serve.Retry: {sentence_of(error, type(self))}") from error
 
     def is_on(self, error_names: Sequence[str]) -> bool:
         """Whether an exception of this type is retried, by the names of its class and of those that it inherits from."""

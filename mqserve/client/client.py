@@ -9,7 +9,7 @@ from typing import Any, Literal, Never, overload
 
 from starlette.convertors import register_url_convertor
 
-from ..broker.errors import BadValue, UnknownEndpoint
+from ..broker.errors import BadValue
 from ..broker.queue_names import check_name
 from ..broker.values import code
 from ..broker.values.backend_code import Packed, pack_backend
@@ -34,7 +34,7 @@ from .groups import Group, submit_many
 from .handle import AsyncHandle, Handle
 from .jobs import Job
 from .lifetime import Lifetime
-from .listing import check_id, endpoints_of, key_of, pipelines_of, url_among
+from .listing import check_id, endpoints_of, key_of, pipelines_of, unknown_endpoint, url_among
 from .schedules import ScheduleStatus, check_handle, make_schedule
 from .streams import Stream
 
@@ -289,10 +289,10 @@ class Client(Lifetime):
         is_known = endpoint_name in (block.draft.endpoints if block is not None else sender.desired.endpoints)
         if not is_known:
             found: Desired = self._call(self._opened.deployments.read())
-            if is_known := endpoint_name in found.endpoints:
+            if endpoint_name in found.endpoints:
                 sender.desired = found
-        if not is_known and not missing_ok and not is_constructing():
-            raise UnknownEndpoint(f"Endpoint '{endpoint_name}' does not exist.")
+            elif not missing_ok and not is_constructing():
+                raise unknown_endpoint(endpoint_name, (found if block is None else block.draft).endpoints)
         kind = Handle if sync else AsyncHandle
         return kind(endpoint_name, self, missing_ok=missing_ok)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..broker.callbacks import CallbackRules
 from ..broker.calls.chord_calls import VERSION as CHORD_VERSION
 from ..broker.calls.chord_calls import ChordCall
-from ..broker.calls.idempotency import KEY_TTL_S, VERSION, Claim, IdempotencyKeys, digest_of
+from ..broker.calls.idempotency import KEY_TTL_S, MISUSED_BY_HANDLE, VERSION, Claim, IdempotencyKeys, digest_of
 from ..broker.calls.job_events import JobFollower
 from ..broker.calls.job_sending import JobSender, JobTerms
 from ..broker.calls.sending import RequestSender
@@ -71,7 +71,7 @@ class JobCalls:
         self._requests = requests
         self.refusal = ""  # why the store is to take no new jobs; the client sets it when the document changes
         self.callbacks: CallbackRules | None = None  # which callback URLs are taken; None: not known yet
-        self._once = IdempotencyKeys(connections.store, connections.keys)
+        self._once = IdempotencyKeys(connections.store, connections.keys, misuse=MISUSED_BY_HANDLE)
         self._jobs = JobSender(connections.queue, connections.store, connections.keys, requests.held, self._signer)
 
     def __repr__(self) -> str:
@@ -196,6 +196,8 @@ class JobCalls:
     async def _known(self, key: str) -> JobRecord:
         record = await self._jobs.look(key)
         if record is None:
+            if await self._store.jobs.group(key) is not None:
+                raise UnknownJob(f"{key!r} is the id of a group, not of a job: serve.group({key!r}) finds it")
             raise UnknownJob(
                 f"nothing is known of a job {key!r}: nobody sent it, or its record is gone, which stays twice as long as its result; a "
                 "publisher's own message_id needs its backend or endpoint, too"
@@ -226,7 +228,14 @@ class JobCalls:
 
     def cancel(self, key: str) -> bool:
         """See `Future.cancel`. Raises UnknownJob."""
-        return self.wait(self._jobs.cancel(key))
+        return self.wait(self._cancel(key))
+
+    async def _cancel(self, key: str) -> bool:
+        try:
+            return await self._jobs.cancel(key)
+        except UnknownJob:
+            await self._known(key)  # raises, and tells a group from an id that nobody has
+            raise
 
     async def cancel_soon(self, key: str) -> None:
         """Does the same for a caller that has gone."""

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ..broker.envelope import endpoint_key
-from ..broker.errors import BadType, BadValue
+from ..broker.errors import BadType, BadValue, UnknownEndpoint
 from ..controller.state.beats import MemberState, ProxyBeat, living, read_beats
 from ..controller.state.documents import Desired
+
+_SHOWN_NAMES = 10
+
+
+def unknown_endpoint(name: str, known: Collection[str]) -> UnknownEndpoint:
+    """Returns the error, with a note for whoever called: the message may reach a web client, which is not to learn the other names."""
+    error = UnknownEndpoint(f"Endpoint '{name}' does not exist.")
+    shown = ", ".join(sorted(known)[:_SHOWN_NAMES]) + (f" and {len(known) - _SHOWN_NAMES} more" if len(known) > _SHOWN_NAMES else "")
+    error.add_note(f"Known: {shown or 'none yet'}. Deploy it first.")
+    return error
 
 
 def endpoints_of(desired: Desired) -> dict[str, dict[str, Any]]:

@@ -13,7 +13,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..broker.errors import BadValue, MQServeError
+from ..broker.errors import BadValue, MQServeError, UnknownEndpoint
 from ..broker.failures import describe
 from ..broker.jobs import EventKind, JobState
 from ..broker.process.interrupts import Interrupts
@@ -21,6 +21,7 @@ from ..broker.process.printable import printable
 from ..broker.settings import Settings
 from ..client.client import Client
 from ..client.futures import Future
+from ..client.handle import Handle
 from ..client.jobs import Job, JobEvent
 from ..client.session import open_client
 from .endings import FAILED
@@ -31,7 +32,7 @@ def call_endpoint(settings: Settings, endpoint: str, data: str) -> int:
     """Sends a request and prints its answer. Ctrl-C cancels it."""
     value = _parsed(data)
     with joined(settings) as client:
-        ref = client.get_handle(endpoint).remote(value)
+        ref = _handle(client, endpoint).remote(value)
         try:
             _print_answer(_value_of(ref))
         except KeyboardInterrupt:
@@ -44,12 +45,20 @@ def call_later(settings: Settings, endpoint: str, data: str, interrupts: Interru
     """Sends a job, and shows what happens to it until it has ended. Prints its id on standard error and its answer on standard output."""
     value = _parsed(data)
     with joined(settings) as client:
-        job = client.get_handle(endpoint).options(tag=tag, delay_s=delay_s).submit(value)
+        job = _handle(client, endpoint).options(tag=tag, delay_s=delay_s).submit(value)
         interrupts.first = f"\nJob {job.id} goes on: `mqserve jobs watch {job.id}` shows it again, `mqserve jobs cancel {job.id}` ends it."
         click.echo(f"Job {job.id}", err=True)
         _watch(job, Console(stderr=True))
         _print_answer(_value_of(job))
     return 0
+
+
+def _handle(client: Client, endpoint: str) -> Handle:
+    """Raises UnknownEndpoint, with the names of the endpoints that there are."""
+    try:
+        return client.get_handle(endpoint)
+    except UnknownEndpoint as error:
+        raise UnknownEndpoint(" ".join([str(error), *error.__notes__])) from error
 
 
 def watch_by_id(settings: Settings, job_id: str, interrupts: Interrupts, *, as_json: bool) -> int:

@@ -28,9 +28,10 @@ from ..controller.state.reading import read_desired, read_observed
 from ..replicas.admission import NOT_STARTED
 from ..replicas.trust import SenderTrust
 from .printing import print_json, print_sentence, when
-from .status_table import make_console, make_table
+from .status_table import fitting_table, make_console, print_table
 
 ASK_ABOVE = 10
+EXCEPT_HELD = ", except those that another command holds"
 PREVIEW_BYTES = 1000
 CONFIRM_BUDGET_S = 10.0
 _BODY_KEPT_MS = 60_000  # added to the deadline, as senders do for bodies and replicas for marks
@@ -61,19 +62,17 @@ async def list_dead(settings: Settings, backend: str, limit: int, *, as_json: bo
     """Prints the dead letters as a table, or as JSON, one per line. Raises UnknownBackend."""
     console = console or make_console()
     async with _dead_letters(settings, backend, limit) as (_, letters):
-        waiting = letters.waiting
+        waiting, elsewhere = letters.waiting, letters.is_read_elsewhere
         facts = [_facts(letter) async for letter in letters]
     facts.sort(key=lambda fact: fact["died_at_ms"])
     if as_json:
         return print_json(console, facts)
     if not facts:
-        return print_sentence(console, _none(backend))
+        return print_sentence(console, _none(backend, elsewhere))
     title = f"Dead letters of {backend}" + (f", {len(facts)} of {waiting}" if waiting > len(facts) else "")
-    table = make_table(title, "id", "died at", "attempts", "reason")
-    for fact in facts:
-        columns = (fact["id"], when(fact["died_at_ms"]), str(len(fact["attempts"])), fact["reason"])
-        table.add_row(*(Text(printable(column)) for column in columns))
-    console.print(table)
+    rows = [(fact["id"], when(fact["died_at_ms"]), str(len(fact["attempts"])), fact["reason"]) for fact in facts]
+    cells = [[Text(printable(word)) for word in row] for row in rows]
+    print_table(console, fitting_table(console, title, ("id", "died at", "attempts", "reason"), cells, ("attempts", "died at")))
     return 0
 
 
@@ -156,7 +155,7 @@ async def _settle(
     missing = [_no_such(backend, printable(name)) for name in sorted(selection.names.difference(seen))]
     if kept or missing:
         raise MQServeError("; ".join([f"{done}: {len(seen) - len(kept)}", *kept, *missing]))
-    return f"{len(seen)} {done}." if seen else _none(backend)
+    return f"{len(seen)} {done}." if seen else _none(backend, letters.is_read_elsewhere)
 
 
 class _Keep(Exception):
@@ -293,8 +292,8 @@ def _print_fact(console: Console, key: str, value: Any) -> None:
         console.print(Text.assemble((f"{name}: ", "dim"), shown), highlight=False, soft_wrap=True)
 
 
-def _none(backend: str) -> str:
-    return f"Backend {backend!r} has no dead letters, except those that another command holds."
+def _none(backend: str, is_read_elsewhere: bool) -> str:
+    return f"Backend {backend!r} has no dead letters{EXCEPT_HELD if is_read_elsewhere else ''}."
 
 
 def _no_such(backend: str, name: str) -> str:

@@ -18,11 +18,11 @@ from ..broker.queue import DeadLetters
 from ..broker.settings import Settings
 from ..broker.webhooks import Webhook
 from ..connections import Connections, open_connections
+from .dead import EXCEPT_HELD
 from .printing import print_json, print_sentence, when
-from .status_table import make_console, make_table
+from .status_table import fitting_table, make_console, print_table
 
 ASK_ABOVE = 10
-_NONE = "No webhooks were given up, except those that another command holds."
 
 Act = Callable[[Connections, DeadLetter], Awaitable[None]]
 
@@ -30,21 +30,24 @@ Act = Callable[[Connections, DeadLetter], Awaitable[None]]
 async def list_webhooks(settings: Settings, limit: int, *, as_json: bool, console: Console | None = None) -> int:
     """Prints them as a table, or as JSON, one per line."""
     console = console or make_console()
-    waiting, facts = 0, list[dict[str, Any]]()
+    waiting, elsewhere, facts = 0, False, list[dict[str, Any]]()
     with suppress(UnknownBackend):
         async with _given_up(settings, limit) as (_, letters):
-            waiting, facts = letters.waiting, [_facts(letter) async for letter in letters]
+            waiting, elsewhere = letters.waiting, letters.is_read_elsewhere
+            facts = [_facts(letter) async for letter in letters]
     facts.sort(key=lambda fact: fact["since_ms"])
     if as_json:
         return print_json(console, facts)
     if not facts:
-        return print_sentence(console, _NONE)
+        return print_sentence(console, _none(elsewhere))
     title = "Webhooks that were given up" + (f", {len(facts)} of {waiting}" if waiting > len(facts) else "")
-    table = make_table(title, "id", "first try", "job", "event", "receiver", "tries", "error")
-    for fact in facts:
-        columns = (fact["id"], when(fact["since_ms"]), fact["job"], fact["type"], fact["receiver"], str(fact["tries"]), fact["error"])
-        table.add_row(*(Text(printable(column)) for column in columns))
-    console.print(table)
+    rows = [
+        (fact["id"], when(fact["since_ms"]), fact["job"], fact["type"], fact["receiver"], str(fact["tries"]), fact["error"])
+        for fact in facts
+    ]
+    columns = ("id", "first try", "job", "event", "receiver", "tries", "error")
+    cells = [[Text(printable(word)) for word in row] for row in rows]
+    print_table(console, fitting_table(console, title, columns, cells, ("tries", "first try", "event", "receiver", "job")))
     return 0
 
 
@@ -81,8 +84,10 @@ async def _settle(settings: Settings, ids: tuple[str, ...], everything: bool, ye
         raise BadValue("name them by their ids, as `mqserve webhooks list` shows them, or use --all")
     seen: list[str] = []
     kept: list[str] = []
+    elsewhere = False
     try:
         async with _given_up(settings) as (connections, letters):
+            elsewhere = letters.is_read_elsewhere
             if everything and letters.waiting > ASK_ABOVE and not yes:
                 raise BadValue(f"{letters.waiting} webhooks were given up: add --yes to {verb} them all")
             async for letter in letters:
@@ -101,7 +106,11 @@ async def _settle(settings: Settings, ids: tuple[str, ...], everything: bool, ye
     told = f"{len(seen) - len(kept)} {done}"
     if kept or missing:
         raise MQServeError("; ".join([told, *kept, *missing]))
-    return print_sentence(None, f"{told}." if seen else _NONE)
+    return print_sentence(None, f"{told}." if seen else _none(elsewhere))
+
+
+def _none(is_read_elsewhere: bool) -> str:
+    return f"No webhooks were given up{EXCEPT_HELD if is_read_elsewhere else ''}."
 
 
 def _facts(letter: DeadLetter) -> dict[str, Any]:

@@ -14,16 +14,21 @@ from rich.text import Text
 from ..broker.calls.job_sending import JobSender
 from ..broker.envelope import mint_id
 from ..broker.errors import BadValue, JobGoesOn, MQServeError, ResultGone, UnknownJob
+from ..broker.job_groups import GroupRecord, member_id
 from ..broker.job_store import JobStore
 from ..broker.jobs import JobEvent, JobRecord, JobState, priority_name
 from ..broker.overload import HeldBytes
 from ..broker.process.printable import printable
+from ..broker.redis.store import open_redis
 from ..broker.result_bodies import forget_job
 from ..broker.results import Result
 from ..broker.settings import Settings
+from ..broker.store import Store
+from ..broker.store_keys import StoreKeys
 from ..connections import Connections, open_connections
+from ..controller import lease
 from .printing import print_about, print_json, print_sentence, rfc3339, when
-from .status_table import make_console, make_table
+from .status_table import fitting_table, make_console, print_table
 
 ASK_ABOVE = 10
 _LOOK_EVERY_S = 1.0
@@ -64,16 +69,18 @@ class Selection(NamedTuple):
 
 
 async def list_jobs(settings: Settings, filter: Filter, limit: int, *, as_json: bool, console: Console | None = None) -> int:
-    """Prints the latest jobs as a table, or as JSON, one per line."""
+    """Prints the latest jobs as a table, or as JSON, one per line. Raises InstanceError where there are neither jobs nor an instance."""
     console = console or make_console()
-    async with _connected(settings) as connections:
-        jobs = connections.store.jobs
+    async with _opened(settings) as (store, keys):
+        jobs = store.jobs
         found = await _listed(jobs, filter, limit)
+        if not found and await store.get(keys.desired) is None:
+            raise lease.no_instance()
         if as_json:
             return print_json(console, [facts_of(record, await _place(jobs, record)) for record in found])
     if not found:
         return print_sentence(console, "There are no such jobs." if filter != Filter() else "There are no jobs.")
-    console.print(table_of(found, limit))
+    print_table(console, table_of(console, found, limit))
     return 0
 
 
@@ -82,13 +89,13 @@ async def watch_jobs(settings: Settings, filter: Filter, limit: int, *, as_json:
     has changed its state."""
     console = console or make_console()
     seen: dict[str, JobState] = {}
-    async with _connected(settings) as connections:
+    async with _opened(settings) as (store, _):
         with ExitStack() as stack:
             live = stack.enter_context(Live(console=console, auto_refresh=False)) if console.is_terminal and not as_json else None
             while True:
-                found = await _listed(connections.store.jobs, filter, limit)
+                found = await _listed(store.jobs, filter, limit)
                 if live is not None:
-                    live.update(table_of(found, limit), refresh=True)
+                    live.update(table_of(console, found, limit), refresh=True)
                 else:
                     _print_changes(console, [record for record in reversed(found) if seen.get(record.id) != record.state], as_json)
                     seen = {record.id: record.state for record in found}
@@ -107,7 +114,7 @@ def _print_changes(console: Console, records: Sequence[JobRecord], as_json: bool
 
 
 async def show_jobs(settings: Settings, ids: Sequence[str], *, as_json: bool, console: Console | None = None) -> int:
-    """Prints all that is known of each job. Raises BadValue for an unknown id, after the others."""
+    """Prints all that is known of each job, and the counts of a group. Raises BadValue for an unknown id, after the others."""
     console = console or make_console()
     missing: list[str] = []
     async with _connected(settings) as connections:
@@ -115,7 +122,10 @@ async def show_jobs(settings: Settings, ids: Sequence[str], *, as_json: bool, co
         for job_id in ids:
             record = await jobs.read(job_id)
             if record is None:
-                missing.append(job_id)
+                if (group := await jobs.group(job_id)) is None:
+                    missing.append(job_id)
+                else:
+                    _print_one(console, group_facts(job_id, group), as_json)
                 continue
             facts = facts_of(record, await _place(jobs, record)) | {"error": await _error(connections, record)}
             facts["stages"] = [
@@ -124,13 +134,17 @@ async def show_jobs(settings: Settings, ids: Sequence[str], *, as_json: bool, co
             ]
             facts["history"] = history_of(record)
             facts["events"] = [event_facts(number, event) for number, event in await jobs.events(job_id)]
-            if as_json:
-                print_json(console, [facts])
-            else:
-                print_about(console, facts)
+            _print_one(console, facts, as_json)
     if missing:
         raise BadValue(no_such(missing))
     return 0
+
+
+def _print_one(console: Console, facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(console, [facts])
+    else:
+        print_about(console, facts)
 
 
 async def purge_jobs(settings: Settings, selection: Selection, *, yes: bool, console: Console | None = None) -> int:
@@ -139,7 +153,7 @@ async def purge_jobs(settings: Settings, selection: Selection, *, yes: bool, con
 
 
 async def cancel_jobs(settings: Settings, selection: Selection, *, yes: bool, console: Console | None = None) -> int:
-    """Cancels jobs that have not ended. Raises BadValue for ids that are unknown or have ended."""
+    """Cancels jobs that have not ended, of a group all these. Raises MQServeError for ids that are unknown or have ended."""
     return await act(settings, selection, CANCEL, yes=yes, console=console)
 
 
@@ -156,7 +170,7 @@ async def retry_jobs(settings: Settings, selection: Selection, *, yes: bool, con
         return True
 
     states = ENDED if selection.ids or selection.filter.states else FAILED
-    again = Act("retry", "retried", states, "has not ended: cancel it first", retry)
+    again = Act("retry", "retried", states, "has not ended: cancel it first", retry, sends=True)
     return await act(settings, selection, again, yes=yes, console=console)
 
 
@@ -180,9 +194,11 @@ class Act(NamedTuple):
     states: tuple[JobState, ...]
     refusal: str  # for one that was named and is in another state
     step: Callable[[Connections, JobRecord], Awaitable[bool]]
+    takes_groups: bool = False  # the id of a group stands for its members
+    sends: bool = False  # it needs RabbitMQ
 
 
-CANCEL = Act("cancel", "cancelled", UNENDED, "has ended already", _cancel)
+CANCEL = Act("cancel", "cancelled", UNENDED, "has ended already", _cancel, takes_groups=True)
 PURGE = Act("purge", "purged", ENDED, "has not ended: cancel it first", _forget)
 
 
@@ -190,8 +206,8 @@ async def act(settings: Settings, selection: Selection, act: Act, *, yes: bool, 
     """Does it to all jobs that are selected, and prints how many these were."""
     kept: list[str] = []
     count = 0
-    async with _connected(settings) as connections:
-        records = await _selected(connections.store.jobs, selection, act.states, kept)
+    async with _connected(settings, broker_may_be_away=not act.sends) as connections:
+        records = await _selected(connections.store.jobs, selection, act, kept)
         if not selection.ids and len(records) > ASK_ABOVE and not yes:
             raise BadValue(f"there are {len(records)} such jobs: add --yes to {act.verb} them all")
         for record in records:
@@ -201,25 +217,60 @@ async def act(settings: Settings, selection: Selection, act: Act, *, yes: bool, 
                 kept.append(printable(str(error)))
                 continue
             count += taken
-            if not taken and selection.ids:
+            if not taken and record.id in selection.ids:
                 kept.append(f"job {printable(record.id)} {act.refusal}")
+        told = f"{count} {act.done}." if count or selection.ids else await _none(connections.store.jobs, selection.filter, act)
     if kept:
         raise MQServeError("; ".join([f"{act.done}: {count}", *kept]))
-    return print_sentence(console, f"{count} {act.done}." if count or selection.ids else "There are no such jobs.")
+    return print_sentence(console, told)
 
 
-async def _selected(jobs: JobStore, selection: Selection, states: tuple[JobState, ...], kept: list[str]) -> Sequence[JobRecord]:
+async def _none(jobs: JobStore, filter: Filter, act: Act) -> str:
+    """Returns the sentence for a filter that found no job to act on: perhaps it lets others through."""
+    others = len(await _listed(jobs, filter, _AT_MOST))
+    if not others:
+        return "There are no such jobs."
+    *first, last = act.states
+    there = "is 1 such job" if others == 1 else f"are {others} such jobs"
+    return f"0 {act.done}: there {there}, and none that is {', '.join(first)} or {last}."
+
+
+async def _selected(jobs: JobStore, selection: Selection, act: Act, kept: list[str]) -> Sequence[JobRecord]:
+    """Returns the records of the jobs. Adds to `kept` why there is none for an id."""
     if not selection.ids:
-        wanted = tuple(state for state in selection.filter.states or states if state in states)
+        wanted = tuple(state for state in selection.filter.states or act.states if state in act.states)
         return await _listed(jobs, selection.filter._replace(states=wanted), _AT_MOST) if wanted else ()
-    read = [(job_id, await jobs.read(job_id)) for job_id in selection.ids]
-    kept += [no_such([job_id]) for job_id, record in read if record is None]
-    return [record for _, record in read if record is not None]
+    found: list[JobRecord] = []
+    for job_id in selection.ids:
+        if (record := await jobs.read(job_id)) is not None:
+            found.append(record)
+        elif (group := await jobs.group(job_id)) is None:
+            kept.append(no_such([job_id]))
+        elif act.takes_groups:
+            found += await _members(jobs, job_id, group, act.states)
+        else:
+            kept.append(f"{printable(job_id)!r} is the id of a group, not of a job: {act.verb} its jobs by their own ids")
+    return found
+
+
+async def _members(jobs: JobStore, group_id: str, group: GroupRecord, states: tuple[JobState, ...]) -> list[JobRecord]:
+    """Returns the records of a group's jobs that are in one of these states."""
+    ended = await jobs.group_ends(group_id)
+    places = [member_id(group_id, number) for number in range(group.facts.total) if ended.get(number, JobState.QUEUED) in states]
+    records = [await jobs.read(place) for place in places]
+    return [record for record in records if record is not None and record.state in states]
 
 
 @asynccontextmanager
-async def _connected(settings: Settings) -> AsyncIterator[Connections]:
-    async with open_connections(settings, "jobs", broker_may_be_away=True) as connections:
+async def _opened(settings: Settings) -> AsyncIterator[tuple[Store, StoreKeys]]:
+    """For what does without RabbitMQ."""
+    async with open_redis(settings.store_url, settings.namespace) as store:
+        yield store, StoreKeys(settings.namespace)
+
+
+@asynccontextmanager
+async def _connected(settings: Settings, *, broker_may_be_away: bool = True) -> AsyncIterator[Connections]:
+    async with open_connections(settings, "jobs", broker_may_be_away=broker_may_be_away) as connections:
         yield connections
 
 
@@ -240,6 +291,21 @@ async def _error(connections: Connections, record: JobRecord) -> dict[str, str] 
 
 
 # What is printed.
+
+
+def group_facts(group_id: str, group: GroupRecord) -> dict[str, Any]:
+    """Returns what is known of a group, and how many of its jobs have ended in which way."""
+    facts, counts = group.facts, {state.value: count for state, count in group.ended.items()}
+    return {
+        "group": group_id,
+        "endpoint": facts.endpoint,
+        "created_at": rfc3339(facts.created_ms),
+        "expires_at": rfc3339(facts.expires_ms),
+        "total": facts.total,
+        "pending": facts.total - sum(counts.values()),
+        **counts,
+        "then": facts.then,
+    }
 
 
 def facts_of(record: JobRecord, place: int | None) -> dict[str, Any]:
@@ -289,19 +355,19 @@ def _said_by(event: JobEvent) -> dict[str, Any]:
     return {name: value for name, value in facts.items() if value not in ("", None)}
 
 
-def table_of(records: Sequence[JobRecord], limit: int) -> Any:
+def table_of(console: Console, records: Sequence[JobRecord], limit: int) -> Any:
     """Returns rich's table of jobs, the latest first."""
     title = f"Jobs, the latest {limit}" if len(records) == limit else "Jobs"
-    table = make_table(title, "id", "status", "for", "tag", "created", "runs", "progress")
-    table.columns[0].no_wrap = True  # it is there to be copied
+    rows: list[list[Text]] = []
     for record in records:
         facts = record.facts
         target = facts.endpoint or facts.backend
         progress = "" if record.progress is None else progress_words(record.progress)
         words = (target, facts.tag, when(facts.created_ms) if facts.created_ms else "", str(len(record.attempts)), progress)
         state = Text(record.state.value, _COLORS.get(record.state, ""))
-        table.add_row(Text(printable(record.id)), state, *(Text(printable(word)) for word in words))
-    return table
+        rows.append([Text(printable(record.id)), state, *(Text(printable(word)) for word in words)])
+    columns = ("id", "status", "for", "tag", "created", "runs", "progress")
+    return fitting_table(console, title, columns, rows, ("runs", "tag", "created", "progress"))
 
 
 def progress_words(event: JobEvent) -> str:

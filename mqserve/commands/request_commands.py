@@ -87,7 +87,7 @@ def list_jobs(namespace: str | None, limit: int, as_json: bool, **filter: Any) -
 @json_option
 @one_sentence
 def show_jobs(ids: tuple[str, ...], namespace: str | None, as_json: bool) -> int:
-    """Show all that is known of jobs, with their runs and events."""
+    """Show all that is known of jobs, with their runs and events; of a group, how many of its jobs have ended."""
     from . import jobs
 
     return run_loop(jobs.show_jobs(distributed(namespace, "jobs show"), ids, as_json=as_json))
@@ -119,7 +119,7 @@ def watch_jobs(job_id: str, namespace: str | None, limit: int, as_json: bool, **
 @namespace_option
 @one_sentence
 def cancel_jobs(ids: tuple[str, ...], everything: bool, yes: bool, namespace: str | None, **filter: Any) -> int:
-    """Cancel jobs: those that wait never run."""
+    """Cancel jobs: those that wait never run. The id of a group stands for all its jobs."""
     from . import jobs
 
     selection = jobs.Selection.read(ids, _filter(**filter), everything=everything)

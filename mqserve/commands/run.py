@@ -154,11 +154,15 @@ def _announce(client: Client, settings: Settings, targets: dict[str, Any]) -> No
     form = "embedded" if settings.embedded else f"distributed, namespace {settings.namespace!r}"
     base = client.http_url()
     click.echo(f"Serving on {printable(base) or 'no HTTP port'} ({form}). Ctrl-C stops.")
-    for name, facts in client.list_endpoints().items():
+    for name, facts in [*client.list_endpoints().items(), *client.list_pipelines().items()]:
         if base and facts["route"]:
             below = "/…" if facts.get("prefix") else ""
             route = facts["route"].rstrip("/") + below if below else facts["route"]
-            click.echo(printable(f"  {','.join(facts['methods']):<9} {base}{route}  ({name})"))
+            stages = f": {' → '.join(facts['stages'])}" if "stages" in facts else ""
+            click.echo(printable(f"  {','.join(facts['methods']):<9} {base}{route}  ({name}{stages})"))
+    for schedule in client.list_schedules().values():
+        upcoming = "paused" if schedule.next_at is None else f"next at {schedule.next_at:%Y-%m-%d %H:%M:%S} UTC"
+        click.echo(printable(f"  schedule  {schedule.name}: {schedule.cron} ({schedule.timezone}) to {schedule.endpoint}, {upcoming}"))
     if base and (example := _curl(base, client, targets)):
         click.echo(f"Try:\n  {printable(example)}")
     sys.stdout.flush()

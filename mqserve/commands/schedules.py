@@ -30,7 +30,7 @@ from ..controller.state.reading import read_desired, read_observed
 from .call import joined
 from .printing import print_about, print_json, print_sentence, rfc3339
 from .status import ScheduleFacts
-from .status_table import make_console, schedules_table
+from .status_table import make_console, print_table, schedules_table
 
 _SHOWN_TIMES = 5
 
@@ -57,7 +57,7 @@ async def list_schedules(settings: Settings, *, as_json: bool, console: Console 
         return print_json(console, map(msgspec.to_builtins, facts))
     if not facts:
         return print_sentence(console, "There are no schedules.")
-    console.print(schedules_table(facts))
+    print_table(console, schedules_table(console, facts))
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -20,6 +21,11 @@ Span = str | tuple[str, str]  # a text, or (text, style)
 
 PIPE_WIDTH = 240
 NOT_KNOWN = "?"
+_WHOLE = frozenset(
+    ("id", "status", "job", "last job", "schedule", "created", "died at", "first try", "next", "last", "runs", "attempts", "tries")
+)  # of a table that fits: columns that never wrap
+_LEAST_WIDTH = 12  # of any other column
+_GAP = 2  # between columns
 _NUMBERS = ("ready", "wanted", "jobs", "waiting", "dead", "running", "served")
 
 
@@ -36,7 +42,7 @@ def print_facts(console: Console, facts: Facts) -> None:
         console.print(_backends(facts.backends))
         console.print(_endpoints(facts.endpoints))
         if facts.schedules:
-            console.print(schedules_table(facts.schedules))
+            print_table(console, schedules_table(console, facts.schedules))
     if facts.here and facts.state == "unknown":
         _print(console, f"On this machine run: {', '.join(facts.here)}")
     for name, problem in facts.problems.items():
@@ -114,13 +120,15 @@ def _endpoints(endpoints: tuple[EndpointFacts, ...]) -> Table:
     return table
 
 
-def schedules_table(schedules: Sequence[ScheduleFacts]) -> Table:
-    table = make_table("Schedules", "schedule", "endpoint", "cron", "next", "last", "last job")
+def schedules_table(console: Console, schedules: Sequence[ScheduleFacts]) -> Table:
+    rows: list[list[Text]] = []
     for schedule in schedules:
         upcoming: Span = ("paused", "yellow") if schedule.paused else _time(schedule.next_at)
         times = f"{schedule.cron} ({schedule.timezone})"
-        _add_row(table, schedule.name, schedule.endpoint, times, upcoming, _time(schedule.last_at), schedule.last_job)
-    return table
+        cells: tuple[Span, ...] = (schedule.name, schedule.endpoint, times, upcoming, _time(schedule.last_at), schedule.last_job)
+        rows.append([*map(_text, cells)])
+    columns = ("schedule", "endpoint", "cron", "next", "last", "last job")
+    return fitting_table(console, "Schedules", columns, rows, ("last", "last job", "endpoint"))
 
 
 def _time(at: datetime | None) -> str:
@@ -144,6 +152,33 @@ def make_table(title: str, *columns: str) -> Table:
             overflow="fold",  # never cut an id or a URL
         )
     return table
+
+
+def fitting_table(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[Text]], expendable: Sequence[str]) -> Table:
+    """Returns a table whose ids, states and times never wrap, so that an id can be copied. In a terminal that is too narrow for that,
+    these columns are left out, in this order; where that is not enough, the lines are longer than the terminal (`print_table`)."""
+    widths = [max(cell_len(text) for text in (name, *(row[at].plain for row in rows))) for at, name in enumerate(columns)]
+    least = {name: width if name in _WHOLE else min(width, _LEAST_WIDTH) for name, width in zip(columns, widths, strict=True)}
+
+    def needed() -> int:
+        return sum(least.values()) + _GAP * (len(least) - 1)
+
+    for name in expendable if console.is_terminal else ():
+        if needed() <= console.width:
+            break
+        del least[name]
+    table = make_table(title, *least)
+    for column in table.columns:
+        column.no_wrap = column.header in _WHOLE
+    if needed() > console.width:
+        table.width = needed()
+    for row in rows:
+        table.add_row(*(cell for name, cell in zip(columns, row, strict=True) if name in least))
+    return table
+
+
+def print_table(console: Console, table: Table) -> None:
+    console.print(table, crop=False)
 
 
 def _add_row(table: Table, *cells: Span) -> None:

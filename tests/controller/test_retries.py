@@ -1,8 +1,12 @@
 """Whether a job that has failed is tried again, and when: plain values."""
 
+from typing import Any
+
 import pytest
 from pydantic import ValidationError
 
+from mqserve.broker.errors import BadValue
+from mqserve.controller.changes import parse_config
 from mqserve.controller.state.config import BackendConfig
 from mqserve.controller.state.retries import Retry, is_exhausted, next_pause_s
 
@@ -19,10 +23,26 @@ def test_exceptions_are_named_by_class_or_by_name_and_travel_as_names() -> None:
     assert BackendConfig.model_validate(config.model_dump(exclude_unset=True)).retry == retry
 
 
-@pytest.mark.parametrize("on", [[int], [3], "OSError"])
-def test_what_names_no_exceptions_is_refused(on: object) -> None:
-    with pytest.raises(ValidationError):
-        Retry.model_validate({"on": on})
+@pytest.mark.parametrize(("on", "why"), [((int,), "int is none"), ((3,), "3 is neither"), ("OSError", "on: input should be a valid tuple")])
+def test_what_names_no_exceptions_is_refused_in_one_sentence(on: Any, why: str) -> None:
+    with pytest.raises(BadValue, match=why) as caught:
+        Retry(on=on)
+    assert str(caught.value).startswith("bad serve.Retry: on") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "why"),
+    [
+        (3, r"retry: give serve\.Retry\(…\), or a dict of its settings, not 3"),
+        ({"on": [3]}, r"retry: bad serve\.Retry: on\.0: .* 3 is neither"),
+        ({"tries": 3}, "there is no setting 'tries'; there are attempts, on"),
+        ({"attempts": 0}, r"retry: bad serve\.Retry: attempts: .*, not 0"),
+    ],
+    ids=str,
+)
+def test_a_config_with_a_bad_retry_names_the_setting(setting: Any, why: str) -> None:
+    with pytest.raises(BadValue, match=why):
+        parse_config({"retry": setting})
 
 
 def test_at_most_once_is_never_tried_again() -> None:
