@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
+from ..broker.callbacks import receiver_of
 from ..broker.calls.job_sending import StageRecord
 from ..broker.envelope import is_minted
 from ..broker.job_groups import GroupRecord
@@ -119,6 +120,7 @@ def _facts(future_id: str, facts: JobFacts, state: JobState, links: Links) -> di
         "expires_at": time_of(facts.expires_ms),
         "tag": facts.tag,
         "retry_of": facts.retry_of,
+        "callback_host": receiver_of(facts.callback),
         "result_url": links.result(future_id),
         "events_url": links.events(future_id),
     }
