@@ -165,7 +165,7 @@ class Futures:
             return _cancelled(future_id, await self._jobs.cancel(future_id, self._is_cancelled) or record.state is JobState.CANCELLED)
         is_known = self._is_known(future_id)
         if not is_known and (group := await self._records.group(future_id)) is not None:
-            count = await cancel_group(self._jobs, future_id, group.facts)
+            count = await cancel_group(self._jobs, future_id, group.facts, self._is_cancelled)
             return json_reply({"id": future_id, "cancelled": count > 0, "jobs": count})
         if not (is_known or self._trusts(scope)):
             # An id that this proxy does not know leaves traces in the store: not for anybody to make up.

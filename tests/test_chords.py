@@ -87,9 +87,11 @@ def test_a_chord_whose_jobs_do_not_all_succeed_fails_and_names_the_first(making:
     assert group.then is not None
     with pytest.raises(serve.MembersFailed) as caught:
         group.then.result(timeout=30)
-    named = ", ".join(f"{group.jobs[number].id} (failed)" for number in (1, 3, 4))
+    named = ", ".join(f"{group.jobs[number].id} (failed: OSError)" for number in (1, 3, 4))
     assert str(caught.value) == f"not all of the 6 jobs of its group have succeeded: 4 failed; {named} and others"
     assert group.then.status().state is serve.JobState.FAILED
+    with pytest.raises(serve.ResultGone, match=r"was never sent, .* Send the group"):
+        group.then.retry()
 
 
 def test_a_group_that_is_cancelled_fails_its_chord(deploy: Deploy, gate: Gate, telling: serve.Handle) -> None:

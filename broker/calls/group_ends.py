@@ -29,13 +29,13 @@ async def members_left(jobs: JobSender, group_id: str, facts: GroupFacts) -> lis
     return [member_id(group_id, number) for number in range(facts.total) if number not in ended]
 
 
-async def cancel_group(jobs: JobSender, group_id: str, facts: GroupFacts) -> int:
+async def cancel_group(jobs: JobSender, group_id: str, facts: GroupFacts, is_told: Callable[[str], bool] = lambda _: False) -> int:
     """Cancels the jobs of a group, and returns how many had no result yet. Passes over those of which nothing is known: they were never
-    sent, or are forgotten. Raises StoreUnavailable."""
+    sent, or are forgotten. `is_told` says of which ids replicas have heard that. Raises StoreUnavailable."""
 
     async def cancel(job_id: str) -> bool:
         try:
-            return await jobs.cancel(job_id)
+            return await jobs.cancel(job_id, is_told)
         except UnknownJob:
             return False
 
