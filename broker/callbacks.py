@@ -99,6 +99,14 @@ class CallbackSettings:
 NO_CALLBACK_SETTINGS = CallbackSettings()
 
 
+def receiver_of(url: str) -> str:
+    """Returns the host of a callback URL, to be shown: the rest of the URL may hold a secret. Empty where it does not parse."""
+    try:
+        return URL(url, encoded=True).raw_host or ""
+    except ValueError:
+        return ""
+
+
 def _divided(host: str) -> tuple[str, str]:
     """Returns a host of the settings, and its port; empty without one. An IPv6 address with a port has brackets."""
     if _is_address(host):

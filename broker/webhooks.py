@@ -11,8 +11,8 @@ from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 import msgspec
-from yarl import URL
 
+from .callbacks import receiver_of
 from .envelope import Whole
 from .errors import UNPARSABLE, BadEnvelope
 from .queue import Consumption, DeadLetters
@@ -35,11 +35,8 @@ class Webhook(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def receiver(self) -> str:
-        """The host that it goes to, for operators: the rest of the URL may hold a secret. Empty where the URL does not parse."""
-        try:
-            return URL(self.url, encoded=True).raw_host or ""
-        except ValueError:
-            return ""
+        """The host that it goes to, for operators. Empty where the URL does not parse."""
+        return receiver_of(self.url)
 
     def to_bytes(self) -> bytes:
         return msgspec.json.encode(self)

@@ -181,6 +181,10 @@ def check_app(name: str, kind: CodeKind, config: BackendConfig) -> None:
         raise BadValue(f"backend {name!r} is an ASGI app, which takes no batches of requests: leave max_batch_size out")
     if kind.is_app and config.on_death == "replay":
         raise BadValue(f"backend {name!r} is an ASGI app, whose answers cannot be replayed: leave on_death at 'fail'")
+    if kind.is_app and config.retry is not None:
+        raise BadValue(
+            f"backend {name!r} is an ASGI app, which makes an answer of each exception, so nothing is tried again: leave retry out"
+        )
     if kind is CodeKind.APP_OBJECT and config.num_replicas > 1:
         raise BadValue(
             f"backend {name!r} is one app object of this process, so it can have one replica and not {config.num_replicas}: name it by an "

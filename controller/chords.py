@@ -105,7 +105,9 @@ class Chords:
         ends = await self._store.jobs.group_ends(group_id)
         others = {number: state for number, state in sorted(ends.items()) if state is not JobState.SUCCEEDED}
         counts = ", ".join(f"{count} {state}" for state, count in sorted(Counter(others.values()).items()))
-        named = [f"{member_id(group_id, number)} ({state})" for number, state in list(others.items())[:_NAMED]]
+        first = {member_id(group_id, number): state for number, state in list(others.items())[:_NAMED]}
+        raws = await self._store.get_many([self._keys.future(member) for member in first])
+        named = [f"{member} ({_end_of(state, raw)})" for (member, state), raw in zip(first.items(), raws, strict=True)]
         more = " and others" if len(others) > _NAMED else ""
         raise MembersFailed(f"not all of the {facts.total} jobs of its group have succeeded: {counts}; {', '.join(named)}{more}")
 
@@ -142,6 +144,17 @@ class Chords:
 def _gone(why: str) -> Result:
     message = f"{why} before this job, which follows a group, was sent: send the group again once it is served"
     return Result(status=503, error=ErrorInfo(type=Outcome.GONE, message=message))
+
+
+def _end_of(state: JobState, raw: bytes | None) -> str:
+    """Returns how a job has ended. Of an error that is its type: its message is not for all who may read the result of what follows."""
+    if state is not JobState.FAILED or raw is None:
+        return state
+    try:
+        result = Result.from_bytes(raw)
+    except BadEnvelope:
+        return state
+    return state if result.error is None else f"{state}: {printable(result.error.type)}"
 
 
 def _head_of(member: str, raw: bytes | None) -> Result:

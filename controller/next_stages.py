@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from typing import Any
 
 import msgspec
 
 from ..broker.calls.job_sending import JobSender, JobTerms
 from ..broker.calls.sending import MAX_BODY_BYTES
 from ..broker.envelope import RequestHead, Stage
-from ..broker.errors import BadEnvelope, BadSignature, TooLarge
+from ..broker.errors import UNPARSABLE, BadEnvelope, BadSignature, TooLarge
 from ..broker.jobs import JOB_RESULT_TTL_S, MAX_RESULT_TTL_S, EndNote, JobEnd, JobState
 from ..broker.pipelines import Plan, stage_id
 from ..broker.result_bodies import with_body
@@ -92,7 +93,7 @@ class NextStages:
             message = f"stage {plan.stages[index]!r} answered with a stream, which no other stage takes: let it return a list"
             return await self._end(plan, _failed("mqserve.BadType", message))
         if state is not JobState.SUCCEEDED or result.error is not None or result.status >= 300 or index + 1 == len(plan.stages):
-            return await self._end(plan, self._taken_over(plan, index, result), state)
+            return await self._end(plan, self._taken_over(plan, index, state, result), state)
         try:
             await self._send(plan, index + 1, result)
         except TooLarge as error:
@@ -121,8 +122,9 @@ class NextStages:
         head = RequestHead(endpoint=name)
         await self._jobs.submit(job_id, backend, body, CARRIED, head, origin=plan.origin, terms=terms, refusal=self._refusal)
 
-    def _taken_over(self, plan: Plan, index: int, result: Result) -> Result:
-        """Returns the result of a stage as that of the pipeline, so that a pickle in it opens under the id of that."""
+    def _taken_over(self, plan: Plan, index: int, state: JobState, result: Result) -> Result:
+        """Returns the result of a stage as that of the pipeline, so that a pickle in it opens under the id of that. A failure names its
+        stage to web clients."""
         old, new = (SealScope("result", result.backend, job) for job in (stage_id(plan.id, index), plan.id))
         try:
             body = sealed_anew(result.body, result.content_type, self._signer, old, new)
@@ -131,6 +133,8 @@ class NextStages:
         info = result.error
         if info is not None and info.sealed:
             info = msgspec.structs.replace(info, sealed=self._exception_of(info.sealed, old, new))
+        if info is not None and state is JobState.FAILED:  # whoever else ends it otherwise writes bytes that must be the same
+            info = msgspec.structs.replace(info, members=_with_stage(info.members, plan.stages[index]))
         return msgspec.structs.replace(result, body=body, error=info)
 
     def _exception_of(self, sealed: bytes, old: SealScope, new: SealScope) -> bytes:
@@ -162,6 +166,15 @@ class NextStages:
         backend = self._desired.backends.get(result.backend)
         its = backend.config.result_ttl_s if backend is not None else 0
         return int(min(plan.result_ttl_s or its or JOB_RESULT_TTL_S, MAX_RESULT_TTL_S))
+
+
+def _with_stage(members: bytes, name: str) -> bytes:
+    """Returns the members of a problem document, and the stage among them."""
+    try:
+        found = msgspec.json.decode(members, type=dict[str, Any]) if members else {}
+    except UNPARSABLE:  # then nobody gets them
+        found = {}
+    return msgspec.json.encode({"stage": name, **found})
 
 
 def _failed(kind: str, message: str, status: int = 500) -> Result:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from msgspec.structs import replace
 from ..broker.callbacks import CallbackRules, NotAllowed
 from ..broker.errors import BadEnvelope, BadValue, MQServeError
 from ..broker.process.printable import printable
-from ..broker.process.rate_limited_log import RateLimitedLog
+from ..broker.process.rate_limited_log import AGAIN_AFTER_S, RateLimitedLog
 from ..broker.process.tasks import Tasks
 from ..broker.queue import Consumption
 from ..broker.store import Store
@@ -53,6 +54,7 @@ class WebhookSending:
         self._tasks = Tasks()
         self.given_up = 0  # how many are dead letters
         self._waits, self._trouble = RateLimitedLog(logger), RateLimitedLog(logger)
+        self._warned_at: dict[str, float] = {}  # by receiver, within the last AGAIN_AFTER_S
 
     def __repr__(self) -> str:
         return f"<WebhookSending, {len(self._tasks)} on their way{', stopped' if self._keeping is None else ''}>"
@@ -135,17 +137,25 @@ class WebhookSending:
                 else:
                     await self._webhooks.wait(failed, wait_s)
                 self._trouble.over()
-                return _tell(failed, wait_s)
+                return self._tell(failed, wait_s)
             except MQServeError as error:
                 self._trouble.say(f"a webhook that its receiver did not take stays where it is: {error}")
             except Exception:
                 logger.exception("a webhook stays where it is: that is a bug in mqserve, please report it")
             await asyncio.sleep(TRY_AGAIN_S)
 
+    def _tell(self, failed: Webhook, wait_s: int | None) -> None:
+        name, receiver, why = printable(failed.id), printable(failed.receiver), printable(failed.error)
+        if wait_s is None:
+            logger.error("webhook %s to %s is given up, and is a dead letter now: %s", name, receiver, why)
+        else:
+            level = logging.WARNING if self._may_warn(receiver) else logging.INFO
+            logger.log(level, "webhook %s to %s is sent again in %d s: %s", name, receiver, wait_s, why)
 
-def _tell(failed: Webhook, wait_s: int | None) -> None:
-    name, receiver, why = printable(failed.id), printable(failed.receiver), printable(failed.error)
-    if wait_s is None:
-        logger.error("webhook %s to %s is given up, and is a dead letter now: %s", name, receiver, why)
-    else:
-        logger.info("webhook %s to %s is sent again in %d s: %s", name, receiver, wait_s, why)
+    def _may_warn(self, receiver: str) -> bool:
+        """Whether nothing was said of that receiver for a while: one that is down is said once a minute, whatever waits for it."""
+        now = time.monotonic()
+        if now - self._warned_at.get(receiver, -math.inf) < AGAIN_AFTER_S:
+            return False
+        self._warned_at = {name: at for name, at in self._warned_at.items() if now - at < AGAIN_AFTER_S} | {receiver: now}
+        return True

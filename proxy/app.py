@@ -31,7 +31,7 @@ from .job_events import JobFeed
 from .jobs import JobCall, Jobs
 from .metrics import CONTENT_TYPE, ProxyMetrics
 from .polls import Polls
-from .preferences import WAIT_PRIORITIES, Headers, Preference, read_preference
+from .preferences import NOT_BEFORE_HEADER, WAIT_PRIORITIES, Headers, Preference, check_no_job, read_preference
 from .readiness import DOWN_AFTER_MS
 from .refusals import not_served
 from .request_heads import head_of, read_headers, shard_key_of
@@ -51,7 +51,7 @@ Wish = tuple[str, Sequence[str], str, str, float, str]
 
 logger = logging.getLogger(__name__)
 
-_ASKING = frozenset((b"last-event-id", b"prefer", KEY_HEADER))  # headers of requests that are served otherwise
+_ASKING = frozenset((b"last-event-id", b"prefer", KEY_HEADER, NOT_BEFORE_HEADER))  # headers of requests that are served otherwise
 
 
 class ProxyApp:
@@ -200,8 +200,10 @@ class ProxyApp:
             if name == b"last-event-id" and (place := read_event_id(value)) is not None:
                 return await self._resume(call, place, receive)
         preference, key = read_preference(asking), read_key(asking)
-        is_job = is_piped or preference is not None or key
-        return await self._serve_job(call, preference, key, scope, receive) if is_job else None
+        if is_piped or preference is not None or key:
+            return await self._serve_job(call, preference, key, scope, receive)
+        check_no_job(asking)
+        return None
 
     async def _resume(self, call: AsgiCall, place: EventId, receive: Receive) -> Reply | Flow:
         await _read_body(receive, self._sender.held)  # it is the request again that began the stream, and nothing runs for it

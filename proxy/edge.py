@@ -42,7 +42,7 @@ NOTHING, HEAD, BODY = range(3)  # what of a request has been begun; an Enum's me
 
 _TOO_LONG = f"the request line and headers take more than {MAX_HEAD_BYTES} bytes, the limit: send less, or send it in the body"
 _OURS = b"x-mqserve-"  # inside the instance only: nobody may send them in
-_WATCHED = HOP_BY_HOP | NAMES | {b"host", b"content-length", b"expect", b"last-event-id", b"prefer", b"idempotency-key"}
+_WATCHED = HOP_BY_HOP | NAMES | {b"host", b"content-length", b"expect", b"last-event-id", b"prefer", b"idempotency-key", b"x-not-before"}
 _HOST = re.compile(rb"[\w.~%!$&'()*+,;=:\[\]-]*", re.ASCII)
 # What rights depend on (a client must not have a header removed that a server in front has set), and where the request ends.
 _END_TO_END = frozenset(
@@ -281,7 +281,7 @@ class EdgeProtocol(HttpToolsProtocol):
             case b"x-forwarded-for" | b"x-forwarded-proto" | b"x-forwarded-prefix":
                 self._is_forwarded = True
                 return True
-            case b"last-event-id" | b"prefer" | b"idempotency-key":
+            case b"last-event-id" | b"prefer" | b"idempotency-key" | b"x-not-before":
                 self._asks_more()
                 return True
             case b"transfer-encoding":

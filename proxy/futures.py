@@ -12,10 +12,11 @@ from contextlib import suppress
 from typing import Any
 from urllib.parse import unquote
 
+from ..broker.calls.group_ends import cancel_group
 from ..broker.calls.job_sending import JobSender
 from ..broker.calls.sending import RequestSender
 from ..broker.envelope import is_endpoint_key, is_minted, mint_id
-from ..broker.errors import MQServeError, ResultGone
+from ..broker.errors import MQServeError, ResultGone, UnknownJob
 from ..broker.jobs import JobRecord, JobState, state_of
 from .common_ids import CommonIds
 from .events import EventId, EventStreams
@@ -141,7 +142,7 @@ class Futures:
 
     async def _not_there(self, future_id: str, record: JobRecord | None, scope: Scope) -> Reply:
         if record is None:
-            return _unknown(future_id)
+            return await self._of_group(future_id, scope) or _unknown(future_id)
         if record.state.is_final:
             raise ResultGone(f"job {future_id} has {record.state}, and its result is not kept any more")
         return self.links(scope).promise(await self.view(record, scope))
@@ -150,7 +151,7 @@ class Futures:
         place, _, seq = next((value for name, value in scope["headers"] if name == b"last-event-id"), b"").rpartition(b":")
         after = int(seq) if place == name_of(future_id).encode() and seq.isdigit() and len(seq) <= 15 else 0
         if (record := await self._jobs.look(future_id)) is None:
-            return await self._events.resume(EventId(future_id, after))
+            return await self._of_group(future_id, scope) or await self._events.resume(EventId(future_id, after))
         if after and record.state.is_final and not await self._records.events(future_id, after):
             return 204, [(b"x-request-id", name_of(future_id).encode())], b""  # it has all of them: a browser does not come back after that
         followers = self._sender.pending.followers
@@ -159,16 +160,19 @@ class Futures:
     # Its end, and another beginning.
 
     async def _cancel(self, future_id: str, scope: Scope) -> Reply:
-        # An id that is in the log already is not appended again: repeated DELETEs of one id would push out the notices of others.
         if (record := await self._jobs.look(future_id)) is not None:
             # also one that is cancelled: the store may have failed before the stage of a pipeline was, too
-            cancelled = await self._jobs.cancel(future_id, self._is_cancelled) or record.state is JobState.CANCELLED
-        else:
-            if not (self._is_known(future_id) or self._trusts(scope)):
-                # An id that this proxy does not know leaves traces in the store: not for anybody to make up.
-                return forbidden("The request of another process")
-            cancelled = self._is_cancelled(future_id) or await self._sender.cancel_everywhere(future_id)
-        return json_reply({"id": future_id, "cancelled": cancelled})
+            return _cancelled(future_id, await self._jobs.cancel(future_id, self._is_cancelled) or record.state is JobState.CANCELLED)
+        is_known = self._is_known(future_id)
+        if not is_known and (group := await self._records.group(future_id)) is not None:
+            count = await cancel_group(self._jobs, future_id, group.facts, self._is_cancelled)
+            return json_reply({"id": future_id, "cancelled": count > 0, "jobs": count})
+        if not (is_known or self._trusts(scope)):
+            # An id that this proxy does not know leaves traces in the store: not for anybody to make up.
+            return forbidden("The request of another process")
+        # An id that is in the log already is not appended again: repeated DELETEs of one id would push out the notices of others.
+        cancelled = self._is_cancelled(future_id) or await self._sender.cancel_everywhere(future_id)
+        return _asked(future_id) if cancelled and not is_known else _cancelled(future_id, cancelled)
 
     def _is_known(self, future_id: str) -> bool:
         """Whether this proxy waits for the request, or one that shares its port has sent it."""
@@ -179,15 +183,38 @@ class Futures:
 
     async def _retry(self, future_id: str, scope: Scope) -> Reply:
         new_id = mint_id() if self._common_ids is None else self._common_ids.mint()
-        facts = await self._jobs.retry(future_id, new_id, refusal=self.refusal)
+        try:
+            facts = await self._jobs.retry(future_id, new_id, refusal=self.refusal)
+        except UnknownJob:
+            if (reply := await self._of_group(future_id, scope)) is not None:
+                return reply
+            raise
         links = self.links(scope)
         return links.promise(new_job_view(new_id, facts, links))
+
+    async def _of_group(self, future_id: str, scope: Scope) -> Reply | None:
+        """Returns what is answered where only a job has something, if that is the id of a group."""
+        if await self._records.group(future_id) is None:
+            return None
+        counts = self.links(scope).state(future_id)
+        detail = f"That is the id of a group, which has counts, at {counts}; results and events are those of its jobs, under their own ids."
+        return problem(404, detail, name_of(future_id))
 
 
 def _read_path(path: str) -> tuple[str, str]:
     """Returns the id, and which part of it is asked for. An id is one segment, percent-encoded; servers in front may have decoded it."""
     name, _, last = path.rpartition("/")
     return (unquote(name), last) if name and last in _PARTS else (unquote(path), "")
+
+
+def _cancelled(future_id: str, cancelled: bool) -> Reply:
+    return json_reply({"id": future_id, "cancelled": cancelled})
+
+
+def _asked(future_id: str) -> Reply:
+    """Only the process that waits for a request knows of it, so nobody else can tell whether there is one."""
+    detail = "Nothing is known here of a request of this id. If another process waits for it, or sends it yet, it is cancelled."
+    return json_reply({"id": future_id, "cancelled": "asked", "detail": detail}, 202)
 
 
 def _unknown(future_id: str) -> Reply:

@@ -7,10 +7,11 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
+from ..broker.callbacks import receiver_of
 from ..broker.calls.job_sending import StageRecord
 from ..broker.envelope import is_minted
 from ..broker.job_groups import GroupRecord
-from ..broker.jobs import Attempt, JobEvent, JobFacts, JobRecord, JobState
+from ..broker.jobs import Attempt, JobEvent, JobFacts, JobRecord, JobState, state_of
 from ..broker.results import Result
 from .forwarded import PREFIX
 from .responses import Reply, explain, json_reply
@@ -119,6 +120,7 @@ def _facts(future_id: str, facts: JobFacts, state: JobState, links: Links) -> di
         "expires_at": time_of(facts.expires_ms),
         "tag": facts.tag,
         "retry_of": facts.retry_of,
+        "callback_host": receiver_of(facts.callback),
         "result_url": links.result(future_id),
         "events_url": links.events(future_id),
     }
@@ -139,7 +141,12 @@ def _attempt(attempt: Attempt, *, debug: bool) -> dict[str, Any]:
 
 def _error(result: Result, *, debug: bool) -> dict[str, Any] | None:
     if result.error is None:
-        return None
+        is_failed = state_of(result) is JobState.FAILED  # by the status of an answer that code of the user wrote
+        return (
+            {"type": "HTTPStatus", "message": f"it was answered with status {result.status}", "status": result.status}
+            if is_failed
+            else None
+        )
     return {"type": result.error.type, "message": explain(result, debug=debug), "status": result.status}
 
 

@@ -85,6 +85,12 @@ def not_before_of(headers: Headers, now_ms: int) -> int:
     return not_before_ms if not_before_ms > now_ms else 0
 
 
+def check_no_job(headers: Headers) -> None:
+    """Raises BadValue if a request that is no job has a header that only jobs heed."""
+    if _value_of(headers, NOT_BEFORE_HEADER) is not None:
+        raise BadValue("X-Not-Before is for jobs, and this request is none: add Prefer: respond-async, or leave it out")
+
+
 def _time_of(text: str) -> datetime | None:
     for read in (datetime.fromisoformat, parsedate_to_datetime):
         try:

@@ -65,6 +65,10 @@ async def construct(store: Store, keys: StoreKeys, settings: Settings, worker: W
         raise BackendFailed(f"backend {backend.name!r} {what} cannot be replayed: leave on_death at 'fail'")
     if handler.app is not None and backend.config.max_batch_size is not None:
         raise BackendFailed(f"backend {backend.name!r} is an ASGI app, which takes no batches of requests: leave max_batch_size out")
+    if handler.app is not None and backend.config.retry is not None:
+        raise BackendFailed(
+            f"backend {backend.name!r} is an ASGI app, which makes an answer of each exception, so nothing is tried again: leave retry out"
+        )
     if (backend.config.max_batch_size or 1) > 1 and not handler.accepts_batch:
         raise BackendFailed(f"backend {backend.name!r} has a max_batch_size but takes no batches: decorate it with @serve.accept_batch")
     return handler

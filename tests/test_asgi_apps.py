@@ -317,6 +317,26 @@ def test_a_batch_size_is_refused_also_later(client: serve.Client, shop: str) -> 
         client.update_backend_config("shop", {"max_batch_size": 4})
 
 
+def test_that_jobs_are_tried_again_is_refused_at_once_later_and_where_the_replica_finds_the_app(client: serve.Client, shop: str) -> None:
+    config = {"retry": serve.Retry()}
+    with pytest.raises(serve.BadValue, match="leave retry out"):
+        client.create_backend("b", apps.shop, config=config)
+    with pytest.raises(serve.BadValue, match="leave retry out"):
+        client.update_backend_config("shop", config)
+    with pytest.raises(serve.MQServeError, match="leave retry out"):
+        client.create_backend("b", "tests.apps:shop", config=config)
+
+
+def test_a_job_of_an_app_has_failed_by_its_status_and_says_so(client: serve.Client, shop: str) -> None:
+    for path, state, status in ("/nothing", "succeeded", 404), ("/broken", "failed", 500):
+        accepted = httpx.get(f"{shop}{path}", headers={"Prefer": "respond-async"})
+        assert accepted.status_code == 202, accepted.text
+        job = client.http_url() + accepted.headers["location"]
+        view = httpx.get(f"{job}?wait=30", timeout=40).json()
+        told = {"type": "HTTPStatus", "message": "it was answered with status 500", "status": 500} if status == 500 else None
+        assert (view["status"], view.get("error"), httpx.get(f"{job}/result").status_code) == (state, told, status)
+
+
 def test_what_a_factory_returns_must_be_an_app(client: serve.Client) -> None:
     with pytest.raises(serve.BackendFailed, match="its factory returned a dict, which is no ASGI app"):
         client.create_backend("b", dict, factory=True)

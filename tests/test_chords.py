@@ -87,9 +87,11 @@ def test_a_chord_whose_jobs_do_not_all_succeed_fails_and_names_the_first(making:
     assert group.then is not None
     with pytest.raises(serve.MembersFailed) as caught:
         group.then.result(timeout=30)
-    named = ", ".join(f"{group.jobs[number].id} (failed)" for number in (1, 3, 4))
+    named = ", ".join(f"{group.jobs[number].id} (failed: OSError)" for number in (1, 3, 4))
     assert str(caught.value) == f"not all of the 6 jobs of its group have succeeded: 4 failed; {named} and others"
     assert group.then.status().state is serve.JobState.FAILED
+    with pytest.raises(serve.ResultGone, match=r"was never sent, .* Send the group"):
+        group.then.retry()
 
 
 def test_a_group_that_is_cancelled_fails_its_chord(deploy: Deploy, gate: Gate, telling: serve.Handle) -> None:
@@ -268,4 +270,22 @@ def test_a_group_has_its_counts_under_its_id_by_http(client: serve.Client, makin
     assert (then["id"], then["status"], then["error"]["type"], then["error"]["status"]) == (
         group.then.id, "failed", "mqserve.MembersFailed", 424,
     )  # fmt: skip
-    assert httpx.get(f"{url}/result").status_code == 404
+    for method, part in ("GET", "result"), ("GET", "events"), ("POST", "retry"):
+        answer = httpx.request(method, f"{url}/{part}")
+        assert answer.status_code == 404 and "the id of a group" in answer.json()["detail"]
+    assert httpx.delete(url).json() == {"id": group.id, "cancelled": False, "jobs": 0}
+    assert httpx.get(url).json() == found.json(), "nothing was written there"
+
+
+def test_a_group_is_cancelled_by_its_id_over_http(client: serve.Client, deploy: Deploy, gate: Gate, telling: serve.Handle) -> None:
+    async def wait(request: serve.ServeRequest) -> Any:
+        await gate.pass_through_async()
+
+    group = serve.submit_many(serve.get_handle(deploy(wait)), range(4), then=telling)
+    url = f"{client.http_url()}/-/futures/{group.id}"
+    assert httpx.delete(url).json() == {"id": group.id, "cancelled": True, "jobs": 4}
+    assert httpx.delete(url).json() == {"id": group.id, "cancelled": False, "jobs": 0}
+    assert httpx.get(url).json()["cancelled"] == 4 and group.status().cancelled == 4
+    assert group.then is not None
+    with pytest.raises(serve.MembersFailed, match="4 cancelled"):
+        group.then.result(timeout=60)

@@ -254,7 +254,7 @@ def test_a_web_client_retries_from_the_stage_that_failed(deploy: Deploy, stages:
     before, fails = deploy(counting(tally, "before")), deploy(counting(tally, "fails", failing_once(tally)))
     with made_of([before, fails, stages[2]], route):
         answer = httpx.post(f"{url}{route}", json={"a": 1}, timeout=30)
-        assert answer.status_code == 500
+        assert answer.status_code == 500 and answer.json()["stage"] == fails
         retried = httpx.post(f"{url}/-/futures/{answer.headers['x-request-id']}/retry")
         assert retried.status_code == 202
         assert state_of(url, retried.json()["id"], wait_s=30)["status"] == "succeeded"
@@ -281,9 +281,11 @@ def test_an_answer_that_is_no_success_goes_to_no_other_stage(deploy: Deploy, url
         raise serve.HTTPException(404, "no such thing")
 
     route = f"/{new_name('r')}"
-    with made_of([deploy(counting(tally, "refuses", refuse)), deploy(counting(tally, "never"))], route):
+    refusing = deploy(counting(tally, "refuses", refuse))
+    with made_of([refusing, deploy(counting(tally, "never"))], route):
         answer = httpx.get(f"{url}{route}", timeout=30)
         assert (answer.status_code, answer.json()["detail"]) == (404, "no such thing")
+        assert answer.json()["stage"] == refusing
     assert tally.lines == ["refuses"]
 
 

@@ -64,6 +64,7 @@ def test_the_end_of_a_job_is_told_with_a_signature_and_leads_to_its_result(
     url, name = deploy.named(lambda request: {"doubled": request.data * 2})
     answer = httpx.post(url, json=21, headers={**ASYNC, "X-Callback-URL": f"http://localhost:{receiver.port}/jobs?of=me"})
     assert answer.status_code == 202, answer.text
+    assert answer.json()["callback_host"] == "localhost", "the rest of the URL may hold a secret"
     hook = first_of(receiver, shared_namespace)
     assert (hook["type"], hook["data"]["status"], hook["data"]["id"]) == ("job.succeeded", "succeeded", answer.json()["id"])
     assert hook["data"]["endpoint"] == name and hook["timestamp"].endswith("Z")

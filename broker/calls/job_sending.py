@@ -199,6 +199,11 @@ class JobSender:
         if record.facts.stage is not None:
             whole = Plan.opened(record.facts.stage.plan, self._signer).id
             raise BadValue(f"job {future_id} is a stage of pipeline {whole}: retry that, which goes on from the stage that failed")
+        if not (record.facts.backend or record.facts.stages or record.attempts):
+            raise ResultGone(
+                f"job {future_id} was never sent, so it cannot be retried: it waited for the jobs of its group, or the stage before it, "
+                "and ended before these had all succeeded. Send the group or the pipeline again"
+            )
         sent = record if not record.facts.stages else await self._stage_to_repeat(record)
         kept = await self._kept_message(sent)
         if not kept.header.ref:

@@ -89,7 +89,7 @@ class Group:
     def cancel(self) -> int:
         """Cancels those that have no result yet, and returns how many these were."""
         calls = self._calls.here()
-        return calls.wait(calls.cancel_all([job.id for job in self.jobs]))
+        return calls.wait(calls.cancel_group(self.id, self._facts))
 
 
 class _Sending:

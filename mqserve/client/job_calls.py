@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import math
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..broker.callbacks import CallbackRules
 from ..broker.calls.chord_calls import VERSION as CHORD_VERSION
 from ..broker.calls.chord_calls import ChordCall
+from ..broker.calls.group_ends import cancel_group, members_left, some_at_a_time
 from ..broker.calls.idempotency import KEY_TTL_S, MISUSED_BY_HANDLE, VERSION, Claim, IdempotencyKeys, digest_of
 from ..broker.calls.job_events import JobFollower
 from ..broker.calls.job_sending import JobSender, JobTerms
 from ..broker.calls.sending import RequestSender
 from ..broker.envelope import Member, RequestHead, mint_id
 from ..broker.errors import BrokerUnavailable, InstanceError, MQServeError, StoreUnavailable, UnknownJob
-from ..broker.job_groups import GroupFacts, GroupRecord, member_id
+from ..broker.job_groups import GroupFacts, GroupRecord
 from ..broker.job_store import NumberedEvent
 from ..broker.jobs import PRIORITIES, UNENDED_TTL_S, JobRecord, JobState
 from ..broker.pipelines import message_id
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _EXPIRED_AFTER_S = 6.0  # a job that was not begun so long after its time will not begin
-_AT_ONCE = 200  # questions about the members of a group
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,26 +292,12 @@ class JobCalls:
         facts, ended = record.facts, sum(record.ended.values())
         if ended == facts.total or not 0 < facts.expires_ms < self._store.now_ms() - _EXPIRED_AFTER_S * 1000:
             return record
-        known = await self._store.jobs.group_ends(group_id)
-        await self._some_at_a_time(self._jobs.look, [member_id(group_id, number) for number in range(facts.total) if number not in known])
+        await some_at_a_time(self._jobs.look, await members_left(self._jobs, group_id, facts))
         return await self.group(group_id)
 
-    async def cancel_all(self, keys: Sequence[str]) -> int:
-        """Cancels jobs for everybody, and returns how many had no result yet. Passes over those of which nothing is known: they were never
-        sent, or are forgotten."""
-        return sum(await self._some_at_a_time(self._cancel_if_known, keys))
-
-    async def _cancel_if_known(self, key: str) -> bool:
-        try:
-            return await self._jobs.cancel(key)
-        except UnknownJob:
-            return False
-
-    async def _some_at_a_time(self, ask: Callable[[str], Awaitable[T]], keys: Sequence[str]) -> list[T]:
-        found: list[T] = []
-        for start in range(0, len(keys), _AT_ONCE):
-            found += await asyncio.gather(*map(ask, keys[start : start + _AT_ONCE]))
-        return found
+    async def cancel_group(self, group_id: str, facts: GroupFacts) -> int:
+        """See `Group.cancel`."""
+        return await cancel_group(self._jobs, group_id, facts)
 
     # Following.
 

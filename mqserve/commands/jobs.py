@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from ..broker.callbacks import receiver_of
 from ..broker.calls.job_sending import JobSender
 from ..broker.envelope import mint_id
 from ..broker.errors import BadValue, JobGoesOn, MQServeError, ResultGone, UnknownJob
@@ -329,6 +330,7 @@ def facts_of(record: JobRecord, place: int | None) -> dict[str, Any]:
         "priority": priority_name(facts.priority),
         "tag": facts.tag,
         "retry_of": facts.retry_of,
+        "callback_host": receiver_of(facts.callback),
     }
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import ipaddress
+import logging
 import ssl
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -380,6 +381,25 @@ async def test_a_receiver_that_answers_500_ten_times_gets_it_in_the_end_once_wit
         for received in receiver.received:
             assert Library(written(SECRETS[0])).verify(received.body, received.headers) == {"type": "job.succeeded"}
         assert {received.headers["webhook-id"] for received in receiver.received} == {"msg_1"}
+
+
+async def test_the_log_warns_once_in_a_while_of_a_receiver_that_takes_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    webhooks = Hasty()
+    with receiving(lambda number: (500 if number <= 3 else 200, {})) as receiver, caplog.at_level(logging.INFO):
+        async with sending(webhooks):
+            await webhooks.send(webhook_to(receiver.port, EmbeddedStore("ns").now_ms()))
+            await until(lambda: len(receiver.received) == 4)
+    said = [(record.levelname, record.getMessage()) for record in caplog.records if "is sent again" in record.getMessage()]
+    assert [level for level, _ in said] == ["WARNING", "INFO", "INFO"]
+    assert said[0][1] == "webhook msg_1 to hooks.example is sent again in 2 s: the receiver answered with status 500"
+
+
+async def test_a_webhook_to_a_network_that_is_not_allowed_is_said_with_the_setting(caplog: pytest.LogCaptureFixture) -> None:
+    webhooks = Hasty()
+    async with sending(webhooks, "10.0.0.1"):
+        await webhooks.send(webhook_to(80, EmbeddedStore("ns").now_ms()))
+        await until(lambda: webhooks.waits)
+    assert any(record.levelname == "WARNING" and "MQSERVE_CALLBACK_NETWORKS" in record.getMessage() for record in caplog.records)
 
 
 async def test_a_receiver_that_is_down_gets_it_once_it_is_up() -> None:

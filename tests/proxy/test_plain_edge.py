@@ -123,6 +123,20 @@ async def test_a_plain_request_is_answered_as_one_through_asgi(served: Served, k
     assert plain.startswith(b"HTTP/1.1 ") and (as_plain or kind == "our-path-in-disguise")
 
 
+@pytest.mark.parametrize(
+    ("header", "mend"),
+    [
+        (b"X-Not-Before: soon", b"add Prefer: respond-async"),
+        (b"X-Not-Before: 2030-01-31T03:00:00Z", b"add Prefer: respond-async"),
+        (b"Idempotency-Key:", b"of 1 to 255 bytes"),
+        (b"Idempotency-Key:  ", b"of 1 to 255 bytes"),
+    ],
+)
+async def test_a_header_of_jobs_that_would_do_nothing_is_a_400(served: Served, header: bytes, mend: bytes) -> None:
+    answer = await served.exchanged([b"GET /e/x HTTP/1.1\r\nHost: x\r\n%b\r\n\r\n" % header], None)
+    assert answer.startswith(b"HTTP/1.1 400 ") and mend in answer
+
+
 @pytest.mark.parametrize("kind", ["post", "chunked"])
 async def test_a_request_whose_body_comes_later_is_answered_as_one_that_comes_whole(served: Served, kind: str) -> None:
     head, body, result = REQUESTS[kind]

@@ -1,0 +1,42 @@
+"""The jobs of a group, all of them: which have not ended, and ending them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
+
+from ..errors import UnknownJob
+from ..job_groups import GroupFacts, member_id
+from .job_sending import JobSender
+
+T = TypeVar("T")
+
+_AT_ONCE = 200
+
+
+async def some_at_a_time(ask: Callable[[str], Awaitable[T]], keys: Sequence[str]) -> list[T]:
+    """Asks about each of the keys, not about all of them at once."""
+    found: list[T] = []
+    for start in range(0, len(keys), _AT_ONCE):
+        found += await asyncio.gather(*map(ask, keys[start : start + _AT_ONCE]))
+    return found
+
+
+async def members_left(jobs: JobSender, group_id: str, facts: GroupFacts) -> list[str]:
+    """Returns the ids of those that have not ended. Raises StoreUnavailable."""
+    ended = await jobs.store.jobs.group_ends(group_id)
+    return [member_id(group_id, number) for number in range(facts.total) if number not in ended]
+
+
+async def cancel_group(jobs: JobSender, group_id: str, facts: GroupFacts, is_told: Callable[[str], bool] = lambda _: False) -> int:
+    """Cancels the jobs of a group, and returns how many had no result yet. Passes over those of which nothing is known: they were never
+    sent, or are forgotten. `is_told` says of which ids replicas have heard that. Raises StoreUnavailable."""
+
+    async def cancel(job_id: str) -> bool:
+        try:
+            return await jobs.cancel(job_id, is_told)
+        except UnknownJob:
+            return False
+
+    return sum(await some_at_a_time(cancel, [member_id(group_id, number) for number in range(facts.total)]))
