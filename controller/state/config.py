@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from ...broker.jobs import MAX_RESULT_TTL_S
 from ...broker.streams import IDLE_TIMEOUT_S, KEPT_BYTES, KEPT_FRAMES, RESUME_GRACE_S
-from .retries import Retry
+from .retries import Retry, with_named_settings
 
 MAX_REQUEST_TIMEOUT_S = 25 * 60  # below RabbitMQ's consumer_timeout of 30 minutes
 MAX_QUEUE_SHARDS = 64  # one of RabbitMQ's queues uses one core at most
@@ -82,7 +82,7 @@ class BackendConfig(BaseModel):
     job_slots: Whole | None = None
     job_timeout_s: Annotated[float, Field(gt=0, le=MAX_JOB_TIMEOUT_S)] = 3600.0
     result_ttl_s: Annotated[float, Field(ge=MIN_RESULT_TTL_S, le=MAX_RESULT_TTL_S)] | None = None
-    retry: Retry | None = None
+    retry: Annotated[Retry | None, BeforeValidator(with_named_settings)] = None
 
     @model_validator(mode="after")
     def _may_run_twice(self) -> Self:

@@ -25,6 +25,15 @@ def _named(kind: Any) -> Any:
     return kind.removeprefix("builtins.")
 
 
+def with_named_settings(settings: Any) -> Any:
+    """Returns the settings of a Retry, before they are read. Raises BadValue for a dict that names one by anything but a str."""
+    if isinstance(settings, dict):
+        for name in settings:
+            if not isinstance(name, str):
+                raise BadValue(f"its settings have names, such as 'attempts', and {name!r} is none")
+    return settings
+
+
 def sentence_of(error: ValidationError, model: type[BaseModel]) -> str:
     """Returns what is wrong with the settings of a model, the first thing if there are several."""
     first = error.errors()[0]

@@ -78,3 +78,8 @@ def test_without_the_setting_only_a_handler_that_asks_is_called_again() -> None:
     assert next_pause_s(None, ("mqserve.RetryLater",), 7.5, tries=3) == 7.5
     assert next_pause_s(None, ("mqserve.RetryLater",), 7.5, tries=4) is None
     assert not is_exhausted(None, FILE_MISSING, None, 100)
+
+
+def test_a_setting_without_a_name_is_refused() -> None:
+    with pytest.raises(BadValue, match="retry: its settings have names, such as 'attempts', and 0 is none"):
+        parse_config({"retry": {0: None}})
