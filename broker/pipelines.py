@@ -14,8 +14,9 @@ from typing import NamedTuple
 import msgspec
 
 from .envelope import Member, Stage, Whole
-from .errors import UNPARSABLE, BadEnvelope
+from .errors import BadEnvelope
 from .jobs import JobFacts, Pipeline
+from .values.sealed_structs import open_struct, seal_struct
 from .values.signing import SealScope, Signer
 
 VERSION = 1
@@ -37,8 +38,7 @@ class Stages(NamedTuple):
 
 
 class Plan(msgspec.Struct, frozen=True, array_like=True):
-    """What all stages of one pipeline have in common. It is sealed where there is a key: the controller vouches for what it sends with a
-    seal of its own, and must not vouch for what anybody wrote into the store."""
+    """What all stages of one pipeline have in common."""
 
     v: int
     id: str
@@ -58,21 +58,12 @@ class Plan(msgspec.Struct, frozen=True, array_like=True):
     member: Member | None = None
 
     def sealed(self, signer: Signer) -> bytes:
-        raw = _encode(self)
-        return signer.seal(raw, _SCOPE) if signer else raw
+        return seal_struct(self, signer, _SCOPE)
 
     @classmethod
     def opened(cls, raw: bytes, signer: Signer) -> Plan:
-        """Raises BadEnvelope, and BadSignature for one that was not made by a process of this instance."""
-        if signer:
-            raw = signer.open(raw, _SCOPE)
-        try:
-            plan = _decode(raw)
-        except UNPARSABLE as error:
-            raise BadEnvelope(f"the plan of a pipeline does not parse ({error}): another program or version wrote it") from error
-        if plan.v != VERSION:
-            raise BadEnvelope(f"the plan of a pipeline has version {plan.v}, and this process reads {VERSION}: update it")
-        return plan
+        """Raises BadEnvelope and BadSignature, as `open_struct`."""
+        return open_struct(cls, raw, signer, _SCOPE, VERSION, "the plan of a pipeline")
 
     @property
     def facts(self) -> JobFacts:
@@ -111,5 +102,3 @@ def place_of(stage: Stage, signer: Signer) -> Pipeline:
 
 
 _SCOPE = SealScope("pipeline", content_type=_CONTENT_TYPE)
-_encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(Plan).decode

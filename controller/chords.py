@@ -22,7 +22,7 @@ from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
 from ..broker.values.carried import CARRIED, CarriedResult, carry_all
 from ..broker.values.signing import Signer
-from .late_endpoints import document_with
+from .latest_document import LatestDocument
 from .state.documents import Desired
 from .state.traffic import choose, entry_of, stages_of
 
@@ -39,7 +39,7 @@ class Chords:
         self._store = store
         self._keys = keys
         self._signer = signer
-        self._desired = Desired()
+        self._document = LatestDocument(store, keys)
         self._refusal = ""
         self._one = asyncio.Lock()  # at a time: each may have 64 MiB
 
@@ -48,7 +48,8 @@ class Chords:
 
     def follow(self, desired: Desired, refusal: str) -> None:
         """`refusal` says why the store is to take no jobs."""
-        self._desired, self._refusal = desired, refusal
+        self._document.follow(desired)
+        self._refusal = refusal
 
     async def send(self, end: EndNote) -> None:
         """Sends the job that follows a group whose jobs have all ended, or ends it if it cannot have their results. May be called again for
@@ -78,7 +79,7 @@ class Chords:
             await self._fail(call.id, _gone(str(error)))
 
     async def _send(self, call: ChordCall, body: bytes) -> None:
-        desired = await document_with(call.head.endpoint, self._desired, self._store, self._keys)
+        desired = await self._document.with_endpoint(call.head.endpoint)
         endpoint = desired.endpoints.get(call.head.endpoint)
         if endpoint is None or desired.closing:
             raise BackendGone("the instance was shut down" if desired.closing else f"endpoint {call.head.endpoint!r} was deleted")

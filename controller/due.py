@@ -68,7 +68,7 @@ class DueJobs:
     async def go_on(self, desired: Desired, *, sealed: bool) -> None:
         """Takes jobs from now on, for the backends and endpoints that exist. Raises BrokerUnavailable."""
         self._backends, self._senders.demands_seals = desired.backends, sealed
-        self._endpoints.follow(desired.endpoints)
+        self._endpoints.follow(desired)
         if time.monotonic() - self._declared_at > DECLARE_AGAIN_S:
             self._dead = await self._while_leading(self._later.declare)
             self._declared_at = time.monotonic()

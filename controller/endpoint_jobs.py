@@ -7,11 +7,7 @@ as a direct publisher's. What it adds of its own is the endpoint, by which a job
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import math
-import time
-from collections.abc import Mapping
 from functools import partial
 
 from msgspec.structs import replace
@@ -30,8 +26,8 @@ from ..broker.results import ErrorInfo, Result, entry_of
 from ..broker.store import Store, recorded
 from ..broker.store_keys import StoreKeys
 from ..broker.values.codecs import PICKLE, media_type
-from .state.documents import Endpoint
-from .state.reading import read_desired
+from .latest_document import LatestDocument
+from .state.documents import Desired, Endpoint
 from .state.traffic import choose
 
 logger = logging.getLogger(__name__)
@@ -54,20 +50,15 @@ class EndpointJobs:
         self._queue = queue
         self._later: Later = queue.later
         self._store = store
-        self._keys = keys
-        self._endpoints: Mapping[str, Endpoint] = {}
-        self._read: Mapping[str, Endpoint] = {}  # as they stood in the store at `_read_at`
-        self._raw: bytes | None = None
-        self._read_at = -math.inf  # monotonic
-        self._reading = asyncio.Lock()
+        self._document = LatestDocument(store, keys)
         self._refused, self._unrecorded, self._untold = RateLimitedLog(logger), RateLimitedLog(logger), RateLimitedLog(logger)
 
     def __repr__(self) -> str:
-        return f"<EndpointJobs for {len(self._endpoints)} endpoints>"
+        return f"<EndpointJobs by {self._document!r}>"
 
-    def follow(self, endpoints: Mapping[str, Endpoint]) -> None:
-        """Learns the endpoints as the controller has read them last."""
-        self._endpoints = endpoints
+    def follow(self, desired: Desired) -> None:
+        """Learns the document as the controller has read it last."""
+        self._document.follow(desired)
 
     async def send_on(self, job: DueJob, name: str) -> None:
         """Returns once the broker has the job among those of a backend, or among the dead letters, after its sender was told. Raises the
@@ -79,36 +70,17 @@ class EndpointJobs:
             await self._refuse(job, name, error)
 
     async def _find(self, name: str) -> Endpoint:
-        """Returns the endpoint. One that is not known is looked for in the store, since it may have been created a moment ago. Raises
-        UnknownTarget."""
+        """Raises UnknownTarget."""
         try:
             check_name(name, "an endpoint")
         except BadValue as error:
             raise UnknownTarget(f"its routing key names no endpoint: {error}") from error
-        found = self._endpoints.get(name)
-        if found is None:
-            await self._look_again()
-            found = self._read.get(name)
+        found = (await self._document.with_endpoint(name)).endpoints.get(name)
         if found is None:
             raise UnknownTarget(f"there is no endpoint {name!r}: its routing key has to be the name of one that is deployed")
         if found.stages:
             raise BadEnvelope(f"{name!r} is a pipeline, which takes requests of HTTP and of handles: publish to the endpoint of a stage")
         return found
-
-    async def _look_again(self) -> None:
-        """Reads the endpoints from the store, once for all who ask while it is read. Raises StoreUnavailable."""
-        asked_at = time.monotonic()
-        async with self._reading:
-            if self._read_at >= asked_at:
-                return
-            began_at = time.monotonic()
-            raw = await self._store.get(self._keys.desired)
-            if raw is not None and raw != self._raw:
-                try:
-                    self._read, self._raw = read_desired(raw).endpoints, raw
-                except MQServeError:  # a broken document: the last good one counts, as everywhere
-                    self._read = self._endpoints
-            self._read_at = began_at
 
     async def _forward(self, endpoint: Endpoint, published: Envelope, *, tells: bool) -> None:
         backend, _ = choose(endpoint, published.id)  # by the id, so that a second copy goes the same way

@@ -25,7 +25,7 @@ from ..broker.store_keys import StoreKeys
 from ..broker.values.carried import CARRIED, CarriedResult, carry_one
 from ..broker.values.codecs import sealed_anew
 from ..broker.values.signing import SealScope, Signer
-from .late_endpoints import document_with
+from .latest_document import LatestDocument
 from .state.documents import Desired
 from .state.traffic import choose
 
@@ -43,16 +43,17 @@ class NextStages:
         self._store = store
         self._keys = keys
         self._signer = signer
-        self._desired = Desired()
+        self._document = LatestDocument(store, keys)
         self._refusal = ""
         self._large = asyncio.Lock()  # one large result at a time: each may have 64 MiB
 
     def __repr__(self) -> str:
-        return f"<NextStages of {sum(bool(endpoint.stages) for endpoint in self._desired.endpoints.values())} pipelines>"
+        return f"<NextStages of {sum(bool(endpoint.stages) for endpoint in self._document.followed.endpoints.values())} pipelines>"
 
     def follow(self, desired: Desired, refusal: str) -> None:
         """`refusal` says why the store is to take no jobs."""
-        self._desired, self._refusal = desired, refusal
+        self._document.follow(desired)
+        self._refusal = refusal
 
     async def send(self, end: EndNote) -> None:
         """Returns once the next stage is on its way, or the pipeline has its end. May be called again for the same end. Raises the errors
@@ -102,7 +103,7 @@ class NextStages:
     async def _send(self, plan: Plan, index: int, result: Result) -> None:
         """Raises what `JobSender.submit` does."""
         name = plan.stages[index]
-        desired = await document_with(name, self._desired, self._store, self._keys)
+        desired = await self._document.with_endpoint(name)
         endpoint = desired.endpoints.get(name)
         if endpoint is None or endpoint.stages:
             message = f"there is no endpoint {name!r} any more, which is stage {index + 1} of {len(plan.stages)}"
@@ -163,7 +164,7 @@ class NextStages:
         await recorded(self._store.jobs.end_then, end)
 
     def _ttl_s(self, plan: Plan, result: Result) -> int:
-        backend = self._desired.backends.get(result.backend)
+        backend = self._document.followed.backends.get(result.backend)
         its = backend.config.result_ttl_s if backend is not None else 0
         return int(min(plan.result_ttl_s or its or JOB_RESULT_TTL_S, MAX_RESULT_TTL_S))
 

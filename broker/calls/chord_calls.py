@@ -5,16 +5,15 @@ from __future__ import annotations
 import msgspec
 
 from ..envelope import RequestHead, Whole
-from ..errors import UNPARSABLE, BadEnvelope
 from ..jobs import JobFacts
+from ..values.sealed_structs import open_struct, seal_struct
 from ..values.signing import SealScope, Signer
 
 VERSION = 1
 
 
 class ChordCall(msgspec.Struct, frozen=True, array_like=True):
-    """A job without its argument and its backend. It is sealed where there is a key: the controller vouches for what it sends with a seal
-    of its own, and must not vouch for what anybody wrote into the store. Times are store time in ms, 0 for none."""
+    """A job without its argument and its backend. Times are store time in ms, 0 for none."""
 
     v: int
     id: str
@@ -36,26 +35,13 @@ class ChordCall(msgspec.Struct, frozen=True, array_like=True):
         )
 
     def sealed(self, signer: Signer, group_id: str) -> bytes:
-        raw = _encode(self)
-        return signer.seal(raw, _scope(group_id)) if signer else raw
+        return seal_struct(self, signer, _scope(group_id))
 
     @classmethod
     def opened(cls, raw: bytes, signer: Signer, group_id: str) -> ChordCall:
-        """Raises BadEnvelope, and BadSignature for one that was not made by a process of this instance."""
-        if signer:
-            raw = signer.open(raw, _scope(group_id))
-        try:
-            call = _decode(raw)
-        except UNPARSABLE as error:
-            raise BadEnvelope(f"it does not parse ({error}): another version wrote it, or one with a key, and here is none") from error
-        if call.v != VERSION:
-            raise BadEnvelope(f"it has version {call.v}, and this process reads {VERSION}: update it")
-        return call
+        """Raises BadEnvelope and BadSignature, as `open_struct`."""
+        return open_struct(cls, raw, signer, _scope(group_id), VERSION)
 
 
 def _scope(group_id: str) -> SealScope:
     return SealScope("chord", id=group_id)
-
-
-_encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(ChordCall).decode

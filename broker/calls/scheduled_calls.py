@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 
 from ..envelope import RequestHead, Whole
-from ..errors import UNPARSABLE, BadEnvelope
 from ..values.codecs import encode_value, sealed_anew
+from ..values.sealed_structs import open_struct, seal_struct
 from ..values.signing import SealScope, Signer
 
 VERSION = 1
@@ -15,8 +15,7 @@ _CONTENT_TYPE = "application/x-mqserve-schedule"
 
 
 class ScheduledCall(msgspec.Struct, frozen=True, array_like=True):
-    """A request without its id, and how it is to be treated as a job. It is sealed where there is a key: the controller vouches for what it
-    sends with a seal of its own, and must not vouch for what anybody wrote into the store."""
+    """A request without its id, and how it is to be treated as a job."""
 
     v: int
     content_type: str
@@ -30,21 +29,12 @@ class ScheduledCall(msgspec.Struct, frozen=True, array_like=True):
     callback: str = ""  # the URL that is told of the end of each job
 
     def sealed(self, signer: Signer, endpoint: str, schedule: str) -> bytes:
-        raw = _encode(self)
-        return signer.seal(raw, _scope(endpoint, schedule, _CONTENT_TYPE)) if signer else raw
+        return seal_struct(self, signer, _scope(endpoint, schedule, _CONTENT_TYPE))
 
     @classmethod
     def opened(cls, raw: bytes, signer: Signer, endpoint: str, schedule: str) -> ScheduledCall:
-        """Raises BadEnvelope, and BadSignature for one that was not made by a process of this instance."""
-        if signer:
-            raw = signer.open(raw, _scope(endpoint, schedule, _CONTENT_TYPE))
-        try:
-            call = _decode(raw)
-        except UNPARSABLE as error:
-            raise BadEnvelope(f"it does not parse ({error}): another version wrote it, or one with a key, and here is none") from error
-        if call.v != VERSION:
-            raise BadEnvelope(f"it has version {call.v}, and this process reads {VERSION}: update it")
-        return call
+        """Raises BadEnvelope and BadSignature, as `open_struct`."""
+        return open_struct(cls, raw, signer, _scope(endpoint, schedule, _CONTENT_TYPE), VERSION)
 
     def body_for(self, signer: Signer, endpoint: str, schedule: str, backend: str, job_id: str, lifetime_ms: int) -> bytes:
         """Returns the body of one job. Raises BadSignature for a pickle that we did not seal."""
@@ -59,7 +49,3 @@ def encode_data(data: object, signer: Signer, endpoint: str, schedule: str) -> t
 
 def _scope(endpoint: str, schedule: str, content_type: str = "") -> SealScope:
     return SealScope("schedule", endpoint, schedule, content_type)
-
-
-_encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(ScheduledCall).decode

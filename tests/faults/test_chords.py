@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import mqserve as serve
-from tests.faults.test_controllers import CHANGE_OF_LEADERS_S, Cluster, cluster, whole_cluster
+from tests.faults.test_controllers import cluster, whole_cluster
+from tests.faults.three_controllers import CHANGE_OF_LEADERS_S, Cluster
 from tests.instances import wait_until
 from tests.tallies import Tally
 

@@ -3,9 +3,7 @@
 import asyncio
 import signal
 from collections import defaultdict
-from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 import pika
 import pytest
@@ -24,7 +22,7 @@ from mqserve.replicas.trust import SenderTrust
 from tests.broker.test_later import count, forwarding
 from tests.broker.traffic import Hands, until
 from tests.faults.members import Members
-from tests.instances import ROOT, SECRET_KEY, CommandLine, wait_until
+from tests.instances import CommandLine, wait_until
 from tests.servers import PrivateRabbitMQ
 
 pytestmark = pytest.mark.anyio
@@ -120,31 +118,17 @@ def publish_one(url: str, namespace: str, endpoint: str) -> None:
         connection.channel().basic_publish(f"{namespace}.endpoints", endpoint, b"body", properties)
 
 
-@pytest.fixture
-def shell(broker_url: str, store_url: str, tmp_path: Path, namespace: str) -> Iterator[CommandLine]:
-    shell = CommandLine(
-        tmp_path,
-        MQSERVE_BROKER_URL=broker_url,
-        MQSERVE_STORE_URL=store_url,
-        MQSERVE_SECRET_KEY=SECRET_KEY,
-        MQSERVE_NAMESPACE=namespace,
-        PYTHONPATH=str(ROOT),
-    )
-    yield shell
-    shell.close()
-
-
 async def is_declared(queue: Queue, name: str) -> bool:
     return await count(queue, name) is not None
 
 
 async def test_messages_wait_while_no_controller_is_there_and_the_death_of_the_leader_loses_none(
-    shell: CommandLine, broker_url: str, store_url: str, namespace: str
+    distributed_shell: CommandLine, broker_url: str, store_url: str, namespace: str
 ) -> None:
-    settings, members = Settings.read(shell.env), Members(store_url, namespace)
+    settings, members = Settings.read(distributed_shell.env), Members(store_url, namespace)
     arrivals = Arrivals(senders := SenderTrust(settings))
     senders.demands_seals = True
-    first = shell.start("controller")
+    first = distributed_shell.start("controller")
     await asyncio.to_thread(wait_until, lambda: members.leader()[0] == first.pid)
     async with (
         open_redis(store_url, namespace) as store,
@@ -161,9 +145,9 @@ async def test_messages_wait_while_no_controller_is_there_and_the_death_of_the_l
         sent = await asyncio.to_thread(publish_many, broker_url, namespace, 200)
         await arrivals.consume(queue)
         assert not arrivals.backends
-        second = shell.start("controller")
+        second = distributed_shell.start("controller")
         await until(lambda: len(arrivals.backends) > 20, BUDGET_S)
-        third = shell.start("controller")
+        third = distributed_shell.start("controller")
         sent += await asyncio.to_thread(publish_many, broker_url, namespace, 200)
         second.signal(signal.SIGKILL)
         sent += await asyncio.to_thread(publish_many, broker_url, namespace, 200)

@@ -4,7 +4,6 @@ for how long RabbitMQ lets a replica hold one."""
 import asyncio
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
@@ -28,7 +27,7 @@ from mqserve.controller.state.documents import Backend
 from tests.broker.test_later import count, forwarding, job_due_in, publish_later
 from tests.broker.traffic import Hands, publish, publish_job, text, until
 from tests.faults.members import Members
-from tests.instances import ROOT, SECRET_KEY, CommandLine, wait_until
+from tests.instances import CommandLine, wait_until
 from tests.servers import PrivateRabbitMQ
 
 pytestmark = pytest.mark.anyio
@@ -117,25 +116,13 @@ def waiting_for_4_s(queue: RabbitQueue, job: Envelope) -> asyncio.Future[MQServe
     return fate
 
 
-@pytest.fixture
-def shell(broker_url: str, store_url: str, tmp_path: Path, namespace: str) -> Iterator[CommandLine]:
-    shell = CommandLine(
-        tmp_path,
-        MQSERVE_BROKER_URL=broker_url,
-        MQSERVE_STORE_URL=store_url,
-        MQSERVE_SECRET_KEY=SECRET_KEY,
-        MQSERVE_NAMESPACE=namespace,
-        PYTHONPATH=str(ROOT),
-    )
-    yield shell
-    shell.close()
-
-
-async def test_the_death_of_the_leading_controller_loses_no_job_that_waits(shell: CommandLine, store_url: str, namespace: str) -> None:
-    settings, members = Settings.read(shell.env), Members(store_url, namespace)
-    first = shell.start("controller")
+async def test_the_death_of_the_leading_controller_loses_no_job_that_waits(
+    distributed_shell: CommandLine, store_url: str, namespace: str
+) -> None:
+    settings, members = Settings.read(distributed_shell.env), Members(store_url, namespace)
+    first = distributed_shell.start("controller")
     await asyncio.to_thread(wait_until, lambda: members.leader()[0] == first.pid)
-    second = shell.start("controller")
+    second = distributed_shell.start("controller")
     async with (
         open_redis(store_url, namespace) as store,
         open_rabbitmq(settings.broker_url, namespace, "test", seals=settings.header_seals) as queue,

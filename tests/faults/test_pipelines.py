@@ -12,9 +12,8 @@ import pytest
 
 import mqserve as serve
 from mqserve.broker.jobs import JobState
-from tests.faults.members import Members
-from tests.faults.test_controllers import CHANGE_OF_LEADERS_S, Cluster
-from tests.instances import ROOT, SECRET_KEY, CommandLine, Deploy, new_namespace, wait_until
+from tests.faults.three_controllers import CHANGE_OF_LEADERS_S, Cluster, running_cluster
+from tests.instances import Deploy, new_namespace, wait_until
 from tests.servers import PrivateRedis
 from tests.tallies import Tally
 
@@ -25,25 +24,8 @@ STAGES, PIPELINES, KILLS = 3, 60, 3
 
 @pytest.fixture
 def cluster(broker_url: str, store_url: str, tmp_path: Path) -> Iterator[Cluster]:
-    namespace = new_namespace("pipelines")
-    shell = CommandLine(
-        tmp_path,
-        MQSERVE_BROKER_URL=broker_url,
-        MQSERVE_STORE_URL=store_url,
-        MQSERVE_SECRET_KEY=SECRET_KEY,
-        MQSERVE_NAMESPACE=namespace,
-        PYTHONPATH=str(ROOT),
-    )
-    members = Members(store_url, namespace)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("MQSERVE_SECRET_KEY", SECRET_KEY)
-            cluster = Cluster(shell, members)
+    with running_cluster(tmp_path, broker_url, store_url, new_namespace("pipelines")) as cluster:
         yield cluster
-        cluster.close()
-    finally:
-        shell.close()
-        members.close()
 
 
 def stage(tally: Tally, number: int) -> Any:

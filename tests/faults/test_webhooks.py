@@ -20,9 +20,8 @@ from mqserve.controller.receivers import Receivers
 from mqserve.controller.webhooks import WebhookSending
 from tests.broker.test_webhooks import BODY, LOCAL, SECRETS
 from tests.broker.traffic import until
-from tests.faults.members import Members
-from tests.faults.test_controllers import CHANGE_OF_LEADERS_S, Cluster
-from tests.instances import ROOT, SECRET_KEY, CommandLine, new_namespace, wait_until
+from tests.faults.three_controllers import CHANGE_OF_LEADERS_S, Cluster, running_cluster
+from tests.instances import SECRET_KEY, new_namespace, wait_until
 from tests.ports import free_port
 from tests.receivers import Answer, Receiver, receiving
 from tests.servers import PrivateRabbitMQ
@@ -135,25 +134,8 @@ def namespace() -> str:
 
 @pytest.fixture
 def cluster(broker_url: str, store_url: str, namespace: str, tmp_path: Path) -> Iterator[Cluster]:
-    shell = CommandLine(
-        tmp_path,
-        MQSERVE_BROKER_URL=broker_url,
-        MQSERVE_STORE_URL=store_url,
-        MQSERVE_SECRET_KEY=SECRET_KEY,
-        MQSERVE_NAMESPACE=namespace,
-        PYTHONPATH=str(ROOT),
-        **CALLBACKS,
-    )
-    members = Members(store_url, namespace)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("MQSERVE_SECRET_KEY", SECRET_KEY)
-            cluster = Cluster(shell, members)
+    with running_cluster(tmp_path, broker_url, store_url, namespace, **CALLBACKS) as cluster:
         yield cluster
-        cluster.close()
-    finally:
-        shell.close()
-        members.close()
 
 
 def test_every_end_is_told_under_one_id_while_controllers_are_killed(cluster: Cluster, namespace: str) -> None:
