@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any
 from urllib.parse import unquote
 
-from ..broker.calls.group_ends import cancel_group
+from ..broker.calls.group_ends import cancel_group, group_now
 from ..broker.calls.job_sending import JobSender
 from ..broker.calls.sending import RequestSender
 from ..broker.envelope import is_endpoint_key, is_minted, mint_id
@@ -106,7 +106,7 @@ class Futures:
             return state_reply(await self.view(record, scope))
         if (result := await self._sender.pending.peek_head(future_id)) is not None:
             return state_reply(result_view(future_id, result, state_of(result), self.links(scope), debug=self._debug))
-        if (group := await self._records.group(future_id)) is not None:
+        if (group := await group_now(self._jobs, future_id)) is not None:
             return state_reply(group_view(future_id, group, self.links(scope)))
         return _unknown(future_id)
 

@@ -8,7 +8,7 @@ from typing import Any
 from ..broker.errors import BadValue, NotRouted
 from ..controller.state.documents import ANY_METHOD, Desired, Endpoint, Observed
 from ..controller.state.route_patterns import Params, compile_route
-from ..controller.state.traffic import entry_of
+from ..controller.state.traffic import entry_of, longest_s
 from .route_index import PatternRoute, PrefixIndex, RouteIndex
 
 
@@ -115,9 +115,8 @@ class RouteTable:
             raise NotRouted(f"pipeline {endpoint.name!r} was deleted a moment ago, with its endpoints") from error
 
     def longest_s(self, pipeline: Endpoint) -> float:
-        """Returns how long its requests may be awaited: as long as those of all its stages one after the other."""
-        stages = [self._endpoints[name].traffic for name in pipeline.stages if name in self._endpoints]
-        return sum(max(self.timeouts_s[backend] for backend in traffic) for traffic in stages)
+        """Returns how long its requests may be awaited."""
+        return longest_s(pipeline, self._endpoints, self.timeouts_s)
 
     @property
     def listing(self) -> dict[str, list[Any]]:

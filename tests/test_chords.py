@@ -104,7 +104,10 @@ def test_a_group_that_is_cancelled_fails_its_chord(deploy: Deploy, gate: Gate, t
         group.then.result(timeout=30)
 
 
-def test_a_job_that_is_not_begun_in_time_is_counted_and_fails_the_chord(deploy: Deploy, gate: Gate, telling: serve.Handle) -> None:
+@pytest.mark.parametrize("by", ["python", "http"])
+def test_a_job_that_is_not_begun_in_time_is_counted_and_fails_the_chord(
+    client: serve.Client, deploy: Deploy, gate: Gate, telling: serve.Handle, by: str
+) -> None:
     async def wait(request: serve.ServeRequest) -> Any:
         await gate.pass_through_async()
         return request.data
@@ -113,7 +116,8 @@ def test_a_job_that_is_not_begun_in_time_is_counted_and_fails_the_chord(deploy: 
     handle.submit("holds the place")
     wait_until(lambda: gate.came == 1)
     group = serve.submit_many(handle.options(expires_s=0.5), [1, 2], then=telling)
-    wait_until(lambda: group.status().expired == 2, told=group.status)
+    url = f"{client.http_url()}/-/futures/{group.id}"
+    wait_until(lambda: (httpx.get(url).json()["expired"] if by == "http" else group.status().expired) == 2, told=group.status)
     assert group.then is not None
     with pytest.raises(serve.MembersFailed, match="2 expired"):
         group.then.result(timeout=30)

@@ -1,4 +1,4 @@
-"""The jobs of a group, all of them: which have not ended, and ending them."""
+"""The jobs of a group, all of them: how many have ended, which have not, and ending them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from ..errors import UnknownJob
-from ..job_groups import GroupFacts, member_id
+from ..job_groups import GroupFacts, GroupRecord, member_id
 from .job_sending import JobSender
 
 T = TypeVar("T")
 
 _AT_ONCE = 200
+_EXPIRED_AFTER_MS = 6000  # a job that was not begun so long after its time will not begin
 
 
 async def some_at_a_time(ask: Callable[[str], Awaitable[T]], keys: Sequence[str]) -> list[T]:
@@ -21,6 +22,18 @@ async def some_at_a_time(ask: Callable[[str], Awaitable[T]], keys: Sequence[str]
     for start in range(0, len(keys), _AT_ONCE):
         found += await asyncio.gather(*map(ask, keys[start : start + _AT_ONCE]))
     return found
+
+
+async def group_now(jobs: JobSender, group_id: str) -> GroupRecord | None:
+    """Returns the record of a group, after it has ended those of its jobs that were not begun in time, which nobody else may notice; None
+    for a group that is not known (any more). Raises StoreUnavailable."""
+    record = await jobs.store.jobs.group(group_id)
+    if record is None or sum(record.ended.values()) == record.facts.total:
+        return record
+    if not 0 < record.facts.expires_ms < jobs.store.now_ms() - _EXPIRED_AFTER_MS:
+        return record
+    await some_at_a_time(jobs.look, await members_left(jobs, group_id, record.facts))
+    return await jobs.store.jobs.group(group_id)
 
 
 async def members_left(jobs: JobSender, group_id: str, facts: GroupFacts) -> list[str]:

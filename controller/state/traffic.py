@@ -21,6 +21,13 @@ def stages_of(endpoint: Endpoint, shard_key: str) -> Stages | None:
     return Stages(endpoint.name, endpoint.stages, shard_key) if endpoint.stages else None
 
 
+def longest_s(pipeline: Endpoint, endpoints: Mapping[str, Endpoint], timeouts_s: Mapping[str, float]) -> float:
+    """Returns how long a request of a pipeline may be awaited: as long as those of all its stages one after the other. `timeouts_s` has
+    those of the backends."""
+    stages = [endpoints[name].traffic for name in pipeline.stages if name in endpoints]
+    return sum(max(timeouts_s[backend] for backend in traffic) for traffic in stages)
+
+
 class Choice(NamedTuple):
     """The backend of one request, and the backends of its copies."""
 

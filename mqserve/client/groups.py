@@ -70,7 +70,7 @@ class Group:
         """Returns the counts as they are now. The store counts, so that costs the same for a group of any size. Raises UnknownJob if
         nothing is known of the group (any more), and StoreUnavailable."""
         calls = self._calls.here()
-        ended = calls.wait(calls.group_now(self.id)).ended
+        ended = calls.wait(calls.group(self.id)).ended
         return GroupStatus(len(self), len(self) - sum(ended.values()), **{state.value: count for state, count in ended.items()})
 
     def done(self) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..broker.callbacks import CallbackRules
 from ..broker.calls.chord_calls import VERSION as CHORD_VERSION
 from ..broker.calls.chord_calls import ChordCall
-from ..broker.calls.group_ends import cancel_group, members_left, some_at_a_time
+from ..broker.calls.group_ends import cancel_group, group_now
 from ..broker.calls.idempotency import KEY_TTL_S, MISUSED_BY_HANDLE, VERSION, Claim, IdempotencyKeys, digest_of
 from ..broker.calls.job_events import JobFollower
 from ..broker.calls.job_sending import JobSender, JobTerms
@@ -278,22 +278,13 @@ class JobCalls:
         await self._jobs.fail(chord_id, members_failed(why))
 
     async def group(self, group_id: str) -> GroupRecord:
-        """Raises UnknownJob."""
-        record = await self._store.jobs.group(group_id)
+        """Returns what is known of a group, after those of its jobs that were not begun in time have been ended. Raises UnknownJob."""
+        record = await group_now(self._jobs, group_id)
         if record is None:
             raise UnknownJob(
                 f"nothing is known of a group {group_id!r}: nobody sent it, or none of its jobs has ended for {UNENDED_TTL_S // 86400} days"
             )
         return record
-
-    async def group_now(self, group_id: str) -> GroupRecord:
-        """Returns the record of a group after it has ended those of its jobs that were not begun in time. Raises UnknownJob."""
-        record = await self.group(group_id)
-        facts, ended = record.facts, sum(record.ended.values())
-        if ended == facts.total or not 0 < facts.expires_ms < self._store.now_ms() - _EXPIRED_AFTER_S * 1000:
-            return record
-        await some_at_a_time(self._jobs.look, await members_left(self._jobs, group_id, facts))
-        return await self.group(group_id)
 
     async def cancel_group(self, group_id: str, facts: GroupFacts) -> int:
         """See `Group.cancel`."""

@@ -26,7 +26,7 @@ from ..broker.values.codecs import encode_value
 from ..broker.values.signing import SealScope
 from ..connections import Connections
 from ..controller.state.documents import Desired, Endpoint
-from ..controller.state.traffic import choose
+from ..controller.state.traffic import choose, longest_s
 from ..replicas.context import deadline
 from .answers import read_result
 from .deploying import open_block
@@ -173,7 +173,9 @@ class Sender:
         order = Order(
             call.id, call.meta, call.shard_key, NoOptions(), call.data, call.arguments, wait_for_endpoint=False, plain=False
         )  # fmt: skip
-        work, within_s = self.jobs.encoded(order), min(call.within_s, _longest_s(desired, pipeline))
+        work = self.jobs.encoded(order)
+        timeout_s = {name: backend.config.request_timeout_s for name, backend in desired.backends.items()}
+        within_s = min(call.within_s, longest_s(pipeline, desired.endpoints, timeout_s))
         self._piped.add(call.id)
         call.pending.add_done_callback(lambda _: self._piped.discard(call.id))
         self._runtime.submit(self._await_pipeline(call, work, within_s))
@@ -425,12 +427,6 @@ class Sender:
 async def _taken(incoming: IncomingStream) -> tuple[deque[Chunk], End | None]:
     chunks = await incoming.more()
     return deque(chunks), incoming.end  # asked here, since more may come at any time
-
-
-def _longest_s(desired: Desired, pipeline: Endpoint) -> float:
-    """Returns how long its requests may be awaited: as long as those of all its stages one after the other."""
-    backends = [[desired.backends[name] for name in desired.endpoints[stage].traffic] for stage in pipeline.stages]
-    return sum(max(backend.config.request_timeout_s for backend in stage) for stage in backends)
 
 
 def _left_s() -> float:
