@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from functools import partial
 
 import aio_pika
 import aiormq
@@ -14,6 +15,7 @@ from yarl import URL
 
 from ..backoff import delays
 from ..errors import BrokerUnavailable, words_of
+from ..process.printable import printable
 from ..settings import masked
 from . import unreadable
 from .hot_frames import HotTransport
@@ -61,8 +63,9 @@ class RabbitConnection:
             await self.end()
             raise
 
-    def on_loss(self, lost: Callable[[], None]) -> None:
-        self._amqp.close_callbacks.add(lambda *_: lost())
+    def on_loss(self, lost: Callable[[BaseException | None], None]) -> None:
+        """Has `lost` called with the reason, as far as that is known."""
+        self._amqp.close_callbacks.add(lambda _, reason=None: lost(reason))
 
     async def open_channel(self, *, confirms: bool) -> aiormq.channel.Channel:
         """Returns one of aiormq: aio-pika's connection keeps a callback (3.5 KiB) of each of its own channels until it is closed."""
@@ -134,6 +137,7 @@ class Link:
         """Gives up a connection that hangs: the link dials another one at once, and the old one ends by itself."""
         if connection is self.connection and self.is_up:
             self._up.clear()
+            self._last_error = BrokerUnavailable(f"it has not answered within {OPERATION_BUDGET_S:g} s")
             self._lost.set()
 
     async def _keep(self) -> None:
@@ -149,17 +153,23 @@ class Link:
                 continue
             self.broker_version = self.connection.broker_version
             lost = self._lost = asyncio.Event()
-            self.connection.on_loss(lost.set)
-            pauses = delays(cap_s=LONGEST_PAUSE_S)
             self._last_error = None
+            self.connection.on_loss(partial(self._note_loss, lost))
+            pauses = delays(cap_s=LONGEST_PAUSE_S)
             self._up.set()
             await lost.wait()
             self._up.clear()
-            logger.warning("lost the connection to RabbitMQ at %s (%s); reconnecting", masked(self._url), self._name)
+            why = f": {printable(words_of(self._last_error))}" if self._last_error else ""
+            logger.warning("lost the connection to RabbitMQ at %s (%s)%s; reconnecting", masked(self._url), self._name, why)
             ending = asyncio.create_task(self.connection.end(), name=f"end {self._name}")
             self._ending.add(ending)
             ending.add_done_callback(self._ending.discard)
             await asyncio.sleep(next(pauses))
+
+    def _note_loss(self, lost: asyncio.Event, reason: BaseException | None) -> None:
+        if not lost.is_set():
+            self._last_error = reason
+            lost.set()
 
     async def _dial(self) -> RabbitConnection:
         connection = RabbitConnection(self._url, self._name)

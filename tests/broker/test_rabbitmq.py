@@ -76,15 +76,18 @@ async def test_a_publish_without_a_connection_was_not_sent(broker_wire: Wire, na
         assert not fate.maybe_sent
 
 
-async def test_a_consumer_comes_back_when_the_broker_closes_its_connections(broker_server: PrivateRabbitMQ, namespace: str) -> None:
+async def test_a_consumer_comes_back_when_the_broker_closes_its_connections(
+    broker_server: PrivateRabbitMQ, namespace: str, caplog: pytest.LogCaptureFixture
+) -> None:
     async with open_rabbitmq(broker_server.url, namespace, "test") as queue:
         await queue.declare("b", 1, None)
         hands = Hands()
         await queue.consume("b", 1, 10, hands)
         await accepted(queue, text("held over the loss"))
         await hands.hold(1)
-        await asyncio.to_thread(broker_server.ctl, "close_all_connections", "test")
+        await asyncio.to_thread(broker_server.ctl, "close_all_connections", "why they end")
         await until(lambda: len(hands) == 2)
+        assert "why they end" in caplog.text  # the operator reads the reason
         lost, again = hands.held
         assert again.redelivered
         lost.ack()
