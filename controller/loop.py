@@ -69,7 +69,7 @@ class Controller:
         settings: Settings = DEFAULTS,
     ) -> None:
         self._store = store
-        self._has_key = bool(settings.signer)
+        self._key_ids = settings.signer.key_ids
         self._keys = keys
         self._queue = queue
         self._instance = instance
@@ -270,7 +270,7 @@ class Controller:
             job_limit_s=limit_s,
             store_is_full=self._store_checks.is_full,
             callbacks=self._job_duties.callbacks,
-            sealed=self._has_key and not plan.without_seals(beats),
+            sealed_by=() if plan.without_seals(beats) else self._key_ids,
             serving=tuple(sorted({replicas[name].backend for name in ready} & set(desired.backends))),
         )
 
@@ -321,8 +321,10 @@ class Controller:
         for beat in beats_of(beats, ProxyBeat):
             if beat.state is MemberState.FAILED:
                 problems[f"proxy on {beat.node or beat.host}"] = beat.error
-        if problem := plan.seal_problem(beats, has_key=self._has_key):
+        if problem := plan.seal_problem(beats, has_key=bool(self._key_ids)):
             problems["requests without a seal"] = problem
+        if problem := plan.key_problem(beats, self._key_ids):
+            problems["requests with another seal"] = problem
         problems |= self._store_checks.problems | self._job_duties.problems
         if noted := self._store.health.noted:
             problems["a key in the store"] = noted

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from .restarts import ENDED_WELL
@@ -24,7 +24,7 @@ class Placement(NamedTuple):
 def without_seals(beats: Mapping[str, Beat]) -> list[str]:
     """Names the proxies and replicas that send requests without a seal. A dead one counts until its beat is dropped, since it may be
     started again."""
-    return sorted(beat.id for beat in _senders(beats) if not beat.seals and beat.state is not MemberState.FAILED)
+    return sorted(beat.id for beat in _senders(beats) if not beat.seal_key and beat.state is not MemberState.FAILED)
 
 
 def _senders(beats: Mapping[str, Beat]) -> list[ProxyBeat | ReplicaBeat]:
@@ -35,9 +35,18 @@ def seal_problem(beats: Mapping[str, Beat], *, has_key: bool) -> str:
     """A sentence for operators if some members have the key and others do not, or are of an earlier version. `has_key` is the
     controller's own."""
     without = [*([] if has_key else ["the controller"]), *without_seals(beats)]
-    if not without or not (has_key or any(beat.seals for beat in _senders(beats))):
+    if not without or not (has_key or any(beat.seal_key for beat in _senders(beats))):
         return ""
     return f"replicas accept mq headers without a seal until these are updated and have MQSERVE_SECRET_KEY: {', '.join(without)}"
+
+
+def key_problem(beats: Mapping[str, Beat], key_ids: Sequence[str]) -> str:
+    """A sentence for operators if some members seal with a key that is none of these, the controller's."""
+    senders = [beat for beat in _senders(beats) if beat.seal_key and beat.state is not MemberState.FAILED]
+    others = sorted(beat.id for beat in senders if beat.seal_key not in key_ids)
+    if not (others and key_ids):
+        return ""
+    return f"MQSERVE_SECRET_KEY of these is none of the controller's, so what they send becomes dead letters: {', '.join(others)}"
 
 
 def somebody_is_missed(observed: Observed, beats: Mapping[str, Beat], now_ms: int) -> bool:

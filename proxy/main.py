@@ -321,7 +321,7 @@ class Proxy:
             id=options.proxy_id, at=self._store.now_ms(), pid=os.getpid(), host=socket.gethostname(), state=self._state,
             error=error or left_out, node=options.node, external=options.external, url=self.url,
             follows=self._app.routes.version if self._app else (0, 0), refuses=self._refuses, refused=self._refused,
-            seals=bool(self._settings.secret_keys),
+            seal_key=self._settings.signer.current_key_id,
             noted=self._store.health.noted,
         )  # fmt: skip
 

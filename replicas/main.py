@@ -283,7 +283,7 @@ class Replica:
             version=self._backend.version if self._backend else 0, generations=requests.generations if requests else (),
             follows=(0, hooks.version if hooks else 0), refused=hooks.refused if hooks else "",
             running=requests.running if requests else 0, served=requests.served if requests else 0, noted=self._store.health.noted,
-            seals=bool(self._settings.secret_keys), is_app=self._is_app,
+            seal_key=self._settings.signer.current_key_id, is_app=self._is_app,
             convertors=self._convertors_of, convertor_error=self._convertor_error,
         )  # fmt: skip
 

@@ -431,6 +431,15 @@ def test_code_by_value_needs_a_key(distributed_shell: CommandLine) -> None:
     assert_refused(distributed_shell, "run", "hello.py", "--port", "0", says="set MQSERVE_SECRET_KEY .*or name importable code by a string")
 
 
+@pytest.mark.parametrize("key", ["", "one that is not that of the instance"])
+def test_whoever_has_another_key_than_the_instance_is_told_at_once(distributed_shell: CommandLine, key: str) -> None:
+    run_hello(distributed_shell)
+    stranger = distributed_shell.with_variables(MQSERVE_SECRET_KEY=key)
+    says = f"this process has {'another' if key else 'no'} key: set MQSERVE_SECRET_KEY to its own"
+    for later in [], ["--later"]:
+        assert_refused(stranger, "call", "hello", *later, says=says)
+
+
 def test_a_secret_may_lie_in_a_file(distributed_shell: CommandLine, tmp_path: Path) -> None:
     (tmp_path / "key").write_text(SECRET_KEY + "\n")
     del distributed_shell.env["MQSERVE_SECRET_KEY"]

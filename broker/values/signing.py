@@ -67,6 +67,15 @@ class Signer:
     def __repr__(self) -> str:
         return f"<Signer of {self._namespace} with {len(self._keys)} keys>"
 
+    @property
+    def key_ids(self) -> tuple[str, ...]:
+        return tuple(self._keys)
+
+    @property
+    def current_key_id(self) -> str:
+        """That of the key with which it seals; empty without one."""
+        return self._current
+
     def seal(self, payload: bytes, claim: SealScope, lifetime_ms: int = 0) -> bytes:
         """Returns the payload, sealed for `lifetime_ms`, or for the lifetime of its purpose. Raises BadSignature without a key."""
         if not self._keys:

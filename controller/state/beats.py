@@ -88,7 +88,7 @@ class ProxyBeat(_Beat, frozen=True, tag=Kind.PROXY.value):
     follows: tuple[Count, Count] = (0, 0)  # the (epoch, version) of the desired document
     refuses: tuple[Count, Count] = (0, 0)  # that of a document that it cannot follow
     refused: str = ""  # why
-    seals: bool = False  # whether it seals its requests: an earlier version does not, nor does a process without the secret key
+    seal_key: str = ""  # the id of the key that seals its requests: an earlier version does not seal, nor does a process without a key
 
 
 class ReplicaBeat(_Beat, frozen=True, tag=Kind.REPLICA.value):
@@ -101,7 +101,7 @@ class ReplicaBeat(_Beat, frozen=True, tag=Kind.REPLICA.value):
     refused: str = ""
     running: Count = 0
     served: Count = 0
-    seals: bool = False
+    seal_key: str = ""
     is_app: bool = False  # whether its code is an ASGI app
     convertors: tuple[Count, Count] | None = None  # (epoch, version) of the document whose convertors it has; None: it follows none yet
     convertor_error: str = ""  # why it cannot make one of those

@@ -158,11 +158,15 @@ class Observed(msgspec.Struct, frozen=True):
     proxies: tuple[str, ...] = ()  # nodes that have to run a proxy
     problems: dict[str, str] = {}  # backend (or "proxy on <node>") -> why it is not as desired
     down_since: dict[str, Count] = {}  # backend -> store ms since when no replica has been ready or starting
-    sealed: bool = False  # all proxies and replicas seal their requests, so replicas demand seals
+    sealed_by: tuple[str, ...] = ()  # ids of the leader's keys, if all proxies and replicas seal their requests: replicas demand seals then
     serving: tuple[str, ...] | None = None  # backends with a ready replica; None: written by an earlier version
     job_limit_s: Count = 0  # how long a job may run on this broker; 0 for no limit beside that of its backend, or none known
     store_is_full: str = ""  # why no new jobs are taken, in words fit for strangers
     callbacks: CallbackRules = NO_CALLBACKS  # which callback URLs jobs may have
+
+    @property
+    def sealed(self) -> bool:
+        return bool(self.sealed_by)
 
     def shards_of(self, backend: str, generation: int) -> int:
         """The number of queues of that generation."""

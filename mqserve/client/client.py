@@ -235,10 +235,8 @@ class Client(Lifetime):
         and BadValue for a bad name, expression or zone and for an unknown endpoint, NotEncodable, and TooLarge above 16 KiB of data.
         """
         handle = Handle(endpoint, self) if isinstance(endpoint, str) else check_handle(endpoint)
-        signer, demands_seals = self.settings.signer, self.sender.demands_seals
-        made = make_schedule(
-            name, handle, data, cron=cron, timezone=timezone, catch_up=catch_up, signer=signer, demands_seals=demands_seals
-        )
+        signer, key_problem = self.settings.signer, self.sender.key_problem
+        made = make_schedule(name, handle, data, cron=cron, timezone=timezone, catch_up=catch_up, signer=signer, key_problem=key_problem)
         if url := handle._options.callback_url:
             self._call(self.sender.jobs.check_callback(url))
         self._call(self._changing.set_schedule(made, self._connections.store.now_ms))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from enum import Enum
 from types import TracebackType
@@ -15,6 +15,7 @@ from ..broker.calls.sending import RequestSender
 from ..broker.errors import InstanceError
 from ..broker.process import forks
 from ..broker.process.interrupts import to_the_end
+from ..broker.values.signing import Signer
 from ..connections import Connections
 from ..controller.state.documents import Desired
 from ..controller.state.following import follow_state
@@ -180,8 +181,9 @@ class Lifetime:
             await keep_running("the client's look at its instance", lambda: self._follow_forever(own))
 
     async def _follow_forever(self, own: Opened) -> None:
+        signer = own.connections.settings.signer
         async for desired, observed in follow_state(own.connections.store, own.connections.keys):
-            own.sender.demands_seals = observed is not None and observed.sealed
+            own.sender.key_problem = "" if observed is None else _key_problem(signer, observed.sealed_by)
             own.sender.jobs.refusal = "" if observed is None else observed.store_is_full
             own.sender.jobs.callbacks = None if observed is None else observed.callbacks
             if await own.membership.saw(desired) and desired is not None:
@@ -251,3 +253,14 @@ class Lifetime:
     def _check_open(self) -> None:
         if not self.is_open:
             raise InstanceError(self._state.value)
+
+
+def _key_problem(signer: Signer, sealed_by: Collection[str]) -> str:
+    """Returns why replicas that demand seals by these keys refuse what this process sends; empty if they do not. While keys are swapped,
+    each process holds both."""
+    if not sealed_by or any(key_id in sealed_by for key_id in signer.key_ids):
+        return ""
+    has = "another key" if signer else "no key"
+    return (
+        f"the replicas of this instance take only sealed requests of handles, and this process has {has}: set MQSERVE_SECRET_KEY to its own"
+    )

@@ -53,14 +53,14 @@ class ScheduleStatus:
 
 
 def make_schedule(
-    name: str, handle: Handle | AsyncHandle, data: Any, *, cron: str, timezone: str, catch_up: CatchUp, signer: Signer, demands_seals: bool
+    name: str, handle: Handle | AsyncHandle, data: Any, *, cron: str, timezone: str, catch_up: CatchUp, signer: Signer, key_problem: str
 ) -> Schedule:
     """Returns the schedule for the document. Raises BadType, BadValue, NotEncodable, TooLarge, and BadSignature without the key that the
     instance demands."""
     check_name(name, "a schedule")
     check_schedule(cron, timezone, catch_up)
-    if demands_seals and not signer:
-        raise BadSignature("this instance takes only sealed calls, and this process has no key: set MQSERVE_SECRET_KEY to its own")
+    if key_problem:
+        raise BadSignature(key_problem)
     order = handle._order(data, {})
     options, endpoint = order.options, order.meta.endpoint
     if options.delay_s or options.eta is not None:

@@ -81,7 +81,7 @@ class Sender:
         self._over = ""  # why the client has ended, once it has
         self.desired = Desired()
         self.only_plain = False  # open no pickle in a result
-        self.demands_seals = False  # the instance's replicas refuse a handle's request without a seal
+        self.key_problem = ""  # why the instance's replicas refuse what this process sends
 
     def __repr__(self) -> str:
         return f"<Sender with {len(self.desired.endpoints)} endpoints>"
@@ -134,11 +134,8 @@ class Sender:
 
     def has_to_wait(self, endpoint: str, data: Any, arguments: dict[str, Any], *, wait_for_endpoint: bool) -> bool:
         """Whether `ready` has to be awaited before the request can be sent. Raises what `send` does."""
-        if self.demands_seals and not self._signer:
-            raise BadSignature(
-                "the replicas of this instance take only sealed requests of handles, and this process has no key: set MQSERVE_SECRET_KEY "
-                "to the one of the instance"
-            )
+        if self.key_problem:
+            raise BadSignature(self.key_problem)
         awaited = [value.here() for value in (data, *arguments.values()) if isinstance(value, Future)]
         is_missing = endpoint not in self.desired.endpoints
         if (block := open_block(self._deployments)) is not None:

@@ -9,10 +9,10 @@ import pytest
 from mqserve.broker.errors import BadSignature
 from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.store_keys import StoreKeys
-from mqserve.broker.values.signing import Signer
+from mqserve.broker.values.signing import MIN_KEY_BYTES, Signer, key_id_of
 from mqserve.controller.environments import check_environment, seal_environment
 from mqserve.controller.lease import claim_instance
-from mqserve.controller.plan import seal_problem, without_seals
+from mqserve.controller.plan import key_problem, seal_problem, without_seals
 from mqserve.controller.state.beats import Beat, MemberState, NodeBeat, ProxyBeat, ReplicaBeat, beats_of, read_beats
 from mqserve.controller.state.documents import Assignment, Backend, Desired, Observed
 from mqserve.controller.state.reading import read_observed
@@ -22,6 +22,7 @@ from tests.controller.test_node import KEYS, SIGNER, Launcher, replace_observed,
 
 pytestmark = pytest.mark.anyio
 
+OWN = key_id_of(b"k" * MIN_KEY_BYTES)  # that of the controllers
 OLD, NEW, KEYLESS = Signer([b"o" * 32], "tests"), SIGNER, Signer([], "tests")
 CHOICES = [ActorOptions(python="/usr/bin/python3"), ActorOptions(pip=("humanize==4.*",))]
 
@@ -32,7 +33,7 @@ def beats(**members: Beat) -> dict[str, Beat]:
 
 def member(kind: str, name: str, *, seals: bool = False, **fields: Any) -> Beat:
     return (
-        (ProxyBeat if kind == "proxy" else ReplicaBeat)(name, at=0, seals=seals, **fields)
+        (ProxyBeat if kind == "proxy" else ReplicaBeat)(name, at=0, seal_key=OWN if seals else "", **fields)
         if kind != "node"
         else NodeBeat(name, at=0, **fields)
     )
@@ -62,7 +63,7 @@ async def test_the_leader_tells_replicas_to_demand_seals_while_everybody_seals()
         return found.epoch > 0 and found.sealed is sealed
 
     async def beat(name: str, *, seals: bool) -> None:
-        beat = ProxyBeat(name, store.now_ms(), seals=seals, external=True)
+        beat = ProxyBeat(name, store.now_ms(), seal_key=OWN if seals else "", external=True)
         await store.put_field(keys.beats, beat.field, beat.to_bytes())
         await store.announce()
 
@@ -97,10 +98,17 @@ def test_where_nobody_has_a_key_there_is_no_problem_and_where_some_have_there_is
     assert seal_problem({**keyless, **sealing}, has_key=False).endswith(": the controller, p, r")
 
 
+def test_members_that_seal_with_a_key_that_the_controller_does_not_hold_are_named() -> None:
+    found = beats(p=member("proxy", "p", seals=True), q=ProxyBeat("q", at=0, seal_key="other"), r=member("replica", "r"))
+    assert key_problem(found, [OWN]).endswith("dead letters: q")
+    assert not key_problem(found, [OWN, "other"])  # while keys are swapped
+    assert not key_problem(found, [])  # whoever has a key is named for that
+
+
 def test_a_document_of_an_earlier_version_demands_nothing() -> None:
     assert not read_observed(b'{"epoch": 3}').sealed
     (beat,) = beats_of(read_beats({"proxy:p": b'{"kind": "proxy", "id": "p", "at": 1}'}), ProxyBeat)
-    assert not beat.seals
+    assert not beat.seal_key
 
 
 # The backend's own Python.
