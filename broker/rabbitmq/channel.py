@@ -17,10 +17,12 @@ from pamqp.frame import marshal
 
 from ..errors import BrokerUnavailable, MQServeError, NotRouted, Overloaded
 from ..queue import Settled
+from .connection import close_channel
 from .hot_frames import HotProtocol, pack_ack, pack_publish, pack_requeue
 from .refusals import broker_refusal
 
 _FULL_QUEUE_RETRY_S = 0.001
+_CLOSE_BUDGET_S = 1.0
 _WRITE_BYTES = 128 * 1024  # more is several writes, each only while the transport takes bytes
 _KEPT_FRAMES = 256
 _Message = tuple[str, str, str]  # exchange, routing key, message id
@@ -98,7 +100,7 @@ class JoinedChannel:
         while self._is_on_the_wire and (self._out or self._finished):
             await self._channel.write_queue.put(ChannelFrame(payload=self._next_write(), should_close=False))
         self._has_ended = True
-        await self._channel.close()
+        await close_channel(self._channel, _CLOSE_BUDGET_S)
 
     def publish(self, exchange: str, routing_key: str, properties: bytes, body: bytes, message_id: str, settled: Settled) -> None:
         """Joins this turn's write; `properties` is the packed flags and list of the content header."""

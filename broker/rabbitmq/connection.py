@@ -185,6 +185,14 @@ class Link:
         await asyncio.gather(*self._ending)
 
 
+async def close_channel(channel: aiormq.abc.AbstractChannel, budget_s: float) -> None:
+    """Closes a channel of aiormq. Returns after `budget_s` or when it is cancelled, and the closing goes on: aiormq would close the channel
+    a second time if that was cancelled, for which RabbitMQ ends the connection."""
+    closing = asyncio.ensure_future(channel.close())
+    closing.add_done_callback(_never_mind)
+    await asyncio.wait([closing], timeout=budget_s)
+
+
 def _never_mind(closing: asyncio.Future[None]) -> None:
     if not closing.cancelled():
         closing.exception()

@@ -166,7 +166,8 @@ class RabbitConsumption:
                 await asyncio.sleep(next(pauses))
 
     async def _consume(self, connection: RabbitConnection) -> None:
-        """Consumes until the channel is lost or, after `cancel`, until every delivery in hand is settled."""
+        """Consumes until the channel is lost or, after `cancel`, until every delivery in hand is settled. What it asks the broker is not
+        cancelled with it: aiormq would close the channel at once, and what is to be acked yet would end the connection."""
         raw = await connection.open_channel(confirms=False)
         channel = self._channel = JoinedChannel(raw, connection.hot, self._hand_over, wants_address=self._delivery.has_address)
         lost = asyncio.Event()
@@ -180,16 +181,16 @@ class RabbitConsumption:
                 # A live qos change does not reach a running consumer: start a second one, then cancel the first.
                 self._may_deliver = True
                 async with asyncio.timeout(OPERATION_BUDGET_S):
-                    await raw.basic_qos(prefetch_count=self._prefetch)
-                    started = await raw.basic_consume(self._queue, _unused_callback)
+                    await asyncio.shield(raw.basic_qos(prefetch_count=self._prefetch))
+                    started = await asyncio.shield(raw.basic_consume(self._queue, _unused_callback))
                     if consumer_tag:
-                        await raw.basic_cancel(consumer_tag)
+                        await asyncio.shield(raw.basic_cancel(consumer_tag))
                 consumer_tag = started.consumer_tag or ""
                 self._consuming.set()
                 await self._watch(connection, raw, lost)
             if self.cancelled and not lost.is_set():
                 async with asyncio.timeout(OPERATION_BUDGET_S):
-                    await raw.basic_cancel(consumer_tag)
+                    await asyncio.shield(raw.basic_cancel(consumer_tag))
                 self._may_deliver = False
                 while channel.held and not lost.is_set():
                     await asyncio.sleep(0.01)
@@ -207,7 +208,7 @@ class RabbitConsumption:
                 return
             try:
                 async with asyncio.timeout(OPERATION_BUDGET_S):
-                    await raw.basic_qos(prefetch_count=self._prefetch)
+                    await asyncio.shield(raw.basic_qos(prefetch_count=self._prefetch))
             except TimeoutError:
                 self._link.abandon(connection)
                 raise BrokerUnavailable(f"RabbitMQ did not answer within {OPERATION_BUDGET_S:g} s") from None

@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import aiormq
 
@@ -318,7 +318,7 @@ class RabbitQueue:
                     raise TimeoutError
             return
         if not self._has_exchange:
-            await _in_time(raw.basic_qos(prefetch_count=0))
+            await _in_time(asyncio.shield(raw.basic_qos(prefetch_count=0)))
             return
         publish = partial(channel.publish, self._requests, "", _PROBE, b"", "")
         if isinstance(error := await _in_time(fate_of(publish, OPERATION_BUDGET_S)), BrokerUnavailable):
@@ -326,7 +326,7 @@ class RabbitQueue:
             raise error
 
 
-async def _in_time(asking: Coroutine[Any, Any, T]) -> T:
+async def _in_time(asking: Awaitable[T]) -> T:
     """Returns the broker's answer. Raises TimeoutError if there is none; looks twice, since this process itself may have been frozen,
     with the answer waiting in its socket."""
     asked = asyncio.ensure_future(asking)

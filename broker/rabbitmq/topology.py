@@ -13,7 +13,7 @@ from aiormq.channel import Channel
 from .. import queue_names
 from ..errors import BrokerUnavailable, MQServeError, QueueMismatch, words_of
 from ..shards import shares
-from .connection import MEND, OPERATION_BUDGET_S, Link, really_cancelled
+from .connection import MEND, OPERATION_BUDGET_S, Link, close_channel, really_cancelled
 from .refusals import broker_refusal
 
 T = TypeVar("T")
@@ -241,8 +241,7 @@ class RabbitTopology:
                 try:
                     return await act(channel)
                 finally:
-                    with suppress(Exception):
-                        await channel.close(timeout=_CLOSE_BUDGET_S)
+                    await close_channel(channel, _CLOSE_BUDGET_S)
         except (aiormq.exceptions.ChannelNotFoundEntity, aiormq.exceptions.ChannelPreconditionFailed, MQServeError):
             raise
         except (Exception, asyncio.CancelledError) as error:

@@ -18,6 +18,7 @@ from mqserve.broker.errors import BadEnvelope, BrokerUnavailable, MQServeError, 
 from mqserve.broker.queue import Queue
 from mqserve.broker.queue_names import JOB_UNACKED_MS, backend_queue, dead_queue, requests_exchange
 from mqserve.broker.rabbitmq.connection import Link
+from mqserve.broker.rabbitmq.consumer import RabbitConsumption
 from mqserve.broker.rabbitmq.queue import PROBE_SELDOM_EVERY_S, RabbitQueue, open_rabbitmq
 from mqserve.broker.rabbitmq.topology import RabbitTopology
 from mqserve.broker.settings import masked
@@ -94,6 +95,48 @@ async def test_a_consumer_comes_back_when_the_broker_closes_its_connections(
         again.ack()
         await accepted_at_last(queue, text("after it"))
         await until(lambda: hands.bodies == ["held over the loss", "held over the loss", "after it"])
+
+
+async def test_a_consumer_that_is_closed_at_any_moment_costs_no_connection(
+    broker_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """RabbitMQ ends a connection on which a channel is closed twice, or used after that."""
+    monkeypatch.setattr("mqserve.broker.rabbitmq.consumer.ASK_EVERY_S", 0.001)
+    async with open_rabbitmq(broker_url, namespace, "test") as queue:
+        await queue.declare("b", 1, None)
+        for moment in range(200):
+            hands = Hands()
+            consumption = await queue.consume("b", 1, 10, hands)
+            assert isinstance(consumption, RabbitConsumption)
+            await accepted(queue, text(f"{moment}"))
+            await hands.hold(1)
+            hands.held[0].ack()
+            if moment % 2:
+                await consumption.cancel()
+            await asyncio.sleep(moment % 20 / 1000)
+            await consumption.close()
+        await depth_is(queue, 0)
+    assert "lost the connection" not in caplog.text
+
+
+async def test_an_ack_while_its_consumer_is_being_closed_costs_no_connection(
+    broker_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("mqserve.broker.rabbitmq.consumer.ASK_EVERY_S", 0.0)
+    async with open_rabbitmq(broker_url, namespace, "test") as queue:
+        await queue.declare("b", 1, None)
+        for turns in range(80):
+            hands = Hands()
+            consumption = await queue.consume("b", 1, 10, hands)
+            assert isinstance(consumption, RabbitConsumption)
+            await accepted(queue, text(f"{turns}"))
+            await until(lambda hands=hands: len(hands) > 0)  # type: ignore[misc]
+            closing = asyncio.create_task(consumption.close())
+            for _ in range(turns % 10):
+                await asyncio.sleep(0)
+            hands.ack_all()
+            await closing
+    assert "lost the connection" not in caplog.text
 
 
 async def test_nothing_is_left_unacked_after_many_acks_out_of_order(broker_url: str, namespace: str) -> None:
