@@ -31,7 +31,7 @@ test: check
 	$(RUN_TESTS) -m 'not long and not faults'
 
 test-long: .venv/.installed-dev
-	$(RUN_TESTS) -m long
+	$(RUN_TESTS) -m long -o faulthandler_timeout=300
 
 test-faults: .venv/.installed-dev
 	$(RUN_TESTS) -m faults -o faulthandler_timeout=300
