@@ -302,7 +302,7 @@ class Controller:
         if how == ENDED_WELL:
             logger.warning("replica %s ended by itself, or with its node: starting another", replica_id)
             restarts.died_ready(now)
-        elif was_ready or (last_beat is not None and last_beat.state in (MemberState.READY, MemberState.DRAINING)):
+        elif was_ready or (isinstance(last_beat, ReplicaBeat) and last_beat.takes):
             # a failed health check gives the reason in its beat
             why = last_beat.error if last_beat is not None and last_beat.error else how
             logger.warning("replica %s died (%s): replacing it", replica_id, why)

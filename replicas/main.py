@@ -95,7 +95,7 @@ class Replica:
         self._queue: Queue | None = None
         self._requests: RequestLoop | None = None
         self._hooks: UserHooks | None = None
-        self._is_app = False
+        self._is_app = self._takes = False
         self._convertors_of: tuple[int, int] | None = None  # (epoch, version) of the desired document whose convertors it has
         self._convertor_error = ""
         self._told_convertors: Mapping[str, str] = {}  # those of that version
@@ -155,6 +155,8 @@ class Replica:
         requests = RequestLoop(self._settings, backend, queue, self._store, worker, handler, metrics, self._options.replica_id)
         self._requests = requests
         metrics.ready()
+        self._takes = True
+        await self._presence.beat()  # before the first request comes, which may kill this process
         try:
             async with asyncio.TaskGroup() as tasks:
                 minding = [
@@ -283,7 +285,7 @@ class Replica:
             version=self._backend.version if self._backend else 0, generations=requests.generations if requests else (),
             follows=(0, hooks.version if hooks else 0), refused=hooks.refused if hooks else "",
             running=requests.running if requests else 0, served=requests.served if requests else 0, noted=self._store.health.noted,
-            seal_key=self._settings.signer.current_key_id, is_app=self._is_app,
+            seal_key=self._settings.signer.current_key_id, takes=self._takes, is_app=self._is_app,
             convertors=self._convertors_of, convertor_error=self._convertor_error,
         )  # fmt: skip
 

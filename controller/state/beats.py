@@ -102,6 +102,7 @@ class ReplicaBeat(_Beat, frozen=True, tag=Kind.REPLICA.value):
     running: Count = 0
     served: Count = 0
     seal_key: str = ""
+    takes: bool = False  # whether it may have taken requests: then one of them may be what it has died of, ready or not
     is_app: bool = False  # whether its code is an ASGI app
     convertors: tuple[Count, Count] | None = None  # (epoch, version) of the document whose convertors it has; None: it follows none yet
     convertor_error: str = ""  # why it cannot make one of those

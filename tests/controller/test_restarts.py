@@ -1,6 +1,16 @@
 """When a dead replica may be replaced."""
 
+import pytest
+
+from mqserve.broker.memory.store import EmbeddedStore
+from mqserve.broker.store_keys import StoreKeys
+from mqserve.controller.changes import commit, create_backend
+from mqserve.controller.lease import claim_instance
 from mqserve.controller.restarts import AT_ONCE_LIMIT, AT_ONCE_WINDOW_S, FIRST_PAUSE_S, LONGEST_PAUSE_S, Restarts
+from mqserve.controller.state.beats import MemberState, NodeBeat, ReplicaBeat
+from mqserve.controller.state.documents import Assignment, Backend, Observed
+from mqserve.controller.state.reading import read_observed
+from tests.controller.test_leading import HTTP, controllers, follows
 
 
 def test_each_early_death_doubles_the_pause_up_to_a_limit() -> None:
@@ -60,3 +70,21 @@ def test_early_deaths_of_one_who_lived_since_are_forgotten() -> None:
     assert restarts.not_before < 10_000.0, "at once"
     restarts.died(now=20_000.0, reason="no store", lived_s=1)
     assert restarts.not_before == 20_000.0 + FIRST_PAUSE_S
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("takes", "problem"), [(True, None), (False, "exit code 1")])
+async def test_whoever_died_of_its_first_request_is_no_replica_that_cannot_start(takes: bool, problem: str | None) -> None:
+    """It takes requests a moment before its beat says that it is ready."""
+    store, keys = EmbeddedStore(), StoreKeys("tests")
+    held = await claim_instance(store, keys, "n", HTTP, detached=True)
+    await commit(store, keys, held.id, create_backend(Backend("b", "sha", "b")))
+    await store.set(keys.observed, Observed(epoch=1, replicas={"b#1": Assignment("b", "n", 1)}, queues={"b": (1,)}).to_bytes())
+    now_ms = store.now_ms()
+    dead = ReplicaBeat("b#1", now_ms, state=MemberState.STARTING, node="n", backend="b", takes=takes)
+    for beat in dead, NodeBeat("n", now_ms + 60_000, ended={"b#1": "exit code 1"}):
+        await store.put_field(keys.beats, beat.field, beat.to_bytes())
+    async with controllers(store, keys) as running:
+        running.start("first")
+        await follows(store, keys, 1)
+        assert read_observed(await store.get(keys.observed)).problems.get("b") == problem
