@@ -108,6 +108,18 @@ class ModuleByModule(LoadScopeScheduling):  # type: ignore[misc]
             return nodeid
         return next((f"{module} {form}" for form in FORMS if form in test), module)
 
+    def remove_node(self, node: Any) -> str | None:
+        """Returns the test at which a worker crashed, and lets others have what it has not run. xdist hands out what it has run, too, as
+        work without a test in it: whoever gets that last waits for ever. And it runs the test again that made the worker crash."""
+        work = self.assigned_work.pop(node)
+        crashed = next((test for unit in work.values() for test, is_done in unit.items() if not is_done), None)
+        for scope, unit in work.items():
+            if left := {test: False for test, is_done in unit.items() if not (is_done or test == crashed)}:
+                self.workqueue[scope] = left
+        for other in self.assigned_work:
+            self._reschedule(other)
+        return crashed
+
 
 def pytest_sessionfinish() -> None:
     gc.collect()  # CPython 3.11 cannot parse a module while asyncio's leftovers are finalized, and plugins import some at the end
