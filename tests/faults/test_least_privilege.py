@@ -841,7 +841,7 @@ def test_who_may_only_publish_reaches_no_handler_as_http_and_nobodys_inbox_body_
     with victim, redis.Redis.from_url(composed.url("redis", "client")) as store:
         _, large_id, waiting_id, inbox = victim.wait_for("asked").split()
         keys = [f"{ROOT_KEY}:{name}" for name in (f"future:{{{large_id}}}", f"body:{{{large_id}.result}}", f"body:{{{waiting_id}}}")]
-        wait_until(lambda: b'"sealed":true' in (store.get(f"{ROOT_KEY}:observed") or b""))
+        wait_until(lambda: b'"sealed_by":["' in (store.get(f"{ROOT_KEY}:observed") or b""))
         before = wait_until(lambda: found if all(found := store.mget(keys)) else None)
         witnessed, dead = (composed.folder / "witnessed.txt").read_text(), dead_letters(composed)
 
