@@ -14,7 +14,7 @@ from .streaming import STREAMING
 from .submission import SUBMISSION
 
 SCENARIOS: tuple[Scenario, ...] = (
-    NOOP_HTTP, BODIES_HTTP, HANDLES, REPLICAS, BATCHING, BACKENDS, ROUTES, AMQP, OVERLOAD, STREAMING, MEMORY, IDLE,
+    NOOP_HTTP, BODIES_HTTP, HANDLES, SUBMISSION, REPLICAS, BATCHING, BACKENDS, ROUTES, AMQP, OVERLOAD, STREAMING, MEMORY, IDLE,
 )  # fmt: skip
-BY_NAME_ONLY: tuple[Scenario, ...] = (MILLION, SUBMISSION)
+BY_NAME_ONLY: tuple[Scenario, ...] = (MILLION,)
 """Those that run when `--only` names them."""
