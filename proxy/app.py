@@ -6,7 +6,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from ..broker.calls.idempotency import IdempotencyKeys
@@ -215,8 +214,8 @@ class ProxyApp:
         is_asked = preference is not None or bool(endpoint.stages)
         backend, _, content_type, method, timeout_s, priority = self.admit(call, first, is_job=is_asked)
         is_once = backend in routes.at_most_once
-        terms = self.jobs.terms(call.headers, timeout_s, priority, once=is_once, is_awaited=preference is None)
-        terms = replace(terms, stages=stages_of(endpoint, shard_key_of(call.headers)))
+        stages = stages_of(endpoint, shard_key_of(call.headers)) if endpoint.stages else None
+        terms = self.jobs.terms(call.headers, timeout_s, priority, once=is_once, is_awaited=preference is None, stages=stages)
         longest_s = routes.longest_s(endpoint) if endpoint.stages else routes.timeouts_s[backend]
         wait_s = preference.wait_s or 0 if preference is not None else min(timeout_s, longest_s)
         body = await _read_body(receive, self._sender.held)

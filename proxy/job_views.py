@@ -48,7 +48,7 @@ class Links(NamedTuple):
 
 def name_of(future_id: str) -> str:
     """Returns the id as it stands in paths, headers and events: a publisher's own key may hold line ends."""
-    return quote(future_id, safe="")
+    return future_id if is_minted(future_id) else quote(future_id, safe="")
 
 
 def state_reply(view: dict[str, Any]) -> Reply:

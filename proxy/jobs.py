@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
+
+from msgspec.structs import replace
 
 from ..broker.callbacks import NO_CALLBACKS
 from ..broker.calls.idempotency import KEY_TTL_S, Claim, IdempotencyKeys, frees_key
@@ -15,6 +17,7 @@ from ..broker.calls.sending import RequestSender
 from ..broker.envelope import RequestHead, mint_id
 from ..broker.errors import BadValue, BrokerUnavailable, MQServeError, ResultGone
 from ..broker.jobs import PRIORITIES, JobFacts
+from ..broker.pipelines import Stages
 from ..broker.results import Result
 from .futures import Futures
 from .idempotency import KEY_HEADER, REPLAYED, KeyedCall
@@ -62,7 +65,9 @@ class Jobs:
     def __repr__(self) -> str:
         return f"<Jobs over {self._jobs!r}>"
 
-    def terms(self, headers: Headers, begins_within_s: float, priority: str, *, once: bool, is_awaited: bool) -> JobTerms:
+    def terms(
+        self, headers: Headers, begins_within_s: float, priority: str, *, once: bool, is_awaited: bool, stages: Stages | None
+    ) -> JobTerms:
         """Returns what the headers of a job say of it. One whose client waits as for any request goes first, unless it says otherwise.
         Raises BadValue."""
         now_ms = self._sender.now_ms()
@@ -74,7 +79,7 @@ class Jobs:
         callback = callback_of(headers)
         if callback:
             self.callbacks.check(callback)
-        return JobTerms(not_before_ms, expires_ms, result_ttl_of(headers), level, callback=callback, once=once)
+        return JobTerms(not_before_ms, expires_ms, result_ttl_of(headers), level, callback=callback, once=once, stages=stages)
 
     async def serve(self, call: JobCall) -> AnyReply:
         """Sends the request. Returns the answer itself, if the client waits for it and it is there in time, else 202. Raises MQServeError

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
+import msgspec
 from msgspec.structs import replace
 
 from ..backoff import delays
@@ -50,8 +49,7 @@ _KEPT_WITHIN_MS = 3000  # after the end of a job its message is in the store, if
 _EXPIRED_AFTER_MS = 5000  # behind its time a replica may still begin a job, as its own clock goes
 
 
-@dataclass(frozen=True, slots=True)
-class JobTerms:
+class JobTerms(msgspec.Struct, frozen=True):
     """What the sender of a job says of it beside the request. Times are store time in ms, 0 for none."""
 
     not_before_ms: int = 0
@@ -128,7 +126,7 @@ class JobSender:
             plan = _plan_of(future_id, stages, origin, terms, created_ms)
             stage = Stage(plan.sealed(self._signer), len(plan.done))
             # what concerns the whole is said of that alone
-            terms = dataclasses.replace(terms, retry_of="", callback="", member=None, stage=stage)
+            terms = replace(terms, retry_of="", callback="", member=None, stage=stage)
             meta = replace(meta, endpoint=stages.first)
         head = JobHead(
             created_ms, terms.result_ttl_s, 0, terms.not_before_ms, terms.tag, terms.retry_of, terms.callback,
