@@ -48,9 +48,9 @@ class LatestDocument:
                 return
             began_at = time.monotonic()
             raw = await self._store.get(self._key)
-            if raw is not None and raw != self._raw:
+            if raw is None or raw != self._raw:
                 try:
-                    self._read, self._raw = read_desired(raw), raw
+                    self._read, self._raw = self.followed if raw is None else read_desired(raw), raw
                 except BadEnvelope:  # a broken document: the last good one counts, as everywhere
-                    self._read = self.followed
+                    self._read, self._raw = self.followed, None
             self._read_at = began_at

@@ -41,12 +41,12 @@ def seal_problem(beats: Mapping[str, Beat], *, has_key: bool) -> str:
 
 
 def key_problem(beats: Mapping[str, Beat], key_ids: Sequence[str]) -> str:
-    """A sentence for operators if some members seal with a key that is none of these, the controller's."""
+    """A sentence for operators if some members seal with a key that is none of these, which are the controller's."""
     senders = [beat for beat in _senders(beats) if beat.seal_key and beat.state is not MemberState.FAILED]
     others = sorted(beat.id for beat in senders if beat.seal_key not in key_ids)
     if not (others and key_ids):
         return ""
-    return f"MQSERVE_SECRET_KEY of these is none of the controller's, so what they send becomes dead letters: {', '.join(others)}"
+    return f"what these send becomes dead letters until they have the MQSERVE_SECRET_KEY of the controller: {', '.join(others)}"
 
 
 def somebody_is_missed(observed: Observed, beats: Mapping[str, Beat], now_ms: int) -> bool:

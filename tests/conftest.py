@@ -305,14 +305,7 @@ def shell(tmp_path: Path) -> Iterator[CommandLine]:
 @pytest.fixture
 def distributed_shell(tmp_path: Path, broker_url: str, store_url: str, namespace: str) -> Iterator[CommandLine]:
     """The command line of somebody whose environment names a broker, a store, a key and a namespace."""
-    shell = CommandLine(
-        tmp_path,
-        MQSERVE_BROKER_URL=broker_url,
-        MQSERVE_STORE_URL=store_url,
-        MQSERVE_SECRET_KEY=SECRET_KEY,
-        MQSERVE_NAMESPACE=namespace,
-        PYTHONPATH=str(ROOT),
-    )
+    shell = CommandLine.joining(tmp_path, broker_url, store_url, namespace)
     yield shell
     shell.close()
 

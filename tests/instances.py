@@ -192,6 +192,19 @@ class CommandLine:
         self.env = {name: value for name, value in os.environ.items() if not name.startswith("MQSERVE_")} | variables
         self._programs: list[Program] = []
 
+    @classmethod
+    def joining(cls, folder: Path, broker_url: str, store_url: str, namespace: str, **variables: str) -> "CommandLine":
+        """Of somebody whose environment names a broker, a store, a key and a namespace."""
+        return cls(
+            folder,
+            MQSERVE_BROKER_URL=broker_url,
+            MQSERVE_STORE_URL=store_url,
+            MQSERVE_SECRET_KEY=SECRET_KEY,
+            MQSERVE_NAMESPACE=namespace,
+            PYTHONPATH=str(ROOT),
+            **variables,
+        )
+
     def with_variables(self, **variables: str) -> "CommandLine":
         other = CommandLine(self.folder, **variables)
         other.env = {**self.env, **variables}

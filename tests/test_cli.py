@@ -435,7 +435,7 @@ def test_code_by_value_needs_a_key(distributed_shell: CommandLine) -> None:
 def test_whoever_has_another_key_than_the_instance_is_told_at_once(distributed_shell: CommandLine, key: str) -> None:
     run_hello(distributed_shell)
     stranger = distributed_shell.with_variables(MQSERVE_SECRET_KEY=key)
-    says = f"this process has {'another' if key else 'no'} key: set MQSERVE_SECRET_KEY to its own"
+    says = f"this process has {'another' if key else 'no'} key: set MQSERVE_SECRET_KEY to that of the instance"
     for later in [], ["--later"]:
         assert_refused(stranger, "call", "hello", *later, says=says)
 

@@ -211,13 +211,7 @@ def test_make_demo_serves_what_the_readme_asks() -> None:
 @pytest.fixture(scope="module")
 def orders(broker_url: str, store_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
     """The protocol's `orders.py`, served."""
-    shell = CommandLine(
-        tmp_path_factory.mktemp("orders"),
-        MQSERVE_BROKER_URL=broker_url,
-        MQSERVE_STORE_URL=store_url,
-        MQSERVE_SECRET_KEY=SECRET_KEY,
-        MQSERVE_NAMESPACE=new_namespace("docs"),
-    )
+    shell = CommandLine.joining(tmp_path_factory.mktemp("orders"), broker_url, store_url, new_namespace("docs"))
     try:
         file = shell.file("orders.py", NAMED["orders.py"] + DOUBLE)
         shell.start("run", file, "--port", str(free_port())).wait_for("Serving on")

@@ -8,12 +8,11 @@ from typing import TypeVar
 
 from ..errors import UnknownJob
 from ..job_groups import GroupFacts, GroupRecord, member_id
-from .job_sending import JobSender
+from .job_sending import EXPIRED_AFTER_MS, JobSender
 
 T = TypeVar("T")
 
 _AT_ONCE = 200
-_EXPIRED_AFTER_MS = 6000  # a job that was not begun so long after its time will not begin
 
 
 async def some_at_a_time(ask: Callable[[str], Awaitable[T]], keys: Sequence[str]) -> list[T]:
@@ -30,7 +29,7 @@ async def group_now(jobs: JobSender, group_id: str) -> GroupRecord | None:
     record = await jobs.store.jobs.group(group_id)
     if record is None or sum(record.ended.values()) == record.facts.total:
         return record
-    if not 0 < record.facts.expires_ms < jobs.store.now_ms() - _EXPIRED_AFTER_MS:
+    if not 0 < record.facts.expires_ms < jobs.store.now_ms() - EXPIRED_AFTER_MS:
         return record
     await some_at_a_time(jobs.look, await members_left(jobs, group_id, record.facts))
     return await jobs.store.jobs.group(group_id)

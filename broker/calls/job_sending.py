@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 _CANCELLED_TTL_S = 7 * 24 * 3600  # of a job that waits: its message may stand in its queue for as long
 _STOPPED_TTL_S = 600  # of a job that runs, at least: its message comes again if its replica dies before it has heard of the end
 _KEPT_WITHIN_MS = 3000  # after the end of a job its message is in the store, if it ever is
-_EXPIRED_AFTER_MS = 5000  # behind its time a replica may still begin a job, as its own clock goes
+EXPIRED_AFTER_MS = 5000  # behind its time a replica may still begin a job, as its own clock goes
 
 
 class JobTerms(msgspec.Struct, frozen=True):
@@ -402,7 +402,7 @@ def _plan_of(job_id: str, stages: Stages, origin: str, terms: JobTerms, now_ms: 
 def _is_expired(record: JobRecord, now_ms: int) -> bool:
     """Whether no replica will begin it any more. One that has begun in time may run again after that."""
     expires_ms = record.facts.expires_ms
-    return record.state is JobState.QUEUED and not record.has_begun and 0 < expires_ms < now_ms - _EXPIRED_AFTER_MS
+    return record.state is JobState.QUEUED and not record.has_begun and 0 < expires_ms < now_ms - EXPIRED_AFTER_MS
 
 
 def _kept_ms(record: JobRecord, now_ms: int) -> int:

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 CONNECT_BUDGET_S = 5.0
 OPERATION_BUDGET_S = 5.0
+NO_ANSWER = f"RabbitMQ did not answer within {OPERATION_BUDGET_S:g} s"
 MEND = "is it running, and is MQSERVE_BROKER_URL right?"
 HEARTBEAT_S = 10
 LONGEST_PAUSE_S = 2.0  # the longest delay between two tries: consumers must be back within ten seconds of the server's start
@@ -133,11 +134,11 @@ class Link:
         assert self.connection is not None
         return self.connection
 
-    def abandon(self, connection: RabbitConnection) -> None:
-        """Gives up a connection that hangs: the link dials another one at once, and the old one ends by itself."""
+    def abandon(self, connection: RabbitConnection, why: str) -> None:
+        """Gives up a connection that hangs: the link dials another one at once, and the old one ends by itself. `why` is for the log."""
         if connection is self.connection and self.is_up:
             self._up.clear()
-            self._last_error = BrokerUnavailable(f"it has not answered within {OPERATION_BUDGET_S:g} s")
+            self._last_error = BrokerUnavailable(why)
             self._lost.set()
 
     async def _keep(self) -> None:
@@ -186,8 +187,8 @@ class Link:
 
 
 async def close_channel(channel: aiormq.abc.AbstractChannel, budget_s: float) -> None:
-    """Closes a channel of aiormq. Returns after `budget_s` or when it is cancelled, and the closing goes on: aiormq would close the channel
-    a second time if that was cancelled, for which RabbitMQ ends the connection."""
+    """Closes a channel of aiormq. Returns after `budget_s` at the latest, or when it is cancelled, while the closing goes on until its
+    connection ends: aiormq closes a channel a second time if its closing is cancelled, and RabbitMQ ends the connection for that."""
     closing = asyncio.ensure_future(channel.close())
     closing.add_done_callback(_never_mind)
     await asyncio.wait([closing], timeout=budget_s)

@@ -17,7 +17,7 @@ from ..process.stopping import first_of
 from ..shards import shares
 from ..values.header_seals import BackendSeals
 from .channel import JoinedChannel
-from .connection import LONGEST_PAUSE_S, OPERATION_BUDGET_S, Link, RabbitConnection, really_cancelled
+from .connection import LONGEST_PAUSE_S, NO_ANSWER, OPERATION_BUDGET_S, Link, RabbitConnection, really_cancelled
 from .refusals import broker_refusal
 
 logger = logging.getLogger(__name__)
@@ -156,7 +156,7 @@ class RabbitConsumption:
                 if isinstance(error, asyncio.CancelledError) and really_cancelled():
                     raise
                 if isinstance(error, TimeoutError):
-                    self._link.abandon(connection)
+                    self._link.abandon(connection, NO_ANSWER)
                 self._refusal = broker_refusal(error)
                 logger.warning("cannot consume %s (%s); trying again", self._queue, self._refusal or words_of(error))
             finally:
@@ -166,8 +166,8 @@ class RabbitConsumption:
                 await asyncio.sleep(next(pauses))
 
     async def _consume(self, connection: RabbitConnection) -> None:
-        """Consumes until the channel is lost or, after `cancel`, until every delivery in hand is settled. What it asks the broker is not
-        cancelled with it: aiormq would close the channel at once, and what is to be acked yet would end the connection."""
+        """Consumes until the channel is lost or, after `cancel`, until every delivery in hand is settled. What it has asked the broker
+        is never cancelled: aiormq would close the channel then, and RabbitMQ end the connection at the next ack."""
         raw = await connection.open_channel(confirms=False)
         channel = self._channel = JoinedChannel(raw, connection.hot, self._hand_over, wants_address=self._delivery.has_address)
         lost = asyncio.Event()
@@ -210,8 +210,8 @@ class RabbitConsumption:
                 async with asyncio.timeout(OPERATION_BUDGET_S):
                     await asyncio.shield(raw.basic_qos(prefetch_count=self._prefetch))
             except TimeoutError:
-                self._link.abandon(connection)
-                raise BrokerUnavailable(f"RabbitMQ did not answer within {OPERATION_BUDGET_S:g} s") from None
+                self._link.abandon(connection, NO_ANSWER)
+                raise BrokerUnavailable(NO_ANSWER) from None
 
     def _hand_over(self, tag: int, redelivered: bool, properties: Basic.Properties, body: bytes) -> None:
         assert self._channel is not None

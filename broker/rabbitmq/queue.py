@@ -28,7 +28,17 @@ from ..queue import Consumption, Delivery, Settled, fate_of
 from ..shards import shares
 from ..values.header_seals import HeaderSeals
 from .channel import JoinedChannel
-from .connection import CONNECT_BUDGET_S, LONGEST_PAUSE_S, MEND, OPERATION_BUDGET_S, Link, RabbitConnection, really_cancelled, user_of
+from .connection import (
+    CONNECT_BUDGET_S,
+    LONGEST_PAUSE_S,
+    MEND,
+    NO_ANSWER,
+    OPERATION_BUDGET_S,
+    Link,
+    RabbitConnection,
+    really_cancelled,
+    user_of,
+)
 from .consumer import AddressedDelivery, RabbitConsumption, RabbitDelivery, RabbitJobDelivery, ShardedConsumption, one_started
 from .dead_letters import RabbitDeadLetters, open_dead_letters
 from .later import RabbitLater
@@ -277,7 +287,7 @@ class RabbitQueue:
                 logger.warning("cannot publish (%s); trying again", self.why_down)
                 if isinstance(error, TimeoutError):
                     self._has_alarm = connection.has_alarm
-                    self._publishing.abandon(connection)
+                    self._publishing.abandon(connection, _ALARM if self._has_alarm else NO_ANSWER)
             await asyncio.sleep(next(pauses))
 
     async def _watch(self, connection: RabbitConnection, raw: aiormq.channel.Channel, channel: JoinedChannel) -> None:
@@ -298,10 +308,10 @@ class RabbitQueue:
             self._channel = None
             self._down_since = time.monotonic() - STALLED_AFTER_S
             self._has_alarm = connection.has_alarm
-            self._publishing.abandon(connection)
+            why = f"RabbitMQ has confirmed nothing for {STALLED_AFTER_S:g} s{f': {_ALARM}' if self._has_alarm else ''}"
+            self._publishing.abandon(connection, why)
             channel.give_up()
-            why = f": {_ALARM}" if self._has_alarm else ""
-            raise BrokerUnavailable(f"RabbitMQ has confirmed nothing for {STALLED_AFTER_S:g} s{why}") from None
+            raise BrokerUnavailable(why) from None
         except BrokerUnavailable:  # the channel was lost during the probe
             self._down_since = time.monotonic()
             raise

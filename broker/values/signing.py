@@ -69,11 +69,12 @@ class Signer:
 
     @property
     def key_ids(self) -> tuple[str, ...]:
+        """The names of all its keys."""
         return tuple(self._keys)
 
     @property
     def current_key_id(self) -> str:
-        """That of the key with which it seals; empty without one."""
+        """The name of the key with which it seals; empty without one."""
         return self._current
 
     def seal(self, payload: bytes, claim: SealScope, lifetime_ms: int = 0) -> bytes:

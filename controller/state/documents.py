@@ -166,6 +166,7 @@ class Observed(msgspec.Struct, frozen=True):
 
     @property
     def sealed(self) -> bool:
+        """Whether replicas demand seals."""
         return bool(self.sealed_by)
 
     def shards_of(self, backend: str, generation: int) -> int:

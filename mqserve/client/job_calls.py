@@ -16,7 +16,7 @@ from ..broker.calls.chord_calls import ChordCall
 from ..broker.calls.group_ends import cancel_group, group_now
 from ..broker.calls.idempotency import KEY_TTL_S, MISUSED_BY_HANDLE, VERSION, Claim, IdempotencyKeys, digest_of
 from ..broker.calls.job_events import JobFollower
-from ..broker.calls.job_sending import JobSender, JobTerms
+from ..broker.calls.job_sending import EXPIRED_AFTER_MS, JobSender, JobTerms
 from ..broker.calls.sending import RequestSender
 from ..broker.envelope import Member, RequestHead, mint_id
 from ..broker.errors import BrokerUnavailable, InstanceError, MQServeError, StoreUnavailable, UnknownJob
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from .sender import Sender
 
 T = TypeVar("T")
-_EXPIRED_AFTER_S = 6.0  # a job that was not begun so long after its time will not begin
+_EXPIRED_AFTER_S = EXPIRED_AFTER_MS / 1000 + 1  # a second more, so that looking for such a job finds it expired
 
 
 @dataclass(frozen=True, slots=True)

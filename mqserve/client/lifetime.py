@@ -262,5 +262,6 @@ def _key_problem(signer: Signer, sealed_by: Collection[str]) -> str:
         return ""
     has = "another key" if signer else "no key"
     return (
-        f"the replicas of this instance take only sealed requests of handles, and this process has {has}: set MQSERVE_SECRET_KEY to its own"
+        f"the replicas of this instance take only sealed requests of handles, and this process has {has}: set MQSERVE_SECRET_KEY to that "
+        "of the instance"
     )

@@ -171,8 +171,8 @@ class Sender:
             call.id, call.meta, call.shard_key, NoOptions(), call.data, call.arguments, wait_for_endpoint=False, plain=False
         )  # fmt: skip
         work = self.jobs.encoded(order)
-        timeout_s = {name: backend.config.request_timeout_s for name, backend in desired.backends.items()}
-        within_s = min(call.within_s, longest_s(pipeline, desired.endpoints, timeout_s))
+        timeouts_s = {name: backend.config.request_timeout_s for name, backend in desired.backends.items()}
+        within_s = min(call.within_s, longest_s(pipeline, desired.endpoints, timeouts_s))
         self._piped.add(call.id)
         call.pending.add_done_callback(lambda _: self._piped.discard(call.id))
         self._runtime.submit(self._await_pipeline(call, work, within_s))

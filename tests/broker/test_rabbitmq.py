@@ -15,7 +15,7 @@ from yarl import URL
 from mqserve.broker.dead_letters import Death
 from mqserve.broker.envelope import Envelope, Header, RequestHead, mint_id
 from mqserve.broker.errors import BadEnvelope, BrokerUnavailable, MQServeError, QueueMismatch
-from mqserve.broker.queue import Queue
+from mqserve.broker.queue import Delivery, Queue
 from mqserve.broker.queue_names import JOB_UNACKED_MS, backend_queue, dead_queue, requests_exchange
 from mqserve.broker.rabbitmq.connection import Link
 from mqserve.broker.rabbitmq.consumer import RabbitConsumption
@@ -97,6 +97,16 @@ async def test_a_consumer_comes_back_when_the_broker_closes_its_connections(
         await until(lambda: hands.bodies == ["held over the loss", "held over the loss", "after it"])
 
 
+async def held_by_one(queue: Queue, body: str) -> tuple[Delivery, RabbitConsumption]:
+    """A message in the hands of a new consumer."""
+    hands = Hands()
+    consumption = await queue.consume("b", 1, 10, hands)
+    assert isinstance(consumption, RabbitConsumption)
+    await accepted(queue, text(body))
+    await until(lambda: len(hands) > 0)
+    return hands.held[0], consumption
+
+
 async def test_a_consumer_that_is_closed_at_any_moment_costs_no_connection(
     broker_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -105,12 +115,9 @@ async def test_a_consumer_that_is_closed_at_any_moment_costs_no_connection(
     async with open_rabbitmq(broker_url, namespace, "test") as queue:
         await queue.declare("b", 1, None)
         for moment in range(200):
-            hands = Hands()
-            consumption = await queue.consume("b", 1, 10, hands)
-            assert isinstance(consumption, RabbitConsumption)
-            await accepted(queue, text(f"{moment}"))
-            await hands.hold(1)
-            hands.held[0].ack()
+            delivery, consumption = await held_by_one(queue, f"{moment}")
+            assert delivery.envelope().body == f"{moment}".encode()
+            delivery.ack()
             if moment % 2:
                 await consumption.cancel()
             await asyncio.sleep(moment % 20 / 1000)
@@ -126,15 +133,11 @@ async def test_an_ack_while_its_consumer_is_being_closed_costs_no_connection(
     async with open_rabbitmq(broker_url, namespace, "test") as queue:
         await queue.declare("b", 1, None)
         for turns in range(80):
-            hands = Hands()
-            consumption = await queue.consume("b", 1, 10, hands)
-            assert isinstance(consumption, RabbitConsumption)
-            await accepted(queue, text(f"{turns}"))
-            await until(lambda hands=hands: len(hands) > 0)  # type: ignore[misc]
+            delivery, consumption = await held_by_one(queue, f"{turns}")
             closing = asyncio.create_task(consumption.close())
             for _ in range(turns % 10):
                 await asyncio.sleep(0)
-            hands.ack_all()
+            delivery.ack()
             await closing
     assert "lost the connection" not in caplog.text
 

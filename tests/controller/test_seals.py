@@ -100,7 +100,7 @@ def test_where_nobody_has_a_key_there_is_no_problem_and_where_some_have_there_is
 
 def test_members_that_seal_with_a_key_that_the_controller_does_not_hold_are_named() -> None:
     found = beats(p=member("proxy", "p", seals=True), q=ProxyBeat("q", at=0, seal_key="other"), r=member("replica", "r"))
-    assert key_problem(found, [OWN]).endswith("dead letters: q")
+    assert key_problem(found, [OWN]).endswith("of the controller: q")
     assert not key_problem(found, [OWN, "other"])  # while keys are swapped
     assert not key_problem(found, [])  # whoever has a key is named for that
 

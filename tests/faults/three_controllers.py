@@ -9,7 +9,7 @@ import pytest
 
 import mqserve as serve
 from tests.faults.members import Members
-from tests.instances import ROOT, SECRET_KEY, CommandLine, Program, answers, wait_until
+from tests.instances import SECRET_KEY, CommandLine, Program, answers, wait_until
 from tests.ports import free_port
 
 CHANGE_OF_LEADERS_S = 10 + 15  # what is promised, and what a busy machine may add
@@ -73,15 +73,7 @@ class Cluster:
 
 @contextmanager
 def running_cluster(folder: Path, broker_url: str, store_url: str, namespace: str, **environment: str) -> Iterator[Cluster]:
-    shell = CommandLine(
-        folder,
-        MQSERVE_BROKER_URL=broker_url,
-        MQSERVE_STORE_URL=store_url,
-        MQSERVE_SECRET_KEY=SECRET_KEY,
-        MQSERVE_NAMESPACE=namespace,
-        PYTHONPATH=str(ROOT),
-        **environment,
-    )
+    shell = CommandLine.joining(folder, broker_url, store_url, namespace, **environment)
     members = Members(store_url, namespace)
     try:
         with pytest.MonkeyPatch.context() as patch:
