@@ -37,7 +37,7 @@ from .known_documents import KnownDocuments
 from .queues import REFUSAL_S, Queues
 from .restarts import ENDED_WELL, Restarts
 from .state.beats import Beat, MemberState, ProxyBeat, ReplicaBeat, beats_of, living, read_beats
-from .state.documents import Assignment, Desired, Observed
+from .state.documents import Assignment, Desired, Observed, deaths_of
 from .state.reading import read_desired
 from .store_checks import StoreChecks
 
@@ -316,8 +316,9 @@ class Controller:
             )
 
     def _problems(self, desired: Desired, beats: dict[str, Beat], unplaced: dict[str, str]) -> dict[str, str]:
-        reasons = {name: self._restarts[name, backend.version].reason for name, backend in desired.backends.items()}
-        problems = {name: reason for name, reason in reasons.items() if reason} | unplaced
+        restarts = {name: self._restarts[name, backend.version] for name, backend in desired.backends.items()}
+        problems = {name: kept.reason for name, kept in restarts.items() if kept.reason} | unplaced
+        problems |= {deaths_of(name): kept.deaths for name, kept in restarts.items() if kept.deaths}
         for beat in beats_of(beats, ProxyBeat):
             if beat.state is MemberState.FAILED:
                 problems[f"proxy on {beat.node or beat.host}"] = beat.error

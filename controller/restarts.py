@@ -20,7 +20,8 @@ class Restarts:
     longest_pause_s: float = LONGEST_PAUSE_S
     early_deaths: int = 0
     not_before: float = 0.0
-    reason: str = ""
+    reason: str = ""  # why it does not get ready
+    deaths: str = ""  # that too many died which had been ready: of requests, say, so that none of it speaks against the code
     _at_once: deque[float] = field(default_factory=deque)
 
     def died_early(self, now: float, reason: str) -> None:
@@ -42,8 +43,8 @@ class Restarts:
         self._at_once.append(now)
         if len(self._at_once) > AT_ONCE_LIMIT:
             self.not_before = now + FIRST_PAUSE_S
-            self.reason = f"{len(self._at_once)} ready replicas died within {AT_ONCE_WINDOW_S:g} s: see their logs"
+            self.deaths = f"{len(self._at_once)} ready replicas died within {AT_ONCE_WINDOW_S:g} s: see their logs"
 
     def got_ready(self) -> None:
         self.early_deaths = 0
-        self.reason = ""
+        self.reason = self.deaths = ""

@@ -144,6 +144,11 @@ class Assignment(msgspec.Struct, frozen=True):
     gpus: tuple[Count, ...] = ()  # indexes of the node's devices
 
 
+def deaths_of(backend: str) -> str:
+    """Returns what it is called among the problems of the observed state that too many of the backend's ready replicas died."""
+    return f"deaths of {backend}"
+
+
 class Observed(msgspec.Struct, frozen=True):
     """What the leading controller decided and saw; nodes and replicas act on it, under its epoch."""
 
@@ -156,7 +161,7 @@ class Observed(msgspec.Struct, frozen=True):
     replicas: dict[str, Assignment] = {}
     draining: dict[str, Assignment] = {}  # no longer assigned but still running, so they still take their room
     proxies: tuple[str, ...] = ()  # nodes that have to run a proxy
-    problems: dict[str, str] = {}  # backend (or "proxy on <node>") -> why it is not as desired
+    problems: dict[str, str] = {}  # backend -> why it does not get ready; and other names of trouble, such as `deaths_of(backend)`
     down_since: dict[str, Count] = {}  # backend -> store ms since when no replica has been ready or starting
     sealed_by: tuple[str, ...] = ()  # ids of the leader's keys, if all proxies and replicas seal their requests: replicas demand seals then
     serving: tuple[str, ...] | None = None  # backends with a ready replica; None: written by an earlier version

@@ -27,7 +27,7 @@ from ..broker.store_keys import StoreKeys
 from ..controller import lease
 from ..controller.cron import next_time
 from ..controller.state.beats import Beat, Kind, MemberState, NodeBeat, ProxyBeat, ReplicaBeat, read_beats
-from ..controller.state.documents import Desired, Observed, Schedule
+from ..controller.state.documents import Desired, Observed, Schedule, deaths_of
 from ..controller.state.firings import Firing, problem_of, read_firings
 from ..controller.state.reading import read_desired, read_observed
 from ..instance.role_lock import played_here
@@ -384,7 +384,8 @@ def _backend(name: str, stored: _Stored, members: Sequence[MemberFacts], counts:
     state: Literal["ready", "starting", "failing", "unknown"] = "ready" if ready >= wanted else "starting"
     if any(member.state == "unknown" for member in mine):
         state = "unknown"
-    if trouble := stored.observed.problems.get(name, ""):
+    problems = stored.observed.problems
+    if trouble := problems.get(name) or problems.get(deaths_of(name), ""):
         state = "failing"
     elif backend.rolled_back:
         trouble = f"the last roll-out was undone: {backend.rolled_back}"

@@ -2,13 +2,15 @@
 
 import pytest
 
+from mqserve.broker.errors import BackendFailed
 from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.store_keys import StoreKeys
+from mqserve.client.effects import Seen
 from mqserve.controller.changes import commit, create_backend
 from mqserve.controller.lease import claim_instance
 from mqserve.controller.restarts import AT_ONCE_LIMIT, AT_ONCE_WINDOW_S, FIRST_PAUSE_S, LONGEST_PAUSE_S, Restarts
 from mqserve.controller.state.beats import MemberState, NodeBeat, ReplicaBeat
-from mqserve.controller.state.documents import Assignment, Backend, Observed
+from mqserve.controller.state.documents import Assignment, Backend, Observed, deaths_of
 from mqserve.controller.state.reading import read_observed
 from tests.controller.test_leading import HTTP, controllers, follows
 
@@ -43,7 +45,8 @@ def test_too_many_deaths_of_ready_replicas_are_slowed_down_with_a_reason() -> No
     restarts = Restarts()
     for _ in range(AT_ONCE_LIMIT + 1):
         restarts.died_ready(now=100.0)
-    assert restarts.not_before > 100.0 and "ready replicas died" in restarts.reason
+    assert restarts.not_before > 100.0 and "ready replicas died" in restarts.deaths
+    assert not restarts.reason, "whoever waits for a change goes on waiting"
 
 
 def test_deaths_long_ago_slow_nothing_down() -> None:
@@ -72,19 +75,35 @@ def test_early_deaths_of_one_who_lived_since_are_forgotten() -> None:
     assert restarts.not_before == 20_000.0 + FIRST_PAUSE_S
 
 
-@pytest.mark.anyio
-@pytest.mark.parametrize(("takes", "problem"), [(True, None), (False, "exit code 1")])
-async def test_whoever_died_of_its_first_request_is_no_replica_that_cannot_start(takes: bool, problem: str | None) -> None:
-    """It takes requests a moment before its beat says that it is ready."""
+async def problems_after_deaths(number: int, *, takes: bool) -> dict[str, str]:
+    """Returns what a leading controller says once so many replicas of the backend "b" are dead that had not said they were ready."""
     store, keys = EmbeddedStore(), StoreKeys("tests")
     held = await claim_instance(store, keys, "n", HTTP, detached=True)
     await commit(store, keys, held.id, create_backend(Backend("b", "sha", "b")))
-    await store.set(keys.observed, Observed(epoch=1, replicas={"b#1": Assignment("b", "n", 1)}, queues={"b": (1,)}).to_bytes())
+    dead = {f"b#{index}": Assignment("b", "n", 1) for index in range(number)}
+    await store.set(keys.observed, Observed(epoch=1, replicas=dead, queues={"b": (1,)}).to_bytes())
     now_ms = store.now_ms()
-    dead = ReplicaBeat("b#1", now_ms, state=MemberState.STARTING, node="n", backend="b", takes=takes)
-    for beat in dead, NodeBeat("n", now_ms + 60_000, ended={"b#1": "exit code 1"}):
+    beats = [ReplicaBeat(name, now_ms, state=MemberState.STARTING, node="n", backend="b", takes=takes) for name in dead]
+    for beat in *beats, NodeBeat("n", now_ms + 60_000, ended=dict.fromkeys(dead, "exit code 1")):
         await store.put_field(keys.beats, beat.field, beat.to_bytes())
     async with controllers(store, keys) as running:
         running.start("first")
         await follows(store, keys, 1)
-        assert read_observed(await store.get(keys.observed)).problems.get("b") == problem
+        return read_observed(await store.get(keys.observed)).problems
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("takes", "problem"), [(True, None), (False, "exit code 1")])
+async def test_whoever_died_of_its_first_request_is_no_replica_that_cannot_start(takes: bool, problem: str | None) -> None:
+    """It takes requests a moment before its beat says that it is ready."""
+    assert (await problems_after_deaths(1, takes=takes)).get("b") == problem
+
+
+@pytest.mark.anyio
+async def test_a_change_goes_on_waiting_while_poison_kills_one_ready_replica_after_the_other() -> None:
+    problems = await problems_after_deaths(AT_ONCE_LIMIT + 1, takes=True)
+    assert "ready replicas died" in problems[deaths_of("b")]
+    backend = Backend("b", "sha", "b")
+    assert not Seen(Observed(seen=(1, 1), problems=problems), {}, 0).is_ready(backend, (1, 1), 0, [])
+    with pytest.raises(BackendFailed, match="exit code 1"):
+        Seen(Observed(seen=(1, 1), problems={"b": "exit code 1"}), {}, 0).is_ready(backend, (1, 1), 0, [])
