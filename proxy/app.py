@@ -6,33 +6,35 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from functools import partial
 from typing import Any
 
 from ..broker.calls.idempotency import IdempotencyKeys
 from ..broker.calls.incoming import IncomingStream
 from ..broker.calls.job_sending import JobSender
-from ..broker.calls.sending import MAX_BODY_BYTES, RequestSender
+from ..broker.calls.sending import INLINE_BODY_BYTES, RequestSender
 from ..broker.envelope import MAX_HEAD_BYTES, mint_id
-from ..broker.errors import Cancelled, MQServeError, NoReplica, StoreUnavailable, TooLarge
-from ..broker.overload import HeldBytes
+from ..broker.errors import MQServeError, NoReplica, StoreUnavailable, TooLarge
 from ..broker.process.printable import printable
 from ..broker.results import Result
 from ..broker.streams import Form
 from ..controller.state.documents import Desired, Endpoint
 from ..controller.state.traffic import choose, stages_of
-from .calls import AsgiCall, HttpCall, PlainCall
+from .calls import AsgiCall, HttpCall, PlainCall, PlainJob
 from .common_ids import CommonIds
 from .departures import Departures
 from .events import EventId, EventStreams, read_event_id
 from .futures import Answer, Futures
 from .idempotency import KEY_HEADER, keyed, read_key
 from .job_events import JobFeed
+from .job_views import Links
 from .jobs import JobCall, Jobs
 from .metrics import CONTENT_TYPE, ProxyMetrics
 from .polls import Polls
 from .preferences import NOT_BEFORE_HEADER, WAIT_PRIORITIES, Headers, Preference, check_no_job, read_preference
 from .readiness import DOWN_AFTER_MS
 from .refusals import not_served
+from .request_bodies import read_body
 from .request_heads import head_of, read_headers, shard_key_of
 from .responses import NO_BODY, Reply, from_error, from_result, json_reply, problem, with_length
 from .routes import Piped, RouteTable, Target
@@ -172,7 +174,7 @@ class ProxyApp:
                 self.count(call, reply)
                 return reply
             wish = self.admit(call)
-            body = await _read_body(receive, self._sender.held)
+            body = await read_body(receive, self._sender.held)
             self.send(call, wish, body, routes)
             del body  # it is the queue's now: what waits for an answer holds none
             self.departures.expect(call.id, receive)
@@ -205,10 +207,17 @@ class ProxyApp:
         return None
 
     async def _resume(self, call: AsgiCall, place: EventId, receive: Receive) -> Reply | Flow:
-        await _read_body(receive, self._sender.held)  # it is the request again that began the stream, and nothing runs for it
+        await read_body(receive, self._sender.held)  # it is the request again that began the stream, and nothing runs for it
         return await self.events.resume(place, call.target)
 
     async def _serve_job(self, call: AsgiCall, preference: Preference | None, key: bytes, scope: Scope, receive: Receive) -> AnyReply:
+        job = self._job_of(call, preference, self.futures.links(scope))
+        job.body = await read_body(receive, self._sender.held)
+        self._metrics.sent[call.target.endpoint.name] += 1
+        return await (self.jobs.serve_keyed(job, await keyed(call, key, job), receive) if key else self.jobs.serve(job, receive))
+
+    def _job_of(self, call: HttpCall, preference: Preference | None, links: Links) -> JobCall:
+        """Returns the job that a request is, but for its body. Raises MQServeError if it cannot be sent."""
         routes, endpoint = self.routes, call.target.endpoint
         first = routes.entry(endpoint)
         is_asked = preference is not None or bool(endpoint.stages)
@@ -218,11 +227,7 @@ class ProxyApp:
         terms = self.jobs.terms(call.headers, timeout_s, priority, once=is_once, is_awaited=preference is None, stages=stages)
         longest_s = routes.longest_s(endpoint) if endpoint.stages else routes.timeouts_s[backend]
         wait_s = preference.wait_s or 0 if preference is not None else min(timeout_s, longest_s)
-        body = await _read_body(receive, self._sender.held)
-        job = JobCall(call.id, backend, body, content_type, head_of(call, method), terms, preference, wait_s, scope, receive)
-        del body
-        self._metrics.sent[call.target.endpoint.name] += 1
-        return await (self.jobs.serve_keyed(job, await keyed(call, key, job)) if key else self.jobs.serve(job))
+        return JobCall(call.id, backend, b"", content_type, head_of(call, method), terms, preference, wait_s, links)
 
     # Plain requests: the same without a task, and with no await.
 
@@ -245,6 +250,31 @@ class ProxyApp:
         except Exception:
             self._break_plain(call)
         return True
+
+    def begin_plain_job(self, call: PlainJob, body: bytes) -> bool:
+        """Sends a plain request as a job whose client waits for nothing. Returns False for any other, which comes by ASGI."""
+        try:
+            target, preference = self.routes.match(call.path, call.method), read_preference(call.headers)
+            waits = preference is None or preference.wait_s is not None
+            if waits or not isinstance(target, Target) or call.method == "HEAD" or len(body) > INLINE_BODY_BYTES:
+                return False
+            call.target = target
+            try:
+                job = self._job_of(call, preference, self.futures.links_behind(call.prefix))
+                job.body = body
+                self._metrics.sent[target.endpoint.name] += 1
+                self.jobs.begin(job, partial(self._end_plain_job, call))
+            except MQServeError as error:
+                self._answer_plain(call, self.reply_to(call, error))
+        except Exception:
+            self._break_plain(call)
+        return True
+
+    def _end_plain_job(self, call: PlainJob, end: Reply | MQServeError) -> None:
+        try:
+            self._answer_plain(call, self.reply_to(call, end) if isinstance(end, MQServeError) else end)
+        except Exception:
+            self._break_plain(call)
 
     def end_plain(self, call: PlainCall, end: Result | MQServeError) -> None:
         """Answers a request that was sent."""
@@ -390,33 +420,3 @@ class ProxyApp:
             return 200, [(b"content-type", CONTENT_TYPE)], await self._metrics.exposition()
         except MQServeError as error:
             return problem(503, str(error), mint_id(), retry_after_s=1)
-
-
-async def _read_body(receive: Receive, held: HeldBytes) -> bytes:
-    """What is read of it counts as held until it is whole; then its sending does."""
-    message = await _next_part(receive)
-    body: bytes = message.get("body", b"")
-    if not message.get("more_body"):
-        return body
-    chunks, size = [body], 0
-    try:
-        held.take(len(body))
-        size = len(body)
-        while message.get("more_body"):
-            message = await _next_part(receive)
-            body = message.get("body", b"")
-            held.take(len(body))
-            size += len(body)
-            chunks.append(body)
-            if size > MAX_BODY_BYTES:
-                raise TooLarge(f"the body has more than {MAX_BODY_BYTES} bytes, the limit: send less, or a reference to it")
-        return b"".join(chunks)
-    finally:
-        held.give(size)
-
-
-async def _next_part(receive: Receive) -> Message:
-    message = await receive()
-    if message["type"] == "http.disconnect":
-        raise Cancelled("the client went away before its request was complete")
-    return message

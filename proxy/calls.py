@@ -133,6 +133,14 @@ class PlainCall(HttpCall):
         self.app = app
         self.disconnected = self.response_complete = self.response_started = False
 
+    def begin(self, body: bytes) -> bool:
+        """Serves it. Returns False if it has to come by ASGI instead."""
+        return self.app.begin_plain(self, body)
+
+    def left(self) -> None:
+        """The client has gone before its answer began."""
+        self.app.leave_plain(self)
+
     def answered(self, result: Result) -> None:
         self.app.end_plain(self, result)
 
@@ -144,3 +152,20 @@ class PlainCall(HttpCall):
 
     def abandoned(self) -> None:
         self.app.abandon_plain(self)
+
+
+class PlainJob(PlainCall):
+    """A plain request that is sent as a job. Its answer is the promise, and it goes on when its client has gone.
+
+    `prefix` is what a server in front took away from the path.
+    """
+
+    __slots__ = ("prefix",)
+
+    prefix: str
+
+    def begin(self, body: bytes) -> bool:
+        return self.app.begin_plain_job(self, body)
+
+    def left(self) -> None:
+        pass

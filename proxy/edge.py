@@ -216,9 +216,13 @@ class EdgeProtocol(HttpToolsProtocol):
         self.url, self.expect_100_continue = url, expects
         self.headers = self.scope["headers"] = headers
         if self._is_forwarded:
-            cast(Any, self.scope)[PREFIX] = self._forwarders.prefix(self.headers, self.client)
+            cast(Any, self.scope)[PREFIX] = self._prefix()
         self.scope["scheme"], self.scope["client"] = self._scheme_and_client()
         super().on_headers_complete()
+
+    def _prefix(self) -> str:
+        """Returns what a server in front took away from the path, as it says."""
+        return self._forwarders.prefix(self.headers, self.client) if self._is_forwarded else ""
 
     def _scheme_and_client(self) -> tuple[str, tuple[str, int] | None]:
         if not self._is_forwarded:
@@ -282,7 +286,7 @@ class EdgeProtocol(HttpToolsProtocol):
                 self._is_forwarded = True
                 return True
             case b"last-event-id" | b"prefer" | b"idempotency-key" | b"x-not-before":
-                self._asks_more()
+                self._asks_more(name)
                 return True
             case b"transfer-encoding":
                 if value.lower() != b"chunked":
@@ -290,8 +294,8 @@ class EdgeProtocol(HttpToolsProtocol):
                 self._chunked = True
         return False
 
-    def _asks_more(self) -> None:
-        """The request may be the continuation of a streamed answer, a job, or one that was sent before."""
+    def _asks_more(self, name: bytes) -> None:
+        """The request may be the continuation of a streamed answer, a job, or one that was sent before, as this header says."""
 
     def _check_head(self) -> None:
         version = self.parser.get_http_version()

@@ -20,6 +20,7 @@ from ..broker.errors import MQServeError, ResultGone, UnknownJob
 from ..broker.jobs import JobRecord, JobState, state_of
 from .common_ids import CommonIds
 from .events import EventId, EventStreams
+from .forwarded import PREFIX
 from .job_events import JobFeed
 from .job_views import Links, group_view, job_view, name_of, new_job_view, result_view, state_reply
 from .polls import Polls
@@ -65,7 +66,11 @@ class Futures:
         self.own = ("/-/", f"{path}/")  # how the paths begin that are no endpoint's
 
     def links(self, scope: Scope) -> Links:
-        return Links.of(scope, self.path)
+        return self.links_behind(scope.get(PREFIX, ""))
+
+    def links_behind(self, prefix: str) -> Links:
+        """Returns the links for a client whose paths begin with this, which a server in front takes away."""
+        return Links(prefix + self.path)
 
     def root_of(self, raw_path: bytes) -> str:
         """Returns under which of the two roots a path stands; empty if it stands elsewhere. A path that is written otherwise (`/%2D/…`)
@@ -103,7 +108,7 @@ class Futures:
 
     async def _state(self, future_id: str, scope: Scope, receive: Receive) -> Reply:
         if (record := await self._record(future_id, scope, receive)) is not None:
-            return state_reply(await self.view(record, scope))
+            return state_reply(await self.view(record, self.links(scope)))
         if (result := await self._sender.pending.peek_head(future_id)) is not None:
             return state_reply(result_view(future_id, result, state_of(result), self.links(scope), debug=self._debug))
         if (group := await group_now(self._jobs, future_id)) is not None:
@@ -120,13 +125,13 @@ class Futures:
             await self._polls.until(mint_id(), receive, self._sender.pending.job_result(future_id, wait_s))
         return await self._jobs.look(future_id) or record
 
-    async def view(self, record: JobRecord, scope: Scope) -> dict[str, Any]:
+    async def view(self, record: JobRecord, links: Links) -> dict[str, Any]:
         """Returns what a client gets to know of a job. Raises StoreUnavailable."""
         is_queued = record.state is JobState.QUEUED and not record.facts.stages
         stages = await self._jobs.stages(record)
         position = await self._records.place(record.id, record.facts) if is_queued else None
         failed = await self._sender.pending.peek_head(record.id) if record.has_result and record.state is not JobState.SUCCEEDED else None
-        return job_view(record, self.links(scope), position=position, result=failed, debug=self._debug, stages=stages)
+        return job_view(record, links, position=position, result=failed, debug=self._debug, stages=stages)
 
     # Its answer.
 
@@ -145,7 +150,8 @@ class Futures:
             return await self._of_group(future_id, scope) or _unknown(future_id)
         if record.state.is_final:
             raise ResultGone(f"job {future_id} has {record.state}, and its result is not kept any more")
-        return self.links(scope).promise(await self.view(record, scope))
+        links = self.links(scope)
+        return links.promise(await self.view(record, links))
 
     async def _follow(self, future_id: str, scope: Scope, receive: Receive) -> Answer:
         place, _, seq = next((value for name, value in scope["headers"] if name == b"last-event-id"), b"").rpartition(b":")

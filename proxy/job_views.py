@@ -13,7 +13,6 @@ from ..broker.envelope import is_minted
 from ..broker.job_groups import GroupRecord
 from ..broker.jobs import Attempt, JobEvent, JobFacts, JobRecord, JobState, state_of
 from ..broker.results import Result
-from .forwarded import PREFIX
 from .responses import Reply, explain, json_reply
 
 Header = tuple[bytes, bytes]
@@ -26,10 +25,6 @@ class Links(NamedTuple):
     """Where the paths about jobs stand for one client: `root` ends without a slash."""
 
     root: str
-
-    @classmethod
-    def of(cls, scope: dict[str, Any], futures_path: str) -> Links:
-        return cls(scope.get(PREFIX, "") + futures_path)
 
     def state(self, future_id: str) -> str:
         return f"{self.root}/{name_of(future_id)}"
@@ -77,7 +72,7 @@ def job_view(
 
 def new_job_view(future_id: str, facts: JobFacts, links: Links) -> dict[str, Any]:
     """Returns the view of a job that was accepted now."""
-    return _known(_facts(future_id, facts, JobState.QUEUED, links))
+    return _facts(future_id, facts, JobState.QUEUED, links)
 
 
 def result_view(future_id: str, result: Result, state: JobState, links: Links, *, debug: bool) -> dict[str, Any]:
@@ -109,21 +104,27 @@ def time_of(ms: int) -> str | None:
 
 
 def _facts(future_id: str, facts: JobFacts, state: JobState, links: Links) -> dict[str, Any]:
-    """A caller's own key names its backend already, which is otherwise nothing for strangers."""
-    return {
-        "id": future_id,
-        "status": state,
-        "endpoint": facts.endpoint,
-        "backend": "" if is_minted(future_id) else facts.backend,
-        "created_at": time_of(facts.created_ms),
-        "not_before": time_of(facts.not_before_ms),
-        "expires_at": time_of(facts.expires_ms),
-        "tag": facts.tag,
-        "retry_of": facts.retry_of,
-        "callback_host": receiver_of(facts.callback),
-        "result_url": links.result(future_id),
-        "events_url": links.events(future_id),
-    }
+    """Returns what is there of it. A caller's own key names its backend already, which is otherwise nothing for strangers."""
+    found: dict[str, Any] = {"id": future_id, "status": state}
+    if facts.endpoint:
+        found["endpoint"] = facts.endpoint
+    if facts.backend and not is_minted(future_id):
+        found["backend"] = facts.backend
+    if facts.created_ms:
+        found["created_at"] = time_of(facts.created_ms)
+    if facts.not_before_ms:
+        found["not_before"] = time_of(facts.not_before_ms)
+    if facts.expires_ms:
+        found["expires_at"] = time_of(facts.expires_ms)
+    if facts.tag:
+        found["tag"] = facts.tag
+    if facts.retry_of:
+        found["retry_of"] = facts.retry_of
+    if facts.callback:
+        found["callback_host"] = receiver_of(facts.callback)
+    state_url = links.state(future_id)
+    found["result_url"], found["events_url"] = f"{state_url}/result", f"{state_url}/events"
+    return found
 
 
 def _attempt(attempt: Attempt, *, debug: bool) -> dict[str, Any]:

@@ -20,14 +20,13 @@ from ..broker.jobs import PRIORITIES, JobFacts
 from ..broker.pipelines import Stages
 from ..broker.results import Result
 from .futures import Futures
-from .idempotency import KEY_HEADER, REPLAYED, KeyedCall
-from .job_views import new_job_view
+from .idempotency import REPLAYED, KeyedCall
+from .job_views import Links, new_job_view
 from .polls import Polls
 from .preferences import Headers, Preference, callback_of, not_before_of, result_ttl_of
 from .responses import Reply, problem
 from .stored_bodies import AnyReply, reply_of
 
-Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[Any]]
 
 
@@ -44,8 +43,8 @@ class JobCall:
     terms: JobTerms
     preference: Preference | None
     wait_s: float
-    scope: Scope
-    receive: Receive
+    links: Links
+    is_keyed: bool = False
 
 
 class Jobs:
@@ -81,21 +80,34 @@ class Jobs:
             self.callbacks.check(callback)
         return JobTerms(not_before_ms, expires_ms, result_ttl_of(headers), level, callback=callback, once=once, stages=stages)
 
-    async def serve(self, call: JobCall) -> AnyReply:
+    def begin(self, call: JobCall, ended: Callable[[Reply | MQServeError], None]) -> None:
+        """Sends a request whose client waits for nothing, and whose body is no large one. `ended` is called once, perhaps before this
+        returns: with 202, or with the error of a job that was not accepted. Raises what speaks against sending it at all."""
+
+        def submitted(outcome: JobFacts | MQServeError) -> None:
+            ended(outcome if isinstance(outcome, MQServeError) else _promise(call, new_job_view(call.id, outcome, call.links)))
+
+        self._jobs.begin(
+            call.id, call.backend, call.body, call.content_type, call.meta, submitted, origin="http", terms=call.terms,
+            refusal=self._futures.refusal,
+        )  # fmt: skip
+
+    async def serve(self, call: JobCall, receive: Receive) -> AnyReply:
         """Sends the request. Returns the answer itself, if the client waits for it and it is there in time, else 202. Raises MQServeError
         for a job that was not accepted."""
         facts = await self._submit(call)
-        return await self._answer(call, facts, await self._awaited(call))
+        return await self._answer(call, facts, await self._awaited(call, receive))
 
-    async def serve_keyed(self, call: JobCall, keyed: KeyedCall) -> AnyReply:
+    async def serve_keyed(self, call: JobCall, keyed: KeyedCall, receive: Receive) -> AnyReply:
         """Does the same, unless a request with this key was sent before: then its answer is returned. An answer that says "try again" frees
         the key."""
+        call.is_keyed = True
         ttl_s = call.terms.result_ttl_s or KEY_TTL_S
         call.terms = replace(call.terms, result_ttl_s=ttl_s)  # as long as the key names it
         while (claim := await self._keys.claim(keyed.scope, keyed.claim, ttl_s)) != keyed.claim:
             found = await self._sender.pending.peek(claim.id)
             if found is None or not frees_key(found):
-                return await self._serve_again(call, keyed, claim, found)
+                return await self._serve_again(call, keyed, claim, found, receive)
             await self._keys.free(keyed.scope, claim)
         try:
             facts = await self._submit(call)
@@ -103,9 +115,9 @@ class Jobs:
             if not (isinstance(error, BrokerUnavailable) and error.maybe_sent):
                 await self._free(keyed, claim)
             raise
-        return await self._answer_keyed(call, facts, keyed, claim)
+        return await self._answer_keyed(call, facts, keyed, claim, receive)
 
-    async def _serve_again(self, call: JobCall, keyed: KeyedCall, claim: Claim, found: Result | None) -> AnyReply:
+    async def _serve_again(self, call: JobCall, keyed: KeyedCall, claim: Claim, found: Result | None, receive: Receive) -> AnyReply:
         call.id, call.backend, call.terms = claim.id, claim.backend, replace(call.terms, again=True)
         if found is not None:
             status, headers, body = await self._reply_of(call, found)
@@ -115,11 +127,11 @@ class Jobs:
                 raise ResultGone(f"the request with this key has {record.state}, and its result is not kept any more: make a new key")
             # without a record nobody knows whether the first one was sent at all
             facts = await self._submit(call) if record is None else record.facts
-            status, headers, body = await self._answer_keyed(call, facts, keyed, claim)
+            status, headers, body = await self._answer_keyed(call, facts, keyed, claim, receive)
         return status, [*headers, REPLAYED], body
 
-    async def _answer_keyed(self, call: JobCall, facts: JobFacts, keyed: KeyedCall, claim: Claim) -> AnyReply:
-        result = await self._awaited(call)
+    async def _answer_keyed(self, call: JobCall, facts: JobFacts, keyed: KeyedCall, claim: Claim, receive: Receive) -> AnyReply:
+        result = await self._awaited(call, receive)
         if result is not None and frees_key(result):
             await self._free(keyed, claim)
         return await self._answer(call, facts, result)
@@ -134,19 +146,19 @@ class Jobs:
             call.id, call.backend, call.body, call.content_type, call.meta, origin="http", terms=call.terms, refusal=self._futures.refusal
         )
 
-    async def _awaited(self, call: JobCall) -> Result | None:
+    async def _awaited(self, call: JobCall, receive: Receive) -> Result | None:
         """Returns the result, if the client waits for it and it is there in time. The job was accepted in any case."""
         call.body = b""
         if not call.wait_s:
             return None
         with suppress(MQServeError):
-            return await self._polls.until(mint_id(), call.receive, self._sender.pending.job_result(call.id, call.wait_s))
+            return await self._polls.until(mint_id(), receive, self._sender.pending.job_result(call.id, call.wait_s))
         return None
 
     async def _answer(self, call: JobCall, facts: JobFacts, result: Result | None) -> AnyReply:
         if result is not None:
             return await self._reply_of(call, result)
-        return self._not_in_time(call) if call.preference is None else await self._promise(call, facts, call.preference)
+        return self._not_in_time(call) if call.preference is None else await self._promised(call, facts)
 
     async def _reply_of(self, call: JobCall, result: Result) -> AnyReply:
         status, headers, body = await reply_of(self._jobs.store.files, call.id, result, call.id, debug=self._debug)
@@ -154,20 +166,24 @@ class Jobs:
             headers.append((b"preference-applied", call.preference.applied_to_answer))
         return status, headers, body
 
-    async def _promise(self, call: JobCall, facts: JobFacts, preference: Preference) -> Reply:
-        links = self._futures.links(call.scope)
-        view = new_job_view(call.id, facts, links)
+    async def _promised(self, call: JobCall, facts: JobFacts) -> Reply:
+        view = new_job_view(call.id, facts, call.links)
         if call.wait_s or call.terms.again:  # it may have begun
             with suppress(MQServeError):
                 if (record := await self._jobs.look(call.id)) is not None:
-                    view = await self._futures.view(record, call.scope)
-        status, headers, body = links.promise(view)
-        return status, [*headers, (b"x-request-id", call.id.encode()), (b"preference-applied", preference.applied_to_promise)], body
+                    view = await self._futures.view(record, call.links)
+        return _promise(call, view)
 
     def _not_in_time(self, call: JobCall) -> Reply:
-        mend = "ask again with the same Idempotency-Key"
-        if not any(name == KEY_HEADER for name, _ in call.scope["headers"]):
-            mend = f"ask for {self._futures.links(call.scope).state(call.id)}"
+        mend = "ask again with the same Idempotency-Key" if call.is_keyed else f"ask for {call.links.state(call.id)}"
         if self._polls.are_ending:
             return problem(503, f"this proxy ends before there is an answer: {mend}", call.id, retry_after_s=1)
         return problem(504, f"there is no answer yet, and the request goes on: {mend}", call.id, retry_after_s=1)
+
+
+def _promise(call: JobCall, view: dict[str, Any]) -> Reply:
+    """Returns 202 for a job of which this is known."""
+    assert call.preference is not None, "a promise is made to those who prefer it"
+    status, headers, body = call.links.promise(view)
+    headers += ((b"x-request-id", call.id.encode()), (b"preference-applied", call.preference.applied_to_promise))
+    return status, headers, body

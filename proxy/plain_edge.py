@@ -2,9 +2,9 @@
 
 uvicorn makes a scope, a cycle, an event, a task and a timer for each request, and writes head and body one after the other. A request that
 came whole in one read, while no other one of its connection is being answered and no middleware wants it, needs none of them: it is one
-object, `PlainCall`, and its answer one write. All other requests take uvicorn's path: more of the body is still to come, they are
-pipelined, they ask for `100 Continue` or to be a job, their client has closed its side or does not take its answers, or their path may be
-under `/-/`.
+object, `PlainCall`, and its answer one write. So is a job whose client waits for nothing but the promise (`PlainJob`). All other requests
+take uvicorn's path: more of the body is still to come, they are pipelined, they ask for `100 Continue` or for what has to be awaited, their
+client has closed its side or does not take its answers, or their path may be under `/-/`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from ..broker.process.printable import printable
-from .calls import PlainCall
+from .calls import PlainCall, PlainJob
 from .edge import NOTHING, EdgeProtocol
 from .request_line import Refused
 from .responses import Reply, with_length
@@ -40,6 +40,8 @@ class PlainEdgeProtocol(EdgeProtocol):
         super().__init__(*args, **kwargs)
         self._outermost: Any = self.app
         self._may_be_plain = False  # only the first request of a read may be: those behind it wait as pipelined requests do
+        self._prefers = False  # a header of the head that is being read says that it may be a job
+        self._has_to_wait = False  # and one that it has to await something, so it has a task from its beginning
         self._held: list[bytes] | None = None  # the body, so far, of a request that is plain if all of it comes in this read
         self._defaults: list[tuple[bytes, bytes]] = []  # the server's headers, which it makes anew every second, and their lines
         self._default_lines = b""
@@ -160,24 +162,29 @@ class PlainEdgeProtocol(EdgeProtocol):
             between = self._streamed[1].body.between
         return between
 
-    def _asks_more(self) -> None:
-        self._may_be_plain = False  # it has to await something, so it has a task from its beginning
+    def _asks_more(self, name: bytes) -> None:
+        if name == b"prefer":
+            self._prefers = True
+        else:
+            self._has_to_wait = True
 
     def _feed(self, data: bytes) -> None:
         self._may_be_plain = True
         super()._feed(data)
         if self._held is not None:  # the rest of its body is still to come
             parts, self._held = self._held, None
+            self._prefers = False
             super()._begin()
             for part in parts:
                 super().on_body(part)
 
     def _begin(self) -> None:
-        if self._may_be_plain and self._is_plain():
+        if self._may_be_plain and not self._has_to_wait and self._is_plain():
             self._held = []
         else:
             super()._begin()
-        self._may_be_plain = False
+            self._prefers = False
+        self._may_be_plain = self._has_to_wait = False
 
     def _is_plain(self) -> bool:
         """Whether the request is plain if its body comes in the same read."""
@@ -189,7 +196,7 @@ class PlainEdgeProtocol(EdgeProtocol):
         )
 
     def _start_plain(self, body: bytes) -> None:
-        call: Any = PlainCall(self, self._outermost.plain)
+        call: Any = (PlainJob if self._prefers else PlainCall)(self, self._outermost.plain)
         url = httptools.parse_url(self.url)
         call.raw_path, call.query, call.path = url.path, url.query or b"", url.path.decode("ascii")
         if "%" in call.path:
@@ -198,9 +205,12 @@ class PlainEdgeProtocol(EdgeProtocol):
         call.keep_alive = call.http_version != "1.0" and self.parser.should_keep_alive()
         call.headers, call.server = self.headers, self.server
         call.scheme, call.client = self._scheme_and_client()
+        if self._prefers:
+            self._prefers = False
+            call.prefix = self._prefix()
         before, self.cycle = self.cycle, call
         self._answering = call
-        if not call.app.begin_plain(call, body):  # it is a job, which takes uvicorn's path after all
+        if not call.begin(body):  # it takes uvicorn's path after all
             self.cycle = self._answering = before
             super()._begin()
             super().on_body(body)
@@ -211,7 +221,7 @@ class PlainEdgeProtocol(EdgeProtocol):
         if self._streamed is not None and self._streamed[0] is cycle:
             cycle.app.leave_stream(self._streamed[1].stream)
         elif isinstance(cycle, PlainCall):
-            cycle.app.leave_plain(cycle)
+            cycle.left()
 
     def _refuse(self, refused: Refused) -> None:
         if self._held is not None:  # the app has not heard of it

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,10 +15,8 @@ from ..envelope import Envelope, Header, JobHead, Member, RequestHead, Stage, is
 from ..errors import (
     BadEnvelope,
     BadValue,
-    BrokerUnavailable,
     JobGoesOn,
     MQServeError,
-    NotRouted,
     ResultGone,
     StoreUnavailable,
     TooLarge,
@@ -39,7 +35,8 @@ from ..values.codecs import sealed_anew
 from ..values.signing import SealScope, Signer
 from .cancellations import CANCELLED, notice_of_request
 from .kept_messages import KeptMessage
-from .sending import INLINE_BODY_BYTES, MAX_BODY_BYTES, REPUBLISH_BUDGET_S, REPUBLISH_EVERY_S, again
+from .sending import INLINE_BODY_BYTES, MAX_BODY_BYTES
+from .submission import OnSubmitted, Submission
 
 logger = logging.getLogger(__name__)
 
@@ -114,11 +111,46 @@ class JobSender:
         that the store does not take, and if `refusal` says why the store is to take no jobs. The job was not accepted then, unless the
         broker may have it (`maybe_sent`).
         """
+        submission = self._new(future_id, backend, body, content_type, meta, origin, terms, refusal)
+        self.held.take(len(body))
+        try:
+            if len(body) > INLINE_BODY_BYTES:
+                submission.envelope = await self._by_reference(submission.envelope)
+            return await submission.accepted()
+        finally:
+            self.held.give(len(body))
+
+    def begin(
+        self,
+        future_id: str,
+        backend: str,
+        body: bytes,
+        content_type: str,
+        meta: RequestHead,
+        ended: OnSubmitted,
+        *,
+        origin: str,
+        terms: JobTerms = NO_TERMS,
+        refusal: str = "",
+    ) -> None:
+        """Does the same for a body of at most INLINE_BODY_BYTES, and for a caller that does not leave. `ended` is called once, perhaps
+        before this returns. Raises what speaks against sending it at all."""
+        submission = self._new(future_id, backend, body, content_type, meta, origin, terms, refusal)
+        self.held.take(len(body))
+
+        def give_and_tell(outcome: JobFacts | MQServeError) -> None:
+            self.held.give(len(body))
+            ended(outcome)
+
+        submission.begin(give_and_tell)
+
+    def _new(
+        self, future_id: str, backend: str, body: bytes, content_type: str, meta: RequestHead, origin: str, terms: JobTerms, refusal: str
+    ) -> Submission:
         if refusal:
             raise StoreUnavailable(refusal, public=refusal)
-        size = len(body)
-        if size > MAX_BODY_BYTES:
-            raise TooLarge(f"the body has {size} bytes and the limit is {MAX_BODY_BYTES}: send less, or a reference to it")
+        if len(body) > MAX_BODY_BYTES:
+            raise TooLarge(f"the body has {len(body)} bytes and the limit is {MAX_BODY_BYTES}: send less, or a reference to it")
         now_ms = self.store.now_ms()
         plan: Plan | None = None
         created_ms = terms.created_ms or now_ms
@@ -135,16 +167,7 @@ class JobSender:
         header = Header(origin=origin, deadline=terms.expires_ms, meta=meta, once=terms.once, job=head, again=terms.again)
         sent_id = message_id(future_id, stages)
         envelope = Envelope(sent_id, body, content_type, header, priority=terms.priority, persistent=True)
-        facts = facts_of(backend, envelope, now_ms)
-        self.held.take(size)
-        try:
-            if size > INLINE_BODY_BYTES:
-                envelope = await self._by_reference(envelope)
-            kept = KeptMessage.of(envelope).sealed(self._signer, backend, sent_id)
-            await _Submission(self, backend, envelope, facts, kept, plan).accepted()
-        finally:
-            self.held.give(size)
-        return facts if plan is None else plan.facts
+        return Submission(self, backend, envelope, facts_of(backend, envelope, now_ms), plan)
 
     async def look(self, future_id: str) -> JobRecord | None:
         """Returns the record, after it has ended a job that was not begun in time; None for a job that is not known (any more)."""
@@ -292,22 +315,25 @@ class JobSender:
         )  # fmt: skip
         return await recorded(self.store.jobs.end_then, end)
 
-    def add(self, future_id: str, facts: JobFacts, kept: bytes, plan: Plan | None, accepted: asyncio.Future[None]) -> None:
-        """Writes the record of a job that the broker has, and that of the pipeline of which it is the first stage, and then counts it as
-        accepted."""
+    def kept_message(self, backend: str, envelope: Envelope) -> bytes:
+        """Returns the message as the store keeps it."""
+        return KeptMessage.of(envelope).sealed(self._signer, backend, envelope.id)
+
+    def add(self, future_id: str, facts: JobFacts, kept: bytes, plan: Plan | None, added: Callable[[], None]) -> None:
+        """Writes the record of a job that the broker has, and that of the pipeline of which it is the first stage. Calls `added` once it is
+        there, or could not be taken."""
 
         def noted(outcome: bool | Exception) -> None:
             if isinstance(outcome, Exception):
                 self._unrecorded.say(f"jobs are accepted without a record, which their replicas write when they begin: {outcome}")
 
-        def added(outcome: bool | Exception) -> None:
+        def tried(outcome: bool | Exception) -> None:
             noted(outcome)
-            if not accepted.done():
-                accepted.set_result(None)
+            added()
 
         if plan is not None:
             self.store.jobs.add_then(plan.id, plan.facts, noted)
-        self.store.jobs.add_then(future_id, facts, added, kept)
+        self.store.jobs.add_then(future_id, facts, tried, kept)
 
     def drop_body(self, future_id: str) -> None:
         """The message will not come, so nobody asks for its body."""
@@ -317,78 +343,6 @@ class JobSender:
         key = self._keys.body(envelope.id)
         await self.store.set(key, envelope.body, ttl_ms=UNENDED_TTL_S * 1000)
         return replace(envelope, body=b"", header=replace(envelope.header, ref=key))
-
-
-class _Submission:
-    """One job on its way to the broker: published again while the broker is away, as requests are, and as long as its sender waits."""
-
-    __slots__ = ("_accepted", "_again", "_backend", "_envelope", "_facts", "_kept", "_plan", "_sender", "_sent_at")
-
-    def __init__(self, sender: JobSender, backend: str, envelope: Envelope, facts: JobFacts, kept: bytes, plan: Plan | None) -> None:
-        self._sender = sender
-        self._backend = backend
-        self._envelope = envelope
-        self._facts = facts
-        self._kept = kept
-        self._plan = plan
-        self._sent_at = time.monotonic()
-        self._accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._again: asyncio.TimerHandle | None = None  # publishes it again
-
-    def __repr__(self) -> str:
-        return f"<_Submission of {self._envelope.id}>"
-
-    async def accepted(self) -> None:
-        self._publish()
-        try:
-            await self._accepted
-        finally:
-            if self._again is not None:  # its sender has left meanwhile
-                self._again.cancel()
-                self._drop_body(maybe_sent=False)
-
-    def _publish(self) -> None:
-        self._again = None
-        queue, not_before_ms = self._sender.queue, self._facts.not_before_ms
-        left_ms = not_before_ms - self._sender.store.now_ms() if not_before_ms else 0
-        try:
-            if left_ms > 0:
-                queue.publish_later(self._backend, self._envelope, left_ms / 1000, self._settled)
-            else:
-                queue.publish_job(self._backend, self._envelope, self._settled)
-        except MQServeError as error:
-            self._fail(error)
-
-    def _settled(self, error: MQServeError | None) -> None:
-        if error is None:
-            return self._sender.add(self._envelope.id, self._facts, self._kept, self._plan, self._accepted)
-        maybe_sent = isinstance(error, BrokerUnavailable) and error.maybe_sent
-        passes = isinstance(error, BrokerUnavailable) or self._is_early(error)
-        if passes and not (maybe_sent and self._envelope.header.once) and self._may_try_again():
-            if maybe_sent:
-                self._envelope = replace(self._envelope, header=again(self._envelope.header))
-            self._again = asyncio.get_running_loop().call_later(REPUBLISH_EVERY_S * random.uniform(0.5, 1.5), self._publish)
-            return
-        self._fail(error)
-
-    def _is_early(self, error: MQServeError) -> bool:
-        """Whether the queue of those that wait is not there yet: the leader declares it behind those of the first backends."""
-        return isinstance(error, NotRouted) and self._facts.not_before_ms > 0
-
-    def _may_try_again(self) -> bool:
-        """Whether the broker may be waited for: for REPUBLISH_BUDGET_S in all, and what it was away before the job counts."""
-        waited_s = time.monotonic() - self._sent_at
-        return max(waited_s, self._sender.queue.down_s) < REPUBLISH_BUDGET_S and not self._accepted.cancelled()
-
-    def _fail(self, error: MQServeError) -> None:
-        self._drop_body(maybe_sent=isinstance(error, BrokerUnavailable) and error.maybe_sent)
-        if not self._accepted.done():
-            self._accepted.set_exception(error)
-
-    def _drop_body(self, *, maybe_sent: bool) -> None:
-        header = self._envelope.header
-        if header.ref and not (header.again or maybe_sent):
-            self._sender.drop_body(self._envelope.id)
 
 
 def _plan_of(job_id: str, stages: Stages, origin: str, terms: JobTerms, now_ms: int) -> Plan:

@@ -78,8 +78,8 @@ async def served() -> AsyncIterator[Served]:
 
 
 @asynccontextmanager
-async def serving(protocol: type[PlainEdgeProtocol]) -> AsyncIterator[Served]:
-    async with Site() as site:
+async def serving(protocol: type[PlainEdgeProtocol], kind: type[Site] = Site) -> AsyncIterator[Served]:
+    async with kind() as site:
         outermost = Outermost(site)
         config: Any = {"http": protocol, "ws": "none", "lifespan": "off", "log_config": None, "port": 0, "proxy_headers": False}
         server = Server(uvicorn.Config(outermost, timeout_graceful_shutdown=1, **config))

@@ -1,0 +1,118 @@
+"""One job on its way to the broker, and into the store."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
+
+from ..envelope import Envelope
+from ..errors import BrokerUnavailable, MQServeError, NotRouted
+from ..jobs import JobFacts
+from ..pipelines import Plan
+from .sending import REPUBLISH_BUDGET_S, REPUBLISH_EVERY_S, again
+
+if TYPE_CHECKING:
+    from .job_sending import JobSender
+
+OnSubmitted = Callable[[JobFacts | MQServeError], None]
+"""Called once with what is known of a job that was accepted, or with the error for which it was not."""
+
+
+class Submission:
+    """One job on its way to the broker: published again while the broker is away, as requests are, and as long as its sender waits."""
+
+    __slots__ = ("_again", "_backend", "_ended", "_facts", "_has_left", "_kept", "_plan", "_sender", "_sent_at", "envelope")
+
+    def __init__(self, sender: JobSender, backend: str, envelope: Envelope, facts: JobFacts, plan: Plan | None) -> None:
+        self.envelope = envelope
+        self._sender = sender
+        self._backend = backend
+        self._facts = facts
+        self._plan = plan
+        self._has_left = False
+        self._again: asyncio.TimerHandle | None = None  # publishes it again
+
+    def __repr__(self) -> str:
+        return f"<Submission of {self.envelope.id}>"
+
+    def begin(self, ended: OnSubmitted) -> None:
+        """`ended` is called once, perhaps before this returns."""
+        self._ended = ended
+        self._kept = self._sender.kept_message(self._backend, self.envelope)
+        self._sent_at = time.monotonic()
+        self._publish()
+
+    async def accepted(self) -> JobFacts:
+        """Does the same for a sender that waits, and may be cancelled."""
+        accepted: asyncio.Future[JobFacts] = asyncio.get_running_loop().create_future()
+
+        def ended(outcome: JobFacts | MQServeError) -> None:
+            if accepted.done():  # its sender was cancelled
+                return
+            if isinstance(outcome, MQServeError):
+                accepted.set_exception(outcome)
+            else:
+                accepted.set_result(outcome)
+
+        self.begin(ended)
+        try:
+            return await accepted
+        except asyncio.CancelledError:
+            self._leave()
+            raise
+
+    def _leave(self) -> None:
+        self._has_left = True
+        if self._again is not None:
+            self._again.cancel()
+            self._drop_body(maybe_sent=False)
+
+    def _publish(self) -> None:
+        self._again = None
+        queue, not_before_ms = self._sender.queue, self._facts.not_before_ms
+        left_ms = not_before_ms - self._sender.store.now_ms() if not_before_ms else 0
+        try:
+            if left_ms > 0:
+                queue.publish_later(self._backend, self.envelope, left_ms / 1000, self._settled)
+            else:
+                queue.publish_job(self._backend, self.envelope, self._settled)
+        except MQServeError as error:
+            self._fail(error)
+
+    def _settled(self, error: MQServeError | None) -> None:
+        if error is None:
+            return self._sender.add(self.envelope.id, self._facts, self._kept, self._plan, self._added)
+        maybe_sent = isinstance(error, BrokerUnavailable) and error.maybe_sent
+        passes = isinstance(error, BrokerUnavailable) or self._is_early(error)
+        if passes and not (maybe_sent and self.envelope.header.once) and self._may_try_again():
+            if maybe_sent:
+                self.envelope = replace(self.envelope, header=again(self.envelope.header))
+            self._again = asyncio.get_running_loop().call_later(REPUBLISH_EVERY_S * random.uniform(0.5, 1.5), self._publish)
+            return
+        self._fail(error)
+
+    def _is_early(self, error: MQServeError) -> bool:
+        """Whether the queue of those that wait is not there yet: the leader declares it behind those of the first backends."""
+        return isinstance(error, NotRouted) and self._facts.not_before_ms > 0
+
+    def _may_try_again(self) -> bool:
+        """Whether the broker may be waited for: for REPUBLISH_BUDGET_S in all, and what it was away before the job counts."""
+        waited_s = time.monotonic() - self._sent_at
+        return max(waited_s, self._sender.queue.down_s) < REPUBLISH_BUDGET_S and not self._has_left
+
+    def _added(self) -> None:
+        self._ended(self._facts if self._plan is None else self._plan.facts)
+
+    def _fail(self, error: MQServeError) -> None:
+        self._drop_body(maybe_sent=isinstance(error, BrokerUnavailable) and error.maybe_sent)
+        self._ended(error)
+
+    def _drop_body(self, *, maybe_sent: bool) -> None:
+        header = self.envelope.header
+        if header.ref and not (header.again or maybe_sent):
+            self._sender.drop_body(self.envelope.id)
