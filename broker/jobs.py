@@ -27,6 +27,7 @@ KEPT_EVENTS = 1000
 KEPT_ATTEMPTS = 100
 MAX_RESULT_TTL_S = 30 * 24 * 3600
 MAX_DELAY_S = 30 * 24 * 3600
+MAX_EXPIRES_S = 365 * 24 * 3600  # within which a job may have to begin
 PRIORITIES = {"high": 4, "normal": 2, "low": 0}  # AMQP's, strict within the queue; a direct publisher that names none is low
 
 T = TypeVar("T")

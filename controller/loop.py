@@ -307,7 +307,7 @@ class Controller:
             why = last_beat.error if last_beat is not None and last_beat.error else how
             logger.warning("replica %s died (%s): replacing it", replica_id, why)
             restarts.died_ready(now)
-            restarts.reason = restarts.reason or (why if why != how else "")
+            restarts.reason = restarts.reason or (why if why != how else "")  # whoever made them sick undoes that
         else:
             reason = last_beat.error if last_beat is not None and last_beat.error else how
             restarts.died_early(now, reason)

@@ -20,8 +20,8 @@ class Restarts:
     longest_pause_s: float = LONGEST_PAUSE_S
     early_deaths: int = 0
     not_before: float = 0.0
-    reason: str = ""  # why it does not get ready
-    deaths: str = ""  # that too many died which had been ready: of requests, say, so that none of it speaks against the code
+    reason: str = ""  # why it does not get ready or well: whoever waits for a change of it fails with that
+    deaths: str = ""  # set when too many ready replicas died: perhaps of requests, so whoever waits for a change goes on waiting
     _at_once: deque[float] = field(default_factory=deque)
 
     def died_early(self, now: float, reason: str) -> None:

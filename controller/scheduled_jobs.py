@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-
 import msgspec
 
 from ..broker.calls.job_sending import JobSender, JobTerms
@@ -11,6 +9,7 @@ from ..broker.calls.scheduled_calls import ScheduledCall
 from ..broker.errors import BadEnvelope, BadValue
 from ..broker.jobs import UNENDED_TTL_S, JobFacts
 from ..broker.pipelines import message_id
+from ..broker.times import utc
 from ..broker.values.signing import Signer
 from .state.documents import Desired, Schedule
 from .state.traffic import choose, entry_of, stages_of
@@ -52,4 +51,4 @@ def opened_call(schedule: Schedule, signer: Signer) -> ScheduledCall:
 
 
 def _iso(ms: int) -> str:
-    return f"{datetime.fromtimestamp(ms / 1000, UTC):%Y-%m-%dT%H:%M:%SZ}"
+    return f"{utc(ms):%Y-%m-%dT%H:%M:%SZ}"

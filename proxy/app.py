@@ -6,7 +6,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from functools import partial
 from typing import Any
 
 from ..broker.calls.idempotency import IdempotencyKeys
@@ -15,6 +14,7 @@ from ..broker.calls.job_sending import JobSender
 from ..broker.calls.sending import INLINE_BODY_BYTES, RequestSender
 from ..broker.envelope import MAX_HEAD_BYTES, mint_id
 from ..broker.errors import MQServeError, NoReplica, StoreUnavailable, TooLarge
+from ..broker.jobs import JobFacts
 from ..broker.process.printable import printable
 from ..broker.results import Result
 from ..broker.streams import Form
@@ -28,7 +28,7 @@ from .futures import Answer, Futures
 from .idempotency import KEY_HEADER, keyed, read_key
 from .job_events import JobFeed
 from .job_views import Links
-from .jobs import JobCall, Jobs
+from .jobs import JobCall, Jobs, promise
 from .metrics import CONTENT_TYPE, ProxyMetrics
 from .polls import Polls
 from .preferences import NOT_BEFORE_HEADER, WAIT_PRIORITIES, Headers, Preference, check_no_job, read_preference
@@ -232,8 +232,8 @@ class ProxyApp:
     # Plain requests: the same without a task, and with no await.
 
     def begin_plain(self, call: PlainCall, body: bytes) -> bool:
-        """Serves a plain request. `call.connection` gets its answer, now or later. Returns False for a request that is a job, which has to
-        await something: it has to come by ASGI."""
+        """Serves a plain request. `call.connection` gets its answer, now or later. Returns False for one of a pipeline, a job that its
+        client waits for: it has to come by ASGI."""
         try:
             routes = self.routes
             target = routes.match(call.path, call.method)
@@ -252,7 +252,7 @@ class ProxyApp:
         return True
 
     def begin_plain_job(self, call: PlainJob, body: bytes) -> bool:
-        """Sends a plain request as a job whose client waits for nothing. Returns False for any other, which comes by ASGI."""
+        """Sends a plain request as a job whose client waits for the promise alone. Returns False for any other, which comes by ASGI."""
         try:
             target, preference = self.routes.match(call.path, call.method), read_preference(call.headers)
             waits = preference is None or preference.wait_s is not None
@@ -260,19 +260,20 @@ class ProxyApp:
                 return False
             call.target = target
             try:
-                job = self._job_of(call, preference, self.futures.links_behind(call.prefix))
-                job.body = body
+                call.job = self._job_of(call, preference, self.futures.links_behind(call.prefix))
+                call.job.body = body
                 self._metrics.sent[target.endpoint.name] += 1
-                self.jobs.begin(job, partial(self._end_plain_job, call))
+                self.jobs.begin(call.job, call.submitted)
             except MQServeError as error:
                 self._answer_plain(call, self.reply_to(call, error))
         except Exception:
             self._break_plain(call)
         return True
 
-    def _end_plain_job(self, call: PlainJob, end: Reply | MQServeError) -> None:
+    def end_plain_job(self, call: PlainJob, outcome: JobFacts | MQServeError) -> None:
+        """Answers a request that was sent as a job."""
         try:
-            self._answer_plain(call, self.reply_to(call, end) if isinstance(end, MQServeError) else end)
+            self._answer_plain(call, self.reply_to(call, outcome) if isinstance(outcome, MQServeError) else promise(call.job, outcome))
         except Exception:
             self._break_plain(call)
 

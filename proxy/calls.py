@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ..broker.calls.call import Awaited, Call
 from ..broker.calls.incoming import IncomingStream
 from ..broker.errors import MQServeError
+from ..broker.jobs import JobFacts
 from ..broker.results import Result
 from .responses import Reply
 from .routes import Target
@@ -16,6 +17,7 @@ from .streaming import Flow
 
 if TYPE_CHECKING:
     from .app import ProxyApp
+    from .jobs import JobCall
 
 Address = tuple[str, int]
 
@@ -155,17 +157,23 @@ class PlainCall(HttpCall):
 
 
 class PlainJob(PlainCall):
-    """A plain request that is sent as a job. Its answer is the promise, and it goes on when its client has gone.
+    """A plain request that is sent as a job, which no `RequestSender` sees: its submission has one end. Its answer is the promise, and it
+    goes on when its client has gone.
 
     `prefix` is what a server in front took away from the path.
     """
 
-    __slots__ = ("prefix",)
+    __slots__ = ("job", "prefix")
 
     prefix: str
+    job: JobCall
 
     def begin(self, body: bytes) -> bool:
         return self.app.begin_plain_job(self, body)
 
     def left(self) -> None:
         pass
+
+    def submitted(self, outcome: JobFacts | MQServeError) -> None:
+        """Called at the end of its submission."""
+        self.app.end_plain_job(self, outcome)

@@ -80,6 +80,8 @@ class EdgeProtocol(HttpToolsProtocol):
         self._half_closed: HalfClosed | None = None  # set once the client has closed its side, if it is to be answered
         self._forwarders = forwarders(self.config.forwarded_allow_ips)
         self._is_forwarded = False  # whether a header says that a server in front forwarded the request
+        self._prefers = False  # whether one says that it may be a job
+        self._has_to_wait = False  # whether one says that something has to be awaited before it is sent
 
     def connection_made(self, transport: BaseTransport) -> None:
         super().connection_made(cast(Transport, transport))
@@ -170,7 +172,7 @@ class EdgeProtocol(HttpToolsProtocol):
         self.expect_100_continue = False
         self._host = None
         self._connection = b""
-        self._chunked = self._is_forwarded = False
+        self._chunked = self._is_forwarded = self._prefers = self._has_to_wait = False
         self._upgrade = b""
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -285,17 +287,17 @@ class EdgeProtocol(HttpToolsProtocol):
             case b"x-forwarded-for" | b"x-forwarded-proto" | b"x-forwarded-prefix":
                 self._is_forwarded = True
                 return True
-            case b"last-event-id" | b"prefer" | b"idempotency-key" | b"x-not-before":
-                self._asks_more(name)
+            case b"prefer":
+                self._prefers = True
+                return True
+            case b"last-event-id" | b"idempotency-key" | b"x-not-before":
+                self._has_to_wait = True
                 return True
             case b"transfer-encoding":
                 if value.lower() != b"chunked":
                     raise Refused(501, "the only transfer coding here is chunked: send the body as it is")
                 self._chunked = True
         return False
-
-    def _asks_more(self, name: bytes) -> None:
-        """The request may be the continuation of a streamed answer, a job, or one that was sent before, as this header says."""
 
     def _check_head(self) -> None:
         version = self.parser.get_http_version()

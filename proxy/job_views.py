@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
@@ -13,6 +12,7 @@ from ..broker.envelope import is_minted
 from ..broker.job_groups import GroupRecord
 from ..broker.jobs import Attempt, JobEvent, JobFacts, JobRecord, JobState, state_of
 from ..broker.results import Result
+from ..broker.times import rfc3339
 from .responses import Reply, explain, json_reply
 
 Header = tuple[bytes, bytes]
@@ -58,8 +58,8 @@ def job_view(
     """Returns what a client gets to know of a job. `result` is there for one that has failed, `stages` for a pipeline."""
     view = {
         **_facts(record.id, record.facts, record.state, links),
-        "started_at": time_of(record.started_ms),
-        "ended_at": time_of(record.ended_ms),
+        "started_at": rfc3339(record.started_ms),
+        "ended_at": rfc3339(record.ended_ms),
         "attempts": len(record.attempts),
         "history": [_attempt(attempt, debug=debug) for attempt in record.attempts if attempt.ended_ms],
         "progress": None if record.progress is None else event_view(record.progress),
@@ -86,8 +86,8 @@ def group_view(group_id: str, group: GroupRecord, links: Links) -> dict[str, Any
     view = {
         "id": group_id,
         "endpoint": facts.endpoint,
-        "created_at": time_of(facts.created_ms),
-        "expires_at": time_of(facts.expires_ms),
+        "created_at": rfc3339(facts.created_ms),
+        "expires_at": rfc3339(facts.expires_ms),
         "then_url": links.state(facts.then) if facts.then else "",
     }
     return {**_known(view), "total": facts.total, "pending": facts.total - sum(counts.values()), **counts}
@@ -95,35 +95,30 @@ def group_view(group_id: str, group: GroupRecord, links: Links) -> dict[str, Any
 
 def event_view(event: JobEvent) -> dict[str, Any]:
     """Returns the data of an event."""
-    return _known({"at": time_of(event.at_ms), "status": event.state, "fraction": event.fraction, "text": event.text})
-
-
-def time_of(ms: int) -> str | None:
-    """Returns the time as RFC 3339 has it; None for 0."""
-    return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z") if ms else None
+    return _known({"at": rfc3339(event.at_ms), "status": event.state, "fraction": event.fraction, "text": event.text})
 
 
 def _facts(future_id: str, facts: JobFacts, state: JobState, links: Links) -> dict[str, Any]:
-    """Returns what is there of it. A caller's own key names its backend already, which is otherwise nothing for strangers."""
+    """Returns what is there of it: built so and not by `_known`, since each job that is accepted is answered with it. A caller's own key
+    names its backend already, which is otherwise nothing for strangers."""
     found: dict[str, Any] = {"id": future_id, "status": state}
     if facts.endpoint:
         found["endpoint"] = facts.endpoint
     if facts.backend and not is_minted(future_id):
         found["backend"] = facts.backend
     if facts.created_ms:
-        found["created_at"] = time_of(facts.created_ms)
+        found["created_at"] = rfc3339(facts.created_ms)
     if facts.not_before_ms:
-        found["not_before"] = time_of(facts.not_before_ms)
+        found["not_before"] = rfc3339(facts.not_before_ms)
     if facts.expires_ms:
-        found["expires_at"] = time_of(facts.expires_ms)
+        found["expires_at"] = rfc3339(facts.expires_ms)
     if facts.tag:
         found["tag"] = facts.tag
     if facts.retry_of:
         found["retry_of"] = facts.retry_of
     if facts.callback:
         found["callback_host"] = receiver_of(facts.callback)
-    state_url = links.state(future_id)
-    found["result_url"], found["events_url"] = f"{state_url}/result", f"{state_url}/events"
+    found["result_url"], found["events_url"] = links.result(future_id), links.events(future_id)
     return found
 
 
@@ -132,10 +127,10 @@ def _attempt(attempt: Attempt, *, debug: bool) -> dict[str, Any]:
     return _known(
         {
             "number": attempt.number,
-            "started_at": time_of(attempt.started_ms),
-            "ended_at": time_of(attempt.ended_ms),
+            "started_at": rfc3339(attempt.started_ms),
+            "ended_at": rfc3339(attempt.ended_ms),
             "error": attempt.error if debug else attempt.error.partition(":")[0],
-            "again_at": time_of(attempt.again_ms),
+            "again_at": rfc3339(attempt.again_ms),
         }
     )
 

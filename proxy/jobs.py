@@ -14,9 +14,10 @@ from ..broker.callbacks import NO_CALLBACKS
 from ..broker.calls.idempotency import KEY_TTL_S, Claim, IdempotencyKeys, frees_key
 from ..broker.calls.job_sending import JobSender, JobTerms
 from ..broker.calls.sending import RequestSender
+from ..broker.calls.submission import OnSubmitted, Submission
 from ..broker.envelope import RequestHead, mint_id
 from ..broker.errors import BadValue, BrokerUnavailable, MQServeError, ResultGone
-from ..broker.jobs import PRIORITIES, JobFacts
+from ..broker.jobs import MAX_EXPIRES_S, PRIORITIES, JobFacts
 from ..broker.pipelines import Stages
 from ..broker.results import Result
 from .futures import Futures
@@ -64,12 +65,20 @@ class Jobs:
     def __repr__(self) -> str:
         return f"<Jobs over {self._jobs!r}>"
 
+    async def settle(self) -> None:
+        """Until those that are on their way have been accepted, or not."""
+        await self._jobs.settle()
+
     def terms(
         self, headers: Headers, begins_within_s: float, priority: str, *, once: bool, is_awaited: bool, stages: Stages | None
     ) -> JobTerms:
         """Returns what the headers of a job say of it. One whose client waits as for any request goes first, unless it says otherwise.
         Raises BadValue."""
         now_ms = self._sender.now_ms()
+        if begins_within_s > MAX_EXPIRES_S:
+            if begins_within_s < math.inf and not is_awaited:
+                raise BadValue(f"X-Request-Timeout-Seconds of a job is at most {MAX_EXPIRES_S} (365 days): leave it out if it may wait")
+            begins_within_s = math.inf  # a client that waits may allow more than its backend does
         expires_ms = 0 if begins_within_s == math.inf else now_ms + math.ceil(begins_within_s * 1000)
         not_before_ms = not_before_of(headers, now_ms)
         if 0 < expires_ms <= not_before_ms:
@@ -80,22 +89,17 @@ class Jobs:
             self.callbacks.check(callback)
         return JobTerms(not_before_ms, expires_ms, result_ttl_of(headers), level, callback=callback, once=once, stages=stages)
 
-    def begin(self, call: JobCall, ended: Callable[[Reply | MQServeError], None]) -> None:
-        """Sends a request whose client waits for nothing, and whose body is no large one. `ended` is called once, perhaps before this
-        returns: with 202, or with the error of a job that was not accepted. Raises what speaks against sending it at all."""
-
-        def submitted(outcome: JobFacts | MQServeError) -> None:
-            ended(outcome if isinstance(outcome, MQServeError) else _promise(call, new_job_view(call.id, outcome, call.links)))
-
-        self._jobs.begin(
-            call.id, call.backend, call.body, call.content_type, call.meta, submitted, origin="http", terms=call.terms,
-            refusal=self._futures.refusal,
-        )  # fmt: skip
+    def begin(self, call: JobCall, ended: OnSubmitted) -> None:
+        """Sends a request whose client waits for the promise alone, and whose body is no large one. `ended` is called once, perhaps before
+        this returns, and must not raise. Raises what speaks against sending it at all."""
+        submission = self._submission(call)
+        call.body = b""
+        submission.begin(ended)
 
     async def serve(self, call: JobCall, receive: Receive) -> AnyReply:
         """Sends the request. Returns the answer itself, if the client waits for it and it is there in time, else 202. Raises MQServeError
         for a job that was not accepted."""
-        facts = await self._submit(call)
+        facts = await self._submission(call)
         return await self._answer(call, facts, await self._awaited(call, receive))
 
     async def serve_keyed(self, call: JobCall, keyed: KeyedCall, receive: Receive) -> AnyReply:
@@ -110,7 +114,7 @@ class Jobs:
                 return await self._serve_again(call, keyed, claim, found, receive)
             await self._keys.free(keyed.scope, claim)
         try:
-            facts = await self._submit(call)
+            facts = await self._submission(call)
         except MQServeError as error:
             if not (isinstance(error, BrokerUnavailable) and error.maybe_sent):
                 await self._free(keyed, claim)
@@ -126,7 +130,7 @@ class Jobs:
             if record is not None and record.state.is_final and not record.has_result:
                 raise ResultGone(f"the request with this key has {record.state}, and its result is not kept any more: make a new key")
             # without a record nobody knows whether the first one was sent at all
-            facts = await self._submit(call) if record is None else record.facts
+            facts = await self._submission(call) if record is None else record.facts
             status, headers, body = await self._answer_keyed(call, facts, keyed, claim, receive)
         return status, [*headers, REPLAYED], body
 
@@ -141,8 +145,8 @@ class Jobs:
         with suppress(MQServeError):
             await self._keys.free(keyed.scope, claim)
 
-    async def _submit(self, call: JobCall) -> JobFacts:
-        return await self._jobs.submit(
+    def _submission(self, call: JobCall) -> Submission:
+        return self._jobs.submit(
             call.id, call.backend, call.body, call.content_type, call.meta, origin="http", terms=call.terms, refusal=self._futures.refusal
         )
 
@@ -167,18 +171,22 @@ class Jobs:
         return status, headers, body
 
     async def _promised(self, call: JobCall, facts: JobFacts) -> Reply:
-        view = new_job_view(call.id, facts, call.links)
         if call.wait_s or call.terms.again:  # it may have begun
             with suppress(MQServeError):
                 if (record := await self._jobs.look(call.id)) is not None:
-                    view = await self._futures.view(record, call.links)
-        return _promise(call, view)
+                    return _promise(call, await self._futures.view(record, call.links))
+        return promise(call, facts)
 
     def _not_in_time(self, call: JobCall) -> Reply:
         mend = "ask again with the same Idempotency-Key" if call.is_keyed else f"ask for {call.links.state(call.id)}"
         if self._polls.are_ending:
             return problem(503, f"this proxy ends before there is an answer: {mend}", call.id, retry_after_s=1)
         return problem(504, f"there is no answer yet, and the request goes on: {mend}", call.id, retry_after_s=1)
+
+
+def promise(call: JobCall, facts: JobFacts) -> Reply:
+    """Returns 202 for a job that was accepted now."""
+    return _promise(call, new_job_view(call.id, facts, call.links))
 
 
 def _promise(call: JobCall, view: dict[str, Any]) -> Reply:

@@ -156,6 +156,8 @@ class Proxy:
             with contextlib.suppress(MQServeError):
                 await self._store.append_log(self._keys.cancelled, notice_of_proxy(sender.pending.inbox))
         await sender.settle()  # streams that were cut are cancelled by their ids
+        if self._app is not None:
+            await self._app.jobs.settle()
 
     def _on_cancelled(self, heard: Cancellations, names: Sequence[str], sender: RequestSender, stop: Stop) -> None:
         """Answers the requests that were cancelled elsewhere, perhaps through another proxy of this port.

@@ -40,8 +40,6 @@ class PlainEdgeProtocol(EdgeProtocol):
         super().__init__(*args, **kwargs)
         self._outermost: Any = self.app
         self._may_be_plain = False  # only the first request of a read may be: those behind it wait as pipelined requests do
-        self._prefers = False  # a header of the head that is being read says that it may be a job
-        self._has_to_wait = False  # and one that it has to await something, so it has a task from its beginning
         self._held: list[bytes] | None = None  # the body, so far, of a request that is plain if all of it comes in this read
         self._defaults: list[tuple[bytes, bytes]] = []  # the server's headers, which it makes anew every second, and their lines
         self._default_lines = b""
@@ -162,18 +160,11 @@ class PlainEdgeProtocol(EdgeProtocol):
             between = self._streamed[1].body.between
         return between
 
-    def _asks_more(self, name: bytes) -> None:
-        if name == b"prefer":
-            self._prefers = True
-        else:
-            self._has_to_wait = True
-
     def _feed(self, data: bytes) -> None:
         self._may_be_plain = True
         super()._feed(data)
         if self._held is not None:  # the rest of its body is still to come
             parts, self._held = self._held, None
-            self._prefers = False
             super()._begin()
             for part in parts:
                 super().on_body(part)
@@ -183,8 +174,7 @@ class PlainEdgeProtocol(EdgeProtocol):
             self._held = []
         else:
             super()._begin()
-            self._prefers = False
-        self._may_be_plain = self._has_to_wait = False
+        self._may_be_plain = False
 
     def _is_plain(self) -> bool:
         """Whether the request is plain if its body comes in the same read."""
@@ -206,7 +196,6 @@ class PlainEdgeProtocol(EdgeProtocol):
         call.headers, call.server = self.headers, self.server
         call.scheme, call.client = self._scheme_and_client()
         if self._prefers:
-            self._prefers = False
             call.prefix = self._prefix()
         before, self.cycle = self.cycle, call
         self._answering = call

@@ -14,7 +14,8 @@ Receive = Callable[[], Awaitable[Message]]
 
 
 async def read_body(receive: Receive, held: HeldBytes) -> bytes:
-    """What is read of it counts as held until it is whole; then its sending does."""
+    """Returns the whole body. What is read of it counts as held until it is whole; then its sending does. Raises TooLarge, Overloaded if
+    this process holds too much already, and Cancelled if the client goes away meanwhile."""
     message = await _next_part(receive)
     body: bytes = message.get("body", b"")
     if not message.get("more_body"):

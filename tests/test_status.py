@@ -21,7 +21,8 @@ from mqserve.broker.settings import Settings
 from mqserve.broker.store_keys import StoreKeys
 from mqserve.commands.status import Facts, read_facts, show_status
 from mqserve.controller import changes
-from mqserve.controller.lease import LAPSED_AFTER_S
+from mqserve.controller.lease import LAPSED_AFTER_S, claim_instance
+from mqserve.controller.state.documents import Backend, HttpOptions, Observed, deaths_of
 from mqserve.controller.state.reading import read_desired
 from tests.broker.traffic import until
 from tests.faults.wire import Wire
@@ -139,6 +140,21 @@ async def test_dead_letters_are_counted_by_backend(
     assert row[-5:] == ["3", "1", "1", "0", "ready"], row
     with pika.BlockingConnection(pika.URLParameters(broker_url)) as connection:
         connection.channel().queue_purge(f"{shared_namespace}.dead.{name}")
+
+
+async def test_a_backend_whose_ready_replicas_die_again_and_again_is_failing(environment: dict[str, str], store_url: str) -> None:
+    namespace = new_name("storm")
+    async with open_redis(store_url, namespace) as store:
+        keys = StoreKeys(namespace)
+        held = await claim_instance(store, keys, "n", HttpOptions(), detached=True)
+        await changes.commit(store, keys, held.id, changes.create_backend(Backend("b", "c0de", "f")))
+        await store.set(keys.observed, Observed(problems={deaths_of("b"): "21 ready replicas died"}).to_bytes())
+        found = await facts({**environment, "MQSERVE_NAMESPACE": namespace})
+    with redis.Redis.from_url(store_url) as whole:
+        whole.delete(*whole.keys(f"*{namespace}*"))
+    (backend,) = found.backends
+    assert (backend.state, backend.trouble) == ("failing", "21 ready replicas died")
+    assert found.problems["deaths of b"] == "21 ready replicas died"
 
 
 async def test_jobs_that_wait_have_a_column_where_there_are_any(

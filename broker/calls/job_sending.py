@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,7 +17,6 @@ from ..errors import (
     BadEnvelope,
     BadValue,
     JobGoesOn,
-    MQServeError,
     ResultGone,
     StoreUnavailable,
     TooLarge,
@@ -35,8 +35,8 @@ from ..values.codecs import sealed_anew
 from ..values.signing import SealScope, Signer
 from .cancellations import CANCELLED, notice_of_request
 from .kept_messages import KeptMessage
-from .sending import INLINE_BODY_BYTES, MAX_BODY_BYTES
-from .submission import OnSubmitted, Submission
+from .sending import MAX_BODY_BYTES, REPUBLISH_BUDGET_S
+from .submission import Submission
 
 logger = logging.getLogger(__name__)
 
@@ -86,12 +86,13 @@ class JobSender:
         self._keys = keys
         self._signer = signer
         self._reading = asyncio.Lock()  # a large body is read before `held` can count it: one at a time
+        self._under_way = 0  # jobs that were begun and are not accepted yet
         self._unrecorded = RateLimitedLog(logger)
 
     def __repr__(self) -> str:
         return f"<JobSender over {self.queue!r}>"
 
-    async def submit(
+    def submit(
         self,
         future_id: str,
         backend: str,
@@ -102,51 +103,10 @@ class JobSender:
         origin: str,
         terms: JobTerms = NO_TERMS,
         refusal: str = "",
-    ) -> JobFacts:
-        """Sends a job. Returns once the broker has confirmed its message and the store has its record, or could not take that: then its
-        replica writes it. Of a pipeline the message is its first stage, which has an id of its own (`message_id`), and `meta` is that of
-        its request.
-
-        Raises TooLarge, Overloaded if this process holds too much already, NotRouted, BrokerUnavailable, and StoreUnavailable for a body
-        that the store does not take, and if `refusal` says why the store is to take no jobs. The job was not accepted then, unless the
-        broker may have it (`maybe_sent`).
-        """
-        submission = self._new(future_id, backend, body, content_type, meta, origin, terms, refusal)
-        self.held.take(len(body))
-        try:
-            if len(body) > INLINE_BODY_BYTES:
-                submission.envelope = await self._by_reference(submission.envelope)
-            return await submission.accepted()
-        finally:
-            self.held.give(len(body))
-
-    def begin(
-        self,
-        future_id: str,
-        backend: str,
-        body: bytes,
-        content_type: str,
-        meta: RequestHead,
-        ended: OnSubmitted,
-        *,
-        origin: str,
-        terms: JobTerms = NO_TERMS,
-        refusal: str = "",
-    ) -> None:
-        """Does the same for a body of at most INLINE_BODY_BYTES, and for a caller that does not leave. `ended` is called once, perhaps
-        before this returns. Raises what speaks against sending it at all."""
-        submission = self._new(future_id, backend, body, content_type, meta, origin, terms, refusal)
-        self.held.take(len(body))
-
-        def give_and_tell(outcome: JobFacts | MQServeError) -> None:
-            self.held.give(len(body))
-            ended(outcome)
-
-        submission.begin(give_and_tell)
-
-    def _new(
-        self, future_id: str, backend: str, body: bytes, content_type: str, meta: RequestHead, origin: str, terms: JobTerms, refusal: str
     ) -> Submission:
+        """Returns a job that is ready to be sent, to be awaited or begun. Of a pipeline the message is its first stage, which has an id of
+        its own (`message_id`), and `meta` is that of its request. Raises TooLarge, and StoreUnavailable if `refusal` says why the store is
+        to take no jobs."""
         if refusal:
             raise StoreUnavailable(refusal, public=refusal)
         if len(body) > MAX_BODY_BYTES:
@@ -315,6 +275,24 @@ class JobSender:
         )  # fmt: skip
         return await recorded(self.store.jobs.end_then, end)
 
+    async def settle(self) -> None:
+        """Until the jobs that are on their way have been accepted, or not; at most as long as a broker is waited for."""
+        give_up_at = time.monotonic() + REPUBLISH_BUDGET_S
+        while self._under_way and time.monotonic() < give_up_at:
+            await asyncio.sleep(0.005)
+
+    # For its submissions.
+
+    def take(self, size: int) -> None:
+        """A job with a body of so many bytes is on its way. Raises Overloaded."""
+        self.held.take(size)
+        self._under_way += 1
+
+    def give(self, size: int) -> None:
+        """It is not any more."""
+        self.held.give(size)
+        self._under_way -= 1
+
     def kept_message(self, backend: str, envelope: Envelope) -> bytes:
         """Returns the message as the store keeps it."""
         return KeptMessage.of(envelope).sealed(self._signer, backend, envelope.id)
@@ -339,7 +317,7 @@ class JobSender:
         """The message will not come, so nobody asks for its body."""
         self.store.drop_soon(self._keys.body(future_id))
 
-    async def _by_reference(self, envelope: Envelope) -> Envelope:
+    async def by_reference(self, envelope: Envelope) -> Envelope:
         key = self._keys.body(envelope.id)
         await self.store.set(key, envelope.body, ttl_ms=UNENDED_TTL_S * 1000)
         return replace(envelope, body=b"", header=replace(envelope.header, ref=key))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
@@ -14,41 +14,70 @@ from ..envelope import Envelope
 from ..errors import BrokerUnavailable, MQServeError, NotRouted
 from ..jobs import JobFacts
 from ..pipelines import Plan
-from .sending import REPUBLISH_BUDGET_S, REPUBLISH_EVERY_S, again
+from .sending import INLINE_BODY_BYTES, REPUBLISH_BUDGET_S, REPUBLISH_EVERY_S, again
 
 if TYPE_CHECKING:
     from .job_sending import JobSender
 
 OnSubmitted = Callable[[JobFacts | MQServeError], None]
-"""Called once with what is known of a job that was accepted, or with the error for which it was not."""
+"""Called once with what is known of a job that was accepted, or with the error for which it was not accepted."""
 
 
 class Submission:
-    """One job on its way to the broker: published again while the broker is away, as requests are, and as long as its sender waits."""
+    """One job on its way to the broker: published again while the broker is away, as requests are, and as long as its sender waits.
 
-    __slots__ = ("_again", "_backend", "_ended", "_facts", "_has_left", "_kept", "_plan", "_sender", "_sent_at", "envelope")
+    Await it: it returns what is known of the job once the broker has confirmed its message and the store has its record, or could not take
+    that: then its replica writes it. Or `begin` it. Either raises, or tells, Overloaded if this process holds too much already, NotRouted,
+    BrokerUnavailable, and StoreUnavailable for a body that the store does not take. The job was not accepted then, unless the broker may
+    have it (`maybe_sent`).
+    """
+
+    __slots__ = ("_again", "_backend", "_ended", "_envelope", "_facts", "_has_left", "_kept", "_plan", "_sender", "_sent_at")
+
+    _ended: OnSubmitted  # this and the next two are set when it begins
+    _kept: bytes
+    _sent_at: float  # monotonic
 
     def __init__(self, sender: JobSender, backend: str, envelope: Envelope, facts: JobFacts, plan: Plan | None) -> None:
-        self.envelope = envelope
         self._sender = sender
         self._backend = backend
+        self._envelope = envelope
         self._facts = facts
         self._plan = plan
         self._has_left = False
         self._again: asyncio.TimerHandle | None = None  # publishes it again
 
     def __repr__(self) -> str:
-        return f"<Submission of {self.envelope.id}>"
+        return f"<Submission of {self._envelope.id}>"
+
+    def __await__(self) -> Generator[Any, None, JobFacts]:
+        return self._accepted().__await__()
 
     def begin(self, ended: OnSubmitted) -> None:
-        """`ended` is called once, perhaps before this returns."""
-        self._ended = ended
-        self._kept = self._sender.kept_message(self._backend, self.envelope)
-        self._sent_at = time.monotonic()
-        self._publish()
+        """Sends a job whose body has at most INLINE_BODY_BYTES, for a sender that does not leave. `ended` is called once, perhaps before
+        this returns, and must not raise."""
+        self._keep()
+        size = len(self._envelope.body)
+        self._sender.take(size)
 
-    async def accepted(self) -> JobFacts:
-        """Does the same for a sender that waits, and may be cancelled."""
+        def give_and_tell(outcome: JobFacts | MQServeError) -> None:
+            self._sender.give(size)
+            ended(outcome)
+
+        self._send(give_and_tell)
+
+    async def _accepted(self) -> JobFacts:
+        size = len(self._envelope.body)
+        self._sender.take(size)
+        try:
+            if size > INLINE_BODY_BYTES:
+                self._envelope = await self._sender.by_reference(self._envelope)
+            self._keep()
+            return await self._sent()
+        finally:
+            self._sender.give(size)
+
+    async def _sent(self) -> JobFacts:
         accepted: asyncio.Future[JobFacts] = asyncio.get_running_loop().create_future()
 
         def ended(outcome: JobFacts | MQServeError) -> None:
@@ -59,7 +88,7 @@ class Submission:
             else:
                 accepted.set_result(outcome)
 
-        self.begin(ended)
+        self._send(ended)
         try:
             return await accepted
         except asyncio.CancelledError:
@@ -72,26 +101,34 @@ class Submission:
             self._again.cancel()
             self._drop_body(maybe_sent=False)
 
+    def _keep(self) -> None:
+        self._kept = self._sender.kept_message(self._backend, self._envelope)
+
+    def _send(self, ended: OnSubmitted) -> None:
+        self._ended = ended
+        self._sent_at = time.monotonic()
+        self._publish()
+
     def _publish(self) -> None:
         self._again = None
         queue, not_before_ms = self._sender.queue, self._facts.not_before_ms
         left_ms = not_before_ms - self._sender.store.now_ms() if not_before_ms else 0
         try:
             if left_ms > 0:
-                queue.publish_later(self._backend, self.envelope, left_ms / 1000, self._settled)
+                queue.publish_later(self._backend, self._envelope, left_ms / 1000, self._settled)
             else:
-                queue.publish_job(self._backend, self.envelope, self._settled)
+                queue.publish_job(self._backend, self._envelope, self._settled)
         except MQServeError as error:
             self._fail(error)
 
     def _settled(self, error: MQServeError | None) -> None:
         if error is None:
-            return self._sender.add(self.envelope.id, self._facts, self._kept, self._plan, self._added)
+            return self._sender.add(self._envelope.id, self._facts, self._kept, self._plan, self._added)
         maybe_sent = isinstance(error, BrokerUnavailable) and error.maybe_sent
         passes = isinstance(error, BrokerUnavailable) or self._is_early(error)
-        if passes and not (maybe_sent and self.envelope.header.once) and self._may_try_again():
+        if passes and not (maybe_sent and self._envelope.header.once) and self._may_try_again():
             if maybe_sent:
-                self.envelope = replace(self.envelope, header=again(self.envelope.header))
+                self._envelope = replace(self._envelope, header=again(self._envelope.header))
             self._again = asyncio.get_running_loop().call_later(REPUBLISH_EVERY_S * random.uniform(0.5, 1.5), self._publish)
             return
         self._fail(error)
@@ -113,6 +150,6 @@ class Submission:
         self._ended(error)
 
     def _drop_body(self, *, maybe_sent: bool) -> None:
-        header = self.envelope.header
+        header = self._envelope.header
         if header.ref and not (header.again or maybe_sent):
-            self._sender.drop_body(self.envelope.id)
+            self._sender.drop_body(self._envelope.id)

@@ -145,7 +145,7 @@ class Assignment(msgspec.Struct, frozen=True):
 
 
 def deaths_of(backend: str) -> str:
-    """Returns what it is called among the problems of the observed state that too many of the backend's ready replicas died."""
+    """Returns the name under which `Observed.problems` has too many deaths of the backend's ready replicas."""
     return f"deaths of {backend}"
 
 

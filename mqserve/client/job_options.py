@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Literal, NamedTuple, Protocol
 
 from ..broker.errors import BadType, BadValue
-from ..broker.jobs import MAX_DELAY_S, MAX_RESULT_TTL_S, PRIORITIES
+from ..broker.jobs import MAX_DELAY_S, MAX_EXPIRES_S, MAX_RESULT_TTL_S, PRIORITIES
 
 MAX_TAG_LENGTH = 200
 MAX_KEY_LENGTH = 255
@@ -75,7 +75,7 @@ def check_job_options(options: JobOptions) -> None:
         raise BadValue(f"delay_s must be a number of seconds from 0 to {MAX_DELAY_S} (30 days), not {options.delay_s!r}")
     if options.eta is not None:
         _check_eta(options)
-    if options.expires_s is not None and not (_is_seconds(options.expires_s, at_most=365 * _DAY_S) and options.expires_s > 0):
+    if options.expires_s is not None and not (_is_seconds(options.expires_s, at_most=MAX_EXPIRES_S) and options.expires_s > 0):
         raise BadValue(f"expires_s is the number of seconds within which the job may begin, above 0, not {options.expires_s!r}")
     if not isinstance(options.priority, str) or options.priority not in PRIORITIES:
         raise BadValue(f"priority must be one of {', '.join(map(repr, PRIORITIES))}, not {options.priority!r}")

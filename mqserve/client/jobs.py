@@ -6,7 +6,7 @@ import concurrent.futures
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from ..broker.calls.job_events import JobFollower
@@ -16,6 +16,7 @@ from ..broker.job_store import NumberedEvent
 from ..broker.jobs import Attempt, EventKind, JobRecord, JobState, priority_name
 from ..broker.process import forks
 from ..broker.results import Result
+from ..broker.times import utc
 from ..broker.values.whole_numbers import whole_number
 from .futures import Found, Future
 
@@ -265,7 +266,7 @@ class JobEvents:
 
 
 def _time(ms: int) -> datetime | None:
-    return datetime.fromtimestamp(ms / 1000, UTC) if ms else None
+    return utc(ms) if ms else None
 
 
 def _attempt(attempt: Attempt) -> JobAttempt:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import secrets
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from ..broker.calls.scheduled_calls import MAX_BYTES, VERSION, ScheduledCall, encode_data
 from ..broker.errors import BadSignature, BadType, BadValue, TooLarge
 from ..broker.jobs import PRIORITIES
 from ..broker.queue_names import check_name
+from ..broker.times import utc
 from ..broker.values.signing import Signer
 from ..controller.cron import next_time
 from ..controller.schedule_changes import check_schedule
@@ -94,4 +95,4 @@ def check_handle(handle: object) -> Handle | AsyncHandle:
 
 
 def _time(ms: int | None) -> datetime | None:
-    return None if ms is None else datetime.fromtimestamp(ms / 1000, UTC)
+    return None if ms is None else utc(ms)

@@ -26,9 +26,10 @@ from ..broker.results import Result
 from ..broker.settings import Settings
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
+from ..broker.times import rfc3339
 from ..connections import Connections, open_connections
 from ..controller import lease
-from .printing import print_about, print_json, print_sentence, rfc3339, when
+from .printing import print_about, print_json, print_sentence, when
 from .status_table import fitting_table, make_console, print_table
 
 ASK_ABOVE = 10

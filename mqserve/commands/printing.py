@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
 from ..broker.process.printable import printable
+from ..broker.times import utc
 from .status_table import make_console
 
 
@@ -42,11 +42,6 @@ def _joined(fact: Any) -> str:
 
 def when(store_ms: int) -> str:
     try:
-        return f"{datetime.fromtimestamp(store_ms / 1000, UTC):%Y-%m-%d %H:%M:%S} UTC"
+        return f"{utc(store_ms):%Y-%m-%d %H:%M:%S} UTC"
     except (OverflowError, ValueError, OSError):
         return "at no time there is"
-
-
-def rfc3339(store_ms: int) -> str | None:
-    """Returns a time for scripts; None for 0."""
-    return datetime.fromtimestamp(store_ms / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z") if store_ms else None

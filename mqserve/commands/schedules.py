@@ -18,6 +18,7 @@ from ..broker.redis.store import open_redis
 from ..broker.settings import Settings
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
+from ..broker.times import rfc3339
 from ..broker.values.codecs import decode_plain
 from ..broker.values.signing import Signer
 from ..controller import changes, lease
@@ -28,7 +29,7 @@ from ..controller.state.documents import Desired, Observed, Schedule
 from ..controller.state.firings import Firing, read_firings
 from ..controller.state.reading import read_desired, read_observed
 from .call import joined
-from .printing import print_about, print_json, print_sentence, rfc3339
+from .printing import print_about, print_json, print_sentence
 from .status import ScheduleFacts
 from .status_table import make_console, print_table, schedules_table
 

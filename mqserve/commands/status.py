@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import click
@@ -24,6 +24,7 @@ from ..broker.redis.store import open_redis
 from ..broker.settings import Settings, masked
 from ..broker.store import Store
 from ..broker.store_keys import StoreKeys
+from ..broker.times import utc
 from ..controller import lease
 from ..controller.cron import next_time
 from ..controller.state.beats import Beat, Kind, MemberState, NodeBeat, ProxyBeat, ReplicaBeat, read_beats
@@ -395,7 +396,7 @@ def _backend(name: str, stored: _Stored, members: Sequence[MemberFacts], counts:
 
 
 def _at(ms: int | None) -> datetime | None:
-    return None if ms is None else datetime.fromtimestamp(ms / 1000, UTC)
+    return None if ms is None else utc(ms)
 
 
 def _problems(stored: _Stored, members: Sequence[MemberFacts]) -> dict[str, str]:

@@ -216,6 +216,15 @@ async def test_a_job_that_was_not_begun_in_time_has_expired(site: JobSite) -> No
     assert (await site.ask(f"/-/futures/{envelope.id}/result")).status == 504
 
 
+async def test_a_job_of_a_publisher_that_lets_it_wait_for_ages_is_told(site: JobSite) -> None:
+    """In microseconds by mistake, or as the largest number there is."""
+    future_id, added = mint_id(), asyncio.Event()
+    facts = JobFacts("b", "e", site.store.now_ms(), expires_ms=2**62)
+    site.store.jobs.add_then(future_id, facts, lambda outcome: added.set())
+    await added.wait()
+    assert (await site.state(future_id))["expires_at"].startswith("9999-12-31")
+
+
 async def test_a_long_poll_ends_with_the_job_or_with_its_time(site: JobSite) -> None:
     envelope, _ = await site.submitted()
     assert (await site.state(envelope.id, b"wait=0.1"))["status"] == "queued"
