@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-_LAST_S = 253_402_300_799  # the end of the year 9999: what publishers write may be later, and no notation goes beyond it
+_LAST_MS = 253_402_300_799_000  # the end of the year 9999: what publishers write may be later, and no notation goes beyond it
 
 
 def utc(store_ms: int) -> datetime:
-    return datetime.fromtimestamp(min(store_ms / 1000, _LAST_S), UTC)
+    """Returns the time, or the last one that there is before it."""
+    return datetime.fromtimestamp(min(store_ms, _LAST_MS) / 1000, UTC)
 
 
 def rfc3339(store_ms: int) -> str | None:

@@ -80,8 +80,7 @@ class EdgeProtocol(HttpToolsProtocol):
         self._half_closed: HalfClosed | None = None  # set once the client has closed its side, if it is to be answered
         self._forwarders = forwarders(self.config.forwarded_allow_ips)
         self._is_forwarded = False  # whether a header says that a server in front forwarded the request
-        self._prefers = False  # whether one says that it may be a job
-        self._has_to_wait = False  # whether one says that something has to be awaited before it is sent
+        self._prefers = self._has_to_wait = False  # whether one says that it may be a job, or has to await something before it is sent
 
     def connection_made(self, transport: BaseTransport) -> None:
         super().connection_made(cast(Transport, transport))
@@ -275,9 +274,8 @@ class EdgeProtocol(HttpToolsProtocol):
                 self._connection = b"%b,%b" % (self._connection, value) if self._connection else value
             case b"content-length":
                 if int(value) > MAX_BODY_BYTES:  # digits only: the parser has seen to it
-                    raise Refused(
-                        413, f"the body has {value.decode()} bytes and the limit is {MAX_BODY_BYTES}: send less, or a reference to it"
-                    )
+                    size = f"{value.decode()} bytes and the limit is {MAX_BODY_BYTES}"
+                    raise Refused(413, f"the body has {size}: send less, or a reference to it")
                 return True
             case b"expect":
                 self.expect_100_continue = value.lower() == b"100-continue"
@@ -383,6 +381,8 @@ class EdgeProtocol(HttpToolsProtocol):
             if not cycle.response_started or cycle.response_complete:
                 raise
             self._cut(cycle)
+        finally:
+            scope.pop(CUT, None)  # the cycle has the scope, so they would keep each other
 
     def _cut(self, cycle: Any) -> None:
         if not cycle.disconnected:

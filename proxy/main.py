@@ -143,21 +143,23 @@ class Proxy:
                 self._state, self._error = MemberState.FAILED, str(error)
                 failure = error
             finally:
-                await self._cancel_unanswered(sender)
+                await self._settle(sender)
                 await self._presence.leave(with_last_words=self._state is MemberState.FAILED)
                 beating.cancel()
                 reading.cancel()
         if failure is not None:
             raise failure
 
-    async def _cancel_unanswered(self, sender: RequestSender) -> None:
-        """Cancels the requests that the end of this proxy cuts off, since their clients are gone."""
+    async def _settle(self, sender: RequestSender) -> None:
+        """Cancels the requests that the end of this proxy cuts off, since their clients are gone, and waits for what is on its way: streams
+        that were cut are cancelled by their ids, and jobs go on."""
         if len(sender.pending):
             with contextlib.suppress(MQServeError):
                 await self._store.append_log(self._keys.cancelled, notice_of_proxy(sender.pending.inbox))
-        await sender.settle()  # streams that were cut are cancelled by their ids
+        settling = [sender.settle()]
         if self._app is not None:
-            await self._app.jobs.settle()
+            settling.append(self._app.jobs.settle())
+        await asyncio.gather(*settling)
 
     def _on_cancelled(self, heard: Cancellations, names: Sequence[str], sender: RequestSender, stop: Stop) -> None:
         """Answers the requests that were cancelled elsewhere, perhaps through another proxy of this port.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -35,7 +34,7 @@ from ..values.codecs import sealed_anew
 from ..values.signing import SealScope, Signer
 from .cancellations import CANCELLED, notice_of_request
 from .kept_messages import KeptMessage
-from .sending import MAX_BODY_BYTES, REPUBLISH_BUDGET_S
+from .sending import MAX_BODY_BYTES, settled
 from .submission import Submission
 
 logger = logging.getLogger(__name__)
@@ -277,9 +276,7 @@ class JobSender:
 
     async def settle(self) -> None:
         """Until the jobs that are on their way have been accepted, or not; at most as long as a broker is waited for."""
-        give_up_at = time.monotonic() + REPUBLISH_BUDGET_S
-        while self._under_way and time.monotonic() < give_up_at:
-            await asyncio.sleep(0.005)
+        await settled(lambda: not self._under_way)
 
     # For its submissions.
 
@@ -292,6 +289,11 @@ class JobSender:
         """It is not any more."""
         self.held.give(size)
         self._under_way -= 1
+
+    async def by_reference(self, envelope: Envelope) -> Envelope:
+        key = self._keys.body(envelope.id)
+        await self.store.set(key, envelope.body, ttl_ms=UNENDED_TTL_S * 1000)
+        return replace(envelope, body=b"", header=replace(envelope.header, ref=key))
 
     def kept_message(self, backend: str, envelope: Envelope) -> bytes:
         """Returns the message as the store keeps it."""
@@ -316,11 +318,6 @@ class JobSender:
     def drop_body(self, future_id: str) -> None:
         """The message will not come, so nobody asks for its body."""
         self.store.drop_soon(self._keys.body(future_id))
-
-    async def by_reference(self, envelope: Envelope) -> Envelope:
-        key = self._keys.body(envelope.id)
-        await self.store.set(key, envelope.body, ttl_ms=UNENDED_TTL_S * 1000)
-        return replace(envelope, body=b"", header=replace(envelope.header, ref=key))
 
 
 def _plan_of(job_id: str, stages: Stages, origin: str, terms: JobTerms, now_ms: int) -> Plan:

@@ -191,9 +191,7 @@ class RequestSender:
 
     async def settle(self) -> None:
         """Until the broker has confirmed what was sent, and the store has what was cancelled; at most as long as a broker is waited for."""
-        give_up_at = time.monotonic() + REPUBLISH_BUDGET_S
-        while (self.held.held or self._tasks) and time.monotonic() < give_up_at:
-            await asyncio.sleep(0.005)
+        await settled(lambda: not (self.held.held or self._tasks))
 
     # Sending.
 
@@ -251,6 +249,13 @@ class RequestSender:
 
 def _nobody_waits(error: MQServeError | None) -> None:
     """A shadow that cannot be published is not missed."""
+
+
+async def settled(is_over: Callable[[], bool]) -> None:
+    """Until it is over, or the time has passed for which a broker is waited for."""
+    give_up_at = time.monotonic() + REPUBLISH_BUDGET_S
+    while not is_over() and time.monotonic() < give_up_at:
+        await asyncio.sleep(0.005)
 
 
 def again(header: Header) -> Header:

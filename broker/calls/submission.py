@@ -6,6 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import Callable, Generator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
@@ -26,15 +27,15 @@ OnSubmitted = Callable[[JobFacts | MQServeError], None]
 class Submission:
     """One job on its way to the broker: published again while the broker is away, as requests are, and as long as its sender waits.
 
-    Await it: it returns what is known of the job once the broker has confirmed its message and the store has its record, or could not take
-    that: then its replica writes it. Or `begin` it. Either raises, or tells, Overloaded if this process holds too much already, NotRouted,
-    BrokerUnavailable, and StoreUnavailable for a body that the store does not take. The job was not accepted then, unless the broker may
-    have it (`maybe_sent`).
+    Await it, or `begin` it, once. Awaited it returns what is known of the job when the broker has confirmed its message and the store has
+    its record, or could not take that: then its replica writes it. Either raises, or tells, Overloaded if this process holds too much
+    already, NotRouted, BrokerUnavailable, and StoreUnavailable for a body that the store does not take. The job was not accepted then,
+    unless the broker may have it (`maybe_sent`).
     """
 
-    __slots__ = ("_again", "_backend", "_ended", "_envelope", "_facts", "_has_left", "_kept", "_plan", "_sender", "_sent_at")
+    __slots__ = ("_again", "_backend", "_ended", "_envelope", "_facts", "_has_left", "_kept", "_plan", "_sender", "_sent_at", "_size")
 
-    _ended: OnSubmitted  # this and the next two are set when it begins
+    _ended: OnSubmitted  # from its beginning to its end, as these two
     _kept: bytes
     _sent_at: float  # monotonic
 
@@ -42,6 +43,7 @@ class Submission:
         self._sender = sender
         self._backend = backend
         self._envelope = envelope
+        self._size = len(envelope.body)
         self._facts = facts
         self._plan = plan
         self._has_left = False
@@ -51,63 +53,55 @@ class Submission:
         return f"<Submission of {self._envelope.id}>"
 
     def __await__(self) -> Generator[Any, None, JobFacts]:
-        return self._accepted().__await__()
+        return self._submit().__await__()
 
     def begin(self, ended: OnSubmitted) -> None:
         """Sends a job whose body has at most INLINE_BODY_BYTES, for a sender that does not leave. `ended` is called once, perhaps before
         this returns, and must not raise."""
-        self._keep()
-        size = len(self._envelope.body)
-        self._sender.take(size)
-
-        def give_and_tell(outcome: JobFacts | MQServeError) -> None:
-            self._sender.give(size)
-            ended(outcome)
-
-        self._send(give_and_tell)
-
-    async def _accepted(self) -> JobFacts:
-        size = len(self._envelope.body)
-        self._sender.take(size)
+        self._sender.take(self._size)
         try:
-            if size > INLINE_BODY_BYTES:
-                self._envelope = await self._sender.by_reference(self._envelope)
-            self._keep()
-            return await self._sent()
-        finally:
-            self._sender.give(size)
+            self._send(ended)
+        except BaseException:
+            self._sender.give(self._size)
+            raise
 
-    async def _sent(self) -> JobFacts:
+    async def _submit(self) -> JobFacts:
         accepted: asyncio.Future[JobFacts] = asyncio.get_running_loop().create_future()
-
-        def ended(outcome: JobFacts | MQServeError) -> None:
-            if accepted.done():  # its sender was cancelled
-                return
-            if isinstance(outcome, MQServeError):
-                accepted.set_exception(outcome)
-            else:
-                accepted.set_result(outcome)
-
-        self._send(ended)
+        self._sender.take(self._size)
+        try:
+            if self._size > INLINE_BODY_BYTES:
+                self._envelope = await self._sender.by_reference(self._envelope)
+            self._send(partial(_tell, accepted))
+        except BaseException:
+            self._sender.give(self._size)
+            raise
         try:
             return await accepted
         except asyncio.CancelledError:
             self._leave()
             raise
+        finally:
+            del accepted  # an error's traceback holds this frame, which would hold the error
+
+    def _send(self, ended: OnSubmitted) -> None:
+        self._ended = ended
+        self._kept = self._sender.kept_message(self._backend, self._envelope)
+        self._sent_at = time.monotonic()
+        self._publish()
 
     def _leave(self) -> None:
+        """Nobody waits for its end any more, which comes all the same if the broker may have the message."""
         self._has_left = True
         if self._again is not None:
             self._again.cancel()
             self._drop_body(maybe_sent=False)
+            self._sender.give(self._size)
 
-    def _keep(self) -> None:
-        self._kept = self._sender.kept_message(self._backend, self._envelope)
-
-    def _send(self, ended: OnSubmitted) -> None:
-        self._ended = ended
-        self._sent_at = time.monotonic()
-        self._publish()
+    def _end(self, outcome: JobFacts | MQServeError) -> None:
+        self._sender.give(self._size)
+        ended = self._ended
+        del self._ended, self._kept  # they may lead back to whoever holds this
+        ended(outcome)
 
     def _publish(self) -> None:
         self._again = None
@@ -143,13 +137,22 @@ class Submission:
         return max(waited_s, self._sender.queue.down_s) < REPUBLISH_BUDGET_S and not self._has_left
 
     def _added(self) -> None:
-        self._ended(self._facts if self._plan is None else self._plan.facts)
+        self._end(self._facts if self._plan is None else self._plan.facts)
 
     def _fail(self, error: MQServeError) -> None:
         self._drop_body(maybe_sent=isinstance(error, BrokerUnavailable) and error.maybe_sent)
-        self._ended(error)
+        self._end(error)
 
     def _drop_body(self, *, maybe_sent: bool) -> None:
         header = self._envelope.header
         if header.ref and not (header.again or maybe_sent):
             self._sender.drop_body(self._envelope.id)
+
+
+def _tell(accepted: asyncio.Future[JobFacts], outcome: JobFacts | MQServeError) -> None:
+    if accepted.done():  # whoever awaited it was cancelled
+        return
+    if isinstance(outcome, MQServeError):
+        accepted.set_exception(outcome)
+    else:
+        accepted.set_result(outcome)

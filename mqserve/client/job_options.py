@@ -76,7 +76,10 @@ def check_job_options(options: JobOptions) -> None:
     if options.eta is not None:
         _check_eta(options)
     if options.expires_s is not None and not (_is_seconds(options.expires_s, at_most=MAX_EXPIRES_S) and options.expires_s > 0):
-        raise BadValue(f"expires_s is the number of seconds within which the job may begin, above 0, not {options.expires_s!r}")
+        raise BadValue(
+            f"expires_s is the number of seconds within which the job may begin, above 0 and at most {MAX_EXPIRES_S} (365 days), "
+            f"not {options.expires_s!r}"
+        )
     if not isinstance(options.priority, str) or options.priority not in PRIORITIES:
         raise BadValue(f"priority must be one of {', '.join(map(repr, PRIORITIES))}, not {options.priority!r}")
     if options.result_ttl_s is not None and not _is_seconds(options.result_ttl_s, at_least=1, at_most=MAX_RESULT_TTL_S):

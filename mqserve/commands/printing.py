@@ -43,5 +43,5 @@ def _joined(fact: Any) -> str:
 def when(store_ms: int) -> str:
     try:
         return f"{utc(store_ms):%Y-%m-%d %H:%M:%S} UTC"
-    except (OverflowError, ValueError, OSError):
+    except (OverflowError, ValueError, OSError):  # of a number far below 0
         return "at no time there is"

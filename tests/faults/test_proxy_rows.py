@@ -1,7 +1,9 @@
 """Rows of docs/reliability.md at the edges: links that break between two of us, wrong clocks, sizes, limits of the machine."""
 
 import os
+import signal
 import socket
+import struct
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pika
@@ -26,6 +29,7 @@ from tests.gates import Gate
 from tests.instances import NOISE_S, ROOT, CommandLine, Deploy, answers, distributed_only, wait_until
 from tests.ports import free_port
 from tests.servers import PrivateRabbitMQ, PrivateRedis
+from tests.tallies import Tally
 
 pytestmark = distributed_only
 
@@ -112,6 +116,33 @@ def test_a_proxy_cut_off_from_one_server_ends_each_request_in_time_and_others_se
         wire.mend()
         wait_until(lambda: httpx.get(cut_off, timeout=30).status_code == 200)
     assert set(others.statuses) == {200} and not others.failures, others
+
+
+@pytest.mark.row(11)
+def test_a_proxy_that_ends_sends_a_job_whose_client_has_gone_once_the_broker_is_back(
+    deploy: Deploy, wired: CommandLine, broker_wire: Wire, tally: Tally
+) -> None:
+    def handler(request: Any) -> None:
+        tally.note(request.method)
+
+    def sent() -> list[str]:
+        """The proxy's counts of requests that it has begun to send."""
+        lines = httpx.get(f"{proxy.url}/-/metrics").text.splitlines()
+        return [line for line in lines if line.startswith("mqserve_num_router_requests_total")]
+
+    proxy, url = OtherProxy(wired), deploy.at(handler)
+    path = urlsplit(proxy.at(deploy, url)).path
+    before = sent()
+    broker_wire.refuse()
+    broker_wire.reset()
+    with socket.create_connection(("127.0.0.1", proxy.port)) as client:
+        client.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\nPrefer: respond-async\r\nContent-Length: 0\r\n\r\n".encode())
+        wait_until(lambda: sent() != before)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # its end is a reset
+    os.kill(proxy.program.pid, signal.SIGTERM)
+    wait_until(lambda: not answers(f"{proxy.url}/-/healthz"))
+    broker_wire.mend()
+    wait_until(lambda: "POST" in tally.lines, told=lambda: proxy.program.output)
 
 
 @pytest.mark.row(14)

@@ -10,6 +10,8 @@ import pytest
 from websockets.asyncio.client import connect
 
 import mqserve as serve
+from mqserve.broker.errors import Overloaded
+from mqserve.broker.memory.queue import EmbeddedQueue
 from tests import socket_apps
 from tests.bare_http import wire
 from tests.instances import Deploy, started
@@ -89,6 +91,29 @@ def test_a_request_by_http_leaves_no_cyclic_garbage(client: serve.Client, make: 
                 assert answer is not None and answer.body == b"done"
 
         assert garbage_of(send_all) < REQUESTS
+    deploy.undo()
+
+
+@pytest.mark.parametrize("is_refused", [False, True], ids=["accepted", "refused"])
+@pytest.mark.parametrize("prefer", ["respond-async", "respond-async, wait=0"], ids=["by callbacks", "by a task"])
+def test_a_job_by_http_leaves_no_cyclic_garbage(
+    client: serve.Client, prefer: str, is_refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deploy = Deploy(client)
+    route = deploy.at(plain()).removeprefix(deploy.url)
+    if is_refused:
+        refuse: Any = lambda queue, backend, envelope, settled: settled(Overloaded("full"))  # noqa: E731
+        monkeypatch.setattr(EmbeddedQueue, "publish_job", refuse)
+    with wire(deploy.url) as connection:
+
+        def send_all() -> None:
+            for _ in range(REQUESTS):
+                connection.send(f"GET {route} HTTP/1.1\r\nhost: x\r\nprefer: {prefer}\r\n\r\n".encode())
+                answer = connection.answer()
+                assert answer is not None and answer.status == (429 if is_refused else 202)
+
+        assert garbage_of(send_all) < REQUESTS
+    monkeypatch.undo()
     deploy.undo()
 
 

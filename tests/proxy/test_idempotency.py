@@ -39,6 +39,14 @@ async def test_a_request_with_a_key_waits_for_its_answer_and_the_same_again_gets
     assert (envelope.persistent, envelope.priority, len(site.jobs)) == (True, 4, 1)
 
 
+async def test_a_client_with_a_key_may_allow_more_time_than_its_backend_does(site: JobSite) -> None:
+    asked = asyncio.create_task(site.ask("/e/x", headers=[key(), (b"x-request-timeout-seconds", b"1e12")]))
+    await site.jobs.hold(1)
+    envelope = site.jobs.held[0].envelope()
+    site.end(envelope.id, Result(body=b"done"))
+    assert ((await asked).status, envelope.header.deadline) == (200, 0)
+
+
 async def test_the_same_key_with_another_request_is_a_422(site: JobSite) -> None:
     await site.submitted(key(), method="POST", body=[b"data"])
     others: list[dict[str, Any]] = [
