@@ -12,12 +12,12 @@ import hmac
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Literal
 
 import msgspec
 
 from ..errors import UNPARSABLE, BadSignature, BadValue
-from ..times import utc
 
 MIN_KEY_BYTES = 32
 
@@ -115,4 +115,4 @@ class Signer:
 
 
 def _date(ms: int) -> str:
-    return f"{utc(ms):%Y-%m-%d %H:%M} UTC"
+    return f"{datetime.fromtimestamp(ms / 1000, UTC):%Y-%m-%d %H:%M} UTC"
