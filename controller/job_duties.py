@@ -71,6 +71,8 @@ class JobDuties:
     async def go_on(self, desired: Desired, observed: Observed | None, *, leads: bool) -> None:
         """Does what each controller does. Called in each round."""
         await self._sequels.turn(desired, observed, leads=leads)
+        if desired.schedules and not leads:
+            await self._firings.follow()
 
     async def lead_on(self, desired: Desired, observed: Observed) -> None:
         """Does what the leader alone does, from the first backend on until the instance closes. Called after each comparison."""

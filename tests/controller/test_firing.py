@@ -15,18 +15,22 @@ from mqserve.broker.calls.scheduled_calls import VERSION, ScheduledCall, encode_
 from mqserve.broker.envelope import RequestHead, is_minted
 from mqserve.broker.errors import BadValue, BrokerUnavailable, MQServeError
 from mqserve.broker.jobs import JobFacts
+from mqserve.broker.memory.queue import EmbeddedQueue
+from mqserve.broker.memory.store import EmbeddedStore
 from mqserve.broker.process.stopping import first_of
 from mqserve.broker.store import Store
 from mqserve.broker.store_keys import StoreKeys
 from mqserve.broker.values.codecs import decode_value
 from mqserve.broker.values.signing import MIN_KEY_BYTES, SealScope, Signer
-from mqserve.controller.changes import delete_endpoint
+from mqserve.controller.changes import commit, delete_endpoint
 from mqserve.controller.firing import Firings
-from mqserve.controller.lease import Leader
+from mqserve.controller.lease import Leader, claim_instance
 from mqserve.controller.schedule_changes import delete_schedule, pause_schedule, resume_schedule, set_schedule
 from mqserve.controller.state.documents import Backend, CatchUp, Desired, Endpoint, Observed, Schedule
 from mqserve.controller.state.firings import Firing, firings_to_bytes, read_firings
 from mqserve.controller.undoing import undo
+from tests.broker.traffic import Hands
+from tests.controller.test_leading import HTTP, controllers
 
 pytestmark = pytest.mark.anyio
 
@@ -382,6 +386,43 @@ async def test_another_leader_knows_what_was_sent_although_the_store_has_lost_al
     await noted(store, keys, jobs, "yearly")
     await second.stop()
     assert jobs.count("yearly") == 1
+
+
+async def test_a_controller_that_waits_learns_what_its_leader_has_fired(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, keys, queue, hands = EmbeddedStore(), StoreKeys("tests"), EmbeddedQueue(), Hands()
+    held, signer = await claim_instance(store, keys, "", HTTP, detached=True), Signer((b"k" * MIN_KEY_BYTES,), "tests")
+    yearly = scheduled(YEARLY, store.now_ms() - 2 * YEAR_MS, catch_up="once", signer=signer)
+    wished = document(yearly)
+
+    def declare(desired: Desired) -> Desired:
+        return msgspec.structs.replace(desired, backends=wished.backends, endpoints=wished.endpoints, schedules=wished.schedules)
+
+    await commit(store, keys, held.id, declare)
+    looked, get = list[str](), store.get
+
+    async def get_and_note(key: str) -> bytes | None:
+        looked.append(key)
+        return await get(key)
+
+    async with controllers(store, keys) as running:
+        running.start("first", queue)
+        await until_stored(store, keys.firings)
+        await queue.consume("b", 1, 10, hands, jobs=True)
+        await hands.hold(1)
+        monkeypatch.setattr(store, "get", get_and_note)
+        running.start("second", queue)
+        await until(lambda: looked.count(keys.firings) >= 2)
+        await store.delete(keys.firings)
+        running.stops["first"].set()
+        await running.leads("second")
+        await until_stored(store, keys.firings)
+    assert len(hands) == 1
+
+
+async def until_stored(store: Store, key: str) -> None:
+    async with asyncio.timeout(20):
+        while await store.get(key) is None:
+            await asyncio.sleep(0.01)
 
 
 async def test_a_controller_that_does_not_lead_fires_nothing(store: Store, keys: StoreKeys) -> None:
