@@ -303,11 +303,11 @@ class Controller:
             logger.warning("replica %s ended by itself, or with its node: starting another", replica_id)
             restarts.died_ready(now)
         elif was_ready or (isinstance(last_beat, ReplicaBeat) and last_beat.takes):
-            # a failed health check gives the reason in its beat
+            # a failed health check gives the reason in its beat, and fails the change that may be its cause
             why = last_beat.error if last_beat is not None and last_beat.error else how
             logger.warning("replica %s died (%s): replacing it", replica_id, why)
             restarts.died_ready(now)
-            restarts.reason = restarts.reason or (why if why != how else "")  # whoever made them sick undoes that
+            restarts.reason = restarts.reason or (why if why != how else "")
         else:
             reason = last_beat.error if last_beat is not None and last_beat.error else how
             restarts.died_early(now, reason)

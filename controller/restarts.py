@@ -43,7 +43,8 @@ class Restarts:
         self._at_once.append(now)
         if len(self._at_once) > AT_ONCE_LIMIT:
             self.not_before = now + FIRST_PAUSE_S
-            self.deaths = f"{len(self._at_once)} ready replicas died within {AT_ONCE_WINDOW_S:g} s: see their logs"
+            died = f"{len(self._at_once)} ready replicas died within {AT_ONCE_WINDOW_S:g} s"
+            self.deaths = f"{died}, so replacements wait: see their logs, and the dead letters for what killed them"
 
     def got_ready(self) -> None:
         self.early_deaths = 0

@@ -172,7 +172,7 @@ class PlainJob(PlainCall):
         return self.app.begin_plain_job(self, body)
 
     def left(self) -> None:
-        pass
+        """Nothing ends: the job goes on."""
 
     def submitted(self, outcome: JobFacts | MQServeError) -> None:
         """Called at the end of its submission."""

@@ -190,7 +190,7 @@ def promise(call: JobCall, facts: JobFacts) -> Reply:
 
 
 def _promise(call: JobCall, view: dict[str, Any]) -> Reply:
-    """Returns 202 for a job of which this is known."""
+    """Returns 202 for a job with this view."""
     assert call.preference is not None, "a promise is made to those who prefer it"
     status, headers, body = call.links.promise(view)
     headers += ((b"x-request-id", call.id.encode()), (b"preference-applied", call.preference.applied_to_promise))

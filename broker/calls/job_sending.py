@@ -34,7 +34,7 @@ from ..values.codecs import sealed_anew
 from ..values.signing import SealScope, Signer
 from .cancellations import CANCELLED, notice_of_request
 from .kept_messages import KeptMessage
-from .sending import MAX_BODY_BYTES, settled
+from .sending import MAX_BODY_BYTES, until_over
 from .submission import Submission
 
 logger = logging.getLogger(__name__)
@@ -276,7 +276,7 @@ class JobSender:
 
     async def settle(self) -> None:
         """Until the jobs that are on their way have been accepted, or not; at most as long as a broker is waited for."""
-        await settled(lambda: not self._under_way)
+        await until_over(lambda: not self._under_way)
 
     # For its submissions.
 
@@ -286,11 +286,12 @@ class JobSender:
         self._under_way += 1
 
     def give(self, size: int) -> None:
-        """It is not any more."""
+        """A job with a body of so many bytes has been accepted, or not: it is not on its way any more."""
         self.held.give(size)
         self._under_way -= 1
 
     async def by_reference(self, envelope: Envelope) -> Envelope:
+        """Puts the body into the store, and returns the envelope with its key instead. Raises StoreUnavailable."""
         key = self._keys.body(envelope.id)
         await self.store.set(key, envelope.body, ttl_ms=UNENDED_TTL_S * 1000)
         return replace(envelope, body=b"", header=replace(envelope.header, ref=key))

@@ -191,7 +191,7 @@ class RequestSender:
 
     async def settle(self) -> None:
         """Until the broker has confirmed what was sent, and the store has what was cancelled; at most as long as a broker is waited for."""
-        await settled(lambda: not (self.held.held or self._tasks))
+        await until_over(lambda: not (self.held.held or self._tasks))
 
     # Sending.
 
@@ -251,8 +251,8 @@ def _nobody_waits(error: MQServeError | None) -> None:
     """A shadow that cannot be published is not missed."""
 
 
-async def settled(is_over: Callable[[], bool]) -> None:
-    """Until it is over, or the time has passed for which a broker is waited for."""
+async def until_over(is_over: Callable[[], bool]) -> None:
+    """Waits until it is over, or until the time has passed for which a broker is waited for."""
     give_up_at = time.monotonic() + REPUBLISH_BUDGET_S
     while not is_over() and time.monotonic() < give_up_at:
         await asyncio.sleep(0.005)

@@ -35,7 +35,7 @@ class Submission:
 
     __slots__ = ("_again", "_backend", "_ended", "_envelope", "_facts", "_has_left", "_kept", "_plan", "_sender", "_sent_at", "_size")
 
-    _ended: OnSubmitted  # from its beginning to its end, as these two
+    _ended: OnSubmitted  # this one and the next two are set when it begins
     _kept: bytes
     _sent_at: float  # monotonic
 
@@ -100,7 +100,7 @@ class Submission:
     def _end(self, outcome: JobFacts | MQServeError) -> None:
         self._sender.give(self._size)
         ended = self._ended
-        del self._ended, self._kept  # they may lead back to whoever holds this
+        del self._ended, self._kept  # whoever is told may hold this submission, and they would keep each other
         ended(outcome)
 
     def _publish(self) -> None:
