@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
+from typing import Any, TypeVar
 
 import aio_pika
 import aiormq
@@ -22,6 +23,7 @@ from .hot_frames import HotTransport
 from .refusals import broker_refusal
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 CONNECT_BUDGET_S = 5.0
 OPERATION_BUDGET_S = 5.0
@@ -186,17 +188,28 @@ class Link:
         await asyncio.gather(*self._ending)
 
 
+async def reply_to(request: Awaitable[T]) -> T:
+    """Awaits what aiormq asked the broker. If the caller is cancelled, the request goes on, and whatever becomes of it is dropped: aiormq
+    would close the channel of a request that is cancelled, and RabbitMQ end the connection at the next ack."""
+    return await asyncio.shield(_left_to_itself(request))
+
+
 async def close_channel(channel: aiormq.abc.AbstractChannel, budget_s: float) -> None:
     """Closes a channel of aiormq. Returns after `budget_s` at the latest, or when it is cancelled, while the closing goes on until its
     connection ends: aiormq closes a channel a second time if its closing is cancelled, and RabbitMQ ends the connection for that."""
-    closing = asyncio.ensure_future(channel.close())
-    closing.add_done_callback(_never_mind)
-    await asyncio.wait([closing], timeout=budget_s)
+    await asyncio.wait([_left_to_itself(channel.close())], timeout=budget_s)
 
 
-def _never_mind(closing: asyncio.Future[None]) -> None:
-    if not closing.cancelled():
-        closing.exception()
+def _left_to_itself(request: Awaitable[T]) -> asyncio.Future[T]:
+    """Starts a request that may outlive whoever waits for it, so that asyncio does not report an error that comes then as an unread one."""
+    asking = asyncio.ensure_future(request)
+    asking.add_done_callback(_never_mind)
+    return asking
+
+
+def _never_mind(asking: asyncio.Future[Any]) -> None:
+    if not asking.cancelled():
+        asking.exception()
 
 
 def user_of(url: str) -> str:

@@ -17,7 +17,7 @@ from ..process.stopping import first_of
 from ..shards import shares
 from ..values.header_seals import BackendSeals
 from .channel import JoinedChannel
-from .connection import LONGEST_PAUSE_S, NO_ANSWER, OPERATION_BUDGET_S, Link, RabbitConnection, really_cancelled
+from .connection import LONGEST_PAUSE_S, NO_ANSWER, OPERATION_BUDGET_S, Link, RabbitConnection, really_cancelled, reply_to
 from .refusals import broker_refusal
 
 logger = logging.getLogger(__name__)
@@ -166,8 +166,7 @@ class RabbitConsumption:
                 await asyncio.sleep(next(pauses))
 
     async def _consume(self, connection: RabbitConnection) -> None:
-        """Consumes until the channel is lost or, after `cancel`, until every delivery in hand is settled. What it has asked the broker
-        is never cancelled: aiormq would close the channel then, and RabbitMQ end the connection at the next ack."""
+        """Consumes until the channel is lost or, after `cancel`, until every delivery in hand is settled."""
         raw = await connection.open_channel(confirms=False)
         channel = self._channel = JoinedChannel(raw, connection.hot, self._hand_over, wants_address=self._delivery.has_address)
         lost = asyncio.Event()
@@ -181,16 +180,16 @@ class RabbitConsumption:
                 # A live qos change does not reach a running consumer: start a second one, then cancel the first.
                 self._may_deliver = True
                 async with asyncio.timeout(OPERATION_BUDGET_S):
-                    await asyncio.shield(raw.basic_qos(prefetch_count=self._prefetch))
-                    started = await asyncio.shield(raw.basic_consume(self._queue, _unused_callback))
+                    await reply_to(raw.basic_qos(prefetch_count=self._prefetch))
+                    started = await reply_to(raw.basic_consume(self._queue, _unused_callback))
                     if consumer_tag:
-                        await asyncio.shield(raw.basic_cancel(consumer_tag))
+                        await reply_to(raw.basic_cancel(consumer_tag))
                 consumer_tag = started.consumer_tag or ""
                 self._consuming.set()
                 await self._watch(connection, raw, lost)
             if self.cancelled and not lost.is_set():
                 async with asyncio.timeout(OPERATION_BUDGET_S):
-                    await asyncio.shield(raw.basic_cancel(consumer_tag))
+                    await reply_to(raw.basic_cancel(consumer_tag))
                 self._may_deliver = False
                 while channel.held and not lost.is_set():
                     await asyncio.sleep(0.01)
@@ -208,7 +207,7 @@ class RabbitConsumption:
                 return
             try:
                 async with asyncio.timeout(OPERATION_BUDGET_S):
-                    await asyncio.shield(raw.basic_qos(prefetch_count=self._prefetch))
+                    await reply_to(raw.basic_qos(prefetch_count=self._prefetch))
             except TimeoutError:
                 self._link.abandon(connection, NO_ANSWER)
                 raise BrokerUnavailable(NO_ANSWER) from None

@@ -87,3 +87,23 @@ async def test_a_connection_is_not_taken_for_dead_while_only_hot_frames_arrive(
             sent += 1
         await until(lambda: len(hands.seen) == sent)
         assert [link.connection for link in links] == connections
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("moment_s", [0.1, 0.3, 0.5, 0.7])
+async def test_a_consumer_that_is_closed_while_the_broker_refuses_it_leaves_no_error_unread(
+    broker_wire: Wire, namespace: str, moment_s: float
+) -> None:
+    """It asks for a channel, for its prefetch and for the queue, each of which takes 0.2 s."""
+    unread: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unread.append(context))
+    async with open_rabbitmq(broker_wire.url, namespace, "test") as queue:
+        await queue.declare("b", 1, None)
+        await queue.consume("b", 1, 1, AckingHands())  # so that it is connected
+        broker_wire.delay(0.1)
+        refused = asyncio.create_task(queue.consume("nobody", 1, 1, AckingHands()))
+        await asyncio.sleep(moment_s)
+        refused.cancel()
+    await asyncio.gather(refused, return_exceptions=True)
+    gc.collect()
+    assert not unread
