@@ -19,6 +19,7 @@ from .values.codecs import JSON, TEXT
 logger = logging.getLogger(__name__)
 
 MAX_REPLY_BYTES = 8 * 1024 * 1024  # RabbitMQ 4.x takes 16 MiB, and closes the channel above it
+_BINARY = "application/octet-stream"
 
 
 async def send_reply(queue: Queue, backend: str, request: Envelope, result: Result, budget_s: float, chunks: int | None = None) -> None:
@@ -62,6 +63,8 @@ def reply_of_chunk(request: Envelope, seq: int, chunk: Frame) -> Envelope:
 
 
 def reply_of_event(request: Envelope, event: JobEvent) -> Envelope:
-    """Returns what the caller is told of progress, or of a line of the log."""
-    body, correlation_id = event.text.encode(), request.correlation_id
-    return EventReply(request.id, body, TEXT, correlation_id=correlation_id, kind=event.kind, fraction=event.fraction)
+    """Returns what the caller is told of progress, of a line of the log, or of what was yielded."""
+    body, content_type = (event.data, _BINARY) if event.data else (event.text.encode(), TEXT)
+    return EventReply(
+        request.id, body, content_type, correlation_id=request.correlation_id, kind=event.kind, fraction=event.fraction, cut=event.cut
+    )

@@ -7,15 +7,17 @@ written once, so that it cannot go back. docs/protocol.md has the contract.
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum, StrEnum
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
 from .envelope import Envelope, Member, Stage, Whole
 from .errors import UNPARSABLE, BadEnvelope
 from .results import EVENT_KIND, InboxEntry, Outcome, Result
+from .times import rfc3339
 
 JOB_RESULT_TTL_S = 24 * 3600  # of a job whose backend and sender say nothing else
 LEASE_MS = 10_000
@@ -88,6 +90,7 @@ class EventKind(StrEnum):
     STATE = "state"
     PROGRESS = "progress"
     LOG = "log"
+    CHUNK = "chunk"
 
 
 class JobEvent(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -97,7 +100,15 @@ class JobEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     at_ms: Whole = 0
     state: str = ""  # of STATE
     fraction: float | None = None  # of PROGRESS: from 0 to 1
-    text: str = ""  # of PROGRESS and LOG
+    text: str = ""  # of PROGRESS, LOG and CHUNK
+    data: bytes = b""  # of a CHUNK that is no text
+    cut: bool = False  # of CHUNK: no more of them come, and the result alone has the rest
+
+    def view(self) -> dict[str, Any]:
+        """Returns what there is of it, under the names that it has over HTTP, for JSON."""
+        found: dict[str, Any] = {"at": rfc3339(self.at_ms), "status": self.state, "fraction": self.fraction, "text": self.text}
+        found |= {"base64": b64encode(self.data).decode(), "cut": self.cut or None}
+        return {name: value for name, value in found.items() if value not in ("", None)}
 
     def to_bytes(self) -> bytes:
         return _encode(self)

@@ -1,4 +1,4 @@
-"""What happens to a job, as server-sent events: its states, its progress, and what its handler logs.
+"""What happens to a job, as server-sent events: its states, its progress, and what its handler logs and yields.
 
 The id of an event is `<job id>:<number>`. The feed ends behind the final state; a client that was cut off before that sends the last id
 that it has as `Last-Event-ID`, to any proxy.
@@ -16,7 +16,7 @@ from ..broker.calls.job_events import JobFollower, JobFollowers
 from ..broker.envelope import mint_id
 from ..broker.job_store import NumberedEvent
 from .events import EVENT_HEADERS, RECONNECT_MS, RETRY_MS
-from .job_views import event_view, name_of
+from .job_views import name_of
 from .polls import Polls
 
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -56,5 +56,5 @@ class JobFeed:
 
 def _lines(future_id: str, numbered: NumberedEvent) -> bytes:
     seq, event = numbered
-    data = msgspec.json.encode(event_view(event))
+    data = msgspec.json.encode(event.view())
     return b"id: %b:%d\nevent: %b\ndata: %b\n\n" % (name_of(future_id).encode(), seq, event.kind.encode(), data)

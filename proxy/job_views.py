@@ -10,7 +10,7 @@ from ..broker.callbacks import receiver_of
 from ..broker.calls.job_sending import StageRecord
 from ..broker.envelope import is_minted
 from ..broker.job_groups import GroupRecord
-from ..broker.jobs import Attempt, JobEvent, JobFacts, JobRecord, JobState, state_of
+from ..broker.jobs import Attempt, JobFacts, JobRecord, JobState, state_of
 from ..broker.results import Result
 from ..broker.times import rfc3339
 from .responses import Reply, explain, json_reply
@@ -62,7 +62,7 @@ def job_view(
         "ended_at": rfc3339(record.ended_ms),
         "attempts": len(record.attempts),
         "history": [_attempt(attempt, debug=debug) for attempt in record.attempts if attempt.ended_ms],
-        "progress": None if record.progress is None else event_view(record.progress),
+        "progress": None if record.progress is None else record.progress.view(),
         "position": position,
         "stages": [_known({"endpoint": stage.endpoint, "id": stage.id, "status": stage.state}) for stage in stages],
         "error": None if result is None else _error(result, debug=debug),
@@ -91,11 +91,6 @@ def group_view(group_id: str, group: GroupRecord, links: Links) -> dict[str, Any
         "then_url": links.state(facts.then) if facts.then else "",
     }
     return {**_known(view), "total": facts.total, "pending": facts.total - sum(counts.values()), **counts}
-
-
-def event_view(event: JobEvent) -> dict[str, Any]:
-    """Returns the data of an event."""
-    return _known({"at": rfc3339(event.at_ms), "status": event.state, "fraction": event.fraction, "text": event.text})
 
 
 def _facts(future_id: str, facts: JobFacts, state: JobState, links: Links) -> dict[str, Any]:

@@ -8,6 +8,9 @@ from typing import Any, Protocol
 from starlette.responses import Response
 
 from ..broker.errors import TooLarge
+from .chunks import is_text
+from .job_chunks import JobChunks
+from .job_words import JobWords
 
 Message = MutableMapping[str, Any]
 
@@ -32,17 +35,24 @@ class Left(OSError):
 class Collected:
     """Collects the parts of one response. `on_whole` is called once, with the whole response, as soon as the last part has come.
 
-    If a first part comes that is not the last, `begin` is called with the head: it returns the stream that takes the parts, or None. Of an
-    answer to HEAD the head alone is the whole.
+    If a first part comes that is not the last, `begin` is called with the head: it returns the stream that takes the parts, or None. Then
+    `told`, of a job, tells the parts to those who follow it. Of an answer to HEAD the head alone is the whole.
     """
 
     def __init__(
-        self, on_whole: Callable[[Response], None], begin: Callable[[Response], Stream | None], *, head_only: bool, at_most: int
+        self,
+        on_whole: Callable[[Response], None],
+        begin: Callable[[Response], Stream | None],
+        *,
+        head_only: bool,
+        at_most: int,
+        told: JobWords | None = None,
     ) -> None:
         self._on_whole = on_whole
         self._begin = begin
         self._head_only = head_only
         self._at_most = at_most
+        self._told = told
         self._status = 0  # 0 until the response begins
         self._headers: list[tuple[bytes, bytes]] = []
         self._chunks: list[bytes] = []
@@ -75,12 +85,21 @@ class Collected:
             self._stream = self._begin(self._response(b""))
         if self._stream is None:
             self._collect(chunk)
+            if self._told is not None and (more or self._parts > 1):
+                self._tell(self._told.chunks, chunk, more=more)
         elif chunk or self._parts == 1:
             await self._stream.send(chunk)
         if not more:
             if self._stream is not None:
                 self._stream.end()
             self._end(b"".join(self._chunks))
+
+    def _tell(self, chunks: JobChunks, part: bytes, *, more: bool) -> None:
+        """Tells a part, unless the whole comes at once behind it: middlewares send a response that was one piece so, and an empty part."""
+        if not more and not part and self._parts == 2:
+            chunks.drop()
+        else:
+            chunks.put(part, is_text=is_text(self._response(b"").headers.get("content-type", "")))
 
     def _end(self, body: bytes) -> None:
         self.is_whole = True

@@ -9,7 +9,7 @@ import msgspec
 from ..broker.calls.sending import MAX_BODY_BYTES
 from ..broker.envelope import Pairs
 from ..broker.errors import BadType, NotEncodable, TooLarge
-from ..broker.values.codecs import TEXT
+from ..broker.values.codecs import JSON, TEXT, media_type
 from .jsonable import to_json
 
 NDJSON = "application/x-ndjson"
@@ -31,6 +31,10 @@ class BodyChunks:
 
     def __repr__(self) -> str:
         return f"<BodyChunks of {self.content_type}>"
+
+    @property
+    def is_text(self) -> bool:
+        return self._kind is not _Kind.BINARY
 
     @property
     def content_type(self) -> str:
@@ -74,6 +78,12 @@ def checked(data: bytes) -> bytes:
             f"the handler yielded a chunk of {len(data)} bytes, and the limit is {MAX_BODY_BYTES}: yield smaller ones", status=500
         )
     return data
+
+
+def is_text(content_type: str) -> bool:
+    """Whether what has that type is text in UTF-8, as far as its name says."""
+    kind = media_type(content_type)
+    return kind.startswith("text/") or kind in (JSON, NDJSON) or kind.endswith("+json")
 
 
 def takes_events(headers: Pairs) -> bool:

@@ -16,6 +16,7 @@ from ..broker.failures import writable
 from ..broker.jobs import EventKind, JobEvent
 from ..controller.state.retries import MAX_BACKOFF_S
 from .context import running_jobs
+from .job_chunks import JobChunks
 
 TAKEN_EVERY_S = 0.1
 MAX_TEXT = 2_000  # characters
@@ -39,12 +40,13 @@ class RetryLater(Exception):
 
 
 class JobWords:
-    """The words of one run that have not been collected: the last progress, and the lines of the log. A handler that logs more than
-    LOGS_A_SECOND lines loses the others."""
+    """The words of one run that have not been collected: the last progress, the lines of the log, and what it yields. A handler that logs
+    more than LOGS_A_SECOND lines loses the others."""
 
-    __slots__ = ("_count", "_lines", "_progress", "_since")
+    __slots__ = ("_chunks", "_count", "_lines", "_progress", "_since")
 
     def __init__(self) -> None:
+        self._chunks: JobChunks | None = None  # of most jobs
         self._progress: tuple[float, str] | None = None
         self._lines: deque[str] = deque()
         self._since = 0.0  # monotonic: when the second began in which `_count` lines were logged
@@ -54,7 +56,13 @@ class JobWords:
         return f"<JobWords, {len(self._lines)} lines{'' if self._progress is None else ', and progress'}>"
 
     def __bool__(self) -> bool:
-        return self._progress is not None or bool(self._lines)
+        return self._progress is not None or bool(self._lines) or bool(self._chunks)
+
+    @property
+    def chunks(self) -> JobChunks:
+        if self._chunks is None:
+            self._chunks = JobChunks()
+        return self._chunks
 
     def progress(self, fraction: float, text: str) -> None:
         self._progress = (fraction, text)
@@ -69,6 +77,8 @@ class JobWords:
 
     def take(self, now_ms: int) -> Iterator[JobEvent]:
         """Yields what was said since the last call. Only the I/O loop calls this."""
+        if self._chunks is not None:
+            yield from self._chunks.take(now_ms)
         while self._lines:
             yield JobEvent(EventKind.LOG, now_ms, text=self._lines.popleft())
         progress, self._progress = self._progress, None

@@ -15,6 +15,7 @@ from ..broker.values.codecs import TEXT
 from ..broker.values.signing import Signer
 from ..controller.state.config import BackendConfig
 from .chunks import EVENTS, BodyChunks, checked, encode_item, takes_events
+from .job_chunks import JobChunks
 from .outgoing import Outgoing
 from .replies import plain_result, value_result
 from .stages import Job, KeptJob
@@ -80,11 +81,12 @@ class Discarded(_Unlimited):
 class Listed(_Unlimited):
     """Collects the values for a handle, whose caller gets them as a list."""
 
-    def __init__(self, envelope: Envelope, backend: str, signer: Signer, limit: ResultLimit) -> None:
+    def __init__(self, envelope: Envelope, backend: str, signer: Signer, limit: ResultLimit, told: JobChunks | None = None) -> None:
         self._envelope = envelope
         self._backend = backend
         self._signer = signer
         self._limit = limit
+        self._told = told
         self._values: list[Any] = []
         self._size = 0
 
@@ -92,6 +94,8 @@ class Listed(_Unlimited):
         self._size += len(value) if isinstance(value, str | bytes | bytearray) else 1
         _check_size(self._size, self._limit)
         self._values.append(value)
+        if self._told is not None:
+            self._told.put_value(value)
 
     def end(self) -> Result:
         result = value_result(self._values, self._backend, self._envelope.id, self._signer)
@@ -102,9 +106,10 @@ class Listed(_Unlimited):
 class Joined(_Unlimited):
     """Joins the chunks to one body."""
 
-    def __init__(self, backend: str, limit: ResultLimit) -> None:
+    def __init__(self, backend: str, limit: ResultLimit, told: JobChunks | None = None) -> None:
         self._backend = backend
         self._limit = limit
+        self._told = told
         self._chunks = BodyChunks()
         self._parts: list[bytes] = []
         self._size = 0
@@ -114,6 +119,8 @@ class Joined(_Unlimited):
         self._size += len(part)
         _check_size(self._size, self._limit)
         self._parts.append(part)
+        if self._told is not None:
+            self._told.put(part, is_text=self._chunks.is_text)
 
     def end(self) -> Result:
         return Result(backend=self._backend, content_type=self._chunks.content_type, body=b"".join(self._parts))
@@ -275,7 +282,7 @@ class Sinks:
     def of(self, job: Job, signer: Signer) -> Sink:
         envelope, header = job.envelope, job.envelope.header
         if isinstance(job, KeptJob):
-            return self._of_job(envelope, signer)
+            return self._of_job(job, signer)
         if envelope.reply_to and not header.origin:
             job.flow = self._new_flow(envelope, is_reply=True)
             return Replying(job.flow, self._backend, lambda: self._touch(job))
@@ -292,15 +299,17 @@ class Sinks:
             return self._flowing(job, Form.ITEMS if events else Form.BODY, signer, resumable=events)
         return Joined(self._backend, _JOINED_LIMIT)
 
-    def _of_job(self, envelope: Envelope, signer: Signer) -> Sink:
-        """The answer of a job is one piece."""
-        header = envelope.header
+    def _of_job(self, job: KeptJob, signer: Signer) -> Sink:
+        """The answer of a job is one piece, and those who follow it are told of its parts."""
+        envelope, header = job.envelope, job.envelope.header
         if not envelope.id and not envelope.reply_to:
             return Discarded(self._backend)
         if header.origin == "handle":
-            return Listed(envelope, self._backend, signer, self.job_limit)
+            return Listed(envelope, self._backend, signer, self.job_limit, job.words.chunks)
         is_head = header.origin == "http" and header.meta.method == "HEAD"
-        return HeadOnly(self._backend, events=takes_events(header.meta.headers)) if is_head else Joined(self._backend, self.job_limit)
+        if is_head:
+            return HeadOnly(self._backend, events=takes_events(header.meta.headers))
+        return Joined(self._backend, self.job_limit, job.words.chunks)
 
     def _flowing(self, job: Job, form: Form, signer: Signer, *, resumable: bool) -> Flowing:
         flow = self.flow(job, resumable=resumable, is_body=form is Form.BODY)

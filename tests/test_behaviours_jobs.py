@@ -273,6 +273,50 @@ def test_what_a_generator_yields_is_collected(client: serve.Client, deploy: Depl
     assert client.get_handle(deploy(count)).submit(4).result(30) == [0, 1, 2, 3]
 
 
+def test_what_a_job_yields_is_heard_before_it_has_ended(client: serve.Client, deploy: Deploy, gate: Gate) -> None:
+    def write(request: serve.ServeRequest) -> Any:
+        yield "once "
+        gate.pass_through()
+        yield "upon "
+        yield {"a": "time"}
+        yield b"\xff"
+
+    job = client.get_handle(deploy(write)).submit()
+    seen = ""
+    for event in job.events():
+        if event.kind is EventKind.CHUNK and not seen:
+            assert (event.text, event.data, event.cut, job.status().state) == ("once ", b"", False, JobState.RUNNING)
+            gate.open()
+        seen += event.text or event.data.decode(errors="replace")
+    assert seen == 'once upon {"a":"time"}\n\ufffd'
+    assert job.result() == ["once ", "upon ", {"a": "time"}, b"\xff"]
+
+
+def test_a_run_that_is_tried_again_tells_all_anew(client: serve.Client, deploy: Deploy) -> None:
+    def write(request: serve.ServeRequest) -> Any:
+        yield f"run {request.attempt}, "
+        if request.attempt == 1:
+            raise OSError
+        yield "done"
+
+    job = client.get_handle(deploy(write, retry=serve.Retry(attempts=2, backoff_s=0.1))).submit()
+    job.result(30)
+    seen = [str(event.state or event.text) for event in job.events()]
+    assert "".join(seen[1:]) == "runningrun 1, queuedrunningrun 2, donesucceeded"
+
+
+def test_of_a_long_answer_the_beginning_is_heard_and_the_rest_is_in_the_result(client: serve.Client, deploy: Deploy) -> None:
+    def write(request: serve.ServeRequest) -> Any:
+        for _ in range(40):
+            yield "x" * 50_000
+
+    job = client.get_handle(deploy(write)).submit()
+    assert len("".join(job.result(30))) == 2_000_000
+    chunks = [event for event in job.events() if event.kind is EventKind.CHUNK]
+    assert 900_000 < sum(len(event.text) for event in chunks) < 1_100_000
+    assert [event.cut for event in chunks].count(True) == 1 and chunks[-1].cut
+
+
 def flood(client: serve.Client, name: str, senders: int, until: threading.Event, took_s: list[float]) -> list[threading.Thread]:
     """Threads that send requests one after the other."""
 

@@ -54,7 +54,7 @@ CODE = "\n".join(
     path.read_text() for part in ("mqserve", "broker", "proxy", "replicas", "controller") for path in (ROOT / part).rglob("*.py")
 )
 
-SCRIPTS = ("handle", "face", "plain-results", "handle-streams")  # Python that needs nothing
+SCRIPTS = ("handle", "face", "plain-results", "handle-streams", "job-events")  # Python that needs nothing
 WALKTHROUGHS = {"hello": "", "digits": "examples/digits.py"}  # shell that serves, or asks what serves this file
 OVER_AMQP = (
     "orders.py", "pika", "redis", "future", "publish", "pika-job", "redis-job", "pika-endpoint",

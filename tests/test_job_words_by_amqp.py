@@ -77,6 +77,24 @@ def test_it_is_heard_while_the_job_runs_and_kept_for_others(channel: BlockingCha
     assert events == [("progress", "waiting"), ("log", "left")]
 
 
+def test_what_a_job_yields_is_heard_as_it_comes_and_the_reply_has_all(
+    channel: BlockingChannel, jobs: str, deploy: Deploy, gate: Gate
+) -> None:
+    def write(request: serve.ServeRequest) -> Any:
+        yield request.data
+        gate.pass_through()
+        yield "x" * 2_000_000
+
+    replies = own_queue(channel)
+    send(channel, jobs, deploy(write), replies, "first", ASKS, "writing")
+    properties, body = receive(channel, replies)
+    assert (properties.headers, properties.content_type, body) == ({"mq-event": "chunk"}, "text/plain; charset=utf-8", b"first")
+    gate.open()
+    assert receive(channel, replies)[0].headers == {"mq-event": "chunk", "mq-cut": True}
+    properties, body = receive(channel, replies)
+    assert properties.headers == {"mq-status": 200} and body == b"first" + b"x" * 2_000_000
+
+
 @pytest.mark.parametrize("headers", [{}, {"mq-events": False}, {"mq-events": "true"}, {"mq-event": True}])
 def test_who_does_not_ask_gets_only_the_reply(channel: BlockingChannel, jobs: str, deploy: Deploy, headers: dict[str, Any]) -> None:
     backend, replies = deploy(speak), own_queue(channel)

@@ -5,12 +5,14 @@ import os
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
+from base64 import b64decode
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from starlette.responses import Response, StreamingResponse
 
 import mqserve as serve
 from tests.gates import Gate
@@ -108,6 +110,56 @@ def test_progress_and_logs_are_events_and_a_client_goes_on_on_any_proxy(deploy: 
     assert json.loads(rest[-1].data)["status"] == "succeeded"
     assert [event.id for event in [*seen, *rest]] == [f"{id}:{number}" for number in range(1, len(seen) + 3)]
     assert httpx.get(f"{proxies[-1]}/-/futures/{id}/events", headers={"Last-Event-ID": rest[-1].id}).status_code == 204
+
+
+def test_the_parts_of_an_answer_are_events_as_they_come_and_its_result_has_them_joined(deploy: Deploy, url: str, gate: Gate) -> None:
+    def text(request: Any) -> Any:
+        yield "caf\u00e9 "
+        gate.pass_through()
+        yield "noir"
+
+    def rows(request: Any) -> Any:
+        yield {"row": 1}
+        gate.pass_through()
+        yield {"row": 2}
+
+    def response(request: Any) -> Response:
+        async def parts() -> AsyncIterator[bytes]:
+            yield "caf\u00e9".encode()[:-1]
+            yield "caf\u00e9 ".encode()[-2:]
+            await gate.pass_through_async()
+            yield b"noir"
+
+        return StreamingResponse(parts(), media_type="text/plain")
+
+    def image(request: Any) -> Any:
+        yield b"\x89PNG"
+        gate.pass_through()
+        yield b"\xff"
+
+    ids = [submitted(deploy.at(handler)) for handler in (text, rows, response, image)]
+    for id in ids:
+        with httpx.stream("GET", f"{url}/-/futures/{id}/events", timeout=30) as answer:
+            assert next(event for event in read_events(answer.iter_lines()) if event.kind == "chunk"), "before the end"
+    gate.open()
+    for id in ids:
+        assert state_of(url, id, wait_s=30)["status"] == "succeeded"
+        chunks = [json.loads(event.data) for event in events_of(httpx.get(f"{url}/-/futures/{id}/events")) if event.kind == "chunk"]
+        told = b"".join(chunk["text"].encode() if "text" in chunk else b64decode(chunk["base64"]) for chunk in chunks)
+        assert len(chunks) > 1 and told == httpx.get(f"{url}/-/futures/{id}/result").content
+
+
+def test_what_a_middleware_sends_on_in_one_piece_is_no_chunk(deploy: Deploy, url: str) -> None:
+    class PassedOn(Response):
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": self.body, "more_body": True})
+            await send({"type": "http.response.body"})
+
+    id = submitted(deploy.at(lambda request: PassedOn("whole")))
+    assert state_of(url, id, wait_s=30)["status"] == "succeeded"
+    assert {event.kind for event in events_of(httpx.get(f"{url}/-/futures/{id}/events"))} == {"state"}
+    assert httpx.get(f"{url}/-/futures/{id}/result").text == "whole"
 
 
 def test_a_running_job_is_cancelled_by_whoever_knows_its_id(deploy: Deploy, proxies: list[str], gate: Gate, tally: Tally) -> None:

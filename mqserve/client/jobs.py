@@ -104,7 +104,8 @@ class JobStatus:
 
 @dataclass(frozen=True, slots=True)
 class JobEvent:
-    """Something that happened to a job: a change of its state, a `serve.progress` or a `serve.log` of its handler."""
+    """Something that happened to a job: a change of its state, a `serve.progress` or a `serve.log` of its handler, or a `chunk`: what the
+    handler has yielded since the one before, as `text` (values that are no text as lines of JSON), or as `data` if it is bytes."""
 
     seq: int
     """Its number, behind which `Job.events(after=seq)` goes on. Numbers grow."""
@@ -113,12 +114,15 @@ class JobEvent:
     state: JobState | None
     fraction: float | None
     text: str
+    data: bytes
+    cut: bool
+    """Of a chunk: it is the last one that is told, and only the result has what follows."""
 
     @classmethod
     def of(cls, numbered: NumberedEvent) -> JobEvent:
         event = numbered.event
         state = JobState(event.state) if event.state else None
-        return cls(numbered.seq, event.kind, _time(event.at_ms), state, event.fraction, event.text)
+        return cls(numbered.seq, event.kind, _time(event.at_ms), state, event.fraction, event.text, event.data, event.cut)
 
 
 class Job(Future):

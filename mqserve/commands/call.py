@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -154,7 +155,8 @@ def _teller(console: Console) -> Iterator[Callable[[JobEvent], None]]:
             elif event.kind is EventKind.PROGRESS:
                 bar.update(task, total=1.0, completed=event.fraction or 0.0, words=printable(event.text))
             else:
-                bar.console.print(printable(event.text), markup=False, highlight=False)
+                for line in _told(event).splitlines():
+                    bar.console.print(printable(line), markup=False, highlight=False)
 
         yield tell
 
@@ -162,12 +164,18 @@ def _teller(console: Console) -> Iterator[Callable[[JobEvent], None]]:
 def _line(event: JobEvent) -> str:
     at = "" if event.at is None else f"{event.at:%H:%M:%S} "
     fraction = "" if event.fraction is None else f"{event.fraction:.0%}"
-    words = " ".join(word for word in (event.state or "", fraction, printable(event.text)) if word)
+    words = " ".join(word for word in (event.state or "", fraction, printable(_told(event))) if word)
     return f"{at}{words}"
+
+
+def _told(event: JobEvent) -> str:
+    if event.cut:
+        return "(only the result has the rest)"
+    return f"({len(event.data)} bytes)" if event.data else event.text
 
 
 def _facts(event: JobEvent) -> dict[str, Any]:
     at = None if event.at is None else event.at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
     facts = {"seq": event.seq, "event": event.kind.value, "at": at}
-    more = {"status": event.state, "fraction": event.fraction, "text": event.text}
-    return facts | {name: value for name, value in more.items() if value not in ("", None)}
+    more = {"status": event.state, "fraction": event.fraction, "text": event.text, "base64": b64encode(event.data).decode()}
+    return facts | {name: value for name, value in more.items() if value not in ("", None)} | ({"cut": True} if event.cut else {})

@@ -324,7 +324,7 @@ def facts_of(record: JobRecord, place: int | None) -> dict[str, Any]:
         "started_at": rfc3339(record.started_ms),
         "ended_at": rfc3339(record.ended_ms),
         "attempts": len(record.attempts),
-        "progress": None if progress is None else _said_by(progress),
+        "progress": None if progress is None else progress.view(),
         "position": place,
         "http_status": record.status or None,
         "has_result": record.has_result,
@@ -350,12 +350,7 @@ def history_of(record: JobRecord) -> list[dict[str, Any]]:
 
 
 def event_facts(number: int, event: JobEvent) -> dict[str, Any]:
-    return {"seq": number, "event": event.kind.value, **_said_by(event)}
-
-
-def _said_by(event: JobEvent) -> dict[str, Any]:
-    facts = {"at": rfc3339(event.at_ms), "status": event.state, "fraction": event.fraction, "text": event.text}
-    return {name: value for name, value in facts.items() if value not in ("", None)}
+    return {"seq": number, "event": event.kind.value, **event.view()}
 
 
 def table_of(console: Console, records: Sequence[JobRecord], limit: int) -> Any:
