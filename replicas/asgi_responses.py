@@ -59,6 +59,7 @@ class Collected:
         self._size = 0
         self._parts = 0
         self._stream: Stream | None = None
+        self._is_text = False
         self.is_whole = False
 
     def __repr__(self) -> str:
@@ -82,7 +83,9 @@ class Collected:
         if self._head_only:
             return self._end(b"")
         if more and self._parts == 1:
-            self._stream = self._begin(self._response(b""))
+            head = self._response(b"")
+            self._stream = self._begin(head)
+            self._is_text = self._told is not None and is_text(head.headers.get("content-type", ""))
         if self._stream is None:
             self._collect(chunk)
             if self._told is not None and (more or self._parts > 1):
@@ -99,7 +102,7 @@ class Collected:
         if not more and not part and self._parts == 2:
             chunks.drop()
         else:
-            chunks.put(part, is_text=is_text(self._response(b"").headers.get("content-type", "")))
+            chunks.put(part, is_text=self._is_text)
 
     def _end(self, body: bytes) -> None:
         self.is_whole = True

@@ -23,41 +23,43 @@ EVENT_BYTES = 64 * 1024
 class JobChunks:
     """The parts of one run that have not been taken."""
 
-    __slots__ = ("_cut", "_decoder", "_left", "_parts")
+    __slots__ = ("_decoder", "_has_told_cut", "_left", "_parts")
 
     def __init__(self) -> None:
         self._parts: deque[tuple[bool, bytes]] = deque()  # whether it is text, and the bytes
-        self._left = TOLD_BYTES
-        self._cut: bool | None = False  # None once that was told
+        self._left = TOLD_BYTES  # below 0 once they are cut
+        self._has_told_cut = False
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may come in two parts
 
     def __repr__(self) -> str:
         return f"<JobChunks, {len(self._parts)} to take, {self._left} bytes left>"
 
     def __bool__(self) -> bool:
-        return bool(self._parts or self._cut)
+        return bool(self._parts) or (self.is_cut and not self._has_told_cut)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the result alone has what follows."""
+        return self._left < 0
 
     def put(self, data: bytes, *, is_text: bool) -> None:
-        """Tells the bytes, or that they and all that follow are told by the result alone, if that is too much."""
-        if self._cut is not False:
-            return
-        self._left -= len(data)
-        if self._left < 0:
-            self._cut = True
-        elif data:
-            self._parts.append((is_text, data))
+        """Tells the bytes, or cuts the chunks if that is too much."""
+        if not self.is_cut:
+            self._left -= len(data)
+            if data and not self.is_cut:
+                self._parts.append((is_text, data))
 
     def put_value(self, value: object) -> None:
-        """Tells what a handler yields to a handle: text and bytes as they are, others as a line of JSON. A value that has none ends the
-        telling."""
-        if self._cut is not False:
+        """Tells what a handler yields to a handle: text and bytes as they are, others as a line of JSON. A value that has none cuts the
+        chunks."""
+        if self.is_cut:
             return
         if isinstance(value, bytes | bytearray | memoryview):
             return self.put(bytes(value), is_text=False)
         try:
             data = encode_item(value)
         except (MQServeError, UnicodeEncodeError):
-            self._cut = True
+            self._left = -1
         else:
             self.put(data if isinstance(value, str) else data + b"\n", is_text=True)
 
@@ -67,7 +69,7 @@ class JobChunks:
 
     def take(self, now_ms: int) -> Iterator[JobEvent]:
         """Yields what was put since the last call, joined. Only the I/O loop calls this."""
-        is_cut = self._cut  # set behind the last part
+        tells_cut = self.is_cut and not self._has_told_cut  # asked first, since that comes behind the last part
         parts: list[tuple[bool, bytes]] = []
         with suppress(IndexError):  # also if they are dropped meanwhile
             while True:
@@ -80,6 +82,6 @@ class JobChunks:
                     yield JobEvent(EventKind.CHUNK, now_ms, data=piece)
                 elif text := self._decoder.decode(piece):
                     yield JobEvent(EventKind.CHUNK, now_ms, text=text)
-        if is_cut:
-            self._cut = None
+        if tells_cut:
+            self._has_told_cut = True
             yield JobEvent(EventKind.CHUNK, now_ms, cut=True)
