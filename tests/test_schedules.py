@@ -256,15 +256,17 @@ def test_a_file_of_run_schedules_what_it_decorates(shell: CommandLine) -> None:
 
 
 def test_a_file_of_run_that_is_started_again_goes_on_where_its_schedule_was(distributed_shell: CommandLine) -> None:
-    file = distributed_shell.file("app.py", FILE.replace("request.data", 'request.headers["x-scheduled-for"]'))
-    times: list[datetime] = []
+    file = distributed_shell.file("app.py", FILE.replace("request.data", 'request.headers["x-scheduled-for"], request.id'))
+    ids: dict[datetime, set[str]] = {}  # of the jobs that ran: one that runs when its instance ends may run again in the next one
     for _ in range(2):
         program = distributed_shell.start("run", file, "--port", str(free_port()))
         wait_until(lambda: program.output.count("cleaned") >= 3, told=lambda: program.output)  # noqa: B023
         program.signal(signal.SIGINT)
         program.wait()
-        times += [datetime.fromisoformat(line.split()[1]) for line in program.output.splitlines() if line.startswith("cleaned")]
-    assert sorted(times) == [min(times) + timedelta(seconds=number) for number in range(len(times))]
+        for _, at, id in (line.split() for line in program.output.splitlines() if line.startswith("cleaned")):
+            ids.setdefault(datetime.fromisoformat(at), set()).add(id)
+    assert sorted(ids) == [min(ids) + timedelta(seconds=number) for number in range(len(ids))]
+    assert {len(jobs) for jobs in ids.values()} == {1}
 
 
 def test_a_file_of_run_that_schedules_what_is_not_there_is_refused(shell: CommandLine) -> None:
