@@ -9,7 +9,7 @@ import msgspec
 
 from .envelope import NO_HEADER, Envelope, EventReply, StreamReply
 from .errors import BadEnvelope, Overloaded
-from .jobs import JobEvent
+from .jobs import EventKind, JobEvent
 from .process.printable import printable
 from .queue import Queue, fate_of
 from .results import ErrorInfo, Result
@@ -65,6 +65,8 @@ def reply_of_chunk(request: Envelope, seq: int, chunk: Frame) -> Envelope:
 def reply_of_event(request: Envelope, event: JobEvent) -> Envelope:
     """Returns what the caller is told of progress, of a line of the log, or of what was yielded."""
     body, content_type = (event.data, _BINARY) if event.data else (event.text.encode(), TEXT)
+    offset = event.offset if event.kind is EventKind.CHUNK else None
     return EventReply(
-        request.id, body, content_type, correlation_id=request.correlation_id, kind=event.kind, fraction=event.fraction, cut=event.cut
-    )
+        request.id, body, content_type, correlation_id=request.correlation_id, kind=event.kind, fraction=event.fraction, offset=offset,
+        cut=event.cut,
+    )  # fmt: skip

@@ -309,16 +309,19 @@ class StreamReply(Envelope, frozen=True):
 
 class EventReply(Envelope, frozen=True):
     """What a handler says of its job before the reply comes: with the header `mq-event` and, for progress, `mq-fraction`. That is a text,
-    since pika reads AMQP's floats as whole numbers. `mq-cut` says that no more chunks come."""
+    since pika reads AMQP's floats as whole numbers. A chunk has `mq-offset`, and `mq-cut` if no more of them come."""
 
     kind: str = ""
     fraction: float | None = None
+    offset: int | None = None
     cut: bool = False
 
     def _table(self, seals: BackendSeals | None) -> bytes:
         entries = b"\x08mq-eventS" + _long(self.kind)
         if self.fraction is not None:
             entries += b"\x0bmq-fractionS" + _long(f"{self.fraction:.6g}")
+        if self.offset is not None:
+            entries += b"\x09mq-offsetI" + struct.pack(">i", self.offset)
         if self.cut:
             entries += b"\x06mq-cutt\x01"
         return entries

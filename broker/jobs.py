@@ -102,12 +102,14 @@ class JobEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     fraction: float | None = None  # of PROGRESS: from 0 to 1
     text: str = ""  # of PROGRESS, LOG and CHUNK
     data: bytes = b""  # of a CHUNK that is no text
+    offset: Whole = 0  # of CHUNK: how many bytes its run has told before, so that a hole is seen
     cut: bool = False  # of CHUNK: no more of them come, and the result alone has the rest
 
     def view(self) -> dict[str, Any]:
-        """Returns what there is of it, under the names that it has over HTTP, for JSON."""
+        """Returns what there is of it, for JSON."""
         found: dict[str, Any] = {"at": rfc3339(self.at_ms), "status": self.state, "fraction": self.fraction, "text": self.text}
-        found |= {"base64": b64encode(self.data).decode(), "cut": self.cut or None}
+        if self.kind is EventKind.CHUNK:
+            found |= {"base64": b64encode(self.data).decode(), "offset": self.offset, "cut": self.cut or None}
         return {name: value for name, value in found.items() if value not in ("", None)}
 
     def to_bytes(self) -> bytes:

@@ -10,7 +10,6 @@ from starlette.responses import Response
 from ..broker.errors import TooLarge
 from .chunks import is_text
 from .job_chunks import JobChunks
-from .job_words import JobWords
 
 Message = MutableMapping[str, Any]
 
@@ -46,7 +45,7 @@ class Collected:
         *,
         head_only: bool,
         at_most: int,
-        told: JobWords | None = None,
+        told: JobChunks | None = None,
     ) -> None:
         self._on_whole = on_whole
         self._begin = begin
@@ -59,6 +58,7 @@ class Collected:
         self._size = 0
         self._parts = 0
         self._stream: Stream | None = None
+        self._tellable = 0  # parts that are not empty
         self._is_text = False
         self.is_whole = False
 
@@ -85,11 +85,11 @@ class Collected:
         if more and self._parts == 1:
             head = self._response(b"")
             self._stream = self._begin(head)
-            self._is_text = self._told is not None and is_text(head.headers.get("content-type", ""))
+            self._is_text = self._told is not None and is_text(head.headers)
         if self._stream is None:
             self._collect(chunk)
-            if self._told is not None and (more or self._parts > 1):
-                self._tell(self._told.chunks, chunk, more=more)
+            if self._told is not None and chunk:
+                self._tell(self._told, chunk)
         elif chunk or self._parts == 1:
             await self._stream.send(chunk)
         if not more:
@@ -97,12 +97,11 @@ class Collected:
                 self._stream.end()
             self._end(b"".join(self._chunks))
 
-    def _tell(self, chunks: JobChunks, part: bytes, *, more: bool) -> None:
-        """Tells a part, unless the whole comes at once behind it: middlewares send a response that was one piece so, and an empty part."""
-        if not more and not part and self._parts == 2:
-            chunks.drop()
-        else:
-            chunks.put(part, is_text=self._is_text)
+    def _tell(self, told: JobChunks, part: bytes) -> None:
+        """Tells the parts once there are two: a body that is one part, as middlewares send every response, comes as the result at once."""
+        self._tellable += 1
+        if self._tellable > 1:
+            told.put(b"".join(self._chunks) if self._tellable == 2 else part, is_text=self._is_text)
 
     def _end(self, body: bytes) -> None:
         self.is_whole = True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from enum import Enum
 
 import msgspec
@@ -15,6 +17,7 @@ from .jsonable import to_json
 NDJSON = "application/x-ndjson"
 BINARY = "application/octet-stream"
 EVENTS = "text/event-stream"
+_UTF_8 = ("utf-8", "utf8", "us-ascii")
 
 
 class _Kind(Enum):
@@ -80,9 +83,12 @@ def checked(data: bytes) -> bytes:
     return data
 
 
-def is_text(content_type: str) -> bool:
-    """Whether what has that type is text in UTF-8, as far as its name says."""
-    kind = media_type(content_type)
+def is_text(headers: Mapping[str, str]) -> bool:
+    """Whether a body with these headers should be text in UTF-8."""
+    content_type = headers.get("content-type", "")
+    kind, charset = media_type(content_type), re.search(r"charset=\W*([\w-]+)", content_type, re.IGNORECASE)
+    if headers.get("content-encoding", "identity") != "identity" or (charset is not None and charset[1].lower() not in _UTF_8):
+        return False
     return kind.startswith("text/") or kind in (JSON, NDJSON) or kind.endswith("+json")
 
 

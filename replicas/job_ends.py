@@ -56,15 +56,15 @@ class JobEnds:
         self.tell(job)
         return recorded(self._store.jobs.end_then, self._end_of(job, result))
 
-    def tell(self, job: KeptJob) -> None:
-        """Passes on what the handler has said since the last time. Nobody waits for that, and it may be lost."""
+    def tell(self, job: KeptJob, *, is_last: bool = True) -> None:
+        """Passes on what the handler has said since the last time; `is_last` before the end. Nobody waits for that, and it may be lost."""
         if not job.words:
             return
         future_id = job.envelope.future_id(self._backend)
-        for event in job.words.take(self._store.now_ms()):
+        for event in job.words.take(self._store.now_ms(), is_last=is_last):
             if job.begun:
                 self._store.jobs.note(future_id, job.mark, event)
-            if job.tells_caller:
+            if job.tells_caller and not job.is_stale:
                 with suppress(MQServeError):
                     self._queue.reply(reply_of_event(job.envelope, event), job.envelope.reply_to, _may_be_lost)
 

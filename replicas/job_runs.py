@@ -269,7 +269,7 @@ class JobRuns:
             self._tell_at = now + TAKEN_EVERY_S
             for held in self._register:
                 if isinstance(held, KeptJob) and held.words and held.stage in _LEASED:
-                    self._ends.tell(held)
+                    self._ends.tell(held, is_last=False)
 
     def _leased(self) -> list[KeptJob]:
         return [job for job in self._register if isinstance(job, KeptJob) and job.begun and job.stage in _LEASED]
@@ -279,6 +279,7 @@ class JobRuns:
             is_ours = await self._store.jobs.renew(job.envelope.future_id(self._backend), job.mark)
         except MQServeError as error:
             return self._lost.say(f"the leases of jobs of {self._backend} cannot be renewed: {error}")
+        job.is_stale = not is_ours
         if not is_ours and job.stage in _WITH_WORKER:  # its run has not ended meanwhile
             told = printable(job.envelope.id)
             self._lost.say(f"job {told} of {self._backend} runs elsewhere, too, since its lease had lapsed: the first result counts")

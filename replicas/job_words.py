@@ -43,26 +43,20 @@ class JobWords:
     """The words of one run that have not been collected: the last progress, the lines of the log, and what it yields. A handler that logs
     more than LOGS_A_SECOND lines loses the others."""
 
-    __slots__ = ("_chunks", "_count", "_lines", "_progress", "_since")
+    __slots__ = ("_count", "_lines", "_progress", "_since", "chunks")
 
     def __init__(self) -> None:
-        self._chunks: JobChunks | None = None  # of most jobs
         self._progress: tuple[float, str] | None = None
         self._lines: deque[str] = deque()
         self._since = 0.0  # monotonic: when the second began in which `_count` lines were logged
         self._count = 0
+        self.chunks: JobChunks | None = None  # None until it yields; most jobs do not
 
     def __repr__(self) -> str:
-        return f"<JobWords, {len(self._lines)} lines{'' if self._progress is None else ', and progress'}>"
+        return f"<JobWords, {len(self._lines)} lines{'' if self._progress is None else ', and progress'}, {self.chunks}>"
 
     def __bool__(self) -> bool:
-        return self._progress is not None or bool(self._lines) or bool(self._chunks)
-
-    @property
-    def chunks(self) -> JobChunks:
-        if self._chunks is None:
-            self._chunks = JobChunks()
-        return self._chunks
+        return self._progress is not None or bool(self._lines) or bool(self.chunks)
 
     def progress(self, fraction: float, text: str) -> None:
         self._progress = (fraction, text)
@@ -75,10 +69,10 @@ class JobWords:
             self._count += 1
             self._lines.append(text)
 
-    def take(self, now_ms: int) -> Iterator[JobEvent]:
-        """Yields what was said since the last call. Only the I/O loop calls this."""
-        if self._chunks is not None:
-            yield from self._chunks.take(now_ms)
+    def take(self, now_ms: int, *, is_last: bool = False) -> Iterator[JobEvent]:
+        """Yields what was said since the last call; all of it if this `is_last`. Only the I/O loop calls this."""
+        if self.chunks is not None:
+            yield from self.chunks.take(now_ms, is_last=is_last)
         while self._lines:
             yield JobEvent(EventKind.LOG, now_ms, text=self._lines.popleft())
         progress, self._progress = self._progress, None

@@ -305,11 +305,11 @@ class Sinks:
         if not envelope.id and not envelope.reply_to:
             return Discarded(self._backend)
         if header.origin == "handle":
-            return Listed(envelope, self._backend, signer, self.job_limit, job.words.chunks)
+            return Listed(envelope, self._backend, signer, self.job_limit, job.chunks)
         is_head = header.origin == "http" and header.meta.method == "HEAD"
         if is_head:
             return HeadOnly(self._backend, events=takes_events(header.meta.headers))
-        return Joined(self._backend, self.job_limit, job.words.chunks)
+        return Joined(self._backend, self.job_limit, job.chunks)
 
     def _flowing(self, job: Job, form: Form, signer: Signer, *, resumable: bool) -> Flowing:
         flow = self.flow(job, resumable=resumable, is_body=form is Form.BODY)

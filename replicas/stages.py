@@ -16,6 +16,7 @@ import msgspec
 from ..broker.envelope import Envelope
 from ..broker.queue import Delivery
 from ..broker.results import ErrorInfo, Outcome, Phase, Result, late_result
+from .job_chunks import JobChunks
 from .job_words import JobWords
 from .outgoing import Outgoing
 
@@ -109,9 +110,17 @@ class KeptJob(Job):
     begun: bool = False  # the record has this run, or may have it
     words: JobWords = msgspec.field(default_factory=JobWords)
     tells_caller: bool = False  # whoever waits at a queue for the reply gets what the handler says, too
+    is_stale: bool = False  # another run has taken over
 
     error_names: Sequence[str] = ()  # the handler has raised an exception of this type, by its name and those of its bases
     again_after_s: float | None = None  # the handler wants to be called again after that
+
+    @property
+    def chunks(self) -> JobChunks:
+        """What those who follow it are told of what it yields. Only the worker's thread asks for it."""
+        if self.words.chunks is None:
+            self.words.chunks = JobChunks(self.envelope.attempt)
+        return self.words.chunks
 
     @property
     def is_recorded(self) -> bool:

@@ -303,6 +303,7 @@ def test_a_run_that_is_tried_again_tells_all_anew(client: serve.Client, deploy: 
     job.result(30)
     seen = [str(event.state or event.text) for event in job.events()]
     assert "".join(seen[1:]) == "runningrun 1, queuedrunningrun 2, donesucceeded"
+    assert [event.offset for event in job.events() if event.text.startswith("run ")] == [0, 0]
 
 
 def test_of_a_long_answer_the_beginning_is_heard_and_the_rest_is_in_the_result(client: serve.Client, deploy: Deploy) -> None:

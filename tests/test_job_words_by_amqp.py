@@ -88,9 +88,13 @@ def test_what_a_job_yields_is_heard_as_it_comes_and_the_reply_has_all(
     replies = own_queue(channel)
     send(channel, jobs, deploy(write), replies, "first", ASKS, "writing")
     properties, body = receive(channel, replies)
-    assert (properties.headers, properties.content_type, body) == ({"mq-event": "chunk"}, "text/plain; charset=utf-8", b"first")
+    assert (properties.headers, properties.content_type, body) == (
+        {"mq-event": "chunk", "mq-offset": 0},
+        "text/plain; charset=utf-8",
+        b"first",
+    )
     gate.open()
-    assert receive(channel, replies)[0].headers == {"mq-event": "chunk", "mq-cut": True}
+    assert receive(channel, replies)[0].headers == {"mq-event": "chunk", "mq-offset": 5, "mq-cut": True}
     properties, body = receive(channel, replies)
     assert properties.headers == {"mq-status": 200} and body == b"first" + b"x" * 2_000_000
 

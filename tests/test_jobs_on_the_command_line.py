@@ -3,6 +3,7 @@
 import asyncio
 import json
 import signal
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -172,6 +173,22 @@ def test_a_job_is_watched_to_its_end(joining: CommandLine, doubling: str) -> Non
     assert watched.returncode == 1 and "that is odd" in watched.stderr and "Traceback" not in watched.stderr
     assert as_json(joining, "jobs", "show", bad.id)[0]["error"] == {"type": "ValueError", "message": "that is odd"}
     assert [json.loads(line)["status"] for line in watched.stdout.splitlines()] == ["queued", "running", "failed"]
+
+
+def test_what_a_job_yields_is_watched_by_lines(joining: CommandLine, deploy: Deploy) -> None:
+    def write(request: serve.ServeRequest) -> Iterator[str | bytes]:
+        for part in ("one ", "line\nand ", "\x1b[31mred", b"\xff", "the end"):
+            yield part
+            time.sleep(0.15)
+
+    name = deploy(write)
+    job = serve.get_handle(name).submit()
+    job.result(30)
+    lines = [line.split(" ", 1)[1] for line in printed(joining, "jobs", "watch", job.id).splitlines()]
+    assert lines[-4:] == ["one line", "and \\x1b[31mred(1 B)", "the end", "succeeded"]
+    watched = [json.loads(line) for line in joining.run("jobs", "watch", job.id, "--json").stdout.splitlines()]
+    assert [event["offset"] for event in watched if event["event"] == "chunk"] == [0, 4, 13, 21, 22]
+    assert "one line" not in joining.run("call", name, "--later").stderr, "the answer says it"
 
 
 def test_the_latest_jobs_are_watched_until_ctrl_c(joining: CommandLine, doubling: str) -> None:

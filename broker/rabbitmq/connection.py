@@ -188,10 +188,12 @@ class Link:
         await asyncio.gather(*self._ending)
 
 
-async def reply_to(request: Awaitable[T]) -> T:
+async def answer_of(request: Awaitable[T]) -> T:
     """Awaits what aiormq asked the broker. If the caller is cancelled, the request goes on, and whatever becomes of it is dropped: aiormq
     would close the channel of a request that is cancelled, and RabbitMQ end the connection at the next ack."""
-    return await asyncio.shield(_left_to_itself(request))
+    asking = _left_to_itself(request)
+    await asyncio.wait([asking])  # a shield reports what comes after, from Python 3.14 on
+    return asking.result()
 
 
 async def close_channel(channel: aiormq.abc.AbstractChannel, budget_s: float) -> None:

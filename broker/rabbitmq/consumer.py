@@ -17,7 +17,7 @@ from ..process.stopping import first_of
 from ..shards import shares
 from ..values.header_seals import BackendSeals
 from .channel import JoinedChannel
-from .connection import LONGEST_PAUSE_S, NO_ANSWER, OPERATION_BUDGET_S, Link, RabbitConnection, really_cancelled, reply_to
+from .connection import LONGEST_PAUSE_S, NO_ANSWER, OPERATION_BUDGET_S, Link, RabbitConnection, answer_of, really_cancelled
 from .refusals import broker_refusal
 
 logger = logging.getLogger(__name__)
@@ -180,16 +180,16 @@ class RabbitConsumption:
                 # A live qos change does not reach a running consumer: start a second one, then cancel the first.
                 self._may_deliver = True
                 async with asyncio.timeout(OPERATION_BUDGET_S):
-                    await reply_to(raw.basic_qos(prefetch_count=self._prefetch))
-                    started = await reply_to(raw.basic_consume(self._queue, _unused_callback))
+                    await answer_of(raw.basic_qos(prefetch_count=self._prefetch))
+                    started = await answer_of(raw.basic_consume(self._queue, _unused_callback))
                     if consumer_tag:
-                        await reply_to(raw.basic_cancel(consumer_tag))
+                        await answer_of(raw.basic_cancel(consumer_tag))
                 consumer_tag = started.consumer_tag or ""
                 self._consuming.set()
                 await self._watch(connection, raw, lost)
             if self.cancelled and not lost.is_set():
                 async with asyncio.timeout(OPERATION_BUDGET_S):
-                    await reply_to(raw.basic_cancel(consumer_tag))
+                    await answer_of(raw.basic_cancel(consumer_tag))
                 self._may_deliver = False
                 while channel.held and not lost.is_set():
                     await asyncio.sleep(0.01)
@@ -207,7 +207,7 @@ class RabbitConsumption:
                 return
             try:
                 async with asyncio.timeout(OPERATION_BUDGET_S):
-                    await reply_to(raw.basic_qos(prefetch_count=self._prefetch))
+                    await answer_of(raw.basic_qos(prefetch_count=self._prefetch))
             except TimeoutError:
                 self._link.abandon(connection, NO_ANSWER)
                 raise BrokerUnavailable(NO_ANSWER) from None

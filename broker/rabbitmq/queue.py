@@ -36,8 +36,8 @@ from .connection import (
     OPERATION_BUDGET_S,
     Link,
     RabbitConnection,
+    answer_of,
     really_cancelled,
-    reply_to,
     user_of,
 )
 from .consumer import AddressedDelivery, RabbitConsumption, RabbitDelivery, RabbitJobDelivery, ShardedConsumption, one_started
@@ -329,7 +329,7 @@ class RabbitQueue:
                     raise TimeoutError
             return
         if not self._has_exchange:
-            await _in_time(reply_to(raw.basic_qos(prefetch_count=0)))
+            await _in_time(answer_of(raw.basic_qos(prefetch_count=0)))
             return
         publish = partial(channel.publish, self._requests, "", _PROBE, b"", "")
         if isinstance(error := await _in_time(fate_of(publish, OPERATION_BUDGET_S)), BrokerUnavailable):

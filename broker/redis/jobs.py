@@ -194,10 +194,13 @@ class RedisJobs:
     async def events(self, future_id: str, after: int = 0) -> Sequence[NumberedEvent]:
         key = self._keys.events(future_id)
         try:
-            found: Any = await self._call(lambda: self._client.lrange(key, 0, -1))
+            found: Any = await self._call(lambda: self._client.lrange(key, -_LATEST_EVENTS if after else 0, -1))
+            events = _events(found)
+            if after and len(found) == _LATEST_EVENTS and not (events and events[0].seq <= after + 1):
+                events = _events(await self._call(lambda: self._client.lrange(key, 0, -1)))
         except WrongType:
             return []
-        return [event for raw in found if (event := _event(raw)) is not None and event.seq > after]
+        return [event for event in events if event.seq > after]
 
     async def place(self, future_id: str, facts: JobFacts) -> int | None:
         found = await self._steps.take(self._step("place", future_id, waiting=self._keys.waiting(facts.backend)))
@@ -255,6 +258,7 @@ class RedisJobs:
 
 
 _EVENT_KEYS = ("events", "followers")
+_LATEST_EVENTS = 8  # read alone by who has the ones before: most renewals find nothing new
 
 
 def _state(state: JobState, at_ms: int) -> bytes:
@@ -266,7 +270,7 @@ def _done(outcome: Any) -> bool | Exception:
 
 
 def _not_missed(outcome: Any) -> None:
-    """An event that is lost is not missed."""
+    """An event that is lost is not missed; where that was a chunk, the offset of the next one says so."""
 
 
 def _record(future_id: str, outcome: Any) -> JobRecord | None:
@@ -290,6 +294,10 @@ def _number(raw: bytes) -> int:
     if not raw.isdigit():
         raise BadEnvelope(f"a count of a group does not parse ({raw[:20]!r}): another program wrote it")
     return int(raw)
+
+
+def _events(found: Any) -> list[NumberedEvent]:
+    return [event for raw in found if (event := _event(raw)) is not None]
 
 
 def _event(raw: bytes) -> NumberedEvent | None:

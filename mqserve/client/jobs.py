@@ -115,14 +115,16 @@ class JobEvent:
     fraction: float | None
     text: str
     data: bytes
+    offset: int
+    """Of a chunk: how many bytes this run has told before, text as UTF-8. 0 is a new run; a hole is a chunk that was lost."""
     cut: bool
-    """Of a chunk: it is the last one that is told, and only the result has what follows."""
+    """Of a chunk: it is the last one, and only the result has what follows."""
 
     @classmethod
     def of(cls, numbered: NumberedEvent) -> JobEvent:
         event = numbered.event
         state = JobState(event.state) if event.state else None
-        return cls(numbered.seq, event.kind, _time(event.at_ms), state, event.fraction, event.text, event.data, event.cut)
+        return cls(numbered.seq, event.kind, _time(event.at_ms), state, event.fraction, event.text, event.data, event.offset, event.cut)
 
 
 class Job(Future):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import sys
 from base64 import b64encode
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from ..broker.settings import Settings
 from ..client.client import Client
 from ..client.futures import Future
 from ..client.handle import Handle
-from ..client.jobs import Job, JobEvent
+from ..client.jobs import JobEvent
 from ..client.session import open_client
 from .endings import FAILED
 from .printing import print_json
@@ -49,7 +50,7 @@ def call_later(settings: Settings, endpoint: str, data: str, interrupts: Interru
         job = _handle(client, endpoint).options(tag=tag, delay_s=delay_s).submit(value)
         interrupts.first = f"\nJob {job.id} goes on: `mqserve jobs watch {job.id}` shows it again, `mqserve jobs cancel {job.id}` ends it."
         click.echo(f"Job {job.id}", err=True)
-        _watch(job, Console(stderr=True))
+        _watch((event for event in job.events() if event.kind is not EventKind.CHUNK), Console(stderr=True))  # the answer has the chunks
         _print_answer(_value_of(job))
     return 0
 
@@ -73,7 +74,7 @@ def watch_by_id(settings: Settings, job_id: str, interrupts: Interrupts, *, as_j
             for event in job.events():
                 print_json(Console(), [_facts(event)])
         else:
-            _watch(job, Console())
+            _watch(_by_lines(job.events()), Console())
         if job.status().state is JobState.SUCCEEDED:
             return 0
         job.result()  # raises why, which gets one sentence
@@ -126,11 +127,26 @@ def _print_answer(answer: Any) -> None:
             click.echo(repr(answer))
 
 
-def _watch(job: Job, console: Console) -> None:
+def _watch(events: Iterable[JobEvent], console: Console) -> None:
     """Shows a bar in a terminal, and a line for each event elsewhere."""
     with _teller(console) as tell:
-        for event in job.events():
+        for event in events:
             tell(event)
+
+
+def _by_lines(events: Iterable[JobEvent]) -> Iterator[JobEvent]:
+    """Has a chunk for each line of what the job yields: nothing less can be shown above a bar."""
+    rest, latest = "", None
+    for event in events:
+        if event.kind is EventKind.CHUNK:
+            *lines, rest = (rest + _told(event)).split("\n")
+            latest = event
+            yield from (replace(event, text=line) for line in lines)
+            continue
+        if event.kind is EventKind.STATE and latest is not None and rest:
+            yield replace(latest, text=rest)
+            rest = ""
+        yield event
 
 
 @contextmanager
@@ -155,8 +171,7 @@ def _teller(console: Console) -> Iterator[Callable[[JobEvent], None]]:
             elif event.kind is EventKind.PROGRESS:
                 bar.update(task, total=1.0, completed=event.fraction or 0.0, words=printable(event.text))
             else:
-                for line in _told(event).splitlines():
-                    bar.console.print(printable(line), markup=False, highlight=False)
+                bar.console.print(printable(event.text), markup=False, highlight=False)
 
         yield tell
 
@@ -164,18 +179,20 @@ def _teller(console: Console) -> Iterator[Callable[[JobEvent], None]]:
 def _line(event: JobEvent) -> str:
     at = "" if event.at is None else f"{event.at:%H:%M:%S} "
     fraction = "" if event.fraction is None else f"{event.fraction:.0%}"
-    words = " ".join(word for word in (event.state or "", fraction, printable(_told(event))) if word)
+    words = " ".join(word for word in (event.state or "", fraction, printable(event.text)) if word)
     return f"{at}{words}"
 
 
-def _told(event: JobEvent) -> str:
-    if event.cut:
-        return "(only the result has the rest)"
-    return f"({len(event.data)} bytes)" if event.data else event.text
+def _told(chunk: JobEvent) -> str:
+    if chunk.cut:
+        return "\n(only the result has the rest)\n"
+    return f"({len(chunk.data)} B)\n" if chunk.data else chunk.text
 
 
 def _facts(event: JobEvent) -> dict[str, Any]:
     at = None if event.at is None else event.at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
     facts = {"seq": event.seq, "event": event.kind.value, "at": at}
-    more = {"status": event.state, "fraction": event.fraction, "text": event.text, "base64": b64encode(event.data).decode()}
-    return facts | {name: value for name, value in more.items() if value not in ("", None)} | ({"cut": True} if event.cut else {})
+    more: dict[str, Any] = {"status": event.state, "fraction": event.fraction, "text": event.text}
+    if event.kind is EventKind.CHUNK:
+        more |= {"base64": b64encode(event.data).decode(), "offset": event.offset, "cut": event.cut or None}
+    return facts | {name: value for name, value in more.items() if value not in ("", None)}

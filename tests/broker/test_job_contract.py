@@ -327,6 +327,8 @@ async def test_only_the_latest_events_are_kept(store: Store) -> None:
     await ended(store)
     events = await store.jobs.events("f")
     assert [seq for seq, _ in events] == list(range(503, KEPT_EVENTS + 503))
+    for after in (1, 700, KEPT_EVENTS + 490, KEPT_EVENTS + 501, KEPT_EVENTS + 502, KEPT_EVENTS + 600):
+        assert [seq for seq, _ in await store.jobs.events("f", after)] == list(range(max(503, after + 1), KEPT_EVENTS + 503))
 
 
 async def test_who_waits_is_told_of_the_end_and_so_is_the_sender_each_once(store: Store, keys: StoreKeys) -> None:

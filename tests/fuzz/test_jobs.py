@@ -19,7 +19,7 @@ whole = st.integers(0, 2**62)
 facts = st.builds(JobFacts, good_text, good_text, whole, whole, whole, st.integers(0, 9), good_text, good_text)
 attempts = st.builds(Attempt, st.integers(0, 200), good_text, whole, whole, good_text, whole)
 events = st.builds(
-    JobEvent, st.sampled_from(EventKind), whole, good_text, st.none() | st.floats(0, 1), good_text, st.binary(), st.booleans()
+    JobEvent, st.sampled_from(EventKind), whole, good_text, st.none() | st.floats(0, 1), good_text, st.binary(), whole, st.booleans()
 )
 SIGNER, NO_SIGNER = Signer([b"k" * 32], "ns", clock=lambda: 1_000_000.0), Signer([], "ns")
 HEADER = Header(origin="http", meta=RequestHead(endpoint="e"), job=JobHead(created_ms=5))
