@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+import re
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, Protocol
 
 from starlette.responses import Response
 
 from ..broker.errors import TooLarge
-from .chunks import is_text
-from .job_chunks import JobChunks
+from ..broker.values.codecs import JSON, media_type
+from .chunks import NDJSON
+from .stages import KeptJob
 
 Message = MutableMapping[str, Any]
+
+_UTF_8 = ("utf-8", "utf8", "us-ascii")
 
 
 def is_whole(response: Response) -> bool:
     """Whether the response is complete without being run: a plain Response without a background task."""
     return type(response).__call__ is Response.__call__ and response.background is None
+
+
+def is_text(headers: Mapping[str, str]) -> bool:
+    """Whether a body with these headers should be text in UTF-8."""
+    content_type = headers.get("content-type", "")
+    kind, charset = media_type(content_type), re.search(r"charset=\W*([\w-]+)", content_type, re.IGNORECASE)
+    if headers.get("content-encoding", "identity") != "identity" or (charset is not None and charset[1].lower() not in _UTF_8):
+        return False
+    return kind.startswith("text/") or kind in (JSON, NDJSON) or kind.endswith("+json")
 
 
 class Stream(Protocol):
@@ -35,7 +48,7 @@ class Collected:
     """Collects the parts of one response. `on_whole` is called once, with the whole response, as soon as the last part has come.
 
     If a first part comes that is not the last, `begin` is called with the head: it returns the stream that takes the parts, or None. Then
-    `told`, of a job, tells the parts to those who follow it. Of an answer to HEAD the head alone is the whole.
+    `followed`, a job, has the parts for those who follow it. Of an answer to HEAD the head alone is the whole.
     """
 
     def __init__(
@@ -45,13 +58,13 @@ class Collected:
         *,
         head_only: bool,
         at_most: int,
-        told: JobChunks | None = None,
+        followed: KeptJob | None = None,
     ) -> None:
         self._on_whole = on_whole
         self._begin = begin
         self._head_only = head_only
         self._at_most = at_most
-        self._told = told
+        self._followed = followed
         self._status = 0  # 0 until the response begins
         self._headers: list[tuple[bytes, bytes]] = []
         self._chunks: list[bytes] = []
@@ -85,11 +98,11 @@ class Collected:
         if more and self._parts == 1:
             head = self._response(b"")
             self._stream = self._begin(head)
-            self._is_text = self._told is not None and is_text(head.headers)
+            self._is_text = self._followed is not None and is_text(head.headers)
         if self._stream is None:
             self._collect(chunk)
-            if self._told is not None and chunk:
-                self._tell(self._told, chunk)
+            if self._followed is not None and chunk:
+                self._tell(self._followed, chunk)
         elif chunk or self._parts == 1:
             await self._stream.send(chunk)
         if not more:
@@ -97,11 +110,12 @@ class Collected:
                 self._stream.end()
             self._end(b"".join(self._chunks))
 
-    def _tell(self, told: JobChunks, part: bytes) -> None:
+    def _tell(self, job: KeptJob, part: bytes) -> None:
         """Tells the parts once there are two: a body that is one part, as middlewares send every response, comes as the result at once."""
         self._tellable += 1
         if self._tellable > 1:
-            told.put(b"".join(self._chunks) if self._tellable == 2 else part, is_text=self._is_text)
+            for one in self._chunks if self._tellable == 2 else (part,):
+                job.chunks.put(one, is_text=self._is_text)
 
     def _end(self, body: bytes) -> None:
         self.is_whole = True

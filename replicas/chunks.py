@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from enum import Enum
 
 import msgspec
@@ -11,13 +9,12 @@ import msgspec
 from ..broker.calls.sending import MAX_BODY_BYTES
 from ..broker.envelope import Pairs
 from ..broker.errors import BadType, NotEncodable, TooLarge
-from ..broker.values.codecs import JSON, TEXT, media_type
+from ..broker.values.codecs import TEXT
 from .jsonable import to_json
 
 NDJSON = "application/x-ndjson"
 BINARY = "application/octet-stream"
 EVENTS = "text/event-stream"
-_UTF_8 = ("utf-8", "utf8", "us-ascii")
 
 
 class _Kind(Enum):
@@ -81,15 +78,6 @@ def checked(data: bytes) -> bytes:
             f"the handler yielded a chunk of {len(data)} bytes, and the limit is {MAX_BODY_BYTES}: yield smaller ones", status=500
         )
     return data
-
-
-def is_text(headers: Mapping[str, str]) -> bool:
-    """Whether a body with these headers should be text in UTF-8."""
-    content_type = headers.get("content-type", "")
-    kind, charset = media_type(content_type), re.search(r"charset=\W*([\w-]+)", content_type, re.IGNORECASE)
-    if headers.get("content-encoding", "identity") != "identity" or (charset is not None and charset[1].lower() not in _UTF_8):
-        return False
-    return kind.startswith("text/") or kind in (JSON, NDJSON) or kind.endswith("+json")
 
 
 def takes_events(headers: Pairs) -> bool:

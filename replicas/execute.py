@@ -104,7 +104,7 @@ class Execution:
             lambda head: sinks.response(job, *response_head(head, self.backend)),
             head_only=job.envelope.header.meta.method == "HEAD",
             at_most=self._limit(job).max_bytes,
-            told=job.chunks if isinstance(job, KeptJob) else None,
+            followed=job if isinstance(job, KeptJob) else None,
         )
         try:
             await app(http_scope(job.envelope.header.meta), Receiver(job), collected.send)

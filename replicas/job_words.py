@@ -50,10 +50,11 @@ class JobWords:
         self._lines: deque[str] = deque()
         self._since = 0.0  # monotonic: when the second began in which `_count` lines were logged
         self._count = 0
-        self.chunks: JobChunks | None = None  # None until it yields; most jobs do not
+        self.chunks: JobChunks | None = None  # None until an answer comes in parts; most do not
 
     def __repr__(self) -> str:
-        return f"<JobWords, {len(self._lines)} lines{'' if self._progress is None else ', and progress'}, {self.chunks}>"
+        progress = "" if self._progress is None else ", progress"
+        return f"<JobWords, {len(self._lines)} lines{progress}{'' if self.chunks is None else f', {self.chunks}'}>"
 
     def __bool__(self) -> bool:
         return self._progress is not None or bool(self._lines) or bool(self.chunks)

@@ -81,12 +81,12 @@ class Discarded(_Unlimited):
 class Listed(_Unlimited):
     """Collects the values for a handle, whose caller gets them as a list."""
 
-    def __init__(self, envelope: Envelope, backend: str, signer: Signer, limit: ResultLimit, told: JobChunks | None = None) -> None:
+    def __init__(self, envelope: Envelope, backend: str, signer: Signer, limit: ResultLimit, job_chunks: JobChunks | None = None) -> None:
         self._envelope = envelope
         self._backend = backend
         self._signer = signer
         self._limit = limit
-        self._told = told
+        self._job_chunks = job_chunks
         self._values: list[Any] = []
         self._size = 0
 
@@ -94,8 +94,8 @@ class Listed(_Unlimited):
         self._size += len(value) if isinstance(value, str | bytes | bytearray) else 1
         _check_size(self._size, self._limit)
         self._values.append(value)
-        if self._told is not None:
-            self._told.put_value(value)
+        if self._job_chunks is not None:
+            self._job_chunks.put_value(value)
 
     def end(self) -> Result:
         result = value_result(self._values, self._backend, self._envelope.id, self._signer)
@@ -106,10 +106,10 @@ class Listed(_Unlimited):
 class Joined(_Unlimited):
     """Joins the chunks to one body."""
 
-    def __init__(self, backend: str, limit: ResultLimit, told: JobChunks | None = None) -> None:
+    def __init__(self, backend: str, limit: ResultLimit, job_chunks: JobChunks | None = None) -> None:
         self._backend = backend
         self._limit = limit
-        self._told = told
+        self._job_chunks = job_chunks
         self._chunks = BodyChunks()
         self._parts: list[bytes] = []
         self._size = 0
@@ -119,8 +119,8 @@ class Joined(_Unlimited):
         self._size += len(part)
         _check_size(self._size, self._limit)
         self._parts.append(part)
-        if self._told is not None:
-            self._told.put(part, is_text=self._chunks.is_text)
+        if self._job_chunks is not None:
+            self._job_chunks.put(part, is_text=self._chunks.is_text)
 
     def end(self) -> Result:
         return Result(backend=self._backend, content_type=self._chunks.content_type, body=b"".join(self._parts))

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import signal
-import time
+from base64 import b64decode
 from collections.abc import Iterator
 from typing import Any
 
@@ -176,18 +176,19 @@ def test_a_job_is_watched_to_its_end(joining: CommandLine, doubling: str) -> Non
 
 
 def test_what_a_job_yields_is_watched_by_lines(joining: CommandLine, deploy: Deploy) -> None:
-    def write(request: serve.ServeRequest) -> Iterator[str | bytes]:
-        for part in ("one ", "line\nand ", "\x1b[31mred", b"\xff", "the end"):
-            yield part
-            time.sleep(0.15)
+    def write(request: serve.ServeRequest) -> Iterator[Any]:
+        yield from ("one ", "line\nand ", "\x1b[31mred", b"\xff", "the end")
+        yield {1, 2}
 
     name = deploy(write)
     job = serve.get_handle(name).submit()
     job.result(30)
     lines = [line.split(" ", 1)[1] for line in printed(joining, "jobs", "watch", job.id).splitlines()]
-    assert lines[-4:] == ["one line", "and \\x1b[31mred(1 B)", "the end", "succeeded"]
+    assert lines[-5:] == ["one line", "and \\x1b[31mred(1 B)", "the end", "(only the result has the rest)", "succeeded"]
     watched = [json.loads(line) for line in joining.run("jobs", "watch", job.id, "--json").stdout.splitlines()]
-    assert [event["offset"] for event in watched if event["event"] == "chunk"] == [0, 4, 13, 21, 22]
+    chunks = [event for event in watched if event["event"] == "chunk"]
+    sizes = [len(chunk.get("text", "") or b64decode(chunk.get("base64", ""))) for chunk in chunks]
+    assert [chunk["offset"] for chunk in chunks] == [sum(sizes[:number]) for number in range(len(chunks))] and chunks[-1]["cut"]
     assert "one line" not in joining.run("call", name, "--later").stderr, "the answer says it"
 
 

@@ -270,7 +270,7 @@ def _done(outcome: Any) -> bool | Exception:
 
 
 def _not_missed(outcome: Any) -> None:
-    """An event that is lost is not missed; where that was a chunk, the offset of the next one says so."""
+    """An event that is lost is not missed; if that was a chunk, the offset of the next one says so, or the length of the result."""
 
 
 def _record(future_id: str, outcome: Any) -> JobRecord | None:

@@ -135,11 +135,11 @@ def _watch(events: Iterable[JobEvent], console: Console) -> None:
 
 
 def _by_lines(events: Iterable[JobEvent]) -> Iterator[JobEvent]:
-    """Has a chunk for each line of what the job yields: nothing less can be shown above a bar."""
+    """Yields an event for each line of what the job yields, since nothing less can be shown above a bar, and the others as they are."""
     rest, latest = "", None
     for event in events:
         if event.kind is EventKind.CHUNK:
-            *lines, rest = (rest + _told(event)).split("\n")
+            *lines, rest = (rest + _told(event, after=rest)).split("\n")
             latest = event
             yield from (replace(event, text=line) for line in lines)
             continue
@@ -183,16 +183,16 @@ def _line(event: JobEvent) -> str:
     return f"{at}{words}"
 
 
-def _told(chunk: JobEvent) -> str:
+def _told(chunk: JobEvent, after: str) -> str:
     if chunk.cut:
-        return "\n(only the result has the rest)\n"
+        return ("\n" if after else "") + "(only the result has the rest)\n"
     return f"({len(chunk.data)} B)\n" if chunk.data else chunk.text
 
 
 def _facts(event: JobEvent) -> dict[str, Any]:
     at = None if event.at is None else event.at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    facts = {"seq": event.seq, "event": event.kind.value, "at": at}
-    more: dict[str, Any] = {"status": event.state, "fraction": event.fraction, "text": event.text}
+    facts: dict[str, Any] = {"seq": event.seq, "event": event.kind.value, "at": at}
+    facts |= {"status": event.state, "fraction": event.fraction, "text": event.text}
     if event.kind is EventKind.CHUNK:
-        more |= {"base64": b64encode(event.data).decode(), "offset": event.offset, "cut": event.cut or None}
-    return facts | {name: value for name, value in more.items() if value not in ("", None)}
+        facts |= {"base64": b64encode(event.data).decode(), "offset": event.offset, "cut": event.cut or None}
+    return {name: value for name, value in facts.items() if value not in ("", None)}

@@ -1,11 +1,13 @@
 """What is told of the parts of an answer, before it is there as a whole."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from mqserve.broker.jobs import KEPT_EVENTS, EventKind, JobEvent
-from mqserve.replicas.chunks import is_text
+from mqserve.replicas.asgi_responses import is_text
 from mqserve.replicas.job_chunks import EVENT_BYTES, EVENTS_AT_ONCE, TOLD_BYTES, JobChunks
 from mqserve.replicas.job_words import JobWords
 
@@ -41,15 +43,22 @@ def test_a_character_may_come_in_two_parts() -> None:
     assert seen == "caf\u00e9 \u20ac"
 
 
-@pytest.mark.parametrize("parts", [(b"caf\xe9 noir",), (b"caf\xc3", b"\xa9", b" noir\xc3"), (b"\xff", b"ok")])
+@pytest.mark.parametrize("parts", [(b"caf\xe9 noir",), (b"caf\xc3", b"\xa9", b" noir\xc3"), (b"\xff", b"ok"), (b"one ", b"caf\xe9")])
 def test_text_that_is_no_utf_8_is_told_as_the_bytes_that_it_is(parts: tuple[bytes, ...]) -> None:
     chunks, seen = JobChunks(), b""
-    for number, part in enumerate(parts):
+    for number, part in enumerate((*parts, b"")):
         chunks.put(part, is_text=True)
-        for event in chunks.take(number * 1000, is_last=part is parts[-1]):
+        for event in chunks.take(number * 1000, is_last=not part):
             assert event.offset == len(seen)
             seen += event.text.encode() + event.data
-    assert seen == b"".join(parts)
+    assert seen == b"".join(parts) and not chunks
+
+
+def test_text_whose_last_character_is_cut_keeps_its_place_before_bytes() -> None:
+    chunks = JobChunks()
+    chunks.put(b"caf\xc3", is_text=True)
+    chunks.put(b"\x00", is_text=False)
+    assert told(chunks, is_last=False) == ["caf", b"\xc3", b"\x00"]
 
 
 def test_text_and_bytes_keep_their_order() -> None:
@@ -84,6 +93,28 @@ def test_text_and_bytes_by_turns_are_cut_rather_than_a_flood() -> None:
         chunks.put_value("t")
         chunks.put_value(b"b")
     assert told(chunks) == ["t", b"b"] * (EVENTS_AT_ONCE // 2) + ["cut"]
+    chunks.put_value("t")
+    assert not chunks and told(chunks) == []
+
+
+def test_nothing_follows_the_cut_also_if_the_handler_goes_on_meanwhile() -> None:
+    for _ in range(50):
+        chunks, is_over = JobChunks(), threading.Event()
+
+        def write(chunks: JobChunks = chunks, is_over: threading.Event = is_over) -> None:
+            while not is_over.is_set():
+                chunks.put_value("t")
+                chunks.put_value(b"b")
+
+        seen: list[JobEvent] = []
+        with ThreadPoolExecutor(1) as threads:
+            threads.submit(write)
+            for now_ms in range(0, 100_000, 1000):
+                seen += chunks.take(now_ms)
+            is_over.set()
+        seen += chunks.take(100_000, is_last=True)
+        assert [event.cut for event in seen].index(True) == len(seen) - 1
+        assert [event.offset for event in seen] == list(range(len(seen)))
 
 
 class Array:
@@ -91,7 +122,23 @@ class Array:
         raise AssertionError("code of the user runs")
 
 
-@pytest.mark.parametrize("value", [object(), Array(), "\ud800", {"text": "\ud800"}, {"raw": b"\xff"}, ("a tuple",)])
+class Bytes(bytes):
+    def __bytes__(self) -> bytes:
+        raise AssertionError("code of the user runs")
+
+
+class Proxy:
+    __class__ = str  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        object(), Array(), Bytes(b"b"), Proxy(), "\ud800", {"text": "\ud800"}, {"raw": b"\xff"}, ("a tuple",), [[]] * TOLD_BYTES,
+        [["x" * TOLD_BYTES]], bytearray(TOLD_BYTES + 1),
+    ],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
 def test_a_value_that_is_no_plain_data_cuts_the_chunks(value: Any) -> None:
     chunks = JobChunks()
     chunks.put_value("first")
@@ -100,8 +147,8 @@ def test_a_value_that_is_no_plain_data_cuts_the_chunks(value: Any) -> None:
     assert told(chunks) == ["first", "cut"]
 
 
-def test_they_are_taken_less_often_in_the_course_of_time() -> None:
-    """So that ten minutes of them are among the latest events that are kept."""
+def test_they_are_taken_less_often_the_more_there_are() -> None:
+    """So that ten minutes of text are among the latest events that are kept."""
     chunks, events = JobChunks(), 0
     for now_ms in range(0, 600_000, 50):
         chunks.put(b"x", is_text=True)
@@ -111,7 +158,7 @@ def test_they_are_taken_less_often_in_the_course_of_time() -> None:
     assert events < KEPT_EVENTS
 
 
-def test_chunks_come_before_what_is_said_of_them() -> None:
+def test_what_was_yielded_is_told_before_what_was_said_at_the_same_time() -> None:
     words = JobWords()
     words.progress(0.5, "half")
     words.log("a line")
