@@ -22,7 +22,7 @@ from ..broker.failures import traceback_of
 from ..broker.jobs import facts_of
 from ..broker.process.printable import printable, printable_lines
 from ..broker.process.rate_limited_log import RateLimitedLog
-from ..broker.process.tasks import Tasks
+from ..broker.process.tasks import Tasks, read_error
 from ..broker.queue import Delivery, Queue, fate_of
 from ..broker.results import BodyFile, ErrorInfo, Result, entry_of
 from ..broker.store import Record, Store
@@ -124,7 +124,7 @@ class Settlement:
     def record_early(self, job: Job, result: Result) -> None:
         """Records a result before the run ends. A failed write does no harm: the end of the run records the result again, and requeues the
         message if that fails."""
-        self.record(job, result).add_done_callback(lambda done: None if done.cancelled() else done.exception())
+        self.record(job, result).add_done_callback(read_error)
 
     def _record_of(self, job: Job, result: Result) -> Record:
         envelope = job.envelope

@@ -1,6 +1,7 @@
 """The thread on which a client lives: what it does with work that is given up."""
 
 import asyncio
+import gc
 import signal
 import threading
 from collections.abc import Iterator
@@ -43,6 +44,28 @@ def test_work_that_ctrl_c_gives_up_ends_in_good_order_before_the_runtime_stops()
         runtime.call(work())
     runtime.stop()
     assert steps == ["begun", "ended"]
+
+
+def test_work_that_was_given_up_leaves_no_word_of_an_error_that_nobody_read(caplog: pytest.LogCaptureFixture) -> None:
+    """Its caller is cancelled, and then the client ends, before either reaches the runtime's thread."""
+
+    async def forever() -> None:
+        await asyncio.sleep(60)
+
+    runtime = Runtime()
+    runtime.start()
+    given_up = runtime.submit(forever())
+    runtime.call(asyncio.sleep(0))
+    busy, free = threading.Event(), threading.Event()
+    runtime.post(lambda: (busy.set(), free.wait(10)))  # type: ignore[arg-type, func-returns-value]
+    busy.wait(10)
+    given_up.cancel()
+    runtime.is_over("the client was closed")
+    free.set()
+    runtime.stop()
+    del given_up
+    gc.collect()
+    assert "never retrieved" not in caplog.text
 
 
 def test_what_nobody_has_cancelled_does_not_keep_a_runtime_from_stopping() -> None:

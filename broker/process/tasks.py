@@ -1,4 +1,5 @@
-"""Background tasks that have an owner. It keeps a reference to each until it ends, and cancels them when it ends itself."""
+"""Background tasks that have an owner. It keeps a reference to each until it ends, and cancels them when it ends itself; and tasks that may
+outlive whoever waits for them."""
 
 from __future__ import annotations
 
@@ -7,6 +8,12 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 Task = asyncio.Task[None]
+
+
+def read_error(future: asyncio.Future[Any]) -> None:
+    """Reads the error of a future that perhaps nobody waits for any more: asyncio reports one that was not read. A callback for its end."""
+    if not future.cancelled():
+        future.exception()
 
 
 class Tasks:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import aio_pika
 import aiormq
@@ -17,6 +17,7 @@ from yarl import URL
 from ..backoff import delays
 from ..errors import BrokerUnavailable, words_of
 from ..process.printable import printable
+from ..process.tasks import read_error
 from ..settings import masked
 from . import unreadable
 from .hot_frames import HotTransport
@@ -82,7 +83,7 @@ class RabbitConnection:
     async def end(self) -> None:
         """Closes the connection, and waits only a limited time: aiormq tries for half a minute to send its last bytes."""
         closing = asyncio.ensure_future(self._amqp.close(ConnectionClosed(0, "closed by us")))
-        closing.add_done_callback(_never_mind)
+        closing.add_done_callback(read_error)
         try:
             if not (await asyncio.wait([closing], timeout=_END_BUDGET_S))[0]:
                 self.hot.abort()
@@ -205,13 +206,8 @@ async def close_channel(channel: aiormq.abc.AbstractChannel, budget_s: float) ->
 def _left_to_itself(request: Awaitable[T]) -> asyncio.Future[T]:
     """Starts a request that may outlive whoever waits for it, so that asyncio does not report an error that comes then as an unread one."""
     asking = asyncio.ensure_future(request)
-    asking.add_done_callback(_never_mind)
+    asking.add_done_callback(read_error)
     return asking
-
-
-def _never_mind(asking: asyncio.Future[Any]) -> None:
-    if not asking.cancelled():
-        asking.exception()
 
 
 def user_of(url: str) -> str:

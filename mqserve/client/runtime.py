@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from ..broker.errors import InstanceError
 from ..broker.process.loops import IoLoop
+from ..broker.process.tasks import read_error
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -58,6 +59,7 @@ class Runtime:
         task: asyncio.Task[Any] | None = asyncio.current_task()
         assert task is not None
         self._submitted.add(task)
+        task.add_done_callback(read_error)  # whoever was to read it may have been cancelled
         try:
             return await work
         except asyncio.CancelledError:
