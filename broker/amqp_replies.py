@@ -63,7 +63,7 @@ def reply_of_chunk(request: Envelope, seq: int, chunk: Frame) -> Envelope:
 
 
 def reply_of_event(request: Envelope, event: JobEvent) -> Envelope:
-    """Returns what the caller is told of progress, of a line of the log, or of what was yielded."""
+    """Returns what the caller is told: progress, a line of the log, or a chunk."""
     body, content_type = (event.data, _BINARY) if event.data else (event.text.encode(), TEXT)
     offset = event.offset if event.kind is EventKind.CHUNK else None
     return EventReply(

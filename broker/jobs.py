@@ -106,7 +106,7 @@ class JobEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     cut: bool = False  # of CHUNK: no more of them come, and the result alone has the rest
 
     def view(self) -> dict[str, Any]:
-        """Returns what there is of it, for JSON."""
+        """Returns what the event says, for JSON, under the names that it has over HTTP."""
         found: dict[str, Any] = {"at": rfc3339(self.at_ms), "status": self.state, "fraction": self.fraction, "text": self.text}
         if self.kind is EventKind.CHUNK:
             found |= {"base64": b64encode(self.data).decode(), "offset": self.offset, "cut": self.cut or None}

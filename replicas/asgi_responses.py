@@ -71,7 +71,7 @@ class Collected:
         self._size = 0
         self._parts = 0
         self._stream: Stream | None = None
-        self._tellable = 0  # parts that are not empty
+        self._filled_parts = 0  # those that are not empty
         self._is_text = False
         self.is_whole = False
 
@@ -111,10 +111,11 @@ class Collected:
             self._end(b"".join(self._chunks))
 
     def _tell(self, job: KeptJob, part: bytes) -> None:
-        """Tells the parts once there are two: a body that is one part, as middlewares send every response, comes as the result at once."""
-        self._tellable += 1
-        if self._tellable > 1:
-            for one in self._chunks if self._tellable == 2 else (part,):
+        """Tells the parts once there are two. Middlewares send each response as one part with an empty one behind it: its result comes at
+        once."""
+        self._filled_parts += 1
+        if self._filled_parts > 1:
+            for one in self._chunks if self._filled_parts == 2 else (part,):
                 job.chunks.put(one, is_text=self._is_text)
 
     def _end(self, body: bytes) -> None:

@@ -34,6 +34,7 @@ class BodyChunks:
 
     @property
     def is_text(self) -> bool:
+        """Whether the body is text; lines of JSON are."""
         return self._kind is not _Kind.BINARY
 
     @property

@@ -17,16 +17,17 @@ from ..broker.jobs import EventKind, JobEvent
 from .chunks import encode_item
 
 TOLD_BYTES = 1024 * 1024  # of the first run; each later one tells half as much as the one before
-EVENT_BYTES = 64 * 1024
-EVENTS_AT_ONCE = 32  # text and bytes by turns are events of their own
-EVENTS_AT_A_PACE = 200  # then half as often: ten minutes of text are among the latest KEPT_EVENTS
+EVENT_BYTES = 64 * 1024  # at most
+EVENTS_AT_ONCE = 32  # of text and bytes by turns, which are events of their own; more are cut
+EVENTS_AT_A_PACE = 200  # behind them half as often, so that ten minutes of text are among the latest KEPT_EVENTS
 _SHORTEST_PAUSE_MS, _LONGEST_PAUSE_MS = 100, 5000
-_MANY_PARTS = 1000  # which take more memory than their bytes, so they do not wait for the pause to end
+_MANY_PARTS = 1000  # these do not wait for the pause to end: small parts take more memory than their bytes
 _PLAIN = (type(None), bool, int, float, str, list, dict)
 
 
 class JobChunks:
-    """The parts of run number `attempt` that have not been taken. They are taken ten times a second at first, then less often."""
+    """The parts of run number `attempt` that have not been taken. They are taken ten times a second at first, then less often. Once they
+    are cut, nothing more is kept: the result alone has what follows."""
 
     __slots__ = ("_decoder", "_events", "_is_full", "_is_over", "_left", "_next_ms", "_offset", "_parts")
 
@@ -34,9 +35,9 @@ class JobChunks:
         # The worker's thread writes these …
         self._parts: deque[tuple[bool, bytes]] = deque()  # whether it is text, and the bytes
         self._left = TOLD_BYTES >> min(max(attempt - 1, 0), 30)
-        self._is_full = False  # the result alone has what follows
+        self._is_full = False  # the last part was too much
         # … and the I/O loop these.
-        self._is_over = False  # that was told
+        self._is_over = False  # the cut was told
         self._offset = self._events = self._next_ms = 0
         self._decoder = codecs.getincrementaldecoder("utf-8")()
 
@@ -47,13 +48,17 @@ class JobChunks:
         return not self._is_over and bool(self._parts or self._is_full or self._held)
 
     @property
+    def _is_cut(self) -> bool:
+        return self._is_full or self._is_over
+
+    @property
     def _held(self) -> bytes:
         """The beginning of a character, whose rest may come."""
         return self._decoder.getstate()[0]
 
     def put(self, data: bytes | bytearray | memoryview, *, is_text: bool) -> None:
         """Keeps the bytes to be taken. If that is too much, these are cut, and all that follow."""
-        if self._is_full or self._is_over:
+        if self._is_cut:
             return
         self._left -= memoryview(data).nbytes
         self._is_full = self._left < 0
@@ -63,6 +68,8 @@ class JobChunks:
     def put_value(self, value: Any) -> None:
         """Keeps what a handler yields to a handle: text and bytes as they are, other plain data as a line of JSON. Any other object is cut:
         to encode it might take long, or run code of its class."""
+        if self._is_cut:  # what follows is not even encoded
+            return
         if type(value) in (bytes, bytearray, memoryview):
             return self.put(value, is_text=False)
         try:
@@ -75,7 +82,8 @@ class JobChunks:
             self.put(data if type(value) is str else data + b"\n", is_text=True)
 
     def take(self, now_ms: int, *, is_last: bool = False) -> Iterator[JobEvent]:
-        """Yields what was put since the last time, joined, if that is some time ago or this `is_last`. Only the I/O loop calls this."""
+        """Yields what was put since the last time, joined. Nothing if that was a moment ago, unless this `is_last`. Only the I/O loop calls
+        this."""
         is_full = self._is_full  # read before the parts: what comes meanwhile is taken the next time
         if not (self and (is_last or now_ms >= self._next_ms or len(self._parts) >= _MANY_PARTS)):
             return
@@ -110,6 +118,7 @@ class JobChunks:
             self._events += 1
 
     def _end_of_text(self, now_ms: int) -> Iterator[JobEvent]:
+        """Yields the beginning of a character whose rest does not come, as bytes."""
         held = self._held
         self._decoder.reset()
         return self._event(held, now_ms, is_text=False)

@@ -58,7 +58,7 @@ def test_work_that_was_given_up_leaves_no_word_of_an_error_that_nobody_read(capl
     runtime.call(asyncio.sleep(0))
     busy, free = threading.Event(), threading.Event()
     runtime.post(lambda: (busy.set(), free.wait(10)))  # type: ignore[arg-type, func-returns-value]
-    busy.wait(10)
+    assert busy.wait(10)
     given_up.cancel()
     runtime.is_over("the client was closed")
     free.set()

@@ -258,7 +258,7 @@ class RedisJobs:
 
 
 _EVENT_KEYS = ("events", "followers")
-_LATEST_EVENTS = 8  # read alone by who has the ones before: most renewals find nothing new
+_LATEST_EVENTS = 8  # are read first where those before them are known: most renewals find nothing new
 
 
 def _state(state: JobState, at_ms: int) -> bytes:
