@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -20,7 +21,7 @@ import mqserve as serve
 from tests import browsers
 from tests.faults.wire import Wire
 from tests.gates import Gate
-from tests.instances import FORMS, ROOT, SECRET_KEY, CommandLine, Deploy, answers, new_namespace, started, wait_until
+from tests.instances import FORMS, ROOT, SECRET_KEY, CommandLine, Deploy, answers, new_namespace, started, wait_until, wait_until_back
 from tests.ports import free_port
 from tests.server_programs import HOW_TO_INSTALL, ServerMissing
 from tests.servers import PrivateRabbitMQ, PrivateRedis, PrivateServer
@@ -158,17 +159,27 @@ def store_url(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def broker_server(session_broker: PrivateRabbitMQ) -> Iterator[PrivateRabbitMQ]:
+def broker_server(session_broker: PrivateRabbitMQ, request: pytest.FixtureRequest) -> Iterator[PrivateRabbitMQ]:
     """The RabbitMQ behind `broker_url`, to stop, kill or freeze: it is mended for the next test."""
-    yield session_broker
-    session_broker.mend()
+    with for_whoever_comes_next(session_broker, request):
+        yield session_broker
 
 
 @pytest.fixture
-def store_server(session_store: PrivateRedis) -> Iterator[PrivateRedis]:
+def store_server(session_store: PrivateRedis, request: pytest.FixtureRequest) -> Iterator[PrivateRedis]:
     """The Redis behind `store_url`, to stop, kill or freeze: it is mended for the next test."""
-    yield session_store
-    session_store.mend()
+    with for_whoever_comes_next(session_store, request):
+        yield session_store
+
+
+@contextmanager
+def for_whoever_comes_next(server: PrivateServer, request: pytest.FixtureRequest) -> Iterator[None]:
+    """Mends the server, and waits until the module's instance has found that out."""
+    client: serve.Client | None = request.getfixturevalue("client") if "client" in request.fixturenames else None
+    yield
+    server.mend()
+    if client is not None:
+        wait_until_back(client)
 
 
 @pytest.fixture

@@ -69,6 +69,14 @@ def started(*, broker_url: str = "", store_url: str = "", namespace: str = "", *
             client.shutdown()
 
 
+def wait_until_back(client: serve.Client) -> None:
+    """Until this process and the instance's proxy have RabbitMQ and Redis again. Each dials by itself, and what one of them sends to a
+    server that has been away for a while fails at once."""
+    connections, ready = client._opened.connections, f"{client.http_url()}/-/readyz"
+    wait_until(lambda: not (connections.queue.down_s or connections.store.health.trouble))
+    wait_until(lambda: answers(ready), told=lambda: httpx.get(ready).text)
+
+
 class Deploy:
     """Deploys for one test: unique names, and gone at its end. What it returns is the name of backend and endpoint."""
 

@@ -39,6 +39,7 @@ class JoinedChannel:
         on_delivery: Callable[[int, bool, Basic.Properties, bytes], None] | None = None,
         *,
         wants_address: bool = False,
+        told_once_closed: str = "the channel to RabbitMQ is closed",
     ) -> None:
         self._channel = channel
         self._hot = hot
@@ -59,9 +60,11 @@ class JoinedChannel:
         self._held: dict[int, None] = {}
         self._finished: set[int] = set()
         self._has_ended = False  # we closed it
+        self._closed_at = 0.0  # in the loop's time
+        self._told_once_closed = told_once_closed  # to those who publish then
         self._refusal = ""  # why the broker closed it, where that was a right we lack
         self._closed = channel.closing
-        self._closed.add_done_callback(self._fail_unconfirmed)
+        self._closed.add_done_callback(self._end)
         hot.frames.channels[channel.number] = self
 
     def __repr__(self) -> str:
@@ -70,6 +73,11 @@ class JoinedChannel:
     @property
     def is_open(self) -> bool:
         return not self._channel.is_closed
+
+    @property
+    def closed_s(self) -> float:
+        """For how long it has been closed: 0 while it is open, and until this has been told that it is not."""
+        return self._loop.time() - self._closed_at if self._closed_at else 0.0
 
     @property
     def is_refused(self) -> bool:
@@ -88,7 +96,7 @@ class JoinedChannel:
 
     def give_up(self) -> None:
         """Tells whoever waits for a confirm that none will come."""
-        self._fail_unconfirmed(self._closed)
+        self._fail_unconfirmed()
 
     async def wait_closed(self) -> None:
         await asyncio.wait([self._closed])
@@ -105,7 +113,7 @@ class JoinedChannel:
     def publish(self, exchange: str, routing_key: str, properties: bytes, body: bytes, message_id: str, settled: Settled) -> None:
         """Joins this turn's write; `properties` is the packed flags and list of the content header."""
         if not self.is_open:
-            return settled(BrokerUnavailable(self._refusal or "the channel to RabbitMQ is closed"))
+            return settled(BrokerUnavailable(self._refusal or self._told_once_closed))
         if not self._unconfirmed:
             self._confirmed_at = self._loop.time()
         self._unconfirmed[self._next_tag] = ((exchange, routing_key, message_id), settled)
@@ -223,10 +231,14 @@ class JoinedChannel:
             error = NotRouted("no queue is bound to that backend: is it deployed?")
         settled(error)
 
-    def _fail_unconfirmed(self, closed: asyncio.Future[Any]) -> None:
-        unconfirmed, self._unconfirmed = self._unconfirmed, {}
-        if closed.done() and not closed.cancelled():
+    def _end(self, closed: asyncio.Future[Any]) -> None:
+        self._closed_at = self._loop.time()  # before anybody is told: for how long it has been away decides whether they try again
+        if not closed.cancelled():
             self._refusal = broker_refusal(closed.exception())
+        self._fail_unconfirmed()
+
+    def _fail_unconfirmed(self) -> None:
+        unconfirmed, self._unconfirmed = self._unconfirmed, {}
         why = self._refusal or "the connection to RabbitMQ was lost before it confirmed the message"
         for _, settled in unconfirmed.values():
             settled(BrokerUnavailable(why, maybe_sent=True))

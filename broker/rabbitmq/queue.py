@@ -114,12 +114,13 @@ class RabbitQueue:
         self._user = user_of(url)
         self._publishing = Link(url, f"mqserve {namespace} {process_id} publishing")
         self._consuming = Link(url, f"mqserve {namespace} {process_id} consuming")
+        self._no_connection = f"no connection to {self._publishing.server}; {MEND}"
         self._topology = RabbitTopology(self._publishing, namespace)
         self.later = RabbitLater(namespace, self._topology, seals, self._user, self._publish, self._consume_queue)
         self.webhooks = RabbitWebhooks(namespace, self._topology, self._publish, self._consume_queue, self._consuming)
         self._consumptions: list[RabbitConsumption] = []
         self._channel: JoinedChannel | None = None
-        self._down_since = time.monotonic()
+        self._down_since = time.monotonic()  # while there is no channel, not even a closed one
         self.why_down = ""
         self._has_alarm = False  # whether an alarm was the cause when the broker last took no messages
         self._opened = asyncio.Event()
@@ -139,9 +140,7 @@ class RabbitQueue:
 
     @property
     def down_s(self) -> float:
-        if self._channel is not None and self._channel.is_open:
-            return 0.0
-        return time.monotonic() - self._down_since
+        return time.monotonic() - self._down_since if self._channel is None else self._channel.closed_s
 
     @property
     def trouble(self) -> str:
@@ -182,9 +181,7 @@ class RabbitQueue:
 
     def _publish(self, exchange: str, key: str, properties: bytes, body: bytes, message_id: str, settled: Settled) -> None:
         if self._channel is None:
-            return settled(
-                BrokerUnavailable(f"no connection to {self._publishing.server}; {MEND}", public=_ALARM if self._has_alarm else "")
-            )
+            return settled(BrokerUnavailable(self._no_connection, public=_ALARM if self._has_alarm else ""))
         self._channel.publish(exchange, key, properties, body, message_id, settled)
 
     async def consume(
@@ -274,7 +271,7 @@ class RabbitQueue:
                 continue
             try:
                 raw = await connection.open_channel(confirms=True)
-                channel = JoinedChannel(raw, connection.hot)
+                channel = JoinedChannel(raw, connection.hot, told_once_closed=self._no_connection)
                 await self._probe(raw, channel)
                 await self._probe(raw, channel)  # twice: with an alarm, the broker still reads the first message of a connection
                 self._channel, self.why_down, self._has_alarm = channel, "", False
@@ -300,7 +297,6 @@ class RabbitQueue:
             while True:
                 await asyncio.wait([closed], timeout=next_tick_s(_LOOK_EVERY_S))
                 if closed.done():
-                    self._down_since = time.monotonic()
                     return
                 if channel.stalled_s or time.monotonic() - probed_at > self._probe_every_s - _LOOK_EVERY_S / 2:
                     await self._probe(raw, channel)
@@ -313,9 +309,6 @@ class RabbitQueue:
             self._publishing.abandon(connection, why)
             channel.give_up()
             raise BrokerUnavailable(why) from None
-        except BrokerUnavailable:  # the channel was lost during the probe
-            self._down_since = time.monotonic()
-            raise
         finally:
             closed.cancel()
 

@@ -75,6 +75,27 @@ async def test_a_publish_without_a_connection_was_not_sent(broker_wire: Wire, na
         fate = await publish(queue, text("a"))
         assert isinstance(fate, BrokerUnavailable)
         assert not fate.maybe_sent
+        assert "MQSERVE_BROKER_URL" in str(fate)
+
+
+async def test_a_lost_connection_has_been_away_since_its_loss_for_whoever_is_told_of_it(broker_wire: Wire, namespace: str) -> None:
+    """For three seconds they publish again, from when it was lost on: what they are told at any moment of the loss must be the truth."""
+    async with open_rabbitmq(broker_wire.url, namespace, "test") as queue:
+        await queue.declare("b", 1, None)
+        told: list[tuple[MQServeError | None, bool]] = []
+
+        def settled(error: MQServeError | None) -> None:
+            told.append((error, queue.down_s <= time.monotonic() - lost_at))
+            asyncio.get_running_loop().call_soon(queue.publish, "b", text("in each turn"), settled)
+
+        broker_wire.hold_answers()
+        queue.publish("b", text("unconfirmed"), settled)
+        await asyncio.sleep(0)  # it is written
+        lost_at = time.monotonic()
+        broker_wire.reset()
+        await until(lambda: queue.down_s > 0 and len(told) > 20)
+        assert [type(error) for error, _ in told] == [BrokerUnavailable] * len(told)
+        assert all(true for _, true in told)
 
 
 async def test_a_consumer_comes_back_when_the_broker_closes_its_connections(

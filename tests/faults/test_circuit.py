@@ -6,13 +6,14 @@ import time
 import pytest
 
 from mqserve.broker.calls.call import Ticket
-from mqserve.broker.calls.sending import RequestSender
+from mqserve.broker.calls.sending import REPUBLISH_BUDGET_S, RequestSender
 from mqserve.broker.envelope import Envelope, RequestHead, mint_id
 from mqserve.broker.errors import BrokerUnavailable, MQServeError
 from mqserve.broker.rabbitmq.queue import PROBE_EVERY_S, PROBE_SELDOM_EVERY_S, RabbitQueue, open_rabbitmq
 from mqserve.broker.redis.store import open_redis
 from mqserve.broker.store_keys import StoreKeys
-from tests.broker.traffic import until
+from tests.broker.traffic import Hands, until
+from tests.faults.wire import Wire
 from tests.instances import NOISE_S
 from tests.servers import PrivateRabbitMQ, PrivateRedis
 
@@ -96,3 +97,22 @@ async def test_a_request_to_a_broker_that_has_been_away_for_a_while_fails_at_onc
         with pytest.raises(BrokerUnavailable):
             await ticket.future
         assert time.monotonic() - before < 10, "its own time is 60 s"
+
+
+async def test_a_request_that_is_lost_with_its_connection_is_published_again_however_old_that_was(
+    broker_wire: Wire, store_url: str, namespace: str
+) -> None:
+    opened = time.monotonic()
+    async with open_rabbitmq(broker_wire.url, namespace, "test") as queue, open_redis(store_url, namespace) as store:
+        await queue.declare("b", 1, None)
+        hands = Hands()
+        await queue.consume("b", 1, 10, hands)
+        sender = RequestSender(queue, store, StoreKeys(namespace), "test")
+        await until(lambda: time.monotonic() - opened > REPUBLISH_BUDGET_S)
+        broker_wire.blackhole()
+        sender.send(Ticket(mint_id()), "b", b"sent", "text/plain", RequestHead(), origin="http", timeout_s=60)
+        await asyncio.sleep(0)  # it is written, and arrives nowhere
+        broker_wire.reset()
+        broker_wire.mend()
+        await hands.hold(1)
+        assert hands.bodies == ["sent"]
