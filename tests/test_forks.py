@@ -238,7 +238,7 @@ def test_a_child_waits_for_what_its_parent_sent_and_may_cancel_it(client: serve.
         assert not waited.done() and "parent" not in repr(waited)
         assert given_up.cancel()
         with pytest.raises(serve.Cancelled):
-            given_up.result(5)
+            given_up.result(30)
         assert serve.wait([waited], timeout=0.1) == ([], [waited])
         gate.open()
         return waited.result()

@@ -36,8 +36,8 @@ def test_a_handler_that_exits_fails_its_request_and_the_next_one_is_served(clien
 
     handle = deploy(client, f"leave-{threads}", leave, sync_threads=threads)
     with pytest.raises(serve.RemoteError, match="SystemExit: 3"):
-        handle.remote("leave").result(10)
-    assert serve.get([handle.remote("stay") for _ in range(4)], timeout=10) == ["still here"] * 4
+        handle.remote("leave").result(30)
+    assert serve.get([handle.remote("stay") for _ in range(4)], timeout=30) == ["still here"] * 4
 
 
 def test_a_cancellation_of_the_handlers_own_is_its_requests_failure(client: serve.Client) -> None:
@@ -47,7 +47,7 @@ def test_a_cancellation_of_the_handlers_own_is_its_requests_failure(client: serv
         await task
 
     with pytest.raises(serve.RemoteError, match="CancelledError"):
-        deploy(client, "cancelled", cancelled).remote().result(10)
+        deploy(client, "cancelled", cancelled).remote().result(30)
 
 
 def test_a_handlers_own_timeout_is_told_as_what_it_is(client: serve.Client) -> None:
@@ -58,7 +58,7 @@ def test_a_handlers_own_timeout_is_told_as_what_it_is(client: serve.Client) -> N
     with pytest.raises(TimeoutError, match="the database did not answer"):
         ref.result()
     with pytest.raises(TimeoutError, match="the database did not answer"):
-        ref.result(5)
+        ref.result(30)
 
 
 def test_a_batch_handler_need_not_be_hashable(client: serve.Client) -> None:
@@ -73,7 +73,7 @@ def test_a_batch_handler_need_not_be_hashable(client: serve.Client) -> None:
     client.create_backend("dataclass", Model, 3, config={"max_batch_size": 4})
     client.create_endpoint("dataclass", backend="dataclass")
     handle = client.get_handle("dataclass")
-    assert serve.get([handle.remote(number) for number in range(5)], timeout=10) == [0, 3, 6, 9, 12]
+    assert serve.get([handle.remote(number) for number in range(5)], timeout=30) == [0, 3, 6, 9, 12]
 
 
 def test_nesting_beyond_reason_is_refused_like_any_bad_body() -> None:
@@ -90,7 +90,7 @@ def test_the_log_of_a_failed_request_names_the_users_line(client: serve.Client, 
         raise ValueError("no such row")
 
     with pytest.raises(ValueError, match="no such row"):
-        deploy(client, "broken", broken).remote().result(10)
+        deploy(client, "broken", broken).remote().result(30)
     assert "test_hostile_handlers.py" in caplog.text and "no such row" in caplog.text
 
 

@@ -253,7 +253,7 @@ async def watching(store: Store) -> AsyncIterator[asyncio.Event]:
 
 
 async def all_set(*events: asyncio.Event) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         await asyncio.gather(*(event.wait() for event in events))
 
 

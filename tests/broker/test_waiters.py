@@ -23,6 +23,6 @@ async def test_all_who_wait_are_woken() -> None:
     tasks = [asyncio.create_task(waiters.wait()) for _ in range(3)]
     await asyncio.sleep(0)
     waiters.wake()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         await asyncio.gather(*tasks)
     assert repr(waiters) == "<Waiters, 0 of them>"

@@ -176,7 +176,7 @@ async def test_a_client_that_leaves_cancels_its_request(served: Served) -> None:
         await stream.head()
         stream.writer.close()
         site, key = served.site, served.site.keys.future(stream.run.id)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(20):
             while (raw := await site.store.get(key)) is None:
                 await asyncio.sleep(0.02)
         assert Result.from_bytes(raw).outcome is Outcome.CANCELLED
@@ -302,7 +302,7 @@ async def test_each_streamed_answer_is_counted_once_by_how_it_ended(served: Serv
             if end is not leave:
                 await stream.reader.read(64)
             served.site.hands.ack_all()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(20):
         while sum((counts := await counted(served)).values()) < len(ENDS[outcome]):
             await asyncio.sleep(0.02)
     assert counts == {outcome: len(ENDS[outcome])}
@@ -338,7 +338,7 @@ async def test_a_head_request_goes_on_with_no_stream(served: Served) -> None:
         async with served.wire() as (reader, writer):
             again = b"Last-Event-ID: %b:0\r\n\r\n" % stream.run.id.encode()
             writer.write(GET.replace(b"GET", b"HEAD").removesuffix(b"\r\n") + again)
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(20):
                 assert (await served.site.taken()).header.meta.method == "HEAD"
                 await served.site.answer(Result(body=b"one"))
                 assert (await reader.readline()).endswith(b" 200 OK\r\n")

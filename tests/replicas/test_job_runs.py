@@ -11,7 +11,7 @@ import pytest
 
 from mqserve.broker.envelope import Envelope, Header, JobHead
 from mqserve.broker.errors import BrokerUnavailable, StoreUnavailable
-from mqserve.broker.jobs import Attempt, Begun, JobFacts, JobRecord, JobState, Run
+from mqserve.broker.jobs import LEASE_MS, Attempt, Begun, JobFacts, JobRecord, JobState, Run
 from mqserve.broker.memory import jobs as memory_jobs
 from mqserve.broker.memory.jobs import EmbeddedJobs
 from mqserve.broker.memory.queue import EmbeddedQueue
@@ -247,7 +247,7 @@ async def test_a_job_that_a_drain_gives_back_begins_elsewhere_at_once_and_that_i
         job.started = 1.0
         async with beside(first) as second:
             await first.server.drain(0)
-            async with asyncio.timeout(5):  # no lease lapses meanwhile
+            async with asyncio.timeout(LEASE_MS / 1000 - 1):  # none lapses meanwhile
                 again = await begun_by(second)
             assert again.envelope.attempt == 1
             second.end(again, Result())
