@@ -70,11 +70,20 @@ def started(*, broker_url: str = "", store_url: str = "", namespace: str = "", *
 
 
 def wait_until_back(client: serve.Client) -> None:
-    """Until this process and the instance's proxy have RabbitMQ and Redis again. Each dials by itself, and what one of them sends to a
+    """Until this process and a proxy of the instance have RabbitMQ and Redis again. Each dials by itself, and what one of them sends to a
     server that has been away for a while fails at once."""
-    connections, ready = client._opened.connections, f"{client.http_url()}/-/readyz"
-    wait_until(lambda: not (connections.queue.down_s or connections.store.health.trouble))
-    wait_until(lambda: answers(ready), told=lambda: httpx.get(ready).text)
+    queue, store = client._opened.connections.queue, client._opened.connections.store
+
+    def is_back() -> bool:
+        if queue.down_s or store.health.trouble:
+            return False
+        try:
+            url = client.http_url()  # empty until the proxies have said again that they live
+        except serve.StoreUnavailable:
+            return False
+        return bool(url) and answers(f"{url}/-/readyz")
+
+    wait_until(is_back, told=lambda: f"{queue!r}, {store!r}")
 
 
 class Deploy:
