@@ -89,8 +89,15 @@ class Seen:
             if beat.state is MemberState.READY and beat.id in observed.replicas and beat.follows[1] >= backend.config_version
         ]
         has_its_queue = backend.generation <= max(observed.queues.get(backend.name, (0,)))  # the old one is unbound with that
-        takes_old_code = any(other.backend == backend.name and other.version < backend.version for other in observed.replicas.values())
-        return has_its_queue and not takes_old_code and len(ready) >= backend.config.num_replicas
+        return has_its_queue and len(ready) >= backend.config.num_replicas and not self._meets_older_ones(backend, replicas)
+
+    def _meets_older_ones(self, backend: Backend, replicas: list[ReplicaBeat]) -> bool:
+        """Whether a request that is sent now may run by an earlier version or config. A replica that is not assigned any more takes
+        requests until it has learned that, and says then that it drains. External ones are the concern of those who started them."""
+        if any(other.backend == backend.name and other.version < backend.version for other in self.observed.replicas.values()):
+            return True
+        taking = [beat for beat in replicas if beat.state is MemberState.READY and not beat.external and beat.is_alive(self.now_ms)]
+        return any(beat.version < backend.version or beat.follows[1] < backend.config_version for beat in taking)
 
     def is_gone(self, backend: str) -> bool:
         """Whether neither a queue nor a replica of the backend is left."""
