@@ -128,6 +128,11 @@ def two(pids: set[int]) -> set[int]:
     return alive if len(alive) == 2 else set()
 
 
+def busiest(pids: set[int]) -> int:
+    """The one with the most connections: which proxy takes one is chance, and on a busy machine one may take them all."""
+    return max(pids, key=lambda pid: psutil.Process(pid).num_fds())
+
+
 def test_two_hundred_sessions_get_every_echo_in_order(
     url: str, proxies: Callable[[], set[int]], replicas: Callable[[], set[int]], store_url: str, shared_namespace: str
 ) -> None:
@@ -138,7 +143,7 @@ def test_two_hundred_sessions_get_every_echo_in_order(
     with Crowd(f"{url}/echo", 200) as crowd:
         crowd.goes_on(200 * PER_SECOND * 5)
         shares = [process.num_fds() - count for process, count in zip(processes[:2], before[:2], strict=True)]
-        assert sum(shares) >= 190 and min(shares) > 10  # which proxy takes a connection is chance
+        assert sum(shares) >= 190 and min(shares) > 0  # which proxy takes a connection is chance
     assert not crowd.wrong and not crowd.codes and not crowd.refused, crowd
     wait_until(lambda: all(process.num_fds() <= count + 3 for process, count in zip(processes, before, strict=True)))
     keys = keys_of_requests(store_url, shared_namespace)
@@ -161,7 +166,7 @@ def test_two_hundred_sessions_go_on_while_a_replica_and_a_proxy_are_killed(
         wait_until(lambda: crowd.ends, told=lambda: crowd)
         crowd.goes_on(200 * PER_SECOND * 8)
         ended = len(crowd.ends)
-        os.kill(wait_until(proxies).pop(), signal.SIGKILL)
+        os.kill(busiest(wait_until(proxies)), signal.SIGKILL)
         wait_until(lambda: len(crowd.ends) > ended, told=lambda: crowd)
         crowd.goes_on(200 * PER_SECOND * 7)
     assert not crowd.wrong, crowd
@@ -223,10 +228,9 @@ def test_a_replica_is_frozen(url: str, replicas: Callable[[], set[int]]) -> None
 
 
 def test_a_proxy_is_killed(url: str, proxies: Callable[[], set[int]], replicas: Callable[[], set[int]]) -> None:
-    victim = wait_until(proxies).pop()
-    assert wait_until(replicas)
+    assert wait_until(proxies) and wait_until(replicas)
     with Crowd(f"{url}/echo", 40) as crowd:
-        os.kill(victim, signal.SIGKILL)
+        os.kill(busiest(wait_until(proxies)), signal.SIGKILL)
         wait_until(lambda: crowd.codes, told=lambda: crowd)
         crowd.goes_on(400)
     assert not crowd.wrong and set(crowd.codes) == {1006}, crowd
@@ -234,9 +238,9 @@ def test_a_proxy_is_killed(url: str, proxies: Callable[[], set[int]], replicas: 
 
 
 def test_a_proxy_is_told_to_end(url: str, proxies: Callable[[], set[int]]) -> None:
-    victim = wait_until(proxies).pop()
+    assert wait_until(proxies)
     with Crowd(f"{url}/echo", 40) as crowd:
-        os.kill(victim, signal.SIGTERM)
+        os.kill(busiest(wait_until(proxies)), signal.SIGTERM)
         wait_until(lambda: crowd.codes, told=lambda: crowd)
         crowd.goes_on(400)
     assert not crowd.wrong and set(crowd.codes) == {1001}, crowd
