@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections import Counter
 from collections.abc import Iterator
 from urllib.parse import urlsplit
@@ -91,7 +92,7 @@ async def poll_all(site: Connections, store: redis.Redis, gate: Gate) -> None:
     ids = await site.submit(JOBS)
     idle = await commands_a_second(store)
 
-    async def poll(number: int) -> str:
+    async def ask(number: int) -> str:
         streams = await site.open()
         try:
             status, body = await site.ask(streams, f"GET /-/futures/{ids[number % JOBS]}?wait=60")
@@ -99,15 +100,28 @@ async def poll_all(site: Connections, store: redis.Redis, gate: Gate) -> None:
         finally:
             streams[1].close()
 
+    async def poll(number: int) -> str:
+        """Asks again where a client would: a minute is over, or the proxy is too busy to reach Redis, which a loaded machine may cause."""
+        while True:
+            began = time.monotonic()
+            found = await ask(number)
+            if found == "503" and len(refused) < POLLS // 100:
+                refused.append(number)
+                await asyncio.sleep(1)
+            elif found not in ("queued", "running") or time.monotonic() - began < 59:
+                return found
+
+    refused: list[int] = []
     polls: list[asyncio.Task[str]] = []
     for first in range(0, POLLS, 200):  # no faster than a listener's backlog takes them
         polls += [asyncio.create_task(poll(number)) for number in range(first, first + 200)]
         await asyncio.sleep(0.1)
     rates: list[float] = []
     while not rates or rates[-1] > idle + 20:
-        assert len(rates) < 8, f"{idle:.0f} commands a second before the polls, then {rates}"
+        assert len(rates) < 20, f"{idle:.0f} commands a second before the polls, then {rates}"
         rates.append(await commands_a_second(store, 3.0))
-    assert not any(poll.done() for poll in polls)
+    ended = [poll for poll in polls if poll.done()]
+    assert not ended, ended[:3]
     gate.open()
     found = Counter(await asyncio.gather(*polls))
     assert set(found) == {"succeeded"}, found
