@@ -31,6 +31,8 @@ def test_an_update_is_in_effect_once_no_old_replica_takes_requests(old: ReplicaB
     observed = Observed(seen=VERSION, queues={"b": (1,)}, replicas={"new": Assignment("b", "node", 2)})
     seen = Seen(observed, {beat.field: beat for beat in (NEW, old)}, NOW_MS)
     assert seen.is_ready(backend, VERSION, 0, seen.replicas()["b"]) is is_ready
+    is_unaware = not is_ready and old.version < backend.version
+    assert seen.unaware(backend, seen.replicas()["b"]) == ["replica old has not heard yet that it is replaced"] * is_unaware
 
 
 def test_an_update_is_not_in_effect_while_an_old_replica_is_assigned() -> None:

@@ -123,7 +123,8 @@ async def poll_all(site: Connections, store: redis.Redis, gate: Gate) -> None:
     ended = [poll for poll in polls if poll.done()]
     assert not ended, ended[:3]
     gate.open()
-    found = Counter(await asyncio.gather(*polls))
+    async with asyncio.timeout(60):
+        found = Counter(await asyncio.gather(*polls))
     assert set(found) == {"succeeded"}, found
 
 

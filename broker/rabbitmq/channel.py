@@ -64,7 +64,7 @@ class JoinedChannel:
         self._told_once_closed = told_once_closed  # to those who publish then
         self._refusal = ""  # why the broker closed it, where that was a right we lack
         self._closed = channel.closing
-        self._closed.add_done_callback(self._end)
+        self._closed.add_done_callback(self._on_closed)
         hot.frames.channels[channel.number] = self
 
     def __repr__(self) -> str:
@@ -76,7 +76,7 @@ class JoinedChannel:
 
     @property
     def closed_s(self) -> float:
-        """For how long it has been closed: 0 while it is open, and until this has been told that it is not."""
+        """For how long it has been closed; 0 while it is open, and for the few loop turns until aiormq has told this of the end."""
         return self._loop.time() - self._closed_at if self._closed_at else 0.0
 
     @property
@@ -231,7 +231,7 @@ class JoinedChannel:
             error = NotRouted("no queue is bound to that backend: is it deployed?")
         settled(error)
 
-    def _end(self, closed: asyncio.Future[Any]) -> None:
+    def _on_closed(self, closed: asyncio.Future[Any]) -> None:
         self._closed_at = self._loop.time()  # before anybody is told: for how long it has been away decides whether they try again
         if not closed.cancelled():
             self._refusal = broker_refusal(closed.exception())

@@ -350,13 +350,16 @@ class Deployments:
         backend, version = committed.backends[name], (committed.epoch, committed.version)
         config = backend.config
         since_ms = self._connections.store.now_ms()
+        unaware: list[str] = []
 
         async def is_ready() -> bool | None:
             seen = await self._see()
-            return True if seen.is_ready(backend, version, since_ms, seen.replicas().get(name, [])) else None
+            replicas = seen.replicas().get(name, [])
+            unaware[:] = seen.unaware(backend, replicas)
+            return True if seen.is_ready(backend, version, since_ms, replicas) else None
 
         late = f"backend {backend.name!r} was not ready within {config.start_timeout_s + READY_MARGIN_S:g} s"
-        await self._until(committed, is_ready, config.start_timeout_s + READY_MARGIN_S, late)
+        await self._until(committed, is_ready, config.start_timeout_s + READY_MARGIN_S, late, lambda: listed(unaware))
 
     async def _see(self) -> Seen:
         store, keys = self._connections.store, self._connections.keys

@@ -89,15 +89,23 @@ class Seen:
             if beat.state is MemberState.READY and beat.id in observed.replicas and beat.follows[1] >= backend.config_version
         ]
         has_its_queue = backend.generation <= max(observed.queues.get(backend.name, (0,)))  # the old one is unbound with that
-        return has_its_queue and len(ready) >= backend.config.num_replicas and not self._meets_older_ones(backend, replicas)
+        return has_its_queue and len(ready) >= backend.config.num_replicas and not self._is_served_by_older_ones(backend, replicas)
 
-    def _meets_older_ones(self, backend: Backend, replicas: list[ReplicaBeat]) -> bool:
-        """Whether a request that is sent now may run by an earlier version or config. A replica that is not assigned any more takes
-        requests until it has learned that, and says then that it drains. External ones are the concern of those who started them."""
+    def _is_served_by_older_ones(self, backend: Backend, replicas: list[ReplicaBeat]) -> bool:
+        """Whether a replica of an earlier version or config may take a request that is sent now."""
         if any(other.backend == backend.name and other.version < backend.version for other in self.observed.replicas.values()):
             return True
-        taking = [beat for beat in replicas if beat.state is MemberState.READY and not beat.external and beat.is_alive(self.now_ms)]
-        return any(beat.version < backend.version or beat.follows[1] < backend.config_version for beat in taking)
+        return any(beat.follows[1] < backend.config_version for beat in self._taking(replicas)) or bool(self.unaware(backend, replicas))
+
+    def unaware(self, backend: Backend, replicas: list[ReplicaBeat]) -> list[str]:
+        """Returns as clauses which replicas of earlier versions are not assigned any more and have not heard of it: such a one takes
+        requests until it says that it drains."""
+        old = [beat.id for beat in self._taking(replicas) if beat.version < backend.version and beat.id not in self.observed.replicas]
+        return [f"replica {name} has not heard yet that it is replaced" for name in old]
+
+    def _taking(self, replicas: list[ReplicaBeat]) -> list[ReplicaBeat]:
+        """Those that take requests, except for external ones: whoever started them ends them."""
+        return [beat for beat in replicas if beat.state is MemberState.READY and not beat.external and beat.is_alive(self.now_ms)]
 
     def is_gone(self, backend: str) -> bool:
         """Whether neither a queue nor a replica of the backend is left."""
